@@ -1,0 +1,24 @@
+"""Recurrent language models in JAX: the SimpleRNN cell, its training and its decoding.
+
+Public names: `load_model` here; `gated_linear_recurrence` and `recurrent_step` in
+`simplernn_jax.ops`; `SimpleRNNCell`, `SimpleRNN` and `LanguageModel` in
+`simplernn_jax.models`; `generate` in `simplernn_jax.inference`.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+
+
+def load_model(workdir: str) -> tuple[Any, Any, Any]:
+    """Loads what a training run left: ``(model, tokenizer, config)``.
+
+    The newest whole checkpoint under `workdir` is verified and restored; nothing in it is
+    executed. Imports happen here, so that importing the package stays cheap.
+
+    Raises:
+      UserError: no checkpoint there, or none that is whole.
+    """
+    from simplernn_jax.training.checkpoint import load_model as load
+
+    return load(workdir)

@@ -1,0 +1,31 @@
+"""One legend of axes for docs, code and tests, and the array types named by it.
+
+    B  batch: rows that do not know each other
+    T  time: tokens of a row
+    H  heads of the recurrence
+    K  key channels of one head
+    V  value channels of one head
+    D  width of the residual stream (``hidden_dim``)
+    C  tokens of one chunk of the recurrence
+"""
+
+from typing import Any
+
+from jaxtyping import Array, Bool, Float, Int
+
+Tokens = Int[Array, "B T"]
+SegmentIds = Int[Array, "B T"]
+LossMask = Bool[Array, "B T"]
+Logits = Float[Array, "B T vocab"]
+Activations = Float[Array, "B T D"]
+
+Queries = Float[Array, "B T H K"]
+Keys = Float[Array, "B T H K"]
+Values = Float[Array, "B T H V"]
+LogGates = Float[Array, "B T H K"]
+"""Logarithms of the forget gates, at most 0, float32."""
+HeadState = Float[Array, "B H K V"]
+"""State of one layer, float32."""
+
+ModelState = Any
+"""A pytree with one entry per layer; every leaf has axis B first."""

@@ -1,0 +1,296 @@
+"""Typed configuration: the fields of a run, their units, validation, JSON in and out.
+
+A file under ``configs/`` returns a `Config` from ``get_config()``; command-line
+overrides (``--config.train.steps=100``) land on it afterwards, so nothing here is
+derived at construction: derived values are properties, and `validate` runs once
+when everything is in place.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import typing
+from typing import Any
+
+from simplernn_jax.errors import UserError
+
+BLOCKS = ("plain", "residual")
+PRECISIONS = ("float32", "bfloat16")
+BATCH_MODES = ("window", "stream", "document")
+SPLITS = ("document", "position")
+ENCODING_ERRORS = ("strict", "replace")
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelConfig:
+    """Shape and arithmetic of the language model."""
+
+    vocab_size: int = 259
+    """Rows of the embedding and of the head; a run raises it to the tokenizer's number of ids."""
+    block: str = "residual"
+    """``plain``: the bare layer of the PyTorch project; ``residual``: pre-norm block with MLP."""
+    num_layers: int = 4
+    hidden_dim: int = 128
+    """Width of the embedding and of every layer's input and output."""
+    key_dim: int = 128
+    """Key channels of all heads together; divisible by num_heads."""
+    value_dim: int = 128
+    """Value channels of all heads together; divisible by num_heads."""
+    num_heads: int = 4
+    mlp_dim: int = 512
+    """Inner width of the MLP (residual block only)."""
+    tie_embeddings: bool = True
+    """Use the embedding as the head (residual block only)."""
+    dropout: float = 0.0
+    """Probability of dropping a channel of each residual branch (residual block only)."""
+    precision: str = "float32"
+    """Compute dtype of dense layers: ``float32`` or ``bfloat16``. Parameters, state, gates,
+    sums, norms and loss are float32 either way."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class DataConfig:
+    """Where text comes from and how it becomes batches."""
+
+    source: str = "stdlib"
+    """``stdlib`` (the running Python's own library), a text file, a folder, a glob,
+    a ``.jsonl`` file or glob, or ``tfds:NAME`` (a prepared data set's name or directory)."""
+    field: str = "text"
+    """Field of a JSONL record or TFDS example that holds the text."""
+    tokenizer: str = "byte"
+    """``byte``, ``char``, a path to a Hugging Face ``tokenizer.json``, or a hub name."""
+    split: str = "document"
+    """``document``: a seeded choice of whole documents is held out; ``position``: the last part
+    of the token stream is."""
+    validation_fraction: float = 0.05
+    """Share held out for validation, in [0, 1); 0 trains on everything."""
+    mode: str = "window"
+    """``window``: random windows from a zero state; ``stream``: contiguous rows whose state is
+    carried from batch to batch (truncated BPTT); ``document``: padded documents."""
+    batch_size: int = 16
+    """Rows of one optimizer step."""
+    sequence_length: int = 256
+    """Tokens per row."""
+    reset_probability: float = 0.0
+    """Probability that a row's carried state is cleared before a batch (stream mode)."""
+    encoding_errors: str = "strict"
+    """Invalid UTF-8: ``strict`` stops with file and offset, ``replace`` puts U+FFFD there."""
+    max_bad_records: int = 0
+    """Malformed JSONL records that are skipped and counted before the run stops."""
+    cache_dir: str = ""
+    """Folder of tokenized corpora; empty: ``tokens`` under the workdir."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up, cosine decay and global-norm clipping."""
+
+    learning_rate: float = 2e-3
+    """Peak learning rate, after warm-up."""
+    warmup_steps: int = 50
+    """Optimizer steps of linear warm-up from 0."""
+    final_learning_rate: float = 0.0
+    """Learning rate at the last step, as a fraction of the peak; 1 keeps it constant."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; biases, norms and embeddings are never decayed."""
+    beta1: float = 0.9
+    beta2: float = 0.99
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+    """Largest global norm of a gradient; 0 does not clip."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainConfig:
+    """Length of a run and what happens along the way. Intervals are in optimizer steps; 0 is never."""
+
+    seed: int = 0
+    """Initialisation, split, batches and dropout all follow from it."""
+    steps: int = 0
+    """Optimizer steps; exactly one of steps and epochs is set."""
+    epochs: float = 0.0
+    """Passes over the training split."""
+    gradient_accumulation: int = 1
+    """Groups of rows whose gradients are summed before one update; divides batch_size."""
+    max_skipped_updates: int = 10
+    """Non-finite updates in a row after which the run stops."""
+    log_every: int = 10
+    eval_every: int = 250
+    eval_tokens: int = 65536
+    """Tokens of the validation split scored at each evaluation during training; 0 scores all of
+    it. The evaluation at the end always scores all of it."""
+    save_every: int = 250
+    keep_last: int = 2
+    """Newest checkpoints kept; at least 2, so that a damaged one has a predecessor."""
+    keep_best: int = 1
+    """Checkpoints with the lowest validation loss kept beside them."""
+    sample_every: int = 500
+    sample_prompt: str = "The "
+    sample_tokens: int = 120
+
+
+@dataclasses.dataclass(kw_only=True)
+class Config:
+    """Everything a run follows from."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+
+def validate(config: Config) -> None:
+    """Checks every value once, after all overrides.
+
+    Raises:
+      UserError: names the field, its value and what is allowed.
+    """
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for field in dataclasses.fields(values):
+            value = getattr(values, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                _refuse(f"{section.name}.{field.name}", value, "a finite number")
+    _validate_model(config.model)
+    _validate_data(config.data)
+    _validate_optimizer(config.optimizer)
+    _validate_train(config)
+
+
+def _refuse(field: str, value: Any, allowed: str) -> typing.NoReturn:
+    raise UserError(
+        f"--config.{field}={value!r} is not possible: it must be {allowed}; change it and run again"
+    )
+
+
+def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        _refuse(field, value, f"one of {', '.join(choices)}{hint}")
+
+
+def _at_least(config: Any, section: str, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value < least:
+            _refuse(f"{section}.{name}", value, f"at least {least}")
+
+
+def _fraction(config: Any, section: str, *names: str, below_one: bool) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value <= 1 or (below_one and value == 1):
+            _refuse(f"{section}.{name}", value, f"in [0, 1{')' if below_one else ']'}")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    _choice("model.block", model.block, BLOCKS)
+    _choice("model.precision", model.precision, PRECISIONS)
+    _at_least(model, "model", 1, "vocab_size", "num_layers", "hidden_dim", "key_dim", "value_dim")
+    _at_least(model, "model", 1, "num_heads", "mlp_dim")
+    _fraction(model, "model", "dropout", below_one=True)
+    for name in ("key_dim", "value_dim"):
+        width = getattr(model, name)
+        if width % model.num_heads:
+            _refuse(f"model.{name}", width, f"divisible by model.num_heads={model.num_heads}")
+
+
+def _validate_data(data: DataConfig) -> None:
+    _choice("data.mode", data.mode, BATCH_MODES)
+    _choice("data.split", data.split, SPLITS)
+    _choice("data.encoding_errors", data.encoding_errors, ENCODING_ERRORS)
+    _at_least(data, "data", 1, "batch_size", "sequence_length")
+    _at_least(data, "data", 0, "max_bad_records")
+    _fraction(data, "data", "validation_fraction", below_one=True)
+    _fraction(data, "data", "reset_probability", below_one=False)
+    if not data.source:
+        _refuse("data.source", data.source, "stdlib, a path, a glob or tfds:NAME")
+
+
+def _validate_optimizer(optimizer: OptimizerConfig) -> None:
+    section = "optimizer"
+    _at_least(optimizer, section, 0, "learning_rate", "warmup_steps", "weight_decay", "clip_norm")
+    _fraction(optimizer, section, "beta1", "beta2", below_one=True)
+    _fraction(optimizer, section, "final_learning_rate", below_one=False)
+    if optimizer.epsilon <= 0:
+        _refuse("optimizer.epsilon", optimizer.epsilon, "positive")
+
+
+def _validate_train(config: Config) -> None:
+    train = config.train
+    _at_least(train, "train", 0, "seed", "steps", "epochs", "log_every", "eval_every", "eval_tokens")
+    _at_least(train, "train", 0, "save_every", "keep_best", "sample_every", "sample_tokens")
+    _at_least(train, "train", 1, "gradient_accumulation", "max_skipped_updates")
+    _at_least(train, "train", 2, "keep_last")
+    if (train.steps > 0) == (train.epochs > 0):
+        raise UserError(
+            f"--config.train.steps={train.steps} and --config.train.epochs={train.epochs}: "
+            "set exactly one of them above 0"
+        )
+    if config.data.batch_size % train.gradient_accumulation:
+        _refuse(
+            "train.gradient_accumulation",
+            train.gradient_accumulation,
+            f"a divisor of data.batch_size={config.data.batch_size}",
+        )
+
+
+def to_json(config: Config) -> str:
+    """The configuration as indented JSON text."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """Reads what `to_json` wrote and validates it; nothing in it is executed.
+
+    Raises:
+      UserError: not JSON, an unknown or missing field (with the nearest name), a value of
+        another type.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"the configuration is not JSON ({error}); use an undamaged one") from error
+    config = Config()
+    _fill(config, values, "config")
+    validate(config)
+    return config
+
+
+def _fill(target: Any, values: Any, path: str) -> None:
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected an object with fields, found {values!r}")
+    names = [field.name for field in dataclasses.fields(target)]
+    for name in values:
+        if name not in names:
+            raise UserError(f"{path}.{name}: no such field{nearest_name(name, names)}")
+    for name in names:
+        if name not in values:
+            raise UserError(f"{path}.{name}: missing; the file was written by another version")
+        current = getattr(target, name)
+        if dataclasses.is_dataclass(current):
+            _fill(current, values[name], f"{path}.{name}")
+            continue
+        value = values[name]
+        if isinstance(current, float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(current):
+            raise UserError(f"{path}.{name}={value!r}: expected {type(current).__name__}")
+        setattr(target, name, value)
+
+
+def nearest_name(name: str, names: typing.Iterable[str]) -> str:
+    """``"; did you mean 'steps'?"``, or an empty string where nothing is near."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def differing_fields(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+    """``["num_layers: 4 here, 2 there"]`` for every field in which two models differ."""
+    return [
+        f"{field.name}: {getattr(ours, field.name)!r} here, {getattr(theirs, field.name)!r} there"
+        for field in dataclasses.fields(ours)
+        if getattr(ours, field.name) != getattr(theirs, field.name)
+    ]
