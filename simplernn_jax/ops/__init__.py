@@ -1,0 +1,86 @@
+"""The recurrence as a pure function: one door to every way of computing it."""
+
+import jax
+import jax.numpy as jnp
+
+from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, SegmentIds, Values
+from simplernn_jax.ops.chunkwise import chunkwise
+from simplernn_jax.ops.scan import recurrent_step, scan
+
+__all__ = ["gated_linear_recurrence", "recurrent_step"]
+
+METHODS = ("chunkwise", "scan")
+
+
+def gated_linear_recurrence(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    log_gate: LogGates,
+    *,
+    initial_state: HeadState | None = None,
+    segment_ids: SegmentIds | None = None,
+    method: str = "chunkwise",
+    chunk_size: int | None = None,
+) -> tuple[Values, HeadState]:
+    """Gated linear recurrence: ``S_t = diag(exp(log_gate_t)) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t``.
+
+    Args:
+      q: queries ``[B, T, H, K]``, float32, bfloat16 or (under x64) float64.
+      k: keys ``[B, T, H, K]``.
+      v: values ``[B, T, H, V]``.
+      log_gate: logarithms of the forget gates ``[B, T, H, K]``, at most 0; kept in at least float32.
+      initial_state: ``[B, H, K, V]``, float32 (float64 under x64); None is zero. It belongs to the
+        segment of the first token.
+      segment_ids: ``[B, T]`` integers; where the id changes from one token to the next, the state
+        is cleared exactly.
+      method: ``"chunkwise"`` (matrix products over chunks of time) or ``"scan"`` (the definition).
+      chunk_size: tokens per chunk, a multiple of 8; None chooses from the shape.
+
+    Returns:
+      ``(output, final_state)``: ``[B, T, H, V]`` in the dtype of v, and ``[B, H, K, V]`` in float32
+      (float64 if an input is).
+
+    Raises:
+      ValueError: shapes that do not fit together, an unknown method or a bad chunk size.
+    """
+    _check_shapes(q, k, v, log_gate, initial_state, segment_ids)
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
+    batch, length, heads, key_dim = q.shape
+    dtype = jnp.result_type(q, k, v, log_gate, jnp.float32)
+    log_gate = log_gate.astype(dtype)
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, key_dim, v.shape[-1]), dtype)
+    initial_state = initial_state.astype(dtype)
+    if length == 0:
+        return jnp.zeros_like(v), initial_state
+    if length == 1:
+        # One token: nothing to clear inside the row and no chunk to fill.
+        output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_gate[:, 0], initial_state)
+        return output[:, None], state
+    clear = None if segment_ids is None else _segment_starts(segment_ids)
+    if method == "scan":
+        return scan(q, k, v, log_gate, initial_state, clear)
+    return chunkwise(q, k, v, log_gate, initial_state, clear, chunk_size)
+
+
+def _segment_starts(segment_ids: jax.Array) -> jax.Array:
+    """``[B, T]`` bool: True where the id differs from that of the token before."""
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(changed, ((0, 0), (1, 0)))
+
+
+def _check_shapes(q, k, v, log_gate, initial_state, segment_ids) -> None:  # type: ignore[no-untyped-def]
+    if q.ndim != 4 or q.shape != k.shape or q.shape != log_gate.shape or v.ndim != 4:
+        raise ValueError(
+            "q, k and log_gate must share one shape [B, T, H, K] and v be [B, T, H, V]; found "
+            f"{q.shape}, {k.shape}, {log_gate.shape} and {v.shape}"
+        )
+    if v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"v {v.shape} and q {q.shape} must share [B, T, H]")
+    expected = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    if initial_state is not None and initial_state.shape != expected:
+        raise ValueError(f"initial_state must be [B, H, K, V] = {expected}: {initial_state.shape}")
+    if segment_ids is not None and segment_ids.shape != q.shape[:2]:
+        raise ValueError(f"segment_ids must be [B, T] = {q.shape[:2]}: {segment_ids.shape}")
