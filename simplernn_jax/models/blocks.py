@@ -1,0 +1,129 @@
+"""What one layer of the language model is made of."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from simplernn_jax.array_types import Activations, HeadState, SegmentIds
+from simplernn_jax.config import ModelConfig
+from simplernn_jax.models.dense import compute_dtype, dense
+from simplernn_jax.models.simple_rnn import SimpleRNN
+
+GATE_BIAS_RANGE = (1.0, 6.0)
+"""Gate biases of the residual block, spread over the key channels: half-lives of about 2 to 280
+tokens at the start."""
+
+
+def spread_gate_bias(num_heads: int) -> nnx.Initializer:
+    """Biases from `GATE_BIAS_RANGE`, evenly over the channels of every head."""
+
+    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **_: Any) -> jax.Array:
+        del key
+        per_head = jnp.linspace(*GATE_BIAS_RANGE, shape[-1] // num_heads, dtype=dtype)
+        return jnp.tile(per_head, num_heads)
+
+    return init
+
+
+class PlainBlock(nnx.Module):
+    """The bare layer of the PyTorch project: no norm, no residual, its initialisation."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.rnn = SimpleRNN(
+            config.hidden_dim,
+            config.key_dim,
+            config.value_dim,
+            config.hidden_dim,
+            config.num_heads,
+            rngs=rngs,
+            dtype=compute_dtype(config.precision),
+        )
+
+    def initial_state(self, batch_size: int) -> HeadState:
+        """The layer's zero state."""
+        return self.rnn.initial_state(batch_size)
+
+    def __call__(
+        self,
+        x: Activations,
+        state: HeadState | None,
+        segment_ids: SegmentIds | None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Activations, HeadState]:
+        """``[B, T, D]`` to the same shape; the key is not used."""
+        return self.rnn(x, state, segment_ids)
+
+
+class ResidualBlock(nnx.Module):
+    """Pre-norm block: x + SimpleRNN(norm(x)), then x + MLP(norm(x)).
+
+    The recurrence has heads, queries scaled by 1/sqrt(K), a norm on every head's output and an
+    output gate (as in gated linear attention, arXiv:2312.06635, section 4.4). What writes into
+    the residual stream starts smaller by sqrt(2 * num_layers), as in GPT-2.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dtype = compute_dtype(config.precision)
+        self.dtype = dtype
+        kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
+        self.rnn_norm = nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
+        self.rnn = SimpleRNN(
+            config.hidden_dim,
+            config.key_dim,
+            config.value_dim,
+            config.hidden_dim,
+            config.num_heads,
+            rngs=rngs,
+            query_scale=(config.key_dim // config.num_heads) ** -0.5,
+            kernel_init=kernel_init,
+            gate_bias_init=spread_gate_bias(config.num_heads),
+            output_norm=True,
+            output_gate=True,
+            dtype=dtype,
+        )
+        self.mlp_norm = nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
+        zeros = nnx.initializers.zeros_init()
+        self.mlp_in = dense(
+            config.hidden_dim,
+            config.mlp_dim,
+            rngs=rngs,
+            dtype=dtype,
+            kernel_init=kernel_init,
+            bias_init=zeros,
+        )
+        self.mlp_out = dense(
+            config.mlp_dim,
+            config.hidden_dim,
+            rngs=rngs,
+            dtype=dtype,
+            kernel_init=nnx.initializers.normal(
+                1 / math.sqrt(2 * config.num_layers * config.mlp_dim)
+            ),
+            bias_init=zeros,
+        )
+        self.dropout = nnx.Dropout(config.dropout)
+
+    def initial_state(self, batch_size: int) -> HeadState:
+        """The recurrence's zero state."""
+        return self.rnn.initial_state(batch_size)
+
+    def __call__(
+        self,
+        x: Activations,
+        state: HeadState | None,
+        segment_ids: SegmentIds | None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Activations, HeadState]:
+        """``[B, T, D]`` float32 to the same; without a key nothing is dropped."""
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        y, state = self.rnn(self.rnn_norm(x).astype(self.dtype), state, segment_ids)
+        x = x + self._drop(y, keys[0])
+        hidden = self.mlp_norm(x).astype(self.dtype).reshape(-1, x.shape[-1])
+        y = self.mlp_out(jax.nn.gelu(self.mlp_in(hidden))).reshape(x.shape)
+        return x + self._drop(y, keys[1]), state
+
+    def _drop(self, y: jax.Array, key: jax.Array | None) -> jax.Array:
+        return self.dropout(y, deterministic=key is None, rngs=key)

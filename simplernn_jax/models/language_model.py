@@ -1,0 +1,112 @@
+"""Tokens and state in, logits and state out."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from simplernn_jax.array_types import Activations, Logits, ModelState, SegmentIds, Tokens
+from simplernn_jax.config import ModelConfig
+from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
+from simplernn_jax.models.dense import compute_dtype, dense
+
+
+class LanguageModel(nnx.Module):
+    """A stack of SimpleRNN layers between an embedding and a head.
+
+    ``block="plain"`` is the PyTorch project's model: embedding N(0, 1), layers without norm or
+    residual, a head with bias. ``block="residual"`` trains deep: see `ResidualBlock`; a final norm
+    comes before the head, which may be the embedding itself.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        """Makes the parameters, all float32.
+
+        Args:
+          config: sizes and precision; see `ModelConfig`.
+          rngs: source of initial values.
+        """
+        self.config = config
+        dtype = compute_dtype(config.precision)
+        self.dtype = dtype
+        plain = config.block == "plain"
+        scale = 1.0 if plain else config.hidden_dim**-0.5
+        self.embedding = nnx.Embed(
+            config.vocab_size,
+            config.hidden_dim,
+            param_dtype=jnp.float32,
+            embedding_init=nnx.initializers.normal(scale),
+            rngs=rngs,
+        )
+        block = PlainBlock if plain else ResidualBlock
+        self.layers = nnx.List([block(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.final_norm = (
+            None if plain else nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
+        )
+        tied = config.tie_embeddings and not plain
+        init = {} if plain else {"kernel_init": nnx.initializers.normal(scale)}
+        self.head = (
+            None
+            if tied
+            else dense(config.hidden_dim, config.vocab_size, rngs=rngs, dtype=dtype, **init)
+        )
+
+    def initial_state(self, batch_size: int) -> ModelState:
+        """The zero state: one entry per layer, axis B first."""
+        return tuple(layer.initial_state(batch_size) for layer in self.layers)
+
+    def encode(
+        self,
+        tokens: Tokens,
+        state: ModelState | None = None,
+        segment_ids: SegmentIds | None = None,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Activations, ModelState]:
+        """Tokens to what the head reads, ``[B, T, D]``; arguments as in `__call__`."""
+        x = self.embedding(tokens)
+        if self.final_norm is not None:
+            # Unit variance into the residual stream, whatever the scale that suits a tied head.
+            x = x * self.config.hidden_dim**0.5
+        states = []
+        for index, layer in enumerate(self.layers):
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            x, layer_state = layer(x, None if state is None else state[index], segment_ids, key)
+            states.append(layer_state)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        return x, tuple(states)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """What the head makes of ``[..., D]``: ``[..., vocab]``, float32."""
+        flat = hidden.reshape(-1, hidden.shape[-1]).astype(self.dtype)
+        if self.head is not None:
+            logits = self.head(flat)
+        else:
+            table = self.embedding.embedding[...].astype(self.dtype)
+            logits = jnp.dot(flat, table.T, preferred_element_type=jnp.float32)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return logits.reshape(*hidden.shape[:-1], -1)
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        state: ModelState | None = None,
+        segment_ids: SegmentIds | None = None,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Logits, ModelState]:
+        """Logits of the next token at every position, and the state after the last.
+
+        Args:
+          tokens: ``[B, T]`` int32 in ``[0, vocab_size)``; other ids give NaN, so check them where
+            they enter.
+          state: what an earlier call returned, or None for zero.
+          segment_ids: ``[B, T]``; a change of id clears the state exactly. `state` belongs to the
+            first token's segment.
+          dropout_key: draws the dropout; None drops nothing.
+
+        Returns:
+          ``[B, T, vocab]`` float32, and the state as in `initial_state`.
+        """
+        hidden, state = self.encode(tokens, state, segment_ids, dropout_key=dropout_key)
+        return self.logits(hidden), state
