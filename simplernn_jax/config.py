@@ -22,9 +22,12 @@ SPLITS = ("document", "position")
 ENCODING_ERRORS = ("strict", "replace")
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class ModelConfig:
-    """Shape and arithmetic of the language model."""
+    """Shape and arithmetic of the language model.
+
+    Hashable, because a model keeps a copy of it (never changed) in its static structure.
+    """
 
     vocab_size: int = 259
     """Rows of the embedding and of the head; a run raises it to the tokenizer's number of ids."""
@@ -130,6 +133,9 @@ class TrainConfig:
     sample_tokens: int = 120
 
 
+_Section = typing.TypeVar("_Section", ModelConfig, DataConfig, OptimizerConfig, TrainConfig)
+
+
 @dataclasses.dataclass(kw_only=True)
 class Config:
     """Everything a run follows from."""
@@ -220,7 +226,9 @@ def _validate_optimizer(optimizer: OptimizerConfig) -> None:
 
 def _validate_train(config: Config) -> None:
     train = config.train
-    _at_least(train, "train", 0, "seed", "steps", "epochs", "log_every", "eval_every", "eval_tokens")
+    _at_least(
+        train, "train", 0, "seed", "steps", "epochs", "log_every", "eval_every", "eval_tokens"
+    )
     _at_least(train, "train", 0, "save_every", "keep_best", "sample_every", "sample_tokens")
     _at_least(train, "train", 1, "gradient_accumulation", "max_skipped_updates")
     _at_least(train, "train", 2, "keep_last")
@@ -287,8 +295,8 @@ def nearest_name(name: str, names: typing.Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def differing_fields(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
-    """``["num_layers: 4 here, 2 there"]`` for every field in which two models differ."""
+def differing_fields(ours: _Section, theirs: _Section) -> list[str]:
+    """``["num_layers: 4 here, 2 there"]`` for every field in which two sections differ."""
     return [
         f"{field.name}: {getattr(ours, field.name)!r} here, {getattr(theirs, field.name)!r} there"
         for field in dataclasses.fields(ours)

@@ -14,7 +14,7 @@ def compute_dtype(precision: str) -> Any:
 
 
 def uniform_fan_in(fan_in: int) -> nnx.Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's initialisation of a Linear's weight and bias."""
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as PyTorch's Linear draws its weight and bias."""
     bound = 1 / math.sqrt(fan_in)
 
     def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **_: Any) -> jax.Array:

@@ -1,5 +1,7 @@
 """Tokens and state in, logits and state out."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,7 +27,7 @@ class LanguageModel(nnx.Module):
           config: sizes and precision; see `ModelConfig`.
           rngs: source of initial values.
         """
-        self.config = config
+        self.config = dataclasses.replace(config)
         dtype = compute_dtype(config.precision)
         self.dtype = dtype
         plain = config.block == "plain"

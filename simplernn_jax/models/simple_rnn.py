@@ -132,7 +132,7 @@ class SimpleRNNCell(nnx.RNNCellBase):
     def initialize_carry(  # type: ignore[override]
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
     ) -> HeadState:
-        """A zero state for inputs of `input_shape` ``(B, hidden_dim)``, as `nnx.RNN` asks for it."""
+        """A zero state for inputs of shape ``(B, hidden_dim)``, as `nnx.RNN` asks for it."""
         return self.initial_state(input_shape[0])
 
     @property
@@ -184,4 +184,3 @@ class SimpleRNN(nnx.Module):
             q, k, v, log_gate, initial_state=state, segment_ids=segment_ids
         )
         return self.cell.combine(y, x), state
-

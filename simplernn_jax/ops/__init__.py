@@ -23,13 +23,13 @@ def gated_linear_recurrence(
     method: str = "chunkwise",
     chunk_size: int | None = None,
 ) -> tuple[Values, HeadState]:
-    """Gated linear recurrence: ``S_t = diag(exp(log_gate_t)) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t``.
+    """Gated linear recurrence: ``S_t = diag(e^log_gate_t) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t``.
 
     Args:
       q: queries ``[B, T, H, K]``, float32, bfloat16 or (under x64) float64.
       k: keys ``[B, T, H, K]``.
       v: values ``[B, T, H, V]``.
-      log_gate: logarithms of the forget gates ``[B, T, H, K]``, at most 0; kept in at least float32.
+      log_gate: logarithms of the forget gates ``[B, T, H, K]``, at most 0; at least float32.
       initial_state: ``[B, H, K, V]``, float32 (float64 under x64); None is zero. It belongs to the
         segment of the first token.
       segment_ids: ``[B, T]`` integers; where the id changes from one token to the next, the state

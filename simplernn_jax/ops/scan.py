@@ -45,7 +45,7 @@ def scan(
     initial_state: HeadState,
     clear: jax.Array | None,
 ) -> tuple[jax.Array, HeadState]:
-    """The recurrence over ``[B, T, H, .]`` inputs; `clear` ``[B, T]`` empties the state before t."""
+    """The recurrence over ``[B, T, H, .]``; `clear` ``[B, T]`` empties the state before t."""
 
     def step(state, inputs):
         *token, clear_now = inputs

@@ -1,0 +1,24 @@
+"""Characters of one text file, first 90 % for training: the CPU budget of nanoGPT's example.
+
+    python scripts/train.py --config configs/shakespeare.py --workdir runs/shakespeare \
+        --config.data.source=tinyshakespeare.txt
+
+2,000 steps of 12 rows of 64 characters: 1,536,000 training characters.
+"""
+
+from simplernn_jax.config import Config
+
+
+def get_config() -> Config:
+    config = Config()
+    config.model.vocab_size = 68  # the 65 characters of that text, BOS, EOS and PAD
+    config.data.source = "tinyshakespeare.txt"
+    config.data.tokenizer = "char"
+    config.data.split = "position"
+    config.data.validation_fraction = 0.1
+    config.data.batch_size = 12
+    config.data.sequence_length = 64
+    config.optimizer.warmup_steps = 100
+    config.train.steps = 2000
+    config.train.sample_prompt = "ROMEO:"
+    return config

@@ -1,0 +1,47 @@
+"""Turns text files, a folder, a glob or JSONL into a TFDS data set of array_record files.
+
+    python scripts/build_tfds.py --source "books/*.txt" --name my_books
+    python scripts/train.py --config configs/base.py --workdir DIR \\
+        --config.data.source=tfds:my_books
+
+Neither TensorFlow nor a network is needed, here or when the data set is read.
+"""
+
+from absl import flags
+
+from simplernn_jax.command_line import run
+from simplernn_jax.config import ENCODING_ERRORS, DataConfig
+from simplernn_jax.data.prepared_dataset import default_data_dir
+
+_SOURCE = flags.DEFINE_string(
+    "source", None, "Text file, folder, glob, .jsonl file or stdlib.", required=True
+)
+_NAME = flags.DEFINE_string("name", None, "Name of the data set to make.", required=True)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Folder of data sets; by default TFDS_DATA_DIR or ~/tensorflow_datasets."
+)
+_FIELD = flags.DEFINE_string("field", "text", "Field of a JSONL record that holds the text.")
+_ENCODING_ERRORS = flags.DEFINE_enum(
+    "encoding_errors", "strict", ENCODING_ERRORS, "What invalid UTF-8 does: stop, or give U+FFFD."
+)
+_MAX_BAD_RECORDS = flags.DEFINE_integer(
+    "max_bad_records", 0, "Malformed JSONL records that are skipped.", lower_bound=0
+)
+
+
+def main() -> None:
+    """Builds it and says how to train on it."""
+    from simplernn_jax.data.tfds_builder import build_tfds
+
+    source = DataConfig(
+        source=_SOURCE.value,
+        field=_FIELD.value,
+        encoding_errors=_ENCODING_ERRORS.value,
+        max_bad_records=_MAX_BAD_RECORDS.value,
+    )
+    folder = build_tfds(source, _NAME.value, _DATA_DIR.value or str(default_data_dir()))
+    print(f"{folder}: train on it with --config.data.source=tfds:{folder}")
+
+
+if __name__ == "__main__":
+    run(main)

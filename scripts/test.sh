@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Checks everything: bash scripts/test.sh [--python python3.13] [arguments of pytest]
+# Linter, formatter, type checker and tests all run; any failure fails the whole.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+python=""
+case "${1:-}" in
+  --python)
+    python="${2:-}"
+    [ -n "$python" ] || fail "--python: name an interpreter, such as python3.13"
+    shift 2 ;;
+  --python=*)
+    python="${1#*=}"
+    shift ;;
+esac
+use_environment test "$python"
+cd "$root"
+
+status=0
+ruff check . || status=1
+ruff format --check . || status=1
+mypy || status=1
+python -m pytest -n 2 "$@" || status=1
+exit "$status"

@@ -1,0 +1,132 @@
+"""The flag ``--config FILE`` and its overrides ``--config.section.field=value``.
+
+`ml_collections.config_flags` gives every field of the configuration a typed flag. What
+is added here: a file or an override that is wrong is one line that says so.
+"""
+
+import dataclasses
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from simplernn_jax.config import Config, nearest_name, validate
+from simplernn_jax.errors import UserError
+
+flags.disclaim_key_flags()  # --config belongs to the script that asks for it, in its --help too
+
+
+class ConfigFlag:
+    """The configuration that the command line asks for."""
+
+    def __init__(self, holder: Any) -> None:
+        self._holder = holder
+
+    @property
+    def value(self) -> Config:
+        """The configuration with all overrides, validated.
+
+        Raises:
+          UserError: no ``--config`` was given, or a value is not possible.
+        """
+        config = self._holder.value
+        if config is None:
+            raise config_is_missing()
+        validate(config)
+        return config
+
+
+def define_config_flag() -> ConfigFlag:
+    """Defines ``--config`` for this script; read its `ConfigFlag.value` inside ``main``."""
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "Python file whose get_config() returns a Config.", lock_config=False
+    )
+    flags.FLAGS["config"].parser = _ConfigFileParser()
+    return ConfigFlag(holder)
+
+
+def config_is_missing() -> UserError:
+    """The error for a command line without ``--config``."""
+    return UserError("--config is missing; name a file such as configs/base.py")
+
+
+def config_fields() -> dict[str, Any]:
+    """Every ``section.field`` and its default."""
+    return {
+        f"{section}.{name}": default
+        for section, values in dataclasses.asdict(Config()).items()
+        for name, default in values.items()
+    }
+
+
+class _ConfigFileParser(flags.ArgumentParser):  # type: ignore[misc]
+    def parse(self, path: str) -> Config:
+        config = _load_config(Path(path))
+        for override in _overrides(sys.argv[1:]):
+            _check_field(override)
+        return config
+
+
+def _load_config(path: Path) -> Config:
+    if not path.is_file():
+        near = nearest_name(path.name, [file.name for file in path.parent.glob("*.py")])
+        raise UserError(f"--config={path}: no such file{near or '; configs/base.py is one'}")
+    spec = importlib.util.spec_from_file_location("simplernn_config", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path}: not a Python file; name one with get_config()")
+    module = importlib.util.module_from_spec(spec)
+    # Imports work as in a script of that folder, and `from configs import base` from anywhere.
+    search_path = [str(path.resolve().parent), str(Path(__file__).resolve().parents[1])]
+    sys.path[:0] = search_path
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"--config={path}: has no get_config(); define one returning a Config")
+        config = module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--config={path}: {_describe(error, path)}; mend the file") from error
+    finally:
+        for folder in search_path:
+            sys.path.remove(folder)
+    if not isinstance(config, Config):
+        kind = type(config).__name__
+        raise UserError(f"--config={path}: get_config() returned {kind}; return a Config")
+    return config
+
+
+def _describe(error: Exception, path: Path) -> str:
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == path.absolute()]
+    where = f"line {lines[-1]}: " if lines else ""
+    return f"{where}{type(error).__name__}: {error}"
+
+
+def _overrides(argv: list[str]) -> Iterator[str]:
+    for argument in argv:
+        if argument == "--":
+            return
+        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
+            yield match[1]
+
+
+def _check_field(path: str) -> None:
+    fields = list(config_fields())
+    if path in fields:
+        return
+    in_section = [field for field in fields if field.startswith(f"{path}.")]
+    if in_section:
+        raise UserError(f"--config.{path}: a section; set one of {', '.join(in_section)}")
+    name = path.rsplit(".", maxsplit=1)[-1]
+    elsewhere = [field for field in fields if field.endswith(f".{name}")]
+    hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else nearest_name(path, fields)
+    raise UserError(f"--config.{path}: no such field{hint or '; --help shows them all'}")

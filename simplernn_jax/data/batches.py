@@ -1,0 +1,249 @@
+"""Batches of training: random windows, carried streams or padded documents.
+
+`BatchSource` is random access and its item *i is* batch *i*, a pure function of the split, the
+configuration, the seed and *i*. The position of a run in its data is therefore one integer, and
+resuming is exact in every mode.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from simplernn_jax.config import DataConfig
+from simplernn_jax.data.token_store import TokenSplit
+from simplernn_jax.errors import UserError
+
+_ENDLESS = 2**48
+"""Length of a source: more batches than any run takes."""
+
+_WINDOWS, _ROTATION, _RESETS, _ORDER = range(4)
+"""Purposes of random draws; each has a stream of its own under the same seed."""
+
+
+class Batch(NamedTuple):
+    """Input of one optimizer step or one evaluation step; numpy arrays.
+
+    Where `reset` is True the row's carried state is zeroed before the batch. Inside a row the
+    state is cleared where `segment_ids` change; the incoming state belongs to the first segment.
+    """
+
+    tokens: np.ndarray
+    """int32 [B, T], the inputs."""
+    targets: np.ndarray
+    """int32 [B, T], the token after each input."""
+    loss_mask: np.ndarray
+    """bool [B, T], False where the target belongs to another document and on padding."""
+    segment_ids: np.ndarray
+    """int32 [B, T], another id from each document's first token on, and for padding."""
+    reset: np.ndarray
+    """bool [B]."""
+
+
+def steps_per_epoch(split: TokenSplit, data_config: DataConfig) -> int:
+    """Batches of one pass over `split`; in ``window`` mode those that hold as many tokens.
+
+    Raises:
+      UserError: the split is too short for one window, or for one row of each stream.
+    """
+    batch_size, length = data_config.batch_size, data_config.sequence_length
+    num_tokens = len(split.tokens)
+    if split.num_predictions == 0:
+        raise UserError(
+            f"nothing to learn from: the {split.name} split has {num_tokens} tokens and none of "
+            "them follows another in its document; give more text with --config.data.source"
+        )
+    if data_config.mode == "document":
+        return _divide_up(int(_pieces_per_document(split, length).sum()), batch_size)
+    if data_config.mode == "stream":
+        _refuse_short(
+            split,
+            batch_size * length,
+            f"data.batch_size * data.sequence_length = {batch_size} * {length}",
+            "a smaller --config.data.batch_size or --config.data.sequence_length",
+        )
+        return _divide_up(_divide_up(num_tokens, batch_size), length)
+    _refuse_short(
+        split,
+        length + 1,
+        f"data.sequence_length + 1 = {length} + 1",
+        "a smaller --config.data.sequence_length",
+    )
+    return _divide_up(num_tokens, batch_size * length)
+
+
+def make_batches(
+    split: TokenSplit, data_config: DataConfig, seed: int, pad_id: int
+) -> grain.DatasetIterator:
+    """Endless iterator of `Batch`; the next ones are prepared in a thread meanwhile.
+
+    ``get_state()`` is a JSON-able dict with the number of batches taken; ``set_state`` on a new
+    iterator of the same arguments goes on with exactly the same batches.
+
+    Raises:
+      UserError: the split is too short (`steps_per_epoch`).
+    """
+    source = BatchSource(split, data_config, seed, pad_id)
+    # One thread: a batch takes far less time than a step, and further threads would only
+    # compete with the computation for cores.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+
+
+class BatchSource:
+    """Random-access source whose item ``i`` is the `Batch` of optimizer step ``i``.
+
+    ``window``: B windows of T tokens, each beginning anywhere; `reset` everywhere.
+
+    ``stream``: the documents lie on a ring, turned by a random amount each epoch and cut in B
+    rows of equal length (within one token). Batch j of an epoch holds tokens j T to (j+1) T of
+    each row. The last batch runs on into the next row rather than being cut short: every
+    prediction is made at least once an epoch, fewer than T of a row twice, and no step learns
+    from a handful of tokens.
+
+    ``document``: each document in consecutive pieces of at most T predictions, in a random order
+    each epoch and each from a zero state, padded with `pad_id`; rows of padding fill the last
+    batch. Every prediction is made exactly once an epoch.
+
+    Raises:
+      UserError: the split is too short (`steps_per_epoch`).
+    """
+
+    def __init__(self, split: TokenSplit, data_config: DataConfig, seed: int, pad_id: int):
+        self._steps_per_epoch = steps_per_epoch(split, data_config)
+        self._mode = data_config.mode
+        self._batch_size = data_config.batch_size
+        self._length = data_config.sequence_length
+        self._reset_probability = data_config.reset_probability
+        self._seed = seed
+        self._pad_id = pad_id
+        self._split_key = f"{split.name}:{split.content_hash}"
+        # A plain array over the same memory: indexing the memmap class costs more.
+        self._tokens = np.asarray(split.tokens)
+        if self._mode == "document":
+            per_document = _pieces_per_document(split, self._length)
+            self._pieces_until = np.cumsum(per_document)
+            self._pieces_before = self._pieces_until - per_document
+            self._document_starts = split.document_starts
+            self._document_ends = document_ends(split)
+            self._order = functools.lru_cache(maxsize=2)(self._draw_order)
+        else:
+            # A row may run over the end of the ring into its beginning, once.
+            starts = split.document_starts
+            early = starts[starts <= self._length]
+            self._boundaries = np.concatenate([starts, early + len(self._tokens)])
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __repr__(self) -> str:
+        return (
+            f"BatchSource(split={self._split_key}, mode={self._mode}, "
+            f"batch_size={self._batch_size}, sequence_length={self._length}, "
+            f"reset_probability={self._reset_probability}, seed={self._seed}, "
+            f"pad_id={self._pad_id})"
+        )
+
+    def __getitem__(self, index: Any) -> Batch:
+        index = int(index)
+        if self._mode == "document":
+            return self._document_batch(index)
+        if self._mode == "stream":
+            return self._stream_batch(index)
+        starts = self._random(_WINDOWS, index).integers(0, len(self._tokens), self._batch_size)
+        batch, _ = self._ring_rows(starts)
+        return batch._replace(reset=np.ones(self._batch_size, bool))
+
+    def _random(self, purpose: int, index: int) -> np.random.Generator:
+        key = np.random.SeedSequence(self._seed, spawn_key=(purpose, index))
+        return np.random.Generator(np.random.Philox(key))
+
+    def _stream_batch(self, index: int) -> Batch:
+        epoch, step = divmod(index, self._steps_per_epoch)
+        num_tokens = len(self._tokens)
+        turn = self._random(_ROTATION, epoch).integers(0, num_tokens)
+        rows = np.arange(self._batch_size) * num_tokens // self._batch_size
+        batch, begins_document = self._ring_rows((turn + rows + step * self._length) % num_tokens)
+        reset = begins_document | (step == 0)
+        if self._reset_probability:
+            draws = self._random(_RESETS, index).random(self._batch_size)
+            reset |= draws < self._reset_probability
+        return batch._replace(reset=reset)
+
+    def _ring_rows(self, starts: np.ndarray) -> tuple[Batch, np.ndarray]:
+        """Rows from the positions `starts` [B] on the ring of all tokens.
+
+        Returns:
+          The batch with `reset` False, and bool [B]: the row's first token begins a document.
+        """
+        positions = starts[:, None] + np.arange(self._length + 1)
+        tokens = self._tokens.take(positions, mode="wrap")
+        first = np.searchsorted(self._boundaries, starts)
+        counts = np.searchsorted(self._boundaries, starts + self._length, side="right") - first
+        row = np.repeat(np.arange(len(starts)), counts)
+        nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        begins = np.zeros(positions.shape, bool)
+        begins[row, self._boundaries[first[row] + nth] - starts[row]] = True
+        batch = Batch(
+            tokens=tokens[:, :-1].astype(np.int32),
+            targets=tokens[:, 1:].astype(np.int32),
+            loss_mask=~begins[:, 1:],
+            segment_ids=np.cumsum(begins[:, :-1], axis=1, dtype=np.int32),
+            reset=np.zeros(len(starts), bool),
+        )
+        return batch, begins[:, 0]
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        return self._random(_ORDER, epoch).permutation(int(self._pieces_until[-1]))
+
+    def _document_batch(self, index: int) -> Batch:
+        epoch, step = divmod(index, self._steps_per_epoch)
+        pieces = self._order(epoch)[step * self._batch_size : (step + 1) * self._batch_size]
+        document = np.searchsorted(self._pieces_until, pieces, side="right")
+        nth = pieces - self._pieces_before[document]
+        starts = self._document_starts[document] + nth * self._length
+        counts = np.minimum(self._length, self._document_ends[document] - 1 - starts)
+        empty_rows = np.zeros(self._batch_size - len(pieces), np.int64)
+        starts, counts = np.append(starts, empty_rows), np.append(counts, empty_rows)
+        along = np.arange(self._length)
+        is_real = along < counts[:, None]
+        tokens, targets = gather(self._tokens, starts[:, None] + along, is_real, self._pad_id)
+        return Batch(
+            tokens=tokens,
+            targets=targets,
+            loss_mask=is_real,
+            segment_ids=(~is_real).astype(np.int32),
+            reset=np.ones(self._batch_size, bool),
+        )
+
+
+def gather(
+    tokens: np.ndarray, positions: np.ndarray, is_real: np.ndarray, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs at `positions` [B, T] and the tokens after them, int32; `pad_id` elsewhere."""
+    positions = np.where(is_real, positions, 0)
+    inputs = np.where(is_real, tokens[positions].astype(np.int32), np.int32(pad_id))
+    targets = np.where(is_real, tokens[positions + 1].astype(np.int32), np.int32(pad_id))
+    return inputs, targets
+
+
+def document_ends(split: TokenSplit) -> np.ndarray:
+    """int64 [documents], the position after the last token of each document."""
+    return np.append(split.document_starts[1:], len(split.tokens))
+
+
+def _pieces_per_document(split: TokenSplit, length: int) -> np.ndarray:
+    return _divide_up(document_ends(split) - split.document_starts - 1, length)
+
+
+def _divide_up(dividend: Any, divisor: int) -> Any:
+    return -(-dividend // divisor)
+
+
+def _refuse_short(split: TokenSplit, needed: int, arithmetic: str, remedy: str) -> None:
+    if len(split.tokens) < needed:
+        raise UserError(
+            f"too little text: the {split.name} split has {len(split.tokens)} tokens, fewer than "
+            f"{arithmetic} = {needed}; give more text or {remedy}"
+        )

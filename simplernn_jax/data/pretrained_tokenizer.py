@@ -1,0 +1,215 @@
+"""A Hugging Face ``tokenizer.json``, from a file or from the hub."""
+
+import difflib
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from simplernn_jax.data.documents import utf8
+from simplernn_jax.errors import UserError
+
+_BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|im_start|>", "[CLS]")
+_EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "[SEP]")
+_PAD_NAMES = ("<pad>", "<|pad|>", "<|finetune_right_pad_id|>", "[PAD]")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_REACH_SECONDS = 5
+
+
+def load_pretrained(spec: str) -> "PretrainedTokenizer":
+    """Reads a ``tokenizer.json`` from a path, the local hub cache, or the hub, in this order.
+
+    Raises:
+      UserError: unreadable, or neither here nor within reach.
+    """
+    path = os.path.expanduser(spec)
+    if not os.path.isfile(path):
+        looks_like_path = spec.endswith(".json") or spec.startswith((".", "/", "~"))
+        if looks_like_path or os.path.isdir(path):
+            raise UserError(f"tokenizer {spec}: no such file; give the path of a tokenizer.json")
+        path = _from_hub(spec)
+    try:
+        with open(path, encoding="utf-8") as stream:
+            text = stream.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"tokenizer {path}: cannot be read ({error}); make it readable") from error
+    try:
+        return PretrainedTokenizer(text)
+    except ValueError as error:
+        raise UserError(
+            f"tokenizer {path}: no Hugging Face tokenizer.json ({error}); use an undamaged one"
+        ) from error
+
+
+def _from_hub(name: str) -> str:
+    from huggingface_hub import constants, errors, hf_hub_download
+
+    try:
+        return hf_hub_download(name, "tokenizer.json", local_files_only=True)
+    except errors.HFValidationError as error:
+        raise UserError(_unknown(name, "neither a file nor a name on the hub")) from error
+    except OSError:
+        pass
+    offline = constants.is_offline_mode()
+    if offline or not _within_reach(constants.ENDPOINT):
+        raise UserError(
+            _unknown(name, "neither a file nor cached here, and the hub is out of reach")
+        )
+    try:
+        return hf_hub_download(name, "tokenizer.json")
+    except (OSError, errors.HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(_unknown(name, f"the hub did not give it ({reason})")) from error
+
+
+def _unknown(name: str, problem: str) -> str:
+    near = difflib.get_close_matches(name, ("byte", "char"), n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return (
+        f"tokenizer {name!r}: {problem}{hint}; use byte, char, the path of a tokenizer.json, "
+        "or a hub name on a machine with a network"
+    )
+
+
+def _within_reach(endpoint: str) -> bool:
+    """Asks once, because the hub's own client retries for half a minute."""
+    try:
+        with urllib.request.urlopen(endpoint, timeout=_REACH_SECONDS):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+class PretrainedTokenizer:
+    """A ``tokenizer.json`` whose specials are ours.
+
+    BOS, EOS and PAD are looked for under their usual names; those not found get ids after the
+    vocabulary. Their names in a text are encoded as plain text, so that no text can end a document.
+    """
+
+    def __init__(
+        self,
+        tokenizer_json: str,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        pad_id: int | None = None,
+    ) -> None:
+        """Builds it.
+
+        Args:
+          tokenizer_json: the text of the file.
+          bos_id: chosen by an earlier run; None looks for the usual names. So are the next two.
+          eos_id: as above.
+          pad_id: as above.
+
+        Raises:
+          ValueError: the text is not of this format.
+        """
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(str(error).splitlines()[0]) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self._json = tokenizer_json
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self._vocabulary_end = max(vocabulary.values(), default=-1) + 1
+        self.vocab_size = self._vocabulary_end
+        self.bos_id = self._special(bos_id, _BOS_NAMES, vocabulary)
+        self.eos_id = self._special(eos_id, _EOS_NAMES, vocabulary)
+        self.pad_id = self._special(pad_id, _PAD_NAMES, vocabulary)
+        self._byte_level = _is_byte_level(json.loads(tokenizer_json).get("decoder"))
+        self._bytes_of_id = self._bytes_table(vocabulary)
+
+    def _special(
+        self, chosen: int | None, names: tuple[str, ...], vocabulary: dict[str, int]
+    ) -> int:
+        found = [vocabulary[name] for name in names if name in vocabulary]
+        if chosen is None:
+            chosen = found[0] if found else self.vocab_size
+        self.vocab_size = max(self.vocab_size, chosen + 1)
+        return chosen
+
+    def _bytes_table(self, vocabulary: dict[str, int]) -> dict[int, bytes]:
+        """Bytes of each id: all text of a byte-level vocabulary, the byte tokens of another one."""
+        if not self._byte_level:
+            matches = {number: _BYTE_TOKEN.fullmatch(token) for token, number in vocabulary.items()}
+            return {
+                number: bytes([int(match[1], 16)]) for number, match in matches.items() if match
+            }
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {number for number, token in added.items() if token.special}
+        special |= {self.bos_id, self.eos_id, self.pad_id}
+        byte_of = _byte_level_alphabet()
+        return {
+            number: bytes(byte_of[c] for c in token)
+            if all(c in byte_of for c in token)
+            else token.encode("utf-8")
+            for token, number in vocabulary.items()
+            if number not in special
+        }
+
+    def encode(self, text: str) -> np.ndarray:
+        """See `Tokenizer.encode`."""
+        utf8(text)
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoding.ids, np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """See `Tokenizer.decode`."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """See `Tokenizer.decode_bytes`."""
+        specials = (self.bos_id, self.eos_id, self.pad_id)
+        kept = [
+            number
+            for number in np.asarray(ids, np.int64).tolist()
+            if 0 <= number < self._vocabulary_end and number not in specials
+        ]
+        if self._byte_level:
+            return b"".join(self._bytes_of_id.get(number, b"") for number in kept)
+        # A run of byte tokens at the end may be an unfinished character, which the library would
+        # replace; as bytes it can be finished by what follows.
+        stop = len(kept)
+        while stop and kept[stop - 1] in self._bytes_of_id:
+            stop -= 1
+        text = self._tokenizer.decode(kept[:stop], skip_special_tokens=True)
+        return text.encode("utf-8") + b"".join(self._bytes_of_id[number] for number in kept[stop:])
+
+    def to_json(self) -> str:
+        """See `Tokenizer.to_json`."""
+        special_ids = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
+        return json.dumps(
+            {"kind": "pretrained", "tokenizer": self._json, "special_ids": special_ids}
+        )
+
+
+def _is_byte_level(decoder: Any) -> bool:
+    if not isinstance(decoder, dict):
+        return False
+    if decoder.get("type") == "Sequence":
+        return any(_is_byte_level(part) for part in decoder["decoders"])
+    return decoder.get("type") == "ByteLevel"
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for.
+
+    Printable Latin-1 bytes stand for themselves; the others, in order, for U+0100 and up (the
+    convention of GPT-2's vocabulary).
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    pairs = {chr(byte): byte for byte in printable}
+    return pairs | {chr(0x100 + i): byte for i, byte in enumerate(others)}

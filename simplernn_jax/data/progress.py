@@ -1,0 +1,52 @@
+"""Progress of reading a corpus: a bar on a terminal, two plain lines elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from absl import logging
+
+_LONGEST_TASK = 32
+"""Characters of the task that leave room for the bar."""
+
+
+@contextlib.contextmanager
+def reading_progress(task: str, total_bytes: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with the bytes read so far."""
+    if not show:
+        yield lambda bytes_read: None
+    elif sys.stderr.isatty():
+        yield from _bar(task, total_bytes)
+    else:
+        start = time.monotonic()
+        logging.info("%s: %.1f MB ...", task, total_bytes / 1e6)
+        yield lambda bytes_read: None
+        logging.info("%s: done in %.1f s", task, time.monotonic() - start)
+
+
+def _bar(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        short = task if len(task) <= _LONGEST_TASK else f"{task[: _LONGEST_TASK - 1]}…"
+        handle = bar.add_task(short, total=total_bytes)
+        shown = 0
+
+        def update(bytes_read: int) -> None:
+            nonlocal shown
+            # An update costs more than a small document.
+            if bytes_read - shown > total_bytes // 1000:
+                shown = bytes_read
+                bar.update(handle, completed=bytes_read)
+
+        yield update
+        bar.update(handle, completed=total_bytes)

@@ -1,0 +1,67 @@
+"""Our own TFDS builder: any corpus as an array_record data set, without TensorFlow or a network."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from simplernn_jax.config import DataConfig
+from simplernn_jax.data.corpora import open_corpus
+from simplernn_jax.errors import UserError
+
+FIELD = "text"
+
+
+class TextDataset(  # type: ignore[call-arg]  # the base class takes the keyword
+    tfds.core.GeneratorBasedBuilder, skip_registration=True
+):
+    """Documents of a corpus, in source order, as the ``text`` of examples of a split ``train``.
+
+    An example is held in memory whole while it is written, unlike a document of a text file.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, source: DataConfig, **kwargs: Any) -> None:
+        self._source = source
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=f"Text of {self._source.source}.",
+            features=tfds.features.FeaturesDict({FIELD: tfds.features.Text()}),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager  # nothing is downloaded
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
+        for index, document in enumerate(open_corpus(self._source).documents()):
+            text = "".join(document.pieces)
+            if text:
+                yield index, {FIELD: text}
+
+
+def build_tfds(source: DataConfig, name: str, data_dir: str) -> Path:
+    """Prepares ``data_dir/name/1.0.0``, to be read as ``tfds:name`` or by that path.
+
+    Raises:
+      UserError: the name is not a possible one, the data set exists, or the corpus is unusable.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UserError(
+            f"data set name {name!r}: use a lower-case letter, then such letters, digits and _"
+        )
+    open_corpus(source)  # before anything is written
+    builder_class = type(name, (TextDataset,), {"name": name}, skip_registration=True)
+    builder = builder_class(source, data_dir=data_dir, file_format="array_record")
+    folder = Path(builder.data_dir)
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; choose another --name or remove it")
+    builder.download_and_prepare()
+    return folder

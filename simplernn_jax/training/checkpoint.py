@@ -1,0 +1,285 @@
+"""Saves a run so that it goes on exactly, and gives it back only if every byte is as written.
+
+A checkpoint holds the training state (one array per leaf, named by its path), the position in
+the data, the configuration and the tokenizer. Orbax writes it while training goes on; then its
+manifest is written, and only then it counts (see `checkpoint_folder`).
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+from flax import nnx
+
+from simplernn_jax import config as config_lib
+from simplernn_jax.config import Config
+from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
+from simplernn_jax.errors import UserError
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.training.checkpoint_contents import (
+    QUALITY,
+    check_leaves,
+    named_leaves,
+    read_arrays,
+    read_json,
+    read_texts,
+    saved_leaves,
+    saved_quality,
+)
+from simplernn_jax.training.checkpoint_folder import PRUNED, CheckpointFolder
+from simplernn_jax.training.retention import KeepLastAndBest
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What `Checkpointer.restore` gives back."""
+
+    step: int
+    state: Any
+    """The tree of `abstract_state`, with the saved values."""
+    data_state: Any
+    """What was passed to `Checkpointer.save`."""
+    config: Config
+    tokenizer_json: str
+
+
+class Checkpointer:
+    """The checkpoints of one run. Only one process at a time may hold it for a workdir.
+
+    Keeps the `keep_last` newest checkpoints (at least 2, so that a damaged one has a
+    predecessor) and beside them the `keep_best` ones of lowest validation loss.
+
+    Raises:
+      UserError: another process is training in `workdir`.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        config: Config,
+        tokenizer_json: str,
+        *,
+        keep_last: int,
+        keep_best: int,
+    ) -> None:
+        self._config = config
+        self._tokenizer_json = tokenizer_json
+        self._folder = CheckpointFolder(workdir)
+        self._folder.open_for_training()
+        self._keep = KeepLastAndBest(max(keep_last, 2), keep_best)
+        for step in self._folder.steps():
+            self._keep.add(step, saved_quality(self._folder.step_path(step)))
+        self._manager: ocp.CheckpointManager | None = None
+        self._completer = concurrent.futures.ThreadPoolExecutor(1, "complete_checkpoint")
+        self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._failed = False
+        absl_logging.get_absl_logger().addFilter(_is_no_repetition)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data_state: Any,
+        metrics: Mapping[str, float] | None = None,
+        *,
+        wait: bool = False,
+    ) -> None:
+        """Saves `state` as the checkpoint of `step`, in the background unless `wait`.
+
+        Returns as soon as the values are safe from being overwritten; `state` may be donated
+        then. Waits for the save before this one. A step that is already saved is left as it is.
+
+        Args:
+          step: number of optimizer steps taken.
+          state: any pytree of arrays.
+          data_state: JSON-able position in the data.
+          metrics: if it has ``validation_loss``, that decides about keeping the checkpoint.
+          wait: return only when the checkpoint is complete.
+
+        Raises:
+          UserError: the disk is full or refuses; this save or the one before it is lost, all
+            earlier checkpoints are whole.
+        """
+        self._finish()
+        if step in self._folder.steps():
+            return
+        quality = (metrics or {}).get(QUALITY)
+        quality = float(quality) if quality is not None and math.isfinite(quality) else None
+        self._keep.add(step, quality)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(named_leaves(state)),
+            data=ocp.args.JsonSave(data_state),
+            config=ocp.args.JsonSave(json.loads(config_lib.to_json(self._config))),
+            tokenizer=ocp.args.JsonSave(self._tokenizer_json),
+            quality=ocp.args.JsonSave({QUALITY: quality}),
+        )
+        try:
+            self._open_manager().save(step, args=items, force=True)
+        except Exception as error:
+            raise self._save_failure(step, error) from error
+        self._pending = (step, self._completer.submit(self._complete, step))
+        if wait:
+            self._finish()
+
+    def restore(self, abstract_state: Any) -> Restored | None:
+        """Restores the newest whole checkpoint; damaged ones are moved aside with a warning.
+
+        Args:
+          abstract_state: tree of arrays or `jax.ShapeDtypeStruct`: what `save` was given.
+
+        Returns:
+          None if no save was ever completed in this workdir. The arrays have exactly the saved
+          bytes, lie on the default device and are committed to none.
+
+        Raises:
+          UserError: there are checkpoints and none is whole, or the newest whole one is of
+            another model or another optimizer.
+        """
+        self._finish()
+        step = self._folder.newest_whole()
+        self._folder.update_ledger()
+        if step is None:
+            return None
+        path = self._folder.step_path(step)
+        config, tokenizer_json = read_texts(path)
+        check_same_model(self._config, config)
+        wanted = named_leaves(abstract_state)
+        check_leaves(path, wanted, saved_leaves(path))
+        arrays = read_arrays(path, list(wanted))
+        # A copy that JAX owns: an alias of numpy's memory could not be donated.
+        leaves = [jnp.array(arrays[name]) for name in wanted]
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+        return Restored(step, state, read_json(path, "data"), config, tokenizer_json)
+
+    def close(self) -> None:
+        """Waits for the last save and gives the workdir free.
+
+        Raises:
+          UserError: the last save failed (see `save`).
+        """
+        try:
+            self._finish()
+        finally:
+            # Orbax raises the error of a failed save once more, which `_save_failure` has told.
+            with contextlib.suppress(*[Exception] * self._failed):
+                if self._manager is not None:
+                    self._manager.close()
+            self._completer.shutdown()
+            absl_logging.get_absl_logger().removeFilter(_is_no_repetition)
+            self._folder.release()
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        """Orbax's manager, made at the first save: by then what is damaged has been moved away."""
+        if self._manager is None:
+            self._manager = ocp.CheckpointManager(
+                self._folder.path,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self._keep,
+                    todelete_subdir=PRUNED,
+                    lightweight_initialize=True,
+                ),
+            )
+        return self._manager
+
+    def _complete(self, step: int) -> None:
+        self._open_manager().wait_until_finished()
+        self._folder.mark_complete(step)
+
+    def _finish(self) -> None:
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        try:
+            future.result()
+        except Exception as error:
+            raise self._save_failure(step, error) from error
+
+    def _save_failure(self, step: int, error: Exception) -> Exception:
+        """The error to raise for a failed save, after freeing the room it took."""
+        self._failed = True
+        self._folder.discard_unfinished()
+        reason = _refusal_of_disk(error)
+        if reason is None:
+            return error
+        return UserError(
+            f"the checkpoint of step {step} could not be saved: {self._folder.path}: {reason}; "
+            "earlier checkpoints are whole: free some space there and run the same command again"
+        )
+
+
+def read_config(workdir: str) -> tuple[Config, str, int]:
+    """``(config, tokenizer_json, step)`` of the newest whole checkpoint; reads no arrays.
+
+    Raises:
+      UserError: `workdir` has no checkpoint, or none that is whole.
+    """
+    step, path = _newest(workdir)
+    return *read_texts(path), step
+
+
+def check_same_model(ours: Config, theirs: Config) -> None:
+    """Compares a configuration (`ours`) with that of a checkpoint (`theirs`).
+
+    Raises:
+      UserError: names every field in which their models differ.
+    """
+    fields = config_lib.differing_fields(ours.model, theirs.model)
+    if fields:
+        raise UserError(
+            f"the checkpoint is of another model: {'; '.join(fields)} (in the checkpoint); use "
+            "the same --config.model values, or another --workdir"
+        )
+
+
+def load_model(workdir: str) -> tuple[LanguageModel, Tokenizer, Config]:
+    """The trained model of a run, its tokenizer and its configuration.
+
+    Raises:
+      UserError: `workdir` has no checkpoint, or none that is whole.
+    """
+    _, path = _newest(workdir)
+    config, tokenizer_json = read_texts(path)
+    abstract = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(abstract, nnx.Param)
+    wanted = named_leaves({"params": params})
+    saved = {name: leaf for name, leaf in saved_leaves(path).items() if name in wanted}
+    check_leaves(path, wanted, saved)
+    arrays = read_arrays(path, list(wanted))
+    leaves = [jnp.array(arrays[name]) for name in wanted]
+    model = nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(params), leaves))
+    return model, tokenizer_from_json(tokenizer_json), config
+
+
+def _newest(workdir: str) -> tuple[int, str]:
+    folder = CheckpointFolder(workdir)
+    step = folder.newest_whole()
+    if step is None:
+        raise UserError(f"no checkpoint in {workdir}: train there first, or name another --workdir")
+    return step, folder.step_path(step)
+
+
+def _is_no_repetition(record: logging.LogRecord) -> bool:
+    """False for errors of a save that Orbax logs, traceback and all, and then raises as well."""
+    return record.levelno != logging.ERROR or "/orbax/checkpoint/" not in record.pathname
+
+
+def _refusal_of_disk(error: BaseException) -> str | None:
+    """Why the file system refused, if it did; Tensorstore says it only in a ValueError's text."""
+    text = str(error)
+    if isinstance(error, OSError):
+        return error.strerror or text
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
+        if os.strerror(code) in text:
+            return os.strerror(code)
+    return None

@@ -1,0 +1,87 @@
+"""What lies in the folder of one checkpoint, and how to read it without the run that wrote it.
+
+Items: ``state`` (arrays named by their path), ``data`` (position), ``config``, ``tokenizer`` and
+``quality`` (JSON). Nothing in them is executed. Callers verify the folder's manifest first.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from simplernn_jax import config as config_lib
+from simplernn_jax.config import Config
+from simplernn_jax.errors import UserError
+
+QUALITY = "validation_loss"
+"""The metric that ranks checkpoints; lower is better."""
+
+
+def saved_leaves(path: str) -> dict[str, Any]:
+    """Name, ``shape`` and ``dtype`` of every array in the checkpoint folder `path`."""
+    handler = ocp.PyTreeCheckpointHandler()
+    return dict(handler.metadata(epath.Path(path) / "state").tree)
+
+
+def read_arrays(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The named arrays of the checkpoint folder `path`, byte for byte as they were saved."""
+    args = ocp.args.PyTreeRestore(
+        dict.fromkeys(names, 0),
+        restore_args=dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray)),
+        partial_restore=True,
+    )
+    return ocp.PyTreeCheckpointHandler().restore(epath.Path(path) / "state", args=args)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by path, in the tree's order, such as ``params/layers/0/query/kernel/value``.
+
+    Names instead of the tree itself: a part can be read without knowing the rest, and the
+    optimizer's classes are not part of the format.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def check_leaves(path: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Compares names, shapes and dtypes of two sets of leaves.
+
+    Raises:
+      UserError: names the first leaf that differs.
+    """
+
+    def describe(leaves: Mapping[str, Any], name: str) -> str:
+        leaf = leaves.get(name)
+        return "missing" if leaf is None else f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+
+    for name in [*wanted, *saved]:
+        here, there = describe(wanted, name), describe(saved, name)
+        if here != there:
+            raise UserError(
+                f"the checkpoint {path} does not fit this configuration: {name} is {here} here "
+                f"and {there} there; use the configuration it was saved with, or another --workdir"
+            )
+
+
+def read_json(path: str, item: str) -> Any:
+    """What was saved as the JSON item `item` of the checkpoint folder `path`."""
+    return ocp.JsonCheckpointHandler().restore(epath.Path(path) / item)
+
+
+def read_texts(path: str) -> tuple[Config, str]:
+    """The configuration and the tokenizer's JSON text."""
+    config = config_lib.from_json(json.dumps(read_json(path, "config")))
+    return config, read_json(path, "tokenizer")
+
+
+def saved_quality(path: str) -> float | None:
+    """The validation loss saved with a checkpoint; None if there is none or it is damaged."""
+    try:
+        quality = read_json(path, "quality")[QUALITY]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return quality if isinstance(quality, float) else None

@@ -1,0 +1,159 @@
+"""The folder of a run's checkpoints on disk: which of them are whole, which are not, and why.
+
+    WORKDIR/checkpoints/N/              checkpoint of step N; complete once its manifest is there
+    WORKDIR/checkpoints/complete.json   the steps that were complete, sealed like a manifest
+    WORKDIR/checkpoints_damaged/N/      damaged checkpoints, moved there, never deleted
+
+A step without a manifest was either being saved when its process died, which loses nothing, or
+was complete and lost its manifest, which is damage: ``complete.json`` tells the two apart.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+
+from absl import logging
+
+from simplernn_jax.errors import UserError
+from simplernn_jax.training import manifest
+
+UNFINISHED_MARK = ".orbax-checkpoint-tmp"
+PRUNED = "pruned"
+"""Checkpoints that are no longer kept; emptied once a newer one is complete."""
+
+
+class CheckpointFolder:
+    """The checkpoints below one workdir. Paths are absolute."""
+
+    def __init__(self, workdir: str) -> None:
+        workdir = os.path.abspath(workdir)
+        self.path = os.path.join(workdir, "checkpoints")
+        self.damaged_path = os.path.join(workdir, "checkpoints_damaged")
+        self._ledger_path = os.path.join(self.path, "complete.json")
+        self._lock: int | None = None
+
+    def step_path(self, step: int) -> str:
+        """The folder of one checkpoint."""
+        return os.path.join(self.path, str(step))
+
+    def steps(self) -> list[int]:
+        """All steps that have a folder, whole or not, ascending."""
+        if not os.path.isdir(self.path):
+            return []
+        names = [name for name in os.listdir(self.path) if name.isdecimal()]
+        return sorted(int(name) for name in names if os.path.isdir(os.path.join(self.path, name)))
+
+    def open_for_training(self) -> None:
+        """Makes the folder this process's own and clears away what a killed run left unfinished.
+
+        Raises:
+          UserError: another process is training in this workdir.
+        """
+        os.makedirs(self.path, exist_ok=True)
+        self._take_lock()
+        if not os.path.lexists(self._ledger_path) and not self.steps():
+            self.update_ledger()
+        self.discard_unfinished()
+
+    def release(self) -> None:
+        """Gives up what `open_for_training` took."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def discard_unfinished(self) -> None:
+        """Deletes saves that never became complete, and what is no longer kept."""
+        shutil.rmtree(os.path.join(self.path, PRUNED), ignore_errors=True)
+        unfinished = [name for name in os.listdir(self.path) if UNFINISHED_MARK in name]
+        unfinished += [str(step) for step in self.steps() if self._is_unfinished(step)]
+        for name in unfinished:
+            logging.info("discarding an unfinished save: %s", os.path.join(self.path, name))
+            shutil.rmtree(os.path.join(self.path, name))
+
+    def mark_complete(self, step: int) -> None:
+        """Writes the manifest of `step`: from here on it counts. Then empties what is not kept."""
+        manifest.write_manifest(self.step_path(step))
+        manifest.sync_folder(self.path)
+        self.update_ledger()
+        shutil.rmtree(os.path.join(self.path, PRUNED), ignore_errors=True)
+
+    def update_ledger(self) -> None:
+        """Records the steps that have a manifest now."""
+        steps = [step for step in self.steps() if manifest.has_manifest(self.step_path(step))]
+        manifest.write_sealed(self._ledger_path, json.dumps(steps) + "\n")
+
+    def newest_whole(self) -> int | None:
+        """The newest step whose files are all as written; damaged newer ones are moved aside.
+
+        Returns:
+          None if no save was ever completed here.
+
+        Raises:
+          UserError: saves were completed, and none of them is whole.
+        """
+        refuse = bool(self._ledger()) or (
+            os.path.lexists(self._ledger_path) and self._ledger() is None
+        )
+        for step in reversed(self.steps()):
+            if self._is_unfinished(step):
+                continue
+            damage = manifest.find_damage(self.step_path(step))
+            if damage is None:
+                return step
+            if not os.path.isdir(self.step_path(step)):
+                continue  # A run that is training here has just pruned it.
+            self._set_aside(step, damage)
+            refuse = True
+        if refuse:
+            raise UserError(
+                f"no whole checkpoint is left in {self.path} (damaged ones are kept in "
+                f"{self.damaged_path}): not starting over by itself; put back a whole copy, use "
+                f"another --workdir, or delete {self.path} to start from the beginning"
+            )
+        return None
+
+    def _ledger(self) -> set[int] | None:
+        """The steps recorded as complete; None if the record is missing or was changed."""
+        body = manifest.read_sealed(self._ledger_path)
+        return None if body is None else set(json.loads(body))
+
+    def _is_unfinished(self, step: int) -> bool:
+        """Whether `step` never became complete. Without a ledger nothing is taken for unfinished:
+        better an alarm too many than a damaged checkpoint deleted.
+        """
+        ledger = self._ledger()
+        return (
+            ledger is not None
+            and step not in ledger
+            and not manifest.has_manifest(self.step_path(step))
+        )
+
+    def _set_aside(self, step: int, damage: str) -> None:
+        source, number = self.step_path(step), 1
+        target = os.path.join(self.damaged_path, str(step))
+        while os.path.lexists(target):
+            number += 1
+            target = os.path.join(self.damaged_path, f"{step}-{number}")
+        try:
+            os.makedirs(self.damaged_path, exist_ok=True)
+            os.rename(source, target)
+        except OSError as error:
+            target = f"nowhere: {error.strerror}"
+        logging.warning(
+            "checkpoint %s is damaged: %s; moved to %s, looking for the one before it",
+            *(source, damage, target),
+        )
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(os.path.join(self.path, "lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise UserError(
+                f"another process is training in {os.path.dirname(self.path)}: wait until it "
+                "ends, or choose another --workdir"
+            ) from error
+        except OSError:
+            logging.info("no file locks on this file system: %s", self.path)

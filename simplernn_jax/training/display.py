@@ -1,0 +1,86 @@
+"""What a person sees while a run trains: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Display(Protocol):
+    """Shows the progress of a run."""
+
+    def update(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+        """Shows where the run is."""
+
+    def say(self, text: str) -> None:
+        """Prints a line that stays."""
+
+
+@contextmanager
+def open_display(first_step: int, total_steps: int) -> Iterator[Display]:
+    """A rich progress bar if stdout is a terminal, otherwise lines at most every 5 seconds."""
+    if not sys.stdout.isatty():
+        yield _PlainLines(total_steps)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn(
+            "loss {task.fields[loss]}  {task.fields[rate]} tokens/s  {task.fields[left]} left"
+        ),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task(
+            "", total=total_steps, completed=first_step, loss="-", rate="-", left="-"
+        )
+        yield _Bar(progress, task)
+
+
+class _Bar:
+    def __init__(self, progress, task):  # type: ignore[no-untyped-def]
+        self._progress = progress
+        self._task = task
+
+    def update(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+        self._progress.update(
+            self._task,
+            completed=step,
+            loss=f"{loss:.4f}",
+            rate=f"{tokens_per_second:,.0f}",
+            left=clock(seconds_left),
+        )
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
+
+
+class _PlainLines:
+    def __init__(self, total_steps: int):
+        self._total = total_steps
+        self._last = -SECONDS_BETWEEN_LINES
+
+    def update(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+        now = time.monotonic()
+        if now - self._last < SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        self.say(
+            f"step {step}/{self._total}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
+            f"{clock(seconds_left)} left"
+        )
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """``1:05`` or ``2:03:04``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,97 @@
+"""Token-weighted evaluation with the state carried over every document."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from simplernn_jax.array_types import ModelState
+from simplernn_jax.config import Config
+from simplernn_jax.data.batches import Batch
+from simplernn_jax.data.evaluation_batches import evaluation_batches
+from simplernn_jax.data.token_store import TokenSplit
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.training.losses import summed_cross_entropy
+from simplernn_jax.training.train_step import abstract_model, clear_rows
+
+BATCH_TOKENS = 8192
+"""Tokens scored in one call: enough to keep the machine busy, little memory."""
+
+MAX_ROWS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of a split."""
+
+    nats_per_token: float
+    bits_per_byte: float
+    """Of the text's UTF-8 bytes, end-of-document tokens included in the numerator. When only a
+    part of the split is scored, the split's own ratio of tokens to bytes is used."""
+    predictions: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token); infinite where that overflows."""
+        try:
+            return math.exp(self.nats_per_token)
+        except OverflowError:
+            return math.inf
+
+
+class Evaluator:
+    """Scores splits with one model structure; compiles once per batch shape."""
+
+    def __init__(self, config: Config, pad_id: int):
+        graph, _ = abstract_model(config)
+        self._pad_id = pad_id
+
+        def score(
+            params: nnx.State, batch: Batch, carried: ModelState
+        ) -> tuple[jax.Array, ModelState]:
+            model = nnx.merge(graph, params)
+            logits, carried = model(
+                batch.tokens, clear_rows(carried, batch.reset), batch.segment_ids
+            )
+            return summed_cross_entropy(logits, batch.targets, batch.loss_mask), carried
+
+        def initial_state(rows: int) -> ModelState:
+            shapes = jax.eval_shape(
+                lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)).initial_state(rows)
+            )
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        self._score: Callable[..., tuple[jax.Array, ModelState]] = jax.jit(score)
+        self._initial_state = initial_state
+
+    def __call__(self, params: nnx.State, split: TokenSplit, limit_tokens: int = 0) -> Evaluation:
+        """Scores every prediction of the split once, or `limit_tokens` of them, always the same.
+
+        Args:
+          params: the model's parameters.
+          split: what to score.
+          limit_tokens: 0 scores all of it.
+
+        Raises:
+          UserError: the split holds nothing to predict.
+        """
+        batches, _ = evaluation_batches(split, BATCH_TOKENS, MAX_ROWS, self._pad_id, limit_tokens)
+        nats: list[jax.Array] = []
+        predictions = 0
+        carried = None
+        for batch in batches:
+            if carried is None:
+                carried = self._initial_state(batch.tokens.shape[0])
+            total, carried = self._score(params, batch, carried)
+            nats.append(total)
+            predictions += int(np.sum(batch.loss_mask))
+        # Summed in float64 on the host: the order and the size of the parts do not matter.
+        nats_per_token = float(np.sum(np.asarray(nats, np.float64))) / predictions
+        tokens_per_byte = split.num_predictions / max(split.num_bytes, 1)
+        return Evaluation(
+            nats_per_token, nats_per_token * tokens_per_byte / math.log(2), predictions
+        )

@@ -1,0 +1,284 @@
+"""A run from its configuration to its last checkpoint.
+
+The order of a step is load-bearing: dispatch step t, take the next batch, read the metrics of
+step t - 1 while the device works; then, where one is due, evaluate, sample and save, all on
+the state after step t. What is saved is exactly what the next step starts from.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from simplernn_jax import config as config_lib
+from simplernn_jax.config import Config
+from simplernn_jax.data.batches import make_batches
+from simplernn_jax.errors import UserError
+from simplernn_jax.inference import generate_text
+from simplernn_jax.training import report
+from simplernn_jax.training.checkpoint import Checkpointer
+from simplernn_jax.training.clock import Clock
+from simplernn_jax.training.display import Display, clock, open_display
+from simplernn_jax.training.evaluate import Evaluation, Evaluator
+from simplernn_jax.training.interruption import Interruption
+from simplernn_jax.training.metrics import MetricsWriter
+from simplernn_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from simplernn_jax.training.preparation import prepare, total_steps
+from simplernn_jax.training.train_step import (
+    StepMetrics,
+    TrainState,
+    abstract_model,
+    init_train_state,
+    make_train_step,
+)
+
+SAMPLE_TEMPERATURE = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    step: int
+    interrupted_by: str | None
+    """Name of the signal that stopped it, or None if it ran to its end."""
+    evaluation: Evaluation | None
+    """Of the whole validation split; None if interrupted or if nothing is held out."""
+
+
+def train(config: Config, workdir: str) -> Result:
+    """Trains, or goes on training, in `workdir`.
+
+    If `workdir` holds a checkpoint, the run goes on from it and ends byte for byte as if it had
+    never stopped. SIGTERM and SIGINT save at the current step and return.
+
+    Raises:
+      UserError: the data is unusable; the checkpoint is of another model or other data; the loss
+        was not finite too often in a row; the disk is full.
+    """
+    config_lib.validate(config)
+    workdir = os.path.abspath(workdir)
+    os.makedirs(workdir, exist_ok=True)
+    run = _Run(config, workdir)
+    try:
+        with Interruption() as interruption:
+            return run.to_the_end(interruption)
+    finally:
+        run.close()
+
+
+class _Run:
+    """The parts of a run that live as long as it does."""
+
+    def __init__(self, config: Config, workdir: str):
+        self.config, self.corpus = prepare(config, workdir)
+        self.workdir = workdir
+        self.total_steps = total_steps(self.config, self.corpus)
+        optimizer = make_optimizer(self.config.optimizer, self.total_steps)
+        self.checkpointer = Checkpointer(
+            workdir,
+            self.config,
+            self.corpus.tokenizer.to_json(),
+            keep_last=config.train.keep_last,
+            keep_best=config.train.keep_best,
+        )
+        try:
+            self.state, self.batches = self._start_or_resume(optimizer)
+            self.position = self.batches.get_state()
+            self.step = self.first_step = int(self.state.step)
+            self.metrics = MetricsWriter(workdir, self.step)
+        except BaseException:
+            self.checkpointer.close()
+            raise
+        self.train_step = make_train_step(self.config, optimizer)
+        self.learning_rate = learning_rate_schedule(self.config.optimizer, self.total_steps)
+        self.evaluator = Evaluator(self.config, self.corpus.tokenizer.pad_id)
+        self.clock = Clock()
+        self.last_validation: dict[str, float] = {}
+
+    def _start_or_resume(self, optimizer: Any) -> tuple[TrainState, Any]:
+        config, corpus = self.config, self.corpus
+        batches = make_batches(
+            corpus.train, config.data, config.train.seed, corpus.tokenizer.pad_id
+        )
+        init = jax.jit(lambda: init_train_state(config, optimizer))
+        restored = self.checkpointer.restore(jax.eval_shape(init))
+        if restored is None:
+            return init(), batches
+        if restored.data_state["content_hash"] != corpus.content_hash:
+            raise UserError(
+                f"the text of {config.data.source!r} or its tokenizer is not what the run in "
+                f"{self.workdir} was trained on; give it the same text, or use another --workdir"
+            )
+        batches.set_state(restored.data_state["batches"])
+        return restored.state, batches
+
+    def close(self) -> None:
+        """Waits for the last save and closes the files."""
+        self.metrics.close()
+        self.checkpointer.close()
+
+    def to_the_end(self, interruption: Interruption) -> Result:
+        """Takes all steps that are left, unless a signal comes."""
+        self._write_config()
+        with open_display(self.step, self.total_steps) as display:
+            self._announce(display)
+            self._take_steps(interruption, display)
+            if interruption.requested:
+                self._save(wait=True)
+                display.say(
+                    f"{interruption.requested}: saved at step {self.step} of {self.total_steps}; "
+                    "run the same command to go on"
+                )
+                return Result(self.step, interruption.requested, None)
+            return self._finish(display)
+
+    def _take_steps(self, interruption: Interruption, display: Display) -> None:
+        if self.step >= self.total_steps:
+            return
+        batch = jax.device_put(next(self.batches))
+        pending: StepMetrics | None = None
+        self.clock.start()
+        while self.step < self.total_steps and not interruption.requested:
+            position = self.batches.get_state()
+            self.state, metrics = self.train_step(self.state, batch)
+            self.step += 1
+            if self.step < self.total_steps:
+                batch = jax.device_put(next(self.batches))
+            if pending is not None:
+                self._read(self.step - 1, pending, display)
+            pending = metrics
+            self.position = position
+            if self._something_due():
+                self._read(self.step, metrics, display)
+                pending = None
+                with self.clock.paused():
+                    self._do_what_is_due(display)
+        if pending is not None:
+            self._read(self.step, pending, display)
+        self.clock.stop()
+
+    def _read(self, step: int, metrics: StepMetrics, display: Display) -> None:
+        """Waits for the step and looks at its numbers."""
+        loss, norm, predictions, skipped, in_a_row = (x.item() for x in jax.device_get(metrics))
+        self.clock.tick(predictions)
+        limit = self.config.train.max_skipped_updates
+        if in_a_row >= limit:
+            raise UserError(
+                f"the loss or its gradient was not finite in {in_a_row} steps in a row, up to "
+                f"step {step} (batch {step - 1} of seed {self.config.train.seed}); the parameters "
+                f"of step {step - in_a_row} are untouched: lower --config.optimizer.learning_rate"
+            )
+        left = (self.total_steps - step) * self.clock.seconds_per_step
+        display.update(step, loss, self.clock.tokens_per_second, left)
+        every = self.config.train.log_every
+        if every and (step % every == 0 or step == self.total_steps):
+            # The counter of the schedule stands still when an update is skipped.
+            rate = self.learning_rate(step - 1 - skipped)
+            self.metrics.write(
+                step,
+                "train",
+                loss=loss,
+                gradient_norm=norm,
+                learning_rate=float(rate),
+                tokens_per_second=self.clock.tokens_per_second,
+                skipped_updates=skipped,
+            )
+        if in_a_row:
+            display.say(f"step {step}: loss or gradient not finite, update skipped")
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0 and self.step < self.total_steps
+
+    def _something_due(self) -> bool:
+        train = self.config.train
+        return any(map(self._due, (train.eval_every, train.sample_every, train.save_every)))
+
+    def _do_what_is_due(self, display: Display) -> None:
+        train = self.config.train
+        if self._due(train.eval_every):
+            self._evaluate(train.eval_tokens, display)
+        if self._due(train.sample_every):
+            self._sample(display)
+        if self._due(train.save_every):
+            self._save()
+
+    def _evaluate(self, limit_tokens: int, display: Display) -> Evaluation | None:
+        if self.corpus.validation is None:
+            return None
+        result = self.evaluator(self.state.params, self.corpus.validation, limit_tokens)
+        self.last_validation = {"validation_loss": result.nats_per_token}
+        self.metrics.write(
+            self.step,
+            "validation",
+            loss=result.nats_per_token,
+            bits_per_byte=result.bits_per_byte,
+            predictions=result.predictions,
+        )
+        display.say(
+            f"step {self.step}: validation {result.nats_per_token:.4f} nats/token, "
+            f"perplexity {result.perplexity:.2f}, {result.bits_per_byte:.4f} bits/byte"
+        )
+        return result
+
+    def _sample(self, display: Display) -> None:
+        train = self.config.train
+        graph, _ = abstract_model(self.config)
+        model = nnx.merge(graph, self.state.params)
+        text = generate_text(
+            model,
+            self.corpus.tokenizer,
+            train.sample_prompt,
+            max_new_tokens=train.sample_tokens,
+            temperature=SAMPLE_TEMPERATURE,
+            seed=train.seed,
+        )[0]
+        self.metrics.write(self.step, "sample", text=train.sample_prompt + text)
+        display.say(f"step {self.step}: sample: {train.sample_prompt}{text}")
+
+    def _save(self, *, wait: bool = False) -> None:
+        data_state = {"batches": self.position, "content_hash": self.corpus.content_hash}
+        metrics, self.last_validation = self.last_validation, {}
+        self.checkpointer.save(self.step, self.state, data_state, metrics or None, wait=wait)
+
+    def _write_config(self) -> None:
+        Path(self.workdir, "config.json").write_text(
+            config_lib.to_json(self.config), encoding="utf-8"
+        )
+
+    def _announce(self, display: Display) -> None:
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        train = self.corpus.train
+        display.say(
+            f"{self.config.model.block} model, {parameters:,} parameters, "
+            f"{self.config.model.precision}, on {jax.devices()[0].device_kind}; "
+            f"{len(train.tokens):,} training tokens in {len(train.document_starts):,} documents"
+        )
+        if self.first_step:
+            display.say(f"resuming {self.workdir} at step {self.first_step} of {self.total_steps}")
+        if self.first_step >= self.total_steps:
+            display.say("all steps are done; raise --config.train.steps or epochs to train more")
+
+    def _finish(self, display: Display) -> Result:
+        evaluation = self._evaluate(0, display)
+        if self.step > self.first_step:
+            self._save(wait=True)
+        facts = {
+            "steps": f"{self.step:,}",
+            "training time": f"{clock(self.clock.seconds)}, of which {self.clock.first:.1f} s "
+            "for the first step (compilation)",
+            "speed": f"{self.clock.tokens_per_second:,.0f} tokens/s",
+            "skipped updates": f"{int(self.state.skipped_updates)}",
+        }
+        if evaluation is not None:
+            facts["validation"] = (
+                f"{evaluation.nats_per_token:.4f} nats/token, perplexity "
+                f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.4f} bits/byte"
+            )
+        facts["loss curve"] = report.plot_loss(self.workdir)
+        facts["write with it"] = f"python scripts/sample.py --workdir {self.workdir} --prompt TEXT"
+        display.say("done\n" + report.summary(facts))
+        return Result(self.step, None, evaluation)

@@ -1,0 +1,19 @@
+"""The loss of a language model, as a sum and a count so that any grouping gives the same mean."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from simplernn_jax.array_types import Logits, LossMask, Tokens
+
+
+def summed_cross_entropy(logits: Logits, targets: Tokens, mask: LossMask) -> jax.Array:
+    """Sum over unmasked positions of -log p(target), in nats.
+
+    Args:
+      logits: ``[B, T, vocab]`` float32.
+      targets: ``[B, T]`` ids in ``[0, vocab)``.
+      mask: ``[B, T]``; where False, the position counts nothing, whatever its logits are.
+    """
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.sum(jnp.where(mask, nats, 0.0))

@@ -1,0 +1,123 @@
+"""SHA-256 manifests: what a checkpoint folder must contain, to the last bit.
+
+A manifest lists every file of a folder with its size and SHA-256, and ends in a line with the
+SHA-256 of the lines above it, so that damage to the manifest itself shows as well. The same seal
+protects other small text files (`write_sealed`, `read_sealed`).
+"""
+
+import hashlib
+import os
+
+MANIFEST_NAME = "manifest.sha256"
+
+
+def write_manifest(folder: str) -> None:
+    """Brings every file of `folder` to the disk, then adds the manifest, atomically.
+
+    Until this returns, the folder counts as unfinished; once it has, nothing of the folder is
+    lost in a power failure.
+
+    Raises:
+      OSError: the disk is full or does not answer.
+    """
+    body = ""
+    for name in _file_names(folder):
+        size, digest = _read_digest(os.path.join(folder, name), sync=True)
+        body += f"{digest} {size} {name}\n"
+    for parent, _, _ in os.walk(folder, topdown=False):
+        sync_folder(parent)
+    write_sealed(os.path.join(folder, MANIFEST_NAME), body)
+
+
+def has_manifest(folder: str) -> bool:
+    """Whether a manifest is there at all, whole or not."""
+    return os.path.lexists(os.path.join(folder, MANIFEST_NAME))
+
+
+def find_damage(folder: str) -> str | None:
+    """Compares `folder` with its manifest, reading every byte.
+
+    Returns:
+      None if all is as written, else one phrase that names the first file that is not.
+    """
+    if not has_manifest(folder):
+        return f"{MANIFEST_NAME} is missing"
+    body = read_sealed(os.path.join(folder, MANIFEST_NAME))
+    if body is None:
+        return f"{MANIFEST_NAME} was changed"
+    expected = {}
+    for line in body.splitlines():
+        digest, size_text, name = line.split(" ", 2)
+        expected[name] = (int(size_text), digest)
+    found = set(_file_names(folder))
+    for name in sorted(expected.keys() - found):
+        return f"{name} is missing"
+    for name in sorted(found - expected.keys()):
+        return f"{name} does not belong there"
+    for name, (size, digest) in expected.items():
+        path = os.path.join(folder, name)
+        try:
+            if os.path.getsize(path) != size:
+                return f"{name} has {os.path.getsize(path)} bytes instead of {size}"
+            if _read_digest(path, sync=False) != (size, digest):
+                return f"{name} was changed"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def write_sealed(path: str, body: str) -> None:
+    """Replaces the file at `path` by `body` and a line with its SHA-256, atomically and for good.
+
+    `body` ends in a newline or is empty.
+    """
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
+        file.write(f"{body}{_digest(body)}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(os.path.dirname(path))
+
+
+def read_sealed(path: str) -> str | None:
+    """The body that `write_sealed` wrote, or None if the file is missing or was changed."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError):
+        return None
+    end_of_body = len(text) - 65
+    body = text[: max(end_of_body, 0)]
+    return body if text == f"{body}{_digest(body)}\n" else None
+
+
+def sync_folder(path: str) -> None:
+    """Brings the names in a folder to the disk, as fsync does for the content of a file."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _file_names(folder: str) -> list[str]:
+    """All files below `folder` but the manifest, relative and sorted."""
+    names = [
+        os.path.relpath(os.path.join(parent, file), folder)
+        for parent, _, files in os.walk(folder)
+        for file in files
+    ]
+    return sorted(name for name in names if name != MANIFEST_NAME)
+
+
+def _read_digest(path: str, *, sync: bool) -> tuple[int, str]:
+    with open(path, "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256")
+        return file.tell(), digest.hexdigest()

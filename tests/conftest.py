@@ -1,0 +1,20 @@
+"""Strict settings for every test; they are in place before JAX is first used."""
+
+import os
+
+os.environ.pop("XLA_FLAGS", None)  # a user's flags would change rounding and fusion
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+from absl import flags
+
+# Shapes of different rank meet only where that is written down.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Grain asks absl for its flags, which nothing parses under pytest.
+flags.FLAGS.mark_as_parsed()
+
+# The same examples at every run: a failure is one that everybody can see.
+hypothesis.settings.register_profile("project", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("project")

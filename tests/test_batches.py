@@ -1,0 +1,246 @@
+import itertools
+import json
+
+import chex
+import numpy as np
+import pytest
+from token_splits import BOS, EOS, PAD, contexts, document_of, make_split, predictable, unique_split
+
+from simplernn_jax.config import DataConfig
+from simplernn_jax.data.batches import BatchSource, make_batches, steps_per_epoch
+from simplernn_jax.data.token_store import TokenSplit
+from simplernn_jax.errors import UserError
+
+MODES = ("window", "stream", "document")
+
+
+def data_config(mode, **changes):
+    return DataConfig(**{"mode": mode, "batch_size": 3, "sequence_length": 11, **changes})
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def check_rows(split, batch):
+    """What holds in every mode, for a split whose tokens are positions."""
+    mask = batch.loss_mask
+    num_tokens = len(split.tokens)
+    np.testing.assert_array_equal(batch.targets[mask], batch.tokens[mask] + 1)
+    np.testing.assert_array_equal(
+        document_of(split, batch.targets[mask]), document_of(split, batch.tokens[mask])
+    )
+    padding = batch.tokens == num_tokens
+    assert not mask[padding].any()
+    np.testing.assert_array_equal(
+        mask[~padding], np.isin(batch.tokens, predictable(split))[~padding]
+    )
+    changes = batch.segment_ids[:, 1:] != batch.segment_ids[:, :-1]
+    begins = np.isin(batch.tokens, split.document_starts) & ~padding
+    begins |= padding & ~np.roll(padding, 1, axis=1)
+    np.testing.assert_array_equal(changes, begins[:, 1:])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
+@pytest.mark.parametrize("mode", MODES)
+def test_shapes_and_dtypes(mode, dtype, tmp_path):
+    split = make_split(dtype=dtype)
+    split.tokens.tofile(tmp_path / "tokens")
+    mapped = np.memmap(tmp_path / "tokens", dtype=dtype, mode="r")
+    on_disk = TokenSplit(**{**vars(split), "tokens": mapped})
+    batch = BatchSource(on_disk, data_config(mode), 0, PAD)[4]
+    chex.assert_shape(batch[:4], (3, 11))
+    chex.assert_shape(batch.reset, (3,))
+    chex.assert_type([*batch[:4], batch.reset], [np.int32, np.int32, bool, np.int32, bool])
+    assert {type(value) for value in batch} == {np.ndarray}
+    chex.assert_trees_all_equal(batch, BatchSource(split, data_config(mode), 0, PAD)[4])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_respect_documents(mode):
+    split = unique_split()
+    source = BatchSource(split, data_config(mode), 0, len(split.tokens))
+    for index in range(3 * steps_per_epoch(split, data_config(mode))):
+        check_rows(split, source[index])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_item_follows_from_seed_and_index(mode):
+    split, config = make_split(), data_config(mode, reset_probability=0.3)
+    source, again = BatchSource(split, config, 7, PAD), BatchSource(split, config, 7, PAD)
+    later = source[40]
+    assert repr(source) == repr(again)
+    for index in (0, 1, 29, 40):
+        chex.assert_trees_all_equal(source[index], again[index])
+    chex.assert_trees_all_equal(later, again[40])
+    other = BatchSource(split, config, 8, PAD)
+    assert repr(other) != repr(source)
+    assert not np.array_equal(other[40].tokens, later.tokens)
+    assert len(source) > 1e12
+
+
+def test_draws_are_the_same_on_every_machine():
+    split = unique_split()
+    first_tokens = [
+        BatchSource(split, data_config(mode, reset_probability=0.5), 3, PAD)[20].tokens[:, 0]
+        for mode in MODES
+    ]
+    reset = BatchSource(split, data_config("stream", reset_probability=0.5), 3, PAD)[20].reset
+    assert np.stack(first_tokens).tolist() == [[153, 37, 47], [14, 95, 177], [176, 179, 0]]
+    assert reset.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("taken", [0, 1, 17])
+def test_resume_is_exact(mode, taken):
+    split, config = make_split(), data_config(mode, reset_probability=0.3)
+    whole = take(make_batches(split, config, 2, PAD), 40)
+    stopped = make_batches(split, config, 2, PAD)
+    chex.assert_trees_all_equal(take(stopped, taken), whole[:taken])
+    state = json.loads(json.dumps(stopped.get_state()))
+    resumed = make_batches(split, config, 2, PAD)
+    take(resumed, 5)
+    resumed.set_state(state)
+    chex.assert_trees_all_equal(take(resumed, 40 - taken), whole[taken:])
+    assert resumed.get_state() == {"next_index": 40}
+
+
+def test_windows_start_everywhere():
+    split = unique_split()
+    source = BatchSource(split, data_config("window"), 0, PAD)
+    batches = [source[index] for index in range(700)]
+    assert all(batch.reset.all() for batch in batches)
+    starts = np.concatenate([batch.tokens[:, 0] for batch in batches])
+    assert set(starts.tolist()) == set(range(len(split.tokens)))
+
+
+def test_stream_continues_from_batch_to_batch():
+    split, config = unique_split(), data_config("stream")
+    source, steps = BatchSource(split, config, 0, PAD), steps_per_epoch(split, config)
+    for epoch in range(3):
+        batches = [source[epoch * steps + step] for step in range(steps)]
+        for step, batch in enumerate(batches):
+            begins = np.isin(batch.tokens[:, 0], split.document_starts)
+            np.testing.assert_array_equal(batch.reset, begins | (step == 0))
+            if step:
+                np.testing.assert_array_equal(batches[step - 1].targets[:, -1], batch.tokens[:, 0])
+
+
+@pytest.mark.parametrize(("batch_size", "sequence_length"), [(3, 11), (7, 5), (1, 245), (1, 2)])
+def test_stream_epoch_makes_every_prediction(batch_size, sequence_length):
+    split = unique_split()
+    config = data_config("stream", batch_size=batch_size, sequence_length=sequence_length)
+    source, steps = BatchSource(split, config, 1, PAD), steps_per_epoch(split, config)
+    made = np.concatenate([b.tokens[b.loss_mask] for b in map(source.__getitem__, range(steps))])
+    positions, times = np.unique(made, return_counts=True)
+    np.testing.assert_array_equal(positions, predictable(split))
+    assert len(made) - len(positions) < batch_size * sequence_length
+    assert times.max() <= 2
+
+
+def test_stream_turns_the_ring_each_epoch():
+    split, config = unique_split(), data_config("stream")
+    source, steps = BatchSource(split, config, 0, PAD), steps_per_epoch(split, config)
+    begins = {int(source[epoch * steps].tokens[0, 0]) for epoch in range(20)}
+    assert len(begins) > 10
+
+
+def test_stream_resets_at_the_given_rate():
+    split = make_split((10_007,))
+    config = data_config("stream", batch_size=5, sequence_length=7, reset_probability=0.25)
+    source, steps = BatchSource(split, config, 0, PAD), steps_per_epoch(split, config)
+    resets = np.stack([source[step].reset for step in range(1, steps)])
+    assert abs(resets.mean() - 0.25) < 0.04
+    assert 0 < resets.all(axis=1).mean() < 0.02  # rows are drawn on their own
+
+
+def test_document_epoch_makes_every_prediction_once():
+    split, config = unique_split(), data_config("document")
+    source, steps = BatchSource(split, config, 0, len(split.tokens)), steps_per_epoch(split, config)
+    orders = []
+    for epoch in range(3):
+        batches = [source[epoch * steps + step] for step in range(steps)]
+        assert all(batch.reset.all() for batch in batches)
+        made = np.concatenate([batch.tokens[batch.loss_mask] for batch in batches])
+        np.testing.assert_array_equal(np.sort(made), predictable(split))
+        orders.append(made.tolist())
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_document_lengths_are_counted_right():
+    for length in range(24):
+        split = make_split((length,))
+        config = data_config("document", batch_size=1)
+        source, steps = BatchSource(split, config, 0, PAD), steps_per_epoch(split, config)
+        batches = [source[step] for step in range(steps)]
+        assert sum(int(batch.loss_mask.sum()) for batch in batches) == length + 1
+        assert steps == -(-(length + 1) // 11)
+        for batch in batches:
+            assert (batch.tokens[~batch.loss_mask] == PAD).all()
+            assert (batch.targets[~batch.loss_mask] == PAD).all()
+            assert PAD not in batch.tokens[batch.loss_mask]
+            assert EOS not in batch.tokens
+        assert sum(int((batch.targets == EOS).sum()) for batch in batches) == 1
+
+
+def test_document_epoch_ends_with_rows_of_padding():
+    split = make_split((3, 4, 5, 6))
+    batches = [BatchSource(split, data_config("document"), 0, PAD)[step] for step in range(2)]
+    assert batches[0].loss_mask.any(axis=1).tolist() == [True] * 3
+    assert batches[1].loss_mask.any(axis=1).tolist() == [True, False, False]
+    assert (batches[1].tokens[1:] == PAD).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_documents_cut_by_a_position_split(mode):
+    split = make_split((17, 13), cut_front=18, cut_back=14)
+    assert split.tokens.tolist() == [EOS, BOS]
+    config = data_config(mode, batch_size=1, sequence_length=1)
+    with pytest.raises(UserError, match="nothing to learn from: the train split has 2 tokens"):
+        steps_per_epoch(split, config)
+    split = make_split((17, 13), cut_front=5, cut_back=3)
+    source, steps = BatchSource(split, config, 0, PAD), steps_per_epoch(split, config)
+    batches = [source[step] for step in range(steps)]
+    if mode != "window":
+        assert sum(int(batch.loss_mask.sum()) for batch in batches) == 13 + 11
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        (
+            "window",
+            r"train split has 12 tokens, fewer than data.sequence_length \+ 1 = 13 \+ 1 = 14",
+        ),
+        (
+            "stream",
+            r"fewer than data.batch_size \* data.sequence_length = 3 \* 13 = 39; .* smaller",
+        ),
+    ],
+)
+def test_too_short_a_corpus(mode, message):
+    config = data_config(mode, sequence_length=13)
+    with pytest.raises(UserError, match=message) as refusal:
+        make_batches(make_split((10,)), config, 0, PAD)
+    assert "\n" not in str(refusal.value)
+
+
+def test_document_mode_takes_any_corpus_with_a_prediction():
+    assert steps_per_epoch(make_split((0,)), data_config("document")) == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_smallest_possible_corpus(mode):
+    split = make_split((9,))
+    batch_size = 1 if mode == "stream" else 3
+    config = data_config(mode, batch_size=batch_size, sequence_length=10)
+    assert steps_per_epoch(split, config) == (2 if mode == "stream" else 1)
+    assert BatchSource(split, config, 0, PAD)[1].loss_mask.any()
+
+
+def test_stream_state_sees_its_document_and_nothing_else():
+    split, config = unique_split(), data_config("stream")
+    source, steps = BatchSource(split, config, 0, PAD), steps_per_epoch(split, config)
+    for position, context in contexts([source[step] for step in range(steps)]).items():
+        begin = max(context[0], int(split.document_starts[document_of(split, position)]))
+        assert context == tuple(range(begin, position + 1))

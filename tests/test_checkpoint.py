@@ -1,0 +1,335 @@
+"""Saving and restoring a run through `Checkpointer`."""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import re
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from simplernn_jax import load_model
+from simplernn_jax.config import Config, ModelConfig, TrainConfig
+from simplernn_jax.data.tokenizer import load_tokenizer
+from simplernn_jax.errors import UserError
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.training import manifest
+from simplernn_jax.training.checkpoint import Checkpointer, Restored, check_same_model, read_config
+
+TOKENIZER = '{"kind": "char", "alphabet": "añ\\u2713"}'
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class State:
+    """A stand-in for the training state, with every dtype that a run may save."""
+
+    step: jax.Array
+    params: nnx.State
+    opt_state: optax.OptState
+    rng: jax.Array
+    carried: tuple[jax.Array, ...]
+    extra: dict[str, jax.Array]
+
+
+def make_state(seed: int) -> State:
+    params = nnx.state(nnx.Linear(3, 5, rngs=nnx.Rngs(seed)), nnx.Param)
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return State(
+        step=jnp.int32(seed),
+        params=params,
+        opt_state=optax.adamw(1e-3).init(params),
+        rng=jax.random.key_data(keys[0]),
+        carried=(jax.random.normal(keys[1], (2, 1, 3, 7)),),
+        extra={
+            "half": jax.random.normal(keys[2], (11,), jnp.bfloat16),
+            "flags": jnp.array([True, False, True]),
+            "odd": jnp.array([jnp.nan, -0.0, 1e-45, jnp.inf], jnp.float32),
+        },
+    )
+
+
+def abstract_state() -> State:
+    return jax.eval_shape(lambda: make_state(0))
+
+
+def config(**model: int) -> Config:
+    return Config(model=ModelConfig(**model), train=TrainConfig(steps=10))
+
+
+def open_checkpointer(
+    workdir: Path, keep_last: int = 2, keep_best: int = 0
+) -> contextlib.closing[Checkpointer]:
+    return contextlib.closing(
+        Checkpointer(str(workdir), config(), TOKENIZER, keep_last=keep_last, keep_best=keep_best)
+    )
+
+
+def save_steps(workdir: Path, *steps: int) -> None:
+    with open_checkpointer(workdir) as checkpointer:
+        for step in steps:
+            checkpointer.save(step, make_state(step), {"next_index": step})
+
+
+def restore(workdir: Path) -> Restored | None:
+    with open_checkpointer(workdir) as checkpointer:
+        return checkpointer.restore(abstract_state())
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.glob("[0-9]*"))
+
+
+def assert_same_bytes(actual: State, expected: State) -> None:
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def test_restores_every_byte(tmp_path):
+    save_steps(tmp_path, 3)
+    restored = restore(tmp_path)
+    assert restored is not None
+    assert (restored.step, restored.data_state) == (3, {"next_index": 3})
+    assert (restored.config, restored.tokenizer_json) == (config(), TOKENIZER)
+    assert_same_bytes(restored.state, make_state(3))
+
+
+def test_restored_state_trains_with_the_program_of_the_first_run(tmp_path):
+    save_steps(tmp_path, 3)
+    restored = restore(tmp_path)
+    assert restored is not None
+    step = jax.jit(
+        lambda state: jax.tree.map(
+            lambda leaf: leaf ^ True if leaf.dtype == bool else leaf + leaf, state
+        ),
+        donate_argnums=0,
+    )
+    first = step(make_state(3))
+    second = step(restored.state)
+    assert step._cache_size() == 1
+    assert_same_bytes(second, first)
+
+
+def test_a_save_in_the_background_keeps_the_values_of_its_step(tmp_path):
+    advance = jax.jit(lambda values: values + 1, donate_argnums=0)
+    values = jnp.zeros(300_007)
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"values": values}, {})
+        for _ in range(20):
+            values = advance(values)
+    with open_checkpointer(tmp_path) as checkpointer:
+        restored = checkpointer.restore({"values": jax.ShapeDtypeStruct((300_007,), jnp.float32)})
+    assert restored is not None
+    chex.assert_trees_all_equal(restored.state["values"], jnp.zeros(300_007))
+
+
+def test_an_empty_workdir_restores_nothing(tmp_path):
+    assert restore(tmp_path) is None
+    assert restore(tmp_path) is None
+
+
+def test_keeps_the_newest_and_the_best_also_after_a_restart(tmp_path):
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: 4.0}
+    with open_checkpointer(tmp_path, keep_best=1) as checkpointer:
+        for step, loss in losses.items():
+            checkpointer.save(step, make_state(step), {}, {"validation_loss": loss})
+    assert steps_in(tmp_path / "checkpoints") == [2, 4, 5]
+    with open_checkpointer(tmp_path, keep_best=1) as checkpointer:
+        checkpointer.restore(abstract_state())
+        checkpointer.save(6, make_state(6), {})
+        checkpointer.save(7, make_state(7), {}, {"validation_loss": 0.5})
+    assert steps_in(tmp_path / "checkpoints") == [6, 7]
+    assert not (tmp_path / "checkpoints" / "pruned").exists()
+
+
+def test_saving_a_step_again_changes_nothing(tmp_path):
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(5, make_state(5), {}, wait=True)
+        checkpointer.save(5, make_state(6), {}, wait=True)
+    with open_checkpointer(tmp_path) as checkpointer:
+        restored = checkpointer.restore(abstract_state())
+        checkpointer.save(5, make_state(6), {})
+    assert restored is not None
+    assert_same_bytes(restored.state, make_state(5))
+
+
+def test_a_waiting_save_is_complete(tmp_path):
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1), {}, wait=True)
+        assert manifest.find_damage(str(tmp_path / "checkpoints" / "1")) is None
+        assert read_config(str(tmp_path)) == (config(), TOKENIZER, 1)
+
+
+def damage_by_flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def damage_by_truncation(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def damage_by_deletion(file: Path) -> None:
+    file.unlink()
+
+
+def damage_by_addition(file: Path) -> None:
+    file.with_name("more").write_bytes(b"")
+
+
+DAMAGES = [damage_by_flip, damage_by_truncation, damage_by_deletion, damage_by_addition]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["manifest.sha256", "state/manifest.ocdbt", "data/metadata"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, caplog, damage, name):
+    save_steps(tmp_path, 1, 2)
+    damage(tmp_path / "checkpoints" / "2" / name)
+    restored = restore(tmp_path)
+    assert restored is not None
+    assert restored.step == 1
+    assert_same_bytes(restored.state, make_state(1))
+    assert steps_in(tmp_path / "checkpoints") == [1]
+    assert steps_in(tmp_path / "checkpoints_damaged") == [2]
+    named = "more" if damage is damage_by_addition else name
+    assert re.search(rf"checkpoints/2 is damaged: (\S*/)?{re.escape(named)} ", caplog.text)
+
+
+def test_training_goes_on_after_damage(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    damage_by_flip(tmp_path / "checkpoints" / "2" / "manifest.sha256")
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.restore(abstract_state())
+        checkpointer.save(2, make_state(2), {})
+        checkpointer.save(3, make_state(3), {})
+    assert steps_in(tmp_path / "checkpoints") == [2, 3]
+    restored = restore(tmp_path)
+    assert restored is not None
+    assert restored.step == 3
+
+
+@pytest.mark.parametrize("damage", DAMAGES[:3])
+def test_refuses_to_start_over_when_no_checkpoint_is_whole(tmp_path, damage):
+    save_steps(tmp_path, 1)
+    damage(tmp_path / "checkpoints" / "1" / "manifest.sha256")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"no whole checkpoint is left .* not starting over"):
+            restore(tmp_path)
+    with pytest.raises(UserError, match="no whole checkpoint is left"):
+        read_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", DAMAGES[:3])
+def test_survives_damage_to_the_record_of_complete_steps(tmp_path, damage):
+    save_steps(tmp_path, 1, 2)
+    damage(tmp_path / "checkpoints" / "complete.json")
+    (tmp_path / "checkpoints" / "2" / "manifest.sha256").unlink()
+    restored = restore(tmp_path)
+    assert restored is not None
+    assert restored.step == 1
+    assert steps_in(tmp_path / "checkpoints_damaged") == [2]
+
+
+def leave_unfinished(workdir: Path, step: int) -> None:
+    """What a kill between Orbax's last rename and the manifest leaves, and one before it."""
+    folder = workdir / "checkpoints"
+    (folder / str(step) / "state").mkdir(parents=True)
+    (folder / f"{step + 1}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+
+
+def test_an_unfinished_save_is_discarded_without_alarm(tmp_path, caplog):
+    save_steps(tmp_path, 1)
+    leave_unfinished(tmp_path, 2)
+    with open_checkpointer(tmp_path) as checkpointer:
+        restored = checkpointer.restore(abstract_state())
+        checkpointer.save(2, make_state(2), {})
+    assert restored is not None
+    assert restored.step == 1
+    assert not (tmp_path / "checkpoints_damaged").exists()
+    assert "damaged" not in caplog.text
+    restored = restore(tmp_path)
+    assert restored is not None
+    assert_same_bytes(restored.state, make_state(2))
+
+
+def test_an_unfinished_first_save_starts_from_the_beginning(tmp_path):
+    assert restore(tmp_path) is None
+    leave_unfinished(tmp_path, 1)
+    with pytest.raises(UserError, match="no checkpoint in"):
+        read_config(str(tmp_path))
+    assert (tmp_path / "checkpoints" / "1").exists(), "a reader must not disturb a running save"
+    assert restore(tmp_path) is None
+    assert steps_in(tmp_path / "checkpoints") == []
+
+
+def test_a_full_disk_names_the_folder_and_loses_nothing_earlier(tmp_path, monkeypatch):
+    def refuse(folder: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save_steps(tmp_path, 1)
+    with open_checkpointer(tmp_path) as checkpointer, monkeypatch.context() as patch:
+        patch.setattr(manifest, "write_manifest", refuse)
+        checkpointer.save(2, make_state(2), {})
+        with pytest.raises(UserError, match=rf"step 2 .*{tmp_path}/checkpoints: No space left"):
+            checkpointer.save(3, make_state(3), {})
+    assert steps_in(tmp_path / "checkpoints") == [1]
+    restored = restore(tmp_path)
+    assert restored is not None
+    assert_same_bytes(restored.state, make_state(1))
+
+
+def test_another_model_is_named_before_arrays_are_read(tmp_path):
+    save_steps(tmp_path, 1)
+    other = Checkpointer(str(tmp_path), config(num_layers=2), TOKENIZER, keep_last=2, keep_best=0)
+    with contextlib.closing(other), pytest.raises(UserError, match="num_layers: 2 here, 4 there"):
+        other.restore(abstract_state())
+    check_same_model(config(), config())
+
+
+def test_another_optimizer_is_named(tmp_path):
+    save_steps(tmp_path, 1)
+    state = make_state(0)
+    state.opt_state = optax.sgd(1e-3, momentum=0.9).init(state.params)
+    with (
+        open_checkpointer(tmp_path) as checkpointer,
+        pytest.raises(UserError, match=r"does not fit.*opt_state/0/trace/\S+ is float32\[5\] here"),
+    ):
+        checkpointer.restore(state)
+
+
+def test_load_model_needs_nothing_but_the_workdir(tmp_path):
+    shape = {"num_layers": 1, "hidden_dim": 6, "key_dim": 6, "value_dim": 6, "num_heads": 2}
+    settings = config(**shape, mlp_dim=7, vocab_size=259)
+    model = LanguageModel(settings.model, rngs=nnx.Rngs(3))
+    params = nnx.state(model, nnx.Param)
+    tokenizer = load_tokenizer("byte", None)
+    checkpointer = Checkpointer(
+        str(tmp_path), settings, tokenizer.to_json(), keep_last=2, keep_best=0
+    )
+    with contextlib.closing(checkpointer):
+        checkpointer.save(1, {"params": params, "opt_state": optax.adam(1e-3).init(params)}, {})
+    loaded, loaded_tokenizer, loaded_config = load_model(str(tmp_path))
+    assert loaded_config == settings
+    assert loaded_tokenizer.to_json() == tokenizer.to_json()
+    tokens = jnp.array([[loaded_tokenizer.bos_id, 3, 5]])
+    chex.assert_trees_all_equal(loaded(tokens)[0], model(tokens)[0])
+
+
+def test_load_model_says_when_there_is_none(tmp_path):
+    with pytest.raises(UserError, match=rf"no checkpoint in {tmp_path}: train there first"):
+        load_model(str(tmp_path))
+
+
+def test_only_one_process_trains_in_a_workdir(tmp_path):
+    with open_checkpointer(tmp_path), pytest.raises(UserError, match="another process is training"):
+        open_checkpointer(tmp_path)
+    assert restore(tmp_path) is None

@@ -1,0 +1,165 @@
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from simplernn_jax import command_line
+
+SCRIPT = '''
+"""Counts something."""
+
+import logging as standard_logging
+import os
+
+from absl import flags, logging
+
+from simplernn_jax import command_line
+from simplernn_jax.errors import UserError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+{definitions}
+
+def main() -> int | None:
+{body}
+
+if __name__ == "__main__":
+    command_line.run(main)
+'''
+
+
+def run_script(
+    folder: Path, body: str, *arguments: str, definitions: str = ""
+) -> subprocess.CompletedProcess[str]:
+    script = folder / "count.py"
+    indented = textwrap.indent(textwrap.dedent(body), "    ")
+    script.write_text(SCRIPT.format(body=indented, definitions=definitions))
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def assert_one_line(result: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    for part in parts:
+        assert part in result.stderr
+
+
+def test_exit_code_is_what_main_returns(tmp_path):
+    assert run_script(tmp_path, "return None").returncode == 0
+    assert run_script(tmp_path, "return command_line.EXIT_INTERRUPTED").returncode == 75
+    assert command_line.EXIT_INTERRUPTED == 75
+
+
+def test_user_error_is_one_line_even_when_its_message_is_not(tmp_path):
+    result = run_script(tmp_path, 'raise UserError("a file:\\n  is empty; fill it")')
+    assert_one_line(result, "error: a file: is empty; fill it")
+
+
+def test_bug_keeps_its_traceback(tmp_path):
+    result = run_script(tmp_path, "return 1 // 0")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "ZeroDivisionError" in result.stderr
+
+
+def test_missing_file_of_a_bug_keeps_its_traceback(tmp_path):
+    result = run_script(tmp_path, 'open("never/written")')
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        ('raise PermissionError(13, "Permission denied", "/runs/x")', "/runs/x: permission denied"),
+        ('os.makedirs("count.py" + os.sep)', "file exists; choose another path"),
+        ('raise OSError(28, "No space left on device", "/runs/y")', "/runs/y: no space left"),
+    ],
+)
+def test_failure_of_the_file_system_is_one_line(tmp_path, monkeypatch, body, part):
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(run_script(tmp_path, body), part)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the full device of Linux")
+def test_full_disk_names_the_workdir(tmp_path):
+    body = 'os.write(os.open("/dev/full", os.O_WRONLY), b"text")'
+    result = run_script(tmp_path, body, "--workdir=runs/full")
+    assert_one_line(result, "runs/full: no space left on device; free some space")
+
+
+def test_keyboard_interrupt_is_quiet(tmp_path):
+    result = run_script(tmp_path, "raise KeyboardInterrupt")
+    assert result.returncode == 130
+    assert result.stderr == ""
+
+
+def test_reader_that_leaves_ends_the_script_quietly(tmp_path):
+    run_script(tmp_path, "print('x' * 1_000_000)")
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "count.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(3)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 141
+
+
+@pytest.mark.parametrize(
+    ("argument", "part"),
+    [
+        ("--workdr=x", "--workdr: no such flag; did you mean 'workdir'?"),
+        ("--workdir", "Missing value for flag --workdir"),
+        ("--count=three", "--count=three: invalid literal for int()"),
+        ("stray", "'stray': not a flag"),
+    ],
+)
+def test_wrong_flag_is_one_line(tmp_path, argument, part):
+    definitions = '_COUNT = flags.DEFINE_integer("count", 1, "How often.")'
+    assert_one_line(
+        run_script(tmp_path, "return 1", argument, definitions=definitions), part, "--help"
+    )
+
+
+def test_arguments_that_are_not_flags(tmp_path):
+    definitions = '_NAMES = command_line.define_arguments("NAME ...")'
+    body = "print(_NAMES.value, _WORKDIR.value)"
+    result = run_script(tmp_path, body, "ops", "--workdir=w", "lm", definitions=definitions)
+    assert result.stdout == "['ops', 'lm'] w\n"
+    assert "NAME ..." in run_script(tmp_path, body, "--help", definitions=definitions).stdout
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_shows_the_docstring_and_the_flags_of_the_script(tmp_path, flag):
+    result = run_script(tmp_path, "return 1", flag)
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert "Counts something." in result.stdout
+    assert "--workdir: Directory of the run." in result.stdout
+    assert "--verbosity" not in result.stdout
+
+
+def test_full_help_succeeds_too(tmp_path):
+    result = run_script(tmp_path, "return 1", "--helpfull")
+    assert result.returncode == 0
+    assert "--verbosity" in result.stdout
+
+
+def test_logs_of_the_project_are_shown_and_those_of_libraries_from_warnings_up(tmp_path):
+    body = """
+    logging.info("saved %d", 7)
+    logging.warning("set aside")
+    library = compile("logging.info('chatter'); logging.warning('careful')", "/lib/x.py", "exec")
+    exec(library)
+    standard_logging.getLogger("lib").info("more chatter")
+    """
+    result = run_script(tmp_path, body)
+    assert result.stderr == "saved 7\nwarning: set aside\nwarning: careful\n"

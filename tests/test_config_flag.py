@@ -1,0 +1,124 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = '''
+"""Prints a configuration."""
+
+from simplernn_jax import command_line
+
+_CONFIG = command_line.define_config_flag()
+
+
+def main() -> None:
+    config = _CONFIG.value
+    print(config.train.steps, config.data.source, config.model.tie_embeddings)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
+'''
+
+CONFIG = """
+from simplernn_jax.config import Config
+
+
+def get_config():
+    config = Config()
+    config.train.steps = 7
+    return config
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "show.py").write_text(SCRIPT)
+    (tmp_path / "seven.py").write_text(CONFIG)
+    return tmp_path
+
+
+def show(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "show.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+
+
+def assert_one_line(result: subprocess.CompletedProcess[str], part: str) -> None:
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert part in result.stderr
+
+
+def test_file_and_overrides_of_each_type(folder):
+    assert show(folder, "--config=seven.py").stdout == "7 stdlib True\n"
+    overrides = ["--config.train.steps=11", "--config.data.source", "a b.txt"]
+    result = show(folder, "--config", "seven.py", *overrides, "--noconfig.model.tie_embeddings")
+    assert result.stdout == "11 a b.txt False\n"
+
+
+def test_configuration_imports_its_neighbours(folder):
+    variant = "import seven\n\ndef get_config():\n    c = seven.get_config()\n"
+    (folder / "variants").mkdir()
+    (folder / "variants" / "seven.py").write_text(CONFIG.replace("7", "13"))
+    (folder / "variants" / "other.py").write_text(
+        variant + "    c.data.source = 'x'\n    return c\n"
+    )
+    assert show(folder, "--config=variants/other.py").stdout == "13 x True\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        (
+            "--config.train.stpes=5",
+            "--config.train.stpes: no such field; did you mean 'train.steps'?",
+        ),
+        ("--config.trian.steps=5", "did you mean 'train.steps'?"),
+        ("--config.train.batch_size=5", "did you mean 'data.batch_size'?"),
+        ("--config.zzz=5", "--config.zzz: no such field; --help shows them all"),
+        (
+            "--config.optimizer=5",
+            "--config.optimizer: a section; set one of optimizer.learning_rate",
+        ),
+        ("--config.train.steps=x", "--config.train.steps=x: invalid literal for int()"),
+        ("--config.train.steps=-5", "--config.train.steps=-5 is not possible"),
+        ("--config.model.tie_embeddings=maybe", "--config.model.tie_embeddings=maybe"),
+    ],
+)
+def test_wrong_override_is_one_line(folder, override, part):
+    assert_one_line(show(folder, "--config=seven.py", override), part)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("def get_config():\n    return 1 // 0\n", "line 2: ZeroDivisionError"),
+        ("def get_config(:\n", "line 1: invalid syntax"),
+        ("import no_such_module\n", "line 1: ModuleNotFoundError: No module named"),
+        ("x = 1\n", "has no get_config()"),
+        ("def get_config():\n    return 3\n", "returned int; return a Config"),
+        ("def get_config():\n    pass\n", "returned NoneType; return a Config"),
+        (CONFIG.replace("train.steps", "train.epochs").replace("7", "-1"), "train.epochs=-1"),
+    ],
+)
+def test_wrong_file_is_one_line(folder, text, part):
+    (folder / "wrong.py").write_text(text)
+    assert_one_line(show(folder, "--config=wrong.py"), part)
+
+
+def test_file_that_is_not_there(folder):
+    assert_one_line(show(folder, "--config=sevn.py"), "no such file; did you mean 'seven.py'?")
+    assert_one_line(show(folder, "--config=nowhere/x.py"), "--config=nowhere/x.py: no such file")
+
+
+def test_missing_flag(folder):
+    assert_one_line(show(folder), "--config is missing; name a file such as")
+    assert_one_line(show(folder, "--config.train.steps=5"), "--config is missing")
+
+
+def test_help_lists_the_fields_without_a_configuration(folder):
+    result = show(folder, "--help")
+    assert result.returncode == 0
+    assert "--config.data.source='stdlib'" in result.stdout

@@ -1,0 +1,208 @@
+import json
+from pathlib import Path
+
+import pytest
+from absl import logging
+
+from simplernn_jax.config import DataConfig
+from simplernn_jax.data import open_corpus
+from simplernn_jax.data.documents import PIECE_SIZE
+from simplernn_jax.errors import UserError
+
+
+def read_all(source: Path | str, **settings) -> dict[str, str]:
+    corpus = open_corpus(DataConfig(source=str(source), **settings))
+    texts = {document.name: "".join(document.pieces) for document in corpus.documents()}
+    assert corpus.bytes_read == corpus.total_bytes
+    return texts
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def records(*values: object) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+def test_stdlib_is_large_sorted_and_without_tests_and_installed_packages():
+    corpus = open_corpus(DataConfig())
+    names = [document.name for document in corpus.documents()]
+    assert names == sorted(names)
+    assert {"argparse.py", "json/decoder.py"} <= set(names)
+    assert not [name for name in names if {"test", "tests", "site-packages"} & {*Path(name).parts}]
+    assert corpus.total_bytes > 5e6
+
+
+def test_text_file_is_one_document_unchanged(tmp_path):
+    text = "première ligne\r\nsecond\n\nлast"
+    assert read_all(write(tmp_path / "a.txt", text)) == {"a.txt": text}
+
+
+def test_byte_order_mark_is_left_out(tmp_path):
+    assert read_all(write(tmp_path / "a.txt", b"\xef\xbb\xbfhi")) == {"a.txt": "hi"}
+    assert read_all(write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "hi"}')) == {
+        "a.jsonl:1": "hi"
+    }
+
+
+def test_folder_is_recursive_sorted_and_without_hidden_and_binary_files(tmp_path, caplog):
+    write(tmp_path / "b.txt", "b")
+    write(tmp_path / "a" / "deep" / "c.md", "c")
+    write(tmp_path / ".git" / "config", "hidden")
+    write(tmp_path / ".hidden", "hidden")
+    write(tmp_path / "picture.png", b"\x89PNG\r\n\x1a\n\0\0\0")
+    assert list(read_all(tmp_path).items()) == [("a/deep/c.md", "c"), ("b.txt", "b")]
+    assert "1 binary files left out, the first of them picture.png" in caplog.text
+
+
+def test_glob(tmp_path):
+    write(tmp_path / "x" / "b.txt", "b")
+    write(tmp_path / "y" / "a.txt", "a")
+    write(tmp_path / "y" / "a.md", "no")
+    assert read_all(tmp_path / "**" / "*.txt") == {"x/b.txt": "b", "y/a.txt": "a"}
+
+
+@pytest.mark.parametrize("line_length", [97, 3 * PIECE_SIZE])
+def test_large_file_comes_in_pieces_cut_at_line_ends_where_possible(tmp_path, line_length):
+    line = "é" * (line_length // 2) + "\n"
+    text = line * (5 * PIECE_SIZE // len(line.encode()) + 1)
+    path = write(tmp_path / "a.txt", text)
+    (document,) = open_corpus(DataConfig(source=str(path))).documents()
+    pieces = list(document.pieces)
+    assert "".join(pieces) == text
+    assert len(pieces) >= 5
+    assert max(map(len, pieces)) <= 2 * PIECE_SIZE
+    if line_length < PIECE_SIZE:
+        assert all(piece.endswith("\n") for piece in pieces)
+
+
+@pytest.mark.parametrize("before", [0, 5, PIECE_SIZE - 1, PIECE_SIZE, PIECE_SIZE + 3])
+def test_invalid_utf8_names_file_and_byte(tmp_path, before):
+    path = write(tmp_path / "a.txt", b"a" * before + b"\xe9t\xe9")
+    with pytest.raises(UserError, match=rf"a\.txt: invalid UTF-8 at byte {before};.*=replace"):
+        read_all(path)
+
+
+def test_invalid_utf8_can_be_replaced_also_across_pieces(tmp_path):
+    data = b"a" * (PIECE_SIZE - 1) + "é".encode() + b"\xe9"
+    text = read_all(write(tmp_path / "a.txt", data), encoding_errors="replace")["a.txt"]
+    assert text == data.decode("utf-8", "replace")
+    assert text.endswith("é\N{REPLACEMENT CHARACTER}")
+
+
+def test_file_cut_inside_a_character_is_invalid(tmp_path):
+    with pytest.raises(UserError, match="invalid UTF-8 at byte 2"):
+        read_all(write(tmp_path / "a.txt", b"ab" + "é".encode()[:1]))
+
+
+def test_missing_and_empty_sources(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.txt: no such file or folder"):
+        open_corpus(DataConfig(source=str(tmp_path / "nowhere.txt")))
+    with pytest.raises(UserError, match="no file matches this glob"):
+        open_corpus(DataConfig(source=str(tmp_path / "*.txt")))
+    with pytest.raises(UserError, match="no text file in this folder"):
+        open_corpus(DataConfig(source=str(tmp_path)))
+    with pytest.raises(UserError, match=r"empty\.txt: empty"):
+        open_corpus(DataConfig(source=str(write(tmp_path / "empty.txt", ""))))
+    with pytest.raises(UserError, match="not a regular file"):
+        open_corpus(DataConfig(source="/dev/null"))
+
+
+def test_jsonl_field_is_the_document_and_blank_lines_are_none(tmp_path):
+    content = records({"user": "", "bot": "ä\n"}, {"bot": ""}) + "\n" + records({"bot": "b"})
+    path = write(tmp_path / "a.jsonl", content)
+    assert read_all(path, field="bot") == {"a.jsonl:1": "ä\n", "a.jsonl:2": "", "a.jsonl:4": "b"}
+
+
+def test_folder_of_jsonl(tmp_path):
+    write(tmp_path / "b.JSONL", records({"text": "b"}))
+    write(tmp_path / "a.ndjson", records({"text": "a"}))
+    assert read_all(tmp_path) == {"a.ndjson:1": "a", "b.JSONL:1": "b"}
+    write(tmp_path / "c.txt", "c")
+    with pytest.raises(UserError, match=r"both JSONL \(a\.ndjson\) and other files \(c\.txt\)"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"text": ', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'["text"]', "of type list, not an object"),
+        (b'{"txt": "a", "id": 3}', "no field 'text'; did you mean 'txt'\\?; it has txt, id"),
+        (b"{}", "it has none"),
+        (b'{"text": 3}', "field 'text' is of type int, not text"),
+        (b'{"text": "\xff"}', "invalid UTF-8 at byte 25 of the file"),
+        (b'{"text": "\\ud83d"}', "half a surrogate pair"),
+    ],
+)
+def test_bad_record_names_file_and_line(tmp_path, line, problem):
+    path = write(tmp_path / "a.jsonl", records({"text": "a"}) + "\n")
+    path.write_bytes(path.read_bytes() + line + b"\n" + records({"text": "b"}).encode())
+    with pytest.raises(UserError, match=rf"a\.jsonl:3: .*{problem}.*max_bad_records") as raised:
+        read_all(path)
+    assert "\n" not in str(raised.value)
+    assert read_all(path, max_bad_records=1) == {"a.jsonl:1": "a", "a.jsonl:4": "b"}
+
+
+def test_bad_records_are_counted_and_warned_of_once(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", "no\n" + records({"text": "a"}) + "no\n")
+    corpus = open_corpus(DataConfig(source=str(path), max_bad_records=2))
+    for _ in range(2):
+        assert len(list(corpus.documents())) == 1
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert "2 bad records skipped, the first of them" in caplog.text
+    assert "a.jsonl:1" in caplog.text
+    with pytest.raises(UserError, match=r"a\.jsonl:3: .*bad record 2, 1 allowed"):
+        read_all(path, max_bad_records=1)
+
+
+def test_jsonl_replaces_what_is_no_character(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"text": "\xff"}\n{"text": "\\ud83d!"}\n')
+    assert [*read_all(path, encoding_errors="replace").values()] == ["\ufffd", "\ufffd!"]
+
+
+def test_line_that_is_no_record_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("simplernn_jax.data.jsonl_files.LARGEST_RECORD", 1 << 20)
+    path = write(tmp_path / "a.jsonl", json.dumps([{"text": "a" * (1 << 20)}]))
+    with pytest.raises(UserError, match=r"a\.jsonl:1: a line of more than 1 MiB"):
+        read_all(path)
+
+
+def test_fingerprint_follows_the_files_and_not_their_folder(tmp_path):
+    def fingerprint(folder: str, **settings) -> str:
+        return open_corpus(DataConfig(source=str(tmp_path / folder), **settings)).fingerprint()
+
+    path = write(tmp_path / "one" / "a.txt", "text")
+    before = fingerprint("one")
+    assert fingerprint("one") == before
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert fingerprint("two") == before
+    path = write(tmp_path / "two" / "a.txt", "longer")
+    longer = fingerprint("two")
+    assert longer != before
+    path.rename(path.with_name("b.txt"))
+    assert fingerprint("two") != longer
+    write(tmp_path / "j" / "a.jsonl", records({"text": "a"}))
+    assert fingerprint("j") != fingerprint("j", field="bot")
+
+
+def test_file_that_vanishes_or_cannot_be_opened(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt", "text")
+    corpus = open_corpus(DataConfig(source=str(path)))
+    path.unlink()
+    with pytest.raises(UserError, match=r"a\.txt: No such file"):
+        corpus.fingerprint()
+    with pytest.raises(UserError, match=r"a\.txt: No such file"):
+        [list(document.pieces) for document in corpus.documents()]
+
+
+@pytest.mark.parametrize("name", ["tiny_shakespeare", "no/such/path", "lm1b:1.1.0"])
+def test_unprepared_dataset_is_refused_at_once_with_what_to_do(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=r"not prepared in .*build_tfds\.py.*need TensorFlow"):
+        open_corpus(DataConfig(source=f"tfds:{name}"))

@@ -1,0 +1,305 @@
+"""`generate`: what it writes equals recomputing the prefix, rows do not know each other, and
+going on from a state equals one longer call."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from simplernn_jax.config import ModelConfig
+from simplernn_jax.errors import UserError
+from simplernn_jax.inference import generate
+from simplernn_jax.models import LanguageModel
+
+VOCAB = 23
+BLOCKS = ["plain", "residual"]
+# Three rows or one in every test, so that they share the compiled programs.
+LENGTHS = [3, 139, 64]  # pieces in which prompts are read: 1, 8, 64 and 512 tokens
+
+forward = nnx.jit(lambda model, tokens: model(tokens))
+step = nnx.jit(lambda model, token, state: model(token, state))
+
+
+def make_model(block="residual", precision="float32", seed=0, cls=LanguageModel):
+    config = ModelConfig(
+        vocab_size=VOCAB,
+        block=block,
+        num_layers=2,
+        hidden_dim=24,
+        key_dim=12,
+        value_dim=20,
+        num_heads=2,
+        mlp_dim=29,
+        tie_embeddings=False,
+        precision=precision,
+    )
+    return cls(config, rngs=nnx.Rngs(seed))
+
+
+def make_prompts(lengths=LENGTHS, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, length).astype(np.int32) for length in lengths]
+
+
+def by_recomputing(model, prompt, num_tokens):
+    """Greedy decoding as the definition has it: the whole prefix again for every token."""
+    tokens = np.zeros((1, len(prompt) + num_tokens), np.int32)  # what follows is not seen
+    tokens[0, : len(prompt)] = prompt
+    for end in range(len(prompt), tokens.shape[1]):
+        tokens[0, end] = jnp.argmax(forward(model, tokens)[0][0, end - 1])
+    return tokens[0, len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    ("block", "precision", "tolerance"),
+    [
+        ("plain", "float32", 1e-5),
+        ("residual", "float32", 1e-5),
+        ("plain", "bfloat16", 4e-2),
+        ("residual", "bfloat16", 4e-2),
+    ],
+)
+def test_step_by_step_logits_equal_the_full_forward_pass(block, precision, tolerance):
+    model = make_model(block, precision)
+    tokens = jnp.asarray(make_prompts([41])[0])[None]
+    full, final_state = forward(model, tokens)
+    state = model.initial_state(1)
+    steps = []
+    for position in range(tokens.shape[1]):
+        logits, state = step(model, tokens[:, position : position + 1], state)
+        steps.append(logits[:, 0])
+    scale = float(jnp.abs(full).max())
+    chex.assert_trees_all_close(jnp.stack(steps, 1), full, rtol=0, atol=tolerance * scale)
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(final_state), strict=True):
+        chex.assert_trees_all_close(
+            ours, theirs, rtol=0, atol=tolerance * float(jnp.abs(theirs).max())
+        )
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_reading_in_pieces_equals_the_full_forward_pass(block):
+    model = make_model(block)
+    prompts = make_prompts([3, 139, 601])
+    state = generate(model, prompts, max_new_tokens=0).state
+    padded = np.zeros((3, 601), np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+    logits, layers = forward(model, padded)
+    for row, prompt in enumerate(prompts):
+        expected = logits[row, len(prompt) - 1]
+        chex.assert_trees_all_close(state.logits[row], expected, rtol=2e-5, atol=2e-5)
+    for ours, theirs in zip(*map(jax.tree.leaves, (state.layers, layers)), strict=True):
+        chex.assert_trees_all_close(ours[2], theirs[2], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_greedy_equals_recomputing_the_prefix(block):
+    model = make_model(block)
+    prompts = make_prompts([5, 5, 5])
+    written = generate(model, prompts, max_new_tokens=37)
+    chex.assert_shape(written.tokens, (3, 37))
+    assert written.tokens.dtype == np.int32
+    for prompt, row in zip(prompts, written.tokens, strict=True):
+        np.testing.assert_array_equal(row, by_recomputing(model, prompt, 37))
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.3, "seed": 5}])
+@pytest.mark.parametrize("lengths", [LENGTHS, [1, 8, 61]])
+def test_a_row_is_what_it_would_be_alone(settings, lengths):
+    model = make_model()
+    prompts = make_prompts(lengths)
+    together = generate(model, prompts, max_new_tokens=35, **settings)
+    for row, prompt in enumerate(prompts):
+        alone = generate(model, [prompt], max_new_tokens=35, **settings)
+        np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
+        own = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], together.state)
+        chex.assert_trees_all_close(own, alone.state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_k": 9, "top_p": 0.9}])
+@pytest.mark.parametrize("cuts", [(1, 69), (32, 38), (40, 0, 7, 23)])
+def test_going_on_equals_one_longer_call(settings, cuts):
+    model = make_model()
+    settings = settings | {"seed": 3, "eos_id": 0}
+    prompts = make_prompts([2, 11, 5])
+    whole = generate(model, prompts, max_new_tokens=sum(cuts), **settings)
+    parts = [generate(model, prompts, max_new_tokens=cuts[0], **settings)]
+    for cut in cuts[1:]:
+        parts.append(generate(model, state=parts[-1].state, max_new_tokens=cut, **settings))
+    for row, tokens in enumerate(whole.rows()):
+        pieces = np.concatenate([part.rows()[row] for part in parts])
+        np.testing.assert_array_equal(pieces, tokens)
+    chex.assert_trees_all_equal(parts[-1].state, whole.state)
+
+
+def test_a_state_reads_on():
+    model = make_model()
+    first, second = make_prompts([70, 13, 1], seed=1), make_prompts([5, 66, 8], seed=2)
+    state = generate(model, first, max_new_tokens=0).state
+    on = generate(model, second, state=state, max_new_tokens=9)
+    joined = [np.concatenate(pair) for pair in zip(first, second, strict=True)]
+    np.testing.assert_array_equal(on.tokens, generate(model, joined, max_new_tokens=9).tokens)
+
+
+def test_a_state_is_not_used_up():
+    model = make_model()
+    state = generate(model, make_prompts([4]), max_new_tokens=3).state
+    first = generate(model, state=state, max_new_tokens=5)
+    np.testing.assert_array_equal(
+        first.tokens, generate(model, state=state, max_new_tokens=5).tokens
+    )
+
+
+def test_rows_without_more_to_read_keep_their_state():
+    model = make_model()
+    prompts = make_prompts([6, 10, 1])
+    state = generate(model, prompts, max_new_tokens=0).state
+    on = generate(model, [[], [1, 2, 3], [4]], state=state, max_new_tokens=8)
+    np.testing.assert_array_equal(
+        on.tokens[0], generate(model, prompts[:1], max_new_tokens=8).tokens[0]
+    )
+
+
+def test_eos_ends_a_row_and_freezes_its_state():
+    model = make_model()
+    prompts = make_prompts([3, 5, 9])
+    free = generate(model, prompts, max_new_tokens=50)
+    eos_id = int(free.tokens[1, 4])
+    ended = generate(model, prompts, max_new_tokens=50, eos_id=eos_id)
+    for row, tokens in enumerate(free.tokens):
+        ends = np.flatnonzero(tokens == eos_id)
+        length = ends[0] + 1 if len(ends) else 50
+        assert ended.lengths[row] == length
+        np.testing.assert_array_equal(ended.rows()[row], tokens[:length])
+        assert (ended.tokens[row, length:] == eos_id).all()
+    # The state has read everything before EOS, and EOS not.
+    before = np.concatenate([prompts[1], ended.rows()[1][:-1]])
+    _, layers = forward(model, before[None])
+    own = jax.tree.map(lambda leaf: leaf[1:2], ended.state.layers)
+    chex.assert_trees_all_close(own, layers, rtol=2e-5, atol=2e-5)
+
+
+def test_a_finished_row_stays_finished_until_it_reads_on():
+    model = make_model()
+    prompt = make_prompts([5])
+    eos_id = int(generate(model, prompt, max_new_tokens=1).tokens[0, 0])
+    ended = generate(model, prompt, max_new_tokens=4, eos_id=eos_id)
+    assert ended.lengths.tolist() == [1]
+    again = generate(model, state=ended.state, max_new_tokens=4, eos_id=eos_id)
+    assert again.lengths.tolist() == [0]
+    more = generate(model, [[2, 7]], state=ended.state, max_new_tokens=4)
+    joined = [[*prompt[0], 2, 7]]
+    np.testing.assert_array_equal(more.tokens, generate(model, joined, max_new_tokens=4).tokens)
+
+
+def test_copies_of_a_prompt_get_different_texts_and_a_seed_repeats_them():
+    model = make_model()
+    settings = {"max_new_tokens": 20, "temperature": 5.0}
+    first = generate(model, [[3, 4]] * 3, seed=1, **settings).tokens
+    assert len({tuple(row) for row in first.tolist()}) == 3
+    np.testing.assert_array_equal(first, generate(model, [[3, 4]] * 3, seed=1, **settings).tokens)
+    assert (first != generate(model, [[3, 4]] * 3, seed=2, **settings).tokens).any()
+
+
+def test_banned_ids_are_never_written():
+    model = make_model()
+    banned = [0, 3, 4, 11, 22]
+    for temperature in (0.0, 50.0):
+        written = generate(
+            model, [[1]] * 3, max_new_tokens=61, temperature=temperature, banned_ids=banned
+        )
+        assert not np.isin(written.tokens, banned).any()
+
+
+def test_top_k_of_one_is_greedy():
+    model = make_model()
+    prompts = make_prompts([4, 6, 1])
+    greedy = generate(model, prompts, max_new_tokens=12)
+    for settings in ({"top_k": 1}, {"top_p": 1e-9}):
+        drawn = generate(model, prompts, max_new_tokens=12, temperature=1.0, **settings)
+        np.testing.assert_array_equal(drawn.tokens, greedy.tokens)
+
+
+def test_prompts_come_in_any_form():
+    model = make_model()
+    expected = generate(
+        model, np.asarray([[1, 2, 3], [4, 5, 6], [7, 8, 9]]), max_new_tokens=6
+    ).tokens
+    forms = [
+        [[1, 2, 3], [4, 5, 6], [7, 8, 9]],
+        ((1, 2, 3), (4, 5, 6), (7, 8, 9)),
+        jnp.asarray([[1, 2, 3], [4, 5, 6], [7, 8, 9]]),
+        [np.asarray([1, 2, 3], np.uint8), jnp.asarray([4, 5, 6]), range(7, 10)],
+    ]
+    for form in forms:
+        np.testing.assert_array_equal(generate(model, form, max_new_tokens=6).tokens, expected)
+    for flat in ([1, 2, 3], np.asarray([1, 2, 3]), jnp.asarray([1, 2, 3])):
+        np.testing.assert_array_equal(generate(model, flat, max_new_tokens=6).tokens, expected[:1])
+
+
+@pytest.mark.parametrize("eos_id", [None, 5])
+def test_tokens_are_handed_over_as_they_come(eos_id):
+    model = make_model()
+    prompts = make_prompts([3, 8, 1])
+    calls = []
+    settings = {"max_new_tokens": 75, "temperature": 30.0, "eos_id": eos_id}
+    whole = generate(model, prompts, on_tokens=calls.append, **settings)
+    if eos_id is None:
+        assert len(calls) > 1
+    for row, tokens in enumerate(whole.rows()):
+        np.testing.assert_array_equal(np.concatenate([call[row] for call in calls]), tokens)
+
+
+def test_nothing_is_traced_again():
+    traces = []
+
+    class Counting(LanguageModel):
+        def encode(self, tokens, *args, **kwargs):
+            traces.append(tokens.shape)
+            return super().encode(tokens, *args, **kwargs)
+
+    generate(make_model(cls=Counting), make_prompts([9 + 64, 9]), max_new_tokens=33)
+    num_traces = len(traces)
+    for seed in range(1, 4):  # other parameters, prompts, lengths and settings
+        model = make_model(seed=seed, cls=Counting)
+        prompts = make_prompts([3 + 64 * seed, 17 + seed], seed=seed)
+        settings = {"temperature": float(seed), "top_k": seed, "top_p": 1 / seed, "eos_id": seed}
+        written = generate(model, prompts, max_new_tokens=20 * seed, banned_ids=[seed], **settings)
+        generate(model, state=written.state, max_new_tokens=seed)
+    assert len(traces) == num_traces
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([[1, VOCAB]], {}, f"prompt 0: token {VOCAB} at position 1 is outside"),
+        ([[1], [2, 3, -1]], {}, "prompt 1: token -1 at position 2 is outside"),
+        ([[1], []], {}, "prompt 1: has no token"),
+        ([], {}, "none given"),
+        (None, {}, "none given"),
+        ([[1.5]], {}, "integers"),
+        ([[[1]]], {}, "axes"),
+        ([[1]], {"max_new_tokens": -1}, "max_new_tokens"),
+        ([[1]], {"temperature": -0.1}, "temperature"),
+        ([[1]], {"temperature": float("nan")}, "temperature"),
+        ([[1]], {"top_k": -1}, "top_k"),
+        ([[1]], {"top_p": 0.0}, "top_p"),
+        ([[1]], {"top_p": 1.01}, "top_p"),
+        ([[1]], {"seed": -1}, "seed"),
+        ([[1]], {"eos_id": VOCAB}, "eos_id"),
+        ([[1]], {"banned_ids": [VOCAB]}, "banned_ids"),
+        ([[1]], {"banned_ids": range(VOCAB)}, "banned_ids"),
+    ],
+)
+def test_bad_input_is_named(prompts, settings, message):
+    with pytest.raises(UserError, match=message):
+        generate(make_model(), prompts, **({"max_new_tokens": 3} | settings))
+
+
+def test_a_state_of_other_rows_is_refused():
+    model = make_model()
+    state = generate(model, [[1], [2]], max_new_tokens=0).state
+    with pytest.raises(UserError, match="3 rows for a state of 2"):
+        generate(model, [[1], [2], [3]], state=state, max_new_tokens=1)

@@ -1,0 +1,106 @@
+"""Manifests: every change to a folder shows."""
+
+import os
+
+import pytest
+
+from simplernn_jax.training import manifest
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "inner" / "empty").mkdir(parents=True)
+    (tmp_path / "inner" / "first file").write_bytes(bytes(range(256)) * 7)
+    (tmp_path / "inner" / "nothing").write_bytes(b"")
+    (tmp_path / "last").write_bytes(b"\n\r\n")
+    manifest.write_manifest(str(tmp_path))
+    return tmp_path
+
+
+def test_an_untouched_folder_is_whole(folder):
+    assert manifest.has_manifest(str(folder))
+    assert manifest.find_damage(str(folder)) is None
+
+
+def test_a_folder_without_a_manifest_is_not_whole(tmp_path):
+    assert not manifest.has_manifest(str(tmp_path))
+    assert manifest.find_damage(str(tmp_path)) == "manifest.sha256 is missing"
+
+
+def test_every_flipped_bit_of_the_manifest_shows(folder):
+    path = folder / manifest.MANIFEST_NAME
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        assert manifest.find_damage(str(folder)) == "manifest.sha256 was changed"
+
+
+def test_every_truncation_of_the_manifest_shows(folder):
+    path = folder / manifest.MANIFEST_NAME
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        assert manifest.find_damage(str(folder)) == "manifest.sha256 was changed"
+
+
+def test_a_flipped_bit_names_the_file(folder):
+    path = folder / "inner" / "first file"
+    content = bytearray(path.read_bytes())
+    content[1031] ^= 32
+    path.write_bytes(content)
+    assert manifest.find_damage(str(folder)) == "inner/first file was changed"
+
+
+def test_another_size_names_the_file_and_both_sizes(folder):
+    (folder / "last").write_bytes(b"\n\r")
+    assert manifest.find_damage(str(folder)) == "last has 2 bytes instead of 3"
+
+
+def test_a_missing_file_is_named(folder):
+    (folder / "inner" / "nothing").unlink()
+    assert manifest.find_damage(str(folder)) == "inner/nothing is missing"
+
+
+def test_an_additional_file_is_named(folder):
+    (folder / "inner" / "empty" / "other").write_bytes(b"")
+    assert manifest.find_damage(str(folder)) == "inner/empty/other does not belong there"
+
+
+def test_a_file_that_became_a_folder_is_named(folder):
+    (folder / "last").unlink()
+    (folder / "last").mkdir()
+    assert manifest.find_damage(str(folder)) == "last is missing"
+
+
+def test_a_manifest_written_again_covers_the_new_content(folder):
+    (folder / "last").write_bytes(b"new")
+    manifest.write_manifest(str(folder))
+    assert manifest.find_damage(str(folder)) is None
+
+
+@pytest.mark.parametrize("body", ["", "one line\n", "ünï\r\n\ncode\n"])
+def test_a_sealed_file_gives_its_body_back(tmp_path, body):
+    path = str(tmp_path / "sealed")
+    manifest.write_sealed(path, body)
+    assert manifest.read_sealed(path) == body
+    assert os.listdir(tmp_path) == ["sealed"]
+
+
+def test_a_missing_or_binary_sealed_file_gives_nothing(tmp_path):
+    assert manifest.read_sealed(str(tmp_path / "none")) is None
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    assert manifest.read_sealed(str(tmp_path / "binary")) is None
+
+
+def test_a_failing_write_leaves_the_earlier_content(tmp_path, monkeypatch):
+    def refuse(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = str(tmp_path / "sealed")
+    manifest.write_sealed(path, "before\n")
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        manifest.write_sealed(path, "after\n")
+    assert manifest.read_sealed(path) == "before\n"

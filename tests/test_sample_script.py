@@ -1,0 +1,81 @@
+"""scripts/sample.py as a person runs it: on what a training run left, and with wrong flags."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CORPUS = "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. 漢字 😀\n"
+
+
+def run(script, *arguments, stdin=b""):
+    """(exit code, standard output, standard error) of a script of this repository."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)],
+        check=False,
+        input=stdin,
+        capture_output=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        timeout=300,
+    )
+    return done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    text = folder / "text.txt"
+    text.write_text(CORPUS * 100, encoding="utf-8")
+    code, _, errors = run(
+        "train.py",
+        f"--config={ROOT / 'configs' / 'tiny.py'}",
+        f"--config.data.source={text}",
+        "--config.data.split=position",
+        "--config.train.steps=2",
+        f"--workdir={folder / 'work'}",
+    )
+    assert code == 0, errors
+    return folder / "work"
+
+
+def test_the_prompt_and_its_continuation_are_written(workdir):
+    settings = ["--workdir", workdir, "--max_new_tokens", 50, "--seed", 3]
+    code, text, errors = run("sample.py", *settings, "--prompt", "größer")
+    assert code == 0, errors
+    assert text.startswith("größer")
+    assert text.endswith("\n")
+    assert len(text) > len("größer\n")
+    # The same from standard input, on this machine or any other run.
+    again = run("sample.py", *settings, "--prompt_file", "-", stdin="größer".encode())
+    assert again[:2] == (0, text)
+
+
+def test_without_a_prompt_a_document_begins(workdir):
+    code, text, errors = run("sample.py", "--workdir", workdir, "--max_new_tokens", 5)
+    assert code == 0, errors
+    assert text.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        ([], b"", "--workdir is missing"),
+        (["--workdir", "nowhere"], b"", "nowhere"),
+        (["--workdir", "x", "--temperature", "-1"], b"", "temperature"),
+        (["--workdir", "x", "--top_k", "three"], b"", "top_k"),
+        (["--workdir", "x", "--top_p", "1.5"], b"", "top_p"),
+        (["--workdir", "x", "--prompt", "a", "--prompt_file", "b"], b"", "exclude each other"),
+        (["--workdir", "x", "--prompt_file", "missing.txt"], b"", "missing.txt"),
+        (["--workdir", "x", "--prompt_file", "-"], b"ab\xff", "invalid UTF-8 at byte 2"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(arguments, stdin, message):
+    code, text, errors = run("sample.py", *arguments, stdin=stdin)
+    assert (code, text) == (2, "")
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert message in errors

@@ -1,0 +1,135 @@
+"""Sampling as a pure function: what can be drawn, how often, and that no setting gives NaN."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simplernn_jax.inference.sampling import greedy, keep_best, sample
+
+VOCAB = 13
+DRAWS = 4001
+
+jitted_sample = jax.jit(sample)
+
+
+def draws(logits, num=DRAWS, **kwargs):
+    """`num` draws from one row of logits."""
+    rows = jnp.tile(jnp.asarray(logits, jnp.float32)[None], (num, 1))
+    keys = jax.random.split(jax.random.key(3), num)
+    return np.asarray(jitted_sample(rows, keys, **kwargs))
+
+
+def random_logits(seed=0):
+    return np.random.default_rng(seed).normal(size=VOCAB).astype(np.float32) * 2
+
+
+def softmax(logits):
+    exponentials = np.exp(logits - logits.max())
+    return exponentials / exponentials.sum()
+
+
+def test_temperature_zero_is_greedy_and_takes_the_lowest_of_equal_ids():
+    logits = jnp.asarray([[0.0, 2.0, 2.0], [5.0, -1.0, 5.0], [-3.0, -2.0, -1.0]])
+    keys = jax.random.split(jax.random.key(0), 3)
+    np.testing.assert_array_equal(sample(logits, keys, temperature=0.0), [1, 0, 2])
+    np.testing.assert_array_equal(greedy(logits), [1, 0, 2])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_frequencies_follow_the_tempered_softmax(temperature):
+    logits = random_logits()
+    frequencies = np.bincount(draws(logits, temperature=temperature), minlength=VOCAB) / DRAWS
+    np.testing.assert_allclose(frequencies, softmax(logits / temperature), atol=0.03)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_top_k_draws_from_exactly_the_k_best(top_k):
+    logits = random_logits()
+    drawn = draws(logits, temperature=2.0, top_k=top_k)
+    assert set(drawn) == set(np.argsort(-logits)[:top_k])
+
+
+def test_top_k_keeps_exactly_k_of_equal_logits():
+    kept = keep_best(jnp.zeros((2, VOCAB)), 3, 1.0)
+    np.testing.assert_array_equal(np.isfinite(kept).sum(-1), [3, 3])
+    np.testing.assert_array_equal(np.flatnonzero(np.isfinite(kept[0])), [0, 1, 2])
+
+
+@pytest.mark.parametrize(("top_p", "expected"), [(0.4, 1), (0.5, 1), (0.51, 2), (0.8, 3), (1.0, 4)])
+def test_top_p_keeps_the_fewest_best_that_reach_it(top_p, expected):
+    # Shuffled, and powers of two, so that the sums are exact.
+    logits = jnp.log(jnp.asarray([[0.125, 0.5, 0.125, 0.25]]))
+    kept = np.isfinite(keep_best(logits, 0, top_p))[0]
+    assert kept.sum() == expected
+    assert kept[1]
+
+
+def test_top_p_counts_after_top_k():
+    logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.125, 0.125]]))
+    # Of the two best the first has 2/3: it alone reaches 0.6, though only 0.5 of all.
+    np.testing.assert_array_equal(np.isfinite(keep_best(logits, 2, 0.6))[0], [1, 0, 0, 0])
+    np.testing.assert_array_equal(np.isfinite(keep_best(logits, 0, 0.6))[0], [1, 1, 0, 0])
+
+
+def test_restrictions_that_keep_everything_draw_the_same_as_none():
+    logits = random_logits()
+    plain = draws(logits, num=101)
+    np.testing.assert_array_equal(draws(logits, num=101, top_k=0, top_p=1.0), plain)
+    np.testing.assert_array_equal(draws(logits, num=101, top_k=VOCAB), plain)
+    np.testing.assert_array_equal(draws(logits, num=101, top_k=10 * VOCAB), plain)
+
+
+def test_a_row_depends_on_its_own_key_and_logits_alone():
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(5, VOCAB)), jnp.float32)
+    keys = jax.random.split(jax.random.key(7), 5)
+    together = sample(logits, keys, temperature=0.9, top_k=7, top_p=0.9)
+    for row in range(5):
+        alone = sample(
+            logits[row : row + 1], keys[row : row + 1], temperature=0.9, top_k=7, top_p=0.9
+        )
+        assert alone[0] == together[row]
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-6, 1e6, 3e38])
+@pytest.mark.parametrize("top_p", [1e-30, 0.9, 1.0])
+def test_extreme_settings_draw_allowed_ids_only(temperature, top_p):
+    logits = np.full(VOCAB, -np.inf, np.float32)
+    logits[[2, 5, 11]] = [-3e38, 1.0, 3e37]
+    drawn = draws(logits, num=97, temperature=temperature, top_p=top_p)
+    assert set(drawn) <= {2, 5, 11}
+    if temperature <= 1e-6 or top_p < 0.1:
+        assert set(drawn) == {11}
+
+
+@settings(max_examples=50)
+@given(
+    logits=st.lists(
+        st.floats(-(2.0**100), 2.0**100, width=32) | st.just(-np.inf),
+        min_size=VOCAB,
+        max_size=VOCAB,
+    ).filter(lambda logits: max(logits) > -np.inf),
+    temperature=st.floats(0, 2.0**100, width=32),
+    top_k=st.integers(0, 2 * VOCAB),
+    top_p=st.floats(2.0**-60, 1, width=32),
+)
+def test_no_setting_draws_a_forbidden_id(logits, temperature, top_k, top_p):
+    drawn = draws(logits, num=3, temperature=temperature, top_k=top_k, top_p=top_p)
+    assert np.isfinite(np.asarray(logits)[drawn]).all()
+
+
+def test_settings_are_traced_and_do_not_recompile():
+    traces = []
+
+    @jax.jit
+    def counted(logits, keys, temperature, top_k, top_p):
+        traces.append(1)
+        return sample(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    logits = jnp.asarray(random_logits())[None]
+    keys = jax.random.split(jax.random.key(0), 1)
+    for setting in [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 5, 0.9), (2.0, 1, 0.1)]:
+        counted(logits, keys, *setting)
+    assert len(traces) == 1

@@ -1,0 +1,132 @@
+"""Text in and out: characters stay whole, specials are never written, rows keep apart."""
+
+import numpy as np
+import pytest
+import tokenizers
+from flax import nnx
+
+from simplernn_jax.config import ModelConfig
+from simplernn_jax.data import load_tokenizer, tokenizer_from_json
+from simplernn_jax.errors import UserError
+from simplernn_jax.inference import TextStream, generate, generate_text
+from simplernn_jax.models import LanguageModel
+
+BYTES = load_tokenizer("byte", None)
+TEXT = "aß€😀 שלום\n漢字"
+
+
+def make_model(vocab_size=BYTES.vocab_size):
+    config = ModelConfig(
+        vocab_size=vocab_size, num_layers=1, hidden_dim=12, key_dim=8, value_dim=8, num_heads=2
+    )
+    return LanguageModel(config, rngs=nnx.Rngs(0))
+
+
+def word_pieces():
+    """A SentencePiece-like tokenizer: a piece's blank is written only behind another piece."""
+    vocabulary = {"▁to": 0, "▁be": 1, "▁or": 2, "<unk>": 3}
+    vocabulary |= {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
+    model = tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    decoders = tokenizers.decoders
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return tokenizer.to_str()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 50])
+@pytest.mark.parametrize("repeats", [1, 40])
+def test_a_stream_writes_whole_characters_and_all_of_them(step, repeats):
+    ids = BYTES.encode(TEXT * repeats)
+    stream = TextStream(BYTES)
+    pieces = [stream.feed(ids[start : start + step]) for start in range(0, len(ids), step)]
+    assert "".join(pieces) == TEXT * repeats
+    assert stream.finish() == ""
+
+
+def test_a_character_is_written_with_its_last_byte():
+    stream = TextStream(BYTES, BYTES.encode("é"))
+    assert [stream.feed([byte]) for byte in "€".encode()] == ["", "", "€"]
+
+
+def test_what_never_becomes_a_character_is_replaced():
+    stream = TextStream(BYTES)
+    assert stream.feed([0xE2, 0x82]) == ""
+    assert stream.feed([ord("a")]) == "\ufffda"
+    assert stream.feed([0xF0, 0x9F]) == ""
+    assert stream.finish() == "\ufffd"
+
+
+def test_a_stream_knows_what_stands_before_it(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(word_pieces(), encoding="utf-8")
+    tokenizer = load_tokenizer(str(path), None)
+    assert tokenizer_from_json(tokenizer.to_json()).vocab_size == tokenizer.vocab_size
+    stream = TextStream(tokenizer, [0, 1])
+    byte_ids = [4 + byte for byte in "€".encode()]
+    pieces = [stream.feed([token]) for token in [2, 0, *byte_ids, 1]]
+    assert pieces == [" or", " to", "", "", "€", " be"]
+
+
+def test_text_is_what_the_tokens_say():
+    model = make_model()
+    settings = {"max_new_tokens": 70, "temperature": 1.0, "seed": 3}
+    prompts = ["ab", "", "x€"]
+    texts = generate_text(model, BYTES, prompts, **settings)
+    rows = [[BYTES.bos_id, *BYTES.encode(prompt)] for prompt in prompts]
+    written = generate(
+        model, rows, eos_id=BYTES.eos_id, banned_ids=[BYTES.bos_id, BYTES.pad_id], **settings
+    )
+    assert texts == [BYTES.decode(row) for row in written.rows()]
+
+
+def test_text_comes_in_pieces():
+    calls = []
+    texts = generate_text(
+        make_model(),
+        BYTES,
+        ["a", "b", "c"],
+        max_new_tokens=100,
+        temperature=2.0,
+        on_text=calls.append,
+    )
+    assert texts == ["".join(call[row] for call in calls) for row in range(3)]
+    assert len(calls) > 2
+
+
+def test_specials_and_ids_without_a_meaning_are_never_written():
+    model = make_model(vocab_size=BYTES.vocab_size + 300)
+    seen = []
+
+    class Recording:
+        vocab_size, bos_id, eos_id, pad_id = 259, 256, 257, 258
+
+        def encode(self, text):
+            return BYTES.encode(text)
+
+        def decode_bytes(self, ids):
+            seen.extend(ids)
+            return BYTES.decode_bytes(ids)
+
+    generate_text(model, Recording(), [""] * 3, max_new_tokens=90, temperature=100.0)
+    assert set(seen) <= {*range(256), Recording.bos_id, Recording.eos_id}  # BOS from the prompts
+
+
+def test_one_id_for_bos_eos_and_pad_still_ends_a_text():
+    class OneSpecial:
+        vocab_size, bos_id, eos_id, pad_id = 2, 1, 1, 1
+
+        def encode(self, text):
+            return np.zeros(len(text), np.int32)
+
+        def decode_bytes(self, ids):
+            return b"a" * sum(int(token) == 0 for token in ids)
+
+    texts = generate_text(
+        make_model(2), OneSpecial(), [""] * 3, max_new_tokens=200, temperature=100.0
+    )
+    assert max(map(len, texts)) < 200
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    with pytest.raises(UserError, match="the tokenizer has 259 ids and the model 31"):
+        generate_text(make_model(31), BYTES, "a", max_new_tokens=1)

@@ -1,0 +1,126 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from simplernn_jax.config import DataConfig
+from simplernn_jax.data import open_corpus, prepare_corpus
+from simplernn_jax.data.tfds_builder import build_tfds
+from simplernn_jax.errors import UserError
+
+TEXTS = ["first — ä\n", "", "second", "third\n\n"]
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"bot": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    return DataConfig(source=str(path), field="bot")
+
+
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch):
+    folder = tmp_path / "datasets"
+    monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
+    return str(folder)
+
+
+def texts_of(source: str, **settings) -> list[str]:
+    documents = open_corpus(DataConfig(source=source, **settings)).documents()
+    return ["".join(document.pieces) for document in documents]
+
+
+def test_documents_come_back_in_order_by_name_version_and_folder(jsonl, data_dir):
+    folder = build_tfds(jsonl, "my_books", data_dir)
+    assert folder == Path(data_dir) / "my_books" / "1.0.0"
+    written = [text for text in TEXTS if text]
+    for name in ("my_books", "my_books:1.0.0", str(folder), str(folder.parent)):
+        assert texts_of(f"tfds:{name}") == written
+
+
+def test_same_tokens_as_from_the_source_itself(jsonl, data_dir, tmp_path):
+    build_tfds(jsonl, "my_books", data_dir)
+    direct = prepare_corpus(jsonl, 1, str(tmp_path / "cache"))
+    prepared = prepare_corpus(DataConfig(source="tfds:my_books"), 1, str(tmp_path / "cache"))
+    assert prepared.content_hash == direct.content_hash
+
+
+def test_newest_version_is_read_and_several_configurations_are_asked_about(jsonl, data_dir):
+    folder = build_tfds(jsonl, "my_books", data_dir)
+    fingerprint = open_corpus(DataConfig(source="tfds:my_books")).fingerprint()
+    shutil.copytree(folder, folder.with_name("1.0.10"))
+    shutil.copytree(folder, folder.with_name("1.0.9"))
+    shutil.copy(folder / "features.json", folder.with_name("1.0.10") / "extra.json")
+    assert open_corpus(DataConfig(source="tfds:my_books")).fingerprint() != fingerprint
+    both = folder.parent.with_name("both")
+    for config in ("large", "small"):
+        shutil.copytree(folder, both / config / "1.0.0")
+    assert texts_of("tfds:both/small") == texts_of("tfds:my_books")
+    with pytest.raises(UserError, match=r"tfds:both: several are prepared .* large, small"):
+        texts_of("tfds:both")
+
+
+def test_missing_field_names_those_present(jsonl, data_dir):
+    build_tfds(jsonl, "my_books", data_dir)
+    with pytest.raises(UserError, match=r"no field 'txt'; did you mean 'text'\?; it has text"):
+        texts_of("tfds:my_books", field="txt")
+
+
+def test_names_are_checked_and_nothing_is_overwritten(jsonl, data_dir):
+    with pytest.raises(UserError, match="data set name 'My Books'"):
+        build_tfds(jsonl, "My Books", data_dir)
+    build_tfds(jsonl, "my_books", data_dir)
+    with pytest.raises(UserError, match="exists already"):
+        build_tfds(jsonl, "my_books", data_dir)
+
+
+def test_bad_source_is_refused_and_can_be_mended(jsonl, data_dir, tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        build_tfds(DataConfig(source=str(tmp_path / "nowhere")), "my_books", data_dir)
+    path = Path(jsonl.source)
+    good = path.read_text(encoding="utf-8")
+    path.write_text(good + "no record\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"in\.jsonl:5: not JSON"):
+        build_tfds(jsonl, "my_books", data_dir)
+    with pytest.raises(UserError, match="not prepared"):
+        texts_of("tfds:my_books")
+    path.write_text(good, encoding="utf-8")
+    build_tfds(jsonl, "my_books", data_dir)
+
+
+def test_format_that_needs_tensorflow_is_named(jsonl, data_dir):
+    folder = build_tfds(jsonl, "my_books", data_dir)
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["fileFormat"] = "tfrecord"
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="prepared as tfrecord, which needs TensorFlow"):
+        texts_of("tfds:my_books")
+
+
+def test_script_makes_a_dataset_or_gives_one_line(jsonl, data_dir):
+    script = Path(__file__).parents[1] / "scripts" / "build_tfds.py"
+    command = [sys.executable, str(script), f"--source={jsonl.source}", "--name=my_books"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def run(field: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [*command, f"--field={field}"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    failed = run("text")
+    assert failed.returncode == 2
+    assert "error: " in failed.stderr
+    assert "in.jsonl:1: no field 'text'; it has bot" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    done = run("bot")
+    assert done.returncode == 0, done.stderr
+    assert "--config.data.source=tfds:" in done.stdout
+    assert texts_of("tfds:my_books") == [text for text in TEXTS if text]

@@ -1,0 +1,368 @@
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from simplernn_jax.config import DataConfig
+from simplernn_jax.data import TokenizedCorpus, TokenSplit, load_tokenizer, prepare_corpus
+from simplernn_jax.errors import UserError
+
+BOS, EOS = 256, 257
+
+
+def write_documents(folder: Path, count: int) -> dict[str, str]:
+    """Documents of different, partly empty and non-ASCII text, by name."""
+    folder.mkdir()
+    texts = {f"{i:03}.txt": f"Dokument {i} — {'ä' * i}\n" if i % 7 else "" for i in range(count)}
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return texts
+
+
+def prepare(source: Path, cache: Path, seed: int = 3, **settings) -> TokenizedCorpus:
+    return prepare_corpus(DataConfig(source=str(source), **settings), seed, str(cache))
+
+
+def texts_of(split: TokenSplit) -> list[str]:
+    """The texts of a split, after checking that each is BOS, tokens, EOS."""
+    tokenizer = load_tokenizer("byte", None)
+    texts = []
+    for tokens in np.split(split.tokens, split.document_starts[1:]):
+        assert (tokens[0], tokens[-1]) == (BOS, EOS)
+        texts.append(tokenizer.decode(tokens[1:-1]))
+    return texts
+
+
+def leftovers(cache: Path) -> list[Path]:
+    return list(cache.glob(".*"))
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.99])
+def test_every_document_is_on_exactly_one_side_of_a_document_split(tmp_path, fraction):
+    texts = [text for text in write_documents(tmp_path / "in", 53).values() if text]
+    corpus = prepare(tmp_path / "in", tmp_path / "cache", validation_fraction=fraction)
+    train, validation = texts_of(corpus.train), texts_of(corpus.validation)
+    assert len(validation) == min(max(1, round(fraction * len(texts))), len(texts) - 1)
+    assert sorted(train + validation) == sorted(texts)
+    assert validation == [text for text in texts if text in validation]  # in source order
+    for split, side in ((corpus.train, train), (corpus.validation, validation)):
+        assert split.num_bytes == sum(len(text.encode()) for text in side)
+        assert split.num_predictions == split.num_bytes + len(side)
+        assert split.document_starts.dtype == np.int64
+        assert split.tokens.dtype == np.uint16
+        assert isinstance(split.tokens, np.memmap)
+
+
+def test_document_split_follows_from_the_seed(tmp_path):
+    write_documents(tmp_path / "in", 53)
+    first = prepare(tmp_path / "in", tmp_path / "a", seed=1, validation_fraction=0.2)
+    again = prepare(tmp_path / "in", tmp_path / "b", seed=1, validation_fraction=0.2)
+    other = prepare(tmp_path / "in", tmp_path / "a", seed=2, validation_fraction=0.2)
+    assert first.content_hash == again.content_hash
+    assert texts_of(first.train) == texts_of(again.train)
+    assert texts_of(first.train) != sorted(texts_of(first.train))
+    assert set(texts_of(first.validation)) != set(texts_of(other.validation))
+    assert first.content_hash != other.content_hash
+
+
+def test_position_split_holds_out_the_end_of_the_stream(tmp_path):
+    texts = [text for text in write_documents(tmp_path / "in", 23).values() if text]
+    stream = [t for text in texts for t in (BOS, *text.encode(), EOS)]
+    for fraction in (1e-9, 0.1, 0.5, 0.97):
+        corpus = prepare(
+            tmp_path / "in", tmp_path / "cache", split="position", validation_fraction=fraction
+        )
+        train, validation = corpus.train, corpus.validation
+        assert len(validation.tokens) == max(1, round(fraction * len(stream)))
+        assert [*train.tokens, *validation.tokens] == stream
+        for split in (train, validation):
+            starts = {0, *np.flatnonzero(split.tokens == BOS).tolist()}
+            assert split.document_starts.tolist() == sorted(starts)
+            assert split.num_bytes == np.count_nonzero(split.tokens < 256)
+            follows = np.diff(
+                np.searchsorted(split.document_starts, range(len(split.tokens)), "right")
+            )
+            assert split.num_predictions == np.count_nonzero(follows == 0)
+
+
+def test_position_split_does_not_depend_on_the_seed(tmp_path):
+    write_documents(tmp_path / "in", 5)
+    for seed in (1, 2):
+        prepare(tmp_path / "in", tmp_path / "cache", seed=seed, split="position")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_position_split_counts_bytes_of_a_vocabulary_that_loses_text(tmp_path):
+    vocabulary = {"[UNK]": 0, "alpha": 1, "beta": 2}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = "alpha   beta\n" * 100
+    (tmp_path / "a.txt").write_text(text)
+    corpus = prepare(
+        tmp_path / "a.txt",
+        tmp_path / "cache",
+        tokenizer=str(tmp_path / "tokenizer.json"),
+        split="position",
+        validation_fraction=0.5,
+    )
+    assert corpus.train.tokens.dtype == np.uint8
+    assert corpus.train.num_bytes + corpus.validation.num_bytes == len(text)
+    assert 0.3 < corpus.train.num_bytes / len(text) < 0.7
+
+
+def test_everything_trains_without_a_validation_fraction(tmp_path):
+    texts = write_documents(tmp_path / "in", 9)
+    for split in ("document", "position"):
+        corpus = prepare(tmp_path / "in", tmp_path / "cache", split=split, validation_fraction=0.0)
+        assert corpus.validation is None
+        assert sorted(texts_of(corpus.train)) == sorted(text for text in texts.values() if text)
+
+
+def test_single_document_cannot_be_split_by_document(tmp_path):
+    (tmp_path / "a.txt").write_text("only one")
+    with pytest.raises(UserError, match=r"single document.*split=position.*validation_fraction=0"):
+        prepare(tmp_path / "a.txt", tmp_path / "cache")
+    assert prepare(tmp_path / "a.txt", tmp_path / "cache", split="position").validation is not None
+    assert not leftovers(tmp_path / "cache")
+
+
+def test_corpus_without_text_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl: no text in it"):
+        prepare(tmp_path / "a.jsonl", tmp_path / "cache")
+    assert not leftovers(tmp_path / "cache")
+
+
+def test_large_document_is_stored_whole_across_pieces(tmp_path):
+    text = ("one line of some length ünd\n" * 150_000) + "end"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    corpus = prepare(tmp_path / "a.txt", tmp_path / "cache", validation_fraction=0.0)
+    assert texts_of(corpus.train) == [text]
+    split = prepare(tmp_path / "a.txt", tmp_path / "cache", split="position")
+    assert split.train.num_bytes == np.count_nonzero(split.train.tokens < 256)
+    assert split.train.num_bytes + split.validation.num_bytes == len(text.encode())
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char"])
+def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer):
+    block = b"a line of a large file that is never in memory whole\n" * 20_000
+    peaks = []
+    for blocks in (13, 61):
+        path = tmp_path / f"{blocks}.txt"
+        with open(path, "wb") as stream:
+            for _ in range(blocks):
+                stream.write(block)
+        tracemalloc.start()
+        corpus = prepare(path, tmp_path / "cache", tokenizer=tokenizer, split="position")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert corpus.train.num_bytes + corpus.validation.num_bytes == blocks * len(block)
+    assert peaks[1] < peaks[0] + len(block), peaks
+    assert peaks[1] < path.stat().st_size / 2, peaks
+
+
+def test_second_preparation_reads_the_store(tmp_path, monkeypatch):
+    write_documents(tmp_path / "in", 9)
+    first = prepare(tmp_path / "in", tmp_path / "cache")
+    monkeypatch.setattr("simplernn_jax.data.token_store.write_spool", None)
+    second = prepare(tmp_path / "in", tmp_path / "cache")
+    assert second.content_hash == first.content_hash
+    np.testing.assert_array_equal(second.train.tokens, first.train.tokens)
+    given = prepare_corpus(
+        DataConfig(source=str(tmp_path / "in")),
+        3,
+        str(tmp_path / "cache"),
+        tokenizer=first.tokenizer,
+    )
+    assert given.content_hash == first.content_hash
+
+
+def test_what_changes_the_tokens_changes_the_store(tmp_path):
+    write_documents(tmp_path / "in", 9)
+    cache = tmp_path / "cache"
+    prepare(tmp_path / "in", cache)
+    changes = [
+        {"tokenizer": "char"},
+        {"split": "position"},
+        {"validation_fraction": 0.3},
+        {"encoding_errors": "replace"},
+        {"max_bad_records": 1},
+    ]
+    for change in changes:
+        prepare(tmp_path / "in", cache, **change)
+    assert len(list(cache.iterdir())) == 1 + len(changes)
+    (tmp_path / "in" / "001.txt").write_text("changed")
+    assert "changed" in texts_of(prepare(tmp_path / "in", cache, validation_fraction=0.0).train)
+
+
+def test_content_hash_is_that_of_the_content_and_not_of_names_or_times(tmp_path):
+    write_documents(tmp_path / "in", 9)
+    corpus = prepare(tmp_path / "in", tmp_path / "cache")
+    shutil.copytree(tmp_path / "in", tmp_path / "copy", copy_function=shutil.copyfile)
+    for path in (tmp_path / "copy").iterdir():
+        os.utime(path, (0, 0))
+        path.rename(path.with_suffix(".md"))
+    copy = prepare(tmp_path / "copy", tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert copy.content_hash == corpus.content_hash
+    expected = hashlib.sha256(
+        corpus.train.tokens.astype("<u2").tobytes() + corpus.train.document_starts.tobytes()
+    )
+    assert corpus.train.content_hash == expected.hexdigest()
+    other = prepare(tmp_path / "in", tmp_path / "cache", tokenizer="char")
+    assert other.content_hash != corpus.content_hash
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete", "meta"])
+def test_damaged_store_is_written_anew(tmp_path, damage, caplog):
+    write_documents(tmp_path / "in", 9)
+    first = prepare(tmp_path / "in", tmp_path / "cache")
+    expected = first.train.tokens.tolist()
+    (folder,) = (tmp_path / "cache").iterdir()
+    if damage == "truncate":
+        os.truncate(folder / "train.tokens", 6)
+    elif damage == "delete":
+        (folder / "validation.starts").unlink()
+    else:
+        (folder / "meta.json").write_text("{")
+    again = prepare(tmp_path / "in", tmp_path / "cache")
+    assert again.content_hash == first.content_hash
+    assert again.train.tokens.tolist() == expected
+    assert "damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "calls"),
+    [
+        ("simplernn_jax.data.tokenizer", "utf8", 5),
+        ("os", "pread", 3),
+        ("os", "fsync", 2),
+        ("os", "rename", 0),
+    ],
+)
+def test_killed_writer_leaves_nothing_that_is_taken_for_whole(tmp_path, module, function, calls):
+    write_documents(tmp_path / "in", 9)
+    command = f"""
+import os
+import {module} as module
+from simplernn_jax.config import DataConfig
+from simplernn_jax.data import prepare_corpus
+
+calls, original = [], module.{function}
+def killed_here(*arguments):
+    calls.append(arguments)
+    if len(calls) > {calls}:
+        os.kill(os.getpid(), {int(signal.SIGKILL)})
+    return original(*arguments)
+
+module.{function} = killed_here
+prepare_corpus(DataConfig(source={str(tmp_path / "in")!r}), 3, {str(tmp_path / "cache")!r})
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (left,) = (tmp_path / "cache").iterdir()
+    assert left.name.startswith(".")
+    corpus = prepare(tmp_path / "in", tmp_path / "cache")
+    assert corpus.content_hash == prepare(tmp_path / "in", tmp_path / "other").content_hash
+    assert leftovers(tmp_path / "cache") == [left]  # its writer might still live
+    hours_ago = time.time() - 7200
+    for path in [*left.iterdir(), left]:
+        os.utime(path, (hours_ago, hours_ago))
+    prepare(tmp_path / "in", tmp_path / "cache", seed=4)
+    assert not leftovers(tmp_path / "cache")
+
+
+def test_concurrent_writers_give_one_store(tmp_path):
+    write_documents(tmp_path / "in", 53)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(prepare, tmp_path / "in", tmp_path / "cache") for _ in range(4)]
+        hashes = {job.result().content_hash for job in jobs}
+    assert len(hashes) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, code):
+    write_documents(tmp_path / "in", 9)
+
+    def full(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"cache: the disk is full; free some.*cache_dir"):
+            prepare(tmp_path / "in", tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+    prepare(tmp_path / "in", tmp_path / "cache")
+
+
+def test_cache_dir_that_is_no_folder(tmp_path):
+    write_documents(tmp_path / "in", 9)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file: (Not a directory|File exists); .*cache_dir"):
+        prepare(tmp_path / "in", tmp_path / "file")
+
+
+def test_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    write_documents(tmp_path / "in", 9)
+    tokenizer = load_tokenizer("byte", None)
+
+    class Meddler(type(tokenizer)):
+        def encode(self, text: str) -> np.ndarray:
+            (tmp_path / "in" / "001.txt").write_text("more")
+            return super().encode(text)
+
+    with pytest.raises(UserError, match="changed while it was being read; run again"):
+        prepare_corpus(
+            DataConfig(source=str(tmp_path / "in")), 3, str(tmp_path / "cache"), tokenizer=Meddler()
+        )
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_progress_is_a_bar_on_a_terminal_and_two_lines_elsewhere(
+    tmp_path, capsys, caplog, monkeypatch
+):
+    write_documents(tmp_path / "in", 9)
+    caplog.set_level("INFO")
+    prepare(tmp_path / "in", tmp_path / "a")
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        f"tokenizing {tmp_path / 'in'}"
+    ] * 2
+    caplog.clear()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    prepare(tmp_path / "in", tmp_path / "b")
+    shown = capsys.readouterr().err
+    assert "tokenizing" in shown
+    assert "bytes" in shown
+    config = DataConfig(source=str(tmp_path / "in"))
+    prepare_corpus(config, 3, str(tmp_path / "c"), show_progress=False)
+    assert capsys.readouterr().err == ""
+    assert not caplog.records
+
+
+def test_importing_the_room_loads_no_heavy_library():
+    command = "import sys, simplernn_jax.data; print(*sys.modules)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    modules = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"tensorflow_datasets", "tokenizers", "rich", "jax", "grain"} & set(modules)

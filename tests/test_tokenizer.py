@@ -1,0 +1,225 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simplernn_jax.config import DataConfig
+from simplernn_jax.data import load_tokenizer, open_corpus, tokenizer_from_json
+from simplernn_jax.errors import UserError
+
+TEXT = "The naïve café — sells 13 кофе and 茶.\n\tIt <s> closes </s> at five 🙂!\r\n"
+
+
+def char_tokenizer(alphabet: str):
+    return tokenizer_from_json(json.dumps({"kind": "char", "alphabet": alphabet}))
+
+
+def byte_level_json(*special_tokens: str) -> str:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=307,
+        special_tokens=list(special_tokens),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 5, trainer)
+    return tokenizer.to_str()
+
+
+def byte_fallback_json() -> str:
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{i:02X}>": i + 3 for i in range(256)}
+    for token in ("▁", "a", "b", "▁a", "ab"):
+        vocabulary[token] = len(vocabulary)
+    model = tokenizers.models.BPE(
+        vocab=vocabulary, merges=[("▁", "a"), ("a", "b")], unk_token="<unk>", byte_fallback=True
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never")
+    parts = tokenizers.decoders
+    tokenizer.decoder = parts.Sequence(
+        [parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse()]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer.to_str()
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    path.write_text(byte_level_json("<s>", "</s>"), encoding="utf-8")
+    return load_tokenizer(str(path), None)
+
+
+@given(st.text())
+def test_bytes_round_trip(text):
+    tokenizer = load_tokenizer("byte", None)
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert ids.tolist() == list(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode_bytes(ids) == text.encode()
+
+
+def test_byte_specials_stand_for_no_text():
+    tokenizer = load_tokenizer("byte", None)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (256, 257, 258)
+    assert tokenizer.vocab_size == 259
+    assert tokenizer.decode([256, 104, -1, 105, 257, 258, 300]) == "hi"
+
+
+@given(st.binary())
+def test_any_bytes_decode_with_replacement(data):
+    tokenizer = load_tokenizer("byte", None)
+    assert tokenizer.decode(list(data)) == data.decode("utf-8", "replace")
+    assert tokenizer.decode_bytes(list(data)) == data
+
+
+@given(st.text(min_size=1).flatmap(lambda a: st.tuples(st.just(a), st.text(st.sampled_from(a)))))
+def test_characters_round_trip(alphabet_and_text):
+    alphabet, text = alphabet_and_text
+    tokenizer = char_tokenizer("".join(sorted(set(alphabet))))
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode_bytes(ids) == text.encode()
+    assert set(ids.tolist()) <= set(range(tokenizer.bos_id))
+
+
+def test_alphabet_is_that_of_the_whole_corpus_sorted(tmp_path):
+    (tmp_path / "a.txt").write_text("cab", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("🙂é\n", encoding="utf-8")
+    tokenizer = load_tokenizer("char", open_corpus(DataConfig(source=str(tmp_path))))
+    assert tokenizer.encode("\nabcé🙂").tolist() == [0, 1, 2, 3, 4, 5]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (6, 7, 8)
+    assert tokenizer.vocab_size == 9
+    assert tokenizer.decode([6, 3, 7, 8, 9, -1, 1]) == "ca"
+
+
+def test_unknown_character_is_named():
+    with pytest.raises(UserError, match=r"'z' at character 2 is not among the 3 characters.*byte"):
+        char_tokenizer("abc").encode("abza")
+
+
+@given(st.text(st.characters(min_codepoint=1, exclude_categories=["Cs"])))
+def test_byte_level_vocabulary_round_trips_any_text(text):
+    tokenizer = tokenizer_from_json(BYTE_LEVEL)
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert tokenizer.decode(ids) == text
+    assert b"".join(tokenizer.decode_bytes([number]) for number in ids) == text.encode()
+
+
+BYTE_LEVEL = json.dumps(
+    {
+        "kind": "pretrained",
+        "tokenizer": byte_level_json(),
+        "special_ids": {"bos_id": None, "eos_id": None, "pad_id": None},
+    }
+)
+
+
+def test_specials_are_found_by_name_and_the_others_appended(pretrained):
+    assert (pretrained.bos_id, pretrained.eos_id) == (0, 1)
+    assert pretrained.pad_id == pretrained.vocab_size - 1
+    assert pretrained.decode([0, *pretrained.encode("hi").tolist(), 1, pretrained.pad_id]) == "hi"
+
+
+def test_names_of_specials_in_a_text_are_text(pretrained):
+    ids = pretrained.encode(TEXT)
+    assert not {pretrained.bos_id, pretrained.eos_id, pretrained.pad_id} & set(ids.tolist())
+    assert pretrained.decode(ids) == TEXT
+
+
+def test_truncation_and_padding_of_the_file_are_not_applied(tmp_path):
+    tokenizer = tokenizers.Tokenizer.from_str(byte_level_json())
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=500)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"), None)
+    assert loaded.decode(loaded.encode(TEXT)) == TEXT
+    assert len(loaded.encode("abc" * 41)) < 500
+
+
+def test_unfinished_characters_of_byte_tokens_can_be_finished(tmp_path):
+    (tmp_path / "t.json").write_text(byte_fallback_json(), encoding="utf-8")
+    tokenizer = load_tokenizer(str(tmp_path / "t.json"), None)
+    text = "ab é🙂 a"
+    ids = tokenizer.encode(text).tolist()
+    assert tokenizer.decode(ids) == text
+    for stop in range(len(ids) + 1):
+        assert text.encode().startswith(tokenizer.decode_bytes(ids[:stop]))
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "pretrained"])
+def test_json_is_complete_and_stable(kind, pretrained):
+    tokenizer = {
+        "byte": load_tokenizer("byte", None),
+        "char": char_tokenizer("".join(sorted(set(TEXT)))),
+        "pretrained": pretrained,
+    }[kind]
+    again = tokenizer_from_json(tokenizer.to_json())
+    assert again.to_json() == tokenizer.to_json()
+    np.testing.assert_array_equal(again.encode(TEXT), tokenizer.encode(TEXT))
+    for name in ("vocab_size", "bos_id", "eos_id", "pad_id"):
+        assert getattr(again, name) == getattr(tokenizer, name)
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "pretrained"])
+def test_lone_surrogate_is_refused(kind, pretrained):
+    known = {"byte": load_tokenizer("byte", None), "char": char_tokenizer("abc")}
+    with pytest.raises(UserError, match=r"U\+DCE9 at character 2 .* half a surrogate pair"):
+        known.get(kind, pretrained).encode("ab\udce9")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"kind": "char"}', '{"kind": "new"}'])
+def test_damaged_json_is_refused(text):
+    with pytest.raises(UserError, match="the saved tokenizer is"):
+        tokenizer_from_json(text)
+
+
+def test_unreadable_tokenizer_file(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(UserError, match=r"tokenizer\.json: no such file"):
+        load_tokenizer(str(path), None)
+    for content in (b"{", b"{}", b"\xff\xfe", json.dumps({"model": {"type": "X"}}).encode()):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"tokenizer\.json: ") as raised:
+            load_tokenizer(str(path), None)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("bytes", "did you mean 'byte'"),
+        ("org/name", "out of reach"),
+        ("a b", "nor a name on the hub"),
+    ],
+)
+def test_hub_name_out_of_reach_is_one_line_without_retries(tmp_path, name, problem):
+    # In a process of its own, because the hub's client reads its environment when imported.
+    command = f"from simplernn_jax.data import load_tokenizer; load_tokenizer({name!r}, None)"
+    environment = os.environ | {
+        "HF_HOME": str(tmp_path),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "no_proxy": "127.0.0.1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"simplernn_jax.errors.UserError: tokenizer {name!r}: " in done.stderr
+    assert problem in done.stderr
+    assert "Retrying" not in done.stderr
