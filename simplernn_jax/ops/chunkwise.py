@@ -200,7 +200,7 @@ def _chunk_masks(clear, index, size, heads) -> Masks | None:  # type: ignore[no-
 
 def _causal(matrix: jax.Array, masks: Masks | None) -> jax.Array:
     size = matrix.shape[-1]
-    allowed = jnp.tri(size, dtype=bool)
+    allowed = jnp.tri(size, dtype=bool)[None]
     if masks is not None:
         allowed = allowed & masks.same_segment
     # `where`, not a product: what is left out may be anything.
@@ -286,7 +286,7 @@ def _diagonal_blocks(q, k, query_factor, key_factor):  # type: ignore[no-untyped
     for_q, for_k = _diagonal_factors(query_factor, key_factor)
     shape = (q.shape[0], -1, BLOCK, q.shape[-1])
     inside = (q * for_q).reshape(shape) @ (k * for_k).reshape(shape).mT
-    return jnp.where(jnp.tri(BLOCK, dtype=bool), inside, 0)
+    return jnp.where(jnp.tri(BLOCK, dtype=bool)[None, None], inside, 0)
 
 
 def _join_blocks_gradient(levels: Levels, q, k, d_attention, d_q, d_k):  # type: ignore[no-untyped-def]

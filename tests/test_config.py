@@ -1,0 +1,79 @@
+"""Configurations: JSON in and out, and refusals that say what is allowed."""
+
+import json
+
+import pytest
+
+from simplernn_jax.config import Config, differing_fields, from_json, to_json, validate
+from simplernn_jax.errors import UserError
+
+
+def trainable():
+    config = Config()
+    config.train.steps = 7
+    return config
+
+
+def test_json_round_trip():
+    config = trainable()
+    config.data.source = "texts/*.txt"
+    config.optimizer.learning_rate = 1.5e-3
+    assert from_json(to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "message"),
+    [
+        ("model", "block", "residul", r"one of plain, residual \(did you mean 'residual'\?\)"),
+        ("model", "key_dim", 126, "divisible by model.num_heads=4"),
+        ("model", "dropout", 1.0, r"in \[0, 1\)"),
+        ("model", "num_layers", 0, "at least 1"),
+        ("data", "mode", "strem", "did you mean 'stream'"),
+        ("data", "validation_fraction", -0.1, r"in \[0, 1\)"),
+        ("data", "source", "", "stdlib, a path"),
+        ("optimizer", "learning_rate", float("nan"), "a finite number"),
+        ("optimizer", "epsilon", 0.0, "positive"),
+        ("train", "keep_last", 1, "at least 2"),
+        ("train", "gradient_accumulation", 5, "a divisor of data.batch_size=16"),
+        ("train", "epochs", 3.0, "exactly one of them"),
+        ("train", "steps", 0, "exactly one of them"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(section, field, value, message):
+    config = trainable()
+    setattr(getattr(config, section), field, value)
+    with pytest.raises(UserError, match=message) as caught:
+        validate(config)
+    assert f"--config.{section}.{field}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v["model"].update(num_layer=3), "num_layer: no such field; did you mean 'num_l"),
+        (lambda v: v["train"].pop("seed"), r"config\.train\.seed: missing"),
+        (lambda v: v["data"].update(batch_size="16"), "batch_size='16': expected int"),
+        (lambda v: v.update(model=3), "config.model: expected an object"),
+    ],
+)
+def test_json_of_another_shape_is_refused(change, message):
+    values = json.loads(to_json(trainable()))
+    change(values)
+    with pytest.raises(UserError, match=message):
+        from_json(json.dumps(values))
+
+
+def test_text_that_is_not_json_is_refused():
+    with pytest.raises(UserError, match="not JSON"):
+        from_json("{")
+
+
+def test_differing_fields_are_named_with_both_values():
+    ours, theirs = trainable(), trainable()
+    assert differing_fields(ours.model, theirs.model) == []
+    theirs.model.num_layers = 2
+    theirs.model.tie_embeddings = False
+    assert differing_fields(ours.model, theirs.model) == [
+        "num_layers: 4 here, 2 there",
+        "tie_embeddings: True here, False there",
+    ]

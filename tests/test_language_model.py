@@ -1,0 +1,132 @@
+"""The language model: shapes, causality, one state for every way of calling it, precision."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from simplernn_jax.config import ModelConfig
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.blocks import GATE_BIAS_RANGE
+
+PLAIN = ModelConfig(
+    block="plain", vocab_size=29, num_layers=2, hidden_dim=13, key_dim=7, value_dim=11, num_heads=1
+)
+RESIDUAL = ModelConfig(
+    vocab_size=29, num_layers=2, hidden_dim=14, key_dim=6, value_dim=10, num_heads=2, mlp_dim=17
+)
+MODELS = {"plain": PLAIN, "residual": RESIDUAL}
+BATCH, LENGTH = 3, 19
+
+
+@pytest.fixture(params=MODELS)
+def config(request):
+    return MODELS[request.param]
+
+
+def tokens():
+    return jax.random.randint(jax.random.key(1), (BATCH, LENGTH), 0, 29)
+
+
+def test_shapes_and_dtypes(config):
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    logits, state = model(tokens())
+    chex.assert_shape(logits, (BATCH, LENGTH, 29))
+    assert logits.dtype == jnp.float32
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, model.initial_state(BATCH))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_step_by_step_equals_the_whole(config, precision):
+    """bfloat16 rounds activations at 2^-8, and a step rounds in another order than a chunk."""
+    model = LanguageModel(dataclasses.replace(config, precision=precision), rngs=nnx.Rngs(0))
+    whole, final = model(tokens())
+    step = jax.jit(lambda tokens, state: model(tokens, state))
+    state, parts = model.initial_state(BATCH), []
+    for t in range(LENGTH):
+        logits, state = step(tokens()[:, t : t + 1], state)
+        parts.append(logits)
+    tolerance = 2e-5 if precision == "float32" else 5e-2
+    chex.assert_trees_all_close(jnp.concatenate(parts, 1), whole, rtol=0, atol=tolerance)
+    chex.assert_trees_all_close(state, final, rtol=0, atol=tolerance)
+
+
+def test_segments_equal_separate_rows(config):
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    segments = jnp.broadcast_to(jnp.arange(LENGTH) // 7, (BATCH, LENGTH))
+    logits, _ = model(tokens(), segment_ids=segments)
+    for start in range(0, LENGTH, 7):
+        alone, _ = model(tokens()[:, start : start + 7])
+        chex.assert_trees_all_close(logits[:, start : start + 7], alone, rtol=0, atol=2e-5)
+
+
+def test_causality_by_gradients(config):
+    """Logits at t depend on the embedding of every token up to t, and of none after it."""
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model, nnx.Param)
+    row = jnp.arange(LENGTH)[None]  # every token is another id: its embedding stands for it
+
+    def total_at(params, t):
+        logits, _ = nnx.merge(graph, params)(row)
+        # Row sums of a tied head see every embedding; one fixed logit sees that of token 28 only.
+        return jnp.sum(logits[0, t, 28])
+
+    gradients = jax.jit(jax.vmap(jax.grad(total_at), (None, 0)))(params, jnp.arange(LENGTH))
+    influence = np.abs(np.asarray(gradients["embedding"]["embedding"][...])).sum(-1)[:, :LENGTH]
+    reads = np.tri(LENGTH, dtype=bool)
+    assert (influence[reads] > 0).all()
+    assert (influence[~reads] == 0).all()
+
+
+def test_bfloat16_stays_near_float32():
+    """Half precision of the dense layers moves logits of size 1 by a few percent, no more."""
+    logits, _ = LanguageModel(RESIDUAL, rngs=nnx.Rngs(0))(tokens())
+    low = dataclasses.replace(RESIDUAL, precision="bfloat16")
+    low_logits, _ = LanguageModel(low, rngs=nnx.Rngs(0))(tokens())
+    assert 0 < jnp.sqrt(jnp.mean((low_logits - logits) ** 2)) < 0.03 * jnp.std(logits)
+
+
+def test_gate_biases_are_spread_over_time_scales():
+    model = LanguageModel(RESIDUAL, rngs=nnx.Rngs(0))
+    bias = model.layers[0].rnn.cell.gate_proj.bias[...].reshape(2, 3)
+    expected = jnp.tile(jnp.linspace(*GATE_BIAS_RANGE, 3)[None], (2, 1))
+    chex.assert_trees_all_close(bias, expected)
+
+
+def test_tied_and_untied_heads():
+    tied = LanguageModel(RESIDUAL, rngs=nnx.Rngs(0))
+    untied = LanguageModel(dataclasses.replace(RESIDUAL, tie_embeddings=False), rngs=nnx.Rngs(0))
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(nnx.state(m, nnx.Param))) for m in (tied, untied)
+    ]
+    assert sizes[1] - sizes[0] == 14 * 29 + 29
+    hidden, _ = tied.encode(tokens())
+    expected = hidden @ tied.embedding.embedding[...].T
+    chex.assert_trees_all_close(tied.logits(hidden), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_follows_its_key():
+    model = LanguageModel(dataclasses.replace(RESIDUAL, dropout=0.3), rngs=nnx.Rngs(0))
+    plain, _ = model(tokens())
+    again, _ = model(tokens())
+    chex.assert_trees_all_equal(plain, again)
+    key = jax.random.key(5)
+    dropped, _ = model(tokens(), dropout_key=key)
+    same, _ = model(tokens(), dropout_key=key)
+    other, _ = model(tokens(), dropout_key=jax.random.key(6))
+    chex.assert_trees_all_equal(dropped, same)
+    assert jnp.abs(dropped - plain).max() > 0.01
+    assert jnp.abs(dropped - other).max() > 0.01
+
+
+def test_the_residual_stack_starts_with_an_even_guess():
+    """At the start the loss is near log(vocab): nothing is saturated, however deep."""
+    deep = dataclasses.replace(RESIDUAL, num_layers=12)
+    logits, _ = LanguageModel(deep, rngs=nnx.Rngs(0))(tokens())
+    chex.assert_tree_all_finite(logits)
+    assert 0.5 < jnp.std(logits) < 2
