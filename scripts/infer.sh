@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 use_environment ""
 
-case "${1:---help}" in
+case "${1--}" in # no argument, like flags alone: a new document
   -h | --help) exec python "${from_here}scripts/sample.py" --help ;;
   -*) ;;
   *)
@@ -15,12 +15,12 @@ case "${1:---help}" in
 esac
 if [ -z "$(flag_value workdir "$@")" ]; then
   newest=""
-  for checkpoints in "${from_here}runs"/*/checkpoints; do
-    [ -d "$checkpoints" ] || continue
-    if [ -z "$newest" ] || [ "$checkpoints" -nt "$newest" ]; then newest="$checkpoints"; fi
+  for saved in "${from_here}runs"/*/checkpoints/complete.json; do
+    if [ -e "$saved" ] && { [ -z "$newest" ] || [ "$saved" -nt "$newest" ]; }; then newest="$saved"; fi
   done
   [ -n "$newest" ] || fail "nothing under ${from_here}runs is trained yet; run: bash scripts/train.sh"
-  echo "model: $(dirname "$newest")" >&2
-  set -- --workdir "$(dirname "$newest")" "$@"
+  workdir="${newest%/checkpoints/complete.json}"
+  echo "model: $workdir" >&2
+  set -- --workdir "$workdir" "$@"
 fi
 exec python "${from_here}scripts/sample.py" "$@"

@@ -16,9 +16,10 @@ esac
 use_environment test "$python"
 cd "$root"
 
+sources=(simplernn_jax scripts configs tests)
 status=0
-ruff check . || status=1
-ruff format --check . || status=1
+ruff check "${sources[@]}" || status=1
+ruff format --check "${sources[@]}" || status=1
 mypy || status=1
 python -m pytest -n 2 "$@" || status=1
 exit "$status"

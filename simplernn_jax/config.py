@@ -106,7 +106,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig:
-    """Length of a run and what happens along the way. Intervals are in optimizer steps; 0 is never."""
+    """Length of a run and what happens along the way. Intervals count steps; 0 is never."""
 
     seed: int = 0
     """Initialisation, split, batches and dropout all follow from it."""

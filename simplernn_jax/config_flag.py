@@ -65,7 +65,7 @@ def config_fields() -> dict[str, Any]:
     }
 
 
-class _ConfigFileParser(flags.ArgumentParser):  # type: ignore[misc]
+class _ConfigFileParser(flags.ArgumentParser):
     def parse(self, path: str) -> Config:
         config = _load_config(Path(path))
         for override in _overrides(sys.argv[1:]):

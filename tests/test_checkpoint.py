@@ -5,6 +5,8 @@ import dataclasses
 import errno
 import os
 import re
+import shutil
+import types
 from pathlib import Path
 
 import chex
@@ -271,7 +273,16 @@ def test_an_unfinished_first_save_starts_from_the_beginning(tmp_path):
     assert steps_in(tmp_path / "checkpoints") == []
 
 
-def test_a_full_disk_names_the_folder_and_loses_nothing_earlier(tmp_path, monkeypatch):
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1)
+    with open_checkpointer(tmp_path) as checkpointer, monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1_000))
+        with pytest.raises(UserError, match=rf"step 2 .*{tmp_path}/checkpoints: No space left"):
+            checkpointer.save(2, make_state(2), {})
+    assert steps_in(tmp_path / "checkpoints") == [1]
+
+
+def test_a_disk_that_fills_up_during_a_save_loses_nothing_earlier(tmp_path, monkeypatch):
     def refuse(folder: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -46,7 +46,7 @@ def test_step_by_step_equals_the_whole(config, precision):
     """bfloat16 rounds activations at 2^-8, and a step rounds in another order than a chunk."""
     model = LanguageModel(dataclasses.replace(config, precision=precision), rngs=nnx.Rngs(0))
     whole, final = model(tokens())
-    step = jax.jit(lambda tokens, state: model(tokens, state))
+    step = jax.jit(model)
     state, parts = model.initial_state(BATCH), []
     for t in range(LENGTH):
         logits, state = step(tokens()[:, t : t + 1], state)

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -28,9 +26,8 @@ def test_damages_are_detected_and_recovered_from():
     assert run_stress("damage", "-n", "7") == "7 damages: 7 detected, 7 recovered"
 
 
-@pytest.mark.parametrize("arguments", [[], ["kill", "damage"], ["other"]])
-def test_says_what_it_can_do(arguments):
-    command = [sys.executable, str(ROOT / "scripts" / "stress.py"), *arguments]
+def test_says_what_it_can_do():
+    command = [sys.executable, str(ROOT / "scripts" / "stress.py"), "kill", "damage"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2

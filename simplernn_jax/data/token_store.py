@@ -86,8 +86,8 @@ def prepare_corpus(
     if tokenizer is None:
         tokenizer = load_tokenizer(config.tokenizer, corpus)
     source = corpus.fingerprint()
-    tokenizer_hash = hashlib.sha256(tokenizer.to_json().encode("utf-8")).hexdigest()
-    folder = Path(cache_dir).expanduser() / _fingerprint(config, seed, source, tokenizer_hash)
+    fingerprint = _fingerprint(config, seed, source, _hash_of(tokenizer))
+    folder = Path(cache_dir).expanduser() / fingerprint
     try:
         meta = _read_meta(folder)
         if meta is None:
@@ -99,10 +99,31 @@ def prepare_corpus(
         raise UserError(_disk_problem(error, config.source, folder.parent)) from error
     if meta is None:
         raise UserError(f"{folder}: not whole right after it was written; check this disk")
-    splits = {name: _open_split(folder, name, meta) for name in meta["splits"]}
-    hashes = [tokenizer_hash, *(split.content_hash for split in splits.values())]
-    content_hash = hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return TokenizedCorpus(tokenizer, splits["train"], splits.get("validation"), content_hash)
+    return _open_store(folder, meta, tokenizer)
+
+
+def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> TokenizedCorpus | None:
+    """Opens a stored corpus by its content; its source need not be within reach.
+
+    Args:
+      cache_dir: as for `prepare_corpus`.
+      content_hash: that of the `TokenizedCorpus`.
+      tokenizer: the one it was made with.
+
+    Returns:
+      None if `cache_dir` holds no such corpus.
+    """
+    for folder in sorted(Path(cache_dir).expanduser().glob("[!.]*")):
+        meta = _whole_meta(folder)
+        if meta is not None:
+            corpus = _open_store(folder, meta, tokenizer)
+            if corpus.content_hash == content_hash:
+                return corpus
+    return None
+
+
+def _hash_of(tokenizer: Tokenizer) -> str:
+    return hashlib.sha256(tokenizer.to_json().encode("utf-8")).hexdigest()
 
 
 def _fingerprint(config: DataConfig, seed: int, source: str, tokenizer_hash: str) -> str:
@@ -167,8 +188,14 @@ def _write_splits(folder: Path, plans: list[SplitPlan], spool: Spool) -> None:
 
 def _read_meta(folder: Path) -> dict[str, Any] | None:
     """What a whole store says of itself; one that is not whole is removed, to be written anew."""
-    if not folder.exists():
-        return None
+    meta = _whole_meta(folder)
+    if meta is None and folder.exists():
+        logging.warning("%s: the tokenized corpus is damaged; it is written anew", folder)
+        shutil.rmtree(folder)
+    return meta
+
+
+def _whole_meta(folder: Path) -> dict[str, Any] | None:
     try:
         meta: dict[str, Any] = json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
         itemsize = np.dtype(meta["dtype"]).itemsize
@@ -178,11 +205,16 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
             sizes[f"{name}.starts"] = split["documents"] * 8
         if all((folder / name).stat().st_size == size for name, size in sizes.items()):
             return meta
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         pass
-    logging.warning("%s: the tokenized corpus is damaged; it is written anew", folder)
-    shutil.rmtree(folder)
     return None
+
+
+def _open_store(folder: Path, meta: dict[str, Any], tokenizer: Tokenizer) -> TokenizedCorpus:
+    splits = {name: _open_split(folder, name, meta) for name in meta["splits"]}
+    hashes = [_hash_of(tokenizer), *(split.content_hash for split in splits.values())]
+    content_hash = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return TokenizedCorpus(tokenizer, splits["train"], splits.get("validation"), content_hash)
 
 
 def _open_split(folder: Path, name: str, meta: dict[str, Any]) -> TokenSplit:

@@ -41,7 +41,8 @@ def load_pytorch_weights(path: str) -> LanguageModel:
     weights = read_pytorch_weights(path)
     config = _model_config(weights, path)
     _check_names_and_shapes(weights, config, path)
-    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    # Shapes only: every value comes from the file.
+    model: LanguageModel = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
     model.embedding.embedding.set_value(jnp.asarray(weights["embedding.weight"]))
     for index, layer in enumerate(model.layers):
         for name in _PROJECTIONS:

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,8 +38,11 @@ from simplernn_jax.training.checkpoint_contents import (
     saved_leaves,
     saved_quality,
 )
-from simplernn_jax.training.checkpoint_folder import PRUNED, CheckpointFolder
+from simplernn_jax.training.checkpoint_folder import PRUNED, CheckpointFolder, refusal_of_disk
 from simplernn_jax.training.retention import KeepLastAndBest
+
+_OVERHEAD = 256 * 1024
+"""Bytes of a checkpoint beside its arrays and its tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +118,7 @@ class Checkpointer:
         self._finish()
         if step in self._folder.steps():
             return
+        self._check_room(step, state)
         quality = (metrics or {}).get(QUALITY)
         quality = float(quality) if quality is not None and math.isfinite(quality) else None
         self._keep.add(step, quality)
@@ -179,6 +184,15 @@ class Checkpointer:
             absl_logging.get_absl_logger().removeFilter(_is_no_repetition)
             self._folder.release()
 
+    def _check_room(self, step: int, state: Any) -> None:
+        """Refuses at once what would fail in the background, after much noise from below."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        needed += len(self._tokenizer_json) + _OVERHEAD
+        free = shutil.disk_usage(self._folder.path).free
+        if free < needed:
+            shortage = f"{needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are left"
+            raise self._unsaved(step, f"{os.strerror(errno.ENOSPC)}, {shortage}")
+
     def _open_manager(self) -> ocp.CheckpointManager:
         """Orbax's manager, made at the first save: by then what is damaged has been moved away."""
         if self._manager is None:
@@ -209,9 +223,12 @@ class Checkpointer:
         """The error to raise for a failed save, after freeing the room it took."""
         self._failed = True
         self._folder.discard_unfinished()
-        reason = _refusal_of_disk(error)
+        reason = refusal_of_disk(error)
         if reason is None:
             return error
+        return self._unsaved(step, reason)
+
+    def _unsaved(self, step: int, reason: str) -> UserError:
         return UserError(
             f"the checkpoint of step {step} could not be saved: {self._folder.path}: {reason}; "
             "earlier checkpoints are whole: free some space there and run the same command again"
@@ -272,14 +289,3 @@ def _newest(workdir: str) -> tuple[int, str]:
 def _is_no_repetition(record: logging.LogRecord) -> bool:
     """False for errors of a save that Orbax logs, traceback and all, and then raises as well."""
     return record.levelno != logging.ERROR or "/orbax/checkpoint/" not in record.pathname
-
-
-def _refusal_of_disk(error: BaseException) -> str | None:
-    """Why the file system refused, if it did; Tensorstore says it only in a ValueError's text."""
-    text = str(error)
-    if isinstance(error, OSError):
-        return error.strerror or text
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
-        if os.strerror(code) in text:
-            return os.strerror(code)
-    return None

@@ -8,6 +8,7 @@ A step without a manifest was either being saved when its process died, which lo
 was complete and lost its manifest, which is damage: ``complete.json`` tells the two apart.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -157,3 +158,14 @@ class CheckpointFolder:
             ) from error
         except OSError:
             logging.info("no file locks on this file system: %s", self.path)
+
+
+def refusal_of_disk(error: Exception) -> str | None:
+    """Why the file system refused, if it did; Tensorstore says it only in a ValueError's text."""
+    text = str(error)
+    if isinstance(error, OSError):
+        return error.strerror or text
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
+        if os.strerror(code) in text:
+            return os.strerror(code)
+    return None

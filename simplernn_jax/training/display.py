@@ -1,5 +1,6 @@
 """What a person sees while a run trains: a bar on a terminal, plain lines elsewhere."""
 
+import io
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ class Display(Protocol):
     """Shows the progress of a run."""
 
     def update(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
-        """Shows where the run is."""
+        """Shows where the run is; 0 tokens per second says that the speed is not known yet."""
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
@@ -22,6 +23,8 @@ class Display(Protocol):
 @contextmanager
 def open_display(first_step: int, total_steps: int) -> Iterator[Display]:
     """A rich progress bar if stdout is a terminal, otherwise lines at most every 5 seconds."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
     if not sys.stdout.isatty():
         yield _PlainLines(total_steps)
         return
@@ -52,8 +55,8 @@ class _Bar:
             self._task,
             completed=step,
             loss=f"{loss:.4f}",
-            rate=f"{tokens_per_second:,.0f}",
-            left=clock(seconds_left),
+            rate=f"{tokens_per_second:,.0f}" if tokens_per_second else "-",
+            left=clock(seconds_left) if tokens_per_second else "-",
         )
 
     def say(self, text: str) -> None:
@@ -70,10 +73,10 @@ class _PlainLines:
         if now - self._last < SECONDS_BETWEEN_LINES:
             return
         self._last = now
-        self.say(
-            f"step {step}/{self._total}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
-            f"{clock(seconds_left)} left"
-        )
+        line = f"step {step}/{self._total}  loss {loss:.4f}"
+        if tokens_per_second:
+            line += f"  {tokens_per_second:,.0f} tokens/s  {clock(seconds_left)} left"
+        self.say(line)
 
     def say(self, text: str) -> None:
         print(text, flush=True)

@@ -97,7 +97,7 @@ class _Run:
         self.learning_rate = learning_rate_schedule(self.config.optimizer, self.total_steps)
         self.evaluator = Evaluator(self.config, self.corpus.tokenizer.pad_id)
         self.clock = Clock()
-        self.last_validation: dict[str, float] = {}
+        self.measured: dict[int, dict[str, float]] = {}
 
     def _start_or_resume(self, optimizer: Any) -> tuple[TrainState, Any]:
         config, corpus = self.config, self.corpus
@@ -210,7 +210,7 @@ class _Run:
         if self.corpus.validation is None:
             return None
         result = self.evaluator(self.state.params, self.corpus.validation, limit_tokens)
-        self.last_validation = {"validation_loss": result.nats_per_token}
+        self.measured = {self.step: {"validation_loss": result.nats_per_token}}
         self.metrics.write(
             self.step,
             "validation",
@@ -241,8 +241,8 @@ class _Run:
 
     def _save(self, *, wait: bool = False) -> None:
         data_state = {"batches": self.position, "content_hash": self.corpus.content_hash}
-        metrics, self.last_validation = self.last_validation, {}
-        self.checkpointer.save(self.step, self.state, data_state, metrics or None, wait=wait)
+        metrics = self.measured.get(self.step)
+        self.checkpointer.save(self.step, self.state, data_state, metrics, wait=wait)
 
     def _write_config(self) -> None:
         Path(self.workdir, "config.json").write_text(
@@ -263,9 +263,10 @@ class _Run:
             display.say("all steps are done; raise --config.train.steps or epochs to train more")
 
     def _finish(self, display: Display) -> Result:
-        evaluation = self._evaluate(0, display)
         if self.step > self.first_step:
+            # Before the evaluation, which may take longer than a preempted job has left.
             self._save(wait=True)
+        evaluation = self._evaluate(0, display)
         facts = {
             "steps": f"{self.step:,}",
             "training time": f"{clock(self.clock.seconds)}, of which {self.clock.first:.1f} s "

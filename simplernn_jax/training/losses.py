@@ -2,18 +2,24 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from simplernn_jax.array_types import Logits, LossMask, Tokens
 
 
-def summed_cross_entropy(logits: Logits, targets: Tokens, mask: LossMask) -> jax.Array:
+def summed_cross_entropy(
+    logits: Logits, targets: Tokens | np.ndarray, mask: LossMask | np.ndarray
+) -> jax.Array:
     """Sum over unmasked positions of -log p(target), in nats.
 
     Args:
       logits: ``[B, T, vocab]`` float32.
       targets: ``[B, T]`` ids in ``[0, vocab)``.
-      mask: ``[B, T]``; where False, the position counts nothing, whatever its logits are.
+      mask: ``[B, T]``; where False, the position counts nothing, whatever its logits are, and
+        its gradient is zero.
     """
+    # Before the exponentials too: 0 times the gradient of a NaN would be NaN.
+    logits = jnp.where(mask[..., None], logits, 0.0)
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.sum(jnp.where(mask, nats, 0.0))

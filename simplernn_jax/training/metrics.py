@@ -12,7 +12,7 @@ class MetricsWriter:
     """Appends to ``metrics.jsonl`` and to TensorBoard files under ``tensorboard``.
 
     A resumed run first drops what an interrupted one wrote after its last checkpoint, so that
-    every step stands there once.
+    every step stands there once. What a finished run measures again is not written twice.
     """
 
     def __init__(self, workdir: str, first_step: int):
@@ -24,11 +24,17 @@ class MetricsWriter:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(temporary, path)
+        self._known = {(row["step"], row["kind"]) for row in kept}
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
-        """Writes one row: numbers go to TensorBoard as scalars, text as text."""
+        """Writes one row: numbers go to TensorBoard as scalars, text as text.
+
+        A row of this step and kind that an earlier run wrote stays instead.
+        """
+        if (step, kind) in self._known:
+            return
         row = {"step": step, "kind": kind, **values}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()

@@ -9,7 +9,11 @@ from simplernn_jax.config import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Linear from 0 over the warm-up, then a cosine down to its final fraction at the last step."""
+    """Learning rate by the number of updates taken: linear to its peak, then half a cosine.
+
+    It starts at 1/warmup of the peak, since a first update of 0 would be wasted, and would reach
+    its final fraction with one update more than there are.
+    """
     warmup = min(config.warmup_steps, total_steps)
     decay = optax.cosine_decay_schedule(
         config.learning_rate, max(total_steps - warmup, 1), alpha=config.final_learning_rate

@@ -7,15 +7,18 @@ import os
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import steps_per_epoch
-from simplernn_jax.data.token_store import TokenizedCorpus, prepare_corpus
-from simplernn_jax.data.tokenizer import tokenizer_from_json
+from simplernn_jax.data.token_store import TokenizedCorpus, find_corpus, prepare_corpus
+from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.training.checkpoint import check_same_model, read_config
+from simplernn_jax.training.checkpoint_contents import read_json
 from simplernn_jax.training.checkpoint_folder import CheckpointFolder
 
 
 def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
-    """The configuration with the tokenizer's number of ids, and the tokenized corpus.
+    """The configuration as the checkpoints keep it, and the tokenized corpus.
+
+    The model has as many ids as the tokenizer at least, and ``cache_dir`` is absolute.
 
     Raises:
       UserError: the data is unusable, or `workdir` holds a run of another model or other batches.
@@ -29,9 +32,14 @@ def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
         tokens_folder(config, workdir),
         tokenizer=None if saved is None else tokenizer_from_json(saved[1]),
     )
+    _check_sample_prompt(config, corpus.tokenizer)
     rows = max(config.model.vocab_size, corpus.tokenizer.vocab_size)
-    model = dataclasses.replace(config.model, vocab_size=rows)
-    config = dataclasses.replace(config, model=model)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=rows),
+        # Absolute, so that the checkpoint's copy names the same folder wherever it is read.
+        data=dataclasses.replace(config.data, cache_dir=_absolute(config.data.cache_dir)),
+    )
     if saved is not None:
         check_same_model(config, saved[0])
     return config, corpus
@@ -39,13 +47,58 @@ def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
 
 def tokens_folder(config: Config, workdir: str) -> str:
     """Where the tokenized corpora of a run lie."""
-    return config.data.cache_dir or os.path.join(workdir, "tokens")
+    return _absolute(config.data.cache_dir) or os.path.join(workdir, "tokens")
+
+
+def open_saved_corpus(workdir: str) -> TokenizedCorpus:
+    """The tokenized corpus that the newest whole checkpoint was trained on.
+
+    It is found by its content, whatever the current folder is and whether or not its source is
+    still there; if it was deleted, the source is tokenized again.
+
+    Raises:
+      UserError: `workdir` has no whole checkpoint, or the corpus is gone and its source is
+        unusable or no longer the same.
+    """
+    config, tokenizer_json, step = read_config(workdir)
+    tokenizer = tokenizer_from_json(tokenizer_json)
+    data_state = read_json(CheckpointFolder(workdir).step_path(step), "data")
+    folder = tokens_folder(config, workdir)
+    corpus = find_corpus(folder, data_state["content_hash"], tokenizer)
+    if corpus is not None:
+        return corpus
+    lost = f"the tokens of this run are no longer in {folder}"
+    try:
+        corpus = prepare_corpus(config.data, config.train.seed, folder, tokenizer=tokenizer)
+    except UserError as error:
+        raise UserError(f"{lost}, and its source is of no use: {error}") from error
+    if corpus.content_hash != data_state["content_hash"]:
+        raise UserError(
+            f"{lost}, and the text of {config.data.source!r} is not what it was trained on; put "
+            "back the same text"
+        )
+    return corpus
 
 
 def total_steps(config: Config, corpus: TokenizedCorpus) -> int:
     """Optimizer steps of the whole run."""
     per_epoch = steps_per_epoch(corpus.train, config.data)
     return config.train.steps or math.ceil(config.train.epochs * per_epoch)
+
+
+def _absolute(folder: str) -> str:
+    return os.path.abspath(os.path.expanduser(folder)) if folder else ""
+
+
+def _check_sample_prompt(config: Config, tokenizer: Tokenizer) -> None:
+    """Refuses at once what would otherwise stop the run at its first sample."""
+    if config.train.sample_every:
+        try:
+            tokenizer.encode(config.train.sample_prompt)
+        except UserError as error:
+            raise UserError(
+                f"--config.train.sample_prompt={config.train.sample_prompt!r}: {error}"
+            ) from error
 
 
 def _saved_run(workdir: str) -> tuple[Config, str] | None:
@@ -58,8 +111,8 @@ def _saved_run(workdir: str) -> tuple[Config, str] | None:
 
 def _check_same_batches(ours: Config, theirs: Config) -> None:
     """A position in the data means something only for the same batches."""
-    free = {"cache_dir": theirs.data.cache_dir}
-    fields = config_lib.differing_fields(dataclasses.replace(ours.data, **free), theirs.data)
+    data = dataclasses.replace(ours.data, cache_dir=theirs.data.cache_dir)
+    fields = config_lib.differing_fields(data, theirs.data)
     if ours.train.seed != theirs.train.seed:
         fields.append(f"seed: {ours.train.seed} here, {theirs.train.seed} there")
     if fields:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -86,7 +87,7 @@ def init_train_state(config: Config, optimizer: optax.GradientTransformation) ->
     )
 
 
-def clear_rows(state: ModelState, reset: jax.Array) -> ModelState:
+def clear_rows(state: ModelState, reset: jax.Array | np.ndarray) -> ModelState:
     """Zeros the state of the rows where `reset` ``[B]`` is True."""
 
     def clear(leaf: jax.Array) -> jax.Array:
@@ -150,7 +151,7 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         predictions = jnp.sum(batch.loss_mask)
         loss, gradient, carried = accumulated(state, batch, jnp.maximum(predictions, 1))
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         good = (optax.apply_updates(state.params, updates), opt_state, carried)

@@ -1,0 +1,73 @@
+"""Scores a trained model on held-out text, and `xz -9e` on the same bytes.
+
+    python scripts/evaluate.py --workdir runs/base
+
+Needs the workdir alone. Every prediction of the split counts once, with the state carried over
+each document. Bits per byte compare models of any tokenizer, and models with compressors.
+"""
+
+import lzma
+import os
+
+from absl import flags
+
+from simplernn_jax import command_line
+from simplernn_jax.data.batches import document_ends
+from simplernn_jax.data.token_store import TokenSplit
+from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.errors import UserError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
+_SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "train"], "What to score.")
+
+_PIECE_TOKENS = 2**20
+"""Tokens decoded at a time."""
+
+
+def main() -> None:
+    """Loads the newest whole checkpoint of --workdir and prints what it makes of --split."""
+    if not _WORKDIR.value:
+        raise UserError("no --workdir: name the folder of a training run, such as runs/base")
+    workdir = os.path.abspath(os.path.expanduser(_WORKDIR.value))
+    from flax import nnx
+
+    from simplernn_jax import load_model
+    from simplernn_jax.training import report
+    from simplernn_jax.training.evaluate import Evaluator
+    from simplernn_jax.training.preparation import open_saved_corpus
+
+    model, tokenizer, config = load_model(workdir)
+    corpus = open_saved_corpus(workdir)
+    split = corpus.train if _SPLIT.value == "train" else corpus.validation
+    if split is None:
+        raise UserError(
+            f"{workdir} was trained with --config.data.validation_fraction=0 and holds nothing "
+            "out; score what it was trained on with --split train"
+        )
+    result = Evaluator(config, tokenizer.pad_id)(nnx.state(model, nnx.Param), split)
+    xz = xz_bits_per_byte(split, tokenizer)
+    facts = {
+        "split": f"{split.name}, {len(split.document_starts):,} documents",
+        "predictions": f"{result.predictions:,}",
+        "nats/token": f"{result.nats_per_token:.4f}",
+        "perplexity": f"{result.perplexity:.4f}",
+        "bits/byte": f"{result.bits_per_byte:.4f}   (xz -9e: {xz:.4f})",
+    }
+    print(report.summary(facts))
+
+
+def xz_bits_per_byte(split: TokenSplit, tokenizer: Tokenizer) -> float:
+    """What `xz -9e` makes of the text of `split`, its documents one after another."""
+    compressor = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
+    num_bytes = num_compressed = 0
+    for start, end in zip(split.document_starts, document_ends(split), strict=True):
+        for piece in range(start, end, _PIECE_TOKENS):
+            text = tokenizer.decode_bytes(split.tokens[piece : min(piece + _PIECE_TOKENS, end)])
+            num_bytes += len(text)
+            num_compressed += len(compressor.compress(text))
+    num_compressed += len(compressor.flush())
+    return 8 * num_compressed / max(num_bytes, 1)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

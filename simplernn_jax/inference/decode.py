@@ -1,0 +1,184 @@
+"""Writing with a language model: read the prompts in pieces, then decode with cached state."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simplernn_jax.errors import UserError
+from simplernn_jax.inference.inputs import Prompts, checked_prompts, checked_settings
+from simplernn_jax.inference.programs import (
+    BLOCK_TOKENS,
+    DecoderState,
+    Programs,
+    Settings,
+    split,
+)
+from simplernn_jax.models import LanguageModel
+
+PIECE_LENGTHS = (512, 64, 8, 1)
+"""Prompts are read in pieces of these lengths, longest first, so that four programs read every
+length without padding: a row's state sees its own tokens and nothing else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` wrote."""
+
+    tokens: np.ndarray
+    """[B, max_new_tokens] int32 new tokens, prompts not included, the EOS that ended a row
+    included; behind it EOS is repeated."""
+    lengths: np.ndarray
+    """[B] int32 tokens that count in each row, its EOS included."""
+    state: DecoderState
+    """Where the rows stand now; give it to `generate` to go on."""
+
+    def rows(self) -> list[np.ndarray]:
+        """The tokens that count, one 1-D array per row."""
+        return [row[:length] for row, length in zip(self.tokens, self.lengths, strict=True)]
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Prompts | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos_id: int | None = None,
+    banned_ids: Sequence[int] = (),
+    state: DecoderState | None = None,
+    on_tokens: Callable[[list[np.ndarray]], None] | None = None,
+) -> Generation:
+    """Continues each prompt by up to `max_new_tokens` tokens.
+
+    A prompt is read in pieces (memory does not grow with its length), then tokens are written
+    in blocks of 32 by one compiled loop with cached state: the time per token does not
+    grow with the context. Rows are independent: each gets the tokens it would get alone, up to
+    the rounding of float32 sums, which XLA may order differently for another batch size.
+
+    Row i draws from random stream n of `seed`, where n counts the earlier rows with the same
+    prompt: so a prompt gives the same text alone and in any batch, and a prompt given n times
+    gives n texts. Going on from `Generation.state` with the same settings writes exactly what
+    one longer call would have written.
+
+    Args:
+      model: the language model; its parameters may change between calls without recompiling.
+      prompts: B sequences of token ids of any lengths, or a [B, T] integer array; one flat
+        sequence is a batch of one. With `state`, what to read before going on: a row may be
+        empty, and None reads nothing.
+      max_new_tokens: tokens to write per row; 0 only reads.
+      temperature: 0 takes the best token; otherwise logits are divided by it before drawing.
+      top_k: draw among the k best tokens only; 0 is off.
+      top_p: draw among the best tokens that together reach this probability only; 1 is off.
+      seed: of the draws, in [0, 2**32).
+      eos_id: the token that ends a row; None writes `max_new_tokens` in every row.
+      banned_ids: tokens never written, such as BOS and PAD.
+      state: rows to continue, from an earlier call with the same model.
+      on_tokens: called after each block with the new tokens of every row ([n] int32 each, n
+        may be 0), while the next block is being computed.
+
+    Raises:
+      UserError: a token outside the vocabulary, an empty prompt without a state, a setting out
+        of its range, or a state that does not fit.
+    """
+    vocab_size = model.config.vocab_size
+    settings = checked_settings(vocab_size, temperature, top_k, top_p, seed, eos_id, banned_ids)
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 0")
+    if state is not None:
+        _check_state(model, state)
+    rows = checked_prompts(prompts, vocab_size, None if state is None else len(state.position))
+    programs, parameters = split(model)
+    if state is None:
+        state = _fresh_state(model, rows)
+    state = _read_prompts(programs, parameters, state, rows)
+
+    fill = 0 if eos_id is None else eos_id
+    tokens = np.full((len(rows), max_new_tokens), fill, np.int32)
+    lengths = np.zeros(len(rows), np.int32)
+    blocks = _blocks(programs, parameters, state, settings, max_new_tokens)
+    for block, counts, newest_state in blocks:
+        state = newest_state
+        new = [row[:count] for row, count in zip(block, counts, strict=True)]
+        for row, written, start in zip(tokens, new, lengths, strict=True):
+            row[start : start + len(written)] = written
+        lengths += counts
+        if on_tokens is not None:
+            on_tokens(new)
+    return Generation(tokens=tokens, lengths=lengths, state=state)
+
+
+def _check_state(model: LanguageModel, state: DecoderState) -> None:
+    num_rows = len(state.position)
+    layers = jax.eval_shape(lambda: model.initial_state(num_rows))
+    ours = [leaf.shape for leaf in jax.tree.leaves(layers)] + [(num_rows, model.config.vocab_size)]
+    theirs = [leaf.shape for leaf in jax.tree.leaves((state.layers, state.logits))]
+    if ours != theirs:
+        raise UserError(
+            f"state: its arrays are {theirs} and this model's {ours}; "
+            "go on with the model that made it"
+        )
+
+
+def _fresh_state(model: LanguageModel, rows: list[np.ndarray]) -> DecoderState:
+    seen: Counter[bytes] = Counter()
+    streams = []
+    for row in rows:
+        streams.append(seen[row.tobytes()])
+        seen[row.tobytes()] += 1
+    num_rows = len(rows)
+    return DecoderState(
+        layers=model.initial_state(num_rows),
+        logits=jnp.zeros((num_rows, model.config.vocab_size), jnp.float32),
+        position=jnp.zeros(num_rows, jnp.int32),
+        stream=jnp.asarray(streams, jnp.int32),
+        finished=jnp.zeros(num_rows, jnp.bool_),
+    )
+
+
+def _read_prompts(
+    programs: Programs, parameters: list[jax.Array], state: DecoderState, rows: list[np.ndarray]
+) -> DecoderState:
+    num_read = np.zeros(len(rows), np.int64)
+    num_tokens = np.asarray([len(row) for row in rows])
+    for length in PIECE_LENGTHS:
+        while (is_reading := num_tokens - num_read >= length).any():
+            tokens = np.zeros((len(rows), length), np.int32)
+            for index in np.flatnonzero(is_reading):
+                tokens[index] = rows[index][num_read[index] : num_read[index] + length]
+            state = programs.read(parameters, state, tokens, is_reading)
+            num_read += length * is_reading
+    return state
+
+
+def _blocks(
+    programs: Programs,
+    parameters: list[jax.Array],
+    state: DecoderState,
+    settings: Settings,
+    max_new_tokens: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray, DecoderState]]:
+    """Yields (tokens [B, BLOCK_TOKENS], counts [B], newest state) until all is written.
+
+    One block is always in flight: the device computes it while the caller handles the one
+    before. Where all rows have finished it is empty and leaves the state as it is.
+    """
+    in_flight = None
+    for start in range(0, max_new_tokens, BLOCK_TOKENS):
+        num_tokens = np.int32(min(BLOCK_TOKENS, max_new_tokens - start))
+        block, counts, state = programs.write(parameters, state, settings, num_tokens)
+        if in_flight is not None:
+            tokens, num_written, all_finished = jax.device_get(in_flight)
+            yield tokens, num_written, state
+            if all_finished:
+                return
+        in_flight = block, counts, jnp.all(state.finished)
+    if in_flight is not None:
+        tokens, num_written, _ = jax.device_get(in_flight)
+        yield tokens, num_written, state

@@ -1,0 +1,63 @@
+"""A model, a corpus and a run as small as they can be, shared by the tests of training."""
+
+import random
+
+import numpy as np
+from flax import nnx
+
+from simplernn_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.training.checkpoint import Checkpointer, read_config
+from simplernn_jax.training.checkpoint_contents import read_arrays, read_json, saved_leaves
+from simplernn_jax.training.checkpoint_folder import CheckpointFolder
+from simplernn_jax.training.preparation import prepare
+
+
+def small_config(block="plain", **fields):
+    """A run of one narrow layer; `fields` of any section, by name."""
+    config = Config(
+        model=ModelConfig(
+            block=block, num_layers=1, hidden_dim=8, key_dim=8, value_dim=8, num_heads=1, mlp_dim=11
+        ),
+        data=DataConfig(batch_size=2, sequence_length=7, validation_fraction=0.0),
+        optimizer=OptimizerConfig(warmup_steps=3),
+        train=TrainConfig(steps=40, eval_every=0, save_every=0, sample_every=0),
+    )
+    for name, value in fields.items():
+        section = next(part for part in vars(config).values() if hasattr(part, name))
+        setattr(section, name, value)
+    return config
+
+
+def write_corpus(folder, seed=0, documents=7):
+    """Files of a few random letters; returns the folder's path."""
+    draw = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(documents):
+        text = "".join(draw.choices("abcdé \n", k=draw.randint(20, 90)))
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    return str(folder)
+
+
+def save_untrained(config, workdir):
+    """Leaves in `workdir` what a run would, with a model that was not trained."""
+    config, corpus = prepare(config, str(workdir))
+    params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(config.train.seed)), nnx.Param)
+    checkpointer = Checkpointer(
+        str(workdir), config, corpus.tokenizer.to_json(), keep_last=2, keep_best=0
+    )
+    checkpointer.save(1, {"params": params}, {"content_hash": corpus.content_hash})
+    checkpointer.close()
+    return corpus
+
+
+def newest_checkpoint(workdir):
+    """All that the newest whole checkpoint holds, arrays as bytes."""
+    step = read_config(str(workdir))[2]
+    path = CheckpointFolder(str(workdir)).step_path(step)
+    arrays = read_arrays(path, list(saved_leaves(path)))
+    contents = {
+        name: (str(array.dtype), array.shape, np.asarray(array).tobytes())
+        for name, array in arrays.items()
+    }
+    return contents | {"number of steps": step, "position in the data": read_json(path, "data")}

@@ -1,0 +1,101 @@
+"""Schedule, weight decay, clipping and the update itself, against plain arithmetic."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small_runs import small_config
+
+from simplernn_jax.config import OptimizerConfig
+from simplernn_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from simplernn_jax.training.train_step import abstract_model
+
+STEPS = 23
+
+
+def settings(**fields):
+    values = {"learning_rate": 0.5, "warmup_steps": 5, "final_learning_rate": 0.1}
+    return OptimizerConfig(**(values | fields))
+
+
+def test_schedule_rises_to_its_peak_and_falls_along_a_cosine():
+    rate = learning_rate_schedule(settings(), STEPS)
+    assert float(rate(0)) == pytest.approx(0.5 / 5)
+    assert float(rate(5)) == pytest.approx(0.5)
+    middle = 5 + (STEPS - 5) // 2
+    assert float(rate(middle)) == pytest.approx(0.5 * (0.1 + 0.9 / 2))
+    last = 0.5 * (0.1 + 0.9 * (1 + math.cos(math.pi * 17 / 18)) / 2)
+    assert float(rate(STEPS - 1)) == pytest.approx(last)
+    assert float(rate(STEPS)) == pytest.approx(0.05)
+    values = [float(rate(step)) for step in range(STEPS)]
+    assert np.all(np.diff(values[:6]) > 0)
+    assert np.all(np.diff(values[5:]) < 0)
+
+
+def test_schedule_without_warmup_or_decay_is_constant():
+    rate = learning_rate_schedule(settings(warmup_steps=0, final_learning_rate=1.0), STEPS)
+    assert [float(rate(step)) for step in (0, 1, STEPS - 1)] == pytest.approx([0.5] * 3)
+
+
+@pytest.mark.parametrize("total_steps", [1, 3, 5])
+def test_schedule_of_a_run_that_ends_in_its_warmup_is_finite_and_positive(total_steps):
+    rate = learning_rate_schedule(settings(), total_steps)
+    values = [float(rate(step)) for step in range(total_steps)]
+    assert all(0 < value <= 0.5 for value in values)
+
+
+@pytest.mark.parametrize("block", ["plain", "residual"])
+def test_only_matrices_of_dense_layers_are_decayed(block):
+    _, params = abstract_model(small_config(block, tie_embeddings=False))
+    mask = jax.tree_util.tree_flatten_with_path(decay_mask(params))[0]
+    names = {jax.tree_util.keystr(path, simple=True, separator="/"): is_on for path, is_on in mask}
+    assert any(names.values())
+    for name, is_on in names.items():
+        assert is_on == ("kernel" in name), name
+
+
+def adamw_by_hand(config, param, gradients, total_steps):
+    """Algorithm 2 of arXiv:1711.05101 on one array, with the schedule inside the decay."""
+    rate = learning_rate_schedule(config, total_steps)
+    first, second = np.zeros_like(param), np.zeros_like(param)
+    for count, gradient in enumerate(gradients):
+        first = config.beta1 * first + (1 - config.beta1) * gradient
+        second = config.beta2 * second + (1 - config.beta2) * gradient**2
+        step = first / (1 - config.beta1 ** (count + 1))
+        step /= np.sqrt(second / (1 - config.beta2 ** (count + 1))) + config.epsilon
+        param = param - float(rate(count)) * (step + config.weight_decay * param)
+    return param
+
+
+def test_updates_are_those_of_adamw():
+    config = settings(weight_decay=0.3, clip_norm=0.0)
+    random = np.random.default_rng(0)
+    start = {"kernel": random.normal(size=(3, 5)), "bias": random.normal(size=5)}
+    gradients = [
+        {name: random.normal(size=leaf.shape) for name, leaf in start.items()} for _ in range(7)
+    ]
+    optimizer = make_optimizer(config, STEPS)
+    params = jax.tree.map(jnp.float32, start)
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, gradient), state, params)
+        params = optax.apply_updates(params, updates)
+    expected = adamw_by_hand(config, start["kernel"], [g["kernel"] for g in gradients], STEPS)
+    np.testing.assert_allclose(params["kernel"], expected, rtol=2e-5)
+    config.weight_decay = 0.0  # the bias is not decayed
+    expected = adamw_by_hand(config, start["bias"], [g["bias"] for g in gradients], STEPS)
+    np.testing.assert_allclose(params["bias"], expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("clip_norm", "factor"), [(0.0, 1.0), (1.0, 1 / 5), (7.0, 1.0)])
+def test_gradients_are_clipped_by_their_global_norm(clip_norm, factor):
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    gradient = {"a": jnp.array([3.0]), "b": jnp.array([-4.0])}  # norm 5
+    optimizer = make_optimizer(settings(clip_norm=clip_norm), STEPS)
+    _, state = optimizer.update(gradient, optimizer.init(params), params)
+    mean = optax.tree.get(state, "mu")
+    assert float(mean["a"][0]) == pytest.approx((1 - 0.9) * 3 * factor, rel=1e-5)
+    assert float(mean["b"][0]) == pytest.approx((1 - 0.9) * -4 * factor, rel=1e-5)
