@@ -35,8 +35,8 @@ def config_of(block="plain", **fields):
 
 @functools.cache
 def run_of(block="plain", sgd=False, **fields):
-    """(initial state, step) that leave what they are given alone; compiled once."""
-    config = config_of(block, **fields)
+    """(initial state, step), where the step leaves what it is given alone; compiled once."""
+    config = config_of(block, **({"learning_rate": 0.03} | fields))
     optimizer = SGD if sgd else make_optimizer(config.optimizer, 400)
     step = make_train_step(config, optimizer)
     return init_train_state(config, optimizer), lambda state, batch: step(copy(state), batch)
@@ -55,14 +55,19 @@ def make_batch(seed=0, reset=True):
         targets=tokens[:, 1:],
         loss_mask=~begins[:, 1:],
         segment_ids=np.cumsum(begins[:, :-1], axis=1, dtype=np.int32),
-        reset=np.full(ROWS, reset),
+        reset=begins[:, 0] | reset,
     )
 
 
-def loss_of(params, config, batch, carried=None):
-    """Mean loss of a batch, by the model alone."""
-    model = nnx.merge(abstract_model(config)[0], params)
-    logits, carried = model(batch.tokens, carried, batch.segment_ids)
+@jax.jit
+def forward(params, tokens, segment_ids, carried=None):
+    """(logits, state) of the plain model."""
+    return nnx.merge(abstract_model(config_of())[0], params)(tokens, carried, segment_ids)
+
+
+def loss_of(params, batch, carried=None):
+    """Mean loss of a batch, by the plain model alone."""
+    logits, _ = forward(params, batch.tokens, batch.segment_ids, carried)
     return summed_cross_entropy(logits, batch.targets, batch.loss_mask) / batch.loss_mask.sum()
 
 
@@ -82,7 +87,7 @@ def test_first_step_of_a_known_model():
     state, metrics = step(state, make_batch())
     _, second = step(state, make_batch(1))
     found = [float(x) for x in (metrics.loss, metrics.gradient_norm, second.loss)]
-    expected = [0.0, 0.0, 0.0]
+    expected = [2.719828, 1.164033, 2.773861]
     np.testing.assert_allclose(
         found,
         expected,
@@ -95,30 +100,26 @@ def test_first_step_of_a_known_model():
 
 
 def test_overfits_one_batch():
-    state, step = run_of("residual", learning_rate=0.03, weight_decay=0.0)
-    batch = make_batch()
+    state, step = run_of("residual")
+    batch = make_batch()._replace(segment_ids=np.zeros((ROWS, LENGTH), np.int32))
+    batch.tokens[:, 0] = np.arange(ROWS)  # rows that begin alike could not be told apart
     losses = []
     for _ in range(150):
         state, metrics = step(state, batch)
         losses.append(float(metrics.loss))
     assert losses[0] > 2.0
-    # Some inputs are followed by two different tokens after the same beginning: none of these.
-    assert losses[-1] < 0.5 * losses[20] < 0.5 * losses[0]
     assert losses[-1] < 0.1
-    assert int(state.step) == 150
-    assert int(state.skipped_updates) == 0
+    assert (int(state.step), int(state.skipped_updates)) == (150, 0)
 
 
 def test_loss_and_gradient_are_those_of_the_mean_over_predictions():
     state, step = run_of(sgd=True, mode="stream")
     batch = make_batch()
     after, metrics = step(state, batch)
-    loss, gradient = jax.value_and_grad(loss_of)(state.params, config_of(), batch)
+    loss, gradient = jax.jit(jax.value_and_grad(loss_of))(state.params, batch)
     chex.assert_trees_all_close(change(state, after), gradient, atol=1e-6)
     assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-6)
-    assert float(metrics.gradient_norm) == pytest.approx(
-        float(optax.tree.norm(gradient)), rel=1e-5
-    )
+    assert float(metrics.gradient_norm) == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-5)
     assert int(metrics.predictions) == batch.loss_mask.sum()
 
 
@@ -152,16 +153,14 @@ def test_only_streams_carry_a_state(mode):
 
 
 def test_a_stream_goes_on_where_its_last_batch_ended():
-    config = config_of(mode="stream", learning_rate=0.0)
     state, step = run_of(mode="stream", learning_rate=0.0)
     first, second = make_batch(0), make_batch(1, reset=False)
     # Ids go on counting, so that no boundary falls between the two.
     second = second._replace(segment_ids=second.segment_ids + first.segment_ids[:, -1:])
     after, metrics = step(step(state, first)[0], second)
-    model = nnx.merge(abstract_model(config)[0], state.params)
     tokens = np.concatenate([first.tokens, second.tokens], axis=1)
     segment_ids = np.concatenate([first.segment_ids, second.segment_ids], axis=1)
-    logits, final = model(tokens, None, segment_ids)
+    logits, final = forward(state.params, tokens, segment_ids)
     chex.assert_trees_all_close(after.carried, final, rtol=1e-5, atol=1e-6)
     nats = summed_cross_entropy(logits[:, LENGTH:], second.targets, second.loss_mask)
     assert float(metrics.loss) == pytest.approx(float(nats) / second.loss_mask.sum(), rel=1e-5)
@@ -170,7 +169,7 @@ def test_a_stream_goes_on_where_its_last_batch_ended():
 def test_rows_that_are_reset_start_from_zero_and_the_others_do_not():
     state, step = run_of(mode="stream", learning_rate=0.0)
     fresh, _ = step(state, make_batch(1))
-    batch = make_batch(1, reset=False)._replace(
+    batch = make_batch(1)._replace(
         segment_ids=np.zeros((ROWS, LENGTH), np.int32), reset=np.arange(ROWS) % 2 == 0
     )
     plain, _ = step(state, batch)
@@ -190,24 +189,23 @@ def test_clear_rows_also_clears_what_is_not_finite():
 
 
 def test_gradients_do_not_cross_from_batch_to_batch():
-    config = config_of(mode="stream")
     state, step = run_of(sgd=True, mode="stream")
-    first, second = make_batch(0), make_batch(1, reset=False)
-    first = first._replace(segment_ids=np.zeros((ROWS, LENGTH), np.int32))
-    second = second._replace(segment_ids=np.zeros((ROWS, LENGTH), np.int32))
-    model = nnx.merge(abstract_model(config)[0], state.params)
-    _, carried = model(first.tokens, None, first.segment_ids)
+    one_document = np.zeros((ROWS, LENGTH), np.int32)
+    first, second = (
+        make_batch(seed)._replace(segment_ids=one_document, reset=np.zeros(ROWS, bool))
+        for seed in (0, 1)
+    )
+    _, carried = forward(state.params, first.tokens, one_document)
     state = dataclasses.replace(state, carried=carried)
     after, _ = step(state, second)
-    truncated = jax.grad(loss_of)(state.params, config, second, carried)
+    truncated = jax.jit(jax.grad(loss_of))(state.params, second, carried)
     chex.assert_trees_all_close(change(state, after), truncated, atol=1e-6)
 
     def through_both(params):
-        model = nnx.merge(abstract_model(config)[0], params)
-        _, carried = model(first.tokens, None, first.segment_ids)
-        return loss_of(params, config, second, carried)
+        _, carried = forward(params, first.tokens, one_document)
+        return loss_of(params, second, carried)
 
-    whole = jax.grad(through_both)(state.params)
+    whole = jax.jit(jax.grad(through_both))(state.params)
     difference = optax.tree.norm(jax.tree.map(jnp.subtract, whole, truncated))
     assert float(difference) > 1e-3 * float(optax.tree.norm(whole))
 

@@ -1,0 +1,59 @@
+"""What a person sees while a run trains."""
+
+import io
+import sys
+
+import pytest
+
+from simplernn_jax.training import display as display_module
+from simplernn_jax.training.display import clock, open_display
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_lines_come_at_most_every_few_seconds(monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(display_module.time, "monotonic", lambda: now[0])
+    with open_display(0, 40) as display:
+        for step in range(1, 7):
+            display.update(step, 1.23456, 12345.6 * (step > 1), 65.0)
+            now[0] += 2.0
+        display.say("[bold] says the sample")
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/40  loss 1.2346",
+        "step 4/40  loss 1.2346  12,346 tokens/s  1:05 left",
+        "[bold] says the sample",
+    ]
+
+
+def test_a_terminal_shows_a_bar_and_lines_above_it(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with open_display(10, 40) as display:
+        display.update(11, 2.5, 0.0, 0.0)
+        display.update(20, 1.23456, 12345.6, 3725.0)
+        display.say("[bold] says the sample")
+    shown = terminal.getvalue()
+    assert "20/40" in shown
+    assert "loss 1.2346  12,346 tokens/s  1:02:05 left" in shown
+    assert "[bold] says the sample\n" in shown
+
+
+def test_text_that_stdout_cannot_hold_stops_nothing(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    with open_display(0, 40) as display:
+        display.say("sample: zwölf")
+    assert raw.getvalue() == b"sample: zw?lf\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (65, "1:05"), (7384, "2:03:04")]
+)
+def test_clock(seconds, text):
+    assert clock(seconds) == text

@@ -1,0 +1,97 @@
+"""Evaluation against a computation that goes token by token, and its independence of batching."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small_runs import small_config
+from token_splits import PAD, make_split
+
+from simplernn_jax.data.batches import document_ends
+from simplernn_jax.errors import UserError
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.training import evaluate
+from simplernn_jax.training.evaluate import Evaluation, Evaluator
+
+CONFIG = small_config(vocab_size=203)
+SPLIT = make_split()
+
+
+@functools.cache
+def model():
+    return LanguageModel(CONFIG.model, rngs=nnx.Rngs(0))
+
+
+@functools.cache
+def nats_one_by_one():
+    """-log p of every prediction of `SPLIT`, each document from a zero state, one by one."""
+    graph, params = nnx.split(model(), nnx.Param)
+
+    @jax.jit
+    def score(token, target, state):
+        logits, state = nnx.merge(graph, params)(token.reshape(1, 1), state)
+        return -jax.nn.log_softmax(logits[0, 0])[target], state
+
+    tokens = np.asarray(SPLIT.tokens, np.int32)
+    nats = []
+    for start, end in zip(SPLIT.document_starts, document_ends(SPLIT), strict=True):
+        state = model().initial_state(1)
+        for position in range(start, end - 1):
+            value, state = score(tokens[position], tokens[position + 1], state)
+            nats.append(float(value))
+    return nats
+
+
+def evaluation(limit_tokens=0, split=SPLIT):
+    return Evaluator(CONFIG, PAD)(nnx.state(model(), nnx.Param), split, limit_tokens)
+
+
+@pytest.mark.parametrize(("batch_tokens", "max_rows"), [(8192, 32), (60, 3), (13, 1)])
+def test_equals_scoring_token_by_token(monkeypatch, batch_tokens, max_rows):
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(evaluate, "MAX_ROWS", max_rows)
+    result = evaluation()
+    assert result.predictions == len(nats_one_by_one()) == SPLIT.num_predictions
+    assert result.nats_per_token == pytest.approx(np.mean(nats_one_by_one()), rel=1e-6)
+
+
+def test_a_limit_scores_so_many_predictions_and_always_the_same(monkeypatch):
+    result = evaluation(limit_tokens=61)
+    assert result.predictions == 61
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 29)
+    assert evaluation(limit_tokens=61).nats_per_token == pytest.approx(
+        result.nats_per_token, rel=1e-6
+    )
+    assert evaluation(limit_tokens=10**9) == evaluation()
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text():
+    split = dataclasses.replace(SPLIT, num_bytes=301)
+    result = evaluation(split=split)
+    bits = sum(nats_one_by_one()) / math.log(2)
+    assert result.bits_per_byte == pytest.approx(bits / 301, rel=1e-6)
+    limited = evaluation(limit_tokens=61, split=split)
+    assert limited.bits_per_byte == pytest.approx(
+        limited.nats_per_token * len(nats_one_by_one()) / 301 / math.log(2)
+    )
+
+
+def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary():
+    params = jax.tree.map(jnp.zeros_like, nnx.state(model(), nnx.Param))
+    result = Evaluator(CONFIG, PAD)(params, SPLIT)
+    assert result.nats_per_token == pytest.approx(math.log(203), rel=1e-6)
+    assert result.perplexity == pytest.approx(203, rel=1e-5)
+
+
+def test_perplexity_of_a_model_that_is_beyond_hope_is_infinite():
+    assert Evaluation(nats_per_token=1e4, bits_per_byte=1.0, predictions=1).perplexity == math.inf
+
+
+def test_a_split_without_predictions_is_refused():
+    with pytest.raises(UserError, match="nothing to score: the train split"):
+        evaluation(split=make_split([0], cut_front=1))

@@ -1,0 +1,81 @@
+"""scripts/evaluate.py as a person runs it."""
+
+import lzma
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_runs import save_untrained, small_config, write_corpus
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def evaluate(*arguments, cwd=ROOT):
+    """(exit code, standard output, standard error)."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *map(str, arguments)],
+        check=False,
+        capture_output=True,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def number(name, output):
+    (value,) = re.findall(rf"{re.escape(name)}:? +([\d.,]+)", output)
+    return float(value.replace(",", ""))
+
+
+@pytest.mark.parametrize("split_name", ["validation", "train"])
+def test_scores_a_split_with_nothing_but_the_workdir(tmp_path, split_name):
+    config = small_config(source=write_corpus(tmp_path / "text"), validation_fraction=0.3)
+    corpus = save_untrained(config, tmp_path / "run")
+    shutil.rmtree(config.data.source)
+    code, output, errors = evaluate("--workdir", "run", "--split", split_name, cwd=tmp_path)
+    assert (code, errors) == (0, "")
+    split = corpus.train if split_name == "train" else corpus.validation
+    assert number("predictions", output) == split.num_predictions
+    nats = number("nats/token", output)
+    assert number("perplexity", output) == pytest.approx(math.exp(nats), rel=1e-3)
+    bits = nats * split.num_predictions / math.log(2)
+    assert number("bits/byte", output) == pytest.approx(bits / split.num_bytes, rel=1e-3)
+    text = corpus.tokenizer.decode_bytes(split.tokens)
+    assert len(text) == split.num_bytes
+    compressed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+    assert number("xz -9e", output) == pytest.approx(8 * len(compressed) / len(text), abs=1e-4)
+    columns = {re.search(r"\S+( {2,})", line).end() for line in output.splitlines()}
+    assert len(columns) == 1, output
+
+
+def test_a_run_that_holds_nothing_out_says_so(tmp_path):
+    config = small_config(source=write_corpus(tmp_path / "text"))
+    save_untrained(config, tmp_path / "run")
+    code, output, errors = evaluate("--workdir", tmp_path / "run")
+    assert (code, output) == (2, "")
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert "holds nothing out" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no --workdir"),
+        (["--workdir", "nowhere"], "nowhere"),
+        (["--workdir", "x", "--split", "test"], "split"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(arguments, message):
+    code, output, errors = evaluate(*arguments)
+    assert (code, output) == (2, "")
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert message in errors

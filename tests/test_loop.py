@@ -1,0 +1,229 @@
+"""Whole runs: their end, their resumption byte for byte, and how they stop."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import newest_checkpoint, small_config, write_corpus
+
+from simplernn_jax import load_model
+from simplernn_jax.errors import UserError
+from simplernn_jax.inference import generate_text
+from simplernn_jax.training import loop
+from simplernn_jax.training.loop import train
+from simplernn_jax.training.metrics import read_metrics
+from simplernn_jax.training.preparation import open_saved_corpus
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class SignallingDisplay:
+    """Sends SIGTERM so that the run stops after `last_step` steps."""
+
+    def __init__(self, last_step):
+        self._last_step = last_step
+
+    def update(self, step, *_):
+        if step == self._last_step - 1:  # read while the next step is under way
+            signal.raise_signal(signal.SIGTERM)
+
+    def say(self, text):
+        pass
+
+
+def stop_after(monkeypatch, step):
+    monkeypatch.setattr(
+        loop, "open_display", lambda *_: contextlib.nullcontext(SignallingDisplay(step))
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "block", "fields"),
+    [
+        ("window", "plain", {"gradient_accumulation": 2}),
+        ("stream", "residual", {"dropout": 0.1, "reset_probability": 0.2}),
+        ("document", "plain", {"validation_fraction": 0.2, "eval_every": 13}),
+    ],
+)
+def test_a_stopped_run_ends_as_one_that_was_left_alone(tmp_path, monkeypatch, mode, block, fields):
+    source = write_corpus(tmp_path / "text")
+    config = small_config(block, source=source, mode=mode, save_every=11, log_every=1, **fields)
+    whole = train(config, str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 17)
+        first = train(config, str(tmp_path / "parts"))
+    assert (first.step, first.interrupted_by, first.evaluation) == (17, "SIGTERM", None)
+    assert newest_checkpoint(tmp_path / "parts")["number of steps"] == 17
+    second = train(config, str(tmp_path / "parts"))
+    assert (second.step, second.interrupted_by) == (40, None)
+    assert second.evaluation == whole.evaluation
+    expected = newest_checkpoint(tmp_path / "whole")
+    assert expected["number of steps"] == 40
+    assert newest_checkpoint(tmp_path / "parts") == expected
+    kinds = {name.split("/")[0] for name in expected}
+    assert {"params", "opt_state", "rng"} <= kinds
+    assert ("carried" in kinds) == (mode == "stream")
+    # The same losses in the same order, none twice.
+    rows = [
+        [(row["step"], row["kind"], row["loss"]) for row in read_metrics(str(tmp_path / name))]
+        for name in ("whole", "parts")
+    ]
+    assert rows[0] == rows[1]
+    assert [step for step, kind, _ in rows[0] if kind == "train"] == list(range(1, 41))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run: its configuration and its folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = small_config(
+        source=write_corpus(folder / "text"), validation_fraction=0.2, steps=5, log_every=2
+    )
+    train(config, str(folder / "run"))
+    return config, folder / "run"
+
+
+def test_a_finished_run_leaves_what_a_person_needs(finished):
+    _, workdir = finished
+    assert (workdir / "loss_curve.png").stat().st_size > 1000
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 5
+    rows = read_metrics(str(workdir))
+    assert [(row["step"], row["kind"]) for row in rows] == [
+        (2, "train"),
+        (4, "train"),
+        (5, "train"),
+        (5, "validation"),
+    ]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    rates = [row["learning_rate"] for row in rows if row["kind"] == "train"]
+    assert rates[0] == pytest.approx(2e-3 * (1 / 3 + (1 - 1 / 3) / 3))  # second of 3 to warm up
+    assert open_saved_corpus(str(workdir)).validation is not None
+
+
+def test_training_after_the_end_changes_nothing(finished, capsys):
+    config, workdir = finished
+    before, rows = newest_checkpoint(workdir), read_metrics(str(workdir))
+    result = train(config, str(workdir))
+    assert (result.step, result.interrupted_by) == (5, None)
+    assert result.evaluation is not None
+    assert result.evaluation.nats_per_token == rows[-1]["loss"]
+    assert newest_checkpoint(workdir) == before
+    assert read_metrics(str(workdir)) == rows
+    assert "all steps are done" in capsys.readouterr().out
+
+
+def test_another_text_is_refused_and_the_run_stays_as_it_is(finished):
+    config, workdir = finished
+    before = newest_checkpoint(workdir)
+    file = Path(config.data.source) / "3.txt"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text[:-1] + "Z", encoding="utf-8")
+    with pytest.raises(UserError, match=r"is not what the run in .* was trained on"):
+        train(config, str(workdir))
+    assert newest_checkpoint(workdir) == before
+    file.write_text(text, encoding="utf-8")  # the same text with another time is the same text
+    assert train(config, str(workdir)).step == 5
+
+
+SENTENCES = (
+    "The cat sat on the mat.",
+    "A dog ran after the ball.",
+    "Rain fell on the old roof.",
+    "She reads a book at night.",
+    "Tea is best served hot.",
+    "Birds sing in the morning.",
+)
+
+
+def test_learns_six_sentences_by_heart_and_writes_them(tmp_path):
+    source = tmp_path / "sentences.jsonl"
+    source.write_text("".join(json.dumps({"user": "", "bot": s}) + "\n" for s in SENTENCES))
+    config = small_config(
+        source=str(source),
+        field="bot",
+        mode="document",
+        num_layers=2,
+        hidden_dim=32,
+        key_dim=32,
+        value_dim=32,
+        sequence_length=32,
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        steps=300,
+        sample_every=250,
+        sample_prompt="Rain",
+        sample_tokens=3,
+    )
+    train(config, str(tmp_path / "run"))
+    rows = read_metrics(str(tmp_path / "run"))
+    assert np.mean([row["loss"] for row in rows if row["kind"] == "train"][-3:]) < 0.1
+    (sample,) = (row for row in rows if row["kind"] == "sample")
+    assert (sample["step"], sample["text"][:4]) == (250, "Rain")
+    model, tokenizer, _ = load_model(str(tmp_path / "run"))
+    prompts = [" ".join(sentence.split()[:2]) for sentence in SENTENCES]
+    texts = generate_text(model, tokenizer, prompts, max_new_tokens=40)
+    assert [a + b for a, b in zip(prompts, texts, strict=True)] == list(SENTENCES)
+
+
+def start(folder, **overrides):
+    """scripts/train.py on a small model, as a person starts it."""
+    source = write_corpus(folder / "text")
+    fields = {
+        "data.source": source,
+        "data.sequence_length": 7,
+        "model.num_layers": 1,
+        "train.eval_every": 0,
+        "train.save_every": 0,
+        **overrides,
+    }
+    command = [sys.executable, str(ROOT / "scripts" / "train.py")]
+    command += [f"--config={ROOT / 'configs' / 'tiny.py'}", f"--workdir={folder / 'run'}"]
+    command += [f"--config.{name}={value}" for name, value in fields.items()]
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+    steps = 1500
+    process = start(tmp_path, **{"train.steps": steps})
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 75, errors
+    assert "SIGTERM: saved at step" in output
+    stopped_at = newest_checkpoint(tmp_path / "run")["number of steps"]
+    assert 0 < stopped_at < steps
+    process = start(tmp_path, **{"train.steps": steps})
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert f"at step {stopped_at} of {steps}" in output
+    assert newest_checkpoint(tmp_path / "run")["number of steps"] == steps
+
+
+def test_a_loss_that_is_never_finite_is_one_line_and_exit_code_2(tmp_path):
+    process = start(tmp_path, **{"optimizer.learning_rate": 1e30, "train.max_skipped_updates": 2})
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2
+    lines = [line for line in errors.splitlines() if not line.startswith("tokenizing")]
+    assert len(lines) == 1, errors
+    message = (
+        r"error: the loss or its gradient was not finite in 2 steps in a row, up to step (\d+) "
+        r"\(batch (\d+) of seed 0\); the parameters of step (\d+) are untouched: .*"
+    )
+    step, batch, untouched = map(int, re.fullmatch(message, lines[0]).groups())
+    assert (batch, untouched) == (step - 1, step - 2)

@@ -1,0 +1,124 @@
+"""What is settled and refused before a run starts, and where a run's tokens are found again."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from small_runs import save_untrained, small_config, write_corpus
+
+from simplernn_jax.errors import UserError
+from simplernn_jax.training.preparation import open_saved_corpus, prepare, total_steps
+
+
+@pytest.fixture
+def config(tmp_path):
+    return small_config(source=write_corpus(tmp_path / "text"), validation_fraction=0.2)
+
+
+@pytest.fixture
+def workdir(tmp_path, config):
+    save_untrained(config, tmp_path / "run")
+    return str(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(3, 259), (259, 259), (300, 300)])
+def test_the_model_gets_as_many_ids_as_the_tokenizer_at_least(tmp_path, config, rows, expected):
+    config.model.vocab_size = rows
+    prepared, corpus = prepare(config, str(tmp_path / "run"))
+    assert prepared.model.vocab_size == expected
+    assert corpus.tokenizer.vocab_size == 259
+    assert config.model.vocab_size == rows
+
+
+def test_length_is_given_in_steps_or_epochs(tmp_path, config):
+    _, corpus = prepare(config, str(tmp_path / "run"))
+    assert total_steps(config, corpus) == 40
+    config.train.steps, config.train.epochs = 0, 2.5
+    per_epoch = -(-len(corpus.train.tokens) // (2 * 7))
+    assert total_steps(config, corpus) == int(np.ceil(2.5 * per_epoch))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mode": "stream"}, "other batches: mode: 'stream' here, 'window' there"),
+        ({"batch_size": 4}, "batch_size: 4 here, 2 there"),
+        ({"seed": 5}, "seed: 5 here, 0 there"),
+        ({"num_layers": 2, "key_dim": 4}, "num_layers: 2 here, 1 there; key_dim: 4 here, 8 there"),
+    ],
+)
+def test_what_a_run_cannot_go_on_with_is_named(workdir, config, fields, message):
+    changed = small_config(
+        source=config.data.source, validation_fraction=config.data.validation_fraction, **fields
+    )
+    with pytest.raises(UserError, match=message):
+        prepare(changed, workdir)
+
+
+def test_length_intervals_and_optimizer_may_change(workdir, config):
+    changed = small_config(
+        source=config.data.source,
+        validation_fraction=config.data.validation_fraction,
+        steps=99,
+        save_every=3,
+        learning_rate=0.5,
+        cache_dir=workdir + "-tokens",
+    )
+    prepare(changed, workdir)
+
+
+def test_a_sample_prompt_that_cannot_be_encoded_is_refused_before_training(tmp_path, config):
+    config.data.tokenizer = "char"
+    config.train.sample_prompt = "abXd"
+    prepare(config, str(tmp_path / "run"))
+    config.train.sample_every = 10
+    with pytest.raises(UserError, match=r"train\.sample_prompt='abXd': 'X' at character 2"):
+        prepare(config, str(tmp_path / "run"))
+
+
+def test_the_tokens_of_a_run_are_found_without_their_source(tmp_path, config):
+    expected = save_untrained(config, tmp_path / "run")
+    # Another corpus beside it, and a file of somebody else.
+    other = small_config(source=write_corpus(tmp_path / "other", seed=1))
+    other.data.cache_dir = str(tmp_path / "run" / "tokens")
+    save_untrained(other, tmp_path / "other_run")
+    (tmp_path / "run" / "tokens" / "notes.txt").write_text("mine")
+    shutil.rmtree(config.data.source)
+    os.rename(tmp_path / "run", tmp_path / "moved")
+    corpus = open_saved_corpus(str(tmp_path / "moved"))
+    assert corpus.content_hash == expected.content_hash
+    np.testing.assert_array_equal(corpus.train.tokens, expected.train.tokens)
+    assert corpus.validation is not None
+    assert corpus.tokenizer.to_json() == expected.tokenizer.to_json()
+
+
+def test_a_relative_cache_dir_is_found_from_another_folder(tmp_path, config, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config.data.cache_dir = "tokens"
+    expected = save_untrained(config, tmp_path / "run")
+    shutil.rmtree(config.data.source)
+    monkeypatch.chdir("/")
+    assert open_saved_corpus(str(tmp_path / "run")).content_hash == expected.content_hash
+
+
+def test_deleted_tokens_are_made_again_from_the_same_text(tmp_path, config, workdir):
+    shutil.rmtree(tmp_path / "run" / "tokens")
+    corpus = open_saved_corpus(workdir)
+    assert corpus.validation is not None
+    assert (tmp_path / "run" / "tokens").is_dir()
+
+
+def test_deleted_tokens_are_not_made_from_another_text(tmp_path, config, workdir):
+    shutil.rmtree(tmp_path / "run" / "tokens")
+    write_corpus(tmp_path / "text", seed=1)
+    with pytest.raises(UserError, match=r"no longer in .*tokens, and the text of .* is not what"):
+        open_saved_corpus(workdir)
+    shutil.rmtree(config.data.source)
+    with pytest.raises(UserError, match=r"no longer in .*tokens, and its source is of no use: /"):
+        open_saved_corpus(workdir)
+
+
+def test_a_folder_without_a_run_has_no_tokens(tmp_path):
+    with pytest.raises(UserError, match=f"no checkpoint in {tmp_path}"):
+        open_saved_corpus(str(tmp_path))
