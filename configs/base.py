@@ -8,6 +8,10 @@ from simplernn_jax.config import Config
 
 def get_config() -> Config:
     config = Config()
-    config.train.steps = 1200
+    config.optimizer.warmup_steps = 100
+    config.train.steps = 2000
+    config.train.eval_every = 500
+    config.train.save_every = 500
+    config.train.sample_every = 1000
     config.train.sample_prompt = "def main("
     return config

@@ -1,12 +1,12 @@
 """One legend of axes for docs, code and tests, and the array types named by it.
 
-    B  batch: rows that do not know each other
-    T  time: tokens of a row
-    H  heads of the recurrence
-    K  key channels of one head
-    V  value channels of one head
-    D  width of the residual stream (``hidden_dim``)
-    C  tokens of one chunk of the recurrence
+B  batch: rows that do not know each other
+T  time: tokens of a row
+H  heads of the recurrence
+K  key channels of one head
+V  value channels of one head
+D  width of the residual stream (``hidden_dim``)
+C  tokens of one chunk of the recurrence
 """
 
 from typing import Any

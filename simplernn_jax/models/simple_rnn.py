@@ -124,12 +124,12 @@ class SimpleRNNCell(nnx.RNNCellBase):
             y = y * jax.nn.silu(self.output_gate_proj(x.reshape(-1, x.shape[-1])))
         return self.out_proj(y).reshape(*x.shape[:-1], -1)
 
-    def __call__(self, carry: HeadState, inputs: jax.Array) -> tuple[HeadState, jax.Array]:  # type: ignore[override]
+    def __call__(self, carry: HeadState, inputs: jax.Array) -> tuple[HeadState, jax.Array]:
         """One token: state ``[B, H, K, V]`` and input ``[B, hidden_dim]`` to the next of each."""
         y, carry = recurrent_step(*self.project(inputs), carry)
         return carry, self.combine(y, inputs)
 
-    def initialize_carry(  # type: ignore[override]
+    def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
     ) -> HeadState:
         """A zero state for inputs of shape ``(B, hidden_dim)``, as `nnx.RNN` asks for it."""

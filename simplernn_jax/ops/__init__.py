@@ -71,7 +71,14 @@ def _segment_starts(segment_ids: jax.Array) -> jax.Array:
     return jnp.pad(changed, ((0, 0), (1, 0)))
 
 
-def _check_shapes(q, k, v, log_gate, initial_state, segment_ids) -> None:  # type: ignore[no-untyped-def]
+def _check_shapes(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_gate: jax.Array,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> None:
     if q.ndim != 4 or q.shape != k.shape or q.shape != log_gate.shape or v.ndim != 4:
         raise ValueError(
             "q, k and log_gate must share one shape [B, T, H, K] and v be [B, T, H, V]; found "

@@ -9,6 +9,8 @@ Per head, with state S in R^{K x V}::
 is tested against this one, output, final state and gradients.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -47,11 +49,11 @@ def scan(
 ) -> tuple[jax.Array, HeadState]:
     """The recurrence over ``[B, T, H, .]``; `clear` ``[B, T]`` empties the state before t."""
 
-    def step(state, inputs):
-        *token, clear_now = inputs
+    def step(state: HeadState, inputs: Any) -> tuple[HeadState, jax.Array]:
+        q, k, v, log_gate, clear_now = inputs
         if clear_now is not None:
             state = jnp.where(clear_now[:, None, None, None], 0, state)
-        output, state = recurrent_step(*token, state)
+        output, state = recurrent_step(q, k, v, log_gate, state)
         return state, output
 
     time_first = [x if x is None else jnp.moveaxis(x, 1, 0) for x in (q, k, v, log_gate, clear)]
