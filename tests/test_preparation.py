@@ -65,7 +65,9 @@ def test_length_intervals_and_optimizer_may_change(workdir, config):
         learning_rate=0.5,
         cache_dir=workdir + "-tokens",
     )
-    prepare(changed, workdir)
+    resumed, _ = prepare(changed, workdir)
+    assert resumed.train == changed.train
+    assert resumed.optimizer == changed.optimizer
 
 
 def test_a_sample_prompt_that_cannot_be_encoded_is_refused_before_training(tmp_path, config):

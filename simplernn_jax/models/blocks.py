@@ -28,19 +28,25 @@ def spread_gate_bias(num_heads: int) -> nnx.Initializer:
     return init
 
 
+def _recurrence(config: ModelConfig, rngs: nnx.Rngs, **options: Any) -> SimpleRNN:
+    """The recurrence of a block, from and to the width of the stack."""
+    return SimpleRNN(
+        config.hidden_dim,
+        config.key_dim,
+        config.value_dim,
+        config.hidden_dim,
+        config.num_heads,
+        rngs=rngs,
+        dtype=compute_dtype(config.precision),
+        **options,
+    )
+
+
 class PlainBlock(nnx.Module):
     """The bare layer of the PyTorch project: no norm, no residual, its initialisation."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.rnn = SimpleRNN(
-            config.hidden_dim,
-            config.key_dim,
-            config.value_dim,
-            config.hidden_dim,
-            config.num_heads,
-            rngs=rngs,
-            dtype=compute_dtype(config.precision),
-        )
+        self.rnn = _recurrence(config, rngs)
 
     def initial_state(self, batch_size: int) -> HeadState:
         """The layer's zero state."""
@@ -70,19 +76,14 @@ class ResidualBlock(nnx.Module):
         self.dtype = dtype
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
         self.rnn_norm = nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
-        self.rnn = SimpleRNN(
-            config.hidden_dim,
-            config.key_dim,
-            config.value_dim,
-            config.hidden_dim,
-            config.num_heads,
-            rngs=rngs,
+        self.rnn = _recurrence(
+            config,
+            rngs,
             query_scale=(config.key_dim // config.num_heads) ** -0.5,
             kernel_init=kernel_init,
             gate_bias_init=spread_gate_bias(config.num_heads),
             output_norm=True,
             output_gate=True,
-            dtype=dtype,
         )
         self.mlp_norm = nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
         zeros = nnx.initializers.zeros_init()
