@@ -99,7 +99,7 @@ def _checked_ids(ids: np.ndarray, vocab_size: int, where: str) -> np.ndarray:
         raise UserError(f"{where}: {ids.dtype} values; token ids are integers")
     outside = (ids < 0) | (ids >= vocab_size)
     if outside.any():
-        at = int(outside.argmax())
+        at = int(np.argmax(outside))
         raise UserError(
             f"{where}: token {ids[at]} at position {at} is outside the vocabulary of {vocab_size}; "
             "encode with the tokenizer of this model"
