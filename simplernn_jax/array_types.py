@@ -6,6 +6,7 @@ H  heads of the recurrence
 K  key channels of one head
 V  value channels of one head
 D  width of the residual stream (``hidden_dim``)
+W  tokens that a short convolution remembers
 C  tokens of one chunk of the recurrence
 """
 
@@ -25,7 +26,9 @@ Values = Float[Array, "B T H V"]
 LogGates = Float[Array, "B T H K"]
 """Logarithms of the forget gates, at most 0, float32."""
 HeadState = Float[Array, "B H K V"]
-"""State of one layer, float32."""
+"""State of one layer's recurrence, float32."""
+RecentInputs = Float[Array, "B W D"]
+"""The last W inputs of one layer's short convolution, oldest first, float32."""
 
 ModelState = Any
 """A pytree with one entry per layer; every leaf has axis B first."""

@@ -1,20 +1,24 @@
 """What one layer of the language model is made of."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, HeadState, SegmentIds
+from simplernn_jax.array_types import Activations, HeadState, RecentInputs, SegmentIds
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.dense import compute_dtype, dense
+from simplernn_jax.models.short_convolution import ShortConvolution
 from simplernn_jax.models.simple_rnn import SimpleRNN
 
 GATE_BIAS_RANGE = (1.0, 6.0)
 """Gate biases of the residual block, spread over the key channels: half-lives of about 2 to 280
 tokens at the start."""
+
+CONVOLUTION_WIDTH = 4
+"""Tokens that the short convolution of the residual block sees, the current one included."""
 
 
 def spread_gate_bias(num_heads: int) -> nnx.Initializer:
@@ -63,12 +67,21 @@ class PlainBlock(nnx.Module):
         return self.rnn(x, state, segment_ids)
 
 
-class ResidualBlock(nnx.Module):
-    """Pre-norm block: x + SimpleRNN(norm(x)), then x + MLP(norm(x)).
+class ResidualState(NamedTuple):
+    """State of a `ResidualBlock`."""
 
-    The recurrence has heads, queries scaled by 1/sqrt(K), a norm on every head's output and an
-    output gate (as in gated linear attention, arXiv:2312.06635, section 4.4). What writes into
-    the residual stream starts smaller by sqrt(2 * num_layers), as in GPT-2.
+    recurrence: HeadState
+    recent: RecentInputs
+    """Of the short convolution."""
+
+
+class ResidualBlock(nnx.Module):
+    """Pre-norm block: x + SimpleRNN(conv(norm(x))), then x + MLP(norm(x)).
+
+    A short causal convolution lets a token see the three before it. The recurrence has heads,
+    queries scaled by 1/sqrt(K), a norm on every head's output and an output gate (as in gated
+    linear attention, arXiv:2312.06635, section 4.4). What writes into the residual stream starts
+    smaller by sqrt(2 * num_layers), as in GPT-2.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -76,6 +89,7 @@ class ResidualBlock(nnx.Module):
         self.dtype = dtype
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
         self.rnn_norm = nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
+        self.convolution = ShortConvolution(CONVOLUTION_WIDTH, config.hidden_dim, rngs=rngs)
         self.rnn = _recurrence(
             config,
             rngs,
@@ -107,24 +121,29 @@ class ResidualBlock(nnx.Module):
         )
         self.dropout = nnx.Dropout(config.dropout)
 
-    def initial_state(self, batch_size: int) -> HeadState:
-        """The recurrence's zero state."""
-        return self.rnn.initial_state(batch_size)
+    def initial_state(self, batch_size: int) -> ResidualState:
+        """The zero state of recurrence and convolution."""
+        return ResidualState(
+            self.rnn.initial_state(batch_size), self.convolution.initial_state(batch_size)
+        )
 
     def __call__(
         self,
         x: Activations,
-        state: HeadState | None,
+        state: ResidualState | None,
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Activations, HeadState]:
+    ) -> tuple[Activations, ResidualState]:
         """``[B, T, D]`` float32 to the same; without a key nothing is dropped."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        y, state = self.rnn(self.rnn_norm(x).astype(self.dtype), state, segment_ids)
+        if state is None:
+            state = self.initial_state(x.shape[0])
+        y, recent = self.convolution(self.rnn_norm(x), state.recent, segment_ids)
+        y, recurrence = self.rnn(y.astype(self.dtype), state.recurrence, segment_ids)
         x = x + self._drop(y, keys[0])
         hidden = self.mlp_norm(x).astype(self.dtype).reshape(-1, x.shape[-1])
         y = self.mlp_out(jax.nn.gelu(self.mlp_in(hidden))).reshape(x.shape)
-        return x + self._drop(y, keys[1]), state
+        return x + self._drop(y, keys[1]), ResidualState(recurrence, recent)
 
     def _drop(self, y: jax.Array, key: jax.Array | None) -> jax.Array:
         return self.dropout(y, deterministic=key is None, rngs=key)
