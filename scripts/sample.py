@@ -5,9 +5,15 @@
 
 The same seed and settings write the same text. With --temperature=0 the most probable token is
 taken every time, which often repeats itself; 0.8 writes freely, above 1 wildly.
+
+A long prompt is read once and used many times; the first of these commands prints nothing:
+
+    python scripts/sample.py --workdir=W --prompt_file=book.txt --max_new_tokens=0 --save_state=book
+    python scripts/sample.py --workdir=W --load_state=book --num_samples=3
 """
 
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +21,7 @@ from absl import flags
 
 from simplernn_jax import command_line, load_model
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference import generate_text
+from simplernn_jax.inference import fork_state, generate_text, load_state, save_state
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run to write with.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; without one, a new document.")
@@ -39,35 +45,76 @@ _TOP_P = flags.DEFINE_float(
     upper_bound=1,
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Another seed writes another text.", lower_bound=0)
+_NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", 1, "Continuations to write; the prompt is read once.", lower_bound=1
+)
+_SAVE_STATE = flags.DEFINE_string(
+    "save_state", None, "File for where the text stands at the end, to go on from another time."
+)
+_LOAD_STATE = flags.DEFINE_string(
+    "load_state", None, "File of --save_state to go on from; the prompt is read after it."
+)
 
 
 def main() -> None:
-    """Loads the newest whole checkpoint of --workdir and writes until EOS or --max_new_tokens."""
+    """Loads the newest whole checkpoint of --workdir and writes until EOS or --max_new_tokens.
+
+    With several continuations, each stands under a line of its own; one alone is streamed.
+    """
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; name the folder of a training run")
+    _check_save_state()
     prompt = _read_prompt()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer characters than text
     model, tokenizer, _ = load_model(_WORKDIR.value)
-    unwritten = [prompt]  # waits for the first text, so that bad input leaves no half output
-
-    def write(pieces: list[str]) -> None:
-        sys.stdout.write("".join(unwritten + pieces))
-        sys.stdout.flush()
-        unwritten.clear()
-
-    generate_text(
+    settings = {
+        "temperature": _TEMPERATURE.value,
+        "top_k": _TOP_K.value,
+        "top_p": _TOP_P.value,
+        "seed": _SEED.value,
+    }
+    state = None
+    if _LOAD_STATE.value is not None:
+        state = load_state(_LOAD_STATE.value, model, tokenizer)
+    # Bad input is found here, before anything is printed.
+    prefix = generate_text(model, tokenizer, prompt, state=state, max_new_tokens=0, **settings)
+    state = fork_state(prefix.state, _NUM_SAMPLES.value)
+    num_rows = len(state.position)
+    only_reads = _MAX_NEW_TOKENS.value == 0 and _SAVE_STATE.value is not None
+    is_streamed = num_rows == 1 and not only_reads
+    if is_streamed:
+        _write(prompt)
+    texts = generate_text(
         model,
         tokenizer,
-        prompt,
+        state=state,
         max_new_tokens=_MAX_NEW_TOKENS.value,
-        temperature=_TEMPERATURE.value,
-        top_k=_TOP_K.value,
-        top_p=_TOP_P.value,
-        seed=_SEED.value,
-        on_text=write,
+        on_text=(lambda pieces: _write(pieces[0])) if is_streamed else None,
+        **settings,
     )
-    write(["\n"])
+    if is_streamed:
+        _write("\n")
+    elif not only_reads:
+        for number, text in enumerate(texts, 1):
+            _write(f"--- {number} of {num_rows} ---\n{prompt}{text}\n")
+    if _SAVE_STATE.value is not None:
+        save_state(_SAVE_STATE.value, texts.state, model, tokenizer)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _check_save_state() -> None:
+    """Refuses at once what would fail when all has been written."""
+    path = _SAVE_STATE.value
+    if path is None:
+        return
+    folder = Path(path).parent
+    if Path(path).is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--save_state={path}: cannot be written; name a file in a folder that can")
 
 
 def _read_prompt() -> str:

@@ -1,6 +1,7 @@
 """scripts/sample.py as a person runs it: on what a training run left, and with wrong flags."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,44 @@ def test_the_prompt_and_its_continuation_are_written(workdir):
     assert again[:2] == (0, text)
 
 
+def test_a_prefix_is_read_once_and_goes_on_in_several_ways(workdir, tmp_path):
+    def write(*arguments):
+        code, text, errors = run("sample.py", "--workdir", workdir, "--seed", 3, *arguments)
+        assert (code, errors) == (0, "")
+        return text
+
+    def write_three(*arguments):
+        parts = re.split(r"--- (\d of \d) ---\n", write(*arguments))
+        assert parts[0::2][0] == ""
+        assert parts[1::2] == ["1 of 3", "2 of 3", "3 of 3"]
+        return parts[2::2]
+
+    states = [tmp_path / "read", tmp_path / "written"]
+    whole = write("--prompt", "größer", "--max_new_tokens", 50)
+    read = write("--prompt", "grö", "--max_new_tokens", 0, "--save_state", states[0])
+    assert read == ""
+    begun = write_three(
+        *("--load_state", states[0], "--prompt", "ßer", "--num_samples", 3),
+        *("--max_new_tokens", 20, "--save_state", states[1]),
+    )
+    ended = write_three("--load_state", states[1], "--max_new_tokens", 30)
+    assert len({*begun}) == 3
+    # Byte 20 may be inside a character, of which the first part stands for U+FFFD.
+    begin, end = "grö" + begun[0].removesuffix("\n").rstrip("\ufffd"), ended[0]
+    assert begin.startswith("größer")
+    assert whole.startswith(begin)
+    assert whole.endswith(end)
+    assert len("grö" + begun[0]) + len(end) > len(whole)
+
+
+def test_a_file_that_is_no_state_is_refused(workdir):
+    path = workdir / "metrics.jsonl"
+    code, text, errors = run("sample.py", "--workdir", workdir, "--load_state", path)
+    assert (code, text) == (2, "")
+    assert errors.startswith(f"error: {path}: damaged, or no state (")
+    assert errors.count("\n") == 1
+
+
 def test_without_a_prompt_a_document_begins(workdir):
     code, text, errors = run("sample.py", "--workdir", workdir, "--max_new_tokens", 5)
     assert code == 0, errors
@@ -68,6 +107,9 @@ def test_without_a_prompt_a_document_begins(workdir):
         (["--workdir", "x", "--temperature", "-1"], b"", "temperature"),
         (["--workdir", "x", "--top_k", "three"], b"", "top_k"),
         (["--workdir", "x", "--top_p", "1.5"], b"", "top_p"),
+        (["--workdir", "x", "--num_samples", "0"], b"", "num_samples"),
+        (["--workdir", "x", "--save_state", "no/folder"], b"", "--save_state=no/folder: cannot be"),
+        (["--workdir", "x", "--save_state", "tests"], b"", "--save_state=tests: cannot be written"),
         (["--workdir", "x", "--prompt", "a", "--prompt_file", "b"], b"", "exclude each other"),
         (["--workdir", "x", "--prompt_file", "missing.txt"], b"", "missing.txt"),
         (["--workdir", "x", "--prompt_file", "-"], b"ab\xff", "invalid UTF-8 at byte 2"),

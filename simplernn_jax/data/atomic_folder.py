@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from simplernn_jax.atomic_file import sync
+
 _SUFFIX = ".tmp"
 _ABANDONED_SECONDS = 3600
 
@@ -31,23 +33,15 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
+            sync(path)
         try:
             os.rename(temporary, folder)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_abandoned(parent: Path) -> None:

@@ -1,7 +1,17 @@
 """Writing with a trained model."""
 
 from simplernn_jax.inference.decode import Generation, generate
-from simplernn_jax.inference.programs import DecoderState
-from simplernn_jax.inference.text import TextStream, generate_text
+from simplernn_jax.inference.state import DecoderState, fork_state, load_state, save_state
+from simplernn_jax.inference.text import Texts, TextStream, generate_text
 
-__all__ = ["DecoderState", "Generation", "TextStream", "generate", "generate_text"]
+__all__ = [
+    "DecoderState",
+    "Generation",
+    "TextStream",
+    "Texts",
+    "fork_state",
+    "generate",
+    "generate_text",
+    "load_state",
+    "save_state",
+]

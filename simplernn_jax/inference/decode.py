@@ -10,13 +10,8 @@ import numpy as np
 
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.inputs import Prompts, checked_prompts, checked_settings
-from simplernn_jax.inference.programs import (
-    BLOCK_TOKENS,
-    DecoderState,
-    Programs,
-    Settings,
-    split,
-)
+from simplernn_jax.inference.programs import BLOCK_TOKENS, Programs, Settings, split
+from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState, check_state, empty_state
 from simplernn_jax.models import LanguageModel
 
 PIECE_LENGTHS = (512, 64, 8, 1)
@@ -92,7 +87,7 @@ def generate(
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 0")
     if state is not None:
-        _check_state(model, state)
+        check_state(model, state)
     rows = checked_prompts(prompts, vocab_size, None if state is None else len(state.position))
     programs, parameters = split(model)
     if state is None:
@@ -111,19 +106,8 @@ def generate(
         lengths += counts
         if on_tokens is not None:
             on_tokens(new)
-    return Generation(tokens=tokens, lengths=lengths, state=state)
-
-
-def _check_state(model: LanguageModel, state: DecoderState) -> None:
-    num_rows = len(state.position)
-    layers = jax.eval_shape(lambda: model.initial_state(num_rows))
-    ours = [leaf.shape for leaf in jax.tree.leaves(layers)] + [(num_rows, model.config.vocab_size)]
-    theirs = [leaf.shape for leaf in jax.tree.leaves((state.layers, state.logits))]
-    if ours != theirs:
-        raise UserError(
-            f"state: its arrays are {theirs} and this model's {ours}; "
-            "go on with the model that made it"
-        )
+    written = Generation(tokens=tokens, lengths=lengths, state=state)
+    return dataclasses.replace(written, state=_remember(state, written.rows()))
 
 
 def _fresh_state(model: LanguageModel, rows: list[np.ndarray]) -> DecoderState:
@@ -132,14 +116,16 @@ def _fresh_state(model: LanguageModel, rows: list[np.ndarray]) -> DecoderState:
     for row in rows:
         streams.append(seen[row.tobytes()])
         seen[row.tobytes()] += 1
-    num_rows = len(rows)
-    return DecoderState(
-        layers=model.initial_state(num_rows),
-        logits=jnp.zeros((num_rows, model.config.vocab_size), jnp.float32),
-        position=jnp.zeros(num_rows, jnp.int32),
-        stream=jnp.asarray(streams, jnp.int32),
-        finished=jnp.zeros(num_rows, jnp.bool_),
-    )
+    state = empty_state(model, len(rows))
+    return dataclasses.replace(state, stream=jnp.asarray(streams, jnp.int32))
+
+
+def _remember(state: DecoderState, new: list[np.ndarray]) -> DecoderState:
+    recent = [
+        np.concatenate([old, row[-RECENT_TOKENS:]])[-RECENT_TOKENS:]
+        for old, row in zip(np.asarray(state.recent), new, strict=True)
+    ]
+    return dataclasses.replace(state, recent=jnp.asarray(np.stack(recent)))
 
 
 def _read_prompts(
@@ -154,7 +140,7 @@ def _read_prompts(
                 tokens[index] = rows[index][num_read[index] : num_read[index] + length]
             state = programs.read(parameters, state, tokens, is_reading)
             num_read += length * is_reading
-    return state
+    return _remember(state, rows)
 
 
 def _blocks(

@@ -14,30 +14,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from simplernn_jax.array_types import ModelState
 from simplernn_jax.inference.sampling import sample
+from simplernn_jax.inference.state import DecoderState
 from simplernn_jax.models import LanguageModel
 
 BLOCK_TOKENS = 32
 """Most tokens per row that one dispatch writes."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecoderState:
-    """Where B rows stand: all that is needed to go on. A pytree whose leaves have axis B first."""
-
-    layers: ModelState
-    """The model's recurrent state after everything read and written so far."""
-    logits: Float[Array, "B vocab"]
-    """float32 logits of the next token."""
-    position: Int[Array, "B"]
-    """Tokens written so far; it numbers the draws of a row."""
-    stream: Int[Array, "B"]
-    """Which of a seed's random streams a row draws from. Rows that are copies of one another
-    write the same text unless their streams differ."""
-    finished: Bool[Array, "B"]
-    """Rows that wrote EOS. EOS itself is not read, so that such a row can take more text."""
 
 
 class Settings(NamedTuple):
@@ -124,11 +106,11 @@ def _write(
         block = lax.dynamic_update_index_in_dim(block, token, step, axis=1)
         finished = state.finished | (token == settings.eos_id)
         logits, layers = model(token[:, None], state.layers)
-        state = DecoderState(
+        state = dataclasses.replace(
+            state,
             layers=_where_rows(finished, state.layers, layers),
             logits=_where_rows(finished, state.logits, logits[:, 0]),
             position=state.position + ~state.finished,
-            stream=state.stream,
             finished=finished,
         )
         return step + 1, block, state

@@ -8,44 +8,53 @@ import numpy as np
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.decode import generate
+from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState
 from simplernn_jax.models import LanguageModel
 
-CONTEXT = 64
-"""Ids kept to decode the next ones with: some tokenizers write a token to suit its neighbours."""
+
+class Texts(list[str]):
+    """What `generate_text` wrote: the continuations, without what was read, one per row."""
+
+    state: DecoderState
+    """Where the rows stand now; give it to `generate_text` to go on."""
 
 
 def generate_text(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[str] | None = None,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    state: DecoderState | None = None,
     on_text: Callable[[list[str]], None] | None = None,
-) -> list[str]:
+) -> Texts:
     """Continues each prompt, as the beginning of a document, until its end or `max_new_tokens`.
 
     BOS stands before every prompt, as in training; an empty prompt is BOS alone. BOS, PAD and
     ids that the tokenizer does not know are never written.
 
+    Going on from `Texts.state` with the same settings writes what one longer call would have
+    written. A character that the first call left unfinished is written whole by the next one.
+
     Args:
       model: the language model.
       tokenizer: the one it was trained with.
-      prompts: one text or several.
+      prompts: one text or several; None is an empty one. With `state`, what to read before going
+        on, without BOS: one text is for every row, and an empty one reads nothing.
       max_new_tokens, temperature, top_k, top_p, seed: as for `generate`.
+      state: rows to continue, from an earlier call with the same model, or loaded or forked.
       on_text: called as text comes, with the new characters of every row (whole ones only).
 
     Returns:
-      The continuations, without the prompts, one per prompt.
+      The continuations, a list, and the state after them as its attribute ``state``.
 
     Raises:
       UserError: a text that the tokenizer cannot encode, or as for `generate`.
     """
-    if isinstance(prompts, str):
-        prompts = [prompts]
     vocab_size = model.config.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
@@ -54,9 +63,9 @@ def generate_text(
         )
     banned_ids = {tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, vocab_size)}
     banned_ids -= {tokenizer.eos_id}  # some vocabularies have one id for several purposes
-    rows = [np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]) for prompt in prompts]
-    streams = [TextStream(tokenizer, row) for row in rows]
-    texts = [""] * len(rows)
+    rows, contexts = _encode(tokenizer, prompts, state)
+    streams = [TextStream(tokenizer, context) for context in contexts]
+    texts = Texts([""] * len(rows))
 
     def take(pieces: list[str]) -> None:
         for index, piece in enumerate(pieces):
@@ -64,7 +73,7 @@ def generate_text(
         if on_text is not None:
             on_text(pieces)
 
-    generate(
+    written = generate(
         model,
         rows,
         max_new_tokens=max_new_tokens,
@@ -74,12 +83,30 @@ def generate_text(
         seed=seed,
         eos_id=tokenizer.eos_id,
         banned_ids=sorted(banned_ids),
+        state=state,
         on_tokens=lambda new: take(
             [stream.feed(ids) for stream, ids in zip(streams, new, strict=True)]
         ),
     )
     take([stream.finish() for stream in streams])
+    texts.state = written.state
     return texts
+
+
+def _encode(
+    tokenizer: Tokenizer, prompts: str | Sequence[str] | None, state: DecoderState | None
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The ids to read, and the last ones that stand before what is written."""
+    num_rows = 1 if state is None else len(state.position)
+    if prompts is None or isinstance(prompts, str):
+        prompts = [prompts or ""] * num_rows
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    if state is None:
+        rows = [np.concatenate([[tokenizer.bos_id], ids]) for ids in encoded]
+        return rows, rows
+    # Not strict: `generate` refuses prompts of another number.
+    pairs = zip(np.asarray(state.recent), encoded, strict=False)
+    return encoded, [np.concatenate([recent[recent >= 0], ids]) for recent, ids in pairs]
 
 
 class TextStream:
@@ -99,7 +126,7 @@ class TextStream:
         self._ids += [int(token) for token in ids]
         text = self._text()[self._num_written :]
         self._num_written += len(text)
-        if len(self._ids) > 2 * CONTEXT:
+        if len(self._ids) > 2 * RECENT_TOKENS:
             self._remember(self._ids)
         return text
 
@@ -108,7 +135,7 @@ class TextStream:
         return self._text(final=True)[self._num_written :]
 
     def _remember(self, ids: list[int]) -> None:
-        self._ids = ids[-CONTEXT:]
+        self._ids = ids[-RECENT_TOKENS:]
         self._num_written = len(self._text())
 
     def _text(self, final: bool = False) -> str:

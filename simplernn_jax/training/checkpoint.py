@@ -28,10 +28,10 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.training.checkpoint_contents import (
     QUALITY,
     check_leaves,
-    named_leaves,
     read_arrays,
     read_json,
     read_texts,

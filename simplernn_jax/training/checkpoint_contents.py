@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -35,16 +34,6 @@ def read_arrays(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
         partial_restore=True,
     )
     return ocp.PyTreeCheckpointHandler().restore(epath.Path(path) / "state", args=args)
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by path, in the tree's order, such as ``params/layers/0/query/kernel/value``.
-
-    Names instead of the tree itself: a part can be read without knowing the rest, and the
-    optimizer's classes are not part of the format.
-    """
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def check_leaves(path: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

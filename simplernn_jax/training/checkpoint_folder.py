@@ -16,6 +16,7 @@ import shutil
 
 from absl import logging
 
+from simplernn_jax.atomic_file import sync
 from simplernn_jax.errors import UserError
 from simplernn_jax.training import manifest
 
@@ -75,7 +76,7 @@ class CheckpointFolder:
     def mark_complete(self, step: int) -> None:
         """Writes the manifest of `step`: from here on it counts. Then empties what is not kept."""
         manifest.write_manifest(self.step_path(step))
-        manifest.sync_folder(self.path)
+        sync(self.path)
         self.update_ledger()
         shutil.rmtree(os.path.join(self.path, PRUNED), ignore_errors=True)
 

@@ -8,6 +8,8 @@ protects other small text files (`write_sealed`, `read_sealed`).
 import hashlib
 import os
 
+from simplernn_jax.atomic_file import sync, write_file
+
 MANIFEST_NAME = "manifest.sha256"
 
 
@@ -25,7 +27,7 @@ def write_manifest(folder: str) -> None:
         size, digest = _read_digest(os.path.join(folder, name), sync=True)
         body += f"{digest} {size} {name}\n"
     for parent, _, _ in os.walk(folder, topdown=False):
-        sync_folder(parent)
+        sync(parent)
     write_sealed(os.path.join(folder, MANIFEST_NAME), body)
 
 
@@ -71,13 +73,7 @@ def write_sealed(path: str, body: str) -> None:
 
     `body` ends in a newline or is empty.
     """
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        file.write(f"{body}{_digest(body)}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(os.path.dirname(path))
+    write_file(path, f"{body}{_digest(body)}\n".encode())
 
 
 def read_sealed(path: str) -> str | None:
@@ -90,15 +86,6 @@ def read_sealed(path: str) -> str | None:
     end_of_body = len(text) - 65
     body = text[: max(end_of_body, 0)]
     return body if text == f"{body}{_digest(body)}\n" else None
-
-
-def sync_folder(path: str) -> None:
-    """Brings the names in a folder to the disk, as fsync does for the content of a file."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(text: str) -> str:

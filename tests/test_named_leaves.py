@@ -1,0 +1,28 @@
+"""Names of leaves: they stand in files, so they never change."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from simplernn_jax.named_leaves import named_leaves
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Pair:
+    first: object
+    second: object
+
+
+def test_a_leaf_is_named_by_its_path():
+    tree = {"b": [1, (2, 3)], "a": Pair(first=4, second={"x": 5})}
+    names = {"a/first": 4, "a/second/x": 5, "b/0": 1, "b/1/0": 2, "b/1/1": 3}
+    assert named_leaves(tree) == names
+    assert list(named_leaves(tree)) == list(names)
+
+
+def test_parameters_of_a_module_have_their_attributes_names():
+    module = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    names = named_leaves({"params": nnx.state(module, nnx.Param)})
+    assert set(names) == {"params/layers/0/bias/value", "params/layers/0/kernel/value"}

@@ -1,0 +1,278 @@
+"""The state as a value: forked rows write what they should, and a file gives back exactly what was
+saved or is refused in one line."""
+
+import dataclasses
+import os
+import random
+
+import chex
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from simplernn_jax.config import ModelConfig
+from simplernn_jax.data.tokenizer import ByteTokenizer, CharTokenizer
+from simplernn_jax.errors import UserError
+from simplernn_jax.inference import fork_state, generate, generate_text, load_state, save_state
+from simplernn_jax.models import LanguageModel
+
+BYTES = ByteTokenizer()
+DRAWN = {"temperature": 1.0, "seed": 3}
+CONFIG = ModelConfig(
+    vocab_size=BYTES.vocab_size,
+    num_layers=1,
+    hidden_dim=11,
+    key_dim=6,
+    value_dim=14,
+    num_heads=2,
+    mlp_dim=13,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return LanguageModel(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def state(model):
+    """Two rows in the middle of a text."""
+    prompts = [[1, 2, 3], list(range(70, 90))]
+    return generate(model, prompts, max_new_tokens=5, **DRAWN).state
+
+
+@pytest.fixture
+def path(tmp_path, model, state):
+    """Where `state` is saved."""
+    path = tmp_path / "text.safetensors"
+    save_state(str(path), state, model, BYTES)
+    return path
+
+
+def row(state, index):
+    return jax.tree.map(lambda leaf: leaf[index : index + 1], state)
+
+
+def refusal(path, model, tokenizer=BYTES):
+    """The message with which the file at `path` is refused, without the path it begins with."""
+    with pytest.raises(UserError) as caught:
+        load_state(str(path), model, tokenizer)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    return message.removeprefix(f"{path}: ")
+
+
+def test_a_file_gives_back_exactly_what_was_saved(path, model, state):
+    loaded = load_state(str(path), model, BYTES)
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, state)
+    chex.assert_trees_all_equal(loaded, state)
+
+
+def test_a_file_serves_an_equal_model_and_an_equal_tokenizer(path, state):
+    again = LanguageModel(dataclasses.replace(CONFIG), rngs=nnx.Rngs(0))
+    chex.assert_trees_all_equal(load_state(str(path), again, ByteTokenizer()), state)
+
+
+@pytest.mark.parametrize("settings", [{}, DRAWN])
+def test_going_on_from_a_file_is_one_longer_call(tmp_path, model, settings):
+    path = str(tmp_path / "state")
+    prompts = [[5, 6], [200] * 9]
+    whole = generate(model, prompts, max_new_tokens=47, eos_id=7, **settings)
+    first = generate(model, prompts, max_new_tokens=13, eos_id=7, **settings)
+    save_state(path, first.state, model, BYTES)
+    loaded = load_state(path, model, BYTES)
+    rest = generate(model, state=loaded, max_new_tokens=34, eos_id=7, **settings)
+    for parts in zip(whole.rows(), first.rows(), rest.rows(), strict=True):
+        np.testing.assert_array_equal(parts[0], np.concatenate(parts[1:]))
+    chex.assert_trees_all_equal(rest.state, whole.state)
+
+
+def test_saving_replaces_a_file_and_leaves_nothing_else(path, model, state):
+    other = generate(model, state=state, max_new_tokens=1).state
+    save_state(str(path), other, model, BYTES)
+    chex.assert_trees_all_equal(load_state(str(path), model, BYTES), other)
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_failed_save_leaves_what_was_there(path, model, state, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, os.strerror(28))
+
+    other = generate(model, state=state, max_new_tokens=1).state
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            save_state(str(path), other, model, BYTES)
+    chex.assert_trees_all_equal(load_state(str(path), model, BYTES), state)
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("name", ["missing/state", "."])
+def test_a_place_that_cannot_be_written_is_named(tmp_path, model, state, name):
+    path = f"{tmp_path}/{name}"
+    with pytest.raises(UserError) as caught:
+        save_state(path, state, model, BYTES)
+    assert str(caught.value).startswith(f"{path}: the state cannot be written (")
+
+
+def test_other_parameters_are_refused(path):
+    other = LanguageModel(CONFIG, rngs=nnx.Rngs(0))
+    bias = other.layers[0].rnn.cell.gate_proj.bias
+    bias.set_value(bias[...].at[3].add(1e-7))
+    assert refusal(path, other).startswith("the state is of another model;")
+
+
+@pytest.mark.parametrize("change", [{"precision": "bfloat16"}, {"num_heads": 1}])
+def test_another_configuration_of_the_same_parameters_is_refused(path, model, change):
+    other = LanguageModel(dataclasses.replace(CONFIG, **change), rngs=nnx.Rngs(0))
+    nnx.update(other, nnx.state(model, nnx.Param))
+    assert refusal(path, other).startswith("the state is of another model;")
+
+
+def test_another_tokenizer_is_refused(tmp_path, model, state):
+    path = tmp_path / "state"
+    save_state(str(path), state, model, CharTokenizer("abc"))
+    assert refusal(path, model, CharTokenizer("acb")).startswith(
+        "the state is of another tokenizer;"
+    )
+    chex.assert_trees_all_equal(load_state(str(path), model, CharTokenizer("abc")), state)
+
+
+def test_a_state_is_saved_only_with_a_model_that_it_fits(tmp_path, state):
+    other = LanguageModel(dataclasses.replace(CONFIG, num_layers=2), rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="go on with the model that made it"):
+        save_state(str(tmp_path / "state"), state, other, BYTES)
+    assert not os.listdir(tmp_path)
+
+
+def test_every_flipped_bit_is_refused(path, model):
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    draw = random.Random(0)
+    positions = [*range(header), *draw.choices(range(header, len(whole)), k=100), len(whole) - 1]
+    for position in positions:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        refusal(path, model)
+
+
+def test_damage_to_the_arrays_is_called_damage(path, model):
+    damaged = bytearray(path.read_bytes())
+    damaged[-700] ^= 4
+    path.write_bytes(damaged)
+    assert refusal(path, model).startswith("damaged;")
+
+
+def test_every_truncation_and_what_is_appended_is_refused(path, model):
+    whole = path.read_bytes()
+    for size in [*range(0, len(whole), 37), len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        assert refusal(path, model).startswith("damaged, or no state (")
+    path.write_bytes(whole + b"\0")
+    assert refusal(path, model).startswith("damaged, or no state (")
+
+
+def test_another_version_of_the_format_is_refused(path, model):
+    path.write_bytes(path.read_bytes().replace(b'"version":"1"', b'"version":"2"'))
+    assert refusal(path, model).startswith("version 2 of the format, and this program knows 1;")
+
+
+def test_other_files_are_refused(tmp_path, model):
+    path = tmp_path / "file"
+    assert refusal(path, model).startswith("cannot be read (No such file or directory);")
+    assert refusal(tmp_path, model).startswith("cannot be read (Is a directory);")
+    for content in (b"", b"Once upon a time", bytes(1000)):
+        path.write_bytes(content)
+        assert refusal(path, model).startswith("damaged, or no state (")
+    for metadata in (None, {"format": "pt"}):
+        path.write_bytes(safetensors.numpy.save({"weight": np.zeros(3)}, metadata))
+        assert refusal(path, model).startswith("holds no state;")
+
+
+def test_copies_of_a_row_are_adjacent_and_differ_only_in_their_stream(state):
+    forked = fork_state(state, 3)
+    assert forked.stream.tolist() == [0, 1, 2, 0, 1, 2]
+    assert forked.stream.dtype == state.stream.dtype
+    for index in range(6):
+        copy = dataclasses.replace(row(forked, index), stream=row(state, index // 3).stream)
+        chex.assert_trees_all_equal(copy, row(state, index // 3))
+
+
+def test_the_first_copy_writes_what_the_row_writes_and_the_others_do_not(model, state):
+    alone = generate(model, state=state, max_new_tokens=21, **DRAWN).tokens
+    forked = generate(model, state=fork_state(state, 3), max_new_tokens=21, **DRAWN).tokens
+    np.testing.assert_array_equal(forked[[0, 3]], alone)
+    assert len({tuple(tokens) for tokens in forked.tolist()}) == 6
+
+
+def test_a_forked_prefix_writes_what_the_prompt_given_as_often_writes(model):
+    prompts = [[9, 8, 7], [5]]
+    prefix = generate(model, prompts, max_new_tokens=0).state
+    forked = generate(model, state=fork_state(prefix, 3), max_new_tokens=21, **DRAWN).tokens
+    given = generate(model, [prompts[0]] * 3 + [prompts[1]] * 3, max_new_tokens=21, **DRAWN).tokens
+    np.testing.assert_array_equal(forked, given)
+
+
+def test_copies_of_copies_have_streams_of_their_own(state):
+    copies = row(state, 0)
+    for n in (3, 2, 2):
+        copies = fork_state(copies, n)
+    assert len(set(copies.stream.tolist())) == 12
+
+
+def test_choosing_one_copy_and_forking_it_goes_on_for_long(state):
+    chosen = row(state, 0)
+    for rounds in range(1, 50):
+        chosen = row(fork_state(chosen, 8), 7)
+        assert chosen.stream.tolist() == [7 * rounds]
+
+
+def test_one_copy_is_the_state_itself(state):
+    chex.assert_trees_all_equal(fork_state(state, 1), state)
+
+
+def test_no_copy_is_refused(state):
+    with pytest.raises(UserError, match="n=0: each row needs at least 1 copy"):
+        fork_state(state, 0)
+
+
+def test_text_goes_on_from_a_file_and_a_fork(tmp_path, model):
+    path = str(tmp_path / "state")
+    whole = generate_text(model, BYTES, ["ab", "c"], max_new_tokens=40, **DRAWN)
+    first = generate_text(model, BYTES, ["ab", "c"], max_new_tokens=17, **DRAWN)
+    save_state(path, first.state, model, BYTES)
+    loaded = load_state(path, model, BYTES)
+    rest = generate_text(model, BYTES, state=fork_state(loaded, 3), max_new_tokens=23, **DRAWN)
+    np.testing.assert_array_equal(rest.state.recent[::3], whole.state.recent)
+    assert len(set(rest)) == 6
+
+
+class Euros(ByteTokenizer):
+    """Every token stands for the next byte of the same text."""
+
+    def decode_bytes(self, ids):
+        num_bytes = sum(int(token) < 256 for token in ids)
+        return ("€" * num_bytes).encode()[:num_bytes]
+
+
+def test_a_character_that_a_state_cuts_is_written_whole(tmp_path, model):
+    path = str(tmp_path / "state")
+    tokenizer = Euros()
+    first = generate_text(model, tokenizer, ["", ""], max_new_tokens=17)
+    assert first == ["€€€€€\ufffd"] * 2
+    save_state(path, first.state, model, tokenizer)
+    loaded = load_state(path, model, tokenizer)
+    assert generate_text(model, tokenizer, state=loaded, max_new_tokens=4) == ["€€"] * 2
+
+
+def test_one_text_is_read_by_every_row(model, state):
+    both = generate_text(model, BYTES, "né", state=state, max_new_tokens=3, **DRAWN)
+    each = generate_text(model, BYTES, ["né", "né"], state=state, max_new_tokens=3, **DRAWN)
+    ids = generate(model, [BYTES.encode("né")] * 2, state=state, max_new_tokens=3, **DRAWN).state
+    chex.assert_trees_all_equal(both.state, each.state, ids)
+    with pytest.raises(UserError, match="prompts: 3 rows for a state of 2"):
+        generate_text(model, BYTES, ["a", "b", "c"], state=state, max_new_tokens=3)
