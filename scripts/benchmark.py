@@ -18,13 +18,14 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks import machine, recurrence
+from benchmarks import machine, recurrence, training
 from benchmarks.interleave import Effort
 from simplernn_jax import command_line
 from simplernn_jax.errors import UserError
 
 BENCHMARKS = {
     "ops": recurrence.run,
+    "train": training.run,
 }
 
 _ARGUMENTS = command_line.define_arguments(" ".join(BENCHMARKS))

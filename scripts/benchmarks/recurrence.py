@@ -206,16 +206,10 @@ def _bind(program: Any, inputs: tuple[jax.Array, ...]) -> Call:
 
 
 def _show_comparison(rows: list[dict[str, Any]]) -> None:
-    headings = [
-        "B, T, H, K, V",
-        "C",
-        "ours ms",
-        "scan ms",
-        "times faster",
-        "ours MB",
-        "scan / ours",
-    ]
-    headings += ["GFLOP/s, recurrence", "share of ceiling", "GFLOP/s, chunks", "share of ceiling"]
+    headings = ["B, T, H, K, V", "C", "ours ms", "scan ms", "times faster", "ours MB"]
+    headings += ["scan / ours"]
+    for count in ("recurrence", "chunks"):
+        headings += [f"{count} GFLOP/s", "of ceiling"]
     headings += ["ceiling GFLOP/s", "RMS error", "of d log_gate"]
     lines = []
     for row in rows:
