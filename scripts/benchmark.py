@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks import machine, recurrence, training
+from benchmarks import decoding, machine, recurrence, training
 from benchmarks.interleave import Effort
 from simplernn_jax import command_line
 from simplernn_jax.errors import UserError
@@ -26,6 +26,7 @@ from simplernn_jax.errors import UserError
 BENCHMARKS = {
     "ops": recurrence.run,
     "train": training.run,
+    "decode": decoding.run,
 }
 
 _ARGUMENTS = command_line.define_arguments(" ".join(BENCHMARKS))
