@@ -18,15 +18,18 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks import decoding, machine, recurrence, training
+from benchmarks import decoding, machine, memory, recurrence, startup, training
 from benchmarks.interleave import Effort
 from simplernn_jax import command_line
+from simplernn_jax.config import nearest_name
 from simplernn_jax.errors import UserError
 
 BENCHMARKS = {
     "ops": recurrence.run,
     "train": training.run,
     "decode": decoding.run,
+    "startup": startup.run,
+    "memory": memory.run,
 }
 
 _ARGUMENTS = command_line.define_arguments(" ".join(BENCHMARKS))
@@ -38,8 +41,12 @@ _CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate."
 def main() -> int:
     """Runs the benchmarks that the arguments name, in this order."""
     names = _ARGUMENTS.value
-    if not names or not set(names) <= set(BENCHMARKS):
+    if not names:
         raise UserError(f"name what to measure: python scripts/benchmark.py {'|'.join(BENCHMARKS)}")
+    for name in names:
+        if name not in BENCHMARKS:
+            near = nearest_name(name, BENCHMARKS)
+            raise UserError(f"{name!r}: no such benchmark{near}; there are {', '.join(BENCHMARKS)}")
     if _OUT.value:
         _check_out(_OUT.value)
     effort = Effort(_BLOCKS.value, _CALLS.value)

@@ -143,7 +143,7 @@ def matrix_vector_products(model: LanguageModel, num_tokens: int) -> Call:
             for matrix in matrices:
                 newest[matrix.shape[1]] = newest[matrix.shape[0]] @ matrix
             x = newest[width]
-            x = x + jnp.mean(x @ head)
+            x = x + jnp.max(x @ head)
             return x * jax.lax.rsqrt(jnp.mean(x**2))  # or it would vanish, and slow down
 
         return jax.lax.fori_loop(0, num_tokens, one_token, start)

@@ -27,13 +27,14 @@ class Ceiling(NamedTuple):
 
 
 def describe() -> dict[str, Any]:
-    """Device, processor, versions, settings, and the commit that is measured."""
+    """Device, processor, load before it began, versions, settings, and the commit."""
     return {
         "device": jax.devices()[0].device_kind,
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: _version(name) for name in _VERSIONS},
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
         "commit": _commit(),
     }

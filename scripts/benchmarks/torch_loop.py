@@ -2,6 +2,9 @@
 
 `load_pytorch_weights` reads what ``torch.save(model.state_dict(), ...)`` leaves of it. This module
 needs torch; import it only where that is present.
+
+Torch's threads wait actively for each other: where other programs use the cores, this loop takes
+ten to fifty times as long. Measure it on an idle machine.
 """
 
 from collections.abc import Callable

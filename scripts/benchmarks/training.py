@@ -63,13 +63,13 @@ def compare_programs(config: Config, effort: Effort) -> dict[str, dict[str, floa
       account; MB of the peak over what was held before the first step, in a process of its own.
       Nothing under `TORCH` where torch is missing.
     """
-    calls: dict[str, Call] = {name: make(config) for name, make in JAX_STEPS.items()}
-    compiled = {name: step.compiled_bytes for name, step in calls.items()}  # type: ignore[attr-defined]
+    steps = {name: make(config) for name, make in JAX_STEPS.items()}
+    compiled = {name: step.compiled_bytes for name, step in steps.items()}
+    calls: dict[str, Call] = {**steps}
     has_torch = importlib.util.find_spec("torch") is not None
     if has_torch:
         calls[TORCH] = _torch_step(config)
     times = alternate(calls, effort)
-    calls.clear()
     text = config_lib.to_json(config)
     peaks = {name: call_isolated(step_peak, program=name, config=text) for name in times}
     tokens = config.data.batch_size * config.data.sequence_length
