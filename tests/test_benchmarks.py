@@ -174,7 +174,7 @@ def test_without_torch_its_row_says_so(monkeypatch, capsys):
     rows = training.compare_programs(small_config("seed"), EFFORT)
     assert rows["PyTorch loop"] == {}
     training._show_programs(rows)
-    assert "torch is not installed" in capsys.readouterr().out
+    assert "torch is not installed (pip install -e '.[bench]')" in capsys.readouterr().out
 
 
 def test_precisions_count_six_operations_per_parameter_and_token():

@@ -15,7 +15,7 @@ def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         table.add_column(heading, justify="right" if index else "left", no_wrap=not index)
     for row in rows:
         table.add_row(*row)
-    Console(width=_WIDTH).print(table)
+    Console(width=_WIDTH, markup=False).print(table)
 
 
 def number(value: float | None, digits: int = 0) -> str:
