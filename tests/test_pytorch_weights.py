@@ -1,4 +1,4 @@
-"""Weights of the PyTorch project, against a reference of its model (`pytorch_reference`).
+"""Weights of the PyTorch project, against its model in PyTorch (`benchmarks.torch_loop`).
 
 What needs PyTorch itself asks for the fixture `torch` and is skipped where it is not installed.
 """
@@ -37,10 +37,10 @@ def torch() -> Any:
 
 @pytest.fixture
 def reference(torch: Any) -> Any:
-    from pytorch_reference import ReferenceModel
+    from benchmarks.torch_loop import LoopModel
 
     torch.manual_seed(0)
-    return ReferenceModel(VOCAB, LAYERS, HIDDEN, KEY, VALUE)
+    return LoopModel(VOCAB, LAYERS, HIDDEN, KEY, VALUE)
 
 
 @pytest.fixture

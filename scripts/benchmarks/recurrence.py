@@ -1,0 +1,254 @@
+"""The recurrence, forward and backward: chunkwise beside scan, and beside the machine's ceiling.
+
+Two counts of the products that are necessary, in multiply-adds per token and head:
+
+- *recurrence*: ``6 K V``. The definition has two products of a K x V matrix with a vector per
+  token (k v^T, S^T q) and its gradient four (dy S^T, q dy^T, v dS^T, k dS).
+- *chunks*: ``6 K V + 3/2 C (K + V)``. The same six, now per chunk of C tokens as matrix products
+  (forward: read Q S, write K^T V; backward: dO S^T, Q^T dO, V dS^T, K dS), and those inside the
+  chunk: forward A = Q K^T and A V; backward dA = dO V^T, A^T dO, dA K, dA^T Q. A and dA are
+  causal, so that half of each of these is necessary, C^2 / 2 entries, and half is counted.
+
+Neither counts what is computed again in the backward pass, decays, masks or copies.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import machine, tables
+from benchmarks.interleave import Call, Effort, Times, alternate, block_ratio, median
+from simplernn_jax.ops import gated_linear_recurrence
+from simplernn_jax.ops.chunkwise import choose_chunk_size
+
+
+class Shape(NamedTuple):
+    """Sizes of one call, by the legend of `simplernn_jax.array_types`."""
+
+    batch: int
+    length: int
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows together."""
+        return self.batch * self.length
+
+
+SHAPES = (
+    Shape(16, 256, 1, 128, 128),
+    Shape(16, 256, 4, 32, 32),
+    Shape(16, 256, 4, 64, 64),
+)
+DTYPES = ("float32", "bfloat16")
+LENGTHS = (256, 1024, 4096, 16384)
+LENGTH_TOKENS = 16384
+"""B T of the comparison of lengths: the least that leaves one row at the greatest length."""
+CEILING_ROWS = 64
+
+RESULTS = ("output", "final_state", "d_q", "d_k", "d_v", "d_log_gate", "d_initial_state")
+
+
+def run(effort: Effort) -> dict[str, Any]:
+    """Measures and prints everything; times in ms, memory in MB (1e6 bytes)."""
+    ceilings = machine.measure_ceilings(effort)
+    # Scan takes a second.
+    fewer = effort._replace(calls=math.ceil(effort.calls / 2))
+    rows = [compare(shape, dtype, fewer) for dtype in DTYPES for shape in SHAPES]
+    _show_comparison(rows)
+    by_length = [
+        compare_lengths(LENGTHS, LENGTH_TOKENS, shape, dtype, effort)
+        for dtype in DTYPES
+        for shape in SHAPES[:2]
+    ]
+    _show_lengths(by_length)
+    print(machine.say_ceilings(ceilings))
+    return {"ceilings": ceilings, "shapes": rows, "lengths": by_length}
+
+
+def compare(shape: Shape, dtype: str, effort: Effort) -> dict[str, Any]:
+    """Chunkwise and scan at one shape: time, memory, rate of necessary products, error."""
+    inputs = draw_inputs(shape, dtype)
+    programs = {method: compile_gradients(method, inputs) for method in ("chunkwise", "scan")}
+    ceiling = machine.batched_product(
+        max(1, shape.tokens * shape.heads // CEILING_ROWS),
+        CEILING_ROWS,
+        shape.key_dim,
+        shape.value_dim,
+        dtype,
+    )
+    calls: dict[str, Call] = {name: _bind(program, inputs) for name, program in programs.items()}
+    times = alternate(calls | {"ceiling": ceiling.call}, effort)
+    memory = {
+        f"{name}_mb": program.memory_analysis().temp_size_in_bytes / 1e6
+        for name, program in programs.items()
+    }
+    exact = exact_results(inputs)
+    errors = {
+        f"{name}_errors": rms_errors(program(*inputs), exact) for name, program in programs.items()
+    }
+    summary = {"shape": shape, "dtype": dtype}
+    return summary | summarize_times(shape, times, ceiling.amount) | memory | errors
+
+
+def summarize_times(
+    shape: Shape, times: Mapping[str, Times], ceiling_flops: float
+) -> dict[str, Any]:
+    """Medians, the ratio block by block, and both counts of necessary products as rates.
+
+    Args:
+      shape: what was computed.
+      times: of the candidates ``chunkwise``, ``scan`` and ``ceiling``.
+      ceiling_flops: floating point operations of one call of the ceiling.
+    """
+    chunk = choose_chunk_size(shape.length)
+    counts = {"recurrence": recurrence_flops(shape), "chunks": chunk_flops(shape, chunk)}
+    seconds = {name: median(blocks) for name, blocks in times.items()}
+    slower_than_ceiling = block_ratio(times["chunkwise"], times["ceiling"])
+    return {
+        "chunk": chunk,
+        "chunkwise_ms": 1e3 * seconds["chunkwise"],
+        "scan_ms": 1e3 * seconds["scan"],
+        "times_faster": block_ratio(times["scan"], times["chunkwise"]),
+        "ceiling_gflops": ceiling_flops / seconds["ceiling"] / 1e9,
+        **{f"{name}_gflops": n / seconds["chunkwise"] / 1e9 for name, n in counts.items()},
+        **{f"{name}_share": n / ceiling_flops / slower_than_ceiling for name, n in counts.items()},
+    }
+
+
+def recurrence_flops(shape: Shape) -> float:
+    """Necessary operations by the definition: 6 K V multiply-adds per token and head."""
+    return 2.0 * shape.tokens * shape.heads * 6 * shape.key_dim * shape.value_dim
+
+
+def chunk_flops(shape: Shape, chunk: int) -> float:
+    """Necessary operations in chunks of `chunk` tokens: `recurrence_flops` and the inner ones."""
+    inside = 1.5 * chunk * (shape.key_dim + shape.value_dim)
+    return recurrence_flops(shape) + 2.0 * shape.tokens * shape.heads * inside
+
+
+def compare_lengths(
+    lengths: tuple[int, ...], tokens: int, widths: Shape, dtype: str, effort: Effort
+) -> dict[str, Any]:
+    """Time per token at several lengths, B T the same, relative to the first of them."""
+    calls: dict[str, Call] = {}
+    for length in lengths:
+        inputs = draw_inputs(widths._replace(batch=tokens // length, length=length), dtype)
+        calls[str(length)] = _bind(compile_gradients("chunkwise", inputs), inputs)
+    times = alternate(calls, effort)
+    first = times[str(lengths[0])]
+    return {
+        "widths": widths[2:],
+        "dtype": dtype,
+        "tokens": tokens,
+        "us_per_token": {name: 1e6 * median(blocks) / tokens for name, blocks in times.items()},
+        "relative": {name: block_ratio(blocks, first) for name, blocks in times.items()},
+    }
+
+
+def draw_inputs(shape: Shape, dtype: str) -> tuple[jax.Array, ...]:
+    """q, k, v, log_gate, initial state, and the cotangents of output and final state.
+
+    q, k, v and the output's cotangent have `dtype`, the others float32.
+    """
+    keys = jax.random.split(jax.random.key(0), 7)
+    by_key = (shape.batch, shape.length, shape.heads, shape.key_dim)
+    by_value = (*by_key[:3], shape.value_dim)
+    state = (shape.batch, *shape[2:])
+    return (
+        jax.random.normal(keys[0], by_key, dtype),
+        jax.nn.sigmoid(jax.random.normal(keys[1], by_key, dtype)),
+        jax.random.normal(keys[2], by_value, dtype),
+        jax.nn.log_sigmoid(3 + jax.random.normal(keys[3], by_key)),
+        jax.random.normal(keys[4], state),
+        jax.random.normal(keys[5], by_value, dtype),
+        jax.random.normal(keys[6], state),
+    )
+
+
+def compile_gradients(method: str, inputs: tuple[Any, ...]) -> Any:
+    """The compiled program from `inputs` (`draw_inputs`) to `RESULTS`."""
+
+    def results(*inputs: jax.Array) -> tuple[jax.Array, ...]:
+        def call(q: Any, k: Any, v: Any, log_gate: Any, state: Any) -> Any:
+            return gated_linear_recurrence(q, k, v, log_gate, initial_state=state, method=method)
+
+        values, pullback = jax.vjp(call, *inputs[:5])
+        return *values, *pullback(inputs[5:])
+
+    return jax.jit(results).lower(*inputs).compile()
+
+
+def exact_results(inputs: tuple[jax.Array, ...]) -> list[np.ndarray]:
+    """`RESULTS` of these very inputs by scan in float64."""
+    with jax.enable_x64(True):
+        exact = tuple(jnp.asarray(np.asarray(x).astype(np.float64)) for x in inputs)
+        return [np.asarray(x) for x in compile_gradients("scan", exact)(*exact)]
+
+
+def rms_errors(results: Any, exact: list[np.ndarray]) -> dict[str, float]:
+    """RMS(difference) / RMS(exact) of each of `RESULTS`."""
+
+    def rms(x: np.ndarray) -> float:
+        return float(np.sqrt(np.mean(x**2)))
+
+    return {
+        name: rms(np.asarray(result).astype(np.float64) - reference) / rms(reference)
+        for name, result, reference in zip(RESULTS, results, exact, strict=True)
+    }
+
+
+def _bind(program: Any, inputs: tuple[jax.Array, ...]) -> Call:
+    return lambda: program(*inputs)
+
+
+def _show_comparison(rows: list[dict[str, Any]]) -> None:
+    headings = ["B, T, H, K, V", "C", "ours ms", "scan ms", "times faster", "ours MB"]
+    headings += ["scan / ours"]
+    for count in ("recurrence", "chunks"):
+        headings += [f"{count} GFLOP/s", "of ceiling"]
+    headings += ["ceiling GFLOP/s", "RMS error", "of d log_gate"]
+    lines = []
+    for row in rows:
+        errors = dict(row["chunkwise_errors"])
+        of_gate = errors.pop("d_log_gate")
+        lines.append(
+            [
+                f"{', '.join(map(str, row['shape']))} {row['dtype']}",
+                str(row["chunk"]),
+                tables.number(row["chunkwise_ms"], 1),
+                tables.number(row["scan_ms"]),
+                tables.times(row["times_faster"]),
+                tables.number(row["chunkwise_mb"]),
+                tables.times(row["scan_mb"] / row["chunkwise_mb"]),
+                tables.number(row["recurrence_gflops"]),
+                tables.share(row["recurrence_share"]),
+                tables.number(row["chunks_gflops"]),
+                tables.share(row["chunks_share"]),
+                tables.number(row["ceiling_gflops"]),
+                f"{max(errors.values()):.1e}",
+                f"{of_gate:.1e}",
+            ]
+        )
+    tables.show("ops: forward + backward; RMS error against scan in float64", headings, lines)
+
+
+def _show_lengths(rows: list[dict[str, Any]]) -> None:
+    lengths = list(map(str, LENGTHS))
+    headings = ["H, K, V", *(f"T {length}, us" for length in lengths)]
+    headings += [f"T {length} / T {lengths[0]}" for length in lengths[1:]]
+    lines = [
+        [
+            f"{', '.join(map(str, row['widths']))} {row['dtype']}",
+            *(tables.number(row["us_per_token"][length], 2) for length in lengths),
+            *(tables.times(row["relative"][length]) for length in lengths[1:]),
+        ]
+        for row in rows
+    ]
+    tables.show(f"ops: time per token, B T = {LENGTH_TOKENS:,}", headings, lines)
