@@ -19,6 +19,7 @@ BLOCKS = ("plain", "residual")
 PRECISIONS = ("float32", "bfloat16")
 BATCH_MODES = ("window", "stream", "document")
 SPLITS = ("document", "position")
+OPTIMIZERS = ("adamw", "muon")
 ENCODING_ERRORS = ("strict", "replace")
 
 
@@ -87,8 +88,11 @@ class DataConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW with warm-up, cosine decay and global-norm clipping."""
+    """AdamW or Muon with warm-up, cosine decay and global-norm clipping."""
 
+    name: str = "adamw"
+    """``adamw``, or ``muon``: orthogonalised momentum for the matrices (AdamW for the rest), which
+    learns more per step and takes longer over it."""
     learning_rate: float = 2e-3
     """Peak learning rate, after warm-up."""
     warmup_steps: int = 50
@@ -217,6 +221,7 @@ def _validate_data(data: DataConfig) -> None:
 
 def _validate_optimizer(optimizer: OptimizerConfig) -> None:
     section = "optimizer"
+    _choice("optimizer.name", optimizer.name, OPTIMIZERS)
     _at_least(optimizer, section, 0, "learning_rate", "warmup_steps", "weight_decay", "clip_norm")
     _fraction(optimizer, section, "beta1", "beta2", below_one=True)
     _fraction(optimizer, section, "final_learning_rate", below_one=False)

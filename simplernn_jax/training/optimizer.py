@@ -4,8 +4,17 @@ from typing import Any
 
 import jax
 import optax
+import optax.contrib
 
 from simplernn_jax.config import OptimizerConfig
+
+
+MUON_MOMENTUM = 0.95
+"""As published with Muon (github.com/KellerJordan/Muon)."""
+
+MUON_RMS = 0.2
+"""Root mean square of Muon's updates, near that of AdamW's, so that both take similar learning rates
+(arXiv:2502.16982, section 2.2)."""
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -27,24 +36,48 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 
 def decay_mask(params: Any) -> Any:
-    """True for what is decayed: matrices of dense layers, not biases, norms or the embedding."""
+    """True for what is decayed: matrices of dense layers, not biases, norms, the embedding or
+    the convolution."""
 
     def is_decayed(path: tuple[Any, ...], leaf: Any) -> bool:
-        return leaf.ndim >= 2 and "embedding" not in jax.tree_util.keystr(path)
+        name = jax.tree_util.keystr(path)
+        return leaf.ndim >= 2 and "embedding" not in name and "convolution" not in name
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run; with weight_decay 0 it is Adam."""
-    adamw = optax.adamw(
-        learning_rate_schedule(config, total_steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-    )
+    """The optimizer of a run; ``adamw`` with weight_decay 0 is Adam."""
+    learning_rate = learning_rate_schedule(config, total_steps)
+    if config.name == "muon":
+        optimizer = optax.contrib.muon(
+            learning_rate,
+            beta=MUON_MOMENTUM,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decay_mask,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            eps=config.epsilon,
+            muon_weight_dimension_numbers=_orthogonalised,
+            consistent_rms=MUON_RMS,
+        )
+    else:
+        optimizer = optax.adamw(
+            learning_rate,
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        )
     if not config.clip_norm:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def _orthogonalised(params: Any) -> Any:
+    """For Muon: the axes of every matrix it takes; None leaves a parameter to Adam."""
+    return jax.tree.map(
+        lambda decayed: optax.contrib.MuonDimensionNumbers(0, 1) if decayed else None,
+        decay_mask(params),
+    )
