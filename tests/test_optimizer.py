@@ -99,3 +99,36 @@ def test_gradients_are_clipped_by_their_global_norm(clip_norm, factor):
     mean = optax.tree.get(state, "mu")
     assert float(mean["a"][0]) == pytest.approx((1 - 0.9) * 3 * factor, rel=1e-5)
     assert float(mean["b"][0]) == pytest.approx((1 - 0.9) * -4 * factor, rel=1e-5)
+
+
+def test_muon_turns_matrices_as_far_in_every_direction_and_leaves_the_rest_to_adam():
+    config = settings(name="muon", warmup_steps=0, weight_decay=0.3, clip_norm=0.0)
+    random = np.random.default_rng(0)
+    params = {
+        "dense": {"kernel": jnp.float32(random.normal(size=(7, 11)))},
+        "embedding": jnp.float32(random.normal(size=(11, 7))),
+        "bias": jnp.float32(random.normal(size=7)),
+    }
+    # Directions of very different strength: Adam would follow the strong ones.
+    left, _, right = np.linalg.svd(random.normal(size=(7, 11)), full_matrices=False)
+    kernel = (left * np.logspace(0, -1.5, 7)) @ right
+    gradient = {
+        "dense": {"kernel": jnp.float32(kernel)},
+        "embedding": jnp.float32(random.normal(size=(11, 7))),
+        "bias": jnp.float32(random.normal(size=7)),
+    }
+
+    optimizer = make_optimizer(config, STEPS)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+
+    decay = -config.learning_rate * config.weight_decay * params["dense"]["kernel"]
+    turned = np.asarray(updates["dense"]["kernel"] - decay)
+    strengths = np.linalg.svd(turned, compute_uv=False)
+    # 0.2 sqrt(max(rows, columns)) for a root mean square of about 0.2 (arXiv:2502.16982).
+    unit = config.learning_rate * 0.2 * math.sqrt(11)
+    assert 0.6 * unit < strengths.min() and strengths.max() < 1.3 * unit
+    assert np.sum(turned * kernel) < 0
+    for name in ("embedding", "bias"):
+        # NAdam's first step: a sign, by its look ahead beta1 / (1 + beta1) longer than Adam's.
+        step = config.learning_rate * (1 + config.beta1 / (1 + config.beta1))
+        np.testing.assert_allclose(updates[name], -step * np.sign(gradient[name]), rtol=2e-5)

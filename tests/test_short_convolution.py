@@ -14,7 +14,7 @@ BATCH, LENGTH, FEATURES, WIDTH = 2, 11, 5, 4
 
 def convolution() -> ShortConvolution:
     layer = ShortConvolution(WIDTH, FEATURES, rngs=nnx.Rngs(0))
-    layer.kernel.set_value(jax.random.normal(jax.random.key(1), (WIDTH, FEATURES)))
+    layer.weights.set_value(jax.random.normal(jax.random.key(1), (WIDTH, FEATURES)))
     return layer
 
 
@@ -24,7 +24,7 @@ def inputs(length: int = LENGTH) -> jax.Array:
 
 def token_by_token(layer, x, segment_ids):
     """The definition: a sum over lags that stops at the segment's start."""
-    x, kernel = np.asarray(x), np.asarray(layer.kernel[...])
+    x, kernel = np.asarray(x), np.asarray(layer.weights[...])
     y = np.zeros_like(x)
     for row in range(x.shape[0]):
         for t in range(x.shape[1]):

@@ -25,7 +25,7 @@ class ShortConvolution(nnx.Module):
         """Makes the weights ``[width, features]``: how much of the input n tokens ago is taken."""
         self.width = width
         self.features = features
-        self.kernel = nnx.Param(_starts_as_identity(rngs.params(), (width, features)))
+        self.weights = nnx.Param(_starts_as_identity(rngs.params(), (width, features)))
 
     def initial_state(self, batch_size: int) -> RecentInputs:
         """Zeros ``[B, width - 1, D]``, float32: nothing came before."""
@@ -47,14 +47,14 @@ class ShortConvolution(nnx.Module):
         """
         length, past = x.shape[1], self.width - 1
         inputs = jnp.concatenate([state, x.astype(state.dtype)], axis=1)
-        kernel = self.kernel[...][:, None, None]
-        y = inputs[:, past:] * kernel[0]
+        weights = self.weights[...][:, None, None]
+        y = inputs[:, past:] * weights[0]
         reachable = None if segment_ids is None else _reachable(segment_ids, self.width)
         for lag in range(1, self.width):
             earlier = inputs[:, past - lag : past - lag + length]
             if reachable is not None:
                 earlier = jnp.where(reachable[lag][..., None], earlier, 0)
-            y = y + earlier * kernel[lag]
+            y = y + earlier * weights[lag]
         state = inputs[:, length:]
         if reachable is not None and length:
             kept = jnp.stack([reachable[lag][:, -1] for lag in reversed(range(past))], axis=1)

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine decay, a weight-decay mask and global-norm clipping."""
+"""AdamW or Muon with warm-up, cosine decay, a weight-decay mask and global-norm clipping."""
 
 from typing import Any
 
