@@ -126,7 +126,8 @@ def test_muon_turns_matrices_as_far_in_every_direction_and_leaves_the_rest_to_ad
     strengths = np.linalg.svd(turned, compute_uv=False)
     # 0.2 sqrt(max(rows, columns)) for a root mean square of about 0.2 (arXiv:2502.16982).
     unit = config.learning_rate * 0.2 * math.sqrt(11)
-    assert 0.6 * unit < strengths.min() and strengths.max() < 1.3 * unit
+    assert 0.6 * unit < strengths.min()
+    assert strengths.max() < 1.3 * unit
     assert np.sum(turned * kernel) < 0
     for name in ("embedding", "bias"):
         # NAdam's first step: a sign, by its look ahead beta1 / (1 + beta1) longer than Adam's.

@@ -8,13 +8,12 @@ import optax.contrib
 
 from simplernn_jax.config import OptimizerConfig
 
-
 MUON_MOMENTUM = 0.95
 """As published with Muon (github.com/KellerJordan/Muon)."""
 
 MUON_RMS = 0.2
-"""Root mean square of Muon's updates, near that of AdamW's, so that both take similar learning rates
-(arXiv:2502.16982, section 2.2)."""
+"""Root mean square of Muon's updates, near that of AdamW's, so that both take alike
+learning rates (arXiv:2502.16982, section 2.2)."""
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
