@@ -15,7 +15,6 @@ from absl import flags
 
 from simplernn_jax import command_line, load_model
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference import generate_text
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run to write with.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; without one, a new document.")
@@ -48,6 +47,10 @@ def main() -> None:
     prompt = _read_prompt()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer characters than text
+    from simplernn_jax.compilation_cache import use_compilation_cache
+    from simplernn_jax.inference import generate_text
+
+    use_compilation_cache()
     model, tokenizer, _ = load_model(_WORKDIR.value)
     unwritten = [prompt]  # waits for the first text, so that bad input leaves no half output
 

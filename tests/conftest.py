@@ -4,6 +4,7 @@ import os
 
 os.environ.pop("XLA_FLAGS", None)  # a user's flags would change rounding and fusion
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing goes to the user's cache folder
 
 import hypothesis
 import jax
