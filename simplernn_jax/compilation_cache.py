@@ -86,7 +86,11 @@ class SealedFolder:
         return value
 
     def put(self, key: str, value: bytes) -> None:
-        """Keeps `value`; the first failure of the disk is a warning, the others are silent."""
+        """Keeps `value` if there is room; the first failure of the disk is a warning, the others
+        are silent.
+        """
+        if len(value) > self._max_bytes:
+            return
         try:
             # The seal first: every entry has one to be found by, and alone it opens nothing.
             self._replace(key, _SEAL, _digest(value))
