@@ -20,7 +20,7 @@ def take_steps(profile, events, count, fail_at=None):
         if number == fail_at:
             raise KeyboardInterrupt
         if profile.is_due():
-            profile.start_or_stop(())
+            profile.start_or_stop()
         with profile.step(number):
             events.append(number)
 

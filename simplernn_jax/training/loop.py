@@ -151,8 +151,9 @@ class _Run:
         while self.step < self.total_steps and not interruption.requested:
             position = self.batches.get_state()
             if profile.is_due():
+                jax.block_until_ready(self.state)  # so that whole steps are recorded
                 with self.clock.paused():
-                    profile.start_or_stop(self.state)
+                    profile.start_or_stop()
             with profile.step(self.step + 1):
                 self.state, metrics = self.train_step(self.state, batch)
             self.step += 1

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
 import jax
 
@@ -43,9 +42,8 @@ class Profile:
         """Whether the recording starts or ends before the next step."""
         return self._steps > 0 and self._taken in (FIRST, FIRST + self._steps)
 
-    def start_or_stop(self, last: Any) -> None:
-        """Does what is due, once the arrays `last` are there: whole steps are recorded."""
-        jax.block_until_ready(last)
+    def start_or_stop(self) -> None:
+        """Does what is due."""
         if self._recording:
             self._stop()
         else:
