@@ -12,7 +12,6 @@ import os
 from absl import flags
 
 from simplernn_jax import command_line
-from simplernn_jax.data.batches import document_ends
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
@@ -32,10 +31,12 @@ def main() -> None:
     from flax import nnx
 
     from simplernn_jax import load_model
+    from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.training import report
     from simplernn_jax.training.evaluate import Evaluator
     from simplernn_jax.training.preparation import open_saved_corpus
 
+    use_compilation_cache()
     model, tokenizer, config = load_model(workdir)
     corpus = open_saved_corpus(workdir)
     split = corpus.train if _SPLIT.value == "train" else corpus.validation
@@ -58,6 +59,8 @@ def main() -> None:
 
 def xz_bits_per_byte(split: TokenSplit, tokenizer: Tokenizer) -> float:
     """What `xz -9e` makes of the text of `split`, its documents one after another."""
+    from simplernn_jax.data.batches import document_ends
+
     compressor = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
     num_bytes = num_compressed = 0
     for start, end in zip(split.document_starts, document_ends(split), strict=True):

@@ -21,7 +21,6 @@ from absl import flags
 
 from simplernn_jax import command_line, load_model
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference import fork_state, generate_text, load_state, save_state
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run to write with.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; without one, a new document.")
@@ -67,6 +66,10 @@ def main() -> None:
     prompt = _read_prompt()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer characters than text
+    from simplernn_jax.compilation_cache import use_compilation_cache
+    from simplernn_jax.inference import fork_state, generate_text, load_state, save_state
+
+    use_compilation_cache()
     model, tokenizer, _ = load_model(_WORKDIR.value)
     settings = {
         "temperature": _TEMPERATURE.value,

@@ -8,6 +8,7 @@ The same command again resumes, byte for byte. SIGTERM and Ctrl-C save first and
 code 75; a second signal stops at once. Bad input is one line and code 2.
 """
 
+import gc
 import os
 
 from absl import flags
@@ -26,8 +27,11 @@ def main() -> int:
     config = _CONFIG.value
     if not _WORKDIR.value:
         raise UserError("no --workdir: name a folder for the run, such as --workdir runs/mine")
+    from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.training.loop import train
 
+    use_compilation_cache()
+    gc.freeze()  # what was imported stays: collections while a program is traced pass it by
     result = train(config, os.path.expanduser(_WORKDIR.value))
     return command_line.EXIT_INTERRUPTED if result.interrupted_by else 0
 

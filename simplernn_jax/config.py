@@ -135,6 +135,8 @@ class TrainConfig:
     sample_every: int = 500
     sample_prompt: str = "The "
     sample_tokens: int = 120
+    profile_steps: int = 0
+    """Steps recorded for TensorBoard's profiler, from the third one of the process on."""
 
 
 _Section = typing.TypeVar("_Section", ModelConfig, DataConfig, OptimizerConfig, TrainConfig)
@@ -235,6 +237,7 @@ def _validate_train(config: Config) -> None:
         train, "train", 0, "seed", "steps", "epochs", "log_every", "eval_every", "eval_tokens"
     )
     _at_least(train, "train", 0, "save_every", "keep_best", "sample_every", "sample_tokens")
+    _at_least(train, "train", 0, "profile_steps")
     _at_least(train, "train", 1, "gradient_accumulation", "max_skipped_updates")
     _at_least(train, "train", 2, "keep_last")
     if (train.steps > 0) == (train.epochs > 0):

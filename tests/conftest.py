@@ -7,6 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import jax
+import pytest
 from absl import flags
 
 # Shapes of different rank meet only where that is written down.
@@ -18,3 +19,9 @@ flags.FLAGS.mark_as_parsed()
 # The same examples at every run: a failure is one that everybody can see.
 hypothesis.settings.register_profile("project", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("project")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_programs(tmp_path_factory):
+    """Scripts that tests start share compiled programs here, away from the user's own."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("programs"))

@@ -103,6 +103,7 @@ def test_a_finished_run_leaves_what_a_person_needs(finished):
         (5, "validation"),
     ]
     assert all(math.isfinite(row["loss"]) for row in rows)
+    assert {row["recompilations"] for row in rows if row["kind"] == "train"} == {0}
     rates = [row["learning_rate"] for row in rows if row["kind"] == "train"]
     assert rates[0] == pytest.approx(2e-3 * (1 / 3 + (1 - 1 / 3) / 3))  # second of 3 to warm up
     assert open_saved_corpus(str(workdir)).validation is not None
@@ -131,6 +132,51 @@ def test_another_text_is_refused_and_the_run_stays_as_it_is(finished):
     assert newest_checkpoint(workdir) == before
     file.write_text(text, encoding="utf-8")  # the same text with another time is the same text
     assert train(config, str(workdir)).step == 5
+
+
+def profiles(workdir):
+    return sorted((workdir / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb"))
+
+
+def test_profiles_change_nothing_and_may_be_asked_for_on_resume(tmp_path, monkeypatch, capsys):
+    config = small_config(source=write_corpus(tmp_path / "text"), steps=12)
+    train(config, str(tmp_path / "whole"))
+    config.train.profile_steps = 30
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        train(config, str(tmp_path / "parts"))
+    (first,) = profiles(tmp_path / "parts")
+    config.train.profile_steps = 2
+    train(config, str(tmp_path / "parts"))
+    (second,) = (path for path in profiles(tmp_path / "parts") if path != first)
+    assert b"train_step" in first.read_bytes()
+    assert b"train_step" in second.read_bytes()
+    assert f"profile of 2 steps: {tmp_path / 'parts'}/tensorboard" in capsys.readouterr().out
+    assert newest_checkpoint(tmp_path / "parts") == newest_checkpoint(tmp_path / "whole")
+
+
+def test_a_step_that_is_compiled_again_is_counted_and_shown(tmp_path, monkeypatch, caplog, capsys):
+    class OneShorterBatch:
+        def __init__(self, batches):
+            self._batches = batches
+            self.get_state, self.set_state = batches.get_state, batches.set_state
+
+        def __next__(self):
+            batch = next(self._batches)
+            if self.get_state()["next_index"] != 4:
+                return batch
+            return batch._replace(
+                **{name: getattr(batch, name)[:, 1:] for name in batch._fields if name != "reset"}
+            )
+
+    make_batches = loop.make_batches
+    monkeypatch.setattr(loop, "make_batches", lambda *args: OneShorterBatch(make_batches(*args)))
+    config = small_config(source=write_corpus(tmp_path / "text"), steps=6, log_every=1)
+    train(config, str(tmp_path / "run"))
+    counts = [row["recompilations"] for row in read_metrics(str(tmp_path / "run"))]
+    assert (counts[0], counts[-1]) == (0, 1)
+    assert "the train step was compiled again, in its call 4" in caplog.text
+    assert re.search(r"recompilations +1\n", capsys.readouterr().out)
 
 
 SENTENCES = (

@@ -53,6 +53,14 @@ def test_a_flipped_bit_names_the_file(folder):
     assert manifest.find_damage(str(folder)) == "inner/first file was changed"
 
 
+def test_bytes_outside_the_wanted_parts_are_left_to_another_time(folder):
+    (folder / "last").write_bytes(b"\n\n\n")
+    assert manifest.find_damage(str(folder), ["inner"]) is None
+    assert manifest.find_damage(str(folder)) == "last was changed"
+    (folder / "inner" / "first file").write_bytes(bytes(256 * 7))
+    assert manifest.find_damage(str(folder), ["inner"]) == "inner/first file was changed"
+
+
 def test_another_size_names_the_file_and_both_sizes(folder):
     (folder / "last").write_bytes(b"\n\r")
     assert manifest.find_damage(str(folder)) == "last has 2 bytes instead of 3"

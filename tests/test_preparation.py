@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +62,7 @@ def test_length_intervals_and_optimizer_may_change(workdir, config):
         source=config.data.source,
         validation_fraction=config.data.validation_fraction,
         steps=99,
+        profile_steps=3,
         save_every=3,
         learning_rate=0.5,
         cache_dir=workdir + "-tokens",
@@ -68,6 +70,18 @@ def test_length_intervals_and_optimizer_may_change(workdir, config):
     resumed, _ = prepare(changed, workdir)
     assert resumed.train == changed.train
     assert resumed.optimizer == changed.optimizer
+
+
+def test_preparing_verifies_the_configuration_and_leaves_the_arrays_to_the_restore(workdir, config):
+    checkpoint = Path(workdir) / "checkpoints" / "1"
+    arrays = max((checkpoint / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    for damaged in (arrays, checkpoint / "tokenizer" / "metadata"):
+        prepare(config, workdir)
+        content = bytearray(damaged.read_bytes())
+        content[-1] ^= 1
+        damaged.write_bytes(content)
+    with pytest.raises(UserError, match="no whole checkpoint is left"):
+        prepare(config, workdir)
 
 
 def test_a_sample_prompt_that_cannot_be_encoded_is_refused_before_training(tmp_path, config):

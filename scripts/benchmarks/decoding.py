@@ -132,8 +132,8 @@ def matrix_vector_products(model: LanguageModel, num_tokens: int) -> Call:
     joined with another; the tied embedding counts as the head. Gives that vector, ``[D]``.
     """
     width = model.config.hidden_dim
-    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
-    matrices = [leaf for leaf in leaves if leaf.ndim == 2 and leaf.shape[0] != len(_table(model))]
+    linears = [part for _, part in nnx.iter_graph(model) if isinstance(part, nnx.Linear)]
+    matrices = [linear.kernel[...] for linear in linears if linear is not model.head]
     head = _table(model).T if model.head is None else model.head.kernel[...]
 
     @jax.jit

@@ -61,6 +61,10 @@ def read_json(path: str, item: str) -> Any:
     return ocp.JsonCheckpointHandler().restore(epath.Path(path) / item)
 
 
+TEXTS = ("config", "tokenizer")
+"""The items of `read_texts`."""
+
+
 def read_texts(path: str) -> tuple[Config, str]:
     """The configuration and the tokenizer's JSON text."""
     config = config_lib.from_json(json.dumps(read_json(path, "config")))

@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Collection
 
 from absl import logging
 
@@ -85,8 +86,11 @@ class CheckpointFolder:
         steps = [step for step in self.steps() if manifest.has_manifest(self.step_path(step))]
         manifest.write_sealed(self._ledger_path, json.dumps(steps) + "\n")
 
-    def newest_whole(self) -> int | None:
+    def newest_whole(self, parts: Collection[str] | None = None) -> int | None:
         """The newest step whose files are all as written; damaged newer ones are moved aside.
+
+        Args:
+          parts: the only items whose bytes are verified, for a caller that reads no others.
 
         Returns:
           None if no save was ever completed here.
@@ -100,7 +104,7 @@ class CheckpointFolder:
         for step in reversed(self.steps()):
             if self._is_unfinished(step):
                 continue
-            damage = manifest.find_damage(self.step_path(step))
+            damage = manifest.find_damage(self.step_path(step), parts)
             if damage is None:
                 return step
             if not os.path.isdir(self.step_path(step)):

@@ -27,6 +27,8 @@ from simplernn_jax.training.interruption import Interruption
 from simplernn_jax.training.metrics import MetricsWriter
 from simplernn_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from simplernn_jax.training.preparation import prepare, total_steps
+from simplernn_jax.training.profiling import Profile
+from simplernn_jax.training.recompilation import CountedCalls
 from simplernn_jax.training.train_step import (
     StepMetrics,
     TrainState,
@@ -93,7 +95,7 @@ class _Run:
         except BaseException:
             self.checkpointer.close()
             raise
-        self.train_step = make_train_step(self.config, optimizer)
+        self.train_step = CountedCalls("the train step", make_train_step(self.config, optimizer))
         self.learning_rate = learning_rate_schedule(self.config.optimizer, self.total_steps)
         self.evaluator = Evaluator(self.config, self.corpus.tokenizer.pad_id)
         self.clock = Clock()
@@ -126,17 +128,21 @@ class _Run:
         self._write_config()
         with open_display(self.step, self.total_steps) as display:
             self._announce(display)
-            self._take_steps(interruption, display)
-            if interruption.requested:
-                self._save(wait=True)
+            profile = Profile(self.workdir, self.config.train.profile_steps, display.say)
+            with self.train_step, profile:
+                self._take_steps(interruption, display, profile)
+                signal = interruption.requested
+                if signal:  # before the profile is written: a preempted job has little time left
+                    self._save(wait=True)
+            if signal:
                 display.say(
-                    f"{interruption.requested}: saved at step {self.step} of {self.total_steps}; "
+                    f"{signal}: saved at step {self.step} of {self.total_steps}; "
                     "run the same command to go on"
                 )
-                return Result(self.step, interruption.requested, None)
+                return Result(self.step, signal, None)
             return self._finish(display)
 
-    def _take_steps(self, interruption: Interruption, display: Display) -> None:
+    def _take_steps(self, interruption: Interruption, display: Display, profile: Profile) -> None:
         if self.step >= self.total_steps:
             return
         batch = jax.device_put(next(self.batches))
@@ -144,7 +150,12 @@ class _Run:
         self.clock.start()
         while self.step < self.total_steps and not interruption.requested:
             position = self.batches.get_state()
-            self.state, metrics = self.train_step(self.state, batch)
+            if profile.is_due():
+                jax.block_until_ready(self.state)  # so that whole steps are recorded
+                with self.clock.paused():
+                    profile.start_or_stop()
+            with profile.step(self.step + 1):
+                self.state, metrics = self.train_step(self.state, batch)
             self.step += 1
             if self.step < self.total_steps:
                 batch = jax.device_put(next(self.batches))
@@ -186,6 +197,7 @@ class _Run:
                 learning_rate=float(rate),
                 tokens_per_second=self.clock.tokens_per_second,
                 skipped_updates=skipped,
+                recompilations=self.train_step.recompilations,
             )
         if in_a_row:
             display.say(f"step {step}: loss or gradient not finite, update skipped")
@@ -273,6 +285,7 @@ class _Run:
             "for the first step (compilation)",
             "speed": f"{self.clock.tokens_per_second:,.0f} tokens/s",
             "skipped updates": f"{int(self.state.skipped_updates)}",
+            "recompilations": f"{self.train_step.recompilations}",
         }
         if evaluation is not None:
             facts["validation"] = (

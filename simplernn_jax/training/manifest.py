@@ -7,6 +7,7 @@ protects other small text files (`write_sealed`, `read_sealed`).
 
 import hashlib
 import os
+from collections.abc import Collection
 
 from simplernn_jax.atomic_file import sync, write_file
 
@@ -36,8 +37,10 @@ def has_manifest(folder: str) -> bool:
     return os.path.lexists(os.path.join(folder, MANIFEST_NAME))
 
 
-def find_damage(folder: str) -> str | None:
-    """Compares `folder` with its manifest, reading every byte.
+def find_damage(folder: str, parts: Collection[str] | None = None) -> str | None:
+    """Compares `folder` with its manifest: the names and sizes of all files, and every byte.
+
+    With `parts`, only the bytes of files in these folders directly below `folder`.
 
     Returns:
       None if all is as written, else one phrase that names the first file that is not.
@@ -61,7 +64,8 @@ def find_damage(folder: str) -> str | None:
         try:
             if os.path.getsize(path) != size:
                 return f"{name} has {os.path.getsize(path)} bytes instead of {size}"
-            if _read_digest(path, sync=False) != (size, digest):
+            is_wanted = parts is None or name.split(os.sep)[0] in parts
+            if is_wanted and _read_digest(path, sync=False) != (size, digest):
                 return f"{name} was changed"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"

@@ -11,7 +11,7 @@ from simplernn_jax.data.token_store import TokenizedCorpus, find_corpus, prepare
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.training.checkpoint import check_same_model, read_config
-from simplernn_jax.training.checkpoint_contents import read_json
+from simplernn_jax.training.checkpoint_contents import TEXTS, read_json, read_texts
 from simplernn_jax.training.checkpoint_folder import CheckpointFolder
 
 
@@ -102,11 +102,14 @@ def _check_sample_prompt(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def _saved_run(workdir: str) -> tuple[Config, str] | None:
-    """Configuration and tokenizer of the newest whole checkpoint, if there is one."""
-    if CheckpointFolder(workdir).newest_whole() is None:
-        return None
-    config, tokenizer_json, _ = read_config(workdir)
-    return config, tokenizer_json
+    """Configuration and tokenizer of the newest checkpoint, if there is one.
+
+    Its arrays are verified where they are restored; if that falls back to an earlier checkpoint,
+    it has the same model, batches and tokenizer.
+    """
+    folder = CheckpointFolder(workdir)
+    step = folder.newest_whole(TEXTS)
+    return None if step is None else read_texts(folder.step_path(step))
 
 
 def _check_same_batches(ours: Config, theirs: Config) -> None:
