@@ -11,11 +11,12 @@ from simplernn_jax.config import Config
 def get_config() -> Config:
     config = Config()
     config.data.batch_size = 8
-    config.optimizer.learning_rate = 1.2e-2
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 1.6e-2
     config.optimizer.warmup_steps = 100
-    config.train.steps = 3600
-    config.train.eval_every = 600
-    config.train.save_every = 600
-    config.train.sample_every = 1200
+    config.train.steps = 2800
+    config.train.eval_every = 700
+    config.train.save_every = 700
+    config.train.sample_every = 1400
     config.train.sample_prompt = "def main("
     return config
