@@ -2,7 +2,9 @@
 
     python scripts/train.py --config configs/base.py --workdir runs/base
 
-8.2 M bytes: 1.80 bits/byte on held-out files, where ``xz -9e`` needs 1.66.
+5.7 M bytes in 5 min 21 s of training on 2 CPU cores: 1.71 bits/byte on held-out files, where
+``xz -9e`` needs 1.66. Muon reaches in 2,800 steps what AdamW at its best rate needs over 3,600 for
+(1.74, and a minute more).
 """
 
 from simplernn_jax.config import Config

@@ -4,7 +4,8 @@
         --config.data.source=tinyshakespeare.txt
 
 2,000 steps of 12 rows of 64 characters: 1,536,000 training characters.
-Seed 0 on tinyshakespeare: 1.612 nats/char in 1 min 23 s of training on 2 CPU cores.
+Seeds 0, 1 and 2 on tinyshakespeare: 1.584, 1.571 and 1.564 nats/char on the last 10 %, each in
+1 min 16 s of training on 2 CPU cores.
 """
 
 from simplernn_jax.config import Config
@@ -19,6 +20,7 @@ def get_config() -> Config:
     config.data.validation_fraction = 0.1
     config.data.batch_size = 12
     config.data.sequence_length = 64
+    config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_steps = 100
     config.train.steps = 2000
     config.train.sample_prompt = "ROMEO:"
