@@ -142,7 +142,8 @@ class ResidualBlock(nnx.Module):
         y, recurrence = self.rnn(y.astype(self.dtype), state.recurrence, segment_ids)
         x = x + self._drop(y, keys[0])
         hidden = self.mlp_norm(x).astype(self.dtype).reshape(-1, x.shape[-1])
-        y = self.mlp_out(jax.nn.gelu(self.mlp_in(hidden))).reshape(x.shape)
+        # The gradient computes GELU again: its intermediate values are the largest of the model.
+        y = self.mlp_out(jax.checkpoint(jax.nn.gelu)(self.mlp_in(hidden))).reshape(x.shape)
         return x + self._drop(y, keys[1]), ResidualState(recurrence, recent)
 
     def _drop(self, y: jax.Array, key: jax.Array | None) -> jax.Array:

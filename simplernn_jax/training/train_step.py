@@ -153,17 +153,22 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> 
         loss, gradient, carried = accumulated(state, batch, jnp.maximum(predictions, 1))
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        good = (optax.apply_updates(state.params, updates), opt_state, carried)
+
+        def update(kept: Any) -> Any:
+            params, opt_state, _ = kept
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state, carried
+
+        # A condition, not a selection: choosing between old and new would copy all of the old.
         kept = (state.params, state.opt_state, state.carried)
-        params, opt_state, carried = jax.tree.map(partial(jnp.where, finite), good, kept)
+        params, opt_state, new_carried = jax.lax.cond(finite, update, lambda kept: kept, kept)
         skipped = 1 - finite.astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
             rng=state.rng,
-            carried=carried,
+            carried=new_carried,
             skipped_updates=state.skipped_updates + skipped,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
         )
