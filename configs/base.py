@@ -3,8 +3,7 @@
     python scripts/train.py --config configs/base.py --workdir runs/base
 
 5.7 M bytes in 5 min 21 s of training on 2 CPU cores: 1.71 bits/byte on held-out files, where
-``xz -9e`` needs 1.66. Muon reaches in 2,800 steps what AdamW at its best rate needs over 3,600 for
-(1.74, and a minute more).
+``xz -9e`` needs 1.66. (AdamW at a rate of 1.2e-2: 1.74 after 3,600 steps and 6 min 11 s.)
 """
 
 from simplernn_jax.config import Config

@@ -61,7 +61,7 @@ def main() -> None:
     With several continuations, each stands under a line of its own; one alone is streamed.
     """
     if not _WORKDIR.value:
-        raise UserError("--workdir is missing; name the folder of a training run")
+        raise UserError("no --workdir: name the folder of a training run, such as runs/base")
     _check_save_state()
     prompt = _read_prompt()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -70,7 +70,7 @@ def main() -> None:
     from simplernn_jax.inference import fork_state, generate_text, load_state, save_state
 
     use_compilation_cache()
-    model, tokenizer, _ = load_model(_WORKDIR.value)
+    model, tokenizer, _ = load_model(os.path.expanduser(_WORKDIR.value))
     settings = {
         "temperature": _TEMPERATURE.value,
         "top_k": _TOP_K.value,
@@ -79,7 +79,7 @@ def main() -> None:
     }
     state = None
     if _LOAD_STATE.value is not None:
-        state = load_state(_LOAD_STATE.value, model, tokenizer)
+        state = load_state(os.path.expanduser(_LOAD_STATE.value), model, tokenizer)
     # Bad input is found here, before anything is printed.
     prefix = generate_text(model, tokenizer, prompt, state=state, max_new_tokens=0, **settings)
     state = fork_state(prefix.state, _NUM_SAMPLES.value)
@@ -102,7 +102,7 @@ def main() -> None:
         for number, text in enumerate(texts, 1):
             _write(f"--- {number} of {num_rows} ---\n{prompt}{text}\n")
     if _SAVE_STATE.value is not None:
-        save_state(_SAVE_STATE.value, texts.state, model, tokenizer)
+        save_state(os.path.expanduser(_SAVE_STATE.value), texts.state, model, tokenizer)
 
 
 def _write(text: str) -> None:
@@ -112,9 +112,9 @@ def _write(text: str) -> None:
 
 def _check_save_state() -> None:
     """Refuses at once what would fail when all has been written."""
-    path = _SAVE_STATE.value
-    if path is None:
+    if _SAVE_STATE.value is None:
         return
+    path = os.path.expanduser(_SAVE_STATE.value)
     folder = Path(path).parent
     if Path(path).is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"--save_state={path}: cannot be written; name a file in a folder that can")
@@ -128,7 +128,7 @@ def _read_prompt() -> str:
     elif _PROMPT_FILE.value == "-":
         where, data = "standard input", sys.stdin.buffer.read()
     else:
-        where, data = _PROMPT_FILE.value, _read_file(Path(_PROMPT_FILE.value))
+        where, data = _PROMPT_FILE.value, _read_file(Path(_PROMPT_FILE.value).expanduser())
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -102,8 +102,11 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled decay of matrices; biases, norms and embeddings are never decayed."""
     beta1: float = 0.9
+    """Decay of the mean of the gradients; of Muon's matrices it is 0.95."""
     beta2: float = 0.99
+    """Decay of the mean of their squares."""
     epsilon: float = 1e-8
+    """Added to what gradients are divided by."""
     clip_norm: float = 1.0
     """Largest global norm of a gradient; 0 does not clip."""
 
@@ -113,7 +116,7 @@ class TrainConfig:
     """Length of a run and what happens along the way. Intervals count steps; 0 is never."""
 
     seed: int = 0
-    """Initialisation, split, batches and dropout all follow from it."""
+    """In [0, 2**32). Initialisation, split, batches and dropout all follow from it."""
     steps: int = 0
     """Optimizer steps; exactly one of steps and epochs is set."""
     epochs: float = 0.0
@@ -131,7 +134,8 @@ class TrainConfig:
     keep_last: int = 2
     """Newest checkpoints kept; at least 2, so that a damaged one has a predecessor."""
     keep_best: int = 1
-    """Checkpoints with the lowest validation loss kept beside them."""
+    """Checkpoints with the lowest validation loss kept beside them, among those whose step was
+    evaluated during training: let save_every and eval_every coincide."""
     sample_every: int = 500
     sample_prompt: str = "The "
     sample_tokens: int = 120
@@ -238,6 +242,8 @@ def _validate_train(config: Config) -> None:
     )
     _at_least(train, "train", 0, "save_every", "keep_best", "sample_every", "sample_tokens")
     _at_least(train, "train", 0, "profile_steps")
+    if train.seed >= 2**32:
+        _refuse("train.seed", train.seed, "in [0, 2**32)")
     _at_least(train, "train", 1, "gradient_accumulation", "max_skipped_updates")
     _at_least(train, "train", 2, "keep_last")
     if (train.steps > 0) == (train.epochs > 0):

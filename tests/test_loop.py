@@ -49,7 +49,7 @@ def stop_after(monkeypatch, step):
     ("mode", "block", "fields"),
     [
         ("window", "plain", {"gradient_accumulation": 2}),
-        ("stream", "residual", {"dropout": 0.1, "reset_probability": 0.2}),
+        ("stream", "residual", {"dropout": 0.1, "reset_probability": 0.2, "name": "muon"}),
         ("document", "plain", {"validation_fraction": 0.2, "eval_every": 13}),
     ],
 )

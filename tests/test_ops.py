@@ -261,4 +261,4 @@ def test_wrong_calls_say_what_is_wrong():
     with pytest.raises(ValueError, match="method='fast'"):
         gated_linear_recurrence(q, k, v, log_gate, method="fast")
     with pytest.raises(ValueError, match="power of two"):
-        gated_linear_recurrence(q, k, v, log_gate, chunk_size=12)
+        gated_linear_recurrence(q, k, v, log_gate, chunk_size=24)

@@ -46,6 +46,7 @@ def test_length_is_given_in_steps_or_epochs(tmp_path, config):
         ({"mode": "stream"}, "other batches: mode: 'stream' here, 'window' there"),
         ({"batch_size": 4}, "batch_size: 4 here, 2 there"),
         ({"seed": 5}, "seed: 5 here, 0 there"),
+        ({"name": "muon"}, r"optimizer\.name=adamw, and muon cannot go on"),
         ({"num_layers": 2, "key_dim": 4}, "num_layers: 2 here, 1 there; key_dim: 4 here, 8 there"),
     ],
 )
@@ -57,9 +58,9 @@ def test_what_a_run_cannot_go_on_with_is_named(workdir, config, fields, message)
         prepare(changed, workdir)
 
 
-def test_length_intervals_and_optimizer_may_change(workdir, config):
+def test_length_intervals_rates_and_names_may_change(workdir, config):
     changed = small_config(
-        source=config.data.source,
+        source=config.data.source + "/.",  # the same text by another name
         validation_fraction=config.data.validation_fraction,
         steps=99,
         profile_steps=3,

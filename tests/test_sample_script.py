@@ -102,7 +102,7 @@ def test_without_a_prompt_a_document_begins(workdir):
 @pytest.mark.parametrize(
     ("arguments", "stdin", "message"),
     [
-        ([], b"", "--workdir is missing"),
+        ([], b"", "no --workdir"),
         (["--workdir", "nowhere"], b"", "nowhere"),
         (["--workdir", "x", "--temperature", "-1"], b"", "temperature"),
         (["--workdir", "x", "--top_k", "three"], b"", "top_k"),

@@ -226,8 +226,9 @@ def with_a_gradient_beyond_float32(state):
     ("spoil", "loss_is_finite"),
     [(with_nan_in_the_carried_state, False), (with_a_gradient_beyond_float32, True)],
 )
-def test_what_is_not_finite_changes_nothing_but_the_counters(spoil, loss_is_finite):
-    state, step = run_of(mode="stream")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_is_not_finite_changes_nothing_but_the_counters(spoil, loss_is_finite, optimizer):
+    state, step = run_of(mode="stream", name=optimizer)
     state = spoil(step(state, make_batch(3))[0])
     after, metrics = step(state, make_batch(reset=False))
     assert bool(np.isfinite(metrics.loss)) == loss_is_finite

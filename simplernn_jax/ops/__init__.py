@@ -35,7 +35,7 @@ def gated_linear_recurrence(
       segment_ids: ``[B, T]`` integers; where the id changes from one token to the next, the state
         is cleared exactly.
       method: ``"chunkwise"`` (matrix products over chunks of time) or ``"scan"`` (the definition).
-      chunk_size: tokens per chunk, a multiple of 8; None chooses from the shape.
+      chunk_size: tokens per chunk, a power of two of at least 8; None chooses from the shape.
 
     Returns:
       ``(output, final_state)``: ``[B, T, H, V]`` in the dtype of v, and ``[B, H, K, V]`` in float32

@@ -69,9 +69,9 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
             weight_decay=config.weight_decay,
             mask=decay_mask,
         )
-    if not config.clip_norm:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    # Always two parts, so that a run can be resumed with another clip_norm.
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, optimizer)
 
 
 def _orthogonalised(params: Any) -> Any:

@@ -42,6 +42,7 @@ def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     )
     if saved is not None:
         check_same_model(config, saved[0])
+        _check_same_optimizer(config, saved[0])
     return config, corpus
 
 
@@ -112,9 +113,23 @@ def _saved_run(workdir: str) -> tuple[Config, str] | None:
     return None if step is None else read_texts(folder.step_path(step))
 
 
+def _check_same_optimizer(ours: Config, theirs: Config) -> None:
+    if ours.optimizer.name != theirs.optimizer.name:
+        raise UserError(
+            f"the checkpoint was trained with --config.optimizer.name={theirs.optimizer.name}, and "
+            f"{ours.optimizer.name} cannot go on from its state; use the same one, or another "
+            "--workdir"
+        )
+
+
 def _check_same_batches(ours: Config, theirs: Config) -> None:
-    """A position in the data means something only for the same batches."""
-    data = dataclasses.replace(ours.data, cache_dir=theirs.data.cache_dir)
+    """A position in the data means something only for the same batches.
+
+    Where the text lies does not matter: whether it is the same is settled by its content.
+    """
+    data = dataclasses.replace(
+        ours.data, cache_dir=theirs.data.cache_dir, source=theirs.data.source
+    )
     fields = config_lib.differing_fields(data, theirs.data)
     if ours.train.seed != theirs.train.seed:
         fields.append(f"seed: {ours.train.seed} here, {theirs.train.seed} there")
