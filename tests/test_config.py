@@ -33,6 +33,8 @@ def test_json_round_trip():
         ("data", "source", "", "stdlib, a path"),
         ("optimizer", "learning_rate", float("nan"), "a finite number"),
         ("optimizer", "epsilon", 0.0, "positive"),
+        ("optimizer", "name", "moun", "did you mean 'muon'"),
+        ("train", "seed", 2**32, r"in \[0, 2\*\*32\)"),
         ("train", "keep_last", 1, "at least 2"),
         ("train", "gradient_accumulation", 5, "a divisor of data.batch_size=16"),
         ("train", "epochs", 3.0, "exactly one of them"),
