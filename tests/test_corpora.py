@@ -126,6 +126,24 @@ def test_folder_of_jsonl(tmp_path):
         read_all(tmp_path)
 
 
+def test_folders_that_are_written_to_are_no_part_of_a_folder_or_glob(tmp_path, monkeypatch):
+    for name in ("a.txt", "sub/b.txt", "sub/run/c.txt", "sub/run/texts/d.txt", "running/e.txt"):
+        write(tmp_path / name, name)
+
+    def names(source: str, exclude: str = "sub/run") -> list[str]:
+        return [d.name for d in open_corpus(DataConfig(source=source), [exclude]).documents()]
+
+    monkeypatch.chdir(tmp_path)
+    assert names(".") == names("**/*.txt") == ["a.txt", "running/e.txt", "sub/b.txt"]
+    assert names("sub", str(tmp_path / "sub" / "run")) == ["b.txt"]
+    # What is named by itself, below such a folder or beside its files, is meant.
+    assert names("sub/run/texts") == names("sub/run/texts/*.txt") == ["d.txt"]
+    assert names("sub/run/*.txt") == ["c.txt"]
+    assert names("a.txt", ".") == names("*.txt", ".") == ["a.txt"]
+    with pytest.raises(UserError, match=r"^\.: the run itself writes into this folder; choose"):
+        names(".", str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,6 +188,21 @@ SENTENCES = (
     "Tea is best served hot.",
     "Birds sing in the morning.",
 )
+
+
+def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch):
+    write_corpus(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config = small_config(source=".", cache_dir="tokens", validation_fraction=0.2)
+    train(config, "run")
+    before = newest_checkpoint(tmp_path / "run")
+    config.train.steps = 41
+    assert train(config, "run").step == 41
+    after = newest_checkpoint(tmp_path / "run")
+    hashes = [kept["position in the data"]["content_hash"] for kept in (before, after)]
+    assert hashes[0] == hashes[1] == open_saved_corpus("run").content_hash
+    shutil.rmtree(tmp_path / "tokens")
+    assert open_saved_corpus("run").content_hash == hashes[0]
 
 
 def test_learns_six_sentences_by_heart_and_writes_them(tmp_path):
