@@ -48,8 +48,10 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes both."""
-        self._file.close()
-        self._events.close()
+        try:
+            self._file.close()
+        finally:
+            self._events.close()
 
 
 def _line(row: dict[str, Any]) -> str:
