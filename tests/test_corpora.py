@@ -82,7 +82,9 @@ def test_large_file_comes_in_pieces_cut_at_line_ends_where_possible(tmp_path, li
 @pytest.mark.parametrize("before", [0, 5, PIECE_SIZE - 1, PIECE_SIZE, PIECE_SIZE + 3])
 def test_invalid_utf8_names_file_and_byte(tmp_path, before):
     path = write(tmp_path / "a.txt", b"a" * before + b"\xe9t\xe9")
-    with pytest.raises(UserError, match=rf"a\.txt: invalid UTF-8 at byte {before};.*=replace"):
+    with pytest.raises(
+        UserError, match=rf"a\.txt: invalid UTF-8 at byte {before};.* encoding_errors=replace"
+    ):
         read_all(path)
 
 

@@ -45,7 +45,7 @@ def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
         return PreparedDataset(folder, config.field, config.encoding_errors)
     files = _find_files(source, frozenset(map(os.path.realpath, exclude)))
     if all(os.path.getsize(file.path) == 0 for file in files):
-        raise UserError(f"{source}: empty; put text into it or choose another --config.data.source")
+        raise UserError(f"{source}: empty; put text into it or choose another source")
     jsonl = [file.path.lower().endswith(_JSONL_SUFFIXES) for file in files]
     if all(jsonl):
         return JsonlFiles(files, config.field, config.encoding_errors, config.max_bad_records)
@@ -81,9 +81,7 @@ def _find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
     )
     if not found:
         what = "no file matches this glob" if glob.has_magic(path) else "no such file or folder"
-        raise UserError(
-            f"{source}: {what} (looked from {os.getcwd()}); correct --config.data.source"
-        )
+        raise UserError(f"{source}: {what} (looked from {os.getcwd()}); correct the source")
     if len(found) == 1:
         return [SourceFile(os.path.basename(found[0]), found[0])]
     root = os.path.commonpath(found)

@@ -84,8 +84,8 @@ class TextFiles:
                 except UnicodeDecodeError as error:
                     raise UserError(
                         f"{file.path}: invalid UTF-8 at byte {offset - pending + error.start}; "
-                        "convert the file to UTF-8, or run with "
-                        "--config.data.encoding_errors=replace"
+                        "convert the file to UTF-8, or run with encoding_errors=replace "
+                        "(train.py: --config.data.encoding_errors=replace)"
                     ) from error
                 if offset == 0:
                     text = text.removeprefix("\ufeff")  # a byte order mark is no text
