@@ -200,6 +200,9 @@ def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch):
     config.train.steps = 41
     assert train(config, "run").step == 41
     after = newest_checkpoint(tmp_path / "run")
+    train(config, "another")
+    config.train.steps = 42
+    assert train(config, "run").step == 42
     hashes = [kept["position in the data"]["content_hash"] for kept in (before, after)]
     assert hashes[0] == hashes[1] == open_saved_corpus("run").content_hash
     shutil.rmtree(tmp_path / "tokens")

@@ -25,8 +25,9 @@ _BINARY_PROBE = 8192
 def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
     """Finds the documents that ``config.source`` names; nothing but file listings is read.
 
-    A folder is searched recursively without hidden and binary files. Files in sorted order, each
-    a document; with the suffix ``.jsonl`` or ``.ndjson``, each record is one.
+    A folder is searched recursively without hidden and binary files and without the workdirs of
+    runs. Files in sorted order, each a document; with the suffix ``.jsonl`` or
+    ``.ndjson``, each record is one.
 
     Args:
       config: says what to read.
@@ -110,6 +111,10 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
     files: list[SourceFile] = []
     binary: list[SourceFile] = []
     for folder, subfolders, names in os.walk(root):
+        if folder != root and "checkpoints" in subfolders and "metrics.jsonl" in names:
+            logging.info("%s: left out, the workdir of a run", folder)
+            subfolders.clear()
+            continue
         subfolders[:] = [
             name
             for name in subfolders
