@@ -82,7 +82,9 @@ def test_large_file_comes_in_pieces_cut_at_line_ends_where_possible(tmp_path, li
 @pytest.mark.parametrize("before", [0, 5, PIECE_SIZE - 1, PIECE_SIZE, PIECE_SIZE + 3])
 def test_invalid_utf8_names_file_and_byte(tmp_path, before):
     path = write(tmp_path / "a.txt", b"a" * before + b"\xe9t\xe9")
-    with pytest.raises(UserError, match=rf"a\.txt: invalid UTF-8 at byte {before};.*=replace"):
+    with pytest.raises(
+        UserError, match=rf"a\.txt: invalid UTF-8 at byte {before};.* encoding_errors=replace"
+    ):
         read_all(path)
 
 
@@ -124,6 +126,24 @@ def test_folder_of_jsonl(tmp_path):
     write(tmp_path / "c.txt", "c")
     with pytest.raises(UserError, match=r"both JSONL \(a\.ndjson\) and other files \(c\.txt\)"):
         read_all(tmp_path)
+
+
+def test_folders_that_are_written_to_are_no_part_of_a_folder_or_glob(tmp_path, monkeypatch):
+    for name in ("a.txt", "sub/b.txt", "sub/run/c.txt", "sub/run/texts/d.txt", "running/e.txt"):
+        write(tmp_path / name, name)
+
+    def names(source: str, exclude: str = "sub/run") -> list[str]:
+        return [d.name for d in open_corpus(DataConfig(source=source), [exclude]).documents()]
+
+    monkeypatch.chdir(tmp_path)
+    assert names(".") == names("**/*.txt") == ["a.txt", "running/e.txt", "sub/b.txt"]
+    assert names("sub", str(tmp_path / "sub" / "run")) == ["b.txt"]
+    # What is named by itself, below such a folder or beside its files, is meant.
+    assert names("sub/run/texts") == names("sub/run/texts/*.txt") == ["d.txt"]
+    assert names("sub/run/*.txt") == ["c.txt"]
+    assert names("a.txt", ".") == names("*.txt", ".") == ["a.txt"]
+    with pytest.raises(UserError, match=r"^\.: the run itself writes into this folder; choose"):
+        names(".", str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Whole runs: their end, their resumption byte for byte, and how they stop."""
 
 import contextlib
+import errno
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,6 +189,41 @@ SENTENCES = (
     "Tea is best served hot.",
     "Birds sing in the morning.",
 )
+
+
+def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch):
+    write_corpus(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config = small_config(source=".", cache_dir="tokens", validation_fraction=0.2)
+    train(config, "run")
+    before = newest_checkpoint(tmp_path / "run")
+    config.train.steps = 41
+    assert train(config, "run").step == 41
+    after = newest_checkpoint(tmp_path / "run")
+    train(config, "another")
+    config.train.steps = 42
+    assert train(config, "run").step == 42
+    hashes = [kept["position in the data"]["content_hash"] for kept in (before, after)]
+    assert hashes[0] == hashes[1] == open_saved_corpus("run").content_hash
+    shutil.rmtree(tmp_path / "tokens")
+    assert open_saved_corpus("run").content_hash == hashes[0]
+
+
+def test_the_last_save_is_waited_for_when_the_metrics_cannot_be_closed(tmp_path, monkeypatch):
+    closed = []
+    close, close_metrics = loop.Checkpointer.close, loop.MetricsWriter.close
+
+    def fail(writer):
+        close_metrics(writer)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loop.MetricsWriter, "close", fail)
+    monkeypatch.setattr(
+        loop.Checkpointer, "close", lambda saves: (close(saves), closed.append(saves))
+    )
+    with pytest.raises(OSError, match="No space left"):
+        train(small_config(source=write_corpus(tmp_path / "text"), steps=3), str(tmp_path / "run"))
+    assert len(closed) == 1
 
 
 def test_learns_six_sentences_by_heart_and_writes_them(tmp_path):

@@ -60,6 +60,18 @@ def test_a_line_cut_off_by_a_crash_is_left_out_and_later_ones_are_whole(tmp_path
         json.loads(line)
 
 
+def test_what_is_not_finite_is_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "kind": "train", "loss": NaN}\n')  # as earlier versions wrote it
+    writer = MetricsWriter(str(tmp_path), 1)
+    writer.write(2, "train", loss=float("inf"), gradient_norm=0.5)
+    writer.close()
+    assert path.read_text() == (
+        '{"step": 1, "kind": "train", "loss": null}\n'
+        '{"step": 2, "kind": "train", "loss": null, "gradient_norm": 0.5}\n'
+    )
+
+
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     writer = MetricsWriter(str(tmp_path), 0)
     writer.write(3, "train", loss=1.5)

@@ -118,9 +118,10 @@ def test_script_makes_a_dataset_or_gives_one_line(jsonl, data_dir):
     failed = run("text")
     assert failed.returncode == 2
     assert "error: " in failed.stderr
-    assert "in.jsonl:1: no field 'text'; it has bot" in failed.stderr
+    assert "in.jsonl:1: no field 'text'; it has bot: say with field=NAME" in failed.stderr
     assert "Traceback" not in failed.stderr
     done = run("bot")
     assert done.returncode == 0, done.stderr
+    assert "Generating" not in done.stderr  # no progress bar
     assert "--config.data.source=tfds:" in done.stdout
     assert texts_of("tfds:my_books") == [text for text in TEXTS if text]

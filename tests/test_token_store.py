@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import io
 import os
 import shutil
 import signal
@@ -313,6 +314,27 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, code):
             prepare(tmp_path / "in", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
     prepare(tmp_path / "in", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_source_that_fails_while_it_is_read_is_named(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    path.write_text('{"text": "abc"}\n')
+
+    class Failing(io.BytesIO):
+        def read(self, size: int = -1) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        def readline(self, size: int = -1) -> bytes:
+            return self.read(size)
+
+    def opened(file: str, mode: str) -> io.BytesIO:
+        return Failing()
+
+    monkeypatch.setattr("simplernn_jax.data.text_files.open", opened, raising=False)
+    with pytest.raises(UserError, match=rf"^{path}: Input/output error; make it readable"):
+        prepare(path, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_cache_dir_that_is_no_folder(tmp_path):

@@ -3,6 +3,7 @@
 import glob
 import os
 import sysconfig
+from collections.abc import Iterable
 
 from absl import logging
 
@@ -21,14 +22,21 @@ _BINARY_PROBE = 8192
 """Leading bytes in which a NUL marks a file as binary, as git does."""
 
 
-def open_corpus(config: DataConfig) -> Corpus:
+def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
     """Finds the documents that ``config.source`` names; nothing but file listings is read.
 
-    A folder is searched recursively without hidden and binary files. Files in sorted order, each
-    a document; with the suffix ``.jsonl`` or ``.ndjson``, each record is one.
+    A folder is searched recursively without hidden and binary files and without the workdirs of
+    runs. Files in sorted order, each a document; with the suffix ``.jsonl`` or
+    ``.ndjson``, each record is one.
+
+    Args:
+      config: says what to read.
+      exclude: folders that are written to. Below the source's folder, or a glob's, they are left
+        out: what a run writes is no text of its source.
 
     Raises:
-      UserError: nothing there, nothing in it, or a mixture of JSONL and text.
+      UserError: nothing there, nothing in it, a mixture of JSONL and text, or a folder that is
+        one of `exclude`.
     """
     source = config.source
     if source == "stdlib":
@@ -36,9 +44,9 @@ def open_corpus(config: DataConfig) -> Corpus:
     if source.startswith("tfds:"):
         folder = find_prepared(source.removeprefix("tfds:"))
         return PreparedDataset(folder, config.field, config.encoding_errors)
-    files = _find_files(source)
+    files = _find_files(source, frozenset(map(os.path.realpath, exclude)))
     if all(os.path.getsize(file.path) == 0 for file in files):
-        raise UserError(f"{source}: empty; put text into it or choose another --config.data.source")
+        raise UserError(f"{source}: empty; put text into it or choose another source")
     jsonl = [file.path.lower().endswith(_JSONL_SUFFIXES) for file in files]
     if all(jsonl):
         return JsonlFiles(files, config.field, config.encoding_errors, config.max_bad_records)
@@ -50,34 +58,69 @@ def open_corpus(config: DataConfig) -> Corpus:
     return TextFiles(files, config.encoding_errors)
 
 
-def _find_files(source: str) -> list[SourceFile]:
+def _find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
     path = os.path.expanduser(source)
     if os.path.isfile(path):
         return [SourceFile(os.path.basename(path), path)]
     if os.path.isdir(path):
-        files = _folder_files(path)
+        if os.path.realpath(path) in exclude:
+            raise UserError(
+                f"{source}: the run itself writes into this folder; choose another --workdir and "
+                "--config.data.cache_dir, or name the text with a glob such as '*.txt'"
+            )
+        files = _folder_files(path, exclude)
         if not files:
             raise UserError(f"{source}: no text file in this folder; put some there")
         return files
     if os.path.exists(path):
         raise UserError(f"{source}: not a regular file; write the text to a file first")
-    found = sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
+    top = _glob_folder(path)
+    found = sorted(
+        match
+        for match in glob.glob(path, recursive=True)
+        if os.path.isfile(match) and not _is_excluded(match, top, exclude)
+    )
     if not found:
         what = "no file matches this glob" if glob.has_magic(path) else "no such file or folder"
-        raise UserError(
-            f"{source}: {what} (looked from {os.getcwd()}); correct --config.data.source"
-        )
+        raise UserError(f"{source}: {what} (looked from {os.getcwd()}); correct the source")
     if len(found) == 1:
         return [SourceFile(os.path.basename(found[0]), found[0])]
     root = os.path.commonpath(found)
     return [SourceFile(os.path.relpath(match, root), match) for match in found]
 
 
-def _folder_files(root: str) -> list[SourceFile]:
+def _glob_folder(pattern: str) -> str:
+    """The folder that a glob searches: all before its first magic character."""
+    folder = os.path.dirname(pattern)
+    while glob.has_magic(folder):
+        folder = os.path.dirname(folder)
+    return os.path.realpath(folder)
+
+
+def _is_excluded(path: str, top: str, exclude: frozenset[str]) -> bool:
+    """Whether `path` lies in an excluded folder that itself lies below `top`."""
+    folder = os.path.dirname(os.path.realpath(path))
+    return any(
+        os.path.commonpath([folder, left_out]) == left_out
+        and os.path.commonpath([left_out, top]) == top != left_out
+        for left_out in exclude
+    )
+
+
+def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
     files: list[SourceFile] = []
     binary: list[SourceFile] = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        if folder != root and "checkpoints" in subfolders and "metrics.jsonl" in names:
+            logging.info("%s: left out, the workdir of a run", folder)
+            subfolders.clear()
+            continue
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if not name.startswith(".")
+            and os.path.realpath(os.path.join(folder, name)) not in exclude
+        ]
         for name in names:
             path = os.path.join(folder, name)
             if name.startswith(".") or not os.path.isfile(path):

@@ -55,7 +55,8 @@ class JsonlFiles:
                     if bad > self._max_bad_records:
                         raise UserError(
                             f"{problem}; bad record {bad}, {self._max_bad_records} allowed: mend "
-                            "it or raise --config.data.max_bad_records"
+                            "it or raise max_bad_records (train.py: "
+                            "--config.data.max_bad_records)"
                         ) from error
                     continue
                 yield Document(f"{file.name}:{number}", text_pieces(text))
@@ -107,7 +108,8 @@ class JsonlFiles:
         if self._field not in record:
             raise _BadRecord(
                 f"no field {self._field!r}{nearest_name(self._field, record)}; it has "
-                f"{', '.join(record) or 'none'} (--config.data.field=NAME names the one with text)"
+                f"{', '.join(record) or 'none'}: say with field=NAME (train.py: "
+                "--config.data.field=NAME) which holds the text"
             )
         text = record[self._field]
         if not isinstance(text, str):

@@ -1,6 +1,7 @@
 """Text files as a corpus: each file is a document, read piece by piece."""
 
 import codecs
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,14 +22,16 @@ class SourceFile:
     path: str
 
 
-def open_source(path: str) -> BinaryIO:
-    """Opens a file of the user's.
+@contextlib.contextmanager
+def open_source(path: str) -> Iterator[BinaryIO]:
+    """Opens a file of the user's; the block does nothing with files but read this one.
 
     Raises:
-      UserError: it cannot be opened.
+      UserError: it cannot be opened or read.
     """
     try:
-        return open(path, "rb")
+        with open(path, "rb") as stream:
+            yield stream
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; make it readable or leave it out") from error
 
@@ -84,8 +87,8 @@ class TextFiles:
                 except UnicodeDecodeError as error:
                     raise UserError(
                         f"{file.path}: invalid UTF-8 at byte {offset - pending + error.start}; "
-                        "convert the file to UTF-8, or run with "
-                        "--config.data.encoding_errors=replace"
+                        "convert the file to UTF-8, or run with encoding_errors=replace "
+                        "(train.py: --config.data.encoding_errors=replace)"
                     ) from error
                 if offset == 0:
                     text = text.removeprefix("\ufeff")  # a byte order mark is no text

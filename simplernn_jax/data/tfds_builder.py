@@ -63,5 +63,6 @@ def build_tfds(source: DataConfig, name: str, data_dir: str) -> Path:
     folder = Path(builder.data_dir)
     if folder.exists():
         raise UserError(f"{folder}: exists already; choose another --name or remove it")
+    tfds.disable_progress_bar()
     builder.download_and_prepare()
     return folder

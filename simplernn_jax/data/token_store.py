@@ -66,6 +66,7 @@ def prepare_corpus(
     cache_dir: str,
     *,
     tokenizer: Tokenizer | None = None,
+    exclude: tuple[str, ...] = (),
     show_progress: bool = True,
 ) -> TokenizedCorpus:
     """Opens the tokenized corpus of a configuration, writing it first where there is none.
@@ -77,17 +78,19 @@ def prepare_corpus(
       seed: chooses the held-out documents and the order of the others.
       cache_dir: folder of tokenized corpora, one subfolder for each fingerprint.
       tokenizer: a resumed run's; None loads ``config.tokenizer``.
+      exclude: folders, besides `cache_dir`, that are no part of the source; see `open_corpus`.
       show_progress: a bar on a terminal, two plain lines elsewhere.
 
     Raises:
       UserError: the corpus, the tokenizer or `cache_dir` is unusable, or the disk is full.
     """
-    corpus = open_corpus(config)
+    cache = Path(cache_dir).expanduser()
+    corpus = open_corpus(config, exclude=(str(cache), *exclude))
     if tokenizer is None:
         tokenizer = load_tokenizer(config.tokenizer, corpus)
     source = corpus.fingerprint()
     fingerprint = _fingerprint(config, seed, source, _hash_of(tokenizer))
-    folder = Path(cache_dir).expanduser() / fingerprint
+    folder = cache / fingerprint
     try:
         meta = _read_meta(folder)
         if meta is None:

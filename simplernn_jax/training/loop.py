@@ -120,8 +120,10 @@ class _Run:
 
     def close(self) -> None:
         """Waits for the last save and closes the files."""
-        self.metrics.close()
-        self.checkpointer.close()
+        try:
+            self.metrics.close()
+        finally:
+            self.checkpointer.close()
 
     def to_the_end(self, interruption: Interruption) -> Result:
         """Takes all steps that are left, unless a signal comes."""

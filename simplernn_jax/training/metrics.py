@@ -1,6 +1,7 @@
 """Metrics of a run on disk: one JSON object a line, and TensorBoard events."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ class MetricsWriter:
         path = Path(workdir) / FILE_NAME
         kept = [row for row in read_metrics(workdir) if row["step"] <= first_step]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
         os.replace(temporary, path)
         self._known = {(row["step"], row["kind"]) for row in kept}
         self._file = path.open("a", encoding="utf-8")
@@ -31,12 +32,13 @@ class MetricsWriter:
     def write(self, step: int, kind: str, **values: Any) -> None:
         """Writes one row: numbers go to TensorBoard as scalars, text as text.
 
+        In the file, a number that is not finite is null: JSON has none such.
         A row of this step and kind that an earlier run wrote stays instead.
         """
         if (step, kind) in self._known:
             return
         row = {"step": step, "kind": kind, **values}
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(_line(row))
         self._file.flush()
         for name, value in values.items():
             if isinstance(value, str):
@@ -46,8 +48,18 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes both."""
-        self._file.close()
-        self._events.close()
+        try:
+            self._file.close()
+        finally:
+            self._events.close()
+
+
+def _line(row: dict[str, Any]) -> str:
+    values = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+    return json.dumps(values, allow_nan=False) + "\n"
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
         config.train.seed,
         tokens_folder(config, workdir),
         tokenizer=None if saved is None else tokenizer_from_json(saved[1]),
+        exclude=(workdir,),
     )
     _check_sample_prompt(config, corpus.tokenizer)
     rows = max(config.model.vocab_size, corpus.tokenizer.vocab_size)
@@ -70,7 +71,9 @@ def open_saved_corpus(workdir: str) -> TokenizedCorpus:
         return corpus
     lost = f"the tokens of this run are no longer in {folder}"
     try:
-        corpus = prepare_corpus(config.data, config.train.seed, folder, tokenizer=tokenizer)
+        corpus = prepare_corpus(
+            config.data, config.train.seed, folder, tokenizer=tokenizer, exclude=(workdir,)
+        )
     except UserError as error:
         raise UserError(f"{lost}, and its source is of no use: {error}") from error
     if corpus.content_hash != data_state["content_hash"]:

@@ -1,5 +1,6 @@
 """What a finished run leaves for a person: the loss curve as a picture and a short summary."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,12 @@ def plot_loss(workdir: str) -> str:
 
 
 def _series(rows: list[dict[str, Any]], kind: str, name: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[name]) for row in rows if row["kind"] == kind and name in row]
+    """Steps and values; a value that was not finite is NaN, a gap in the curve."""
+    return [
+        (row["step"], math.nan if row[name] is None else row[name])
+        for row in rows
+        if row["kind"] == kind and name in row
+    ]
 
 
 def summary(facts: dict[str, str]) -> str:
