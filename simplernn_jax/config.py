@@ -91,7 +91,7 @@ class OptimizerConfig:
     """AdamW or Muon with warm-up, cosine decay and global-norm clipping."""
 
     name: str = "adamw"
-    """``adamw``, or ``muon``: orthogonalised momentum for matrices and NAdam for the rest, which
+    """``adamw``, or ``muon``: orthogonalised momentum for matrices and Adam for the rest, which
     learns more per step and takes longer over it."""
     learning_rate: float = 2e-3
     """Peak learning rate, after warm-up."""

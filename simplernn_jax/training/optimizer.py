@@ -1,15 +1,19 @@
 """AdamW or Muon with warm-up, cosine decay, a weight-decay mask and global-norm clipping."""
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
-import optax.contrib
 
 from simplernn_jax.config import OptimizerConfig
 
 MUON_MOMENTUM = 0.95
 """As published with Muon (github.com/KellerJordan/Muon)."""
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of x, x x^T x and (x x^T)^2 x; see `orthogonalized`."""
 
 MUON_RMS = 0.2
 """Root mean square of Muon's updates, near that of AdamW's, so that both take alike
@@ -48,35 +52,42 @@ def decay_mask(params: Any) -> Any:
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """The optimizer of a run; ``adamw`` with weight_decay 0 is Adam."""
     learning_rate = learning_rate_schedule(config, total_steps)
+    betas = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
     if config.name == "muon":
-        optimizer = optax.contrib.muon(
-            learning_rate,
-            beta=MUON_MOMENTUM,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=decay_mask,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
-            eps=config.epsilon,
-            muon_weight_dimension_numbers=_orthogonalised,
-            consistent_rms=MUON_RMS,
+        matrices = optax.chain(
+            optax.trace(MUON_MOMENTUM, nesterov=True),
+            optax.stateless_with_tree_map(lambda update, _: orthogonalized(update)),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+        optimizer = optax.partition(
+            {"matrices": matrices, "rest": optax.adam(learning_rate, **betas)},
+            lambda params: jax.tree.map(
+                lambda is_matrix: "matrices" if is_matrix else "rest", decay_mask(params)
+            ),
         )
     else:
         optimizer = optax.adamw(
-            learning_rate,
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
+            learning_rate, **betas, weight_decay=config.weight_decay, mask=decay_mask
         )
     # Always two parts, so that a run can be resumed with another clip_norm.
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, optimizer)
 
 
-def _orthogonalised(params: Any) -> Any:
-    """For Muon: the axes of every matrix it takes; None leaves a parameter to Adam."""
-    return jax.tree.map(
-        lambda decayed: optax.contrib.MuonDimensionNumbers(0, 1) if decayed else None,
-        decay_mask(params),
-    )
+def orthogonalized(matrix: jax.Array) -> jax.Array:
+    """The nearest matrix that turns as far in every direction, ``[m, n]`` float32.
+
+    Singular values end between about 0.7 and 1.2 of one value, which gives the whole a root mean
+    square of about `MUON_RMS`. Five steps of the Newton-Schulz iteration of
+    github.com/KellerJordan/Muon, in plain products of two matrices: optax.contrib's, over a batch
+    axis of one, take two and a half times as long on a CPU.
+    """
+    rows, columns = matrix.shape
+    x = matrix.T if rows > columns else matrix
+    x = x / (jnp.linalg.norm(x) + 1e-8)
+    for _ in range(5):
+        a = x @ x.T
+        x = NEWTON_SCHULZ[0] * x + (NEWTON_SCHULZ[1] * a + NEWTON_SCHULZ[2] * (a @ a)) @ x
+    x = x.T if rows > columns else x
+    return MUON_RMS * math.sqrt(max(rows, columns)) * x
