@@ -80,7 +80,7 @@ def test_configuration_imports_its_neighbours(folder):
         ("--config.zzz=5", "--config.zzz: no such field; --help shows them all"),
         (
             "--config.optimizer=5",
-            "--config.optimizer: a section; set one of optimizer.learning_rate",
+            "--config.optimizer: a section; set one of optimizer.name",
         ),
         ("--config.train.steps=x", "--config.train.steps=x: invalid literal for int()"),
         ("--config.train.steps=-5", "--config.train.steps=-5 is not possible"),
