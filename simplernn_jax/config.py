@@ -143,7 +143,29 @@ class TrainConfig:
     """Steps recorded for TensorBoard's profiler, from the third one of the process on."""
 
 
-_Section = typing.TypeVar("_Section", ModelConfig, DataConfig, OptimizerConfig, TrainConfig)
+@dataclasses.dataclass(kw_only=True)
+class MeshConfig:
+    """How many devices share each part of the work; their product is the number of devices.
+
+    What it says may change from one resumed run to the next.
+    """
+
+    data: int = -1
+    """Groups of rows of a batch, each with a copy of the parameters; -1 takes the devices that
+    the others leave."""
+    fsdp: int = 1
+    """Groups of rows whose devices share one copy of the parameters and optimizer state."""
+    tensor: int = 1
+    """Parts of the heads, the MLP and the vocabulary; divides num_heads, mlp_dim, vocab_size."""
+    sequence: int = 1
+    """Stretches of the time axis; divides sequence_length."""
+    stage: int = 1
+    """Groups of consecutive layers; divides num_layers."""
+
+
+_Section = typing.TypeVar(
+    "_Section", ModelConfig, DataConfig, OptimizerConfig, TrainConfig, MeshConfig
+)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -154,6 +176,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
 def validate(config: Config) -> None:
@@ -172,6 +195,7 @@ def validate(config: Config) -> None:
     _validate_data(config.data)
     _validate_optimizer(config.optimizer)
     _validate_train(config)
+    _validate_mesh(config.mesh)
 
 
 def _refuse(field: str, value: Any, allowed: str) -> typing.NoReturn:
@@ -257,6 +281,12 @@ def _validate_train(config: Config) -> None:
             train.gradient_accumulation,
             f"a divisor of data.batch_size={config.data.batch_size}",
         )
+
+
+def _validate_mesh(mesh: MeshConfig) -> None:
+    _at_least(mesh, "mesh", 1, "fsdp", "tensor", "sequence", "stage")
+    if mesh.data != -1:
+        _at_least(mesh, "mesh", 1, "data")
 
 
 def to_json(config: Config) -> str:

@@ -13,6 +13,9 @@ from absl import flags
 # Shapes of different rank meet only where that is written down.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Meshes are tested on eight devices; all else runs on the first of them.
+jax.config.update("jax_num_cpu_devices", 8)
+
 # Grain asks absl for its flags, which nothing parses under pytest.
 flags.FLAGS.mark_as_parsed()
 

@@ -5,7 +5,14 @@ import random
 import numpy as np
 from flax import nnx
 
-from simplernn_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from simplernn_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.training.checkpoint import Checkpointer, read_config
 from simplernn_jax.training.checkpoint_contents import read_arrays, read_json, saved_leaves
@@ -22,6 +29,7 @@ def small_config(block="plain", **fields):
         data=DataConfig(batch_size=2, sequence_length=7, validation_fraction=0.0),
         optimizer=OptimizerConfig(warmup_steps=3),
         train=TrainConfig(steps=40, eval_every=0, save_every=0, sample_every=0),
+        mesh=MeshConfig(data=1),
     )
     for name, value in fields.items():
         section = next(part for part in vars(config).values() if hasattr(part, name))

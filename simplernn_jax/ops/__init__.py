@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, SegmentIds, Values
 from simplernn_jax.ops.chunkwise import chunkwise
+from simplernn_jax.ops.manual_axes import vary_like
 from simplernn_jax.ops.scan import recurrent_step, scan
 
 __all__ = ["gated_linear_recurrence", "recurrent_step"]
@@ -52,7 +53,7 @@ def gated_linear_recurrence(
     log_gate = log_gate.astype(dtype)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key_dim, v.shape[-1]), dtype)
-    initial_state = initial_state.astype(dtype)
+    initial_state = vary_like(initial_state.astype(dtype), q, k, v, log_gate)
     if length == 0:
         return jnp.zeros_like(v), initial_state
     if length == 1:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState
 from simplernn_jax.ops.doubling import BLOCK, Levels, join_blocks, join_blocks_gradient
+from simplernn_jax.ops.manual_axes import vary_like
 
 GROUP_ELEMENTS = 2**18
 """Largest array of one group of chunks: 1 MiB of float32 stays in a core's cache, and fewer, larger
@@ -157,7 +158,8 @@ def _forward(
         return (state, output), starts if keep_states else None
 
     # Collected in `dtype`: XLA's CPU backend converts a whole bfloat16 array to update a part.
-    start = (initial_state.reshape(states[1:]), jnp.zeros(v.shape, dtype))
+    zeros = vary_like(jnp.zeros(v.shape, dtype), initial_state)
+    start = (initial_state.reshape(states[1:]), zeros)
     groups = jnp.arange(length // (chunk_size * group))
     (state, output), starts = jax.lax.scan(body, start, groups)
     return output.astype(v.dtype), state.reshape(initial_state.shape), starts
@@ -213,7 +215,7 @@ def _chunked_bwd(chunk_size: int, group: int, residuals: Any, cotangents: Any) -
     start = (
         d_final_state.reshape(states[1:]),
         final_state.reshape(states[1:]),
-        *(jnp.zeros(x.shape, dtype) for x in (q, k, v, log_gate)),
+        *(vary_like(jnp.zeros(x.shape, dtype), final_state) for x in (q, k, v, log_gate)),
     )
     chunks = jnp.arange(length // (chunk_size * group))
     (d_state, _, *grads), _ = jax.lax.scan(body, start, (chunks, starts), reverse=True)

@@ -1,0 +1,1 @@
+"""One mesh of devices, and what lies and runs where on it."""

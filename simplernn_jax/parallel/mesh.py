@@ -1,0 +1,78 @@
+"""The mesh of devices that a configuration asks for, and whether the run fits it."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from absl import logging
+from jax.sharding import AxisType, Mesh
+
+from simplernn_jax.config import Config, MeshConfig
+from simplernn_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor", "sequence", "stage")
+"""Names of the mesh's axes, from the slowest link to the fastest but for `stage`; see
+`MeshConfig` for what each divides."""
+
+BATCH_AXES = ("data", "fsdp")
+"""Axes over which the rows of a batch are divided."""
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (None: all of them, of every process), axes `AXES`.
+
+    Sizes that make up a part of one process's devices take the first of them, with a warning.
+
+    Raises:
+      UserError: the sizes do not divide the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {name: getattr(config, name) for name in AXES}
+    others = math.prod(size for name, size in sizes.items() if name != "data")
+    if sizes["data"] == -1:
+        sizes["data"] = max(1, len(devices) // others)
+    needed = math.prod(sizes.values())
+    processes = {device.process_index for device in devices}
+    if len(devices) % needed or (len(processes) > 1 and needed != len(devices)):
+        product = " * ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UserError(
+            f"--config.mesh: {product} = {needed} devices, which cannot be made of the "
+            f"{len(devices)} that there are; change the sizes, or leave data = -1, which takes "
+            "what the others leave"
+        )
+    if needed < len(devices):
+        logging.warning("--config.mesh uses %d of %d devices", needed, len(devices))
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+        devices=devices[:needed],
+    )
+
+
+def check_fits(config: Config, mesh: Mesh) -> None:
+    """Checks that everything that the mesh divides can be divided.
+
+    Raises:
+      UserError: names the field, its value and the mesh's size.
+    """
+    model, data, sizes = config.model, config.data, mesh.shape
+    groups = config.train.gradient_accumulation
+    for field, value, axes, times in (
+        ("data.batch_size", data.batch_size, BATCH_AXES, groups),
+        ("data.sequence_length", data.sequence_length, ("sequence",), 1),
+        ("model.num_heads", model.num_heads, ("tensor",), 1),
+        ("model.mlp_dim", model.mlp_dim, ("tensor",), 1),
+        ("model.vocab_size", model.vocab_size, ("tensor",), 1),
+        ("model.hidden_dim", model.hidden_dim, ("fsdp",), 1),
+        ("model.num_layers", model.num_layers, ("stage",), 1),
+    ):
+        divisor = math.prod(sizes[axis] for axis in axes) * times
+        if value % divisor:
+            arithmetic = " * ".join(f"{axis} {sizes[axis]}" for axis in axes)
+            if times > 1:
+                arithmetic += f" * gradient_accumulation {times}"
+            raise UserError(
+                f"--config.{field}={value} cannot be divided among {arithmetic}: {value} / "
+                f"{divisor} leaves {value % divisor}; change it or --config.mesh"
+            )

@@ -1,0 +1,64 @@
+"""The mesh of a configuration: its axes, what it refuses, and the arithmetic it shows."""
+
+import jax
+import pytest
+from small_runs import small_config
+
+from simplernn_jax.config import MeshConfig
+from simplernn_jax.errors import UserError
+from simplernn_jax.parallel.mesh import AXES, check_fits, make_mesh
+
+EIGHT = jax.devices("cpu")
+
+
+def test_data_takes_what_the_others_leave():
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), EIGHT)
+    assert mesh.axis_names == AXES
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1, "stage": 1}
+
+
+def test_one_device_is_a_mesh_too():
+    assert set(make_mesh(MeshConfig(), EIGHT[:1]).shape.values()) == {1}
+
+
+def test_a_part_of_the_devices(caplog):
+    mesh = make_mesh(MeshConfig(data=2, sequence=2), EIGHT)
+    assert mesh.devices.ravel().tolist() == EIGHT[:4]
+    assert "uses 4 of 8 devices" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3}, r"data 3 \* fsdp 1 .* = 3 devices, which cannot be made of the 8"),
+        ({"sequence": 3}, r"data 2 .* sequence 3 .* = 6 devices, .* the 8"),
+        ({"stage": 16}, r"stage 16 = 16 devices, .* the 8"),
+    ],
+)
+def test_sizes_that_do_not_make_up_the_devices(sizes, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(MeshConfig(**sizes), EIGHT)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fields", "message"),
+    [
+        ({}, {"batch_size": 12}, r"batch_size=12 .* data 8 \* fsdp 1: 12 / 8 leaves 4"),
+        (
+            {"data": 2, "fsdp": 4},
+            {"batch_size": 16, "gradient_accumulation": 4},
+            r"data 2 \* fsdp 4 \* gradient_accumulation 4: 16 / 32 leaves 16",
+        ),
+        ({"sequence": 8}, {"sequence_length": 20}, r"sequence_length=20 .* 20 / 8 leaves 4"),
+        ({"tensor": 8}, {"key_dim": 24, "value_dim": 24, "num_heads": 3}, r"num_heads=3"),
+        ({"tensor": 8}, {"num_heads": 8, "mlp_dim": 11}, r"mlp_dim=11 .* 11 / 8 leaves 3"),
+        ({"tensor": 8}, {"num_heads": 8, "mlp_dim": 16}, r"vocab_size=259 .* 259 / 8 leaves 3"),
+        ({"fsdp": 8}, {"batch_size": 8, "hidden_dim": 12}, r"hidden_dim=12 .* leaves 4"),
+        ({"stage": 8}, {"num_layers": 3}, r"num_layers=3 .* 3 / 8 leaves 3"),
+    ],
+)
+def test_what_cannot_be_divided(sizes, fields, message):
+    config = small_config("residual", **fields)
+    mesh = make_mesh(MeshConfig(**sizes), EIGHT)
+    with pytest.raises(UserError, match=message):
+        check_fits(config, mesh)
