@@ -86,7 +86,6 @@ class ResidualBlock(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dtype = compute_dtype(config.precision)
-        self.dtype = dtype
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
         self.rnn_norm = nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
         self.convolution = ShortConvolution(CONVOLUTION_WIDTH, config.hidden_dim, rngs=rngs)
@@ -139,9 +138,9 @@ class ResidualBlock(nnx.Module):
         if state is None:
             state = self.initial_state(x.shape[0])
         y, recent = self.convolution(self.rnn_norm(x), state.recent, segment_ids)
-        y, recurrence = self.rnn(y.astype(self.dtype), state.recurrence, segment_ids)
+        y, recurrence = self.rnn(y, state.recurrence, segment_ids)
         x = x + self._drop(y, keys[0])
-        hidden = self.mlp_norm(x).astype(self.dtype).reshape(-1, x.shape[-1])
+        hidden = self.mlp_norm(x).reshape(-1, x.shape[-1])
         # The gradient computes GELU again: its intermediate values are the largest of the model.
         y = self.mlp_out(jax.checkpoint(jax.nn.gelu)(self.mlp_in(hidden))).reshape(x.shape)
         return x + self._drop(y, keys[1]), ResidualState(recurrence, recent)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from simplernn_jax.models.product import product
+
 
 def compute_dtype(precision: str) -> Any:
     """The dtype of dense layers under ``model.precision``."""
@@ -23,6 +25,15 @@ def uniform_fan_in(fan_in: int) -> nnx.Initializer:
     return init
 
 
+class Dense(nnx.Linear):
+    """`nnx.Linear` on flat tokens, with operands in `dtype` and results in float32."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """``[N, in_features]`` to ``[N, out_features]``, at least float32."""
+        y = product(inputs, self.kernel[...], self.dtype)
+        return y if self.bias is None else y + self.bias[...][None]
+
+
 def dense(
     in_features: int,
     out_features: int,
@@ -32,9 +43,9 @@ def dense(
     kernel_init: nnx.Initializer | None = None,
     bias_init: nnx.Initializer | None = None,
     use_bias: bool = True,
-) -> nnx.Linear:
+) -> Dense:
     """A linear layer with float32 parameters; both initialisers default to PyTorch's."""
-    return nnx.Linear(
+    return Dense(
         in_features,
         out_features,
         use_bias=use_bias,

@@ -10,6 +10,7 @@ from simplernn_jax.array_types import Activations, Logits, ModelState, SegmentId
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
 from simplernn_jax.models.dense import compute_dtype, dense
+from simplernn_jax.models.product import product
 
 
 class LanguageModel(nnx.Module):
@@ -80,13 +81,11 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """What the head makes of ``[..., D]``: ``[..., vocab]``, float32."""
-        flat = hidden.reshape(-1, hidden.shape[-1]).astype(self.dtype)
+        flat = hidden.reshape(-1, hidden.shape[-1])
         if self.head is not None:
             logits = self.head(flat)
         else:
-            table = self.embedding.embedding[...].astype(self.dtype)
-            logits = jnp.dot(flat, table.T, preferred_element_type=jnp.float32)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+            logits = product(flat, self.embedding.embedding[...].T, self.dtype)
         return logits.reshape(*hidden.shape[:-1], -1)
 
     def __call__(

@@ -111,14 +111,13 @@ class SimpleRNNCell(nnx.RNNCellBase):
 
         q = self.query_proj(flat) * self.query_scale
         k = jax.nn.sigmoid(self.key_proj(flat))
-        gate_logits = self.gate_proj(flat).astype(jnp.promote_types(flat.dtype, jnp.float32))
-        log_gate = jax.nn.log_sigmoid(gate_logits)
+        log_gate = jax.nn.log_sigmoid(self.gate_proj(flat))
         return heads(q), heads(k), heads(self.value_proj(flat)), heads(log_gate)
 
     def combine(self, y: jax.Array, x: jax.Array) -> jax.Array:
         """The heads' output ``[..., H, V]`` to ``[..., output_dim]``; x feeds the output gate."""
         if self.output_norm is not None:
-            y = self.output_norm(y).astype(y.dtype)
+            y = self.output_norm(y)
         y = y.reshape(-1, self.value_dim)
         if self.output_gate_proj is not None:
             y = y * jax.nn.silu(self.output_gate_proj(x.reshape(-1, x.shape[-1])))
