@@ -59,15 +59,15 @@ def gated_linear_recurrence(
     initial_state = vary_like(initial_state.astype(dtype), q, k, v, log_gate)
     if length == 0:
         return jnp.zeros_like(v), initial_state
-    if length == 1:
-        # One token: nothing to clear inside the row and no chunk to fill.
-        output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_gate[:, 0], initial_state)
-        return output[:, None], state
     clear = None if segment_ids is None else _segment_starts(segment_ids)
     if method == "scan":
         return scan(q, k, v, log_gate, initial_state, clear)
     if chunk_size is None and can_fuse(dtype):
         return fused(q, k, v, log_gate, initial_state, clear)
+    if length == 1:
+        # One token: nothing to clear inside the row and no chunk to fill.
+        output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_gate[:, 0], initial_state)
+        return output[:, None], state
     return chunkwise(q, k, v, log_gate, initial_state, clear, chunk_size)
 
 

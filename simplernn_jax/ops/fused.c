@@ -275,6 +275,9 @@ typedef struct Work {
   atomic_int out_of_memory;
 } Work;
 
+/* Entries of the state times tokens: some ten microseconds. */
+#define ENTRIES_OF_A_THREAD (1 << 18)
+
 static void release(Work *work) {
   if (atomic_fetch_sub(&work->holders, 1) == 1) free(work);
 }
@@ -318,7 +321,10 @@ static XLA_FFI_Error *share(XLA_FFI_CallFrame *frame, const Work *description) {
                                               frame->ctx, &threads};
   XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&count);
   if (error != NULL) drop(frame, error);
-  const int64_t helpers = least(threads, work->items) - 1;
+  /* A thread is worth waking for a part of the work that takes longer than waking it. */
+  const Arrays *a = &work->arrays;
+  const int64_t entries = a->batch * a->length * a->heads * a->key_dim * a->value_dim;
+  const int64_t helpers = least(least(threads, work->items), entries / ENTRIES_OF_A_THREAD) - 1;
   atomic_init(&work->next, 0);
   atomic_init(&work->done, 0);
   atomic_init(&work->out_of_memory, 0);
