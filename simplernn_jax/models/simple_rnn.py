@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplernn_jax.array_types import Activations, HeadState, SegmentIds
-from simplernn_jax.models.dense import dense
+from simplernn_jax.models.heads import Heads
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
 
 
-class SimpleRNNCell(nnx.RNNCellBase):
+class SimpleRNNCell(Heads, nnx.RNNCellBase):
     """One token of SimpleRNN, for `nnx.RNN` or a loop of one's own.
 
     Per head, with K = key_dim / num_heads and V = value_dim / num_heads::
@@ -34,67 +34,30 @@ class SimpleRNNCell(nnx.RNNCellBase):
         *,
         rngs: nnx.Rngs,
         query_scale: float = 1.0,
-        kernel_init: nnx.Initializer | None = None,
-        gate_bias_init: nnx.Initializer | None = None,
-        output_norm: bool = False,
-        output_gate: bool = False,
-        dtype: Any = jnp.float32,
+        **options: Any,
     ):
         """Makes the projections.
 
         Args:
-          hidden_dim: width of the input.
-          key_dim: key channels of all heads together.
-          value_dim: value channels of all heads together.
-          output_dim: width of the output.
-          num_heads: heads; divides key_dim and value_dim.
-          rngs: source of initial values.
+          hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs: as for `Heads`.
           query_scale: factor on the queries.
-          kernel_init: initialiser of the matrices; None is PyTorch's, for biases too.
-          gate_bias_init: initialiser of the gate's bias; None is as for other biases.
-          output_norm: normalise each head's output to a root mean square of 1, then scale.
-          output_gate: multiply the heads' output by silu(W_r x + b_r).
-          dtype: compute dtype of the projections.
+          **options: ``kernel_init``, ``gate_bias_init``, ``output_norm``, ``output_gate`` and
+            ``dtype`` of `Heads`.
 
         Raises:
           ValueError: num_heads does not divide key_dim and value_dim.
         """
-        if key_dim % num_heads or value_dim % num_heads:
-            raise ValueError(f"num_heads={num_heads} must divide {key_dim=} and {value_dim=}")
-        self.num_heads = num_heads
-        self.key_dim = key_dim
-        self.value_dim = value_dim
-        self.query_scale = query_scale
-        bias_init = None if kernel_init is None else nnx.initializers.zeros_init()
-
-        def projection(width: int, bias_init: nnx.Initializer | None = bias_init) -> nnx.Linear:
-            return dense(
-                hidden_dim,
-                width,
-                rngs=rngs,
-                dtype=dtype,
-                kernel_init=kernel_init,
-                bias_init=bias_init,
-            )
-
-        self.query_proj = projection(key_dim)
-        self.key_proj = projection(key_dim)
-        self.value_proj = projection(value_dim)
-        self.gate_proj = projection(key_dim, gate_bias_init or bias_init)
-        self.output_norm = (
-            nnx.RMSNorm(value_dim // num_heads, dtype=jnp.float32, rngs=rngs)
-            if output_norm
-            else None
-        )
-        self.output_gate_proj = projection(value_dim) if output_gate else None
-        self.out_proj = dense(
+        super().__init__(
+            hidden_dim,
+            key_dim,
             value_dim,
             output_dim,
+            num_heads,
             rngs=rngs,
-            dtype=dtype,
-            kernel_init=kernel_init,
-            bias_init=bias_init,
+            forget_gate=True,
+            **options,
         )
+        self.query_scale = query_scale
 
     def initial_state(self, batch_size: int) -> HeadState:
         """Zeros ``[B, H, K, V]``, float32."""
@@ -105,23 +68,15 @@ class SimpleRNNCell(nnx.RNNCellBase):
         """q, k, v, log_gate of ``[..., hidden_dim]`` inputs, each ``[..., H, K or V]``."""
         # Tokens are flattened: the gradient of a matrix then contracts one axis, the fast path.
         flat = x.reshape(-1, x.shape[-1])
-
-        def heads(y: jax.Array) -> jax.Array:
-            return y.reshape(*x.shape[:-1], self.num_heads, -1)
-
         q = self.query_proj(flat) * self.query_scale
         k = jax.nn.sigmoid(self.key_proj(flat))
         log_gate = jax.nn.log_sigmoid(self.gate_proj(flat))
-        return heads(q), heads(k), heads(self.value_proj(flat)), heads(log_gate)
-
-    def combine(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        """The heads' output ``[..., H, V]`` to ``[..., output_dim]``; x feeds the output gate."""
-        if self.output_norm is not None:
-            y = self.output_norm(y)
-        y = y.reshape(-1, self.value_dim)
-        if self.output_gate_proj is not None:
-            y = y * jax.nn.silu(self.output_gate_proj(x.reshape(-1, x.shape[-1])))
-        return self.out_proj(y).reshape(*x.shape[:-1], -1)
+        return (
+            self.split_heads(q, x, self.key_dim),
+            self.split_heads(k, x, self.key_dim),
+            self.split_heads(self.value_proj(flat), x, self.value_dim),
+            self.split_heads(log_gate, x, self.key_dim),
+        )
 
     def __call__(self, carry: HeadState, inputs: jax.Array) -> tuple[HeadState, jax.Array]:
         """One token: state ``[B, H, K, V]`` and input ``[B, hidden_dim]`` to the next of each."""
