@@ -2,12 +2,13 @@
 
 B  batch: rows that do not know each other
 T  time: tokens of a row
-H  heads of the recurrence
+H  heads of the recurrence or of attention
 K  key channels of one head
 V  value channels of one head
 D  width of the residual stream (``hidden_dim``)
 W  tokens that a short convolution remembers
 C  tokens of one chunk of the recurrence
+S  tokens that attention looks at: those of a cache, or the keys of one block of queries
 """
 
 from typing import Any
@@ -25,10 +26,14 @@ Keys = Float[Array, "B T H K"]
 Values = Float[Array, "B T H V"]
 LogGates = Float[Array, "B T H K"]
 """Logarithms of the forget gates, at most 0, float32."""
+Positions = Int[Array, "B T"]
+"""How many tokens of its segment come before each token."""
 HeadState = Float[Array, "B H K V"]
 """State of one layer's recurrence, float32."""
 RecentInputs = Float[Array, "B W D"]
 """The last W inputs of one layer's short convolution, oldest first, float32."""
+CachedKeys = Float[Array, "B H S K"]
+CachedValues = Float[Array, "B H S V"]
 
 ModelState = Any
 """A pytree with one entry per layer; every leaf has axis B first."""

@@ -16,6 +16,7 @@ from typing import Any
 from simplernn_jax.errors import UserError
 
 BLOCKS = ("plain", "residual")
+MIXERS = ("simple_rnn", "attention")
 PRECISIONS = ("float32", "bfloat16")
 BATCH_MODES = ("window", "stream", "document")
 SPLITS = ("document", "position")
@@ -50,7 +51,25 @@ class ModelConfig:
     """Probability of dropping a channel of each residual branch (residual block only)."""
     precision: str = "float32"
     """Compute dtype of dense layers: ``float32`` or ``bfloat16``. Parameters, state, gates,
-    sums, norms and loss are float32 either way."""
+    sums, norms, softmax and loss are float32 either way; cached keys and values are of it."""
+    mixer: str = "simple_rnn"
+    """What carries information from token to token: ``simple_rnn``, or ``attention`` (residual
+    block only), or one of them for each layer, as a list or ``simple_rnn,attention,...``."""
+    attention_context: int = 1024
+    """Tokens that attention looks back over, the current one included: what its cache holds."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A list is kept as text: hashable, one flag, and the same after JSON.
+        if name == "mixer":
+            names = value.split(",") if isinstance(value, str) else value
+            value = ",".join(str(mixer).strip() for mixer in names)
+        super().__setattr__(name, value)
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The mixer of each layer."""
+        names = tuple(self.mixer.split(","))
+        return names * self.num_layers if len(names) == 1 else names
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -230,11 +249,28 @@ def _validate_model(model: ModelConfig) -> None:
     _choice("model.precision", model.precision, PRECISIONS)
     _at_least(model, "model", 1, "vocab_size", "num_layers", "hidden_dim", "key_dim", "value_dim")
     _at_least(model, "model", 1, "num_heads", "mlp_dim")
+    _at_least(model, "model", 1, "attention_context")
     _fraction(model, "model", "dropout", below_one=True)
     for name in ("key_dim", "value_dim"):
         width = getattr(model, name)
         if width % model.num_heads:
             _refuse(f"model.{name}", width, f"divisible by model.num_heads={model.num_heads}")
+    _validate_mixer(model)
+
+
+def _validate_mixer(model: ModelConfig) -> None:
+    for mixer in model.mixers:
+        _choice("model.mixer", mixer, MIXERS)
+    if len(model.mixers) != model.num_layers:
+        allowed = f"one name, or one for each of model.num_layers={model.num_layers} layers"
+        _refuse("model.mixer", model.mixer, allowed)
+    if "attention" not in model.mixers:
+        return
+    if model.block != "residual":
+        _refuse("model.mixer", model.mixer, f"simple_rnn where model.block={model.block!r}")
+    if model.key_dim // model.num_heads % 2:
+        allowed = f"an even number for each of model.num_heads={model.num_heads} with attention"
+        _refuse("model.key_dim", model.key_dim, f"{allowed}, which turns pairs of channels")
 
 
 def _validate_data(data: DataConfig) -> None:

@@ -28,6 +28,11 @@ def test_json_round_trip():
         ("model", "key_dim", 126, "divisible by model.num_heads=4"),
         ("model", "dropout", 1.0, r"in \[0, 1\)"),
         ("model", "num_layers", 0, "at least 1"),
+        ("model", "mixer", "atention", r"simple_rnn, attention \(did you mean 'attention'\?\)"),
+        ("model", "mixer", "", "one of simple_rnn, attention"),
+        ("model", "mixer", ["attention", "rnn", "attention", "attention"], "simple_rnn, attention"),
+        ("model", "mixer", ["attention", "simple_rnn"], "each of model.num_layers=4 layers"),
+        ("model", "attention_context", 0, "at least 1"),
         ("data", "mode", "strem", "did you mean 'stream'"),
         ("data", "validation_fraction", -0.1, r"in \[0, 1\)"),
         ("data", "source", "", "stdlib, a path"),
@@ -47,6 +52,38 @@ def test_a_bad_value_is_refused_by_name(section, field, value, message):
     with pytest.raises(UserError, match=message) as caught:
         validate(config)
     assert f"--config.{section}.{field}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "mixer", ["simple_rnn,attention,attention", " simple_rnn, attention ,attention"]
+)
+def test_a_mixer_for_each_layer(mixer):
+    config, of_a_list = trainable(), trainable()
+    config.model.num_layers = of_a_list.model.num_layers = 3
+    config.model.mixer = mixer
+    of_a_list.model.mixer = ["simple_rnn", "attention", "attention"]
+    assert config == of_a_list == from_json(to_json(of_a_list))
+    assert hash(config.model) == hash(of_a_list.model)
+    assert config.model.mixers == ("simple_rnn", "attention", "attention")
+    config.model.mixer = "attention"
+    assert config.model.mixers == ("attention",) * 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"block": "plain"}, "--config.model.mixer='attention' .* model.block='plain'"),
+        ({"key_dim": 60}, "--config.model.key_dim=60 .* an even number for each"),
+    ],
+)
+def test_what_attention_cannot_do_is_refused(fields, message):
+    config = trainable()
+    for name, value in fields.items():
+        setattr(config.model, name, value)
+    validate(config)
+    config.model.mixer = "attention"
+    with pytest.raises(UserError, match=message):
+        validate(config)
 
 
 @pytest.mark.parametrize(

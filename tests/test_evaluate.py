@@ -18,19 +18,24 @@ from simplernn_jax.models import LanguageModel
 from simplernn_jax.training import evaluate
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 
-CONFIG = small_config(vocab_size=203)
+CONFIGS = {
+    "plain": small_config(vocab_size=203),
+    "hybrid": small_config(
+        "residual", vocab_size=203, num_layers=2, mixer="attention,simple_rnn", attention_context=9
+    ),
+}
 SPLIT = make_split()
 
 
 @functools.cache
-def model():
-    return LanguageModel(CONFIG.model, rngs=nnx.Rngs(0))
+def model(kind="plain"):
+    return LanguageModel(CONFIGS[kind].model, rngs=nnx.Rngs(0))
 
 
 @functools.cache
-def nats_one_by_one():
+def nats_one_by_one(kind="plain"):
     """-log p of every prediction of `SPLIT`, each document from a zero state, one by one."""
-    graph, params = nnx.split(model(), nnx.Param)
+    graph, params = nnx.split(model(kind), nnx.Param)
 
     @jax.jit
     def score(token, target, state):
@@ -40,24 +45,35 @@ def nats_one_by_one():
     tokens = np.asarray(SPLIT.tokens, np.int32)
     nats = []
     for start, end in zip(SPLIT.document_starts, document_ends(SPLIT), strict=True):
-        state = model().initial_state(1)
+        state = model(kind).initial_state(1)
         for position in range(start, end - 1):
             value, state = score(tokens[position], tokens[position + 1], state)
             nats.append(float(value))
     return nats
 
 
-def evaluation(limit_tokens=0, split=SPLIT):
-    return Evaluator(CONFIG, PAD)(nnx.state(model(), nnx.Param), split, limit_tokens)
+def evaluation(limit_tokens=0, split=SPLIT, kind="plain"):
+    params = nnx.state(model(kind), nnx.Param)
+    return Evaluator(CONFIGS[kind], PAD)(params, split, limit_tokens)
 
 
-@pytest.mark.parametrize(("batch_tokens", "max_rows"), [(8192, 32), (60, 3), (13, 1)])
-def test_equals_scoring_token_by_token(monkeypatch, batch_tokens, max_rows):
+@pytest.mark.parametrize(
+    ("batch_tokens", "max_rows", "kind"),
+    [
+        (8192, 32, "plain"),
+        (60, 3, "plain"),
+        (13, 1, "plain"),
+        (8192, 32, "hybrid"),
+        (60, 3, "hybrid"),
+        (13, 1, "hybrid"),
+    ],
+)
+def test_equals_scoring_token_by_token(monkeypatch, batch_tokens, max_rows, kind):
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
     monkeypatch.setattr(evaluate, "MAX_ROWS", max_rows)
-    result = evaluation()
-    assert result.predictions == len(nats_one_by_one()) == SPLIT.num_predictions
-    assert result.nats_per_token == pytest.approx(np.mean(nats_one_by_one()), rel=1e-6)
+    result, expected = evaluation(kind=kind), nats_one_by_one(kind)
+    assert result.predictions == len(expected) == SPLIT.num_predictions
+    assert result.nats_per_token == pytest.approx(np.mean(expected), rel=1e-6)
 
 
 def test_a_limit_scores_so_many_predictions_and_always_the_same(monkeypatch):
@@ -83,7 +99,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text():
 
 def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary():
     params = jax.tree.map(jnp.zeros_like, nnx.state(model(), nnx.Param))
-    result = Evaluator(CONFIG, PAD)(params, SPLIT)
+    result = Evaluator(CONFIGS["plain"], PAD)(params, SPLIT)
     assert result.nats_per_token == pytest.approx(math.log(203), rel=1e-6)
     assert result.perplexity == pytest.approx(203, rel=1e-5)
 

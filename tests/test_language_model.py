@@ -19,7 +19,10 @@ PLAIN = ModelConfig(
 RESIDUAL = ModelConfig(
     vocab_size=29, num_layers=2, hidden_dim=14, key_dim=6, value_dim=10, num_heads=2, mlp_dim=17
 )
-MODELS = {"plain": PLAIN, "residual": RESIDUAL}
+# Two layers that look back over 11 tokens, and convolutions over 4, see all 19 between them.
+ATTENTION = dataclasses.replace(RESIDUAL, key_dim=12, mixer="attention", attention_context=11)
+HYBRID = dataclasses.replace(ATTENTION, mixer="simple_rnn,attention")
+MODELS = {"plain": PLAIN, "residual": RESIDUAL, "attention": ATTENTION, "hybrid": HYBRID}
 BATCH, LENGTH = 3, 19
 
 

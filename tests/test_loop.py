@@ -27,6 +27,10 @@ from simplernn_jax.training.preparation import open_saved_corpus
 ROOT = Path(__file__).resolve().parent.parent
 
 
+HYBRID = {"num_layers": 2, "mixer": "attention,simple_rnn", "attention_context": 10}
+"""It looks back over more tokens than a batch of `small_config` has."""
+
+
 class SignallingDisplay:
     """Sends SIGTERM so that the run stops after `last_step` steps."""
 
@@ -53,6 +57,7 @@ def stop_after(monkeypatch, step):
         ("window", "plain", {"gradient_accumulation": 2}),
         ("stream", "residual", {"dropout": 0.1, "reset_probability": 0.2, "name": "muon"}),
         ("document", "plain", {"validation_fraction": 0.2, "eval_every": 13}),
+        ("stream", "residual", HYBRID | {"reset_probability": 0.2, "gradient_accumulation": 2}),
     ],
 )
 def test_a_stopped_run_ends_as_one_that_was_left_alone(tmp_path, monkeypatch, mode, block, fields):

@@ -90,6 +90,24 @@ def test_going_on_from_a_file_is_one_longer_call(tmp_path, model, settings):
     chex.assert_trees_all_equal(rest.state, whole.state)
 
 
+def test_a_cache_of_keys_and_values_goes_through_a_file(tmp_path):
+    path = str(tmp_path / "state")
+    config = dataclasses.replace(
+        CONFIG, key_dim=12, mixer="attention", attention_context=7, precision="bfloat16"
+    )
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    prompts = [[1, 2, 3], list(range(70, 90))]
+    whole = generate(model, prompts, max_new_tokens=40, **DRAWN)
+    first = generate(model, prompts, max_new_tokens=9, **DRAWN)
+    save_state(path, first.state, model, BYTES)
+    loaded = load_state(path, model, BYTES)
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, first.state)
+    assert loaded.layers[0].mixer.keys.dtype == "bfloat16"
+    rest = generate(model, state=fork_state(loaded, 2), max_new_tokens=31, **DRAWN)
+    np.testing.assert_array_equal(rest.tokens[::2], whole.tokens[:, 9:])
+    assert (rest.tokens[::2] != rest.tokens[1::2]).any(axis=1).all()
+
+
 def test_saving_replaces_a_file_and_leaves_nothing_else(path, model, state):
     other = generate(model, state=state, max_new_tokens=1).state
     save_state(str(path), other, model, BYTES)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from simplernn_jax.array_types import Activations, HeadState, RecentInputs, SegmentIds
 from simplernn_jax.config import ModelConfig
+from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.models.dense import compute_dtype, dense
 from simplernn_jax.models.short_convolution import ShortConvolution
 from simplernn_jax.models.simple_rnn import SimpleRNN
@@ -32,25 +33,23 @@ def spread_gate_bias(num_heads: int) -> nnx.Initializer:
     return init
 
 
-def _recurrence(config: ModelConfig, rngs: nnx.Rngs, **options: Any) -> SimpleRNN:
-    """The recurrence of a block, from and to the width of the stack."""
-    return SimpleRNN(
-        config.hidden_dim,
-        config.key_dim,
-        config.value_dim,
-        config.hidden_dim,
-        config.num_heads,
-        rngs=rngs,
-        dtype=compute_dtype(config.precision),
-        **options,
-    )
+def _sizes(config: ModelConfig) -> dict[str, Any]:
+    """Arguments of a mixer from and to the width of the stack."""
+    return {
+        "hidden_dim": config.hidden_dim,
+        "key_dim": config.key_dim,
+        "value_dim": config.value_dim,
+        "output_dim": config.hidden_dim,
+        "num_heads": config.num_heads,
+        "dtype": compute_dtype(config.precision),
+    }
 
 
 class PlainBlock(nnx.Module):
     """The bare layer of the PyTorch project: no norm, no residual, its initialisation."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.rnn = _recurrence(config, rngs)
+        self.rnn = SimpleRNN(**_sizes(config), rngs=rngs)
 
     def initial_state(self, batch_size: int) -> HeadState:
         """The layer's zero state."""
@@ -70,34 +69,41 @@ class PlainBlock(nnx.Module):
 class ResidualState(NamedTuple):
     """State of a `ResidualBlock`."""
 
-    recurrence: HeadState
+    mixer: HeadState | KVCache
     recent: RecentInputs
     """Of the short convolution."""
 
 
 class ResidualBlock(nnx.Module):
-    """Pre-norm block: x + SimpleRNN(conv(norm(x))), then x + MLP(norm(x)).
+    """Pre-norm block: x + mixer(conv(norm(x))), then x + MLP(norm(x)).
 
-    A short causal convolution lets a token see the three before it. The recurrence has heads,
-    queries scaled by 1/sqrt(K), a norm on every head's output and an output gate (as in gated
-    linear attention, arXiv:2312.06635, section 4.4). What writes into the residual stream starts
-    smaller by sqrt(2 * num_layers), as in GPT-2.
+    A short causal convolution lets a token see the three before it. The mixer is a `SimpleRNN`
+    with queries scaled by 1/sqrt(K), or `Attention`; either has heads, a norm on every head's
+    output and an output gate (as in gated linear attention, arXiv:2312.06635, section 4.4). What
+    writes into the residual stream starts smaller by sqrt(2 * num_layers), as in GPT-2.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, mixer: str, *, rngs: nnx.Rngs):
+        """Makes the parameters; `mixer` is one of `simplernn_jax.config.MIXERS`."""
         dtype = compute_dtype(config.precision)
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
-        self.rnn_norm = nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
+        self.mixer_norm = nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
         self.convolution = ShortConvolution(CONVOLUTION_WIDTH, config.hidden_dim, rngs=rngs)
-        self.rnn = _recurrence(
-            config,
-            rngs,
-            query_scale=(config.key_dim // config.num_heads) ** -0.5,
-            kernel_init=kernel_init,
-            gate_bias_init=spread_gate_bias(config.num_heads),
-            output_norm=True,
-            output_gate=True,
-        )
+        options: dict[str, Any] = {
+            **_sizes(config),
+            "kernel_init": kernel_init,
+            "output_norm": True,
+            "output_gate": True,
+            "rngs": rngs,
+        }
+        if mixer == "attention":
+            self.attention = Attention(context=config.attention_context, **options)
+        else:
+            self.rnn = SimpleRNN(
+                query_scale=(config.key_dim // config.num_heads) ** -0.5,
+                gate_bias_init=spread_gate_bias(config.num_heads),
+                **options,
+            )
         self.mlp_norm = nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
         zeros = nnx.initializers.zeros_init()
         self.mlp_in = dense(
@@ -120,10 +126,15 @@ class ResidualBlock(nnx.Module):
         )
         self.dropout = nnx.Dropout(config.dropout)
 
+    @property
+    def mixer(self) -> SimpleRNN | Attention:
+        """``rnn`` or ``attention``, whichever the layer has."""
+        return self.rnn if hasattr(self, "rnn") else self.attention
+
     def initial_state(self, batch_size: int) -> ResidualState:
-        """The zero state of recurrence and convolution."""
+        """The zero state of mixer and convolution."""
         return ResidualState(
-            self.rnn.initial_state(batch_size), self.convolution.initial_state(batch_size)
+            self.mixer.initial_state(batch_size), self.convolution.initial_state(batch_size)
         )
 
     def __call__(
@@ -135,15 +146,15 @@ class ResidualBlock(nnx.Module):
     ) -> tuple[Activations, ResidualState]:
         """``[B, T, D]`` float32 to the same; without a key nothing is dropped."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        if state is None:
-            state = self.initial_state(x.shape[0])
-        y, recent = self.convolution(self.rnn_norm(x), state.recent, segment_ids)
-        y, recurrence = self.rnn(y, state.recurrence, segment_ids)
+        mixer_state: Any
+        mixer_state, recent = (None, None) if state is None else state
+        y, recent = self.convolution(self.mixer_norm(x), recent, segment_ids)
+        y, mixer_state = self.mixer(y, mixer_state, segment_ids)
         x = x + self._drop(y, keys[0])
         hidden = self.mlp_norm(x).reshape(-1, x.shape[-1])
         # The gradient computes GELU again: its intermediate values are the largest of the model.
         y = self.mlp_out(jax.checkpoint(jax.nn.gelu)(self.mlp_in(hidden))).reshape(x.shape)
-        return x + self._drop(y, keys[1]), ResidualState(recurrence, recent)
+        return x + self._drop(y, keys[1]), ResidualState(mixer_state, recent)
 
     def _drop(self, y: jax.Array, key: jax.Array | None) -> jax.Array:
         return self.dropout(y, deterministic=key is None, rngs=key)

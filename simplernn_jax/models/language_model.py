@@ -14,11 +14,12 @@ from simplernn_jax.models.product import product
 
 
 class LanguageModel(nnx.Module):
-    """A stack of SimpleRNN layers between an embedding and a head.
+    """A stack of layers between an embedding and a head.
 
     ``block="plain"`` is the PyTorch project's model: embedding N(0, 1), layers without norm or
-    residual, a head with bias. ``block="residual"`` trains deep: see `ResidualBlock`; a final norm
-    comes before the head, which may be the embedding itself.
+    residual, a head with bias. ``block="residual"`` trains deep: see `ResidualBlock`; the mixer of
+    each layer is SimpleRNN or attention, and a final norm comes before the head, which may be the
+    embedding itself.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -40,8 +41,12 @@ class LanguageModel(nnx.Module):
             embedding_init=nnx.initializers.normal(scale),
             rngs=rngs,
         )
-        block = PlainBlock if plain else ResidualBlock
-        self.layers = nnx.List([block(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.layers = nnx.List(
+            [
+                PlainBlock(config, rngs=rngs) if plain else ResidualBlock(config, mixer, rngs=rngs)
+                for mixer in config.mixers
+            ]
+        )
         self.final_norm = (
             None if plain else nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
         )

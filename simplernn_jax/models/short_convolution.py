@@ -32,20 +32,22 @@ class ShortConvolution(nnx.Module):
         return jnp.zeros((batch_size, self.width - 1, self.features))
 
     def __call__(
-        self, x: Activations, state: RecentInputs, segment_ids: SegmentIds | None
+        self, x: Activations, state: RecentInputs | None, segment_ids: SegmentIds | None
     ) -> tuple[Activations, RecentInputs]:
         """Convolves over time.
 
         Args:
           x: ``[B, T, D]``.
           state: the inputs before the first token, ``[B, width - 1, D]``; they belong to its
-            segment.
+            segment. None is zeros.
           segment_ids: ``[B, T]``; nothing is taken from before a change of id.
 
         Returns:
           ``[B, T, D]`` and the state after the last token.
         """
         length, past = x.shape[1], self.width - 1
+        if state is None:
+            state = self.initial_state(x.shape[0])
         inputs = jnp.concatenate([state, x.astype(state.dtype)], axis=1)
         weights = self.weights[...][:, None, None]
         y = inputs[:, past:] * weights[0]

@@ -267,7 +267,8 @@ class _Run:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         train = self.corpus.train
         display.say(
-            f"{self.config.model.block} model, {parameters:,} parameters, "
+            f"{self.config.model.block} model of {self.config.model.mixer}, "
+            f"{parameters:,} parameters, "
             f"{self.config.model.precision}, on {jax.devices()[0].device_kind}; "
             f"{len(train.tokens):,} training tokens in {len(train.document_starts):,} documents"
         )

@@ -1,0 +1,198 @@
+"""Causal softmax attention as a mixer, instead of SimpleRNN or between layers of it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int
+
+from simplernn_jax.array_types import (
+    Activations,
+    CachedKeys,
+    CachedValues,
+    Positions,
+    SegmentIds,
+)
+from simplernn_jax.models.heads import Heads
+from simplernn_jax.ops.sliding_attention import attend, rotate, sliding_attention
+
+
+class KVCache(NamedTuple):
+    """State of `Attention`; zeros are an empty one.
+
+    The token at position p of its segment lies in slot p modulo S, where it takes the place of
+    one that no query can see any more. Heads come before slots, as products of one query with
+    all slots want it: otherwise each token would copy the whole cache.
+    """
+
+    keys: CachedKeys
+    """Rotated; of the compute dtype, as values are."""
+    values: CachedValues
+    length: Int[Array, "B"]
+    """int32, tokens of the current segment so far."""
+
+
+class Attention(Heads):
+    """Softmax attention over the last `context` tokens of the segment, the current one included.
+
+    Per head, with K = key_dim / num_heads and V = value_dim / num_heads::
+
+        q = R_t (W_q x + b_q)     k = R_t (W_k x + b_k)     v = W_v x + b_v
+        y_t = sum_j softmax_j(q_t . k_j / sqrt(K)) v_j      for j in t - context + 1 .. t
+
+    and W_o concat_heads(y) + b_o, with the output norm and gate of SimpleRNN. R_t turns pairs of
+    channels by angles in proportion to t (rotary positions, arXiv:2104.09864).
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        key_dim: int,
+        value_dim: int,
+        output_dim: int,
+        num_heads: int = 1,
+        *,
+        context: int,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        **options: Any,
+    ):
+        """Makes the projections.
+
+        Args:
+          hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs: as for `Heads`.
+          context: tokens that a query sees at most, and slots of the cache.
+          dtype: compute dtype of projections, queries, keys and values.
+          **options: ``kernel_init``, ``output_norm`` and ``output_gate`` of `Heads`.
+
+        Raises:
+          ValueError: num_heads does not divide key_dim and value_dim, or K is odd.
+        """
+        super().__init__(
+            hidden_dim,
+            key_dim,
+            value_dim,
+            output_dim,
+            num_heads,
+            rngs=rngs,
+            forget_gate=False,
+            dtype=dtype,
+            **options,
+        )
+        if key_dim // num_heads % 2:
+            raise ValueError(f"{key_dim=} / {num_heads=} must be even: channels turn in pairs")
+        self.context = context
+        self.dtype = dtype
+
+    def initial_state(self, batch_size: int) -> KVCache:
+        """An empty cache: zeros ``[B, H, S, K]`` and ``[B, H, S, V]`` of the compute dtype."""
+        slots = (batch_size, self.num_heads, self.context)
+        return KVCache(
+            jnp.zeros((*slots, self.key_dim // self.num_heads), self.dtype),
+            jnp.zeros((*slots, self.value_dim // self.num_heads), self.dtype),
+            jnp.zeros(batch_size, jnp.int32),
+        )
+
+    def __call__(
+        self,
+        x: Activations,
+        state: KVCache | None = None,
+        segment_ids: SegmentIds | None = None,
+    ) -> tuple[Activations, KVCache]:
+        """Runs the layer over time.
+
+        Args:
+          x: ``[B, T, hidden_dim]``.
+          state: keys and values of earlier tokens, of the first token's segment; None is empty,
+            and costs nothing.
+          segment_ids: ``[B, T]``; a token sees nothing from before a change of id.
+
+        Returns:
+          ``[B, T, output_dim]`` and the state after the last token.
+        """
+        batch, length = x.shape[:2]
+        if not length:
+            y = jnp.zeros((batch, 0, self.num_heads, self.value_dim // self.num_heads), self.dtype)
+            return self.combine(y, x), self.initial_state(batch) if state is None else state
+        positions = _positions(length, None if state is None else state.length, segment_ids)
+        q, k, v = self._project(x, positions)
+        if state is not None and length == 1:
+            state = _write(state, k, v)
+            filled = jnp.arange(self.context)[None] < state.length[:, None]
+            k, v = (jnp.swapaxes(cached, 1, 2) for cached in (state.keys, state.values))
+            y = attend(q, k, v, filled[:, None])
+        else:
+            if state is not None:
+                past_k, past_v = _past(state)
+                k, v = jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
+            reach = jnp.minimum(positions + 1, self.context)
+            y = sliding_attention(q, k, v, reach, self.context)
+            state = _newest(k, v, positions[:, -1] + 1, self.context)
+        return self.combine(y, x), state
+
+    def _project(self, x: jax.Array, positions: Positions) -> tuple[Array, Array, Array]:
+        """q, k and v of ``[B, T, hidden_dim]`` inputs, ``[B, T, H, K or V]``, compute dtype."""
+        # Tokens are flattened: the gradient of a matrix then contracts one axis, the fast path.
+        flat = x.reshape(-1, x.shape[-1])
+        q = self.split_heads(self.query_proj(flat), x, self.key_dim)
+        k = self.split_heads(self.key_proj(flat), x, self.key_dim)
+        v = self.split_heads(self.value_proj(flat), x, self.value_dim)
+        q, k = rotate(q, positions), rotate(k, positions)
+        return q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype)
+
+
+def _positions(
+    length: int, before: Int[Array, "B"] | None, segment_ids: SegmentIds | None
+) -> Positions:
+    """``[B, T]`` int32, or ``[1, T]`` where all rows are alike."""
+    along = jnp.arange(length, dtype=jnp.int32)[None]
+    positions = along if before is None else before[:, None] + along
+    if segment_ids is None:
+        return positions
+    is_first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    start = jax.lax.cummax(jnp.where(is_first, along, -1), axis=1)
+    return jnp.where(start < 0, positions, along - start)
+
+
+def _write(state: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
+    """Puts one token, ``[B, 1, H, K]`` and ``[B, 1, H, V]``, into its slot."""
+    slot = state.length % state.keys.shape[2]
+
+    @jax.vmap
+    def put(cached: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(cached, new[:, None], slot, axis=1)
+
+    return KVCache(
+        put(state.keys, k[:, 0], slot), put(state.values, v[:, 0], slot), state.length + 1
+    )
+
+
+def _past(state: KVCache) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of the last S - 1 positions, oldest first; any where there were none."""
+    slots = state.keys.shape[2]
+    order = (state.length[:, None] + 1 + jnp.arange(slots - 1)[None]) % slots
+    k, v = (jnp.swapaxes(cached, 1, 2) for cached in (state.keys, state.values))
+    return _take(k, order), _take(v, order)
+
+
+def _newest(k: jax.Array, v: jax.Array, length: jax.Array, slots: int) -> KVCache:
+    """The cache after a row's last keys and values ``[B, P + T, H, K or V]``.
+
+    Args:
+      k: of the row's last tokens, at least `slots` of them or all of the segment.
+      v: as k.
+      length: ``[B or 1]``, tokens of the segment.
+      slots: of the cache.
+    """
+    length = jnp.broadcast_to(length, k.shape[:1])
+    age = (length[:, None] - 1 - jnp.arange(slots)[None]) % slots
+    is_filled = (age < length[:, None])[..., None, None]
+    index = jnp.maximum(k.shape[1] - 1 - age, 0)
+    keys, values = (jnp.swapaxes(jnp.where(is_filled, _take(x, index), 0), 1, 2) for x in (k, v))
+    return KVCache(keys, values, length)
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Tokens of ``[B, P + T, H, K or V]`` at ``[B, S]``."""
+    return jnp.take_along_axis(x, index[..., None, None], axis=1)

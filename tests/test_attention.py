@@ -1,0 +1,284 @@
+"""Attention against its definition in float64, its cache, its segments and its memory."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from simplernn_jax.models import Attention, KVCache
+from simplernn_jax.ops import sliding_attention as operator
+from simplernn_jax.ops.sliding_attention import rotate, sliding_attention
+
+BATCH, LENGTH = 2, 29
+NARROW = {"hidden_dim": 5, "key_dim": 18, "value_dim": 12, "output_dim": 7, "num_heads": 3}
+WIDE = {"hidden_dim": 5, "key_dim": 6, "value_dim": 21, "output_dim": 7, "num_heads": 3}
+
+SEGMENTS = {
+    "none": None,
+    "one": np.zeros((BATCH, LENGTH), np.int32),
+    # An id that comes back is another segment; one row has boundaries where the other has none.
+    "several": np.stack([[7] * 3 + [8] + [7] * 14 + [9] * 11, [0] * 11 + [1] + [2] * 17]),
+    "every token": np.tile(np.arange(LENGTH), (BATCH, 1)),
+}
+
+
+@pytest.fixture
+def _x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Sizes at which a few tokens take all the ways that many take."""
+    monkeypatch.setattr(operator, "QUERIES", 4)
+
+
+call = nnx.jit(lambda layer, x, state=None, segments=None: layer(x, state, segments))
+
+
+def make(sizes=NARROW, context=6, dtype=jnp.float32, **options):
+    layer = Attention(**sizes, context=context, rngs=nnx.Rngs(0), dtype=dtype, **options)
+    draw = np.random.default_rng(0)
+    for _, leaf in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
+        noise = 0.3 * draw.normal(size=leaf.shape)  # on biases and scales, too
+        leaf.set_value(jnp.asarray(np.asarray(leaf[...]) + noise, jnp.float32))
+    return layer
+
+
+def inputs(length=LENGTH, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(1).normal(size=(BATCH, length, 5)), dtype)
+
+
+def segment_starts(segment_ids, length=LENGTH):
+    """[B, T]: where the segment of each token begins."""
+    starts = np.zeros((BATCH, length), np.int64)
+    for row in range(BATCH if segment_ids is not None else 0):
+        for t in range(1, length):
+            same = segment_ids[row, t] == segment_ids[row, t - 1]
+            starts[row, t] = starts[row, t - 1] if same else t
+    return starts
+
+
+def visible(segment_ids, context, length=LENGTH):
+    """[B, T, S]: the tokens that each one sees."""
+    starts = segment_starts(segment_ids, length)
+    seen = np.zeros((BATCH, length, length), bool)
+    for row in range(BATCH):
+        for t in range(length):
+            seen[row, t, max(starts[row, t], t - context + 1) : t + 1] = True
+    return seen
+
+
+def by_definition(layer, x, is_visible):
+    """The equations in x's dtype, all scores at once; rotations as products of complex numbers."""
+
+    def linear(projection):
+        return x @ projection.kernel[...] + projection.bias[...][None, None]
+
+    q, k, v = (
+        linear(projection).reshape(*x.shape[:2], layer.num_heads, -1)
+        for projection in (layer.query_proj, layer.key_proj, layer.value_proj)
+    )
+    half = q.shape[-1] // 2
+    angles = np.arange(x.shape[1])[:, None] * 10_000.0 ** -(np.arange(half) / half)[None]
+    turn = np.exp(1j * angles)[None, :, None]
+
+    def rotated(y):
+        y = (y[..., :half] + 1j * y[..., half:]) * turn
+        return jnp.concatenate([y.real, y.imag], axis=-1)
+
+    scores = jnp.einsum("bthk,bshk->bhts", rotated(q), rotated(k)) / q.shape[-1] ** 0.5
+    scores = jnp.where(is_visible[:, None], scores, -jnp.inf)
+    y = jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(scores, axis=-1), v)
+    if layer.output_norm is not None:
+        y = y / jnp.sqrt(jnp.mean(y**2, -1, keepdims=True) + 1e-6)
+        y = y * layer.output_norm.scale[...][None, None, None]
+    y = y.reshape(*x.shape[:2], -1)
+    if layer.output_gate_proj is not None:
+        y = y * jax.nn.silu(linear(layer.output_gate_proj))
+    return y @ layer.out_proj.kernel[...] + layer.out_proj.bias[...][None, None]
+
+
+def with_gradients(function, layer):
+    """Jitted x, segments -> (output, gradients of a weighted sum of it by all parameters and x)."""
+    graph, params = nnx.split(layer)
+    weights = np.random.default_rng(5).normal(size=(BATCH, LENGTH, layer.out_proj.out_features))
+
+    def total(params, x, segments):
+        y = function(nnx.merge(graph, params), x, segments)
+        return jnp.sum(y * weights), y
+
+    results = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+
+    def call(x, segments):
+        (_, y), gradients = results(params, x, segments)
+        return y, gradients
+
+    return call
+
+
+@pytest.mark.usefixtures("_x64", "small_blocks")
+@pytest.mark.parametrize(
+    ("sizes", "context", "options"),
+    [
+        (NARROW, 6, {}),
+        (WIDE, 13, {"output_norm": True, "output_gate": True}),
+    ],
+    ids=["K > V", "K < V"],
+)
+def test_equals_the_definition(sizes, context, options):
+    """Softmax is float32 even under x64: it limits the agreement. A key bias moves all scores of a
+    query nearly alike, so that its gradient is a small difference of sums of size 10."""
+    layer = make(sizes, context, jnp.float64, **options)
+    x = inputs(dtype=jnp.float64)
+    definition = with_gradients(by_definition, layer)
+    ours = with_gradients(lambda layer, x, segments: layer(x, None, segments)[0], layer)
+    for segments in SEGMENTS.values():
+        if segments is None and context != 6:
+            continue  # another program to compile, and one of them shows it
+        expected = definition(x, visible(segments, context))
+        found = ours(x, segments)
+        chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=5e-6)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    ("length", "past", "context"),
+    [(3, 0, 7), (28, 6, 7), (29, 2, 3), (37, 0, 100)],
+)
+def test_blocks_equal_one_product(length, past, context):
+    """Every way to cut queries into blocks, stretches and remainders, and queries of any reach."""
+    draw = np.random.default_rng(0)
+    shapes = [(BATCH, length, 3, 4), (BATCH, past + length, 3, 4), (BATCH, past + length, 3, 5)]
+    arrays = [draw.normal(size=shape).astype(np.float32) for shape in shapes]
+    most = np.minimum(context, past + 1 + np.arange(length))
+    reach = jnp.asarray(draw.integers(1, most + 1, (BATCH, length)), jnp.int32)
+    weights = draw.normal(size=(BATCH, length, 3, 5)).astype(np.float32)
+
+    def one_product(q, k, v):
+        back = past + np.arange(length)[:, None] - np.arange(past + length)[None]
+        mask = (back >= 0)[None] & (back[None] < reach[..., None])
+        return operator.attend(q, k, v, mask)
+
+    def results(function):
+        def total(*arrays):
+            y = function(*arrays)
+            return jnp.sum(y * weights), y
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*arrays)
+
+    found = results(lambda q, k, v: sliding_attention(q, k, v, reach, context))
+    chex.assert_trees_all_close(found, results(one_product), rtol=1e-5, atol=5e-6)
+
+
+def without_the_oldest(state):
+    """The cache without what no query can see: the slot that the next token takes."""
+    rows, slots = jnp.arange(BATCH), state.length % state.keys.shape[2]
+    keys, values = (cached.at[rows, :, slots].set(0) for cached in state[:2])
+    return KVCache(keys, values, state.length)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    ("lengths", "context"),
+    [((1,) * 29, 6), ((1,) * 29, 100), ((0, 3, 1, 12, 13), 1), ((0, 3, 1, 12, 13), 6)],
+)
+def test_pieces_equal_the_whole(lengths, context):
+    layer = make(context=context)
+    segment_ids = jnp.asarray(SEGMENTS["several"])
+    whole, end = call(layer, inputs(), None, segment_ids)
+    state, parts, start = layer.initial_state(BATCH), [], 0
+    for length in lengths:
+        piece = slice(start, start + length)
+        if start and length:
+            # A boundary between two pieces is the caller's to clear, as with the recurrence.
+            changed = segment_ids[:, start] != segment_ids[:, start - 1]
+            state = jax.tree.map(
+                lambda leaf, changed=changed: jnp.where(
+                    changed.reshape(-1, *[1] * (leaf.ndim - 1)), 0, leaf
+                ),
+                state,
+            )
+        y, state = call(layer, inputs()[:, piece], state, segment_ids[:, piece])
+        parts.append(y)
+        start += length
+    chex.assert_trees_all_close(jnp.concatenate(parts, axis=1), whole, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, end)
+    chex.assert_trees_all_close(
+        without_the_oldest(state), without_the_oldest(end), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_the_state_holds_the_end_of_the_last_segment_and_nothing_else():
+    layer = make(context=5)
+    _, state = call(layer, inputs(), None, jnp.asarray(SEGMENTS["several"]))
+    chex.assert_trees_all_equal(state.length, jnp.asarray([11, 17], jnp.int32))
+    # Of a segment shorter than the cache, nothing from before it is left.
+    late = jnp.asarray(np.tile(np.arange(LENGTH) >= 27, (BATCH, 1)).astype(np.int32))
+    _, state = call(layer, inputs(), None, late)
+    assert state.length.tolist() == [2, 2]
+    for cached in (state.keys, state.values):
+        size = np.abs(cached).max(axis=(1, 3))
+        assert (size[:, :2] > 0).all()
+        assert (size[:, 2:] == 0).all()
+
+
+def test_a_rotation_depends_on_the_distance_alone_however_far():
+    q, k = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 1, 1, 32)), jnp.float32)
+
+    def product(position, distance):
+        at = [jnp.full((1, 1), p, jnp.int32) for p in (position, position - distance)]
+        return float(jnp.sum(rotate(q, at[0]) * rotate(k, at[1])))
+
+    for distance in (0, 1, 1000):
+        near = product(distance, distance)
+        for position in (10**5, 10**9 + 7, 2**31 - 1):
+            assert product(position, distance) == pytest.approx(near, abs=1e-5)
+    assert abs(product(5, 1) - product(5, 2)) > 0.1
+
+
+def temporary_bytes(function, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_memory_grows_with_the_tokens_and_not_with_their_square(gradient):
+    layer = make(context=64)
+
+    def total(x):
+        return jnp.sum(layer(x)[0])
+
+    function = jax.grad(total) if gradient else total
+    sizes = [temporary_bytes(function, (1, length, 5)) for length in (16_384, 65_536)]
+    assert sizes[1] < 6 * sizes[0]
+    assert sizes[1] < 65_536**2 / 25  # one percent of the scores of one head
+
+
+def test_without_a_state_no_cache_is_looked_at():
+    layer = make(context=1009)
+    compiled = jax.jit(lambda x: layer(x)[0]).lower(inputs()).compile().as_text()
+    assert re.search(r"\[[\d,]*29[\d,]*\]", compiled)  # how shapes are written
+    assert not re.search(r"\[[\d,]*1009[\d,]*\]", compiled)
+
+
+def test_bfloat16_caches_in_its_own_dtype_and_stays_near_float32():
+    x = inputs()
+    y, _ = call(make(), x)
+    low = make(dtype=jnp.bfloat16)
+    low_y, state = call(low, x)
+    assert (state.keys.dtype, state.values.dtype) == (jnp.bfloat16, jnp.bfloat16)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, low.initial_state(BATCH))
+    assert 0 < jnp.sqrt(jnp.mean((low_y - y) ** 2)) < 0.03 * jnp.std(y)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="num_heads=3 must divide"):
+        make(NARROW | {"value_dim": 13})
+    with pytest.raises(ValueError, match="must be even"):
+        make(NARROW | {"key_dim": 15})
