@@ -67,13 +67,18 @@ def config_fields() -> dict[str, Any]:
 
 class _ConfigFileParser(flags.ArgumentParser):
     def parse(self, path: str) -> Config:
-        config = _load_config(Path(path))
+        config = load_config(Path(path))
         for override in _overrides(sys.argv[1:]):
             _check_field(override)
         return config
 
 
-def _load_config(path: Path) -> Config:
+def load_config(path: Path) -> Config:
+    """What ``get_config()`` of the file at `path` returns; not validated.
+
+    Raises:
+      UserError: no such file, or its line that is wrong.
+    """
     if not path.is_file():
         near = nearest_name(path.name, [file.name for file in path.parent.glob("*.py")])
         raise UserError(f"--config={path}: no such file{near or '; configs/base.py is one'}")

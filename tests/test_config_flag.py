@@ -15,6 +15,8 @@ _CONFIG = command_line.define_config_flag()
 def main() -> None:
     config = _CONFIG.value
     print(config.train.steps, config.data.source, config.model.tie_embeddings)
+    if set(config.model.mixers) != {"simple_rnn"}:
+        print(config.model.mixers)
 
 
 if __name__ == "__main__":
@@ -58,6 +60,20 @@ def test_file_and_overrides_of_each_type(folder):
     assert result.stdout == "11 a b.txt False\n"
 
 
+def test_mixers_come_from_a_list_in_a_file_and_from_the_command_line(folder):
+    of_a_list = CONFIG.replace(
+        "return", "config.model.mixer = ['simple_rnn', 'attention'] * 2; return"
+    )
+    (folder / "hybrid.py").write_text(of_a_list)
+    mixers = ("simple_rnn", "attention")
+    assert show(folder, "--config=hybrid.py").stdout.splitlines()[1] == str(mixers * 2)
+    result = show(folder, "--config=hybrid.py", "--config.model.mixer=attention")
+    assert result.stdout.splitlines()[1] == str(("attention",) * 4)
+    override = "--config.model.mixer=attention,simple_rnn,simple_rnn,attention"
+    result = show(folder, "--config=seven.py", override)
+    assert result.stdout.splitlines()[1] == str(mixers[::-1] + mixers)
+
+
 def test_configuration_imports_its_neighbours(folder):
     variant = "import seven\n\ndef get_config():\n    c = seven.get_config()\n"
     (folder / "variants").mkdir()
@@ -84,6 +100,7 @@ def test_configuration_imports_its_neighbours(folder):
         ),
         ("--config.train.steps=x", "--config.train.steps=x: invalid literal for int()"),
         ("--config.train.steps=-5", "--config.train.steps=-5 is not possible"),
+        ("--config.model.mixer=attention,rnn", "--config.model.mixer='rnn' is not possible"),
         ("--config.model.tie_embeddings=maybe", "--config.model.tie_embeddings=maybe"),
     ],
 )

@@ -1,23 +1,21 @@
 """The configurations under configs/ and what they promise."""
 
-import importlib.util
+import ast
 from pathlib import Path
 
 import jax
 import pytest
 
 from simplernn_jax.config import Config, OptimizerConfig, from_json, to_json, validate
+from simplernn_jax.config_flag import load_config
 from simplernn_jax.training.train_step import abstract_model
 
-FILES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.py"))
+FOLDER = Path(__file__).resolve().parent.parent / "configs"
+FILES = {file.stem: file for file in sorted(FOLDER.glob("*.py"))}
 
 
 def load(name):
-    (path,) = (file for file in FILES if file.stem == name)
-    spec = importlib.util.spec_from_file_location(f"config_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_config(FILES[name])
 
 
 def num_parameters(config):
@@ -25,22 +23,30 @@ def num_parameters(config):
 
 
 def test_the_promised_ones_are_there():
-    assert {"base", "tiny", "seed", "shakespeare"} <= {file.stem for file in FILES}
+    assert {"base", "tiny", "seed", "shakespeare", "attention"} <= set(FILES)
 
 
-@pytest.mark.parametrize("name", [file.stem for file in FILES])
+@pytest.mark.parametrize("name", FILES)
 def test_is_valid_and_says_how_to_run_it(name):
-    module = load(name)
-    config = module.get_config()
+    config = load(name)
     assert isinstance(config, Config)
     validate(config)
     assert from_json(to_json(config)) == config
-    assert module.get_config() is not config
-    assert f"--config configs/{name}.py" in module.__doc__
+    assert load(name) is not config
+    docstring = ast.get_docstring(ast.parse(FILES[name].read_text(encoding="utf-8")))
+    assert f"--config configs/{name}.py" in docstring
+
+
+def test_attention_is_base_with_another_mixer_and_as_many_parameters():
+    base, attention = load("base"), load("attention")
+    assert (base.model.mixer, attention.model.mixer) == ("simple_rnn", "attention")
+    assert num_parameters(attention) == pytest.approx(num_parameters(base), rel=0.02)
+    attention.model.mixer, attention.model.mlp_dim = base.model.mixer, base.model.mlp_dim
+    assert attention == base
 
 
 def test_shakespeare_keeps_to_the_budget():
-    config = load("shakespeare").get_config()
+    config = load("shakespeare")
     assert num_parameters(config) <= 950_000
     assert config.train.steps * config.data.batch_size * config.data.sequence_length == 1_536_000
     assert config.data.mode == "window"
@@ -49,7 +55,7 @@ def test_shakespeare_keeps_to_the_budget():
 
 
 def test_seed_is_the_run_of_the_pytorch_project():
-    config = load("seed").get_config()
+    config = load("seed")
     model = config.model
     assert (model.block, model.num_layers, model.num_heads) == ("plain", 2, 1)
     assert (model.hidden_dim, model.key_dim, model.value_dim) == (128, 128, 128)

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from simplernn_jax import config_flag
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.models import simple_rnn
@@ -29,7 +29,7 @@ _STEPS = 1000
 
 def load_config(name: str, batch: int, length: int, **model: Any) -> Config:
     """``configs/NAME.py`` with random windows of this size and these fields of its model."""
-    config: Config = runpy.run_path(str(_CONFIGS / f"{name}.py"))["get_config"]()
+    config = config_flag.load_config(_CONFIGS / f"{name}.py")
     config.data.mode = "window"
     config.data.batch_size, config.data.sequence_length = batch, length
     for field, value in model.items():
