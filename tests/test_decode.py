@@ -88,7 +88,7 @@ def test_step_by_step_logits_equal_the_full_forward_pass(kind, precision, tolera
         )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["plain", "residual", "attention"])
 def test_reading_in_pieces_equals_the_full_forward_pass(kind):
     model = make_model(kind)
     prompts = make_prompts([3, 139, 601])
@@ -104,7 +104,7 @@ def test_reading_in_pieces_equals_the_full_forward_pass(kind):
         chex.assert_trees_all_close(ours[2], theirs[2], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["plain", "residual", "attention"])
 def test_greedy_equals_recomputing_the_prefix(kind):
     model = make_model(kind)
     prompts = make_prompts([5, 5, 5])

@@ -25,6 +25,8 @@ HYBRID = dataclasses.replace(ATTENTION, mixer="simple_rnn,attention")
 MODELS = {"plain": PLAIN, "residual": RESIDUAL, "attention": ATTENTION, "hybrid": HYBRID}
 BATCH, LENGTH = 3, 19
 
+call = nnx.jit(lambda model, tokens, segments=None: model(tokens, segment_ids=segments))
+
 
 @pytest.fixture(params=MODELS)
 def config(request):
@@ -37,7 +39,7 @@ def tokens():
 
 def test_shapes_and_dtypes(config):
     model = LanguageModel(config, rngs=nnx.Rngs(0))
-    logits, state = model(tokens())
+    logits, state = call(model, tokens())
     chex.assert_shape(logits, (BATCH, LENGTH, 29))
     assert logits.dtype == jnp.float32
     chex.assert_trees_all_equal_shapes_and_dtypes(state, model.initial_state(BATCH))
@@ -48,7 +50,7 @@ def test_shapes_and_dtypes(config):
 def test_step_by_step_equals_the_whole(config, precision):
     """bfloat16 rounds activations at 2^-8, and a step rounds in another order than a chunk."""
     model = LanguageModel(dataclasses.replace(config, precision=precision), rngs=nnx.Rngs(0))
-    whole, final = model(tokens())
+    whole, final = call(model, tokens())
     step = jax.jit(model)
     state, parts = model.initial_state(BATCH), []
     for t in range(LENGTH):
@@ -62,9 +64,9 @@ def test_step_by_step_equals_the_whole(config, precision):
 def test_segments_equal_separate_rows(config):
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     segments = jnp.broadcast_to(jnp.arange(LENGTH) // 7, (BATCH, LENGTH))
-    logits, _ = model(tokens(), segment_ids=segments)
+    logits, _ = call(model, tokens(), segments)
     for start in range(0, LENGTH, 7):
-        alone, _ = model(tokens()[:, start : start + 7])
+        alone, _ = call(model, tokens()[:, start : start + 7])
         chex.assert_trees_all_close(logits[:, start : start + 7], alone, rtol=0, atol=2e-5)
 
 
