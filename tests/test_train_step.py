@@ -13,11 +13,11 @@ from flax import nnx
 from small_runs import small_config
 
 from simplernn_jax.data.batches import Batch
+from simplernn_jax.ops.rows import clear_rows
 from simplernn_jax.training.losses import summed_cross_entropy
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import (
     abstract_model,
-    clear_rows,
     init_train_state,
     make_train_step,
 )

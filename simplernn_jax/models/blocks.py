@@ -88,7 +88,7 @@ class ResidualBlock(nnx.Module):
         dtype = compute_dtype(config.precision)
         self.dtype = dtype
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
-        self.rnn_norm = nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
+        self.rnn_norm = nnx.RMSNorm(config.hidden_dim, rngs=rngs)
         self.convolution = ShortConvolution(CONVOLUTION_WIDTH, config.hidden_dim, rngs=rngs)
         self.rnn = _recurrence(
             config,
@@ -99,7 +99,7 @@ class ResidualBlock(nnx.Module):
             output_norm=True,
             output_gate=True,
         )
-        self.mlp_norm = nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
+        self.mlp_norm = nnx.RMSNorm(config.hidden_dim, rngs=rngs)
         zeros = nnx.initializers.zeros_init()
         self.mlp_in = dense(
             config.hidden_dim,

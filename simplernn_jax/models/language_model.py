@@ -41,9 +41,7 @@ class LanguageModel(nnx.Module):
         )
         block = PlainBlock if plain else ResidualBlock
         self.layers = nnx.List([block(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.final_norm = (
-            None if plain else nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
-        )
+        self.final_norm = None if plain else nnx.RMSNorm(config.hidden_dim, rngs=rngs)
         tied = config.tie_embeddings and not plain
         init = {} if plain else {"kernel_init": nnx.initializers.normal(scale)}
         self.head = (
@@ -85,7 +83,8 @@ class LanguageModel(nnx.Module):
             logits = self.head(flat)
         else:
             table = self.embedding.embedding[...].astype(self.dtype)
-            logits = jnp.dot(flat, table.T, preferred_element_type=jnp.float32)
+            wide = jnp.promote_types(self.dtype, jnp.float32)
+            logits = jnp.dot(flat, table.T, preferred_element_type=wide)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         return logits.reshape(*hidden.shape[:-1], -1)
 

@@ -8,7 +8,7 @@ from simplernn_jax.ops.chunkwise import chunkwise
 from simplernn_jax.ops.manual_axes import vary_like
 from simplernn_jax.ops.scan import recurrent_step, scan
 
-__all__ = ["gated_linear_recurrence", "recurrent_step"]
+__all__ = ["gated_linear_recurrence", "recurrent_step", "segment_starts"]
 
 METHODS = ("chunkwise", "scan")
 
@@ -60,13 +60,13 @@ def gated_linear_recurrence(
         # One token: nothing to clear inside the row and no chunk to fill.
         output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_gate[:, 0], initial_state)
         return output[:, None], state
-    clear = None if segment_ids is None else _segment_starts(segment_ids)
+    clear = None if segment_ids is None else segment_starts(segment_ids)
     if method == "scan":
         return scan(q, k, v, log_gate, initial_state, clear)
     return chunkwise(q, k, v, log_gate, initial_state, clear, chunk_size)
 
 
-def _segment_starts(segment_ids: jax.Array) -> jax.Array:
+def segment_starts(segment_ids: jax.Array) -> jax.Array:
     """``[B, T]`` bool: True where the id differs from that of the token before."""
     changed = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(changed, ((0, 0), (1, 0)))

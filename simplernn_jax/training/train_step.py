@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -15,6 +14,7 @@ from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.ops.rows import clear_rows
 from simplernn_jax.training.losses import summed_cross_entropy
 
 
@@ -85,15 +85,6 @@ def init_train_state(config: Config, optimizer: optax.GradientTransformation) ->
         skipped_updates=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
     )
-
-
-def clear_rows(state: ModelState, reset: jax.Array | np.ndarray) -> ModelState:
-    """Zeros the state of the rows where `reset` ``[B]`` is True."""
-
-    def clear(leaf: jax.Array) -> jax.Array:
-        return jnp.where(reset.reshape(-1, *[1] * (leaf.ndim - 1)), 0, leaf)
-
-    return jax.tree.map(clear, state)
 
 
 def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> TrainStep:
