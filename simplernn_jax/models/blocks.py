@@ -136,10 +136,9 @@ class ResidualBlock(nnx.Module):
     ) -> tuple[Activations, ResidualState]:
         """``[B, T, D]`` float32 to the same; without a key nothing is dropped."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        if state is None:
-            state = self.initial_state(x.shape[0])
-        y, recent = self.convolution(self.rnn_norm(x), state.recent, segment_ids)
-        y, recurrence = self.rnn(y.astype(self.dtype), state.recurrence, segment_ids)
+        recurrence, recent = (None, None) if state is None else state
+        y, recent = self.convolution(self.rnn_norm(x), recent, segment_ids)
+        y, recurrence = self.rnn(y.astype(self.dtype), recurrence, segment_ids)
         x = x + self._drop(y, keys[0])
         hidden = self.mlp_norm(x).astype(self.dtype).reshape(-1, x.shape[-1])
         # The gradient computes GELU again: its intermediate values are the largest of the model.

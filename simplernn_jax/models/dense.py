@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from simplernn_jax.parallel.collectives import gather, is_on_mesh, sum_over
+
 
 def compute_dtype(precision: str) -> Any:
     """The dtype of dense layers under ``model.precision``."""
@@ -23,6 +25,39 @@ def uniform_fan_in(fan_in: int) -> nnx.Initializer:
     return init
 
 
+class Dense(nnx.Linear):
+    """`nnx.Linear` whose kernel may lie apart on a mesh, as `parallel.shardings` says.
+
+    Which part a device holds shows in the shapes. Along ``fsdp`` lies the side that is the width
+    of the stack: it is gathered where it is used, and for the gradient once more. Along
+    ``tensor`` lies the other one: outputs of which each device makes its own, or inputs of which
+    each has its own, so that the outputs are sums over the devices.
+    """
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """``[..., in_features]`` to ``[..., out_features]``; this device's part of either."""
+        if not is_on_mesh():
+            return super().__call__(inputs)
+        dtype = self.dtype
+        y = jax.checkpoint(_product, static_argnums=2)(inputs, self.kernel[...], dtype)
+        if inputs.shape[-1] != self.in_features:
+            y = sum_over(y, "tensor")
+        if self.bias is None:
+            return y.astype(dtype)
+        bias = self.bias[...].astype(dtype)
+        return y.astype(dtype) + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def _product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+    """``[..., in]`` times this device's kernel, float32 at least, since it may be summed."""
+    whole = gather(kernel, "fsdp", axis=0 if kernel.shape[0] != x.shape[-1] else 1)
+    return jnp.dot(
+        x.astype(dtype),
+        whole.astype(dtype),
+        preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+    )
+
+
 def dense(
     in_features: int,
     out_features: int,
@@ -32,9 +67,9 @@ def dense(
     kernel_init: nnx.Initializer | None = None,
     bias_init: nnx.Initializer | None = None,
     use_bias: bool = True,
-) -> nnx.Linear:
+) -> Dense:
     """A linear layer with float32 parameters; both initialisers default to PyTorch's."""
-    return nnx.Linear(
+    return Dense(
         in_features,
         out_features,
         use_bias=use_bias,

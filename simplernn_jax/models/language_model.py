@@ -10,6 +10,9 @@ from simplernn_jax.array_types import Activations, Logits, ModelState, SegmentId
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
 from simplernn_jax.models.dense import compute_dtype, dense
+from simplernn_jax.parallel.collectives import axis_size, is_on_mesh
+from simplernn_jax.parallel.sequence import stretch_ids
+from simplernn_jax.parallel.vocabulary import lookup, tied_logits
 
 
 class LanguageModel(nnx.Module):
@@ -63,10 +66,12 @@ class LanguageModel(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, ModelState]:
         """Tokens to what the head reads, ``[B, T, D]``; arguments as in `__call__`."""
-        x = self.embedding(tokens)
+        x = self._embed(tokens)
         if self.final_norm is not None:
             # Unit variance into the residual stream, whatever the scale that suits a tied head.
             x = x * self.config.hidden_dim**0.5
+        if segment_ids is not None and axis_size("sequence") > 1:
+            segment_ids = stretch_ids(segment_ids)
         states = []
         for index, layer in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
@@ -76,11 +81,21 @@ class LanguageModel(nnx.Module):
             x = self.final_norm(x)
         return x, tuple(states)
 
+    def _embed(self, tokens: Tokens) -> Activations:
+        if is_on_mesh():
+            return lookup(self.embedding.embedding[...], tokens)
+        return self.embedding(tokens)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """What the head makes of ``[..., D]``: ``[..., vocab]``, float32."""
+        """What the head makes of ``[..., D]``: ``[..., vocab]``, float32.
+
+        On a mesh with an axis ``tensor``: the logits of this device's part of the ids.
+        """
         flat = hidden.reshape(-1, hidden.shape[-1]).astype(self.dtype)
         if self.head is not None:
             logits = self.head(flat)
+        elif is_on_mesh():
+            logits = tied_logits(flat, self.embedding.embedding[...])
         else:
             table = self.embedding.embedding[...].astype(self.dtype)
             wide = jnp.promote_types(self.dtype, jnp.float32)

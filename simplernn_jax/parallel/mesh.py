@@ -17,6 +17,9 @@ AXES = ("data", "fsdp", "tensor", "sequence", "stage")
 BATCH_AXES = ("data", "fsdp")
 """Axes over which the rows of a batch are divided."""
 
+TOKEN_AXES = (*BATCH_AXES, "sequence")
+"""Axes whose devices see different tokens: losses and gradients are sums over them."""
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices` (None: all of them, of every process), axes `AXES`.
