@@ -2,15 +2,17 @@
 
 Parts along ``fsdp`` and ``tensor`` make up one copy of a parameter; along ``data`` and
 ``sequence`` every device has its own copy. What the optimizer keeps of a parameter lies as it
-does, since its name ends alike.
+does, since its name ends alike. Stacked layers lie apart along ``stage``.
 """
 
+import math
 import re
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from simplernn_jax.parallel.layer_layout import layer_axis, single_name
 from simplernn_jax.parallel.mesh import BATCH_AXES
 
 P = PartitionSpec
@@ -37,11 +39,19 @@ def specs_of(tree: Any, mesh: Mesh) -> Any:
     """The `PartitionSpec` of every leaf of a training state, or of a part of one."""
 
     def spec_of(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
-        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axis = layer_axis(name)
+        if axis is None:
+            return present(of_single(name), mesh) if leaf.ndim else P()
+        single = of_single(single_name(name, 0))
+        spec = (*single, *[None] * (axis - len(single)))
+        return present(P(*spec[:axis], "stage", *spec[axis:]), mesh)
+
+    def of_single(name: str) -> PartitionSpec:
+        name = name.removesuffix("/value")
         carried = [spec for rule, spec in _CARRIED_RULES if re.fullmatch(rule, name)]
         of_parameter = [spec for rule, spec in _RULES if re.search(f"(^|/){rule}$", name)]
-        found = carried or of_parameter
-        return present(found[0], mesh) if found and leaf.ndim else P()
+        return [*carried, *of_parameter, P()][0]
 
     return jax.tree_util.tree_map_with_path(spec_of, tree)
 
@@ -49,6 +59,21 @@ def specs_of(tree: Any, mesh: Mesh) -> Any:
 def shardings_of(specs: Any, mesh: Mesh) -> Any:
     """`NamedSharding` for each `PartitionSpec`."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def apart(tree: Any, specs: Any, axis: str, mesh: Mesh) -> Any:
+    """`specs` with every leaf of `tree` divided along the mesh axis `axis` too, if it can be."""
+
+    def spec_of(leaf: Any, spec: PartitionSpec) -> PartitionSpec:
+        names = [*spec, *[None] * (leaf.ndim - len(spec))]
+        for place, size in enumerate(leaf.shape):
+            divided = names[place] if isinstance(names[place], tuple) else (names[place],)
+            divided = (*(name for name in divided if name), axis)
+            if size % math.prod(mesh.shape[name] for name in divided) == 0:
+                return P(*names[:place], divided, *names[place + 1 :])
+        return spec
+
+    return jax.tree.map(spec_of, tree, specs)
 
 
 def present(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:

@@ -26,6 +26,7 @@ from simplernn_jax.array_types import Activations, SegmentIds
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.manual_axes import vary_like
 from simplernn_jax.ops.rows import clear_rows
+from simplernn_jax.parallel.collectives import shift
 
 CHUNKS_PER_STAGE = 4
 """At most: the bubble is then below 1/5, and GPipe (arXiv:1811.06965, section 2.3) found no more
@@ -77,7 +78,8 @@ def run_stages(
       params: the layers of this stage, leaves ``[layers per stage, ...]``; stage s holds the s-th
         part of all.
       x: the input of the first layer, ``[B, T, D]``, on every stage; only the first one reads it.
-      states: of this stage's layers before the first token, leaves ``[layers per stage, B, ...]``.
+      states: of this stage's layers before the first token, leaves ``[B, layers per stage, ...]``;
+        None is zero.
       segment_ids: ``[B, T]`` on every stage; a change of id clears the states exactly, wherever
         the chunks begin.
       chunks: a multiple of the number of stages that divides T; see `choose_chunks`.
@@ -94,6 +96,9 @@ def run_stages(
     # Typed here once: in each tick, its gradients would be summed over devices on their own.
     x = vary_like(x, stage)
     params = jax.tree.map(lambda leaf: vary_like(leaf, x), params)
+    if states is None:
+        states = _zero_states(layer, params, x, segment_ids)
+    states = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), states)  # layers first
     layers = jax.checkpoint(
         partial(_layers_of_stage, layer, segment_ids, chunks, dropout_key),
         prevent_cse=False,  # a loop needs no protection from it
@@ -103,8 +108,7 @@ def run_stages(
         arrived, states = carry
         tick, entering = now
         y, states = layers(params, jnp.where(stage == 0, entering, arrived), states, tick - stage)
-        onwards = [(source, source + 1) for source in range(stages - 1)]
-        return (jax.lax.ppermute(y, AXIS, onwards), states), y
+        return (shift(y, AXIS), states), y
 
     entering = x.reshape(batch, chunks, -1, width).swapaxes(0, 1)
     entering = jnp.pad(entering, ((0, stages - 1), (0, 0), (0, 0), (0, 0)))
@@ -116,7 +120,22 @@ def run_stages(
     # The last stage's are the outputs; each stage takes its stretch of them.
     outputs = jnp.where(stage == stages - 1, outputs[stages - 1 :], 0)
     outputs = jax.lax.psum_scatter(outputs, AXIS, scatter_dimension=0, tiled=True)
-    return outputs.swapaxes(0, 1).reshape(batch, length // stages, width), states
+    outputs = outputs.swapaxes(0, 1).reshape(batch, length // stages, width)
+    return outputs, jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), states)
+
+
+def _zero_states(layer: Layer, params: Any, x: Activations, segment_ids: SegmentIds) -> Any:
+    """Zeros ``[B, layers per stage, ...]``, of the shapes that a layer makes without a state."""
+
+    def states(params: Any) -> Any:
+        def state(params: Any) -> Any:
+            return layer(params, x, None, segment_ids, None)[1]
+
+        return jax.lax.map(state, params)
+
+    shapes = jax.eval_shape(states, params)
+    zeros = jax.tree.map(lambda leaf: vary_like(jnp.zeros(leaf.shape, leaf.dtype), leaf), shapes)
+    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), zeros)
 
 
 def _layers_of_stage(

@@ -29,6 +29,18 @@ def abstract_model(config: Config) -> tuple[nnx.GraphDef[LanguageModel], nnx.Sta
     return nnx.split(model, nnx.Param)
 
 
+def make_model(config: Config, rngs: nnx.Rngs) -> LanguageModel:
+    """The model as it is trained: with its layers stacked if there are stages.
+
+    Raises:
+      UserError: there are stages, and the layers are not alike.
+    """
+    model = LanguageModel(config.model, rngs=rngs)
+    if config.mesh.stage > 1:
+        model.stack_layers()
+    return model
+
+
 def make_gradient(config: Config) -> GradientOf:
     """``(params, batch, carried, rng, step) -> (loss, predictions, gradient, carried)``.
 
@@ -36,7 +48,7 @@ def make_gradient(config: Config) -> GradientOf:
     each device is given its part of everything, and gives its part of the gradient and of the
     carried state; loss and predictions are those of the whole batch on all.
     """
-    graph, _ = abstract_model(config)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
     groups = config.train.gradient_accumulation
     dropout = config.model.dropout > 0
 

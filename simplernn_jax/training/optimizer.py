@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from simplernn_jax.config import OptimizerConfig
-from simplernn_jax.parallel.stacked_layers import is_stacked
+from simplernn_jax.parallel.layer_layout import layer_axis
 
 MUON_MOMENTUM = 0.95
 """As published with Muon (github.com/KellerJordan/Muon)."""
@@ -41,11 +41,11 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 def decay_mask(params: Any) -> Any:
     """True for what is decayed: matrices of dense layers, not biases, norms, the embedding or
-    the convolution; stacked layers (see `stacked_layers`) are as they are alone."""
+    the convolution; stacked layers (see `layer_layout`) are as they are alone."""
 
     def is_decayed(path: tuple[Any, ...], leaf: Any) -> bool:
-        name = jax.tree_util.keystr(path)
-        rank = leaf.ndim - is_stacked(path)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rank = leaf.ndim - (layer_axis(name) is not None)
         return rank >= 2 and "embedding" not in name and "convolution" not in name
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)

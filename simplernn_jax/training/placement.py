@@ -10,7 +10,12 @@ from simplernn_jax.parallel.shardings import present
 
 
 def batch_specs(mesh: Mesh) -> Batch:
-    """Rows lie apart along ``data`` and ``fsdp``, time along ``sequence``."""
+    """Rows lie apart along ``data`` and ``fsdp``, time along ``sequence``.
+
+    Along ``stage`` only what the loss needs lies apart: every stage sees all tokens, and takes
+    the loss of its share.
+    """
     rows = present(PartitionSpec(BATCH_AXES), mesh)
     tokens: Any = present(PartitionSpec(BATCH_AXES, "sequence"), mesh)
-    return Batch(tokens, tokens, tokens, tokens, reset=rows)
+    of_loss: Any = present(PartitionSpec(BATCH_AXES, ("sequence", "stage")), mesh)
+    return Batch(tokens, of_loss, of_loss, tokens, reset=rows)

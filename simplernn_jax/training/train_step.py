@@ -15,9 +15,8 @@ from jax.sharding import PartitionSpec as P
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.models import LanguageModel
 from simplernn_jax.parallel.shardings import shardings_of, specs_of
-from simplernn_jax.training.gradient import make_gradient
+from simplernn_jax.training.gradient import make_gradient, make_model
 from simplernn_jax.training.placement import batch_specs
 
 
@@ -70,7 +69,7 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 def init_train_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; everything in it follows from ``config.train.seed``."""
     model_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
-    model = LanguageModel(config.model, rngs=nnx.Rngs(model_key))
+    model = make_model(config, nnx.Rngs(model_key))
     params = nnx.state(model, nnx.Param)
     rows = config.data.batch_size
     return TrainState(
