@@ -64,12 +64,13 @@ def on_stages(layer, chunks=None, key=None, **sizes):
     mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: np.prod(list(sizes.values()))])
     chunks = chunks or choose_chunks(LENGTH, sizes["stage"])
     rows, states = P("data"), P("data", "stage")
-    return jax.shard_map(
+    run = jax.shard_map(
         functools.partial(run_stages, layer, chunks=chunks, dropout_key=key),
         mesh=mesh,
         in_specs=(P("stage"), rows, states, rows),
         out_specs=(P("data", "stage"), states),
     )
+    return jax.jit(run)
 
 
 def weighted(function, weights):
@@ -158,10 +159,37 @@ def test_dropout_follows_from_the_key_and_differs_by_layer_and_chunk():
     np.testing.assert_array_equal(draws(0, 4), found)
     chex.assert_trees_all_close(draws(0, 2), found, rtol=1e-6)
     assert np.all(draws(1, 4) != found)
-    keys = [
-        jax.random.fold_in(jax.random.fold_in(jax.random.key(0), index), chunk)
-        for chunk in range(4)
-        for index in range(LAYERS)
-    ]
-    sums = np.sum(np.reshape([jax.random.normal(key) for key in keys], (4, LAYERS)), axis=1)
+
+    @functools.partial(jax.vmap, in_axes=(0, None))
+    @functools.partial(jax.vmap, in_axes=(None, 0))
+    def draw(chunk, index):
+        return jax.random.normal(
+            jax.random.fold_in(jax.random.fold_in(jax.random.key(0), index), chunk)
+        )
+
+    sums = np.sum(draw(jnp.arange(4), jnp.arange(LAYERS)), axis=1)
     np.testing.assert_allclose(found[0, :, 0], np.repeat(sums, LENGTH // 4), rtol=1e-6)
+
+
+def test_memory_grows_with_what_the_ticks_read_not_with_what_they_compute():
+    wide = 100
+
+    def layer(params, x, state, segment_ids, key):
+        hidden = jnp.tanh(x @ jnp.tile(params, (1, wide)))  # `wide` times as large as x
+        return jnp.tanh(x + hidden @ jnp.tile(params, (1, wide)).T), state
+
+    def gradient(params, x, states, ids):
+        run = on_stages(layer, x.shape[1] // 6, data=1, stage=2)
+        return jax.grad(lambda params, x: jnp.sum(run(params, x, states, ids)[0]), (0, 1))(
+            params, x
+        )
+
+    def memory(length):
+        x = jax.ShapeDtypeStruct((ROWS, length, WIDTH), jnp.float32)
+        ids = jax.ShapeDtypeStruct((ROWS, length), jnp.int32)
+        params, states = jnp.zeros((LAYERS, WIDTH, WIDTH)), jnp.zeros((ROWS, LAYERS))
+        compiled = jax.jit(gradient).lower(params, x, states, ids).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    once = ROWS * 96 * WIDTH * 4
+    assert memory(192) - memory(96) < 10 * once < wide * once
