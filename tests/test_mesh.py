@@ -54,7 +54,12 @@ def test_sizes_that_do_not_make_up_the_devices(sizes, message):
         ({"tensor": 8}, {"num_heads": 8, "mlp_dim": 11}, r"mlp_dim=11 .* 11 / 8 leaves 3"),
         ({"tensor": 8}, {"num_heads": 8, "mlp_dim": 16}, r"vocab_size=259 .* 259 / 8 leaves 3"),
         ({"fsdp": 8}, {"batch_size": 8, "hidden_dim": 12}, r"hidden_dim=12 .* leaves 4"),
-        ({"stage": 8}, {"num_layers": 3}, r"num_layers=3 .* 3 / 8 leaves 3"),
+        (
+            {"stage": 8},
+            {"num_layers": 3, "sequence_length": 8},
+            r"num_layers=3 .* 3 / 8 leaves 3",
+        ),
+        ({"stage": 4}, {"num_layers": 4}, r"sequence_length=7 .* stage 4: 7 / 4 leaves 3"),
     ],
 )
 def test_what_cannot_be_divided(sizes, fields, message):

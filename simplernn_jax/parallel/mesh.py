@@ -17,6 +17,9 @@ AXES = ("data", "fsdp", "tensor", "sequence", "stage")
 BATCH_AXES = ("data", "fsdp")
 """Axes over which the rows of a batch are divided."""
 
+TOKEN_AXES = (*BATCH_AXES, "sequence", "stage")
+"""Axes whose devices take the loss of different tokens: losses and gradients are sums over them."""
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices` (None: all of them, of every process), axes `AXES`.
@@ -60,7 +63,7 @@ def check_fits(config: Config, mesh: Mesh) -> None:
     groups = config.train.gradient_accumulation
     for field, value, axes, times in (
         ("data.batch_size", data.batch_size, BATCH_AXES, groups),
-        ("data.sequence_length", data.sequence_length, ("sequence",), 1),
+        ("data.sequence_length", data.sequence_length, ("sequence", "stage"), 1),
         ("model.num_heads", model.num_heads, ("tensor",), 1),
         ("model.mlp_dim", model.mlp_dim, ("tensor",), 1),
         ("model.vocab_size", model.vocab_size, ("tensor",), 1),

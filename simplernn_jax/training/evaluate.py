@@ -15,8 +15,9 @@ from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.evaluation_batches import evaluation_batches
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.ops.rows import clear_rows
+from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.losses import summed_cross_entropy
-from simplernn_jax.training.train_step import abstract_model, clear_rows
 
 BATCH_TOKENS = 8192
 """Tokens scored in one call: enough to keep the machine busy, little memory."""

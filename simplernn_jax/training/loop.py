@@ -23,6 +23,7 @@ from simplernn_jax.training.checkpoint import Checkpointer
 from simplernn_jax.training.clock import Clock
 from simplernn_jax.training.display import Display, clock, open_display
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
+from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.interruption import Interruption
 from simplernn_jax.training.metrics import MetricsWriter
 from simplernn_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -32,7 +33,6 @@ from simplernn_jax.training.recompilation import CountedCalls
 from simplernn_jax.training.train_step import (
     StepMetrics,
     TrainState,
-    abstract_model,
     init_train_state,
     make_train_step,
 )

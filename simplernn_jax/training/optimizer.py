@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from simplernn_jax.config import OptimizerConfig
+from simplernn_jax.parallel.layer_layout import layer_axis
 
 MUON_MOMENTUM = 0.95
 """As published with Muon (github.com/KellerJordan/Muon)."""
@@ -40,11 +41,12 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 def decay_mask(params: Any) -> Any:
     """True for what is decayed: matrices of dense layers, not biases, norms, the embedding or
-    the convolution."""
+    the convolution; stacked layers (see `layer_layout`) are as they are alone."""
 
     def is_decayed(path: tuple[Any, ...], leaf: Any) -> bool:
-        name = jax.tree_util.keystr(path)
-        return leaf.ndim >= 2 and "embedding" not in name and "convolution" not in name
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rank = leaf.ndim - (layer_axis(name) is not None)
+        return rank >= 2 and "embedding" not in name and "convolution" not in name
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
@@ -56,7 +58,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     if config.name == "muon":
         matrices = optax.chain(
             optax.trace(MUON_MOMENTUM, nesterov=True),
-            optax.stateless_with_tree_map(lambda update, _: orthogonalized(update)),
+            optax.stateless_with_tree_map(lambda update, _: each_orthogonalized(update)),
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(learning_rate),
         )
@@ -73,6 +75,11 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     # Always two parts, so that a run can be resumed with another clip_norm.
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, optimizer)
+
+
+def each_orthogonalized(update: jax.Array) -> jax.Array:
+    """`orthogonalized` of a matrix, or of each of those stacked over the layers."""
+    return jnp.vectorize(orthogonalized, signature="(m,n)->(m,n)")(update)
 
 
 def orthogonalized(matrix: jax.Array) -> jax.Array:
