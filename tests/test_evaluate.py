@@ -95,3 +95,12 @@ def test_perplexity_of_a_model_that_is_beyond_hope_is_infinite():
 def test_a_split_without_predictions_is_refused():
     with pytest.raises(UserError, match="nothing to score: the train split"):
         evaluation(split=make_split([0], cut_front=1))
+
+
+def test_scores_are_the_losses_of_their_batches():
+    parts = list(Evaluator(CONFIG, PAD).scores(nnx.state(model(), nnx.Param), SPLIT, 61))
+    for part in parts:
+        np.testing.assert_array_equal(np.asarray(part.nats)[~part.batch.loss_mask], 0)
+        assert float(part.total) == pytest.approx(float(np.sum(part.nats)), rel=1e-6)
+    total = sum(float(part.total) for part in parts)
+    assert total / 61 == pytest.approx(evaluation(limit_tokens=61).nats_per_token)

@@ -81,3 +81,19 @@ def test_evaluation_of_nothing():
     split = make_split((17, 13), cut_front=18, cut_back=14)
     with pytest.raises(UserError, match="nothing to score: the train split has 2 tokens"):
         evaluation_batches(split, 64, 3, PAD)
+
+
+@pytest.mark.parametrize("reset_every", [1, 5, 1000])
+@pytest.mark.parametrize(("batch_tokens", "max_rows"), [(14, 2), (10_000, 3)])
+def test_resets_cut_what_is_seen_and_nothing_else(batch_tokens, max_rows, reset_every):
+    split = unique_split()
+    arguments = (split, batch_tokens, max_rows, len(split.tokens))
+    carried = list(evaluation_batches(*arguments)[0])
+    reset = list(evaluation_batches(*arguments, reset_every=reset_every)[0])
+    for ours, theirs in zip(reset, carried, strict=True):
+        chex.assert_trees_all_equal(ours[:3], theirs[:3])
+    whole = contexts(carried)
+    within = {position: (len(seen) - 1) % reset_every + 1 for position, seen in whole.items()}
+    assert contexts(reset) == {
+        position: seen[-within[position] :] for position, seen in whole.items()
+    }

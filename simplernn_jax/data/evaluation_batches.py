@@ -17,7 +17,12 @@ _LEAST_DOCUMENTS = 8
 
 
 def evaluation_batches(
-    split: TokenSplit, batch_tokens: int, max_rows: int, pad_id: int, limit_tokens: int = 0
+    split: TokenSplit,
+    batch_tokens: int,
+    max_rows: int,
+    pad_id: int,
+    limit_tokens: int = 0,
+    reset_every: int = 0,
 ) -> tuple[Iterator[Batch], int]:
     """Batches that score each prediction of `split` exactly once, in context.
 
@@ -32,6 +37,8 @@ def evaluation_batches(
       pad_id: input and target where a row has ended (`loss_mask` False).
       limit_tokens: above 0, score only so many predictions: beginnings of documents in a fixed
         pseudo-random order, the same at every call.
+      reset_every: above 0, clear the state after every so many tokens of a document. The batches
+        hold the same predictions at the same places.
 
     Returns:
       The batches, all of one shape [R, T], and how many there are.
@@ -56,7 +63,9 @@ def evaluation_batches(
     by_row = np.argsort(row_of, kind="stable")
     length = min(max(1, batch_tokens // num_rows), int(loads.max()))
     num_batches = -(-int(loads.max()) // length)
-    batches = _lay_out(split, starts[by_row], counts[by_row], loads, (length, num_batches), pad_id)
+    batches = _lay_out(
+        split, starts[by_row], counts[by_row], loads, (length, num_batches), pad_id, reset_every
+    )
     return batches, num_batches
 
 
@@ -98,6 +107,7 @@ def _lay_out(
     loads: np.ndarray,
     shape: tuple[int, int],
     pad_id: int,
+    reset_every: int,
 ) -> Iterator[Batch]:
     """Yields the batches of documents given in the order of the rows that hold them.
 
@@ -115,10 +125,14 @@ def _lay_out(
         document = np.searchsorted(document_from, line, side="right") - 1
         within = line - document_from[document]
         inputs, targets = gather(tokens, starts[document] + within, is_real, pad_id)
+        segments = document
+        if reset_every:
+            within = within % reset_every
+            segments = line - within
         yield Batch(
             tokens=inputs,
             targets=targets,
             loss_mask=is_real,
-            segment_ids=np.where(is_real, document, len(counts)).astype(np.int32),
+            segment_ids=np.where(is_real, segments, counts.sum()).astype(np.int32),
             reset=(within[:, 0] == 0) | (step == 0),
         )

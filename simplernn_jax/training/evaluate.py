@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.rows import clear_rows
 from simplernn_jax.training.gradient import abstract_model
-from simplernn_jax.training.losses import summed_cross_entropy
+from simplernn_jax.training.losses import cross_entropy
 
 BATCH_TOKENS = 8192
 """Tokens scored in one call: enough to keep the machine busy, little memory."""
@@ -44,6 +45,16 @@ class Evaluation:
             return math.inf
 
 
+class Scores(NamedTuple):
+    """What a model makes of one batch."""
+
+    batch: Batch
+    nats: jax.Array
+    """float32 [R, T]: -log p of every prediction; 0 where there is none."""
+    total: jax.Array
+    """Their sum."""
+
+
 class Evaluator:
     """Scores splits with one model structure; compiles once per batch shape."""
 
@@ -53,12 +64,13 @@ class Evaluator:
 
         def score(
             params: nnx.State, batch: Batch, carried: ModelState
-        ) -> tuple[jax.Array, ModelState]:
+        ) -> tuple[jax.Array, jax.Array, ModelState]:
             model = nnx.merge(graph, params)
             logits, carried = model(
                 batch.tokens, clear_rows(carried, batch.reset), batch.segment_ids
             )
-            return summed_cross_entropy(logits, batch.targets, batch.loss_mask), carried
+            nats = cross_entropy(logits, batch.targets, batch.loss_mask)
+            return nats, jnp.sum(nats), carried
 
         def initial_state(rows: int) -> ModelState:
             shapes = jax.eval_shape(
@@ -66,30 +78,42 @@ class Evaluator:
             )
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-        self._score: Callable[..., tuple[jax.Array, ModelState]] = jax.jit(score)
+        self._score: Callable[..., tuple[jax.Array, jax.Array, ModelState]] = jax.jit(score)
         self._initial_state = initial_state
 
-    def __call__(self, params: nnx.State, split: TokenSplit, limit_tokens: int = 0) -> Evaluation:
+    def scores(
+        self, params: nnx.State, split: TokenSplit, limit_tokens: int = 0, reset_every: int = 0
+    ) -> Iterator[Scores]:
         """Scores every prediction of the split once, or `limit_tokens` of them, always the same.
 
         Args:
           params: the model's parameters.
           split: what to score.
           limit_tokens: 0 scores all of it.
+          reset_every: above 0, the state is cleared after every so many tokens of a document.
 
         Raises:
           UserError: the split holds nothing to predict.
         """
-        batches, _ = evaluation_batches(split, BATCH_TOKENS, MAX_ROWS, self._pad_id, limit_tokens)
-        nats: list[jax.Array] = []
-        predictions = 0
+        batches, _ = evaluation_batches(
+            split, BATCH_TOKENS, MAX_ROWS, self._pad_id, limit_tokens, reset_every
+        )
         carried = None
         for batch in batches:
             if carried is None:
                 carried = self._initial_state(batch.tokens.shape[0])
-            total, carried = self._score(params, batch, carried)
-            nats.append(total)
-            predictions += int(np.sum(batch.loss_mask))
+            nats, total, carried = self._score(params, batch, carried)
+            yield Scores(batch, nats, total)
+
+    def __call__(
+        self, params: nnx.State, split: TokenSplit, limit_tokens: int = 0, reset_every: int = 0
+    ) -> Evaluation:
+        """The mean over what `scores` yields, with its arguments and errors."""
+        nats: list[jax.Array] = []
+        predictions = 0
+        for scores in self.scores(params, split, limit_tokens, reset_every):
+            nats.append(scores.total)
+            predictions += int(np.sum(scores.batch.loss_mask))
         # Summed in float64 on the host: the order and the size of the parts do not matter.
         nats_per_token = float(np.sum(np.asarray(nats, np.float64))) / predictions
         tokens_per_byte = split.num_predictions / max(split.num_bytes, 1)
