@@ -38,6 +38,7 @@ class LanguageModel(nnx.Module):
         self.embedding = nnx.Embed(
             config.vocab_size,
             config.hidden_dim,
+            dtype=jnp.promote_types(dtype, jnp.float32),
             param_dtype=jnp.float32,
             embedding_init=nnx.initializers.normal(scale),
             rngs=rngs,
