@@ -50,7 +50,8 @@ class Dense(nnx.Linear):
 
 def _product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
     """``[..., in]`` times this device's kernel, float32 at least, since it may be summed."""
-    whole = gather(kernel, "fsdp", axis=0 if kernel.shape[0] != x.shape[-1] else 1)
+    apart = 0 if kernel.shape[0] != x.shape[-1] else 1
+    whole = gather(kernel, "fsdp", apart, after=x)
     return jnp.dot(
         x.astype(dtype),
         whole.astype(dtype),

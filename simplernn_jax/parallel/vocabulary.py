@@ -20,7 +20,7 @@ def lookup(table: jax.Array, tokens: Tokens) -> jax.Array:
     """
 
     def own_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
-        whole = gather(table, "fsdp", axis=1)
+        whole = gather(table, "fsdp", 1, after=tokens)
         rows, is_own = _own(tokens, table.shape[0])
         return jnp.where(is_own[..., None], jnp.take(whole, rows, axis=0, mode="clip"), 0)
 
@@ -37,7 +37,7 @@ def tied_logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
     """
 
     def product(hidden: jax.Array, table: jax.Array) -> jax.Array:
-        whole = gather(table, "fsdp", axis=1).astype(hidden.dtype)
+        whole = gather(table, "fsdp", 1, after=hidden).astype(hidden.dtype)
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
         return jnp.dot(hidden, whole.T, preferred_element_type=wide)
 

@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
@@ -16,8 +18,13 @@ from simplernn_jax.data.evaluation_batches import evaluation_batches
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.rows import clear_rows
+from simplernn_jax.parallel.collectives import sum_over
+from simplernn_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
+from simplernn_jax.parallel.sequence import LEAST_TOKENS
+from simplernn_jax.parallel.shardings import specs_of
 from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.losses import summed_cross_entropy
+from simplernn_jax.training.placement import batch_specs, is_shared, shardings_of
 
 BATCH_TOKENS = 8192
 """Tokens scored in one call: enough to keep the machine busy, little memory."""
@@ -45,10 +52,13 @@ class Evaluation:
 
 
 class Evaluator:
-    """Scores splits with one model structure; compiles once per batch shape."""
+    """Scores splits with one model structure; compiles once per batch shape.
 
-    def __init__(self, config: Config, pad_id: int):
-        graph, _ = abstract_model(config)
+    On a mesh, the devices share rows and time as in training; the parameters lie as there.
+    """
+
+    def __init__(self, config: Config, pad_id: int, mesh: Mesh | None = None):
+        graph, abstract_params = abstract_model(config)
         self._pad_id = pad_id
 
         def score(
@@ -58,16 +68,28 @@ class Evaluator:
             logits, carried = model(
                 batch.tokens, clear_rows(carried, batch.reset), batch.segment_ids
             )
-            return summed_cross_entropy(logits, batch.targets, batch.loss_mask), carried
+            nats = summed_cross_entropy(logits, batch.targets, batch.loss_mask)
+            return sum_over(nats, *TOKEN_AXES), carried
 
-        def initial_state(rows: int) -> ModelState:
-            shapes = jax.eval_shape(
+        def abstract_state(rows: int) -> ModelState:
+            return jax.eval_shape(
                 lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)).initial_state(rows)
             )
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-        self._score: Callable[..., tuple[jax.Array, ModelState]] = jax.jit(score)
-        self._initial_state = initial_state
+        self._divisible_by = (1, 1)
+        shardings: dict[str, Any] = {}
+        if is_shared(mesh):
+            specs = specs_of({"params": abstract_params, "carried": abstract_state(1)}, mesh)
+            inputs = (specs["params"], batch_specs(mesh), specs["carried"])
+            outputs = (PartitionSpec(), specs["carried"])
+            score = jax.shard_map(score, mesh=mesh, in_specs=inputs, out_specs=outputs)
+            shardings["in_shardings"] = shardings_of(inputs, mesh)
+            shardings["out_shardings"] = shardings_of(outputs, mesh)
+            sequence = mesh.shape["sequence"]
+            rows = math.prod(mesh.shape[name] for name in BATCH_AXES)
+            self._divisible_by = rows, sequence * LEAST_TOKENS if sequence > 1 else 1
+        self._score: Callable[..., tuple[jax.Array, ModelState]] = jax.jit(score, **shardings)
+        self._abstract_state = abstract_state
 
     def __call__(self, params: nnx.State, split: TokenSplit, limit_tokens: int = 0) -> Evaluation:
         """Scores every prediction of the split once, or `limit_tokens` of them, always the same.
@@ -80,13 +102,17 @@ class Evaluator:
         Raises:
           UserError: the split holds nothing to predict.
         """
-        batches, _ = evaluation_batches(split, BATCH_TOKENS, MAX_ROWS, self._pad_id, limit_tokens)
+        batches, _ = evaluation_batches(
+            split, BATCH_TOKENS, MAX_ROWS, self._pad_id, limit_tokens, self._divisible_by
+        )
         nats: list[jax.Array] = []
         predictions = 0
         carried = None
         for batch in batches:
             if carried is None:
-                carried = self._initial_state(batch.tokens.shape[0])
+                carried = jax.tree.map(
+                    lambda x: jnp.zeros(x.shape, x.dtype), self._abstract_state(len(batch.reset))
+                )
             total, carried = self._score(params, batch, carried)
             nats.append(total)
             predictions += int(np.sum(batch.loss_mask))
