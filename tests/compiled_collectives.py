@@ -1,22 +1,25 @@
 """What the devices of a compiled program tell each other, read from its text."""
 
+import math
 import re
+from collections import Counter
 
-_COLLECTIVE = re.compile(
-    r"= (?P<shapes>.*?) (?P<kind>all-reduce|all-gather|all-to-all|reduce-scatter|"
-    r"collective-permute|collective-broadcast|ragged-all-to-all)(-start)?\("
-)
-_SHAPE = re.compile(r"[a-z]+\d*\[[\d,]*\]")
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+_OPERATION = re.compile(rf" = (\(.*?\)|\S+) ({'|'.join(KINDS)}|collective-broadcast)(?:-start)?\(")
+_ARRAY = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
 
 
-def collectives(compiled):
-    """``(kind, shape of what each device gets)`` of each array sent, sorted.
+def collectives(program):
+    """``{(kind, bytes of the result on one device): count}``, array by array.
 
-    Arrays without axes are left out; what stands in a loop is listed once.
+    XLA puts several sums into one operation, and how many is its business: each array counts as
+    one here.
     """
-    found = []
-    for line in compiled.as_text().splitlines():
-        if match := _COLLECTIVE.search(line):
-            shapes = _SHAPE.findall(match["shapes"])
-            found += [(match["kind"], shape) for shape in shapes if not shape.endswith("[]")]
-    return sorted(found)
+    found = Counter()
+    for line in program.as_text().splitlines():
+        operation = _OPERATION.search(line)
+        if operation:
+            for _, bits, shape in _ARRAY.findall(operation[1]):
+                size = math.prod(int(n) for n in shape.split(",") if n)
+                found[operation[2], size * max(int(bits), 8) // 8] += 1
+    return found

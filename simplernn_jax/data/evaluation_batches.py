@@ -23,6 +23,7 @@ def evaluation_batches(
     pad_id: int,
     limit_tokens: int = 0,
     reset_every: int = 0,
+    divisible_by: tuple[int, int] = (1, 1),
 ) -> tuple[Iterator[Batch], int]:
     """Batches that score each prediction of `split` exactly once, in context.
 
@@ -39,6 +40,7 @@ def evaluation_batches(
         pseudo-random order, the same at every call.
       reset_every: above 0, clear the state after every so many tokens of a document. The batches
         hold the same predictions at the same places.
+      divisible_by: what R and T are multiples of, at the cost of padding.
 
     Returns:
       The batches, all of one shape [R, T], and how many there are.
@@ -59,14 +61,20 @@ def evaluation_batches(
             "--config.data.validation_fraction"
         )
     num_rows = int(max(1, min(max_rows, len(counts), counts.sum() // counts.max())))
+    num_rows = _round_up(num_rows, divisible_by[0])
     row_of, loads = _assign(counts, num_rows)
     by_row = np.argsort(row_of, kind="stable")
     length = min(max(1, batch_tokens // num_rows), int(loads.max()))
+    length = _round_up(length, divisible_by[1])
     num_batches = -(-int(loads.max()) // length)
     batches = _lay_out(
         split, starts[by_row], counts[by_row], loads, (length, num_batches), pad_id, reset_every
     )
     return batches, num_batches
+
+
+def _round_up(number: int, divisor: int) -> int:
+    return -(-number // divisor) * divisor
 
 
 def _choose(counts: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:

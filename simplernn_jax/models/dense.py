@@ -50,8 +50,8 @@ class Dense(nnx.Linear):
 
 
 def _gathered_product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
-    whole = gather(kernel, "fsdp", axis=0 if kernel.shape[0] != x.shape[-1] else 1)
-    return product(x, whole, dtype)
+    apart = 0 if kernel.shape[0] != x.shape[-1] else 1
+    return product(x, gather(kernel, "fsdp", apart, after=x), dtype)
 
 
 def dense(

@@ -64,11 +64,16 @@ def from_last(x: jax.Array, name: str) -> jax.Array:
     return sum_over(jnp.where(axis_index(name) == size - 1, x, jnp.zeros_like(x)), name)
 
 
-def gather(x: jax.Array, name: str, axis: int) -> jax.Array:
-    """The parts of `x` along the mesh axis `name`, one after another along the array's `axis`."""
+def gather(part: jax.Array, name: str, axis: int, *, after: jax.Array) -> jax.Array:
+    """The parts along the mesh axis `name`, one after another along the array's `axis`.
+
+    Not before `after` is computed: the compiler would otherwise gather all that it can at the
+    start of a program, and hold it.
+    """
     if axis_size(name) == 1:
-        return x
-    return jax.lax.all_gather(x, name, axis=axis, tiled=True)
+        return part
+    _, part = jax.lax.optimization_barrier((jax.lax.stop_gradient(after), part))
+    return jax.lax.all_gather(part, name, axis=axis, tiled=True)
 
 
 def _there(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -24,6 +24,9 @@ from simplernn_jax.parallel.collectives import axis_index, axis_size, from_last,
 
 AXIS = "sequence"
 
+LEAST_TOKENS = 3
+"""Of a stretch: the short convolution takes them all from one neighbour."""
+
 
 def stretch_ids(segment_ids: SegmentIds) -> SegmentIds:
     """Segments of this device's stretch, counted; 0 is that of the token before it.

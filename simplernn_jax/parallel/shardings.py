@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from simplernn_jax.parallel.layer_layout import layer_axis, single_name
 from simplernn_jax.parallel.mesh import BATCH_AXES
@@ -56,11 +56,6 @@ def specs_of(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(spec_of, tree)
 
 
-def shardings_of(specs: Any, mesh: Mesh) -> Any:
-    """`NamedSharding` for each `PartitionSpec`."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-
-
 def apart(tree: Any, specs: Any, axis: str, mesh: Mesh) -> Any:
     """`specs` with every leaf of `tree` divided along the mesh axis `axis` too, if it can be."""
 
@@ -86,9 +81,3 @@ def present(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
         return kept or None
 
     return P(*map(keep, spec))
-
-
-def axes_of(spec: PartitionSpec) -> set[str]:
-    """The mesh axes that a spec names."""
-    named = (names if isinstance(names, tuple) else (names,) for names in spec)
-    return {name for names in named for name in names if name}

@@ -23,7 +23,7 @@ def lookup(table: jax.Array, tokens: Tokens) -> jax.Array:
     """
 
     def own_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
-        whole = gather(table, "fsdp", axis=1)
+        whole = gather(table, "fsdp", 1, after=tokens)
         rows, is_own = _own(tokens, table.shape[0])
         return jnp.where(is_own[..., None], jnp.take(whole, rows, axis=0, mode="clip"), 0)
 
@@ -41,7 +41,7 @@ def tied_logits(hidden: jax.Array, table: jax.Array, dtype: Any) -> jax.Array:
     """
 
     def whole_product(hidden: jax.Array, table: jax.Array) -> jax.Array:
-        return product(hidden, gather(table, "fsdp", axis=1).T, dtype)
+        return product(hidden, gather(table, "fsdp", 1, after=hidden).T, dtype)
 
     return jax.checkpoint(whole_product)(hidden, table)
 

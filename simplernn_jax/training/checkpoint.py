@@ -39,6 +39,7 @@ from simplernn_jax.training.checkpoint_contents import (
     saved_quality,
 )
 from simplernn_jax.training.checkpoint_folder import PRUNED, CheckpointFolder, refusal_of_disk
+from simplernn_jax.training.placement import place
 from simplernn_jax.training.retention import KeepLastAndBest
 
 _OVERHEAD = 256 * 1024
@@ -137,15 +138,17 @@ class Checkpointer:
         if wait:
             self._finish()
 
-    def restore(self, abstract_state: Any) -> Restored | None:
+    def restore(self, abstract_state: Any, shardings: Any = None) -> Restored | None:
         """Restores the newest whole checkpoint; damaged ones are moved aside with a warning.
 
         Args:
           abstract_state: tree of arrays or `jax.ShapeDtypeStruct`: what `save` was given.
+          shardings: where each is to lie, whatever mesh it was saved from; None is the default
+            device.
 
         Returns:
           None if no save was ever completed in this workdir. The arrays have exactly the saved
-          bytes, lie on the default device and are committed to none.
+          bytes; without `shardings` they are committed to no device.
 
         Raises:
           UserError: there are checkpoints and none is whole, or the newest whole one is of
@@ -162,9 +165,10 @@ class Checkpointer:
         wanted = named_leaves(abstract_state)
         check_leaves(path, wanted, saved_leaves(path))
         arrays = read_arrays(path, list(wanted))
-        # A copy that JAX owns: an alias of numpy's memory could not be donated.
-        leaves = [jnp.array(arrays[name]) for name in wanted]
+        leaves = [arrays[name] for name in wanted]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+        # A copy that JAX owns: an alias of numpy's memory could not be donated.
+        state = jax.tree.map(jnp.array, state) if shardings is None else place(state, shardings)
         return Restored(step, state, read_json(path, "data"), config, tokenizer_json)
 
     def close(self) -> None:

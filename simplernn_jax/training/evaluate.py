@@ -3,12 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
@@ -17,8 +18,13 @@ from simplernn_jax.data.evaluation_batches import evaluation_batches
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.rows import clear_rows
+from simplernn_jax.parallel.collectives import sum_over
+from simplernn_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
+from simplernn_jax.parallel.sequence import LEAST_TOKENS
+from simplernn_jax.parallel.shardings import specs_of
 from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.losses import cross_entropy
+from simplernn_jax.training.placement import batch_specs, is_shared, shardings_of
 
 BATCH_TOKENS = 8192
 """Tokens scored in one call: enough to keep the machine busy, little memory."""
@@ -56,10 +62,13 @@ class Scores(NamedTuple):
 
 
 class Evaluator:
-    """Scores splits with one model structure; compiles once per batch shape."""
+    """Scores splits with one model structure; compiles once per batch shape.
 
-    def __init__(self, config: Config, pad_id: int):
-        graph, _ = abstract_model(config)
+    On a mesh, the devices share rows and time as in training; the parameters lie as there.
+    """
+
+    def __init__(self, config: Config, pad_id: int, mesh: Mesh | None = None):
+        graph, abstract_params = abstract_model(config)
         self._pad_id = pad_id
 
         def score(
@@ -70,16 +79,30 @@ class Evaluator:
                 batch.tokens, clear_rows(carried, batch.reset), batch.segment_ids
             )
             nats = cross_entropy(logits, batch.targets, batch.loss_mask)
-            return nats, jnp.sum(nats), carried
+            return nats, sum_over(jnp.sum(nats), *TOKEN_AXES), carried
 
-        def initial_state(rows: int) -> ModelState:
-            shapes = jax.eval_shape(
+        def abstract_state(rows: int) -> ModelState:
+            return jax.eval_shape(
                 lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)).initial_state(rows)
             )
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-        self._score: Callable[..., tuple[jax.Array, jax.Array, ModelState]] = jax.jit(score)
-        self._initial_state = initial_state
+        self._divisible_by = (1, 1)
+        shardings: dict[str, Any] = {}
+        if is_shared(mesh):
+            specs = specs_of({"params": abstract_params, "carried": abstract_state(1)}, mesh)
+            batch = batch_specs(mesh)
+            inputs = (specs["params"], batch, specs["carried"])
+            outputs = (batch.loss_mask, PartitionSpec(), specs["carried"])
+            score = jax.shard_map(score, mesh=mesh, in_specs=inputs, out_specs=outputs)
+            shardings["in_shardings"] = shardings_of(inputs, mesh)
+            shardings["out_shardings"] = shardings_of(outputs, mesh)
+            sequence = mesh.shape["sequence"]
+            rows = math.prod(mesh.shape[name] for name in BATCH_AXES)
+            self._divisible_by = rows, sequence * LEAST_TOKENS if sequence > 1 else 1
+        self._score: Callable[..., tuple[jax.Array, jax.Array, ModelState]] = jax.jit(
+            score, **shardings
+        )
+        self._abstract_state = abstract_state
 
     def scores(
         self, params: nnx.State, split: TokenSplit, limit_tokens: int = 0, reset_every: int = 0
@@ -96,12 +119,20 @@ class Evaluator:
           UserError: the split holds nothing to predict.
         """
         batches, _ = evaluation_batches(
-            split, BATCH_TOKENS, MAX_ROWS, self._pad_id, limit_tokens, reset_every
+            split,
+            BATCH_TOKENS,
+            MAX_ROWS,
+            self._pad_id,
+            limit_tokens,
+            reset_every,
+            self._divisible_by,
         )
         carried = None
         for batch in batches:
             if carried is None:
-                carried = self._initial_state(batch.tokens.shape[0])
+                carried = jax.tree.map(
+                    lambda x: jnp.zeros(x.shape, x.dtype), self._abstract_state(len(batch.reset))
+                )
             nats, total, carried = self._score(params, batch, carried)
             yield Scores(batch, nats, total)
 

@@ -18,6 +18,7 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.batches import make_batches
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
+from simplernn_jax.parallel.mesh import check_fits, describe, make_mesh
 from simplernn_jax.training import report
 from simplernn_jax.training.checkpoint import Checkpointer
 from simplernn_jax.training.clock import Clock
@@ -27,6 +28,7 @@ from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.interruption import Interruption
 from simplernn_jax.training.metrics import MetricsWriter
 from simplernn_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from simplernn_jax.training.placement import batch_shardings, local_copy
 from simplernn_jax.training.preparation import prepare, total_steps
 from simplernn_jax.training.profiling import Profile
 from simplernn_jax.training.recompilation import CountedCalls
@@ -35,6 +37,7 @@ from simplernn_jax.training.train_step import (
     TrainState,
     init_train_state,
     make_train_step,
+    state_shardings,
 )
 
 SAMPLE_TEMPERATURE = 0.8
@@ -76,10 +79,12 @@ class _Run:
     """The parts of a run that live as long as it does."""
 
     def __init__(self, config: Config, workdir: str):
+        self.mesh = make_mesh(config.mesh)
         self.config, self.corpus = prepare(config, workdir)
+        check_fits(self.config, self.mesh)
         self.workdir = workdir
         self.total_steps = total_steps(self.config, self.corpus)
-        optimizer = make_optimizer(self.config.optimizer, self.total_steps)
+        optimizer = make_optimizer(self.config.optimizer, self.total_steps, self.mesh)
         self.checkpointer = Checkpointer(
             workdir,
             self.config,
@@ -95,9 +100,10 @@ class _Run:
         except BaseException:
             self.checkpointer.close()
             raise
-        self.train_step = CountedCalls("the train step", make_train_step(self.config, optimizer))
+        step = make_train_step(self.config, optimizer, self.mesh)
+        self.train_step = CountedCalls("the train step", step)
         self.learning_rate = learning_rate_schedule(self.config.optimizer, self.total_steps)
-        self.evaluator = Evaluator(self.config, self.corpus.tokenizer.pad_id)
+        self.evaluator = Evaluator(self.config, self.corpus.tokenizer.pad_id, self.mesh)
         self.clock = Clock()
         self.measured: dict[int, dict[str, float]] = {}
 
@@ -106,8 +112,9 @@ class _Run:
         batches = make_batches(
             corpus.train, config.data, config.train.seed, corpus.tokenizer.pad_id
         )
-        init = jax.jit(lambda: init_train_state(config, optimizer))
-        restored = self.checkpointer.restore(jax.eval_shape(init))
+        shardings = state_shardings(config, optimizer, self.mesh)
+        init = jax.jit(lambda: init_train_state(config, optimizer), out_shardings=shardings)
+        restored = self.checkpointer.restore(jax.eval_shape(init), shardings)
         if restored is None:
             return init(), batches
         if restored.data_state["content_hash"] != corpus.content_hash:
@@ -147,7 +154,7 @@ class _Run:
     def _take_steps(self, interruption: Interruption, display: Display, profile: Profile) -> None:
         if self.step >= self.total_steps:
             return
-        batch = jax.device_put(next(self.batches))
+        batch = jax.device_put(next(self.batches), batch_shardings(self.mesh))
         pending: StepMetrics | None = None
         self.clock.start()
         while self.step < self.total_steps and not interruption.requested:
@@ -160,7 +167,7 @@ class _Run:
                 self.state, metrics = self.train_step(self.state, batch)
             self.step += 1
             if self.step < self.total_steps:
-                batch = jax.device_put(next(self.batches))
+                batch = jax.device_put(next(self.batches), batch_shardings(self.mesh))
             if pending is not None:
                 self._read(self.step - 1, pending, display)
             pending = metrics
@@ -241,7 +248,7 @@ class _Run:
     def _sample(self, display: Display) -> None:
         train = self.config.train
         graph, _ = abstract_model(self.config)
-        model = nnx.merge(graph, self.state.params)
+        model = nnx.merge(graph, local_copy(self.state.params, self.mesh))
         text = generate_text(
             model,
             self.corpus.tokenizer,
@@ -268,7 +275,7 @@ class _Run:
         train = self.corpus.train
         display.say(
             f"{self.config.model.block} model, {parameters:,} parameters, "
-            f"{self.config.model.precision}, on {jax.devices()[0].device_kind}; "
+            f"{self.config.model.precision}, on {describe(self.mesh)}; "
             f"{len(train.tokens):,} training tokens in {len(train.document_starts):,} documents"
         )
         if self.first_step:

@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simplernn_jax.config import OptimizerConfig
 from simplernn_jax.parallel.layer_layout import layer_axis
+from simplernn_jax.training.placement import is_shared
 
 MUON_MOMENTUM = 0.95
 """As published with Muon (github.com/KellerJordan/Muon)."""
@@ -51,14 +53,26 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run; ``adamw`` with weight_decay 0 is Adam."""
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
+    """The optimizer of a run; ``adamw`` with weight_decay 0 is Adam.
+
+    On a mesh, what Adam does is each device's own part; the matrices of Muon are put together,
+    one by one, on every device.
+    """
+
+    def muon_update(update: jax.Array) -> jax.Array:
+        if is_shared(mesh):
+            update = jax.lax.with_sharding_constraint(update, NamedSharding(mesh, PartitionSpec()))
+        return orthogonalized(update)
+
     learning_rate = learning_rate_schedule(config, total_steps)
     betas = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
     if config.name == "muon":
         matrices = optax.chain(
             optax.trace(MUON_MOMENTUM, nesterov=True),
-            optax.stateless_with_tree_map(lambda update, _: each_orthogonalized(update)),
+            optax.stateless_with_tree_map(lambda update, _: muon_update(update)),
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(learning_rate),
         )

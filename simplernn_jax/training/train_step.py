@@ -15,9 +15,14 @@ from jax.sharding import PartitionSpec as P
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.parallel.shardings import shardings_of, specs_of
+from simplernn_jax.parallel.shardings import specs_of
 from simplernn_jax.training.gradient import make_gradient, make_model
-from simplernn_jax.training.placement import batch_specs
+from simplernn_jax.training.placement import (
+    batch_specs,
+    compiler_options,
+    is_shared,
+    shardings_of,
+)
 
 
 @partial(
@@ -88,6 +93,13 @@ def state_specs(config: Config, optimizer: optax.GradientTransformation, mesh: M
     return specs_of(jax.eval_shape(lambda: init_train_state(config, optimizer)), mesh)
 
 
+def state_shardings(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState | None:
+    """Where the arrays of the state lie; None on one device."""
+    return shardings_of(state_specs(config, optimizer, mesh), mesh) if is_shared(mesh) else None
+
+
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> TrainStep:
@@ -102,8 +114,8 @@ def make_train_step(
         device. State and batch lie as `state_specs` and `batch_specs` say.
     """
     gradient_of = make_gradient(config)
-    shardings = {}
-    if mesh is not None and mesh.size > 1:
+    options: dict[str, Any] = {}
+    if is_shared(mesh):
         state, batch = state_specs(config, optimizer, mesh), batch_specs(mesh)
         gradient_of = jax.shard_map(
             gradient_of,
@@ -112,8 +124,9 @@ def make_train_step(
             out_specs=(P(), P(), state.params, state.carried),
         )
         states = shardings_of(state, mesh)
-        shardings["in_shardings"] = (states, shardings_of(batch, mesh))
-        shardings["out_shardings"] = (states, NamedSharding(mesh, P()))
+        options["in_shardings"] = (states, shardings_of(batch, mesh))
+        options["out_shardings"] = (states, NamedSharding(mesh, P()))
+        options["compiler_options"] = compiler_options(mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         loss, predictions, gradient, carried = gradient_of(
@@ -148,4 +161,4 @@ def make_train_step(
             skipped_in_a_row=new_state.skipped_in_a_row,
         )
 
-    return jax.jit(train_step, donate_argnums=0, **shardings)
+    return jax.jit(train_step, donate_argnums=0, **options)
