@@ -5,6 +5,7 @@ step t - 1 while the device works; then, where one is due, evaluate, sample and 
 the state after step t. What is saved is exactly what the next step starts from.
 """
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -12,16 +13,20 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
-from simplernn_jax.data.batches import make_batches
+from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
+from simplernn_jax.parallel.agreement import StopVote, is_first
+from simplernn_jax.parallel.global_arrays import from_rows, local_copy, rows_of_this_process
+from simplernn_jax.parallel.mesh import BATCH_AXES, check_fits, make_mesh
 from simplernn_jax.training import report
 from simplernn_jax.training.checkpoint import Checkpointer
 from simplernn_jax.training.clock import Clock
-from simplernn_jax.training.display import Display, clock, open_display
+from simplernn_jax.training.display import Display, NoDisplay, clock, open_display
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 from simplernn_jax.training.interruption import Interruption
 from simplernn_jax.training.metrics import MetricsWriter
@@ -57,9 +62,12 @@ def train(config: Config, workdir: str) -> Result:
     If `workdir` holds a checkpoint, the run goes on from it and ends byte for byte as if it had
     never stopped. SIGTERM and SIGINT save at the current step and return.
 
+    Several processes (`parallel.processes`) call this together; a signal to any stops them all in
+    the same step. Process 0 alone prints, writes samples and metrics.
+
     Raises:
-      UserError: the data is unusable; the checkpoint is of another model or other data; the loss
-        was not finite too often in a row; the disk is full.
+      UserError: the data is unusable; the mesh does not fit; the checkpoint is of another model or
+        other data; the loss was not finite too often in a row; the disk is full.
     """
     config_lib.validate(config)
     workdir = os.path.abspath(workdir)
@@ -67,7 +75,7 @@ def train(config: Config, workdir: str) -> Result:
     run = _Run(config, workdir)
     try:
         with Interruption() as interruption:
-            return run.to_the_end(interruption)
+            return run.to_the_end(StopVote(lambda: interruption.requested))
     finally:
         run.close()
 
@@ -76,7 +84,9 @@ class _Run:
     """The parts of a run that live as long as it does."""
 
     def __init__(self, config: Config, workdir: str):
+        self.mesh = make_mesh(config.mesh)
         self.config, self.corpus = prepare(config, workdir)
+        check_fits(self.config, self.mesh)
         self.workdir = workdir
         self.total_steps = total_steps(self.config, self.corpus)
         optimizer = make_optimizer(self.config.optimizer, self.total_steps)
@@ -91,11 +101,16 @@ class _Run:
             self.state, self.batches = self._start_or_resume(optimizer)
             self.position = self.batches.get_state()
             self.step = self.first_step = int(self.state.step)
-            self.metrics = MetricsWriter(workdir, self.step)
+            self.metrics = MetricsWriter(workdir, self.step) if is_first() else None
         except BaseException:
             self.checkpointer.close()
             raise
-        self.train_step = CountedCalls("the train step", make_train_step(self.config, optimizer))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        step = make_train_step(self.config, optimizer)
+        self.train_step = CountedCalls(
+            "the train step",
+            jax.jit(step, donate_argnums=0, out_shardings=(shardings, self._lying())),
+        )
         self.learning_rate = learning_rate_schedule(self.config.optimizer, self.total_steps)
         self.evaluator = Evaluator(self.config, self.corpus.tokenizer.pad_id)
         self.clock = Clock()
@@ -103,10 +118,15 @@ class _Run:
 
     def _start_or_resume(self, optimizer: Any) -> tuple[TrainState, Any]:
         config, corpus = self.config, self.corpus
+        rows = self._lying(BATCH_AXES)
+        self.rows = rows_of_this_process(rows, config.data.batch_size)
         batches = make_batches(
-            corpus.train, config.data, config.train.seed, corpus.tokenizer.pad_id
+            corpus.train, config.data, config.train.seed, corpus.tokenizer.pad_id, self.rows
         )
-        init = jax.jit(lambda: init_train_state(config, optimizer))
+        shapes = jax.eval_shape(lambda: init_train_state(config, optimizer))
+        shardings = jax.tree.map(lambda _: self._lying(), shapes)
+        shardings.carried = jax.tree.map(lambda _: rows, shapes.carried)
+        init = jax.jit(lambda: init_train_state(config, optimizer), out_shardings=shardings)
         restored = self.checkpointer.restore(jax.eval_shape(init))
         if restored is None:
             return init(), batches
@@ -118,22 +138,33 @@ class _Run:
         batches.set_state(restored.data_state["batches"])
         return restored.state, batches
 
+    def _lying(self, *axes: Any) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    def _next_batch(self) -> Batch:
+        batch = next(self.batches)
+        shardings = jax.tree.map(lambda _: self._lying(BATCH_AXES), batch)
+        return from_rows(batch, shardings, self.rows.start, self.config.data.batch_size)
+
     def close(self) -> None:
         """Waits for the last save and closes the files."""
         try:
-            self.metrics.close()
+            if self.metrics is not None:
+                self.metrics.close()
         finally:
             self.checkpointer.close()
 
-    def to_the_end(self, interruption: Interruption) -> Result:
+    def to_the_end(self, vote: StopVote) -> Result:
         """Takes all steps that are left, unless a signal comes."""
-        self._write_config()
-        with open_display(self.step, self.total_steps) as display:
+        if is_first():
+            self._write_config()
+        with self._open_display() as display:
             self._announce(display)
-            profile = Profile(self.workdir, self.config.train.profile_steps, display.say)
+            steps = self.config.train.profile_steps if is_first() else 0
+            profile = Profile(self.workdir, steps, display.say)
             with self.train_step, profile:
-                self._take_steps(interruption, display, profile)
-                signal = interruption.requested
+                self._take_steps(vote, display, profile)
+                signal = vote.last_signal()
                 if signal:  # before the profile is written: a preempted job has little time left
                     self._save(wait=True)
             if signal:
@@ -144,13 +175,18 @@ class _Run:
                 return Result(self.step, signal, None)
             return self._finish(display)
 
-    def _take_steps(self, interruption: Interruption, display: Display, profile: Profile) -> None:
+    def _open_display(self) -> contextlib.AbstractContextManager[Display]:
+        if is_first():
+            return open_display(self.step, self.total_steps)
+        return contextlib.nullcontext(NoDisplay())
+
+    def _take_steps(self, vote: StopVote, display: Display, profile: Profile) -> None:
         if self.step >= self.total_steps:
             return
-        batch = jax.device_put(next(self.batches))
+        batch = self._next_batch()
         pending: StepMetrics | None = None
         self.clock.start()
-        while self.step < self.total_steps and not interruption.requested:
+        while self.step < self.total_steps and not vote.signal():
             position = self.batches.get_state()
             if profile.is_due():
                 jax.block_until_ready(self.state)  # so that whole steps are recorded
@@ -160,7 +196,7 @@ class _Run:
                 self.state, metrics = self.train_step(self.state, batch)
             self.step += 1
             if self.step < self.total_steps:
-                batch = jax.device_put(next(self.batches))
+                batch = self._next_batch()
             if pending is not None:
                 self._read(self.step - 1, pending, display)
             pending = metrics
@@ -191,7 +227,7 @@ class _Run:
         if every and (step % every == 0 or step == self.total_steps):
             # The counter of the schedule stands still when an update is skipped.
             rate = self.learning_rate(step - 1 - skipped)
-            self.metrics.write(
+            self._write(
                 step,
                 "train",
                 loss=loss,
@@ -203,6 +239,10 @@ class _Run:
             )
         if in_a_row:
             display.say(f"step {step}: loss or gradient not finite, update skipped")
+
+    def _write(self, step: int, kind: str, **values: Any) -> None:
+        if self.metrics is not None:
+            self.metrics.write(step, kind, **values)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0 and self.step < self.total_steps
@@ -223,9 +263,10 @@ class _Run:
     def _evaluate(self, limit_tokens: int, display: Display) -> Evaluation | None:
         if self.corpus.validation is None:
             return None
-        result = self.evaluator(self.state.params, self.corpus.validation, limit_tokens)
+        params = local_copy(self.state.params)
+        result = self.evaluator(params, self.corpus.validation, limit_tokens)
         self.measured = {self.step: {"validation_loss": result.nats_per_token}}
-        self.metrics.write(
+        self._write(
             self.step,
             "validation",
             loss=result.nats_per_token,
@@ -240,8 +281,11 @@ class _Run:
 
     def _sample(self, display: Display) -> None:
         train = self.config.train
+        params = local_copy(self.state.params)
+        if not is_first():
+            return
         graph, _ = abstract_model(self.config)
-        model = nnx.merge(graph, self.state.params)
+        model = nnx.merge(graph, params)
         text = generate_text(
             model,
             self.corpus.tokenizer,
@@ -250,7 +294,7 @@ class _Run:
             temperature=SAMPLE_TEMPERATURE,
             seed=train.seed,
         )[0]
-        self.metrics.write(self.step, "sample", text=train.sample_prompt + text)
+        self._write(self.step, "sample", text=train.sample_prompt + text)
         display.say(f"step {self.step}: sample: {train.sample_prompt}{text}")
 
     def _save(self, *, wait: bool = False) -> None:
@@ -294,7 +338,8 @@ class _Run:
                 f"{evaluation.nats_per_token:.4f} nats/token, perplexity "
                 f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.4f} bits/byte"
             )
-        facts["loss curve"] = report.plot_loss(self.workdir)
+        if is_first():
+            facts["loss curve"] = report.plot_loss(self.workdir)
         facts["write with it"] = f"python scripts/sample.py --workdir {self.workdir} --prompt TEXT"
         display.say("done\n" + report.summary(facts))
         return Result(self.step, None, evaluation)
