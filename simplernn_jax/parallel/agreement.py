@@ -66,7 +66,7 @@ def check_same(what: str, text: str) -> None:
     """Checks that `text` is the same in every process.
 
     Args:
-      what: what it is, and what to do when it differs.
+      what: what a process has whose text is another one, and what to do then.
       text: anything.
 
     Raises:
@@ -78,7 +78,7 @@ def check_same(what: str, text: str) -> None:
     digests = np.asarray(multihost_utils.process_allgather(digest))
     differing = np.flatnonzero((digests != digests[:1]).any(axis=1))
     if differing.size:
-        raise UserError(f"process {differing[0]} has not the same as process 0: {what}")
+        raise UserError(f"process {differing[0]} has {what}")
 
 
 def check_shared(folder: str) -> None:

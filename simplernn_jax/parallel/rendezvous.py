@@ -81,6 +81,7 @@ def _receive(place: Place, timeout: float) -> tuple[list[Member], dict[int, sock
     deadline = time.monotonic() + timeout
     members = {0: Member(0, socket.gethostname(), os.getpid())}
     connections: dict[int, socket.socket] = {}
+    waiting: list[socket.socket] = []
     try:
         with _listen(place) as server:
             while len(members) < place.count:
@@ -93,13 +94,15 @@ def _receive(place: Place, timeout: float) -> tuple[list[Member], dict[int, sock
                 if hello is None or "number" not in hello:
                     connection.close()  # a health check or a port scan
                     continue
-                _check_fits(place, members, hello)
-                number = hello["number"]
-                members[number] = Member(number, hello["host"], hello["pid"])
-                connections[number] = connection
+                newcomer = Member(hello["number"], hello["host"], hello["pid"])
+                waiting.append(connection)
+                _check_fits(place, members, newcomer, hello)
+                members[newcomer.number] = newcomer
+                connections[newcomer.number] = connection
     except UserError as error:
-        for connection in connections.values():
-            _write(connection, {"error": str(error)})
+        for connection in waiting:
+            with connection:
+                _write(connection, {"error": str(error)})
         raise
     present = [members[number] for number in range(place.count)]
     everybody = {"members": [dataclasses.asdict(member) for member in present]}
@@ -131,15 +134,15 @@ def _visit(place: Place, timeout: float) -> tuple[list[Member], dict[int, socket
             time.sleep(_RETRY_SECONDS)
     _write(connection, hello)
     # Process 0 waits no longer than this from now on, and says how it ended.
-    reply = _read(connection, timeout + _HELLO_SECONDS)
-    if reply is None or not {"error", "members"} & reply.keys():
-        raise UserError(
-            f"what answers at {place.coordinator} is not process 0 of this run, or it has ended: "
-            "see its output, or choose another port"
-        )
-    if "error" in reply:
-        raise UserError(reply["error"])
-    return [Member(**member) for member in reply["members"]], {0: connection}
+    reply = _read(connection, timeout + _HELLO_SECONDS) or {}
+    if "members" in reply:
+        return [Member(**member) for member in reply["members"]], {0: connection}
+    connection.close()
+    raise UserError(
+        reply.get("error")
+        or f"process 0 does not answer at {place.coordinator}: it has ended or hangs, or another "
+        "program listens there: see its output, or choose another port"
+    )
 
 
 def _listen(place: Place) -> socket.socket:
@@ -157,9 +160,9 @@ def _listen(place: Place) -> socket.socket:
         ) from error
 
 
-def _check_fits(place: Place, members: dict[int, Member], hello: dict[str, Any]) -> None:
-    number = hello["number"]
-    newcomer = f"process {number} (host {hello['host']}, pid {hello['pid']})"
+def _check_fits(
+    place: Place, members: dict[int, Member], newcomer: Member, hello: dict[str, Any]
+) -> None:
     if hello["versions"] != VERSIONS:
         raise UserError(f"{newcomer} has {hello['versions']}, process 0 {VERSIONS}: use the same")
     if hello["count"] != place.count:
@@ -167,8 +170,10 @@ def _check_fits(place: Place, members: dict[int, Member], hello: dict[str, Any])
             f"{newcomer} was started as one of {hello['count']} processes, process 0 as one of "
             f"{place.count}: give all the same number"
         )
-    if number in members:
-        raise UserError(f"{newcomer} and {members[number]} have the same number: give each its own")
+    if newcomer.number in members:
+        raise UserError(
+            f"{newcomer} and {members[newcomer.number]} have the same number: give each its own"
+        )
 
 
 def _missing(place: Place, members: dict[int, Member], timeout: float) -> str:

@@ -45,6 +45,8 @@ from simplernn_jax.training.checkpoint_contents import (
 from simplernn_jax.training.checkpoint_folder import PRUNED, CheckpointFolder, refusal_of_disk
 from simplernn_jax.training.retention import KeepLastAndBest
 
+_PATIENCE_SECONDS = 5.0
+
 _OVERHEAD = 256 * 1024
 """Bytes of a checkpoint beside its arrays and its tokenizer."""
 
@@ -184,12 +186,20 @@ class Checkpointer:
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
         return Restored(step, state, read_json(path, "data"), config, tokenizer_json)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Waits for the last save and gives the workdir free.
+
+        Args:
+          failed: an error ends the run. If it is one of several processes, the others may not
+            know yet, and their part of the save may never come: it is not waited for long.
 
         Raises:
           UserError: the last save failed (see `save`).
         """
+        if failed and jax.process_count() > 1:
+            if self._pending is not None:
+                concurrent.futures.wait([self._pending[1]], _PATIENCE_SECONDS)
+            return  # this process ends at once
         try:
             self._finish()
         finally:

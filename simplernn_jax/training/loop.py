@@ -75,9 +75,12 @@ def train(config: Config, workdir: str) -> Result:
     run = _Run(config, workdir)
     try:
         with Interruption() as interruption:
-            return run.to_the_end(StopVote(lambda: interruption.requested))
-    finally:
-        run.close()
+            result = run.to_the_end(StopVote(lambda: interruption.requested))
+    except BaseException:
+        run.close(failed=True)
+        raise
+    run.close()
+    return result
 
 
 class _Run:
@@ -146,13 +149,13 @@ class _Run:
         shardings = jax.tree.map(lambda _: self._lying(BATCH_AXES), batch)
         return from_rows(batch, shardings, self.rows.start, self.config.data.batch_size)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Waits for the last save and closes the files."""
         try:
             if self.metrics is not None:
                 self.metrics.close()
         finally:
-            self.checkpointer.close()
+            self.checkpointer.close(failed=failed)
 
     def to_the_end(self, vote: StopVote) -> Result:
         """Takes all steps that are left, unless a signal comes."""

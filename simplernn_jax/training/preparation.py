@@ -28,9 +28,10 @@ def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
         it, the configuration or the text are not the same for all processes.
     """
     check_shared(workdir)
-    check_same("give all the same command", config_lib.to_json(config))
+    another = "another configuration than process 0: start all with the same command"
+    check_same(another, config_lib.to_json(config))
     config, corpus = first_then_others("prepared", lambda: _prepare(config, workdir))
-    check_same("give all the same text", corpus.content_hash)
+    check_same("other text than process 0: give all the same", corpus.content_hash)
     return config, corpus
 
 
