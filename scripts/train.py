@@ -8,8 +8,8 @@ The same command again resumes, byte for byte. SIGTERM and Ctrl-C save first and
 code 75; a second signal stops at once. Bad input is one line and code 2.
 
 With --distributed, this is one of several processes that train together, on one host or on many;
-the workdir is on a file system that they share. When one of them dies, hangs or fails, all end
-within 30 seconds, the others with code 76. scripts/launch_local.sh starts some on this machine.
+the workdir is on a file system that they share. When one of them dies or hangs, the others end
+within 30 seconds, with code 76. scripts/launch_local.sh starts some on this machine.
 """
 
 import gc

@@ -35,7 +35,10 @@ def is_first() -> bool:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come here; works beside a running computation too.
+    """Returns when every process has come here, in whichever thread.
+
+    Where one may come much later than the others, a computation must not be what waits for it:
+    on the CPU it gives up after half an hour.
 
     Args:
       name: of this point in the program.
@@ -59,6 +62,7 @@ def first_then_others(name: str, function: Callable[[], _Result]) -> _Result:
 
 def from_first(number: int) -> int:
     """Process 0's `number`, in every process; int32."""
+    wait_for_all("a number of process 0")
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 

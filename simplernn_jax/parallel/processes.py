@@ -17,11 +17,16 @@ import jax
 from jax.errors import JaxRuntimeError
 
 from simplernn_jax.errors import UserError
+from simplernn_jax.parallel.agreement import wait_for_all
 from simplernn_jax.parallel.peers import SILENCE_SECONDS, Lost, Peers
 from simplernn_jax.parallel.rendezvous import Place, meet
 
 EXIT_PEER_LOST = 76
-"""Another process of the run died, hung or ended with an error (EX_PROTOCOL)."""
+"""Another process of the run died or hangs (EX_PROTOCOL): the same commands go on."""
+
+_EXIT_ERROR = 2
+"""Bad input, as in `command_line`; here also when another process has ended with an error of its
+own, which starting all again does not mend."""
 
 _JAX_HEARTBEAT_SECONDS = 25
 """JAX's own watch, for the case that ours fails: it aborts this process, after ours would."""
@@ -70,11 +75,12 @@ def joined(
             heartbeat_timeout_seconds=_JAX_HEARTBEAT_SECONDS,
         )
         yield
+        wait_for_all("all is done")
+        jax.distributed.shutdown()
     except BaseException as error:
         if _is_said_by_another(error):
-            sys.exit(2)
+            sys.exit(_EXIT_ERROR)
         raise
-    jax.distributed.shutdown()  # waits for the others
     _peers.say_bye()
     _peers = None
 
@@ -151,20 +157,23 @@ def _is_said_by_another(error: BaseException) -> bool:
 
 
 def _end_since_lost(lost: Lost) -> NoReturn:
-    _say_once(str(lost))
+    _say(lost)
     if _peers is not None:
         _peers.let_the_others_end()
-    os._exit(EXIT_PEER_LOST)
+    os._exit(_EXIT_ERROR if lost.own_words else EXIT_PEER_LOST)
 
 
-def _say_once(what: str) -> None:
+def _say(lost: Lost | None) -> None:
     """Prints one line, from whichever thread comes first; another one waits for the end."""
     if not _said.acquire(blocking=False):
         threading.Event().wait()
+    who = "JAX has aborted this process, for the reason above" if lost is None else str(lost)
+    line = f"error: {' '.join(who.split())}"
+    if lost is None or not lost.own_words:
+        line += "; start all processes again, and the run goes on from its last checkpoint"
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-        line = f"error: {' '.join(what.split())}; start all processes again, and the run goes on "
-        os.write(2, f"{line}from its last checkpoint\n".encode())
+        os.write(2, f"{line}\n".encode())
 
 
 def _speak_when_aborted() -> None:
@@ -176,7 +185,7 @@ def _speak_when_aborted() -> None:
 
     def on_abort(_: int) -> None:
         lost = None if _peers is None else _peers.lost or _peers.lost_coordinator()
-        _say_once(str(lost or "JAX has aborted this process, for the reason above"))
+        _say(lost)
         os._exit(EXIT_PEER_LOST)
 
     handler_type = ctypes.CFUNCTYPE(None, ctypes.c_int)

@@ -20,7 +20,7 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
-from simplernn_jax.parallel.agreement import StopVote, is_first
+from simplernn_jax.parallel.agreement import StopVote, is_first, wait_for_all
 from simplernn_jax.parallel.global_arrays import from_rows, local_copy, rows_of_this_process
 from simplernn_jax.parallel.mesh import BATCH_AXES, check_fits, make_mesh
 from simplernn_jax.training import report
@@ -283,10 +283,13 @@ class _Run:
         return result
 
     def _sample(self, display: Display) -> None:
-        train = self.config.train
         params = local_copy(self.state.params)
-        if not is_first():
-            return
+        if is_first():
+            self._write_sample(params, display)
+        wait_for_all("a sample is written")
+
+    def _write_sample(self, params: nnx.State, display: Display) -> None:
+        train = self.config.train
         graph, _ = abstract_model(self.config)
         model = nnx.merge(graph, params)
         text = generate_text(
