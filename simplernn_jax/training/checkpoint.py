@@ -33,6 +33,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.parallel.agreement import from_first, is_first, wait_for_all
+from simplernn_jax.training.among_processes import among_processes
 from simplernn_jax.training.checkpoint_contents import (
     QUALITY,
     check_leaves,
@@ -230,7 +231,7 @@ class Checkpointer:
                     todelete_subdir=PRUNED,
                     lightweight_initialize=True,
                     create=False,
-                    multiprocessing_options=_together(),
+                    **among_processes(),
                 ),
             )
         return self._manager
@@ -253,7 +254,7 @@ class Checkpointer:
     def _save_failure(self, step: int, error: Exception) -> Exception:
         """The error to raise for a failed save, after freeing the room it took."""
         self._failed = True
-        if is_first():
+        if jax.process_count() == 1:  # others may still be writing there
             self._folder.discard_unfinished()
         reason = refusal_of_disk(error)
         if reason is None:
@@ -308,14 +309,6 @@ def load_model(workdir: str) -> tuple[LanguageModel, Tokenizer, Config]:
     leaves = [jnp.array(arrays[name]) for name in wanted]
     model = nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(params), leaves))
     return model, tokenizer_from_json(tokenizer_json), config
-
-
-def _together() -> ocp.options.MultiprocessingOptions:
-    """All processes, by name: without, Orbax waits for them in computations on the devices."""
-    count = jax.process_count()
-    return ocp.options.MultiprocessingOptions(
-        active_processes=set(range(count)) if count > 1 else None
-    )
 
 
 def _newest(workdir: str) -> tuple[int, str]:
