@@ -15,6 +15,7 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -61,6 +62,7 @@ class Arguments:
 
 
 _arguments: Arguments | None = None
+_leave: Callable[[int], NoReturn] = sys.exit
 
 
 def define_arguments(usage: str) -> Arguments:
@@ -104,6 +106,12 @@ def read_text(text: str | None, file: str | None, *, name: str) -> str:
         raise UserError(f"{where}: invalid UTF-8 at byte {error.start}; give UTF-8 text") from error
 
 
+def leave_by(leave: Callable[[int], NoReturn]) -> None:
+    """Makes `run` end this process with ``leave(code)`` instead of ``sys.exit(code)``."""
+    global _leave  # noqa: PLW0603 - a process ends once
+    _leave = leave
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Parses the flags, runs `main` and exits with its code (None is 0).
 
@@ -121,20 +129,26 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         _fail(f"{error}; --help shows the flags")
     except BrokenPipeError:  # the reader of a pipe has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)
+        _leave(128 + 13)
     except OSError as error:
         if error.errno not in _ADVICE:
-            raise
+            traceback.print_exc()
+            _leave(1)
         _fail(f"{_path_of(error)}: {os.strerror(error.errno).lower()}; {_ADVICE[error.errno]}")
     except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
+        _leave(130)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
+    except SystemExit as end:
+        _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+    _leave(0)
 
 
 def _fail(message: str) -> NoReturn:
     line = " ".join(part.strip() for part in message.splitlines())
     print(f"error: {line}", file=sys.stderr)
-    sys.exit(_EXIT_USER_ERROR)
+    _leave(_EXIT_USER_ERROR)
 
 
 def _path_of(error: OSError) -> str:

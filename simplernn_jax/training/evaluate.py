@@ -19,6 +19,7 @@ from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.rows import clear_rows
 from simplernn_jax.parallel.collectives import sum_over
+from simplernn_jax.parallel.global_arrays import from_rows
 from simplernn_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
 from simplernn_jax.parallel.sequence import LEAST_TOKENS
 from simplernn_jax.parallel.shardings import specs_of
@@ -87,6 +88,7 @@ class Evaluator:
             )
 
         self._divisible_by = (1, 1)
+        self._batch_shardings, self._state_shardings = None, None
         shardings: dict[str, Any] = {}
         if is_shared(mesh):
             specs = specs_of({"params": abstract_params, "carried": abstract_state(1)}, mesh)
@@ -96,6 +98,7 @@ class Evaluator:
             score = jax.shard_map(score, mesh=mesh, in_specs=inputs, out_specs=outputs)
             shardings["in_shardings"] = shardings_of(inputs, mesh)
             shardings["out_shardings"] = shardings_of(outputs, mesh)
+            _, self._batch_shardings, self._state_shardings = shardings["in_shardings"]
             sequence = mesh.shape["sequence"]
             rows = math.prod(mesh.shape[name] for name in BATCH_AXES)
             self._divisible_by = rows, sequence * LEAST_TOKENS if sequence > 1 else 1
@@ -103,6 +106,13 @@ class Evaluator:
             score, **shardings
         )
         self._abstract_state = abstract_state
+
+    def _zero_state(self, rows: int) -> ModelState:
+        def zeros() -> ModelState:
+            shapes = self._abstract_state(rows)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        return jax.jit(zeros, out_shardings=self._state_shardings)()
 
     def scores(
         self, params: nnx.State, split: TokenSplit, limit_tokens: int = 0, reset_every: int = 0
@@ -129,11 +139,12 @@ class Evaluator:
         )
         carried = None
         for batch in batches:
-            if carried is None:
-                carried = jax.tree.map(
-                    lambda x: jnp.zeros(x.shape, x.dtype), self._abstract_state(len(batch.reset))
-                )
-            nats, total, carried = self._score(params, batch, carried)
+            rows = len(batch.reset)
+            carried = self._zero_state(rows) if carried is None else carried
+            placed = batch
+            if self._batch_shardings is not None:
+                placed = from_rows(batch, self._batch_shardings, 0, rows)
+            nats, total, carried = self._score(params, placed, carried)
             yield Scores(batch, nats, total)
 
     def __call__(

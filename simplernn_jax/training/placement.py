@@ -3,7 +3,6 @@
 from typing import Any, TypeGuard
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simplernn_jax.data.batches import Batch
@@ -46,22 +45,3 @@ def batch_shardings(mesh: Mesh) -> Batch | None:
 def shardings_of(specs: Any, mesh: Mesh) -> Any:
     """`NamedSharding` for each `PartitionSpec` of a tree."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-
-
-def place(arrays: Any, shardings: Any) -> Any:
-    """Numpy arrays as JAX's own, each device with its part; they can be donated."""
-    copy = jax.jit(
-        lambda tree: jax.tree.map(jnp.copy, tree),
-        in_shardings=(shardings,),
-        out_shardings=shardings,
-    )
-    return copy(arrays)
-
-
-def local_copy(tree: Any, mesh: Mesh) -> Any:
-    """All of each array on one device of this process."""
-    if not is_shared(mesh):
-        return tree
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    whole = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
-    return jax.tree.map(lambda x: x.addressable_data(0), whole)
