@@ -76,7 +76,7 @@ class OtherMixer(nnx.Module):
     """Stands in a layer for whatever is no SimpleRNN."""
 
     def initial_state(self, batch_size):
-        return jnp.zeros((batch_size, 1))
+        return jnp.zeros((batch_size, 1)), jnp.zeros(batch_size, jnp.int32)
 
     def __call__(self, x, state=None, segment_ids=None):
         return x, state

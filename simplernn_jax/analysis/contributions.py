@@ -50,11 +50,15 @@ def gradient_contributions(
             return jax.nn.log_softmax(model.logits(hidden[0, -1]))[target]
 
         embeddings = model.embedding(tokens)
-        by_token, by_state = jax.grad(log_probability, argnums=(0, 1))(
-            jnp.zeros_like(embeddings), state
-        )
-        products = jax.tree.map(lambda gradient, x: jnp.sum(gradient * x), by_state, state)
-        return jnp.sum(by_token * embeddings, axis=-1)[0], jax.tree.reduce(jnp.add, products)
+        # A state may hold counters, which have no gradient.
+        gradient = jax.grad(log_probability, argnums=(0, 1), allow_int=True)
+        by_token, by_state = gradient(jnp.zeros_like(embeddings), state)
+        products = [
+            jnp.sum(slope.astype(jnp.float32) * x.astype(jnp.float32))
+            for slope, x in zip(jax.tree.leaves(by_state), jax.tree.leaves(state), strict=True)
+            if jnp.issubdtype(x.dtype, jnp.floating)
+        ]
+        return jnp.sum(by_token * embeddings, axis=-1)[0], sum(products, jnp.zeros(()))
 
     by_token, by_state = gradients(
         params, np.asarray(tokens, np.int32)[None], state, np.int32(target)
