@@ -57,7 +57,7 @@ def draw_state(memory: Memory, name: str) -> bytes:
     layers = [(n, part) for n, part in enumerate(memory.layers, 1) if part is not None]
     columns = min(len(layers), _COLUMNS)
     rows = -(-len(layers) // columns)
-    with new_figure(0.6 + 2.95 * columns, 0.3 + 2.7 * rows) as figure:
+    with new_figure(max(8.5, 0.6 + 2.95 * columns), 0.3 + 2.7 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for axes in grid.flat[len(layers) :]:
             axes.set_axis_off()

@@ -72,9 +72,10 @@ def _attention_part(explanation: Explanation, pictures: Mapping[str, Picture]) -
 def _left_out(explanation: Explanation) -> Iterator[str]:
     numbers = [str(n) for n, account in enumerate(explanation.accounts, 1) if account is None]
     if numbers:
+        layers = "layer " if len(numbers) == 1 else "layers "
         yield paragraph(
-            f"Layers that mix tokens otherwise than by SimpleRNN are left out here and in part 2: "
-            f"{', '.join(numbers)} of {len(explanation.accounts)}."
+            "Left out here and in part 2, because they mix tokens otherwise than by SimpleRNN: "
+            f"{layers}{', '.join(numbers)} of {len(explanation.accounts)}."
         )
 
 
