@@ -33,16 +33,19 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    count = int(arguments[0])
-    processes = start(count, arguments[1:])
+    early: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
+    signal.signal(signal.SIGINT, lambda number, _: early.append(number))
+    processes = start(int(arguments[0]), arguments[1:])
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in processes:
-            if process.poll() is None:
-                process.send_signal(number)
+            process.send_signal(number)  # does nothing where it has ended
 
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, pass_on)
+    for number in early:
+        pass_on(number, None)
     return wait(processes)
 
 

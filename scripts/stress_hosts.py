@@ -10,23 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from simplernn_jax.parallel.peers import SILENCE_SECONDS
-from stress_runs import compare, final_checkpoint, start
+from simplernn_jax.training.checkpoint_folder import CheckpointFolder
+from stress_runs import SAVE_EVERY, STEPS, compare, final_checkpoint, start
 
 _COUNT, _DEVICES = 2, 2
+_START_SECONDS, _SAVE_SECONDS = 8.0, 0.5
+"""What a start, and three steps and a save, take about."""
 _ENDS_WITHIN = 30.0
 """Seconds in which the other process must end."""
 
 
 def kill_processes(folder: Path, count: int, seed: int) -> int:
     """Kills and resumes `count` runs; 1 if one ends otherwise than a run left alone."""
-    started = time.monotonic()
     _train(folder, folder / "alone")
-    seconds = time.monotonic() - started
     expected = final_checkpoint(folder / "alone")
     wrong = 0
     for number in range(count):
         draw = random.Random(f"{seed} {number}")
-        what, problem = _kill_and_resume(folder, number, draw, seconds, expected)
+        what, problem = _kill_and_resume(folder, number, draw, expected)
         wrong += problem is not None
         print(f"run {number}: {what}: {problem or 'same bytes'}", flush=True)
     print(f"killed a process of {count} runs: {count - wrong} identical, {wrong} wrong")
@@ -34,7 +35,7 @@ def kill_processes(folder: Path, count: int, seed: int) -> int:
 
 
 def _kill_and_resume(
-    folder: Path, number: int, draw: random.Random, seconds: float, expected: dict[str, Any]
+    folder: Path, number: int, draw: random.Random, expected: dict[str, Any]
 ) -> tuple[str, str | None]:
     """What was done, and what was wrong, if anything."""
     workdir = folder / f"run{number}"
@@ -43,14 +44,14 @@ def _kill_and_resume(
     # Some hang: they are alive and do nothing.
     sent = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP])
     try:
-        time.sleep(draw.uniform(0, seconds))
+        when = _wait_for_a_moment(workdir, processes, draw)
         processes[victim].send_signal(sent)
         started = time.monotonic()
         problem = _wait_for_the_others(folder, workdir, processes, victim)
         took = time.monotonic() - started
     finally:
         _kill(processes)
-    what = f"{sent.name} to process {victim}, the other ended {took:.1f} s later"
+    what = f"{sent.name} to process {victim} {when}, the other ended {took:.1f} s later"
     if problem is None:
         _train(folder, workdir)
         problem = compare(final_checkpoint(workdir), expected)
@@ -58,6 +59,24 @@ def _kill_and_resume(
         problem = "a checkpoint was taken for damaged"
     shutil.rmtree(workdir)
     return what, problem
+
+
+def _wait_for_a_moment(
+    workdir: Path, processes: list[subprocess.Popen[bytes]], draw: random.Random
+) -> str:
+    """Waits until a random moment of the start, or after a random save; says which."""
+    saves = draw.randrange(STEPS // SAVE_EVERY)
+    if not saves:
+        seconds = draw.uniform(0, _START_SECONDS)
+        time.sleep(seconds)
+        return f"{seconds:.1f} s after its start"
+    checkpoints = CheckpointFolder(str(workdir))
+    while max(checkpoints.steps(), default=0) < saves * SAVE_EVERY:
+        if any(process.poll() is not None for process in processes):
+            break
+        time.sleep(0.01)
+    time.sleep(draw.uniform(0, _SAVE_SECONDS))
+    return f"after the save of step {saves * SAVE_EVERY}"
 
 
 def _wait_for_the_others(
