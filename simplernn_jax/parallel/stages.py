@@ -58,6 +58,15 @@ def bubble(chunks: int, stages: int) -> float:
     return (stages - 1) / (chunks + stages - 1)
 
 
+def describe_stages(length: int, stages: int) -> str:
+    """One line for the user: how `length` tokens pass through the stages."""
+    chunks = choose_chunks(length, stages)
+    return (
+        f"{stages} stages, {chunks} chunks of {length // chunks} tokens: "
+        f"a stage is idle {bubble(chunks, stages):.1%} of the time"
+    )
+
+
 def run_stages(
     layer: Layer,
     params: Any,

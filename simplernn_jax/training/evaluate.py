@@ -23,7 +23,7 @@ from simplernn_jax.parallel.global_arrays import from_rows
 from simplernn_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
 from simplernn_jax.parallel.sequence import LEAST_TOKENS
 from simplernn_jax.parallel.shardings import specs_of
-from simplernn_jax.training.gradient import abstract_model
+from simplernn_jax.training.gradient import make_model
 from simplernn_jax.training.losses import cross_entropy
 from simplernn_jax.training.placement import batch_specs, is_shared, shardings_of
 
@@ -69,7 +69,15 @@ class Evaluator:
     """
 
     def __init__(self, config: Config, pad_id: int, mesh: Mesh | None = None):
-        graph, abstract_params = abstract_model(config)
+        def make() -> LanguageModel:
+            rngs = nnx.Rngs(0)
+            return (
+                make_model(config, rngs)
+                if is_shared(mesh)
+                else LanguageModel(config.model, rngs=rngs)
+            )
+
+        graph, abstract_params = nnx.split(nnx.eval_shape(make), nnx.Param)
         self._pad_id = pad_id
 
         def score(
@@ -83,9 +91,7 @@ class Evaluator:
             return nats, sum_over(jnp.sum(nats), *TOKEN_AXES), carried
 
         def abstract_state(rows: int) -> ModelState:
-            return jax.eval_shape(
-                lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)).initial_state(rows)
-            )
+            return jax.eval_shape(lambda: make().initial_state(rows))
 
         self._divisible_by = (1, 1)
         self._batch_shardings, self._state_shardings = None, None
@@ -99,9 +105,9 @@ class Evaluator:
             shardings["in_shardings"] = shardings_of(inputs, mesh)
             shardings["out_shardings"] = shardings_of(outputs, mesh)
             _, self._batch_shardings, self._state_shardings = shardings["in_shardings"]
-            sequence = mesh.shape["sequence"]
+            sequence, stages = mesh.shape["sequence"], mesh.shape["stage"]
             rows = math.prod(mesh.shape[name] for name in BATCH_AXES)
-            self._divisible_by = rows, sequence * LEAST_TOKENS if sequence > 1 else 1
+            self._divisible_by = rows, sequence * LEAST_TOKENS if sequence > 1 else stages
         self._score: Callable[..., tuple[jax.Array, jax.Array, ModelState]] = jax.jit(
             score, **shardings
         )
