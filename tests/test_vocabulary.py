@@ -1,5 +1,7 @@
 """Embedding, head and loss on a vocabulary in parts, against the same on one device."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -50,7 +52,8 @@ def test_lookup_and_its_gradient():
 def test_tied_logits_and_their_gradient():
     table, hidden, _ = draw()
     out = P("fsdp", "tensor")
-    ours = value_and_gradient(tied_logits, (TOKENS, TABLE), out, hidden, table)
+    product = functools.partial(tied_logits, dtype=jnp.float32)
+    ours = value_and_gradient(product, (TOKENS, TABLE), out, hidden, table)
     expected = with_gradient(lambda hidden, table: hidden @ table.T, hidden, table)
     chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-5)
 
