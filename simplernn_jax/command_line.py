@@ -27,7 +27,14 @@ from simplernn_jax.config import nearest_name
 from simplernn_jax.config_flag import config_fields, config_is_missing, define_config_flag
 from simplernn_jax.errors import UserError
 
-__all__ = ["EXIT_INTERRUPTED", "Arguments", "define_arguments", "define_config_flag", "run"]
+__all__ = [
+    "EXIT_INTERRUPTED",
+    "Arguments",
+    "define_arguments",
+    "define_config_flag",
+    "read_text",
+    "run",
+]
 
 EXIT_INTERRUPTED = 75
 """A run stopped by SIGTERM or SIGINT after saving; the same command goes on (EX_TEMPFAIL)."""
@@ -66,6 +73,37 @@ def define_arguments(usage: str) -> Arguments:
     global _arguments  # noqa: PLW0603 - like absl's flags: a process has one command line
     _arguments = Arguments(usage)
     return _arguments
+
+
+def read_text(text: str | None, file: str | None, *, name: str) -> str:
+    """The text of a flag or of the file that another flag names.
+
+    Args:
+      text: value of ``--NAME``; None where neither flag is set gives an empty text.
+      file: value of ``--NAME_file``; ``-`` is standard input.
+      name: NAME.
+
+    Raises:
+      UserError: both are given, the file cannot be read, or what is read is no UTF-8.
+    """
+    if text is not None and file is not None:
+        raise UserError(f"--{name} and --{name}_file exclude each other; give one of them")
+    if file is None:
+        where, data = f"--{name}", (text or "").encode("utf-8", "surrogateescape")
+    elif file == "-":
+        where, data = "standard input", sys.stdin.buffer.read()
+    else:
+        where, path = file, Path(file).expanduser()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"--{name}_file={path}: {error.strerror}; name a readable file"
+            ) from error
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: invalid UTF-8 at byte {error.start}; give UTF-8 text") from error
 
 
 def leave_by(leave: Callable[[int], NoReturn]) -> None:

@@ -19,6 +19,8 @@ import jax
 from absl import logging
 from jax._src import compilation_cache
 
+from simplernn_jax.cache_folder import cache_folder
+
 MAX_BYTES = 256 * 2**20
 """Room for all entries, unless ``JAX_COMPILATION_CACHE_MAX_SIZE`` sets another bound."""
 
@@ -37,7 +39,7 @@ def use_compilation_cache() -> None:
     if not jax.config.values["jax_enable_compilation_cache"] or "://" in (chosen or ""):
         return  # off, or in a bucket, where JAX's own files are the better ones
     try:
-        folder = Path(chosen or _default_folder()).absolute()
+        folder = Path(chosen or cache_folder("compiled")).absolute()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds what will be executed
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:
@@ -53,12 +55,6 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def _default_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    parent = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return parent / "simplernn_jax" / "compiled"
 
 
 class SealedFolder:

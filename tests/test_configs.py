@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from simplernn_jax.config import Config, OptimizerConfig, from_json, to_json, validate
-from simplernn_jax.training.train_step import abstract_model
+from simplernn_jax.training.gradient import abstract_model
 
 FILES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.py"))
 

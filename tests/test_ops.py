@@ -3,6 +3,8 @@
 Errors are RMS(difference) / RMS(reference). The reference is `scan` in float64.
 """
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,8 @@ LENGTHS = (1, 2, 7, 63, 64, 65, 256, 1000)
 # heads, K, V: one head and several, K != V.
 SHAPES = ((1, 13, 7), (3, 5, 11))
 BATCH = 2
+# Chosen by the operator (in float32 on a CPU: the fused function), and in chunks in any case.
+WAYS = {"chosen": {}, "chunks": {"chunk_size": 32}}
 
 
 @pytest.fixture(autouse=True)
@@ -112,27 +116,31 @@ LIMITS = {
 }
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=lambda d: d.__name__)
-def test_chunkwise_equals_scan(dtype, length, shape):
+def test_fast_ways_equal_scan(dtype, length, shape, way):
     inputs, cotangents = draw_inputs(length, shape, "mixed")
-    check(inputs, None, cotangents, dtype, LIMITS[dtype])
+    check(inputs, None, cotangents, dtype, LIMITS[dtype], **WAYS[way])
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("gates", ["near_one", "strong", "tiny"])
 @pytest.mark.parametrize("dtype", LIMITS, ids=lambda d: d.__name__)
-def test_chunkwise_equals_scan_for_gates_of_every_strength(dtype, gates):
+def test_fast_ways_equal_scan_for_gates_of_every_strength(dtype, gates, way):
     inputs, cotangents = draw_inputs(131, SHAPES[1], gates)
-    check(inputs, None, cotangents, dtype, LIMITS[dtype])
+    check(inputs, None, cotangents, dtype, LIMITS[dtype], **WAYS[way])
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["edges", "inside", "every_token"])
 @pytest.mark.parametrize("length", [2, 64, 131])
 @pytest.mark.parametrize("dtype", LIMITS, ids=lambda d: d.__name__)
-def test_chunkwise_equals_scan_with_segments(dtype, length, kind):
+def test_fast_ways_equal_scan_with_segments(dtype, length, kind, way):
     inputs, cotangents = draw_inputs(length, SHAPES[1], "mixed", seed=1)
-    check(inputs, draw_segments(kind, length), cotangents, dtype, LIMITS[dtype])
+    segments = draw_segments(kind, length)
+    check(inputs, segments, cotangents, dtype, LIMITS[dtype], **WAYS[way])
 
 
 @pytest.mark.parametrize("chunk_size", [8, 16, 128])
@@ -142,13 +150,14 @@ def test_chunkwise_equals_scan_for_every_chunk_size(chunk_size):
     check(inputs, segments, cotangents, jnp.float64, {"all": 1e-12}, chunk_size=chunk_size)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=30)
 @given(
     logits=st.lists(st.floats(-60, 60, width=32), min_size=8, max_size=8),
     seed=st.integers(0, 2**16),
     cut=st.booleans(),
 )
-def test_no_gate_gives_nan(logits, seed, cut):
+def test_no_gate_gives_nan(way, logits, seed, cut):
     """Finite inputs give finite results, whatever the gates, also right beside each other."""
     rng = np.random.default_rng(seed)
     chosen = np.asarray(logits)[rng.integers(0, 8, (1, 67, 2, 5))]
@@ -157,14 +166,16 @@ def test_no_gate_gives_nan(logits, seed, cut):
     state = jnp.asarray(rng.normal(size=(1, 2, 5, 5)), jnp.float32)
     segments = jnp.asarray((np.arange(67) // (9 if cut else 100))[None])
     cotangents = (jnp.ones_like(v), jnp.ones_like(state))
-    results = _jitted(([q, k, v, log_gate, state]), segments, cotangents)
+    results = _jitted(way, [q, k, v, log_gate, state], segments, cotangents)
     chex.assert_tree_all_finite(results)
 
 
-@jax.jit
-def _jitted(inputs, segments, cotangents):
+@functools.partial(jax.jit, static_argnums=0)
+def _jitted(way, inputs, segments, cotangents):
     def call(*inputs):
-        return gated_linear_recurrence(*inputs[:4], initial_state=inputs[4], segment_ids=segments)
+        return gated_linear_recurrence(
+            *inputs[:4], initial_state=inputs[4], segment_ids=segments, **WAYS[way]
+        )
 
     results, pullback = jax.vjp(call, *inputs)
     return results, pullback(cotangents)

@@ -154,4 +154,7 @@ def test_a_thread_in_a_hurry_may_ask_whether_the_first_is_gone():
     peers = Peers(MEMBERS, 1, {0: ours}, lambda lost: None)
     assert peers.lost_coordinator() is None
     theirs.close()
-    assert (peers.lost_coordinator() or peers.lost) == Lost(MEMBERS[0], "died", False)
+    lost = peers.lost_coordinator() or peers.lost
+    # On a busy machine it may be missed for its silence before its end is seen.
+    assert lost is not None
+    assert lost.member == MEMBERS[0]

@@ -86,9 +86,8 @@ class ResidualBlock(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dtype = compute_dtype(config.precision)
-        self.dtype = dtype
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
-        self.rnn_norm = nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
+        self.rnn_norm = nnx.RMSNorm(config.hidden_dim, rngs=rngs)
         self.convolution = ShortConvolution(CONVOLUTION_WIDTH, config.hidden_dim, rngs=rngs)
         self.rnn = _recurrence(
             config,
@@ -99,7 +98,7 @@ class ResidualBlock(nnx.Module):
             output_norm=True,
             output_gate=True,
         )
-        self.mlp_norm = nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
+        self.mlp_norm = nnx.RMSNorm(config.hidden_dim, rngs=rngs)
         zeros = nnx.initializers.zeros_init()
         self.mlp_in = dense(
             config.hidden_dim,
@@ -136,12 +135,11 @@ class ResidualBlock(nnx.Module):
     ) -> tuple[Activations, ResidualState]:
         """``[B, T, D]`` float32 to the same; without a key nothing is dropped."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        if state is None:
-            state = self.initial_state(x.shape[0])
-        y, recent = self.convolution(self.rnn_norm(x), state.recent, segment_ids)
-        y, recurrence = self.rnn(y.astype(self.dtype), state.recurrence, segment_ids)
+        recurrence, recent = (None, None) if state is None else state
+        y, recent = self.convolution(self.rnn_norm(x), recent, segment_ids)
+        y, recurrence = self.rnn(y, recurrence, segment_ids)
         x = x + self._drop(y, keys[0])
-        hidden = self.mlp_norm(x).astype(self.dtype).reshape(-1, x.shape[-1])
+        hidden = self.mlp_norm(x).reshape(-1, x.shape[-1])
         # The gradient computes GELU again: its intermediate values are the largest of the model.
         y = self.mlp_out(jax.checkpoint(jax.nn.gelu)(self.mlp_in(hidden))).reshape(x.shape)
         return x + self._drop(y, keys[1]), ResidualState(recurrence, recent)

@@ -9,6 +9,8 @@ from flax import nnx
 from simplernn_jax.array_types import Activations, HeadState, SegmentIds
 from simplernn_jax.models.dense import dense
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
+from simplernn_jax.parallel.collectives import axis_size, vary
+from simplernn_jax.parallel.sequence import recurrence_over_stretches
 
 
 class SimpleRNNCell(nnx.RNNCellBase):
@@ -81,11 +83,7 @@ class SimpleRNNCell(nnx.RNNCellBase):
         self.key_proj = projection(key_dim)
         self.value_proj = projection(value_dim)
         self.gate_proj = projection(key_dim, gate_bias_init or bias_init)
-        self.output_norm = (
-            nnx.RMSNorm(value_dim // num_heads, dtype=jnp.float32, rngs=rngs)
-            if output_norm
-            else None
-        )
+        self.output_norm = nnx.RMSNorm(value_dim // num_heads, rngs=rngs) if output_norm else None
         self.output_gate_proj = projection(value_dim) if output_gate else None
         self.out_proj = dense(
             value_dim,
@@ -106,20 +104,27 @@ class SimpleRNNCell(nnx.RNNCellBase):
         # Tokens are flattened: the gradient of a matrix then contracts one axis, the fast path.
         flat = x.reshape(-1, x.shape[-1])
 
-        def heads(y: jax.Array) -> jax.Array:
-            return y.reshape(*x.shape[:-1], self.num_heads, -1)
+        def heads(y: jax.Array, width: int) -> jax.Array:
+            # By width: on a mesh with an axis `tensor`, a device has some of the heads.
+            width //= self.num_heads
+            return y.reshape(*x.shape[:-1], y.shape[-1] // width, width)
 
         q = self.query_proj(flat) * self.query_scale
         k = jax.nn.sigmoid(self.key_proj(flat))
-        gate_logits = self.gate_proj(flat).astype(jnp.promote_types(flat.dtype, jnp.float32))
-        log_gate = jax.nn.log_sigmoid(gate_logits)
-        return heads(q), heads(k), heads(self.value_proj(flat)), heads(log_gate)
+        log_gate = jax.nn.log_sigmoid(self.gate_proj(flat))
+        key_dim, value_dim = self.key_dim, self.value_dim
+        return (
+            heads(q, key_dim),
+            heads(k, key_dim),
+            heads(self.value_proj(flat), value_dim),
+            heads(log_gate, key_dim),
+        )
 
     def combine(self, y: jax.Array, x: jax.Array) -> jax.Array:
         """The heads' output ``[..., H, V]`` to ``[..., output_dim]``; x feeds the output gate."""
         if self.output_norm is not None:
-            y = self.output_norm(y).astype(y.dtype)
-        y = y.reshape(-1, self.value_dim)
+            y = self.output_norm(y)
+        y = y.reshape(-1, y.shape[-2] * y.shape[-1])
         if self.output_gate_proj is not None:
             y = y * jax.nn.silu(self.output_gate_proj(x.reshape(-1, x.shape[-1])))
         return self.out_proj(y).reshape(*x.shape[:-1], -1)
@@ -179,8 +184,12 @@ class SimpleRNN(nnx.Module):
         Returns:
           ``[B, T, output_dim]`` and the state after the last token.
         """
+        x = vary(x, "tensor")  # read by several projections, whose gradients are summed once
         q, k, v, log_gate = self.cell.project(x)
-        y, state = gated_linear_recurrence(
-            q, k, v, log_gate, initial_state=state, segment_ids=segment_ids
-        )
+        if axis_size("sequence") > 1:
+            y, state = recurrence_over_stretches(q, k, v, log_gate, state, segment_ids)
+        else:
+            y, state = gated_linear_recurrence(
+                q, k, v, log_gate, initial_state=state, segment_ids=segment_ids
+            )
         return self.cell.combine(y, x), state

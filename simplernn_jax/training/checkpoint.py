@@ -151,17 +151,18 @@ class Checkpointer:
         if wait:
             self._finish()
 
-    def restore(self, abstract_state: Any) -> Restored | None:
+    def restore(self, abstract_state: Any, shardings: Any = None) -> Restored | None:
         """Restores the newest whole checkpoint; damaged ones are moved aside with a warning.
 
         Args:
           abstract_state: tree of arrays or `jax.ShapeDtypeStruct`: what `save` was given, from
             however many devices and processes.
+          shardings: where each is to lie; each process reads what its devices hold. None is the
+            default device.
 
         Returns:
           None if no save was ever completed in this workdir. The arrays have exactly the saved
-          bytes. Those with a sharding in `abstract_state` lie as it says, and each process reads
-          what its devices hold; the others lie on the default device and are committed to none.
+          bytes; without `shardings` they are committed to no device.
 
         Raises:
           UserError: there are checkpoints and none is whole, or the newest whole one is of
@@ -180,8 +181,8 @@ class Checkpointer:
         check_same_model(self._config, config)
         wanted = named_leaves(abstract_state)
         check_leaves(path, wanted, saved_leaves(path))
-        shardings = {name: getattr(leaf, "sharding", None) for name, leaf in wanted.items()}
-        arrays = read_arrays(path, list(wanted), shardings)
+        places = dict.fromkeys(wanted) if shardings is None else named_leaves(shardings)
+        arrays = read_arrays(path, list(wanted), places)
         # A copy that JAX owns: an alias of numpy's memory could not be donated.
         leaves = [jnp.array(arrays[name]) for name in wanted]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)

@@ -22,24 +22,29 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
 from simplernn_jax.parallel.agreement import StopVote, is_first, wait_for_all
 from simplernn_jax.parallel.global_arrays import from_rows, local_copy, rows_of_this_process
-from simplernn_jax.parallel.mesh import BATCH_AXES, check_fits, make_mesh
+from simplernn_jax.parallel.layer_layout import in_layout_of
+from simplernn_jax.parallel.mesh import BATCH_AXES, check_fits, describe, make_mesh
+from simplernn_jax.parallel.stages import describe_stages
 from simplernn_jax.training import report
 from simplernn_jax.training.checkpoint import Checkpointer
 from simplernn_jax.training.clock import Clock
 from simplernn_jax.training.display import Display, NoDisplay, clock, open_display
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
+from simplernn_jax.training.file_layout import FileLayout
+from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.interruption import Interruption
 from simplernn_jax.training.metrics import MetricsWriter
 from simplernn_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from simplernn_jax.training.placement import batch_shardings
 from simplernn_jax.training.preparation import prepare, total_steps
 from simplernn_jax.training.profiling import Profile
 from simplernn_jax.training.recompilation import CountedCalls
 from simplernn_jax.training.train_step import (
     StepMetrics,
     TrainState,
-    abstract_model,
     init_train_state,
     make_train_step,
+    state_shardings,
 )
 
 SAMPLE_TEMPERATURE = 0.8
@@ -92,7 +97,8 @@ class _Run:
         check_fits(self.config, self.mesh)
         self.workdir = workdir
         self.total_steps = total_steps(self.config, self.corpus)
-        optimizer = make_optimizer(self.config.optimizer, self.total_steps)
+        optimizer = make_optimizer(self.config.optimizer, self.total_steps, self.mesh)
+        self.layout = FileLayout(self.config, optimizer, self.mesh)
         self.checkpointer = Checkpointer(
             workdir,
             self.config,
@@ -108,29 +114,23 @@ class _Run:
         except BaseException:
             self.checkpointer.close()
             raise
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        step = make_train_step(self.config, optimizer)
-        self.train_step = CountedCalls(
-            "the train step",
-            jax.jit(step, donate_argnums=0, out_shardings=(shardings, self._lying())),
-        )
+        step = make_train_step(self.config, optimizer, self.mesh)
+        self.train_step = CountedCalls("the train step", step)
         self.learning_rate = learning_rate_schedule(self.config.optimizer, self.total_steps)
-        self.evaluator = Evaluator(self.config, self.corpus.tokenizer.pad_id)
+        self.evaluator = Evaluator(self.config, self.corpus.tokenizer.pad_id, self.mesh)
         self.clock = Clock()
         self.measured: dict[int, dict[str, float]] = {}
 
     def _start_or_resume(self, optimizer: Any) -> tuple[TrainState, Any]:
         config, corpus = self.config, self.corpus
-        rows = self._lying(BATCH_AXES)
-        self.rows = rows_of_this_process(rows, config.data.batch_size)
+        by_rows = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+        self.rows = rows_of_this_process(by_rows, config.data.batch_size)
         batches = make_batches(
             corpus.train, config.data, config.train.seed, corpus.tokenizer.pad_id, self.rows
         )
-        shapes = jax.eval_shape(lambda: init_train_state(config, optimizer))
-        shardings = jax.tree.map(lambda _: self._lying(), shapes)
-        shardings.carried = jax.tree.map(lambda _: rows, shapes.carried)
+        shardings = state_shardings(config, optimizer, self.mesh)
         init = jax.jit(lambda: init_train_state(config, optimizer), out_shardings=shardings)
-        restored = self.checkpointer.restore(jax.eval_shape(init))
+        restored = self.checkpointer.restore(self.layout.abstract, self.layout.shardings)
         if restored is None:
             return init(), batches
         if restored.data_state["content_hash"] != corpus.content_hash:
@@ -139,14 +139,12 @@ class _Run:
                 f"{self.workdir} was trained on; give it the same text, or use another --workdir"
             )
         batches.set_state(restored.data_state["batches"])
-        return restored.state, batches
-
-    def _lying(self, *axes: Any) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec(*axes))
+        return self.layout.from_files(restored.state), batches
 
     def _next_batch(self) -> Batch:
-        batch = next(self.batches)
-        shardings = jax.tree.map(lambda _: self._lying(BATCH_AXES), batch)
+        batch, shardings = next(self.batches), batch_shardings(self.mesh)
+        if shardings is None:
+            return jax.device_put(batch)
         return from_rows(batch, shardings, self.rows.start, self.config.data.batch_size)
 
     def close(self, *, failed: bool = False) -> None:
@@ -266,8 +264,7 @@ class _Run:
     def _evaluate(self, limit_tokens: int, display: Display) -> Evaluation | None:
         if self.corpus.validation is None:
             return None
-        params = local_copy(self.state.params)
-        result = self.evaluator(params, self.corpus.validation, limit_tokens)
+        result = self.evaluator(self.state.params, self.corpus.validation, limit_tokens)
         self.measured = {self.step: {"validation_loss": result.nats_per_token}}
         self._write(
             self.step,
@@ -290,8 +287,8 @@ class _Run:
 
     def _write_sample(self, params: nnx.State, display: Display) -> None:
         train = self.config.train
-        graph, _ = abstract_model(self.config)
-        model = nnx.merge(graph, params)
+        graph, abstract = abstract_model(self.config)
+        model = nnx.merge(graph, in_layout_of(abstract, params))
         text = generate_text(
             model,
             self.corpus.tokenizer,
@@ -306,7 +303,8 @@ class _Run:
     def _save(self, *, wait: bool = False) -> None:
         data_state = {"batches": self.position, "content_hash": self.corpus.content_hash}
         metrics = self.measured.get(self.step)
-        self.checkpointer.save(self.step, self.state, data_state, metrics, wait=wait)
+        state = self.layout.to_files(self.state)
+        self.checkpointer.save(self.step, state, data_state, metrics, wait=wait)
 
     def _write_config(self) -> None:
         Path(self.workdir, "config.json").write_text(
@@ -318,9 +316,12 @@ class _Run:
         train = self.corpus.train
         display.say(
             f"{self.config.model.block} model, {parameters:,} parameters, "
-            f"{self.config.model.precision}, on {jax.devices()[0].device_kind}; "
+            f"{self.config.model.precision}, on {describe(self.mesh)}; "
             f"{len(train.tokens):,} training tokens in {len(train.document_starts):,} documents"
         )
+        if self.config.mesh.stage > 1:
+            length = self.config.data.sequence_length
+            display.say(describe_stages(length, self.config.mesh.stage))
         if self.first_step:
             display.say(f"resuming {self.workdir} at step {self.first_step} of {self.total_steps}")
         if self.first_step >= self.total_steps:

@@ -6,8 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simplernn_jax.config import OptimizerConfig
+from simplernn_jax.parallel.layer_layout import layer_axis
+from simplernn_jax.training.placement import is_shared
 
 MUON_MOMENTUM = 0.95
 """As published with Muon (github.com/KellerJordan/Muon)."""
@@ -40,23 +43,37 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 def decay_mask(params: Any) -> Any:
     """True for what is decayed: matrices of dense layers, not biases, norms, the embedding or
-    the convolution."""
+    the convolution; stacked layers (see `layer_layout`) are as they are alone."""
 
     def is_decayed(path: tuple[Any, ...], leaf: Any) -> bool:
-        name = jax.tree_util.keystr(path)
-        return leaf.ndim >= 2 and "embedding" not in name and "convolution" not in name
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rank = leaf.ndim - (layer_axis(name) is not None)
+        return rank >= 2 and "embedding" not in name and "convolution" not in name
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run; ``adamw`` with weight_decay 0 is Adam."""
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
+    """The optimizer of a run; ``adamw`` with weight_decay 0 is Adam.
+
+    On a mesh, what Adam does is each device's own part; the matrices of Muon are put together,
+    one by one, on every device; those of stacked layers on every device of their stage.
+    """
+
+    def muon_update(update: jax.Array) -> jax.Array:
+        if is_shared(mesh):
+            whole = PartitionSpec("stage") if update.ndim == 3 else PartitionSpec()
+            update = jax.lax.with_sharding_constraint(update, NamedSharding(mesh, whole))
+        return jnp.vectorize(orthogonalized, signature="(m,n)->(m,n)")(update)
+
     learning_rate = learning_rate_schedule(config, total_steps)
     betas = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
     if config.name == "muon":
         matrices = optax.chain(
             optax.trace(MUON_MOMENTUM, nesterov=True),
-            optax.stateless_with_tree_map(lambda update, _: orthogonalized(update)),
+            optax.stateless_with_tree_map(lambda update, _: muon_update(update)),
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(learning_rate),
         )

@@ -1,0 +1,11 @@
+"""Where this user's caches lie: what can be made again, but takes time."""
+
+import os
+from pathlib import Path
+
+
+def cache_folder(name: str) -> Path:
+    """``simplernn_jax/NAME`` in ``XDG_CACHE_HOME`` or ``~/.cache``; it may not exist yet."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    parent = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return parent / "simplernn_jax" / name

@@ -1,0 +1,460 @@
+/* The recurrence and its gradient token by token, the state in the nearest cache.
+
+   Per head, with g = e^log_gate and S a K x V matrix:
+
+     S_t = diag(g_t) S_{t-1} + k_t v_t^T            y_t = S_t^T q_t
+     D_t = diag(g_{t+1}) D_{t+1} + q_t dy_t^T       (D: gradient of S)
+     dq_t = S_t dy_t    dk_t = D_t v_t    dv_t = D_t^T k_t    dlog_gate_t = g_t rowsum(D_t * S_{t-1})
+
+   Every result is a sum over one axis of S or D, for all entries of the other axis, and those do
+   not know each other: so a tile of LANES of them goes through all tokens on its own. y and dv take
+   tiles of columns, dq, dk and dlog_gate tiles of rows. All additions of one entry come in the
+   order of time, whatever the number of threads is: the same input gives the same bytes.
+
+   Arrays are float32, row-major: q, k, gate, dq, dk, dl [B, T, H, K]; v, y, dy, dv [B, T, H, V];
+   states [B, H, K, V]; clear [B, T] bytes, or empty: where not 0, the state is emptied before t. */
+
+#include <math.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "xla/ffi/api/c_api.h"
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef float UnalignedLanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+typedef struct {
+  int64_t batch, length, heads, key_dim, value_dim;
+  const float *q, *k, *v, *gate, *initial, *d_output, *d_final;
+  const uint8_t *clear;
+  float *output, *final, *d_q, *d_k, *d_v, *d_log_gate, *d_initial;
+} Arrays;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* How many of the lanes of vector j of a tile lie inside an axis with `left` entries. */
+INLINE int64_t inside(int64_t left, int j) {
+  int64_t n = left - j * LANES;
+  return n < 0 ? 0 : least(n, LANES);
+}
+
+INLINE Lanes load(const float *from, int64_t n) {
+  if (n == LANES) return *(const UnalignedLanes *)from;
+  Lanes x = {0};
+  memcpy(&x, from, 4 * n);
+  return x;
+}
+
+INLINE void store(float *to, Lanes x, int64_t n) {
+  if (n == LANES)
+    *(UnalignedLanes *)to = x;
+  else
+    memcpy(to, &x, 4 * n);
+}
+
+INLINE Lanes load_column(const float *from, int64_t stride, int64_t n) {
+  Lanes x = {0};
+  for (int64_t i = 0; i < n; i++) x[i] = from[i * stride];
+  return x;
+}
+
+INLINE int is_cleared(const Arrays *a, int64_t row, int64_t t) {
+  return a->clear != NULL && a->clear[row * a->length + t];
+}
+
+/* y and the final state for the columns from `first` on; `state` holds K * w vectors. */
+INLINE void output_columns(const Arrays *a, int64_t row, int64_t head, int64_t first, const int w,
+                           Lanes *state) {
+  const int64_t K = a->key_dim, V = a->value_dim, left = V - first;
+  const int64_t by_state = (row * a->heads + head) * K * V + first;
+  for (int64_t i = 0; i < K; i++)
+    for (int j = 0; j < w; j++)
+      state[i * w + j] = load(a->initial + by_state + i * V + j * LANES, inside(left, j));
+  for (int64_t t = 0; t < a->length; t++) {
+    const int64_t token = (row * a->length + t) * a->heads + head;
+    const float *q = a->q + token * K, *k = a->k + token * K, *gate = a->gate + token * K;
+    if (is_cleared(a, row, t)) memset(state, 0, sizeof(Lanes) * K * w);
+    Lanes v[2], even[2], odd[2];
+    for (int j = 0; j < w; j++) {
+      v[j] = load(a->v + token * V + first + j * LANES, inside(left, j));
+      even[j] = odd[j] = (Lanes){0};
+    }
+    int64_t i = 0;
+    for (; i + 1 < K; i += 2)
+      for (int j = 0; j < w; j++) {
+        Lanes one = state[i * w + j] * gate[i] + v[j] * k[i];
+        Lanes two = state[(i + 1) * w + j] * gate[i + 1] + v[j] * k[i + 1];
+        state[i * w + j] = one;
+        state[(i + 1) * w + j] = two;
+        even[j] += one * q[i];
+        odd[j] += two * q[i + 1];
+      }
+    for (; i < K; i++)
+      for (int j = 0; j < w; j++) {
+        Lanes one = state[i * w + j] * gate[i] + v[j] * k[i];
+        state[i * w + j] = one;
+        even[j] += one * q[i];
+      }
+    for (int j = 0; j < w; j++)
+      store(a->output + token * V + first + j * LANES, even[j] + odd[j], inside(left, j));
+  }
+  for (int64_t i = 0; i < K; i++)
+    for (int j = 0; j < w; j++)
+      store(a->final + by_state + i * V + j * LANES, state[i * w + j], inside(left, j));
+}
+
+/* dv and the gradient of the initial state for the columns from `first` on. */
+INLINE void gradient_columns(const Arrays *a, int64_t row, int64_t head, int64_t first,
+                             const int w, Lanes *d_state) {
+  const int64_t K = a->key_dim, V = a->value_dim, left = V - first;
+  const int64_t by_state = (row * a->heads + head) * K * V + first;
+  for (int64_t i = 0; i < K; i++)
+    for (int j = 0; j < w; j++)
+      d_state[i * w + j] = load(a->d_final + by_state + i * V + j * LANES, inside(left, j));
+  for (int64_t t = a->length - 1; t >= 0; t--) {
+    const int64_t token = (row * a->length + t) * a->heads + head;
+    const float *q = a->q + token * K, *k = a->k + token * K, *gate = a->gate + token * K;
+    Lanes dy[2], even[2], odd[2];
+    for (int j = 0; j < w; j++) {
+      dy[j] = load(a->d_output + token * V + first + j * LANES, inside(left, j));
+      even[j] = odd[j] = (Lanes){0};
+    }
+    int64_t i = 0;
+    for (; i + 1 < K; i += 2)
+      for (int j = 0; j < w; j++) {
+        Lanes one = d_state[i * w + j] + dy[j] * q[i];
+        Lanes two = d_state[(i + 1) * w + j] + dy[j] * q[i + 1];
+        d_state[i * w + j] = one * gate[i];
+        d_state[(i + 1) * w + j] = two * gate[i + 1];
+        even[j] += one * k[i];
+        odd[j] += two * k[i + 1];
+      }
+    for (; i < K; i++)
+      for (int j = 0; j < w; j++) {
+        Lanes one = d_state[i * w + j] + dy[j] * q[i];
+        d_state[i * w + j] = one * gate[i];
+        even[j] += one * k[i];
+      }
+    if (is_cleared(a, row, t)) memset(d_state, 0, sizeof(Lanes) * K * w);
+    for (int j = 0; j < w; j++)
+      store(a->d_v + token * V + first + j * LANES, even[j] + odd[j], inside(left, j));
+  }
+  for (int64_t i = 0; i < K; i++)
+    for (int j = 0; j < w; j++)
+      store(a->d_initial + by_state + i * V + j * LANES, d_state[i * w + j], inside(left, j));
+}
+
+/* S of the rows from `first` on, from token `start` to `end`, transposed: `state` holds V * w
+   vectors. Writes dq, or keeps in `entering` the state that each token meets. */
+INLINE void advance_rows(const Arrays *a, int64_t row, int64_t head, int64_t first, const int w,
+                         int64_t start, int64_t end, Lanes *state, Lanes *entering,
+                         int with_d_q) {
+  const int64_t K = a->key_dim, V = a->value_dim, left = K - first;
+  for (int64_t t = start; t < end; t++) {
+    const int64_t token = (row * a->length + t) * a->heads + head;
+    const float *v = a->v + token * V, *dy = a->d_output + token * V;
+    if (is_cleared(a, row, t)) memset(state, 0, sizeof(Lanes) * V * w);
+    Lanes *kept = entering == NULL ? NULL : entering + (t - start) * V * w;
+    Lanes k[2], gate[2], even[2], odd[2];
+    for (int j = 0; j < w; j++) {
+      k[j] = load(a->k + token * K + first + j * LANES, inside(left, j));
+      gate[j] = load(a->gate + token * K + first + j * LANES, inside(left, j));
+      even[j] = odd[j] = (Lanes){0};
+    }
+    int64_t i = 0;
+    for (; i + 1 < V; i += 2)
+      for (int j = 0; j < w; j++) {
+        Lanes one = state[i * w + j], two = state[(i + 1) * w + j];
+        if (kept != NULL) {
+          kept[i * w + j] = one;
+          kept[(i + 1) * w + j] = two;
+        }
+        one = one * gate[j] + k[j] * v[i];
+        two = two * gate[j] + k[j] * v[i + 1];
+        state[i * w + j] = one;
+        state[(i + 1) * w + j] = two;
+        if (with_d_q) {
+          even[j] += one * dy[i];
+          odd[j] += two * dy[i + 1];
+        }
+      }
+    for (; i < V; i++)
+      for (int j = 0; j < w; j++) {
+        Lanes one = state[i * w + j];
+        if (kept != NULL) kept[i * w + j] = one;
+        one = one * gate[j] + k[j] * v[i];
+        state[i * w + j] = one;
+        if (with_d_q) even[j] += one * dy[i];
+      }
+    if (with_d_q)
+      for (int j = 0; j < w; j++)
+        store(a->d_q + token * K + first + j * LANES, even[j] + odd[j], inside(left, j));
+  }
+}
+
+/* dk and dlog_gate of the rows from `first` on, from token `end` - 1 back to `start`. */
+INLINE void retreat_rows(const Arrays *a, int64_t row, int64_t head, int64_t first, const int w,
+                         int64_t start, int64_t end, Lanes *d_state, const Lanes *entering) {
+  const int64_t K = a->key_dim, V = a->value_dim, left = K - first;
+  for (int64_t t = end - 1; t >= start; t--) {
+    const int64_t token = (row * a->length + t) * a->heads + head;
+    const float *v = a->v + token * V, *dy = a->d_output + token * V;
+    const Lanes *met = entering + (t - start) * V * w;
+    Lanes q[2], gate[2], d_k[2], d_gate[2];
+    for (int j = 0; j < w; j++) {
+      q[j] = load(a->q + token * K + first + j * LANES, inside(left, j));
+      gate[j] = load(a->gate + token * K + first + j * LANES, inside(left, j));
+      d_k[j] = d_gate[j] = (Lanes){0};
+    }
+    for (int64_t i = 0; i < V; i++)
+      for (int j = 0; j < w; j++) {
+        Lanes one = d_state[i * w + j] + q[j] * dy[i];
+        d_k[j] += one * v[i];
+        d_gate[j] += one * met[i * w + j];
+        d_state[i * w + j] = one * gate[j];
+      }
+    if (is_cleared(a, row, t)) memset(d_state, 0, sizeof(Lanes) * V * w);
+    for (int j = 0; j < w; j++) {
+      store(a->d_k + token * K + first + j * LANES, d_k[j], inside(left, j));
+      store(a->d_log_gate + token * K + first + j * LANES, d_gate[j] * gate[j], inside(left, j));
+    }
+  }
+}
+
+/* Tokens whose states are kept at once in `gradient_rows`: what fits the second-level cache, or
+   more for long rows, so that the states at the stretches' starts do not outgrow them. */
+#define KEPT_BYTES (192 * 1024)
+
+static int64_t stretch_of(const Arrays *a, int w) {
+  int64_t fits = KEPT_BYTES / (int64_t)(sizeof(Lanes) * a->value_dim * w);
+  int64_t root = (int64_t)sqrt((double)a->length);
+  return fits > root ? fits : root + 1;
+}
+
+INLINE void gradient_rows(const Arrays *a, int64_t row, int64_t head, int64_t first, const int w,
+                          Lanes *scratch) {
+  const int64_t K = a->key_dim, V = a->value_dim, left = K - first, size = V * w;
+  const int64_t by_state = ((row * a->heads + head) * K + first) * V;
+  const int64_t stretch = stretch_of(a, w), last = (a->length - 1) / stretch;
+  Lanes *state = scratch, *d_state = state + size, *entering = d_state + size;
+  Lanes *starts = entering + size * least(stretch, a->length);
+  for (int64_t i = 0; i < V; i++)
+    for (int j = 0; j < w; j++) {
+      int64_t from = by_state + j * LANES * V + i;
+      state[i * w + j] = load_column(a->initial + from, V, inside(left, j));
+      d_state[i * w + j] = load_column(a->d_final + from, V, inside(left, j));
+    }
+  for (int64_t s = 0; s < last; s++) {
+    memcpy(starts + s * size, state, sizeof(Lanes) * size);
+    advance_rows(a, row, head, first, w, s * stretch, (s + 1) * stretch, state, NULL, 1);
+  }
+  advance_rows(a, row, head, first, w, last * stretch, a->length, state, entering, 1);
+  for (int64_t s = last; s >= 0; s--) {
+    const int64_t end = least((s + 1) * stretch, a->length);
+    if (s < last)
+      advance_rows(a, row, head, first, w, s * stretch, end, starts + s * size, entering, 0);
+    retreat_rows(a, row, head, first, w, s * stretch, end, d_state, entering);
+  }
+}
+
+/* Work that threads share: items are taken one by one. The caller takes them too, so that a thread
+   pool without a free thread only makes it slower. */
+typedef struct Work {
+  Arrays arrays;
+  int w;
+  int64_t items, row_items, row_tiles, column_tiles;
+  size_t scratch_bytes;
+  void (*run)(const struct Work *, int64_t, Lanes *);
+  atomic_long next, done, holders;
+  atomic_int out_of_memory;
+} Work;
+
+/* Entries of the state times tokens: some ten microseconds. */
+#define ENTRIES_OF_A_THREAD (1 << 18)
+
+static void release(Work *work) {
+  if (atomic_fetch_sub(&work->holders, 1) == 1) free(work);
+}
+
+static void take_items(Work *work) {
+  Lanes *scratch = NULL;
+  for (;;) {
+    int64_t item = atomic_fetch_add(&work->next, 1);
+    if (item >= work->items) break;
+    if (scratch == NULL) scratch = aligned_alloc(64, work->scratch_bytes);
+    if (scratch == NULL)
+      atomic_store(&work->out_of_memory, 1);
+    else
+      work->run(work, item, scratch);
+    atomic_fetch_add(&work->done, 1);
+  }
+  free(scratch);
+}
+
+static void help(void *data) {
+  take_items(data);
+  release(data);
+}
+
+static XLA_FFI_Error *fail(XLA_FFI_CallFrame *frame, XLA_FFI_Error_Code code, const char *message) {
+  XLA_FFI_Error_Create_Args args = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, NULL, message, code};
+  return frame->api->XLA_FFI_Error_Create(&args);
+}
+
+static void drop(XLA_FFI_CallFrame *frame, XLA_FFI_Error *error) {
+  XLA_FFI_Error_Destroy_Args args = {XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, NULL, error};
+  frame->api->XLA_FFI_Error_Destroy(&args);
+}
+
+static XLA_FFI_Error *share(XLA_FFI_CallFrame *frame, const Work *description) {
+  Work *work = malloc(sizeof(Work));
+  if (work == NULL) return fail(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "out of memory");
+  *work = *description;
+  int64_t threads = 1;
+  XLA_FFI_ThreadPool_NumThreads_Args count = {XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, NULL,
+                                              frame->ctx, &threads};
+  XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&count);
+  if (error != NULL) drop(frame, error);
+  /* A thread is worth waking for a part of the work that takes longer than waking it. */
+  const Arrays *a = &work->arrays;
+  const int64_t entries = a->batch * a->length * a->heads * a->key_dim * a->value_dim;
+  const int64_t helpers = least(least(threads, work->items), entries / ENTRIES_OF_A_THREAD) - 1;
+  atomic_init(&work->next, 0);
+  atomic_init(&work->done, 0);
+  atomic_init(&work->out_of_memory, 0);
+  atomic_init(&work->holders, 1 + (helpers > 0 ? helpers : 0));
+  for (int64_t i = 0; i < helpers; i++) {
+    XLA_FFI_ThreadPool_Schedule_Args task = {XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, NULL,
+                                             frame->ctx, help, work};
+    error = frame->api->XLA_FFI_ThreadPool_Schedule(&task);
+    if (error != NULL) {
+      drop(frame, error);
+      release(work);
+    }
+  }
+  take_items(work);
+  while (atomic_load(&work->done) < work->items) sched_yield();
+  const int out_of_memory = atomic_load(&work->out_of_memory);
+  release(work);
+  if (out_of_memory) return fail(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "out of memory");
+  return NULL;
+}
+
+static void *argument(XLA_FFI_CallFrame *frame, int i) {
+  return ((XLA_FFI_Buffer *)frame->args.args[i])->data;
+}
+
+static void *result(XLA_FFI_CallFrame *frame, int i) {
+  return ((XLA_FFI_Buffer *)frame->rets.rets[i])->data;
+}
+
+/* Arguments q, k, v, gate, initial state, clear, in this order; axes before the last three are
+   rows. */
+static Arrays read_arguments(XLA_FFI_CallFrame *frame) {
+  const XLA_FFI_Buffer *q = frame->args.args[0], *v = frame->args.args[2],
+                       *clear = frame->args.args[5];
+  const int64_t *dims = q->dims + q->rank - 3;
+  int64_t batch = 1, cleared = 1;
+  for (int64_t i = 0; i + 3 < q->rank; i++) batch *= q->dims[i];
+  for (int64_t i = 0; i < clear->rank; i++) cleared *= clear->dims[i];
+  return (Arrays){
+      .batch = batch,
+      .length = dims[0],
+      .heads = dims[1],
+      .key_dim = dims[2],
+      .value_dim = v->dims[v->rank - 1],
+      .q = argument(frame, 0),
+      .k = argument(frame, 1),
+      .v = argument(frame, 2),
+      .gate = argument(frame, 3),
+      .initial = argument(frame, 4),
+      .clear = cleared == 0 ? NULL : argument(frame, 5),
+  };
+}
+
+/* XLA asks for the version of its interface before it calls. */
+static int is_question(XLA_FFI_CallFrame *frame) {
+  XLA_FFI_Metadata_Extension *question = (void *)frame->extension_start;
+  if (question == NULL || question->extension_base.type != XLA_FFI_Extension_Metadata) return 0;
+  question->metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+  question->metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+  question->metadata->state_type_id.type_id = 0; /* none: the functions keep nothing */
+  return 1;
+}
+
+/* Vectors of a tile: two share the reads of what they are multiplied with. */
+static int vectors_for(int64_t width) { return (width + LANES - 1) / LANES % 2 == 0 ? 2 : 1; }
+
+static int64_t tiles_for(int64_t width, int w) {
+  return (width + w * LANES - 1) / (w * LANES);
+}
+
+static void run_forward(const Work *work, int64_t item, Lanes *scratch) {
+  const Arrays *a = &work->arrays;
+  const int64_t tile = item % work->column_tiles, pair = item / work->column_tiles;
+  const int64_t row = pair / a->heads, head = pair % a->heads, first = tile * work->w * LANES;
+  if (work->w == 2)
+    output_columns(a, row, head, first, 2, scratch);
+  else
+    output_columns(a, row, head, first, 1, scratch);
+}
+
+static void run_backward(const Work *work, int64_t item, Lanes *scratch) {
+  const Arrays *a = &work->arrays;
+  const int of_rows = item < work->row_items;
+  const int64_t index = of_rows ? item : item - work->row_items;
+  const int64_t tiles = of_rows ? work->row_tiles : work->column_tiles;
+  const int64_t pair = index / tiles, row = pair / a->heads, head = pair % a->heads;
+  if (of_rows)
+    gradient_rows(a, row, head, index % tiles * LANES, 1, scratch);
+  else if (work->w == 2)
+    gradient_columns(a, row, head, index % tiles * 2 * LANES, 2, scratch);
+  else
+    gradient_columns(a, row, head, index % tiles * LANES, 1, scratch);
+}
+
+/* (q, k, v, gate, initial state, clear) -> (output, final state) */
+XLA_FFI_Error *simplernn_forward(XLA_FFI_CallFrame *frame) {
+  if (is_question(frame)) return NULL;
+  Work work = {.arrays = read_arguments(frame), .run = run_forward};
+  Arrays *a = &work.arrays;
+  a->output = result(frame, 0);
+  a->final = result(frame, 1);
+  work.w = vectors_for(a->value_dim);
+  work.column_tiles = tiles_for(a->value_dim, work.w);
+  work.items = a->batch * a->heads * work.column_tiles;
+  work.scratch_bytes = sizeof(Lanes) * a->key_dim * work.w;
+  return share(frame, &work);
+}
+
+/* (q, k, v, gate, initial state, clear, d_output, d_final_state)
+   -> (d_q, d_k, d_v, d_log_gate, d_initial_state) */
+XLA_FFI_Error *simplernn_backward(XLA_FFI_CallFrame *frame) {
+  if (is_question(frame)) return NULL;
+  Work work = {.arrays = read_arguments(frame), .run = run_backward};
+  Arrays *a = &work.arrays;
+  a->d_output = argument(frame, 6);
+  a->d_final = argument(frame, 7);
+  a->d_q = result(frame, 0);
+  a->d_k = result(frame, 1);
+  a->d_v = result(frame, 2);
+  a->d_log_gate = result(frame, 3);
+  a->d_initial = result(frame, 4);
+  work.w = vectors_for(a->value_dim);
+  work.row_tiles = tiles_for(a->key_dim, 1);
+  work.column_tiles = tiles_for(a->value_dim, work.w);
+  work.row_items = a->batch * a->heads * work.row_tiles;
+  work.items = work.row_items + a->batch * a->heads * work.column_tiles;
+  const int64_t stretch = stretch_of(a, 1);
+  const int64_t states = 2 + least(stretch, a->length) + (a->length - 1) / stretch;
+  const size_t rows = sizeof(Lanes) * a->value_dim * states;
+  const size_t columns = sizeof(Lanes) * a->key_dim * work.w;
+  work.scratch_bytes = rows > columns ? rows : columns;
+  return share(frame, &work);
+}

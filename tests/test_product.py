@@ -1,0 +1,72 @@
+"""The product of a dense layer: values, gradients, dtypes, and what surrounds it in a program."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simplernn_jax.ops.product import product
+
+TOKENS = 37
+SHAPES = [(5, 13), (13, 5), (7, 7), (128, 259), (512, 128)]
+
+
+def draw(shape, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(TOKENS, shape[0]))
+    kernel = rng.normal(size=shape) / np.sqrt(shape[0])
+    gradient = rng.normal(size=(TOKENS, shape[1]))
+    return tuple(jnp.asarray(a, dtype) for a in (x, kernel, gradient))
+
+
+def results(call, x, kernel, gradient):
+    y, pullback = jax.vjp(call, x, kernel)
+    return y, *pullback(gradient)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_and_gradients_in_float64(shape):
+    with jax.enable_x64(True):
+        inputs = draw(shape, jnp.float64)
+        ours = jax.jit(lambda *a: results(lambda x, w: product(x, w, jnp.float64), *a))(*inputs)
+        chex.assert_trees_all_close(ours, results(jnp.dot, *inputs), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("dtype", "limit"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+def test_operands_in_the_dtype_and_sums_in_float32(shape, dtype, limit):
+    inputs = draw(shape)
+    ours = jax.jit(lambda *a: results(lambda x, w: product(x, w, dtype), *a))(*inputs)
+    for result, exact in zip(ours, results(jnp.dot, *inputs), strict=True):
+        assert result.dtype == jnp.float32
+        assert jnp.linalg.norm(result - exact) <= limit * jnp.linalg.norm(exact)
+    low = [a.astype(dtype).astype(jnp.float32) for a in inputs]
+    # With the operands rounded the sums are as good as any in float32.
+    chex.assert_trees_all_close(ours, results(jnp.dot, *low), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 2, 2048])
+def test_inside_programs_that_transpose(dtype, tokens):
+    """XLA has no product of transposed bfloat16 operands on a CPU: none may come about."""
+
+    def loss(x, kernel):
+        y = product(x.T, kernel.T, dtype)  # operands that lie the other way in memory
+        return jnp.sum(jnp.sin(y.T @ y))
+
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(64, tokens)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(96, 64)), jnp.float32)
+    gradients = jax.jit(lambda *a: [g.T for g in jax.grad(loss, (0, 1))(*a)])(x, kernel)
+    chex.assert_tree_all_finite(gradients)
+
+
+def test_the_gradient_has_the_operands_dtypes():
+    x, kernel, _ = draw((5, 13))
+
+    def total(x, kernel):
+        return jnp.sum(product(x, kernel, jnp.bfloat16))
+
+    gradients = jax.grad(total, (0, 1))(x.astype(jnp.bfloat16), kernel)
+    assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32]
