@@ -28,8 +28,9 @@ _EXIT_ERROR = 2
 """Bad input, as in `command_line`; here also when another process has ended with an error of its
 own, which starting all again does not mend."""
 
-_JAX_HEARTBEAT_SECONDS = 25
-"""JAX's own watch, for the case that ours fails: it aborts this process, after ours would."""
+_JAX_HEARTBEAT_SECONDS = 600
+"""JAX's own watch aborts after that. `Peers` is quicker, and spares processes that were all stopped
+for a while and go on together."""
 _JAX_START_SECONDS = 60
 
 _peers: Peers | None = None
