@@ -22,7 +22,7 @@ from simplernn_jax.parallel.collectives import sum_over
 from simplernn_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
 from simplernn_jax.parallel.sequence import LEAST_TOKENS
 from simplernn_jax.parallel.shardings import specs_of
-from simplernn_jax.training.gradient import abstract_model
+from simplernn_jax.training.gradient import make_model
 from simplernn_jax.training.losses import summed_cross_entropy
 from simplernn_jax.training.placement import batch_specs, is_shared, shardings_of
 
@@ -58,7 +58,12 @@ class Evaluator:
     """
 
     def __init__(self, config: Config, pad_id: int, mesh: Mesh | None = None):
-        graph, abstract_params = abstract_model(config)
+        def make() -> LanguageModel:
+            if is_shared(mesh):
+                return make_model(config, nnx.Rngs(0))
+            return LanguageModel(config.model, rngs=nnx.Rngs(0))
+
+        graph, abstract_params = nnx.split(nnx.eval_shape(make), nnx.Param)
         self._pad_id = pad_id
 
         def score(
@@ -72,9 +77,7 @@ class Evaluator:
             return sum_over(nats, *TOKEN_AXES), carried
 
         def abstract_state(rows: int) -> ModelState:
-            return jax.eval_shape(
-                lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)).initial_state(rows)
-            )
+            return jax.eval_shape(lambda: make().initial_state(rows))
 
         self._divisible_by = (1, 1)
         shardings: dict[str, Any] = {}
@@ -85,9 +88,9 @@ class Evaluator:
             score = jax.shard_map(score, mesh=mesh, in_specs=inputs, out_specs=outputs)
             shardings["in_shardings"] = shardings_of(inputs, mesh)
             shardings["out_shardings"] = shardings_of(outputs, mesh)
-            sequence = mesh.shape["sequence"]
+            sequence, stages = mesh.shape["sequence"], mesh.shape["stage"]
             rows = math.prod(mesh.shape[name] for name in BATCH_AXES)
-            self._divisible_by = rows, sequence * LEAST_TOKENS if sequence > 1 else 1
+            self._divisible_by = rows, sequence * LEAST_TOKENS if sequence > 1 else stages
         self._score: Callable[..., tuple[jax.Array, ModelState]] = jax.jit(score, **shardings)
         self._abstract_state = abstract_state
 

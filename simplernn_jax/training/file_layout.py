@@ -9,8 +9,14 @@ from jax.sharding import Mesh
 
 from simplernn_jax.config import Config
 from simplernn_jax.parallel.layer_layout import in_layout_of
-from simplernn_jax.parallel.shardings import apart, shardings_of, specs_of
-from simplernn_jax.training.train_step import TrainState, init_train_state
+from simplernn_jax.parallel.shardings import apart
+from simplernn_jax.training.placement import shardings_of
+from simplernn_jax.training.train_step import (
+    TrainState,
+    init_train_state,
+    state_shardings,
+    state_specs,
+)
 
 
 class FileLayout:
@@ -20,21 +26,23 @@ class FileLayout:
     """
 
     def __init__(self, config: Config, optimizer: optax.GradientTransformation, mesh: Mesh):
-        trained, single = copy.deepcopy(config), copy.deepcopy(config)
+        single = copy.deepcopy(config)
         single.mesh.stage = 1
         self.abstract: TrainState = jax.eval_shape(lambda: init_train_state(single, optimizer))
         """Names, shapes and dtypes of the state in files."""
-        self._is_same = trained.mesh.stage == 1
+        self.shardings = state_shardings(single, optimizer, mesh)
+        """Where its arrays lie; None on one device."""
+        self._is_same = config.mesh.stage == 1
         if self._is_same:
             return
-        # Every stage writes a part of every layer: none of them has to hold them all.
-        specs = apart(self.abstract, specs_of(self.abstract, mesh), "stage", mesh)
+        # Each stage has a part of every layer: none of them need hold them all.
+        specs = apart(self.abstract, state_specs(single, optimizer, mesh), "stage", mesh)
         self.shardings = shardings_of(specs, mesh)
-        abstract = jax.eval_shape(lambda: init_train_state(trained, optimizer))
+        trained = jax.eval_shape(lambda: init_train_state(config, optimizer))
         self._to_files = jax.jit(partial(in_layout_of, self.abstract), out_shardings=self.shardings)
         self._from_files = jax.jit(
-            partial(in_layout_of, abstract),
-            out_shardings=shardings_of(specs_of(abstract, mesh), mesh),
+            partial(in_layout_of, trained),
+            out_shardings=state_shardings(config, optimizer, mesh),
         )
 
     def to_files(self, state: TrainState) -> TrainState:

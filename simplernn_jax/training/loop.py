@@ -18,12 +18,15 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.batches import make_batches
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
+from simplernn_jax.parallel.layer_layout import in_layout_of
 from simplernn_jax.parallel.mesh import check_fits, describe, make_mesh
+from simplernn_jax.parallel.stages import describe_stages
 from simplernn_jax.training import report
 from simplernn_jax.training.checkpoint import Checkpointer
 from simplernn_jax.training.clock import Clock
 from simplernn_jax.training.display import Display, clock, open_display
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
+from simplernn_jax.training.file_layout import FileLayout
 from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.interruption import Interruption
 from simplernn_jax.training.metrics import MetricsWriter
@@ -85,6 +88,7 @@ class _Run:
         self.workdir = workdir
         self.total_steps = total_steps(self.config, self.corpus)
         optimizer = make_optimizer(self.config.optimizer, self.total_steps, self.mesh)
+        self.layout = FileLayout(self.config, optimizer, self.mesh)
         self.checkpointer = Checkpointer(
             workdir,
             self.config,
@@ -114,7 +118,7 @@ class _Run:
         )
         shardings = state_shardings(config, optimizer, self.mesh)
         init = jax.jit(lambda: init_train_state(config, optimizer), out_shardings=shardings)
-        restored = self.checkpointer.restore(jax.eval_shape(init), shardings)
+        restored = self.checkpointer.restore(self.layout.abstract, self.layout.shardings)
         if restored is None:
             return init(), batches
         if restored.data_state["content_hash"] != corpus.content_hash:
@@ -123,7 +127,7 @@ class _Run:
                 f"{self.workdir} was trained on; give it the same text, or use another --workdir"
             )
         batches.set_state(restored.data_state["batches"])
-        return restored.state, batches
+        return self.layout.from_files(restored.state), batches
 
     def close(self) -> None:
         """Waits for the last save and closes the files."""
@@ -247,8 +251,8 @@ class _Run:
 
     def _sample(self, display: Display) -> None:
         train = self.config.train
-        graph, _ = abstract_model(self.config)
-        model = nnx.merge(graph, local_copy(self.state.params, self.mesh))
+        graph, params = abstract_model(self.config)
+        model = nnx.merge(graph, in_layout_of(params, local_copy(self.state.params, self.mesh)))
         text = generate_text(
             model,
             self.corpus.tokenizer,
@@ -263,7 +267,8 @@ class _Run:
     def _save(self, *, wait: bool = False) -> None:
         data_state = {"batches": self.position, "content_hash": self.corpus.content_hash}
         metrics = self.measured.get(self.step)
-        self.checkpointer.save(self.step, self.state, data_state, metrics, wait=wait)
+        state = self.layout.to_files(self.state)
+        self.checkpointer.save(self.step, state, data_state, metrics, wait=wait)
 
     def _write_config(self) -> None:
         Path(self.workdir, "config.json").write_text(
@@ -278,6 +283,9 @@ class _Run:
             f"{self.config.model.precision}, on {describe(self.mesh)}; "
             f"{len(train.tokens):,} training tokens in {len(train.document_starts):,} documents"
         )
+        if self.config.mesh.stage > 1:
+            length = self.config.data.sequence_length
+            display.say(describe_stages(length, self.config.mesh.stage))
         if self.first_step:
             display.say(f"resuming {self.workdir} at step {self.first_step} of {self.total_steps}")
         if self.first_step >= self.total_steps:

@@ -59,13 +59,14 @@ def make_optimizer(
     """The optimizer of a run; ``adamw`` with weight_decay 0 is Adam.
 
     On a mesh, what Adam does is each device's own part; the matrices of Muon are put together,
-    one by one, on every device.
+    one by one, on every device; those of stacked layers on every device of their stage.
     """
 
     def muon_update(update: jax.Array) -> jax.Array:
         if is_shared(mesh):
-            update = jax.lax.with_sharding_constraint(update, NamedSharding(mesh, PartitionSpec()))
-        return orthogonalized(update)
+            whole = PartitionSpec("stage") if update.ndim == 3 else PartitionSpec()
+            update = jax.lax.with_sharding_constraint(update, NamedSharding(mesh, whole))
+        return jnp.vectorize(orthogonalized, signature="(m,n)->(m,n)")(update)
 
     learning_rate = learning_rate_schedule(config, total_steps)
     betas = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
@@ -89,11 +90,6 @@ def make_optimizer(
     # Always two parts, so that a run can be resumed with another clip_norm.
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, optimizer)
-
-
-def each_orthogonalized(update: jax.Array) -> jax.Array:
-    """`orthogonalized` of a matrix, or of each of those stacked over the layers."""
-    return jnp.vectorize(orthogonalized, signature="(m,n)->(m,n)")(update)
 
 
 def orthogonalized(matrix: jax.Array) -> jax.Array:
