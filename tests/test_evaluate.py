@@ -9,14 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from meshes import mesh_of
 from small_runs import small_config
 from token_splits import PAD, make_split
 
 from simplernn_jax.data.batches import document_ends
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.parallel.shardings import specs_of
 from simplernn_jax.training import evaluate
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
+from simplernn_jax.training.placement import shardings_of
 
 CONFIG = small_config(vocab_size=203)
 SPLIT = make_split()
@@ -49,6 +52,21 @@ def nats_one_by_one():
 
 def evaluation(limit_tokens=0, split=SPLIT):
     return Evaluator(CONFIG, PAD)(nnx.state(model(), nnx.Param), split, limit_tokens)
+
+
+@pytest.mark.parametrize("batch_tokens", [8192, 60])
+def test_devices_of_a_mesh_score_the_same_together(monkeypatch, batch_tokens):
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
+    config = small_config("residual", vocab_size=204, num_heads=2, mlp_dim=12, num_layers=2)
+    params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0)), nnx.Param)
+    alone = Evaluator(config, PAD)(params, SPLIT)
+    mesh = mesh_of(fsdp=2, tensor=2, sequence=2)
+    placed = jax.device_put(
+        params, shardings_of(specs_of({"params": params}, mesh)["params"], mesh)
+    )
+    together = Evaluator(config, PAD, mesh)(placed, SPLIT)
+    assert together.predictions == alone.predictions == SPLIT.num_predictions
+    assert together.nats_per_token == pytest.approx(alone.nats_per_token, rel=1e-6)
 
 
 @pytest.mark.parametrize(("batch_tokens", "max_rows"), [(8192, 32), (60, 3), (13, 1)])

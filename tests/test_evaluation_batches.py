@@ -41,6 +41,20 @@ def test_evaluation_sees_the_whole_document_and_nothing_else(batch_tokens, max_r
     assert contexts(batches) == expected
 
 
+@pytest.mark.parametrize("divisible_by", [(4, 1), (1, 6), (8, 12)])
+def test_rows_and_length_divide_among_devices_and_nothing_else_changes(divisible_by):
+    split = unique_split()
+    batches = list(
+        evaluation_batches(split, 33, 7, len(split.tokens), divisible_by=divisible_by)[0]
+    )
+    rows, length = batches[0].tokens.shape
+    assert (rows % divisible_by[0], length % divisible_by[1]) == (0, 0)
+    made = np.concatenate([batch.tokens[batch.loss_mask] for batch in batches])
+    np.testing.assert_array_equal(np.sort(made), predictable(split))
+    expected = list(evaluation_batches(split, 33, 7, len(split.tokens))[0])
+    assert contexts(batches) == contexts(expected)
+
+
 def test_evaluation_of_one_document_is_one_row():
     split = make_split((1009,))
     iterator, number = evaluation_batches(split, 256, 16, PAD)

@@ -1,21 +1,25 @@
 """Training steps on meshes of eight devices: those of one device, and what the devices exchange."""
 
+import dataclasses
 import functools
 import math
 from collections import Counter
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled_collectives import collectives
+from jax.sharding import NamedSharding
 from meshes import mesh_of
 from small_runs import small_config
 
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.named_leaves import named_leaves
+from simplernn_jax.parallel.shardings import specs_of
 from simplernn_jax.training.optimizer import make_optimizer
-from simplernn_jax.training.placement import batch_specs, shardings_of
+from simplernn_jax.training.placement import batch_shardings, shardings_of
 from simplernn_jax.training.train_step import init_train_state, make_train_step, state_specs
 
 MESHES = {
@@ -69,11 +73,16 @@ def compiled(mesh_name, precision="float64", **fields):
     if precision == "float64":
         wide = {jnp.dtype("float32"): jnp.float64}
         state = jax.tree.map(lambda x: x.astype(wide.get(x.dtype, x.dtype)), state)
-    batch = make_batch(0)
     if mesh is not None:
         state = jax.device_put(state, shardings_of(state_specs(config, optimizer, mesh), mesh))
-        batch = jax.device_put(batch, shardings_of(batch_specs(mesh), mesh))
-    return state, make_train_step(config, optimizer, mesh).lower(state, batch).compile()
+    step = make_train_step(config, optimizer, mesh)
+    return state, step.lower(state, on_mesh(make_batch(0), mesh_name)).compile()
+
+
+def on_mesh(batch, mesh_name):
+    if mesh_name is None:
+        return batch
+    return jax.device_put(batch, batch_shardings(mesh_of(**MESHES[mesh_name])))
 
 
 def take_steps(mesh_name, *options, **fields):
@@ -82,11 +91,7 @@ def take_steps(mesh_name, *options, **fields):
     state = jax.tree.map(jnp.copy, state)
     losses = []
     for seed in range(STEPS):
-        batch = make_batch(seed)
-        if mesh_name is not None:
-            mesh = mesh_of(**MESHES[mesh_name])
-            batch = jax.device_put(batch, shardings_of(batch_specs(mesh), mesh))
-        state, metrics = step(state, batch)
+        state, metrics = step(state, on_mesh(make_batch(seed), mesh_name))
         losses.append(float(metrics.loss))
     return losses, state
 
@@ -136,6 +141,28 @@ def test_groups_of_rows_and_muon_are_those_of_one_device():
         expected_losses, expected = take_steps(None, **options)
         np.testing.assert_allclose(losses, expected_losses, rtol=1e-11)
         assert_each_near(state, expected, 1e-11)
+
+
+def test_a_step_that_is_not_finite_on_one_device_changes_nothing_on_any():
+    with jax.enable_x64(True):
+        state, step = compiled("data 2, sequence 4")
+        first_row = jax.tree.map(lambda x: x.at[0].set(jnp.nan), state.carried)
+        start = dataclasses.replace(jax.tree.map(jnp.copy, state), carried=first_row)
+        after, metrics = step(start, on_mesh(make_batch(1), "data 2, sequence 4"))
+        assert not np.isfinite(float(metrics.loss))
+        assert int(after.skipped_updates) == 1
+        for name in ("params", "opt_state"):
+            chex.assert_trees_all_equal(getattr(after, name), getattr(state, name))
+
+
+def test_every_device_drops_by_a_draw_of_its_own_and_always_the_same():
+    name = "data 2, fsdp 2, tensor 2"
+    state, step = compiled(name, "float32", dropout=0.5)
+    batch = jax.tree.map(lambda x: np.repeat(x[:1], ROWS, axis=0), make_batch(1))
+    once, again = (step(jax.tree.map(jnp.copy, state), on_mesh(batch, name)) for _ in range(2))
+    chex.assert_trees_all_equal(once, again)
+    last_layer = np.asarray(once[0].carried[-1].recurrence)
+    assert len(np.unique(last_layer.reshape(ROWS, -1), axis=0)) == ROWS
 
 
 def exchanged(sizes, config, itemsize):
@@ -212,52 +239,44 @@ def test_devices_exchange_what_the_design_calls_for_and_nothing_else(mesh_name):
         state, step = compiled(mesh_name)
     found, scalars = without_scalars(collectives(step))
     assert found == exchanged(MESHES[mesh_name], config_of(), 8)
-    # The loss, the count of predictions, and the squares of each array's gradient: for the
-    # metrics, and for clipping.
-    assert scalars <= 2 + 2 * len(jax.tree.leaves(state.params))
+    # The loss, the count of predictions, and the squares of each array's gradient along each of
+    # two axes at most: for the metrics, and for clipping.
+    assert scalars <= 2 + 2 * 2 * len(jax.tree.leaves(state.params))
 
 
-def long_row(length):
-    """What is exchanged in a step on one row of so many tokens, over eight stretches."""
-    config = config_of("float32", mode="window", batch_size=1, sequence_length=length)
-    mesh, optimizer = mesh_of(sequence=8), make_optimizer(config.optimizer, 1)
+def compile_abstractly(config, mesh):
+    """The shapes of the state, and the step on batches of the configuration's size."""
+    optimizer = make_optimizer(config.optimizer, 1)
     state = jax.eval_shape(lambda: init_train_state(config, optimizer))
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((1, length)[: x.ndim], x.dtype), make_batch(0)
-    )
-    found = collectives(make_train_step(config, optimizer, mesh).lower(state, batch).compile())
-    return without_scalars(found)[0], config
+    shape = (config.data.batch_size, config.data.sequence_length)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape[: x.ndim], x.dtype), make_batch(0))
+    return state, make_train_step(config, optimizer, mesh).lower(state, batch).compile()
 
 
 def test_a_row_of_any_length_exchanges_the_same():
-    short, config = long_row(1024)
-    long, _ = long_row(65_536)
-    assert short == long == exchanged({"sequence": 8}, config, 4)
+    found = []
+    for length in (1024, 65_536):
+        config = config_of("float32", mode="window", batch_size=1, sequence_length=length)
+        _, step = compile_abstractly(config, mesh_of(sequence=8))
+        found.append(without_scalars(collectives(step))[0])
+    assert found[0] == found[1] == exchanged({"sequence": 8}, config, 4)
 
 
-def test_fsdp_holds_a_part_of_the_state_and_one_layer_at_a_time():
-    widths = {"hidden_dim": 128, "key_dim": 128, "value_dim": 128, "mlp_dim": 512}
-    config = config_of("float32", num_layers=4, mode="window", **widths)
-    mesh, optimizer = mesh_of(fsdp=8), make_optimizer(config.optimizer, 1)
-    state = jax.eval_shape(lambda: init_train_state(config, optimizer))
-    shardings = shardings_of(state_specs(config, optimizer, mesh), mesh)
-
-    def num_bytes(name, parts):
-        leaves = jax.tree.leaves((getattr(state, name), getattr(shardings, name)))
-        half = len(leaves) // 2
-        return sum(
-            math.prod(sharding.shard_shape(leaf.shape) if parts else leaf.shape) * 4
-            for leaf, sharding in zip(leaves[:half], leaves[half:], strict=True)
-        )
-
+def test_fsdp_holds_an_eighth_of_the_state_and_gathers_one_layer_at_a_time():
+    widths = {"hidden_dim": 256, "key_dim": 256, "value_dim": 256, "mlp_dim": 1024}
+    config = config_of("float32", num_layers=4, mode="window", sequence_length=8, **widths)
+    mesh = mesh_of(fsdp=8)
+    state, step = compile_abstractly(config, mesh)
+    specs = specs_of(state, mesh)
     for name in ("params", "opt_state"):
-        assert num_bytes(name, True) <= num_bytes(name, False) / 6, name
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_batch(0))
-    step = make_train_step(config, optimizer, mesh).lower(state, batch).compile()
-    memory = step.memory_analysis()
-    assert (
-        memory.argument_size_in_bytes
-        <= (num_bytes("params", False) + num_bytes("opt_state", False)) / 6
-    )
-    # Gathered all at once, the parameters alone would take this.
-    assert memory.temp_size_in_bytes < num_bytes("params", False) / 2
+        leaves, parts = jax.tree.leaves(getattr(state, name)), getattr(specs, name)
+        whole = sum(leaf.size for leaf in leaves)
+        part = sum(
+            math.prod(NamedSharding(mesh, spec).shard_shape(leaf.shape))
+            for leaf, spec in zip(leaves, jax.tree.leaves(parts), strict=True)
+        )
+        assert part <= whole / 6, name
+    memory, num_bytes = step.memory_analysis(), 4 * sum(x.size for x in jax.tree.leaves(state))
+    assert memory.argument_size_in_bytes <= num_bytes / 6
+    # The state is parameters and two means; the parameters gathered all at once are a third.
+    assert memory.temp_size_in_bytes < num_bytes / 3 / 2
