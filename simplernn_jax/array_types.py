@@ -31,4 +31,4 @@ RecentInputs = Float[Array, "B W D"]
 """The last W inputs of one layer's short convolution, oldest first, float32."""
 
 ModelState = Any
-"""A pytree with one entry per layer; every leaf has axis B first."""
+"""A pytree with one entry per layer, or one for all that are stacked; leaves have axis B first."""

@@ -1,7 +1,5 @@
 """Layers in one array or one by one: names, values and what the optimizer makes of either."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -17,12 +15,18 @@ from simplernn_jax.training.optimizer import decay_mask, make_optimizer
 LAYERS = 3
 
 
-@functools.partial(jax.jit, static_argnames="stacked")
 def params_of(stacked=False):
-    model = LanguageModel(small_config("residual", num_layers=LAYERS).model, rngs=nnx.Rngs(0))
+    """Parameters with random values; stacked ones have the same."""
+    config = small_config("residual", num_layers=LAYERS).model
+    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(model, nnx.Param)
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), params)
     if stacked:
+        model = nnx.merge(graph, params)
         model.stack_layers()
-    return nnx.state(model, nnx.Param)
+        params = nnx.state(model, nnx.Param)
+    return params
 
 
 def test_a_leaf_is_stacked_over_the_layers_and_keeps_its_name():

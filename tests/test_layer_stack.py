@@ -1,8 +1,10 @@
 """Training with layers divided among stages: the steps, states and parameters of one device."""
 
+import dataclasses
 import functools
 from collections import Counter
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,6 +151,22 @@ def test_a_stage_holds_its_layers_only():
         for path, leaf in named_leaves(getattr(state, name)).items():
             if "stacked" in path:
                 assert leaf.addressable_data(0).size * parts == leaf.size
+
+
+def test_what_is_not_finite_on_one_stage_changes_nothing_but_the_counters():
+    first, step = program_of(STAGE_2_DATA_4, "float32")
+    shardings = jax.tree.map(lambda x: x.sharding, first.carried)
+    spoilt = jax.tree.map(lambda x: x.at[3, 2].set(jnp.nan), first.carried)
+    spoilt = jax.device_put(spoilt, shardings)
+    state = dataclasses.replace(jax.tree.map(jnp.copy, first), carried=spoilt)
+    batch = make_batch(0)
+    state, _ = step(state, batch._replace(reset=np.zeros(ROWS, bool)))
+    assert (int(state.skipped_updates), int(state.step)) == (1, 1)
+    for name in ("params", "opt_state"):
+        chex.assert_trees_all_equal(getattr(state, name), getattr(first, name))
+    state, metrics = step(state, batch._replace(reset=np.arange(ROWS) == 3))
+    assert np.isfinite(metrics.loss)
+    assert (int(state.skipped_updates), int(state.skipped_in_a_row)) == (1, 0)
 
 
 def test_no_device_holds_all_layers_while_a_checkpoint_is_written():

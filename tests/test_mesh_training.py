@@ -7,7 +7,6 @@ from collections import Counter
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled_collectives import collectives
@@ -19,7 +18,7 @@ from simplernn_jax.data.batches import Batch
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.parallel.shardings import specs_of
 from simplernn_jax.training.optimizer import make_optimizer
-from simplernn_jax.training.placement import batch_shardings, shardings_of
+from simplernn_jax.training.placement import place
 from simplernn_jax.training.train_step import init_train_state, make_train_step, state_specs
 
 MESHES = {
@@ -32,6 +31,8 @@ MESHES = {
     "fsdp 2, sequence 2, tensor 2": {"fsdp": 2, "sequence": 2, "tensor": 2},
 }
 ROWS, LENGTH, VOCAB, STEPS = 8, 40, 12, 5
+COMPILED_SOON = {"xla_backend_optimization_level": 0}
+"""Machine code as it comes; what the devices exchange is settled before."""
 WIDTHS = {
     "num_layers": 2,
     "hidden_dim": 8,
@@ -64,36 +65,43 @@ def make_batch(seed):
 
 
 @functools.cache
+def start(precision="float64", **fields):
+    """The state before the first step, as numpy arrays."""
+    config = config_of(precision, **fields)
+    optimizer = make_optimizer(config.optimizer, 100)
+    state = jax.device_get(jax.jit(lambda: init_train_state(config, optimizer))())
+    wide = {np.dtype("float32"): precision}
+    return jax.tree.map(lambda x: x.astype(wide.get(x.dtype, x.dtype)), state)
+
+
+@functools.cache
 def compiled(mesh_name, precision="float64", **fields):
-    """(state, compiled step) on a mesh; None is one device."""
+    """The step on a mesh; None is one device."""
     config = config_of(precision, **fields)
     mesh = None if mesh_name is None else mesh_of(**MESHES[mesh_name])
-    optimizer = make_optimizer(config.optimizer, 100, mesh)
-    state = jax.jit(lambda: init_train_state(config, optimizer))()
-    if precision == "float64":
-        wide = {jnp.dtype("float32"): jnp.float64}
-        state = jax.tree.map(lambda x: x.astype(wide.get(x.dtype, x.dtype)), state)
-    if mesh is not None:
-        state = jax.device_put(state, shardings_of(state_specs(config, optimizer, mesh), mesh))
-    step = make_train_step(config, optimizer, mesh)
-    return state, step.lower(state, on_mesh(make_batch(0), mesh_name)).compile()
+    step = make_train_step(config, make_optimizer(config.optimizer, 100, mesh), mesh)
+    lowered = step.lower(start(precision, **fields), make_batch(0))
+    return lowered.compile(COMPILED_SOON)
 
 
-def on_mesh(batch, mesh_name):
-    if mesh_name is None:
-        return batch
-    return jax.device_put(batch, batch_shardings(mesh_of(**MESHES[mesh_name])))
-
-
-def take_steps(mesh_name, *options, **fields):
-    """Losses of five steps and the last state."""
-    state, step = compiled(mesh_name, *options, **fields)
-    state = jax.tree.map(jnp.copy, state)
+def take_steps(mesh_name, state, batches, *options, **fields):
+    """Losses, and the state after the last batch."""
+    step = compiled(mesh_name, *options, **fields)
+    (states, on_mesh), _ = step.input_shardings
+    state = place(state, states)
     losses = []
-    for seed in range(STEPS):
-        state, metrics = step(state, on_mesh(make_batch(seed), mesh_name))
+    for batch in batches:
+        state, metrics = step(state, jax.device_put(batch, on_mesh))
         losses.append(float(metrics.loss))
-    return losses, state
+    return losses, jax.device_get(state)
+
+
+def five_steps(mesh_name, *options, **fields):
+    batches = [make_batch(seed) for seed in range(STEPS)]
+    return take_steps(mesh_name, start(*options, **fields), batches, *options, **fields)
+
+
+expected_steps = functools.cache(functools.partial(five_steps, None))
 
 
 def assert_near(ours, reference, limit):
@@ -108,61 +116,6 @@ def assert_each_near(ours, reference, limit):
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
         assert one.dtype == other.dtype
         assert_near(one, other, limit)
-
-
-def joined(params):
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
-
-
-@pytest.mark.parametrize("mesh_name", MESHES)
-def test_five_steps_are_those_of_one_device_in_float64(mesh_name):
-    with jax.enable_x64(True):
-        losses, state = take_steps(mesh_name)
-        expected_losses, expected = take_steps(None)
-        np.testing.assert_allclose(losses, expected_losses, rtol=1e-11)
-        assert_each_near(state, expected, 1e-11)
-        assert int(state.step) == STEPS
-
-
-@pytest.mark.parametrize("mesh_name", ["data 2, fsdp 2, tensor 2", "data 2, sequence 4"])
-def test_five_steps_are_those_of_one_device_in_float32(mesh_name):
-    losses, state = take_steps(mesh_name, "float32")
-    expected_losses, expected = take_steps(None, "float32")
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
-    # All parameters together: AdamW divides each gradient by its size, so that a bias that began
-    # at zero is as exact as its smallest gradients.
-    assert_near(joined(state.params), joined(expected.params), 1e-5)
-
-
-def test_groups_of_rows_and_muon_are_those_of_one_device():
-    options = {"gradient_accumulation": 2, "name": "muon", "tie_embeddings": False}
-    with jax.enable_x64(True):
-        losses, state = take_steps("fsdp 2, sequence 2, tensor 2", **options)
-        expected_losses, expected = take_steps(None, **options)
-        np.testing.assert_allclose(losses, expected_losses, rtol=1e-11)
-        assert_each_near(state, expected, 1e-11)
-
-
-def test_a_step_that_is_not_finite_on_one_device_changes_nothing_on_any():
-    with jax.enable_x64(True):
-        state, step = compiled("data 2, sequence 4")
-        first_row = jax.tree.map(lambda x: x.at[0].set(jnp.nan), state.carried)
-        start = dataclasses.replace(jax.tree.map(jnp.copy, state), carried=first_row)
-        after, metrics = step(start, on_mesh(make_batch(1), "data 2, sequence 4"))
-        assert not np.isfinite(float(metrics.loss))
-        assert int(after.skipped_updates) == 1
-        for name in ("params", "opt_state"):
-            chex.assert_trees_all_equal(getattr(after, name), getattr(state, name))
-
-
-def test_every_device_drops_by_a_draw_of_its_own_and_always_the_same():
-    name = "data 2, fsdp 2, tensor 2"
-    state, step = compiled(name, "float32", dropout=0.5)
-    batch = jax.tree.map(lambda x: np.repeat(x[:1], ROWS, axis=0), make_batch(1))
-    once, again = (step(jax.tree.map(jnp.copy, state), on_mesh(batch, name)) for _ in range(2))
-    chex.assert_trees_all_equal(once, again)
-    last_layer = np.asarray(once[0].carried[-1].recurrence)
-    assert len(np.unique(last_layer.reshape(ROWS, -1), axis=0)) == ROWS
 
 
 def exchanged(sizes, config, itemsize):
@@ -234,14 +187,60 @@ def without_scalars(found):
 
 
 @pytest.mark.parametrize("mesh_name", MESHES)
-def test_devices_exchange_what_the_design_calls_for_and_nothing_else(mesh_name):
+def test_steps_are_those_of_one_device_and_nothing_is_exchanged_but_by_design(mesh_name):
     with jax.enable_x64(True):
-        state, step = compiled(mesh_name)
-    found, scalars = without_scalars(collectives(step))
+        losses, state = five_steps(mesh_name)
+        expected_losses, expected = expected_steps()
+        np.testing.assert_allclose(losses, expected_losses, rtol=1e-11)
+        assert_each_near(state, expected, 1e-11)
+
+        # What is not finite on one device changes nothing on any.
+        carried = jax.tree.map(np.copy, state.carried)
+        carried[0].recent[0] = np.nan
+        batch = make_batch(STEPS)._replace(reset=np.zeros(ROWS, bool))
+        bad = dataclasses.replace(state, carried=carried)
+        losses, after = take_steps(mesh_name, bad, [batch])
+        assert not np.isfinite(losses[0])
+        assert after.skipped_updates == 1
+        chex.assert_trees_all_equal((after.params, after.opt_state), (bad.params, bad.opt_state))
+
+    found, scalars = without_scalars(collectives(compiled(mesh_name)))
     assert found == exchanged(MESHES[mesh_name], config_of(), 8)
     # The loss, the count of predictions, and the squares of each array's gradient along each of
     # two axes at most: for the metrics, and for clipping.
     assert scalars <= 2 + 2 * 2 * len(jax.tree.leaves(state.params))
+
+
+def test_steps_are_those_of_one_device_in_float32():
+    losses, state = five_steps("fsdp 2, sequence 2, tensor 2", "float32")
+    expected_losses, expected = expected_steps("float32")
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    # All parameters together: AdamW divides each gradient by its size, so that a bias that began
+    # at zero is as exact as its smallest gradients.
+    ours, reference = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(each.params)])
+        for each in (state, expected)
+    )
+    assert_near(ours, reference, 1e-5)
+
+
+def test_groups_of_rows_and_muon_are_those_of_one_device():
+    options = {"gradient_accumulation": 2, "name": "muon", "tie_embeddings": False}
+    options["num_layers"] = 1
+    with jax.enable_x64(True):
+        losses, state = five_steps("fsdp 2, sequence 2, tensor 2", **options)
+        expected_losses, expected = expected_steps(**options)
+        np.testing.assert_allclose(losses, expected_losses, rtol=1e-11)
+        assert_each_near(state, expected, 1e-11)
+
+
+def test_every_device_drops_by_a_draw_of_its_own_and_always_the_same():
+    name, options = "data 2, fsdp 2, tensor 2", {"precision": "float32", "dropout": 0.5}
+    batch = jax.tree.map(lambda x: np.repeat(x[:1], ROWS, axis=0), make_batch(1))
+    once, again = (take_steps(name, start(**options), [batch], **options) for _ in range(2))
+    chex.assert_trees_all_equal(once, again)
+    last_layer = once[1].carried[-1].recurrence
+    assert len(np.unique(last_layer.reshape(ROWS, -1), axis=0)) == ROWS
 
 
 def compile_abstractly(config, mesh):
@@ -250,7 +249,8 @@ def compile_abstractly(config, mesh):
     state = jax.eval_shape(lambda: init_train_state(config, optimizer))
     shape = (config.data.batch_size, config.data.sequence_length)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape[: x.ndim], x.dtype), make_batch(0))
-    return state, make_train_step(config, optimizer, mesh).lower(state, batch).compile()
+    lowered = make_train_step(config, optimizer, mesh).lower(state, batch)
+    return state, lowered.compile(COMPILED_SOON)
 
 
 def test_a_row_of_any_length_exchanges_the_same():
