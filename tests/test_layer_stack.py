@@ -27,6 +27,7 @@ from simplernn_jax.training.train_step import init_train_state, make_train_step,
 LAYERS, ROWS, LENGTH, WIDTH, VOCAB, STEPS = 4, 8, 24, 8, 12, 5
 STAGE_4 = (("stage", 4),)
 STAGE_2_DATA_4 = (("stage", 2), ("data", 4))
+STAGE_2_WITH_OTHERS = (("stage", 2), ("fsdp", 2), ("tensor", 2))
 
 
 def make_batch(seed):
@@ -105,7 +106,8 @@ def assert_as_on_one_device(sizes, dtype, limit, **fields):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "fields"), [(STAGE_4, {"gradient_accumulation": 2}), (STAGE_2_DATA_4, {})]
+    ("sizes", "fields"),
+    [(STAGE_4, {"gradient_accumulation": 2}), (STAGE_2_DATA_4, {}), (STAGE_2_WITH_OTHERS, {})],
 )
 def test_training_on_stages_is_that_on_one_device_in_float64(sizes, fields):
     with jax.enable_x64(True):

@@ -9,10 +9,10 @@ both ends, when the first chunk has not arrived or the last one has left (`bubbl
     stage 1   -    c0   c1   c2   -
     stage 2   -    -    c0   c1   c2
 
-A chunk needs the states that the one before left behind, so unlike the microbatches of GPipe
-(arXiv:1811.06965), whose schedule this is, chunks of one row of tokens can do it: no larger batch
-is needed. The gradient is that of the layers one after another; it flows backwards through the
-same schedule.
+The schedule is that of GPipe (arXiv:1811.06965) with chunks of time in place of groups of rows, as
+TeraPipe (arXiv:2102.07988) has it for attention: a layer needs of earlier chunks only the state
+that they left, so one row of tokens can keep all stages busy. The gradient is that of the layers
+one after another; it flows backwards through the same schedule.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,8 @@ from simplernn_jax.ops.rows import clear_rows
 from simplernn_jax.parallel.collectives import shift
 
 CHUNKS_PER_STAGE = 4
-"""At most: the bubble is then below 1/5, and GPipe (arXiv:1811.06965, section 2.3) found no more
-of it from there on. Every chunk costs a saved state and a smaller matrix product."""
+"""At most: the bubble is then below 1/5, and GPipe (arXiv:1811.06965, section 2.3) found it
+negligible from there on. Every chunk costs a saved state and makes matrix products smaller."""
 
 AXIS = "stage"
 

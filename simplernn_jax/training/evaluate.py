@@ -70,12 +70,9 @@ class Evaluator:
 
     def __init__(self, config: Config, pad_id: int, mesh: Mesh | None = None):
         def make() -> LanguageModel:
-            rngs = nnx.Rngs(0)
-            return (
-                make_model(config, rngs)
-                if is_shared(mesh)
-                else LanguageModel(config.model, rngs=rngs)
-            )
+            if is_shared(mesh):
+                return make_model(config, nnx.Rngs(0))
+            return LanguageModel(config.model, rngs=nnx.Rngs(0))
 
         graph, abstract_params = nnx.split(nnx.eval_shape(make), nnx.Param)
         self._pad_id = pad_id
