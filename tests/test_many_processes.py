@@ -96,10 +96,10 @@ def test_two_processes_equal_one_and_each_goes_on_from_the_others_checkpoint(tmp
     config = small_config(
         source=write_corpus(tmp_path / "text"), mode="stream", batch_size=4, steps=4, log_every=1
     )
-    config.mesh.data = 4
+    config.mesh.fsdp = 4  # each process holds, and writes, half of every matrix
     two = launch(config, tmp_path / "two", 2, devices=2)
     train(config, str(tmp_path / "one"))
-    finish(two)
+    assert "Gloo" not in finish(two)[0]
     check_close(newest_checkpoint(tmp_path / "two"), newest_checkpoint(tmp_path / "one"))
     losses = [
         [(row["step"], row["loss"]) for row in read_metrics(str(tmp_path / name))]
@@ -110,7 +110,7 @@ def test_two_processes_equal_one_and_each_goes_on_from_the_others_checkpoint(tmp
 
     config.train.steps = 8
     one_then_two = launch(config, tmp_path / "one", 2, devices=2)
-    config.mesh.data = 1
+    config.mesh.fsdp = 1
     train(config, str(tmp_path / "two"))
     assert "at step 4 of 8" in finish(one_then_two)[0]
     expected = newest_checkpoint(tmp_path / "two")

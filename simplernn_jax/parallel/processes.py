@@ -63,6 +63,7 @@ def joined(
     members, connections = meet(place, timeout)
     _peers = Peers(members, place.number, connections, _end_since_lost)
     _speak_when_aborted()
+    _keep_stdout_for_python()
     # Its handler of SIGTERM would stand in the way of ours.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -195,6 +196,17 @@ def _speak_when_aborted() -> None:
     set_handler.argtypes = (ctypes.c_int, handler_type)
     set_handler.restype = ctypes.c_void_p
     set_handler(signal.SIGABRT, _kept_alive[-1])
+
+
+def _keep_stdout_for_python() -> None:
+    """Without it, Gloo announces every connection of every device there, from within C++."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    buffering = 1 if os.isatty(kept) else -1
+    sys.stdout = os.fdopen(kept, "w", buffering, sys.stdout.encoding, sys.stdout.errors)
 
 
 _kept_alive: list[object] = []
