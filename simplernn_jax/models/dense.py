@@ -1,13 +1,14 @@
 """Dense layers and their initialisation: float32 parameters, compute in the policy's dtype."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.parallel.collectives import gather, is_on_mesh, sum_over
+from simplernn_jax.parallel.collectives import gather, gathering_again, is_on_mesh, sum_over
 
 
 def compute_dtype(precision: str) -> Any:
@@ -39,7 +40,7 @@ class Dense(nnx.Linear):
         if not is_on_mesh():
             return super().__call__(inputs)
         dtype = self.dtype
-        y = jax.checkpoint(_product, static_argnums=2)(inputs, self.kernel[...], dtype)
+        y = gathering_again(partial(_product, dtype=dtype))(inputs, self.kernel[...])
         if inputs.shape[-1] != self.in_features:
             y = sum_over(y, "tensor")
         if self.bias is None:
@@ -48,7 +49,7 @@ class Dense(nnx.Linear):
         return y.astype(dtype) + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def _product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+def _product(x: jax.Array, kernel: jax.Array, *, dtype: Any) -> jax.Array:
     """``[..., in]`` times this device's kernel, float32 at least, since it may be summed."""
     apart = 0 if kernel.shape[0] != x.shape[-1] else 1
     whole = gather(kernel, "fsdp", apart, after=x)

@@ -10,7 +10,7 @@ from simplernn_jax.array_types import Activations, Logits, ModelState, SegmentId
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
 from simplernn_jax.models.dense import compute_dtype, dense
-from simplernn_jax.parallel.collectives import axis_size, is_on_mesh
+from simplernn_jax.parallel.collectives import axis_size, is_on_mesh, vary
 from simplernn_jax.parallel.sequence import stretch_ids
 from simplernn_jax.parallel.vocabulary import lookup, tied_logits
 
@@ -92,7 +92,7 @@ class LanguageModel(nnx.Module):
 
         On a mesh with an axis ``tensor``: the logits of this device's part of the ids.
         """
-        flat = hidden.reshape(-1, hidden.shape[-1]).astype(self.dtype)
+        flat = vary(hidden, "tensor").reshape(-1, hidden.shape[-1]).astype(self.dtype)
         if self.head is not None:
             logits = self.head(flat)
         elif is_on_mesh():
