@@ -18,7 +18,6 @@ from simplernn_jax.data.batches import Batch
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.parallel.shardings import specs_of
 from simplernn_jax.training.optimizer import make_optimizer
-from simplernn_jax.training.placement import place
 from simplernn_jax.training.train_step import init_train_state, make_train_step, state_specs
 
 MESHES = {
@@ -84,11 +83,17 @@ def compiled(mesh_name, precision="float64", **fields):
     return lowered.compile(COMPILED_SOON)
 
 
+def as_jax_arrays(tree, shardings):
+    """Copies that may be donated."""
+    copy = jax.jit(lambda tree: tree, in_shardings=(shardings,), out_shardings=shardings)
+    return copy(tree)
+
+
 def take_steps(mesh_name, state, batches, *options, **fields):
     """Losses, and the state after the last batch."""
     step = compiled(mesh_name, *options, **fields)
     (states, on_mesh), _ = step.input_shardings
-    state = place(state, states)
+    state = as_jax_arrays(state, states)
     losses = []
     for batch in batches:
         state, metrics = step(state, jax.device_put(batch, on_mesh))
@@ -130,6 +135,7 @@ def exchanged(sizes, config, itemsize):
     )
     model, layers = config.model, config.model.num_layers
     rows = config.data.batch_size // (mesh.shape["data"] * fsdp)
+    rows //= config.train.gradient_accumulation  # of each turn of the loop over groups
     tokens = rows * config.data.sequence_length // sequence
     heads, key_dim, value_dim = (
         model.num_heads // tensor,
@@ -150,12 +156,17 @@ def exchanged(sizes, config, itemsize):
             # Gathered in the forward and again in the backward pass; its gradient is summed into
             # parts. The embedding is table (whose gradient needs no copy) and head.
             is_table = name.startswith("embedding")
-            count("all-gather", part * fsdp, 3 if is_table else 2)
-            count("reduce-scatter", part, 2 if is_table else 1)
+            is_head = is_table and model.tie_embeddings
+            count("all-gather", part * fsdp, is_table + 2 * (is_head or not is_table))
+            count("reduce-scatter", part, is_table + (is_head or not is_table))
             if copies_of_tokens > 1:
                 count("all-reduce", part)
         elif copies_of_tokens * fsdp > 1:
             count("all-reduce", part)
+        if config.optimizer.name == "muon" and "kernel" in name:
+            for axis in filter(None, spec):  # put together along one axis, then the other
+                part *= mesh.shape[axis]
+                count("all-gather", part)
     if tensor > 1:
         # Per layer, recurrence and MLP: a sum after the product that ends it, and one of the
         # gradients of its input. And the embedding's rows, and the gradient of the head's input.
@@ -227,11 +238,14 @@ def test_steps_are_those_of_one_device_in_float32():
 def test_groups_of_rows_and_muon_are_those_of_one_device():
     options = {"gradient_accumulation": 2, "name": "muon", "tie_embeddings": False}
     options["num_layers"] = 1
+    mesh_name = "fsdp 2, sequence 2, tensor 2"
     with jax.enable_x64(True):
-        losses, state = five_steps("fsdp 2, sequence 2, tensor 2", **options)
+        losses, state = five_steps(mesh_name, **options)
         expected_losses, expected = expected_steps(**options)
         np.testing.assert_allclose(losses, expected_losses, rtol=1e-11)
         assert_each_near(state, expected, 1e-11)
+    found, _ = without_scalars(collectives(compiled(mesh_name, **options)))
+    assert found == exchanged(MESHES[mesh_name], config_of(**options), 8)
 
 
 def test_every_device_drops_by_a_draw_of_its_own_and_always_the_same():

@@ -12,6 +12,7 @@ from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.dense import compute_dtype, dense
 from simplernn_jax.models.short_convolution import ShortConvolution
 from simplernn_jax.models.simple_rnn import SimpleRNN
+from simplernn_jax.parallel.collectives import vary
 
 GATE_BIAS_RANGE = (1.0, 6.0)
 """Gate biases of the residual block, spread over the key channels: half-lives of about 2 to 280
@@ -64,7 +65,7 @@ class PlainBlock(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, HeadState]:
         """``[B, T, D]`` to the same shape; the key is not used."""
-        return self.rnn(x, state, segment_ids)
+        return self.rnn(vary(x, "tensor"), state, segment_ids)
 
 
 class ResidualState(NamedTuple):
@@ -137,9 +138,11 @@ class ResidualBlock(nnx.Module):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         recurrence, recent = (None, None) if state is None else state
         y, recent = self.convolution(self.rnn_norm(x), recent, segment_ids)
-        y, recurrence = self.rnn(y, recurrence, segment_ids)
+        # Where heads and MLP lie apart, `vary` is where the gradients of their parts are summed:
+        # once for all projections.
+        y, recurrence = self.rnn(vary(y, "tensor"), recurrence, segment_ids)
         x = x + self._drop(y, keys[0])
-        hidden = self.mlp_norm(x).reshape(-1, x.shape[-1])
+        hidden = vary(self.mlp_norm(x), "tensor").reshape(-1, x.shape[-1])
         # The gradient computes GELU again: its intermediate values are the largest of the model.
         y = self.mlp_out(jax.checkpoint(jax.nn.gelu)(self.mlp_in(hidden))).reshape(x.shape)
         return x + self._drop(y, keys[1]), ResidualState(recurrence, recent)

@@ -1,6 +1,7 @@
 """Dense layers and their initialisation: float32 parameters, compute in the policy's dtype."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplernn_jax.ops.product import product
-from simplernn_jax.parallel.collectives import gather, is_on_mesh, sum_over
+from simplernn_jax.parallel.collectives import gather, gathering_again, is_on_mesh, sum_over
 
 
 def compute_dtype(precision: str) -> Any:
@@ -39,9 +40,8 @@ class Dense(nnx.Linear):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """``[N, in_features]`` to ``[N, out_features]``, at least float32; this device's part."""
         if is_on_mesh():
-            y = jax.checkpoint(_gathered_product, static_argnums=2)(
-                inputs, self.kernel[...], self.dtype
-            )
+            own = gathering_again(partial(_gathered_product, dtype=self.dtype))
+            y = own(inputs, self.kernel[...])
             if inputs.shape[-1] != self.in_features:
                 y = sum_over(y, "tensor")
         else:
@@ -49,7 +49,7 @@ class Dense(nnx.Linear):
         return y if self.bias is None else y + self.bias[...][None]
 
 
-def _gathered_product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+def _gathered_product(x: jax.Array, kernel: jax.Array, *, dtype: Any) -> jax.Array:
     apart = 0 if kernel.shape[0] != x.shape[-1] else 1
     return product(x, gather(kernel, "fsdp", apart, after=x), dtype)
 

@@ -12,7 +12,7 @@ from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
 from simplernn_jax.models.dense import compute_dtype, dense
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.ops.product import product
-from simplernn_jax.parallel.collectives import axis_size, is_on_mesh
+from simplernn_jax.parallel.collectives import axis_size, is_on_mesh, vary
 from simplernn_jax.parallel.sequence import stretch_ids
 from simplernn_jax.parallel.vocabulary import lookup, tied_logits
 
@@ -119,7 +119,7 @@ class LanguageModel(nnx.Module):
 
         On a mesh with an axis ``tensor``: the logits of this device's part of the ids.
         """
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        flat = vary(hidden, "tensor").reshape(-1, hidden.shape[-1])
         if self.head is not None:
             logits = self.head(flat)
         elif is_on_mesh():

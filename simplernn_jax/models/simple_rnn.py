@@ -9,7 +9,7 @@ from flax import nnx
 from simplernn_jax.array_types import Activations, HeadState, SegmentIds
 from simplernn_jax.models.dense import dense
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
-from simplernn_jax.parallel.collectives import axis_size, vary
+from simplernn_jax.parallel.collectives import axis_size
 from simplernn_jax.parallel.sequence import recurrence_over_stretches
 
 
@@ -184,7 +184,6 @@ class SimpleRNN(nnx.Module):
         Returns:
           ``[B, T, output_dim]`` and the state after the last token.
         """
-        x = vary(x, "tensor")  # read by several projections, whose gradients are summed once
         q, k, v, log_gate = self.cell.project(x)
         if axis_size("sequence") > 1:
             y, state = recurrence_over_stretches(q, k, v, log_gate, state, segment_ids)

@@ -5,6 +5,7 @@ one device and on any mesh. Axes of one device never appear in the types of arra
 `shardings.py` leaves them out.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -74,6 +75,11 @@ def gather(part: jax.Array, name: str, axis: int, *, after: jax.Array) -> jax.Ar
         return part
     _, part = jax.lax.optimization_barrier((jax.lax.stop_gradient(after), part))
     return jax.lax.all_gather(part, name, axis=axis, tiled=True)
+
+
+def gathering_again(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`function`, whose gradient gathers parameters once more rather than keep them until then."""
+    return jax.checkpoint(function) if axis_size("fsdp") > 1 else function
 
 
 def _there(names: tuple[str, ...]) -> tuple[str, ...]:

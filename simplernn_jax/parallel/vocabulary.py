@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import Logits, Tokens
 from simplernn_jax.ops.product import product
-from simplernn_jax.parallel.collectives import axis_index, gather, sum_over
+from simplernn_jax.parallel.collectives import axis_index, gather, gathering_again, sum_over
 
 
 def lookup(table: jax.Array, tokens: Tokens) -> jax.Array:
@@ -27,8 +27,7 @@ def lookup(table: jax.Array, tokens: Tokens) -> jax.Array:
         rows, is_own = _own(tokens, table.shape[0])
         return jnp.where(is_own[..., None], jnp.take(whole, rows, axis=0, mode="clip"), 0)
 
-    # No copy of the table is kept for the gradient: that needs the ids alone.
-    return sum_over(jax.checkpoint(own_rows)(table, tokens), "tensor")
+    return sum_over(gathering_again(own_rows)(table, tokens), "tensor")
 
 
 def tied_logits(hidden: jax.Array, table: jax.Array, dtype: Any) -> jax.Array:
@@ -43,7 +42,7 @@ def tied_logits(hidden: jax.Array, table: jax.Array, dtype: Any) -> jax.Array:
     def whole_product(hidden: jax.Array, table: jax.Array) -> jax.Array:
         return product(hidden, gather(table, "fsdp", 1, after=hidden).T, dtype)
 
-    return jax.checkpoint(whole_product)(hidden, table)
+    return gathering_again(whole_product)(hidden, table)
 
 
 def cross_entropy(logits: Logits, targets: Tokens) -> jax.Array:
