@@ -63,7 +63,7 @@ def main() -> None:
     if not _WORKDIR.value:
         raise UserError("no --workdir: name the folder of a training run, such as runs/base")
     _check_save_state()
-    prompt = _read_prompt()
+    prompt = command_line.read_text(_PROMPT.value, _PROMPT_FILE.value, name="prompt")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer characters than text
     from simplernn_jax.compilation_cache import use_compilation_cache
@@ -118,28 +118,6 @@ def _check_save_state() -> None:
     folder = Path(path).parent
     if Path(path).is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"--save_state={path}: cannot be written; name a file in a folder that can")
-
-
-def _read_prompt() -> str:
-    if _PROMPT.value is not None and _PROMPT_FILE.value is not None:
-        raise UserError("--prompt and --prompt_file exclude each other; give one of them")
-    if _PROMPT_FILE.value is None:
-        where, data = "--prompt", (_PROMPT.value or "").encode("utf-8", "surrogateescape")
-    elif _PROMPT_FILE.value == "-":
-        where, data = "standard input", sys.stdin.buffer.read()
-    else:
-        where, data = _PROMPT_FILE.value, _read_file(Path(_PROMPT_FILE.value).expanduser())
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: invalid UTF-8 at byte {error.start}; give UTF-8 text") from error
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"--prompt_file={path}: {error.strerror}; name a readable file") from error
 
 
 if __name__ == "__main__":

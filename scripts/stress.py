@@ -2,11 +2,14 @@
 
     python scripts/stress.py kill -n 20
     python scripts/stress.py damage -n 100
+    python scripts/stress.py hosts -n 10
 
 ``kill`` trains with SIGKILL at a random moment, at least every second time inside a save, runs
 the same command again to the end, and compares the last checkpoint byte for byte with that of a
 run that was left alone. ``damage`` flips a bit, truncates or deletes a file of the newest
-checkpoint, and expects that to be noticed and the checkpoint before it to be used.
+checkpoint, and expects that to be noticed and the checkpoint before it to be used. ``hosts`` kills
+a random one of two processes that train together at a random moment, expects the other to end soon
+and to name it, and goes on as ``kill`` does.
 
 Exits with code 1 if anything was lost.
 """
@@ -18,38 +21,49 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 
+import stress_hosts
 from simplernn_jax import command_line
 from simplernn_jax.errors import UserError
 from simplernn_jax.training import manifest
 from simplernn_jax.training.checkpoint import Checkpointer, read_config
-from simplernn_jax.training.checkpoint_contents import read_arrays, read_json, saved_leaves
+from simplernn_jax.training.checkpoint_contents import saved_leaves
 from simplernn_jax.training.checkpoint_folder import UNFINISHED_MARK, CheckpointFolder
+from stress_runs import (
+    SAVE_EVERY,
+    STEPS,
+    comparable,
+    compare,
+    contents,
+    final_checkpoint,
+    start,
+    train,
+)
 
-_ARGUMENTS = command_line.define_arguments("kill|damage")
+_ARGUMENTS = command_line.define_arguments("kill|damage|hosts")
 _COUNT = flags.DEFINE_integer("n", 20, "Number of runs to kill, or of damages.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Moments and places follow from it.")
 
-_ROOT = Path(__file__).resolve().parent.parent
-_STEPS, _SAVE_EVERY = 24, 3
 _PARALLEL = 2
 """Runs at a time: most of a short run is start-up, which keeps one core busy."""
 
 
 def main() -> int:
     """Runs what the argument names; 1 if anything was lost."""
-    experiments = {"kill": kill_runs, "damage": damage_checkpoints}
+    experiments = {
+        "kill": kill_runs,
+        "damage": damage_checkpoints,
+        "hosts": stress_hosts.kill_processes,
+    }
     if len(_ARGUMENTS.value) != 1 or _ARGUMENTS.value[0] not in experiments:
-        raise UserError("say what to do: python scripts/stress.py kill, or ... damage")
+        raise UserError("say what to do: python scripts/stress.py kill, ... damage or ... hosts")
     with tempfile.TemporaryDirectory(prefix="stress-") as folder:
         return experiments[_ARGUMENTS.value[0]](Path(folder), _COUNT.value, _SEED.value)
 
@@ -57,9 +71,9 @@ def main() -> int:
 def kill_runs(folder: Path, count: int, seed: int) -> int:
     """Kills and resumes `count` runs; 1 if one ends otherwise than a run left alone."""
     started = time.monotonic()
-    _train(folder, folder / "alone")
+    train(folder, folder / "alone")
     seconds = time.monotonic() - started
-    expected = _final_checkpoint(folder / "alone")
+    expected = final_checkpoint(folder / "alone")
 
     def run(number: int) -> tuple[bool, str | None]:
         return _kill_and_resume(
@@ -81,10 +95,10 @@ def kill_runs(folder: Path, count: int, seed: int) -> int:
 def damage_checkpoints(folder: Path, count: int, seed: int) -> int:
     """Damages the newest checkpoint `count` times; 1 if one was missed or not recovered from."""
     draw = random.Random(seed)
-    _train(folder, folder / "whole")
+    train(folder, folder / "whole")
     steps = CheckpointFolder(str(folder / "whole")).steps()
     before, newest = steps[-2:]
-    expected = _contents(folder / "whole", before)
+    expected = contents(folder / "whole", before)
     config, tokenizer_json, _ = read_config(str(folder / "whole"))
     detected = recovered = 0
     for number in range(count):
@@ -109,7 +123,7 @@ def _kill_and_resume(
 ) -> tuple[bool, str | None]:
     """Whether the kill fell inside a save, and what differs at the end, if anything."""
     workdir = folder / f"run{number}"
-    process = _start(folder, workdir)
+    process = start(folder, workdir)
     if number % 2 == 0:
         _stop_inside_a_save(process, workdir / "checkpoints", draw)
     else:
@@ -118,10 +132,10 @@ def _kill_and_resume(
     process.kill()
     process.wait()
     inside = _is_saving(workdir / "checkpoints")
-    _train(folder, workdir)
+    train(folder, workdir)
     if (workdir / "checkpoints_damaged").exists():
         return inside, "a checkpoint was taken for damaged"
-    difference = _difference(_final_checkpoint(workdir), expected)
+    difference = compare(final_checkpoint(workdir), expected)
     shutil.rmtree(workdir)
     return inside, difference
 
@@ -130,7 +144,7 @@ def _stop_inside_a_save(
     process: subprocess.Popen[bytes], checkpoints: Path, draw: random.Random
 ) -> None:
     """Stops the process at a random moment of a random save; returns too if it ends before."""
-    saves_to_pass = draw.randrange(_STEPS // _SAVE_EVERY - 1)
+    saves_to_pass = draw.randrange(STEPS // SAVE_EVERY - 1)
     was_saving = False
     while process.poll() is None:
         saving = _is_saving(checkpoints)
@@ -160,67 +174,6 @@ def _is_saving(checkpoints: Path) -> bool:
     )
 
 
-def _start(folder: Path, workdir: Path) -> subprocess.Popen[bytes]:
-    """Starts, or goes on with, a small training run that carries state between its batches."""
-    corpus = folder / "corpus.txt"
-    if not corpus.exists():
-        draw = random.Random(0)
-        corpus.write_text("".join(draw.choices("abcdefgh \n", k=20_011)), encoding="utf-8")
-    overrides = {
-        "data.source": corpus,
-        "data.split": "position",
-        "data.mode": "stream",
-        "data.cache_dir": folder / "tokens",
-        "train.epochs": 0,
-        "train.steps": _STEPS,
-        "train.save_every": _SAVE_EVERY,
-        "train.eval_every": 0,
-        "train.sample_every": 0,
-    }
-    command = [sys.executable, str(_ROOT / "scripts" / "train.py")]
-    command += [f"--config={_ROOT / 'configs' / 'tiny.py'}", f"--workdir={workdir}"]
-    command += [f"--config.{field}={value}" for field, value in overrides.items()]
-    # The programs are compiled once, by the run that is left alone.
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    with open(folder / f"{workdir.name}.log", "ab") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-
-
-def _train(folder: Path, workdir: Path) -> None:
-    if _start(folder, workdir).wait() != 0:
-        log = (folder / f"{workdir.name}.log").read_text(encoding="utf-8", errors="replace")
-        raise RuntimeError(f"the training run in {workdir} failed:\n{log}")
-
-
-def _final_checkpoint(workdir: Path) -> dict[str, Any]:
-    return _contents(workdir, read_config(str(workdir))[2])
-
-
-def _contents(workdir: Path, step: int) -> dict[str, Any]:
-    path = CheckpointFolder(str(workdir)).step_path(step)
-    arrays = read_arrays(path, list(saved_leaves(path)))
-    return _comparable(step, read_json(path, "data"), arrays)
-
-
-def _comparable(step: int, data_state: Any, arrays: dict[str, Any]) -> dict[str, Any]:
-    """What two checkpoints are compared by."""
-    values = {
-        f"array {name}": (str(array.dtype), array.shape, np.asarray(array).tobytes())
-        for name, array in arrays.items()
-    }
-    return values | {"step": step, "position in the data": data_state}
-
-
-def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
-    for name in found.keys() | expected.keys():
-        if found.get(name) != expected.get(name):
-            return f"{name} differs"
-    return None
-
-
 def _damage(step_path: Path, draw: random.Random) -> str:
     """Damages one file at random; returns what was done."""
     file = draw.choice(sorted(path for path in step_path.rglob("*") if path.is_file()))
@@ -248,8 +201,8 @@ def _restore(checkpointer: Checkpointer, workdir: Path, expected: dict[str, Any]
     )
     if restored is None:
         return "nothing was restored"
-    found = _comparable(restored.step, restored.data_state, restored.state)
-    return _difference(found, expected)
+    found = comparable(restored.step, restored.data_state, restored.state)
+    return compare(found, expected)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,10 @@
 
 The same command again resumes, byte for byte. SIGTERM and Ctrl-C save first and exit with
 code 75; a second signal stops at once. Bad input is one line and code 2.
+
+With --distributed, this is one of several processes that train together, on one host or on many;
+the workdir is on a file system that they share. When one of them dies or hangs, the others end
+within 30 seconds, with code 76. scripts/launch_local.sh starts some on this machine.
 """
 
 import gc
@@ -20,10 +24,37 @@ _CONFIG = command_line.define_config_flag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of checkpoints, metrics and tokenized text. Made if missing."
 )
+_DISTRIBUTED = flags.DEFINE_boolean(
+    "distributed",
+    False,
+    "Train together with other processes, which SLURM, Kubernetes or Open MPI has started, or "
+    "which the next three flags describe.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT at which the process with --process_id 0 is found."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is.", lower_bound=0)
+_TIMEOUT = flags.DEFINE_integer(
+    "join_timeout", 120, "Seconds within which all processes must have come.", lower_bound=1
+)
 
 
 def main() -> int:
     """Trains; 0 at the end, `command_line.EXIT_INTERRUPTED` if a signal stopped it."""
+    place = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if not _DISTRIBUTED.value:
+        if place != (None, None, None):
+            raise UserError("--coordinator, --num_processes, --process_id: only with --distributed")
+        return _train()
+    from simplernn_jax.parallel import processes
+
+    command_line.leave_by(processes.leave)
+    with processes.joined(*place, _TIMEOUT.value):
+        return _train()
+
+
+def _train() -> int:
     config = _CONFIG.value
     if not _WORKDIR.value:
         raise UserError("no --workdir: name a folder for the run, such as --workdir runs/mine")

@@ -36,4 +36,4 @@ CachedKeys = Float[Array, "B H S K"]
 CachedValues = Float[Array, "B H S V"]
 
 ModelState = Any
-"""A pytree with one entry per layer; every leaf has axis B first."""
+"""A pytree with one entry per layer, or one for all that are stacked; leaves have axis B first."""

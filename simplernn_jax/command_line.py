@@ -15,6 +15,7 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -26,7 +27,14 @@ from simplernn_jax.config import nearest_name
 from simplernn_jax.config_flag import config_fields, config_is_missing, define_config_flag
 from simplernn_jax.errors import UserError
 
-__all__ = ["EXIT_INTERRUPTED", "Arguments", "define_arguments", "define_config_flag", "run"]
+__all__ = [
+    "EXIT_INTERRUPTED",
+    "Arguments",
+    "define_arguments",
+    "define_config_flag",
+    "read_text",
+    "run",
+]
 
 EXIT_INTERRUPTED = 75
 """A run stopped by SIGTERM or SIGINT after saving; the same command goes on (EX_TEMPFAIL)."""
@@ -54,6 +62,7 @@ class Arguments:
 
 
 _arguments: Arguments | None = None
+_leave: Callable[[int], NoReturn] = sys.exit
 
 
 def define_arguments(usage: str) -> Arguments:
@@ -64,6 +73,43 @@ def define_arguments(usage: str) -> Arguments:
     global _arguments  # noqa: PLW0603 - like absl's flags: a process has one command line
     _arguments = Arguments(usage)
     return _arguments
+
+
+def read_text(text: str | None, file: str | None, *, name: str) -> str:
+    """The text of a flag or of the file that another flag names.
+
+    Args:
+      text: value of ``--NAME``; None where neither flag is set gives an empty text.
+      file: value of ``--NAME_file``; ``-`` is standard input.
+      name: NAME.
+
+    Raises:
+      UserError: both are given, the file cannot be read, or what is read is no UTF-8.
+    """
+    if text is not None and file is not None:
+        raise UserError(f"--{name} and --{name}_file exclude each other; give one of them")
+    if file is None:
+        where, data = f"--{name}", (text or "").encode("utf-8", "surrogateescape")
+    elif file == "-":
+        where, data = "standard input", sys.stdin.buffer.read()
+    else:
+        where, path = file, Path(file).expanduser()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"--{name}_file={path}: {error.strerror}; name a readable file"
+            ) from error
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: invalid UTF-8 at byte {error.start}; give UTF-8 text") from error
+
+
+def leave_by(leave: Callable[[int], NoReturn]) -> None:
+    """Makes `run` end this process with ``leave(code)`` instead of ``sys.exit(code)``."""
+    global _leave  # noqa: PLW0603 - a process ends once
+    _leave = leave
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -83,20 +129,26 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         _fail(f"{error}; --help shows the flags")
     except BrokenPipeError:  # the reader of a pipe has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)
+        _leave(128 + 13)
     except OSError as error:
         if error.errno not in _ADVICE:
-            raise
+            traceback.print_exc()
+            _leave(1)
         _fail(f"{_path_of(error)}: {os.strerror(error.errno).lower()}; {_ADVICE[error.errno]}")
     except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
+        _leave(130)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
+    except SystemExit as end:
+        _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+    _leave(0)
 
 
 def _fail(message: str) -> NoReturn:
     line = " ".join(part.strip() for part in message.splitlines())
     print(f"error: {line}", file=sys.stderr)
-    sys.exit(_EXIT_USER_ERROR)
+    _leave(_EXIT_USER_ERROR)
 
 
 def _path_of(error: OSError) -> str:

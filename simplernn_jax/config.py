@@ -179,7 +179,8 @@ class MeshConfig:
     sequence: int = 1
     """Stretches of the time axis; divides sequence_length."""
     stage: int = 1
-    """Groups of consecutive layers; divides num_layers."""
+    """Groups of consecutive layers, through which chunks of time pass one after another; divides
+    num_layers and sequence_length, and leaves sequence at 1."""
 
 
 _Section = typing.TypeVar(
@@ -323,6 +324,11 @@ def _validate_mesh(mesh: MeshConfig) -> None:
     _at_least(mesh, "mesh", 1, "fsdp", "tensor", "sequence", "stage")
     if mesh.data != -1:
         _at_least(mesh, "mesh", 1, "data")
+    if mesh.stage > 1 and mesh.sequence > 1:
+        raise UserError(
+            f"--config.mesh.stage={mesh.stage} and --config.mesh.sequence={mesh.sequence} divide "
+            "the same time axis; set one of them to 1"
+        )
 
 
 def to_json(config: Config) -> str:

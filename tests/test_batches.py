@@ -105,6 +105,28 @@ def test_resume_is_exact(mode, taken):
     assert resumed.get_state() == {"next_index": 40}
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bounds", [(0, 5), (5, 7), (2, 3)])
+def test_rows_of_one_process_are_those_of_the_whole_batch(mode, bounds):
+    split, rows = make_split(), slice(*bounds)
+    config = data_config(mode, batch_size=7, reset_probability=0.3)
+    whole, part = (BatchSource(split, config, 5, PAD, chosen) for chosen in (slice(None), rows))
+    for index in range(2 * steps_per_epoch(split, config) + 1):
+        chex.assert_trees_all_equal(
+            part[index], type(whole[index])(*(x[rows] for x in whole[index]))
+        )
+
+
+def test_position_is_that_of_the_run_whatever_the_rows():
+    split, config = make_split(), data_config("stream", batch_size=6)
+    whole = make_batches(split, config, 0, PAD)
+    take(whole, 5)
+    part = make_batches(split, config, 0, PAD, slice(4, 6))
+    part.set_state(json.loads(json.dumps(whole.get_state())))
+    assert part.get_state() == whole.get_state()
+    np.testing.assert_array_equal(next(part).tokens, next(whole).tokens[4:])
+
+
 def test_windows_start_everywhere():
     split = unique_split()
     source = BatchSource(split, data_config("window"), 0, PAD)

@@ -16,6 +16,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 
 from simplernn_jax import load_model
 from simplernn_jax.config import Config, ModelConfig, TrainConfig
@@ -85,6 +88,36 @@ def restore(workdir: Path) -> Restored | None:
         return checkpointer.restore(abstract_state())
 
 
+def test_an_array_of_many_devices_is_restored_on_any_others(tmp_path):
+    def lying(devices, *axes):
+        mesh = jax.make_mesh((devices,), ("all",), (jax.sharding.AxisType.Auto,))
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+    values = {
+        "kernel": np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32),
+        "bias": np.array([jnp.nan, -0.0, 1e-45, jnp.inf], np.float32),
+    }
+    spread = {"kernel": lying(4, None, "all"), "bias": lying(8)}
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, jax.tree.map(jax.device_put, values, spread), {})
+    for wanted in (
+        {"kernel": lying(8, "all"), "bias": lying(2, "all")},
+        {"kernel": lying(1), "bias": lying(1)},
+    ):
+        abstract = {
+            name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in values.items()
+        }
+        with open_checkpointer(tmp_path) as checkpointer:
+            restored = checkpointer.restore(abstract, wanted)
+        assert restored is not None
+        for name, value in values.items():
+            assert restored.state[name].sharding == wanted[name]
+            assert np.asarray(restored.state[name]).tobytes() == value.tobytes()
+            # It is JAX's own: a step may be given its memory.
+            jax.jit(jnp.negative, donate_argnums=0)(restored.state[name])
+            assert restored.state[name].is_deleted()
+
+
 def steps_in(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("[0-9]*"))
 
@@ -118,6 +151,37 @@ def test_restored_state_trains_with_the_program_of_the_first_run(tmp_path):
     second = step(restored.state)
     assert step._cache_size() == 1
     assert_same_bytes(second, first)
+
+
+def test_what_was_saved_from_one_mesh_comes_back_on_another(tmp_path):
+    rows = mesh_of(data=4)
+    both = mesh_of(fsdp=2, tensor=4)
+    values = {
+        "parts": jnp.arange(96.0).reshape(8, 12),
+        "copies": jnp.arange(5),
+    }
+    saved = {
+        "parts": NamedSharding(rows, P("data")),
+        "copies": NamedSharding(rows, P()),
+    }
+    wanted = {
+        "parts": NamedSharding(both, P("tensor", "fsdp")),
+        "copies": NamedSharding(both, P()),
+    }
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, jax.device_put(values, saved), {})
+    with open_checkpointer(tmp_path) as checkpointer:
+        restored = checkpointer.restore(jax.eval_shape(lambda: values), wanted)
+        alone = checkpointer.restore(jax.eval_shape(lambda: values))
+    assert restored is not None
+    assert alone is not None
+    assert jax.tree.map(lambda x: x.sharding, restored.state) == wanted
+    chex.assert_trees_all_equal(restored.state, values)
+    chex.assert_trees_all_equal(alone.state, values)
+    # JAX's own memory, part by part: an optimizer step may take it for its result.
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    assert step(restored.state["parts"]).sharding == wanted["parts"]
+    assert restored.state["parts"].is_deleted()
 
 
 def test_a_save_in_the_background_keeps_the_values_of_its_step(tmp_path):

@@ -54,6 +54,13 @@ def test_a_bad_value_is_refused_by_name(section, field, value, message):
     assert f"--config.{section}.{field}" in str(caught.value)
 
 
+def test_time_is_divided_by_one_axis_of_the_mesh():
+    config = trainable()
+    config.mesh.stage, config.mesh.sequence = 2, 4
+    with pytest.raises(UserError, match=r"mesh\.stage=2 and .*sequence=4 .* set one of them to 1"):
+        validate(config)
+
+
 @pytest.mark.parametrize(
     "mixer", ["simple_rnn,attention,attention", " simple_rnn, attention ,attention"]
 )

@@ -8,7 +8,7 @@ import pytest
 
 from simplernn_jax.config import Config, OptimizerConfig, from_json, to_json, validate
 from simplernn_jax.config_flag import load_config
-from simplernn_jax.training.train_step import abstract_model
+from simplernn_jax.training.gradient import abstract_model
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 FILES = {file.stem: file for file in sorted(FOLDER.glob("*.py"))}

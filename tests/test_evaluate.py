@@ -9,14 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from meshes import mesh_of
 from small_runs import small_config
 from token_splits import PAD, make_split
 
 from simplernn_jax.data.batches import document_ends
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.parallel.shardings import specs_of
 from simplernn_jax.training import evaluate
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
+from simplernn_jax.training.placement import shardings_of
 
 CONFIGS = {
     "plain": small_config(vocab_size=203),
@@ -55,6 +58,21 @@ def nats_one_by_one(kind="plain"):
 def evaluation(limit_tokens=0, split=SPLIT, kind="plain"):
     params = nnx.state(model(kind), nnx.Param)
     return Evaluator(CONFIGS[kind], PAD)(params, split, limit_tokens)
+
+
+@pytest.mark.parametrize("batch_tokens", [8192, 60])
+def test_devices_of_a_mesh_score_the_same_together(monkeypatch, batch_tokens):
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
+    config = small_config("residual", vocab_size=204, num_heads=2, mlp_dim=12, num_layers=2)
+    params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0)), nnx.Param)
+    alone = Evaluator(config, PAD)(params, SPLIT)
+    mesh = mesh_of(fsdp=2, tensor=2, sequence=2)
+    placed = jax.device_put(
+        params, shardings_of(specs_of({"params": params}, mesh)["params"], mesh)
+    )
+    together = Evaluator(config, PAD, mesh)(placed, SPLIT)
+    assert together.predictions == alone.predictions == SPLIT.num_predictions
+    assert together.nats_per_token == pytest.approx(alone.nats_per_token, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -111,3 +129,12 @@ def test_perplexity_of_a_model_that_is_beyond_hope_is_infinite():
 def test_a_split_without_predictions_is_refused():
     with pytest.raises(UserError, match="nothing to score: the train split"):
         evaluation(split=make_split([0], cut_front=1))
+
+
+def test_scores_are_the_losses_of_their_batches():
+    parts = list(Evaluator(CONFIGS["plain"], PAD).scores(nnx.state(model(), nnx.Param), SPLIT, 61))
+    for part in parts:
+        np.testing.assert_array_equal(np.asarray(part.nats)[~part.batch.loss_mask], 0)
+        assert float(part.total) == pytest.approx(float(np.sum(part.nats)), rel=1e-6)
+    total = sum(float(part.total) for part in parts)
+    assert total / 61 == pytest.approx(evaluation(limit_tokens=61).nats_per_token)

@@ -41,6 +41,20 @@ def test_evaluation_sees_the_whole_document_and_nothing_else(batch_tokens, max_r
     assert contexts(batches) == expected
 
 
+@pytest.mark.parametrize("divisible_by", [(4, 1), (1, 6), (8, 12)])
+def test_rows_and_length_divide_among_devices_and_nothing_else_changes(divisible_by):
+    split = unique_split()
+    batches = list(
+        evaluation_batches(split, 33, 7, len(split.tokens), divisible_by=divisible_by)[0]
+    )
+    rows, length = batches[0].tokens.shape
+    assert (rows % divisible_by[0], length % divisible_by[1]) == (0, 0)
+    made = np.concatenate([batch.tokens[batch.loss_mask] for batch in batches])
+    np.testing.assert_array_equal(np.sort(made), predictable(split))
+    expected = list(evaluation_batches(split, 33, 7, len(split.tokens))[0])
+    assert contexts(batches) == contexts(expected)
+
+
 def test_evaluation_of_one_document_is_one_row():
     split = make_split((1009,))
     iterator, number = evaluation_batches(split, 256, 16, PAD)
@@ -81,3 +95,19 @@ def test_evaluation_of_nothing():
     split = make_split((17, 13), cut_front=18, cut_back=14)
     with pytest.raises(UserError, match="nothing to score: the train split has 2 tokens"):
         evaluation_batches(split, 64, 3, PAD)
+
+
+@pytest.mark.parametrize("reset_every", [1, 5, 1000])
+@pytest.mark.parametrize(("batch_tokens", "max_rows"), [(14, 2), (10_000, 3)])
+def test_resets_cut_what_is_seen_and_nothing_else(batch_tokens, max_rows, reset_every):
+    split = unique_split()
+    arguments = (split, batch_tokens, max_rows, len(split.tokens))
+    carried = list(evaluation_batches(*arguments)[0])
+    reset = list(evaluation_batches(*arguments, reset_every=reset_every)[0])
+    for ours, theirs in zip(reset, carried, strict=True):
+        chex.assert_trees_all_equal(ours[:3], theirs[:3])
+    whole = contexts(carried)
+    within = {position: (len(seen) - 1) % reset_every + 1 for position, seen in whole.items()}
+    assert contexts(reset) == {
+        position: seen[-within[position] :] for position, seen in whole.items()
+    }

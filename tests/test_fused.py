@@ -70,9 +70,11 @@ def test_every_width_fills_its_vectors(width):
 
 
 @needs_compiler
-def test_long_rows_are_read_again_in_stretches():
-    """The gradient keeps the states of one stretch at a time; here there are several."""
-    inputs = draw(1, 613, 1, 17, value_dim=64)
+@pytest.mark.parametrize(("length", "value_dim"), [(613, 64), (300, 4096)])
+def test_long_rows_are_read_again_in_stretches(length, value_dim):
+    """The gradient keeps the states of one stretch at a time; here there are several, chosen by
+    what fits the cache and by the length of the row."""
+    inputs = draw(1, length, 1, 3, value_dim=value_dim)
     ours, expected = gradients(*inputs), gradients(*inputs, method="scan")
     assert_close(ours, expected)
 

@@ -24,7 +24,7 @@ printf '%s\\n' "$@"
 def project(tmp_path: Path) -> Path:
     root = tmp_path / "a project"
     (root / "scripts").mkdir(parents=True)
-    for name in ("environment.sh", "train.sh", "infer.sh"):
+    for name in ("environment.sh", "train.sh", "infer.sh", "launch_local.sh"):
         shutil.copy(SCRIPTS / name, root / "scripts" / name)
     (root / "pyproject.toml").write_text("[project]\n")
     (root / ".venv" / "bin").mkdir(parents=True)
@@ -84,6 +84,11 @@ def test_train_from_another_folder_finds_the_project(project, tmp_path):
         "--config",
         f"{root}/configs/base.py",
     ]
+
+
+def test_launch_local_hands_everything_on(project):
+    arguments = arguments_of(launch(project, "launch_local.sh", "2", "--workdir", "a b"))
+    assert arguments == ["scripts/launch_local.py", "2", "--workdir", "a b"]
 
 
 def test_users_allocator_settings_win(project):

@@ -224,7 +224,7 @@ def test_the_last_save_is_waited_for_when_the_metrics_cannot_be_closed(tmp_path,
 
     monkeypatch.setattr(loop.MetricsWriter, "close", fail)
     monkeypatch.setattr(
-        loop.Checkpointer, "close", lambda saves: (close(saves), closed.append(saves))
+        loop.Checkpointer, "close", lambda saves, **how: (close(saves, **how), closed.append(saves))
     )
     with pytest.raises(OSError, match="No space left"):
         train(small_config(source=write_corpus(tmp_path / "text"), steps=3), str(tmp_path / "run"))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simplernn_jax.training.losses import summed_cross_entropy
+from simplernn_jax.training.losses import cross_entropy, summed_cross_entropy
 
 LOGITS = jnp.log(jnp.array([[[1.0, 1.0, 2.0], [1.0, 3.0, 4.0], [5.0, 4.0, 1.0]]]))
 TARGETS = jnp.array([[2, 0, 1]])
@@ -17,6 +17,12 @@ def test_is_the_sum_of_negative_log_probabilities():
     mask = jnp.ones((1, 3), bool)
     expected = -math.log(2 / 4) - math.log(1 / 8) - math.log(4 / 10)
     assert float(summed_cross_entropy(LOGITS, TARGETS, mask)) == pytest.approx(expected)
+
+
+def test_every_position_has_its_own_loss():
+    mask = jnp.array([[True, False, True]])
+    expected = [[-math.log(2 / 4), 0, -math.log(4 / 10)]]
+    np.testing.assert_allclose(cross_entropy(LOGITS, TARGETS, mask), expected, rtol=1e-6)
 
 
 def test_a_constant_added_to_the_logits_changes_nothing():

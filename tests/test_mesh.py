@@ -6,7 +6,7 @@ from small_runs import small_config
 
 from simplernn_jax.config import MeshConfig
 from simplernn_jax.errors import UserError
-from simplernn_jax.parallel.mesh import AXES, check_fits, make_mesh
+from simplernn_jax.parallel.mesh import AXES, check_fits, describe, make_mesh
 
 EIGHT = jax.devices("cpu")
 
@@ -19,6 +19,11 @@ def test_data_takes_what_the_others_leave():
 
 def test_one_device_is_a_mesh_too():
     assert set(make_mesh(MeshConfig(), EIGHT[:1]).shape.values()) == {1}
+
+
+def test_a_mesh_is_described_by_what_it_divides():
+    assert describe(make_mesh(MeshConfig(), EIGHT[:1])) == "cpu"
+    assert describe(make_mesh(MeshConfig(fsdp=4), EIGHT)) == "8 x cpu (data 2, fsdp 4)"
 
 
 def test_a_part_of_the_devices(caplog):
@@ -54,7 +59,17 @@ def test_sizes_that_do_not_make_up_the_devices(sizes, message):
         ({"tensor": 8}, {"num_heads": 8, "mlp_dim": 11}, r"mlp_dim=11 .* 11 / 8 leaves 3"),
         ({"tensor": 8}, {"num_heads": 8, "mlp_dim": 16}, r"vocab_size=259 .* 259 / 8 leaves 3"),
         ({"fsdp": 8}, {"batch_size": 8, "hidden_dim": 12}, r"hidden_dim=12 .* leaves 4"),
-        ({"stage": 8}, {"num_layers": 3}, r"num_layers=3 .* 3 / 8 leaves 3"),
+        (
+            {"stage": 8},
+            {"num_layers": 3, "sequence_length": 8},
+            r"num_layers=3 .* 3 / 8 leaves 3",
+        ),
+        ({"stage": 4}, {"num_layers": 4}, r"sequence_length=7 .* stage 4: 7 / 4 leaves 3"),
+        (
+            {"sequence": 8},
+            {"sequence_length": 16},
+            r"sequence_length=16 leaves each device of sequence 8 a stretch of 2, .* needs 3 ",
+        ),
     ],
 )
 def test_what_cannot_be_divided(sizes, fields, message):

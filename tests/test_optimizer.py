@@ -10,8 +10,8 @@ import pytest
 from small_runs import small_config
 
 from simplernn_jax.config import OptimizerConfig
+from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
-from simplernn_jax.training.train_step import abstract_model
 
 STEPS = 23
 

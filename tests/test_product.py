@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simplernn_jax.models.product import product
+from simplernn_jax.ops.product import product
 
 TOKENS = 37
 SHAPES = [(5, 13), (13, 5), (7, 7), (128, 259), (512, 128)]

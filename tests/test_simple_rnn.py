@@ -81,7 +81,7 @@ def test_initial_state_is_float32_zeros_for_any_compute_dtype():
     state = cell.initial_state(BATCH)
     chex.assert_trees_all_equal(state, jnp.zeros((BATCH, 2, 3, 5), jnp.float32))
     carry, y = cell(state, inputs()[:, 0])
-    assert (carry.dtype, y.dtype) == (jnp.float32, jnp.bfloat16)
+    assert (carry.dtype, y.dtype) == (jnp.float32, jnp.float32)
 
 
 def test_heads_must_divide_the_widths():

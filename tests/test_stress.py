@@ -26,6 +26,11 @@ def test_damages_are_detected_and_recovered_from():
     assert run_stress("damage", "-n", "7") == "7 damages: 7 detected, 7 recovered"
 
 
+def test_a_killed_process_ends_the_others_and_nothing_is_lost():
+    summary = run_stress("hosts", "-n", "1")
+    assert summary == "killed a process of 1 runs: 1 identical, 0 wrong"
+
+
 def test_says_what_it_can_do():
     command = [sys.executable, str(ROOT / "scripts" / "stress.py"), "kill", "damage"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -13,14 +13,11 @@ from flax import nnx
 from small_runs import small_config
 
 from simplernn_jax.data.batches import Batch
+from simplernn_jax.ops.rows import clear_rows
+from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.losses import summed_cross_entropy
 from simplernn_jax.training.optimizer import make_optimizer
-from simplernn_jax.training.train_step import (
-    abstract_model,
-    clear_rows,
-    init_train_state,
-    make_train_step,
-)
+from simplernn_jax.training.train_step import init_train_state, make_train_step
 
 ROWS, LENGTH, VOCAB = 6, 5, 11
 SGD = optax.sgd(1.0)

@@ -25,6 +25,8 @@ _WINDOWS, _ROTATION, _RESETS, _ORDER = range(4)
 class Batch(NamedTuple):
     """Input of one optimizer step or one evaluation step; numpy arrays.
 
+    Of a step that several processes take together, each has its own rows.
+
     Where `reset` is True the row's carried state is zeroed before the batch. Inside a row the
     state is cleared where `segment_ids` change; the incoming state belongs to the first segment.
     """
@@ -74,17 +76,21 @@ def steps_per_epoch(split: TokenSplit, data_config: DataConfig) -> int:
 
 
 def make_batches(
-    split: TokenSplit, data_config: DataConfig, seed: int, pad_id: int
+    split: TokenSplit,
+    data_config: DataConfig,
+    seed: int,
+    pad_id: int,
+    rows: slice = slice(None),
 ) -> grain.DatasetIterator:
     """Endless iterator of `Batch`; the next ones are prepared in a thread meanwhile.
 
     ``get_state()`` is a JSON-able dict with the number of batches taken; ``set_state`` on a new
-    iterator of the same arguments goes on with exactly the same batches.
+    iterator of the same arguments goes on with exactly the same batches, whatever its `rows`.
 
     Raises:
       UserError: the split is too short (`steps_per_epoch`).
     """
-    source = BatchSource(split, data_config, seed, pad_id)
+    source = BatchSource(split, data_config, seed, pad_id, rows)
     # One thread: a batch takes far less time than a step, and further threads would only
     # compete with the computation for cores.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -106,11 +112,21 @@ class BatchSource:
     each epoch and each from a zero state, padded with `pad_id`; rows of padding fill the last
     batch. Every prediction is made exactly once an epoch.
 
+    With `rows`, an item is these rows of the batch and nothing else is made or read: what several
+    processes make of their parts is byte for byte what one makes of the whole.
+
     Raises:
       UserError: the split is too short (`steps_per_epoch`).
     """
 
-    def __init__(self, split: TokenSplit, data_config: DataConfig, seed: int, pad_id: int):
+    def __init__(
+        self,
+        split: TokenSplit,
+        data_config: DataConfig,
+        seed: int,
+        pad_id: int,
+        rows: slice = slice(None),
+    ):
         self._steps_per_epoch = steps_per_epoch(split, data_config)
         self._mode = data_config.mode
         self._batch_size = data_config.batch_size
@@ -118,6 +134,7 @@ class BatchSource:
         self._reset_probability = data_config.reset_probability
         self._seed = seed
         self._pad_id = pad_id
+        self._rows = rows
         self._split_key = f"{split.name}:{split.content_hash}"
         # A plain array over the same memory: indexing the memmap class costs more.
         self._tokens = np.asarray(split.tokens)
@@ -142,7 +159,7 @@ class BatchSource:
             f"BatchSource(split={self._split_key}, mode={self._mode}, "
             f"batch_size={self._batch_size}, sequence_length={self._length}, "
             f"reset_probability={self._reset_probability}, seed={self._seed}, "
-            f"pad_id={self._pad_id})"
+            f"pad_id={self._pad_id}, rows={self._rows})"
         )
 
     def __getitem__(self, index: Any) -> Batch:
@@ -152,8 +169,8 @@ class BatchSource:
         if self._mode == "stream":
             return self._stream_batch(index)
         starts = self._random(_WINDOWS, index).integers(0, len(self._tokens), self._batch_size)
-        batch, _ = self._ring_rows(starts)
-        return batch._replace(reset=np.ones(self._batch_size, bool))
+        batch, _ = self._ring_rows(starts[self._rows])
+        return batch._replace(reset=~batch.reset)
 
     def _random(self, purpose: int, index: int) -> np.random.Generator:
         key = np.random.SeedSequence(self._seed, spawn_key=(purpose, index))
@@ -163,11 +180,11 @@ class BatchSource:
         epoch, step = divmod(index, self._steps_per_epoch)
         num_tokens = len(self._tokens)
         turn = self._random(_ROTATION, epoch).integers(0, num_tokens)
-        rows = np.arange(self._batch_size) * num_tokens // self._batch_size
+        rows = np.arange(self._batch_size)[self._rows] * num_tokens // self._batch_size
         batch, begins_document = self._ring_rows((turn + rows + step * self._length) % num_tokens)
         reset = begins_document | (step == 0)
         if self._reset_probability:
-            draws = self._random(_RESETS, index).random(self._batch_size)
+            draws = self._random(_RESETS, index).random(self._batch_size)[self._rows]
             reset |= draws < self._reset_probability
         return batch._replace(reset=reset)
 
@@ -205,7 +222,8 @@ class BatchSource:
         starts = self._document_starts[document] + nth * self._length
         counts = np.minimum(self._length, self._document_ends[document] - 1 - starts)
         empty_rows = np.zeros(self._batch_size - len(pieces), np.int64)
-        starts, counts = np.append(starts, empty_rows), np.append(counts, empty_rows)
+        starts = np.append(starts, empty_rows)[self._rows]
+        counts = np.append(counts, empty_rows)[self._rows]
         along = np.arange(self._length)
         is_real = along < counts[:, None]
         tokens, targets = gather(self._tokens, starts[:, None] + along, is_real, self._pad_id)
@@ -214,7 +232,7 @@ class BatchSource:
             targets=targets,
             loss_mask=is_real,
             segment_ids=(~is_real).astype(np.int32),
-            reset=np.ones(self._batch_size, bool),
+            reset=np.ones(len(starts), bool),
         )
 
 

@@ -17,7 +17,13 @@ _LEAST_DOCUMENTS = 8
 
 
 def evaluation_batches(
-    split: TokenSplit, batch_tokens: int, max_rows: int, pad_id: int, limit_tokens: int = 0
+    split: TokenSplit,
+    batch_tokens: int,
+    max_rows: int,
+    pad_id: int,
+    limit_tokens: int = 0,
+    reset_every: int = 0,
+    divisible_by: tuple[int, int] = (1, 1),
 ) -> tuple[Iterator[Batch], int]:
     """Batches that score each prediction of `split` exactly once, in context.
 
@@ -32,6 +38,9 @@ def evaluation_batches(
       pad_id: input and target where a row has ended (`loss_mask` False).
       limit_tokens: above 0, score only so many predictions: beginnings of documents in a fixed
         pseudo-random order, the same at every call.
+      reset_every: above 0, clear the state after every so many tokens of a document. The batches
+        hold the same predictions at the same places.
+      divisible_by: what R and T are multiples of, at the cost of padding.
 
     Returns:
       The batches, all of one shape [R, T], and how many there are.
@@ -52,12 +61,20 @@ def evaluation_batches(
             "--config.data.validation_fraction"
         )
     num_rows = int(max(1, min(max_rows, len(counts), counts.sum() // counts.max())))
+    num_rows = _round_up(num_rows, divisible_by[0])
     row_of, loads = _assign(counts, num_rows)
     by_row = np.argsort(row_of, kind="stable")
     length = min(max(1, batch_tokens // num_rows), int(loads.max()))
+    length = _round_up(length, divisible_by[1])
     num_batches = -(-int(loads.max()) // length)
-    batches = _lay_out(split, starts[by_row], counts[by_row], loads, (length, num_batches), pad_id)
+    batches = _lay_out(
+        split, starts[by_row], counts[by_row], loads, (length, num_batches), pad_id, reset_every
+    )
     return batches, num_batches
+
+
+def _round_up(number: int, divisor: int) -> int:
+    return -(-number // divisor) * divisor
 
 
 def _choose(counts: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -98,6 +115,7 @@ def _lay_out(
     loads: np.ndarray,
     shape: tuple[int, int],
     pad_id: int,
+    reset_every: int,
 ) -> Iterator[Batch]:
     """Yields the batches of documents given in the order of the rows that hold them.
 
@@ -115,10 +133,14 @@ def _lay_out(
         document = np.searchsorted(document_from, line, side="right") - 1
         within = line - document_from[document]
         inputs, targets = gather(tokens, starts[document] + within, is_real, pad_id)
+        segments = document
+        if reset_every:
+            within = within % reset_every
+            segments = line - within
         yield Batch(
             tokens=inputs,
             targets=targets,
             loss_mask=is_real,
-            segment_ids=np.where(is_real, document, len(counts)).astype(np.int32),
+            segment_ids=np.where(is_real, segments, counts.sum()).astype(np.int32),
             reset=(within[:, 0] == 0) | (step == 0),
         )

@@ -13,6 +13,7 @@ from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.models.dense import compute_dtype, dense
 from simplernn_jax.models.short_convolution import ShortConvolution
 from simplernn_jax.models.simple_rnn import SimpleRNN
+from simplernn_jax.parallel.collectives import vary
 
 GATE_BIAS_RANGE = (1.0, 6.0)
 """Gate biases of the residual block, spread over the key channels: half-lives of about 2 to 280
@@ -63,7 +64,7 @@ class PlainBlock(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, HeadState]:
         """``[B, T, D]`` to the same shape; the key is not used."""
-        return self.rnn(x, state, segment_ids)
+        return self.rnn(vary(x, "tensor"), state, segment_ids)
 
 
 class ResidualState(NamedTuple):
@@ -87,7 +88,7 @@ class ResidualBlock(nnx.Module):
         """Makes the parameters; `mixer` is one of `simplernn_jax.config.MIXERS`."""
         dtype = compute_dtype(config.precision)
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
-        self.mixer_norm = nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
+        self.mixer_norm = nnx.RMSNorm(config.hidden_dim, rngs=rngs)
         self.convolution = ShortConvolution(CONVOLUTION_WIDTH, config.hidden_dim, rngs=rngs)
         options: dict[str, Any] = {
             **_sizes(config),
@@ -104,7 +105,7 @@ class ResidualBlock(nnx.Module):
                 gate_bias_init=spread_gate_bias(config.num_heads),
                 **options,
             )
-        self.mlp_norm = nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
+        self.mlp_norm = nnx.RMSNorm(config.hidden_dim, rngs=rngs)
         zeros = nnx.initializers.zeros_init()
         self.mlp_in = dense(
             config.hidden_dim,
@@ -149,9 +150,11 @@ class ResidualBlock(nnx.Module):
         mixer_state: Any
         mixer_state, recent = (None, None) if state is None else state
         y, recent = self.convolution(self.mixer_norm(x), recent, segment_ids)
-        y, mixer_state = self.mixer(y, mixer_state, segment_ids)
+        # Where heads and MLP lie apart, `vary` is where the gradients of their parts are summed:
+        # once for all projections.
+        y, mixer_state = self.mixer(vary(y, "tensor"), mixer_state, segment_ids)
         x = x + self._drop(y, keys[0])
-        hidden = self.mlp_norm(x).reshape(-1, x.shape[-1])
+        hidden = vary(self.mlp_norm(x), "tensor").reshape(-1, x.shape[-1])
         # The gradient computes GELU again: its intermediate values are the largest of the model.
         y = self.mlp_out(jax.checkpoint(jax.nn.gelu)(self.mlp_in(hidden))).reshape(x.shape)
         return x + self._drop(y, keys[1]), ResidualState(mixer_state, recent)

@@ -1,13 +1,15 @@
 """Dense layers and their initialisation: float32 parameters, compute in the policy's dtype."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.models.product import product
+from simplernn_jax.ops.product import product
+from simplernn_jax.parallel.collectives import gather, gathering_again, is_on_mesh, sum_over
 
 
 def compute_dtype(precision: str) -> Any:
@@ -26,12 +28,30 @@ def uniform_fan_in(fan_in: int) -> nnx.Initializer:
 
 
 class Dense(nnx.Linear):
-    """`nnx.Linear` on flat tokens, with operands in `dtype` and results in float32."""
+    """`nnx.Linear` on flat tokens, with operands in `dtype` and results in float32.
+
+    On a mesh its kernel may lie apart, as `parallel.shardings` says; which part a device holds
+    shows in the shapes. Along ``fsdp`` lies the side that is the width of the stack: it is
+    gathered where it is used, and for the gradient once more. Along ``tensor`` lies the other
+    one: outputs of which each device makes its own, or inputs of which each has its own, so that
+    the outputs are sums over the devices.
+    """
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """``[N, in_features]`` to ``[N, out_features]``, at least float32."""
-        y = product(inputs, self.kernel[...], self.dtype)
+        """``[N, in_features]`` to ``[N, out_features]``, at least float32; this device's part."""
+        if is_on_mesh():
+            own = gathering_again(partial(_gathered_product, dtype=self.dtype))
+            y = own(inputs, self.kernel[...])
+            if inputs.shape[-1] != self.in_features:
+                y = sum_over(y, "tensor")
+        else:
+            y = product(inputs, self.kernel[...], self.dtype)
         return y if self.bias is None else y + self.bias[...][None]
+
+
+def _gathered_product(x: jax.Array, kernel: jax.Array, *, dtype: Any) -> jax.Array:
+    apart = 0 if kernel.shape[0] != x.shape[-1] else 1
+    return product(x, gather(kernel, "fsdp", apart, after=x), dtype)
 
 
 def dense(

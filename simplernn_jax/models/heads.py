@@ -72,11 +72,7 @@ class Heads(nnx.Module):
         self.value_proj = projection(value_dim)
         if forget_gate:
             self.gate_proj = projection(key_dim, gate_bias_init or bias_init)
-        self.output_norm = (
-            nnx.RMSNorm(value_dim // num_heads, dtype=jnp.float32, rngs=rngs)
-            if output_norm
-            else None
-        )
+        self.output_norm = nnx.RMSNorm(value_dim // num_heads, rngs=rngs) if output_norm else None
         self.output_gate_proj = projection(value_dim) if output_gate else None
         self.out_proj = dense(
             value_dim,

@@ -10,7 +10,11 @@ from simplernn_jax.array_types import Activations, Logits, ModelState, SegmentId
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
 from simplernn_jax.models.dense import compute_dtype, dense
-from simplernn_jax.models.product import product
+from simplernn_jax.models.layer_stack import LayerStack
+from simplernn_jax.ops.product import product
+from simplernn_jax.parallel.collectives import axis_size, is_on_mesh, vary
+from simplernn_jax.parallel.sequence import stretch_ids
+from simplernn_jax.parallel.vocabulary import lookup, tied_logits
 
 
 class LanguageModel(nnx.Module):
@@ -37,6 +41,7 @@ class LanguageModel(nnx.Module):
         self.embedding = nnx.Embed(
             config.vocab_size,
             config.hidden_dim,
+            dtype=jnp.promote_types(dtype, jnp.float32),
             param_dtype=jnp.float32,
             embedding_init=nnx.initializers.normal(scale),
             rngs=rngs,
@@ -47,9 +52,7 @@ class LanguageModel(nnx.Module):
                 for mixer in config.mixers
             ]
         )
-        self.final_norm = (
-            None if plain else nnx.RMSNorm(config.hidden_dim, dtype=jnp.float32, rngs=rngs)
-        )
+        self.final_norm = None if plain else nnx.RMSNorm(config.hidden_dim, rngs=rngs)
         tied = config.tie_embeddings and not plain
         init = {} if plain else {"kernel_init": nnx.initializers.normal(scale)}
         self.head = (
@@ -58,8 +61,18 @@ class LanguageModel(nnx.Module):
             else dense(config.hidden_dim, config.vocab_size, rngs=rngs, dtype=dtype, **init)
         )
 
+    def stack_layers(self) -> None:
+        """Makes all layers one, to be divided among the stages of a mesh; see `LayerStack`.
+
+        Raises:
+          UserError: the layers are not alike.
+        """
+        self.layers = LayerStack(self.layers)
+
     def initial_state(self, batch_size: int) -> ModelState:
-        """The zero state: one entry per layer, axis B first."""
+        """The zero state: one entry per layer, or for all that are stacked; axis B first."""
+        if isinstance(self.layers, LayerStack):
+            return self.layers.initial_state(batch_size)
         return tuple(layer.initial_state(batch_size) for layer in self.layers)
 
     def encode(
@@ -70,25 +83,52 @@ class LanguageModel(nnx.Module):
         *,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, ModelState]:
-        """Tokens to what the head reads, ``[B, T, D]``; arguments as in `__call__`."""
-        x = self.embedding(tokens)
+        """Tokens to what the head reads, ``[B, T, D]``; arguments as in `__call__`.
+
+        On a mesh with an axis ``stage``: to this stage's share of it, ``[B, T / stages, D]``.
+        """
+        x = self._embed(tokens)
         if self.final_norm is not None:
             # Unit variance into the residual stream, whatever the scale that suits a tied head.
             x = x * self.config.hidden_dim**0.5
+        if segment_ids is not None and axis_size("sequence") > 1:
+            segment_ids = stretch_ids(segment_ids)
+        x, state = self._through_layers(x, state, segment_ids, dropout_key)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        return x, state
+
+    def _through_layers(
+        self,
+        x: Activations,
+        state: ModelState | None,
+        segment_ids: SegmentIds | None,
+        dropout_key: jax.Array | None,
+    ) -> tuple[Activations, ModelState]:
+        if isinstance(self.layers, LayerStack):
+            return self.layers(x, state, segment_ids, dropout_key)
         states = []
         for index, layer in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             x, layer_state = layer(x, None if state is None else state[index], segment_ids, key)
             states.append(layer_state)
-        if self.final_norm is not None:
-            x = self.final_norm(x)
         return x, tuple(states)
 
+    def _embed(self, tokens: Tokens) -> Activations:
+        if is_on_mesh():
+            return lookup(self.embedding.embedding[...], tokens)
+        return self.embedding(tokens)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """What the head makes of ``[..., D]``: ``[..., vocab]``, float32."""
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        """What the head makes of ``[..., D]``: ``[..., vocab]``, float32.
+
+        On a mesh with an axis ``tensor``: the logits of this device's part of the ids.
+        """
+        flat = vary(hidden, "tensor").reshape(-1, hidden.shape[-1])
         if self.head is not None:
             logits = self.head(flat)
+        elif is_on_mesh():
+            logits = tied_logits(flat, self.embedding.embedding[...], self.dtype)
         else:
             logits = product(flat, self.embedding.embedding[...].T, self.dtype)
         return logits.reshape(*hidden.shape[:-1], -1)

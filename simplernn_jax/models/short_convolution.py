@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplernn_jax.array_types import Activations, RecentInputs, SegmentIds
+from simplernn_jax.parallel.collectives import axis_size, from_last
+from simplernn_jax.parallel.sequence import halo
 
 
 def _starts_as_identity(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
@@ -48,20 +50,28 @@ class ShortConvolution(nnx.Module):
         length, past = x.shape[1], self.width - 1
         if state is None:
             state = self.initial_state(x.shape[0])
-        inputs = jnp.concatenate([state, x.astype(state.dtype)], axis=1)
+        x = x.astype(state.dtype)
+        reachable = None if segment_ids is None else _reachable(segment_ids, self.width)
+        if axis_size("sequence") > 1:  # the tokens before are another device's
+            state = halo(_of_last_segment(x[:, -past:], reachable), state, segment_ids)
+        inputs = jnp.concatenate([state, x], axis=1)
         weights = self.weights[...][:, None, None]
         y = inputs[:, past:] * weights[0]
-        reachable = None if segment_ids is None else _reachable(segment_ids, self.width)
         for lag in range(1, self.width):
             earlier = inputs[:, past - lag : past - lag + length]
             if reachable is not None:
                 earlier = jnp.where(reachable[lag][..., None], earlier, 0)
             y = y + earlier * weights[lag]
-        state = inputs[:, length:]
-        if reachable is not None and length:
-            kept = jnp.stack([reachable[lag][:, -1] for lag in reversed(range(past))], axis=1)
-            state = jnp.where(kept[..., None], state, 0)
-        return y, state
+        return y, from_last(_of_last_segment(inputs[:, length:], reachable), "sequence")
+
+
+def _of_last_segment(recent: RecentInputs, reachable: list[jax.Array] | None) -> RecentInputs:
+    """The last inputs, zero where they are not of the last token's segment."""
+    if reachable is None or not reachable[0].shape[1]:
+        return recent
+    lags = reversed(range(recent.shape[1]))
+    kept = jnp.stack([reachable[lag][:, -1] for lag in lags], axis=1)
+    return jnp.where(kept[..., None], recent, 0)
 
 
 def _reachable(segment_ids: SegmentIds, width: int) -> list[jax.Array]:

@@ -9,6 +9,8 @@ from flax import nnx
 from simplernn_jax.array_types import Activations, HeadState, SegmentIds
 from simplernn_jax.models.heads import Heads
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
+from simplernn_jax.parallel.collectives import axis_size
+from simplernn_jax.parallel.sequence import recurrence_over_stretches
 
 
 class SimpleRNNCell(Heads, nnx.RNNCellBase):
@@ -134,7 +136,10 @@ class SimpleRNN(nnx.Module):
           ``[B, T, output_dim]`` and the state after the last token.
         """
         q, k, v, log_gate = self.cell.project(x)
-        y, state = gated_linear_recurrence(
-            q, k, v, log_gate, initial_state=state, segment_ids=segment_ids
-        )
+        if axis_size("sequence") > 1:
+            y, state = recurrence_over_stretches(q, k, v, log_gate, state, segment_ids)
+        else:
+            y, state = gated_linear_recurrence(
+                q, k, v, log_gate, initial_state=state, segment_ids=segment_ids
+            )
         return self.cell.combine(y, x), state

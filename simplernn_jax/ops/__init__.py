@@ -9,7 +9,7 @@ from simplernn_jax.ops.fused import can_fuse, fused
 from simplernn_jax.ops.manual_axes import vary_like
 from simplernn_jax.ops.scan import recurrent_step, scan
 
-__all__ = ["gated_linear_recurrence", "recurrent_step"]
+__all__ = ["gated_linear_recurrence", "recurrent_step", "segment_starts"]
 
 METHODS = ("chunkwise", "scan")
 
@@ -59,7 +59,7 @@ def gated_linear_recurrence(
     initial_state = vary_like(initial_state.astype(dtype), q, k, v, log_gate)
     if length == 0:
         return jnp.zeros_like(v), initial_state
-    clear = None if segment_ids is None else _segment_starts(segment_ids)
+    clear = None if segment_ids is None else segment_starts(segment_ids)
     if method == "scan":
         return scan(q, k, v, log_gate, initial_state, clear)
     if chunk_size is None and can_fuse(dtype):
@@ -71,7 +71,7 @@ def gated_linear_recurrence(
     return chunkwise(q, k, v, log_gate, initial_state, clear, chunk_size)
 
 
-def _segment_starts(segment_ids: jax.Array) -> jax.Array:
+def segment_starts(segment_ids: jax.Array) -> jax.Array:
     """``[B, T]`` bool: True where the id differs from that of the token before."""
     changed = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(changed, ((0, 0), (1, 0)))

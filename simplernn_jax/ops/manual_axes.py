@@ -9,10 +9,11 @@ import jax
 
 def vary_like(x: jax.Array, *others: jax.Array) -> jax.Array:
     """`x`, typed as varying over every manual mesh axis that it or one of `others` varies over."""
-    wanted = frozenset[str]().union(*(_varying(other) for other in others))
-    missing = tuple(wanted - _varying(x))
+    wanted = frozenset[str]().union(*(varying(other) for other in others))
+    missing = tuple(sorted(wanted - varying(x)))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _varying(x: jax.Array) -> frozenset[str]:
+def varying(x: jax.Array) -> frozenset[str]:
+    """The manual mesh axes over which `x` varies."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, Mesh
 
 from simplernn_jax.config import Config, MeshConfig
 from simplernn_jax.errors import UserError
+from simplernn_jax.parallel.sequence import LEAST_TOKENS
 
 AXES = ("data", "fsdp", "tensor", "sequence", "stage")
 """Names of the mesh's axes, from the slowest link to the fastest but for `stage`; see
@@ -16,6 +17,9 @@ AXES = ("data", "fsdp", "tensor", "sequence", "stage")
 
 BATCH_AXES = ("data", "fsdp")
 """Axes over which the rows of a batch are divided."""
+
+TOKEN_AXES = (*BATCH_AXES, "sequence", "stage")
+"""Axes whose devices take the loss of different tokens: losses and gradients are sums over them."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -50,6 +54,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     )
 
 
+def describe(mesh: Mesh) -> str:
+    """``cpu``, or ``8 x cpu (data 2, fsdp 4)``: what a run is computed on."""
+    kind: str = mesh.devices.flat[0].device_kind
+    sizes = [f"{name} {size}" for name, size in mesh.shape.items() if size > 1]
+    return f"{mesh.size} x {kind} ({', '.join(sizes)})" if sizes else kind
+
+
 def check_fits(config: Config, mesh: Mesh) -> None:
     """Checks that everything that the mesh divides can be divided.
 
@@ -60,7 +71,7 @@ def check_fits(config: Config, mesh: Mesh) -> None:
     groups = config.train.gradient_accumulation
     for field, value, axes, times in (
         ("data.batch_size", data.batch_size, BATCH_AXES, groups),
-        ("data.sequence_length", data.sequence_length, ("sequence",), 1),
+        ("data.sequence_length", data.sequence_length, ("sequence", "stage"), 1),
         ("model.num_heads", model.num_heads, ("tensor",), 1),
         ("model.mlp_dim", model.mlp_dim, ("tensor",), 1),
         ("model.vocab_size", model.vocab_size, ("tensor",), 1),
@@ -76,3 +87,10 @@ def check_fits(config: Config, mesh: Mesh) -> None:
                 f"--config.{field}={value} cannot be divided among {arithmetic}: {value} / "
                 f"{divisor} leaves {value % divisor}; change it or --config.mesh"
             )
+    stretch = data.sequence_length // sizes["sequence"]
+    if sizes["sequence"] > 1 and stretch < LEAST_TOKENS:
+        raise UserError(
+            f"--config.data.sequence_length={data.sequence_length} leaves each device of sequence "
+            f"{sizes['sequence']} a stretch of {stretch}, and the short convolution needs "
+            f"{LEAST_TOKENS} tokens; change it or --config.mesh"
+        )

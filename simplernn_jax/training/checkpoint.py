@@ -3,6 +3,9 @@
 A checkpoint holds the training state (one array per leaf, named by its path), the position in
 the data, the configuration and the tokenizer. Orbax writes it while training goes on; then its
 manifest is written, and only then it counts (see `checkpoint_folder`).
+
+Several processes that train together write it together, each the parts that lie on its devices;
+process 0 alone verifies, writes the manifest when all have finished, and deletes.
 """
 
 import concurrent.futures
@@ -29,6 +32,8 @@ from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.named_leaves import named_leaves
+from simplernn_jax.parallel.agreement import from_first, is_first, wait_for_all
+from simplernn_jax.training.among_processes import among_processes
 from simplernn_jax.training.checkpoint_contents import (
     QUALITY,
     check_leaves,
@@ -40,6 +45,8 @@ from simplernn_jax.training.checkpoint_contents import (
 )
 from simplernn_jax.training.checkpoint_folder import PRUNED, CheckpointFolder, refusal_of_disk
 from simplernn_jax.training.retention import KeepLastAndBest
+
+_PATIENCE_SECONDS = 5.0
 
 _OVERHEAD = 256 * 1024
 """Bytes of a checkpoint beside its arrays and its tokenizer."""
@@ -59,7 +66,10 @@ class Restored:
 
 
 class Checkpointer:
-    """The checkpoints of one run. Only one process at a time may hold it for a workdir.
+    """The checkpoints of one run. Only one run at a time may hold it for a workdir.
+
+    Of a run of several processes, all make it and all call `save` and `restore`, with the same
+    arguments; `workdir` is on a file system that they share.
 
     Keeps the `keep_last` newest checkpoints (at least 2, so that a damaged one has a
     predecessor) and beside them the `keep_best` ones of lowest validation loss.
@@ -80,7 +90,9 @@ class Checkpointer:
         self._config = config
         self._tokenizer_json = tokenizer_json
         self._folder = CheckpointFolder(workdir)
-        self._folder.open_for_training()
+        if is_first():
+            self._folder.open_for_training()
+        wait_for_all("the checkpoints are open")
         self._keep = KeepLastAndBest(max(keep_last, 2), keep_best)
         for step in self._folder.steps():
             self._keep.add(step, saved_quality(self._folder.step_path(step)))
@@ -116,9 +128,11 @@ class Checkpointer:
             earlier checkpoints are whole.
         """
         self._finish()
-        if step in self._folder.steps():
+        if from_first(step in self._folder.steps()):
             return
-        self._check_room(step, state)
+        if is_first():
+            self._check_room(step, state)
+        wait_for_all("a save")
         quality = (metrics or {}).get(QUALITY)
         quality = float(quality) if quality is not None and math.isfinite(quality) else None
         self._keep.add(step, quality)
@@ -137,42 +151,57 @@ class Checkpointer:
         if wait:
             self._finish()
 
-    def restore(self, abstract_state: Any) -> Restored | None:
+    def restore(self, abstract_state: Any, shardings: Any = None) -> Restored | None:
         """Restores the newest whole checkpoint; damaged ones are moved aside with a warning.
 
         Args:
-          abstract_state: tree of arrays or `jax.ShapeDtypeStruct`: what `save` was given.
+          abstract_state: tree of arrays or `jax.ShapeDtypeStruct`: what `save` was given, from
+            however many devices and processes.
+          shardings: where each is to lie; each process reads what its devices hold. None is the
+            default device.
 
         Returns:
           None if no save was ever completed in this workdir. The arrays have exactly the saved
-          bytes, lie on the default device and are committed to none.
+          bytes; without `shardings` they are committed to no device.
 
         Raises:
           UserError: there are checkpoints and none is whole, or the newest whole one is of
             another model or another optimizer.
         """
         self._finish()
-        step = self._folder.newest_whole()
-        self._folder.update_ledger()
-        if step is None:
+        newest: int | None = None
+        if is_first():
+            newest = self._folder.newest_whole()
+            self._folder.update_ledger()
+        step = from_first(-1 if newest is None else newest)
+        if step < 0:
             return None
         path = self._folder.step_path(step)
         config, tokenizer_json = read_texts(path)
         check_same_model(self._config, config)
         wanted = named_leaves(abstract_state)
         check_leaves(path, wanted, saved_leaves(path))
-        arrays = read_arrays(path, list(wanted))
+        places = dict.fromkeys(wanted) if shardings is None else named_leaves(shardings)
+        arrays = read_arrays(path, list(wanted), places)
         # A copy that JAX owns: an alias of numpy's memory could not be donated.
         leaves = [jnp.array(arrays[name]) for name in wanted]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
         return Restored(step, state, read_json(path, "data"), config, tokenizer_json)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Waits for the last save and gives the workdir free.
+
+        Args:
+          failed: an error ends the run. If it is one of several processes, the others may not
+            know yet, and their part of the save may never come: it is not waited for long.
 
         Raises:
           UserError: the last save failed (see `save`).
         """
+        if failed and jax.process_count() > 1:
+            if self._pending is not None:
+                concurrent.futures.wait([self._pending[1]], _PATIENCE_SECONDS)
+            return  # this process ends at once
         try:
             self._finish()
         finally:
@@ -202,13 +231,17 @@ class Checkpointer:
                     preservation_policy=self._keep,
                     todelete_subdir=PRUNED,
                     lightweight_initialize=True,
+                    create=False,
+                    **among_processes(),
                 ),
             )
         return self._manager
 
     def _complete(self, step: int) -> None:
         self._open_manager().wait_until_finished()
-        self._folder.mark_complete(step)
+        if is_first():
+            self._folder.mark_complete(step)
+        wait_for_all("a checkpoint is complete")
 
     def _finish(self) -> None:
         if self._pending is None:
@@ -222,7 +255,8 @@ class Checkpointer:
     def _save_failure(self, step: int, error: Exception) -> Exception:
         """The error to raise for a failed save, after freeing the room it took."""
         self._failed = True
-        self._folder.discard_unfinished()
+        if jax.process_count() == 1:  # others may still be writing there
+            self._folder.discard_unfinished()
         reason = refusal_of_disk(error)
         if reason is None:
             return error

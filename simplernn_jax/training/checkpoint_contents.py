@@ -26,11 +26,23 @@ def saved_leaves(path: str) -> dict[str, Any]:
     return dict(handler.metadata(epath.Path(path) / "state").tree)
 
 
-def read_arrays(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The named arrays of the checkpoint folder `path`, byte for byte as they were saved."""
+def read_arrays(
+    path: str, names: Sequence[str], shardings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The named arrays of the checkpoint folder `path`, byte for byte as they were saved.
+
+    Those that `shardings` gives a sharding are JAX's and lie so; the others are numpy's.
+    """
+
+    def how(name: str) -> ocp.RestoreArgs:
+        sharding = shardings.get(name) if shardings else None
+        if sharding is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray)
+        return ocp.ArrayRestoreArgs(sharding=sharding)
+
     args = ocp.args.PyTreeRestore(
         dict.fromkeys(names, 0),
-        restore_args=dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray)),
+        restore_args={name: how(name) for name in names},
         partial_restore=True,
     )
     return ocp.PyTreeCheckpointHandler().restore(epath.Path(path) / "state", args=args)

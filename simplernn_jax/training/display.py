@@ -45,6 +45,16 @@ def open_display(first_step: int, total_steps: int) -> Iterator[Display]:
         yield _Bar(progress, task)
 
 
+class NoDisplay:
+    """Shows nothing: of several processes, only process 0 speaks."""
+
+    def update(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+        """Does nothing."""
+
+    def say(self, text: str) -> None:
+        """Does nothing."""
+
+
 class _Bar:
     def __init__(self, progress, task):  # type: ignore[no-untyped-def]
         self._progress = progress

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
@@ -15,8 +17,15 @@ from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.evaluation_batches import evaluation_batches
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.training.losses import summed_cross_entropy
-from simplernn_jax.training.train_step import abstract_model, clear_rows
+from simplernn_jax.ops.rows import clear_rows
+from simplernn_jax.parallel.collectives import sum_over
+from simplernn_jax.parallel.global_arrays import from_rows
+from simplernn_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
+from simplernn_jax.parallel.sequence import LEAST_TOKENS
+from simplernn_jax.parallel.shardings import specs_of
+from simplernn_jax.training.gradient import make_model
+from simplernn_jax.training.losses import cross_entropy
+from simplernn_jax.training.placement import batch_specs, is_shared, shardings_of
 
 BATCH_TOKENS = 8192
 """Tokens scored in one call: enough to keep the machine busy, little memory."""
@@ -43,52 +52,113 @@ class Evaluation:
             return math.inf
 
 
-class Evaluator:
-    """Scores splits with one model structure; compiles once per batch shape."""
+class Scores(NamedTuple):
+    """What a model makes of one batch."""
 
-    def __init__(self, config: Config, pad_id: int):
-        graph, _ = abstract_model(config)
+    batch: Batch
+    nats: jax.Array
+    """float32 [R, T]: -log p of every prediction; 0 where there is none."""
+    total: jax.Array
+    """Their sum."""
+
+
+class Evaluator:
+    """Scores splits with one model structure; compiles once per batch shape.
+
+    On a mesh, the devices share rows and time as in training; the parameters lie as there.
+    """
+
+    def __init__(self, config: Config, pad_id: int, mesh: Mesh | None = None):
+        def make() -> LanguageModel:
+            if is_shared(mesh):
+                return make_model(config, nnx.Rngs(0))
+            return LanguageModel(config.model, rngs=nnx.Rngs(0))
+
+        graph, abstract_params = nnx.split(nnx.eval_shape(make), nnx.Param)
         self._pad_id = pad_id
 
         def score(
             params: nnx.State, batch: Batch, carried: ModelState
-        ) -> tuple[jax.Array, ModelState]:
+        ) -> tuple[jax.Array, jax.Array, ModelState]:
             model = nnx.merge(graph, params)
             logits, carried = model(
                 batch.tokens, clear_rows(carried, batch.reset), batch.segment_ids
             )
-            return summed_cross_entropy(logits, batch.targets, batch.loss_mask), carried
+            nats = cross_entropy(logits, batch.targets, batch.loss_mask)
+            return nats, sum_over(jnp.sum(nats), *TOKEN_AXES), carried
 
-        def initial_state(rows: int) -> ModelState:
-            shapes = jax.eval_shape(
-                lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)).initial_state(rows)
-            )
+        def abstract_state(rows: int) -> ModelState:
+            return jax.eval_shape(lambda: make().initial_state(rows))
+
+        self._divisible_by = (1, 1)
+        self._batch_shardings, self._state_shardings = None, None
+        shardings: dict[str, Any] = {}
+        if is_shared(mesh):
+            specs = specs_of({"params": abstract_params, "carried": abstract_state(1)}, mesh)
+            batch = batch_specs(mesh)
+            inputs = (specs["params"], batch, specs["carried"])
+            outputs = (batch.loss_mask, PartitionSpec(), specs["carried"])
+            score = jax.shard_map(score, mesh=mesh, in_specs=inputs, out_specs=outputs)
+            shardings["in_shardings"] = shardings_of(inputs, mesh)
+            shardings["out_shardings"] = shardings_of(outputs, mesh)
+            _, self._batch_shardings, self._state_shardings = shardings["in_shardings"]
+            sequence, stages = mesh.shape["sequence"], mesh.shape["stage"]
+            rows = math.prod(mesh.shape[name] for name in BATCH_AXES)
+            self._divisible_by = rows, sequence * LEAST_TOKENS if sequence > 1 else stages
+        self._score: Callable[..., tuple[jax.Array, jax.Array, ModelState]] = jax.jit(
+            score, **shardings
+        )
+        self._abstract_state = abstract_state
+
+    def _zero_state(self, rows: int) -> ModelState:
+        def zeros() -> ModelState:
+            shapes = self._abstract_state(rows)
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-        self._score: Callable[..., tuple[jax.Array, ModelState]] = jax.jit(score)
-        self._initial_state = initial_state
+        return jax.jit(zeros, out_shardings=self._state_shardings)()
 
-    def __call__(self, params: nnx.State, split: TokenSplit, limit_tokens: int = 0) -> Evaluation:
+    def scores(
+        self, params: nnx.State, split: TokenSplit, limit_tokens: int = 0, reset_every: int = 0
+    ) -> Iterator[Scores]:
         """Scores every prediction of the split once, or `limit_tokens` of them, always the same.
 
         Args:
           params: the model's parameters.
           split: what to score.
           limit_tokens: 0 scores all of it.
+          reset_every: above 0, the state is cleared after every so many tokens of a document.
 
         Raises:
           UserError: the split holds nothing to predict.
         """
-        batches, _ = evaluation_batches(split, BATCH_TOKENS, MAX_ROWS, self._pad_id, limit_tokens)
-        nats: list[jax.Array] = []
-        predictions = 0
+        batches, _ = evaluation_batches(
+            split,
+            BATCH_TOKENS,
+            MAX_ROWS,
+            self._pad_id,
+            limit_tokens,
+            reset_every,
+            self._divisible_by,
+        )
         carried = None
         for batch in batches:
-            if carried is None:
-                carried = self._initial_state(batch.tokens.shape[0])
-            total, carried = self._score(params, batch, carried)
-            nats.append(total)
-            predictions += int(np.sum(batch.loss_mask))
+            rows = len(batch.reset)
+            carried = self._zero_state(rows) if carried is None else carried
+            placed = batch
+            if self._batch_shardings is not None:
+                placed = from_rows(batch, self._batch_shardings, 0, rows)
+            nats, total, carried = self._score(params, placed, carried)
+            yield Scores(batch, nats, total)
+
+    def __call__(
+        self, params: nnx.State, split: TokenSplit, limit_tokens: int = 0, reset_every: int = 0
+    ) -> Evaluation:
+        """The mean over what `scores` yields, with its arguments and errors."""
+        nats: list[jax.Array] = []
+        predictions = 0
+        for scores in self.scores(params, split, limit_tokens, reset_every):
+            nats.append(scores.total)
+            predictions += int(np.sum(scores.batch.loss_mask))
         # Summed in float64 on the host: the order and the size of the parts do not matter.
         nats_per_token = float(np.sum(np.asarray(nats, np.float64))) / predictions
         tokens_per_byte = split.num_predictions / max(split.num_bytes, 1)

@@ -5,6 +5,7 @@ step t - 1 while the device works; then, where one is due, evaluate, sample and 
 the state after step t. What is saved is exactly what the next step starts from.
 """
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -12,29 +13,38 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
-from simplernn_jax.data.batches import make_batches
+from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
+from simplernn_jax.parallel.agreement import StopVote, is_first, wait_for_all
+from simplernn_jax.parallel.global_arrays import from_rows, local_copy, rows_of_this_process
+from simplernn_jax.parallel.layer_layout import in_layout_of
+from simplernn_jax.parallel.mesh import BATCH_AXES, check_fits, describe, make_mesh
+from simplernn_jax.parallel.stages import describe_stages
 from simplernn_jax.training import report
 from simplernn_jax.training.checkpoint import Checkpointer
 from simplernn_jax.training.clock import Clock
-from simplernn_jax.training.display import Display, clock, open_display
+from simplernn_jax.training.display import Display, NoDisplay, clock, open_display
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
+from simplernn_jax.training.file_layout import FileLayout
+from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.interruption import Interruption
 from simplernn_jax.training.metrics import MetricsWriter
 from simplernn_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from simplernn_jax.training.placement import batch_shardings
 from simplernn_jax.training.preparation import prepare, total_steps
 from simplernn_jax.training.profiling import Profile
 from simplernn_jax.training.recompilation import CountedCalls
 from simplernn_jax.training.train_step import (
     StepMetrics,
     TrainState,
-    abstract_model,
     init_train_state,
     make_train_step,
+    state_shardings,
 )
 
 SAMPLE_TEMPERATURE = 0.8
@@ -57,9 +67,12 @@ def train(config: Config, workdir: str) -> Result:
     If `workdir` holds a checkpoint, the run goes on from it and ends byte for byte as if it had
     never stopped. SIGTERM and SIGINT save at the current step and return.
 
+    Several processes (`parallel.processes`) call this together; a signal to any stops them all in
+    the same step. Process 0 alone prints, writes samples and metrics.
+
     Raises:
-      UserError: the data is unusable; the checkpoint is of another model or other data; the loss
-        was not finite too often in a row; the disk is full.
+      UserError: the data is unusable; the mesh does not fit; the checkpoint is of another model or
+        other data; the loss was not finite too often in a row; the disk is full.
     """
     config_lib.validate(config)
     workdir = os.path.abspath(workdir)
@@ -67,19 +80,25 @@ def train(config: Config, workdir: str) -> Result:
     run = _Run(config, workdir)
     try:
         with Interruption() as interruption:
-            return run.to_the_end(interruption)
-    finally:
-        run.close()
+            result = run.to_the_end(StopVote(lambda: interruption.requested))
+    except BaseException:
+        run.close(failed=True)
+        raise
+    run.close()
+    return result
 
 
 class _Run:
     """The parts of a run that live as long as it does."""
 
     def __init__(self, config: Config, workdir: str):
+        self.mesh = make_mesh(config.mesh)
         self.config, self.corpus = prepare(config, workdir)
+        check_fits(self.config, self.mesh)
         self.workdir = workdir
         self.total_steps = total_steps(self.config, self.corpus)
-        optimizer = make_optimizer(self.config.optimizer, self.total_steps)
+        optimizer = make_optimizer(self.config.optimizer, self.total_steps, self.mesh)
+        self.layout = FileLayout(self.config, optimizer, self.mesh)
         self.checkpointer = Checkpointer(
             workdir,
             self.config,
@@ -91,23 +110,27 @@ class _Run:
             self.state, self.batches = self._start_or_resume(optimizer)
             self.position = self.batches.get_state()
             self.step = self.first_step = int(self.state.step)
-            self.metrics = MetricsWriter(workdir, self.step)
+            self.metrics = MetricsWriter(workdir, self.step) if is_first() else None
         except BaseException:
             self.checkpointer.close()
             raise
-        self.train_step = CountedCalls("the train step", make_train_step(self.config, optimizer))
+        step = make_train_step(self.config, optimizer, self.mesh)
+        self.train_step = CountedCalls("the train step", step)
         self.learning_rate = learning_rate_schedule(self.config.optimizer, self.total_steps)
-        self.evaluator = Evaluator(self.config, self.corpus.tokenizer.pad_id)
+        self.evaluator = Evaluator(self.config, self.corpus.tokenizer.pad_id, self.mesh)
         self.clock = Clock()
         self.measured: dict[int, dict[str, float]] = {}
 
     def _start_or_resume(self, optimizer: Any) -> tuple[TrainState, Any]:
         config, corpus = self.config, self.corpus
+        by_rows = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+        self.rows = rows_of_this_process(by_rows, config.data.batch_size)
         batches = make_batches(
-            corpus.train, config.data, config.train.seed, corpus.tokenizer.pad_id
+            corpus.train, config.data, config.train.seed, corpus.tokenizer.pad_id, self.rows
         )
-        init = jax.jit(lambda: init_train_state(config, optimizer))
-        restored = self.checkpointer.restore(jax.eval_shape(init))
+        shardings = state_shardings(config, optimizer, self.mesh)
+        init = jax.jit(lambda: init_train_state(config, optimizer), out_shardings=shardings)
+        restored = self.checkpointer.restore(self.layout.abstract, self.layout.shardings)
         if restored is None:
             return init(), batches
         if restored.data_state["content_hash"] != corpus.content_hash:
@@ -116,24 +139,33 @@ class _Run:
                 f"{self.workdir} was trained on; give it the same text, or use another --workdir"
             )
         batches.set_state(restored.data_state["batches"])
-        return restored.state, batches
+        return self.layout.from_files(restored.state), batches
 
-    def close(self) -> None:
+    def _next_batch(self) -> Batch:
+        batch, shardings = next(self.batches), batch_shardings(self.mesh)
+        if shardings is None:
+            return jax.device_put(batch)
+        return from_rows(batch, shardings, self.rows.start, self.config.data.batch_size)
+
+    def close(self, *, failed: bool = False) -> None:
         """Waits for the last save and closes the files."""
         try:
-            self.metrics.close()
+            if self.metrics is not None:
+                self.metrics.close()
         finally:
-            self.checkpointer.close()
+            self.checkpointer.close(failed=failed)
 
-    def to_the_end(self, interruption: Interruption) -> Result:
+    def to_the_end(self, vote: StopVote) -> Result:
         """Takes all steps that are left, unless a signal comes."""
-        self._write_config()
-        with open_display(self.step, self.total_steps) as display:
+        if is_first():
+            self._write_config()
+        with self._open_display() as display:
             self._announce(display)
-            profile = Profile(self.workdir, self.config.train.profile_steps, display.say)
+            steps = self.config.train.profile_steps if is_first() else 0
+            profile = Profile(self.workdir, steps, display.say)
             with self.train_step, profile:
-                self._take_steps(interruption, display, profile)
-                signal = interruption.requested
+                self._take_steps(vote, display, profile)
+                signal = vote.last_signal()
                 if signal:  # before the profile is written: a preempted job has little time left
                     self._save(wait=True)
             if signal:
@@ -144,13 +176,18 @@ class _Run:
                 return Result(self.step, signal, None)
             return self._finish(display)
 
-    def _take_steps(self, interruption: Interruption, display: Display, profile: Profile) -> None:
+    def _open_display(self) -> contextlib.AbstractContextManager[Display]:
+        if is_first():
+            return open_display(self.step, self.total_steps)
+        return contextlib.nullcontext(NoDisplay())
+
+    def _take_steps(self, vote: StopVote, display: Display, profile: Profile) -> None:
         if self.step >= self.total_steps:
             return
-        batch = jax.device_put(next(self.batches))
+        batch = self._next_batch()
         pending: StepMetrics | None = None
         self.clock.start()
-        while self.step < self.total_steps and not interruption.requested:
+        while self.step < self.total_steps and not vote.signal():
             position = self.batches.get_state()
             if profile.is_due():
                 jax.block_until_ready(self.state)  # so that whole steps are recorded
@@ -160,7 +197,7 @@ class _Run:
                 self.state, metrics = self.train_step(self.state, batch)
             self.step += 1
             if self.step < self.total_steps:
-                batch = jax.device_put(next(self.batches))
+                batch = self._next_batch()
             if pending is not None:
                 self._read(self.step - 1, pending, display)
             pending = metrics
@@ -191,7 +228,7 @@ class _Run:
         if every and (step % every == 0 or step == self.total_steps):
             # The counter of the schedule stands still when an update is skipped.
             rate = self.learning_rate(step - 1 - skipped)
-            self.metrics.write(
+            self._write(
                 step,
                 "train",
                 loss=loss,
@@ -203,6 +240,10 @@ class _Run:
             )
         if in_a_row:
             display.say(f"step {step}: loss or gradient not finite, update skipped")
+
+    def _write(self, step: int, kind: str, **values: Any) -> None:
+        if self.metrics is not None:
+            self.metrics.write(step, kind, **values)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0 and self.step < self.total_steps
@@ -225,7 +266,7 @@ class _Run:
             return None
         result = self.evaluator(self.state.params, self.corpus.validation, limit_tokens)
         self.measured = {self.step: {"validation_loss": result.nats_per_token}}
-        self.metrics.write(
+        self._write(
             self.step,
             "validation",
             loss=result.nats_per_token,
@@ -239,9 +280,15 @@ class _Run:
         return result
 
     def _sample(self, display: Display) -> None:
+        params = local_copy(self.state.params)
+        if is_first():
+            self._write_sample(params, display)
+        wait_for_all("a sample is written")
+
+    def _write_sample(self, params: nnx.State, display: Display) -> None:
         train = self.config.train
-        graph, _ = abstract_model(self.config)
-        model = nnx.merge(graph, self.state.params)
+        graph, abstract = abstract_model(self.config)
+        model = nnx.merge(graph, in_layout_of(abstract, params))
         text = generate_text(
             model,
             self.corpus.tokenizer,
@@ -250,13 +297,14 @@ class _Run:
             temperature=SAMPLE_TEMPERATURE,
             seed=train.seed,
         )[0]
-        self.metrics.write(self.step, "sample", text=train.sample_prompt + text)
+        self._write(self.step, "sample", text=train.sample_prompt + text)
         display.say(f"step {self.step}: sample: {train.sample_prompt}{text}")
 
     def _save(self, *, wait: bool = False) -> None:
         data_state = {"batches": self.position, "content_hash": self.corpus.content_hash}
         metrics = self.measured.get(self.step)
-        self.checkpointer.save(self.step, self.state, data_state, metrics, wait=wait)
+        state = self.layout.to_files(self.state)
+        self.checkpointer.save(self.step, state, data_state, metrics, wait=wait)
 
     def _write_config(self) -> None:
         Path(self.workdir, "config.json").write_text(
@@ -269,9 +317,12 @@ class _Run:
         display.say(
             f"{self.config.model.block} model of {self.config.model.mixer}, "
             f"{parameters:,} parameters, "
-            f"{self.config.model.precision}, on {jax.devices()[0].device_kind}; "
+            f"{self.config.model.precision}, on {describe(self.mesh)}; "
             f"{len(train.tokens):,} training tokens in {len(train.document_starts):,} documents"
         )
+        if self.config.mesh.stage > 1:
+            length = self.config.data.sequence_length
+            display.say(describe_stages(length, self.config.mesh.stage))
         if self.first_step:
             display.say(f"resuming {self.workdir} at step {self.first_step} of {self.total_steps}")
         if self.first_step >= self.total_steps:
@@ -295,7 +346,8 @@ class _Run:
                 f"{evaluation.nats_per_token:.4f} nats/token, perplexity "
                 f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.4f} bits/byte"
             )
-        facts["loss curve"] = report.plot_loss(self.workdir)
+        if is_first():
+            facts["loss curve"] = report.plot_loss(self.workdir)
         facts["write with it"] = f"python scripts/sample.py --workdir {self.workdir} --prompt TEXT"
         display.say("done\n" + report.summary(facts))
         return Result(self.step, None, evaluation)

@@ -6,8 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from simplernn_jax.config import OptimizerConfig
+from simplernn_jax.parallel.collectives import axis_index, gather
+from simplernn_jax.parallel.layer_layout import layer_axis
+from simplernn_jax.parallel.shardings import specs_of
+from simplernn_jax.training.placement import is_shared
 
 MUON_MOMENTUM = 0.95
 """As published with Muon (github.com/KellerJordan/Muon)."""
@@ -40,23 +45,29 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 def decay_mask(params: Any) -> Any:
     """True for what is decayed: matrices of dense layers, not biases, norms, the embedding or
-    the convolution."""
+    the convolution; stacked layers (see `layer_layout`) are as they are alone."""
 
     def is_decayed(path: tuple[Any, ...], leaf: Any) -> bool:
-        name = jax.tree_util.keystr(path)
-        return leaf.ndim >= 2 and "embedding" not in name and "convolution" not in name
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rank = leaf.ndim - (layer_axis(name) is not None)
+        return rank >= 2 and "embedding" not in name and "convolution" not in name
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run; ``adamw`` with weight_decay 0 is Adam."""
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
+    """The optimizer of a run; ``adamw`` with weight_decay 0 is Adam.
+
+    On a mesh, what Adam does is each device's own part; see `orthogonalized_parts` for Muon.
+    """
     learning_rate = learning_rate_schedule(config, total_steps)
     betas = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
     if config.name == "muon":
         matrices = optax.chain(
             optax.trace(MUON_MOMENTUM, nesterov=True),
-            optax.stateless_with_tree_map(lambda update, _: orthogonalized(update)),
+            optax.stateless(lambda updates, _: orthogonalized_parts(updates, mesh)),
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(learning_rate),
         )
@@ -73,6 +84,38 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     # Always two parts, so that a run can be resumed with another clip_norm.
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, optimizer)
+
+
+def orthogonalized_parts(matrices: Any, mesh: Mesh | None) -> Any:
+    """Each matrix of a tree `orthogonalized`, wherever its parts lie.
+
+    On a mesh every device puts the matrices together, one after the other, and keeps of each
+    result what lies there; of stacked layers it has those of its stage, and those alone.
+    """
+    each = jnp.vectorize(orthogonalized, signature="(m,n)->(m,n)")
+    leaves, tree = jax.tree.flatten(matrices)
+    if not is_shared(mesh):
+        return jax.tree.unflatten(tree, map(each, leaves))
+    specs = tuple(jax.tree.leaves(specs_of(matrices, mesh)))
+
+    def run(*parts: jax.Array) -> tuple[jax.Array, ...]:
+        results: list[jax.Array] = []
+        for part, spec in zip(parts, specs, strict=True):
+            divided = [
+                (axis, name) for axis, name in enumerate(spec) if name not in (None, "stage")
+            ]
+            whole = part
+            for axis, name in divided:
+                whole = gather(whole, name, axis, after=results[-1] if results else part)
+            result = each(whole)
+            for axis, name in divided:
+                start = axis_index(name) * part.shape[axis]
+                result = jax.lax.dynamic_slice_in_dim(result, start, part.shape[axis], axis)
+            results.append(result)
+        return tuple(results)
+
+    spread = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs)
+    return jax.tree.unflatten(tree, spread(*leaves))
 
 
 def orthogonalized(matrix: jax.Array) -> jax.Array:

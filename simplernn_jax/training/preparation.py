@@ -10,6 +10,7 @@ from simplernn_jax.data.batches import steps_per_epoch
 from simplernn_jax.data.token_store import TokenizedCorpus, find_corpus, prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
+from simplernn_jax.parallel.agreement import check_same, check_shared, first_then_others
 from simplernn_jax.training.checkpoint import check_same_model, read_config
 from simplernn_jax.training.checkpoint_contents import TEXTS, read_json, read_texts
 from simplernn_jax.training.checkpoint_folder import CheckpointFolder
@@ -18,11 +19,23 @@ from simplernn_jax.training.checkpoint_folder import CheckpointFolder
 def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     """The configuration as the checkpoints keep it, and the tokenized corpus.
 
-    The model has as many ids as the tokenizer at least, and ``cache_dir`` is absolute.
+    The model has as many ids as the tokenizer at least, and ``cache_dir`` is absolute. Of several
+    processes, process 0 tokenizes first: the others find its tokens, or, where ``cache_dir`` is on
+    a disk of their own, make the same ones there.
 
     Raises:
-      UserError: the data is unusable, or `workdir` holds a run of another model or other batches.
+      UserError: the data is unusable, `workdir` holds a run of another model or other batches, or
+        it, the configuration or the text are not the same for all processes.
     """
+    check_shared(workdir)
+    another = "another configuration than process 0: start all with the same command"
+    check_same(another, config_lib.to_json(config))
+    config, corpus = first_then_others("prepared", lambda: _prepare(config, workdir))
+    check_same("other text than process 0: give all the same", corpus.content_hash)
+    return config, corpus
+
+
+def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     saved = _saved_run(workdir)
     if saved is not None:
         _check_same_batches(config, saved[0])

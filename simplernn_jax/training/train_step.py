@@ -7,15 +7,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.models import LanguageModel
-from simplernn_jax.training.losses import summed_cross_entropy
+from simplernn_jax.parallel.shardings import specs_of
+from simplernn_jax.training.gradient import make_gradient, make_model
+from simplernn_jax.training.placement import (
+    batch_specs,
+    compiler_options,
+    is_shared,
+    shardings_of,
+)
 
 
 @partial(
@@ -64,16 +71,10 @@ class StepMetrics(NamedTuple):
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
-def abstract_model(config: Config) -> tuple[nnx.GraphDef[LanguageModel], nnx.State]:
-    """Structure and parameter shapes of the model, without computing anything."""
-    model = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
-    return nnx.split(model, nnx.Param)
-
-
 def init_train_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; everything in it follows from ``config.train.seed``."""
     model_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
-    model = LanguageModel(config.model, rngs=nnx.Rngs(model_key))
+    model = make_model(config, nnx.Rngs(model_key))
     params = nnx.state(model, nnx.Param)
     rows = config.data.batch_size
     return TrainState(
@@ -87,70 +88,50 @@ def init_train_state(config: Config, optimizer: optax.GradientTransformation) ->
     )
 
 
-def clear_rows(state: ModelState, reset: jax.Array | np.ndarray) -> ModelState:
-    """Zeros the state of the rows where `reset` ``[B]`` is True."""
-
-    def clear(leaf: jax.Array) -> jax.Array:
-        return jnp.where(reset.reshape(-1, *[1] * (leaf.ndim - 1)), 0, leaf)
-
-    return jax.tree.map(clear, state)
+def state_specs(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Where each array of the state lies on the mesh, as a tree of `PartitionSpec`."""
+    return specs_of(jax.eval_shape(lambda: init_train_state(config, optimizer)), mesh)
 
 
-def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> TrainStep:
+def state_shardings(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState | None:
+    """Where the arrays of the state lie; None on one device."""
+    return shardings_of(state_specs(config, optimizer, mesh), mesh) if is_shared(mesh) else None
+
+
+def make_train_step(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+) -> TrainStep:
     """Compiles on first use; the old state is donated to the new one.
 
     A step whose loss or gradient is not finite changes nothing but the counters.
+
+    Args:
+      config: of the run.
+      optimizer: what `make_optimizer` returned.
+      mesh: the devices that take the step together; None or a mesh of one device is the default
+        device. State and batch lie as `state_specs` and `batch_specs` say.
     """
-    graph, _ = abstract_model(config)
-    groups = config.train.gradient_accumulation
-    dropout = config.model.dropout > 0
-
-    def summed_loss(
-        params: nnx.State, batch: Batch, carried: ModelState, key: jax.Array, predictions: jax.Array
-    ) -> tuple[jax.Array, ModelState]:
-        model = nnx.merge(graph, params)
-        # Truncated BPTT: the carried state is a constant of this batch.
-        carried = jax.lax.stop_gradient(clear_rows(carried, batch.reset))
-        logits, new_carried = model(
-            batch.tokens,
-            carried or None,
-            batch.segment_ids,
-            dropout_key=key if dropout else None,
+    gradient_of = make_gradient(config)
+    options: dict[str, Any] = {}
+    if is_shared(mesh):
+        state, batch = state_specs(config, optimizer, mesh), batch_specs(mesh)
+        gradient_of = jax.shard_map(
+            gradient_of,
+            mesh=mesh,
+            in_specs=(state.params, batch, state.carried, P(), P()),
+            out_specs=(P(), P(), state.params, state.carried),
         )
-        nats = summed_cross_entropy(logits, batch.targets, batch.loss_mask)
-        return nats / predictions, new_carried if carried else ()
-
-    loss_and_gradient = jax.value_and_grad(summed_loss, has_aux=True)
-
-    def accumulated(
-        state: TrainState, batch: Batch, predictions: jax.Array
-    ) -> tuple[jax.Array, Any, ModelState]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        if groups == 1:
-            (loss, carried), gradient = loss_and_gradient(
-                state.params, batch, state.carried, key, predictions
-            )
-            return loss, gradient, carried
-
-        def add(
-            sums: tuple[jax.Array, Any], group: Any
-        ) -> tuple[tuple[jax.Array, Any], ModelState]:
-            index, rows, carried = group
-            (loss, carried), gradient = loss_and_gradient(
-                state.params, rows, carried, jax.random.fold_in(key, index), predictions
-            )
-            return jax.tree.map(jnp.add, sums, (loss, gradient)), carried
-
-        by_group = jax.tree.map(
-            lambda x: x.reshape(groups, -1, *x.shape[1:]), (batch, state.carried)
-        )
-        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-        (loss, gradient), carried = jax.lax.scan(add, zeros, (jnp.arange(groups), *by_group))
-        return loss, gradient, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carried)
+        states = shardings_of(state, mesh)
+        options["in_shardings"] = (states, shardings_of(batch, mesh))
+        options["out_shardings"] = (states, NamedSharding(mesh, P()))
+        options["compiler_options"] = compiler_options(mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        predictions = jnp.sum(batch.loss_mask)
-        loss, gradient, carried = accumulated(state, batch, jnp.maximum(predictions, 1))
+        loss, predictions, gradient, carried = gradient_of(
+            state.params, batch, state.carried, state.rng, state.step
+        )
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
@@ -180,4 +161,4 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> 
             skipped_in_a_row=new_state.skipped_in_a_row,
         )
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, **options)

@@ -1,0 +1,141 @@
+"""Looks into a trained model while it reads a text, and writes a page about it.
+
+    python scripts/explain.py --workdir runs/base --text "def main():" --out explained
+    python scripts/explain.py --workdir runs/base --text_file story.txt --out explained
+
+--out gets explain.html, which holds everything and opens offline, its pictures as PNG files, and
+their numbers in explain.json. It shows which earlier tokens every output is made of, how long the
+model remembers, what its state is worth, and what one prediction came from. The text is read as
+one document; its tokens are counted from 1.
+
+Exits with code 1 if the parts of a layer's output do not make up the whole.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags, logging
+
+from simplernn_jax import command_line, load_model
+from simplernn_jax.errors import UserError
+
+if TYPE_CHECKING:  # what takes long to import comes after the flags are known to be right
+    from simplernn_jax.analysis import Explanation
+    from simplernn_jax.data import TokenSplit
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run to look into.")
+_TEXT = flags.DEFINE_string("text", None, "Text to read.")
+_TEXT_FILE = flags.DEFINE_string("text_file", None, "UTF-8 file to read; - is standard input.")
+_OUT = flags.DEFINE_string("out", None, "Folder for the page; made where it is missing.")
+_TOKEN = flags.DEFINE_integer(
+    "token",
+    None,
+    "Token whose prediction is taken apart; without it, the one that gains most from the far past.",
+)
+_MAP_TOKENS = flags.DEFINE_integer(
+    "map_tokens", 192, "Tokens on the maps, around --token.", lower_bound=8, upper_bound=1024
+)
+
+_LARGEST_ERROR = 1e-5
+"""Of a map, relative to the output that it reproduces."""
+
+
+def main() -> int:
+    """Explains the text with the newest whole checkpoint of --workdir."""
+    if not _WORKDIR.value:
+        raise UserError("no --workdir: name the folder of a training run, such as runs/base")
+    if not _OUT.value:
+        raise UserError("no --out: name a folder for the page")
+    if _TEXT.value is None and _TEXT_FILE.value is None:
+        raise UserError("no --text: give a text to read, or a file of it with --text_file")
+    text = command_line.read_text(_TEXT.value, _TEXT_FILE.value, name="text")
+    workdir = os.path.abspath(os.path.expanduser(_WORKDIR.value))
+    from simplernn_jax.analysis import explain
+    from simplernn_jax.compilation_cache import use_compilation_cache
+    from simplernn_jax.training.checkpoint import read_config
+
+    use_compilation_cache()
+    model, tokenizer, config = load_model(workdir)
+    out = _make_folder(os.path.expanduser(_OUT.value))
+    explanation = explain(
+        model,
+        tokenizer,
+        config,
+        text,
+        token=_TOKEN.value,
+        map_tokens=_MAP_TOKENS.value,
+        validation=_validation_split(workdir),
+    )
+    sizes = config.model
+    facts = {
+        "model": f"{sizes.num_layers} layers of width {sizes.hidden_dim}, {sizes.num_heads} heads",
+        "checkpoint": f"step {read_config(workdir)[2]:,} of {_WORKDIR.value}",
+    }
+    page = _write(out, explanation, facts)
+    worst = _print_errors(explanation)
+    print(f"evaluated on {explanation.state_value.evaluated}")
+    print(f"page: {page}")
+    return 0 if worst <= _LARGEST_ERROR else 1
+
+
+def _make_folder(path: str) -> Path:
+    """Refuses early what would fail when all has been computed."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={path}: {error.strerror}; name a folder") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--out={path}: cannot be written; name a folder that can")
+    return folder
+
+
+def _validation_split(workdir: str) -> "TokenSplit | None":
+    """The run's held-out text, or None where it has none or lost it."""
+    from simplernn_jax.training.preparation import open_saved_corpus
+
+    try:
+        return open_saved_corpus(workdir).validation
+    except UserError as error:
+        logging.warning("evaluating on the given text, however short: %s", error)
+        return None
+
+
+def _write(out: Path, explanation: "Explanation", facts: dict[str, str]) -> Path:
+    """The pictures, the numbers and, last, the page; returns its path."""
+    from simplernn_jax.analysis.export import to_numbers
+    from simplernn_jax.analysis.gallery import draw_pictures
+    from simplernn_jax.analysis.page import make_page
+    from simplernn_jax.atomic_file import write_file
+
+    pictures = draw_pictures(explanation)
+    for name, picture in pictures.items():
+        write_file(str(out / f"{name}.png"), picture.png)
+    numbers = json.dumps(to_numbers(explanation), allow_nan=False) + "\n"
+    write_file(str(out / "explain.json"), numbers.encode("utf-8"))
+    path = out / "explain.html"
+    write_file(str(path), make_page(explanation, pictures, facts).encode("utf-8", "replace"))
+    return path
+
+
+def _print_errors(explanation: "Explanation") -> float:
+    """Prints how exact every layer's account is; returns the largest error of a recurrence."""
+    worst = 0.0
+    for number, account in enumerate(explanation.accounts, 1):
+        if account is None:
+            print(f"layer {number}: no SimpleRNN, so it has no map and no half-life")
+            continue
+        error = float(account.operator_error)
+        worst = max(worst, error)
+        verdict = "" if error <= _LARGEST_ERROR else f"   above {_LARGEST_ERROR:g}: do not trust it"
+        print(
+            f"layer {number}: the map reproduces the recurrence to {error:.1e} (relative) and the "
+            f"layer's output to {float(account.layer_error):.1e}{verdict}"
+        )
+    return worst
+
+
+if __name__ == "__main__":
+    command_line.run(main)

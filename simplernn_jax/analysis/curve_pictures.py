@@ -1,0 +1,141 @@
+"""Pictures of the memory: half-lives, the state along the text, and what it is worth."""
+
+from typing import Any
+
+import numpy as np
+
+from simplernn_jax.analysis.memory import Memory
+from simplernn_jax.analysis.pictures import colors, new_figure, png
+from simplernn_jax.analysis.state_value import PositionLoss
+from simplernn_jax.training.evaluate import Evaluation
+
+_COLUMNS = 4
+_MOST_NAMED = 8
+"""Heads that the legend names; the others follow in the order of colours."""
+
+_FEWEST = 30
+"""Predictions that a point of the loss by position needs to be drawn."""
+
+
+def draw_half_lives(memory: Memory, window: int) -> bytes:
+    """Sorted half-lives, one line per layer; `window` is drawn for comparison."""
+    with new_figure(8.5, 4.6) as figure:
+        axes = figure.subplots()
+        for layer, (part, color) in enumerate(
+            zip(memory.layers, colors(len(memory.layers)), strict=True)
+        ):
+            if part is not None:
+                ordered = np.sort(part.half_lives.ravel())[::-1]
+                axes.plot(
+                    np.arange(1, len(ordered) + 1),
+                    np.where(np.isfinite(ordered), ordered, np.nan),
+                    color=color,
+                    marker=".",
+                    markersize=4,
+                    linewidth=1,
+                    label=f"layer {layer + 1}",
+                )
+        axes.axhline(window, color="grey", linestyle="--", linewidth=1)
+        axes.text(0.99, window, f"training window, {window:,} tokens", ha="right", va="bottom",
+                  transform=axes.get_yaxis_transform(), color="grey")  # fmt: skip
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(_plain)
+        axes.set(xlabel="key channels of all heads, longest memory first")
+        axes.set_ylabel("half-life (tokens)")
+        axes.grid(axis="y")
+        axes.legend()
+        return png(figure)
+
+
+def draw_state(memory: Memory, name: str) -> bytes:
+    """One panel per layer and one line per head along the text.
+
+    Args:
+      memory: of the text.
+      name: ``norms`` or ``ranks``, a field of `LayerMemory`.
+    """
+    layers = [(n, part) for n, part in enumerate(memory.layers, 1) if part is not None]
+    columns = min(len(layers), _COLUMNS)
+    rows = -(-len(layers) // columns)
+    with new_figure(max(8.5, 0.6 + 2.95 * columns), 0.3 + 2.7 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        for axes in grid.flat[len(layers) :]:
+            axes.set_axis_off()
+        for axes, (number, part) in zip(grid.flat, layers, strict=False):
+            values = getattr(part, name)
+            for head, color in enumerate(colors(values.shape[1])):
+                line = values[:, head]
+                axes.plot(memory.positions, line, color=color, lw=1, label=f"head {head + 1}")
+            axes.set(title=f"layer {number}", xlabel="tokens read")
+            axes.grid(axis="y")
+        grid[0, 0].set_ylim(bottom=0)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("norm of the state" if name == "norms" else "effective rank")
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(
+            handles[:_MOST_NAMED], labels[:_MOST_NAMED], loc="outside upper right", ncols=8
+        )
+        return png(figure)
+
+
+def draw_position_loss(loss: PositionLoss, window: int) -> bytes:
+    """Loss against the tokens of the document read before, carried and reset every `window`."""
+    drawn = loss.counts >= min(_FEWEST, loss.counts.max())
+    middles = loss.starts[drawn] * 2**0.5
+    with new_figure(8.5, 4.6) as figure:
+        axes = figure.subplots()
+        axes.errorbar(
+            middles,
+            loss.carried[drawn],
+            2 * loss.errors[drawn],
+            color="tab:blue",
+            marker="o",
+            capsize=3,
+            label="state carried over the document",
+        )
+        axes.plot(
+            middles,
+            loss.reset[drawn],
+            color="tab:orange",
+            marker="s",
+            linestyle="--",
+            label=f"state reset every {window:,} tokens (training window)",
+        )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(loss.starts[drawn], [f"{start:,}" for start in loss.starts[drawn]])
+        axes.xaxis.minorticks_off()
+        axes.set(xlabel="tokens of the document read before the prediction")
+        axes.set_ylabel("loss (nats per token)")
+        axes.grid(axis="y")
+        axes.legend()
+        return png(figure)
+
+
+def draw_reset_loss(losses: dict[int, Evaluation], window: int) -> bytes:
+    """Loss against the interval of resets; 0 is never and a line across."""
+    intervals = sorted(interval for interval in losses if interval)
+    values = [losses[interval].nats_per_token for interval in intervals]
+    with new_figure(8.5, 4.6) as figure:
+        axes = figure.subplots()
+        axes.plot(intervals, values, color="tab:orange", marker="s", label="state reset")
+        axes.plot(
+            [window],
+            [losses[window].nats_per_token],
+            color="tab:red",
+            marker="D",
+            linestyle="",
+            markersize=9,
+            label=f"reset at every training window ({window:,} tokens)",
+        )
+        axes.axhline(losses[0].nats_per_token, color="tab:blue", label="state carried, never reset")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(intervals, [f"{interval:,}" for interval in intervals])
+        axes.xaxis.minorticks_off()
+        axes.set(xlabel="tokens between two resets", ylabel="loss (nats per token)")
+        axes.grid(axis="y")
+        axes.legend()
+        return png(figure)
+
+
+def _plain(value: float, _: Any = None) -> str:
+    return f"{value:,g}"

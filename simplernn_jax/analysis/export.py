@@ -1,0 +1,72 @@
+"""An `Explanation` as numbers for programs."""
+
+from typing import Any
+
+import numpy as np
+
+from simplernn_jax.analysis.explanation import Explanation
+
+
+def to_numbers(explanation: Explanation) -> dict[str, Any]:
+    """Everything the pictures show, for JSON: lists, numbers of 6 digits, None for not finite."""
+    chosen, value = explanation.chosen, explanation.state_value
+    layers: list[dict[str, Any] | None] = []
+    for account, memory, given in zip(
+        explanation.accounts, explanation.memory.layers, chosen.by_layer, strict=True
+    ):
+        if account is None or memory is None or given is None:
+            layers.append(None)
+            continue
+        layers.append(
+            {
+                "operator_error": account.operator_error,
+                "layer_error": account.layer_error,
+                # Rows of a triangle: row t has the weights of tokens 0 .. t.
+                "map": [
+                    [head[t, : t + 1] for t in range(len(head))] for head in account.weights[0]
+                ],
+                "half_lives": memory.half_lives,
+                "state_norm": memory.norms,
+                "state_effective_rank": memory.ranks,
+                "contributions": given._asdict(),
+            }
+        )
+    return _plain(
+        {
+            "tokens": explanation.tokens,
+            "map_start": explanation.start,
+            "map_stop": explanation.stop,
+            "state_positions": explanation.memory.positions,
+            "layers": layers,
+            "prediction": {
+                "token": chosen.position,
+                "reason": chosen.reason,
+                "nats": chosen.nats,
+                "contributions": chosen.from_all._asdict(),
+            },
+            "evaluated": value.evaluated,
+            "window": value.window,
+            "loss_by_position": value.by_position._asdict(),
+            "loss_by_reset": [
+                {
+                    "reset_every": interval,
+                    "nats_per_token": result.nats_per_token,
+                    "bits_per_byte": result.bits_per_byte,
+                    "predictions": result.predictions,
+                }
+                for interval, result in value.by_reset.items()
+            ],
+        }
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if np.isfinite(value) else None
+    return value

@@ -1,0 +1,122 @@
+"""Pictures over the text: attention maps, the state's share, what a prediction was made of."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from simplernn_jax.analysis.pictures import MONOSPACE, colors, drawable, label_text, new_figure, png
+from simplernn_jax.analysis.token_text import Unit
+
+_COLUMNS = 2
+_TICKS = 16
+_FAINTEST = 0.01
+"""Weights below this share of a head's largest are drawn on a linear scale, others on a log one."""
+
+
+def draw_maps(weights: np.ndarray, units: Sequence[Unit], offset: int, row: int) -> bytes:
+    """Heat maps of one layer, one per head.
+
+    Args:
+      weights: ``[H, T, T]``.
+      units: of the T tokens.
+      offset: position of the first token in its document.
+      row: marked with a line.
+    """
+    from matplotlib.colors import SymLogNorm
+
+    heads, length, _ = weights.shape
+    columns = min(heads, _COLUMNS)
+    rows = -(-heads // columns)
+    above = np.triu(np.ones((length, length), bool), 1)
+    with new_figure(2.4 + 5.0 * columns, 0.4 + 6.1 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for head, axes in enumerate(grid.flat):
+            if head >= heads:
+                axes.set_axis_off()
+                continue
+            largest = float(np.abs(weights[head]).max())
+            image = axes.imshow(
+                np.ma.array(weights[head] / (largest or 1.0), mask=above),
+                cmap="RdBu_r",
+                norm=SymLogNorm(_FAINTEST, vmin=-1, vmax=1),
+                interpolation="nearest",
+            )
+            axes.axhline(row, color="black", linewidth=0.7, linestyle=":")
+            axes.set_title(f"head {head + 1}: largest |A| = {largest:.3g}")
+            axes.set_xlabel("token j that is read")
+            label_text(axes.xaxis, units, offset, _TICKS)
+            axes.tick_params(axis="x", rotation=90)
+            label_text(axes.yaxis, units, offset, _TICKS)
+            axes.set_ylabel("output after token t")
+        ticks = [-1, -0.1, -0.01, 0, 0.01, 0.1, 1]
+        bar = figure.colorbar(image, ax=grid, location="top", shrink=0.5, aspect=40, ticks=ticks)
+        bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        bar.minorticks_off()
+        bar.set_label("weight A_tj, as a share of the head's largest")
+        return png(figure)
+
+
+def draw_state_share(
+    shares: Sequence[np.ndarray | None], units: Sequence[Unit], offset: int
+) -> bytes:
+    """How much of each output came from before the stretch of text.
+
+    Args:
+      shares: by layer, ``[T]``; None leaves the layer out.
+      units: of the T tokens.
+      offset: position of the first of them in its document.
+    """
+    with new_figure(12.4, 3.9) as figure:
+        axes = figure.subplots()
+        for layer, (share, color) in enumerate(zip(shares, colors(len(shares)), strict=True)):
+            if share is not None:
+                axes.plot(share, color=color, linewidth=1.2, label=f"layer {layer + 1}")
+        label_text(axes.xaxis, units, offset, 2 * _TICKS)
+        axes.tick_params(axis="x", rotation=90)
+        axes.set_xlim(0, max(units[-1].stop - 1, 1))
+        axes.set_ylim(bottom=0)
+        axes.set(xlabel="output after token t", ylabel="norm, relative to the output's")
+        axes.grid(axis="y")
+        axes.legend(loc="upper right")
+        return png(figure)
+
+
+def draw_contributions(
+    panels: Sequence[tuple[str, str, np.ndarray, float]], units: Sequence[Unit], most: int = 12
+) -> bytes:
+    """Bars for the tokens that gave most, the strongest first; red is for, blue against.
+
+    Args:
+      panels: title, unit of measure, contribution of each of `units` and that of everything
+        before them.
+      units: of the tokens before the predicted one.
+      most: bars of one panel.
+    """
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    with new_figure(4.4 * columns, 0.3 + 3.4 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        for axes, (title, measure, values, before) in zip(grid.flat, panels, strict=False):
+            bars = [(label_unit(units, index), value) for index, value in enumerate(values)]
+            if before:
+                bars.append(("all before this stretch", before))
+            bars = sorted(bars, key=lambda bar: -abs(bar[1]))[:most]
+            places = range(len(bars))
+            reds = ["tab:red" if value > 0 else "tab:blue" for _, value in bars]
+            axes.barh(places, [value for _, value in bars], color=reds)
+            axes.set_yticks(places, [label for label, _ in bars], **MONOSPACE)
+            axes.set_ylim(most - 0.5, -0.5)
+            axes.axvline(0, color="black", linewidth=0.6)
+            axes.set(title=title, xlabel=measure)
+            axes.grid(axis="x")
+        return png(figure)
+
+
+def label_unit(units: Sequence[Unit], index: int) -> str:
+    """A unit between brackets among its neighbours, and how far before the end it stands."""
+    before = "".join(unit.text for unit in units[max(index - 8, 0) : index])[-8:]
+    after = "".join(unit.text for unit in units[index + 1 : index + 5])[:4]
+    text = f"{drawable(before)}[{drawable(units[index].text)[:12]}]{drawable(after)}"
+    return f"{text:>15} {units[-1].stop - units[index].start:>4}"

@@ -1,0 +1,147 @@
+"""The page about an `Explanation`: four parts, one after another."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from simplernn_jax.analysis.explanation import Explanation
+from simplernn_jax.analysis.gallery import Picture, units_given
+from simplernn_jax.analysis.html_parts import (
+    document,
+    facts_list,
+    figure,
+    heading,
+    paragraph,
+    shaded_text,
+    table,
+)
+from simplernn_jax.analysis.token_text import sum_by_unit, visible
+
+TITLE = "What the model did with a text"
+
+
+def make_page(
+    explanation: Explanation, pictures: Mapping[str, Picture], facts: Mapping[str, str]
+) -> str:
+    """The HTML of the page.
+
+    Args:
+      explanation: what it is about.
+      pictures: those of `draw_pictures`.
+      facts: name and value of what a reader should know of the model.
+    """
+    chosen = explanation.chosen
+    facts = {
+        **facts,
+        "text": f"{len(explanation.tokens) - 1:,} tokens and BOS, which is token 0",
+        "maps": f"tokens {explanation.start:,} to {explanation.stop - 1:,} of it",
+        "prediction": f"token {chosen.position:,}, “{visible(chosen.predicted.text)}”",
+    }
+    parts = [
+        facts_list(facts),
+        *_attention_part(explanation, pictures),
+        *_memory_part(explanation, pictures),
+        *_value_part(explanation, pictures),
+        *_prediction_part(explanation, pictures),
+    ]
+    return document(TITLE, parts)
+
+
+def _attention_part(explanation: Explanation, pictures: Mapping[str, Picture]) -> Iterator[str]:
+    yield heading("1. What every output is made of")
+    yield paragraph(
+        "The recurrence has an exact implicit attention map: y_t = sum over j of A_tj v_j, plus "
+        "what the state before the first token gives, where A_tj = sum over key channels of "
+        "q_t k_j times all gates from j + 1 to t. The table says how far that sum is from what the "
+        "layers computed, as RMS of the difference over RMS of the output. In higher layers, "
+        "token j stands for all that the layers below gathered there."
+    )
+    yield from _left_out(explanation)
+    rows = [
+        (f"layer {number}", f"{account.operator_error:.1e}", f"{account.layer_error:.1e}")
+        for number, account in enumerate(explanation.accounts, 1)
+        if account is not None
+    ]
+    if rows:
+        yield table(("error of the map", "recurrence, beside scan", "output of the layer"), rows)
+    for name, picture in pictures.items():
+        if name.startswith("map_layer_") or name == "state_share":
+            yield _figure(picture)
+
+
+def _left_out(explanation: Explanation) -> Iterator[str]:
+    numbers = [str(n) for n, account in enumerate(explanation.accounts, 1) if account is None]
+    if numbers:
+        layers = "layer " if len(numbers) == 1 else "layers "
+        yield paragraph(
+            "Left out here and in part 2, because they mix tokens otherwise than by SimpleRNN: "
+            f"{layers}{', '.join(numbers)} of {len(explanation.accounts)}."
+        )
+
+
+def _memory_part(explanation: Explanation, pictures: Mapping[str, Picture]) -> Iterator[str]:
+    yield heading("2. The memory of the model")
+    window = explanation.state_value.window
+    rows = []
+    for number, layer in enumerate(explanation.memory.layers, 1):
+        if layer is not None:
+            lives = layer.half_lives.ravel()
+            rows.append(
+                (
+                    f"layer {number}",
+                    f"{np.median(lives):,.1f}",
+                    f"{lives.max():,.1f}",
+                    f"{np.sum(lives > window):,} of {lives.size:,}",
+                )
+            )
+    if rows:
+        longer = f"channels beyond {window:,} tokens"
+        yield table(("half-life in tokens", "median", "longest", longer), rows)
+    for name in ("half_lives", "state_norm", "state_rank"):
+        if name in pictures:
+            yield _figure(pictures[name])
+
+
+def _value_part(explanation: Explanation, pictures: Mapping[str, Picture]) -> Iterator[str]:
+    value = explanation.state_value
+    yield heading("3. What the state is worth")
+    yield paragraph(f"Evaluated on {value.evaluated}, the same ones each time.")
+    yield _figure(pictures["loss_by_position"])
+    yield _figure(pictures["loss_by_reset"])
+    rows = []
+    for interval, result in sorted(value.by_reset.items(), key=lambda item: item[0] or np.inf):
+        name = f"reset every {interval:,} tokens" if interval else "carried, never reset"
+        name += " (every training window)" if interval == value.window else ""
+        rows.append((name, f"{result.nats_per_token:.4f}", f"{result.bits_per_byte:.4f}"))
+    yield table(("state", "nats/token", "bits/byte"), rows)
+
+
+def _prediction_part(explanation: Explanation, pictures: Mapping[str, Picture]) -> Iterator[str]:
+    chosen = explanation.chosen
+    yield heading("4. What one prediction is made of")
+    yield paragraph(
+        f"The prediction of token {chosen.position:,}, framed below, with a loss of "
+        f"{chosen.nats:.3f} nats (probability {np.exp(-chosen.nats):.3g}). "
+        f"Chosen because: {chosen.reason}."
+    )
+    yield paragraph(
+        "Through all layers: the gradient of its log-probability times the embedding of each "
+        "earlier token. Red tokens made the prediction more probable, blue ones less; the "
+        "strongest has full colour. To first order only."
+    )
+    yield shaded_text(
+        chosen.units, sum_by_unit(chosen.units, chosen.from_all.tokens), chosen.predicted
+    )
+    for number, given in enumerate(chosen.by_layer, 1):
+        if given is not None:
+            yield paragraph(
+                f"Layer {number}, by its map: share of each token in the output after the last "
+                f"token, mean over heads; all shares add up to 1"
+                + (f", {given.state:z.3f} of it from before this stretch." if given.state else ".")
+            )
+            yield shaded_text(chosen.units, units_given(explanation, given), chosen.predicted)
+    yield _figure(pictures["contributions"])
+
+
+def _figure(picture: Picture) -> str:
+    return figure(picture.png, picture.title, picture.how_to_read)

@@ -1,0 +1,78 @@
+"""All layers of a model as one, so that they can be divided among the stages of a mesh."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from simplernn_jax.array_types import Activations, ModelState, SegmentIds
+from simplernn_jax.errors import UserError
+from simplernn_jax.parallel.collectives import axis_size
+from simplernn_jax.parallel.layer_layout import STACKED
+from simplernn_jax.parallel.stages import choose_chunks, run_stages
+
+
+class LayerStack(nnx.Module):
+    """Layers that are alike, as one block whose parameters have a first axis of layers.
+
+    On a mesh with an axis ``stage`` each device has its part of that axis, and calls run through
+    all of them (see `parallel.stages`); elsewhere it only holds the parameters.
+    """
+
+    def __init__(self, layers: Sequence[Any]):
+        """Takes over the parameters of `layers`.
+
+        Raises:
+          UserError: the layers are not alike.
+        """
+        graphs, params = zip(*(nnx.split(layer, nnx.Param) for layer in layers), strict=True)
+        shapes = [jax.tree.map(jnp.shape, one) for one in params]
+        for index in range(1, len(layers)):
+            if graphs[index] != graphs[0] or shapes[index] != shapes[0]:
+                raise UserError(
+                    f"--config.mesh.stage: layer {index} is of another kind than layer 0, and "
+                    "stages need layers that are all alike; set --config.mesh.stage=1"
+                )
+        self.num_layers = len(layers)
+        self.stacked = nnx.merge(
+            graphs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+        )
+
+    def initial_state(self, batch_size: int) -> ModelState:
+        """The zero state of all layers, leaves ``[B, num_layers, ...]``."""
+        return {
+            STACKED: jax.tree.map(
+                lambda leaf: jnp.stack([leaf] * self.num_layers, axis=1),
+                self.stacked.initial_state(batch_size),
+            )
+        }
+
+    def __call__(
+        self,
+        x: Activations,
+        state: ModelState | None,
+        segment_ids: SegmentIds | None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Activations, ModelState]:
+        """All layers; ``[B, T, D]`` to this stage's share of it, ``[B, T / stages, D]``."""
+        graph, params = nnx.split(self.stacked, nnx.Param)
+        if segment_ids is None:
+            segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
+
+        def layer(
+            params: nnx.State, x: Activations, state: Any, ids: SegmentIds, key: jax.Array | None
+        ) -> tuple[Activations, Any]:
+            return nnx.merge(graph, params)(x, state, ids, key)
+
+        x, stacked = run_stages(
+            layer,
+            params,
+            x,
+            None if state is None else state[STACKED],
+            segment_ids,
+            chunks=choose_chunks(x.shape[1], axis_size("stage")),
+            dropout_key=dropout_key,
+        )
+        return x, {STACKED: stacked}

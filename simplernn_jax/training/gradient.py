@@ -1,0 +1,123 @@
+"""The loss of a batch and its gradient, in groups of rows, on one device or on each of a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from simplernn_jax.array_types import ModelState
+from simplernn_jax.config import Config
+from simplernn_jax.data.batches import Batch
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.ops.manual_axes import vary_like, varying
+from simplernn_jax.ops.rows import clear_rows
+from simplernn_jax.parallel.collectives import axis_index, sum_over, vary
+from simplernn_jax.parallel.mesh import TOKEN_AXES
+from simplernn_jax.training.losses import summed_cross_entropy
+
+GradientOf = Callable[
+    [nnx.State, Batch, ModelState, jax.Array, jax.Array],
+    tuple[jax.Array, jax.Array, nnx.State, ModelState],
+]
+
+
+def abstract_model(config: Config) -> tuple[nnx.GraphDef[LanguageModel], nnx.State]:
+    """Structure and parameter shapes of the model, without computing anything."""
+    model = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
+    return nnx.split(model, nnx.Param)
+
+
+def make_model(config: Config, rngs: nnx.Rngs) -> LanguageModel:
+    """The model as it is trained: with its layers stacked if there are stages.
+
+    Raises:
+      UserError: there are stages, and the layers are not alike.
+    """
+    model = LanguageModel(config.model, rngs=rngs)
+    if config.mesh.stage > 1:
+        model.stack_layers()
+    return model
+
+
+def make_gradient(config: Config) -> GradientOf:
+    """``(params, batch, carried, rng, step) -> (loss, predictions, gradient, carried)``.
+
+    The loss is the mean over all predictions of the batch, in nats. Inside of `jax.shard_map`
+    each device is given its part of everything, and gives its part of the gradient and of the
+    carried state; loss and predictions are those of the whole batch on all.
+    """
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
+    groups = config.train.gradient_accumulation
+    dropout = config.model.dropout > 0
+
+    def summed_loss(
+        params: nnx.State, batch: Batch, carried: ModelState, key: jax.Array, predictions: jax.Array
+    ) -> tuple[jax.Array, ModelState]:
+        model = nnx.merge(graph, params)
+        # Truncated BPTT: the carried state is a constant of this batch.
+        carried = jax.lax.stop_gradient(clear_rows(carried, batch.reset))
+        logits, new_carried = model(
+            batch.tokens,
+            carried or None,
+            batch.segment_ids,
+            dropout_key=key if dropout else None,
+        )
+        nats = summed_cross_entropy(logits, batch.targets, batch.loss_mask)
+        return nats / predictions, new_carried if carried else ()
+
+    loss_and_gradient = jax.value_and_grad(summed_loss, has_aux=True)
+
+    def in_groups(
+        params: nnx.State, batch: Batch, carried: ModelState, key: jax.Array, predictions: jax.Array
+    ) -> tuple[jax.Array, nnx.State, ModelState]:
+        if groups == 1:
+            (loss, carried), gradient = loss_and_gradient(params, batch, carried, key, predictions)
+            return loss, gradient, carried
+
+        def add(
+            sums: tuple[jax.Array, Any], group: Any
+        ) -> tuple[tuple[jax.Array, Any], ModelState]:
+            index, rows, carried = group
+            (loss, carried), gradient = loss_and_gradient(
+                params, rows, carried, jax.random.fold_in(key, index), predictions
+            )
+            return jax.tree.map(jnp.add, sums, (loss, gradient)), carried
+
+        by_group = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (batch, carried))
+        zeros = (
+            vary(jnp.zeros(()), *TOKEN_AXES),
+            jax.tree.map(lambda param: vary_like(jnp.zeros_like(param), param), params),
+        )
+        (loss, gradient), carried = jax.lax.scan(add, zeros, (jnp.arange(groups), *by_group))
+        return loss, gradient, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carried)
+
+    def gradient_of(
+        params: nnx.State, batch: Batch, carried: ModelState, rng: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, jax.Array, nnx.State, ModelState]:
+        predictions = sum_over(jnp.sum(batch.loss_mask), *TOKEN_AXES)
+        key = _own_key(jax.random.fold_in(jax.random.wrap_key_data(rng), step))
+        # As each device's own, so that their gradients are summed once, after all groups.
+        own = vary(params, *TOKEN_AXES)
+        loss, gradient, carried = in_groups(own, batch, carried, key, jnp.maximum(predictions, 1))
+        return sum_over(loss, *TOKEN_AXES), predictions, _sum_copies(gradient, params), carried
+
+    return gradient_of
+
+
+def _own_key(key: jax.Array) -> jax.Array:
+    """Another key for each device that sees other tokens."""
+    for name in TOKEN_AXES:
+        if not isinstance(place := axis_index(name), int):
+            key = jax.random.fold_in(key, place)
+    return key
+
+
+def _sum_copies(gradient: nnx.State, params: nnx.State) -> nnx.State:
+    """The sum over devices that hold the same part of a parameter and see other tokens."""
+
+    def total(gradient: jax.Array, param: jax.Array) -> jax.Array:
+        return sum_over(gradient, *(name for name in TOKEN_AXES if name not in varying(param)))
+
+    return jax.tree.map(total, gradient, params)

@@ -1,0 +1,47 @@
+"""How programs and arrays come onto a mesh. On one device everything is left as it is."""
+
+from typing import Any, TypeGuard
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from simplernn_jax.data.batches import Batch
+from simplernn_jax.parallel.mesh import BATCH_AXES
+from simplernn_jax.parallel.shardings import present
+
+
+def is_shared(mesh: Mesh | None) -> TypeGuard[Mesh]:
+    """Whether several devices share the work."""
+    return mesh is not None and mesh.size > 1
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """What keeps computing something again from becoming keeping it.
+
+    The compiler of jax 0.10 for CPUs takes away the barriers of `jax.checkpoint` before it looks
+    for equal expressions a last time, and then finds parameters gathered twice.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else {}
+
+
+def batch_specs(mesh: Mesh) -> Batch:
+    """Rows lie apart along ``data`` and ``fsdp``, time along ``sequence``.
+
+    Along ``stage`` only what the loss needs lies apart: every stage sees all tokens, and takes
+    the loss of its share.
+    """
+    rows: Any = present(PartitionSpec(BATCH_AXES), mesh)
+    tokens: Any = present(PartitionSpec(BATCH_AXES, "sequence"), mesh)
+    of_loss: Any = present(PartitionSpec(BATCH_AXES, ("sequence", "stage")), mesh)
+    return Batch(tokens, of_loss, of_loss, tokens, reset=rows)
+
+
+def batch_shardings(mesh: Mesh) -> Batch | None:
+    """Where the arrays of a batch lie; None on one device."""
+    return shardings_of(batch_specs(mesh), mesh) if is_shared(mesh) else None
+
+
+def shardings_of(specs: Any, mesh: Mesh) -> Any:
+    """`NamedSharding` for each `PartitionSpec` of a tree."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)

@@ -1,0 +1,75 @@
+"""What is recorded of a model, and that recording changes nothing."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small_runs import OtherMixer, small_config
+
+from simplernn_jax.analysis.recording import find_recurrences, record
+from simplernn_jax.models import LanguageModel, SimpleRNN
+
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 30, (2, 13)), jnp.int32)
+SEGMENTS = jnp.asarray(np.stack([np.arange(13) // 5, np.zeros(13)]), jnp.int32)
+
+
+def make_model(block="residual", num_layers=1):
+    config = small_config(block, vocab_size=30, num_layers=num_layers)
+    return LanguageModel(config.model, rngs=nnx.Rngs(0))
+
+
+def random_state(model):
+    random = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), model.initial_state(2)
+    )
+
+
+@jax.jit
+def record_and_repeat(model, tokens, state):
+    """A recording, what the model itself makes of it, and each recurrence called again."""
+    recording = record(model, tokens, state, SEGMENTS)
+    again = [
+        None if recurrence is None else recurrence(call.inputs, call.state, SEGMENTS)
+        for recurrence, call in zip(find_recurrences(model), recording.layers, strict=True)
+    ]
+    return recording, model.encode(tokens, state, SEGMENTS), again
+
+
+@pytest.mark.parametrize("block", ["plain", "residual"])
+def test_the_model_computes_the_same_and_stays_as_it_is(block):
+    model = make_model(block)
+    state = random_state(model)
+    recording, expected, again = record_and_repeat(model, TOKENS, state)
+    chex.assert_trees_all_close((recording.hidden, recording.state), expected, rtol=1e-6)
+    call = recording.layers[0]
+    chex.assert_trees_all_close((call.output, call.final_state), again[0], rtol=1e-6)
+    chex.assert_trees_all_equal(call.state, state[0] if block == "plain" else state[0][0])
+    jax.eval_shape(lambda: record(model, TOKENS))
+    assert isinstance(model.layers[0].rnn, SimpleRNN)
+
+
+def test_layers_with_another_mixer_are_left_out():
+    model = make_model(num_layers=2)
+    model.layers[1].rnn = OtherMixer()
+    recording, expected, again = record_and_repeat(model, TOKENS, model.initial_state(2))
+    assert [call is None for call in recording.layers] == [False, True]
+    assert [call is None for call in again] == [False, True]
+    chex.assert_trees_all_close(recording.hidden, expected[0], rtol=1e-5)
+
+
+def test_a_shift_from_one_embedding_to_another_reads_the_other_token():
+    model = make_model()
+    other = TOKENS.at[0, 4].set(29)
+
+    @jax.jit
+    def read(model):
+        shift = model.embedding(other) - model.embedding(TOKENS)
+        shifted = record(model, TOKENS, shift=shift).hidden
+        return shifted, model.encode(other)[0], model.encode(TOKENS)[0]
+
+    shifted, expected, unshifted = read(model)
+    chex.assert_trees_all_close(shifted, expected, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(shifted, unshifted, atol=1e-3)

@@ -1,0 +1,143 @@
+"""Losses with the state carried, cleared or cut short, against reading the tokens again."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from small_runs import small_config
+from token_splits import PAD, make_split
+
+from simplernn_jax.analysis.state_value import (
+    LONG_TEXT,
+    choose_split,
+    document_split,
+    loss_by_position,
+    loss_by_reset,
+    reset_intervals,
+    short_context_losses,
+    token_losses,
+)
+from simplernn_jax.data.batches import document_ends
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.training import evaluate
+from simplernn_jax.training.evaluate import Evaluator
+
+CONFIG = small_config(vocab_size=203)
+SPLIT = make_split()
+EVALUATOR = Evaluator(CONFIG, PAD)
+
+
+@functools.cache
+def model():
+    return LanguageModel(CONFIG.model, rngs=nnx.Rngs(0))
+
+
+def params():
+    return nnx.state(model(), nnx.Param)
+
+
+@jax.jit
+def log_probabilities(model, tokens):
+    return jax.nn.log_softmax(model(tokens[None])[0][0])
+
+
+def nats(tokens):
+    """-log p of all tokens but the first, from a zero state."""
+    tokens = np.asarray(tokens, np.int32)
+    # Filled up to few lengths, so that few programs are compiled; what follows changes nothing.
+    size = 8 ** math.ceil(math.log(max(len(tokens), 2), 8))
+    logs = np.asarray(log_probabilities(model(), np.resize(tokens, size)), np.float64)
+    return -logs[np.arange(len(tokens) - 1), tokens[1:]]
+
+
+@functools.cache
+def nats_by_position(reset_every):
+    """(tokens of the document before the prediction, its loss) for all of `SPLIT`."""
+    pairs = []
+    for start, end in zip(SPLIT.document_starts, document_ends(SPLIT), strict=True):
+        for first in range(start, end - 1, reset_every):
+            piece = nats(SPLIT.tokens[first : min(first + reset_every + 1, end)])
+            pairs += [(first - start + 1 + i, value) for i, value in enumerate(piece)]
+    return np.asarray(pairs)
+
+
+@pytest.mark.parametrize(("batch_tokens", "max_rows"), [(8192, 32), (39, 3)])
+def test_loss_by_position_bins_every_prediction(monkeypatch, batch_tokens, max_rows):
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(evaluate, "MAX_ROWS", max_rows)
+    loss = loss_by_position(EVALUATOR, params(), SPLIT, 0, reset_every=5)
+    positions, carried = nats_by_position(10**6).T
+    reset_positions, reset = nats_by_position(5).T
+    assert list(loss.starts) == [1, 2, 4, 8, 16, 32, 64]
+    assert loss.counts.sum() == SPLIT.num_predictions
+    for index, start in enumerate(loss.starts):
+        inside = carried[(positions >= start) & (positions < 2 * start)]
+        assert loss.counts[index] == len(inside)
+        assert loss.carried[index] == pytest.approx(inside.mean(), rel=1e-5)
+        assert loss.errors[index] == pytest.approx(
+            inside.std(ddof=1) / len(inside) ** 0.5, rel=1e-4
+        )
+        inside = reset[(reset_positions >= start) & (reset_positions < 2 * start)]
+        assert loss.reset[index] == pytest.approx(inside.mean(), rel=1e-5)
+    assert abs(loss.reset[-1] - loss.carried[-1]) > 1e-3
+
+
+def test_loss_by_reset_equals_reading_piece_by_piece():
+    losses = loss_by_reset(EVALUATOR, params(), SPLIT, 0, [0, 5, 1, 10**6])
+    assert list(losses) == [0, 5, 1, 10**6]
+    for interval, result in losses.items():
+        expected = nats_by_position(interval or 10**6)[:, 1].mean()
+        assert result.nats_per_token == pytest.approx(expected, rel=1e-5)
+        assert result.predictions == SPLIT.num_predictions
+
+
+def test_token_losses_are_in_the_order_of_the_text(monkeypatch):
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 7)
+    tokens = SPLIT.tokens[:33]
+    losses = token_losses(EVALUATOR, params(), document_split(tokens, 31))
+    np.testing.assert_allclose(losses, nats(tokens), rtol=1e-5)
+
+
+@pytest.mark.parametrize("context", [3, 500])
+def test_short_context_sees_so_many_tokens(context):
+    tokens = np.resize(SPLIT.tokens, 511)
+    chosen = np.array([500, 503, 510, 501, 504])
+    losses = short_context_losses(model(), tokens, chosen, context)
+    expected = [nats(tokens[at - context : at + 1])[-1] for at in chosen]
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    assert short_context_losses(model(), tokens, chosen[:0], context).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("longest", "window", "expected"),
+    [(1, 7, [0, 4, 7]), (64, 7, [0, 4, 7, 16]), (65, 16, [0, 4, 16, 64])],
+)
+def test_intervals_reach_through_the_longest_document(longest, window, expected):
+    assert reset_intervals(longest, window) == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "held_out", "is_text"),
+    [
+        (9, None, True),
+        (9, (8,), False),
+        (9, (7,), True),
+        (9, (1, 2, 6, 3), False),
+        (LONG_TEXT, (2 * LONG_TEXT,), True),
+        (LONG_TEXT - 1, (2 * LONG_TEXT,), False),
+    ],
+)
+def test_a_short_text_is_replaced_by_a_longer_validation_split(length, held_out, is_text):
+    document = document_split(np.zeros(length, np.int32), length - 1)
+    validation = None if held_out is None else make_split(held_out)
+    split, name = choose_split(document, validation)
+    assert (split is document) == is_text
+    assert (split is validation) != is_text
+    assert name == (
+        "the given text"
+        if is_text
+        else f"the validation split of the run (documents: {len(held_out)})"
+    )

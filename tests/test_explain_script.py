@@ -1,0 +1,81 @@
+"""scripts/explain.py as a person runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_runs import save_untrained, small_config, write_corpus
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def explain(*arguments, stdin=""):
+    """(exit code, standard output, standard error)."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "explain.py"), *map(str, arguments)],
+        check=False,
+        capture_output=True,
+        input=stdin.encode(),
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        timeout=300,
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_writes_a_page_its_pictures_and_its_numbers(tmp_path):
+    config = small_config(source=write_corpus(tmp_path / "text"), validation_fraction=0.3)
+    save_untrained(config, tmp_path / "run")
+    out = tmp_path / "new" / "folder"
+    code, output, errors = explain(
+        *("--workdir", tmp_path / "run", "--text_file", "-", "--out", out, "--token", 5),
+        stdin="größer als",
+    )
+    assert (code, errors) == (0, "")
+    lines = output.splitlines()
+    assert lines[0].startswith("layer 1: the map reproduces the recurrence to ")
+    assert float(lines[0].split()[8]) <= 1e-5
+    assert lines[1].startswith("evaluated on the validation split of the run (documents: 2): ")
+    assert lines[2:] == [f"page: {out / 'explain.html'}"]
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        *("explain.html", "explain.json", "map_layer_1.png", "half_lives.png", "state_norm.png"),
+        *("state_rank.png", "loss_by_position.png", "loss_by_reset.png", "contributions.png"),
+    }
+    assert json.loads((out / "explain.json").read_text())["prediction"]["token"] == 5
+
+
+def test_what_is_no_folder_is_refused(tmp_path):
+    save_untrained(small_config(source=write_corpus(tmp_path / "text")), tmp_path / "run")
+    code, output, errors = explain(
+        "--workdir", tmp_path / "run", "--text", "a", "--out", "README.md"
+    )
+    assert (code, output) == (2, "")
+    assert errors == "error: --out=README.md: File exists; name a folder\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no --workdir"),
+        (["--workdir", "x", "--text", "a"], "no --out"),
+        (["--workdir", "x", "--out", "y"], "no --text"),
+        (["--workdir", "x", "--out", "y", "--text", "a", "--text_file", "b"], "exclude each other"),
+        (
+            ["--workdir", "x", "--out", "y", "--text_file", "missing"],
+            "--text_file=missing: No such",
+        ),
+        (["--workdir", "x", "--out", "y", "--text", "a", "--map_tokens", "5000"], "map_tokens"),
+        (["--workdir", "nowhere", "--out", "scripts", "--text", "a"], "no checkpoint in"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(arguments, message):
+    code, output, errors = explain(*arguments)
+    assert (code, output) == (2, "")
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+    assert not (ROOT / "y").exists()

@@ -1,0 +1,72 @@
+"""Checkpoints of runs with stages: single layers on disk, whatever the number of stages."""
+
+import contextlib
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from small_runs import newest_checkpoint, small_config, write_corpus
+
+from simplernn_jax.config import MeshConfig
+from simplernn_jax.training import loop
+from simplernn_jax.training.loop import train
+from simplernn_jax.training.metrics import read_metrics
+
+
+class Listener:
+    """Keeps what a run says, and stops it after `last_step` steps."""
+
+    def __init__(self, last_step):
+        self.last_step, self.said = last_step, []
+
+    def update(self, step, *_):
+        if step == self.last_step - 1:  # read while the next step is under way
+            signal.raise_signal(signal.SIGTERM)
+
+    def say(self, text):
+        self.said.append(text)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return small_config(
+        source=write_corpus(tmp_path_factory.mktemp("corpus") / "text"),
+        **{"num_layers": 4, "sequence_length": 8, "batch_size": 4, "mode": "stream"},
+        **{"name": "muon", "steps": 7, "log_every": 1, "validation_fraction": 0.2},
+    )
+
+
+def run(config, workdir, monkeypatch, last_step, **sizes):
+    """(how the run ended, what it said) on a mesh."""
+    config.mesh = MeshConfig(**({"data": 1} | sizes))
+    listener = Listener(last_step)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "open_display", lambda *_: contextlib.nullcontext(listener))
+        return train(config, str(workdir)), " ".join(listener.said)
+
+
+def test_a_run_goes_on_with_other_numbers_of_stages(config, tmp_path, monkeypatch):
+    one, four = tmp_path / "one", tmp_path / "four"
+    _, said = run(config, one, monkeypatch, 3, stage=2, data=2)
+    assert "2 stages, 8 chunks of 1 tokens: a stage is idle 11.1% of the time" in said
+    shutil.copytree(one, four)
+    on_one, _ = run(config, one, monkeypatch, 9)
+    on_four, said = run(config, four, monkeypatch, 9, stage=4)
+    assert "at step 3 of 7" in said
+    assert on_four.step == on_one.step == 7
+    assert on_four.evaluation.predictions == on_one.evaluation.predictions
+    losses = [
+        [row["loss"] for row in read_metrics(str(workdir))] + [result.evaluation.nats_per_token]
+        for workdir, result in ((one, on_one), (four, on_four))
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    found, expected = newest_checkpoint(four), newest_checkpoint(one)
+    assert list(found) == list(expected)
+    names = [name for name in expected if name.startswith(("params", "opt_state", "carried"))]
+    assert any("layers/3/" in name for name in names)
+    values = [
+        np.concatenate([np.frombuffer(saved[name][2], saved[name][0]) for name in names])
+        for saved in (found, expected)
+    ]
+    assert np.linalg.norm(values[0] - values[1]) < 1e-5 * np.linalg.norm(values[1])

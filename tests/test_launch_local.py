@@ -1,0 +1,71 @@
+"""scripts/launch_local.py with stand-ins for the processes that train."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import launch_local
+
+STAND_IN = """
+import json, os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+devices = [os.environ[name] for name in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")]
+os.write(1, json.dumps([sys.argv[1:], *devices]).encode() + b"\\n")  # not in two pieces
+time.sleep(30)
+"""
+
+
+def run(code):
+    """A process of its own that does `code`."""
+    return subprocess.Popen([sys.executable, "-c", f"import os, signal, sys, time; {code}"])
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        (["sys.exit(0)", "sys.exit(0)"], 0),
+        (["sys.exit(75)", "sys.exit(75)"], 75),
+        (["sys.exit(76)", "time.sleep(0.3); sys.exit(2)"], 2),
+        (["os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(0.3); sys.exit(76)"], 137),
+        (["sys.exit(76)", "time.sleep(30)"], 76),
+    ],
+)
+def test_the_exit_code_is_that_of_the_one_that_failed(monkeypatch, ends, expected):
+    if any("30" in end for end in ends):
+        monkeypatch.setattr(launch_local, "PATIENCE_SECONDS", 0.3)
+    processes = [run(end) for end in ends]
+    assert launch_local.wait(processes) == expected
+    assert None not in [process.poll() for process in processes]
+
+
+def test_starts_all_and_passes_signals_on(tmp_path):
+    shutil.copy(Path(launch_local.__file__), tmp_path)
+    (tmp_path / "train.py").write_text(STAND_IN)
+    launcher = subprocess.Popen(
+        [sys.executable, str(tmp_path / "launch_local.py"), "3", "--workdir=a b", "--config", "c"],
+        env=os.environ | {"DEVICES_PER_PROCESS": "4"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    started = [json.loads(launcher.stdout.readline()) for _ in range(3)]
+    launcher.send_signal(signal.SIGTERM)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == 75
+    started.sort(key=lambda one: one[0][-1])
+    (coordinator,) = {one[0][4] for one in started}
+    assert coordinator.startswith("--coordinator=127.0.0.1:")
+    for number, one in enumerate(started):
+        place = [coordinator, "--num_processes=3", f"--process_id={number}"]
+        assert one == [["--workdir=a b", "--config", "c", "--distributed", *place], "cpu", "4"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--config", "c"], ["0"]])
+def test_says_how_it_is_used(capsys, arguments):
+    assert launch_local.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: say how many processes: bash scripts/")

@@ -1,0 +1,192 @@
+"""Training with layers divided among stages: the steps, states and parameters of one device."""
+
+import dataclasses
+import functools
+from collections import Counter
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from compiled_collectives import collectives
+from flax import nnx
+from meshes import mesh_of
+from small_runs import small_config
+
+from simplernn_jax.config import MeshConfig
+from simplernn_jax.data.batches import Batch
+from simplernn_jax.errors import UserError
+from simplernn_jax.models.dense import dense
+from simplernn_jax.models.layer_stack import LayerStack
+from simplernn_jax.named_leaves import named_leaves
+from simplernn_jax.parallel.layer_layout import in_layout_of
+from simplernn_jax.training.file_layout import FileLayout
+from simplernn_jax.training.optimizer import make_optimizer
+from simplernn_jax.training.train_step import init_train_state, make_train_step, state_shardings
+
+LAYERS, ROWS, LENGTH, WIDTH, VOCAB, STEPS = 4, 8, 24, 8, 12, 5
+STAGE_4 = (("stage", 4),)
+STAGE_2_DATA_4 = (("stage", 2), ("data", 4))
+STAGE_2_WITH_OTHERS = (("stage", 2), ("fsdp", 2), ("tensor", 2))
+
+
+def make_batch(seed):
+    """Documents begin and end anywhere; some rows are reset."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, VOCAB, (ROWS, LENGTH + 1), np.int32)
+    begins = random.random((ROWS, LENGTH + 1)) < 0.15
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        loss_mask=~begins[:, 1:],
+        segment_ids=np.cumsum(begins[:, :-1], axis=1, dtype=np.int32),
+        reset=begins[:, 0] | (random.random(ROWS) < 0.3),
+    )
+
+
+def config_of(sizes=(), dtype="float32", **fields):
+    shape = {"num_layers": LAYERS, "num_heads": 2, "mlp_dim": 12, "vocab_size": VOCAB}
+    rows = {"batch_size": ROWS, "sequence_length": LENGTH, "mode": "stream"}
+    config = small_config("residual", **(shape | rows | fields))
+    config.model.precision = dtype  # float64 is for tests: `validate` knows nothing of it
+    config.mesh = MeshConfig(**({"data": 1} | dict(sizes)))
+    return config
+
+
+@functools.cache
+def first_state(dtype, **fields):
+    """The state of one device before the first step."""
+    config = config_of(**fields)
+    state = jax.jit(lambda: init_train_state(config, make_optimizer(config.optimizer, 40)))()
+    return jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, state)
+
+
+@functools.cache
+def program_of(sizes=(), dtype="float32", **fields):
+    """(state before the first step, compiled step) on a mesh."""
+    config, mesh = config_of(sizes, dtype, **fields), mesh_of(**dict(sizes))
+    optimizer = make_optimizer(config.optimizer, 40, mesh)
+    state = first_state(dtype, **fields)
+    if sizes:
+        like = jax.eval_shape(lambda: init_train_state(config, optimizer))
+        shardings = state_shardings(config, optimizer, mesh)
+        state = jax.device_put(in_layout_of(like, state), shardings)
+    step = make_train_step(config, optimizer, mesh)
+    return state, step.lower(state, make_batch(0)).compile()
+
+
+@functools.cache
+def five_steps(sizes=(), dtype="float32", **fields):
+    """(last state, losses), in float64 where that is the dtype."""
+    state, step = program_of(sizes, dtype, **fields)
+    state, losses = jax.tree.map(jnp.copy, state), []  # the step gives up what it is given
+    for seed in range(STEPS):
+        state, metrics = step(state, make_batch(seed))
+        losses.append(metrics.loss.item())
+    return jax.device_get(state), losses
+
+
+def assert_near(ours, reference, limit):
+    """The norm of all differences together, beside that of `reference`."""
+    difference = jax.tree.map(lambda a, b: np.subtract(a, b, dtype=np.float64), ours, reference)
+    assert float(optax.tree.norm(difference)) <= limit * float(optax.tree.norm(reference))
+
+
+def assert_as_on_one_device(sizes, dtype, limit, **fields):
+    expected, expected_losses = five_steps((), dtype)
+    state, losses = five_steps(sizes, dtype, **fields)
+    np.testing.assert_allclose(losses, expected_losses, rtol=limit)
+    state = in_layout_of(expected, state)
+    for name in ("params", "opt_state", "carried"):
+        assert float(optax.tree.norm(getattr(expected, name))) > 0
+    assert_near(state.params, expected.params, limit)
+    assert_near(state.carried, expected.carried, limit)
+    assert_near(state.opt_state, expected.opt_state, limit)
+    assert int(state.step) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fields"),
+    [(STAGE_4, {"gradient_accumulation": 2}), (STAGE_2_DATA_4, {}), (STAGE_2_WITH_OTHERS, {})],
+)
+def test_training_on_stages_is_that_on_one_device_in_float64(sizes, fields):
+    with jax.enable_x64(True):
+        assert_as_on_one_device(sizes, "float64", 1e-11, **fields)
+
+
+def test_training_on_stages_is_that_on_one_device_in_float32():
+    assert_as_on_one_device(STAGE_2_DATA_4, "float32", 1e-5)
+
+
+def test_what_the_stages_tell_each_other():
+    """Activations, and sums of gradients over devices that share parameters; nothing else."""
+    state, step = program_of(STAGE_2_DATA_4, "float32")
+    stages, data, chunks = 2, 4, 8
+    shared, layers = (
+        [leaf.addressable_data(0).size * 4 for leaf in jax.tree.leaves(part)]
+        for part in (
+            {name: part for name, part in state.params.items() if name != "layers"},
+            state.params["layers"],
+        )
+    )
+    outputs = ROWS // data * LENGTH * WIDTH * 4
+    expected = Counter()
+    # To the next stage at each tick; and its gradient, back.
+    expected["collective-permute", outputs // chunks] += 2
+    # The last stage's output, a share for each stage; and the gradients of all shares.
+    expected["reduce-scatter", outputs // stages] += 1
+    expected["all-gather", outputs] += 1
+    # Gradients of what all use, embedding and last norm; and of a stage's layers, of its copies.
+    for size in shared + layers:
+        expected["all-reduce", size] += 1
+    found = Counter({key: count for key, count in collectives(step).items() if key[1] > 8})
+    assert found == expected
+
+
+def test_a_stage_holds_its_layers_only():
+    state, _ = program_of(STAGE_2_DATA_4, "float32")
+    for name, parts in (("params", 2), ("opt_state", 2), ("carried", 2 * 4)):
+        for path, leaf in named_leaves(getattr(state, name)).items():
+            if "stacked" in path:
+                assert leaf.addressable_data(0).size * parts == leaf.size
+
+
+def test_what_is_not_finite_on_one_stage_changes_nothing_but_the_counters():
+    first, step = program_of(STAGE_2_DATA_4, "float32")
+    shardings = jax.tree.map(lambda x: x.sharding, first.carried)
+    spoilt = jax.tree.map(lambda x: x.at[3, 2].set(jnp.nan), first.carried)
+    spoilt = jax.device_put(spoilt, shardings)
+    state = dataclasses.replace(jax.tree.map(jnp.copy, first), carried=spoilt)
+    batch = make_batch(0)
+    state, _ = step(state, batch._replace(reset=np.zeros(ROWS, bool)))
+    assert (int(state.skipped_updates), int(state.step)) == (1, 1)
+    for name in ("params", "opt_state"):
+        chex.assert_trees_all_equal(getattr(state, name), getattr(first, name))
+    state, metrics = step(state, batch._replace(reset=np.arange(ROWS) == 3))
+    assert np.isfinite(metrics.loss)
+    assert (int(state.skipped_updates), int(state.skipped_in_a_row)) == (1, 0)
+
+
+def test_no_device_holds_all_layers_while_a_checkpoint_is_written():
+    config, mesh = config_of(STAGE_2_DATA_4), mesh_of(**dict(STAGE_2_DATA_4))
+    layout = FileLayout(config, make_optimizer(config.optimizer, 40, mesh), mesh)
+    state, _ = program_of(STAGE_2_DATA_4, "float32")
+    saved = layout.to_files(state)
+    leaves = jax.tree.leaves(saved.params)
+    assert sum(x.addressable_data(0).nbytes for x in leaves) < 0.6 * sum(x.nbytes for x in leaves)
+    again = layout.from_files(saved)
+    for leaf, other in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        assert leaf.sharding.is_equivalent_to(other.sharding, leaf.ndim)
+        np.testing.assert_array_equal(leaf, other)
+
+
+def test_layers_that_are_not_alike():
+    def layer(width, dtype=jnp.float32):
+        return dense(3, width, rngs=nnx.Rngs(0), dtype=dtype)
+
+    LayerStack([layer(5), layer(5)])
+    for other in (layer(4), layer(5, jnp.bfloat16)):
+        with pytest.raises(UserError, match="layer 1 is of another kind than layer 0"):
+            LayerStack([layer(5), other])

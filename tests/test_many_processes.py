@@ -1,0 +1,176 @@
+"""Real processes on this machine that train together, few and small: each start takes seconds."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import newest_checkpoint, small_config, write_corpus
+
+from simplernn_jax.training.loop import train
+from simplernn_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Starts processes with scripts/launch_local.py; none outlives the test."""
+    launched = []
+
+    def start(config, workdir, count, devices=1, **changes):
+        """`config` and `workdir` are those of `train`; `changes` are further flags."""
+        flags = {
+            f"config.{section}.{name}": value
+            for section, values in vars(config).items()
+            for name, value in vars(values).items()
+        } | changes
+        process = subprocess.Popen(
+            [
+                *(sys.executable, str(ROOT / "scripts" / "launch_local.py"), str(count)),
+                *(f"--config={ROOT / 'configs' / 'tiny.py'}", f"--workdir={workdir}"),
+                *(f"--{name}={value}" for name, value in flags.items()),
+            ],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "DEVICES_PER_PROCESS": str(devices)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        launched.append(process)
+        return process
+
+    yield start
+    for process in launched:
+        process.kill()
+    for number in running(tmp_path).values():
+        os.kill(number, signal.SIGKILL)
+    for process in launched:
+        process.communicate()
+
+
+def running(workdir):
+    """Process ids by --process_id, of the processes that train in or below `workdir`."""
+    lines = subprocess.check_output(["ps", "-A", "-ww", "-o", "pid=,args="], text=True).splitlines()
+    pattern = rf" *(\d+) .*--workdir={re.escape(str(workdir))}[/ ].* --process_id=(\d+)"
+    found = filter(None, (re.match(pattern, line) for line in lines))
+    return {int(match[2]): int(match[1]) for match in found}
+
+
+def finish(process, code=0):
+    """What all have said, when they have ended."""
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == code, output + errors
+    return output, errors
+
+
+def read_until(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def check_close(found, expected):
+    """Checkpoints of one step, but for rounding: devices add up their gradients in another order
+    when they belong to several processes. Each array to 1e-5 of its largest value."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if not isinstance(value, tuple):
+            assert found[name] == value, name
+            continue
+        dtype, shape, content = value
+        assert found[name][:2] == (dtype, shape), name
+        wanted = np.frombuffer(content, dtype)
+        limit = 1e-5 * np.abs(wanted).max(initial=0)
+        np.testing.assert_allclose(
+            np.frombuffer(found[name][2], dtype), wanted, rtol=0, atol=limit, err_msg=name
+        )
+
+
+def test_two_processes_equal_one_and_each_goes_on_from_the_others_checkpoint(tmp_path, launch):
+    config = small_config(
+        source=write_corpus(tmp_path / "text"), mode="stream", batch_size=4, steps=4, log_every=1
+    )
+    config.mesh.fsdp = 4  # each process holds, and writes, half of every matrix
+    two = launch(config, tmp_path / "two", 2, devices=2)
+    train(config, str(tmp_path / "one"))
+    assert "Gloo" not in finish(two)[0]
+    check_close(newest_checkpoint(tmp_path / "two"), newest_checkpoint(tmp_path / "one"))
+    losses = [
+        [(row["step"], row["loss"]) for row in read_metrics(str(tmp_path / name))]
+        for name in ("one", "two")
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert len(losses[0]) == 4
+
+    config.train.steps = 8
+    one_then_two = launch(config, tmp_path / "one", 2, devices=2)
+    config.mesh.fsdp = 1
+    train(config, str(tmp_path / "two"))
+    assert "at step 4 of 8" in finish(one_then_two)[0]
+    expected = newest_checkpoint(tmp_path / "two")
+    assert expected["number of steps"] == 8
+    check_close(newest_checkpoint(tmp_path / "one"), expected)
+
+
+def test_a_signal_to_one_stops_all_and_a_death_is_named(tmp_path, launch):
+    source = write_corpus(tmp_path / "text")
+    config = small_config(source=source, mode="stream", steps=10**6, log_every=0, name="muon")
+    config.mesh.data = 2
+    workdir = tmp_path / "run"
+    processes = launch(config, workdir, 2)
+    read_until(processes, "step 1/")
+    os.kill(running(workdir)[1], signal.SIGTERM)
+    output, _ = finish(processes, 75)
+    (step,) = map(int, re.findall(r"SIGTERM: saved at step (\d+)", output))
+    stopped = newest_checkpoint(workdir)
+    assert stopped["number of steps"] == step
+    assert stopped["position in the data"]["batches"]["next_index"] == step
+
+    processes = launch(config, workdir, 2)
+    read_until(processes, f"at step {step} of")
+    read_until(processes, f"step {step + 1}/")
+    ids = running(workdir)
+    os.kill(ids[0], signal.SIGKILL)  # which JAX would answer with an abort and no name
+    _, errors = finish(processes, 128 + signal.SIGKILL)
+    (error,) = (line for line in errors.splitlines() if line.startswith("error"))
+    assert re.match(rf"error: process 0 \(host .*, pid {ids[0]}\) died; start all processes", error)
+    assert newest_checkpoint(workdir) == stopped
+    assert not running(workdir)
+
+
+def test_what_all_refuse_is_said_once(tmp_path, launch):
+    config = small_config(source=write_corpus(tmp_path / "text"))
+    config.mesh.data = 3
+    _, errors = finish(launch(config, tmp_path / "run", 2, devices=2), 2)
+    assert errors.count("error: ") == 1
+    assert "data 3 * fsdp 1 * tensor 1 * sequence 1 * stage 1 = 3 devices, which cannot" in errors
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (1, r"error: process 0 cannot be reached at 127.0.0.1:\d+ for 1 s \(.*\n"),
+        (0, r"error: 1 of 2 processes have not come to 127.0.0.1:\d+ within 1 s: number 1; .*\n"),
+    ],
+)
+def test_a_process_that_is_left_alone_says_so(tmp_path, number, message):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free_port = server.getsockname()[1]
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"--workdir={tmp_path}"]
+    command += [f"--config={ROOT / 'configs' / 'tiny.py'}", "--distributed", "--join_timeout=1"]
+    command += [f"--coordinator=127.0.0.1:{free_port}", "--num_processes=2"]
+    result = subprocess.run(
+        [*command, f"--process_id={number}"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(message, result.stderr)

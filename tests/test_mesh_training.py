@@ -1,0 +1,296 @@
+"""Training steps on meshes of eight devices: those of one device, and what the devices exchange."""
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+
+import chex
+import jax
+import numpy as np
+import pytest
+from compiled_collectives import collectives
+from jax.sharding import NamedSharding
+from meshes import mesh_of
+from small_runs import small_config
+
+from simplernn_jax.data.batches import Batch
+from simplernn_jax.named_leaves import named_leaves
+from simplernn_jax.parallel.shardings import specs_of
+from simplernn_jax.training.optimizer import make_optimizer
+from simplernn_jax.training.train_step import init_train_state, make_train_step, state_specs
+
+MESHES = {
+    "data 8": {"data": 8},
+    "fsdp 8": {"fsdp": 8},
+    "tensor 4": {"tensor": 4},
+    "sequence 8": {"sequence": 8},
+    "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "data 2, sequence 4": {"data": 2, "sequence": 4},
+    "fsdp 2, sequence 2, tensor 2": {"fsdp": 2, "sequence": 2, "tensor": 2},
+}
+ROWS, LENGTH, VOCAB, STEPS = 8, 40, 12, 5
+COMPILED_SOON = {"xla_backend_optimization_level": 0}
+"""Machine code as it comes; what the devices exchange is settled before."""
+WIDTHS = {
+    "num_layers": 2,
+    "hidden_dim": 8,
+    "key_dim": 12,
+    "value_dim": 20,
+    "num_heads": 4,
+    "mlp_dim": 28,
+}
+
+
+def config_of(precision="float64", **fields):
+    sizes = {"vocab_size": VOCAB, "batch_size": ROWS, "sequence_length": LENGTH}
+    config = small_config("residual", **(WIDTHS | {"mode": "stream"} | sizes | fields))
+    config.model.precision = precision  # float64 is for tests: `validate` knows nothing of it
+    return config
+
+
+def make_batch(seed):
+    """Documents begin and end anywhere; some rows go on with the state of the batch before."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, VOCAB, (ROWS, LENGTH + 1), np.int32)
+    begins = random.random((ROWS, LENGTH + 1)) < np.linspace(0, 0.3, ROWS)[:, None]
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        loss_mask=~begins[:, 1:],
+        segment_ids=np.cumsum(begins[:, :-1], axis=1, dtype=np.int32),
+        reset=begins[:, 0],
+    )
+
+
+@functools.cache
+def start(precision="float64", **fields):
+    """The state before the first step, as numpy arrays."""
+    config = config_of(precision, **fields)
+    optimizer = make_optimizer(config.optimizer, 100)
+    state = jax.device_get(jax.jit(lambda: init_train_state(config, optimizer))())
+    wide = {np.dtype("float32"): precision}
+    return jax.tree.map(lambda x: x.astype(wide.get(x.dtype, x.dtype)), state)
+
+
+@functools.cache
+def compiled(mesh_name, precision="float64", **fields):
+    """The step on a mesh; None is one device."""
+    config = config_of(precision, **fields)
+    mesh = None if mesh_name is None else mesh_of(**MESHES[mesh_name])
+    step = make_train_step(config, make_optimizer(config.optimizer, 100, mesh), mesh)
+    lowered = step.lower(start(precision, **fields), make_batch(0))
+    return lowered.compile(COMPILED_SOON)
+
+
+def as_jax_arrays(tree, shardings):
+    """Copies that may be donated."""
+    copy = jax.jit(lambda tree: tree, in_shardings=(shardings,), out_shardings=shardings)
+    return copy(tree)
+
+
+def take_steps(mesh_name, state, batches, *options, **fields):
+    """Losses, and the state after the last batch."""
+    step = compiled(mesh_name, *options, **fields)
+    (states, on_mesh), _ = step.input_shardings
+    state = as_jax_arrays(state, states)
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, jax.device_put(batch, on_mesh))
+        losses.append(float(metrics.loss))
+    return losses, jax.device_get(state)
+
+
+def five_steps(mesh_name, *options, **fields):
+    batches = [make_batch(seed) for seed in range(STEPS)]
+    return take_steps(mesh_name, start(*options, **fields), batches, *options, **fields)
+
+
+expected_steps = functools.cache(functools.partial(five_steps, None))
+
+
+def assert_near(ours, reference, limit):
+    """RMS(difference) at most `limit` RMS(reference)."""
+    ours, reference = np.float64(ours), np.float64(reference)
+    assert np.isfinite(ours).all()
+    assert np.linalg.norm(ours - reference) <= limit * np.linalg.norm(reference)
+
+
+def assert_each_near(ours, reference, limit):
+    """Every array of two states, one by one."""
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
+        assert one.dtype == other.dtype
+        assert_near(one, other, limit)
+
+
+def exchanged(sizes, config, itemsize):
+    """What the design calls for: ``{(kind, bytes of the result on one device): count}``.
+
+    Without sums of single numbers (loss, count of predictions, norm of the gradient).
+    """
+    mesh = mesh_of(**sizes)
+    copies_of_tokens, fsdp, tensor, sequence = (
+        math.prod(mesh.shape[axis] for axis in axes)
+        for axes in (("data", "sequence"), ("fsdp",), ("tensor",), ("sequence",))
+    )
+    model, layers = config.model, config.model.num_layers
+    rows = config.data.batch_size // (mesh.shape["data"] * fsdp)
+    rows //= config.train.gradient_accumulation  # of each turn of the loop over groups
+    tokens = rows * config.data.sequence_length // sequence
+    heads, key_dim, value_dim = (
+        model.num_heads // tensor,
+        model.key_dim // model.num_heads,
+        model.value_dim // model.num_heads,
+    )
+    found = Counter()
+
+    def count(kind, elements, times=1):
+        found[kind, elements * itemsize] += times
+
+    optimizer = make_optimizer(config.optimizer, 1)
+    shapes = jax.eval_shape(lambda: init_train_state(config, optimizer)).params
+    specs = jax.tree.leaves(state_specs(config, optimizer, mesh).params)
+    for (name, leaf), spec in zip(named_leaves(shapes).items(), specs, strict=True):
+        part = leaf.size // math.prod(mesh.shape[axis] for axis in spec if axis)
+        if "fsdp" in spec:
+            # Gathered in the forward and again in the backward pass; its gradient is summed into
+            # parts. The embedding is table (whose gradient needs no copy) and head.
+            is_table = name.startswith("embedding")
+            is_head = is_table and model.tie_embeddings
+            count("all-gather", part * fsdp, is_table + 2 * (is_head or not is_table))
+            count("reduce-scatter", part, is_table + (is_head or not is_table))
+            if copies_of_tokens > 1:
+                count("all-reduce", part)
+        elif copies_of_tokens * fsdp > 1:
+            count("all-reduce", part)
+        if config.optimizer.name == "muon" and "kernel" in name:
+            for axis in filter(None, spec):  # put together along one axis, then the other
+                part *= mesh.shape[axis]
+                count("all-gather", part)
+    if tensor > 1:
+        # Per layer, recurrence and MLP: a sum after the product that ends it, and one of the
+        # gradients of its input. And the embedding's rows, and the gradient of the head's input.
+        count("all-reduce", tokens * model.hidden_dim, 4 * layers + 2)
+        count("all-reduce", tokens, 3)  # the loss: largest logit, sum of exponentials, target's
+        count("all-reduce", value_dim, layers)  # the heads' norm, which all devices use
+    if sequence > 1:
+        state, recent = rows * heads * key_dim * value_dim, rows * 3 * model.hidden_dim
+        doublings = math.ceil(math.log2(sequence))
+        both_passes = 2 * layers
+        # K (V + 1) numbers of each head and row, whatever the length; then the true states.
+        message = rows * heads * key_dim * (value_dim + 1)
+        count("collective-permute", message, both_passes * doublings)
+        count("collective-permute", state, both_passes)
+        count("collective-permute", recent, both_passes)  # what the short convolution looks back at
+        found["collective-permute", rows * 4] += 1  # the id of the segment before, once
+        if config.data.mode == "stream":  # the state after the last stretch, for all
+            count("all-reduce", state, layers)
+            count("all-reduce", recent, layers)
+    return found
+
+
+def without_scalars(found):
+    """All but sums of single numbers, and how many of these there are."""
+    scalars = {key for key in found if key[0] == "all-reduce" and key[1] <= 8}
+    return {key: n for key, n in found.items() if key not in scalars}, sum(
+        found[key] for key in scalars
+    )
+
+
+@pytest.mark.parametrize("mesh_name", MESHES)
+def test_steps_are_those_of_one_device_and_nothing_is_exchanged_but_by_design(mesh_name):
+    with jax.enable_x64(True):
+        losses, state = five_steps(mesh_name)
+        expected_losses, expected = expected_steps()
+        np.testing.assert_allclose(losses, expected_losses, rtol=1e-11)
+        assert_each_near(state, expected, 1e-11)
+
+        # What is not finite on one device changes nothing on any.
+        carried = jax.tree.map(np.copy, state.carried)
+        carried[0].recent[0] = np.nan
+        batch = make_batch(STEPS)._replace(reset=np.zeros(ROWS, bool))
+        bad = dataclasses.replace(state, carried=carried)
+        losses, after = take_steps(mesh_name, bad, [batch])
+        assert not np.isfinite(losses[0])
+        assert after.skipped_updates == 1
+        chex.assert_trees_all_equal((after.params, after.opt_state), (bad.params, bad.opt_state))
+
+    found, scalars = without_scalars(collectives(compiled(mesh_name)))
+    assert found == exchanged(MESHES[mesh_name], config_of(), 8)
+    # The loss, the count of predictions, and the squares of each array's gradient along each of
+    # two axes at most: for the metrics, and for clipping.
+    assert scalars <= 2 + 2 * 2 * len(jax.tree.leaves(state.params))
+
+
+def test_steps_are_those_of_one_device_in_float32():
+    losses, state = five_steps("fsdp 2, sequence 2, tensor 2", "float32")
+    expected_losses, expected = expected_steps("float32")
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    # All parameters together: AdamW divides each gradient by its size, so that a bias that began
+    # at zero is as exact as its smallest gradients.
+    ours, reference = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(each.params)])
+        for each in (state, expected)
+    )
+    assert_near(ours, reference, 1e-5)
+
+
+def test_groups_of_rows_and_muon_are_those_of_one_device():
+    options = {"gradient_accumulation": 2, "name": "muon", "tie_embeddings": False}
+    options["num_layers"] = 1
+    mesh_name = "fsdp 2, sequence 2, tensor 2"
+    with jax.enable_x64(True):
+        losses, state = five_steps(mesh_name, **options)
+        expected_losses, expected = expected_steps(**options)
+        np.testing.assert_allclose(losses, expected_losses, rtol=1e-11)
+        assert_each_near(state, expected, 1e-11)
+    found, _ = without_scalars(collectives(compiled(mesh_name, **options)))
+    assert found == exchanged(MESHES[mesh_name], config_of(**options), 8)
+
+
+def test_every_device_drops_by_a_draw_of_its_own_and_always_the_same():
+    name, options = "data 2, fsdp 2, tensor 2", {"precision": "float32", "dropout": 0.5}
+    batch = jax.tree.map(lambda x: np.repeat(x[:1], ROWS, axis=0), make_batch(1))
+    once, again = (take_steps(name, start(**options), [batch], **options) for _ in range(2))
+    chex.assert_trees_all_equal(once, again)
+    last_layer = once[1].carried[-1].mixer
+    assert len(np.unique(last_layer.reshape(ROWS, -1), axis=0)) == ROWS
+
+
+def compile_abstractly(config, mesh):
+    """The shapes of the state, and the step on batches of the configuration's size."""
+    optimizer = make_optimizer(config.optimizer, 1)
+    state = jax.eval_shape(lambda: init_train_state(config, optimizer))
+    shape = (config.data.batch_size, config.data.sequence_length)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape[: x.ndim], x.dtype), make_batch(0))
+    lowered = make_train_step(config, optimizer, mesh).lower(state, batch)
+    return state, lowered.compile(COMPILED_SOON)
+
+
+def test_a_row_of_any_length_exchanges_the_same():
+    found = []
+    for length in (1024, 65_536):
+        config = config_of("float32", mode="window", batch_size=1, sequence_length=length)
+        _, step = compile_abstractly(config, mesh_of(sequence=8))
+        found.append(without_scalars(collectives(step))[0])
+    assert found[0] == found[1] == exchanged({"sequence": 8}, config, 4)
+
+
+def test_fsdp_holds_an_eighth_of_the_state_and_gathers_one_layer_at_a_time():
+    widths = {"hidden_dim": 256, "key_dim": 256, "value_dim": 256, "mlp_dim": 1024}
+    config = config_of("float32", num_layers=4, mode="window", sequence_length=8, **widths)
+    mesh = mesh_of(fsdp=8)
+    state, step = compile_abstractly(config, mesh)
+    specs = specs_of(state, mesh)
+    for name in ("params", "opt_state"):
+        leaves, parts = jax.tree.leaves(getattr(state, name)), getattr(specs, name)
+        whole = sum(leaf.size for leaf in leaves)
+        part = sum(
+            math.prod(NamedSharding(mesh, spec).shard_shape(leaf.shape))
+            for leaf, spec in zip(leaves, jax.tree.leaves(parts), strict=True)
+        )
+        assert part <= whole / 6, name
+    memory, num_bytes = step.memory_analysis(), 4 * sum(x.size for x in jax.tree.leaves(state))
+    assert memory.argument_size_in_bytes <= num_bytes / 6
+    # The state is parameters and two means; the parameters gathered all at once are a third.
+    assert memory.temp_size_in_bytes < num_bytes / 3 / 2
