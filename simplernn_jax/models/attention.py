@@ -16,6 +16,8 @@ from simplernn_jax.array_types import (
 )
 from simplernn_jax.models.heads import Heads
 from simplernn_jax.ops.sliding_attention import attend, rotate, sliding_attention
+from simplernn_jax.parallel.attention_stretches import seen_before, tokens_before
+from simplernn_jax.parallel.collectives import axis_size, from_last
 
 
 class KVCache(NamedTuple):
@@ -115,20 +117,29 @@ class Attention(Heads):
         if not length:
             y = jnp.zeros((batch, 0, self.num_heads, self.value_dim // self.num_heads), self.dtype)
             return self.combine(y, x), self.initial_state(batch) if state is None else state
-        positions = _positions(length, None if state is None else state.length, segment_ids)
+        # On a mesh with an axis `sequence`, these tokens are a stretch between other devices'.
+        is_apart = axis_size("sequence") > 1
+        before = None if state is None else state.length
+        if is_apart:
+            before = tokens_before(length, before, segment_ids)
+        positions = _positions(length, before, segment_ids)
         q, k, v = self._project(x, positions)
-        if state is not None and length == 1:
+        if state is not None and length == 1 and not is_apart:
             state = _write(state, k, v)
             filled = jnp.arange(self.context)[None] < state.length[:, None]
             k, v = (jnp.swapaxes(cached, 1, 2) for cached in (state.keys, state.values))
             y = attend(q, k, v, filled[:, None])
         else:
-            if state is not None:
-                past_k, past_v = _past(state)
+            past_k, past_v = (None, None) if state is None else _past(state)
+            if is_apart:
+                past_k = seen_before(k, past_k, self.context)
+                past_v = seen_before(v, past_v, self.context)
+            if past_k is not None:
                 k, v = jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
             reach = jnp.minimum(positions + 1, self.context)
             y = sliding_attention(q, k, v, reach, self.context)
             state = _newest(k, v, positions[:, -1] + 1, self.context)
+            state = jax.tree.map(lambda leaf: from_last(leaf, "sequence"), state)
         return self.combine(y, x), state
 
     def _project(self, x: jax.Array, positions: Positions) -> tuple[Array, Array, Array]:

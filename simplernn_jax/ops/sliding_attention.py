@@ -56,9 +56,13 @@ def attend(q: Queries, k: Keys, v: Values, mask: jax.Array) -> jax.Array:
       mask: ``[B or 1, T, S]``, True where the query sees the key.
 
     Returns:
-      ``[B, T, H, V]`` of the inputs' dtype; scores and softmax are float32.
+      ``[B, T, H, V]`` of the inputs' dtype; scores and softmax are float32 (float64 if they are).
     """
     key_dim, value_dim = k.shape[-1], v.shape[-1]
+    if q.dtype == jnp.float64:  # the library's softmax is float32 whatever it is given
+        scores = jnp.einsum("bthk,bshk->bhts", q, k) * key_dim**-0.5
+        weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+        return jnp.einsum("bhts,bshv->bthv", weights, v)
 
     def widen(x: jax.Array) -> jax.Array:
         # The library wants one width; channels of zeros add nothing to a product.

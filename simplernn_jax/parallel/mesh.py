@@ -1,6 +1,7 @@
 """The mesh of devices that a configuration asks for, and whether the run fits it."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import jax
@@ -87,6 +88,14 @@ def check_fits(config: Config, mesh: Mesh) -> None:
                 f"--config.{field}={value} cannot be divided among {arithmetic}: {value} / "
                 f"{divisor} leaves {value % divisor}; change it or --config.mesh"
             )
+    kinds = Counter(model.mixers)
+    if sizes["stage"] > 1 and len(kinds) > 1:
+        found = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
+        raise UserError(
+            f"--config.model.mixer={model.mixer!r} cannot be divided among stage {sizes['stage']}: "
+            f"stages need layers that are all alike, and these are {found}; name one mixer or set "
+            "--config.mesh.stage=1"
+        )
     stretch = data.sequence_length // sizes["sequence"]
     if sizes["sequence"] > 1 and stretch < LEAST_TOKENS:
         raise UserError(
