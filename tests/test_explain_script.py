@@ -48,6 +48,25 @@ def test_writes_a_page_its_pictures_and_its_numbers(tmp_path):
     assert json.loads((out / "explain.json").read_text())["prediction"]["token"] == 5
 
 
+def test_layers_of_attention_have_no_map(tmp_path):
+    config = small_config(
+        "residual",
+        source=write_corpus(tmp_path / "text"),
+        num_layers=2,
+        mixer="attention,simple_rnn",
+        attention_context=9,
+    )
+    save_untrained(config, tmp_path / "run")
+    arguments = ("--workdir", tmp_path / "run", "--text", "größer als", "--out", tmp_path / "out")
+    code, output, _ = explain(*arguments)
+    assert code == 0
+    lines = output.splitlines()
+    assert lines[0] == "layer 1: no SimpleRNN, so it has no map and no half-life"
+    assert lines[1].startswith("layer 2: the map reproduces the recurrence to ")
+    maps = {path.name for path in (tmp_path / "out").glob("map_layer_*.png")}
+    assert maps == {"map_layer_2.png"}
+
+
 def test_what_is_no_folder_is_refused(tmp_path):
     save_untrained(small_config(source=write_corpus(tmp_path / "text")), tmp_path / "run")
     code, output, errors = explain(

@@ -94,9 +94,10 @@ def assert_near(ours, reference, limit):
     assert float(optax.tree.norm(difference)) <= limit * float(optax.tree.norm(reference))
 
 
-def assert_as_on_one_device(sizes, dtype, limit, **fields):
-    expected, expected_losses = five_steps((), dtype)
-    state, losses = five_steps(sizes, dtype, **fields)
+def assert_as_on_one_device(sizes, dtype, limit, mixer="simple_rnn", **fields):
+    model = {"mixer": mixer, "attention_context": 7}
+    expected, expected_losses = five_steps((), dtype, **model)
+    state, losses = five_steps(sizes, dtype, **model, **fields)
     np.testing.assert_allclose(losses, expected_losses, rtol=limit)
     state = in_layout_of(expected, state)
     for name in ("params", "opt_state", "carried"):
@@ -109,7 +110,12 @@ def assert_as_on_one_device(sizes, dtype, limit, **fields):
 
 @pytest.mark.parametrize(
     ("sizes", "fields"),
-    [(STAGE_4, {"gradient_accumulation": 2}), (STAGE_2_DATA_4, {}), (STAGE_2_WITH_OTHERS, {})],
+    [
+        (STAGE_4, {"gradient_accumulation": 2}),
+        (STAGE_2_DATA_4, {}),
+        (STAGE_2_WITH_OTHERS, {}),
+        (STAGE_2_WITH_OTHERS, {"mixer": "attention"}),
+    ],
 )
 def test_training_on_stages_is_that_on_one_device_in_float64(sizes, fields):
     with jax.enable_x64(True):

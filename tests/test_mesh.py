@@ -70,6 +70,11 @@ def test_sizes_that_do_not_make_up_the_devices(sizes, message):
             {"sequence_length": 16},
             r"sequence_length=16 leaves each device of sequence 8 a stretch of 2, .* needs 3 ",
         ),
+        (
+            {"stage": 4},
+            {"num_layers": 4, "sequence_length": 8, "mixer": ["simple_rnn"] * 3 + ["attention"]},
+            r"model.mixer='.*attention' .* stage 4: .* are 3 of simple_rnn, 1 of attention; ",
+        ),
     ],
 )
 def test_what_cannot_be_divided(sizes, fields, message):

@@ -25,10 +25,27 @@ MESHES = {
     "fsdp 8": {"fsdp": 8},
     "tensor 4": {"tensor": 4},
     "sequence 8": {"sequence": 8},
+    "sequence 4": {"sequence": 4},
     "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
     "data 2, sequence 4": {"data": 2, "sequence": 4},
     "fsdp 2, sequence 2, tensor 2": {"fsdp": 2, "sequence": 2, "tensor": 2},
 }
+MIXERS = {
+    "simple_rnn": {},
+    "attention": {
+        "mixer": "attention",
+        "num_layers": 1,
+        "key_dim": 24,
+        "attention_context": 13,
+    },
+    "hybrid": {"mixer": "simple_rnn,attention", "key_dim": 24, "attention_context": 8},
+}
+"""Attention sees a stretch of several devices, or the end of the neighbour's."""
+RUNS = [
+    *((name, "simple_rnn") for name in MESHES if name != "sequence 4"),
+    *((name, "attention") for name in ("data 8", "fsdp 8", "tensor 4", "sequence 4")),
+    *((name, "hybrid") for name in ("data 2, fsdp 2, tensor 2", "fsdp 2, sequence 2, tensor 2")),
+]
 ROWS, LENGTH, VOCAB, STEPS = 8, 40, 12, 5
 COMPILED_SOON = {"xla_backend_optimization_level": 0}
 """Machine code as it comes; what the devices exchange is settled before."""
@@ -174,18 +191,38 @@ def exchanged(sizes, config, itemsize):
         count("all-reduce", tokens, 3)  # the loss: largest logit, sum of exponentials, target's
         count("all-reduce", value_dim, layers)  # the heads' norm, which all devices use
     if sequence > 1:
+        recurrences, attentions = map(model.mixers.count, ("simple_rnn", "attention"))
         state, recent = rows * heads * key_dim * value_dim, rows * 3 * model.hidden_dim
         doublings = math.ceil(math.log2(sequence))
-        both_passes = 2 * layers
         # K (V + 1) numbers of each head and row, whatever the length; then the true states.
         message = rows * heads * key_dim * (value_dim + 1)
-        count("collective-permute", message, both_passes * doublings)
-        count("collective-permute", state, both_passes)
-        count("collective-permute", recent, both_passes)  # what the short convolution looks back at
+        count("collective-permute", message, 2 * recurrences * doublings)
+        count("collective-permute", state, 2 * recurrences)
+        count("collective-permute", recent, 2 * layers)  # what the short convolution looks back at
         found["collective-permute", rows * 4] += 1  # the id of the segment before, once
         if config.data.mode == "stream":  # the state after the last stretch, for all
-            count("all-reduce", state, layers)
+            count("all-reduce", state, recurrences)
             count("all-reduce", recent, layers)
+        found += _exchanged_by_attention(config, rows, heads, sequence, attentions, itemsize)
+    return +found
+
+
+def _exchanged_by_attention(config, rows, heads, sequence, layers, itemsize):
+    """Between stretches, of so many layers: K + V numbers of each head and token that is seen."""
+    model, found = config.model, Counter()
+    stretch, past = config.data.sequence_length // sequence, model.attention_context - 1
+    found["all-gather", rows * sequence * 4] += layers  # how far segments reach, of each stretch
+    for width in (model.key_dim // model.num_heads, model.value_dim // model.num_heads):
+        channels = rows * heads * width * itemsize
+        if past <= stretch:
+            found["collective-permute", past * channels] += 2 * layers
+        else:
+            found["all-gather", sequence * stretch * channels] += layers
+            found["reduce-scatter", stretch * channels] += layers
+        if config.data.mode == "stream":
+            found["all-reduce", model.attention_context * channels] += layers
+    if config.data.mode == "stream":
+        found["all-reduce", rows * 4] += layers
     return found
 
 
@@ -197,11 +234,12 @@ def without_scalars(found):
     )
 
 
-@pytest.mark.parametrize("mesh_name", MESHES)
-def test_steps_are_those_of_one_device_and_nothing_is_exchanged_but_by_design(mesh_name):
+@pytest.mark.parametrize(("mesh_name", "mixer"), RUNS)
+def test_steps_are_those_of_one_device_and_nothing_is_exchanged_but_by_design(mesh_name, mixer):
+    options = MIXERS[mixer]
     with jax.enable_x64(True):
-        losses, state = five_steps(mesh_name)
-        expected_losses, expected = expected_steps()
+        losses, state = five_steps(mesh_name, **options)
+        expected_losses, expected = expected_steps(**options)
         np.testing.assert_allclose(losses, expected_losses, rtol=1e-11)
         assert_each_near(state, expected, 1e-11)
 
@@ -210,21 +248,22 @@ def test_steps_are_those_of_one_device_and_nothing_is_exchanged_but_by_design(me
         carried[0].recent[0] = np.nan
         batch = make_batch(STEPS)._replace(reset=np.zeros(ROWS, bool))
         bad = dataclasses.replace(state, carried=carried)
-        losses, after = take_steps(mesh_name, bad, [batch])
+        losses, after = take_steps(mesh_name, bad, [batch], **options)
         assert not np.isfinite(losses[0])
         assert after.skipped_updates == 1
         chex.assert_trees_all_equal((after.params, after.opt_state), (bad.params, bad.opt_state))
 
-    found, scalars = without_scalars(collectives(compiled(mesh_name)))
-    assert found == exchanged(MESHES[mesh_name], config_of(), 8)
+        found, scalars = without_scalars(collectives(compiled(mesh_name, **options)))
+        assert found == exchanged(MESHES[mesh_name], config_of(**options), 8)
     # The loss, the count of predictions, and the squares of each array's gradient along each of
     # two axes at most: for the metrics, and for clipping.
     assert scalars <= 2 + 2 * 2 * len(jax.tree.leaves(state.params))
 
 
 def test_steps_are_those_of_one_device_in_float32():
-    losses, state = five_steps("fsdp 2, sequence 2, tensor 2", "float32")
-    expected_losses, expected = expected_steps("float32")
+    options = {"precision": "float32"} | MIXERS["hybrid"]
+    losses, state = five_steps("fsdp 2, sequence 2, tensor 2", **options)
+    expected_losses, expected = expected_steps(**options)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     # All parameters together: AdamW divides each gradient by its size, so that a bias that began
     # at zero is as exact as its smallest gradients.

@@ -49,6 +49,19 @@ def test_every_array_of_a_residual_model():
     assert specs == expected
 
 
+def test_attention_lies_by_heads_and_so_does_its_cache():
+    specs = specs_by_name(mesh_of(**ALL), mixer="attention")
+    layer, rows = "params/layers/0/attention", ("data", "fsdp")
+    for name in ("query", "key", "value", "output_gate"):
+        assert specs[f"{layer}/{name}_proj/kernel/value"] == COLUMNS
+        assert specs[f"{layer}/{name}_proj/bias/value"] == P("tensor")
+    assert specs[f"{layer}/out_proj/kernel/value"] == ROWS
+    assert specs[f"{layer}/out_proj/bias/value"] == P()
+    for name in ("keys", "values"):
+        assert specs[f"carried/0/mixer/{name}"] == P(rows, "tensor")
+    assert specs["carried/0/mixer/length"] == P(rows)
+
+
 def test_muon_keeps_its_momentum_beside_the_matrices():
     specs = specs_by_name(mesh_of(**ALL), name="muon")
     traces = {name: spec for name, spec in specs.items() if "/trace/" in name}

@@ -38,7 +38,7 @@ def tokens_before(
     newest = jnp.sum(ids == ids[:, -1:], axis=1, dtype=jnp.int32)
     left = jnp.where(ids[:, -1] == 0, length, -newest)
     left = gather(left[:, None], AXIS, 1, after=ids)
-    places = jnp.arange(left.shape[1])[None]
+    places = jnp.arange(left.shape[1], dtype=jnp.int32)[None]
     begins = jnp.max(jnp.where((left < 0) & (places < place), places, -1), axis=1)
     there = -jnp.take_along_axis(left, jnp.maximum(begins, 0)[:, None], axis=1)[:, 0]
     there = jnp.where(begins < 0, first, there)
