@@ -64,6 +64,7 @@ def evaluation(limit_tokens=0, split=SPLIT, kind="plain"):
 def test_devices_of_a_mesh_score_the_same_together(monkeypatch, batch_tokens):
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
     config = small_config("residual", vocab_size=204, num_heads=2, mlp_dim=12, num_layers=2)
+    config.model.mixer, config.model.attention_context = "simple_rnn,attention", 9
     params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0)), nnx.Param)
     alone = Evaluator(config, PAD)(params, SPLIT)
     mesh = mesh_of(fsdp=2, tensor=2, sequence=2)

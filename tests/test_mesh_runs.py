@@ -26,11 +26,8 @@ def folder(tmp_path_factory):
 def run(folder, name, steps=STEPS, **fields):
     """Trains in ``folder/name``; the schedule is the same however many steps there are."""
     config = small_config(
-        "residual",
+        "plain",
         **{
-            "num_layers": 2,
-            "mixer": "simple_rnn,attention",
-            "attention_context": 10,
             "vocab_size": 260,
             "num_heads": 2,
             "mlp_dim": 12,

@@ -130,12 +130,16 @@ class Attention(Heads):
             k, v = (jnp.swapaxes(cached, 1, 2) for cached in (state.keys, state.values))
             y = attend(q, k, v, filled[:, None])
         else:
-            past_k, past_v = (None, None) if state is None else _past(state)
+            earlier = None if state is None else _past(state)
             if is_apart:
-                past_k = seen_before(k, past_k, self.context)
-                past_v = seen_before(v, past_v, self.context)
-            if past_k is not None:
-                k, v = jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
+                first_k, first_v = earlier or (None, None)
+                earlier = (
+                    seen_before(k, first_k, self.context),
+                    seen_before(v, first_v, self.context),
+                )
+            if earlier is not None:
+                k = jnp.concatenate([earlier[0], k], axis=1)
+                v = jnp.concatenate([earlier[1], v], axis=1)
             reach = jnp.minimum(positions + 1, self.context)
             y = sliding_attention(q, k, v, reach, self.context)
             state = _newest(k, v, positions[:, -1] + 1, self.context)
