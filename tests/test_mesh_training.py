@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from compiled_collectives import collectives
 from jax.sharding import NamedSharding
-from meshes import mesh_of
+from meshes import COMPILED_SOON, mesh_of
 from small_runs import small_config
 
 from simplernn_jax.data.batches import Batch
@@ -47,8 +47,6 @@ RUNS = [
     *((name, "hybrid") for name in ("data 2, fsdp 2, tensor 2", "fsdp 2, sequence 2, tensor 2")),
 ]
 ROWS, LENGTH, VOCAB, STEPS = 8, 40, 12, 5
-COMPILED_SOON = {"xla_backend_optimization_level": 0}
-"""Machine code as it comes; what the devices exchange is settled before."""
 WIDTHS = {
     "num_layers": 2,
     "hidden_dim": 8,
