@@ -30,7 +30,7 @@ def make_model():
 def all_at_once(model):
     """Log gates and final state of the first layer."""
     call = record(model, jnp.asarray(TOKENS, jnp.int32)[None]).layers[0]
-    return find_recurrences(model)[0].cell.project(call.inputs)[3], call.final_state
+    return find_recurrences(model)[0].cell.project(call.inputs)[0][3], call.final_state
 
 
 def test_a_half_life_halves():

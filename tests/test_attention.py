@@ -91,9 +91,8 @@ def by_definition(layer, x, is_visible):
     scores = jnp.einsum("bthk,bshk->bhts", rotated(q), rotated(k)) / q.shape[-1] ** 0.5
     scores = jnp.where(is_visible[:, None], scores, -jnp.inf)
     y = jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(scores, axis=-1), v)
-    if layer.output_norm is not None:
+    if layer.output_norm:
         y = y / jnp.sqrt(jnp.mean(y**2, -1, keepdims=True) + 1e-6)
-        y = y * layer.output_norm.scale[...][None, None, None]
     y = y.reshape(*x.shape[:2], -1)
     if layer.output_gate_proj is not None:
         y = y * jax.nn.silu(linear(layer.output_gate_proj))

@@ -3,7 +3,6 @@
 Its results and gradients are tested with those of the other ways, in test_ops.py.
 """
 
-import importlib
 import shutil
 
 import chex
@@ -16,8 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from simplernn_jax.cache_folder import cache_folder
 from simplernn_jax.ops import gated_linear_recurrence, native
-from simplernn_jax.ops.fused import can_fuse, fused
-from simplernn_jax.ops.native import has_native_functions
+from simplernn_jax.ops.native import can_call, has_native_functions
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("cc") is None, reason="without a C compiler the recurrence runs in chunks"
@@ -53,11 +51,11 @@ def test_it_is_used_where_nothing_else_is_asked_for():
     def program(**options):
         return jax.jit(lambda *x: gradients(*x, **options)).lower(*inputs).as_text()
 
-    assert can_fuse(jnp.float32)
+    assert can_call(jnp.float32)
     assert native.FORWARD in program()
     assert native.BACKWARD in program()
     assert native.FORWARD not in program(chunk_size=8)
-    assert not can_fuse(jnp.float64)
+    assert not can_call(jnp.float64)
 
 
 @needs_compiler
@@ -128,8 +126,7 @@ def test_without_a_compiler(own_cache, monkeypatch, caplog):
     monkeypatch.setenv("CC", "no-such-compiler")
     assert not has_native_functions.__wrapped__()
     assert "no C compiler (no-such-compiler)" in caplog.text
-    module = importlib.import_module(fused.__module__)  # hidden by the function of its name
-    monkeypatch.setattr(module, "has_native_functions", lambda: False)
+    monkeypatch.setattr(native, "has_native_functions", lambda: False)
     inputs = draw(3, 7, 2, 5)  # not traced before
     assert native.FORWARD not in jax.jit(gradients).lower(*inputs).as_text()
 
@@ -154,7 +151,7 @@ def test_compiled_once_and_again_where_it_was_damaged(own_cache, monkeypatch):
     library.write_bytes(whole[:1000])
     assert has_native_functions.__wrapped__()
     assert library.read_bytes() == whole
-    assert registered == [native.FORWARD, native.BACKWARD] * 3
+    assert registered == [*native.FUNCTIONS] * 3
 
 
 @needs_compiler

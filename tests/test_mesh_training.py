@@ -54,6 +54,9 @@ WIDTHS = {
     "value_dim": 20,
     "num_heads": 4,
     "mlp_dim": 28,
+    # Adam divides by the size of a gradient: below this epsilon, that is what rounding left of
+    # units that no token uses, and differs by the order of sums.
+    "epsilon": 1e-5,
 }
 
 

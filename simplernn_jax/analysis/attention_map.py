@@ -113,7 +113,7 @@ def account_for(
     recurrence: SimpleRNN, call: Record, segment_ids: SegmentIds | None = None
 ) -> LayerAccount:
     """Takes one recorded call of a recurrence apart and checks that the parts make the whole."""
-    q, k, v, log_gate = recurrence.cell.project(call.inputs)
+    (q, k, v, log_gate), output_gate = recurrence.cell.project(call.inputs)
     attention = attention_map(q, k, log_gate, segment_ids=segment_ids)
     from_values, from_state = read_values(attention, v, call.state)
     output = from_values + from_state
@@ -126,7 +126,7 @@ def account_for(
         segment_ids=segment_ids,
         method="scan",
     )
-    layer_output = recurrence.cell.combine(output.astype(v.dtype), call.inputs)
+    layer_output = recurrence.cell.combine(output.astype(v.dtype), output_gate)
     return LayerAccount(
         weights=attention.weights,
         values=v.astype(output.dtype),

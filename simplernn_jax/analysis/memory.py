@@ -84,7 +84,7 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
             if recurrence is None or call is None:
                 measured.append(None)
                 continue
-            log_gate = recurrence.cell.project(call.inputs)[3]
+            (_, _, _, log_gate), _ = recurrence.cell.project(call.inputs)
             measured.append((-jnp.sum(log_gate, axis=(0, 1)), call.final_state[0]))
         return recording.state, measured
 

@@ -116,14 +116,18 @@ class Attention(Heads):
         batch, length = x.shape[:2]
         if not length:
             y = jnp.zeros((batch, 0, self.num_heads, self.value_dim // self.num_heads), self.dtype)
-            return self.combine(y, x), self.initial_state(batch) if state is None else state
+            _, output_gate = self.projections(x)
+            state = self.initial_state(batch) if state is None else state
+            return self.combine(y, output_gate), state
         # On a mesh with an axis `sequence`, these tokens are a stretch between other devices'.
         is_apart = axis_size("sequence") > 1
         before = None if state is None else state.length
         if is_apart:
             before = tokens_before(length, before, segment_ids)
         positions = _positions(length, before, segment_ids)
-        q, k, v = self._project(x, positions)
+        (q, k, v), output_gate = self.projections(x)
+        q, k = rotate(q, positions), rotate(k, positions)
+        q, k, v = q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype)
         if state is not None and length == 1 and not is_apart:
             state = _write(state, k, v)
             filled = jnp.arange(self.context)[None] < state.length[:, None]
@@ -144,17 +148,7 @@ class Attention(Heads):
             y = sliding_attention(q, k, v, reach, self.context)
             state = _newest(k, v, positions[:, -1] + 1, self.context)
             state = jax.tree.map(lambda leaf: from_last(leaf, "sequence"), state)
-        return self.combine(y, x), state
-
-    def _project(self, x: jax.Array, positions: Positions) -> tuple[Array, Array, Array]:
-        """q, k and v of ``[B, T, hidden_dim]`` inputs, ``[B, T, H, K or V]``, compute dtype."""
-        # Tokens are flattened: the gradient of a matrix then contracts one axis, the fast path.
-        flat = x.reshape(-1, x.shape[-1])
-        q = self.split_heads(self.query_proj(flat), x, self.key_dim)
-        k = self.split_heads(self.key_proj(flat), x, self.key_dim)
-        v = self.split_heads(self.value_proj(flat), x, self.value_dim)
-        q, k = rotate(q, positions), rotate(k, positions)
-        return q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype)
+        return self.combine(y, output_gate), state
 
 
 def _positions(

@@ -1,6 +1,7 @@
 """Dense layers and their initialisation: float32 parameters, compute in the policy's dtype."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.ops.product import product
+from simplernn_jax.ops.product import products
 from simplernn_jax.parallel.collectives import gather, gathering_again, is_on_mesh, sum_over
 
 
@@ -39,19 +40,32 @@ class Dense(nnx.Linear):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """``[N, in_features]`` to ``[N, out_features]``, at least float32; this device's part."""
-        if is_on_mesh():
-            own = gathering_again(partial(_gathered_product, dtype=self.dtype))
-            y = own(inputs, self.kernel[...])
-            if inputs.shape[-1] != self.in_features:
-                y = sum_over(y, "tensor")
-        else:
-            y = product(inputs, self.kernel[...], self.dtype)
-        return y if self.bias is None else y + self.bias[...][None]
+        return in_one_product(inputs, [self])[0]
 
 
-def _gathered_product(x: jax.Array, kernel: jax.Array, *, dtype: Any) -> jax.Array:
-    apart = 0 if kernel.shape[0] != x.shape[-1] else 1
-    return product(x, gather(kernel, "fsdp", apart, after=x), dtype)
+def in_one_product(x: jax.Array, layers: Sequence[Dense]) -> tuple[jax.Array, ...]:
+    """What each of `layers`, of one dtype, makes of ``x``, ``[N, in_features]``."""
+    kernels = tuple(layer.kernel[...] for layer in layers)
+    dtype = layers[0].dtype
+    outputs: tuple[jax.Array, ...]
+    if is_on_mesh():
+        outputs = gathering_again(partial(_gathered_products, dtype=dtype))(x, kernels)
+        if x.shape[-1] != layers[0].in_features:
+            outputs = sum_over(outputs, "tensor")
+    else:
+        outputs = products(x, kernels, dtype)
+    biases = [layer.bias for layer in layers]
+    return tuple(
+        y if bias is None else y + bias[...][None] for y, bias in zip(outputs, biases, strict=True)
+    )
+
+
+def _gathered_products(
+    x: jax.Array, kernels: tuple[jax.Array, ...], *, dtype: Any
+) -> tuple[jax.Array, ...]:
+    apart = 0 if kernels[0].shape[0] != x.shape[-1] else 1
+    whole = [gather(kernel, "fsdp", apart, after=x) for kernel in kernels]
+    return products(x, whole, dtype)
 
 
 def dense(

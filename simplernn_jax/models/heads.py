@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.models.dense import Dense, dense
+from simplernn_jax.models.dense import Dense, dense, in_one_product
+from simplernn_jax.ops.normalized import rms_normalized
 
 
 class Heads(nnx.Module):
@@ -29,6 +30,7 @@ class Heads(nnx.Module):
         gate_bias_init: nnx.Initializer | None = None,
         output_norm: bool = False,
         output_gate: bool = False,
+        use_bias: bool = True,
         dtype: Any = jnp.float32,
     ):
         """Makes the projections.
@@ -43,8 +45,9 @@ class Heads(nnx.Module):
           forget_gate: make `gate_proj` too, of key_dim channels.
           kernel_init: initialiser of the matrices; None is PyTorch's, for biases too.
           gate_bias_init: initialiser of the forget gate's bias; None is as for other biases.
-          output_norm: normalise each head's output to a root mean square of 1, then scale.
+          output_norm: normalise each head's output to a root mean square of 1.
           output_gate: multiply the heads' output by silu(W_r x + b_r).
+          use_bias: give all projections a bias, not the forget gate's alone.
           dtype: compute dtype of the projections.
 
         Raises:
@@ -55,47 +58,58 @@ class Heads(nnx.Module):
         self.num_heads = num_heads
         self.key_dim = key_dim
         self.value_dim = value_dim
-        bias_init = None if kernel_init is None else nnx.initializers.zeros_init()
+        common = {
+            "rngs": rngs,
+            "dtype": dtype,
+            "kernel_init": kernel_init,
+            "bias_init": None if kernel_init is None else nnx.initializers.zeros_init(),
+            "use_bias": use_bias,
+        }
 
-        def projection(width: int, bias_init: nnx.Initializer | None = bias_init) -> Dense:
-            return dense(
-                hidden_dim,
-                width,
-                rngs=rngs,
-                dtype=dtype,
-                kernel_init=kernel_init,
-                bias_init=bias_init,
-            )
+        def projection(width: int, **options: Any) -> Dense:
+            return dense(hidden_dim, width, **{**common, **options})
 
         self.query_proj = projection(key_dim)
         self.key_proj = projection(key_dim)
         self.value_proj = projection(value_dim)
-        if forget_gate:
-            self.gate_proj = projection(key_dim, gate_bias_init or bias_init)
-        self.output_norm = nnx.RMSNorm(value_dim // num_heads, rngs=rngs) if output_norm else None
+        gate = {"use_bias": True} | ({"bias_init": gate_bias_init} if gate_bias_init else {})
+        self.gate_proj = projection(key_dim, **gate) if forget_gate else None
+        self.output_norm = output_norm
         self.output_gate_proj = projection(value_dim) if output_gate else None
-        self.out_proj = dense(
-            value_dim,
-            output_dim,
-            rngs=rngs,
-            dtype=dtype,
-            kernel_init=kernel_init,
-            bias_init=bias_init,
-        )
+        self.out_proj = dense(value_dim, output_dim, **common)
 
-    def split_heads(self, y: jax.Array, x: jax.Array, dim: int) -> jax.Array:
-        """A projection of `x` on `dim` channels to ``[..., H, dim / num_heads]``.
+    def projections(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+        """Queries, keys, values and logits of the forget gate, if there is one, as they are.
 
-        H is what there is in `y`, ``[tokens, channels]``: all heads, or a part of them.
+        Args:
+          x: ``[..., hidden_dim]``.
+
+        Returns:
+          Each ``[..., H, K or V]``, H being this device's heads, and what `combine` takes of `x`:
+          the output gate ``[..., H V]``, or None.
         """
-        width = dim // self.num_heads
-        return y.reshape(*x.shape[:-1], y.shape[-1] // width, width)
-
-    def combine(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        """The heads' output ``[..., H, V]`` to ``[..., output_dim]``; x feeds the output gate."""
-        if self.output_norm is not None:
-            y = self.output_norm(y)
-        y = y.reshape(-1, y.shape[-2] * y.shape[-1])
+        layers = [self.query_proj, self.key_proj, self.value_proj]
+        widths = [self.key_dim, self.key_dim, self.value_dim]
+        if self.gate_proj is not None:
+            layers, widths = [*layers, self.gate_proj], [*widths, self.key_dim]
         if self.output_gate_proj is not None:
-            y = y * jax.nn.silu(self.output_gate_proj(x.reshape(-1, x.shape[-1])))
-        return self.out_proj(y).reshape(*x.shape[:-1], self.out_proj.out_features)
+            layers = [*layers, self.output_gate_proj]
+        # Tokens are flattened: the gradient of a matrix then contracts one axis, the fast path.
+        outputs = in_one_product(x.reshape(-1, x.shape[-1]), layers)
+        heads = []
+        for y, width in zip(outputs, widths, strict=False):
+            width //= self.num_heads
+            heads.append(y.reshape(*x.shape[:-1], y.shape[-1] // width, width))
+        if self.output_gate_proj is None:
+            return tuple(heads), None
+        return tuple(heads), jax.nn.silu(outputs[-1]).reshape(*x.shape[:-1], outputs[-1].shape[-1])
+
+    def combine(self, y: jax.Array, output_gate: jax.Array | None) -> jax.Array:
+        """The heads' output ``[..., H, V]`` to ``[..., output_dim]``."""
+        if self.output_norm:
+            y = rms_normalized(y)
+        shape, width = y.shape[:-2], y.shape[-2] * y.shape[-1]
+        y = y.reshape(-1, width)
+        if output_gate is not None:
+            y = y * output_gate.reshape(-1, width)
+        return self.out_proj(y).reshape(*shape, self.out_proj.out_features)

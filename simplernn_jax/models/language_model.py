@@ -11,6 +11,7 @@ from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
 from simplernn_jax.models.dense import compute_dtype, dense
 from simplernn_jax.models.layer_stack import LayerStack
+from simplernn_jax.ops.normalized import rms_normalized
 from simplernn_jax.ops.product import product
 from simplernn_jax.parallel.collectives import axis_size, is_on_mesh, vary
 from simplernn_jax.parallel.sequence import stretch_ids
@@ -52,7 +53,7 @@ class LanguageModel(nnx.Module):
                 for mixer in config.mixers
             ]
         )
-        self.final_norm = None if plain else nnx.RMSNorm(config.hidden_dim, rngs=rngs)
+        self.final_scale = None if plain else nnx.Param(jnp.ones(config.hidden_dim))
         tied = config.tie_embeddings and not plain
         init = {} if plain else {"kernel_init": nnx.initializers.normal(scale)}
         self.head = (
@@ -88,14 +89,14 @@ class LanguageModel(nnx.Module):
         On a mesh with an axis ``stage``: to this stage's share of it, ``[B, T / stages, D]``.
         """
         x = self._embed(tokens)
-        if self.final_norm is not None:
+        if self.final_scale is not None:
             # Unit variance into the residual stream, whatever the scale that suits a tied head.
             x = x * self.config.hidden_dim**0.5
         if segment_ids is not None and axis_size("sequence") > 1:
             segment_ids = stretch_ids(segment_ids)
         x, state = self._through_layers(x, state, segment_ids, dropout_key)
-        if self.final_norm is not None:
-            x = self.final_norm(x)
+        if self.final_scale is not None:
+            x = rms_normalized(x) * self.final_scale[...][None, None]
         return x, state
 
     def _through_layers(

@@ -1,4 +1,4 @@
-"""A causal convolution over the last few tokens, channel by channel, with a state to go on from."""
+"""What a layer sees of the last few tokens: normalised, and mixed channel by channel."""
 
 from typing import Any
 
@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplernn_jax.array_types import Activations, RecentInputs, SegmentIds
+from simplernn_jax.ops import segment_starts
+from simplernn_jax.ops.normalized import rms_normalized
+from simplernn_jax.ops.normalized_convolution import normalized_convolution
 from simplernn_jax.parallel.collectives import axis_size, from_last
 from simplernn_jax.parallel.sequence import halo
 
@@ -17,10 +20,11 @@ def _starts_as_identity(key: jax.Array, shape: Any, dtype: Any = jnp.float32) ->
 
 
 class ShortConvolution(nnx.Module):
-    """``y_t = sum_n w_n * x_{t-n}`` for n in 0 .. width - 1, within one segment.
+    """``y_t = sum_n w_n * norm(x_{t-n})`` for n in 0 .. width - 1, within one segment.
 
     It lets a token see its neighbours before it asks the recurrence, as in Mamba
-    (arXiv:2312.00752, section 3.4). It starts as the identity. All float32.
+    (arXiv:2312.00752, section 3.4). The norm is `rms_normalized`. It starts as the norm alone. All
+    float32.
     """
 
     def __init__(self, width: int, features: int, *, rngs: nnx.Rngs):
@@ -36,51 +40,34 @@ class ShortConvolution(nnx.Module):
     def __call__(
         self, x: Activations, state: RecentInputs | None, segment_ids: SegmentIds | None
     ) -> tuple[Activations, RecentInputs]:
-        """Convolves over time.
+        """Normalises, then convolves over time.
 
         Args:
           x: ``[B, T, D]``.
-          state: the inputs before the first token, ``[B, width - 1, D]``; they belong to its
-            segment. None is zeros.
+          state: the normalised inputs before the first token, ``[B, width - 1, D]``; they belong
+            to its segment. None is zeros.
           segment_ids: ``[B, T]``; nothing is taken from before a change of id.
 
         Returns:
           ``[B, T, D]`` and the state after the last token.
         """
-        length, past = x.shape[1], self.width - 1
+        past = self.width - 1
         if state is None:
             state = self.initial_state(x.shape[0])
-        x = x.astype(state.dtype)
-        reachable = None if segment_ids is None else _reachable(segment_ids, self.width)
+        starts = None
+        if segment_ids is not None:
+            starts = segment_starts(segment_ids)[:, : x.shape[1]]
         if axis_size("sequence") > 1:  # the tokens before are another device's
-            state = halo(_of_last_segment(x[:, -past:], reachable), state, segment_ids)
-        inputs = jnp.concatenate([state, x], axis=1)
-        weights = self.weights[...][:, None, None]
-        y = inputs[:, past:] * weights[0]
-        for lag in range(1, self.width):
-            earlier = inputs[:, past - lag : past - lag + length]
-            if reachable is not None:
-                earlier = jnp.where(reachable[lag][..., None], earlier, 0)
-            y = y + earlier * weights[lag]
-        return y, from_last(_of_last_segment(inputs[:, length:], reachable), "sequence")
+            own = rms_normalized(x[:, -past:].astype(state.dtype))
+            state = halo(_of_last_segment(own, starts), state, segment_ids)
+        y, recent = normalized_convolution(x, self.weights[...], state, starts)
+        return y, from_last(_of_last_segment(recent, starts), "sequence")
 
 
-def _of_last_segment(recent: RecentInputs, reachable: list[jax.Array] | None) -> RecentInputs:
-    """The last inputs, zero where they are not of the last token's segment."""
-    if reachable is None or not reachable[0].shape[1]:
+def _of_last_segment(recent: RecentInputs, starts: jax.Array | None) -> RecentInputs:
+    """The inputs until the last token, zero where they are not of its segment."""
+    if starts is None:
         return recent
-    lags = reversed(range(recent.shape[1]))
-    kept = jnp.stack([reachable[lag][:, -1] for lag in lags], axis=1)
-    return jnp.where(kept[..., None], recent, 0)
-
-
-def _reachable(segment_ids: SegmentIds, width: int) -> list[jax.Array]:
-    """By lag, ``[B, T]``: whether the token so many before is of the same segment."""
-    same = jnp.pad(
-        segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True
-    )
-    reachable = [jnp.ones_like(same)]
-    for lag in range(1, width):
-        before = jnp.pad(same, ((0, 0), (lag - 1, 0)), constant_values=True)[:, : same.shape[1]]
-        reachable.append(reachable[-1] & before)
-    return reachable
+    late = jnp.pad(starts, ((0, 0), (recent.shape[1], 0)))[:, starts.shape[1] :].astype(jnp.int32)
+    starts_after = jnp.flip(jnp.cumsum(jnp.flip(late, 1), axis=1), 1) - late
+    return jnp.where(starts_after[..., None] > 0, 0, recent)

@@ -43,8 +43,8 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
         Args:
           hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs: as for `Heads`.
           query_scale: factor on the queries.
-          **options: ``kernel_init``, ``gate_bias_init``, ``output_norm``, ``output_gate`` and
-            ``dtype`` of `Heads`.
+          **options: ``kernel_init``, ``gate_bias_init``, ``output_norm``, ``output_gate``,
+            ``use_bias`` and ``dtype`` of `Heads`.
 
         Raises:
           ValueError: num_heads does not divide key_dim and value_dim.
@@ -66,24 +66,24 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
         heads = self.num_heads
         return jnp.zeros((batch_size, heads, self.key_dim // heads, self.value_dim // heads))
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """q, k, v, log_gate of ``[..., hidden_dim]`` inputs, each ``[..., H, K or V]``."""
-        # Tokens are flattened: the gradient of a matrix then contracts one axis, the fast path.
-        flat = x.reshape(-1, x.shape[-1])
-        q = self.query_proj(flat) * self.query_scale
-        k = jax.nn.sigmoid(self.key_proj(flat))
-        log_gate = jax.nn.log_sigmoid(self.gate_proj(flat))
+    def project(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+        """What the recurrence and what `combine` take of ``[..., hidden_dim]`` inputs.
+
+        The first are q, k, v and log_gate, each ``[..., H, K or V]``.
+        """
+        (q, k, v, gate), output_gate = self.projections(x)
         return (
-            self.split_heads(q, x, self.key_dim),
-            self.split_heads(k, x, self.key_dim),
-            self.split_heads(self.value_proj(flat), x, self.value_dim),
-            self.split_heads(log_gate, x, self.key_dim),
-        )
+            q * self.query_scale,
+            jax.nn.sigmoid(k),
+            v,
+            jax.nn.log_sigmoid(gate),
+        ), output_gate
 
     def __call__(self, carry: HeadState, inputs: jax.Array) -> tuple[HeadState, jax.Array]:
         """One token: state ``[B, H, K, V]`` and input ``[B, hidden_dim]`` to the next of each."""
-        y, carry = recurrent_step(*self.project(inputs), carry)
-        return carry, self.combine(y, inputs)
+        (q, k, v, log_gate), output_gate = self.project(inputs)
+        y, carry = recurrent_step(q, k, v, log_gate, carry)
+        return carry, self.combine(y, output_gate)
 
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
@@ -135,11 +135,11 @@ class SimpleRNN(nnx.Module):
         Returns:
           ``[B, T, output_dim]`` and the state after the last token.
         """
-        q, k, v, log_gate = self.cell.project(x)
+        (q, k, v, log_gate), output_gate = self.cell.project(x)
         if axis_size("sequence") > 1:
             y, state = recurrence_over_stretches(q, k, v, log_gate, state, segment_ids)
         else:
             y, state = gated_linear_recurrence(
                 q, k, v, log_gate, initial_state=state, segment_ids=segment_ids
             )
-        return self.cell.combine(y, x), state
+        return self.cell.combine(y, output_gate), state

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, SegmentIds, Values
 from simplernn_jax.ops.chunkwise import chunkwise
-from simplernn_jax.ops.fused import can_fuse, fused
+from simplernn_jax.ops.fused import fused
 from simplernn_jax.ops.manual_axes import vary_like
+from simplernn_jax.ops.native import can_call
 from simplernn_jax.ops.scan import recurrent_step, scan
 
 __all__ = ["gated_linear_recurrence", "recurrent_step", "segment_starts"]
@@ -62,7 +63,7 @@ def gated_linear_recurrence(
     clear = None if segment_ids is None else segment_starts(segment_ids)
     if method == "scan":
         return scan(q, k, v, log_gate, initial_state, clear)
-    if chunk_size is None and can_fuse(dtype):
+    if chunk_size is None and can_call(dtype):
         return fused(q, k, v, log_gate, initial_state, clear)
     if length == 1:
         # One token: nothing to clear inside the row and no chunk to fill.

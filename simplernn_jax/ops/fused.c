@@ -15,13 +15,9 @@
    states [B, H, K, V]; clear [B, T] bytes, or empty: where not 0, the state is emptied before t. */
 
 #include <math.h>
-#include <sched.h>
-#include <stdatomic.h>
-#include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include "xla/ffi/api/c_api.h"
+#include "call.h"
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
@@ -35,8 +31,6 @@ typedef struct {
   const uint8_t *clear;
   float *output, *final, *d_q, *d_k, *d_v, *d_log_gate, *d_initial;
 } Arrays;
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* How many of the lanes of vector j of a tile lie inside an axis with `left` entries. */
 INLINE int64_t inside(int64_t left, int j) {
@@ -263,95 +257,17 @@ INLINE void gradient_rows(const Arrays *a, int64_t row, int64_t head, int64_t fi
   }
 }
 
-/* Work that threads share: items are taken one by one. The caller takes them too, so that a thread
-   pool without a free thread only makes it slower. */
-typedef struct Work {
+typedef struct {
   Arrays arrays;
   int w;
-  int64_t items, row_items, row_tiles, column_tiles;
-  size_t scratch_bytes;
-  void (*run)(const struct Work *, int64_t, Lanes *);
-  atomic_long next, done, holders;
-  atomic_int out_of_memory;
-} Work;
+  int64_t row_items, row_tiles, column_tiles;
+} Task;
 
 /* Entries of the state times tokens: some ten microseconds. */
 #define ENTRIES_OF_A_THREAD (1 << 18)
 
-static void release(Work *work) {
-  if (atomic_fetch_sub(&work->holders, 1) == 1) free(work);
-}
-
-static void take_items(Work *work) {
-  Lanes *scratch = NULL;
-  for (;;) {
-    int64_t item = atomic_fetch_add(&work->next, 1);
-    if (item >= work->items) break;
-    if (scratch == NULL) scratch = aligned_alloc(64, work->scratch_bytes);
-    if (scratch == NULL)
-      atomic_store(&work->out_of_memory, 1);
-    else
-      work->run(work, item, scratch);
-    atomic_fetch_add(&work->done, 1);
-  }
-  free(scratch);
-}
-
-static void help(void *data) {
-  take_items(data);
-  release(data);
-}
-
-static XLA_FFI_Error *fail(XLA_FFI_CallFrame *frame, XLA_FFI_Error_Code code, const char *message) {
-  XLA_FFI_Error_Create_Args args = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, NULL, message, code};
-  return frame->api->XLA_FFI_Error_Create(&args);
-}
-
-static void drop(XLA_FFI_CallFrame *frame, XLA_FFI_Error *error) {
-  XLA_FFI_Error_Destroy_Args args = {XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, NULL, error};
-  frame->api->XLA_FFI_Error_Destroy(&args);
-}
-
-static XLA_FFI_Error *share(XLA_FFI_CallFrame *frame, const Work *description) {
-  Work *work = malloc(sizeof(Work));
-  if (work == NULL) return fail(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "out of memory");
-  *work = *description;
-  int64_t threads = 1;
-  XLA_FFI_ThreadPool_NumThreads_Args count = {XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, NULL,
-                                              frame->ctx, &threads};
-  XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&count);
-  if (error != NULL) drop(frame, error);
-  /* A thread is worth waking for a part of the work that takes longer than waking it. */
-  const Arrays *a = &work->arrays;
-  const int64_t entries = a->batch * a->length * a->heads * a->key_dim * a->value_dim;
-  const int64_t helpers = least(least(threads, work->items), entries / ENTRIES_OF_A_THREAD) - 1;
-  atomic_init(&work->next, 0);
-  atomic_init(&work->done, 0);
-  atomic_init(&work->out_of_memory, 0);
-  atomic_init(&work->holders, 1 + (helpers > 0 ? helpers : 0));
-  for (int64_t i = 0; i < helpers; i++) {
-    XLA_FFI_ThreadPool_Schedule_Args task = {XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, NULL,
-                                             frame->ctx, help, work};
-    error = frame->api->XLA_FFI_ThreadPool_Schedule(&task);
-    if (error != NULL) {
-      drop(frame, error);
-      release(work);
-    }
-  }
-  take_items(work);
-  while (atomic_load(&work->done) < work->items) sched_yield();
-  const int out_of_memory = atomic_load(&work->out_of_memory);
-  release(work);
-  if (out_of_memory) return fail(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "out of memory");
-  return NULL;
-}
-
-static void *argument(XLA_FFI_CallFrame *frame, int i) {
-  return ((XLA_FFI_Buffer *)frame->args.args[i])->data;
-}
-
-static void *result(XLA_FFI_CallFrame *frame, int i) {
-  return ((XLA_FFI_Buffer *)frame->rets.rets[i])->data;
+static int64_t threads_for(const Arrays *a) {
+  return a->batch * a->length * a->heads * a->key_dim * a->value_dim / ENTRIES_OF_A_THREAD;
 }
 
 /* Arguments q, k, v, gate, initial state, clear, in this order; axes before the last three are
@@ -360,9 +276,8 @@ static Arrays read_arguments(XLA_FFI_CallFrame *frame) {
   const XLA_FFI_Buffer *q = frame->args.args[0], *v = frame->args.args[2],
                        *clear = frame->args.args[5];
   const int64_t *dims = q->dims + q->rank - 3;
-  int64_t batch = 1, cleared = 1;
+  int64_t batch = 1;
   for (int64_t i = 0; i + 3 < q->rank; i++) batch *= q->dims[i];
-  for (int64_t i = 0; i < clear->rank; i++) cleared *= clear->dims[i];
   return (Arrays){
       .batch = batch,
       .length = dims[0],
@@ -374,18 +289,8 @@ static Arrays read_arguments(XLA_FFI_CallFrame *frame) {
       .v = argument(frame, 2),
       .gate = argument(frame, 3),
       .initial = argument(frame, 4),
-      .clear = cleared == 0 ? NULL : argument(frame, 5),
+      .clear = entries_of(clear) == 0 ? NULL : argument(frame, 5),
   };
-}
-
-/* XLA asks for the version of its interface before it calls. */
-static int is_question(XLA_FFI_CallFrame *frame) {
-  XLA_FFI_Metadata_Extension *question = (void *)frame->extension_start;
-  if (question == NULL || question->extension_base.type != XLA_FFI_Extension_Metadata) return 0;
-  question->metadata->api_version.major_version = XLA_FFI_API_MAJOR;
-  question->metadata->api_version.minor_version = XLA_FFI_API_MINOR;
-  question->metadata->state_type_id.type_id = 0; /* none: the functions keep nothing */
-  return 1;
 }
 
 /* Vectors of a tile: two share the reads of what they are multiplied with. */
@@ -395,25 +300,27 @@ static int64_t tiles_for(int64_t width, int w) {
   return (width + w * LANES - 1) / (w * LANES);
 }
 
-static void run_forward(const Work *work, int64_t item, Lanes *scratch) {
-  const Arrays *a = &work->arrays;
-  const int64_t tile = item % work->column_tiles, pair = item / work->column_tiles;
-  const int64_t row = pair / a->heads, head = pair % a->heads, first = tile * work->w * LANES;
-  if (work->w == 2)
+static void run_forward(const void *data, int64_t item, void *scratch) {
+  const Task *task = data;
+  const Arrays *a = &task->arrays;
+  const int64_t tile = item % task->column_tiles, pair = item / task->column_tiles;
+  const int64_t row = pair / a->heads, head = pair % a->heads, first = tile * task->w * LANES;
+  if (task->w == 2)
     output_columns(a, row, head, first, 2, scratch);
   else
     output_columns(a, row, head, first, 1, scratch);
 }
 
-static void run_backward(const Work *work, int64_t item, Lanes *scratch) {
-  const Arrays *a = &work->arrays;
-  const int of_rows = item < work->row_items;
-  const int64_t index = of_rows ? item : item - work->row_items;
-  const int64_t tiles = of_rows ? work->row_tiles : work->column_tiles;
+static void run_backward(const void *data, int64_t item, void *scratch) {
+  const Task *task = data;
+  const Arrays *a = &task->arrays;
+  const int of_rows = item < task->row_items;
+  const int64_t index = of_rows ? item : item - task->row_items;
+  const int64_t tiles = of_rows ? task->row_tiles : task->column_tiles;
   const int64_t pair = index / tiles, row = pair / a->heads, head = pair % a->heads;
   if (of_rows)
     gradient_rows(a, row, head, index % tiles * LANES, 1, scratch);
-  else if (work->w == 2)
+  else if (task->w == 2)
     gradient_columns(a, row, head, index % tiles * 2 * LANES, 2, scratch);
   else
     gradient_columns(a, row, head, index % tiles * LANES, 1, scratch);
@@ -422,14 +329,17 @@ static void run_backward(const Work *work, int64_t item, Lanes *scratch) {
 /* (q, k, v, gate, initial state, clear) -> (output, final state) */
 XLA_FFI_Error *simplernn_forward(XLA_FFI_CallFrame *frame) {
   if (is_question(frame)) return NULL;
-  Work work = {.arrays = read_arguments(frame), .run = run_forward};
-  Arrays *a = &work.arrays;
+  Task task = {.arrays = read_arguments(frame)};
+  Arrays *a = &task.arrays;
   a->output = result(frame, 0);
   a->final = result(frame, 1);
-  work.w = vectors_for(a->value_dim);
-  work.column_tiles = tiles_for(a->value_dim, work.w);
-  work.items = a->batch * a->heads * work.column_tiles;
-  work.scratch_bytes = sizeof(Lanes) * a->key_dim * work.w;
+  task.w = vectors_for(a->value_dim);
+  task.column_tiles = tiles_for(a->value_dim, task.w);
+  const Work work = {.task = &task,
+                     .run = run_forward,
+                     .items = a->batch * a->heads * task.column_tiles,
+                     .threads = threads_for(a),
+                     .scratch_bytes = sizeof(Lanes) * a->key_dim * task.w};
   return share(frame, &work);
 }
 
@@ -437,8 +347,8 @@ XLA_FFI_Error *simplernn_forward(XLA_FFI_CallFrame *frame) {
    -> (d_q, d_k, d_v, d_log_gate, d_initial_state) */
 XLA_FFI_Error *simplernn_backward(XLA_FFI_CallFrame *frame) {
   if (is_question(frame)) return NULL;
-  Work work = {.arrays = read_arguments(frame), .run = run_backward};
-  Arrays *a = &work.arrays;
+  Task task = {.arrays = read_arguments(frame)};
+  Arrays *a = &task.arrays;
   a->d_output = argument(frame, 6);
   a->d_final = argument(frame, 7);
   a->d_q = result(frame, 0);
@@ -446,15 +356,18 @@ XLA_FFI_Error *simplernn_backward(XLA_FFI_CallFrame *frame) {
   a->d_v = result(frame, 2);
   a->d_log_gate = result(frame, 3);
   a->d_initial = result(frame, 4);
-  work.w = vectors_for(a->value_dim);
-  work.row_tiles = tiles_for(a->key_dim, 1);
-  work.column_tiles = tiles_for(a->value_dim, work.w);
-  work.row_items = a->batch * a->heads * work.row_tiles;
-  work.items = work.row_items + a->batch * a->heads * work.column_tiles;
+  task.w = vectors_for(a->value_dim);
+  task.row_tiles = tiles_for(a->key_dim, 1);
+  task.column_tiles = tiles_for(a->value_dim, task.w);
+  task.row_items = a->batch * a->heads * task.row_tiles;
   const int64_t stretch = stretch_of(a, 1);
   const int64_t states = 2 + least(stretch, a->length) + (a->length - 1) / stretch;
   const size_t rows = sizeof(Lanes) * a->value_dim * states;
-  const size_t columns = sizeof(Lanes) * a->key_dim * work.w;
-  work.scratch_bytes = rows > columns ? rows : columns;
+  const size_t columns = sizeof(Lanes) * a->key_dim * task.w;
+  const Work work = {.task = &task,
+                     .run = run_backward,
+                     .items = task.row_items + a->batch * a->heads * task.column_tiles,
+                     .threads = threads_for(a),
+                     .scratch_bytes = rows > columns ? rows : columns};
   return share(frame, &work);
 }

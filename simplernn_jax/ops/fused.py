@@ -13,12 +13,7 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState
 from simplernn_jax.ops.manual_axes import vary_like
-from simplernn_jax.ops.native import BACKWARD, FORWARD, has_native_functions
-
-
-def can_fuse(state_dtype: Any) -> bool:
-    """Whether `fused` can be called: float32 sums, on a CPU, with a C compiler."""
-    return state_dtype == jnp.float32 and jax.default_backend() == "cpu" and has_native_functions()
+from simplernn_jax.ops.native import BACKWARD, FORWARD
 
 
 def fused(

@@ -1,7 +1,7 @@
-"""The C functions of `fused.c`: compiled where they run, once, and made known to XLA.
+"""The C functions of this folder: compiled where they run, once, and made known to XLA.
 
 A compiler that knows the machine uses all of its vector instructions; a program compiled for
-every machine could not. Where there is no compiler, nothing is lost but time (see `fused.py`).
+every machine could not. Where there is no compiler, nothing is lost but time.
 """
 
 import ctypes
@@ -15,24 +15,44 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 
 from simplernn_jax.cache_folder import cache_folder
 
 FORWARD = "simplernn_forward"
 BACKWARD = "simplernn_backward"
+CONVOLUTION_FORWARD = "simplernn_convolution_forward"
+CONVOLUTION_BACKWARD = "simplernn_convolution_backward"
+NORM_FORWARD = "simplernn_norm_forward"
+NORM_BACKWARD = "simplernn_norm_backward"
 
-_SOURCE = Path(__file__).with_name("fused.c")
+FUNCTIONS = (
+    FORWARD,
+    BACKWARD,
+    CONVOLUTION_FORWARD,
+    CONVOLUTION_BACKWARD,
+    NORM_FORWARD,
+    NORM_BACKWARD,
+)
+_SOURCES = [Path(__file__).with_name(name) for name in ("fused.c", "normalized.c")]
+_HEADER = Path(__file__).with_name("call.h")
 _OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-shared", "-fPIC")
 _FOR_THIS_MACHINE = (("-march=native",), ("-mcpu=native",), ())
 """Tried in this order: compilers and processors differ in which of them they know."""
 
 
+def can_call(dtype: Any) -> bool:
+    """Whether the functions can take arrays of `dtype` here: float32, a CPU and a C compiler."""
+    return dtype == jnp.float32 and jax.default_backend() == "cpu" and has_native_functions()
+
+
 @functools.cache
 def has_native_functions() -> bool:
-    """Whether XLA can call `FORWARD` and `BACKWARD` on the CPU; compiles them at the first call.
+    """Whether XLA can call the C functions on the CPU; compiles them at the first call.
 
     What was compiled is kept in the user's cache folder under a name that follows from source,
     compiler and processor. Where it cannot be compiled or loaded, a warning says why, once.
@@ -51,7 +71,7 @@ def has_native_functions() -> bool:
         reason = getattr(error, "stderr", None) or error
         logging.warning("the fast recurrence could not be compiled: %s", str(reason).strip())
         return False
-    for name in (FORWARD, BACKWARD):
+    for name in FUNCTIONS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return True
 
@@ -77,10 +97,11 @@ def _load(command: list[str]) -> ctypes.CDLL:
 
 
 def _compile(command: list[str], folder: Path) -> Path:
-    target = folder / "fused.so"
+    target = folder / "native.so"
+    sources = [str(source) for source in _SOURCES]
     failure = None
     for machine in _FOR_THIS_MACHINE:
-        arguments = [*_OPTIONS, *machine, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-lm"]
+        arguments = [*_OPTIONS, *machine, f"-I{jax.ffi.include_dir()}", *sources, "-lm"]
         try:
             subprocess.run(
                 [*command, *arguments, "-o", str(target)],
@@ -98,7 +119,9 @@ def _compile(command: list[str], folder: Path) -> Path:
 def _fingerprint(command: list[str]) -> str:
     """Changes with everything on which the compiled code depends."""
     version = subprocess.run([*command, "--version"], check=True, capture_output=True).stdout
-    digest = hashlib.sha256(_SOURCE.read_bytes())
+    digest = hashlib.sha256()
+    for source in (*_SOURCES, _HEADER):
+        digest.update(source.read_bytes())
     for header in sorted(Path(jax.ffi.include_dir()).rglob("*.h")):
         digest.update(header.read_bytes())
     for text in (*command, *_OPTIONS, platform.machine(), platform.processor(), *_processor()):

@@ -7,6 +7,8 @@ long, and in bfloat16 every transposed operand costs the gain (measured with 4,0
 does not fold into the product again.
 """
 
+import itertools
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,34 +21,57 @@ from simplernn_jax.ops.manual_axes import vary_like
 
 def product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
     """``x @ kernel``, ``[N, in] [in, out]``: operands in `dtype`, result at least float32."""
+    return products(x, (kernel,), dtype)[0]
+
+
+def products(x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> tuple[jax.Array, ...]:
+    """`product` of `x` with each kernel ``[in, out]``, computed as one, since it is read by all."""
     # Inside `shard_map` the gradient of an operand must be of the operand's type.
-    return _product(vary_like(x, kernel), vary_like(kernel, x), dtype)
+    kernels = tuple(vary_like(kernel, x) for kernel in kernels)
+    return _products(vary_like(x, kernels[0]), kernels, dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
-    return _dot(x.astype(dtype), kernel.astype(dtype))
+def _products(x: jax.Array, kernels: tuple[jax.Array, ...], dtype: Any) -> tuple[jax.Array, ...]:
+    return _products_fwd(x, kernels, dtype)[0]
 
 
-def _product_fwd(x: jax.Array, kernel: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
+def _products_fwd(
+    x: jax.Array, kernels: tuple[jax.Array, ...], dtype: Any
+) -> tuple[tuple[jax.Array, ...], Any]:
     low = x.astype(dtype)
+    y = _dot(low, _side_by_side(kernels, dtype))
     # An empty array keeps the dtype of what the gradient is of.
-    return _dot(low, kernel.astype(dtype)), (low, kernel, jnp.zeros((0,), x.dtype))
+    return _taken_apart(y, kernels), (low, kernels, jnp.zeros((0,), x.dtype))
 
 
-def _product_bwd(dtype: Any, residuals: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    low, kernel, like = residuals
-    low_gradient = gradient.astype(dtype)
-    d_x = _dot(low_gradient, _transposed(kernel.astype(dtype)))
-    swap = low.shape[1] > low_gradient.shape[1]
-    smaller, other = (low_gradient, low) if swap else (low, low_gradient)
+def _products_bwd(dtype: Any, residuals: Any, gradients: Any) -> tuple[jax.Array, Any]:
+    low, kernels, like = residuals
+    gradient = _side_by_side(gradients, dtype)
+    d_x = _dot(gradient, _transposed(_side_by_side(kernels, dtype)))
+    swap = low.shape[1] > gradient.shape[1]
+    smaller, other = (gradient, low) if swap else (low, gradient)
     # The barrier keeps what transposes this small result out of the product.
     d_kernel = jax.lax.optimization_barrier(_dot(_transposed(smaller), other))
-    d_kernel = d_kernel.T if swap else d_kernel
-    return d_x.astype(like.dtype), d_kernel.astype(kernel.dtype)
+    d_kernels = _taken_apart(d_kernel.T if swap else d_kernel, kernels)
+    return d_x.astype(like.dtype), tuple(
+        d_kernel.astype(kernel.dtype) for d_kernel, kernel in zip(d_kernels, kernels, strict=True)
+    )
 
 
-_product.defvjp(_product_fwd, _product_bwd)
+_products.defvjp(_products_fwd, _products_bwd)
+
+
+def _side_by_side(arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
+    # One conversion of the whole: XLA's CPU backend puts bfloat16 together in float32.
+    return jnp.concatenate(arrays, axis=1).astype(dtype)
+
+
+def _taken_apart(y: jax.Array, kernels: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    ends = itertools.accumulate(kernel.shape[1] for kernel in kernels)
+    return tuple(
+        y[:, end - kernel.shape[1] : end] for end, kernel in zip(ends, kernels, strict=True)
+    )
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

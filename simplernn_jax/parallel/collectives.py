@@ -77,7 +77,7 @@ def gather(part: jax.Array, name: str, axis: int, *, after: jax.Array) -> jax.Ar
     return jax.lax.all_gather(part, name, axis=axis, tiled=True)
 
 
-def gathering_again(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def gathering_again(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, whose gradient gathers parameters once more rather than keep them until then."""
     return jax.checkpoint(function) if axis_size("fsdp") > 1 else function
 

@@ -1,0 +1,118 @@
+/* What the C functions of this folder share: XLA's calling convention, and work for its threads. */
+
+#ifndef SIMPLERNN_CALL_H
+#define SIMPLERNN_CALL_H
+
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "xla/ffi/api/c_api.h"
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Work that threads share: items are taken one by one. The caller takes them too, so that a thread
+   pool without a free thread only makes it slower. `task` is read as long as there are items. */
+typedef struct {
+  const void *task;
+  void (*run)(const void *task, int64_t item, void *scratch);
+  int64_t items, threads;
+  size_t scratch_bytes; /* of a thread, a multiple of 64; may be 0 */
+  atomic_long next, done, holders;
+  atomic_int out_of_memory;
+} Work;
+
+static void release(Work *work) {
+  if (atomic_fetch_sub(&work->holders, 1) == 1) free(work);
+}
+
+static void take_items(Work *work) {
+  void *scratch = NULL;
+  for (;;) {
+    int64_t item = atomic_fetch_add(&work->next, 1);
+    if (item >= work->items) break;
+    if (scratch == NULL && work->scratch_bytes > 0)
+      scratch = aligned_alloc(64, work->scratch_bytes);
+    if (scratch == NULL && work->scratch_bytes > 0)
+      atomic_store(&work->out_of_memory, 1);
+    else
+      work->run(work->task, item, scratch);
+    atomic_fetch_add(&work->done, 1);
+  }
+  free(scratch);
+}
+
+static void help(void *data) {
+  take_items(data);
+  release(data);
+}
+
+static XLA_FFI_Error *fail(XLA_FFI_CallFrame *frame, XLA_FFI_Error_Code code, const char *message) {
+  XLA_FFI_Error_Create_Args args = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, NULL, message, code};
+  return frame->api->XLA_FFI_Error_Create(&args);
+}
+
+static void drop(XLA_FFI_CallFrame *frame, XLA_FFI_Error *error) {
+  XLA_FFI_Error_Destroy_Args args = {XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, NULL, error};
+  frame->api->XLA_FFI_Error_Destroy(&args);
+}
+
+/* Does what is described, with at most `threads` threads: as many as there is work for that takes
+   longer than waking one. */
+static XLA_FFI_Error *share(XLA_FFI_CallFrame *frame, const Work *description) {
+  Work *work = malloc(sizeof(Work));
+  if (work == NULL) return fail(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "out of memory");
+  *work = *description;
+  int64_t threads = 1;
+  XLA_FFI_ThreadPool_NumThreads_Args count = {XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, NULL,
+                                              frame->ctx, &threads};
+  XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&count);
+  if (error != NULL) drop(frame, error);
+  const int64_t helpers = least(least(threads, work->items), work->threads) - 1;
+  atomic_init(&work->next, 0);
+  atomic_init(&work->done, 0);
+  atomic_init(&work->out_of_memory, 0);
+  atomic_init(&work->holders, 1 + (helpers > 0 ? helpers : 0));
+  for (int64_t i = 0; i < helpers; i++) {
+    XLA_FFI_ThreadPool_Schedule_Args task = {XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, NULL,
+                                             frame->ctx, help, work};
+    error = frame->api->XLA_FFI_ThreadPool_Schedule(&task);
+    if (error != NULL) {
+      drop(frame, error);
+      release(work);
+    }
+  }
+  take_items(work);
+  while (atomic_load(&work->done) < work->items) sched_yield();
+  const int out_of_memory = atomic_load(&work->out_of_memory);
+  release(work);
+  if (out_of_memory) return fail(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "out of memory");
+  return NULL;
+}
+
+static void *argument(XLA_FFI_CallFrame *frame, int i) {
+  return ((XLA_FFI_Buffer *)frame->args.args[i])->data;
+}
+
+static void *result(XLA_FFI_CallFrame *frame, int i) {
+  return ((XLA_FFI_Buffer *)frame->rets.rets[i])->data;
+}
+
+static int64_t entries_of(const XLA_FFI_Buffer *buffer) {
+  int64_t entries = 1;
+  for (int64_t i = 0; i < buffer->rank; i++) entries *= buffer->dims[i];
+  return entries;
+}
+
+/* XLA asks for the version of its interface before it calls. */
+static int is_question(XLA_FFI_CallFrame *frame) {
+  XLA_FFI_Metadata_Extension *question = (void *)frame->extension_start;
+  if (question == NULL || question->extension_base.type != XLA_FFI_Extension_Metadata) return 0;
+  question->metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+  question->metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+  question->metadata->state_type_id.type_id = 0; /* none: the functions keep nothing */
+  return 1;
+}
+
+#endif

@@ -1,0 +1,258 @@
+/* Root-mean-square normalisation, a short causal convolution of what it gives, and their gradients,
+   each in one pass over its arrays.
+
+   With n_t = x_t / sqrt(mean(x_t^2) + EPSILON), and n_t for t < 0 given as `recent`:
+
+     y_t = sum_i w_i n_{t-i}     over those i in 0 .. W - 1 for which no token in t-i+1 .. t is a start
+     dn_t = sum_i w_i dy_{t+i}   likewise                 dw_i = sum_t dy_t n_{t-i}
+     dx_t = (dn_t - n_t mean(dn_t n_t)) / sqrt(mean(x_t^2) + EPSILON)
+
+   Arrays are float32, row-major: x, y, dx, dy [B, T, D]; recent, final and their gradients
+   [B, W - 1, D], the inputs before the first and after the last token; w [W, D]; scale [B, T], what
+   each input was multiplied with; starts [B, T] bytes, or empty; dw [B, stretches, W, D], whose
+   parts come in the order of time, whatever the number of threads is. */
+
+#include <math.h>
+#include <string.h>
+
+#include "call.h"
+
+#define EPSILON 1e-6f
+#define LANES 16
+
+typedef struct {
+  int64_t batch, length, width, dim, stretches, stretch;
+  const float *x, *w, *recent, *scale_in, *dy, *d_final;
+  const uint8_t *starts;
+  float *y, *scale, *final, *dx, *dw, *d_recent;
+} Arrays;
+
+/* Lanes are summed first: one after another, additions would wait for each other. */
+static float dot(const float *restrict a, const float *restrict b, int64_t n) {
+  float lanes[LANES] = {0}, sum = 0;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    for (int j = 0; j < LANES; j++) lanes[j] += a[i + j] * b[i + j];
+  for (; i < n; i++) sum += a[i] * b[i];
+  for (int j = 0; j < LANES; j++) sum += lanes[j];
+  return sum;
+}
+
+static void multiply(float *restrict to, const float *restrict x, float by, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] = x[i] * by;
+}
+
+static void multiply_each(float *restrict to, const float *restrict x, const float *restrict by,
+                          int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] = x[i] * by[i];
+}
+
+static void add_products(float *restrict to, const float *restrict a, const float *restrict b,
+                         int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] += a[i] * b[i];
+}
+
+static void add(float *restrict to, const float *restrict x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] += x[i];
+}
+
+static int is_start(const Arrays *a, int64_t row, int64_t t) {
+  return a->starts != NULL && t >= 0 && a->starts[row * a->length + t];
+}
+
+static float scale_of(const float *x, int64_t n) { return 1 / sqrtf(dot(x, x, n) / n + EPSILON); }
+
+/* dx of one row from dn, n and what x was multiplied with. */
+static void unnormalise(float *restrict dx, const float *restrict dn, const float *restrict n,
+                        float scale, int64_t dim) {
+  const float along = dot(dn, n, dim) / dim;
+  for (int64_t i = 0; i < dim; i++) dx[i] = (dn[i] - n[i] * along) * scale;
+}
+
+/* n_t; t may be before the first token. */
+static void normalised(const Arrays *a, int64_t row, int64_t t, const float *scale, float *to) {
+  const int64_t D = a->dim, past = a->width - 1;
+  if (t < 0)
+    memcpy(to, a->recent + (row * past + past + t) * D, sizeof(float) * D);
+  else
+    multiply(to, a->x + (row * a->length + t) * D, scale[row * a->length + t], D);
+}
+
+static void run_forward(const void *task, int64_t item, void *scratch) {
+  const Arrays *a = task;
+  const int64_t T = a->length, W = a->width, D = a->dim, past = W - 1;
+  const int64_t row = item / a->stretches, first = item % a->stretches * a->stretch;
+  const int64_t end = least(first + a->stretch, T);
+  float *ring = scratch; /* n of the last W tokens */
+  for (int64_t t = first - past; t < end; t++) {
+    float *own = ring + (t + past) % W * D;
+    if (t < 0)
+      normalised(a, row, t, NULL, own);
+    else {
+      const float *x = a->x + (row * T + t) * D, scale = scale_of(x, D);
+      multiply(own, x, scale, D);
+      if (t >= first) a->scale[row * T + t] = scale;
+    }
+    if (t < first) continue;
+    float *y = a->y + (row * T + t) * D;
+    multiply_each(y, own, a->w, D);
+    for (int64_t i = 1; i < W && !is_start(a, row, t - i + 1); i++)
+      add_products(y, ring + (t - i + past) % W * D, a->w + i * D, D);
+  }
+  if (end == T)
+    for (int64_t t = T - past; t < T; t++)
+      memcpy(a->final + (row * past + past + t - T) * D, ring + (t + past) % W * D,
+             sizeof(float) * D);
+}
+
+/* Adds to dn of token t, which may be before the first, what later outputs make of it. */
+static void add_from_outputs(const Arrays *a, int64_t row, int64_t t, float *dn) {
+  const int64_t T = a->length, W = a->width, D = a->dim, past = W - 1;
+  for (int64_t i = t < 0 ? -t : 0; i < W && t + i < T; i++) {
+    if (i > 0 && is_start(a, row, t + i)) break;
+    add_products(dn, a->w + i * D, a->dy + (row * T + t + i) * D, D);
+  }
+  if (t >= T - past) add(dn, a->d_final + (row * past + past + t - T) * D, D);
+}
+
+static void run_backward(const void *task, int64_t item, void *scratch) {
+  const Arrays *a = task;
+  const int64_t T = a->length, W = a->width, D = a->dim, past = W - 1;
+  const int64_t row = item / a->stretches, first = item % a->stretches * a->stretch;
+  const int64_t end = least(first + a->stretch, T);
+  float *ring = scratch, *dn = ring + W * D, *dw = a->dw + item * W * D;
+  memset(dw, 0, sizeof(float) * W * D);
+  for (int64_t t = first - past; t < end; t++) {
+    float *own = ring + (t + past) % W * D;
+    normalised(a, row, t, a->scale_in, own);
+    if (t < first) continue;
+    const float *dy = a->dy + (row * T + t) * D;
+    add_products(dw, dy, own, D);
+    for (int64_t i = 1; i < W && !is_start(a, row, t - i + 1); i++)
+      add_products(dw + i * D, dy, ring + (t - i + past) % W * D, D);
+    memset(dn, 0, sizeof(float) * D);
+    add_from_outputs(a, row, t, dn);
+    unnormalise(a->dx + (row * T + t) * D, dn, own, a->scale_in[row * T + t], D);
+  }
+  if (first > 0) return;
+  for (int64_t t = -past; t < 0; t++) {
+    float *to = a->d_recent + (row * past + past + t) * D;
+    memset(to, 0, sizeof(float) * D);
+    add_from_outputs(a, row, t, to);
+  }
+}
+
+/* Tokens of an item of work: its rows fit the second-level cache. */
+#define STRETCH 128
+
+/* Arguments x, w, recent, starts, in this order; T and W are at least 1. */
+static Arrays read_arguments(XLA_FFI_CallFrame *frame) {
+  const XLA_FFI_Buffer *x = frame->args.args[0], *w = frame->args.args[1];
+  return (Arrays){
+      .batch = x->dims[0],
+      .length = x->dims[1],
+      .dim = x->dims[2],
+      .width = w->dims[0],
+      .stretches = (x->dims[1] + STRETCH - 1) / STRETCH,
+      .stretch = STRETCH,
+      .x = argument(frame, 0),
+      .w = argument(frame, 1),
+      .recent = argument(frame, 2),
+      .starts = entries_of(frame->args.args[3]) == 0 ? NULL : argument(frame, 3),
+  };
+}
+
+/* Entries of x: some ten microseconds. */
+#define ENTRIES_OF_A_THREAD (1 << 16)
+
+static XLA_FFI_Error *share_rows(XLA_FFI_CallFrame *frame, const Arrays *a,
+                                 void (*run)(const void *, int64_t, void *), int64_t vectors) {
+  const size_t bytes = sizeof(float) * vectors * a->dim;
+  const Work work = {.task = a,
+                     .run = run,
+                     .items = a->batch * a->stretches,
+                     .threads = a->batch * a->length * a->dim / ENTRIES_OF_A_THREAD,
+                     .scratch_bytes = (bytes + 63) / 64 * 64};
+  return share(frame, &work);
+}
+
+/* (x, w, recent, starts) -> (y, scale, final) */
+XLA_FFI_Error *simplernn_convolution_forward(XLA_FFI_CallFrame *frame) {
+  if (is_question(frame)) return NULL;
+  Arrays a = read_arguments(frame);
+  a.y = result(frame, 0);
+  a.scale = result(frame, 1);
+  a.final = result(frame, 2);
+  return share_rows(frame, &a, run_forward, a.width);
+}
+
+/* (x, w, recent, starts, scale, dy, d_final) -> (dx, dw, d_recent) */
+XLA_FFI_Error *simplernn_convolution_backward(XLA_FFI_CallFrame *frame) {
+  if (is_question(frame)) return NULL;
+  Arrays a = read_arguments(frame);
+  a.scale_in = argument(frame, 4);
+  a.dy = argument(frame, 5);
+  a.d_final = argument(frame, 6);
+  a.dx = result(frame, 0);
+  a.dw = result(frame, 1);
+  a.d_recent = result(frame, 2);
+  a.stretches = ((XLA_FFI_Buffer *)frame->rets.rets[1])->dims[1];
+  a.stretch = (a.length + a.stretches - 1) / a.stretches;
+  return share_rows(frame, &a, run_backward, a.width + 1);
+}
+
+/* Rows without an order: the norm alone. */
+typedef struct {
+  int64_t rows, dim;
+  const float *x, *scale_in, *dy;
+  float *y, *scale, *dx;
+} Rows;
+
+#define ROWS_OF_AN_ITEM 256
+
+static void run_norm_forward(const void *task, int64_t item, void *scratch) {
+  (void)scratch;
+  const Rows *r = task;
+  const int64_t D = r->dim, end = least((item + 1) * ROWS_OF_AN_ITEM, r->rows);
+  for (int64_t i = item * ROWS_OF_AN_ITEM; i < end; i++) {
+    r->scale[i] = scale_of(r->x + i * D, D);
+    multiply(r->y + i * D, r->x + i * D, r->scale[i], D);
+  }
+}
+
+static void run_norm_backward(const void *task, int64_t item, void *scratch) {
+  const Rows *r = task;
+  const int64_t D = r->dim, end = least((item + 1) * ROWS_OF_AN_ITEM, r->rows);
+  for (int64_t i = item * ROWS_OF_AN_ITEM; i < end; i++) {
+    multiply(scratch, r->x + i * D, r->scale_in[i], D);
+    unnormalise(r->dx + i * D, r->dy + i * D, scratch, r->scale_in[i], D);
+  }
+}
+
+static XLA_FFI_Error *share_norm(XLA_FFI_CallFrame *frame, Rows *r,
+                                 void (*run)(const void *, int64_t, void *)) {
+  const XLA_FFI_Buffer *x = frame->args.args[0];
+  r->dim = x->dims[x->rank - 1];
+  r->rows = entries_of(x) / r->dim;
+  r->x = argument(frame, 0);
+  const Work work = {.task = r,
+                     .run = run,
+                     .items = (r->rows + ROWS_OF_AN_ITEM - 1) / ROWS_OF_AN_ITEM,
+                     .threads = r->rows * r->dim / ENTRIES_OF_A_THREAD,
+                     .scratch_bytes = (sizeof(float) * r->dim + 63) / 64 * 64};
+  return share(frame, &work);
+}
+
+/* x -> (y, scale) */
+XLA_FFI_Error *simplernn_norm_forward(XLA_FFI_CallFrame *frame) {
+  if (is_question(frame)) return NULL;
+  Rows r = {.y = result(frame, 0), .scale = result(frame, 1)};
+  return share_norm(frame, &r, run_norm_forward);
+}
+
+/* (x, scale, dy) -> dx */
+XLA_FFI_Error *simplernn_norm_backward(XLA_FFI_CallFrame *frame) {
+  if (is_question(frame)) return NULL;
+  Rows r = {.scale_in = argument(frame, 1), .dy = argument(frame, 2), .dx = result(frame, 0)};
+  return share_norm(frame, &r, run_norm_backward);
+}
