@@ -19,6 +19,8 @@ BLOCKS = ("plain", "residual")
 PRECISIONS = ("float32", "bfloat16")
 BATCH_MODES = ("window", "stream", "document")
 SPLITS = ("document", "position")
+REMATERIALISATION = ("none", "block")
+BACKWARD = ("truncated", "exact")
 OPTIMIZERS = ("adamw", "muon")
 ENCODING_ERRORS = ("strict", "replace")
 
@@ -76,6 +78,9 @@ class DataConfig:
     """Rows of one optimizer step."""
     sequence_length: int = 256
     """Tokens per row."""
+    stride: int = 0
+    """Tokens from one window to the next, at most sequence_length (window mode): sliding windows,
+    all of them once an epoch in random order. 0 draws windows that begin anywhere."""
     reset_probability: float = 0.0
     """Probability that a row's carried state is cleared before a batch (stream mode)."""
     encoding_errors: str = "strict"
@@ -141,6 +146,15 @@ class TrainConfig:
     sample_tokens: int = 120
     profile_steps: int = 0
     """Steps recorded for TensorBoard's profiler, from the third one of the process on."""
+    backward_window: int = 0
+    """Tokens of a row whose gradient is computed at a time, so that memory is that of so many;
+    divides sequence_length. The state goes from one window to the next. 0 takes whole rows."""
+    backward: str = "truncated"
+    """How gradients pass between windows of a row: ``truncated``, not at all (truncated BPTT), or
+    ``exact``, at the cost of computing the forward pass twice."""
+    remat: str = "none"
+    """What a layer keeps for the gradient: ``none`` keeps everything; ``block`` what the layer
+    reads, and computes the rest again."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -243,7 +257,12 @@ def _validate_data(data: DataConfig) -> None:
     _choice("data.split", data.split, SPLITS)
     _choice("data.encoding_errors", data.encoding_errors, ENCODING_ERRORS)
     _at_least(data, "data", 1, "batch_size", "sequence_length")
-    _at_least(data, "data", 0, "max_bad_records")
+    _at_least(data, "data", 0, "max_bad_records", "stride")
+    if data.stride > data.sequence_length:
+        allowed = f"at most data.sequence_length={data.sequence_length}, or text would be left out"
+        _refuse("data.stride", data.stride, allowed)
+    if data.stride and data.mode != "window":
+        _refuse("data.stride", data.stride, f"0 where data.mode={data.mode!r}")
     _fraction(data, "data", "validation_fraction", below_one=True)
     _fraction(data, "data", "reset_probability", below_one=False)
     if not data.source:
@@ -276,6 +295,12 @@ def _validate_train(config: Config) -> None:
             f"--config.train.steps={train.steps} and --config.train.epochs={train.epochs}: "
             "set exactly one of them above 0"
         )
+    _choice("train.remat", train.remat, REMATERIALISATION)
+    _choice("train.backward", train.backward, BACKWARD)
+    _at_least(train, "train", 0, "backward_window")
+    window, length = train.backward_window, config.data.sequence_length
+    if window and length % window:
+        _refuse("train.backward_window", window, f"a divisor of data.sequence_length={length}")
     if config.data.batch_size % train.gradient_accumulation:
         _refuse(
             "train.gradient_accumulation",
