@@ -51,8 +51,11 @@ class ModelConfig:
     dropout: float = 0.0
     """Probability of dropping a channel of each residual branch (residual block only)."""
     precision: str = "float32"
-    """Compute dtype of dense layers: ``float32`` or ``bfloat16``. Parameters, state, gates,
-    sums, norms and loss are float32 either way."""
+    """Compute dtype of dense layers: ``float32`` or ``bfloat16``. Parameters, gates, sums, norms
+    and loss are float32 either way."""
+    state_precision: str = "float32"
+    """Dtype of the recurrent state between tokens, or chunks of them: ``float32``; or ``bfloat16``,
+    which halves the state and forgets what is small beside it."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -210,7 +213,7 @@ def validate(config: Config) -> None:
     _validate_data(config.data)
     _validate_optimizer(config.optimizer)
     _validate_train(config)
-    _validate_mesh(config.mesh)
+    _validate_mesh(config)
 
 
 def _refuse(field: str, value: Any, allowed: str) -> typing.NoReturn:
@@ -243,6 +246,7 @@ def _fraction(config: Any, section: str, *names: str, below_one: bool) -> None:
 def _validate_model(model: ModelConfig) -> None:
     _choice("model.block", model.block, BLOCKS)
     _choice("model.precision", model.precision, PRECISIONS)
+    _choice("model.state_precision", model.state_precision, PRECISIONS)
     _at_least(model, "model", 1, "vocab_size", "num_layers", "hidden_dim", "key_dim", "value_dim")
     _at_least(model, "model", 1, "num_heads", "mlp_dim")
     _fraction(model, "model", "dropout", below_one=True)
@@ -309,7 +313,8 @@ def _validate_train(config: Config) -> None:
         )
 
 
-def _validate_mesh(mesh: MeshConfig) -> None:
+def _validate_mesh(config: Config) -> None:
+    mesh = config.mesh
     _at_least(mesh, "mesh", 1, "fsdp", "tensor", "sequence", "stage")
     if mesh.data != -1:
         _at_least(mesh, "mesh", 1, "data")
@@ -317,6 +322,12 @@ def _validate_mesh(mesh: MeshConfig) -> None:
         raise UserError(
             f"--config.mesh.stage={mesh.stage} and --config.mesh.sequence={mesh.sequence} divide "
             "the same time axis; set one of them to 1"
+        )
+    if mesh.sequence > 1 and config.model.state_precision != "float32":
+        raise UserError(
+            f"--config.model.state_precision={config.model.state_precision} and "
+            f"--config.mesh.sequence={mesh.sequence}: stretches of time are put together by exact "
+            "sums; set one of them back to float32 or 1"
         )
 
 

@@ -67,6 +67,13 @@ def test_time_is_divided_by_one_axis_of_the_mesh():
         validate(config)
 
 
+def test_stretches_of_time_need_an_exact_state():
+    config = trainable()
+    config.mesh.sequence, config.model.state_precision = 2, "bfloat16"
+    with pytest.raises(UserError, match=r"state_precision=bfloat16 and .*mesh\.sequence=2"):
+        validate(config)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -9,7 +9,7 @@ from flax import nnx
 
 from simplernn_jax.array_types import Activations, HeadState, RecentInputs, SegmentIds
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.models.dense import compute_dtype, dense
+from simplernn_jax.models.dense import dense, dtypes_of
 from simplernn_jax.models.short_convolution import ShortConvolution
 from simplernn_jax.models.simple_rnn import SimpleRNN
 from simplernn_jax.parallel.collectives import vary
@@ -42,7 +42,8 @@ def _recurrence(config: ModelConfig, rngs: nnx.Rngs, **options: Any) -> SimpleRN
         config.hidden_dim,
         config.num_heads,
         rngs=rngs,
-        dtype=compute_dtype(config.precision),
+        dtype=dtypes_of(config).compute,
+        state_dtype=dtypes_of(config).state,
         **options,
     )
 
@@ -86,7 +87,7 @@ class ResidualBlock(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        dtype = compute_dtype(config.precision)
+        dtype = dtypes_of(config).compute
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
         self.rnn_norm = nnx.RMSNorm(config.hidden_dim, rngs=rngs)
         self.convolution = ShortConvolution(CONVOLUTION_WIDTH, config.hidden_dim, rngs=rngs)

@@ -9,7 +9,7 @@ from flax import nnx
 from simplernn_jax.array_types import Activations, Logits, ModelState, SegmentIds, Tokens
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
-from simplernn_jax.models.dense import compute_dtype, dense
+from simplernn_jax.models.dense import dense, dtypes_of
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.rematerialise import rematerialised
 from simplernn_jax.ops.product import product
@@ -34,7 +34,7 @@ class LanguageModel(nnx.Module):
           rngs: source of initial values.
         """
         self.config = dataclasses.replace(config)
-        dtype = compute_dtype(config.precision)
+        dtype = dtypes_of(config).compute
         self.dtype = dtype
         plain = config.block == "plain"
         scale = 1.0 if plain else config.hidden_dim**-0.5

@@ -23,7 +23,7 @@ class SimpleRNNCell(nnx.RNNCellBase):
         S' = diag(g) S + k v^T            y = W_o concat_heads(S'^T q) + b_o
 
     With one head and query scale 1 it is exactly the cell of the PyTorch project. The carry is
-    the state ``[B, H, K, V]``, float32.
+    the state ``[B, H, K, V]``, float32 unless `state_dtype` is another.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class SimpleRNNCell(nnx.RNNCellBase):
         output_norm: bool = False,
         output_gate: bool = False,
         dtype: Any = jnp.float32,
+        state_dtype: Any = jnp.float32,
     ):
         """Makes the projections.
 
@@ -57,6 +58,8 @@ class SimpleRNNCell(nnx.RNNCellBase):
           output_norm: normalise each head's output to a root mean square of 1, then scale.
           output_gate: multiply the heads' output by silu(W_r x + b_r).
           dtype: compute dtype of the projections.
+          state_dtype: of the state. Below float32, it is rounded between tokens, or chunks of them
+            (see `ops.narrow_state`).
 
         Raises:
           ValueError: num_heads does not divide key_dim and value_dim.
@@ -67,6 +70,8 @@ class SimpleRNNCell(nnx.RNNCellBase):
         self.key_dim = key_dim
         self.value_dim = value_dim
         self.query_scale = query_scale
+        # None: the sums' own, float32 (float64 under x64).
+        self.narrow = None if state_dtype == jnp.float32 else jnp.dtype(state_dtype)
         bias_init = None if kernel_init is None else nnx.initializers.zeros_init()
 
         def projection(width: int, bias_init: nnx.Initializer | None = bias_init) -> nnx.Linear:
@@ -95,9 +100,10 @@ class SimpleRNNCell(nnx.RNNCellBase):
         )
 
     def initial_state(self, batch_size: int) -> HeadState:
-        """Zeros ``[B, H, K, V]``, float32."""
+        """Zeros ``[B, H, K, V]``, of the state's dtype."""
         heads = self.num_heads
-        return jnp.zeros((batch_size, heads, self.key_dim // heads, self.value_dim // heads))
+        shape = (batch_size, heads, self.key_dim // heads, self.value_dim // heads)
+        return jnp.zeros(shape, self.narrow)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """q, k, v, log_gate of ``[..., hidden_dim]`` inputs, each ``[..., H, K or V]``."""
@@ -131,8 +137,9 @@ class SimpleRNNCell(nnx.RNNCellBase):
 
     def __call__(self, carry: HeadState, inputs: jax.Array) -> tuple[HeadState, jax.Array]:
         """One token: state ``[B, H, K, V]`` and input ``[B, hidden_dim]`` to the next of each."""
-        y, carry = recurrent_step(*self.project(inputs), carry)
-        return carry, self.combine(y, inputs)
+        sums = jnp.promote_types(carry.dtype, jnp.float32)
+        y, state = recurrent_step(*self.project(inputs), carry.astype(sums))
+        return state.astype(carry.dtype), self.combine(y, inputs)
 
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
@@ -165,7 +172,7 @@ class SimpleRNN(nnx.Module):
         )
 
     def initial_state(self, batch_size: int) -> HeadState:
-        """Zeros ``[B, H, K, V]``, float32."""
+        """Zeros ``[B, H, K, V]``, of the state's dtype."""
         return self.cell.initial_state(batch_size)
 
     def __call__(
@@ -189,6 +196,12 @@ class SimpleRNN(nnx.Module):
             y, state = recurrence_over_stretches(q, k, v, log_gate, state, segment_ids)
         else:
             y, state = gated_linear_recurrence(
-                q, k, v, log_gate, initial_state=state, segment_ids=segment_ids
+                q,
+                k,
+                v,
+                log_gate,
+                initial_state=state,
+                segment_ids=segment_ids,
+                state_dtype=self.cell.narrow,
             )
         return self.cell.combine(y, x), state
