@@ -1,9 +1,11 @@
 """Scores a trained model on held-out text, and `xz -9e` on the same bytes.
 
     python scripts/evaluate.py --workdir runs/base
+    python scripts/evaluate.py --workdir runs/base --window 256 --stride 64
 
 Needs the workdir alone. Every prediction of the split counts once, with the state carried over
-each document. Bits per byte compare models of any tokenizer, and models with compressors.
+each document, or, with --window, read by overlapping windows from a zero state. Bits per byte
+compare models of any tokenizer, and models with compressors.
 """
 
 import lzma
@@ -14,10 +16,24 @@ from absl import flags
 from simplernn_jax import command_line
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.data.window_batches import Windows, check_windows
 from simplernn_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "train"], "What to score.")
+_WINDOW = flags.DEFINE_integer(
+    "window",
+    0,
+    "Above 0: read documents by windows of so many tokens, each from a zero state.",
+    lower_bound=0,
+)
+_STRIDE = flags.DEFINE_integer(
+    "stride",
+    0,
+    "Tokens from one window to the next, each token scored by the first window that predicts it; "
+    "0: half a window.",
+    lower_bound=0,
+)
 
 _PIECE_TOKENS = 2**20
 """Tokens decoded at a time."""
@@ -27,6 +43,7 @@ def main() -> None:
     """Loads the newest whole checkpoint of --workdir and prints what it makes of --split."""
     if not _WORKDIR.value:
         raise UserError("no --workdir: name the folder of a training run, such as runs/base")
+    windows = chosen_windows()
     workdir = os.path.abspath(os.path.expanduser(_WORKDIR.value))
     from flax import nnx
 
@@ -45,16 +62,38 @@ def main() -> None:
             f"{workdir} was trained with --config.data.validation_fraction=0 and holds nothing "
             "out; score what it was trained on with --split train"
         )
-    result = Evaluator(config, tokenizer.pad_id)(nnx.state(model, nnx.Param), split)
+    evaluator = Evaluator(config, tokenizer.pad_id)
+    result = evaluator(nnx.state(model, nnx.Param), split, windows=windows)
     xz = xz_bits_per_byte(split, tokenizer)
     facts = {
         "split": f"{split.name}, {len(split.document_starts):,} documents",
+        "state": describe(windows),
         "predictions": f"{result.predictions:,}",
         "nats/token": f"{result.nats_per_token:.4f}",
         "perplexity": f"{result.perplexity:.4f}",
         "bits/byte": f"{result.bits_per_byte:.4f}   (xz -9e: {xz:.4f})",
     }
     print(report.summary(facts))
+
+
+def chosen_windows() -> Windows | None:
+    """What --window and --stride say; None carries the state."""
+    if not _WINDOW.value:
+        if _STRIDE.value:
+            raise UserError(f"--stride={_STRIDE.value} is of windows: give --window too")
+        return None
+    windows = Windows(_WINDOW.value, _STRIDE.value or (_WINDOW.value + 1) // 2)
+    check_windows(windows)
+    return windows
+
+
+def describe(windows: Windows | None) -> str:
+    """What a prediction has read, in words."""
+    if windows is None:
+        return "carried over each document"
+    length, stride = windows
+    least = length - stride + 1
+    return f"zero, then {least} to {length} tokens of a window (fewer at a document's start)"
 
 
 def xz_bits_per_byte(split: TokenSplit, tokenizer: Tokenizer) -> float:

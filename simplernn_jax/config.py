@@ -20,6 +20,8 @@ MIXERS = ("simple_rnn", "attention")
 PRECISIONS = ("float32", "bfloat16")
 BATCH_MODES = ("window", "stream", "document")
 SPLITS = ("document", "position")
+REMATERIALISATION = ("none", "block")
+BACKWARD = ("truncated", "exact")
 OPTIMIZERS = ("adamw", "muon")
 ENCODING_ERRORS = ("strict", "replace")
 
@@ -50,13 +52,16 @@ class ModelConfig:
     dropout: float = 0.0
     """Probability of dropping a channel of each residual branch (residual block only)."""
     precision: str = "float32"
-    """Compute dtype of dense layers: ``float32`` or ``bfloat16``. Parameters, state, gates,
-    sums, norms, softmax and loss are float32 either way; cached keys and values are of it."""
+    """Compute dtype of dense layers: ``float32`` or ``bfloat16``. Parameters, gates, sums, norms,
+    softmax and loss are float32 either way; cached keys and values are of it."""
     mixer: str = "simple_rnn"
     """What carries information from token to token: ``simple_rnn``, or ``attention`` (residual
     block only), or one of them for each layer, as a list or ``simple_rnn,attention,...``."""
     attention_context: int = 1024
     """Tokens that attention looks back over, the current one included: what its cache holds."""
+    state_precision: str = "float32"
+    """Dtype of the recurrent state between tokens, or chunks of them: ``float32``; or ``bfloat16``,
+    which halves the state and forgets what is small beside it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A list is kept as text: hashable, one flag, and the same after JSON.
@@ -95,6 +100,9 @@ class DataConfig:
     """Rows of one optimizer step."""
     sequence_length: int = 256
     """Tokens per row."""
+    stride: int = 0
+    """Tokens from one window to the next, at most sequence_length (window mode): sliding windows,
+    all of them once an epoch in random order. 0 draws windows that begin anywhere."""
     reset_probability: float = 0.0
     """Probability that a row's carried state is cleared before a batch (stream mode)."""
     encoding_errors: str = "strict"
@@ -160,6 +168,15 @@ class TrainConfig:
     sample_tokens: int = 120
     profile_steps: int = 0
     """Steps recorded for TensorBoard's profiler, from the third one of the process on."""
+    backward_window: int = 0
+    """Tokens of a row whose gradient is computed at a time, so that memory is that of so many;
+    divides sequence_length. The state goes from one window to the next. 0 takes whole rows."""
+    backward: str = "truncated"
+    """How gradients pass between windows of a row: ``truncated``, not at all (truncated BPTT), or
+    ``exact``, at the cost of computing the forward pass twice."""
+    remat: str = "none"
+    """What a layer keeps for the gradient: ``none`` keeps everything; ``block`` what the layer
+    reads, and computes the rest again."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -215,7 +232,7 @@ def validate(config: Config) -> None:
     _validate_data(config.data)
     _validate_optimizer(config.optimizer)
     _validate_train(config)
-    _validate_mesh(config.mesh)
+    _validate_mesh(config)
 
 
 def _refuse(field: str, value: Any, allowed: str) -> typing.NoReturn:
@@ -248,6 +265,7 @@ def _fraction(config: Any, section: str, *names: str, below_one: bool) -> None:
 def _validate_model(model: ModelConfig) -> None:
     _choice("model.block", model.block, BLOCKS)
     _choice("model.precision", model.precision, PRECISIONS)
+    _choice("model.state_precision", model.state_precision, PRECISIONS)
     _at_least(model, "model", 1, "vocab_size", "num_layers", "hidden_dim", "key_dim", "value_dim")
     _at_least(model, "model", 1, "num_heads", "mlp_dim")
     _at_least(model, "model", 1, "attention_context")
@@ -279,7 +297,12 @@ def _validate_data(data: DataConfig) -> None:
     _choice("data.split", data.split, SPLITS)
     _choice("data.encoding_errors", data.encoding_errors, ENCODING_ERRORS)
     _at_least(data, "data", 1, "batch_size", "sequence_length")
-    _at_least(data, "data", 0, "max_bad_records")
+    _at_least(data, "data", 0, "max_bad_records", "stride")
+    if data.stride > data.sequence_length:
+        allowed = f"at most data.sequence_length={data.sequence_length}, or text would be left out"
+        _refuse("data.stride", data.stride, allowed)
+    if data.stride and data.mode != "window":
+        _refuse("data.stride", data.stride, f"0 where data.mode={data.mode!r}")
     _fraction(data, "data", "validation_fraction", below_one=True)
     _fraction(data, "data", "reset_probability", below_one=False)
     if not data.source:
@@ -312,6 +335,12 @@ def _validate_train(config: Config) -> None:
             f"--config.train.steps={train.steps} and --config.train.epochs={train.epochs}: "
             "set exactly one of them above 0"
         )
+    _choice("train.remat", train.remat, REMATERIALISATION)
+    _choice("train.backward", train.backward, BACKWARD)
+    _at_least(train, "train", 0, "backward_window")
+    window, length = train.backward_window, config.data.sequence_length
+    if window and length % window:
+        _refuse("train.backward_window", window, f"a divisor of data.sequence_length={length}")
     if config.data.batch_size % train.gradient_accumulation:
         _refuse(
             "train.gradient_accumulation",
@@ -320,7 +349,8 @@ def _validate_train(config: Config) -> None:
         )
 
 
-def _validate_mesh(mesh: MeshConfig) -> None:
+def _validate_mesh(config: Config) -> None:
+    mesh = config.mesh
     _at_least(mesh, "mesh", 1, "fsdp", "tensor", "sequence", "stage")
     if mesh.data != -1:
         _at_least(mesh, "mesh", 1, "data")
@@ -328,6 +358,12 @@ def _validate_mesh(mesh: MeshConfig) -> None:
         raise UserError(
             f"--config.mesh.stage={mesh.stage} and --config.mesh.sequence={mesh.sequence} divide "
             "the same time axis; set one of them to 1"
+        )
+    if mesh.sequence > 1 and config.model.state_precision != "float32":
+        raise UserError(
+            f"--config.model.state_precision={config.model.state_precision} and "
+            f"--config.mesh.sequence={mesh.sequence}: stretches of time are put together by exact "
+            "sums; set one of them back to float32 or 1"
         )
 
 

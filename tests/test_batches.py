@@ -136,6 +136,27 @@ def test_windows_start_everywhere():
     assert set(starts.tolist()) == set(range(len(split.tokens)))
 
 
+@pytest.mark.parametrize(("stride", "batch_size"), [(11, 3), (11, 100), (4, 7), (1, 3)])
+def test_sliding_windows_begin_every_so_many_tokens_once_an_epoch(stride, batch_size):
+    split = unique_split()
+    config = data_config("window", stride=stride, batch_size=batch_size)
+    source, steps = BatchSource(split, config, 0, PAD), steps_per_epoch(split, config)
+    number = -(-len(split.tokens) // stride)
+    assert steps == -(-number // batch_size)
+    orders = []
+    for epoch in range(2):
+        batches = [source[epoch * steps + step] for step in range(steps)]
+        assert all(batch.reset.all() for batch in batches)
+        begins = np.concatenate([batch.tokens[:, 0] for batch in batches])[:number]
+        orders.append(begins.tolist())
+        assert len(set(orders[-1])) == number
+        after = np.diff(np.sort(begins), append=begins.min() + len(split.tokens))
+        assert sorted(after)[1:] == [stride] * (number - 1)  # the ring may end with a shorter one
+        made = np.concatenate([batch.tokens[batch.loss_mask] for batch in batches])
+        np.testing.assert_array_equal(np.unique(made), predictable(split))
+    assert orders[0] != orders[1]
+
+
 def test_stream_continues_from_batch_to_batch():
     split, config = unique_split(), data_config("stream")
     source, steps = BatchSource(split, config, 0, PAD), steps_per_epoch(split, config)

@@ -14,6 +14,13 @@ def trainable():
     return config
 
 
+def test_a_stride_is_of_windows():
+    config = trainable()
+    config.data.mode, config.data.stride = "stream", 64
+    with pytest.raises(UserError, match=r"data\.stride=64 .* 0 where data\.mode='stream'"):
+        validate(config)
+
+
 def test_json_round_trip():
     config = trainable()
     config.data.source = "texts/*.txt"
@@ -36,12 +43,16 @@ def test_json_round_trip():
         ("data", "mode", "strem", "did you mean 'stream'"),
         ("data", "validation_fraction", -0.1, r"in \[0, 1\)"),
         ("data", "source", "", "stdlib, a path"),
+        ("data", "stride", 257, "at most data.sequence_length=256"),
         ("optimizer", "learning_rate", float("nan"), "a finite number"),
         ("optimizer", "epsilon", 0.0, "positive"),
         ("optimizer", "name", "moun", "did you mean 'muon'"),
         ("train", "seed", 2**32, r"in \[0, 2\*\*32\)"),
         ("train", "keep_last", 1, "at least 2"),
         ("train", "gradient_accumulation", 5, "a divisor of data.batch_size=16"),
+        ("train", "backward_window", 100, "a divisor of data.sequence_length=256"),
+        ("train", "backward", "exat", "did you mean 'exact'"),
+        ("train", "remat", "blocks", "did you mean 'block'"),
         ("train", "epochs", 3.0, "exactly one of them"),
         ("train", "steps", 0, "exactly one of them"),
     ],
@@ -58,6 +69,13 @@ def test_time_is_divided_by_one_axis_of_the_mesh():
     config = trainable()
     config.mesh.stage, config.mesh.sequence = 2, 4
     with pytest.raises(UserError, match=r"mesh\.stage=2 and .*sequence=4 .* set one of them to 1"):
+        validate(config)
+
+
+def test_stretches_of_time_need_an_exact_state():
+    config = trainable()
+    config.mesh.sequence, config.model.state_precision = 2, "bfloat16"
+    with pytest.raises(UserError, match=r"state_precision=bfloat16 and .*mesh\.sequence=2"):
         validate(config)
 
 

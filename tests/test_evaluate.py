@@ -14,6 +14,7 @@ from small_runs import small_config
 from token_splits import PAD, make_split
 
 from simplernn_jax.data.batches import document_ends
+from simplernn_jax.data.window_batches import Windows
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.parallel.shardings import specs_of
@@ -139,3 +140,27 @@ def test_scores_are_the_losses_of_their_batches():
         assert float(part.total) == pytest.approx(float(np.sum(part.nats)), rel=1e-6)
     total = sum(float(part.total) for part in parts)
     assert total / 61 == pytest.approx(evaluation(limit_tokens=61).nats_per_token)
+
+
+def test_windows_give_what_the_model_makes_of_each_from_zero():
+    length, stride = 11, 4
+    result = Evaluator(CONFIG, PAD)(
+        nnx.state(model(), nnx.Param), SPLIT, windows=Windows(length, stride)
+    )
+    assert result.predictions == SPLIT.num_predictions
+    score = nnx.jit(lambda model, tokens: jax.nn.log_softmax(model(tokens)[0][0]))
+    nats = []
+    for start, end in zip(SPLIT.document_starts, document_ends(SPLIT), strict=True):
+        document = np.asarray(SPLIT.tokens[start:end], np.int32)
+        scored = 0
+        for first in range(0, len(document), stride):
+            inputs = document[first : first + length][: len(document) - 1 - first]
+            if first + len(inputs) <= scored:
+                break
+            padded = np.pad(inputs, (0, length - len(inputs)))[None]
+            logs = np.asarray(score(model(), padded))
+            for place in range(scored - first, len(inputs)):
+                nats.append(-logs[place, document[first + place + 1]])
+            scored = first + len(inputs)
+    assert len(nats) == result.predictions
+    assert result.nats_per_token == pytest.approx(np.mean(nats), rel=1e-6)

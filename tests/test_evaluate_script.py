@@ -71,6 +71,8 @@ def test_a_run_that_holds_nothing_out_says_so(tmp_path):
         ([], "no --workdir"),
         (["--workdir", "nowhere"], "nowhere"),
         (["--workdir", "x", "--split", "test"], "split"),
+        (["--workdir", "x", "--stride", "3"], "--stride=3 is of windows: give --window too"),
+        (["--workdir", "x", "--window", "3", "--stride", "4"], "the stride must be at least 1"),
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(arguments, message):
@@ -79,3 +81,12 @@ def test_bad_flags_are_one_line_and_exit_code_2(arguments, message):
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1
     assert message in errors
+
+
+def test_overlapping_windows_score_the_same_predictions(tmp_path):
+    config = small_config(source=write_corpus(tmp_path / "text"), validation_fraction=0.3)
+    corpus = save_untrained(config, tmp_path / "run")
+    code, output, errors = evaluate("--workdir", tmp_path / "run", "--window", 9, "--stride", 4)
+    assert (code, errors) == (0, "")
+    assert number("predictions", output) == corpus.validation.num_predictions
+    assert "zero, then 6 to 9 tokens of a window" in output

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simplernn_jax.training.losses import cross_entropy, summed_cross_entropy
+from simplernn_jax.training import losses
+from simplernn_jax.training.losses import (
+    cross_entropy,
+    cross_entropy_of_hidden,
+    summed_cross_entropy,
+)
 
 LOGITS = jnp.log(jnp.array([[[1.0, 1.0, 2.0], [1.0, 3.0, 4.0], [5.0, 4.0, 1.0]]]))
 TARGETS = jnp.array([[2, 0, 1]])
@@ -49,3 +54,30 @@ def test_masked_positions_count_nothing_whatever_their_logits_are(poison):
     assert float(value) == pytest.approx(expected)
     by_hand = np.array([[[0.25, 0.25, 0.5 - 1], [0, 0, 0], [0.5, 0.4 - 1, 0.1]]])
     np.testing.assert_allclose(gradient, by_hand, atol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [10**9, 40, 1])
+def test_taken_in_parts_of_time_it_is_the_same(monkeypatch, at_once):
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    random = np.random.default_rng(0)
+    hidden, head = random.normal(size=(2, 13, 3)), random.normal(size=(3, 5))
+    targets, mask = random.integers(0, 5, (2, 13)), random.random((2, 13)) < 0.7
+
+    def of(hidden, head):
+        return cross_entropy_of_hidden(lambda x: x @ head, hidden, targets, mask)
+
+    def at_once_of(hidden, head):
+        return summed_cross_entropy(hidden @ head, targets, mask)
+
+    with jax.enable_x64(True):
+        inputs = jnp.asarray(hidden), jnp.asarray(head)
+        found = jax.value_and_grad(of, argnums=(0, 1))(*inputs)
+        expected = jax.value_and_grad(at_once_of, argnums=(0, 1))(*inputs)
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-13)
+        largest = max(
+            value.aval.size
+            for equation in jax.make_jaxpr(of)(*inputs).jaxpr.eqns
+            for value in equation.outvars
+        )
+    assert largest < 2 * 13 * 5 or at_once == 10**9

@@ -55,6 +55,11 @@ def test_sizes_that_do_not_make_up_the_devices(sizes, message):
             r"data 2 \* fsdp 4 \* gradient_accumulation 4: 16 / 32 leaves 16",
         ),
         ({"sequence": 8}, {"sequence_length": 20}, r"sequence_length=20 .* 20 / 8 leaves 4"),
+        (
+            {"sequence": 8},
+            {"sequence_length": 16, "backward_window": 4},
+            r"train.backward_window=4 .* 4 / 8 leaves 4",
+        ),
         ({"tensor": 8}, {"key_dim": 24, "value_dim": 24, "num_heads": 3}, r"num_heads=3"),
         ({"tensor": 8}, {"num_heads": 8, "mlp_dim": 11}, r"mlp_dim=11 .* 11 / 8 leaves 3"),
         ({"tensor": 8}, {"num_heads": 8, "mlp_dim": 16}, r"vocab_size=259 .* 259 / 8 leaves 3"),

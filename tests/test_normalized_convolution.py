@@ -81,7 +81,7 @@ def test_gradients_of_the_c_functions_are_those_of_shifts(length, with_starts):
 
 @needs_compiler
 def test_a_mesh_and_one_thread_more_or_less_change_nothing():
-    (x, weights, recent), starts = draw(8, 260, 64, 4)
+    (x, weights, recent), starts = draw(8, 521, 64, 4)
     assert (
         CONVOLUTION_FORWARD
         in jax.jit(normalized_convolution).lower(x, weights, recent, starts).as_text()

@@ -44,7 +44,8 @@ class Batch(NamedTuple):
 
 
 def steps_per_epoch(split: TokenSplit, data_config: DataConfig) -> int:
-    """Batches of one pass over `split`; in ``window`` mode those that hold as many tokens.
+    """Batches of one pass over `split`; of windows that begin anywhere, those that hold as many
+    tokens.
 
     Raises:
       UserError: the split is too short for one window, or for one row of each stream.
@@ -72,6 +73,8 @@ def steps_per_epoch(split: TokenSplit, data_config: DataConfig) -> int:
         f"data.sequence_length + 1 = {length} + 1",
         "a smaller --config.data.sequence_length",
     )
+    if data_config.stride:
+        return _divide_up(_divide_up(num_tokens, data_config.stride), batch_size)
     return _divide_up(num_tokens, batch_size * length)
 
 
@@ -100,7 +103,9 @@ def make_batches(
 class BatchSource:
     """Random-access source whose item ``i`` is the `Batch` of optimizer step ``i``.
 
-    ``window``: B windows of T tokens, each beginning anywhere; `reset` everywhere.
+    ``window``: B windows of T tokens, each beginning anywhere; `reset` everywhere. With a stride,
+    one window begins at every so many tokens of the ring, and an epoch has all of them once, in a
+    random order; the first ones fill its last batch.
 
     ``stream``: the documents lie on a ring, turned by a random amount each epoch and cut in B
     rows of equal length (within one token). Batch j of an epoch holds tokens j T to (j+1) T of
@@ -131,6 +136,7 @@ class BatchSource:
         self._mode = data_config.mode
         self._batch_size = data_config.batch_size
         self._length = data_config.sequence_length
+        self._stride = data_config.stride
         self._reset_probability = data_config.reset_probability
         self._seed = seed
         self._pad_id = pad_id
@@ -138,14 +144,17 @@ class BatchSource:
         self._split_key = f"{split.name}:{split.content_hash}"
         # A plain array over the same memory: indexing the memmap class costs more.
         self._tokens = np.asarray(split.tokens)
+        self._order = functools.lru_cache(maxsize=2)(self._draw_order)
         if self._mode == "document":
             per_document = _pieces_per_document(split, self._length)
             self._pieces_until = np.cumsum(per_document)
             self._pieces_before = self._pieces_until - per_document
             self._document_starts = split.document_starts
             self._document_ends = document_ends(split)
-            self._order = functools.lru_cache(maxsize=2)(self._draw_order)
+            self._pieces = int(self._pieces_until[-1])
         else:
+            if self._stride:
+                self._pieces = _divide_up(len(self._tokens), self._stride)
             # A row may run over the end of the ring into its beginning, once.
             starts = split.document_starts
             early = starts[starts <= self._length]
@@ -158,6 +167,7 @@ class BatchSource:
         return (
             f"BatchSource(split={self._split_key}, mode={self._mode}, "
             f"batch_size={self._batch_size}, sequence_length={self._length}, "
+            f"stride={self._stride}, "
             f"reset_probability={self._reset_probability}, seed={self._seed}, "
             f"pad_id={self._pad_id}, rows={self._rows})"
         )
@@ -168,9 +178,18 @@ class BatchSource:
             return self._document_batch(index)
         if self._mode == "stream":
             return self._stream_batch(index)
-        starts = self._random(_WINDOWS, index).integers(0, len(self._tokens), self._batch_size)
-        batch, _ = self._ring_rows(starts[self._rows])
+        batch, _ = self._ring_rows(self._window_starts(index)[self._rows])
         return batch._replace(reset=~batch.reset)
+
+    def _window_starts(self, index: int) -> np.ndarray:
+        num_tokens = len(self._tokens)
+        if not self._stride:
+            return self._random(_WINDOWS, index).integers(0, num_tokens, self._batch_size)
+        epoch, step = divmod(index, self._steps_per_epoch)
+        turn = self._random(_ROTATION, epoch).integers(0, num_tokens)
+        places = step * self._batch_size + np.arange(self._batch_size)
+        nth = self._order(epoch).take(places, mode="wrap")
+        return (turn + nth * self._stride) % num_tokens
 
     def _random(self, purpose: int, index: int) -> np.random.Generator:
         key = np.random.SeedSequence(self._seed, spawn_key=(purpose, index))
@@ -212,7 +231,7 @@ class BatchSource:
         return batch, begins[:, 0]
 
     def _draw_order(self, epoch: int) -> np.ndarray:
-        return self._random(_ORDER, epoch).permutation(int(self._pieces_until[-1]))
+        return self._random(_ORDER, epoch).permutation(self._pieces)
 
     def _document_batch(self, index: int) -> Batch:
         epoch, step = divmod(index, self._steps_per_epoch)

@@ -48,6 +48,31 @@ def evaluation_batches(
     Raises:
       UserError: the split holds nothing to predict.
     """
+    starts, counts = scored_documents(split, limit_tokens)
+    num_rows = int(max(1, min(max_rows, len(counts), counts.sum() // counts.max())))
+    num_rows = round_up(num_rows, divisible_by[0])
+    row_of, loads = _assign(counts, num_rows)
+    by_row = np.argsort(row_of, kind="stable")
+    length = min(max(1, batch_tokens // num_rows), int(loads.max()))
+    length = round_up(length, divisible_by[1])
+    num_batches = -(-int(loads.max()) // length)
+    batches = _lay_out(
+        split, starts[by_row], counts[by_row], loads, (length, num_batches), pad_id, reset_every
+    )
+    return batches, num_batches
+
+
+def scored_documents(split: TokenSplit, limit_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts of the documents to score, and how many predictions of each.
+
+    Args:
+      split: what to score.
+      limit_tokens: above 0, so many predictions: beginnings of documents in a fixed pseudo-random
+        order, the same at every call.
+
+    Raises:
+      UserError: the split holds nothing to predict.
+    """
     starts = np.asarray(split.document_starts)
     counts = document_ends(split) - starts - 1
     if limit_tokens and limit_tokens < counts.sum():
@@ -60,20 +85,11 @@ def evaluation_batches(
             "them follows another in its document; give more text or a larger "
             "--config.data.validation_fraction"
         )
-    num_rows = int(max(1, min(max_rows, len(counts), counts.sum() // counts.max())))
-    num_rows = _round_up(num_rows, divisible_by[0])
-    row_of, loads = _assign(counts, num_rows)
-    by_row = np.argsort(row_of, kind="stable")
-    length = min(max(1, batch_tokens // num_rows), int(loads.max()))
-    length = _round_up(length, divisible_by[1])
-    num_batches = -(-int(loads.max()) // length)
-    batches = _lay_out(
-        split, starts[by_row], counts[by_row], loads, (length, num_batches), pad_id, reset_every
-    )
-    return batches, num_batches
+    return starts, counts
 
 
-def _round_up(number: int, divisor: int) -> int:
+def round_up(number: int, divisor: int) -> int:
+    """The smallest multiple of `divisor` that is at least `number`."""
     return -(-number // divisor) * divisor
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from simplernn_jax.array_types import Activations, HeadState, RecentInputs, SegmentIds
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.attention import Attention, KVCache
-from simplernn_jax.models.dense import compute_dtype, dense
+from simplernn_jax.models.dense import dense, dtypes_of
 from simplernn_jax.models.short_convolution import ShortConvolution
 from simplernn_jax.models.simple_rnn import SimpleRNN
 from simplernn_jax.ops.normalized import rms_normalized
@@ -43,7 +43,7 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
         "value_dim": config.value_dim,
         "output_dim": config.hidden_dim,
         "num_heads": config.num_heads,
-        "dtype": compute_dtype(config.precision),
+        "dtype": dtypes_of(config).compute,
     }
 
 
@@ -51,7 +51,7 @@ class PlainBlock(nnx.Module):
     """The bare layer of the PyTorch project: no norm, no residual, its initialisation."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.rnn = SimpleRNN(**_sizes(config), rngs=rngs)
+        self.rnn = SimpleRNN(**_sizes(config), state_dtype=dtypes_of(config).state, rngs=rngs)
 
     def initial_state(self, batch_size: int) -> HeadState:
         """The layer's zero state."""
@@ -87,7 +87,7 @@ class ResidualBlock(nnx.Module):
 
     def __init__(self, config: ModelConfig, mixer: str, *, rngs: nnx.Rngs):
         """Makes the parameters; `mixer` is one of `simplernn_jax.config.MIXERS`."""
-        dtype = compute_dtype(config.precision)
+        dtype = dtypes_of(config).compute
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
         self.convolution = ShortConvolution(CONVOLUTION_WIDTH, config.hidden_dim, rngs=rngs)
         options: dict[str, Any] = {
@@ -102,6 +102,7 @@ class ResidualBlock(nnx.Module):
             self.attention = Attention(context=config.attention_context, **options)
         else:
             self.rnn = SimpleRNN(
+                state_dtype=dtypes_of(config).state,
                 query_scale=(config.key_dim // config.num_heads) ** -0.5,
                 gate_bias_init=spread_gate_bias(config.num_heads),
                 **options,

@@ -3,19 +3,36 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from simplernn_jax.config import ModelConfig
 from simplernn_jax.ops.product import products
 from simplernn_jax.parallel.collectives import gather, gathering_again, is_on_mesh, sum_over
 
 
-def compute_dtype(precision: str) -> Any:
-    """The dtype of dense layers under ``model.precision``."""
-    return jnp.dtype(precision)
+class Dtypes(NamedTuple):
+    """The policy of mixed precision: what is kept and computed in which dtype.
+
+    Gates, sums, norms, softmax and loss are float32 under any policy.
+    """
+
+    parameters: Any
+    """What is trained; operands of products are rounded from it each time."""
+    compute: Any
+    """Operands of the products of dense layers, whose sums are float32."""
+    state: Any
+    """The recurrent state between chunks of tokens and between calls."""
+
+
+def dtypes_of(config: ModelConfig) -> Dtypes:
+    """The policy that ``model.precision`` and ``model.state_precision`` name."""
+    return Dtypes(
+        jnp.dtype("float32"), jnp.dtype(config.precision), jnp.dtype(config.state_precision)
+    )
 
 
 def uniform_fan_in(fan_in: int) -> nnx.Initializer:

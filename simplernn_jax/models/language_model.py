@@ -9,8 +9,9 @@ from flax import nnx
 from simplernn_jax.array_types import Activations, Logits, ModelState, SegmentIds, Tokens
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
-from simplernn_jax.models.dense import compute_dtype, dense
+from simplernn_jax.models.dense import dense, dtypes_of
 from simplernn_jax.models.layer_stack import LayerStack
+from simplernn_jax.models.rematerialise import rematerialised
 from simplernn_jax.ops.normalized import rms_normalized
 from simplernn_jax.ops.product import product
 from simplernn_jax.parallel.collectives import axis_size, is_on_mesh, vary
@@ -35,7 +36,7 @@ class LanguageModel(nnx.Module):
           rngs: source of initial values.
         """
         self.config = dataclasses.replace(config)
-        dtype = compute_dtype(config.precision)
+        dtype = dtypes_of(config).compute
         self.dtype = dtype
         plain = config.block == "plain"
         scale = 1.0 if plain else config.hidden_dim**-0.5
@@ -61,6 +62,8 @@ class LanguageModel(nnx.Module):
             if tied
             else dense(config.hidden_dim, config.vocab_size, rngs=rngs, dtype=dtype, **init)
         )
+        self.remat = "none"
+        """What layers keep for the gradient; see `rematerialised`."""
 
     def stack_layers(self) -> None:
         """Makes all layers one, to be divided among the stages of a mesh; see `LayerStack`.
@@ -107,11 +110,12 @@ class LanguageModel(nnx.Module):
         dropout_key: jax.Array | None,
     ) -> tuple[Activations, ModelState]:
         if isinstance(self.layers, LayerStack):
-            return self.layers(x, state, segment_ids, dropout_key)
+            return self.layers(x, state, segment_ids, dropout_key, remat=self.remat)
         states = []
         for index, layer in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            x, layer_state = layer(x, None if state is None else state[index], segment_ids, key)
+            layer_state = None if state is None else state[index]
+            x, layer_state = rematerialised(layer, self.remat)(x, layer_state, segment_ids, key)
             states.append(layer_state)
         return x, tuple(states)
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 from simplernn_jax.array_types import Activations, ModelState, SegmentIds
 from simplernn_jax.errors import UserError
+from simplernn_jax.models.rematerialise import rematerialised
 from simplernn_jax.parallel.collectives import axis_size
 from simplernn_jax.parallel.layer_layout import STACKED
 from simplernn_jax.parallel.stages import choose_chunks, run_stages
@@ -55,8 +56,12 @@ class LayerStack(nnx.Module):
         state: ModelState | None,
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None = None,
+        remat: str = "none",
     ) -> tuple[Activations, ModelState]:
-        """All layers; ``[B, T, D]`` to this stage's share of it, ``[B, T / stages, D]``."""
+        """All layers; ``[B, T, D]`` to this stage's share of it, ``[B, T / stages, D]``.
+
+        For the gradient, each layer keeps what `remat` says of the chunk of time that it works on.
+        """
         graph, params = nnx.split(self.stacked, nnx.Param)
         if segment_ids is None:
             segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
@@ -64,7 +69,8 @@ class LayerStack(nnx.Module):
         def layer(
             params: nnx.State, x: Activations, state: Any, ids: SegmentIds, key: jax.Array | None
         ) -> tuple[Activations, Any]:
-            return nnx.merge(graph, params)(x, state, ids, key)
+            module = nnx.merge(graph, params)
+            return rematerialised(module, remat)(x, state, ids, key)
 
         x, stacked = run_stages(
             layer,

@@ -23,7 +23,7 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
         S' = diag(g) S + k v^T            y = W_o concat_heads(S'^T q) + b_o
 
     With one head and query scale 1 it is exactly the cell of the PyTorch project. The carry is
-    the state ``[B, H, K, V]``, float32.
+    the state ``[B, H, K, V]``, float32 unless `state_dtype` is another.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
         *,
         rngs: nnx.Rngs,
         query_scale: float = 1.0,
+        state_dtype: Any = jnp.float32,
         **options: Any,
     ):
         """Makes the projections.
@@ -43,6 +44,8 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
         Args:
           hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs: as for `Heads`.
           query_scale: factor on the queries.
+          state_dtype: of the state. Below float32, it is rounded between tokens, or chunks of them
+            (see `ops.narrow_state`).
           **options: ``kernel_init``, ``gate_bias_init``, ``output_norm``, ``output_gate``,
             ``use_bias`` and ``dtype`` of `Heads`.
 
@@ -60,11 +63,14 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
             **options,
         )
         self.query_scale = query_scale
+        # None: the sums' own, float32 (float64 under x64).
+        self.narrow = None if state_dtype == jnp.float32 else jnp.dtype(state_dtype)
 
     def initial_state(self, batch_size: int) -> HeadState:
-        """Zeros ``[B, H, K, V]``, float32."""
+        """Zeros ``[B, H, K, V]``, of the state's dtype."""
         heads = self.num_heads
-        return jnp.zeros((batch_size, heads, self.key_dim // heads, self.value_dim // heads))
+        shape = (batch_size, heads, self.key_dim // heads, self.value_dim // heads)
+        return jnp.zeros(shape, self.narrow)
 
     def project(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """What the recurrence and what `combine` take of ``[..., hidden_dim]`` inputs.
@@ -82,8 +88,9 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
     def __call__(self, carry: HeadState, inputs: jax.Array) -> tuple[HeadState, jax.Array]:
         """One token: state ``[B, H, K, V]`` and input ``[B, hidden_dim]`` to the next of each."""
         (q, k, v, log_gate), output_gate = self.project(inputs)
-        y, carry = recurrent_step(q, k, v, log_gate, carry)
-        return carry, self.combine(y, output_gate)
+        sums = jnp.promote_types(carry.dtype, jnp.float32)
+        y, state = recurrent_step(q, k, v, log_gate, carry.astype(sums))
+        return state.astype(carry.dtype), self.combine(y, output_gate)
 
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
@@ -116,7 +123,7 @@ class SimpleRNN(nnx.Module):
         )
 
     def initial_state(self, batch_size: int) -> HeadState:
-        """Zeros ``[B, H, K, V]``, float32."""
+        """Zeros ``[B, H, K, V]``, of the state's dtype."""
         return self.cell.initial_state(batch_size)
 
     def __call__(
@@ -140,6 +147,12 @@ class SimpleRNN(nnx.Module):
             y, state = recurrence_over_stretches(q, k, v, log_gate, state, segment_ids)
         else:
             y, state = gated_linear_recurrence(
-                q, k, v, log_gate, initial_state=state, segment_ids=segment_ids
+                q,
+                k,
+                v,
+                log_gate,
+                initial_state=state,
+                segment_ids=segment_ids,
+                state_dtype=self.cell.narrow,
             )
         return self.cell.combine(y, output_gate), state

@@ -1,5 +1,8 @@
 """The recurrence as a pure function: one door to every way of computing it."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -7,7 +10,9 @@ from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, Segmen
 from simplernn_jax.ops.chunkwise import chunkwise
 from simplernn_jax.ops.fused import fused
 from simplernn_jax.ops.manual_axes import vary_like
+from simplernn_jax.ops.narrow_state import in_narrow_state
 from simplernn_jax.ops.native import can_call
+from simplernn_jax.ops.rows import clear_rows
 from simplernn_jax.ops.scan import recurrent_step, scan
 
 __all__ = ["gated_linear_recurrence", "recurrent_step", "segment_starts"]
@@ -25,6 +30,7 @@ def gated_linear_recurrence(
     segment_ids: SegmentIds | None = None,
     method: str = "chunkwise",
     chunk_size: int | None = None,
+    state_dtype: Any = None,
 ) -> tuple[Values, HeadState]:
     """Gated linear recurrence: ``S_t = diag(e^log_gate_t) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t``.
 
@@ -41,10 +47,12 @@ def gated_linear_recurrence(
       chunk_size: tokens per chunk, a power of two of at least 8. None chooses the fastest way that
         was measured: on a CPU with a C compiler one fused function in float32, elsewhere matrix
         products over chunks whose size follows from the shape.
+      state_dtype: what the state is rounded to and returned in, such as bfloat16; see
+        `narrow_state`. None keeps it exact.
 
     Returns:
       ``(output, final_state)``: ``[B, T, H, V]`` in the dtype of v, and ``[B, H, K, V]`` in float32
-      (float64 if an input is).
+      (float64 if an input is), or in `state_dtype`.
 
     Raises:
       ValueError: shapes that do not fit together, an unknown method or a bad chunk size.
@@ -57,19 +65,39 @@ def gated_linear_recurrence(
     log_gate = log_gate.astype(dtype)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key_dim, v.shape[-1]), dtype)
-    initial_state = vary_like(initial_state.astype(dtype), q, k, v, log_gate)
+    initial_state = vary_like(initial_state, q, k, v, log_gate)
     if length == 0:
-        return jnp.zeros_like(v), initial_state
+        return jnp.zeros_like(v), initial_state.astype(state_dtype or dtype)
     clear = None if segment_ids is None else segment_starts(segment_ids)
+    arguments = (q, k, v, log_gate, clear)
+    run = partial(_recurrence, method, chunk_size)
+    if state_dtype is not None:
+        return in_narrow_state(run, *arguments, initial_state, state_dtype)
+    return run(*arguments, initial_state.astype(dtype))
+
+
+def _recurrence(
+    method: str,
+    chunk_size: int | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_gate: jax.Array,
+    clear: jax.Array | None,
+    state: HeadState,
+) -> tuple[jax.Array, HeadState]:
+    """The way that `method` and `chunk_size` say; sums are of the dtype of `state`."""
     if method == "scan":
-        return scan(q, k, v, log_gate, initial_state, clear)
-    if chunk_size is None and can_call(dtype):
-        return fused(q, k, v, log_gate, initial_state, clear)
-    if length == 1:
-        # One token: nothing to clear inside the row and no chunk to fill.
-        output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_gate[:, 0], initial_state)
+        return scan(q, k, v, log_gate, state, clear)
+    if chunk_size is None and can_call(state.dtype):
+        return fused(q, k, v, log_gate, state, clear)
+    if q.shape[1] == 1:
+        # One token: no chunk to fill.
+        if clear is not None:
+            state = clear_rows(state, clear[:, 0])
+        output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_gate[:, 0], state)
         return output[:, None], state
-    return chunkwise(q, k, v, log_gate, initial_state, clear, chunk_size)
+    return chunkwise(q, k, v, log_gate, state, clear, chunk_size)
 
 
 def segment_starts(segment_ids: jax.Array) -> jax.Array:

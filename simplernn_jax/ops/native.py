@@ -30,6 +30,8 @@ CONVOLUTION_BACKWARD = "simplernn_convolution_backward"
 NORM_FORWARD = "simplernn_norm_forward"
 NORM_BACKWARD = "simplernn_norm_backward"
 
+LEAST_ENTRIES = 1 << 14
+
 FUNCTIONS = (
     FORWARD,
     BACKWARD,
@@ -48,6 +50,14 @@ _FOR_THIS_MACHINE = (("-march=native",), ("-mcpu=native",), ())
 def can_call(dtype: Any) -> bool:
     """Whether the functions can take arrays of `dtype` here: float32, a CPU and a C compiler."""
     return dtype == jnp.float32 and jax.default_backend() == "cpu" and has_native_functions()
+
+
+def is_worth_a_call(x: jax.Array) -> bool:
+    """Whether a function that passes over `x` takes less time than XLA's own loops.
+
+    A call costs some 5 microseconds, as much as a few small operations.
+    """
+    return can_call(x.dtype) and x.size >= LEAST_ENTRIES
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.ops.native import NORM_BACKWARD, NORM_FORWARD, can_call
+from simplernn_jax.ops.native import NORM_BACKWARD, NORM_FORWARD, is_worth_a_call
 
 EPSILON = 1e-6
 """As in `normalized.c`."""
@@ -25,11 +25,11 @@ def rms_normalized(x: jax.Array, *, native: bool | None = None) -> jax.Array:
 
     Args:
       x: ``[..., D]``.
-      native: call the C functions; None where they can be called.
+      native: call the C functions; None where it pays.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if native is None:
-        native = can_call(x.dtype)
+        native = is_worth_a_call(x)
     return _rms_normalized(x, bool(native and x.size))
 
 

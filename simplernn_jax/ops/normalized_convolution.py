@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import Activations, RecentInputs
 from simplernn_jax.ops.manual_axes import vary_like
-from simplernn_jax.ops.native import CONVOLUTION_BACKWARD, CONVOLUTION_FORWARD, can_call
+from simplernn_jax.ops.native import CONVOLUTION_BACKWARD, CONVOLUTION_FORWARD, is_worth_a_call
 from simplernn_jax.ops.normalized import rms_normalized
 
 _STRETCH = 128
@@ -35,14 +35,14 @@ def normalized_convolution(
       recent: n before the first token, ``[B, W - 1, D]``, of the first token's segment.
       starts: ``[B, T]`` bool: the token begins a segment, and nothing is taken from before it.
         None: no token does.
-      native: call the C functions; None where they can be called.
+      native: call the C functions; None where it pays.
 
     Returns:
       ``[B, T, D]``, and the last W - 1 of recent and n, whatever their segment.
     """
     x = x.astype(recent.dtype)
     if native is None:
-        native = can_call(x.dtype)
+        native = is_worth_a_call(x)
     if not (native and x.size):
         return _by_shifts(x, weights, recent, starts)
     if starts is None:

@@ -70,9 +70,13 @@ def check_fits(config: Config, mesh: Mesh) -> None:
     """
     model, data, sizes = config.model, config.data, mesh.shape
     groups = config.train.gradient_accumulation
+    # What lies apart is the time of each window.
+    tokens, time = data.sequence_length, "data.sequence_length"
+    if config.train.backward_window:
+        tokens, time = config.train.backward_window, "train.backward_window"
     for field, value, axes, times in (
         ("data.batch_size", data.batch_size, BATCH_AXES, groups),
-        ("data.sequence_length", data.sequence_length, ("sequence", "stage"), 1),
+        (time, tokens, ("sequence", "stage"), 1),
         ("model.num_heads", model.num_heads, ("tensor",), 1),
         ("model.mlp_dim", model.mlp_dim, ("tensor",), 1),
         ("model.vocab_size", model.vocab_size, ("tensor",), 1),
@@ -96,10 +100,10 @@ def check_fits(config: Config, mesh: Mesh) -> None:
             f"stages need layers that are all alike, and these are {found}; name one mixer or set "
             "--config.mesh.stage=1"
         )
-    stretch = data.sequence_length // sizes["sequence"]
+    stretch = tokens // sizes["sequence"]
     if sizes["sequence"] > 1 and stretch < LEAST_TOKENS:
         raise UserError(
-            f"--config.data.sequence_length={data.sequence_length} leaves each device of sequence "
+            f"--config.{time}={tokens} leaves each device of sequence "
             f"{sizes['sequence']} a stretch of {stretch}, and the short convolution needs "
             f"{LEAST_TOKENS} tokens; change it or --config.mesh"
         )

@@ -1,4 +1,4 @@
-"""Token-weighted evaluation with the state carried over every document."""
+"""Token-weighted evaluation, with the state carried over every document or by windows."""
 
 import dataclasses
 import math
@@ -16,6 +16,7 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.evaluation_batches import evaluation_batches
 from simplernn_jax.data.token_store import TokenSplit
+from simplernn_jax.data.window_batches import Windows, window_batches
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.rows import clear_rows
 from simplernn_jax.parallel.collectives import sum_over
@@ -118,7 +119,12 @@ class Evaluator:
         return jax.jit(zeros, out_shardings=self._state_shardings)()
 
     def scores(
-        self, params: nnx.State, split: TokenSplit, limit_tokens: int = 0, reset_every: int = 0
+        self,
+        params: nnx.State,
+        split: TokenSplit,
+        limit_tokens: int = 0,
+        reset_every: int = 0,
+        windows: Windows | None = None,
     ) -> Iterator[Scores]:
         """Scores every prediction of the split once, or `limit_tokens` of them, always the same.
 
@@ -127,19 +133,25 @@ class Evaluator:
           split: what to score.
           limit_tokens: 0 scores all of it.
           reset_every: above 0, the state is cleared after every so many tokens of a document.
+          windows: given, documents are read by these windows, each from a zero state.
 
         Raises:
-          UserError: the split holds nothing to predict.
+          UserError: the split holds nothing to predict, or the windows would leave tokens out.
         """
-        batches, _ = evaluation_batches(
-            split,
-            BATCH_TOKENS,
-            MAX_ROWS,
-            self._pad_id,
-            limit_tokens,
-            reset_every,
-            self._divisible_by,
-        )
+        if windows is None:
+            batches, _ = evaluation_batches(
+                split,
+                BATCH_TOKENS,
+                MAX_ROWS,
+                self._pad_id,
+                limit_tokens,
+                reset_every,
+                self._divisible_by,
+            )
+        else:
+            batches, _ = window_batches(
+                split, windows, BATCH_TOKENS, self._pad_id, limit_tokens, self._divisible_by
+            )
         carried = None
         for batch in batches:
             rows = len(batch.reset)
@@ -151,12 +163,17 @@ class Evaluator:
             yield Scores(batch, nats, total)
 
     def __call__(
-        self, params: nnx.State, split: TokenSplit, limit_tokens: int = 0, reset_every: int = 0
+        self,
+        params: nnx.State,
+        split: TokenSplit,
+        limit_tokens: int = 0,
+        reset_every: int = 0,
+        windows: Windows | None = None,
     ) -> Evaluation:
         """The mean over what `scores` yields, with its arguments and errors."""
         nats: list[jax.Array] = []
         predictions = 0
-        for scores in self.scores(params, split, limit_tokens, reset_every):
+        for scores in self.scores(params, split, limit_tokens, reset_every, windows):
             nats.append(scores.total)
             predictions += int(np.sum(scores.batch.loss_mask))
         # Summed in float64 on the host: the order and the size of the parts do not matter.

@@ -1,7 +1,6 @@
 """The loss of a batch and its gradient, in groups of rows, on one device or on each of a mesh."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +10,12 @@ from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.ops.manual_axes import vary_like, varying
+from simplernn_jax.ops.manual_axes import varying
 from simplernn_jax.ops.rows import clear_rows
 from simplernn_jax.parallel.collectives import axis_index, sum_over, vary
 from simplernn_jax.parallel.mesh import TOKEN_AXES
-from simplernn_jax.training.losses import summed_cross_entropy
+from simplernn_jax.training.accumulation import in_groups, through_windows, truncated, with_gradient
+from simplernn_jax.training.losses import cross_entropy_of_hidden
 
 GradientOf = Callable[
     [nnx.State, Batch, ModelState, jax.Array, jax.Array],
@@ -30,12 +30,14 @@ def abstract_model(config: Config) -> tuple[nnx.GraphDef[LanguageModel], nnx.Sta
 
 
 def make_model(config: Config, rngs: nnx.Rngs) -> LanguageModel:
-    """The model as it is trained: with its layers stacked if there are stages.
+    """The model as it is trained: it keeps for the gradient what ``train.remat`` says, and its
+    layers are stacked if there are stages.
 
     Raises:
       UserError: there are stages, and the layers are not alike.
     """
     model = LanguageModel(config.model, rngs=rngs)
+    model.remat = config.train.remat
     if config.mesh.stage > 1:
         model.stack_layers()
     return model
@@ -44,54 +46,34 @@ def make_model(config: Config, rngs: nnx.Rngs) -> LanguageModel:
 def make_gradient(config: Config) -> GradientOf:
     """``(params, batch, carried, rng, step) -> (loss, predictions, gradient, carried)``.
 
+    With ``train.backward_window``, the batch is what `windows_of` makes of it.
     The loss is the mean over all predictions of the batch, in nats. Inside of `jax.shard_map`
     each device is given its part of everything, and gives its part of the gradient and of the
     carried state; loss and predictions are those of the whole batch on all.
     """
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
-    groups = config.train.gradient_accumulation
     dropout = config.model.dropout > 0
 
     def summed_loss(
         params: nnx.State, batch: Batch, carried: ModelState, key: jax.Array, predictions: jax.Array
     ) -> tuple[jax.Array, ModelState]:
         model = nnx.merge(graph, params)
-        # Truncated BPTT: the carried state is a constant of this batch.
-        carried = jax.lax.stop_gradient(clear_rows(carried, batch.reset))
-        logits, new_carried = model(
+        hidden, carried = model.encode(
             batch.tokens,
-            carried or None,
+            clear_rows(carried, batch.reset) or None,
             batch.segment_ids,
             dropout_key=key if dropout else None,
         )
-        nats = summed_cross_entropy(logits, batch.targets, batch.loss_mask)
-        return nats / predictions, new_carried if carried else ()
+        nats = cross_entropy_of_hidden(model.logits, hidden, batch.targets, batch.loss_mask)
+        return nats / predictions, carried
 
-    loss_and_gradient = jax.value_and_grad(summed_loss, has_aux=True)
-
-    def in_groups(
-        params: nnx.State, batch: Batch, carried: ModelState, key: jax.Array, predictions: jax.Array
-    ) -> tuple[jax.Array, nnx.State, ModelState]:
-        if groups == 1:
-            (loss, carried), gradient = loss_and_gradient(params, batch, carried, key, predictions)
-            return loss, gradient, carried
-
-        def add(
-            sums: tuple[jax.Array, Any], group: Any
-        ) -> tuple[tuple[jax.Array, Any], ModelState]:
-            index, rows, carried = group
-            (loss, carried), gradient = loss_and_gradient(
-                params, rows, carried, jax.random.fold_in(key, index), predictions
-            )
-            return jax.tree.map(jnp.add, sums, (loss, gradient)), carried
-
-        by_group = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (batch, carried))
-        zeros = (
-            vary(jnp.zeros(()), *TOKEN_AXES),
-            jax.tree.map(lambda param: vary_like(jnp.zeros_like(param), param), params),
-        )
-        (loss, gradient), carried = jax.lax.scan(add, zeros, (jnp.arange(groups), *by_group))
-        return loss, gradient, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carried)
+    if not config.train.backward_window:
+        of_rows = with_gradient(summed_loss)
+    elif config.train.backward == "truncated":
+        of_rows = truncated(summed_loss)
+    else:
+        of_rows = with_gradient(through_windows(summed_loss))
+    of_all = in_groups(of_rows, config.train.gradient_accumulation)
 
     def gradient_of(
         params: nnx.State, batch: Batch, carried: ModelState, rng: jax.Array, step: jax.Array
@@ -100,7 +82,8 @@ def make_gradient(config: Config) -> GradientOf:
         key = _own_key(jax.random.fold_in(jax.random.wrap_key_data(rng), step))
         # As each device's own, so that their gradients are summed once, after all groups.
         own = vary(params, *TOKEN_AXES)
-        loss, gradient, carried = in_groups(own, batch, carried, key, jnp.maximum(predictions, 1))
+        loss, gradient, ended = of_all(own, batch, carried, key, jnp.maximum(predictions, 1))
+        carried = ended if carried else ()
         return sum_over(loss, *TOKEN_AXES), predictions, _sum_copies(gradient, params), carried
 
     return gradient_of

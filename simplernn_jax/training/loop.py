@@ -321,7 +321,7 @@ class _Run:
             f"{len(train.tokens):,} training tokens in {len(train.document_starts):,} documents"
         )
         if self.config.mesh.stage > 1:
-            length = self.config.data.sequence_length
+            length = self.config.train.backward_window or self.config.data.sequence_length
             display.say(describe_stages(length, self.config.mesh.stage))
         if self.first_step:
             display.say(f"resuming {self.workdir} at step {self.first_step} of {self.total_steps}")

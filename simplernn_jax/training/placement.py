@@ -15,13 +15,14 @@ def is_shared(mesh: Mesh | None) -> TypeGuard[Mesh]:
     return mesh is not None and mesh.size > 1
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
+def compiler_options(mesh: Mesh | None) -> dict[str, str]:
     """What keeps computing something again from becoming keeping it.
 
     The compiler of jax 0.10 for CPUs takes away the barriers of `jax.checkpoint` before it looks
     for equal expressions a last time, and then finds parameters gathered twice.
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    on_cpu = device.platform == "cpu"
     return {"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else {}
 
 
@@ -35,6 +36,13 @@ def batch_specs(mesh: Mesh) -> Batch:
     tokens: Any = present(PartitionSpec(BATCH_AXES, "sequence"), mesh)
     of_loss: Any = present(PartitionSpec(BATCH_AXES, ("sequence", "stage")), mesh)
     return Batch(tokens, of_loss, of_loss, tokens, reset=rows)
+
+
+def window_specs(mesh: Mesh) -> Batch:
+    """Of what `windows_of` makes of a batch: the time of each window lies apart, not of rows."""
+    specs: Any = batch_specs(mesh)
+    of_tokens: Any = [PartitionSpec(spec[0], None, spec[1]) for spec in specs[:4]]
+    return Batch._make([*of_tokens, specs.reset])
 
 
 def batch_shardings(mesh: Mesh) -> Batch | None:

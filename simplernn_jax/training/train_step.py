@@ -16,12 +16,14 @@ from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.parallel.shardings import specs_of
+from simplernn_jax.training.accumulation import windows_of
 from simplernn_jax.training.gradient import make_gradient, make_model
 from simplernn_jax.training.placement import (
     batch_specs,
     compiler_options,
     is_shared,
     shardings_of,
+    window_specs,
 )
 
 
@@ -113,22 +115,25 @@ def make_train_step(
       mesh: the devices that take the step together; None or a mesh of one device is the default
         device. State and batch lie as `state_specs` and `batch_specs` say.
     """
-    gradient_of = make_gradient(config)
+    gradient_of, window = make_gradient(config), config.train.backward_window
     options: dict[str, Any] = {}
     if is_shared(mesh):
         state, batch = state_specs(config, optimizer, mesh), batch_specs(mesh)
+        of_gradient = window_specs(mesh) if window else batch
         gradient_of = jax.shard_map(
             gradient_of,
             mesh=mesh,
-            in_specs=(state.params, batch, state.carried, P(), P()),
+            in_specs=(state.params, of_gradient, state.carried, P(), P()),
             out_specs=(P(), P(), state.params, state.carried),
         )
         states = shardings_of(state, mesh)
         options["in_shardings"] = (states, shardings_of(batch, mesh))
         options["out_shardings"] = (states, NamedSharding(mesh, P()))
+    if is_shared(mesh) or config.train.remat != "none":
         options["compiler_options"] = compiler_options(mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        batch = windows_of(batch, window) if window else batch
         loss, predictions, gradient, carried = gradient_of(
             state.params, batch, state.carried, state.rng, state.step
         )

@@ -1,0 +1,217 @@
+"""Rows taken window by window, and layers that compute again: the losses and gradients of whole
+rows, or exactly what truncation leaves of them, on one device and on meshes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from meshes import mesh_of
+from small_runs import small_config
+
+from simplernn_jax.config import MeshConfig
+from simplernn_jax.data.batches import Batch
+from simplernn_jax.ops import segment_starts
+from simplernn_jax.ops.rows import clear_rows
+from simplernn_jax.parallel.layer_layout import in_layout_of
+from simplernn_jax.training.gradient import abstract_model
+from simplernn_jax.training.losses import summed_cross_entropy
+from simplernn_jax.training.train_step import init_train_state, make_train_step
+
+ROWS, LENGTH, WINDOW, VOCAB = 4, 24, 8, 12
+SGD = optax.sgd(1.0)
+"""Under it the change of the parameters is the gradient."""
+
+
+def config_of(sizes=(), **fields):
+    shape = {"num_layers": 2, "num_heads": 2, "mlp_dim": 12, "vocab_size": VOCAB}
+    rows = {"batch_size": ROWS, "sequence_length": LENGTH, "mode": "stream"}
+    config = small_config(**({"block": "residual"} | shape | rows | fields))
+    config.model.precision = "float64"  # for tests: `validate` knows nothing of it
+    config.mesh = MeshConfig(**({"data": 1} | dict(sizes)))
+    return config
+
+
+def make_batch(begins_at=0.15, seed=0):
+    """Documents begin and end anywhere; some rows are reset."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, VOCAB, (ROWS, LENGTH + 1), np.int32)
+    begins = random.random((ROWS, LENGTH + 1)) < begins_at
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        loss_mask=~begins[:, 1:],
+        segment_ids=np.cumsum(begins[:, :-1], axis=1, dtype=np.int32),
+        reset=begins[:, 0] | (np.arange(ROWS) == 1),
+    )
+
+
+@functools.cache
+def start(block):
+    """Before the first step, with a carried state that is not zero; numpy, float64."""
+    config = config_of(block=block)
+    state = jax.jit(lambda: init_train_state(config, SGD))()
+    carried = jax.tree.map(
+        lambda x: np.random.default_rng(x.size).normal(size=x.shape), state.carried
+    )
+    wide = {np.dtype("float32"): np.float64}
+    state = jax.device_get(dataclasses.replace(state, carried=carried))
+    return jax.tree.map(lambda x: x.astype(wide.get(x.dtype, x.dtype)), state)
+
+
+def step_of(sizes=(), block="residual", **fields):
+    """(loss, gradient, carried) of one step on a batch."""
+    config = config_of(sizes, block=block, **fields)
+    mesh = mesh_of(**dict(sizes)) if sizes else None
+    state = start(block)
+    if config.data.mode != "stream":
+        state = dataclasses.replace(state, carried=())
+    shapes = jax.eval_shape(lambda: init_train_state(config, SGD))
+    before = in_layout_of(shapes, state)
+    lowered = make_train_step(config, SGD, mesh).lower(before, make_batch())
+    # Machine code as it comes: it is run once.
+    step = lowered.compile({"xla_backend_optimization_level": 0})
+
+    def take(batch):
+        placed = jax.device_put((before, batch), step.input_shardings[0])
+        after, metrics = step(*placed)
+        after = in_layout_of(state, jax.device_get(after))
+        gradient = jax.tree.map(np.subtract, state.params, after.params)
+        return float(metrics.loss), gradient, after.carried
+
+    return take
+
+
+@functools.cache
+def whole_rows(block="residual", **fields):
+    with jax.enable_x64(True):
+        return step_of(block=block, **fields)(make_batch())
+
+
+def distance(ours, reference):
+    """The norm of all differences together, beside that of `reference`."""
+    ours, reference = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+        for tree in (ours, reference)
+    )
+    return np.linalg.norm(ours - reference) / np.linalg.norm(reference)
+
+
+def assert_same(ours, reference, limit=1e-11):
+    assert ours[0] == pytest.approx(reference[0], rel=limit)
+    for one, other in zip(ours[1:], reference[1:], strict=True):
+        assert distance(one, other) <= limit
+
+
+def loss_of_window(params, batch, carried, predictions, block):
+    graph, _ = abstract_model(config_of(block=block))
+    model = nnx.merge(graph, params)
+    logits, carried = model(batch.tokens, carried, batch.segment_ids)
+    return summed_cross_entropy(logits, batch.targets, batch.loss_mask) / predictions, carried
+
+
+def window_by_window(batch, block):
+    """Loss and gradient as truncated BPTT defines them, by calls of the model alone."""
+    state = start(block)
+    params, carried = jax.tree.map(jnp.asarray, (state.params, state.carried))
+    begins = np.array(segment_starts(jnp.asarray(batch.segment_ids)))
+    begins[:, 0] = batch.reset
+    of_window = jax.jit(jax.value_and_grad(loss_of_window, has_aux=True), static_argnames="block")
+    losses, gradients = [], []
+    for first in range(0, LENGTH, WINDOW):
+        part = Batch(*(x[:, first : first + WINDOW] for x in batch[:4]), reset=begins[:, first])
+        carried = clear_rows(carried, part.reset)
+        (loss, carried), gradient = of_window(
+            params, part, carried, batch.loss_mask.sum(), block=block
+        )
+        losses.append(float(loss))
+        gradients.append(gradient)
+    total = jax.tree.map(lambda *leaves: np.sum(leaves, axis=0), *gradients)
+    return sum(losses), total, carried
+
+
+def test_truncated_windows_are_the_sum_of_their_own_gradients():
+    with jax.enable_x64(True):
+        batch = make_batch()
+        found = step_of(block="plain", backward_window=WINDOW)(batch)
+        assert_same(found, window_by_window(batch, "plain"))
+    whole = whole_rows("plain")
+    assert found[0] == pytest.approx(whole[0], rel=1e-12)
+    assert distance(found[2], whole[2]) < 1e-12
+    # What truncation leaves out is there, and is not most of it.
+    assert 1e-3 < distance(found[1], whole[1]) < 1
+
+
+def test_a_window_that_covers_the_row_truncates_nothing():
+    with jax.enable_x64(True):
+        found = step_of(block="plain", backward_window=LENGTH)(make_batch())
+    assert_same(found, whole_rows("plain"), 1e-13)
+
+
+def test_exact_windows_have_the_gradient_of_whole_rows():
+    with jax.enable_x64(True):
+        found = step_of(backward_window=WINDOW, backward="exact")(make_batch())
+    assert_same(found, whole_rows())
+
+
+def test_windows_in_groups_of_rows_without_a_carried_state():
+    fields = {"block": "plain", "mode": "window", "gradient_accumulation": 2}
+    with jax.enable_x64(True):
+        found = step_of(backward_window=WINDOW, backward="exact", **fields)(make_batch())
+        expected = step_of(block="plain", mode="window")(make_batch())
+    assert found[2] == expected[2] == ()
+    assert found[0] == pytest.approx(expected[0], rel=1e-12)
+    assert distance(found[1], expected[1]) < 1e-11
+
+
+def test_layers_that_compute_again_have_the_same_gradient():
+    with jax.enable_x64(True):
+        found = step_of(remat="block")(make_batch())
+    assert_same(found, whole_rows(), 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fields"),
+    [
+        ((("sequence", 2), ("fsdp", 2), ("tensor", 2)), {"backward": "exact", "remat": "block"}),
+        ((("sequence", 2), ("data", 2)), {"backward": "truncated"}),
+        ((("stage", 2), ("fsdp", 2)), {"backward": "truncated", "remat": "block"}),
+    ],
+)
+def test_windows_on_a_mesh_are_those_of_one_device(sizes, fields):
+    with jax.enable_x64(True):
+        found = step_of(sizes, backward_window=WINDOW, **fields)(make_batch())
+        truncates = fields["backward"] == "truncated"
+        expected = window_by_window(make_batch(), "residual") if truncates else whole_rows()
+    assert_same(found, expected)
+
+
+def temporary_bytes(**fields):
+    """Working memory of a step on one long row, by the compiler's account."""
+    fields = {"batch_size": 1, "sequence_length": 512, "mode": "window"} | fields
+    config = config_of(**fields)
+    config.model.precision = "float32"
+    shape = (1, config.data.sequence_length)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape[: x.ndim], x.dtype), make_batch())
+    state = jax.eval_shape(lambda: init_train_state(config, SGD))
+    lowered = make_train_step(config, SGD).lower(state, batch)
+    program = lowered.compile({"xla_backend_optimization_level": 0})
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_what_is_kept():
+    everything, block, truncated, exact = (
+        temporary_bytes(**fields)
+        for fields in (
+            {},
+            {"remat": "block"},
+            {"backward_window": 32},
+            {"backward_window": 32, "backward": "exact"},
+        )
+    )
+    assert block < 0.7 * everything
+    assert max(truncated, exact) < 0.2 * everything
