@@ -62,17 +62,28 @@ INLINE int is_cleared(const Arrays *a, int64_t row, int64_t t) {
   return a->clear != NULL && a->clear[row * a->length + t];
 }
 
+/* Asks for what will be read AHEAD tokens later: heads lie between, so that no processor expects it.
+   Beyond an array nothing happens: asking never faults. */
+#define AHEAD 16
+INLINE void expect(const float *from, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(from + i);
+}
+
 /* y and the final state for the columns from `first` on; `state` holds K * w vectors. */
 INLINE void output_columns(const Arrays *a, int64_t row, int64_t head, int64_t first, const int w,
                            Lanes *state) {
   const int64_t K = a->key_dim, V = a->value_dim, left = V - first;
-  const int64_t by_state = (row * a->heads + head) * K * V + first;
+  const int64_t by_state = (row * a->heads + head) * K * V + first, ahead = AHEAD * a->heads * K;
   for (int64_t i = 0; i < K; i++)
     for (int j = 0; j < w; j++)
       state[i * w + j] = load(a->initial + by_state + i * V + j * LANES, inside(left, j));
   for (int64_t t = 0; t < a->length; t++) {
     const int64_t token = (row * a->length + t) * a->heads + head;
     const float *q = a->q + token * K, *k = a->k + token * K, *gate = a->gate + token * K;
+    expect(q + ahead, K);
+    expect(k + ahead, K);
+    expect(gate + ahead, K);
+    expect(a->v + (token + AHEAD * a->heads) * V + first, w * LANES);
     if (is_cleared(a, row, t)) memset(state, 0, sizeof(Lanes) * K * w);
     Lanes v[2], even[2], odd[2];
     for (int j = 0; j < w; j++) {
@@ -107,13 +118,17 @@ INLINE void output_columns(const Arrays *a, int64_t row, int64_t head, int64_t f
 INLINE void gradient_columns(const Arrays *a, int64_t row, int64_t head, int64_t first,
                              const int w, Lanes *d_state) {
   const int64_t K = a->key_dim, V = a->value_dim, left = V - first;
-  const int64_t by_state = (row * a->heads + head) * K * V + first;
+  const int64_t by_state = (row * a->heads + head) * K * V + first, ahead = AHEAD * a->heads * K;
   for (int64_t i = 0; i < K; i++)
     for (int j = 0; j < w; j++)
       d_state[i * w + j] = load(a->d_final + by_state + i * V + j * LANES, inside(left, j));
   for (int64_t t = a->length - 1; t >= 0; t--) {
     const int64_t token = (row * a->length + t) * a->heads + head;
     const float *q = a->q + token * K, *k = a->k + token * K, *gate = a->gate + token * K;
+    expect(q - ahead, K);
+    expect(k - ahead, K);
+    expect(gate - ahead, K);
+    expect(a->d_output + (token - AHEAD * a->heads) * V + first, w * LANES);
     Lanes dy[2], even[2], odd[2];
     for (int j = 0; j < w; j++) {
       dy[j] = load(a->d_output + token * V + first + j * LANES, inside(left, j));
@@ -153,6 +168,11 @@ INLINE void advance_rows(const Arrays *a, int64_t row, int64_t head, int64_t fir
   for (int64_t t = start; t < end; t++) {
     const int64_t token = (row * a->length + t) * a->heads + head;
     const float *v = a->v + token * V, *dy = a->d_output + token * V;
+    const int64_t next = token + AHEAD * a->heads;
+    expect(a->v + next * V, V);
+    if (with_d_q) expect(a->d_output + next * V, V);
+    expect(a->k + next * K + first, w * LANES);
+    expect(a->gate + next * K + first, w * LANES);
     if (is_cleared(a, row, t)) memset(state, 0, sizeof(Lanes) * V * w);
     Lanes *kept = entering == NULL ? NULL : entering + (t - start) * V * w;
     Lanes k[2], gate[2], even[2], odd[2];
@@ -199,6 +219,11 @@ INLINE void retreat_rows(const Arrays *a, int64_t row, int64_t head, int64_t fir
   for (int64_t t = end - 1; t >= start; t--) {
     const int64_t token = (row * a->length + t) * a->heads + head;
     const float *v = a->v + token * V, *dy = a->d_output + token * V;
+    const int64_t next = token - AHEAD * a->heads;
+    expect(a->v + next * V, V);
+    expect(a->d_output + next * V, V);
+    expect(a->q + next * K + first, w * LANES);
+    expect(a->gate + next * K + first, w * LANES);
     const Lanes *met = entering + (t - start) * V * w;
     Lanes q[2], gate[2], d_k[2], d_gate[2];
     for (int j = 0; j < w; j++) {
