@@ -197,7 +197,7 @@ class MeshConfig:
     """Stretches of the time axis; divides sequence_length."""
     stage: int = 1
     """Groups of consecutive layers, through which chunks of time pass one after another; divides
-    num_layers and sequence_length, and leaves sequence at 1."""
+    num_layers and sequence_length, leaves sequence at 1, and needs one mixer in all layers."""
 
 
 _Section = typing.TypeVar(

@@ -119,24 +119,24 @@ def with_gradients(function, layer):
 
 @pytest.mark.usefixtures("_x64", "small_blocks")
 @pytest.mark.parametrize(
-    ("sizes", "context", "options"),
+    ("sizes", "context", "options", "dtype", "limit"),
     [
-        (NARROW, 6, {}),
-        (WIDE, 100, {"output_norm": True, "output_gate": True}),
+        (NARROW, 6, {}, jnp.float64, 3e-7),
+        (NARROW, 6, {}, jnp.float32, 1e-5),
+        (WIDE, 100, {"output_norm": True, "output_gate": True}, jnp.float32, 1e-5),
     ],
-    ids=["K > V, sliding", "K < V, all"],
+    ids=["K > V, sliding, float64", "K > V, sliding", "K < V, all"],
 )
-def test_equals_the_definition(sizes, context, options):
-    """Softmax is float32 even under x64: it limits the agreement. A key bias moves all scores of a
-    query nearly alike, so that its gradient is a small difference of sums of size 10."""
-    layer = make(sizes, context, jnp.float64, **options)
-    x = inputs(dtype=jnp.float64)
+def test_equals_the_definition(sizes, context, options, dtype, limit):
+    """In float64, angles limit the agreement: they are counted in 2^-32 of a turn. A key bias moves
+    all scores of a query nearly alike, so that its gradient is a small difference of large sums."""
+    layer = make(sizes, context, dtype, **options)
     definition = with_gradients(by_definition, layer)
     ours = with_gradients(lambda layer, x, segments: layer(x, None, segments)[0], layer)
     for segments in SEGMENTS.values():
-        expected = definition(x, visible(segments, context))
-        found = ours(x, segments)
-        chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=5e-6)
+        expected = definition(inputs(dtype=jnp.float64), visible(segments, context))
+        found = ours(inputs(dtype=dtype), segments)
+        chex.assert_trees_all_close(found, expected, rtol=limit, atol=limit)
 
 
 def test_without_segment_ids_it_is_one_segment():
