@@ -144,7 +144,7 @@ def test_scores_are_the_losses_of_their_batches():
 
 def test_windows_give_what_the_model_makes_of_each_from_zero():
     length, stride = 11, 4
-    result = Evaluator(CONFIG, PAD)(
+    result = Evaluator(CONFIGS["plain"], PAD)(
         nnx.state(model(), nnx.Param), SPLIT, windows=Windows(length, stride)
     )
     assert result.predictions == SPLIT.num_predictions

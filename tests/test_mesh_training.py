@@ -54,9 +54,9 @@ WIDTHS = {
     "value_dim": 20,
     "num_heads": 4,
     "mlp_dim": 28,
-    # Adam divides by the size of a gradient: below this epsilon, that is what rounding left of
-    # units that no token uses, and differs by the order of sums.
-    "epsilon": 1e-5,
+    # Adam makes steps of one size of gradients of any: of those that rounding left, too, which
+    # differ by the order of sums, and the more the longer the steps.
+    "learning_rate": 1e-3,
 }
 
 
@@ -190,7 +190,6 @@ def exchanged(sizes, config, itemsize):
         # gradients of its input. And the embedding's rows, and the gradient of the head's input.
         count("all-reduce", tokens * model.hidden_dim, 4 * layers + 2)
         count("all-reduce", tokens, 3)  # the loss: largest logit, sum of exponentials, target's
-        count("all-reduce", value_dim, layers)  # the heads' norm, which all devices use
     if sequence > 1:
         recurrences, attentions = map(model.mixers.count, ("simple_rnn", "attention"))
         state, recent = rows * heads * key_dim * value_dim, rows * 3 * model.hidden_dim

@@ -127,12 +127,12 @@ def test_what_is_small_beside_the_state_is_lost():
 def test_a_model_keeps_its_state_so():
     config = dataclasses.replace(small_config("residual").model, state_precision="bfloat16")
     model = LanguageModel(config, rngs=nnx.Rngs(0))
-    state = model.initial_state(2)[0].recurrence
+    state = model.initial_state(2)[0].mixer
     assert state.dtype == jnp.bfloat16
     prompts = [[1, 2, 3], [5] * 70]
     whole = generate(model, prompts, max_new_tokens=9)
     first = generate(model, prompts, max_new_tokens=4)
     rest = generate(model, state=first.state, max_new_tokens=5)
     np.testing.assert_array_equal(whole.tokens[:, 4:], rest.tokens)
-    assert whole.state.layers[0].recurrence.dtype == jnp.bfloat16
+    assert whole.state.layers[0].mixer.dtype == jnp.bfloat16
     assert model.layers[0].rnn.cell.query_proj.kernel[...].dtype == jnp.float32

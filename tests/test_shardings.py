@@ -52,9 +52,7 @@ def test_attention_lies_by_heads_and_so_does_its_cache():
     layer, rows = "params/layers/0/attention", ("data", "fsdp")
     for name in ("query", "key", "value", "output_gate"):
         assert specs[f"{layer}/{name}_proj/kernel/value"] == COLUMNS
-        assert specs[f"{layer}/{name}_proj/bias/value"] == P("tensor")
     assert specs[f"{layer}/out_proj/kernel/value"] == ROWS
-    assert specs[f"{layer}/out_proj/bias/value"] == P()
     for name in ("keys", "values"):
         assert specs[f"carried/0/mixer/{name}"] == P(rows, "tensor")
     assert specs["carried/0/mixer/length"] == P(rows)

@@ -266,7 +266,7 @@ def test_text_goes_on_from_a_file_and_a_fork(tmp_path, model):
     loaded = load_state(path, model, BYTES)
     rest = generate_text(model, BYTES, state=fork_state(loaded, 3), max_new_tokens=23, **DRAWN)
     np.testing.assert_array_equal(rest.state.recent[::3], whole.state.recent)
-    assert len(set(rest)) == 6
+    assert len(set(rest[:3])) == len(set(rest[3:])) == 3
 
 
 class Euros(ByteTokenizer):
