@@ -7,9 +7,6 @@ import jax
 from simplernn_jax.config import MeshConfig
 from simplernn_jax.parallel.mesh import make_mesh
 
-COMPILED_SOON = {"xla_backend_optimization_level": 0}
-"""Machine code as it comes; what the devices exchange is settled before."""
-
 
 def mesh_of(**sizes):
     """A mesh of as many devices as `sizes` make up."""

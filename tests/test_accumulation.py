@@ -74,7 +74,7 @@ def step_of(sizes=(), block="residual", **fields):
     before = in_layout_of(shapes, state)
     lowered = make_train_step(config, SGD, mesh).lower(before, make_batch())
     # Machine code as it comes: it is run once.
-    step = lowered.compile({"xla_backend_optimization_level": 0})
+    step = lowered.compile()
 
     def take(batch):
         placed = jax.device_put((before, batch), step.input_shardings[0])
@@ -199,7 +199,7 @@ def temporary_bytes(**fields):
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape[: x.ndim], x.dtype), make_batch())
     state = jax.eval_shape(lambda: init_train_state(config, SGD))
     lowered = make_train_step(config, SGD).lower(state, batch)
-    program = lowered.compile({"xla_backend_optimization_level": 0})
+    program = lowered.compile()
     return program.memory_analysis().temp_size_in_bytes
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from meshes import COMPILED_SOON, mesh_of
+from meshes import mesh_of
 
 from simplernn_jax.models import Attention, KVCache
 from simplernn_jax.parallel.attention_stretches import tokens_before
@@ -66,7 +66,6 @@ def without_the_oldest(state):
 @functools.partial(
     jax.jit,
     static_argnames=("context", "is_apart"),
-    compiler_options=COMPILED_SOON,
 )
 def results_and_gradients(params, x, state, ids, weights, *, context, is_apart):
     graph, _ = layer_of(context)

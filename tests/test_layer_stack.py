@@ -12,7 +12,7 @@ import optax
 import pytest
 from compiled_collectives import collectives
 from flax import nnx
-from meshes import COMPILED_SOON, mesh_of
+from meshes import mesh_of
 from small_runs import small_config
 
 from simplernn_jax.config import MeshConfig
@@ -74,7 +74,7 @@ def program_of(sizes=(), dtype="float32", **fields):
         shardings = state_shardings(config, optimizer, mesh)
         state = jax.device_put(in_layout_of(like, state), shardings)
     step = make_train_step(config, optimizer, mesh)
-    return state, step.lower(state, make_batch(0)).compile(COMPILED_SOON)
+    return state, step.lower(state, make_batch(0)).compile()
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from compiled_collectives import collectives
 from jax.sharding import NamedSharding
-from meshes import COMPILED_SOON, mesh_of
+from meshes import mesh_of
 from small_runs import small_config
 
 from simplernn_jax.data.batches import Batch
@@ -98,7 +98,7 @@ def compiled(mesh_name, precision="float64", **fields):
     mesh = None if mesh_name is None else mesh_of(**MESHES[mesh_name])
     step = make_train_step(config, make_optimizer(config.optimizer, 100, mesh), mesh)
     lowered = step.lower(start(precision, **fields), make_batch(0))
-    return lowered.compile(COMPILED_SOON)
+    return lowered.compile()
 
 
 def as_jax_arrays(tree, shardings):
@@ -303,7 +303,7 @@ def compile_abstractly(config, mesh):
     shape = (config.data.batch_size, config.data.sequence_length)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape[: x.ndim], x.dtype), make_batch(0))
     lowered = make_train_step(config, optimizer, mesh).lower(state, batch)
-    return state, lowered.compile(COMPILED_SOON)
+    return state, lowered.compile()
 
 
 def test_a_row_of_any_length_exchanges_the_same():
