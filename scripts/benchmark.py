@@ -39,7 +39,7 @@ PICTURES: dict[str, Callable[[dict[str, Any], str], list[str]]] = {"scaling": sc
 
 _ARGUMENTS = command_line.define_arguments(" ".join(BENCHMARKS))
 _OUT = flags.DEFINE_string(
-    "out", None, "Write the results as JSON to this file; or, with pictures, into this folder."
+    "out", None, "FILE.json for the results; or a folder for them and what pictures there are."
 )
 _BLOCKS = flags.DEFINE_integer("blocks", 5, "Alternating blocks.", lower_bound=2)
 _CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate.", lower_bound=1)
@@ -79,6 +79,8 @@ def _check_out(path: str) -> None:
     folder = Path(path).resolve().parent
     if not folder.is_dir():
         raise UserError(f"--out={path}: no folder {folder}; make it, or name another file")
+    if Path(path).suffix != ".json" and not Path(path).exists():
+        Path(path).mkdir()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The ways to scale training, A to F, each beside the same training without it.
 
 Every training is of the same small model and as many tokens of the default corpus; the loss is that
-of held-out text with the state carried. Memory is what a step works in on one device, by the
-compiler's account. Devices of a mesh are simulated ones that share this machine's cores, so that
-their tokens/s say what a schedule costs, not what more hardware gains.
+of held-out text with the state carried. Other draws of parameters and batches say what of a
+difference is chance: so short a training ends elsewhere even by another order of sums. Memory is
+what a step works in on one device, by the compiler's account. Devices of a mesh are simulated ones
+that share this machine's cores, so that their tokens/s say what a schedule costs, not what more
+hardware gains.
 
 - A: training by sliding windows; evaluation by overlapping ones, beside a carried state
 - B: layers over stages; beside it, time over devices
@@ -32,6 +34,9 @@ BATCH, LENGTH, STEPS = 8, 256, 200
 LONG = 4
 """Times LENGTH, of the rows that are cut into windows; with as many times fewer rows."""
 
+ORDER = "=ABCDEF+"
+"""First letters of names, as the table has them: the plain run, the list, what goes with it."""
+
 Row = dict[str, Any]
 
 
@@ -42,8 +47,8 @@ def run(effort: Effort) -> dict[str, Any]:
         rows, trained = compare(small_run(), workdir)
         bias = scaling_parts.truncation_bias(long_rows(small_run()), trained)
         rows += scaling_parts.evaluations(small_run(), trained)
-        rows.append(scaling_parts.cached_prefix(small_run(), trained, workdir))
-    rows.sort(key=lambda row: row["name"][:2])
+        rows += scaling_parts.cached_prefix(small_run(), trained, workdir)
+    rows.sort(key=lambda row: ORDER.index(row["name"][0]))
     errors = scaling_parts.state_errors()
     _show(rows, STEPS * BATCH * LENGTH)
     scaling_parts.show_bias(bias)
@@ -59,6 +64,7 @@ def small_run(steps: int = STEPS) -> Config:
     config = load_config("tiny", BATCH, LENGTH, **widths)
     config.model.vocab_size = 260  # even, so that a mesh can divide it
     config.train.steps = steps
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-2, 50
     config.train.eval_tokens = 65536
     config.mesh.data = 1
     return config
@@ -80,62 +86,62 @@ def changed(config: Config, **fields: Any) -> Config:
     return config
 
 
-def compare(base: Config, workdir: str) -> tuple[list[Row], Trained]:
-    """Trains by every technique; the rows of the table, and what the plain training gave."""
+def trainings(base: Config) -> list[tuple[str, str, Config, dict[str, Any]]]:
+    """Name, what it changes, configuration and options of `train_short`, of each but the plain."""
     long = long_rows(copy.deepcopy(base))
     window = base.data.sequence_length
-    trainings: list[tuple[str, str, Config, dict[str, Any] | None]] = [
+    chunks = {"chunk_size": choose_chunk_size(window)}
+    return [
+        ("= another draw", "parameters and batches", base, {"draw": 1}),
+        ("= a third draw", "likewise", base, {"draw": 2}),
         (
-            "A  sliding windows",
-            "a window every half window",
+            "A sliding windows",
+            "one begins every half window",
             changed(base, stride=window // 2),
-            None,
+            {},
         ),
-        ("C  one token at a time", "one compiled step per token", base, {"method": "scan"}),
+        ("C one token at a time", "a compiled loop", base, {"ways": {"method": "scan"}}),
+        ("C in chunks", "matrix products in XLA", base, {"ways": chunks}),
+        ("D bfloat16 products", "their operands", changed(base, precision="bfloat16"), {}),
+        ("D bfloat16 state", "the recurrent state", changed(base, state_precision="bfloat16"), {}),
+        ("E streams", "the state goes on between steps", changed(base, mode="stream"), {}),
+        ("E long rows", f"rows of {LONG} windows, all backward", long, {}),
         (
-            "C  in chunks",
-            "matrix products over chunks",
-            base,
-            {"chunk_size": choose_chunk_size(window)},
-        ),
-        ("D  bfloat16 products", "operands of products", changed(base, precision="bfloat16"), None),
-        ("D  bfloat16 state", "the state too", changed(base, state_precision="bfloat16"), None),
-        ("E  streams", "the state goes on from step to step", changed(base, mode="stream"), None),
-        ("E  long rows", f"rows of {LONG} windows, all backward", long, None),
-        (
-            "E  truncated in a step",
-            "the same rows, gradients cut",
+            "E truncated in a step",
+            "these rows, gradients cut",
             changed(long, backward_window=window),
-            None,
+            {},
         ),
         (
-            "E  exact in windows",
-            "the same rows, computed twice",
+            "E exact in windows",
+            "these rows, forward twice",
             changed(long, backward_window=window, backward="exact"),
-            None,
+            {},
         ),
-        ("   accumulation", "4 groups of rows", changed(base, gradient_accumulation=4), None),
-        ("   rematerialisation", "blocks computed again", changed(base, remat="block"), None),
+        ("+ accumulation", "4 groups of rows", changed(base, gradient_accumulation=4), {}),
+        ("+ rematerialisation", "layers computed again", changed(base, remat="block"), {}),
     ]
+
+
+def compare(base: Config, workdir: str) -> tuple[list[Row], Trained]:
+    """Trains by every technique; the rows of the table, and what the plain training gave."""
     plain = train_short(base, workdir)
-    rows: list[Row] = [
-        {"name": "C  fused (the plain run)", "changes": "one function for all time"}
-        | plain.measured
-    ]
-    for name, changes, config, ways in trainings:
-        measured = train_short(config, workdir, ways).measured
+    rows: list[Row] = [{"name": "= plain", "changes": "whole step compiled, fused recurrence"}]
+    rows[0] |= plain.measured
+    for name, changes, config, options in trainings(base):
+        measured = train_short(config, workdir, **options).measured
         rows.append({"name": name, "changes": changes} | measured)
     rows.append(scaling_parts.eager_step(base))
     for name, changes, axis in (
-        ("B  layers over stages", "2 devices, a layer on each", "stage"),
-        ("   time over devices", "2 devices, half of each row", "sequence"),
+        ("B layers over stages", "2 devices, a layer each", "stage"),
+        ("B time over devices", "2 devices, half of each row", "sequence"),
     ):
         text = config_lib.to_json(changed(base, **{axis: 2}))
         flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
         measured = call_isolated(measure_short, flags, config=text, workdir=workdir)
         rows.append({"name": name, "changes": changes} | measured)
-    for row in rows:
-        if row.get("loss") is not None:
+    for row in rows[1:]:
+        if "loss" in row:
             row["loss_difference"] = row["loss"] - plain.measured["loss"]
     return rows, plain
 
@@ -158,5 +164,5 @@ def _show(rows: list[Row], tokens: int) -> None:
         for row in rows
     ]
     title = f"scaling: 2 layers of width 64, {tokens:,} tokens, {jax.devices()[0].device_kind}"
-    headings = ["technique", "what it changes", "memory MB", "tokens/s", "loss", "difference"]
+    headings = ["technique", "what it changes", "memory MB", "tokens/s", "nats/token", "difference"]
     tables.show(title, headings, lines)

@@ -77,12 +77,12 @@ def draw(rows: list[dict[str, Any]], folder: str) -> str:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     lengths = np.array([row["length"] for row in rows])
-    styles = zip(WAYS, "osD^v", ("-", "--", "-", "-", ":"), strict=True)
-    for way, marker, line in styles:
+    for way, marker, line in zip(WAYS, "osD^v", ("-", "--", "-", "-", ":"), strict=False):
         axes.plot(lengths, [row[way] for row in rows], marker=marker, linestyle=line, label=way)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.yaxis.set_major_formatter(lambda megabytes, _: f"{megabytes:,g}")
     axes.set_xlabel("tokens of the row")
     axes.set_ylabel("working memory of a train step, MB")
     axes.set_title("base, one row: memory against its length")

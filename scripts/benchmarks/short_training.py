@@ -1,6 +1,6 @@
 """A training of seconds on the default corpus: what it needs, how fast it is, what it learns."""
 
-import contextlib
+import dataclasses
 import time
 from typing import Any, NamedTuple
 
@@ -31,15 +31,20 @@ class Trained(NamedTuple):
     ``tokens_per_s``, the first step left out; ``loss``, nats per token of held-out text."""
 
 
-def train_short(config: Config, workdir: str, ways: dict[str, Any] | None = None) -> Trained:
+def train_short(
+    config: Config, workdir: str, *, ways: dict[str, Any] | None = None, draw: int = 0
+) -> Trained:
     """All steps of `config`, one after another, then an evaluation of ``train.eval_tokens``.
 
     Args:
       config: of the run; its mesh takes what devices there are.
       workdir: where the tokenized corpus is kept.
       ways: options of `gated_linear_recurrence`; None leaves it the choice.
+      draw: which parameters and batches; the text that is held out stays.
     """
     config, corpus = prepare(config, workdir)
+    seed = config.train.seed + draw
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps, mesh)
@@ -58,7 +63,7 @@ def train_short(config: Config, workdir: str, ways: dict[str, Any] | None = None
         out_shardings=state_shardings(config, optimizer, mesh),
     )
     state = init()
-    with recurrence_by(**ways) if ways else contextlib.nullcontext():
+    with recurrence_by(**(ways or {})):
         step = make_train_step(config, optimizer, mesh).lower(state, next_batch()).compile()
     state, _ = step(state, next_batch())
     jax.block_until_ready(state)
