@@ -36,7 +36,7 @@ def measure() -> list[dict[str, Any]]:
     environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     rows: list[dict[str, Any]] = [{"length": length} for length in LENGTHS]
     for way, fields in WAYS.items():
-        arguments = {"fields": fields, "lengths": list(LENGTHS)}
+        arguments: dict[str, Any] = {"fields": fields, "lengths": list(LENGTHS)}
         if "sequence" in fields:
             found = call_isolated(temporary_megabytes, environment, **arguments)
         else:
@@ -59,7 +59,8 @@ def _compile(config: Config, fields: dict[str, Any]) -> float:
     optimizer = make_optimizer(config.optimizer, 1, mesh)
     state = jax.eval_shape(lambda: init_train_state(config, optimizer))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_batch(config))
-    program = make_train_step(config, optimizer, mesh).lower(state, batch).compile(_COMPILED_SOON)
+    step: Any = make_train_step(config, optimizer, mesh)
+    program = step.lower(state, batch).compile(_COMPILED_SOON)
     return program.memory_analysis().temp_size_in_bytes / 1e6
 
 

@@ -55,6 +55,7 @@ def evaluations(config: Config, trained: Trained) -> list[dict[str, Any]]:
     """The plain run's held-out loss with the state carried, and by windows from zero."""
     evaluator = Evaluator(config, trained.corpus.tokenizer.pad_id)
     length, limit = config.data.sequence_length, config.train.eval_tokens
+    held_out: Any = trained.corpus.validation
     rows = []
     for name, windows in (
         ("state carried", None),
@@ -64,7 +65,7 @@ def evaluations(config: Config, trained: Trained) -> list[dict[str, Any]]:
     ):
 
         def call(windows: Windows | None = windows) -> Any:
-            return evaluator(trained.params, trained.corpus.validation, limit, windows=windows)
+            return evaluator(trained.params, held_out, limit, windows=windows)
 
         result = call()  # compiles
         rows.append(

@@ -64,7 +64,8 @@ def train_short(
     )
     state = init()
     with recurrence_by(**(ways or {})):
-        step = make_train_step(config, optimizer, mesh).lower(state, next_batch()).compile()
+        jitted: Any = make_train_step(config, optimizer, mesh)
+        step = jitted.lower(state, next_batch()).compile()
     state, _ = step(state, next_batch())
     jax.block_until_ready(state)
     started = time.perf_counter()
@@ -72,9 +73,8 @@ def train_short(
         state, _ = step(state, next_batch())
     jax.block_until_ready(state)
     seconds = time.perf_counter() - started
-    evaluation = Evaluator(config, pad_id, mesh)(
-        state.params, corpus.validation, config.train.eval_tokens
-    )
+    held_out: Any = corpus.validation  # by default there is one
+    evaluation = Evaluator(config, pad_id, mesh)(state.params, held_out, config.train.eval_tokens)
     tokens = config.data.batch_size * config.data.sequence_length
     measured = {
         "memory_mb": step.memory_analysis().temp_size_in_bytes / 1e6,
