@@ -1,24 +1,26 @@
 """Measures speed and memory beside baselines and the machine's own ceiling, in one run.
 
-    python scripts/benchmark.py ops [train decode startup memory] [--out FILE.json]
+    python scripts/benchmark.py ops [train decode startup memory scaling] [--out FILE.json|FOLDER]
 
     ops      the recurrence, chunkwise beside scan
     train    train steps per second, beside other ways to write the model
     decode   time per written token, beside recomputing the prefix
     startup  imports, and the first train step with and without a compilation cache
     memory   of a train step against the length of its sequence
+    scaling  the ways to scale training, A to F, and what each changes
 
 What is compared runs in alternating blocks of one process (A B A B ...), compiled and warmed up;
 the first call of every block is dropped. Times are medians; a ratio is the median over blocks.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from benchmarks import decoding, machine, memory, recurrence, startup, training
+from benchmarks import decoding, machine, memory, recurrence, scaling, startup, training
 from benchmarks.interleave import Effort
 from simplernn_jax import command_line
 from simplernn_jax.config import nearest_name
@@ -30,10 +32,15 @@ BENCHMARKS = {
     "decode": decoding.run,
     "startup": startup.run,
     "memory": memory.run,
+    "scaling": scaling.run,
 }
+PICTURES: dict[str, Callable[[dict[str, Any], str], list[str]]] = {"scaling": scaling.draw}
+"""What draws the results of a benchmark into a folder."""
 
 _ARGUMENTS = command_line.define_arguments(" ".join(BENCHMARKS))
-_OUT = flags.DEFINE_string("out", None, "Write the results as JSON to this file.")
+_OUT = flags.DEFINE_string(
+    "out", None, "FILE.json for the results; or a folder for them and what pictures there are."
+)
 _BLOCKS = flags.DEFINE_integer("blocks", 5, "Alternating blocks.", lower_bound=2)
 _CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate.", lower_bound=1)
 
@@ -54,9 +61,17 @@ def main() -> int:
     for name in names:
         results[name] = BENCHMARKS[name](effort)
         if _OUT.value:  # after each, so that a later failure loses nothing
-            text = json.dumps(results, indent=2) + "\n"
-            Path(_OUT.value).write_text(text, encoding="utf-8")
+            _write(results, name, Path(_OUT.value))
     return 0
+
+
+def _write(results: dict[str, Any], name: str, out: Path) -> None:
+    text = json.dumps(results, indent=2) + "\n"
+    file = out / "results.json" if out.is_dir() else out
+    file.write_text(text, encoding="utf-8")
+    if out.is_dir() and name in PICTURES:
+        for path in PICTURES[name](results[name], str(out)):
+            print(path)
 
 
 def _check_out(path: str) -> None:
@@ -64,8 +79,8 @@ def _check_out(path: str) -> None:
     folder = Path(path).resolve().parent
     if not folder.is_dir():
         raise UserError(f"--out={path}: no folder {folder}; make it, or name another file")
-    if Path(path).is_dir():
-        raise UserError(f"--out={path}: is a folder; name a file")
+    if Path(path).suffix != ".json" and not Path(path).exists():
+        Path(path).mkdir()
 
 
 if __name__ == "__main__":

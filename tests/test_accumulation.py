@@ -51,9 +51,9 @@ def make_batch(begins_at=0.15, seed=0):
 
 
 @functools.cache
-def start(block):
+def start(**fields):
     """Before the first step, with a carried state that is not zero; numpy, float64."""
-    config = config_of(block=block)
+    config = config_of(**fields)
     state = jax.jit(lambda: init_train_state(config, SGD))()
     carried = jax.tree.map(
         lambda x: np.random.default_rng(x.size).normal(size=x.shape), state.carried
@@ -63,17 +63,18 @@ def start(block):
     return jax.tree.map(lambda x: x.astype(wide.get(x.dtype, x.dtype)), state)
 
 
-def step_of(sizes=(), block="residual", **fields):
-    """(loss, gradient, carried) of one step on a batch."""
-    config = config_of(sizes, block=block, **fields)
+@functools.cache
+def step_of(sizes=(), block="residual", num_layers=2, **fields):
+    """Batch to (loss, gradient, carried) of one step."""
+    shape = {"block": block, "num_layers": num_layers}
+    config = config_of(sizes, **shape, **fields)
     mesh = mesh_of(**dict(sizes)) if sizes else None
-    state = start(block)
+    state = start(**shape)
     if config.data.mode != "stream":
         state = dataclasses.replace(state, carried=())
     shapes = jax.eval_shape(lambda: init_train_state(config, SGD))
     before = in_layout_of(shapes, state)
     lowered = make_train_step(config, SGD, mesh).lower(before, make_batch())
-    # Machine code as it comes: it is run once.
     step = lowered.compile()
 
     def take(batch):
@@ -87,9 +88,9 @@ def step_of(sizes=(), block="residual", **fields):
 
 
 @functools.cache
-def whole_rows(block="residual", **fields):
+def whole_rows(**fields):
     with jax.enable_x64(True):
-        return step_of(block=block, **fields)(make_batch())
+        return step_of(**fields)(make_batch())
 
 
 def distance(ours, reference):
@@ -114,9 +115,10 @@ def loss_of_window(params, batch, carried, predictions, block):
     return summed_cross_entropy(logits, batch.targets, batch.loss_mask) / predictions, carried
 
 
-def window_by_window(batch, block):
+@functools.cache
+def window_by_window(block):
     """Loss and gradient as truncated BPTT defines them, by calls of the model alone."""
-    state = start(block)
+    state, batch = start(block=block, num_layers=2), make_batch()
     params, carried = jax.tree.map(jnp.asarray, (state.params, state.carried))
     begins = np.array(segment_starts(jnp.asarray(batch.segment_ids)))
     begins[:, 0] = batch.reset
@@ -136,10 +138,9 @@ def window_by_window(batch, block):
 
 def test_truncated_windows_are_the_sum_of_their_own_gradients():
     with jax.enable_x64(True):
-        batch = make_batch()
-        found = step_of(block="plain", backward_window=WINDOW)(batch)
-        assert_same(found, window_by_window(batch, "plain"))
-    whole = whole_rows("plain")
+        found = step_of(block="plain", backward_window=WINDOW)(make_batch())
+        assert_same(found, window_by_window("plain"))
+    whole = whole_rows(block="plain")
     assert found[0] == pytest.approx(whole[0], rel=1e-12)
     assert distance(found[2], whole[2]) < 1e-12
     # What truncation leaves out is there, and is not most of it.
@@ -149,45 +150,47 @@ def test_truncated_windows_are_the_sum_of_their_own_gradients():
 def test_a_window_that_covers_the_row_truncates_nothing():
     with jax.enable_x64(True):
         found = step_of(block="plain", backward_window=LENGTH)(make_batch())
-    assert_same(found, whole_rows("plain"), 1e-13)
+    assert_same(found, whole_rows(block="plain"), 1e-13)
 
 
 def test_exact_windows_have_the_gradient_of_whole_rows():
     with jax.enable_x64(True):
-        found = step_of(backward_window=WINDOW, backward="exact")(make_batch())
-    assert_same(found, whole_rows())
+        found = step_of(backward_window=WINDOW, backward="exact", num_layers=1)(make_batch())
+    assert_same(found, whole_rows(num_layers=1))
 
 
 def test_windows_in_groups_of_rows_without_a_carried_state():
     fields = {"block": "plain", "mode": "window", "gradient_accumulation": 2}
     with jax.enable_x64(True):
         found = step_of(backward_window=WINDOW, backward="exact", **fields)(make_batch())
-        expected = step_of(block="plain", mode="window")(make_batch())
-    assert found[2] == expected[2] == ()
+        from_zero = make_batch()._replace(reset=np.ones(ROWS, bool))
+        expected = step_of(block="plain")(from_zero)
+    assert found[2] == ()
     assert found[0] == pytest.approx(expected[0], rel=1e-12)
     assert distance(found[1], expected[1]) < 1e-11
 
 
 def test_layers_that_compute_again_have_the_same_gradient():
     with jax.enable_x64(True):
-        found = step_of(remat="block")(make_batch())
-    assert_same(found, whole_rows(), 1e-13)
+        found = step_of(remat="block", num_layers=1)(make_batch())
+    assert_same(found, whole_rows(num_layers=1), 1e-13)
+
+
+def test_exact_windows_on_a_mesh_are_those_of_one_device():
+    fields = {"backward_window": WINDOW, "backward": "exact", "remat": "block", "num_layers": 1}
+    with jax.enable_x64(True):
+        found = step_of((("sequence", 2), ("fsdp", 2), ("tensor", 2)), **fields)(make_batch())
+    assert_same(found, whole_rows(num_layers=1))
 
 
 @pytest.mark.parametrize(
-    ("sizes", "fields"),
-    [
-        ((("sequence", 2), ("fsdp", 2), ("tensor", 2)), {"backward": "exact", "remat": "block"}),
-        ((("sequence", 2), ("data", 2)), {"backward": "truncated"}),
-        ((("stage", 2), ("fsdp", 2)), {"backward": "truncated", "remat": "block"}),
-    ],
+    ("sizes", "remat"),
+    [((("sequence", 2), ("data", 2)), "none"), ((("stage", 2), ("fsdp", 2)), "block")],
 )
-def test_windows_on_a_mesh_are_those_of_one_device(sizes, fields):
+def test_truncated_windows_on_a_mesh_are_those_of_one_device(sizes, remat):
     with jax.enable_x64(True):
-        found = step_of(sizes, backward_window=WINDOW, **fields)(make_batch())
-        truncates = fields["backward"] == "truncated"
-        expected = window_by_window(make_batch(), "residual") if truncates else whole_rows()
-    assert_same(found, expected)
+        found = step_of(sizes, backward_window=WINDOW, remat=remat)(make_batch())
+        assert_same(found, window_by_window("residual"))
 
 
 def temporary_bytes(**fields):

@@ -101,15 +101,15 @@ def our_step(config: Config) -> CompiledStep:
 
 def scan_step(config: Config) -> CompiledStep:
     """The same step and model, the recurrence by ``method="scan"``."""
-    with _recurrence_by_scan():
+    with recurrence_by(method="scan"):
         return our_step(config)
 
 
 @contextlib.contextmanager
-def _recurrence_by_scan() -> Iterator[None]:
-    """While a model is traced inside, it uses the definition; the model has no option for that."""
-    by_scan = functools.partial(gated_linear_recurrence, method="scan")
-    with mock.patch.object(simple_rnn, "gated_linear_recurrence", by_scan):
+def recurrence_by(**ways: Any) -> Iterator[None]:
+    """While a model is traced inside, its recurrence has these options; the model has none."""
+    chosen = functools.partial(gated_linear_recurrence, **ways)
+    with mock.patch.object(simple_rnn, "gated_linear_recurrence", chosen):
         yield
 
 
