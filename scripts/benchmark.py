@@ -1,6 +1,7 @@
 """Measures speed and memory beside baselines and the machine's own ceiling, in one run.
 
     python scripts/benchmark.py ops [train decode startup memory scaling] [--out FILE.json|FOLDER]
+    python scripts/benchmark.py attention --out FOLDER [--quick]
 
     ops      the recurrence, chunkwise beside scan
     train    train steps per second, beside other ways to write the model
@@ -9,18 +10,22 @@
     memory   of a train step against the length of its sequence
     scaling  the ways to scale training, A to F, and what each changes
 
+    attention   SimpleRNN against self-attention in six aspects, as a table with pictures;
+                --quick measures small sizes, --only a part of it
+
 What is compared runs in alternating blocks of one process (A B A B ...), compiled and warmed up;
 the first call of every block is dropped. Times are medians; a ratio is the median over blocks.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from benchmarks import decoding, machine, memory, recurrence, scaling, startup, training
+from benchmarks.attention import comparison
 from benchmarks.interleave import Effort
 from simplernn_jax import command_line
 from simplernn_jax.config import nearest_name
@@ -37,9 +42,18 @@ BENCHMARKS = {
 PICTURES: dict[str, Callable[[dict[str, Any], str], list[str]]] = {"scaling": scaling.draw}
 """What draws the results of a benchmark into a folder."""
 
-_ARGUMENTS = command_line.define_arguments(" ".join(BENCHMARKS))
+ATTENTION = "attention"
+"""Has a folder of results to itself, and sizes instead of an effort."""
+
+_ARGUMENTS = command_line.define_arguments(" ".join([*BENCHMARKS, ATTENTION]))
 _OUT = flags.DEFINE_string(
     "out", None, "FILE.json for the results; or a folder for them and what pictures there are."
+)
+_QUICK = flags.DEFINE_bool("quick", False, "Small sizes of attention.")
+_ONLY = flags.DEFINE_list(
+    "only",
+    list(comparison.MEASUREMENTS),
+    "Measurements of attention; the others are taken from the results that are in the folder.",
 )
 _BLOCKS = flags.DEFINE_integer("blocks", 5, "Alternating blocks.", lower_bound=2)
 _CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate.", lower_bound=1)
@@ -47,13 +61,13 @@ _CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate."
 
 def main() -> int:
     """Runs the benchmarks that the arguments name, in this order."""
-    names = _ARGUMENTS.value
+    names, known = _ARGUMENTS.value, [*BENCHMARKS, ATTENTION]
     if not names:
-        raise UserError(f"name what to measure: python scripts/benchmark.py {'|'.join(BENCHMARKS)}")
-    for name in names:
-        if name not in BENCHMARKS:
-            near = nearest_name(name, BENCHMARKS)
-            raise UserError(f"{name!r}: no such benchmark{near}; there are {', '.join(BENCHMARKS)}")
+        raise UserError(f"name what to measure: python scripts/benchmark.py {'|'.join(known)}")
+    _check_names(names, known, "benchmark")
+    if ATTENTION in names:
+        _compare_with_attention(names)
+        return 0
     if _OUT.value:
         _check_out(_OUT.value)
     effort = Effort(_BLOCKS.value, _CALLS.value)
@@ -72,6 +86,27 @@ def _write(results: dict[str, Any], name: str, out: Path) -> None:
     if out.is_dir() and name in PICTURES:
         for path in PICTURES[name](results[name], str(out)):
             print(path)
+
+
+def _compare_with_attention(names: list[str]) -> None:
+    if len(names) > 1:
+        raise UserError(f"{ATTENTION} writes a folder of its own; measure the others without it")
+    if not _OUT.value:
+        raise UserError("no --out: name a folder for the table and the pictures")
+    _check_names(_ONLY.value, comparison.MEASUREMENTS, "measurement")
+    out = Path(_OUT.value).expanduser()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out}: {error.strerror}; name a folder") from error
+    comparison.run(out, _QUICK.value, _ONLY.value)
+
+
+def _check_names(names: Iterable[str], known: Collection[str], kind: str) -> None:
+    for name in names:
+        if name not in known:
+            near = nearest_name(name, known)
+            raise UserError(f"{name!r}: no such {kind}{near}; there are {', '.join(known)}")
 
 
 def _check_out(path: str) -> None:

@@ -313,6 +313,9 @@ def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "message"),
     [
         ([], "name what to measure: python scripts/benchmark.py ops|train|decode|startup|memory"),
+        (["attention"], "no --out: name a folder for the table and the pictures"),
+        (["attention", "--out=x", "--only=recal"], "'recal': no such measurement; did you mean"),
+        (["ops", "attention"], "attention writes a folder of its own"),
         (["opps"], "'opps': no such benchmark; did you mean 'ops'?"),
         (["ops", "--out", "no/such/folder/x.json"], "--out=no/such/folder/x.json: no folder"),
         (["ops", "--blocks=1"], "blocks"),

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiled_collectives import collectives
 from flax import nnx
 from meshes import mesh_of
 from small_runs import small_config
 
+from benchmarks.compiled_collectives import collectives
 from simplernn_jax.config import MeshConfig
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.errors import UserError

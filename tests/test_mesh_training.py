@@ -9,11 +9,11 @@ import chex
 import jax
 import numpy as np
 import pytest
-from compiled_collectives import collectives
 from jax.sharding import NamedSharding
 from meshes import mesh_of
 from small_runs import small_config
 
+from benchmarks.compiled_collectives import collectives
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.parallel.shardings import specs_of

@@ -62,7 +62,7 @@ def compare(
     """
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     short, middle, long = (
-        _writing(model, prompts(config, 1, length), new_tokens) for length in contexts
+        writing(model, prompts(config, 1, length), new_tokens) for length in contexts
     )
     prompt = prompts(config, 1, prefill)
     calls: dict[str, tuple[Call, int]] = {
@@ -72,12 +72,12 @@ def compare(
         "recompute": (recompute(model, prompts(config, 1, contexts[1])), 1),
         "products": (matrix_vector_products(model, new_tokens), new_tokens),
         "streams": (
-            _writing(model, prompts(config, streams, contexts[0]), new_tokens),
+            writing(model, prompts(config, streams, contexts[0]), new_tokens),
             streams * new_tokens,
         ),
         "prefill": (lambda: generate(model, prompt, max_new_tokens=0).state, prefill),
         "streaming": (
-            _writing(model, prompts(config, 1, contexts[0]), new_tokens, lambda _: None),
+            writing(model, prompts(config, 1, contexts[0]), new_tokens, lambda _: None),
             new_tokens,
         ),
     }
@@ -156,7 +156,7 @@ def _table(model: LanguageModel) -> jax.Array:
     return model.embedding.embedding[...]
 
 
-def _writing(
+def writing(
     model: LanguageModel,
     prompt: np.ndarray,
     new_tokens: int,

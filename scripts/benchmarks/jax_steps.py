@@ -107,9 +107,10 @@ def scan_step(config: Config) -> CompiledStep:
 
 @contextlib.contextmanager
 def recurrence_by(**ways: Any) -> Iterator[None]:
-    """While a model is traced inside, its recurrence has these options; the model has none."""
-    chosen = functools.partial(gated_linear_recurrence, **ways)
-    with mock.patch.object(simple_rnn, "gated_linear_recurrence", chosen):
+    """While a model is traced inside, `gated_linear_recurrence` is called with these options; the
+    model has none for that."""
+    by_ways = functools.partial(gated_linear_recurrence, **ways)
+    with mock.patch.object(simple_rnn, "gated_linear_recurrence", by_ways):
         yield
 
 

@@ -3,19 +3,20 @@
 import math
 import re
 from collections import Counter
+from typing import Any
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 _OPERATION = re.compile(rf" = (\(.*?\)|\S+) ({'|'.join(KINDS)}|collective-broadcast)(?:-start)?\(")
 _ARRAY = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
 
 
-def collectives(program):
+def collectives(program: Any) -> Counter[tuple[str, int]]:
     """``{(kind, bytes of the result on one device): count}``, array by array.
 
     XLA puts several sums into one operation, and how many is its business: each array counts as
     one here.
     """
-    found = Counter()
+    found: Counter[tuple[str, int]] = Counter()
     for line in program.as_text().splitlines():
         operation = _OPERATION.search(line)
         if operation:
