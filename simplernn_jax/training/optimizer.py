@@ -20,9 +20,6 @@ MUON_MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of x, x x^T x and (x x^T)^2 x; see `orthogonalized`."""
 
-STEPS = 5
-"""Of the iteration."""
-
 MUON_RMS = 0.2
 """Root mean square of Muon's updates, near that of AdamW's, so that both take alike
 learning rates (arXiv:2502.16982, section 2.2)."""
@@ -132,31 +129,8 @@ def orthogonalized(matrix: jax.Array) -> jax.Array:
     rows, columns = matrix.shape
     x = matrix.T if rows > columns else matrix
     x = x / (jnp.linalg.norm(x) + 1e-8)
-    if 2 * len(x) <= x.shape[1]:
-        x = _of_squares(x @ x.T) @ x
-    else:
-        for _ in range(STEPS):
-            x = _polynomial(x @ x.T) @ x
+    for _ in range(5):
+        a = x @ x.T
+        x = NEWTON_SCHULZ[0] * x + (NEWTON_SCHULZ[1] * a + NEWTON_SCHULZ[2] * (a @ a)) @ x
     x = x.T if rows > columns else x
     return MUON_RMS * math.sqrt(max(rows, columns)) * x
-
-
-def _of_squares(a: jax.Array) -> jax.Array:
-    """What all steps multiply x with, from ``a = x x^T``: of a wide x, the smaller products.
-
-    Every step's factor is a polynomial of `a`, so that they commute, and the next `a` is that
-    factor squared times this one.
-    """
-    product = None
-    for step in range(STEPS):
-        factor = _polynomial(a)
-        product = factor if product is None else factor @ product
-        if step < STEPS - 1:
-            a = factor @ (factor @ a)
-    assert product is not None
-    return product
-
-
-def _polynomial(a: jax.Array) -> jax.Array:
-    one, linear, square = NEWTON_SCHULZ
-    return one * jnp.eye(len(a), dtype=a.dtype) + linear * a + square * (a @ a)
