@@ -30,7 +30,8 @@ def test_every_array_of_a_residual_model():
     }
     layer = {f"{name}/kernel": COLUMNS for name in columns}
     layer |= {"mlp_out/kernel": ROWS, "rnn/cell/out_proj/kernel": ROWS}
-    layer |= {"rnn/cell/gate_proj/bias": P("tensor"), "convolution/weights": P()}
+    biases = ("rnn/cell/gate_proj/bias", "rnn/cell/key_proj/bias")
+    layer |= {"convolution/weights": P()} | dict.fromkeys(biases, P("tensor"))
     params = {f"layers/0/{name}": spec for name, spec in layer.items()}
     params |= {"embedding/embedding": ROWS, "final_scale": P()}
     params |= {"head/kernel": COLUMNS, "head/bias": P("tensor")}

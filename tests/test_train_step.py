@@ -97,7 +97,7 @@ def test_first_step_of_a_known_model():
     state, metrics = step(state, make_batch())
     _, second = step(state, make_batch(1))
     found = [float(x) for x in (metrics.loss, metrics.gradient_norm, second.loss)]
-    expected = [2.823715, 1.988771, 2.857109]
+    expected = [2.914084, 2.318421, 3.116445]
     np.testing.assert_allclose(
         found,
         expected,

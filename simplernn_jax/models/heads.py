@@ -47,7 +47,8 @@ class Heads(nnx.Module):
           gate_bias_init: initialiser of the forget gate's bias; None is as for other biases.
           output_norm: normalise each head's output to a root mean square of 1.
           output_gate: multiply the heads' output by silu(W_r x + b_r).
-          use_bias: give all projections a bias, not the forget gate's alone.
+          use_bias: give all projections a bias, not only those that a sigmoid follows: the forget
+            gate's, and beside it the keys'.
           dtype: compute dtype of the projections.
 
         Raises:
@@ -70,7 +71,8 @@ class Heads(nnx.Module):
             return dense(hidden_dim, width, **{**common, **options})
 
         self.query_proj = projection(key_dim)
-        self.key_proj = projection(key_dim)
+        # A sigmoid follows: without a bias it could not make keys that are mostly small.
+        self.key_proj = projection(key_dim, use_bias=use_bias or forget_gate)
         self.value_proj = projection(value_dim)
         gate = {"use_bias": True} | ({"bias_init": gate_bias_init} if gate_bias_init else {})
         self.gate_proj = projection(key_dim, **gate) if forget_gate else None
