@@ -114,9 +114,9 @@ class Attention(Heads):
           ``[B, T, output_dim]`` and the state after the last token.
         """
         batch, length = x.shape[:2]
+        (q, k, v), output_gate = self.projections(x)
         if not length:
             y = jnp.zeros((batch, 0, self.num_heads, self.value_dim // self.num_heads), self.dtype)
-            _, output_gate = self.projections(x)
             state = self.initial_state(batch) if state is None else state
             return self.combine(y, output_gate), state
         # On a mesh with an axis `sequence`, these tokens are a stretch between other devices'.
@@ -125,7 +125,6 @@ class Attention(Heads):
         if is_apart:
             before = tokens_before(length, before, segment_ids)
         positions = _positions(length, before, segment_ids)
-        (q, k, v), output_gate = self.projections(x)
         q, k = rotate(q, positions), rotate(k, positions)
         q, k, v = q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype)
         if state is not None and length == 1 and not is_apart:

@@ -54,9 +54,7 @@ class ShortConvolution(nnx.Module):
         past = self.width - 1
         if state is None:
             state = self.initial_state(x.shape[0])
-        starts = None
-        if segment_ids is not None:
-            starts = segment_starts(segment_ids)[:, : x.shape[1]]
+        starts = None if segment_ids is None else segment_starts(segment_ids)
         if axis_size("sequence") > 1:  # the tokens before are another device's
             own = rms_normalized(x[:, -past:].astype(state.dtype))
             state = halo(_of_last_segment(own, starts), state, segment_ids)

@@ -103,7 +103,7 @@ def _recurrence(
 def segment_starts(segment_ids: jax.Array) -> jax.Array:
     """``[B, T]`` bool: True where the id differs from that of the token before."""
     changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(changed, ((0, 0), (1, 0)))
+    return jnp.pad(changed, ((0, 0), (1, 0)))[:, : segment_ids.shape[1]]
 
 
 def _check_shapes(
