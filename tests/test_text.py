@@ -81,15 +81,16 @@ def test_text_is_what_the_tokens_say():
 
 def test_text_comes_in_pieces():
     calls = []
+    num_rows = 37  # draws of their own: some row outlives the first piece, whatever the model is
     texts = generate_text(
         make_model(),
         BYTES,
-        ["a", "b", "c"],
+        [""] * num_rows,
         max_new_tokens=100,
         temperature=2.0,
         on_text=calls.append,
     )
-    assert texts == ["".join(call[row] for call in calls) for row in range(3)]
+    assert texts == ["".join(call[row] for call in calls) for row in range(num_rows)]
     assert len(calls) > 2
 
 
