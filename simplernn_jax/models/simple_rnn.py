@@ -9,6 +9,7 @@ from flax import nnx
 from simplernn_jax.array_types import Activations, HeadState, SegmentIds
 from simplernn_jax.models.heads import Heads
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
+from simplernn_jax.ops.log_sigmoid import log_sigmoid
 from simplernn_jax.parallel.collectives import axis_size
 from simplernn_jax.parallel.sequence import recurrence_over_stretches
 
@@ -82,7 +83,7 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
             q * self.query_scale,
             jax.nn.sigmoid(k),
             v,
-            jax.nn.log_sigmoid(gate),
+            log_sigmoid(gate),
         ), output_gate
 
     def __call__(self, carry: HeadState, inputs: jax.Array) -> tuple[HeadState, jax.Array]:

@@ -63,8 +63,14 @@ _products.defvjp(_products_fwd, _products_bwd)
 
 
 def _side_by_side(arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
-    # One conversion of the whole: XLA's CPU backend puts bfloat16 together in float32.
-    return jnp.concatenate(arrays, axis=1).astype(dtype)
+    low = [array.astype(dtype) for array in arrays]
+    if len(low) == 1:
+        return low[0]
+    if dtype == jnp.bfloat16:
+        # As integers: XLA's CPU backend puts bfloat16 together in float32.
+        bits = [jax.lax.bitcast_convert_type(array, jnp.uint16) for array in low]
+        return jax.lax.bitcast_convert_type(jnp.concatenate(bits, axis=1), jnp.bfloat16)
+    return jnp.concatenate(low, axis=1)
 
 
 def _taken_apart(y: jax.Array, kernels: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
