@@ -88,7 +88,7 @@ class Heads(nnx.Module):
 
         Returns:
           Each ``[..., H, K or V]``, H being this device's heads, and what `combine` takes of `x`:
-          the output gate ``[..., H V]``, or None.
+          logits of the output gate ``[..., H V]``, or None.
         """
         layers = [self.query_proj, self.key_proj, self.value_proj]
         widths = [self.key_dim, self.key_dim, self.value_dim]
@@ -104,7 +104,7 @@ class Heads(nnx.Module):
             heads.append(y.reshape(*x.shape[:-1], y.shape[-1] // width, width))
         if self.output_gate_proj is None:
             return tuple(heads), None
-        return tuple(heads), jax.nn.silu(outputs[-1]).reshape(*x.shape[:-1], outputs[-1].shape[-1])
+        return tuple(heads), outputs[-1].reshape(*x.shape[:-1], outputs[-1].shape[-1])
 
     def combine(self, y: jax.Array, output_gate: jax.Array | None) -> jax.Array:
         """The heads' output ``[..., H, V]`` to ``[..., output_dim]``."""
@@ -113,5 +113,10 @@ class Heads(nnx.Module):
         shape, width = y.shape[:-2], y.shape[-2] * y.shape[-1]
         y = y.reshape(-1, width)
         if output_gate is not None:
-            y = y * output_gate.reshape(-1, width)
+            y = _gated(y, output_gate.reshape(-1, width))
         return self.out_proj(y).reshape(*shape, self.out_proj.out_features)
+
+
+@jax.checkpoint  # keeps its arguments, which are kept anyway, and none of what lies between
+def _gated(y: jax.Array, logits: jax.Array) -> jax.Array:
+    return y * jax.nn.silu(logits)
