@@ -13,6 +13,12 @@ from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
 
 EACH_AXIS = {"fsdp": 2, "tensor": 2, "sequence": 2}
+HYBRID = {
+    "block": "residual",
+    "num_layers": 2,
+    "mixer": "simple_rnn,attention",
+    "attention_context": 10,  # of stretches of 6: into the one before, and the window before
+}
 STEPS, HALF = 6, 3
 
 
@@ -26,7 +32,6 @@ def folder(tmp_path_factory):
 def run(folder, name, steps=STEPS, **fields):
     """Trains in ``folder/name``; the schedule is the same however many steps there are."""
     config = small_config(
-        "plain",
         **{
             "vocab_size": 260,
             "num_heads": 2,
@@ -92,6 +97,16 @@ def test_a_stopped_run_goes_on_on_one_device(folder, whole, half):
     for array in expected:
         if array.startswith(("params", "carried")):
             np.testing.assert_allclose(ours[array], expected[array], atol=1e-4, err_msg=array)
+
+
+def test_attention_beside_the_recurrence_goes_on_likewise(folder):
+    run(folder, "both", **HYBRID, **EACH_AXIS)
+    run(folder, "both_half", steps=HALF, **HYBRID, **EACH_AXIS)
+    shutil.copytree(folder / "both_half", folder / "both_alone")
+    run(folder, "both_half", **HYBRID, **EACH_AXIS)
+    assert newest_checkpoint(folder / "both_half") == newest_checkpoint(folder / "both")
+    run(folder, "both_alone", **HYBRID)
+    np.testing.assert_allclose(losses(folder / "both_alone"), losses(folder / "both"), rtol=1e-5)
 
 
 def test_what_was_trained_on_a_mesh_writes_on_one_device(folder, whole):
