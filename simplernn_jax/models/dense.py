@@ -13,6 +13,9 @@ from simplernn_jax.config import ModelConfig
 from simplernn_jax.ops.product import products
 from simplernn_jax.parallel.collectives import gather, gathering_again, is_on_mesh, sum_over
 
+PARAMETERS = jnp.dtype("float32")
+"""Of all parameters, under any policy."""
+
 
 class Dtypes(NamedTuple):
     """The policy of mixed precision: what is kept and computed in which dtype.
@@ -30,9 +33,7 @@ class Dtypes(NamedTuple):
 
 def dtypes_of(config: ModelConfig) -> Dtypes:
     """The policy that ``model.precision`` and ``model.state_precision`` name."""
-    return Dtypes(
-        jnp.dtype("float32"), jnp.dtype(config.precision), jnp.dtype(config.state_precision)
-    )
+    return Dtypes(PARAMETERS, jnp.dtype(config.precision), jnp.dtype(config.state_precision))
 
 
 def uniform_fan_in(fan_in: int) -> nnx.Initializer:
@@ -101,7 +102,7 @@ def dense(
         out_features,
         use_bias=use_bias,
         dtype=dtype,
-        param_dtype=jnp.float32,
+        param_dtype=PARAMETERS,
         kernel_init=kernel_init or uniform_fan_in(in_features),
         bias_init=bias_init or uniform_fan_in(in_features),
         rngs=rngs,

@@ -36,7 +36,7 @@ class LanguageModel(nnx.Module):
           rngs: source of initial values.
         """
         self.config = dataclasses.replace(config)
-        dtype = dtypes_of(config).compute
+        parameters, dtype, _ = dtypes_of(config)
         self.dtype = dtype
         plain = config.block == "plain"
         scale = 1.0 if plain else config.hidden_dim**-0.5
@@ -44,7 +44,7 @@ class LanguageModel(nnx.Module):
             config.vocab_size,
             config.hidden_dim,
             dtype=jnp.promote_types(dtype, jnp.float32),
-            param_dtype=jnp.float32,
+            param_dtype=parameters,
             embedding_init=nnx.initializers.normal(scale),
             rngs=rngs,
         )

@@ -333,11 +333,12 @@ class _Run:
             # Before the evaluation, which may take longer than a preempted job has left.
             self._save(wait=True)
         evaluation = self._evaluate(0, display)
+        speed = self.clock.tokens_per_second
         facts = {
             "steps": f"{self.step:,}",
             "training time": f"{clock(self.clock.seconds)}, of which {self.clock.first:.1f} s "
             "for the first step (compilation)",
-            "speed": f"{self.clock.tokens_per_second:,.0f} tokens/s",
+            "speed": f"{speed:,.0f} tokens/s" if speed else "not known from one step",
             "skipped updates": f"{int(self.state.skipped_updates)}",
             "recompilations": f"{self.train_step.recompilations}",
         }
