@@ -87,6 +87,7 @@ def train(side: str, folder: str, sizes: Sizes, rate: float, seed: int) -> Train
     assert corpus.validation is not None
     evaluator = Evaluator(config, corpus.tokenizer.pad_id)
     result = evaluator(params, corpus.validation, sizes.eval_tokens)
+    print(f"  {side}, rate {rate:g}, seed {seed}: {result.bits_per_byte:.4f} bits/byte", flush=True)
     return Trained(config, params, result.bits_per_byte, time.perf_counter() - start)
 
 
