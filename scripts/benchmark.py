@@ -68,6 +68,8 @@ def main() -> int:
     if ATTENTION in names:
         _compare_with_attention(names)
         return 0
+    if _QUICK.present or _ONLY.present:
+        raise UserError(f"--quick and --only are for {ATTENTION}; --blocks and --calls for others")
     if _OUT.value:
         _check_out(_OUT.value)
     effort = Effort(_BLOCKS.value, _CALLS.value)
@@ -93,6 +95,10 @@ def _compare_with_attention(names: list[str]) -> None:
         raise UserError(f"{ATTENTION} writes a folder of its own; measure the others without it")
     if not _OUT.value:
         raise UserError("no --out: name a folder for the table and the pictures")
+    if _BLOCKS.present or _CALLS.present:
+        raise UserError(f"{ATTENTION} has sizes of its own: --quick, or all without it")
+    if not _ONLY.value:
+        raise UserError(f"--only: names none of {', '.join(comparison.MEASUREMENTS)}")
     _check_names(_ONLY.value, comparison.MEASUREMENTS, "measurement")
     out = Path(_OUT.value).expanduser()
     try:

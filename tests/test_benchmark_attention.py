@@ -14,6 +14,7 @@ from benchmarks.attention.memory import state_bytes
 from benchmarks.attention.program_work import count_work
 from benchmarks.attention.sides import ATTENTION, RECURRENCE, SIDES, config_of
 from benchmarks.attention.table import Line, markdown
+from benchmarks.attention.table import six_aspects as table_of_aspects
 from benchmarks.training import count_parameters
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.data.tasks import Copying
@@ -49,11 +50,14 @@ def test_a_loop_counts_as_often_as_it_runs_and_waits_only_for_what_it_carries():
 
 def test_the_gradient_of_a_rematerialised_function_counts_what_is_computed_again():
     def loss(x, again):
-        function = jax.checkpoint(jnp.sin) if again else jnp.sin
-        return jnp.sum(function(jnp.sin(x)))
+        def function(x):
+            return jnp.sin(jnp.exp(x))
+
+        return jnp.sum(jnp.sin((jax.checkpoint(function) if again else function)(x)))
 
     once, twice = (count_work(jax.grad(lambda x, n=n: loss(x, n)), X).flops for n in (False, True))
-    assert twice >= once
+    # The exponential, of which the gradient takes the cosine.
+    assert twice >= once + M * N
 
 
 def test_what_cannot_be_counted_is_refused():
@@ -174,14 +178,22 @@ def made_up():
     """Results in the form that the measurements give."""
     lengths = (256, 1024)
     counts = dict.fromkeys(("training", "reading", "writing"), 1e6)
-    student = {"parameters": 9, "state_bytes": 8, "best": "muon 0.03"}
-    accuracies = {"same": {"4": 1.0, "8": 0.5}, "longer": {"4": 0.9, "8": 0.4}}
+    student = {"state_bytes": 8, "best": "muon 0.03", "losses": {"muon 0.03": 0.5}}
     recall = [
-        student | {"name": name, "accuracy": accuracies}
-        for name in ("SimpleRNN 8 x 8", "attention", "seed stack (plain)")
+        student
+        | {
+            "name": name,
+            "parameters": parameters,
+            "accuracy": {"same": {"4": 1.0, "16": share}, "longer": {"4": 0.9, "16": share / 2}},
+        }
+        for name, parameters, share in (
+            ("SimpleRNN 8 x 8", 9, 0.53),
+            ("SimpleRNN 64 x 64", 99, 0.97),
+            ("attention", 10, 0.71),
+            ("seed stack (plain)", 9, 0.5),
+        )
     ]
-    one_curve = {"accuracy": accuracies["same"]}
-    distance = [each | {"accuracy": one_curve} for each in recall[:2]]
+    distance = [each | {"accuracy": {"accuracy": each["accuracy"]["same"]}} for each in recall[:3]]
     side = {"parameters": 7, "best_rate": 0.1, "rates": {"0.1": 2.0}, "bits_per_byte": [2.0, 2.1]}
     return {
         "parallelism": [
@@ -241,6 +253,26 @@ def test_the_page_has_all_six_aspects_and_its_pictures(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_models_of_as_many_parameters_are_compared():
+    table = table_of_aspects(made_up())
+    for row in table.splitlines():
+        if "recall of 16 pairs, rows as in training" in row or "copying, rows of 16 tokens" in row:
+            assert "53.0%" in row
+            assert "71.0%" in row
+            assert row.rstrip(" |").endswith("attention")
+            assert "97.0%" not in row
+    assert table.count("53.0%") == 4  # recall, copying, selective copying and the needle
+
+
+def test_one_seed_names_no_winner():
+    results = made_up()
+    one = {"bits_per_byte": [2.0], "mean": 2.0, "spread": 0.0}
+    for side, mean in ((RECURRENCE, 2.0), (ATTENTION, 1.0)):
+        results["corpus"][side] |= one | {"mean": mean}
+    (row,) = (row for row in table_of_aspects(results).splitlines() if "mean of 1 seed" in row)
+    assert row.split("|")[-2].strip() == ""
+
+
 def test_what_was_not_measured_again_is_kept(tmp_path, monkeypatch):
     class Fake:
         QUICK = FULL = communication.QUICK
@@ -257,3 +289,7 @@ def test_what_was_not_measured_again_is_kept(tmp_path, monkeypatch):
     (tmp_path / "results.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"results.json: not JSON"):
         comparison.run(tmp_path, True, ["memory"])
+    for other in ("[]", '{"memory": 1}', '{"memory": {"measured": []}}'):
+        (tmp_path / "results.json").write_text(other, encoding="utf-8")
+        with pytest.raises(UserError, match=r"results.json: not what this benchmark writes"):
+            comparison.run(tmp_path, True, ["memory"])

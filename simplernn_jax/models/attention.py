@@ -25,7 +25,7 @@ class KVCache(NamedTuple):
 
     The token at position p of its segment lies in slot p modulo S, where it takes the place of
     one that no query can see any more. Heads come before slots, as products of one query with
-    all slots want it: otherwise each token would copy the whole cache.
+    all slots want it.
     """
 
     keys: CachedKeys

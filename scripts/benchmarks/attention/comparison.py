@@ -35,6 +35,10 @@ MEASUREMENTS: Mapping[str, ModuleType] = {
 """Each has ``QUICK`` and ``FULL`` sizes, and ``measure(sizes)`` whose result survives JSON."""
 
 
+_PARTS = {"measured", "sizes", "quick", "seconds", "machine"}
+"""Of what is kept of a measurement."""
+
+
 def run(out: Path, quick: bool, names: Sequence[str]) -> None:
     """Measures, and writes results.json, table.md and the pictures after each measurement.
 
@@ -75,4 +79,11 @@ def _earlier(path: Path) -> dict[str, Any]:
         results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); remove it, or name another --out") from error
+    is_whole = isinstance(results, dict) and all(
+        isinstance(results[name], dict) and set(results[name]) >= _PARTS
+        for name in MEASUREMENTS
+        if name in results
+    )
+    if not is_whole:
+        raise UserError(f"{path}: not what this benchmark writes; remove it, or name another --out")
     return {name: results[name] for name in MEASUREMENTS if name in results}

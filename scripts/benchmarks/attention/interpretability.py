@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.attention import corpus
-from benchmarks.attention.sides import RECURRENCE
+from benchmarks.attention.sides import RECURRENCE, config_of
 from simplernn_jax.analysis import account_for_layers
 from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.preparation import prepare
@@ -34,7 +34,7 @@ FULL = Sizes(corpus.FULL, 1024)
 def measure(sizes: Sizes) -> list[dict[str, float]]:
     """By layer: error of the map against the definition, and of the layer's output."""
     with tempfile.TemporaryDirectory() as folder:
-        rate = sizes.training.rates[-1]
+        rate = config_of(RECURRENCE, corpus.LENGTH).optimizer.learning_rate
         trained = corpus.train(RECURRENCE, folder, sizes.training, rate, seed=0)
         _, texts = prepare(trained.config, folder)
         assert texts.validation is not None

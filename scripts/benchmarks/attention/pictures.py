@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.attention import distance, recall
 from benchmarks.attention.sides import ATTENTION, RECURRENCE, SIDES
 from simplernn_jax.analysis.pictures import colors, new_figure, png
 
 _COLORS = {RECURRENCE: "tab:blue", ATTENTION: "tab:orange"}
+_DOTTED: dict[str, Any] = {"color": "gray", "linestyle": ":", "linewidth": 1}
 _PROGRAMS = {
     "attention": ("attention", "tab:orange", "o"),
     "scan": ("recurrence, token by token (scan)", "tab:red", "^"),
@@ -91,14 +93,18 @@ def draw_recall(students: Sequence[Mapping[str, Any]]) -> bytes:
 
 def draw_distance(tasks: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     """Accuracy on every other task against length or distance."""
-    with new_figure(12, 4) as figure:
+    lessons: dict[str, Any] = {name: lesson for name, (lesson, _) in distance.tasks().items()}
+    with new_figure(13, 4) as figure:
         for axes, (name, students) in zip(
             figure.subplots(1, len(tasks)), tasks.items(), strict=True
         ):
             _plot_students(axes, students, "accuracy")
+            learned = distance.LENGTH if name != "needle" else max(distance.LEARNED_DISTANCES)
+            axes.axvline(learned, **_DOTTED)
+            axes.axhline(1 / lessons[name].symbols, **_DOTTED)
             axes.set(title=name, ylabel="share of answers right")
-            axes.set_xlabel("distance (tokens)" if name == "needle" else "row (tokens)")
-        axes.legend()
+            axes.set_xlabel("distance (tokens)" if name == "needle" else "length of a row (tokens)")
+        _legend_beside(figure, axes)
         return png(figure)
 
 
@@ -108,10 +114,15 @@ def _draw_students(
     with new_figure(10, 4) as figure:
         for axes, (curve, title) in zip(figure.subplots(1, 2), curves.items(), strict=True):
             _plot_students(axes, students, curve)
+            axes.axhline(1 / recall.SYMBOLS, **_DOTTED)
             axes.set(title=title, xlabel=along, ylabel="share of answers right")
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right center")
+        _legend_beside(figure, axes)
         return png(figure)
+
+
+def _legend_beside(figure: Any, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center")
 
 
 def _plot_students(axes: Any, students: Sequence[Mapping[str, Any]], curve: str) -> None:

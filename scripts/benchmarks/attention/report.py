@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import tables
-from benchmarks.attention import pictures, table
+from benchmarks.attention import distance, pictures, recall, table
+from benchmarks.attention.corpus import LENGTH
 from benchmarks.attention.sides import SIDES
+from benchmarks.attention.students import LAYERS, WIDTH
 from simplernn_jax.atomic_file import write_file
 
 
@@ -38,9 +40,11 @@ def write(out: Path, results: Mapping[str, Any]) -> str:
     return first
 
 
-_WHAT = """The same block, data, sizes and training on both sides: `configs/base.py` and
+_WHAT = f"""The same block, data, sizes and training on both sides: `configs/base.py` and
 `configs/attention.py`, as many parameters; attention sees the whole row. On synthetic tasks, small
-models of the same kind, each at the learning rate that is best for it."""
+models of the same kind, one training each at every rate tried, of which the one with the lowest
+loss in training is tested; the recurrence of the first table is the one with as many parameters as
+attention, its state {WIDTH} x {WIDTH}."""
 
 
 def _parallelism(measured: Mapping[str, Any]) -> Iterator[Section]:
@@ -66,14 +70,29 @@ def _parallelism(measured: Mapping[str, Any]) -> Iterator[Section]:
 
 def _recall(measured: Mapping[str, Any]) -> Iterator[Section]:
     students = measured["recall"]
-    text = table.student_table(students, "same", "pairs") + "\nRows four times as long:\n\n"
+    text = (
+        "Multi-query associative recall (arXiv:2312.04927): pairs of key and value, then some of "
+        "the keys again, anywhere; the answer is the value of the key. There are "
+        f"{recall.SYMBOLS} keys and {recall.SYMBOLS} values; models have {LAYERS} layers of width "
+        f"{WIDTH} and one head. Learned first from rows of {recall.EASY.length} tokens with up to "
+        f"{max(recall.EASY.pairs)} pairs, then from rows of all numbers of pairs. Dotted: what a "
+        "guess gets.\n\n"
+    )
+    text += table.student_table(students, "same", "pairs") + "\nRows four times as long:\n\n"
     text += table.student_table(students, "longer", "pairs")
     yield Section("recall", text, pictures.draw_recall(students))
 
 
 def _distance(measured: Mapping[str, Any]) -> Iterator[Section]:
     tasks = measured["distance"]
-    text = ""
+    text = (
+        f"Copying (arXiv:1511.06464, section 5.1): {distance.COUNT} symbols, blanks, then the "
+        "symbols in their order. Selective copying (arXiv:2312.00752): the symbols lie anywhere "
+        "among the blanks. A needle: one value in noise, asked for at given distances. Learned "
+        f"from rows of {distance.LENGTH} tokens, and distances up to "
+        f"{max(distance.LEARNED_DISTANCES)}; every other length, shorter or longer, was never "
+        "seen. Dotted: the longest of the training, and what a guess gets.\n\n"
+    )
     for name, students in tasks.items():
         along = "distance" if name == "needle" else "T"
         text += f"{name}:\n\n{table.student_table(students, 'accuracy', along)}\n"
@@ -112,7 +131,8 @@ def _cost(measured: Mapping[str, Any]) -> Iterator[Section]:
     text += (
         "\nOperations are counted in the program before XLA, whose own account takes the body of a "
         "loop once and knows nothing of functions in C; the recurrence is counted in chunks in "
-        "training and reading. Reading is one forward pass; writing is one stream.\n\n"
+        "training and reading. Reading is one forward pass; writing is one stream, for which XLA's "
+        "CPU backend copies attention's keys and values once more for every token.\n\n"
     )
     text += table.crossings(cost, measured.get("parallelism", []))
     yield Section("computation", text, pictures.draw_cost(cost))
@@ -150,10 +170,12 @@ def _corpus(measured: Mapping[str, Any]) -> Iterator[Section]:
         ]
         for side in SIDES
     ]
-    headings = ["side", "parameters", "learning rate", "bits/byte by rate, first seed"]
+    headings = ["side", "parameters", "best rate", "bits/byte by rate, first seed"]
     text = table.markdown([*headings, "bits/byte by seed", "mean"], lines)
     text += (
-        f"\nHeld-out text of the standard library after {corpus['tokens']:,} bytes of training.\n"
+        f"\nHeld-out text of the standard library after {corpus['tokens']:,} bytes of training. It "
+        "is read document after document, the state carried; attention sees the last "
+        f"{LENGTH} bytes, as in training. The rate is chosen by the same text.\n"
     )
     yield Section("loss on text", text)
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import tables
 from benchmarks.attention.cost import crossing
+from benchmarks.attention.distance import LONGER
 from benchmarks.attention.sides import ATTENTION, LAYERS, RECURRENCE, SIDES
 
 Results = Mapping[str, Any]
@@ -22,11 +23,13 @@ class Line(NamedTuple):
     """Values compare by their ratio, else by their difference."""
     equal: float = 0.05
     """Values that differ by no more than this, or by this share of the larger, count as equal."""
+    says_who: bool = True
+    """Whether the values are enough to say who is better."""
 
     def verdict(self) -> str:
         """Who is better, and by how much; nothing where only one side has a value."""
         ours, theirs = (self.values[side] for side in SIDES)
-        if ours is None or theirs is None:
+        if ours is None or theirs is None or not self.says_who:
             return ""
         low, high = sorted((ours, theirs))
         if high - low <= self.equal * (high if self.as_ratio else 1):
@@ -61,12 +64,18 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _parallelism(results: Results) -> Iterator[Line]:
     rows = results.get("parallelism", [])
     for row in rows[:: max(len(rows) - 1, 1)]:
-        times = {RECURRENCE: row["us_per_token"]["ours"], ATTENTION: row["us_per_token"][ATTENTION]}
-        what = f"us a token in training{_of(row)}, T {row['length']:,}, {row['tokens']:,} a step"
-        yield Line(what, times, lambda us: tables.number(us, 1))
+        for program, how in (("ours", "as trained here"), ("chunks", "recurrence in chunks")):
+            times = {
+                RECURRENCE: row["us_per_token"][program],
+                ATTENTION: row["us_per_token"][ATTENTION],
+            }
+            what = f"us a token in training{_of(row)}, T {row['length']:,}, {how}"
+            yield Line(what, times, lambda us: tables.number(us, 1))
     for row in rows[-1:]:
         chain = {RECURRENCE: row["chain"]["chunks"], ATTENTION: row["chain"][ATTENTION]}
-        what = f"longest chain of operations of a gradient{_of(row)}, T {row['length']:,}"
+        what = (
+            f"longest chain of operations of a gradient{_of(row)}, T {row['length']:,}, in chunks"
+        )
         yield Line(what, chain, tables.number)
 
 
@@ -81,11 +90,13 @@ def _long_range(results: Results) -> Iterator[Line]:
         for curve, length in (("same", "rows as in training"), ("longer", "rows 4 times as long")):
             for pairs in students[0]["accuracy"][curve]:
                 what = f"recall of {pairs} pairs, {length}"
-                yield _share(what, _best(students, curve, pairs))
+                yield _share(what, _matched(students, curve, pairs))
     for task, students in results.get("distance", {}).items():
-        for number in list(students[0]["accuracy"]["accuracy"])[-1:]:
+        longest = list(students[0]["accuracy"]["accuracy"])[-1]
+        for number in (str(int(longest) // LONGER), longest):
             what = f"{task}, {'distance' if task == 'needle' else 'rows of'} {number} tokens"
-            yield _share(what, _best(students, "accuracy", number))
+            what += f", {LONGER} times as far as learned" if number == longest else ""
+            yield _share(what, _matched(students, "accuracy", number))
 
 
 def _share(what: str, values: Mapping[str, float | None]) -> Line:
@@ -93,11 +104,15 @@ def _share(what: str, values: Mapping[str, float | None]) -> Line:
     return Line(what, values, tables.share, more_is_better=True, as_ratio=False, equal=0.01)
 
 
-def _best(students: Sequence[Any], curve: str, number: str) -> dict[str, float | None]:
-    """The accuracy of attention, and of the recurrence with the state that suits best."""
-    scores = {student["name"]: student["accuracy"][curve][number] for student in students}
-    ours = [score for name, score in scores.items() if name.startswith(RECURRENCE)]
-    return {RECURRENCE: max(ours), ATTENTION: scores[ATTENTION]}
+def _matched(students: Sequence[Any], curve: str, number: str) -> dict[str, float | None]:
+    """The accuracy of attention, and of the recurrence that has as many parameters."""
+    theirs = next(student for student in students if student["name"] == ATTENTION)
+    ours = min(
+        (student for student in students if student["name"].startswith(RECURRENCE)),
+        key=lambda student: abs(student["parameters"] - theirs["parameters"]),
+    )
+    sides = {RECURRENCE: ours, ATTENTION: theirs}
+    return {side: student["accuracy"][curve][number] for side, student in sides.items()}
 
 
 def _memory(results: Results) -> Iterator[Line]:
@@ -140,7 +155,8 @@ def _scalability(results: Results) -> Iterator[Line]:
         what = f"held-out bits/byte after {corpus['tokens']:,} bytes, mean of {seeds} seed(s)"
         means = {side: corpus[side]["mean"] for side in SIDES}
         spreads = {side: corpus[side]["spread"] for side in SIDES}
-        yield Line(what, means, _bits, as_ratio=False, equal=max(spreads.values()))
+        equal = max(spreads.values())
+        yield Line(what, means, _bits, as_ratio=False, equal=equal, says_who=seeds > 1)
         if seeds > 1:
             what = "largest less smallest of them: means that differ by no more count as equal"
             yield Line(what, spreads, _bits, as_ratio=False, equal=1)
@@ -206,11 +222,12 @@ def student_table(students: Sequence[Mapping[str, Any]], curve: str, along: str)
             tables.number(student["parameters"]),
             tables.number(student["state_bytes"]),
             student["best"],
+            ", ".join(f"{loss:.3f}" for loss in student["losses"].values()),
             *(tables.share(student["accuracy"][curve][number]) for number in numbers),
         ]
         for student in students
     ]
-    headings = ["model", "parameters", "state bytes", "best rate"]
+    headings = ["model", "parameters", "state bytes in training", "best rate", "loss by rate"]
     return markdown([*headings, *(f"{along} {number}" for number in numbers)], rows)
 
 
