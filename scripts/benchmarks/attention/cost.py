@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
 
 _COUNTED = (256, 1024, 4096, 16384, 65536)
 QUICK = Sizes(_COUNTED, (256, 1024, 4096), (256, 1024, 4096, 16384), 64, Effort(2, 1))
-FULL = Sizes(_COUNTED, (256, 1024, 4096, 16384), _COUNTED, 128, Effort(3, 2))
+FULL = Sizes(_COUNTED, (256, 1024, 4096, 16384), _COUNTED, 128, Effort(3, 1))
 
 
 def measure(sizes: Sizes) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Sizes(NamedTuple):
 
 
 QUICK = Sizes((256, 1024, 4096), 4096, 1, Effort(2, 1))
-FULL = Sizes((256, 1024, 4096, 16384), 16384, 4, Effort(3, 2))
+FULL = Sizes((256, 1024, 4096, 16384), 16384, 4, Effort(3, 1))
 
 
 def measure(sizes: Sizes) -> list[dict[str, Any]]:
