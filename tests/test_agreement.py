@@ -24,8 +24,8 @@ def test_one_process_agrees_with_itself(tmp_path):
 def test_a_signal_stops_one_process_at_once():
     signals = []
     vote = StopVote(lambda: signals[-1] if signals else None)
-    assert vote.signal() is None
+    assert vote.signal(()) is None
     assert vote.last_signal() is None
     signals.append("SIGTERM")
-    assert vote.signal() == "SIGTERM"
+    assert vote.signal(()) == "SIGTERM"
     assert vote.last_signal() == "SIGTERM"

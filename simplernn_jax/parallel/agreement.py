@@ -10,7 +10,8 @@ import random
 import signal
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,9 @@ _LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
 
 _SEEN_SECONDS = 10.0
 """A network file system may take its time to show a new file."""
+
+_VOTE_SECONDS = 1.0
+"""Between two votes whether to stop, at least; a step at most comes on top."""
 
 _Result = TypeVar("_Result")
 
@@ -111,10 +115,11 @@ def check_shared(folder: str) -> None:
 
 
 class StopVote:
-    """Whether a signal has come to any process: asked in every step, answered one step later.
+    """Whether a signal has come to any process: asked between steps, about once a second.
 
-    The question is a small computation between the steps, so that nobody waits for it and all get
-    the same answer in the same step.
+    The question is a small computation of its own, so it waits until nothing else is computed: two
+    at a time of which each exchanges something would take each other's messages. All processes get
+    the same answer at the same step, and with it how many steps later they ask again.
 
     Args:
       requested: name of the signal that came to this process, or None.
@@ -122,7 +127,8 @@ class StopVote:
 
     def __init__(self, requested: Callable[[], str | None]) -> None:
         self._requested = requested
-        self._asked: jax.Array | None = None
+        self._steps = self._steps_to_go = 0
+        self._asked_at = time.monotonic()
         if jax.process_count() == 1:
             return
         first_devices = {device.process_index: device for device in reversed(jax.devices())}
@@ -130,25 +136,35 @@ class StopVote:
         mesh = Mesh(np.asarray(devices), ("process",))
         self._apart = NamedSharding(mesh, PartitionSpec("process"))
         together = NamedSharding(mesh, PartitionSpec())
-        self._highest = jax.jit(jnp.max, out_shardings=together)
+        self._highest = jax.jit(partial(jnp.max, axis=0), out_shardings=together)
 
-    def signal(self) -> str | None:
-        """Name of the signal that came to any process before it asked last; asks again."""
+    def signal(self, running: Any) -> str | None:
+        """Name of the signal that came to any process, if this is a step at which all ask.
+
+        Args:
+          running: arrays that are ready only once nothing is computed any more.
+        """
         if jax.process_count() == 1:
             return self._requested()
-        asked, self._asked = self._asked, self._ask()
-        return None if asked is None else _name(asked)
+        if self._steps_to_go:
+            self._steps_to_go -= 1
+            self._steps += 1
+            return None
+        jax.block_until_ready(running)
+        name = self.last_signal()
+        self._steps = 1
+        return name
 
     def last_signal(self) -> str | None:
-        """As `signal`, but waits for the answer of now."""
-        return self._requested() if jax.process_count() == 1 else _name(self._ask())
-
-    def _ask(self) -> jax.Array:
-        name = self._requested()
-        mine = np.asarray([0 if name is None else signal.Signals[name]], np.int32)
-        return self._highest(jax.make_array_from_process_local_data(self._apart, mine))
-
-
-def _name(answer: jax.Array) -> str | None:
-    number = int(answer)
-    return signal.Signals(number).name if number else None
+        """As `signal`, but asks whatever the step; nothing else may be computed."""
+        if jax.process_count() == 1:
+            return self._requested()
+        name, now = self._requested(), time.monotonic()
+        seconds_per_step = (now - self._asked_at) / max(self._steps, 1)
+        microseconds = min(int(1e6 * seconds_per_step), np.iinfo(np.int32).max)
+        mine = [[0 if name is None else signal.Signals[name], microseconds]]
+        asked = jax.make_array_from_process_local_data(self._apart, np.asarray(mine, np.int32))
+        number, slowest = np.asarray(self._highest(asked))
+        self._asked_at = now
+        self._steps_to_go = int(_VOTE_SECONDS * 1e6 / max(slowest, 1))
+        return signal.Signals(int(number)).name if number else None

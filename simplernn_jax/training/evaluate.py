@@ -171,11 +171,18 @@ class Evaluator:
         windows: Windows | None = None,
     ) -> Evaluation:
         """The mean over what `scores` yields, with its arguments and errors."""
-        nats: list[jax.Array] = []
+        nats: list[float] = []
         predictions = 0
+        newest: jax.Array | None = None
         for scores in self.scores(params, split, limit_tokens, reset_every, windows):
-            nats.append(scores.total)
+            # Two at a time: with dozens in flight, XLA's CPU backend can run out of threads while
+            # all of them wait for another process.
+            if newest is not None:
+                nats.append(float(newest))
+            newest = scores.total
             predictions += int(np.sum(scores.batch.loss_mask))
+        if newest is not None:
+            nats.append(float(newest))
         # Summed in float64 on the host: the order and the size of the parts do not matter.
         nats_per_token = float(np.sum(np.asarray(nats, np.float64))) / predictions
         tokens_per_byte = split.num_predictions / max(split.num_bytes, 1)

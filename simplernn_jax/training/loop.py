@@ -187,7 +187,7 @@ class _Run:
         batch = self._next_batch()
         pending: StepMetrics | None = None
         self.clock.start()
-        while self.step < self.total_steps and not vote.signal():
+        while self.step < self.total_steps and not vote.signal(self.state):
             position = self.batches.get_state()
             if profile.is_due():
                 jax.block_until_ready(self.state)  # so that whole steps are recorded
