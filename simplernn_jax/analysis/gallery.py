@@ -58,14 +58,16 @@ def _pictures(explanation: Explanation) -> Iterator[Picture]:
         "Loss by position in the document",
         "A blue line that falls to the right means better predictions with more of the document "
         "read (bars: two standard errors; each point stands for the positions up to the next "
-        "mark), and the gap to the orange line is what the state brings over from before the last "
-        "reset.",
+        "mark). Orange above blue is what the state brings over from before the last reset; where "
+        "orange lies below blue, that does harm: the model predicts better without it.",
         curve_pictures.draw_position_loss(explanation.state_value.by_position, window),
     )
     yield Picture(
         "loss_by_reset",
         "Loss when the state is cleared now and then",
-        "Where the orange line meets the blue one, tokens further back than that add nothing.",
+        "Orange above blue: tokens further back than that still help. Where the two meet, they "
+        "add nothing; where orange falls below blue, they do harm: the model predicts better once "
+        "they are cleared away.",
         curve_pictures.draw_reset_loss(explanation.state_value.by_reset, window),
     )
     yield _contribution_picture(explanation)
