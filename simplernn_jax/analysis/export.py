@@ -10,27 +10,27 @@ from simplernn_jax.analysis.explanation import Explanation
 def to_numbers(explanation: Explanation) -> dict[str, Any]:
     """Everything the pictures show, for JSON: lists, numbers of 6 digits, None for not finite."""
     chosen, value = explanation.chosen, explanation.state_value
-    layers: list[dict[str, Any] | None] = []
-    for account, memory, given in zip(
-        explanation.accounts, explanation.memory.layers, chosen.by_layer, strict=True
+    layers = []
+    for mixer, account, memory, given in zip(
+        explanation.mixers,
+        explanation.accounts,
+        explanation.memory.layers,
+        chosen.by_layer,
+        strict=True,
     ):
-        if account is None or memory is None or given is None:
-            layers.append(None)
-            continue
-        layers.append(
-            {
-                "operator_error": account.operator_error,
-                "layer_error": account.layer_error,
-                # Rows of a triangle: row t has the weights of tokens 0 .. t.
-                "map": [
-                    [head[t, : t + 1] for t in range(len(head))] for head in account.weights[0]
-                ],
-                "half_lives": memory.half_lives,
-                "state_norm": memory.norms,
-                "state_effective_rank": memory.ranks,
-                "contributions": given._asdict(),
-            }
-        )
+        layer: dict[str, Any] = {
+            "mixer": mixer,
+            "operator_error": account.operator_error,
+            "layer_error": account.layer_error,
+            # Rows of a triangle: row t has the weights of tokens 0 .. t.
+            "map": [[head[t, : t + 1] for t in range(len(head))] for head in account.weights[0]],
+            "contributions": given._asdict(),
+        }
+        if memory is not None:
+            layer["half_lives"] = memory.half_lives
+            layer["state_norm"] = memory.norms
+            layer["state_effective_rank"] = memory.ranks
+        layers.append(layer)
     return _plain(
         {
             "tokens": explanation.tokens,

@@ -1,6 +1,6 @@
 """Pictures over the text: attention maps, the state's share, what a prediction was made of."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -67,21 +67,18 @@ def draw_maps(weights: np.ndarray, units: Sequence[Unit], offset: int, row: int)
         return png(figure)
 
 
-def draw_state_share(
-    shares: Sequence[np.ndarray | None], units: Sequence[Unit], offset: int
-) -> bytes:
+def draw_state_share(shares: Mapping[str, np.ndarray], units: Sequence[Unit], offset: int) -> bytes:
     """How much of each output came from before the stretch of text.
 
     Args:
-      shares: by layer, ``[T]``; None leaves the layer out.
+      shares: by the name of the layer, ``[T]``.
       units: of the T tokens.
       offset: position of the first of them in its document.
     """
     with new_figure(12.4, 3.9) as figure:
         axes = figure.subplots()
-        for layer, (share, color) in enumerate(zip(shares, colors(len(shares)), strict=True)):
-            if share is not None:
-                axes.plot(share, color=color, linewidth=1.2, label=f"layer {layer + 1}")
+        for (name, share), color in zip(shares.items(), colors(len(shares)), strict=True):
+            axes.plot(share, color=color, linewidth=1.2, label=name)
         label_text(axes.xaxis, units, offset, round(11 * _TICKS_PER_INCH))
         axes.tick_params(axis="x", rotation=90)
         axes.set_xlim(0, max(units[-1].stop - 1, 1))
