@@ -4,7 +4,8 @@
     python scripts/explain.py --workdir runs/base --text_file story.txt --out explained
 
 --out gets explain.html, which holds everything and opens offline, its pictures as PNG files, and
-their numbers in explain.json. It shows which earlier tokens every output is made of, how long the model remembers, what
+their numbers in explain.json, where weights of maps are rounded to the fourth digit of their head's
+largest. It shows which earlier tokens every output is made of, how long the model remembers, what
 its state is worth, and what one prediction came from. The text is read as one document; its tokens
 are counted from 1.
 
@@ -113,7 +114,7 @@ def _write(out: Path, explanation: "Explanation", facts: dict[str, str]) -> Path
     pictures = draw_pictures(explanation)
     for name, picture in pictures.items():
         write_file(str(out / f"{name}.png"), picture.png)
-    numbers = json.dumps(to_numbers(explanation), allow_nan=False) + "\n"
+    numbers = json.dumps(to_numbers(explanation), allow_nan=False, separators=(",", ":")) + "\n"
     write_file(str(out / "explain.json"), numbers.encode("utf-8"))
     path = out / "explain.html"
     write_file(str(path), make_page(explanation, pictures, facts).encode("utf-8", "replace"))

@@ -1,5 +1,6 @@
 """An `Explanation` as numbers for programs."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,11 @@ from simplernn_jax.analysis.explanation import Explanation
 
 
 def to_numbers(explanation: Explanation) -> dict[str, Any]:
-    """Everything the pictures show, for JSON: lists, numbers of 6 digits, None for not finite."""
+    """Everything the pictures show, for JSON: lists, numbers of 6 digits, None for not finite.
+
+    Weights of a map are rounded to the fourth digit of their head's largest: a thousand tokens
+    have half a million of them for each head.
+    """
     chosen, value = explanation.chosen, explanation.state_value
     layers = []
     for mixer, account, memory, given in zip(
@@ -22,8 +27,7 @@ def to_numbers(explanation: Explanation) -> dict[str, Any]:
             "mixer": mixer,
             "operator_error": account.operator_error,
             "layer_error": account.layer_error,
-            # Rows of a triangle: row t has the weights of tokens 0 .. t.
-            "map": [[head[t, : t + 1] for t in range(len(head))] for head in account.weights[0]],
+            "map": [_triangle(head) for head in np.asarray(account.weights[0])],
             "contributions": given._asdict(),
         }
         if memory is not None:
@@ -58,6 +62,14 @@ def to_numbers(explanation: Explanation) -> dict[str, Any]:
             ],
         }
     )
+
+
+def _triangle(weights: np.ndarray) -> list[np.ndarray]:
+    """Row t has the weights of tokens 0 .. t, rounded."""
+    largest = float(np.abs(weights).max())
+    decimals = 3 - math.floor(math.log10(largest)) if largest > 0 else 0
+    rounded = np.round(weights.astype(np.float64), decimals)
+    return [row[: t + 1] for t, row in enumerate(rounded)]
 
 
 def _plain(value: Any) -> Any:
