@@ -4,11 +4,13 @@
     python scripts/explain.py --workdir runs/base --text_file story.txt --out explained
 
 --out gets explain.html, which holds everything and opens offline, its pictures as PNG files, and
-their numbers in explain.json. It shows which earlier tokens every output is made of, how long the
-model remembers, what its state is worth, and what one prediction came from. The text is read as
-one document; its tokens are counted from 1.
+their numbers in explain.json, where weights of maps are rounded to the fourth digit of their head's
+largest. It shows which earlier tokens every output is made of, how long the model remembers, what
+its state is worth, and what one prediction came from. The text is read as one document; its tokens
+are counted from 1.
 
-Exits with code 1 if the parts of a layer's output do not make up the whole.
+Exits with code 1 if the parts of a layer's output do not make up the whole: those of its recurrence
+or attention, and where the model computes in float32 those of the layer too.
 """
 
 import json
@@ -38,9 +40,6 @@ _MAP_TOKENS = flags.DEFINE_integer(
     "map_tokens", 192, "Tokens on the maps, around --token.", lower_bound=8, upper_bound=1024
 )
 
-_LARGEST_ERROR = 1e-5
-"""Of a map, relative to the output that it reproduces."""
-
 
 def main() -> int:
     """Explains the text with the newest whole checkpoint of --workdir."""
@@ -53,6 +52,7 @@ def main() -> int:
     text = command_line.read_text(_TEXT.value, _TEXT_FILE.value, name="text")
     workdir = os.path.abspath(os.path.expanduser(_WORKDIR.value))
     from simplernn_jax.analysis import explain
+    from simplernn_jax.analysis.token_text import counted
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.training.checkpoint import read_config
 
@@ -70,14 +70,15 @@ def main() -> int:
     )
     sizes = config.model
     facts = {
-        "model": f"{sizes.num_layers} layers of width {sizes.hidden_dim}, {sizes.num_heads} heads",
+        "model": f"{counted(sizes.num_layers, 'layer')} of width {sizes.hidden_dim}, "
+        f"{counted(sizes.num_heads, 'head')}",
         "checkpoint": f"step {read_config(workdir)[2]:,} of {_WORKDIR.value}",
     }
     page = _write(out, explanation, facts)
-    worst = _print_errors(explanation)
+    is_exact = _print_errors(explanation, sizes.precision == sizes.state_precision == "float32")
     print(f"evaluated on {explanation.state_value.evaluated}")
     print(f"page: {page}")
-    return 0 if worst <= _LARGEST_ERROR else 1
+    return 0 if is_exact else 1
 
 
 def _make_folder(path: str) -> Path:
@@ -113,28 +114,28 @@ def _write(out: Path, explanation: "Explanation", facts: dict[str, str]) -> Path
     pictures = draw_pictures(explanation)
     for name, picture in pictures.items():
         write_file(str(out / f"{name}.png"), picture.png)
-    numbers = json.dumps(to_numbers(explanation), allow_nan=False) + "\n"
+    numbers = json.dumps(to_numbers(explanation), allow_nan=False, separators=(",", ":")) + "\n"
     write_file(str(out / "explain.json"), numbers.encode("utf-8"))
     path = out / "explain.html"
     write_file(str(path), make_page(explanation, pictures, facts).encode("utf-8", "replace"))
     return path
 
 
-def _print_errors(explanation: "Explanation") -> float:
-    """Prints how exact every layer's account is; returns the largest error of a recurrence."""
-    worst = 0.0
-    for number, account in enumerate(explanation.accounts, 1):
-        if account is None:
-            print(f"layer {number}: no SimpleRNN, so it has no map and no half-life")
-            continue
-        error = float(account.operator_error)
-        worst = max(worst, error)
-        verdict = "" if error <= _LARGEST_ERROR else f"   above {_LARGEST_ERROR:g}: do not trust it"
+def _print_errors(explanation: "Explanation", is_float32: bool) -> bool:
+    """Prints how exact every layer's account is; returns whether all are, as in `is_exact`."""
+    from simplernn_jax.analysis.accounts import LARGEST_ERROR, is_exact
+
+    verdicts = [is_exact(account, is_float32) for account in explanation.accounts]
+    for name, mixer, account, verdict in zip(
+        explanation.layer_names, explanation.mixers, explanation.accounts, verdicts, strict=True
+    ):
+        operator = "the recurrence" if mixer == "simple_rnn" else "softmax attention"
         print(
-            f"layer {number}: the map reproduces the recurrence to {error:.1e} (relative) and the "
-            f"layer's output to {float(account.layer_error):.1e}{verdict}"
+            f"{name}: the map reproduces {operator} to {float(account.operator_error):.1e} "
+            f"(relative) and the layer's output to {float(account.layer_error):.1e}"
+            + ("" if verdict else f"   not within {LARGEST_ERROR:g}: do not trust it")
         )
-    return worst
+    return all(verdicts)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import random
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -70,13 +69,3 @@ def newest_checkpoint(workdir):
         for name, array in arrays.items()
     }
     return contents | {"number of steps": step, "position in the data": read_json(path, "data")}
-
-
-class OtherMixer(nnx.Module):
-    """Stands in a layer for whatever is no SimpleRNN."""
-
-    def initial_state(self, batch_size):
-        return jnp.zeros((batch_size, 1)), jnp.zeros(batch_size, jnp.int32)
-
-    def __call__(self, x, state=None, segment_ids=None):
-        return x, state

@@ -1,22 +1,12 @@
-"""The implicit attention against its definition written out, and the account of a whole layer."""
+"""The implicit attention of a recurrence against its definition written out."""
 
 import contextlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from small_runs import OtherMixer, small_config
 
-from simplernn_jax.analysis.attention_map import (
-    account_for,
-    account_for_layers,
-    attention_map,
-    read_values,
-)
-from simplernn_jax.analysis.recording import Record
-from simplernn_jax.models import LanguageModel, SimpleRNN
+from simplernn_jax.analysis.attention_map import attention_map, read_values
 from simplernn_jax.ops import gated_linear_recurrence
 
 BATCH, HEADS, KEYS, VALUES = 2, 3, 5, 7
@@ -88,47 +78,3 @@ def test_equals_the_definition_and_reproduces_the_recurrence(length, segments, g
     # A gate below e^-16 counts as e^-16 in float32: 1e-7 of the queries.
     np.testing.assert_allclose(result.state_queries, queries, rtol=20 * limit, atol=limit)
     assert relative_error(sum(parts), expected) < limit
-
-
-def recorded(dtype=jnp.float32, state_factor=1.0):
-    """A layer with everything switched on, one call of it, and its segments."""
-    layer = SimpleRNN(
-        11, 6, 14, 11, 2, rngs=nnx.Rngs(0), output_norm=True, output_gate=True, dtype=dtype
-    )
-    random = np.random.default_rng(0)
-    x = jnp.asarray(random.normal(size=(2, 13, 11)), dtype)
-    state = jnp.asarray(random.normal(size=(2, 2, 3, 7)), jnp.float32)
-    ids = jnp.asarray(np.stack([np.arange(13) // 5, np.zeros(13)]), jnp.int32)
-    y, final_state = layer(x, state, ids)
-    return layer, Record(x, state * state_factor, y, final_state), ids
-
-
-@jax.jit
-def account(layer, record, ids):
-    return account_for(layer, record, ids)
-
-
-@pytest.mark.parametrize(("dtype", "layer_limit"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
-def test_the_parts_of_a_layer_make_up_its_output(dtype, layer_limit):
-    given = account(*recorded(dtype))
-    # Inside the recurrence all is float32; outside it bfloat16 may round the other way.
-    assert given.operator_error < 1e-6
-    assert given.layer_error < layer_limit
-    assert given.output.shape == given.from_state.shape == (2, 13, 2, 7)
-    np.testing.assert_array_equal(given.from_state[0, 5:], 0)
-
-
-def test_layers_with_another_mixer_have_no_account():
-    config = small_config("residual", vocab_size=30, num_layers=2, num_heads=2)
-    model = LanguageModel(config.model, rngs=nnx.Rngs(0))
-    model.layers[1].rnn = OtherMixer()
-    state = jax.tree.map(jnp.ones_like, model.initial_state(1))
-    given, other = account_for_layers(model, np.arange(11), state)
-    assert other is None
-    assert given.weights.shape == (1, 2, 11, 11)
-    assert max(given.operator_error, given.layer_error) < 1e-6
-    assert np.abs(given.from_state).max() > 1e-3
-
-
-def test_an_account_that_is_wrong_shows_it():
-    assert account(*recorded(state_factor=1.01)).layer_error > 1e-4

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_runs import OtherMixer, small_config
+from small_runs import small_config
 
-from simplernn_jax.analysis.attention_map import LayerAccount
+from simplernn_jax.analysis.accounts import LayerAccount
 from simplernn_jax.analysis.contributions import gradient_contributions, map_contributions
 from simplernn_jax.analysis.recording import record
 from simplernn_jax.models import LanguageModel
@@ -18,9 +18,9 @@ TARGET = 11
 
 @pytest.mark.parametrize(("block", "filling"), [("plain", 0), ("residual", 0.3)])
 def test_gradient_times_input_is_what_scaling_a_token_changes(block, filling):
-    config = small_config(block, vocab_size=30, num_layers=2)
+    mixer = "simple_rnn" if block == "plain" else "simple_rnn,attention"
+    config = small_config(block, vocab_size=30, num_layers=2, mixer=mixer, attention_context=5)
     model = LanguageModel(config.model, rngs=nnx.Rngs(0))
-    model.layers[1].rnn = OtherMixer()
     tokens = jnp.asarray(TOKENS, jnp.int32)[None]
     state = jax.tree.map(lambda x: jnp.full_like(x, filling), model.initial_state(1))
     given = gradient_contributions(model, TOKENS, state, TARGET)

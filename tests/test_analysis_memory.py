@@ -8,29 +8,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_runs import OtherMixer, small_config
+from small_runs import small_config
 
 from simplernn_jax.analysis import memory
 from simplernn_jax.analysis.memory import effective_rank, half_life, measure_memory, read_state
-from simplernn_jax.analysis.recording import find_recurrences, record
+from simplernn_jax.analysis.recording import find_mixers, record
 from simplernn_jax.models import LanguageModel
 
 TOKENS = np.random.default_rng(1).integers(0, 30, 23)
 
 
 def make_model():
-    """Its second layer is no SimpleRNN."""
-    config = small_config("residual", vocab_size=30, num_layers=2, num_heads=2)
-    model = LanguageModel(config.model, rngs=nnx.Rngs(0))
-    model.layers[1].rnn = OtherMixer()
-    return model
+    """Its second layer is attention."""
+    config = small_config(
+        "residual",
+        vocab_size=30,
+        num_layers=2,
+        num_heads=2,
+        mixer="simple_rnn,attention",
+        attention_context=7,
+    )
+    return LanguageModel(config.model, rngs=nnx.Rngs(0))
 
 
 @jax.jit
 def all_at_once(model):
     """Log gates and final state of the first layer."""
     call = record(model, jnp.asarray(TOKENS, jnp.int32)[None]).layers[0]
-    return find_recurrences(model)[0].cell.project(call.inputs)[0][3], call.final_state
+    return find_mixers(model)[0].cell.project(call.inputs)[0][3], call.final_state
 
 
 def test_a_half_life_halves():

@@ -6,17 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_runs import OtherMixer, small_config
+from small_runs import small_config
 
-from simplernn_jax.analysis.recording import find_recurrences, record
+from simplernn_jax.analysis.recording import find_mixers, record
 from simplernn_jax.models import LanguageModel, SimpleRNN
+from simplernn_jax.models.attention import Attention
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 30, (2, 13)), jnp.int32)
 SEGMENTS = jnp.asarray(np.stack([np.arange(13) // 5, np.zeros(13)]), jnp.int32)
 
 
-def make_model(block="residual", num_layers=1):
-    config = small_config(block, vocab_size=30, num_layers=num_layers)
+def make_model(block="residual", **fields):
+    config = small_config(block, vocab_size=30, **fields)
     return LanguageModel(config.model, rngs=nnx.Rngs(0))
 
 
@@ -29,11 +30,11 @@ def random_state(model):
 
 @jax.jit
 def record_and_repeat(model, tokens, state):
-    """A recording, what the model itself makes of it, and each recurrence called again."""
+    """A recording, what the model itself makes of it, and each mixer called again."""
     recording = record(model, tokens, state, SEGMENTS)
     again = [
-        None if recurrence is None else recurrence(call.inputs, call.state, SEGMENTS)
-        for recurrence, call in zip(find_recurrences(model), recording.layers, strict=True)
+        mixer(call.inputs, call.state, SEGMENTS)
+        for mixer, call in zip(find_mixers(model), recording.layers, strict=True)
     ]
     return recording, model.encode(tokens, state, SEGMENTS), again
 
@@ -51,13 +52,15 @@ def test_the_model_computes_the_same_and_stays_as_it_is(block):
     assert isinstance(model.layers[0].rnn, SimpleRNN)
 
 
-def test_layers_with_another_mixer_are_left_out():
-    model = make_model(num_layers=2)
-    model.layers[1].rnn = OtherMixer()
-    recording, expected, again = record_and_repeat(model, TOKENS, model.initial_state(2))
-    assert [call is None for call in recording.layers] == [False, True]
-    assert [call is None for call in again] == [False, True]
-    chex.assert_trees_all_close(recording.hidden, expected[0], rtol=1e-5)
+def test_layers_of_attention_are_recorded_beside_recurrences():
+    model = make_model(num_layers=2, mixer="simple_rnn,attention", attention_context=5)
+    state = model.encode(TOKENS)[1]
+    recording, expected, again = record_and_repeat(model, TOKENS, state)
+    chex.assert_trees_all_close((recording.hidden, recording.state), expected, rtol=1e-5)
+    for call, repeated, before in zip(recording.layers, again, state, strict=True):
+        chex.assert_trees_all_close((call.output, call.final_state), repeated, rtol=1e-5)
+        chex.assert_trees_all_equal(call.state, before.mixer)
+    assert [type(mixer) for mixer in find_mixers(model)] == [SimpleRNN, Attention]
 
 
 def test_a_shift_from_one_embedding_to_another_reads_the_other_token():

@@ -6,8 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+import small_runs
 from small_runs import save_untrained, small_config, write_corpus
+
+from simplernn_jax.models import LanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,7 +52,7 @@ def test_writes_a_page_its_pictures_and_its_numbers(tmp_path):
     assert json.loads((out / "explain.json").read_text())["prediction"]["token"] == 5
 
 
-def test_layers_of_attention_have_no_map(tmp_path):
+def test_layers_of_attention_have_maps_too(tmp_path):
     config = small_config(
         "residual",
         source=write_corpus(tmp_path / "text"),
@@ -61,10 +65,29 @@ def test_layers_of_attention_have_no_map(tmp_path):
     code, output, _ = explain(*arguments)
     assert code == 0
     lines = output.splitlines()
-    assert lines[0] == "layer 1: no SimpleRNN, so it has no map and no half-life"
+    assert lines[0].startswith("layer 1 (attention): the map reproduces softmax attention to ")
     assert lines[1].startswith("layer 2: the map reproduces the recurrence to ")
     maps = {path.name for path in (tmp_path / "out").glob("map_layer_*.png")}
-    assert maps == {"map_layer_2.png"}
+    assert maps == {"map_layer_1.png", "map_layer_2.png"}
+
+
+def test_an_account_that_fails_is_told_and_exits_with_code_1(tmp_path, monkeypatch):
+    class Diverged(LanguageModel):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            kernel = self.layers[0].rnn.cell.query_proj.kernel
+            kernel[...] = jnp.full_like(kernel[...], jnp.nan)
+
+    monkeypatch.setattr(small_runs, "LanguageModel", Diverged)
+    save_untrained(small_config(source=write_corpus(tmp_path / "text")), tmp_path / "run")
+    arguments = ("--workdir", tmp_path / "run", "--text", "größer als", "--out", tmp_path / "out")
+    code, output, _ = explain(*arguments)
+    assert code == 1
+    assert output.splitlines()[0] == (
+        "layer 1: the map reproduces the recurrence to nan (relative) and the layer's output to "
+        "nan   not within 1e-05: do not trust it"
+    )
+    assert (tmp_path / "out" / "explain.html").exists()
 
 
 def test_what_is_no_folder_is_refused(tmp_path):

@@ -13,21 +13,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
-from simplernn_jax.analysis.recording import Record, find_recurrences, record
-from simplernn_jax.array_types import (
-    HeadState,
-    Keys,
-    LogGates,
-    ModelState,
-    Queries,
-    SegmentIds,
-    Values,
-)
-from simplernn_jax.models import LanguageModel, SimpleRNN
-from simplernn_jax.ops import gated_linear_recurrence
+from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, SegmentIds, Values
 from simplernn_jax.ops.doubling import BLOCK, join_blocks
 
 
@@ -39,23 +26,6 @@ class AttentionMap(NamedTuple):
     state_queries: jax.Array
     """``[B, T, H, K]``: q_t times all gates so far, which reads the initial state; 0 from the
     first boundary of segments on."""
-
-
-class LayerAccount(NamedTuple):
-    """Where the output of one layer's recurrence comes from."""
-
-    weights: jax.Array
-    """``[B, H, T, T]``, as in `AttentionMap`."""
-    values: Values
-    """``[B, T, H, V]``."""
-    from_state: Values
-    """``[B, T, H, V]``: the part of the output that the initial state gives."""
-    output: Values
-    """``[B, T, H, V]``: weights times values plus `from_state`."""
-    operator_error: jax.Array
-    """RMS(output - o) / RMS(o) where o is `scan` of the same q, k, v, g: the definition."""
-    layer_error: jax.Array
-    """The same for the layer's output, after norm, gate and projection, beside the model's own."""
 
 
 def attention_map(
@@ -107,68 +77,3 @@ def read_values(
     from_values = jnp.einsum("bhts,bshv->bthv", attention.weights, v.astype(dtype))
     state = initial_state.astype(dtype)
     return from_values, jnp.einsum("bthk,bhkv->bthv", attention.state_queries, state)
-
-
-def account_for(
-    recurrence: SimpleRNN, call: Record, segment_ids: SegmentIds | None = None
-) -> LayerAccount:
-    """Takes one recorded call of a recurrence apart and checks that the parts make the whole."""
-    (q, k, v, log_gate), output_gate = recurrence.cell.project(call.inputs)
-    attention = attention_map(q, k, log_gate, segment_ids=segment_ids)
-    from_values, from_state = read_values(attention, v, call.state)
-    output = from_values + from_state
-    expected, _ = gated_linear_recurrence(
-        q,
-        k,
-        v.astype(output.dtype),
-        log_gate,
-        initial_state=call.state,
-        segment_ids=segment_ids,
-        method="scan",
-    )
-    layer_output = recurrence.cell.combine(output.astype(v.dtype), output_gate)
-    return LayerAccount(
-        weights=attention.weights,
-        values=v.astype(output.dtype),
-        from_state=from_state,
-        output=output,
-        operator_error=_relative_error(output, expected),
-        layer_error=_relative_error(layer_output, call.output),
-    )
-
-
-def account_for_layers(
-    model: LanguageModel, tokens: np.ndarray, state: ModelState
-) -> tuple[LayerAccount | None, ...]:
-    """`account_for` of every layer while it reads [T] tokens after `state`, which has one row.
-
-    Returns:
-      One account per layer, numpy arrays with B = 1; None where its mixer is no `SimpleRNN`.
-    """
-    graph, params = nnx.split(model)
-
-    @jax.jit
-    def run(
-        params: nnx.State, tokens: jax.Array, state: ModelState
-    ) -> tuple[LayerAccount | None, ...]:
-        model = nnx.merge(graph, params)
-        calls = record(model, tokens, state).layers
-        return tuple(
-            None if recurrence is None or call is None else account_for(recurrence, call)
-            for recurrence, call in zip(find_recurrences(model), calls, strict=True)
-        )
-
-    # An accelerator's default would round the factors of products to fewer bits.
-    with jax.default_matmul_precision("highest"):
-        results = run(params, np.asarray(tokens, np.int32)[None], state)
-    accounts: tuple[LayerAccount | None, ...] = jax.device_get(results)
-    return accounts
-
-
-def _relative_error(actual: jax.Array, expected: jax.Array) -> jax.Array:
-    """RMS of the difference over RMS of what was expected; 0 where both are 0."""
-    dtype = jnp.promote_types(expected.dtype, jnp.float32)
-    actual, expected = actual.astype(dtype), expected.astype(dtype)
-    error = jnp.sqrt(jnp.mean((actual - expected) ** 2))
-    scale = jnp.sqrt(jnp.mean(expected**2))
-    return error / jnp.maximum(scale, jnp.finfo(dtype).tiny)

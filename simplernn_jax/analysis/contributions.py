@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from simplernn_jax.analysis.attention_map import LayerAccount
+from simplernn_jax.analysis.accounts import LayerAccount
 from simplernn_jax.analysis.recording import record
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.models import LanguageModel
@@ -67,7 +67,7 @@ def gradient_contributions(
 
 
 def map_contributions(account: LayerAccount, row: int) -> Contributions:
-    """What each token gives to one output of a recurrence, as shares that add up to 1.
+    """What each token gives to one output of a layer's mixer, as shares that add up to 1.
 
     A head's output is a sum, y_t = sum_j A_tj v_j + (what the initial state gives). Each summand
     counts by how far it goes in the direction of y_t: ``<A_tj v_j, y_t> / <y_t, y_t>``. A negative

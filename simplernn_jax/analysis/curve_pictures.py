@@ -7,6 +7,7 @@ import numpy as np
 from simplernn_jax.analysis.memory import Memory
 from simplernn_jax.analysis.pictures import colors, new_figure, png
 from simplernn_jax.analysis.state_value import PositionLoss
+from simplernn_jax.analysis.token_text import counted
 from simplernn_jax.training.evaluate import Evaluation
 
 _COLUMNS = 4
@@ -19,6 +20,8 @@ _FEWEST = 30
 
 def draw_half_lives(memory: Memory, window: int) -> bytes:
     """Sorted half-lives, one line per layer; `window` is drawn for comparison."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     with new_figure(8.5, 4.6) as figure:
         axes = figure.subplots()
         for layer, (part, color) in enumerate(
@@ -36,10 +39,20 @@ def draw_half_lives(memory: Memory, window: int) -> bytes:
                     label=f"layer {layer + 1}",
                 )
         axes.axhline(window, color="grey", linestyle="--", linewidth=1)
-        axes.text(0.99, window, f"training window, {window:,} tokens", ha="right", va="bottom",
-                  transform=axes.get_yaxis_transform(), color="grey")  # fmt: skip
+        axes.text(
+            *(0.99, window, f"training window, {counted(window, 'token')}"),
+            ha="right",
+            va="bottom",
+            transform=axes.get_yaxis_transform(),
+            color="grey",
+        )
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(_plain)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        channels = max(part.half_lives.size for part in memory.layers if part is not None)
+        axes.set_xticks([1, *(tick for tick in axes.get_xticks() if 1 < tick <= channels)])
+        axes.set_xlim(0.5, channels + 0.5)
         axes.set(xlabel="key channels of all heads, longest memory first")
         axes.set_ylabel("half-life (tokens)")
         axes.grid(axis="y")
@@ -99,7 +112,7 @@ def draw_position_loss(loss: PositionLoss, window: int) -> bytes:
             color="tab:orange",
             marker="s",
             linestyle="--",
-            label=f"state reset every {window:,} tokens (training window)",
+            label=f"state reset every {counted(window, 'token')} (training window)",
         )
         axes.set_xscale("log", base=2)
         axes.set_xticks(loss.starts[drawn], [f"{start:,}" for start in loss.starts[drawn]])
@@ -125,7 +138,7 @@ def draw_reset_loss(losses: dict[int, Evaluation], window: int) -> bytes:
             marker="D",
             linestyle="",
             markersize=9,
-            label=f"reset at every training window ({window:,} tokens)",
+            label=f"reset at every training window ({counted(window, 'token')})",
         )
         axes.axhline(losses[0].nats_per_token, color="tab:blue", label="state carried, never reset")
         axes.set_xscale("log", base=2)

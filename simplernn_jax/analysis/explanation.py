@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from flax import nnx
 
-from simplernn_jax.analysis.attention_map import LayerAccount, account_for_layers
+from simplernn_jax.analysis.accounts import LayerAccount, account_for_layers
 from simplernn_jax.analysis.contributions import (
     Contributions,
     gradient_contributions,
@@ -22,7 +22,7 @@ from simplernn_jax.analysis.state_value import (
     short_context_losses,
     token_losses,
 )
-from simplernn_jax.analysis.token_text import Unit, split_into_units
+from simplernn_jax.analysis.token_text import Unit, counted, split_into_units
 from simplernn_jax.config import Config
 from simplernn_jax.data import Tokenizer, TokenSplit
 from simplernn_jax.data.batches import document_ends
@@ -55,7 +55,7 @@ class ChosenToken:
     """The token itself."""
     from_all: Contributions
     """Through all layers by gradient, in nats, of tokens ``start .. position - 1``."""
-    by_layer: tuple[Contributions | None, ...]
+    by_layer: tuple[Contributions, ...]
     """Shares of the output after token ``position - 1``, of tokens ``start .. stop - 1``."""
 
 
@@ -84,12 +84,22 @@ class Explanation:
     """Position after the last one of the maps."""
     units: list[Unit]
     """Readable pieces of tokens ``start .. stop - 1``, counted from `start`."""
-    accounts: tuple[LayerAccount | None, ...]
-    """By layer, of tokens ``start .. stop - 1``, B = 1; None where the mixer is no `SimpleRNN`."""
+    mixers: tuple[str, ...]
+    """By layer, ``simple_rnn`` or ``attention``."""
+    accounts: tuple[LayerAccount, ...]
+    """By layer, of tokens ``start .. stop - 1``, B = 1."""
     memory: Memory
     """Over the whole text."""
     chosen: ChosenToken
     state_value: StateValue
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Of all layers, for people; they say which ones are attention."""
+        return [
+            f"layer {number}" + (" (attention)" if mixer == "attention" else "")
+            for number, mixer in enumerate(self.mixers, 1)
+        ]
 
 
 def explain(
@@ -122,7 +132,8 @@ def explain(
         raise UserError("the text is empty; give at least one character")
     if token is not None and not 1 <= token < len(ids):
         raise UserError(
-            f"token {token}: the text has {len(ids) - 1:,} tokens; name one of 1 to {len(ids) - 1}"
+            f"token {token}: the text has {counted(len(ids) - 1, 'token')}; "
+            f"name one of 1 to {len(ids) - 1}"
         )
     params = nnx.state(model, nnx.Param)
     evaluator = Evaluator(config, tokenizer.pad_id)
@@ -142,15 +153,14 @@ def explain(
         units=split_into_units(tokenizer, ids[start:token], ids[:start]),
         predicted=split_into_units(tokenizer, ids[token : token + 1], ids[:token])[0],
         from_all=gradient_contributions(model, ids[start:token], state, int(ids[token])),
-        by_layer=tuple(
-            account and map_contributions(account, token - 1 - start) for account in accounts
-        ),
+        by_layer=tuple(map_contributions(account, token - 1 - start) for account in accounts),
     )
     return Explanation(
         tokens=ids,
         start=start,
         stop=stop,
         units=split_into_units(tokenizer, ids[start:stop], ids[:start]),
+        mixers=config.model.mixers,
         accounts=accounts,
         memory=measure_memory(model, ids),
         chosen=chosen,
@@ -187,7 +197,7 @@ def _state_value(
     longest = int(np.max(document_ends(split) - split.document_starts))
     intervals = reset_intervals(min(longest, EVALUATED_TOKENS), window)
     return StateValue(
-        f"{name}: {scored:,} of its {split.num_predictions:,} predictions",
+        f"{name}: {scored:,} of its {counted(split.num_predictions, 'prediction')}",
         window,
         loss_by_position(evaluator, params, split, EVALUATED_TOKENS, window),
         loss_by_reset(evaluator, params, split, EVALUATED_TOKENS, intervals),

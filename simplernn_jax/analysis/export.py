@@ -1,5 +1,6 @@
 """An `Explanation` as numbers for programs."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -8,29 +9,32 @@ from simplernn_jax.analysis.explanation import Explanation
 
 
 def to_numbers(explanation: Explanation) -> dict[str, Any]:
-    """Everything the pictures show, for JSON: lists, numbers of 6 digits, None for not finite."""
+    """Everything the pictures show, for JSON: lists, numbers of 6 digits, None for not finite.
+
+    Weights of a map are rounded to the fourth digit of their head's largest: a thousand tokens
+    have half a million of them for each head.
+    """
     chosen, value = explanation.chosen, explanation.state_value
-    layers: list[dict[str, Any] | None] = []
-    for account, memory, given in zip(
-        explanation.accounts, explanation.memory.layers, chosen.by_layer, strict=True
+    layers = []
+    for mixer, account, memory, given in zip(
+        explanation.mixers,
+        explanation.accounts,
+        explanation.memory.layers,
+        chosen.by_layer,
+        strict=True,
     ):
-        if account is None or memory is None or given is None:
-            layers.append(None)
-            continue
-        layers.append(
-            {
-                "operator_error": account.operator_error,
-                "layer_error": account.layer_error,
-                # Rows of a triangle: row t has the weights of tokens 0 .. t.
-                "map": [
-                    [head[t, : t + 1] for t in range(len(head))] for head in account.weights[0]
-                ],
-                "half_lives": memory.half_lives,
-                "state_norm": memory.norms,
-                "state_effective_rank": memory.ranks,
-                "contributions": given._asdict(),
-            }
-        )
+        layer: dict[str, Any] = {
+            "mixer": mixer,
+            "operator_error": account.operator_error,
+            "layer_error": account.layer_error,
+            "map": [_triangle(head) for head in np.asarray(account.weights[0])],
+            "contributions": given._asdict(),
+        }
+        if memory is not None:
+            layer["half_lives"] = memory.half_lives
+            layer["state_norm"] = memory.norms
+            layer["state_effective_rank"] = memory.ranks
+        layers.append(layer)
     return _plain(
         {
             "tokens": explanation.tokens,
@@ -58,6 +62,14 @@ def to_numbers(explanation: Explanation) -> dict[str, Any]:
             ],
         }
     )
+
+
+def _triangle(weights: np.ndarray) -> list[np.ndarray]:
+    """Row t has the weights of tokens 0 .. t, rounded."""
+    largest = float(np.abs(weights).max())
+    decimals = 3 - math.floor(math.log10(largest)) if largest > 0 else 0
+    rounded = np.round(weights.astype(np.float64), decimals)
+    return [row[: t + 1] for t, row in enumerate(rounded)]
 
 
 def _plain(value: Any) -> Any:

@@ -58,14 +58,16 @@ def _pictures(explanation: Explanation) -> Iterator[Picture]:
         "Loss by position in the document",
         "A blue line that falls to the right means better predictions with more of the document "
         "read (bars: two standard errors; each point stands for the positions up to the next "
-        "mark), and the gap to the orange line is what the state brings over from before the last "
-        "reset.",
+        "mark). Orange above blue is what the state brings over from before the last reset; where "
+        "orange lies below blue, that does harm: the model predicts better without it.",
         curve_pictures.draw_position_loss(explanation.state_value.by_position, window),
     )
     yield Picture(
         "loss_by_reset",
         "Loss when the state is cleared now and then",
-        "Where the orange line meets the blue one, tokens further back than that add nothing.",
+        "Orange above blue: tokens further back than that still help. Where the two meet, they "
+        "add nothing; where orange falls below blue, they do harm: the model predicts better once "
+        "they are cleared away.",
         curve_pictures.draw_reset_loss(explanation.state_value.by_reset, window),
     )
     yield _contribution_picture(explanation)
@@ -73,31 +75,31 @@ def _pictures(explanation: Explanation) -> Iterator[Picture]:
 
 def _map_pictures(explanation: Explanation) -> Iterator[Picture]:
     row = explanation.chosen.position - 1 - explanation.start
-    shares: list[np.ndarray | None] = []
-    for number, account in enumerate(explanation.accounts, 1):
-        if account is None:
-            shares.append(None)
-            continue
+    shares: dict[str, np.ndarray] = {}
+    for number, (name, account) in enumerate(
+        zip(explanation.layer_names, explanation.accounts, strict=True), 1
+    ):
         parts = np.linalg.norm(account.from_state[0], axis=(-2, -1))
         whole = np.linalg.norm(account.output[0], axis=(-2, -1))
-        shares.append(parts / np.maximum(whole, np.finfo(np.float32).tiny))
+        shares[name] = parts / np.maximum(whole, np.finfo(np.float32).tiny)
         yield Picture(
             f"map_layer_{number}",
-            f"Attention map of layer {number}",
+            f"Attention map of {name}",
             "Each row is one output and each column an earlier token, labelled with the text that "
-            "begins there: red adds that token's value, blue subtracts it, white leaves it out; "
+            "begins there: red adds that token's value, blue (in a recurrence only) subtracts it, "
+            "white leaves it out; "
             "the dotted line is the output that predicts the chosen token.",
             map_pictures.draw_maps(
                 np.asarray(account.weights[0]), explanation.units, explanation.start, row
             ),
         )
-    if explanation.start and any(share is not None for share in shares):
+    if explanation.start:
         yield Picture(
             "state_share",
             "What comes from before the maps",
-            "Length of the part of each output that the state at the first token of the maps "
-            "gives, beside that of the whole output: 0 means that all is explained by the map "
-            "alone.",
+            "Length of the part of each output that the state before the first token of the maps "
+            "gives (in attention, its cache), beside that of the whole output: 0 means that all is "
+            "explained by the map alone.",
             map_pictures.draw_state_share(shares, explanation.units, explanation.start),
         )
 
@@ -112,12 +114,9 @@ def _contribution_picture(explanation: Explanation) -> Picture:
             chosen.from_all.state,
         )
     ]
-    for number, given in enumerate(chosen.by_layer, 1):
-        if given is not None:
-            values = units_given(explanation, given)
-            panels.append(
-                (f"layer {number}, by its map", "share of the output", values, given.state)
-            )
+    for name, given in zip(explanation.layer_names, chosen.by_layer, strict=True):
+        values = units_given(explanation, given)
+        panels.append((f"{name}, by its map", "share of the output", values, given.state))
     return Picture(
         "contributions",
         "The tokens that gave most to the chosen prediction",

@@ -14,8 +14,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; marg
 h1 { font-size: 1.7rem; margin-bottom: 0.3rem; }
 h2 { font-size: 1.3rem; margin-top: 3rem; border-bottom: 1px solid #ccc; }
 p { max-width: 60rem; }
-figure { margin: 1.5rem 0; }
-figure img { max-width: 100%; height: auto; display: block; }
+figure { margin: 1.5rem 0; overflow-x: auto; }
+figure img { display: block; }
 figcaption { max-width: 60rem; color: #444; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: 0.2rem 0.9rem 0.2rem 0; text-align: right; border-bottom: 1px solid #ddd; }

@@ -1,14 +1,23 @@
 """Pictures over the text: attention maps, the state's share, what a prediction was made of."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from simplernn_jax.analysis.pictures import MONOSPACE, colors, drawable, label_text, new_figure, png
+from simplernn_jax.analysis.pictures import (
+    LABEL,
+    MONOSPACE,
+    beginning,
+    colors,
+    ending,
+    label_text,
+    new_figure,
+    png,
+)
 from simplernn_jax.analysis.token_text import Unit
 
 _COLUMNS = 2
-_TICKS = 16
+_TICKS_PER_INCH = 3.2
 _FAINTEST = 0.01
 """Weights below this share of a head's largest are drawn on a linear scale, others on a log one."""
 
@@ -28,7 +37,9 @@ def draw_maps(weights: np.ndarray, units: Sequence[Unit], offset: int, row: int)
     columns = min(heads, _COLUMNS)
     rows = -(-heads // columns)
     above = np.triu(np.ones((length, length), bool), 1)
-    with new_figure(2.4 + 5.0 * columns, 0.4 + 6.1 * rows) as figure:
+    side = float(np.clip(length / 40, 5, 12))  # inches of one map
+    ticks = round(_TICKS_PER_INCH * side)
+    with new_figure(2.4 + side * columns, 0.4 + (side + 1.1) * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for head, axes in enumerate(grid.flat):
             if head >= heads:
@@ -44,34 +55,31 @@ def draw_maps(weights: np.ndarray, units: Sequence[Unit], offset: int, row: int)
             axes.axhline(row, color="black", linewidth=0.7, linestyle=":")
             axes.set_title(f"head {head + 1}: largest |A| = {largest:.3g}")
             axes.set_xlabel("token j that is read")
-            label_text(axes.xaxis, units, offset, _TICKS)
+            label_text(axes.xaxis, units, offset, ticks)
             axes.tick_params(axis="x", rotation=90)
-            label_text(axes.yaxis, units, offset, _TICKS)
+            label_text(axes.yaxis, units, offset, ticks)
             axes.set_ylabel("output after token t")
-        ticks = [-1, -0.1, -0.01, 0, 0.01, 0.1, 1]
-        bar = figure.colorbar(image, ax=grid, location="top", shrink=0.5, aspect=40, ticks=ticks)
-        bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        levels = [-1, -0.1, -0.01, 0, 0.01, 0.1, 1]
+        bar = figure.colorbar(image, ax=grid, location="top", shrink=0.5, aspect=40, ticks=levels)
+        bar.set_ticks(levels, labels=[f"{level:g}" for level in levels])
         bar.minorticks_off()
         bar.set_label("weight A_tj, as a share of the head's largest")
         return png(figure)
 
 
-def draw_state_share(
-    shares: Sequence[np.ndarray | None], units: Sequence[Unit], offset: int
-) -> bytes:
+def draw_state_share(shares: Mapping[str, np.ndarray], units: Sequence[Unit], offset: int) -> bytes:
     """How much of each output came from before the stretch of text.
 
     Args:
-      shares: by layer, ``[T]``; None leaves the layer out.
+      shares: by the name of the layer, ``[T]``.
       units: of the T tokens.
       offset: position of the first of them in its document.
     """
     with new_figure(12.4, 3.9) as figure:
         axes = figure.subplots()
-        for layer, (share, color) in enumerate(zip(shares, colors(len(shares)), strict=True)):
-            if share is not None:
-                axes.plot(share, color=color, linewidth=1.2, label=f"layer {layer + 1}")
-        label_text(axes.xaxis, units, offset, 2 * _TICKS)
+        for (name, share), color in zip(shares.items(), colors(len(shares)), strict=True):
+            axes.plot(share, color=color, linewidth=1.2, label=name)
+        label_text(axes.xaxis, units, offset, round(11 * _TICKS_PER_INCH))
         axes.tick_params(axis="x", rotation=90)
         axes.set_xlim(0, max(units[-1].stop - 1, 1))
         axes.set_ylim(bottom=0)
@@ -88,20 +96,18 @@ def draw_contributions(
 
     Args:
       panels: title, unit of measure, contribution of each of `units` and that of everything
-        before them.
+        before them, which is written below unless it is 0: it may be many times the others.
       units: of the tokens before the predicted one.
       most: bars of one panel.
     """
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    with new_figure(4.4 * columns, 0.3 + 3.4 * rows) as figure:
+    with new_figure(4.1 * columns, 0.3 + 3.4 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
         for axes, (title, measure, values, before) in zip(grid.flat, panels, strict=False):
             bars = [(label_unit(units, index), value) for index, value in enumerate(values)]
-            if before:
-                bars.append(("all before this stretch", before))
             bars = sorted(bars, key=lambda bar: -abs(bar[1]))[:most]
             places = range(len(bars))
             reds = ["tab:red" if value > 0 else "tab:blue" for _, value in bars]
@@ -109,14 +115,15 @@ def draw_contributions(
             axes.set_yticks(places, [label for label, _ in bars], **MONOSPACE)
             axes.set_ylim(most - 0.5, -0.5)
             axes.axvline(0, color="black", linewidth=0.6)
-            axes.set(title=title, xlabel=measure)
+            written = f"\nall before this stretch: {before:+.3g}" if before else ""
+            axes.set(title=title, xlabel=measure + written)
             axes.grid(axis="x")
         return png(figure)
 
 
 def label_unit(units: Sequence[Unit], index: int) -> str:
     """A unit between brackets among its neighbours, and how far before the end it stands."""
-    before = "".join(unit.text for unit in units[max(index - 8, 0) : index])[-8:]
-    after = "".join(unit.text for unit in units[index + 1 : index + 5])[:4]
-    text = f"{drawable(before)}[{drawable(units[index].text)[:12]}]{drawable(after)}"
+    before = "".join(unit.text for unit in units[max(index - 8, 0) : index])
+    after = "".join(unit.text for unit in units[index + 1 : index + 5])
+    text = f"{ending(before, 10)}[{beginning(units[index].text, LABEL)}]{beginning(after, 4)}"
     return f"{text:>15} {units[-1].stop - units[index].start:>4}"

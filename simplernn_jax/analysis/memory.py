@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from simplernn_jax.analysis.recording import find_recurrences, record
+from simplernn_jax.analysis.recording import find_mixers, record
 from simplernn_jax.array_types import ModelState
-from simplernn_jax.models import LanguageModel
+from simplernn_jax.models import LanguageModel, SimpleRNN
 
 _POINTS = 200
 """The state is looked at in about so many places of a text."""
@@ -36,7 +36,7 @@ class Memory(NamedTuple):
     positions: np.ndarray
     """int [P]: tokens read when the state was looked at."""
     layers: tuple[LayerMemory | None, ...]
-    """One per layer; None where its mixer is no `SimpleRNN`."""
+    """One per layer; None where its mixer is attention."""
 
 
 def half_life(mean_decay: np.ndarray) -> np.ndarray:
@@ -70,7 +70,6 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
       tokens: [n] ids, n at least 1, BOS included.
     """
     graph, params = nnx.split(model)
-    recurrences = find_recurrences(model)
 
     @jax.jit
     def read(
@@ -80,12 +79,12 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
         model = nnx.merge(graph, params)
         recording = record(model, piece, state)
         measured: list[tuple[jax.Array, jax.Array] | None] = []
-        for recurrence, call in zip(find_recurrences(model), recording.layers, strict=True):
-            if recurrence is None or call is None:
+        for mixer, call in zip(find_mixers(model), recording.layers, strict=True):
+            if isinstance(mixer, SimpleRNN):
+                (_, _, _, log_gate), _ = mixer.cell.project(call.inputs)
+                measured.append((-jnp.sum(log_gate, axis=(0, 1)), call.final_state[0]))
+            else:
                 measured.append(None)
-                continue
-            (_, _, _, log_gate), _ = recurrence.cell.project(call.inputs)
-            measured.append((-jnp.sum(log_gate, axis=(0, 1)), call.final_state[0]))
         return recording.state, measured
 
     step = min(-(-len(tokens) // _POINTS), _MOST_TOKENS)
@@ -97,8 +96,10 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
         positions.append(start + len(piece))
         by_piece.append(_reduce(measured))
     layers = [
-        None if recurrence is None else _layer_memory([piece[i] for piece in by_piece], len(tokens))
-        for i, recurrence in enumerate(recurrences)
+        _layer_memory([piece[i] for piece in by_piece], len(tokens))
+        if isinstance(mixer, SimpleRNN)
+        else None
+        for i, mixer in enumerate(find_mixers(model))
     ]
     return Memory(np.asarray(positions), tuple(layers))
 

@@ -15,9 +15,17 @@ from simplernn_jax.analysis.html_parts import (
     shaded_text,
     table,
 )
-from simplernn_jax.analysis.token_text import sum_by_unit, visible
+from simplernn_jax.analysis.token_text import counted, sum_by_unit, visible
+from simplernn_jax.config import MIXERS
 
 TITLE = "What the model did with a text"
+
+_WEIGHTS = {
+    "simple_rnn": "A recurrence has A_tj = sum over key channels of q_t k_j times all gates from "
+    "j + 1 to t: an exact implicit attention map.",
+    "attention": "Softmax attention has A_tj = softmax over j of q_t k_j / sqrt(K) by definition, "
+    "over the last tokens that it looks back on.",
+}
 
 
 def make_page(
@@ -33,7 +41,7 @@ def make_page(
     chosen = explanation.chosen
     facts = {
         **facts,
-        "text": f"{len(explanation.tokens) - 1:,} tokens and BOS, which is token 0",
+        "text": f"{counted(len(explanation.tokens) - 1, 'token')} and BOS, which is token 0",
         "maps": f"tokens {explanation.start:,} to {explanation.stop - 1:,} of it",
         "prediction": f"token {chosen.position:,}, “{visible(chosen.predicted.text)}”",
     }
@@ -50,37 +58,38 @@ def make_page(
 def _attention_part(explanation: Explanation, pictures: Mapping[str, Picture]) -> Iterator[str]:
     yield heading("1. What every output is made of")
     yield paragraph(
-        "The recurrence has an exact implicit attention map: y_t = sum over j of A_tj v_j, plus "
-        "what the state before the first token gives, where A_tj = sum over key channels of "
-        "q_t k_j times all gates from j + 1 to t. The table says how far that sum is from what the "
-        "layers computed, as RMS of the difference over RMS of the output. In higher layers, "
+        "Every output of a layer is y_t = sum over j of A_tj v_j, plus what the state before the "
+        "first token gives. " + " ".join(_WEIGHTS[mixer] for mixer in _used_mixers(explanation))
+    )
+    yield paragraph(
+        "The table says how far that sum is from what the operator, scan or softmax attention, "
+        "makes of the same inputs, and how far the layer's output is from the model's own when it "
+        "is made from that sum: RMS of the difference over RMS of the output. In higher layers, "
         "token j stands for all that the layers below gathered there."
     )
-    yield from _left_out(explanation)
     rows = [
-        (f"layer {number}", f"{account.operator_error:.1e}", f"{account.layer_error:.1e}")
-        for number, account in enumerate(explanation.accounts, 1)
-        if account is not None
+        (name, f"{account.operator_error:.1e}", f"{account.layer_error:.1e}")
+        for name, account in zip(explanation.layer_names, explanation.accounts, strict=True)
     ]
-    if rows:
-        yield table(("error of the map", "recurrence, beside scan", "output of the layer"), rows)
+    yield table(("error of the map", "beside the operator", "beside the layer's output"), rows)
     for name, picture in pictures.items():
         if name.startswith("map_layer_") or name == "state_share":
             yield _figure(picture)
 
 
-def _left_out(explanation: Explanation) -> Iterator[str]:
-    numbers = [str(n) for n, account in enumerate(explanation.accounts, 1) if account is None]
-    if numbers:
-        layers = "layer " if len(numbers) == 1 else "layers "
-        yield paragraph(
-            "Left out here and in part 2, because they mix tokens otherwise than by SimpleRNN: "
-            f"{layers}{', '.join(numbers)} of {len(explanation.accounts)}."
-        )
+def _used_mixers(explanation: Explanation) -> list[str]:
+    return [mixer for mixer in MIXERS if mixer in explanation.mixers]
 
 
 def _memory_part(explanation: Explanation, pictures: Mapping[str, Picture]) -> Iterator[str]:
     yield heading("2. The memory of the model")
+    used = _used_mixers(explanation)
+    if "attention" in used:
+        yield paragraph(
+            "Attention keeps the keys and values of its last tokens as they are: it has neither "
+            "half-lives nor a state that fills up"
+            + ("; its layers are left out here." if len(used) > 1 else ".")
+        )
     window = explanation.state_value.window
     rows = []
     for number, layer in enumerate(explanation.memory.layers, 1):
@@ -95,7 +104,7 @@ def _memory_part(explanation: Explanation, pictures: Mapping[str, Picture]) -> I
                 )
             )
     if rows:
-        longer = f"channels beyond {window:,} tokens"
+        longer = f"channels beyond {counted(window, 'token')}"
         yield table(("half-life in tokens", "median", "longest", longer), rows)
     for name in ("half_lives", "state_norm", "state_rank"):
         if name in pictures:
@@ -106,11 +115,13 @@ def _value_part(explanation: Explanation, pictures: Mapping[str, Picture]) -> It
     value = explanation.state_value
     yield heading("3. What the state is worth")
     yield paragraph(f"Evaluated on {value.evaluated}, the same ones each time.")
+    if "attention" in explanation.mixers:
+        yield paragraph("The state of attention is its cache of keys and values.")
     yield _figure(pictures["loss_by_position"])
     yield _figure(pictures["loss_by_reset"])
     rows = []
     for interval, result in sorted(value.by_reset.items(), key=lambda item: item[0] or np.inf):
-        name = f"reset every {interval:,} tokens" if interval else "carried, never reset"
+        name = f"reset every {counted(interval, 'token')}" if interval else "carried, never reset"
         name += " (every training window)" if interval == value.window else ""
         rows.append((name, f"{result.nats_per_token:.4f}", f"{result.bits_per_byte:.4f}"))
     yield table(("state", "nats/token", "bits/byte"), rows)
@@ -132,14 +143,13 @@ def _prediction_part(explanation: Explanation, pictures: Mapping[str, Picture]) 
     yield shaded_text(
         chosen.units, sum_by_unit(chosen.units, chosen.from_all.tokens), chosen.predicted
     )
-    for number, given in enumerate(chosen.by_layer, 1):
-        if given is not None:
-            yield paragraph(
-                f"Layer {number}, by its map: share of each token in the output after the last "
-                f"token, mean over heads; all shares add up to 1"
-                + (f", {given.state:z.3f} of it from before this stretch." if given.state else ".")
-            )
-            yield shaded_text(chosen.units, units_given(explanation, given), chosen.predicted)
+    for name, given in zip(explanation.layer_names, chosen.by_layer, strict=True):
+        yield paragraph(
+            f"{name.capitalize()}, by its map: share of each token in the output after the last "
+            f"token, mean over heads; all shares add up to 1"
+            + (f", {given.state:z.3f} of it from before this stretch." if given.state else ".")
+        )
+        yield shaded_text(chosen.units, units_given(explanation, given), chosen.predicted)
     yield _figure(pictures["contributions"])
 
 

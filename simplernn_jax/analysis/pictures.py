@@ -2,13 +2,14 @@
 
 import functools
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from simplernn_jax.analysis.token_text import Unit, visible
+from simplernn_jax.analysis.token_text import Unit, escaped, visible
 
 _DPI = 110
 _STYLE = {
@@ -22,6 +23,8 @@ _STYLE = {
 }
 MONOSPACE = {"fontfamily": "DejaVu Sans Mono", "fontsize": 8}
 """For what is quoted from a text; the font comes with matplotlib."""
+LABEL = 12
+"""Characters of a quotation at most."""
 
 
 @contextmanager
@@ -51,14 +54,23 @@ def colors(count: int) -> list[Any]:
     return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.85, max(count, 1))))
 
 
-def drawable(text: str) -> str:
-    """`text` on one line; a character that the pictures' font lacks is a box."""
-    return "".join(c if ord(c) in _glyphs() else "□" for c in visible(text))
+def beginning(text: str, most: int) -> str:
+    """So many characters of a picture for the beginning of `text`, the last an ellipsis if it goes
+    on; a character that the font lacks is its escape, whole or left out."""
+    drawn = list(map(_drawn, text))
+    if sum(map(len, drawn)) <= most:
+        return "".join(drawn)
+    return "".join(_that_fit(drawn, most - 1)) + "…"
+
+
+def ending(text: str, most: int) -> str:
+    """The same for the end of `text`, without an ellipsis."""
+    return "".join(reversed(_that_fit(list(map(_drawn, reversed(text))), most)))
 
 
 def label_text(axis: Any, units: Sequence[Unit], offset: int, most: int) -> None:
-    """Writes a text along an axis whose unit is a token: about `most` ticks, each with what
-    follows it.
+    """Writes a text along an axis whose unit is a token: about `most` ticks, each with the
+    beginning of what follows it.
 
     Args:
       axis: of an image whose cells are tokens.
@@ -72,8 +84,19 @@ def label_text(axis: Any, units: Sequence[Unit], offset: int, most: int) -> None
     names = []
     for tick in ticks:
         text = "".join(unit.text for unit in units if tick <= unit.start < tick + step)
-        names.append(f"{drawable(text)[: max(step, 12)]} {offset + tick}")
+        names.append(f"{beginning(text, LABEL)} {offset + tick}")
     axis.set_ticks(list(ticks), names, **MONOSPACE)
+
+
+def _that_fit(drawn: Sequence[str], most: int) -> Sequence[str]:
+    """The first of `drawn` that have at most so many characters together."""
+    ends = itertools.accumulate(map(len, drawn))
+    return [text for text, end in zip(drawn, ends, strict=True) if end <= most]
+
+
+def _drawn(character: str) -> str:
+    shown = visible(character)
+    return shown if all(ord(c) in _glyphs() for c in shown) else escaped(character)
 
 
 @functools.cache

@@ -1,24 +1,25 @@
-"""What goes into and comes out of every recurrence of a model while it reads."""
+"""What goes into and comes out of every mixer of a model while it reads."""
 
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, HeadState, ModelState, SegmentIds, Tokens
+from simplernn_jax.array_types import Activations, ModelState, SegmentIds, Tokens
 from simplernn_jax.models import LanguageModel, SimpleRNN
+from simplernn_jax.models.attention import Attention
 
 
 class Record(NamedTuple):
-    """One call of one recurrence."""
+    """One call of one mixer."""
 
     inputs: Activations
     """``[B, T, D]``, in the compute dtype."""
-    state: HeadState
-    """Before the first token."""
+    state: Any
+    """Before the first token: a `HeadState`, or a `KVCache` where the mixer is attention."""
     output: Activations
     """``[B, T, D]``."""
-    final_state: HeadState
+    final_state: Any
 
 
 class Recording(NamedTuple):
@@ -27,17 +28,13 @@ class Recording(NamedTuple):
     hidden: Activations
     """What the head reads, ``[B, T, D]``."""
     state: ModelState
-    layers: tuple[Record | None, ...]
-    """One per layer; None where its mixer is no `SimpleRNN`."""
+    layers: tuple[Record, ...]
+    """One per layer."""
 
 
-def find_recurrences(model: LanguageModel) -> list[SimpleRNN | None]:
-    """The recurrence of every layer, or None where it mixes tokens in another way."""
-    names = [_name_of_recurrence(layer) for layer in model.layers]
-    return [
-        None if name is None else getattr(layer, name)
-        for layer, name in zip(model.layers, names, strict=True)
-    ]
+def find_mixers(model: LanguageModel) -> list[SimpleRNN | Attention]:
+    """What carries information from token to token in every layer."""
+    return [getattr(layer, _name_of_mixer(layer)) for layer in model.layers]
 
 
 def record(
@@ -47,7 +44,7 @@ def record(
     segment_ids: SegmentIds | None = None,
     shift: jax.Array | None = None,
 ) -> Recording:
-    """Reads `tokens` and keeps what every recurrence saw; `model` itself is left as it is.
+    """Reads `tokens` and keeps what every mixer saw; `model` itself is left as it is.
 
     Args:
       model: the language model.
@@ -59,34 +56,34 @@ def record(
     if state is None:
         state = model.initial_state(tokens.shape[0])
     model = nnx.merge(*nnx.split(model))  # a copy to put taps in; the arrays are shared
-    taps: list[_Tap | None] = []
-    for layer in model.layers:
-        name = _name_of_recurrence(layer)
-        taps.append(None if name is None else _Tap(getattr(layer, name)))
-        if name is not None:
-            setattr(layer, name, taps[-1])
+    taps = [_Tap(mixer) for mixer in find_mixers(model)]
+    for layer, tap in zip(model.layers, taps, strict=True):
+        setattr(layer, _name_of_mixer(layer), tap)
     if shift is not None:
         model.embedding = _ShiftedEmbedding(model.embedding, shift)
     hidden, state = model.encode(tokens, state, segment_ids)
-    return Recording(hidden, state, tuple(None if tap is None else tap.record for tap in taps))
+    return Recording(hidden, state, tuple(tap.record for tap in taps))
 
 
-def _name_of_recurrence(layer: nnx.Module) -> str | None:
-    names = [name for name, child in vars(layer).items() if isinstance(child, SimpleRNN)]
-    return names[0] if names else None
+def _name_of_mixer(layer: nnx.Module) -> str:
+    (name,) = [
+        name for name, child in vars(layer).items() if isinstance(child, SimpleRNN | Attention)
+    ]
+    return name
 
 
 class _Tap:
-    """Stands in for a recurrence and remembers the call."""
+    """Stands in for a mixer and remembers the call."""
 
-    def __init__(self, recurrence: SimpleRNN):
-        self._recurrence = recurrence
-        self.record: Record | None = None
+    record: Record
+
+    def __init__(self, mixer: SimpleRNN | Attention):
+        self._mixer = mixer
 
     def __call__(
-        self, x: Activations, state: HeadState, segment_ids: SegmentIds | None = None
-    ) -> tuple[Activations, HeadState]:
-        y, final_state = self._recurrence(x, state, segment_ids)
+        self, x: Activations, state: Any, segment_ids: SegmentIds | None = None
+    ) -> tuple[Activations, Any]:
+        y, final_state = self._mixer(x, state, segment_ids)
         self.record = Record(x, state, y, final_state)
         return y, final_state
 

@@ -53,7 +53,12 @@ def split_into_units(
 
 def visible(text: str) -> str:
     """`text` on one line with spaces, tabs and line ends to be seen."""
-    return "".join(_VISIBLE.get(c) or (c if c.isprintable() else _escaped(c)) for c in text)
+    return "".join(_VISIBLE.get(c) or (c if c.isprintable() else escaped(c)) for c in text)
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 token`` or ``1,000 tokens``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def sum_by_unit(units: Sequence[Unit], values: np.ndarray) -> np.ndarray:
@@ -61,5 +66,6 @@ def sum_by_unit(units: Sequence[Unit], values: np.ndarray) -> np.ndarray:
     return np.add.reduceat(values, [unit.start for unit in units])
 
 
-def _escaped(character: str) -> str:
+def escaped(character: str) -> str:
+    r"""One character as its code point in ASCII, such as ``\u6f22``."""
     return character.encode("unicode_escape").decode("ascii")
