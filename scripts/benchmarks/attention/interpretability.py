@@ -47,5 +47,4 @@ def measure(sizes: Sizes) -> list[dict[str, float]]:
             "layer_error": float(account.layer_error),
         }
         for account in account_for_layers(model, tokens, model.initial_state(1))
-        if account is not None
     ]
