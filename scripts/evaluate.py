@@ -73,6 +73,11 @@ def main() -> None:
         "perplexity": f"{result.perplexity:.4f}",
         "bits/byte": f"{result.bits_per_byte:.4f}   (xz -9e: {xz:.4f})",
     }
+    if windows is not None:
+        carried = evaluator(nnx.state(model, nnx.Param), split)
+        facts["with the state carried"] = (
+            f"{carried.nats_per_token:.4f} nats/token, {carried.bits_per_byte:.4f} bits/byte"
+        )
     print(report.summary(facts))
 
 

@@ -33,6 +33,13 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    devices = os.environ.get("DEVICES_PER_PROCESS", "1")
+    if not devices.isdecimal() or int(devices) == 0:
+        print(
+            f"error: DEVICES_PER_PROCESS={devices!r} is no number of devices; set it to 1 or more",
+            file=sys.stderr,
+        )
+        return 2
     early: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
     signal.signal(signal.SIGINT, lambda number, _: early.append(number))

@@ -352,8 +352,8 @@ def _validate_train(config: Config) -> None:
 def _validate_mesh(config: Config) -> None:
     mesh = config.mesh
     _at_least(mesh, "mesh", 1, "fsdp", "tensor", "sequence", "stage")
-    if mesh.data != -1:
-        _at_least(mesh, "mesh", 1, "data")
+    if mesh.data != -1 and mesh.data < 1:
+        _refuse("mesh.data", mesh.data, "at least 1, or -1 for what the others leave")
     if mesh.stage > 1 and mesh.sequence > 1:
         raise UserError(
             f"--config.mesh.stage={mesh.stage} and --config.mesh.sequence={mesh.sequence} divide "

@@ -90,3 +90,4 @@ def test_overlapping_windows_score_the_same_predictions(tmp_path):
     assert (code, errors) == (0, "")
     assert number("predictions", output) == corpus.validation.num_predictions
     assert "zero, then 6 to 9 tokens of a window" in output
+    assert "with the state carried" in output

@@ -94,10 +94,16 @@ def check_close(found, expected):
 
 def test_two_processes_equal_one_and_each_goes_on_from_the_others_checkpoint(tmp_path, launch):
     config = small_config(
-        source=write_corpus(tmp_path / "text"), mode="stream", batch_size=4, steps=4, log_every=1
+        source=write_corpus(tmp_path / "text"),
+        mode="stream",
+        batch_size=4,
+        steps=20,
+        log_every=1,
+        vocab_size=260,
+        num_heads=2,
+        **{"data": 2, "fsdp": 2, "tensor": 2},  # each process holds, and writes, all in parts
     )
-    config.mesh.fsdp = 4  # each process holds, and writes, half of every matrix
-    two = launch(config, tmp_path / "two", 2, devices=2)
+    two = launch(config, tmp_path / "two", 2, devices=4)
     train(config, str(tmp_path / "one"))
     assert "Gloo" not in finish(two)[0]
     check_close(newest_checkpoint(tmp_path / "two"), newest_checkpoint(tmp_path / "one"))
@@ -106,15 +112,15 @@ def test_two_processes_equal_one_and_each_goes_on_from_the_others_checkpoint(tmp
         for name in ("one", "two")
     ]
     np.testing.assert_allclose(*losses, rtol=1e-5)
-    assert len(losses[0]) == 4
+    assert len(losses[0]) == 20
 
-    config.train.steps = 8
-    one_then_two = launch(config, tmp_path / "one", 2, devices=2)
-    config.mesh.fsdp = 1
+    config.train.steps = 24
+    one_then_two = launch(config, tmp_path / "one", 2, devices=4)
+    config.mesh.data = config.mesh.fsdp = config.mesh.tensor = 1
     train(config, str(tmp_path / "two"))
-    assert "at step 4 of 8" in finish(one_then_two)[0]
+    assert "at step 20 of 24" in finish(one_then_two)[0]
     expected = newest_checkpoint(tmp_path / "two")
-    assert expected["number of steps"] == 8
+    assert expected["number of steps"] == 24
     check_close(newest_checkpoint(tmp_path / "one"), expected)
 
 

@@ -282,8 +282,30 @@ def test_groups_of_rows_and_muon_are_those_of_one_device():
         expected_losses, expected = expected_steps(**options)
         np.testing.assert_allclose(losses, expected_losses, rtol=1e-11)
         assert_each_near(state, expected, 1e-11)
-    found, _ = without_scalars(collectives(compiled(mesh_name, **options)))
+    step = compiled(mesh_name, **options)
+    found, _ = without_scalars(collectives(step))
     assert found == exchanged(MESHES[mesh_name], config_of(**options), 8)
+    # Layers are gathered for every group, but the gradients of all are summed once.
+    repeated, _ = without_scalars(collectives(step, in_loops=True))
+    assert "all-gather" in {kind for kind, _ in repeated}
+    assert "reduce-scatter" not in {kind for kind, _ in repeated}
+
+
+def test_what_is_exchanged_in_a_loop_or_as_truth_values_is_seen():
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+
+    def exchange(x):
+        gathered = jax.lax.all_gather(x > 0, "data", tiled=True)
+        turn = lambda _, y: jax.lax.psum(jnp.sin(y), "data")
+        return gathered, jax.lax.fori_loop(0, 5, turn, x)
+
+    spec = jax.sharding.PartitionSpec("data")
+    spread = jax.shard_map(
+        exchange, mesh=mesh, in_specs=spec, out_specs=(spec, spec), check_vma=False
+    )
+    program = jax.jit(spread).lower(jnp.ones(14)).compile()
+    assert collectives(program) == {("all-gather", 14): 1, ("all-reduce", 28): 1}
+    assert collectives(program, in_loops=True) == {("all-reduce", 28): 1}
 
 
 def test_every_device_drops_by_a_draw_of_its_own_and_always_the_same():

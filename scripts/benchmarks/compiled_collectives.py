@@ -7,20 +7,55 @@ from typing import Any
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 _OPERATION = re.compile(rf" = (\(.*?\)|\S+) ({'|'.join(KINDS)}|collective-broadcast)(?:-start)?\(")
-_ARRAY = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
+_ARRAY = re.compile(r"[a-z]+(\d*)(?:e\d\w*)?\[([\d,]*)\]")
+"""A truth value, ``pred``, has no number of bits and takes a byte."""
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 
 
-def collectives(program: Any) -> Counter[tuple[str, int]]:
+def collectives(program: Any, *, in_loops: bool = False) -> Counter[tuple[str, int]]:
     """``{(kind, bytes of the result on one device): count}``, array by array.
 
     XLA puts several sums into one operation, and how many is its business: each array counts as
-    one here.
+    one here, and what a loop does in every turn counts once.
+
+    Args:
+      program: compiled.
+      in_loops: count only what lies in loops.
     """
     found: Counter[tuple[str, int]] = Counter()
-    for line in program.as_text().splitlines():
-        operation = _OPERATION.search(line)
-        if operation:
-            for _, bits, shape in _ARRAY.findall(operation[1]):
+    computations = _computations(program.as_text())
+    inside = _inside_loops(computations)
+    for name, lines in computations.items():
+        if in_loops and name not in inside:
+            continue
+        for operation in filter(None, map(_OPERATION.search, lines)):
+            for bits, shape in _ARRAY.findall(operation[1]):
                 size = math.prod(int(n) for n in shape.split(",") if n)
-                found[operation[2], size * max(int(bits), 8) // 8] += 1
+                found[operation[2], size * max(int(bits or 8), 8) // 8] += 1
     return found
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    """The lines of each function of a program."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            lines = found[head[1]] = []
+        else:
+            lines.append(line)
+    return found
+
+
+def _inside_loops(computations: dict[str, list[str]]) -> set[str]:
+    """The bodies of loops, and what they call."""
+    mentions = {
+        name: set(re.findall(r"[\w.-]+", " ".join(lines))) for name, lines in computations.items()
+    }
+    text = " ".join(line for lines in computations.values() for line in lines)
+    inside: set[str] = set()
+    new = set(re.findall(r"body=%?([\w.-]+)", text))
+    while new:
+        inside |= new
+        new = {name for one in new for name in mentions[one] & computations.keys()} - inside
+    return inside

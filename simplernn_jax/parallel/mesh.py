@@ -40,10 +40,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     processes = {device.process_index for device in devices}
     if len(devices) % needed or (len(processes) > 1 and needed != len(devices)):
         product = " * ".join(f"{name} {size}" for name, size in sizes.items())
+        together = f", all of which {len(processes)} processes use" if len(processes) > 1 else ""
         raise UserError(
             f"--config.mesh: {product} = {needed} devices, which cannot be made of the "
-            f"{len(devices)} that there are; change the sizes, or leave data = -1, which takes "
-            "what the others leave"
+            f"{len(devices)} that there are{together}; change the sizes, or leave data = -1, which "
+            "takes what the others leave"
         )
     if needed < len(devices):
         logging.warning("--config.mesh uses %d of %d devices", needed, len(devices))
@@ -78,7 +79,8 @@ def check_fits(config: Config, mesh: Mesh) -> None:
         ("data.batch_size", data.batch_size, BATCH_AXES, groups),
         (time, tokens, ("sequence", "stage"), 1),
         ("model.num_heads", model.num_heads, ("tensor",), 1),
-        ("model.mlp_dim", model.mlp_dim, ("tensor",), 1),
+        # A plain block has no MLP.
+        ("model.mlp_dim", 0 if model.block == "plain" else model.mlp_dim, ("tensor",), 1),
         ("model.vocab_size", model.vocab_size, ("tensor",), 1),
         ("model.hidden_dim", model.hidden_dim, ("fsdp",), 1),
         ("model.num_layers", model.num_layers, ("stage",), 1),
