@@ -296,8 +296,7 @@ def test_what_is_exchanged_in_a_loop_or_as_truth_values_is_seen():
 
     def exchange(x):
         gathered = jax.lax.all_gather(x > 0, "data", tiled=True)
-        turn = lambda _, y: jax.lax.psum(jnp.sin(y), "data")
-        return gathered, jax.lax.fori_loop(0, 5, turn, x)
+        return gathered, jax.lax.fori_loop(0, 5, lambda _, y: jax.lax.psum(jnp.sin(y), "data"), x)
 
     spec = jax.sharding.PartitionSpec("data")
     spread = jax.shard_map(
