@@ -4,7 +4,7 @@
         --config.data.source=tinyshakespeare.txt
 
 2,000 steps of 12 rows of 64 characters: 1,536,000 training characters.
-Seeds 0, 1 and 2 on tinyshakespeare: 1.587, 1.574 and 1.568 nats/char on the last 10 %, each in
+Seeds 0, 1 and 2 on tinyshakespeare: 1.590, 1.571 and 1.567 nats/char on the last 10 %, each in
 less than a minute of training on 2 CPU cores.
 """
 

@@ -15,7 +15,7 @@ h1 { font-size: 1.7rem; margin-bottom: 0.3rem; }
 h2 { font-size: 1.3rem; margin-top: 3rem; border-bottom: 1px solid #ccc; }
 p { max-width: 60rem; }
 figure { margin: 1.5rem 0; overflow-x: auto; }
-figure img { display: block; }
+figure img { display: block; max-width: 100%; }
 figcaption { max-width: 60rem; color: #444; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: 0.2rem 0.9rem 0.2rem 0; text-align: right; border-bottom: 1px solid #ddd; }
@@ -69,12 +69,18 @@ def table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
+_LEAST_SHRUNK = 0.75
+"""A picture shrinks with the page to this share of its width; then the page scrolls over it."""
+
+
 def figure(png: bytes, title: str, how_to_read: str) -> str:
     """The picture, embedded, and the sentence that says how to read it."""
     data = base64.b64encode(png).decode("ascii")
+    width = int.from_bytes(png[16:20], "big")  # a PNG file says so in its 17th byte and on
     title = html.escape(title)
     return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{title}">\n'
+        f'<figure><img src="data:image/png;base64,{data}" alt="{title}" '
+        f'style="min-width: {round(_LEAST_SHRUNK * width)}px">\n'
         f"<figcaption><b>{title}.</b> {html.escape(how_to_read)}</figcaption></figure>"
     )
 
