@@ -63,7 +63,8 @@ def main() -> None:
             "out; score what it was trained on with --split train"
         )
     evaluator = Evaluator(config, tokenizer.pad_id)
-    result = evaluator(nnx.state(model, nnx.Param), split, windows=windows)
+    params = nnx.state(model, nnx.Param)
+    result = evaluator(params, split, windows=windows)
     xz = xz_bits_per_byte(split, tokenizer)
     facts = {
         "split": f"{split.name}, {len(split.document_starts):,} documents",
@@ -74,7 +75,7 @@ def main() -> None:
         "bits/byte": f"{result.bits_per_byte:.4f}   (xz -9e: {xz:.4f})",
     }
     if windows is not None:
-        carried = evaluator(nnx.state(model, nnx.Param), split)
+        carried = evaluator(params, split)
         facts["with the state carried"] = (
             f"{carried.nats_per_token:.4f} nats/token, {carried.bits_per_byte:.4f} bits/byte"
         )

@@ -19,6 +19,9 @@ from simplernn_jax.training.checkpoint_contents import read_arrays, read_json, s
 from simplernn_jax.training.checkpoint_folder import CheckpointFolder
 from simplernn_jax.training.preparation import prepare
 
+HYBRID = {"block": "residual", "num_layers": 2, "mixer": "simple_rnn,attention"}
+"""Fields of `small_config`: one layer of each mixer."""
+
 
 def small_config(block="plain", **fields):
     """A run of one narrow layer; `fields` of any section, by name."""

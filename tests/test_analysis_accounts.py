@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_runs import small_config
+from small_runs import HYBRID, small_config
 
 from simplernn_jax.analysis.accounts import (
     LARGEST_ERROR,
@@ -98,14 +98,7 @@ def test_both_errors_count_and_what_is_no_number(
 
 
 def test_every_layer_of_a_model_has_an_account():
-    config = small_config(
-        "residual",
-        vocab_size=30,
-        num_layers=2,
-        num_heads=2,
-        mixer="simple_rnn,attention",
-        attention_context=CONTEXT,
-    )
+    config = small_config(**HYBRID, vocab_size=30, num_heads=2, attention_context=CONTEXT)
     model = LanguageModel(config.model, rngs=nnx.Rngs(0))
     state = jax.tree.map(jnp.ones_like, model.initial_state(1))
     for given in account_for_layers(model, np.arange(11), state):

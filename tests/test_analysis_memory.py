@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_runs import small_config
+from small_runs import HYBRID, small_config
 
 from simplernn_jax.analysis import memory
 from simplernn_jax.analysis.memory import effective_rank, half_life, measure_memory, read_state
@@ -20,14 +20,7 @@ TOKENS = np.random.default_rng(1).integers(0, 30, 23)
 
 def make_model():
     """Its second layer is attention."""
-    config = small_config(
-        "residual",
-        vocab_size=30,
-        num_layers=2,
-        num_heads=2,
-        mixer="simple_rnn,attention",
-        attention_context=7,
-    )
+    config = small_config(**HYBRID, vocab_size=30, num_heads=2, attention_context=7)
     return LanguageModel(config.model, rngs=nnx.Rngs(0))
 
 

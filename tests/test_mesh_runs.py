@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from small_runs import newest_checkpoint, small_config, write_corpus
+from small_runs import HYBRID, newest_checkpoint, small_config, write_corpus
 
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
@@ -13,12 +13,8 @@ from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
 
 EACH_AXIS = {"fsdp": 2, "tensor": 2, "sequence": 2}
-HYBRID = {
-    "block": "residual",
-    "num_layers": 2,
-    "mixer": "simple_rnn,attention",
-    "attention_context": 10,  # of stretches of 6: into the one before, and the window before
-}
+CONTEXT = 10
+"""Of attention; of stretches of 6: into the one before, and the window before."""
 STEPS, HALF = 6, 3
 
 
@@ -100,12 +96,12 @@ def test_a_stopped_run_goes_on_on_one_device(folder, whole, half):
 
 
 def test_attention_beside_the_recurrence_goes_on_likewise(folder):
-    run(folder, "both", **HYBRID, **EACH_AXIS)
-    run(folder, "both_half", steps=HALF, **HYBRID, **EACH_AXIS)
+    run(folder, "both", **HYBRID, attention_context=CONTEXT, **EACH_AXIS)
+    run(folder, "both_half", steps=HALF, **HYBRID, attention_context=CONTEXT, **EACH_AXIS)
     shutil.copytree(folder / "both_half", folder / "both_alone")
-    run(folder, "both_half", **HYBRID, **EACH_AXIS)
+    run(folder, "both_half", **HYBRID, attention_context=CONTEXT, **EACH_AXIS)
     assert newest_checkpoint(folder / "both_half") == newest_checkpoint(folder / "both")
-    run(folder, "both_alone", **HYBRID)
+    run(folder, "both_alone", **HYBRID, attention_context=CONTEXT)
     np.testing.assert_allclose(losses(folder / "both_alone"), losses(folder / "both"), rtol=1e-5)
 
 

@@ -116,6 +116,7 @@ def draw_contributions(
             axes.set_ylim(most - 0.5, -0.5)
             axes.axvline(0, color="black", linewidth=0.6)
             written = f"\nall before this stretch: {before:+.3g}" if before else ""
+            axes.locator_params(axis="x", nbins=5)  # or long numbers touch
             axes.set(title=title, xlabel=measure + written)
             axes.grid(axis="x")
         return png(figure)

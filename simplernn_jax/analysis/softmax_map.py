@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import Keys, Queries, SegmentIds, Values
 from simplernn_jax.models.attention import Attention, KVCache
+from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.sliding_attention import rotate
 
 
@@ -42,7 +43,7 @@ def seen_tokens(
     along = jnp.arange(length, dtype=jnp.int32)[None]
     changed = jnp.zeros((batch, length), bool)
     if segment_ids is not None:
-        changed = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+        changed = segment_starts(segment_ids)
     segment = jnp.cumsum(changed, axis=1)
     start = jax.lax.cummax(jnp.where(changed, along, 0), axis=1)
     positions = along - start + jnp.where(segment == 0, cache.length[:, None], 0)

@@ -15,6 +15,7 @@ from simplernn_jax.array_types import (
     SegmentIds,
 )
 from simplernn_jax.models.heads import Heads
+from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.sliding_attention import attend, rotate, sliding_attention
 from simplernn_jax.parallel.attention_stretches import seen_before, tokens_before
 from simplernn_jax.parallel.collectives import axis_size, from_last
@@ -158,8 +159,7 @@ def _positions(
     positions = along if before is None else before[:, None] + along
     if segment_ids is None:
         return positions
-    is_first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    start = jax.lax.cummax(jnp.where(is_first, along, -1), axis=1)
+    start = jax.lax.cummax(jnp.where(segment_starts(segment_ids), along, -1), axis=1)
     return jnp.where(start < 0, positions, along - start)
 
 

@@ -127,7 +127,8 @@ class StopVote:
 
     def __init__(self, requested: Callable[[], str | None]) -> None:
         self._requested = requested
-        self._steps = self._steps_to_go = 0
+        self._steps_to_go = 0
+        self._steps_between = 1
         self._asked_at = time.monotonic()
         if jax.process_count() == 1:
             return
@@ -148,23 +149,21 @@ class StopVote:
             return self._requested()
         if self._steps_to_go:
             self._steps_to_go -= 1
-            self._steps += 1
             return None
         jax.block_until_ready(running)
-        name = self.last_signal()
-        self._steps = 1
-        return name
+        return self.last_signal()
 
     def last_signal(self) -> str | None:
         """As `signal`, but asks whatever the step; nothing else may be computed."""
         if jax.process_count() == 1:
             return self._requested()
         name, now = self._requested(), time.monotonic()
-        seconds_per_step = (now - self._asked_at) / max(self._steps, 1)
+        seconds_per_step = (now - self._asked_at) / self._steps_between
         microseconds = min(int(1e6 * seconds_per_step), np.iinfo(np.int32).max)
         mine = [[0 if name is None else signal.Signals[name], microseconds]]
         asked = jax.make_array_from_process_local_data(self._apart, np.asarray(mine, np.int32))
         number, slowest = np.asarray(self._highest(asked))
         self._asked_at = now
         self._steps_to_go = int(_VOTE_SECONDS * 1e6 / max(slowest, 1))
+        self._steps_between = self._steps_to_go + 1
         return signal.Signals(int(number)).name if number else None

@@ -32,8 +32,6 @@ LENGTHS = (32, 64, 128, 256)
 """Tokens of a row in tests of copying."""
 LEARNED_DISTANCES = (4, 8, 16, 32, 56)
 DISTANCES = (4, 8, 16, 32, 56, 112, 224)
-LONGER = 4
-"""The last length and distance are so many times those of the training."""
 TRAIN_ROWS = 32
 BEFORE = 8
 """Tokens of a needle's row that are not of its distance."""

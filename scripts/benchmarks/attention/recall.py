@@ -7,10 +7,8 @@ Tests are on new rows of the length of the last lesson, and on rows four times a
 from typing import Any, NamedTuple
 
 from benchmarks.attention.learning import Lesson
-from benchmarks.attention.students import ATTENTION, PLAIN, Student, examine, recurrent
+from benchmarks.attention.students import ATTENTION, LONGER, PLAIN, Student, examine, recurrent
 from simplernn_jax.data.tasks import AssociativeRecall
-
-LONGER = 4
 
 
 class Sizes(NamedTuple):

@@ -10,6 +10,8 @@ from simplernn_jax.config import ModelConfig
 from simplernn_jax.data.tasks import Task
 
 WIDTH, LAYERS = 64, 2
+LONGER = 4
+"""The longest rows and distances of tests are so many times those of the training."""
 
 
 class Student(NamedTuple):

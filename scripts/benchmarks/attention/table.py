@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from benchmarks import tables
 from benchmarks.attention.cost import crossing
-from benchmarks.attention.distance import LONGER
 from benchmarks.attention.sides import ATTENTION, LAYERS, RECURRENCE, SIDES
+from benchmarks.attention.students import LONGER
 
 Results = Mapping[str, Any]
 """By name of a measurement, what it gave."""
@@ -87,7 +87,10 @@ def _of(row: Mapping[str, Any]) -> str:
 def _long_range(results: Results) -> Iterator[Line]:
     students = results.get("recall", [])
     if students:
-        for curve, length in (("same", "rows as in training"), ("longer", "rows 4 times as long")):
+        for curve, length in (
+            ("same", "rows as in training"),
+            ("longer", f"rows {LONGER} times as long"),
+        ):
             for pairs in students[0]["accuracy"][curve]:
                 what = f"recall of {pairs} pairs, {length}"
                 yield _share(what, _matched(students, curve, pairs))
