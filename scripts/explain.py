@@ -109,7 +109,7 @@ def _write(out: Path, explanation: "Explanation", facts: dict[str, str]) -> Path
     from simplernn_jax.analysis.export import to_numbers
     from simplernn_jax.analysis.gallery import draw_pictures
     from simplernn_jax.analysis.page import make_page
-    from simplernn_jax.atomic_file import write_file
+    from simplernn_jax.files import write_file
 
     pictures = draw_pictures(explanation)
     for name, picture in pictures.items():

@@ -1,9 +1,24 @@
 """The one exception for everything a user can put right."""
 
+LONGEST_MESSAGE = 400
+"""Characters of a message, at most: what a damaged file quotes of itself can be megabytes."""
+
 
 class UserError(Exception):
-    """Bad input or a state of the machine that the user can mend.
+    """Bad input or a state of the machine that the user can fix.
 
     The message is one line: what is wrong, where, and what to do. The scripts
     print it as ``error: MESSAGE`` and exit with code 2 (``command_line.main``).
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
+    """One printable line: control characters escaped, the middle of a long text left out."""
+    text = " ".join(part.strip() for part in text[: 100 * longest].splitlines())
+    if len(text) > longest:
+        end = longest // 3
+        text = f"{text[: longest - end]} ... {text[-end:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from simplernn_jax.atomic_file import sync
+from simplernn_jax.files import sync
 
 _SUFFIX = ".tmp"
 _ABANDONED_SECONDS = 3600

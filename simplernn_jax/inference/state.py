@@ -20,9 +20,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from simplernn_jax.array_types import ModelState
-from simplernn_jax.atomic_file import write_file
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import write_file
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.named_leaves import named_leaves
 

@@ -17,8 +17,8 @@ from collections.abc import Collection
 
 from absl import logging
 
-from simplernn_jax.atomic_file import sync
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import sync
 from simplernn_jax.training import manifest
 
 UNFINISHED_MARK = ".orbax-checkpoint-tmp"

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Collection
 
-from simplernn_jax.atomic_file import sync, write_file
+from simplernn_jax.files import sync, write_file
 
 MANIFEST_NAME = "manifest.sha256"
 

@@ -19,8 +19,8 @@ from benchmarks.attention import (
     recall,
     report,
 )
-from simplernn_jax.atomic_file import write_file
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import write_file
 
 MEASUREMENTS: Mapping[str, ModuleType] = {
     "parallelism": parallelism,

@@ -9,7 +9,7 @@ from benchmarks.attention import distance, pictures, recall, table
 from benchmarks.attention.corpus import LENGTH
 from benchmarks.attention.sides import SIDES
 from benchmarks.attention.students import LAYERS, WIDTH
-from simplernn_jax.atomic_file import write_file
+from simplernn_jax.files import write_file
 
 
 class Section(NamedTuple):

@@ -1,0 +1,100 @@
+"""Regular files, read with a bound and replaced atomically.
+
+Whatever lies at a path (a fifo, a device, a link to one, a file that never ends), reading and
+writing return or raise at once.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from typing import BinaryIO
+
+SMALL_FILE = 1 << 26
+"""Default bound on what `read_file` reads: 64 MiB."""
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading, as ``open(path, "rb")`` does.
+
+    Raises:
+      OSError: no such file, or it is a folder, a fifo, a device or a socket; never blocks.
+    """
+    # Without O_NONBLOCK, opening a fifo would wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_file(path: str | os.PathLike[str], limit: int = SMALL_FILE) -> bytes:
+    """Read a regular file of at most `limit` bytes.
+
+    Raises:
+      OSError: it cannot be read, is not a regular file, or is larger (EFBIG).
+    """
+    with open_file(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", os.fspath(path))
+    return content
+
+
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Check that writing to `path` replaces nothing but a regular file.
+
+    Raises:
+      OSError: something else is there, such as a folder, a device or a dangling link.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise OSError(errno.EINVAL, "a link that leads nowhere", os.fspath(path)) from None
+        return
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, what, os.fspath(path))
+
+
+def write_file(path: str | os.PathLike[str], content: bytes) -> None:
+    """Replace the regular file at `path` by `content`, atomically and durably.
+
+    A link is followed: the file that it names is replaced.
+
+    Raises:
+      OSError: the disk is full or not writable, or what is at `path` is no regular file; what was
+        at `path` is still there.
+    """
+    check_output(path)
+    path = os.path.realpath(path)
+    # A name that nobody can have planted, and O_EXCL: an existing file or link is never opened.
+    folder = os.path.dirname(path)
+    temporary = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(temporary, flags, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+    sync(folder)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Bring the content of a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,91 @@
+"""Regular files are read with a bound and replaced whole or not at all."""
+
+import os
+import stat
+
+import pytest
+
+from simplernn_jax.files import check_output, open_file, read_file, write_file
+
+
+def test_content_is_replaced_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "file"
+    for content in (b"first, and longer", b"second", b""):
+        write_file(str(path), content)
+        assert path.read_bytes() == content
+        assert read_file(path) == content
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_name_without_a_folder_is_in_the_current_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_file("file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_failure_leaves_the_old_content_and_nothing_else(tmp_path, monkeypatch, name):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(*_):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, name, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_file(str(path), b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def _fifo(path):
+    os.mkfifo(path)
+
+
+def _link_to_a_device(path):
+    path.symlink_to("/dev/zero")
+
+
+def _folder(path):
+    path.mkdir()
+
+
+@pytest.mark.parametrize("make", [_fifo, _link_to_a_device, _folder])
+def test_what_is_no_regular_file_is_neither_read_nor_replaced(tmp_path, make):
+    path = tmp_path / "file"
+    make(path)
+    before = os.lstat(path)
+    for use in (open_file, read_file, check_output, lambda path: write_file(path, b"new")):
+        with pytest.raises(OSError, match=r"not a regular file|a folder"):
+            use(path)
+    after = os.lstat(path)
+    assert (after.st_ino, stat.S_IFMT(after.st_mode)) == (
+        before.st_ino,
+        stat.S_IFMT(before.st_mode),
+    )
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_dangling_link_is_not_written_through(tmp_path):
+    path = tmp_path / "link"
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="leads nowhere"):
+        write_file(path, b"new")
+    assert os.listdir(tmp_path) == ["link"]
+
+
+def test_a_link_to_a_file_stays_a_link(tmp_path):
+    target, path = tmp_path / "target", tmp_path / "link"
+    target.write_bytes(b"old")
+    path.symlink_to(target)
+    write_file(path, b"new")
+    assert path.is_symlink()
+    assert target.read_bytes() == b"new"
+
+
+def test_a_file_over_the_limit_is_refused(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert read_file(path, 5) == b"12345"
+    with pytest.raises(OSError, match="larger than 4 bytes"):
+        read_file(path, 4)
