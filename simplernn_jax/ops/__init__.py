@@ -7,17 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, SegmentIds, Values
-from simplernn_jax.ops.chunkwise import chunkwise
-from simplernn_jax.ops.fused import fused
+from simplernn_jax.ops.doubling import BLOCK
 from simplernn_jax.ops.manual_axes import vary_like
 from simplernn_jax.ops.narrow_state import in_narrow_state
 from simplernn_jax.ops.native import can_call
-from simplernn_jax.ops.rows import clear_rows
-from simplernn_jax.ops.scan import recurrent_step, scan
+from simplernn_jax.ops.recurrence import recurrence
+from simplernn_jax.ops.scan import recurrent_step
 
 __all__ = ["gated_linear_recurrence", "recurrent_step", "segment_starts"]
 
-METHODS = ("chunkwise", "scan")
+METHODS = ("auto", "fused", "chunkwise", "scan")
 
 
 def gated_linear_recurrence(
@@ -28,7 +27,7 @@ def gated_linear_recurrence(
     *,
     initial_state: HeadState | None = None,
     segment_ids: SegmentIds | None = None,
-    method: str = "chunkwise",
+    method: str = "auto",
     chunk_size: int | None = None,
     state_dtype: Any = None,
 ) -> tuple[Values, HeadState]:
@@ -43,10 +42,11 @@ def gated_linear_recurrence(
         segment of the first token.
       segment_ids: ``[B, T]`` integers; where the id changes from one token to the next, the state
         is cleared exactly.
-      method: ``"chunkwise"``, the fast way, or ``"scan"``, the definition.
-      chunk_size: tokens per chunk, a power of two of at least 8. None chooses the fastest way that
-        was measured: on a CPU with a C compiler one fused function in float32, elsewhere matrix
-        products over chunks whose size follows from the shape.
+      method: ``"auto"``, the fastest of the others; ``"fused"``, one C function, which computes
+        float32 on a CPU with a C compiler, and is ``"chunkwise"`` where it is lowered for another
+        platform; ``"chunkwise"``, matmuls over chunks of time; ``"scan"``, the definition.
+      chunk_size: tokens per chunk of ``"chunkwise"``, which it selects: a power of two of at least
+        8. None chooses it from the shape.
       state_dtype: what the state is rounded to and returned in, such as bfloat16; see
         `narrow_state`. None keeps it exact.
 
@@ -55,13 +55,13 @@ def gated_linear_recurrence(
       (float64 if an input is), or in `state_dtype`.
 
     Raises:
-      ValueError: shapes that do not fit together, an unknown method or a bad chunk size.
+      ValueError: shapes that do not fit together, an unknown method, a method that is not
+        available here, or a bad chunk size.
     """
     _check_shapes(q, k, v, log_gate, initial_state, segment_ids)
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
     batch, length, heads, key_dim = q.shape
     dtype = jnp.result_type(q, k, v, log_gate, jnp.float32)
+    method = _choose(method, chunk_size, dtype)
     log_gate = log_gate.astype(dtype)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key_dim, v.shape[-1]), dtype)
@@ -70,34 +70,30 @@ def gated_linear_recurrence(
         return jnp.zeros_like(v), initial_state.astype(state_dtype or dtype)
     clear = None if segment_ids is None else segment_starts(segment_ids)
     arguments = (q, k, v, log_gate, clear)
-    run = partial(_recurrence, method, chunk_size)
+    run = partial(recurrence, method, chunk_size)
     if state_dtype is not None:
         return in_narrow_state(run, *arguments, initial_state, state_dtype)
     return run(*arguments, initial_state.astype(dtype))
 
 
-def _recurrence(
-    method: str,
-    chunk_size: int | None,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_gate: jax.Array,
-    clear: jax.Array | None,
-    state: HeadState,
-) -> tuple[jax.Array, HeadState]:
-    """The way that `method` and `chunk_size` say; sums are of the dtype of `state`."""
-    if method == "scan":
-        return scan(q, k, v, log_gate, state, clear)
-    if chunk_size is None and can_call(state.dtype):
-        return fused(q, k, v, log_gate, state, clear)
-    if q.shape[1] == 1:
-        # One token: no chunk to fill.
-        if clear is not None:
-            state = clear_rows(state, clear[:, 0])
-        output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_gate[:, 0], state)
-        return output[:, None], state
-    return chunkwise(q, k, v, log_gate, state, clear, chunk_size)
+def _choose(method: str, chunk_size: int | None, dtype: Any) -> str:
+    """The method that ``"auto"`` stands for here, and whether the one asked for is available."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
+    if chunk_size is not None:
+        if method not in ("auto", "chunkwise"):
+            raise ValueError(f"chunk_size={chunk_size}: method={method!r} has no chunks")
+        if chunk_size < BLOCK or chunk_size & (chunk_size - 1):
+            raise ValueError(f"chunk_size={chunk_size}: must be a power of two of at least {BLOCK}")
+        return "chunkwise"
+    if method == "auto":
+        return "fused" if can_call(dtype) else "chunkwise"
+    if method == "fused" and not can_call(dtype):
+        raise ValueError(
+            f'method="fused": needs float32 (got {jnp.dtype(dtype)}), a CPU and a C compiler; take '
+            '"auto" or "chunkwise"'
+        )
+    return method
 
 
 def segment_starts(segment_ids: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The recurrence as matrix products over chunks of time, with its own gradient.
+"""The recurrence as matmuls over chunks of time, and its gradient.
 
 Notation, per head: l is the log gate, b_i its inclusive sum from the start of a chunk of C tokens,
 S the state at the chunk's start. The chunk's output and next state are::
@@ -11,6 +11,7 @@ one from another, and the rest is products over all of them again. README.md der
 gradient.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,39 +39,103 @@ def chunkwise(
     clear: jax.Array | None,
     chunk_size: int | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`scan` as one loop over chunks; same arguments and results."""
+    """Compute `scan` as one loop over chunks; same arguments and results."""
+    length = q.shape[1]
+    arrays, clear, parts = _divide(q, k, v, log_gate, clear, chunk_size)
+    outputs, state = [], initial_state
+    for part in parts:
+        output, state, _ = _forward(part, *part.of(*arrays), state, part.clear(clear))
+        outputs.append(output)
+    return _join(outputs, length), state
+
+
+def chunkwise_gradient(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_gate: jax.Array,
+    initial_state: jax.Array,
+    clear: jax.Array | None,
+    d_output: jax.Array,
+    d_final_state: jax.Array,
+    chunk_size: int | None,
+) -> tuple[jax.Array, ...]:
+    """Gradients of q, k, v, log_gate and the initial state.
+
+    Nothing but the inputs is kept for it: the states at the chunks' starts are computed again.
+    """
+    length = q.shape[1]
+    arrays, clear, parts = _divide(q, k, v, log_gate, clear, chunk_size)
+    (d_output,) = _pad((d_output,), arrays[0].shape[1] - length)
+    state, kept = initial_state, []
+    for part in parts:
+        _, state, starts = _forward(
+            part, *part.of(*arrays), state, part.clear(clear), only_states=True
+        )
+        kept.append((starts, state))
+    gradients, d_state = [], d_final_state
+    for part, states in zip(reversed(parts), reversed(kept), strict=True):
+        inputs = (*part.of(*arrays, d_output), part.clear(clear))
+        *of_part, d_state = _backward(part, *inputs, *states, d_state)
+        gradients.insert(0, of_part)
+    return *(_join(whole, length) for whole in zip(*gradients, strict=True)), d_state
+
+
+class Part(NamedTuple):
+    """Tokens from `start` to `stop`, in groups of `group` chunks of `size` tokens."""
+
+    start: int
+    stop: int
+    size: int
+    group: int
+
+    def of(self, *arrays: jax.Array) -> list[jax.Array]:
+        """This part of arrays ``[B, T, ...]``."""
+        return [x[:, self.start : self.stop] for x in arrays]
+
+    def clear(self, clear: jax.Array | None) -> jax.Array | None:
+        """This part of ``[B, T]``, if it is there."""
+        return None if clear is None else clear[:, self.start : self.stop]
+
+
+def _divide(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_gate: jax.Array,
+    clear: jax.Array | None,
+    chunk_size: int | None,
+) -> tuple[list[jax.Array], jax.Array | None, list[Part]]:
+    """The inputs padded to whole chunks, and the parts in which loops go through them."""
     length = q.shape[1]
     if chunk_size is None:
         chunk_size = choose_chunk_size(length)
-    if chunk_size < BLOCK or chunk_size & (chunk_size - 1):
-        raise ValueError(f"chunk_size={chunk_size}: must be a power of two of at least {BLOCK}")
     padding = -length % chunk_size
     if clear is not None:
         log_gate = jnp.where(clear[:, :, None, None], 0, log_gate)
         # Padding must not clear: the final state is that of the last real token.
         clear = jnp.pad(clear, ((0, 0), (0, padding)))
-    if padding:
-        # q = k = v = 0 and a gate of 1 leave the state as it is.
-        pad = ((0, 0), (0, padding), (0, 0), (0, 0))
-        q, k, v, log_gate = (jnp.pad(x, pad) for x in (q, k, v, log_gate))
+    # q = k = v = 0 and a gate of 1 leave the state as it is.
+    arrays = _pad((q, k, v, log_gate), padding)
+    length += padding
     group = choose_group(
-        q.shape[0] * q.shape[2],
-        chunk_size,
-        q.shape[3],
-        v.shape[3],
-        (length + padding) // chunk_size,
+        q.shape[0] * q.shape[2], chunk_size, q.shape[3], v.shape[3], length // chunk_size
     )
-    whole = (length + padding) // (chunk_size * group) * chunk_size * group
-    outputs, state = [], initial_state
-    for part in (slice(0, whole), slice(whole, length + padding)):
-        size = (part.stop - part.start) // chunk_size
-        if size:
-            inputs = (q[:, part], k[:, part], v[:, part], log_gate[:, part])
-            part_clear = None if clear is None else clear[:, part]
-            output, state = _chunked(chunk_size, min(group, size), *inputs, state, part_clear)
-            outputs.append(output)
-    output = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
-    return output[:, :length], state
+    whole = length - length % (chunk_size * group)
+    rest = (length - whole) // chunk_size
+    parts = [Part(0, whole, chunk_size, group), Part(whole, length, chunk_size, rest)]
+    return arrays, clear, [part for part in parts if part.stop > part.start]
+
+
+def _pad(arrays: Sequence[jax.Array], padding: int) -> list[jax.Array]:
+    if not padding:
+        return list(arrays)
+    return [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in arrays]
+
+
+def _join(parts: Sequence[jax.Array], length: int) -> jax.Array:
+    whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    return whole[:, :length]
 
 
 def choose_group(rows: int, chunk_size: int, key_dim: int, value_dim: int, chunks: int) -> int:
@@ -90,61 +155,29 @@ def choose_chunk_size(length: int) -> int:
     return best
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(
-    chunk_size: int,
-    group: int,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_gate: jax.Array,
-    initial_state: HeadState,
-    clear: jax.Array | None,
-) -> tuple[jax.Array, HeadState]:
-    output, final_state, _ = _forward(
-        chunk_size, group, q, k, v, log_gate, initial_state, clear, False
-    )
-    return output, final_state
-
-
-def _chunked_fwd(
-    chunk_size: int,
-    group: int,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_gate: jax.Array,
-    initial_state: HeadState,
-    clear: jax.Array | None,
-) -> tuple[Any, Any]:
-    output, final_state, starts = _forward(
-        chunk_size, group, q, k, v, log_gate, initial_state, clear, True
-    )
-    return (output, final_state), (q, k, v, log_gate, clear, starts, final_state)
-
-
 def _forward(
-    chunk_size: int,
-    group: int,
+    part: Part,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     log_gate: jax.Array,
     initial_state: HeadState,
     clear: jax.Array | None,
-    keep_states: bool,
-) -> tuple[jax.Array, HeadState, jax.Array | None]:
-    """Loops over groups of chunks; keeps the states at their chunks' starts for the gradient."""
+    *,
+    only_states: bool = False,
+) -> tuple[jax.Array | None, HeadState, jax.Array | None]:
+    """Loop over groups of chunks: the output and the final state, or, with `only_states`, the final
+    state and the states at the chunks' starts."""
     batch, length, heads, _ = q.shape
     dtype = initial_state.dtype
-    states = (group, batch * heads, *initial_state.shape[2:])
+    states = (part.group, batch * heads, *initial_state.shape[2:])
 
     def body(carry: Any, index: jax.Array) -> tuple[Any, jax.Array | None]:
         state, output = carry
-        part = partial(_slice_group, index=index, group=group, size=chunk_size, dtype=dtype)
-        chunk_q, chunk_k, chunk_v, chunk_l = part(q), part(k), part(v), part(log_gate)
+        take = partial(_slice_group, part=part, index=index, dtype=dtype)
+        chunk_q, chunk_k, chunk_v, chunk_l = take(q), take(k), take(v), take(log_gate)
         levels = join_blocks(chunk_q, chunk_k, chunk_l)
-        masks = _chunk_masks(clear, index, group, chunk_size, heads)
+        masks = _chunk_masks(part, clear, index, heads)
         attention, read, written, total = _masked(levels, masks)
         added = (written.mT @ chunk_v).reshape(states)
         total = total.reshape(*states[:3], 1)
@@ -153,41 +186,55 @@ def _forward(
             at_starts.append(state)
             state = decay * state + new
         starts = jnp.stack(at_starts)
+        if only_states:
+            return (state, output), starts
         chunk_output = read @ starts.reshape(-1, *states[2:]) + attention @ chunk_v
-        output = _store_group(output, chunk_output, index, group, chunk_size)
-        return (state, output), starts if keep_states else None
+        return (state, _store_group(part, output, chunk_output, index)), None
 
-    # Collected in `dtype`: XLA's CPU backend converts a whole bfloat16 array to update a part.
-    zeros = vary_like(jnp.zeros(v.shape, dtype), initial_state)
-    start = (initial_state.reshape(states[1:]), zeros)
-    groups = jnp.arange(length // (chunk_size * group))
+    output = None
+    if not only_states:
+        # In `dtype`: XLA's CPU backend converts a whole bfloat16 array to update a part of it.
+        output = vary_like(jnp.zeros(v.shape, dtype), initial_state)
+    start = (initial_state.reshape(states[1:]), output)
+    groups = jnp.arange(length // (part.size * part.group))
     (state, output), starts = jax.lax.scan(body, start, groups)
-    return output.astype(v.dtype), state.reshape(initial_state.shape), starts
+    if output is not None:
+        output = output.astype(v.dtype)
+    return output, state.reshape(initial_state.shape), starts
 
 
-def _chunked_bwd(chunk_size: int, group: int, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    """Loops over chunks from the last to the first, with the gradient of the state as carry."""
-    q, k, v, log_gate, clear, starts, final_state = residuals
-    d_output, d_final_state = cotangents
+def _backward(
+    part: Part,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_gate: jax.Array,
+    d_output: jax.Array,
+    clear: jax.Array | None,
+    starts: jax.Array,
+    final_state: HeadState,
+    d_final_state: jax.Array,
+) -> list[jax.Array]:
+    """Loop over chunks from the last to the first, with the gradient of the state as carry."""
     batch, length, heads, _ = q.shape
     dtype = final_state.dtype
-    states = (group, batch * heads, *final_state.shape[2:])
+    states = (part.group, batch * heads, *final_state.shape[2:])
 
     def body(carry: Any, xs: Any) -> tuple[Any, None]:
         d_state, end_state, d_q, d_k, d_v, d_l = carry
         index, starts = xs
-        part = partial(_slice_group, index=index, group=group, size=chunk_size, dtype=dtype)
-        chunk_q, chunk_k, chunk_v, chunk_l = part(q), part(k), part(v), part(log_gate)
-        chunk_dy = part(d_output)
+        take = partial(_slice_group, part=part, index=index, dtype=dtype)
+        chunk_q, chunk_k, chunk_v, chunk_l = take(q), take(k), take(v), take(log_gate)
+        chunk_dy = take(d_output)
         levels = join_blocks(chunk_q, chunk_k, chunk_l)
-        masks = _chunk_masks(clear, index, group, chunk_size, heads)
+        masks = _chunk_masks(part, clear, index, heads)
         attention, read, written, total = _masked(levels, masks)
 
         ends = jnp.concatenate([starts[1:], end_state[None]])
         read_by = (read.mT @ chunk_dy).reshape(states)
         decays = total.reshape(*states[:3], 1)
         d_ends = []
-        for chunk in reversed(range(group)):
+        for chunk in reversed(range(part.group)):
             d_ends.append(d_state)
             d_state = decays[chunk] * d_state + read_by[chunk]
         d_end = jnp.stack(d_ends[::-1]).reshape(-1, *states[2:])
@@ -208,7 +255,7 @@ def _chunked_bwd(chunk_size: int, group: int, residuals: Any, cotangents: Any) -
         chunk_dl = jnp.flip(jnp.cumsum(jnp.flip(d_b, 1), axis=1), 1) + d_total[:, None]
         if masks is not None:
             chunk_dl = jnp.where(masks.clear[..., None], 0, chunk_dl)
-        store = partial(_store_group, index=index, group=group, size=chunk_size)
+        store = partial(_store_group, part, index=index)
         grads = (store(d_q, chunk_dq), store(d_k, chunk_dk), store(d_v, chunk_dv))
         return (d_state, starts[0], *grads, store(d_l, chunk_dl)), None
 
@@ -217,31 +264,29 @@ def _chunked_bwd(chunk_size: int, group: int, residuals: Any, cotangents: Any) -
         final_state.reshape(states[1:]),
         *(vary_like(jnp.zeros(x.shape, dtype), final_state) for x in (q, k, v, log_gate)),
     )
-    chunks = jnp.arange(length // (chunk_size * group))
+    chunks = jnp.arange(length // (part.size * part.group))
     (d_state, _, *grads), _ = jax.lax.scan(body, start, (chunks, starts), reverse=True)
     grads = [grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v, log_gate), strict=True)]
-    return (*grads, d_state.reshape(final_state.shape), None)
+    return [*grads, d_state.reshape(final_state.shape)]
 
 
-_chunked.defvjp(_chunked_fwd, _chunked_bwd)
-
-
-def _slice_group(x: jax.Array, *, index: jax.Array, group: int, size: int, dtype: Any) -> jax.Array:
+def _slice_group(x: jax.Array, *, part: Part, index: jax.Array, dtype: Any) -> jax.Array:
     """Chunks of group `index` of ``[B, T, H, K]`` as ``[G * B * H, C, K]``."""
     batch, _, heads, width = x.shape
-    chunk = jax.lax.dynamic_slice_in_dim(x, index * size * group, size * group, axis=1)
-    chunk = chunk.astype(dtype).reshape(batch, group, size, heads, width)
-    return chunk.transpose(1, 0, 3, 2, 4).reshape(-1, size, width)
+    tokens = part.size * part.group
+    chunk = jax.lax.dynamic_slice_in_dim(x, index * tokens, tokens, axis=1)
+    chunk = chunk.astype(dtype).reshape(batch, part.group, part.size, heads, width)
+    return chunk.transpose(1, 0, 3, 2, 4).reshape(-1, part.size, width)
 
 
-def _store_group(
-    whole: jax.Array, chunk: jax.Array, index: jax.Array, group: int, size: int
-) -> jax.Array:
-    """Writes ``[G * B * H, C, K]`` back as group `index` of ``[B, T, H, K]``."""
+def _store_group(part: Part, whole: jax.Array, chunk: jax.Array, index: jax.Array) -> jax.Array:
+    """Store ``[G * B * H, C, K]`` as group `index` of ``[B, T, H, K]``."""
     batch, _, heads, width = whole.shape
-    chunk = chunk.reshape(group, batch, heads, size, width).transpose(1, 0, 3, 2, 4)
-    chunk = chunk.reshape(batch, group * size, heads, width)
-    return jax.lax.dynamic_update_slice_in_dim(whole, chunk, index * size * group, axis=1)
+    chunk = chunk.reshape(part.group, batch, heads, part.size, width).transpose(1, 0, 3, 2, 4)
+    chunk = chunk.reshape(batch, part.group * part.size, heads, width)
+    return jax.lax.dynamic_update_slice_in_dim(
+        whole, chunk, index * part.size * part.group, axis=1
+    )
 
 
 class Masks(NamedTuple):
@@ -255,12 +300,13 @@ class Masks(NamedTuple):
 
 
 def _chunk_masks(
-    clear: jax.Array | None, index: jax.Array, group: int, size: int, heads: int
+    part: Part, clear: jax.Array | None, index: jax.Array, heads: int
 ) -> Masks | None:
     if clear is None:
         return None
-    chunk = jax.lax.dynamic_slice_in_dim(clear, index * size * group, size * group, axis=1)
-    chunk = chunk.reshape(-1, group, size).swapaxes(0, 1).reshape(-1, size)
+    tokens = part.size * part.group
+    chunk = jax.lax.dynamic_slice_in_dim(clear, index * tokens, tokens, axis=1)
+    chunk = chunk.reshape(-1, part.group, part.size).swapaxes(0, 1).reshape(-1, part.size)
     chunk = jnp.repeat(chunk, heads, axis=0)
     segment = jnp.cumsum(chunk.astype(jnp.int32), axis=1)
     last = segment[:, -1:]

@@ -6,8 +6,6 @@ each entry of the state takes three multiply-adds, at the speed of the vector un
 is saved for the gradient: it goes through the tokens again.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -24,42 +22,38 @@ def fused(
     initial_state: HeadState,
     clear: jax.Array | None,
 ) -> tuple[jax.Array, HeadState]:
-    """`scan` in one call; same arguments and results, float32 sums."""
-    dtype = initial_state.dtype
-    if clear is None:
-        clear = jnp.zeros((0,), bool)
-    inputs = [x.astype(dtype) for x in (q, k, v, log_gate)]
-    # Inside `shard_map` the two functions take inputs of one type.
-    inputs = [vary_like(x, initial_state) for x in inputs]
-    output, state = _fused(*inputs, initial_state, vary_like(clear, initial_state))
-    return output.astype(v.dtype), state
+    """Compute `scan` in one call of C; float32 arrays, with any number of axes before T."""
+    inputs = _inputs(q, k, v, log_gate, initial_state, clear)
+    results = [jax.typeof(x) for x in (v, initial_state)]
+    output, state = jax.ffi.ffi_call(FORWARD, results, vmap_method="broadcast_all")(*inputs)
+    return output, state
 
 
-@jax.custom_vjp
-def _fused(
+def fused_gradient(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     log_gate: jax.Array,
     initial_state: HeadState,
-    clear: jax.Array,
-) -> tuple[jax.Array, HeadState]:
-    results = [jax.typeof(x) for x in (v, initial_state)]
-    call = jax.ffi.ffi_call(FORWARD, results, vmap_method="broadcast_all")
-    output, state = call(q, k, v, jnp.exp(log_gate), initial_state, clear)
-    return output, state
-
-
-def _fused_fwd(*inputs: jax.Array) -> tuple[Any, Any]:
-    return _fused(*inputs), inputs
-
-
-def _fused_bwd(inputs: Any, cotangents: Any) -> tuple[Any, ...]:
-    q, k, v, log_gate, initial_state, clear = inputs
+    clear: jax.Array | None,
+    d_output: jax.Array,
+    d_final_state: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Gradients of q, k, v, log_gate and the initial state, in one call of C."""
+    inputs = _inputs(q, k, v, log_gate, initial_state, clear)
     results = [jax.typeof(x) for x in (q, k, v, log_gate, initial_state)]
     call = jax.ffi.ffi_call(BACKWARD, results, vmap_method="broadcast_all")
-    gradients = call(q, k, v, jnp.exp(log_gate), initial_state, clear, *cotangents)
-    return (*gradients, None)
+    return tuple(call(*inputs, d_output, d_final_state))
 
 
-_fused.defvjp(_fused_fwd, _fused_bwd)
+def _inputs(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_gate: jax.Array,
+    initial_state: HeadState,
+    clear: jax.Array | None,
+) -> list[jax.Array]:
+    if clear is None:  # no argument of a C function can be left out; this one may be empty
+        clear = vary_like(jnp.zeros((0,), bool), initial_state)
+    return [q, k, v, jnp.exp(log_gate), initial_state, clear]

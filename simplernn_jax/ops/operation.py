@@ -1,0 +1,371 @@
+"""Operations with a form for each platform, under every transformation of JAX.
+
+An operation has a pure form, from which JAX can derive everything, and fast forms of it and of its
+gradient that JAX cannot differentiate (C functions, loops with a gradient of their own). One JAX
+primitive carries all of them:
+
+- lowering takes the CPU's form on a CPU, and the default elsewhere and in `jax.export`, whose
+  artifacts run where these C functions are not;
+- reverse mode takes the fast gradient, forward mode and higher orders the pure form;
+- `vmap` maps whichever form is lowered;
+- operands that are sharded under `jit` are partitioned by the operation's own rule.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from simplernn_jax.ops.manual_axes import vary_like
+
+Form = Callable[..., Sequence[jax.Array]]
+"""Arrays to a sequence of arrays. Hashable, so that equal programs are compiled once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Forms:
+    """One function in several forms, equal but for rounding."""
+
+    default: Form
+    """For any platform."""
+    cpu: Form | None = None
+    """For CPUs, if there is a faster one."""
+    pure: Form | None = None
+    """What JAX differentiates; None if it can differentiate `default`."""
+    partitioned: Callable[[Form], Form] | None = None
+    """Wraps a form in `custom_partitioning`; None leaves sharded operands to XLA."""
+
+    @property
+    def differentiable(self) -> Form:
+        """The form that JAX differentiates, to any order."""
+        return self.pure or self.default
+
+    def map(self, transform: Callable[[Form], Form]) -> "Forms":
+        """Transform every form; what comes out is partitioned by XLA."""
+        return Forms(
+            transform(self.default),
+            None if self.cpu is None else transform(self.cpu),
+            None if self.pure is None else transform(self.pure),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """Reverse mode of an operation from the inputs x to the outputs y."""
+
+    reverse: Forms
+    """(residuals, cotangents of y) to the cotangents of x, integer inputs at the end left out."""
+    forward: Forms | None = None
+    """x to (y, extras); None if there are no extras."""
+    extras: tuple[tuple[tuple[int, ...], Any], ...] = ()
+    """Shapes and dtypes of what `forward` computes for `reverse` alone."""
+    kept: tuple[int, ...] | None = None
+    """Indices of the inputs that, with the extras after them, are the residuals; None: all."""
+    inputs: Form | None = None
+    """Residuals to x; None if the residuals begin with x."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Linear:
+    """An operation that is linear in its arguments after the first `num_residuals`."""
+
+    num_residuals: int
+    transpose: Forms
+    """(residuals, cotangents of the outputs) to the cotangents of the linear arguments."""
+
+
+def apply(
+    forms: Forms,
+    inputs: Sequence[jax.Array],
+    outputs: Sequence[Any],
+    gradient: Gradient | None = None,
+) -> list[jax.Array]:
+    """Compute an operation.
+
+    Args:
+      forms: the operation.
+      inputs: arrays, of which the floating ones are differentiated.
+      outputs: anything with the shape and dtype of each result.
+      gradient: reverse mode; None differentiates the pure form.
+    """
+    inputs = [vary_like(x, *inputs) for x in inputs]  # one type inside `shard_map`
+    return _bind(inputs, forms, tuple((y.shape, np.dtype(y.dtype)) for y in outputs), gradient)
+
+
+def evaluate(forms: Forms) -> Form:
+    """Make one function of all forms; each platform takes its own, XLA partitions it."""
+    return _Bound(dataclasses.replace(forms, partitioned=None))
+
+
+_operation = Primitive("simplernn_operation")
+_operation.multiple_results = True
+
+
+def _bind(
+    args: Sequence[Any],
+    forms: Forms,
+    results: Any,
+    gradient: Gradient | None = None,
+    linear: _Linear | None = None,
+) -> list[Any]:
+    params = {"forms": forms, "results": results, "gradient": gradient, "linear": linear}
+    return _operation.bind(*args, partitioned=_partitioned(args, forms), **params)
+
+
+def _partitioned(args: Sequence[Any], forms: Forms) -> Any:
+    """The operation inside of `custom_partitioning` as a jaxpr, where there are devices for it.
+
+    A parameter of the operation, and not what is bound in its place, because
+    `custom_partitioning` has no rules for `vmap` and derivatives.
+    """
+    in_shard_map = jax.sharding.get_abstract_mesh().manual_axes
+    if forms.partitioned is None or in_shard_map or jax.device_count() == 1:
+        return None
+    shapes = [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in args]
+    return jax.make_jaxpr(forms.partitioned(evaluate(forms)))(*shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+    forms: Forms
+
+    def __call__(self, *args: jax.Array) -> Sequence[jax.Array]:
+        shapes = jax.eval_shape(self.forms.differentiable, *args)
+        return _bind(args, self.forms, tuple((y.shape, y.dtype) for y in shapes))
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(**params: Any) -> Callable[..., Any]:
+    return jax.jit(functools.partial(_operation.bind, **params))
+
+
+@_operation.def_impl
+def _evaluate(*args: jax.Array, partitioned: Any, **params: Any) -> Any:
+    return _compiled(partitioned=None, **params)(*args)
+
+
+@_operation.def_abstract_eval
+def _abstract(*args: Any, results: Any, **_: Any) -> list[Any]:
+    mesh = args[0].sharding.mesh
+    return [
+        args[0].update(
+            shape=shape,
+            dtype=dtype,
+            weak_type=False,
+            sharding=NamedSharding(mesh, P(*[None] * len(shape))),
+        )
+        for shape, dtype in results
+    ]
+
+
+def _lower(ctx: Any, *args: Any, forms: Forms, partitioned: Any, on_cpu: bool, **_: Any) -> Any:
+    for_export = ctx.module_context.lowering_parameters.for_export
+    form = forms.cpu if on_cpu and forms.cpu is not None and not for_export else forms.default
+    if partitioned is not None and not for_export:
+        form = jaxpr_as_fun(partitioned)
+    return mlir.lower_fun(form, multiple_results=True)(ctx, *args)
+
+
+mlir.register_lowering(_operation, functools.partial(_lower, on_cpu=False))
+mlir.register_lowering(_operation, functools.partial(_lower, on_cpu=True), platform="cpu")
+
+
+def _differentiate(
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+    *,
+    forms: Forms,
+    results: Any,
+    gradient: Gradient | None,
+    linear: _Linear | None,
+    partitioned: Any,
+) -> Any:
+    del partitioned
+    wrt = tuple(i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero)
+    if gradient is not None:
+        outputs = _bind(primals, gradient.forward or forms, results + gradient.extras)
+        kept = range(len(primals)) if gradient.kept is None else gradient.kept
+        residuals = [*(primals[i] for i in kept), *outputs[len(results) :]]
+        pure = _Restricted(forms.differentiable, gradient.inputs, len(primals), len(residuals), wrt)
+        reverse = gradient.reverse.map(functools.partial(_Selected, wrt=wrt))
+        reverse = dataclasses.replace(
+            reverse, pure=_Vjp(pure), partitioned=gradient.reverse.partitioned
+        )
+        args = [*residuals, *(tangents[i] for i in wrt)]
+        linear = _Linear(len(residuals), reverse)
+        return outputs[: len(results)], _bind(args, Forms(_Jvp(pure)), results, linear=linear)
+    outputs = _bind(primals, forms, results, linear=linear)
+    full = [_instantiate(tangent, x) for tangent, x in zip(tangents, primals, strict=True)]
+    if linear is not None and all(i >= linear.num_residuals for i in wrt):
+        args = [*primals[: linear.num_residuals], *full[linear.num_residuals :]]
+        return outputs, _bind(args, forms, results, linear=linear)
+    return outputs, jax.jvp(_as_list(forms.differentiable), tuple(primals), tuple(full))[1]
+
+
+ad.primitive_jvps[_operation] = _differentiate
+
+
+def _transpose(
+    cotangents: Sequence[Any],
+    *args: Any,
+    forms: Forms,
+    results: Any,
+    linear: _Linear,
+    **_: Any,
+) -> list[Any]:
+    residuals, linear_args = args[: linear.num_residuals], args[linear.num_residuals :]
+    cts = [
+        vary_like(jnp.zeros(shape, dtype), *residuals) if type(ct) is ad.Zero else ct
+        for ct, (shape, dtype) in zip(cotangents, results, strict=True)
+    ]
+    unknown = [ad.is_undefined_primal(x) for x in linear_args]
+    avals = [x.aval if u else jax.typeof(x) for x, u in zip(linear_args, unknown, strict=True)]
+    shapes = tuple((aval.shape, aval.dtype) for aval in avals)
+    back = _Linear(linear.num_residuals, forms)
+    found = _bind([*residuals, *cts], linear.transpose, shapes, linear=back)
+    # A linear argument that is known is a zero that JAX has made an array.
+    wanted = [ct if u else None for ct, u in zip(found, unknown, strict=True)]
+    return [None] * linear.num_residuals + wanted
+
+
+ad.primitive_transposes[_operation] = _transpose
+
+
+def _batch(
+    args: Sequence[Any],
+    dims: Sequence[int | None],
+    *,
+    forms: Forms,
+    results: Any,
+    gradient: Gradient | None,
+    linear: _Linear | None,
+    partitioned: Any,
+) -> Any:
+    del partitioned
+    args = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
+    axes = tuple(None if d is None else 0 for d in dims)
+    (size, *_) = (x.shape[0] for x, axis in zip(args, axes, strict=True) if axis == 0)
+
+    def more(shapes: Any) -> Any:
+        return tuple(((size, *shape), dtype) for shape, dtype in shapes)
+
+    def mapped(forms: Forms, in_axes: Any, out_axes: Any = None) -> Forms:
+        return forms.map(functools.partial(_Vmapped, in_axes=in_axes, out_axes=out_axes))
+
+    if gradient is not None:
+        kept = axes if gradient.kept is None else tuple(axes[i] for i in gradient.kept)
+        of_residuals = (*kept, *[0] * len(gradient.extras))
+        cotangents = (0,) * len(results)
+        gradient = Gradient(
+            reverse=mapped(gradient.reverse, of_residuals + cotangents, axes),
+            forward=None if gradient.forward is None else mapped(gradient.forward, axes),
+            extras=more(gradient.extras),
+            kept=gradient.kept,
+            inputs=gradient.inputs
+            and _Vmapped(gradient.inputs, of_residuals, axes, summed=False),
+        )
+    if linear is not None:
+        n = linear.num_residuals
+        in_axes = axes[:n] + (0,) * len(results)
+        linear = _Linear(n, mapped(linear.transpose, in_axes, axes[n:]))
+    outputs = _bind(args, mapped(forms, axes), more(results), gradient, linear)
+    return outputs, [0] * len(outputs)
+
+
+batching.primitive_batchers[_operation] = _batch
+
+
+def _instantiate(tangent: Any, primal: Any) -> Any:
+    if type(tangent) is not ad.Zero:
+        return tangent
+    if not jnp.issubdtype(primal.dtype, jnp.inexact):
+        return np.zeros(jnp.shape(primal), jax.dtypes.float0)
+    return vary_like(jnp.zeros_like(primal), primal)
+
+
+def _as_list(form: Form) -> Form:
+    return lambda *args: list(form(*args))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Vmapped:
+    """A form over another axis. Results without it in `out_axes` are summed over it, or taken
+    from its first entry."""
+
+    form: Form
+    in_axes: tuple[int | None, ...]
+    out_axes: tuple[int | None, ...] | None = None
+    summed: bool = True
+
+    def __call__(self, *args: jax.Array) -> Sequence[jax.Array]:
+        outputs = list(jax.vmap(_as_list(self.form), self.in_axes)(*args))
+        for i, axis in enumerate(self.out_axes or ()):
+            if axis is None and i < len(outputs):
+                outputs[i] = jnp.sum(outputs[i], 0) if self.summed else outputs[i][0]
+        return outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class _Selected:
+    """Those results of a form that `wrt` names."""
+
+    form: Form
+    wrt: tuple[int, ...]
+
+    def __call__(self, *args: jax.Array) -> Sequence[jax.Array]:
+        outputs = self.form(*args)
+        return [outputs[i] for i in self.wrt]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Restricted:
+    """A form as a function of some of its inputs, where it stands at given residuals."""
+
+    form: Form
+    inputs: Form | None
+    num_inputs: int
+    num_residuals: int
+    wrt: tuple[int, ...]
+
+    def at(self, residuals: Sequence[jax.Array]) -> tuple[Form, list[jax.Array]]:
+        """That function, and the values of those inputs."""
+        inputs = residuals if self.inputs is None else self.inputs(*residuals)
+        inputs = list(inputs[: self.num_inputs])
+
+        def function(*some: jax.Array) -> Sequence[jax.Array]:
+            values = list(inputs)
+            for i, x in zip(self.wrt, some, strict=True):
+                values[i] = x
+            return list(self.form(*values))
+
+        return function, [inputs[i] for i in self.wrt]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Jvp:
+    """(residuals, tangents) to the tangents of the outputs."""
+
+    of: _Restricted
+
+    def __call__(self, *args: jax.Array) -> Sequence[jax.Array]:
+        function, values = self.of.at(args[: self.of.num_residuals])
+        return jax.jvp(function, values, list(args[self.of.num_residuals :]))[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Vjp:
+    """(residuals, cotangents of the outputs) to the cotangents of the inputs."""
+
+    of: _Restricted
+
+    def __call__(self, *args: jax.Array) -> Sequence[jax.Array]:
+        function, values = self.of.at(args[: self.of.num_residuals])
+        return jax.vjp(function, *values)[1](list(args[self.of.num_residuals :]))

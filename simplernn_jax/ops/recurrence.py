@@ -1,0 +1,98 @@
+"""The recurrence as one operation of JAX, whichever way it is computed."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from simplernn_jax.array_types import HeadState
+from simplernn_jax.ops.chunkwise import chunkwise, chunkwise_gradient
+from simplernn_jax.ops.fused import fused, fused_gradient
+from simplernn_jax.ops.operation import Forms, Gradient, apply, evaluate
+from simplernn_jax.ops.rows import clear_rows
+from simplernn_jax.ops.scan import recurrent_step, scan
+from simplernn_jax.ops.time_sharding import Partitioned
+
+
+def recurrence(
+    method: str,
+    chunk_size: int | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_gate: jax.Array,
+    clear: jax.Array | None,
+    state: HeadState,
+) -> tuple[jax.Array, HeadState]:
+    """Compute the recurrence by a method that is available.
+
+    Args:
+      method: ``"fused"``, ``"chunkwise"`` or ``"scan"``.
+      chunk_size: of ``"chunkwise"``; None chooses it.
+      q: ``[B, T, H, K]``; k, v and log_gate likewise, as in `gated_linear_recurrence`.
+      clear: ``[B, T]`` bool, True where the state is reset before the token; or None.
+      state: ``[B, H, K, V]`` before the first token; sums are of its dtype.
+    """
+    if method == "scan":
+        return scan(q, k, v, log_gate, state, clear)
+    if q.shape[1] == 1 and method == "chunkwise":
+        # One token: no chunk to fill.
+        if clear is not None:
+            state = clear_rows(state, clear[:, 0])
+        output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_gate[:, 0], state)
+        return output[:, None], state
+    if method == "fused":
+        # C has no bfloat16. Sums are of the state's dtype in any form.
+        q, k, out = q.astype(state.dtype), k.astype(state.dtype), v.astype(state.dtype)
+    else:
+        out = v
+    forms, gradient = _operation(method == "fused", chunk_size)
+    inputs = [q, k, out, log_gate, state, *([] if clear is None else [clear])]
+    output, state = apply(forms, inputs, [out, state], gradient)
+    return output.astype(v.dtype), state
+
+
+@functools.cache
+def _operation(has_c: bool, chunk_size: int | None) -> tuple[Forms, Gradient]:
+    def forward(q: Any, k: Any, v: Any, log_gate: Any, state: Any, *clear: Any) -> Any:
+        if _is_symbolic(q.shape):
+            return pure(q, k, v, log_gate, state, *clear)
+        return chunkwise(q, k, v, log_gate, state, _optional(clear), chunk_size)
+
+    def pure(q: Any, k: Any, v: Any, log_gate: Any, state: Any, *clear: Any) -> Any:
+        return scan(q, k, v, log_gate, state, _optional(clear))
+
+    def forward_in_c(q: Any, k: Any, v: Any, log_gate: Any, state: Any, *clear: Any) -> Any:
+        return fused(q, k, v, log_gate, state, _optional(clear))
+
+    def gradient(*args: Any) -> Any:
+        *inputs, d_output, d_final = args
+        clear = inputs[5:]
+        if _is_symbolic(inputs[0].shape):
+            _, vjp = jax.vjp(lambda *floating: pure(*floating, *clear), *inputs[:5])
+            return vjp((d_output, d_final))
+        return chunkwise_gradient(*inputs[:5], _optional(clear), d_output, d_final, chunk_size)
+
+    def gradient_in_c(*args: Any) -> Any:
+        *inputs, d_output, d_final = args
+        return fused_gradient(*inputs[:5], _optional(inputs[5:]), d_output, d_final)
+
+    forms = Forms(forward, forward_in_c if has_c else None, pure)
+    reverse = Forms(gradient, gradient_in_c if has_c else None)
+    return (
+        dataclasses.replace(forms, partitioned=Partitioned()),
+        Gradient(dataclasses.replace(reverse, partitioned=Partitioned(evaluate(forms)))),
+    )
+
+
+def _optional(clear: Sequence[jax.Array]) -> jax.Array | None:
+    return clear[0] if clear else None
+
+
+def _is_symbolic(shape: Sequence[Any]) -> bool:
+    """Whether `shape` has a dimension that `jax.export` leaves open."""
+    return not all(isinstance(size, int) for size in shape)
+
+
