@@ -1,5 +1,7 @@
 """The logarithm of a forget gate, from the gate's logit."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -7,7 +9,7 @@ _TERMS = 7
 """Of the series: the next one is below half a unit in the last place of float32."""
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def log_sigmoid(x: jax.Array) -> jax.Array:
     """``log(sigmoid(x)) = min(x, 0) - log(1 + exp(-|x|))``, elementwise; any shape and dtype.
 
@@ -29,13 +31,13 @@ def _log1p_of_fraction(x: jax.Array) -> jax.Array:
     return 2 * s * series
 
 
-def _forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+@log_sigmoid.defjvp
+def _jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (x,), (tangent,) = primals, tangents
     y = log_sigmoid(x)
-    return y, y
+    return y, _tangent(y, tangent)
 
 
-def _backward(y: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    return (-jnp.expm1(y) * gradient,)  # sigmoid(-x)
-
-
-log_sigmoid.defvjp(_forward, _backward)
+@partial(jax.checkpoint, prevent_cse=False)  # keeps the result for the gradient, not the factor
+def _tangent(y: jax.Array, tangent: jax.Array) -> jax.Array:
+    return -jnp.expm1(y) * tangent  # sigmoid(-x)

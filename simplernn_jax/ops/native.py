@@ -57,7 +57,8 @@ def is_worth_a_call(x: jax.Array) -> bool:
 
     A call costs some 5 microseconds, as much as a few small operations.
     """
-    return can_call(x.dtype) and x.size >= LEAST_ENTRIES
+    is_known = all(isinstance(size, int) for size in x.shape)  # not left open by `jax.export`
+    return is_known and can_call(x.dtype) and x.size >= LEAST_ENTRIES
 
 
 @functools.cache

@@ -5,6 +5,9 @@ of its steps alone does little but read and write its arrays, so one pass takes 
 than XLA's, which makes an array of every shifted input and of every product that it sums.
 """
 
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +16,9 @@ import jax.numpy as jnp
 from simplernn_jax.array_types import Activations, RecentInputs
 from simplernn_jax.ops.manual_axes import vary_like
 from simplernn_jax.ops.native import CONVOLUTION_BACKWARD, CONVOLUTION_FORWARD, is_worth_a_call
-from simplernn_jax.ops.normalized import rms_normalized
+from simplernn_jax.ops.normalized import EPSILON, rms_normalized
+from simplernn_jax.ops.operation import Form, Forms, Gradient, apply
+from simplernn_jax.ops.partitioning import Partitioned
 
 _STRETCH = 128
 """Tokens whose gradients of the weights are summed apart, so that threads can share the work."""
@@ -45,11 +50,11 @@ def normalized_convolution(
         native = is_worth_a_call(x)
     if not (native and x.size):
         return _by_shifts(x, weights, recent, starts)
-    if starts is None:
-        starts = jnp.zeros((0,), bool)
-    # Inside `shard_map` the functions take inputs of one type.
-    weights, recent, starts = (vary_like(other, x) for other in (weights, recent, starts))
-    return _in_one_pass(vary_like(x, recent), weights, recent, starts)
+    inputs = [x, weights, recent, *([] if starts is None else [starts])]
+    forms, forward, reverse = _operation(starts is not None)
+    gradient = Gradient(reverse, forward, extras=((x.shape[:2], x.dtype),))
+    y, final = apply(forms, inputs, [x, recent], gradient)
+    return y, final
 
 
 def _by_shifts(
@@ -70,29 +75,91 @@ def _by_shifts(
     return y, inputs[:, length:]
 
 
-@jax.custom_vjp
-def _in_one_pass(
-    x: Activations, weights: jax.Array, recent: RecentInputs, starts: jax.Array
-) -> tuple[Activations, RecentInputs]:
-    return _in_one_pass_fwd(x, weights, recent, starts)[0]
+@functools.cache
+def _operation(has_starts: bool) -> tuple[Forms, Forms, Forms]:
+    """Inputs to (y, final), inputs to (y, final, scale), and the gradient.
+
+    Inputs are x, weights, recent and, where there are any, starts.
+    """
+    x, recent = "b t d", "b p d"
+    inputs = (x, "w d", recent, "b t") if has_starts else (x, "w d", recent)
+    replicated = ("t", "d", "w", "p")
+    gradient = (*inputs, "b t", x, recent)
+    return (
+        Forms(
+            lambda *inputs: _forward(*inputs)[:2],
+            lambda *inputs: _forward_in_c(*inputs)[:2],
+            None,
+            Partitioned(inputs, (x, recent), replicated),
+        ),
+        Forms(
+            _forward,
+            _forward_in_c,
+            None,
+            Partitioned(inputs, (x, recent, "b t"), replicated),
+        ),
+        Forms(
+            _gradient,
+            _gradient_in_c,
+            None,
+            _PartitionedGradient(gradient, (x, "w d", recent), replicated),
+        ),
+    )
 
 
-def _in_one_pass_fwd(
-    x: Activations, weights: jax.Array, recent: RecentInputs, starts: jax.Array
-) -> tuple[Any, Any]:
+def _forward(
+    x: jax.Array, weights: jax.Array, recent: jax.Array, starts: jax.Array | None = None
+) -> Sequence[jax.Array]:
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1) + EPSILON)
+    return *_by_shifts(x, weights, recent, starts), scale
+
+
+def _forward_in_c(
+    x: jax.Array, weights: jax.Array, recent: jax.Array, starts: jax.Array | None = None
+) -> Sequence[jax.Array]:
     results = [jax.typeof(x), jax.typeof(x[..., 0]), jax.typeof(recent)]
-    call = jax.ffi.ffi_call(CONVOLUTION_FORWARD, results, vmap_method="sequential")
-    y, scale, final = call(x, weights, recent, starts)
-    return (y, final), (x, weights, recent, starts, scale)
+    call = jax.ffi.ffi_call(CONVOLUTION_FORWARD, results, vmap_method="broadcast_all")
+    y, scale, final = call(x, weights, recent, _or_empty(starts, x))
+    return y, final, scale
 
 
-def _in_one_pass_bwd(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    x, weights, recent, _, _ = residuals
-    parts = jnp.broadcast_to(weights, (len(x), -(-x.shape[1] // _STRETCH), *weights.shape))
+def _gradient(*args: jax.Array) -> Sequence[jax.Array]:
+    *inputs, _, d_y, d_final = args
+    x, weights, recent, *starts = inputs
+
+    def function(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _by_shifts(*inputs, starts[0] if starts else None)
+
+    return jax.vjp(function, x, weights, recent)[1]((d_y, d_final))
+
+
+def _gradient_in_c(*args: jax.Array) -> Sequence[jax.Array]:
+    *inputs, scale, d_y, d_final = args
+    x, weights, recent, *starts = inputs
+    pieces = (*x.shape[:-2], -(-x.shape[-2] // _STRETCH), *weights.shape)
+    parts = jnp.broadcast_to(weights, pieces)
     results = [jax.typeof(x), jax.typeof(parts), jax.typeof(recent)]
-    call = jax.ffi.ffi_call(CONVOLUTION_BACKWARD, results, vmap_method="sequential")
-    d_x, d_weights, d_recent = call(*residuals, *cotangents)
-    return d_x, jnp.sum(d_weights, axis=(0, 1)), d_recent, None
+    call = jax.ffi.ffi_call(CONVOLUTION_BACKWARD, results, vmap_method="broadcast_all")
+    starts = _or_empty(starts[0] if starts else None, x)
+    d_x, d_weights, d_recent = call(x, weights, recent, starts, scale, d_y, d_final)
+    return d_x, jnp.sum(d_weights, axis=(0, 1)), d_recent
 
 
-_in_one_pass.defvjp(_in_one_pass_fwd, _in_one_pass_bwd)
+def _or_empty(starts: jax.Array | None, x: jax.Array) -> jax.Array:
+    # No argument of a C function can be left out; this one may be empty.
+    return vary_like(jnp.zeros((0,), bool), x) if starts is None else starts
+
+
+@dataclasses.dataclass(frozen=True)
+class _PartitionedGradient(Partitioned):
+    """The gradient of the weights is a sum over the sequences of all devices."""
+
+    def shard_form(self, form: Form, over: Mapping[str, Any]) -> Form:
+        if not over.get("b"):
+            return form
+
+        def summed(*args: jax.Array) -> Sequence[jax.Array]:
+            d_x, d_weights, d_recent = form(*args)
+            return d_x, jax.lax.psum(d_weights, over["b"]), d_recent
+
+        return summed

@@ -189,22 +189,19 @@ def _differentiate(
     partitioned: Any,
 ) -> Any:
     del partitioned
-    wrt = tuple(i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero)
+    full = [_instantiate(tangent, x) for tangent, x in zip(tangents, primals, strict=True)]
     if gradient is not None:
         outputs = _bind(primals, gradient.forward or forms, results + gradient.extras)
         kept = range(len(primals)) if gradient.kept is None else gradient.kept
         residuals = [*(primals[i] for i in kept), *outputs[len(results) :]]
+        wrt = tuple(i for i, x in enumerate(primals) if jnp.issubdtype(x.dtype, jnp.inexact))
         pure = _Restricted(forms.differentiable, gradient.inputs, len(primals), len(residuals), wrt)
-        reverse = gradient.reverse.map(functools.partial(_Selected, wrt=wrt))
-        reverse = dataclasses.replace(
-            reverse, pure=_Vjp(pure), partitioned=gradient.reverse.partitioned
-        )
-        args = [*residuals, *(tangents[i] for i in wrt)]
-        linear = _Linear(len(residuals), reverse)
+        linear = _Linear(len(residuals), dataclasses.replace(gradient.reverse, pure=_Vjp(pure)))
+        args = [*residuals, *(full[i] for i in wrt)]
         return outputs[: len(results)], _bind(args, Forms(_Jvp(pure)), results, linear=linear)
     outputs = _bind(primals, forms, results, linear=linear)
-    full = [_instantiate(tangent, x) for tangent, x in zip(tangents, primals, strict=True)]
-    if linear is not None and all(i >= linear.num_residuals for i in wrt):
+    is_zero = [type(tangent) is ad.Zero for tangent in tangents]
+    if linear is not None and all(is_zero[: linear.num_residuals]):
         args = [*primals[: linear.num_residuals], *full[linear.num_residuals :]]
         return outputs, _bind(args, forms, results, linear=linear)
     return outputs, jax.jvp(_as_list(forms.differentiable), tuple(primals), tuple(full))[1]
@@ -311,18 +308,6 @@ class _Vmapped:
             if axis is None and i < len(outputs):
                 outputs[i] = jnp.sum(outputs[i], 0) if self.summed else outputs[i][0]
         return outputs
-
-
-@dataclasses.dataclass(frozen=True)
-class _Selected:
-    """Those results of a form that `wrt` names."""
-
-    form: Form
-    wrt: tuple[int, ...]
-
-    def __call__(self, *args: jax.Array) -> Sequence[jax.Array]:
-        outputs = self.form(*args)
-        return [outputs[i] for i in self.wrt]
 
 
 @dataclasses.dataclass(frozen=True)

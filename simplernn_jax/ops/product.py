@@ -7,8 +7,10 @@ long, and in bfloat16 every transposed operand costs the gain (measured with 4,0
 does not fold into the product again.
 """
 
+import dataclasses
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from simplernn_jax.ops.manual_axes import vary_like
+from simplernn_jax.ops.operation import Forms, Gradient, apply
+
+_Layout = Callable[[jax.Array], jax.Array]
 
 
 def product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
@@ -25,41 +29,66 @@ def product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
 
 
 def products(x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> tuple[jax.Array, ...]:
-    """`product` of `x` with each kernel ``[in, out]``, computed as one, since it is read by all."""
-    # Inside `shard_map` the gradient of an operand must be of the operand's type.
-    kernels = tuple(vary_like(kernel, x) for kernel in kernels)
-    return _products(vary_like(x, kernels[0]), kernels, dtype)
+    """Compute `product` of `x` with each kernel ``[in, out]``, as one matmul."""
+    results = [
+        jax.ShapeDtypeStruct((x.shape[0], kernel.shape[1]), jnp.promote_types(dtype, jnp.float32))
+        for kernel in kernels
+    ]
+    # XLA's partitioner may gather what has a constrained layout (jax 0.10).
+    one_device = jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
+    widths = tuple(kernel.shape[1] for kernel in kernels)
+    forward, gradient = _operation(jnp.dtype(dtype), x.dtype, widths, one_device)
+    if x.dtype != dtype:  # the rounded x is kept, which is half as large
+        extras = ((x.shape, jnp.dtype(dtype)),)
+        gradient = dataclasses.replace(gradient, extras=extras)
+    return tuple(apply(forward, [x, *kernels], results, gradient))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _products(x: jax.Array, kernels: tuple[jax.Array, ...], dtype: Any) -> tuple[jax.Array, ...]:
-    return _products_fwd(x, kernels, dtype)[0]
+@functools.cache
+def _operation(
+    dtype: Any, x_dtype: Any, widths: tuple[int, ...], one_device: bool
+) -> tuple[Forms, Gradient]:
+    """(x, kernels) to their products, whose gradient keeps the kernels and x in `dtype`."""
 
+    def forward(as_it_is: _Layout, x: jax.Array, *kernels: jax.Array) -> Sequence[jax.Array]:
+        return _split(_dot(as_it_is, x.astype(dtype), _side_by_side(kernels, dtype)), widths)
 
-def _products_fwd(
-    x: jax.Array, kernels: tuple[jax.Array, ...], dtype: Any
-) -> tuple[tuple[jax.Array, ...], Any]:
-    low = x.astype(dtype)
-    y = _dot(low, _side_by_side(kernels, dtype))
-    # An empty array keeps the dtype of what the gradient is of.
-    return _taken_apart(y, kernels), (low, kernels, jnp.zeros((0,), x.dtype))
+    def with_rounded(as_it_is: _Layout, x: jax.Array, *kernels: jax.Array) -> Sequence[jax.Array]:
+        return *forward(as_it_is, x, *kernels), x.astype(dtype)
 
+    def backward(as_it_is: _Layout, *args: jax.Array) -> Sequence[jax.Array]:
+        kernels, (low, *cotangents) = args[:count], args[count:]
+        d_y = _side_by_side(cotangents, dtype)
+        d_x = _dot(as_it_is, d_y, as_it_is(_side_by_side(kernels, dtype)).T)
+        swap = low.shape[1] > d_y.shape[1]
+        smaller, other = (d_y, low) if swap else (low, d_y)
+        # The barrier keeps what transposes this small result out of the matmul.
+        d_kernel = jax.lax.optimization_barrier(_dot(as_it_is, as_it_is(smaller).T, other))
+        d_kernels = _split(d_kernel.T if swap else d_kernel, widths)
+        pairs = zip(d_kernels, kernels, strict=True)
+        return d_x.astype(x_dtype), *(d_kernel.astype(k.dtype) for d_kernel, k in pairs)
 
-def _products_bwd(dtype: Any, residuals: Any, gradients: Any) -> tuple[jax.Array, Any]:
-    low, kernels, like = residuals
-    gradient = _side_by_side(gradients, dtype)
-    d_x = _dot(gradient, _transposed(_side_by_side(kernels, dtype)))
-    swap = low.shape[1] > gradient.shape[1]
-    smaller, other = (gradient, low) if swap else (low, gradient)
-    # The barrier keeps what transposes this small result out of the product.
-    d_kernel = jax.lax.optimization_barrier(_dot(_transposed(smaller), other))
-    d_kernels = _taken_apart(d_kernel.T if swap else d_kernel, kernels)
-    return d_x.astype(like.dtype), tuple(
-        d_kernel.astype(kernel.dtype) for d_kernel, kernel in zip(d_kernels, kernels, strict=True)
+    def in_order(*residuals: jax.Array) -> Sequence[jax.Array]:
+        kernels, low = residuals[:count], residuals[count]
+        return low.astype(x_dtype), *kernels
+
+    def forms(function: Callable[..., Sequence[jax.Array]]) -> Forms:
+        # XLA's CPU backend alone needs its operands row by row.
+        default = partial(function, lambda x: x)
+        return Forms(default, partial(function, _row_by_row) if one_device else None)
+
+    count = len(widths)
+    if dtype == x_dtype:
+        # x follows the kernels among the residuals as the rounded x does.
+        return forms(forward), Gradient(
+            forms(backward), kept=(*range(1, count + 1), 0), inputs=in_order
+        )
+    return forms(forward), Gradient(
+        forms(backward),
+        forms(with_rounded),
+        kept=tuple(range(1, count + 1)),
+        inputs=in_order,
     )
-
-
-_products.defvjp(_products_fwd, _products_bwd)
 
 
 def _side_by_side(arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
@@ -73,24 +102,16 @@ def _side_by_side(arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
     return jnp.concatenate(low, axis=1)
 
 
-def _taken_apart(y: jax.Array, kernels: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    ends = itertools.accumulate(kernel.shape[1] for kernel in kernels)
-    return tuple(
-        y[:, end - kernel.shape[1] : end] for end, kernel in zip(ends, kernels, strict=True)
-    )
+def _split(y: jax.Array, widths: Sequence[int]) -> Sequence[jax.Array]:
+    ends = itertools.accumulate(widths)
+    return [y[:, end - width : end] for end, width in zip(ends, widths, strict=True)]
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+def _dot(as_it_is: _Layout, a: jax.Array, b: jax.Array) -> jax.Array:
     dtype = jnp.promote_types(a.dtype, jnp.float32)
-    return jnp.dot(_as_it_is(a), _as_it_is(b), preferred_element_type=dtype)
+    return jnp.dot(as_it_is(a), as_it_is(b), preferred_element_type=dtype)
 
 
-def _transposed(x: jax.Array) -> jax.Array:
-    return _as_it_is(x).T
-
-
-def _as_it_is(x: jax.Array) -> jax.Array:
-    """`x`; on a CPU row by row in memory, so that transposing it makes another array."""
-    if jax.default_backend() != "cpu":
-        return x
+def _row_by_row(x: jax.Array) -> jax.Array:
+    """Constrain the layout, so that transposing `x` makes another array."""
     return with_layout_constraint(x, Layout((0, 1)))

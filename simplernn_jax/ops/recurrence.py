@@ -13,7 +13,7 @@ from simplernn_jax.ops.fused import fused, fused_gradient
 from simplernn_jax.ops.operation import Forms, Gradient, apply, evaluate
 from simplernn_jax.ops.rows import clear_rows
 from simplernn_jax.ops.scan import recurrent_step, scan
-from simplernn_jax.ops.time_sharding import Partitioned
+from simplernn_jax.ops.time_sharding import partition_gradient, partition_recurrence
 
 
 def recurrence(
@@ -48,14 +48,15 @@ def recurrence(
         q, k, out = q.astype(state.dtype), k.astype(state.dtype), v.astype(state.dtype)
     else:
         out = v
-    forms, gradient = _operation(method == "fused", chunk_size)
+    forms, gradient = _operation(method == "fused", clear is not None, chunk_size)
     inputs = [q, k, out, log_gate, state, *([] if clear is None else [clear])]
     output, state = apply(forms, inputs, [out, state], gradient)
     return output.astype(v.dtype), state
 
 
 @functools.cache
-def _operation(has_c: bool, chunk_size: int | None) -> tuple[Forms, Gradient]:
+def _operation(
+    has_c: bool, has_clear: bool, chunk_size: int | None) -> tuple[Forms, Gradient]:
     def forward(q: Any, k: Any, v: Any, log_gate: Any, state: Any, *clear: Any) -> Any:
         if _is_symbolic(q.shape):
             return pure(q, k, v, log_gate, state, *clear)
@@ -81,9 +82,10 @@ def _operation(has_c: bool, chunk_size: int | None) -> tuple[Forms, Gradient]:
 
     forms = Forms(forward, forward_in_c if has_c else None, pure)
     reverse = Forms(gradient, gradient_in_c if has_c else None)
+    of_gradient = partition_gradient(evaluate(forms), has_clear)
     return (
-        dataclasses.replace(forms, partitioned=Partitioned()),
-        Gradient(dataclasses.replace(reverse, partitioned=Partitioned(evaluate(forms)))),
+        dataclasses.replace(forms, partitioned=partition_recurrence(has_clear)),
+        Gradient(dataclasses.replace(reverse, partitioned=of_gradient)),
     )
 
 

@@ -7,66 +7,56 @@ K and V are not sharded.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from simplernn_jax.ops.operation import Form
+from simplernn_jax.ops.partitioning import Partitioned
 
-_INPUTS = ("b t h k", "b t h k", "b t h v", "b t h k", "b h k v", "b t")
-"""Axes of q, k, v, log_gate, initial_state and clear, which may be left out."""
-_COTANGENTS = ("b t h v", "b h k v")
+_INPUTS = ("b t h k", "b t h k", "b t h v", "b t h k", "b h k v")
+"""Axes of q, k, v, log_gate and initial_state, which `clear` may follow."""
+_CLEAR = "b t"
+_RESULTS = ("b t h v", "b h k v")
+
+
+def partition_recurrence(has_clear: bool) -> Partitioned:
+    """Partition (q, k, v, log_gate, state[, clear]) to (output, final state)."""
+    inputs = (*_INPUTS, _CLEAR) if has_clear else _INPUTS
+    return _Recurrence(inputs, _RESULTS, ("k", "v"))
+
+
+def partition_gradient(forward: Form, has_clear: bool) -> Partitioned:
+    """Partition (inputs, cotangents of the results) to the cotangents of the first five inputs.
+
+    Args:
+      forward: the recurrence.
+      has_clear: whether `clear` is among the inputs.
+    """
+    inputs = (*_INPUTS, _CLEAR, *_RESULTS) if has_clear else (*_INPUTS, *_RESULTS)
+    return _Gradient(inputs, _INPUTS, ("k", "v"), forward)
 
 
 @dataclasses.dataclass(frozen=True)
-class Partitioned:
-    """Wraps the recurrence, or with `forward` its gradient, in `custom_partitioning`."""
+class _Recurrence(Partitioned):
+    def shard_form(self, form: Form, over: Mapping[str, Any]) -> Form:
+        return _TimeShards(_names(over["t"]), form) if over.get("t") else form
 
-    forward: Form | None = None
-    """The recurrence of which the wrapped form is the gradient."""
 
-    def __call__(self, form: Form) -> Form:
-        """Take and return (inputs, and cotangents for a gradient) to a list of arrays."""
-        partitioned = custom_partitioning(lambda *args: list(form(*args)))
-        partitioned.def_partition(
-            partition=lambda *shapes: self._partition(form, *shapes),
-            sharding_rule=lambda _, inputs, results: self._rule(len(inputs)),
-        )
-        return partitioned
+@dataclasses.dataclass(frozen=True)
+class _Gradient(Partitioned):
+    forward: Form
 
-    def _axes(self, num_inputs: int) -> tuple[Sequence[str], Sequence[str]]:
-        """Axes of each input and each result."""
-        if self.forward is None:
-            return _INPUTS[:num_inputs], _COTANGENTS
-        return (*_INPUTS[: num_inputs - 2], *_COTANGENTS), _INPUTS[:5]
+    def shard_form(self, form: Form, over: Mapping[str, Any]) -> Form:
+        if not over.get("t"):
+            return form
+        return _TimeShardsGradient(_names(over["t"]), self.forward, form)
 
-    def _rule(self, num_inputs: int) -> Any:
-        inputs, results = self._axes(num_inputs)
-        rule = f"{', '.join(inputs)} -> {', '.join(results)}"
-        return rule, {"need_replication_factors": ("k", "v")}
 
-    def _partition(self, form: Form, mesh: Mesh, inputs: Any, results: Any) -> Any:
-        inputs_axes, results_axes = self._axes(len(inputs))
-        spec = [*inputs[0].sharding.spec, None, None, None][:3]
-        over = dict(zip("bth", spec, strict=True))
-
-        def shardings(axes: Sequence[str]) -> list[NamedSharding]:
-            return [NamedSharding(mesh, P(*map(over.get, names.split()))) for names in axes]
-
-        time = over["t"]
-        local: Callable[..., Any] = form
-        if time is not None:
-            time = (time,) if isinstance(time, str) else tuple(time)
-            if self.forward is None:
-                local = _TimeShards(time, form)
-            else:
-                local = _TimeShardsGradient(time, self.forward, form)
-        return mesh, local, shardings(results_axes), tuple(shardings(inputs_axes))
+def _names(axes: Any) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 @dataclasses.dataclass(frozen=True)

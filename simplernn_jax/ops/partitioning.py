@@ -1,0 +1,62 @@
+"""How an operation that XLA cannot look into is partitioned when its operands are sharded."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from simplernn_jax.ops.operation import Form
+
+
+@dataclasses.dataclass(frozen=True)
+class Partitioned:
+    """Names the axes of an operation's arrays, such as ``"b t d"``; wraps its forms.
+
+    An axis that several arrays have is sharded alike in all of them. Each device runs the form on
+    its shards, which is right for axes along which the operation is independent; the others are
+    `replicated`.
+    """
+
+    inputs: tuple[str, ...]
+    results: tuple[str, ...]
+    replicated: tuple[str, ...]
+
+    def __call__(self, form: Form) -> Form:
+        """Wrap `form` in `custom_partitioning`."""
+        partitioned = custom_partitioning(lambda *args: list(form(*args)))
+        partitioned.def_partition(
+            partition=lambda *shapes: self._partition(form, *shapes),
+            sharding_rule=lambda *_: (
+                f"{', '.join(self.inputs)} -> {', '.join(self.results)}",
+                {"need_replication_factors": self.replicated},
+            ),
+        )
+        return partitioned
+
+    def shard_form(self, form: Form, over: Mapping[str, Any]) -> Form:
+        """Make the form that each device runs.
+
+        Args:
+          form: the operation.
+          over: the mesh axes over which each axis is sharded: a name, a tuple of names or None.
+        """
+        del over
+        return form
+
+    def _partition(self, form: Form, mesh: Mesh, inputs: Any, results: Any) -> Any:
+        del results
+        over: dict[str, Any] = {}
+        for names, x in zip(self.inputs, inputs, strict=True):
+            for name, axes in zip(names.split(), x.sharding.spec, strict=False):
+                if axes is not None and name not in self.replicated:
+                    over.setdefault(name, axes)
+
+        def shardings(arrays: Sequence[str]) -> list[NamedSharding]:
+            return [NamedSharding(mesh, P(*map(over.get, names.split()))) for names in arrays]
+
+        return mesh, self.shard_form(form, over), shardings(self.results), tuple(
+            shardings(self.inputs)
+        )
