@@ -284,9 +284,7 @@ def _store_group(part: Part, whole: jax.Array, chunk: jax.Array, index: jax.Arra
     batch, _, heads, width = whole.shape
     chunk = chunk.reshape(part.group, batch, heads, part.size, width).transpose(1, 0, 3, 2, 4)
     chunk = chunk.reshape(batch, part.group * part.size, heads, width)
-    return jax.lax.dynamic_update_slice_in_dim(
-        whole, chunk, index * part.size * part.group, axis=1
-    )
+    return jax.lax.dynamic_update_slice_in_dim(whole, chunk, index * part.size * part.group, axis=1)
 
 
 class Masks(NamedTuple):
@@ -299,9 +297,7 @@ class Masks(NamedTuple):
     uncleared: jax.Array  # [N, 1] the state at the start reaches the end
 
 
-def _chunk_masks(
-    part: Part, clear: jax.Array | None, index: jax.Array, heads: int
-) -> Masks | None:
+def _chunk_masks(part: Part, clear: jax.Array | None, index: jax.Array, heads: int) -> Masks | None:
     if clear is None:
         return None
     tokens = part.size * part.group

@@ -44,10 +44,14 @@ def _operation(ndim: int, fast: bool) -> tuple[Forms, Forms, Forms]:
     scale = " ".join(f"a{axis}" for axis in range(ndim - 1))
     x = f"{scale} d"
 
-    def forms(default: Form, in_c: Form, inputs: tuple[str, ...], results: tuple[str, ...]) -> Forms:
+    def forms(
+        default: Form, in_c: Form, inputs: tuple[str, ...], results: tuple[str, ...]
+    ) -> Forms:
         # XLA partitions what it can look into.
-        return Forms(default, in_c, None, Partitioned(inputs, results, ("d",))) if fast else Forms(
-            default
+        return (
+            Forms(default, in_c, None, Partitioned(inputs, results, ("d",)))
+            if fast
+            else Forms(default)
         )
 
     return (

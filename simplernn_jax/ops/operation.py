@@ -266,8 +266,7 @@ def _batch(
             forward=None if gradient.forward is None else mapped(gradient.forward, axes),
             extras=more(gradient.extras),
             kept=gradient.kept,
-            inputs=gradient.inputs
-            and _Vmapped(gradient.inputs, of_residuals, axes, summed=False),
+            inputs=gradient.inputs and _Vmapped(gradient.inputs, of_residuals, axes, summed=False),
         )
     if linear is not None:
         n = linear.num_residuals

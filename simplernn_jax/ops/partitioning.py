@@ -57,6 +57,9 @@ class Partitioned:
         def shardings(arrays: Sequence[str]) -> list[NamedSharding]:
             return [NamedSharding(mesh, P(*map(over.get, names.split()))) for names in arrays]
 
-        return mesh, self.shard_form(form, over), shardings(self.results), tuple(
-            shardings(self.inputs)
+        return (
+            mesh,
+            self.shard_form(form, over),
+            shardings(self.results),
+            tuple(shardings(self.inputs)),
         )

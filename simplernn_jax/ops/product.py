@@ -12,15 +12,13 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from simplernn_jax.ops.operation import Forms, Gradient, apply
-
-_Layout = Callable[[jax.Array], jax.Array]
 
 
 def product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
@@ -50,20 +48,20 @@ def _operation(
 ) -> tuple[Forms, Gradient]:
     """(x, kernels) to their products, whose gradient keeps the kernels and x in `dtype`."""
 
-    def forward(as_it_is: _Layout, x: jax.Array, *kernels: jax.Array) -> Sequence[jax.Array]:
-        return _split(_dot(as_it_is, x.astype(dtype), _side_by_side(kernels, dtype)), widths)
+    def forward(how: _How, x: jax.Array, *kernels: jax.Array) -> Sequence[jax.Array]:
+        return _split(_dot(how, x.astype(dtype), how.beside(kernels, dtype)), widths)
 
-    def with_rounded(as_it_is: _Layout, x: jax.Array, *kernels: jax.Array) -> Sequence[jax.Array]:
-        return *forward(as_it_is, x, *kernels), x.astype(dtype)
+    def with_rounded(how: _How, x: jax.Array, *kernels: jax.Array) -> Sequence[jax.Array]:
+        return *forward(how, x, *kernels), x.astype(dtype)
 
-    def backward(as_it_is: _Layout, *args: jax.Array) -> Sequence[jax.Array]:
+    def backward(how: _How, *args: jax.Array) -> Sequence[jax.Array]:
         kernels, (low, *cotangents) = args[:count], args[count:]
-        d_y = _side_by_side(cotangents, dtype)
-        d_x = _dot(as_it_is, d_y, as_it_is(_side_by_side(kernels, dtype)).T)
+        d_y = how.beside(cotangents, dtype)
+        d_x = _dot(how, d_y, how.layout(how.beside(kernels, dtype)).T)
         swap = low.shape[1] > d_y.shape[1]
         smaller, other = (d_y, low) if swap else (low, d_y)
         # The barrier keeps what transposes this small result out of the matmul.
-        d_kernel = jax.lax.optimization_barrier(_dot(as_it_is, as_it_is(smaller).T, other))
+        d_kernel = jax.lax.optimization_barrier(_dot(how, how.layout(smaller).T, other))
         d_kernels = _split(d_kernel.T if swap else d_kernel, widths)
         pairs = zip(d_kernels, kernels, strict=True)
         return d_x.astype(x_dtype), *(d_kernel.astype(k.dtype) for d_kernel, k in pairs)
@@ -73,9 +71,7 @@ def _operation(
         return low.astype(x_dtype), *kernels
 
     def forms(function: Callable[..., Sequence[jax.Array]]) -> Forms:
-        # XLA's CPU backend alone needs its operands row by row.
-        default = partial(function, lambda x: x)
-        return Forms(default, partial(function, _row_by_row) if one_device else None)
+        return Forms(partial(function, _PLAIN), partial(function, _ON_CPU) if one_device else None)
 
     count = len(widths)
     if dtype == x_dtype:
@@ -91,15 +87,35 @@ def _operation(
     )
 
 
-def _side_by_side(arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
+class _How(NamedTuple):
+    """What XLA's CPU backend needs done in a way of its own."""
+
+    layout: Callable[[jax.Array], jax.Array]
+    """Of operands."""
+    beside: Callable[[Sequence[jax.Array], Any], jax.Array]
+    """Arrays side by side, in a dtype."""
+
+
+def _concatenated(arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
     low = [array.astype(dtype) for array in arrays]
-    if len(low) == 1:
-        return low[0]
-    if dtype == jnp.bfloat16:
-        # As integers: XLA's CPU backend puts bfloat16 together in float32.
-        bits = [jax.lax.bitcast_convert_type(array, jnp.uint16) for array in low]
-        return jax.lax.bitcast_convert_type(jnp.concatenate(bits, axis=1), jnp.bfloat16)
-    return jnp.concatenate(low, axis=1)
+    return low[0] if len(low) == 1 else jnp.concatenate(low, axis=1)
+
+
+def _concatenated_as_bits(arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
+    """XLA's CPU backend concatenates bfloat16 in float32, but not integers."""
+    if dtype != jnp.bfloat16 or len(arrays) == 1:
+        return _concatenated(arrays, dtype)
+    bits = [jax.lax.bitcast_convert_type(array.astype(dtype), jnp.uint16) for array in arrays]
+    return jax.lax.bitcast_convert_type(jnp.concatenate(bits, axis=1), jnp.bfloat16)
+
+
+def _row_by_row(x: jax.Array) -> jax.Array:
+    """Constrain the layout, so that transposing `x` makes another array."""
+    return with_layout_constraint(x, Layout((0, 1)))
+
+
+_PLAIN = _How(lambda x: x, _concatenated)
+_ON_CPU = _How(_row_by_row, _concatenated_as_bits)
 
 
 def _split(y: jax.Array, widths: Sequence[int]) -> Sequence[jax.Array]:
@@ -107,11 +123,6 @@ def _split(y: jax.Array, widths: Sequence[int]) -> Sequence[jax.Array]:
     return [y[:, end - width : end] for end, width in zip(ends, widths, strict=True)]
 
 
-def _dot(as_it_is: _Layout, a: jax.Array, b: jax.Array) -> jax.Array:
+def _dot(how: _How, a: jax.Array, b: jax.Array) -> jax.Array:
     dtype = jnp.promote_types(a.dtype, jnp.float32)
-    return jnp.dot(as_it_is(a), as_it_is(b), preferred_element_type=dtype)
-
-
-def _row_by_row(x: jax.Array) -> jax.Array:
-    """Constrain the layout, so that transposing `x` makes another array."""
-    return with_layout_constraint(x, Layout((0, 1)))
+    return jnp.dot(how.layout(a), how.layout(b), preferred_element_type=dtype)

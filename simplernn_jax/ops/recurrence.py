@@ -55,8 +55,7 @@ def recurrence(
 
 
 @functools.cache
-def _operation(
-    has_c: bool, has_clear: bool, chunk_size: int | None) -> tuple[Forms, Gradient]:
+def _operation(has_c: bool, has_clear: bool, chunk_size: int | None) -> tuple[Forms, Gradient]:
     def forward(q: Any, k: Any, v: Any, log_gate: Any, state: Any, *clear: Any) -> Any:
         if _is_symbolic(q.shape):
             return pure(q, k, v, log_gate, state, *clear)
@@ -96,5 +95,3 @@ def _optional(clear: Sequence[jax.Array]) -> jax.Array | None:
 def _is_symbolic(shape: Sequence[Any]) -> bool:
     """Whether `shape` has a dimension that `jax.export` leaves open."""
     return not all(isinstance(size, int) for size in shape)
-
-

@@ -1,0 +1,114 @@
+"""Operands that are sharded under plain `jit`: results stay sharded, and few bytes move."""
+
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.compiled_collectives import collectives
+from simplernn_jax.config import ModelConfig
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.ops import gated_linear_recurrence
+
+B, T, H, K, V = 4, 24, 4, 3, 5
+STATE_BYTES = B * H * K * V * 4
+METHODS = [
+    pytest.param(
+        "fused",
+        marks=pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler"),
+    ),
+    "chunkwise",
+]
+
+
+def mesh():
+    return jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=(AxisType.Auto,) * 3)
+
+
+def draw():
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(B, T, H, K)), jnp.float32) for _ in range(2))
+    v = jnp.asarray(rng.normal(size=(B, T, H, V)), jnp.float32)
+    log_gate = jnp.asarray(-0.1 * rng.exponential(size=q.shape), jnp.float32)
+    state = jnp.asarray(rng.normal(size=(B, H, K, V)), jnp.float32)
+    ids = jnp.asarray(np.cumsum(rng.random((B, T)) < 0.1, axis=1), jnp.int32)
+    return q, k, v, log_gate, state, ids
+
+
+def value_and_gradients(method, segments):
+    def total(q, k, v, log_gate, state, ids):
+        output, state = gated_linear_recurrence(
+            q,
+            k,
+            v,
+            log_gate,
+            initial_state=state,
+            segment_ids=ids if segments else None,
+            method=method,
+        )
+        return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.cos(state)), (output, state)
+
+    return jax.jit(jax.grad(total, (0, 1, 2, 3, 4), has_aux=True))
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("batch", "time", "heads"),
+    [("x", None, None), (("x", "y"), None, "z"), ("x", "y", "z"), (None, ("x", "z"), None)],
+    ids=str,
+)
+def test_the_recurrence_stays_sharded(batch, time, heads, method, segments):
+    inputs = draw()
+    specs = [P(batch, time, heads)] * 4 + [P(batch, heads), P(batch, time)]
+    sharded = [
+        jax.device_put(x, NamedSharding(mesh(), spec))
+        for x, spec in zip(inputs, specs, strict=True)
+    ]
+    program = value_and_gradients(method, segments).lower(*sharded).compile()
+    gradients, (output, state) = program(*sharded)
+    chex.assert_trees_all_close(
+        (gradients, (output, state)),
+        value_and_gradients("scan", segments)(*inputs),
+        rtol=2e-4,
+        atol=2e-4,
+    )
+    for result, spec in zip(
+        (*gradients, output, state), [*specs[:5], specs[0], specs[4]], strict=True
+    ):
+        assert result.sharding.is_equivalent_to(NamedSharding(mesh(), spec), result.ndim)
+    moved = collectives(program)
+    if time is None:
+        assert not moved
+    else:  # states and decays between sequence shards, and where segments start; never tokens
+        assert moved
+        shards = 4 if isinstance(time, tuple) else 2
+        assert max(size for _, size in moved) <= shards * STATE_BYTES
+        assert not any(kind == "all-gather" and size >= output.nbytes for kind, size in moved)
+
+
+def test_the_model_stays_sharded_by_batch():
+    config = ModelConfig(vocab_size=13, hidden_dim=32, key_dim=32, value_dim=32, num_layers=2)
+    graph, params = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 13, (8, 128)), jnp.int32)
+
+    @jax.jit
+    def gradient(params, tokens):
+        def total(params):
+            logits, state = nnx.merge(graph, params)(tokens)
+            return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[..., 0]), state
+
+        return jax.grad(total, has_aux=True)(params)
+
+    everywhere, by_batch = NamedSharding(mesh(), P()), NamedSharding(mesh(), P(("x", "y", "z")))
+    inputs = jax.device_put(params, everywhere), jax.device_put(tokens, by_batch)
+    program = gradient.lower(*inputs).compile()
+    # The sums of the gradients, and nothing else.
+    assert {kind for kind, _ in collectives(program)} == {"all-reduce"}
+    chex.assert_trees_all_close(program(*inputs), gradient(params, tokens), rtol=0, atol=2e-5)
