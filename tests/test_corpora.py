@@ -1,4 +1,6 @@
+import glob
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ from absl import logging
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus
 from simplernn_jax.data.documents import PIECE_SIZE
+from simplernn_jax.data.file_glob import matching_files
 from simplernn_jax.errors import UserError
 
 
@@ -55,7 +58,7 @@ def test_folder_is_recursive_sorted_and_without_hidden_and_binary_files(tmp_path
     write(tmp_path / ".hidden", "hidden")
     write(tmp_path / "picture.png", b"\x89PNG\r\n\x1a\n\0\0\0")
     assert list(read_all(tmp_path).items()) == [("a/deep/c.md", "c"), ("b.txt", "b")]
-    assert "1 binary files left out, the first of them picture.png" in caplog.text
+    assert "1 binary file left out, such as picture.png" in caplog.text
 
 
 def test_glob(tmp_path):
@@ -63,6 +66,98 @@ def test_glob(tmp_path):
     write(tmp_path / "y" / "a.txt", "a")
     write(tmp_path / "y" / "a.md", "no")
     assert read_all(tmp_path / "**" / "*.txt") == {"x/b.txt": "b", "y/a.txt": "a"}
+
+
+def test_glob_finds_what_the_standard_library_finds(tmp_path, monkeypatch):
+    for name in ("a/b/c.txt", "a/.h/c.txt", "a/b.txt", "d.txt", ".e.txt", "a/[x].txt", "a/b/f"):
+        write(tmp_path / name, "x")
+    (tmp_path / "link").symlink_to("a/b")
+    (tmp_path / "a" / "link.txt").symlink_to("../d.txt")
+    monkeypatch.chdir(tmp_path)
+    patterns = ["*", "**", "a/**", "**/*.txt", "**/**/c.txt", "*/*.txt", "*/b/*", "a/[[]x].txt"]
+    patterns += [
+        ".*",
+        "?.txt",
+        "a/.h/*",
+        "./*/../d.txt",
+        "no/*",
+        "d.txt/*",
+        "link/*",
+        "**/f",
+        "a/*/",
+    ]
+    for pattern in [*patterns, *(f"{tmp_path}/{pattern}" for pattern in patterns)]:
+        found = matching_files(pattern)
+        expected = filter(os.path.isfile, glob.glob(pattern, recursive=True))
+        # A folder that links lead to is searched once, so one of two ways to a file is enough.
+        assert {*map(os.path.realpath, found)} == {*map(os.path.realpath, expected)}, pattern
+        assert len({*found}) == len(found)
+
+
+def test_glob_around_links_ends_and_prefers_real_folders(tmp_path):
+    write(tmp_path / "in" / "deep" / "a.txt", "a")
+    write(tmp_path / "other" / "b.txt", "b")
+    for name in ("1", "2"):
+        (tmp_path / "in" / name).symlink_to(".")
+        (tmp_path / "in" / "deep" / name).symlink_to("..")
+    (tmp_path / "in" / "0").symlink_to("deep")
+    (tmp_path / "in" / "other").symlink_to("../other")
+    (tmp_path / "in" / "self").symlink_to("self")
+    assert read_all(tmp_path / "in" / "**" / "*.txt") == {"deep/a.txt": "a", "other/b.txt": "b"}
+    assert read_all(f"{tmp_path}/in" + "/*" * 40 + "/a.txt") == {"a.txt": "a"}
+    assert read_all(tmp_path / "in") == {"deep/a.txt": "a"}
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    write(tmp_path / "a.txt", "a")
+    os.mkfifo(tmp_path / "b.txt")
+    (tmp_path / "c.txt").symlink_to("/dev/zero")
+    (tmp_path / "d.txt").symlink_to("d.txt")
+    for source in (tmp_path, tmp_path / "*.txt", tmp_path / "**"):
+        assert read_all(source) == {"a.txt": "a"}
+    for name in ("b.txt", "c.txt"):
+        with pytest.raises(UserError, match=f"{name}: not a regular file"):
+            open_corpus(DataConfig(source=str(tmp_path / name)))
+    corpus = open_corpus(DataConfig(source=str(tmp_path / "a.txt")))
+    (tmp_path / "a.txt").unlink()
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=r"a\.txt: not a regular file; make it readable"):
+        [list(document.pieces) for document in corpus.documents()]
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("x" * 5000, "File name too long"),
+        ("x" * 5000 + "*", "no file matches"),
+        ("self", "Too many levels of symbolic links"),
+        ("self/*", "no file matches"),
+        ("~nosuchuser/a.txt", "no such file or folder"),
+        ("a\0b", "no such file or folder"),
+        ("a.txt/b", "no such file or folder"),
+        ("tfds:" + "x" * 5000, "File name too long"),
+        ("tfds:self", "not prepared"),
+        ("tfds:~nosuchuser", "not prepared"),
+        ("tfds:a\0b", "not prepared"),
+    ],
+)
+def test_paths_that_lead_nowhere_are_one_line(tmp_path, monkeypatch, source, problem):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TFDS_DATA_DIR", "~nosuchuser")
+    write(tmp_path / "a.txt", "a")
+    (tmp_path / "self").symlink_to("self")
+    with pytest.raises(UserError, match=problem) as raised:
+        open_corpus(DataConfig(source=source))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("source", [".", "*.txt", "a.txt", "tfds:a"])
+def test_a_deleted_current_folder_is_one_line(tmp_path, monkeypatch, source):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UserError, match=r"current folder was deleted|no text file|not prepared"):
+        open_corpus(DataConfig(source=source), ["run"] if source == "." else [])
 
 
 @pytest.mark.parametrize("line_length", [97, 3 * PIECE_SIZE])

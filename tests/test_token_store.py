@@ -448,10 +448,7 @@ def test_source_that_fails_while_it_is_read_is_named(tmp_path, monkeypatch, name
         def readline(self, size: int = -1) -> bytes:
             return self.read(size)
 
-    def opened(file: str, mode: str) -> io.BytesIO:
-        return Failing()
-
-    monkeypatch.setattr("simplernn_jax.data.text_files.open", opened, raising=False)
+    monkeypatch.setattr("simplernn_jax.data.text_files.open_file", lambda path: Failing())
     with pytest.raises(UserError, match=rf"^{path}: Input/output error; make it readable"):
         prepare(path, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
@@ -462,6 +459,15 @@ def test_cache_dir_that_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file: (Not a directory|File exists); .*cache_dir"):
         prepare(tmp_path / "in", tmp_path / "file")
+
+
+def test_a_file_that_looks_like_what_a_killed_writer_left_stays(tmp_path):
+    write_documents(tmp_path / "in", 9)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".mine.tmp").touch()
+    os.utime(tmp_path / "cache" / ".mine.tmp", (0, 0))
+    prepare(tmp_path / "in", tmp_path / "cache")
+    assert (tmp_path / "cache" / ".mine.tmp").exists()
 
 
 def test_source_that_changes_while_it_is_read(tmp_path, monkeypatch):

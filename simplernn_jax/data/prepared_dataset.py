@@ -15,7 +15,7 @@ _INFO = "dataset_info.json"
 
 def default_data_dir() -> Path:
     """Where TFDS keeps prepared data sets: ``TFDS_DATA_DIR``, or ``~/tensorflow_datasets``."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return Path(os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
 
 
 def find_prepared(name: str) -> Path:
@@ -28,7 +28,7 @@ def find_prepared(name: str) -> Path:
       UserError: nothing of that name is prepared, or several are.
     """
     data_dir = default_data_dir()
-    for root in (Path(name).expanduser(), data_dir / name.replace(":", "/")):
+    for root in (Path(os.path.expanduser(name)), data_dir / name.replace(":", "/")):
         found = sorted(
             {info.parent for depth in ("", "*/", "*/*/") for info in root.glob(depth + _INFO)}
         )

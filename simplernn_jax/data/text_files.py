@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from simplernn_jax.data.documents import PIECE_SIZE, Document
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import open_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +25,13 @@ class SourceFile:
 
 @contextlib.contextmanager
 def open_source(path: str) -> Iterator[BinaryIO]:
-    """Opens a file of the user's; the block does nothing with files but read this one.
+    """Opens a regular file of the user's; the block does nothing with files but read this one.
 
     Raises:
       UserError: it cannot be opened or read.
     """
     try:
-        with open(path, "rb") as stream:
+        with open_file(path) as stream:
             yield stream
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; make it readable or leave it out") from error

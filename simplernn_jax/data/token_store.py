@@ -68,7 +68,7 @@ def prepare_corpus(
     Raises:
       UserError: the corpus, the tokenizer or `cache_dir` is unusable, or the disk is full.
     """
-    cache = Path(cache_dir).expanduser()
+    cache = Path(os.path.expanduser(cache_dir))
     corpus = open_corpus(config, exclude=(str(cache), *exclude))
     if tokenizer is None:
         tokenizer = load_tokenizer(config.tokenizer, corpus)
@@ -107,7 +107,7 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
       UserError: it cannot be read.
     """
     damage = None
-    for folder in sorted(Path(cache_dir).expanduser().glob("[!.]*")):
+    for folder in sorted(Path(os.path.expanduser(cache_dir)).glob("[!.]*")):
         try:
             if _content_hash(tokenizer, content_hashes(folder)) != content_hash:
                 continue
