@@ -1,5 +1,6 @@
 """A prepared TFDS data set as a corpus, read without TensorFlow."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from simplernn_jax.config import nearest_name
 from simplernn_jax.data.documents import Document, text_pieces
 from simplernn_jax.data.text_files import SourceFile, files_fingerprint
+from simplernn_jax.data.tfds_features import check_folder
 from simplernn_jax.errors import UserError
 
 _INFO = "dataset_info.json"
@@ -47,6 +49,20 @@ def find_prepared(name: str) -> Path:
     )
 
 
+@contextlib.contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """Turns what TFDS raises for damaged files, which can be anything, into a `UserError`."""
+    try:
+        yield
+    except NotImplementedError:  # a file format that needs TensorFlow
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{where}: TFDS cannot read it ({type(error).__name__}: {error}); prepare the data set "
+            "again"
+        ) from error
+
+
 def _version(folder: Path) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in folder.name.split("."))
 
@@ -74,14 +90,18 @@ class PreparedDataset:
         source = self._open()
         for index in range(len(source)):
             where = f"{self._folder}: example {index}"
-            text = self._text(source[index][self._field], where)
+            with _readable(where):
+                value = source[index][self._field]
+            text = self._text(value, where)
             self.bytes_read = self.total_bytes * (index + 1) // len(source)
             yield Document(where, text_pieces(text))
 
     def _open(self) -> Any:
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(str(self._folder))
+        check_folder(self._folder)
+        with _readable(str(self._folder)):
+            builder = tfds.builder_from_directory(str(self._folder))
         splits = list(builder.info.splits)
         if "train" not in splits:
             raise UserError(f"{self._folder}: no split train; it has {', '.join(splits)}")
@@ -92,7 +112,10 @@ class PreparedDataset:
                 f"has {', '.join(fields)}: say which with --config.data.field=NAME"
             )
         try:
-            return builder.as_data_source("train")
+            with _readable(str(self._folder)):
+                source = builder.as_data_source("train")
+                len(source)  # opens the files
+            return source
         except NotImplementedError as error:
             raise UserError(
                 f"{self._folder}: prepared as {builder.info.file_format.value}, which needs "
