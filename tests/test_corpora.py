@@ -1,3 +1,4 @@
+import contextlib
 import glob
 import json
 import os
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from absl import logging
+from damages import damaged
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus
@@ -274,6 +276,32 @@ def test_bad_records_are_counted_and_warned_of_once(tmp_path, caplog):
     assert "a.jsonl:1" in caplog.text
     with pytest.raises(UserError, match=r"a\.jsonl:3: .*bad record 2, 1 allowed"):
         read_all(path, max_bad_records=1)
+
+
+def test_one_bad_record_is_one(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", json.dumps({"\x1b[31m": 1}) + "\n" + records({"text": "a"}))
+    assert read_all(path, max_bad_records=1) == {"a.jsonl:2": "a"}
+    assert "1 bad record skipped: " in caplog.text
+    assert "it has \\x1b[31m: say" in caplog.text
+
+
+def test_a_record_of_many_fields_is_refused_at_once_and_briefly(tmp_path):
+    path = write(tmp_path / "a.jsonl", records({f"txt{n}\x1b": n for n in range(50_000)}))
+    with pytest.raises(UserError, match=r"no field 'text'; did you mean 'txt7.*max_bad_records"):
+        read_all(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+@pytest.mark.parametrize("encoding_errors", ["strict", "replace"])
+def test_every_damaged_file_is_read_or_refused_in_one_line(tmp_path, name, encoding_errors):
+    text = "é — \n\u2028🙂"
+    whole = records(*({"text": f"{text}{n}", "other": [n, {}]} for n in range(7))).encode()
+    whole += json.dumps({"text": text}, ensure_ascii=False).encode()
+    settings = {"encoding_errors": encoding_errors, "max_bad_records": 1}
+    for seed in range(200):
+        path = write(tmp_path / name, damaged(whole, seed))
+        with contextlib.suppress(UserError):
+            "".join(read_all(path, **settings).values()).encode("utf-8")
 
 
 def test_jsonl_replaces_what_is_no_character(tmp_path):

@@ -11,10 +11,13 @@ from absl import logging
 from simplernn_jax.config import nearest_name
 from simplernn_jax.data.documents import Document, text_pieces
 from simplernn_jax.data.text_files import SourceFile, files_fingerprint, open_source
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, one_line
 
 LARGEST_RECORD = 1 << 26
 """Bytes of a line. A larger one is a JSON array or another format rather than a record."""
+
+_NAMED_FIELDS = 8
+"""Fields that an error names at most: a line can hold millions."""
 
 
 class _BadRecord(Exception):
@@ -50,7 +53,7 @@ class JsonlFiles:
                     text = self._text(line, offset)
                 except _BadRecord as error:
                     bad += 1
-                    problem = f"{file.path}:{number}: {error}"
+                    problem = one_line(f"{file.path}:{number}: {error}")
                     first = first or problem
                     if bad > self._max_bad_records:
                         raise UserError(
@@ -62,7 +65,10 @@ class JsonlFiles:
                 yield Document(f"{file.name}:{number}", text_pieces(text))
         if bad and not self._warned:
             self._warned = True
-            logging.warning("%d bad records skipped, the first of them %s", bad, first)
+            if bad == 1:
+                logging.warning("1 bad record skipped: %s", first)
+            else:
+                logging.warning("%d bad records skipped, the first of them %s", bad, first)
 
     def _lines(self, file: SourceFile) -> Iterator[tuple[int, int, bytes]]:
         """Number, offset and bytes of each line that is not blank."""
@@ -106,9 +112,10 @@ class JsonlFiles:
 
     def _field_of(self, record: dict[str, Any]) -> str:
         if self._field not in record:
+            fields = [name[:30] for name in itertools.islice(record, _NAMED_FIELDS)]
             raise _BadRecord(
-                f"no field {self._field!r}{nearest_name(self._field, record)}; it has "
-                f"{', '.join(record) or 'none'}: say with field=NAME (train.py: "
+                f"no field {self._field!r}{nearest_name(self._field, fields)}; it has "
+                f"{', '.join(fields) or 'none'}: say with field=NAME (train.py: "
                 "--config.data.field=NAME) which holds the text"
             )
         text = record[self._field]
