@@ -113,16 +113,31 @@ def test_position_split_counts_bytes_of_a_vocabulary_that_loses_text(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     text = "alpha   beta\n" * 100
     (tmp_path / "a.txt").write_text(text)
-    corpus = prepare(
-        tmp_path / "a.txt",
-        tmp_path / "cache",
-        tokenizer=str(tmp_path / "tokenizer.json"),
-        split="position",
-        validation_fraction=0.5,
-    )
+    config = DataConfig(source=str(tmp_path / "a.txt"), split="position", validation_fraction=0.5)
+    known = load_tokenizer(str(tmp_path / "tokenizer.json"), None)
+    corpus = prepare_corpus(config, 3, str(tmp_path / "cache"), tokenizer=known)
     assert corpus.train.tokens.dtype == np.uint8
     assert corpus.train.num_bytes + corpus.validation.num_bytes == len(text)
     assert 0.3 < corpus.train.num_bytes / len(text) < 0.7
+
+
+def test_sizes_are_said_and_few_validation_tokens_warned_of(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / "in" / f"{number}.txt").write_text("a" * 5_000)
+    corpus = prepare(tmp_path / "in", tmp_path / "cache")
+    assert corpus.summary == (
+        "10,004 training tokens in 2 documents; 5,002 validation tokens in 1 document"
+    )
+    assert "fewer than 10,000 validation tokens" in corpus.warning
+    corpus = prepare(tmp_path / "in", tmp_path / "cache", validation_fraction=0.6)
+    assert corpus.summary == (
+        "5,002 training tokens in 1 document; 10,004 validation tokens in 2 documents"
+    )
+    assert not corpus.warning
+    corpus = prepare(tmp_path / "in", tmp_path / "cache", validation_fraction=0.0)
+    assert corpus.summary == "15,006 training tokens in 3 documents; no validation tokens"
+    assert not corpus.warning
 
 
 def test_everything_trains_without_a_validation_fraction(tmp_path):
