@@ -221,7 +221,7 @@ def test_folder_of_jsonl(tmp_path):
     write(tmp_path / "a.ndjson", records({"text": "a"}))
     assert read_all(tmp_path) == {"a.ndjson:1": "a", "b.JSONL:1": "b"}
     write(tmp_path / "c.txt", "c")
-    with pytest.raises(UserError, match=r"both JSONL \(a\.ndjson\) and other files \(c\.txt\)"):
+    with pytest.raises(UserError, match=r"both JSONL \(a\.ndjson\) and text \(c\.txt\)"):
         read_all(tmp_path)
 
 
@@ -251,6 +251,7 @@ def test_folders_that_are_written_to_are_no_part_of_a_folder_or_glob(tmp_path, m
         (b'["text"]', "of type list, not an object"),
         (b'{"txt": "a", "id": 3}', "no field 'text'; did you mean 'txt'\\?; it has txt, id"),
         (b"{}", "it has none"),
+        (b'{"id": 1, "messages": []}', "no field 'text' but 'messages'; chats cannot be trained"),
         (b'{"text": 3}', "field 'text' is of type int, not text"),
         (b'{"text": "\xff"}', "invalid UTF-8 at byte 25 of the file"),
         (b'{"text": "\\ud83d"}', "half a surrogate pair"),
@@ -263,6 +264,14 @@ def test_bad_record_names_file_and_line(tmp_path, line, problem):
         read_all(path)
     assert "\n" not in str(raised.value)
     assert read_all(path, max_bad_records=1) == {"a.jsonl:1": "a", "a.jsonl:4": "b"}
+
+
+def test_messages_are_not_text_yet(tmp_path):
+    path = write(tmp_path / "a.jsonl", records({"messages": [{"role": "user", "content": "a"}]}))
+    with pytest.raises(UserError, match="'messages' is of type list, not text; chats cannot be"):
+        read_all(path, field="messages")
+    path = write(tmp_path / "a.jsonl", records({"messages": "already one text"}))
+    assert read_all(path, field="messages") == {"a.jsonl:1": "already one text"}
 
 
 def test_bad_records_are_counted_and_warned_of_once(tmp_path, caplog):

@@ -463,7 +463,7 @@ def test_source_that_fails_while_it_is_read_is_named(tmp_path, monkeypatch, name
         def readline(self, size: int = -1) -> bytes:
             return self.read(size)
 
-    monkeypatch.setattr("simplernn_jax.data.text_files.open_file", lambda path: Failing())
+    monkeypatch.setattr("simplernn_jax.data.source_files.open_file", lambda path: Failing())
     with pytest.raises(UserError, match=rf"^{path}: Input/output error; make it readable"):
         prepare(path, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())

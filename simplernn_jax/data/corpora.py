@@ -1,4 +1,4 @@
-"""Where documents come from: the standard library, text files, JSONL, a prepared data set."""
+"""Where documents come from: the standard library, text, JSONL, Parquet, a prepared data set."""
 
 import os
 from collections.abc import Iterable
@@ -7,13 +7,13 @@ from simplernn_jax.config import DataConfig
 from simplernn_jax.data.documents import Corpus, Document
 from simplernn_jax.data.file_search import find_files, stdlib_files
 from simplernn_jax.data.jsonl_files import JsonlFiles
+from simplernn_jax.data.parquet_files import ParquetFiles
 from simplernn_jax.data.prepared_dataset import PreparedDataset, find_prepared
+from simplernn_jax.data.source_files import COMPRESSED_SUFFIXES
 from simplernn_jax.data.text_files import TextFiles
 from simplernn_jax.errors import UserError
 
 __all__ = ["Corpus", "Document", "open_corpus"]
-
-_JSONL_SUFFIXES = (".jsonl", ".ndjson")
 
 
 def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
@@ -21,7 +21,8 @@ def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
 
     A folder is searched recursively without hidden and binary files and without the workdirs of
     runs. Files in sorted order, each a document; with the suffix ``.jsonl`` or
-    ``.ndjson``, each record is one.
+    ``.ndjson``, each record is one, and with ``.parquet`` each row. Text and JSONL with a further
+    suffix ``.gz`` or ``.zst`` are decompressed while they are read.
 
     Args:
       config: says what to read.
@@ -29,8 +30,8 @@ def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
         out: what a run writes is no text of its source.
 
     Raises:
-      UserError: nothing there, nothing in it, a mixture of JSONL and text, or a folder that is
-        one of `exclude`.
+      UserError: nothing there, nothing in it, a mixture of JSONL, Parquet and text, or a folder
+        that is one of `exclude`.
     """
     source = config.source
     try:
@@ -49,15 +50,27 @@ def _open(config: DataConfig, exclude: frozenset[str]) -> Corpus:
     files = find_files(source, exclude)
     if all(os.path.getsize(file.path) == 0 for file in files):
         raise UserError(f"{source}: empty; put text into it or choose another source")
-    jsonl = [file.path.lower().endswith(_JSONL_SUFFIXES) for file in files]
-    if all(jsonl):
-        return JsonlFiles(files, config.field, config.encoding_errors, config.max_bad_records)
-    if any(jsonl):
+    kinds = [_kind(file.path) for file in files]
+    other = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
+    if other is not None:
         raise UserError(
-            f"{source}: both JSONL ({files[jsonl.index(True)].name}) and other files "
-            f"({files[jsonl.index(False)].name}); name one kind with a glob such as '*.jsonl'"
+            f"{source}: both {kinds[0]} ({files[0].name}) and {kinds[other]} "
+            f"({files[other].name}); name one kind with a glob such as '*.jsonl'"
         )
-    return TextFiles(files, config.encoding_errors)
+    records = {"JSONL": JsonlFiles, "Parquet": ParquetFiles}.get(kinds[0])
+    if records is None:
+        return TextFiles(files, config.encoding_errors)
+    return records(files, config.field, config.encoding_errors, config.max_bad_records)
+
+
+def _kind(path: str) -> str:
+    name = path.lower()
+    if name.endswith(".parquet"):
+        return "Parquet"
+    stem, suffix = os.path.splitext(name)
+    if (stem if suffix in COMPRESSED_SUFFIXES else name).endswith((".jsonl", ".ndjson")):
+        return "JSONL"
+    return "text"
 
 
 def _problem(error: OSError) -> str:

@@ -11,7 +11,7 @@ import sysconfig
 from absl import logging
 
 from simplernn_jax.data.file_glob import matching_files
-from simplernn_jax.data.text_files import SourceFile, open_source
+from simplernn_jax.data.source_files import SourceFile, open_source
 from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import open_file
 
@@ -141,8 +141,10 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
 
 
 def _is_binary(path: str) -> bool:
-    with open_source(path) as stream:
-        return b"\0" in stream.read(_BINARY_PROBE)
+    if path.lower().endswith(".parquet"):
+        return False
+    with open_source(path) as source:
+        return b"\0" in source.stream.read(_BINARY_PROBE)
 
 
 def _is_utf8(path: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from simplernn_jax.config import nearest_name
 from simplernn_jax.data.documents import Document, text_pieces
-from simplernn_jax.data.text_files import SourceFile, files_fingerprint
+from simplernn_jax.data.source_files import SourceFile, files_fingerprint, total_size
 from simplernn_jax.data.tfds_features import check_folder
 from simplernn_jax.errors import UserError
 
@@ -77,7 +77,7 @@ class PreparedDataset:
         self._files = [
             SourceFile(path.name, str(path)) for path in sorted(folder.iterdir()) if path.is_file()
         ]
-        self.total_bytes = sum(os.path.getsize(file.path) for file in self._files)
+        self.total_bytes = total_size(self._files)
         self.bytes_read = 0
 
     def fingerprint(self) -> str:
