@@ -6,16 +6,16 @@ writing return or raise at once.
 
 import contextlib
 import errno
+import io
 import os
 import secrets
 import stat
-from typing import BinaryIO
 
 SMALL_FILE = 1 << 26
 """Default bound on what `read_file` reads: 64 MiB."""
 
 
-def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Open a regular file for reading, as ``open(path, "rb")`` does.
 
     Raises:

@@ -57,9 +57,11 @@ def _open(config: DataConfig, exclude: frozenset[str]) -> Corpus:
             f"{source}: both {kinds[0]} ({files[0].name}) and {kinds[other]} "
             f"({files[other].name}); name one kind with a glob such as '*.jsonl'"
         )
-    records = {"JSONL": JsonlFiles, "Parquet": ParquetFiles}.get(kinds[0])
-    if records is None:
+    if kinds[0] == "text":
         return TextFiles(files, config.encoding_errors)
+    records: type[JsonlFiles | ParquetFiles] = JsonlFiles
+    if kinds[0] == "Parquet":
+        records = ParquetFiles
     return records(files, config.field, config.encoding_errors, config.max_bad_records)
 
 

@@ -12,7 +12,7 @@ from absl import logging
 
 from simplernn_jax.data.file_glob import matching_files
 from simplernn_jax.data.source_files import SourceFile, open_source
-from simplernn_jax.errors import UserError, one_line
+from simplernn_jax.errors import UserError, counted, one_line
 from simplernn_jax.files import open_file
 
 _STDLIB_LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
@@ -134,7 +134,7 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
             file = SourceFile(os.path.relpath(path, root), path)
             (binary if _is_binary(path) else files).append(file)
     if binary:
-        what = "1 binary file" if len(binary) == 1 else f"{len(binary)} binary files"
+        what = counted(len(binary), "binary file")
         first = one_line(min(file.name for file in binary))
         logging.warning("%s: %s left out, such as %s", root, what, first)
     return sorted(files, key=lambda file: file.name)

@@ -94,7 +94,7 @@ def _status(path: str) -> os.stat_result:
         raise UserError(f"{path}: {error.strerror}; put it back and run again") from error
 
 
-def _decompressed(path: str, file: BinaryIO) -> IO[bytes]:
+def _decompressed(path: str, file: BinaryIO) -> Any:
     suffix = os.path.splitext(path)[1].lower()
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=file)

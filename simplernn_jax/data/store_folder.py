@@ -10,12 +10,13 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -144,7 +145,7 @@ def _open_split(folder: Path, name: str, dtype: np.dtype, split: dict[str, Any])
 
 
 @contextlib.contextmanager
-def _verified(path: Path, size: int, sha256: str) -> Iterator[BinaryIO]:
+def _verified(path: Path, size: int, sha256: str) -> Iterator[io.BufferedReader]:
     """Open a file whose content is as it was written."""
     with contextlib.ExitStack() as stack:
         try:

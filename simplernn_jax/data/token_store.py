@@ -26,7 +26,7 @@ from simplernn_jax.data.store_folder import (
     write_store,
 )
 from simplernn_jax.data.tokenizer import Tokenizer, load_tokenizer
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, counted
 
 _SPOOL_FILE = "spool"
 _FORMAT = 1
@@ -49,11 +49,10 @@ class TokenizedCorpus:
     @property
     def summary(self) -> str:
         """``12,345 training tokens in 3 documents; no validation tokens``."""
-        train = f"{len(self.train.tokens):,} training tokens {_documents(self.train)}"
+        train = _size(self.train, "training token")
         if self.validation is None:
             return f"{train}; no validation tokens"
-        tokens = len(self.validation.tokens)
-        return f"{train}; {tokens:,} validation tokens {_documents(self.validation)}"
+        return f"{train}; {_size(self.validation, 'validation token')}"
 
     @property
     def warning(self) -> str:
@@ -66,9 +65,9 @@ class TokenizedCorpus:
         )
 
 
-def _documents(split: TokenSplit) -> str:
-    count = len(split.document_starts)
-    return "in 1 document" if count == 1 else f"in {count:,} documents"
+def _size(split: TokenSplit, noun: str) -> str:
+    documents = counted(len(split.document_starts), "document")
+    return f"{counted(len(split.tokens), noun)} in {documents}"
 
 
 def prepare_corpus(

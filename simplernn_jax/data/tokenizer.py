@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from simplernn_jax.data.documents import Corpus, utf8
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, counted
 
 _CODE_POINTS = 0x110000
 
@@ -150,8 +150,8 @@ class CharTokenizer:
             position = int(ids.argmin())
             raise UserError(
                 f"{text[position]!r} at character {position} is not among the "
-                f"{len(self._alphabet)} characters this model knows; remove it, or train with "
-                "--config.data.tokenizer=byte, which knows all"
+                f"{counted(len(self._alphabet), 'character')} this model knows; remove it, or "
+                "train with --config.data.tokenizer=byte, which knows all"
             )
         return ids
 
