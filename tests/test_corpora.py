@@ -135,12 +135,13 @@ def test_only_regular_files_are_opened(tmp_path):
         ("self", "Too many levels of symbolic links"),
         ("self/*", "no file matches"),
         ("~nosuchuser/a.txt", "no such file or folder"),
-        ("a\0b", "no such file or folder"),
+        ("a\0b", "no path holds a NUL character"),
+        ("a\0*", "no path holds a NUL character"),
         ("a.txt/b", "no such file or folder"),
-        ("tfds:" + "x" * 5000, "File name too long"),
+        ("tfds:" + "x" * 5000, "File name too long|not prepared"),  # by the version of Python
         ("tfds:self", "not prepared"),
         ("tfds:~nosuchuser", "not prepared"),
-        ("tfds:a\0b", "not prepared"),
+        ("tfds:a\0b", "no path holds a NUL character"),
     ],
 )
 def test_paths_that_lead_nowhere_are_one_line(tmp_path, monkeypatch, source, problem):

@@ -283,7 +283,7 @@ DAMAGES = {
     "fifo": become_fifo,
     "endless": become_endless,
     "folder": become_folder,
-    **{f"flip {seed}": (lambda path, seed=seed: flip(path, seed)) for seed in range(1, 30)},
+    **{f"flip {seed}": (lambda path, seed=seed: flip(path, seed)) for seed in range(1, 13)},
 }
 
 

@@ -34,6 +34,8 @@ def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
         that is one of `exclude`.
     """
     source = config.source
+    if "\0" in source:
+        raise UserError(f"{source}: no path holds a NUL character; correct the source")
     try:
         return _open(config, frozenset(map(os.path.realpath, exclude)))
     except OSError as error:

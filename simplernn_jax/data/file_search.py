@@ -75,7 +75,7 @@ def stdlib_files() -> list[SourceFile]:
 def _mode(path: str) -> int | None:
     try:
         return os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in it
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError:
         if glob.has_magic(path):

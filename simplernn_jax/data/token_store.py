@@ -146,7 +146,7 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
         except DamagedStore as error:
             damage = error
         except OSError as error:
-            raise UserError(f"{folder}: {error.strerror}; free some for it") from error
+            raise UserError(f"{folder}: {error.strerror}; make it readable") from error
     if damage is not None:
         raise damage
     return None
