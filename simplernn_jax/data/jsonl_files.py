@@ -52,6 +52,8 @@ class JsonlFiles:
         with open_source(file.path) as source:
             for number in itertools.count(1):
                 line = source.stream.readline(LARGEST_RECORD)
+                if not line or number % 256 == 0:  # asking for it takes as long as a short line
+                    self.bytes_read = before + source.bytes_read
                 if not line:
                     break
                 if len(line) == LARGEST_RECORD:
@@ -60,7 +62,6 @@ class JsonlFiles:
                         "write one JSON object in each line"
                     )
                 end += len(line)
-                self.bytes_read = before + source.bytes_read
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
