@@ -14,18 +14,18 @@ from simplernn_jax.config import ENCODING_ERRORS, DataConfig
 from simplernn_jax.data.prepared_dataset import default_data_dir
 
 _SOURCE = flags.DEFINE_string(
-    "source", None, "Text file, folder, glob, .jsonl file or stdlib.", required=True
+    "source", None, "File, folder or glob of text, .jsonl or .parquet; or stdlib.", required=True
 )
 _NAME = flags.DEFINE_string("name", None, "Name of the data set to make.", required=True)
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Folder of data sets; by default TFDS_DATA_DIR or ~/tensorflow_datasets."
 )
-_FIELD = flags.DEFINE_string("field", "text", "Field of a JSONL record that holds the text.")
+_FIELD = flags.DEFINE_string("field", "text", "Field of a record that holds the text.")
 _ENCODING_ERRORS = flags.DEFINE_enum(
     "encoding_errors", "strict", ENCODING_ERRORS, "What invalid UTF-8 does: stop, or give U+FFFD."
 )
 _MAX_BAD_RECORDS = flags.DEFINE_integer(
-    "max_bad_records", 0, "Malformed JSONL records that are skipped.", lower_bound=0
+    "max_bad_records", 0, "Malformed records that are skipped.", lower_bound=0
 )
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from absl import flags, logging
 
 from simplernn_jax import command_line, load_model
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, counted
 
 if TYPE_CHECKING:  # what takes long to import comes after the flags are known to be right
     from simplernn_jax.analysis import Explanation
@@ -52,7 +52,6 @@ def main() -> int:
     text = command_line.read_text(_TEXT.value, _TEXT_FILE.value, name="text")
     workdir = os.path.abspath(os.path.expanduser(_WORKDIR.value))
     from simplernn_jax.analysis import explain
-    from simplernn_jax.analysis.token_text import counted
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.training.checkpoint import read_config
 

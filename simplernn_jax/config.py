@@ -82,10 +82,11 @@ class DataConfig:
     """Where text comes from and how it becomes batches."""
 
     source: str = "stdlib"
-    """``stdlib`` (the running Python's own library), a text file, a folder, a glob,
-    a ``.jsonl`` file or glob, or ``tfds:NAME`` (a prepared data set's name or directory)."""
+    """``stdlib`` (the running Python's own library), a file, folder or glob of text, ``.jsonl`` or
+    ``.parquet`` (the first two also as ``.gz`` or ``.zst``), or ``tfds:NAME`` (a prepared data
+    set's name or directory)."""
     field: str = "text"
-    """Field of a JSONL record or TFDS example that holds the text."""
+    """Field of a JSONL record, Parquet row or TFDS example that holds the text."""
     tokenizer: str = "byte"
     """``byte``, ``char``, a path to a Hugging Face ``tokenizer.json``, or a hub name."""
     split: str = "document"
@@ -108,7 +109,7 @@ class DataConfig:
     encoding_errors: str = "strict"
     """Invalid UTF-8: ``strict`` stops with file and offset, ``replace`` puts U+FFFD there."""
     max_bad_records: int = 0
-    """Malformed JSONL records that are skipped and counted before the run stops."""
+    """Malformed JSONL records or Parquet rows that are skipped and counted before the run stops."""
     cache_dir: str = ""
     """Folder of tokenized corpora; empty: ``tokens`` under the workdir."""
 

@@ -22,3 +22,8 @@ def one_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
         end = longest // 3
         text = f"{text[: longest - end]} ... {text[-end:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 token`` or ``1,000 tokens``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -6,16 +6,16 @@ writing return or raise at once.
 
 import contextlib
 import errno
+import io
 import os
 import secrets
 import stat
-from typing import BinaryIO
 
 SMALL_FILE = 1 << 26
 """Default bound on what `read_file` reads: 64 MiB."""
 
 
-def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Open a regular file for reading, as ``open(path, "rb")`` does.
 
     Raises:
@@ -39,7 +39,11 @@ def read_file(path: str | os.PathLike[str], limit: int = SMALL_FILE) -> bytes:
       OSError: it cannot be read, is not a regular file, or is larger (EFBIG).
     """
     with open_file(path) as file:
-        content = file.read(limit + 1)
+        # `read` allocates all that it may return, so it is asked for little more than is there.
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(min(size, limit) + 1)
+        if size < len(content) <= limit:
+            content += file.read(limit + 1 - len(content))
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", os.fspath(path))
     return content

@@ -1,12 +1,17 @@
+import contextlib
+import glob
 import json
+import os
 from pathlib import Path
 
 import pytest
 from absl import logging
+from damages import damaged
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus
 from simplernn_jax.data.documents import PIECE_SIZE
+from simplernn_jax.data.file_glob import matching_files
 from simplernn_jax.errors import UserError
 
 
@@ -55,7 +60,7 @@ def test_folder_is_recursive_sorted_and_without_hidden_and_binary_files(tmp_path
     write(tmp_path / ".hidden", "hidden")
     write(tmp_path / "picture.png", b"\x89PNG\r\n\x1a\n\0\0\0")
     assert list(read_all(tmp_path).items()) == [("a/deep/c.md", "c"), ("b.txt", "b")]
-    assert "1 binary files left out, the first of them picture.png" in caplog.text
+    assert "1 binary file left out, such as picture.png" in caplog.text
 
 
 def test_glob(tmp_path):
@@ -63,6 +68,99 @@ def test_glob(tmp_path):
     write(tmp_path / "y" / "a.txt", "a")
     write(tmp_path / "y" / "a.md", "no")
     assert read_all(tmp_path / "**" / "*.txt") == {"x/b.txt": "b", "y/a.txt": "a"}
+
+
+def test_glob_finds_what_the_standard_library_finds(tmp_path, monkeypatch):
+    for name in ("a/b/c.txt", "a/.h/c.txt", "a/b.txt", "d.txt", ".e.txt", "a/[x].txt", "a/b/f"):
+        write(tmp_path / name, "x")
+    (tmp_path / "link").symlink_to("a/b")
+    (tmp_path / "a" / "link.txt").symlink_to("../d.txt")
+    monkeypatch.chdir(tmp_path)
+    patterns = ["*", "**", "a/**", "**/*.txt", "**/**/c.txt", "*/*.txt", "*/b/*", "a/[[]x].txt"]
+    patterns += [
+        ".*",
+        "?.txt",
+        "a/.h/*",
+        "./*/../d.txt",
+        "no/*",
+        "d.txt/*",
+        "link/*",
+        "**/f",
+        "a/*/",
+    ]
+    for pattern in [*patterns, *(f"{tmp_path}/{pattern}" for pattern in patterns)]:
+        found = matching_files(pattern)
+        expected = filter(os.path.isfile, glob.glob(pattern, recursive=True))
+        # A folder that links lead to is searched once, so one of two ways to a file is enough.
+        assert {*map(os.path.realpath, found)} == {*map(os.path.realpath, expected)}, pattern
+        assert len({*found}) == len(found)
+
+
+def test_glob_around_links_ends_and_prefers_real_folders(tmp_path):
+    write(tmp_path / "in" / "deep" / "a.txt", "a")
+    write(tmp_path / "other" / "b.txt", "b")
+    for name in ("1", "2"):
+        (tmp_path / "in" / name).symlink_to(".")
+        (tmp_path / "in" / "deep" / name).symlink_to("..")
+    (tmp_path / "in" / "0").symlink_to("deep")
+    (tmp_path / "in" / "other").symlink_to("../other")
+    (tmp_path / "in" / "self").symlink_to("self")
+    assert read_all(tmp_path / "in" / "**" / "*.txt") == {"deep/a.txt": "a", "other/b.txt": "b"}
+    assert read_all(f"{tmp_path}/in" + "/*" * 40 + "/a.txt") == {"a.txt": "a"}
+    assert read_all(tmp_path / "in") == {"deep/a.txt": "a"}
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    write(tmp_path / "a.txt", "a")
+    os.mkfifo(tmp_path / "b.txt")
+    (tmp_path / "c.txt").symlink_to("/dev/zero")
+    (tmp_path / "d.txt").symlink_to("d.txt")
+    for source in (tmp_path, tmp_path / "*.txt", tmp_path / "**"):
+        assert read_all(source) == {"a.txt": "a"}
+    for name in ("b.txt", "c.txt"):
+        with pytest.raises(UserError, match=f"{name}: not a regular file"):
+            open_corpus(DataConfig(source=str(tmp_path / name)))
+    corpus = open_corpus(DataConfig(source=str(tmp_path / "a.txt")))
+    (tmp_path / "a.txt").unlink()
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=r"a\.txt: not a regular file; make it readable"):
+        [list(document.pieces) for document in corpus.documents()]
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("x" * 5000, "File name too long"),
+        ("x" * 5000 + "*", "no file matches"),
+        ("self", "Too many levels of symbolic links"),
+        ("self/*", "no file matches"),
+        ("~nosuchuser/a.txt", "no such file or folder"),
+        ("a\0b", "no path holds a NUL character"),
+        ("a\0*", "no path holds a NUL character"),
+        ("a.txt/b", "no such file or folder"),
+        ("tfds:" + "x" * 300, "File name too long|need TensorFlow"),  # by the version of Python
+        ("tfds:self", "not prepared"),
+        ("tfds:~nosuchuser", "not prepared"),
+        ("tfds:a\0b", "no path holds a NUL character"),
+    ],
+)
+def test_paths_that_lead_nowhere_are_one_line(tmp_path, monkeypatch, source, problem):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TFDS_DATA_DIR", "~nosuchuser")
+    write(tmp_path / "a.txt", "a")
+    (tmp_path / "self").symlink_to("self")
+    with pytest.raises(UserError, match=problem) as raised:
+        open_corpus(DataConfig(source=source))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("source", [".", "*.txt", "a.txt", "tfds:a"])
+def test_a_deleted_current_folder_is_one_line(tmp_path, monkeypatch, source):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UserError, match=r"current folder was deleted|no text file|not prepared"):
+        open_corpus(DataConfig(source=source), ["run"] if source == "." else [])
 
 
 @pytest.mark.parametrize("line_length", [97, 3 * PIECE_SIZE])
@@ -124,7 +222,7 @@ def test_folder_of_jsonl(tmp_path):
     write(tmp_path / "a.ndjson", records({"text": "a"}))
     assert read_all(tmp_path) == {"a.ndjson:1": "a", "b.JSONL:1": "b"}
     write(tmp_path / "c.txt", "c")
-    with pytest.raises(UserError, match=r"both JSONL \(a\.ndjson\) and other files \(c\.txt\)"):
+    with pytest.raises(UserError, match=r"both JSONL \(a\.ndjson\) and text \(c\.txt\)"):
         read_all(tmp_path)
 
 
@@ -154,6 +252,7 @@ def test_folders_that_are_written_to_are_no_part_of_a_folder_or_glob(tmp_path, m
         (b'["text"]', "of type list, not an object"),
         (b'{"txt": "a", "id": 3}', "no field 'text'; did you mean 'txt'\\?; it has txt, id"),
         (b"{}", "it has none"),
+        (b'{"id": 1, "messages": []}', "no field 'text' but 'messages'; chats cannot be trained"),
         (b'{"text": 3}', "field 'text' is of type int, not text"),
         (b'{"text": "\xff"}', "invalid UTF-8 at byte 25 of the file"),
         (b'{"text": "\\ud83d"}', "half a surrogate pair"),
@@ -168,6 +267,14 @@ def test_bad_record_names_file_and_line(tmp_path, line, problem):
     assert read_all(path, max_bad_records=1) == {"a.jsonl:1": "a", "a.jsonl:4": "b"}
 
 
+def test_messages_are_not_text_yet(tmp_path):
+    path = write(tmp_path / "a.jsonl", records({"messages": [{"role": "user", "content": "a"}]}))
+    with pytest.raises(UserError, match="'messages' is of type list, not text; chats cannot be"):
+        read_all(path, field="messages")
+    path = write(tmp_path / "a.jsonl", records({"messages": "already one text"}))
+    assert read_all(path, field="messages") == {"a.jsonl:1": "already one text"}
+
+
 def test_bad_records_are_counted_and_warned_of_once(tmp_path, caplog):
     path = write(tmp_path / "a.jsonl", "no\n" + records({"text": "a"}) + "no\n")
     corpus = open_corpus(DataConfig(source=str(path), max_bad_records=2))
@@ -179,6 +286,32 @@ def test_bad_records_are_counted_and_warned_of_once(tmp_path, caplog):
     assert "a.jsonl:1" in caplog.text
     with pytest.raises(UserError, match=r"a\.jsonl:3: .*bad record 2, 1 allowed"):
         read_all(path, max_bad_records=1)
+
+
+def test_one_bad_record_is_one(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", json.dumps({"\x1b[31m": 1}) + "\n" + records({"text": "a"}))
+    assert read_all(path, max_bad_records=1) == {"a.jsonl:2": "a"}
+    assert "1 bad record skipped: " in caplog.text
+    assert "it has \\x1b[31m: say" in caplog.text
+
+
+def test_a_record_of_many_fields_is_refused_at_once_and_briefly(tmp_path):
+    path = write(tmp_path / "a.jsonl", records({f"txt{n}\x1b": n for n in range(50_000)}))
+    with pytest.raises(UserError, match=r"no field 'text'; did you mean 'txt7.*max_bad_records"):
+        read_all(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+@pytest.mark.parametrize("encoding_errors", ["strict", "replace"])
+def test_every_damaged_file_is_read_or_refused_in_one_line(tmp_path, name, encoding_errors):
+    text = "é — \n\u2028🙂"
+    whole = records(*({"text": f"{text}{n}", "other": [n, {}]} for n in range(7))).encode()
+    whole += json.dumps({"text": text}, ensure_ascii=False).encode()
+    settings = {"encoding_errors": encoding_errors, "max_bad_records": 1}
+    for seed in range(200):
+        path = write(tmp_path / name, damaged(whole, seed))
+        with contextlib.suppress(UserError):
+            "".join(read_all(path, **settings).values()).encode("utf-8")
 
 
 def test_jsonl_replaces_what_is_no_character(tmp_path):

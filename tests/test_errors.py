@@ -1,6 +1,6 @@
 """Messages are one line that a terminal can show."""
 
-from simplernn_jax.errors import LONGEST_MESSAGE, UserError
+from simplernn_jax.errors import LONGEST_MESSAGE, UserError, counted
 
 
 def test_control_characters_and_line_breaks_do_not_reach_the_terminal():
@@ -14,3 +14,8 @@ def test_the_middle_of_a_long_message_is_left_out():
     assert len(text) <= LONGEST_MESSAGE + 5
     text = str(UserError("where: " + "x" * 5_000 + "; do this"))
     assert text.endswith("; do this")
+
+
+def test_numbers_agree_with_their_nouns():
+    counts = [counted(number, "token") for number in (0, 1, 2, 1000)]
+    assert counts == ["0 tokens", "1 token", "2 tokens", "1,000 tokens"]

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import tracemalloc
 
 import pytest
 
@@ -89,3 +90,18 @@ def test_a_file_over_the_limit_is_refused(tmp_path):
     assert read_file(path, 5) == b"12345"
     with pytest.raises(OSError, match="larger than 4 bytes"):
         read_file(path, 4)
+
+
+def test_reading_takes_no_more_memory_than_the_file_holds(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    tracemalloc.start()
+    try:
+        read_file(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_whose_size_is_not_known_is_read_whole():
+    assert read_file("/proc/self/status").endswith(b"\n")

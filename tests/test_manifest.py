@@ -1,7 +1,5 @@
 """Manifests: every change to a folder shows."""
 
-import os
-
 import pytest
 
 from simplernn_jax.training import manifest
@@ -86,29 +84,3 @@ def test_a_manifest_written_again_covers_the_new_content(folder):
     (folder / "last").write_bytes(b"new")
     manifest.write_manifest(str(folder))
     assert manifest.find_damage(str(folder)) is None
-
-
-@pytest.mark.parametrize("body", ["", "one line\n", "ünï\r\n\ncode\n"])
-def test_a_sealed_file_gives_its_body_back(tmp_path, body):
-    path = str(tmp_path / "sealed")
-    manifest.write_sealed(path, body)
-    assert manifest.read_sealed(path) == body
-    assert os.listdir(tmp_path) == ["sealed"]
-
-
-def test_a_missing_or_binary_sealed_file_gives_nothing(tmp_path):
-    assert manifest.read_sealed(str(tmp_path / "none")) is None
-    (tmp_path / "binary").write_bytes(bytes(range(256)))
-    assert manifest.read_sealed(str(tmp_path / "binary")) is None
-
-
-def test_a_failing_write_leaves_the_earlier_content(tmp_path, monkeypatch):
-    def refuse(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    path = str(tmp_path / "sealed")
-    manifest.write_sealed(path, "before\n")
-    monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(OSError, match="No space left"):
-        manifest.write_sealed(path, "after\n")
-    assert manifest.read_sealed(path) == "before\n"

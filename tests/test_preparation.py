@@ -136,6 +136,18 @@ def test_deleted_tokens_are_not_made_from_another_text(tmp_path, config, workdir
         open_saved_corpus(workdir)
 
 
+def test_damaged_tokens_are_made_again_or_named(tmp_path, config, workdir):
+    (tokens,) = (tmp_path / "run" / "tokens").glob("*/validation.tokens")
+    tokens.write_bytes(bytes(tokens.stat().st_size))
+    assert open_saved_corpus(workdir).validation.tokens.any()
+    tokens.write_bytes(bytes(tokens.stat().st_size))
+    shutil.rmtree(config.data.source)
+    problem = r"tokens are damaged \(validation\.tokens was changed\), and its source is of no use"
+    with pytest.raises(UserError, match=problem):
+        open_saved_corpus(workdir)
+    assert tokens.exists()
+
+
 def test_a_folder_without_a_run_has_no_tokens(tmp_path):
     with pytest.raises(UserError, match=f"no checkpoint in {tmp_path}"):
         open_saved_corpus(str(tmp_path))

@@ -101,6 +101,17 @@ def test_format_that_needs_tensorflow_is_named(jsonl, data_dir):
         texts_of("tfds:my_books")
 
 
+@pytest.mark.parametrize(
+    "name", ["dataset_info.json", "my_books-train.array_record-00000-of-00001"]
+)
+@pytest.mark.parametrize("size", [0, 100])
+def test_truncated_files_are_one_line(jsonl, data_dir, name, size):
+    folder = build_tfds(jsonl, "my_books", data_dir)
+    os.truncate(folder / name, size)
+    with pytest.raises(UserError, match=r"my_books/1\.0\.0.*: TFDS cannot read it \("):
+        texts_of("tfds:my_books")
+
+
 def test_script_makes_a_dataset_or_gives_one_line(jsonl, data_dir):
     script = Path(__file__).parents[1] / "scripts" / "build_tfds.py"
     command = [sys.executable, str(script), f"--source={jsonl.source}", "--name=my_books"]

@@ -2,6 +2,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import tokenizers
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import TokenizedCorpus, TokenSplit, load_tokenizer, prepare_corpus
 from simplernn_jax.errors import UserError
+from simplernn_jax.sealed_file import read_sealed, write_sealed
 
 BOS, EOS = 256, 257
 
@@ -111,16 +113,31 @@ def test_position_split_counts_bytes_of_a_vocabulary_that_loses_text(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     text = "alpha   beta\n" * 100
     (tmp_path / "a.txt").write_text(text)
-    corpus = prepare(
-        tmp_path / "a.txt",
-        tmp_path / "cache",
-        tokenizer=str(tmp_path / "tokenizer.json"),
-        split="position",
-        validation_fraction=0.5,
-    )
+    config = DataConfig(source=str(tmp_path / "a.txt"), split="position", validation_fraction=0.5)
+    known = load_tokenizer(str(tmp_path / "tokenizer.json"), None)
+    corpus = prepare_corpus(config, 3, str(tmp_path / "cache"), tokenizer=known)
     assert corpus.train.tokens.dtype == np.uint8
     assert corpus.train.num_bytes + corpus.validation.num_bytes == len(text)
     assert 0.3 < corpus.train.num_bytes / len(text) < 0.7
+
+
+def test_sizes_are_said_and_few_validation_tokens_warned_of(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / "in" / f"{number}.txt").write_text("a" * 5_000)
+    corpus = prepare(tmp_path / "in", tmp_path / "cache")
+    assert corpus.summary == (
+        "10,004 training tokens in 2 documents; 5,002 validation tokens in 1 document"
+    )
+    assert "fewer than 10,000 validation tokens" in corpus.warning
+    corpus = prepare(tmp_path / "in", tmp_path / "cache", validation_fraction=0.6)
+    assert corpus.summary == (
+        "5,002 training tokens in 1 document; 10,004 validation tokens in 2 documents"
+    )
+    assert not corpus.warning
+    corpus = prepare(tmp_path / "in", tmp_path / "cache", validation_fraction=0.0)
+    assert corpus.summary == "15,006 training tokens in 3 documents; no validation tokens"
+    assert not corpus.warning
 
 
 def test_everything_trains_without_a_validation_fraction(tmp_path):
@@ -226,22 +243,140 @@ def test_content_hash_is_that_of_the_content_and_not_of_names_or_times(tmp_path)
     assert other.content_hash != corpus.content_hash
 
 
-@pytest.mark.parametrize("damage", ["truncate", "delete", "meta"])
-def test_damaged_store_is_written_anew(tmp_path, damage, caplog):
-    write_documents(tmp_path / "in", 9)
-    first = prepare(tmp_path / "in", tmp_path / "cache")
-    expected = first.train.tokens.tolist()
-    (folder,) = (tmp_path / "cache").iterdir()
-    if damage == "truncate":
-        os.truncate(folder / "train.tokens", 6)
-    elif damage == "delete":
-        (folder / "validation.starts").unlink()
+HALF = {"validation_fraction": 0.5}
+STORE_FILES = [
+    "meta.json",
+    "train.starts",
+    "train.tokens",
+    "validation.starts",
+    "validation.tokens",
+]
+
+
+def flip(path: Path, seed: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[seed * 7919 % len(content)] ^= 1 << seed % 8
+    path.write_bytes(content)
+
+
+def become_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def become_endless(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def become_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = {
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "shifted": lambda path: path.write_bytes(path.read_bytes()[-1:] + path.read_bytes()[:-1]),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "deleted": lambda path: path.unlink(),
+    "fifo": become_fifo,
+    "endless": become_endless,
+    "folder": become_folder,
+    **{f"flip {seed}": (lambda path, seed=seed: flip(path, seed)) for seed in range(1, 13)},
+}
+
+
+@pytest.fixture(scope="module")
+def whole_store(tmp_path_factory):
+    """A source and the one store in its cache; tests damage copies of the latter."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_documents(folder / "in", 9)
+    return folder, prepare(folder / "in", folder / "cache", **HALF)
+
+
+@pytest.mark.parametrize("name", STORE_FILES)
+def test_every_damage_to_a_store_is_named_and_the_text_tokenized_again(
+    tmp_path, whole_store, caplog, name
+):
+    folder, expected = whole_store
+    for damage in DAMAGES.values():
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        shutil.copytree(folder / "cache", tmp_path / "cache")
+        (store,) = (tmp_path / "cache").iterdir()
+        damage(store / name)
+        caplog.clear()
+        again = prepare(folder / "in", tmp_path / "cache", **HALF)
+        (warning,) = [record.message for record in caplog.records if record.levelno > 20]
+        assert f"damaged ({name}" in warning
+        assert "tokenized again" in warning
+        assert again.content_hash == expected.content_hash
+        for ours, theirs in (
+            (again.train, expected.train),
+            (again.validation, expected.validation),
+        ):
+            np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+            np.testing.assert_array_equal(ours.document_starts, theirs.document_starts)
+    caplog.clear()
+    prepare(folder / "in", tmp_path / "cache", **HALF)
+    assert "damaged" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ('"<u2"', '"<f2"', "dtype <f2"),
+        ('"<u2"', '"|O"', r"dtype \|O"),
+        (None, None, "another version"),
+        ('"store": "', '"store": "0', "that of another corpus"),
+    ],
+)
+def test_a_record_of_something_else_is_not_used(tmp_path, whole_store, caplog, old, new, problem):
+    folder, expected = whole_store
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    (store,) = (tmp_path / "cache").iterdir()
+    body = read_sealed(store / "meta.json")
+    if old is None:  # as versions without the seal wrote it
+        (store / "meta.json").write_text(body)
     else:
-        (folder / "meta.json").write_text("{")
-    again = prepare(tmp_path / "in", tmp_path / "cache")
-    assert again.content_hash == first.content_hash
-    assert again.train.tokens.tolist() == expected
-    assert "damaged" in caplog.text
+        write_sealed(store / "meta.json", body.replace(old, new))
+    assert prepare(folder / "in", tmp_path / "cache", **HALF).content_hash == expected.content_hash
+    assert re.search(rf"damaged \(meta\.json .*{problem}", caplog.text)
+
+
+def test_what_lies_in_the_place_of_a_store_is_replaced(tmp_path, whole_store):
+    folder, expected = whole_store
+    name = next((folder / "cache").iterdir()).name
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").touch()
+    for make in (
+        Path.touch,
+        os.mkfifo,
+        lambda path: path.symlink_to("/dev/zero"),
+        lambda path: path.symlink_to(tmp_path / "elsewhere"),
+        lambda path: path.symlink_to(tmp_path / "nowhere"),
+    ):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        (tmp_path / "cache").mkdir()
+        make(tmp_path / "cache" / name)
+        assert (
+            prepare(folder / "in", tmp_path / "cache", **HALF).content_hash == expected.content_hash
+        )
+    assert (tmp_path / "elsewhere" / "mine").exists()
+
+
+def test_a_store_is_not_damaged_where_the_machine_has_no_memory(
+    tmp_path, whole_store, monkeypatch, caplog
+):
+    folder, _ = whole_store
+
+    def refuse(*_):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr("simplernn_jax.data.store_folder.open_file", refuse)
+    with pytest.raises(UserError, match="Cannot allocate memory"):
+        prepare(folder / "in", folder / "cache", **HALF)
+    assert "damaged" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -328,10 +463,7 @@ def test_source_that_fails_while_it_is_read_is_named(tmp_path, monkeypatch, name
         def readline(self, size: int = -1) -> bytes:
             return self.read(size)
 
-    def opened(file: str, mode: str) -> io.BytesIO:
-        return Failing()
-
-    monkeypatch.setattr("simplernn_jax.data.text_files.open", opened, raising=False)
+    monkeypatch.setattr("simplernn_jax.data.source_files.open_file", lambda path: Failing())
     with pytest.raises(UserError, match=rf"^{path}: Input/output error; make it readable"):
         prepare(path, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
@@ -342,6 +474,15 @@ def test_cache_dir_that_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file: (Not a directory|File exists); .*cache_dir"):
         prepare(tmp_path / "in", tmp_path / "file")
+
+
+def test_a_file_that_looks_like_what_a_killed_writer_left_stays(tmp_path):
+    write_documents(tmp_path / "in", 9)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".mine.tmp").touch()
+    os.utime(tmp_path / "cache" / ".mine.tmp", (0, 0))
+    prepare(tmp_path / "in", tmp_path / "cache")
+    assert (tmp_path / "cache" / ".mine.tmp").exists()
 
 
 def test_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
@@ -387,4 +528,5 @@ def test_importing_the_room_loads_no_heavy_library():
     modules = subprocess.run(
         [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True
     ).stdout.split()
-    assert not {"tensorflow_datasets", "tokenizers", "rich", "jax", "grain"} & set(modules)
+    heavy = {"tensorflow_datasets", "tokenizers", "rich", "jax", "grain", "pyarrow", "zstandard"}
+    assert not heavy & set(modules)

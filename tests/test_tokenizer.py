@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import subprocess
@@ -6,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import tokenizers
+from damages import damaged, damaged_json
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -183,6 +185,119 @@ def test_lone_surrogate_is_refused(kind, pretrained):
 def test_damaged_json_is_refused(text):
     with pytest.raises(UserError, match="the saved tokenizer is"):
         tokenizer_from_json(text)
+
+
+def saved(tokenizer_json: str, **special_ids: object) -> str:
+    ids = {"bos_id": None, "eos_id": None, "pad_id": None} | special_ids
+    return json.dumps({"kind": "pretrained", "tokenizer": tokenizer_json, "special_ids": ids})
+
+
+def word_level_json(unknown: str = "[UNK]") -> str:
+    model = tokenizers.models.WordLevel({"[UNK]": 0, "alpha": 1, "beta": 2}, unknown)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return tokenizer.to_str()
+
+
+def unigram_json() -> str:
+    pieces = [("<unk>", 0.0), ("a", -1.0), ("b", -2.0), ("ab", -1.5)]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0))
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    return tokenizer.to_str()
+
+
+def try_all(text: str) -> None:
+    """Uses a saved tokenizer for all it can do."""
+    tokenizer = tokenizer_from_json(text)
+    for sample in (TEXT, "alpha ab", ""):
+        ids = tokenizer.encode(sample)
+        assert not ids.size or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size <= 1 << 25
+        tokenizer.decode(ids)
+    tokenizer.decode(range(-2, min(tokenizer.vocab_size + 2, 400)))
+    tokenizer_from_json(tokenizer.to_json())
+
+
+@pytest.mark.parametrize(
+    "make", [byte_level_json, byte_fallback_json, word_level_json, unigram_json]
+)
+def test_every_damaged_tokenizer_works_or_is_one_line(make):
+    text = make()
+    try_all(saved(text))
+    for seed in range(100):
+        broken = damaged_json(text, seed) if seed % 2 else damaged(text.encode(), seed // 2)
+        if isinstance(broken, bytes):
+            broken = broken.decode("utf-8", "replace")
+        with contextlib.suppress(UserError):
+            try_all(saved(broken))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"kind": "char", "alphabet": "ab c\\n"}', saved(word_level_json())]
+)
+def test_every_damage_of_what_is_saved_works_or_is_one_line(text):
+    for seed in range(100):
+        broken = damaged_json(text, seed) if seed % 2 else damaged(text.encode(), seed // 2)
+        if isinstance(broken, bytes):
+            broken = broken.decode("utf-8", "replace")
+        with contextlib.suppress(UserError):
+            try_all(broken)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (saved(word_level_json("gone")), r"cannot encode this text \(.*[Mm]issing"),
+        (saved(word_level_json().replace('"beta":2', '"beta":4294967295')), "4,294,967,295"),
+        (saved(word_level_json(), bos_id=2**32), "special id 4294967296"),
+        (saved(word_level_json(), bos_id=-1), "special id -1"),
+        (saved(word_level_json(), bos_id=True), "special id True"),
+        ('{"kind": "char", "alphabet": "aba"}', "each character once"),
+        ('{"kind": "char", "alphabet": [1, 2]}', "an alphabet is text"),
+        ("[" * 100_000, "damaged"),
+        (saved("[" * 100_000), "damaged"),
+    ],
+)
+def test_what_a_tokenizer_cannot_be_is_said(text, problem):
+    with pytest.raises(UserError, match=problem):
+        tokenizer_from_json(text).encode("gamma")
+
+
+def test_a_panic_of_the_library_is_one_line_and_an_interruption_is_none(monkeypatch):
+    tokenizer = tokenizer_from_json(saved(word_level_json()))
+    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+
+    class Failing:
+        error = panic("index out of range")
+
+        def encode_batch_fast(self, *_, **__):
+            raise self.error
+
+        decode = encode_batch_fast
+
+    monkeypatch.setattr(tokenizer, "_tokenizer", Failing())
+    with pytest.raises(UserError, match=r"cannot encode this text .PanicException: index out of"):
+        tokenizer.encode("alpha")
+    with pytest.raises(UserError, match=r"cannot decode these ids .PanicException: index out of"):
+        tokenizer.decode([1])
+    Failing.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("alpha")
+
+
+def test_a_tokenizer_file_that_never_ends_or_is_too_large_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "tokenizer"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="tokenizer: not a regular file"):
+        load_tokenizer(str(path), None)
+    path.unlink()
+    with open(path, "wb") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(UserError, match="tokenizer: larger than 67,108,864 bytes"):
+        load_tokenizer(str(path), None)
+    for spec in ("./" + "x" * 5000, "~nosuchuser/tokenizer.json", "a\0.json"):
+        with pytest.raises(UserError, match=r"tokenizer"):
+            load_tokenizer(spec, None)
 
 
 def test_unreadable_tokenizer_file(tmp_path):

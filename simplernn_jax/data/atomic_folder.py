@@ -48,6 +48,6 @@ def _remove_abandoned(parent: Path) -> None:
     """Removes what killed writers left; a living one has written something within the hour."""
     limit = time.time() - _ABANDONED_SECONDS
     for temporary in parent.glob(f".*{_SUFFIX}"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # gone meanwhile, or not a writer's
             if all(path.stat().st_mtime < limit for path in [temporary, *temporary.iterdir()]):
                 shutil.rmtree(temporary, ignore_errors=True)

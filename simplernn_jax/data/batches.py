@@ -13,7 +13,7 @@ import numpy as np
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data.token_store import TokenSplit
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, counted
 
 _ENDLESS = 2**48
 """Length of a source: more batches than any run takes."""
@@ -54,8 +54,8 @@ def steps_per_epoch(split: TokenSplit, data_config: DataConfig) -> int:
     num_tokens = len(split.tokens)
     if split.num_predictions == 0:
         raise UserError(
-            f"nothing to learn from: the {split.name} split has {num_tokens} tokens and none of "
-            "them follows another in its document; give more text with --config.data.source"
+            f"nothing to learn from: the {split.name} split has {counted(num_tokens, 'token')} and "
+            "none of them follows another in its document; give more text with --config.data.source"
         )
     if data_config.mode == "document":
         return _divide_up(int(_pieces_per_document(split, length).sum()), batch_size)
@@ -281,6 +281,6 @@ def _divide_up(dividend: Any, divisor: int) -> Any:
 def _refuse_short(split: TokenSplit, needed: int, arithmetic: str, remedy: str) -> None:
     if len(split.tokens) < needed:
         raise UserError(
-            f"too little text: the {split.name} split has {len(split.tokens)} tokens, fewer than "
-            f"{arithmetic} = {needed}; give more text or {remedy}"
+            f"too little text: the {split.name} split has {counted(len(split.tokens), 'token')}, "
+            f"fewer than {arithmetic} = {needed}; give more text or {remedy}"
         )

@@ -7,7 +7,7 @@ import numpy as np
 
 from simplernn_jax.data.batches import Batch, document_ends, gather
 from simplernn_jax.data.token_store import TokenSplit
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, counted
 
 _CHOICE_SEED = 20240229
 """Orders the documents of a limited evaluation, the same in every run."""
@@ -81,8 +81,8 @@ def scored_documents(split: TokenSplit, limit_tokens: int) -> tuple[np.ndarray, 
     starts, counts = starts[counts > 0], counts[counts > 0]
     if not len(counts):
         raise UserError(
-            f"nothing to score: the {split.name} split has {len(split.tokens)} tokens and none of "
-            "them follows another in its document; give more text or a larger "
+            f"nothing to score: the {split.name} split has {counted(len(split.tokens), 'token')} "
+            "and none of them follows another in its document; give more text or a larger "
             "--config.data.validation_fraction"
         )
     return starts, counts

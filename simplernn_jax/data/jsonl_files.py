@@ -2,23 +2,16 @@
 
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from typing import Any
 
-from absl import logging
-
-from simplernn_jax.config import nearest_name
+from simplernn_jax.data.bad_records import BadRecord, BadRecords, missing_field, wrong_type
 from simplernn_jax.data.documents import Document, text_pieces
-from simplernn_jax.data.text_files import SourceFile, files_fingerprint, open_source
+from simplernn_jax.data.source_files import SourceFile, files_fingerprint, open_source, total_size
 from simplernn_jax.errors import UserError
 
 LARGEST_RECORD = 1 << 26
 """Bytes of a line. A larger one is a JSON array or another format rather than a record."""
-
-
-class _BadRecord(Exception):
-    """Says why a line is no record."""
 
 
 class JsonlFiles:
@@ -30,9 +23,8 @@ class JsonlFiles:
         self._files = files
         self._field = field
         self._encoding_errors = encoding_errors
-        self._max_bad_records = max_bad_records
-        self._warned = False
-        self.total_bytes = sum(os.path.getsize(file.path) for file in files)
+        self._bad_records = BadRecords(max_bad_records)
+        self.total_bytes = total_size(files)
         self.bytes_read = 0
 
     def fingerprint(self) -> str:
@@ -42,34 +34,26 @@ class JsonlFiles:
     def documents(self) -> Iterator[Document]:
         """See `Corpus.documents`. Bad records within the limit are skipped and counted."""
         self.bytes_read = 0
-        bad = 0
-        first = ""
+        self._bad_records.start()
         for file in self._files:
             for number, offset, line in self._lines(file):
                 try:
                     text = self._text(line, offset)
-                except _BadRecord as error:
-                    bad += 1
-                    problem = f"{file.path}:{number}: {error}"
-                    first = first or problem
-                    if bad > self._max_bad_records:
-                        raise UserError(
-                            f"{problem}; bad record {bad}, {self._max_bad_records} allowed: mend "
-                            "it or raise max_bad_records (train.py: "
-                            "--config.data.max_bad_records)"
-                        ) from error
+                except BadRecord as error:
+                    self._bad_records.add(f"{file.path}:{number}", error)
                     continue
                 yield Document(f"{file.name}:{number}", text_pieces(text))
-        if bad and not self._warned:
-            self._warned = True
-            logging.warning("%d bad records skipped, the first of them %s", bad, first)
+        self._bad_records.finish()
 
     def _lines(self, file: SourceFile) -> Iterator[tuple[int, int, bytes]]:
         """Number, offset and bytes of each line that is not blank."""
+        before = self.bytes_read
         end = 0
-        with open_source(file.path) as stream:
+        with open_source(file.path) as source:
             for number in itertools.count(1):
-                line = stream.readline(LARGEST_RECORD)
+                line = source.stream.readline(LARGEST_RECORD)
+                if not line or number % 256 == 0:  # asking for it takes as long as a short line
+                    self.bytes_read = before + source.bytes_read
                 if not line:
                     break
                 if len(line) == LARGEST_RECORD:
@@ -78,7 +62,6 @@ class JsonlFiles:
                         "write one JSON object in each line"
                     )
                 end += len(line)
-                self.bytes_read += len(line)
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
@@ -88,17 +71,17 @@ class JsonlFiles:
         try:
             record = json.loads(line.decode("utf-8", self._encoding_errors))
         except UnicodeDecodeError as error:
-            raise _BadRecord(f"invalid UTF-8 at byte {offset + error.start} of the file") from error
+            raise BadRecord(f"invalid UTF-8 at byte {offset + error.start} of the file") from error
         except (ValueError, RecursionError) as error:
-            raise _BadRecord(f"not JSON ({error})") from error
+            raise BadRecord(f"not JSON ({error})") from error
         if not isinstance(record, dict):
-            raise _BadRecord(f"of type {type(record).__name__}, not an object")
+            raise BadRecord(f"of type {type(record).__name__}, not an object")
         text = self._field_of(record)
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             if self._encoding_errors == "strict":
-                raise _BadRecord(
+                raise BadRecord(
                     f"field {self._field!r} holds half a surrogate pair, which is no character"
                 ) from error
             text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -106,12 +89,8 @@ class JsonlFiles:
 
     def _field_of(self, record: dict[str, Any]) -> str:
         if self._field not in record:
-            raise _BadRecord(
-                f"no field {self._field!r}{nearest_name(self._field, record)}; it has "
-                f"{', '.join(record) or 'none'}: say with field=NAME (train.py: "
-                "--config.data.field=NAME) which holds the text"
-            )
+            raise missing_field(self._field, record)
         text = record[self._field]
         if not isinstance(text, str):
-            raise _BadRecord(f"field {self._field!r} is of type {type(text).__name__}, not text")
+            raise wrong_type(self._field, type(text).__name__)
         return text

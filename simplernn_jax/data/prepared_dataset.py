@@ -1,5 +1,6 @@
 """A prepared TFDS data set as a corpus, read without TensorFlow."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import Any
 
 from simplernn_jax.config import nearest_name
 from simplernn_jax.data.documents import Document, text_pieces
-from simplernn_jax.data.text_files import SourceFile, files_fingerprint
+from simplernn_jax.data.source_files import SourceFile, files_fingerprint, total_size
+from simplernn_jax.data.tfds_features import check_folder
 from simplernn_jax.errors import UserError
 
 _INFO = "dataset_info.json"
@@ -15,7 +17,7 @@ _INFO = "dataset_info.json"
 
 def default_data_dir() -> Path:
     """Where TFDS keeps prepared data sets: ``TFDS_DATA_DIR``, or ``~/tensorflow_datasets``."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return Path(os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
 
 
 def find_prepared(name: str) -> Path:
@@ -28,7 +30,7 @@ def find_prepared(name: str) -> Path:
       UserError: nothing of that name is prepared, or several are.
     """
     data_dir = default_data_dir()
-    for root in (Path(name).expanduser(), data_dir / name.replace(":", "/")):
+    for root in (Path(os.path.expanduser(name)), data_dir / name.replace(":", "/")):
         found = sorted(
             {info.parent for depth in ("", "*/", "*/*/") for info in root.glob(depth + _INFO)}
         )
@@ -47,6 +49,20 @@ def find_prepared(name: str) -> Path:
     )
 
 
+@contextlib.contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """Turns what TFDS raises for damaged files, which can be anything, into a `UserError`."""
+    try:
+        yield
+    except NotImplementedError:  # a file format that needs TensorFlow
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{where}: TFDS cannot read it ({type(error).__name__}: {error}); prepare the data set "
+            "again"
+        ) from error
+
+
 def _version(folder: Path) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in folder.name.split("."))
 
@@ -61,7 +77,7 @@ class PreparedDataset:
         self._files = [
             SourceFile(path.name, str(path)) for path in sorted(folder.iterdir()) if path.is_file()
         ]
-        self.total_bytes = sum(os.path.getsize(file.path) for file in self._files)
+        self.total_bytes = total_size(self._files)
         self.bytes_read = 0
 
     def fingerprint(self) -> str:
@@ -74,14 +90,18 @@ class PreparedDataset:
         source = self._open()
         for index in range(len(source)):
             where = f"{self._folder}: example {index}"
-            text = self._text(source[index][self._field], where)
+            with _readable(where):
+                value = source[index][self._field]
+            text = self._text(value, where)
             self.bytes_read = self.total_bytes * (index + 1) // len(source)
             yield Document(where, text_pieces(text))
 
     def _open(self) -> Any:
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(str(self._folder))
+        check_folder(self._folder)
+        with _readable(str(self._folder)):
+            builder = tfds.builder_from_directory(str(self._folder))
         splits = list(builder.info.splits)
         if "train" not in splits:
             raise UserError(f"{self._folder}: no split train; it has {', '.join(splits)}")
@@ -92,7 +112,10 @@ class PreparedDataset:
                 f"has {', '.join(fields)}: say which with --config.data.field=NAME"
             )
         try:
-            return builder.as_data_source("train")
+            with _readable(str(self._folder)):
+                source = builder.as_data_source("train")
+                len(source)  # opens the files
+            return source
         except NotImplementedError as error:
             raise UserError(
                 f"{self._folder}: prepared as {builder.info.file_format.value}, which needs "

@@ -1,24 +1,29 @@
 """A Hugging Face ``tokenizer.json``, from a file or from the hub."""
 
+import contextlib
 import difflib
 import json
 import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from simplernn_jax.data.documents import utf8
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import read_file
 
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|im_start|>", "[CLS]")
 _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "[SEP]")
 _PAD_NAMES = ("<pad>", "<|pad|>", "<|finetune_right_pad_id|>", "[PAD]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _REACH_SECONDS = 5
+_MOST_IDS = 1 << 24
+"""Of a vocabulary. The largest known ones have a million; an id of four billion is damage, and
+would be refused by nothing but the memory that its embedding takes."""
 
 
 def load_pretrained(spec: str) -> "PretrainedTokenizer":
@@ -28,18 +33,18 @@ def load_pretrained(spec: str) -> "PretrainedTokenizer":
       UserError: unreadable, or neither here nor within reach.
     """
     path = os.path.expanduser(spec)
-    if not os.path.isfile(path):
-        looks_like_path = spec.endswith(".json") or spec.startswith((".", "/", "~"))
-        if looks_like_path or os.path.isdir(path):
-            raise UserError(f"tokenizer {spec}: no such file; give the path of a tokenizer.json")
+    is_path = os.path.lexists(path) or spec.endswith(".json") or spec.startswith((".", "/", "~"))
+    if not is_path:
         path = _from_hub(spec)
     try:
-        with open(path, encoding="utf-8") as stream:
-            text = stream.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"tokenizer {path}: cannot be read ({error}); make it readable") from error
+        content = read_file(path)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"tokenizer {path}: no such file; give that of a tokenizer.json") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        problem = getattr(error, "strerror", None) or error
+        raise UserError(f"tokenizer {path}: {problem}; give that of a tokenizer.json") from error
     try:
-        return PretrainedTokenizer(text)
+        return PretrainedTokenizer(content.decode("utf-8"))
     except ValueError as error:
         raise UserError(
             f"tokenizer {path}: no Hugging Face tokenizer.json ({error}); use an undamaged one"
@@ -62,9 +67,8 @@ def _from_hub(name: str) -> str:
         )
     try:
         return hf_hub_download(name, "tokenizer.json")
-    except (OSError, errors.HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(_unknown(name, f"the hub did not give it ({reason})")) from error
+    except Exception as error:  # those of whichever HTTP library the client uses
+        raise UserError(_unknown(name, f"the hub did not give it ({error})")) from error
 
 
 def _unknown(name: str, problem: str) -> str:
@@ -83,7 +87,7 @@ def _within_reach(endpoint: str) -> bool:
             return True
     except urllib.error.HTTPError:
         return True
-    except OSError:
+    except (OSError, ValueError):  # ValueError: HF_ENDPOINT is no address
         return False
 
 
@@ -114,16 +118,16 @@ class PretrainedTokenizer:
         """
         import tokenizers
 
-        try:
+        with _library_errors():
             self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(str(error).splitlines()[0]) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self._json = tokenizer_json
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self._vocabulary_end = max(vocabulary.values(), default=-1) + 1
+        if self._vocabulary_end > _MOST_IDS:
+            raise ValueError(f"ids up to {self._vocabulary_end - 1:,}; {_MOST_IDS:,} are possible")
         self.vocab_size = self._vocabulary_end
         self.bos_id = self._special(bos_id, _BOS_NAMES, vocabulary)
         self.eos_id = self._special(eos_id, _EOS_NAMES, vocabulary)
@@ -137,6 +141,8 @@ class PretrainedTokenizer:
         found = [vocabulary[name] for name in names if name in vocabulary]
         if chosen is None:
             chosen = found[0] if found else self.vocab_size
+        if type(chosen) is not int or not 0 <= chosen < _MOST_IDS + 3:
+            raise ValueError(f"a special id {chosen!r}")
         self.vocab_size = max(self.vocab_size, chosen + 1)
         return chosen
 
@@ -160,10 +166,27 @@ class PretrainedTokenizer:
         }
 
     def encode(self, text: str) -> np.ndarray:
-        """See `Tokenizer.encode`."""
+        """See `Tokenizer.encode`.
+
+        Raises:
+          UserError: also where the vocabulary has no token for a part of `text`, nor for unknown
+            parts.
+        """
         utf8(text)
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        return np.array(encoding.ids, np.int32)
+        try:
+            with _library_errors():
+                (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        except ValueError as error:
+            raise UserError(
+                f"the tokenizer cannot encode this text ({error}); use another tokenizer.json"
+            ) from error
+        ids = np.array(encoding.ids, np.int64)
+        if ids.size and ids.max() >= self._vocabulary_end:
+            raise UserError(
+                f"the tokenizer gives the id {ids.max():,}, which its vocabulary of "
+                f"{self._vocabulary_end:,} ids does not have; use another tokenizer.json"
+            )
+        return ids.astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """See `Tokenizer.decode`."""
@@ -184,7 +207,13 @@ class PretrainedTokenizer:
         stop = len(kept)
         while stop and kept[stop - 1] in self._bytes_of_id:
             stop -= 1
-        text = self._tokenizer.decode(kept[:stop], skip_special_tokens=True)
+        try:
+            with _library_errors():
+                text = self._tokenizer.decode(kept[:stop], skip_special_tokens=True)
+        except ValueError as error:
+            raise UserError(
+                f"the tokenizer cannot decode these ids ({error}); use another tokenizer.json"
+            ) from error
         return text.encode("utf-8") + b"".join(self._bytes_of_id[number] for number in kept[stop:])
 
     def to_json(self) -> str:
@@ -193,6 +222,20 @@ class PretrainedTokenizer:
         return json.dumps(
             {"kind": "pretrained", "tokenizer": self._json, "special_ids": special_ids}
         )
+
+
+@contextlib.contextmanager
+def _library_errors() -> Iterator[None]:
+    """Turns what the library raises into a ValueError: plain exceptions, and panics of Rust."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(str(error)) from error
+    except BaseException as error:
+        # Not an Exception, and of a class that cannot be imported.
+        if type(error).__module__ != "pyo3_runtime":
+            raise
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _is_byte_level(decoder: Any) -> bool:

@@ -13,13 +13,15 @@ from simplernn_jax.data.tokenizer import Tokenizer
 
 _BLOCK_TOKENS = 1 << 20
 
+TOKEN_DTYPES = ("|u1", "<u2", "<u4")
+"""What token ids are stored as, from the narrowest."""
+
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest unsigned dtype that holds every id."""
-    for name in ("u1", "<u2"):
-        if vocab_size <= np.iinfo(name).max + 1:
-            return np.dtype(name)
-    return np.dtype("<u4")
+    return next(
+        dtype for dtype in map(np.dtype, TOKEN_DTYPES) if vocab_size <= np.iinfo(dtype).max + 1
+    )
 
 
 @dataclasses.dataclass(frozen=True)

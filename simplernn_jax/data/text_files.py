@@ -1,56 +1,11 @@
 """Text files as a corpus: each file is a document, read piece by piece."""
 
 import codecs
-import contextlib
-import dataclasses
-import hashlib
-import json
-import os
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from simplernn_jax.data.documents import PIECE_SIZE, Document
+from simplernn_jax.data.source_files import SourceFile, files_fingerprint, open_source, total_size
 from simplernn_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceFile:
-    """A file of a corpus."""
-
-    name: str
-    """Its path below the folder or glob it was found by; part of the fingerprint."""
-    path: str
-
-
-@contextlib.contextmanager
-def open_source(path: str) -> Iterator[BinaryIO]:
-    """Opens a file of the user's; the block does nothing with files but read this one.
-
-    Raises:
-      UserError: it cannot be opened or read.
-    """
-    try:
-        with open(path, "rb") as stream:
-            yield stream
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; make it readable or leave it out") from error
-
-
-def files_fingerprint(files: list[SourceFile], **settings: object) -> str:
-    """SHA-256 hex over names, sizes, modification times and what else the reading depends on.
-
-    Raises:
-      UserError: a file is gone.
-    """
-    rows = []
-    for file in files:
-        try:
-            status = os.stat(file.path)
-        except OSError as error:
-            raise UserError(f"{file.path}: {error.strerror}; put it back and run again") from error
-        rows.append((file.name, status.st_size, status.st_mtime_ns))
-    text = json.dumps([settings, rows], sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class TextFiles:
@@ -59,7 +14,7 @@ class TextFiles:
     def __init__(self, files: list[SourceFile], encoding_errors: str) -> None:
         self._files = files
         self._encoding_errors = encoding_errors
-        self.total_bytes = sum(os.path.getsize(file.path) for file in files)
+        self.total_bytes = total_size(files)
         self.bytes_read = 0
 
     def fingerprint(self) -> str:
@@ -74,12 +29,13 @@ class TextFiles:
 
     def _pieces(self, file: SourceFile) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(self._encoding_errors)
+        before = self.bytes_read
         offset = 0
         rest = ""
-        with open_source(file.path) as stream:
+        with open_source(file.path) as source:
             last = False
             while not last:
-                block = stream.read(PIECE_SIZE)
+                block = source.stream.read(PIECE_SIZE)
                 last = len(block) < PIECE_SIZE
                 pending = len(decoder.getstate()[0])
                 try:
@@ -93,7 +49,7 @@ class TextFiles:
                 if offset == 0:
                     text = text.removeprefix("\ufeff")  # a byte order mark is no text
                 offset += len(block)
-                self.bytes_read += len(block)
+                self.bytes_read = before + source.bytes_read
                 text = rest + text
                 stop = len(text) if last else text.rfind("\n") + 1 or len(text)
                 if stop:

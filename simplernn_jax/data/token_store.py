@@ -1,14 +1,12 @@
-"""The tokenized corpus on disk: memory-mapped, fingerprinted, written once and atomically."""
+"""The tokenized corpus on disk: memory-mapped, fingerprinted, verified, written atomically."""
 
 import dataclasses
 import errno
 import hashlib
 import json
-import shutil
+import os
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from absl import logging
 
 from simplernn_jax.config import DataConfig
@@ -16,37 +14,26 @@ from simplernn_jax.data.atomic_folder import atomic_folder
 from simplernn_jax.data.corpora import open_corpus
 from simplernn_jax.data.documents import Corpus
 from simplernn_jax.data.progress import reading_progress
+from simplernn_jax.data.round_trip import check_round_trip
 from simplernn_jax.data.split import SplitPlan, split_by_document, split_by_position
 from simplernn_jax.data.spool import Spool, write_spool
+from simplernn_jax.data.store_folder import (
+    DamagedStore,
+    TokenSplit,
+    content_hashes,
+    open_store,
+    remove_store,
+    write_store,
+)
 from simplernn_jax.data.tokenizer import Tokenizer, load_tokenizer
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, counted
 
-_META_FILE = "meta.json"
 _SPOOL_FILE = "spool"
 _FORMAT = 1
-"""Raised when the layout of a store or the way to a split changes, so that old ones are left."""
+"""Raised when the way to a split changes, so that old stores are left to old runs."""
 
-
-@dataclasses.dataclass(frozen=True)
-class TokenSplit:
-    """One side of the split: documents one after another, each BOS, its tokens, EOS."""
-
-    name: str
-    """``train`` or ``validation``."""
-    tokens: np.ndarray
-    """[N] memory-mapped ids, the smallest unsigned dtype that holds the vocabulary."""
-    document_starts: np.ndarray
-    """[documents] int64, position of the first token of each document. A position split cuts one
-    document: its rest opens the validation split at 0, without a BOS."""
-    num_bytes: int
-    """UTF-8 bytes of the text in it."""
-    content_hash: str
-    """SHA-256 of the tokens and the document starts."""
-
-    @property
-    def num_predictions(self) -> int:
-        """Positions whose next token belongs to the same document."""
-        return len(self.tokens) - len(self.document_starts)
+_FEW_TOKENS = 10_000
+"""Of validation: with 10,000, the standard error of a mean loss near 1.5 is some hundredths."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +45,29 @@ class TokenizedCorpus:
     validation: TokenSplit | None
     content_hash: str
     """SHA-256 over the tokenizer and both splits: equal hashes, equal data."""
+
+    @property
+    def summary(self) -> str:
+        """``12,345 training tokens in 3 documents; no validation tokens``."""
+        train = _size(self.train, "training token")
+        if self.validation is None:
+            return f"{train}; no validation tokens"
+        return f"{train}; {_size(self.validation, 'validation token')}"
+
+    @property
+    def warning(self) -> str:
+        """What to know before the validation loss is trusted; empty if there is nothing."""
+        if self.validation is None or len(self.validation.tokens) >= _FEW_TOKENS:
+            return ""
+        return (
+            f"fewer than {_FEW_TOKENS:,} validation tokens measure the loss badly; give more text, "
+            "or hold out more with --config.data.validation_fraction"
+        )
+
+
+def _size(split: TokenSplit, noun: str) -> str:
+    documents = counted(len(split.document_starts), "document")
+    return f"{counted(len(split.tokens), noun)} in {documents}"
 
 
 def prepare_corpus(
@@ -72,37 +82,41 @@ def prepare_corpus(
     """Opens the tokenized corpus of a configuration, writing it first where there is none.
 
     Memory stays bounded however large the corpus is. Several processes may do this at once.
+    Every byte of the tokens is verified, and a damaged corpus is tokenized again.
 
     Args:
       config: source, tokenizer and split.
       seed: chooses the held-out documents and the order of the others.
       cache_dir: folder of tokenized corpora, one subfolder for each fingerprint.
-      tokenizer: a resumed run's; None loads ``config.tokenizer``.
+      tokenizer: a resumed run's; None loads ``config.tokenizer``, which must give back the text.
       exclude: folders, besides `cache_dir`, that are no part of the source; see `open_corpus`.
       show_progress: a bar on a terminal, two plain lines elsewhere.
 
     Raises:
       UserError: the corpus, the tokenizer or `cache_dir` is unusable, or the disk is full.
     """
-    cache = Path(cache_dir).expanduser()
+    cache = Path(os.path.expanduser(cache_dir))
     corpus = open_corpus(config, exclude=(str(cache), *exclude))
     if tokenizer is None:
         tokenizer = load_tokenizer(config.tokenizer, corpus)
+        check_round_trip(tokenizer, config.tokenizer, corpus)
     source = corpus.fingerprint()
     fingerprint = _fingerprint(config, seed, source, _hash_of(tokenizer))
     folder = cache / fingerprint
     try:
-        meta = _read_meta(folder)
-        if meta is None:
+        splits = _verified_splits(folder)
+        if splits is None:
             with atomic_folder(folder) as temporary:
                 spool = _tokenize(temporary, config, corpus, source, tokenizer, show_progress)
-                _write_splits(temporary, _plan(spool, config, seed, tokenizer), spool)
-            meta = _read_meta(folder)
+                plans = _plan(spool, config, seed, tokenizer)
+                write_store(temporary, folder.name, plans, spool)
+                spool.path.unlink()
+            splits = open_store(folder)
     except OSError as error:
         raise UserError(_disk_problem(error, config.source, folder.parent)) from error
-    if meta is None:
-        raise UserError(f"{folder}: not whole right after it was written; check this disk")
-    return _open_store(folder, meta, tokenizer)
+    except DamagedStore as error:
+        raise UserError(f"{folder}: {error} right after it was written; check this disk") from error
+    return _corpus(tokenizer, splits)
 
 
 def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> TokenizedCorpus | None:
@@ -115,13 +129,26 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
 
     Returns:
       None if `cache_dir` holds no such corpus.
+
+    Raises:
+      DamagedStore: it does, but not as it was written.
+      UserError: it cannot be read.
     """
-    for folder in sorted(Path(cache_dir).expanduser().glob("[!.]*")):
-        meta = _whole_meta(folder)
-        if meta is not None:
-            corpus = _open_store(folder, meta, tokenizer)
-            if corpus.content_hash == content_hash:
-                return corpus
+    damage = None
+    for folder in sorted(Path(os.path.expanduser(cache_dir)).glob("[!.]*")):
+        try:
+            if _content_hash(tokenizer, content_hashes(folder)) != content_hash:
+                continue
+        except DamagedStore:
+            continue  # what else is in this folder, or a store whose record is lost
+        try:
+            return _corpus(tokenizer, open_store(folder))
+        except DamagedStore as error:
+            damage = error
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror}; make it readable") from error
+    if damage is not None:
+        raise damage
     return None
 
 
@@ -167,68 +194,32 @@ def _plan(spool: Spool, config: DataConfig, seed: int, tokenizer: Tokenizer) -> 
     return split_by_position(spool, config.validation_fraction, tokenizer)
 
 
-def _write_splits(folder: Path, plans: list[SplitPlan], spool: Spool) -> None:
-    splits = {}
-    for plan in plans:
-        digest = hashlib.sha256()
-        starts = plan.document_starts.astype("<i8")
-        with open(folder / f"{plan.name}.tokens", "wb") as stream:
-            for block in spool.blocks(plan.ranges):
-                stream.write(block.data)
-                digest.update(block.data)
-        digest.update(starts.data)
-        starts.tofile(folder / f"{plan.name}.starts")
-        splits[plan.name] = {
-            "tokens": int((plan.ranges[:, 1] - plan.ranges[:, 0]).sum()),
-            "documents": len(starts),
-            "num_bytes": plan.num_bytes,
-            "content_hash": digest.hexdigest(),
-        }
-    meta = {"dtype": spool.dtype.str, "splits": splits}
-    (folder / _META_FILE).write_text(json.dumps(meta, indent=2), encoding="utf-8")
-    spool.path.unlink()
+def _verified_splits(folder: Path) -> list[TokenSplit] | None:
+    """The splits of a whole store. None for a missing one, and for a damaged one, which is removed.
 
-
-def _read_meta(folder: Path) -> dict[str, Any] | None:
-    """What a whole store says of itself; one that is not whole is removed, to be written anew."""
-    meta = _whole_meta(folder)
-    if meta is None and folder.exists():
-        logging.warning("%s: the tokenized corpus is damaged; it is written anew", folder)
-        shutil.rmtree(folder)
-    return meta
-
-
-def _whole_meta(folder: Path) -> dict[str, Any] | None:
+    Raises:
+      OSError: it cannot be read, or not be removed.
+    """
+    if not os.path.lexists(folder):
+        return None
     try:
-        meta: dict[str, Any] = json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
-        itemsize = np.dtype(meta["dtype"]).itemsize
-        sizes = {}
-        for name, split in meta["splits"].items():
-            sizes[f"{name}.tokens"] = split["tokens"] * itemsize
-            sizes[f"{name}.starts"] = split["documents"] * 8
-        if all((folder / name).stat().st_size == size for name, size in sizes.items()):
-            return meta
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        pass
+        return open_store(folder)
+    except DamagedStore as error:
+        logging.warning(
+            "%s: the tokenized corpus is damaged (%s); the text is tokenized again", folder, error
+        )
+    remove_store(folder)
     return None
 
 
-def _open_store(folder: Path, meta: dict[str, Any], tokenizer: Tokenizer) -> TokenizedCorpus:
-    splits = {name: _open_split(folder, name, meta) for name in meta["splits"]}
-    hashes = [_hash_of(tokenizer), *(split.content_hash for split in splits.values())]
-    content_hash = hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return TokenizedCorpus(tokenizer, splits["train"], splits.get("validation"), content_hash)
+def _content_hash(tokenizer: Tokenizer, splits: list[str]) -> str:
+    return hashlib.sha256("".join([_hash_of(tokenizer), *splits]).encode()).hexdigest()
 
 
-def _open_split(folder: Path, name: str, meta: dict[str, Any]) -> TokenSplit:
-    split = meta["splits"][name]
-    return TokenSplit(
-        name=name,
-        tokens=np.memmap(folder / f"{name}.tokens", np.dtype(meta["dtype"]), "r"),
-        document_starts=np.fromfile(folder / f"{name}.starts", "<i8"),
-        num_bytes=split["num_bytes"],
-        content_hash=split["content_hash"],
-    )
+def _corpus(tokenizer: Tokenizer, splits: list[TokenSplit]) -> TokenizedCorpus:
+    by_name = {split.name: split for split in splits}
+    content_hash = _content_hash(tokenizer, [split.content_hash for split in splits])
+    return TokenizedCorpus(tokenizer, by_name["train"], by_name.get("validation"), content_hash)
 
 
 def _disk_problem(error: OSError, source: str, cache_dir: Path) -> str:

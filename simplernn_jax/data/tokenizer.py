@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from simplernn_jax.data.documents import Corpus, utf8
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, counted
 
 _CODE_POINTS = 0x110000
 
@@ -86,7 +86,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
             from simplernn_jax.data.pretrained_tokenizer import PretrainedTokenizer
 
             return PretrainedTokenizer(values["tokenizer"], **values["special_ids"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"the saved tokenizer is damaged ({error}); restore it from another checkpoint"
         ) from error
@@ -123,6 +123,13 @@ class CharTokenizer:
     """Id i is the i-th character of a fixed alphabet."""
 
     def __init__(self, alphabet: str) -> None:
+        """Builds it.
+
+        Raises:
+          ValueError: `alphabet` is no text, or repeats a character.
+        """
+        if not isinstance(alphabet, str) or len(set(alphabet)) != len(alphabet):
+            raise ValueError("an alphabet is text that has each character once")
         self._alphabet = alphabet
         self._characters = _code_points(alphabet)
         self._ids = np.full(_CODE_POINTS, -1, np.int32)
@@ -143,8 +150,8 @@ class CharTokenizer:
             position = int(ids.argmin())
             raise UserError(
                 f"{text[position]!r} at character {position} is not among the "
-                f"{len(self._alphabet)} characters this model knows; remove it, or train with "
-                "--config.data.tokenizer=byte, which knows all"
+                f"{counted(len(self._alphabet), 'character')} this model knows; remove it, or "
+                "train with --config.data.tokenizer=byte, which knows all"
             )
         return ids
 

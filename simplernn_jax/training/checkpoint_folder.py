@@ -19,6 +19,7 @@ from absl import logging
 
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import sync
+from simplernn_jax.sealed_file import read_sealed, write_sealed
 from simplernn_jax.training import manifest
 
 UNFINISHED_MARK = ".orbax-checkpoint-tmp"
@@ -84,7 +85,7 @@ class CheckpointFolder:
     def update_ledger(self) -> None:
         """Records the steps that have a manifest now."""
         steps = [step for step in self.steps() if manifest.has_manifest(self.step_path(step))]
-        manifest.write_sealed(self._ledger_path, json.dumps(steps) + "\n")
+        write_sealed(self._ledger_path, json.dumps(steps) + "\n")
 
     def newest_whole(self, parts: Collection[str] | None = None) -> int | None:
         """The newest step whose files are all as written; damaged newer ones are moved aside.
@@ -121,7 +122,7 @@ class CheckpointFolder:
 
     def _ledger(self) -> set[int] | None:
         """The steps recorded as complete; None if the record is missing or was changed."""
-        body = manifest.read_sealed(self._ledger_path)
+        body = read_sealed(self._ledger_path)
         return None if body is None else set(json.loads(body))
 
     def _is_unfinished(self, step: int) -> bool:

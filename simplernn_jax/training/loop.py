@@ -313,13 +313,14 @@ class _Run:
 
     def _announce(self, display: Display) -> None:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
-        train = self.corpus.train
         display.say(
             f"{self.config.model.block} model of {self.config.model.mixer}, "
             f"{parameters:,} parameters, "
             f"{self.config.model.precision}, on {describe(self.mesh)}; "
-            f"{len(train.tokens):,} training tokens in {len(train.document_starts):,} documents"
+            f"{self.corpus.summary}"
         )
+        if self.corpus.warning:
+            display.say(f"warning: {self.corpus.warning}")
         if self.config.mesh.stage > 1:
             length = self.config.train.backward_window or self.config.data.sequence_length
             display.say(describe_stages(length, self.config.mesh.stage))

@@ -1,15 +1,15 @@
 """SHA-256 manifests: what a checkpoint folder must contain, to the last bit.
 
 A manifest lists every file of a folder with its size and SHA-256, and ends in a line with the
-SHA-256 of the lines above it, so that damage to the manifest itself shows as well. The same seal
-protects other small text files (`write_sealed`, `read_sealed`).
+SHA-256 of the lines above it (`sealed_file`), so that damage to the manifest itself shows as well.
 """
 
 import hashlib
 import os
 from collections.abc import Collection
 
-from simplernn_jax.files import sync, write_file
+from simplernn_jax.files import sync
+from simplernn_jax.sealed_file import read_sealed, write_sealed
 
 MANIFEST_NAME = "manifest.sha256"
 
@@ -70,30 +70,6 @@ def find_damage(folder: str, parts: Collection[str] | None = None) -> str | None
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
-
-
-def write_sealed(path: str, body: str) -> None:
-    """Replaces the file at `path` by `body` and a line with its SHA-256, atomically and for good.
-
-    `body` ends in a newline or is empty.
-    """
-    write_file(path, f"{body}{_digest(body)}\n".encode())
-
-
-def read_sealed(path: str) -> str | None:
-    """The body that `write_sealed` wrote, or None if the file is missing or was changed."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError):
-        return None
-    end_of_body = len(text) - 65
-    body = text[: max(end_of_body, 0)]
-    return body if text == f"{body}{_digest(body)}\n" else None
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _file_names(folder: str) -> list[str]:

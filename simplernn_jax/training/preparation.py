@@ -7,6 +7,7 @@ import os
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import steps_per_epoch
+from simplernn_jax.data.store_folder import DamagedStore
 from simplernn_jax.data.token_store import TokenizedCorpus, find_corpus, prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
@@ -69,7 +70,7 @@ def open_saved_corpus(workdir: str) -> TokenizedCorpus:
     """The tokenized corpus that the newest whole checkpoint was trained on.
 
     It is found by its content, whatever the current folder is and whether or not its source is
-    still there; if it was deleted, the source is tokenized again.
+    still there; if it was deleted or is damaged, the source is tokenized again.
 
     Raises:
       UserError: `workdir` has no whole checkpoint, or the corpus is gone and its source is
@@ -79,10 +80,13 @@ def open_saved_corpus(workdir: str) -> TokenizedCorpus:
     tokenizer = tokenizer_from_json(tokenizer_json)
     data_state = read_json(CheckpointFolder(workdir).step_path(step), "data")
     folder = tokens_folder(config, workdir)
-    corpus = find_corpus(folder, data_state["content_hash"], tokenizer)
-    if corpus is not None:
-        return corpus
     lost = f"the tokens of this run are no longer in {folder}"
+    try:
+        corpus = find_corpus(folder, data_state["content_hash"], tokenizer)
+        if corpus is not None:
+            return corpus
+    except DamagedStore as error:
+        lost = f"the tokens of this run in {folder} are damaged ({error})"
     try:
         corpus = prepare_corpus(
             config.data, config.train.seed, folder, tokenizer=tokenizer, exclude=(workdir,)

@@ -1,0 +1,156 @@
+"""The files that a source names: one file, a folder, a glob, or Python's own library.
+
+Only regular files are found, whatever else lies beside them.
+"""
+
+import glob
+import os
+import stat
+import sysconfig
+
+from absl import logging
+
+from simplernn_jax.data.file_glob import matching_files
+from simplernn_jax.data.source_files import SourceFile, open_source
+from simplernn_jax.errors import UserError, counted, one_line
+from simplernn_jax.files import open_file
+
+_STDLIB_LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
+_BINARY_PROBE = 8192
+"""Leading bytes in which a NUL marks a file as binary, as git does."""
+
+
+def find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
+    """Find the files of a path or glob, sorted by name.
+
+    Args:
+      source: a regular file, a folder (searched without hidden and binary files and without the
+        workdirs of runs; links to folders are not followed), or a glob.
+      exclude: real paths of folders that are left out below a folder or a glob's folder.
+
+    Raises:
+      UserError: nothing there, or `source` is an excluded folder.
+      OSError: the path cannot be followed.
+    """
+    path = os.path.expanduser(source)
+    mode = _mode(path)
+    if mode is None:
+        return _glob_files(source, path, exclude)
+    if stat.S_ISREG(mode):
+        return [SourceFile(os.path.basename(path), path)]
+    if not stat.S_ISDIR(mode):
+        raise UserError(f"{source}: not a regular file; write the text to a file first")
+    if os.path.realpath(path) in exclude:
+        raise UserError(
+            f"{source}: the run itself writes into this folder; choose another --workdir and "
+            "--config.data.cache_dir, or name the text with a glob such as '*.txt'"
+        )
+    files = _folder_files(path, exclude)
+    if not files:
+        raise UserError(f"{source}: no text file in this folder; put some there")
+    return files
+
+
+def stdlib_files() -> list[SourceFile]:
+    """Find the running Python's own modules, without tests and installed packages.
+
+    Raises:
+      UserError: this Python has none.
+    """
+    root = sysconfig.get_path("stdlib")
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _STDLIB_LEFT_OUT]
+        for name in names:
+            path = os.path.join(folder, name)
+            if name.endswith(".py") and _is_utf8(path):
+                files.append(SourceFile(os.path.relpath(path, root), path))
+    if not files:
+        raise UserError(
+            f"stdlib: no Python source in {root}; give your own text with --config.data.source=PATH"
+        )
+    return sorted(files, key=lambda file: file.name)
+
+
+def _mode(path: str) -> int | None:
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:
+        if glob.has_magic(path):
+            return None
+        raise
+
+
+def _glob_files(source: str, path: str, exclude: frozenset[str]) -> list[SourceFile]:
+    top = _glob_folder(path)
+    found = sorted(match for match in matching_files(path) if not _is_excluded(match, top, exclude))
+    if not found:
+        what = "no file matches this glob" if glob.has_magic(path) else "no such file or folder"
+        raise UserError(f"{source}: {what} (looked from {os.getcwd()}); correct the source")
+    if len(found) == 1:
+        return [SourceFile(os.path.basename(found[0]), found[0])]
+    root = os.path.commonpath(found)
+    return [SourceFile(os.path.relpath(match, root), match) for match in found]
+
+
+def _glob_folder(pattern: str) -> str:
+    """The folder that a glob searches: all before its first magic character."""
+    folder = os.path.dirname(pattern)
+    while glob.has_magic(folder):
+        folder = os.path.dirname(folder)
+    return os.path.realpath(folder)
+
+
+def _is_excluded(path: str, top: str, exclude: frozenset[str]) -> bool:
+    """Whether `path` lies in an excluded folder that itself lies below `top`."""
+    folder = os.path.dirname(os.path.realpath(path))
+    return any(
+        os.path.commonpath([folder, left_out]) == left_out
+        and os.path.commonpath([left_out, top]) == top != left_out
+        for left_out in exclude
+    )
+
+
+def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
+    files: list[SourceFile] = []
+    binary: list[SourceFile] = []
+    for folder, subfolders, names in os.walk(root):
+        if folder != root and "checkpoints" in subfolders and "metrics.jsonl" in names:
+            logging.info("%s: left out, the workdir of a run", folder)
+            subfolders.clear()
+            continue
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if not name.startswith(".")
+            and os.path.realpath(os.path.join(folder, name)) not in exclude
+        ]
+        for name in names:
+            path = os.path.join(folder, name)
+            if name.startswith(".") or not os.path.isfile(path):
+                continue
+            file = SourceFile(os.path.relpath(path, root), path)
+            (binary if _is_binary(path) else files).append(file)
+    if binary:
+        what = counted(len(binary), "binary file")
+        first = one_line(min(file.name for file in binary))
+        logging.warning("%s: %s left out, such as %s", root, what, first)
+    return sorted(files, key=lambda file: file.name)
+
+
+def _is_binary(path: str) -> bool:
+    if path.lower().endswith(".parquet"):
+        return False
+    with open_source(path) as source:
+        return b"\0" in source.stream.read(_BINARY_PROBE)
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        with open_file(path) as stream:
+            stream.read().decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return True

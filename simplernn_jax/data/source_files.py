@@ -1,0 +1,151 @@
+"""Files of a corpus, opened one at a time: plain, ``.gz`` and ``.zst``."""
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any, BinaryIO
+
+from simplernn_jax.errors import UserError
+from simplernn_jax.files import open_file
+
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+_ZSTD_BLOCK = 1 << 8
+"""Compressed bytes taken at once. They become at most 32,768 times as many, 8 MiB."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """A file of a corpus."""
+
+    name: str
+    """Its path below the folder or glob it was found by; part of the fingerprint."""
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenSource:
+    """A file that is being read."""
+
+    stream: IO[bytes]
+    """Its content, decompressed."""
+    file: BinaryIO
+
+    @property
+    def bytes_read(self) -> int:
+        """How far the file itself has been read."""
+        return self.file.tell()
+
+
+class _DamagedArchive(Exception):
+    """Says why a compressed file cannot be read."""
+
+
+@contextlib.contextmanager
+def open_source(path: str) -> Iterator[OpenSource]:
+    """Open a regular file of the user's; the block does nothing with files but read this one.
+
+    Compressed files are decompressed while they are read, a bounded number of bytes at a time.
+
+    Raises:
+      UserError: it cannot be opened or read, or is a damaged or truncated archive.
+    """
+    try:
+        with open_file(path) as file:
+            yield OpenSource(_decompressed(path, file), file)
+    except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedArchive) as error:
+        raise UserError(
+            f"{path}: damaged or truncated ({error}); replace it by a whole copy"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; make it readable or leave it out") from error
+
+
+def total_size(files: list[SourceFile]) -> int:
+    """Bytes of all files together, as they lie on the disk.
+
+    Raises:
+      UserError: a file is gone.
+    """
+    return sum(_status(file.path).st_size for file in files)
+
+
+def files_fingerprint(files: list[SourceFile], **settings: object) -> str:
+    """SHA-256 hex over names, sizes, modification times and what else the reading depends on.
+
+    Raises:
+      UserError: a file is gone.
+    """
+    status = [(file.name, _status(file.path)) for file in files]
+    rows = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
+    text = json.dumps([settings, rows], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _status(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; put it back and run again") from error
+
+
+def _decompressed(path: str, file: BinaryIO) -> Any:
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=file)
+    if suffix == ".zst":
+        return io.BufferedReader(_ZstdReader(file))
+    return file
+
+
+class _ZstdReader(io.RawIOBase):
+    """The frames of a zstd file, one after another.
+
+    The library's own stream reader takes a truncated file for a whole one.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        import zstandard
+
+        self._error = zstandard.ZstdError
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._file = file
+        self._frame: Any = None
+        self._compressed = b""
+        self._content = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._content:
+            if not self._read_block():
+                return 0
+        count = min(len(buffer), len(self._content))
+        buffer[:count] = self._content[:count]
+        self._content = self._content[count:]
+        return count
+
+    def _read_block(self) -> bool:
+        """Whether there was one."""
+        block = self._compressed or self._file.read(_ZSTD_BLOCK)
+        if not block:
+            if self._frame is not None:
+                raise EOFError("it ends inside a frame")
+            return False
+        if self._frame is None:
+            self._frame = self._decompressor.decompressobj()
+        try:
+            self._content = memoryview(self._frame.decompress(block))
+        except self._error as error:
+            raise _DamagedArchive(str(error)) from error
+        self._compressed = b""
+        if self._frame.eof:
+            self._compressed = self._frame.unused_data
+            self._frame = None
+        return True

@@ -1,0 +1,163 @@
+"""The files of one tokenized corpus: written once, verified to the last byte before use.
+
+NAME/train.tokens        token ids, unsigned
+NAME/train.starts        positions of the first token of each document, int64
+NAME/validation.*        the same, unless everything trains
+NAME/meta.json           dtype, sizes and SHA-256 of these files, sealed (`sealed_file`)
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simplernn_jax.data.split import SplitPlan
+from simplernn_jax.data.spool import TOKEN_DTYPES, Spool
+from simplernn_jax.files import open_file
+from simplernn_jax.sealed_file import read_sealed, write_sealed
+
+_META_FILE = "meta.json"
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO)
+_DAMAGE = (*_NO_FILE, errno.EIO)
+"""What opening or reading a file of a damaged store gives; other errors are the machine's."""
+
+
+class DamagedStore(Exception):
+    """Says which file of a store is not as it was written, and what is wrong with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSplit:
+    """One side of the split: documents one after another, each BOS, its tokens, EOS."""
+
+    name: str
+    """``train`` or ``validation``."""
+    tokens: np.ndarray
+    """[N] memory-mapped ids, the smallest unsigned dtype that holds the vocabulary."""
+    document_starts: np.ndarray
+    """[documents] int64, position of the first token of each document. A position split cuts one
+    document: its rest opens the validation split at 0, without a BOS."""
+    num_bytes: int
+    """UTF-8 bytes of the text in it."""
+    content_hash: str
+    """SHA-256 of the tokens and the document starts."""
+
+    @property
+    def num_predictions(self) -> int:
+        """Positions whose next token belongs to the same document."""
+        return len(self.tokens) - len(self.document_starts)
+
+
+def write_store(folder: Path, name: str, plans: list[SplitPlan], spool: Spool) -> None:
+    """Write the files of a store into `folder`, which is renamed to `name` later.
+
+    Raises:
+      OSError: the disk is full or not writable.
+    """
+    splits = {plan.name: _write_split(folder, plan, spool) for plan in plans}
+    meta = {"store": name, "dtype": spool.dtype.str, "splits": splits}
+    write_sealed(folder / _META_FILE, json.dumps(meta, indent=2) + "\n")
+
+
+def _write_split(folder: Path, plan: SplitPlan, spool: Spool) -> dict[str, Any]:
+    both, tokens = hashlib.sha256(), hashlib.sha256()
+    with open(folder / f"{plan.name}.tokens", "wb") as stream:
+        for block in spool.blocks(plan.ranges):
+            stream.write(block.data)
+            tokens.update(block.data)
+            both.update(block.data)
+    starts = plan.document_starts.astype("<i8")
+    starts.tofile(folder / f"{plan.name}.starts")
+    both.update(starts.data)
+    return {
+        "tokens": int((plan.ranges[:, 1] - plan.ranges[:, 0]).sum()),
+        "documents": len(starts),
+        "num_bytes": plan.num_bytes,
+        "content_hash": both.hexdigest(),
+        "tokens_sha256": tokens.hexdigest(),
+        "starts_sha256": hashlib.sha256(starts.data).hexdigest(),
+    }
+
+
+def open_store(folder: Path) -> list[TokenSplit]:
+    """Verify every byte of a store and map its tokens; reads 1 to 2 GB a second.
+
+    Raises:
+      DamagedStore: a file is missing, is none, or is not what was written.
+      OSError: the machine has no memory or no file descriptor for it.
+    """
+    meta = _read_meta(folder)
+    dtype = np.dtype(meta["dtype"])
+    return [_open_split(folder, name, dtype, split) for name, split in meta["splits"].items()]
+
+
+def content_hashes(folder: Path) -> list[str]:
+    """Content hashes of the splits as recorded; the tokens themselves are not read.
+
+    Raises:
+      DamagedStore: the record is missing or is not what was written.
+    """
+    return [split["content_hash"] for split in _read_meta(folder)["splits"].values()]
+
+
+def remove_store(folder: Path) -> None:
+    """Remove what is at the place of a store, whatever it is; a link, but not what it names.
+
+    Raises:
+      OSError: it cannot be removed.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    body = read_sealed(folder / _META_FILE)
+    if body is None:
+        # Stores of earlier versions have no seal.
+        raise DamagedStore(f"{_META_FILE} is missing, was changed or is of another version")
+    meta: dict[str, Any] = json.loads(body)
+    if meta["store"] != folder.name:
+        raise DamagedStore(f"{_META_FILE} is that of another corpus")
+    if meta["dtype"] not in TOKEN_DTYPES:
+        raise DamagedStore(f"{_META_FILE} names the dtype {meta['dtype']}, which tokens never have")
+    return meta
+
+
+def _open_split(folder: Path, name: str, dtype: np.dtype, split: dict[str, Any]) -> TokenSplit:
+    size = split["tokens"] * dtype.itemsize
+    with _verified(folder / f"{name}.tokens", size, split["tokens_sha256"]) as file:
+        tokens = np.memmap(file, dtype, "r")
+    size = split["documents"] * 8
+    with _verified(folder / f"{name}.starts", size, split["starts_sha256"]) as file:
+        starts = np.fromfile(file, "<i8")
+    return TokenSplit(name, tokens, starts, split["num_bytes"], split["content_hash"])
+
+
+@contextlib.contextmanager
+def _verified(path: Path, size: int, sha256: str) -> Iterator[io.BufferedReader]:
+    """Open a file whose content is as it was written."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open_file(path))
+            found = os.fstat(file.fileno()).st_size
+            if found != size:
+                raise DamagedStore(f"{path.name} has {found:,} bytes instead of {size:,}")
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise DamagedStore(f"{path.name} was changed")
+        except OSError as error:
+            if error.errno not in _DAMAGE:
+                raise
+            raise DamagedStore(f"{path.name}: {error.strerror}") from error
+        file.seek(0)
+        yield file
