@@ -142,7 +142,7 @@ def test_more_tokens_than_memory_holds_are_refused(count):
 
 
 def test_more_prompts_than_memory_holds_are_refused(monkeypatch):
-    from simplernn_jax.inference import memory_bound
+    from simplernn_jax import memory_bound
 
     monkeypatch.setattr(memory_bound.os, "sysconf", lambda name: 256)
     with pytest.raises(UserError, match=r"^1000 prompts: needs .* GB, .*; give fewer at a time"):

@@ -15,7 +15,6 @@ from simplernn_jax.inference.inputs import (
     checked_prompts,
     checked_settings,
 )
-from simplernn_jax.inference.memory_bound import check_memory
 from simplernn_jax.inference.programs import BLOCK_TOKENS, Programs, Settings, split
 from simplernn_jax.inference.state import (
     RECENT_TOKENS,
@@ -24,6 +23,7 @@ from simplernn_jax.inference.state import (
     empty_state,
     state_bytes,
 )
+from simplernn_jax.memory_bound import check_memory
 from simplernn_jax.models import LanguageModel
 
 PIECE_LENGTHS = (512, 64, 8, 1)
