@@ -76,7 +76,9 @@ def main() -> int:
         token=_TOKEN.value,
         map_tokens=_MAP_TOKENS.value,
         validation=_validation_split(workdir),
+        report=logging.info,
     )
+    logging.info("drawing ...")
     sizes = config.model
     facts = {
         "model": f"{counted(sizes.num_layers, 'layer')} of width {sizes.hidden_dim}, "
