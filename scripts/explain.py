@@ -5,9 +5,10 @@
 
 --out gets explain.html, which holds everything and opens offline, its pictures as PNG files, and
 their numbers in explain.json, where weights of maps are rounded to the fourth digit of their head's
-largest. It shows which earlier tokens every output is made of, how long the model remembers, what
-its state is worth, and what one prediction came from. The text is read as one document; its tokens
-are counted from 1.
+largest. The page opens with a summary in a few sentences, then shows how long the model remembers,
+what its state is worth, what one prediction came from, and which earlier tokens every output is
+made of. The text is read as one document; its tokens are counted from 1. Lines on standard error
+say what is being computed.
 
 Exits with code 1 if the parts of a layer's output do not make up the whole: those of its recurrence
 or attention, and where the model computes in float32 those of the layer too.

@@ -258,4 +258,5 @@ def test_numbers_are_json_and_reproduce_an_output():
     rebuilt = np.array([row @ values[: len(row)] for row in map(np.asarray, head)])
     expected = (account.output - account.from_state)[0, :, 1]
     np.testing.assert_allclose(rebuilt, expected, atol=2e-3 * np.abs(expected).max())
+    assert numbers["context_gain"]["predictions"] == 46
     assert [loss["reset_every"] for loss in numbers["loss_by_reset"]] == [0, 4, 7, 16, 64]

@@ -25,9 +25,10 @@ def checked_integer(name: str, value: Any, least: int, most: int | None, advice:
     value = _scalar(value)
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
         raise error
-    if value < least or (most is not None and value > most):
+    number = int(value)
+    if number < least or (most is not None and number > most):
         raise error
-    return int(value)
+    return number
 
 
 def check_model(model: Any) -> None:

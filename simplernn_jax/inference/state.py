@@ -68,7 +68,8 @@ def check_state(model: LanguageModel, state: DecoderState, where: str = "state")
     _check_is_state(state, where)
     needed = jax.eval_shape(lambda: empty_state(model, np.size(state.position)))
     ours, theirs = (", ".join(map(_described, jax.tree.leaves(tree))) for tree in (needed, state))
-    if ours != theirs or jax.tree.structure(needed) != jax.tree.structure(state):
+    structure: Any = jax.tree.structure(needed)
+    if ours != theirs or structure != jax.tree.structure(state):
         raise UserError(
             f"{where}: its arrays are {theirs} and this model's {ours}; "
             "go on with the model that made it"
