@@ -68,6 +68,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer characters than text
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.inference import fork_state, generate_text, load_state, save_state
+    from simplernn_jax.inference.inputs import checked_length
 
     use_compilation_cache()
     model, tokenizer, _ = load_model(os.path.expanduser(_WORKDIR.value))
@@ -84,6 +85,7 @@ def main() -> None:
     prefix = generate_text(model, tokenizer, prompt, state=state, max_new_tokens=0, **settings)
     state = fork_state(prefix.state, _NUM_SAMPLES.value)
     num_rows = len(state.position)
+    checked_length(_MAX_NEW_TOKENS.value, num_rows)
     only_reads = _MAX_NEW_TOKENS.value == 0 and _SAVE_STATE.value is not None
     is_streamed = num_rows == 1 and not only_reads
     if is_streamed:

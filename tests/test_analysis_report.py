@@ -150,18 +150,24 @@ def test_a_weak_contribution_looks_weak():
     assert opacities == pytest.approx([0.014] * len(units))
 
 
-def test_a_quotation_begins_and_ends_with_a_word():
+@functools.cache
+def explanation_of_words():
+    """Of a text with words, and the lines about the progress."""
+    lines = []
     text = "The quick brown fox jumps over the lazy dog and runs"
     model = LanguageModel(CONFIG.model, rngs=nnx.Rngs(0))
-    result = explain(model, ByteTokenizer(), CONFIG, text, token=38, map_tokens=24)
-    assert "".join(unit.text for unit in result.chosen.units) == "fox jumps over the la"
-    assert (result.chosen.predicted.text, result.chosen.rest) == ("z", "y")
+    options = {"token": 38, "map_tokens": 24, "report": lines.append}
+    return explain(model, ByteTokenizer(), CONFIG, text, **options), lines
+
+
+def test_a_quotation_begins_and_ends_with_a_word():
+    chosen = explanation_of_words()[0].chosen
+    assert "".join(unit.text for unit in chosen.units) == "fox jumps over the la"
+    assert (chosen.predicted.text, chosen.rest) == ("z", "y")
 
 
 def test_progress_has_a_line_per_stage():
-    lines = []
-    model = LanguageModel(CONFIG.model, rngs=nnx.Rngs(0))
-    explain(model, ByteTokenizer(), CONFIG, "x" * 40, token=38, report=lines.append)
+    _, lines = explanation_of_words()
     assert "taking 1 layer apart ..." in lines
     assert len(lines) >= 6
     assert all(line.endswith(" ...") for line in lines)
