@@ -73,7 +73,7 @@ def _of_gain(explanation: Explanation) -> str:
 def _reach(explanation: Explanation, tokens: float) -> str:
     """A distance in the text, in characters and, where these are others, in tokens."""
     if math.isinf(tokens):
-        return "no distance that can be named (it forgets nothing)"
+        return "more characters than any text has"
     ratio = explanation.characters_per_token
     shown = _roughly(tokens * ratio, "character")
     return (
