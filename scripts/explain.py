@@ -5,9 +5,10 @@
 
 --out gets explain.html, which holds everything and opens offline, its pictures as PNG files, and
 their numbers in explain.json, where weights of maps are rounded to the fourth digit of their head's
-largest. It shows which earlier tokens every output is made of, how long the model remembers, what
-its state is worth, and what one prediction came from. The text is read as one document; its tokens
-are counted from 1.
+largest. The page opens with a summary in a few sentences, then shows how long the model remembers,
+what its state is worth, what one prediction came from, and which earlier tokens every output is
+made of. The text is read as one document; its tokens are counted from 1. Lines on standard error
+say what is being computed.
 
 Exits with code 1 if the parts of a layer's output do not make up the whole: those of its recurrence
 or attention, and where the model computes in float32 those of the layer too.
@@ -15,6 +16,7 @@ or attention, and where the model computes in float32 those of the layer too.
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ from absl import flags, logging
 
 from simplernn_jax import command_line, load_model
 from simplernn_jax.errors import UserError, counted
+from simplernn_jax.files import check_output, write_file
 
 if TYPE_CHECKING:  # what takes long to import comes after the flags are known to be right
     from simplernn_jax.analysis import Explanation
@@ -40,6 +43,9 @@ _MAP_TOKENS = flags.DEFINE_integer(
     "map_tokens", 192, "Tokens on the maps, around --token.", lower_bound=8, upper_bound=1024
 )
 
+_OUTPUT = re.compile(r"explain\.(html|json)|[a-z_]+(\d+)?\.png")
+"""Names of files that this script writes into --out."""
+
 
 def main() -> int:
     """Explains the text with the newest whole checkpoint of --workdir."""
@@ -49,6 +55,10 @@ def main() -> int:
         raise UserError("no --out: name a folder for the page")
     if _TEXT.value is None and _TEXT_FILE.value is None:
         raise UserError("no --text: give a text to read, or a file of it with --text_file")
+    if "\0" in _OUT.value:
+        raise UserError("--out: holds a NUL character; name a folder")
+    out = Path(_OUT.value).expanduser()
+    _check_out(out)
     text = command_line.read_text(_TEXT.value, _TEXT_FILE.value, name="text")
     workdir = os.path.abspath(os.path.expanduser(_WORKDIR.value))
     from simplernn_jax.analysis import explain
@@ -57,7 +67,7 @@ def main() -> int:
 
     use_compilation_cache()
     model, tokenizer, config = load_model(workdir)
-    out = _make_folder(os.path.expanduser(_OUT.value))
+    out.mkdir(parents=True, exist_ok=True)
     explanation = explain(
         model,
         tokenizer,
@@ -66,7 +76,9 @@ def main() -> int:
         token=_TOKEN.value,
         map_tokens=_MAP_TOKENS.value,
         validation=_validation_split(workdir),
+        report=logging.info,
     )
+    logging.info("drawing ...")
     sizes = config.model
     facts = {
         "model": f"{counted(sizes.num_layers, 'layer')} of width {sizes.hidden_dim}, "
@@ -80,16 +92,22 @@ def main() -> int:
     return 0 if is_exact else 1
 
 
-def _make_folder(path: str) -> Path:
-    """Refuses early what would fail when all has been computed."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={path}: {error.strerror}; name a folder") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--out={path}: cannot be written; name a folder that can")
-    return folder
+def _check_out(out: Path) -> None:
+    """Refuses at once what would fail when all has been computed."""
+    if os.path.lexists(out):
+        if not out.is_dir():
+            raise UserError(f"--out={out}: not a folder; name one")
+        for name in filter(_OUTPUT.fullmatch, os.listdir(out)):
+            try:
+                check_output(out / name)
+            except OSError as error:
+                raise UserError(
+                    f"--out={out}: {name} in it cannot be replaced ({error.strerror}); remove it "
+                    "or name another folder"
+                ) from error
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--out={out}: {nearest} cannot be written; name a folder that can")
 
 
 def _validation_split(workdir: str) -> "TokenSplit | None":
@@ -108,7 +126,6 @@ def _write(out: Path, explanation: "Explanation", facts: dict[str, str]) -> Path
     from simplernn_jax.analysis.export import to_numbers
     from simplernn_jax.analysis.gallery import draw_pictures
     from simplernn_jax.analysis.page import make_page
-    from simplernn_jax.files import write_file
 
     pictures = draw_pictures(explanation)
     for name, picture in pictures.items():

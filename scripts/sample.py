@@ -15,12 +15,12 @@ A long prompt is read once and used many times; the first of these commands prin
 import io
 import os
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from simplernn_jax import command_line, load_model
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import check_output
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run to write with.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; without one, a new document.")
@@ -68,6 +68,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer characters than text
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.inference import fork_state, generate_text, load_state, save_state
+    from simplernn_jax.inference.inputs import checked_length
 
     use_compilation_cache()
     model, tokenizer, _ = load_model(os.path.expanduser(_WORKDIR.value))
@@ -84,6 +85,7 @@ def main() -> None:
     prefix = generate_text(model, tokenizer, prompt, state=state, max_new_tokens=0, **settings)
     state = fork_state(prefix.state, _NUM_SAMPLES.value)
     num_rows = len(state.position)
+    checked_length(_MAX_NEW_TOKENS.value, num_rows)
     only_reads = _MAX_NEW_TOKENS.value == 0 and _SAVE_STATE.value is not None
     is_streamed = num_rows == 1 and not only_reads
     if is_streamed:
@@ -115,9 +117,14 @@ def _check_save_state() -> None:
     if _SAVE_STATE.value is None:
         return
     path = os.path.expanduser(_SAVE_STATE.value)
-    folder = Path(path).parent
-    if Path(path).is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--save_state={path}: cannot be written; name a file in a folder that can")
+    advice = "name a new or regular file in a folder that can be written"
+    try:
+        check_output(path)
+    except (OSError, ValueError) as error:  # a name may hold a NUL character
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"--save_state={path}: cannot be written ({reason}); {advice}") from error
+    if not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK | os.X_OK):
+        raise UserError(f"--save_state={path}: cannot be written; {advice}")
 
 
 if __name__ == "__main__":

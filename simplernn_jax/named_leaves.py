@@ -1,8 +1,10 @@
 """The leaves of a pytree by name, as they are called in files."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+
+_Class = TypeVar("_Class", bound=tuple[Any, ...])
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -13,3 +15,32 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+class _Field(int):
+    """Index of a field of a tuple, whose text is the name of the field."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def tuple_with_names(cls: type[_Class]) -> type[_Class]:
+    """Register a ``NamedTuple`` as a pytree whose keys are indices that print as names.
+
+    JAX alone gives the names as keys. `flax.nnx.tabulate` takes every tuple apart by index and
+    fails on them.
+    """
+    keys = []
+    for index, name in enumerate(cls._fields):  # type: ignore[attr-defined]
+        field = _Field(index)
+        field.name = name
+        keys.append(jax.tree_util.DictKey(field))
+    jax.tree_util.register_pytree_with_keys(
+        cls,
+        lambda fields: (tuple(zip(keys, fields, strict=True)), None),
+        lambda _, leaves: cls(*leaves),
+        lambda fields: (tuple(fields), None),
+    )
+    return cls

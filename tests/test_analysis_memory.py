@@ -11,7 +11,13 @@ from flax import nnx
 from small_runs import HYBRID, small_config
 
 from simplernn_jax.analysis import memory
-from simplernn_jax.analysis.memory import effective_rank, half_life, measure_memory, read_state
+from simplernn_jax.analysis.memory import (
+    effective_rank,
+    half_gone,
+    half_life,
+    measure_memory,
+    read_state,
+)
 from simplernn_jax.analysis.recording import find_mixers, record
 from simplernn_jax.models import LanguageModel
 
@@ -77,3 +83,15 @@ def test_the_state_of_a_long_text_is_read_in_pieces(monkeypatch):
     )
     chex.assert_trees_all_close(read_state(model, TOKENS), expected, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_equal(read_state(model, TOKENS[:0]), model.initial_state(1))
+
+
+@pytest.mark.parametrize(
+    ("lives", "expected"),
+    [([5.0], 5), ([3.0, 3.0, 3.0], 3), ([np.inf, np.inf, 1.0], np.inf), ([0.0], 0)],
+)
+def test_half_of_all_channels_is_gone_after(lives, expected):
+    assert half_gone(np.array(lives)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_channels_that_forget_nothing_delay_the_half():
+    assert half_gone(np.array([np.inf, 2.0, 2.0])) == pytest.approx(4)  # 1/3 + 2/3 * 1/4

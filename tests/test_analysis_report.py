@@ -1,5 +1,6 @@
 """From a text to the page: `explain`, its pictures, its HTML and its numbers."""
 
+import dataclasses
 import functools
 import html.parser
 import json
@@ -9,11 +10,15 @@ import pytest
 from flax import nnx
 from small_runs import small_config
 
-from simplernn_jax.analysis import explanation as explanation_module
-from simplernn_jax.analysis.explanation import choose_token, explain
+from simplernn_jax.analysis import context_gain, progress
+from simplernn_jax.analysis.context_gain import choose_token, context_gains
+from simplernn_jax.analysis.explanation import explain
 from simplernn_jax.analysis.export import to_numbers
 from simplernn_jax.analysis.gallery import draw_pictures
+from simplernn_jax.analysis.html_parts import shaded_text
+from simplernn_jax.analysis.memory import half_gone
 from simplernn_jax.analysis.page import make_page
+from simplernn_jax.analysis.summary import summarize
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
@@ -80,15 +85,100 @@ def test_the_account_is_exact_and_covers_the_token():
 
 
 def test_the_token_that_gains_most_from_the_far_past_is_chosen(monkeypatch):
-    short = np.linspace(3, 2, 7)  # of tokens 33 to 39
-    monkeypatch.setattr(explanation_module, "short_context_losses", lambda *arguments: short)
+    def losses_with(model, tokens, chosen, context):
+        assert list(chosen) == list(range(33, 40))
+        return np.linspace(3, 2, 7) if context == 32 else np.full(7, 4.0)
+
+    monkeypatch.setattr(context_gain, "short_context_losses", losses_with)
     losses = np.full(39, 2.0)
     losses[36] = 0.5  # token 37 gains 2.33 - 0.5
-    token, reason = choose_token(None, np.zeros(40, np.int32), losses)
+    means, gains = context_gains(None, np.zeros(40, np.int32), losses)
+    full = losses[32:].mean()
+    assert means == (7, pytest.approx(4 - full), pytest.approx(2.5 - full))
+    token, reason = choose_token(gains, 40)
     assert token == 37
     assert reason.startswith("what stands more than 32 tokens before it lowers its loss by 1.83")
-    token, reason = choose_token(None, np.zeros(33, np.int32), losses[:32])
+    assert context_gains(None, np.zeros(33, np.int32), losses[:32]) == (None, {})
+    token, reason = choose_token({}, 33)
     assert (token, reason[:12]) == (32, "the last one")
+
+
+def with_gain(everything, far):
+    gain = context_gain.ContextGain(1000, everything, far)
+    return dataclasses.replace(explanation(), context_gain=gain)
+
+
+def test_the_page_opens_with_a_summary_in_numbers():
+    lives = np.concatenate([layer.half_lives.ravel() for layer in explanation().memory.layers])
+    text = " ".join(summarize(with_gain(2.0, 0.13)))
+    per_token = len(TEXT) / len(TEXT.encode())
+    half = np.mean(np.exp2(-half_gone(lives) / lives))
+    assert half == pytest.approx(0.5)
+    assert f"gone after {half_gone(lives) * per_token:.2g} characters (" in text
+    assert f"only after {lives.max() * per_token:,.0f} characters ({lives.max():,.0f} token" in text
+    assert (
+        "6.5% of what its predictions gain from reading back comes from text more than 25" in text
+    )
+    assert "measured on the last 1,000 predictions of this text" in text
+    page = make_page(explanation(), pictures(), {})
+    assert (
+        page.index("In short") < page.index("<h2>1. The memory") < page.index("<h2>4. What every")
+    )
+
+
+@pytest.mark.parametrize(
+    ("everything", "far", "expected"),
+    [(1.0, -0.1, "does not help"), (0.0, 0.0, "does not improve the predictions at all")],
+)
+def test_the_summary_says_when_the_past_does_not_help(everything, far, expected):
+    assert expected in summarize(with_gain(everything, far))[2]
+
+
+def test_the_summary_of_attention_says_how_far_it_sees():
+    sentences = summarize(explanation_of("attention"))
+    assert sentences[0].startswith(
+        "Its layer of attention sees the last 8.7 characters (11 tokens)"
+    )
+    assert len(sentences) == 3
+
+
+def test_a_weak_contribution_looks_weak():
+    units = explanation().chosen.units
+    values = np.full(len(units), 0.01)
+    page = shaded_text(units, values, 0.5, units[0], "rest")
+    opacities = [float(part.split(")")[0]) for part in page.split("var(--red),")[1:]]
+    assert opacities == pytest.approx([0.014] * len(units))
+
+
+@functools.cache
+def explanation_of_words():
+    """Of a text with words, and the lines about the progress."""
+    lines = []
+    text = "The quick brown fox jumps over the lazy dog and runs"
+    model = LanguageModel(CONFIG.model, rngs=nnx.Rngs(0))
+    options = {"token": 38, "map_tokens": 24, "report": lines.append}
+    return explain(model, ByteTokenizer(), CONFIG, text, **options), lines
+
+
+def test_a_quotation_begins_and_ends_with_a_word():
+    chosen = explanation_of_words()[0].chosen
+    assert "".join(unit.text for unit in chosen.units) == "fox jumps over the la"
+    assert (chosen.predicted.text, chosen.rest) == ("z", "y")
+
+
+def test_progress_has_a_line_per_stage():
+    _, lines = explanation_of_words()
+    assert "taking 1 layer apart ..." in lines
+    assert len(lines) >= 6
+    assert all(line.endswith(" ...") for line in lines)
+
+
+def test_progress_of_a_long_stage_is_a_share(monkeypatch):
+    lines = []
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    advance = progress.begin_stage(lines.append, "reading", 40)
+    advance(10)
+    assert lines == ["reading ...", "reading: 25%"]
 
 
 @pytest.mark.parametrize("token", [0, -1, 70])
@@ -174,4 +264,5 @@ def test_numbers_are_json_and_reproduce_an_output():
     rebuilt = np.array([row @ values[: len(row)] for row in map(np.asarray, head)])
     expected = (account.output - account.from_state)[0, :, 1]
     np.testing.assert_allclose(rebuilt, expected, atol=2e-3 * np.abs(expected).max())
+    assert numbers["context_gain"]["predictions"] == 46
     assert [loss["reset_every"] for loss in numbers["loss_by_reset"]] == [0, 4, 7, 16, 64]

@@ -82,6 +82,9 @@ def test_loss_by_position_bins_every_prediction(monkeypatch, batch_tokens, max_r
         )
         inside = reset[(reset_positions >= start) & (reset_positions < 2 * start)]
         assert loss.reset[index] == pytest.approx(inside.mean(), rel=1e-5)
+        assert loss.reset_errors[index] == pytest.approx(
+            inside.std(ddof=1) / len(inside) ** 0.5, rel=1e-4
+        )
     assert abs(loss.reset[-1] - loss.carried[-1]) > 1e-3
 
 

@@ -38,7 +38,8 @@ def test_writes_a_page_its_pictures_and_its_numbers(tmp_path):
         *("--workdir", tmp_path / "run", "--text_file", "-", "--out", out, "--token", 5),
         stdin="größer als",
     )
-    assert (code, errors) == (0, "")
+    assert code == 0
+    assert errors.splitlines()[-1] == "drawing ..."  # and before that a line per stage
     lines = output.splitlines()
     assert lines[0].startswith("layer 1: the map reproduces the recurrence to ")
     assert float(lines[0].split()[8]) <= 1e-5
@@ -90,13 +91,16 @@ def test_an_account_that_fails_is_told_and_exits_with_code_1(tmp_path, monkeypat
     assert (tmp_path / "out" / "explain.html").exists()
 
 
-def test_what_is_no_folder_is_refused(tmp_path):
-    save_untrained(small_config(source=write_corpus(tmp_path / "text")), tmp_path / "run")
-    code, output, errors = explain(
-        "--workdir", tmp_path / "run", "--text", "a", "--out", "README.md"
-    )
+def test_what_cannot_be_replaced_is_found_before_anything_is_read(tmp_path):
+    (tmp_path / "notes.txt").symlink_to("/dev/null")  # nothing that would be written
+    (tmp_path / "map_layer_1.png").symlink_to("/dev/null")
+    code, output, errors = explain("--workdir", "x", "--text_file", "y", "--out", tmp_path)
     assert (code, output) == (2, "")
-    assert errors == "error: --out=README.md: File exists; name a folder\n"
+    assert errors == (
+        f"error: --out={tmp_path}: map_layer_1.png in it cannot be replaced (not a regular file); "
+        "remove it or name another folder\n"
+    )
+    assert (tmp_path / "map_layer_1.png").is_char_device()
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,8 @@ def test_what_is_no_folder_is_refused(tmp_path):
     [
         ([], "no --workdir"),
         (["--workdir", "x", "--text", "a"], "no --out"),
+        (["--workdir", "x", "--out", "README.md", "--text", "a"], "--out=README.md: not a folder"),
+        (["--workdir", "x", "--out", "README.md/y", "--text", "a"], "README.md cannot be written;"),
         (["--workdir", "x", "--out", "y"], "no --text"),
         (["--workdir", "x", "--out", "y", "--text", "a", "--text_file", "b"], "exclude each other"),
         (

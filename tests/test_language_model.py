@@ -135,3 +135,13 @@ def test_the_residual_stack_starts_with_an_even_guess():
     logits, _ = LanguageModel(deep, rngs=nnx.Rngs(0))(tokens())
     chex.assert_tree_all_finite(logits)
     assert 0.5 < jnp.std(logits) < 2
+
+
+def test_flax_tabulates_the_model(config):
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    lines = nnx.tabulate(model, jnp.zeros((1, 5), jnp.int32)).splitlines()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert any(f"Total Parameters: {parameters:,}" in line for line in lines)
+    assert any("layers/1" in line for line in lines)
+    # The summary leaves the model as it was.
+    chex.assert_shape(model(tokens())[0], (BATCH, LENGTH, 29))

@@ -1,11 +1,12 @@
 """Names of leaves: they stand in files, so they never change."""
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
-from simplernn_jax.named_leaves import named_leaves
+from simplernn_jax.named_leaves import named_leaves, tuple_with_names
 
 
 @jax.tree_util.register_dataclass
@@ -13,6 +14,12 @@ from simplernn_jax.named_leaves import named_leaves
 class Pair:
     first: object
     second: object
+
+
+@tuple_with_names
+class Both(NamedTuple):
+    keys: Any
+    length: Any
 
 
 def test_a_leaf_is_named_by_its_path():
@@ -26,3 +33,13 @@ def test_parameters_of_a_module_have_their_attributes_names():
     module = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     names = named_leaves({"params": nnx.state(module, nnx.Param)})
     assert set(names) == {"params/layers/0/bias/value", "params/layers/0/kernel/value"}
+
+
+def test_fields_of_a_tuple_are_named_and_can_be_indexed():
+    tree = (0, Both(keys=[1, 2], length=None))
+    assert named_leaves(tree) == {"0": 0, "1/keys/0": 1, "1/keys/1": 2}
+    doubled = jax.tree.map(lambda x: 2 * x, tree)
+    assert doubled == (0, Both(keys=[2, 4], length=None))
+    assert isinstance(doubled[1], Both)
+    path = jax.tree_util.tree_leaves_with_path(tree)[2][0]
+    assert tree[path[0].idx][path[1].key][path[2].idx] == 2

@@ -3,8 +3,11 @@
 What needs PyTorch itself asks for the fixture `torch` and is skipped where it is not installed.
 """
 
+import io
 import pickle
+import random
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from simplernn_jax import memory_bound
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
@@ -179,6 +183,122 @@ def test_damaged_safetensors_is_refused(tmp_path, state, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(UserError, match=r"cut\.safetensors: cannot be read"):
         load_pytorch_weights(str(path))
+
+
+def small_state(torch: Any) -> dict[str, Any]:
+    shapes = {f"layers.0.{name}": shape for name, shape in WIDTHS.items()}
+    shapes["lm_head"] = (VOCAB, HIDDEN)
+    state = {"embedding.weight": torch.ones(VOCAB, HIDDEN)}
+    for name, shape in shapes.items():
+        state |= {f"{name}.weight": torch.ones(shape), f"{name}.bias": torch.ones(shape[0])}
+    return state
+
+
+def with_damaged_pickle(content: bytes, draw: random.Random) -> bytes:
+    """A zip that is whole around a pickle that is not."""
+    source, target = zipfile.ZipFile(io.BytesIO(content)), io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        for name in source.namelist():
+            part = bytearray(source.read(name))
+            if name.endswith("data.pkl"):
+                for _ in range(draw.randint(1, 3)):
+                    part[draw.randrange(len(part))] = draw.randrange(256)
+            archive.writestr(name, bytes(part))
+    return target.getvalue()
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    if draw.random() < 0.5 and content.startswith(b"PK"):
+        return with_damaged_pickle(content, draw)
+    start = draw.randrange(len(content))
+    end = draw.choice([start, start + 1, start + 40, len(content)])
+    return content[:start] + draw.randbytes(draw.choice([0, 1, 20])) + content[end:]
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_a_damaged_pt_is_one_line_or_harmless(tmp_path, torch, as_zip):
+    path = tmp_path / "damaged.pt"
+    torch.save(small_state(torch), path, _use_new_zipfile_serialization=as_zip)
+    whole, draw = path.read_bytes(), random.Random(0)
+    messages = []
+    for _ in range(60):
+        path.write_bytes(damaged(whole, draw))
+        # What is damaged may be no part of the weights, or a value in the old format.
+        try:
+            load_pytorch_weights(str(path))
+        except UserError as error:
+            messages.append(str(error))
+    assert len(messages) > 40
+    assert all(message.startswith(f"{path}: ") for message in messages)
+    assert all(map(str.isprintable, messages))
+
+
+def test_a_flipped_bit_of_a_weight_is_refused(tmp_path, torch):
+    path = tmp_path / "flipped.pt"
+    torch.save({"embedding.weight": torch.full((VOCAB, HIDDEN), 3.25)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(np.full(9, 3.25, np.float32).tobytes())] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="wrong checksum of 'flipped/data/0'"):
+        load_pytorch_weights(str(path))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda torch: torch.ones(VOCAB, HIDDEN).to_sparse(), "sparse_coo"),
+        (lambda torch: torch.ones(VOCAB, HIDDEN).to_sparse_csr(), "sparse_csr"),
+        (lambda torch: torch.ones(VOCAB, HIDDEN).to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (lambda torch: torch.ones(VOCAB, HIDDEN, dtype=torch.complex64), "complex64"),
+        (lambda torch: torch.ones(VOCAB, HIDDEN, dtype=torch.int8), "int8"),
+        (lambda torch: torch.ones(VOCAB, HIDDEN, device="meta"), "is meta"),
+        (
+            lambda torch: torch.quantize_per_tensor(torch.ones(9, 9), 0.1, 0, torch.qint8),
+            "qint8|holds more than tensors",
+        ),
+        (lambda torch: torch.ones(VOCAB, 0), "a matrix is needed"),
+        (lambda torch: torch.ones(0, HIDDEN), "a matrix is needed"),
+        (lambda torch: torch.ones(()), "a matrix is needed"),
+        (lambda torch: torch.ones(1, 1).expand(2**30, 2**20), "more than half of the"),
+    ],
+)
+@pytest.mark.filterwarnings(
+    "ignore:Sparse (CSR|invariant)", "ignore:.*quantize", "ignore:Sparse invariant checks"
+)
+def test_odd_tensors_are_refused(tmp_path, torch, make, message):
+    path = tmp_path / "odd.pt"
+    torch.save(small_state(torch) | {"embedding.weight": make(torch)}, path)
+    with pytest.raises(UserError, match=message):
+        load_pytorch_weights(str(path))
+
+
+def test_parameters_and_not_a_number_are_taken(tmp_path, torch):
+    state = small_state(torch)
+    state["lm_head.bias"] = torch.nn.Parameter(torch.full((VOCAB,), torch.nan))
+    torch.save(state, tmp_path / "odd.pt")
+    model = load_pytorch_weights(str(tmp_path / "odd.pt"))
+    assert np.isnan(model.head.bias[...]).all()
+
+
+def test_integers_and_float8_in_safetensors_are_refused(tmp_path, state):
+    with pytest.raises(UserError, match=r"'lm_head.bias' is int32; save floating-point"):
+        load_pytorch_weights(
+            save_safetensors(
+                state | {"lm_head.bias": np.zeros(3, np.int32)}, tmp_path / "a.safetensors"
+            )
+        )
+    path = tmp_path / "b.safetensors"
+    header = b'{"w":{"dtype":"F8_E5M2","shape":[3],"data_offsets":[0,3]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    with pytest.raises(UserError, match=r"cannot be read .*F8_E5M2"):
+        load_pytorch_weights(str(path))
+
+
+def test_a_file_larger_than_memory_is_not_read(tmp_path, state, monkeypatch):
+    path = save_safetensors(state, tmp_path / "w.safetensors")
+    monkeypatch.setattr(memory_bound.os, "sysconf", lambda name: 16)
+    with pytest.raises(UserError, match=r"more than half of the 0.0 GB of memory"):
+        load_pytorch_weights(path)
 
 
 def test_pt_without_pytorch_says_what_to_do(tmp_path, monkeypatch):

@@ -93,6 +93,14 @@ def test_a_file_that_is_no_state_is_refused(workdir):
     assert errors.count("\n") == 1
 
 
+def test_what_memory_cannot_hold_is_refused_before_anything_is_written(workdir):
+    copies = ["--num_samples", 2 * 10**9]
+    code, text, errors = run("sample.py", "--workdir", workdir, "--prompt", "a", *copies)
+    assert (code, text) == (2, "")
+    assert errors.startswith("error: n=2000000000: needs ")
+    assert errors.count("\n") == 1
+
+
 def test_without_a_prompt_a_document_begins(workdir):
     code, text, errors = run("sample.py", "--workdir", workdir, "--max_new_tokens", 5)
     assert code == 0, errors
@@ -110,6 +118,7 @@ def test_without_a_prompt_a_document_begins(workdir):
         (["--workdir", "x", "--num_samples", "0"], b"", "num_samples"),
         (["--workdir", "x", "--save_state", "no/folder"], b"", "--save_state=no/folder: cannot be"),
         (["--workdir", "x", "--save_state", "tests"], b"", "--save_state=tests: cannot be written"),
+        (["--workdir", "x", "--save_state", "/dev/null"], b"", "cannot be written (not a regular"),
         (["--workdir", "x", "--prompt", "a", "--prompt_file", "b"], b"", "exclude each other"),
         (["--workdir", "x", "--prompt_file", "missing.txt"], b"", "missing.txt"),
         (["--workdir", "x", "--prompt_file", "-"], b"ab\xff", "invalid UTF-8 at byte 2"),

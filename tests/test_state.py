@@ -128,6 +128,29 @@ def test_a_failed_save_leaves_what_was_there(path, model, state, monkeypatch):
     assert os.listdir(path.parent) == [path.name]
 
 
+@pytest.fixture(params=["fifo", "link to a device", "dangling link"])
+def odd_file(request, tmp_path):
+    """A path at which something other than a regular file is."""
+    odd = tmp_path / "odd"
+    if request.param == "fifo":
+        os.mkfifo(odd)
+    else:
+        odd.symlink_to("/dev/zero" if request.param == "link to a device" else "nowhere")
+    return odd
+
+
+def test_saving_replaces_nothing_but_a_regular_file(odd_file, model, state):
+    before = odd_file.lstat()
+    with pytest.raises(UserError, match="the state cannot be written"):
+        save_state(odd_file, state, model, BYTES)
+    assert (before.st_mode, before.st_ino) == (odd_file.lstat().st_mode, odd_file.lstat().st_ino)
+    assert os.listdir(odd_file.parent) == [odd_file.name]
+
+
+def test_what_is_no_regular_file_is_not_read(odd_file, model):
+    assert refusal(odd_file, model).startswith("cannot be read (")
+
+
 @pytest.mark.parametrize("name", ["missing/state", "."])
 def test_a_place_that_cannot_be_written_is_named(tmp_path, model, state, name):
     path = f"{tmp_path}/{name}"
@@ -202,13 +225,20 @@ def test_another_version_of_the_format_is_refused(path, model):
 def test_other_files_are_refused(tmp_path, model):
     path = tmp_path / "file"
     assert refusal(path, model).startswith("cannot be read (No such file or directory);")
-    assert refusal(tmp_path, model).startswith("cannot be read (Is a directory);")
+    assert refusal(tmp_path, model).startswith("cannot be read (not a regular file);")
     for content in (b"", b"Once upon a time", bytes(1000)):
         path.write_bytes(content)
         assert refusal(path, model).startswith("damaged, or no state (")
     for metadata in (None, {"format": "pt"}):
         path.write_bytes(safetensors.numpy.save({"weight": np.zeros(3)}, metadata))
         assert refusal(path, model).startswith("holds no state;")
+
+
+def test_a_file_larger_than_memory_is_not_read(path, model, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sysconf", lambda name: 64)
+        assert refusal(path, model).startswith("needs 0.0 GB, more than half of the 0.0 GB of mem")
+    load_state(str(path), model, BYTES)
 
 
 def test_copies_of_a_row_are_adjacent_and_differ_only_in_their_stream(state):
@@ -253,9 +283,42 @@ def test_one_copy_is_the_state_itself(state):
     chex.assert_trees_all_equal(fork_state(state, 1), state)
 
 
-def test_no_copy_is_refused(state):
-    with pytest.raises(UserError, match="n=0: each row needs at least 1 copy"):
-        fork_state(state, 0)
+@pytest.mark.parametrize("n", [0, -1, True, 1.0, None, "2", 2**31])
+def test_other_numbers_of_copies_are_refused(state, n):
+    with pytest.raises(UserError, match=rf"n={n!r}: must be an integer in \[1, 2147483647\]"):
+        fork_state(state, n)
+
+
+def test_copies_that_memory_cannot_hold_are_refused(state):
+    with pytest.raises(UserError, match=r"n=1000000000: needs [\d,.]+ GB, more than half of the "):
+        fork_state(state, 1_000_000_000)
+
+
+def test_only_a_state_is_forked_or_saved(tmp_path, model, state):
+    for other in (None, state.layers, "state", dataclasses.asdict(state)):
+        with pytest.raises(UserError, match="give the state that generate or load_state returned"):
+            fork_state(other, 2)
+        with pytest.raises(UserError, match="give the state that generate or load_state returned"):
+            save_state(tmp_path / "state", other, model, BYTES)
+    broken = dataclasses.replace(state, position=None)
+    with pytest.raises(UserError, match="go on with the model that made it"):
+        save_state(tmp_path / "state", broken, model, BYTES)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [None, 3, b"state", "", "a\0b"])
+def test_what_is_no_path_is_refused(bad, model, state):
+    with pytest.raises(UserError, match=r"^path="):
+        save_state(bad, state, model, BYTES)
+    with pytest.raises(UserError, match=r"^path="):
+        load_state(bad, model, BYTES)
+
+
+def test_what_is_no_model_or_tokenizer_is_refused(path, model, state):
+    with pytest.raises(UserError, match=r"^model: NoneType; give the LanguageModel of load_model"):
+        load_state(path, None, BYTES)
+    with pytest.raises(UserError, match=r"^tokenizer: str has no vocab_size; give that of"):
+        save_state(path, state, model, "byte")
 
 
 def test_text_goes_on_from_a_file_and_a_fork(tmp_path, model):

@@ -15,6 +15,7 @@ def to_numbers(explanation: Explanation) -> dict[str, Any]:
     have half a million of them for each head.
     """
     chosen, value = explanation.chosen, explanation.state_value
+    gain = explanation.context_gain
     layers = []
     for mixer, account, memory, given in zip(
         explanation.mixers,
@@ -48,6 +49,7 @@ def to_numbers(explanation: Explanation) -> dict[str, Any]:
                 "nats": chosen.nats,
                 "contributions": chosen.from_all._asdict(),
             },
+            "context_gain": None if gain is None else gain._asdict(),
             "evaluated": value.evaluated,
             "window": value.window,
             "loss_by_position": value.by_position._asdict(),

@@ -57,9 +57,10 @@ def _pictures(explanation: Explanation) -> Iterator[Picture]:
         "loss_by_position",
         "Loss by position in the document",
         "A blue line that falls to the right means better predictions with more of the document "
-        "read (bars: two standard errors; each point stands for the positions up to the next "
-        "mark). Orange above blue is what the state brings over from before the last reset; where "
-        "orange lies below blue, that does harm: the model predicts better without it.",
+        "read (bars: two standard errors; a point stands for a range of positions, each twice as "
+        "long as the one before). Orange above blue is what the state brings over from before the "
+        "last reset; where orange lies below blue, that does harm: the model predicts better "
+        "without it.",
         curve_pictures.draw_position_loss(explanation.state_value.by_position, window),
     )
     yield Picture(
@@ -87,8 +88,9 @@ def _map_pictures(explanation: Explanation) -> Iterator[Picture]:
             f"Attention map of {name}",
             "Each row is one output and each column an earlier token, labelled with the text that "
             "begins there: red adds that token's value, blue (in a recurrence only) subtracts it, "
-            "white leaves it out; "
-            "the dotted line is the output that predicts the chosen token.",
+            "white leaves it out; full color is the largest weight of the head, which stands above "
+            "it, and a hundredth of that is faint. The dotted line is the output that predicts the "
+            "chosen token.",
             map_pictures.draw_maps(
                 np.asarray(account.weights[0]), explanation.units, explanation.start, row
             ),
@@ -120,7 +122,7 @@ def _contribution_picture(explanation: Explanation) -> Picture:
     return Picture(
         "contributions",
         "The tokens that gave most to the chosen prediction",
-        "Each bar is one earlier token, in brackets among its neighbours with its distance to the "
+        "Each bar is one earlier token, in brackets in its word, with its distance to the "
         "predicted one: red speaks for the prediction (in a layer: for its output), blue against.",
         map_pictures.draw_contributions(panels, chosen.units),
     )

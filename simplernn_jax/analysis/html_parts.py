@@ -6,23 +6,43 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from simplernn_jax.analysis.pictures import DPI, FITTING
 from simplernn_jax.analysis.token_text import Unit, visible
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 2rem auto;
-  max-width: 1364px; padding: 0 1rem; }
+:root { color-scheme: light dark; --text: #222; --muted: #555; --page: #fff; --line: #ccc;
+  --box: #f4f6f8; --red: 214, 39, 40; --blue: 31, 119, 180; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e4e4e4; --muted: #aaa; --page: #16181b; --line: #444; --box: #22262b;
+    --red: 255, 82, 82; --blue: 66, 165, 245; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page);
+  margin: 2rem auto; max-width: 1364px; padding: 0 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.7rem; margin-bottom: 0.3rem; }
-h2 { font-size: 1.3rem; margin-top: 3rem; border-bottom: 1px solid #ccc; }
-p { max-width: 60rem; }
-figure { margin: 1.5rem 0; overflow-x: auto; }
-figure img { display: block; max-width: 100%; }
-figcaption { max-width: 60rem; color: #444; }
+h2 { font-size: 1.3rem; margin-top: 3rem; border-bottom: 1px solid var(--line); }
+p, figcaption, .summary { max-width: 60rem; }
+.summary { background: var(--box); border-left: 4px solid rgb(var(--blue)); padding: 0.2rem 1.2rem;
+  font-size: 1.1rem; }
+.summary h2 { margin-top: 1rem; border: 0; }
+figure { margin: 1.5rem 0; }
+figure div { overflow-x: auto; }
+figure img { display: block; background: #fff; }
+figcaption { color: var(--muted); }
+.fits img { width: 100%; max-width: 754px; }
+.wide img { max-width: 100%; min-width: 900px; }
+.hint { display: none; }
+@media (max-width: 931px) { .hint { display: block; font-weight: bold; } }
 table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: 0.2rem 0.9rem 0.2rem 0; text-align: right; border-bottom: 1px solid #ddd; }
+th, td { padding: 0.2rem 0.9rem 0.2rem 0; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child, .words td { text-align: left; }
-pre { font: 14px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
-  background: #fff; border: 1px solid #ddd; padding: 0.6rem 0.8rem; margin: 0.4rem 0; }
-.mark { outline: 2px solid #000; font-weight: bold; }
+pre { font: 14px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: break-word;
+  border: 1px solid var(--line); padding: 0.6rem 0.8rem; margin: 0.4rem 0; }
+.mark { outline: 2px solid var(--text); font-weight: bold; }
+.rest { color: var(--muted); }
+.scale { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: center; color: var(--muted); }
+.scale span { width: 10rem; height: 1rem; border: 1px solid var(--line);
+  background: linear-gradient(to right, rgba(var(--blue), STRONGEST), transparent,
+  rgba(var(--red), STRONGEST)); }
 """
 
 
@@ -33,10 +53,11 @@ _STRONGEST = 0.7
 def document(title: str, parts: Iterable[str]) -> str:
     """A whole HTML document of `parts`, each HTML already."""
     body = "\n".join(parts)
+    style = _STYLE.replace("STRONGEST", str(_STRONGEST))
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
         f"<h1>{html.escape(title)}</h1>\n{body}\n</body>\n</html>\n"
     )
 
@@ -69,37 +90,56 @@ def table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-_LEAST_SHRUNK = 0.75
-"""A picture shrinks with the page to this share of its width; then the page scrolls over it."""
+def summary(sentences: Iterable[str]) -> str:
+    """What stands first and can be read alone."""
+    body = "".join(paragraph(sentence) for sentence in sentences)
+    return f'<section class="summary"><h2>In short</h2>{body}</section>'
 
 
-def figure(png: bytes, title: str, how_to_read: str) -> str:
-    """The picture, embedded, and the sentence that says how to read it."""
+def figure(png: bytes, title: str, how_to_read: str, file: str) -> str:
+    """The picture, embedded, and the sentence that says how to read it.
+
+    One that is too wide for a small screen scrolls there, and says so; `file` is its name.
+    """
     data = base64.b64encode(png).decode("ascii")
     width = int.from_bytes(png[16:20], "big")  # a PNG file says so in its 17th byte and on
+    is_wide = width > FITTING * DPI + 1
     title = html.escape(title)
+    hint = f"Wider than this screen: scroll it sideways, or open {html.escape(file)}."
     return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{title}" '
-        f'style="min-width: {round(_LEAST_SHRUNK * width)}px">\n'
+        f'<figure class="{"wide" if is_wide else "fits"}">'
+        + (f'<p class="hint">{hint}</p>' if is_wide else "")
+        + f'<div><img src="data:image/png;base64,{data}" alt="{title}"></div>\n'
         f"<figcaption><b>{title}.</b> {html.escape(how_to_read)}</figcaption></figure>"
     )
 
 
-def shaded_text(units: Sequence[Unit], values: np.ndarray, marked: Unit) -> str:
+def color_scale(full: str) -> str:
+    """A legend for `shaded_text`; `full` says how much has full color."""
+    full = html.escape(full)
+    return f'<p class="scale">against, {full} <span></span> for, {full}</p>'
+
+
+def shaded_text(
+    units: Sequence[Unit], values: np.ndarray, strongest: float, marked: Unit, rest: str
+) -> str:
     """A text whose background shows `values`, red above and blue below 0, and what comes after.
 
     Args:
       units: pieces of the text.
       values: one number for each.
+      strongest: has full color, as has what is above it.
       marked: the piece that follows them, in a frame.
+      rest: follows it, in gray.
     """
-    largest = float(np.abs(values).max()) or 1.0
     spans = []
     for unit, value in zip(units, values, strict=True):
-        color = "214,39,40" if value > 0 else "31,119,180"
-        style = f"background:rgba({color},{_STRONGEST * abs(value) / largest:.3f})"
+        color = "--red" if value > 0 else "--blue"
+        opacity = _STRONGEST * min(abs(value) / strongest, 1)
+        style = f"background:rgba(var({color}),{opacity:.3f})"
         spans.append(f'<span style="{style}" title="{value:.3g}">{_shown(unit.text)}</span>')
     spans.append(f'<span class="mark">{_shown(marked.text)}</span>')
+    spans.append(f'<span class="rest">{_shown(rest)}</span>' if rest else "")
     return f"<pre>{''.join(spans)}</pre>"
 
 

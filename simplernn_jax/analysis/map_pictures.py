@@ -5,21 +5,23 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from simplernn_jax.analysis.pictures import (
+    FITTING,
     LABEL,
     MONOSPACE,
     beginning,
-    colors,
     ending,
     label_text,
+    line_styles,
     new_figure,
     png,
+    sparse_markers,
 )
-from simplernn_jax.analysis.token_text import Unit
+from simplernn_jax.analysis.token_text import Unit, begins_word
 
 _COLUMNS = 2
+_NEIGHBORS = 12
+"""Units on each side of one that a label looks at for the rest of its word."""
 _TICKS_PER_INCH = 3.2
-_FAINTEST = 0.01
-"""Weights below this share of a head's largest are drawn on a linear scale, others on a log one."""
 
 
 def draw_maps(weights: np.ndarray, units: Sequence[Unit], offset: int, row: int) -> bytes:
@@ -31,7 +33,7 @@ def draw_maps(weights: np.ndarray, units: Sequence[Unit], offset: int, row: int)
       offset: position of the first token in its document.
       row: marked with a line.
     """
-    from matplotlib.colors import SymLogNorm
+    from matplotlib.colors import FuncNorm
 
     heads, length, _ = weights.shape
     columns = min(heads, _COLUMNS)
@@ -49,7 +51,8 @@ def draw_maps(weights: np.ndarray, units: Sequence[Unit], offset: int, row: int)
             image = axes.imshow(
                 np.ma.array(weights[head] / (largest or 1.0), mask=above),
                 cmap="RdBu_r",
-                norm=SymLogNorm(_FAINTEST, vmin=-1, vmax=1),
+                # A root, so that a tenth is seen and a hundredth is faint.
+                norm=FuncNorm((_signed_root, _signed_square), vmin=-1, vmax=1),
                 interpolation="nearest",
             )
             axes.axhline(row, color="black", linewidth=0.7, linestyle=":")
@@ -59,12 +62,20 @@ def draw_maps(weights: np.ndarray, units: Sequence[Unit], offset: int, row: int)
             axes.tick_params(axis="x", rotation=90)
             label_text(axes.yaxis, units, offset, ticks)
             axes.set_ylabel("output after token t")
-        levels = [-1, -0.1, -0.01, 0, 0.01, 0.1, 1]
+        levels = [-1, -0.5, -0.1, -0.01, 0.01, 0.1, 0.5, 1]
         bar = figure.colorbar(image, ax=grid, location="top", shrink=0.5, aspect=40, ticks=levels)
-        bar.set_ticks(levels, labels=[f"{level:g}" for level in levels])
+        bar.set_ticks(levels, labels=[f"{level:.0%}" for level in levels])
         bar.minorticks_off()
-        bar.set_label("weight A_tj, as a share of the head's largest")
+        bar.set_label("weight A_tj, as a share of the largest |A| of its head")
         return png(figure)
+
+
+def _signed_root(x: np.ndarray) -> np.ndarray:
+    return np.sign(x) * np.sqrt(np.abs(x))
+
+
+def _signed_square(x: np.ndarray) -> np.ndarray:
+    return np.sign(x) * np.square(x)
 
 
 def draw_state_share(shares: Mapping[str, np.ndarray], units: Sequence[Unit], offset: int) -> bytes:
@@ -75,11 +86,13 @@ def draw_state_share(shares: Mapping[str, np.ndarray], units: Sequence[Unit], of
       units: of the T tokens.
       offset: position of the first of them in its document.
     """
-    with new_figure(12.4, 3.9) as figure:
+    with new_figure(FITTING, 4) as figure:
         axes = figure.subplots()
-        for (name, share), color in zip(shares.items(), colors(len(shares)), strict=True):
-            axes.plot(share, color=color, linewidth=1.2, label=name)
-        label_text(axes.xaxis, units, offset, round(11 * _TICKS_PER_INCH))
+        curves = zip(shares.items(), line_styles(len(shares)), strict=True)
+        for index, ((name, share), style) in enumerate(curves):
+            places = sparse_markers(len(share), index, len(shares))
+            axes.plot(share, markevery=places, label=name, **style)
+        label_text(axes.xaxis, units, offset, round(FITTING * _TICKS_PER_INCH))
         axes.tick_params(axis="x", rotation=90)
         axes.set_xlim(0, max(units[-1].stop - 1, 1))
         axes.set_ylim(bottom=0)
@@ -123,8 +136,15 @@ def draw_contributions(
 
 
 def label_unit(units: Sequence[Unit], index: int) -> str:
-    """A unit between brackets among its neighbours, and how far before the end it stands."""
-    before = "".join(unit.text for unit in units[max(index - 8, 0) : index])
-    after = "".join(unit.text for unit in units[index + 1 : index + 5])
-    text = f"{ending(before, 10)}[{beginning(units[index].text, LABEL)}]{beginning(after, 4)}"
+    """A unit between brackets in its word, or between two, and how far before the end it stands."""
+    start, stop = index, index + 1
+    while start > 0 and not begins_word(units, start) and index - start < _NEIGHBORS:
+        start -= 1
+    while stop < len(units) and not units[stop].text[0].isspace() and stop - index < _NEIGHBORS:
+        stop += 1
+    before = "".join(unit.text for unit in units[start:index]).lstrip()
+    after = "".join(unit.text for unit in units[index + 1 : stop])
+    whole = ending(before, 10)
+    left = whole if whole == ending(before, 1000) else f"…{ending(before, 9)}"
+    text = f"{left}[{beginning(units[index].text, LABEL)}]{beginning(after, 7)}"
     return f"{text:>15} {units[-1].stop - units[index].start:>4}"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from simplernn_jax.analysis.progress import Report, begin_stage, no_report
 from simplernn_jax.analysis.recording import find_mixers, record
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.models import LanguageModel, SimpleRNN
@@ -45,6 +46,25 @@ def half_life(mean_decay: np.ndarray) -> np.ndarray:
     return np.divide(math.log(2), decay, out=np.full_like(decay, np.inf), where=decay > 0)
 
 
+def half_gone(half_lives: np.ndarray) -> float:
+    """Tokens after which half of what all channels were given is gone: channel c keeps the share
+    ``2^(-n / half_lives_c)`` after n tokens, and the mean over the channels is 1/2.
+
+    Infinite where at least half of the channels forget nothing.
+    """
+    lives = np.asarray(half_lives, np.float64).ravel()
+    if np.mean(np.isinf(lives)) >= 0.5:
+        return math.inf
+    low, high = 0.0, 1.0
+    while np.mean(np.exp2(-high / np.maximum(lives, 1e-9))) > 0.5:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        kept = np.mean(np.exp2(-middle / np.maximum(lives, 1e-9)))
+        low, high = (middle, high) if kept > 0.5 else (low, middle)
+    return high
+
+
 def effective_rank(matrices: np.ndarray) -> np.ndarray:
     """exp of the entropy of the singular values, each taken as a share of their sum.
 
@@ -62,12 +82,13 @@ def effective_rank(matrices: np.ndarray) -> np.ndarray:
     return np.where(total[..., 0] > 0, np.exp(-np.sum(shares * logs, axis=-1)), 0.0)
 
 
-def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
+def measure_memory(model: LanguageModel, tokens: np.ndarray, report: Report = no_report) -> Memory:
     """Reads a text from a zero state and looks at the recurrences on the way.
 
     Args:
       model: the language model.
       tokens: [n] ids, n at least 1, BOS included.
+      report: takes lines about the progress.
     """
     graph, params = nnx.split(model)
 
@@ -90,11 +111,13 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
     step = min(-(-len(tokens) // _POINTS), _MOST_TOKENS)
     state = model.initial_state(1)
     positions, by_piece = [], []
+    advance = begin_stage(report, "looking at the memory along the text", len(tokens))
     for start in range(0, len(tokens), step):
         piece = np.asarray(tokens[start : start + step], np.int32)
         state, measured = read(params, piece[None], state)
         positions.append(start + len(piece))
         by_piece.append(_reduce(measured))
+        advance(positions[-1])
     layers = [
         _layer_memory([piece[i] for piece in by_piece], len(tokens))
         if isinstance(mixer, SimpleRNN)

@@ -1,4 +1,4 @@
-"""The page about an `Explanation`: four parts, one after another."""
+"""The page about an `Explanation`: a summary, then four parts from results to details."""
 
 from collections.abc import Iterator, Mapping
 
@@ -7,19 +7,28 @@ import numpy as np
 from simplernn_jax.analysis.explanation import Explanation
 from simplernn_jax.analysis.gallery import Picture, units_given
 from simplernn_jax.analysis.html_parts import (
+    color_scale,
     document,
     facts_list,
     figure,
     heading,
     paragraph,
     shaded_text,
+    summary,
     table,
 )
-from simplernn_jax.analysis.token_text import sum_by_unit, visible
+from simplernn_jax.analysis.summary import summarize
+from simplernn_jax.analysis.token_text import quoted, sum_by_unit
 from simplernn_jax.config import MIXERS
 from simplernn_jax.errors import counted
 
 TITLE = "What the model did with a text"
+
+_FULL_SHARE = 0.5
+"""Share of a layer's output that has full color behind a text."""
+
+_LEAST_FULL_NATS = 0.5
+"""What has full color has at least so many nats: less would make weak contributions look strong."""
 
 _WEIGHTS = {
     "simple_rnn": "A recurrence has A_tj = sum over key channels of q_t k_j times all gates from "
@@ -44,20 +53,21 @@ def make_page(
         **facts,
         "text": f"{counted(len(explanation.tokens) - 1, 'token')} and BOS, which is token 0",
         "maps": f"tokens {explanation.start:,} to {explanation.stop - 1:,} of it",
-        "prediction": f"token {chosen.position:,}, “{visible(chosen.predicted.text)}”",
+        "prediction": f"token {chosen.position:,}, {quoted(chosen.predicted.text)}",
     }
     parts = [
+        summary(summarize(explanation)),
         facts_list(facts),
-        *_attention_part(explanation, pictures),
         *_memory_part(explanation, pictures),
         *_value_part(explanation, pictures),
         *_prediction_part(explanation, pictures),
+        *_attention_part(explanation, pictures),
     ]
     return document(TITLE, parts)
 
 
 def _attention_part(explanation: Explanation, pictures: Mapping[str, Picture]) -> Iterator[str]:
-    yield heading("1. What every output is made of")
+    yield heading("4. What every output is made of")
     yield paragraph(
         "Every output of a layer is y_t = sum over j of A_tj v_j, plus what the state before the "
         "first token gives. " + " ".join(_WEIGHTS[mixer] for mixer in _used_mixers(explanation))
@@ -83,7 +93,7 @@ def _used_mixers(explanation: Explanation) -> list[str]:
 
 
 def _memory_part(explanation: Explanation, pictures: Mapping[str, Picture]) -> Iterator[str]:
-    yield heading("2. The memory of the model")
+    yield heading("1. The memory of the model")
     used = _used_mixers(explanation)
     if "attention" in used:
         yield paragraph(
@@ -114,7 +124,7 @@ def _memory_part(explanation: Explanation, pictures: Mapping[str, Picture]) -> I
 
 def _value_part(explanation: Explanation, pictures: Mapping[str, Picture]) -> Iterator[str]:
     value = explanation.state_value
-    yield heading("3. What the state is worth")
+    yield heading("2. What the state is worth")
     yield paragraph(f"Evaluated on {value.evaluated}, the same ones each time.")
     if "attention" in explanation.mixers:
         yield paragraph("The state of attention is its cache of keys and values.")
@@ -130,29 +140,33 @@ def _value_part(explanation: Explanation, pictures: Mapping[str, Picture]) -> It
 
 def _prediction_part(explanation: Explanation, pictures: Mapping[str, Picture]) -> Iterator[str]:
     chosen = explanation.chosen
-    yield heading("4. What one prediction is made of")
+    yield heading("3. What one prediction is made of")
     yield paragraph(
         f"The prediction of token {chosen.position:,}, framed below, with a loss of "
         f"{chosen.nats:.3f} nats (probability {np.exp(-chosen.nats):.3g}). "
         f"Chosen because: {chosen.reason}."
     )
+    rest = "the rest of its word, which the model has not read, is gray. " if chosen.rest else ""
+    given = sum_by_unit(chosen.units, chosen.from_all.tokens)
+    strongest = max(float(np.abs(given).max()), _LEAST_FULL_NATS)
     yield paragraph(
         "Through all layers: the gradient of its log-probability times the embedding of each "
-        "earlier token. Red tokens made the prediction more probable, blue ones less; the "
-        "strongest has full colour. To first order only."
+        "earlier token. Red tokens made the prediction more probable, blue ones less; "
+        f"{rest}To first order only."
     )
-    yield shaded_text(
-        chosen.units, sum_by_unit(chosen.units, chosen.from_all.tokens), chosen.predicted
-    )
-    for name, given in zip(explanation.layer_names, chosen.by_layer, strict=True):
+    yield color_scale(f"{strongest:.2g} nats")
+    yield shaded_text(chosen.units, given, strongest, chosen.predicted, chosen.rest)
+    yield color_scale(f"{_FULL_SHARE:.0%} of the output, or more")
+    for name, part in zip(explanation.layer_names, chosen.by_layer, strict=True):
         yield paragraph(
             f"{name.capitalize()}, by its map: share of each token in the output after the last "
             f"token, mean over heads; all shares add up to 1"
-            + (f", {given.state:z.3f} of it from before this stretch." if given.state else ".")
+            + (f", {part.state:z.3f} of it from before this stretch." if part.state else ".")
         )
-        yield shaded_text(chosen.units, units_given(explanation, given), chosen.predicted)
+        shares = units_given(explanation, part)
+        yield shaded_text(chosen.units, shares, _FULL_SHARE, chosen.predicted, chosen.rest)
     yield _figure(pictures["contributions"])
 
 
 def _figure(picture: Picture) -> str:
-    return figure(picture.png, picture.title, picture.how_to_read)
+    return figure(picture.png, picture.title, picture.how_to_read, f"{picture.name}.png")

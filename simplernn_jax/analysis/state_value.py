@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from simplernn_jax.analysis.progress import Report, begin_stage, no_report
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.models import LanguageModel
@@ -34,6 +35,8 @@ class PositionLoss(NamedTuple):
     """float64 [bins], with the state cleared every so many tokens."""
     errors: np.ndarray
     """float64 [bins], standard error of `carried`, as if predictions were independent."""
+    reset_errors: np.ndarray
+    """float64 [bins], the same of `reset`."""
 
 
 def loss_by_position(
@@ -51,7 +54,7 @@ def loss_by_position(
     Raises:
       UserError: the split holds nothing to predict.
     """
-    totals = np.zeros((4, 64))  # count, carried, its square, reset; a position is below 2**64
+    totals = np.zeros((5, 64))  # count, carried, its square, reset, its square; positions < 2**64
     before: np.ndarray | None = None
     pairs = zip(
         evaluator.scores(params, split, limit_tokens),
@@ -62,18 +65,26 @@ def loss_by_position(
         positions, before = _positions(carried.batch, before)
         is_real = carried.batch.loss_mask
         bins = np.log2(positions[is_real] + 1).astype(np.int64)
-        nats = np.asarray(carried.nats, np.float64)[is_real]
+        nats, reset_nats = (np.asarray(x.nats, np.float64)[is_real] for x in (carried, reset))
         for row, weights in enumerate(
-            (np.ones_like(nats), nats, nats**2, np.asarray(reset.nats, np.float64)[is_real])
+            (np.ones_like(nats), nats, nats**2, reset_nats, reset_nats**2)
         ):
             totals[row] += np.bincount(bins, weights, minlength=64)
     used = np.flatnonzero(totals[0])
-    counts, carried_sum, squares, reset_sum = totals[:, used]
-    mean = carried_sum / counts
-    variance = np.maximum(squares / counts - mean**2, 0) / np.maximum(counts - 1, 1)
+    counts, carried_sum, squares, reset_sum, reset_squares = totals[:, used]
     return PositionLoss(
-        2**used, counts.astype(np.int64), mean, reset_sum / counts, np.sqrt(variance)
+        2**used,
+        counts.astype(np.int64),
+        carried_sum / counts,
+        reset_sum / counts,
+        _standard_error(counts, carried_sum, squares),
+        _standard_error(counts, reset_sum, reset_squares),
     )
+
+
+def _standard_error(counts: np.ndarray, sums: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    spread = np.maximum(squares / counts - (sums / counts) ** 2, 0)
+    return np.sqrt(spread / np.maximum(counts - 1, 1))
 
 
 def loss_by_reset(
@@ -82,15 +93,19 @@ def loss_by_reset(
     split: TokenSplit,
     limit_tokens: int,
     intervals: Sequence[int],
+    report: Report = no_report,
 ) -> dict[int, Evaluation]:
     """The loss for every interval of resets, in tokens; 0 carries the state.
 
     The same predictions are scored each time. Arguments and errors as in `loss_by_position`.
     """
-    return {
-        interval: evaluator(params, split, limit_tokens, interval)
-        for interval in dict.fromkeys(intervals)
-    }
+    different = dict.fromkeys(intervals)
+    advance = begin_stage(report, "measuring the loss with resets", len(different))
+    losses = {}
+    for interval in different:
+        losses[interval] = evaluator(params, split, limit_tokens, interval)
+        advance(len(losses))
+    return losses
 
 
 def document_split(tokens: np.ndarray, num_bytes: int) -> TokenSplit:
@@ -111,14 +126,16 @@ def choose_split(document: TokenSplit, validation: TokenSplit | None) -> tuple[T
     return validation, f"the validation split of the run (documents: {documents:,})"
 
 
-def token_losses(evaluator: Evaluator, params: nnx.State, document: TokenSplit) -> np.ndarray:
+def token_losses(
+    evaluator: Evaluator, params: nnx.State, document: TokenSplit, report: Report = no_report
+) -> np.ndarray:
     """float64 [n - 1]: -log p of tokens 1 .. n - 1 of one document, given all before them."""
-    return np.concatenate(
-        [
-            np.asarray(part.nats, np.float64)[part.batch.loss_mask]
-            for part in evaluator.scores(params, document)
-        ]
-    )
+    advance = begin_stage(report, "predicting every token of the text", document.num_predictions)
+    losses = np.zeros(0)
+    for part in evaluator.scores(params, document):
+        losses = np.append(losses, np.asarray(part.nats, np.float64)[part.batch.loss_mask])
+        advance(len(losses))
+    return losses
 
 
 def short_context_losses(

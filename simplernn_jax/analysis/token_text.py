@@ -51,9 +51,23 @@ def split_into_units(
     return units
 
 
+def begins_word(units: Sequence[Unit], index: int) -> bool:
+    """Whether a word begins with this unit, as after a space; at the first unit one does."""
+    text = units[index].text
+    if not text.strip():
+        return False
+    return index == 0 or text[0].isspace() or units[index - 1].text[-1:].isspace()
+
+
 def visible(text: str) -> str:
     """`text` on one line with spaces, tabs and line ends to be seen."""
     return "".join(_VISIBLE.get(c) or (c if c.isprintable() else escaped(c)) for c in text)
+
+
+def quoted(text: str) -> str:
+    """`text` between quotation marks; a character that looks like none is named."""
+    name = {" ": " (a space)", "\n": " (a line end)", "\t": " (a tab)"}.get(text, "")
+    return f"“{visible(text)}”{name}"
 
 
 def sum_by_unit(units: Sequence[Unit], values: np.ndarray) -> np.ndarray:

@@ -8,10 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simplernn_jax.errors import UserError
-from simplernn_jax.inference.inputs import Prompts, checked_prompts, checked_settings
+from simplernn_jax.inference.arguments import check_callback, check_model
+from simplernn_jax.inference.inputs import (
+    Prompts,
+    checked_length,
+    checked_prompts,
+    checked_settings,
+)
 from simplernn_jax.inference.programs import BLOCK_TOKENS, Programs, Settings, split
-from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState, check_state, empty_state
+from simplernn_jax.inference.state import (
+    RECENT_TOKENS,
+    DecoderState,
+    check_state,
+    empty_state,
+    state_bytes,
+)
+from simplernn_jax.memory_bound import check_memory
 from simplernn_jax.models import LanguageModel
 
 PIECE_LENGTHS = (512, 64, 8, 1)
@@ -67,7 +79,7 @@ def generate(
       prompts: B sequences of token ids of any lengths, or a [B, T] integer array; one flat
         sequence is a batch of one. With `state`, what to read before going on: a row may be
         empty, and None reads nothing.
-      max_new_tokens: tokens to write per row; 0 only reads.
+      max_new_tokens: tokens to write per row, in [0, 2**31); 0 only reads.
       temperature: 0 takes the best token; otherwise logits are divided by it before drawing.
       top_k: draw among the k best tokens only; 0 is off.
       top_p: draw among the best tokens that together reach this probability only; 1 is off.
@@ -79,16 +91,18 @@ def generate(
         may be 0), while the next block is being computed.
 
     Raises:
-      UserError: a token outside the vocabulary, an empty prompt without a state, a setting out
-        of its range, or a state that does not fit.
+      UserError: a token outside the vocabulary, an empty prompt without a state, an argument of
+        another type or out of its range, a state that does not fit, or states or tokens that
+        this machine's memory cannot hold.
     """
+    check_model(model)
     vocab_size = model.config.vocab_size
     settings = checked_settings(vocab_size, temperature, top_k, top_p, seed, eos_id, banned_ids)
-    if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 0")
+    check_callback("on_tokens", on_tokens)
     if state is not None:
         check_state(model, state)
     rows = checked_prompts(prompts, vocab_size, None if state is None else len(state.position))
+    max_new_tokens = checked_length(max_new_tokens, len(rows))
     programs, parameters = split(model)
     if state is None:
         state = _fresh_state(model, rows)
@@ -116,6 +130,8 @@ def _fresh_state(model: LanguageModel, rows: list[np.ndarray]) -> DecoderState:
     for row in rows:
         streams.append(seen[row.tobytes()])
         seen[row.tobytes()] += 1
+    of_one = jax.eval_shape(lambda: empty_state(model, 1))
+    check_memory(len(rows) * state_bytes(of_one), f"{len(rows)} prompts", "give fewer at a time")
     state = empty_state(model, len(rows))
     return dataclasses.replace(state, stream=jnp.asarray(streams, jnp.int32))
 

@@ -1,20 +1,26 @@
-"""What `generate` is asked for, checked where it enters.
+"""What `generate` and its neighbors are asked for, checked where it enters.
 
 An id outside the vocabulary would not fail later: the embedding gives NaN for it.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from simplernn_jax.errors import UserError
+from simplernn_jax.inference.arguments import as_array, checked_integer, checked_number
 from simplernn_jax.inference.programs import Settings
+from simplernn_jax.memory_bound import check_memory
 
 Prompts = Sequence[Sequence[int] | np.ndarray | jax.Array] | np.ndarray | jax.Array
 """B sequences of token ids, a [B, T] integer array, or one flat sequence."""
+
+MOST_TOKENS = 2**31 - 1
+"""Tokens that one call writes per row: positions are int32."""
 
 
 def checked_settings(
@@ -29,30 +35,47 @@ def checked_settings(
     """The settings of `generate` as arrays.
 
     Raises:
-      UserError: names a setting outside its range and the range.
+      UserError: names a setting of another type or outside its range, and the range.
     """
+    temperature = checked_number("temperature", temperature, "a finite number, at least 0")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise UserError(f"temperature={temperature}: must be a finite number, at least 0")
-    if top_k < 0:
-        raise UserError(f"top_k={top_k}: must be at least 0; 0 is off")
+    top_k = checked_integer("top_k", top_k, 0, None, "; 0 is off")
+    top_p = checked_number("top_p", top_p, "above 0 and at most 1; 1 is off")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p={top_p}: must be above 0 and at most 1; 1 is off")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed}: must be in [0, 2**32)")
+    seed = checked_integer("seed", seed, 0, 2**32 - 1)
     is_banned = np.zeros(vocab_size, np.bool_)
-    is_banned[_checked_ids(np.asarray(banned_ids, np.int64), vocab_size, "banned_ids")] = True
+    is_banned[_checked_ids(banned_ids, vocab_size, "banned_ids")] = True
     if is_banned.all():
         raise UserError("banned_ids: all tokens are banned; leave at least one")
     if eos_id is not None:
-        _checked_ids(np.asarray([eos_id]), vocab_size, "eos_id")
+        eos_id = checked_integer("eos_id", eos_id, 0, vocab_size - 1)
+    largest = float(np.finfo(np.float32).max)
     return Settings(
         key=jax.random.key(np.uint32(seed)),
-        temperature=jnp.float32(temperature),
+        temperature=jnp.float32(min(temperature, largest)),
         top_k=jnp.int32(min(top_k, vocab_size)),
         top_p=jnp.float32(top_p),
         eos_id=jnp.int32(-1 if eos_id is None else eos_id),
         is_banned=jnp.asarray(is_banned),
     )
+
+
+def checked_texts(prompts: Any, num_rows: int) -> list[str]:
+    """The prompts of `generate_text`, one per row; one text or None is for all `num_rows`.
+
+    Raises:
+      UserError: they are not texts.
+    """
+    if prompts is None or isinstance(prompts, str):
+        return [prompts or ""] * num_rows
+    if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Sequence):
+        raise UserError(f"prompts: {type(prompts).__name__}; give a text, or a list of texts")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise UserError(f"prompt {index}: {type(prompt).__name__}; give a text")
+    return list(prompts)
 
 
 def checked_prompts(
@@ -73,12 +96,16 @@ def checked_prompts(
             raise UserError("prompts: none given; give at least one, or a state to go on from")
         return [np.zeros(0, np.int32)] * num_rows
     if isinstance(prompts, jax.Array):
-        prompts = np.asarray(prompts)
-    if len(prompts) > 0 and np.ndim(prompts[0]) == 0:
+        prompts = as_array(prompts, "prompts")
+    is_array = isinstance(prompts, np.ndarray) and prompts.ndim > 0
+    if not is_array and (isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence)):
+        raise UserError(f"prompts: {type(prompts).__name__}; give sequences of token ids")
+    if len(prompts) > 0 and not hasattr(prompts[0], "__len__"):
         prompts = [prompts]  # type: ignore[list-item]
+    elif len(prompts) > 0 and isinstance(prompts[0], jax.Array | np.ndarray):
+        prompts = [prompts] if prompts[0].ndim == 0 else prompts  # type: ignore[list-item]
     rows = [
-        _checked_ids(np.asarray(prompt), vocab_size, f"prompt {index}")
-        for index, prompt in enumerate(prompts)
+        _checked_ids(prompt, vocab_size, f"prompt {index}") for index, prompt in enumerate(prompts)
     ]
     if num_rows is not None and len(rows) != num_rows:
         raise UserError(f"prompts: {len(rows)} rows for a state of {num_rows}; give as many")
@@ -90,7 +117,20 @@ def checked_prompts(
     return rows
 
 
-def _checked_ids(ids: np.ndarray, vocab_size: int, where: str) -> np.ndarray:
+def checked_length(max_new_tokens: Any, num_rows: int) -> int:
+    """`max_new_tokens` as an ``int``, if that many tokens of `num_rows` rows fit into memory.
+
+    Raises:
+      UserError: they do not, or it is no integer or negative.
+    """
+    length = checked_integer("max_new_tokens", max_new_tokens, 0, MOST_TOKENS)
+    what = f"max_new_tokens={length}"
+    check_memory(num_rows * length * np.dtype(np.int32).itemsize, what, "write fewer at a time")
+    return length
+
+
+def _checked_ids(ids: Any, vocab_size: int, where: str) -> np.ndarray:
+    ids = as_array(ids, where)
     if ids.ndim != 1:
         raise UserError(f"{where}: has {ids.ndim} axes; give one flat sequence of token ids")
     if len(ids) == 0:

@@ -1,37 +1,25 @@
-"""Where rows of text stand, as a value: keep it, fork it, save it to a file and load it.
-
-A file is in the safetensors format; nothing in it is executed. Its metadata name the model and the
-tokenizer it belongs to and hold a SHA-256 of everything else, so that neither a stale state nor a
-damaged one is ever taken for a good one.
-"""
+"""The state of a decoder as a value: keep it, fork it, or save it with `state_file`."""
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from simplernn_jax.array_types import ModelState
-from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import write_file
+from simplernn_jax.inference.arguments import checked_integer
+from simplernn_jax.memory_bound import check_memory
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.named_leaves import named_leaves
 
 RECENT_TOKENS = 64
 """Ids kept to decode the next ones with: some tokenizers write a token to suit its neighbours, and
 a character may begin in one call and end in the next."""
 
-_FORMAT = "simplernn_jax decoder state"
-_VERSION = "1"
+_MOST_STREAMS = 2**31
+"""Random streams have int32 numbers."""
 
 
 @jax.tree_util.register_dataclass
@@ -66,22 +54,37 @@ def empty_state(model: LanguageModel, num_rows: int) -> DecoderState:
     )
 
 
+def state_bytes(state: DecoderState) -> int:
+    """Bytes of all arrays, or of what `jax.eval_shape` says of them."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
 def check_state(model: LanguageModel, state: DecoderState, where: str = "state") -> None:
-    """Compares the dtypes and shapes of `state` with those that `model` needs.
+    """Compares the structure, dtypes and shapes of `state` with those that `model` needs.
 
     Raises:
-      UserError: they differ; begins with `where`.
+      UserError: they differ, or it is no state; begins with `where`.
     """
-    needed = jax.eval_shape(lambda: empty_state(model, state.position.size))
-    ours, theirs = (
-        ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(tree))
-        for tree in (needed, state)
-    )
-    if ours != theirs:
+    _check_is_state(state, where)
+    needed = jax.eval_shape(lambda: empty_state(model, np.size(state.position)))
+    ours, theirs = (", ".join(map(_described, jax.tree.leaves(tree))) for tree in (needed, state))
+    structure: Any = jax.tree.structure(needed)
+    if ours != theirs or structure != jax.tree.structure(state):
         raise UserError(
             f"{where}: its arrays are {theirs} and this model's {ours}; "
             "go on with the model that made it"
         )
+
+
+def _check_is_state(state: Any, where: str) -> None:
+    if not isinstance(state, DecoderState):
+        raise UserError(
+            f"{where}: {type(state).__name__}; give the state that generate or load_state returned"
+        )
+
+
+def _described(leaf: Any) -> str:
+    return f"{getattr(leaf, 'dtype', type(leaf).__name__)}{list(np.shape(leaf))}"
 
 
 def fork_state(state: DecoderState, n: int) -> DecoderState:
@@ -99,109 +102,17 @@ def fork_state(state: DecoderState, n: int) -> DecoderState:
       B * n rows, the copies of a row next to each other.
 
     Raises:
-      UserError: `n` is below 1.
+      UserError: `n` is no integer or below 1, or so many copies do not fit into memory.
     """
-    if n < 1:
-        raise UserError(f"n={n}: each row needs at least 1 copy")
-    own = np.asarray(state.stream)[:, None]
+    _check_is_state(state, "state")
+    n = checked_integer("n", n, 1, _MOST_STREAMS - 1)
+    check_memory(n * state_bytes(state), f"n={n}", "make fewer copies")
+    own = np.asarray(state.stream, np.int64)[:, None]
     # Only rows on one stream may share the new ones: they have read different texts.
     rank = np.unique(own, return_inverse=True)[1].reshape(-1, 1)
     others = own.max() + 1 + rank * (n - 1) + np.arange(n - 1)
     stream = np.concatenate([own, others], axis=1).reshape(-1)
+    if stream.max(initial=0) >= _MOST_STREAMS:
+        raise UserError(f"n={n}: the random streams of the state are used up; make fewer copies")
     copies = jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), state)
     return dataclasses.replace(copies, stream=jnp.asarray(stream, jnp.int32))
-
-
-def save_state(path: str, state: DecoderState, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Saves `state` to a file, atomically; one that is there is replaced.
-
-    Args:
-      path: of the file, usually ending in ``.safetensors``.
-      state: rows of any number.
-      model: the one that made the state.
-      tokenizer: the one its tokens are of.
-
-    Raises:
-      UserError: `path` cannot be written, or the state does not fit the model.
-    """
-    check_state(model, state)
-    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(state).items()}
-    header = {"format": _FORMAT, "version": _VERSION, **_fingerprints(model, tokenizer)}
-    header["sha256"] = _digest(header, arrays)
-    try:
-        write_file(path, safetensors.numpy.save(arrays, header))
-    except OSError as error:
-        raise UserError(
-            f"{path}: the state cannot be written ({error.strerror}); name a file in a folder that "
-            "can be written and has room"
-        ) from error
-
-
-def load_state(path: str, model: LanguageModel, tokenizer: Tokenizer) -> DecoderState:
-    """Loads what `save_state` saved; going on from it is going on from what was saved.
-
-    Args:
-      path: of the file.
-      model: with the parameters and the configuration of the one that made the state.
-      tokenizer: equal to the one that the state was saved with.
-
-    Raises:
-      UserError: no such file, not a state, damaged, of another version of the format, of another
-        model or of another tokenizer.
-    """
-    header, arrays = _read(path)
-    for name, fingerprint in _fingerprints(model, tokenizer).items():
-        if header.get(name) != fingerprint:
-            raise UserError(
-                f"{path}: the state is of another {name}; use the one that it was saved with, or "
-                "read its text again"
-            )
-    structure = jax.eval_shape(lambda: empty_state(model, 1))
-    leaves = [arrays[name] for name in named_leaves(structure)]
-    state: DecoderState = jax.tree.unflatten(jax.tree.structure(structure), leaves)
-    check_state(model, state, path)
-    return jax.tree.map(jnp.array, state)
-
-
-def _read(path: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """Metadata and arrays of the file at `path`, which is whole."""
-    advice = "name a file that save_state wrote"
-    try:
-        with open(path, "rb"):  # says better than safetensors why it cannot
-            pass
-        with safetensors.safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            if header.get("format") != _FORMAT:
-                raise UserError(f"{path}: holds no state; {advice}")
-            if header.get("version") != _VERSION:
-                raise UserError(
-                    f"{path}: version {header.get('version')} of the format, and this program "
-                    f"knows {_VERSION}; use the program that wrote it, or read its text again"
-                )
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {advice}") from error
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: damaged, or no state ({error}); {advice}") from error
-    content = {name: value for name, value in header.items() if name != "sha256"}
-    if header.get("sha256") != _digest(content, arrays):
-        raise UserError(f"{path}: damaged; use another copy, or read its text again")
-    return header, arrays
-
-
-def _fingerprints(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
-    parameters = named_leaves(nnx.state(model, nnx.Param))
-    return {
-        "model": _digest(dataclasses.asdict(model.config), parameters),
-        "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest(),
-    }
-
-
-def _digest(header: Mapping[str, Any], arrays: Mapping[str, Any]) -> str:
-    """SHA-256 hex over a JSON-able header and the names, dtypes, shapes and bytes of arrays."""
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name, array in sorted(arrays.items()):
-        array = np.asarray(array)
-        digest.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()

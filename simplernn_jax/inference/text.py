@@ -7,8 +7,10 @@ import numpy as np
 
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
+from simplernn_jax.inference.arguments import check_callback, check_model, check_tokenizer
 from simplernn_jax.inference.decode import generate
-from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState
+from simplernn_jax.inference.inputs import checked_texts
+from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState, check_state
 from simplernn_jax.models import LanguageModel
 
 
@@ -53,8 +55,13 @@ def generate_text(
       The continuations, a list, and the state after them as its attribute ``state``.
 
     Raises:
-      UserError: a text that the tokenizer cannot encode, or as for `generate`.
+      UserError: what is no text, a text that the tokenizer cannot encode, or as for `generate`.
     """
+    check_model(model)
+    check_tokenizer(tokenizer)
+    check_callback("on_text", on_text)
+    if state is not None:
+        check_state(model, state)
     vocab_size = model.config.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
@@ -98,9 +105,7 @@ def _encode(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The ids to read, and the last ones that stand before what is written."""
     num_rows = 1 if state is None else len(state.position)
-    if prompts is None or isinstance(prompts, str):
-        prompts = [prompts or ""] * num_rows
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    encoded = [tokenizer.encode(prompt) for prompt in checked_texts(prompts, num_rows)]
     if state is None:
         rows = [np.concatenate([[tokenizer.bos_id], ids]) for ids in encoded]
         return rows, rows

@@ -15,12 +15,14 @@ from simplernn_jax.array_types import (
     SegmentIds,
 )
 from simplernn_jax.models.heads import Heads
+from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.sliding_attention import attend, rotate, sliding_attention
 from simplernn_jax.parallel.attention_stretches import seen_before, tokens_before
 from simplernn_jax.parallel.collectives import axis_size, from_last
 
 
+@tuple_with_names
 class KVCache(NamedTuple):
     """State of `Attention`; zeros are an empty one.
 

@@ -14,6 +14,7 @@ from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.models.dense import dense, dtypes_of
 from simplernn_jax.models.short_convolution import ShortConvolution
 from simplernn_jax.models.simple_rnn import SimpleRNN
+from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops.normalized import rms_normalized
 from simplernn_jax.parallel.collectives import vary
 
@@ -69,6 +70,7 @@ class PlainBlock(nnx.Module):
         return self.rnn(vary(x, "tensor"), state, segment_ids)
 
 
+@tuple_with_names
 class ResidualState(NamedTuple):
     """State of a `ResidualBlock`."""
 

@@ -4,24 +4,29 @@ A file holds ``embedding.weight``, ``layers.N.{query,key,value,gate,out}_proj.{w
 ``lm_head.{weight,bias}``. Nothing in it is executed.
 """
 
+import os
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from flax import nnx
 
 from simplernn_jax.config import ModelConfig, nearest_name
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import open_file
+from simplernn_jax.memory_bound import check_memory
 from simplernn_jax.models.language_model import LanguageModel
+from simplernn_jax.safetensors_bytes import decode_safetensors
 
 Weights = dict[str, np.ndarray]
 """PyTorch's name of each parameter and its value, float32; matrices are ``[out, in]``."""
 
+_ADVICE = "use an undamaged file"
 _PROJECTIONS = ("query_proj", "key_proj", "value_proj", "gate_proj", "out_proj")
 
 
@@ -57,17 +62,28 @@ def read_pytorch_weights(path: str) -> Weights:
     Raises:
       UserError: the file is missing, damaged, of another kind, or holds more than tensors.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; name a .pt or .safetensors file")
-    match Path(path).suffix:
-        case ".pt":
-            return _read_pt(path)
-        case ".safetensors":
-            return _read_safetensors(path)
-    raise UserError(f"{path}: not a .pt or .safetensors file; save the state dict as one of them")
+    read = {".pt": _read_pt, ".safetensors": _read_safetensors}.get(Path(path).suffix)
+    try:
+        with open_file(path) as file:
+            if read is None:
+                raise UserError(
+                    f"{path}: not a .pt or .safetensors file; save the state dict as one of them"
+                )
+            size = os.fstat(file.fileno()).st_size
+            check_memory(size, path, "load it on a larger machine")
+            return read(path, file)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; name a .pt or .safetensors file") from error
+    except (OSError, ValueError) as error:  # a path may hold a NUL character
+        raise _unreadable(path, error) from error
 
 
-def _read_pt(path: str) -> Weights:
+def _unreadable(path: str, error: BaseException) -> UserError:
+    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    return UserError(f"{path}: cannot be read ({reason or type(error).__name__}); {_ADVICE}")
+
+
+def _read_pt(path: str, file: BinaryIO) -> Weights:
     try:
         import torch
     except ImportError as error:
@@ -75,33 +91,51 @@ def _read_pt(path: str) -> Weights:
             f"{path}: reading a .pt needs PyTorch; pip install torch, or convert it to .safetensors"
         ) from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a damaged file claims to be
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        _check_sums(file)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: holds more than tensors and plain containers, or is damaged, and was not "
             "loaded; save only model.state_dict() with torch.save"
         ) from error
-    except (RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: cannot be read ({reason}); use an undamaged file") from error
+    except Exception as error:  # whatever an unpickler meets in a damaged file
+        raise _unreadable(path, error) from error
     if isinstance(content, dict):
         content = content.get("model_state_dict", content)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no state dict; save model.state_dict() with torch.save")
+    allowed = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    num_values = 0
     for name, value in content.items():
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise UserError(
                 f"{path}: {name!r} is no tensor; save the state dict alone or under "
                 "'model_state_dict'"
             )
-    return {name: value.float().numpy() for name, value in content.items()}
+        if value.layout != torch.strided or value.dtype not in allowed or value.is_meta:
+            kind = "meta" if value.is_meta else f"{value.layout}, {value.dtype}"
+            raise UserError(f"{path}: {name!r} is {kind}; save dense floating-point tensors")
+        num_values += value.numel()
+    # A tensor may be far larger than its file: with a stride of 0 it repeats one value.
+    check_memory(4 * num_values, path, _ADVICE)
+    return {name: value.float().numpy(force=True) for name, value in content.items()}
 
 
-def _read_safetensors(path: str) -> Weights:
-    try:
-        weights = safetensors.numpy.load_file(path)  # JAX has taught NumPy bfloat16
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: cannot be read ({error}); use an undamaged file") from error
+def _check_sums(file: BinaryIO) -> None:
+    """Raises `BadZipFile` if a part of a zip is damaged, which PyTorch does not look at."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if (name := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {name!r}")
+
+
+def _read_safetensors(path: str, file: BinaryIO) -> Weights:
+    weights = decode_safetensors(file.read())
+    for name, value in weights.items():
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise UserError(f"{path}: {name!r} is {value.dtype}; save floating-point tensors")
     return {name: value.astype(np.float32) for name, value in weights.items()}
 
 
@@ -113,7 +147,7 @@ def _model_config(weights: Weights, path: str) -> ModelConfig:
                 "the file is not from this model"
             )
         shape = weights[name].shape
-        if len(shape) != 2:
+        if len(shape) != 2 or 0 in shape:
             raise UserError(f"{path}: {name} has shape {list(shape)}; a matrix is needed")
         return shape
 

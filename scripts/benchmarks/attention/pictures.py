@@ -1,5 +1,6 @@
 """The measurements as PNG files, in the look of `simplernn_jax.analysis`."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,12 @@ from benchmarks.attention.sides import ATTENTION, RECURRENCE, SIDES
 from simplernn_jax.analysis.pictures import colors, new_figure, png
 
 _COLORS = {RECURRENCE: "tab:blue", ATTENTION: "tab:orange"}
+_MARKERS: dict[str, dict[str, Any]] = {
+    RECURRENCE: {"marker": "o"},
+    ATTENTION: {"marker": "s", "markersize": 9, "markerfacecolor": "none"},
+}
+"""Of different shapes, one of them open: neither hides the other where curves meet."""
+_STUDENT_MARKERS = "o^Dv*P"
 _DOTTED: dict[str, Any] = {"color": "gray", "linestyle": ":", "linewidth": 1}
 _PROGRAMS = {
     "attention": ("attention", "tab:orange", "o"),
@@ -23,7 +30,7 @@ def draw_parallelism(rows: Sequence[Mapping[str, Any]]) -> bytes:
     with new_figure(10, 4) as figure:
         left, right = figure.subplots(1, 2)
         for name, (label, color, marker) in _PROGRAMS.items():
-            style = {"color": color, "marker": marker, "label": label}
+            style = {"color": color, "marker": marker, "markerfacecolor": "none", "label": label}
             left.plot(lengths, [row["us_per_token"][name] for row in rows], **style)
             if name in rows[0]["chain"]:
                 right.plot(lengths, [row["chain"][name] for row in rows], **style)
@@ -50,7 +57,7 @@ def draw_memory(rows: Sequence[Mapping[str, Any]]) -> bytes:
         ):
             for side in SIDES:
                 values = [row[key][side] / 1e6 for row in rows]
-                axes.plot(lengths, values, color=_COLORS[side], marker="o", label=side)
+                axes.plot(lengths, values, color=_COLORS[side], **_MARKERS[side], label=side)
             axes.set(title=title, ylabel="MB")
             _logarithmic(axes, lengths)
             axes.legend()
@@ -128,14 +135,16 @@ def _legend_beside(figure: Any, axes: Any) -> None:
 def _plot_students(axes: Any, students: Sequence[Mapping[str, Any]], curve: str) -> None:
     recurrent = [student for student in students if student["name"].startswith(RECURRENCE)]
     shades = dict(zip((s["name"] for s in recurrent), colors(len(recurrent)), strict=True))
+    shapes = dict(zip(shades, itertools.cycle(_STUDENT_MARKERS), strict=False))
     numbers: list[int] = []
     for student in students:
         name = student["name"]
         numbers = [int(number) for number in student["accuracy"][curve]]
         color = shades.get(name, "tab:orange" if name == ATTENTION else "tab:red")
-        marker, line = ("o", "-") if name in shades else ("s", "--")
+        marker, line = (shapes[name], "-") if name in shades else ("s", "--")
         values = list(student["accuracy"][curve].values())
-        axes.plot(numbers, values, line, color=color, marker=marker, label=name)
+        style = {"color": color, "marker": marker, "markerfacecolor": "none", "label": name}
+        axes.plot(numbers, values, line, **style)
     axes.set_ylim(-0.03, 1.03)
     _logarithmic(axes, numbers, both=False)
 
@@ -152,7 +161,7 @@ def _plot_sides(
     for side in SIDES:
         values = [by_length[str(length)][side] for length in lengths]
         label = f"{side}, {kind}" if kind else side
-        axes.plot(lengths, values, line, color=_COLORS[side], marker="o", label=label)
+        axes.plot(lengths, values, line, color=_COLORS[side], **_MARKERS[side], label=label)
     axes.set(title=title, ylabel=unit)
     _logarithmic(axes, lengths)
     axes.legend()

@@ -1,0 +1,173 @@
+"""Arguments of `generate`, `generate_text` and `fork_state`: whatever is wrong with one, it is one
+line that names it, before anything is compiled."""
+
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simplernn_jax.config import ModelConfig
+from simplernn_jax.data.tokenizer import ByteTokenizer
+from simplernn_jax.errors import UserError
+from simplernn_jax.inference import generate, generate_text
+from simplernn_jax.inference.inputs import checked_prompts, checked_settings
+from simplernn_jax.models import LanguageModel
+
+BYTES = ByteTokenizer()
+VOCAB = BYTES.vocab_size
+
+
+@functools.cache
+def model():
+    config = ModelConfig(
+        vocab_size=VOCAB, num_layers=1, hidden_dim=8, key_dim=4, value_dim=4, num_heads=2
+    )
+    return LanguageModel(config, rngs=nnx.Rngs(0))
+
+
+# Values of which none is a number, an id, a sequence of ids, a text or a function.
+others = st.one_of(
+    st.booleans(),
+    st.binary(),
+    st.complex_numbers(),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
+    st.just(object()),
+    st.just(np.bool_(True)),
+    st.just(np.zeros((2, 2))),
+    st.just(jnp.zeros((1,), jnp.bfloat16)),
+)
+no_numbers = st.none() | st.text(max_size=3) | others
+
+
+def no_integers(least, most):
+    """Everything but integers in the range."""
+    below, above = st.integers(max_value=least - 1), st.integers(min_value=most + 1)
+    return no_numbers | st.floats() | below | above | st.just(10**5000)
+
+
+def no_reals(allowed):
+    """Everything but numbers for which `allowed` holds."""
+    return no_numbers | st.floats().filter(lambda x: not allowed(x)) | st.just(10**400)
+
+
+ids = st.integers(0, VOCAB - 1)
+outside = st.integers(max_value=-1) | st.integers(min_value=VOCAB)
+no_ids = st.one_of(
+    st.floats(),
+    st.text(min_size=1, max_size=3),
+    st.lists(ids, max_size=3).flatmap(lambda good: outside.map(lambda bad: [*good, bad])),
+    st.lists(st.floats(), min_size=1, max_size=3),
+    st.lists(st.text(max_size=2), min_size=1, max_size=3),
+    st.just([[[1]]]),
+    st.just([[1], [2, [3]]]),
+    st.just(np.zeros((2, 2, 2), np.int32)),
+    st.just(np.float32([1])),
+    st.just(jnp.full((2, 2), -1)),
+    st.just({1: 2}),
+    st.just(iter([1])),
+    st.just([None]),
+)
+
+BAD = {
+    "max_new_tokens": no_integers(0, 2**31 - 1),
+    "temperature": no_reals(lambda x: x >= 0 and math.isfinite(x)),
+    "top_k": no_numbers | st.floats() | st.integers(max_value=-1),
+    "top_p": no_reals(lambda x: 0 < x <= 1),
+    "seed": no_integers(0, 2**32 - 1),
+    "state": st.text() | others | st.integers(),
+}
+IDS = {
+    "eos_id": no_integers(0, VOCAB - 1).filter(lambda x: x is not None),
+    "banned_ids": no_ids | st.none() | st.integers() | st.just(range(VOCAB)),
+    "on_tokens": (st.text() | others | st.integers()),
+    "prompts": no_ids
+    | st.integers()
+    | st.none()
+    | st.just([])
+    | st.just([[]])
+    | st.just([[1], []]),
+}
+TEXT = {
+    "prompts": st.integers()
+    | others
+    | st.lists(st.integers() | others, min_size=1, max_size=2)
+    | st.just("\ud800"),
+    "on_text": (st.text() | others | st.integers()),
+    "tokenizer": no_numbers,
+    "model": no_numbers,
+}
+
+
+def named(strategies):
+    return st.sampled_from(sorted(strategies)).flatmap(
+        lambda name: st.tuples(st.just(name), strategies[name])
+    )
+
+
+def check_refused(function, arguments, name, value):
+    with pytest.raises(UserError) as caught:
+        function(**{"max_new_tokens": 1, **arguments, name: value})
+    message = str(caught.value)
+    assert message.isprintable()
+    assert len(message) < 500
+    return message
+
+
+@given(named(BAD | IDS))
+@settings(max_examples=250)
+def test_a_bad_argument_of_generate_is_one_line(case):
+    name, value = case
+    message = check_refused(generate, {"model": model(), "prompts": [[1]]}, name, value)
+    assert message.startswith(name.removesuffix("s"))
+
+
+@given(named(BAD | TEXT))
+@settings(max_examples=200)
+def test_a_bad_argument_of_generate_text_is_one_line(case):
+    name, value = case
+    arguments = {"model": model(), "tokenizer": BYTES, "prompts": "a"}
+    check_refused(generate_text, arguments, name, value)
+
+
+@pytest.mark.parametrize("count", [10**12, 2**31 - 1])
+def test_more_tokens_than_memory_holds_are_refused(count):
+    arguments = {"model": model(), "prompts": [[1]] * 1000}
+    message = check_refused(generate, arguments, "max_new_tokens", count)
+    assert message.startswith(f"max_new_tokens={count}: ")
+
+
+def test_more_prompts_than_memory_holds_are_refused(monkeypatch):
+    from simplernn_jax import memory_bound
+
+    monkeypatch.setattr(memory_bound.os, "sysconf", lambda name: 256)
+    with pytest.raises(UserError, match=r"^1000 prompts: needs .* GB, .*; give fewer at a time"):
+        generate(model(), [[1]] * 1000, max_new_tokens=0)
+
+
+@given(
+    number=st.sampled_from([int, np.int32, np.uint8, np.asarray, jnp.asarray]),
+    real=st.sampled_from([float, np.float32, np.float64, np.asarray, jnp.asarray]),
+)
+def test_numbers_of_every_kind_are_taken(number, real):
+    made = checked_settings(VOCAB, real(0.5), number(3), real(0.75), number(7), number(5), [1, 2])
+    assert (float(made.temperature), int(made.top_k), float(made.top_p)) == (0.5, 3, 0.75)
+    assert int(made.eos_id) == 5
+    assert made.is_banned.sum() == 2
+
+
+def test_extreme_settings_are_taken():
+    made = checked_settings(VOCAB, 1e300, 10**30, 1e-300, 2**32 - 1, None, ())
+    assert float(made.temperature) == np.finfo(np.float32).max
+    assert int(made.top_k) == VOCAB
+
+
+@given(st.lists(st.lists(ids, min_size=1, max_size=5), min_size=1, max_size=4))
+def test_good_prompts_come_out_as_they_are(prompts):
+    rows = checked_prompts(prompts, VOCAB, None)
+    assert [row.tolist() for row in rows] == prompts
+    assert {row.dtype for row in rows} == {np.dtype(np.int32)}
