@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, one_line
 
 EXIT_PEER_LOST = 76
 """Another process of the run died or hangs (EX_PROTOCOL); the same commands resume."""
@@ -56,7 +56,6 @@ def supervise() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         return
-    os.close(_notes)
     to_send = [signal.SIGKILL, signal.SIGTERM]
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -66,7 +65,8 @@ def supervise() -> None:
         signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    noted = os.read(notes, 65536).decode().splitlines()
+    os.write(_notes, b"\n")  # so that reading does not wait
+    noted = os.read(notes, 65536).decode().split("\n")[:-2]
     if noted and code in (-signal.SIGABRT, EXIT_PEER_LOST):
         number_text, line = noted[-1].split(" ", 1)
         code = int(number_text)
@@ -89,8 +89,9 @@ def joined(
     """Join the run: inside, ``jax.devices()`` are those of all processes.
 
     Args:
-      coordinator: ``HOST:PORT`` of process 0; None, as the next two, where SLURM, Kubernetes (with
-        its Python package) or Open MPI started this process.
+      coordinator: ``HOST:PORT`` of process 0, which listens there alone if its machine has that
+        address (JAX_COORDINATOR_BIND_ADDRESS sets another); None, as the next two, where SLURM,
+        Kubernetes (with its Python package) or Open MPI started this process.
       num_processes: number of processes.
       process_id: number of this one, from 0.
       timeout: seconds within which all must have joined.
@@ -112,11 +113,10 @@ def joined(
     _initialize(coordinator, num_processes, process_id, timeout)
     _note(EXIT_PEER_LOST, _LOST)
     try:
-        present = len({device.process_index for device in jax.devices()})
-        if present != jax.process_count():
+        if num_processes not in (None, jax.process_count()):
             raise UserError(
-                f"--num_processes={jax.process_count()}: {present} processes have joined; give "
-                "all the same number"
+                f"--num_processes={num_processes}: process 0 was started with "
+                f"{jax.process_count()}; give all the same number"
             )
         versions = f"simplernn_jax {__version__}, jax {jax.__version__}"
         check_same("other versions than process 0: install the same", versions)
@@ -159,7 +159,8 @@ def _initialize(
     if coordinator and not (host and port.isdecimal() and 0 < int(port[:6]) < 2**16):
         raise UserError(f"--coordinator={coordinator}: not HOST:PORT, such as node1:12345")
     is_complete = coordinator and None not in (num_processes, process_id)
-    listens = coordinator and process_id == 0
+    listens = is_complete and process_id == 0
+    is_set = "JAX_COORDINATOR_BIND_ADDRESS" in os.environ
     _keep_stdout_for_python()
     # Orbax says so in every thread that saves; the loop says it once.
     logging.getLogger("absl").addFilter(lambda record: "preemption sync" not in record.getMessage())
@@ -170,7 +171,7 @@ def _initialize(
             process_id,
             cluster_detection_method="deactivate" if is_complete else None,
             coordinator_bind_address=_bind_address(host.strip("[]"), int(port))
-            if listens
+            if listens and not is_set
             else None,
             initialization_timeout=timeout,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
@@ -203,7 +204,7 @@ def _bind_address(host: str, port: int) -> str | None:
 def _note(code: int, line: str) -> None:
     """Tell the parent what an abort from now on means."""
     if _notes >= 0:
-        os.write(_notes, f"{code} {line}\n".encode())
+        os.write(_notes, f"{code} {one_line(line)}\n".encode())
 
 
 def _keep_stdout_for_python() -> None:

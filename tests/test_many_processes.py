@@ -155,14 +155,6 @@ def test_a_signal_to_one_stops_all_and_a_death_ends_all(tmp_path, launch):
     assert not running(workdir)
 
 
-def test_what_all_refuse_is_said_once(tmp_path, launch):
-    config = small_config(source=write_corpus(tmp_path / "text"))
-    config.mesh.data = 3
-    _, errors = finish(launch(config, tmp_path / "run", 2, devices=2), 2)
-    assert errors.count("error: ") == 1
-    assert "data 3 * fsdp 1 * tensor 1 * sequence 1 * stage 1 = 3 devices, which cannot" in errors
-
-
 def test_processes_that_are_left_alone_say_so(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"--workdir={tmp_path}"]
     command += [f"--config={ROOT / 'configs' / 'tiny.py'}", "--distributed", "--join_timeout=1"]
