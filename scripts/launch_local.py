@@ -2,9 +2,18 @@
 
     bash scripts/launch_local.sh 2 --config configs/tiny.py --workdir runs/together
 
-They run on the CPU, each with DEVICES_PER_PROCESS (1 if not set) devices. SIGTERM and SIGINT are
-passed on to all. When one fails, the others end by themselves and say who it was; what is left
-after a while is killed. The exit code is that of the one that failed.
+They run on the CPU, each with DEVICES_PER_PROCESS (1 if not set) devices, and find each other on
+the loopback interface. The first SIGTERM or SIGINT lets all save and exit, a second one kills
+them; so does, on Linux, the death of this process. When one fails, the others end by themselves;
+what is left after a while is killed. The exit code is that of the one that failed:
+
+| code | meaning |
+|---|---|
+| 0 | done |
+| 2 | bad input |
+| 75 | stopped by a signal and saved; the same command resumes |
+| 76 | processes have lost each other; the same command resumes |
+| 128 + n | one was killed by signal n, such as 137 for SIGKILL |
 """
 
 import os
@@ -13,30 +22,39 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
-PATIENCE_SECONDS = 30.0
+from simplernn_jax.distributed import EXIT_PEER_LOST, HEARTBEAT_SECONDS, end_with_parent
+
+PATIENCE_SECONDS = HEARTBEAT_SECONDS + 10.0
 """How long after the first failure the others may take to end."""
 
-EXIT_INTERRUPTED, EXIT_PEER_LOST = 75, 76
-"""As in `simplernn_jax.command_line` and `simplernn_jax.parallel.processes`."""
+EXIT_INTERRUPTED = 75
+"""As in `simplernn_jax.command_line`."""
+
+MOST_PROCESSES = 64
+MOST_DEVICES = 4096
+"""Of a process."""
 
 _SCRIPT = Path(__file__).resolve().parent / "train.py"
 
 
 def main(arguments: list[str]) -> int:
     """Runs all processes to their end; the exit code of the whole."""
-    if not arguments or not arguments[0].isdecimal() or arguments[0] == "0":
+    if not arguments or not _is_number(arguments[0], MOST_PROCESSES):
         print(
-            "error: say how many processes: bash scripts/launch_local.sh 2 --config ...",
+            f"error: say how many processes, 1 to {MOST_PROCESSES}: "
+            "bash scripts/launch_local.sh 2 --config ...",
             file=sys.stderr,
         )
         return 2
     devices = os.environ.get("DEVICES_PER_PROCESS", "1")
-    if not devices.isdecimal() or int(devices) == 0:
+    if not _is_number(devices, MOST_DEVICES):
         print(
-            f"error: DEVICES_PER_PROCESS={devices!r} is no number of devices; set it to 1 or more",
+            f"error: DEVICES_PER_PROCESS={devices[:40]!r} is no number of devices; set it to 1 to "
+            f"{MOST_DEVICES}",
             file=sys.stderr,
         )
         return 2
@@ -47,7 +65,7 @@ def main(arguments: list[str]) -> int:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in processes:
-            process.send_signal(number)  # does nothing where it has ended
+            process.send_signal(signal.SIGTERM)  # does nothing where it has ended
 
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, pass_on)
@@ -73,6 +91,7 @@ def start(count: int, arguments: list[str]) -> list[subprocess.Popen[bytes]]:
             ],
             env=environment,
             process_group=0,  # so that Ctrl-C reaches it once, through this process
+            preexec_fn=partial(end_with_parent, os.getpid()),  # noqa: PLW1509 - one thread
         )
         for number in range(count)
     ]
@@ -101,6 +120,10 @@ def wait(processes: list[subprocess.Popen[bytes]]) -> int:
         time.sleep(0.05)
     own = [code for code in codes if code not in (0, EXIT_PEER_LOST)]
     return own[0] if own else max(codes)
+
+
+def _is_number(text: str, most: int) -> bool:
+    return text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= most
 
 
 if __name__ == "__main__":

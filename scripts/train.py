@@ -9,7 +9,8 @@ code 75; a second signal stops at once. Bad input is one line and code 2.
 
 With --distributed, this is one of several processes that train together, on one host or on many;
 the workdir is on a file system that they share. When one of them dies or hangs, the others end
-within 30 seconds, with code 76. scripts/launch_local.sh starts some on this machine.
+within a minute, with code 76. Only they may reach the port of --coordinator: whoever else does can
+end the run. scripts/launch_local.sh starts some on this machine.
 """
 
 import gc
@@ -47,10 +48,11 @@ def main() -> int:
         if place != (None, None, None):
             raise UserError("--coordinator, --num_processes, --process_id: only with --distributed")
         return _train()
-    from simplernn_jax.parallel import processes
+    from simplernn_jax import distributed
 
-    command_line.leave_by(processes.leave)
-    with processes.joined(*place, _TIMEOUT.value):
+    distributed.supervise()
+    command_line.leave_by(distributed.leave)
+    with distributed.joined(*place, _TIMEOUT.value):
         return _train()
 
 

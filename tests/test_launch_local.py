@@ -12,6 +12,7 @@ import pytest
 
 import launch_local
 
+ROOT = Path(__file__).resolve().parent.parent
 STAND_IN = """
 import json, os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -44,28 +45,65 @@ def test_the_exit_code_is_that_of_the_one_that_failed(monkeypatch, ends, expecte
     assert None not in [process.poll() for process in processes]
 
 
-def test_starts_all_and_passes_signals_on(tmp_path):
+@pytest.fixture
+def launch(tmp_path):
+    """Starts the launcher with stand-ins, and reads what each says."""
     shutil.copy(Path(launch_local.__file__), tmp_path)
     (tmp_path / "train.py").write_text(STAND_IN)
-    launcher = subprocess.Popen(
-        [sys.executable, str(tmp_path / "launch_local.py"), "3", "--workdir=a b", "--config", "c"],
-        env=os.environ | {"DEVICES_PER_PROCESS": "4"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    started = [json.loads(launcher.stdout.readline()) for _ in range(3)]
-    launcher.send_signal(signal.SIGTERM)
+    launched = []
+
+    def start(count):
+        launcher = subprocess.Popen(
+            [
+                *(sys.executable, str(tmp_path / "launch_local.py"), str(count)),
+                *("--workdir=a b", "--config", "c"),
+            ],
+            env=os.environ | {"DEVICES_PER_PROCESS": "4", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        launched.append(launcher)
+        return launcher, [json.loads(launcher.stdout.readline()) for _ in range(count)]
+
+    yield start
+    for launcher in launched:
+        launcher.kill()
+        launcher.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_starts_all_and_passes_signals_on(launch, number):
+    launcher, started = launch(3)
+    launcher.send_signal(number)
     launcher.communicate(timeout=60)
     assert launcher.returncode == 75
     started.sort(key=lambda one: one[0][-1])
     (coordinator,) = {one[0][4] for one in started}
     assert coordinator.startswith("--coordinator=127.0.0.1:")
-    for number, one in enumerate(started):
-        place = [coordinator, "--num_processes=3", f"--process_id={number}"]
+    for index, one in enumerate(started):
+        place = [coordinator, "--num_processes=3", f"--process_id={index}"]
         assert one == [["--workdir=a b", "--config", "c", "--distributed", *place], "cpu", "4"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--config", "c"], ["0"]])
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child")
+def test_killing_the_launcher_kills_all(launch):
+    launcher, started = launch(2)
+    launcher.kill()
+    assert launcher.communicate(timeout=20)[0] == ""  # nobody holds its stdout any more
+    assert len(started) == 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["--config", "c"], ["0"], ["65"], ["1" * 5000]])
 def test_says_how_it_is_used(capsys, arguments):
     assert launch_local.main(arguments) == 2
-    assert capsys.readouterr().err.startswith("error: say how many processes: bash scripts/")
+    expected = "error: say how many processes, 1 to 64: bash scripts/"
+    assert capsys.readouterr().err.startswith(expected)
+
+
+@pytest.mark.parametrize("devices", ["0", "two", "1000000000"])
+def test_a_number_of_devices_that_is_none(capsys, monkeypatch, devices):
+    monkeypatch.setenv("DEVICES_PER_PROCESS", devices)
+    assert launch_local.main(["2"]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"error: DEVICES_PER_PROCESS='{devices}' is no number"
+    )

@@ -7,7 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 
 _PATIENCE_SECONDS = 24 * 3600
-"""A process that has died ends the others long before (`parallel.peers`)."""
+"""A process that has died ends the others long before (`distributed.HEARTBEAT_SECONDS`)."""
 
 
 def among_processes() -> dict[str, Any]:

@@ -4,9 +4,14 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+import jax
+
 
 class Interruption:
-    """While entered, the first signal sets `requested`; a second one acts as it always does."""
+    """While entered, the first signal sets `requested`; a second one acts as it always does.
+
+    One of several processes leaves signals to JAX's preemption service (`agreement.StopVote`).
+    """
 
     signals = (signal.SIGTERM, signal.SIGINT)
 
@@ -16,6 +21,8 @@ class Interruption:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
+        if jax.distributed.is_initialized():
+            return self
         for number in self.signals:
             self._previous[number] = signal.signal(number, self._request)
         return self

@@ -67,7 +67,7 @@ def train(config: Config, workdir: str) -> Result:
     If `workdir` holds a checkpoint, the run goes on from it and ends byte for byte as if it had
     never stopped. SIGTERM and SIGINT save at the current step and return.
 
-    Several processes (`parallel.processes`) call this together; a signal to any stops them all in
+    Several processes (`distributed`) call this together; a signal to any stops them all in
     the same step. Process 0 alone prints, writes samples and metrics.
 
     Raises:
@@ -165,7 +165,7 @@ class _Run:
             profile = Profile(self.workdir, steps, display.say)
             with self.train_step, profile:
                 self._take_steps(vote, display, profile)
-                signal = vote.last_signal()
+                signal = vote.signal(self.step)
                 if signal:  # before the profile is written: a preempted job has little time left
                     self._save(wait=True)
             if signal:
@@ -187,7 +187,7 @@ class _Run:
         batch = self._next_batch()
         pending: StepMetrics | None = None
         self.clock.start()
-        while self.step < self.total_steps and not vote.signal(self.state):
+        while self.step < self.total_steps and not vote.signal(self.step):
             position = self.batches.get_state()
             if profile.is_due():
                 jax.block_until_ready(self.state)  # so that whole steps are recorded

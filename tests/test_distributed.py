@@ -1,0 +1,250 @@
+"""Joining and leaving a run; tests/test_many_processes.py has whole training runs."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from simplernn_jax import distributed
+from simplernn_jax.errors import UserError
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+LOST = "error: another process of the run was lost"
+
+MEMBER = """
+import itertools, sys, time
+from simplernn_jax import distributed
+distributed.supervise()
+distributed.HEARTBEAT_SECONDS = 4
+from simplernn_jax.errors import UserError
+from simplernn_jax.parallel.agreement import check_same, first_then_others, from_first
+
+def refuse():
+    raise UserError("no text")
+
+def main():
+    coordinator, count, number, what = sys.argv[1:]
+    with distributed.joined(coordinator, int(count), int(number), 60):
+        print("joined", flush=True)
+        if what == "first refuses":
+            try:
+                check_same("another text", number)
+            except UserError as error:
+                print(error, flush=True)
+            first_then_others("a test", refuse)
+        for step in itertools.count():
+            from_first(1)
+            time.sleep(0.02)
+            if step == 50:
+                print("still here", flush=True)
+try:
+    main()
+except UserError as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    distributed.leave(2)
+"""
+
+
+def free_address():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def run():
+    """Starts Python programs that import `distributed`; kills what is left of them."""
+    started = []
+
+    def start(code, *arguments):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            env=ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def end(process):
+    """Exit code, output and errors."""
+    output, errors = process.communicate(timeout=100)
+    return process.returncode, output, errors
+
+
+@pytest.mark.parametrize(
+    ("code", "expected", "line"),
+    [
+        ("os._exit(0)", 0, ""),
+        ("os._exit(75)", 75, ""),
+        ("os.kill(os.getpid(), 9)", 128 + 9, ""),
+        ("os.abort()", 128 + 6, ""),
+        ("distributed._note(2, 'nobody came'); os.abort()", 2, "error: nobody came\n"),
+        (
+            "distributed._note(2, 'nobody came'); distributed._note(76, 'lost'); os._exit(76)",
+            76,
+            "error: lost\n",
+        ),
+        ("os.kill(os.getppid(), 15); time.sleep(30)", 128 + 15, ""),
+        (  # the first is passed on, the second kills
+            "signal.signal(15, lambda *_: os.kill(os.getppid(), 2)); os.kill(os.getppid(), 2); "
+            "time.sleep(30)",
+            128 + 9,
+            "",
+        ),
+    ],
+)
+def test_the_supervisor_ends_as_its_child(run, code, expected, line):
+    prefix = "import os, signal, time; from simplernn_jax import distributed; "
+    process = run(f"{prefix}distributed.supervise(); {code}")
+    assert end(process) == (expected, "", line)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child")
+def test_a_child_does_not_outlive_its_supervisor(run):
+    process = run(
+        "import os, time; from simplernn_jax import distributed; distributed.supervise(); "
+        "print(os.getpid(), flush=True); time.sleep(30)"
+    )
+    process.stdout.readline()
+    process.kill()
+    assert process.communicate(timeout=20) == ("", "")  # nobody holds its streams any more
+
+
+class Joining(Exception):
+    pass
+
+
+@pytest.fixture
+def initialize(monkeypatch):
+    """What `joined` hands to `jax.distributed.initialize`."""
+    calls = []
+
+    def record(*arguments, **options):
+        calls.append((arguments, options))
+        raise Joining
+
+    monkeypatch.setattr(jax.distributed, "initialize", record)
+    monkeypatch.setattr(distributed, "_keep_stdout_for_python", lambda: None)
+    monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("host", "number", "expected"),
+    [
+        ("127.0.0.1", 0, "127.0.0.1:PORT"),
+        ("127.0.0.1", 1, None),
+        ("[::1]", 0, "[::1]:PORT"),
+        ("192.0.2.7", 0, None),  # not of this machine: perhaps behind a proxy
+        ("no-such-host.invalid", 0, None),
+    ],
+)
+def test_process_0_listens_at_the_given_address(initialize, host, number, expected):
+    address = f"{host}:{free_address().split(':')[1]}"
+    with pytest.raises(Joining), distributed.joined(address, 2, number, 7):
+        pass
+    ((arguments, options),) = initialize
+    assert arguments == (address, 2, number)
+    port = address.rpartition(":")[2]
+    assert options["coordinator_bind_address"] == (expected and expected.replace("PORT", port))
+    assert options["cluster_detection_method"] == "deactivate"
+    assert options["initialization_timeout"] == 7
+
+
+def test_without_flags_jax_asks_the_cluster(initialize):
+    with pytest.raises(Joining), distributed.joined(None, None, None, 7):
+        pass
+    ((arguments, options),) = initialize
+    assert arguments == (None, None, None)
+    assert options["coordinator_bind_address"] is options["cluster_detection_method"] is None
+
+
+@pytest.mark.parametrize("coordinator", ["node1", "node1:", "node1:http", "node1:99999", ":80"])
+def test_an_address_that_is_none(initialize, coordinator):
+    with (
+        pytest.raises(UserError, match=f"--coordinator={coordinator}: not HOST:PORT"),
+        distributed.joined(coordinator, 2, 0, 7),
+    ):
+        pass
+
+
+def test_a_port_that_is_taken(initialize):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        message = rf"process 0 cannot listen at {address} \(Address already in use\): choose"
+        with pytest.raises(UserError, match=message), distributed.joined(address, 2, 0, 7):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ((None, None, None), "coordinator_address should be defined"),
+        (("127.0.0.1:1234", 2, None), "The process id of the current process must be defined"),
+        (("127.0.0.1:1234", 2, 2), "with process_id < num_processes. Got process_id=2"),
+    ],
+)
+def test_what_jax_refuses_is_one_line(monkeypatch, place, message):
+    monkeypatch.setattr(distributed, "_keep_stdout_for_python", lambda: None)
+    for name in list(os.environ):
+        if re.match("SLURM|OMPI|KUBERNETES|JAX_(COORDINATOR|PROCESS|NUM_PROC)", name):
+            monkeypatch.delenv(name)
+    with (
+        pytest.raises(UserError, match=f"--distributed: .*{message}.*give --coordinator HOST"),
+        distributed.joined(*place, 7),
+    ):
+        pass
+
+
+def start_members(run, what, counts=(2, 2)):
+    """Two processes of one run, which are told these counts, and its address."""
+    address = free_address()
+    members = [run(MEMBER, address, count, number, what) for number, count in enumerate(counts)]
+    return members, address
+
+
+def test_a_process_that_hangs_ends_the_others_and_strangers_do_not(run):
+    groups = [start_members(run, "go on") for _ in range(2)]
+    with contextlib.ExitStack() as stack:
+        for members, address in groups:
+            for member in members:
+                assert member.stdout.readline() == "joined\n"
+            host, port = address.split(":")
+            for garbage in (b'{"number": 1}\n', b"GET / HTTP/1.1\r\n\r\n", bytes(1000), b""):
+                stranger = socket.create_connection((host, int(port)), 20)
+                stack.enter_context(stranger).sendall(garbage)
+        for victim, (members, _) in enumerate(groups):
+            # After the strangers came, all go on.
+            assert [member.stdout.readline() for member in members] == ["still here\n"] * 2
+            os.killpg(members[victim].pid, signal.SIGSTOP)
+        for victim, (members, _) in enumerate(groups):
+            code, _, errors = end(members[1 - victim])
+            assert (code, errors.count("error: ")) == (76, 1), errors
+            assert LOST in errors
+
+
+def test_an_error_of_one_and_an_error_of_all(run):
+    one, _ = start_members(run, "go on", counts=(2, 3))
+    all_, _ = start_members(run, "first refuses")
+    message = "error: --num_processes=3: process 0 was started with 2; give all the same number\n"
+    assert end(one[1]) == (2, "", message)
+    code, _, errors = end(one[0])
+    assert (code, LOST in errors) == (76, True)
+    output = "joined\nprocess 1 has another text\n"
+    assert [end(member) for member in all_] == [(2, output, "error: no text\n"), (2, output, "")]
