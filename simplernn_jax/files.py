@@ -9,6 +9,7 @@ import errno
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from typing import BinaryIO
 
 SMALL_FILE = 1 << 26
@@ -71,6 +72,17 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
       OSError: the disk is full or not writable, or what is at `path` is no regular file; what was
         at `path` is still there.
     """
+    with replaced_file(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replaced_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a new file, which replaces the one at `path` when the ``with`` block ends.
+
+    For content that is too large for `write_file`, whose guarantees hold here too; an exception in
+    the block leaves what was at `path`.
+    """
     check_output(path)
     path = os.path.realpath(path)
     # A name that nobody can have planted, and O_EXCL: an existing file or link is never opened.
@@ -80,7 +92,7 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
     descriptor = os.open(temporary, flags, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

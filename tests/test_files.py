@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from simplernn_jax.files import check_output, open_file, read_file, write_file
+from simplernn_jax.files import check_output, open_file, read_file, replaced_file, write_file
 
 
 def test_content_is_replaced_and_nothing_else_is_left(tmp_path):
@@ -89,3 +89,18 @@ def test_a_file_over_the_limit_is_refused(tmp_path):
     assert read_file(path, 5) == b"12345"
     with pytest.raises(OSError, match="larger than 4 bytes"):
         read_file(path, 4)
+
+
+def test_a_replacement_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def replace_and_fail():
+        with replaced_file(path) as file:
+            file.write(b"new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        replace_and_fail()
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
