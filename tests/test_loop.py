@@ -87,6 +87,33 @@ def test_a_stopped_run_ends_as_one_that_was_left_alone(tmp_path, monkeypatch, mo
     assert [step for step, kind, _ in rows[0] if kind == "train"] == list(range(1, 41))
 
 
+def test_a_row_is_the_mean_since_the_one_before_also_over_an_interruption(tmp_path, monkeypatch):
+    source = write_corpus(tmp_path / "text")
+    config = small_config(source=source, steps=23, log_every=1)
+    train(config, str(tmp_path / "each"))
+    config.train.log_every = 5
+    train(config, str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        train(config, str(tmp_path / "parts"))
+    train(config, str(tmp_path / "parts"))
+    each, whole, parts = (read_metrics(str(tmp_path / n)) for n in ("each", "whole", "parts"))
+
+    predictions = np.diff([0] + [row["tokens"] for row in each])
+    assert len(set(predictions)) > 1  # windows reach into the next document
+    groups = [slice(0, 5), slice(5, 10), slice(10, 15), slice(15, 20), slice(20, 23)]
+    losses = np.asarray([row["loss"] for row in each])
+    expected = [np.average(losses[group], weights=predictions[group]) for group in groups]
+    np.testing.assert_allclose([row["loss"] for row in whole], expected, rtol=1e-12)
+    for name in ("step", "loss", "tokens", "gradient_norm", "learning_rate", "skipped_updates"):
+        assert [row[name] for row in parts] == [row[name] for row in whole], name
+    assert [row["tokens"] for row in whole] == [predictions[: group.stop].sum() for group in groups]
+    for rows in (whole, parts):
+        seconds = [row["seconds"] for row in rows]
+        assert seconds == sorted(seconds)
+        assert seconds[0] > 0
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run: its configuration and its folder."""
@@ -111,6 +138,7 @@ def test_a_finished_run_leaves_what_a_person_needs(finished):
     ]
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert {row["recompilations"] for row in rows if row["kind"] == "train"} == {0}
+    assert rows[2]["tokens"] == rows[3]["tokens"] == 69  # a window reached into the next document
     rates = [row["learning_rate"] for row in rows if row["kind"] == "train"]
     assert rates[0] == pytest.approx(2e-3 * (1 / 3 + (1 - 1 / 3) / 3))  # second of 3 to warm up
     assert open_saved_corpus(str(workdir)).validation is not None

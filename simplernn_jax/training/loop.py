@@ -38,6 +38,7 @@ from simplernn_jax.training.optimizer import learning_rate_schedule, make_optimi
 from simplernn_jax.training.placement import batch_shardings
 from simplernn_jax.training.preparation import prepare, total_steps
 from simplernn_jax.training.profiling import Profile
+from simplernn_jax.training.progress import Progress
 from simplernn_jax.training.recompilation import CountedCalls
 from simplernn_jax.training.train_step import (
     StepMetrics,
@@ -107,6 +108,7 @@ class _Run:
             keep_best=config.train.keep_best,
         )
         try:
+            self.progress = Progress()
             self.state, self.batches = self._start_or_resume(optimizer)
             self.position = self.batches.get_state()
             self.step = self.first_step = int(self.state.step)
@@ -139,6 +141,7 @@ class _Run:
                 f"{self.workdir} was trained on; give it the same text, or use another --workdir"
             )
         batches.set_state(restored.data_state["batches"])
+        self.progress = Progress.from_json(restored.data_state.get("progress"))
         return self.layout.from_files(restored.state), batches
 
     def _next_batch(self) -> Batch:
@@ -215,6 +218,7 @@ class _Run:
         """Waits for the step and looks at its numbers."""
         loss, norm, predictions, skipped, in_a_row = (x.item() for x in jax.device_get(metrics))
         self.clock.tick(predictions)
+        self.progress.add(loss, predictions, skipped=in_a_row > 0)
         limit = self.config.train.max_skipped_updates
         if in_a_row >= limit:
             raise UserError(
@@ -231,15 +235,21 @@ class _Run:
             self._write(
                 step,
                 "train",
-                loss=loss,
+                loss=self.progress.take_mean_loss(),
                 gradient_norm=norm,
                 learning_rate=float(rate),
+                **self._so_far(),
                 tokens_per_second=self.clock.tokens_per_second,
                 skipped_updates=skipped,
                 recompilations=self.train_step.recompilations,
             )
         if in_a_row:
             display.say(f"step {step}: loss or gradient not finite, update skipped")
+
+    def _so_far(self) -> dict[str, Any]:
+        before = self.metrics.seconds if self.metrics is not None else 0.0
+        seconds = round(before + self.clock.seconds, 3)
+        return {"tokens": self.progress.tokens, "seconds": seconds}
 
     def _write(self, step: int, kind: str, **values: Any) -> None:
         if self.metrics is not None:
@@ -272,6 +282,7 @@ class _Run:
             loss=result.nats_per_token,
             bits_per_byte=result.bits_per_byte,
             predictions=result.predictions,
+            **self._so_far(),
         )
         display.say(
             f"step {self.step}: validation {result.nats_per_token:.4f} nats/token, "
@@ -301,7 +312,11 @@ class _Run:
         display.say(f"step {self.step}: sample: {train.sample_prompt}{text}")
 
     def _save(self, *, wait: bool = False) -> None:
-        data_state = {"batches": self.position, "content_hash": self.corpus.content_hash}
+        data_state = {
+            "batches": self.position,
+            "content_hash": self.corpus.content_hash,
+            "progress": self.progress.to_json(),
+        }
         metrics = self.measured.get(self.step)
         state = self.layout.to_files(self.state)
         self.checkpointer.save(self.step, state, data_state, metrics, wait=wait)
