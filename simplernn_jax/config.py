@@ -157,6 +157,9 @@ class TrainConfig:
     eval_tokens: int = 65536
     """Tokens of the validation split scored at each evaluation during training; 0 scores all of
     it. The evaluation at the end always scores all of it."""
+    stop_after_worse: int = 0
+    """Evaluations during training in sequence without a new best validation loss, after which the
+    run ends (early stopping); 0 never does."""
     save_every: int = 250
     keep_last: int = 2
     """Newest checkpoints kept; at least 2, so that a damaged one has a predecessor."""
@@ -335,6 +338,10 @@ def _validate_train(config: Config) -> None:
             f"--config.train.steps={train.steps} and --config.train.epochs={train.epochs}: "
             "set exactly one of them above 0"
         )
+    _at_least(train, "train", 0, "stop_after_worse")
+    if train.stop_after_worse and not (train.eval_every and config.data.validation_fraction):
+        allowed = "0 where train.eval_every or data.validation_fraction is 0: nothing is evaluated"
+        _refuse("train.stop_after_worse", train.stop_after_worse, allowed)
     _choice("train.remat", train.remat, REMATERIALISATION)
     _choice("train.backward", train.backward, BACKWARD)
     _at_least(train, "train", 0, "backward_window")
@@ -372,6 +379,10 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+_ADDED_LATER = {"config.train.stop_after_worse"}
+"""Fields whose default means what was done before there were any: older files lack them."""
+
+
 def from_json(text: str) -> Config:
     """Reads what `to_json` wrote and validates it; nothing in it is executed.
 
@@ -397,6 +408,8 @@ def _fill(target: Any, values: Any, path: str) -> None:
         if name not in names:
             raise UserError(f"{path}.{name}: no such field{nearest_name(name, names)}")
     for name in names:
+        if name not in values and f"{path}.{name}" in _ADDED_LATER:
+            continue
         if name not in values:
             raise UserError(f"{path}.{name}: missing; the file was written by another version")
         current = getattr(target, name)

@@ -1,6 +1,5 @@
 """Whole runs: their end, their resumption byte for byte, and how they stop."""
 
-import contextlib
 import errno
 import json
 import math
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import newest_checkpoint, small_config, write_corpus
+from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
@@ -29,26 +28,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 HYBRID = {"num_layers": 2, "mixer": "attention,simple_rnn", "attention_context": 10}
 """It looks back over more tokens than a batch of `small_config` has."""
-
-
-class SignallingDisplay:
-    """Sends SIGTERM so that the run stops after `last_step` steps."""
-
-    def __init__(self, last_step):
-        self._last_step = last_step
-
-    def update(self, step, *_):
-        if step == self._last_step - 1:  # read while the next step is under way
-            signal.raise_signal(signal.SIGTERM)
-
-    def say(self, text):
-        pass
-
-
-def stop_after(monkeypatch, step):
-    monkeypatch.setattr(
-        loop, "open_display", lambda *_: contextlib.nullcontext(SignallingDisplay(step))
-    )
 
 
 @pytest.mark.parametrize(

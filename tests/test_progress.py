@@ -5,7 +5,9 @@ import math
 
 import pytest
 
-from simplernn_jax.training.progress import Progress
+from simplernn_jax.config import TrainConfig
+from simplernn_jax.errors import UserError
+from simplernn_jax.training.progress import Progress, check_finite
 
 
 def test_the_mean_loss_is_weighted_by_tokens_and_starts_anew():
@@ -43,3 +45,11 @@ def test_a_checkpoint_that_did_not_count_tokens_leaves_them_unknown():
     progress.add(2.0, 30, skipped=False)
     assert (progress.tokens, progress.take_mean_loss()) == (None, 2.0)
     assert Progress.from_json(progress.to_json()).tokens is None
+
+
+@pytest.mark.parametrize(("limit", "where"), [(1, "in 1 step, up"), (3, "in 3 steps in a row, up")])
+def test_as_many_skipped_updates_as_are_allowed_end_a_run(limit, where):
+    config = TrainConfig(max_skipped_updates=limit, seed=5)
+    check_finite(9, limit - 1, config)
+    with pytest.raises(UserError, match=rf"{where} to step 9 \(batch 8 of seed 5\); .* of step "):
+        check_finite(9, limit, config)

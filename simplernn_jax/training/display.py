@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from simplernn_jax.parallel.agreement import is_first
+
 SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -23,6 +25,9 @@ class Display(Protocol):
 @contextmanager
 def open_display(first_step: int, total_steps: int) -> Iterator[Display]:
     """A rich progress bar if stdout is a terminal, otherwise lines at most every 5 seconds."""
+    if not is_first():
+        yield NoDisplay()
+        return
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
     if not sys.stdout.isatty():

@@ -109,6 +109,18 @@ class MetricsWriter:
         self._events.close()
 
 
+class NoMetrics:
+    """Writes nothing: of several processes, only process 0 does."""
+
+    seconds = 0.0
+
+    def write(self, step: int, kind: str, **values: Any) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 def iterate_metrics(workdir: str) -> Iterator[Row]:
     """Yield the rows of ``metrics.jsonl``, damaged ones left out; none if it is not readable."""
     try:

@@ -4,6 +4,9 @@ import dataclasses
 import math
 from typing import Any
 
+from simplernn_jax.config import TrainConfig
+from simplernn_jax.errors import UserError
+
 
 @dataclasses.dataclass
 class Progress:
@@ -46,3 +49,24 @@ class Progress:
         if saved is None:
             return cls(tokens=None)
         return cls(saved["tokens"], saved["loss_sum"], saved["loss_tokens"])
+
+
+def check_finite(step: int, in_a_row: int, config: TrainConfig) -> None:
+    """Check that not too many consecutive updates were skipped.
+
+    Args:
+      step: the last one.
+      in_a_row: number of consecutive updates up to `step` that were skipped.
+      config: of the run.
+
+    Raises:
+      UserError: as many as ``max_skipped_updates`` were.
+    """
+    if in_a_row < config.max_skipped_updates:
+        return
+    steps = "1 step" if in_a_row == 1 else f"{in_a_row} steps in a row"
+    raise UserError(
+        f"the loss or its gradient was not finite in {steps}, up to step {step} (batch {step - 1} "
+        f"of seed {config.seed}); the parameters of step {step - in_a_row} are untouched: lower "
+        "--config.optimizer.learning_rate"
+    )

@@ -4,6 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from simplernn_jax.training.clock import Clock
+from simplernn_jax.training.display import clock as clock_time
+from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.metrics import read_metrics
 
 FILE_NAME = "loss_curve.png"
@@ -40,6 +43,23 @@ def _series(rows: list[dict[str, Any]], kind: str, name: str) -> list[tuple[int,
         for row in rows
         if row["kind"] == kind and name in row
     ]
+
+
+def facts_of(
+    step: int, clock: Clock, skipped: int, recompilations: int, evaluation: Evaluation | None
+) -> dict[str, str]:
+    """Return what a run that has taken `step` steps says of itself, for `summary`."""
+    speed = clock.tokens_per_second
+    validation = {} if evaluation is None else {"validation": str(evaluation)}
+    return {
+        "steps": f"{step:,}",
+        "training time": f"{clock_time(clock.seconds)}, of which {clock.first:.1f} s for the "
+        "first step (compilation)",
+        "speed": f"{speed:,.0f} tokens/s" if speed else "not known from one step",
+        "skipped updates": f"{skipped}",
+        "recompilations": f"{recompilations}",
+        **validation,
+    }
 
 
 def summary(facts: dict[str, str]) -> str:
