@@ -167,7 +167,9 @@ class TrainConfig:
     """Checkpoints with the lowest validation loss kept beside them, among those whose step was
     evaluated during training: let save_every and eval_every coincide."""
     sample_every: int = 500
-    sample_prompt: str = "The "
+    sample_prompt: str = "def main("
+    """Text that samples begin with. Where the tokenizer does not know this default, the first line
+    of the held-out text takes its place."""
     sample_tokens: int = 120
     profile_steps: int = 0
     """Steps recorded for TensorBoard's profiler, from the third one of the process on."""
