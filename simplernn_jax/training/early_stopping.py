@@ -5,6 +5,7 @@ import math
 import os
 from typing import Any
 
+from simplernn_jax.plural import counted
 from simplernn_jax.training.checkpoint_folder import CheckpointFolder
 from simplernn_jax.training.evaluate import Evaluation
 
@@ -47,7 +48,7 @@ class Evaluations:
 
     def why_ended(self) -> str:
         """Return the reason in words, and what to do."""
-        times = "1 evaluation" if self.since_best == 1 else f"{self.since_best} evaluations"
+        times = counted(self.since_best, "evaluation")
         best = f", best at step {self.best_step}" if self.best_loss is not None else ""
         return (
             f"stopped early at step {self.last_step}: no better validation loss in {times}{best}; "

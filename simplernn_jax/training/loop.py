@@ -21,6 +21,7 @@ from simplernn_jax.parallel.agreement import StopVote, from_first, is_first, wai
 from simplernn_jax.parallel.global_arrays import from_rows, local_copy, rows_of_this_process
 from simplernn_jax.parallel.mesh import BATCH_AXES, check_fits, describe, make_mesh
 from simplernn_jax.parallel.stages import describe_stages
+from simplernn_jax.plural import counted
 from simplernn_jax.training import report
 from simplernn_jax.training.checkpoint import Checkpointer
 from simplernn_jax.training.clock import Clock
@@ -116,6 +117,7 @@ class _Run:
         self.train_step = CountedCalls("the train step", step)
         self.learning_rate = learning_rate_schedule(self.config.optimizer, self.total_steps)
         self.evaluator = Evaluator(self.config, self.corpus.tokenizer.pad_id, self.mesh)
+        self.description = report.describe_model(self.config.model, self.state.params)
         self.clock = Clock(self.metrics.seconds)
         self.measured: tuple[int, Evaluation] | None = None
 
@@ -216,13 +218,13 @@ class _Run:
         every = self.config.train.log_every
         if every and (step % every == 0 or step == self.total_steps):
             # The counter of the schedule stands still when an update is skipped.
-            rate = self.learning_rate(step - 1 - skipped)
+            rate = float(self.learning_rate(step - 1 - skipped))
             self.metrics.write(
                 step,
                 "train",
                 loss=self.progress.take_mean_loss(),
                 gradient_norm=norm,
-                learning_rate=float(rate),
+                learning_rate=rate,
                 tokens=self.progress.tokens,
                 seconds=self.clock.total_seconds,
                 tokens_per_second=self.clock.tokens_per_second,
@@ -317,13 +319,12 @@ class _Run:
         )
 
     def _announce(self, display: Display) -> None:
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         train = self.corpus.train
+        tokens = counted(len(train.tokens), "training token")
+        documents = counted(len(train.document_starts), "document")
         display.say(
-            f"{self.config.model.block} model of {self.config.model.mixer}, "
-            f"{parameters:,} parameters, "
-            f"{self.config.model.precision}, on {describe(self.mesh)}; "
-            f"{len(train.tokens):,} training tokens in {len(train.document_starts):,} documents"
+            f"{self.description}, {self.config.model.precision}, on {describe(self.mesh)}; "
+            f"{tokens} in {documents}"
         )
         if self.config.mesh.stage > 1:
             length = self.config.train.backward_window or self.config.data.sequence_length
@@ -344,18 +345,12 @@ class _Run:
             self._save(wait=True)
         last = None if self.measured is None else self.measured[1]
         evaluation = self._evaluate(0, display)
-        facts = report.facts_of(
-            self.step,
-            self.clock,
-            int(self.state.skipped_updates),
-            self.train_step.recompilations,
-            evaluation,
-        )
+        facts = report.facts_of(self.state, self.clock, self.train_step, evaluation)
         facts |= self.evaluations.facts(
             self.step, last or evaluation, self.workdir, stopped_early=self.stopped_early
         )
         if is_first():
-            facts["loss curve"] = report.plot_loss(self.workdir)
+            facts["loss curve"] = report.plot_loss(self.workdir, self.description)
         facts["write with it"] = f"python scripts/sample.py --workdir {self.workdir} --prompt TEXT"
         display.say("done\n" + report.summary(facts))
         return Result(self.step, None, evaluation)

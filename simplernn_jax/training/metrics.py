@@ -20,6 +20,7 @@ from typing import Any
 from absl import logging
 
 from simplernn_jax.files import open_file, replaced_file
+from simplernn_jax.plural import counted
 from simplernn_jax.training.append_only import AppendOnlyFile, move_aside
 from simplernn_jax.training.metrics_lines import Row, encode, rows_of
 from simplernn_jax.training.tensorboard import EventLog
@@ -78,7 +79,7 @@ class MetricsWriter:
         finally:
             damaged.close()
         if number:
-            lines = "1 damaged line" if number == 1 else f"{number:,} damaged lines"
+            lines = counted(number, "damaged line")
             logging.warning("%s: %s moved to %s", path, lines, path + DAMAGED)
         return True
 
