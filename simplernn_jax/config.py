@@ -153,6 +153,7 @@ class TrainConfig:
     max_skipped_updates: int = 10
     """Non-finite updates in a row after which the run stops."""
     log_every: int = 10
+    """Steps from one row of ``metrics.jsonl`` to the next; its loss is the mean over them."""
     eval_every: int = 250
     eval_tokens: int = 65536
     """Tokens of the validation split scored at each evaluation during training; 0 scores all of

@@ -62,7 +62,8 @@ def train(config: Config, workdir: str) -> Result:
     """Trains, or goes on training, in `workdir`.
 
     If `workdir` holds a checkpoint, the run goes on from it and ends byte for byte as if it had
-    never stopped. SIGTERM and SIGINT save at the current step and return.
+    never stopped. SIGTERM and SIGINT save at the current step and return. It ends early where
+    the validation loss no longer gets better and ``train.stop_after_worse`` says so.
 
     Several processes (`parallel.processes`) call this together; a signal to any stops them all in
     the same step. Process 0 alone prints, writes samples and metrics.
@@ -320,11 +321,10 @@ class _Run:
 
     def _announce(self, display: Display) -> None:
         train = self.corpus.train
-        tokens = counted(len(train.tokens), "training token")
         documents = counted(len(train.document_starts), "document")
         display.say(
             f"{self.description}, {self.config.model.precision}, on {describe(self.mesh)}; "
-            f"{tokens} in {documents}"
+            f"{counted(len(train.tokens), 'training token')} in {documents}"
         )
         if self.config.mesh.stage > 1:
             length = self.config.train.backward_window or self.config.data.sequence_length
