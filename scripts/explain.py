@@ -52,8 +52,8 @@ def main() -> int:
     text = command_line.read_text(_TEXT.value, _TEXT_FILE.value, name="text")
     workdir = os.path.abspath(os.path.expanduser(_WORKDIR.value))
     from simplernn_jax.analysis import explain
+    from simplernn_jax.analysis.token_text import counted
     from simplernn_jax.compilation_cache import use_compilation_cache
-    from simplernn_jax.plural import counted
     from simplernn_jax.training.checkpoint import read_config
 
     use_compilation_cache()

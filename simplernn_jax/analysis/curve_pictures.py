@@ -7,7 +7,7 @@ import numpy as np
 from simplernn_jax.analysis.memory import Memory
 from simplernn_jax.analysis.pictures import colors, new_figure, png
 from simplernn_jax.analysis.state_value import PositionLoss
-from simplernn_jax.plural import counted
+from simplernn_jax.analysis.token_text import counted
 from simplernn_jax.training.evaluate import Evaluation
 
 _COLUMNS = 4

@@ -22,13 +22,12 @@ from simplernn_jax.analysis.state_value import (
     short_context_losses,
     token_losses,
 )
-from simplernn_jax.analysis.token_text import Unit, split_into_units
+from simplernn_jax.analysis.token_text import Unit, counted, split_into_units
 from simplernn_jax.config import Config
 from simplernn_jax.data import Tokenizer, TokenSplit
 from simplernn_jax.data.batches import document_ends
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.plural import counted
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 
 SHORT_CONTEXT = 32

@@ -15,9 +15,8 @@ from simplernn_jax.analysis.html_parts import (
     shaded_text,
     table,
 )
-from simplernn_jax.analysis.token_text import sum_by_unit, visible
+from simplernn_jax.analysis.token_text import counted, sum_by_unit, visible
 from simplernn_jax.config import MIXERS
-from simplernn_jax.plural import counted
 
 TITLE = "What the model did with a text"
 

@@ -56,6 +56,11 @@ def visible(text: str) -> str:
     return "".join(_VISIBLE.get(c) or (c if c.isprintable() else escaped(c)) for c in text)
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 token`` or ``1,000 tokens``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def sum_by_unit(units: Sequence[Unit], values: np.ndarray) -> np.ndarray:
     """[units]: the sum of the [n] `values` of each unit's tokens."""
     return np.add.reduceat(values, [unit.start for unit in units])
