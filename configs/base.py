@@ -19,5 +19,4 @@ def get_config() -> Config:
     config.train.eval_every = 700
     config.train.save_every = 700
     config.train.sample_every = 1400
-    config.train.sample_prompt = "def main("
     return config

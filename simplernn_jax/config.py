@@ -154,10 +154,14 @@ class TrainConfig:
     max_skipped_updates: int = 10
     """Non-finite updates in a row after which the run stops."""
     log_every: int = 10
+    """Steps from one row of ``metrics.jsonl`` to the next; its loss is the mean over them."""
     eval_every: int = 250
     eval_tokens: int = 65536
     """Tokens of the validation split scored at each evaluation during training; 0 scores all of
     it. The evaluation at the end always scores all of it."""
+    stop_after_worse: int = 0
+    """Evaluations during training in sequence without a new best validation loss, after which the
+    run ends (early stopping); 0 never does."""
     save_every: int = 250
     keep_last: int = 2
     """Newest checkpoints kept; at least 2, so that a damaged one has a predecessor."""
@@ -165,7 +169,9 @@ class TrainConfig:
     """Checkpoints with the lowest validation loss kept beside them, among those whose step was
     evaluated during training: let save_every and eval_every coincide."""
     sample_every: int = 500
-    sample_prompt: str = "The "
+    sample_prompt: str = "def main("
+    """Text that samples begin with. Where the tokenizer does not know this default, the first line
+    of the held-out text takes its place."""
     sample_tokens: int = 120
     profile_steps: int = 0
     """Steps recorded for TensorBoard's profiler, from the third one of the process on."""
@@ -336,6 +342,10 @@ def _validate_train(config: Config) -> None:
             f"--config.train.steps={train.steps} and --config.train.epochs={train.epochs}: "
             "set exactly one of them above 0"
         )
+    _at_least(train, "train", 0, "stop_after_worse")
+    if train.stop_after_worse and not (train.eval_every and config.data.validation_fraction):
+        allowed = "0 where train.eval_every or data.validation_fraction is 0: nothing is evaluated"
+        _refuse("train.stop_after_worse", train.stop_after_worse, allowed)
     _choice("train.remat", train.remat, REMATERIALISATION)
     _choice("train.backward", train.backward, BACKWARD)
     _at_least(train, "train", 0, "backward_window")
@@ -373,6 +383,10 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+_ADDED_LATER = {"config.train.stop_after_worse"}
+"""Fields whose default means what was done before there were any: older files lack them."""
+
+
 def from_json(text: str) -> Config:
     """Reads what `to_json` wrote and validates it; nothing in it is executed.
 
@@ -398,6 +412,8 @@ def _fill(target: Any, values: Any, path: str) -> None:
         if name not in names:
             raise UserError(f"{path}.{name}: no such field{nearest_name(name, names)}")
     for name in names:
+        if name not in values and f"{path}.{name}" in _ADDED_LATER:
+            continue
         if name not in values:
             raise UserError(f"{path}.{name}: missing; the file was written by another version")
         current = getattr(target, name)

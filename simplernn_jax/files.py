@@ -10,6 +10,7 @@ import io
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 
 SMALL_FILE = 1 << 26
 """Default bound on what `read_file` reads: 64 MiB."""
@@ -75,6 +76,17 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
       OSError: the disk is full or not writable, or what is at `path` is no regular file; what was
         at `path` is still there.
     """
+    with replaced_file(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replaced_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a new file, which replaces the one at `path` when the ``with`` block ends.
+
+    For content that is too large for `write_file`, whose guarantees hold here too; an exception in
+    the block leaves what was at `path`.
+    """
     check_output(path)
     path = os.path.realpath(path)
     # A name that nobody can have planted, and O_EXCL: an existing file or link is never opened.
@@ -84,7 +96,7 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
     descriptor = os.open(temporary, flags, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,6 +1,8 @@
 """A model, a corpus and a run as small as they can be, shared by the tests of training."""
 
+import contextlib
 import random
+import signal
 
 import numpy as np
 from flax import nnx
@@ -14,6 +16,7 @@ from simplernn_jax.config import (
     TrainConfig,
 )
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.training import loop
 from simplernn_jax.training.checkpoint import Checkpointer, read_config
 from simplernn_jax.training.checkpoint_contents import read_arrays, read_json, saved_leaves
 from simplernn_jax.training.checkpoint_folder import CheckpointFolder
@@ -72,3 +75,24 @@ def newest_checkpoint(workdir):
         for name, array in arrays.items()
     }
     return contents | {"number of steps": step, "position in the data": read_json(path, "data")}
+
+
+class SignallingDisplay:
+    """Sends SIGTERM so that the run stops after `last_step` steps."""
+
+    def __init__(self, last_step):
+        self._last_step = last_step
+
+    def update(self, step, *_):
+        if step == self._last_step - 1:  # read while the next step is under way
+            signal.raise_signal(signal.SIGTERM)
+
+    def say(self, text):
+        pass
+
+
+def stop_after(monkeypatch, step):
+    """Runs are stopped by SIGTERM after `step`."""
+    monkeypatch.setattr(
+        loop, "open_display", lambda *_: contextlib.nullcontext(SignallingDisplay(step))
+    )

@@ -19,7 +19,7 @@ def wait(monkeypatch):
 
 
 def test_speed_is_that_of_the_steps_after_the_first(wait):
-    clock = Clock()
+    clock = Clock(seconds_before=500)
     wait(50)
     clock.start()
     wait(30)  # compilation
@@ -31,6 +31,7 @@ def test_speed_is_that_of_the_steps_after_the_first(wait):
     assert clock.tokens_per_second == pytest.approx(500)
     assert clock.seconds_per_step == pytest.approx(2)
     assert clock.seconds == pytest.approx(38)
+    assert clock.total_seconds == pytest.approx(538)
 
 
 def test_pauses_do_not_count(wait):

@@ -127,6 +127,24 @@ def test_json_of_another_shape_is_refused(change, message):
         from_json(json.dumps(values))
 
 
+def test_a_field_that_older_files_lack_has_its_default():
+    values = json.loads(to_json(trainable()))
+    del values["train"]["stop_after_worse"]
+    assert from_json(json.dumps(values)) == trainable()
+
+
+@pytest.mark.parametrize(
+    ("section", "name"), [("train", "eval_every"), ("data", "validation_fraction")]
+)
+def test_early_stopping_needs_evaluations(section, name):
+    config = trainable()
+    config.train.stop_after_worse = 2
+    validate(config)
+    setattr(getattr(config, section), name, 0)
+    with pytest.raises(UserError, match="stop_after_worse=2 is not possible: it must be 0 where"):
+        validate(config)
+
+
 def test_text_that_is_not_json_is_refused():
     with pytest.raises(UserError, match="not JSON"):
         from_json("{")

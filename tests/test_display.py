@@ -10,6 +10,8 @@ from simplernn_jax.training.display import clock, open_display
 
 
 class Terminal(io.StringIO):
+    encoding = "UTF-8"
+
     def isatty(self):
         return True
 
@@ -19,12 +21,12 @@ def test_lines_come_at_most_every_few_seconds(monkeypatch, capsys):
     monkeypatch.setattr(display_module.time, "monotonic", lambda: now[0])
     with open_display(0, 40) as display:
         for step in range(1, 7):
-            display.update(step, 1.23456, 12345.6 * (step > 1), 65.0)
+            display.update(step, 1.23456 + step, 12345.6 * (step > 1), 65.0)
             now[0] += 2.0
         display.say("[bold] says the sample")
     assert capsys.readouterr().out.splitlines() == [
-        "step 1/40  loss 1.2346",
-        "step 4/40  loss 1.2346  12,346 tokens/s  1:05 left",
+        "step 1/40  loss 2.2346",
+        "step 4/40  loss 4.2346  12,346 tokens/s  1:05 left",
         "[bold] says the sample",
     ]
 
@@ -42,6 +44,24 @@ def test_a_terminal_shows_a_bar_and_lines_above_it(monkeypatch):
     assert "20/40" in shown
     assert "loss 1.2346  12,346 tokens/s  1:02:05 left" in shown
     assert "[bold] says the sample\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("term", "encoding"),
+    [("dumb", "utf-8"), ("", "utf-8"), (None, "utf-8"), ("xterm", "ascii"), ("xterm", None)],
+)
+def test_a_terminal_that_cannot_draw_gets_lines(monkeypatch, term, encoding):
+    if term is None:
+        monkeypatch.delenv("TERM", raising=False)
+    else:
+        monkeypatch.setenv("TERM", term)
+    terminal = Terminal()
+    monkeypatch.setattr(Terminal, "encoding", encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with open_display(0, 40) as display:
+        display.update(1, 2.5, 0.0, 0.0)
+        display.say("done")
+    assert terminal.getvalue() == "step 1/40  loss 2.5000\ndone\n"
 
 
 def test_text_that_stdout_cannot_hold_stops_nothing(monkeypatch):

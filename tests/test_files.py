@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from simplernn_jax.files import check_output, open_file, read_file, write_file
+from simplernn_jax.files import check_output, open_file, read_file, replaced_file, write_file
 
 
 def test_content_is_replaced_and_nothing_else_is_left(tmp_path):
@@ -105,3 +105,18 @@ def test_reading_takes_no_more_memory_than_the_file_holds(tmp_path):
 
 def test_a_file_whose_size_is_not_known_is_read_whole():
     assert read_file("/proc/self/status").endswith(b"\n")
+
+
+def test_a_replacement_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def replace_and_fail():
+        with replaced_file(path) as file:
+            file.write(b"new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        replace_and_fail()
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]

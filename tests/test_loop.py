@@ -1,6 +1,5 @@
 """Whole runs: their end, their resumption byte for byte, and how they stop."""
 
-import contextlib
 import errno
 import json
 import math
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import newest_checkpoint, small_config, write_corpus
+from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
@@ -29,26 +28,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 HYBRID = {"num_layers": 2, "mixer": "attention,simple_rnn", "attention_context": 10}
 """It looks back over more tokens than a batch of `small_config` has."""
-
-
-class SignallingDisplay:
-    """Sends SIGTERM so that the run stops after `last_step` steps."""
-
-    def __init__(self, last_step):
-        self._last_step = last_step
-
-    def update(self, step, *_):
-        if step == self._last_step - 1:  # read while the next step is under way
-            signal.raise_signal(signal.SIGTERM)
-
-    def say(self, text):
-        pass
-
-
-def stop_after(monkeypatch, step):
-    monkeypatch.setattr(
-        loop, "open_display", lambda *_: contextlib.nullcontext(SignallingDisplay(step))
-    )
 
 
 @pytest.mark.parametrize(
@@ -87,6 +66,33 @@ def test_a_stopped_run_ends_as_one_that_was_left_alone(tmp_path, monkeypatch, mo
     assert [step for step, kind, _ in rows[0] if kind == "train"] == list(range(1, 41))
 
 
+def test_a_row_is_the_mean_since_the_one_before_also_over_an_interruption(tmp_path, monkeypatch):
+    source = write_corpus(tmp_path / "text")
+    config = small_config(source=source, steps=23, log_every=1)
+    train(config, str(tmp_path / "each"))
+    config.train.log_every = 5
+    train(config, str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        train(config, str(tmp_path / "parts"))
+    train(config, str(tmp_path / "parts"))
+    each, whole, parts = (read_metrics(str(tmp_path / n)) for n in ("each", "whole", "parts"))
+
+    predictions = np.diff([0] + [row["tokens"] for row in each])
+    assert len(set(predictions)) > 1  # windows reach into the next document
+    groups = [slice(0, 5), slice(5, 10), slice(10, 15), slice(15, 20), slice(20, 23)]
+    losses = np.asarray([row["loss"] for row in each])
+    expected = [np.average(losses[group], weights=predictions[group]) for group in groups]
+    np.testing.assert_allclose([row["loss"] for row in whole], expected, rtol=1e-12)
+    for name in ("step", "loss", "tokens", "gradient_norm", "learning_rate", "skipped_updates"):
+        assert [row[name] for row in parts] == [row[name] for row in whole], name
+    assert [row["tokens"] for row in whole] == [predictions[: group.stop].sum() for group in groups]
+    for rows in (whole, parts):
+        seconds = [row["seconds"] for row in rows]
+        assert seconds == sorted(seconds)
+        assert seconds[0] > 0
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run: its configuration and its folder."""
@@ -111,6 +117,7 @@ def test_a_finished_run_leaves_what_a_person_needs(finished):
     ]
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert {row["recompilations"] for row in rows if row["kind"] == "train"} == {0}
+    assert rows[2]["tokens"] == rows[3]["tokens"] == 69  # a window reached into the next document
     rates = [row["learning_rate"] for row in rows if row["kind"] == "train"]
     assert rates[0] == pytest.approx(2e-3 * (1 / 3 + (1 - 1 / 3) / 3))  # second of 3 to warm up
     assert open_saved_corpus(str(workdir)).validation is not None

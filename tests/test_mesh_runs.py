@@ -81,7 +81,10 @@ def test_a_run_on_a_mesh_evaluates_and_writes_on_its_way(folder, whole):
 def test_a_stopped_run_goes_on_to_the_same_bytes_on_the_same_mesh(folder, whole, half):
     shutil.copytree(half, folder / "same")
     assert run(folder, "same", **EACH_AXIS).step == STEPS
-    assert newest_checkpoint(folder / "same") == newest_checkpoint(folder / "whole")
+    found, expected = newest_checkpoint(folder / "same"), newest_checkpoint(folder / "whole")
+    for saved in (found, expected):
+        del saved["position in the data"]["evaluations"]  # only one of them evaluated on its way
+    assert found == expected
 
 
 def test_a_stopped_run_goes_on_on_one_device(folder, whole, half):

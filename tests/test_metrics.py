@@ -1,8 +1,18 @@
-"""The metrics of a run on disk, over interruptions."""
+"""The metrics of a run on disk, over interruptions and damage."""
 
+import errno
+import io
 import json
+import os
+import time
 
+import pytest
+from tensorboardX.record_writer import RecordWriter
+
+from simplernn_jax.training import append_only
+from simplernn_jax.training import metrics as metrics_module
 from simplernn_jax.training.metrics import MetricsWriter, read_metrics
+from simplernn_jax.training.metrics_lines import LONGEST_LINE, encode, rows_of
 
 
 def write(workdir, first_step, *steps, loss=1.5):
@@ -16,18 +26,22 @@ def steps_in(workdir):
     return [row["step"] for row in read_metrics(str(workdir))]
 
 
-def test_rows_are_json_objects_with_step_and_kind(tmp_path):
+def test_rows_are_json_objects_with_step_kind_and_time(tmp_path):
+    before = time.time()
     writer = MetricsWriter(str(tmp_path), 0)
     writer.write(3, "train", loss=1.5)
     writer.write(3, "sample", text="zwölf\u2028\n")
     # Readable while the run goes on.
     rows = read_metrics(str(tmp_path))
     writer.close()
+    assert read_metrics(str(tmp_path)) == rows
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert len(json.loads(line).pop("crc32")) == 8
+    assert all(abs(row.pop("wall_time") - before) < 3600 for row in rows)
     assert rows == [
         {"step": 3, "kind": "train", "loss": 1.5},
         {"step": 3, "kind": "sample", "text": "zwölf\u2028\n"},
     ]
-    assert read_metrics(str(tmp_path)) == rows
 
 
 def test_a_workdir_without_metrics_has_no_rows(tmp_path):
@@ -56,6 +70,7 @@ def test_a_line_cut_off_by_a_crash_is_left_out_and_later_ones_are_whole(tmp_path
     assert steps_in(tmp_path) == [5]
     write(tmp_path, 10, 15)
     assert steps_in(tmp_path) == [5, 15]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes().startswith(b'{"step": 10, ')
     for line in path.read_text(encoding="utf-8").splitlines():
         json.loads(line)
 
@@ -66,10 +81,12 @@ def test_what_is_not_finite_is_null(tmp_path):
     writer = MetricsWriter(str(tmp_path), 1)
     writer.write(2, "train", loss=float("inf"), gradient_norm=0.5)
     writer.close()
-    assert path.read_text() == (
-        '{"step": 1, "kind": "train", "loss": null}\n'
-        '{"step": 2, "kind": "train", "loss": null, "gradient_norm": 0.5}\n'
-    )
+    assert "NaN" not in path.read_text()
+    assert "Infinity" not in path.read_text()
+    assert [(row["loss"], row.get("gradient_norm")) for row in read_metrics(str(tmp_path))] == [
+        (None, None),
+        (None, 0.5),
+    ]
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
@@ -80,3 +97,150 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     (path,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/loss" in path.read_bytes()
     assert b"sample/text" in path.read_bytes()
+
+
+def test_the_time_of_training_goes_on_from_the_last_row_that_stays(tmp_path):
+    writer = MetricsWriter(str(tmp_path), 0)
+    for step, seconds in ((5, 1.5), (10, 2.5), (15, 3.5)):
+        writer.write(step, "train", seconds=seconds)
+    writer.close()
+    assert writer.seconds == 0
+    writer = MetricsWriter(str(tmp_path), 10)
+    writer.close()
+    assert writer.seconds == 2.5
+
+
+ROWS = [
+    {"step": 5, "kind": "train", "loss": 3.25, "tokens": 70, "learning_rate": 1e-05},
+    {"step": 5, "kind": "sample", "text": "a\u20ac"},
+    {"step": 10, "kind": "validation", "loss": None},
+]
+
+
+def test_no_flip_of_a_bit_changes_a_row_or_loses_one_unseen():
+    whole = b"".join(map(encode, ROWS))
+    assert [row for _, row in rows_of(io.BytesIO(whole))] == ROWS
+    for position in range(len(whole)):
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << bit
+            found = [row for _, row in rows_of(io.BytesIO(damaged))]
+            rows = [row for row in found if row is not None]
+            # Of the first line, the name of its checksum may be lost without the row.
+            rows = [{n: v for n, v in row.items() if n in ROWS[0] | ROWS[1]} for row in rows]
+            assert all(row in ROWS for row in rows), (position, bit)
+            assert len(rows) == 3 or None in found, (position, bit)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe",
+        b"\0" * 40,
+        b"[" * 100_000,
+        b"7",
+        b'{"step": 1}',
+        b'{"step": true, "kind": "train"}',
+        b'{"step": -1, "kind": "train"}',
+        b'{"step": 1, "kind": 2}',
+        b'{"step": 1, "kind": "train", "loss": "2"}',
+        b'{"step": 1, "kind": "train", "loss": [2]}',
+        b'{"step": 1, "kind": "train", "loss": 1' + b"0" * 5000 + b"}",
+        b" " * LONGEST_LINE + b'{"step": 1, "kind": "train", "loss": 2}',
+    ],
+)
+def test_lines_that_are_no_rows_are_set_aside_with_one_warning(tmp_path, caplog, line):
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"step": 1, "kind": "train", "loss": 2.5}'
+    path.write_bytes(b"\n".join([good, line, b"", line, good, b""]))
+    write(tmp_path, 5, 6)
+    assert steps_in(tmp_path) == [1, 1, 6]
+    (warning,) = caplog.messages
+    assert warning == f"{path}: 2 damaged lines moved to {path}.damaged"
+
+
+def _fifo(path):
+    os.mkfifo(path)
+
+
+def _link_to_a_device(path):
+    path.symlink_to("/dev/zero")
+
+
+def _dangling_link(path):
+    path.symlink_to(path.parent / "nowhere")
+
+
+def _folder(path):
+    path.mkdir()
+
+
+@pytest.mark.parametrize("make", [_fifo, _link_to_a_device, _dangling_link, _folder])
+def test_what_is_no_file_is_renamed_and_a_new_one_begins(tmp_path, caplog, make):
+    path = tmp_path / "metrics.jsonl"
+    for number in ("", "-2"):
+        make(path)
+        assert read_metrics(str(tmp_path)) == []
+        write(tmp_path, 5, 6)
+        assert steps_in(tmp_path) == [6]
+        assert os.path.lexists(f"{path}.unusable{number}")
+        assert f"{path}: moved to {path}.unusable{number}" in caplog.messages
+        path.unlink()
+    make(tmp_path / "metrics.jsonl.damaged")
+    path.write_bytes(b"damage\n")
+    write(tmp_path, 5, 6)
+    assert steps_in(tmp_path) == [6]
+
+
+def test_a_full_disk_loses_rows_and_stops_nothing(tmp_path, caplog, monkeypatch):
+    writer = MetricsWriter(str(tmp_path), 0)
+    write_bytes = os.write
+
+    def write_a_part(descriptor, data):
+        if len(data) < 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(descriptor, data[: len(data) // 2])
+
+    writer.write(1, "train", loss=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(append_only.os, "write", write_a_part)
+        writer.write(2, "train", loss=2.0)
+        writer.write(3, "train", loss=2.0)
+    writer.write(4, "train", loss=3.0)
+    writer.close()
+    assert [message.count("No space left") for message in caplog.messages] == [1]
+    assert steps_in(tmp_path) == [1, 4]
+
+
+def test_rows_that_cannot_be_copied_stay_and_no_more_are_written(tmp_path, caplog, monkeypatch):
+    write(tmp_path, 0, 5)
+
+    def refuse(path):
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    monkeypatch.setattr(metrics_module, "replaced_file", refuse)
+    write(tmp_path, 5, 6)
+    assert steps_in(tmp_path) == [5]
+    (warning,) = caplog.messages
+    assert warning.endswith("No space left on device; the rows of this run are not written")
+
+
+def test_tensorboard_that_fails_is_one_warning(tmp_path, caplog, monkeypatch):
+    (tmp_path / "tensorboard").write_bytes(b"")  # where its folder should be
+    write(tmp_path, 0, 5, 6)
+    assert [f"{tmp_path}/tensorboard: " in message for message in caplog.messages] == [True]
+    (tmp_path / "tensorboard").unlink()
+    caplog.clear()
+
+    writer = MetricsWriter(str(tmp_path), 6)
+    monkeypatch.setattr(RecordWriter, "flush", _refuse_all)
+    for step in range(7, 30):  # more than the queue of tensorboardX holds
+        writer.write(step, "train", loss=1.0)
+    monkeypatch.undo()
+    writer.close()
+    assert [f"{tmp_path}/tensorboard: No space" in message for message in caplog.messages] == [True]
+    assert steps_in(tmp_path) == [5, 6, *range(7, 30)]
+
+
+def _refuse_all(writer):
+    raise OSError(errno.ENOSPC, "No space left on device")

@@ -94,6 +94,28 @@ def test_a_sample_prompt_that_cannot_be_encoded_is_refused_before_training(tmp_p
         prepare(config, str(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("fraction", [0.2, 0.0])
+def test_a_default_prompt_that_is_not_known_gives_way_to_a_line_of_text(tmp_path, caplog, fraction):
+    folder = tmp_path / "lines"
+    folder.mkdir()
+    for number in range(5):
+        text = f"\n \n\tzeile {number} {'xy' * 30}\nund mehr\n"
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    config = small_config(
+        source=str(folder), tokenizer="char", sample_every=10, validation_fraction=fraction
+    )
+    caplog.set_level("INFO")
+    prepared, corpus = prepare(config, str(tmp_path / "run"))
+    prompt = prepared.train.sample_prompt
+    split = corpus.validation or corpus.train
+    assert corpus.tokenizer.decode(split.tokens).strip().startswith(prompt)
+    assert (prompt[:6], len(prompt)) == ("zeile ", 40)
+    where = "held-out" if fraction else "training"
+    told = f"know the prompt 'def main(': samples begin with {prompt!r}, a line of the {where} text"
+    assert told in caplog.text
+    assert prepare(config, str(tmp_path / "run"))[0].train == prepared.train
+
+
 def test_the_tokens_of_a_run_are_found_without_their_source(tmp_path, config):
     expected = save_untrained(config, tmp_path / "run")
     # Another corpus beside it, and a file of somebody else.

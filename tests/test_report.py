@@ -1,19 +1,25 @@
 """The picture and the summary at the end of a run."""
 
+import math
+import os
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from simplernn_jax.training.metrics import MetricsWriter
 from simplernn_jax.training.report import plot_loss, summary
 
 
-def picture(workdir, **rows):
+def picture(workdir, model="a model", **rows):
     workdir.mkdir(exist_ok=True)
     writer = MetricsWriter(str(workdir), 0)
     for kind, losses in rows.items():
         for step, loss in enumerate(losses):
             writer.write(step, kind, **({} if loss is None else {"loss": loss}))
     writer.close()
-    path = plot_loss(str(workdir))
+    path = plot_loss(str(workdir), model)
     assert path == str(workdir / "loss_curve.png")
     return imread(path)
 
@@ -30,6 +36,54 @@ def test_a_run_without_numbers_leaves_an_empty_grid(tmp_path):
     curve = picture(tmp_path / "train", train=[5.0, 3.0])
     assert empty.std() > 0
     assert (empty != curve).any()
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """All figures that are drawn."""
+    drawn = []
+    savefig = Figure.savefig
+
+    def save(figure, *args, **options):
+        drawn.append(figure)
+        return savefig(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return drawn
+
+
+def test_the_picture_says_which_run_it_is_and_where_it_was_best(tmp_path, figures):
+    validation = [4.0, 2.5, 2.125, math.nan, 2.25]
+    picture(tmp_path / "my_$run$", "plain model, 17 parameters", validation=validation)
+    (axes,) = figures[0].axes
+    assert axes.get_title() == "my_$run$: plain model, 17 parameters"
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [
+        "validation",
+        "best 2.125 at step 2",
+    ]
+    _, ring = axes.lines
+    assert (*ring.get_xdata(), *ring.get_ydata()) == (2, 2.125)
+    picture(tmp_path / "b", "x" * 1000, validation=[math.nan])
+    assert len(figures[1].axes[0].get_title()) <= 80
+    assert len(figures[1].axes[0].lines) == 1
+
+
+def test_high_losses_of_the_beginning_leave_room_for_the_rest(tmp_path, figures):
+    falling = [100.0, 30.0, *np.linspace(3.0, 2.0, 40)]
+    picture(tmp_path / "a", train=falling, validation=[math.nan] * 30 + [2.5])
+    low, high = figures[0].axes[0].get_ylim()
+    assert 1.8 < low < 2.0
+    assert 3.0 < high < 3.5
+    # A run that never gets better is shown whole.
+    picture(tmp_path / "b", train=[5.0, *np.linspace(5.0, 9.0, 40)])
+    low, high = figures[1].axes[0].get_ylim()
+    assert (low < 5.0, high > 9.0, high < 9.5) == (True, True, True)
+
+
+def test_a_picture_that_cannot_be_written_stops_nothing(tmp_path, caplog):
+    os.mkfifo(tmp_path / "loss_curve.png")
+    assert plot_loss(str(tmp_path), "a model") == "not drawn: not a regular file"
+    assert "the loss curve is not drawn" in caplog.text
 
 
 def test_summary_is_aligned():

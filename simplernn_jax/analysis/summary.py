@@ -8,6 +8,7 @@ from simplernn_jax.analysis.context_gain import SHORT_CONTEXT
 from simplernn_jax.analysis.explanation import Explanation
 from simplernn_jax.analysis.memory import half_gone
 from simplernn_jax.analysis.token_text import quoted
+from simplernn_jax.errors import counted
 
 
 def summarize(explanation: Explanation) -> list[str]:

@@ -6,8 +6,10 @@ import time
 class Clock:
     """Training time without evaluations, samples and saves; speed without the first step."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds_before: float = 0.0) -> None:
+        """Begin at 0; `seconds_before` were trained before the run was resumed."""
         self.seconds = 0.0
+        self._before = seconds_before
         self.first = 0.0
         """Seconds of the first step, compilation included."""
         self._steps = 0
@@ -43,6 +45,11 @@ class Clock:
             self.first = self.seconds
         else:
             self._tokens += tokens
+
+    @property
+    def total_seconds(self) -> float:
+        """Training time of the whole run, to the millisecond."""
+        return round(self._before + self.seconds, 3)
 
     @property
     def seconds_per_step(self) -> float:

@@ -1,11 +1,16 @@
 """What a person sees while a run trains: a bar on a terminal, plain lines elsewhere."""
 
+import codecs
 import io
+import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TextIO
+
+from simplernn_jax.parallel.agreement import is_first
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -22,10 +27,14 @@ class Display(Protocol):
 
 @contextmanager
 def open_display(first_step: int, total_steps: int) -> Iterator[Display]:
-    """A rich progress bar if stdout is a terminal, otherwise lines at most every 5 seconds."""
+    """Show a rich progress bar if stdout is a terminal that can draw one, otherwise lines at most
+    every 5 seconds."""
+    if not is_first():
+        yield NoDisplay()
+        return
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
-    if not sys.stdout.isatty():
+    if not _can_draw(sys.stdout):
         yield _PlainLines(total_steps)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -43,6 +52,16 @@ def open_display(first_step: int, total_steps: int) -> Iterator[Display]:
             "", total=total_steps, completed=first_step, loss="-", rate="-", left="-"
         )
         yield _Bar(progress, task)
+
+
+def _can_draw(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that moves its cursor and shows more than ASCII."""
+    if not stream.isatty() or os.environ.get("TERM", "dumb") in ("", "dumb", "unknown"):
+        return False
+    try:
+        return codecs.lookup(stream.encoding or "ascii").name == "utf-8"
+    except LookupError:
+        return False
 
 
 class NoDisplay:
@@ -77,13 +96,17 @@ class _PlainLines:
     def __init__(self, total_steps: int):
         self._total = total_steps
         self._last = -SECONDS_BETWEEN_LINES
+        self._losses: list[float] = []
+        """Of the steps since the last line, which shows their mean."""
 
     def update(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+        self._losses.append(loss)
         now = time.monotonic()
         if now - self._last < SECONDS_BETWEEN_LINES:
             return
         self._last = now
-        line = f"step {step}/{self._total}  loss {loss:.4f}"
+        line = f"step {step}/{self._total}  loss {statistics.fmean(self._losses):.4f}"
+        self._losses = []
         if tokens_per_second:
             line += f"  {tokens_per_second:,.0f} tokens/s  {clock(seconds_left)} left"
         self.say(line)

@@ -52,6 +52,13 @@ class Evaluation:
         except OverflowError:
             return math.inf
 
+    def __str__(self) -> str:
+        """Return all of them with their units, but the number of predictions."""
+        return (
+            f"{self.nats_per_token:.4f} nats/token, perplexity {self.perplexity:.2f}, "
+            f"{self.bits_per_byte:.4f} bits/byte"
+        )
+
 
 class Scores(NamedTuple):
     """What a model makes of one batch."""

@@ -5,40 +5,38 @@ step t - 1 while the device works; then, where one is due, evaluate, sample and 
 the state after step t. What is saved is exactly what the next step starts from.
 """
 
-import contextlib
 import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference import generate_text
-from simplernn_jax.parallel.agreement import StopVote, is_first, wait_for_all
+from simplernn_jax.parallel.agreement import StopVote, from_first, is_first, wait_for_all
 from simplernn_jax.parallel.global_arrays import from_rows, local_copy, rows_of_this_process
-from simplernn_jax.parallel.layer_layout import in_layout_of
 from simplernn_jax.parallel.mesh import BATCH_AXES, check_fits, describe, make_mesh
 from simplernn_jax.parallel.stages import describe_stages
 from simplernn_jax.training import report
 from simplernn_jax.training.checkpoint import Checkpointer
 from simplernn_jax.training.clock import Clock
-from simplernn_jax.training.display import Display, NoDisplay, clock, open_display
+from simplernn_jax.training.display import Display, open_display
+from simplernn_jax.training.early_stopping import Evaluations
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 from simplernn_jax.training.file_layout import FileLayout
-from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.interruption import Interruption
-from simplernn_jax.training.metrics import MetricsWriter
+from simplernn_jax.training.metrics import MetricsWriter, NoMetrics
 from simplernn_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from simplernn_jax.training.placement import batch_shardings
 from simplernn_jax.training.preparation import prepare, total_steps
 from simplernn_jax.training.profiling import Profile
+from simplernn_jax.training.progress import Progress, check_finite
 from simplernn_jax.training.recompilation import CountedCalls
+from simplernn_jax.training.sample import sample_text
 from simplernn_jax.training.train_step import (
     StepMetrics,
     TrainState,
@@ -46,8 +44,6 @@ from simplernn_jax.training.train_step import (
     make_train_step,
     state_shardings,
 )
-
-SAMPLE_TEMPERATURE = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +61,8 @@ def train(config: Config, workdir: str) -> Result:
     """Trains, or goes on training, in `workdir`.
 
     If `workdir` holds a checkpoint, the run goes on from it and ends byte for byte as if it had
-    never stopped. SIGTERM and SIGINT save at the current step and return.
+    never stopped. SIGTERM and SIGINT save at the current step and return. It ends early where
+    the validation loss no longer gets better and ``train.stop_after_worse`` says so.
 
     Several processes (`distributed`) call this together; a signal to any stops them all in
     the same step. Process 0 alone prints, writes samples and metrics.
@@ -107,10 +104,12 @@ class _Run:
             keep_best=config.train.keep_best,
         )
         try:
+            self.progress, self.evaluations = Progress(), Evaluations()
             self.state, self.batches = self._start_or_resume(optimizer)
             self.position = self.batches.get_state()
             self.step = self.first_step = int(self.state.step)
-            self.metrics = MetricsWriter(workdir, self.step) if is_first() else None
+            self.stopped_early = self._is_worse_for_long()
+            self.metrics = MetricsWriter(workdir, self.step) if is_first() else NoMetrics()
         except BaseException:
             self.checkpointer.close()
             raise
@@ -118,8 +117,9 @@ class _Run:
         self.train_step = CountedCalls("the train step", step)
         self.learning_rate = learning_rate_schedule(self.config.optimizer, self.total_steps)
         self.evaluator = Evaluator(self.config, self.corpus.tokenizer.pad_id, self.mesh)
-        self.clock = Clock()
-        self.measured: dict[int, dict[str, float]] = {}
+        self.description = report.describe_model(self.config.model, self.state.params)
+        self.clock = Clock(self.metrics.seconds)
+        self.measured: tuple[int, Evaluation] | None = None
 
     def _start_or_resume(self, optimizer: Any) -> tuple[TrainState, Any]:
         config, corpus = self.config, self.corpus
@@ -139,6 +139,8 @@ class _Run:
                 f"{self.workdir} was trained on; give it the same text, or use another --workdir"
             )
         batches.set_state(restored.data_state["batches"])
+        self.progress = Progress.from_json(restored.data_state.get("progress"))
+        self.evaluations = Evaluations.from_json(restored.data_state.get("evaluations"))
         return self.layout.from_files(restored.state), batches
 
     def _next_batch(self) -> Batch:
@@ -150,8 +152,7 @@ class _Run:
     def close(self, *, failed: bool = False) -> None:
         """Waits for the last save and closes the files."""
         try:
-            if self.metrics is not None:
-                self.metrics.close()
+            self.metrics.close()
         finally:
             self.checkpointer.close(failed=failed)
 
@@ -159,7 +160,7 @@ class _Run:
         """Takes all steps that are left, unless a signal comes."""
         if is_first():
             self._write_config()
-        with self._open_display() as display:
+        with open_display(self.step, self.total_steps) as display:
             self._announce(display)
             steps = self.config.train.profile_steps if is_first() else 0
             profile = Profile(self.workdir, steps, display.say)
@@ -176,18 +177,13 @@ class _Run:
                 return Result(self.step, signal, None)
             return self._finish(display)
 
-    def _open_display(self) -> contextlib.AbstractContextManager[Display]:
-        if is_first():
-            return open_display(self.step, self.total_steps)
-        return contextlib.nullcontext(NoDisplay())
-
     def _take_steps(self, vote: StopVote, display: Display, profile: Profile) -> None:
-        if self.step >= self.total_steps:
+        if self._has_ended():
             return
         batch = self._next_batch()
         pending: StepMetrics | None = None
         self.clock.start()
-        while self.step < self.total_steps and not vote.signal(self.step):
+        while not self._has_ended() and not vote.signal(self.step):
             position = self.batches.get_state()
             if profile.is_due():
                 jax.block_until_ready(self.state)  # so that whole steps are recorded
@@ -215,25 +211,22 @@ class _Run:
         """Waits for the step and looks at its numbers."""
         loss, norm, predictions, skipped, in_a_row = (x.item() for x in jax.device_get(metrics))
         self.clock.tick(predictions)
-        limit = self.config.train.max_skipped_updates
-        if in_a_row >= limit:
-            raise UserError(
-                f"the loss or its gradient was not finite in {in_a_row} steps in a row, up to "
-                f"step {step} (batch {step - 1} of seed {self.config.train.seed}); the parameters "
-                f"of step {step - in_a_row} are untouched: lower --config.optimizer.learning_rate"
-            )
+        self.progress.add(loss, predictions, skipped=in_a_row > 0)
+        check_finite(step, in_a_row, self.config.train)
         left = (self.total_steps - step) * self.clock.seconds_per_step
         display.update(step, loss, self.clock.tokens_per_second, left)
         every = self.config.train.log_every
         if every and (step % every == 0 or step == self.total_steps):
             # The counter of the schedule stands still when an update is skipped.
-            rate = self.learning_rate(step - 1 - skipped)
-            self._write(
+            rate = float(self.learning_rate(step - 1 - skipped))
+            self.metrics.write(
                 step,
                 "train",
-                loss=loss,
+                loss=self.progress.take_mean_loss(),
                 gradient_norm=norm,
-                learning_rate=float(rate),
+                learning_rate=rate,
+                tokens=self.progress.tokens,
+                seconds=self.clock.total_seconds,
                 tokens_per_second=self.clock.tokens_per_second,
                 skipped_updates=skipped,
                 recompilations=self.train_step.recompilations,
@@ -241,12 +234,15 @@ class _Run:
         if in_a_row:
             display.say(f"step {step}: loss or gradient not finite, update skipped")
 
-    def _write(self, step: int, kind: str, **values: Any) -> None:
-        if self.metrics is not None:
-            self.metrics.write(step, kind, **values)
-
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0 and self.step < self.total_steps
+
+    def _has_ended(self) -> bool:
+        return self.step >= self.total_steps or self.stopped_early
+
+    def _is_worse_for_long(self) -> bool:
+        limit = self.config.train.stop_after_worse
+        return limit > 0 and bool(from_first(self.evaluations.has_ended(limit)))
 
     def _something_due(self) -> bool:
         train = self.config.train
@@ -255,54 +251,65 @@ class _Run:
     def _do_what_is_due(self, display: Display) -> None:
         train = self.config.train
         if self._due(train.eval_every):
-            self._evaluate(train.eval_tokens, display)
+            result = self._evaluate(train.eval_tokens, display)
+            if result is not None:
+                self.evaluations.add(self.step, result)
+                self.stopped_early = self._is_worse_for_long()
         if self._due(train.sample_every):
             self._sample(display)
         if self._due(train.save_every):
             self._save()
 
-    def _evaluate(self, limit_tokens: int, display: Display) -> Evaluation | None:
-        if self.corpus.validation is None:
+    def _measure(self, limit_tokens: int) -> Evaluation | None:
+        """Evaluates the current state, unless that was done on the same tokens."""
+        split = self.corpus.validation
+        if split is None:
             return None
-        result = self.evaluator(self.state.params, self.corpus.validation, limit_tokens)
-        self.measured = {self.step: {"validation_loss": result.nats_per_token}}
-        self._write(
+        predictions = min(limit_tokens or split.num_predictions, split.num_predictions)
+        if self.measured is not None:
+            step, result = self.measured
+            if (step, result.predictions) == (self.step, predictions):
+                return result
+        result = self.evaluator(self.state.params, split, limit_tokens)
+        self.measured = self.step, result
+        return result
+
+    def _evaluate(self, limit_tokens: int, display: Display) -> Evaluation | None:
+        result = self._measure(limit_tokens)
+        reported = self.evaluations.last_step, self.evaluations.predictions
+        if result is None or reported == (self.step, result.predictions):
+            return result
+        self.metrics.write(
             self.step,
             "validation",
             loss=result.nats_per_token,
             bits_per_byte=result.bits_per_byte,
             predictions=result.predictions,
+            tokens=self.progress.tokens,
+            seconds=self.clock.total_seconds,
         )
-        display.say(
-            f"step {self.step}: validation {result.nats_per_token:.4f} nats/token, "
-            f"perplexity {result.perplexity:.2f}, {result.bits_per_byte:.4f} bits/byte"
-        )
+        display.say(f"step {self.step}: validation {result}")
         return result
 
     def _sample(self, display: Display) -> None:
         params = local_copy(self.state.params)
         if is_first():
-            self._write_sample(params, display)
+            text = sample_text(self.config, params, self.corpus.tokenizer)
+            self.metrics.write(self.step, "sample", text=text)
+            display.say(f"step {self.step}: sample: {text}")
         wait_for_all("a sample is written")
 
-    def _write_sample(self, params: nnx.State, display: Display) -> None:
-        train = self.config.train
-        graph, abstract = abstract_model(self.config)
-        model = nnx.merge(graph, in_layout_of(abstract, params))
-        text = generate_text(
-            model,
-            self.corpus.tokenizer,
-            train.sample_prompt,
-            max_new_tokens=train.sample_tokens,
-            temperature=SAMPLE_TEMPERATURE,
-            seed=train.seed,
-        )[0]
-        self._write(self.step, "sample", text=train.sample_prompt + text)
-        display.say(f"step {self.step}: sample: {train.sample_prompt}{text}")
-
     def _save(self, *, wait: bool = False) -> None:
-        data_state = {"batches": self.position, "content_hash": self.corpus.content_hash}
-        metrics = self.measured.get(self.step)
+        data_state = {
+            "batches": self.position,
+            "content_hash": self.corpus.content_hash,
+            "progress": self.progress.to_json(),
+            "evaluations": self.evaluations.to_json(),
+        }
+        metrics = None
+        if self.measured is not None and self.measured[0] == self.step:
+            result = self.measured[1]
+            metrics = {"validation_loss": result.nats_per_token, "predictions": result.predictions}
         state = self.layout.to_files(self.state)
         self.checkpointer.save(self.step, state, data_state, metrics, wait=wait)
 
@@ -312,11 +319,8 @@ class _Run:
         )
 
     def _announce(self, display: Display) -> None:
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         display.say(
-            f"{self.config.model.block} model of {self.config.model.mixer}, "
-            f"{parameters:,} parameters, "
-            f"{self.config.model.precision}, on {describe(self.mesh)}; "
+            f"{self.description}, {self.config.model.precision}, on {describe(self.mesh)}; "
             f"{self.corpus.summary}"
         )
         if self.corpus.warning:
@@ -328,28 +332,24 @@ class _Run:
             display.say(f"resuming {self.workdir} at step {self.first_step} of {self.total_steps}")
         if self.first_step >= self.total_steps:
             display.say("all steps are done; raise --config.train.steps or epochs to train more")
+        elif self.stopped_early:
+            display.say(self.evaluations.why_ended())
 
     def _finish(self, display: Display) -> Result:
+        train = self.config.train
         if self.step > self.first_step:
-            # Before the evaluation, which may take longer than a preempted job has left.
+            if 0 < train.eval_every < self.total_steps:
+                self._measure(train.eval_tokens)  # as the checkpoints that it is to compare with
+            # Before the whole evaluation, which may take longer than a preempted job has left.
             self._save(wait=True)
+        last = None if self.measured is None else self.measured[1]
         evaluation = self._evaluate(0, display)
-        speed = self.clock.tokens_per_second
-        facts = {
-            "steps": f"{self.step:,}",
-            "training time": f"{clock(self.clock.seconds)}, of which {self.clock.first:.1f} s "
-            "for the first step (compilation)",
-            "speed": f"{speed:,.0f} tokens/s" if speed else "not known from one step",
-            "skipped updates": f"{int(self.state.skipped_updates)}",
-            "recompilations": f"{self.train_step.recompilations}",
-        }
-        if evaluation is not None:
-            facts["validation"] = (
-                f"{evaluation.nats_per_token:.4f} nats/token, perplexity "
-                f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.4f} bits/byte"
-            )
+        facts = report.facts_of(self.state, self.clock, self.train_step, evaluation)
+        facts |= self.evaluations.facts(
+            self.step, last or evaluation, self.workdir, stopped_early=self.stopped_early
+        )
         if is_first():
-            facts["loss curve"] = report.plot_loss(self.workdir)
+            facts["loss curve"] = report.plot_loss(self.workdir, self.description)
         facts["write with it"] = f"python scripts/sample.py --workdir {self.workdir} --prompt TEXT"
         display.say("done\n" + report.summary(facts))
         return Result(self.step, None, evaluation)

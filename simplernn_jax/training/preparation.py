@@ -4,17 +4,24 @@ import dataclasses
 import math
 import os
 
+from absl import logging
+
 from simplernn_jax import config as config_lib
-from simplernn_jax.config import Config
+from simplernn_jax.config import Config, TrainConfig
 from simplernn_jax.data.batches import steps_per_epoch
 from simplernn_jax.data.store_folder import DamagedStore
-from simplernn_jax.data.token_store import TokenizedCorpus, find_corpus, prepare_corpus
+from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
-from simplernn_jax.parallel.agreement import check_same, check_shared, first_then_others
+from simplernn_jax.parallel.agreement import check_same, check_shared, first_then_others, is_first
 from simplernn_jax.training.checkpoint import check_same_model, read_config
 from simplernn_jax.training.checkpoint_contents import TEXTS, read_json, read_texts
 from simplernn_jax.training.checkpoint_folder import CheckpointFolder
+
+LONGEST_DEFAULT_PROMPT = 40
+"""Characters of a prompt that is taken from the text."""
+
+_TOKENS_TO_A_LINE = 4096
 
 
 def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
@@ -47,13 +54,14 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
         tokenizer=None if saved is None else tokenizer_from_json(saved[1]),
         exclude=(workdir,),
     )
-    _check_sample_prompt(config, corpus.tokenizer)
+    prompt = _sample_prompt(config.train, corpus)
     rows = max(config.model.vocab_size, corpus.tokenizer.vocab_size)
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=rows),
         # Absolute, so that the checkpoint's copy names the same folder wherever it is read.
         data=dataclasses.replace(config.data, cache_dir=_absolute(config.data.cache_dir)),
+        train=dataclasses.replace(config.train, sample_prompt=prompt),
     )
     if saved is not None:
         check_same_model(config, saved[0])
@@ -111,15 +119,36 @@ def _absolute(folder: str) -> str:
     return os.path.abspath(os.path.expanduser(folder)) if folder else ""
 
 
-def _check_sample_prompt(config: Config, tokenizer: Tokenizer) -> None:
-    """Refuses at once what would otherwise stop the run at its first sample."""
-    if config.train.sample_every:
-        try:
-            tokenizer.encode(config.train.sample_prompt)
-        except UserError as error:
-            raise UserError(
-                f"--config.train.sample_prompt={config.train.sample_prompt!r}: {error}"
-            ) from error
+def _sample_prompt(config: TrainConfig, corpus: TokenizedCorpus) -> str:
+    """Return the prompt, or, for a default one that the tokenizer does not know, a line of text.
+
+    Refuses at once what would otherwise stop the run at its first sample.
+    """
+    prompt = config.sample_prompt
+    if not config.sample_every:
+        return prompt
+    try:
+        corpus.tokenizer.encode(prompt)
+    except UserError as error:
+        if prompt != TrainConfig.sample_prompt:
+            raise UserError(f"--config.train.sample_prompt={prompt!r}: {error}") from error
+        split = corpus.validation or corpus.train
+        line = _first_line(split, corpus.tokenizer)
+        if is_first():
+            logging.info(
+                "the tokenizer does not know the prompt %r: samples begin with %r, a line of the "
+                "%s text",
+                *(prompt, line, "held-out" if corpus.validation else "training"),
+            )
+        return line
+    return prompt
+
+
+def _first_line(split: TokenSplit, tokenizer: Tokenizer) -> str:
+    """Return the beginning of the first line that is not blank; "" if there is none nearby."""
+    text = tokenizer.decode(split.tokens[:_TOKENS_TO_A_LINE])
+    lines = [line.strip() for line in text.splitlines()]
+    return next(filter(None, lines), "")[:LONGEST_DEFAULT_PROMPT]
 
 
 def _saved_run(workdir: str) -> tuple[Config, str] | None:

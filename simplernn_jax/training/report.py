@@ -1,45 +1,143 @@
 """What a finished run leaves for a person: the loss curve as a picture and a short summary."""
 
+import io
 import math
-from pathlib import Path
+import os
 from typing import Any
 
-from simplernn_jax.training.metrics import read_metrics
+import jax
+from absl import logging
+from flax import nnx
+
+from simplernn_jax.config import ModelConfig
+from simplernn_jax.errors import counted, one_line
+from simplernn_jax.files import write_file
+from simplernn_jax.training.clock import Clock
+from simplernn_jax.training.display import clock as clock_time
+from simplernn_jax.training.evaluate import Evaluation
+from simplernn_jax.training.metrics import iterate_metrics
+from simplernn_jax.training.recompilation import CountedCalls
+from simplernn_jax.training.train_step import TrainState
 
 FILE_NAME = "loss_curve.png"
 
+HEADROOM = 0.35
+"""Space above the losses after the beginning, as a share of their range."""
 
-def plot_loss(workdir: str) -> str:
-    """Draws training and validation loss from ``metrics.jsonl``; returns the picture's path."""
+LONGEST_TITLE = 75
+
+MARGIN = 0.08
+"""Likewise, below all of them, and above where none is higher."""
+
+BEGINNING = 0.1
+"""Share of the steps whose losses may lie above the picture."""
+
+Series = tuple[list[int], list[float]]
+"""Steps and losses; a loss that was not finite is NaN, a gap in the curve."""
+
+
+def plot_loss(workdir: str, model: str) -> str:
+    """Draw training and validation loss from ``metrics.jsonl``.
+
+    The loss axis ends where the loss is after the first steps, and the best validation loss is
+    marked with its value.
+
+    Args:
+      workdir: of the run.
+      model: what it trains, for the title beside the name of `workdir`.
+
+    Returns:
+      The picture's path, or why there is none.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    rows = read_metrics(workdir)
+    curves: dict[str, Series] = {"train": ([], []), "validation": ([], [])}
+    for row in iterate_metrics(workdir):
+        if row["kind"] in curves and "loss" in row:
+            steps, losses = curves[row["kind"]]
+            steps.append(row["step"])
+            losses.append(math.nan if row["loss"] is None else row["loss"])
+    train, validation = curves["train"], curves["validation"]
+    # Large type: at half the size, as in a list of files, it is still read.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    train = _series(rows, "train", "loss")
-    validation = _series(rows, "validation", "loss")
-    if train:
-        axes.plot(*zip(*train, strict=True), linewidth=0.8, alpha=0.7, label="training")
-    if validation:
-        axes.plot(*zip(*validation, strict=True), marker="o", markersize=3, label="validation")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title="Loss")
+    if train[0]:
+        axes.plot(*train, linewidth=1.2, color="#9ab8d8", label="training")
+    if validation[0]:
+        axes.plot(*validation, marker="o", markersize=5, color="#c44e17", label="validation")
+        _mark_best(axes, validation)
+    limits = _loss_limits(train, validation)
+    if limits is not None:
+        axes.set_ylim(limits)
+    title = f"{os.path.basename(os.path.abspath(workdir))}: {model}"
+    axes.set_title(one_line(title, LONGEST_TITLE), fontsize=15, parse_math=False)
+    axes.set_xlabel("optimizer step", fontsize=15)
+    axes.set_ylabel("loss (nats per token)", fontsize=15)
+    axes.tick_params(labelsize=14)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(alpha=0.3)
-    if train or validation:
-        axes.legend()
-    path = str(Path(workdir) / FILE_NAME)
-    figure.savefig(path, dpi=120)
+    if train[0] or validation[0]:
+        figure.legend(fontsize=14, loc="outside lower center", ncols=3, frameon=False)
+    path = os.path.join(workdir, FILE_NAME)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120)
+    try:
+        write_file(path, content.getvalue())
+    except OSError as error:
+        logging.warning("%s: %s; the loss curve is not drawn", path, error.strerror or error)
+        return f"not drawn: {error.strerror or error}"
     return path
 
 
-def _series(rows: list[dict[str, Any]], kind: str, name: str) -> list[tuple[int, float]]:
-    """Steps and values; a value that was not finite is NaN, a gap in the curve."""
-    return [
-        (row["step"], math.nan if row[name] is None else row[name])
-        for row in rows
-        if row["kind"] == kind and name in row
-    ]
+def _mark_best(axes: Any, validation: Series) -> None:
+    step, loss = min(zip(*validation, strict=True), key=lambda pair: (math.isnan(pair[1]), pair[1]))
+    if not math.isnan(loss):
+        # Its value is in the legend: beside the point it would cover a curve.
+        ring = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "color": "black"}
+        axes.plot(step, loss, linestyle="none", label=f"best {loss:.3f} at step {step:,}", **ring)
+
+
+def _loss_limits(train: Series, validation: Series) -> tuple[float, float] | None:
+    """Return the loss axis: it shows all losses but high ones of the beginning."""
+    newest = max([0, *train[0], *validation[0]])
+    points = [*zip(*train, strict=True), *zip(*validation, strict=True)]
+    points = [(step, loss) for step, loss in points if math.isfinite(loss)]
+    if not points:
+        return None
+    later = [loss for step, loss in points if step >= BEGINNING * newest]
+    shown = later or [loss for _, loss in points]
+    low, high = min(loss for _, loss in points), max(shown)
+    size = max(high - low, 0.02 * abs(high), 1e-3)
+    highest = max(loss for _, loss in points)
+    return low - MARGIN * size, min(high + HEADROOM * size, highest + MARGIN * size)
+
+
+def describe_model(config: ModelConfig, params: nnx.State) -> str:
+    """Return kind and size of a model in words."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return f"{config.block} model of {config.mixer}, {counted(parameters, 'parameter')}"
+
+
+def facts_of(
+    state: TrainState, clock: Clock, train_step: CountedCalls, evaluation: Evaluation | None
+) -> dict[str, str]:
+    """Return what a run says of itself at its end, for `summary`."""
+    speed = clock.tokens_per_second
+    validation = {} if evaluation is None else {"validation": str(evaluation)}
+    return {
+        "steps": f"{int(state.step):,}",
+        "training time": f"{clock_time(clock.seconds)}, of which {clock.first:.1f} s for the "
+        "first step (compilation)",
+        "speed": f"{speed:,.0f} tokens/s" if speed else "not known from one step",
+        "skipped updates": f"{int(state.skipped_updates)}",
+        "recompilations": f"{train_step.recompilations}",
+        **validation,
+    }
 
 
 def summary(facts: dict[str, str]) -> str:

@@ -1,0 +1,118 @@
+"""Runs whose validation loss gets worse: when they end, and what is said of it."""
+
+import json
+import math
+
+import pytest
+from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
+
+from simplernn_jax.training.early_stopping import Evaluations
+from simplernn_jax.training.evaluate import Evaluation
+from simplernn_jax.training.loop import train
+from simplernn_jax.training.metrics import read_metrics
+
+
+def evaluated(*losses, predictions=99):
+    """After evaluations at steps 10, 20, ..."""
+    evaluations = Evaluations()
+    for number, loss in enumerate(losses, 1):
+        evaluations.add(10 * number, Evaluation(loss, 1.0, predictions))
+    return evaluations
+
+
+@pytest.mark.parametrize(
+    ("losses", "limit", "ended"),
+    [
+        ((), 1, False),
+        ((3.0,), 1, False),
+        ((3.0, 2.0), 1, False),
+        ((3.0, 3.0), 1, True),
+        ((3.0, 4.0), 0, False),
+        ((3.0, 4.0, 3.5), 2, True),
+        ((3.0, 4.0, 2.9, 3.0), 2, False),
+        ((3.0, math.nan, math.inf), 2, True),
+        ((math.nan,), 1, True),
+    ],
+)
+def test_so_many_evaluations_without_a_better_one_end_a_run(losses, limit, ended):
+    evaluations = evaluated(*losses)
+    assert evaluations.has_ended(limit) is ended
+    again = Evaluations.from_json(json.loads(json.dumps(evaluations.to_json(), allow_nan=False)))
+    assert again == evaluations
+
+
+def test_why_is_said_in_words():
+    evaluations = evaluated(3.0, 2.0, 2.5, 2.0001)
+    why = "stopped early at step 40: no better validation loss in 2 evaluations, best at step 20; "
+    assert evaluations.why_ended().startswith(why + "raise --config.train.stop_after_worse")
+    facts = evaluations.facts(40, None, "run", stopped_early=True)
+    assert list(facts) == ["stopped early", "best validation"]
+    assert " in 1 evaluation; raise" in evaluated(math.nan).why_ended()
+
+
+def test_evaluations_of_other_tokens_are_not_compared():
+    evaluations = evaluated(3.0, 2.0, 2.5)
+    evaluations.add(40, Evaluation(2.2, 1.0, predictions=500))
+    assert (evaluations.best_step, evaluations.since_best) == (40, 0)
+    assert evaluations.facts(50, Evaluation(2.2, 1.0, predictions=600), "run") == {}
+
+
+def test_the_best_step_and_what_to_do_are_said_where_the_end_is_worse(tmp_path):
+    final = Evaluation(3.71, 1.0, predictions=99)
+    evaluations = evaluated(2.5, 2.02, 3.0)
+    best, overfitting = evaluations.facts(40, final, str(tmp_path)).values()
+    assert best == "2.0200 nats/token at step 20, 1.6900 lower than at step 40"
+    assert overfitting.startswith("no checkpoint of that step is kept (let save_every")
+    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
+    _, overfitting = evaluations.facts(40, final, str(tmp_path)).values()
+    assert overfitting.startswith("--checkpoint best picks the model of that step; train on more")
+
+
+def test_only_evaluations_of_the_same_tokens_are_compared_with_the_end(tmp_path):
+    of_all = Evaluation(9.0, 1.0, predictions=1000)
+    assert evaluated(2.5, 2.02).facts(30, of_all, str(tmp_path)) == {}
+    assert evaluated(2.5, 2.6).facts(30, of_all, str(tmp_path))["best validation"] == (
+        "2.5000 nats/token at step 10, 0.1000 lower than at step 20"
+    )
+
+
+@pytest.mark.parametrize("final", [2.0, 2.01])
+def test_a_better_or_hardly_worse_end_needs_no_advice(tmp_path, final):
+    facts = evaluated(2.5, 2.0001).facts(30, Evaluation(final, 1.0, 99), str(tmp_path))
+    assert list(facts) == ([] if final == 2.0 else ["best validation"])
+
+
+def test_a_run_that_stops_early_does_so_at_the_same_step_when_interrupted(
+    tmp_path, monkeypatch, capsys
+):
+    config = small_config(
+        source=write_corpus(tmp_path / "text"),
+        validation_fraction=0.3,
+        learning_rate=0.3,
+        steps=300,
+        eval_every=4,
+        save_every=4,
+        stop_after_worse=3,
+    )
+    whole = train(config, str(tmp_path / "whole"))
+    said = capsys.readouterr().out
+    rows = [row for row in read_metrics(str(tmp_path / "whole")) if row["kind"] == "validation"]
+    losses = [row["loss"] for row in rows]
+    assert whole.step == rows[-1]["step"] < 300
+    assert losses.index(min(losses)) == len(losses) - 4
+    best = rows[-4]["step"]
+    assert said.count(f"stopped early at step {whole.step}: no better validation loss in 3") == 1
+    assert f"{min(losses):.4f} nats/token at step {best}, " in said
+    assert "--checkpoint best picks" in said
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, whole.step - 2)
+        assert train(config, str(tmp_path / "parts")).interrupted_by == "SIGTERM"
+    assert train(config, str(tmp_path / "parts")) == whole
+    expected = newest_checkpoint(tmp_path / "whole")
+    assert newest_checkpoint(tmp_path / "parts") == expected
+
+    capsys.readouterr()
+    assert train(config, str(tmp_path / "parts")) == whole
+    assert f"best at step {best}; raise --config.train.stop_after_worse" in capsys.readouterr().out
+    assert newest_checkpoint(tmp_path / "parts") == expected
