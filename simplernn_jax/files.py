@@ -81,7 +81,7 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def replaced_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def replaced_file(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
     """Open a new file, which replaces the one at `path` when the ``with`` block ends.
 
     For content that is too large for `write_file`, whose guarantees hold here too; an exception in
