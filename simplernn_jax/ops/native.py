@@ -41,7 +41,7 @@ FUNCTIONS = (
     NORM_BACKWARD,
 )
 _SOURCES = [Path(__file__).with_name(name) for name in ("fused.c", "normalized.c")]
-_HEADER = Path(__file__).with_name("call.h")
+_HEADERS = [Path(__file__).with_name(name) for name in ("call.h", "buffers.h")]
 _OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-shared", "-fPIC")
 _FOR_THIS_MACHINE = (("-march=native",), ("-mcpu=native",), ())
 """Tried in this order: compilers and processors differ in which of them they know."""
@@ -130,7 +130,7 @@ def _fingerprint(command: list[str]) -> str:
     """Changes with everything on which the compiled code depends."""
     version = subprocess.run([*command, "--version"], check=True, capture_output=True).stdout
     digest = hashlib.sha256()
-    for source in (*_SOURCES, _HEADER):
+    for source in (*_SOURCES, *_HEADERS):
         digest.update(source.read_bytes())
     for header in sorted(Path(jax.ffi.include_dir()).rglob("*.h")):
         digest.update(header.read_bytes())

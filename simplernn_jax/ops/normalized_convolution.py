@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import Activations, RecentInputs
+from simplernn_jax.ops.checks import check_convolution
 from simplernn_jax.ops.manual_axes import vary_like
 from simplernn_jax.ops.native import CONVOLUTION_BACKWARD, CONVOLUTION_FORWARD, is_worth_a_call
 from simplernn_jax.ops.normalized import rms_normalized
@@ -39,7 +40,12 @@ def normalized_convolution(
 
     Returns:
       ``[B, T, D]``, and the last W - 1 of recent and n, whatever their segment.
+
+    Raises:
+      ValueError: wrong ranks, or shapes that do not fit together.
+      TypeError: wrong dtypes; those of `weights` and `recent` must be the same.
     """
+    check_convolution(x, weights, recent, starts)
     x = x.astype(recent.dtype)
     if native is None:
         native = is_worth_a_call(x)
