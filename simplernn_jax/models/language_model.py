@@ -13,7 +13,7 @@ from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
 from simplernn_jax.models.dense import dense, dtypes_of
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.rematerialise import rematerialised
-from simplernn_jax.ops.checks import INTEGER, check_array, check_batch, check_segment_ids
+from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_batch, check_segment_ids
 from simplernn_jax.ops.normalized import rms_normalized
 from simplernn_jax.ops.product import product
 from simplernn_jax.parallel.collectives import axis_size, is_on_mesh, vary
@@ -146,7 +146,12 @@ class LanguageModel(nnx.Module):
         """What the head makes of ``[..., D]``: ``[..., vocab]``, float32.
 
         On a mesh with an axis ``tensor``: the logits of this device's part of the ids.
+
+        Raises:
+          ValueError: the last axis of `hidden` is not D.
+          TypeError: `hidden` is not of floating point.
         """
+        check_array("hidden", hidden, "... D", FLOATING, {"D": self.config.hidden_dim})
         flat = vary(hidden, "tensor").reshape(-1, hidden.shape[-1])
         if self.head is not None:
             logits = self.head(flat)
@@ -154,7 +159,7 @@ class LanguageModel(nnx.Module):
             logits = tied_logits(flat, self.embedding.embedding[...], self.dtype)
         else:
             logits = product(flat, self.embedding.embedding[...].T, self.dtype)
-        return logits.reshape(*hidden.shape[:-1], -1)
+        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
     def __call__(
         self,

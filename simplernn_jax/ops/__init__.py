@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, SegmentIds, Values
-from simplernn_jax.ops.checks import check_recurrence
+from simplernn_jax.ops.checks import INTEGER, check_array, check_dtype, check_recurrence
 from simplernn_jax.ops.chunkwise import chunkwise
 from simplernn_jax.ops.fused import fused
 from simplernn_jax.ops.manual_axes import vary_like
@@ -61,6 +61,8 @@ def gated_linear_recurrence(
       TypeError: wrong dtypes.
     """
     check_recurrence(q, k, v, log_gate, initial_state, segment_ids)
+    if state_dtype is not None:
+        check_dtype("state_dtype", state_dtype)
     if method not in METHODS:
         raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
     batch, length, heads, key_dim = q.shape
@@ -104,6 +106,12 @@ def _recurrence(
 
 
 def segment_starts(segment_ids: jax.Array) -> jax.Array:
-    """``[B, T]`` bool: True where the id differs from that of the token before."""
+    """``[B, T]`` bool: True where the id differs from that of the token before.
+
+    Raises:
+      ValueError: `segment_ids` is not ``[B, T]``.
+      TypeError: `segment_ids` is not of integers.
+    """
+    check_array("segment_ids", segment_ids, "B T", INTEGER)
     changed = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(changed, ((0, 0), (1, 0)))[:, : segment_ids.shape[1]]

@@ -113,7 +113,7 @@ def check_convolution(x: Any, weights: Any, recent: Any, starts: Any | None) -> 
     if sizes["W"] == 0:
         raise ValueError(f"weights: expected at least one row; got {_described(weights)}")
     sizes["P"] = sizes["W"] - 1
-    check_array("recent", recent, "B P D", (str(weights.dtype),), sizes)
+    check_array("recent", recent, "B P D", FLOATING, sizes)
     if starts is not None:
         check_array("starts", starts, "B T", BOOL, sizes)
 

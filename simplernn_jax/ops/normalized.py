@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from simplernn_jax.ops.checks import check_array
 from simplernn_jax.ops.native import NORM_BACKWARD, NORM_FORWARD, is_worth_a_call
 
 EPSILON = 1e-6
@@ -26,7 +27,12 @@ def rms_normalized(x: jax.Array, *, native: bool | None = None) -> jax.Array:
     Args:
       x: ``[..., D]``.
       native: call the C functions; None where it pays.
+
+    Raises:
+      ValueError: `x` has no axis.
+      TypeError: `x` is not of floating point.
     """
+    check_array("x", x, "... D")
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if native is None:
         native = is_worth_a_call(x)

@@ -43,7 +43,7 @@ def normalized_convolution(
 
     Raises:
       ValueError: wrong ranks, or shapes that do not fit together.
-      TypeError: wrong dtypes; those of `weights` and `recent` must be the same.
+      TypeError: wrong dtypes.
     """
     check_convolution(x, weights, recent, starts)
     x = x.astype(recent.dtype)
@@ -54,6 +54,7 @@ def normalized_convolution(
     if starts is None:
         starts = jnp.zeros((0,), bool)
     # Inside `shard_map` the functions take inputs of one type.
+    weights = weights.astype(x.dtype)
     weights, recent, starts = (vary_like(other, x) for other in (weights, recent, starts))
     return _in_one_pass(vary_like(x, recent), weights, recent, starts)
 

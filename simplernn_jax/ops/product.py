@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from simplernn_jax.ops.checks import FLOATING, check_array, check_dtype
 from simplernn_jax.ops.manual_axes import vary_like
 
 
@@ -25,7 +26,18 @@ def product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
 
 
 def products(x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> tuple[jax.Array, ...]:
-    """`product` of `x` with each kernel ``[in, out]``, computed as one, since it is read by all."""
+    """`product` of `x` with each kernel ``[in, out]``, computed as one, since it is read by all.
+
+    Raises:
+      ValueError: no kernel, wrong ranks, or shapes that do not fit together.
+      TypeError: wrong dtypes.
+    """
+    if not kernels:
+        raise ValueError("kernels: expected at least one; got none")
+    sizes = check_array("x", x, "N in")
+    for kernel in kernels:
+        check_array("kernel", kernel, "in out", FLOATING, {"in": sizes["in"]})
+    check_dtype("dtype", dtype)
     # Inside `shard_map` the gradient of an operand must be of the operand's type.
     kernels = tuple(vary_like(kernel, x) for kernel in kernels)
     return _products(vary_like(x, kernels[0]), kernels, dtype)
