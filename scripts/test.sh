@@ -1,20 +1,44 @@
 #!/usr/bin/env bash
-# Checks everything: bash scripts/test.sh [--python python3.13] [arguments of pytest]
+# Checks everything: bash scripts/test.sh [--python python3.13] [--sanitize] [arguments of pytest]
 # Linter, formatter, type checker and tests all run; any failure fails the whole.
+# --sanitize: only the tests of the C functions, built with the sanitizers of gcc for addresses and
+# undefined behavior: the first thing that they find ends the tests.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-python=""
-case "${1:-}" in
-  --python)
-    python="${2:-}"
-    [ -n "$python" ] || fail "--python: name an interpreter, such as python3.13"
-    shift 2 ;;
-  --python=*)
-    python="${1#*=}"
-    shift ;;
-esac
+python="" sanitize=""
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --python)
+      python="${2:-}"
+      [ -n "$python" ] || fail "--python: name an interpreter, such as python3.13"
+      shift 2 ;;
+    --python=*)
+      python="${1#*=}"
+      shift ;;
+    --sanitize)
+      sanitize=yes
+      shift ;;
+    *) break ;;
+  esac
+done
 use_environment test "$python"
 cd "$root"
+
+if [ -n "$sanitize" ]; then
+  compiler="${CC:-gcc}"
+  # Python is not built with the sanitizer: its library, and what it looks into, come first.
+  for library in libasan.so libstdc++.so; do
+    path="$($compiler -print-file-name="$library" 2>/dev/null || true)"
+    [ -e "$path" ] || fail "--sanitize: $compiler has no $library; install gcc with its sanitizers"
+    preload="${preload:+$preload }$path"
+  done
+  [ $# -gt 0 ] || set -- tests/test_{ops,fused,argument_safety,normalized{,_convolution}}.py
+  export CC="$compiler -fsanitize=address,undefined -fno-sanitize-recover=undefined -g"
+  export ASAN_OPTIONS="detect_leaks=0:verify_asan_link_order=0" # Python frees little at its end
+  # No other allocator: it would hide what is written out of bounds.
+  env -u GLIBC_TUNABLES LD_PRELOAD="$preload" python -m pytest -n 2 "$@"
+  exit
+fi
 
 sources=(simplernn_jax scripts configs tests)
 status=0

@@ -145,3 +145,28 @@ def test_flax_tabulates_the_model(config):
     assert any("layers/1" in line for line in lines)
     # The summary leaves the model as it was.
     chex.assert_shape(model(tokens())[0], (BATCH, LENGTH, 29))
+
+
+def test_wrong_calls_say_what_is_wrong(config):
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    state = model.initial_state(1)
+    for wrong, match in [
+        (lambda: model(tokens()[0]), r"^tokens: expected \[B, T\], integer; got int32\[19\]"),
+        (lambda: model(tokens(), state), r"^state\[0\].*: expected \[B, ...\] with B = 3; got "),
+        (lambda: model(tokens()[:1], state[:1]), "^state: expected a tuple of 2 layers' states"),
+        (
+            lambda: model(tokens(), None, tokens()[:1]),
+            "^segment_ids: expected .* with B = 3",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            wrong()
+    with pytest.raises(TypeError, match=r"^tokens: .*; got float32\[3, 19\]"):
+        model(tokens().astype(jnp.float32))
+
+
+@pytest.mark.parametrize("wrong", [-1, 29])
+def test_ids_that_the_vocabulary_does_not_have(wrong):
+    model = LanguageModel(PLAIN, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=rf"^tokens: expected ids in \[0, 29\); got {wrong}$"):
+        model(tokens().at[1, 5].set(wrong))

@@ -261,13 +261,13 @@ def test_dtypes_of_results():
 
 def test_wrong_calls_say_what_is_wrong():
     (q, k, v, log_gate, state), _ = draw_inputs(7, SHAPES[0], "near_one")
-    with pytest.raises(ValueError, match="must share one shape"):
+    with pytest.raises(ValueError, match=r"^k: expected \[B, T, H, K\] with B = 2, T = 7"):
         gated_linear_recurrence(q, k[:, :3], v, log_gate)
-    with pytest.raises(ValueError, match=r"must share \[B, T, H\]"):
+    with pytest.raises(ValueError, match=r"^v: expected \[B, T, H, V\]"):
         gated_linear_recurrence(q, k, v[:, :3], log_gate)
-    with pytest.raises(ValueError, match="initial_state must be"):
+    with pytest.raises(ValueError, match=r"^initial_state: expected \[B, H, K, V\]"):
         gated_linear_recurrence(q, k, v, log_gate, initial_state=state[..., :2])
-    with pytest.raises(ValueError, match="segment_ids must be"):
+    with pytest.raises(ValueError, match=r"^segment_ids: expected \[B, T\]"):
         gated_linear_recurrence(q, k, v, log_gate, segment_ids=jnp.zeros((2, 3), int))
     with pytest.raises(ValueError, match="method='fast'"):
         gated_linear_recurrence(q, k, v, log_gate, method="fast")

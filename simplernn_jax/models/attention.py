@@ -17,6 +17,7 @@ from simplernn_jax.array_types import (
 from simplernn_jax.models.heads import Heads
 from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops import segment_starts
+from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_segment_ids
 from simplernn_jax.ops.sliding_attention import attend, rotate, sliding_attention
 from simplernn_jax.parallel.attention_stretches import seen_before, tokens_before
 from simplernn_jax.parallel.collectives import axis_size, from_last
@@ -115,9 +116,17 @@ class Attention(Heads):
 
         Returns:
           ``[B, T, output_dim]`` and the state after the last token.
+
+        Raises:
+          ValueError: wrong ranks, or shapes that do not fit together or this layer.
+          TypeError: wrong dtypes, or a state that is no `KVCache`.
         """
+        sizes = check_array("x", x, "B T D", FLOATING, {"D": self.query_proj.in_features})
+        check_segment_ids(segment_ids, sizes)
         batch, length = x.shape[:2]
         (q, k, v), output_gate = self.projections(x)
+        if state is not None:
+            self._check_cache(state, {"B": batch, "H": q.shape[2], "K": q.shape[3]})
         if not length:
             y = jnp.zeros((batch, 0, self.num_heads, self.value_dim // self.num_heads), self.dtype)
             state = self.initial_state(batch) if state is None else state
@@ -151,6 +160,15 @@ class Attention(Heads):
             state = _newest(k, v, positions[:, -1] + 1, self.context)
             state = jax.tree.map(lambda leaf: from_last(leaf, "sequence"), state)
         return self.combine(y, output_gate), state
+
+    def _check_cache(self, state: Any, sizes: dict[str, Any]) -> None:
+        if not isinstance(state, KVCache):
+            raise TypeError(f"state: expected a KVCache; got {type(state).__name__}")
+        sizes = {**sizes, "S": self.context, "V": self.value_dim // self.num_heads}
+        dtypes = (str(jnp.dtype(self.dtype)),)
+        check_array("state.keys", state.keys, "B H S K", dtypes, sizes)
+        check_array("state.values", state.values, "B H S V", dtypes, sizes)
+        check_array("state.length", state.length, "B", INTEGER, sizes)
 
 
 def _positions(

@@ -15,6 +15,7 @@ from simplernn_jax.models.dense import dense, dtypes_of
 from simplernn_jax.models.short_convolution import ShortConvolution
 from simplernn_jax.models.simple_rnn import SimpleRNN
 from simplernn_jax.named_leaves import tuple_with_names
+from simplernn_jax.ops.checks import FLOATING, check_array
 from simplernn_jax.ops.normalized import rms_normalized
 from simplernn_jax.parallel.collectives import vary
 
@@ -148,7 +149,15 @@ class ResidualBlock(nnx.Module):
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, ResidualState]:
-        """``[B, T, D]`` float32 to the same; without a key nothing is dropped."""
+        """``[B, T, D]`` float32 to the same; without a key nothing is dropped.
+
+        Raises:
+          ValueError: wrong ranks, or shapes that do not fit together or this layer.
+          TypeError: wrong dtypes, or a state that is no `ResidualState`.
+        """
+        check_array("x", x, "B T D", FLOATING, {"D": self.convolution.features})
+        if state is not None and not isinstance(state, ResidualState):
+            raise TypeError(f"state: expected a ResidualState; got {type(state).__name__}")
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         mixer_state: Any
         mixer_state, recent = (None, None) if state is None else state

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplernn_jax.models.dense import Dense, dense, in_one_product
+from simplernn_jax.ops.checks import FLOATING, check_array
 from simplernn_jax.ops.normalized import rms_normalized
 
 
@@ -89,7 +90,12 @@ class Heads(nnx.Module):
         Returns:
           Each ``[..., H, K or V]``, H being this device's heads, and what `combine` takes of `x`:
           logits of the output gate ``[..., H V]``, or None.
+
+        Raises:
+          ValueError: the last axis of `x` is not hidden_dim.
+          TypeError: `x` is not of floating point.
         """
+        check_array("x", x, "... D", FLOATING, {"D": self.query_proj.in_features})
         layers = [self.query_proj, self.key_proj, self.value_proj]
         widths = [self.key_dim, self.key_dim, self.value_dim]
         if self.gate_proj is not None:
@@ -107,7 +113,21 @@ class Heads(nnx.Module):
         return tuple(heads), outputs[-1].reshape(*x.shape[:-1], outputs[-1].shape[-1])
 
     def combine(self, y: jax.Array, output_gate: jax.Array | None) -> jax.Array:
-        """The heads' output ``[..., H, V]`` to ``[..., output_dim]``."""
+        """The heads' output ``[..., H, V]`` to ``[..., output_dim]``.
+
+        Raises:
+          ValueError: wrong ranks, or shapes that do not fit together or this layer.
+          TypeError: wrong dtypes.
+        """
+        sizes = {"V": self.value_dim // self.num_heads}
+        sizes = check_array("y", y, "... H V", FLOATING, sizes)
+        if output_gate is not None:
+            width = sizes["H"] * sizes["V"]
+            check_array("output_gate", output_gate, "... HV", FLOATING, {"HV": width})
+            if output_gate.shape[:-1] != y.shape[:-2]:
+                raise ValueError(
+                    f"output_gate: expected {[*y.shape[:-2], width]}; got {output_gate.shape}"
+                )
         if self.output_norm:
             y = rms_normalized(y)
         shape, width = y.shape[:-2], y.shape[-2] * y.shape[-1]

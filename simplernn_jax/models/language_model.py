@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from simplernn_jax.array_types import Activations, Logits, ModelState, SegmentIds, Tokens
@@ -12,6 +13,7 @@ from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
 from simplernn_jax.models.dense import dense, dtypes_of
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.rematerialise import rematerialised
+from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_batch, check_segment_ids
 from simplernn_jax.ops.normalized import rms_normalized
 from simplernn_jax.ops.product import product
 from simplernn_jax.parallel.collectives import axis_size, is_on_mesh, vary
@@ -91,6 +93,11 @@ class LanguageModel(nnx.Module):
 
         On a mesh with an axis ``stage``: to this stage's share of it, ``[B, T / stages, D]``.
         """
+        sizes = check_array("tokens", tokens, "B T", INTEGER)
+        check_segment_ids(segment_ids, sizes)
+        check_ids(tokens, self.config.vocab_size)
+        if state is not None:
+            self._check_state(state, sizes["B"])
         x = self._embed(tokens)
         if self.final_scale is not None:
             # Unit variance into the residual stream, whatever the scale that suits a tied head.
@@ -101,6 +108,17 @@ class LanguageModel(nnx.Module):
         if self.final_scale is not None:
             x = rms_normalized(x) * self.final_scale[...][None, None]
         return x, state
+
+    def _check_state(self, state: ModelState, batch: int) -> None:
+        """Layers and batch; the shapes of what each layer keeps it checks itself."""
+        if not isinstance(self.layers, LayerStack):
+            found = len(state) if isinstance(state, list | tuple) else type(state).__name__
+            if found != len(self.layers):
+                raise ValueError(
+                    f"state: expected a tuple of {len(self.layers)} layers' states, as "
+                    f"`initial_state` makes it; got {found}"
+                )
+        check_batch("state", state, batch)
 
     def _through_layers(
         self,
@@ -128,7 +146,12 @@ class LanguageModel(nnx.Module):
         """What the head makes of ``[..., D]``: ``[..., vocab]``, float32.
 
         On a mesh with an axis ``tensor``: the logits of this device's part of the ids.
+
+        Raises:
+          ValueError: the last axis of `hidden` is not D.
+          TypeError: `hidden` is not of floating point.
         """
+        check_array("hidden", hidden, "... D", FLOATING, {"D": self.config.hidden_dim})
         flat = vary(hidden, "tensor").reshape(-1, hidden.shape[-1])
         if self.head is not None:
             logits = self.head(flat)
@@ -136,7 +159,7 @@ class LanguageModel(nnx.Module):
             logits = tied_logits(flat, self.embedding.embedding[...], self.dtype)
         else:
             logits = product(flat, self.embedding.embedding[...].T, self.dtype)
-        return logits.reshape(*hidden.shape[:-1], -1)
+        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
     def __call__(
         self,
@@ -149,8 +172,8 @@ class LanguageModel(nnx.Module):
         """Logits of the next token at every position, and the state after the last.
 
         Args:
-          tokens: ``[B, T]`` int32 in ``[0, vocab_size)``; other ids give NaN, so check them where
-            they enter.
+          tokens: ``[B, T]`` integers in ``[0, vocab_size)``. Inside `jax.jit` ids cannot be
+            checked: others give NaN there.
           state: what an earlier call returned, or None for zero.
           segment_ids: ``[B, T]``; a change of id clears the state exactly. `state` belongs to the
             first token's segment.
@@ -158,6 +181,28 @@ class LanguageModel(nnx.Module):
 
         Returns:
           ``[B, T, vocab]`` float32, and the state as in `initial_state`.
+
+        Raises:
+          ValueError: wrong ranks, shapes that do not fit together or the model, or, outside of
+            `jax.jit`, ids that the vocabulary does not have.
+          TypeError: wrong dtypes.
         """
         hidden, state = self.encode(tokens, state, segment_ids, dropout_key=dropout_key)
         return self.logits(hidden), state
+
+
+def check_ids(tokens: Tokens, vocab_size: int) -> None:
+    """Check that all ids are in ``[0, vocab_size)``, if they are known before the program runs.
+
+    Raises:
+      ValueError: one is not.
+    """
+    if isinstance(tokens, jax.core.Tracer) or not tokens.size:
+        return
+    if isinstance(tokens, jax.Array) and not tokens.is_fully_addressable:
+        return
+    ids = np.asarray(tokens)
+    least, largest = int(ids.min()), int(ids.max())
+    if least < 0 or largest >= vocab_size:
+        wrong = least if least < 0 else largest
+        raise ValueError(f"tokens: expected ids in [0, {vocab_size}); got {wrong}")

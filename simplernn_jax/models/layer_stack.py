@@ -10,6 +10,7 @@ from flax import nnx
 from simplernn_jax.array_types import Activations, ModelState, SegmentIds
 from simplernn_jax.errors import UserError
 from simplernn_jax.models.rematerialise import rematerialised
+from simplernn_jax.ops.checks import check_array, check_batch, check_segment_ids
 from simplernn_jax.parallel.collectives import axis_size
 from simplernn_jax.parallel.layer_layout import STACKED
 from simplernn_jax.parallel.stages import choose_chunks, run_stages
@@ -61,7 +62,21 @@ class LayerStack(nnx.Module):
         """All layers; ``[B, T, D]`` to this stage's share of it, ``[B, T / stages, D]``.
 
         For the gradient, each layer keeps what `remat` says of the chunk of time that it works on.
+
+        Raises:
+          ValueError: wrong ranks, or shapes that do not fit together or the layers.
+          TypeError: wrong dtypes, or a state that `initial_state` does not make.
         """
+        sizes = check_array("x", x, "B T D")
+        check_segment_ids(segment_ids, sizes)
+        if state is not None:
+            if not isinstance(state, dict) or set(state) != {STACKED}:
+                raise TypeError(
+                    f"state: expected a dict of {STACKED!r}; got {type(state).__name__}"
+                )
+            check_batch("state", state, sizes["B"])
+        if "stage" not in jax.sharding.get_abstract_mesh().manual_axes:
+            raise ValueError("stacked layers run inside of jax.shard_map with an axis `stage` only")
         graph, params = nnx.split(self.stacked, nnx.Param)
         if segment_ids is None:
             segment_ids = jnp.zeros(x.shape[:2], jnp.int32)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from simplernn_jax.array_types import Activations, RecentInputs, SegmentIds
 from simplernn_jax.ops import segment_starts
+from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
 from simplernn_jax.ops.normalized import rms_normalized
 from simplernn_jax.ops.normalized_convolution import normalized_convolution
 from simplernn_jax.parallel.collectives import axis_size, from_last
@@ -50,8 +51,16 @@ class ShortConvolution(nnx.Module):
 
         Returns:
           ``[B, T, D]`` and the state after the last token.
+
+        Raises:
+          ValueError: wrong ranks, or shapes that do not fit together or this layer.
+          TypeError: wrong dtypes.
         """
         past = self.width - 1
+        sizes = check_array("x", x, "B T D", FLOATING, {"D": self.features, "P": past})
+        check_segment_ids(segment_ids, sizes)
+        if state is not None:
+            check_array("state", state, "B P D", FLOATING, sizes)
         if state is None:
             state = self.initial_state(x.shape[0])
         starts = None if segment_ids is None else segment_starts(segment_ids)

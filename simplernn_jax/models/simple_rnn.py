@@ -9,6 +9,7 @@ from flax import nnx
 from simplernn_jax.array_types import Activations, HeadState, SegmentIds
 from simplernn_jax.models.heads import Heads
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
+from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
 from simplernn_jax.ops.log_sigmoid import log_sigmoid
 from simplernn_jax.parallel.collectives import axis_size
 from simplernn_jax.parallel.sequence import recurrence_over_stretches
@@ -87,11 +88,24 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
         ), output_gate
 
     def __call__(self, carry: HeadState, inputs: jax.Array) -> tuple[HeadState, jax.Array]:
-        """One token: state ``[B, H, K, V]`` and input ``[B, hidden_dim]`` to the next of each."""
+        """One token: state ``[B, H, K, V]`` and input ``[B, hidden_dim]`` to the next of each.
+
+        Raises:
+          ValueError: wrong ranks, or shapes that do not fit together or this cell.
+          TypeError: wrong dtypes.
+        """
+        check_array("inputs", inputs, "B D", FLOATING, {"D": self.query_proj.in_features})
         (q, k, v, log_gate), output_gate = self.project(inputs)
+        self.check_state("carry", carry, q)
         sums = jnp.promote_types(carry.dtype, jnp.float32)
         y, state = recurrent_step(q, k, v, log_gate, carry.astype(sums))
         return state.astype(carry.dtype), self.combine(y, output_gate)
+
+    def check_state(self, name: str, state: Any, q: jax.Array) -> None:
+        """Checks that a state fits queries ``[B, ..., H, K]``, H being this device's heads."""
+        sizes = {"B": q.shape[0], "H": q.shape[-2], "K": q.shape[-1]}
+        sizes["V"] = self.value_dim // self.num_heads
+        check_array(name, state, "B H K V", FLOATING, sizes)
 
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
@@ -142,8 +156,16 @@ class SimpleRNN(nnx.Module):
 
         Returns:
           ``[B, T, output_dim]`` and the state after the last token.
+
+        Raises:
+          ValueError: wrong ranks, or shapes that do not fit together or this layer.
+          TypeError: wrong dtypes.
         """
+        width = self.cell.query_proj.in_features
+        check_segment_ids(segment_ids, check_array("x", x, "B T D", FLOATING, {"D": width}))
         (q, k, v, log_gate), output_gate = self.cell.project(x)
+        if state is not None:
+            self.cell.check_state("state", state, q)
         if axis_size("sequence") > 1:
             y, state = recurrence_over_stretches(q, k, v, log_gate, state, segment_ids)
         else:

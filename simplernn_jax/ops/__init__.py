@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, SegmentIds, Values
+from simplernn_jax.ops.checks import INTEGER, check_array, check_dtype, check_recurrence
 from simplernn_jax.ops.doubling import BLOCK
 from simplernn_jax.ops.manual_axes import vary_like
 from simplernn_jax.ops.narrow_state import in_narrow_state
@@ -55,10 +56,13 @@ def gated_linear_recurrence(
       (float64 if an input is), or in `state_dtype`.
 
     Raises:
-      ValueError: shapes that do not fit together, an unknown method, a method that is not
-        available here, or a bad chunk size.
+      ValueError: wrong ranks, shapes that do not fit together, an unknown method, a method that is
+        not available here, or a bad chunk size.
+      TypeError: wrong dtypes.
     """
-    _check_shapes(q, k, v, log_gate, initial_state, segment_ids)
+    check_recurrence(q, k, v, log_gate, initial_state, segment_ids)
+    if state_dtype is not None:
+        check_dtype("state_dtype", state_dtype)
     batch, length, heads, key_dim = q.shape
     dtype = jnp.result_type(q, k, v, log_gate, jnp.float32)
     method = _choose(method, chunk_size, dtype)
@@ -97,28 +101,12 @@ def _choose(method: str, chunk_size: int | None, dtype: Any) -> str:
 
 
 def segment_starts(segment_ids: jax.Array) -> jax.Array:
-    """``[B, T]`` bool: True where the id differs from that of the token before."""
+    """``[B, T]`` bool: True where the id differs from that of the token before.
+
+    Raises:
+      ValueError: `segment_ids` is not ``[B, T]``.
+      TypeError: `segment_ids` is not of integers.
+    """
+    check_array("segment_ids", segment_ids, "B T", INTEGER)
     changed = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(changed, ((0, 0), (1, 0)))[:, : segment_ids.shape[1]]
-
-
-def _check_shapes(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_gate: jax.Array,
-    initial_state: jax.Array | None,
-    segment_ids: jax.Array | None,
-) -> None:
-    if q.ndim != 4 or q.shape != k.shape or q.shape != log_gate.shape or v.ndim != 4:
-        raise ValueError(
-            "q, k and log_gate must share one shape [B, T, H, K] and v be [B, T, H, V]; found "
-            f"{q.shape}, {k.shape}, {log_gate.shape} and {v.shape}"
-        )
-    if v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"v {v.shape} and q {q.shape} must share [B, T, H]")
-    expected = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-    if initial_state is not None and initial_state.shape != expected:
-        raise ValueError(f"initial_state must be [B, H, K, V] = {expected}: {initial_state.shape}")
-    if segment_ids is not None and segment_ids.shape != q.shape[:2]:
-        raise ValueError(f"segment_ids must be [B, T] = {q.shape[:2]}: {segment_ids.shape}")

@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-#include "xla/ffi/api/c_api.h"
+#include "buffers.h"
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -18,7 +18,7 @@ typedef struct {
   const void *task;
   void (*run)(const void *task, int64_t item, void *scratch);
   int64_t items, threads;
-  size_t scratch_bytes; /* of a thread, a multiple of 64; may be 0 */
+  int64_t scratch_bytes; /* of a thread, as `scratch_for` says; may be 0 */
   atomic_long next, done, holders;
   atomic_int out_of_memory;
 } Work;
@@ -58,9 +58,21 @@ static void drop(XLA_FFI_CallFrame *frame, XLA_FFI_Error *error) {
   frame->api->XLA_FFI_Error_Destroy(&args);
 }
 
+/* Bytes of scratch memory that aligned_alloc takes: a multiple of 64, never 0; TOO_MANY stays. */
+static inline int64_t scratch_for(int64_t entries, int64_t size) {
+  const int64_t bytes = plus(times(entries, size), 64);
+  return bytes == TOO_MANY ? TOO_MANY : bytes / 64 * 64;
+}
+
 /* Does what is described, with at most `threads` threads: as many as there is work for that takes
-   longer than waking one. */
-static XLA_FFI_Error *share(XLA_FFI_CallFrame *frame, const Work *description) {
+   longer than waking one; nothing if no result has an entry. */
+static XLA_FFI_Error *share(Call *call, const Work *description) {
+  XLA_FFI_CallFrame *frame = call->frame;
+  if (is_valid(call) &&
+      (description->items == TOO_MANY || description->scratch_bytes == TOO_MANY))
+    reject(call, "%s: too large", call->function);
+  if (!is_valid(call)) return fail(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, call->error);
+  if (!call->has_results) return NULL;
   Work *work = malloc(sizeof(Work));
   if (work == NULL) return fail(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "out of memory");
   *work = *description;
@@ -89,20 +101,6 @@ static XLA_FFI_Error *share(XLA_FFI_CallFrame *frame, const Work *description) {
   release(work);
   if (out_of_memory) return fail(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "out of memory");
   return NULL;
-}
-
-static void *argument(XLA_FFI_CallFrame *frame, int i) {
-  return ((XLA_FFI_Buffer *)frame->args.args[i])->data;
-}
-
-static void *result(XLA_FFI_CallFrame *frame, int i) {
-  return ((XLA_FFI_Buffer *)frame->rets.rets[i])->data;
-}
-
-static int64_t entries_of(const XLA_FFI_Buffer *buffer) {
-  int64_t entries = 1;
-  for (int64_t i = 0; i < buffer->rank; i++) entries *= buffer->dims[i];
-  return entries;
 }
 
 /* XLA asks for the version of its interface before it calls. */

@@ -12,7 +12,8 @@
    order of time, whatever the number of threads is: the same input gives the same bytes.
 
    Arrays are float32, row-major: q, k, gate, dq, dk, dl [B, T, H, K]; v, y, dy, dv [B, T, H, V];
-   states [B, H, K, V]; clear [B, T] bytes, or empty: where not 0, the state is emptied before t. */
+   states [B, H, K, V]; clear [B, T] bytes, or empty: where not 0, the state is emptied before t.
+   B may be several axes, the same in all arrays. */
 
 #include <math.h>
 #include <string.h>
@@ -251,16 +252,22 @@ INLINE void retreat_rows(const Arrays *a, int64_t row, int64_t head, int64_t fir
 #define KEPT_BYTES (192 * 1024)
 
 static int64_t stretch_of(const Arrays *a, int w) {
-  int64_t fits = KEPT_BYTES / (int64_t)(sizeof(Lanes) * a->value_dim * w);
+  if (a->value_dim == 0) return a->length + 1;
+  int64_t fits = KEPT_BYTES / times(sizeof(Lanes) * w, a->value_dim);
   int64_t root = (int64_t)sqrt((double)a->length);
   return fits > root ? fits : root + 1;
+}
+
+/* Stretches before the last one. */
+static int64_t full_stretches(const Arrays *a, int64_t stretch) {
+  return a->length == 0 ? 0 : (a->length - 1) / stretch;
 }
 
 INLINE void gradient_rows(const Arrays *a, int64_t row, int64_t head, int64_t first, const int w,
                           Lanes *scratch) {
   const int64_t K = a->key_dim, V = a->value_dim, left = K - first, size = V * w;
   const int64_t by_state = ((row * a->heads + head) * K + first) * V;
-  const int64_t stretch = stretch_of(a, w), last = (a->length - 1) / stretch;
+  const int64_t stretch = stretch_of(a, w), last = full_stretches(a, stretch);
   Lanes *state = scratch, *d_state = state + size, *entering = d_state + size;
   Lanes *starts = entering + size * least(stretch, a->length);
   for (int64_t i = 0; i < V; i++)
@@ -288,41 +295,43 @@ typedef struct {
   int64_t row_items, row_tiles, column_tiles;
 } Task;
 
+#define KEYS(a) SHAPE(a.length, a.heads, a.key_dim)
+#define VALUES(a) SHAPE(a.length, a.heads, a.value_dim)
+#define STATE(a) SHAPE(a.heads, a.key_dim, a.value_dim)
+
 /* Entries of the state times tokens: some ten microseconds. */
 #define ENTRIES_OF_A_THREAD (1 << 18)
 
 static int64_t threads_for(const Arrays *a) {
-  return a->batch * a->length * a->heads * a->key_dim * a->value_dim / ENTRIES_OF_A_THREAD;
+  const int64_t tokens = times(times(a->batch, a->length), a->heads);
+  return times(tokens, times(a->key_dim, a->value_dim)) / ENTRIES_OF_A_THREAD;
 }
 
-/* Arguments q, k, v, gate, initial state, clear, in this order; axes before the last three are
-   rows. */
-static Arrays read_arguments(XLA_FFI_CallFrame *frame) {
-  const XLA_FFI_Buffer *q = frame->args.args[0], *v = frame->args.args[2],
-                       *clear = frame->args.args[5];
-  const int64_t *dims = q->dims + q->rank - 3;
-  int64_t batch = 1;
-  for (int64_t i = 0; i + 3 < q->rank; i++) batch *= q->dims[i];
-  return (Arrays){
-      .batch = batch,
-      .length = dims[0],
-      .heads = dims[1],
-      .key_dim = dims[2],
-      .value_dim = v->dims[v->rank - 1],
-      .q = argument(frame, 0),
-      .k = argument(frame, 1),
-      .v = argument(frame, 2),
-      .gate = argument(frame, 3),
-      .initial = argument(frame, 4),
-      .clear = entries_of(clear) == 0 ? NULL : argument(frame, 5),
+/* Arguments q, k, v, gate, initial state, clear, in this order. */
+static Arrays read_arguments(Call *call) {
+  Arrays a = {
+      .batch = call->batch,
+      .length = axis_of(call, 0, 0, 3),
+      .heads = axis_of(call, 0, 0, 2),
+      .key_dim = axis_of(call, 0, 0, 1),
+      .value_dim = axis_of(call, 0, 2, 1),
   };
+  a.q = argument(call, 0, "q", KEYS(a));
+  a.k = argument(call, 1, "k", KEYS(a));
+  a.v = argument(call, 2, "v", VALUES(a));
+  a.gate = argument(call, 3, "gate", KEYS(a));
+  a.initial = argument(call, 4, "initial state", STATE(a));
+  a.clear = flags(call, 5, "clear", a.length);
+  return a;
 }
 
 /* Vectors of a tile: two share the reads of what they are multiplied with. */
-static int vectors_for(int64_t width) { return (width + LANES - 1) / LANES % 2 == 0 ? 2 : 1; }
+static int vectors_for(int64_t width) {
+  return plus(width, LANES - 1) / LANES % 2 == 0 ? 2 : 1;
+}
 
 static int64_t tiles_for(int64_t width, int w) {
-  return (width + w * LANES - 1) / (w * LANES);
+  return plus(width, w * LANES - 1) / (w * LANES);
 }
 
 static void run_forward(const void *data, int64_t item, void *scratch) {
@@ -354,45 +363,48 @@ static void run_backward(const void *data, int64_t item, void *scratch) {
 /* (q, k, v, gate, initial state, clear) -> (output, final state) */
 XLA_FFI_Error *simplernn_forward(XLA_FFI_CallFrame *frame) {
   if (is_question(frame)) return NULL;
-  Task task = {.arrays = read_arguments(frame)};
+  Call call = begin(frame, "simplernn_forward", "q", 3, 6, 2);
+  Task task = {.arrays = read_arguments(&call)};
   Arrays *a = &task.arrays;
-  a->output = result(frame, 0);
-  a->final = result(frame, 1);
+  a->output = result(&call, 0, "output", VALUES((*a)));
+  a->final = result(&call, 1, "final state", STATE((*a)));
   task.w = vectors_for(a->value_dim);
   task.column_tiles = tiles_for(a->value_dim, task.w);
   const Work work = {.task = &task,
                      .run = run_forward,
-                     .items = a->batch * a->heads * task.column_tiles,
+                     .items = times(times(a->batch, a->heads), task.column_tiles),
                      .threads = threads_for(a),
-                     .scratch_bytes = sizeof(Lanes) * a->key_dim * task.w};
-  return share(frame, &work);
+                     .scratch_bytes = scratch_for(a->key_dim, sizeof(Lanes) * task.w)};
+  return share(&call, &work);
 }
 
 /* (q, k, v, gate, initial state, clear, d_output, d_final_state)
    -> (d_q, d_k, d_v, d_log_gate, d_initial_state) */
 XLA_FFI_Error *simplernn_backward(XLA_FFI_CallFrame *frame) {
   if (is_question(frame)) return NULL;
-  Task task = {.arrays = read_arguments(frame)};
+  Call call = begin(frame, "simplernn_backward", "q", 3, 8, 5);
+  Task task = {.arrays = read_arguments(&call)};
   Arrays *a = &task.arrays;
-  a->d_output = argument(frame, 6);
-  a->d_final = argument(frame, 7);
-  a->d_q = result(frame, 0);
-  a->d_k = result(frame, 1);
-  a->d_v = result(frame, 2);
-  a->d_log_gate = result(frame, 3);
-  a->d_initial = result(frame, 4);
+  a->d_output = argument(&call, 6, "d_output", VALUES((*a)));
+  a->d_final = argument(&call, 7, "d_final_state", STATE((*a)));
+  a->d_q = result(&call, 0, "d_q", KEYS((*a)));
+  a->d_k = result(&call, 1, "d_k", KEYS((*a)));
+  a->d_v = result(&call, 2, "d_v", VALUES((*a)));
+  a->d_log_gate = result(&call, 3, "d_log_gate", KEYS((*a)));
+  a->d_initial = result(&call, 4, "d_initial_state", STATE((*a)));
+  const int64_t pairs = times(a->batch, a->heads);
   task.w = vectors_for(a->value_dim);
   task.row_tiles = tiles_for(a->key_dim, 1);
   task.column_tiles = tiles_for(a->value_dim, task.w);
-  task.row_items = a->batch * a->heads * task.row_tiles;
+  task.row_items = times(pairs, task.row_tiles);
   const int64_t stretch = stretch_of(a, 1);
-  const int64_t states = 2 + least(stretch, a->length) + (a->length - 1) / stretch;
-  const size_t rows = sizeof(Lanes) * a->value_dim * states;
-  const size_t columns = sizeof(Lanes) * a->key_dim * task.w;
+  const int64_t states = 2 + least(stretch, a->length) + full_stretches(a, stretch);
+  const int64_t rows = scratch_for(times(a->value_dim, states), sizeof(Lanes));
+  const int64_t columns = scratch_for(a->key_dim, sizeof(Lanes) * task.w);
   const Work work = {.task = &task,
                      .run = run_backward,
-                     .items = task.row_items + a->batch * a->heads * task.column_tiles,
+                     .items = plus(task.row_items, times(pairs, task.column_tiles)),
                      .threads = threads_for(a),
                      .scratch_bytes = rows > columns ? rows : columns};
-  return share(frame, &work);
+  return share(&call, &work);
 }

@@ -5,18 +5,24 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from simplernn_jax.ops.checks import check_array
+
 _TERMS = 7
 """Of the series: the next one is below half a unit in the last place of float32."""
 
 
 @jax.custom_jvp
 def log_sigmoid(x: jax.Array) -> jax.Array:
-    """``log(sigmoid(x)) = min(x, 0) - log(1 + exp(-|x|))``, elementwise; any shape and dtype.
+    """``log(sigmoid(x)) = min(x, 0) - log(1 + exp(-|x|))``, elementwise; any shape.
 
     `jax.nn.log_sigmoid` to the last bits, in a third of its time on a CPU (0.2 ms for 4,096 tokens
     of 128 channels): the logarithm is a short series. The gradient is taken from the result, which
     the recurrence keeps anyway.
+
+    Raises:
+      TypeError: `x` is not of floating point.
     """
+    check_array("x", x, "...")
     return jnp.minimum(x, 0) - _log1p_of_fraction(jnp.exp(-jnp.abs(x)))
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState
+from simplernn_jax.ops.checks import check_dtype, check_recurrence
 
 CHUNK = 64
 """Tokens between two roundings of the state."""
@@ -41,7 +42,13 @@ def in_narrow_state(
       clear: ``[B, T]``, the state is emptied before these tokens; or None.
       initial_state: ``[B, H, K, V]``, of any dtype.
       dtype: of the state.
+
+    Raises:
+      ValueError: wrong ranks, or shapes that do not fit together.
+      TypeError: wrong dtypes.
     """
+    check_recurrence(q, k, v, log_gate, initial_state, None, clear=clear)
+    check_dtype("dtype", dtype)
     sums = jnp.promote_types(dtype, jnp.float32)
 
     def step(state: HeadState, inputs: Any) -> tuple[HeadState, jax.Array]:

@@ -11,6 +11,8 @@ import os
 import platform
 import shlex
 import shutil
+import signal
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +24,8 @@ import jax.numpy as jnp
 from absl import logging
 
 from simplernn_jax.cache_folder import cache_folder
+from simplernn_jax.errors import one_line
+from simplernn_jax.files import open_file, read_file
 
 FORWARD = "simplernn_forward"
 BACKWARD = "simplernn_backward"
@@ -41,10 +45,13 @@ FUNCTIONS = (
     NORM_BACKWARD,
 )
 _SOURCES = [Path(__file__).with_name(name) for name in ("fused.c", "normalized.c")]
-_HEADER = Path(__file__).with_name("call.h")
+_HEADERS = [Path(__file__).with_name(name) for name in ("call.h", "buffers.h")]
 _OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-shared", "-fPIC")
 _FOR_THIS_MACHINE = (("-march=native",), ("-mcpu=native",), ())
 """Tried in this order: compilers and processors differ in which of them they know."""
+
+COMPILER_SECONDS = 120
+"""A compiler that takes longer is stopped; it takes about 5."""
 
 
 def can_call(dtype: Any) -> bool:
@@ -68,7 +75,11 @@ def has_native_functions() -> bool:
     What was compiled is kept in the user's cache folder under a name that follows from source,
     compiler and processor. Where it cannot be compiled or loaded, a warning says why, once.
     """
-    command = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    try:
+        command = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError as error:
+        logging.warning("the fast recurrence could not be compiled: CC: %s", error)
+        return False
     if shutil.which(command[0]) is None:
         logging.warning(
             "no C compiler (%s): the recurrence takes several times as long on a CPU; install one "
@@ -78,9 +89,10 @@ def has_native_functions() -> bool:
         return False
     try:
         library = _load(command)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        logging.warning("the fast recurrence could not be compiled: %s", str(reason).strip())
+    except (OSError, subprocess.SubprocessError) as error:
+        printed = getattr(error, "output", None) or b""
+        reason = printed.decode(errors="replace").strip() or str(error)
+        logging.warning("the fast recurrence could not be compiled: %s", one_line(reason))
         return False
     for name in FUNCTIONS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
@@ -92,19 +104,32 @@ def _load(command: list[str]) -> ctypes.CDLL:
     try:
         folder = cache_folder("native")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds what will be executed
+        _check_owner(os.stat(folder), folder)
         kept, seal = folder / f"{name}.so", folder / f"{name}.sha256"
-        if not _is_sealed(kept, seal):
-            with tempfile.TemporaryDirectory(dir=folder) as work:
-                made = _compile(command, Path(work))
-                Path(work, "seal").write_text(_digest(made), encoding="ascii")
-                os.replace(made, kept)
-                os.replace(Path(work, "seal"), seal)
-        return ctypes.CDLL(str(kept))
+        if _is_sealed(kept, seal):
+            return _open(kept)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            made = _compile(command, Path(work))
+            library = _open(made)
+            Path(work, "seal").write_bytes(_digest(made))
+            for file, mode in ((made, 0o700), (Path(work, "seal"), 0o600)):
+                file.chmod(mode)  # whatever the umask is
+            os.replace(made, kept)
+            os.replace(Path(work, "seal"), seal)
+            return library
     except (OSError, RuntimeError) as error:
         logging.info("compiled code is not kept: %s", error)
     # Once it is loaded, the file is no longer needed.
     with tempfile.TemporaryDirectory() as work:
-        return ctypes.CDLL(str(_compile(command, Path(work))))
+        return _open(_compile(command, Path(work)))
+
+
+def _open(file: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(file))
+    for name in FUNCTIONS:
+        if not hasattr(library, name):
+            raise OSError(f"{file}: a library without {name}")
+    return library
 
 
 def _compile(command: list[str], folder: Path) -> Path:
@@ -114,12 +139,7 @@ def _compile(command: list[str], folder: Path) -> Path:
     for machine in _FOR_THIS_MACHINE:
         arguments = [*_OPTIONS, *machine, f"-I{jax.ffi.include_dir()}", *sources, "-lm"]
         try:
-            subprocess.run(
-                [*command, *arguments, "-o", str(target)],
-                check=True,
-                capture_output=True,
-                text=True,
-            )
+            _run([*command, *arguments, "-o", str(target)])
             return target
         except subprocess.CalledProcessError as error:
             failure = failure or error
@@ -127,11 +147,40 @@ def _compile(command: list[str], folder: Path) -> Path:
     raise failure
 
 
+def _run(arguments: list[str]) -> bytes:
+    """What a compiler prints, which may be anything; it is stopped if it does not end.
+
+    Raises:
+      OSError: it cannot be started.
+      SubprocessError: it fails, or takes longer than `COMPILER_SECONDS`.
+    """
+    # A file, not a pipe: processes that a compiler leaves behind would keep a pipe open.
+    with tempfile.TemporaryFile() as printed:
+        process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(COMPILER_SECONDS)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        printed.seek(0)
+        output = printed.read(1 << 20)
+    if code:
+        raise subprocess.CalledProcessError(code, arguments, output)
+    return output
+
+
 def _fingerprint(command: list[str]) -> str:
     """Changes with everything on which the compiled code depends."""
-    version = subprocess.run([*command, "--version"], check=True, capture_output=True).stdout
+    version = _run([*command, "--version"])
     digest = hashlib.sha256()
-    for source in (*_SOURCES, _HEADER):
+    for source in (*_SOURCES, *_HEADERS):
         digest.update(source.read_bytes())
     for header in sorted(Path(jax.ffi.include_dir()).rglob("*.h")):
         digest.update(header.read_bytes())
@@ -152,11 +201,22 @@ def _processor() -> Iterator[str]:
 
 
 def _is_sealed(file: Path, seal: Path) -> bool:
+    """Whether the file is what this user compiled: whole, and nobody else can have written it."""
     try:
-        return seal.read_text(encoding="ascii") == _digest(file)
+        for path in (file, seal):
+            with open_file(path) as opened:
+                _check_owner(os.fstat(opened.fileno()), path)
+        return read_file(seal, 1 << 10) == _digest(file)
     except OSError:
         return False
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _check_owner(status: os.stat_result, path: Path) -> None:
+    if status.st_uid not in (os.geteuid(), 0):
+        raise OSError(f"{path}: belongs to another user")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError(f"{path}: others can write it")
+
+
+def _digest(file: Path) -> bytes:
+    return hashlib.sha256(read_file(file)).hexdigest().encode("ascii")

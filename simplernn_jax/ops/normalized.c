@@ -10,7 +10,8 @@
    Arrays are float32, row-major: x, y, dx, dy [B, T, D]; recent, final and their gradients
    [B, W - 1, D], the inputs before the first and after the last token; w [W, D]; scale [B, T], what
    each input was multiplied with; starts [B, T] bytes, or empty; dw [B, stretches, W, D], whose
-   parts come in the order of time, whatever the number of threads is. */
+   parts come in the order of time, whatever the number of threads is. B may be several axes, the
+   same in all arrays; w may have the first ones of them too, and is then not the same for all. */
 
 #include <math.h>
 #include <string.h>
@@ -21,7 +22,7 @@
 #define LANES 16
 
 typedef struct {
-  int64_t batch, length, width, dim, stretches, stretch;
+  int64_t batch, length, width, dim, stretches, stretch, rows_of_weights;
   const float *x, *w, *recent, *scale_in, *dy, *d_final;
   const uint8_t *starts;
   float *y, *scale, *final, *dx, *dw, *d_recent;
@@ -56,6 +57,10 @@ static void add(float *restrict to, const float *restrict x, int64_t n) {
   for (int64_t i = 0; i < n; i++) to[i] += x[i];
 }
 
+static const float *weights_of(const Arrays *a, int64_t row) {
+  return a->w + row / a->rows_of_weights * a->width * a->dim;
+}
+
 static int is_start(const Arrays *a, int64_t row, int64_t t) {
   return a->starts != NULL && t >= 0 && a->starts[row * a->length + t];
 }
@@ -83,6 +88,7 @@ static void run_forward(const void *task, int64_t item, void *scratch) {
   const int64_t T = a->length, W = a->width, D = a->dim, past = W - 1;
   const int64_t row = item / a->stretches, first = item % a->stretches * a->stretch;
   const int64_t end = least(first + a->stretch, T);
+  const float *w = weights_of(a, row);
   float *ring = scratch; /* n of the last W tokens */
   for (int64_t t = first - past; t < end; t++) {
     float *own = ring + (t + past) % W * D;
@@ -95,9 +101,9 @@ static void run_forward(const void *task, int64_t item, void *scratch) {
     }
     if (t < first) continue;
     float *y = a->y + (row * T + t) * D;
-    multiply_each(y, own, a->w, D);
+    multiply_each(y, own, w, D);
     for (int64_t i = 1; i < W && !is_start(a, row, t - i + 1); i++)
-      add_products(y, ring + (t - i + past) % W * D, a->w + i * D, D);
+      add_products(y, ring + (t - i + past) % W * D, w + i * D, D);
   }
   if (end == T)
     for (int64_t t = T - past; t < T; t++)
@@ -108,9 +114,10 @@ static void run_forward(const void *task, int64_t item, void *scratch) {
 /* Adds to dn of token t, which may be before the first, what later outputs make of it. */
 static void add_from_outputs(const Arrays *a, int64_t row, int64_t t, float *dn) {
   const int64_t T = a->length, W = a->width, D = a->dim, past = W - 1;
+  const float *w = weights_of(a, row);
   for (int64_t i = t < 0 ? -t : 0; i < W && t + i < T; i++) {
     if (i > 0 && is_start(a, row, t + i)) break;
-    add_products(dn, a->w + i * D, a->dy + (row * T + t + i) * D, D);
+    add_products(dn, w + i * D, a->dy + (row * T + t + i) * D, D);
   }
   if (t >= T - past) add(dn, a->d_final + (row * past + past + t - T) * D, D);
 }
@@ -145,60 +152,78 @@ static void run_backward(const void *task, int64_t item, void *scratch) {
 /* Tokens of an item of work: its rows fit the second-level cache. */
 #define STRETCH 128
 
-/* Arguments x, w, recent, starts, in this order; T and W are at least 1. */
-static Arrays read_arguments(XLA_FFI_CallFrame *frame) {
-  const XLA_FFI_Buffer *x = frame->args.args[0], *w = frame->args.args[1];
-  return (Arrays){
-      .batch = x->dims[0],
-      .length = x->dims[1],
-      .dim = x->dims[2],
-      .width = w->dims[0],
-      .stretches = (x->dims[1] + STRETCH - 1) / STRETCH,
+#define INPUTS(a) SHAPE(a.length, a.dim)
+#define RECENT(a) SHAPE(a.width - 1, a.dim)
+
+/* How many rows share weights, which have the first ones of the batch axes, or none. */
+static int64_t rows_of_weights(const Call *call, int64_t num_leading) {
+  int64_t rows = 1;
+  for (int64_t i = num_leading; i < call->num_leading; i++) rows = times(rows, call->leading[i]);
+  return rows > 0 ? rows : 1;
+}
+
+/* Arguments x, w, recent, starts, in this order. */
+static Arrays read_arguments(Call *call) {
+  Arrays a = {
+      .batch = call->batch,
+      .length = axis_of(call, 0, 0, 2),
+      .dim = axis_of(call, 0, 0, 1),
+      .width = axis_of(call, 0, 1, 2),
       .stretch = STRETCH,
-      .x = argument(frame, 0),
-      .w = argument(frame, 1),
-      .recent = argument(frame, 2),
-      .starts = entries_of(frame->args.args[3]) == 0 ? NULL : argument(frame, 3),
   };
+  const XLA_FFI_Buffer *w = buffer_at(call, 0, 1, "weights");
+  const int64_t num_leading = w == NULL ? 0 : least(w->rank - 2, call->num_leading);
+  a.stretches = a.length == 0 ? 1 : (a.length - 1) / STRETCH + 1;
+  a.x = argument(call, 0, "x", INPUTS(a));
+  a.w = checked(call, w, "weights", XLA_FFI_DataType_F32, num_leading > 0 ? num_leading : 0,
+                SHAPE(a.width, a.dim));
+  if (a.width < 1) reject(call, "%s: weights: expected at least one row; got none", call->function);
+  a.rows_of_weights = rows_of_weights(call, num_leading);
+  a.recent = argument(call, 2, "recent", RECENT(a));
+  a.starts = flags(call, 3, "starts", a.length);
+  return a;
 }
 
 /* Entries of x: some ten microseconds. */
 #define ENTRIES_OF_A_THREAD (1 << 16)
 
-static XLA_FFI_Error *share_rows(XLA_FFI_CallFrame *frame, const Arrays *a,
+static XLA_FFI_Error *share_rows(Call *call, const Arrays *a,
                                  void (*run)(const void *, int64_t, void *), int64_t vectors) {
-  const size_t bytes = sizeof(float) * vectors * a->dim;
+  const int64_t entries = times(times(a->batch, a->length), a->dim);
   const Work work = {.task = a,
                      .run = run,
-                     .items = a->batch * a->stretches,
-                     .threads = a->batch * a->length * a->dim / ENTRIES_OF_A_THREAD,
-                     .scratch_bytes = (bytes + 63) / 64 * 64};
-  return share(frame, &work);
+                     .items = times(a->batch, a->stretches),
+                     .threads = entries / ENTRIES_OF_A_THREAD,
+                     .scratch_bytes = scratch_for(times(vectors, a->dim), sizeof(float))};
+  return share(call, &work);
 }
 
 /* (x, w, recent, starts) -> (y, scale, final) */
 XLA_FFI_Error *simplernn_convolution_forward(XLA_FFI_CallFrame *frame) {
   if (is_question(frame)) return NULL;
-  Arrays a = read_arguments(frame);
-  a.y = result(frame, 0);
-  a.scale = result(frame, 1);
-  a.final = result(frame, 2);
-  return share_rows(frame, &a, run_forward, a.width);
+  Call call = begin(frame, "simplernn_convolution_forward", "x", 2, 4, 3);
+  Arrays a = read_arguments(&call);
+  a.y = result(&call, 0, "y", INPUTS(a));
+  a.scale = result(&call, 1, "scale", SHAPE(a.length));
+  a.final = result(&call, 2, "final", RECENT(a));
+  return share_rows(&call, &a, run_forward, a.width);
 }
 
 /* (x, w, recent, starts, scale, dy, d_final) -> (dx, dw, d_recent) */
 XLA_FFI_Error *simplernn_convolution_backward(XLA_FFI_CallFrame *frame) {
   if (is_question(frame)) return NULL;
-  Arrays a = read_arguments(frame);
-  a.scale_in = argument(frame, 4);
-  a.dy = argument(frame, 5);
-  a.d_final = argument(frame, 6);
-  a.dx = result(frame, 0);
-  a.dw = result(frame, 1);
-  a.d_recent = result(frame, 2);
-  a.stretches = ((XLA_FFI_Buffer *)frame->rets.rets[1])->dims[1];
-  a.stretch = (a.length + a.stretches - 1) / a.stretches;
-  return share_rows(frame, &a, run_backward, a.width + 1);
+  Call call = begin(frame, "simplernn_convolution_backward", "x", 2, 7, 3);
+  Arrays a = read_arguments(&call);
+  a.stretches = axis_of(&call, 1, 1, 3);
+  a.scale_in = argument(&call, 4, "scale", SHAPE(a.length));
+  a.dy = argument(&call, 5, "dy", INPUTS(a));
+  a.d_final = argument(&call, 6, "d_final", RECENT(a));
+  a.dx = result(&call, 0, "dx", INPUTS(a));
+  a.dw = result(&call, 1, "dw", SHAPE(a.stretches, a.width, a.dim));
+  a.d_recent = result(&call, 2, "d_recent", RECENT(a));
+  if (a.stretches < 1) reject(&call, "%s: dw: expected at least one part", call.function);
+  if (is_valid(&call)) a.stretch = a.length == 0 ? 1 : (a.length - 1) / a.stretches + 1;
+  return share_rows(&call, &a, run_backward, plus(a.width, 1));
 }
 
 /* Rows without an order: the norm alone. */
@@ -229,30 +254,41 @@ static void run_norm_backward(const void *task, int64_t item, void *scratch) {
   }
 }
 
-static XLA_FFI_Error *share_norm(XLA_FFI_CallFrame *frame, Rows *r,
+static Rows read_rows(Call *call) {
+  Rows r = {.rows = call->batch, .dim = axis_of(call, 0, 0, 1)};
+  r.x = argument(call, 0, "x", SHAPE(r.dim));
+  return r;
+}
+
+static XLA_FFI_Error *share_norm(Call *call, const Rows *r,
                                  void (*run)(const void *, int64_t, void *)) {
-  const XLA_FFI_Buffer *x = frame->args.args[0];
-  r->dim = x->dims[x->rank - 1];
-  r->rows = entries_of(x) / r->dim;
-  r->x = argument(frame, 0);
   const Work work = {.task = r,
                      .run = run,
-                     .items = (r->rows + ROWS_OF_AN_ITEM - 1) / ROWS_OF_AN_ITEM,
-                     .threads = r->rows * r->dim / ENTRIES_OF_A_THREAD,
-                     .scratch_bytes = (sizeof(float) * r->dim + 63) / 64 * 64};
-  return share(frame, &work);
+                     .items = plus(r->rows, ROWS_OF_AN_ITEM - 1) / ROWS_OF_AN_ITEM,
+                     .threads = times(r->rows, r->dim) / ENTRIES_OF_A_THREAD,
+                     .scratch_bytes = scratch_for(r->dim, sizeof(float))};
+  return share(call, &work);
 }
+
+#define NO_AXES ((Shape){0, NULL})
 
 /* x -> (y, scale) */
 XLA_FFI_Error *simplernn_norm_forward(XLA_FFI_CallFrame *frame) {
   if (is_question(frame)) return NULL;
-  Rows r = {.y = result(frame, 0), .scale = result(frame, 1)};
-  return share_norm(frame, &r, run_norm_forward);
+  Call call = begin(frame, "simplernn_norm_forward", "x", 1, 1, 2);
+  Rows r = read_rows(&call);
+  r.y = result(&call, 0, "y", SHAPE(r.dim));
+  r.scale = result(&call, 1, "scale", NO_AXES);
+  return share_norm(&call, &r, run_norm_forward);
 }
 
 /* (x, scale, dy) -> dx */
 XLA_FFI_Error *simplernn_norm_backward(XLA_FFI_CallFrame *frame) {
   if (is_question(frame)) return NULL;
-  Rows r = {.scale_in = argument(frame, 1), .dy = argument(frame, 2), .dx = result(frame, 0)};
-  return share_norm(frame, &r, run_norm_backward);
+  Call call = begin(frame, "simplernn_norm_backward", "x", 1, 3, 1);
+  Rows r = read_rows(&call);
+  r.scale_in = argument(&call, 1, "scale", NO_AXES);
+  r.dy = argument(&call, 2, "dy", SHAPE(r.dim));
+  r.dx = result(&call, 0, "dx", SHAPE(r.dim));
+  return share_norm(&call, &r, run_norm_backward);
 }

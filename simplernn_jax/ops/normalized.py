@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from simplernn_jax.ops.checks import check_array
 from simplernn_jax.ops.native import NORM_BACKWARD, NORM_FORWARD, is_worth_a_call
 from simplernn_jax.ops.operation import Form, Forms, Gradient, apply
 from simplernn_jax.ops.partitioning import Partitioned
@@ -28,7 +29,12 @@ def rms_normalized(x: jax.Array, *, native: bool | None = None) -> jax.Array:
     Args:
       x: ``[..., D]``.
       native: call the C functions; None where it pays.
+
+    Raises:
+      ValueError: `x` has no axis.
+      TypeError: `x` is not of floating point.
     """
+    check_array("x", x, "... D")
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if native is None:
         native = is_worth_a_call(x)

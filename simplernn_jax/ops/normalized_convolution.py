@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import Activations, RecentInputs
+from simplernn_jax.ops.checks import check_convolution
 from simplernn_jax.ops.manual_axes import vary_like
 from simplernn_jax.ops.native import CONVOLUTION_BACKWARD, CONVOLUTION_FORWARD, is_worth_a_call
 from simplernn_jax.ops.normalized import EPSILON, rms_normalized
@@ -44,13 +45,18 @@ def normalized_convolution(
 
     Returns:
       ``[B, T, D]``, and the last W - 1 of recent and n, whatever their segment.
+
+    Raises:
+      ValueError: wrong ranks, or shapes that do not fit together.
+      TypeError: wrong dtypes.
     """
+    check_convolution(x, weights, recent, starts)
     x = x.astype(recent.dtype)
     if native is None:
         native = is_worth_a_call(x)
     if not (native and x.size):
         return _by_shifts(x, weights, recent, starts)
-    inputs = [x, weights, recent, *([] if starts is None else [starts])]
+    inputs = [x, weights.astype(x.dtype), recent, *([] if starts is None else [starts])]
     forms, forward, reverse = _operation(starts is not None)
     gradient = Gradient(reverse, forward, extras=((x.shape[:2], x.dtype),))
     y, final = apply(forms, inputs, [x, recent], gradient)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from simplernn_jax.ops.checks import FLOATING, check_array, check_dtype
 from simplernn_jax.ops.operation import Forms, Gradient, apply
 
 
@@ -27,14 +28,23 @@ def product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
 
 
 def products(x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> tuple[jax.Array, ...]:
-    """Compute `product` of `x` with each kernel ``[in, out]``, as one matmul."""
-    results = [
-        jax.ShapeDtypeStruct((x.shape[0], kernel.shape[1]), jnp.promote_types(dtype, jnp.float32))
-        for kernel in kernels
-    ]
+    """Compute `product` of `x` with each kernel ``[in, out]``, as one matmul.
+
+    Raises:
+      ValueError: no kernel, wrong ranks, or shapes that do not fit together.
+      TypeError: wrong dtypes.
+    """
+    if not kernels:
+        raise ValueError("kernels: expected at least one; got none")
+    sizes = check_array("x", x, "N in")
+    for kernel in kernels:
+        check_array("kernel", kernel, "in out", FLOATING, {"in": sizes["in"]})
+    check_dtype("dtype", dtype)
+    widths = tuple(kernel.shape[1] for kernel in kernels)
+    result = jnp.promote_types(dtype, jnp.float32)
+    results = [jax.ShapeDtypeStruct((x.shape[0], width), result) for width in widths]
     # XLA's partitioner may gather what has a constrained layout (jax 0.10).
     one_device = jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
-    widths = tuple(kernel.shape[1] for kernel in kernels)
     forward, gradient = _operation(jnp.dtype(dtype), x.dtype, widths, one_device)
     if x.dtype != dtype:  # the rounded x is kept, which is half as large
         extras = ((x.shape, jnp.dtype(dtype)),)

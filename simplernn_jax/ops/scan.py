@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState
+from simplernn_jax.ops.checks import FLOATING, check_array
 
 
 def recurrent_step(
@@ -31,7 +32,16 @@ def recurrent_step(
 
     Returns:
       The output ``[B, H, V]`` in the dtype of v, and the next state in the dtype of `state`.
+
+    Raises:
+      ValueError: wrong ranks, or shapes that do not fit together.
+      TypeError: wrong dtypes.
     """
+    sizes = check_array("q", q, "B H K")
+    check_array("k", k, "B H K", FLOATING, sizes)
+    sizes = check_array("v", v, "B H V", FLOATING, sizes)
+    check_array("log_gate", log_gate, "B H K", FLOATING, sizes)
+    check_array("state", state, "B H K V", FLOATING, sizes)
     dtype = state.dtype
     gate = jnp.exp(log_gate.astype(dtype))
     state = gate[..., None] * state + k.astype(dtype)[..., None] * v.astype(dtype)[..., None, :]

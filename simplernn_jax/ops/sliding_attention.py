@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simplernn_jax.array_types import Keys, Positions, Queries, Values
+from simplernn_jax.ops.checks import BOOL, INTEGER, check_array
 
 QUERIES = 256
 """Queries of one block: `context` + 255 keys at most go with them."""
@@ -34,7 +35,15 @@ def rotate(x: jax.Array, positions: Positions) -> jax.Array:
 
     Returns:
       ``[B, T, H, K]`` of x's dtype, computed in float32 at least.
+
+    Raises:
+      ValueError: wrong ranks, shapes that do not fit together, or K is odd.
+      TypeError: wrong dtypes.
     """
+    sizes = check_array("x", x, "B T H K")
+    check_array("positions", positions, "B? T", INTEGER, sizes)
+    if sizes["K"] % 2:
+        raise ValueError(f"x: expected [B, T, H, K] with an even K; got K = {sizes['K']}")
     half = x.shape[-1] // 2
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     radians = ROTARY_BASE ** (-np.arange(half) / half)
@@ -57,7 +66,13 @@ def attend(q: Queries, k: Keys, v: Values, mask: jax.Array) -> jax.Array:
 
     Returns:
       ``[B, T, H, V]`` of the inputs' dtype; scores and softmax are float32 (float64 if they are).
+
+    Raises:
+      ValueError: wrong ranks, or shapes that do not fit together.
+      TypeError: wrong dtypes; those of q, k and v must be the same.
     """
+    sizes = _check_heads(q, k, v)
+    check_array("mask", mask, "B? T S", BOOL, sizes)
     key_dim, value_dim = k.shape[-1], v.shape[-1]
     if q.dtype == jnp.float64:  # the library's softmax is float32 whatever it is given
         scores = jnp.einsum("bthk,bshk->bhts", q, k) * key_dim**-0.5
@@ -88,7 +103,20 @@ def sliding_attention(q: Queries, k: Keys, v: Values, reach: jax.Array, context:
 
     Returns:
       ``[B, T, H, V]`` of the inputs' dtype.
+
+    Raises:
+      ValueError: wrong ranks, shapes that do not fit together, fewer keys than queries, or a
+        `context` below 1.
+      TypeError: wrong dtypes; those of q, k and v must be the same.
     """
+    sizes = _check_heads(q, k, v)
+    check_array("reach", reach, "B? T", INTEGER, sizes)
+    if k.shape[1] < q.shape[1]:
+        raise ValueError(
+            f"k: expected [B, S, H, K] with S at least T = {q.shape[1]}; got S = {k.shape[1]}"
+        )
+    if context < 1:
+        raise ValueError(f"context: expected at least 1; got {context}")
     length, past = q.shape[1], k.shape[1] - q.shape[1]
     if length <= QUERIES:
         return _block(q, k, v, reach, 0, length, past + length)
@@ -128,6 +156,13 @@ def sliding_attention(q: Queries, k: Keys, v: Values, reach: jax.Array, context:
         window = slice(-(stretch + rest), None)
         parts.append(_stretch(q[:, -rest:], k[:, window], v[:, window], reach[:, -rest:], context))
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+
+def _check_heads(q: Queries, k: Keys, v: Values) -> dict[str, Any]:
+    sizes = check_array("q", q, "B T H K")
+    like_q = (str(q.dtype),)
+    sizes = check_array("k", k, "B S H K", like_q, sizes)
+    return check_array("v", v, "B S H V", like_q, sizes)
 
 
 def _stretch(q: Queries, k: Keys, v: Values, reach: jax.Array, context: int) -> jax.Array:
