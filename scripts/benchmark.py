@@ -17,6 +17,11 @@ What is compared runs in alternating blocks of one process (A B A B ...), compil
 the first call of every block is dropped. Times are medians; a ratio is the median over blocks.
 """
 
+import bootstrap
+
+if __name__ == "__main__":
+    bootstrap.start()
+
 import json
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -27,7 +32,7 @@ from absl import flags
 from benchmarks import decoding, machine, memory, recurrence, scaling, startup, training
 from benchmarks.attention import comparison
 from benchmarks.interleave import Effort
-from simplernn_jax import command_line
+from simplernn_jax import command_line, early_signals
 from simplernn_jax.config import nearest_name
 from simplernn_jax.errors import UserError
 
@@ -61,6 +66,7 @@ _CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate."
 
 def main() -> int:
     """Runs the benchmarks that the arguments name, in this order."""
+    early_signals.raise_from_now()  # there are temporary folders and children
     names, known = _ARGUMENTS.value, [*BENCHMARKS, ATTENTION]
     if not names:
         raise UserError(f"name what to measure: python scripts/benchmark.py {'|'.join(known)}")

@@ -8,6 +8,11 @@ each document, or, with --window, read by overlapping windows from a zero state.
 compare models of any tokenizer, and models with compressors.
 """
 
+import bootstrap
+
+if __name__ == "__main__":
+    bootstrap.start()
+
 import lzma
 import os
 

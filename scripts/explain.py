@@ -13,6 +13,11 @@ Exits with code 1 if the parts of a layer's output do not make up the whole: tho
 or attention, and where the model computes in float32 those of the layer too.
 """
 
+import bootstrap
+
+if __name__ == "__main__":
+    bootstrap.start()
+
 import json
 import os
 from pathlib import Path

@@ -12,6 +12,11 @@ A long prompt is read once and used many times; the first of these commands prin
     python scripts/sample.py --workdir=W --load_state=book --num_samples=3
 """
 
+import bootstrap
+
+if __name__ == "__main__":
+    bootstrap.start()
+
 import io
 import os
 import sys

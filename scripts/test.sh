@@ -3,16 +3,8 @@
 # Linter, formatter, type checker and tests all run; any failure fails the whole.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-python=""
-case "${1:-}" in
-  --python)
-    python="${2:-}"
-    [ -n "$python" ] || fail "--python: name an interpreter, such as python3.13"
-    shift 2 ;;
-  --python=*)
-    python="${1#*=}"
-    shift ;;
-esac
+take_python "$@"
+set -- ${rest[@]+"${rest[@]}"}
 use_environment test "$python"
 cd "$root"
 

@@ -12,12 +12,17 @@ the workdir is on a file system that they share. When one of them dies or hangs,
 within 30 seconds, with code 76. scripts/launch_local.sh starts some on this machine.
 """
 
+import bootstrap
+
+if __name__ == "__main__":
+    bootstrap.start(resumes=True)
+
 import gc
 import os
 
 from absl import flags
 
-from simplernn_jax import command_line
+from simplernn_jax import command_line, early_signals
 from simplernn_jax.errors import UserError
 
 _CONFIG = command_line.define_config_flag()
@@ -63,6 +68,7 @@ def _train() -> int:
 
     use_compilation_cache()
     gc.freeze()  # what was imported stays: collections while a program is traced pass it by
+    early_signals.run_starts()
     result = train(config, os.path.expanduser(_WORKDIR.value))
     return command_line.EXIT_INTERRUPTED if result.interrupted_by else 0
 
