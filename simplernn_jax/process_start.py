@@ -19,6 +19,8 @@ _IN_VENV = "_SIMPLERNN_JAX_IN_VENV"
 _TUNABLE = "glibc.malloc.hugetlb"
 _OLDEST_PYTHON = (3, 11)
 _PACKAGES = ("absl", "jax", "flax")
+_ANY_TEXT = ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
+"""Variables that JAX takes as they are when it is imported."""
 _OBSERVERS = ("bdb", "debugpy", "pydevd", "coverage", "pytest")
 """Modules of debuggers and the like, which would lose sight of a process that replaces itself."""
 
@@ -49,6 +51,7 @@ def start(root: str, *, resumes: bool = False) -> None:
     from simplernn_jax import early_signals
 
     early_signals.install(resumes=resumes)
+    _check_environment_variables()
 
 
 def _become(command: list[str]) -> None:
@@ -90,6 +93,24 @@ def _refuse(problem: str) -> None:
         file=sys.stderr,
     )
     sys.exit(EXIT_USER_ERROR)
+
+
+def _check_environment_variables() -> None:
+    """Refuse a variable that makes importing JAX fail."""
+    os.environ.pop("MPLBACKEND", None)  # pictures go to files; a wrong name breaks matplotlib
+    names = [name for name in os.environ if name.startswith("JAX_") and name not in _ANY_TEXT]
+    if not names:
+        return
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:
+        from simplernn_jax.errors import one_line
+
+        wrong = [name for name in names if name.lower() in str(error).lower()] or names
+        values = ", ".join(f"{name}={os.environ[name]}" for name in wrong)
+        what = one_line(f"error: {values}: {error}; correct or unset it")
+        print(what, file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
 
 
 def _tunables_to_set() -> str | None:

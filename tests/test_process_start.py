@@ -1,4 +1,4 @@
-"""The first lines of a script's process, with scripts that need nothing but the standard library."""
+"""The first lines of a script's process, with scripts of nothing but the standard library."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ with_huge_pages = pytest.mark.skipif(
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    """A script of a project in `tmp_path` that prints the allocator's settings and its arguments."""
+    """A script that prints the settings of the allocator and its arguments."""
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "bootstrap.py", tmp_path / "scripts")
     (tmp_path / "simplernn_jax").symlink_to(ROOT / "simplernn_jax")
@@ -72,7 +72,9 @@ def test_large_buffers_lie_on_huge_pages(script, environment, expected):
     assert result.stdout == f"{expected} ['a b', '-c']\n"
 
 
-@pytest.mark.parametrize("debugger", [["-m", "pdb", "-c", "continue"], ["-i"], ["-m", "trace", "-t"]])
+@pytest.mark.parametrize(
+    "debugger", [["-m", "pdb", "-c", "continue"], ["-i"], ["-m", "trace", "-t"]]
+)
 def test_a_process_that_is_observed_is_not_replaced(script, debugger):
     result = run(*debugger, script, shell="</dev/null")
     assert "None []" in result.stdout
@@ -172,3 +174,12 @@ def test_a_signal_while_the_process_is_replaced_is_taken_afterwards(script):
     script.write_text(text.replace("print(", 'print("too late",', 1))
     result = run(script)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "SIGINT: stopped\n")
+
+
+def test_a_variable_that_jax_cannot_read_is_one_line(script):
+    result = run(script, JAX_ENABLE_X64="maybe")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "error: JAX_ENABLE_X64=maybe: invalid truth value 'maybe' for environment "
+        "'JAX_ENABLE_X64'; correct or unset it\n"
+    )
