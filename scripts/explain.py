@@ -55,15 +55,17 @@ def main() -> int:
     if _TEXT.value is None and _TEXT_FILE.value is None:
         raise UserError("no --text: give a text to read, or a file of it with --text_file")
     text = command_line.read_text(_TEXT.value, _TEXT_FILE.value, name="text")
-    workdir = os.path.abspath(os.path.expanduser(_WORKDIR.value))
+    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from simplernn_jax.analysis import explain
     from simplernn_jax.analysis.token_text import counted
     from simplernn_jax.compilation_cache import use_compilation_cache
+    from simplernn_jax.devices import check_devices
     from simplernn_jax.training.checkpoint import read_config
 
+    check_devices()
     use_compilation_cache()
     model, tokenizer, config = load_model(workdir)
-    out = _make_folder(os.path.expanduser(_OUT.value))
+    out = _make_folder(command_line.expand_path(_OUT.value, "out"))
     explanation = explain(
         model,
         tokenizer,

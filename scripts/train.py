@@ -4,8 +4,9 @@
     python scripts/train.py --config configs/base.py --workdir runs/mine \
         --config.data.source=my_texts/ --config.train.steps=2000
 
-The same command again resumes, byte for byte. SIGTERM and Ctrl-C save first and exit with
-code 75; a second signal stops at once. Bad input is one line and code 2.
+The same command again resumes, bit-exact. SIGTERM and Ctrl-C save first and exit with code 75. A
+second signal stops at once, also with 75: the run resumes from its last checkpoint. Before the run
+has touched its workdir, Ctrl-C exits with code 130. Bad input is one line and code 2.
 
 With --distributed, this is one of several processes that train together, on one host or on many;
 the workdir is on a file system that they share. When one of them dies or hangs, the others end
@@ -18,7 +19,6 @@ if __name__ == "__main__":
     bootstrap.start(resumes=True)
 
 import gc
-import os
 
 from absl import flags
 
@@ -63,13 +63,16 @@ def _train() -> int:
     config = _CONFIG.value
     if not _WORKDIR.value:
         raise UserError("no --workdir: name a folder for the run, such as --workdir runs/mine")
+    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from simplernn_jax.compilation_cache import use_compilation_cache
+    from simplernn_jax.devices import check_devices
     from simplernn_jax.training.loop import train
 
+    check_devices()
     use_compilation_cache()
     gc.freeze()  # what was imported stays: collections while a program is traced pass it by
     early_signals.run_starts()
-    result = train(config, os.path.expanduser(_WORKDIR.value))
+    result = train(config, workdir)
     return command_line.EXIT_INTERRUPTED if result.interrupted_by else 0
 
 

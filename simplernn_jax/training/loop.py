@@ -8,7 +8,6 @@ the state after step t. What is saved is exactly what the next step starts from.
 import contextlib
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +18,9 @@ from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import write_file
 from simplernn_jax.inference import generate_text
+from simplernn_jax.memory_estimate import check_training
 from simplernn_jax.parallel.agreement import StopVote, is_first, wait_for_all
 from simplernn_jax.parallel.global_arrays import from_rows, local_copy, rows_of_this_process
 from simplernn_jax.parallel.layer_layout import in_layout_of
@@ -95,6 +96,7 @@ class _Run:
         self.mesh = make_mesh(config.mesh)
         self.config, self.corpus = prepare(config, workdir)
         check_fits(self.config, self.mesh)
+        check_training(self.config, self.mesh)
         self.workdir = workdir
         self.total_steps = total_steps(self.config, self.corpus)
         optimizer = make_optimizer(self.config.optimizer, self.total_steps, self.mesh)
@@ -307,9 +309,8 @@ class _Run:
         self.checkpointer.save(self.step, state, data_state, metrics, wait=wait)
 
     def _write_config(self) -> None:
-        Path(self.workdir, "config.json").write_text(
-            config_lib.to_json(self.config), encoding="utf-8"
-        )
+        text = config_lib.to_json(self.config)
+        write_file(os.path.join(self.workdir, "config.json"), text.encode())
 
     def _announce(self, display: Display) -> None:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
