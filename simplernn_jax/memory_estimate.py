@@ -19,6 +19,16 @@ _TOKEN_BYTES = 8
 """Of a batch: a token and its target, int32."""
 
 
+_TRAINING_FIELDS = {
+    "parameters": "--config.model sizes such as hidden_dim, mlp_dim or vocab_size",
+    "activations": "--config.data.batch_size or sequence_length, or set "
+    "--config.train.gradient_accumulation, backward_window or remat",
+    "state": "--config.model.key_dim, value_dim, vocab_size or attention_context, or "
+    "--config.data.batch_size",
+}
+"""What to lower."""
+
+
 class Estimate(NamedTuple):
     """Bytes on one device."""
 
@@ -30,21 +40,32 @@ class Estimate(NamedTuple):
     """Of the recurrence and of attention, and logits."""
 
 
-def check_training(config: Config, mesh: Mesh) -> None:
+def check_training(config: Config, mesh: Mesh) -> float:
     """Check that the train step fits in the memory of the devices.
+
+    Returns:
+      The share of the memory that it needs at least.
 
     Raises:
       UserError: it cannot fit; says what is largest and what to lower.
     """
     estimate = of_training(config, dict(mesh.shape))
-    fields = {
-        "parameters": "--config.model sizes such as hidden_dim, mlp_dim or vocab_size",
-        "activations": "--config.data.batch_size or sequence_length, or set "
-        "--config.train.gradient_accumulation, backward_window or remat",
-        "state": "--config.model.key_dim, value_dim, vocab_size or attention_context, or "
-        "--config.data.batch_size",
-    }
-    _check("this run", estimate, fields, mesh)
+    return _check("this run", estimate, _TRAINING_FIELDS, mesh)
+
+
+def check_program(num_bytes: float, mesh: Mesh) -> None:
+    """Check that a compiled train step of `num_bytes` on each device fits.
+
+    Raises:
+      UserError: it does not.
+    """
+    memory = _memory(list(mesh.local_devices))
+    if memory is not None and num_bytes > memory:
+        raise UserError(
+            f"a train step needs {_size(num_bytes)} of memory on each device, which has "
+            f"{_size(memory)}; lower {_TRAINING_FIELDS['activations']}, or "
+            f"{_TRAINING_FIELDS['parameters']}"
+        )
 
 
 def check_generation(model: ModelConfig, rows: int, max_new_tokens: int) -> None:
@@ -90,8 +111,10 @@ def of_training(config: Config, sizes: dict[str, int]) -> Estimate:
     state = rows * model.vocab_size * _FLOAT32 / (sizes["tensor"] * sizes["stage"])
     if data.mode == "stream":
         state += device_rows * _state_of_row(model) / (sizes["tensor"] * sizes["stage"])
-    elif train.sample_every:
-        state = max(state, _state_of_row(model) + _FLOAT32 * train.sample_tokens)
+    elif train.sample_every or data.validation_fraction:
+        state = max(state, _state_of_row(model) / (sizes["tensor"] * sizes["stage"]))
+    if "simple_rnn" in model.mixers:
+        state = max(state, rows * _recurrent_state(model) / sizes["tensor"])
     return Estimate(weights * (1 + moments), max(weights, activations) + batch, state)
 
 
@@ -111,11 +134,15 @@ def num_weights(model: ModelConfig) -> int:
 
 def _state_of_row(model: ModelConfig) -> int:
     """Bytes of the recurrent state and of cached keys and values of one sequence."""
-    recurrent = model.key_dim * model.value_dim // model.num_heads
-    recurrent *= 2 if model.state_precision == "bfloat16" else _FLOAT32
     cached = model.attention_context * (model.key_dim + model.value_dim) * _item(model)
     count = model.mixers.count
-    return count("simple_rnn") * recurrent + count("attention") * cached
+    return count("simple_rnn") * _recurrent_state(model) + count("attention") * cached
+
+
+def _recurrent_state(model: ModelConfig) -> int:
+    """Bytes of one layer's state of one sequence."""
+    item = 2 if model.state_precision == "bfloat16" else _FLOAT32
+    return model.key_dim * model.value_dim // model.num_heads * item
 
 
 def _widest(model: ModelConfig) -> int:
@@ -128,21 +155,31 @@ def _item(model: ModelConfig) -> int:
     return 2 if model.precision == "bfloat16" else _FLOAT32
 
 
-def _check(what: str, estimate: Estimate, fields: dict[str, str], mesh: Mesh | None = None) -> None:
-    devices = jax.local_devices() if mesh is None else list(mesh.local_devices)
-    device = devices[0]
-    memory = device_memory(device)
-    sharing = len(devices) if mesh is not None and device.platform == "cpu" else 1
-    needed = sharing * sum(estimate)
+def _check(
+    what: str, estimate: Estimate, fields: dict[str, str], mesh: Mesh | None = None
+) -> float:
+    devices = jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
+    memory, needed = _memory(devices), sum(estimate)
     if memory is None or needed <= memory:
-        return
+        return needed / memory if memory else 0.0
     largest = max(fields, key=lambda name: getattr(estimate, name))
-    parts = ", ".join(f"{name} {_size(sharing * getattr(estimate, name))}" for name in fields)
-    where = "this machine" if device.platform == "cpu" else device.device_kind
+    parts = ", ".join(f"{name} {_size(getattr(estimate, name))}" for name in fields)
+    if devices[0].platform != "cpu":
+        where = devices[0].device_kind
+    else:
+        where = "this machine" if len(devices) == 1 else f"each of {len(devices)} devices here"
     raise UserError(
         f"{what} needs at least {_size(needed)} of memory ({parts}), {where} has {_size(memory)}; "
         f"lower {fields[largest]}"
     )
+
+
+def _memory(devices: list[jax.Device]) -> float | None:
+    """Bytes for each of `devices`; None if they do not say."""
+    memory = device_memory(devices[0])
+    if memory is None:
+        return None
+    return memory / len(devices) if devices[0].platform == "cpu" else memory
 
 
 def _size(num_bytes: float) -> str:

@@ -20,7 +20,6 @@ from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
 from simplernn_jax.inference import generate_text
-from simplernn_jax.memory_estimate import check_training
 from simplernn_jax.parallel.agreement import StopVote, is_first, wait_for_all
 from simplernn_jax.parallel.global_arrays import from_rows, local_copy, rows_of_this_process
 from simplernn_jax.parallel.layer_layout import in_layout_of
@@ -34,6 +33,7 @@ from simplernn_jax.training.evaluate import Evaluation, Evaluator
 from simplernn_jax.training.file_layout import FileLayout
 from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.interruption import Interruption
+from simplernn_jax.training.memory_check import check_memory
 from simplernn_jax.training.metrics import MetricsWriter
 from simplernn_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from simplernn_jax.training.placement import batch_shardings
@@ -96,10 +96,10 @@ class _Run:
         self.mesh = make_mesh(config.mesh)
         self.config, self.corpus = prepare(config, workdir)
         check_fits(self.config, self.mesh)
-        check_training(self.config, self.mesh)
         self.workdir = workdir
         self.total_steps = total_steps(self.config, self.corpus)
         optimizer = make_optimizer(self.config.optimizer, self.total_steps, self.mesh)
+        check_memory(self.config, optimizer, self.mesh)
         self.layout = FileLayout(self.config, optimizer, self.mesh)
         self.checkpointer = Checkpointer(
             workdir,
