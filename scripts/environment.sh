@@ -57,7 +57,7 @@ take_python() {
     esac
     shift
   done
-  rest+=("$@")
+  [ $# -eq 0 ] || rest+=("$@")
 }
 
 # use_environment EXTRA [PYTHON]: .venv with the first suitable interpreter, or .venv-3.13 and

@@ -1,4 +1,4 @@
-"""Trains a language model, or goes on training one.
+"""Train a language model, or resume training one.
 
     python scripts/train.py --config configs/base.py --workdir runs/base
     python scripts/train.py --config configs/base.py --workdir runs/mine \

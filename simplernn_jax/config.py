@@ -229,11 +229,12 @@ def validate(config: Config) -> None:
     Raises:
       UserError: names the field, its value and what is allowed.
     """
+    defaults = Config()
     for section in dataclasses.fields(config):
-        defaults, values = section.default_factory(), getattr(config, section.name)  # type: ignore[misc]
+        values, usual = getattr(config, section.name), getattr(defaults, section.name)
         for field in dataclasses.fields(values):
             name = f"{section.name}.{field.name}"
-            _check_type(name, getattr(values, field.name), getattr(defaults, field.name))
+            _check_type(name, getattr(values, field.name), getattr(usual, field.name))
     _validate_model(config.model)
     _validate_data(config.data)
     _validate_optimizer(config.optimizer)

@@ -28,15 +28,17 @@ class _Run:
     has_started = False
 
 
-def install(*, resumes: bool) -> None:
+def install(*, resumes: bool, handle: bool = True) -> None:
     """Let both signals end this process, and take those that were blocked and are pending.
 
     Args:
       resumes: the same command resumes what is interrupted.
+      handle: False leaves Python's handlers, as a debugger expects them, and only unblocks.
     """
     _Run.resumes = resumes
-    for number in _SIGNALS:
-        signal.signal(number, _stop)
+    if handle:
+        for number in _SIGNALS:
+            signal.signal(number, _stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 

@@ -50,7 +50,7 @@ def start(root: str, *, resumes: bool = False) -> None:
         _refuse(problem)
     from simplernn_jax import early_signals
 
-    early_signals.install(resumes=resumes)
+    early_signals.install(resumes=resumes, handle=not _is_observed())
     _check_environment_variables()
 
 
@@ -135,11 +135,16 @@ def has_huge_pages() -> bool:
         return False
 
 
+def _is_observed() -> bool:
+    """Whether a debugger or the like runs the script, or its end is a prompt (``python -i``)."""
+    if sys.gettrace() or sys.getprofile() or sys.flags.inspect:
+        return True
+    return any(name in sys.modules for name in _OBSERVERS)
+
+
 def _is_run_plainly() -> bool:
     """Whether this is ``python [options] SCRIPT ...``, with nothing that observes it."""
-    if sys.gettrace() or sys.getprofile() or sys.flags.inspect or not sys.executable:
-        return False
-    if any(name in sys.modules for name in _OBSERVERS):
+    if _is_observed() or not sys.executable:
         return False
     arguments = iter(getattr(sys, "orig_argv", [])[1:])
     for argument in arguments:
