@@ -68,7 +68,8 @@ def _train() -> int:
     from simplernn_jax.devices import check_devices
     from simplernn_jax.training.loop import train
 
-    check_devices()
+    if not _DISTRIBUTED.value:  # whose failures name the process that was lost
+        check_devices()
     use_compilation_cache()
     gc.freeze()  # what was imported stays: collections while a program is traced pass it by
     early_signals.run_starts()

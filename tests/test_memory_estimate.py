@@ -4,7 +4,7 @@ import importlib
 
 import jax
 import pytest
-from small_runs import HYBRID, small_config
+from small_runs import small_config
 
 from simplernn_jax import memory_estimate
 from simplernn_jax.config import Config
@@ -122,7 +122,7 @@ def test_devices_that_share_a_memory_have_a_part_of_it():
 
 
 def test_the_compiler_is_asked_where_the_estimate_is_close(mesh, monkeypatch):
-    config = small_config(**HYBRID, mode="stream", attention_context=13)
+    config = small_config(block="residual", mode="stream", name="adamw")
     optimizer = make_optimizer(config.optimizer, 7)
     estimate = sum(of_training(config, ONE))
     monkeypatch.setattr(memory_estimate, "device_memory", lambda device: 1.1 * estimate)
