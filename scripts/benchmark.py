@@ -114,7 +114,7 @@ def _compare_with_attention(names: list[str]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out={out}: {error.strerror}; name a folder") from error
+        raise UserError(f"--out={_OUT.value}: {error.strerror}; name a folder") from error
     comparison.run(out, _QUICK.value, _ONLY.value)
 
 
@@ -129,7 +129,7 @@ def _check_out(path: Path) -> None:
     """Refuses before minutes of work what could not be written after them."""
     folder = path.parent
     if not folder.is_dir():
-        raise UserError(f"--out={path}: no folder {folder}; make it, or name another file")
+        raise UserError(f"--out={_OUT.value}: no folder {folder}; make it, or name another file")
     if path.suffix != ".json" and not path.exists():
         path.mkdir()
     check_output(path / "results.json" if path.is_dir() else path)

@@ -94,9 +94,9 @@ def _make_folder(path: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out={path}: {error.strerror}; name a folder") from error
+        raise UserError(f"--out={_OUT.value}: {error.strerror}; name a folder") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--out={path}: cannot be written; name a folder that can")
+        raise UserError(f"--out={_OUT.value}: cannot be written; name a folder that can")
     return folder
 
 

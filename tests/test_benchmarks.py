@@ -317,7 +317,7 @@ def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["attention", "--out=x", "--only=recal"], "'recal': no such measurement; did you mean"),
         (["ops", "attention"], "attention writes a folder of its own"),
         (["opps"], "'opps': no such benchmark; did you mean 'ops'?"),
-        (["ops", "--out", "no/such/folder/x.json"], "/no/such/folder/x.json: no folder"),
+        (["ops", "--out", "no/such/folder/x.json"], "--out=no/such/folder/x.json: no folder"),
         (["ops", "--blocks=1"], "blocks"),
     ],
 )
