@@ -17,6 +17,11 @@ What is compared runs in alternating blocks of one process (A B A B ...), compil
 the first call of every block is dropped. Times are medians; a ratio is the median over blocks.
 """
 
+import bootstrap
+
+if __name__ == "__main__":
+    bootstrap.start()
+
 import json
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -27,9 +32,11 @@ from absl import flags
 from benchmarks import decoding, machine, memory, recurrence, scaling, startup, training
 from benchmarks.attention import comparison
 from benchmarks.interleave import Effort
-from simplernn_jax import command_line
+from simplernn_jax import command_line, early_signals
 from simplernn_jax.config import nearest_name
+from simplernn_jax.devices import check_devices
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import check_output, write_file
 
 BENCHMARKS = {
     "ops": recurrence.run,
@@ -61,6 +68,7 @@ _CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate."
 
 def main() -> int:
     """Runs the benchmarks that the arguments name, in this order."""
+    early_signals.raise_from_now()  # there are temporary folders and children
     names, known = _ARGUMENTS.value, [*BENCHMARKS, ATTENTION]
     if not names:
         raise UserError(f"name what to measure: python scripts/benchmark.py {'|'.join(known)}")
@@ -70,21 +78,23 @@ def main() -> int:
         return 0
     if _QUICK.present or _ONLY.present:
         raise UserError(f"--quick and --only are for {ATTENTION}; --blocks and --calls for others")
-    if _OUT.value:
-        _check_out(_OUT.value)
+    out = Path(command_line.expand_path(_OUT.value, "out")) if _OUT.value else None
+    if out is not None:
+        _check_out(out)
+    check_devices()
     effort = Effort(_BLOCKS.value, _CALLS.value)
     results: dict[str, Any] = {"machine": machine.describe()}
     for name in names:
         results[name] = BENCHMARKS[name](effort)
-        if _OUT.value:  # after each, so that a later failure loses nothing
-            _write(results, name, Path(_OUT.value))
+        if out is not None:  # after each, so that a later failure loses nothing
+            _write(results, name, out)
     return 0
 
 
 def _write(results: dict[str, Any], name: str, out: Path) -> None:
     text = json.dumps(results, indent=2) + "\n"
     file = out / "results.json" if out.is_dir() else out
-    file.write_text(text, encoding="utf-8")
+    write_file(file, text.encode())
     if out.is_dir() and name in PICTURES:
         for path in PICTURES[name](results[name], str(out)):
             print(path)
@@ -100,11 +110,11 @@ def _compare_with_attention(names: list[str]) -> None:
     if not _ONLY.value:
         raise UserError(f"--only: names none of {', '.join(comparison.MEASUREMENTS)}")
     _check_names(_ONLY.value, comparison.MEASUREMENTS, "measurement")
-    out = Path(_OUT.value).expanduser()
+    out = Path(command_line.expand_path(_OUT.value, "out"))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out={out}: {error.strerror}; name a folder") from error
+        raise UserError(f"--out={_OUT.value}: {error.strerror}; name a folder") from error
     comparison.run(out, _QUICK.value, _ONLY.value)
 
 
@@ -115,13 +125,14 @@ def _check_names(names: Iterable[str], known: Collection[str], kind: str) -> Non
             raise UserError(f"{name!r}: no such {kind}{near}; there are {', '.join(known)}")
 
 
-def _check_out(path: str) -> None:
+def _check_out(path: Path) -> None:
     """Refuses before minutes of work what could not be written after them."""
-    folder = Path(path).resolve().parent
+    folder = path.parent
     if not folder.is_dir():
-        raise UserError(f"--out={path}: no folder {folder}; make it, or name another file")
-    if Path(path).suffix != ".json" and not Path(path).exists():
-        Path(path).mkdir()
+        raise UserError(f"--out={_OUT.value}: no folder {folder}; make it, or name another file")
+    if path.suffix != ".json" and not path.exists():
+        path.mkdir()
+    check_output(path / "results.json" if path.is_dir() else path)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,11 @@
 Neither TensorFlow nor a network is needed, here or when the data set is read.
 """
 
+import bootstrap
+
+if __name__ == "__main__":
+    bootstrap.start()
+
 from absl import flags
 
 from simplernn_jax.command_line import run

@@ -4,8 +4,9 @@
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 [ "$PWD" = "$root" ] && from_here="" || from_here="$root/" # short paths where they are enough
 
-# Large buffers on huge pages: fewer page faults, faster training. Ignored where unknown.
-export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}"
+# Without these, a Python that is interrupted below would look like one that does not work.
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 fail() {
   echo "error: $*" >&2
@@ -39,6 +40,24 @@ find_python() {
     esac
   done
   fail "no Python 3.11, 3.12 or 3.13 on the PATH; install one of them"
+}
+
+# take_python ARGUMENTS...: `python` becomes what --python names, or empty; `rest` is all else.
+take_python() {
+  python="" rest=()
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      --) break ;;
+      --python=*) python="${1#*=}" ;;
+      --python)
+        python="${2:-}"
+        [ -n "$python" ] || fail "--python: name an interpreter, such as python3.13"
+        shift ;;
+      *) rest+=("$1") ;;
+    esac
+    shift
+  done
+  [ $# -eq 0 ] || rest+=("$@")
 }
 
 # use_environment EXTRA [PYTHON]: .venv with the first suitable interpreter, or .venv-3.13 and

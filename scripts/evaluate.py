@@ -8,8 +8,12 @@ each document, or, with --window, read by overlapping windows from a zero state.
 compare models of any tokenizer, and models with compressors.
 """
 
+import bootstrap
+
+if __name__ == "__main__":
+    bootstrap.start()
+
 import lzma
-import os
 
 from absl import flags
 
@@ -26,6 +30,7 @@ _WINDOW = flags.DEFINE_integer(
     0,
     "Above 0: read documents by windows of so many tokens, each from a zero state.",
     lower_bound=0,
+    upper_bound=2**31 - 1,
 )
 _STRIDE = flags.DEFINE_integer(
     "stride",
@@ -33,6 +38,7 @@ _STRIDE = flags.DEFINE_integer(
     "Tokens from one window to the next, each token scored by the first window that predicts it; "
     "0: half a window.",
     lower_bound=0,
+    upper_bound=2**31 - 1,
 )
 
 _PIECE_TOKENS = 2**20
@@ -44,15 +50,18 @@ def main() -> None:
     if not _WORKDIR.value:
         raise UserError("no --workdir: name the folder of a training run, such as runs/base")
     windows = chosen_windows()
-    workdir = os.path.abspath(os.path.expanduser(_WORKDIR.value))
+    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from flax import nnx
 
     from simplernn_jax import load_model
     from simplernn_jax.compilation_cache import use_compilation_cache
+    from simplernn_jax.devices import check_devices
+    from simplernn_jax.memory_estimate import check_evaluation
     from simplernn_jax.training import report
     from simplernn_jax.training.evaluate import Evaluator
     from simplernn_jax.training.preparation import open_saved_corpus
 
+    check_devices()
     use_compilation_cache()
     model, tokenizer, config = load_model(workdir)
     corpus = open_saved_corpus(workdir)
@@ -62,6 +71,8 @@ def main() -> None:
             f"{workdir} was trained with --config.data.validation_fraction=0 and holds nothing "
             "out; score what it was trained on with --split train"
         )
+    if windows is not None:
+        check_evaluation(config.model, min(windows.length, longest_document(split)))
     evaluator = Evaluator(config, tokenizer.pad_id)
     params = nnx.state(model, nnx.Param)
     result = evaluator(params, split, windows=windows)
@@ -91,6 +102,13 @@ def chosen_windows() -> Windows | None:
     windows = Windows(_WINDOW.value, _STRIDE.value or (_WINDOW.value + 1) // 2)
     check_windows(windows)
     return windows
+
+
+def longest_document(split: TokenSplit) -> int:
+    """Tokens of the longest document of `split`."""
+    from simplernn_jax.data.batches import document_ends
+
+    return max(map(int, document_ends(split) - split.document_starts), default=0)
 
 
 def describe(windows: Windows | None) -> str:

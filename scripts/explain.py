@@ -14,6 +14,11 @@ Exits with code 1 if the parts of a layer's output do not make up the whole: tho
 or attention, and where the model computes in float32 those of the layer too.
 """
 
+import bootstrap
+
+if __name__ == "__main__":
+    bootstrap.start()
+
 import json
 import os
 import re
@@ -55,16 +60,16 @@ def main() -> int:
         raise UserError("no --out: name a folder for the page")
     if _TEXT.value is None and _TEXT_FILE.value is None:
         raise UserError("no --text: give a text to read, or a file of it with --text_file")
-    if "\0" in _OUT.value:
-        raise UserError("--out: holds a NUL character; name a folder")
-    out = Path(_OUT.value).expanduser()
+    out = Path(command_line.expand_path(_OUT.value, "out"))
     _check_out(out)
     text = command_line.read_text(_TEXT.value, _TEXT_FILE.value, name="text")
-    workdir = os.path.abspath(os.path.expanduser(_WORKDIR.value))
+    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from simplernn_jax.analysis import explain
     from simplernn_jax.compilation_cache import use_compilation_cache
+    from simplernn_jax.devices import check_devices
     from simplernn_jax.training.checkpoint import read_config
 
+    check_devices()
     use_compilation_cache()
     model, tokenizer, config = load_model(workdir)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,23 @@
 #!/usr/bin/env bash
-# Writes: bash scripts/infer.sh "prompt" [flags of scripts/sample.py]
-# Without --workdir: with the model under runs/ that was saved last.
+# Generates: bash scripts/infer.sh [--python python3.13] "prompt" [flags of scripts/sample.py]
+# Without --workdir: with the model under runs/ that was saved last. A prompt that looks like a flag
+# comes after --.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-use_environment ""
+take_python "$@"
+set -- ${rest[@]+"${rest[@]}"}
+use_environment "" "$python"
 
-case "${1--}" in # no argument, like flags alone: a new document
+flag='^--?[A-Za-z][A-Za-z0-9_.]*(=.*)?$'
+case "${1-}" in
   -h | --help) exec python "${from_here}scripts/sample.py" --help ;;
-  -*) ;;
-  *)
-    prompt="$1"
-    shift
-    set -- --prompt="$prompt" "$@" ;;
+  --) shift ;;
 esac
+if [ $# -gt 0 ] && { [ "${rest[0]}" = -- ] || ! [[ "$1" =~ $flag ]]; }; then
+  prompt="$1"
+  shift
+  set -- --prompt="$prompt" "$@"
+fi
 if [ -z "$(flag_value workdir "$@")" ]; then
   newest=""
   for saved in "${from_here}runs"/*/checkpoints/complete.json; do

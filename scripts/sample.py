@@ -12,6 +12,11 @@ A long prompt is read once and used many times; the first of these commands prin
     python scripts/sample.py --workdir=W --load_state=book --num_samples=3
 """
 
+import bootstrap
+
+if __name__ == "__main__":
+    bootstrap.start()
+
 import io
 import os
 import sys
@@ -28,7 +33,7 @@ _PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "UTF-8 file to continue; - is standard input."
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 400, "Tokens to write at most.", lower_bound=0
+    "max_new_tokens", 400, "Tokens to write at most.", lower_bound=0, upper_bound=2**31 - 1
 )
 _TEMPERATURE = flags.DEFINE_float(
     "temperature", 0.8, "0 takes the best token; higher is freer.", lower_bound=0
@@ -45,7 +50,11 @@ _TOP_P = flags.DEFINE_float(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Another seed writes another text.", lower_bound=0)
 _NUM_SAMPLES = flags.DEFINE_integer(
-    "num_samples", 1, "Continuations to write; the prompt is read once.", lower_bound=1
+    "num_samples",
+    1,
+    "Continuations to write; the prompt is read once.",
+    lower_bound=1,
+    upper_bound=2**31 - 1,
 )
 _SAVE_STATE = flags.DEFINE_string(
     "save_state", None, "File for where the text stands at the end, to go on from another time."
@@ -62,16 +71,19 @@ def main() -> None:
     """
     if not _WORKDIR.value:
         raise UserError("no --workdir: name the folder of a training run, such as runs/base")
+    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     _check_save_state()
     prompt = command_line.read_text(_PROMPT.value, _PROMPT_FILE.value, name="prompt")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer characters than text
     from simplernn_jax.compilation_cache import use_compilation_cache
+    from simplernn_jax.devices import check_devices
     from simplernn_jax.inference import fork_state, generate_text, load_state, save_state
-    from simplernn_jax.inference.inputs import checked_length
+    from simplernn_jax.memory_estimate import check_generation
 
+    check_devices()
     use_compilation_cache()
-    model, tokenizer, _ = load_model(os.path.expanduser(_WORKDIR.value))
+    model, tokenizer, config = load_model(workdir)
     settings = {
         "temperature": _TEMPERATURE.value,
         "top_k": _TOP_K.value,
@@ -83,9 +95,9 @@ def main() -> None:
         state = load_state(os.path.expanduser(_LOAD_STATE.value), model, tokenizer)
     # Bad input is found here, before anything is printed.
     prefix = generate_text(model, tokenizer, prompt, state=state, max_new_tokens=0, **settings)
+    num_rows = len(prefix.state.position) * _NUM_SAMPLES.value
+    check_generation(config.model, num_rows, _MAX_NEW_TOKENS.value)
     state = fork_state(prefix.state, _NUM_SAMPLES.value)
-    num_rows = len(state.position)
-    checked_length(_MAX_NEW_TOKENS.value, num_rows)
     only_reads = _MAX_NEW_TOKENS.value == 0 and _SAVE_STATE.value is not None
     is_streamed = num_rows == 1 and not only_reads
     if is_streamed:

@@ -14,6 +14,11 @@ and to name it, and goes on as ``kill`` does.
 Exits with code 1 if anything was lost.
 """
 
+import bootstrap
+
+if __name__ == "__main__":
+    bootstrap.start()
+
 import concurrent.futures
 import contextlib
 import os
@@ -30,7 +35,7 @@ import jax
 from absl import flags
 
 import stress_hosts
-from simplernn_jax import command_line
+from simplernn_jax import command_line, early_signals
 from simplernn_jax.errors import UserError
 from simplernn_jax.training import manifest
 from simplernn_jax.training.checkpoint import Checkpointer, read_config
@@ -57,6 +62,7 @@ _PARALLEL = 2
 
 def main() -> int:
     """Runs what the argument names; 1 if anything was lost."""
+    early_signals.raise_from_now()  # there are temporary folders and children
     experiments = {
         "kill": kill_runs,
         "damage": damage_checkpoints,

@@ -5,22 +5,13 @@
 # undefined behavior: the first thing that they find ends the tests.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-python="" sanitize=""
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --python)
-      python="${2:-}"
-      [ -n "$python" ] || fail "--python: name an interpreter, such as python3.13"
-      shift 2 ;;
-    --python=*)
-      python="${1#*=}"
-      shift ;;
-    --sanitize)
-      sanitize=yes
-      shift ;;
-    *) break ;;
-  esac
-done
+sanitize=""
+take_python "$@"
+set -- ${rest[@]+"${rest[@]}"}
+if [ "${1:-}" = --sanitize ]; then
+  sanitize=yes
+  shift
+fi
 use_environment test "$python"
 cd "$root"
 

@@ -1,11 +1,12 @@
-"""Trains a language model, or goes on training one.
+"""Train a language model, or resume training one.
 
     python scripts/train.py --config configs/base.py --workdir runs/base
     python scripts/train.py --config configs/base.py --workdir runs/mine \
         --config.data.source=my_texts/ --config.train.steps=2000
 
-The same command again resumes, byte for byte. SIGTERM and Ctrl-C save first and exit with
-code 75; a second signal stops at once. Bad input is one line and code 2.
+The same command again resumes, bit-exact. SIGTERM and Ctrl-C save first and exit with code 75. A
+second signal stops at once, also with 75: the run resumes from its last checkpoint. Before the run
+has touched its workdir, Ctrl-C exits with code 130. Bad input is one line and code 2.
 
 With --distributed, this is one of several processes that train together, on one host or on many;
 the workdir is on a file system that they share. When one of them dies or hangs, the others end
@@ -13,12 +14,16 @@ within a minute, with code 76. Only they may reach the port of --coordinator: wh
 end the run. scripts/launch_local.sh starts some on this machine.
 """
 
+import bootstrap
+
+if __name__ == "__main__":
+    bootstrap.start(resumes=True)
+
 import gc
-import os
 
 from absl import flags
 
-from simplernn_jax import command_line
+from simplernn_jax import command_line, early_signals
 from simplernn_jax.errors import UserError
 
 _CONFIG = command_line.define_config_flag()
@@ -60,12 +65,17 @@ def _train() -> int:
     config = _CONFIG.value
     if not _WORKDIR.value:
         raise UserError("no --workdir: name a folder for the run, such as --workdir runs/mine")
+    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from simplernn_jax.compilation_cache import use_compilation_cache
+    from simplernn_jax.devices import check_devices
     from simplernn_jax.training.loop import train
 
+    if not _DISTRIBUTED.value:  # whose failures name the process that was lost
+        check_devices()
     use_compilation_cache()
     gc.freeze()  # what was imported stays: collections while a program is traced pass it by
-    result = train(config, os.path.expanduser(_WORKDIR.value))
+    early_signals.run_starts()
+    result = train(config, workdir)
     return command_line.EXIT_INTERRUPTED if result.interrupted_by else 0
 
 

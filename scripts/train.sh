@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Trains: bash scripts/train.sh [flags of scripts/train.py]
-# Without flags: configs/base.py on Python's standard library, into runs/base. Run again to go on.
+# Trains: bash scripts/train.sh [--python python3.13] [flags of scripts/train.py]
+# Without flags: configs/base.py on Python's standard library, into runs/base. Run again to resume.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-use_environment ""
+take_python "$@"
+set -- ${rest[@]+"${rest[@]}"}
+use_environment "" "$python"
 
 config="$(flag_value config "$@")"
 if [ -z "$config" ]; then

@@ -5,7 +5,11 @@ Public names: `load_model` here; `gated_linear_recurrence` and `recurrent_step` 
 `simplernn_jax.models`; `generate` in `simplernn_jax.inference`.
 """
 
-from typing import Any
+from __future__ import annotations  # scripts/bootstrap.py imports this under any Python
+
+TYPE_CHECKING = False  # typing's own would cost every process milliseconds twice
+if TYPE_CHECKING:
+    from typing import Any
 
 __version__ = "0.1.0"
 

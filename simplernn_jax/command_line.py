@@ -9,8 +9,22 @@ A script defines its flags at module level and ends with ``command_line.run(main
 
     if __name__ == "__main__":
         command_line.run(main)
+
+Exit codes of all scripts:
+
+| code | meaning |
+|---|---|
+| 0 | done |
+| 1 | a bug, with its traceback; or what the script checks does not hold (its ``--help`` says) |
+| 2 | bad input, no room on the disk or in memory: one line says what, where and what to do |
+| 75 | a training run was stopped by SIGTERM or Ctrl-C; the same command resumes it |
+| 76 | another process of the run died or hangs: one line says which; the same commands resume it |
+| 130 | Ctrl-C, where there is nothing to resume |
+| 143 | SIGTERM, where there is nothing to resume |
+| 128 + n | ended by signal n, such as 141 where the reader of a pipe has gone, 137 for SIGKILL |
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -25,32 +39,36 @@ from absl import logging as absl_logging
 
 from simplernn_jax.config import nearest_name
 from simplernn_jax.config_flag import config_fields, config_is_missing, define_config_flag
-from simplernn_jax.errors import UserError
+from simplernn_jax.early_signals import EXIT_INTERRUPTED
+from simplernn_jax.errors import UserError, one_line
+from simplernn_jax.files import read_file
 
 __all__ = [
     "EXIT_INTERRUPTED",
     "Arguments",
     "define_arguments",
     "define_config_flag",
+    "expand_path",
     "read_text",
     "run",
 ]
 
-EXIT_INTERRUPTED = 75
-"""A run stopped by SIGTERM or SIGINT after saving; the same command goes on (EX_TEMPFAIL)."""
-
 _EXIT_USER_ERROR = 2
+_LONGEST_TEXT = 1 << 30
 _ADVICE = {
     errno.ENOSPC: "free some space and run again",
     errno.EDQUOT: "free some of the quota and run again",
     errno.EROFS: "choose a folder that can be written",
     errno.EACCES: "allow access to it or choose another path",
     errno.EPERM: "allow access to it or choose another path",
-    errno.EEXIST: "choose another path",
-    errno.ENOTDIR: "choose another path",
+    errno.ENOENT: "make it or choose another path",
     errno.EISDIR: "name a file",
+    errno.EIO: "check the disk",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f) or choose another file",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
-"""Failures of the file system that a user can mend; any other OSError is a bug and stays one."""
+"""What to do about a failure of the file system. Where it names no path and is none of these, it
+is a bug and keeps its traceback."""
 
 
 class Arguments:
@@ -84,26 +102,45 @@ def read_text(text: str | None, file: str | None, *, name: str) -> str:
       name: NAME.
 
     Raises:
-      UserError: both are given, the file cannot be read, or what is read is no UTF-8.
+      UserError: both are given, the file cannot be read, is not a regular one or larger than 1 GiB,
+        or what is read is no UTF-8.
     """
     if text is not None and file is not None:
         raise UserError(f"--{name} and --{name}_file exclude each other; give one of them")
     if file is None:
         where, data = f"--{name}", (text or "").encode("utf-8", "surrogateescape")
     elif file == "-":
-        where, data = "standard input", sys.stdin.buffer.read()
+        where, data = "standard input", sys.stdin.buffer.read(_LONGEST_TEXT + 1)
+        if len(data) > _LONGEST_TEXT:
+            raise UserError(
+                f"standard input: more than {_LONGEST_TEXT:,} bytes; give a shorter text"
+            )
     else:
-        where, path = file, Path(file).expanduser()
+        where = file
         try:
-            data = path.read_bytes()
+            data = read_file(expand_path(file, f"{name}_file"), _LONGEST_TEXT)
         except OSError as error:
             raise UserError(
-                f"--{name}_file={path}: {error.strerror}; name a readable file"
+                f"--{name}_file={file}: {error.strerror}; name a readable file"
             ) from error
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: invalid UTF-8 at byte {error.start}; give UTF-8 text") from error
+
+
+def expand_path(path: str, flag: str) -> str:
+    """Return the absolute path that ``--FLAG`` names, ``~`` and ``~USER`` replaced.
+
+    Raises:
+      UserError: there is no such user, or `path` holds a zero byte.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(f"--{flag}={path}: no such user; write ./{path} for a name with a ~")
+    if "\0" in expanded:
+        raise UserError(f"--{flag}={path}: no path holds a zero byte; name another")
+    return os.path.abspath(expanded)
 
 
 def leave_by(leave: Callable[[int], NoReturn]) -> None:
@@ -115,11 +152,13 @@ def leave_by(leave: Callable[[int], NoReturn]) -> None:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Parses the flags, runs `main` and exits with its code (None is 0).
 
-    A `UserError`, a wrong flag or a failure of the file system that the user can mend is one
-    line on stderr and code 2; Ctrl-C is code 130. Anything else is a bug and keeps its traceback.
+    A `UserError`, a wrong flag, a failure of the file system that the user can fix, or too little
+    memory is one line on stderr and code 2; Ctrl-C is code 130. Anything else is a bug and keeps
+    its traceback.
     """
     try:
         try:
+            _check_current_folder()
             app.run(lambda _: main(), flags_parser=_parse_flags)
         finally:
             sys.stdout.flush()
@@ -131,29 +170,50 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _leave(128 + 13)
     except OSError as error:
-        if error.errno not in _ADVICE:
-            traceback.print_exc()
-            _leave(1)
-        _fail(f"{_path_of(error)}: {os.strerror(error.errno).lower()}; {_ADVICE[error.errno]}")
+        if error.filename is None and error.errno not in _ADVICE:
+            _show_bug()
+        what = (error.strerror or str(error)).lower()
+        advice = _ADVICE.get(error.errno or 0, "choose another path")
+        _fail(f"{_path_of(error)}: {what}; {advice}")
     except KeyboardInterrupt:
         _leave(130)
-    except Exception:
-        traceback.print_exc()
-        _leave(1)
+    except Exception as error:
+        if _is_lack_of_memory(error):
+            _fail(f"not enough memory: {error}; choose smaller sizes, or free some")
+        if isinstance(error, RuntimeError) and "home directory" in str(error):  # of pathlib
+            _fail("~: no such user, or one without a home directory; write whole paths")
+        _show_bug()
     except SystemExit as end:
         _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
     _leave(0)
 
 
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError("the current folder is gone; cd to another one and run again") from error
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    is_of_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    return isinstance(error, MemoryError) or (is_of_jax and "RESOURCE_EXHAUSTED" in str(error))
+
+
+def _show_bug() -> NoReturn:
+    traceback.print_exc()
+    _leave(1)
+
+
 def _fail(message: str) -> NoReturn:
-    line = " ".join(part.strip() for part in message.splitlines())
-    print(f"error: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     _leave(_EXIT_USER_ERROR)
 
 
 def _path_of(error: OSError) -> str:
-    if error.filename is not None:
-        return os.fsdecode(error.filename)
+    if isinstance(error.filename, str | bytes):
+        return os.fsdecode(error.filename) or "''"
     workdir = flags.FLAGS["workdir"].value if "workdir" in flags.FLAGS else None
     return workdir or "writing a file"  # a failed write() does not say on which file
 

@@ -9,7 +9,7 @@ when everything is in place.
 import dataclasses
 import difflib
 import json
-import math
+import os
 import typing
 from typing import Any
 
@@ -24,6 +24,13 @@ REMATERIALISATION = ("none", "block")
 BACKWARD = ("truncated", "exact")
 OPTIMIZERS = ("adamw", "muon")
 ENCODING_ERRORS = ("strict", "replace")
+
+MAX_LAYERS = 1024
+"""Tracing and compiling take time in proportion to the number of layers: here hours."""
+MAX_WIDTH = 2**20
+MAX_SAMPLE_TOKENS = 2**20
+LARGEST_FLOAT = 3.4e38
+"""What float32 holds, about."""
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -229,12 +236,12 @@ def validate(config: Config) -> None:
     Raises:
       UserError: names the field, its value and what is allowed.
     """
+    defaults = Config()
     for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
+        values, usual = getattr(config, section.name), getattr(defaults, section.name)
         for field in dataclasses.fields(values):
-            value = getattr(values, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                _refuse(f"{section.name}.{field.name}", value, "a finite number")
+            name = f"{section.name}.{field.name}"
+            _check_type(name, getattr(values, field.name), getattr(usual, field.name))
     _validate_model(config.model)
     _validate_data(config.data)
     _validate_optimizer(config.optimizer)
@@ -246,6 +253,16 @@ def _refuse(field: str, value: Any, allowed: str) -> typing.NoReturn:
     raise UserError(
         f"--config.{field}={value!r} is not possible: it must be {allowed}; change it and run again"
     )
+
+
+def _check_type(field: str, value: Any, default: Any) -> None:
+    kinds = {float: (float, int)}.get(type(default), (type(default),))
+    if type(value) not in kinds:
+        _refuse(field, value, f"of type {type(default).__name__}")
+    if type(default) is float and not abs(value) <= LARGEST_FLOAT:
+        _refuse(field, value, "a finite number of float32")
+    if type(default) is int and abs(value) >= 2**31 and field != "train.seed":
+        _refuse(field, value, "below 2**31")
 
 
 def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:
@@ -262,6 +279,13 @@ def _at_least(config: Any, section: str, least: float, *names: str) -> None:
             _refuse(f"{section}.{name}", value, f"at least {least}")
 
 
+def _at_most(config: Any, section: str, most: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value > most:
+            _refuse(f"{section}.{name}", value, f"at most {most}")
+
+
 def _fraction(config: Any, section: str, *names: str, below_one: bool) -> None:
     for name in names:
         value = getattr(config, name)
@@ -276,6 +300,8 @@ def _validate_model(model: ModelConfig) -> None:
     _at_least(model, "model", 1, "vocab_size", "num_layers", "hidden_dim", "key_dim", "value_dim")
     _at_least(model, "model", 1, "num_heads", "mlp_dim")
     _at_least(model, "model", 1, "attention_context")
+    _at_most(model, "model", MAX_LAYERS, "num_layers")
+    _at_most(model, "model", MAX_WIDTH, "hidden_dim", "key_dim", "value_dim", "mlp_dim")
     _fraction(model, "model", "dropout", below_one=True)
     for name in ("key_dim", "value_dim"):
         width = getattr(model, name)
@@ -312,6 +338,8 @@ def _validate_data(data: DataConfig) -> None:
         _refuse("data.stride", data.stride, f"0 where data.mode={data.mode!r}")
     _fraction(data, "data", "validation_fraction", below_one=True)
     _fraction(data, "data", "reset_probability", below_one=False)
+    if os.path.expanduser(data.cache_dir).startswith("~"):
+        _refuse("data.cache_dir", data.cache_dir, "of a user that exists, if it begins with ~")
     if not data.source:
         _refuse("data.source", data.source, "stdlib, a path, a glob or tfds:NAME")
 
@@ -333,6 +361,7 @@ def _validate_train(config: Config) -> None:
     )
     _at_least(train, "train", 0, "save_every", "keep_best", "sample_every", "sample_tokens")
     _at_least(train, "train", 0, "profile_steps")
+    _at_most(train, "train", MAX_SAMPLE_TOKENS, "sample_tokens")
     if train.seed >= 2**32:
         _refuse("train.seed", train.seed, "in [0, 2**32)")
     _at_least(train, "train", 1, "gradient_accumulation", "max_skipped_updates")

@@ -5,7 +5,9 @@ is added here: a file or an override that is wrong is one line that says so.
 """
 
 import dataclasses
+import difflib
 import importlib.util
+import os
 import re
 import sys
 import traceback
@@ -18,8 +20,12 @@ from ml_collections import config_flags
 
 from simplernn_jax.config import Config, nearest_name, validate
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import read_file
 
 flags.disclaim_key_flags()  # --config belongs to the script that asks for it, in its --help too
+
+
+_ROOT = Path(__file__).resolve().parents[1]
 
 
 class ConfigFlag:
@@ -67,10 +73,32 @@ def config_fields() -> dict[str, Any]:
 
 class _ConfigFileParser(flags.ArgumentParser):
     def parse(self, path: str) -> Config:
-        config = load_config(Path(path))
+        config = load_config(_find(path))
         for override in _overrides(sys.argv[1:]):
             _check_field(override)
         return config
+
+
+def _find(path: str) -> Path:
+    """The file at `path`, or where there is none, the one at `path` in this project's folder."""
+    given = Path(os.path.expanduser(path))
+    ours = _ROOT / given
+    return ours if not os.path.lexists(given) and ours.is_file() else given
+
+
+def _near(path: Path) -> str:
+    """What to name instead of a file that is not there."""
+    for folder in (path.parent, _ROOT / path.parent, _ROOT / "configs"):
+        try:
+            files = sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")
+        except OSError:
+            continue
+        near = difflib.get_close_matches(path.name, [file.name for file in files], n=1)
+        if near:
+            found = near[0] if folder == path.parent else folder / near[0]
+            return f"; did you mean {str(found)!r}?"
+    base = _ROOT / "configs" / "base.py"
+    return f"; {base} is one" if base.is_file() else "; name a file with get_config()"
 
 
 def load_config(path: Path) -> Config:
@@ -79,15 +107,20 @@ def load_config(path: Path) -> Config:
     Raises:
       UserError: no such file, or its line that is wrong.
     """
-    if not path.is_file():
-        near = nearest_name(path.name, [file.name for file in path.parent.glob("*.py")])
-        raise UserError(f"--config={path}: no such file{near or '; configs/base.py is one'}")
+    try:
+        read_file(path)  # a regular file, which the import below reads again
+    except FileNotFoundError as error:
+        raise UserError(f"--config={path}: no such file{_near(path)}") from error
+    except OSError as error:
+        raise UserError(
+            f"--config={path}: {error.strerror}; name a file such as configs/base.py"
+        ) from error
     spec = importlib.util.spec_from_file_location("simplernn_config", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config={path}: not a Python file; name one with get_config()")
     module = importlib.util.module_from_spec(spec)
     # Imports work as in a script of that folder, and `from configs import base` from anywhere.
-    search_path = [str(path.resolve().parent), str(Path(__file__).resolve().parents[1])]
+    search_path = [str(path.resolve().parent), str(_ROOT)]
     sys.path[:0] = search_path
     try:
         spec.loader.exec_module(module)
@@ -96,8 +129,8 @@ def load_config(path: Path) -> Config:
         config = module.get_config()
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"--config={path}: {_describe(error, path)}; mend the file") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--config={path}: {_describe(error, path)}; correct the file") from error
     finally:
         for folder in search_path:
             sys.path.remove(folder)
@@ -107,7 +140,7 @@ def load_config(path: Path) -> Config:
     return config
 
 
-def _describe(error: Exception, path: Path) -> str:
+def _describe(error: BaseException, path: Path) -> str:
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {error.msg}"
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,7 +1,6 @@
 """A bound on what one call may allocate: beyond it, machines swap or kill the process."""
 
-import os
-
+from simplernn_jax.devices import host_memory
 from simplernn_jax.errors import UserError
 
 
@@ -11,8 +10,8 @@ def check_memory(num_bytes: int, what: str, advice: str) -> None:
     Raises:
       UserError: they are more than half of it; begins with `what` and ends with `advice`.
     """
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if num_bytes > total // 2:
+    total = host_memory()
+    if total is not None and num_bytes > total // 2:
         raise UserError(
             f"{what}: needs {num_bytes / 1e9:,.1f} GB, more than half of the {total / 1e9:,.1f} GB "
             f"of memory of this machine; {advice}"

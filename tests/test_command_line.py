@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import textwrap
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from simplernn_jax import command_line
+from simplernn_jax.errors import UserError
 
 SCRIPT = '''
 """Counts something."""
@@ -65,8 +67,8 @@ def test_bug_keeps_its_traceback(tmp_path):
     assert "ZeroDivisionError" in result.stderr
 
 
-def test_missing_file_of_a_bug_keeps_its_traceback(tmp_path):
-    result = run_script(tmp_path, 'open("never/written")')
+def test_failure_without_a_path_keeps_its_traceback(tmp_path):
+    result = run_script(tmp_path, "os.close(999)")
     assert result.returncode == 1
     assert "Traceback" in result.stderr
 
@@ -77,11 +79,55 @@ def test_missing_file_of_a_bug_keeps_its_traceback(tmp_path):
         ('raise PermissionError(13, "Permission denied", "/runs/x")', "/runs/x: permission denied"),
         ('os.makedirs("count.py" + os.sep)', "file exists; choose another path"),
         ('raise OSError(28, "No space left on device", "/runs/y")', "/runs/y: no space left"),
+        ('open("x" * 999)', "file name too long; choose another path"),
+        ('open("never/written")', "never/written: no such file or directory; make it or"),
+        ('os.symlink("l", "l"); open("l")', "l: too many levels of symbolic links; choose another"),
+        (
+            'raise OSError(22, "not a regular file", "/runs/z")',
+            "/runs/z: not a regular file; choose",
+        ),
+        ('raise OSError(6, "No such device or address", "/p")', "/p: no such device or address"),
+        ("raise MemoryError", "not enough memory"),
+        ('__import__("pathlib").Path("~nobody-x").expanduser()', "~: no such user"),
+        ('command_line.expand_path("~nobody-x/a", "out")', "--out=~nobody-x/a: no such user"),
+        (
+            'os.mkdir("d"); os.chdir("d"); os.rmdir("../d"); os.getcwd()',
+            "no such file or directory",
+        ),
     ],
 )
 def test_failure_of_the_file_system_is_one_line(tmp_path, monkeypatch, body, part):
     monkeypatch.chdir(tmp_path)
     assert_one_line(run_script(tmp_path, body), part)
+
+
+def test_current_folder_that_is_gone(tmp_path):
+    run_script(tmp_path, "return 0")
+    (tmp_path / "gone").mkdir()
+    command = f"cd {tmp_path / 'gone'} && rmdir ../gone && {sys.executable} {tmp_path / 'count.py'}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert_one_line(result, "error: the current folder is gone; cd to another one")
+
+
+def test_message_is_printable_and_bounded(tmp_path):
+    result = run_script(tmp_path, 'raise UserError("a\\x1b[2Jb" + "x" * 9999)')
+    assert_one_line(result, "error: a\\x1b[2Jbx", " ... x")
+    assert len(result.stderr) < 450
+    result = run_script(tmp_path, "return 0", "--workdr=\x1b[2J" + "y" * 9999)
+    assert_one_line(result, "no such flag")
+    assert len(result.stderr) < 450
+    assert "\x1b" not in result.stderr
+
+
+@pytest.mark.parametrize("content", [None, "fifo", "folder"])
+def test_text_of_a_file_that_is_not_a_regular_one(tmp_path, content):
+    path = tmp_path / "text"
+    if content == "fifo":
+        os.mkfifo(path)
+    elif content == "folder":
+        path.mkdir()
+    with pytest.raises(UserError, match=r"--prompt_file=.*text: .*; name a readable file"):
+        command_line.read_text(None, str(path), name="prompt")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the full device of Linux")

@@ -55,6 +55,16 @@ def test_json_round_trip():
         ("train", "remat", "blocks", "did you mean 'block'"),
         ("train", "epochs", 3.0, "exactly one of them"),
         ("train", "steps", 0, "exactly one of them"),
+        ("train", "steps", 10**30, r"below 2\*\*31"),
+        ("train", "epochs", 1e300, "a finite number of float32"),
+        ("train", "sample_tokens", 10**9, "at most 1048576"),
+        ("model", "num_layers", 10**5, "at most 1024"),
+        ("model", "vocab_size", 10**12, r"below 2\*\*31"),
+        ("model", "mlp_dim", 2**21, "at most 1048576"),
+        ("model", "hidden_dim", 128.0, "of type int"),
+        ("model", "tie_embeddings", 1, "of type bool"),
+        ("data", "cache_dir", "~nobody-x/tokens", "of a user that exists"),
+        ("mesh", "data", 10**30, r"below 2\*\*31"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(section, field, value, message):

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -139,3 +140,22 @@ def test_help_lists_the_fields_without_a_configuration(folder):
     result = show(folder, "--help")
     assert result.returncode == 0
     assert "--config.data.source='stdlib'" in result.stdout
+
+
+def test_file_of_the_project_is_found_from_another_folder(folder):
+    assert show(folder, "--config=configs/tiny.py").stdout == "40 stdlib True\n"
+    (folder / "configs").mkdir()
+    (folder / "configs" / "tiny.py").write_text(CONFIG)
+    assert show(folder, "--config=configs/tiny.py").stdout == "7 stdlib True\n"
+    assert_one_line(show(folder, "--config=configs/bsae.py"), "/configs/base.py'?")
+    assert_one_line(show(folder, "--config=tini.py"), "/configs/tiny.py'?")
+
+
+def test_what_is_no_regular_file_is_one_line(folder):
+    os.mkfifo(folder / "fifo.py")
+    assert_one_line(show(folder, "--config=fifo.py"), "--config=fifo.py: not a regular file")
+    assert_one_line(show(folder, "--config=/dev/zero"), "--config=/dev/zero: not a regular file")
+    assert_one_line(show(folder, "--config=."), "--config=.: not a regular file")
+    (folder / "loop.py").symlink_to("loop.py")
+    assert_one_line(show(folder, "--config=loop.py"), "symbolic links")
+    assert_one_line(show(folder, "--config=" + "x" * 300), "name too long")

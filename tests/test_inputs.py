@@ -144,7 +144,7 @@ def test_more_tokens_than_memory_holds_are_refused(count):
 def test_more_prompts_than_memory_holds_are_refused(monkeypatch):
     from simplernn_jax import memory_bound
 
-    monkeypatch.setattr(memory_bound.os, "sysconf", lambda name: 256)
+    monkeypatch.setattr(memory_bound, "host_memory", lambda: 256**2)
     with pytest.raises(UserError, match=r"^1000 prompts: needs .* GB, .*; give fewer at a time"):
         generate(model(), [[1]] * 1000, max_new_tokens=0)
 

@@ -1,8 +1,13 @@
 """Signals as requests."""
 
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+from small_runs import write_corpus
 
 from simplernn_jax.training.interruption import Interruption
 
@@ -38,3 +43,27 @@ def test_without_a_signal_the_handlers_come_back():
     with Interruption():
         assert [signal.getsignal(number) for number in Interruption.signals] != before
     assert [signal.getsignal(number) for number in Interruption.signals] == before
+
+
+def test_a_signal_before_the_first_step_ends_a_run_that_can_be_resumed(tmp_path):
+    write_corpus(tmp_path / "texts")
+    script = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, str(script), "--config=configs/tiny.py", f"--workdir={workdir}"),
+            f"--config.data.source={tmp_path / 'texts'}",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not workdir.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert "Traceback" not in errors
+    assert (
+        "SIGINT: stopped; run the same command to resume\n" in errors or "SIGINT: saved" in output
+    )

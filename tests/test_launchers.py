@@ -15,7 +15,7 @@ case "$1" in
   -c | -VV) exec {sys.executable} "$@" ;;
   -m) echo "$3 $4" >>"$PIP_LOG"; exit "${{PIP_EXIT:-0}}" ;;
 esac
-echo "tunables: $GLIBC_TUNABLES"
+echo "python: $0"
 printf '%s\\n' "$@"
 """
 
@@ -91,10 +91,23 @@ def test_launch_local_hands_everything_on(project):
     assert arguments == ["scripts/launch_local.py", "2", "--workdir", "a b"]
 
 
-def test_users_allocator_settings_win(project):
-    environment = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}
-    result = launch(project, "train.sh", **environment)
-    assert result.stdout.splitlines()[0] == "tunables: glibc.malloc.arena_max=2"
+@pytest.mark.parametrize("option", [["--python", "python3.99"], ["--python"]])
+@pytest.mark.parametrize("name", ["train.sh", "infer.sh", "launch_local.sh"])
+def test_another_python_is_checked(project, name, option):
+    result = launch(project, name, *option)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_another_python_has_an_environment_of_its_own(project, place):
+    version = "{}.{}".format(*sys.version_info[:2])
+    shutil.copytree(project / ".venv", project / f".venv-{version}")
+    option = [f"--python={sys.executable}"]
+    arguments = [*option, "2", "-c"] if place == "before" else ["2", "-c", *option]
+    result = launch(project, "launch_local.sh", *arguments)
+    assert f"/.venv-{version}/bin/python" in result.stdout.splitlines()[0]
+    assert arguments_of(result) == ["scripts/launch_local.py", "2", "-c"]
 
 
 def test_installs_once_and_again_when_the_project_asks_for_other_packages(project):
@@ -145,6 +158,15 @@ def test_infer_without_a_prompt_leaves_it_to_the_script(project):
 def test_infer_takes_the_run_it_is_given(project):
     arguments = arguments_of(launch(project, "infer.sh", "--workdir", "w", "--prompt", "--x"))
     assert arguments == ["scripts/sample.py", "--workdir", "w", "--prompt", "--x"]
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [(["- item"], "- item"), (["--- title"], "--- title"), (["--", "--seed"], "--seed")],
+)
+def test_infer_takes_a_prompt_that_begins_with_a_dash(project, given, prompt):
+    arguments = arguments_of(launch(project, "infer.sh", *given, "--workdir=w"))
+    assert arguments == ["scripts/sample.py", f"--prompt={prompt}", "--workdir=w"]
 
 
 def test_infer_before_training_says_what_to_do(project):

@@ -296,7 +296,7 @@ def test_integers_and_float8_in_safetensors_are_refused(tmp_path, state):
 
 def test_a_file_larger_than_memory_is_not_read(tmp_path, state, monkeypatch):
     path = save_safetensors(state, tmp_path / "w.safetensors")
-    monkeypatch.setattr(memory_bound.os, "sysconf", lambda name: 16)
+    monkeypatch.setattr(memory_bound, "host_memory", lambda: 256)
     with pytest.raises(UserError, match=r"more than half of the 0.0 GB of memory"):
         load_pytorch_weights(path)
 

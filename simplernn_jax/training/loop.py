@@ -7,7 +7,6 @@ the state after step t. What is saved is exactly what the next step starts from.
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import write_file
 from simplernn_jax.parallel.agreement import StopVote, from_first, is_first, wait_for_all
 from simplernn_jax.parallel.global_arrays import from_rows, local_copy, rows_of_this_process
 from simplernn_jax.parallel.mesh import BATCH_AXES, check_fits, describe, make_mesh
@@ -29,6 +29,7 @@ from simplernn_jax.training.early_stopping import Evaluations
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 from simplernn_jax.training.file_layout import FileLayout
 from simplernn_jax.training.interruption import Interruption
+from simplernn_jax.training.memory_check import check_memory
 from simplernn_jax.training.metrics import MetricsWriter, NoMetrics
 from simplernn_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from simplernn_jax.training.placement import batch_shardings
@@ -95,6 +96,7 @@ class _Run:
         self.workdir = workdir
         self.total_steps = total_steps(self.config, self.corpus)
         optimizer = make_optimizer(self.config.optimizer, self.total_steps, self.mesh)
+        check_memory(self.config, optimizer, self.mesh)
         self.layout = FileLayout(self.config, optimizer, self.mesh)
         self.checkpointer = Checkpointer(
             workdir,
@@ -314,9 +316,8 @@ class _Run:
         self.checkpointer.save(self.step, state, data_state, metrics, wait=wait)
 
     def _write_config(self) -> None:
-        Path(self.workdir, "config.json").write_text(
-            config_lib.to_json(self.config), encoding="utf-8"
-        )
+        text = config_lib.to_json(self.config)
+        write_file(os.path.join(self.workdir, "config.json"), text.encode())
 
     def _announce(self, display: Display) -> None:
         display.say(

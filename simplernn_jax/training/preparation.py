@@ -110,9 +110,19 @@ def open_saved_corpus(workdir: str) -> TokenizedCorpus:
 
 
 def total_steps(config: Config, corpus: TokenizedCorpus) -> int:
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run.
+
+    Raises:
+      UserError: more than a counter of 32 bits can hold.
+    """
     per_epoch = steps_per_epoch(corpus.train, config.data)
-    return config.train.steps or math.ceil(config.train.epochs * per_epoch)
+    steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
+    if steps >= 2**31:
+        raise UserError(
+            f"--config.train.epochs={config.train.epochs} are {steps:,} steps; there can be fewer "
+            "than 2**31"
+        )
+    return steps
 
 
 def _absolute(folder: str) -> str:

@@ -1,0 +1,27 @@
+"""The first import of every script: it runs under any Python, with or without an environment.
+
+    import bootstrap
+
+    if __name__ == "__main__":
+        bootstrap.start()
+
+All else is imported below that; see `simplernn_jax.process_start`.
+"""
+
+import _signal  # type: ignore[import-not-found]  # built in; `signal` takes milliseconds
+import os
+import sys
+
+
+def start(*, resumes: bool = False) -> None:
+    """Prepare the process of this script; `resumes`: it can be interrupted and run again."""
+    # Until handlers are installed, signals wait.
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, (_signal.SIGINT, _signal.SIGTERM))
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    try:
+        from simplernn_jax import process_start
+    except ModuleNotFoundError:  # not installed for this Python
+        sys.path.append(root)
+        from simplernn_jax import process_start
+
+    process_start.start(root, resumes=resumes)

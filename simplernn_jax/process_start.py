@@ -1,0 +1,157 @@
+"""The first lines of a script's process: streams, huge pages, the right Python, signals.
+
+Standard library only, no syntax after Python 3.8, and few imports: this runs before all else, also
+under a Python that cannot run the project, and twice where the process replaces itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+EXIT_USER_ERROR = 2
+
+HUGE_PAGES = "SIMPLERNN_JAX_HUGE_PAGES"
+"""Environment variable; 0 leaves glibc's memory allocator as it is."""
+
+_IN_VENV = "_SIMPLERNN_JAX_IN_VENV"
+"""Environment variable: the process that has replaced its Python, so that it does so only once."""
+_TUNABLE = "glibc.malloc.hugetlb"
+_OLDEST_PYTHON = (3, 11)
+_PACKAGES = ("absl", "jax", "flax")
+_ANY_TEXT = ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
+"""Variables that JAX takes as they are when it is imported."""
+_OBSERVERS = ("bdb", "debugpy", "pydevd", "coverage", "pytest")
+"""Modules of debuggers and the like, which would lose sight of a process that replaces itself."""
+
+
+def start(root: str, *, resumes: bool = False) -> None:
+    """Prepare this process, replacing it by another Python or other settings where needed.
+
+    To be called with SIGINT and SIGTERM blocked, so that none is lost; afterwards they are not.
+    Exits with code 2 and one line if neither this Python nor ``.venv`` has the project's packages.
+
+    Args:
+      root: folder that holds ``.venv``, if there is one.
+      resumes: a command that is interrupted can be run again to go on.
+    """
+    _open_closed_streams()
+    tunables = _tunables_to_set()
+    if tunables is not None:
+        os.environ["GLIBC_TUNABLES"] = tunables
+        _become([sys.executable, *sys.orig_argv[1:]])
+    problem = _what_is_wrong_with_this_python()
+    if problem:
+        python = os.path.join(root, ".venv", "bin", "python")
+        if os.environ.get(_IN_VENV) == str(os.getpid()) or not os.access(python, os.X_OK):
+            _refuse(problem)
+        os.environ[_IN_VENV] = str(os.getpid())
+        _become([python, *sys.argv])
+        _refuse(problem)
+    from simplernn_jax import early_signals
+
+    early_signals.install(resumes=resumes, handle=not _is_observed())
+    _check_environment_variables()
+
+
+def _become(command: list[str]) -> None:
+    """Replace this process; signals that are blocked stay pending. Return only if that fails."""
+    try:
+        os.execv(command[0], command)
+    except OSError:
+        return
+
+
+def _open_closed_streams() -> None:
+    """Opens the null device where a standard stream is closed, as by ``>&-``.
+
+    The next file to be opened would take its place, and be written into.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+
+
+def _what_is_wrong_with_this_python() -> str | None:
+    if sys.version_info < _OLDEST_PYTHON:
+        return "is too old"
+    import importlib.util  # not for a process that replaces itself: milliseconds count
+
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    return f"has no {missing[0]}" if missing else None
+
+
+def _refuse(problem: str) -> None:
+    version = "{}.{}".format(*sys.version_info[:2])
+    print(
+        f"error: Python {version} at {sys.executable} {problem}; run `bash scripts/train.sh`, "
+        "which makes .venv, or `pip install -e .` with Python 3.11, 3.12 or 3.13",
+        file=sys.stderr,
+    )
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _check_environment_variables() -> None:
+    """Refuse a variable that makes importing JAX fail."""
+    os.environ.pop("MPLBACKEND", None)  # pictures go to files; a wrong name breaks matplotlib
+    names = [name for name in os.environ if name.startswith("JAX_") and name not in _ANY_TEXT]
+    if not names:
+        return
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:
+        from simplernn_jax.errors import one_line
+
+        wrong = [name for name in names if name.lower() in str(error).lower()] or names
+        values = ", ".join(f"{name}={os.environ[name]}" for name in wrong)
+        what = one_line(f"error: {values}: {error}; correct or unset it")
+        print(what, file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def _tunables_to_set() -> str | None:
+    """``GLIBC_TUNABLES`` with huge pages for large buffers, or None to leave it alone.
+
+    Arrays of a train step are mapped anew at every step; huge pages save most of the page faults.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if os.environ.get(HUGE_PAGES) == "0" or _TUNABLE in tunables:
+        return None
+    if not has_huge_pages() or not _is_run_plainly():
+        return None
+    return f"{tunables}:{_TUNABLE}=1".lstrip(":")
+
+
+def has_huge_pages() -> bool:
+    """Whether this is Linux with glibc 2.35 or later."""
+    try:
+        library, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
+        return library == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def _is_observed() -> bool:
+    """Whether a debugger or the like runs the script, or its end is a prompt (``python -i``)."""
+    if sys.gettrace() or sys.getprofile() or sys.flags.inspect:
+        return True
+    return any(name in sys.modules for name in _OBSERVERS)
+
+
+def _is_run_plainly() -> bool:
+    """Whether this is ``python [options] SCRIPT ...``, with nothing that observes it."""
+    if _is_observed() or not sys.executable:
+        return False
+    arguments = iter(getattr(sys, "orig_argv", [])[1:])
+    for argument in arguments:
+        if argument in ("-X", "-W"):
+            next(arguments, None)
+        elif not argument.startswith("-"):
+            return argument == sys.argv[0]
+        elif not argument.startswith(("-X", "-W", "--")) and set(argument) & set("cm"):
+            return False
+    return False

@@ -1,0 +1,131 @@
+"""Estimates are lower bounds of what is allocated, and refuse only what cannot fit."""
+
+import importlib
+
+import jax
+import pytest
+from small_runs import small_config
+
+from simplernn_jax import memory_estimate
+from simplernn_jax.config import Config
+from simplernn_jax.errors import UserError
+from simplernn_jax.memory_estimate import (
+    check_evaluation,
+    check_generation,
+    check_training,
+    num_weights,
+    of_training,
+)
+from simplernn_jax.parallel.mesh import make_mesh
+from simplernn_jax.training.gradient import abstract_model
+from simplernn_jax.training.memory_check import check_memory
+from simplernn_jax.training.optimizer import make_optimizer
+
+GIGABYTE = 10**9
+ONE = dict.fromkeys(("data", "fsdp", "tensor", "sequence", "stage"), 1)
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch):
+    """24 GB, whatever this machine has."""
+    monkeypatch.setattr(memory_estimate, "device_memory", lambda device: 24 * GIGABYTE)
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh(small_config().mesh)
+
+
+@pytest.mark.parametrize("name", ["base", "seed", "attention"])
+def test_weights_are_nearly_all_parameters(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)[1]))
+    assert 0.98 * parameters < num_weights(config.model) < parameters
+
+
+def test_parameters_gradients_and_moments_of_a_step():
+    config = Config()
+    config.optimizer.name = "adamw"
+    config.data.batch_size, config.data.sequence_length = 1, 1
+    weights = 4 * num_weights(config.model)
+    estimate = of_training(config, ONE)
+    assert estimate.parameters == 3 * weights
+    assert estimate.activations == pytest.approx(weights, rel=1e-3)
+    assert of_training(config, ONE | {"fsdp": 4}).parameters == 3 * weights / 4
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "part"),
+    [
+        ("model", "hidden_dim", 10**6, "lower --config.model sizes such as hidden_dim"),
+        ("model", "vocab_size", 2 * 10**9, "lower --config.model sizes such as hidden_dim"),
+        ("data", "batch_size", 10**9, "lower --config.data.batch_size or sequence_length"),
+        ("data", "sequence_length", 10**9, "lower --config.data.batch_size or sequence_length"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_its_size(mesh, section, field, value, part):
+    config = Config()
+    setattr(getattr(config, section), field, value)
+    with pytest.raises(
+        UserError, match=r"this run needs at least [\d.]+ [TPG]B of memory"
+    ) as caught:
+        check_training(config, mesh)
+    assert "this machine has 24 GB" in str(caught.value)
+    assert part in str(caught.value)
+
+
+def test_a_large_cache_of_attention_is_refused_where_it_is_made(mesh):
+    config = Config()
+    config.model.mixer, config.model.attention_context = "attention", 10**9
+    with pytest.raises(UserError, match=r"state 4\.\d+ TB.* lower .*attention_context"):
+        check_training(config, mesh)
+    config.train.sample_every, config.data.validation_fraction = 0, 0.0
+    check_training(config, mesh)
+    config.model.mixer, config.model.num_heads = "simple_rnn", 1
+    config.model.key_dim = config.model.value_dim = 2**20
+    with pytest.raises(UserError, match=r"state [\d.]+ TB.* lower .*key_dim"):
+        check_training(config, mesh)
+
+
+def test_what_is_known_to_fit_is_not_refused(mesh):
+    config = Config()
+    check_training(config, mesh)
+    # One sequence of a million tokens takes 4 GB when its gradient is that of windows.
+    config.data.batch_size, config.data.sequence_length = 1, 2**20
+    config.train.backward_window, config.train.backward = 2**13, "exact"
+    assert sum(of_training(config, ONE)) < 4 * GIGABYTE
+
+
+def test_many_samples_and_long_ones_are_refused():
+    model = Config().model
+    check_generation(model, 1000, 10**6)
+    with pytest.raises(UserError, match=r"generating needs .* lower --num_samples or --max_new"):
+        check_generation(model, 10**7, 1)
+    with pytest.raises(UserError, match=r"generating needs at least 4 TB"):
+        check_generation(model, 1, 10**12)
+
+
+def test_wide_windows_are_refused():
+    check_evaluation(Config().model, 10**6)
+    with pytest.raises(UserError, match=r"scoring needs at least .* lower --window"):
+        check_evaluation(Config().model, 10**8)
+
+
+def test_devices_that_share_a_memory_have_a_part_of_it():
+    config = Config()
+    config.data.batch_size = 4 * 10**6
+    for devices, has in ((1, "this machine has 24 GB"), (4, "each of 4 devices here has 6 GB")):
+        config.mesh.data = devices
+        with pytest.raises(UserError, match=has):
+            check_training(config, make_mesh(config.mesh))
+
+
+def test_the_compiler_is_asked_where_the_estimate_is_close(mesh, monkeypatch):
+    config = small_config(block="residual", mode="stream", name="adamw")
+    optimizer = make_optimizer(config.optimizer, 7)
+    estimate = sum(of_training(config, ONE))
+    monkeypatch.setattr(memory_estimate, "device_memory", lambda device: 1.1 * estimate)
+    with pytest.raises(UserError, match=r"a train step needs [\d.]+ [kM]B of memory on each"):
+        check_memory(config, optimizer, mesh)
+    monkeypatch.setattr(memory_estimate, "device_memory", lambda device: 1000 * estimate)
+    check_memory(config, optimizer, mesh)
