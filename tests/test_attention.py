@@ -279,3 +279,8 @@ def test_sizes_that_do_not_fit_are_refused():
         make(NARROW | {"value_dim": 13})
     with pytest.raises(ValueError, match="must be even"):
         make(NARROW | {"key_dim": 15})
+
+
+def test_no_heads():
+    q, k, v = (jnp.zeros(shape) for shape in ((2, 3, 0, 4), (2, 7, 0, 4), (2, 7, 0, 5)))
+    chex.assert_shape(operator.attend(q, k, v, jnp.ones((1, 3, 7), bool)), (2, 3, 0, 5))

@@ -77,6 +77,18 @@ class Spec:
         return True
 
 
+class Rows(Spec):
+    """Any array whose first axis is B."""
+
+    def accepts(self, x, sizes):
+        """Whether `x` is one."""
+        return (
+            isinstance(x, jax.Array)
+            and x.ndim > 0
+            and x.shape[0] == sizes.setdefault("B", x.shape[0])
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class State:
     """A state as `make` makes it for a batch size."""
@@ -227,7 +239,7 @@ def operators() -> dict[str, Site]:
         ),
         "step": Site(recurrent_step, step),
         "segment starts": Site(segment_starts, (Spec("B T", INTEGER),)),
-        "clear rows": Site(clear_rows, (Spec("B K V", DTYPES), Spec("B", ("bool",)))),
+        "clear rows": Site(clear_rows, (Rows("B K V", DTYPES), Spec("B", ("bool",)))),
         "log sigmoid": Site(log_sigmoid, (Spec("..."),)),
         "norm": Site(rms_normalized, (Spec("... D"),)),
         "norm in C": Site(functools.partial(rms_normalized, native=True), (Spec("... D"),)),

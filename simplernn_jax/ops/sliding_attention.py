@@ -74,6 +74,8 @@ def attend(q: Queries, k: Keys, v: Values, mask: jax.Array) -> jax.Array:
     sizes = _check_heads(q, k, v)
     check_array("mask", mask, "B? T S", BOOL, sizes)
     key_dim, value_dim = k.shape[-1], v.shape[-1]
+    if q.shape[2] == 0:  # the library divides by the number of heads
+        return jnp.zeros((*q.shape[:3], value_dim), q.dtype)
     if q.dtype == jnp.float64:  # the library's softmax is float32 whatever it is given
         scores = jnp.einsum("bthk,bshk->bhts", q, k) * key_dim**-0.5
         weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
