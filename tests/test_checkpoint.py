@@ -25,8 +25,11 @@ from simplernn_jax.config import Config, ModelConfig, TrainConfig
 from simplernn_jax.data.tokenizer import load_tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.training import manifest
+from simplernn_jax.training import checkpoint_verification, manifest
+from simplernn_jax.training.among_processes import among_processes
 from simplernn_jax.training.checkpoint import Checkpointer, Restored, check_same_model, read_config
+from simplernn_jax.training.checkpoint_contents import read_arrays
+from simplernn_jax.training.checkpoint_folder import check_workdir
 
 TOKENIZER = '{"kind": "char", "alphabet": "añ\\u2713"}'
 
@@ -408,3 +411,63 @@ def test_only_one_process_trains_in_a_workdir(tmp_path):
     with open_checkpointer(tmp_path), pytest.raises(UserError, match="another process is training"):
         open_checkpointer(tmp_path)
     assert restore(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["run [2]", "what?", "a*b", "back\\slash", "gs:/bucket", "\udcff"])
+def test_a_path_that_cannot_be_saved_to_is_refused_before_anything_is_made(tmp_path, name):
+    workdir = str(tmp_path / name) if name[:3] != "gs:" else "gs://bucket/run"
+    with pytest.raises(UserError, match=r"^--workdir .*; (rename|mount) "):
+        check_workdir(workdir)
+    with pytest.raises(UserError, match=r"^--workdir "):
+        Checkpointer(workdir, config(), TOKENIZER, keep_last=2, keep_best=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_makes_a_path_with_brackets_usable(tmp_path):
+    (tmp_path / "run [2]").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "run [2]")
+    save_steps(tmp_path / "run", 3)
+    assert read_config(str(tmp_path / "run [2]"))[2] == 3
+
+
+def test_what_does_not_read_back_as_written_never_counts(tmp_path, monkeypatch):
+    """Orbax merged nothing where it took a path for a pattern, and raised nothing."""
+    save_steps(tmp_path, 1)
+
+    def read_other(path, names, shardings=None):
+        arrays = read_arrays(path, names, shardings)
+        if "extra/half" in arrays:
+            arrays["extra/half"] = arrays["extra/half"][::-1]
+        return arrays
+
+    for name, function, message in [
+        ("read_arrays", read_other, "extra/half is not what was written"),
+        ("saved_leaves", lambda path: {}, "step is missing"),
+    ]:
+        with open_checkpointer(tmp_path) as checkpointer, monkeypatch.context() as patch:
+            patch.setattr(checkpoint_verification, name, function)
+            checkpointer.save(2, make_state(2), {})
+            match = rf"step 2 could not be saved.*does not read back.*{message}.*whole"
+            with pytest.raises(UserError, match=match):
+                checkpointer.save(3, make_state(3), {})
+        assert steps_in(tmp_path / "checkpoints") == [1]
+    restored = restore(tmp_path)
+    assert restored is not None
+    assert_same_bytes(restored.state, make_state(1))
+
+
+def test_a_clock_that_is_set_during_a_save_ends_no_wait():
+    """A board without a battery goes from 1970 to today."""
+    assert among_processes()["async_options"].timeout_secs > 60 * 365 * 24 * 3600
+
+
+def test_a_save_that_takes_too_long_is_no_matter_of_space(tmp_path, monkeypatch):
+    with open_checkpointer(tmp_path) as checkpointer:
+
+        def give_up() -> None:
+            raise TimeoutError("ChainedFuture completed 0/7 futures but timed out")
+
+        monkeypatch.setattr(checkpointer._open_manager(), "wait_until_finished", give_up)
+        with pytest.raises(UserError, match="the clock of this machine jumped") as caught:
+            checkpointer.save(1, make_state(1), {}, wait=True)
+    assert "space" not in str(caught.value)

@@ -315,3 +315,10 @@ def test_a_loss_that_is_never_finite_is_one_line_and_exit_code_2(tmp_path):
     )
     step, batch, untouched = map(int, re.fullmatch(message, lines[0]).groups())
     assert (batch, untouched) == (step - 1, step - 2)
+
+
+def test_a_workdir_that_cannot_hold_checkpoints_is_refused_before_the_data_is_read(tmp_path):
+    config = small_config(source=str(tmp_path / "missing"))
+    with pytest.raises(UserError, match=r"^--workdir .*run \[2\]: has \[ in its path"):
+        train(config, str(tmp_path / "run [2]"))
+    assert list(tmp_path.iterdir()) == []

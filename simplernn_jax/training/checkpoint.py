@@ -1,8 +1,8 @@
 """Saves a run so that it goes on exactly, and gives it back only if every byte is as written.
 
 A checkpoint holds the training state (one array per leaf, named by its path), the position in
-the data, the configuration and the tokenizer. Orbax writes it while training goes on; then its
-manifest is written, and only then it counts (see `checkpoint_folder`).
+the data, the configuration and the tokenizer. Orbax writes it while training goes on; then it is
+read back and compared, its manifest is written, and only then it counts (see `checkpoint_folder`).
 
 Several processes that train together write it together, each the parts that lie on its devices;
 process 0 alone verifies, writes the manifest when all have finished, and deletes.
@@ -44,6 +44,11 @@ from simplernn_jax.training.checkpoint_contents import (
     saved_quality,
 )
 from simplernn_jax.training.checkpoint_folder import PRUNED, CheckpointFolder, refusal_of_disk
+from simplernn_jax.training.checkpoint_verification import (
+    Fingerprint,
+    check_saved,
+    fingerprints,
+)
 from simplernn_jax.training.retention import KeepLastAndBest
 
 _PATIENCE_SECONDS = 5.0
@@ -136,8 +141,10 @@ class Checkpointer:
         quality = (metrics or {}).get(QUALITY)
         quality = float(quality) if quality is not None and math.isfinite(quality) else None
         self._keep.add(step, quality)
+        leaves = named_leaves(state)
+        written = fingerprints(leaves) if is_first() else {}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(named_leaves(state)),
+            state=ocp.args.StandardSave(leaves),
             data=ocp.args.JsonSave(data_state),
             config=ocp.args.JsonSave(json.loads(config_lib.to_json(self._config))),
             tokenizer=ocp.args.JsonSave(self._tokenizer_json),
@@ -147,7 +154,7 @@ class Checkpointer:
             self._open_manager().save(step, args=items, force=True)
         except Exception as error:
             raise self._save_failure(step, error) from error
-        self._pending = (step, self._completer.submit(self._complete, step))
+        self._pending = (step, self._completer.submit(self._complete, step, written))
         if wait:
             self._finish()
 
@@ -220,7 +227,9 @@ class Checkpointer:
         free = shutil.disk_usage(self._folder.path).free
         if free < needed:
             shortage = f"{needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are left"
-            raise self._unsaved(step, f"{os.strerror(errno.ENOSPC)}, {shortage}")
+            raise self._unsaved(
+                step, f"{os.strerror(errno.ENOSPC)}, {shortage}: free some space there"
+            )
 
     def _open_manager(self) -> ocp.CheckpointManager:
         """Orbax's manager, made at the first save: by then what is damaged has been moved away."""
@@ -237,11 +246,20 @@ class Checkpointer:
             )
         return self._manager
 
-    def _complete(self, step: int) -> None:
+    def _complete(self, step: int, written: dict[str, Fingerprint]) -> None:
         self._open_manager().wait_until_finished()
         if is_first():
+            self._read_back(step, written)
             self._folder.mark_complete(step)
         wait_for_all("a checkpoint is complete")
+
+    def _read_back(self, step: int, written: dict[str, Fingerprint]) -> None:
+        try:
+            check_saved(self._folder.step_path(step), written)
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            reason = f"it does not read back as it was written ({reason}): check this disk"
+            raise self._unsaved(step, reason) from error
 
     def _finish(self) -> None:
         if self._pending is None:
@@ -258,14 +276,14 @@ class Checkpointer:
         if jax.process_count() == 1:  # others may still be writing there
             self._folder.discard_unfinished()
         reason = refusal_of_disk(error)
-        if reason is None:
-            return error
-        return self._unsaved(step, reason)
+        if isinstance(error, TimeoutError):
+            reason = "it took too long (or the clock of this machine jumped): check this disk"
+        return error if reason is None else self._unsaved(step, reason)
 
     def _unsaved(self, step: int, reason: str) -> UserError:
         return UserError(
-            f"the checkpoint of step {step} could not be saved: {self._folder.path}: {reason}; "
-            "earlier checkpoints are whole: free some space there and run the same command again"
+            f"the checkpoint of step {step} could not be saved: {self._folder.path}: {reason} and "
+            "run the same command again; earlier checkpoints are whole"
         )
 
 

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection
 
@@ -26,10 +27,47 @@ PRUNED = "pruned"
 """Checkpoints that are no longer kept; emptied once a newer one is complete."""
 
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_UNREADABLE = ("\\",)
+"""Characters of a path by which TensorStore does not find its files again."""
+_UNWRITABLE = (*_UNREADABLE, "[", "*", "?")
+"""Those and the ones that Orbax takes for a pattern when it looks for what it wrote."""
+
+
+def check_workdir(workdir: str) -> None:
+    """Check that checkpoints can be saved below `workdir`, whether or not it exists.
+
+    Raises:
+      UserError: it is an address and no folder, or its absolute path has characters that Orbax or
+        TensorStore take for something else.
+    """
+    _check_path(workdir, _UNWRITABLE)
+
+
+def _check_path(workdir: str, refused: Collection[str]) -> None:
+    if _SCHEME.match(workdir):
+        raise UserError(
+            f"--workdir {workdir}: not a folder; mount the bucket and name the folder it is "
+            "mounted at, or choose a folder of this machine"
+        )
+    path = os.path.abspath(workdir)
+    found = [character for character in refused if character in path]
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        found.append("bytes that are no UTF-8")
+    if found:
+        raise UserError(
+            f"--workdir {path}: has {' and '.join(found)} in its path, with which checkpoints "
+            "cannot be stored; rename that folder, or name it through a link without them"
+        )
+
+
 class CheckpointFolder:
     """The checkpoints below one workdir. Paths are absolute."""
 
     def __init__(self, workdir: str) -> None:
+        _check_path(workdir, _UNREADABLE)
         workdir = os.path.abspath(workdir)
         self.path = os.path.join(workdir, "checkpoints")
         self.damaged_path = os.path.join(workdir, "checkpoints_damaged")
@@ -51,8 +89,9 @@ class CheckpointFolder:
         """Makes the folder this process's own and clears away what a killed run left unfinished.
 
         Raises:
-          UserError: another process is training in this workdir.
+          UserError: another process is training in this workdir, or nothing can be saved there.
         """
+        check_workdir(os.path.dirname(self.path))
         os.makedirs(self.path, exist_ok=True)
         self._take_lock()
         if not os.path.lexists(self._ledger_path) and not self.steps():
@@ -165,12 +204,26 @@ class CheckpointFolder:
             logging.info("no file locks on this file system: %s", self.path)
 
 
+_ADVICE = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of the quota",
+    errno.EFBIG: "allow larger files",
+    errno.EACCES: "allow writing there",
+    errno.EPERM: "allow writing there",
+    errno.EROFS: "make it writable",
+    errno.EIO: "check this disk",
+}
+
+
 def refusal_of_disk(error: Exception) -> str | None:
-    """Why the file system refused, if it did; Tensorstore says it only in a ValueError's text."""
-    text = str(error)
-    if isinstance(error, OSError):
-        return error.strerror or text
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
-        if os.strerror(code) in text:
-            return os.strerror(code)
-    return None
+    """Why the file system refused and what to do, if it did; else None.
+
+    TensorStore says it in the text of a ValueError only.
+    """
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None:
+        text = str(error)
+        code = next((code for code in _ADVICE if os.strerror(code) in text), None)
+    if code is None:
+        return None
+    return f"{os.strerror(code)}: {_ADVICE.get(code, 'check this folder')}"

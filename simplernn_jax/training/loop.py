@@ -27,6 +27,7 @@ from simplernn_jax.parallel.mesh import BATCH_AXES, check_fits, describe, make_m
 from simplernn_jax.parallel.stages import describe_stages
 from simplernn_jax.training import report
 from simplernn_jax.training.checkpoint import Checkpointer
+from simplernn_jax.training.checkpoint_folder import check_workdir
 from simplernn_jax.training.clock import Clock
 from simplernn_jax.training.display import Display, NoDisplay, clock, open_display
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
@@ -75,6 +76,7 @@ def train(config: Config, workdir: str) -> Result:
         other data; the loss was not finite too often in a row; the disk is full.
     """
     config_lib.validate(config)
+    check_workdir(workdir)
     workdir = os.path.abspath(workdir)
     os.makedirs(workdir, exist_ok=True)
     run = _Run(config, workdir)
