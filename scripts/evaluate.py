@@ -20,6 +20,7 @@ from simplernn_jax.data.window_batches import Windows, check_windows
 from simplernn_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
+_CHECKPOINT = command_line.define_checkpoint_flag()
 _SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "train"], "What to score.")
 _WINDOW = flags.DEFINE_integer(
     "window",
@@ -40,7 +41,7 @@ _PIECE_TOKENS = 2**20
 
 
 def main() -> None:
-    """Loads the newest whole checkpoint of --workdir and prints what it makes of --split."""
+    """Loads the chosen whole checkpoint of --workdir and prints what it makes of --split."""
     if not _WORKDIR.value:
         raise UserError("no --workdir: name the folder of a training run, such as runs/base")
     windows = chosen_windows()
@@ -54,7 +55,7 @@ def main() -> None:
     from simplernn_jax.training.preparation import open_saved_corpus
 
     use_compilation_cache()
-    model, tokenizer, config = load_model(workdir)
+    model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
     corpus = open_saved_corpus(workdir)
     split = corpus.train if _SPLIT.value == "train" else corpus.validation
     if split is None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # what takes long to import comes after the flags are known t
     from simplernn_jax.data import TokenSplit
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run to look into.")
+_CHECKPOINT = command_line.define_checkpoint_flag()
 _TEXT = flags.DEFINE_string("text", None, "Text to read.")
 _TEXT_FILE = flags.DEFINE_string("text_file", None, "UTF-8 file to read; - is standard input.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the page; made where it is missing.")
@@ -42,7 +43,7 @@ _MAP_TOKENS = flags.DEFINE_integer(
 
 
 def main() -> int:
-    """Explains the text with the newest whole checkpoint of --workdir."""
+    """Explains the text with the chosen whole checkpoint of --workdir."""
     if not _WORKDIR.value:
         raise UserError("no --workdir: name the folder of a training run, such as runs/base")
     if not _OUT.value:
@@ -57,7 +58,7 @@ def main() -> int:
     from simplernn_jax.training.checkpoint import read_config
 
     use_compilation_cache()
-    model, tokenizer, config = load_model(workdir)
+    model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
     out = _make_folder(os.path.expanduser(_OUT.value))
     explanation = explain(
         model,
@@ -72,7 +73,7 @@ def main() -> int:
     facts = {
         "model": f"{counted(sizes.num_layers, 'layer')} of width {sizes.hidden_dim}, "
         f"{counted(sizes.num_heads, 'head')}",
-        "checkpoint": f"step {read_config(workdir)[2]:,} of {_WORKDIR.value}",
+        "checkpoint": f"step {read_config(workdir, _CHECKPOINT.value)[2]:,} of {_WORKDIR.value}",
     }
     page = _write(out, explanation, facts)
     is_exact = _print_errors(explanation, sizes.precision == sizes.state_precision == "float32")

@@ -23,6 +23,7 @@ from simplernn_jax import command_line, load_model
 from simplernn_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run to write with.")
+_CHECKPOINT = command_line.define_checkpoint_flag()
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; without one, a new document.")
 _PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "UTF-8 file to continue; - is standard input."
@@ -56,7 +57,7 @@ _LOAD_STATE = flags.DEFINE_string(
 
 
 def main() -> None:
-    """Loads the newest whole checkpoint of --workdir and writes until EOS or --max_new_tokens.
+    """Loads the chosen whole checkpoint of --workdir and writes until EOS or --max_new_tokens.
 
     With several continuations, each stands under a line of its own; one alone is streamed.
     """
@@ -70,7 +71,7 @@ def main() -> None:
     from simplernn_jax.inference import fork_state, generate_text, load_state, save_state
 
     use_compilation_cache()
-    model, tokenizer, _ = load_model(os.path.expanduser(_WORKDIR.value))
+    model, tokenizer, _ = load_model(os.path.expanduser(_WORKDIR.value), _CHECKPOINT.value)
     settings = {
         "temperature": _TEMPERATURE.value,
         "top_k": _TOP_K.value,

@@ -31,6 +31,7 @@ __all__ = [
     "EXIT_INTERRUPTED",
     "Arguments",
     "define_arguments",
+    "define_checkpoint_flag",
     "define_config_flag",
     "read_text",
     "run",
@@ -73,6 +74,22 @@ def define_arguments(usage: str) -> Arguments:
     global _arguments  # noqa: PLW0603 - like absl's flags: a process has one command line
     _arguments = Arguments(usage)
     return _arguments
+
+
+def define_checkpoint_flag() -> flags.FlagHolder[str]:
+    """Lets this script take ``--checkpoint``: what `load_model` takes by that name."""
+    holder = flags.DEFINE_string(
+        "checkpoint",
+        "best",
+        "best (lowest validation loss; the newest where losses cannot be compared), newest, or a "
+        "step.",
+    )
+    flags.register_validator(
+        holder,
+        lambda value: value in ("best", "newest") or (value.isascii() and value.isdecimal()),
+        "must be best, newest or a step",
+    )
+    return holder
 
 
 def read_text(text: str | None, file: str | None, *, name: str) -> str:

@@ -471,3 +471,34 @@ def test_a_save_that_takes_too_long_is_no_matter_of_space(tmp_path, monkeypatch)
         with pytest.raises(UserError, match="the clock of this machine jumped") as caught:
             checkpointer.save(1, make_state(1), {}, wait=True)
     assert "space" not in str(caught.value)
+
+
+def test_a_checkpoint_copied_over_a_newer_one_is_damage(tmp_path, caplog):
+    save_steps(tmp_path, 1, 2)
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "2")
+    with open_checkpointer(tmp_path) as checkpointer:
+        restored = checkpointer.restore(abstract_state())
+        assert restored is not None
+        assert restored.step == 1
+        checkpointer.save(2, make_state(2), {})
+    assert "checkpoints/2 is damaged: it is a copy of that of step 1; moved to" in caplog.text
+    restored = restore(tmp_path)
+    assert restored is not None
+    assert_same_bytes(restored.state, make_state(2))
+
+
+def test_a_damaged_checkpoint_that_cannot_be_moved_aside_is_said(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "checkpoints_damaged").write_bytes(b"")
+    damage_by_flip(tmp_path / "checkpoints" / "2" / "data" / "metadata")
+    with pytest.raises(UserError, match=r"2 is damaged: data/metadata .*; it cannot be moved to "):
+        restore(tmp_path)
+    assert steps_in(tmp_path / "checkpoints") == [1, 2]
+
+
+def test_folders_that_are_no_steps_are_left_alone(tmp_path):
+    save_steps(tmp_path, 1)
+    for name in ("007", "9" * 200, "٣", "1 "):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert read_config(str(tmp_path))[2] == 1

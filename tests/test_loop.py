@@ -20,6 +20,8 @@ from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
 from simplernn_jax.training import loop
+from simplernn_jax.training.checkpoint_contents import saved_quality
+from simplernn_jax.training.checkpoint_folder import CheckpointFolder
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
 from simplernn_jax.training.preparation import open_saved_corpus
@@ -322,3 +324,27 @@ def test_a_workdir_that_cannot_hold_checkpoints_is_refused_before_the_data_is_re
     with pytest.raises(UserError, match=r"^--workdir .*run \[2\]: has \[ in its path"):
         train(config, str(tmp_path / "run [2]"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_checkpoint_is_evaluated_as_those_before_it(tmp_path):
+    config = small_config(
+        source=write_corpus(tmp_path / "text"),
+        validation_fraction=0.3,
+        steps=7,
+        eval_every=3,
+        eval_tokens=20,
+        save_every=3,
+    )
+    result = train(config, str(tmp_path / "run"))
+    folder = CheckpointFolder(str(tmp_path / "run"))
+    qualities = {step: saved_quality(folder.step_path(step)) for step in folder.complete_steps()}
+    assert {step: quality.predictions for step, quality in qualities.items()} == {6: 20, 7: 20} | (
+        {3: 20} if 3 in qualities else {}
+    )
+    assert result.evaluation.predictions > 20
+    rows = [row for row in read_metrics(str(tmp_path / "run")) if row["kind"] == "validation"]
+    assert [(row["step"], row["predictions"]) for row in rows] == [
+        (3, 20),
+        (6, 20),
+        (7, result.evaluation.predictions),
+    ]

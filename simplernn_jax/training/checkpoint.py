@@ -34,9 +34,11 @@ from simplernn_jax.models import LanguageModel
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.parallel.agreement import from_first, is_first, wait_for_all
 from simplernn_jax.training.among_processes import among_processes
+from simplernn_jax.training.checkpoint_choice import BEST, NEWEST, choose_checkpoint
 from simplernn_jax.training.checkpoint_contents import (
-    QUALITY,
+    Quality,
     check_leaves,
+    quality_item,
     read_arrays,
     read_json,
     read_texts,
@@ -125,7 +127,8 @@ class Checkpointer:
           step: number of optimizer steps taken.
           state: any pytree of arrays.
           data_state: JSON-able position in the data.
-          metrics: if it has ``validation_loss``, that decides about keeping the checkpoint.
+          metrics: ``validation_loss``, in nats per token over ``predictions`` tokens, decides about
+            keeping and choosing the checkpoint.
           wait: return only when the checkpoint is complete.
 
         Raises:
@@ -138,8 +141,7 @@ class Checkpointer:
         if is_first():
             self._check_room(step, state)
         wait_for_all("a save")
-        quality = (metrics or {}).get(QUALITY)
-        quality = float(quality) if quality is not None and math.isfinite(quality) else None
+        quality = _quality(metrics or {})
         self._keep.add(step, quality)
         leaves = named_leaves(state)
         written = fingerprints(leaves) if is_first() else {}
@@ -148,7 +150,7 @@ class Checkpointer:
             data=ocp.args.JsonSave(data_state),
             config=ocp.args.JsonSave(json.loads(config_lib.to_json(self._config))),
             tokenizer=ocp.args.JsonSave(self._tokenizer_json),
-            quality=ocp.args.JsonSave({QUALITY: quality}),
+            quality=ocp.args.JsonSave(quality_item(step, quality)),
         )
         try:
             self._open_manager().save(step, args=items, force=True)
@@ -287,13 +289,17 @@ class Checkpointer:
         )
 
 
-def read_config(workdir: str) -> tuple[Config, str, int]:
-    """``(config, tokenizer_json, step)`` of the newest whole checkpoint; reads no arrays.
+def read_config(workdir: str, checkpoint: str | int = NEWEST) -> tuple[Config, str, int]:
+    """``(config, tokenizer_json, step)`` of a whole checkpoint; reads no arrays.
+
+    Args:
+      workdir: folder of a training run.
+      checkpoint: as in `load_model`.
 
     Raises:
-      UserError: `workdir` has no checkpoint, or none that is whole.
+      UserError: `workdir` has no such checkpoint, or none that is whole.
     """
-    step, path = _newest(workdir)
+    step, path, _ = choose_checkpoint(workdir, checkpoint)
     return *read_texts(path), step
 
 
@@ -311,13 +317,22 @@ def check_same_model(ours: Config, theirs: Config) -> None:
         )
 
 
-def load_model(workdir: str) -> tuple[LanguageModel, Tokenizer, Config]:
+def load_model(
+    workdir: str, checkpoint: str | int = BEST
+) -> tuple[LanguageModel, Tokenizer, Config]:
     """The trained model of a run, its tokenizer and its configuration.
 
+    Args:
+      workdir: folder of a training run.
+      checkpoint: ``best``, by validation loss where all that were evaluated were so on the same
+        tokens, else the newest; ``newest``; or a step.
+
     Raises:
-      UserError: `workdir` has no checkpoint, or none that is whole.
+      UserError: `workdir` has no such checkpoint, or none that is whole.
     """
-    _, path = _newest(workdir)
+    _, path, reason = choose_checkpoint(workdir, checkpoint)
+    if reason is not None:
+        absl_logging.info("%s", reason)
     config, tokenizer_json = read_texts(path)
     abstract = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(abstract, nnx.Param)
@@ -330,12 +345,11 @@ def load_model(workdir: str) -> tuple[LanguageModel, Tokenizer, Config]:
     return model, tokenizer_from_json(tokenizer_json), config
 
 
-def _newest(workdir: str) -> tuple[int, str]:
-    folder = CheckpointFolder(workdir)
-    step = folder.newest_whole()
-    if step is None:
-        raise UserError(f"no checkpoint in {workdir}: train there first, or name another --workdir")
-    return step, folder.step_path(step)
+def _quality(metrics: Mapping[str, float]) -> Quality | None:
+    loss, predictions = metrics.get("validation_loss"), metrics.get("predictions")
+    if loss is None or not math.isfinite(loss):
+        return None
+    return Quality(float(loss), None if predictions is None else int(predictions))
 
 
 def _is_no_repetition(record: logging.LogRecord) -> bool:

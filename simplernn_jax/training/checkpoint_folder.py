@@ -21,12 +21,14 @@ from absl import logging
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import sync
 from simplernn_jax.training import manifest
+from simplernn_jax.training.checkpoint_contents import QUALITY_ITEM, saved_step
 
 UNFINISHED_MARK = ".orbax-checkpoint-tmp"
 PRUNED = "pruned"
 """Checkpoints that are no longer kept; emptied once a newer one is complete."""
 
 
+_STEP = re.compile(r"0|[1-9][0-9]{0,8}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _UNREADABLE = ("\\",)
 """Characters of a path by which TensorStore does not find its files again."""
@@ -82,7 +84,7 @@ class CheckpointFolder:
         """All steps that have a folder, whole or not, ascending."""
         if not os.path.isdir(self.path):
             return []
-        names = [name for name in os.listdir(self.path) if name.isdecimal()]
+        names = [name for name in os.listdir(self.path) if _STEP.fullmatch(name)]
         return sorted(int(name) for name in names if os.path.isdir(os.path.join(self.path, name)))
 
     def open_for_training(self) -> None:
@@ -125,6 +127,24 @@ class CheckpointFolder:
         steps = [step for step in self.steps() if manifest.has_manifest(self.step_path(step))]
         manifest.write_sealed(self._ledger_path, json.dumps(steps) + "\n")
 
+    def complete_steps(self) -> list[int]:
+        """The steps that were complete once, whole now or not, ascending."""
+        return [step for step in self.steps() if not self._is_unfinished(step)]
+
+    def find_damage(self, step: int, parts: Collection[str] | None = None) -> str | None:
+        """One phrase about what is wrong with a checkpoint; None if it is whole.
+
+        Args:
+          step: that of the folder's name.
+          parts: as in `newest_whole`.
+        """
+        path = self.step_path(step)
+        damage = manifest.find_damage(path, None if parts is None else {*parts, QUALITY_ITEM})
+        if damage is not None:
+            return damage
+        inside = saved_step(path)
+        return None if inside in (None, step) else f"it is a copy of that of step {inside}"
+
     def newest_whole(self, parts: Collection[str] | None = None) -> int | None:
         """The newest step whose files are all as written; damaged newer ones are moved aside.
 
@@ -140,16 +160,11 @@ class CheckpointFolder:
         refuse = bool(self._ledger()) or (
             os.path.lexists(self._ledger_path) and self._ledger() is None
         )
-        for step in reversed(self.steps()):
-            if self._is_unfinished(step):
-                continue
-            damage = manifest.find_damage(self.step_path(step), parts)
+        for step in reversed(self.complete_steps()):
+            damage = self.find_damage(step, parts)
             if damage is None:
                 return step
-            if not os.path.isdir(self.step_path(step)):
-                continue  # A run that is training here has just pruned it.
-            self._set_aside(step, damage)
-            refuse = True
+            refuse = self.set_aside(step, damage) or refuse
         if refuse:
             raise UserError(
                 f"no whole checkpoint is left in {self.path} (damaged ones are kept in "
@@ -174,8 +189,18 @@ class CheckpointFolder:
             and not manifest.has_manifest(self.step_path(step))
         )
 
-    def _set_aside(self, step: int, damage: str) -> None:
+    def set_aside(self, step: int, damage: str) -> bool:
+        """Move a damaged checkpoint to `damaged_path`, with a warning that says `damage`.
+
+        Returns:
+          False if it is gone: a run that is training here has just pruned it.
+
+        Raises:
+          UserError: it cannot be moved.
+        """
         source, number = self.step_path(step), 1
+        if not os.path.isdir(source):
+            return False
         target = os.path.join(self.damaged_path, str(step))
         while os.path.lexists(target):
             number += 1
@@ -184,11 +209,15 @@ class CheckpointFolder:
             os.makedirs(self.damaged_path, exist_ok=True)
             os.rename(source, target)
         except OSError as error:
-            target = f"nowhere: {error.strerror}"
+            raise UserError(
+                f"the checkpoint {source} is damaged: {damage}; it cannot be moved to {target} "
+                f"({error.strerror}): move it away, or allow writing there"
+            ) from error
         logging.warning(
-            "checkpoint %s is damaged: %s; moved to %s, looking for the one before it",
+            "checkpoint %s is damaged: %s; moved to %s, looking for another one",
             *(source, damage, target),
         )
+        return True
 
     def _take_lock(self) -> None:
         self._lock = os.open(os.path.join(self.path, "lock"), os.O_RDWR | os.O_CREAT, 0o644)

@@ -121,7 +121,7 @@ class _Run:
         self.learning_rate = learning_rate_schedule(self.config.optimizer, self.total_steps)
         self.evaluator = Evaluator(self.config, self.corpus.tokenizer.pad_id, self.mesh)
         self.clock = Clock()
-        self.measured: dict[int, dict[str, float]] = {}
+        self.measured: tuple[int, Evaluation] | None = None
 
     def _start_or_resume(self, optimizer: Any) -> tuple[TrainState, Any]:
         config, corpus = self.config, self.corpus
@@ -263,11 +263,24 @@ class _Run:
         if self._due(train.save_every):
             self._save()
 
-    def _evaluate(self, limit_tokens: int, display: Display) -> Evaluation | None:
-        if self.corpus.validation is None:
+    def _measure(self, limit_tokens: int) -> Evaluation | None:
+        """Evaluates the current state, unless that was done on the same tokens."""
+        split = self.corpus.validation
+        if split is None:
             return None
-        result = self.evaluator(self.state.params, self.corpus.validation, limit_tokens)
-        self.measured = {self.step: {"validation_loss": result.nats_per_token}}
+        predictions = min(limit_tokens or split.num_predictions, split.num_predictions)
+        if self.measured is not None:
+            step, result = self.measured
+            if (step, result.predictions) == (self.step, predictions):
+                return result
+        result = self.evaluator(self.state.params, split, limit_tokens)
+        self.measured = self.step, result
+        return result
+
+    def _evaluate(self, limit_tokens: int, display: Display) -> Evaluation | None:
+        result = self._measure(limit_tokens)
+        if result is None:
+            return None
         self._write(
             self.step,
             "validation",
@@ -304,7 +317,10 @@ class _Run:
 
     def _save(self, *, wait: bool = False) -> None:
         data_state = {"batches": self.position, "content_hash": self.corpus.content_hash}
-        metrics = self.measured.get(self.step)
+        metrics = None
+        if self.measured is not None and self.measured[0] == self.step:
+            result = self.measured[1]
+            metrics = {"validation_loss": result.nats_per_token, "predictions": result.predictions}
         state = self.layout.to_files(self.state)
         self.checkpointer.save(self.step, state, data_state, metrics, wait=wait)
 
@@ -331,8 +347,11 @@ class _Run:
             display.say("all steps are done; raise --config.train.steps or epochs to train more")
 
     def _finish(self, display: Display) -> Result:
+        train = self.config.train
         if self.step > self.first_step:
-            # Before the evaluation, which may take longer than a preempted job has left.
+            if 0 < train.eval_every < self.total_steps:
+                self._measure(train.eval_tokens)  # as the checkpoints that it is to compare with
+            # Before the whole evaluation, which may take longer than a preempted job has left.
             self._save(wait=True)
         evaluation = self._evaluate(0, display)
         speed = self.clock.tokens_per_second
