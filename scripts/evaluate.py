@@ -3,9 +3,10 @@
     python scripts/evaluate.py --workdir runs/base
     python scripts/evaluate.py --workdir runs/base --window 256 --stride 64
 
-Needs the workdir alone. Every prediction of the split counts once, with the state carried over
-each document, or, with --window, read by overlapping windows from a zero state. Bits per byte
-compare models of any tokenizer, and models with compressors.
+Needs the workdir alone, unless the run kept its tokens elsewhere (--cache_dir). Every prediction of
+the split counts once, with the state carried over each document, or, with --window, read by
+overlapping windows from a zero state. Bits per byte compare models of any tokenizer, and models
+with compressors.
 """
 
 import lzma
@@ -21,6 +22,7 @@ from simplernn_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
+_CACHE_DIR, _SOURCE = command_line.define_corpus_flags()
 _SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "train"], "What to score.")
 _WINDOW = flags.DEFINE_integer(
     "window",
@@ -56,7 +58,7 @@ def main() -> None:
 
     use_compilation_cache()
     model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
-    corpus = open_saved_corpus(workdir)
+    corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_SOURCE.value)
     split = corpus.train if _SPLIT.value == "train" else corpus.validation
     if split is None:
         raise UserError(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what takes long to import comes after the flags are known t
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run to look into.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
+_CACHE_DIR, _SOURCE = command_line.define_corpus_flags()
 _TEXT = flags.DEFINE_string("text", None, "Text to read.")
 _TEXT_FILE = flags.DEFINE_string("text_file", None, "UTF-8 file to read; - is standard input.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the page; made where it is missing.")
@@ -99,7 +100,9 @@ def _validation_split(workdir: str) -> "TokenSplit | None":
     from simplernn_jax.training.preparation import open_saved_corpus
 
     try:
-        return open_saved_corpus(workdir).validation
+        return open_saved_corpus(
+            workdir, cache_dir=_CACHE_DIR.value, source=_SOURCE.value
+        ).validation
     except UserError as error:
         logging.warning("evaluating on the given text, however short: %s", error)
         return None

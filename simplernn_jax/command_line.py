@@ -33,6 +33,7 @@ __all__ = [
     "define_arguments",
     "define_checkpoint_flag",
     "define_config_flag",
+    "define_corpus_flags",
     "read_text",
     "run",
 ]
@@ -90,6 +91,17 @@ def define_checkpoint_flag() -> flags.FlagHolder[str]:
         "must be best, newest or a step",
     )
     return holder
+
+
+def define_corpus_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[str]]:
+    """Lets this script take ``--cache_dir`` and ``--source``: see `open_saved_corpus`."""
+    cache_dir = flags.DEFINE_string(
+        "cache_dir", "", "Folder of the run's tokens, where they are not in the workdir."
+    )
+    source = flags.DEFINE_string(
+        "source", "", "Text to make the run's tokens from again, where they were deleted."
+    )
+    return cache_dir, source
 
 
 def read_text(text: str | None, file: str | None, *, name: str) -> str:

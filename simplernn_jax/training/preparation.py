@@ -65,34 +65,45 @@ def tokens_folder(config: Config, workdir: str) -> str:
     return _absolute(config.data.cache_dir) or os.path.join(workdir, "tokens")
 
 
-def open_saved_corpus(workdir: str) -> TokenizedCorpus:
-    """The tokenized corpus that the newest whole checkpoint was trained on.
+def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") -> TokenizedCorpus:
+    """The tokenized corpus that a run was trained on, found by its content.
 
-    It is found by its content, whatever the current folder is and whether or not its source is
-    still there; if it was deleted, the source is tokenized again.
+    A checkpoint may be somebody else's: the paths in its configuration are never opened.
+
+    Args:
+      workdir: folder of a training run.
+      cache_dir: where the tokens lie; empty: in ``tokens`` under `workdir`.
+      source: text to make them from again if they are not there; empty: nothing is read.
 
     Raises:
-      UserError: `workdir` has no whole checkpoint, or the corpus is gone and its source is
-        unusable or no longer the same.
+      UserError: `workdir` has no whole checkpoint, or the tokens are not there and `source` is
+        not given, unusable or another text.
     """
     config, tokenizer_json, step = read_config(workdir)
+    path = CheckpointFolder(workdir).step_path(step)
+    data_state = read_json(path, "data")
+    wanted = data_state.get("content_hash") if isinstance(data_state, dict) else None
+    if not isinstance(wanted, str):
+        raise UserError(f"{path}: does not say which text it was trained on; use another one")
     tokenizer = tokenizer_from_json(tokenizer_json)
-    data_state = read_json(CheckpointFolder(workdir).step_path(step), "data")
-    folder = tokens_folder(config, workdir)
-    corpus = find_corpus(folder, data_state["content_hash"], tokenizer)
+    folder = _absolute(cache_dir) or os.path.join(workdir, "tokens")
+    corpus = find_corpus(folder, wanted, tokenizer)
     if corpus is not None:
         return corpus
-    lost = f"the tokens of this run are no longer in {folder}"
-    try:
-        corpus = prepare_corpus(
-            config.data, config.train.seed, folder, tokenizer=tokenizer, exclude=(workdir,)
-        )
-    except UserError as error:
-        raise UserError(f"{lost}, and its source is of no use: {error}") from error
-    if corpus.content_hash != data_state["content_hash"]:
+    if not source:
+        was = f" (it was kept in {config.data.cache_dir})" if config.data.cache_dir else ""
         raise UserError(
-            f"{lost}, and the text of {config.data.source!r} is not what it was trained on; put "
-            "back the same text"
+            f"the tokens of this run are not in {folder}: name their folder with --cache_dir{was}, "
+            f"or the text with --source (it was {config.data.source})"
+        )
+    data = dataclasses.replace(config.data, source=source)
+    corpus = prepare_corpus(
+        data, config.train.seed, folder, tokenizer=tokenizer, exclude=(workdir,)
+    )
+    if corpus.content_hash != wanted:
+        raise UserError(
+            f"--source={source}: not the text that the run in {workdir} was trained on "
+            f"({config.data.source}); give the same one"
         )
     return corpus
 
