@@ -502,3 +502,24 @@ def test_folders_that_are_no_steps_are_left_alone(tmp_path):
     for name in ("007", "9" * 200, "٣", "1 "):
         (tmp_path / "checkpoints" / name).mkdir()
     assert read_config(str(tmp_path))[2] == 1
+
+
+@pytest.mark.parametrize("name", ["lock", "complete.json"])
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_named(tmp_path, name):
+    save_steps(tmp_path, 1)
+    (tmp_path / "checkpoints" / name).unlink()
+    os.mkfifo(tmp_path / "checkpoints" / name)
+    with pytest.raises(UserError, match=f"checkpoints/{name}: not a regular file; remove it"):
+        restore(tmp_path)
+    assert read_config(str(tmp_path))[2] == 1
+
+
+@pytest.mark.parametrize("name", ["quality/metadata", "config/metadata", "state/_METADATA"])
+def test_a_pipe_in_a_checkpoint_is_damage(tmp_path, caplog, name):
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "checkpoints" / "2" / name).unlink()
+    os.mkfifo(tmp_path / "checkpoints" / "2" / name)
+    restored = restore(tmp_path)
+    assert restored is not None
+    assert restored.step == 1
+    assert f"2 is damaged: {name} is not a regular file" in caplog.text

@@ -348,3 +348,10 @@ def test_the_last_checkpoint_is_evaluated_as_those_before_it(tmp_path):
         (6, 20),
         (7, result.evaluation.predictions),
     ]
+
+
+def test_a_pipe_in_the_place_of_the_configuration_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "config.json")
+    with pytest.raises(UserError, match=r"run/config\.json: not a regular file"):
+        train(small_config(source=write_corpus(tmp_path / "text")), str(tmp_path / "run"))

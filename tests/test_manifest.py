@@ -112,3 +112,29 @@ def test_a_failing_write_leaves_the_earlier_content(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         manifest.write_sealed(path, "after\n")
     assert manifest.read_sealed(path) == "before\n"
+
+
+def put_pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def put_endless(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("put", [put_pipe, put_endless])
+def test_pipes_and_devices_are_damage_and_no_hang(folder, put):
+    put(folder / "inner" / "nothing")  # as large as it should be, by what the file system says
+    expected = "inner/nothing is not a regular file"
+    assert manifest.find_damage(str(folder)) == expected
+    assert manifest.find_damage(str(folder), ["other"]) == expected
+    put(folder / manifest.MANIFEST_NAME)
+    assert manifest.find_damage(str(folder)) == "manifest.sha256 was changed"
+
+
+@pytest.mark.parametrize("body", ["no manifest\n", "0" * 64 + " -1 last\n", "0" * 64 + " 12\n"])
+def test_a_sealed_text_that_is_no_manifest_is_damage(folder, body):
+    manifest.write_sealed(str(folder / manifest.MANIFEST_NAME), body)
+    assert manifest.find_damage(str(folder)) == "manifest.sha256 is no manifest"

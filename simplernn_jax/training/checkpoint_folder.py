@@ -19,7 +19,7 @@ from collections.abc import Collection
 from absl import logging
 
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import sync
+from simplernn_jax.files import check_output, sync
 from simplernn_jax.training import manifest
 from simplernn_jax.training.checkpoint_contents import QUALITY_ITEM, saved_step
 
@@ -74,6 +74,7 @@ class CheckpointFolder:
         self.path = os.path.join(workdir, "checkpoints")
         self.damaged_path = os.path.join(workdir, "checkpoints_damaged")
         self._ledger_path = os.path.join(self.path, "complete.json")
+        self._lock_path = os.path.join(self.path, "lock")
         self._lock: int | None = None
 
     def step_path(self, step: int) -> str:
@@ -95,6 +96,11 @@ class CheckpointFolder:
         """
         check_workdir(os.path.dirname(self.path))
         os.makedirs(self.path, exist_ok=True)
+        for path in (self._lock_path, self._ledger_path):
+            try:
+                check_output(path)
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}; remove it and run again") from error
         self._take_lock()
         if not os.path.lexists(self._ledger_path) and not self.steps():
             self.update_ledger()
@@ -176,7 +182,11 @@ class CheckpointFolder:
     def _ledger(self) -> set[int] | None:
         """The steps recorded as complete; None if the record is missing or was changed."""
         body = manifest.read_sealed(self._ledger_path)
-        return None if body is None else set(json.loads(body))
+        try:
+            steps = None if body is None else json.loads(body)
+        except (ValueError, RecursionError):
+            return None
+        return set(steps) if isinstance(steps, list) else None
 
     def _is_unfinished(self, step: int) -> bool:
         """Whether `step` never became complete. Without a ledger nothing is taken for unfinished:
@@ -220,7 +230,7 @@ class CheckpointFolder:
         return True
 
     def _take_lock(self) -> None:
-        self._lock = os.open(os.path.join(self.path, "lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

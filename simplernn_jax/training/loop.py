@@ -8,7 +8,6 @@ the state after step t. What is saved is exactly what the next step starts from.
 import contextlib
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import write_file
 from simplernn_jax.inference import generate_text
 from simplernn_jax.parallel.agreement import StopVote, is_first, wait_for_all
 from simplernn_jax.parallel.global_arrays import from_rows, local_copy, rows_of_this_process
@@ -325,9 +325,13 @@ class _Run:
         self.checkpointer.save(self.step, state, data_state, metrics, wait=wait)
 
     def _write_config(self) -> None:
-        Path(self.workdir, "config.json").write_text(
-            config_lib.to_json(self.config), encoding="utf-8"
-        )
+        path = os.path.join(self.workdir, "config.json")
+        try:
+            write_file(path, config_lib.to_json(self.config).encode())
+        except OSError as error:
+            raise UserError(
+                f"{path}: {error.strerror}; remove it, or choose another --workdir"
+            ) from error
 
     def _announce(self, display: Display) -> None:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
