@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import errno
+import gc
 import os
 import re
+import resource
 import shutil
 import types
 from pathlib import Path
@@ -363,6 +365,26 @@ def test_a_disk_that_fills_up_during_a_save_loses_nothing_earlier(tmp_path, monk
     restored = restore(tmp_path)
     assert restored is not None
     assert_same_bytes(restored.state, make_state(1))
+
+
+def test_a_disk_that_refuses_a_background_save_is_one_error_and_no_noise(tmp_path, capfd, caplog):
+    """What Orbax logs and what TensorStore's threads say after it are echoes of the error."""
+    keys = jax.random.split(jax.random.key(0), 40)
+    state = {f"layer_{i}": jax.random.normal(key, (30_011,)) for i, key in enumerate(keys)}
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"values": jnp.zeros(3)}, {}, wait=True)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+            checkpointer.save(2, state, {})
+            with pytest.raises(UserError, match=r"step 2 could not be saved.*: File too large: "):
+                checkpointer.save(3, state, {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    gc.collect()  # of forgotten futures
+    assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+    assert steps_in(tmp_path / "checkpoints") == [1]
 
 
 def test_another_model_is_named_before_arrays_are_read(tmp_path):

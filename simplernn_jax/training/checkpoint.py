@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import logging
 import math
 import os
 import shutil
@@ -23,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
+from absl import logging
 from flax import nnx
 
 from simplernn_jax import config as config_lib
@@ -51,6 +50,7 @@ from simplernn_jax.training.checkpoint_verification import (
     check_saved,
     fingerprints,
 )
+from simplernn_jax.training.echoes import drop_echoes
 from simplernn_jax.training.retention import KeepLastAndBest
 
 _PATIENCE_SECONDS = 5.0
@@ -107,7 +107,7 @@ class Checkpointer:
         self._completer = concurrent.futures.ThreadPoolExecutor(1, "complete_checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         self._failed = False
-        absl_logging.get_absl_logger().addFilter(_is_no_repetition)
+        drop_echoes()
 
     def save(
         self,
@@ -219,7 +219,8 @@ class Checkpointer:
                 if self._manager is not None:
                     self._manager.close()
             self._completer.shutdown()
-            absl_logging.get_absl_logger().removeFilter(_is_no_repetition)
+            if self._failed:
+                self._free_room()
             self._folder.release()
 
     def _check_room(self, step: int, state: Any) -> None:
@@ -275,12 +276,16 @@ class Checkpointer:
     def _save_failure(self, step: int, error: Exception) -> Exception:
         """The error to raise for a failed save, after freeing the room it took."""
         self._failed = True
-        if jax.process_count() == 1:  # others may still be writing there
-            self._folder.discard_unfinished()
+        self._free_room()
         reason = refusal_of_disk(error)
         if isinstance(error, TimeoutError):
             reason = "it took too long (or the clock of this machine jumped): check this disk"
         return error if reason is None else self._unsaved(step, reason)
+
+    def _free_room(self) -> None:
+        if jax.process_count() == 1:  # others may still be writing there
+            with contextlib.suppress(OSError):  # so may TensorStore: `close` tries again
+                self._folder.discard_unfinished()
 
     def _unsaved(self, step: int, reason: str) -> UserError:
         return UserError(
@@ -332,7 +337,7 @@ def load_model(
     """
     _, path, reason = choose_checkpoint(workdir, checkpoint)
     if reason is not None:
-        absl_logging.info("%s", reason)
+        logging.info("%s", reason)
     config, tokenizer_json = read_texts(path)
     abstract = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(abstract, nnx.Param)
@@ -350,8 +355,3 @@ def _quality(metrics: Mapping[str, float]) -> Quality | None:
     if loss is None or not math.isfinite(loss):
         return None
     return Quality(float(loss), None if predictions is None else int(predictions))
-
-
-def _is_no_repetition(record: logging.LogRecord) -> bool:
-    """False for errors of a save that Orbax logs, traceback and all, and then raises as well."""
-    return record.levelno != logging.ERROR or "/orbax/checkpoint/" not in record.pathname

@@ -104,7 +104,8 @@ class CheckpointFolder:
         self._take_lock()
         if not os.path.lexists(self._ledger_path) and not self.steps():
             self.update_ledger()
-        self.discard_unfinished()
+        for name in self.discard_unfinished():
+            logging.info("discarded an unfinished save: %s", os.path.join(self.path, name))
 
     def release(self) -> None:
         """Gives up what `open_for_training` took."""
@@ -112,14 +113,22 @@ class CheckpointFolder:
             os.close(self._lock)
             self._lock = None
 
-    def discard_unfinished(self) -> None:
-        """Deletes saves that never became complete, and what is no longer kept."""
+    def discard_unfinished(self) -> list[str]:
+        """Deletes saves that never became complete, and what is no longer kept.
+
+        Returns:
+          The names of those saves.
+        """
         shutil.rmtree(os.path.join(self.path, PRUNED), ignore_errors=True)
         unfinished = [name for name in os.listdir(self.path) if UNFINISHED_MARK in name]
         unfinished += [str(step) for step in self.steps() if self._is_unfinished(step)]
         for name in unfinished:
-            logging.info("discarding an unfinished save: %s", os.path.join(self.path, name))
-            shutil.rmtree(os.path.join(self.path, name))
+            path = os.path.join(self.path, name)
+            if os.path.islink(path) or not os.path.isdir(path):
+                os.remove(path)
+            else:
+                shutil.rmtree(path)
+        return unfinished
 
     def mark_complete(self, step: int) -> None:
         """Writes the manifest of `step`: from here on it counts. Then empties what is not kept."""
