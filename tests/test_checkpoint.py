@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
+from small_runs import HYBRID, save_untrained, small_config, write_corpus
 
 from simplernn_jax import load_model
 from simplernn_jax.config import Config, ModelConfig, TrainConfig
@@ -545,3 +546,16 @@ def test_a_pipe_in_a_checkpoint_is_damage(tmp_path, caplog, name):
     assert restored is not None
     assert restored.step == 1
     assert f"2 is damaged: {name} is not a regular file" in caplog.text
+
+
+@pytest.mark.parametrize("block", ["plain", "residual"])
+def test_load_model_under_x64(tmp_path, block):
+    fields = HYBRID if block == "residual" else {"block": block}
+    settings = small_config(**fields, source=write_corpus(tmp_path / "text"))
+    save_untrained(settings, tmp_path / "run")
+    expected, tokenizer, _ = load_model(str(tmp_path / "run"))
+    with jax.enable_x64(True):
+        model = load_model(str(tmp_path / "run"))[0]
+        assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+        tokens = jnp.array([[tokenizer.bos_id, 3, 5, 7]])
+        chex.assert_trees_all_close(model(tokens)[0], expected(tokens)[0], atol=1e-5)
