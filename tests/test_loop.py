@@ -355,3 +355,15 @@ def test_a_pipe_in_the_place_of_the_configuration_is_refused(tmp_path):
     os.mkfifo(tmp_path / "run" / "config.json")
     with pytest.raises(UserError, match=r"run/config\.json: not a regular file"):
         train(small_config(source=write_corpus(tmp_path / "text")), str(tmp_path / "run"))
+
+
+def test_a_resumed_run_says_what_changed(tmp_path, capsys):
+    config = small_config(source=write_corpus(tmp_path / "text"), steps=2)
+    train(config, str(tmp_path / "run"))
+    config.train.steps = 3
+    capsys.readouterr()
+    train(config, str(tmp_path / "run"))
+    assert (
+        "--config.train.steps: 2 until here, 3 now; it rescales the learning rate's schedule"
+        in capsys.readouterr().out
+    )

@@ -9,7 +9,12 @@ import pytest
 from small_runs import save_untrained, small_config, write_corpus
 
 from simplernn_jax.errors import UserError
-from simplernn_jax.training.preparation import open_saved_corpus, prepare, total_steps
+from simplernn_jax.training.preparation import (
+    changed_fields,
+    open_saved_corpus,
+    prepare,
+    total_steps,
+)
 
 
 @pytest.fixture
@@ -71,6 +76,24 @@ def test_length_intervals_rates_and_names_may_change(workdir, config):
     resumed, _ = prepare(changed, workdir)
     assert resumed.train == changed.train
     assert resumed.optimizer == changed.optimizer
+
+
+def test_what_changed_since_the_checkpoint_is_told_field_by_field(config):
+    changed = small_config(
+        source=config.data.source,
+        validation_fraction=config.data.validation_fraction,
+        learning_rate=5.0,
+        steps=99,
+        keep_last=3,
+        cache_dir="elsewhere",
+    )
+    assert changed_fields(changed, config) == [
+        "--config.optimizer.learning_rate: 0.002 until here, 5.0 now; it rescales the learning "
+        "rate's schedule",
+        "--config.train.steps: 40 until here, 99 now; it rescales the learning rate's schedule",
+        "--config.train.keep_last: 2 until here, 3 now",
+    ]
+    assert changed_fields(config, config) == []
 
 
 def test_preparing_verifies_the_configuration_and_leaves_the_arrays_to_the_restore(workdir, config):

@@ -37,7 +37,7 @@ from simplernn_jax.training.interruption import Interruption
 from simplernn_jax.training.metrics import MetricsWriter
 from simplernn_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from simplernn_jax.training.placement import batch_shardings
-from simplernn_jax.training.preparation import prepare, total_steps
+from simplernn_jax.training.preparation import changed_fields, prepare, total_steps
 from simplernn_jax.training.profiling import Profile
 from simplernn_jax.training.recompilation import CountedCalls
 from simplernn_jax.training.train_step import (
@@ -108,6 +108,7 @@ class _Run:
             keep_last=config.train.keep_last,
             keep_best=config.train.keep_best,
         )
+        self.changes: list[str] = []
         try:
             self.state, self.batches = self._start_or_resume(optimizer)
             self.position = self.batches.get_state()
@@ -141,6 +142,7 @@ class _Run:
                 f"{self.workdir} was trained on; give it the same text, or use another --workdir"
             )
         batches.set_state(restored.data_state["batches"])
+        self.changes = changed_fields(config, restored.config)
         return self.layout.from_files(restored.state), batches
 
     def _next_batch(self) -> Batch:
@@ -347,6 +349,8 @@ class _Run:
             display.say(describe_stages(length, self.config.mesh.stage))
         if self.first_step:
             display.say(f"resuming {self.workdir} at step {self.first_step} of {self.total_steps}")
+        for change in self.changes:
+            display.say(change)
         if self.first_step >= self.total_steps:
             display.say("all steps are done; raise --config.train.steps or epochs to train more")
 

@@ -108,6 +108,34 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
     return corpus
 
 
+_SCHEDULE = (
+    ("train", "steps"),
+    ("train", "epochs"),
+    ("optimizer", "learning_rate"),
+    ("optimizer", "warmup_steps"),
+    ("optimizer", "final_learning_rate"),
+)
+"""Fields that change the learning rate of steps to come."""
+
+_HARMLESS = (("data", "cache_dir"),)
+"""Fields that say where things lie."""
+
+
+def changed_fields(ours: Config, theirs: Config) -> list[str]:
+    """One line for each field in which a resumed run (`ours`) differs from its checkpoint."""
+    lines = []
+    for section in dataclasses.fields(ours):
+        mine, saved = getattr(ours, section.name), getattr(theirs, section.name)
+        for field in dataclasses.fields(mine):
+            now, before = getattr(mine, field.name), getattr(saved, field.name)
+            place = (section.name, field.name)
+            if now == before or place in _HARMLESS:
+                continue
+            note = "; it rescales the learning rate's schedule" if place in _SCHEDULE else ""
+            lines.append(f"--config.{'.'.join(place)}: {before!r} until here, {now!r} now{note}")
+    return lines
+
+
 def total_steps(config: Config, corpus: TokenizedCorpus) -> int:
     """Optimizer steps of the whole run."""
     per_epoch = steps_per_epoch(corpus.train, config.data)
