@@ -19,13 +19,15 @@ def unraisable(monkeypatch):
     return seen
 
 
-def test_only_closed_event_loops_of_no_object_are_left_out(unraisable):
+def test_only_closed_event_loops_and_coroutines_of_orbax_are_left_out(unraisable):
     def report(error, of=None):
         sys.unraisablehook(
             types.SimpleNamespace(exc_type=type(error), exc_value=error, object=of, err_msg=None)
         )
 
     report(RuntimeError("Event loop is closed"))
+    code = types.SimpleNamespace(co_filename="/site-packages/orbax/checkpoint/serialization.py")
+    report(RuntimeError("coroutine ignored GeneratorExit"), of=types.SimpleNamespace(cr_code=code))
     assert unraisable == []
     report(RuntimeError("Event loop is closed"), of=print)
     report(RuntimeError("another"))

@@ -13,8 +13,8 @@ def drop_echoes() -> None:
 
     Orbax logs the error, traceback and all, before it raises it. Then it closes its event loop:
     of every other write that fails, asyncio says that nobody asked for its exception, and every
-    write that ends later finds the loop closed, which TensorStore's threads report through
-    `sys.unraisablehook`. Together hundreds of lines, up to the end of the process.
+    write that ends later finds the loop closed, which TensorStore's threads and the coroutines
+    report through `sys.unraisablehook`. Together hundreds of lines, up to the end of the process.
     """
     absl_logging.get_absl_logger().addFilter(_is_no_repetition)
     logging.getLogger("asyncio").addFilter(_is_asked_for)
@@ -36,10 +36,16 @@ class _WithoutClosedLoops:
         self._hook = hook
 
     def __call__(self, unraisable: Any) -> None:
-        is_echo = (
+        is_closed_loop = (
             unraisable.exc_type is RuntimeError
             and str(unraisable.exc_value) == "Event loop is closed"
             and unraisable.object is None
         )
-        if not is_echo:
+        if not is_closed_loop and not _is_of_orbax(unraisable.object):
             self._hook(unraisable)
+
+
+def _is_of_orbax(coroutine: Any) -> bool:
+    """Whether this is a coroutine of Orbax, which could not end since its loop was closed."""
+    code = getattr(coroutine, "cr_code", None)
+    return "/orbax/checkpoint/" in getattr(code, "co_filename", "")
