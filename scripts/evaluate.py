@@ -3,9 +3,10 @@
     python scripts/evaluate.py --workdir runs/base
     python scripts/evaluate.py --workdir runs/base --window 256 --stride 64
 
-Needs the workdir alone. Every prediction of the split counts once, with the state carried over
-each document, or, with --window, read by overlapping windows from a zero state. Bits per byte
-compare models of any tokenizer, and models with compressors.
+Needs the workdir alone, unless the run kept its tokens elsewhere (--cache_dir). Every prediction of
+the split counts once, with the state carried over each document, or, with --window, read by
+overlapping windows from a zero state. Bits per byte compare models of any tokenizer, and models
+with compressors.
 """
 
 import bootstrap
@@ -24,6 +25,8 @@ from simplernn_jax.data.window_batches import Windows, check_windows
 from simplernn_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
+_CHECKPOINT = command_line.define_checkpoint_flag()
+_CACHE_DIR, _SOURCE = command_line.define_corpus_flags()
 _SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "train"], "What to score.")
 _WINDOW = flags.DEFINE_integer(
     "window",
@@ -46,7 +49,7 @@ _PIECE_TOKENS = 2**20
 
 
 def main() -> None:
-    """Loads the newest whole checkpoint of --workdir and prints what it makes of --split."""
+    """Loads the chosen whole checkpoint of --workdir and prints what it makes of --split."""
     if not _WORKDIR.value:
         raise UserError("no --workdir: name the folder of a training run, such as runs/base")
     windows = chosen_windows()
@@ -63,8 +66,8 @@ def main() -> None:
 
     check_devices()
     use_compilation_cache()
-    model, tokenizer, config = load_model(workdir)
-    corpus = open_saved_corpus(workdir)
+    model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
+    corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_SOURCE.value)
     split = corpus.train if _SPLIT.value == "train" else corpus.validation
     if split is None:
         raise UserError(

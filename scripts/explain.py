@@ -36,6 +36,8 @@ if TYPE_CHECKING:  # what takes long to import comes after the flags are known t
     from simplernn_jax.data import TokenSplit
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run to look into.")
+_CHECKPOINT = command_line.define_checkpoint_flag()
+_CACHE_DIR, _SOURCE = command_line.define_corpus_flags()
 _TEXT = flags.DEFINE_string("text", None, "Text to read.")
 _TEXT_FILE = flags.DEFINE_string("text_file", None, "UTF-8 file to read; - is standard input.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the page; made where it is missing.")
@@ -53,7 +55,7 @@ _OUTPUT = re.compile(r"explain\.(html|json)|[a-z_]+(\d+)?\.png")
 
 
 def main() -> int:
-    """Explains the text with the newest whole checkpoint of --workdir."""
+    """Explains the text with the chosen whole checkpoint of --workdir."""
     if not _WORKDIR.value:
         raise UserError("no --workdir: name the folder of a training run, such as runs/base")
     if not _OUT.value:
@@ -71,7 +73,7 @@ def main() -> int:
 
     check_devices()
     use_compilation_cache()
-    model, tokenizer, config = load_model(workdir)
+    model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
     out.mkdir(parents=True, exist_ok=True)
     explanation = explain(
         model,
@@ -88,7 +90,7 @@ def main() -> int:
     facts = {
         "model": f"{counted(sizes.num_layers, 'layer')} of width {sizes.hidden_dim}, "
         f"{counted(sizes.num_heads, 'head')}",
-        "checkpoint": f"step {read_config(workdir)[2]:,} of {_WORKDIR.value}",
+        "checkpoint": f"step {read_config(workdir, _CHECKPOINT.value)[2]:,} of {_WORKDIR.value}",
     }
     page = _write(out, explanation, facts)
     is_exact = _print_errors(explanation, sizes.precision == sizes.state_precision == "float32")
@@ -120,7 +122,9 @@ def _validation_split(workdir: str) -> "TokenSplit | None":
     from simplernn_jax.training.preparation import open_saved_corpus
 
     try:
-        return open_saved_corpus(workdir).validation
+        return open_saved_corpus(
+            workdir, cache_dir=_CACHE_DIR.value, source=_SOURCE.value
+        ).validation
     except UserError as error:
         logging.warning("evaluating on the given text, however short: %s", error)
         return None

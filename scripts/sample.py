@@ -28,6 +28,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.files import check_output
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run to write with.")
+_CHECKPOINT = command_line.define_checkpoint_flag()
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; without one, a new document.")
 _PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "UTF-8 file to continue; - is standard input."
@@ -65,7 +66,7 @@ _LOAD_STATE = flags.DEFINE_string(
 
 
 def main() -> None:
-    """Loads the newest whole checkpoint of --workdir and writes until EOS or --max_new_tokens.
+    """Loads the chosen whole checkpoint of --workdir and writes until EOS or --max_new_tokens.
 
     With several continuations, each stands under a line of its own; one alone is streamed.
     """
@@ -83,7 +84,7 @@ def main() -> None:
 
     check_devices()
     use_compilation_cache()
-    model, tokenizer, config = load_model(workdir)
+    model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
     settings = {
         "temperature": _TEMPERATURE.value,
         "top_k": _TOP_K.value,

@@ -14,15 +14,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load_model(workdir: str) -> tuple[Any, Any, Any]:
+def load_model(workdir: str, checkpoint: str | int = "best") -> tuple[Any, Any, Any]:
     """Loads what a training run left: ``(model, tokenizer, config)``.
 
-    The newest whole checkpoint under `workdir` is verified and restored; nothing in it is
-    executed. Imports happen here, so that importing the package stays cheap.
+    The checkpoint is verified and restored; nothing in it is executed. Imports happen here, so
+    that importing the package stays cheap.
+
+    Args:
+      workdir: folder of a training run.
+      checkpoint: ``best``, the one of lowest validation loss where all that were evaluated were
+        so on the same tokens, else the newest; ``newest``; or a step.
 
     Raises:
-      UserError: no checkpoint there, or none that is whole.
+      UserError: no such checkpoint there, or none that is whole.
     """
     from simplernn_jax.training.checkpoint import load_model as load
 
-    return load(workdir)
+    return load(workdir, checkpoint)

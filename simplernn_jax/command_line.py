@@ -47,7 +47,9 @@ __all__ = [
     "EXIT_INTERRUPTED",
     "Arguments",
     "define_arguments",
+    "define_checkpoint_flag",
     "define_config_flag",
+    "define_corpus_flags",
     "expand_path",
     "read_text",
     "run",
@@ -91,6 +93,33 @@ def define_arguments(usage: str) -> Arguments:
     global _arguments  # noqa: PLW0603 - like absl's flags: a process has one command line
     _arguments = Arguments(usage)
     return _arguments
+
+
+def define_checkpoint_flag() -> flags.FlagHolder[str]:
+    """Lets this script take ``--checkpoint``: what `load_model` takes by that name."""
+    holder = flags.DEFINE_string(
+        "checkpoint",
+        "best",
+        "best (lowest validation loss; the newest where losses cannot be compared), newest, or a "
+        "step.",
+    )
+    flags.register_validator(
+        holder,
+        lambda value: value in ("best", "newest") or (value.isascii() and value.isdecimal()),
+        "must be best, newest or a step",
+    )
+    return holder
+
+
+def define_corpus_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[str]]:
+    """Lets this script take ``--cache_dir`` and ``--source``: see `open_saved_corpus`."""
+    cache_dir = flags.DEFINE_string(
+        "cache_dir", "", "Folder of the run's tokens, where they are not in the workdir."
+    )
+    source = flags.DEFINE_string(
+        "source", "", "Text to make the run's tokens from again, where they were deleted."
+    )
+    return cache_dir, source
 
 
 def read_text(text: str | None, file: str | None, *, name: str) -> str:

@@ -12,6 +12,7 @@ import contextlib
 import glob
 import hashlib
 import os
+import secrets
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from absl import logging
 from jax._src import compilation_cache
 
 from simplernn_jax.cache_folder import cache_folder
+from simplernn_jax.files import read_file
 
 MAX_BYTES = 256 * 2**20
 """Room for all entries, unless ``JAX_COMPILATION_CACHE_MAX_SIZE`` sets another bound."""
@@ -72,8 +74,8 @@ class SealedFolder:
         """What `put` was given, or None if it is not there or was changed."""
         seal = self._path / f"{key}{_SEAL}"
         try:
-            value = (self._path / f"{key}{_ENTRY}").read_bytes()
-            if seal.read_bytes() != _digest(value):
+            value = read_file(self._path / f"{key}{_ENTRY}", self._max_bytes)
+            if read_file(seal, len(_digest(b""))) != _digest(value):
                 return None
         except OSError:
             return None
@@ -98,9 +100,10 @@ class SealedFolder:
             self._failed = True
 
     def _replace(self, key: str, suffix: str, content: bytes) -> None:
-        temporary = self._path / f"{key}-{os.getpid()}.tmp"
+        temporary = self._path / f"{key}-{secrets.token_hex(8)}.tmp"
         try:
-            temporary.write_bytes(content)
+            with open(temporary, "xb") as file:  # x: what others have put there is not opened
+                file.write(content)
             os.replace(temporary, self._path / f"{key}{suffix}")
         except OSError:
             temporary.unlink(missing_ok=True)

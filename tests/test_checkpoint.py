@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import errno
+import gc
 import os
 import re
+import resource
 import shutil
 import types
 from pathlib import Path
@@ -19,14 +21,18 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
+from small_runs import HYBRID, save_untrained, small_config, write_corpus
 
 from simplernn_jax import load_model
 from simplernn_jax.config import Config, ModelConfig, TrainConfig
 from simplernn_jax.data.tokenizer import load_tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.training import manifest
+from simplernn_jax.training import checkpoint_verification, manifest
+from simplernn_jax.training.among_processes import among_processes
 from simplernn_jax.training.checkpoint import Checkpointer, Restored, check_same_model, read_config
+from simplernn_jax.training.checkpoint_contents import read_arrays
+from simplernn_jax.training.checkpoint_folder import check_workdir
 
 TOKENIZER = '{"kind": "char", "alphabet": "añ\\u2713"}'
 
@@ -362,6 +368,26 @@ def test_a_disk_that_fills_up_during_a_save_loses_nothing_earlier(tmp_path, monk
     assert_same_bytes(restored.state, make_state(1))
 
 
+def test_a_disk_that_refuses_a_background_save_is_one_error_and_no_noise(tmp_path, capfd, caplog):
+    """What Orbax logs and what TensorStore's threads say after it are echoes of the error."""
+    keys = jax.random.split(jax.random.key(0), 40)
+    state = {f"layer_{i}": jax.random.normal(key, (30_011,)) for i, key in enumerate(keys)}
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"values": jnp.zeros(3)}, {}, wait=True)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+            checkpointer.save(2, state, {})
+            with pytest.raises(UserError, match=r"step 2 could not be saved.*: File too large: "):
+                checkpointer.save(3, state, {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    gc.collect()  # of forgotten futures
+    assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+    assert steps_in(tmp_path / "checkpoints") == [1]
+
+
 def test_another_model_is_named_before_arrays_are_read(tmp_path):
     save_steps(tmp_path, 1)
     other = Checkpointer(str(tmp_path), config(num_layers=2), TOKENIZER, keep_last=2, keep_best=0)
@@ -408,3 +434,128 @@ def test_only_one_process_trains_in_a_workdir(tmp_path):
     with open_checkpointer(tmp_path), pytest.raises(UserError, match="another process is training"):
         open_checkpointer(tmp_path)
     assert restore(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["run [2]", "what?", "a*b", "back\\slash", "gs:/bucket", "\udcff"])
+def test_a_path_that_cannot_be_saved_to_is_refused_before_anything_is_made(tmp_path, name):
+    workdir = str(tmp_path / name) if name[:3] != "gs:" else "gs://bucket/run"
+    with pytest.raises(UserError, match=r"^--workdir .*; (rename|mount) "):
+        check_workdir(workdir)
+    with pytest.raises(UserError, match=r"^--workdir "):
+        Checkpointer(workdir, config(), TOKENIZER, keep_last=2, keep_best=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_makes_a_path_with_brackets_usable(tmp_path):
+    (tmp_path / "run [2]").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "run [2]")
+    save_steps(tmp_path / "run", 3)
+    assert read_config(str(tmp_path / "run [2]"))[2] == 3
+
+
+def test_what_does_not_read_back_as_written_never_counts(tmp_path, monkeypatch):
+    """Orbax merged nothing where it took a path for a pattern, and raised nothing."""
+    save_steps(tmp_path, 1)
+
+    def read_other(path, names, shardings=None):
+        arrays = read_arrays(path, names, shardings)
+        if "extra/half" in arrays:
+            arrays["extra/half"] = arrays["extra/half"][::-1]
+        return arrays
+
+    for name, function, message in [
+        ("read_arrays", read_other, "extra/half is not what was written"),
+        ("saved_leaves", lambda path: {}, "step is missing"),
+    ]:
+        with open_checkpointer(tmp_path) as checkpointer, monkeypatch.context() as patch:
+            patch.setattr(checkpoint_verification, name, function)
+            checkpointer.save(2, make_state(2), {})
+            match = rf"step 2 could not be saved.*does not read back.*{message}.*whole"
+            with pytest.raises(UserError, match=match):
+                checkpointer.save(3, make_state(3), {})
+        assert steps_in(tmp_path / "checkpoints") == [1]
+    restored = restore(tmp_path)
+    assert restored is not None
+    assert_same_bytes(restored.state, make_state(1))
+
+
+def test_a_clock_that_is_set_during_a_save_ends_no_wait():
+    """A board without a battery goes from 1970 to today."""
+    assert among_processes()["async_options"].timeout_secs > 60 * 365 * 24 * 3600
+
+
+def test_a_save_that_takes_too_long_is_no_matter_of_space(tmp_path, monkeypatch):
+    with open_checkpointer(tmp_path) as checkpointer:
+
+        def give_up() -> None:
+            raise TimeoutError("ChainedFuture completed 0/7 futures but timed out")
+
+        monkeypatch.setattr(checkpointer._open_manager(), "wait_until_finished", give_up)
+        with pytest.raises(UserError, match="the clock of this machine jumped") as caught:
+            checkpointer.save(1, make_state(1), {}, wait=True)
+    assert "space" not in str(caught.value)
+
+
+def test_a_checkpoint_copied_over_a_newer_one_is_damage(tmp_path, caplog):
+    save_steps(tmp_path, 1, 2)
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "2")
+    with open_checkpointer(tmp_path) as checkpointer:
+        restored = checkpointer.restore(abstract_state())
+        assert restored is not None
+        assert restored.step == 1
+        checkpointer.save(2, make_state(2), {})
+    assert "checkpoints/2 is damaged: it is a copy of that of step 1; moved to" in caplog.text
+    restored = restore(tmp_path)
+    assert restored is not None
+    assert_same_bytes(restored.state, make_state(2))
+
+
+def test_a_damaged_checkpoint_that_cannot_be_moved_aside_is_said(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "checkpoints_damaged").write_bytes(b"")
+    damage_by_flip(tmp_path / "checkpoints" / "2" / "data" / "metadata")
+    with pytest.raises(UserError, match=r"2 is damaged: data/metadata .*; it cannot be moved to "):
+        restore(tmp_path)
+    assert steps_in(tmp_path / "checkpoints") == [1, 2]
+
+
+def test_folders_that_are_no_steps_are_left_alone(tmp_path):
+    save_steps(tmp_path, 1)
+    for name in ("007", "9" * 200, "٣", "1 "):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert read_config(str(tmp_path))[2] == 1
+
+
+@pytest.mark.parametrize("name", ["lock", "complete.json"])
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_named(tmp_path, name):
+    save_steps(tmp_path, 1)
+    (tmp_path / "checkpoints" / name).unlink()
+    os.mkfifo(tmp_path / "checkpoints" / name)
+    with pytest.raises(UserError, match=f"checkpoints/{name}: not a regular file; remove it"):
+        restore(tmp_path)
+    assert read_config(str(tmp_path))[2] == 1
+
+
+@pytest.mark.parametrize("name", ["quality/metadata", "config/metadata", "state/_METADATA"])
+def test_a_pipe_in_a_checkpoint_is_damage(tmp_path, caplog, name):
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "checkpoints" / "2" / name).unlink()
+    os.mkfifo(tmp_path / "checkpoints" / "2" / name)
+    restored = restore(tmp_path)
+    assert restored is not None
+    assert restored.step == 1
+    assert f"2 is damaged: {name} is not a regular file" in caplog.text
+
+
+@pytest.mark.parametrize("block", ["plain", "residual"])
+def test_load_model_under_x64(tmp_path, block):
+    fields = HYBRID if block == "residual" else {"block": block}
+    settings = small_config(**fields, source=write_corpus(tmp_path / "text"))
+    save_untrained(settings, tmp_path / "run")
+    expected, tokenizer, _ = load_model(str(tmp_path / "run"))
+    with jax.enable_x64(True):
+        model = load_model(str(tmp_path / "run"))[0]
+        assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+        tokens = jnp.array([[tokenizer.bos_id, 3, 5, 7]])
+        chex.assert_trees_all_close(model(tokens)[0], expected(tokens)[0], atol=1e-5)

@@ -176,3 +176,22 @@ def test_a_disk_that_fails_is_one_warning(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"not all is kept: {tmp_path / 'gone'}: No such file or directory"
     ]
+
+
+@pytest.mark.parametrize("suffix", ["-cache", "-sha256"])
+def test_a_pipe_in_the_place_of_an_entry_is_replaced(tmp_path, suffix):
+    folder = SealedFolder(tmp_path, 1000)
+    folder.put("key", b"program")
+    (tmp_path / f"key{suffix}").unlink()
+    os.mkfifo(tmp_path / f"key{suffix}")
+    assert folder.get("key") is None
+    folder.put("key", b"program")
+    assert folder.get("key") == b"program"
+
+
+def test_an_entry_that_never_ends_is_none(tmp_path):
+    folder = SealedFolder(tmp_path, 1000)
+    folder.put("key", b"program")
+    (tmp_path / "key-cache").unlink()
+    (tmp_path / "key-cache").symlink_to("/dev/zero")
+    assert folder.get("key") is None

@@ -71,6 +71,7 @@ def test_a_run_that_holds_nothing_out_says_so(tmp_path):
         ([], "no --workdir"),
         (["--workdir", "nowhere"], "nowhere"),
         (["--workdir", "x", "--split", "test"], "split"),
+        (["--workdir", "x", "--checkpoint", "last"], "--checkpoint=last: must be best, newest or"),
         (["--workdir", "x", "--stride", "3"], "--stride=3 is of windows: give --window too"),
         (["--workdir", "x", "--window", "3", "--stride", "4"], "the stride must be at least 1"),
     ],
@@ -81,6 +82,19 @@ def test_bad_flags_are_one_line_and_exit_code_2(arguments, message):
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1
     assert message in errors
+
+
+def test_the_text_of_a_run_is_read_only_where_a_flag_names_it(tmp_path):
+    config = small_config(source=write_corpus(tmp_path / "text"), validation_fraction=0.3)
+    save_untrained(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "tokens")
+    code, output, errors = evaluate("--workdir", tmp_path / "run")
+    assert (code, output) == (2, "")
+    assert errors.startswith("error: the tokens of this run are not in ")
+    assert errors.count("\n") == 1
+    code, output, _ = evaluate("--workdir", tmp_path / "run", "--source", config.data.source)
+    assert code == 0
+    assert "nats/token" in output
 
 
 def test_overlapping_windows_score_the_same_predictions(tmp_path):

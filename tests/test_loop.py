@@ -19,6 +19,8 @@ from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
 from simplernn_jax.training import loop
+from simplernn_jax.training.checkpoint_contents import saved_quality
+from simplernn_jax.training.checkpoint_folder import CheckpointFolder
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
 from simplernn_jax.training.preparation import open_saved_corpus
@@ -216,9 +218,9 @@ def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch):
     config.train.steps = 42
     assert train(config, "run").step == 42
     hashes = [kept["position in the data"]["content_hash"] for kept in (before, after)]
-    assert hashes[0] == hashes[1] == open_saved_corpus("run").content_hash
+    assert hashes[0] == hashes[1] == open_saved_corpus("run", cache_dir="tokens").content_hash
     shutil.rmtree(tmp_path / "tokens")
-    assert open_saved_corpus("run").content_hash == hashes[0]
+    assert open_saved_corpus("run", source=".").content_hash == hashes[0]
 
 
 def test_the_last_save_is_waited_for_when_the_metrics_cannot_be_closed(tmp_path, monkeypatch):
@@ -322,3 +324,53 @@ def test_a_loss_that_is_never_finite_is_one_line_and_exit_code_2(tmp_path):
     )
     step, batch, untouched = map(int, re.fullmatch(message, lines[0]).groups())
     assert (batch, untouched) == (step - 1, step - 2)
+
+
+def test_a_workdir_that_cannot_hold_checkpoints_is_refused_before_the_data_is_read(tmp_path):
+    config = small_config(source=str(tmp_path / "missing"))
+    with pytest.raises(UserError, match=r"^--workdir .*run \[2\]: has \[ in its path"):
+        train(config, str(tmp_path / "run [2]"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_checkpoint_is_evaluated_as_those_before_it(tmp_path):
+    config = small_config(
+        source=write_corpus(tmp_path / "text"),
+        validation_fraction=0.3,
+        steps=7,
+        eval_every=3,
+        eval_tokens=20,
+        save_every=3,
+    )
+    result = train(config, str(tmp_path / "run"))
+    folder = CheckpointFolder(str(tmp_path / "run"))
+    qualities = {step: saved_quality(folder.step_path(step)) for step in folder.complete_steps()}
+    assert {step: quality.predictions for step, quality in qualities.items()} == {6: 20, 7: 20} | (
+        {3: 20} if 3 in qualities else {}
+    )
+    assert result.evaluation.predictions > 20
+    rows = [row for row in read_metrics(str(tmp_path / "run")) if row["kind"] == "validation"]
+    assert [(row["step"], row["predictions"]) for row in rows] == [
+        (3, 20),
+        (6, 20),
+        (7, result.evaluation.predictions),
+    ]
+
+
+def test_a_pipe_in_the_place_of_the_configuration_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "config.json")
+    with pytest.raises(UserError, match=r"run/config\.json: not a regular file"):
+        train(small_config(source=write_corpus(tmp_path / "text")), str(tmp_path / "run"))
+
+
+def test_a_resumed_run_says_what_changed(tmp_path, capsys):
+    config = small_config(source=write_corpus(tmp_path / "text"), steps=2)
+    train(config, str(tmp_path / "run"))
+    config.train.steps = 3
+    capsys.readouterr()
+    train(config, str(tmp_path / "run"))
+    assert (
+        "--config.train.steps: 2 until here, 3 now; it rescales the learning rate's schedule"
+        in capsys.readouterr().out
+    )

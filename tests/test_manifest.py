@@ -2,6 +2,7 @@
 
 import pytest
 
+from simplernn_jax.sealed_file import write_sealed
 from simplernn_jax.training import manifest
 
 
@@ -84,3 +85,29 @@ def test_a_manifest_written_again_covers_the_new_content(folder):
     (folder / "last").write_bytes(b"new")
     manifest.write_manifest(str(folder))
     assert manifest.find_damage(str(folder)) is None
+
+
+def put_pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def put_endless(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("put", [put_pipe, put_endless])
+def test_pipes_and_devices_are_damage_and_no_hang(folder, put):
+    put(folder / "inner" / "nothing")  # as large as it should be, by what the file system says
+    expected = "inner/nothing is not a regular file"
+    assert manifest.find_damage(str(folder)) == expected
+    assert manifest.find_damage(str(folder), ["other"]) == expected
+    put(folder / manifest.MANIFEST_NAME)
+    assert manifest.find_damage(str(folder)) == "manifest.sha256 was changed"
+
+
+@pytest.mark.parametrize("body", ["no manifest\n", "0" * 64 + " -1 last\n", "0" * 64 + " 12\n"])
+def test_a_sealed_text_that_is_no_manifest_is_damage(folder, body):
+    write_sealed(str(folder / manifest.MANIFEST_NAME), body)
+    assert manifest.find_damage(str(folder)) == "manifest.sha256 is no manifest"

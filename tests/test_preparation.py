@@ -9,7 +9,12 @@ import pytest
 from small_runs import save_untrained, small_config, write_corpus
 
 from simplernn_jax.errors import UserError
-from simplernn_jax.training.preparation import open_saved_corpus, prepare, total_steps
+from simplernn_jax.training.preparation import (
+    changed_fields,
+    open_saved_corpus,
+    prepare,
+    total_steps,
+)
 
 
 @pytest.fixture
@@ -73,6 +78,24 @@ def test_length_intervals_rates_and_names_may_change(workdir, config):
     assert resumed.optimizer == changed.optimizer
 
 
+def test_what_changed_since_the_checkpoint_is_told_field_by_field(config):
+    changed = small_config(
+        source=config.data.source,
+        validation_fraction=config.data.validation_fraction,
+        learning_rate=5.0,
+        steps=99,
+        keep_last=3,
+        cache_dir="elsewhere",
+    )
+    assert changed_fields(changed, config) == [
+        "--config.optimizer.learning_rate: 0.002 until here, 5.0 now; it rescales the learning "
+        "rate's schedule",
+        "--config.train.steps: 40 until here, 99 now; it rescales the learning rate's schedule",
+        "--config.train.keep_last: 2 until here, 3 now",
+    ]
+    assert changed_fields(config, config) == []
+
+
 def test_preparing_verifies_the_configuration_and_leaves_the_arrays_to_the_restore(workdir, config):
     checkpoint = Path(workdir) / "checkpoints" / "1"
     arrays = max((checkpoint / "state").rglob("*"), key=lambda path: path.stat().st_size)
@@ -132,18 +155,37 @@ def test_the_tokens_of_a_run_are_found_without_their_source(tmp_path, config):
     assert corpus.tokenizer.to_json() == expected.tokenizer.to_json()
 
 
-def test_a_relative_cache_dir_is_found_from_another_folder(tmp_path, config, monkeypatch):
+def test_tokens_elsewhere_are_found_where_the_caller_says(tmp_path, config, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config.data.cache_dir = "tokens"
     expected = save_untrained(config, tmp_path / "run")
     shutil.rmtree(config.data.source)
-    monkeypatch.chdir("/")
-    assert open_saved_corpus(str(tmp_path / "run")).content_hash == expected.content_hash
+    for cache_dir in ("tokens", str(tmp_path / "tokens")):
+        corpus = open_saved_corpus(str(tmp_path / "run"), cache_dir=cache_dir)
+        assert corpus.content_hash == expected.content_hash
 
 
-def test_deleted_tokens_are_made_again_from_the_same_text(tmp_path, config, workdir):
+def test_a_checkpoint_names_no_path_that_is_read_or_written(tmp_path, config):
+    config.data.cache_dir = str(tmp_path / "elsewhere")
+    save_untrained(config, tmp_path / "run")
+    with pytest.raises(
+        UserError,
+        match=r"not in .*run/tokens: .*--cache_dir \(it was kept in .*elsewhere\), .*--source ",
+    ):
+        open_saved_corpus(str(tmp_path / "run"))
+    shutil.rmtree(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="not in"):
+        open_saved_corpus(str(tmp_path / "run"))
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_deleted_tokens_are_made_again_from_the_text_that_the_caller_names(
+    tmp_path, config, workdir
+):
     shutil.rmtree(tmp_path / "run" / "tokens")
-    corpus = open_saved_corpus(workdir)
+    # The configuration of a checkpoint may name a tokenizer too: the saved one is used.
+    os.rename(config.data.source, tmp_path / "moved")
+    corpus = open_saved_corpus(workdir, source=str(tmp_path / "moved"))
     assert corpus.validation is not None
     assert (tmp_path / "run" / "tokens").is_dir()
 
@@ -151,11 +193,13 @@ def test_deleted_tokens_are_made_again_from_the_same_text(tmp_path, config, work
 def test_deleted_tokens_are_not_made_from_another_text(tmp_path, config, workdir):
     shutil.rmtree(tmp_path / "run" / "tokens")
     write_corpus(tmp_path / "text", seed=1)
-    with pytest.raises(UserError, match=r"no longer in .*tokens, and the text of .* is not what"):
-        open_saved_corpus(workdir)
+    with pytest.raises(
+        UserError, match=r"--source=.*: not the text that the run in .* was trained"
+    ):
+        open_saved_corpus(workdir, source=config.data.source)
     shutil.rmtree(config.data.source)
-    with pytest.raises(UserError, match=r"no longer in .*tokens, and its source is of no use: /"):
-        open_saved_corpus(workdir)
+    with pytest.raises(UserError, match=f"^{config.data.source}: "):
+        open_saved_corpus(workdir, source=config.data.source)
 
 
 def test_damaged_tokens_are_made_again_or_named(tmp_path, config, workdir):

@@ -56,7 +56,7 @@ class LanguageModel(nnx.Module):
                 for mixer in config.mixers
             ]
         )
-        self.final_scale = None if plain else nnx.Param(jnp.ones(config.hidden_dim))
+        self.final_scale = None if plain else nnx.Param(jnp.ones(config.hidden_dim, parameters))
         tied = config.tie_embeddings and not plain
         init = {} if plain else {"kernel_init": nnx.initializers.normal(scale)}
         self.head = (

@@ -9,15 +9,18 @@ import orbax.checkpoint as ocp
 _PATIENCE_SECONDS = 24 * 3600
 """A process that has died ends the others long before (`distributed.HEARTBEAT_SECONDS`)."""
 
+_ALONE_SECONDS = 100 * 365 * 24 * 3600
+"""One process waits for nobody, and Orbax measures by a clock that may be set meanwhile."""
+
 
 def among_processes() -> dict[str, Any]:
-    """Options of `ocp.CheckpointManager`; none for one process.
+    """Options of `ocp.CheckpointManager`.
 
-    By default it waits in computations on the devices, which get in the way of training when they
-    come from another thread.
+    By default several processes wait in computations on the devices, which get in the way of
+    training when they come from another thread.
     """
     if jax.process_count() == 1:
-        return {}
+        return {"async_options": ocp.options.AsyncOptions(timeout_secs=_ALONE_SECONDS)}
     together = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
     return {
         "multiprocessing_options": together,

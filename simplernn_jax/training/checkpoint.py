@@ -1,8 +1,8 @@
 """Saves a run so that it goes on exactly, and gives it back only if every byte is as written.
 
 A checkpoint holds the training state (one array per leaf, named by its path), the position in
-the data, the configuration and the tokenizer. Orbax writes it while training goes on; then its
-manifest is written, and only then it counts (see `checkpoint_folder`).
+the data, the configuration and the tokenizer. Orbax writes it while training goes on; then it is
+read back and compared, its manifest is written, and only then it counts (see `checkpoint_folder`).
 
 Several processes that train together write it together, each the parts that lie on its devices;
 process 0 alone verifies, writes the manifest when all have finished, and deletes.
@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import logging
 import math
 import os
 import shutil
@@ -23,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
+from absl import logging
 from flax import nnx
 
 from simplernn_jax import config as config_lib
@@ -34,9 +33,11 @@ from simplernn_jax.models import LanguageModel
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.parallel.agreement import from_first, is_first, wait_for_all
 from simplernn_jax.training.among_processes import among_processes
+from simplernn_jax.training.checkpoint_choice import BEST, NEWEST, choose_checkpoint
 from simplernn_jax.training.checkpoint_contents import (
-    QUALITY,
+    Quality,
     check_leaves,
+    quality_item,
     read_arrays,
     read_json,
     read_texts,
@@ -44,6 +45,12 @@ from simplernn_jax.training.checkpoint_contents import (
     saved_quality,
 )
 from simplernn_jax.training.checkpoint_folder import PRUNED, CheckpointFolder, refusal_of_disk
+from simplernn_jax.training.checkpoint_verification import (
+    Fingerprint,
+    check_saved,
+    fingerprints,
+)
+from simplernn_jax.training.echoes import drop_echoes
 from simplernn_jax.training.retention import KeepLastAndBest
 
 _PATIENCE_SECONDS = 5.0
@@ -100,7 +107,7 @@ class Checkpointer:
         self._completer = concurrent.futures.ThreadPoolExecutor(1, "complete_checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         self._failed = False
-        absl_logging.get_absl_logger().addFilter(_is_no_repetition)
+        drop_echoes()
 
     def save(
         self,
@@ -120,7 +127,8 @@ class Checkpointer:
           step: number of optimizer steps taken.
           state: any pytree of arrays.
           data_state: JSON-able position in the data.
-          metrics: if it has ``validation_loss``, that decides about keeping the checkpoint.
+          metrics: ``validation_loss``, in nats per token over ``predictions`` tokens, decides about
+            keeping and choosing the checkpoint.
           wait: return only when the checkpoint is complete.
 
         Raises:
@@ -133,21 +141,22 @@ class Checkpointer:
         if is_first():
             self._check_room(step, state)
         wait_for_all("a save")
-        quality = (metrics or {}).get(QUALITY)
-        quality = float(quality) if quality is not None and math.isfinite(quality) else None
+        quality = _quality(metrics or {})
         self._keep.add(step, quality)
+        leaves = named_leaves(state)
+        written = fingerprints(leaves) if is_first() else {}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(named_leaves(state)),
+            state=ocp.args.StandardSave(leaves),
             data=ocp.args.JsonSave(data_state),
             config=ocp.args.JsonSave(json.loads(config_lib.to_json(self._config))),
             tokenizer=ocp.args.JsonSave(self._tokenizer_json),
-            quality=ocp.args.JsonSave({QUALITY: quality}),
+            quality=ocp.args.JsonSave(quality_item(step, quality)),
         )
         try:
             self._open_manager().save(step, args=items, force=True)
         except Exception as error:
             raise self._save_failure(step, error) from error
-        self._pending = (step, self._completer.submit(self._complete, step))
+        self._pending = (step, self._completer.submit(self._complete, step, written))
         if wait:
             self._finish()
 
@@ -210,7 +219,8 @@ class Checkpointer:
                 if self._manager is not None:
                     self._manager.close()
             self._completer.shutdown()
-            absl_logging.get_absl_logger().removeFilter(_is_no_repetition)
+            if self._failed:
+                self._free_room()
             self._folder.release()
 
     def _check_room(self, step: int, state: Any) -> None:
@@ -220,7 +230,9 @@ class Checkpointer:
         free = shutil.disk_usage(self._folder.path).free
         if free < needed:
             shortage = f"{needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are left"
-            raise self._unsaved(step, f"{os.strerror(errno.ENOSPC)}, {shortage}")
+            raise self._unsaved(
+                step, f"{os.strerror(errno.ENOSPC)}, {shortage}: free some space there"
+            )
 
     def _open_manager(self) -> ocp.CheckpointManager:
         """Orbax's manager, made at the first save: by then what is damaged has been moved away."""
@@ -237,11 +249,20 @@ class Checkpointer:
             )
         return self._manager
 
-    def _complete(self, step: int) -> None:
+    def _complete(self, step: int, written: dict[str, Fingerprint]) -> None:
         self._open_manager().wait_until_finished()
         if is_first():
+            self._read_back(step, written)
             self._folder.mark_complete(step)
         wait_for_all("a checkpoint is complete")
+
+    def _read_back(self, step: int, written: dict[str, Fingerprint]) -> None:
+        try:
+            check_saved(self._folder.step_path(step), written)
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            reason = f"it does not read back as it was written ({reason}): check this disk"
+            raise self._unsaved(step, reason) from error
 
     def _finish(self) -> None:
         if self._pending is None:
@@ -255,27 +276,35 @@ class Checkpointer:
     def _save_failure(self, step: int, error: Exception) -> Exception:
         """The error to raise for a failed save, after freeing the room it took."""
         self._failed = True
-        if jax.process_count() == 1:  # others may still be writing there
-            self._folder.discard_unfinished()
+        self._free_room()
         reason = refusal_of_disk(error)
-        if reason is None:
-            return error
-        return self._unsaved(step, reason)
+        if isinstance(error, TimeoutError):
+            reason = "it took too long (or the clock of this machine jumped): check this disk"
+        return error if reason is None else self._unsaved(step, reason)
+
+    def _free_room(self) -> None:
+        if jax.process_count() == 1:  # others may still be writing there
+            with contextlib.suppress(OSError):  # so may TensorStore: `close` tries again
+                self._folder.discard_unfinished()
 
     def _unsaved(self, step: int, reason: str) -> UserError:
         return UserError(
-            f"the checkpoint of step {step} could not be saved: {self._folder.path}: {reason}; "
-            "earlier checkpoints are whole: free some space there and run the same command again"
+            f"the checkpoint of step {step} could not be saved: {self._folder.path}: {reason} and "
+            "run the same command again; earlier checkpoints are whole"
         )
 
 
-def read_config(workdir: str) -> tuple[Config, str, int]:
-    """``(config, tokenizer_json, step)`` of the newest whole checkpoint; reads no arrays.
+def read_config(workdir: str, checkpoint: str | int = NEWEST) -> tuple[Config, str, int]:
+    """``(config, tokenizer_json, step)`` of a whole checkpoint; reads no arrays.
+
+    Args:
+      workdir: folder of a training run.
+      checkpoint: as in `load_model`.
 
     Raises:
-      UserError: `workdir` has no checkpoint, or none that is whole.
+      UserError: `workdir` has no such checkpoint, or none that is whole.
     """
-    step, path = _newest(workdir)
+    step, path, _ = choose_checkpoint(workdir, checkpoint)
     return *read_texts(path), step
 
 
@@ -293,13 +322,22 @@ def check_same_model(ours: Config, theirs: Config) -> None:
         )
 
 
-def load_model(workdir: str) -> tuple[LanguageModel, Tokenizer, Config]:
+def load_model(
+    workdir: str, checkpoint: str | int = BEST
+) -> tuple[LanguageModel, Tokenizer, Config]:
     """The trained model of a run, its tokenizer and its configuration.
 
+    Args:
+      workdir: folder of a training run.
+      checkpoint: ``best``, by validation loss where all that were evaluated were so on the same
+        tokens, else the newest; ``newest``; or a step.
+
     Raises:
-      UserError: `workdir` has no checkpoint, or none that is whole.
+      UserError: `workdir` has no such checkpoint, or none that is whole.
     """
-    _, path = _newest(workdir)
+    _, path, reason = choose_checkpoint(workdir, checkpoint)
+    if reason is not None:
+        logging.info("%s", reason)
     config, tokenizer_json = read_texts(path)
     abstract = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(abstract, nnx.Param)
@@ -312,14 +350,8 @@ def load_model(workdir: str) -> tuple[LanguageModel, Tokenizer, Config]:
     return model, tokenizer_from_json(tokenizer_json), config
 
 
-def _newest(workdir: str) -> tuple[int, str]:
-    folder = CheckpointFolder(workdir)
-    step = folder.newest_whole()
-    if step is None:
-        raise UserError(f"no checkpoint in {workdir}: train there first, or name another --workdir")
-    return step, folder.step_path(step)
-
-
-def _is_no_repetition(record: logging.LogRecord) -> bool:
-    """False for errors of a save that Orbax logs, traceback and all, and then raises as well."""
-    return record.levelno != logging.ERROR or "/orbax/checkpoint/" not in record.pathname
+def _quality(metrics: Mapping[str, float]) -> Quality | None:
+    loss, predictions = metrics.get("validation_loss"), metrics.get("predictions")
+    if loss is None or not math.isfinite(loss):
+        return None
+    return Quality(float(loss), None if predictions is None else int(predictions))

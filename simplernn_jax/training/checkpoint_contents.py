@@ -4,7 +4,10 @@ Items: ``state`` (arrays named by their path), ``data`` (position), ``config``, 
 ``quality`` (JSON). Nothing in them is executed. Callers verify the folder's manifest first.
 """
 
+import dataclasses
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +18,22 @@ from etils import epath
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import read_file
 
-QUALITY = "validation_loss"
-"""The metric that ranks checkpoints; lower is better."""
+QUALITY_ITEM = "quality"
+"""The item of `saved_quality` and `saved_step`."""
+
+_LARGEST_JSON = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """What ranks checkpoints."""
+
+    validation_loss: float
+    """Nats per token; lower is better."""
+    predictions: int | None = None
+    """How many were scored: always the same for the same number. None is not known."""
 
 
 def saved_leaves(path: str) -> dict[str, Any]:
@@ -69,8 +85,17 @@ def check_leaves(path: str, wanted: Mapping[str, Any], saved: Mapping[str, Any])
 
 
 def read_json(path: str, item: str) -> Any:
-    """What was saved as the JSON item `item` of the checkpoint folder `path`."""
-    return ocp.JsonCheckpointHandler().restore(epath.Path(path) / item)
+    """What was saved as the JSON item `item` of the checkpoint folder `path`.
+
+    Raises:
+      UserError: it cannot be read or is no JSON.
+    """
+    file = os.path.join(path, item, "metadata")
+    try:
+        return json.loads(read_file(file, _LARGEST_JSON))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{file}: {reason}; use an undamaged checkpoint") from error
 
 
 TEXTS = ("config", "tokenizer")
@@ -83,10 +108,33 @@ def read_texts(path: str) -> tuple[Config, str]:
     return config, read_json(path, "tokenizer")
 
 
-def saved_quality(path: str) -> float | None:
-    """The validation loss saved with a checkpoint; None if there is none or it is damaged."""
-    try:
-        quality = read_json(path, "quality")[QUALITY]
-    except (OSError, ValueError, LookupError, TypeError):
+def saved_quality(path: str) -> Quality | None:
+    """How the checkpoint was evaluated; None if it was not or the record is damaged."""
+    saved = _read_quality(path)
+    loss, predictions = saved.get("validation_loss"), saved.get("predictions")
+    if not isinstance(loss, float) or not math.isfinite(loss):
         return None
-    return quality if isinstance(quality, float) else None
+    return Quality(loss, predictions if isinstance(predictions, int) else None)
+
+
+def saved_step(path: str) -> int | None:
+    """The step whose checkpoint it is; None where an earlier version did not say."""
+    step = _read_quality(path).get("step")
+    return step if isinstance(step, int) else None
+
+
+def quality_item(step: int, quality: Quality | None) -> dict[str, Any]:
+    """What `saved_quality` and `saved_step` read."""
+    return {
+        "step": step,
+        "validation_loss": None if quality is None else quality.validation_loss,
+        "predictions": None if quality is None else quality.predictions,
+    }
+
+
+def _read_quality(path: str) -> dict[str, Any]:
+    try:
+        saved = read_json(path, QUALITY_ITEM)
+    except UserError:
+        return {}
+    return saved if isinstance(saved, dict) else {}

@@ -12,29 +12,70 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection
 
 from absl import logging
 
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import sync
+from simplernn_jax.files import check_output, sync
 from simplernn_jax.sealed_file import read_sealed, write_sealed
 from simplernn_jax.training import manifest
+from simplernn_jax.training.checkpoint_contents import QUALITY_ITEM, saved_step
 
 UNFINISHED_MARK = ".orbax-checkpoint-tmp"
 PRUNED = "pruned"
 """Checkpoints that are no longer kept; emptied once a newer one is complete."""
 
 
+_STEP = re.compile(r"0|[1-9][0-9]{0,8}")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_UNREADABLE = ("\\",)
+"""Characters of a path by which TensorStore does not find its files again."""
+_UNWRITABLE = (*_UNREADABLE, "[", "*", "?")
+"""Those and the ones that Orbax takes for a pattern when it looks for what it wrote."""
+
+
+def check_workdir(workdir: str) -> None:
+    """Check that checkpoints can be saved below `workdir`, whether or not it exists.
+
+    Raises:
+      UserError: it is an address and no folder, or its absolute path has characters that Orbax or
+        TensorStore take for something else.
+    """
+    _check_path(workdir, _UNWRITABLE)
+
+
+def _check_path(workdir: str, refused: Collection[str]) -> None:
+    if _SCHEME.match(workdir):
+        raise UserError(
+            f"--workdir {workdir}: not a folder; mount the bucket and name the folder it is "
+            "mounted at, or choose a folder of this machine"
+        )
+    path = os.path.abspath(workdir)
+    found = [character for character in refused if character in path]
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        found.append("bytes that are no UTF-8")
+    if found:
+        raise UserError(
+            f"--workdir {path}: has {' and '.join(found)} in its path, with which checkpoints "
+            "cannot be stored; rename that folder, or name it through a link without them"
+        )
+
+
 class CheckpointFolder:
     """The checkpoints below one workdir. Paths are absolute."""
 
     def __init__(self, workdir: str) -> None:
+        _check_path(workdir, _UNREADABLE)
         workdir = os.path.abspath(workdir)
         self.path = os.path.join(workdir, "checkpoints")
         self.damaged_path = os.path.join(workdir, "checkpoints_damaged")
         self._ledger_path = os.path.join(self.path, "complete.json")
+        self._lock_path = os.path.join(self.path, "lock")
         self._lock: int | None = None
 
     def step_path(self, step: int) -> str:
@@ -45,20 +86,27 @@ class CheckpointFolder:
         """All steps that have a folder, whole or not, ascending."""
         if not os.path.isdir(self.path):
             return []
-        names = [name for name in os.listdir(self.path) if name.isdecimal()]
+        names = [name for name in os.listdir(self.path) if _STEP.fullmatch(name)]
         return sorted(int(name) for name in names if os.path.isdir(os.path.join(self.path, name)))
 
     def open_for_training(self) -> None:
         """Makes the folder this process's own and clears away what a killed run left unfinished.
 
         Raises:
-          UserError: another process is training in this workdir.
+          UserError: another process is training in this workdir, or nothing can be saved there.
         """
+        check_workdir(os.path.dirname(self.path))
         os.makedirs(self.path, exist_ok=True)
+        for path in (self._lock_path, self._ledger_path):
+            try:
+                check_output(path)
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}; remove it and run again") from error
         self._take_lock()
         if not os.path.lexists(self._ledger_path) and not self.steps():
             self.update_ledger()
-        self.discard_unfinished()
+        for name in self.discard_unfinished():
+            logging.info("discarded an unfinished save: %s", os.path.join(self.path, name))
 
     def release(self) -> None:
         """Gives up what `open_for_training` took."""
@@ -66,14 +114,22 @@ class CheckpointFolder:
             os.close(self._lock)
             self._lock = None
 
-    def discard_unfinished(self) -> None:
-        """Deletes saves that never became complete, and what is no longer kept."""
+    def discard_unfinished(self) -> list[str]:
+        """Deletes saves that never became complete, and what is no longer kept.
+
+        Returns:
+          The names of those saves.
+        """
         shutil.rmtree(os.path.join(self.path, PRUNED), ignore_errors=True)
         unfinished = [name for name in os.listdir(self.path) if UNFINISHED_MARK in name]
         unfinished += [str(step) for step in self.steps() if self._is_unfinished(step)]
         for name in unfinished:
-            logging.info("discarding an unfinished save: %s", os.path.join(self.path, name))
-            shutil.rmtree(os.path.join(self.path, name))
+            path = os.path.join(self.path, name)
+            if os.path.islink(path) or not os.path.isdir(path):
+                os.remove(path)
+            else:
+                shutil.rmtree(path)
+        return unfinished
 
     def mark_complete(self, step: int) -> None:
         """Writes the manifest of `step`: from here on it counts. Then empties what is not kept."""
@@ -86,6 +142,24 @@ class CheckpointFolder:
         """Records the steps that have a manifest now."""
         steps = [step for step in self.steps() if manifest.has_manifest(self.step_path(step))]
         write_sealed(self._ledger_path, json.dumps(steps) + "\n")
+
+    def complete_steps(self) -> list[int]:
+        """The steps that were complete once, whole now or not, ascending."""
+        return [step for step in self.steps() if not self._is_unfinished(step)]
+
+    def find_damage(self, step: int, parts: Collection[str] | None = None) -> str | None:
+        """One phrase about what is wrong with a checkpoint; None if it is whole.
+
+        Args:
+          step: that of the folder's name.
+          parts: as in `newest_whole`.
+        """
+        path = self.step_path(step)
+        damage = manifest.find_damage(path, None if parts is None else {*parts, QUALITY_ITEM})
+        if damage is not None:
+            return damage
+        inside = saved_step(path)
+        return None if inside in (None, step) else f"it is a copy of that of step {inside}"
 
     def newest_whole(self, parts: Collection[str] | None = None) -> int | None:
         """The newest step whose files are all as written; damaged newer ones are moved aside.
@@ -102,16 +176,11 @@ class CheckpointFolder:
         refuse = bool(self._ledger()) or (
             os.path.lexists(self._ledger_path) and self._ledger() is None
         )
-        for step in reversed(self.steps()):
-            if self._is_unfinished(step):
-                continue
-            damage = manifest.find_damage(self.step_path(step), parts)
+        for step in reversed(self.complete_steps()):
+            damage = self.find_damage(step, parts)
             if damage is None:
                 return step
-            if not os.path.isdir(self.step_path(step)):
-                continue  # A run that is training here has just pruned it.
-            self._set_aside(step, damage)
-            refuse = True
+            refuse = self.set_aside(step, damage) or refuse
         if refuse:
             raise UserError(
                 f"no whole checkpoint is left in {self.path} (damaged ones are kept in "
@@ -123,7 +192,11 @@ class CheckpointFolder:
     def _ledger(self) -> set[int] | None:
         """The steps recorded as complete; None if the record is missing or was changed."""
         body = read_sealed(self._ledger_path)
-        return None if body is None else set(json.loads(body))
+        try:
+            steps = None if body is None else json.loads(body)
+        except (ValueError, RecursionError):
+            return None
+        return set(steps) if isinstance(steps, list) else None
 
     def _is_unfinished(self, step: int) -> bool:
         """Whether `step` never became complete. Without a ledger nothing is taken for unfinished:
@@ -136,8 +209,18 @@ class CheckpointFolder:
             and not manifest.has_manifest(self.step_path(step))
         )
 
-    def _set_aside(self, step: int, damage: str) -> None:
+    def set_aside(self, step: int, damage: str) -> bool:
+        """Move a damaged checkpoint to `damaged_path`, with a warning that says `damage`.
+
+        Returns:
+          False if it is gone: a run that is training here has just pruned it.
+
+        Raises:
+          UserError: it cannot be moved.
+        """
         source, number = self.step_path(step), 1
+        if not os.path.isdir(source):
+            return False
         target = os.path.join(self.damaged_path, str(step))
         while os.path.lexists(target):
             number += 1
@@ -146,14 +229,18 @@ class CheckpointFolder:
             os.makedirs(self.damaged_path, exist_ok=True)
             os.rename(source, target)
         except OSError as error:
-            target = f"nowhere: {error.strerror}"
+            raise UserError(
+                f"the checkpoint {source} is damaged: {damage}; it cannot be moved to {target} "
+                f"({error.strerror}): move it away, or allow writing there"
+            ) from error
         logging.warning(
-            "checkpoint %s is damaged: %s; moved to %s, looking for the one before it",
+            "checkpoint %s is damaged: %s; moved to %s, looking for another one",
             *(source, damage, target),
         )
+        return True
 
     def _take_lock(self) -> None:
-        self._lock = os.open(os.path.join(self.path, "lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -166,12 +253,26 @@ class CheckpointFolder:
             logging.info("no file locks on this file system: %s", self.path)
 
 
+_ADVICE = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of the quota",
+    errno.EFBIG: "allow larger files",
+    errno.EACCES: "allow writing there",
+    errno.EPERM: "allow writing there",
+    errno.EROFS: "make it writable",
+    errno.EIO: "check this disk",
+}
+
+
 def refusal_of_disk(error: Exception) -> str | None:
-    """Why the file system refused, if it did; Tensorstore says it only in a ValueError's text."""
-    text = str(error)
-    if isinstance(error, OSError):
-        return error.strerror or text
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
-        if os.strerror(code) in text:
-            return os.strerror(code)
-    return None
+    """Why the file system refused and what to do, if it did; else None.
+
+    TensorStore says it in the text of a ValueError only.
+    """
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None:
+        text = str(error)
+        code = next((code for code in _ADVICE if os.strerror(code) in text), None)
+    if code is None:
+        return None
+    return f"{os.strerror(code)}: {_ADVICE.get(code, 'check this folder')}"

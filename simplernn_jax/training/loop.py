@@ -23,6 +23,7 @@ from simplernn_jax.parallel.mesh import BATCH_AXES, check_fits, describe, make_m
 from simplernn_jax.parallel.stages import describe_stages
 from simplernn_jax.training import report
 from simplernn_jax.training.checkpoint import Checkpointer
+from simplernn_jax.training.checkpoint_folder import check_workdir
 from simplernn_jax.training.clock import Clock
 from simplernn_jax.training.display import Display, open_display
 from simplernn_jax.training.early_stopping import Evaluations
@@ -33,7 +34,7 @@ from simplernn_jax.training.memory_check import check_memory
 from simplernn_jax.training.metrics import MetricsWriter, NoMetrics
 from simplernn_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from simplernn_jax.training.placement import batch_shardings
-from simplernn_jax.training.preparation import prepare, total_steps
+from simplernn_jax.training.preparation import changed_fields, prepare, total_steps
 from simplernn_jax.training.profiling import Profile
 from simplernn_jax.training.progress import Progress, check_finite
 from simplernn_jax.training.recompilation import CountedCalls
@@ -73,6 +74,7 @@ def train(config: Config, workdir: str) -> Result:
         other data; the loss was not finite too often in a row; the disk is full.
     """
     config_lib.validate(config)
+    check_workdir(workdir)
     workdir = os.path.abspath(workdir)
     os.makedirs(workdir, exist_ok=True)
     run = _Run(config, workdir)
@@ -105,6 +107,7 @@ class _Run:
             keep_last=config.train.keep_last,
             keep_best=config.train.keep_best,
         )
+        self.changes: list[str] = []
         try:
             self.progress, self.evaluations = Progress(), Evaluations()
             self.state, self.batches = self._start_or_resume(optimizer)
@@ -143,6 +146,7 @@ class _Run:
         batches.set_state(restored.data_state["batches"])
         self.progress = Progress.from_json(restored.data_state.get("progress"))
         self.evaluations = Evaluations.from_json(restored.data_state.get("evaluations"))
+        self.changes = changed_fields(config, restored.config)
         return self.layout.from_files(restored.state), batches
 
     def _next_batch(self) -> Batch:
@@ -316,8 +320,13 @@ class _Run:
         self.checkpointer.save(self.step, state, data_state, metrics, wait=wait)
 
     def _write_config(self) -> None:
-        text = config_lib.to_json(self.config)
-        write_file(os.path.join(self.workdir, "config.json"), text.encode())
+        path = os.path.join(self.workdir, "config.json")
+        try:
+            write_file(path, config_lib.to_json(self.config).encode())
+        except OSError as error:
+            raise UserError(
+                f"{path}: {error.strerror}; remove it, or choose another --workdir"
+            ) from error
 
     def _announce(self, display: Display) -> None:
         display.say(
@@ -331,6 +340,8 @@ class _Run:
             display.say(describe_stages(length, self.config.mesh.stage))
         if self.first_step:
             display.say(f"resuming {self.workdir} at step {self.first_step} of {self.total_steps}")
+        for change in self.changes:
+            display.say(change)
         if self.first_step >= self.total_steps:
             display.say("all steps are done; raise --config.train.steps or epochs to train more")
         elif self.stopped_early:

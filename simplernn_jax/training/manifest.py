@@ -6,12 +6,17 @@ SHA-256 of the lines above it (`sealed_file`), so that damage to the manifest it
 
 import hashlib
 import os
+import re
+import stat
 from collections.abc import Collection
 
-from simplernn_jax.files import sync
+from simplernn_jax.files import open_file, sync
 from simplernn_jax.sealed_file import read_sealed, write_sealed
 
 MANIFEST_NAME = "manifest.sha256"
+
+_LINE = re.compile(r"([0-9a-f]{64}) (\d{1,18}) (.+)")
+_BLOCK_BYTES = 1 << 20
 
 
 def write_manifest(folder: str) -> None:
@@ -50,25 +55,45 @@ def find_damage(folder: str, parts: Collection[str] | None = None) -> str | None
     body = read_sealed(os.path.join(folder, MANIFEST_NAME))
     if body is None:
         return f"{MANIFEST_NAME} was changed"
-    expected = {}
-    for line in body.splitlines():
-        digest, size_text, name = line.split(" ", 2)
-        expected[name] = (int(size_text), digest)
+    expected = _parse(body)
+    if expected is None:
+        return f"{MANIFEST_NAME} is no manifest"
     found = set(_file_names(folder))
     for name in sorted(expected.keys() - found):
         return f"{name} is missing"
     for name in sorted(found - expected.keys()):
         return f"{name} does not belong there"
-    for name, (size, digest) in expected.items():
-        path = os.path.join(folder, name)
-        try:
-            if os.path.getsize(path) != size:
-                return f"{name} has {os.path.getsize(path)} bytes instead of {size}"
-            is_wanted = parts is None or name.split(os.sep)[0] in parts
-            if is_wanted and _read_digest(path, sync=False) != (size, digest):
-                return f"{name} was changed"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+    for name, wanted in expected.items():
+        is_read = parts is None or name.split(os.sep)[0] in parts
+        damage = _damage_of_file(os.path.join(folder, name), *wanted, is_read=is_read)
+        if damage is not None:
+            return f"{name} {damage}"
+    return None
+
+
+def _parse(body: str) -> dict[str, tuple[int, str]] | None:
+    """Size and SHA-256 by name; None if these are not the lines of a manifest."""
+    expected = {}
+    for line in body.splitlines():
+        match = _LINE.fullmatch(line)
+        if match is None:
+            return None
+        digest, size, name = match.groups()
+        expected[name] = (int(size), digest)
+    return expected
+
+
+def _damage_of_file(path: str, size: int, digest: str, *, is_read: bool) -> str | None:
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            return "is not a regular file"
+        if status.st_size != size:
+            return f"has {status.st_size} bytes instead of {size}"
+        if is_read and _read_digest(path, sync=False) != (size, digest):
+            return "was changed"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
     return None
 
 
@@ -83,8 +108,13 @@ def _file_names(folder: str) -> list[str]:
 
 
 def _read_digest(path: str, *, sync: bool) -> tuple[int, str]:
-    with open(path, "rb") as file:
+    """Size and SHA-256 of a regular file: of so many bytes, even if it never ends."""
+    with open_file(path) as file:
         if sync:
             os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256")
-        return file.tell(), digest.hexdigest()
+        size = os.fstat(file.fileno()).st_size
+        digest, left = hashlib.sha256(), size
+        while left and (block := file.read(min(left, _BLOCK_BYTES))):
+            digest.update(block)
+            left -= len(block)
+        return size - left, digest.hexdigest()

@@ -74,39 +74,79 @@ def tokens_folder(config: Config, workdir: str) -> str:
     return _absolute(config.data.cache_dir) or os.path.join(workdir, "tokens")
 
 
-def open_saved_corpus(workdir: str) -> TokenizedCorpus:
-    """The tokenized corpus that the newest whole checkpoint was trained on.
+def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") -> TokenizedCorpus:
+    """The tokenized corpus that a run was trained on, found by its content.
 
-    It is found by its content, whatever the current folder is and whether or not its source is
-    still there; if it was deleted or is damaged, the source is tokenized again.
+    A checkpoint may be somebody else's: the paths in its configuration are never opened.
+
+    Args:
+      workdir: folder of a training run.
+      cache_dir: where the tokens lie; empty: in ``tokens`` under `workdir`.
+      source: text to make them from again if they are not there or damaged; empty: nothing is read.
 
     Raises:
-      UserError: `workdir` has no whole checkpoint, or the corpus is gone and its source is
-        unusable or no longer the same.
+      UserError: `workdir` has no whole checkpoint, or the tokens are not there and `source` is
+        not given, unusable or another text.
     """
     config, tokenizer_json, step = read_config(workdir)
+    path = CheckpointFolder(workdir).step_path(step)
+    data_state = read_json(path, "data")
+    wanted = data_state.get("content_hash") if isinstance(data_state, dict) else None
+    if not isinstance(wanted, str):
+        raise UserError(f"{path}: does not say which text it was trained on; use another one")
     tokenizer = tokenizer_from_json(tokenizer_json)
-    data_state = read_json(CheckpointFolder(workdir).step_path(step), "data")
-    folder = tokens_folder(config, workdir)
-    lost = f"the tokens of this run are no longer in {folder}"
+    folder = _absolute(cache_dir) or os.path.join(workdir, "tokens")
+    lost = f"the tokens of this run are not in {folder}"
     try:
-        corpus = find_corpus(folder, data_state["content_hash"], tokenizer)
+        corpus = find_corpus(folder, wanted, tokenizer)
         if corpus is not None:
             return corpus
     except DamagedStore as error:
         lost = f"the tokens of this run in {folder} are damaged ({error})"
-    try:
-        corpus = prepare_corpus(
-            config.data, config.train.seed, folder, tokenizer=tokenizer, exclude=(workdir,)
-        )
-    except UserError as error:
-        raise UserError(f"{lost}, and its source is of no use: {error}") from error
-    if corpus.content_hash != data_state["content_hash"]:
+    if not source:
+        was = f" (it was kept in {config.data.cache_dir})" if config.data.cache_dir else ""
         raise UserError(
-            f"{lost}, and the text of {config.data.source!r} is not what it was trained on; put "
-            "back the same text"
+            f"{lost}: name their folder with --cache_dir{was}, "
+            f"or the text with --source (it was {config.data.source})"
+        )
+    data = dataclasses.replace(config.data, source=source)
+    corpus = prepare_corpus(
+        data, config.train.seed, folder, tokenizer=tokenizer, exclude=(workdir,)
+    )
+    if corpus.content_hash != wanted:
+        raise UserError(
+            f"--source={source}: not the text that the run in {workdir} was trained on "
+            f"({config.data.source}); give the same one"
         )
     return corpus
+
+
+_SCHEDULE = (
+    ("train", "steps"),
+    ("train", "epochs"),
+    ("optimizer", "learning_rate"),
+    ("optimizer", "warmup_steps"),
+    ("optimizer", "final_learning_rate"),
+)
+"""Fields that change the learning rate of steps to come."""
+
+_HARMLESS = (("data", "cache_dir"),)
+"""Fields that say where things lie."""
+
+
+def changed_fields(ours: Config, theirs: Config) -> list[str]:
+    """One line for each field in which a resumed run (`ours`) differs from its checkpoint."""
+    lines = []
+    for section in dataclasses.fields(ours):
+        mine, saved = getattr(ours, section.name), getattr(theirs, section.name)
+        for field in dataclasses.fields(mine):
+            now, before = getattr(mine, field.name), getattr(saved, field.name)
+            place = (section.name, field.name)
+            if now == before or place in _HARMLESS:
+                continue
+            note = "; it rescales the learning rate's schedule" if place in _SCHEDULE else ""
+            lines.append(f"--config.{'.'.join(place)}: {before!r} until here, {now!r} now{note}")
+    return lines
 
 
 def total_steps(config: Config, corpus: TokenizedCorpus) -> int:

@@ -1,0 +1,123 @@
+"""Which checkpoint of a run is used."""
+
+import contextlib
+
+import chex
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from small_runs import small_config
+
+from simplernn_jax import load_model
+from simplernn_jax.data.tokenizer import ByteTokenizer
+from simplernn_jax.errors import UserError
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.training.checkpoint import Checkpointer, read_config
+from simplernn_jax.training.checkpoint_choice import choose_checkpoint
+
+
+def save(workdir, **evaluations):
+    """A checkpoint for each step ``sN``: its loss and number of predictions, or None."""
+    checkpointer = Checkpointer(
+        str(workdir), small_config(), ByteTokenizer().to_json(), keep_last=9, keep_best=1
+    )
+    with contextlib.closing(checkpointer):
+        for name, evaluation in evaluations.items():
+            metrics = dict(zip(("validation_loss", "predictions"), evaluation or (), strict=False))
+            step = int(name[1:])
+            checkpointer.save(step, {"values": jnp.full(3, step)}, {}, metrics)
+
+
+def damage(workdir, step, item="data"):
+    (workdir / "checkpoints" / str(step) / item / "metadata").write_bytes(b"[]")
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "step", "reason"),
+    [
+        ({"s2": (2.5, 7)}, 2, None),
+        ({"s2": None}, 2, None),
+        (
+            {"s2": (2.5, 7), "s3": (2.0218, 7), "s5": (3.71023, 7)},
+            3,
+            "step 3, the best by validation loss (2.0218; the newest, step 5, has 3.7102)",
+        ),
+        (
+            {"s2": (2.5, 7), "s3": (2.0, 7), "s5": None},
+            3,
+            "step 3, the best by validation loss (2.0000; the newest, step 5, was not evaluated)",
+        ),
+        (
+            {"s2": (2.5, 7), "s3": (2.5, 7)},
+            3,
+            "step 3, the newest and the best by validation loss (2.5000)",
+        ),
+        ({"s2": (2.5, 7), "s3": (2.6, 11)}, 3, "step 3, the newest (validation losses cannot be "),
+        ({"s2": (2.5,), "s3": (2.6,)}, 3, "step 3, the newest (validation losses cannot be "),
+        ({"s2": None, "s3": None}, 3, "step 3, the newest (validation losses cannot be compared)"),
+        ({"s2": (float("nan"), 7), "s3": (2.6, 7), "s5": (float("inf"), 7)}, 3, "step 3, the best"),
+    ],
+)
+def test_the_best_is_used_where_all_were_evaluated_on_the_same_tokens(
+    tmp_path, evaluations, step, reason
+):
+    save(tmp_path, **evaluations)
+    choice = choose_checkpoint(str(tmp_path))
+    assert choice.step == step
+    assert choice.path == str(tmp_path / "checkpoints" / str(step))
+    assert (choice.reason or "").startswith("checkpoint: " + reason if reason else "")
+    assert (choice.reason is None) == (reason is None)
+
+
+def test_the_newest_or_any_step_is_used_where_that_is_asked_for(tmp_path):
+    save(tmp_path, s2=(2.0, 7), s3=(3.0, 7), s11=(2.5, 7))
+    assert choose_checkpoint(str(tmp_path), "newest")[::2] == (11, None)
+    for step in (3, "3"):
+        assert choose_checkpoint(str(tmp_path), step)[::2] == (3, None)
+    assert read_config(str(tmp_path))[2] == 11
+    assert read_config(str(tmp_path), "best")[2] == 2
+    with pytest.raises(UserError, match=r"--checkpoint=4: .*has only these steps: 2, 3, 11"):
+        choose_checkpoint(str(tmp_path), 4)
+    for word in ("oldest", "-3", "", "٣"):
+        with pytest.raises(UserError, match="give best, newest or a step"):
+            choose_checkpoint(str(tmp_path), word)
+
+
+def test_a_damaged_best_is_moved_aside_and_the_next_best_used(tmp_path, caplog):
+    save(tmp_path, s2=(2.0, 7), s3=(3.0, 7), s5=(2.5, 7))
+    damage(tmp_path, 2)
+    with pytest.raises(UserError, match=r"--checkpoint=2: .*2 is damaged: data/metadata was"):
+        choose_checkpoint(str(tmp_path), 2)
+    assert choose_checkpoint(str(tmp_path)).step == 5
+    assert (tmp_path / "checkpoints_damaged" / "2").is_dir()
+    damage(tmp_path, 5, "quality")
+    with caplog.at_level("WARNING"):
+        assert choose_checkpoint(str(tmp_path)).step == 3
+    assert "checkpoints/5 is damaged: quality/metadata has 2 bytes" in caplog.text
+
+
+def test_no_checkpoint_is_said_whichever_is_asked_for(tmp_path):
+    for checkpoint in ("best", "newest"):
+        with pytest.raises(UserError, match="no checkpoint in"):
+            choose_checkpoint(str(tmp_path), checkpoint)
+    with pytest.raises(UserError, match="only these steps: none"):
+        choose_checkpoint(str(tmp_path), 3)
+
+
+def test_load_model_takes_the_best_and_says_so(tmp_path, caplog):
+    config = small_config(vocab_size=259)
+    models = {step: LanguageModel(config.model, rngs=nnx.Rngs(step)) for step in (2, 3)}
+    checkpointer = Checkpointer(
+        str(tmp_path), config, ByteTokenizer().to_json(), keep_last=2, keep_best=1
+    )
+    with contextlib.closing(checkpointer):
+        for step, model in models.items():
+            metrics = {"validation_loss": float(step), "predictions": 7}
+            checkpointer.save(step, {"params": nnx.state(model, nnx.Param)}, {}, metrics)
+    with caplog.at_level("INFO"):
+        for checkpoint, step in (("best", 2), ("newest", 3), (3, 3)):
+            loaded = load_model(str(tmp_path), checkpoint)[0]
+            chex.assert_trees_all_equal(nnx.state(loaded), nnx.state(models[step]))
+    assert [text for text in caplog.messages if text.startswith("checkpoint")] == [
+        "checkpoint: step 2, the best by validation loss (2.0000; the newest, step 3, has 3.0000)"
+    ]

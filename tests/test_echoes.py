@@ -1,0 +1,45 @@
+"""What is said besides the error of a failed save."""
+
+import logging
+import sys
+import types
+
+import pytest
+
+from simplernn_jax.training.echoes import drop_echoes
+
+
+@pytest.fixture
+def unraisable(monkeypatch):
+    """What a hook that was there before gets to see."""
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    drop_echoes()
+    drop_echoes()
+    return seen
+
+
+def test_only_closed_event_loops_and_coroutines_of_orbax_are_left_out(unraisable):
+    def report(error, of=None):
+        sys.unraisablehook(
+            types.SimpleNamespace(exc_type=type(error), exc_value=error, object=of, err_msg=None)
+        )
+
+    report(RuntimeError("Event loop is closed"))
+    code = types.SimpleNamespace(co_filename="/site-packages/orbax/checkpoint/serialization.py")
+    report(RuntimeError("coroutine ignored GeneratorExit"), of=types.SimpleNamespace(cr_code=code))
+    assert unraisable == []
+    report(RuntimeError("Event loop is closed"), of=print)
+    report(RuntimeError("another"))
+    report(ValueError("Event loop is closed"))
+    assert len(unraisable) == 3
+
+
+def test_only_the_forgotten_tasks_of_orbax_are_left_out(unraisable, caplog):
+    logger = logging.getLogger("asyncio")
+    message = "Task exception was never retrieved\nfuture: <Task defined at %s>"
+    logger.error(message, "/site-packages/orbax/checkpoint/serialization.py:188")
+    assert caplog.messages == []
+    logger.error(message, "/home/me/other.py:188")
+    logger.error("something else of /orbax/checkpoint/")
+    assert len(caplog.messages) == 2
