@@ -1,5 +1,7 @@
 """Manifests: every change to a folder shows."""
 
+import os
+
 import pytest
 
 from simplernn_jax.sealed_file import write_sealed

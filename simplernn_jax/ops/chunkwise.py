@@ -41,10 +41,10 @@ def chunkwise(
 ) -> tuple[jax.Array, jax.Array]:
     """Compute `scan` as one loop over chunks; same arguments and results."""
     length = q.shape[1]
-    arrays, clear, parts = _divide(q, k, v, log_gate, clear, chunk_size)
+    inputs, parts = _divide(Inputs(q, k, v, log_gate, clear), chunk_size)
     outputs, state = [], initial_state
     for part in parts:
-        output, state, _ = _forward(part, *part.of(*arrays), state, part.clear(clear))
+        state, output = _forward(part, part.of(inputs), state)
         outputs.append(output)
     return _join(outputs, length), state
 
@@ -65,20 +65,29 @@ def chunkwise_gradient(
     Nothing but the inputs is kept for it: the states at the chunks' starts are computed again.
     """
     length = q.shape[1]
-    arrays, clear, parts = _divide(q, k, v, log_gate, clear, chunk_size)
-    (d_output,) = _pad((d_output,), arrays[0].shape[1] - length)
+    inputs, parts = _divide(Inputs(q, k, v, log_gate, clear), chunk_size)
+    (d_output,) = _pad((d_output,), inputs.q.shape[1] - length)
     state, kept = initial_state, []
     for part in parts:
-        _, state, starts = _forward(
-            part, *part.of(*arrays), state, part.clear(clear), only_states=True
-        )
+        state, starts = _forward(part, part.of(inputs), state, only_states=True)
         kept.append((starts, state))
-    gradients, d_state = [], d_final_state
-    for part, states in zip(reversed(parts), reversed(kept), strict=True):
-        inputs = (*part.of(*arrays, d_output), part.clear(clear))
-        *of_part, d_state = _backward(part, *inputs, *states, d_state)
+    gradients: list[list[jax.Array]] = []
+    d_state = d_final_state
+    for part, (starts, end) in zip(reversed(parts), reversed(kept), strict=True):
+        d_part = d_output[:, part.start : part.stop]
+        *of_part, d_state = _backward(part, part.of(inputs), d_part, starts, end, d_state)
         gradients.insert(0, of_part)
     return *(_join(whole, length) for whole in zip(*gradients, strict=True)), d_state
+
+
+class Inputs(NamedTuple):
+    """Arguments of `scan` with an axis of time."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    log_gate: jax.Array
+    clear: jax.Array | None
 
 
 class Part(NamedTuple):
@@ -89,24 +98,15 @@ class Part(NamedTuple):
     size: int
     group: int
 
-    def of(self, *arrays: jax.Array) -> list[jax.Array]:
-        """This part of arrays ``[B, T, ...]``."""
-        return [x[:, self.start : self.stop] for x in arrays]
-
-    def clear(self, clear: jax.Array | None) -> jax.Array | None:
-        """This part of ``[B, T]``, if it is there."""
-        return None if clear is None else clear[:, self.start : self.stop]
+    def of(self, inputs: Inputs) -> Inputs:
+        """The inputs of this part."""
+        part: Inputs = jax.tree.map(lambda x: x[:, self.start : self.stop], inputs)
+        return part
 
 
-def _divide(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_gate: jax.Array,
-    clear: jax.Array | None,
-    chunk_size: int | None,
-) -> tuple[list[jax.Array], jax.Array | None, list[Part]]:
+def _divide(inputs: Inputs, chunk_size: int | None) -> tuple[Inputs, list[Part]]:
     """The inputs padded to whole chunks, and the parts in which loops go through them."""
+    q, k, v, log_gate, clear = inputs
     length = q.shape[1]
     if chunk_size is None:
         chunk_size = choose_chunk_size(length)
@@ -116,7 +116,7 @@ def _divide(
         # Padding must not clear: the final state is that of the last real token.
         clear = jnp.pad(clear, ((0, 0), (0, padding)))
     # q = k = v = 0 and a gate of 1 leave the state as it is.
-    arrays = _pad((q, k, v, log_gate), padding)
+    q, k, v, log_gate = _pad((q, k, v, log_gate), padding)
     length += padding
     group = choose_group(
         q.shape[0] * q.shape[2], chunk_size, q.shape[3], v.shape[3], length // chunk_size
@@ -124,7 +124,7 @@ def _divide(
     whole = length - length % (chunk_size * group)
     rest = (length - whole) // chunk_size
     parts = [Part(0, whole, chunk_size, group), Part(whole, length, chunk_size, rest)]
-    return arrays, clear, [part for part in parts if part.stop > part.start]
+    return Inputs(q, k, v, log_gate, clear), [part for part in parts if part.stop > part.start]
 
 
 def _pad(arrays: Sequence[jax.Array], padding: int) -> list[jax.Array]:
@@ -156,18 +156,14 @@ def choose_chunk_size(length: int) -> int:
 
 
 def _forward(
-    part: Part,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_gate: jax.Array,
-    initial_state: HeadState,
-    clear: jax.Array | None,
-    *,
-    only_states: bool = False,
-) -> tuple[jax.Array | None, HeadState, jax.Array | None]:
-    """Loop over groups of chunks: the output and the final state, or, with `only_states`, the final
-    state and the states at the chunks' starts."""
+    part: Part, inputs: Inputs, initial_state: HeadState, *, only_states: bool = False
+) -> tuple[HeadState, jax.Array]:
+    """Loop over groups of chunks.
+
+    Returns:
+      The final state, and the output or, with `only_states`, the states at the chunks' starts.
+    """
+    q, k, v, log_gate, clear = inputs
     batch, length, heads, _ = q.shape
     dtype = initial_state.dtype
     states = (part.group, batch * heads, *initial_state.shape[2:])
@@ -191,31 +187,26 @@ def _forward(
         chunk_output = read @ starts.reshape(-1, *states[2:]) + attention @ chunk_v
         return (state, _store_group(part, output, chunk_output, index)), None
 
-    output = None
+    output: Any = ()
     if not only_states:
         # In `dtype`: XLA's CPU backend converts a whole bfloat16 array to update a part of it.
         output = vary_like(jnp.zeros(v.shape, dtype), initial_state)
     start = (initial_state.reshape(states[1:]), output)
     groups = jnp.arange(length // (part.size * part.group))
     (state, output), starts = jax.lax.scan(body, start, groups)
-    if output is not None:
-        output = output.astype(v.dtype)
-    return output, state.reshape(initial_state.shape), starts
+    return state.reshape(initial_state.shape), starts if only_states else output.astype(v.dtype)
 
 
 def _backward(
     part: Part,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_gate: jax.Array,
+    inputs: Inputs,
     d_output: jax.Array,
-    clear: jax.Array | None,
     starts: jax.Array,
     final_state: HeadState,
     d_final_state: jax.Array,
 ) -> list[jax.Array]:
     """Loop over chunks from the last to the first, with the gradient of the state as carry."""
+    q, k, v, log_gate, clear = inputs
     batch, length, heads, _ = q.shape
     dtype = final_state.dtype
     states = (part.group, batch * heads, *final_state.shape[2:])

@@ -133,8 +133,8 @@ def _gradient(*args: jax.Array) -> Sequence[jax.Array]:
     *inputs, _, d_y, d_final = args
     x, weights, recent, *starts = inputs
 
-    def function(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _by_shifts(*inputs, starts[0] if starts else None)
+    def function(x: jax.Array, weights: jax.Array, recent: jax.Array) -> Any:
+        return _by_shifts(x, weights, recent, starts[0] if starts else None)
 
     return jax.vjp(function, x, weights, recent)[1]((d_y, d_final))
 
@@ -146,8 +146,8 @@ def _gradient_in_c(*args: jax.Array) -> Sequence[jax.Array]:
     parts = jnp.broadcast_to(weights, pieces)
     results = [jax.typeof(x), jax.typeof(parts), jax.typeof(recent)]
     call = jax.ffi.ffi_call(CONVOLUTION_BACKWARD, results, vmap_method="broadcast_all")
-    starts = _or_empty(starts[0] if starts else None, x)
-    d_x, d_weights, d_recent = call(x, weights, recent, starts, scale, d_y, d_final)
+    begins = _or_empty(starts[0] if starts else None, x)
+    d_x, d_weights, d_recent = call(x, weights, recent, begins, scale, d_y, d_final)
     return d_x, jnp.sum(d_weights, axis=(0, 1)), d_recent
 
 

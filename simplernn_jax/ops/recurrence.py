@@ -69,15 +69,18 @@ def _operation(has_c: bool, has_clear: bool, chunk_size: int | None) -> tuple[Fo
 
     def gradient(*args: Any) -> Any:
         *inputs, d_output, d_final = args
-        clear = inputs[5:]
+        clears = inputs[5:]
         if _is_symbolic(inputs[0].shape):
-            _, vjp = jax.vjp(lambda *floating: pure(*floating, *clear), *inputs[:5])
+            _, vjp = jax.vjp(lambda *floating: pure(*floating, *clears), *inputs[:5])
             return vjp((d_output, d_final))
-        return chunkwise_gradient(*inputs[:5], _optional(clear), d_output, d_final, chunk_size)
+        q, k, v, log_gate, state = inputs[:5]
+        clear = _optional(clears)
+        return chunkwise_gradient(q, k, v, log_gate, state, clear, d_output, d_final, chunk_size)
 
     def gradient_in_c(*args: Any) -> Any:
         *inputs, d_output, d_final = args
-        return fused_gradient(*inputs[:5], _optional(inputs[5:]), d_output, d_final)
+        q, k, v, log_gate, state = inputs[:5]
+        return fused_gradient(q, k, v, log_gate, state, _optional(inputs[5:]), d_output, d_final)
 
     forms = Forms(forward, forward_in_c if has_c else None, pure)
     reverse = Forms(gradient, gradient_in_c if has_c else None)
