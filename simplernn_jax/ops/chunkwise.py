@@ -168,7 +168,7 @@ def _forward(
     dtype = initial_state.dtype
     states = (part.group, batch * heads, *initial_state.shape[2:])
 
-    def body(carry: Any, index: jax.Array) -> tuple[Any, jax.Array | None]:
+    def body(carry: Any, index: jax.Array) -> tuple[Any, Any]:
         state, output = carry
         take = partial(_slice_group, part=part, index=index, dtype=dtype)
         chunk_q, chunk_k, chunk_v, chunk_l = take(q), take(k), take(v), take(log_gate)
