@@ -245,11 +245,11 @@ def operators() -> dict[str, Site]:
         "norm in C": Site(functools.partial(rms_normalized, native=True), (Spec("... D"),)),
         "convolution": convolution(),
         "convolution in C": convolution(native=True),
-        "product": Site(lambda x, y: product(x, y, jnp.float32), (Spec("N D"), matrix)),
+        "product": Site(lambda x, y: product(x, y, jnp.float32), (Spec("... D"), matrix)),
         "products": Site(
-            lambda x, y, z: products(x, (y, z), jnp.bfloat16), (Spec("N D"), matrix, Spec("D V"))
+            lambda x, y, z: products(x, (y, z), jnp.bfloat16), (Spec("... D"), matrix, Spec("D V"))
         ),
-        "product in integers": Site(lambda x, y: product(x, y, jnp.int32), (Spec("N D"), matrix)),
+        "product in integers": Site(lambda x, y: product(x, y, jnp.int32), (Spec("... D"), matrix)),
         "rotate": Site(rotate, (q, reach)),
         "attend": Site(attend, (q, keys, values, Spec("B? T S", ("bool",)))),
         "sliding attention": Site(lambda *x: sliding_attention(*x, 4), (q, keys, values, reach)),

@@ -17,6 +17,7 @@ from simplernn_jax.models.simple_rnn import SimpleRNN
 from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops.checks import FLOATING, check_array
 from simplernn_jax.ops.normalized import rms_normalized
+from simplernn_jax.ops.product import merge_tokens
 from simplernn_jax.parallel.collectives import vary
 
 GATE_BIAS_RANGE = (1.0, 6.0)
@@ -166,7 +167,7 @@ class ResidualBlock(nnx.Module):
         # once for all projections.
         y, mixer_state = self.mixer(vary(y, "tensor"), mixer_state, segment_ids)
         x = x + self._drop(y, keys[0])
-        hidden = vary(rms_normalized(x), "tensor").reshape(-1, x.shape[-1])
+        hidden = merge_tokens(vary(rms_normalized(x), "tensor"))
         y = self.mlp_out(_squared_relu(self.mlp_in(hidden), self.mlp_out.dtype)).reshape(x.shape)
         return x + self._drop(y, keys[1]), ResidualState(mixer_state, recent)
 

@@ -47,7 +47,7 @@ def uniform_fan_in(fan_in: int) -> nnx.Initializer:
 
 
 class Dense(nnx.Linear):
-    """`nnx.Linear` on flat tokens, with operands in `dtype` and results in float32.
+    """`nnx.Linear` with operands in `dtype` and results in float32.
 
     On a mesh its kernel may lie apart, as `parallel.shardings` says; which part a device holds
     shows in the shapes. Along ``fsdp`` lies the side that is the width of the stack: it is
@@ -57,12 +57,12 @@ class Dense(nnx.Linear):
     """
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """``[N, in_features]`` to ``[N, out_features]``, at least float32; this device's part."""
+        """``[..., in_features]`` to ``[..., out_features]``, this device's part."""
         return in_one_product(inputs, [self])[0]
 
 
 def in_one_product(x: jax.Array, layers: Sequence[Dense]) -> tuple[jax.Array, ...]:
-    """What each of `layers`, of one dtype, makes of ``x``, ``[N, in_features]``."""
+    """What each of `layers`, of one dtype, makes of ``x``, ``[..., in_features]``."""
     kernels = tuple(layer.kernel[...] for layer in layers)
     dtype = layers[0].dtype
     outputs: tuple[jax.Array, ...]
@@ -72,10 +72,11 @@ def in_one_product(x: jax.Array, layers: Sequence[Dense]) -> tuple[jax.Array, ..
             outputs = sum_over(outputs, "tensor")
     else:
         outputs = products(x, kernels, dtype)
-    biases = [layer.bias for layer in layers]
-    return tuple(
-        y if bias is None else y + bias[...][None] for y, bias in zip(outputs, biases, strict=True)
-    )
+
+    def biased(y: jax.Array, layer: Dense) -> jax.Array:
+        return y if layer.bias is None else y + jnp.expand_dims(layer.bias[...], range(y.ndim - 1))
+
+    return tuple(biased(y, layer) for y, layer in zip(outputs, layers, strict=True))
 
 
 def _gathered_products(

@@ -102,15 +102,14 @@ class Heads(nnx.Module):
             layers, widths = [*layers, self.gate_proj], [*widths, self.key_dim]
         if self.output_gate_proj is not None:
             layers = [*layers, self.output_gate_proj]
-        # Tokens are flattened: the gradient of a matrix then contracts one axis, the fast path.
-        outputs = in_one_product(x.reshape(-1, x.shape[-1]), layers)
+        outputs = in_one_product(x, layers)
         heads = []
         for y, width in zip(outputs, widths, strict=False):
             width //= self.num_heads
             heads.append(y.reshape(*x.shape[:-1], y.shape[-1] // width, width))
         if self.output_gate_proj is None:
             return tuple(heads), None
-        return tuple(heads), outputs[-1].reshape(*x.shape[:-1], outputs[-1].shape[-1])
+        return tuple(heads), outputs[-1]
 
     def combine(self, y: jax.Array, output_gate: jax.Array | None) -> jax.Array:
         """The heads' output ``[..., H, V]`` to ``[..., output_dim]``.
@@ -130,11 +129,10 @@ class Heads(nnx.Module):
                 )
         if self.output_norm:
             y = rms_normalized(y)
-        shape, width = y.shape[:-2], y.shape[-2] * y.shape[-1]
-        y = y.reshape(-1, width)
+        y = y.reshape(*y.shape[:-2], y.shape[-2] * y.shape[-1])
         if output_gate is not None:
-            y = _gated(y, output_gate.reshape(-1, width))
-        return self.out_proj(y).reshape(*shape, self.out_proj.out_features)
+            y = _gated(y, output_gate)
+        return self.out_proj(y)
 
 
 @jax.checkpoint  # keeps its arguments, which are kept anyway, and none of what lies between

@@ -152,14 +152,12 @@ class LanguageModel(nnx.Module):
           TypeError: `hidden` is not of floating point.
         """
         check_array("hidden", hidden, "... D", FLOATING, {"D": self.config.hidden_dim})
-        flat = vary(hidden, "tensor").reshape(-1, hidden.shape[-1])
+        hidden = vary(hidden, "tensor")
         if self.head is not None:
-            logits = self.head(flat)
-        elif is_on_mesh():
-            logits = tied_logits(flat, self.embedding.embedding[...], self.dtype)
-        else:
-            logits = product(flat, self.embedding.embedding[...].T, self.dtype)
-        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+            return self.head(hidden)
+        if is_on_mesh():
+            return tied_logits(hidden, self.embedding.embedding[...], self.dtype)
+        return product(hidden, self.embedding.embedding[...].T, self.dtype)
 
     def __call__(
         self,

@@ -59,13 +59,23 @@ def can_call(dtype: Any) -> bool:
     return dtype == jnp.float32 and jax.default_backend() == "cpu" and has_native_functions()
 
 
-def is_worth_a_call(x: jax.Array) -> bool:
-    """Whether a function that passes over `x` takes less time than XLA's own loops.
+def takes_native(x: jax.Array, native: bool | None) -> bool:
+    """Whether a function that passes over `x` is to be called.
 
-    A call costs some 5 microseconds, as much as a few small operations.
+    Args:
+      x: the array.
+      native: True or False say so; None asks whether it takes less time than XLA's own loops (a
+        call costs some 5 microseconds, as much as a few small operations).
+
+    Raises:
+      ValueError: `native` is True and there is no such function for `x` here.
     """
-    is_known = all(isinstance(size, int) for size in x.shape)  # not left open by `jax.export`
-    return is_known and can_call(x.dtype) and x.size >= LEAST_ENTRIES
+    if native and not can_call(x.dtype):
+        raise ValueError(f"native=True: needs float32 (got {x.dtype}), a CPU and a C compiler")
+    # Sizes that `jax.export` leaves open are not known.
+    if not all(isinstance(size, int) for size in x.shape) or 0 in x.shape:
+        return False
+    return bool(native) if native is not None else x.size >= LEAST_ENTRIES and can_call(x.dtype)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.ops.checks import check_array
-from simplernn_jax.ops.native import NORM_BACKWARD, NORM_FORWARD, is_worth_a_call
+from simplernn_jax.ops.native import NORM_BACKWARD, NORM_FORWARD, takes_native
 from simplernn_jax.ops.operation import Form, Forms, Gradient, apply
 from simplernn_jax.ops.partitioning import Partitioned
 
@@ -36,9 +36,7 @@ def rms_normalized(x: jax.Array, *, native: bool | None = None) -> jax.Array:
     """
     check_array("x", x, "... D")
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if native is None:
-        native = is_worth_a_call(x)
-    forms, forward, reverse = _operation(x.ndim, native and 0 not in x.shape)
+    forms, forward, reverse = _operation(x.ndim, takes_native(x, native))
     gradient = Gradient(reverse, forward, extras=((x.shape[:-1], x.dtype),))
     (y,) = apply(forms, [x], [x], gradient)
     return y

@@ -5,9 +5,8 @@ of its steps alone does little but read and write its arrays, so one pass takes 
 than XLA's, which makes an array of every shifted input and of every product that it sums.
 """
 
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,11 +14,14 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import Activations, RecentInputs
 from simplernn_jax.ops.checks import check_convolution
+from simplernn_jax.ops.convolution_sharding import (
+    partition_convolution,
+    partition_convolution_gradient,
+)
 from simplernn_jax.ops.manual_axes import vary_like
-from simplernn_jax.ops.native import CONVOLUTION_BACKWARD, CONVOLUTION_FORWARD, is_worth_a_call
+from simplernn_jax.ops.native import CONVOLUTION_BACKWARD, CONVOLUTION_FORWARD, takes_native
 from simplernn_jax.ops.normalized import EPSILON, rms_normalized
-from simplernn_jax.ops.operation import Form, Forms, Gradient, apply
-from simplernn_jax.ops.partitioning import Partitioned
+from simplernn_jax.ops.operation import Forms, Gradient, apply
 
 _STRETCH = 128
 """Tokens whose gradients of the weights are summed apart, so that threads can share the work."""
@@ -52,9 +54,7 @@ def normalized_convolution(
     """
     check_convolution(x, weights, recent, starts)
     x = x.astype(recent.dtype)
-    if native is None:
-        native = is_worth_a_call(x)
-    if not (native and x.size):
+    if not takes_native(x, native):
         return _by_shifts(x, weights, recent, starts)
     inputs = [x, weights.astype(x.dtype), recent, *([] if starts is None else [starts])]
     forms, forward, reverse = _operation(starts is not None)
@@ -87,29 +87,15 @@ def _operation(has_starts: bool) -> tuple[Forms, Forms, Forms]:
 
     Inputs are x, weights, recent and, where there are any, starts.
     """
-    x, recent = "b t d", "b p d"
-    inputs = (x, "w d", recent, "b t") if has_starts else (x, "w d", recent)
-    replicated = ("t", "d", "w", "p")
-    gradient = (*inputs, "b t", x, recent)
     return (
         Forms(
             lambda *inputs: _forward(*inputs)[:2],
             lambda *inputs: _forward_in_c(*inputs)[:2],
             None,
-            Partitioned(inputs, (x, recent), replicated),
+            partition_convolution(has_starts, has_scale=False),
         ),
-        Forms(
-            _forward,
-            _forward_in_c,
-            None,
-            Partitioned(inputs, (x, recent, "b t"), replicated),
-        ),
-        Forms(
-            _gradient,
-            _gradient_in_c,
-            None,
-            _PartitionedGradient(gradient, (x, "w d", recent), replicated),
-        ),
+        Forms(_forward, _forward_in_c, None, partition_convolution(has_starts, has_scale=True)),
+        Forms(_gradient, _gradient_in_c, None, partition_convolution_gradient(has_starts)),
     )
 
 
@@ -154,18 +140,3 @@ def _gradient_in_c(*args: jax.Array) -> Sequence[jax.Array]:
 def _or_empty(starts: jax.Array | None, x: jax.Array) -> jax.Array:
     # No argument of a C function can be left out; this one may be empty.
     return vary_like(jnp.zeros((0,), bool), x) if starts is None else starts
-
-
-@dataclasses.dataclass(frozen=True)
-class _PartitionedGradient(Partitioned):
-    """The gradient of the weights is a sum over the sequences of all devices."""
-
-    def shard_form(self, form: Form, over: Mapping[str, Any]) -> Form:
-        if not over.get("b"):
-            return form
-
-        def summed(*args: jax.Array) -> Sequence[jax.Array]:
-            d_x, d_weights, d_recent = form(*args)
-            return d_x, jax.lax.psum(d_weights, over["b"]), d_recent
-
-        return summed

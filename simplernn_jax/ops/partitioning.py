@@ -11,6 +11,13 @@ from jax.sharding import PartitionSpec as P
 from simplernn_jax.ops.operation import Form
 
 
+def axis_names(axes: Any) -> tuple[str, ...]:
+    """One entry of a `PartitionSpec` as a tuple of names."""
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Partitioned:
     """Names the axes of an operation's arrays, such as ``"b t d"``; wraps its forms.
@@ -46,6 +53,11 @@ class Partitioned:
         del over
         return form
 
+    def admit(self, over: dict[str, Any], mesh: Mesh, inputs: Sequence[Any]) -> dict[str, Any]:
+        """Drop those of `over` that the operation cannot take with arrays of these shapes."""
+        del mesh, inputs
+        return over
+
     def _partition(self, form: Form, mesh: Mesh, inputs: Any, results: Any) -> Any:
         del results
         over: dict[str, Any] = {}
@@ -53,6 +65,7 @@ class Partitioned:
             for name, axes in zip(names.split(), x.sharding.spec, strict=False):
                 if axes is not None and name not in self.replicated:
                     over.setdefault(name, axes)
+        over = self.admit(over, mesh, inputs)
 
         def shardings(arrays: Sequence[str]) -> list[NamedSharding]:
             return [NamedSharding(mesh, P(*map(over.get, names.split()))) for names in arrays]

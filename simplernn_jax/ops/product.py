@@ -1,10 +1,11 @@
-"""The product of a dense layer and its gradient: operands in one dtype, sums in float32.
+"""The matmul of a dense layer and its gradient: operands in one dtype, sums in float32.
 
-XLA's CPU backend has a fast product for ``[m, k] [k, n]`` as the arrays lie in memory. Others miss
-it: a weight gradient x^T g, whose sum runs over the leading axis of both, takes up to twice as
-long, and in bfloat16 every transposed operand costs the gain (measured with 4,096 tokens, 128 to
-512 and back). So the gradient transposes an operand first, the smaller one, and in a way that XLA
-does not fold into the product again.
+On one device tokens are flattened, so that the gradient of a kernel contracts one axis. XLA's CPU
+backend has a fast matmul for ``[m, k] [k, n]`` as the arrays lie in memory. Others miss it: a
+weight gradient x^T g, which contracts the leading axis of both, takes up to twice as long, and in
+bfloat16 every transposed operand costs the gain (measured with 4,096 tokens, 128 to 512 and back).
+So the gradient transposes an operand first, the smaller one, and in a way that XLA does not fold
+into the matmul again.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from simplernn_jax.ops.operation import Forms, Gradient, apply
 
 
 def product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
-    """``x @ kernel``, ``[N, in] [in, out]``: operands in `dtype`, result at least float32."""
+    """``x @ kernel``, ``[..., in] [in, out]``: operands in `dtype`, result at least float32."""
     return products(x, (kernel,), dtype)[0]
 
 
@@ -36,20 +37,35 @@ def products(x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> tuple[ja
     """
     if not kernels:
         raise ValueError("kernels: expected at least one; got none")
-    sizes = check_array("x", x, "N in")
+    sizes = check_array("x", x, "... in")
     for kernel in kernels:
         check_array("kernel", kernel, "in out", FLOATING, {"in": sizes["in"]})
     check_dtype("dtype", dtype)
     widths = tuple(kernel.shape[1] for kernel in kernels)
     result = jnp.promote_types(dtype, jnp.float32)
-    results = [jax.ShapeDtypeStruct((x.shape[0], width), result) for width in widths]
-    # XLA's partitioner may gather what has a constrained layout (jax 0.10).
-    one_device = jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
-    forward, gradient = _operation(jnp.dtype(dtype), x.dtype, widths, one_device)
+    results = [jax.ShapeDtypeStruct((*x.shape[:-1], width), result) for width in widths]
+    forward, gradient = _operation(jnp.dtype(dtype), x.dtype, widths, _on_one_device())
     if x.dtype != dtype:  # the rounded x is kept, which is half as large
         extras = ((x.shape, jnp.dtype(dtype)),)
         gradient = dataclasses.replace(gradient, extras=extras)
     return tuple(apply(forward, [x, *kernels], results, gradient))
+
+
+def merge_tokens(x: jax.Array) -> jax.Array:
+    """Merge all axes but the last, unless XLA may have to partition them.
+
+    Between two matmuls it saves memory: XLA then keeps one form of what lies between.
+    """
+    return x.reshape(-1, x.shape[-1]) if _on_one_device() else x
+
+
+def _on_one_device() -> bool:
+    """Whether this code runs on one device, alone or inside `shard_map`.
+
+    If not, axes are kept, since XLA partitions those that it can tell apart, and no layout is
+    constrained, since it may gather what has one (jax 0.10).
+    """
+    return jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 @functools.cache
@@ -58,23 +74,27 @@ def _operation(
 ) -> tuple[Forms, Gradient]:
     """(x, kernels) to their products, whose gradient keeps the kernels and x in `dtype`."""
 
+    def flat(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, x.shape[-1]) if one_device else x
+
     def forward(how: _How, x: jax.Array, *kernels: jax.Array) -> Sequence[jax.Array]:
-        return _split(_dot(how, x.astype(dtype), how.beside(kernels, dtype)), widths)
+        y = _dot(how, flat(x.astype(dtype)), how.beside(kernels, dtype))
+        return _split(y.reshape(*x.shape[:-1], -1), widths)
 
     def with_rounded(how: _How, x: jax.Array, *kernels: jax.Array) -> Sequence[jax.Array]:
         return *forward(how, x, *kernels), x.astype(dtype)
 
     def backward(how: _How, *args: jax.Array) -> Sequence[jax.Array]:
         kernels, (low, *cotangents) = args[:count], args[count:]
-        d_y = how.beside(cotangents, dtype)
+        shape, low = low.shape, flat(low)
+        d_y = flat(how.beside(cotangents, dtype))
         d_x = _dot(how, d_y, how.layout(how.beside(kernels, dtype)).T)
-        swap = low.shape[1] > d_y.shape[1]
-        smaller, other = (d_y, low) if swap else (low, d_y)
-        # The barrier keeps what transposes this small result out of the matmul.
-        d_kernel = jax.lax.optimization_barrier(_dot(how, how.layout(smaller).T, other))
-        d_kernels = _split(d_kernel.T if swap else d_kernel, widths)
+        d_kernel = how.of_kernel(low, d_y)
+        d_kernels = _split(d_kernel, widths)
         pairs = zip(d_kernels, kernels, strict=True)
-        return d_x.astype(x_dtype), *(d_kernel.astype(k.dtype) for d_kernel, k in pairs)
+        return d_x.astype(x_dtype).reshape(shape), *(
+            d_kernel.astype(k.dtype) for d_kernel, k in pairs
+        )
 
     def in_order(*residuals: jax.Array) -> Sequence[jax.Array]:
         kernels, low = residuals[:count], residuals[count]
@@ -104,11 +124,13 @@ class _How(NamedTuple):
     """Of operands."""
     beside: Callable[[Sequence[jax.Array], Any], jax.Array]
     """Arrays side by side, in a dtype."""
+    of_kernel: Callable[[jax.Array, jax.Array], jax.Array]
+    """Gradient of the kernels, from x and that of their products."""
 
 
 def _concatenated(arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
     low = [array.astype(dtype) for array in arrays]
-    return low[0] if len(low) == 1 else jnp.concatenate(low, axis=1)
+    return low[0] if len(low) == 1 else jnp.concatenate(low, axis=-1)
 
 
 def _concatenated_as_bits(arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
@@ -116,7 +138,7 @@ def _concatenated_as_bits(arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
     if dtype != jnp.bfloat16 or len(arrays) == 1:
         return _concatenated(arrays, dtype)
     bits = [jax.lax.bitcast_convert_type(array.astype(dtype), jnp.uint16) for array in arrays]
-    return jax.lax.bitcast_convert_type(jnp.concatenate(bits, axis=1), jnp.bfloat16)
+    return jax.lax.bitcast_convert_type(jnp.concatenate(bits, axis=-1), jnp.bfloat16)
 
 
 def _row_by_row(x: jax.Array) -> jax.Array:
@@ -124,15 +146,32 @@ def _row_by_row(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout((0, 1)))
 
 
-_PLAIN = _How(lambda x: x, _concatenated)
-_ON_CPU = _How(_row_by_row, _concatenated_as_bits)
+def _contracted(low: jax.Array, d_y: jax.Array) -> jax.Array:
+    axes = tuple(range(low.ndim - 1))
+    return jnp.tensordot(low, d_y, (axes, axes), preferred_element_type=_sums(low))
+
+
+def _contracted_row_by_row(low: jax.Array, d_y: jax.Array) -> jax.Array:
+    swap = low.shape[1] > d_y.shape[1]
+    smaller, other = (d_y, low) if swap else (low, d_y)
+    d_kernel = _dot(_ON_CPU, _row_by_row(smaller).T, other)
+    # The barrier keeps what transposes this small result out of the matmul.
+    d_kernel = jax.lax.optimization_barrier(d_kernel)
+    return d_kernel.T if swap else d_kernel
+
+
+_PLAIN = _How(lambda x: x, _concatenated, _contracted)
+_ON_CPU = _How(_row_by_row, _concatenated_as_bits, _contracted_row_by_row)
 
 
 def _split(y: jax.Array, widths: Sequence[int]) -> Sequence[jax.Array]:
     ends = itertools.accumulate(widths)
-    return [y[:, end - width : end] for end, width in zip(ends, widths, strict=True)]
+    return [y[..., end - width : end] for end, width in zip(ends, widths, strict=True)]
 
 
 def _dot(how: _How, a: jax.Array, b: jax.Array) -> jax.Array:
-    dtype = jnp.promote_types(a.dtype, jnp.float32)
-    return jnp.dot(how.layout(a), how.layout(b), preferred_element_type=dtype)
+    return jnp.dot(how.layout(a), how.layout(b), preferred_element_type=_sums(a))
+
+
+def _sums(x: jax.Array) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)

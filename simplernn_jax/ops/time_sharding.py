@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.ops.operation import Form
-from simplernn_jax.ops.partitioning import Partitioned
+from simplernn_jax.ops.partitioning import Partitioned, axis_names
 
 _INPUTS = ("b t h k", "b t h k", "b t h v", "b t h k", "b h k v")
 """Axes of q, k, v, log_gate and initial_state, which `clear` may follow."""
@@ -42,7 +42,7 @@ def partition_gradient(forward: Form, has_clear: bool) -> Partitioned:
 @dataclasses.dataclass(frozen=True)
 class _Recurrence(Partitioned):
     def shard_form(self, form: Form, over: Mapping[str, Any]) -> Form:
-        return _TimeShards(_names(over["t"]), form) if over.get("t") else form
+        return _TimeShards(axis_names(over["t"]), form) if over.get("t") else form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,7 @@ class _Gradient(Partitioned):
     def shard_form(self, form: Form, over: Mapping[str, Any]) -> Form:
         if not over.get("t"):
             return form
-        return _TimeShardsGradient(_names(over["t"]), self.forward, form)
-
-
-def _names(axes: Any) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else tuple(axes)
+        return _TimeShardsGradient(axis_names(over["t"]), self.forward, form)
 
 
 @dataclasses.dataclass(frozen=True)
