@@ -103,18 +103,18 @@ def _check_out(out: Path) -> None:
     """Refuses at once what would fail when all has been computed."""
     if os.path.lexists(out):
         if not out.is_dir():
-            raise UserError(f"--out={out}: not a folder; name one")
+            raise UserError(f"--out={_OUT.value}: not a folder; name one")
         for name in filter(_OUTPUT.fullmatch, os.listdir(out)):
             try:
                 check_output(out / name)
             except OSError as error:
                 raise UserError(
-                    f"--out={out}: {name} in it cannot be replaced ({error.strerror}); remove it "
-                    "or name another folder"
+                    f"--out={_OUT.value}: {name} in it cannot be replaced ({error.strerror}); "
+                    "remove it or name another folder"
                 ) from error
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--out={out}: {nearest} cannot be written; name a folder that can")
+        raise UserError(f"--out={_OUT.value}: {nearest} cannot be written; name a folder that can")
 
 
 def _validation_split(workdir: str) -> "TokenSplit | None":

@@ -158,7 +158,18 @@ def _initialize(
     host, _, port = (coordinator or "").rpartition(":")
     if coordinator and not (host and port.isdecimal() and 0 < int(port[:6]) < 2**16):
         raise UserError(f"--coordinator={coordinator}: not HOST:PORT, such as node1:12345")
-    is_complete = coordinator and None not in (num_processes, process_id)
+    given = (coordinator, num_processes, process_id)
+    if None in given and given != (None, None, None):
+        raise UserError(
+            "--coordinator, --num_processes and --process_id belong together: give all three, or "
+            "none of them where SLURM, Kubernetes or Open MPI starts all"
+        )
+    is_complete = coordinator is not None
+    if num_processes is not None and process_id is not None and process_id >= num_processes:
+        raise UserError(
+            f"--process_id={process_id} is none of --num_processes={num_processes}: number them "
+            f"from 0 to {num_processes - 1}"
+        )
     listens = is_complete and process_id == 0
     is_set = "JAX_COORDINATOR_BIND_ADDRESS" in os.environ
     _keep_stdout_for_python()

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -195,20 +194,24 @@ def test_a_port_that_is_taken(initialize):
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ((None, None, None), "coordinator_address should be defined"),
-        (("127.0.0.1:1234", 2, None), "The process id of the current process must be defined"),
-        (("127.0.0.1:1234", 2, 2), "with process_id < num_processes. Got process_id=2"),
+        (("127.0.0.1:1234", 2, None), "belong together: give all three"),
+        ((None, 2, 1), "belong together: give all three"),
+        (("127.0.0.1:1234", 2, 2), "--process_id=2 is none of --num_processes=2"),
     ],
 )
-def test_what_jax_refuses_is_one_line(monkeypatch, place, message):
+def test_places_that_are_none(place, message):
+    with pytest.raises(UserError, match=message), distributed.joined(*place, 7):
+        pass
+
+
+def test_what_jax_refuses_is_one_line(monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
     monkeypatch.setattr(distributed, "_keep_stdout_for_python", lambda: None)
-    for name in list(os.environ):
-        if re.match("SLURM|OMPI|KUBERNETES|JAX_(COORDINATOR|PROCESS|NUM_PROC)", name):
-            monkeypatch.delenv(name)
-    with (
-        pytest.raises(UserError, match=f"--distributed: .*{message}.*give --coordinator HOST"),
-        distributed.joined(*place, 7),
-    ):
+    monkeypatch.setattr("jax.distributed.initialize", refuse)
+    message = "--distributed: coordinator_address should be defined.*give --coordinator HOST"
+    with pytest.raises(UserError, match=message), distributed.joined(None, None, None, 7):
         pass
 
 

@@ -252,3 +252,11 @@ def test_the_model_exported_for_all_platforms(model):
         rtol=0,
         atol=0.05 if is_low(graph) else 1e-4,
     )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_compilation(method):
+    inputs = draw()
+    with jax.disable_jit():
+        ours = jax.grad(loss(method), (0, 3))(*inputs)
+    chex.assert_trees_all_close(ours, jax.grad(loss("scan"), (0, 3))(*inputs), **TOLERANCE)

@@ -133,15 +133,24 @@ def test_the_convolution_stays_sharded(batch, time, moves, segments):
 
 
 @pytest.mark.parametrize(
-    ("spec", "kinds"),
+    ("precision", "spec", "kinds"),
     [
-        (P(("x", "y", "z")), {"all-reduce"}),  # the sums of the gradients, and nothing else
-        (P("x", ("y", "z")), {"all-reduce", "all-gather", "collective-permute"}),
+        # The sums of the gradients, and nothing else.
+        ("float32", P(("x", "y", "z")), {"all-reduce"}),
+        ("bfloat16", P(("x", "y", "z")), {"all-reduce"}),
+        ("float32", P("x", ("y", "z")), {"all-reduce", "all-gather", "collective-permute"}),
     ],
-    ids=["batch", "time"],
+    ids=["batch", "batch-bfloat16", "time"],
 )
-def test_the_model_stays_sharded(spec, kinds):
-    config = ModelConfig(vocab_size=13, hidden_dim=32, key_dim=32, value_dim=32, num_layers=2)
+def test_the_model_stays_sharded(precision, spec, kinds):
+    config = ModelConfig(
+        vocab_size=13,
+        hidden_dim=32,
+        key_dim=32,
+        value_dim=32,
+        num_layers=2,
+        precision=precision,
+    )
     graph, params = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 13, (8, 128)), jnp.int32)
 
@@ -160,4 +169,8 @@ def test_the_model_stays_sharded(spec, kinds):
     assert {kind for kind, _ in found} == kinds
     # Less than the activations of a layer, of the sequences that a device has.
     assert all(kind == "all-reduce" or size < 4 * 128 * 32 * 4 for kind, size in found)
-    chex.assert_trees_all_close(program(*inputs), gradient(params, tokens), rtol=1e-5, atol=2e-5)
+    # Partitioned sums are rounded in another order, and where they end in bfloat16 by its last bit.
+    tolerance = (
+        {"rtol": 1e-5, "atol": 2e-5} if precision == "float32" else {"rtol": 0.1, "atol": 1e-2}
+    )
+    chex.assert_trees_all_close(program(*inputs), gradient(params, tokens), **tolerance)

@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from simplernn_jax import memory_bound
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.data.tokenizer import ByteTokenizer, CharTokenizer
 from simplernn_jax.errors import UserError
@@ -236,7 +237,7 @@ def test_other_files_are_refused(tmp_path, model):
 
 def test_a_file_larger_than_memory_is_not_read(path, model, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(os, "sysconf", lambda name: 64)
+        patch.setattr(memory_bound, "host_memory", lambda: 64)
         assert refusal(path, model).startswith("needs 0.0 GB, more than half of the 0.0 GB of mem")
     load_state(str(path), model, BYTES)
 

@@ -149,6 +149,10 @@ def _compiled(**params: Any) -> Callable[..., Any]:
 
 @_operation.def_impl
 def _evaluate(*args: jax.Array, partitioned: Any, **params: Any) -> Any:
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        forms = params["forms"]
+        on_cpu = jax.default_backend() == "cpu" and forms.cpu is not None
+        return list((forms.cpu if on_cpu else forms.default)(*args))
     return _compiled(partitioned=None, **params)(*args)
 
 

@@ -88,7 +88,7 @@ def _operation(
         kernels, (low, *cotangents) = args[:count], args[count:]
         shape, low = low.shape, flat(low)
         d_y = flat(how.beside(cotangents, dtype))
-        d_x = _dot(how, d_y, how.layout(how.beside(kernels, dtype)).T)
+        d_x = _dot(how, d_y, how.operand(how.beside(kernels, dtype)).T)
         d_kernel = how.of_kernel(low, d_y)
         d_kernels = _split(d_kernel, widths)
         pairs = zip(d_kernels, kernels, strict=True)
@@ -101,7 +101,10 @@ def _operation(
         return low.astype(x_dtype), *kernels
 
     def forms(function: Callable[..., Sequence[jax.Array]]) -> Forms:
-        return Forms(partial(function, _PLAIN), partial(function, _ON_CPU) if one_device else None)
+        on_cpu = _ROW_BY_ROW if one_device else _WIDENED
+        return Forms(
+            partial(function, _PLAIN), partial(function, on_cpu), partial(function, _WIDENED)
+        )
 
     count = len(widths)
     if dtype == x_dtype:
@@ -120,8 +123,8 @@ def _operation(
 class _How(NamedTuple):
     """What XLA's CPU backend needs done in a way of its own."""
 
-    layout: Callable[[jax.Array], jax.Array]
-    """Of operands."""
+    operand: Callable[[jax.Array], jax.Array]
+    """Applied to every operand."""
     beside: Callable[[Sequence[jax.Array], Any], jax.Array]
     """Arrays side by side, in a dtype."""
     of_kernel: Callable[[jax.Array, jax.Array], jax.Array]
@@ -154,14 +157,20 @@ def _contracted(low: jax.Array, d_y: jax.Array) -> jax.Array:
 def _contracted_row_by_row(low: jax.Array, d_y: jax.Array) -> jax.Array:
     swap = low.shape[1] > d_y.shape[1]
     smaller, other = (d_y, low) if swap else (low, d_y)
-    d_kernel = _dot(_ON_CPU, _row_by_row(smaller).T, other)
+    d_kernel = _dot(_ROW_BY_ROW, _row_by_row(smaller).T, other)
     # The barrier keeps what transposes this small result out of the matmul.
     d_kernel = jax.lax.optimization_barrier(d_kernel)
     return d_kernel.T if swap else d_kernel
 
 
+def _widened(x: jax.Array) -> jax.Array:
+    return x.astype(_sums(x))
+
+
 _PLAIN = _How(lambda x: x, _concatenated, _contracted)
-_ON_CPU = _How(_row_by_row, _concatenated_as_bits, _contracted_row_by_row)
+_ROW_BY_ROW = _How(_row_by_row, _concatenated_as_bits, _contracted_row_by_row)
+_WIDENED = _How(_widened, _concatenated, lambda *pair: _contracted(*map(_widened, pair)))
+"""The same values: XLA's CPU backend cannot multiply bfloat16 in any layout that it may choose."""
 
 
 def _split(y: jax.Array, widths: Sequence[int]) -> Sequence[jax.Array]:
@@ -170,7 +179,7 @@ def _split(y: jax.Array, widths: Sequence[int]) -> Sequence[jax.Array]:
 
 
 def _dot(how: _How, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.dot(how.layout(a), how.layout(b), preferred_element_type=_sums(a))
+    return jnp.dot(how.operand(a), how.operand(b), preferred_element_type=_sums(a))
 
 
 def _sums(x: jax.Array) -> Any:
