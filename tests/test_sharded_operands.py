@@ -58,11 +58,15 @@ def value_and_gradients(method, segments):
     return jax.jit(jax.grad(total, (0, 1, 2, 3, 4), has_aux=True))
 
 
-@pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("batch", "time", "heads"),
-    [("x", None, None), (("x", "y"), None, "z"), ("x", "y", "z"), (None, ("x", "z"), None)],
+    ("batch", "time", "heads", "segments"),
+    [
+        ("x", None, None, False),
+        (("x", "y"), None, "z", True),
+        ("x", "y", "z", True),
+        (None, ("x", "z"), None, False),
+    ],
     ids=str,
 )
 def test_the_recurrence_stays_sharded(batch, time, heads, method, segments):

@@ -129,8 +129,16 @@ def _partitioned(args: Sequence[Any], forms: Forms) -> Any:
     in_shard_map = jax.sharding.get_abstract_mesh().manual_axes
     if forms.partitioned is None or in_shard_map or jax.device_count() == 1:
         return None
-    shapes = [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in args]
-    return jax.make_jaxpr(forms.partitioned(evaluate(forms)))(*shapes)
+    shapes = tuple((jnp.shape(x), np.dtype(x.dtype)) for x in args)
+    return _partitioned_jaxpr(forms, shapes, jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=256)
+def _partitioned_jaxpr(forms: Forms, shapes: Any, x64: bool) -> Any:
+    del x64  # what is traced depends on it
+    assert forms.partitioned is not None
+    structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    return jax.make_jaxpr(forms.partitioned(evaluate(forms)))(*structs)
 
 
 @dataclasses.dataclass(frozen=True)
