@@ -222,6 +222,17 @@ def test_keeps_the_newest_and_the_best_also_after_a_restart(tmp_path):
     assert not (tmp_path / "checkpoints" / "pruned").exists()
 
 
+def test_a_save_does_not_ask_for_the_step_of_a_preemption(tmp_path, monkeypatch):
+    """Of JAX, which would then agree on an older one than the loop has reached."""
+    asked = []
+    monkeypatch.setattr(
+        "jax.experimental.multihost_utils.reached_preemption_sync_point", asked.append
+    )
+    save_steps(tmp_path, 3, 5)
+    assert asked == []
+    assert restore(tmp_path).step == 5
+
+
 def test_saving_a_step_again_changes_nothing(tmp_path):
     with open_checkpointer(tmp_path) as checkpointer:
         checkpointer.save(5, make_state(5), {}, wait=True)

@@ -72,6 +72,17 @@ class Restored:
     tokenizer_json: str
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Leave the question to the loop.
+
+        Orbax asks it again in the thread that saves, of an older step: JAX would take that for the
+        step that this process has reached, and could agree on one that is over.
+        """
+        del step
+        return False
+
+
 class Checkpointer:
     """The checkpoints of one run. Only one run at a time may hold it for a workdir.
 
@@ -237,7 +248,7 @@ class Checkpointer:
     def _open_manager(self) -> ocp.CheckpointManager:
         """Orbax's manager, made at the first save: by then what is damaged has been moved away."""
         if self._manager is None:
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self._folder.path,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=self._keep,
