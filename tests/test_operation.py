@@ -84,6 +84,17 @@ def reverse_of_the_state(method):
     return jax.jacrev(lambda *inputs: recurrence(method)(*inputs)[0][:, -1], argnums=(0, 4))
 
 
+def in_a_custom_jvp(method):
+    @jax.custom_jvp
+    def run(q):
+        return recurrence(method)(q, *draw()[1:])[0]
+
+    run.defjvp(
+        lambda primals, tangents: (run(*primals), 2 * jax.jvp(run.fun, primals, tangents)[1])
+    )
+    return lambda *inputs: jax.grad(lambda q: jnp.sum(jnp.sin(run(q))))(inputs[0])
+
+
 def rematerialized(method):
     policy = jax.checkpoint_policies.dots_saveable
     return jax.grad(jax.checkpoint(loss(method), policy=policy), (0, 3))
@@ -120,6 +131,7 @@ FIRST_ORDER = [forward_mode, gradient_of_a_map, in_a_scan, map_of_a_gradient, re
 OTHERS = [
     forward_of_the_state,
     hessian_of_gates,
+    in_a_custom_jvp,
     reverse_of_the_state,
     reverse_over_forward,
     reverse_over_reverse,
@@ -232,7 +244,9 @@ def is_low(graph):
     return "bfloat16" in str(graph)
 
 
-def test_the_model_exported_for_all_platforms(model):
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_model_exported_for_all_platforms(model, monkeypatch, devices):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)  # on one, layouts are constrained
     graph, params = model
     b, t = jax.export.symbolic_shape("b, t")
 

@@ -12,6 +12,12 @@ TOKENS = 37
 SHAPES = [(5, 13), (13, 5), (7, 7), (128, 259), (512, 128)]
 
 
+@pytest.fixture(autouse=True, params=[1, 8])
+def _devices(request, monkeypatch):
+    """As on one device, where layouts are constrained, and as on several."""
+    monkeypatch.setattr(jax, "device_count", lambda: request.param)
+
+
 def draw(shape, dtype=jnp.float32):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(TOKENS, shape[0]))
@@ -70,3 +76,11 @@ def test_the_gradient_has_the_operands_dtypes():
 
     gradients = jax.grad(total, (0, 1))(x.astype(jnp.bfloat16), kernel)
     assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32]
+
+
+def test_axes_before_the_last_are_tokens():
+    x, kernel, _ = draw((5, 13))
+    x = x[:36].reshape(4, 9, 5)
+    ours = jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w, jnp.float32))), (0, 1))(x, kernel)
+    expected = jax.grad(lambda x, w: jnp.sum(jnp.sin(jnp.dot(x, w))), (0, 1))(x, kernel)
+    chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-5)
