@@ -22,7 +22,7 @@ from simplernn_jax import command_line
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.data.window_batches import Windows, check_windows
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, counted
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
@@ -81,7 +81,7 @@ def main() -> None:
     result = evaluator(params, split, windows=windows)
     xz = xz_bits_per_byte(split, tokenizer)
     facts = {
-        "split": f"{split.name}, {len(split.document_starts):,} documents",
+        "split": f"{split.name}, {counted(len(split.document_starts), 'document')}",
         "state": describe(windows),
         "predictions": f"{result.predictions:,}",
         "nats/token": f"{result.nats_per_token:.4f}",

@@ -1,7 +1,7 @@
 """Train a language model, or resume training one.
 
     python scripts/train.py --config configs/base.py --workdir runs/base
-    python scripts/train.py --config configs/base.py --workdir runs/mine \
+    python scripts/train.py --config configs/base.py --workdir runs/mine \\
         --config.data.source=my_texts/ --config.train.steps=2000
 
 The same command again resumes, bit-exact. SIGTERM and Ctrl-C save first and exit with code 75. A

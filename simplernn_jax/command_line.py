@@ -32,7 +32,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -108,6 +108,7 @@ def define_checkpoint_flag() -> flags.FlagHolder[str]:
         lambda value: value in ("best", "newest") or (value.isascii() and value.isdecimal()),
         "must be best, newest or a step",
     )
+    _show_in_help(holder)
     return holder
 
 
@@ -119,7 +120,14 @@ def define_corpus_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[str]]
     source = flags.DEFINE_string(
         "source", "", "Text to make the run's tokens from again, where they were deleted."
     )
+    _show_in_help(cache_dir, source)
     return cache_dir, source
+
+
+def _show_in_help(*holders: flags.FlagHolder[Any]) -> None:
+    """Make flags that this module defines appear in the ``--help`` of the script."""
+    for holder in holders:
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[holder.name])
 
 
 def read_text(text: str | None, file: str | None, *, name: str) -> str:

@@ -9,6 +9,8 @@ import pytest
 from simplernn_jax import command_line
 from simplernn_jax.errors import UserError
 
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
 SCRIPT = '''
 """Counts something."""
 
@@ -191,6 +193,20 @@ def test_help_shows_the_docstring_and_the_flags_of_the_script(tmp_path, flag):
     assert "Counts something." in result.stdout
     assert "--workdir: Directory of the run." in result.stdout
     assert "--verbosity" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "names"),
+    [
+        ("sample", ["checkpoint"]),
+        ("evaluate", ["checkpoint", "cache_dir", "source"]),
+        ("explain", ["checkpoint", "cache_dir", "source"]),
+    ],
+)
+def test_help_shows_flags_that_scripts_share(script, names):
+    command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--help"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert all(f"\n  --{name}: " in shown for name in names)
 
 
 def test_full_help_succeeds_too(tmp_path):

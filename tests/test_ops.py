@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
+from simplernn_jax.ops.normalized import rms_normalized
+from simplernn_jax.ops.normalized_convolution import normalized_convolution
 
 NAMES = ("output", "final_state", "d_q", "d_k", "d_v", "d_log_gate", "d_initial_state")
 LENGTHS = (1, 2, 7, 63, 64, 65, 256, 1000)
@@ -246,6 +248,38 @@ def test_no_tokens_leave_the_state():
     )
     chex.assert_shape(output, (2, 0, 3, 7))
     chex.assert_trees_all_equal(final.astype(jnp.float32), state)
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 3, 5), (2, 0, 3, 5), (2, 2, 0, 5), (2, 2, 3, 0)], ids=str)
+def test_an_axis_without_entries(sizes):
+    batch, heads, key_dim, value_dim = sizes
+    q = jnp.ones((batch, 4, heads, key_dim))
+    v = jnp.ones((batch, 4, heads, value_dim))
+    state = jnp.ones((batch, heads, key_dim, value_dim))
+
+    def run(method, q, v, state):
+        return gated_linear_recurrence(q, q, v, -q, initial_state=state, method=method)
+
+    def total(method, *inputs):
+        return jnp.sum(run(method, *inputs)[0])
+
+    for method in ("auto", "chunkwise"):
+        chex.assert_trees_all_close(run(method, q, v, state), run("scan", q, v, state))
+        gradients = jax.grad(functools.partial(total, method), (0, 1, 2))(q, v, state)
+        chex.assert_trees_all_equal_shapes(gradients, (q, v, state))
+
+
+@pytest.mark.parametrize("method", ["auto", "chunkwise", "scan"])
+def test_float64_of_numpy_is_float32_without_x64(method):
+    x = np.ones((2, 5, 3, 4))
+    state = np.ones((2, 3, 4, 4))
+    ids = np.zeros((2, 5), np.int64)
+    with jax.enable_x64(False):
+        results = gated_linear_recurrence(
+            x, x, x, -x, initial_state=state, segment_ids=ids, method=method
+        )
+        normalized = rms_normalized(x), *normalized_convolution(x[:, 0], x[0, 0], x[:, 0, 1:], None)
+    chex.assert_type([*results, *normalized], jnp.float32)
 
 
 def test_dtypes_of_results():

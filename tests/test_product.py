@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simplernn_jax.ops.product import product
+from simplernn_jax.ops.product import product, products
 
 TOKENS = 37
 SHAPES = [(5, 13), (13, 5), (7, 7), (128, 259), (512, 128)]
@@ -84,3 +84,33 @@ def test_axes_before_the_last_are_tokens():
     ours = jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w, jnp.float32))), (0, 1))(x, kernel)
     expected = jax.grad(lambda x, w: jnp.sum(jnp.sin(jnp.dot(x, w))), (0, 1))(x, kernel)
     chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=str)
+def test_gradients_of_each_example(axes, dtype):
+    """`vmap` of a gradient; XLA's CPU backend aborts where a batched matmul has a layout."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-3, 4, (3, 4, 5)), jnp.float32)  # exact in bfloat16
+    kernel = jnp.asarray(rng.integers(-3, 4, (3, 5, 6)), jnp.float32)
+    inputs = [a if axis == 0 else a[0] for a, axis in zip((x, kernel), axes, strict=True)]
+
+    def gradients(multiply):
+        return jax.vmap(jax.grad(lambda *a: jnp.sum(multiply(*a)), (0, 1)), axes)(*inputs)
+
+    chex.assert_trees_all_equal(
+        gradients(lambda x, kernel: product(x, kernel, dtype)), gradients(jnp.matmul)
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "width"), [((0, 5), 3), ((2, 0, 5), 3), ((2, 0), 3), ((2, 5), 0)]
+)
+def test_arrays_without_entries(shape, width):
+    kernels = jnp.ones((shape[-1], width)), jnp.ones((shape[-1], 4))
+
+    def total(x, kernels):
+        return sum(jnp.sum(y) for y in products(x, kernels, jnp.bfloat16))
+
+    gradients = jax.grad(total, (0, 1))(jnp.ones(shape), kernels)
+    chex.assert_trees_all_equal_shapes(gradients, (jnp.ones(shape), kernels))

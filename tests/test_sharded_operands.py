@@ -1,5 +1,6 @@
 """Operands that are sharded under plain `jit`: results stay sharded, and few bytes move."""
 
+import functools
 import shutil
 
 import chex
@@ -134,6 +135,50 @@ def test_the_convolution_stays_sharded(batch, time, moves, segments):
     largest = max((size for _, size in collectives(program)), default=0)
     assert largest <= max(recent.nbytes, weights.nbytes)
     assert ("collective-permute" in {kind for kind, _ in collectives(program)}) == moves
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_operands_sharded_in_different_ways(method):
+    inputs = draw()
+    # "x" shards the batch of q and the time of k: one of them is resharded.
+    specs = [P("x"), P(None, "x"), P(None, "y"), P("y"), P(None, "x"), P("z", "y")]
+    sharded = [
+        jax.device_put(x, NamedSharding(mesh(), spec))
+        for x, spec in zip(inputs, specs, strict=True)
+    ]
+    chex.assert_trees_all_close(
+        value_and_gradients(method, True)(*sharded),
+        value_and_gradients("scan", True)(*inputs),
+        rtol=2e-4,
+        atol=2e-5,
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shards_of_unequal_length(method):
+    """XLA pads the last shard, with what the operations before have made of zeros."""
+    sharding = NamedSharding(mesh(), P(None, ("x", "y")))
+
+    def total(constrain, method, *inputs):
+        q, k, v, log_gate = (constrain(x[:, :22]) for x in inputs)
+        results = gated_linear_recurrence(
+            q + 1, jnp.exp(k), jnp.cos(v), log_gate - 0.5, method=method
+        )
+        return sum(jnp.sum(jnp.sin(x)) for x in results), results
+
+    def value_and_gradients(constrain, method):
+        function = functools.partial(total, constrain, method)
+        return jax.jit(jax.value_and_grad(function, (0, 1, 2, 3), has_aux=True))
+
+    inputs = draw()[:4]
+    chex.assert_trees_all_close(
+        value_and_gradients(lambda x: jax.lax.with_sharding_constraint(x, sharding), method)(
+            *inputs
+        ),
+        value_and_gradients(lambda x: x, "scan")(*inputs),
+        rtol=2e-4,
+        atol=2e-4,
+    )
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def rms_normalized(x: jax.Array, *, native: bool | None = None) -> jax.Array:
       TypeError: `x` is not of floating point.
     """
     check_array("x", x, "... D")
+    x = jnp.asarray(x)  # float64 of NumPy may be float32 here
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     forms, forward, reverse = _operation(x.ndim, takes_native(x, native))
     gradient = Gradient(reverse, forward, extras=((x.shape[:-1], x.dtype),))

@@ -53,6 +53,7 @@ def normalized_convolution(
       TypeError: wrong dtypes.
     """
     check_convolution(x, weights, recent, starts)
+    x, weights, recent = map(jnp.asarray, (x, weights, recent))  # float64 may be float32 here
     x = x.astype(recent.dtype)
     if not takes_native(x, native):
         return _by_shifts(x, weights, recent, starts)

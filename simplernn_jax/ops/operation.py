@@ -42,6 +42,8 @@ class Forms:
     """What JAX differentiates; None if it can differentiate `default`."""
     partitioned: Callable[[Form], Form] | None = None
     """Wraps a form in `custom_partitioning`; None leaves sharded operands to XLA."""
+    vmaps_cpu: bool = True
+    """Whether `vmap` may map `cpu`; if not, it maps `differentiable` on CPUs."""
 
     @property
     def differentiable(self) -> Form:
@@ -49,10 +51,11 @@ class Forms:
         return self.pure or self.default
 
     def map(self, transform: Callable[[Form], Form]) -> "Forms":
-        """Transform every form; what comes out is partitioned by XLA."""
+        """Transform every form for `vmap`; what comes out is partitioned by XLA."""
+        cpu = self.cpu if self.vmaps_cpu or self.cpu is None else self.differentiable
         return Forms(
             transform(self.default),
-            None if self.cpu is None else transform(self.cpu),
+            None if cpu is None else transform(cpu),
             None if self.pure is None else transform(self.pure),
         )
 

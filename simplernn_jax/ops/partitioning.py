@@ -1,6 +1,7 @@
 """How an operation that XLA cannot look into is partitioned when its operands are sharded."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,10 +62,16 @@ class Partitioned:
     def _partition(self, form: Form, mesh: Mesh, inputs: Any, results: Any) -> Any:
         del results
         over: dict[str, Any] = {}
+        taken: set[str] = set()
         for names, x in zip(self.inputs, inputs, strict=True):
-            for name, axes in zip(names.split(), x.sharding.spec, strict=False):
-                if axes is not None and name not in self.replicated:
-                    over.setdefault(name, axes)
+            for name, size, axes in zip(names.split(), x.shape, x.sharding.spec, strict=False):
+                mesh_axes = axis_names(axes)
+                # A mesh axis shards one axis. Uneven shards are padded, with anything.
+                shards = math.prod(mesh.shape[axis] for axis in mesh_axes)
+                free = name not in self.replicated and name not in over
+                if mesh_axes and free and size % shards == 0 and taken.isdisjoint(mesh_axes):
+                    over[name] = axes
+                    taken.update(mesh_axes)
         over = self.admit(over, mesh, inputs)
 
         def shardings(arrays: Sequence[str]) -> list[NamedSharding]:

@@ -11,6 +11,7 @@ into the matmul again.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ def products(x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> tuple[ja
     for kernel in kernels:
         check_array("kernel", kernel, "in out", FLOATING, {"in": sizes["in"]})
     check_dtype("dtype", dtype)
+    x, *kernels = map(jnp.asarray, (x, *kernels))  # float64 of NumPy may be float32 here
     widths = tuple(kernel.shape[1] for kernel in kernels)
     result = jnp.promote_types(dtype, jnp.float32)
     results = [jax.ShapeDtypeStruct((*x.shape[:-1], width), result) for width in widths]
@@ -56,7 +58,12 @@ def merge_tokens(x: jax.Array) -> jax.Array:
 
     Between two matmuls it saves memory: XLA then keeps one form of what lies between.
     """
-    return x.reshape(-1, x.shape[-1]) if _on_one_device() else x
+    return _merged(x) if _on_one_device() else x
+
+
+def _merged(x: jax.Array) -> jax.Array:
+    # Not -1, which stands for no size where there are no entries.
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _on_one_device() -> bool:
@@ -75,11 +82,11 @@ def _operation(
     """(x, kernels) to their products, whose gradient keeps the kernels and x in `dtype`."""
 
     def flat(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, x.shape[-1]) if one_device else x
+        return _merged(x) if one_device else x
 
     def forward(how: _How, x: jax.Array, *kernels: jax.Array) -> Sequence[jax.Array]:
         y = _dot(how, flat(x.astype(dtype)), how.beside(kernels, dtype))
-        return _split(y.reshape(*x.shape[:-1], -1), widths)
+        return _split(y.reshape(*x.shape[:-1], y.shape[-1]), widths)
 
     def with_rounded(how: _How, x: jax.Array, *kernels: jax.Array) -> Sequence[jax.Array]:
         return *forward(how, x, *kernels), x.astype(dtype)
@@ -102,8 +109,12 @@ def _operation(
 
     def forms(function: Callable[..., Sequence[jax.Array]]) -> Forms:
         on_cpu = _ROW_BY_ROW if one_device else _WIDENED
+        # XLA's CPU backend aborts where a batched matmul has a constrained layout (jax 0.10).
         return Forms(
-            partial(function, _PLAIN), partial(function, on_cpu), partial(function, _WIDENED)
+            partial(function, _PLAIN),
+            partial(function, on_cpu),
+            partial(function, _WIDENED),
+            vmaps_cpu=not one_device,
         )
 
     count = len(widths)

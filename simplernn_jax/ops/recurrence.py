@@ -35,7 +35,8 @@ def recurrence(
       clear: ``[B, T]`` bool, True where the state is reset before the token; or None.
       state: ``[B, H, K, V]`` before the first token; sums are of its dtype.
     """
-    if method == "scan":
+    # A loop over chunks needs entries.
+    if method == "scan" or (not _is_symbolic(v.shape) and 0 in (*q.shape, *v.shape)):
         return scan(q, k, v, log_gate, state, clear)
     if q.shape[1] == 1 and method == "chunkwise":
         # One token: no chunk to fill.

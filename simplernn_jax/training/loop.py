@@ -362,6 +362,6 @@ class _Run:
         )
         if is_first():
             facts["loss curve"] = report.plot_loss(self.workdir, self.description)
-        facts["write with it"] = f"python scripts/sample.py --workdir {self.workdir} --prompt TEXT"
+        facts["sample from it"] = f"python scripts/sample.py --workdir {self.workdir} --prompt TEXT"
         display.say("done\n" + report.summary(facts))
         return Result(self.step, None, evaluation)
