@@ -248,6 +248,24 @@ def test_no_tokens_leave_the_state():
     chex.assert_trees_all_equal(final.astype(jnp.float32), state)
 
 
+@pytest.mark.parametrize("method", ["auto", "chunkwise", "scan"])
+@pytest.mark.parametrize("shape", [(0, 3, 2, 5), (2, 3, 0, 5), (2, 3, 2, 0)])
+def test_empty_arrays_give_empty_sums(shape, method):
+    q, v = jnp.zeros(shape), jnp.zeros((*shape[:3], 7))
+    output, state = gated_linear_recurrence(q, q, v, q, method=method)
+    chex.assert_trees_all_equal(output, v)
+    chex.assert_shape(state, (shape[0], *shape[2:], 7))
+
+
+@pytest.mark.parametrize("method", ["chunkwise", "scan"])
+def test_arrays_of_numpy(method):
+    (q, k, v, log_gate, _), _ = draw_inputs(17, SHAPES[0], "near_one")
+    inputs = [np.asarray(x, np.float64) for x in (q, k, v, log_gate)]
+    with jax.enable_x64(False):
+        output, _ = gated_linear_recurrence(*inputs, method=method)
+        assert output.dtype == jnp.float32
+
+
 def test_dtypes_of_results():
     """The output has the values' dtype; the state stays float32."""
     (q, k, v, log_gate, _), _ = draw_inputs(17, SHAPES[0], "near_one")

@@ -63,14 +63,16 @@ def gated_linear_recurrence(
     check_recurrence(q, k, v, log_gate, initial_state, segment_ids)
     if state_dtype is not None:
         check_dtype("state_dtype", state_dtype)
-    batch, length, heads, key_dim = q.shape
+    # NumPy's float64 is float32 here unless x64 is on.
+    q, k, v, log_gate = (jnp.asarray(x) for x in (q, k, v, log_gate))
+    batch, _, heads, key_dim = q.shape
     dtype = jnp.result_type(q, k, v, log_gate, jnp.float32)
     method = _choose(method, chunk_size, dtype)
     log_gate = log_gate.astype(dtype)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key_dim, v.shape[-1]), dtype)
     initial_state = vary_like(initial_state, q, k, v, log_gate)
-    if length == 0:
+    if 0 in (*q.shape, v.shape[-1]):
         return jnp.zeros_like(v), initial_state.astype(state_dtype or dtype)
     clear = None if segment_ids is None else segment_starts(segment_ids)
     arguments = (q, k, v, log_gate, clear)

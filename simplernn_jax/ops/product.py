@@ -79,7 +79,7 @@ def _operation(
 
     def forward(how: _How, x: jax.Array, *kernels: jax.Array) -> Sequence[jax.Array]:
         y = _dot(how, flat(x.astype(dtype)), how.beside(kernels, dtype))
-        return _split(y.reshape(*x.shape[:-1], -1), widths)
+        return _split(y.reshape(*x.shape[:-1], y.shape[-1]), widths)
 
     def with_rounded(how: _How, x: jax.Array, *kernels: jax.Array) -> Sequence[jax.Array]:
         return *forward(how, x, *kernels), x.astype(dtype)
