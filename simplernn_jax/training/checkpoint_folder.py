@@ -260,6 +260,7 @@ _ADVICE = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some of the quota",
     errno.EFBIG: "allow larger files",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.EACCES: "allow writing there",
     errno.EPERM: "allow writing there",
     errno.EROFS: "make it writable",
