@@ -28,6 +28,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -170,8 +171,13 @@ def expand_path(path: str, flag: str) -> str:
     """Return the absolute path that ``--FLAG`` names, ``~`` and ``~USER`` replaced.
 
     Raises:
-      UserError: there is no such user, or `path` holds a zero byte.
+      UserError: there is no such user, `path` holds a zero byte, or is the address of a bucket.
     """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+        raise UserError(
+            f"--{flag}={path}: an address and no path; mount the bucket and name what it is "
+            "mounted at, or choose a path of this machine"
+        )
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise UserError(f"--{flag}={path}: no such user; write ./{path} for a name with a ~")

@@ -441,15 +441,23 @@ def test_load_model_says_when_there_is_none(tmp_path):
         load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize("wrong", [None, 5, b"runs", "", "a\0b"])
+def test_load_model_says_what_is_no_workdir(wrong):
+    with pytest.raises(UserError, match=r"^workdir=.*: must be the path of a folder"):
+        load_model(wrong)
+
+
 def test_only_one_process_trains_in_a_workdir(tmp_path):
     with open_checkpointer(tmp_path), pytest.raises(UserError, match="another process is training"):
         open_checkpointer(tmp_path)
     assert restore(tmp_path) is None
 
 
-@pytest.mark.parametrize("name", ["run [2]", "what?", "a*b", "back\\slash", "gs:/bucket", "\udcff"])
+@pytest.mark.parametrize(
+    "name", ["run [2]", "what?", "a*b", "back\\slash", "gs:", "logs:/a", "gs://a", "\udcff"]
+)
 def test_a_path_that_cannot_be_saved_to_is_refused_before_anything_is_made(tmp_path, name):
-    workdir = str(tmp_path / name) if name[:3] != "gs:" else "gs://bucket/run"
+    workdir = name if "://" in name else str(tmp_path / name)
     with pytest.raises(UserError, match=r"^--workdir .*; (rename|mount) "):
         check_workdir(workdir)
     with pytest.raises(UserError, match=r"^--workdir "):

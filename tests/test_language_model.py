@@ -165,6 +165,13 @@ def test_wrong_calls_say_what_is_wrong(config):
         model(tokens().astype(jnp.float32))
 
 
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3)])
+def test_no_tokens_have_no_logits(config, shape):
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    logits, _ = model(jnp.zeros(shape, jnp.int32))
+    chex.assert_shape(logits, (*shape, 29))
+
+
 @pytest.mark.parametrize("wrong", [-1, 29])
 def test_ids_that_the_vocabulary_does_not_have(wrong):
     model = LanguageModel(PLAIN, rngs=nnx.Rngs(0))

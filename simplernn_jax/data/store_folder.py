@@ -126,12 +126,25 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if body is None:
         # Stores of earlier versions have no seal.
         raise DamagedStore(f"{_META_FILE} is missing, was changed or is of another version")
-    meta: dict[str, Any] = json.loads(body)
-    if meta["store"] != folder.name:
+    try:
+        meta: dict[str, Any] = json.loads(body)
+        if not all(_is_record(split) for split in meta["splits"].values()):
+            raise TypeError
+        store, dtype = meta["store"], meta["dtype"]
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise DamagedStore(f"{_META_FILE} is no record of a corpus") from error
+    if store != folder.name:
         raise DamagedStore(f"{_META_FILE} is that of another corpus")
-    if meta["dtype"] not in TOKEN_DTYPES:
-        raise DamagedStore(f"{_META_FILE} names the dtype {meta['dtype']}, which tokens never have")
+    if dtype not in TOKEN_DTYPES:
+        raise DamagedStore(f"{_META_FILE} names the dtype {dtype}, which tokens never have")
     return meta
+
+
+def _is_record(split: dict[str, Any]) -> bool:
+    """Whether it has what `_write_split` returns; of the wrong type it raises an exception."""
+    counts = [split[name] for name in ("tokens", "documents", "num_bytes")]
+    hashes = [split[name] for name in ("content_hash", "tokens_sha256", "starts_sha256")]
+    return all(type(x) is int for x in counts) and all(type(x) is str for x in hashes)
 
 
 def _open_split(folder: Path, name: str, dtype: np.dtype, split: dict[str, Any]) -> TokenSplit:

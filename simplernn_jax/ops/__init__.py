@@ -71,7 +71,7 @@ def gated_linear_recurrence(
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key_dim, v.shape[-1]), dtype)
     initial_state = vary_like(initial_state, q, k, v, log_gate)
-    if length == 0:
+    if 0 in (*q.shape, v.shape[-1]):
         return jnp.zeros_like(v), initial_state.astype(state_dtype or dtype)
     clear = None if segment_ids is None else segment_starts(segment_ids)
     arguments = (q, k, v, log_gate, clear)

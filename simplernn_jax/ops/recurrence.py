@@ -33,10 +33,9 @@ def recurrence(
       chunk_size: of ``"chunkwise"``; None chooses it.
       q: ``[B, T, H, K]``; k, v and log_gate likewise, as in `gated_linear_recurrence`.
       clear: ``[B, T]`` bool, True where the state is reset before the token; or None.
-      state: ``[B, H, K, V]`` before the first token; sums are of its dtype.
+      state: ``[B, H, K, V]`` before the first token; sums are of its dtype. No axis is empty.
     """
-    # A loop over chunks needs entries.
-    if method == "scan" or (not _is_symbolic(v.shape) and 0 in (*q.shape, *v.shape)):
+    if method == "scan":
         return scan(q, k, v, log_gate, state, clear)
     if q.shape[1] == 1 and method == "chunkwise":
         # One token: no chunk to fill.

@@ -31,8 +31,9 @@ PRUNED = "pruned"
 
 _STEP = re.compile(r"0|[1-9][0-9]{0,8}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_UNREADABLE = ("\\",)
-"""Characters of a path by which TensorStore does not find its files again."""
+_UNREADABLE = ("\\", "gs:/")
+"""What a path cannot have: TensorStore does not find its files again by the first, and Orbax makes
+the address of a bucket of the second, wherever in a path it stands."""
 _UNWRITABLE = (*_UNREADABLE, "[", "*", "?")
 """Those and the ones that Orbax takes for a pattern when it looks for what it wrote."""
 
@@ -41,20 +42,22 @@ def check_workdir(workdir: str) -> None:
     """Check that checkpoints can be saved below `workdir`, whether or not it exists.
 
     Raises:
-      UserError: it is an address and no folder, or its absolute path has characters that Orbax or
-        TensorStore take for something else.
+      UserError: it is no path, an address and no folder, or its absolute path has characters that
+        Orbax or TensorStore take for something else.
     """
     _check_path(workdir, _UNWRITABLE)
 
 
 def _check_path(workdir: str, refused: Collection[str]) -> None:
+    if not isinstance(workdir, str) or not workdir or "\0" in workdir:
+        raise UserError(f"workdir={workdir!r}: must be the path of a folder, as text")
     if _SCHEME.match(workdir):
         raise UserError(
             f"--workdir {workdir}: not a folder; mount the bucket and name the folder it is "
             "mounted at, or choose a folder of this machine"
         )
     path = os.path.abspath(workdir)
-    found = [character for character in refused if character in path]
+    found = [part for part in refused if part in f"{path}/"]
     try:
         path.encode("utf-8")
     except UnicodeEncodeError:
@@ -257,6 +260,7 @@ _ADVICE = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some of the quota",
     errno.EFBIG: "allow larger files",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.EACCES: "allow writing there",
     errno.EPERM: "allow writing there",
     errno.EROFS: "make it writable",
