@@ -46,7 +46,7 @@ def test_why_is_said_in_words():
     why = "stopped early at step 40: no better validation loss in 2 evaluations, best at step 20; "
     assert evaluations.why_ended().startswith(why + "raise --config.train.stop_after_worse")
     facts = evaluations.facts(40, None, "run", stopped_early=True)
-    assert list(facts) == ["stopped early", "best validation"]
+    assert list(facts) == ["ended", "best validation"]
     assert " in 1 evaluation; raise" in evaluated(math.nan).why_ended()
 
 

@@ -371,6 +371,6 @@ def test_a_resumed_run_says_what_changed(tmp_path, capsys):
     capsys.readouterr()
     train(config, str(tmp_path / "run"))
     assert (
-        "--config.train.steps: 2 until here, 3 now; it rescales the learning rate's schedule"
+        "--config.train.steps: changed from 2 to 3; this rescales the learning rate schedule"
         in capsys.readouterr().out
     )

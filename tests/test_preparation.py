@@ -88,10 +88,10 @@ def test_what_changed_since_the_checkpoint_is_told_field_by_field(config):
         cache_dir="elsewhere",
     )
     assert changed_fields(changed, config) == [
-        "--config.optimizer.learning_rate: 0.002 until here, 5.0 now; it rescales the learning "
-        "rate's schedule",
-        "--config.train.steps: 40 until here, 99 now; it rescales the learning rate's schedule",
-        "--config.train.keep_last: 2 until here, 3 now",
+        "--config.optimizer.learning_rate: changed from 0.002 to 5.0; this rescales the learning "
+        "rate schedule",
+        "--config.train.steps: changed from 40 to 99; this rescales the learning rate schedule",
+        "--config.train.keep_last: changed from 2 to 3",
     ]
     assert changed_fields(config, config) == []
 

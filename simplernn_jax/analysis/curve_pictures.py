@@ -60,7 +60,7 @@ def draw_half_lives(memory: Memory, window: int) -> bytes:
         axes.set(xlabel="key channels of all heads, longest memory first")
         axes.set_ylabel("half-life (tokens)")
         axes.grid(axis="y")
-        axes.legend()
+        axes.legend(loc="upper right")
         return png(figure)
 
 
@@ -133,7 +133,7 @@ def draw_position_loss(loss: PositionLoss, window: int) -> bytes:
         axes.set(xlabel="tokens of the document read before the prediction")
         axes.set_ylabel("loss (nats per token)")
         axes.grid(axis="y")
-        axes.legend()
+        axes.legend(loc="upper right")
         return png(figure)
 
 
@@ -159,7 +159,7 @@ def draw_reset_loss(losses: dict[int, Evaluation], window: int) -> bytes:
         _few_ticks(axes, intervals)
         axes.set(xlabel="tokens between two resets", ylabel="loss (nats per token)")
         axes.grid(axis="y")
-        axes.legend()
+        axes.legend(loc="upper right")
         return png(figure)
 
 

@@ -66,7 +66,7 @@ class Evaluations:
           workdir: of the run, which may hold a checkpoint of the best step.
           stopped_early: the run did not take all of its steps.
         """
-        facts = {"stopped early": self.why_ended()} if stopped_early else {}
+        facts = {"ended": self.why_ended()} if stopped_early else {}
         last_step, last_loss = self.last_step, self.last_loss
         if final is not None and final.predictions == self.predictions:
             last_step, last_loss = step, final.nats_per_token

@@ -178,7 +178,7 @@ class _Run:
             if signal:
                 display.say(
                     f"{signal}: saved at step {self.step} of {self.total_steps}; "
-                    "run the same command to go on"
+                    "run the same command to resume"
                 )
                 return Result(self.step, signal, None)
             return self._finish(display)

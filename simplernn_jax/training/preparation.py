@@ -144,8 +144,8 @@ def changed_fields(ours: Config, theirs: Config) -> list[str]:
             place = (section.name, field.name)
             if now == before or place in _HARMLESS:
                 continue
-            note = "; it rescales the learning rate's schedule" if place in _SCHEDULE else ""
-            lines.append(f"--config.{'.'.join(place)}: {before!r} until here, {now!r} now{note}")
+            note = "; this rescales the learning rate schedule" if place in _SCHEDULE else ""
+            lines.append(f"--config.{'.'.join(place)}: changed from {before!r} to {now!r}{note}")
     return lines
 
 
