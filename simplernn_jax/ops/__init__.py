@@ -64,7 +64,7 @@ def gated_linear_recurrence(
     if state_dtype is not None:
         check_dtype("state_dtype", state_dtype)
     q, k, v, log_gate = map(jnp.asarray, (q, k, v, log_gate))  # float64 of NumPy may be float32
-    batch, length, heads, key_dim = q.shape
+    batch, _, heads, key_dim = q.shape
     dtype = jnp.result_type(q, k, v, log_gate, jnp.float32)
     method = _choose(method, chunk_size, dtype)
     log_gate = log_gate.astype(dtype)
