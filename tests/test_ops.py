@@ -27,7 +27,9 @@ WAYS = {"chosen": {}, "chunks": {"chunk_size": 32}}
 
 
 @pytest.fixture(autouse=True)
-def _x64():
+def _x64(monkeypatch):
+    # On one device gradients keep states; test_sharded_operands.py is about several.
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     with jax.enable_x64(True):
         yield
 

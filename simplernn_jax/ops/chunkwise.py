@@ -44,9 +44,41 @@ def chunkwise(
     inputs, parts = _divide(Inputs(q, k, v, log_gate, clear), chunk_size)
     outputs, state = [], initial_state
     for part in parts:
-        state, output = _forward(part, part.of(inputs), state)
+        state, output, _ = _forward(part, part.of(inputs), state)
         outputs.append(output)
     return _join(outputs, length), state
+
+
+def chunkwise_with_starts(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_gate: jax.Array,
+    initial_state: jax.Array,
+    clear: jax.Array | None,
+    chunk_size: int | None,
+) -> tuple[jax.Array, ...]:
+    """Compute `chunkwise`, and the states at the chunks' starts, whose shapes `starts_of` tells."""
+    length = q.shape[1]
+    inputs, parts = _divide(Inputs(q, k, v, log_gate, clear), chunk_size)
+    outputs, starts, state = [], [], initial_state
+    for part in parts:
+        state, output, kept = _forward(part, part.of(inputs), state, with_starts=True)
+        outputs.append(output)
+        starts.append(kept)
+    return _join(outputs, length), state, *starts
+
+
+def starts_of(
+    shape: Sequence[int], value_dim: int, chunk_size: int | None
+) -> list[tuple[int, ...]]:
+    """Shapes of the states at the chunks' starts, of each part, for q of `shape`."""
+    batch, _, heads, key_dim = shape
+    shapes: list[tuple[int, ...]] = []
+    for part in _parts(shape, value_dim, chunk_size):
+        groups = (part.stop - part.start) // (part.size * part.group)
+        shapes.append((groups, part.group, batch * heads, key_dim, value_dim))
+    return shapes
 
 
 def chunkwise_gradient(
@@ -59,23 +91,30 @@ def chunkwise_gradient(
     d_output: jax.Array,
     d_final_state: jax.Array,
     chunk_size: int | None,
+    starts: Sequence[jax.Array] = (),
+    final_state: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
     """Gradients of q, k, v, log_gate and the initial state.
 
-    Nothing but the inputs is kept for it: the states at the chunks' starts are computed again.
+    The states at the chunks' starts are those of `chunkwise_with_starts`, beside its final state,
+    or recomputed.
     """
     length = q.shape[1]
     inputs, parts = _divide(Inputs(q, k, v, log_gate, clear), chunk_size)
     (d_output,) = _pad((d_output,), inputs.q.shape[1] - length)
-    state, kept = initial_state, []
-    for part in parts:
-        state, starts = _forward(part, part.of(inputs), state, only_states=True)
-        kept.append((starts, state))
+    if final_state is None:
+        starts, final_state = [], initial_state
+        for part in parts:
+            final_state, _, kept = _forward(
+                part, part.of(inputs), final_state, with_output=False, with_starts=True
+            )
+            starts.append(kept)
     gradients: list[list[jax.Array]] = []
-    d_state = d_final_state
-    for part, (starts, end) in zip(reversed(parts), reversed(kept), strict=True):
+    d_state, end = d_final_state, final_state
+    for part, of_chunks in zip(reversed(parts), reversed(starts), strict=True):
         d_part = d_output[:, part.start : part.stop]
-        *of_part, d_state = _backward(part, part.of(inputs), d_part, starts, end, d_state)
+        *of_part, d_state = _backward(part, part.of(inputs), d_part, of_chunks, end, d_state)
+        end = of_chunks[0, 0].reshape(end.shape)
         gradients.insert(0, of_part)
     return *(_join(whole, length) for whole in zip(*gradients, strict=True)), d_state
 
@@ -107,24 +146,27 @@ class Part(NamedTuple):
 def _divide(inputs: Inputs, chunk_size: int | None) -> tuple[Inputs, list[Part]]:
     """The inputs padded to whole chunks, and the parts in which loops go through them."""
     q, k, v, log_gate, clear = inputs
-    length = q.shape[1]
-    if chunk_size is None:
-        chunk_size = choose_chunk_size(length)
-    padding = -length % chunk_size
+    parts = _parts(q.shape, v.shape[3], chunk_size)
+    padding = parts[-1].stop - q.shape[1]
     if clear is not None:
         log_gate = jnp.where(clear[:, :, None, None], 0, log_gate)
         # Padding must not clear: the final state is that of the last real token.
         clear = jnp.pad(clear, ((0, 0), (0, padding)))
     # q = k = v = 0 and a gate of 1 leave the state as it is.
     q, k, v, log_gate = _pad((q, k, v, log_gate), padding)
-    length += padding
-    group = choose_group(
-        q.shape[0] * q.shape[2], chunk_size, q.shape[3], v.shape[3], length // chunk_size
-    )
+    return Inputs(q, k, v, log_gate, clear), parts
+
+
+def _parts(shape: Sequence[int], value_dim: int, chunk_size: int | None) -> list[Part]:
+    batch, length, heads, key_dim = shape
+    if chunk_size is None:
+        chunk_size = choose_chunk_size(length)
+    length += -length % chunk_size
+    group = choose_group(batch * heads, chunk_size, key_dim, value_dim, length // chunk_size)
     whole = length - length % (chunk_size * group)
     rest = (length - whole) // chunk_size
     parts = [Part(0, whole, chunk_size, group), Part(whole, length, chunk_size, rest)]
-    return Inputs(q, k, v, log_gate, clear), [part for part in parts if part.stop > part.start]
+    return [part for part in parts if part.stop > part.start]
 
 
 def _pad(arrays: Sequence[jax.Array], padding: int) -> list[jax.Array]:
@@ -156,13 +198,14 @@ def choose_chunk_size(length: int) -> int:
 
 
 def _forward(
-    part: Part, inputs: Inputs, initial_state: HeadState, *, only_states: bool = False
-) -> tuple[HeadState, jax.Array]:
-    """Loop over groups of chunks.
-
-    Returns:
-      The final state, and the output or, with `only_states`, the states at the chunks' starts.
-    """
+    part: Part,
+    inputs: Inputs,
+    initial_state: HeadState,
+    *,
+    with_output: bool = True,
+    with_starts: bool = False,
+) -> tuple[HeadState, Any, Any]:
+    """Loop over groups of chunks: the final state, the output, the states at the chunks' starts."""
     q, k, v, log_gate, clear = inputs
     batch, length, heads, _ = q.shape
     dtype = initial_state.dtype
@@ -182,19 +225,21 @@ def _forward(
             at_starts.append(state)
             state = decay * state + new
         starts = jnp.stack(at_starts)
-        if only_states:
-            return (state, output), starts
+        kept = starts if with_starts else None
+        if not with_output:
+            return (state, output), kept
         chunk_output = read @ starts.reshape(-1, *states[2:]) + attention @ chunk_v
-        return (state, _store_group(part, output, chunk_output, index)), None
+        return (state, _store_group(part, output, chunk_output, index)), kept
 
     output: Any = ()
-    if not only_states:
+    if with_output:
         # In `dtype`: XLA's CPU backend converts a whole bfloat16 array to update a part of it.
         output = vary_like(jnp.zeros(v.shape, dtype), initial_state)
     start = (initial_state.reshape(states[1:]), output)
     groups = jnp.arange(length // (part.size * part.group))
     (state, output), starts = jax.lax.scan(body, start, groups)
-    return state.reshape(initial_state.shape), starts if only_states else output.astype(v.dtype)
+    output = output.astype(v.dtype) if with_output else None
+    return state.reshape(initial_state.shape), output, starts
 
 
 def _backward(

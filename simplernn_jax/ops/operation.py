@@ -108,6 +108,15 @@ def evaluate(forms: Forms) -> Form:
     return _Bound(dataclasses.replace(forms, partitioned=None))
 
 
+def on_one_device() -> bool:
+    """Whether this code runs on one device, alone or inside `shard_map`.
+
+    If not, XLA may have to partition it: axes of tokens are then kept apart, and no layout is
+    constrained, since jax 0.10 gathers what has one.
+    """
+    return jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 _operation = Primitive("simplernn_operation")
 _operation.multiple_results = True
 
@@ -129,8 +138,7 @@ def _partitioned(args: Sequence[Any], forms: Forms) -> Any:
     A parameter of the operation, and not what is bound in its place, because
     `custom_partitioning` has no rules for `vmap` and derivatives.
     """
-    in_shard_map = jax.sharding.get_abstract_mesh().manual_axes
-    if forms.partitioned is None or in_shard_map or jax.device_count() == 1:
+    if forms.partitioned is None or on_one_device():
         return None
     shapes = tuple((jnp.shape(x), np.dtype(x.dtype)) for x in args)
     return _partitioned_jaxpr(forms, shapes, jax.config.jax_enable_x64)  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from simplernn_jax.ops.checks import FLOATING, check_array, check_dtype
-from simplernn_jax.ops.operation import Forms, Gradient, apply
+from simplernn_jax.ops.operation import Forms, Gradient, apply, on_one_device
 
 
 def product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
@@ -46,7 +46,7 @@ def products(x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> tuple[ja
     widths = tuple(kernel.shape[1] for kernel in kernels)
     result = jnp.promote_types(dtype, jnp.float32)
     results = [jax.ShapeDtypeStruct((*x.shape[:-1], width), result) for width in widths]
-    forward, gradient = _operation(jnp.dtype(dtype), x.dtype, widths, _on_one_device())
+    forward, gradient = _operation(jnp.dtype(dtype), x.dtype, widths, on_one_device())
     if x.dtype != dtype:  # the rounded x is kept, which is half as large
         extras = ((x.shape, jnp.dtype(dtype)),)
         gradient = dataclasses.replace(gradient, extras=extras)
@@ -58,21 +58,12 @@ def merge_tokens(x: jax.Array) -> jax.Array:
 
     Between two matmuls it saves memory: XLA then keeps one form of what lies between.
     """
-    return _merged(x) if _on_one_device() else x
+    return _merged(x) if on_one_device() else x
 
 
 def _merged(x: jax.Array) -> jax.Array:
     # Not -1, which stands for no size where there are no entries.
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _on_one_device() -> bool:
-    """Whether this code runs on one device, alone or inside `shard_map`.
-
-    If not, axes are kept, since XLA partitions those that it can tell apart, and no layout is
-    constrained, since it may gather what has one (jax 0.10).
-    """
-    return jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 @functools.cache

@@ -8,9 +8,14 @@ from typing import Any
 import jax
 
 from simplernn_jax.array_types import HeadState
-from simplernn_jax.ops.chunkwise import chunkwise, chunkwise_gradient
+from simplernn_jax.ops.chunkwise import (
+    chunkwise,
+    chunkwise_gradient,
+    chunkwise_with_starts,
+    starts_of,
+)
 from simplernn_jax.ops.fused import fused, fused_gradient
-from simplernn_jax.ops.operation import Forms, Gradient, apply, evaluate
+from simplernn_jax.ops.operation import Forms, Gradient, apply, evaluate, on_one_device
 from simplernn_jax.ops.rows import clear_rows
 from simplernn_jax.ops.scan import recurrent_step, scan
 from simplernn_jax.ops.time_sharding import partition_gradient, partition_recurrence
@@ -50,6 +55,10 @@ def recurrence(
         out = v
     forms, gradient = _operation(method == "fused", clear is not None, chunk_size)
     inputs = [q, k, out, log_gate, state, *([] if clear is None else [clear])]
+    if method == "chunkwise" and not _is_symbolic(q.shape) and on_one_device():
+        starts = starts_of(q.shape, v.shape[-1], chunk_size)
+        shapes = [*starts, state.shape]
+        gradient = _gradient_from_starts(clear is not None, chunk_size, tuple(shapes), state.dtype)
     output, state = apply(forms, inputs, [out, state], gradient)
     return output.astype(v.dtype), state
 
@@ -89,6 +98,31 @@ def _operation(has_c: bool, has_clear: bool, chunk_size: int | None) -> tuple[Fo
         dataclasses.replace(forms, partitioned=partition_recurrence(has_clear)),
         Gradient(dataclasses.replace(reverse, partitioned=of_gradient)),
     )
+
+
+@functools.cache
+def _gradient_from_starts(
+    has_clear: bool, chunk_size: int | None, shapes: tuple[tuple[int, ...], ...], dtype: Any
+) -> Gradient:
+    """The gradient of one device, which keeps the states at the chunks' starts."""
+
+    def forward(q: Any, k: Any, v: Any, log_gate: Any, state: Any, *clear: Any) -> Any:
+        output, final, *starts = chunkwise_with_starts(
+            q, k, v, log_gate, state, _optional(clear), chunk_size
+        )
+        return output, final, *starts, final
+
+    def gradient(*args: Any) -> Any:
+        (q, k, v, log_gate, state), others = args[:5], args[5:]
+        clear, others = others[:has_clear], others[has_clear:]
+        *starts, final, d_output, d_final = others
+        cotangents = (d_output, d_final)
+        return chunkwise_gradient(
+            q, k, v, log_gate, state, _optional(clear), *cotangents, chunk_size, starts, final
+        )
+
+    extras = tuple((shape, dtype) for shape in shapes)
+    return Gradient(Forms(gradient), Forms(forward), extras)
 
 
 def _optional(clear: Sequence[jax.Array]) -> jax.Array | None:
