@@ -40,6 +40,6 @@ def test_only_the_forgotten_tasks_of_orbax_are_left_out(unraisable, caplog):
     message = "Task exception was never retrieved\nfuture: <Task defined at %s>"
     logger.error(message, "/site-packages/orbax/checkpoint/serialization.py:188")
     assert caplog.messages == []
-    logger.error(message, "/home/me/other.py:188")
+    logger.error(message, "/elsewhere/other.py:188")
     logger.error("something else of /orbax/checkpoint/")
     assert len(caplog.messages) == 2
