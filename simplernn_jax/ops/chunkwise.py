@@ -40,13 +40,9 @@ def chunkwise(
     chunk_size: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Compute `scan` as one loop over chunks; same arguments and results."""
-    length = q.shape[1]
-    inputs, parts = _divide(Inputs(q, k, v, log_gate, clear), chunk_size)
-    outputs, state = [], initial_state
-    for part in parts:
-        state, output, _ = _forward(part, part.of(inputs), state)
-        outputs.append(output)
-    return _join(outputs, length), state
+    inputs = Inputs(q, k, v, log_gate, clear)
+    output, state, _ = _all_parts(inputs, initial_state, chunk_size, with_starts=False)
+    return output, state
 
 
 def chunkwise_with_starts(
@@ -59,14 +55,9 @@ def chunkwise_with_starts(
     chunk_size: int | None,
 ) -> tuple[jax.Array, ...]:
     """Compute `chunkwise`, and the states at the chunks' starts, whose shapes `starts_of` tells."""
-    length = q.shape[1]
-    inputs, parts = _divide(Inputs(q, k, v, log_gate, clear), chunk_size)
-    outputs, starts, state = [], [], initial_state
-    for part in parts:
-        state, output, kept = _forward(part, part.of(inputs), state, with_starts=True)
-        outputs.append(output)
-        starts.append(kept)
-    return _join(outputs, length), state, *starts
+    inputs = Inputs(q, k, v, log_gate, clear)
+    output, state, starts = _all_parts(inputs, initial_state, chunk_size, with_starts=True)
+    return output, state, *starts
 
 
 def starts_of(
@@ -141,6 +132,20 @@ class Part(NamedTuple):
         """The inputs of this part."""
         part: Inputs = jax.tree.map(lambda x: x[:, self.start : self.stop], inputs)
         return part
+
+
+def _all_parts(
+    inputs: Inputs, state: HeadState, chunk_size: int | None, *, with_starts: bool
+) -> tuple[jax.Array, HeadState, list[Any]]:
+    """The output, the final state and, of each part, the states at the chunks' starts or None."""
+    length = inputs.q.shape[1]
+    inputs, parts = _divide(inputs, chunk_size)
+    outputs, starts = [], []
+    for part in parts:
+        state, output, kept = _forward(part, part.of(inputs), state, with_starts=with_starts)
+        outputs.append(output)
+        starts.append(kept)
+    return _join(outputs, length), state, starts
 
 
 def _divide(inputs: Inputs, chunk_size: int | None) -> tuple[Inputs, list[Part]]:
