@@ -181,9 +181,10 @@ class PretrainedTokenizer:
                 f"the tokenizer cannot encode this text ({error}); use another tokenizer.json"
             ) from error
         ids = np.array(encoding.ids, np.int64)
-        if ids.size and ids.max() >= self._vocabulary_end:
+        largest = np.max(ids, initial=0)
+        if largest >= self._vocabulary_end:
             raise UserError(
-                f"the tokenizer gives the id {ids.max():,}, which its vocabulary of "
+                f"the tokenizer gives the id {largest:,}, which its vocabulary of "
                 f"{self._vocabulary_end:,} ids does not have; use another tokenizer.json"
             )
         return ids.astype(np.int32)

@@ -110,9 +110,9 @@ def fork_state(state: DecoderState, n: int) -> DecoderState:
     own = np.asarray(state.stream, np.int64)[:, None]
     # Only rows on one stream may share the new ones: they have read different texts.
     rank = np.unique(own, return_inverse=True)[1].reshape(-1, 1)
-    others = own.max() + 1 + rank * (n - 1) + np.arange(n - 1)
+    others = np.max(own) + 1 + rank * (n - 1) + np.arange(n - 1)
     stream = np.concatenate([own, others], axis=1).reshape(-1)
-    if stream.max(initial=0) >= _MOST_STREAMS:
+    if np.max(stream, initial=0) >= _MOST_STREAMS:
         raise UserError(f"n={n}: the random streams of the state are used up; make fewer copies")
     copies = jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), state)
     return dataclasses.replace(copies, stream=jnp.asarray(stream, jnp.int32))

@@ -141,7 +141,7 @@ def _partitioned(args: Sequence[Any], forms: Forms) -> Any:
     if forms.partitioned is None or on_one_device():
         return None
     shapes = tuple((jnp.shape(x), np.dtype(x.dtype)) for x in args)
-    return _partitioned_jaxpr(forms, shapes, jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+    return _partitioned_jaxpr(forms, shapes, jax.config.jax_enable_x64)  # type: ignore[attr-defined, unused-ignore]
 
 
 @functools.lru_cache(maxsize=256)
@@ -168,7 +168,7 @@ def _compiled(**params: Any) -> Callable[..., Any]:
 
 @_operation.def_impl
 def _evaluate(*args: jax.Array, partitioned: Any, **params: Any) -> Any:
-    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined, unused-ignore]
         forms = params["forms"]
         on_cpu = jax.default_backend() == "cpu" and forms.cpu is not None
         return list((forms.cpu if on_cpu else forms.default)(*args))
