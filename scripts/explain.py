@@ -67,9 +67,9 @@ def main() -> int:
     text = command_line.read_text(_TEXT.value, _TEXT_FILE.value, name="text")
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from simplernn_jax.analysis import explain
+    from simplernn_jax.checkpoint.checkpointer import read_config
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.devices import check_devices
-    from simplernn_jax.training.checkpoint import read_config
 
     check_devices()
     use_compilation_cache()

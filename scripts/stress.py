@@ -36,11 +36,11 @@ from absl import flags
 
 import stress_hosts
 from simplernn_jax import command_line, early_signals
+from simplernn_jax.checkpoint import manifest
+from simplernn_jax.checkpoint.checkpointer import Checkpointer, read_config
+from simplernn_jax.checkpoint.contents import saved_leaves
+from simplernn_jax.checkpoint.folder import UNFINISHED_MARK, CheckpointFolder
 from simplernn_jax.errors import UserError
-from simplernn_jax.training import manifest
-from simplernn_jax.training.checkpoint import Checkpointer, read_config
-from simplernn_jax.training.checkpoint_contents import saved_leaves
-from simplernn_jax.training.checkpoint_folder import UNFINISHED_MARK, CheckpointFolder
 from stress_runs import (
     SAVE_EVERY,
     STEPS,

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from simplernn_jax.training.checkpoint_folder import CheckpointFolder
+from simplernn_jax.checkpoint.folder import CheckpointFolder
 from stress_runs import SAVE_EVERY, STEPS, compare, final_checkpoint, start
 
 _COUNT, _DEVICES = 2, 2

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from simplernn_jax.training.checkpoint import read_config
-from simplernn_jax.training.checkpoint_contents import read_arrays, read_json, saved_leaves
-from simplernn_jax.training.checkpoint_folder import CheckpointFolder
+from simplernn_jax.checkpoint.checkpointer import read_config
+from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leaves
+from simplernn_jax.checkpoint.folder import CheckpointFolder
 
 STEPS, SAVE_EVERY = 24, 3
 

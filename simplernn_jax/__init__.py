@@ -28,6 +28,6 @@ def load_model(workdir: str, checkpoint: str | int = "best") -> tuple[Any, Any, 
     Raises:
       UserError: no such checkpoint there, or none that is whole.
     """
-    from simplernn_jax.training.checkpoint import load_model as load
+    from simplernn_jax.checkpoint.checkpointer import load_model as load
 
     return load(workdir, checkpoint)

@@ -30,7 +30,7 @@ Positions = Int[Array, "B T"]
 """How many tokens of its segment come before each token."""
 HeadState = Float[Array, "B H K V"]
 """State of one layer's recurrence, float32."""
-RecentInputs = Float[Array, "B W D"]
+ConvState = Float[Array, "B W D"]
 """The last W inputs of one layer's short convolution, oldest first, float32."""
 CachedKeys = Float[Array, "B H S K"]
 CachedValues = Float[Array, "B H S V"]

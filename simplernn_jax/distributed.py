@@ -102,7 +102,7 @@ def joined(
     import jax
 
     from simplernn_jax import __version__
-    from simplernn_jax.parallel.agreement import all_reach, check_same, is_first, wait_for_all
+    from simplernn_jax.sharding.agreement import all_reach, barrier, check_same, is_coordinator
 
     _note(
         _EXIT_USER_ERROR,
@@ -121,11 +121,11 @@ def joined(
         versions = f"simplernn_jax {__version__}, jax {jax.__version__}"
         check_same("other versions than process 0: install the same", versions)
         yield
-        wait_for_all("all is done")
+        barrier("all is done")
         jax.distributed.shutdown()
     except UserError:
         if all_reach("an error", seconds=5):  # all have one, and process 0 says it
-            said_elsewhere = not is_first()
+            said_elsewhere = not is_coordinator()
             jax.distributed.shutdown()
             if said_elsewhere:
                 sys.exit(_EXIT_USER_ERROR)

@@ -5,7 +5,7 @@ import math
 import jax
 
 from simplernn_jax.config import MeshConfig
-from simplernn_jax.parallel.mesh import make_mesh
+from simplernn_jax.sharding.mesh import make_mesh
 
 
 def mesh_of(**sizes):

@@ -7,6 +7,9 @@ import signal
 import numpy as np
 from flax import nnx
 
+from simplernn_jax.checkpoint.checkpointer import Checkpointer, read_config
+from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leaves
+from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.config import (
     Config,
     DataConfig,
@@ -17,9 +20,6 @@ from simplernn_jax.config import (
 )
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.training import loop
-from simplernn_jax.training.checkpoint import Checkpointer, read_config
-from simplernn_jax.training.checkpoint_contents import read_arrays, read_json, saved_leaves
-from simplernn_jax.training.checkpoint_folder import CheckpointFolder
 from simplernn_jax.training.preparation import prepare
 
 HYBRID = {"block": "residual", "num_layers": 2, "mixer": "simple_rnn,attention"}

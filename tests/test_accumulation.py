@@ -16,8 +16,8 @@ from small_runs import small_config
 from simplernn_jax.config import MeshConfig
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.ops import segment_starts
-from simplernn_jax.ops.rows import clear_rows
-from simplernn_jax.parallel.layer_layout import in_layout_of
+from simplernn_jax.ops.reset_state import reset_state
+from simplernn_jax.sharding.layer_layout import in_layout_of
 from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.losses import summed_cross_entropy
 from simplernn_jax.training.train_step import init_train_state, make_train_step
@@ -126,7 +126,7 @@ def window_by_window(block):
     losses, gradients = [], []
     for first in range(0, LENGTH, WINDOW):
         part = Batch(*(x[:, first : first + WINDOW] for x in batch[:4]), reset=begins[:, first])
-        carried = clear_rows(carried, part.reset)
+        carried = reset_state(carried, part.reset)
         (loss, carried), gradient = of_window(
             params, part, carried, batch.loss_mask.sum(), block=block
         )

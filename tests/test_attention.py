@@ -11,7 +11,7 @@ from flax import nnx
 
 from simplernn_jax.models import Attention, KVCache
 from simplernn_jax.ops import sliding_attention as operator
-from simplernn_jax.ops.sliding_attention import rotate, sliding_attention
+from simplernn_jax.ops.sliding_attention import apply_rope, sliding_attention
 
 BATCH, LENGTH = 2, 29
 NARROW = {"hidden_dim": 5, "key_dim": 18, "value_dim": 12, "output_dim": 7, "num_heads": 3}
@@ -230,7 +230,7 @@ def test_a_rotation_depends_on_the_distance_alone_however_far():
 
     def product(position, distance):
         at = [jnp.full((1, 1), p, jnp.int32) for p in (position, position - distance)]
-        return float(jnp.sum(rotate(q, at[0]) * rotate(k, at[1])))
+        return float(jnp.sum(apply_rope(q, at[0]) * apply_rope(k, at[1])))
 
     for distance in (0, 1, 1000):
         near = product(distance, distance)

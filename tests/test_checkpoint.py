@@ -24,15 +24,20 @@ from meshes import mesh_of
 from small_runs import HYBRID, save_untrained, small_config, write_corpus
 
 from simplernn_jax import load_model
+from simplernn_jax.checkpoint import manifest, verification
+from simplernn_jax.checkpoint.checkpointer import (
+    Checkpointer,
+    Restored,
+    check_same_model,
+    read_config,
+)
+from simplernn_jax.checkpoint.contents import read_arrays
+from simplernn_jax.checkpoint.folder import check_workdir
+from simplernn_jax.checkpoint.orbax_options import among_processes
 from simplernn_jax.config import Config, ModelConfig, TrainConfig
 from simplernn_jax.data.tokenizer import load_tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.training import checkpoint_verification, manifest
-from simplernn_jax.training.among_processes import among_processes
-from simplernn_jax.training.checkpoint import Checkpointer, Restored, check_same_model, read_config
-from simplernn_jax.training.checkpoint_contents import read_arrays
-from simplernn_jax.training.checkpoint_folder import check_workdir
 
 TOKENIZER = '{"kind": "char", "alphabet": "añ\\u2713"}'
 
@@ -487,7 +492,7 @@ def test_what_does_not_read_back_as_written_never_counts(tmp_path, monkeypatch):
         ("saved_leaves", lambda path: {}, "step is missing"),
     ]:
         with open_checkpointer(tmp_path) as checkpointer, monkeypatch.context() as patch:
-            patch.setattr(checkpoint_verification, name, function)
+            patch.setattr(verification, name, function)
             checkpointer.save(2, make_state(2), {})
             match = rf"step 2 could not be saved.*does not read back.*{message}.*whole"
             with pytest.raises(UserError, match=match):

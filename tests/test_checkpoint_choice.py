@@ -9,11 +9,11 @@ from flax import nnx
 from small_runs import small_config
 
 from simplernn_jax import load_model
+from simplernn_jax.checkpoint.checkpointer import Checkpointer, read_config
+from simplernn_jax.checkpoint.choice import choose_checkpoint
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.training.checkpoint import Checkpointer, read_config
-from simplernn_jax.training.checkpoint_choice import choose_checkpoint
 
 
 def save(workdir, **evaluations):

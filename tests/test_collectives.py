@@ -7,15 +7,15 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 
-from simplernn_jax.parallel.collectives import (
+from simplernn_jax.sharding.collectives import (
     axis_index,
     axis_size,
-    from_last,
+    broadcast_from_last,
     gather,
-    gathering_again,
     is_on_mesh,
+    psum,
+    remat_all_gather,
     shift,
-    sum_over,
     vary,
 )
 
@@ -31,9 +31,9 @@ def everything(x):
     assert is_on_mesh() == (axis_size("sequence") == 4)
     assert axis_size("data") == axis_size("no such axis") == 1
     return {
-        "sum": sum_over(x, "data", "sequence"),
-        "last": from_last(x, "sequence"),
-        "sum of copies": sum_over(jnp.ones(()), "sequence"),
+        "sum": psum(x, "data", "sequence"),
+        "last": broadcast_from_last(x, "sequence"),
+        "sum of copies": psum(jnp.ones(()), "sequence"),
         "index": x + axis_index("sequence"),
         "varying": vary(x, "sequence", "data"),
     }
@@ -45,7 +45,7 @@ def test_outside_of_a_mesh_nothing_happens():
     expected = {"sum": x, "last": x, "sum of copies": jnp.ones(()), "index": x, "varying": x}
     chex.assert_trees_all_equal(result, expected)
     assert gather(x, "fsdp", 0, after=x) is x
-    assert gathering_again(everything) is everything
+    assert remat_all_gather(everything) is everything
 
 
 def test_on_a_mesh_each_device_has_its_part():
@@ -77,7 +77,7 @@ def test_gather_puts_parts_together_and_takes_gradients_apart():
         def squares(part, x):
             return (x @ gather(part, "fsdp", 1, after=x)) ** 2
 
-        return sum_over(jnp.sum(gathering_again(squares)(part, x)), "fsdp")
+        return psum(jnp.sum(remat_all_gather(squares)(part, x)), "fsdp")
 
     weights, x = jnp.arange(24.0).reshape(3, 8) / 10, jnp.arange(12.0).reshape(4, 3)
     run = jax.shard_map(total, mesh=mesh, in_specs=(part, P("fsdp")), out_specs=P())

@@ -23,7 +23,9 @@ from simplernn_jax import distributed
 distributed.supervise()
 distributed.HEARTBEAT_SECONDS = 4
 from simplernn_jax.errors import UserError
-from simplernn_jax.parallel.agreement import check_same, first_then_others, from_first
+from simplernn_jax.sharding.agreement import (
+    broadcast_from_coordinator, check_same, coordinator_first,
+)
 
 def refuse():
     raise UserError("no text")
@@ -37,9 +39,9 @@ def main():
                 check_same("another text", number)
             except UserError as error:
                 print(error, flush=True)
-            first_then_others("a test", refuse)
+            coordinator_first("a test", refuse)
         for step in itertools.count():
-            from_first(1)
+            broadcast_from_coordinator(1)
             time.sleep(0.02)
             if step == 50:
                 print("still here", flush=True)

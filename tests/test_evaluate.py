@@ -17,7 +17,7 @@ from simplernn_jax.data.batches import document_ends
 from simplernn_jax.data.window_batches import Windows
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.parallel.shardings import specs_of
+from simplernn_jax.sharding.partition_specs import specs_of
 from simplernn_jax.training import evaluate
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 from simplernn_jax.training.placement import shardings_of

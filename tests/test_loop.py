@@ -16,11 +16,11 @@ import pytest
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
 from simplernn_jax import load_model
+from simplernn_jax.checkpoint.contents import saved_quality
+from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
 from simplernn_jax.training import loop
-from simplernn_jax.training.checkpoint_contents import saved_quality
-from simplernn_jax.training.checkpoint_folder import CheckpointFolder
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
 from simplernn_jax.training.preparation import open_saved_corpus

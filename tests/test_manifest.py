@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from simplernn_jax.checkpoint import manifest
 from simplernn_jax.sealed_file import write_sealed
-from simplernn_jax.training import manifest
 
 
 @pytest.fixture

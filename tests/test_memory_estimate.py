@@ -16,7 +16,7 @@ from simplernn_jax.memory_estimate import (
     num_weights,
     of_training,
 )
-from simplernn_jax.parallel.mesh import make_mesh
+from simplernn_jax.sharding.mesh import make_mesh
 from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.memory_check import check_memory
 from simplernn_jax.training.optimizer import make_optimizer

@@ -17,7 +17,7 @@ from small_runs import small_config
 from benchmarks.compiled_collectives import collectives
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.named_leaves import named_leaves
-from simplernn_jax.parallel.shardings import specs_of
+from simplernn_jax.sharding.partition_specs import specs_of
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step, state_specs
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
-from simplernn_jax.ops.normalized import rms_normalized
-from simplernn_jax.ops.normalized_convolution import normalized_convolution
+from simplernn_jax.ops.rms_norm import rms_norm
+from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
 
 NAMES = ("output", "final_state", "d_q", "d_k", "d_v", "d_log_gate", "d_initial_state")
 LENGTHS = (1, 2, 7, 63, 64, 65, 256, 1000)
@@ -280,7 +280,7 @@ def test_float64_of_numpy_is_float32_without_x64(method):
         results = gated_linear_recurrence(
             x, x, x, -x, initial_state=state, segment_ids=ids, method=method
         )
-        normalized = rms_normalized(x), *normalized_convolution(x[:, 0], x[0, 0], x[:, 0, 1:], None)
+        normalized = rms_norm(x), *rms_norm_convolution(x[:, 0], x[0, 0], x[:, 0, 1:], None)
     chex.assert_type([*results, *normalized], jnp.float32)
 
 

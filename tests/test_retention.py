@@ -4,8 +4,8 @@ import types
 
 import pytest
 
-from simplernn_jax.training.checkpoint_contents import Quality
-from simplernn_jax.training.retention import KeepLastAndBest
+from simplernn_jax.checkpoint.contents import Quality
+from simplernn_jax.checkpoint.retention import KeepLastAndBest
 
 LOSSES = {2: 1.5, 3: None, 5: 0.5, 7: 2.5, 11: 0.75, 13: None, 17: 3.5}
 

@@ -16,7 +16,7 @@ from benchmarks.compiled_collectives import collectives
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.normalized_convolution import normalized_convolution
+from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
 
 B, T, H, K, V = 4, 24, 4, 3, 5
 STATE_BYTES = B * H * K * V * 4
@@ -116,7 +116,7 @@ def test_the_convolution_stays_sharded(batch, time, moves, segments):
     def gradients(native):
         def total(x, weights, recent, starts):
             starts = starts if segments else None
-            y, final = normalized_convolution(x, weights, recent, starts, native=native)
+            y, final = rms_norm_convolution(x, weights, recent, starts, native=native)
             return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(final)), (y, final)
 
         return jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))

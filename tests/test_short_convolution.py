@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from simplernn_jax.models.short_convolution import ShortConvolution
-from simplernn_jax.ops.normalized import rms_normalized
+from simplernn_jax.ops.rms_norm import rms_norm
 
 BATCH, LENGTH, FEATURES, WIDTH = 2, 11, 5, 4
 
@@ -25,7 +25,7 @@ def inputs(length: int = LENGTH) -> jax.Array:
 
 def token_by_token(layer, x, segment_ids):
     """The definition: a sum over lags that stops at the segment's start."""
-    x, kernel = np.asarray(rms_normalized(x)), np.asarray(layer.weights[...])
+    x, kernel = np.asarray(rms_norm(x)), np.asarray(layer.weights[...])
     y = np.zeros_like(x)
     for row in range(x.shape[0]):
         for t in range(x.shape[1]):
@@ -39,7 +39,7 @@ def token_by_token(layer, x, segment_ids):
 def test_starts_as_the_norm_alone():
     layer = ShortConvolution(WIDTH, FEATURES, rngs=nnx.Rngs(0))
     y, _ = layer(inputs(), layer.initial_state(BATCH), None)
-    chex.assert_trees_all_close(y, rms_normalized(inputs()), rtol=1e-6)
+    chex.assert_trees_all_close(y, rms_norm(inputs()), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,6 @@ def test_the_state_forgets_what_lies_behind_a_boundary():
     layer = convolution()
     segment_ids = jnp.asarray([[0] * 10 + [1], [0] * 11])
     _, state = layer(inputs(), layer.initial_state(BATCH), segment_ids)
-    expected = np.asarray(rms_normalized(inputs()))[:, -3:].copy()
+    expected = np.asarray(rms_norm(inputs()))[:, -3:].copy()
     expected[0, :2] = 0
     chex.assert_trees_all_close(state, expected, rtol=1e-6)

@@ -13,7 +13,7 @@ from flax import nnx
 from small_runs import small_config
 
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.ops.rows import clear_rows
+from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.losses import summed_cross_entropy
 from simplernn_jax.training.optimizer import make_optimizer
@@ -201,7 +201,7 @@ def test_rows_that_are_reset_start_from_zero_and_the_others_do_not(kind):
 
 def test_clear_rows_also_clears_what_is_not_finite():
     state = (jnp.full((3, 1, 2, 2), jnp.nan),)
-    cleared = clear_rows(state, np.array([True, False, True]))[0]
+    cleared = reset_state(state, np.array([True, False, True]))[0]
     np.testing.assert_array_equal(cleared[::2], 0.0)
     assert np.all(np.isnan(cleared[1]))
 

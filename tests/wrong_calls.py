@@ -28,14 +28,13 @@ from simplernn_jax.models.dense import dense
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.short_convolution import ShortConvolution
 from simplernn_jax.ops import gated_linear_recurrence, native, recurrent_step, segment_starts
-from simplernn_jax.ops.log_sigmoid import log_sigmoid
-from simplernn_jax.ops.narrow_state import in_narrow_state
-from simplernn_jax.ops.normalized import rms_normalized
-from simplernn_jax.ops.normalized_convolution import normalized_convolution
-from simplernn_jax.ops.product import product, products
-from simplernn_jax.ops.rows import clear_rows
+from simplernn_jax.ops.low_precision_state import in_narrow_state
+from simplernn_jax.ops.matmul import fused_matmul, matmul
+from simplernn_jax.ops.reset_state import reset_state
+from simplernn_jax.ops.rms_norm import rms_norm
+from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
 from simplernn_jax.ops.scan import scan
-from simplernn_jax.ops.sliding_attention import attend, rotate, sliding_attention
+from simplernn_jax.ops.sliding_attention import apply_rope, attend, sliding_attention
 
 FLOATING = ("float32", "bfloat16", "float16")
 INTEGER = ("int32", "uint8")
@@ -221,7 +220,7 @@ def operators() -> dict[str, Site]:
         return Site(call, (q, q, v, q, state, ids))
 
     def convolution(**options):
-        call = functools.partial(normalized_convolution, **options)
+        call = functools.partial(rms_norm_convolution, **options)
         return Site(call, (Spec("B T D"), Spec("W D"), Spec("B P D"), starts))
 
     step = (Spec("B H K"), Spec("B H K"), Spec("B H V"), Spec("B H K"), Spec("B H K V"))
@@ -239,18 +238,18 @@ def operators() -> dict[str, Site]:
         ),
         "step": Site(recurrent_step, step),
         "segment starts": Site(segment_starts, (Spec("B T", INTEGER),)),
-        "clear rows": Site(clear_rows, (Rows("B K V", DTYPES), Spec("B", ("bool",)))),
-        "log sigmoid": Site(log_sigmoid, (Spec("..."),)),
-        "norm": Site(rms_normalized, (Spec("... D"),)),
-        "norm in C": Site(functools.partial(rms_normalized, native=True), (Spec("... D"),)),
+        "clear rows": Site(reset_state, (Rows("B K V", DTYPES), Spec("B", ("bool",)))),
+        "norm": Site(rms_norm, (Spec("... D"),)),
+        "norm in C": Site(functools.partial(rms_norm, native=True), (Spec("... D"),)),
         "convolution": convolution(),
         "convolution in C": convolution(native=True),
-        "product": Site(lambda x, y: product(x, y, jnp.float32), (Spec("... D"), matrix)),
+        "product": Site(lambda x, y: matmul(x, y, jnp.float32), (Spec("... D"), matrix)),
         "products": Site(
-            lambda x, y, z: products(x, (y, z), jnp.bfloat16), (Spec("... D"), matrix, Spec("D V"))
+            lambda x, y, z: fused_matmul(x, (y, z), jnp.bfloat16),
+            (Spec("... D"), matrix, Spec("D V")),
         ),
-        "product in integers": Site(lambda x, y: product(x, y, jnp.int32), (Spec("... D"), matrix)),
-        "rotate": Site(rotate, (q, reach)),
+        "product in integers": Site(lambda x, y: matmul(x, y, jnp.int32), (Spec("... D"), matrix)),
+        "apply_rope": Site(apply_rope, (q, reach)),
         "attend": Site(attend, (q, keys, values, Spec("B? T S", ("bool",)))),
         "sliding attention": Site(lambda *x: sliding_attention(*x, 4), (q, keys, values, reach)),
     }

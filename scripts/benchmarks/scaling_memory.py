@@ -10,7 +10,7 @@ from benchmarks import tables
 from benchmarks.isolated import call_isolated
 from benchmarks.jax_steps import load_config, random_batch
 from simplernn_jax.config import Config
-from simplernn_jax.parallel.mesh import make_mesh
+from simplernn_jax.sharding.mesh import make_mesh
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step
 

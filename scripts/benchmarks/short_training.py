@@ -13,8 +13,8 @@ from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import make_batches
 from simplernn_jax.data.token_store import TokenizedCorpus
-from simplernn_jax.parallel.global_arrays import from_rows
-from simplernn_jax.parallel.mesh import check_fits, make_mesh
+from simplernn_jax.sharding.global_arrays import from_rows
+from simplernn_jax.sharding.mesh import check_fits, make_mesh
 from simplernn_jax.training.evaluate import Evaluator
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.placement import batch_shardings

@@ -6,7 +6,7 @@ Unrolled, the recurrence ``S_t = diag(g_t) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t`
     A_tj = sum_K q_t k_j prod_{j<s<=t} g_s
 
 (gated linear attention: Yang et al. 2023, arXiv:2312.06635, section 4.1). The products of gates
-are formed as in `simplernn_jax.ops.doubling`, where no factor overflows and nothing cancels.
+are formed as in `simplernn_jax.ops.intra_chunk`, where no factor overflows and nothing cancels.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, SegmentIds, Values
-from simplernn_jax.ops.doubling import BLOCK, join_blocks
+from simplernn_jax.ops.intra_chunk import BLOCK, join_blocks
 
 
 class AttentionMap(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from simplernn_jax.array_types import Keys, Queries, SegmentIds, Values
 from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.ops import segment_starts
-from simplernn_jax.ops.sliding_attention import rotate
+from simplernn_jax.ops.sliding_attention import apply_rope
 
 
 class SeenTokens(NamedTuple):
@@ -57,7 +57,7 @@ def seen_tokens(
     is_own &= along[:, :, None] >= along[:, None, :]
     is_own &= along[:, :, None] - along[:, None, :] < attention.context
     # Rounded as the layer rounds them; what follows is computed in float32 at least.
-    q, k = (rotate(x, positions).astype(attention.dtype) for x in (q, k))
+    q, k = (apply_rope(x, positions).astype(attention.dtype) for x in (q, k))
     dtype = jnp.promote_types(attention.dtype, jnp.float32)
 
     def after_cached(slots: jax.Array, own: jax.Array) -> jax.Array:

@@ -18,9 +18,9 @@ from simplernn_jax.models.heads import Heads
 from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_segment_ids
-from simplernn_jax.ops.sliding_attention import attend, rotate, sliding_attention
-from simplernn_jax.parallel.attention_stretches import seen_before, tokens_before
-from simplernn_jax.parallel.collectives import axis_size, from_last
+from simplernn_jax.ops.sliding_attention import apply_rope, attend, sliding_attention
+from simplernn_jax.sharding.collectives import axis_size, broadcast_from_last
+from simplernn_jax.sharding.context_parallel import seen_before, tokens_before_shard
 
 
 @tuple_with_names
@@ -135,9 +135,9 @@ class Attention(Heads):
         is_apart = axis_size("sequence") > 1
         before = None if state is None else state.length
         if is_apart:
-            before = tokens_before(length, before, segment_ids)
+            before = tokens_before_shard(length, before, segment_ids)
         positions = _positions(length, before, segment_ids)
-        q, k = rotate(q, positions), rotate(k, positions)
+        q, k = apply_rope(q, positions), apply_rope(k, positions)
         q, k, v = q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype)
         if state is not None and length == 1 and not is_apart:
             state = _write(state, k, v)
@@ -158,7 +158,7 @@ class Attention(Heads):
             reach = jnp.minimum(positions + 1, self.context)
             y = sliding_attention(q, k, v, reach, self.context)
             state = _newest(k, v, positions[:, -1] + 1, self.context)
-            state = jax.tree.map(lambda leaf: from_last(leaf, "sequence"), state)
+            state = jax.tree.map(lambda leaf: broadcast_from_last(leaf, "sequence"), state)
         return self.combine(y, output_gate), state
 
     def _check_cache(self, state: Any, sizes: dict[str, Any]) -> None:

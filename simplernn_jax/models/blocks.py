@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, HeadState, RecentInputs, SegmentIds
+from simplernn_jax.array_types import Activations, ConvState, HeadState, SegmentIds
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.models.dense import dense, dtypes_of
@@ -16,9 +16,9 @@ from simplernn_jax.models.short_convolution import ShortConvolution
 from simplernn_jax.models.simple_rnn import SimpleRNN
 from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops.checks import FLOATING, check_array
-from simplernn_jax.ops.normalized import rms_normalized
-from simplernn_jax.ops.product import merge_tokens
-from simplernn_jax.parallel.collectives import vary
+from simplernn_jax.ops.matmul import merge_tokens
+from simplernn_jax.ops.rms_norm import rms_norm
+from simplernn_jax.sharding.collectives import vary
 
 GATE_BIAS_RANGE = (1.0, 6.0)
 """Gate biases of the residual block, spread over the key channels: half-lives of about 2 to 280
@@ -77,7 +77,7 @@ class ResidualState(NamedTuple):
     """State of a `ResidualBlock`."""
 
     mixer: HeadState | KVCache
-    recent: RecentInputs
+    recent: ConvState
     """Of the short convolution."""
 
 
@@ -167,7 +167,7 @@ class ResidualBlock(nnx.Module):
         # once for all projections.
         y, mixer_state = self.mixer(vary(y, "tensor"), mixer_state, segment_ids)
         x = x + self._drop(y, keys[0])
-        hidden = merge_tokens(vary(rms_normalized(x), "tensor"))
+        hidden = merge_tokens(vary(rms_norm(x), "tensor"))
         y = self.mlp_out(_squared_relu(self.mlp_in(hidden), self.mlp_out.dtype)).reshape(x.shape)
         return x + self._drop(y, keys[1]), ResidualState(mixer_state, recent)
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.ops.product import products
-from simplernn_jax.parallel.collectives import gather, gathering_again, is_on_mesh, sum_over
+from simplernn_jax.ops.matmul import fused_matmul
+from simplernn_jax.sharding.collectives import gather, is_on_mesh, psum, remat_all_gather
 
 PARAMETERS = jnp.dtype("float32")
 """Of all parameters, under any policy."""
@@ -58,20 +58,20 @@ class Dense(nnx.Linear):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """``[..., in_features]`` to ``[..., out_features]``, this device's part."""
-        return in_one_product(inputs, [self])[0]
+        return fused_projection(inputs, [self])[0]
 
 
-def in_one_product(x: jax.Array, layers: Sequence[Dense]) -> tuple[jax.Array, ...]:
+def fused_projection(x: jax.Array, layers: Sequence[Dense]) -> tuple[jax.Array, ...]:
     """What each of `layers`, of one dtype, makes of ``x``, ``[..., in_features]``."""
     kernels = tuple(layer.kernel[...] for layer in layers)
     dtype = layers[0].dtype
     outputs: tuple[jax.Array, ...]
     if is_on_mesh():
-        outputs = gathering_again(partial(_gathered_products, dtype=dtype))(x, kernels)
+        outputs = remat_all_gather(partial(_gathered_products, dtype=dtype))(x, kernels)
         if x.shape[-1] != layers[0].in_features:
-            outputs = sum_over(outputs, "tensor")
+            outputs = psum(outputs, "tensor")
     else:
-        outputs = products(x, kernels, dtype)
+        outputs = fused_matmul(x, kernels, dtype)
 
     def biased(y: jax.Array, layer: Dense) -> jax.Array:
         return y if layer.bias is None else y + jnp.expand_dims(layer.bias[...], range(y.ndim - 1))
@@ -84,7 +84,7 @@ def _gathered_products(
 ) -> tuple[jax.Array, ...]:
     apart = 0 if kernels[0].shape[0] != x.shape[-1] else 1
     whole = [gather(kernel, "fsdp", apart, after=x) for kernel in kernels]
-    return products(x, whole, dtype)
+    return fused_matmul(x, whole, dtype)
 
 
 def dense(

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.models.dense import Dense, dense, in_one_product
+from simplernn_jax.models.dense import Dense, dense, fused_projection
 from simplernn_jax.ops.checks import FLOATING, check_array
-from simplernn_jax.ops.normalized import rms_normalized
+from simplernn_jax.ops.rms_norm import rms_norm
 
 
 class Heads(nnx.Module):
@@ -102,7 +102,7 @@ class Heads(nnx.Module):
             layers, widths = [*layers, self.gate_proj], [*widths, self.key_dim]
         if self.output_gate_proj is not None:
             layers = [*layers, self.output_gate_proj]
-        outputs = in_one_product(x, layers)
+        outputs = fused_projection(x, layers)
         heads = []
         for y, width in zip(outputs, widths, strict=False):
             width //= self.num_heads
@@ -128,7 +128,7 @@ class Heads(nnx.Module):
                     f"output_gate: expected {[*y.shape[:-2], width]}; got {output_gate.shape}"
                 )
         if self.output_norm:
-            y = rms_normalized(y)
+            y = rms_norm(y)
         y = y.reshape(*y.shape[:-2], y.shape[-2] * y.shape[-1])
         if output_gate is not None:
             y = _gated(y, output_gate)

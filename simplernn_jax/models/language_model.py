@@ -12,13 +12,13 @@ from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
 from simplernn_jax.models.dense import dense, dtypes_of
 from simplernn_jax.models.layer_stack import LayerStack
-from simplernn_jax.models.rematerialise import rematerialised
+from simplernn_jax.models.remat import rematerialize
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_batch, check_segment_ids
-from simplernn_jax.ops.normalized import rms_normalized
-from simplernn_jax.ops.product import product
-from simplernn_jax.parallel.collectives import axis_size, is_on_mesh, vary
-from simplernn_jax.parallel.sequence import stretch_ids
-from simplernn_jax.parallel.vocabulary import lookup, tied_logits
+from simplernn_jax.ops.matmul import matmul
+from simplernn_jax.ops.rms_norm import rms_norm
+from simplernn_jax.sharding.collectives import axis_size, is_on_mesh, vary
+from simplernn_jax.sharding.sequence_parallel import shard_segment_ids
+from simplernn_jax.sharding.vocab_parallel import lookup, tied_logits
 
 
 class LanguageModel(nnx.Module):
@@ -65,7 +65,7 @@ class LanguageModel(nnx.Module):
             else dense(config.hidden_dim, config.vocab_size, rngs=rngs, dtype=dtype, **init)
         )
         self.remat = "none"
-        """What layers keep for the gradient; see `rematerialised`."""
+        """What layers keep for the gradient; see `rematerialize`."""
 
     def stack_layers(self) -> None:
         """Makes all layers one, to be divided among the stages of a mesh; see `LayerStack`.
@@ -103,10 +103,10 @@ class LanguageModel(nnx.Module):
             # Unit variance into the residual stream, whatever the scale that suits a tied head.
             x = x * self.config.hidden_dim**0.5
         if segment_ids is not None and axis_size("sequence") > 1:
-            segment_ids = stretch_ids(segment_ids)
+            segment_ids = shard_segment_ids(segment_ids)
         x, state = self._through_layers(x, state, segment_ids, dropout_key)
         if self.final_scale is not None:
-            x = rms_normalized(x) * self.final_scale[...][None, None]
+            x = rms_norm(x) * self.final_scale[...][None, None]
         return x, state
 
     def _check_state(self, state: ModelState, batch: int) -> None:
@@ -133,7 +133,7 @@ class LanguageModel(nnx.Module):
         for index, layer in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             layer_state = None if state is None else state[index]
-            x, layer_state = rematerialised(layer, self.remat)(x, layer_state, segment_ids, key)
+            x, layer_state = rematerialize(layer, self.remat)(x, layer_state, segment_ids, key)
             states.append(layer_state)
         return x, tuple(states)
 
@@ -157,7 +157,7 @@ class LanguageModel(nnx.Module):
             return self.head(hidden)
         if is_on_mesh():
             return tied_logits(hidden, self.embedding.embedding[...], self.dtype)
-        return product(hidden, self.embedding.embedding[...].T, self.dtype)
+        return matmul(hidden, self.embedding.embedding[...].T, self.dtype)
 
     def __call__(
         self,

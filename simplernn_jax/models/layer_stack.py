@@ -9,11 +9,11 @@ from flax import nnx
 
 from simplernn_jax.array_types import Activations, ModelState, SegmentIds
 from simplernn_jax.errors import UserError
-from simplernn_jax.models.rematerialise import rematerialised
+from simplernn_jax.models.remat import rematerialize
 from simplernn_jax.ops.checks import check_array, check_batch, check_segment_ids
-from simplernn_jax.parallel.collectives import axis_size
-from simplernn_jax.parallel.layer_layout import STACKED
-from simplernn_jax.parallel.stages import choose_chunks, run_stages
+from simplernn_jax.sharding.collectives import axis_size
+from simplernn_jax.sharding.layer_layout import STACKED
+from simplernn_jax.sharding.pipeline import choose_num_chunks, run_pipeline
 
 
 class LayerStack(nnx.Module):
@@ -85,15 +85,15 @@ class LayerStack(nnx.Module):
             params: nnx.State, x: Activations, state: Any, ids: SegmentIds, key: jax.Array | None
         ) -> tuple[Activations, Any]:
             module = nnx.merge(graph, params)
-            return rematerialised(module, remat)(x, state, ids, key)
+            return rematerialize(module, remat)(x, state, ids, key)
 
-        x, stacked = run_stages(
+        x, stacked = run_pipeline(
             layer,
             params,
             x,
             None if state is None else state[STACKED],
             segment_ids,
-            chunks=choose_chunks(x.shape[1], axis_size("stage")),
+            chunks=choose_num_chunks(x.shape[1], axis_size("stage")),
             dropout_key=dropout_key,
         )
         return x, {STACKED: stacked}

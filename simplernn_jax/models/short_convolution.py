@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, RecentInputs, SegmentIds
+from simplernn_jax.array_types import Activations, ConvState, SegmentIds
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
-from simplernn_jax.ops.normalized import rms_normalized
-from simplernn_jax.ops.normalized_convolution import normalized_convolution
-from simplernn_jax.parallel.collectives import axis_size, from_last
-from simplernn_jax.parallel.sequence import halo
+from simplernn_jax.ops.rms_norm import rms_norm
+from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
+from simplernn_jax.sharding.collectives import axis_size, broadcast_from_last
+from simplernn_jax.sharding.sequence_parallel import halo
 
 
 def _starts_as_identity(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
@@ -24,7 +24,7 @@ class ShortConvolution(nnx.Module):
     """``y_t = sum_n w_n * norm(x_{t-n})`` for n in 0 .. width - 1, within one segment.
 
     It lets a token see its neighbours before it asks the recurrence, as in Mamba
-    (arXiv:2312.00752, section 3.4). The norm is `rms_normalized`. It starts as the norm alone. All
+    (arXiv:2312.00752, section 3.4). The norm is `rms_norm`. It starts as the norm alone. All
     float32.
     """
 
@@ -34,13 +34,13 @@ class ShortConvolution(nnx.Module):
         self.features = features
         self.weights = nnx.Param(_starts_as_identity(rngs.params(), (width, features)))
 
-    def initial_state(self, batch_size: int) -> RecentInputs:
+    def initial_state(self, batch_size: int) -> ConvState:
         """Zeros ``[B, width - 1, D]``, float32: nothing came before."""
         return jnp.zeros((batch_size, self.width - 1, self.features))
 
     def __call__(
-        self, x: Activations, state: RecentInputs | None, segment_ids: SegmentIds | None
-    ) -> tuple[Activations, RecentInputs]:
+        self, x: Activations, state: ConvState | None, segment_ids: SegmentIds | None
+    ) -> tuple[Activations, ConvState]:
         """Normalises, then convolves over time.
 
         Args:
@@ -65,13 +65,13 @@ class ShortConvolution(nnx.Module):
             state = self.initial_state(x.shape[0])
         starts = None if segment_ids is None else segment_starts(segment_ids)
         if axis_size("sequence") > 1:  # the tokens before are another device's
-            own = rms_normalized(x[:, -past:].astype(state.dtype))
+            own = rms_norm(x[:, -past:].astype(state.dtype))
             state = halo(_of_last_segment(own, starts), state, segment_ids)
-        y, recent = normalized_convolution(x, self.weights[...], state, starts)
-        return y, from_last(_of_last_segment(recent, starts), "sequence")
+        y, recent = rms_norm_convolution(x, self.weights[...], state, starts)
+        return y, broadcast_from_last(_of_last_segment(recent, starts), "sequence")
 
 
-def _of_last_segment(recent: RecentInputs, starts: jax.Array | None) -> RecentInputs:
+def _of_last_segment(recent: ConvState, starts: jax.Array | None) -> ConvState:
     """The inputs until the last token, zero where they are not of its segment."""
     if starts is None:
         return recent

@@ -10,9 +10,8 @@ from simplernn_jax.array_types import Activations, HeadState, SegmentIds
 from simplernn_jax.models.heads import Heads
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
 from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
-from simplernn_jax.ops.log_sigmoid import log_sigmoid
-from simplernn_jax.parallel.collectives import axis_size
-from simplernn_jax.parallel.sequence import recurrence_over_stretches
+from simplernn_jax.sharding.collectives import axis_size
+from simplernn_jax.sharding.sequence_parallel import sequence_parallel_recurrence
 
 
 class SimpleRNNCell(Heads, nnx.RNNCellBase):
@@ -84,7 +83,7 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
             q * self.query_scale,
             jax.nn.sigmoid(k),
             v,
-            log_sigmoid(gate),
+            jax.nn.log_sigmoid(gate),
         ), output_gate
 
     def __call__(self, carry: HeadState, inputs: jax.Array) -> tuple[HeadState, jax.Array]:
@@ -167,7 +166,7 @@ class SimpleRNN(nnx.Module):
         if state is not None:
             self.cell.check_state("state", state, q)
         if axis_size("sequence") > 1:
-            y, state = recurrence_over_stretches(q, k, v, log_gate, state, segment_ids)
+            y, state = sequence_parallel_recurrence(q, k, v, log_gate, state, segment_ids)
         else:
             y, state = gated_linear_recurrence(
                 q,

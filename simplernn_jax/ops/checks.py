@@ -102,7 +102,7 @@ def check_recurrence(
 
 
 def check_convolution(x: Any, weights: Any, recent: Any, starts: Any | None) -> None:
-    """Check the arguments of `normalized_convolution`.
+    """Check the arguments of `rms_norm_convolution`.
 
     Raises:
       ValueError: wrong ranks, or shapes that do not fit together.

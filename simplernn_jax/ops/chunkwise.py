@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState
-from simplernn_jax.ops.doubling import BLOCK, Levels, join_blocks, join_blocks_gradient
+from simplernn_jax.ops.intra_chunk import BLOCK, Levels, join_blocks, join_blocks_gradient
 from simplernn_jax.ops.manual_axes import vary_like
 
 GROUP_ELEMENTS = 2**18

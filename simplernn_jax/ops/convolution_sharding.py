@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from simplernn_jax.ops.normalized import rms_normalized
 from simplernn_jax.ops.operation import Form
 from simplernn_jax.ops.partitioning import Partitioned, axis_names
+from simplernn_jax.ops.rms_norm import rms_norm
 
 _X, _WEIGHTS, _RECENT, _TOKENS = "b t d", "w d", "b p d", "b t"
 
@@ -93,7 +93,7 @@ def _shards_gradient(
 
 def _tail(x: jax.Array, past: int, starts: Sequence[jax.Array]) -> jax.Array:
     """The last normalized inputs of a shard, zero where they are not of its last segment."""
-    tail = rms_normalized(x[:, x.shape[1] - past :], native=False)
+    tail = rms_norm(x[:, x.shape[1] - past :], native=False)
     return jnp.where(_ends_segment(starts, past), 0, tail)
 
 

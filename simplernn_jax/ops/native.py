@@ -44,8 +44,9 @@ FUNCTIONS = (
     NORM_FORWARD,
     NORM_BACKWARD,
 )
-_SOURCES = [Path(__file__).with_name(name) for name in ("fused.c", "normalized.c")]
-_HEADERS = [Path(__file__).with_name(name) for name in ("call.h", "buffers.h")]
+_FOLDER = Path(__file__).with_name("cpu")
+_SOURCES = [_FOLDER / name for name in ("fused.c", "rms_norm.c")]
+_HEADERS = [_FOLDER / name for name in ("call.h", "buffers.h")]
 _OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-shared", "-fPIC")
 _FOR_THIS_MACHINE = (("-march=native",), ("-mcpu=native",), ())
 """Tried in this order: compilers and processors differ in which of them they know."""

@@ -16,9 +16,9 @@ from simplernn_jax.ops.chunkwise import (
 )
 from simplernn_jax.ops.fused import fused, fused_gradient
 from simplernn_jax.ops.operation import Forms, Gradient, apply, evaluate, on_one_device
-from simplernn_jax.ops.rows import clear_rows
+from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.ops.scan import recurrent_step, scan
-from simplernn_jax.ops.time_sharding import partition_gradient, partition_recurrence
+from simplernn_jax.ops.sequence_sharding import partition_gradient, partition_recurrence
 
 
 def recurrence(
@@ -45,7 +45,7 @@ def recurrence(
     if q.shape[1] == 1 and method == "chunkwise":
         # One token: no chunk to fill.
         if clear is not None:
-            state = clear_rows(state, clear[:, 0])
+            state = reset_state(state, clear[:, 0])
         output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_gate[:, 0], state)
         return output[:, None], state
     if method == "fused":

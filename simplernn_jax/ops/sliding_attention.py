@@ -22,7 +22,7 @@ ROTARY_BASE = 10_000.0
 """Slowest and fastest rotation differ by this factor, as in arXiv:2104.09864, section 3.2.2."""
 
 
-def rotate(x: jax.Array, positions: Positions) -> jax.Array:
+def apply_rope(x: jax.Array, positions: Positions) -> jax.Array:
     """Turns pairs of channels by an angle in proportion to the position (RoFormer, eq. 34).
 
     The product of two rotated vectors depends on the difference of their positions. Angles are

@@ -12,8 +12,8 @@ from simplernn_jax.array_types import ModelState
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.manual_axes import vary_like
-from simplernn_jax.parallel.collectives import vary
-from simplernn_jax.parallel.mesh import TOKEN_AXES
+from simplernn_jax.sharding.collectives import vary
+from simplernn_jax.sharding.mesh import TOKEN_AXES
 
 Inputs = tuple[nnx.State, Batch, ModelState, jax.Array, jax.Array]
 """``params, batch, carried, dropout_key, predictions`` of a part of a batch.
@@ -94,7 +94,7 @@ def truncated(loss_of: LossOf) -> GradientOf:
     return of_all
 
 
-def through_windows(loss_of: LossOf) -> LossOf:
+def rematerialized_windows(loss_of: LossOf) -> LossOf:
     """Of `windows_of` a batch; the gradient goes through all of them, to the row's first token.
 
     The forward pass keeps the state before each window, the backward pass computes one window at a

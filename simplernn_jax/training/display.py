@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
-from simplernn_jax.parallel.agreement import is_first
+from simplernn_jax.sharding.agreement import is_coordinator
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -29,7 +29,7 @@ class Display(Protocol):
 def open_display(first_step: int, total_steps: int) -> Iterator[Display]:
     """Show a rich progress bar if stdout is a terminal that can draw one, otherwise lines at most
     every 5 seconds."""
-    if not is_first():
+    if not is_coordinator():
         yield NoDisplay()
         return
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -5,8 +5,8 @@ import math
 import os
 from typing import Any
 
+from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.errors import counted
-from simplernn_jax.training.checkpoint_folder import CheckpointFolder
 from simplernn_jax.training.evaluate import Evaluation
 
 NOTABLE = 0.01

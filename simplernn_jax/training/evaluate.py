@@ -18,15 +18,15 @@ from simplernn_jax.data.evaluation_batches import evaluation_batches
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.data.window_batches import Windows, window_batches
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.ops.rows import clear_rows
-from simplernn_jax.parallel.collectives import sum_over
-from simplernn_jax.parallel.global_arrays import from_rows
-from simplernn_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
-from simplernn_jax.parallel.sequence import LEAST_TOKENS
-from simplernn_jax.parallel.shardings import specs_of
+from simplernn_jax.ops.reset_state import reset_state
+from simplernn_jax.sharding.collectives import psum
+from simplernn_jax.sharding.global_arrays import from_rows
+from simplernn_jax.sharding.mesh import BATCH_AXES, TOKEN_AXES
+from simplernn_jax.sharding.partition_specs import specs_of
+from simplernn_jax.sharding.sequence_parallel import LEAST_TOKENS
 from simplernn_jax.training.gradient import make_model
 from simplernn_jax.training.losses import cross_entropy
-from simplernn_jax.training.placement import batch_specs, is_shared, shardings_of
+from simplernn_jax.training.placement import batch_specs, is_distributed, shardings_of
 
 BATCH_TOKENS = 8192
 """Tokens scored in one call: enough to keep the machine busy, little memory."""
@@ -78,7 +78,7 @@ class Evaluator:
 
     def __init__(self, config: Config, pad_id: int, mesh: Mesh | None = None):
         def make() -> LanguageModel:
-            if is_shared(mesh):
+            if is_distributed(mesh):
                 return make_model(config, nnx.Rngs(0))
             return LanguageModel(config.model, rngs=nnx.Rngs(0))
 
@@ -90,10 +90,10 @@ class Evaluator:
         ) -> tuple[jax.Array, jax.Array, ModelState]:
             model = nnx.merge(graph, params)
             logits, carried = model(
-                batch.tokens, clear_rows(carried, batch.reset), batch.segment_ids
+                batch.tokens, reset_state(carried, batch.reset), batch.segment_ids
             )
             nats = cross_entropy(logits, batch.targets, batch.loss_mask)
-            return nats, sum_over(jnp.sum(nats), *TOKEN_AXES), carried
+            return nats, psum(jnp.sum(nats), *TOKEN_AXES), carried
 
         def abstract_state(rows: int) -> ModelState:
             return jax.eval_shape(lambda: make().initial_state(rows))
@@ -101,7 +101,7 @@ class Evaluator:
         self._divisible_by = (1, 1)
         self._batch_shardings, self._state_shardings = None, None
         shardings: dict[str, Any] = {}
-        if is_shared(mesh):
+        if is_distributed(mesh):
             specs = specs_of({"params": abstract_params, "carried": abstract_state(1)}, mesh)
             batch = batch_specs(mesh)
             inputs = (specs["params"], batch, specs["carried"])

@@ -11,10 +11,15 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.manual_axes import varying
-from simplernn_jax.ops.rows import clear_rows
-from simplernn_jax.parallel.collectives import axis_index, sum_over, vary
-from simplernn_jax.parallel.mesh import TOKEN_AXES
-from simplernn_jax.training.accumulation import in_groups, through_windows, truncated, with_gradient
+from simplernn_jax.ops.reset_state import reset_state
+from simplernn_jax.sharding.collectives import axis_index, psum, vary
+from simplernn_jax.sharding.mesh import TOKEN_AXES
+from simplernn_jax.training.accumulation import (
+    in_groups,
+    rematerialized_windows,
+    truncated,
+    with_gradient,
+)
 from simplernn_jax.training.losses import cross_entropy_of_hidden
 
 GradientOf = Callable[
@@ -60,7 +65,7 @@ def make_gradient(config: Config) -> GradientOf:
         model = nnx.merge(graph, params)
         hidden, carried = model.encode(
             batch.tokens,
-            clear_rows(carried, batch.reset) or None,
+            reset_state(carried, batch.reset) or None,
             batch.segment_ids,
             dropout_key=key if dropout else None,
         )
@@ -72,19 +77,19 @@ def make_gradient(config: Config) -> GradientOf:
     elif config.train.backward == "truncated":
         of_rows = truncated(summed_loss)
     else:
-        of_rows = with_gradient(through_windows(summed_loss))
+        of_rows = with_gradient(rematerialized_windows(summed_loss))
     of_all = in_groups(of_rows, config.train.gradient_accumulation)
 
     def gradient_of(
         params: nnx.State, batch: Batch, carried: ModelState, rng: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, jax.Array, nnx.State, ModelState]:
-        predictions = sum_over(jnp.sum(batch.loss_mask), *TOKEN_AXES)
+        predictions = psum(jnp.sum(batch.loss_mask), *TOKEN_AXES)
         key = _own_key(jax.random.fold_in(jax.random.wrap_key_data(rng), step))
         # As each device's own, so that their gradients are summed once, after all groups.
         own = vary(params, *TOKEN_AXES)
         loss, gradient, ended = of_all(own, batch, carried, key, jnp.maximum(predictions, 1))
         carried = ended if carried else ()
-        return sum_over(loss, *TOKEN_AXES), predictions, _sum_copies(gradient, params), carried
+        return psum(loss, *TOKEN_AXES), predictions, _sum_copies(gradient, params), carried
 
     return gradient_of
 
@@ -101,6 +106,6 @@ def _sum_copies(gradient: nnx.State, params: nnx.State) -> nnx.State:
     """The sum over devices that hold the same part of a parameter and see other tokens."""
 
     def total(gradient: jax.Array, param: jax.Array) -> jax.Array:
-        return sum_over(gradient, *(name for name in TOKEN_AXES if name not in varying(param)))
+        return psum(gradient, *(name for name in TOKEN_AXES if name not in varying(param)))
 
     return jax.tree.map(total, gradient, params)

@@ -13,22 +13,27 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from simplernn_jax import config as config_lib
+from simplernn_jax.checkpoint.checkpointer import Checkpointer
+from simplernn_jax.checkpoint.file_layout import FileLayout
+from simplernn_jax.checkpoint.folder import check_workdir
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
-from simplernn_jax.parallel.agreement import StopVote, from_first, is_first, wait_for_all
-from simplernn_jax.parallel.global_arrays import from_rows, local_copy, rows_of_this_process
-from simplernn_jax.parallel.mesh import BATCH_AXES, check_fits, describe, make_mesh
-from simplernn_jax.parallel.stages import describe_stages
+from simplernn_jax.sharding.agreement import (
+    PreemptionSync,
+    barrier,
+    broadcast_from_coordinator,
+    is_coordinator,
+)
+from simplernn_jax.sharding.global_arrays import from_rows, local_copy, rows_of_this_process
+from simplernn_jax.sharding.mesh import BATCH_AXES, check_fits, describe, make_mesh
+from simplernn_jax.sharding.pipeline import describe_stages
 from simplernn_jax.training import report
-from simplernn_jax.training.checkpoint import Checkpointer
-from simplernn_jax.training.checkpoint_folder import check_workdir
 from simplernn_jax.training.clock import Clock
 from simplernn_jax.training.display import Display, open_display
 from simplernn_jax.training.early_stopping import Evaluations
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
-from simplernn_jax.training.file_layout import FileLayout
 from simplernn_jax.training.interruption import Interruption
 from simplernn_jax.training.memory_check import check_memory
 from simplernn_jax.training.metrics import MetricsWriter, NoMetrics
@@ -80,7 +85,7 @@ def train(config: Config, workdir: str) -> Result:
     run = _Run(config, workdir)
     try:
         with Interruption() as interruption:
-            result = run.to_the_end(StopVote(lambda: interruption.requested))
+            result = run.to_the_end(PreemptionSync(lambda: interruption.requested))
     except BaseException:
         run.close(failed=True)
         raise
@@ -114,7 +119,7 @@ class _Run:
             self.position = self.batches.get_state()
             self.step = self.first_step = int(self.state.step)
             self.stopped_early = self._is_worse_for_long()
-            self.metrics = MetricsWriter(workdir, self.step) if is_first() else NoMetrics()
+            self.metrics = MetricsWriter(workdir, self.step) if is_coordinator() else NoMetrics()
         except BaseException:
             self.checkpointer.close()
             raise
@@ -162,13 +167,13 @@ class _Run:
         finally:
             self.checkpointer.close(failed=failed)
 
-    def to_the_end(self, vote: StopVote) -> Result:
+    def to_the_end(self, vote: PreemptionSync) -> Result:
         """Takes all steps that are left, unless a signal comes."""
-        if is_first():
+        if is_coordinator():
             self._write_config()
         with open_display(self.step, self.total_steps) as display:
             self._announce(display)
-            steps = self.config.train.profile_steps if is_first() else 0
+            steps = self.config.train.profile_steps if is_coordinator() else 0
             profile = Profile(self.workdir, steps, display.say)
             with self.train_step, profile:
                 self._take_steps(vote, display, profile)
@@ -183,7 +188,7 @@ class _Run:
                 return Result(self.step, signal, None)
             return self._finish(display)
 
-    def _take_steps(self, vote: StopVote, display: Display, profile: Profile) -> None:
+    def _take_steps(self, vote: PreemptionSync, display: Display, profile: Profile) -> None:
         if self._has_ended():
             return
         batch = self._next_batch()
@@ -248,7 +253,7 @@ class _Run:
 
     def _is_worse_for_long(self) -> bool:
         limit = self.config.train.stop_after_worse
-        return limit > 0 and bool(from_first(self.evaluations.has_ended(limit)))
+        return limit > 0 and bool(broadcast_from_coordinator(self.evaluations.has_ended(limit)))
 
     def _something_due(self) -> bool:
         train = self.config.train
@@ -299,11 +304,11 @@ class _Run:
 
     def _sample(self, display: Display) -> None:
         params = local_copy(self.state.params)
-        if is_first():
+        if is_coordinator():
             text = sample_text(self.config, params, self.corpus.tokenizer)
             self.metrics.write(self.step, "sample", text=text)
             display.say(f"step {self.step}: sample: {text}")
-        wait_for_all("a sample is written")
+        barrier("a sample is written")
 
     def _save(self, *, wait: bool = False) -> None:
         data_state = {
@@ -360,7 +365,7 @@ class _Run:
         facts |= self.evaluations.facts(
             self.step, last or evaluation, self.workdir, stopped_early=self.stopped_early
         )
-        if is_first():
+        if is_coordinator():
             facts["loss curve"] = report.plot_loss(self.workdir, self.description)
         facts["sample from it"] = f"python scripts/sample.py --workdir {self.workdir} --prompt TEXT"
         display.say("done\n" + report.summary(facts))

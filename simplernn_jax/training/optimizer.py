@@ -9,10 +9,10 @@ import optax
 from jax.sharding import Mesh
 
 from simplernn_jax.config import OptimizerConfig
-from simplernn_jax.parallel.collectives import axis_index, gather
-from simplernn_jax.parallel.layer_layout import layer_axis
-from simplernn_jax.parallel.shardings import specs_of
-from simplernn_jax.training.placement import is_shared
+from simplernn_jax.sharding.collectives import axis_index, gather
+from simplernn_jax.sharding.layer_layout import layer_axis
+from simplernn_jax.sharding.partition_specs import specs_of
+from simplernn_jax.training.placement import is_distributed
 
 MUON_MOMENTUM = 0.95
 """As published with Muon (github.com/KellerJordan/Muon)."""
@@ -94,7 +94,7 @@ def orthogonalized_parts(matrices: Any, mesh: Mesh | None) -> Any:
     """
     each = jnp.vectorize(orthogonalized, signature="(m,n)->(m,n)")
     leaves, tree = jax.tree.flatten(matrices)
-    if not is_shared(mesh):
+    if not is_distributed(mesh):
         return jax.tree.unflatten(tree, map(each, leaves))
     specs = tuple(jax.tree.leaves(specs_of(matrices, mesh)))
 

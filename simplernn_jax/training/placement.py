@@ -6,11 +6,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.parallel.mesh import BATCH_AXES
-from simplernn_jax.parallel.shardings import present
+from simplernn_jax.sharding.mesh import BATCH_AXES
+from simplernn_jax.sharding.partition_specs import drop_trivial_axes
 
 
-def is_shared(mesh: Mesh | None) -> TypeGuard[Mesh]:
+def is_distributed(mesh: Mesh | None) -> TypeGuard[Mesh]:
     """Whether several devices share the work."""
     return mesh is not None and mesh.size > 1
 
@@ -32,9 +32,9 @@ def batch_specs(mesh: Mesh) -> Batch:
     Along ``stage`` only what the loss needs lies apart: every stage sees all tokens, and takes
     the loss of its share.
     """
-    rows: Any = present(PartitionSpec(BATCH_AXES), mesh)
-    tokens: Any = present(PartitionSpec(BATCH_AXES, "sequence"), mesh)
-    of_loss: Any = present(PartitionSpec(BATCH_AXES, ("sequence", "stage")), mesh)
+    rows: Any = drop_trivial_axes(PartitionSpec(BATCH_AXES), mesh)
+    tokens: Any = drop_trivial_axes(PartitionSpec(BATCH_AXES, "sequence"), mesh)
+    of_loss: Any = drop_trivial_axes(PartitionSpec(BATCH_AXES, ("sequence", "stage")), mesh)
     return Batch(tokens, of_loss, of_loss, tokens, reset=rows)
 
 
@@ -47,7 +47,7 @@ def window_specs(mesh: Mesh) -> Batch:
 
 def batch_shardings(mesh: Mesh) -> Batch | None:
     """Where the arrays of a batch lie; None on one device."""
-    return shardings_of(batch_specs(mesh), mesh) if is_shared(mesh) else None
+    return shardings_of(batch_specs(mesh), mesh) if is_distributed(mesh) else None
 
 
 def shardings_of(specs: Any, mesh: Mesh) -> Any:

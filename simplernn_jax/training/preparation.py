@@ -7,16 +7,21 @@ import os
 from absl import logging
 
 from simplernn_jax import config as config_lib
+from simplernn_jax.checkpoint.checkpointer import check_same_model, read_config
+from simplernn_jax.checkpoint.contents import TEXTS, read_json, read_texts
+from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.config import Config, TrainConfig
 from simplernn_jax.data.batches import steps_per_epoch
 from simplernn_jax.data.store_folder import DamagedStore
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
-from simplernn_jax.parallel.agreement import check_same, check_shared, first_then_others, is_first
-from simplernn_jax.training.checkpoint import check_same_model, read_config
-from simplernn_jax.training.checkpoint_contents import TEXTS, read_json, read_texts
-from simplernn_jax.training.checkpoint_folder import CheckpointFolder
+from simplernn_jax.sharding.agreement import (
+    check_same,
+    check_shared,
+    coordinator_first,
+    is_coordinator,
+)
 
 LONGEST_DEFAULT_PROMPT = 40
 """Characters of a prompt that is taken from the text."""
@@ -38,7 +43,7 @@ def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     check_shared(workdir)
     another = "another configuration than process 0: start all with the same command"
     check_same(another, config_lib.to_json(config))
-    config, corpus = first_then_others("prepared", lambda: _prepare(config, workdir))
+    config, corpus = coordinator_first("prepared", lambda: _prepare(config, workdir))
     check_same("other text than process 0: give all the same", corpus.content_hash)
     return config, corpus
 
@@ -184,7 +189,7 @@ def _sample_prompt(config: TrainConfig, corpus: TokenizedCorpus) -> str:
             raise UserError(f"--config.train.sample_prompt={prompt!r}: {error}") from error
         split = corpus.validation or corpus.train
         line = _first_line(split, corpus.tokenizer)
-        if is_first():
+        if is_coordinator():
             logging.info(
                 "the tokenizer does not know the prompt %r: samples begin with %r, a line of the "
                 "%s text",

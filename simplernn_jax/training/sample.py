@@ -5,7 +5,7 @@ from flax import nnx
 from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.inference import generate_text
-from simplernn_jax.parallel.layer_layout import in_layout_of
+from simplernn_jax.sharding.layer_layout import in_layout_of
 from simplernn_jax.training.gradient import abstract_model
 
 TEMPERATURE = 0.8

@@ -15,13 +15,13 @@ from jax.sharding import PartitionSpec as P
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.parallel.shardings import specs_of
+from simplernn_jax.sharding.partition_specs import specs_of
 from simplernn_jax.training.accumulation import windows_of
 from simplernn_jax.training.gradient import make_gradient, make_model
 from simplernn_jax.training.placement import (
     batch_specs,
     compiler_options,
-    is_shared,
+    is_distributed,
     shardings_of,
     window_specs,
 )
@@ -99,7 +99,9 @@ def state_shardings(
     config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState | None:
     """Where the arrays of the state lie; None on one device."""
-    return shardings_of(state_specs(config, optimizer, mesh), mesh) if is_shared(mesh) else None
+    return (
+        shardings_of(state_specs(config, optimizer, mesh), mesh) if is_distributed(mesh) else None
+    )
 
 
 def make_train_step(
@@ -117,7 +119,7 @@ def make_train_step(
     """
     gradient_of, window = make_gradient(config), config.train.backward_window
     options: dict[str, Any] = {}
-    if is_shared(mesh):
+    if is_distributed(mesh):
         state, batch = state_specs(config, optimizer, mesh), batch_specs(mesh)
         of_gradient = window_specs(mesh) if window else batch
         gradient_of = jax.shard_map(
@@ -129,7 +131,7 @@ def make_train_step(
         states = shardings_of(state, mesh)
         options["in_shardings"] = (states, shardings_of(batch, mesh))
         options["out_shardings"] = (states, NamedSharding(mesh, P()))
-    if is_shared(mesh) or config.train.remat != "none":
+    if is_distributed(mesh) or config.train.remat != "none":
         options["compiler_options"] = compiler_options(mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

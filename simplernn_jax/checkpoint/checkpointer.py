@@ -1,0 +1,368 @@
+"""Saves a run so that it goes on exactly, and gives it back only if every byte is as written.
+
+A checkpoint holds the training state (one array per leaf, named by its path), the position in
+the data, the configuration and the tokenizer. Orbax writes it while training goes on; then it is
+read back and compared, its manifest is written, and only then it counts (see `checkpoint_folder`).
+
+Several processes that train together write it together, each the parts that lie on its devices;
+process 0 alone verifies, writes the manifest when all have finished, and deletes.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import nnx
+
+from simplernn_jax import config as config_lib
+from simplernn_jax.checkpoint.choice import BEST, NEWEST, choose_checkpoint
+from simplernn_jax.checkpoint.contents import (
+    Quality,
+    check_leaves,
+    quality_item,
+    read_arrays,
+    read_json,
+    read_texts,
+    saved_leaves,
+    saved_quality,
+)
+from simplernn_jax.checkpoint.folder import PRUNED, CheckpointFolder, refusal_of_disk
+from simplernn_jax.checkpoint.orbax_options import among_processes
+from simplernn_jax.checkpoint.retention import KeepLastAndBest
+from simplernn_jax.checkpoint.verification import (
+    Fingerprint,
+    check_saved,
+    fingerprints,
+)
+from simplernn_jax.config import Config
+from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
+from simplernn_jax.errors import UserError
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.named_leaves import named_leaves
+from simplernn_jax.sharding.agreement import barrier, broadcast_from_coordinator, is_coordinator
+from simplernn_jax.training.echoes import drop_echoes
+
+_PATIENCE_SECONDS = 5.0
+
+_OVERHEAD = 256 * 1024
+"""Bytes of a checkpoint beside its arrays and its tokenizer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What `Checkpointer.restore` gives back."""
+
+    step: int
+    state: Any
+    """The tree of `abstract_state`, with the saved values."""
+    data_state: Any
+    """What was passed to `Checkpointer.save`."""
+    config: Config
+    tokenizer_json: str
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Leave the question to the loop.
+
+        Orbax asks it again in the thread that saves, of an older step: JAX would take that for the
+        step that this process has reached, and could agree on one that is over.
+        """
+        del step
+        return False
+
+
+class Checkpointer:
+    """The checkpoints of one run. Only one run at a time may hold it for a workdir.
+
+    Of a run of several processes, all make it and all call `save` and `restore`, with the same
+    arguments; `workdir` is on a file system that they share.
+
+    Keeps the `keep_last` newest checkpoints (at least 2, so that a damaged one has a
+    predecessor) and beside them the `keep_best` ones of lowest validation loss.
+
+    Raises:
+      UserError: another process is training in `workdir`.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        config: Config,
+        tokenizer_json: str,
+        *,
+        keep_last: int,
+        keep_best: int,
+    ) -> None:
+        self._config = config
+        self._tokenizer_json = tokenizer_json
+        self._folder = CheckpointFolder(workdir)
+        if is_coordinator():
+            self._folder.open_for_training()
+        barrier("the checkpoints are open")
+        self._keep = KeepLastAndBest(max(keep_last, 2), keep_best)
+        for step in self._folder.steps():
+            self._keep.add(step, saved_quality(self._folder.step_path(step)))
+        self._manager: ocp.CheckpointManager | None = None
+        self._completer = concurrent.futures.ThreadPoolExecutor(1, "complete_checkpoint")
+        self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._failed = False
+        drop_echoes()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data_state: Any,
+        metrics: Mapping[str, float] | None = None,
+        *,
+        wait: bool = False,
+    ) -> None:
+        """Saves `state` as the checkpoint of `step`, in the background unless `wait`.
+
+        Returns as soon as the values are safe from being overwritten; `state` may be donated
+        then. Waits for the save before this one. A step that is already saved is left as it is.
+
+        Args:
+          step: number of optimizer steps taken.
+          state: any pytree of arrays.
+          data_state: JSON-able position in the data.
+          metrics: ``validation_loss``, in nats per token over ``predictions`` tokens, decides about
+            keeping and choosing the checkpoint.
+          wait: return only when the checkpoint is complete.
+
+        Raises:
+          UserError: the disk is full or refuses; this save or the one before it is lost, all
+            earlier checkpoints are whole.
+        """
+        self._finish()
+        if broadcast_from_coordinator(step in self._folder.steps()):
+            return
+        if is_coordinator():
+            self._check_room(step, state)
+        barrier("a save")
+        quality = _quality(metrics or {})
+        self._keep.add(step, quality)
+        leaves = named_leaves(state)
+        written = fingerprints(leaves) if is_coordinator() else {}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(leaves),
+            data=ocp.args.JsonSave(data_state),
+            config=ocp.args.JsonSave(json.loads(config_lib.to_json(self._config))),
+            tokenizer=ocp.args.JsonSave(self._tokenizer_json),
+            quality=ocp.args.JsonSave(quality_item(step, quality)),
+        )
+        try:
+            self._open_manager().save(step, args=items, force=True)
+        except Exception as error:
+            raise self._save_failure(step, error) from error
+        self._pending = (step, self._completer.submit(self._complete, step, written))
+        if wait:
+            self._finish()
+
+    def restore(self, abstract_state: Any, shardings: Any = None) -> Restored | None:
+        """Restores the newest whole checkpoint; damaged ones are moved aside with a warning.
+
+        Args:
+          abstract_state: tree of arrays or `jax.ShapeDtypeStruct`: what `save` was given, from
+            however many devices and processes.
+          shardings: where each is to lie; each process reads what its devices hold. None is the
+            default device.
+
+        Returns:
+          None if no save was ever completed in this workdir. The arrays have exactly the saved
+          bytes; without `shardings` they are committed to no device.
+
+        Raises:
+          UserError: there are checkpoints and none is whole, or the newest whole one is of
+            another model or another optimizer.
+        """
+        self._finish()
+        newest: int | None = None
+        if is_coordinator():
+            newest = self._folder.newest_whole()
+            self._folder.update_ledger()
+        step = broadcast_from_coordinator(-1 if newest is None else newest)
+        if step < 0:
+            return None
+        path = self._folder.step_path(step)
+        config, tokenizer_json = read_texts(path)
+        check_same_model(self._config, config)
+        wanted = named_leaves(abstract_state)
+        check_leaves(path, wanted, saved_leaves(path))
+        places = dict.fromkeys(wanted) if shardings is None else named_leaves(shardings)
+        arrays = read_arrays(path, list(wanted), places)
+        # A copy that JAX owns: an alias of numpy's memory could not be donated.
+        leaves = [jnp.array(arrays[name]) for name in wanted]
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+        return Restored(step, state, read_json(path, "data"), config, tokenizer_json)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Waits for the last save and gives the workdir free.
+
+        Args:
+          failed: an error ends the run. If it is one of several processes, the others may not
+            know yet, and their part of the save may never come: it is not waited for long.
+
+        Raises:
+          UserError: the last save failed (see `save`).
+        """
+        if failed and jax.process_count() > 1:
+            if self._pending is not None:
+                concurrent.futures.wait([self._pending[1]], _PATIENCE_SECONDS)
+            return  # this process ends at once
+        try:
+            self._finish()
+        finally:
+            # Orbax raises the error of a failed save once more, which `_save_failure` has told.
+            with contextlib.suppress(*[Exception] * self._failed):
+                if self._manager is not None:
+                    self._manager.close()
+            self._completer.shutdown()
+            if self._failed:
+                self._free_room()
+            self._folder.release()
+
+    def _check_room(self, step: int, state: Any) -> None:
+        """Refuses at once what would fail in the background, after much noise from below."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        needed += len(self._tokenizer_json) + _OVERHEAD
+        free = shutil.disk_usage(self._folder.path).free
+        if free < needed:
+            shortage = f"{needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are left"
+            raise self._unsaved(
+                step, f"{os.strerror(errno.ENOSPC)}, {shortage}: free some space there"
+            )
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        """Orbax's manager, made at the first save: by then what is damaged has been moved away."""
+        if self._manager is None:
+            self._manager = _Manager(
+                self._folder.path,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self._keep,
+                    todelete_subdir=PRUNED,
+                    lightweight_initialize=True,
+                    create=False,
+                    **among_processes(),
+                ),
+            )
+        return self._manager
+
+    def _complete(self, step: int, written: dict[str, Fingerprint]) -> None:
+        self._open_manager().wait_until_finished()
+        if is_coordinator():
+            self._read_back(step, written)
+            self._folder.mark_complete(step)
+        barrier("a checkpoint is complete")
+
+    def _read_back(self, step: int, written: dict[str, Fingerprint]) -> None:
+        try:
+            check_saved(self._folder.step_path(step), written)
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            reason = f"it does not read back as it was written ({reason}): check this disk"
+            raise self._unsaved(step, reason) from error
+
+    def _finish(self) -> None:
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        try:
+            future.result()
+        except Exception as error:
+            raise self._save_failure(step, error) from error
+
+    def _save_failure(self, step: int, error: Exception) -> Exception:
+        """The error to raise for a failed save, after freeing the room it took."""
+        self._failed = True
+        self._free_room()
+        reason = refusal_of_disk(error)
+        if isinstance(error, TimeoutError):
+            reason = "it took too long (or the clock of this machine jumped): check this disk"
+        return error if reason is None else self._unsaved(step, reason)
+
+    def _free_room(self) -> None:
+        if jax.process_count() == 1:  # others may still be writing there
+            with contextlib.suppress(OSError):  # so may TensorStore: `close` tries again
+                self._folder.discard_unfinished()
+
+    def _unsaved(self, step: int, reason: str) -> UserError:
+        return UserError(
+            f"the checkpoint of step {step} could not be saved: {self._folder.path}: {reason} and "
+            "run the same command again; earlier checkpoints are whole"
+        )
+
+
+def read_config(workdir: str, checkpoint: str | int = NEWEST) -> tuple[Config, str, int]:
+    """``(config, tokenizer_json, step)`` of a whole checkpoint; reads no arrays.
+
+    Args:
+      workdir: folder of a training run.
+      checkpoint: as in `load_model`.
+
+    Raises:
+      UserError: `workdir` has no such checkpoint, or none that is whole.
+    """
+    step, path, _ = choose_checkpoint(workdir, checkpoint)
+    return *read_texts(path), step
+
+
+def check_same_model(ours: Config, theirs: Config) -> None:
+    """Compares a configuration (`ours`) with that of a checkpoint (`theirs`).
+
+    Raises:
+      UserError: names every field in which their models differ.
+    """
+    fields = config_lib.differing_fields(ours.model, theirs.model)
+    if fields:
+        raise UserError(
+            f"the checkpoint is of another model: {'; '.join(fields)} (in the checkpoint); use "
+            "the same --config.model values, or another --workdir"
+        )
+
+
+def load_model(
+    workdir: str, checkpoint: str | int = BEST
+) -> tuple[LanguageModel, Tokenizer, Config]:
+    """The trained model of a run, its tokenizer and its configuration.
+
+    Args:
+      workdir: folder of a training run.
+      checkpoint: ``best``, by validation loss where all that were evaluated were so on the same
+        tokens, else the newest; ``newest``; or a step.
+
+    Raises:
+      UserError: `workdir` has no such checkpoint, or none that is whole.
+    """
+    _, path, reason = choose_checkpoint(workdir, checkpoint)
+    if reason is not None:
+        logging.info("%s", reason)
+    config, tokenizer_json = read_texts(path)
+    abstract = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(abstract, nnx.Param)
+    wanted = named_leaves({"params": params})
+    saved = {name: leaf for name, leaf in saved_leaves(path).items() if name in wanted}
+    check_leaves(path, wanted, saved)
+    arrays = read_arrays(path, list(wanted))
+    leaves = [jnp.array(arrays[name]) for name in wanted]
+    model = nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(params), leaves))
+    return model, tokenizer_from_json(tokenizer_json), config
+
+
+def _quality(metrics: Mapping[str, float]) -> Quality | None:
+    loss, predictions = metrics.get("validation_loss"), metrics.get("predictions")
+    if loss is None or not math.isfinite(loss):
+        return None
+    return Quality(float(loss), None if predictions is None else int(predictions))

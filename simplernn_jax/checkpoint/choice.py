@@ -1,0 +1,105 @@
+"""Which checkpoint of a run to use: the best, the newest, or that of a step."""
+
+from typing import NamedTuple
+
+from absl import logging
+
+from simplernn_jax.checkpoint.contents import QUALITY_ITEM, Quality, saved_quality
+from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.errors import UserError
+
+BEST = "best"
+NEWEST = "newest"
+
+
+class Choice(NamedTuple):
+    """A whole checkpoint, and why it is this one."""
+
+    step: int
+    path: str
+    reason: str | None
+    """One line for the user; None where there was nothing to choose."""
+
+
+def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> Choice:
+    """Choose a whole checkpoint of the run in `workdir`; damaged ones are moved aside.
+
+    Args:
+      workdir: folder of a training run.
+      checkpoint: ``best``, the lowest validation loss if all checkpoints that were evaluated were
+        so on the same tokens, else the newest; ``newest``; or a step.
+
+    Raises:
+      UserError: `workdir` has no checkpoint, none that is whole, or not that of the step.
+    """
+    folder = CheckpointFolder(workdir)
+    if checkpoint not in (BEST, NEWEST):
+        return _of_step(folder, str(checkpoint))
+    while checkpoint == BEST:
+        qualities = _qualities(folder)
+        best = _best(qualities)
+        if best is None:
+            break
+        damage = folder.find_damage(best)
+        if damage is None:
+            return Choice(best, folder.step_path(best), _reason(best, qualities))
+        folder.set_aside(best, damage)
+    step = folder.newest_whole()
+    if step is None:
+        raise UserError(f"no checkpoint in {workdir}: train there first, or name another --workdir")
+    reason = None
+    if checkpoint == BEST and len(folder.complete_steps()) > 1:
+        reason = f"checkpoint: step {step}, the newest (validation losses cannot be compared)"
+    return Choice(step, folder.step_path(step), reason)
+
+
+def _of_step(folder: CheckpointFolder, checkpoint: str) -> Choice:
+    steps = folder.complete_steps()
+    if not (checkpoint.isascii() and checkpoint.isdecimal()):
+        raise UserError(f"--checkpoint={checkpoint}: give best, newest or a step")
+    step = next((step for step in steps if str(step) == checkpoint), None)
+    if step is None:
+        there = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"--checkpoint={checkpoint}: {folder.path} has only these steps: {there}")
+    damage = folder.find_damage(step)
+    if damage is not None:
+        raise UserError(
+            f"--checkpoint={step}: {folder.step_path(step)} is damaged: {damage}; choose another"
+        )
+    return Choice(step, folder.step_path(step), None)
+
+
+def _qualities(folder: CheckpointFolder) -> dict[int, Quality | None]:
+    """How each checkpoint was evaluated, by step; without those that are plainly damaged."""
+    qualities = {}
+    for step in folder.complete_steps():
+        damage = folder.find_damage(step, [QUALITY_ITEM])
+        if damage is None:
+            qualities[step] = saved_quality(folder.step_path(step))
+        else:
+            logging.warning("checkpoint %s is damaged: %s", folder.step_path(step), damage)
+    return qualities
+
+
+def _best(qualities: dict[int, Quality | None]) -> int | None:
+    """The newest step of lowest loss; None if none was evaluated or not on the same tokens."""
+    measured = {step: quality for step, quality in qualities.items() if quality is not None}
+    predictions = {quality.predictions for quality in measured.values()}
+    if len(predictions) != 1 or None in predictions:
+        return None
+    return min(measured, key=lambda step: (measured[step].validation_loss, -step))
+
+
+def _reason(best: int, qualities: dict[int, Quality | None]) -> str | None:
+    if len(qualities) == 1:
+        return None
+    quality, newest = qualities[best], max(qualities)
+    loss = "" if quality is None else f"{quality.validation_loss:.4f}"
+    if newest == best:
+        return f"checkpoint: step {best}, the newest and the best by validation loss ({loss})"
+    other = qualities[newest]
+    what = "was not evaluated" if other is None else f"has {other.validation_loss:.4f}"
+    return (
+        f"checkpoint: step {best}, the best by validation loss ({loss}; the newest, step {newest}, "
+        f"{what})"
+    )

@@ -1,0 +1,54 @@
+"""Between the state that a run trains and the one that its checkpoints hold."""
+
+import copy
+from functools import partial
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from simplernn_jax.config import Config
+from simplernn_jax.sharding.layer_layout import in_layout_of
+from simplernn_jax.sharding.partition_specs import apart
+from simplernn_jax.training.placement import shardings_of
+from simplernn_jax.training.train_step import (
+    TrainState,
+    init_train_state,
+    state_shardings,
+    state_specs,
+)
+
+
+class FileLayout:
+    """Takes layers that are stacked for stages apart, and stacks them again.
+
+    Without stages the two states are one, and nothing is done.
+    """
+
+    def __init__(self, config: Config, optimizer: optax.GradientTransformation, mesh: Mesh):
+        single = copy.deepcopy(config)
+        single.mesh.stage = 1
+        self.abstract: TrainState = jax.eval_shape(lambda: init_train_state(single, optimizer))
+        """Names, shapes and dtypes of the state in files."""
+        self.shardings = state_shardings(single, optimizer, mesh)
+        """Where its arrays lie; None on one device."""
+        self._is_same = config.mesh.stage == 1
+        if self._is_same:
+            return
+        # Each stage has a part of every layer: none of them need hold them all.
+        specs = apart(self.abstract, state_specs(single, optimizer, mesh), "stage", mesh)
+        self.shardings = shardings_of(specs, mesh)
+        trained = jax.eval_shape(lambda: init_train_state(config, optimizer))
+        self._to_files = jax.jit(partial(in_layout_of, self.abstract), out_shardings=self.shardings)
+        self._from_files = jax.jit(
+            partial(in_layout_of, trained),
+            out_shardings=state_shardings(config, optimizer, mesh),
+        )
+
+    def to_files(self, state: TrainState) -> TrainState:
+        """What to save of a state that a run trains."""
+        return state if self._is_same else self._to_files(state)
+
+    def from_files(self, state: TrainState) -> TrainState:
+        """The state to train, of one that was saved."""
+        return state if self._is_same else self._from_files(state)

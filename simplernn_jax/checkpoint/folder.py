@@ -1,0 +1,282 @@
+"""The folder of a run's checkpoints on disk: which of them are whole, which are not, and why.
+
+    WORKDIR/checkpoints/N/              checkpoint of step N; complete once its manifest is there
+    WORKDIR/checkpoints/complete.json   the steps that were complete, sealed like a manifest
+    WORKDIR/checkpoints_damaged/N/      damaged checkpoints, moved there, never deleted
+
+A step without a manifest was either being saved when its process died, which loses nothing, or
+was complete and lost its manifest, which is damage: ``complete.json`` tells the two apart.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection
+
+from absl import logging
+
+from simplernn_jax.checkpoint import manifest
+from simplernn_jax.checkpoint.contents import QUALITY_ITEM, saved_step
+from simplernn_jax.errors import UserError
+from simplernn_jax.files import check_output, sync
+from simplernn_jax.sealed_file import read_sealed, write_sealed
+
+UNFINISHED_MARK = ".orbax-checkpoint-tmp"
+PRUNED = "pruned"
+"""Checkpoints that are no longer kept; emptied once a newer one is complete."""
+
+
+_STEP = re.compile(r"0|[1-9][0-9]{0,8}")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_UNREADABLE = ("\\", "gs:/")
+"""What a path cannot have: TensorStore does not find its files again by the first, and Orbax makes
+the address of a bucket of the second, wherever in a path it stands."""
+_UNWRITABLE = (*_UNREADABLE, "[", "*", "?")
+"""Those and the ones that Orbax takes for a pattern when it looks for what it wrote."""
+
+
+def check_workdir(workdir: str) -> None:
+    """Check that checkpoints can be saved below `workdir`, whether or not it exists.
+
+    Raises:
+      UserError: it is no path, an address and no folder, or its absolute path has characters that
+        Orbax or TensorStore take for something else.
+    """
+    _check_path(workdir, _UNWRITABLE)
+
+
+def _check_path(workdir: str, refused: Collection[str]) -> None:
+    if not isinstance(workdir, str) or not workdir or "\0" in workdir:
+        raise UserError(f"workdir={workdir!r}: must be the path of a folder, as text")
+    if _SCHEME.match(workdir):
+        raise UserError(
+            f"--workdir {workdir}: not a folder; mount the bucket and name the folder it is "
+            "mounted at, or choose a folder of this machine"
+        )
+    path = os.path.abspath(workdir)
+    found = [part for part in refused if part in f"{path}/"]
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        found.append("bytes that are no UTF-8")
+    if found:
+        raise UserError(
+            f"--workdir {path}: has {' and '.join(found)} in its path, with which checkpoints "
+            "cannot be stored; rename that folder, or name it through a link without them"
+        )
+
+
+class CheckpointFolder:
+    """The checkpoints below one workdir. Paths are absolute."""
+
+    def __init__(self, workdir: str) -> None:
+        _check_path(workdir, _UNREADABLE)
+        workdir = os.path.abspath(workdir)
+        self.path = os.path.join(workdir, "checkpoints")
+        self.damaged_path = os.path.join(workdir, "checkpoints_damaged")
+        self._ledger_path = os.path.join(self.path, "complete.json")
+        self._lock_path = os.path.join(self.path, "lock")
+        self._lock: int | None = None
+
+    def step_path(self, step: int) -> str:
+        """The folder of one checkpoint."""
+        return os.path.join(self.path, str(step))
+
+    def steps(self) -> list[int]:
+        """All steps that have a folder, whole or not, ascending."""
+        if not os.path.isdir(self.path):
+            return []
+        names = [name for name in os.listdir(self.path) if _STEP.fullmatch(name)]
+        return sorted(int(name) for name in names if os.path.isdir(os.path.join(self.path, name)))
+
+    def open_for_training(self) -> None:
+        """Makes the folder this process's own and clears away what a killed run left unfinished.
+
+        Raises:
+          UserError: another process is training in this workdir, or nothing can be saved there.
+        """
+        check_workdir(os.path.dirname(self.path))
+        os.makedirs(self.path, exist_ok=True)
+        for path in (self._lock_path, self._ledger_path):
+            try:
+                check_output(path)
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}; remove it and run again") from error
+        self._take_lock()
+        if not os.path.lexists(self._ledger_path) and not self.steps():
+            self.update_ledger()
+        for name in self.discard_unfinished():
+            logging.info("discarded an unfinished save: %s", os.path.join(self.path, name))
+
+    def release(self) -> None:
+        """Gives up what `open_for_training` took."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def discard_unfinished(self) -> list[str]:
+        """Deletes saves that never became complete, and what is no longer kept.
+
+        Returns:
+          The names of those saves.
+        """
+        shutil.rmtree(os.path.join(self.path, PRUNED), ignore_errors=True)
+        unfinished = [name for name in os.listdir(self.path) if UNFINISHED_MARK in name]
+        unfinished += [str(step) for step in self.steps() if self._is_unfinished(step)]
+        for name in unfinished:
+            path = os.path.join(self.path, name)
+            if os.path.islink(path) or not os.path.isdir(path):
+                os.remove(path)
+            else:
+                shutil.rmtree(path)
+        return unfinished
+
+    def mark_complete(self, step: int) -> None:
+        """Writes the manifest of `step`: from here on it counts. Then empties what is not kept."""
+        manifest.write_manifest(self.step_path(step))
+        sync(self.path)
+        self.update_ledger()
+        shutil.rmtree(os.path.join(self.path, PRUNED), ignore_errors=True)
+
+    def update_ledger(self) -> None:
+        """Records the steps that have a manifest now."""
+        steps = [step for step in self.steps() if manifest.has_manifest(self.step_path(step))]
+        write_sealed(self._ledger_path, json.dumps(steps) + "\n")
+
+    def complete_steps(self) -> list[int]:
+        """The steps that were complete once, whole now or not, ascending."""
+        return [step for step in self.steps() if not self._is_unfinished(step)]
+
+    def find_damage(self, step: int, parts: Collection[str] | None = None) -> str | None:
+        """One phrase about what is wrong with a checkpoint; None if it is whole.
+
+        Args:
+          step: that of the folder's name.
+          parts: as in `newest_whole`.
+        """
+        path = self.step_path(step)
+        damage = manifest.find_damage(path, None if parts is None else {*parts, QUALITY_ITEM})
+        if damage is not None:
+            return damage
+        inside = saved_step(path)
+        return None if inside in (None, step) else f"it is a copy of that of step {inside}"
+
+    def newest_whole(self, parts: Collection[str] | None = None) -> int | None:
+        """The newest step whose files are all as written; damaged newer ones are moved aside.
+
+        Args:
+          parts: the only items whose bytes are verified, for a caller that reads no others.
+
+        Returns:
+          None if no save was ever completed here.
+
+        Raises:
+          UserError: saves were completed, and none of them is whole.
+        """
+        refuse = bool(self._ledger()) or (
+            os.path.lexists(self._ledger_path) and self._ledger() is None
+        )
+        for step in reversed(self.complete_steps()):
+            damage = self.find_damage(step, parts)
+            if damage is None:
+                return step
+            refuse = self.set_aside(step, damage) or refuse
+        if refuse:
+            raise UserError(
+                f"no whole checkpoint is left in {self.path} (damaged ones are kept in "
+                f"{self.damaged_path}): not starting over by itself; put back a whole copy, use "
+                f"another --workdir, or delete {self.path} to start from the beginning"
+            )
+        return None
+
+    def _ledger(self) -> set[int] | None:
+        """The steps recorded as complete; None if the record is missing or was changed."""
+        body = read_sealed(self._ledger_path)
+        try:
+            steps = None if body is None else json.loads(body)
+        except (ValueError, RecursionError):
+            return None
+        return set(steps) if isinstance(steps, list) else None
+
+    def _is_unfinished(self, step: int) -> bool:
+        """Whether `step` never became complete. Without a ledger nothing is taken for unfinished:
+        better an alarm too many than a damaged checkpoint deleted.
+        """
+        ledger = self._ledger()
+        return (
+            ledger is not None
+            and step not in ledger
+            and not manifest.has_manifest(self.step_path(step))
+        )
+
+    def set_aside(self, step: int, damage: str) -> bool:
+        """Move a damaged checkpoint to `damaged_path`, with a warning that says `damage`.
+
+        Returns:
+          False if it is gone: a run that is training here has just pruned it.
+
+        Raises:
+          UserError: it cannot be moved.
+        """
+        source, number = self.step_path(step), 1
+        if not os.path.isdir(source):
+            return False
+        target = os.path.join(self.damaged_path, str(step))
+        while os.path.lexists(target):
+            number += 1
+            target = os.path.join(self.damaged_path, f"{step}-{number}")
+        try:
+            os.makedirs(self.damaged_path, exist_ok=True)
+            os.rename(source, target)
+        except OSError as error:
+            raise UserError(
+                f"the checkpoint {source} is damaged: {damage}; it cannot be moved to {target} "
+                f"({error.strerror}): move it away, or allow writing there"
+            ) from error
+        logging.warning(
+            "checkpoint %s is damaged: %s; moved to %s, looking for another one",
+            *(source, damage, target),
+        )
+        return True
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise UserError(
+                f"another process is training in {os.path.dirname(self.path)}: wait until it "
+                "ends, or choose another --workdir"
+            ) from error
+        except OSError:
+            logging.info("no file locks on this file system: %s", self.path)
+
+
+_ADVICE = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of the quota",
+    errno.EFBIG: "allow larger files",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EACCES: "allow writing there",
+    errno.EPERM: "allow writing there",
+    errno.EROFS: "make it writable",
+    errno.EIO: "check this disk",
+}
+
+
+def refusal_of_disk(error: Exception) -> str | None:
+    """Why the file system refused and what to do, if it did; else None.
+
+    TensorStore says it in the text of a ValueError only.
+    """
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None:
+        text = str(error)
+        code = next((code for code in _ADVICE if os.strerror(code) in text), None)
+    if code is None:
+        return None
+    return f"{os.strerror(code)}: {_ADVICE.get(code, 'check this folder')}"

@@ -1,0 +1,111 @@
+"""The mesh of devices that a configuration asks for, and whether the run fits it."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import jax
+from absl import logging
+from jax.sharding import AxisType, Mesh
+
+from simplernn_jax.config import Config, MeshConfig
+from simplernn_jax.errors import UserError
+from simplernn_jax.sharding.sequence_parallel import LEAST_TOKENS
+
+AXES = ("data", "fsdp", "tensor", "sequence", "stage")
+"""Names of the mesh's axes, from the slowest link to the fastest but for `stage`; see
+`MeshConfig` for what each divides."""
+
+BATCH_AXES = ("data", "fsdp")
+"""Axes over which the rows of a batch are divided."""
+
+TOKEN_AXES = (*BATCH_AXES, "sequence", "stage")
+"""Axes whose devices take the loss of different tokens: losses and gradients are sums over them."""
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (None: all of them, of every process), axes `AXES`.
+
+    Sizes that make up a part of one process's devices take the first of them, with a warning.
+
+    Raises:
+      UserError: the sizes do not divide the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {name: getattr(config, name) for name in AXES}
+    others = math.prod(size for name, size in sizes.items() if name != "data")
+    if sizes["data"] == -1:
+        sizes["data"] = max(1, len(devices) // others)
+    needed = math.prod(sizes.values())
+    processes = {device.process_index for device in devices}
+    if len(devices) % needed or (len(processes) > 1 and needed != len(devices)):
+        product = " * ".join(f"{name} {size}" for name, size in sizes.items())
+        together = f", all of which {len(processes)} processes use" if len(processes) > 1 else ""
+        raise UserError(
+            f"--config.mesh: {product} = {needed} devices, which cannot be made of the "
+            f"{len(devices)} that there are{together}; change the sizes, or leave data = -1, which "
+            "takes what the others leave"
+        )
+    if needed < len(devices):
+        logging.warning("--config.mesh uses %d of %d devices", needed, len(devices))
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+        devices=devices[:needed],
+    )
+
+
+def describe(mesh: Mesh) -> str:
+    """``cpu``, or ``8 x cpu (data 2, fsdp 4)``: what a run is computed on."""
+    kind: str = mesh.devices.flat[0].device_kind
+    sizes = [f"{name} {size}" for name, size in mesh.shape.items() if size > 1]
+    return f"{mesh.size} x {kind} ({', '.join(sizes)})" if sizes else kind
+
+
+def check_fits(config: Config, mesh: Mesh) -> None:
+    """Checks that everything that the mesh divides can be divided.
+
+    Raises:
+      UserError: names the field, its value and the mesh's size.
+    """
+    model, data, sizes = config.model, config.data, mesh.shape
+    groups = config.train.gradient_accumulation
+    # What lies apart is the time of each window.
+    tokens, time = data.sequence_length, "data.sequence_length"
+    if config.train.backward_window:
+        tokens, time = config.train.backward_window, "train.backward_window"
+    for field, value, axes, times in (
+        ("data.batch_size", data.batch_size, BATCH_AXES, groups),
+        (time, tokens, ("sequence", "stage"), 1),
+        ("model.num_heads", model.num_heads, ("tensor",), 1),
+        # A plain block has no MLP.
+        ("model.mlp_dim", 0 if model.block == "plain" else model.mlp_dim, ("tensor",), 1),
+        ("model.vocab_size", model.vocab_size, ("tensor",), 1),
+        ("model.hidden_dim", model.hidden_dim, ("fsdp",), 1),
+        ("model.num_layers", model.num_layers, ("stage",), 1),
+    ):
+        divisor = math.prod(sizes[axis] for axis in axes) * times
+        if value % divisor:
+            arithmetic = " * ".join(f"{axis} {sizes[axis]}" for axis in axes)
+            if times > 1:
+                arithmetic += f" * gradient_accumulation {times}"
+            raise UserError(
+                f"--config.{field}={value} cannot be divided among {arithmetic}: {value} / "
+                f"{divisor} leaves {value % divisor}; change it or --config.mesh"
+            )
+    kinds = Counter(model.mixers)
+    if sizes["stage"] > 1 and len(kinds) > 1:
+        found = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
+        raise UserError(
+            f"--config.model.mixer={model.mixer!r} cannot be divided among stage {sizes['stage']}: "
+            f"stages need layers that are all alike, and these are {found}; name one mixer or set "
+            "--config.mesh.stage=1"
+        )
+    stretch = tokens // sizes["sequence"]
+    if sizes["sequence"] > 1 and stretch < LEAST_TOKENS:
+        raise UserError(
+            f"--config.{time}={tokens} leaves each device of sequence "
+            f"{sizes['sequence']} a stretch of {stretch}, and the short convolution needs "
+            f"{LEAST_TOKENS} tokens; change it or --config.mesh"
+        )

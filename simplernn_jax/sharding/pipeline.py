@@ -1,0 +1,182 @@
+"""Layers over stages: chunks of time flow through them as a wavefront.
+
+Stage s works on chunk c at tick s + c: its layers' states stay where the layers are, and only
+activations move on, each tick to the next stage. Every stage is busy at once but for the ticks at
+both ends, when the first chunk has not arrived or the last one has left (`bubble`)::
+
+    tick      0    1    2    3    4
+    stage 0   c0   c1   c2   -    -
+    stage 1   -    c0   c1   c2   -
+    stage 2   -    -    c0   c1   c2
+
+The schedule is that of GPipe (arXiv:1811.06965) with chunks of time in place of groups of rows, as
+TeraPipe (arXiv:2102.07988) has it for attention: a layer needs of earlier chunks only the state
+that they left, so one row of tokens can keep all stages busy. The gradient is that of the layers
+one after another; it flows backwards through the same schedule.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from simplernn_jax.array_types import Activations, SegmentIds
+from simplernn_jax.ops import segment_starts
+from simplernn_jax.ops.manual_axes import vary_like
+from simplernn_jax.ops.reset_state import reset_state
+from simplernn_jax.sharding.collectives import shift
+
+CHUNKS_PER_STAGE = 4
+"""At most: the bubble is then below 1/5, and GPipe (arXiv:1811.06965, section 2.3) found it
+negligible from there on. Every chunk costs a saved state and makes matrix products smaller."""
+
+AXIS = "stage"
+
+Layer = Callable[[Any, Activations, Any, SegmentIds, jax.Array | None], tuple[Activations, Any]]
+"""``(params, x [B, t, D], state, segment_ids [B, t], dropout_key) -> (y [B, t, D], state)``; the
+state, whose leaves have axis B first, belongs to the segment of the first token."""
+
+
+def choose_num_chunks(length: int, stages: int) -> int:
+    """Chunks of `length` tokens: the largest multiple of `stages`, up to `CHUNKS_PER_STAGE` of
+    them, that divides it, so that each stage gets an equal stretch of what comes out.
+
+    Raises:
+      ValueError: `stages` does not divide `length`.
+    """
+    if length % stages:
+        raise ValueError(f"{length=} must be divisible by {stages=}")
+    return max(
+        stages * times for times in range(1, CHUNKS_PER_STAGE + 1) if length % (stages * times) == 0
+    )
+
+
+def bubble(chunks: int, stages: int) -> float:
+    """The share of its ticks in which a stage has nothing to do."""
+    return (stages - 1) / (chunks + stages - 1)
+
+
+def describe_stages(length: int, stages: int) -> str:
+    """One line for the user: how `length` tokens pass through the stages."""
+    chunks = choose_num_chunks(length, stages)
+    return (
+        f"{stages} stages, {chunks} chunks of {length // chunks} tokens: "
+        f"a stage is idle {bubble(chunks, stages):.1%} of the time"
+    )
+
+
+def run_pipeline(
+    layer: Layer,
+    params: Any,
+    x: Activations,
+    states: Any,
+    segment_ids: SegmentIds,
+    *,
+    chunks: int,
+    dropout_key: jax.Array | None = None,
+) -> tuple[Activations, Any]:
+    """All layers over a window of time, inside `jax.shard_map` with a manual axis ``stage``.
+
+    For the gradient, each tick keeps the chunk that it read and the states it started from, and
+    computes the rest again.
+
+    Args:
+      layer: one layer; every layer is of this form.
+      params: the layers of this stage, leaves ``[layers per stage, ...]``; stage s holds the s-th
+        part of all.
+      x: the input of the first layer, ``[B, T, D]``, on every stage; only the first one reads it.
+      states: of this stage's layers before the first token, leaves ``[B, layers per stage, ...]``;
+        None is zero.
+      segment_ids: ``[B, T]`` on every stage; a change of id clears the states exactly, wherever
+        the chunks begin.
+      chunks: a multiple of the number of stages that divides T; see `choose_num_chunks`.
+      dropout_key: each layer gets it folded with the layer's index and the chunk's; None drops
+        nothing.
+
+    Returns:
+      What the last layer made of the s-th stretch of time, ``[B, T / stages, D]`` on stage s, so
+      that the stages can share what follows; and the states of this stage's layers after the
+      last token.
+    """
+    batch, length, width = x.shape
+    stages, stage = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    # Typed here once: in each tick, its gradients would be summed over devices on their own.
+    x = vary_like(x, stage)
+    params = jax.tree.map(lambda leaf: vary_like(leaf, x), params)
+    if states is None:
+        states = _zero_states(layer, params, x, segment_ids)
+    states = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), states)  # layers first
+    layers = jax.checkpoint(
+        partial(_layers_of_stage, layer, segment_ids, chunks, dropout_key),
+        prevent_cse=False,  # a loop needs no protection from it
+    )
+
+    def step(carry: Any, now: Any) -> tuple[Any, Activations]:
+        arrived, states = carry
+        tick, entering = now
+        y, states = layers(params, jnp.where(stage == 0, entering, arrived), states, tick - stage)
+        return (shift(y, AXIS), states), y
+
+    entering = x.reshape(batch, chunks, -1, width).swapaxes(0, 1)
+    entering = jnp.pad(entering, ((0, stages - 1), (0, 0), (0, 0), (0, 0)))
+    start = (jnp.zeros_like(entering[0]), states)
+    ticks = jnp.arange(chunks + stages - 1)
+    end, _ = jax.eval_shape(step, start, (ticks[0], entering[0]))
+    start = jax.tree.map(vary_like, start, end)
+    (_, states), outputs = jax.lax.scan(step, start, (ticks, entering))
+    # The last stage's are the outputs; each stage takes its stretch of them.
+    outputs = jnp.where(stage == stages - 1, outputs[stages - 1 :], 0)
+    outputs = jax.lax.psum_scatter(outputs, AXIS, scatter_dimension=0, tiled=True)
+    outputs = outputs.swapaxes(0, 1).reshape(batch, length // stages, width)
+    return outputs, jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), states)
+
+
+def _zero_states(layer: Layer, params: Any, x: Activations, segment_ids: SegmentIds) -> Any:
+    """Zeros ``[B, layers per stage, ...]``, of the shapes that a layer makes without a state."""
+
+    def states(params: Any) -> Any:
+        def state(params: Any) -> Any:
+            return layer(params, x, None, segment_ids, None)[1]
+
+        return jax.lax.map(state, params)
+
+    shapes = jax.eval_shape(states, params)
+    zeros = jax.tree.map(lambda leaf: vary_like(jnp.zeros(leaf.shape, leaf.dtype), leaf), shapes)
+    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), zeros)
+
+
+def _layers_of_stage(
+    layer: Layer,
+    segment_ids: SegmentIds,
+    chunks: int,
+    dropout_key: jax.Array | None,
+    params: Any,
+    x: Activations,
+    states: Any,
+    chunk: jax.Array,
+) -> tuple[Activations, Any]:
+    """This stage's layers on one chunk; one that does not exist leaves the states as they are.
+
+    What comes out for such a chunk is read by nobody, and its gradient is exactly zero: layers
+    are finite for all that is finite.
+    """
+    exists = (chunk >= 0) & (chunk < chunks)
+    chunk = jnp.clip(chunk, 0, chunks - 1)
+    ids, begins = (
+        values.reshape(values.shape[0], chunks, -1).swapaxes(0, 1)[chunk]
+        for values in (segment_ids, segment_starts(segment_ids))
+    )
+    per_stage = jax.tree.leaves(params)[0].shape[0]
+
+    def apply(x: Activations, each: Any) -> tuple[Activations, Any]:
+        params, state, index = each
+        key = dropout_key
+        if key is not None:
+            key = jax.random.fold_in(jax.random.fold_in(key, index), chunk)
+        return layer(params, x, reset_state(state, begins[:, 0]), ids, key)
+
+    indices = jax.lax.axis_index(AXIS) * per_stage + jnp.arange(per_stage)
+    x, new_states = jax.lax.scan(apply, x, (params, states, indices))
+    return x, jax.tree.map(lambda new, old: jnp.where(exists, new, old), new_states, states)

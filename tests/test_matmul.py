@@ -1,0 +1,116 @@
+"""The product of a dense layer: values, gradients, dtypes, and what surrounds it in a program."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simplernn_jax.ops.matmul import fused_matmul, matmul
+
+TOKENS = 37
+SHAPES = [(5, 13), (13, 5), (7, 7), (128, 259), (512, 128)]
+
+
+@pytest.fixture(autouse=True, params=[1, 8])
+def _devices(request, monkeypatch):
+    """As on one device, where layouts are constrained, and as on several."""
+    monkeypatch.setattr(jax, "device_count", lambda: request.param)
+
+
+def draw(shape, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(TOKENS, shape[0]))
+    kernel = rng.normal(size=shape) / np.sqrt(shape[0])
+    gradient = rng.normal(size=(TOKENS, shape[1]))
+    return tuple(jnp.asarray(a, dtype) for a in (x, kernel, gradient))
+
+
+def results(call, x, kernel, gradient):
+    y, pullback = jax.vjp(call, x, kernel)
+    return y, *pullback(gradient)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_and_gradients_in_float64(shape):
+    with jax.enable_x64(True):
+        inputs = draw(shape, jnp.float64)
+        ours = jax.jit(lambda *a: results(lambda x, w: matmul(x, w, jnp.float64), *a))(*inputs)
+        chex.assert_trees_all_close(ours, results(jnp.dot, *inputs), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("dtype", "limit"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+def test_operands_in_the_dtype_and_sums_in_float32(shape, dtype, limit):
+    inputs = draw(shape)
+    ours = jax.jit(lambda *a: results(lambda x, w: matmul(x, w, dtype), *a))(*inputs)
+    for result, exact in zip(ours, results(jnp.dot, *inputs), strict=True):
+        assert result.dtype == jnp.float32
+        assert jnp.linalg.norm(result - exact) <= limit * jnp.linalg.norm(exact)
+    low = [a.astype(dtype).astype(jnp.float32) for a in inputs]
+    # With the operands rounded the sums are as good as any in float32.
+    chex.assert_trees_all_close(ours, results(jnp.dot, *low), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 2, 2048])
+def test_inside_programs_that_transpose(dtype, tokens):
+    """XLA has no product of transposed bfloat16 operands on a CPU: none may come about."""
+
+    def loss(x, kernel):
+        y = matmul(x.T, kernel.T, dtype)  # operands that lie the other way in memory
+        return jnp.sum(jnp.sin(y.T @ y))
+
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(64, tokens)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(96, 64)), jnp.float32)
+    gradients = jax.jit(lambda *a: [g.T for g in jax.grad(loss, (0, 1))(*a)])(x, kernel)
+    chex.assert_tree_all_finite(gradients)
+
+
+def test_the_gradient_has_the_operands_dtypes():
+    x, kernel, _ = draw((5, 13))
+
+    def total(x, kernel):
+        return jnp.sum(matmul(x, kernel, jnp.bfloat16))
+
+    gradients = jax.grad(total, (0, 1))(x.astype(jnp.bfloat16), kernel)
+    assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32]
+
+
+def test_axes_before_the_last_are_tokens():
+    x, kernel, _ = draw((5, 13))
+    x = x[:36].reshape(4, 9, 5)
+    ours = jax.grad(lambda x, w: jnp.sum(jnp.sin(matmul(x, w, jnp.float32))), (0, 1))(x, kernel)
+    expected = jax.grad(lambda x, w: jnp.sum(jnp.sin(jnp.dot(x, w))), (0, 1))(x, kernel)
+    chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=str)
+def test_gradients_of_each_example(axes, dtype):
+    """`vmap` of a gradient; XLA's CPU backend aborts where a batched matmul has a layout."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-3, 4, (3, 4, 5)), jnp.float32)  # exact in bfloat16
+    kernel = jnp.asarray(rng.integers(-3, 4, (3, 5, 6)), jnp.float32)
+    inputs = [a if axis == 0 else a[0] for a, axis in zip((x, kernel), axes, strict=True)]
+
+    def gradients(multiply):
+        return jax.vmap(jax.grad(lambda *a: jnp.sum(multiply(*a)), (0, 1)), axes)(*inputs)
+
+    chex.assert_trees_all_equal(
+        gradients(lambda x, kernel: matmul(x, kernel, dtype)), gradients(jnp.matmul)
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "width"), [((0, 5), 3), ((2, 0, 5), 3), ((2, 0), 3), ((2, 5), 0)]
+)
+def test_arrays_without_entries(shape, width):
+    kernels = jnp.ones((shape[-1], width)), jnp.ones((shape[-1], 4))
+
+    def total(x, kernels):
+        return sum(jnp.sum(y) for y in fused_matmul(x, kernels, jnp.bfloat16))
+
+    gradients = jax.grad(total, (0, 1))(jnp.ones(shape), kernels)
+    chex.assert_trees_all_equal_shapes(gradients, (jnp.ones(shape), kernels))

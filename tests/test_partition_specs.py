@@ -1,0 +1,82 @@
+"""Where each array of a training state lies, by the table."""
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
+from small_runs import small_config
+
+from simplernn_jax.named_leaves import named_leaves
+from simplernn_jax.sharding.partition_specs import specs_of
+from simplernn_jax.training.optimizer import make_optimizer
+from simplernn_jax.training.train_step import init_train_state
+
+ALL = {"data": 2, "fsdp": 2, "tensor": 2}
+COLUMNS, ROWS = P("fsdp", "tensor"), P("tensor", "fsdp")
+
+
+def specs_by_name(mesh, block="residual", **fields):
+    config = small_config(block, mode="stream", **fields)
+    optimizer = make_optimizer(config.optimizer, 10)
+    state = jax.eval_shape(lambda: init_train_state(config, optimizer))
+    specs = jax.tree.leaves(specs_of(state, mesh))
+    return dict(zip(named_leaves(state), specs, strict=True))
+
+
+def test_every_array_of_a_residual_model():
+    specs = specs_by_name(mesh_of(**ALL), tie_embeddings=False)
+    columns = {"mlp_in"} | {
+        f"rnn/cell/{name}_proj" for name in ("query", "key", "value", "gate", "output_gate")
+    }
+    layer = {f"{name}/kernel": COLUMNS for name in columns}
+    layer |= {"mlp_out/kernel": ROWS, "rnn/cell/out_proj/kernel": ROWS}
+    biases = ("rnn/cell/gate_proj/bias", "rnn/cell/key_proj/bias")
+    layer |= {"convolution/weights": P()} | dict.fromkeys(biases, P("tensor"))
+    params = {f"layers/0/{name}": spec for name, spec in layer.items()}
+    params |= {"embedding/embedding": ROWS, "final_scale": P()}
+    params |= {"head/kernel": COLUMNS, "head/bias": P("tensor")}
+    expected = {f"params/{name}/value": spec for name, spec in params.items()}
+    # The optimizer's means lie as their parameters do.
+    for mean in ("mu", "nu"):
+        expected |= {f"opt_state/1/0/{mean}/{name}/value": spec for name, spec in params.items()}
+    expected |= {
+        "carried/0/mixer": P(("data", "fsdp"), "tensor"),
+        "carried/0/recent": P(("data", "fsdp")),
+    }
+    scalars = ("step", "skipped_updates", "skipped_in_a_row", "rng")
+    expected |= dict.fromkeys((*scalars, "opt_state/1/0/count", "opt_state/1/2/count"), P())
+    assert specs == expected
+
+
+def test_attention_lies_by_heads_and_so_does_its_cache():
+    specs = specs_by_name(mesh_of(**ALL), mixer="attention")
+    layer, rows = "params/layers/0/attention", ("data", "fsdp")
+    for name in ("query", "key", "value", "output_gate"):
+        assert specs[f"{layer}/{name}_proj/kernel/value"] == COLUMNS
+    assert specs[f"{layer}/out_proj/kernel/value"] == ROWS
+    for name in ("keys", "values"):
+        assert specs[f"carried/0/mixer/{name}"] == P(rows, "tensor")
+    assert specs["carried/0/mixer/length"] == P(rows)
+
+
+def test_muon_keeps_its_momentum_beside_the_matrices():
+    specs = specs_by_name(mesh_of(**ALL), name="muon")
+    traces = {name: spec for name, spec in specs.items() if "/trace/" in name}
+    assert len(traces) == 8
+    for name, spec in traces.items():
+        parameter = name.split("/trace/")[1]
+        assert spec == specs[f"params/{parameter}"] in (COLUMNS, ROWS)
+
+
+@pytest.mark.parametrize("block", ["plain", "residual"])
+def test_axes_of_one_device_are_not_named(block):
+    specs = specs_by_name(mesh_of(data=2, sequence=2), block)
+    named = {spec for name, spec in specs.items() if not name.startswith("carried")}
+    assert all(set(spec) <= {None} for spec in named)
+    carried = {spec[0] for name, spec in specs.items() if name.startswith("carried")}
+    assert carried == {"data"}
+
+
+def test_the_state_of_a_plain_layer_is_its_heads():
+    specs = specs_by_name(mesh_of(**ALL), "plain")
+    assert specs["carried/0"] == P(("data", "fsdp"), "tensor")

@@ -1,0 +1,190 @@
+"""Layers over stages: outputs, states and gradients of the layers one after another."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from small_runs import small_config
+
+from simplernn_jax.config import MeshConfig
+from simplernn_jax.models.blocks import PlainBlock
+from simplernn_jax.sharding.mesh import make_mesh
+from simplernn_jax.sharding.pipeline import bubble, choose_num_chunks, run_pipeline
+
+LAYERS, ROWS, LENGTH, WIDTH = 4, 6, 24, 8
+
+
+def stack(trees, axis=0):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *trees)
+
+
+def plain_layers():
+    """(layer function, stacked parameters, stacked states that are not zero), float64."""
+    config = small_config(hidden_dim=WIDTH, num_heads=2, precision="float64").model
+    blocks = [PlainBlock(config, rngs=nnx.Rngs(index)) for index in range(LAYERS)]
+    graph = nnx.split(blocks[0], nnx.Param)[0]
+
+    def layer(params, x, state, segment_ids, key):
+        return nnx.merge(graph, params)(x, state, segment_ids, key)
+
+    params = stack([nnx.split(block, nnx.Param)[1] for block in blocks])
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+    states = random_like(stack([block.initial_state(ROWS) for block in blocks], axis=1))
+    return layer, params, states
+
+
+def inputs():
+    """(x, segment ids whose changes fall inside chunks, at their ends and at their starts)."""
+    random = np.random.default_rng(1)
+    begins = random.random((ROWS, LENGTH)) < 0.2
+    begins[:2] = False
+    begins[1, ::4] = True
+    x = jnp.asarray(random.normal(size=(ROWS, LENGTH, WIDTH)))
+    return x, np.cumsum(begins, axis=1, dtype=np.int32)
+
+
+def in_turn(layer, params, x, states, segment_ids):
+    """The definition: one layer after another over all of the time."""
+    new_states = []
+    for index in range(LAYERS):
+        own = jax.tree.map(lambda leaf, index=index: leaf[index], params)
+        state = jax.tree.map(lambda leaf, index=index: leaf[:, index], states)
+        x, state = layer(own, x, state, segment_ids, None)
+        new_states.append(state)
+    return x, stack(new_states, axis=1)
+
+
+def on_stages(layer, chunks=None, key=None, **sizes):
+    """`run_pipeline` as a function of whole arrays."""
+    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: np.prod(list(sizes.values()))])
+    chunks = chunks or choose_num_chunks(LENGTH, sizes["stage"])
+    rows, states = P("data"), P("data", "stage")
+    run = jax.shard_map(
+        functools.partial(run_pipeline, layer, chunks=chunks, dropout_key=key),
+        mesh=mesh,
+        in_specs=(P("stage"), rows, states, rows),
+        out_specs=(P("data", "stage"), states),
+    )
+    return jax.jit(run)
+
+
+def weighted(function, weights):
+    """Sums of all that `function` returns, so that every part has a gradient."""
+
+    def total(params, x, states, segment_ids):
+        results = function(params, x, states, segment_ids)
+        return jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, results, weights)), results
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
+
+
+def random_like(tree):
+    random = np.random.default_rng(2)
+    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), tree)
+
+
+def test_stages_give_what_the_layers_give_in_turn():
+    with jax.enable_x64(True):
+        layer, params, states = plain_layers()
+        x, segment_ids = inputs()
+        arguments = (params, x, states, segment_ids)
+        expected = functools.partial(in_turn, layer)
+        weights = random_like(jax.eval_shape(expected, *arguments))
+        one, gradients = weighted(expected, weights)(*arguments)
+        assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
+        for chunks, sizes in (
+            (24, {"data": 1, "stage": 4}),  # a chunk is one token
+            (2, {"data": 3, "stage": 2}),
+        ):
+            many, same = weighted(on_stages(layer, chunks, **sizes), weights)(*arguments)
+            chex.assert_trees_all_close(many, one, rtol=1e-11, atol=1e-12)
+            chex.assert_trees_all_close(same, gradients, rtol=1e-11, atol=1e-11)
+
+
+def test_nothing_outside_the_wavefront_reaches_a_state():
+    """A stage is busy in as many ticks as there are chunks, and idle in the others."""
+    ticks = jnp.zeros((ROWS, LAYERS))
+
+    def layer(params, x, state, segment_ids, key):
+        return x + params, state + 1
+
+    x, segment_ids = inputs()
+    y, states = on_stages(layer, 8, data=2, stage=4)(
+        jnp.arange(4.0), x, ticks, np.zeros_like(segment_ids)
+    )
+    np.testing.assert_array_equal(states, 8)
+    chex.assert_trees_all_close(y, x + 6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("length", "stages", "chunks"),
+    [(256, 4, 16), (24, 4, 12), (24, 2, 8), (14, 2, 2), (4, 4, 4), (7, 1, 1)],
+)
+def test_chunks_are_as_many_as_divide_the_time_among_the_stages(length, stages, chunks):
+    assert choose_num_chunks(length, stages) == chunks
+    assert length % chunks == chunks % stages == 0
+
+
+def test_time_that_stages_do_not_divide():
+    with pytest.raises(ValueError, match="length=10 must be divisible by stages=4"):
+        choose_num_chunks(10, 4)
+
+
+def test_the_bubble_is_what_the_schedule_leaves_empty():
+    assert bubble(3, 3) == pytest.approx(2 / 5)  # the picture in the module
+    assert bubble(16, 4) == pytest.approx(3 / 19)
+    assert bubble(1, 1) == 0
+
+
+def test_dropout_follows_from_the_key_and_differs_by_layer_and_chunk():
+    def layer(params, x, state, segment_ids, key):
+        return x + jax.random.normal(key), state
+
+    x = jnp.zeros((1, LENGTH, 1))
+    ids, states = np.zeros((1, LENGTH), np.int32), jnp.zeros((1, LAYERS))
+
+    def draws(seed, stages):
+        run = on_stages(layer, 4, jax.random.key(seed), data=1, stage=stages)
+        return np.asarray(run(jnp.zeros(LAYERS), x, states, ids)[0])
+
+    found = draws(0, 4)
+    chex.assert_trees_all_close(draws(0, 2), found, rtol=1e-6)
+
+    @functools.partial(jax.vmap, in_axes=(0, None))
+    @functools.partial(jax.vmap, in_axes=(None, 0))
+    def draw(chunk, index):
+        return jax.random.normal(
+            jax.random.fold_in(jax.random.fold_in(jax.random.key(0), index), chunk)
+        )
+
+    sums = np.sum(draw(jnp.arange(4), jnp.arange(LAYERS)), axis=1)
+    np.testing.assert_allclose(found[0, :, 0], np.repeat(sums, LENGTH // 4), rtol=1e-6)
+
+
+def test_memory_grows_with_what_the_ticks_read_not_with_what_they_compute():
+    wide = 100
+
+    def layer(params, x, state, segment_ids, key):
+        hidden = jnp.tanh(x @ jnp.tile(params, (1, wide)))  # `wide` times as large as x
+        return jnp.tanh(x + hidden @ jnp.tile(params, (1, wide)).T), state
+
+    def gradient(params, x, states, ids):
+        run = on_stages(layer, x.shape[1] // 6, data=1, stage=2)
+        return jax.grad(lambda params, x: jnp.sum(run(params, x, states, ids)[0]), (0, 1))(
+            params, x
+        )
+
+    def memory(length):
+        x = jax.ShapeDtypeStruct((ROWS, length, WIDTH), jnp.float32)
+        ids = jax.ShapeDtypeStruct((ROWS, length), jnp.int32)
+        params, states = jnp.zeros((LAYERS, WIDTH, WIDTH)), jnp.zeros((ROWS, LAYERS))
+        compiled = jax.jit(gradient).lower(params, x, states, ids).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    once = ROWS * 96 * WIDTH * 4
+    assert memory(192) - memory(96) < 10 * once < wide * once
