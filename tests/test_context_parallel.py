@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 
 from simplernn_jax.models import Attention, KVCache
-from simplernn_jax.sharding.context_parallel import tokens_before_shard
-from simplernn_jax.sharding.sequence_parallel import shard_segment_ids
+from simplernn_jax.ops.context_parallel import tokens_before
+from simplernn_jax.ops.sequence_parallel import shard_segment_ids
 
 DEVICES, STRETCH, ROWS, WIDTH = 4, 5, 3, 7
 LENGTH = DEVICES * STRETCH
@@ -125,7 +125,7 @@ def test_a_stretch_knows_how_much_of_its_segment_lies_before_it():
     first = jnp.asarray([10, 20], jnp.int32)
 
     def run(ids, first):
-        return tokens_before_shard(3, first, shard_segment_ids(ids))[:, None]
+        return tokens_before(3, first, shard_segment_ids(ids))[:, None]
 
     found = jax.shard_map(run, mesh=mesh_of(sequence=3), in_specs=(TIME, P()), out_specs=TIME)(
         ids, first

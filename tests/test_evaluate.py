@@ -17,10 +17,9 @@ from simplernn_jax.data.batches import document_ends
 from simplernn_jax.data.window_batches import Windows
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.sharding.partition_specs import specs_of
+from simplernn_jax.sharding.partition_specs import named_shardings, variable_specs
 from simplernn_jax.training import evaluate
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
-from simplernn_jax.training.placement import shardings_of
 
 CONFIGS = {
     "plain": small_config(vocab_size=203),
@@ -69,9 +68,7 @@ def test_devices_of_a_mesh_score_the_same_together(monkeypatch, batch_tokens):
     params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0)), nnx.Param)
     alone = Evaluator(config, PAD)(params, SPLIT)
     mesh = mesh_of(fsdp=2, tensor=2, sequence=2)
-    placed = jax.device_put(
-        params, shardings_of(specs_of({"params": params}, mesh)["params"], mesh)
-    )
+    placed = jax.device_put(params, named_shardings(variable_specs(params, mesh), mesh))
     together = Evaluator(config, PAD, mesh)(placed, SPLIT)
     assert together.predictions == alone.predictions == SPLIT.num_predictions
     assert together.nats_per_token == pytest.approx(alone.nats_per_token, rel=1e-6)

@@ -7,8 +7,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from simplernn_jax.config import MeshConfig
+from simplernn_jax.mesh_axes import BATCH_AXES
 from simplernn_jax.sharding.global_arrays import from_rows, local_copy, rows_of_this_process
-from simplernn_jax.sharding.mesh import BATCH_AXES, make_mesh
+from simplernn_jax.sharding.mesh import make_mesh
 
 EIGHT = jax.devices("cpu")
 

@@ -8,6 +8,7 @@ from flax import nnx
 from small_runs import small_config
 
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.sharding.layer_layout import in_layout_of
 from simplernn_jax.training.optimizer import decay_mask, make_optimizer
@@ -24,7 +25,7 @@ def params_of(stacked=False):
     params = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), params)
     if stacked:
         model = nnx.merge(graph, params)
-        model.stack_layers()
+        model.layers = LayerStack(model.layers)
         params = nnx.state(model, nnx.Param)
     return params
 

@@ -19,7 +19,7 @@ from simplernn_jax.checkpoint.file_layout import FileLayout
 from simplernn_jax.config import MeshConfig
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.errors import UserError
-from simplernn_jax.models.dense import dense
+from simplernn_jax.models.dense import Dense
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.sharding.layer_layout import in_layout_of
@@ -190,7 +190,7 @@ def test_no_device_holds_all_layers_while_a_checkpoint_is_written():
 
 def test_layers_that_are_not_alike():
     def layer(width, dtype=jnp.float32):
-        return dense(3, width, rngs=nnx.Rngs(0), dtype=dtype)
+        return Dense(3, width, ("embed", "mlp"), rngs=nnx.Rngs(0), dtype=dtype)
 
     LayerStack([layer(5), layer(5)])
     for other in (layer(4), layer(5, jnp.bfloat16)):

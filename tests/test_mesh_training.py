@@ -17,7 +17,7 @@ from small_runs import small_config
 from benchmarks.compiled_collectives import collectives
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.named_leaves import named_leaves
-from simplernn_jax.sharding.partition_specs import specs_of
+from simplernn_jax.sharding.partition_specs import variable_specs
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step, state_specs
 
@@ -345,7 +345,7 @@ def test_fsdp_holds_an_eighth_of_the_state_and_gathers_one_layer_at_a_time():
     config = config_of("float32", num_layers=4, mode="window", sequence_length=8, **widths)
     mesh = mesh_of(fsdp=8)
     state, step = compile_abstractly(config, mesh)
-    specs = specs_of(state, mesh)
+    specs = variable_specs(state, mesh)
     for name in ("params", "opt_state"):
         leaves, parts = jax.tree.leaves(getattr(state, name)), getattr(specs, name)
         whole = sum(leaf.size for leaf in leaves)

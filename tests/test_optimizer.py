@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from small_runs import small_config
 
 from simplernn_jax.config import OptimizerConfig
@@ -57,6 +58,15 @@ def test_only_matrices_of_dense_layers_are_decayed(block):
         assert is_on == ("kernel" in name), name
 
 
+def as_parameters(tree):
+    """Arrays as `nnx.Param`, of which those called kernel are decayed."""
+
+    def make(path, leaf):
+        return nnx.Param(jnp.float32(leaf), decay=path[-1].key == "kernel")
+
+    return jax.tree_util.tree_map_with_path(make, tree)
+
+
 def adamw_by_hand(config, param, gradients, total_steps):
     """Algorithm 2 of arXiv:1711.05101 on one array, with the schedule inside the decay."""
     rate = learning_rate_schedule(config, total_steps)
@@ -78,16 +88,16 @@ def test_updates_are_those_of_adamw():
         {name: random.normal(size=leaf.shape) for name, leaf in start.items()} for _ in range(7)
     ]
     optimizer = make_optimizer(config, STEPS)
-    params = jax.tree.map(jnp.float32, start)
+    params = as_parameters(start)
     state = optimizer.init(params)
     for gradient in gradients:
-        updates, state = optimizer.update(jax.tree.map(jnp.float32, gradient), state, params)
+        updates, state = optimizer.update(as_parameters(gradient), state, params)
         params = optax.apply_updates(params, updates)
     expected = adamw_by_hand(config, start["kernel"], [g["kernel"] for g in gradients], STEPS)
-    np.testing.assert_allclose(params["kernel"], expected, rtol=2e-5)
+    np.testing.assert_allclose(params["kernel"][...], expected, rtol=2e-5)
     config.weight_decay = 0.0  # the bias is not decayed
     expected = adamw_by_hand(config, start["bias"], [g["bias"] for g in gradients], STEPS)
-    np.testing.assert_allclose(params["bias"], expected, rtol=2e-5)
+    np.testing.assert_allclose(params["bias"][...], expected, rtol=2e-5)
 
 
 @pytest.mark.parametrize(("clip_norm", "factor"), [(0.0, 1.0), (1.0, 1 / 5), (7.0, 1.0)])
@@ -113,25 +123,29 @@ def test_a_run_can_go_on_with_another_clip_norm():
 def test_muon_turns_matrices_as_far_in_every_direction_and_leaves_the_rest_to_adam():
     config = settings(name="muon", warmup_steps=0, weight_decay=0.3, clip_norm=0.0)
     random = np.random.default_rng(0)
-    params = {
-        "dense": {"kernel": jnp.float32(random.normal(size=(7, 11)))},
-        "embedding": jnp.float32(random.normal(size=(11, 7))),
-        "bias": jnp.float32(random.normal(size=7)),
-    }
+    params = as_parameters(
+        {
+            "dense": {"kernel": random.normal(size=(7, 11))},
+            "embedding": random.normal(size=(11, 7)),
+            "bias": random.normal(size=7),
+        }
+    )
     # Directions of very different strength: Adam would follow the strong ones.
     left, _, right = np.linalg.svd(random.normal(size=(7, 11)), full_matrices=False)
     kernel = (left * np.logspace(0, -1.5, 7)) @ right
-    gradient = {
-        "dense": {"kernel": jnp.float32(kernel)},
-        "embedding": jnp.float32(random.normal(size=(11, 7))),
-        "bias": jnp.float32(random.normal(size=7)),
-    }
+    gradient = as_parameters(
+        {
+            "dense": {"kernel": kernel},
+            "embedding": random.normal(size=(11, 7)),
+            "bias": random.normal(size=7),
+        }
+    )
 
     optimizer = make_optimizer(config, STEPS)
     updates, _ = optimizer.update(gradient, optimizer.init(params), params)
 
-    decay = -config.learning_rate * config.weight_decay * params["dense"]["kernel"]
-    turned = np.asarray(updates["dense"]["kernel"] - decay)
+    decay = -config.learning_rate * config.weight_decay * params["dense"]["kernel"][...]
+    turned = np.asarray(updates["dense"]["kernel"][...] - decay)
     strengths = np.linalg.svd(turned, compute_uv=False)
     # 0.2 sqrt(max(rows, columns)) for a root mean square of about 0.2 (arXiv:2502.16982).
     unit = config.learning_rate * 0.2 * math.sqrt(11)
@@ -140,4 +154,6 @@ def test_muon_turns_matrices_as_far_in_every_direction_and_leaves_the_rest_to_ad
     assert np.sum(turned * kernel) < 0
     for name in ("embedding", "bias"):
         step = config.learning_rate  # Adam's first step is a sign
-        np.testing.assert_allclose(updates[name], -step * np.sign(gradient[name]), rtol=2e-5)
+        np.testing.assert_allclose(
+            updates[name][...], -step * np.sign(gradient[name][...]), rtol=2e-5
+        )

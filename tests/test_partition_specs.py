@@ -7,9 +7,8 @@ from meshes import mesh_of
 from small_runs import small_config
 
 from simplernn_jax.named_leaves import named_leaves
-from simplernn_jax.sharding.partition_specs import specs_of
 from simplernn_jax.training.optimizer import make_optimizer
-from simplernn_jax.training.train_step import init_train_state
+from simplernn_jax.training.train_step import init_train_state, state_specs
 
 ALL = {"data": 2, "fsdp": 2, "tensor": 2}
 COLUMNS, ROWS = P("fsdp", "tensor"), P("tensor", "fsdp")
@@ -19,7 +18,7 @@ def specs_by_name(mesh, block="residual", **fields):
     config = small_config(block, mode="stream", **fields)
     optimizer = make_optimizer(config.optimizer, 10)
     state = jax.eval_shape(lambda: init_train_state(config, optimizer))
-    specs = jax.tree.leaves(specs_of(state, mesh))
+    specs = jax.tree.leaves(state_specs(config, optimizer, mesh))
     return dict(zip(named_leaves(state), specs, strict=True))
 
 

@@ -10,10 +10,10 @@ from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.sharding.sequence_parallel import (
+from simplernn_jax.ops.sequence_parallel import (
     halo,
-    sequence_parallel_recurrence,
     shard_segment_ids,
+    sharded_recurrence,
 )
 
 NAMES = ("output", "final_state", "d_q", "d_k", "d_v", "d_log_gate", "d_initial_state")
@@ -52,7 +52,7 @@ def by_definition(inputs, segment_ids, cotangents):
 def over_devices(devices, inputs, segment_ids, cotangents):
     def run(q, k, v, log_gate, state, segment_ids):
         ids = None if segment_ids is None else shard_segment_ids(segment_ids)
-        return sequence_parallel_recurrence(q, k, v, log_gate, state, ids)
+        return sharded_recurrence(q, k, v, log_gate, initial_state=state, segment_ids=ids)
 
     ids = None if segment_ids is None else TIME
     run = jax.shard_map(

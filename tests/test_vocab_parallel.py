@@ -1,7 +1,5 @@
 """Embedding, head and loss on a vocabulary in parts, against the same on one device."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,8 @@ import optax
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 
-from simplernn_jax.sharding.vocab_parallel import cross_entropy, lookup, tied_logits
+from simplernn_jax.ops.projection import fused_projection
+from simplernn_jax.ops.vocab_parallel import cross_entropy, lookup
 
 IDS, WIDTH, ROWS, LENGTH = 20, 6, 4, 3
 MESH = mesh_of(fsdp=2, tensor=4)
@@ -52,8 +51,11 @@ def test_lookup_and_its_gradient():
 def test_tied_logits_and_their_gradient():
     table, hidden, _ = draw()
     out = P("fsdp", "tensor")
-    product = functools.partial(tied_logits, dtype=jnp.float32)
-    ours = value_and_gradient(product, (TOKENS, TABLE), out, hidden, table)
+
+    def tied_logits(hidden, table):
+        return fused_projection(hidden, [table.T], jnp.float32)[0]
+
+    ours = value_and_gradient(tied_logits, (TOKENS, TABLE), out, hidden, table)
     expected = with_gradient(lambda hidden, table: hidden @ table.T, hidden, table)
     chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-5)
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models import Attention, LanguageModel, SimpleRNN, SimpleRNNCell
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
-from simplernn_jax.models.dense import dense
+from simplernn_jax.models.dense import Dense
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.short_convolution import ShortConvolution
 from simplernn_jax.ops import gated_linear_recurrence, native, recurrent_step, segment_starts
@@ -270,8 +270,7 @@ def models() -> dict[str, Site]:
     tokens = Spec("B T", INTEGER)
     cell = SimpleRNNCell(**sizes, rngs=rngs)
     gated = SimpleRNNCell(**sizes, output_gate=True, output_norm=True, rngs=rngs)
-    stacked = LanguageModel(alike, rngs=rngs)
-    stacked.stack_layers()
+    stacked = LanguageModel(alike, rngs=rngs, stack_layers=True)
 
     def over_time(layer):
         return Site(layer, (x, State(layer.initial_state), ids), known)
@@ -289,7 +288,7 @@ def models() -> dict[str, Site]:
         "layer in bfloat16": over_time(SimpleRNN(**sizes, state_dtype=jnp.bfloat16, rngs=rngs)),
         "attention": over_time(Attention(**sizes, context=4, rngs=rngs)),
         "short convolution": over_time(ShortConvolution(3, 6, rngs=rngs)),
-        "dense": Site(dense(6, 3, rngs=rngs), (Spec("N D"),), known),
+        "dense": Site(Dense(6, 3, ("embed", "mlp"), rngs=rngs), (Spec("N D"),), known),
         "plain block": over_time(PlainBlock(plain, rngs=rngs)),
         "block": over_time(ResidualBlock(config, "simple_rnn", rngs=rngs)),
         "block of attention": over_time(ResidualBlock(config, "attention", rngs=rngs)),

@@ -9,8 +9,7 @@ from jax.sharding import Mesh
 
 from simplernn_jax.config import Config
 from simplernn_jax.sharding.layer_layout import in_layout_of
-from simplernn_jax.sharding.partition_specs import apart
-from simplernn_jax.training.placement import shardings_of
+from simplernn_jax.sharding.partition_specs import named_shardings, shard_further
 from simplernn_jax.training.train_step import (
     TrainState,
     init_train_state,
@@ -36,8 +35,8 @@ class FileLayout:
         if self._is_same:
             return
         # Each stage has a part of every layer: none of them need hold them all.
-        specs = apart(self.abstract, state_specs(single, optimizer, mesh), "stage", mesh)
-        self.shardings = shardings_of(specs, mesh)
+        specs = shard_further(self.abstract, state_specs(single, optimizer, mesh), "stage", mesh)
+        self.shardings = named_shardings(specs, mesh)
         trained = jax.eval_shape(lambda: init_train_state(config, optimizer))
         self._to_files = jax.jit(partial(in_layout_of, self.abstract), out_shardings=self.shardings)
         self._from_files = jax.jit(

@@ -14,13 +14,13 @@ from simplernn_jax.array_types import (
     Positions,
     SegmentIds,
 )
+from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.heads import Heads
 from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_segment_ids
+from simplernn_jax.ops.context_parallel import last_shard, seen_before, tokens_before
 from simplernn_jax.ops.sliding_attention import apply_rope, attend, sliding_attention
-from simplernn_jax.sharding.collectives import axis_size, broadcast_from_last
-from simplernn_jax.sharding.context_parallel import seen_before, tokens_before_shard
 
 
 @tuple_with_names
@@ -100,6 +100,12 @@ class Attention(Heads):
             jnp.zeros(batch_size, jnp.int32),
         )
 
+    def state_axes(self) -> KVCache:
+        """Logical axes of the arrays of a cache."""
+        by_head: Any = LogicalAxes("batch", "heads")
+        length: Any = LogicalAxes("batch")
+        return KVCache(by_head, by_head, length)
+
     def __call__(
         self,
         x: Activations,
@@ -131,34 +137,22 @@ class Attention(Heads):
             y = jnp.zeros((batch, 0, self.num_heads, self.value_dim // self.num_heads), self.dtype)
             state = self.initial_state(batch) if state is None else state
             return self.combine(y, output_gate), state
-        # On a mesh with an axis `sequence`, these tokens are a stretch between other devices'.
-        is_apart = axis_size("sequence") > 1
-        before = None if state is None else state.length
-        if is_apart:
-            before = tokens_before_shard(length, before, segment_ids)
+        before = tokens_before(length, None if state is None else state.length, segment_ids)
         positions = _positions(length, before, segment_ids)
         q, k = apply_rope(q, positions), apply_rope(k, positions)
         q, k, v = q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype)
-        if state is not None and length == 1 and not is_apart:
+        if state is not None and length == 1:
             state = _write(state, k, v)
             filled = jnp.arange(self.context)[None] < state.length[:, None]
             k, v = (jnp.swapaxes(cached, 1, 2) for cached in (state.keys, state.values))
             y = attend(q, k, v, filled[:, None])
         else:
-            earlier = None if state is None else _past(state)
-            if is_apart:
-                first_k, first_v = earlier or (None, None)
-                earlier = (
-                    seen_before(k, first_k, self.context),
-                    seen_before(v, first_v, self.context),
-                )
-            if earlier is not None:
-                k = jnp.concatenate([earlier[0], k], axis=1)
-                v = jnp.concatenate([earlier[1], v], axis=1)
+            past_k, past_v = (None, None) if state is None else _past(state)
+            k = _concatenate(seen_before(k, past_k, self.context), k)
+            v = _concatenate(seen_before(v, past_v, self.context), v)
             reach = jnp.minimum(positions + 1, self.context)
             y = sliding_attention(q, k, v, reach, self.context)
-            state = _newest(k, v, positions[:, -1] + 1, self.context)
-            state = jax.tree.map(lambda leaf: broadcast_from_last(leaf, "sequence"), state)
+            state = last_shard(_newest(k, v, positions[:, -1] + 1, self.context))
         return self.combine(y, output_gate), state
 
     def _check_cache(self, state: Any, sizes: dict[str, Any]) -> None:
@@ -219,6 +213,10 @@ def _newest(k: jax.Array, v: jax.Array, length: jax.Array, slots: int) -> KVCach
     index = jnp.maximum(k.shape[1] - 1 - age, 0)
     keys, values = (jnp.swapaxes(jnp.where(is_filled, _take(x, index), 0), 1, 2) for x in (k, v))
     return KVCache(keys, values, length)
+
+
+def _concatenate(past: jax.Array | None, x: jax.Array) -> jax.Array:
+    return x if past is None else jnp.concatenate([past, x], axis=1)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -10,15 +10,15 @@ from flax import nnx
 
 from simplernn_jax.array_types import Activations, ConvState, HeadState, SegmentIds
 from simplernn_jax.config import ModelConfig
+from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.attention import Attention, KVCache
-from simplernn_jax.models.dense import dense, dtypes_of
+from simplernn_jax.models.dense import Dense, dtypes_of
 from simplernn_jax.models.short_convolution import ShortConvolution
 from simplernn_jax.models.simple_rnn import SimpleRNN
 from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops.checks import FLOATING, check_array
 from simplernn_jax.ops.matmul import merge_tokens
 from simplernn_jax.ops.rms_norm import rms_norm
-from simplernn_jax.sharding.collectives import vary
 
 GATE_BIAS_RANGE = (1.0, 6.0)
 """Gate biases of the residual block, spread over the key channels: half-lives of about 2 to 280
@@ -61,6 +61,10 @@ class PlainBlock(nnx.Module):
         """The layer's zero state."""
         return self.rnn.initial_state(batch_size)
 
+    def state_axes(self) -> LogicalAxes:
+        """Logical axes of the state."""
+        return self.rnn.state_axes()
+
     def __call__(
         self,
         x: Activations,
@@ -69,7 +73,7 @@ class PlainBlock(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, HeadState]:
         """``[B, T, D]`` to the same shape; the key is not used."""
-        return self.rnn(vary(x, "tensor"), state, segment_ids)
+        return self.rnn(x, state, segment_ids)
 
 
 @tuple_with_names
@@ -112,17 +116,19 @@ class ResidualBlock(nnx.Module):
                 gate_bias_init=spread_gate_bias(config.num_heads),
                 **options,
             )
-        self.mlp_in = dense(
+        self.mlp_in = Dense(
             config.hidden_dim,
             config.mlp_dim,
+            ("embed", "mlp"),
             rngs=rngs,
             dtype=dtype,
             kernel_init=kernel_init,
             use_bias=False,
         )
-        self.mlp_out = dense(
+        self.mlp_out = Dense(
             config.mlp_dim,
             config.hidden_dim,
+            ("mlp", "embed"),
             rngs=rngs,
             dtype=dtype,
             kernel_init=nnx.initializers.normal(
@@ -142,6 +148,12 @@ class ResidualBlock(nnx.Module):
         return ResidualState(
             self.mixer.initial_state(batch_size), self.convolution.initial_state(batch_size)
         )
+
+    def state_axes(self) -> ResidualState:
+        """Logical axes of the arrays of the state."""
+        mixer: Any = self.mixer.state_axes()
+        recent: Any = self.convolution.state_axes()
+        return ResidualState(mixer, recent)
 
     def __call__(
         self,
@@ -163,11 +175,9 @@ class ResidualBlock(nnx.Module):
         mixer_state: Any
         mixer_state, recent = (None, None) if state is None else state
         y, recent = self.convolution(x, recent, segment_ids)
-        # Where heads and MLP lie apart, `vary` is where the gradients of their parts are summed:
-        # once for all projections.
-        y, mixer_state = self.mixer(vary(y, "tensor"), mixer_state, segment_ids)
+        y, mixer_state = self.mixer(y, mixer_state, segment_ids)
         x = x + self._drop(y, keys[0])
-        hidden = merge_tokens(vary(rms_norm(x), "tensor"))
+        hidden = merge_tokens(rms_norm(x))
         y = self.mlp_out(_squared_relu(self.mlp_in(hidden), self.mlp_out.dtype)).reshape(x.shape)
         return x + self._drop(y, keys[1]), ResidualState(mixer_state, recent)
 

@@ -1,8 +1,7 @@
-"""Dense layers and their initialisation: float32 parameters, compute in the policy's dtype."""
+"""Dense layers and their initialization: float32 parameters, compute in the policy's dtype."""
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,23 +9,23 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.ops.matmul import fused_matmul
-from simplernn_jax.sharding.collectives import gather, is_on_mesh, psum, remat_all_gather
+from simplernn_jax.mesh_axes import TABLE, LogicalAxes
+from simplernn_jax.ops.projection import fused_projection
 
 PARAMETERS = jnp.dtype("float32")
-"""Of all parameters, under any policy."""
+"""Dtype of all parameters, under any policy."""
 
 
 class Dtypes(NamedTuple):
-    """The policy of mixed precision: what is kept and computed in which dtype.
+    """Mixed-precision policy.
 
     Gates, sums, norms, softmax and loss are float32 under any policy.
     """
 
     parameters: Any
-    """What is trained; operands of products are rounded from it each time."""
+    """Trained parameters; the operands of matmuls are rounded from them."""
     compute: Any
-    """Operands of the products of dense layers, whose sums are float32."""
+    """Operands of the matmuls of dense layers, whose sums are float32."""
     state: Any
     """The recurrent state between chunks of tokens and between calls."""
 
@@ -47,64 +46,62 @@ def uniform_fan_in(fan_in: int) -> nnx.Initializer:
 
 
 class Dense(nnx.Linear):
-    """`nnx.Linear` with operands in `dtype` and results in float32.
+    """`nnx.Linear` with float32 parameters, operands in `dtype` and results in float32."""
 
-    On a mesh its kernel may lie apart, as `parallel.shardings` says; which part a device holds
-    shows in the shapes. Along ``fsdp`` lies the side that is the width of the stack: it is
-    gathered where it is used, and for the gradient once more. Along ``tensor`` lies the other
-    one: outputs of which each device makes its own, or inputs of which each has its own, so that
-    the outputs are sums over the devices.
-    """
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axes: tuple[str | None, str | None],
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        kernel_init: nnx.Initializer | None = None,
+        bias_init: nnx.Initializer | None = None,
+        use_bias: bool = True,
+    ):
+        """Make the parameters; both initializers default to PyTorch's.
+
+        Args:
+          in_features: width of the input.
+          out_features: width of the output.
+          axes: logical axes of the kernel; at most one of them may be mapped to ``tensor``.
+          rngs: source of initial values.
+          dtype: compute dtype.
+          kernel_init: initializer of the kernel.
+          bias_init: initializer of the bias.
+          use_bias: whether there is a bias.
+        """
+        self.row_parallel = TABLE.get(axes[0] or "") == "tensor"
+        super().__init__(
+            in_features,
+            out_features,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=PARAMETERS,
+            kernel_init=kernel_init or uniform_fan_in(in_features),
+            bias_init=bias_init or uniform_fan_in(in_features),
+            rngs=rngs,
+            kernel_metadata={"axes": LogicalAxes(*axes), "decay": True},
+            # Added to sums over the inputs of all devices, a bias is replicated.
+            bias_metadata={"axes": LogicalAxes(None if self.row_parallel else axes[1])},
+        )
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """``[..., in_features]`` to ``[..., out_features]``, this device's part."""
-        return fused_projection(inputs, [self])[0]
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        return fused_dense(inputs, [self])[0]
 
 
-def fused_projection(x: jax.Array, layers: Sequence[Dense]) -> tuple[jax.Array, ...]:
-    """What each of `layers`, of one dtype, makes of ``x``, ``[..., in_features]``."""
-    kernels = tuple(layer.kernel[...] for layer in layers)
-    dtype = layers[0].dtype
-    outputs: tuple[jax.Array, ...]
-    if is_on_mesh():
-        outputs = remat_all_gather(partial(_gathered_products, dtype=dtype))(x, kernels)
-        if x.shape[-1] != layers[0].in_features:
-            outputs = psum(outputs, "tensor")
-    else:
-        outputs = fused_matmul(x, kernels, dtype)
+def fused_dense(x: jax.Array, layers: Sequence[Dense]) -> tuple[jax.Array, ...]:
+    """Apply each of `layers` to ``x``, ``[..., in_features]``, in one matmul.
+
+    The layers have one dtype, and kernels of the same logical axes.
+    """
+    kernels = [layer.kernel[...] for layer in layers]
+    first = layers[0]
+    outputs = fused_projection(x, kernels, first.dtype, row_parallel=first.row_parallel)
 
     def biased(y: jax.Array, layer: Dense) -> jax.Array:
         return y if layer.bias is None else y + jnp.expand_dims(layer.bias[...], range(y.ndim - 1))
 
     return tuple(biased(y, layer) for y, layer in zip(outputs, layers, strict=True))
-
-
-def _gathered_products(
-    x: jax.Array, kernels: tuple[jax.Array, ...], *, dtype: Any
-) -> tuple[jax.Array, ...]:
-    apart = 0 if kernels[0].shape[0] != x.shape[-1] else 1
-    whole = [gather(kernel, "fsdp", apart, after=x) for kernel in kernels]
-    return fused_matmul(x, whole, dtype)
-
-
-def dense(
-    in_features: int,
-    out_features: int,
-    *,
-    rngs: nnx.Rngs,
-    dtype: Any = jnp.float32,
-    kernel_init: nnx.Initializer | None = None,
-    bias_init: nnx.Initializer | None = None,
-    use_bias: bool = True,
-) -> Dense:
-    """A linear layer with float32 parameters; both initialisers default to PyTorch's."""
-    return Dense(
-        in_features,
-        out_features,
-        use_bias=use_bias,
-        dtype=dtype,
-        param_dtype=PARAMETERS,
-        kernel_init=kernel_init or uniform_fan_in(in_features),
-        bias_init=bias_init or uniform_fan_in(in_features),
-        rngs=rngs,
-    )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.models.dense import Dense, dense, fused_projection
+from simplernn_jax.models.dense import Dense, fused_dense
 from simplernn_jax.ops.checks import FLOATING, check_array
 from simplernn_jax.ops.rms_norm import rms_norm
 
@@ -69,7 +69,7 @@ class Heads(nnx.Module):
         }
 
         def projection(width: int, **options: Any) -> Dense:
-            return dense(hidden_dim, width, **{**common, **options})
+            return Dense(hidden_dim, width, ("embed", "heads"), **{**common, **options})
 
         self.query_proj = projection(key_dim)
         # A sigmoid follows: without a bias it could not make keys that are mostly small.
@@ -79,7 +79,7 @@ class Heads(nnx.Module):
         self.gate_proj = projection(key_dim, **gate) if forget_gate else None
         self.output_norm = output_norm
         self.output_gate_proj = projection(value_dim) if output_gate else None
-        self.out_proj = dense(value_dim, output_dim, **common)
+        self.out_proj = Dense(value_dim, output_dim, ("heads", "embed"), **common)
 
     def projections(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """Queries, keys, values and logits of the forget gate, if there is one, as they are.
@@ -102,7 +102,7 @@ class Heads(nnx.Module):
             layers, widths = [*layers, self.gate_proj], [*widths, self.key_dim]
         if self.output_gate_proj is not None:
             layers = [*layers, self.output_gate_proj]
-        outputs = fused_projection(x, layers)
+        outputs = fused_dense(x, layers)
         heads = []
         for y, width in zip(outputs, widths, strict=False):
             width //= self.num_heads

@@ -9,16 +9,15 @@ from flax import nnx
 
 from simplernn_jax.array_types import Activations, Logits, ModelState, SegmentIds, Tokens
 from simplernn_jax.config import ModelConfig
+from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
-from simplernn_jax.models.dense import dense, dtypes_of
+from simplernn_jax.models.dense import Dense, dtypes_of
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.remat import rematerialize
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_batch, check_segment_ids
-from simplernn_jax.ops.matmul import matmul
+from simplernn_jax.ops.projection import fused_projection
 from simplernn_jax.ops.rms_norm import rms_norm
-from simplernn_jax.sharding.collectives import axis_size, is_on_mesh, vary
-from simplernn_jax.sharding.sequence_parallel import shard_segment_ids
-from simplernn_jax.sharding.vocab_parallel import lookup, tied_logits
+from simplernn_jax.ops.vocab_parallel import lookup
 
 
 class LanguageModel(nnx.Module):
@@ -30,12 +29,25 @@ class LanguageModel(nnx.Module):
     embedding itself.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        """Makes the parameters, all float32.
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        remat: str = "none",
+        stack_layers: bool = False,
+    ):
+        """Make the parameters, all float32.
 
         Args:
           config: sizes and precision; see `ModelConfig`.
           rngs: source of initial values.
+          remat: what layers keep for the gradient; see `rematerialize`.
+          stack_layers: make all layers one, to be sharded over the stages of a mesh; see
+            `LayerStack`.
+
+        Raises:
+          UserError: layers that are not alike are to be stacked.
         """
         self.config = dataclasses.replace(config)
         parameters, dtype, _ = dtypes_of(config)
@@ -45,41 +57,34 @@ class LanguageModel(nnx.Module):
         self.embedding = nnx.Embed(
             config.vocab_size,
             config.hidden_dim,
-            dtype=jnp.promote_types(dtype, jnp.float32),
             param_dtype=parameters,
             embedding_init=nnx.initializers.normal(scale),
+            embedding_metadata={"axes": LogicalAxes("vocab", "embed")},
             rngs=rngs,
         )
-        self.layers = nnx.List(
-            [
-                PlainBlock(config, rngs=rngs) if plain else ResidualBlock(config, mixer, rngs=rngs)
-                for mixer in config.mixers
-            ]
-        )
+        layers = [
+            PlainBlock(config, rngs=rngs) if plain else ResidualBlock(config, mixer, rngs=rngs)
+            for mixer in config.mixers
+        ]
+        self.layers = LayerStack(layers) if stack_layers else nnx.List(layers)
         self.final_scale = None if plain else nnx.Param(jnp.ones(config.hidden_dim, parameters))
         tied = config.tie_embeddings and not plain
         init = {} if plain else {"kernel_init": nnx.initializers.normal(scale)}
-        self.head = (
-            None
-            if tied
-            else dense(config.hidden_dim, config.vocab_size, rngs=rngs, dtype=dtype, **init)
-        )
-        self.remat = "none"
-        """What layers keep for the gradient; see `rematerialize`."""
-
-    def stack_layers(self) -> None:
-        """Makes all layers one, to be divided among the stages of a mesh; see `LayerStack`.
-
-        Raises:
-          UserError: the layers are not alike.
-        """
-        self.layers = LayerStack(self.layers)
+        sizes = (config.hidden_dim, config.vocab_size, ("embed", "vocab"))
+        self.head = None if tied else Dense(*sizes, rngs=rngs, dtype=dtype, **init)
+        self.remat = remat
 
     def initial_state(self, batch_size: int) -> ModelState:
         """The zero state: one entry per layer, or for all that are stacked; axis B first."""
         if isinstance(self.layers, LayerStack):
             return self.layers.initial_state(batch_size)
         return tuple(layer.initial_state(batch_size) for layer in self.layers)
+
+    def state_axes(self) -> ModelState:
+        """Logical axes of each array of the state, in its structure."""
+        if isinstance(self.layers, LayerStack):
+            return self.layers.state_axes()
+        return tuple(layer.state_axes() for layer in self.layers)
 
     def encode(
         self,
@@ -98,12 +103,10 @@ class LanguageModel(nnx.Module):
         check_ids(tokens, self.config.vocab_size)
         if state is not None:
             self._check_state(state, sizes["B"])
-        x = self._embed(tokens)
+        x = lookup(self.embedding.embedding[...], tokens)
         if self.final_scale is not None:
             # Unit variance into the residual stream, whatever the scale that suits a tied head.
             x = x * self.config.hidden_dim**0.5
-        if segment_ids is not None and axis_size("sequence") > 1:
-            segment_ids = shard_segment_ids(segment_ids)
         x, state = self._through_layers(x, state, segment_ids, dropout_key)
         if self.final_scale is not None:
             x = rms_norm(x) * self.final_scale[...][None, None]
@@ -137,11 +140,6 @@ class LanguageModel(nnx.Module):
             states.append(layer_state)
         return x, tuple(states)
 
-    def _embed(self, tokens: Tokens) -> Activations:
-        if is_on_mesh():
-            return lookup(self.embedding.embedding[...], tokens)
-        return self.embedding(tokens)
-
     def logits(self, hidden: jax.Array) -> jax.Array:
         """What the head makes of ``[..., D]``: ``[..., vocab]``, float32.
 
@@ -152,12 +150,9 @@ class LanguageModel(nnx.Module):
           TypeError: `hidden` is not of floating point.
         """
         check_array("hidden", hidden, "... D", FLOATING, {"D": self.config.hidden_dim})
-        hidden = vary(hidden, "tensor")
         if self.head is not None:
             return self.head(hidden)
-        if is_on_mesh():
-            return tied_logits(hidden, self.embedding.embedding[...], self.dtype)
-        return matmul(hidden, self.embedding.embedding[...].T, self.dtype)
+        return fused_projection(hidden, [self.embedding.embedding[...].T], self.dtype)[0]
 
     def __call__(
         self,

@@ -9,9 +9,10 @@ from flax import nnx
 
 from simplernn_jax.array_types import Activations, ModelState, SegmentIds
 from simplernn_jax.errors import UserError
+from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.remat import rematerialize
 from simplernn_jax.ops.checks import check_array, check_batch, check_segment_ids
-from simplernn_jax.sharding.collectives import axis_size
+from simplernn_jax.ops.collectives import axis_size
 from simplernn_jax.sharding.layer_layout import STACKED
 from simplernn_jax.sharding.pipeline import choose_num_chunks, run_pipeline
 
@@ -38,9 +39,10 @@ class LayerStack(nnx.Module):
                     "stages need layers that are all alike; set --config.mesh.stage=1"
                 )
         self.num_layers = len(layers)
-        self.stacked = nnx.merge(
-            graphs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-        )
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+        for param in jax.tree.leaves(stacked, is_leaf=lambda x: isinstance(x, nnx.Param)):
+            param.set_metadata("axes", LogicalAxes("layers", *param.get_metadata("axes", ())))
+        self.stacked = nnx.merge(graphs[0], stacked)
 
     def initial_state(self, batch_size: int) -> ModelState:
         """The zero state of all layers, leaves ``[B, num_layers, ...]``."""
@@ -50,6 +52,14 @@ class LayerStack(nnx.Module):
                 self.stacked.initial_state(batch_size),
             )
         }
+
+    def state_axes(self) -> ModelState:
+        """Logical axes of each array of the state."""
+
+        def stacked(axes: LogicalAxes) -> LogicalAxes:
+            return LogicalAxes(axes[0], "layers", *axes[1:])
+
+        return {STACKED: jax.tree.map(stacked, self.stacked.state_axes())}
 
     def __call__(
         self,

@@ -7,12 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplernn_jax.array_types import Activations, ConvState, SegmentIds
-from simplernn_jax.ops import segment_starts
+from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
-from simplernn_jax.ops.rms_norm import rms_norm
-from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
-from simplernn_jax.sharding.collectives import axis_size, broadcast_from_last
-from simplernn_jax.sharding.sequence_parallel import halo
+from simplernn_jax.ops.sequence_parallel import sharded_convolution
 
 
 def _starts_as_identity(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
@@ -37,6 +34,10 @@ class ShortConvolution(nnx.Module):
     def initial_state(self, batch_size: int) -> ConvState:
         """Zeros ``[B, width - 1, D]``, float32: nothing came before."""
         return jnp.zeros((batch_size, self.width - 1, self.features))
+
+    def state_axes(self) -> LogicalAxes:
+        """Logical axes of the state."""
+        return LogicalAxes("batch")
 
     def __call__(
         self, x: Activations, state: ConvState | None, segment_ids: SegmentIds | None
@@ -63,18 +64,4 @@ class ShortConvolution(nnx.Module):
             check_array("state", state, "B P D", FLOATING, sizes)
         if state is None:
             state = self.initial_state(x.shape[0])
-        starts = None if segment_ids is None else segment_starts(segment_ids)
-        if axis_size("sequence") > 1:  # the tokens before are another device's
-            own = rms_norm(x[:, -past:].astype(state.dtype))
-            state = halo(_of_last_segment(own, starts), state, segment_ids)
-        y, recent = rms_norm_convolution(x, self.weights[...], state, starts)
-        return y, broadcast_from_last(_of_last_segment(recent, starts), "sequence")
-
-
-def _of_last_segment(recent: ConvState, starts: jax.Array | None) -> ConvState:
-    """The inputs until the last token, zero where they are not of its segment."""
-    if starts is None:
-        return recent
-    late = jnp.pad(starts, ((0, 0), (recent.shape[1], 0)))[:, starts.shape[1] :].astype(jnp.int32)
-    starts_after = jnp.flip(jnp.cumsum(jnp.flip(late, 1), axis=1), 1) - late
-    return jnp.where(starts_after[..., None] > 0, 0, recent)
+        return sharded_convolution(x, self.weights[...], state, segment_ids)

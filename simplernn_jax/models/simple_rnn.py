@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplernn_jax.array_types import Activations, HeadState, SegmentIds
+from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.heads import Heads
-from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
+from simplernn_jax.ops import recurrent_step
 from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
-from simplernn_jax.sharding.collectives import axis_size
-from simplernn_jax.sharding.sequence_parallel import sequence_parallel_recurrence
+from simplernn_jax.ops.sequence_parallel import sharded_recurrence
 
 
 class SimpleRNNCell(Heads, nnx.RNNCellBase):
@@ -72,6 +72,10 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
         heads = self.num_heads
         shape = (batch_size, heads, self.key_dim // heads, self.value_dim // heads)
         return jnp.zeros(shape, self.narrow)
+
+    def state_axes(self) -> LogicalAxes:
+        """Logical axes of the state."""
+        return LogicalAxes("batch", "heads")
 
     def project(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """What the recurrence and what `combine` take of ``[..., hidden_dim]`` inputs.
@@ -140,6 +144,10 @@ class SimpleRNN(nnx.Module):
         """Zeros ``[B, H, K, V]``, of the state's dtype."""
         return self.cell.initial_state(batch_size)
 
+    def state_axes(self) -> LogicalAxes:
+        """Logical axes of the state."""
+        return self.cell.state_axes()
+
     def __call__(
         self,
         x: Activations,
@@ -165,16 +173,13 @@ class SimpleRNN(nnx.Module):
         (q, k, v, log_gate), output_gate = self.cell.project(x)
         if state is not None:
             self.cell.check_state("state", state, q)
-        if axis_size("sequence") > 1:
-            y, state = sequence_parallel_recurrence(q, k, v, log_gate, state, segment_ids)
-        else:
-            y, state = gated_linear_recurrence(
-                q,
-                k,
-                v,
-                log_gate,
-                initial_state=state,
-                segment_ids=segment_ids,
-                state_dtype=self.cell.narrow,
-            )
+        y, state = sharded_recurrence(
+            q,
+            k,
+            v,
+            log_gate,
+            initial_state=state,
+            segment_ids=segment_ids,
+            state_dtype=self.cell.narrow,
+        )
         return self.cell.combine(y, output_gate), state

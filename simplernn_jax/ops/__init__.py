@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, SegmentIds, Values
 from simplernn_jax.ops.checks import INTEGER, check_array, check_dtype, check_recurrence
+from simplernn_jax.ops.collectives import vary_like
 from simplernn_jax.ops.intra_chunk import BLOCK
 from simplernn_jax.ops.low_precision_state import in_narrow_state
-from simplernn_jax.ops.manual_axes import vary_like
 from simplernn_jax.ops.native import can_call
 from simplernn_jax.ops.recurrence import recurrence
 from simplernn_jax.ops.scan import recurrent_step

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState
+from simplernn_jax.ops.collectives import vary_like
 from simplernn_jax.ops.intra_chunk import BLOCK, Levels, join_blocks, join_blocks_gradient
-from simplernn_jax.ops.manual_axes import vary_like
 
 GROUP_ELEMENTS = 2**18
 """Largest array of one group of chunks: 1 MiB of float32 stays in a core's cache, and fewer, larger

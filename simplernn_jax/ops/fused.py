@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState
-from simplernn_jax.ops.manual_axes import vary_like
+from simplernn_jax.ops.collectives import vary_like
 from simplernn_jax.ops.native import BACKWARD, FORWARD
 
 

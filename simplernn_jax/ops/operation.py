@@ -24,7 +24,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from simplernn_jax.ops.manual_axes import vary_like
+from simplernn_jax.ops.collectives import vary_like
 
 Form = Callable[..., Sequence[jax.Array]]
 """Arrays to a sequence of arrays. Hashable, so that equal programs are compiled once."""

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import Activations, ConvState
 from simplernn_jax.ops.checks import check_convolution
+from simplernn_jax.ops.collectives import vary_like
 from simplernn_jax.ops.convolution_sharding import (
     partition_convolution,
     partition_convolution_gradient,
 )
-from simplernn_jax.ops.manual_axes import vary_like
 from simplernn_jax.ops.native import CONVOLUTION_BACKWARD, CONVOLUTION_FORWARD, takes_native
 from simplernn_jax.ops.operation import Forms, Gradient, apply
 from simplernn_jax.ops.rms_norm import EPSILON, rms_norm

@@ -10,17 +10,8 @@ from jax.sharding import AxisType, Mesh
 
 from simplernn_jax.config import Config, MeshConfig
 from simplernn_jax.errors import UserError
-from simplernn_jax.sharding.sequence_parallel import LEAST_TOKENS
-
-AXES = ("data", "fsdp", "tensor", "sequence", "stage")
-"""Names of the mesh's axes, from the slowest link to the fastest but for `stage`; see
-`MeshConfig` for what each divides."""
-
-BATCH_AXES = ("data", "fsdp")
-"""Axes over which the rows of a batch are divided."""
-
-TOKEN_AXES = (*BATCH_AXES, "sequence", "stage")
-"""Axes whose devices take the loss of different tokens: losses and gradients are sums over them."""
+from simplernn_jax.mesh_axes import AXES, BATCH_AXES
+from simplernn_jax.ops.sequence_parallel import LEAST_TOKENS
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -24,9 +24,8 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import Activations, SegmentIds
 from simplernn_jax.ops import segment_starts
-from simplernn_jax.ops.manual_axes import vary_like
+from simplernn_jax.ops.collectives import shift, vary_like
 from simplernn_jax.ops.reset_state import reset_state
-from simplernn_jax.sharding.collectives import shift
 
 CHUNKS_PER_STAGE = 4
 """At most: the bubble is then below 1/5, and GPipe (arXiv:1811.06965, section 2.3) found it

@@ -11,9 +11,7 @@ from flax import nnx
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.ops import segment_starts
-from simplernn_jax.ops.manual_axes import vary_like
-from simplernn_jax.sharding.collectives import vary
-from simplernn_jax.sharding.mesh import TOKEN_AXES
+from simplernn_jax.ops.collectives import vary_like
 
 Inputs = tuple[nnx.State, Batch, ModelState, jax.Array, jax.Array]
 """``params, batch, carried, dropout_key, predictions`` of a part of a batch.
@@ -56,7 +54,7 @@ def in_groups(gradient_of: GradientOf, groups: int) -> GradientOf:
             return jax.tree.map(jnp.add, sums, tuple(part)), carried
 
         by_group = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (batch, carried))
-        sums = _zero_loss(), _zeros_like(params)
+        sums = _zero_loss(batch), _zeros_like(params)
         sums, carried = jax.lax.scan(add, sums, (jnp.arange(groups), *by_group))
         return *sums, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carried)
 
@@ -87,7 +85,7 @@ def truncated(loss_of: LossOf) -> GradientOf:
             return jax.tree.map(jnp.add, sums, tuple(new)), carried
 
         after = partial(jax.eval_shape, loss_of, params)
-        sums = _zero_loss(), _zeros_like(params)
+        sums = _zero_loss(batch), _zeros_like(params)
         (loss, gradient), carried = _one_by_one(add, sums, after, batch, carried, *rest)
         return loss, gradient, carried
 
@@ -109,7 +107,7 @@ def rematerialized_windows(loss_of: LossOf) -> LossOf:
             return total + loss, carried
 
         after = partial(jax.eval_shape, loss_of, params)
-        return _one_by_one(add, _zero_loss(), after, batch, carried, *rest)
+        return _one_by_one(add, _zero_loss(batch), after, batch, carried, *rest)
 
     return of_all
 
@@ -138,8 +136,8 @@ def _one_by_one(
     return jax.lax.scan(step, (sums, carried), (indices, windows))[0]
 
 
-def _zero_loss() -> jax.Array:
-    return vary(jnp.zeros(()), *TOKEN_AXES)
+def _zero_loss(batch: Any) -> jax.Array:
+    return vary_like(jnp.zeros(()), *batch)
 
 
 def _zeros_like(params: nnx.State) -> nnx.State:

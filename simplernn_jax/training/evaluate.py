@@ -17,16 +17,21 @@ from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.evaluation_batches import evaluation_batches
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.data.window_batches import Windows, window_batches
+from simplernn_jax.mesh_axes import BATCH_AXES, TOKEN_AXES
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.ops.collectives import psum
 from simplernn_jax.ops.reset_state import reset_state
-from simplernn_jax.sharding.collectives import psum
+from simplernn_jax.ops.sequence_parallel import LEAST_TOKENS, shard_segment_ids
 from simplernn_jax.sharding.global_arrays import from_rows
-from simplernn_jax.sharding.mesh import BATCH_AXES, TOKEN_AXES
-from simplernn_jax.sharding.partition_specs import specs_of
-from simplernn_jax.sharding.sequence_parallel import LEAST_TOKENS
+from simplernn_jax.sharding.partition_specs import (
+    axes_specs,
+    is_distributed,
+    named_shardings,
+    variable_specs,
+)
 from simplernn_jax.training.gradient import make_model
 from simplernn_jax.training.losses import cross_entropy
-from simplernn_jax.training.placement import batch_specs, is_distributed, shardings_of
+from simplernn_jax.training.placement import batch_specs
 
 BATCH_TOKENS = 8192
 """Tokens scored in one call: enough to keep the machine busy, little memory."""
@@ -90,7 +95,9 @@ class Evaluator:
         ) -> tuple[jax.Array, jax.Array, ModelState]:
             model = nnx.merge(graph, params)
             logits, carried = model(
-                batch.tokens, reset_state(carried, batch.reset), batch.segment_ids
+                batch.tokens,
+                reset_state(carried, batch.reset),
+                shard_segment_ids(jnp.asarray(batch.segment_ids)),
             )
             nats = cross_entropy(logits, batch.targets, batch.loss_mask)
             return nats, psum(jnp.sum(nats), *TOKEN_AXES), carried
@@ -102,13 +109,13 @@ class Evaluator:
         self._batch_shardings, self._state_shardings = None, None
         shardings: dict[str, Any] = {}
         if is_distributed(mesh):
-            specs = specs_of({"params": abstract_params, "carried": abstract_state(1)}, mesh)
             batch = batch_specs(mesh)
-            inputs = (specs["params"], batch, specs["carried"])
-            outputs = (batch.loss_mask, PartitionSpec(), specs["carried"])
+            state = axes_specs(nnx.eval_shape(make).state_axes(), mesh)
+            inputs = (variable_specs(abstract_params, mesh), batch, state)
+            outputs = (batch.loss_mask, PartitionSpec(), state)
             score = jax.shard_map(score, mesh=mesh, in_specs=inputs, out_specs=outputs)
-            shardings["in_shardings"] = shardings_of(inputs, mesh)
-            shardings["out_shardings"] = shardings_of(outputs, mesh)
+            shardings["in_shardings"] = named_shardings(inputs, mesh)
+            shardings["out_shardings"] = named_shardings(outputs, mesh)
             _, self._batch_shardings, self._state_shardings = shardings["in_shardings"]
             sequence, stages = mesh.shape["sequence"], mesh.shape["stage"]
             rows = math.prod(mesh.shape[name] for name in BATCH_AXES)

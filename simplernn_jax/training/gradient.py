@@ -1,6 +1,7 @@
 """The loss of a batch and its gradient, in groups of rows, on one device or on each of a mesh."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,11 @@ from flax import nnx
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
+from simplernn_jax.mesh_axes import TOKEN_AXES
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.ops.manual_axes import varying
+from simplernn_jax.ops.collectives import axis_index, psum, vary_like, varying
 from simplernn_jax.ops.reset_state import reset_state
-from simplernn_jax.sharding.collectives import axis_index, psum, vary
-from simplernn_jax.sharding.mesh import TOKEN_AXES
+from simplernn_jax.ops.sequence_parallel import shard_segment_ids
 from simplernn_jax.training.accumulation import (
     in_groups,
     rematerialized_windows,
@@ -28,24 +29,20 @@ GradientOf = Callable[
 ]
 
 
-def abstract_model(config: Config) -> tuple[nnx.GraphDef[LanguageModel], nnx.State]:
-    """Structure and parameter shapes of the model, without computing anything."""
-    model = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
-    return nnx.split(model, nnx.Param)
-
-
 def make_model(config: Config, rngs: nnx.Rngs) -> LanguageModel:
-    """The model as it is trained: it keeps for the gradient what ``train.remat`` says, and its
-    layers are stacked if there are stages.
+    """The model as it is trained: with ``train.remat``, and its layers stacked if there are stages.
 
     Raises:
       UserError: there are stages, and the layers are not alike.
     """
-    model = LanguageModel(config.model, rngs=rngs)
-    model.remat = config.train.remat
-    if config.mesh.stage > 1:
-        model.stack_layers()
-    return model
+    stack = config.mesh.stage > 1
+    return LanguageModel(config.model, rngs=rngs, remat=config.train.remat, stack_layers=stack)
+
+
+def abstract_model(config: Config) -> tuple[nnx.GraphDef[LanguageModel], nnx.State]:
+    """Structure and parameter shapes of the model, without computing anything."""
+    model = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
+    return nnx.split(model, nnx.Param)
 
 
 def make_gradient(config: Config) -> GradientOf:
@@ -66,7 +63,7 @@ def make_gradient(config: Config) -> GradientOf:
         hidden, carried = model.encode(
             batch.tokens,
             reset_state(carried, batch.reset) or None,
-            batch.segment_ids,
+            shard_segment_ids(jnp.asarray(batch.segment_ids)),
             dropout_key=key if dropout else None,
         )
         nats = cross_entropy_of_hidden(model.logits, hidden, batch.targets, batch.loss_mask)
@@ -81,12 +78,12 @@ def make_gradient(config: Config) -> GradientOf:
     of_all = in_groups(of_rows, config.train.gradient_accumulation)
 
     def gradient_of(
-        params: nnx.State, batch: Batch, carried: ModelState, rng: jax.Array, step: jax.Array
+        params: nnx.State, batch: Any, carried: ModelState, rng: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, jax.Array, nnx.State, ModelState]:
         predictions = psum(jnp.sum(batch.loss_mask), *TOKEN_AXES)
         key = _own_key(jax.random.fold_in(jax.random.wrap_key_data(rng), step))
-        # As each device's own, so that their gradients are summed once, after all groups.
-        own = vary(params, *TOKEN_AXES)
+        # Typed as varying, so that their gradients are summed over devices once, after all groups.
+        own = jax.tree.map(lambda param: vary_like(param, *batch), params)
         loss, gradient, ended = of_all(own, batch, carried, key, jnp.maximum(predictions, 1))
         carried = ended if carried else ()
         return psum(loss, *TOKEN_AXES), predictions, _sum_copies(gradient, params), carried

@@ -20,6 +20,7 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
+from simplernn_jax.mesh_axes import BATCH_AXES
 from simplernn_jax.sharding.agreement import (
     PreemptionSync,
     barrier,
@@ -27,7 +28,7 @@ from simplernn_jax.sharding.agreement import (
     is_coordinator,
 )
 from simplernn_jax.sharding.global_arrays import from_rows, local_copy, rows_of_this_process
-from simplernn_jax.sharding.mesh import BATCH_AXES, check_fits, describe, make_mesh
+from simplernn_jax.sharding.mesh import check_fits, describe, make_mesh
 from simplernn_jax.sharding.pipeline import describe_stages
 from simplernn_jax.training import report
 from simplernn_jax.training.clock import Clock

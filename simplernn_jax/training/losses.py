@@ -5,11 +5,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from simplernn_jax.array_types import Activations, Logits, LossMask, Tokens
-from simplernn_jax.sharding import vocab_parallel
-from simplernn_jax.sharding.collectives import axis_size
+from simplernn_jax.ops import vocab_parallel
 
 LOGITS_AT_ONCE = 2**24
 """Largest number of logits that `cross_entropy_of_hidden` makes before their loss is taken: 64 MiB
@@ -29,10 +27,7 @@ def cross_entropy(
     """
     # Before the exponentials too: 0 times the gradient of a NaN would be NaN.
     logits = jnp.where(mask[..., None], logits, 0.0)
-    if axis_size("tensor") > 1:
-        nats = vocab_parallel.cross_entropy(logits, jnp.asarray(targets))
-    else:
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    nats = vocab_parallel.cross_entropy(logits, jnp.asarray(targets))
     return jnp.where(mask, nats, 0.0)
 
 

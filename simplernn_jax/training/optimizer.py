@@ -6,13 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from simplernn_jax.config import OptimizerConfig
-from simplernn_jax.sharding.collectives import axis_index, gather
-from simplernn_jax.sharding.layer_layout import layer_axis
-from simplernn_jax.sharding.partition_specs import specs_of
-from simplernn_jax.training.placement import is_distributed
+from simplernn_jax.ops.collectives import all_gather, axis_index
+from simplernn_jax.sharding.partition_specs import is_distributed, variable_specs
 
 MUON_MOMENTUM = 0.95
 """As published with Muon (github.com/KellerJordan/Muon)."""
@@ -44,15 +43,13 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 
 def decay_mask(params: Any) -> Any:
-    """True for what is decayed: matrices of dense layers, not biases, norms, the embedding or
-    the convolution; stacked layers (see `layer_layout`) are as they are alone."""
+    """True for the parameters made with the metadata ``decay``: the matrices of dense layers."""
 
-    def is_decayed(path: tuple[Any, ...], leaf: Any) -> bool:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        rank = leaf.ndim - (layer_axis(name) is not None)
-        return rank >= 2 and "embedding" not in name and "convolution" not in name
+    def is_decayed(param: Any) -> Any:
+        decay = isinstance(param, nnx.Variable) and param.get_metadata("decay", False)
+        return jax.tree.map(lambda _: decay, param)
 
-    return jax.tree_util.tree_map_with_path(is_decayed, params)
+    return jax.tree.map(is_decayed, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def make_optimizer(
@@ -60,14 +57,14 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer of a run; ``adamw`` with weight_decay 0 is Adam.
 
-    On a mesh, what Adam does is each device's own part; see `orthogonalized_parts` for Muon.
+    On a mesh, Adam updates each device's shards; see `orthogonalized_shards` for Muon.
     """
     learning_rate = learning_rate_schedule(config, total_steps)
     betas = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
     if config.name == "muon":
         matrices = optax.chain(
             optax.trace(MUON_MOMENTUM, nesterov=True),
-            optax.stateless(lambda updates, _: orthogonalized_parts(updates, mesh)),
+            optax.stateless(lambda updates, _: orthogonalized_shards(updates, mesh)),
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(learning_rate),
         )
@@ -86,17 +83,17 @@ def make_optimizer(
     return optax.chain(clip, optimizer)
 
 
-def orthogonalized_parts(matrices: Any, mesh: Mesh | None) -> Any:
-    """Each matrix of a tree `orthogonalized`, wherever its parts lie.
+def orthogonalized_shards(matrices: Any, mesh: Mesh | None) -> Any:
+    """`orthogonalized` of each matrix of a tree, however they are sharded.
 
-    On a mesh every device puts the matrices together, one after the other, and keeps of each
-    result what lies there; of stacked layers it has those of its stage, and those alone.
+    On a mesh every device gathers the matrices, one after the other, and keeps its shard of each
+    result; of stacked layers it gathers those of its stage alone.
     """
     each = jnp.vectorize(orthogonalized, signature="(m,n)->(m,n)")
     leaves, tree = jax.tree.flatten(matrices)
     if not is_distributed(mesh):
         return jax.tree.unflatten(tree, map(each, leaves))
-    specs = tuple(jax.tree.leaves(specs_of(matrices, mesh)))
+    specs = tuple(jax.tree.leaves(variable_specs(matrices, mesh)))
 
     def run(*parts: jax.Array) -> tuple[jax.Array, ...]:
         results: list[jax.Array] = []
@@ -106,7 +103,7 @@ def orthogonalized_parts(matrices: Any, mesh: Mesh | None) -> Any:
             ]
             whole = part
             for axis, name in divided:
-                whole = gather(whole, name, axis, after=results[-1] if results else part)
+                whole = all_gather(whole, name, axis, after=results[-1] if results else part)
             result = each(whole)
             for axis, name in divided:
                 start = axis_index(name) * part.shape[axis]
@@ -119,12 +116,12 @@ def orthogonalized_parts(matrices: Any, mesh: Mesh | None) -> Any:
 
 
 def orthogonalized(matrix: jax.Array) -> jax.Array:
-    """The nearest matrix that turns as far in every direction, ``[m, n]`` float32.
+    """Approximate orthogonal polar factor of a matrix, ``[m, n]`` float32, scaled.
 
     Singular values end between about 0.7 and 1.2 of one value, which gives the whole a root mean
     square of about `MUON_RMS`. Five steps of the Newton-Schulz iteration of
-    github.com/KellerJordan/Muon, in plain products of two matrices: optax.contrib's, over a batch
-    axis of one, take two and a half times as long on a CPU.
+    github.com/KellerJordan/Muon, as matmuls of two matrices: optax.contrib's, over a batch axis of
+    one, take two and a half times as long on a CPU.
     """
     rows, columns = matrix.shape
     x = matrix.T if rows > columns else matrix

@@ -15,14 +15,17 @@ from jax.sharding import PartitionSpec as P
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.sharding.partition_specs import specs_of
+from simplernn_jax.sharding.partition_specs import (
+    axes_specs,
+    is_distributed,
+    named_shardings,
+    variable_specs,
+)
 from simplernn_jax.training.accumulation import windows_of
 from simplernn_jax.training.gradient import make_gradient, make_model
 from simplernn_jax.training.placement import (
     batch_specs,
     compiler_options,
-    is_distributed,
-    shardings_of,
     window_specs,
 )
 
@@ -91,17 +94,23 @@ def init_train_state(config: Config, optimizer: optax.GradientTransformation) ->
 
 
 def state_specs(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Where each array of the state lies on the mesh, as a tree of `PartitionSpec`."""
-    return specs_of(jax.eval_shape(lambda: init_train_state(config, optimizer)), mesh)
+    """The `PartitionSpec` of each array of the state."""
+    state = jax.eval_shape(lambda: init_train_state(config, optimizer))
+    specs: TrainState = variable_specs(state, mesh)
+    if state.carried:
+        axes = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))).state_axes()
+        specs = dataclasses.replace(specs, carried=axes_specs(axes, mesh))
+    return specs
 
 
 def state_shardings(
     config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState | None:
-    """Where the arrays of the state lie; None on one device."""
-    return (
-        shardings_of(state_specs(config, optimizer, mesh), mesh) if is_distributed(mesh) else None
-    )
+    """Shardings of the arrays of the state; None on one device."""
+    if not is_distributed(mesh):
+        return None
+    shardings: TrainState = named_shardings(state_specs(config, optimizer, mesh), mesh)
+    return shardings
 
 
 def make_train_step(
@@ -128,8 +137,8 @@ def make_train_step(
             in_specs=(state.params, of_gradient, state.carried, P(), P()),
             out_specs=(P(), P(), state.params, state.carried),
         )
-        states = shardings_of(state, mesh)
-        options["in_shardings"] = (states, shardings_of(batch, mesh))
+        states = named_shardings(state, mesh)
+        options["in_shardings"] = (states, named_shardings(batch, mesh))
         options["out_shardings"] = (states, NamedSharding(mesh, P()))
     if is_distributed(mesh) or config.train.remat != "none":
         options["compiler_options"] = compiler_options(mesh)

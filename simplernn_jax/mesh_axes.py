@@ -1,0 +1,47 @@
+"""Names of the mesh axes, and the table from the logical axes of arrays to them.
+
+Parameters and states name their logical axes where they are made. An array whose logical axis is
+not in the table is replicated along it.
+"""
+
+from jax.sharding import Mesh, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor", "sequence", "stage")
+"""Mesh axes, from the slowest link to the fastest except `stage`; see `MeshConfig`."""
+
+BATCH_AXES = ("data", "fsdp")
+"""Axes over which the sequences of a batch are sharded."""
+
+TOKEN_AXES = (*BATCH_AXES, "sequence", "stage")
+"""Axes whose devices take the loss of different tokens: losses and gradients are sums over them."""
+
+TABLE: dict[str, str | tuple[str, ...]] = {
+    "batch": BATCH_AXES,
+    "time": "sequence",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "layers": "stage",
+}
+
+LogicalAxes = PartitionSpec
+"""One logical axis, or None, for each axis of an array; those left out at the end are None."""
+
+
+def partition_spec(axes: LogicalAxes, mesh: Mesh) -> PartitionSpec:
+    """Map logical axes to the axes of `mesh` that have more than one device."""
+    return drop_trivial_axes(
+        PartitionSpec(*(None if axis is None else TABLE[axis] for axis in axes)), mesh
+    )
+
+
+def drop_trivial_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """Leave the mesh axes of one device out of `spec`."""
+
+    def keep(names: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if names is None or isinstance(names, str):
+            return names if names and mesh.shape[names] > 1 else None
+        return tuple(name for name in names if mesh.shape[name] > 1) or None
+
+    return PartitionSpec(*map(keep, spec))

@@ -1,0 +1,42 @@
+"""Projections whose kernels may be sharded over the mesh axes ``fsdp`` and ``tensor``.
+
+Inside `jax.shard_map`, kernels are gathered over ``fsdp`` where they are used, and again for the
+gradient. Over ``tensor`` a projection is (Megatron-LM, arXiv:1909.08053, section 3)
+
+- column parallel, ``[in / fsdp, out / tensor]``: each device computes its outputs from all inputs;
+- row parallel, ``[in / tensor, out / fsdp]``: each device has its inputs, and the outputs are sums
+  over the devices.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+
+from simplernn_jax.ops.collectives import all_gather, psum, remat_all_gather, vary_like
+from simplernn_jax.ops.matmul import fused_matmul
+
+
+def fused_projection(
+    x: jax.Array, kernels: Sequence[jax.Array], dtype: Any, *, row_parallel: bool = False
+) -> tuple[jax.Array, ...]:
+    """`fused_matmul` of `x` with each kernel.
+
+    Args:
+      x: ``[..., in]``, or this device's inputs ``[..., in / tensor]`` if `row_parallel`.
+      kernels: this device's shards, all column parallel or all row parallel.
+      dtype: of the operands; results are float32 at least.
+      row_parallel: sum the results over ``tensor``.
+    """
+    x = vary_like(x, *kernels)  # its gradient is summed over `tensor` once for all kernels
+    run = partial(_gather_and_multiply, dtype=dtype, gathered_axis=int(row_parallel))
+    outputs = remat_all_gather(run)(x, tuple(kernels))
+    return psum(outputs, "tensor") if row_parallel else outputs
+
+
+def _gather_and_multiply(
+    x: jax.Array, kernels: tuple[jax.Array, ...], *, dtype: Any, gathered_axis: int
+) -> tuple[jax.Array, ...]:
+    whole = [all_gather(kernel, "fsdp", gathered_axis, after=x) for kernel in kernels]
+    return fused_matmul(x, whole, dtype)
