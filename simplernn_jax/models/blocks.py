@@ -13,8 +13,9 @@ from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.models.dense import dense, dtypes_of
 from simplernn_jax.models.short_convolution import ShortConvolution
-from simplernn_jax.models.simple_rnn import SimpleRNN
+from simplernn_jax.models.simple_rnn import Recurrence, SimpleRNN
 from simplernn_jax.named_leaves import tuple_with_names
+from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.checks import FLOATING, check_array
 from simplernn_jax.ops.matmul import merge_tokens
 from simplernn_jax.ops.rms_norm import rms_norm
@@ -54,8 +55,16 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
 class PlainBlock(nnx.Module):
     """The bare layer of the PyTorch project: no norm, no residual, its initialisation."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.rnn = SimpleRNN(**_sizes(config), state_dtype=dtypes_of(config).state, rngs=rngs)
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        recurrence: Recurrence = gated_linear_recurrence,
+    ):
+        self.rnn = SimpleRNN(
+            **_sizes(config), state_dtype=dtypes_of(config).state, rngs=rngs, recurrence=recurrence
+        )
 
     def initial_state(self, batch_size: int) -> HeadState:
         """The layer's zero state."""
@@ -90,7 +99,14 @@ class ResidualBlock(nnx.Module):
     writes into the residual stream starts smaller by sqrt(2 * num_layers), as in GPT-2.
     """
 
-    def __init__(self, config: ModelConfig, mixer: str, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        mixer: str,
+        *,
+        rngs: nnx.Rngs,
+        recurrence: Recurrence = gated_linear_recurrence,
+    ):
         """Makes the parameters; `mixer` is one of `simplernn_jax.config.MIXERS`."""
         dtype = dtypes_of(config).compute
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
@@ -110,6 +126,7 @@ class ResidualBlock(nnx.Module):
                 state_dtype=dtypes_of(config).state,
                 query_scale=(config.key_dim // config.num_heads) ** -0.5,
                 gate_bias_init=spread_gate_bias(config.num_heads),
+                recurrence=recurrence,
                 **options,
             )
         self.mlp_in = dense(

@@ -13,6 +13,8 @@ from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
 from simplernn_jax.models.dense import dense, dtypes_of
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.remat import rematerialize
+from simplernn_jax.models.simple_rnn import Recurrence
+from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_batch, check_segment_ids
 from simplernn_jax.ops.matmul import matmul
 from simplernn_jax.ops.rms_norm import rms_norm
@@ -30,12 +32,19 @@ class LanguageModel(nnx.Module):
     embedding itself.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        recurrence: Recurrence = gated_linear_recurrence,
+    ):
         """Makes the parameters, all float32.
 
         Args:
           config: sizes and precision; see `ModelConfig`.
           rngs: source of initial values.
+          recurrence: called by every `SimpleRNN` layer.
         """
         self.config = dataclasses.replace(config)
         parameters, dtype, _ = dtypes_of(config)
@@ -52,7 +61,9 @@ class LanguageModel(nnx.Module):
         )
         self.layers = nnx.List(
             [
-                PlainBlock(config, rngs=rngs) if plain else ResidualBlock(config, mixer, rngs=rngs)
+                PlainBlock(config, rngs=rngs, recurrence=recurrence)
+                if plain
+                else ResidualBlock(config, mixer, rngs=rngs, recurrence=recurrence)
                 for mixer in config.mixers
             ]
         )

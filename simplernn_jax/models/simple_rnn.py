@@ -1,5 +1,6 @@
 """The SimpleRNN cell: one token as a Flax RNN cell, a whole sequence as one operator call."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,9 @@ from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
 from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
 from simplernn_jax.sharding.collectives import axis_size
 from simplernn_jax.sharding.sequence_parallel import sequence_parallel_recurrence
+
+Recurrence = Callable[..., tuple[jax.Array, HeadState]]
+"""`gated_linear_recurrence`, or that function with some of its options bound."""
 
 
 class SimpleRNNCell(Heads, nnx.RNNCellBase):
@@ -119,7 +123,10 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
 
 
 class SimpleRNN(nnx.Module):
-    """`SimpleRNNCell` over a sequence in one call of the operator; same arguments."""
+    """`SimpleRNNCell` over a sequence in one call of the operator; same arguments.
+
+    `recurrence` is called as `gated_linear_recurrence` is, where time is not sharded.
+    """
 
     def __init__(
         self,
@@ -130,8 +137,10 @@ class SimpleRNN(nnx.Module):
         num_heads: int = 1,
         *,
         rngs: nnx.Rngs,
+        recurrence: Recurrence = gated_linear_recurrence,
         **options: Any,
     ):
+        self.recurrence = recurrence
         self.cell = SimpleRNNCell(
             hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs=rngs, **options
         )
@@ -168,7 +177,7 @@ class SimpleRNN(nnx.Module):
         if axis_size("sequence") > 1:
             y, state = sequence_parallel_recurrence(q, k, v, log_gate, state, segment_ids)
         else:
-            y, state = gated_linear_recurrence(
+            y, state = self.recurrence(
                 q,
                 k,
                 v,

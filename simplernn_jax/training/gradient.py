@@ -10,6 +10,8 @@ from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.simple_rnn import Recurrence
+from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.manual_axes import varying
 from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.sharding.collectives import axis_index, psum, vary
@@ -34,21 +36,23 @@ def abstract_model(config: Config) -> tuple[nnx.GraphDef[LanguageModel], nnx.Sta
     return nnx.split(model, nnx.Param)
 
 
-def make_model(config: Config, rngs: nnx.Rngs) -> LanguageModel:
+def make_model(
+    config: Config, rngs: nnx.Rngs, recurrence: Recurrence = gated_linear_recurrence
+) -> LanguageModel:
     """The model as it is trained: it keeps for the gradient what ``train.remat`` says, and its
     layers are stacked if there are stages.
 
     Raises:
       UserError: there are stages, and the layers are not alike.
     """
-    model = LanguageModel(config.model, rngs=rngs)
+    model = LanguageModel(config.model, rngs=rngs, recurrence=recurrence)
     model.remat = config.train.remat
     if config.mesh.stage > 1:
         model.stack_layers()
     return model
 
 
-def make_gradient(config: Config) -> GradientOf:
+def make_gradient(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> GradientOf:
     """``(params, batch, carried, rng, step) -> (loss, predictions, gradient, carried)``.
 
     With ``train.backward_window``, the batch is what `windows_of` makes of it.
@@ -56,7 +60,7 @@ def make_gradient(config: Config) -> GradientOf:
     each device is given its part of everything, and gives its part of the gradient and of the
     carried state; loss and predictions are those of the whole batch on all.
     """
-    graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), recurrence)))
     dropout = config.model.dropout > 0
 
     def summed_loss(
