@@ -20,7 +20,7 @@ from simplernn_jax.training.losses import summed_cross_entropy
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step
 
-_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BY_SCAN: Recurrence = functools.partial(gated_linear_recurrence, method="scan")
 _STEPS = 1000
 """Length of the learning rate's schedule; more steps only go on at its end."""
