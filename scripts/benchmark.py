@@ -22,6 +22,11 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
+import sys
+from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
 import json
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path

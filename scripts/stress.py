@@ -19,6 +19,11 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
+import sys
+from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
 import concurrent.futures
 import contextlib
 import os
@@ -34,14 +39,8 @@ from typing import Any
 import jax
 from absl import flags
 
-import stress_hosts
-from simplernn_jax import command_line, early_signals
-from simplernn_jax.checkpoint import manifest
-from simplernn_jax.checkpoint.checkpointer import Checkpointer, read_config
-from simplernn_jax.checkpoint.contents import saved_leaves
-from simplernn_jax.checkpoint.folder import UNFINISHED_MARK, CheckpointFolder
-from simplernn_jax.errors import UserError
-from stress_runs import (
+from benchmarks import stress_hosts
+from benchmarks.stress_runs import (
     SAVE_EVERY,
     STEPS,
     comparable,
@@ -51,6 +50,12 @@ from stress_runs import (
     start,
     train,
 )
+from simplernn_jax import command_line, early_signals
+from simplernn_jax.checkpoint import manifest
+from simplernn_jax.checkpoint.checkpointer import Checkpointer, read_config
+from simplernn_jax.checkpoint.contents import saved_leaves
+from simplernn_jax.checkpoint.folder import UNFINISHED_MARK, CheckpointFolder
+from simplernn_jax.errors import UserError
 
 _ARGUMENTS = command_line.define_arguments("kill|damage|hosts")
 _COUNT = flags.DEFINE_integer("n", 20, "Number of runs to kill, or of damages.", lower_bound=1)

@@ -31,7 +31,7 @@ if [ -n "$sanitize" ]; then
   exit
 fi
 
-sources=(simplernn_jax scripts configs tests)
+sources=(simplernn_jax scripts benchmarks configs tests)
 status=0
 ruff check "${sources[@]}" || status=1
 ruff format --check "${sources[@]}" || status=1

@@ -14,11 +14,12 @@ from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.models.dense import Dense, dtypes_of
 from simplernn_jax.models.short_convolution import ShortConvolution
-from simplernn_jax.models.simple_rnn import SimpleRNN
+from simplernn_jax.models.simple_rnn import Recurrence, SimpleRNN
 from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops.checks import FLOATING, check_array
 from simplernn_jax.ops.matmul import merge_tokens
 from simplernn_jax.ops.rms_norm import rms_norm
+from simplernn_jax.ops.sequence_parallel import sharded_recurrence
 
 GATE_BIAS_RANGE = (1.0, 6.0)
 """Gate biases of the residual block, spread over the key channels: half-lives of about 2 to 280
@@ -54,8 +55,16 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
 class PlainBlock(nnx.Module):
     """The bare layer of the PyTorch project: no norm, no residual, its initialisation."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.rnn = SimpleRNN(**_sizes(config), state_dtype=dtypes_of(config).state, rngs=rngs)
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        recurrence: Recurrence = sharded_recurrence,
+    ):
+        self.rnn = SimpleRNN(
+            **_sizes(config), state_dtype=dtypes_of(config).state, rngs=rngs, recurrence=recurrence
+        )
 
     def initial_state(self, batch_size: int) -> HeadState:
         """The layer's zero state."""
@@ -94,7 +103,14 @@ class ResidualBlock(nnx.Module):
     writes into the residual stream starts smaller by sqrt(2 * num_layers), as in GPT-2.
     """
 
-    def __init__(self, config: ModelConfig, mixer: str, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        mixer: str,
+        *,
+        rngs: nnx.Rngs,
+        recurrence: Recurrence = sharded_recurrence,
+    ):
         """Makes the parameters; `mixer` is one of `simplernn_jax.config.MIXERS`."""
         dtype = dtypes_of(config).compute
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
@@ -114,6 +130,7 @@ class ResidualBlock(nnx.Module):
                 state_dtype=dtypes_of(config).state,
                 query_scale=(config.key_dim // config.num_heads) ** -0.5,
                 gate_bias_init=spread_gate_bias(config.num_heads),
+                recurrence=recurrence,
                 **options,
             )
         self.mlp_in = Dense(

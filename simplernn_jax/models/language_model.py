@@ -14,9 +14,11 @@ from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
 from simplernn_jax.models.dense import Dense, dtypes_of
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.remat import rematerialize
+from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_batch, check_segment_ids
 from simplernn_jax.ops.projection import fused_projection
 from simplernn_jax.ops.rms_norm import rms_norm
+from simplernn_jax.ops.sequence_parallel import sharded_recurrence
 from simplernn_jax.ops.vocab_parallel import lookup
 
 
@@ -36,6 +38,7 @@ class LanguageModel(nnx.Module):
         rngs: nnx.Rngs,
         remat: str = "none",
         stack_layers: bool = False,
+        recurrence: Recurrence = sharded_recurrence,
     ):
         """Make the parameters, all float32.
 
@@ -45,6 +48,7 @@ class LanguageModel(nnx.Module):
           remat: what layers keep for the gradient; see `rematerialize`.
           stack_layers: make all layers one, to be sharded over the stages of a mesh; see
             `LayerStack`.
+          recurrence: called by every `SimpleRNN` layer.
 
         Raises:
           UserError: layers that are not alike are to be stacked.
@@ -63,7 +67,9 @@ class LanguageModel(nnx.Module):
             rngs=rngs,
         )
         layers = [
-            PlainBlock(config, rngs=rngs) if plain else ResidualBlock(config, mixer, rngs=rngs)
+            PlainBlock(config, rngs=rngs, recurrence=recurrence)
+            if plain
+            else ResidualBlock(config, mixer, rngs=rngs, recurrence=recurrence)
             for mixer in config.mixers
         ]
         self.layers = LayerStack(layers) if stack_layers else nnx.List(layers)

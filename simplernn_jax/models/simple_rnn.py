@@ -1,5 +1,6 @@
 """The SimpleRNN cell: one token as a Flax RNN cell, a whole sequence as one operator call."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,9 @@ from simplernn_jax.models.heads import Heads
 from simplernn_jax.ops import recurrent_step
 from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
 from simplernn_jax.ops.sequence_parallel import sharded_recurrence
+
+Recurrence = Callable[..., tuple[jax.Array, HeadState]]
+"""`gated_linear_recurrence`, or that function with some of its options bound."""
 
 
 class SimpleRNNCell(Heads, nnx.RNNCellBase):
@@ -123,7 +127,10 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
 
 
 class SimpleRNN(nnx.Module):
-    """`SimpleRNNCell` over a sequence in one call of the operator; same arguments."""
+    """`SimpleRNNCell` over a sequence in one call of the operator; same arguments.
+
+    `recurrence` is called as `gated_linear_recurrence` is, where time is not sharded.
+    """
 
     def __init__(
         self,
@@ -134,8 +141,10 @@ class SimpleRNN(nnx.Module):
         num_heads: int = 1,
         *,
         rngs: nnx.Rngs,
+        recurrence: Recurrence = sharded_recurrence,
         **options: Any,
     ):
+        self.recurrence = recurrence
         self.cell = SimpleRNNCell(
             hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs=rngs, **options
         )
@@ -173,7 +182,7 @@ class SimpleRNN(nnx.Module):
         (q, k, v, log_gate), output_gate = self.cell.project(x)
         if state is not None:
             self.cell.check_state("state", state, q)
-        y, state = sharded_recurrence(
+        y, state = self.recurrence(
             q,
             k,
             v,

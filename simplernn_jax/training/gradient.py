@@ -12,9 +12,10 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.mesh_axes import TOKEN_AXES
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops.collectives import axis_index, psum, vary_like, varying
 from simplernn_jax.ops.reset_state import reset_state
-from simplernn_jax.ops.sequence_parallel import shard_segment_ids
+from simplernn_jax.ops.sequence_parallel import shard_segment_ids, sharded_recurrence
 from simplernn_jax.training.accumulation import (
     in_groups,
     rematerialized_windows,
@@ -29,14 +30,21 @@ GradientOf = Callable[
 ]
 
 
-def make_model(config: Config, rngs: nnx.Rngs) -> LanguageModel:
+def make_model(
+    config: Config, rngs: nnx.Rngs, recurrence: Recurrence = sharded_recurrence
+) -> LanguageModel:
     """The model as it is trained: with ``train.remat``, and its layers stacked if there are stages.
 
     Raises:
       UserError: there are stages, and the layers are not alike.
     """
-    stack = config.mesh.stage > 1
-    return LanguageModel(config.model, rngs=rngs, remat=config.train.remat, stack_layers=stack)
+    return LanguageModel(
+        config.model,
+        rngs=rngs,
+        remat=config.train.remat,
+        stack_layers=config.mesh.stage > 1,
+        recurrence=recurrence,
+    )
 
 
 def abstract_model(config: Config) -> tuple[nnx.GraphDef[LanguageModel], nnx.State]:
@@ -45,7 +53,7 @@ def abstract_model(config: Config) -> tuple[nnx.GraphDef[LanguageModel], nnx.Sta
     return nnx.split(model, nnx.Param)
 
 
-def make_gradient(config: Config) -> GradientOf:
+def make_gradient(config: Config, recurrence: Recurrence = sharded_recurrence) -> GradientOf:
     """``(params, batch, carried, rng, step) -> (loss, predictions, gradient, carried)``.
 
     With ``train.backward_window``, the batch is what `windows_of` makes of it.
@@ -53,7 +61,7 @@ def make_gradient(config: Config) -> GradientOf:
     each device is given its part of everything, and gives its part of the gradient and of the
     carried state; loss and predictions are those of the whole batch on all.
     """
-    graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), recurrence)))
     dropout = config.model.dropout > 0
 
     def summed_loss(

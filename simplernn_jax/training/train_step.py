@@ -1,7 +1,7 @@
 """One optimizer step as one compiled program, and the state that goes from step to step."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
+from simplernn_jax.models.simple_rnn import Recurrence
+from simplernn_jax.ops.sequence_parallel import sharded_recurrence
 from simplernn_jax.sharding.partition_specs import (
     axes_specs,
     is_distributed,
@@ -114,7 +116,10 @@ def state_shardings(
 
 
 def make_train_step(
-    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    recurrence: Recurrence = sharded_recurrence,
 ) -> TrainStep:
     """Compiles on first use; the old state is donated to the new one.
 
@@ -125,8 +130,9 @@ def make_train_step(
       optimizer: what `make_optimizer` returned.
       mesh: the devices that take the step together; None or a mesh of one device is the default
         device. State and batch lie as `state_specs` and `batch_specs` say.
+      recurrence: of the model's `SimpleRNN` layers; see `LanguageModel`.
     """
-    gradient_of, window = make_gradient(config), config.train.backward_window
+    gradient_of, window = make_gradient(config, recurrence), config.train.backward_window
     options: dict[str, Any] = {}
     if is_distributed(mesh):
         state, batch = state_specs(config, optimizer, mesh), batch_specs(mesh)
@@ -178,3 +184,14 @@ def make_train_step(
         )
 
     return jax.jit(train_step, donate_argnums=0, **options)
+
+
+def take_steps(
+    step: TrainStep, state: TrainState, batches: Iterable[Batch]
+) -> tuple[TrainState, list[StepMetrics]]:
+    """Take one step per batch; the metrics stay on the device and are not waited for."""
+    metrics = []
+    for batch in batches:
+        state, of_step = step(state, batch)
+        metrics.append(of_step)
+    return state, metrics

@@ -1,11 +1,9 @@
 """Train steps in JAX, compiled, on random tokens: ours, per token, and a stack of GRUs."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +14,14 @@ from flax import nnx
 from simplernn_jax import config_flag
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.models import simple_rnn
+from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.training.losses import summed_cross_entropy
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step
 
-_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+BY_SCAN: Recurrence = functools.partial(gated_linear_recurrence, method="scan")
 _STEPS = 1000
 """Length of the learning rate's schedule; more steps only go on at its end."""
 
@@ -89,11 +88,11 @@ class CompiledStep:
         return metrics
 
 
-def our_step(config: Config) -> CompiledStep:
+def our_step(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> CompiledStep:
     """The step of `simplernn_jax.training`, as training runs it."""
     optimizer = make_optimizer(config.optimizer, _STEPS)
     return CompiledStep(
-        make_train_step(config, optimizer),
+        make_train_step(config, optimizer, recurrence=recurrence),
         lambda: init_train_state(config, optimizer),
         random_batch(config),
     )
@@ -101,17 +100,7 @@ def our_step(config: Config) -> CompiledStep:
 
 def scan_step(config: Config) -> CompiledStep:
     """The same step and model, the recurrence by ``method="scan"``."""
-    with recurrence_by(method="scan"):
-        return our_step(config)
-
-
-@contextlib.contextmanager
-def recurrence_by(**ways: Any) -> Iterator[None]:
-    """While a model is traced inside, `gated_linear_recurrence` is called with these options; the
-    model has none for that."""
-    by_ways = functools.partial(gated_linear_recurrence, **ways)
-    with mock.patch.object(simple_rnn, "gated_linear_recurrence", by_ways):
-        yield
+    return our_step(config, BY_SCAN)
 
 
 def gru_step(config: Config) -> CompiledStep:

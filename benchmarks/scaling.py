@@ -16,6 +16,7 @@ hardware gains.
 """
 
 import copy
+import functools
 import tempfile
 from typing import Any
 
@@ -24,10 +25,11 @@ import jax
 from benchmarks import scaling_memory, scaling_parts, tables
 from benchmarks.interleave import Effort
 from benchmarks.isolated import call_isolated
-from benchmarks.jax_steps import load_config
+from benchmarks.jax_steps import BY_SCAN, load_config
 from benchmarks.short_training import Trained, measure_short, train_short
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
+from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.chunkwise import choose_chunk_size
 
 BATCH, LENGTH, STEPS = 8, 256, 200
@@ -90,7 +92,7 @@ def trainings(base: Config) -> list[tuple[str, str, Config, dict[str, Any]]]:
     """Name, what it changes, configuration and options of `train_short`, of each but the plain."""
     long = long_rows(copy.deepcopy(base))
     window = base.data.sequence_length
-    chunks = {"chunk_size": choose_chunk_size(window)}
+    by_chunks = functools.partial(gated_linear_recurrence, chunk_size=choose_chunk_size(window))
     return [
         ("= another draw", "parameters and batches", base, {"draw": 1}),
         ("= a third draw", "likewise", base, {"draw": 2}),
@@ -100,8 +102,8 @@ def trainings(base: Config) -> list[tuple[str, str, Config, dict[str, Any]]]:
             changed(base, stride=window // 2),
             {},
         ),
-        ("C one token at a time", "a compiled loop", base, {"ways": {"method": "scan"}}),
-        ("C in chunks", "matrix products in XLA", base, {"ways": chunks}),
+        ("C one token at a time", "a compiled loop", base, {"recurrence": BY_SCAN}),
+        ("C in chunks", "matrix products in XLA", base, {"recurrence": by_chunks}),
         ("D bfloat16 products", "their operands", changed(base, precision="bfloat16"), {}),
         ("D bfloat16 state", "the recurrent state", changed(base, state_precision="bfloat16"), {}),
         ("E streams", "the state goes on between steps", changed(base, mode="stream"), {}),

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.stress_runs import SAVE_EVERY, STEPS, compare, final_checkpoint, start
 from simplernn_jax.checkpoint.folder import CheckpointFolder
-from stress_runs import SAVE_EVERY, STEPS, compare, final_checkpoint, start
 
 _COUNT, _DEVICES = 2, 2
 _START_SECONDS, _SAVE_SECONDS = 8.0, 0.5

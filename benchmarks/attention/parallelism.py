@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from benchmarks.attention.program_work import Work, count_work
 from benchmarks.attention.sides import PROGRAMS, all_in_jax, config_of
 from benchmarks.interleave import Effort, alternate, median
-from benchmarks.jax_steps import random_batch, recurrence_by
+from benchmarks.jax_steps import BY_SCAN, random_batch
 from simplernn_jax.config import Config
+from simplernn_jax.models.simple_rnn import Recurrence
+from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.training.gradient import abstract_model, make_gradient
 
 
@@ -56,16 +58,16 @@ def chains(length: int, layers: int) -> dict[str, float]:
     found = {}
     for name, (side, _) in PROGRAMS.items():
         config = config_of(side, length, num_layers=layers)
-        ways = {"method": "scan"} if name == "scan" else {}
         if name != "ours":
-            with all_in_jax(), recurrence_by(**ways):
-                found[name] = gradient_work(config).chain
+            recurrence = BY_SCAN if name == "scan" else gated_linear_recurrence
+            with all_in_jax():
+                found[name] = gradient_work(config, recurrence).chain
     return found
 
 
-def gradient_work(config: Config) -> Work:
+def gradient_work(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> Work:
     """`Work` of the gradient of one batch; to be called inside of `all_in_jax`."""
     _, params = abstract_model(config)
     key = jax.random.key_data(jax.random.key(0))
-    gradient = make_gradient(config)
+    gradient = make_gradient(config, recurrence)
     return count_work(gradient, params, random_batch(config), (), key, jnp.int32(0))

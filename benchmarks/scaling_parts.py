@@ -13,7 +13,7 @@ from flax import nnx
 
 from benchmarks import tables
 from benchmarks.interleave import Call, seconds_of
-from benchmarks.jax_steps import random_batch, recurrence_by
+from benchmarks.jax_steps import BY_SCAN, random_batch
 from benchmarks.short_training import Trained
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import BatchSource
@@ -38,8 +38,8 @@ def eager_step(config: Config) -> dict[str, Any]:
     batch = jax.tree.map(jnp.asarray, random_batch(dataclasses.replace(config, data=short)))
     optimizer = make_optimizer(config.optimizer, 1)
     state = jax.jit(lambda: init_train_state(config, optimizer))()
-    gradient_of = make_gradient(config)
-    with jax.disable_jit(), recurrence_by(method="scan"):
+    gradient_of = make_gradient(config, BY_SCAN)
+    with jax.disable_jit():
         seconds = [
             seconds_of(lambda: gradient_of(state.params, batch, (), state.rng, state.step))
             for _ in range(3)

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from benchmarks.jax_steps import recurrence_by
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import make_batches
 from simplernn_jax.data.token_store import TokenizedCorpus
+from simplernn_jax.models.simple_rnn import Recurrence
+from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.sharding.global_arrays import from_rows
 from simplernn_jax.sharding.mesh import check_fits, make_mesh
 from simplernn_jax.training.evaluate import Evaluator
@@ -36,14 +37,18 @@ class Trained(NamedTuple):
 
 
 def train_short(
-    config: Config, workdir: str, *, ways: dict[str, Any] | None = None, draw: int = 0
+    config: Config,
+    workdir: str,
+    *,
+    recurrence: Recurrence = gated_linear_recurrence,
+    draw: int = 0,
 ) -> Trained:
     """All steps of `config`, one after another, then an evaluation of ``train.eval_tokens``.
 
     Args:
       config: of the run; its mesh takes what devices there are.
       workdir: where the tokenized corpus is kept.
-      ways: options of `gated_linear_recurrence`; None leaves it the choice.
+      recurrence: of the model.
       draw: which parameters and batches; the text that is held out stays.
     """
     config, corpus = prepare(config, workdir)
@@ -67,9 +72,8 @@ def train_short(
         out_shardings=state_shardings(config, optimizer, mesh),
     )
     state = init()
-    with recurrence_by(**(ways or {})):
-        jitted: Any = make_train_step(config, optimizer, mesh)
-        step = jitted.lower(state, next_batch()).compile()
+    jitted: Any = make_train_step(config, optimizer, mesh, recurrence)
+    step = jitted.lower(state, next_batch()).compile()
     state, _ = step(state, next_batch())
     jax.block_until_ready(state)
     seconds = []

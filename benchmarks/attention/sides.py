@@ -1,13 +1,14 @@
 """What is compared: `base` with its recurrence, and with attention over the whole row."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from benchmarks.jax_steps import CompiledStep, load_config, our_step, recurrence_by, scan_step
+from benchmarks.jax_steps import CompiledStep, load_config, our_step, scan_step
 from simplernn_jax.config import Config
-from simplernn_jax.ops import native
+from simplernn_jax.ops import gated_linear_recurrence, native
 from simplernn_jax.ops.chunkwise import choose_chunk_size
 
 RECURRENCE, ATTENTION = "SimpleRNN", "attention"
@@ -24,8 +25,8 @@ def config_of(side: str, length: int, batch: int = 1, **model: Any) -> Config:
 
 def chunk_step(config: Config) -> CompiledStep:
     """The train step, the recurrence in chunks whatever the machine would choose."""
-    with recurrence_by(chunk_size=choose_chunk_size(config.data.sequence_length)):
-        return our_step(config)
+    chunk = choose_chunk_size(config.data.sequence_length)
+    return our_step(config, functools.partial(gated_linear_recurrence, chunk_size=chunk))
 
 
 @contextlib.contextmanager
