@@ -14,7 +14,7 @@ from simplernn_jax.data.batches import make_batches
 from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.sharding.global_arrays import from_rows
+from simplernn_jax.sharding.global_arrays import global_arrays_from_local
 from simplernn_jax.sharding.mesh import check_fits, make_mesh
 from simplernn_jax.training.evaluate import Evaluator
 from simplernn_jax.training.optimizer import make_optimizer
@@ -65,7 +65,7 @@ def train_short(
         batch = next(batches)
         if placed is None:
             return jax.device_put(batch)
-        return from_rows(batch, placed, 0, config.data.batch_size)
+        return global_arrays_from_local(batch, placed, 0, config.data.batch_size)
 
     init = jax.jit(
         lambda: init_train_state(config, optimizer),

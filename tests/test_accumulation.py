@@ -159,7 +159,7 @@ def test_exact_windows_have_the_gradient_of_whole_rows():
     assert_same(found, whole_rows(num_layers=1))
 
 
-def test_windows_in_groups_of_rows_without_a_carried_state():
+def test_windows_accumulated_of_rows_without_a_carried_state():
     fields = {"block": "plain", "mode": "window", "gradient_accumulation": 2}
     with jax.enable_x64(True):
         found = step_of(backward_window=WINDOW, backward="exact", **fields)(make_batch())

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from simplernn_jax.config import MeshConfig
 from simplernn_jax.mesh_axes import BATCH_AXES
-from simplernn_jax.sharding.global_arrays import from_rows, local_copy, rows_of_this_process
+from simplernn_jax.sharding.global_arrays import global_arrays_from_local, local_copy, process_slice
 from simplernn_jax.sharding.mesh import make_mesh
 
 EIGHT = jax.devices("cpu")
@@ -26,7 +26,7 @@ def test_every_device_holds_its_part(mesh):
         NamedSharding(mesh, PartitionSpec(BATCH_AXES, "sequence")),
         NamedSharding(mesh, PartitionSpec(BATCH_AXES)),
     )
-    arrays = from_rows((tokens, reset), shardings, 0, 12)
+    arrays = global_arrays_from_local((tokens, reset), shardings, 0, 12)
     for whole, array, sharding in zip((tokens, reset), arrays, shardings, strict=True):
         assert array.sharding == sharding
         assert array.dtype == whole.dtype
@@ -38,8 +38,8 @@ def test_every_device_holds_its_part(mesh):
 
 def test_rows_of_a_process_are_those_of_its_devices(mesh):
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    assert rows_of_this_process(rows, 12) == slice(0, 12)
-    assert rows_of_this_process(NamedSharding(mesh, PartitionSpec()), 12) == slice(0, 12)
+    assert process_slice(rows, 12) == slice(0, 12)
+    assert process_slice(NamedSharding(mesh, PartitionSpec()), 12) == slice(0, 12)
 
 
 def test_a_local_copy_is_whole_and_on_one_device(mesh):

@@ -1,4 +1,4 @@
-"""Causal softmax attention as a mixer, instead of SimpleRNN or between layers of it."""
+"""Causal softmax attention, an alternative mixer to SimpleRNN."""
 
 from typing import Any, NamedTuple
 
@@ -25,18 +25,18 @@ from simplernn_jax.ops.sliding_attention import apply_rope, attend, sliding_atte
 
 @tuple_with_names
 class KVCache(NamedTuple):
-    """State of `Attention`; zeros are an empty one.
+    """State of `Attention`: a ring buffer; zeros are an empty one.
 
-    The token at position p of its segment lies in slot p modulo S, where it takes the place of
-    one that no query can see any more. Heads come before slots, as products of one query with
-    all slots want it.
+    The token at position p of its segment is in slot p modulo S, where it replaces one that no
+    query can see any more. Heads come before slots, the layout of the matmuls of one query with
+    all slots.
     """
 
     keys: CachedKeys
-    """Rotated; of the compute dtype, as values are."""
+    """Keys after rotation, in the compute dtype, as are the values."""
     values: CachedValues
     length: Int[Array, "B"]
-    """int32, tokens of the current segment so far."""
+    """Tokens of the current segment so far; int32."""
 
 
 class Attention(Heads):
@@ -47,8 +47,8 @@ class Attention(Heads):
         q = R_t (W_q x + b_q)     k = R_t (W_k x + b_k)     v = W_v x + b_v
         y_t = sum_j softmax_j(q_t . k_j / sqrt(K)) v_j      for j in t - context + 1 .. t
 
-    and W_o concat_heads(y) + b_o, with the output norm and gate of SimpleRNN. R_t turns pairs of
-    channels by angles in proportion to t (rotary positions, arXiv:2104.09864).
+    and W_o concat_heads(y) + b_o, with the output norm and gate of SimpleRNN. R_t rotates pairs of
+    channels by angles proportional to t (rotary position embedding, arXiv:2104.09864).
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Attention(Heads):
         dtype: Any = jnp.float32,
         **options: Any,
     ):
-        """Makes the projections.
+        """Make the projections.
 
         Args:
           hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs: as for `Heads`.
@@ -87,7 +87,7 @@ class Attention(Heads):
             **options,
         )
         if key_dim // num_heads % 2:
-            raise ValueError(f"{key_dim=} / {num_heads=} must be even: channels turn in pairs")
+            raise ValueError(f"{key_dim=} / {num_heads=} must be even: RoPE rotates pairs")
         self.context = context
         self.dtype = dtype
 
@@ -112,12 +112,11 @@ class Attention(Heads):
         state: KVCache | None = None,
         segment_ids: SegmentIds | None = None,
     ) -> tuple[Activations, KVCache]:
-        """Runs the layer over time.
+        """Apply the layer to a sequence.
 
         Args:
           x: ``[B, T, hidden_dim]``.
-          state: keys and values of earlier tokens, of the first token's segment; None is empty,
-            and costs nothing.
+          state: keys and values of earlier tokens, of the first token's segment; None is empty.
           segment_ids: ``[B, T]``; a token sees nothing from before a change of id.
 
         Returns:
@@ -168,7 +167,7 @@ class Attention(Heads):
 def _positions(
     length: int, before: Int[Array, "B"] | None, segment_ids: SegmentIds | None
 ) -> Positions:
-    """``[B, T]`` int32, or ``[1, T]`` where all rows are alike."""
+    """``[B, T]`` int32, or ``[1, T]`` where all sequences are alike."""
     along = jnp.arange(length, dtype=jnp.int32)[None]
     positions = along if before is None else before[:, None] + along
     if segment_ids is None:
@@ -178,7 +177,7 @@ def _positions(
 
 
 def _write(state: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
-    """Puts one token, ``[B, 1, H, K]`` and ``[B, 1, H, V]``, into its slot."""
+    """Store one token, ``[B, 1, H, K]`` and ``[B, 1, H, V]``, in its slot."""
     slot = state.length % state.keys.shape[2]
 
     @jax.vmap
@@ -191,7 +190,7 @@ def _write(state: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
 
 
 def _past(state: KVCache) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of the last S - 1 positions, oldest first; any where there were none."""
+    """Keys and values of the last S - 1 positions, oldest first; arbitrary where there are none."""
     slots = state.keys.shape[2]
     order = (state.length[:, None] + 1 + jnp.arange(slots - 1)[None]) % slots
     k, v = (jnp.swapaxes(cached, 1, 2) for cached in (state.keys, state.values))
@@ -199,13 +198,13 @@ def _past(state: KVCache) -> tuple[jax.Array, jax.Array]:
 
 
 def _newest(k: jax.Array, v: jax.Array, length: jax.Array, slots: int) -> KVCache:
-    """The cache after a row's last keys and values ``[B, P + T, H, K or V]``.
+    """The cache after the last keys and values of a sequence, ``[B, P + T, H, K or V]``.
 
     Args:
-      k: of the row's last tokens, at least `slots` of them or all of the segment.
-      v: as k.
+      k: keys of the last tokens, at least `slots` of them or all of the segment.
+      v: likewise, values.
       length: ``[B or 1]``, tokens of the segment.
-      slots: of the cache.
+      slots: slots of the cache.
     """
     length = jnp.broadcast_to(length, k.shape[:1])
     age = (length[:, None] - 1 - jnp.arange(slots)[None]) % slots
@@ -220,5 +219,5 @@ def _concatenate(past: jax.Array | None, x: jax.Array) -> jax.Array:
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Tokens of ``[B, P + T, H, K or V]`` at ``[B, S]``."""
+    """Gather the tokens of ``[B, P + T, H, K or V]`` at ``[B, S]``."""
     return jnp.take_along_axis(x, index[..., None, None], axis=1)

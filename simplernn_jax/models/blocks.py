@@ -1,4 +1,4 @@
-"""What one layer of the language model is made of."""
+"""Layers of the language model."""
 
 import math
 from functools import partial
@@ -22,15 +22,15 @@ from simplernn_jax.ops.rms_norm import rms_norm
 from simplernn_jax.ops.sequence_parallel import sharded_recurrence
 
 GATE_BIAS_RANGE = (1.0, 6.0)
-"""Gate biases of the residual block, spread over the key channels: half-lives of about 2 to 280
-tokens at the start."""
+"""Initial gate biases of the residual block, spread over the key channels: half-lives of about 2 to
+280 tokens."""
 
 CONVOLUTION_WIDTH = 4
-"""Tokens that the short convolution of the residual block sees, the current one included."""
+"""Width of the residual block's short convolution in tokens, the current one included."""
 
 
 def spread_gate_bias(num_heads: int) -> nnx.Initializer:
-    """Biases from `GATE_BIAS_RANGE`, evenly over the channels of every head."""
+    """Biases evenly spaced over `GATE_BIAS_RANGE` along the channels of every head."""
 
     def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **_: Any) -> jax.Array:
         del key
@@ -41,7 +41,7 @@ def spread_gate_bias(num_heads: int) -> nnx.Initializer:
 
 
 def _sizes(config: ModelConfig) -> dict[str, Any]:
-    """Arguments of a mixer from and to the width of the stack."""
+    """Arguments of a mixer whose input and output have the width of the residual stream."""
     return {
         "hidden_dim": config.hidden_dim,
         "key_dim": config.key_dim,
@@ -53,7 +53,7 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
 
 
 class PlainBlock(nnx.Module):
-    """The bare layer of the PyTorch project: no norm, no residual, its initialisation."""
+    """The layer of the PyTorch project: no norm, no residual, PyTorch's initialization."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class PlainBlock(nnx.Module):
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, HeadState]:
-        """``[B, T, D]`` to the same shape; the key is not used."""
+        """Map ``[B, T, D]`` to the same shape; the key is not used."""
         return self.rnn(x, state, segment_ids)
 
 
@@ -91,7 +91,7 @@ class ResidualState(NamedTuple):
 
     mixer: HeadState | KVCache
     recent: ConvState
-    """Of the short convolution."""
+    """State of the short convolution."""
 
 
 class ResidualBlock(nnx.Module):
@@ -99,8 +99,8 @@ class ResidualBlock(nnx.Module):
 
     A short causal convolution lets a token see the three before it. The mixer is a `SimpleRNN`
     with queries scaled by 1/sqrt(K), or `Attention`; either has heads, a norm on every head's
-    output and an output gate (as in gated linear attention, arXiv:2312.06635, section 4.4). What
-    writes into the residual stream starts smaller by sqrt(2 * num_layers), as in GPT-2.
+    output and an output gate (as in gated linear attention, arXiv:2312.06635, section 4.4). The
+    initial scale of the MLP's last projection is smaller by sqrt(2 * num_layers), as in GPT-2.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class ResidualBlock(nnx.Module):
         rngs: nnx.Rngs,
         recurrence: Recurrence = sharded_recurrence,
     ):
-        """Makes the parameters; `mixer` is one of `simplernn_jax.config.MIXERS`."""
+        """Make the parameters; `mixer` is one of `simplernn_jax.config.MIXERS`."""
         dtype = dtypes_of(config).compute
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
         self.convolution = ShortConvolution(CONVOLUTION_WIDTH, config.hidden_dim, rngs=rngs)
@@ -179,11 +179,11 @@ class ResidualBlock(nnx.Module):
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, ResidualState]:
-        """``[B, T, D]`` float32 to the same; without a key nothing is dropped.
+        """Map ``[B, T, D]`` float32 to the same; without a key there is no dropout.
 
         Raises:
           ValueError: wrong ranks, or shapes that do not fit together or this layer.
-          TypeError: wrong dtypes, or a state that is no `ResidualState`.
+          TypeError: wrong dtypes, or a state that is not a `ResidualState`.
         """
         check_array("x", x, "B T D", FLOATING, {"D": self.convolution.features})
         if state is not None and not isinstance(state, ResidualState):
@@ -204,12 +204,12 @@ class ResidualBlock(nnx.Module):
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _squared_relu(x: jax.Array, dtype: Any) -> jax.Array:
-    """``max(x, 0)^2`` (Primer, arXiv:2109.08668, section 4.1) in `dtype`: as good as GELU.
+    """``max(x, 0)^2`` (Primer, arXiv:2109.08668, section 4.1) in `dtype`.
 
-    Its gradient, ``2 max(x, 0)``, is twice the root of the result, which the matmul that follows
-    keeps as its operand: so nothing else is kept of what is the widest of a layer.
+    Its gradient, ``2 max(x, 0)``, is twice the root of the result, which is a residual of the next
+    matmul anyway: the widest activation of a layer is saved once, not twice.
     """
-    # Not as a square: XLA would know its root, and keep it.
+    # Not jnp.square: XLA would simplify its root, and save relu(x) instead.
     return (x * jax.nn.relu(x)).astype(dtype)
 
 
@@ -233,5 +233,5 @@ def _root(y: jax.Array) -> jax.Array:
 @_root.defjvp
 def _root_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     root = jnp.sqrt(primals[0])
-    # Where y is 0, so is the derivative of what it is the square of.
+    # Where y is 0, so is the derivative of relu(x).
     return root, jnp.where(root > 0, tangents[0] / jnp.where(root > 0, 2 * root, 1), 0)

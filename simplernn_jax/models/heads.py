@@ -1,4 +1,4 @@
-"""What a mixer has around its heads: projections into them, and norm, gate and projection out."""
+"""Projections of a mixer: into its heads, and their norm, gate and output projection."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from simplernn_jax.ops.rms_norm import rms_norm
 
 
 class Heads(nnx.Module):
-    """Queries, keys and values of H heads, and the way of their outputs back to one width.
+    """Queries, keys and values of H heads, and the projection of the heads' outputs.
 
-    What lies between, `SimpleRNNCell` and `Attention` each have their own.
+    `SimpleRNNCell` and `Attention` add what comes between.
     """
 
     def __init__(
@@ -34,22 +34,22 @@ class Heads(nnx.Module):
         use_bias: bool = True,
         dtype: Any = jnp.float32,
     ):
-        """Makes the projections.
+        """Make the projections.
 
         Args:
           hidden_dim: width of the input.
-          key_dim: key channels of all heads together.
-          value_dim: value channels of all heads together.
+          key_dim: key channels, all heads together.
+          value_dim: value channels, all heads together.
           output_dim: width of the output.
-          num_heads: heads; divides key_dim and value_dim.
+          num_heads: number of heads; divides key_dim and value_dim.
           rngs: source of initial values.
-          forget_gate: make `gate_proj` too, of key_dim channels.
-          kernel_init: initialiser of the matrices; None is PyTorch's, for biases too.
-          gate_bias_init: initialiser of the forget gate's bias; None is as for other biases.
-          output_norm: normalise each head's output to a root mean square of 1.
+          forget_gate: also make `gate_proj`, of key_dim channels.
+          kernel_init: initializer of the matrices; None is PyTorch's, also for biases.
+          gate_bias_init: initializer of the forget gate's bias; None is that of other biases.
+          output_norm: normalize each head's output to a root mean square of 1.
           output_gate: multiply the heads' output by silu(W_r x + b_r).
-          use_bias: give all projections a bias, not only those that a sigmoid follows: the forget
-            gate's, and beside it the keys'.
+          use_bias: give all projections a bias. Without it, only those before a sigmoid have one:
+            the forget gate's and, with a forget gate, the keys'.
           dtype: compute dtype of the projections.
 
         Raises:
@@ -72,7 +72,7 @@ class Heads(nnx.Module):
             return Dense(hidden_dim, width, ("embed", "heads"), **{**common, **options})
 
         self.query_proj = projection(key_dim)
-        # A sigmoid follows: without a bias it could not make keys that are mostly small.
+        # Before a sigmoid: without a bias, keys could not be mostly small.
         self.key_proj = projection(key_dim, use_bias=use_bias or forget_gate)
         self.value_proj = projection(value_dim)
         gate = {"use_bias": True} | ({"bias_init": gate_bias_init} if gate_bias_init else {})
@@ -82,18 +82,18 @@ class Heads(nnx.Module):
         self.out_proj = Dense(value_dim, output_dim, ("heads", "embed"), **common)
 
     def projections(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-        """Queries, keys, values and logits of the forget gate, if there is one, as they are.
+        """Project `x` to queries, keys, values and, with a forget gate, its logits.
 
         Args:
           x: ``[..., hidden_dim]``.
 
         Returns:
-          Each ``[..., H, K or V]``, H being this device's heads, and what `combine` takes of `x`:
-          logits of the output gate ``[..., H V]``, or None.
+          Each ``[..., H, K or V]``, and the logits of the output gate ``[..., H V]`` for `combine`,
+          or None. H may be this device's heads.
 
         Raises:
           ValueError: the last axis of `x` is not hidden_dim.
-          TypeError: `x` is not of floating point.
+          TypeError: `x` is not floating point.
         """
         check_array("x", x, "... D", FLOATING, {"D": self.query_proj.in_features})
         layers = [self.query_proj, self.key_proj, self.value_proj]
@@ -112,7 +112,7 @@ class Heads(nnx.Module):
         return tuple(heads), outputs[-1]
 
     def combine(self, y: jax.Array, output_gate: jax.Array | None) -> jax.Array:
-        """The heads' output ``[..., H, V]`` to ``[..., output_dim]``.
+        """Normalize, gate and project the heads' output ``[..., H, V]`` to ``[..., output_dim]``.
 
         Raises:
           ValueError: wrong ranks, or shapes that do not fit together or this layer.
@@ -135,6 +135,6 @@ class Heads(nnx.Module):
         return self.out_proj(y)
 
 
-@jax.checkpoint  # keeps its arguments, which are kept anyway, and none of what lies between
+@jax.checkpoint  # its arguments are residuals anyway; its intermediate values need not be
 def _gated(y: jax.Array, logits: jax.Array) -> jax.Array:
     return y * jax.nn.silu(logits)

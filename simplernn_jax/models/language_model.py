@@ -1,4 +1,4 @@
-"""Tokens and state in, logits and state out."""
+"""The language model: tokens and state to logits and state."""
 
 import dataclasses
 
@@ -23,12 +23,12 @@ from simplernn_jax.ops.vocab_parallel import lookup
 
 
 class LanguageModel(nnx.Module):
-    """A stack of layers between an embedding and a head.
+    """Embedding, a stack of layers, and a head.
 
     ``block="plain"`` is the PyTorch project's model: embedding N(0, 1), layers without norm or
     residual, a head with bias. ``block="residual"`` trains deep: see `ResidualBlock`; the mixer of
-    each layer is SimpleRNN or attention, and a final norm comes before the head, which may be the
-    embedding itself.
+    each layer is SimpleRNN or attention, and a final norm comes before the head, which may be tied
+    to the embedding.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class LanguageModel(nnx.Module):
         Args:
           config: sizes and precision; see `ModelConfig`.
           rngs: source of initial values.
-          remat: what layers keep for the gradient; see `rematerialize`.
-          stack_layers: make all layers one, to be sharded over the stages of a mesh; see
+          remat: which residuals of the layers are saved; see `rematerialize`.
+          stack_layers: stack the parameters of all layers, to be sharded over pipeline stages; see
             `LayerStack`.
           recurrence: called by every `SimpleRNN` layer.
 
@@ -81,7 +81,7 @@ class LanguageModel(nnx.Module):
         self.remat = remat
 
     def initial_state(self, batch_size: int) -> ModelState:
-        """The zero state: one entry per layer, or for all that are stacked; axis B first."""
+        """The zero state: one entry per layer, or one for all stacked layers; axis B first."""
         if isinstance(self.layers, LayerStack):
             return self.layers.initial_state(batch_size)
         return tuple(layer.initial_state(batch_size) for layer in self.layers)
@@ -100,9 +100,9 @@ class LanguageModel(nnx.Module):
         *,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, ModelState]:
-        """Tokens to what the head reads, ``[B, T, D]``; arguments as in `__call__`.
+        """Map tokens to the head's input, ``[B, T, D]``; arguments as in `__call__`.
 
-        On a mesh with an axis ``stage``: to this stage's share of it, ``[B, T / stages, D]``.
+        With stacked layers, this pipeline stage's share of it, ``[B, T / stages, D]``.
         """
         sizes = check_array("tokens", tokens, "B T", INTEGER)
         check_segment_ids(segment_ids, sizes)
@@ -111,7 +111,7 @@ class LanguageModel(nnx.Module):
             self._check_state(state, sizes["B"])
         x = lookup(self.embedding.embedding[...], tokens)
         if self.final_scale is not None:
-            # Unit variance into the residual stream, whatever the scale that suits a tied head.
+            # Unit variance in the residual stream, whatever scale a tied head needs.
             x = x * self.config.hidden_dim**0.5
         x, state = self._through_layers(x, state, segment_ids, dropout_key)
         if self.final_scale is not None:
@@ -119,7 +119,7 @@ class LanguageModel(nnx.Module):
         return x, state
 
     def _check_state(self, state: ModelState, batch: int) -> None:
-        """Layers and batch; the shapes of what each layer keeps it checks itself."""
+        """Check the number of layers and the batch size; layers check their own shapes."""
         if not isinstance(self.layers, LayerStack):
             found = len(state) if isinstance(state, list | tuple) else type(state).__name__
             if found != len(self.layers):
@@ -147,13 +147,13 @@ class LanguageModel(nnx.Module):
         return x, tuple(states)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """What the head makes of ``[..., D]``: ``[..., vocab]``, float32.
+        """Map the head's input ``[..., D]`` to logits ``[..., vocab]``, float32.
 
-        On a mesh with an axis ``tensor``: the logits of this device's part of the ids.
+        On a mesh with an axis ``tensor``, ``[..., vocab / tensor]``: those of this device's ids.
 
         Raises:
           ValueError: the last axis of `hidden` is not D.
-          TypeError: `hidden` is not of floating point.
+          TypeError: `hidden` is not floating point.
         """
         check_array("hidden", hidden, "... D", FLOATING, {"D": self.config.hidden_dim})
         if self.head is not None:
@@ -171,12 +171,12 @@ class LanguageModel(nnx.Module):
         """Logits of the next token at every position, and the state after the last.
 
         Args:
-          tokens: ``[B, T]`` integers in ``[0, vocab_size)``. Inside `jax.jit` ids cannot be
-            checked: others give NaN there.
-          state: what an earlier call returned, or None for zero.
-          segment_ids: ``[B, T]``; a change of id clears the state exactly. `state` belongs to the
+          tokens: ``[B, T]`` integers in ``[0, vocab_size)``. Inside `jax.jit`, where ids
+            cannot be checked, others give NaN.
+          state: the state that an earlier call returned; None is zero.
+          segment_ids: ``[B, T]``; a change of id resets the state exactly. `state` belongs to the
             first token's segment.
-          dropout_key: draws the dropout; None drops nothing.
+          dropout_key: key of the dropout; None is no dropout.
 
         Returns:
           ``[B, T, vocab]`` float32, and the state as in `initial_state`.
@@ -191,7 +191,7 @@ class LanguageModel(nnx.Module):
 
 
 def check_ids(tokens: Tokens, vocab_size: int) -> None:
-    """Check that all ids are in ``[0, vocab_size)``, if they are known before the program runs.
+    """Check that all ids are in ``[0, vocab_size)``, unless they are traced.
 
     Raises:
       ValueError: one is not.

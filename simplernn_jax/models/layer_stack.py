@@ -1,4 +1,4 @@
-"""All layers of a model as one, so that they can be divided among the stages of a mesh."""
+"""All layers of a model with stacked parameters, to be sharded over pipeline stages."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,17 +18,17 @@ from simplernn_jax.sharding.pipeline import choose_num_chunks, run_pipeline
 
 
 class LayerStack(nnx.Module):
-    """Layers that are alike, as one block whose parameters have a first axis of layers.
+    """Layers of one kind, whose parameters have a leading axis of layers.
 
-    On a mesh with an axis ``stage`` each device has its part of that axis, and calls run through
-    all of them (see `parallel.stages`); elsewhere it only holds the parameters.
+    On a mesh with an axis ``stage`` each device holds its shard of that axis, and a call runs all
+    layers as a pipeline (`sharding.pipeline`); elsewhere it only holds the parameters.
     """
 
     def __init__(self, layers: Sequence[Any]):
-        """Takes over the parameters of `layers`.
+        """Stack the parameters of `layers`.
 
         Raises:
-          UserError: the layers are not alike.
+          UserError: the layers are of different kinds.
         """
         graphs, params = zip(*(nnx.split(layer, nnx.Param) for layer in layers), strict=True)
         shapes = [jax.tree.map(jnp.shape, one) for one in params]
@@ -36,7 +36,7 @@ class LayerStack(nnx.Module):
             if graphs[index] != graphs[0] or shapes[index] != shapes[0]:
                 raise UserError(
                     f"--config.mesh.stage: layer {index} is of another kind than layer 0, and "
-                    "stages need layers that are all alike; set --config.mesh.stage=1"
+                    "stages need layers of one kind; set --config.mesh.stage=1"
                 )
         self.num_layers = len(layers)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
@@ -69,13 +69,13 @@ class LayerStack(nnx.Module):
         dropout_key: jax.Array | None = None,
         remat: str = "none",
     ) -> tuple[Activations, ModelState]:
-        """All layers; ``[B, T, D]`` to this stage's share of it, ``[B, T / stages, D]``.
+        """Apply all layers: ``[B, T, D]`` to this stage's share of it, ``[B, T / stages, D]``.
 
-        For the gradient, each layer keeps what `remat` says of the chunk of time that it works on.
+        `remat` says which residuals each layer saves; see `rematerialize`.
 
         Raises:
           ValueError: wrong ranks, or shapes that do not fit together or the layers.
-          TypeError: wrong dtypes, or a state that `initial_state` does not make.
+          TypeError: wrong dtypes, or a state of another structure than `initial_state`.
         """
         sizes = check_array("x", x, "B T D")
         check_segment_ids(segment_ids, sizes)
@@ -86,7 +86,7 @@ class LayerStack(nnx.Module):
                 )
             check_batch("state", state, sizes["B"])
         if "stage" not in jax.sharding.get_abstract_mesh().manual_axes:
-            raise ValueError("stacked layers run inside of jax.shard_map with an axis `stage` only")
+            raise ValueError("stacked layers run only inside jax.shard_map with an axis `stage`")
         graph, params = nnx.split(self.stacked, nnx.Param)
         if segment_ids is None:
             segment_ids = jnp.zeros(x.shape[:2], jnp.int32)

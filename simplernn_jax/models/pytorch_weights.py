@@ -31,14 +31,14 @@ _PROJECTIONS = ("query_proj", "key_proj", "value_proj", "gate_proj", "out_proj")
 
 
 def load_pytorch_weights(path: str) -> LanguageModel:
-    """The language model whose weights lie in `path`; its sizes follow from their shapes.
+    """Load the language model of the weights in `path`; its sizes follow from their shapes.
 
     Args:
       path: ``.pt``: a state dict, alone or under ``model_state_dict`` (this needs torch);
         or ``.safetensors``.
 
     Returns:
-      A `LanguageModel` in float32, which gives the logits that the PyTorch model gave.
+      A `LanguageModel` in float32 with the logits of the PyTorch model.
 
     Raises:
       UserError: the file cannot be read, or holds other names or shapes than this model has.

@@ -1,4 +1,4 @@
-"""What a layer keeps of its forward pass for the gradient, and what it computes again."""
+"""Rematerialization: which residuals of a layer are saved, and which are recomputed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,20 +7,20 @@ import jax
 
 
 def rematerialize(layer: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """`layer` with the same results and gradients, which keeps what `policy` says.
+    """`layer` with the same results and gradients, whose gradient recomputes what `policy` says.
 
-    Measured with `base` on a row of 16,384 tokens, keeping the sum between the two branches of a
-    block as well would save 5 % more, so that there is no policy for it.
+    There is no policy that also saves the sum between the two branches of a block: with `base` on a
+    sequence of 16,384 tokens it would save 5 % of the time.
 
     Args:
       layer: called with arrays and None only.
-      policy: ``none`` keeps everything; ``block`` what the layer reads, and computes the rest
-        again.
+      policy: ``none`` saves all residuals; ``block`` saves the layer's inputs and recomputes the
+        rest.
     """
     if policy == "none":
         return layer
 
-    def again(*inputs: Any) -> Any:  # JAX keeps what it traced of a function; a layer changes
+    def call(*inputs: Any) -> Any:  # a new function: JAX caches traces, and layers are mutable
         return layer(*inputs)
 
-    return jax.checkpoint(again)
+    return jax.checkpoint(call)

@@ -1,4 +1,4 @@
-"""What a layer sees of the last few tokens: normalised, and mixed channel by channel."""
+"""Short causal convolution of normalized inputs, channel by channel."""
 
 from typing import Any
 
@@ -20,19 +20,18 @@ def _starts_as_identity(key: jax.Array, shape: Any, dtype: Any = jnp.float32) ->
 class ShortConvolution(nnx.Module):
     """``y_t = sum_n w_n * norm(x_{t-n})`` for n in 0 .. width - 1, within one segment.
 
-    It lets a token see its neighbours before it asks the recurrence, as in Mamba
-    (arXiv:2312.00752, section 3.4). The norm is `rms_norm`. It starts as the norm alone. All
-    float32.
+    A token sees its neighbors before the mixer, as in Mamba (arXiv:2312.00752, section 3.4). The
+    norm is `rms_norm`; initially the layer is the norm alone. All float32.
     """
 
     def __init__(self, width: int, features: int, *, rngs: nnx.Rngs):
-        """Makes the weights ``[width, features]``: how much of the input n tokens ago is taken."""
+        """Make the weights ``[width, features]``; row n is the weight of the input n tokens ago."""
         self.width = width
         self.features = features
         self.weights = nnx.Param(_starts_as_identity(rngs.params(), (width, features)))
 
     def initial_state(self, batch_size: int) -> ConvState:
-        """Zeros ``[B, width - 1, D]``, float32: nothing came before."""
+        """Zeros ``[B, width - 1, D]``, float32."""
         return jnp.zeros((batch_size, self.width - 1, self.features))
 
     def state_axes(self) -> LogicalAxes:
@@ -42,13 +41,13 @@ class ShortConvolution(nnx.Module):
     def __call__(
         self, x: Activations, state: ConvState | None, segment_ids: SegmentIds | None
     ) -> tuple[Activations, ConvState]:
-        """Normalises, then convolves over time.
+        """Normalize, then convolve over time.
 
         Args:
           x: ``[B, T, D]``.
-          state: the normalised inputs before the first token, ``[B, width - 1, D]``; they belong
-            to its segment. None is zeros.
-          segment_ids: ``[B, T]``; nothing is taken from before a change of id.
+          state: the normalized inputs before the first token, ``[B, width - 1, D]``, of its
+            segment. None is zeros.
+          segment_ids: ``[B, T]``; a token does not see those before a change of id.
 
         Returns:
           ``[B, T, D]`` and the state after the last token.

@@ -1,4 +1,4 @@
-"""The SimpleRNN cell: one token as a Flax RNN cell, a whole sequence as one operator call."""
+"""SimpleRNN: a Flax RNN cell for one token, and a layer for a sequence."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ Recurrence = Callable[..., tuple[jax.Array, HeadState]]
 
 
 class SimpleRNNCell(Heads, nnx.RNNCellBase):
-    """One token of SimpleRNN, for `nnx.RNN` or a loop of one's own.
+    """One token of SimpleRNN, for `nnx.RNN` or a custom loop.
 
     Per head, with K = key_dim / num_heads and V = value_dim / num_heads::
 
@@ -44,13 +44,13 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
         state_dtype: Any = jnp.float32,
         **options: Any,
     ):
-        """Makes the projections.
+        """Make the projections.
 
         Args:
           hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs: as for `Heads`.
           query_scale: factor on the queries.
-          state_dtype: of the state. Below float32, it is rounded between tokens, or chunks of them
-            (see `ops.narrow_state`).
+          state_dtype: dtype of the state. Below float32, it is rounded between tokens, or between
+            chunks of them (see `ops.low_precision_state`).
           **options: ``kernel_init``, ``gate_bias_init``, ``output_norm``, ``output_gate``,
             ``use_bias`` and ``dtype`` of `Heads`.
 
@@ -68,23 +68,24 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
             **options,
         )
         self.query_scale = query_scale
-        # None: the sums' own, float32 (float64 under x64).
-        self.narrow = None if state_dtype == jnp.float32 else jnp.dtype(state_dtype)
+        # None: the dtype of the sums, float32 (float64 under x64).
+        self.state_dtype = None if state_dtype == jnp.float32 else jnp.dtype(state_dtype)
 
     def initial_state(self, batch_size: int) -> HeadState:
         """Zeros ``[B, H, K, V]``, of the state's dtype."""
         heads = self.num_heads
         shape = (batch_size, heads, self.key_dim // heads, self.value_dim // heads)
-        return jnp.zeros(shape, self.narrow)
+        return jnp.zeros(shape, self.state_dtype)
 
     def state_axes(self) -> LogicalAxes:
         """Logical axes of the state."""
         return LogicalAxes("batch", "heads")
 
     def project(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-        """What the recurrence and what `combine` take of ``[..., hidden_dim]`` inputs.
+        """Project ``[..., hidden_dim]`` inputs to the inputs of the recurrence and of `combine`.
 
-        The first are q, k, v and log_gate, each ``[..., H, K or V]``.
+        Returns:
+          (q, k, v, log_gate), each ``[..., H, K or V]``, and the logits of the output gate or None.
         """
         (q, k, v, gate), output_gate = self.projections(x)
         return (
@@ -95,7 +96,7 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
         ), output_gate
 
     def __call__(self, carry: HeadState, inputs: jax.Array) -> tuple[HeadState, jax.Array]:
-        """One token: state ``[B, H, K, V]`` and input ``[B, hidden_dim]`` to the next of each.
+        """Map state ``[B, H, K, V]`` and input ``[B, hidden_dim]`` to the next state and output.
 
         Raises:
           ValueError: wrong ranks, or shapes that do not fit together or this cell.
@@ -109,7 +110,7 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
         return state.astype(carry.dtype), self.combine(y, output_gate)
 
     def check_state(self, name: str, state: Any, q: jax.Array) -> None:
-        """Checks that a state fits queries ``[B, ..., H, K]``, H being this device's heads."""
+        """Check that a state fits queries ``[B, ..., H, K]``."""
         sizes = {"B": q.shape[0], "H": q.shape[-2], "K": q.shape[-1]}
         sizes["V"] = self.value_dim // self.num_heads
         check_array(name, state, "B H K V", FLOATING, sizes)
@@ -117,7 +118,7 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
     ) -> HeadState:
-        """A zero state for inputs of shape ``(B, hidden_dim)``, as `nnx.RNN` asks for it."""
+        """The zero state for inputs of shape ``(B, hidden_dim)``; called by `nnx.RNN`."""
         return self.initial_state(input_shape[0])
 
     @property
@@ -129,7 +130,7 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
 class SimpleRNN(nnx.Module):
     """`SimpleRNNCell` over a sequence in one call of the operator; same arguments.
 
-    `recurrence` is called as `gated_linear_recurrence` is, where time is not sharded.
+    `recurrence` is called with the arguments of `gated_linear_recurrence`.
     """
 
     def __init__(
@@ -163,12 +164,12 @@ class SimpleRNN(nnx.Module):
         state: HeadState | None = None,
         segment_ids: SegmentIds | None = None,
     ) -> tuple[Activations, HeadState]:
-        """Runs the layer over time.
+        """Apply the layer to a sequence.
 
         Args:
           x: ``[B, T, hidden_dim]``.
           state: ``[B, H, K, V]`` before the first token; None is zero.
-          segment_ids: ``[B, T]``; a change of id clears the state exactly.
+          segment_ids: ``[B, T]``; a change of id resets the state exactly.
 
         Returns:
           ``[B, T, output_dim]`` and the state after the last token.
@@ -189,6 +190,6 @@ class SimpleRNN(nnx.Module):
             log_gate,
             initial_state=state,
             segment_ids=segment_ids,
-            state_dtype=self.cell.narrow,
+            state_dtype=self.cell.state_dtype,
         )
         return self.cell.combine(y, output_gate), state

@@ -1,1 +1,1 @@
-"""One mesh of devices, and what lies and runs where on it."""
+"""The mesh of devices, shardings of arrays on it, and the pipeline."""

@@ -1,4 +1,4 @@
-"""Arrays that lie on the devices of all processes: made of each one's part, and read by each."""
+"""Global arrays, sharded over the devices of all processes: from local parts, and to one process."""
 
 from typing import Any
 
@@ -6,48 +6,45 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 
-def rows_of_this_process(sharding: NamedSharding, rows: int) -> slice:
-    """The rows of an array of `rows` rows that this process's devices hold.
-
-    If they do not follow one another, those in between belong to it too.
-    """
-    indices = sharding.addressable_devices_indices_map((rows,)).values()
-    ranges = [index[0].indices(rows) for index in indices if index is not None]
+def process_slice(sharding: NamedSharding, length: int) -> slice:
+    """Slice of a first axis of size `length` that covers the shards of this process's devices."""
+    indices = sharding.addressable_devices_indices_map((length,)).values()
+    ranges = [index[0].indices(length) for index in indices if index is not None]
     return slice(min(start for start, *_ in ranges), max(stop for _, stop, _ in ranges))
 
 
-def from_rows(local: Any, shardings: Any, first: int, rows: int) -> Any:
-    """A tree of global arrays, to which every process gives some of the rows.
+def global_arrays_from_local(local: Any, shardings: Any, start: int, length: int) -> Any:
+    """Assemble a tree of global arrays from each process's slice of the first axis.
 
     Args:
-      local: tree of numpy arrays: rows `first` and the following ones of each array.
-      shardings: where the arrays of `rows` rows lie; of the rows, a process's devices hold at
-        most those that it gives (`rows_of_this_process`).
-      first: number of the first row in `local`.
-      rows: of the whole arrays.
+      local: tree of numpy arrays: this process's slice of each array, which covers the shards of
+        its devices (`process_slice`).
+      shardings: shardings of the global arrays.
+      start: index in the global arrays where `local` starts.
+      length: size of the first axis of the global arrays.
     """
 
-    def whole(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        def part(index: tuple[slice, ...] | None) -> Any:
+    def assemble(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        def shard(index: tuple[slice, ...] | None) -> Any:
             assert index is not None
-            start, stop, _ = index[0].indices(rows)
-            return leaf[(slice(start - first, stop - first), *index[1:])]
+            begin, end, _ = index[0].indices(length)
+            return leaf[(slice(begin - start, end - start), *index[1:])]
 
-        return jax.make_array_from_callback((rows, *leaf.shape[1:]), sharding, part)
+        return jax.make_array_from_callback((length, *leaf.shape[1:]), sharding, shard)
 
-    return jax.tree.map(whole, local, shardings)
+    return jax.tree.map(assemble, local, shardings)
 
 
 def local_copy(tree: Any) -> Any:
-    """`tree` as arrays on one device of this process, whole; to be called by every process.
+    """Gather the arrays of `tree` onto one device of this process; to be called by every process.
 
-    Arrays that lie on one device already are returned as they are.
+    Arrays on one device are returned as they are.
     """
     leaves = jax.tree.leaves(tree)
     if all(len(leaf.sharding.device_set) == 1 for leaf in leaves):
         return tree
-    everywhere = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
-    copies = jax.jit(_identity, out_shardings=everywhere)(tree)
+    replicated = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
+    copies = jax.jit(_identity, out_shardings=replicated)(tree)
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), copies)
 
 

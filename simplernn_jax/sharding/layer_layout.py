@@ -1,10 +1,10 @@
-"""Two layouts of what belongs to the layers: one entry per layer, or all layers in one array.
+"""Two layouts of the arrays of the layers: one entry per layer, or all layers stacked in one.
 
-With stages, all layers of a model are one (`models.layer_stack`): every leaf of their parameters is
-stacked, ``[num_layers, ...]``, as is every leaf of their states, ``[B, num_layers, ...]``, so that
-this axis can be divided among the stages. Files know only single layers, by name: what is
-``layers/stacked/mlp_in/kernel`` here is ``layers/0/mlp_in/kernel``, ``layers/1/...`` there, so that
-a run may go on with any number of stages.
+With pipeline stages, layers are stacked (`models.layer_stack`): every leaf of their parameters is
+``[num_layers, ...]`` and every leaf of their states ``[B, num_layers, ...]``, so that this axis can
+be sharded over the stages. Files hold single layers: ``layers/stacked/mlp_in/kernel`` here is
+``layers/0/mlp_in/kernel``, ``layers/1/...`` there, so that a run can resume with any number of
+stages.
 """
 
 from typing import Any
@@ -15,26 +15,26 @@ import jax.numpy as jnp
 from simplernn_jax.named_leaves import named_leaves
 
 STACKED = "stacked"
-"""The entry that stands for all layers, in place of 0, 1, ..."""
+"""The entry of stacked layers, in place of 0, 1, ..."""
 
 
 def layer_axis(name: str) -> int | None:
-    """The axis of layers of the leaf called `name`; None of a leaf that is not stacked."""
+    """The axis of layers of the leaf `name`; None if it is not stacked."""
     parts = name.split("/")
     return int(parts[0] == "carried") if STACKED in parts else None
 
 
 def single_name(name: str, index: int) -> str:
-    """What the part of layer `index` of the stacked leaf `name` is called on its own."""
+    """The name of layer `index` of the stacked leaf `name`."""
     return "/".join(str(index) if part == STACKED else part for part in name.split("/"))
 
 
 def in_layout_of(like: Any, tree: Any) -> Any:
-    """`tree` with its layers stacked, or taken apart, as those of `like` are.
+    """Stack or unstack the layers of `tree` to the layout of `like`.
 
     Args:
       like: a training state, or parameters, of the wanted layout; only its structure and shapes
-        are read.
+        are used.
       tree: the same in either layout.
     """
     single: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The mesh of devices that a configuration asks for, and whether the run fits it."""
+"""The mesh of devices of a configuration, and checks that the run can be sharded over it."""
 
 import math
 from collections import Counter
@@ -15,9 +15,9 @@ from simplernn_jax.ops.sequence_parallel import LEAST_TOKENS
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (None: all of them, of every process), axes `AXES`.
+    """Make the mesh over `devices` (None: all devices of every process), axes `AXES`.
 
-    Sizes that make up a part of one process's devices take the first of them, with a warning.
+    If the sizes use only some of one process's devices, the first are taken, with a warning.
 
     Raises:
       UserError: the sizes do not divide the number of devices.
@@ -33,9 +33,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         product = " * ".join(f"{name} {size}" for name, size in sizes.items())
         together = f", all of which {len(processes)} processes use" if len(processes) > 1 else ""
         raise UserError(
-            f"--config.mesh: {product} = {needed} devices, which cannot be made of the "
-            f"{len(devices)} that there are{together}; change the sizes, or leave data = -1, which "
-            "takes what the others leave"
+            f"--config.mesh: {product} = {needed} devices, and there are "
+            f"{len(devices)}{together}; change the sizes, or leave data = -1, which takes the "
+            "devices that remain"
         )
     if needed < len(devices):
         logging.warning("--config.mesh uses %d of %d devices", needed, len(devices))
@@ -48,21 +48,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def describe(mesh: Mesh) -> str:
-    """``cpu``, or ``8 x cpu (data 2, fsdp 4)``: what a run is computed on."""
+    """Describe the devices of a run: ``cpu``, or ``8 x cpu (data 2, fsdp 4)``."""
     kind: str = mesh.devices.flat[0].device_kind
     sizes = [f"{name} {size}" for name, size in mesh.shape.items() if size > 1]
     return f"{mesh.size} x {kind} ({', '.join(sizes)})" if sizes else kind
 
 
 def check_fits(config: Config, mesh: Mesh) -> None:
-    """Checks that everything that the mesh divides can be divided.
+    """Check that the mesh divides everything that it shards.
 
     Raises:
       UserError: names the field, its value and the mesh's size.
     """
     model, data, sizes = config.model, config.data, mesh.shape
     groups = config.train.gradient_accumulation
-    # What lies apart is the time of each window.
+    # The tokens of each backward window are sharded.
     tokens, time = data.sequence_length, "data.sequence_length"
     if config.train.backward_window:
         tokens, time = config.train.backward_window, "train.backward_window"
@@ -82,21 +82,21 @@ def check_fits(config: Config, mesh: Mesh) -> None:
             if times > 1:
                 arithmetic += f" * gradient_accumulation {times}"
             raise UserError(
-                f"--config.{field}={value} cannot be divided among {arithmetic}: {value} / "
+                f"--config.{field}={value} is not divisible by {arithmetic}: {value} / "
                 f"{divisor} leaves {value % divisor}; change it or --config.mesh"
             )
     kinds = Counter(model.mixers)
     if sizes["stage"] > 1 and len(kinds) > 1:
         found = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
         raise UserError(
-            f"--config.model.mixer={model.mixer!r} cannot be divided among stage {sizes['stage']}: "
-            f"stages need layers that are all alike, and these are {found}; name one mixer or set "
+            f"--config.model.mixer={model.mixer!r} cannot be sharded over stage {sizes['stage']}: "
+            f"stages need layers of one kind, and these are {found}; name one mixer or set "
             "--config.mesh.stage=1"
         )
-    stretch = tokens // sizes["sequence"]
-    if sizes["sequence"] > 1 and stretch < LEAST_TOKENS:
+    shard = tokens // sizes["sequence"]
+    if sizes["sequence"] > 1 and shard < LEAST_TOKENS:
         raise UserError(
             f"--config.{time}={tokens} leaves each device of sequence "
-            f"{sizes['sequence']} a stretch of {stretch}, and the short convolution needs "
+            f"{sizes['sequence']} a shard of {shard}, and the short convolution needs "
             f"{LEAST_TOKENS} tokens; change it or --config.mesh"
         )

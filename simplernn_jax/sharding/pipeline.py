@@ -1,18 +1,18 @@
-"""Layers over stages: chunks of time flow through them as a wavefront.
+"""Pipeline parallelism over the mesh axis ``stage``, with chunks of time as micro-batches.
 
-Stage s works on chunk c at tick s + c: its layers' states stay where the layers are, and only
-activations move on, each tick to the next stage. Every stage is busy at once but for the ticks at
-both ends, when the first chunk has not arrived or the last one has left (`bubble`)::
+Stage s works on chunk c at tick s + c: its layers' states stay on the stage, and activations are
+sent to the next stage after each tick. All stages are busy except at both ends, when the first
+chunk has not arrived or the last one has left (`bubble`)::
 
     tick      0    1    2    3    4
     stage 0   c0   c1   c2   -    -
     stage 1   -    c0   c1   c2   -
     stage 2   -    -    c0   c1   c2
 
-The schedule is that of GPipe (arXiv:1811.06965) with chunks of time in place of groups of rows, as
-TeraPipe (arXiv:2102.07988) has it for attention: a layer needs of earlier chunks only the state
-that they left, so one row of tokens can keep all stages busy. The gradient is that of the layers
-one after another; it flows backwards through the same schedule.
+The schedule is that of GPipe (arXiv:1811.06965) with chunks of time in place of micro-batches, as
+in TeraPipe (arXiv:2102.07988): of earlier chunks a layer needs only their final state, so one sequence
+can keep all stages busy. The gradient is that of the layers in sequence, through the same schedule
+backwards.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ from simplernn_jax.ops.collectives import shift, vary_like
 from simplernn_jax.ops.reset_state import reset_state
 
 CHUNKS_PER_STAGE = 4
-"""At most: the bubble is then below 1/5, and GPipe (arXiv:1811.06965, section 2.3) found it
-negligible from there on. Every chunk costs a saved state and makes matrix products smaller."""
+"""Largest number: the bubble is then below 1/5, negligible according to GPipe (arXiv:1811.06965,
+section 2.3). Every chunk costs a saved state and makes matmuls smaller."""
 
 AXIS = "stage"
 
@@ -39,8 +39,9 @@ state, whose leaves have axis B first, belongs to the segment of the first token
 
 
 def choose_num_chunks(length: int, stages: int) -> int:
-    """Chunks of `length` tokens: the largest multiple of `stages`, up to `CHUNKS_PER_STAGE` of
-    them, that divides it, so that each stage gets an equal stretch of what comes out.
+    """Number of chunks of `length` tokens: the largest multiple of `stages`, up to
+    `CHUNKS_PER_STAGE` of them, that divides it, so that each stage gets an equal share of the
+    output.
 
     Raises:
       ValueError: `stages` does not divide `length`.
@@ -53,12 +54,12 @@ def choose_num_chunks(length: int, stages: int) -> int:
 
 
 def bubble(chunks: int, stages: int) -> float:
-    """The share of its ticks in which a stage has nothing to do."""
+    """Fraction of its ticks in which a stage is idle."""
     return (stages - 1) / (chunks + stages - 1)
 
 
 def describe_stages(length: int, stages: int) -> str:
-    """One line for the user: how `length` tokens pass through the stages."""
+    """Describe the schedule of `length` tokens in one line."""
     chunks = choose_num_chunks(length, stages)
     return (
         f"{stages} stages, {chunks} chunks of {length // chunks} tokens: "
@@ -76,32 +77,28 @@ def run_pipeline(
     chunks: int,
     dropout_key: jax.Array | None = None,
 ) -> tuple[Activations, Any]:
-    """All layers over a window of time, inside `jax.shard_map` with a manual axis ``stage``.
+    """Apply all layers to sequences, inside `jax.shard_map` with a manual axis ``stage``.
 
-    For the gradient, each tick keeps the chunk that it read and the states it started from, and
-    computes the rest again.
+    Each tick saves its input chunk and states; the gradient recomputes the rest.
 
     Args:
-      layer: one layer; every layer is of this form.
-      params: the layers of this stage, leaves ``[layers per stage, ...]``; stage s holds the s-th
-        part of all.
-      x: the input of the first layer, ``[B, T, D]``, on every stage; only the first one reads it.
-      states: of this stage's layers before the first token, leaves ``[B, layers per stage, ...]``;
-        None is zero.
-      segment_ids: ``[B, T]`` on every stage; a change of id clears the states exactly, wherever
-        the chunks begin.
+      layer: the function of one layer.
+      params: parameters of this stage's layers, leaves ``[layers per stage, ...]``.
+      x: input of the first layer, ``[B, T, D]``, on every stage; only the first uses it.
+      states: states of this stage's layers before the first token, leaves ``[B, layers per stage,
+        ...]``; None is zero.
+      segment_ids: ``[B, T]`` on every stage; a change of id resets the states exactly.
       chunks: a multiple of the number of stages that divides T; see `choose_num_chunks`.
-      dropout_key: each layer gets it folded with the layer's index and the chunk's; None drops
-        nothing.
+      dropout_key: each layer gets it folded with the index of the layer and of the chunk; None is
+        no dropout.
 
     Returns:
-      What the last layer made of the s-th stretch of time, ``[B, T / stages, D]`` on stage s, so
-      that the stages can share what follows; and the states of this stage's layers after the
-      last token.
+      The output of the last layer, ``[B, T / stages, D]`` on stage s: its s-th part, so that the
+      stages share the loss; and the states of this stage's layers after the last token.
     """
     batch, length, width = x.shape
     stages, stage = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
-    # Typed here once: in each tick, its gradients would be summed over devices on their own.
+    # Once, outside of the loop: its gradient would be summed over devices in each tick.
     x = vary_like(x, stage)
     params = jax.tree.map(lambda leaf: vary_like(leaf, x), params)
     if states is None:
@@ -109,7 +106,7 @@ def run_pipeline(
     states = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), states)  # layers first
     layers = jax.checkpoint(
         partial(_layers_of_stage, layer, segment_ids, chunks, dropout_key),
-        prevent_cse=False,  # a loop needs no protection from it
+        prevent_cse=False,  # not needed inside a scan
     )
 
     def step(carry: Any, now: Any) -> tuple[Any, Activations]:
@@ -125,7 +122,7 @@ def run_pipeline(
     end, _ = jax.eval_shape(step, start, (ticks[0], entering[0]))
     start = jax.tree.map(vary_like, start, end)
     (_, states), outputs = jax.lax.scan(step, start, (ticks, entering))
-    # The last stage's are the outputs; each stage takes its stretch of them.
+    # Only the last stage's are outputs of the model; each stage takes its part of them.
     outputs = jnp.where(stage == stages - 1, outputs[stages - 1 :], 0)
     outputs = jax.lax.psum_scatter(outputs, AXIS, scatter_dimension=0, tiled=True)
     outputs = outputs.swapaxes(0, 1).reshape(batch, length // stages, width)
@@ -133,7 +130,7 @@ def run_pipeline(
 
 
 def _zero_states(layer: Layer, params: Any, x: Activations, segment_ids: SegmentIds) -> Any:
-    """Zeros ``[B, layers per stage, ...]``, of the shapes that a layer makes without a state."""
+    """Zeros ``[B, layers per stage, ...]`` of the shapes of the layers' states."""
 
     def states(params: Any) -> Any:
         def state(params: Any) -> Any:
@@ -156,10 +153,10 @@ def _layers_of_stage(
     states: Any,
     chunk: jax.Array,
 ) -> tuple[Activations, Any]:
-    """This stage's layers on one chunk; one that does not exist leaves the states as they are.
+    """Apply this stage's layers to one chunk; outside of the sequence, the states do not change.
 
-    What comes out for such a chunk is read by nobody, and its gradient is exactly zero: layers
-    are finite for all that is finite.
+    The output for such a chunk is not used, and its gradient is exactly zero, since layers are
+    finite for finite inputs.
     """
     exists = (chunk >= 0) & (chunk < chunks)
     chunk = jnp.clip(chunk, 0, chunks - 1)

@@ -1,4 +1,4 @@
-"""The gradient of a batch as a sum over parts of it, one after another in one program."""
+"""Gradient accumulation and truncated backpropagation: a batch in parts, in one program."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,21 +14,21 @@ from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.collectives import vary_like
 
 Inputs = tuple[nnx.State, Batch, ModelState, jax.Array, jax.Array]
-"""``params, batch, carried, dropout_key, predictions`` of a part of a batch.
+"""``params, batch, carried, dropout_key, predictions`` for a part of a batch.
 
-`carried` is the state that came before, or () for none; where `batch.reset` it is cleared. A loss
-is a sum divided by `predictions`, so that those of parts can be added up.
+`carried` is the state before it, or () for none, reset where `batch.reset`. The loss of a part is a
+sum divided by `predictions`, so that the losses of all parts add up to a mean.
 """
 
 LossOf = Callable[..., tuple[jax.Array, ModelState]]
-"""`Inputs` to loss and carried state."""
+"""Function of `Inputs` that returns loss and carried state."""
 
 GradientOf = Callable[..., tuple[jax.Array, nnx.State, ModelState]]
-"""`Inputs` to loss, gradient and carried state."""
+"""Function of `Inputs` that returns loss, gradient and carried state."""
 
 
 def with_gradient(loss_of: LossOf) -> GradientOf:
-    """Loss and gradient; what is carried into the part is a constant of it."""
+    """Add the gradient; the carried state is a constant."""
 
     def gradient_of(params: nnx.State, batch: Batch, carried: ModelState, *rest: Any) -> Any:
         carried = jax.lax.stop_gradient(carried)
@@ -39,12 +39,12 @@ def with_gradient(loss_of: LossOf) -> GradientOf:
     return gradient_of
 
 
-def in_groups(gradient_of: GradientOf, groups: int) -> GradientOf:
-    """Rows in `groups` of equal size: the gradient is that of all of them at once."""
+def accumulated(gradient_of: GradientOf, groups: int) -> GradientOf:
+    """Accumulate the gradient over `groups` of sequences of equal number."""
     if groups == 1:
         return gradient_of
 
-    def of_all(
+    def gradient_of_all(
         params: nnx.State, batch: Batch, carried: ModelState, key: jax.Array, predictions: jax.Array
     ) -> tuple[jax.Array, nnx.State, ModelState]:
         def add(sums: Any, group: Any) -> tuple[Any, ModelState]:
@@ -58,13 +58,13 @@ def in_groups(gradient_of: GradientOf, groups: int) -> GradientOf:
         sums, carried = jax.lax.scan(add, sums, (jnp.arange(groups), *by_group))
         return *sums, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carried)
 
-    return of_all
+    return gradient_of_all
 
 
 def windows_of(batch: Batch, window: int) -> Batch:
-    """A batch of rows ``[B, T]`` as windows ``[B, T / window, window]``; `window` divides T.
+    """Split a batch ``[B, T]`` into backward windows ``[B, T / window, window]``.
 
-    `reset` becomes ``[B, T / window]``: a window is reset where it begins a segment.
+    `window` divides T. `reset` becomes ``[B, T / window]``: True where a window begins a segment.
     """
     arrays: Any = batch
     begins = segment_starts(arrays.segment_ids)[:, ::window].at[:, 0].set(arrays.reset)
@@ -72,47 +72,48 @@ def windows_of(batch: Batch, window: int) -> Batch:
 
 
 def truncated(loss_of: LossOf) -> GradientOf:
-    """Of `windows_of` a batch, each with the state that the last one left, as a constant.
+    """Truncated backpropagation through time over the windows of `windows_of`.
 
-    That is truncated back-propagation through time (Williams and Peng 1990): the loss is that of
-    the rows as a whole, the gradient the sum of the windows' own, the memory that of one window.
+    Each window starts from the final state of the one before, as a constant (Williams and Peng
+    1990): the loss is that of the whole sequences, the gradient the sum of the windows' own, the
+    memory that of one window.
     """
     gradient_of = with_gradient(loss_of)
 
-    def of_all(params: nnx.State, batch: Batch, carried: ModelState, *rest: Any) -> Any:
+    def gradient_of_all(params: nnx.State, batch: Batch, carried: ModelState, *rest: Any) -> Any:
         def add(sums: Any, carried: ModelState, *part: Any) -> Any:
             *new, carried = gradient_of(params, part[0], carried, *part[1:])
             return jax.tree.map(jnp.add, sums, tuple(new)), carried
 
         after = partial(jax.eval_shape, loss_of, params)
         sums = _zero_loss(batch), _zeros_like(params)
-        (loss, gradient), carried = _one_by_one(add, sums, after, batch, carried, *rest)
+        (loss, gradient), carried = _scan_windows(add, sums, after, batch, carried, *rest)
         return loss, gradient, carried
 
-    return of_all
+    return gradient_of_all
 
 
 def rematerialized_windows(loss_of: LossOf) -> LossOf:
-    """Of `windows_of` a batch; the gradient goes through all of them, to the row's first token.
+    """Exact gradient through all windows of `windows_of`, with the memory of one.
 
-    The forward pass keeps the state before each window, the backward pass computes one window at a
-    time again: as exact as without windows, with the memory of one, for a forward pass more.
+    The forward pass saves the state before each window; the backward pass recomputes one window at
+    a time, which costs one more forward pass.
     """
 
-    def of_all(params: nnx.State, batch: Batch, carried: ModelState, *rest: Any) -> Any:
-        again = jax.checkpoint(loss_of, prevent_cse=False)  # a loop needs no protection from it
+    def gradient_of_all(params: nnx.State, batch: Batch, carried: ModelState, *rest: Any) -> Any:
+        remat_loss = jax.checkpoint(loss_of, prevent_cse=False)  # not needed inside a scan
 
         def add(total: jax.Array, carried: ModelState, *part: Any) -> Any:
-            loss, carried = again(params, part[0], carried, *part[1:])
+            loss, carried = remat_loss(params, part[0], carried, *part[1:])
             return total + loss, carried
 
         after = partial(jax.eval_shape, loss_of, params)
-        return _one_by_one(add, _zero_loss(batch), after, batch, carried, *rest)
+        return _scan_windows(add, _zero_loss(batch), after, batch, carried, *rest)
 
-    return of_all
+    return gradient_of_all
 
 
-def _one_by_one(
+def _scan_windows(
     add: Callable[..., Any],
     sums: Any,
     shapes_after: Callable[..., tuple[Any, ModelState]],
@@ -121,7 +122,7 @@ def _one_by_one(
     key: jax.Array,
     predictions: jax.Array,
 ) -> Any:
-    """Loops over windows: ``add(sums, carried, window, key, predictions) -> (sums, carried)``."""
+    """Scan over windows: ``add(sums, carried, window, key, predictions) -> (sums, carried)``."""
 
     def step(carry: Any, part: Any) -> tuple[Any, None]:
         index, window = part

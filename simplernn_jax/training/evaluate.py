@@ -22,7 +22,7 @@ from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.collectives import psum
 from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.ops.sequence_parallel import LEAST_TOKENS, shard_segment_ids
-from simplernn_jax.sharding.global_arrays import from_rows
+from simplernn_jax.sharding.global_arrays import global_arrays_from_local
 from simplernn_jax.sharding.partition_specs import (
     axes_specs,
     is_distributed,
@@ -172,7 +172,7 @@ class Evaluator:
             carried = self._zero_state(rows) if carried is None else carried
             placed = batch
             if self._batch_shardings is not None:
-                placed = from_rows(batch, self._batch_shardings, 0, rows)
+                placed = global_arrays_from_local(batch, self._batch_shardings, 0, rows)
             nats, total, carried = self._score(params, placed, carried)
             yield Scores(batch, nats, total)
 

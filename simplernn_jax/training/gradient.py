@@ -1,4 +1,4 @@
-"""The loss of a batch and its gradient, in groups of rows, on one device or on each of a mesh."""
+"""Loss of a batch and its gradient, on one device or on each device of a mesh."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from simplernn_jax.ops.collectives import axis_index, psum, vary_like, varying
 from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.ops.sequence_parallel import shard_segment_ids, sharded_recurrence
 from simplernn_jax.training.accumulation import (
-    in_groups,
+    accumulated,
     rematerialized_windows,
     truncated,
     with_gradient,
@@ -57,9 +57,8 @@ def make_gradient(config: Config, recurrence: Recurrence = sharded_recurrence) -
     """``(params, batch, carried, rng, step) -> (loss, predictions, gradient, carried)``.
 
     With ``train.backward_window``, the batch is what `windows_of` makes of it.
-    The loss is the mean over all predictions of the batch, in nats. Inside of `jax.shard_map`
-    each device is given its part of everything, and gives its part of the gradient and of the
-    carried state; loss and predictions are those of the whole batch on all.
+    The loss is the mean over all predictions of the batch, in nats. Inside `jax.shard_map`,
+    arguments and results are this device's shards; loss and predictions are those of the whole batch.
     """
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), recurrence)))
     dropout = config.model.dropout > 0
@@ -78,12 +77,12 @@ def make_gradient(config: Config, recurrence: Recurrence = sharded_recurrence) -
         return nats / predictions, carried
 
     if not config.train.backward_window:
-        of_rows = with_gradient(summed_loss)
+        of_group = with_gradient(summed_loss)
     elif config.train.backward == "truncated":
-        of_rows = truncated(summed_loss)
+        of_group = truncated(summed_loss)
     else:
-        of_rows = with_gradient(rematerialized_windows(summed_loss))
-    of_all = in_groups(of_rows, config.train.gradient_accumulation)
+        of_group = with_gradient(rematerialized_windows(summed_loss))
+    of_all = accumulated(of_group, config.train.gradient_accumulation)
 
     def gradient_of(
         params: nnx.State, batch: Any, carried: ModelState, rng: jax.Array, step: jax.Array
@@ -94,21 +93,21 @@ def make_gradient(config: Config, recurrence: Recurrence = sharded_recurrence) -
         own = jax.tree.map(lambda param: vary_like(param, *batch), params)
         loss, gradient, ended = of_all(own, batch, carried, key, jnp.maximum(predictions, 1))
         carried = ended if carried else ()
-        return psum(loss, *TOKEN_AXES), predictions, _sum_copies(gradient, params), carried
+        return psum(loss, *TOKEN_AXES), predictions, _sum_over_replicas(gradient, params), carried
 
     return gradient_of
 
 
 def _own_key(key: jax.Array) -> jax.Array:
-    """Another key for each device that sees other tokens."""
+    """A different key on each device that sees different tokens."""
     for name in TOKEN_AXES:
         if not isinstance(place := axis_index(name), int):
             key = jax.random.fold_in(key, place)
     return key
 
 
-def _sum_copies(gradient: nnx.State, params: nnx.State) -> nnx.State:
-    """The sum over devices that hold the same part of a parameter and see other tokens."""
+def _sum_over_replicas(gradient: nnx.State, params: nnx.State) -> nnx.State:
+    """Sum over the devices that hold the same shard of a parameter and see different tokens."""
 
     def total(gradient: jax.Array, param: jax.Array) -> jax.Array:
         return psum(gradient, *(name for name in TOKEN_AXES if name not in varying(param)))

@@ -27,7 +27,7 @@ from simplernn_jax.sharding.agreement import (
     broadcast_from_coordinator,
     is_coordinator,
 )
-from simplernn_jax.sharding.global_arrays import from_rows, local_copy, rows_of_this_process
+from simplernn_jax.sharding.global_arrays import global_arrays_from_local, local_copy, process_slice
 from simplernn_jax.sharding.mesh import check_fits, describe, make_mesh
 from simplernn_jax.sharding.pipeline import describe_stages
 from simplernn_jax.training import report
@@ -135,7 +135,7 @@ class _Run:
     def _start_or_resume(self, optimizer: Any) -> tuple[TrainState, Any]:
         config, corpus = self.config, self.corpus
         by_rows = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
-        self.rows = rows_of_this_process(by_rows, config.data.batch_size)
+        self.rows = process_slice(by_rows, config.data.batch_size)
         batches = make_batches(
             corpus.train, config.data, config.train.seed, corpus.tokenizer.pad_id, self.rows
         )
@@ -159,7 +159,9 @@ class _Run:
         batch, shardings = next(self.batches), batch_shardings(self.mesh)
         if shardings is None:
             return jax.device_put(batch)
-        return from_rows(batch, shardings, self.rows.start, self.config.data.batch_size)
+        return global_arrays_from_local(
+            batch, shardings, self.rows.start, self.config.data.batch_size
+        )
 
     def close(self, *, failed: bool = False) -> None:
         """Waits for the last save and closes the files."""

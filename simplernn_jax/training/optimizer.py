@@ -1,4 +1,4 @@
-"""AdamW or Muon with warm-up, cosine decay, a weight-decay mask and global-norm clipping."""
+"""AdamW or Muon with warmup, cosine decay, a weight-decay mask and global-norm clipping."""
 
 import math
 from typing import Any
@@ -20,15 +20,15 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of x, x x^T x and (x x^T)^2 x; see `orthogonalized`."""
 
 MUON_RMS = 0.2
-"""Root mean square of Muon's updates, near that of AdamW's, so that both take alike
-learning rates (arXiv:2502.16982, section 2.2)."""
+"""Root mean square of Muon's updates, near that of AdamW's, so that both use similar learning rates
+(arXiv:2502.16982, section 2.2)."""
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate by the number of updates taken: linear to its peak, then half a cosine.
+    """Linear warmup to the peak, then cosine decay, by the number of updates taken.
 
-    It starts at 1/warmup of the peak, since a first update of 0 would be wasted, and would reach
-    its final fraction with one update more than there are.
+    It starts at 1/warmup of the peak, not at 0, and would reach its final fraction one update after
+    the last.
     """
     warmup = min(config.warmup_steps, total_steps)
     decay = optax.cosine_decay_schedule(
@@ -55,7 +55,7 @@ def decay_mask(params: Any) -> Any:
 def make_optimizer(
     config: OptimizerConfig, total_steps: int, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
-    """The optimizer of a run; ``adamw`` with weight_decay 0 is Adam.
+    """Make the optimizer of a run; ``adamw`` with weight_decay 0 is Adam.
 
     On a mesh, Adam updates each device's shards; see `orthogonalized_shards` for Muon.
     """
@@ -78,7 +78,7 @@ def make_optimizer(
         optimizer = optax.adamw(
             learning_rate, **betas, weight_decay=config.weight_decay, mask=decay_mask
         )
-    # Always two parts, so that a run can be resumed with another clip_norm.
+    # A chain of two with or without clipping: a run can be resumed with another clip_norm.
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, optimizer)
 
@@ -118,8 +118,8 @@ def orthogonalized_shards(matrices: Any, mesh: Mesh | None) -> Any:
 def orthogonalized(matrix: jax.Array) -> jax.Array:
     """Approximate orthogonal polar factor of a matrix, ``[m, n]`` float32, scaled.
 
-    Singular values end between about 0.7 and 1.2 of one value, which gives the whole a root mean
-    square of about `MUON_RMS`. Five steps of the Newton-Schulz iteration of
+    Its singular values are within about 0.7 and 1.2 of one value, and its root mean square is about
+    `MUON_RMS`. Five steps of the Newton-Schulz iteration of
     github.com/KellerJordan/Muon, as matmuls of two matrices: optax.contrib's, over a batch axis of
     one, take two and a half times as long on a CPU.
     """

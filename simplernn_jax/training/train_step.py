@@ -1,4 +1,4 @@
-"""One optimizer step as one compiled program, and the state that goes from step to step."""
+"""The train step, one compiled program, and the state that it carries."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -47,29 +47,29 @@ from simplernn_jax.training.placement import (
 )
 @dataclasses.dataclass(kw_only=True)
 class TrainState:
-    """Everything a run goes on from, except its position in the data."""
+    """Training state carried between steps; with the data position, all that resuming needs."""
 
     step: jax.Array
     """Optimizer steps taken, skipped ones included; int32."""
     params: nnx.State
     opt_state: optax.OptState
     rng: jax.Array
-    """Raw key data; the dropout of step t is drawn from it folded with t."""
+    """Raw key data; the dropout key of step t is this key folded with t."""
     carried: ModelState
-    """The recurrent state that stream batches carry; () in other modes."""
+    """The recurrent state carried between stream batches; () in other modes."""
     skipped_updates: jax.Array
-    """Updates left out because a loss or gradient was not finite; int32."""
+    """Updates skipped because a loss or gradient was not finite; int32."""
     skipped_in_a_row: jax.Array
-    """Those of them since the last good update; int32."""
+    """Consecutive updates skipped, up to now; int32."""
 
 
 class StepMetrics(NamedTuple):
-    """Numbers of one step, scalars on the device."""
+    """Metrics of one step, scalars on the device."""
 
     loss: jax.Array
     """Nats per predicted token."""
     gradient_norm: jax.Array
-    """Before clipping."""
+    """Global norm before clipping."""
     predictions: jax.Array
     skipped_updates: jax.Array
     skipped_in_a_row: jax.Array
@@ -79,7 +79,7 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
 def init_train_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; everything in it follows from ``config.train.seed``."""
+    """Make the state before the first step from ``config.train.seed``."""
     model_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
     model = make_model(config, nnx.Rngs(model_key))
     params = nnx.state(model, nnx.Param)
@@ -121,15 +121,15 @@ def make_train_step(
     mesh: Mesh | None = None,
     recurrence: Recurrence = sharded_recurrence,
 ) -> TrainStep:
-    """Compiles on first use; the old state is donated to the new one.
+    """Make the train step, which compiles at its first call and donates the old state.
 
     A step whose loss or gradient is not finite changes nothing but the counters.
 
     Args:
-      config: of the run.
-      optimizer: what `make_optimizer` returned.
-      mesh: the devices that take the step together; None or a mesh of one device is the default
-        device. State and batch lie as `state_specs` and `batch_specs` say.
+      config: the run's configuration.
+      optimizer: made by `make_optimizer`.
+      mesh: the devices; None or a mesh of one device is the default device. State and batch are
+        sharded by `state_specs` and `batch_specs`.
       recurrence: of the model's `SimpleRNN` layers; see `LanguageModel`.
     """
     gradient_of, window = make_gradient(config, recurrence), config.train.backward_window
@@ -162,7 +162,7 @@ def make_train_step(
             updates, opt_state = optimizer.update(gradient, opt_state, params)
             return optax.apply_updates(params, updates), opt_state, carried
 
-        # A condition, not a selection: choosing between old and new would copy all of the old.
+        # `cond`, not `where`, which would copy the old state.
         kept = (state.params, state.opt_state, state.carried)
         params, opt_state, new_carried = jax.lax.cond(finite, update, lambda kept: kept, kept)
         skipped = 1 - finite.astype(jnp.int32)
