@@ -1,4 +1,4 @@
-"""Global arrays, sharded over the devices of all processes: from local parts, and to one process."""
+"""Global arrays, sharded over the devices of all processes."""
 
 from typing import Any
 

@@ -10,9 +10,8 @@ chunk has not arrived or the last one has left (`bubble`)::
     stage 2   -    -    c0   c1   c2
 
 The schedule is that of GPipe (arXiv:1811.06965) with chunks of time in place of micro-batches, as
-in TeraPipe (arXiv:2102.07988): of earlier chunks a layer needs only their final state, so one sequence
-can keep all stages busy. The gradient is that of the layers in sequence, through the same schedule
-backwards.
+in TeraPipe (arXiv:2102.07988): of earlier chunks a layer needs only their final state, so one
+sequence can keep all stages busy. The gradient runs backwards through the same schedule.
 """
 
 from collections.abc import Callable
