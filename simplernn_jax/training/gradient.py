@@ -56,8 +56,8 @@ def abstract_model(config: Config) -> tuple[nnx.GraphDef[LanguageModel], nnx.Sta
 def make_gradient(config: Config, recurrence: Recurrence = sharded_recurrence) -> GradientOf:
     """``(params, batch, carried, rng, step) -> (loss, predictions, gradient, carried)``.
 
-    With ``train.backward_window``, the batch is split by `windows_of`. The loss is the mean over all
-    predictions of the batch, in nats. Inside `jax.shard_map`, arguments and results are this
+    With ``train.backward_window``, the batch is split by `windows_of`. The loss is the mean over
+    all predictions of the batch, in nats. Inside `jax.shard_map`, arguments and results are this
     device's shards, but loss and predictions are those of the whole batch.
     """
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), recurrence)))
