@@ -4,12 +4,10 @@ import contextlib
 import random
 import signal
 
-import numpy as np
 from flax import nnx
 
-from simplernn_jax.checkpoint.checkpointer import Checkpointer, read_config
-from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leaves
-from simplernn_jax.checkpoint.folder import CheckpointFolder
+from benchmarks import stress_runs
+from simplernn_jax.checkpoint.checkpointer import Checkpointer
 from simplernn_jax.config import (
     Config,
     DataConfig,
@@ -21,6 +19,8 @@ from simplernn_jax.config import (
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.training import loop
 from simplernn_jax.training.preparation import prepare
+
+newest_checkpoint = stress_runs.newest_checkpoint
 
 HYBRID = {"block": "residual", "num_layers": 2, "mixer": "simple_rnn,attention"}
 """Fields of `small_config`: one layer of each mixer."""
@@ -63,18 +63,6 @@ def save_untrained(config, workdir):
     checkpointer.save(1, {"params": params}, {"content_hash": corpus.content_hash})
     checkpointer.close()
     return corpus
-
-
-def newest_checkpoint(workdir):
-    """All that the newest whole checkpoint holds, arrays as bytes."""
-    step = read_config(str(workdir))[2]
-    path = CheckpointFolder(str(workdir)).step_path(step)
-    arrays = read_arrays(path, list(saved_leaves(path)))
-    contents = {
-        name: (str(array.dtype), array.shape, np.asarray(array).tobytes())
-        for name, array in arrays.items()
-    }
-    return contents | {"number of steps": step, "position in the data": read_json(path, "data")}
 
 
 class SignallingDisplay:
