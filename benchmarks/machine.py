@@ -2,8 +2,9 @@
 
 import os
 import platform
+import re
 import subprocess
-from importlib import metadata
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from benchmarks.measure import Call
 
-_VERSIONS = ("jax", "flax", "optax", "numpy", "torch")
+_PACKAGES = ("jax", "flax", "optax", "numpy", "torch")
 _SETTINGS = ("GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "OMP_NUM_THREADS")
 """Environment variables that change speed or memory."""
 
@@ -27,12 +28,18 @@ class Ceiling(NamedTuple):
 
 def describe() -> dict[str, Any]:
     """Device, processor, load average, versions, settings, and the commit."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    model = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    installed = {
+        distribution.name.lower(): distribution.version for distribution in distributions()
+    }
     return {
         "device": jax.devices()[0].device_kind,
-        "processor": _processor(),
+        "processor": model[1] if model else platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in _VERSIONS},
+        **{name: installed.get(name) for name in _PACKAGES},
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
         "commit": _commit(),
@@ -58,33 +65,12 @@ def _matmul(left: jax.Array, right: jax.Array) -> Call:
     return lambda: matmul(left, right)
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _commit() -> str:
-    """The short hash of the commit, with ``+changes`` if the working tree differs from it."""
-    hash_, changes = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain")
-    return f"{hash_}+changes" if changes else hash_
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", *arguments]
+    """Hash of the commit, with ``-dirty`` if the working tree differs; empty without git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     folder = Path(__file__).parent
     try:
         result = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-    except FileNotFoundError:  # no git here; the source may have come without its history
+    except FileNotFoundError:
         return ""
     return result.stdout.strip()

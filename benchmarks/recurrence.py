@@ -3,29 +3,20 @@
 ``ours`` is the form that `gated_linear_recurrence` chooses; on a CPU with a C compiler that is not
 the chunkwise form, which is then measured beside it.
 
-Two counts of the necessary products, in multiply-adds per token and head:
-
-- *recurrence*: ``6 K V``. The definition has two products of a K x V matrix with a vector per
-  token (k v^T, S^T q) and its gradient four (dy S^T, q dy^T, v dS^T, k dS).
-- *chunks*: ``6 K V + 3/2 C (K + V)``. The same six, now per chunk of C tokens as matmuls
-  (forward: Q S, K^T V; backward: dO S^T, Q^T dO, V dS^T, K dS), and those inside the chunk:
-  forward A = Q K^T and A V; backward dA = dO V^T, A^T dO, dA K, dA^T Q. A and dA are causal, so
-  that only half of each of these counts, C^2 / 2 entries.
-
-Neither counts recomputation in the backward pass, decays, masks or copies.
+The necessary products are ``6 K V`` multiply-adds per token and head: the definition has two
+products of a K x V matrix with a vector per token (k v^T, S^T q), and its gradient four (dy S^T,
+q dy^T, v dS^T, k dS). Recomputation, decays, masks and copies do not count.
 """
 
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import machine, tables
-from benchmarks.measure import Call, Effort, Times, alternate, block_ratio, median
+from benchmarks.measure import Call, Effort, alternate, block_ratio, median
+from benchmarks.train_steps import temporary_bytes
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.chunkwise import choose_chunk_size
 
@@ -56,15 +47,13 @@ LENGTH_TOKENS = 16384
 """B T of the comparison of lengths: one sequence at the greatest length."""
 CEILING_ROWS = 64
 
-RESULTS = ("output", "final_state", "d_q", "d_k", "d_v", "d_log_gate", "d_initial_state")
-
 
 def run(effort: Effort) -> dict[str, Any]:
     """Measure and print; times in ms, memory in MB (1e6 bytes)."""
     # Scan takes a second per call.
     fewer = effort._replace(calls=math.ceil(effort.calls / 2))
     rows = [compare(shape, dtype, fewer) for dtype in DTYPES for shape in SHAPES]
-    tables.show("ops: forward + backward; RMS error against scan in float64", rows)
+    tables.show("ops: forward + backward", rows)
     by_length = [
         compare_lengths(LENGTHS, LENGTH_TOKENS, shape, dtype, effort)
         for dtype in DTYPES
@@ -75,63 +64,36 @@ def run(effort: Effort) -> dict[str, Any]:
 
 
 def compare(shape: Shape, dtype: str, effort: Effort) -> dict[str, Any]:
-    """Compare the forms at one shape: time, memory, rate of necessary products, RMS error."""
+    """Compare the forms at one shape: time, working memory, and rate of necessary products."""
     inputs = draw_inputs(shape, dtype)
-    programs = {
-        name: compile_gradients(inputs, **options) for name, options in forms(shape).items()
+    forms: dict[str, dict[str, Any]] = {
+        "ours": {},
+        "chunks": {"chunk_size": choose_chunk_size(shape.length)},
+        "scan": {"method": "scan"},
     }
+    programs = {name: compile_gradients(inputs, **options) for name, options in forms.items()}
     count = max(1, shape.tokens * shape.heads // CEILING_ROWS)
     ceiling = machine.batched_matmul(count, CEILING_ROWS, shape.key_dim, shape.value_dim, dtype)
     calls: dict[str, Call] = {
         name: functools.partial(program, *inputs) for name, program in programs.items()
     }
     times = alternate(calls | {"ceiling": ceiling.call}, effort)
-    exact = exact_results(inputs)
-    row: dict[str, Any] = {"B, T, H, K, V": ", ".join(map(str, shape)), "dtype": dtype}
-    row |= summarize_times(shape, times, ceiling.flops)
-    for name, program in programs.items():
-        row[f"{name} MB"] = program.memory_analysis().temp_size_in_bytes / 1e6
-        errors = rms_errors(program(*inputs), exact)
-        row[f"{name} error of d log_gate"] = errors.pop("d_log_gate")
-        row[f"{name} error of others"] = max(errors.values())
-    return row
-
-
-def summarize_times(
-    shape: Shape, times: Mapping[str, Times], ceiling_flops: float
-) -> dict[str, Any]:
-    """Medians, the speedup over scan, and both counts of necessary products as rates.
-
-    Args:
-      shape: of the call.
-      times: of the candidates ``ours``, ``chunks``, ``scan`` and ``ceiling``.
-      ceiling_flops: floating point operations of one call of the ceiling.
-    """
-    chunk = choose_chunk_size(shape.length)
-    counts = {"recurrence": recurrence_flops(shape), "chunks": chunk_flops(shape, chunk)}
-    seconds = {name: median(blocks) for name, blocks in times.items()}
-    slower_than_ceiling = block_ratio(times["ours"], times["ceiling"])
+    flops = necessary_flops(shape)
     return {
-        **{f"{name} ms": 1e3 * seconds[name] for name in ("ours", "chunks", "scan")},
+        "B, T, H, K, V": ", ".join(map(str, shape)),
+        "dtype": dtype,
+        **{f"{name} ms": 1e3 * median(times[name]) for name in forms},
         "scan / ours": block_ratio(times["scan"], times["ours"]),
-        "ceiling GFLOP/s": ceiling_flops / seconds["ceiling"] / 1e9,
-        **{f"{name} GFLOP/s": n / seconds["ours"] / 1e9 for name, n in counts.items()},
-        **{
-            f"{name} of ceiling": n / ceiling_flops / slower_than_ceiling
-            for name, n in counts.items()
-        },
+        "GFLOP/s": flops / median(times["ours"]) / 1e9,
+        "ceiling GFLOP/s": ceiling.flops / median(times["ceiling"]) / 1e9,
+        "share": flops / ceiling.flops / block_ratio(times["ours"], times["ceiling"]),
+        **{f"{name} MB": temporary_bytes(program) / 1e6 for name, program in programs.items()},
     }
 
 
-def recurrence_flops(shape: Shape) -> float:
-    """Necessary operations of the definition: 6 K V multiply-adds per token and head."""
+def necessary_flops(shape: Shape) -> float:
+    """Operations of the definition and its gradient."""
     return 2.0 * shape.tokens * shape.heads * 6 * shape.key_dim * shape.value_dim
-
-
-def chunk_flops(shape: Shape, chunk: int) -> float:
-    """Necessary operations with chunks of `chunk` tokens."""
-    inside = 1.5 * chunk * (shape.key_dim + shape.value_dim)
-    return recurrence_flops(shape) + 2.0 * shape.tokens * shape.heads * inside
 
 
 def compare_lengths(
@@ -172,17 +134,8 @@ def draw_inputs(shape: Shape, dtype: str) -> tuple[jax.Array, ...]:
     )
 
 
-def forms(shape: Shape) -> dict[str, dict[str, Any]]:
-    """Options of `gated_linear_recurrence` for each of its forms."""
-    return {
-        "ours": {},
-        "chunks": {"chunk_size": choose_chunk_size(shape.length)},
-        "scan": {"method": "scan"},
-    }
-
-
 def compile_gradients(inputs: tuple[Any, ...], **options: Any) -> Any:
-    """Compile the program from `inputs` (`draw_inputs`) to `RESULTS`; `options` as in `forms`."""
+    """Compile output, final state and all gradients from `inputs` (`draw_inputs`)."""
 
     def results(*inputs: jax.Array) -> tuple[jax.Array, ...]:
         def call(q: Any, k: Any, v: Any, log_gate: Any, state: Any) -> Any:
@@ -192,22 +145,3 @@ def compile_gradients(inputs: tuple[Any, ...], **options: Any) -> Any:
         return *values, *pullback(inputs[5:])
 
     return jax.jit(results).lower(*inputs).compile()
-
-
-def exact_results(inputs: tuple[jax.Array, ...]) -> list[np.ndarray]:
-    """`RESULTS` of the same inputs by scan in float64."""
-    with jax.enable_x64(True):
-        exact = tuple(jnp.asarray(np.asarray(x).astype(np.float64)) for x in inputs)
-        return [np.asarray(x) for x in compile_gradients(exact, method="scan")(*exact)]
-
-
-def rms_errors(results: Any, exact: list[np.ndarray]) -> dict[str, float]:
-    """RMS(difference) / RMS(exact) of each of `RESULTS`."""
-
-    def rms(x: np.ndarray) -> float:
-        return float(np.sqrt(np.mean(x**2)))
-
-    return {
-        name: rms(np.asarray(result).astype(np.float64) - reference) / rms(reference)
-        for name, result, reference in zip(RESULTS, results, exact, strict=True)
-    }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
-from benchmarks.measure import Effort, call_isolated, run_python, seconds_of
+from benchmarks.measure import Call, Effort, alternate, call_isolated, run_python
 
 IMPORTS = {
     "jax, flax, optax": "import jax, flax, optax",
@@ -40,12 +40,12 @@ def compare_imports(blocks: int) -> list[dict[str, Any]]:
 
     The last column is the median over blocks of the difference to the first row.
     """
-    for code in IMPORTS.values():
-        run_python(code)  # compiles to byte code, and fills the page cache
-    seconds: dict[str, list[float]] = {name: [] for name in IMPORTS}
-    for _ in range(blocks):
-        for name, code in IMPORTS.items():
-            seconds[name].append(seconds_of(functools.partial(run_python, code)))
+    calls: dict[str, Call] = {
+        name: functools.partial(run_python, code) for name, code in IMPORTS.items()
+    }
+    # The first calls compile to byte code and fill the page cache.
+    times = alternate(calls, Effort(blocks, 1))
+    seconds = {name: [block[0] for block in each] for name, each in times.items()}
     first = next(iter(seconds.values()))
     return [
         {

@@ -41,18 +41,18 @@ _ENDS_WITHIN = 60.0
 _REASONS = {76: "error: another process of the run was lost", 2: "error: not all processes"}
 """Exit codes of the other process, and the reason in its log."""
 
-Interruption = Callable[[Path, Path, list[Process], random.Random, int], tuple[str, str | None]]
-"""``(folder, workdir, processes, draw, number) -> (description, problem)``."""
+Interruption = Callable[[Path, list[Process], random.Random, int], tuple[str, str | None]]
+"""``(workdir, processes, draw, number of the run) -> (description, problem)``."""
 
 
 def kill_runs(folder: Path, count: int, seed: int) -> int:
     """Kill and resume `count` runs; 1 if one does not end as an uninterrupted run."""
     started = time.monotonic()
-    train(folder, folder / "alone")
+    train(folder / "alone")
     seconds = time.monotonic() - started
 
     def interrupt(
-        folder: Path, workdir: Path, processes: list[Process], draw: random.Random, number: int
+        workdir: Path, processes: list[Process], draw: random.Random, number: int
     ) -> tuple[str, str | None]:
         if number % 2 == 0:
             _stop_inside_a_save(processes[0], workdir / "checkpoints", draw)
@@ -72,7 +72,7 @@ def kill_runs(folder: Path, count: int, seed: int) -> int:
 
 def lose_processes(folder: Path, count: int, seed: int) -> int:
     """Kill or stop one of two processes of `count` runs, and resume; 1 as for `kill_runs`."""
-    train(folder, folder / "alone", num_processes=2)
+    train(folder / "alone", num_processes=2)
     results = _interrupt_runs(folder, count, seed, _lose_a_process, num_processes=2)
     wrong = sum(problem is not None for _, problem in results)
     print(f"killed a process of {count} runs: {count - wrong} identical, {wrong} wrong")
@@ -83,7 +83,7 @@ def damage_checkpoints(folder: Path, count: int, seed: int) -> int:
     """Damage the newest checkpoint `count` times; 1 if one was missed or not recovered from."""
     draw = random.Random(seed)
     whole = folder / "whole"
-    train(folder, whole)
+    train(whole)
     before, newest = CheckpointFolder(str(whole)).steps()[-2:]
     expected = contents(whole, before)
     config, tokenizer_json, _ = read_config(str(whole))
@@ -117,13 +117,13 @@ def _interrupt_runs(
     def interrupt_and_resume(number: int) -> tuple[str, str | None]:
         workdir = folder / f"run{number}"
         draw = random.Random(f"{seed} {number}")
-        processes = start(folder, workdir, num_processes)
+        processes = start(workdir, num_processes)
         try:
-            what, problem = interrupt(folder, workdir, processes, draw, number)
+            what, problem = interrupt(workdir, processes, draw, number)
         finally:
             kill(processes)
         if problem is None:
-            train(folder, workdir, num_processes)
+            train(workdir, num_processes)
             problem = compare(newest_checkpoint(workdir), expected)
         if (workdir / "checkpoints_damaged").exists():
             problem = "a checkpoint was taken for damaged"
@@ -171,7 +171,7 @@ def _is_saving(checkpoints: Path) -> bool:
 
 
 def _lose_a_process(
-    folder: Path, workdir: Path, processes: list[Process], draw: random.Random, number: int
+    workdir: Path, processes: list[Process], draw: random.Random, number: int
 ) -> tuple[str, str | None]:
     """Kill or stop one process, and wait for the other."""
     del number
@@ -191,7 +191,7 @@ def _lose_a_process(
         problem = f"process {other} has not ended within {_ENDS_WITHIN:.0f} s"
     else:
         # Without a reason, it may have ended regularly before the signal was sent.
-        if code != 0 and (code not in _REASONS or _REASONS[code] not in read_log(folder, workdir)):
+        if code != 0 and (code not in _REASONS or _REASONS[code] not in read_log(workdir)):
             problem = f"process {other} ended with code {code} and without its reason"
     took = time.monotonic() - started
     return f"{sent.name} to process {victim} {when}, the other ended {took:.1f} s later", problem

@@ -23,14 +23,14 @@ _DEVICES = 2
 _JOIN_SECONDS = 30
 
 
-def start(folder: Path, workdir: Path, num_processes: int = 1) -> list[Process]:
+def start(workdir: Path, num_processes: int = 1) -> list[Process]:
     """Start or resume a small training run that carries state between its batches.
 
     Args:
-      folder: shared by several runs: corpus, compiled programs, and logs by workdir.
-      workdir: of the run, below `folder`.
+      workdir: of the run. Its parent has what runs share: corpus, compiled programs, and logs.
       num_processes: more than one train together on simulated devices.
     """
+    folder = workdir.parent
     corpus = folder / "corpus.txt"
     if not corpus.exists():
         draw = random.Random(0)
@@ -61,7 +61,7 @@ def start(folder: Path, workdir: Path, num_processes: int = 1) -> list[Process]:
         command += [f"--num_processes={num_processes}", f"--join_timeout={_JOIN_SECONDS}"]
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(_DEVICES)}
     processes = []
-    with open(folder / f"{workdir.name}.log", "ab") as log:
+    with open(_log_of(workdir), "ab") as log:
         for number in range(num_processes):
             own = [f"--process_id={number}"] if num_processes > 1 else []
             processes.append(
@@ -70,9 +70,13 @@ def start(folder: Path, workdir: Path, num_processes: int = 1) -> list[Process]:
     return processes
 
 
-def read_log(folder: Path, workdir: Path) -> str:
+def read_log(workdir: Path) -> str:
     """Output of all processes of a run."""
-    return (folder / f"{workdir.name}.log").read_text(encoding="utf-8", errors="replace")
+    return _log_of(workdir).read_text(encoding="utf-8", errors="replace")
+
+
+def _log_of(workdir: Path) -> Path:
+    return workdir.with_name(f"{workdir.name}.log")
 
 
 def kill(processes: list[Process]) -> None:
@@ -82,20 +86,19 @@ def kill(processes: list[Process]) -> None:
         process.wait()
 
 
-def train(folder: Path, workdir: Path, num_processes: int = 1) -> None:
+def train(workdir: Path, num_processes: int = 1) -> None:
     """Train to the end.
 
     Raises:
       RuntimeError: the run failed; the message has its log.
     """
-    processes = start(folder, workdir, num_processes)
+    processes = start(workdir, num_processes)
     try:
         codes = [process.wait() for process in processes]
     finally:
         kill(processes)
     if any(codes):
-        log = read_log(folder, workdir)
-        raise RuntimeError(f"the training run in {workdir} failed with codes {codes}:\n{log}")
+        raise RuntimeError(f"run {workdir} failed with codes {codes}:\n{read_log(workdir)}")
 
 
 def newest_checkpoint(workdir: str | Path) -> dict[str, Any]:

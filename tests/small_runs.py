@@ -44,7 +44,7 @@ def small_config(block="plain", **fields):
 
 
 def write_corpus(folder, seed=0, documents=7):
-    """Files of a few random letters; returns the folder's path."""
+    """Write files of a few random letters; return the path of their folder."""
     draw = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(documents):
@@ -54,7 +54,7 @@ def write_corpus(folder, seed=0, documents=7):
 
 
 def save_untrained(config, workdir):
-    """Leaves in `workdir` what a run would, with a model that was not trained."""
+    """Write the checkpoint of an untrained model to `workdir`; return its corpus."""
     config, corpus = prepare(config, str(workdir))
     params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(config.train.seed)), nnx.Param)
     checkpointer = Checkpointer(
@@ -66,7 +66,7 @@ def save_untrained(config, workdir):
 
 
 class SignallingDisplay:
-    """Sends SIGTERM so that the run stops after `last_step` steps."""
+    """A display that sends SIGTERM, so that the run stops after `last_step` steps."""
 
     def __init__(self, last_step):
         self._last_step = last_step
@@ -80,7 +80,7 @@ class SignallingDisplay:
 
 
 def stop_after(monkeypatch, step):
-    """Runs are stopped by SIGTERM after `step`."""
+    """Stop runs by SIGTERM after `step`."""
     monkeypatch.setattr(
         loop, "open_display", lambda *_: contextlib.nullcontext(SignallingDisplay(step))
     )

@@ -90,35 +90,17 @@ def test_peak_of_a_process_counts_freed_memory():
     assert peak.total > peak.over_start
 
 
-def test_necessary_products_are_those_of_the_docstring():
-    batch, length, heads, key, value, chunk = 2, 24, 3, 5, 7, 8
-    shape = recurrence.Shape(batch, length, heads, key, value)
-    by_token = (2 + 4) * key * value
-    assert recurrence.recurrence_flops(shape) == 2 * batch * length * heads * by_token
-    causal = chunk * chunk / 2
-    inside = causal * (key + value)  # A, A V
-    inside += causal * (value + value + key + key)  # dA, A^T dO, dA K, dA^T Q
-    chunks = batch * heads * length / chunk
-    assert recurrence.chunk_flops(shape, chunk) == 2 * chunks * (inside + chunk * by_token)
-
-
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", 3e-5), ("bfloat16", 1e-2)])
-def test_ops_table(dtype, limit, monkeypatch):
+@pytest.mark.parametrize("dtype", recurrence.DTYPES)
+def test_ops_table(dtype, monkeypatch):
     fixed_times(recurrence, monkeypatch, ours=0.5, scan=3.0, ceiling=0.25)
-    shape = recurrence.Shape(2, 19, 3, 5, 7)
-    row = recurrence.compare(shape, dtype, EFFORT)
+    row = recurrence.compare(recurrence.Shape(2, 19, 3, 5, 7), dtype, EFFORT)
     json.dumps(row)
     assert [row[f"{name} ms"] for name in ("ours", "chunks", "scan")] == [500, 1000, 3000]
     assert row["scan / ours"] == 6
-    flops = recurrence.recurrence_flops(shape)
-    assert row["recurrence GFLOP/s"] == pytest.approx(flops / 0.5 / 1e9)
-    ceiling = row["recurrence GFLOP/s"] / row["ceiling GFLOP/s"]
-    assert row["recurrence of ceiling"] == pytest.approx(ceiling)
-    assert row["chunks of ceiling"] > row["recurrence of ceiling"]
-    for name in ("ours", "chunks", "scan"):
-        assert row[f"{name} MB"] > 0
-        assert 0 < row[f"{name} error of others"] < limit
-        assert 0 < row[f"{name} error of d log_gate"] < limit
+    multiply_adds = 2 * 19 * 3 * (2 + 4) * 5 * 7
+    assert row["GFLOP/s"] == pytest.approx(2 * multiply_adds / 0.5 / 1e9)
+    assert row["share"] == pytest.approx(row["GFLOP/s"] / row["ceiling GFLOP/s"])
+    assert min(row[f"{name} MB"] for name in ("ours", "chunks", "scan")) > 0
 
 
 def test_ops_by_length(monkeypatch):

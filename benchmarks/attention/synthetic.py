@@ -34,7 +34,7 @@ PLAIN = "seed stack (plain)"
 
 SYMBOLS = 64
 """Number of keys, and of values, of recall."""
-EASY = AssociativeRecall(pairs=(4, 8, 16), row_length=48, symbols=SYMBOLS)
+EASY = AssociativeRecall(pairs=(4, 8, 16), sequence_length=48, symbols=SYMBOLS)
 EASY_BATCH, HARD_TOKENS = 32, 3072
 
 COPIED = 8
@@ -203,7 +203,7 @@ def measure_recall(
     """
 
     def task(length: int, *pairs: int) -> AssociativeRecall:
-        return AssociativeRecall(pairs=pairs, row_length=length, symbols=SYMBOLS)
+        return AssociativeRecall(pairs=pairs, sequence_length=length, symbols=SYMBOLS)
 
     stages = [
         Stage(EASY, steps[0], EASY_BATCH),
@@ -242,7 +242,7 @@ def distance_tasks() -> dict[str, tuple[Task, dict[int, Task]]]:
         return Copying(count=COPIED, blanks=length - 2 * COPIED, scattered=scattered)
 
     def needle(*distances: int) -> Task:
-        return Needle(distances=distances, row_length=max(distances) + 8)
+        return Needle(distances=distances, sequence_length=max(distances) + 8)
 
     return {
         "copying": (copying(COPY_LENGTH, False), {n: copying(n, False) for n in COPY_LENGTHS}),
