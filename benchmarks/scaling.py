@@ -16,7 +16,6 @@ machine's cores, so that their tokens/s show the cost of a schedule, not the gai
 
 import copy
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +26,6 @@ from benchmarks.measure import Effort, on_simulated_devices
 from benchmarks.train_steps import BY_SCAN, by_chunks, load_config
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
-from simplernn_jax.files import write_file
 
 BATCH, LENGTH, STEPS = 8, 256, 200
 LONG = 4
@@ -42,7 +40,6 @@ Row = dict[str, Any]
 
 def run(effort: Effort) -> dict[str, Any]:
     """Measure and print; each training runs once, `effort` is unused."""
-    del effort
     with tempfile.TemporaryDirectory() as workdir:
         rows, trained = compare(small_run(), workdir)
         bias = scaling_parts.truncation_bias(long_sequences(small_run()), trained)
@@ -52,26 +49,12 @@ def run(effort: Effort) -> dict[str, Any]:
     errors = scaling_parts.state_errors()
     title = f"{STEPS * BATCH * LENGTH:,} tokens, {jax.devices()[0].device_kind}"
     tables.show(f"scaling: 2 layers of width 64, {title}", rows)
-    length = LONG * LENGTH
-    tables.show(f"scaling, E: gradient of truncated windows of {length:,} tokens", bias)
-    half_life = f"half-life {scaling_parts.HALF_LIFE:,} tokens"
-    tables.show(
-        f"scaling, D: RMS error of the recurrence by dtype of the state, {half_life}", errors
-    )
-    curves = memory.compare_techniques()
-    by_length = [
-        {"T": int(n)} | {name: curves[name][n] for name in curves} for n in curves[memory.WHOLE]
-    ]
-    tables.show("scaling: working memory of a step of base, MB, B 1", by_length)
-    return {"rows": rows, "truncation_bias": bias, "state_errors": errors, "memory": curves}
-
-
-def draw(results: dict[str, Any], folder: Path) -> Path:
-    """Write the picture of what `run` returned; return its path."""
-    path = folder / "memory_against_length.png"
-    panels = {"working memory of a train step of base, MB": results["memory"]}
-    write_file(path, tables.draw(panels, "tokens of one sequence"))
-    return path
+    title = f"scaling, E: gradient of truncated windows of {LONG * LENGTH:,} tokens"
+    tables.show(title, bias)
+    title = "scaling, D: RMS error of the recurrence by dtype of the state"
+    tables.show(f"{title}, half-life {scaling_parts.HALF_LIFE:,} tokens", errors)
+    by_length = memory.run(effort)
+    return {"rows": rows, "truncation_bias": bias, "state_errors": errors, "memory": by_length}
 
 
 def small_run(steps: int = STEPS) -> Config:

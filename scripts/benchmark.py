@@ -91,8 +91,9 @@ def main() -> int:
 def _write(results: dict[str, Any], name: str, out: Path) -> None:
     file = out / "results.json" if out.is_dir() else out
     write_file(file, (json.dumps(results, indent=2) + "\n").encode())
-    if out.is_dir() and name == "scaling":
-        print(scaling.draw(results[name], out))
+    if out.is_dir() and name in ("memory", "scaling"):
+        curves = results[name] if name == "memory" else results[name]["memory"]
+        print(memory.draw(curves, out))
 
 
 def _compare_with_attention(names: list[str]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import decoding, machine, memory, recurrence, tables, train_steps, training
+from benchmarks import decoding, machine, recurrence, tables, train_steps, training
 from benchmarks.measure import Effort, alternate, block_ratio, call_isolated, median, process_peak
 from simplernn_jax.config import Config
 from simplernn_jax.models import LanguageModel
@@ -71,7 +71,7 @@ def test_a_function_in_a_fresh_process_answers_or_its_failure_is_reported():
     name, variable = "BENCHMARK_TEST", "a value"
     assert call_isolated(os.getenv, {name: variable}, key=name) == variable
     with pytest.raises(RuntimeError, match="no_such_field"):
-        call_isolated(memory.take_step, config='{"no_such_field": 1}')
+        call_isolated(training.step_peak, program="ours", config='{"no_such_field": 1}')
 
 
 def test_machine():
@@ -217,15 +217,6 @@ def test_every_matrix_is_in_the_products():
         matrix.set_value(value[:, ::-1])
         assert not np.allclose(decoding.matrix_vector_products(model, 3)(), before)
         matrix.set_value(value)
-
-
-def test_memory_table(monkeypatch):
-    monkeypatch.setattr(memory, "call_isolated", in_this_process)
-    row = memory.compare(small_config("seed"))
-    json.dumps(row)
-    assert (row["T"], row["scan fits"]) == (7, "yes")
-    assert row["temporary MB"] > 0
-    assert row["scan temporary MB"] not in (0, row["temporary MB"])
 
 
 @pytest.mark.parametrize(

@@ -112,9 +112,11 @@ def test_memory_against_length(monkeypatch, tmp_path):
 
     monkeypatch.setattr(memory, "load_config", load)
     monkeypatch.setattr(memory, "on_simulated_devices", in_this_process)
-    monkeypatch.setattr(memory, "TECHNIQUES", {"whole": {}, "sharded": {"sequence": 2}})
-    curves = memory.compare_techniques((256,))
+    techniques = {"plain": {}, memory.SCAN: {}, "sharded": {"sequence": 2}}
+    monkeypatch.setattr(memory, "TECHNIQUES", techniques)
+    curves = memory.compare((256,))
     json.dumps(curves)
-    assert curves["sharded"]["256"] < curves["whole"]["256"]
-    path = scaling.draw({"memory": curves}, tmp_path)
+    assert curves["sharded"]["256"] < curves["plain"]["256"]
+    assert curves["plain"] != curves[memory.SCAN]
+    path = memory.draw(curves, tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG")
