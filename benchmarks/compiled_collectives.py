@@ -1,4 +1,4 @@
-"""What the devices of a compiled program tell each other, read from its text."""
+"""Collectives of a compiled program, read from its text."""
 
 import math
 import re
@@ -8,19 +8,19 @@ from typing import Any
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 _OPERATION = re.compile(rf" = (\(.*?\)|\S+) ({'|'.join(KINDS)}|collective-broadcast)(?:-start)?\(")
 _ARRAY = re.compile(r"[a-z]+(\d*)(?:e\d\w*)?\[([\d,]*)\]")
-"""A truth value, ``pred``, has no number of bits and takes a byte."""
+"""``pred`` has no number of bits and takes a byte."""
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 
 
 def collectives(program: Any, *, in_loops: bool = False) -> Counter[tuple[str, int]]:
     """``{(kind, bytes of the result on one device): count}``, array by array.
 
-    XLA puts several sums into one operation, and how many is its business: each array counts as
-    one here, and what a loop does in every turn counts once.
+    XLA may combine several all-reduces into one operation: each array counts as one here. A
+    collective in a loop counts once, however often the loop runs.
 
     Args:
       program: compiled.
-      in_loops: count only what lies in loops.
+      in_loops: count only collectives in loops.
     """
     found: Counter[tuple[str, int]] = Counter()
     computations = _computations(program.as_text())
@@ -36,7 +36,7 @@ def collectives(program: Any, *, in_loops: bool = False) -> Counter[tuple[str, i
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-    """The lines of each function of a program."""
+    """Lines of each computation of a program, by name."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -48,7 +48,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _inside_loops(computations: dict[str, list[str]]) -> set[str]:
-    """The bodies of loops, and what they call."""
+    """Names of the bodies of loops, and of all computations that they call."""
     mentions = {
         name: set(re.findall(r"[\w.-]+", " ".join(lines))) for name, lines in computations.items()
     }

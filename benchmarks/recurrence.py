@@ -1,30 +1,22 @@
 """The recurrence, forward and backward, beside its other forms and the machine's ceiling.
 
-Ours is what `gated_linear_recurrence` chooses; on a CPU with a C compiler that is not the form in
-chunks, which is then measured beside it.
+``ours`` is the form that `gated_linear_recurrence` chooses; on a CPU with a C compiler that is not
+the chunkwise form, which is then measured beside it.
 
-Two counts of the products that are necessary, in multiply-adds per token and head:
-
-- *recurrence*: ``6 K V``. The definition has two products of a K x V matrix with a vector per
-  token (k v^T, S^T q) and its gradient four (dy S^T, q dy^T, v dS^T, k dS).
-- *chunks*: ``6 K V + 3/2 C (K + V)``. The same six, now per chunk of C tokens as matrix products
-  (forward: read Q S, write K^T V; backward: dO S^T, Q^T dO, V dS^T, K dS), and those inside the
-  chunk: forward A = Q K^T and A V; backward dA = dO V^T, A^T dO, dA K, dA^T Q. A and dA are
-  causal, so that half of each of these is necessary, C^2 / 2 entries, and half is counted.
-
-Neither counts what is computed again in the backward pass, decays, masks or copies.
+The necessary products are ``6 K V`` multiply-adds per token and head: the definition has two
+products of a K x V matrix with a vector per token (k v^T, S^T q), and its gradient four (dy S^T,
+q dy^T, v dS^T, k dS). Recomputation, decays, masks and copies do not count.
 """
 
+import functools
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import machine, tables
-from benchmarks.interleave import Call, Effort, Times, alternate, block_ratio, median
+from benchmarks.measure import Call, Effort, alternate, block_ratio, median
+from benchmarks.train_steps import temporary_bytes
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.chunkwise import choose_chunk_size
 
@@ -40,7 +32,7 @@ class Shape(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows together."""
+        """Tokens of the batch."""
         return self.batch * self.length
 
 
@@ -52,112 +44,78 @@ SHAPES = (
 DTYPES = ("float32", "bfloat16")
 LENGTHS = (256, 1024, 4096, 16384)
 LENGTH_TOKENS = 16384
-"""B T of the comparison of lengths: the least that leaves one row at the greatest length."""
+"""B T of the comparison of lengths: one sequence at the greatest length."""
 CEILING_ROWS = 64
-
-RESULTS = ("output", "final_state", "d_q", "d_k", "d_v", "d_log_gate", "d_initial_state")
 
 
 def run(effort: Effort) -> dict[str, Any]:
-    """Measures and prints everything; times in ms, memory in MB (1e6 bytes)."""
-    ceilings = machine.measure_ceilings(effort)
-    # Scan takes a second.
+    """Measure and print; times in ms, memory in MB (1e6 bytes)."""
+    # Scan takes a second per call.
     fewer = effort._replace(calls=math.ceil(effort.calls / 2))
     rows = [compare(shape, dtype, fewer) for dtype in DTYPES for shape in SHAPES]
-    _show_comparison(rows)
+    tables.show("ops: forward + backward", rows)
     by_length = [
         compare_lengths(LENGTHS, LENGTH_TOKENS, shape, dtype, effort)
         for dtype in DTYPES
         for shape in SHAPES[:2]
     ]
-    _show_lengths(by_length)
-    print(machine.say_ceilings(ceilings))
-    return {"ceilings": ceilings, "shapes": rows, "lengths": by_length}
+    tables.show(f"ops: us per token, B T = {LENGTH_TOKENS:,}, and relative", by_length)
+    return {"shapes": rows, "lengths": by_length}
 
 
 def compare(shape: Shape, dtype: str, effort: Effort) -> dict[str, Any]:
-    """Chunkwise and scan at one shape: time, memory, rate of necessary products, error."""
+    """Compare the forms at one shape: time, working memory, and rate of necessary products."""
     inputs = draw_inputs(shape, dtype)
-    programs = {name: compile_gradients(inputs, **ways) for name, ways in forms(shape).items()}
-    ceiling = machine.batched_product(
-        max(1, shape.tokens * shape.heads // CEILING_ROWS),
-        CEILING_ROWS,
-        shape.key_dim,
-        shape.value_dim,
-        dtype,
-    )
-    calls: dict[str, Call] = {name: _bind(program, inputs) for name, program in programs.items()}
+    forms: dict[str, dict[str, Any]] = {
+        "ours": {},
+        "chunks": {"chunk_size": choose_chunk_size(shape.length)},
+        "scan": {"method": "scan"},
+    }
+    programs = {name: compile_gradients(inputs, **options) for name, options in forms.items()}
+    count = max(1, shape.tokens * shape.heads // CEILING_ROWS)
+    ceiling = machine.batched_matmul(count, CEILING_ROWS, shape.key_dim, shape.value_dim, dtype)
+    calls: dict[str, Call] = {
+        name: functools.partial(program, *inputs) for name, program in programs.items()
+    }
     times = alternate(calls | {"ceiling": ceiling.call}, effort)
-    memory = {
-        f"{name}_mb": program.memory_analysis().temp_size_in_bytes / 1e6
-        for name, program in programs.items()
-    }
-    exact = exact_results(inputs)
-    errors = {
-        f"{name}_errors": rms_errors(program(*inputs), exact) for name, program in programs.items()
-    }
-    summary = {"shape": shape, "dtype": dtype}
-    return summary | summarize_times(shape, times, ceiling.amount) | memory | errors
-
-
-def summarize_times(
-    shape: Shape, times: Mapping[str, Times], ceiling_flops: float
-) -> dict[str, Any]:
-    """Medians, the ratio block by block, and both counts of necessary products as rates.
-
-    Args:
-      shape: what was computed.
-      times: of the candidates ``ours``, ``chunks``, ``scan`` and ``ceiling``.
-      ceiling_flops: floating point operations of one call of the ceiling.
-    """
-    chunk = choose_chunk_size(shape.length)
-    counts = {"recurrence": recurrence_flops(shape), "chunks": chunk_flops(shape, chunk)}
-    seconds = {name: median(blocks) for name, blocks in times.items()}
-    slower_than_ceiling = block_ratio(times["ours"], times["ceiling"])
+    flops = necessary_flops(shape)
     return {
-        "chunk": chunk,
-        "ours_ms": 1e3 * seconds["ours"],
-        "chunks_ms": 1e3 * seconds["chunks"],
-        "scan_ms": 1e3 * seconds["scan"],
-        "times_faster": block_ratio(times["scan"], times["ours"]),
-        "ceiling_gflops": ceiling_flops / seconds["ceiling"] / 1e9,
-        **{f"{name}_gflops": n / seconds["ours"] / 1e9 for name, n in counts.items()},
-        **{f"{name}_share": n / ceiling_flops / slower_than_ceiling for name, n in counts.items()},
+        "B, T, H, K, V": ", ".join(map(str, shape)),
+        "dtype": dtype,
+        **{f"{name} ms": 1e3 * median(times[name]) for name in forms},
+        "scan / ours": block_ratio(times["scan"], times["ours"]),
+        "GFLOP/s": flops / median(times["ours"]) / 1e9,
+        "ceiling GFLOP/s": ceiling.flops / median(times["ceiling"]) / 1e9,
+        "share": flops / ceiling.flops / block_ratio(times["ours"], times["ceiling"]),
+        **{f"{name} MB": temporary_bytes(program) / 1e6 for name, program in programs.items()},
     }
 
 
-def recurrence_flops(shape: Shape) -> float:
-    """Necessary operations by the definition: 6 K V multiply-adds per token and head."""
+def necessary_flops(shape: Shape) -> float:
+    """Operations of the definition and its gradient."""
     return 2.0 * shape.tokens * shape.heads * 6 * shape.key_dim * shape.value_dim
-
-
-def chunk_flops(shape: Shape, chunk: int) -> float:
-    """Necessary operations in chunks of `chunk` tokens: `recurrence_flops` and the inner ones."""
-    inside = 1.5 * chunk * (shape.key_dim + shape.value_dim)
-    return recurrence_flops(shape) + 2.0 * shape.tokens * shape.heads * inside
 
 
 def compare_lengths(
     lengths: tuple[int, ...], tokens: int, widths: Shape, dtype: str, effort: Effort
 ) -> dict[str, Any]:
-    """Time per token at several lengths, B T the same, relative to the first of them."""
+    """Time per token by length at constant B T, and relative to the first length."""
     calls: dict[str, Call] = {}
     for length in lengths:
         inputs = draw_inputs(widths._replace(batch=tokens // length, length=length), dtype)
-        calls[str(length)] = _bind(compile_gradients(inputs), inputs)
+        calls[str(length)] = functools.partial(compile_gradients(inputs), *inputs)
     times = alternate(calls, effort)
     first = times[str(lengths[0])]
-    return {
-        "widths": widths[2:],
-        "dtype": dtype,
-        "tokens": tokens,
-        "us_per_token": {name: 1e6 * median(blocks) / tokens for name, blocks in times.items()},
-        "relative": {name: block_ratio(blocks, first) for name, blocks in times.items()},
+    row: dict[str, Any] = {"H, K, V": ", ".join(map(str, widths[2:])), "dtype": dtype}
+    row |= {f"T {name}": 1e6 * median(blocks) / tokens for name, blocks in times.items()}
+    return row | {
+        f"T {name} / T {lengths[0]}": block_ratio(blocks, first)
+        for name, blocks in list(times.items())[1:]
     }
 
 
 def draw_inputs(shape: Shape, dtype: str) -> tuple[jax.Array, ...]:
-    """q, k, v, log_gate, initial state, and the cotangents of output and final state.
+    """Random q, k, v, log_gate, initial state, and cotangents of output and final state.
 
     q, k, v and the output's cotangent have `dtype`, the others float32.
     """
@@ -176,92 +134,14 @@ def draw_inputs(shape: Shape, dtype: str) -> tuple[jax.Array, ...]:
     )
 
 
-def forms(shape: Shape) -> dict[str, dict[str, Any]]:
-    """Options of `gated_linear_recurrence` for each of its forms."""
-    return {
-        "ours": {},
-        "chunks": {"chunk_size": choose_chunk_size(shape.length)},
-        "scan": {"method": "scan"},
-    }
-
-
-def compile_gradients(inputs: tuple[Any, ...], **ways: Any) -> Any:
-    """The compiled program from `inputs` (`draw_inputs`) to `RESULTS`; `ways` as in `forms`."""
+def compile_gradients(inputs: tuple[Any, ...], **options: Any) -> Any:
+    """Compile output, final state and all gradients from `inputs` (`draw_inputs`)."""
 
     def results(*inputs: jax.Array) -> tuple[jax.Array, ...]:
         def call(q: Any, k: Any, v: Any, log_gate: Any, state: Any) -> Any:
-            return gated_linear_recurrence(q, k, v, log_gate, initial_state=state, **ways)
+            return gated_linear_recurrence(q, k, v, log_gate, initial_state=state, **options)
 
         values, pullback = jax.vjp(call, *inputs[:5])
         return *values, *pullback(inputs[5:])
 
     return jax.jit(results).lower(*inputs).compile()
-
-
-def exact_results(inputs: tuple[jax.Array, ...]) -> list[np.ndarray]:
-    """`RESULTS` of these very inputs by scan in float64."""
-    with jax.enable_x64(True):
-        exact = tuple(jnp.asarray(np.asarray(x).astype(np.float64)) for x in inputs)
-        return [np.asarray(x) for x in compile_gradients(exact, method="scan")(*exact)]
-
-
-def rms_errors(results: Any, exact: list[np.ndarray]) -> dict[str, float]:
-    """RMS(difference) / RMS(exact) of each of `RESULTS`."""
-
-    def rms(x: np.ndarray) -> float:
-        return float(np.sqrt(np.mean(x**2)))
-
-    return {
-        name: rms(np.asarray(result).astype(np.float64) - reference) / rms(reference)
-        for name, result, reference in zip(RESULTS, results, exact, strict=True)
-    }
-
-
-def _bind(program: Any, inputs: tuple[jax.Array, ...]) -> Call:
-    return lambda: program(*inputs)
-
-
-def _show_comparison(rows: list[dict[str, Any]]) -> None:
-    headings = ["B, T, H, K, V", "ours ms", "chunks ms", "scan ms", "times faster", "ours MB"]
-    headings += ["scan / ours"]
-    for count in ("recurrence", "chunks"):
-        headings += [f"{count} GFLOP/s", "of ceiling"]
-    headings += ["ceiling GFLOP/s", "RMS error", "of d log_gate"]
-    lines = []
-    for row in rows:
-        errors = dict(row["ours_errors"])
-        of_gate = errors.pop("d_log_gate")
-        lines.append(
-            [
-                f"{', '.join(map(str, row['shape']))} {row['dtype']}",
-                tables.number(row["ours_ms"], 1),
-                tables.number(row["chunks_ms"], 1),
-                tables.number(row["scan_ms"]),
-                tables.times(row["times_faster"]),
-                tables.number(row["ours_mb"]),
-                tables.times(row["scan_mb"] / row["ours_mb"]),
-                tables.number(row["recurrence_gflops"]),
-                tables.share(row["recurrence_share"]),
-                tables.number(row["chunks_gflops"]),
-                tables.share(row["chunks_share"]),
-                tables.number(row["ceiling_gflops"]),
-                f"{max(errors.values()):.1e}",
-                f"{of_gate:.1e}",
-            ]
-        )
-    tables.show("ops: forward + backward; RMS error against scan in float64", headings, lines)
-
-
-def _show_lengths(rows: list[dict[str, Any]]) -> None:
-    lengths = list(map(str, LENGTHS))
-    headings = ["H, K, V", *(f"T {length}, us" for length in lengths)]
-    headings += [f"T {length} / T {lengths[0]}" for length in lengths[1:]]
-    lines = [
-        [
-            f"{', '.join(map(str, row['widths']))} {row['dtype']}",
-            *(tables.number(row["us_per_token"][length], 2) for length in lengths),
-            *(tables.times(row["relative"][length]) for length in lengths[1:]),
-        ]
-        for row in rows
-    ]
-    tables.show(f"ops: time per token, B T = {LENGTH_TOKENS:,}", headings, lines)

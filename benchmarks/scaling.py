@@ -1,63 +1,60 @@
-"""The ways to scale training, A to F, each beside the same training without it.
+"""Techniques to scale training, A to F, each beside the same training without it.
 
-Every training is of the same small model and as many tokens of the default corpus; the loss is that
-of held-out text with the state carried. Other draws of parameters and batches say what of a
-difference is chance: so short a training ends elsewhere even by another order of sums. Memory is
-what a step works in on one device, by the compiler's account. Devices of a mesh are simulated ones
-that share this machine's cores, so that their tokens/s say what a schedule costs, not what more
-hardware gains.
+Every training is of the same small model on the same number of tokens of the default corpus; the
+loss is that of held-out text with the state carried. Two other seeds show the noise: so short a
+training ends elsewhere even with another order of summation. Memory is the working memory of a
+step on one device, by XLA's memory analysis. Devices of a mesh are simulated and share this
+machine's cores, so that their tokens/s show the cost of a schedule, not the gain from hardware.
 
-- A: training by sliding windows; evaluation by overlapping ones, beside a carried state
-- B: layers over stages; beside it, time over devices
+- A: sliding windows in training; overlapping windows in evaluation, beside a carried state
+- B: pipeline parallelism over layers; beside it, sequence parallelism
 - C: one token at a time without compilation, compiled, in chunks, and as one function
-- D: bfloat16 for products, and for the state; what the latter loses by position
-- E: truncated back-propagation, from step to step and inside of one, and its bias
-- F: a prefix read once and kept
+- D: bfloat16 for matmuls, and for the state; the error of the latter by position
+- E: truncated back-propagation, between steps and inside of one, and its bias
+- F: a prefix whose state is cached
 """
 
 import copy
-import functools
 import tempfile
 from typing import Any
 
 import jax
 
-from benchmarks import scaling_memory, scaling_parts, tables
-from benchmarks.interleave import Effort
-from benchmarks.isolated import call_isolated
-from benchmarks.jax_steps import BY_SCAN, load_config
-from benchmarks.short_training import Trained, measure_short, train_short
+from benchmarks import memory, scaling_parts, tables
+from benchmarks.corpus_training import Trained, measure_on_corpus, train_on_corpus
+from benchmarks.measure import Effort, on_simulated_devices
+from benchmarks.train_steps import BY_SCAN, by_chunks, load_config
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
-from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.chunkwise import choose_chunk_size
 
 BATCH, LENGTH, STEPS = 8, 256, 200
 LONG = 4
-"""Times LENGTH, of the rows that are cut into windows; with as many times fewer rows."""
+"""Factor between long sequences and LENGTH; the batch is smaller by it."""
 
 ORDER = "=ABCDEF+"
-"""First letters of names, as the table has them: the plain run, the list, what goes with it."""
+"""First letters of names in the order of the table; ``=`` is the plain run, ``+`` is no technique
+of the list."""
 
 Row = dict[str, Any]
 
 
 def run(effort: Effort) -> dict[str, Any]:
-    """Measures and prints everything; each training is its own repetition, `effort` is unused."""
-    del effort
+    """Measure and print; each training runs once, `effort` is unused."""
     with tempfile.TemporaryDirectory() as workdir:
         rows, trained = compare(small_run(), workdir)
-        bias = scaling_parts.truncation_bias(long_rows(small_run()), trained)
+        bias = scaling_parts.truncation_bias(long_sequences(small_run()), trained)
         rows += scaling_parts.evaluations(small_run(), trained)
-        rows += scaling_parts.cached_prefix(small_run(), trained, workdir)
-    rows.sort(key=lambda row: ORDER.index(row["name"][0]))
+        rows += scaling_parts.cached_prefix(trained, workdir)
+    rows.sort(key=lambda row: ORDER.index(row["technique"][0]))
     errors = scaling_parts.state_errors()
-    _show(rows, STEPS * BATCH * LENGTH)
-    scaling_parts.show_bias(bias)
-    scaling_parts.show_errors(errors)
-    memory = scaling_memory.measure()
-    scaling_memory.show(memory)
-    return {"rows": rows, "truncation_bias": bias, "state_errors": errors, "memory": memory}
+    title = f"{STEPS * BATCH * LENGTH:,} tokens, {jax.devices()[0].device_kind}"
+    tables.show(f"scaling: 2 layers of width 64, {title}", rows)
+    title = f"scaling, E: gradient of truncated windows of {LONG * LENGTH:,} tokens"
+    tables.show(title, bias)
+    title = "scaling, D: RMS error of the recurrence by dtype of the state"
+    tables.show(f"{title}, half-life {scaling_parts.HALF_LIFE:,} tokens", errors)
+    by_length = memory.run(effort)
+    return {"rows": rows, "truncation_bias": bias, "state_errors": errors, "memory": by_length}
 
 
 def small_run(steps: int = STEPS) -> Config:
@@ -68,12 +65,11 @@ def small_run(steps: int = STEPS) -> Config:
     config.train.steps = steps
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-2, 50
     config.train.eval_tokens = 65536
-    config.mesh.data = 1
     return config
 
 
-def long_rows(config: Config) -> Config:
-    """As many tokens in fewer, longer rows."""
+def long_sequences(config: Config) -> Config:
+    """Change `config` to the same number of tokens in fewer, longer sequences."""
     config.data.batch_size //= LONG
     config.data.sequence_length *= LONG
     return config
@@ -89,82 +85,47 @@ def changed(config: Config, **fields: Any) -> Config:
 
 
 def trainings(base: Config) -> list[tuple[str, str, Config, dict[str, Any]]]:
-    """Name, what it changes, configuration and options of `train_short`, of each but the plain."""
-    long = long_rows(copy.deepcopy(base))
+    """Technique, change, configuration and options of `train_on_corpus`, plain training first."""
+    long = long_sequences(copy.deepcopy(base))
     window = base.data.sequence_length
-    by_chunks = functools.partial(gated_linear_recurrence, chunk_size=choose_chunk_size(window))
+    cut = changed(long, backward_window=window)
+    exact = changed(cut, backward="exact")
     return [
-        ("= another draw", "parameters and batches", base, {"draw": 1}),
-        ("= a third draw", "likewise", base, {"draw": 2}),
-        (
-            "A sliding windows",
-            "one begins every half window",
-            changed(base, stride=window // 2),
-            {},
-        ),
+        ("= plain", "whole step compiled, fused recurrence", base, {}),
+        ("= second seed", "parameters and batches", base, {"seed": 1}),
+        ("= third seed", "parameters and batches", base, {"seed": 2}),
+        ("A sliding windows", "stride of half a window", changed(base, stride=window // 2), {}),
         ("C one token at a time", "a compiled loop", base, {"recurrence": BY_SCAN}),
-        ("C in chunks", "matrix products in XLA", base, {"recurrence": by_chunks}),
-        ("D bfloat16 products", "their operands", changed(base, precision="bfloat16"), {}),
-        ("D bfloat16 state", "the recurrent state", changed(base, state_precision="bfloat16"), {}),
-        ("E streams", "the state goes on between steps", changed(base, mode="stream"), {}),
-        ("E long rows", f"rows of {LONG} windows, all backward", long, {}),
-        (
-            "E truncated in a step",
-            "these rows, gradients cut",
-            changed(long, backward_window=window),
-            {},
-        ),
-        (
-            "E exact in windows",
-            "these rows, forward twice",
-            changed(long, backward_window=window, backward="exact"),
-            {},
-        ),
-        ("+ accumulation", "4 groups of rows", changed(base, gradient_accumulation=4), {}),
-        ("+ rematerialisation", "layers computed again", changed(base, remat="block"), {}),
+        ("C in chunks", "matmuls in XLA", base, {"recurrence": by_chunks(window)}),
+        ("D bfloat16 matmuls", "operands", changed(base, precision="bfloat16"), {}),
+        ("D bfloat16 state", "recurrent state", changed(base, state_precision="bfloat16"), {}),
+        ("E streams", "state carried between steps", changed(base, mode="stream"), {}),
+        ("E long sequences", f"{LONG} windows long, full gradient", long, {}),
+        ("E truncated in a step", "long, gradient cut between windows", cut, {}),
+        ("E exact in windows", "long, forward pass recomputed", exact, {}),
+        ("+ accumulation", "4 microbatches", changed(base, gradient_accumulation=4), {}),
+        ("+ rematerialization", "layers recomputed", changed(base, remat="block"), {}),
     ]
 
 
 def compare(base: Config, workdir: str) -> tuple[list[Row], Trained]:
-    """Trains by every technique; the rows of the table, and what the plain training gave."""
-    plain = train_short(base, workdir)
-    rows: list[Row] = [{"name": "= plain", "changes": "whole step compiled, fused recurrence"}]
-    rows[0] |= plain.measured
-    for name, changes, config, options in trainings(base):
-        measured = train_short(config, workdir, **options).measured
-        rows.append({"name": name, "changes": changes} | measured)
+    """Train with every technique; return the rows of the table, and the plain training."""
+    rows: list[Row] = []
+    plain: Trained | None = None
+    for name, change, config, options in trainings(base):
+        trained = train_on_corpus(config, workdir, **options)
+        plain = plain or trained
+        rows.append({"technique": name, "change": change} | trained.measured)
     rows.append(scaling_parts.eager_step(base))
-    for name, changes, axis in (
-        ("B layers over stages", "2 devices, a layer each", "stage"),
-        ("B time over devices", "2 devices, half of each row", "sequence"),
+    for name, change, axis in (
+        ("B pipeline parallelism", "2 devices, a layer each", "stage"),
+        ("B sequence parallelism", "2 devices, half of each sequence", "sequence"),
     ):
         text = config_lib.to_json(changed(base, **{axis: 2}))
-        flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-        measured = call_isolated(measure_short, flags, config=text, workdir=workdir)
-        rows.append({"name": name, "changes": changes} | measured)
+        measured = on_simulated_devices(2, measure_on_corpus, config=text, workdir=workdir)
+        rows.append({"technique": name, "change": change} | measured)
     for row in rows[1:]:
-        if "loss" in row:
-            row["loss_difference"] = row["loss"] - plain.measured["loss"]
+        if "nats/token" in row:
+            row["difference"] = row["nats/token"] - rows[0]["nats/token"]
+    assert plain is not None
     return rows, plain
-
-
-def draw(results: dict[str, Any], folder: str) -> list[str]:
-    """Writes the pictures of what `run` returned; their paths."""
-    return [scaling_memory.draw(results["memory"], folder)]
-
-
-def _show(rows: list[Row], tokens: int) -> None:
-    lines = [
-        [
-            row["name"],
-            row["changes"],
-            tables.number(row.get("memory_mb"), 1),
-            tables.number(row.get("tokens_per_s")),
-            tables.number(row.get("loss"), 4),
-            "-" if row.get("loss_difference") is None else f"{row['loss_difference']:+.4f}",
-        ]
-        for row in rows
-    ]
-    title = f"scaling: 2 layers of width 64, {tokens:,} tokens, {jax.devices()[0].device_kind}"
-    headings = ["technique", "what it changes", "memory MB", "tokens/s", "nats/token", "difference"]
-    tables.show(title, headings, lines)

@@ -1,9 +1,10 @@
-"""Time before the first useful thing happens: imports, and the first train step of `base`.
+"""Startup time: imports, and the first train step of `base`.
 
-Everything runs in fresh processes that take turns. The compilation cache is the one that the
-scripts use, in a temporary folder; ``cold`` finds it empty, ``warm`` as a cold run left it.
+Everything runs in fresh, alternating processes. The compilation cache is the one of the scripts, in
+a temporary folder; ``cold`` finds it empty, ``warm`` finds the entries of the cold run.
 """
 
+import functools
 import statistics
 import tempfile
 import time
@@ -11,59 +12,55 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
-from benchmarks.interleave import Effort
-from benchmarks.isolated import call_isolated, run_python
+from benchmarks.measure import Call, Effort, alternate, call_isolated, run_python
 
 IMPORTS = {
     "jax, flax, optax": "import jax, flax, optax",
     "and simplernn_jax": "import jax, flax, optax, simplernn_jax",
     "and its public modules": "import jax, flax, optax, simplernn_jax\n"
     "import simplernn_jax.ops, simplernn_jax.models, simplernn_jax.inference",
-    "and what scripts/train.py needs": "import jax, flax, optax, simplernn_jax.training.loop",
+    "and all of scripts/train.py": "import jax, flax, optax, simplernn_jax.training.loop",
 }
-"""Code of a process, by what it imports; what the others cost is over the first."""
+"""Code of a process, by its name in the table."""
 
 BATCH, LENGTH = 16, 256
 
 
 def run(effort: Effort) -> dict[str, Any]:
-    """Measures and prints everything; `effort.calls` is not used, a process starts once."""
+    """Measure and print; `effort.calls` is unused, since a process starts once."""
     imports = compare_imports(effort.blocks)
     first_steps = compare_first_steps(effort.blocks)
-    _show(imports, first_steps)
+    tables.show("startup: fresh processes that import", imports)
+    tables.show("startup: first step of base, by compilation cache", first_steps)
     return {"imports": imports, "first_step": first_steps}
 
 
-def compare_imports(blocks: int) -> dict[str, dict[str, float]]:
-    """Wall time of processes that only import, start and end included.
+def compare_imports(blocks: int) -> list[dict[str, Any]]:
+    """Median wall time of processes that only import, start and end included.
 
-    Returns:
-      By what is imported: median seconds, and seconds over those of the first in the same block.
+    The last column is the median over blocks of the difference to the first row.
     """
-    for code in IMPORTS.values():
-        run_python(code)  # writes the byte code, reads the files from the disk
-    seconds: dict[str, list[float]] = {name: [] for name in IMPORTS}
-    for _ in range(blocks):
-        for name, code in IMPORTS.items():
-            start = time.perf_counter()
-            run_python(code)
-            seconds[name].append(time.perf_counter() - start)
+    calls: dict[str, Call] = {
+        name: functools.partial(run_python, code) for name, code in IMPORTS.items()
+    }
+    # The first calls compile to byte code and fill the page cache.
+    times = alternate(calls, Effort(blocks, 1))
+    seconds = {name: [block[0] for block in each] for name, each in times.items()}
     first = next(iter(seconds.values()))
-    return {
-        name: {
+    return [
+        {
+            "import": name,
             "seconds": statistics.median(values),
-            "over_first": statistics.median(a - b for a, b in zip(values, first, strict=True)),
+            "over the first": statistics.median(a - b for a, b in zip(values, first, strict=True)),
         }
         for name, values in seconds.items()
-    }
+    ]
 
 
-def compare_first_steps(blocks: int) -> dict[str, dict[str, float]]:
-    """The first train step with an empty and with a filled compilation cache.
+def compare_first_steps(blocks: int) -> list[dict[str, Any]]:
+    """Median seconds of the first train step with an empty and with a filled compilation cache.
 
-    Returns:
-      By cache: median seconds ``from_start`` of the process, and ``after_imports``; under
-      ``warm_to_cold`` the medians over blocks of the ratios of both.
+    The last row has the medians over blocks of the ratios.
     """
     found: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
     for _ in range(blocks):
@@ -71,21 +68,16 @@ def compare_first_steps(blocks: int) -> dict[str, dict[str, float]]:
             for name, results in found.items():
                 results.append(_time_first_step(folder))
                 if not any(Path(folder).iterdir()):
-                    raise RuntimeError(f"the {name} run left nothing in the compilation cache")
-    kinds = ("from_start", "after_imports")
-    return {
-        **{
-            name: {kind: statistics.median(result[kind] for result in results) for kind in kinds}
-            for name, results in found.items()
-        },
-        "warm_to_cold": {
-            kind: statistics.median(
-                warm[kind] / cold[kind]
-                for warm, cold in zip(found["warm"], found["cold"], strict=True)
-            )
-            for kind in kinds
-        },
-    }
+                    raise RuntimeError(f"the {name} run wrote nothing to the compilation cache")
+    pairs = list(zip(found["warm"], found["cold"], strict=True))
+    found["warm / cold"] = [
+        {kind: warm[kind] / cold[kind] for kind in warm} for warm, cold in pairs
+    ]
+    return [
+        {"cache": name}
+        | {kind: statistics.median(result[kind] for result in results) for kind in results[0]}
+        for name, results in found.items()
+    ]
 
 
 def _time_first_step(cache: str) -> dict[str, float]:
@@ -93,16 +85,16 @@ def _time_first_step(cache: str) -> dict[str, float]:
     started = time.time()
     moments: dict[str, float] = call_isolated(take_first_step, environment)
     return {
-        "from_start": moments["done"] - started,
-        "after_imports": moments["done"] - moments["imported"],
+        "from process start": moments["done"] - started,
+        "after imports": moments["done"] - moments["imported"],
     }
 
 
 def take_first_step() -> dict[str, float]:
-    """Seconds since 1970 when everything was imported and when the first step was done."""
+    """Unix times after all imports and after the first step; for `call_isolated`."""
     import jax
 
-    from benchmarks.jax_steps import load_config, our_step
+    from benchmarks.train_steps import load_config, our_step
     from simplernn_jax.compilation_cache import use_compilation_cache
 
     imported = time.time()
@@ -110,27 +102,3 @@ def take_first_step() -> dict[str, float]:
     step = our_step(load_config("base", BATCH, LENGTH))
     jax.block_until_ready(step())
     return {"imported": imported, "done": time.time()}
-
-
-def _show(imports: dict[str, dict[str, float]], first_steps: dict[str, dict[str, float]]) -> None:
-    rows = [
-        [
-            f"import {name}",
-            tables.number(values["seconds"], 2),
-            tables.number(values["over_first"], 3) if values["over_first"] else "",
-            "",
-            "",
-        ]
-        for name, values in imports.items()
-    ]
-    for name in ("cold", "warm"):
-        values, relative = first_steps[name], first_steps["warm_to_cold"]
-        cells = [f"first step of base, {name} cache", tables.number(values["from_start"], 2), ""]
-        cells.append(tables.number(values["after_imports"], 2))
-        is_warm = name == "warm"
-        cells.append(
-            f"{relative['from_start']:.2f}, {relative['after_imports']:.2f}" if is_warm else ""
-        )
-        rows.append(cells)
-    headings = ["what", "seconds", "over the first", "after imports", "warm / cold of both"]
-    tables.show("startup: processes of their own", headings, rows)

@@ -1,7 +1,8 @@
-"""Small training runs that `stress` tries to break, and what it compares their checkpoints by."""
+"""Small training runs of one or two processes, and comparison of their checkpoints."""
 
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,22 +15,22 @@ from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leav
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 
 STEPS, SAVE_EVERY = 24, 3
+Process = subprocess.Popen[bytes]
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[1]
+_DEVICES = 2
+"""Simulated devices of each of several processes."""
+_JOIN_SECONDS = 30
 
 
-def start(
-    folder: Path, workdir: Path, *flags: str, log: str = "", devices: int = 0
-) -> subprocess.Popen[bytes]:
-    """Starts, or goes on with, a small training run that carries state between its batches.
+def start(workdir: Path, num_processes: int = 1) -> list[Process]:
+    """Start or resume a small training run that carries state between its batches.
 
     Args:
-      folder: keeps what several runs share.
-      workdir: of the run, below `folder`.
-      flags: further ones of scripts/train.py.
-      log: name of the file in `folder` that gets what the run says; empty: that of the workdir.
-      devices: above 0, so many simulated ones on the CPU.
+      workdir: of the run. Its parent has what runs share: corpus, compiled programs, and logs.
+      num_processes: more than one train together on simulated devices.
     """
+    folder = workdir.parent
     corpus = folder / "corpus.txt"
     if not corpus.exists():
         draw = random.Random(0)
@@ -48,48 +49,81 @@ def start(
     command = [sys.executable, str(_ROOT / "scripts" / "train.py")]
     command += [f"--config={_ROOT / 'configs' / 'tiny.py'}", f"--workdir={workdir}"]
     command += [f"--config.{field}={value}" for field, value in overrides.items()]
-    command += flags
-    # The programs are compiled once, by the run that is left alone.
+    # The uninterrupted run compiles the programs for all.
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    if devices:
-        environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    with open(folder / (log or f"{workdir.name}.log"), "ab") as output:
-        return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    if num_processes > 1:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        command += ["--distributed", f"--coordinator=127.0.0.1:{port}"]
+        command += [f"--num_processes={num_processes}", f"--join_timeout={_JOIN_SECONDS}"]
+        environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(_DEVICES)}
+    processes = []
+    with open(_log_of(workdir), "ab") as log:
+        for number in range(num_processes):
+            own = [f"--process_id={number}"] if num_processes > 1 else []
+            processes.append(
+                subprocess.Popen([*command, *own], env=environment, stdout=log, stderr=log)
+            )
+    return processes
 
 
-def train(folder: Path, workdir: Path) -> None:
-    """Trains to the end."""
-    if start(folder, workdir).wait() != 0:
-        log = (folder / f"{workdir.name}.log").read_text(encoding="utf-8", errors="replace")
-        raise RuntimeError(f"the training run in {workdir} failed:\n{log}")
+def read_log(workdir: Path) -> str:
+    """Output of all processes of a run."""
+    return _log_of(workdir).read_text(encoding="utf-8", errors="replace")
 
 
-def final_checkpoint(workdir: Path) -> dict[str, Any]:
-    """What the newest checkpoint is compared by."""
+def _log_of(workdir: Path) -> Path:
+    return workdir.with_name(f"{workdir.name}.log")
+
+
+def kill(processes: list[Process]) -> None:
+    """Kill the processes, which ends their children too, and wait for them."""
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def train(workdir: Path, num_processes: int = 1) -> None:
+    """Train to the end.
+
+    Raises:
+      RuntimeError: the run failed; the message has its log.
+    """
+    processes = start(workdir, num_processes)
+    try:
+        codes = [process.wait() for process in processes]
+    finally:
+        kill(processes)
+    if any(codes):
+        raise RuntimeError(f"run {workdir} failed with codes {codes}:\n{read_log(workdir)}")
+
+
+def newest_checkpoint(workdir: str | Path) -> dict[str, Any]:
+    """`contents` of the newest complete checkpoint."""
     return contents(workdir, read_config(str(workdir))[2])
 
 
-def contents(workdir: Path, step: int) -> dict[str, Any]:
-    """What the checkpoint of `step` is compared by."""
+def contents(workdir: str | Path, step: int) -> dict[str, Any]:
+    """Everything in the checkpoint of `step`, as `comparable`."""
     path = CheckpointFolder(str(workdir)).step_path(step)
     arrays = read_arrays(path, list(saved_leaves(path)))
     return comparable(step, read_json(path, "data"), arrays)
 
 
 def comparable(step: int, data_state: Any, arrays: dict[str, Any]) -> dict[str, Any]:
-    """What two checkpoints are compared by."""
+    """Contents of a checkpoint as values that ``==`` compares bit-exactly."""
     values = {
         f"array {name}": (str(array.dtype), array.shape, np.asarray(array).tobytes())
         for name, array in arrays.items()
     }
-    return values | {"step": step, "position in the data": data_state}
+    return values | {"number of steps": step, "position in the data": data_state}
 
 
 def compare(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
-    """What differs between two checkpoints, if anything."""
+    """The first difference between two checkpoints, or None."""
     for name in found.keys() | expected.keys():
         if found.get(name) != expected.get(name):
             return f"{name} differs"

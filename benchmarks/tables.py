@@ -1,33 +1,96 @@
-"""Results as a table for people; the JSON holds the same numbers unrounded."""
+"""Tables in Markdown and pictures of curves."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from simplernn_jax.analysis.pictures import new_figure, png
 
-_WIDTH = 160
+_COLORS = ("blue", "orange", "green", "red", "purple", "brown")
+_MARKERS = "osD^vP"
+"""Open and of different shapes, so that none hides another where curves meet."""
 
-
-def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints one table; the first column is text, the others are numbers."""
-    table = Table(title=title, title_justify="left")
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=not index)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=_WIDTH, markup=False).print(table)
+Curves = Mapping[str, Mapping[str, float]]
+"""By label: y by x; x is text, as JSON keeps it."""
 
 
-def number(value: float | None, digits: int = 0) -> str:
-    """``1,234.5``, or a dash where there is no value."""
-    return "-" if value is None else f"{value:,.{digits}f}"
+def text_of(value: Any) -> str:
+    """Text of a cell: a number with three digits or more, a dash for None."""
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    size = abs(value)
+    if size == 0 or 1e-4 <= size < 1e15:
+        digits = 0 if size >= 100 else 1 if size >= 10 else 3 if size >= 1 else 4
+        return f"{value:,.{digits}f}"
+    return f"{value:.1e}"
 
 
-def times(value: float | None) -> str:
-    """A ratio, such as ``31.2x``."""
-    return "-" if value is None else f"{value:,.2f}x" if value < 10 else f"{value:,.1f}x"
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table; the keys are its headings, in order of appearance."""
+    headings = list(dict.fromkeys(heading for row in rows for heading in row))
+    cells = [[text_of(row.get(heading, "")) for heading in headings] for row in rows]
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    lines = [headings, ["-" * width for width in widths], *cells]
+    return "".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |\n"
+        for line in lines
+    )
 
 
-def share(value: float | None) -> str:
-    """A fraction in percent."""
-    return "-" if value is None else f"{value:.1%}"
+def by_x(x: str, curves: Curves) -> list[dict[str, Any]]:
+    """Rows of a table of curves: the value of every curve at each x."""
+    points = dict.fromkeys(point for curve in curves.values() for point in curve)
+    return [
+        {x: int(point)} | {label: curve.get(point) for label, curve in curves.items()}
+        for point in points
+    ]
+
+
+def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print one table."""
+    print(f"\n{title}\n\n{markdown(rows)}", flush=True)
+
+
+def draw(panels: Mapping[str, Curves], x: str) -> bytes:
+    """A PNG file with curves by title against `x`; a label looks the same in all panels.
+
+    The x axis is logarithmic, and the y axis too unless all values are fractions.
+    """
+    labels = dict.fromkeys(label for curves in panels.values() for label in curves)
+    looks = zip(_COLORS, _MARKERS, strict=True)
+    styles = dict(zip(labels, itertools.cycle(looks), strict=False))
+    columns = min(len(panels), 2 if len(panels) == 4 else 3)
+    rows = -(-len(panels) // columns)
+    with new_figure(4 * columns + 2, 3.7 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False).flat
+        for axes, (title, curves) in zip(grid, panels.items(), strict=False):
+            _draw_curves(axes, curves, styles)
+            axes.set(title=title, xlabel=x)
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        handles, names = grid[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right center")
+        return png(figure)
+
+
+def _draw_curves(axes: Any, curves: Curves, styles: Mapping[str, tuple[str, str]]) -> None:
+    from matplotlib import ticker
+
+    for label, curve in curves.items():
+        color, marker = styles[label]
+        style = {"color": f"tab:{color}", "marker": marker, "markerfacecolor": "none"}
+        axes.plot(list(map(int, curve)), list(curve.values()), **style, label=label)
+    ticks = sorted({int(x) for curve in curves.values() for x in curve})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
+    axes.xaxis.minorticks_off()
+    axes.grid(axis="y", alpha=0.3)
+    if max(y for curve in curves.values() for y in curve.values()) <= 1:
+        axes.set_ylim(-0.03, 1.03)
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.yaxis.set_minor_locator(ticker.NullLocator())

@@ -1,10 +1,8 @@
 """The model of the PyTorch project as a plain eager loop over time, with its parameters' names.
 
-`load_pytorch_weights` reads what ``torch.save(model.state_dict(), ...)`` leaves of it. This module
-needs torch; import it only where that is present.
-
-Torch's threads wait actively for each other: where other programs use the cores, this loop takes
-ten to fifty times as long. Measure it on an idle machine.
+`load_pytorch_weights` loads its saved ``state_dict``. Import this module only where torch is
+installed. Measure on an idle machine: torch's threads busy-wait for each other, and take ten to
+fifty times as long where other programs use the cores.
 """
 
 from collections.abc import Callable
@@ -13,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.peak_memory import Peak, process_peak
+from benchmarks.measure import Peak, process_peak
 from simplernn_jax.config import Config
 
 
 class LoopCell(torch.nn.Module):
-    """One layer: the projections of every token in one product each, then one token at a time."""
+    """One layer: the projections of all tokens in one matmul each, then one token at a time."""
 
     def __init__(self, hidden: int, key: int, value: int) -> None:
         super().__init__()
@@ -42,7 +40,7 @@ class LoopCell(torch.nn.Module):
 
 
 class LoopModel(torch.nn.Module):
-    """Embedding, layers, head: what ``block="plain"`` is."""
+    """Embedding, layers, head; equal to ``block="plain"``."""
 
     def __init__(self, vocab: int, layers: int, hidden: int, key: int, value: int) -> None:
         super().__init__()
@@ -59,7 +57,7 @@ class LoopModel(torch.nn.Module):
 
 
 def torch_step(config: Config, tokens: np.ndarray, targets: np.ndarray) -> Callable[[], float]:
-    """One step of Adam per call, on a card where torch sees one; gives the loss in nats.
+    """One step of Adam per call, on a GPU if torch sees one; each call returns the loss in nats.
 
     Args:
       config: of a plain model with one head.
@@ -88,13 +86,13 @@ def torch_step(config: Config, tokens: np.ndarray, targets: np.ndarray) -> Calla
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), outputs.flatten())
         loss.backward()
         optimizer.step()
-        return float(loss.detach())  # waits for the card
+        return float(loss.detach())  # waits for the GPU
 
     return step
 
 
 def torch_peak(work: Callable[[], Any]) -> Peak:
-    """Runs `work` and says what it needed, on the card or in this process."""
+    """Run `work`; return its peak memory, on the GPU or of this process."""
     if not torch.cuda.is_available():
         return process_peak(work)
     before = torch.cuda.memory_allocated()

@@ -1,12 +1,12 @@
-"""Train steps: the `seed` model beside other ways to write it, and `base` beside the machine.
+"""Train steps: the `seed` model beside other implementations, and `base` beside the machine.
 
 `seed` (two plain layers of width 128) by four programs that learn from the same tokens: ours;
 ours with the recurrence by `scan`; a stack of Flax's ``nnx.RNN(nnx.GRUCell)`` of the same width;
 the same equations as an eager PyTorch loop over time (needs the extra ``bench``).
 
-`base` in float32 and bfloat16, as a share of the machine: a step counts as 6 multiplications and
-additions per parameter and token (a product forward and two backward), and the machine's rate is
-that of a float32 2048^3 product, in both precisions.
+`base` in float32 and bfloat16, as a share of the machine: a step counts as 6 multiply-adds per
+parameter and token (one matmul forward, two backward), and the machine's rate is that of a float32
+2048^3 matmul, for both precisions.
 """
 
 import importlib.util
@@ -14,23 +14,27 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
 from benchmarks import machine, tables
-from benchmarks.interleave import Call, Effort, Times, alternate, block_ratio, median
-from benchmarks.isolated import call_isolated
-from benchmarks.jax_steps import (
+from benchmarks.measure import (
+    Call,
+    Effort,
+    alternate,
+    block_ratio,
+    call_isolated,
+    jax_peak,
+    median,
+)
+from benchmarks.train_steps import (
     CompiledStep,
+    count_parameters,
     gru_step,
     load_config,
     our_step,
     random_batch,
     scan_step,
 )
-from benchmarks.peak_memory import jax_peak
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import PRECISIONS, Config
-from simplernn_jax.training.gradient import abstract_model
 
 BATCH, LENGTH = 16, 256
 
@@ -43,50 +47,52 @@ TORCH = "PyTorch loop"
 
 
 def run(effort: Effort) -> dict[str, Any]:
-    """Measures and prints everything."""
-    ceilings = machine.measure_ceilings(effort)
+    """Measure and print."""
     # Some of these steps take seconds.
     fewer = effort._replace(calls=math.ceil(effort.calls / 2))
     seed = compare_programs(load_config("seed", BATCH, LENGTH), fewer)
-    _show_programs(seed)
-    base = compare_precisions(load_config("base", BATCH, LENGTH), effort)
-    _show_precisions(base)
-    print(machine.say_ceilings(ceilings))
-    return {"ceilings": ceilings, "seed": seed, "base": base}
+    tables.show(f"train: seed, B {BATCH}, T {LENGTH}, float32", seed)
+    config = load_config("base", BATCH, LENGTH)
+    base = compare_precisions(config, effort)
+    parameters = f"{count_parameters(config):,} parameters"
+    title = f"train: base, {parameters}, B {BATCH}, T {LENGTH}; 6 * parameters * tokens per step"
+    tables.show(title, base)
+    return {"seed": seed, "base": base}
 
 
-def compare_programs(config: Config, effort: Effort) -> dict[str, dict[str, float | None]]:
-    """Every program that can train `config`, a plain model with one head.
+def compare_programs(config: Config, effort: Effort) -> list[dict[str, Any]]:
+    """Compare all programs that can train `config`, a plain model with one head.
 
-    Returns:
-      By program: tokens/s; how many times slower it is than ours; MB (1e6 bytes) by the compiler's
-      account; MB of the peak over what was held before the first step, in a process of its own.
-      Nothing under `TORCH` where torch is missing.
+    ``compiled`` is memory by XLA's memory analysis; ``peak`` is that of two steps over the memory
+    held before them, in a process of its own; both in MB (1e6 bytes).
     """
     steps = {name: make(config) for name, make in JAX_STEPS.items()}
-    compiled = {name: step.compiled_bytes for name, step in steps.items()}
     calls: dict[str, Call] = {**steps}
     has_torch = importlib.util.find_spec("torch") is not None
     if has_torch:
         calls[TORCH] = _torch_step(config)
     times = alternate(calls, effort)
     text = config_lib.to_json(config)
-    peaks = {name: call_isolated(step_peak, program=name, config=text) for name in times}
     tokens = config.data.batch_size * config.data.sequence_length
-    rows: dict[str, dict[str, float | None]] = {
-        name: {
-            "tokens_per_s": tokens / median(blocks),
-            "times_slower": block_ratio(blocks, times["ours"]),
-            "compiled_mb": _megabytes(compiled.get(name)),
-            "peak_mb": _megabytes(peaks[name]),
-        }
-        for name, blocks in times.items()
-    }
-    return rows if has_torch else rows | {TORCH: {}}
+    rows: list[dict[str, Any]] = []
+    for name, blocks in times.items():
+        peak = call_isolated(step_peak, program=name, config=text)
+        rows.append(
+            {
+                "program": name,
+                "tokens/s": tokens / median(blocks),
+                "times slower than ours": block_ratio(blocks, times["ours"]),
+                "compiled MB": steps[name].compiled_bytes / 1e6 if name in steps else None,
+                "peak MB": None if peak is None else peak / 1e6,
+            }
+        )
+    if not has_torch:
+        rows.append({"program": f"{TORCH}: torch is not installed (pip install -e '.[bench]')"})
+    return rows
 
 
 def step_peak(program: str, config: str) -> float | None:
-    """Bytes that two steps of `program` need over what is held before them; see `call_isolated`."""
+    """Peak bytes of two steps of `program` over its start; for `call_isolated`."""
     settings = config_lib.from_json(config)
     if program == TORCH:
         from benchmarks.torch_loop import torch_peak
@@ -105,86 +111,26 @@ def _torch_step(config: Config) -> Call:
     return torch_step(config, batch.tokens, batch.targets)
 
 
-def _megabytes(num_bytes: float | None) -> float | None:
-    return None if num_bytes is None else num_bytes / 1e6
-
-
-def compare_precisions(config: Config, effort: Effort, size: int = 2048) -> dict[str, Any]:
-    """Our step in float32 and bfloat16 as shares of a float32 product ``size^3``."""
+def compare_precisions(config: Config, effort: Effort, size: int = 2048) -> list[dict[str, Any]]:
+    """Compare our step in float32 and bfloat16 with a float32 matmul of ``size^3``."""
     calls: dict[str, Call] = {}
     for precision in PRECISIONS:
         config.model.precision = precision
         calls[precision] = our_step(config)
-    product = machine.square_product("float32", size)
-    times = alternate(calls | {"product": product.call}, effort)
-    parameters = count_parameters(config)
+    matmul = machine.square_matmul("float32", size)
+    times = alternate(calls | {"matmul": matmul.call}, effort)
     tokens = config.data.batch_size * config.data.sequence_length
-    return {
-        "parameters": parameters,
-        "product_gflops": product.amount / median(times["product"]) / 1e9,
-        **{
-            name: summarize_precision(parameters, tokens, times[name], times, product.amount)
-            for name in PRECISIONS
-        },
-    }
-
-
-def summarize_precision(
-    parameters: int, tokens: int, blocks: Times, times: Mapping[str, Times], product_flops: float
-) -> dict[str, float]:
-    """Rates of one precision, of which `blocks` are the times.
-
-    Args:
-      parameters: of the model.
-      tokens: of one step.
-      blocks: times of its step.
-      times: of ``float32``, and of the ``product`` that counts as all the machine can do.
-      product_flops: floating point operations of one product.
-    """
-    flops = 6.0 * parameters * tokens
-    return {
-        "ms": 1e3 * median(blocks),
-        "tokens_per_s": tokens / median(blocks),
-        "gflops": flops / median(blocks) / 1e9,
-        "share_of_product": flops / product_flops / block_ratio(blocks, times["product"]),
-        "times_faster_than_float32": block_ratio(times["float32"], blocks),
-    }
-
-
-def count_parameters(config: Config) -> int:
-    """Of the model; an embedding that is the head too counts once."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(config)[1]))
-
-
-def _show_programs(rows: Mapping[str, Mapping[str, float | None]]) -> None:
-    lines = [
-        [
-            name if row else f"{name}: torch is not installed (pip install -e '.[bench]')",
-            tables.number(row.get("tokens_per_s")),
-            tables.times(row.get("times_slower")),
-            tables.number(row.get("compiled_mb")),
-            tables.number(row.get("peak_mb")),
-        ]
-        for name, row in rows.items()
+    flops = 6.0 * count_parameters(config) * tokens
+    matmul_gflops = matmul.flops / median(times["matmul"]) / 1e9
+    return [
+        {
+            "precision": name,
+            "ms/step": 1e3 * median(times[name]),
+            "tokens/s": tokens / median(times[name]),
+            "over float32": block_ratio(times["float32"], times[name]),
+            "GFLOP/s": flops / median(times[name]) / 1e9,
+            f"float32 {size}^3 GFLOP/s": matmul_gflops,
+            "share": flops / matmul.flops / block_ratio(times[name], times["matmul"]),
+        }
+        for name in PRECISIONS
     ]
-    headings = ["program", "tokens/s", "times slower than ours", "compiled MB", "peak MB"]
-    tables.show(f"train: seed, B {BATCH}, T {LENGTH}, float32", headings, lines)
-
-
-def _show_precisions(results: Mapping[str, Any]) -> None:
-    lines = [
-        [
-            precision,
-            tables.number(results[precision]["ms"], 1),
-            tables.number(results[precision]["tokens_per_s"]),
-            tables.times(results[precision]["times_faster_than_float32"]),
-            tables.number(results[precision]["gflops"]),
-            tables.number(results["product_gflops"]),
-            tables.share(results[precision]["share_of_product"]),
-        ]
-        for precision in PRECISIONS
-    ]
-    headings = ["precision", "ms a step", "tokens/s", "of float32", "GFLOP/s"]
-    headings += ["float32 2048^3 GFLOP/s", "share"]
-    title = f"train: base, {results['parameters']:,} parameters, B {BATCH}, T {LENGTH}"
-    tables.show(f"{title}; 6 * parameters * tokens a step", headings, lines)

@@ -1,20 +1,20 @@
-"""Measures speed and memory beside baselines and the machine's own ceiling, in one run.
+"""Measure speed and memory beside baselines and the machine's own ceiling, in one run.
 
     python scripts/benchmark.py ops [train decode startup memory scaling] [--out FILE.json|FOLDER]
     python scripts/benchmark.py attention --out FOLDER [--quick]
 
-    ops      the recurrence, chunkwise beside scan
-    train    train steps per second, beside other ways to write the model
-    decode   time per written token, beside recomputing the prefix
+    ops      the recurrence, forward and backward, beside scan
+    train    train steps, beside other implementations of the model
+    decode   time per generated token, beside recomputing the prefix
     startup  imports, and the first train step with and without a compilation cache
     memory   of a train step against the length of its sequence
-    scaling  the ways to scale training, A to F, and what each changes
+    scaling  the techniques to scale training, A to F, and their effects
 
     attention   SimpleRNN against self-attention in six aspects, as a table with pictures;
                 --quick measures small sizes, --only a part of it
 
-What is compared runs in alternating blocks of one process (A B A B ...), compiled and warmed up;
-the first call of every block is dropped. Times are medians; a ratio is the median over blocks.
+Candidates run in alternating blocks of one process (A B A B ...), compiled and warmed up; the
+first call of every block is dropped. Times are medians; a ratio is the median over blocks.
 """
 
 import bootstrap
@@ -22,21 +22,19 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
-import sys
-from pathlib import Path
-
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-
 import json
-from collections.abc import Callable, Collection, Iterable
+import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
 from benchmarks import decoding, machine, memory, recurrence, scaling, startup, training
 from benchmarks.attention import comparison
-from benchmarks.interleave import Effort
+from benchmarks.measure import Effort
 from simplernn_jax import command_line, early_signals
 from simplernn_jax.config import nearest_name
 from simplernn_jax.devices import check_devices
@@ -51,32 +49,27 @@ BENCHMARKS = {
     "memory": memory.run,
     "scaling": scaling.run,
 }
-PICTURES: dict[str, Callable[[dict[str, Any], str], list[str]]] = {"scaling": scaling.draw}
-"""What draws the results of a benchmark into a folder."""
-
 ATTENTION = "attention"
 """Has a folder of results to itself, and sizes instead of an effort."""
 
 _ARGUMENTS = command_line.define_arguments(" ".join([*BENCHMARKS, ATTENTION]))
-_OUT = flags.DEFINE_string(
-    "out", None, "FILE.json for the results; or a folder for them and what pictures there are."
-)
+_OUT = flags.DEFINE_string("out", None, "FILE.json for the results; or a folder, with pictures.")
 _QUICK = flags.DEFINE_bool("quick", False, "Small sizes of attention.")
 _ONLY = flags.DEFINE_list(
     "only",
     list(comparison.MEASUREMENTS),
-    "Measurements of attention; the others are taken from the results that are in the folder.",
+    "Measurements of attention; the others are taken from the results in the folder.",
 )
 _BLOCKS = flags.DEFINE_integer("blocks", 5, "Alternating blocks.", lower_bound=2)
 _CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate.", lower_bound=1)
 
 
 def main() -> int:
-    """Runs the benchmarks that the arguments name, in this order."""
+    """Run the benchmarks that the arguments name, in this order."""
     early_signals.raise_from_now()  # there are temporary folders and children
     names, known = _ARGUMENTS.value, [*BENCHMARKS, ATTENTION]
     if not names:
-        raise UserError(f"name what to measure: python scripts/benchmark.py {'|'.join(known)}")
+        raise UserError(f"name a benchmark: python scripts/benchmark.py {'|'.join(known)}")
     _check_names(names, known, "benchmark")
     if ATTENTION in names:
         _compare_with_attention(names)
@@ -87,22 +80,20 @@ def main() -> int:
     if out is not None:
         _check_out(out)
     check_devices()
-    effort = Effort(_BLOCKS.value, _CALLS.value)
     results: dict[str, Any] = {"machine": machine.describe()}
     for name in names:
-        results[name] = BENCHMARKS[name](effort)
+        results[name] = BENCHMARKS[name](Effort(_BLOCKS.value, _CALLS.value))
         if out is not None:  # after each, so that a later failure loses nothing
             _write(results, name, out)
     return 0
 
 
 def _write(results: dict[str, Any], name: str, out: Path) -> None:
-    text = json.dumps(results, indent=2) + "\n"
     file = out / "results.json" if out.is_dir() else out
-    write_file(file, text.encode())
-    if out.is_dir() and name in PICTURES:
-        for path in PICTURES[name](results[name], str(out)):
-            print(path)
+    write_file(file, (json.dumps(results, indent=2) + "\n").encode())
+    if out.is_dir() and name in ("memory", "scaling"):
+        curves = results[name] if name == "memory" else results[name]["memory"]
+        print(memory.draw(curves, out))
 
 
 def _compare_with_attention(names: list[str]) -> None:
@@ -131,7 +122,7 @@ def _check_names(names: Iterable[str], known: Collection[str], kind: str) -> Non
 
 
 def _check_out(path: Path) -> None:
-    """Refuses before minutes of work what could not be written after them."""
+    """Refuse an output that could not be written, before minutes of work."""
     folder = path.parent
     if not folder.is_dir():
         raise UserError(f"--out={_OUT.value}: no folder {folder}; make it, or name another file")

@@ -4,12 +4,10 @@ import contextlib
 import random
 import signal
 
-import numpy as np
 from flax import nnx
 
-from simplernn_jax.checkpoint.checkpointer import Checkpointer, read_config
-from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leaves
-from simplernn_jax.checkpoint.folder import CheckpointFolder
+from benchmarks import stress_runs
+from simplernn_jax.checkpoint.checkpointer import Checkpointer
 from simplernn_jax.config import (
     Config,
     DataConfig,
@@ -21,6 +19,8 @@ from simplernn_jax.config import (
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.training import loop
 from simplernn_jax.training.preparation import prepare
+
+newest_checkpoint = stress_runs.newest_checkpoint
 
 HYBRID = {"block": "residual", "num_layers": 2, "mixer": "simple_rnn,attention"}
 """Fields of `small_config`: one layer of each mixer."""
@@ -44,7 +44,7 @@ def small_config(block="plain", **fields):
 
 
 def write_corpus(folder, seed=0, documents=7):
-    """Files of a few random letters; returns the folder's path."""
+    """Write files of a few random letters; return the path of their folder."""
     draw = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(documents):
@@ -54,7 +54,7 @@ def write_corpus(folder, seed=0, documents=7):
 
 
 def save_untrained(config, workdir):
-    """Leaves in `workdir` what a run would, with a model that was not trained."""
+    """Write the checkpoint of an untrained model to `workdir`; return its corpus."""
     config, corpus = prepare(config, str(workdir))
     params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(config.train.seed)), nnx.Param)
     checkpointer = Checkpointer(
@@ -65,20 +65,8 @@ def save_untrained(config, workdir):
     return corpus
 
 
-def newest_checkpoint(workdir):
-    """All that the newest whole checkpoint holds, arrays as bytes."""
-    step = read_config(str(workdir))[2]
-    path = CheckpointFolder(str(workdir)).step_path(step)
-    arrays = read_arrays(path, list(saved_leaves(path)))
-    contents = {
-        name: (str(array.dtype), array.shape, np.asarray(array).tobytes())
-        for name, array in arrays.items()
-    }
-    return contents | {"number of steps": step, "position in the data": read_json(path, "data")}
-
-
 class SignallingDisplay:
-    """Sends SIGTERM so that the run stops after `last_step` steps."""
+    """A display that sends SIGTERM, so that the run stops after `last_step` steps."""
 
     def __init__(self, last_step):
         self._last_step = last_step
@@ -92,7 +80,7 @@ class SignallingDisplay:
 
 
 def stop_after(monkeypatch, step):
-    """Runs are stopped by SIGTERM after `step`."""
+    """Stop runs by SIGTERM after `step`."""
     monkeypatch.setattr(
         loop, "open_display", lambda *_: contextlib.nullcontext(SignallingDisplay(step))
     )

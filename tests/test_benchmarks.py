@@ -1,4 +1,4 @@
-"""What ``scripts/benchmark.py`` computes, at tiny sizes: results and arithmetic, never a time."""
+"""Benchmarks of ``scripts/benchmark.py`` at tiny sizes: results and arithmetic, never a time."""
 
 import dataclasses
 import json
@@ -14,11 +14,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import decoding, jax_steps, machine, memory, recurrence, tables, training
-from benchmarks.interleave import Effort, alternate, block_ratio, median
-from benchmarks.isolated import call_isolated
-from benchmarks.peak_memory import process_peak
-from simplernn_jax.config import Config, ModelConfig
+from benchmarks import decoding, machine, recurrence, tables, train_steps, training
+from benchmarks.measure import Effort, alternate, block_ratio, call_isolated, median, process_peak
+from simplernn_jax.config import Config
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.pytorch_weights import load_pytorch_weights
 from simplernn_jax.training.optimizer import make_optimizer
@@ -32,11 +30,11 @@ def small_config(name: str) -> Config:
     heads = 1 if name == "seed" else 2
     sizes = {"vocab_size": 23, "num_layers": 1, "num_heads": heads, "mlp_dim": 11}
     widths = dict.fromkeys(("hidden_dim", "key_dim", "value_dim"), 6)
-    return jax_steps.load_config(name, 2, 7, **sizes, **widths)
+    return train_steps.load_config(name, 2, 7, **sizes, **widths)
 
 
 def fixed_times(module: Any, monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
-    """The module's candidates run once each; what they took is `seconds` by name, or else 1."""
+    """The module's candidates run once each; their times are `seconds` by name, or else 1."""
 
     def alternate(candidates: dict[str, Any], effort: Effort) -> dict[str, list[list[float]]]:
         for call in candidates.values():
@@ -46,128 +44,95 @@ def fixed_times(module: Any, monkeypatch: pytest.MonkeyPatch, **seconds: float) 
     monkeypatch.setattr(module, "alternate", alternate)
 
 
-def test_candidates_take_turns_and_the_first_call_of_a_block_is_dropped():
+def in_this_process(function: Any, *_: Any, **given: Any) -> Any:
+    return function(**given)
+
+
+def test_candidates_alternate_and_the_first_call_of_a_block_is_dropped():
     calls = []
     times = alternate({name: lambda name=name: calls.append(name) for name in "ab"}, Effort(2, 3))
     assert "".join(calls) == "ab" + 2 * "aaaabbbb"
     assert [len(block) for block in times["a"]] == [3, 3]
-
-
-def test_ratio_is_the_median_over_blocks_of_the_ratio_of_medians():
     assert median([[1.0, 2.0], [3.0]]) == 2
     slower, faster = [[4.0, 100.0, 2.0], [9.0], [10.0]], [[2.0], [3.0], [1.0]]
     assert block_ratio(slower, faster) == 3
 
 
-def test_numbers_in_tables():
-    assert tables.number(1234.56, 1) == "1,234.6"
-    assert [tables.times(31.24), tables.times(1.5), tables.share(0.456)] == [
-        "31.2x",
-        "1.50x",
-        "45.6%",
-    ]
-    assert {tables.number(None), tables.times(None), tables.share(None)} == {"-"}
+def test_tables_are_markdown():
+    cells = [1234.56, 31.24, 1.5, 0.456, 3.2e-7, 0.0, None, "x", 12345]
+    texts = ["1,235", "31.2", "1.500", "0.4560", "3.2e-07", "0.0000", "-", "x", "12,345"]
+    assert [tables.text_of(cell) for cell in cells] == texts
+    rows = [{"a": 1, "long": 2}, {"b": 3}]
+    table = "| a | long | b |\n| - | ---- | - |\n| 1 | 2    |   |\n|   |      | 3 |\n"
+    assert tables.markdown(rows) == table
 
 
-def test_a_function_in_a_process_of_its_own_answers_and_its_failure_is_told():
+def test_a_function_in_a_fresh_process_answers_or_its_failure_is_reported():
     name, variable = "BENCHMARK_TEST", "a value"
     assert call_isolated(os.getenv, {name: variable}, key=name) == variable
     with pytest.raises(RuntimeError, match="no_such_field"):
-        call_isolated(memory.take_step, config='{"no_such_field": 1}')
+        call_isolated(training.step_peak, program="ours", config='{"no_such_field": 1}')
 
 
-def test_machine_and_its_ceilings(monkeypatch):
+def test_machine():
     described = machine.describe()
     assert described["jax"]
     assert described["cores"] >= 1
     json.dumps(described)
-    assert machine.batched_product(3, 5, 7, 11, "bfloat16").amount == 2 * 3 * 5 * 7 * 11
-    product = machine.square_product("bfloat16", 5)
-    assert product.call().dtype == jnp.float32
-    assert machine.memory_copy(64).call().nbytes == 64
-    fixed_times(machine, monkeypatch, copy_gb_per_s=0.5)
-    ceilings = machine.measure_ceilings(EFFORT, size=8, num_bytes=64)
-    assert ceilings["square_bfloat16_gflops"] == pytest.approx(2 * 8**3 / 1e9)
-    assert ceilings["copy_gb_per_s"] == pytest.approx(2 * 64 / 0.5 / 1e9)
-    assert machine.say_ceilings(ceilings).startswith("ceilings: square float32")
+    assert machine.batched_matmul(3, 5, 7, 11, "bfloat16").flops == 2 * 3 * 5 * 7 * 11
+    assert machine.square_matmul("bfloat16", 5).call().dtype == jnp.float32
 
 
-def test_necessary_products_are_those_of_the_docstring():
-    batch, length, heads, key, value, chunk = 2, 24, 3, 5, 7, 8
-    shape = recurrence.Shape(batch, length, heads, key, value)
-    forward_and_backward = 2 + 4
-    by_token = forward_and_backward * key * value
-    assert recurrence.recurrence_flops(shape) == 2 * batch * length * heads * by_token
-
-    causal = chunk * chunk / 2
-    inside = causal * (key + value)  # A, A V
-    inside += causal * (value + value + key + key)  # dA, A^T dO, dA K, dA^T Q
-    by_chunk = inside + chunk * by_token
-    chunks = batch * heads * length / chunk
-    assert recurrence.chunk_flops(shape, chunk) == 2 * chunks * by_chunk
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_peak_of_a_process_counts_freed_memory():
+    peak = process_peak(lambda: np.ones(2**24))  # 128 MiB
+    assert 100 * 2**20 < peak.over_start < 200 * 2**20
+    assert peak.total > peak.over_start
 
 
-def test_summary_of_the_recurrence_takes_rates_from_times():
-    shape = recurrence.Shape(1, 1000, 1, 10, 10)
-    times = {
-        "ours": [[0.5], [0.5]],
-        "chunks": [[1.0], [1.0]],
-        "scan": [[5.0], [2.0]],
-        "ceiling": [[0.25], [0.25]],
-    }
-    summary = recurrence.summarize_times(shape, times, ceiling_flops=2e6)
-    assert summary["times_faster"] == 7
-    assert summary["recurrence_gflops"] == pytest.approx(1.2e6 / 0.5 / 1e9)
-    assert summary["recurrence_share"] == pytest.approx((1.2e6 / 0.5) / (2e6 / 0.25))
-    assert summary["chunks_share"] > summary["recurrence_share"]
-
-
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", 3e-5), ("bfloat16", 1e-2)])
-def test_comparison_of_the_recurrence(dtype, limit):
+@pytest.mark.parametrize("dtype", recurrence.DTYPES)
+def test_ops_table(dtype, monkeypatch):
+    fixed_times(recurrence, monkeypatch, ours=0.5, scan=3.0, ceiling=0.25)
     row = recurrence.compare(recurrence.Shape(2, 19, 3, 5, 7), dtype, EFFORT)
     json.dumps(row)
-    for method in ("ours", "chunks", "scan"):
-        assert row[f"{method}_errors"].keys() == set(recurrence.RESULTS)
-        assert 0 < max(row[f"{method}_errors"].values()) < limit
-        assert row[f"{method}_mb"] > 0
+    assert [row[f"{name} ms"] for name in ("ours", "chunks", "scan")] == [500, 1000, 3000]
+    assert row["scan / ours"] == 6
+    multiply_adds = 2 * 19 * 3 * (2 + 4) * 5 * 7
+    assert row["GFLOP/s"] == pytest.approx(2 * multiply_adds / 0.5 / 1e9)
+    assert row["share"] == pytest.approx(row["GFLOP/s"] / row["ceiling GFLOP/s"])
+    assert min(row[f"{name} MB"] for name in ("ours", "chunks", "scan")) > 0
 
 
-def test_comparison_of_lengths_keeps_the_number_of_tokens(monkeypatch):
+def test_ops_by_length(monkeypatch):
     fixed_times(recurrence, monkeypatch, **{"8": 2.0, "16": 3.0})
     widths = recurrence.Shape(0, 0, 2, 5, 7)
-    result = recurrence.compare_lengths((8, 16), 16, widths, "float32", EFFORT)
-    assert result["us_per_token"] == {"8": 2e6 / 16, "16": 3e6 / 16}
-    assert result["relative"] == {"8": 1, "16": 1.5}
+    row = recurrence.compare_lengths((8, 16), 16, widths, "float32", EFFORT)
+    assert (row["T 8"], row["T 16"], row["T 16 / T 8"]) == (2e6 / 16, 3e6 / 16, 1.5)
 
 
-def test_by_scan_the_step_is_the_same_and_is_another_program():
+def test_another_recurrence_is_another_program_with_the_same_losses():
     ours, by_scan = (
-        make(small_config("seed")) for make in (jax_steps.our_step, jax_steps.scan_step)
+        make(small_config("seed")) for make in (train_steps.our_step, train_steps.scan_step)
     )
-    np.testing.assert_allclose(
-        [float(ours().loss) for _ in range(3)], [float(by_scan().loss) for _ in range(3)], rtol=1e-5
-    )
+    losses = [[float(step().loss) for _ in range(3)] for step in (ours, by_scan)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
     assert ours.program.as_text() != by_scan.program.as_text()
-    assert ours.compiled_bytes > ours.temporary_bytes > 0
+    assert ours.compiled_bytes > train_steps.temporary_bytes(ours.program) > 0
 
 
 def test_a_stack_of_grus_learns_the_batch():
-    step = jax_steps.gru_step(small_config("seed"))
+    step = train_steps.gru_step(small_config("seed"))
     first, *_, last = [float(step()) for _ in range(20)]
     assert last < first
 
 
-@pytest.fixture
-def torch() -> Any:
-    return pytest.importorskip("torch", reason="PyTorch is not installed")
-
-
-def test_the_pytorch_loop_trains_our_plain_model(torch, tmp_path):
+def test_the_pytorch_loop_trains_our_plain_model(tmp_path):
     """From the same weights and on the same batch its logits and its losses are ours."""
+    torch: Any = pytest.importorskip("torch", reason="PyTorch is not installed")
     from benchmarks.torch_loop import LoopModel, torch_step
 
     config = small_config("seed")
-    batch = jax_steps.random_batch(config)
+    batch = train_steps.random_batch(config)
     torch.manual_seed(0)  # as `torch_step` does
     reference = LoopModel(23, 1, 6, 6, 6)
     torch.save(reference.state_dict(), tmp_path / "model.pt")
@@ -180,101 +145,72 @@ def test_the_pytorch_loop_trains_our_plain_model(torch, tmp_path):
     start = dataclasses.replace(
         init_train_state(config, optimizer), params=nnx.state(model, nnx.Param)
     )
-    ours = jax_steps.CompiledStep(make_train_step(config, optimizer), lambda: start, batch)
+    ours = train_steps.CompiledStep(make_train_step(config, optimizer), lambda: start, batch)
     loop = torch_step(config, batch.tokens, batch.targets)
     losses = [float(ours().loss) for _ in range(5)]
     np.testing.assert_allclose([loop() for _ in range(5)], losses, rtol=1e-5)
     assert losses[-1] < losses[0]
 
 
-def in_this_process(function: Any, **given: Any) -> Any:
-    return function(**given)
-
-
-def test_programs_beside_ours(torch, monkeypatch):
+@pytest.mark.parametrize("has_torch", [True, False])
+def test_table_of_programs(has_torch, monkeypatch):
+    if has_torch:
+        pytest.importorskip("torch", reason="PyTorch is not installed")
+    else:
+        monkeypatch.setattr(training.importlib.util, "find_spec", lambda _: None)
     fixed_times(training, monkeypatch, ours=0.5, **{"PyTorch loop": 2.0})
-    ours = jax_steps.our_step(small_config("seed"))
+    ours = train_steps.our_step(small_config("seed"))
     monkeypatch.setattr(training, "JAX_STEPS", {"ours": lambda _: ours})
     monkeypatch.setattr(training, "call_isolated", in_this_process)
-    rows = training.compare_programs(small_config("seed"), EFFORT)
-    assert {name: row["times_slower"] for name, row in rows.items()} == {
-        "ours": 1,
-        "PyTorch loop": 4,
-    }
-    assert [row["tokens_per_s"] for row in rows.values()] == [2 * 7 / 0.5, 2 * 7 / 2]
-    assert rows["ours"]["compiled_mb"] == ours.compiled_bytes / 1e6
-    assert rows["PyTorch loop"]["compiled_mb"] is None
-    training._show_programs(rows)
+    first, second = training.compare_programs(small_config("seed"), EFFORT)
+    assert (first["program"], first["tokens/s"]) == ("ours", 2 * 7 / 0.5)
+    assert first["compiled MB"] == ours.compiled_bytes / 1e6
+    if has_torch:
+        assert (second["times slower than ours"], second["compiled MB"]) == (4, None)
+    else:
+        assert "torch is not installed (pip install -e '.[bench]')" in second["program"]
 
 
-def test_without_torch_its_row_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(training, "JAX_STEPS", {"ours": jax_steps.our_step})
-    monkeypatch.setattr(training.importlib.util, "find_spec", lambda _: None)
-    monkeypatch.setattr(training, "call_isolated", lambda *_, **__: None)
-    rows = training.compare_programs(small_config("seed"), EFFORT)
-    assert rows["PyTorch loop"] == {}
-    training._show_programs(rows)
-    assert "torch is not installed (pip install -e '.[bench]')" in capsys.readouterr().out
-
-
-def test_precisions_count_six_operations_per_parameter_and_token(monkeypatch):
-    fixed_times(training, monkeypatch, float32=0.5, bfloat16=0.125, product=0.25)
-    results = training.compare_precisions(small_config("seed"), EFFORT, size=8)
-    flops, product_flops = 6 * results["parameters"] * 2 * 7, 2 * 8**3
-    row = results["bfloat16"]
-    assert row["times_faster_than_float32"] == 4
-    assert row["tokens_per_s"] == 2 * 7 / 0.125
-    assert row["gflops"] == pytest.approx(flops / 0.125 / 1e9)
-    assert row["share_of_product"] == pytest.approx((flops / 0.125) / (product_flops / 0.25))
-    assert results["float32"]["ms"] == 500
-
-
-def test_an_embedding_that_is_the_head_counts_once():
+def test_table_of_precisions_counts_six_operations_per_parameter_and_token(monkeypatch):
+    fixed_times(training, monkeypatch, float32=0.5, bfloat16=0.125, matmul=0.25)
     config = small_config("base")
+    float32, bfloat16 = training.compare_precisions(config, EFFORT, size=8)
     model = LanguageModel(config.model, rngs=nnx.Rngs(0))
     parameters = sum(x.size for x in nnx.to_flat_state(nnx.state(model, nnx.Param)).leaves)
-    assert training.count_parameters(config) == parameters
+    flops = 6 * parameters * 2 * 7
+    assert (float32["ms/step"], bfloat16["over float32"]) == (500, 4)
+    assert bfloat16["tokens/s"] == 2 * 7 / 0.125
+    assert bfloat16["GFLOP/s"] == pytest.approx(flops / 0.125 / 1e9)
+    assert bfloat16["share"] == pytest.approx((flops / 0.125) / (2 * 8**3 / 0.25))
 
 
-def test_decoding_compares_every_way_to_come_by_a_token(monkeypatch):
-    config = ModelConfig(
-        vocab_size=23, num_layers=1, hidden_dim=6, key_dim=6, value_dim=6, num_heads=2, mlp_dim=11
-    )
-    fixed_times(decoding, monkeypatch, long=2.0, products=0.5, prefill=0.25, streaming=3.0)
+def test_decode_table(monkeypatch):
+    fixed_times(decoding, monkeypatch, long=2.0, matmuls=0.5, prefill=0.25, streaming=3.0)
+    contexts = {"short": 1, "middle": 2, "long": 9}
     results = decoding.compare(
-        config, EFFORT, contexts=(1, 2, 9), prefill=8, streams=2, new_tokens=5
+        small_config("base").model, EFFORT, contexts=contexts, prefill=8, streams=2, new_tokens=5
     )
-    per_second = {"recompute": 1, "streams": 2 * 5, "prefill": 8 / 0.25, "products": 5 / 0.5}
+    per_second = {"recompute": 1, "streams": 2 * 5, "prefill": 8 / 0.25, "matmuls": 5 / 0.5}
     per_second |= {"short": 5, "middle": 5, "long": 5 / 2, "streaming": 5 / 3}
-    assert results["us_per_token"] == pytest.approx({n: 1e6 / r for n, r in per_second.items()})
-    assert results["ratios"] == pytest.approx(
-        {
-            "long_context_to_short": 2,
-            "recompute_to_ours": 5,
-            "ours_to_products": 2,
-            "one_stream_to_many": 2,
-            "writing_to_prefill": 8 / 0.25 / 5,
-            "streaming_to_not": 3,
-        }
-    )
-    decoding._show(results)
+    found = {row["candidate"]: row["tokens/s"] for row in results["candidates"]}
+    assert found == pytest.approx(per_second)
+    assert [row["value"] for row in results["ratios"]] == pytest.approx([2, 5, 2, 2, 6.4, 3])
 
 
-def test_what_is_recomputed_is_what_writing_goes_on_with():
+def test_the_recomputed_token_is_the_generated_one():
     model = LanguageModel(small_config("base").model, rngs=nnx.Rngs(0))
-    prompt = decoding.prompts(model.config, 1, 9)
-    written = decoding.generate(model, prompt, max_new_tokens=1).tokens
-    assert written[0] == decoding.recompute(model, prompt)()
+    prompt = decoding.random_tokens(model.config, 1, 9)
+    generated = decoding.generate(model, prompt, max_new_tokens=1).tokens
+    assert generated[0] == decoding.recompute_call(model, prompt)()
 
 
 def test_every_matrix_is_in_the_products():
-    """Kernels and the embedding; the weights of the short convolution are in no matrix product."""
+    """Kernels and the embedding; the weights of the short convolution are in no matmul."""
     config = small_config("base").model
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     before = decoding.matrix_vector_products(model, 3)()
     leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    names = ("kernel", "embedding")
-    matrices = [leaf for path, leaf in leaves if path[-1] in names]
+    matrices = [leaf for path, leaf in leaves if path[-1] in ("kernel", "embedding")]
     assert len(matrices) == 1 + config.num_layers * 8
     for matrix in matrices:
         value = matrix[...]
@@ -283,36 +219,10 @@ def test_every_matrix_is_in_the_products():
         matrix.set_value(value)
 
 
-def test_memory_of_a_step_by_both_accounts(monkeypatch):
-    monkeypatch.setattr(memory, "call_isolated", in_this_process)
-    row = memory.compare(small_config("seed"))
-    json.dumps(row)
-    assert row["length"] == 7
-    assert row["temporary_bytes"] > 0
-    assert row["scan_temporary_bytes"] not in (0, row["temporary_bytes"])
-    memory._show([row])
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_peak_of_a_process_counts_what_was_freed_again():
-    def work() -> None:
-        np.ones(2**24)  # 128 MiB
-
-    peak = process_peak(work)
-    assert 100 * 2**20 < peak.over_start < 200 * 2**20
-    assert peak.total > peak.over_start
-
-
-def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name what to measure: python scripts/benchmark.py ops|train|decode|startup|memory"),
+        ([], "name a benchmark: python scripts/benchmark.py ops|train|decode|startup|memory"),
         (["attention"], "no --out: name a folder for the table and the pictures"),
         (["attention", "--out=x", "--only=recal"], "'recal': no such measurement; did you mean"),
         (["ops", "attention"], "attention writes a folder of its own"),
@@ -322,7 +232,8 @@ def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message):
-    result = run_benchmark(*arguments)
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1

@@ -36,4 +36,4 @@ def test_says_what_it_can_do():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "say what to do: python scripts/stress.py kill" in result.stderr
+    assert "name one: python scripts/stress.py kill" in result.stderr

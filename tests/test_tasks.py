@@ -1,4 +1,4 @@
-"""Synthetic tasks: what is asked for follows from what stood before, and nothing else is asked."""
+"""Synthetic tasks: every answer follows from the tokens before its query."""
 
 import re
 
@@ -7,12 +7,12 @@ import pytest
 
 from simplernn_jax.data.tasks import BLANK, AssociativeRecall, Copying, Needle
 
-RECALL = AssociativeRecall(pairs=(2, 5), row_length=17, symbols=7)
+RECALL = AssociativeRecall(pairs=(2, 5), sequence_length=17, symbols=7)
 COPY = Copying(count=3, symbols=5, blanks=11, scattered=False)
 SCATTERED = Copying(count=3, symbols=5, blanks=11, scattered=True)
-NEEDLE = Needle(distances=(1, 4, 11), row_length=19, symbols=5)
+NEEDLE = Needle(distances=(1, 4, 11), sequence_length=19, symbols=5)
 TASKS = {"recall": RECALL, "copy": COPY, "scattered": SCATTERED, "needle": NEEDLE}
-ROWS = 37
+BATCH = 37
 
 
 def answer_recall(seen):
@@ -41,7 +41,7 @@ SOLVERS = {
 
 @pytest.mark.parametrize("name", TASKS)
 def test_answers_follow_from_what_came_before(name):
-    batch = TASKS[name].batch(ROWS, seed=3, index=5)
+    batch = TASKS[name].batch(BATCH, seed=3, index=5)
     for tokens, targets, mask in zip(batch.tokens, batch.targets, batch.loss_mask, strict=True):
         asked = np.flatnonzero(mask)
         assert len(asked) >= 2
@@ -51,10 +51,10 @@ def test_answers_follow_from_what_came_before(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_batch_is_what_the_train_step_takes(name):
+def test_a_batch_has_the_shapes_of_training(name):
     task = TASKS[name]
-    batch = task.batch(ROWS, seed=3, index=5)
-    shape = (ROWS, task.length)
+    batch = task.batch(BATCH, seed=3, index=5)
+    shape = (BATCH, task.length)
     for part, dtype in zip(batch[:4], (np.int32, np.int32, bool, np.int32), strict=True):
         assert part.shape == shape
         assert part.dtype == dtype
@@ -69,16 +69,16 @@ def test_a_batch_is_what_the_train_step_takes(name):
 def test_a_batch_follows_from_seed_and_index(name):
     task = TASKS[name]
     once, again, later, other = (
-        task.batch(ROWS, *key).tokens for key in ((3, 5), (3, 5), (3, 6), (4, 5))
+        task.batch(BATCH, *key).tokens for key in ((3, 5), (3, 5), (3, 6), (4, 5))
     )
     np.testing.assert_array_equal(once, again)
     assert (once != later).any()
     assert (once != other).any()
-    assert len(np.unique(once, axis=0)) > ROWS / 2
+    assert len(np.unique(once, axis=0)) > BATCH / 2
 
 
-def test_recall_asks_for_each_key_once_and_keys_and_values_differ():
-    batch = RECALL.batch(ROWS, 0, 0)
+def test_recall_queries_each_key_once_and_keys_and_values_differ():
+    batch = RECALL.batch(BATCH, 0, 0)
     counts = batch.loss_mask.sum(axis=1)
     assert set(counts) == {2, 5}
     for tokens, targets, mask, count in zip(
@@ -93,16 +93,16 @@ def test_recall_asks_for_each_key_once_and_keys_and_values_differ():
 
 
 def test_copying_has_its_symbols_first_or_anywhere():
-    first = COPY.batch(ROWS, 0, 0).tokens
+    first = COPY.batch(BATCH, 0, 0).tokens
     assert (first[:, :3] != BLANK).all()
     assert (first[:, 3:14] == BLANK).all()
-    anywhere = SCATTERED.batch(ROWS, 0, 0).tokens[:, :14]
+    anywhere = SCATTERED.batch(BATCH, 0, 0).tokens[:, :14]
     assert ((anywhere != BLANK).sum(axis=1) == 3).all()
     assert (anywhere != BLANK).any(axis=0).all()
 
 
-def test_a_needle_is_asked_for_at_its_distances_and_begins_anywhere():
-    batch = NEEDLE.batch(ROWS, 0, 0)
+def test_a_needle_is_queried_at_its_distances_and_starts_anywhere():
+    batch = NEEDLE.batch(BATCH, 0, 0)
     begins = np.argmax(batch.tokens == 11, axis=1)
     for mask, begin in zip(batch.loss_mask, begins, strict=True):
         assert np.flatnonzero(mask).tolist() == [begin + 2, begin + 5, begin + 12]
@@ -112,13 +112,16 @@ def test_a_needle_is_asked_for_at_its_distances_and_begins_anywhere():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AssociativeRecall(pairs=(4,), row_length=11), "self.pairs=(4,) do not fit"),
-        (lambda: AssociativeRecall(pairs=(9,), row_length=99, symbols=8), "self.symbols=8"),
-        (lambda: AssociativeRecall(pairs=(0, 3), row_length=99), "self.pairs=(0, 3) do not fit"),
-        (lambda: Needle(distances=(10,), row_length=11), "self.row_length=11"),
-        (lambda: Needle(distances=(0, 3), row_length=11), "the least is 1"),
+        (lambda: AssociativeRecall(pairs=(4,), sequence_length=11), "self.pairs=(4,) do not fit"),
+        (lambda: AssociativeRecall(pairs=(9,), sequence_length=99, symbols=8), "self.symbols=8"),
+        (
+            lambda: AssociativeRecall(pairs=(0, 3), sequence_length=99),
+            "self.pairs=(0, 3) do not fit",
+        ),
+        (lambda: Needle(distances=(10,), sequence_length=11), "self.sequence_length=11"),
+        (lambda: Needle(distances=(0, 3), sequence_length=11), "the least is 1"),
     ],
 )
-def test_what_does_not_fit_is_refused(make, message):
+def test_sizes_that_do_not_fit_are_refused(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()

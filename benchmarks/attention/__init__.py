@@ -1,1 +1,1 @@
-"""SimpleRNN against self-attention: the same block, data and training, six aspects measured."""
+"""SimpleRNN against self-attention: the same block, data and training, six aspects."""

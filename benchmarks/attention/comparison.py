@@ -1,78 +1,65 @@
-"""Runs the measurements one after another and writes what they gave into a folder."""
+"""Run the measurements and write their results into a folder."""
 
 import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.attention import (
-    communication,
-    corpus,
-    cost,
-    distance,
-    interpretability,
-    memory,
-    parallelism,
-    recall,
-    report,
-)
+from benchmarks.attention import corpus, report, resources, synthetic, work
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
 
-MEASUREMENTS: Mapping[str, ModuleType] = {
-    "parallelism": parallelism,
-    "memory": memory,
-    "cost": cost,
-    "communication": communication,
-    "interpretability": interpretability,
-    "corpus": corpus,
-    "recall": recall,
-    "distance": distance,
+MEASUREMENTS: Mapping[str, report.Measurement] = {
+    "parallelism": work.PARALLELISM,
+    "memory": resources.MEMORY,
+    "cost": work.COST,
+    "communication": resources.COMMUNICATION,
+    "interpretability": corpus.INTERPRETABILITY,
+    "corpus": corpus.CORPUS,
+    "recall": synthetic.RECALL,
+    "distance": synthetic.DISTANCE,
 }
-"""Each has ``QUICK`` and ``FULL`` sizes, and ``measure(sizes)`` whose result survives JSON."""
 
-
-_PARTS = {"measured", "sizes", "quick", "seconds", "machine"}
-"""Of what is kept of a measurement."""
+_FORMAT = 2
+"""Of the results of a measurement; others are refused."""
 
 
 def run(out: Path, quick: bool, names: Sequence[str]) -> None:
-    """Measures, and writes results.json, table.md and the pictures after each measurement.
+    """Measure; write results.json, table.md and the pictures after each measurement.
 
-    Measurements that are not named are taken from the results.json that is there.
+    Other measurements are taken from the present results.json.
 
     Args:
-      out: folder, which exists.
+      out: an existing folder.
       quick: small sizes.
       names: of `MEASUREMENTS`.
 
     Raises:
-      UserError: the results.json that is there is none.
+      UserError: the present results.json is not one of this benchmark.
     """
     path = out / "results.json"
-    results = _earlier(path)
+    results = _read(path)
     for name in names:
-        module = MEASUREMENTS[name]
-        sizes = module.QUICK if quick else module.FULL
+        measurement = MEASUREMENTS[name]
         print(f"measuring {name} ...", flush=True)
         start = time.perf_counter()
-        measured = module.measure(sizes)
+        measured = measurement.measure(**(measurement.quick if quick else measurement.full))
         results[name] = {
+            "format": _FORMAT,
             "measured": measured,
-            "sizes": sizes._asdict(),
             "quick": quick,
             "seconds": time.perf_counter() - start,
             "machine": machine.describe(),
         }
         write_file(str(path), (json.dumps(results, indent=2) + "\n").encode("utf-8"))
-        first = report.write(out, _earlier(path))
+        first = report.write(out, _read(path), MEASUREMENTS)
     print(f"{first}\nwritten: {out / 'table.md'}, its pictures, and results.json")
 
 
-def _earlier(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
+    """Earlier results, in the order of `MEASUREMENTS`."""
     if not path.exists():
         return {}
     try:
@@ -80,10 +67,10 @@ def _earlier(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); remove it, or name another --out") from error
     is_whole = isinstance(results, dict) and all(
-        isinstance(results[name], dict) and set(results[name]) >= _PARTS
+        isinstance(results[name], dict) and results[name].get("format") == _FORMAT
         for name in MEASUREMENTS
         if name in results
     )
     if not is_whole:
-        raise UserError(f"{path}: not what this benchmark writes; remove it, or name another --out")
+        raise UserError(f"{path}: not results of this benchmark; remove it, or name another --out")
     return {name: results[name] for name in MEASUREMENTS if name in results}

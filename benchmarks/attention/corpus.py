@@ -1,101 +1,121 @@
-"""Loss on the default corpus: as many parameters and as many tokens on both sides, several seeds.
-
-Each side is trained as `configs/base.py` says, at the learning rate that is best for it among
-some, by the loss of the first seed.
-"""
+"""Loss on the default corpus, and exactness of the recurrence's implicit attention map."""
 
 import statistics
 import tempfile
-import time
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-import jax
-from flax import nnx
+import numpy as np
 
-from benchmarks.attention.sides import SIDES, config_of
-from benchmarks.training import count_parameters
-from simplernn_jax.config import Config
-from simplernn_jax.data import TokenizedCorpus
-from simplernn_jax.data.batches import make_batches
-from simplernn_jax.training.evaluate import Evaluator
-from simplernn_jax.training.optimizer import make_optimizer
-from simplernn_jax.training.preparation import prepare
-from simplernn_jax.training.train_step import init_train_state, make_train_step
+from benchmarks.attention.report import Line, Measurement, Results
+from benchmarks.attention.variants import ATTENTION, RECURRENCE, VARIANTS, config_of
+from benchmarks.corpus_training import Trained, train_on_corpus
+from benchmarks.train_steps import count_parameters
+from simplernn_jax.analysis import account_for_layers
 
-LENGTH, ROWS = 256, 8
+LENGTH, BATCH = 256, 8
+LOSSES = "bits/byte by seed"
 
 
-class Sizes(NamedTuple):
-    """How much is measured."""
-
-    steps: int
-    seeds: int
-    rates: tuple[float, ...]
-    eval_tokens: int
-    """Of the held-out text that are scored; 0 is all."""
-
-
-QUICK = Sizes(150, 1, (1.6e-2,), 65_536)
-FULL = Sizes(1400, 3, (4e-3, 8e-3, 1.6e-2, 3.2e-2), 0)
+def train(
+    variant: str, folder: str, steps: int, eval_tokens: int, rate: float | None, seed: int
+) -> Trained:
+    """Train a variant from random parameters; `rate` None is that of its configuration."""
+    config = config_of(variant, LENGTH, BATCH)
+    config.train.steps, config.train.eval_tokens = steps, eval_tokens
+    config.optimizer.learning_rate = rate or config.optimizer.learning_rate
+    trained = train_on_corpus(config, folder, seed=seed)
+    print(f"  {variant}, rate {rate}, seed {seed}: {trained.measured}", flush=True)
+    return trained
 
 
-class Trained(NamedTuple):
-    """A model and what the held-out text costs it."""
+def measure_corpus(
+    steps: int, seeds: int, rates: tuple[float, ...], eval_tokens: int
+) -> dict[str, Any]:
+    """Held-out bits/byte of text of the standard library.
 
-    config: Config
-    params: nnx.State
-    bits_per_byte: float
-    seconds: float
-
-
-def measure(sizes: Sizes) -> dict[str, Any]:
-    """By side: parameters, learning rates tried, the best of them, and the loss of every seed."""
-    results: dict[str, Any] = {"tokens": sizes.steps * LENGTH * ROWS}
-    with tempfile.TemporaryDirectory() as folder:
-        for side in SIDES:
-            tried = {
-                rate: train(side, folder, sizes, rate, seed=0).bits_per_byte for rate in sizes.rates
-            }
-            best = min(tried, key=lambda rate: tried[rate])
-            losses = [tried[best]] + [
-                train(side, folder, sizes, best, seed).bits_per_byte
-                for seed in range(1, sizes.seeds)
-            ]
-            results[side] = {
-                "parameters": count_parameters(config_of(side, LENGTH)),
-                "rates": {str(rate): loss for rate, loss in tried.items()},
-                "best_rate": best,
-                "bits_per_byte": losses,
-                "mean": statistics.mean(losses),
-                "spread": max(losses) - min(losses),
-            }
-    return results
-
-
-def train(side: str, folder: str, sizes: Sizes, rate: float, seed: int) -> Trained:
-    """One run from random parameters; `folder` keeps the tokenized corpus.
-
-    The held-out text is the same for all seeds.
+    It is scored document after document, the state carried; attention sees the last 256 bytes, as
+    in training. The learning rate is the best for the first seed, by the same text.
     """
-    start = time.perf_counter()
-    config = config_of(side, LENGTH, ROWS)
-    config, corpus = prepare(config, folder)
-    config.train.seed, config.train.steps = seed, sizes.steps
-    config.optimizer.learning_rate = rate
-    # A cache as long as training's rows: what comes before would be at positions never seen.
-    params = _take_steps(config, corpus)
-    assert corpus.validation is not None
-    evaluator = Evaluator(config, corpus.tokenizer.pad_id)
-    result = evaluator(params, corpus.validation, sizes.eval_tokens)
-    print(f"  {side}, rate {rate:g}, seed {seed}: {result.bits_per_byte:.4f} bits/byte", flush=True)
-    return Trained(config, params, result.bits_per_byte, time.perf_counter() - start)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+
+        def loss(variant: str, rate: float, seed: int) -> float:
+            return train(variant, folder, steps, eval_tokens, rate, seed).measured["bits/byte"]
+
+        for variant in VARIANTS:
+            tried = {rate: loss(variant, rate, 0) for rate in rates}
+            best = min(tried, key=lambda rate: tried[rate])
+            losses = [tried[best], *(loss(variant, best, seed) for seed in range(1, seeds))]
+            rows.append(
+                {
+                    "variant": variant,
+                    "parameters": count_parameters(config_of(variant, LENGTH)),
+                    "bytes of training": steps * LENGTH * BATCH,
+                    **{f"rate {rate:g}": loss for rate, loss in tried.items()},
+                    LOSSES: losses,
+                }
+            )
+    return {"rows": rows}
 
 
-def _take_steps(config: Config, corpus: TokenizedCorpus) -> nnx.State:
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    step = make_train_step(config, optimizer)
-    state = jax.jit(lambda: init_train_state(config, optimizer))()
-    batches = make_batches(corpus.train, config.data, config.train.seed, corpus.tokenizer.pad_id)
-    for _, batch in zip(range(config.train.steps), batches, strict=False):
-        state, _ = step(state, batch)
-    return state.params
+def corpus_lines(results: Results) -> Iterator[Line]:
+    """Lines for mean and range of the loss; means within the larger range count as equal."""
+    losses = {row["variant"]: row[LOSSES] for row in results["rows"]}
+    seeds = len(losses[RECURRENCE])
+    ranges = {variant: max(each) - min(each) for variant, each in losses.items()}
+    yield Line(
+        "scalability",
+        f"held-out bits/byte after {results['rows'][0]['bytes of training']:,} bytes, "
+        f"mean of {seeds} seed(s)",
+        {variant: statistics.mean(each) for variant, each in losses.items()},
+        as_ratio=False,
+        tolerance=max(ranges.values()),
+        is_decisive=seeds > 1,
+    )
+    if seeds > 1:
+        what = "range over seeds; means that differ by less count as equal"
+        yield Line("scalability", what, ranges, is_decisive=False)
+
+
+def measure_interpretability(steps: int, tokens: int) -> dict[str, Any]:
+    """Relative error of the recurrence's implicit attention map.
+
+    Weights times values must equal the output of the definition, and, after norm, gate and
+    projection, that of the layer. Attention's weights are those of its softmax.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trained = train(RECURRENCE, folder, steps, 65_536, None, 0)
+        assert trained.corpus.validation is not None
+        held_out = np.array(trained.corpus.validation.tokens[:tokens])
+    model = trained.model()
+    accounts = account_for_layers(model, held_out, model.initial_state(1))
+    rows = [
+        {
+            "error against the definition": float(account.operator_error),
+            "error after norm, gate and projection": float(account.layer_error),
+        }
+        for account in accounts
+    ]
+    return {"rows": rows}
+
+
+def interpretability_lines(results: Results) -> Iterator[Line]:
+    """Lines for the errors of the worst layer."""
+    for what in results["rows"][0]:
+        values = {RECURRENCE: max(row[what] for row in results["rows"]), ATTENTION: None}
+        yield Line("interpretability", f"{what}, worst layer", values)
+
+
+CORPUS = Measurement(
+    measure_corpus,
+    corpus_lines,
+    {"steps": 150, "seeds": 1, "rates": (1.6e-2,), "eval_tokens": 65_536},
+    {"steps": 1400, "seeds": 3, "rates": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "eval_tokens": 0},
+)
+INTERPRETABILITY = Measurement(
+    measure_interpretability,
+    interpretability_lines,
+    {"steps": 50, "tokens": 256},
+    {"steps": 1400, "tokens": 1024},
+)

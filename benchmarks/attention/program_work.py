@@ -1,8 +1,8 @@
-"""How much a program computes, and how much of it must wait for the rest, counted before XLA.
+"""Operations of a program and the longest chain of dependent ones, counted before XLA.
 
-XLA's own account (`cost_analysis`) takes the body of a loop once, however often it runs, and knows
-nothing of foreign functions. Here the program is walked as JAX traced it: loops count as often as
-they run, and foreign functions are refused, so that nothing is left out unseen.
+XLA's own `cost_analysis` counts the body of a loop once, however often it runs, and does not see
+into custom calls. Here the jaxpr is walked: loops count as often as they run, and custom calls are
+refused, so that nothing is missed.
 """
 
 import math
@@ -22,28 +22,28 @@ _OVER_INPUTS = frozenset({
     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin", "cumsum", "cummax",
     "cumlogsumexp",
 })  # fmt: skip
-_FOREIGN = frozenset({"ffi_call", "pure_callback", "io_callback", "pallas_call"})
+_OPAQUE = frozenset({"ffi_call", "pure_callback", "io_callback", "pallas_call"})
 _NEVER = -math.inf
-"""Depth of what does not depend on the inputs in question."""
+"""Depth of a value that does not depend on the inputs in question."""
 
 
 class Work(NamedTuple):
-    """Of one call of a program."""
+    """Work of one call of a program."""
 
     flops: float
-    """Additions and multiplications of products of matrices, and one for each element of an
-    elementwise operation or a reduction."""
+    """Additions and multiplications of matmuls, and one for each element of an elementwise
+    operation or a reduction."""
     chain: float
-    """Operations on whole arrays of which each needs the one before: the longest such chain. Of a
-    loop, turns follow one another only as far as each needs the one before. Copies, selections
-    and changes of shape do not count."""
+    """Length of the longest chain of array operations in which each needs the one before.
+    Iterations of a loop are chained only through the carry. Copies, selections and reshapes do not
+    count."""
 
 
 def count_work(function: Callable[..., Any], *arguments: Any) -> Work:
     """`Work` of ``function(*arguments)``; arrays may be given by shape alone.
 
     Raises:
-      ValueError: the program calls a foreign function, or loops without a known end.
+      ValueError: the program has a custom call, or a loop of unknown length.
     """
     program = jax.make_jaxpr(function)(*arguments).jaxpr
     depths = _depths(program, [0.0] * len(program.invars))
@@ -71,7 +71,7 @@ def _flops_of(equation: Any) -> float:
 
 
 def _depths(program: Any, inputs: Sequence[float]) -> list[float]:
-    """Longest chain up to each output, when inputs are at the ends of chains of these lengths."""
+    """Longest chain up to each output, given those up to each input."""
     known: dict[Any, float] = dict(zip(program.invars, inputs, strict=True))
 
     def depth(variable: Any) -> float:
@@ -92,30 +92,32 @@ def _step(equation: Any, before: list[float]) -> list[float]:
         return [start + bool(_flops_of(equation))] * len(equation.outvars)
     if equation.primitive.name == "scan":
         return [start + _loop_chain(equation)] * len(equation.outvars)
-    # What decides which branch is taken comes first; other calls have as many inputs as within.
+    # The predicate of a condition comes first; other calls have the inputs of their program.
     of_branches = [_depths(program, before[-len(program.invars) :]) for program in inner]
     return [max(depths) for depths in zip(*of_branches, strict=True)]
 
 
 def _loop_chain(equation: Any) -> float:
     body = equation.params["jaxpr"].jaxpr
-    # Constants, what is carried, and rows, in this order; rows have an axis less in the body. How
-    # many there are of each, JAX's versions say in different ways.
-    rows = sum(a.aval.ndim > b.aval.ndim for a, b in zip(equation.invars, body.invars, strict=True))
+    # Constants, carry and scanned inputs, in this order; the latter have an axis less in the body.
+    # JAX's versions name the number of each differently.
+    scanned = sum(
+        a.aval.ndim > b.aval.ndim for a, b in zip(equation.invars, body.invars, strict=True)
+    )
     outputs = zip(equation.outvars, body.outvars, strict=True)
     carried = sum(a.aval.ndim == b.aval.ndim for a, b in outputs)
-    consts = len(body.invars) - carried - rows
+    consts = len(body.invars) - carried - scanned
     whole = max(_depths(body, [0.0] * len(body.invars)), default=0.0)
     from_carried = [_NEVER] * len(body.invars)
     from_carried[consts : consts + carried] = [0.0] * carried
-    turn = max(_depths(body, from_carried)[:carried], default=0.0)
-    return whole + (equation.params["length"] - 1) * max(turn, 0.0)
+    iteration = max(_depths(body, from_carried)[:carried], default=0.0)
+    return whole + (equation.params["length"] - 1) * max(iteration, 0.0)
 
 
 def _programs(equation: Any) -> list[Any]:
-    """Programs inside of an operation: a loop's body, a call, all branches of a condition."""
+    """Jaxprs of an equation: a loop's body, a call, all branches of a condition."""
     name = equation.primitive.name
-    if name in _FOREIGN or name == "while":
+    if name in _OPAQUE or name == "while":
         raise ValueError(f"the work of {name} cannot be counted; trace a program without it")
     if name in ("custom_jvp_call", "custom_vjp_call"):
         return [_open(equation.params.get("call_jaxpr") or equation.params["fun_jaxpr"])]

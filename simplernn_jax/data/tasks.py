@@ -1,8 +1,8 @@
-"""Synthetic tasks that ask for what stood earlier in a row, as batches of training.
+"""Synthetic tasks that query earlier tokens of a sequence, as training batches.
 
-Every task is a pure function of (seed, index), like `BatchSource`. An answer is a target that is
-never shown as an input: ``loss_mask`` is True exactly where one is asked for, and accuracy is the
-share of these positions whose likeliest token is the target. Every row begins from a zero state.
+Every task is a pure function of (seed, index), like `BatchSource`. An answer is a target that never
+appears as an input: ``loss_mask`` is True exactly at queries, and accuracy is the fraction of these
+positions whose likeliest token is the target. Every sequence starts from a zero state.
 """
 
 import abc
@@ -13,12 +13,12 @@ import numpy as np
 from simplernn_jax.data.batches import Batch
 
 BLANK = 0
-"""Says nothing and asks for nothing; the target where none is asked for."""
+"""Neutral token; also the target where there is no query."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task(abc.ABC):
-    """Rows of one kind, all of one length."""
+    """Sequences of one kind and length."""
 
     @property
     @abc.abstractmethod
@@ -28,28 +28,28 @@ class Task(abc.ABC):
     @property
     @abc.abstractmethod
     def length(self) -> int:
-        """Tokens per row."""
+        """Tokens per sequence."""
 
     @abc.abstractmethod
     def _fill(self, random: np.random.Generator, tokens: np.ndarray, answers: np.ndarray) -> None:
-        """Writes one row into `tokens` [T], all blank, and what is asked for into `answers` [T],
+        """Write a sequence into `tokens` ``[T]``, all blank, and answers into `answers` ``[T]``,
         all -1."""
 
-    def batch(self, rows: int, seed: int, index: int) -> Batch:
-        """Batch `index` of the stream of `seed`: `rows` rows, another draw for each."""
+    def batch(self, batch_size: int, seed: int, index: int) -> Batch:
+        """Draw batch `index` of the stream of `seed`."""
         key = np.random.SeedSequence(seed, spawn_key=(index,))
         random = np.random.Generator(np.random.Philox(key))
-        tokens = np.full((rows, self.length), BLANK, np.int32)
-        answers = np.full((rows, self.length), -1, np.int32)
-        for row in range(rows):
-            self._fill(random, tokens[row], answers[row])
+        tokens = np.full((batch_size, self.length), BLANK, np.int32)
+        answers = np.full((batch_size, self.length), -1, np.int32)
+        for sequence in range(batch_size):
+            self._fill(random, tokens[sequence], answers[sequence])
         asked = answers >= 0
         return Batch(
             tokens=tokens,
             targets=np.where(asked, answers, BLANK),
             loss_mask=asked,
             segment_ids=np.zeros(tokens.shape, np.int32),
-            reset=np.ones(rows, bool),
+            reset=np.ones(batch_size, bool),
         )
 
 
@@ -61,23 +61,24 @@ class AssociativeRecall(Task):
         answers   .  .  .  .  .  .  . v2  .  .  .  v3 v1  .
 
     Pairs of a key and a value, then each key once more, in any order, among blanks; the answer is
-    its value. Keys of a row differ, and so do values. As published but for two things: a key may
-    come back anywhere (there near the pairs by a power law), and ids are fewer.
+    its value. The keys of a sequence differ, and so do its values. Two differences to the paper:
+    keys are queried at uniform positions (there near the pairs, by a power law), and the vocabulary
+    is smaller.
     """
 
     pairs: tuple[int, ...]
-    """Pairs of a row: one of these, drawn anew for each row."""
-    row_length: int
-    """Tokens per row; at least 3 times the most pairs."""
+    """Numbers of pairs, one of which is drawn for each sequence."""
+    sequence_length: int
+    """Tokens per sequence; at least 3 times the most pairs."""
     symbols: int = 128
-    """Keys there are, and values as many; at least the most pairs."""
+    """Number of keys, and of values; at least the most pairs."""
 
     def __post_init__(self) -> None:
         most = max(self.pairs)
-        if 3 * most > self.row_length or most > self.symbols or min(self.pairs) < 1:
+        if 3 * most > self.sequence_length or most > self.symbols or min(self.pairs) < 1:
             raise ValueError(
-                f"{self.pairs=} do not fit: {self.row_length=} must hold 3 tokens for each pair, "
-                f"and {self.symbols=} a key for each"
+                f"{self.pairs=} do not fit: {self.sequence_length=} must hold 3 tokens per pair, "
+                f"and {self.symbols=} a key per pair"
             )
 
     @property
@@ -87,8 +88,8 @@ class AssociativeRecall(Task):
 
     @property
     def length(self) -> int:
-        """Tokens per row."""
-        return self.row_length
+        """Tokens per sequence."""
+        return self.sequence_length
 
     def _fill(self, random: np.random.Generator, tokens: np.ndarray, answers: np.ndarray) -> None:
         pairs = int(random.choice(self.pairs))
@@ -107,28 +108,28 @@ class Copying(Task):
         tokens   a b c . . . . . ? ? ?        or, scattered,   . a . . b . . c ? ? ?
         answers  . . . . . . . . a b c                         . . . . . . . . a b c
 
-    At the end all symbols are asked for, in their order. To copy, a model may count; where
-    symbols are scattered it must tell them from blanks. Each question is a token of its own, as in
-    the second paper; in the first one is followed by blanks.
+    At the end all symbols are queried, in order. To copy, a model may count; scattered symbols it
+    must distinguish from blanks. Each symbol has a query token, as in the second paper; in the
+    first, one query is followed by blanks.
     """
 
     count: int = 16
-    """Symbols of a row."""
+    """Symbols per sequence."""
     symbols: int = 14
-    """Different symbols; 14, the blank and the question are the 16 ids of the second paper."""
+    """Distinct symbols; with the blank and the query, 14 make the 16 ids of the second paper."""
     blanks: int
-    """Blanks of a row."""
+    """Blanks per sequence."""
     scattered: bool
-    """Symbols lie anywhere before the questions, rather than at the start."""
+    """Symbols are anywhere before the queries, rather than at the start."""
 
     @property
     def vocab_size(self) -> int:
-        """The blank, the symbols, the question, in this order."""
+        """The blank, the symbols, the query, in this order."""
         return self.symbols + 2
 
     @property
     def length(self) -> int:
-        """Tokens per row: symbols, blanks, and a question for each symbol."""
+        """Tokens per sequence: symbols, blanks, and a query for each symbol."""
         return 2 * self.count + self.blanks
 
     def _fill(self, random: np.random.Generator, tokens: np.ndarray, answers: np.ndarray) -> None:
@@ -142,43 +143,43 @@ class Copying(Task):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needle(Task):
-    """One value in a row of noise, asked for at given distances; like passkey retrieval
+    """One value in noise, queried at given distances; like passkey retrieval
     (Landmark attention, arXiv:2305.16300), without a language::
 
         tokens   n n n ! 7 n n n ? n n n n n ?      distances (4, 10)
         answers  . . . . . . . . 7 . . . . . 7
 
-    The needle begins at any place from which the questions still fit.
+    The needle starts at any position that leaves room for the queries.
     """
 
     distances: tuple[int, ...]
-    """From the value to each question, in tokens; increasing, the first at least 1."""
-    row_length: int
-    """Tokens per row; at least 2 more than the greatest distance."""
+    """From the value to each query, in tokens; increasing, the first at least 1."""
+    sequence_length: int
+    """Tokens per sequence; at least 2 more than the greatest distance."""
     symbols: int = 32
-    """Values there are, and tokens of noise as many."""
+    """Number of values, and of noise tokens."""
 
     def __post_init__(self) -> None:
-        if min(self.distances) < 1 or max(self.distances) + 2 > self.row_length:
+        if min(self.distances) < 1 or max(self.distances) + 2 > self.sequence_length:
             raise ValueError(
-                f"{self.distances=} do not fit {self.row_length=}, which must be at least 2 more "
-                "than the greatest; the least is 1"
+                f"{self.distances=} do not fit {self.sequence_length=}, which must be at least 2 "
+                "more than the greatest; the least is 1"
             )
 
     @property
     def vocab_size(self) -> int:
-        """The blank (unused), the noise, the values, the mark before a value, the question."""
+        """The blank (unused), the noise, the values, the mark before a value, the query."""
         return 2 * self.symbols + 3
 
     @property
     def length(self) -> int:
-        """Tokens per row."""
-        return self.row_length
+        """Tokens per sequence."""
+        return self.sequence_length
 
     def _fill(self, random: np.random.Generator, tokens: np.ndarray, answers: np.ndarray) -> None:
         tokens[:] = random.integers(1, 1 + self.symbols, self.length)
         start = int(random.integers(0, self.length - 1 - max(self.distances)))
         value = 1 + self.symbols + random.integers(0, self.symbols)
         tokens[start], tokens[start + 1] = self.vocab_size - 2, value
-        questions = [start + 1 + distance for distance in self.distances]
-        tokens[questions], answers[questions] = self.vocab_size - 1, value
+        queries = [start + 1 + distance for distance in self.distances]
+        tokens[queries], answers[queries] = self.vocab_size - 1, value

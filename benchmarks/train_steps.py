@@ -1,6 +1,7 @@
-"""Train steps in JAX, compiled, on random tokens: ours, per token, and a stack of GRUs."""
+"""Compiled train steps on random tokens: ours, with another recurrence, and a stack of GRUs."""
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,30 +15,43 @@ from flax import nnx
 from simplernn_jax import config_flag
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.data.batches import Batch
+from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
+from simplernn_jax.ops.chunkwise import choose_chunk_size
+from simplernn_jax.sharding.mesh import make_mesh
+from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.losses import summed_cross_entropy
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-BY_SCAN: Recurrence = functools.partial(gated_linear_recurrence, method="scan")
 _STEPS = 1000
-"""Length of the learning rate's schedule; more steps only go on at its end."""
+"""Length of the learning rate schedule; further steps stay at its end."""
+_QUICK_COMPILATION: Any = {"xla_backend_optimization_level": 0}
+"""Buffers and collectives are settled before the backend generates code."""
+
+BY_SCAN: Recurrence = functools.partial(gated_linear_recurrence, method="scan")
+
+
+def by_chunks(length: int) -> Recurrence:
+    """The chunkwise recurrence, on every machine, with the default chunks of `length` tokens."""
+    return functools.partial(gated_linear_recurrence, chunk_size=choose_chunk_size(length))
 
 
 def load_config(name: str, batch: int, length: int, **model: Any) -> Config:
-    """``configs/NAME.py`` with random windows of this size and these fields of its model."""
+    """``configs/NAME.py`` on one device, with random windows and these fields of its model."""
     config = config_flag.load_config(_CONFIGS / f"{name}.py")
     config.data.mode = "window"
     config.data.batch_size, config.data.sequence_length = batch, length
+    config.mesh.data = 1
     for field, value in model.items():
         setattr(config.model, field, value)
     return config
 
 
 def random_batch(config: Config) -> Batch:
-    """Random tokens as one document per row, every prediction counted."""
+    """Random tokens, one document per sequence, every prediction counted."""
     shape = (config.data.batch_size, config.data.sequence_length)
     draw = np.random.default_rng(0)
     tokens = draw.integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
@@ -50,12 +64,40 @@ def random_batch(config: Config) -> Batch:
     )
 
 
+def count_parameters(config: Config) -> int:
+    """Number of parameters of the model; an embedding that is also the head counts once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(config)[1]))
+
+
+def state_bytes(model: ModelConfig) -> int:
+    """Bytes of the decoder state of one sequence."""
+
+    def make() -> Any:
+        return LanguageModel(model, rngs=nnx.Rngs(0)).initial_state(1)
+
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(nnx.eval_shape(make)))
+
+
+def compile_quickly(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> Any:
+    """Our train step on the mesh of `config`, compiled to be analyzed and not to be run."""
+    mesh = make_mesh(config.mesh)
+    optimizer = make_optimizer(config.optimizer, _STEPS, mesh)
+    state = jax.eval_shape(lambda: init_train_state(config, optimizer))
+    step: Any = make_train_step(config, optimizer, mesh, recurrence)
+    return step.lower(state, random_batch(config)).compile(_QUICK_COMPILATION)
+
+
+def temporary_bytes(program: Any) -> float:
+    """Working memory of a compiled program on one device, by XLA's memory analysis."""
+    return float(program.memory_analysis().temp_size_in_bytes)
+
+
 class CompiledStep:
-    """A train step as one compiled program; each call takes one step from where the last ended.
+    """A train step as one compiled program; each call continues from the last one's state.
 
     Args:
       step: jitted, ``(state, batch) -> (state, metrics)``.
-      make_state: gives the state to start from.
+      make_state: returns the initial state.
       batch: of every step.
     """
 
@@ -67,21 +109,17 @@ class CompiledStep:
         self.program = step.lower(shapes, self.batch).compile()
 
     @property
-    def temporary_bytes(self) -> float:
-        """Working memory of the program, by the compiler's account."""
-        return float(self.program.memory_analysis().temp_size_in_bytes)
-
-    @property
     def compiled_bytes(self) -> float:
-        """Working memory and arguments; the results take the place of the donated state."""
-        return self.temporary_bytes + self.program.memory_analysis().argument_size_in_bytes
+        """Working memory and arguments; the results reuse the donated state's memory."""
+        memory = self.program.memory_analysis()
+        return float(memory.temp_size_in_bytes + memory.argument_size_in_bytes)
 
     def prepare(self) -> None:
-        """Makes the state, so that the next call is a step and nothing else."""
+        """Make the initial state, so that the next call takes a step and nothing else."""
         self._state = jax.block_until_ready(self._make_state())
 
     def __call__(self) -> Any:
-        """Takes one step; what it returns besides the state, not waited for."""
+        """Take one step; return its metrics, not waited for."""
         if self._state is None:
             self.prepare()
         self._state, metrics = self.program(self._state, self.batch)
@@ -89,7 +127,7 @@ class CompiledStep:
 
 
 def our_step(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> CompiledStep:
-    """The step of `simplernn_jax.training`, as training runs it."""
+    """The step of `simplernn_jax.training`, as training runs it on one device."""
     optimizer = make_optimizer(config.optimizer, _STEPS)
     return CompiledStep(
         make_train_step(config, optimizer, recurrence=recurrence),
@@ -99,12 +137,12 @@ def our_step(config: Config, recurrence: Recurrence = gated_linear_recurrence) -
 
 
 def scan_step(config: Config) -> CompiledStep:
-    """The same step and model, the recurrence by ``method="scan"``."""
+    """The same step with ``method="scan"``."""
     return our_step(config, BY_SCAN)
 
 
 def gru_step(config: Config) -> CompiledStep:
-    """Adam on a `GRUStack` of the same sizes, with the same loss."""
+    """A step of Adam on a `GRUStack` of the same sizes, with the same loss."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: GRUStack(config.model, nnx.Rngs(0))))
     optimizer = optax.adam(config.optimizer.learning_rate)
 
@@ -128,7 +166,7 @@ def gru_step(config: Config) -> CompiledStep:
 
 
 class GRUStack(nnx.Module):
-    """Flax's own GRU in the place of SimpleRNN, in a plain stack of the same width."""
+    """A plain stack of Flax's GRU cells, in the place of SimpleRNN."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         width = config.hidden_dim
