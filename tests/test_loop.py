@@ -12,14 +12,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
 from simplernn_jax import load_model
+from simplernn_jax.checkpoint import checkpointer, contents
 from simplernn_jax.checkpoint.contents import saved_quality
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
+from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.training import loop
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
@@ -66,6 +69,28 @@ def test_a_stopped_run_ends_as_one_that_was_left_alone(tmp_path, monkeypatch, mo
     ]
     assert rows[0] == rows[1]
     assert [step for step, kind, _ in rows[0] if kind == "train"] == list(range(1, 41))
+
+
+def test_a_checkpoint_under_the_leaf_names_of_earlier_versions_is_resumed(tmp_path, monkeypatch):
+    config = small_config(source=write_corpus(tmp_path / "text"), steps=9)
+    train(config, str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        patch.setattr(contents, "_RENAMED_LEAVES", {})  # they read back what they had written
+        patch.setattr(
+            checkpointer,
+            "named_leaves",
+            lambda tree: {
+                {"consecutive_skips": "skipped_in_a_row"}.get(name, name): leaf
+                for name, leaf in named_leaves(tree).items()
+            },
+        )
+        train(config, str(tmp_path / "parts"))
+    (path,) = (tmp_path / "parts" / "checkpoints").glob("4/state")
+    assert "skipped_in_a_row" in ocp.PyTreeCheckpointHandler().metadata(path).tree
+    assert "consecutive_skips" in newest_checkpoint(tmp_path / "parts")
+    train(config, str(tmp_path / "parts"))
+    assert newest_checkpoint(tmp_path / "parts") == newest_checkpoint(tmp_path / "whole")
 
 
 def test_a_row_is_the_mean_since_the_one_before_also_over_an_interruption(tmp_path, monkeypatch):

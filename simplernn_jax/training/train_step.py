@@ -36,7 +36,7 @@ from simplernn_jax.training.placement import (
         "rng",
         "carried",
         "skipped_updates",
-        "skipped_in_a_row",
+        "consecutive_skips",
     ],
     meta_fields=[],
 )
@@ -54,7 +54,7 @@ class TrainState:
     """The recurrent state that stream batches carry; () in other modes."""
     skipped_updates: jax.Array
     """Updates left out because a loss or gradient was not finite; int32."""
-    skipped_in_a_row: jax.Array
+    consecutive_skips: jax.Array
     """Those of them since the last good update; int32."""
 
 
@@ -67,7 +67,7 @@ class StepMetrics(NamedTuple):
     """Before clipping."""
     predictions: jax.Array
     skipped_updates: jax.Array
-    skipped_in_a_row: jax.Array
+    consecutive_skips: jax.Array
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -86,7 +86,7 @@ def init_train_state(config: Config, optimizer: optax.GradientTransformation) ->
         rng=jax.random.key_data(dropout_key),
         carried=model.initial_state(rows) if config.data.mode == "stream" else (),
         skipped_updates=jnp.zeros((), jnp.int32),
-        skipped_in_a_row=jnp.zeros((), jnp.int32),
+        consecutive_skips=jnp.zeros((), jnp.int32),
     )
 
 
@@ -158,14 +158,14 @@ def make_train_step(
             rng=state.rng,
             carried=new_carried,
             skipped_updates=state.skipped_updates + skipped,
-            skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+            consecutive_skips=(state.consecutive_skips + 1) * skipped,
         )
         return new_state, StepMetrics(
             loss=loss,
             gradient_norm=norm,
             predictions=predictions,
             skipped_updates=new_state.skipped_updates,
-            skipped_in_a_row=new_state.skipped_in_a_row,
+            consecutive_skips=new_state.consecutive_skips,
         )
 
     return jax.jit(train_step, donate_argnums=0, **options)
