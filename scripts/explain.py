@@ -66,9 +66,9 @@ def main() -> int:
     _check_out(out)
     text = command_line.read_text(_TEXT.value, _TEXT_FILE.value, name="text")
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
+    from simplernn_jax import load_model
     from simplernn_jax.analysis import explain
     from simplernn_jax.checkpoint.checkpointer import read_config
-    from simplernn_jax import load_model
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.devices import check_devices
 
