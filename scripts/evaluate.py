@@ -60,9 +60,9 @@ def main() -> None:
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.devices import check_devices
     from simplernn_jax.memory_estimate import check_evaluation
-    from simplernn_jax.training import report
     from simplernn_jax.training.evaluate import Evaluator
     from simplernn_jax.training.preparation import open_saved_corpus
+    from simplernn_jax.training.reporter import align
 
     check_devices()
     use_compilation_cache()
@@ -93,7 +93,7 @@ def main() -> None:
         facts["with the state carried"] = (
             f"{carried.nats_per_token:.4f} nats/token, {carried.bits_per_byte:.4f} bits/byte"
         )
-    print(report.summary(facts))
+    print(align(facts))
 
 
 def chosen_windows() -> Windows | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small_runs import write_corpus
 
-from simplernn_jax.training.interruption import Interruption
+from simplernn_jax.training.interruption import SIGNALS, deferred_signals
 
 
 @pytest.fixture(autouse=True)
@@ -23,26 +23,26 @@ def usual_handlers():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_is_a_request(number):
     before = signal.getsignal(number)
-    with Interruption() as interruption:
-        assert interruption.requested is None
+    with deferred_signals() as received:
+        assert received() is None
         signal.raise_signal(number)
-        assert interruption.requested == signal.Signals(number).name
+        assert received() == signal.Signals(number).name
     assert signal.getsignal(number) == before
 
 
 def test_the_second_signal_acts_as_it_always_does():
-    with Interruption() as interruption:
+    with deferred_signals() as received:
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        assert interruption.requested == "SIGTERM"
+        assert received() == "SIGTERM"
 
 
 def test_without_a_signal_the_handlers_come_back():
-    before = [signal.getsignal(number) for number in Interruption.signals]
-    with Interruption():
-        assert [signal.getsignal(number) for number in Interruption.signals] != before
-    assert [signal.getsignal(number) for number in Interruption.signals] == before
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with deferred_signals():
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_a_signal_before_the_first_step_ends_a_run_that_can_be_resumed(tmp_path):

@@ -20,11 +20,12 @@ from simplernn_jax import load_model
 from simplernn_jax.checkpoint import checkpointer, contents
 from simplernn_jax.checkpoint.contents import saved_quality
 from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.config import TrainConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
 from simplernn_jax.named_leaves import named_leaves
-from simplernn_jax.training import loop
-from simplernn_jax.training.loop import train
+from simplernn_jax.training import loop, run
+from simplernn_jax.training.loop import check_skips, train
 from simplernn_jax.training.metrics import read_metrics
 from simplernn_jax.training.preparation import open_saved_corpus
 
@@ -210,8 +211,8 @@ def test_a_step_that_is_compiled_again_is_counted_and_shown(tmp_path, monkeypatc
                 **{name: getattr(batch, name)[:, 1:] for name in batch._fields if name != "reset"}
             )
 
-    make_batches = loop.make_batches
-    monkeypatch.setattr(loop, "make_batches", lambda *args: OneShorterBatch(make_batches(*args)))
+    make_batches = run.make_batches
+    monkeypatch.setattr(run, "make_batches", lambda *args: OneShorterBatch(make_batches(*args)))
     config = small_config(source=write_corpus(tmp_path / "text"), steps=6, log_every=1)
     train(config, str(tmp_path / "run"))
     counts = [row["recompilations"] for row in read_metrics(str(tmp_path / "run"))]
@@ -250,7 +251,7 @@ def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch):
 
 def test_the_last_save_is_waited_for_when_the_metrics_cannot_be_closed(tmp_path, monkeypatch):
     closed = []
-    close, close_metrics = loop.Checkpointer.close, loop.MetricsWriter.close
+    close, close_metrics = run.Checkpointer.close, loop.MetricsWriter.close
 
     def fail(writer):
         close_metrics(writer)
@@ -258,7 +259,7 @@ def test_the_last_save_is_waited_for_when_the_metrics_cannot_be_closed(tmp_path,
 
     monkeypatch.setattr(loop.MetricsWriter, "close", fail)
     monkeypatch.setattr(
-        loop.Checkpointer, "close", lambda saves, **how: (close(saves, **how), closed.append(saves))
+        run.Checkpointer, "close", lambda saves, **how: (close(saves, **how), closed.append(saves))
     )
     with pytest.raises(OSError, match="No space left"):
         train(small_config(source=write_corpus(tmp_path / "text"), steps=3), str(tmp_path / "run"))
@@ -344,11 +345,19 @@ def test_a_loss_that_is_never_finite_is_one_line_and_exit_code_2(tmp_path):
     lines = [line for line in errors.splitlines() if not line.startswith("tokenizing")]
     assert len(lines) == 1, errors
     message = (
-        r"error: the loss or its gradient was not finite in 2 steps in a row, up to step (\d+) "
+        r"error: the loss or its gradient was not finite in 2 consecutive steps, up to step (\d+) "
         r"\(batch (\d+) of seed 0\); the parameters of step (\d+) are untouched: .*"
     )
     step, batch, untouched = map(int, re.fullmatch(message, lines[0]).groups())
     assert (batch, untouched) == (step - 1, step - 2)
+
+
+@pytest.mark.parametrize(("limit", "where"), [(1, "1 step"), (3, "3 consecutive steps")])
+def test_as_many_skipped_updates_as_are_allowed_end_a_run(limit, where):
+    config = TrainConfig(max_skipped_updates=limit, seed=5)
+    check_skips(9, limit - 1, config)
+    with pytest.raises(UserError, match=rf"in {where}, up to step 9 \(batch 8 of seed 5\); .* of "):
+        check_skips(9, limit, config)
 
 
 def test_a_workdir_that_cannot_hold_checkpoints_is_refused_before_the_data_is_read(tmp_path):

@@ -9,10 +9,14 @@ import time
 import pytest
 from tensorboardX.record_writer import RecordWriter
 
-from simplernn_jax.training import append_only
 from simplernn_jax.training import metrics as metrics_module
-from simplernn_jax.training.metrics import MetricsWriter, read_metrics
-from simplernn_jax.training.metrics_lines import LONGEST_LINE, encode, rows_of
+from simplernn_jax.training.metrics import (
+    LONGEST_LINE,
+    MetricsWriter,
+    decode_lines,
+    encode,
+    read_metrics,
+)
 
 
 def write(workdir, first_step, *steps, loss=1.5):
@@ -119,12 +123,12 @@ ROWS = [
 
 def test_no_flip_of_a_bit_changes_a_row_or_loses_one_unseen():
     whole = b"".join(map(encode, ROWS))
-    assert [row for _, row in rows_of(io.BytesIO(whole))] == ROWS
+    assert [row for _, row in decode_lines(io.BytesIO(whole))] == ROWS
     for position in range(len(whole)):
         for bit in range(8):
             damaged = bytearray(whole)
             damaged[position] ^= 1 << bit
-            found = [row for _, row in rows_of(io.BytesIO(damaged))]
+            found = [row for _, row in decode_lines(io.BytesIO(damaged))]
             rows = [row for row in found if row is not None]
             # Of the first line, the name of its checksum may be lost without the row.
             rows = [{n: v for n, v in row.items() if n in ROWS[0] | ROWS[1]} for row in rows]
@@ -203,7 +207,7 @@ def test_a_full_disk_loses_rows_and_stops_nothing(tmp_path, caplog, monkeypatch)
 
     writer.write(1, "train", loss=1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(append_only.os, "write", write_a_part)
+        patch.setattr(metrics_module.os, "write", write_a_part)
         writer.write(2, "train", loss=2.0)
         writer.write(3, "train", loss=2.0)
     writer.write(4, "train", loss=3.0)

@@ -1,5 +1,7 @@
 """Profiles of a run: which steps they hold, and that they are whole however it ends."""
 
+import contextlib
+
 import pytest
 
 from simplernn_jax.training import profiling
@@ -19,9 +21,7 @@ def take_steps(profile, events, count, fail_at=None):
     for number in range(count):
         if number == fail_at:
             raise KeyboardInterrupt
-        if profile.is_due():
-            profile.start_or_stop()
-        with profile.step(number):
+        with profile.step(number, ()):
             events.append(number)
 
 
@@ -37,7 +37,7 @@ def take_steps(profile, events, count, fail_at=None):
 )
 def test_records_from_the_third_step_on(tmp_path, events, steps, taken, expected, said):
     lines = []
-    with Profile(str(tmp_path), steps, lines.append) as profile:
+    with Profile(str(tmp_path), steps, lines.append, contextlib.nullcontext) as profile:
         take_steps(profile, events, taken)
     assert events == expected
     assert len(lines) == (said is not None)
@@ -46,7 +46,7 @@ def test_records_from_the_third_step_on(tmp_path, events, steps, taken, expected
 
 def test_an_error_leaves_a_whole_profile(tmp_path, events):
     lines = []
-    profile = Profile(str(tmp_path), 9, lines.append)
+    profile = Profile(str(tmp_path), 9, lines.append, contextlib.nullcontext)
     with pytest.raises(KeyboardInterrupt), profile:
         take_steps(profile, events, 9, fail_at=3)
     assert events == [0, 1, "start", 2, "stop"]
