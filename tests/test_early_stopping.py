@@ -13,7 +13,7 @@ from simplernn_jax.training.metrics import read_metrics
 
 
 def evaluated(*losses, predictions=99):
-    """After history at steps 10, 20, ..."""
+    """History after evaluations at steps 10, 20, ..."""
     history = ValidationHistory()
     for number, loss in enumerate(losses, 1):
         history.add(10 * number, Evaluation(loss, 1.0, predictions))
@@ -34,7 +34,7 @@ def evaluated(*losses, predictions=99):
         ((math.nan,), 1, True),
     ],
 )
-def test_so_many_history_without_a_better_one_end_a_run(losses, limit, ended):
+def test_evaluations_without_a_better_one_end_a_run(losses, limit, ended):
     history = evaluated(*losses)
     assert history.is_exhausted(limit) is ended
     again = ValidationHistory(**json.loads(json.dumps(vars(history), allow_nan=False)))
@@ -50,7 +50,7 @@ def test_why_is_said_in_words():
     assert " in 1 evaluation; raise" in evaluated(math.nan).reason()
 
 
-def test_history_of_other_tokens_are_not_compared():
+def test_evaluations_of_other_tokens_are_not_compared():
     history = evaluated(3.0, 2.0, 2.5)
     history.add(40, Evaluation(2.2, 1.0, predictions=500))
     assert (history.best_step, history.since_best) == (40, 0)
@@ -68,7 +68,7 @@ def test_the_best_step_and_what_to_do_are_said_where_the_end_is_worse(tmp_path):
     assert overfitting.startswith("--checkpoint best picks the model of that step; train on more")
 
 
-def test_only_history_of_the_same_tokens_are_compared_with_the_end(tmp_path):
+def test_only_evaluations_of_the_same_tokens_are_compared_with_the_end(tmp_path):
     of_all = Evaluation(9.0, 1.0, predictions=1000)
     assert evaluated(2.5, 2.02).summary(30, of_all, str(tmp_path)) == {}
     assert evaluated(2.5, 2.6).summary(30, of_all, str(tmp_path))["best validation"] == (

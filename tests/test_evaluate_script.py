@@ -72,7 +72,7 @@ def test_a_run_that_holds_nothing_out_says_so(tmp_path):
         (["--workdir", "nowhere"], "nowhere"),
         (["--workdir", "x", "--split", "test"], "split"),
         (["--workdir", "x", "--checkpoint", "last"], "--checkpoint=last: must be best, newest or"),
-        (["--workdir", "x", "--stride", "3"], "--stride=3 is of windows: give --window too"),
+        (["--workdir", "x", "--stride", "3"], "--stride=3 needs --window: give it too"),
         (["--workdir", "x", "--window", "3", "--stride", "4"], "the stride must be at least 1"),
     ],
 )
@@ -103,5 +103,5 @@ def test_overlapping_windows_score_the_same_predictions(tmp_path):
     code, output, errors = evaluate("--workdir", tmp_path / "run", "--window", 9, "--stride", 4)
     assert (code, errors) == (0, "")
     assert number("predictions", output) == corpus.validation.num_predictions
-    assert "zero, then 6 to 9 tokens of a window" in output
+    assert "zero, then 6 to 9 tokens of context" in output
     assert "with the state carried" in output

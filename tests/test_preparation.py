@@ -51,7 +51,7 @@ def test_length_is_given_in_steps_or_epochs(tmp_path, config):
         ({"mode": "stream"}, "other batches: mode: 'stream' here, 'window' there"),
         ({"batch_size": 4}, "batch_size: 4 here, 2 there"),
         ({"seed": 5}, "seed: 5 here, 0 there"),
-        ({"name": "muon"}, r"optimizer\.name=adamw, and muon cannot go on"),
+        ({"name": "muon"}, r"optimizer\.name=adamw, and muon cannot resume"),
         ({"num_layers": 2, "key_dim": 4}, "num_layers: 2 here, 1 there; key_dim: 4 here, 8 there"),
     ],
 )

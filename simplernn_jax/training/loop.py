@@ -21,10 +21,10 @@ from simplernn_jax.training.display import open_display
 from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.interruption import deferred_signals
 from simplernn_jax.training.metrics import MetricsWriter
-from simplernn_jax.training.periodic_actions import Evaluate, PeriodicAction, Sample, Save
+from simplernn_jax.training.periodic_actions import PeriodicAction, Validation, sample
 from simplernn_jax.training.profiling import Profile
 from simplernn_jax.training.reporter import Reporter
-from simplernn_jax.training.run import Run, Setup, set_up, start_or_resume
+from simplernn_jax.training.run import Run
 from simplernn_jax.training.step_statistics import RecompilationCounter
 from simplernn_jax.training.train_step import StepMetrics, make_train_step
 
@@ -54,19 +54,19 @@ def train(config: Config, workdir: str) -> Result:
       UserError: the data is unusable; the mesh does not fit; the checkpoint is of another model or
         other data; too many consecutive losses were not finite; the disk is full.
     """
-    setup = set_up(config, workdir)
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(start_or_resume(setup))
+        run = stack.enter_context(Run(config, workdir))
         metrics = None
         if is_coordinator():
-            metrics = MetricsWriter(setup.workdir, run.step)
+            metrics = MetricsWriter(run.workdir, run.step)
             stack.callback(metrics.close)
         train_step = RecompilationCounter(
-            "the train step", make_train_step(setup.config, setup.optimizer, setup.mesh)
+            "the train step", make_train_step(run.config, run.optimizer, run.mesh)
         )
         preemption = PreemptionSync(stack.enter_context(deferred_signals()))
-        _write_config(setup)
-        display = stack.enter_context(open_display(run.step, setup.total_steps))
+        if is_coordinator():
+            _write_config(run)
+        display = stack.enter_context(open_display(run.step, run.total_steps))
         reporter = Reporter(run, metrics, display, train_step)
         return _train(run, train_step, reporter, preemption)
 
@@ -75,12 +75,15 @@ def _train(
     run: Run, train_step: RecompilationCounter, reporter: Reporter, preemption: PreemptionSync
 ) -> Result:
     """Take the remaining steps and end the run, or save it if a signal comes."""
-    setup = run.setup
-    evaluate = Evaluate(run, reporter)
-    actions = (evaluate, Sample(run, reporter), Save(run, reporter))
+    validation, train = Validation(run, reporter), run.config.train
+    actions = (
+        PeriodicAction(validation.evaluate, train.eval_every),
+        PeriodicAction(lambda: sample(run, reporter), train.sample_every),
+        PeriodicAction(run.save, train.save_every),
+    )
     reporter.announce()
-    steps = setup.config.train.profile_steps if is_coordinator() else 0
-    profile = Profile(setup.workdir, steps, reporter.say, reporter.timer.paused)
+    profile_steps = train.profile_steps if is_coordinator() else 0
+    profile = Profile(run.workdir, profile_steps, reporter.say, reporter.timer.paused)
     with train_step, profile:
         _take_steps(run, train_step, reporter, preemption, actions, profile)
         signal = preemption.signal(run.step)
@@ -88,18 +91,18 @@ def _train(
             run.save(wait=True)
     if signal:
         reporter.say(
-            f"{signal}: saved at step {run.step} of {setup.total_steps}; "
+            f"{signal}: saved at step {run.step} of {run.total_steps}; "
             "run the same command to resume"
         )
         return Result(run.step, signal, None)
     if run.step > run.first_step:
-        if 0 < setup.config.train.eval_every < setup.total_steps:
+        if 0 < train.eval_every < run.total_steps:
             # On the same tokens as the checkpoints that this one is compared with.
-            evaluate.measure(setup.config.train.eval_tokens)
+            validation.measure(train.eval_tokens)
         # Before the whole evaluation, which may take longer than a preempted job has left.
         run.save(wait=True)
     comparable = None if run.latest_evaluation is None else run.latest_evaluation[1]
-    evaluation = evaluate.report(limit_tokens=0)
+    evaluation = validation.report(limit_tokens=0)
     reporter.summarize(evaluation, comparable or evaluation)
     return Result(run.step, None, evaluation)
 
@@ -122,19 +125,17 @@ def _take_steps(
         with profile.step(run.step + 1, run.state):
             run.state, metrics = train_step(run.state, batch)
         run.step += 1
-        run.position = run.batches.get_state()
-        if run.step < run.setup.total_steps:
-            batch = run.next_batch()
+        batch = run.next_batch()
         if pending is not None:
             _read(run.step - 1, pending, run, reporter)
         pending = metrics
-        due = [action for action in actions if action.is_due()]
+        due = [action for action in actions if action.is_due(run)]
         if due:
             _read(run.step, metrics, run, reporter)
             pending = None
             with reporter.timer.paused():
                 for action in due:
-                    action()
+                    action.act()
     if pending is not None:
         _read(run.step, pending, run, reporter)
     reporter.timer.stop()
@@ -145,20 +146,15 @@ def _read(step: int, metrics: StepMetrics, run: Run, reporter: Reporter) -> None
     loss, norm, predictions, skipped, consecutive = (x.item() for x in jax.device_get(metrics))
     reporter.timer.tick(predictions)
     run.totals.add(loss, predictions, skipped=consecutive > 0)
-    check_skips(step, consecutive, run.setup.config.train)
+    check_skips(step, consecutive, run.config.train)
     reporter.step(step, loss, norm, skipped, was_skipped=consecutive > 0)
 
 
 def check_skips(step: int, consecutive: int, config: TrainConfig) -> None:
-    """Check that not too many consecutive updates were skipped.
-
-    Args:
-      step: the last one.
-      consecutive: number of consecutive skipped updates up to `step`.
-      config: of the run.
+    """Check the number of consecutive skipped updates up to `step`.
 
     Raises:
-      UserError: ``max_skipped_updates`` or more were.
+      UserError: it has reached ``max_skipped_updates``.
     """
     if consecutive < config.max_skipped_updates:
         return
@@ -170,12 +166,10 @@ def check_skips(step: int, consecutive: int, config: TrainConfig) -> None:
     )
 
 
-def _write_config(setup: Setup) -> None:
-    if not is_coordinator():
-        return
-    path = os.path.join(setup.workdir, "config.json")
+def _write_config(run: Run) -> None:
+    path = os.path.join(run.workdir, "config.json")
     try:
-        write_file(path, config_lib.to_json(setup.config).encode())
+        write_file(path, config_lib.to_json(run.config).encode())
     except OSError as error:
         raise UserError(
             f"{path}: {error.strerror}; remove it, or choose another --workdir"

@@ -1,4 +1,7 @@
-"""What a run does every few steps: evaluate, sample and save."""
+"""What a run does every N steps: evaluate, sample and save."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 from flax import nnx
 
@@ -14,43 +17,44 @@ from simplernn_jax.training.run import Run
 SAMPLE_TEMPERATURE = 0.8
 
 
-class PeriodicAction:
-    """An action on the state after every N-th step but the last; 0 is never."""
+class PeriodicAction(NamedTuple):
+    """An action on the state after every N-th step but the last."""
 
-    def __init__(self, run: Run, reporter: Reporter, every: int) -> None:
-        self._run = run
-        self._reporter = reporter
-        self._every = every
+    act: Callable[[], object]
+    every: int
+    """N; 0 is never."""
 
-    def is_due(self) -> bool:
-        """Whether to act after the step that was just taken."""
-        step = self._run.step
-        return self._every > 0 and step % self._every == 0 and step < self._run.setup.total_steps
-
-    def __call__(self) -> None:
-        """Act."""
-        raise NotImplementedError
+    def is_due(self, run: Run) -> bool:
+        """Whether to act after the step that `run` has just taken."""
+        return self.every > 0 and run.step % self.every == 0 and run.step < run.total_steps
 
 
-class Evaluate(PeriodicAction):
-    """Evaluation on the validation split, which may stop the run early."""
+class Validation:
+    """Evaluation on the validation split."""
 
     def __init__(self, run: Run, reporter: Reporter) -> None:
-        setup = run.setup
-        super().__init__(run, reporter, setup.config.train.eval_every)
-        self._evaluator = Evaluator(setup.config, setup.corpus.tokenizer.pad_id, setup.mesh)
+        self._run = run
+        self._reporter = reporter
+        self._evaluator = Evaluator(run.config, run.corpus.tokenizer.pad_id, run.mesh)
 
-    def __call__(self) -> None:
-        """Evaluate `eval_tokens` tokens and decide on early stopping."""
-        result = self.report(self._run.setup.config.train.eval_tokens)
+    def evaluate(self) -> None:
+        """Evaluate ``eval_tokens`` tokens and decide on early stopping."""
+        result = self.report(self._run.config.train.eval_tokens)
         if result is not None:
             self._run.history.add(self._run.step, result)
-            self._run.check_early_stopping()
+            self._run.stopped_early = self._run.has_stopped_improving()
+
+    def report(self, limit_tokens: int) -> Evaluation | None:
+        """Measure, and report what was not reported before."""
+        run, result = self._run, self.measure(limit_tokens)
+        reported = run.history.last_step, run.history.predictions
+        if result is not None and reported != (run.step, result.predictions):
+            self._reporter.validation(result)
+        return result
 
     def measure(self, limit_tokens: int) -> Evaluation | None:
         """Evaluate the current state, unless that was done on the same tokens."""
-        run = self._run
-        split = run.setup.corpus.validation
+        run, split = self._run, self._run.corpus.validation
         if split is None:
             return None
         predictions = min(limit_tokens or split.num_predictions, split.num_predictions)
@@ -62,45 +66,20 @@ class Evaluate(PeriodicAction):
         run.latest_evaluation = run.step, result
         return result
 
-    def report(self, limit_tokens: int) -> Evaluation | None:
-        """Measure, and report what was not reported before."""
-        run, result = self._run, self.measure(limit_tokens)
-        reported = run.history.last_step, run.history.predictions
-        if result is not None and reported != (run.step, result.predictions):
-            self._reporter.validation(result)
-        return result
 
-
-class Sample(PeriodicAction):
-    """A sample from the current model, written by the coordinator."""
-
-    def __init__(self, run: Run, reporter: Reporter) -> None:
-        super().__init__(run, reporter, run.setup.config.train.sample_every)
-
-    def __call__(self) -> None:
-        """Continue the prompt of the configuration."""
-        setup, params = self._run.setup, local_copy(self._run.state.params)
-        if is_coordinator():
-            train = setup.config.train
-            graph, abstract = abstract_model(setup.config)
-            (text,) = generate_text(
-                nnx.merge(graph, in_layout_of(abstract, params)),
-                setup.corpus.tokenizer,
-                train.sample_prompt,
-                max_new_tokens=train.sample_tokens,
-                temperature=SAMPLE_TEMPERATURE,
-                seed=train.seed,
-            )
-            self._reporter.sample(train.sample_prompt + text)
-        barrier("a sample is written")
-
-
-class Save(PeriodicAction):
-    """A checkpoint, saved in the background."""
-
-    def __init__(self, run: Run, reporter: Reporter) -> None:
-        super().__init__(run, reporter, run.setup.config.train.save_every)
-
-    def __call__(self) -> None:
-        """Save."""
-        self._run.save()
+def sample(run: Run, reporter: Reporter) -> None:
+    """Continue the prompt of the configuration with the current model, on the coordinator."""
+    params = local_copy(run.state.params)
+    if is_coordinator():
+        train = run.config.train
+        graph, abstract = abstract_model(run.config)
+        (text,) = generate_text(
+            nnx.merge(graph, in_layout_of(abstract, params)),
+            run.corpus.tokenizer,
+            train.sample_prompt,
+            max_new_tokens=train.sample_tokens,
+            temperature=SAMPLE_TEMPERATURE,
+            seed=train.seed,
+        )
+        reporter.sample(train.sample_prompt + text)
+    barrier("a sample is written")

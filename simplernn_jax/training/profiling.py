@@ -16,12 +16,7 @@ class Profile:
 
     The trace goes to ``tensorboard`` under `workdir`, beside the metrics. It is complete however
     the run ends; a line says where it is, or that the run was too short for one.
-
-    Args:
-      workdir: folder of the run.
-      steps: number of steps to profile.
-      say: prints a line.
-      paused: makes a context manager in which starting and writing a profile take no training time.
+    `paused` makes a context manager in which starting and writing the trace take no training time.
     """
 
     def __init__(

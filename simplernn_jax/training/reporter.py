@@ -40,18 +40,17 @@ class Reporter:
         self._metrics = metrics
         self._display = display
         self._train_step = train_step
-        config = run.setup.config
-        self._learning_rate = learning_rate_schedule(config.optimizer, run.setup.total_steps)
+        config = run.config
+        self._learning_rate = learning_rate_schedule(config.optimizer, run.total_steps)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
         size = counted(parameters, "parameter")
         self._model = f"{config.model.block} model of {config.model.mixer}, {size}"
 
     def announce(self) -> None:
         """Print what is trained, on which data and devices, and from which step."""
-        run, setup = self._run, self._run.setup
-        config, corpus = setup.config, setup.corpus
+        run, config, corpus = self._run, self._run.config, self._run.corpus
         self.say(
-            f"{self._model}, {config.model.precision}, on {describe(setup.mesh)}; {corpus.summary}"
+            f"{self._model}, {config.model.precision}, on {describe(run.mesh)}; {corpus.summary}"
         )
         if corpus.warning:
             self.say(f"warning: {corpus.warning}")
@@ -59,10 +58,10 @@ class Reporter:
             length = config.train.backward_window or config.data.sequence_length
             self.say(describe_stages(length, config.mesh.stage))
         if run.first_step:
-            self.say(f"resuming {setup.workdir} at step {run.first_step} of {setup.total_steps}")
+            self.say(f"resuming {run.workdir} at step {run.first_step} of {run.total_steps}")
         for change in run.changes:
             self.say(change)
-        if run.first_step >= setup.total_steps:
+        if run.first_step >= run.total_steps:
             self.say("all steps are done; raise --config.train.steps or epochs to train more")
         elif run.stopped_early:
             self.say(run.history.reason())
@@ -79,10 +78,10 @@ class Reporter:
           skipped: number of updates skipped so far.
           was_skipped: this step's update was one of them.
         """
-        timer, totals, total_steps = self.timer, self._run.totals, self._run.setup.total_steps
+        timer, totals, total_steps = self.timer, self._run.totals, self._run.total_steps
         left = (total_steps - step) * timer.seconds_per_step
         self._display.update(step, loss, timer.tokens_per_second, left)
-        every = self._run.setup.config.train.log_every
+        every = self._run.config.train.log_every
         if every and (step % every == 0 or step == total_steps):
             self._write(
                 step,
@@ -126,7 +125,7 @@ class Reporter:
           evaluation: of the whole validation split.
           comparable: of the tokens that were evaluated during training.
         """
-        run, timer, workdir = self._run, self.timer, self._run.setup.workdir
+        run, timer, workdir = self._run, self.timer, self._run.workdir
         speed = timer.tokens_per_second
         lines = {
             "steps": f"{run.step:,}",

@@ -1,14 +1,11 @@
-"""A training run: what is fixed before its first step, and what its checkpoints carry over."""
+"""A training run: its data, its state and its checkpoints."""
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import jax
-import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.checkpointer import Checkpointer
@@ -16,7 +13,6 @@ from simplernn_jax.checkpoint.file_layout import FileLayout
 from simplernn_jax.checkpoint.folder import check_workdir
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch, make_batches
-from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.errors import UserError
 from simplernn_jax.sharding.agreement import broadcast_from_coordinator
 from simplernn_jax.sharding.global_arrays import from_rows, rows_of_this_process
@@ -31,86 +27,109 @@ from simplernn_jax.training.step_statistics import LossTotals
 from simplernn_jax.training.train_step import TrainState, init_train_state, state_shardings
 
 
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What is fixed before the first step."""
+class Run:
+    """Everything that a run fixes before its first step, and everything that its steps change.
 
-    config: Config
-    """As checkpoints store it (`prepare`)."""
-    workdir: str
-    mesh: Mesh
-    corpus: TokenizedCorpus
-    total_steps: int
-    optimizer: optax.GradientTransformation
+    It starts from nothing or resumes from the newest valid checkpoint of its workdir. The last
+    save is complete when its ``with`` block has ended.
 
-
-def set_up(config: Config, workdir: str) -> Setup:
-    """Check everything that can be checked before the first step.
+    Args:
+      config: configuration of the run.
+      workdir: its folder, made if missing.
 
     Raises:
-      UserError: the data is unusable, the workdir holds a run of another model, or the model does
-        not fit the mesh or its memory.
+      UserError: the data is unusable; the model does not fit the mesh or its memory; the
+        checkpoint is of another model or other data; another process trains there.
     """
-    config_lib.validate(config)
-    check_workdir(workdir)
-    workdir = os.path.abspath(workdir)
-    os.makedirs(workdir, exist_ok=True)
-    mesh = make_mesh(config.mesh)
-    config, corpus = prepare(config, workdir)
-    check_fits(config, mesh)
-    steps = total_steps(config, corpus)
-    optimizer = make_optimizer(config.optimizer, steps, mesh)
-    check_memory(config, optimizer, mesh)
-    return Setup(config, workdir, mesh, corpus, steps, optimizer)
 
+    def __init__(self, config: Config, workdir: str) -> None:
+        config_lib.validate(config)
+        check_workdir(workdir)
+        self.workdir = os.path.abspath(workdir)
+        os.makedirs(self.workdir, exist_ok=True)
+        self.mesh = make_mesh(config.mesh)
+        self.config, self.corpus = prepare(config, self.workdir)
+        check_fits(self.config, self.mesh)
+        self.total_steps = total_steps(self.config, self.corpus)
+        self.optimizer = make_optimizer(self.config.optimizer, self.total_steps, self.mesh)
+        check_memory(self.config, self.optimizer, self.mesh)
+        self._layout = FileLayout(self.config, self.optimizer, self.mesh)
+        self.totals, self.history = LossTotals(), ValidationHistory()
+        self.changes: list[str] = []
+        """Fields of the configuration that differ from the checkpoint's, one line each."""
+        self.latest_evaluation: tuple[int, Evaluation] | None = None
+        """The last evaluation in this process, and its step."""
+        self._checkpointer = Checkpointer(
+            self.workdir,
+            self.config,
+            self.corpus.tokenizer.to_json(),
+            keep_last=config.train.keep_last,
+            keep_best=config.train.keep_best,
+        )
+        try:
+            self.state, self._batches = self._start_or_resume()
+            self.position = self._batches.get_state()
+            """Position in the data of the batch of step ``step + 1``."""
+            self.step = self.first_step = int(self.state.step)
+            self.stopped_early = self.has_stopped_improving()
+        except BaseException:
+            self._checkpointer.close()
+            raise
 
-@dataclasses.dataclass(kw_only=True)
-class Run:
-    """Everything that changes from step to step."""
+    def __enter__(self) -> "Run":
+        return self
 
-    setup: Setup
-    state: TrainState
-    """After step `step`."""
-    step: int
-    position: Any
-    """Position in the data from which step ``step + 1`` takes its batch, JSON-able."""
-    totals: LossTotals
-    history: ValidationHistory
-    batches: Any
-    """Iterator over this process's part of the batches (`make_batches`)."""
-    local_sequences: slice
-    """This process's part of a batch."""
-    checkpointer: Checkpointer
-    layout: FileLayout
-    changes: list[str]
-    """Fields of the configuration that differ from the checkpoint's, one line each."""
-    latest_evaluation: tuple[int, Evaluation] | None = None
-    """The last evaluation of this process, and its step."""
-    stopped_early: bool = False
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._checkpointer.close(failed=kind is not None)
 
-    def __post_init__(self) -> None:
-        self.first_step = self.step
-        self.check_early_stopping()
+    def _start_or_resume(self) -> tuple[TrainState, Any]:
+        config, corpus = self.config, self.corpus
+        sharding = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+        self._local_sequences = rows_of_this_process(sharding, config.data.batch_size)
+        seed, pad_id = config.train.seed, corpus.tokenizer.pad_id
+        batches = make_batches(corpus.train, config.data, seed, pad_id, self._local_sequences)
+        restored = self._checkpointer.restore(self._layout.abstract, self._layout.shardings)
+        if restored is None:
+            shardings = state_shardings(config, self.optimizer, self.mesh)
+            init = jax.jit(
+                lambda: init_train_state(config, self.optimizer), out_shardings=shardings
+            )
+            return init(), batches
+        saved = restored.data_state
+        if saved["content_hash"] != corpus.content_hash:
+            raise UserError(
+                f"the text of {config.data.source!r} or its tokenizer is not what the run in "
+                f"{self.workdir} was trained on; give it the same text, or use another --workdir"
+            )
+        batches.set_state(saved["batches"])
+        # Earlier versions saved neither.
+        self.totals = LossTotals(**(saved.get("progress") or {"tokens": None}))
+        self.history = ValidationHistory(**(saved.get("evaluations") or {}))
+        self.changes = changed_fields(config, restored.config)
+        return self._layout.from_files(restored.state), batches
 
     @property
     def has_ended(self) -> bool:
         """Whether no step is left."""
-        return self.step >= self.setup.total_steps or self.stopped_early
+        return self.step >= self.total_steps or self.stopped_early
 
-    def check_early_stopping(self) -> None:
-        """Let the coordinator decide whether the validation loss has stopped improving."""
-        patience = self.setup.config.train.stop_after_worse
-        self.stopped_early = patience > 0 and bool(
+    def has_stopped_improving(self) -> bool:
+        """Whether to stop early; all processes follow the coordinator."""
+        patience = self.config.train.stop_after_worse
+        return patience > 0 and bool(
             broadcast_from_coordinator(self.history.is_exhausted(patience))
         )
 
-    def next_batch(self) -> Batch:
-        """Return the next batch on the devices."""
-        batch, shardings = next(self.batches), batch_shardings(self.setup.mesh)
+    def next_batch(self) -> Batch | None:
+        """Return the batch of step ``step + 1`` on the devices; None after the last step."""
+        self.position = self._batches.get_state()
+        if self.step >= self.total_steps:
+            return None
+        batch, shardings = next(self._batches), batch_shardings(self.mesh)
         if shardings is None:
             return jax.device_put(batch)
-        batch_size = self.setup.config.data.batch_size
-        return from_rows(batch, shardings, self.local_sequences.start, batch_size)
+        start, batch_size = self._local_sequences.start, self.config.data.batch_size
+        return from_rows(batch, shardings, start, batch_size)
 
     def save(self, *, wait: bool = False) -> None:
         """Save a checkpoint, in the background unless `wait`.
@@ -120,7 +139,7 @@ class Run:
         """
         data_state = {
             "batches": self.position,
-            "content_hash": self.setup.corpus.content_hash,
+            "content_hash": self.corpus.content_hash,
             "progress": dataclasses.asdict(self.totals),
             "evaluations": dataclasses.asdict(self.history),
         }
@@ -128,72 +147,5 @@ class Run:
         if self.latest_evaluation is not None and self.latest_evaluation[0] == self.step:
             result = self.latest_evaluation[1]
             metrics = {"validation_loss": result.nats_per_token, "predictions": result.predictions}
-        state = self.layout.to_files(self.state)
-        self.checkpointer.save(self.step, state, data_state, metrics, wait=wait)
-
-
-@contextlib.contextmanager
-def start_or_resume(setup: Setup) -> Iterator[Run]:
-    """Start a run, or resume it from the newest valid checkpoint in its workdir.
-
-    The last save is complete when the ``with`` block has ended.
-
-    Raises:
-      UserError: the checkpoint is of other data, another process trains there, or a save failed.
-    """
-    config = setup.config
-    layout = FileLayout(config, setup.optimizer, setup.mesh)
-    checkpointer = Checkpointer(
-        setup.workdir,
-        config,
-        setup.corpus.tokenizer.to_json(),
-        keep_last=config.train.keep_last,
-        keep_best=config.train.keep_best,
-    )
-    try:
-        yield _make_run(setup, checkpointer, layout)
-    except BaseException:
-        checkpointer.close(failed=True)
-        raise
-    checkpointer.close()
-
-
-def _make_run(setup: Setup, checkpointer: Checkpointer, layout: FileLayout) -> Run:
-    config, corpus = setup.config, setup.corpus
-    sharding = NamedSharding(setup.mesh, PartitionSpec(BATCH_AXES))
-    local = rows_of_this_process(sharding, config.data.batch_size)
-    seed, pad_id = config.train.seed, corpus.tokenizer.pad_id
-    batches = make_batches(corpus.train, config.data, seed, pad_id, local)
-    totals, history, changes = LossTotals(), ValidationHistory(), []
-    restored = checkpointer.restore(layout.abstract, layout.shardings)
-    if restored is None:
-        state = jax.jit(
-            lambda: init_train_state(config, setup.optimizer),
-            out_shardings=state_shardings(config, setup.optimizer, setup.mesh),
-        )()
-    else:
-        saved = restored.data_state
-        if saved["content_hash"] != corpus.content_hash:
-            raise UserError(
-                f"the text of {config.data.source!r} or its tokenizer is not what the run in "
-                f"{setup.workdir} was trained on; give it the same text, or use another --workdir"
-            )
-        batches.set_state(saved["batches"])
-        # Earlier versions saved neither.
-        totals = LossTotals(**(saved.get("progress") or {"tokens": None}))
-        history = ValidationHistory(**(saved.get("evaluations") or {}))
-        changes = changed_fields(config, restored.config)
-        state = layout.from_files(restored.state)
-    return Run(
-        setup=setup,
-        state=state,
-        step=int(state.step),
-        position=batches.get_state(),
-        totals=totals,
-        history=history,
-        batches=batches,
-        local_sequences=local,
-        checkpointer=checkpointer,
-        layout=layout,
-        changes=changes,
-    )
+        state = self._layout.to_files(self.state)
+        self._checkpointer.save(self.step, state, data_state, metrics, wait=wait)

@@ -2,17 +2,19 @@
 
 import contextlib
 import os
-import socket
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from absl import logging
+
+if TYPE_CHECKING:
+    pass
 
 FOLDER = "tensorboard"
 
 FLUSH_SECONDS = 30.0
-"""Between two times that events are brought to the disk, which may take long."""
+"""Time between flushes to the disk, which may be slow."""
 
 
 class EventLog:
@@ -24,19 +26,18 @@ class EventLog:
 
     def __init__(self, workdir: str, first_step: int) -> None:
         """Open a new file, which hides events after `first_step` that earlier ones hold."""
+        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.record_writer import RecordWriter
 
         self._folder = os.path.join(workdir, FOLDER)
-        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        start = SessionLog(status=SessionLog.START)
-        self._writer: RecordWriter | None = None
+        self._writer: EventsWriter | None = None
         self._flushed_at = 0.0
+        start = SessionLog(status=SessionLog.START)
         try:
             os.makedirs(self._folder, exist_ok=True)
-            self._writer = RecordWriter(os.path.join(self._folder, name))
-            self._write(Event(file_version="brain.Event:2", wall_time=time.time()))
-            self._write(Event(step=first_step + 1, session_log=start, wall_time=time.time()))
+            self._writer = EventsWriter(os.path.join(self._folder, "events"), f".{os.getpid()}")
+            event = Event(step=first_step + 1, session_log=start, wall_time=time.time())
+            self._writer.write_event(event)
         except OSError as error:
             self._give_up(error)
 
@@ -51,7 +52,7 @@ class EventLog:
             for name, value in values.items():
                 make = summary.text if isinstance(value, str) else summary.scalar
                 content = make(f"{kind}/{name}", value)
-                self._write(Event(step=step, wall_time=time.time(), summary=content))
+                self._writer.write_event(Event(step=step, wall_time=time.time(), summary=content))
             if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
                 self._writer.flush()
                 self._flushed_at = time.monotonic()
@@ -59,19 +60,13 @@ class EventLog:
             self._give_up(error)
 
     def close(self) -> None:
-        """Bring everything to the disk and close the file."""
-        if self._writer is None:
-            return
+        """Flush and close the file."""
         try:
-            self._writer.flush()
-            self._writer.close()
+            if self._writer is not None:
+                self._writer.close()
+            self._writer = None
         except OSError as error:
             self._give_up(error)
-        self._writer = None
-
-    def _write(self, event: Any) -> None:
-        assert self._writer is not None
-        self._writer.write(event.SerializeToString())
 
     def _give_up(self, error: OSError) -> None:
         reason = error.strerror or error

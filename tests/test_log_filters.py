@@ -1,4 +1,4 @@
-"""What is said besides the error of a failed save."""
+"""Filters for log lines of a failed save."""
 
 import logging
 import sys
@@ -6,16 +6,16 @@ import types
 
 import pytest
 
-from simplernn_jax.training.echoes import drop_echoes
+from simplernn_jax.checkpoint.log_filters import filter_save_errors
 
 
 @pytest.fixture
 def unraisable(monkeypatch):
-    """What a hook that was there before gets to see."""
+    """Unraisable exceptions that reach the previous hook."""
     seen = []
     monkeypatch.setattr(sys, "unraisablehook", seen.append)
-    drop_echoes()
-    drop_echoes()
+    filter_save_errors()
+    filter_save_errors()
     return seen
 
 
