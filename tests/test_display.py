@@ -1,4 +1,4 @@
-"""What a person sees while a run trains."""
+"""Terminal output of a run."""
 
 import io
 import sys

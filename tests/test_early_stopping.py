@@ -1,4 +1,4 @@
-"""Runs whose validation loss gets worse: when they end, and what is said of it."""
+"""Runs whose validation loss gets worse: when they stop, and what they report."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def test_evaluations_without_a_better_one_end_a_run(losses, limit, ended):
     assert again == history
 
 
-def test_why_is_said_in_words():
+def test_the_reason_names_steps_and_remedy():
     history = evaluated(3.0, 2.0, 2.5, 2.0001)
     why = "stopped early at step 40: no better validation loss in 2 evaluations, best at step 20; "
     assert history.reason().startswith(why + "raise --config.train.stop_after_worse")
@@ -50,14 +50,7 @@ def test_why_is_said_in_words():
     assert " in 1 evaluation; raise" in evaluated(math.nan).reason()
 
 
-def test_evaluations_of_other_tokens_are_not_compared():
-    history = evaluated(3.0, 2.0, 2.5)
-    history.add(40, Evaluation(2.2, 1.0, predictions=500))
-    assert (history.best_step, history.since_best) == (40, 0)
-    assert history.summary(50, Evaluation(2.2, 1.0, predictions=600), "run") == {}
-
-
-def test_the_best_step_and_what_to_do_are_said_where_the_end_is_worse(tmp_path):
+def test_a_worse_end_reports_the_best_step_and_advice(tmp_path):
     final = Evaluation(3.71, 1.0, predictions=99)
     history = evaluated(2.5, 2.02, 3.0)
     best, overfitting = history.summary(40, final, str(tmp_path)).values()
@@ -68,18 +61,26 @@ def test_the_best_step_and_what_to_do_are_said_where_the_end_is_worse(tmp_path):
     assert overfitting.startswith("--checkpoint best picks the model of that step; train on more")
 
 
-def test_only_evaluations_of_the_same_tokens_are_compared_with_the_end(tmp_path):
-    of_all = Evaluation(9.0, 1.0, predictions=1000)
-    assert evaluated(2.5, 2.02).summary(30, of_all, str(tmp_path)) == {}
-    assert evaluated(2.5, 2.6).summary(30, of_all, str(tmp_path))["best validation"] == (
-        "2.5000 nats/token at step 10, 0.1000 lower than at step 20"
-    )
+@pytest.mark.parametrize(
+    ("losses", "final", "predictions", "best"),
+    [
+        ((2.5, 2.0001), 2.0, 99, None),
+        ((2.5, 2.0001), 2.01, 99, "2.0001 nats/token at step 20, 0.0099 lower than at step 30"),
+        # A final evaluation of other tokens is not compared.
+        ((2.5, 2.02), 9.0, 1000, None),
+        ((2.5, 2.51), 9.0, 1000, "2.5000 nats/token at step 10, 0.0100 lower than at step 20"),
+    ],
+)
+def test_the_end_is_compared_with_the_best_on_the_same_tokens(losses, final, predictions, best):
+    summary = evaluated(*losses).summary(30, Evaluation(final, 1.0, predictions), "run")
+    assert summary == ({} if best is None else {"best validation": best})
 
 
-@pytest.mark.parametrize("final", [2.0, 2.01])
-def test_a_better_or_hardly_worse_end_needs_no_advice(tmp_path, final):
-    lines = evaluated(2.5, 2.0001).summary(30, Evaluation(final, 1.0, 99), str(tmp_path))
-    assert list(lines) == ([] if final == 2.0 else ["best validation"])
+def test_another_number_of_tokens_starts_a_new_history():
+    history = evaluated(3.0, 2.0, 2.5)
+    history.add(40, Evaluation(2.2, 1.0, predictions=500))
+    assert (history.best_step, history.since_best) == (40, 0)
+    assert history.summary(50, Evaluation(2.2, 1.0, predictions=600), "run") == {}
 
 
 def test_a_run_that_stops_early_does_so_at_the_same_step_when_interrupted(

@@ -14,7 +14,7 @@ from simplernn_jax.training.interruption import SIGNALS, deferred_signals
 
 @pytest.fixture(autouse=True)
 def usual_handlers():
-    """Those of a script; a parallel test run changes them."""
+    """Handlers of a script; a parallel test run changes them."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -30,7 +30,7 @@ def test_the_first_signal_is_a_request(number):
     assert signal.getsignal(number) == before
 
 
-def test_the_second_signal_acts_as_it_always_does():
+def test_the_second_signal_acts_as_before():
     with deferred_signals() as received:
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
@@ -38,14 +38,14 @@ def test_the_second_signal_acts_as_it_always_does():
         assert received() == "SIGTERM"
 
 
-def test_without_a_signal_the_handlers_come_back():
+def test_without_a_signal_the_handlers_are_restored():
     before = [signal.getsignal(number) for number in SIGNALS]
     with deferred_signals():
         assert [signal.getsignal(number) for number in SIGNALS] != before
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_a_signal_before_the_first_step_ends_a_run_that_can_be_resumed(tmp_path):
+def test_a_signal_before_the_first_step_ends_a_resumable_run(tmp_path):
     write_corpus(tmp_path / "texts")
     script = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
     workdir = tmp_path / "run"

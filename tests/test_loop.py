@@ -1,4 +1,4 @@
-"""Whole runs: their end, their resumption byte for byte, and how they stop."""
+"""Whole runs: their end, their bit-exact resumption, and how they stop."""
 
 import errno
 import json
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 HYBRID = {"num_layers": 2, "mixer": "attention,simple_rnn", "attention_context": 10}
-"""It looks back over more tokens than a batch of `small_config` has."""
+"""An attention context longer than the sequences of `small_config`."""
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ HYBRID = {"num_layers": 2, "mixer": "attention,simple_rnn", "attention_context":
         ("stream", "residual", HYBRID | {"reset_probability": 0.2, "gradient_accumulation": 2}),
     ],
 )
-def test_a_stopped_run_ends_as_one_that_was_left_alone(tmp_path, monkeypatch, mode, block, fields):
+def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, mode, block, fields):
     source = write_corpus(tmp_path / "text")
     config = small_config(block, source=source, mode=mode, save_every=11, log_every=1, **fields)
     whole = train(config, str(tmp_path / "whole"))
@@ -94,7 +94,7 @@ def test_a_checkpoint_under_the_leaf_names_of_earlier_versions_is_resumed(tmp_pa
     assert newest_checkpoint(tmp_path / "parts") == newest_checkpoint(tmp_path / "whole")
 
 
-def test_a_row_is_the_mean_since_the_one_before_also_over_an_interruption(tmp_path, monkeypatch):
+def test_a_metrics_row_is_the_mean_since_the_last_one_across_an_interruption(tmp_path, monkeypatch):
     source = write_corpus(tmp_path / "text")
     config = small_config(source=source, steps=23, log_every=1)
     train(config, str(tmp_path / "each"))
@@ -107,7 +107,7 @@ def test_a_row_is_the_mean_since_the_one_before_also_over_an_interruption(tmp_pa
     each, whole, parts = (read_metrics(str(tmp_path / n)) for n in ("each", "whole", "parts"))
 
     predictions = np.diff([0] + [row["tokens"] for row in each])
-    assert len(set(predictions)) > 1  # windows reach into the next document
+    assert len(set(predictions)) > 1  # sequences reach into the next document
     groups = [slice(0, 5), slice(5, 10), slice(10, 15), slice(15, 20), slice(20, 23)]
     losses = np.asarray([row["loss"] for row in each])
     expected = [np.average(losses[group], weights=predictions[group]) for group in groups]
@@ -132,7 +132,7 @@ def finished(tmp_path_factory):
     return config, folder / "run"
 
 
-def test_a_finished_run_leaves_what_a_person_needs(finished):
+def test_a_finished_run_leaves_its_files(finished):
     _, workdir = finished
     assert (workdir / "loss_curve.png").stat().st_size > 1000
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 5
@@ -145,7 +145,7 @@ def test_a_finished_run_leaves_what_a_person_needs(finished):
     ]
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert {row["recompilations"] for row in rows if row["kind"] == "train"} == {0}
-    assert rows[2]["tokens"] == rows[3]["tokens"] == 69  # a window reached into the next document
+    assert rows[2]["tokens"] == rows[3]["tokens"] == 69  # a sequence reached into the next document
     rates = [row["learning_rate"] for row in rows if row["kind"] == "train"]
     assert rates[0] == pytest.approx(2e-3 * (1 / 3 + (1 - 1 / 3) / 3))  # second of 3 to warm up
     assert open_saved_corpus(str(workdir)).validation is not None
@@ -163,7 +163,7 @@ def test_training_after_the_end_changes_nothing(finished, capsys):
     assert "all steps are done" in capsys.readouterr().out
 
 
-def test_another_text_is_refused_and_the_run_stays_as_it_is(finished):
+def test_another_text_is_refused_and_the_run_unchanged(finished):
     config, workdir = finished
     before = newest_checkpoint(workdir)
     file = Path(config.data.source) / "3.txt"
@@ -180,7 +180,7 @@ def profiles(workdir):
     return sorted((workdir / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb"))
 
 
-def test_profiles_change_nothing_and_may_be_asked_for_on_resume(tmp_path, monkeypatch, capsys):
+def test_profiles_change_nothing_and_may_be_requested_on_resume(tmp_path, monkeypatch, capsys):
     config = small_config(source=write_corpus(tmp_path / "text"), steps=12)
     train(config, str(tmp_path / "whole"))
     config.train.profile_steps = 30
@@ -197,7 +197,7 @@ def test_profiles_change_nothing_and_may_be_asked_for_on_resume(tmp_path, monkey
     assert newest_checkpoint(tmp_path / "parts") == newest_checkpoint(tmp_path / "whole")
 
 
-def test_a_step_that_is_compiled_again_is_counted_and_shown(tmp_path, monkeypatch, caplog, capsys):
+def test_a_recompiled_step_is_counted_and_shown(tmp_path, monkeypatch, caplog, capsys):
     class OneShorterBatch:
         def __init__(self, batches):
             self._batches = batches
@@ -231,7 +231,7 @@ SENTENCES = (
 )
 
 
-def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch):
+def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch, capsys):
     write_corpus(tmp_path)
     monkeypatch.chdir(tmp_path)
     config = small_config(source=".", cache_dir="tokens", validation_fraction=0.2)
@@ -239,6 +239,7 @@ def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch):
     before = newest_checkpoint(tmp_path / "run")
     config.train.steps = 41
     assert train(config, "run").step == 41
+    assert "--config.train.steps: changed from 40 to 41; this rescales" in capsys.readouterr().out
     after = newest_checkpoint(tmp_path / "run")
     train(config, "another")
     config.train.steps = 42
@@ -249,7 +250,7 @@ def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch):
     assert open_saved_corpus("run", source=".").content_hash == hashes[0]
 
 
-def test_the_last_save_is_waited_for_when_the_metrics_cannot_be_closed(tmp_path, monkeypatch):
+def test_the_last_save_is_awaited_when_the_metrics_cannot_be_closed(tmp_path, monkeypatch):
     closed = []
     close, close_metrics = run.Checkpointer.close, loop.MetricsWriter.close
 
@@ -266,7 +267,7 @@ def test_the_last_save_is_waited_for_when_the_metrics_cannot_be_closed(tmp_path,
     assert len(closed) == 1
 
 
-def test_learns_six_sentences_by_heart_and_writes_them(tmp_path):
+def test_overfits_six_sentences_and_generates_them(tmp_path):
     source = tmp_path / "sentences.jsonl"
     source.write_text("".join(json.dumps({"user": "", "bot": s}) + "\n" for s in SENTENCES))
     config = small_config(
@@ -297,7 +298,7 @@ def test_learns_six_sentences_by_heart_and_writes_them(tmp_path):
 
 
 def start(folder, **overrides):
-    """scripts/train.py on a small model, as a person starts it."""
+    """Start scripts/train.py on a small model."""
     source = write_corpus(folder / "text")
     fields = {
         "data.source": source,
@@ -319,7 +320,7 @@ def start(folder, **overrides):
     )
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
     steps = 1500
     process = start(tmp_path, **{"train.steps": steps})
     for line in process.stdout:
@@ -396,15 +397,3 @@ def test_a_pipe_in_the_place_of_the_configuration_is_refused(tmp_path):
     os.mkfifo(tmp_path / "run" / "config.json")
     with pytest.raises(UserError, match=r"run/config\.json: not a regular file"):
         train(small_config(source=write_corpus(tmp_path / "text")), str(tmp_path / "run"))
-
-
-def test_a_resumed_run_says_what_changed(tmp_path, capsys):
-    config = small_config(source=write_corpus(tmp_path / "text"), steps=2)
-    train(config, str(tmp_path / "run"))
-    config.train.steps = 3
-    capsys.readouterr()
-    train(config, str(tmp_path / "run"))
-    assert (
-        "--config.train.steps: changed from 2 to 3; this rescales the learning rate schedule"
-        in capsys.readouterr().out
-    )

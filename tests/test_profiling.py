@@ -1,4 +1,4 @@
-"""Profiles of a run: which steps they hold, and that they are whole however it ends."""
+"""Profiles of a run: which steps they hold, and that they are complete however it ends."""
 
 import contextlib
 
@@ -10,7 +10,7 @@ from simplernn_jax.training.profiling import Profile
 
 @pytest.fixture
 def events(monkeypatch):
-    """What happens, in order, without a real profiler: only one may run per process."""
+    """Events in order, without a real profiler: only one may run per process."""
     events = []
     monkeypatch.setattr(profiling.jax.profiler, "start_trace", lambda _: events.append("start"))
     monkeypatch.setattr(profiling.jax.profiler, "stop_trace", lambda: events.append("stop"))
@@ -44,7 +44,7 @@ def test_records_from_the_third_step_on(tmp_path, events, steps, taken, expected
     assert all(line.startswith(said) for line in lines)
 
 
-def test_an_error_leaves_a_whole_profile(tmp_path, events):
+def test_an_error_leaves_a_complete_profile(tmp_path, events):
     lines = []
     profile = Profile(str(tmp_path), 9, lines.append, contextlib.nullcontext)
     with pytest.raises(KeyboardInterrupt), profile:

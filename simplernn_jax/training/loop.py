@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -143,11 +144,11 @@ def _take_steps(
 
 def _read(step: int, metrics: StepMetrics, run: Run, reporter: Reporter) -> None:
     """Wait for a step, count it and report it."""
-    loss, norm, predictions, skipped, consecutive = (x.item() for x in jax.device_get(metrics))
-    reporter.timer.tick(predictions)
-    run.totals.add(loss, predictions, skipped=consecutive > 0)
-    check_skips(step, consecutive, run.config.train)
-    reporter.step(step, loss, norm, skipped, was_skipped=consecutive > 0)
+    host: Any = StepMetrics(*(x.item() for x in jax.device_get(metrics)))
+    reporter.timer.tick(host.predictions)
+    run.totals.add(host.loss, host.predictions, skipped=host.consecutive_skips > 0)
+    check_skips(step, host.consecutive_skips, run.config.train)
+    reporter.step(step, host)
 
 
 def check_skips(step: int, consecutive: int, config: TrainConfig) -> None:

@@ -66,37 +66,27 @@ class Reporter:
         elif run.stopped_early:
             self.say(run.history.reason())
 
-    def step(
-        self, step: int, loss: float, gradient_norm: float, skipped: int, *, was_skipped: bool
-    ) -> None:
-        """Report a step.
-
-        Args:
-          step: its number.
-          loss: nats per token.
-          gradient_norm: before clipping.
-          skipped: number of updates skipped so far.
-          was_skipped: this step's update was one of them.
-        """
+    def step(self, step: int, metrics: Any) -> None:
+        """Report a step; `metrics` are `StepMetrics` of Python numbers."""
         timer, totals, total_steps = self.timer, self._run.totals, self._run.total_steps
         left = (total_steps - step) * timer.seconds_per_step
-        self._display.update(step, loss, timer.tokens_per_second, left)
+        self._display.update(step, metrics.loss, timer.tokens_per_second, left)
         every = self._run.config.train.log_every
         if every and (step % every == 0 or step == total_steps):
             self._write(
                 step,
                 "train",
                 loss=totals.take_mean_loss(),
-                gradient_norm=gradient_norm,
+                gradient_norm=metrics.gradient_norm,
                 # A skipped update does not advance the counter of the schedule.
-                learning_rate=float(self._learning_rate(step - 1 - skipped)),
+                learning_rate=float(self._learning_rate(step - 1 - metrics.skipped_updates)),
                 tokens=totals.tokens,
                 seconds=timer.total_seconds,
                 tokens_per_second=timer.tokens_per_second,
-                skipped_updates=skipped,
+                skipped_updates=metrics.skipped_updates,
                 recompilations=self._train_step.recompilations,
             )
-        if was_skipped:
+        if metrics.consecutive_skips:
             self.say(f"step {step}: loss or gradient not finite, update skipped")
 
     def validation(self, result: Evaluation) -> None:

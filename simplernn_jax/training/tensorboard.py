@@ -2,14 +2,12 @@
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 from absl import logging
-
-if TYPE_CHECKING:
-    pass
 
 FOLDER = "tensorboard"
 
@@ -26,18 +24,19 @@ class EventLog:
 
     def __init__(self, workdir: str, first_step: int) -> None:
         """Open a new file, which hides events after `first_step` that earlier ones hold."""
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
 
         self._folder = os.path.join(workdir, FOLDER)
-        self._writer: EventsWriter | None = None
-        self._flushed_at = 0.0
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         start = SessionLog(status=SessionLog.START)
+        self._writer: RecordWriter | None = None
+        self._flushed_at = 0.0
         try:
             os.makedirs(self._folder, exist_ok=True)
-            self._writer = EventsWriter(os.path.join(self._folder, "events"), f".{os.getpid()}")
-            event = Event(step=first_step + 1, session_log=start, wall_time=time.time())
-            self._writer.write_event(event)
+            self._writer = RecordWriter(os.path.join(self._folder, name))
+            self._write(Event(file_version="brain.Event:2", wall_time=time.time()))
+            self._write(Event(step=first_step + 1, session_log=start, wall_time=time.time()))
         except OSError as error:
             self._give_up(error)
 
@@ -52,7 +51,7 @@ class EventLog:
             for name, value in values.items():
                 make = summary.text if isinstance(value, str) else summary.scalar
                 content = make(f"{kind}/{name}", value)
-                self._writer.write_event(Event(step=step, wall_time=time.time(), summary=content))
+                self._write(Event(step=step, wall_time=time.time(), summary=content))
             if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
                 self._writer.flush()
                 self._flushed_at = time.monotonic()
@@ -61,12 +60,18 @@ class EventLog:
 
     def close(self) -> None:
         """Flush and close the file."""
+        if self._writer is None:
+            return
         try:
-            if self._writer is not None:
-                self._writer.close()
-            self._writer = None
+            self._writer.flush()
+            self._writer.close()
         except OSError as error:
             self._give_up(error)
+        self._writer = None
+
+    def _write(self, event: Any) -> None:
+        assert self._writer is not None
+        self._writer.write(event.SerializeToString())
 
     def _give_up(self, error: OSError) -> None:
         reason = error.strerror or error
