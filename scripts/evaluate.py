@@ -27,7 +27,7 @@ from simplernn_jax.errors import UserError, counted
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
 _CACHE_DIR, _SOURCE = command_line.define_corpus_flags()
-_SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "train"], "What to score.")
+_SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "train"], "Text to score.")
 _WINDOW = flags.DEFINE_integer(
     "window",
     0,

@@ -77,11 +77,11 @@ def test_a_mesh_scores_as_one_device(monkeypatch, batch_tokens):
     assert together.nats_per_token == pytest.approx(alone.nats_per_token, rel=1e-6)
 
 
-@pytest.mark.parametrize(("batch_tokens", "max_rows"), [(8192, 32), (60, 3), (13, 1)])
+@pytest.mark.parametrize(("batch_tokens", "max_batch_size"), [(8192, 32), (60, 3), (13, 1)])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_equals_scoring_token_by_token(monkeypatch, batch_tokens, max_rows, kind):
+def test_equals_scoring_token_by_token(monkeypatch, batch_tokens, max_batch_size, kind):
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
-    monkeypatch.setattr(evaluate, "MAX_ROWS", max_rows)
+    monkeypatch.setattr(evaluate, "MAX_BATCH_SIZE", max_batch_size)
     result, expected = evaluation(kind=kind), nats_one_by_one(kind)
     assert result.predictions == len(expected) == SPLIT.num_predictions
     assert result.nats_per_token == pytest.approx(np.mean(expected), rel=1e-6)

@@ -31,7 +31,7 @@ from simplernn_jax.training.placement import batch_specs, is_distributed, shardi
 BATCH_TOKENS = 8192
 """Tokens scored in one call: enough for full speed, little memory."""
 
-MAX_ROWS = 32
+MAX_BATCH_SIZE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +118,9 @@ class Evaluator:
         )
         self._abstract_state = abstract_state
 
-    def _zero_state(self, rows: int) -> ModelState:
+    def _zero_state(self, batch_size: int) -> ModelState:
         def zeros() -> ModelState:
-            shapes = self._abstract_state(rows)
+            shapes = self._abstract_state(batch_size)
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         return jax.jit(zeros, out_shardings=self._state_shardings)()
@@ -137,7 +137,7 @@ class Evaluator:
 
         Args:
           params: the model's parameters.
-          split: what to score.
+          split: the text to score.
           limit_tokens: 0 scores all of it.
           reset_every: above 0, the state is reset every N tokens of a document.
           windows: if given, documents are read in these contexts, each from a zero state.
@@ -149,7 +149,7 @@ class Evaluator:
             batches, _ = evaluation_batches(
                 split,
                 BATCH_TOKENS,
-                MAX_ROWS,
+                MAX_BATCH_SIZE,
                 self._pad_id,
                 limit_tokens,
                 reset_every,
@@ -161,11 +161,11 @@ class Evaluator:
             )
         carried = None
         for batch in batches:
-            rows = len(batch.reset)
-            carried = self._zero_state(rows) if carried is None else carried
+            batch_size = len(batch.reset)
+            carried = self._zero_state(batch_size) if carried is None else carried
             placed = batch
             if self._batch_shardings is not None:
-                placed = from_rows(batch, self._batch_shardings, 0, rows)
+                placed = from_rows(batch, self._batch_shardings, 0, batch_size)
             nats, total, carried = self._score(params, placed, carried)
             yield Scores(batch, nats, total)
 

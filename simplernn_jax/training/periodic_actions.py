@@ -1,4 +1,4 @@
-"""What a run does every N steps: evaluate, sample and save."""
+"""Actions of a run every N steps: evaluate, sample and save."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -45,7 +45,7 @@ class Validation:
             self._run.stopped_early = self._run.has_stopped_improving()
 
     def report(self, limit_tokens: int) -> Evaluation | None:
-        """Measure, and report what was not reported before."""
+        """Evaluate the current state, and report a result that was not reported before."""
         run, result = self._run, self.measure(limit_tokens)
         reported = run.history.last_step, run.history.predictions
         if result is not None and reported != (run.step, result.predictions):

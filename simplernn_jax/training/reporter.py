@@ -1,4 +1,4 @@
-"""What a run prints and records: its steps, evaluations, samples and summary."""
+"""Terminal output and metrics of a run: steps, evaluations, samples and a summary."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ class Reporter:
         self._model = f"{config.model.block} model of {config.model.mixer}, {size}"
 
     def announce(self) -> None:
-        """Print what is trained, on which data and devices, and from which step."""
+        """Print model, devices, data and first step."""
         run, config, corpus = self._run, self._run.config, self._run.corpus
         self.say(
             f"{self._model}, {config.model.precision}, on {describe(run.mesh)}; {corpus.summary}"

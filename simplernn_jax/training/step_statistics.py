@@ -106,7 +106,7 @@ class StepTimer:
 
 
 class RecompilationCounter:
-    """A compiled function that counts, and warns of, compilations after its first call.
+    """A compiled function that counts compilations after its first call, with a warning.
 
     Counted by JAX's own events, so that every cause shows: another shape, dtype, sharding or
     option. Counts only while it is entered, and only what its calls compile.
