@@ -36,7 +36,6 @@ from simplernn_jax.checkpoint.contents import (
     saved_quality,
 )
 from simplernn_jax.checkpoint.folder import PRUNED, CheckpointFolder, refusal_of_disk
-from simplernn_jax.checkpoint.log_filters import filter_save_errors
 from simplernn_jax.checkpoint.orbax_options import among_processes
 from simplernn_jax.checkpoint.retention import KeepLastAndBest
 from simplernn_jax.checkpoint.verification import (
@@ -48,6 +47,7 @@ from simplernn_jax.config import Config
 from simplernn_jax.errors import UserError
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.sharding.agreement import barrier, broadcast_from_coordinator, is_coordinator
+from simplernn_jax.training.echoes import drop_echoes
 
 _PATIENCE_SECONDS = 5.0
 
@@ -114,7 +114,7 @@ class Checkpointer:
         self._completer = concurrent.futures.ThreadPoolExecutor(1, "complete_checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         self._failed = False
-        filter_save_errors()
+        drop_echoes()
 
     def save(
         self,

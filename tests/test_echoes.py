@@ -1,4 +1,4 @@
-"""Filters for log lines of a failed save."""
+"""What is said besides the error of a failed save."""
 
 import logging
 import sys
@@ -6,16 +6,16 @@ import types
 
 import pytest
 
-from simplernn_jax.checkpoint.log_filters import filter_save_errors
+from simplernn_jax.training.echoes import drop_echoes
 
 
 @pytest.fixture
 def unraisable(monkeypatch):
-    """Unraisable exceptions that reach the previous hook."""
+    """What a hook that was there before gets to see."""
     seen = []
     monkeypatch.setattr(sys, "unraisablehook", seen.append)
-    filter_save_errors()
-    filter_save_errors()
+    drop_echoes()
+    drop_echoes()
     return seen
 
 
