@@ -1,13 +1,8 @@
 """Signals as requests."""
 
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
-from small_runs import write_corpus
 
 from simplernn_jax.training.interruption import SIGNALS, deferred_signals
 
@@ -43,27 +38,3 @@ def test_without_a_signal_the_handlers_are_restored():
     with deferred_signals():
         assert [signal.getsignal(number) for number in SIGNALS] != before
     assert [signal.getsignal(number) for number in SIGNALS] == before
-
-
-def test_a_signal_before_the_first_step_ends_a_resumable_run(tmp_path):
-    write_corpus(tmp_path / "texts")
-    script = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
-    workdir = tmp_path / "run"
-    process = subprocess.Popen(
-        [
-            *(sys.executable, str(script), "--config=configs/tiny.py", f"--workdir={workdir}"),
-            f"--config.data.source={tmp_path / 'texts'}",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not workdir.exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 75
-    assert "Traceback" not in errors
-    assert (
-        "SIGINT: stopped; run the same command to resume\n" in errors or "SIGINT: saved" in output
-    )

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -337,6 +338,19 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
     assert process.returncode == 0, errors
     assert f"at step {stopped_at} of {steps}" in output
     assert newest_checkpoint(tmp_path / "run")["number of steps"] == steps
+
+
+def test_a_signal_before_the_first_step_ends_a_resumable_run(tmp_path):
+    process = start(tmp_path)
+    while not (tmp_path / "run").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert "Traceback" not in errors
+    assert (
+        "SIGINT: stopped; run the same command to resume\n" in errors or "SIGINT: saved" in output
+    )
 
 
 def test_a_loss_that_is_never_finite_is_one_line_and_exit_code_2(tmp_path):
