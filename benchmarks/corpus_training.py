@@ -17,7 +17,7 @@ from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.sharding.global_arrays import from_rows
+from simplernn_jax.sharding.global_arrays import global_arrays_from_local
 from simplernn_jax.sharding.mesh import check_fits, make_mesh
 from simplernn_jax.training.evaluate import Evaluator
 from simplernn_jax.training.gradient import abstract_model
@@ -74,7 +74,7 @@ def train_on_corpus(
     batches = (
         jax.device_put(batch)
         if shardings is None
-        else from_rows(batch, shardings, 0, config.data.batch_size)
+        else global_arrays_from_local(batch, shardings, 0, config.data.batch_size)
         for batch in make_batches(corpus.train, config.data, seed, pad_id)
     )
     init = jax.jit(

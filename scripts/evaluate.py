@@ -1,12 +1,12 @@
-"""Scores a trained model on held-out text, and `xz -9e` on the same bytes.
+"""Score a trained model on held-out text, and `xz -9e` on the same bytes.
 
     python scripts/evaluate.py --workdir runs/base
     python scripts/evaluate.py --workdir runs/base --window 256 --stride 64
 
-Needs the workdir alone, unless the run kept its tokens elsewhere (--cache_dir). Every prediction of
-the split counts once, with the state carried over each document, or, with --window, read by
-overlapping windows from a zero state. Bits per byte compare models of any tokenizer, and models
-with compressors.
+Needs only the workdir, unless the run kept its tokens elsewhere (--cache_dir). Every prediction of
+the split counts once, with the state carried over each document, or, with --window, in overlapping
+contexts from a zero state. Bits per byte compare models of any tokenizer, and models with
+compressors.
 """
 
 import bootstrap
@@ -27,19 +27,19 @@ from simplernn_jax.errors import UserError, counted
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
 _CACHE_DIR, _SOURCE = command_line.define_corpus_flags()
-_SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "train"], "What to score.")
+_SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "train"], "Text to score.")
 _WINDOW = flags.DEFINE_integer(
     "window",
     0,
-    "Above 0: read documents by windows of so many tokens, each from a zero state.",
+    "Above 0: read documents in contexts of N tokens, each from a zero state.",
     lower_bound=0,
     upper_bound=2**31 - 1,
 )
 _STRIDE = flags.DEFINE_integer(
     "stride",
     0,
-    "Tokens from one window to the next, each token scored by the first window that predicts it; "
-    "0: half a window.",
+    "Tokens from one context to the next, each token scored in the first context that predicts it; "
+    "0: half a context.",
     lower_bound=0,
     upper_bound=2**31 - 1,
 )
@@ -49,7 +49,7 @@ _PIECE_TOKENS = 2**20
 
 
 def main() -> None:
-    """Loads the chosen whole checkpoint of --workdir and prints what it makes of --split."""
+    """Load a checkpoint of --workdir and print its scores on --split."""
     if not _WORKDIR.value:
         raise UserError("no --workdir: name the folder of a training run, such as runs/base")
     windows = chosen_windows()
@@ -60,9 +60,9 @@ def main() -> None:
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.devices import check_devices
     from simplernn_jax.memory_estimate import check_evaluation
-    from simplernn_jax.training import report
     from simplernn_jax.training.evaluate import Evaluator
     from simplernn_jax.training.preparation import open_saved_corpus
+    from simplernn_jax.training.reporter import align
 
     check_devices()
     use_compilation_cache()
@@ -72,7 +72,7 @@ def main() -> None:
     if split is None:
         raise UserError(
             f"{workdir} was trained with --config.data.validation_fraction=0 and holds nothing "
-            "out; score what it was trained on with --split train"
+            "out; score its training text with --split train"
         )
     if windows is not None:
         check_evaluation(config.model, min(windows.length, longest_document(split)))
@@ -93,14 +93,14 @@ def main() -> None:
         facts["with the state carried"] = (
             f"{carried.nats_per_token:.4f} nats/token, {carried.bits_per_byte:.4f} bits/byte"
         )
-    print(report.summary(facts))
+    print(align(facts))
 
 
 def chosen_windows() -> Windows | None:
-    """What --window and --stride say; None carries the state."""
+    """Return the windows of --window and --stride; None carries the state."""
     if not _WINDOW.value:
         if _STRIDE.value:
-            raise UserError(f"--stride={_STRIDE.value} is of windows: give --window too")
+            raise UserError(f"--stride={_STRIDE.value} needs --window: give it too")
         return None
     windows = Windows(_WINDOW.value, _STRIDE.value or (_WINDOW.value + 1) // 2)
     check_windows(windows)
@@ -108,23 +108,23 @@ def chosen_windows() -> Windows | None:
 
 
 def longest_document(split: TokenSplit) -> int:
-    """Tokens of the longest document of `split`."""
+    """Return the number of tokens of the longest document of `split`."""
     from simplernn_jax.data.batches import document_ends
 
     return max(map(int, document_ends(split) - split.document_starts), default=0)
 
 
 def describe(windows: Windows | None) -> str:
-    """What a prediction has read, in words."""
+    """Describe the state before a prediction."""
     if windows is None:
         return "carried over each document"
     length, stride = windows
     least = length - stride + 1
-    return f"zero, then {least} to {length} tokens of a window (fewer at a document's start)"
+    return f"zero, then {least} to {length} tokens of context (fewer at a document's start)"
 
 
 def xz_bits_per_byte(split: TokenSplit, tokenizer: Tokenizer) -> float:
-    """What `xz -9e` makes of the text of `split`, its documents one after another."""
+    """Return the bits per byte of `xz -9e` on the concatenated documents of `split`."""
     from simplernn_jax.data.batches import document_ends
 
     compressor = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags, logging
 
-from simplernn_jax import command_line, load_model
+from simplernn_jax import command_line
 from simplernn_jax.errors import UserError, counted
 from simplernn_jax.files import check_output, write_file
 
@@ -66,6 +66,7 @@ def main() -> int:
     _check_out(out)
     text = command_line.read_text(_TEXT.value, _TEXT_FILE.value, name="text")
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
+    from simplernn_jax import load_model
     from simplernn_jax.analysis import explain
     from simplernn_jax.checkpoint.checkpointer import read_config
     from simplernn_jax.compilation_cache import use_compilation_cache

@@ -23,7 +23,7 @@ import sys
 
 from absl import flags
 
-from simplernn_jax import command_line, load_model
+from simplernn_jax import command_line
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import check_output
 
@@ -77,6 +77,7 @@ def main() -> None:
     prompt = command_line.read_text(_PROMPT.value, _PROMPT_FILE.value, name="prompt")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer characters than text
+    from simplernn_jax import load_model
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.devices import check_devices
     from simplernn_jax.inference import fork_state, generate_text, load_state, save_state

@@ -4,14 +4,14 @@
     python scripts/train.py --config configs/base.py --workdir runs/mine \\
         --config.data.source=my_texts/ --config.train.steps=2000
 
-The same command again resumes, bit-exact. SIGTERM and Ctrl-C save first and exit with code 75. A
+The same command again resumes bit-exactly. SIGTERM and Ctrl-C save first and exit with code 75. A
 second signal stops at once, also with 75: the run resumes from its last checkpoint. Before the run
 has touched its workdir, Ctrl-C exits with code 130. Bad input is one line and code 2.
 
 With --distributed, this is one of several processes that train together, on one host or on many;
-the workdir is on a file system that they share. When one of them dies or hangs, the others end
-within a minute, with code 76. Only they may reach the port of --coordinator: whoever else does can
-end the run. scripts/launch_local.sh starts some on this machine.
+the workdir is on a shared file system. When one of them dies or hangs, the others end within a
+minute, with code 76. Let only them reach the port of --coordinator: anyone else who does can end
+the run. scripts/launch_local.sh starts several on this machine.
 """
 
 import bootstrap
@@ -33,21 +33,21 @@ _WORKDIR = flags.DEFINE_string(
 _DISTRIBUTED = flags.DEFINE_boolean(
     "distributed",
     False,
-    "Train together with other processes, which SLURM, Kubernetes or Open MPI has started, or "
-    "which the next three flags describe.",
+    "Train together with other processes, which SLURM, Kubernetes or Open MPI has started or "
+    "the next three flags describe.",
 )
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT at which the process with --process_id 0 is found."
+    "coordinator", None, "HOST:PORT of the process with --process_id 0."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is.", lower_bound=0)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process.", lower_bound=0)
 _TIMEOUT = flags.DEFINE_integer(
-    "join_timeout", 120, "Seconds within which all processes must have come.", lower_bound=1
+    "join_timeout", 120, "Seconds to wait for all processes to join.", lower_bound=1
 )
 
 
 def main() -> int:
-    """Trains; 0 at the end, `command_line.EXIT_INTERRUPTED` if a signal stopped it."""
+    """Train; return 0 at the end, `command_line.EXIT_INTERRUPTED` if a signal stopped it."""
     place = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if not _DISTRIBUTED.value:
         if place != (None, None, None):
@@ -70,10 +70,10 @@ def _train() -> int:
     from simplernn_jax.devices import check_devices
     from simplernn_jax.training.loop import train
 
-    if not _DISTRIBUTED.value:  # whose failures name the process that was lost
+    if not _DISTRIBUTED.value:  # their failures name the lost process
         check_devices()
     use_compilation_cache()
-    gc.freeze()  # what was imported stays: collections while a program is traced pass it by
+    gc.freeze()  # imported modules stay: garbage collections during tracing skip them
     early_signals.run_starts()
     result = train(config, workdir)
     return command_line.EXIT_INTERRUPTED if result.interrupted_by else 0

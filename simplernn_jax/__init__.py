@@ -5,29 +5,17 @@ Public names: `load_model` here; `gated_linear_recurrence` and `recurrent_step` 
 `simplernn_jax.models`; `generate` in `simplernn_jax.inference`.
 """
 
-from __future__ import annotations  # scripts/bootstrap.py imports this under any Python
+__version__ = "0.1.0"
 
 TYPE_CHECKING = False  # typing's own would cost every process milliseconds twice
 if TYPE_CHECKING:
-    from typing import Any
+    from simplernn_jax.inference.loading import load_model as load_model
+else:
 
-__version__ = "0.1.0"
+    def __getattr__(name):
+        """Import `load_model` at its first use: importing the package stays cheap."""
+        if name == "load_model":
+            from simplernn_jax.inference.loading import load_model
 
-
-def load_model(workdir: str, checkpoint: str | int = "best") -> tuple[Any, Any, Any]:
-    """Loads what a training run left: ``(model, tokenizer, config)``.
-
-    The checkpoint is verified and restored; nothing in it is executed. Imports happen here, so
-    that importing the package stays cheap.
-
-    Args:
-      workdir: folder of a training run.
-      checkpoint: ``best``, the one of lowest validation loss where all that were evaluated were
-        so on the same tokens, else the newest; ``newest``; or a step.
-
-    Raises:
-      UserError: no such checkpoint there, or none that is whole.
-    """
-    from simplernn_jax.checkpoint.checkpointer import load_model as load
-
-    return load(workdir, checkpoint)
+            return load_model
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -67,7 +67,7 @@ def nats_by_position(reset_every):
 @pytest.mark.parametrize(("batch_tokens", "max_rows"), [(8192, 32), (39, 3)])
 def test_loss_by_position_bins_every_prediction(monkeypatch, batch_tokens, max_rows):
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
-    monkeypatch.setattr(evaluate, "MAX_ROWS", max_rows)
+    monkeypatch.setattr(evaluate, "MAX_BATCH_SIZE", max_rows)
     loss = loss_by_position(EVALUATOR, params(), SPLIT, 0, reset_every=5)
     positions, carried = nats_by_position(10**6).T
     reset_positions, reset = nats_by_position(5).T

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains."""
+"""Terminal output of a run."""
 
 import io
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from simplernn_jax.training import display as display_module
-from simplernn_jax.training.display import clock, open_display
+from simplernn_jax.training.display import format_duration, open_display
 
 
 class Terminal(io.StringIO):
@@ -75,5 +75,5 @@ def test_text_that_stdout_cannot_hold_stops_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (65, "1:05"), (7384, "2:03:04")]
 )
-def test_clock(seconds, text):
-    assert clock(seconds) == text
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text

@@ -1,4 +1,4 @@
-"""Runs whose validation loss gets worse: when they end, and what is said of it."""
+"""Runs whose validation loss gets worse: when they stop, and what they report."""
 
 import json
 import math
@@ -6,18 +6,18 @@ import math
 import pytest
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
-from simplernn_jax.training.early_stopping import Evaluations
+from simplernn_jax.training.early_stopping import ValidationHistory
 from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
 
 
 def evaluated(*losses, predictions=99):
-    """After evaluations at steps 10, 20, ..."""
-    evaluations = Evaluations()
+    """History after evaluations at steps 10, 20, ..."""
+    history = ValidationHistory()
     for number, loss in enumerate(losses, 1):
-        evaluations.add(10 * number, Evaluation(loss, 1.0, predictions))
-    return evaluations
+        history.add(10 * number, Evaluation(loss, 1.0, predictions))
+    return history
 
 
 @pytest.mark.parametrize(
@@ -34,52 +34,53 @@ def evaluated(*losses, predictions=99):
         ((math.nan,), 1, True),
     ],
 )
-def test_so_many_evaluations_without_a_better_one_end_a_run(losses, limit, ended):
-    evaluations = evaluated(*losses)
-    assert evaluations.has_ended(limit) is ended
-    again = Evaluations.from_json(json.loads(json.dumps(evaluations.to_json(), allow_nan=False)))
-    assert again == evaluations
+def test_evaluations_without_a_better_one_end_a_run(losses, limit, ended):
+    history = evaluated(*losses)
+    assert history.is_exhausted(limit) is ended
+    again = ValidationHistory(**json.loads(json.dumps(vars(history), allow_nan=False)))
+    assert again == history
 
 
-def test_why_is_said_in_words():
-    evaluations = evaluated(3.0, 2.0, 2.5, 2.0001)
+def test_the_reason_names_steps_and_remedy():
+    history = evaluated(3.0, 2.0, 2.5, 2.0001)
     why = "stopped early at step 40: no better validation loss in 2 evaluations, best at step 20; "
-    assert evaluations.why_ended().startswith(why + "raise --config.train.stop_after_worse")
-    facts = evaluations.facts(40, None, "run", stopped_early=True)
-    assert list(facts) == ["ended", "best validation"]
-    assert " in 1 evaluation; raise" in evaluated(math.nan).why_ended()
+    assert history.reason().startswith(why + "raise --config.train.stop_after_worse")
+    lines = history.summary(40, None, "run", stopped_early=True)
+    assert list(lines) == ["ended", "best validation"]
+    assert " in 1 evaluation; raise" in evaluated(math.nan).reason()
 
 
-def test_evaluations_of_other_tokens_are_not_compared():
-    evaluations = evaluated(3.0, 2.0, 2.5)
-    evaluations.add(40, Evaluation(2.2, 1.0, predictions=500))
-    assert (evaluations.best_step, evaluations.since_best) == (40, 0)
-    assert evaluations.facts(50, Evaluation(2.2, 1.0, predictions=600), "run") == {}
-
-
-def test_the_best_step_and_what_to_do_are_said_where_the_end_is_worse(tmp_path):
+def test_a_worse_end_reports_the_best_step_and_advice(tmp_path):
     final = Evaluation(3.71, 1.0, predictions=99)
-    evaluations = evaluated(2.5, 2.02, 3.0)
-    best, overfitting = evaluations.facts(40, final, str(tmp_path)).values()
+    history = evaluated(2.5, 2.02, 3.0)
+    best, overfitting = history.summary(40, final, str(tmp_path)).values()
     assert best == "2.0200 nats/token at step 20, 1.6900 lower than at step 40"
     assert overfitting.startswith("no checkpoint of that step is kept (let save_every")
     (tmp_path / "checkpoints" / "20").mkdir(parents=True)
-    _, overfitting = evaluations.facts(40, final, str(tmp_path)).values()
+    _, overfitting = history.summary(40, final, str(tmp_path)).values()
     assert overfitting.startswith("--checkpoint best picks the model of that step; train on more")
 
 
-def test_only_evaluations_of_the_same_tokens_are_compared_with_the_end(tmp_path):
-    of_all = Evaluation(9.0, 1.0, predictions=1000)
-    assert evaluated(2.5, 2.02).facts(30, of_all, str(tmp_path)) == {}
-    assert evaluated(2.5, 2.6).facts(30, of_all, str(tmp_path))["best validation"] == (
-        "2.5000 nats/token at step 10, 0.1000 lower than at step 20"
-    )
+@pytest.mark.parametrize(
+    ("losses", "final", "predictions", "best"),
+    [
+        ((2.5, 2.0001), 2.0, 99, None),
+        ((2.5, 2.0001), 2.01, 99, "2.0001 nats/token at step 20, 0.0099 lower than at step 30"),
+        # A final evaluation of other tokens is not compared.
+        ((2.5, 2.02), 9.0, 1000, None),
+        ((2.5, 2.51), 9.0, 1000, "2.5000 nats/token at step 10, 0.0100 lower than at step 20"),
+    ],
+)
+def test_the_end_is_compared_with_the_best_on_the_same_tokens(losses, final, predictions, best):
+    summary = evaluated(*losses).summary(30, Evaluation(final, 1.0, predictions), "run")
+    assert summary == ({} if best is None else {"best validation": best})
 
 
-@pytest.mark.parametrize("final", [2.0, 2.01])
-def test_a_better_or_hardly_worse_end_needs_no_advice(tmp_path, final):
-    facts = evaluated(2.5, 2.0001).facts(30, Evaluation(final, 1.0, 99), str(tmp_path))
-    assert list(facts) == ([] if final == 2.0 else ["best validation"])
+def test_another_number_of_tokens_starts_a_new_history():
+    history = evaluated(3.0, 2.0, 2.5)
+    history.add(40, Evaluation(2.2, 1.0, predictions=500))
+    assert (history.best_step, history.since_best) == (40, 0)
+    assert history.summary(50, Evaluation(2.2, 1.0, predictions=600), "run") == {}
 
 
 def test_a_run_that_stops_early_does_so_at_the_same_step_when_interrupted(

@@ -1,4 +1,4 @@
-"""Evaluation against a computation that goes token by token, and its independence of batching."""
+"""Evaluation against scoring token by token, and its independence of batching."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.sharding.partition_specs import named_shardings, variable_specs
 from simplernn_jax.training import evaluate
-from simplernn_jax.training.evaluate import Evaluation, Evaluator
+from simplernn_jax.training.evaluate import Evaluator
 
 CONFIGS = {
     "plain": small_config(vocab_size=203),
@@ -61,7 +61,7 @@ def evaluation(limit_tokens=0, split=SPLIT, kind="plain"):
 
 
 @pytest.mark.parametrize("batch_tokens", [8192, 60])
-def test_devices_of_a_mesh_score_the_same_together(monkeypatch, batch_tokens):
+def test_a_mesh_scores_as_one_device(monkeypatch, batch_tokens):
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
     config = small_config("residual", vocab_size=204, num_heads=2, mlp_dim=12, num_layers=2)
     config.model.mixer, config.model.attention_context = "simple_rnn,attention", 9
@@ -74,26 +74,17 @@ def test_devices_of_a_mesh_score_the_same_together(monkeypatch, batch_tokens):
     assert together.nats_per_token == pytest.approx(alone.nats_per_token, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("batch_tokens", "max_rows", "kind"),
-    [
-        (8192, 32, "plain"),
-        (60, 3, "plain"),
-        (13, 1, "plain"),
-        (8192, 32, "hybrid"),
-        (60, 3, "hybrid"),
-        (13, 1, "hybrid"),
-    ],
-)
-def test_equals_scoring_token_by_token(monkeypatch, batch_tokens, max_rows, kind):
+@pytest.mark.parametrize(("batch_tokens", "max_batch_size"), [(8192, 32), (60, 3), (13, 1)])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_equals_scoring_token_by_token(monkeypatch, batch_tokens, max_batch_size, kind):
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
-    monkeypatch.setattr(evaluate, "MAX_ROWS", max_rows)
+    monkeypatch.setattr(evaluate, "MAX_BATCH_SIZE", max_batch_size)
     result, expected = evaluation(kind=kind), nats_one_by_one(kind)
     assert result.predictions == len(expected) == SPLIT.num_predictions
     assert result.nats_per_token == pytest.approx(np.mean(expected), rel=1e-6)
 
 
-def test_a_limit_scores_so_many_predictions_and_always_the_same(monkeypatch):
+def test_a_limit_scores_the_same_n_predictions_for_any_batch_size(monkeypatch):
     result = evaluation(limit_tokens=61)
     assert result.predictions == 61
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", 29)
@@ -114,15 +105,12 @@ def test_bits_per_byte_count_the_bytes_of_the_text():
     )
 
 
-def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary():
+def test_a_uniform_model_scores_the_logarithm_of_its_vocabulary():
     params = jax.tree.map(jnp.zeros_like, nnx.state(model(), nnx.Param))
     result = Evaluator(CONFIGS["plain"], PAD)(params, SPLIT)
     assert result.nats_per_token == pytest.approx(math.log(203), rel=1e-6)
     assert result.perplexity == pytest.approx(203, rel=1e-5)
-
-
-def test_perplexity_of_a_model_that_is_beyond_hope_is_infinite():
-    assert Evaluation(nats_per_token=1e4, bits_per_byte=1.0, predictions=1).perplexity == math.inf
+    assert dataclasses.replace(result, nats_per_token=1e4).perplexity == math.inf
 
 
 def test_a_split_without_predictions_is_refused():
@@ -139,7 +127,7 @@ def test_scores_are_the_losses_of_their_batches():
     assert total / 61 == pytest.approx(evaluation(limit_tokens=61).nats_per_token)
 
 
-def test_windows_give_what_the_model_makes_of_each_from_zero():
+def test_overlapping_contexts_equal_the_model_on_each_from_a_zero_state():
     length, stride = 11, 4
     result = Evaluator(CONFIGS["plain"], PAD)(
         nnx.state(model(), nnx.Param), SPLIT, windows=Windows(length, stride)

@@ -1,4 +1,4 @@
-"""scripts/evaluate.py as a person runs it."""
+"""scripts/evaluate.py as a subprocess."""
 
 import lzma
 import math
@@ -35,7 +35,7 @@ def number(name, output):
 
 
 @pytest.mark.parametrize("split_name", ["validation", "train"])
-def test_scores_a_split_with_nothing_but_the_workdir(tmp_path, split_name):
+def test_scores_a_split_from_the_workdir_alone(tmp_path, split_name):
     config = small_config(source=write_corpus(tmp_path / "text"), validation_fraction=0.3)
     corpus = save_untrained(config, tmp_path / "run")
     shutil.rmtree(config.data.source)
@@ -55,14 +55,18 @@ def test_scores_a_split_with_nothing_but_the_workdir(tmp_path, split_name):
     assert len(columns) == 1, output
 
 
-def test_a_run_that_holds_nothing_out_says_so(tmp_path):
-    config = small_config(source=write_corpus(tmp_path / "text"))
-    save_untrained(config, tmp_path / "run")
-    code, output, errors = evaluate("--workdir", tmp_path / "run")
+def assert_refused(arguments, message):
+    code, output, errors = evaluate(*arguments)
     assert (code, output) == (2, "")
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1
-    assert "holds nothing out" in errors
+    assert message in errors
+
+
+def test_a_run_without_held_out_text_says_so(tmp_path):
+    config = small_config(source=write_corpus(tmp_path / "text"))
+    save_untrained(config, tmp_path / "run")
+    assert_refused(["--workdir", tmp_path / "run"], "holds nothing out")
 
 
 @pytest.mark.parametrize(
@@ -72,36 +76,29 @@ def test_a_run_that_holds_nothing_out_says_so(tmp_path):
         (["--workdir", "nowhere"], "nowhere"),
         (["--workdir", "x", "--split", "test"], "split"),
         (["--workdir", "x", "--checkpoint", "last"], "--checkpoint=last: must be best, newest or"),
-        (["--workdir", "x", "--stride", "3"], "--stride=3 is of windows: give --window too"),
+        (["--workdir", "x", "--stride", "3"], "--stride=3 needs --window: give it too"),
         (["--workdir", "x", "--window", "3", "--stride", "4"], "the stride must be at least 1"),
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(arguments, message):
-    code, output, errors = evaluate(*arguments)
-    assert (code, output) == (2, "")
-    assert errors.startswith("error: ")
-    assert errors.count("\n") == 1
-    assert message in errors
+    assert_refused(arguments, message)
 
 
 def test_the_text_of_a_run_is_read_only_where_a_flag_names_it(tmp_path):
     config = small_config(source=write_corpus(tmp_path / "text"), validation_fraction=0.3)
     save_untrained(config, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "tokens")
-    code, output, errors = evaluate("--workdir", tmp_path / "run")
-    assert (code, output) == (2, "")
-    assert errors.startswith("error: the tokens of this run are not in ")
-    assert errors.count("\n") == 1
+    assert_refused(["--workdir", tmp_path / "run"], "error: the tokens of this run are not in ")
     code, output, _ = evaluate("--workdir", tmp_path / "run", "--source", config.data.source)
     assert code == 0
     assert "nats/token" in output
 
 
-def test_overlapping_windows_score_the_same_predictions(tmp_path):
+def test_overlapping_contexts_score_the_same_predictions(tmp_path):
     config = small_config(source=write_corpus(tmp_path / "text"), validation_fraction=0.3)
     corpus = save_untrained(config, tmp_path / "run")
     code, output, errors = evaluate("--workdir", tmp_path / "run", "--window", 9, "--stride", 4)
     assert (code, errors) == (0, "")
     assert number("predictions", output) == corpus.validation.num_predictions
-    assert "zero, then 6 to 9 tokens of a window" in output
+    assert "zero, then 6 to 9 tokens of context" in output
     assert "with the state carried" in output

@@ -1,20 +1,15 @@
 """Signals as requests."""
 
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
-from small_runs import write_corpus
 
-from simplernn_jax.training.interruption import Interruption
+from simplernn_jax.training.interruption import SIGNALS, deferred_signals
 
 
 @pytest.fixture(autouse=True)
 def usual_handlers():
-    """Those of a script; a parallel test run changes them."""
+    """Handlers of a script; a parallel test run changes them."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -23,47 +18,23 @@ def usual_handlers():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_is_a_request(number):
     before = signal.getsignal(number)
-    with Interruption() as interruption:
-        assert interruption.requested is None
+    with deferred_signals() as received:
+        assert received() is None
         signal.raise_signal(number)
-        assert interruption.requested == signal.Signals(number).name
+        assert received() == signal.Signals(number).name
     assert signal.getsignal(number) == before
 
 
-def test_the_second_signal_acts_as_it_always_does():
-    with Interruption() as interruption:
+def test_the_second_signal_acts_as_before():
+    with deferred_signals() as received:
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        assert interruption.requested == "SIGTERM"
+        assert received() == "SIGTERM"
 
 
-def test_without_a_signal_the_handlers_come_back():
-    before = [signal.getsignal(number) for number in Interruption.signals]
-    with Interruption():
-        assert [signal.getsignal(number) for number in Interruption.signals] != before
-    assert [signal.getsignal(number) for number in Interruption.signals] == before
-
-
-def test_a_signal_before_the_first_step_ends_a_run_that_can_be_resumed(tmp_path):
-    write_corpus(tmp_path / "texts")
-    script = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
-    workdir = tmp_path / "run"
-    process = subprocess.Popen(
-        [
-            *(sys.executable, str(script), "--config=configs/tiny.py", f"--workdir={workdir}"),
-            f"--config.data.source={tmp_path / 'texts'}",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not workdir.exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 75
-    assert "Traceback" not in errors
-    assert (
-        "SIGINT: stopped; run the same command to resume\n" in errors or "SIGINT: saved" in output
-    )
+def test_without_a_signal_the_handlers_are_restored():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with deferred_signals():
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before

@@ -172,7 +172,7 @@ def test_what_is_not_finite_on_one_stage_changes_nothing_but_the_counters():
         chex.assert_trees_all_equal(getattr(state, name), getattr(first, name))
     state, metrics = step(state, batch._replace(reset=np.arange(ROWS) == 3))
     assert np.isfinite(metrics.loss)
-    assert (int(state.skipped_updates), int(state.skipped_in_a_row)) == (1, 0)
+    assert (int(state.skipped_updates), int(state.consecutive_skips)) == (1, 0)
 
 
 def test_no_device_holds_all_layers_while_a_checkpoint_is_written():

@@ -1,4 +1,4 @@
-"""Whole runs: their end, their resumption byte for byte, and how they stop."""
+"""Whole runs: their end, their bit-exact resumption, and how they stop."""
 
 import errno
 import json
@@ -9,19 +9,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
 from simplernn_jax import load_model
+from simplernn_jax.checkpoint import checkpointer, contents
 from simplernn_jax.checkpoint.contents import saved_quality
 from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.config import TrainConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
-from simplernn_jax.training import loop
-from simplernn_jax.training.loop import train
+from simplernn_jax.named_leaves import named_leaves
+from simplernn_jax.training import loop, run
+from simplernn_jax.training.loop import check_skips, train
 from simplernn_jax.training.metrics import read_metrics
 from simplernn_jax.training.preparation import open_saved_corpus
 
@@ -29,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 HYBRID = {"num_layers": 2, "mixer": "attention,simple_rnn", "attention_context": 10}
-"""It looks back over more tokens than a batch of `small_config` has."""
+"""An attention context longer than the sequences of `small_config`."""
 
 
 @pytest.mark.parametrize(
@@ -41,7 +46,7 @@ HYBRID = {"num_layers": 2, "mixer": "attention,simple_rnn", "attention_context":
         ("stream", "residual", HYBRID | {"reset_probability": 0.2, "gradient_accumulation": 2}),
     ],
 )
-def test_a_stopped_run_ends_as_one_that_was_left_alone(tmp_path, monkeypatch, mode, block, fields):
+def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, mode, block, fields):
     source = write_corpus(tmp_path / "text")
     config = small_config(block, source=source, mode=mode, save_every=11, log_every=1, **fields)
     whole = train(config, str(tmp_path / "whole"))
@@ -68,7 +73,29 @@ def test_a_stopped_run_ends_as_one_that_was_left_alone(tmp_path, monkeypatch, mo
     assert [step for step, kind, _ in rows[0] if kind == "train"] == list(range(1, 41))
 
 
-def test_a_row_is_the_mean_since_the_one_before_also_over_an_interruption(tmp_path, monkeypatch):
+def test_a_checkpoint_under_the_leaf_names_of_earlier_versions_is_resumed(tmp_path, monkeypatch):
+    config = small_config(source=write_corpus(tmp_path / "text"), steps=9)
+    train(config, str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        patch.setattr(contents, "_RENAMED_LEAVES", {})  # they read back what they had written
+        patch.setattr(
+            checkpointer,
+            "named_leaves",
+            lambda tree: {
+                {"consecutive_skips": "skipped_in_a_row"}.get(name, name): leaf
+                for name, leaf in named_leaves(tree).items()
+            },
+        )
+        train(config, str(tmp_path / "parts"))
+    (path,) = (tmp_path / "parts" / "checkpoints").glob("4/state")
+    assert "skipped_in_a_row" in ocp.PyTreeCheckpointHandler().metadata(path).tree
+    assert "consecutive_skips" in newest_checkpoint(tmp_path / "parts")
+    train(config, str(tmp_path / "parts"))
+    assert newest_checkpoint(tmp_path / "parts") == newest_checkpoint(tmp_path / "whole")
+
+
+def test_a_metrics_row_is_the_mean_since_the_last_one_across_an_interruption(tmp_path, monkeypatch):
     source = write_corpus(tmp_path / "text")
     config = small_config(source=source, steps=23, log_every=1)
     train(config, str(tmp_path / "each"))
@@ -81,7 +108,7 @@ def test_a_row_is_the_mean_since_the_one_before_also_over_an_interruption(tmp_pa
     each, whole, parts = (read_metrics(str(tmp_path / n)) for n in ("each", "whole", "parts"))
 
     predictions = np.diff([0] + [row["tokens"] for row in each])
-    assert len(set(predictions)) > 1  # windows reach into the next document
+    assert len(set(predictions)) > 1  # sequences reach into the next document
     groups = [slice(0, 5), slice(5, 10), slice(10, 15), slice(15, 20), slice(20, 23)]
     losses = np.asarray([row["loss"] for row in each])
     expected = [np.average(losses[group], weights=predictions[group]) for group in groups]
@@ -106,7 +133,7 @@ def finished(tmp_path_factory):
     return config, folder / "run"
 
 
-def test_a_finished_run_leaves_what_a_person_needs(finished):
+def test_a_finished_run_leaves_its_files(finished):
     _, workdir = finished
     assert (workdir / "loss_curve.png").stat().st_size > 1000
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 5
@@ -119,7 +146,7 @@ def test_a_finished_run_leaves_what_a_person_needs(finished):
     ]
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert {row["recompilations"] for row in rows if row["kind"] == "train"} == {0}
-    assert rows[2]["tokens"] == rows[3]["tokens"] == 69  # a window reached into the next document
+    assert rows[2]["tokens"] == rows[3]["tokens"] == 69  # a sequence reached into the next document
     rates = [row["learning_rate"] for row in rows if row["kind"] == "train"]
     assert rates[0] == pytest.approx(2e-3 * (1 / 3 + (1 - 1 / 3) / 3))  # second of 3 to warm up
     assert open_saved_corpus(str(workdir)).validation is not None
@@ -137,7 +164,7 @@ def test_training_after_the_end_changes_nothing(finished, capsys):
     assert "all steps are done" in capsys.readouterr().out
 
 
-def test_another_text_is_refused_and_the_run_stays_as_it_is(finished):
+def test_another_text_is_refused_and_the_run_unchanged(finished):
     config, workdir = finished
     before = newest_checkpoint(workdir)
     file = Path(config.data.source) / "3.txt"
@@ -154,7 +181,7 @@ def profiles(workdir):
     return sorted((workdir / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb"))
 
 
-def test_profiles_change_nothing_and_may_be_asked_for_on_resume(tmp_path, monkeypatch, capsys):
+def test_profiles_change_nothing_and_may_be_requested_on_resume(tmp_path, monkeypatch, capsys):
     config = small_config(source=write_corpus(tmp_path / "text"), steps=12)
     train(config, str(tmp_path / "whole"))
     config.train.profile_steps = 30
@@ -171,7 +198,7 @@ def test_profiles_change_nothing_and_may_be_asked_for_on_resume(tmp_path, monkey
     assert newest_checkpoint(tmp_path / "parts") == newest_checkpoint(tmp_path / "whole")
 
 
-def test_a_step_that_is_compiled_again_is_counted_and_shown(tmp_path, monkeypatch, caplog, capsys):
+def test_a_recompiled_step_is_counted_and_shown(tmp_path, monkeypatch, caplog, capsys):
     class OneShorterBatch:
         def __init__(self, batches):
             self._batches = batches
@@ -185,8 +212,8 @@ def test_a_step_that_is_compiled_again_is_counted_and_shown(tmp_path, monkeypatc
                 **{name: getattr(batch, name)[:, 1:] for name in batch._fields if name != "reset"}
             )
 
-    make_batches = loop.make_batches
-    monkeypatch.setattr(loop, "make_batches", lambda *args: OneShorterBatch(make_batches(*args)))
+    make_batches = run.make_batches
+    monkeypatch.setattr(run, "make_batches", lambda *args: OneShorterBatch(make_batches(*args)))
     config = small_config(source=write_corpus(tmp_path / "text"), steps=6, log_every=1)
     train(config, str(tmp_path / "run"))
     counts = [row["recompilations"] for row in read_metrics(str(tmp_path / "run"))]
@@ -205,7 +232,7 @@ SENTENCES = (
 )
 
 
-def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch):
+def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch, capsys):
     write_corpus(tmp_path)
     monkeypatch.chdir(tmp_path)
     config = small_config(source=".", cache_dir="tokens", validation_fraction=0.2)
@@ -213,6 +240,7 @@ def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch):
     before = newest_checkpoint(tmp_path / "run")
     config.train.steps = 41
     assert train(config, "run").step == 41
+    assert "--config.train.steps: changed from 40 to 41; this rescales" in capsys.readouterr().out
     after = newest_checkpoint(tmp_path / "run")
     train(config, "another")
     config.train.steps = 42
@@ -223,9 +251,9 @@ def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch):
     assert open_saved_corpus("run", source=".").content_hash == hashes[0]
 
 
-def test_the_last_save_is_waited_for_when_the_metrics_cannot_be_closed(tmp_path, monkeypatch):
+def test_the_last_save_is_awaited_when_the_metrics_cannot_be_closed(tmp_path, monkeypatch):
     closed = []
-    close, close_metrics = loop.Checkpointer.close, loop.MetricsWriter.close
+    close, close_metrics = run.Checkpointer.close, loop.MetricsWriter.close
 
     def fail(writer):
         close_metrics(writer)
@@ -233,14 +261,14 @@ def test_the_last_save_is_waited_for_when_the_metrics_cannot_be_closed(tmp_path,
 
     monkeypatch.setattr(loop.MetricsWriter, "close", fail)
     monkeypatch.setattr(
-        loop.Checkpointer, "close", lambda saves, **how: (close(saves, **how), closed.append(saves))
+        run.Checkpointer, "close", lambda saves, **how: (close(saves, **how), closed.append(saves))
     )
     with pytest.raises(OSError, match="No space left"):
         train(small_config(source=write_corpus(tmp_path / "text"), steps=3), str(tmp_path / "run"))
     assert len(closed) == 1
 
 
-def test_learns_six_sentences_by_heart_and_writes_them(tmp_path):
+def test_overfits_six_sentences_and_generates_them(tmp_path):
     source = tmp_path / "sentences.jsonl"
     source.write_text("".join(json.dumps({"user": "", "bot": s}) + "\n" for s in SENTENCES))
     config = small_config(
@@ -271,7 +299,7 @@ def test_learns_six_sentences_by_heart_and_writes_them(tmp_path):
 
 
 def start(folder, **overrides):
-    """scripts/train.py on a small model, as a person starts it."""
+    """Start scripts/train.py on a small model."""
     source = write_corpus(folder / "text")
     fields = {
         "data.source": source,
@@ -293,7 +321,7 @@ def start(folder, **overrides):
     )
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
     steps = 1500
     process = start(tmp_path, **{"train.steps": steps})
     for line in process.stdout:
@@ -312,6 +340,19 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     assert newest_checkpoint(tmp_path / "run")["number of steps"] == steps
 
 
+def test_a_signal_before_the_first_step_ends_a_resumable_run(tmp_path):
+    process = start(tmp_path)
+    while not (tmp_path / "run").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert "Traceback" not in errors
+    assert (
+        "SIGINT: stopped; run the same command to resume\n" in errors or "SIGINT: saved" in output
+    )
+
+
 def test_a_loss_that_is_never_finite_is_one_line_and_exit_code_2(tmp_path):
     process = start(tmp_path, **{"optimizer.learning_rate": 1e30, "train.max_skipped_updates": 2})
     _, errors = process.communicate(timeout=300)
@@ -319,11 +360,19 @@ def test_a_loss_that_is_never_finite_is_one_line_and_exit_code_2(tmp_path):
     lines = [line for line in errors.splitlines() if not line.startswith("tokenizing")]
     assert len(lines) == 1, errors
     message = (
-        r"error: the loss or its gradient was not finite in 2 steps in a row, up to step (\d+) "
+        r"error: the loss or its gradient was not finite in 2 consecutive steps, up to step (\d+) "
         r"\(batch (\d+) of seed 0\); the parameters of step (\d+) are untouched: .*"
     )
     step, batch, untouched = map(int, re.fullmatch(message, lines[0]).groups())
     assert (batch, untouched) == (step - 1, step - 2)
+
+
+@pytest.mark.parametrize(("limit", "where"), [(1, "1 step"), (3, "3 consecutive steps")])
+def test_as_many_skipped_updates_as_are_allowed_end_a_run(limit, where):
+    config = TrainConfig(max_skipped_updates=limit, seed=5)
+    check_skips(9, limit - 1, config)
+    with pytest.raises(UserError, match=rf"in {where}, up to step 9 \(batch 8 of seed 5\); .* of "):
+        check_skips(9, limit, config)
 
 
 def test_a_workdir_that_cannot_hold_checkpoints_is_refused_before_the_data_is_read(tmp_path):
@@ -362,15 +411,3 @@ def test_a_pipe_in_the_place_of_the_configuration_is_refused(tmp_path):
     os.mkfifo(tmp_path / "run" / "config.json")
     with pytest.raises(UserError, match=r"run/config\.json: not a regular file"):
         train(small_config(source=write_corpus(tmp_path / "text")), str(tmp_path / "run"))
-
-
-def test_a_resumed_run_says_what_changed(tmp_path, capsys):
-    config = small_config(source=write_corpus(tmp_path / "text"), steps=2)
-    train(config, str(tmp_path / "run"))
-    config.train.steps = 3
-    capsys.readouterr()
-    train(config, str(tmp_path / "run"))
-    assert (
-        "--config.train.steps: changed from 2 to 3; this rescales the learning rate schedule"
-        in capsys.readouterr().out
-    )

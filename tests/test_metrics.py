@@ -9,10 +9,14 @@ import time
 import pytest
 from tensorboardX.record_writer import RecordWriter
 
-from simplernn_jax.training import append_only
 from simplernn_jax.training import metrics as metrics_module
-from simplernn_jax.training.metrics import MetricsWriter, read_metrics
-from simplernn_jax.training.metrics_lines import LONGEST_LINE, encode, rows_of
+from simplernn_jax.training.metrics import (
+    LONGEST_LINE,
+    MetricsWriter,
+    decode_lines,
+    encode,
+    read_metrics,
+)
 
 
 def write(workdir, first_step, *steps, loss=1.5):
@@ -26,15 +30,18 @@ def steps_in(workdir):
     return [row["step"] for row in read_metrics(str(workdir))]
 
 
-def test_rows_are_json_objects_with_step_kind_and_time(tmp_path):
+def test_rows_are_json_objects_with_step_kind_and_time_and_tensorboard_events(tmp_path):
     before = time.time()
+    assert read_metrics(str(tmp_path)) == []
     writer = MetricsWriter(str(tmp_path), 0)
     writer.write(3, "train", loss=1.5)
     writer.write(3, "sample", text="zwölf\u2028\n")
-    # Readable while the run goes on.
-    rows = read_metrics(str(tmp_path))
+    rows = read_metrics(str(tmp_path))  # readable while the run writes
     writer.close()
     assert read_metrics(str(tmp_path)) == rows
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    assert b"train/loss" in path.read_bytes()
+    assert b"sample/text" in path.read_bytes()
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         assert len(json.loads(line).pop("crc32")) == 8
     assert all(abs(row.pop("wall_time") - before) < 3600 for row in rows)
@@ -44,23 +51,13 @@ def test_rows_are_json_objects_with_step_kind_and_time(tmp_path):
     ]
 
 
-def test_a_workdir_without_metrics_has_no_rows(tmp_path):
-    assert read_metrics(str(tmp_path)) == []
-
-
-def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
+def test_a_resume_drops_rows_after_the_checkpoint_and_repeats_none(tmp_path):
     write(tmp_path, 0, 5, 10, 15)
-    write(tmp_path, 10, 12, loss=2.5)
+    write(tmp_path, 10, 10, 12, loss=2.5)
     assert steps_in(tmp_path) == [5, 10, 12]
+    assert read_metrics(str(tmp_path))[1]["loss"] == 1.5
     write(tmp_path, 0)
     assert steps_in(tmp_path) == []
-
-
-def test_a_row_that_an_earlier_run_wrote_is_not_written_again(tmp_path):
-    write(tmp_path, 0, 5, 10)
-    write(tmp_path, 10, 10, 15, loss=2.5)
-    assert steps_in(tmp_path) == [5, 10, 15]
-    assert read_metrics(str(tmp_path))[1]["loss"] == 1.5
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out_and_later_ones_are_whole(tmp_path):
@@ -75,7 +72,7 @@ def test_a_line_cut_off_by_a_crash_is_left_out_and_later_ones_are_whole(tmp_path
         json.loads(line)
 
 
-def test_what_is_not_finite_is_null(tmp_path):
+def test_numbers_that_are_not_finite_are_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "kind": "train", "loss": NaN}\n')  # as earlier versions wrote it
     writer = MetricsWriter(str(tmp_path), 1)
@@ -89,17 +86,7 @@ def test_what_is_not_finite_is_null(tmp_path):
     ]
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path):
-    writer = MetricsWriter(str(tmp_path), 0)
-    writer.write(3, "train", loss=1.5)
-    writer.write(3, "sample", text="abc")
-    writer.close()
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    assert b"train/loss" in path.read_bytes()
-    assert b"sample/text" in path.read_bytes()
-
-
-def test_the_time_of_training_goes_on_from_the_last_row_that_stays(tmp_path):
+def test_training_time_resumes_from_the_last_row_that_is_kept(tmp_path):
     writer = MetricsWriter(str(tmp_path), 0)
     for step, seconds in ((5, 1.5), (10, 2.5), (15, 3.5)):
         writer.write(step, "train", seconds=seconds)
@@ -117,16 +104,16 @@ ROWS = [
 ]
 
 
-def test_no_flip_of_a_bit_changes_a_row_or_loses_one_unseen():
+def test_no_bit_flip_changes_a_row_or_loses_one_unseen():
     whole = b"".join(map(encode, ROWS))
-    assert [row for _, row in rows_of(io.BytesIO(whole))] == ROWS
+    assert [row for _, row in decode_lines(io.BytesIO(whole))] == ROWS
     for position in range(len(whole)):
         for bit in range(8):
             damaged = bytearray(whole)
             damaged[position] ^= 1 << bit
-            found = [row for _, row in rows_of(io.BytesIO(damaged))]
+            found = [row for _, row in decode_lines(io.BytesIO(damaged))]
             rows = [row for row in found if row is not None]
-            # Of the first line, the name of its checksum may be lost without the row.
+            # Damage to the name of the first checksum loses the checksum and not the row.
             rows = [{n: v for n, v in row.items() if n in ROWS[0] | ROWS[1]} for row in rows]
             assert all(row in ROWS for row in rows), (position, bit)
             assert len(rows) == 3 or None in found, (position, bit)
@@ -149,7 +136,7 @@ def test_no_flip_of_a_bit_changes_a_row_or_loses_one_unseen():
         b" " * LONGEST_LINE + b'{"step": 1, "kind": "train", "loss": 2}',
     ],
 )
-def test_lines_that_are_no_rows_are_set_aside_with_one_warning(tmp_path, caplog, line):
+def test_lines_that_are_no_rows_are_moved_with_one_warning(tmp_path, caplog, line):
     path = tmp_path / "metrics.jsonl"
     good = b'{"step": 1, "kind": "train", "loss": 2.5}'
     path.write_bytes(b"\n".join([good, line, b"", line, good, b""]))
@@ -159,24 +146,17 @@ def test_lines_that_are_no_rows_are_set_aside_with_one_warning(tmp_path, caplog,
     assert warning == f"{path}: 2 damaged lines moved to {path}.damaged"
 
 
-def _fifo(path):
-    os.mkfifo(path)
-
-
-def _link_to_a_device(path):
-    path.symlink_to("/dev/zero")
-
-
-def _dangling_link(path):
-    path.symlink_to(path.parent / "nowhere")
-
-
-def _folder(path):
-    path.mkdir()
-
-
-@pytest.mark.parametrize("make", [_fifo, _link_to_a_device, _dangling_link, _folder])
-def test_what_is_no_file_is_renamed_and_a_new_one_begins(tmp_path, caplog, make):
+@pytest.mark.parametrize(
+    "make",
+    [
+        os.mkfifo,
+        os.mkdir,
+        lambda path: os.symlink("/dev/zero", path),
+        lambda path: os.symlink(f"{path}.nowhere", path),
+    ],
+    ids=["fifo", "folder", "link to a device", "dangling link"],
+)
+def test_anything_but_a_file_is_renamed_and_a_new_file_started(tmp_path, caplog, make):
     path = tmp_path / "metrics.jsonl"
     for number in ("", "-2"):
         make(path)
@@ -192,6 +172,10 @@ def test_what_is_no_file_is_renamed_and_a_new_one_begins(tmp_path, caplog, make)
     assert steps_in(tmp_path) == [6]
 
 
+def refuse(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_full_disk_loses_rows_and_stops_nothing(tmp_path, caplog, monkeypatch):
     writer = MetricsWriter(str(tmp_path), 0)
     write_bytes = os.write
@@ -203,7 +187,7 @@ def test_a_full_disk_loses_rows_and_stops_nothing(tmp_path, caplog, monkeypatch)
 
     writer.write(1, "train", loss=1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(append_only.os, "write", write_a_part)
+        patch.setattr(metrics_module.os, "write", write_a_part)
         writer.write(2, "train", loss=2.0)
         writer.write(3, "train", loss=2.0)
     writer.write(4, "train", loss=3.0)
@@ -212,12 +196,8 @@ def test_a_full_disk_loses_rows_and_stops_nothing(tmp_path, caplog, monkeypatch)
     assert steps_in(tmp_path) == [1, 4]
 
 
-def test_rows_that_cannot_be_copied_stay_and_no_more_are_written(tmp_path, caplog, monkeypatch):
+def test_rows_that_cannot_be_copied_are_kept_and_no_more_are_written(tmp_path, caplog, monkeypatch):
     write(tmp_path, 0, 5)
-
-    def refuse(path):
-        raise OSError(errno.ENOSPC, "No space left on device", path)
-
     monkeypatch.setattr(metrics_module, "replaced_file", refuse)
     write(tmp_path, 5, 6)
     assert steps_in(tmp_path) == [5]
@@ -233,14 +213,10 @@ def test_tensorboard_that_fails_is_one_warning(tmp_path, caplog, monkeypatch):
     caplog.clear()
 
     writer = MetricsWriter(str(tmp_path), 6)
-    monkeypatch.setattr(RecordWriter, "flush", _refuse_all)
+    monkeypatch.setattr(RecordWriter, "flush", refuse)
     for step in range(7, 30):  # more than the queue of tensorboardX holds
         writer.write(step, "train", loss=1.0)
     monkeypatch.undo()
     writer.close()
     assert [f"{tmp_path}/tensorboard: No space" in message for message in caplog.messages] == [True]
     assert steps_in(tmp_path) == [5, 6, *range(7, 30)]
-
-
-def _refuse_all(writer):
-    raise OSError(errno.ENOSPC, "No space left on device")

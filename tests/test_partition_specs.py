@@ -42,7 +42,7 @@ def test_every_array_of_a_residual_model():
         "carried/0/mixer": P(("data", "fsdp"), "tensor"),
         "carried/0/recent": P(("data", "fsdp")),
     }
-    scalars = ("step", "skipped_updates", "skipped_in_a_row", "rng")
+    scalars = ("step", "skipped_updates", "consecutive_skips", "rng")
     expected |= dict.fromkeys((*scalars, "opt_state/1/0/count", "opt_state/1/2/count"), P())
     assert specs == expected
 

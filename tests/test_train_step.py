@@ -255,8 +255,8 @@ def test_what_is_not_finite_changes_nothing_but_the_counters(spoil, loss_is_fini
     assert not np.isfinite(metrics.gradient_norm)
     for name in ("params", "opt_state", "carried", "rng"):
         assert_same_bytes(getattr(after, name), getattr(state, name))
-    assert (int(after.step), int(after.skipped_updates), int(after.skipped_in_a_row)) == (2, 1, 1)
-    assert (int(metrics.skipped_updates), int(metrics.skipped_in_a_row)) == (1, 1)
+    assert (int(after.step), int(after.skipped_updates), int(after.consecutive_skips)) == (2, 1, 1)
+    assert (int(metrics.skipped_updates), int(metrics.consecutive_skips)) == (1, 1)
 
 
 def test_a_good_step_ends_a_row_of_skipped_ones():
@@ -264,11 +264,11 @@ def test_a_good_step_ends_a_row_of_skipped_ones():
     state = with_nan_in_the_carried_state(state)
     for _ in range(3):
         state, metrics = step(state, make_batch(reset=False))
-    assert (int(metrics.skipped_updates), int(metrics.skipped_in_a_row)) == (3, 3)
+    assert (int(metrics.skipped_updates), int(metrics.consecutive_skips)) == (3, 3)
     before = copy(state.params)
     state, metrics = step(state, make_batch(reset=True))  # zeroes the spoilt state
     assert np.isfinite(metrics.loss)
-    assert (int(metrics.skipped_updates), int(metrics.skipped_in_a_row)) == (3, 0)
+    assert (int(metrics.skipped_updates), int(metrics.consecutive_skips)) == (3, 0)
     assert int(state.step) == 4
     assert all(
         np.any(np.asarray(one) != np.asarray(other))

@@ -22,11 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from absl import logging
-from flax import nnx
 
 from simplernn_jax import config as config_lib
-from simplernn_jax.checkpoint.choice import BEST, NEWEST, choose_checkpoint
+from simplernn_jax.checkpoint.choice import NEWEST, choose_checkpoint
 from simplernn_jax.checkpoint.contents import (
     Quality,
     check_leaves,
@@ -46,9 +44,7 @@ from simplernn_jax.checkpoint.verification import (
     fingerprints,
 )
 from simplernn_jax.config import Config
-from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
-from simplernn_jax.models import LanguageModel
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.sharding.agreement import barrier, broadcast_from_coordinator, is_coordinator
 from simplernn_jax.training.echoes import drop_echoes
@@ -331,34 +327,6 @@ def check_same_model(ours: Config, theirs: Config) -> None:
             f"the checkpoint is of another model: {'; '.join(fields)} (in the checkpoint); use "
             "the same --config.model values, or another --workdir"
         )
-
-
-def load_model(
-    workdir: str, checkpoint: str | int = BEST
-) -> tuple[LanguageModel, Tokenizer, Config]:
-    """The trained model of a run, its tokenizer and its configuration.
-
-    Args:
-      workdir: folder of a training run.
-      checkpoint: ``best``, by validation loss where all that were evaluated were so on the same
-        tokens, else the newest; ``newest``; or a step.
-
-    Raises:
-      UserError: `workdir` has no such checkpoint, or none that is whole.
-    """
-    _, path, reason = choose_checkpoint(workdir, checkpoint)
-    if reason is not None:
-        logging.info("%s", reason)
-    config, tokenizer_json = read_texts(path)
-    abstract = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
-    graph, params = nnx.split(abstract, nnx.Param)
-    wanted = named_leaves({"params": params})
-    saved = {name: leaf for name, leaf in saved_leaves(path).items() if name in wanted}
-    check_leaves(path, wanted, saved)
-    arrays = read_arrays(path, list(wanted))
-    leaves = [jnp.array(arrays[name]) for name in wanted]
-    model = nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(params), leaves))
-    return model, tokenizer_from_json(tokenizer_json), config
 
 
 def _quality(metrics: Mapping[str, float]) -> Quality | None:

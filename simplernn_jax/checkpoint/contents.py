@@ -23,6 +23,9 @@ from simplernn_jax.files import read_file
 QUALITY_ITEM = "quality"
 """The item of `saved_quality` and `saved_step`."""
 
+_RENAMED_LEAVES = {"skipped_in_a_row": "consecutive_skips"}
+"""Array names of earlier versions, and the names of today."""
+
 _LARGEST_JSON = 1 << 30
 
 
@@ -38,6 +41,10 @@ class Quality:
 
 def saved_leaves(path: str) -> dict[str, Any]:
     """Name, ``shape`` and ``dtype`` of every array in the checkpoint folder `path`."""
+    return {_RENAMED_LEAVES.get(name, name): leaf for name, leaf in _leaves_on_disk(path).items()}
+
+
+def _leaves_on_disk(path: str) -> dict[str, Any]:
     handler = ocp.PyTreeCheckpointHandler()
     return dict(handler.metadata(epath.Path(path) / "state").tree)
 
@@ -56,12 +63,17 @@ def read_arrays(
             return ocp.RestoreArgs(restore_type=np.ndarray)
         return ocp.ArrayRestoreArgs(sharding=sharding)
 
+    renamed = {new: old for old, new in _RENAMED_LEAVES.items() if new in names}
+    if renamed:
+        renamed = {new: old for new, old in renamed.items() if old in _leaves_on_disk(path)}
+    on_disk = {renamed.get(name, name): name for name in names}
     args = ocp.args.PyTreeRestore(
-        dict.fromkeys(names, 0),
-        restore_args={name: how(name) for name in names},
+        dict.fromkeys(on_disk, 0),
+        restore_args={saved: how(name) for saved, name in on_disk.items()},
         partial_restore=True,
     )
-    return ocp.PyTreeCheckpointHandler().restore(epath.Path(path) / "state", args=args)
+    arrays = ocp.PyTreeCheckpointHandler().restore(epath.Path(path) / "state", args=args)
+    return {name: arrays[saved] for saved, name in on_disk.items()}
 
 
 def check_leaves(path: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

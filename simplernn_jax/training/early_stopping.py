@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-from typing import Any
 
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.errors import counted
@@ -14,15 +13,15 @@ NOTABLE = 0.01
 
 
 @dataclasses.dataclass
-class Evaluations:
+class ValidationHistory:
     """The best and the last evaluation during training.
 
     Saved with every checkpoint, so that a resumed run stops where one without a break would have.
-    All scored the same tokens: when ``eval_tokens`` changes, they are counted anew.
+    All scored the same tokens: a change of ``eval_tokens`` starts a new history.
     """
 
     predictions: int = 0
-    """Number scored by each."""
+    """Number of predictions that each evaluation scored."""
     best_step: int | None = None
     best_loss: float | None = None
     """Nats per token."""
@@ -35,19 +34,19 @@ class Evaluations:
     def add(self, step: int, evaluation: Evaluation) -> None:
         """Count an evaluation during training."""
         if evaluation.predictions != self.predictions:
-            vars(self).update(vars(Evaluations(evaluation.predictions)))
+            vars(self).update(vars(ValidationHistory(evaluation.predictions)))
         loss = evaluation.nats_per_token
         self.last_step, self.last_loss = step, loss if math.isfinite(loss) else None
         self.since_best += 1
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_step, self.best_loss, self.since_best = step, loss, 0
 
-    def has_ended(self, limit: int) -> bool:
-        """Whether `limit` evaluations in sequence were not better than the best; 0 is never."""
-        return 0 < limit <= self.since_best
+    def is_exhausted(self, patience: int) -> bool:
+        """Whether the last `patience` evaluations were not better than the best; 0 is never."""
+        return 0 < patience <= self.since_best
 
-    def why_ended(self) -> str:
-        """Return the reason in words, and what to do."""
+    def reason(self) -> str:
+        """Return why the run stopped early, and how to train more."""
         times = counted(self.since_best, "evaluation")
         best = f", best at step {self.best_step}" if self.best_loss is not None else ""
         return (
@@ -55,45 +54,34 @@ class Evaluations:
             "raise --config.train.stop_after_worse, or set it to 0, to train more"
         )
 
-    def facts(
+    def summary(
         self, step: int, final: Evaluation | None, workdir: str, *, stopped_early: bool = False
     ) -> dict[str, str]:
-        """Return what the report says if the run ended early or was better before its end.
+        """Return lines of the summary if the run ended early or was better before its end.
 
         Args:
           step: the last one of the run.
           final: evaluation at `step`, compared if it scored the same tokens as those before.
-          workdir: of the run, which may hold a checkpoint of the best step.
+          workdir: folder of the run, which may hold a checkpoint of the best step.
           stopped_early: the run did not take all of its steps.
         """
-        facts = {"ended": self.why_ended()} if stopped_early else {}
+        lines = {"ended": self.reason()} if stopped_early else {}
         last_step, last_loss = self.last_step, self.last_loss
         if final is not None and final.predictions == self.predictions:
             last_step, last_loss = step, final.nats_per_token
         if self.best_loss is None or self.best_step == last_step:
-            return facts
+            return lines
         if last_loss is not None and last_loss <= self.best_loss:
-            return facts
+            return lines
         higher = math.inf if last_loss is None else last_loss - self.best_loss
         best = f"{self.best_loss:.4f} nats/token at step {self.best_step}"
-        facts["best validation"] = f"{best}, {higher:.4f} lower than at step {last_step}"
+        lines["best validation"] = f"{best}, {higher:.4f} lower than at step {last_step}"
         if higher < NOTABLE * self.best_loss:
-            return facts
+            return lines
         if os.path.isdir(CheckpointFolder(workdir).step_path(self.best_step or 0)):
             kept = "--checkpoint best picks the model of that step"
         else:
             kept = "no checkpoint of that step is kept (let save_every and eval_every coincide)"
         advice = "train on more text, with --config.model.dropout, or for fewer steps"
-        facts["overfitting"] = f"{kept}; {advice}"
-        return facts
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` takes."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, saved: dict[str, Any] | None) -> "Evaluations":
-        """Return what `to_json` was called on; none so far for a checkpoint that has none."""
-        if saved is None:
-            return cls()
-        return cls(**{field.name: saved[field.name] for field in dataclasses.fields(cls)})
+        lines["overfitting"] = f"{kept}; {advice}"
+        return lines

@@ -1,4 +1,4 @@
-"""Token-weighted evaluation, with the state carried over every document or by windows."""
+"""Token-weighted evaluation, with the state carried over documents or in overlapping contexts."""
 
 import dataclasses
 import math
@@ -34,18 +34,18 @@ from simplernn_jax.training.losses import cross_entropy
 from simplernn_jax.training.placement import batch_specs
 
 BATCH_TOKENS = 8192
-"""Tokens scored in one call: enough to keep the machine busy, little memory."""
+"""Tokens scored in one call: enough for full speed, little memory."""
 
-MAX_ROWS = 32
+MAX_BATCH_SIZE = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of a split."""
+    """Scores of a model on a split."""
 
     nats_per_token: float
     bits_per_byte: float
-    """Of the text's UTF-8 bytes, end-of-document tokens included in the numerator. When only a
+    """Per UTF-8 byte of the text, end-of-document tokens included in the numerator. When only a
     part of the split is scored, the split's own ratio of tokens to bytes is used."""
     predictions: int
 
@@ -58,7 +58,7 @@ class Evaluation:
             return math.inf
 
     def __str__(self) -> str:
-        """Return all of them with their units, but the number of predictions."""
+        """Return the scores with their units."""
         return (
             f"{self.nats_per_token:.4f} nats/token, perplexity {self.perplexity:.2f}, "
             f"{self.bits_per_byte:.4f} bits/byte"
@@ -66,19 +66,19 @@ class Evaluation:
 
 
 class Scores(NamedTuple):
-    """What a model makes of one batch."""
+    """Scores of a model on one batch."""
 
     batch: Batch
     nats: jax.Array
-    """float32 [R, T]: -log p of every prediction; 0 where there is none."""
+    """float32 [B, T]: -log p of every prediction; 0 where there is none."""
     total: jax.Array
-    """Their sum."""
+    """Sum of `nats`."""
 
 
 class Evaluator:
     """Scores splits with one model structure; compiles once per batch shape.
 
-    On a mesh, the devices share rows and time as in training; the parameters lie as there.
+    On a mesh, batches and parameters are sharded as in training.
     """
 
     def __init__(self, config: Config, pad_id: int, mesh: Mesh | None = None):
@@ -125,9 +125,9 @@ class Evaluator:
         )
         self._abstract_state = abstract_state
 
-    def _zero_state(self, rows: int) -> ModelState:
+    def _zero_state(self, batch_size: int) -> ModelState:
         def zeros() -> ModelState:
-            shapes = self._abstract_state(rows)
+            shapes = self._abstract_state(batch_size)
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         return jax.jit(zeros, out_shardings=self._state_shardings)()
@@ -140,23 +140,23 @@ class Evaluator:
         reset_every: int = 0,
         windows: Windows | None = None,
     ) -> Iterator[Scores]:
-        """Scores every prediction of the split once, or `limit_tokens` of them, always the same.
+        """Score every prediction of the split once, or `limit_tokens` of them, always the same.
 
         Args:
           params: the model's parameters.
-          split: what to score.
+          split: the text to score.
           limit_tokens: 0 scores all of it.
-          reset_every: above 0, the state is cleared after every so many tokens of a document.
-          windows: given, documents are read by these windows, each from a zero state.
+          reset_every: above 0, the state is reset every N tokens of a document.
+          windows: if given, documents are read in these contexts, each from a zero state.
 
         Raises:
-          UserError: the split holds nothing to predict, or the windows would leave tokens out.
+          UserError: the split holds nothing to predict, or the contexts would leave tokens out.
         """
         if windows is None:
             batches, _ = evaluation_batches(
                 split,
                 BATCH_TOKENS,
-                MAX_ROWS,
+                MAX_BATCH_SIZE,
                 self._pad_id,
                 limit_tokens,
                 reset_every,
@@ -168,11 +168,11 @@ class Evaluator:
             )
         carried = None
         for batch in batches:
-            rows = len(batch.reset)
-            carried = self._zero_state(rows) if carried is None else carried
+            batch_size = len(batch.reset)
+            carried = self._zero_state(batch_size) if carried is None else carried
             placed = batch
             if self._batch_shardings is not None:
-                placed = global_arrays_from_local(batch, self._batch_shardings, 0, rows)
+                placed = global_arrays_from_local(batch, self._batch_shardings, 0, batch_size)
             nats, total, carried = self._score(params, placed, carried)
             yield Scores(batch, nats, total)
 
@@ -184,20 +184,20 @@ class Evaluator:
         reset_every: int = 0,
         windows: Windows | None = None,
     ) -> Evaluation:
-        """The mean over what `scores` yields, with its arguments and errors."""
+        """Return the mean over `scores`, with its arguments and errors."""
         nats: list[float] = []
         predictions = 0
         newest: jax.Array | None = None
         for scores in self.scores(params, split, limit_tokens, reset_every, windows):
-            # Two at a time: with dozens in flight, XLA's CPU backend can run out of threads while
-            # all of them wait for another process.
+            # At most two batches in flight: with dozens, XLA's CPU backend can run out of threads
+            # while all of them wait for another process.
             if newest is not None:
                 nats.append(float(newest))
             newest = scores.total
             predictions += int(np.sum(scores.batch.loss_mask))
         if newest is not None:
             nats.append(float(newest))
-        # Summed in float64 on the host: the order and the size of the parts do not matter.
+        # Summed in float64 on the host, so that the size of the batches does not matter.
         nats_per_token = float(np.sum(np.asarray(nats, np.float64))) / predictions
         tokens_per_byte = split.num_predictions / max(split.num_bytes, 1)
         return Evaluation(

@@ -1,45 +1,41 @@
-"""Turns SIGTERM and SIGINT into a request that the loop reads between steps."""
+"""SIGTERM and SIGINT as a request that the training loop reads between steps."""
 
+import contextlib
 import signal
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import jax
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-class Interruption:
-    """While entered, the first signal sets `requested`; a second one acts as it always does.
 
-    One of several processes leaves signals to JAX's preemption service (`agreement.StopVote`).
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[Callable[[], str | None]]:
+    """Turn the first signal into a request; a second one acts as it did before.
+
+    With several processes, JAX's preemption service handles signals (`PreemptionSync`).
+
+    Yields:
+      A function that returns the name of the signal that came, or None.
     """
+    received: list[str] = []
+    previous: dict[int, Any] = {}
 
-    signals = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.requested: str | None = None
-        """Name of the signal that came, or None."""
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interruption":
-        if jax.distributed.is_initialized():
-            return self
-        for number in self.signals:
-            self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._restore()
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = signal.Signals(number).name
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
+    def restore() -> None:
+        for number, handler in previous.items():
             signal.signal(number, handler)
-        self._previous = {}
+
+    def request(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number).name)
+        restore()
+
+    if not jax.distributed.is_initialized():
+        previous |= {number: signal.getsignal(number) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, request)
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        restore()

@@ -2,70 +2,80 @@
 
 Every row of ``metrics.jsonl`` has ``step``, ``kind`` and ``wall_time`` (Unix time in seconds), and:
 
-- ``train``: ``loss`` (nats per token; the mean over all predictions since the row before, updates
-  that were skipped left out), ``gradient_norm`` (of this step, before clipping), ``learning_rate``,
+- ``train``: ``loss`` (nats per token; the mean over all predictions since the row before, skipped
+  updates left out), ``gradient_norm`` (of this step, before clipping), ``learning_rate``,
   ``tokens`` (predictions since step 0), ``seconds`` (of training since step 0, without evaluations,
   samples and saves), ``tokens_per_second``, ``skipped_updates`` and ``recompilations`` so far.
 - ``validation``: ``loss``, ``bits_per_byte``, ``predictions`` (number scored), ``tokens``,
   ``seconds``.
 - ``sample``: ``text``.
+
+The last value of a line is the CRC-32 of the row without it, as `json.dumps` formats it. Files of
+earlier versions have no checksums.
+
+    {"step": 20, "kind": "train", "loss": 3.1, ..., "crc32": "5f3a0c11"}
 """
 
+import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from absl import logging
 
 from simplernn_jax.errors import counted
-from simplernn_jax.files import open_file, replaced_file
-from simplernn_jax.training.append_only import AppendOnlyFile, move_aside
-from simplernn_jax.training.metrics_lines import Row, encode, rows_of
+from simplernn_jax.files import check_output, open_file, replaced_file
 from simplernn_jax.training.tensorboard import EventLog
 
 FILE_NAME = "metrics.jsonl"
 DAMAGED = ".damaged"
 """Suffix of the file that gets the damaged lines of a log."""
 
+LONGEST_LINE = 1 << 24
+"""Bytes: 16 MiB."""
+
 MOST_DAMAGED_BYTES = 1 << 26
+
+Row = dict[str, Any]
 
 
 class MetricsWriter:
     """Appends to ``metrics.jsonl`` and to TensorBoard files under ``tensorboard``.
 
-    A resumed run first drops what an interrupted one wrote after its last checkpoint, so that
-    every step stands there once. What a finished run measures again is not written twice.
+    A resumed run first drops rows of steps after its checkpoint, so that every step has one row.
+    A row that a finished run measures again is not written twice.
 
-    Neither file ever stops a run: damaged lines go to ``metrics.jsonl.damaged``, what is no
-    readable file is renamed, and a failure to write is a warning.
+    Neither file ever stops a run: damaged lines go to ``metrics.jsonl.damaged``, anything that is
+    no readable file is renamed, and a failure to write is a warning.
     """
 
     def __init__(self, workdir: str, first_step: int):
         """Open the files of `workdir`; rows of steps after `first_step` are dropped."""
         self.seconds = 0.0
-        """Of training, up to the last row that is kept."""
+        """Training time up to the last row that is kept."""
         self._first_step = first_step
         self._known: set[str] = set()
         """Kinds of the rows of `first_step`."""
         path = os.path.join(workdir, FILE_NAME)
-        self._file = AppendOnlyFile(path) if self._keep_rows(path) else None
+        self._file = _AppendOnlyFile(path) if self._keep_rows(path) else None
         self._events = EventLog(workdir, first_step)
 
     def _keep_rows(self, path: str) -> bool:
-        """Drop what does not stay; False if the file cannot be written to."""
+        """Drop later and damaged rows; False if the file cannot be written to."""
         if not os.path.lexists(path):
             return True
         try:
             file = open_file(path)
         except OSError as error:
             logging.warning("%s: %s; starting a new one", path, error.strerror or error)
-            return move_aside(path)
-        number, damaged = 0, AppendOnlyFile(path + DAMAGED, limit=MOST_DAMAGED_BYTES)
+            return _move_aside(path)
+        number, damaged = 0, _AppendOnlyFile(path + DAMAGED, limit=MOST_DAMAGED_BYTES)
         try:
             with file, replaced_file(path) as kept:
-                for line, row in rows_of(file):
+                for line, row in decode_lines(file):
                     if row is None:
                         number += 1
                         damaged.write(line.rstrip(b"\n") + b"\n")
@@ -94,7 +104,7 @@ class MetricsWriter:
         """Write one row: numbers go to TensorBoard as scalars, text as text.
 
         In the file, a number that is not finite is null: JSON has none such.
-        A row of this step and kind that an earlier run wrote stays instead.
+        A row of this step and kind from an earlier run is kept instead.
         """
         if step == self._first_step and kind in self._known:
             return
@@ -110,31 +120,127 @@ class MetricsWriter:
         self._events.close()
 
 
-class NoMetrics:
-    """Writes nothing: of several processes, only process 0 does."""
-
-    seconds = 0.0
-
-    def write(self, step: int, kind: str, **values: Any) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 def iterate_metrics(workdir: str) -> Iterator[Row]:
     """Yield the rows of ``metrics.jsonl``, damaged ones left out; none if it is not readable."""
+    path = os.path.join(workdir, FILE_NAME)
     try:
-        with open_file(os.path.join(workdir, FILE_NAME)) as file:
-            for _, row in rows_of(file):
-                if row is not None:
-                    yield row
+        with open_file(path) as file:
+            yield from (row for _, row in decode_lines(file) if row is not None)
     except FileNotFoundError:
         return
     except OSError as error:
-        logging.warning("%s: %s", os.path.join(workdir, FILE_NAME), error.strerror or error)
+        logging.warning("%s: %s", path, error.strerror or error)
 
 
 def read_metrics(workdir: str) -> list[Row]:
     """Return all rows of `iterate_metrics`."""
     return list(iterate_metrics(workdir))
+
+
+def encode(row: Row) -> bytes:
+    """Return the line of a row; numbers that are not finite become null, as JSON has none."""
+    values = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+    return json.dumps(values | {"crc32": _checksum(values)}, allow_nan=False).encode() + b"\n"
+
+
+def decode_lines(file: BinaryIO) -> Iterator[tuple[bytes, Row | None]]:
+    """Yield each line that is not blank with its row, or None where it is damaged.
+
+    At most one line is in memory; of one that is longer than `LONGEST_LINE`, the beginning.
+    """
+    checked = False
+    while line := file.readline(LONGEST_LINE):
+        rest = line
+        while len(rest) == LONGEST_LINE and not rest.endswith(b"\n"):
+            rest = file.readline(LONGEST_LINE)
+        if len(line) < LONGEST_LINE and not line.strip():
+            continue
+        row = _decode(line)
+        has_checksum = row is not None and row.pop("crc32", None) is not None
+        if checked and not has_checksum:
+            row = None  # lines of an earlier version come before those with a checksum
+        checked = checked or has_checksum
+        yield line, row
+
+
+def _decode(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not all(map(_is_value, row.values())):
+        return None
+    step = row.get("step")
+    if type(step) is not int or step < 0 or not isinstance(row.get("kind"), str):
+        return None
+    if isinstance(row.get("loss"), str):
+        return None
+    body = {name: value for name, value in row.items() if name != "crc32"}
+    return row if row.get("crc32") in (None, _checksum(body)) else None
+
+
+def _is_value(value: Any) -> bool:
+    if type(value) is int:
+        return abs(value) < 2**63
+    return value is None or type(value) in (float, str)
+
+
+def _checksum(row: Row) -> str:
+    return f"{zlib.crc32(json.dumps(row).encode()):08x}"
+
+
+class _AppendOnlyFile:
+    """Regular file that whole lines are appended to; a failure is one warning, never an exception.
+
+    Opened by the first write. After a failed write the next ones try again, each on a new line.
+    """
+
+    def __init__(self, path: str, limit: int | None = None) -> None:
+        """Name the file; it grows to at most `limit` bytes, and lines beyond are dropped."""
+        self._path = path
+        self._limit = limit
+        self._descriptor: int | None = None
+        self._failed = False
+
+    def write(self, line: bytes) -> None:
+        """Append a line, which ends in a newline."""
+        try:
+            if self._descriptor is None:
+                check_output(self._path)
+                # Without O_NONBLOCK, a fifo that has just come there would block.
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+                self._descriptor = os.open(self._path, flags, 0o666)
+            size = os.fstat(self._descriptor).st_size
+            if self._limit is not None and size + len(line) > self._limit:
+                return
+            rest = memoryview(b"\n" + line if self._failed else line)
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError as error:
+            if not self._failed:
+                logging.warning("%s: %s; lines are lost", self._path, error.strerror or error)
+            self._failed = True
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _move_aside(path: str) -> bool:
+    """Rename `path` to a free name beside it; a failure is a warning and False."""
+    number, target = 1, f"{path}.unusable"
+    while os.path.lexists(target):
+        number += 1
+        target = f"{path}.unusable-{number}"
+    try:
+        os.rename(path, target)
+    except OSError as error:
+        logging.warning("%s: cannot be moved away: %s", path, error.strerror or error)
+        return False
+    logging.warning("%s: moved to %s", path, target)
+    return True

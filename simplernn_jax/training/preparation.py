@@ -1,4 +1,4 @@
-"""What is settled before anything is compiled: data, sizes, and whether a run can go on."""
+"""Checks before anything is compiled: data, sizes, and whether a run can be resumed."""
 
 import dataclasses
 import math
@@ -24,21 +24,21 @@ from simplernn_jax.sharding.agreement import (
 )
 
 LONGEST_DEFAULT_PROMPT = 40
-"""Characters of a prompt that is taken from the text."""
+"""Characters."""
 
-_TOKENS_TO_A_LINE = 4096
+_TOKENS_SEARCHED = 4096
 
 
 def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
-    """The configuration as the checkpoints keep it, and the tokenized corpus.
+    """Return the configuration as checkpoints store it, and the tokenized corpus.
 
-    The model has as many ids as the tokenizer at least, and ``cache_dir`` is absolute. Of several
-    processes, process 0 tokenizes first: the others find its tokens, or, where ``cache_dir`` is on
-    a disk of their own, make the same ones there.
+    The model's vocabulary is at least the tokenizer's, and ``cache_dir`` is absolute. Of several
+    processes, process 0 tokenizes first: the others find its tokens, or make the same ones where
+    ``cache_dir`` is on a local disk.
 
     Raises:
       UserError: the data is unusable, `workdir` holds a run of another model or other batches, or
-        it, the configuration or the text are not the same for all processes.
+        the processes differ in `workdir`, configuration or text.
     """
     check_shared(workdir)
     another = "another configuration than process 0: start all with the same command"
@@ -60,10 +60,10 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
         exclude=(workdir,),
     )
     prompt = _sample_prompt(config.train, corpus)
-    rows = max(config.model.vocab_size, corpus.tokenizer.vocab_size)
+    vocab_size = max(config.model.vocab_size, corpus.tokenizer.vocab_size)
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, vocab_size=rows),
+        model=dataclasses.replace(config.model, vocab_size=vocab_size),
         # Absolute, so that the checkpoint's copy names the same folder wherever it is read.
         data=dataclasses.replace(config.data, cache_dir=_absolute(config.data.cache_dir)),
         train=dataclasses.replace(config.train, sample_prompt=prompt),
@@ -75,23 +75,23 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
 
 
 def tokens_folder(config: Config, workdir: str) -> str:
-    """Where the tokenized corpora of a run lie."""
+    """Return the folder of the tokenized corpora of a run."""
     return _absolute(config.data.cache_dir) or os.path.join(workdir, "tokens")
 
 
 def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") -> TokenizedCorpus:
-    """The tokenized corpus that a run was trained on, found by its content.
+    """Find the tokenized corpus that a run was trained on, by its content.
 
     A checkpoint may be somebody else's: the paths in its configuration are never opened.
 
     Args:
       workdir: folder of a training run.
-      cache_dir: where the tokens lie; empty: in ``tokens`` under `workdir`.
-      source: text to make them from again if they are not there or damaged; empty: nothing is read.
+      cache_dir: folder of the tokens; empty: ``tokens`` under `workdir`.
+      source: text to tokenize again if the tokens are missing or damaged; empty: none.
 
     Raises:
-      UserError: `workdir` has no whole checkpoint, or the tokens are not there and `source` is
-        not given, unusable or another text.
+      UserError: `workdir` has no valid checkpoint, or the tokens are missing and `source` is
+        empty, unusable or another text.
     """
     config, tokenizer_json, step = read_config(workdir)
     path = CheckpointFolder(workdir).step_path(step)
@@ -133,21 +133,21 @@ _SCHEDULE = (
     ("optimizer", "warmup_steps"),
     ("optimizer", "final_learning_rate"),
 )
-"""Fields that change the learning rate of steps to come."""
+"""Fields that change the learning rate of later steps."""
 
-_HARMLESS = (("data", "cache_dir"),)
-"""Fields that say where things lie."""
+_PATHS = (("data", "cache_dir"),)
+"""Fields without an effect on training."""
 
 
 def changed_fields(ours: Config, theirs: Config) -> list[str]:
-    """One line for each field in which a resumed run (`ours`) differs from its checkpoint."""
+    """Return a line for each field of a resumed run (`ours`) that differs from its checkpoint."""
     lines = []
     for section in dataclasses.fields(ours):
         mine, saved = getattr(ours, section.name), getattr(theirs, section.name)
         for field in dataclasses.fields(mine):
             now, before = getattr(mine, field.name), getattr(saved, field.name)
             place = (section.name, field.name)
-            if now == before or place in _HARMLESS:
+            if now == before or place in _PATHS:
                 continue
             note = "; this rescales the learning rate schedule" if place in _SCHEDULE else ""
             lines.append(f"--config.{'.'.join(place)}: changed from {before!r} to {now!r}{note}")
@@ -155,7 +155,7 @@ def changed_fields(ours: Config, theirs: Config) -> list[str]:
 
 
 def total_steps(config: Config, corpus: TokenizedCorpus) -> int:
-    """Optimizer steps of the whole run.
+    """Return the number of optimizer steps of the whole run.
 
     Raises:
       UserError: more than a counter of 32 bits can hold.
@@ -175,9 +175,9 @@ def _absolute(folder: str) -> str:
 
 
 def _sample_prompt(config: TrainConfig, corpus: TokenizedCorpus) -> str:
-    """Return the prompt, or, for a default one that the tokenizer does not know, a line of text.
+    """Return the prompt, or a line of text if the tokenizer cannot encode the default one.
 
-    Refuses at once what would otherwise stop the run at its first sample.
+    A prompt of the user's that it cannot encode is refused now, not at the first sample.
     """
     prompt = config.sample_prompt
     if not config.sample_every:
@@ -200,16 +200,16 @@ def _sample_prompt(config: TrainConfig, corpus: TokenizedCorpus) -> str:
 
 
 def _first_line(split: TokenSplit, tokenizer: Tokenizer) -> str:
-    """Return the beginning of the first line that is not blank; "" if there is none nearby."""
-    text = tokenizer.decode(split.tokens[:_TOKENS_TO_A_LINE])
+    """Return the beginning of the first nonblank line; "" if the first tokens hold none."""
+    text = tokenizer.decode(split.tokens[:_TOKENS_SEARCHED])
     lines = [line.strip() for line in text.splitlines()]
     return next(filter(None, lines), "")[:LONGEST_DEFAULT_PROMPT]
 
 
 def _saved_run(workdir: str) -> tuple[Config, str] | None:
-    """Configuration and tokenizer of the newest checkpoint, if there is one.
+    """Return configuration and tokenizer of the newest checkpoint; None if there is none.
 
-    Its arrays are verified where they are restored; if that falls back to an earlier checkpoint,
+    Its arrays are verified when they are restored; if that falls back to an earlier checkpoint,
     it has the same model, batches and tokenizer.
     """
     folder = CheckpointFolder(workdir)
@@ -221,15 +221,15 @@ def _check_same_optimizer(ours: Config, theirs: Config) -> None:
     if ours.optimizer.name != theirs.optimizer.name:
         raise UserError(
             f"the checkpoint was trained with --config.optimizer.name={theirs.optimizer.name}, and "
-            f"{ours.optimizer.name} cannot go on from its state; use the same one, or another "
+            f"{ours.optimizer.name} cannot resume from its state; use the same one, or another "
             "--workdir"
         )
 
 
 def _check_same_batches(ours: Config, theirs: Config) -> None:
-    """A position in the data means something only for the same batches.
+    """Refuse other batches, for which the saved position in the data is meaningless.
 
-    Where the text lies does not matter: whether it is the same is settled by its content.
+    The path of the text may differ: its content is compared instead.
     """
     data = dataclasses.replace(
         ours.data, cache_dir=theirs.data.cache_dir, source=theirs.data.source

@@ -1,57 +1,57 @@
-"""Records some steps of a run for the profiler of TensorBoard."""
+"""Profiles of some steps of a run, for TensorBoard."""
 
 import os
 from collections.abc import Callable
-from types import TracebackType
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 
 FIRST = 2
-"""Steps of this process before the recording: the first compiles, the second warms up."""
+"""Steps of this process before the profile: the first compiles, the second warms up."""
 
 
 class Profile:
-    """While entered, records `steps` steps from the third one of this process on; 0 is none.
+    """Profile of `steps` steps, from the third one of this process on; 0 is none.
 
-    The trace goes to ``tensorboard`` under `workdir`, beside the metrics. It is whole however the
-    run ends; a line tells where it is, or that the run was too short for one.
+    The trace goes to ``tensorboard`` under `workdir`, beside the metrics. It is complete however
+    the run ends; a line says where it is, or that the run was too short for one.
+    `paused` makes a context manager in which starting and writing the trace take no training time.
     """
 
-    def __init__(self, workdir: str, steps: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        workdir: str,
+        steps: int,
+        say: Callable[[str], None],
+        paused: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
         self._folder = os.path.join(workdir, "tensorboard")
         self._steps = steps
         self._say = say
+        self._paused = paused
         self._recording = False
         self._taken = 0
 
     def __enter__(self) -> "Profile":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._recording:
             self._stop()
         elif self._steps > 0 and self._taken <= FIRST:
             self._say("no profile: the run ended before its third step")
 
-    def is_due(self) -> bool:
-        """Whether the recording starts or ends before the next step."""
-        return self._steps > 0 and self._taken in (FIRST, FIRST + self._steps)
-
-    def start_or_stop(self) -> None:
-        """Does what is due."""
-        if self._recording:
-            self._stop()
-        else:
-            jax.profiler.start_trace(self._folder)
-            self._recording = True
-
-    def step(self, number: int) -> jax.profiler.StepTraceAnnotation:
-        """Marks step `number`, which is taken inside the ``with`` block."""
+    def step(self, number: int, state: Any) -> jax.profiler.StepTraceAnnotation:
+        """Mark step `number`, which is taken from `state` inside the ``with`` block."""
+        if self._steps > 0 and self._taken in (FIRST, FIRST + self._steps):
+            jax.block_until_ready(state)  # so that whole steps are recorded
+            with self._paused():
+                if self._recording:
+                    self._stop()
+                else:
+                    jax.profiler.start_trace(self._folder)
+                    self._recording = True
         self._taken += 1
         return jax.profiler.StepTraceAnnotation("train", step_num=number)
 

@@ -12,7 +12,7 @@ from absl import logging
 FOLDER = "tensorboard"
 
 FLUSH_SECONDS = 30.0
-"""Between two times that events are brought to the disk, which may take long."""
+"""Time between flushes to the disk, which may be slow."""
 
 
 class EventLog:
@@ -59,7 +59,7 @@ class EventLog:
             self._give_up(error)
 
     def close(self) -> None:
-        """Bring everything to the disk and close the file."""
+        """Flush and close the file."""
         if self._writer is None:
             return
         try:

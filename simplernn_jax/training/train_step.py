@@ -41,7 +41,7 @@ from simplernn_jax.training.placement import (
         "rng",
         "carried",
         "skipped_updates",
-        "skipped_in_a_row",
+        "consecutive_skips",
     ],
     meta_fields=[],
 )
@@ -59,8 +59,8 @@ class TrainState:
     """The recurrent state carried between stream batches; () in other modes."""
     skipped_updates: jax.Array
     """Updates skipped because a loss or gradient was not finite; int32."""
-    skipped_in_a_row: jax.Array
-    """Consecutive updates skipped, up to now; int32."""
+    consecutive_skips: jax.Array
+    """Skipped updates since the last applied one; int32."""
 
 
 class StepMetrics(NamedTuple):
@@ -72,7 +72,7 @@ class StepMetrics(NamedTuple):
     """Global norm before clipping."""
     predictions: jax.Array
     skipped_updates: jax.Array
-    skipped_in_a_row: jax.Array
+    consecutive_skips: jax.Array
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -91,7 +91,7 @@ def init_train_state(config: Config, optimizer: optax.GradientTransformation) ->
         rng=jax.random.key_data(dropout_key),
         carried=model.initial_state(rows) if config.data.mode == "stream" else (),
         skipped_updates=jnp.zeros((), jnp.int32),
-        skipped_in_a_row=jnp.zeros((), jnp.int32),
+        consecutive_skips=jnp.zeros((), jnp.int32),
     )
 
 
@@ -173,14 +173,14 @@ def make_train_step(
             rng=state.rng,
             carried=new_carried,
             skipped_updates=state.skipped_updates + skipped,
-            skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+            consecutive_skips=(state.consecutive_skips + 1) * skipped,
         )
         return new_state, StepMetrics(
             loss=loss,
             gradient_norm=norm,
             predictions=predictions,
             skipped_updates=new_state.skipped_updates,
-            skipped_in_a_row=new_state.skipped_in_a_row,
+            consecutive_skips=new_state.consecutive_skips,
         )
 
     return jax.jit(train_step, donate_argnums=0, **options)

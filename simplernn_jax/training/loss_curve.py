@@ -1,36 +1,28 @@
-"""What a finished run leaves for a person: the loss curve as a picture and a short summary."""
+"""The loss curve of a run as a picture."""
 
 import io
 import math
 import os
 from typing import Any
 
-import jax
 from absl import logging
-from flax import nnx
 
-from simplernn_jax.config import ModelConfig
-from simplernn_jax.errors import counted, one_line
+from simplernn_jax.errors import one_line
 from simplernn_jax.files import write_file
-from simplernn_jax.training.clock import Clock
-from simplernn_jax.training.display import clock as clock_time
-from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.metrics import iterate_metrics
-from simplernn_jax.training.recompilation import CountedCalls
-from simplernn_jax.training.train_step import TrainState
 
 FILE_NAME = "loss_curve.png"
+
+LONGEST_TITLE = 75
 
 HEADROOM = 0.35
 """Space above the losses after the beginning, as a share of their range."""
 
-LONGEST_TITLE = 75
-
 MARGIN = 0.08
-"""Likewise, below all of them, and above where none is higher."""
+"""Space below all losses, and above where none is higher, as a share of their range."""
 
 BEGINNING = 0.1
-"""Share of the steps whose losses may lie above the picture."""
+"""Share of the steps whose losses may be above the picture."""
 
 Series = tuple[list[int], list[float]]
 """Steps and losses; a loss that was not finite is NaN, a gap in the curve."""
@@ -43,8 +35,8 @@ def plot_loss(workdir: str, model: str) -> str:
     marked with its value.
 
     Args:
-      workdir: of the run.
-      model: what it trains, for the title beside the name of `workdir`.
+      workdir: folder of the run.
+      model: description of its model, for the title beside the name of `workdir`.
 
     Returns:
       The picture's path, or why there is none.
@@ -60,7 +52,7 @@ def plot_loss(workdir: str, model: str) -> str:
             steps.append(row["step"])
             losses.append(math.nan if row["loss"] is None else row["loss"])
     train, validation = curves["train"], curves["validation"]
-    # Large type: at half the size, as in a list of files, it is still read.
+    # Large type stays readable at half the size, as in a list of files.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -97,50 +89,20 @@ def plot_loss(workdir: str, model: str) -> str:
 def _mark_best(axes: Any, validation: Series) -> None:
     step, loss = min(zip(*validation, strict=True), key=lambda pair: (math.isnan(pair[1]), pair[1]))
     if not math.isnan(loss):
-        # Its value is in the legend: beside the point it would cover a curve.
+        # The value is in the legend: beside the point it would cover a curve.
         ring = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "color": "black"}
         axes.plot(step, loss, linestyle="none", label=f"best {loss:.3f} at step {step:,}", **ring)
 
 
 def _loss_limits(train: Series, validation: Series) -> tuple[float, float] | None:
-    """Return the loss axis: it shows all losses but high ones of the beginning."""
-    newest = max([0, *train[0], *validation[0]])
+    """Return a loss axis that shows all losses but high ones of the beginning."""
     points = [*zip(*train, strict=True), *zip(*validation, strict=True)]
+    newest = max((step for step, _ in points), default=0)
     points = [(step, loss) for step, loss in points if math.isfinite(loss)]
     if not points:
         return None
-    later = [loss for step, loss in points if step >= BEGINNING * newest]
-    shown = later or [loss for _, loss in points]
-    low, high = min(loss for _, loss in points), max(shown)
+    losses = [loss for _, loss in points]
+    low = min(losses)
+    high = max([loss for step, loss in points if step >= BEGINNING * newest] or losses)
     size = max(high - low, 0.02 * abs(high), 1e-3)
-    highest = max(loss for _, loss in points)
-    return low - MARGIN * size, min(high + HEADROOM * size, highest + MARGIN * size)
-
-
-def describe_model(config: ModelConfig, params: nnx.State) -> str:
-    """Return kind and size of a model in words."""
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return f"{config.block} model of {config.mixer}, {counted(parameters, 'parameter')}"
-
-
-def facts_of(
-    state: TrainState, clock: Clock, train_step: CountedCalls, evaluation: Evaluation | None
-) -> dict[str, str]:
-    """Return what a run says of itself at its end, for `summary`."""
-    speed = clock.tokens_per_second
-    validation = {} if evaluation is None else {"validation": str(evaluation)}
-    return {
-        "steps": f"{int(state.step):,}",
-        "training time": f"{clock_time(clock.seconds)}, of which {clock.first:.1f} s for the "
-        "first step (compilation)",
-        "speed": f"{speed:,.0f} tokens/s" if speed else "not known from one step",
-        "skipped updates": f"{int(state.skipped_updates)}",
-        "recompilations": f"{train_step.recompilations}",
-        **validation,
-    }
-
-
-def summary(facts: dict[str, str]) -> str:
-    """Aligned lines ``name  value``."""
-    width = max(map(len, facts))
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in facts.items())
+    return low - MARGIN * size, min(high + HEADROOM * size, max(losses) + MARGIN * size)

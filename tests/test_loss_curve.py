@@ -1,4 +1,4 @@
-"""The picture and the summary at the end of a run."""
+"""The loss curve at the end of a run."""
 
 import math
 import os
@@ -8,8 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from simplernn_jax.training.loss_curve import plot_loss
 from simplernn_jax.training.metrics import MetricsWriter
-from simplernn_jax.training.report import plot_loss, summary
 
 
 def picture(workdir, model="a model", **rows):
@@ -84,9 +84,3 @@ def test_a_picture_that_cannot_be_written_stops_nothing(tmp_path, caplog):
     os.mkfifo(tmp_path / "loss_curve.png")
     assert plot_loss(str(tmp_path), "a model") == "not drawn: not a regular file"
     assert "the loss curve is not drawn" in caplog.text
-
-
-def test_summary_is_aligned():
-    assert summary({"steps": "40", "loss curve": "a.png"}) == (
-        "  steps       40\n  loss curve  a.png"
-    )

@@ -1,0 +1,85 @@
+"""Actions of a run every N steps: evaluate, sample and save."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flax import nnx
+
+from simplernn_jax.inference import generate_text
+from simplernn_jax.sharding.agreement import barrier, is_coordinator
+from simplernn_jax.sharding.global_arrays import local_copy
+from simplernn_jax.sharding.layer_layout import in_layout_of
+from simplernn_jax.training.evaluate import Evaluation, Evaluator
+from simplernn_jax.training.gradient import abstract_model
+from simplernn_jax.training.reporter import Reporter
+from simplernn_jax.training.run import Run
+
+SAMPLE_TEMPERATURE = 0.8
+
+
+class PeriodicAction(NamedTuple):
+    """An action on the state after every N-th step but the last."""
+
+    act: Callable[[], object]
+    every: int
+    """N; 0 is never."""
+
+    def is_due(self, run: Run) -> bool:
+        """Whether to act after the step that `run` has just taken."""
+        return self.every > 0 and run.step % self.every == 0 and run.step < run.total_steps
+
+
+class Validation:
+    """Evaluation on the validation split."""
+
+    def __init__(self, run: Run, reporter: Reporter) -> None:
+        self._run = run
+        self._reporter = reporter
+        self._evaluator = Evaluator(run.config, run.corpus.tokenizer.pad_id, run.mesh)
+
+    def evaluate(self) -> None:
+        """Evaluate ``eval_tokens`` tokens and decide on early stopping."""
+        result = self.report(self._run.config.train.eval_tokens)
+        if result is not None:
+            self._run.history.add(self._run.step, result)
+            self._run.stopped_early = self._run.has_stopped_improving()
+
+    def report(self, limit_tokens: int) -> Evaluation | None:
+        """Evaluate the current state, and report a result that was not reported before."""
+        run, result = self._run, self.measure(limit_tokens)
+        reported = run.history.last_step, run.history.predictions
+        if result is not None and reported != (run.step, result.predictions):
+            self._reporter.validation(result)
+        return result
+
+    def measure(self, limit_tokens: int) -> Evaluation | None:
+        """Evaluate the current state, unless that was done on the same tokens."""
+        run, split = self._run, self._run.corpus.validation
+        if split is None:
+            return None
+        predictions = min(limit_tokens or split.num_predictions, split.num_predictions)
+        if run.latest_evaluation is not None:
+            step, result = run.latest_evaluation
+            if (step, result.predictions) == (run.step, predictions):
+                return result
+        result = self._evaluator(run.state.params, split, limit_tokens)
+        run.latest_evaluation = run.step, result
+        return result
+
+
+def sample(run: Run, reporter: Reporter) -> None:
+    """Continue the prompt of the configuration with the current model, on the coordinator."""
+    params = local_copy(run.state.params)
+    if is_coordinator():
+        train = run.config.train
+        graph, abstract = abstract_model(run.config)
+        (text,) = generate_text(
+            nnx.merge(graph, in_layout_of(abstract, params)),
+            run.corpus.tokenizer,
+            train.sample_prompt,
+            max_new_tokens=train.sample_tokens,
+            temperature=SAMPLE_TEMPERATURE,
+            seed=train.seed,
+        )
+        reporter.sample(train.sample_prompt + text)
+    barrier("a sample is written")

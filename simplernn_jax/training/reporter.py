@@ -1,0 +1,144 @@
+"""Terminal output and metrics of a run: steps, evaluations, samples and a summary."""
+
+from typing import Any
+
+import jax
+
+from simplernn_jax.errors import counted
+from simplernn_jax.sharding.agreement import is_coordinator
+from simplernn_jax.sharding.mesh import describe
+from simplernn_jax.sharding.pipeline import describe_stages
+from simplernn_jax.training.display import Display, format_duration
+from simplernn_jax.training.evaluate import Evaluation
+from simplernn_jax.training.loss_curve import plot_loss
+from simplernn_jax.training.metrics import MetricsWriter
+from simplernn_jax.training.optimizer import learning_rate_schedule
+from simplernn_jax.training.run import Run
+from simplernn_jax.training.step_statistics import RecompilationCounter, StepTimer
+
+
+class Reporter:
+    """Prints lines and writes metrics about a run.
+
+    Args:
+      run: the run.
+      metrics: files for its metrics; None in processes that are not the coordinator.
+      display: terminal output.
+      train_step: its compiled step, for the number of recompilations.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        metrics: MetricsWriter | None,
+        display: Display,
+        train_step: RecompilationCounter,
+    ) -> None:
+        self.say = display.say
+        self.timer = StepTimer(0.0 if metrics is None else metrics.seconds)
+        self._run = run
+        self._metrics = metrics
+        self._display = display
+        self._train_step = train_step
+        config = run.config
+        self._learning_rate = learning_rate_schedule(config.optimizer, run.total_steps)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
+        size = counted(parameters, "parameter")
+        self._model = f"{config.model.block} model of {config.model.mixer}, {size}"
+
+    def announce(self) -> None:
+        """Print model, devices, data and first step."""
+        run, config, corpus = self._run, self._run.config, self._run.corpus
+        self.say(
+            f"{self._model}, {config.model.precision}, on {describe(run.mesh)}; {corpus.summary}"
+        )
+        if corpus.warning:
+            self.say(f"warning: {corpus.warning}")
+        if config.mesh.stage > 1:
+            length = config.train.backward_window or config.data.sequence_length
+            self.say(describe_stages(length, config.mesh.stage))
+        if run.first_step:
+            self.say(f"resuming {run.workdir} at step {run.first_step} of {run.total_steps}")
+        for change in run.changes:
+            self.say(change)
+        if run.first_step >= run.total_steps:
+            self.say("all steps are done; raise --config.train.steps or epochs to train more")
+        elif run.stopped_early:
+            self.say(run.history.reason())
+
+    def step(self, step: int, metrics: Any) -> None:
+        """Report a step; `metrics` are `StepMetrics` of Python numbers."""
+        timer, totals, total_steps = self.timer, self._run.totals, self._run.total_steps
+        left = (total_steps - step) * timer.seconds_per_step
+        self._display.update(step, metrics.loss, timer.tokens_per_second, left)
+        every = self._run.config.train.log_every
+        if every and (step % every == 0 or step == total_steps):
+            self._write(
+                step,
+                "train",
+                loss=totals.take_mean_loss(),
+                gradient_norm=metrics.gradient_norm,
+                # A skipped update does not advance the counter of the schedule.
+                learning_rate=float(self._learning_rate(step - 1 - metrics.skipped_updates)),
+                tokens=totals.tokens,
+                seconds=timer.total_seconds,
+                tokens_per_second=timer.tokens_per_second,
+                skipped_updates=metrics.skipped_updates,
+                recompilations=self._train_step.recompilations,
+            )
+        if metrics.consecutive_skips:
+            self.say(f"step {step}: loss or gradient not finite, update skipped")
+
+    def validation(self, result: Evaluation) -> None:
+        """Report an evaluation of the current state."""
+        step = self._run.step
+        self._write(
+            step,
+            "validation",
+            loss=result.nats_per_token,
+            bits_per_byte=result.bits_per_byte,
+            predictions=result.predictions,
+            tokens=self._run.totals.tokens,
+            seconds=self.timer.total_seconds,
+        )
+        self.say(f"step {step}: validation {result}")
+
+    def sample(self, text: str) -> None:
+        """Report a sample from the current state."""
+        self._write(self._run.step, "sample", text=text)
+        self.say(f"step {self._run.step}: sample: {text}")
+
+    def summarize(self, evaluation: Evaluation | None, comparable: Evaluation | None) -> None:
+        """Print the summary of a run that has ended, and draw its loss curve.
+
+        Args:
+          evaluation: of the whole validation split.
+          comparable: of the tokens that were evaluated during training.
+        """
+        run, timer, workdir = self._run, self.timer, self._run.workdir
+        speed = timer.tokens_per_second
+        lines = {
+            "steps": f"{run.step:,}",
+            "training time": f"{format_duration(timer.seconds)}, of which {timer.first:.1f} s for "
+            "the first step (compilation)",
+            "speed": f"{speed:,.0f} tokens/s" if speed else "not known from one step",
+            "skipped updates": f"{int(run.state.skipped_updates)}",
+            "recompilations": f"{self._train_step.recompilations}",
+        }
+        if evaluation is not None:
+            lines["validation"] = str(evaluation)
+        lines |= run.history.summary(run.step, comparable, workdir, stopped_early=run.stopped_early)
+        if is_coordinator():
+            lines["loss curve"] = plot_loss(workdir, self._model)
+        lines["sample from it"] = f"python scripts/sample.py --workdir {workdir} --prompt TEXT"
+        self.say("done\n" + align(lines))
+
+    def _write(self, step: int, kind: str, **values: Any) -> None:
+        if self._metrics is not None:
+            self._metrics.write(step, kind, **values)
+
+
+def align(values: dict[str, str]) -> str:
+    """Return aligned lines ``name  value``."""
+    width = max(map(len, values))
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in values.items())

@@ -1,0 +1,152 @@
+"""A training run: its data, its state and its checkpoints."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from simplernn_jax import config as config_lib
+from simplernn_jax.checkpoint.checkpointer import Checkpointer
+from simplernn_jax.checkpoint.file_layout import FileLayout
+from simplernn_jax.checkpoint.folder import check_workdir
+from simplernn_jax.config import Config
+from simplernn_jax.data.batches import Batch, make_batches
+from simplernn_jax.errors import UserError
+from simplernn_jax.mesh_axes import BATCH_AXES
+from simplernn_jax.sharding.agreement import broadcast_from_coordinator
+from simplernn_jax.sharding.global_arrays import global_arrays_from_local, process_slice
+from simplernn_jax.sharding.mesh import check_fits, make_mesh
+from simplernn_jax.training.early_stopping import ValidationHistory
+from simplernn_jax.training.evaluate import Evaluation
+from simplernn_jax.training.memory_check import check_memory
+from simplernn_jax.training.optimizer import make_optimizer
+from simplernn_jax.training.placement import batch_shardings
+from simplernn_jax.training.preparation import changed_fields, prepare, total_steps
+from simplernn_jax.training.step_statistics import LossTotals
+from simplernn_jax.training.train_step import TrainState, init_train_state, state_shardings
+
+
+class Run:
+    """Everything that a run fixes before its first step, and everything that its steps change.
+
+    It starts from nothing or resumes from the newest valid checkpoint of its workdir. The last
+    save is complete when its ``with`` block has ended.
+
+    Args:
+      config: configuration of the run.
+      workdir: its folder, made if missing.
+
+    Raises:
+      UserError: the data is unusable; the model does not fit the mesh or its memory; the
+        checkpoint is of another model or other data; another process trains there.
+    """
+
+    def __init__(self, config: Config, workdir: str) -> None:
+        config_lib.validate(config)
+        check_workdir(workdir)
+        self.workdir = os.path.abspath(workdir)
+        os.makedirs(self.workdir, exist_ok=True)
+        self.mesh = make_mesh(config.mesh)
+        self.config, self.corpus = prepare(config, self.workdir)
+        check_fits(self.config, self.mesh)
+        self.total_steps = total_steps(self.config, self.corpus)
+        self.optimizer = make_optimizer(self.config.optimizer, self.total_steps, self.mesh)
+        check_memory(self.config, self.optimizer, self.mesh)
+        self._layout = FileLayout(self.config, self.optimizer, self.mesh)
+        self.totals, self.history = LossTotals(), ValidationHistory()
+        self.changes: list[str] = []
+        """Fields of the configuration that differ from the checkpoint's, one line each."""
+        self.latest_evaluation: tuple[int, Evaluation] | None = None
+        """The last evaluation in this process, and its step."""
+        self._checkpointer = Checkpointer(
+            self.workdir,
+            self.config,
+            self.corpus.tokenizer.to_json(),
+            keep_last=config.train.keep_last,
+            keep_best=config.train.keep_best,
+        )
+        try:
+            self.state, self._batches = self._start_or_resume()
+            self.position = self._batches.get_state()
+            """Position in the data of the batch of step ``step + 1``."""
+            self.step = self.first_step = int(self.state.step)
+            self.stopped_early = self.has_stopped_improving()
+        except BaseException:
+            self._checkpointer.close()
+            raise
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._checkpointer.close(failed=kind is not None)
+
+    def _start_or_resume(self) -> tuple[TrainState, Any]:
+        config, corpus = self.config, self.corpus
+        sharding = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+        self._local_sequences = process_slice(sharding, config.data.batch_size)
+        seed, pad_id = config.train.seed, corpus.tokenizer.pad_id
+        batches = make_batches(corpus.train, config.data, seed, pad_id, self._local_sequences)
+        restored = self._checkpointer.restore(self._layout.abstract, self._layout.shardings)
+        if restored is None:
+            shardings = state_shardings(config, self.optimizer, self.mesh)
+            init = jax.jit(
+                lambda: init_train_state(config, self.optimizer), out_shardings=shardings
+            )
+            return init(), batches
+        saved = restored.data_state
+        if saved["content_hash"] != corpus.content_hash:
+            raise UserError(
+                f"the text of {config.data.source!r} or its tokenizer is not what the run in "
+                f"{self.workdir} was trained on; give it the same text, or use another --workdir"
+            )
+        batches.set_state(saved["batches"])
+        # Earlier versions saved neither.
+        self.totals = LossTotals(**(saved.get("progress") or {"tokens": None}))
+        self.history = ValidationHistory(**(saved.get("evaluations") or {}))
+        self.changes = changed_fields(config, restored.config)
+        return self._layout.from_files(restored.state), batches
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no step is left."""
+        return self.step >= self.total_steps or self.stopped_early
+
+    def has_stopped_improving(self) -> bool:
+        """Whether to stop early; all processes follow the coordinator."""
+        patience = self.config.train.stop_after_worse
+        return patience > 0 and bool(
+            broadcast_from_coordinator(self.history.is_exhausted(patience))
+        )
+
+    def next_batch(self) -> Batch | None:
+        """Return the batch of step ``step + 1`` on the devices; None after the last step."""
+        self.position = self._batches.get_state()
+        if self.step >= self.total_steps:
+            return None
+        batch, shardings = next(self._batches), batch_shardings(self.mesh)
+        if shardings is None:
+            return jax.device_put(batch)
+        start, batch_size = self._local_sequences.start, self.config.data.batch_size
+        return global_arrays_from_local(batch, shardings, start, batch_size)
+
+    def save(self, *, wait: bool = False) -> None:
+        """Save a checkpoint, in the background unless `wait`.
+
+        Raises:
+          UserError: see `Checkpointer.save`.
+        """
+        data_state = {
+            "batches": self.position,
+            "content_hash": self.corpus.content_hash,
+            "progress": dataclasses.asdict(self.totals),
+            "evaluations": dataclasses.asdict(self.history),
+        }
+        metrics = None
+        if self.latest_evaluation is not None and self.latest_evaluation[0] == self.step:
+            result = self.latest_evaluation[1]
+            metrics = {"validation_loss": result.nats_per_token, "predictions": result.predictions}
+        state = self._layout.to_files(self.state)
+        self._checkpointer.save(self.step, state, data_state, metrics, wait=wait)

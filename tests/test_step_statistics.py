@@ -1,0 +1,104 @@
+"""Sums over steps, the timer and the count of recompilations."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simplernn_jax.training import step_statistics
+from simplernn_jax.training.step_statistics import LossTotals, RecompilationCounter, StepTimer
+
+
+def test_the_mean_loss_is_weighted_by_tokens_and_starts_anew():
+    totals = LossTotals()
+    totals.add(2.0, 30, skipped=False)
+    totals.add(5.0, 10, skipped=False)
+    resumed = LossTotals(**dataclasses.asdict(totals))
+    assert resumed.take_mean_loss() == totals.take_mean_loss() == (2.0 * 30 + 5.0 * 10) / 40
+    totals.add(1.5, 7, skipped=False)
+    assert totals.take_mean_loss() == 1.5
+    assert totals.tokens == 47
+
+
+def test_a_skipped_update_counts_tokens_and_no_loss():
+    totals = LossTotals()
+    totals.add(math.nan, 30, skipped=True)
+    assert math.isnan(totals.take_mean_loss())
+    totals.add(math.inf, 30, skipped=True)
+    totals.add(2.0, 5, skipped=False)
+    assert totals.take_mean_loss() == 2.0
+    assert totals.tokens == 65
+
+
+def test_tokens_of_an_uncounted_run_stay_unknown():
+    totals = LossTotals(tokens=None)
+    totals.add(2.0, 30, skipped=False)
+    assert (totals.tokens, totals.take_mean_loss()) == (None, 2.0)
+
+
+@pytest.fixture
+def wait(monkeypatch):
+    """Lets time pass."""
+    now = [100.0]
+    monkeypatch.setattr(step_statistics.time, "monotonic", lambda: now[0])
+
+    def pass_seconds(seconds):
+        now[0] += seconds
+
+    return pass_seconds
+
+
+def test_speed_is_that_of_the_steps_after_the_first(wait):
+    timer = StepTimer(seconds_before=500)
+    assert (timer.tokens_per_second, timer.seconds_per_step) == (0, 0)
+    wait(50)
+    timer.start()
+    wait(30)  # compilation
+    timer.tick(tokens=1000)
+    assert (timer.first, timer.tokens_per_second) == (30, 0)
+    for _ in range(4):
+        wait(2)
+        timer.tick(tokens=1000)
+    assert timer.tokens_per_second == pytest.approx(500)
+    assert timer.seconds_per_step == pytest.approx(2)
+    assert timer.seconds == pytest.approx(38)
+    assert timer.total_seconds == pytest.approx(538)
+
+
+def test_pauses_do_not_count(wait):
+    timer = StepTimer()
+    timer.start()
+    for _ in range(3):
+        wait(2)
+        timer.tick(tokens=10)
+        with timer.paused():
+            wait(1000)
+    timer.stop()
+    wait(1000)
+    timer.stop()
+    assert timer.seconds == pytest.approx(6)
+    assert timer.tokens_per_second == pytest.approx(5)
+
+
+@pytest.mark.parametrize(
+    ("other", "count"),
+    [
+        (np.full((5,), 7, np.float32), 0),
+        (np.ones((7,), np.float32), 1),
+        (np.ones((5,), np.int32), 1),
+    ],
+    ids=["same", "shape", "dtype"],
+)
+def test_another_shape_or_dtype_counts_once_and_is_said(caplog, other, count):
+    usual = np.ones((5,), np.float32)
+    with RecompilationCounter("double", jax.jit(lambda x: 2 * x)) as double:
+        for x in (usual, usual, other, usual, other):
+            np.testing.assert_array_equal(double(x), 2 * x)
+            jax.jit(lambda x: x + 3)(jnp.ones(11))  # compiled by others: does not count
+    double(np.ones((9,), np.float32))  # neither does what it compiles after the ``with`` block
+    assert double.recompilations == count
+    messages = ["double was compiled again, in its call 3: shapes and dtypes should never change"]
+    assert caplog.messages == messages[:count]
