@@ -26,13 +26,11 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from simplernn_jax.distributed import EXIT_PEER_LOST, HEARTBEAT_SECONDS, end_with_parent
+from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_USER_ERROR
+from simplernn_jax.supervisor import HEARTBEAT_SECONDS, end_with_parent
 
 PATIENCE_SECONDS = HEARTBEAT_SECONDS + 10.0
 """How long after the first failure the others may take to end."""
-
-EXIT_INTERRUPTED = 75
-"""As in `simplernn_jax.command_line`."""
 
 MOST_PROCESSES = 64
 MOST_DEVICES = 4096
@@ -49,7 +47,7 @@ def main(arguments: list[str]) -> int:
             "bash scripts/launch_local.sh 2 --config ...",
             file=sys.stderr,
         )
-        return 2
+        return EXIT_USER_ERROR
     devices = os.environ.get("DEVICES_PER_PROCESS", "1")
     if not _is_number(devices, MOST_DEVICES):
         print(
@@ -57,7 +55,7 @@ def main(arguments: list[str]) -> int:
             f"{MOST_DEVICES}",
             file=sys.stderr,
         )
-        return 2
+        return EXIT_USER_ERROR
     early: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
     signal.signal(signal.SIGINT, lambda number, _: early.append(number))

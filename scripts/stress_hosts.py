@@ -123,7 +123,7 @@ def _start(folder: Path, workdir: Path) -> list[subprocess.Popen[bytes]]:
 
 
 def _family(process_id: int) -> list[int]:
-    """The process and its children, of which one trains (`distributed.supervise`)."""
+    """The process and its children, of which one trains (`supervisor.supervise`)."""
     lines = subprocess.check_output(["ps", "-A", "-o", "ppid=,pid="], text=True).splitlines()
     pairs = [tuple(map(int, line.split())) for line in lines]
     return [process_id, *(child for parent, child in pairs if parent == process_id)]

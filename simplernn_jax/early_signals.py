@@ -15,8 +15,7 @@ import os
 import signal
 import sys
 
-EXIT_INTERRUPTED = 75
-"""A run stopped by SIGTERM or SIGINT; the same command resumes it (EX_TEMPFAIL)."""
+from simplernn_jax.errors import EXIT_INTERRUPTED
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

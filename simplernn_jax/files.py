@@ -6,6 +6,7 @@ writing return or raise at once.
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import secrets
@@ -48,6 +49,12 @@ def read_file(path: str | os.PathLike[str], limit: int = SMALL_FILE) -> bytes:
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", os.fspath(path))
     return content
+
+
+def sha256_hex(content: bytes | str) -> str:
+    """SHA-256 of bytes, or of text in UTF-8, in hexadecimal."""
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    return hashlib.sha256(data).hexdigest()
 
 
 def check_output(path: str | os.PathLike[str]) -> None:

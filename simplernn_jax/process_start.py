@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-EXIT_USER_ERROR = 2
+from simplernn_jax.errors import EXIT_USER_ERROR, one_line
 
 HUGE_PAGES = "SIMPLERNN_JAX_HUGE_PAGES"
 """Environment variable; 0 leaves glibc's memory allocator as it is."""
@@ -104,8 +104,6 @@ def _check_environment_variables() -> None:
     try:
         import jax  # noqa: F401
     except ValueError as error:
-        from simplernn_jax.errors import one_line
-
         wrong = [name for name in names if name.lower() in str(error).lower()] or names
         values = ", ".join(f"{name}={os.environ[name]}" for name in wrong)
         what = one_line(f"error: {values}: {error}; correct or unset it")

@@ -47,10 +47,10 @@ from simplernn_jax.checkpoint.verification import (
 )
 from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
+from simplernn_jax.distributed import barrier, broadcast_from_coordinator, is_coordinator
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.named_leaves import named_leaves
-from simplernn_jax.sharding.agreement import barrier, broadcast_from_coordinator, is_coordinator
 from simplernn_jax.training.echoes import drop_echoes
 
 _PATIENCE_SECONDS = 5.0

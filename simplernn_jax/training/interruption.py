@@ -10,7 +10,7 @@ import jax
 class Interruption:
     """While entered, the first signal sets `requested`; a second one acts as it always does.
 
-    One of several processes leaves signals to JAX's preemption service (`agreement.StopVote`).
+    With several processes, JAX's preemption service handles signals (`PreemptionSync`).
     """
 
     signals = (signal.SIGTERM, signal.SIGINT)

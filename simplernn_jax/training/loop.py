@@ -18,14 +18,14 @@ from simplernn_jax.checkpoint.file_layout import FileLayout
 from simplernn_jax.checkpoint.folder import check_workdir
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch, make_batches
-from simplernn_jax.errors import UserError
-from simplernn_jax.files import write_file
-from simplernn_jax.sharding.agreement import (
+from simplernn_jax.distributed import (
     PreemptionSync,
     barrier,
     broadcast_from_coordinator,
     is_coordinator,
 )
+from simplernn_jax.errors import UserError
+from simplernn_jax.files import write_file
 from simplernn_jax.sharding.global_arrays import from_rows, local_copy, rows_of_this_process
 from simplernn_jax.sharding.mesh import BATCH_AXES, check_fits, describe, make_mesh
 from simplernn_jax.sharding.pipeline import describe_stages
