@@ -1,9 +1,8 @@
-"""Small text files that end in the SHA-256 of what they say, so that damage to them shows."""
+"""Small text files that end in the SHA-256 of their content, so that damage to them shows."""
 
-import hashlib
 import os
 
-from simplernn_jax.files import read_file, write_file
+from simplernn_jax.files import read_file, sha256_hex, write_file
 
 
 def write_sealed(path: str | os.PathLike[str], body: str) -> None:
@@ -14,7 +13,7 @@ def write_sealed(path: str | os.PathLike[str], body: str) -> None:
     Raises:
       OSError: as `write_file`.
     """
-    write_file(path, f"{body}{_digest(body)}\n".encode())
+    write_file(path, f"{body}{sha256_hex(body)}\n".encode())
 
 
 def read_sealed(path: str | os.PathLike[str]) -> str | None:
@@ -23,10 +22,5 @@ def read_sealed(path: str | os.PathLike[str]) -> str | None:
         text = read_file(path).decode("utf-8")
     except (OSError, UnicodeDecodeError):
         return None
-    end_of_body = len(text) - 65
-    body = text[: max(end_of_body, 0)]
-    return body if text == f"{body}{_digest(body)}\n" else None
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    body = text[: max(len(text) - 65, 0)]
+    return body if text == f"{body}{sha256_hex(body)}\n" else None
