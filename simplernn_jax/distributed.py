@@ -9,7 +9,6 @@ machine can; otherwise let only the hosts of the run reach it.
 
 import contextlib
 import errno
-import logging
 import os
 import random
 import socket
@@ -112,8 +111,6 @@ def _initialize(
             bind_address = coordinator if _can_listen(host.strip("[]"), int(port)) else None
     is_explicit = (coordinator, num_processes, process_id) != (None, None, None)
     _keep_stdout_for_python()
-    # Orbax logs it in every thread that saves; the loop prints it once.
-    logging.getLogger("absl").addFilter(lambda record: "preemption sync" not in record.getMessage())
     try:
         jax.distributed.initialize(
             coordinator,
@@ -212,6 +209,8 @@ def check_shared(folder: str) -> None:
     Raises:
       UserError: in every process, if one of them does not.
     """
+    if jax.process_count() == 1:
+        return
     mark = os.path.join(folder, f".shared-{broadcast_from_coordinator(random.getrandbits(31))}")
     if is_coordinator():
         open(mark, "wb").close()

@@ -1,4 +1,4 @@
-"""Regular files, read with a bound and replaced atomically.
+"""Regular files: read with a bound, replaced atomically, sealed with a checksum.
 
 Whatever is at a path (a fifo, a device, a link to one, a file that never ends), reading and
 writing return or raise at once.
@@ -51,9 +51,9 @@ def read_file(path: str | os.PathLike[str], limit: int = SMALL_FILE) -> bytes:
     return content
 
 
-def sha256_hex(content: bytes | str) -> str:
+def sha256_hex(content: bytes | memoryview | str) -> str:
     """SHA-256 of bytes, or of text in UTF-8, in hexadecimal."""
-    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    data = content.encode() if isinstance(content, str) else content
     return hashlib.sha256(data).hexdigest()
 
 
@@ -126,3 +126,21 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_sealed(path: str | os.PathLike[str], body: str) -> None:
+    """Replace the text file at `path` by `body` and a line with its SHA-256, as `write_file`.
+
+    `body` ends in a newline or is empty.
+    """
+    write_file(path, f"{body}{sha256_hex(body)}\n".encode())
+
+
+def read_sealed(path: str | os.PathLike[str]) -> str | None:
+    """Read the body that `write_sealed` wrote; None if the file is missing or was changed."""
+    try:
+        text = read_file(path).decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    body = text[: max(len(text) - 65, 0)]
+    return body if text == f"{body}{sha256_hex(body)}\n" else None

@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.checkpointer import Checkpointer
-from simplernn_jax.checkpoint.file_layout import FileLayout
 from simplernn_jax.checkpoint.folder import check_workdir
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch, make_batches
@@ -34,6 +33,7 @@ from simplernn_jax.training.clock import Clock
 from simplernn_jax.training.display import Display, open_display
 from simplernn_jax.training.early_stopping import Evaluations
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
+from simplernn_jax.training.file_layout import FileLayout
 from simplernn_jax.training.interruption import Interruption
 from simplernn_jax.training.memory_check import check_memory
 from simplernn_jax.training.metrics import MetricsWriter, NoMetrics
