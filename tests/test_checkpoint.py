@@ -310,6 +310,7 @@ def leave_unfinished(workdir: Path, step: int) -> None:
     folder = workdir / "checkpoints"
     (folder / str(step) / "state").mkdir(parents=True)
     (folder / f"{step + 1}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    (folder / "pruned" / "0").mkdir(parents=True)
 
 
 def test_an_unfinished_save_is_discarded_without_alarm(tmp_path, caplog):
@@ -319,6 +320,7 @@ def test_an_unfinished_save_is_discarded_without_alarm(tmp_path, caplog):
         restored = checkpointer.restore(abstract_state())
         checkpointer.save(2, make_state(2), {})
     assert restored.step == 1
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2", "complete.json", "lock"]
     assert not (tmp_path / "checkpoints_damaged").exists()
     assert "damaged" not in caplog.text
     assert_restores(tmp_path, 2)

@@ -32,6 +32,8 @@ def main():
     coordinator, count, number, what = sys.argv[1:]
     with distributed.joined(coordinator, int(count), int(number), 60):
         print("joined", flush=True)
+        if what == "process 1 refuses" and number == "1":
+            refuse()
         if what == "coordinator refuses":
             try:
                 distributed.check_same(number, "another text")
@@ -257,11 +259,15 @@ def test_a_hanging_process_ends_the_others_and_a_foreign_connection_does_not(run
 
 
 def test_an_error_of_one_and_an_error_of_all(run):
-    one, _ = start_members(run, "continue", counts=(2, 3))
+    one, _ = start_members(run, "process 1 refuses")
     all_, _ = start_members(run, "coordinator refuses")
-    message = "error: --num_processes=3: process 0 was started with 2; give all the same number\n"
-    assert end(one[1]) == (2, "", message)
+    others, _ = start_members(run, "continue", counts=(2, 3))
+    assert end(one[1]) == (2, "joined\n", "error: no text\n")
     code, _, errors = end(one[0])
     assert (code, LOST in errors) == (76, True)
     output = "joined\na process has another text\n"
     assert [end(member) for member in all_] == [(2, output, "error: no text\n"), (2, output, "")]
+    code, output, errors = end(others[0])
+    assert (code, output) == (2, "")
+    assert errors.startswith("error: a process has other settings than process 0 (simplernn_jax ")
+    assert end(others[1]) == (2, "", "")

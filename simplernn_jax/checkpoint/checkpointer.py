@@ -179,8 +179,8 @@ class Checkpointer:
         check_same_model(self._config, config)
         wanted = named_leaves(abstract_state)
         check_leaves(path, wanted, saved_leaves(path))
-        places = dict.fromkeys(wanted) if shardings is None else named_leaves(shardings)
-        arrays = read_arrays(path, list(wanted), places)
+        by_name = None if shardings is None else named_leaves(shardings)
+        arrays = read_arrays(path, list(wanted), by_name)
         # A copy that JAX owns: an alias of numpy's memory could not be donated.
         leaves = [jnp.array(arrays[name]) for name in wanted]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
