@@ -5,7 +5,7 @@
     if __name__ == "__main__":
         bootstrap.start()
 
-All else is imported below that; see `simplernn_jax.process_start`.
+All other imports are below that; see `simplernn_jax.process_start`.
 """
 
 import _signal  # type: ignore[import-not-found]  # built in; `signal` takes milliseconds
@@ -14,7 +14,7 @@ import sys
 
 
 def start(*, resumes: bool = False) -> None:
-    """Prepare the process of this script; `resumes`: it can be interrupted and run again."""
+    """Prepare the process of this script; `resumes`: it resumes when it is run again."""
     # Until handlers are installed, signals wait.
     _signal.pthread_sigmask(_signal.SIG_BLOCK, (_signal.SIGINT, _signal.SIGTERM))
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

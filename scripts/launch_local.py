@@ -1,18 +1,18 @@
-"""Starts several processes of scripts/train.py on this machine, and ends them together.
+"""Start several processes of scripts/train.py on this machine, and end them together.
 
     bash scripts/launch_local.sh 2 --config configs/tiny.py --workdir runs/together
 
 They run on the CPU, each with DEVICES_PER_PROCESS (1 if not set) devices, and find each other on
 the loopback interface. The first SIGTERM or SIGINT lets all save and exit, a second one kills
-them; so does, on Linux, the death of this process. When one fails, the others end by themselves;
-what is left after a while is killed. The exit code is that of the one that failed:
+them; so does, on Linux, the death of this process. When one fails, the others end by themselves or
+are killed after a timeout. The exit code is that of the one that failed:
 
 | code | meaning |
 |---|---|
 | 0 | done |
 | 2 | bad input |
 | 75 | stopped by a signal and saved; the same command resumes |
-| 76 | processes have lost each other; the same command resumes |
+| 76 | a process lost a peer; the same command resumes |
 | 128 + n | one was killed by signal n, such as 137 for SIGKILL |
 """
 
@@ -26,56 +26,54 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from simplernn_jax.distributed import EXIT_PEER_LOST, HEARTBEAT_SECONDS, end_with_parent
+from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_USER_ERROR
+from simplernn_jax.supervisor import HEARTBEAT_SECONDS, end_with_parent
 
 PATIENCE_SECONDS = HEARTBEAT_SECONDS + 10.0
-"""How long after the first failure the others may take to end."""
+"""Timeout for the other processes to end after the first failure."""
 
-EXIT_INTERRUPTED = 75
-"""As in `simplernn_jax.command_line`."""
-
-MOST_PROCESSES = 64
-MOST_DEVICES = 4096
-"""Of a process."""
+MAX_PROCESSES = 64
+MAX_DEVICES = 4096
+"""Devices of one process."""
 
 _SCRIPT = Path(__file__).resolve().parent / "train.py"
 
 
 def main(arguments: list[str]) -> int:
-    """Runs all processes to their end; the exit code of the whole."""
-    if not arguments or not _is_number(arguments[0], MOST_PROCESSES):
+    """Run all processes to their end; return the exit code of the whole."""
+    if not arguments or not _is_number(arguments[0], MAX_PROCESSES):
         print(
-            f"error: say how many processes, 1 to {MOST_PROCESSES}: "
+            f"error: give the number of processes, 1 to {MAX_PROCESSES}: "
             "bash scripts/launch_local.sh 2 --config ...",
             file=sys.stderr,
         )
-        return 2
+        return EXIT_USER_ERROR
     devices = os.environ.get("DEVICES_PER_PROCESS", "1")
-    if not _is_number(devices, MOST_DEVICES):
+    if not _is_number(devices, MAX_DEVICES):
         print(
             f"error: DEVICES_PER_PROCESS={devices[:40]!r} is no number of devices; set it to 1 to "
-            f"{MOST_DEVICES}",
+            f"{MAX_DEVICES}",
             file=sys.stderr,
         )
-        return 2
+        return EXIT_USER_ERROR
     early: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
     signal.signal(signal.SIGINT, lambda number, _: early.append(number))
     processes = start(int(arguments[0]), arguments[1:])
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         for process in processes:
             process.send_signal(signal.SIGTERM)  # does nothing where it has ended
 
-    signal.signal(signal.SIGTERM, pass_on)
-    signal.signal(signal.SIGINT, pass_on)
+    signal.signal(signal.SIGTERM, forward)
+    signal.signal(signal.SIGINT, forward)
     for number in early:
-        pass_on(number, None)
+        forward(number, None)
     return wait(processes)
 
 
 def start(count: int, arguments: list[str]) -> list[subprocess.Popen[bytes]]:
-    """Starts `count` processes, which find each other at a free port."""
+    """Start `count` processes, which find each other at a free port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     environment = os.environ | {
@@ -98,7 +96,7 @@ def start(count: int, arguments: list[str]) -> list[subprocess.Popen[bytes]]:
 
 
 def wait(processes: list[subprocess.Popen[bytes]]) -> int:
-    """Waits until all have ended; the exit code of the first that failed by itself."""
+    """Wait until all have ended; return the exit code of the first that failed by itself."""
     codes: list[int] = []
     running = list(processes)
     deadline = float("inf")
@@ -106,7 +104,7 @@ def wait(processes: list[subprocess.Popen[bytes]]) -> int:
         for process in list(running):
             if process.poll() is not None:
                 running.remove(process)
-                # As a shell gives it: 128 + number of the signal that killed it.
+                # As in a shell: 128 + number of the signal that killed it.
                 codes.append(
                     process.returncode if process.returncode >= 0 else 128 - process.returncode
                 )
@@ -122,8 +120,8 @@ def wait(processes: list[subprocess.Popen[bytes]]) -> int:
     return own[0] if own else max(codes)
 
 
-def _is_number(text: str, most: int) -> bool:
-    return text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= most
+def _is_number(text: str, largest: int) -> bool:
+    return text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= largest
 
 
 if __name__ == "__main__":

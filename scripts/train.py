@@ -53,9 +53,11 @@ def main() -> int:
         if place != (None, None, None):
             raise UserError("--coordinator, --num_processes, --process_id: only with --distributed")
         return _train()
+    from simplernn_jax import supervisor
+
+    supervisor.supervise()
     from simplernn_jax import distributed
 
-    distributed.supervise()
     command_line.leave_by(distributed.leave)
     with distributed.joined(*place, _TIMEOUT.value):
         return _train()

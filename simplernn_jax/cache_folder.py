@@ -1,4 +1,4 @@
-"""Where this user's caches lie: what can be made again, but takes time."""
+"""Folder of this user's caches: files that can be made again, which takes time."""
 
 import os
 from pathlib import Path

@@ -40,8 +40,7 @@ from absl import logging as absl_logging
 
 from simplernn_jax.config import nearest_name
 from simplernn_jax.config_flag import config_fields, config_is_missing, define_config_flag
-from simplernn_jax.early_signals import EXIT_INTERRUPTED
-from simplernn_jax.errors import UserError, one_line
+from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, one_line
 from simplernn_jax.files import read_file
 
 __all__ = [
@@ -56,7 +55,6 @@ __all__ = [
     "run",
 ]
 
-_EXIT_USER_ERROR = 2
 _LONGEST_TEXT = 1 << 30
 _ADVICE = {
     errno.ENOSPC: "free some space and run again",
@@ -251,7 +249,7 @@ def _show_bug() -> NoReturn:
 def _fail(message: str) -> NoReturn:
     with contextlib.suppress(OSError):
         print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
-    _leave(_EXIT_USER_ERROR)
+    _leave(EXIT_USER_ERROR)
 
 
 def _path_of(error: OSError) -> str:

@@ -1,7 +1,7 @@
-"""What SIGINT and SIGTERM do to a script where nothing else has asked for them.
+"""Default handlers of SIGINT and SIGTERM in a script.
 
-They end the process at once, by itself: an exception raised inside of a callback of JAX would be
-swallowed there. `training.interruption` takes over while a run takes its steps, and gives back.
+They exit at once, without an exception: one raised inside a callback of JAX would be swallowed
+there. `training.interruption` replaces them while a run takes its steps.
 
 | when | code |
 |---|---|
@@ -15,24 +15,23 @@ import os
 import signal
 import sys
 
-EXIT_INTERRUPTED = 75
-"""A run stopped by SIGTERM or SIGINT; the same command resumes it (EX_TEMPFAIL)."""
+from simplernn_jax.errors import EXIT_INTERRUPTED
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Run:
-    """What a signal interrupts."""
+    """State of the script that a signal interrupts."""
 
     resumes = False
     has_started = False
 
 
 def install(*, resumes: bool, handle: bool = True) -> None:
-    """Let both signals end this process, and take those that were blocked and are pending.
+    """Let both signals end this process, pending ones too, and unblock them.
 
     Args:
-      resumes: the same command resumes what is interrupted.
+      resumes: the same command resumes an interrupted script.
       handle: False leaves Python's handlers, as a debugger expects them, and only unblocks.
     """
     _Run.resumes = resumes
@@ -43,12 +42,12 @@ def install(*, resumes: bool, handle: bool = True) -> None:
 
 
 def run_starts() -> None:
-    """Tell that there is something to resume from now on."""
+    """Record that the run can be resumed from now on."""
     _Run.has_started = True
 
 
 def raise_from_now() -> None:
-    """Let signals raise, for a script that has temporary folders and child processes to end.
+    """Let signals raise, for a script that has temporary folders and child processes to clean up.
 
     SIGINT raises KeyboardInterrupt, SIGTERM SystemExit with code 143.
     """

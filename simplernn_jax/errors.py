@@ -1,4 +1,11 @@
-"""The one exception for everything a user can put right."""
+"""The exception for everything that a user can fix, and the exit codes of the scripts."""
+
+EXIT_USER_ERROR = 2
+"""Bad input, or a state of the machine that the user can fix: a `UserError`."""
+EXIT_INTERRUPTED = 75
+"""A run was stopped by SIGTERM or SIGINT; the same command resumes it (EX_TEMPFAIL)."""
+EXIT_PEER_LOST = 76
+"""Another process of the run died or hangs (EX_PROTOCOL); the same commands resume it."""
 
 LONGEST_MESSAGE = 400
 """Characters of a message, at most: what a damaged file quotes of itself can be megabytes."""

@@ -1,11 +1,12 @@
-"""Regular files, read with a bound and replaced atomically.
+"""Regular files: read with a bound, replaced atomically, sealed with a checksum.
 
-Whatever lies at a path (a fifo, a device, a link to one, a file that never ends), reading and
+Whatever is at a path (a fifo, a device, a link to one, a file that never ends), reading and
 writing return or raise at once.
 """
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import secrets
@@ -50,6 +51,12 @@ def read_file(path: str | os.PathLike[str], limit: int = SMALL_FILE) -> bytes:
     return content
 
 
+def sha256_hex(content: bytes | memoryview | str) -> str:
+    """SHA-256 of bytes, or of text in UTF-8, in hexadecimal."""
+    data = content.encode() if isinstance(content, str) else content
+    return hashlib.sha256(data).hexdigest()
+
+
 def check_output(path: str | os.PathLike[str]) -> None:
     """Check that writing to `path` replaces nothing but a regular file.
 
@@ -67,21 +74,24 @@ def check_output(path: str | os.PathLike[str]) -> None:
         raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, what, os.fspath(path))
 
 
-def write_file(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replace the regular file at `path` by `content`, atomically and durably.
+def write_file(path: str | os.PathLike[str], content: bytes, *, durable: bool = True) -> None:
+    """Replace the regular file at `path` by `content`, atomically.
 
-    A link is followed: the file that it names is replaced.
+    A link is followed: the file that it names is replaced. Unless `durable` is False, the content
+    survives a power failure from then on.
 
     Raises:
       OSError: the disk is full or not writable, or what is at `path` is no regular file; what was
         at `path` is still there.
     """
-    with replaced_file(path) as file:
+    with replaced_file(path, durable=durable) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
-def replaced_file(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
+def replaced_file(
+    path: str | os.PathLike[str], *, durable: bool = True
+) -> Iterator[io.BufferedWriter]:
     """Open a new file, which replaces the one at `path` when the ``with`` block ends.
 
     For content that is too large for `write_file`, whose guarantees hold here too; an exception in
@@ -98,19 +108,39 @@ def replaced_file(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
-    sync(folder)
+    if durable:
+        sync(folder)
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-    """Bring the content of a file, or the names in a folder, to the disk."""
+    """Flush the content of a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_sealed(path: str | os.PathLike[str], body: str) -> None:
+    """Replace the text file at `path` by `body` and a line with its SHA-256, as `write_file`.
+
+    `body` ends in a newline or is empty.
+    """
+    write_file(path, f"{body}{sha256_hex(body)}\n".encode())
+
+
+def read_sealed(path: str | os.PathLike[str]) -> str | None:
+    """Read the body that `write_sealed` wrote; None if the file is missing or was changed."""
+    try:
+        text = read_file(path).decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    body = text[: max(len(text) - 65, 0)]
+    return body if text == f"{body}{sha256_hex(body)}\n" else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-EXIT_USER_ERROR = 2
+from simplernn_jax.errors import EXIT_USER_ERROR, one_line
 
 HUGE_PAGES = "SIMPLERNN_JAX_HUGE_PAGES"
 """Environment variable; 0 leaves glibc's memory allocator as it is."""
@@ -19,28 +19,28 @@ _IN_VENV = "_SIMPLERNN_JAX_IN_VENV"
 _TUNABLE = "glibc.malloc.hugetlb"
 _OLDEST_PYTHON = (3, 11)
 _PACKAGES = ("absl", "jax", "flax")
-_ANY_TEXT = ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
-"""Variables that JAX takes as they are when it is imported."""
+_UNCHECKED = ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
+"""Variables that JAX does not parse when it is imported."""
 _OBSERVERS = ("bdb", "debugpy", "pydevd", "coverage", "pytest")
-"""Modules of debuggers and the like, which would lose sight of a process that replaces itself."""
+"""Modules of debuggers and the like, which cannot follow a process that replaces itself."""
 
 
 def start(root: str, *, resumes: bool = False) -> None:
     """Prepare this process, replacing it by another Python or other settings where needed.
 
-    To be called with SIGINT and SIGTERM blocked, so that none is lost; afterwards they are not.
+    Call it with SIGINT and SIGTERM blocked, so that none is lost; it unblocks them.
     Exits with code 2 and one line if neither this Python nor ``.venv`` has the project's packages.
 
     Args:
       root: folder that holds ``.venv``, if there is one.
-      resumes: a command that is interrupted can be run again to go on.
+      resumes: an interrupted command resumes when it is run again.
     """
     _open_closed_streams()
     tunables = _tunables_to_set()
     if tunables is not None:
         os.environ["GLIBC_TUNABLES"] = tunables
         _become([sys.executable, *sys.orig_argv[1:]])
-    problem = _what_is_wrong_with_this_python()
+    problem = _problem_of_this_python()
     if problem:
         python = os.path.join(root, ".venv", "bin", "python")
         if os.environ.get(_IN_VENV) == str(os.getpid()) or not os.access(python, os.X_OK):
@@ -63,9 +63,9 @@ def _become(command: list[str]) -> None:
 
 
 def _open_closed_streams() -> None:
-    """Opens the null device where a standard stream is closed, as by ``>&-``.
+    """Open the null device where a standard stream is closed, as by ``>&-``.
 
-    The next file to be opened would take its place, and be written into.
+    Otherwise the next file to be opened would take its number, and be written into.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -76,7 +76,7 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
-def _what_is_wrong_with_this_python() -> str | None:
+def _problem_of_this_python() -> str | None:
     if sys.version_info < _OLDEST_PYTHON:
         return "is too old"
     import importlib.util  # not for a process that replaces itself: milliseconds count
@@ -98,25 +98,22 @@ def _refuse(problem: str) -> None:
 def _check_environment_variables() -> None:
     """Refuse a variable that makes importing JAX fail."""
     os.environ.pop("MPLBACKEND", None)  # pictures go to files; a wrong name breaks matplotlib
-    names = [name for name in os.environ if name.startswith("JAX_") and name not in _ANY_TEXT]
+    names = [name for name in os.environ if name.startswith("JAX_") and name not in _UNCHECKED]
     if not names:
         return
     try:
         import jax  # noqa: F401
     except ValueError as error:
-        from simplernn_jax.errors import one_line
-
         wrong = [name for name in names if name.lower() in str(error).lower()] or names
         values = ", ".join(f"{name}={os.environ[name]}" for name in wrong)
-        what = one_line(f"error: {values}: {error}; correct or unset it")
-        print(what, file=sys.stderr)
+        print(one_line(f"error: {values}: {error}; correct or unset it"), file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
 
 def _tunables_to_set() -> str | None:
     """``GLIBC_TUNABLES`` with huge pages for large buffers, or None to leave it alone.
 
-    Arrays of a train step are mapped anew at every step; huge pages save most of the page faults.
+    The arrays of a train step are mapped again at every step; huge pages avoid most page faults.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if os.environ.get(HUGE_PAGES) == "0" or _TUNABLE in tunables:

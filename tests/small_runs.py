@@ -66,21 +66,21 @@ def save_untrained(config, workdir):
 
 
 class SignallingDisplay:
-    """A display that sends SIGTERM, so that the run stops after `last_step` steps."""
+    """Display that keeps the lines of a run and sends SIGTERM after `last_step` steps."""
 
     def __init__(self, last_step):
-        self._last_step = last_step
+        self._last_step, self.lines = last_step, []
 
     def update(self, step, *_):
         if step == self._last_step - 1:  # read while the next step is under way
             signal.raise_signal(signal.SIGTERM)
 
     def say(self, text):
-        pass
+        self.lines.append(text)
 
 
 def stop_after(monkeypatch, step):
-    """Stop runs by SIGTERM after `step`."""
-    monkeypatch.setattr(
-        loop, "open_display", lambda *_: contextlib.nullcontext(SignallingDisplay(step))
-    )
+    """Stop runs by SIGTERM after `step`; return the display, which keeps their lines."""
+    display = SignallingDisplay(step)
+    monkeypatch.setattr(loop, "open_display", lambda *_: contextlib.nullcontext(display))
+    return display

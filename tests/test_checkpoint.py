@@ -33,7 +33,6 @@ from simplernn_jax.checkpoint.checkpointer import (
 )
 from simplernn_jax.checkpoint.contents import read_arrays
 from simplernn_jax.checkpoint.folder import check_workdir
-from simplernn_jax.checkpoint.orbax_options import among_processes
 from simplernn_jax.config import Config, ModelConfig, TrainConfig
 from simplernn_jax.data.tokenizer import load_tokenizer
 from simplernn_jax.errors import UserError
@@ -99,34 +98,11 @@ def restore(workdir: Path) -> Restored | None:
         return checkpointer.restore(abstract_state())
 
 
-def test_an_array_of_many_devices_is_restored_on_any_others(tmp_path):
-    def lying(devices, *axes):
-        mesh = jax.make_mesh((devices,), ("all",), (jax.sharding.AxisType.Auto,))
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
-
-    values = {
-        "kernel": np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32),
-        "bias": np.array([jnp.nan, -0.0, 1e-45, jnp.inf], np.float32),
-    }
-    spread = {"kernel": lying(4, None, "all"), "bias": lying(8)}
-    with open_checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, jax.tree.map(jax.device_put, values, spread), {})
-    for wanted in (
-        {"kernel": lying(8, "all"), "bias": lying(2, "all")},
-        {"kernel": lying(1), "bias": lying(1)},
-    ):
-        abstract = {
-            name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in values.items()
-        }
-        with open_checkpointer(tmp_path) as checkpointer:
-            restored = checkpointer.restore(abstract, wanted)
-        assert restored is not None
-        for name, value in values.items():
-            assert restored.state[name].sharding == wanted[name]
-            assert np.asarray(restored.state[name]).tobytes() == value.tobytes()
-            # It is JAX's own: a step may be given its memory.
-            jax.jit(jnp.negative, donate_argnums=0)(restored.state[name])
-            assert restored.state[name].is_deleted()
+def assert_restores(workdir: Path, step: int) -> None:
+    restored = restore(workdir)
+    assert restored is not None
+    assert restored.step == step
+    assert_same_bytes(restored.state, make_state(step))
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -142,7 +118,6 @@ def assert_same_bytes(actual: State, expected: State) -> None:
 def test_restores_every_byte(tmp_path):
     save_steps(tmp_path, 3)
     restored = restore(tmp_path)
-    assert restored is not None
     assert (restored.step, restored.data_state) == (3, {"next_index": 3})
     assert (restored.config, restored.tokenizer_json) == (config(), TOKENIZER)
     assert_same_bytes(restored.state, make_state(3))
@@ -151,7 +126,6 @@ def test_restores_every_byte(tmp_path):
 def test_restored_state_trains_with_the_program_of_the_first_run(tmp_path):
     save_steps(tmp_path, 3)
     restored = restore(tmp_path)
-    assert restored is not None
     step = jax.jit(
         lambda state: jax.tree.map(
             lambda leaf: leaf ^ True if leaf.dtype == bool else leaf + leaf, state
@@ -164,35 +138,37 @@ def test_restored_state_trains_with_the_program_of_the_first_run(tmp_path):
     assert_same_bytes(second, first)
 
 
-def test_what_was_saved_from_one_mesh_comes_back_on_another(tmp_path):
-    rows = mesh_of(data=4)
-    both = mesh_of(fsdp=2, tensor=4)
+DATA, BOTH, ONE = ({"data": 4}, {"fsdp": 2, "tensor": 4}, {"data": 1})
+
+
+@pytest.mark.parametrize(
+    ("mesh", "kernel", "bias"),
+    [(BOTH, P("tensor", "fsdp"), P()), (DATA, P(None, "data"), P("data")), (ONE, P(), P())],
+)
+def test_a_state_saved_on_one_mesh_is_restored_on_another(tmp_path, mesh, kernel, bias):
     values = {
-        "parts": jnp.arange(96.0).reshape(8, 12),
-        "copies": jnp.arange(5),
+        "kernel": np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32),
+        "bias": np.array([jnp.nan, -0.0, 1e-45, jnp.inf], np.float32),
     }
-    saved = {
-        "parts": NamedSharding(rows, P("data")),
-        "copies": NamedSharding(rows, P()),
-    }
-    wanted = {
-        "parts": NamedSharding(both, P("tensor", "fsdp")),
-        "copies": NamedSharding(both, P()),
-    }
+
+    def shardings(mesh, **specs):
+        return {name: NamedSharding(mesh_of(**mesh), spec) for name, spec in specs.items()}
+
+    saved = shardings(DATA, kernel=P("data"), bias=P())
+    wanted = shardings(mesh, kernel=kernel, bias=bias)
     with open_checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, jax.device_put(values, saved), {})
     with open_checkpointer(tmp_path) as checkpointer:
-        restored = checkpointer.restore(jax.eval_shape(lambda: values), wanted)
-        alone = checkpointer.restore(jax.eval_shape(lambda: values))
-    assert restored is not None
-    assert alone is not None
-    assert jax.tree.map(lambda x: x.sharding, restored.state) == wanted
-    chex.assert_trees_all_equal(restored.state, values)
-    chex.assert_trees_all_equal(alone.state, values)
-    # JAX's own memory, part by part: an optimizer step may take it for its result.
-    step = jax.jit(lambda x: x + 1, donate_argnums=0)
-    assert step(restored.state["parts"]).sharding == wanted["parts"]
-    assert restored.state["parts"].is_deleted()
+        abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in values.items()}
+        sharded = checkpointer.restore(abstract, wanted).state
+        single = checkpointer.restore(abstract).state
+    for name, value in values.items():
+        assert sharded[name].sharding == wanted[name]
+        assert np.asarray(sharded[name]).tobytes() == value.tobytes()
+        assert np.asarray(single[name]).tobytes() == value.tobytes()
+        # JAX owns the memory: a step may be given it.
+        jax.jit(jnp.negative, donate_argnums=0)(sharded[name])
+        assert sharded[name].is_deleted()
 
 
 def test_a_save_in_the_background_keeps_the_values_of_its_step(tmp_path):
@@ -204,7 +180,6 @@ def test_a_save_in_the_background_keeps_the_values_of_its_step(tmp_path):
             values = advance(values)
     with open_checkpointer(tmp_path) as checkpointer:
         restored = checkpointer.restore({"values": jax.ShapeDtypeStruct((300_007,), jnp.float32)})
-    assert restored is not None
     chex.assert_trees_all_equal(restored.state["values"], jnp.zeros(300_007))
 
 
@@ -228,7 +203,7 @@ def test_keeps_the_newest_and_the_best_also_after_a_restart(tmp_path):
 
 
 def test_a_save_does_not_ask_for_the_step_of_a_preemption(tmp_path, monkeypatch):
-    """Of JAX, which would then agree on an older one than the loop has reached."""
+    """JAX would then agree on an older step than the loop has reached."""
     asked = []
     monkeypatch.setattr(
         "jax.experimental.multihost_utils.reached_preemption_sync_point", asked.append
@@ -245,7 +220,6 @@ def test_saving_a_step_again_changes_nothing(tmp_path):
     with open_checkpointer(tmp_path) as checkpointer:
         restored = checkpointer.restore(abstract_state())
         checkpointer.save(5, make_state(6), {})
-    assert restored is not None
     assert_same_bytes(restored.state, make_state(5))
 
 
@@ -274,25 +248,33 @@ def damage_by_addition(file: Path) -> None:
     file.with_name("more").write_bytes(b"")
 
 
-DAMAGES = [damage_by_flip, damage_by_truncation, damage_by_deletion, damage_by_addition]
+def damage_by_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+DAMAGES = [
+    damage_by_flip,
+    damage_by_truncation,
+    damage_by_deletion,
+    damage_by_addition,
+    damage_by_pipe,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", ["manifest.sha256", "state/manifest.ocdbt", "data/metadata"])
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, caplog, damage, name):
+@pytest.mark.parametrize("name", ["manifest.sha256", "state/manifest.ocdbt", "quality/metadata"])
+def test_a_damaged_checkpoint_is_moved_aside_for_the_one_before(tmp_path, caplog, damage, name):
     save_steps(tmp_path, 1, 2)
     damage(tmp_path / "checkpoints" / "2" / name)
-    restored = restore(tmp_path)
-    assert restored is not None
-    assert restored.step == 1
-    assert_same_bytes(restored.state, make_state(1))
+    assert_restores(tmp_path, 1)
     assert steps_in(tmp_path / "checkpoints") == [1]
     assert steps_in(tmp_path / "checkpoints_damaged") == [2]
     named = "more" if damage is damage_by_addition else name
     assert re.search(rf"checkpoints/2 is damaged: (\S*/)?{re.escape(named)} ", caplog.text)
 
 
-def test_training_goes_on_after_damage(tmp_path):
+def test_training_continues_after_damage(tmp_path):
     save_steps(tmp_path, 1, 2)
     damage_by_flip(tmp_path / "checkpoints" / "2" / "manifest.sha256")
     with open_checkpointer(tmp_path) as checkpointer:
@@ -300,9 +282,7 @@ def test_training_goes_on_after_damage(tmp_path):
         checkpointer.save(2, make_state(2), {})
         checkpointer.save(3, make_state(3), {})
     assert steps_in(tmp_path / "checkpoints") == [2, 3]
-    restored = restore(tmp_path)
-    assert restored is not None
-    assert restored.step == 3
+    assert restore(tmp_path).step == 3
 
 
 @pytest.mark.parametrize("damage", DAMAGES[:3])
@@ -321,17 +301,16 @@ def test_survives_damage_to_the_record_of_complete_steps(tmp_path, damage):
     save_steps(tmp_path, 1, 2)
     damage(tmp_path / "checkpoints" / "complete.json")
     (tmp_path / "checkpoints" / "2" / "manifest.sha256").unlink()
-    restored = restore(tmp_path)
-    assert restored is not None
-    assert restored.step == 1
+    assert restore(tmp_path).step == 1
     assert steps_in(tmp_path / "checkpoints_damaged") == [2]
 
 
 def leave_unfinished(workdir: Path, step: int) -> None:
-    """What a kill between Orbax's last rename and the manifest leaves, and one before it."""
+    """Leave the folders of a kill between Orbax's rename and the manifest, and of one before."""
     folder = workdir / "checkpoints"
     (folder / str(step) / "state").mkdir(parents=True)
     (folder / f"{step + 1}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    (folder / "pruned" / "0").mkdir(parents=True)
 
 
 def test_an_unfinished_save_is_discarded_without_alarm(tmp_path, caplog):
@@ -340,13 +319,11 @@ def test_an_unfinished_save_is_discarded_without_alarm(tmp_path, caplog):
     with open_checkpointer(tmp_path) as checkpointer:
         restored = checkpointer.restore(abstract_state())
         checkpointer.save(2, make_state(2), {})
-    assert restored is not None
     assert restored.step == 1
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2", "complete.json", "lock"]
     assert not (tmp_path / "checkpoints_damaged").exists()
     assert "damaged" not in caplog.text
-    restored = restore(tmp_path)
-    assert restored is not None
-    assert_same_bytes(restored.state, make_state(2))
+    assert_restores(tmp_path, 2)
 
 
 def test_an_unfinished_first_save_starts_from_the_beginning(tmp_path):
@@ -379,13 +356,11 @@ def test_a_disk_that_fills_up_during_a_save_loses_nothing_earlier(tmp_path, monk
         with pytest.raises(UserError, match=rf"step 2 .*{tmp_path}/checkpoints: No space left"):
             checkpointer.save(3, make_state(3), {})
     assert steps_in(tmp_path / "checkpoints") == [1]
-    restored = restore(tmp_path)
-    assert restored is not None
-    assert_same_bytes(restored.state, make_state(1))
+    assert_restores(tmp_path, 1)
 
 
-def test_a_disk_that_refuses_a_background_save_is_one_error_and_no_noise(tmp_path, capfd, caplog):
-    """What Orbax logs and what TensorStore's threads say after it are echoes of the error."""
+def test_a_background_save_that_the_disk_refuses_is_one_error(tmp_path, capfd, caplog):
+    """Reports of Orbax and of TensorStore's threads only repeat the error."""
     keys = jax.random.split(jax.random.key(0), 40)
     state = {f"layer_{i}": jax.random.normal(key, (30_011,)) for i, key in enumerate(keys)}
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -441,13 +416,13 @@ def test_load_model_needs_nothing_but_the_workdir(tmp_path):
     chex.assert_trees_all_equal(loaded(tokens)[0], model(tokens)[0])
 
 
-def test_load_model_says_when_there_is_none(tmp_path):
+def test_load_model_without_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match=rf"no checkpoint in {tmp_path}: train there first"):
         load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("wrong", [None, 5, b"runs", "", "a\0b"])
-def test_load_model_says_what_is_no_workdir(wrong):
+def test_load_model_of_an_invalid_workdir(wrong):
     with pytest.raises(UserError, match=r"^workdir=.*: must be the path of a folder"):
         load_model(wrong)
 
@@ -477,7 +452,7 @@ def test_a_link_makes_a_path_with_brackets_usable(tmp_path):
     assert read_config(str(tmp_path / "run [2]"))[2] == 3
 
 
-def test_what_does_not_read_back_as_written_never_counts(tmp_path, monkeypatch):
+def test_a_save_that_reads_back_differently_never_counts(tmp_path, monkeypatch):
     """Orbax merged nothing where it took a path for a pattern, and raised nothing."""
     save_steps(tmp_path, 1)
 
@@ -498,23 +473,18 @@ def test_what_does_not_read_back_as_written_never_counts(tmp_path, monkeypatch):
             with pytest.raises(UserError, match=match):
                 checkpointer.save(3, make_state(3), {})
         assert steps_in(tmp_path / "checkpoints") == [1]
-    restored = restore(tmp_path)
-    assert restored is not None
-    assert_same_bytes(restored.state, make_state(1))
+    assert_restores(tmp_path, 1)
 
 
-def test_a_clock_that_is_set_during_a_save_ends_no_wait():
-    """A board without a battery goes from 1970 to today."""
-    assert among_processes()["async_options"].timeout_secs > 60 * 365 * 24 * 3600
-
-
-def test_a_save_that_takes_too_long_is_no_matter_of_space(tmp_path, monkeypatch):
+def test_a_save_that_takes_too_long_is_not_reported_as_a_full_disk(tmp_path, monkeypatch):
     with open_checkpointer(tmp_path) as checkpointer:
 
         def give_up() -> None:
             raise TimeoutError("ChainedFuture completed 0/7 futures but timed out")
 
-        monkeypatch.setattr(checkpointer._open_manager(), "wait_until_finished", give_up)
+        # Orbax's limit outlasts a clock that goes from 1970 to today.
+        assert checkpointer._writer._async_manager._timeout_secs > 60 * 365 * 24 * 3600
+        monkeypatch.setattr(checkpointer._writer, "wait_until_finished", give_up)
         with pytest.raises(UserError, match="the clock of this machine jumped") as caught:
             checkpointer.save(1, make_state(1), {}, wait=True)
     assert "space" not in str(caught.value)
@@ -526,16 +496,13 @@ def test_a_checkpoint_copied_over_a_newer_one_is_damage(tmp_path, caplog):
     shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "2")
     with open_checkpointer(tmp_path) as checkpointer:
         restored = checkpointer.restore(abstract_state())
-        assert restored is not None
         assert restored.step == 1
         checkpointer.save(2, make_state(2), {})
     assert "checkpoints/2 is damaged: it is a copy of that of step 1; moved to" in caplog.text
-    restored = restore(tmp_path)
-    assert restored is not None
-    assert_same_bytes(restored.state, make_state(2))
+    assert_restores(tmp_path, 2)
 
 
-def test_a_damaged_checkpoint_that_cannot_be_moved_aside_is_said(tmp_path):
+def test_a_damaged_checkpoint_that_cannot_be_moved_aside_is_an_error(tmp_path):
     save_steps(tmp_path, 1, 2)
     (tmp_path / "checkpoints_damaged").write_bytes(b"")
     damage_by_flip(tmp_path / "checkpoints" / "2" / "data" / "metadata")
@@ -544,7 +511,7 @@ def test_a_damaged_checkpoint_that_cannot_be_moved_aside_is_said(tmp_path):
     assert steps_in(tmp_path / "checkpoints") == [1, 2]
 
 
-def test_folders_that_are_no_steps_are_left_alone(tmp_path):
+def test_folders_that_are_not_steps_are_ignored(tmp_path):
     save_steps(tmp_path, 1)
     for name in ("007", "9" * 200, "٣", "1 "):
         (tmp_path / "checkpoints" / name).mkdir()
@@ -552,24 +519,12 @@ def test_folders_that_are_no_steps_are_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["lock", "complete.json"])
-def test_a_pipe_in_the_place_of_a_file_is_refused_and_named(tmp_path, name):
+def test_a_pipe_in_place_of_a_file_is_an_error(tmp_path, name):
     save_steps(tmp_path, 1)
-    (tmp_path / "checkpoints" / name).unlink()
-    os.mkfifo(tmp_path / "checkpoints" / name)
+    damage_by_pipe(tmp_path / "checkpoints" / name)
     with pytest.raises(UserError, match=f"checkpoints/{name}: not a regular file; remove it"):
         restore(tmp_path)
     assert read_config(str(tmp_path))[2] == 1
-
-
-@pytest.mark.parametrize("name", ["quality/metadata", "config/metadata", "state/_METADATA"])
-def test_a_pipe_in_a_checkpoint_is_damage(tmp_path, caplog, name):
-    save_steps(tmp_path, 1, 2)
-    (tmp_path / "checkpoints" / "2" / name).unlink()
-    os.mkfifo(tmp_path / "checkpoints" / "2" / name)
-    restored = restore(tmp_path)
-    assert restored is not None
-    assert restored.step == 1
-    assert f"2 is damaged: {name} is not a regular file" in caplog.text
 
 
 @pytest.mark.parametrize("block", ["plain", "residual"])

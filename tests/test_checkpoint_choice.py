@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is used."""
+"""Choice of the checkpoints to use and to keep."""
 
 import contextlib
 
@@ -10,7 +10,8 @@ from small_runs import small_config
 
 from simplernn_jax import load_model
 from simplernn_jax.checkpoint.checkpointer import Checkpointer, read_config
-from simplernn_jax.checkpoint.choice import choose_checkpoint
+from simplernn_jax.checkpoint.choice import choose_checkpoint, steps_to_keep
+from simplernn_jax.checkpoint.contents import Quality
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
@@ -121,3 +122,25 @@ def test_load_model_takes_the_best_and_says_so(tmp_path, caplog):
     assert [text for text in caplog.messages if text.startswith("checkpoint")] == [
         "checkpoint: step 2, the best by validation loss (2.0000; the newest, step 3, has 3.0000)"
     ]
+
+
+LOSSES = {2: 1.5, 3: None, 5: 0.5, 7: 2.5, 11: 0.75, 13: None, 17: 3.5}
+EVALUATIONS = {step: None if loss is None else Quality(loss, 7) for step, loss in LOSSES.items()}
+OTHER_TOKENS = {2: Quality(0.5, 7), 3: Quality(1.5, 11), 5: Quality(2.5, 11), 7: None}
+
+
+@pytest.mark.parametrize(
+    ("qualities", "keep_last", "keep_best", "kept"),
+    [
+        (EVALUATIONS, 2, 0, {13, 17}),
+        (EVALUATIONS, 2, 1, {5, 13, 17}),
+        (EVALUATIONS, 3, 2, {5, 11, 13, 17}),
+        (EVALUATIONS, 2, 9, {2, 5, 7, 11, 13, 17}),
+        (EVALUATIONS, 9, 0, set(LOSSES)),
+        (OTHER_TOKENS, 1, 1, {3, 7}),
+        ({2: Quality(1.5, 7), 3: Quality(1.5, 7), 5: None}, 1, 1, {3, 5}),
+        ({}, 2, 1, set()),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(qualities, keep_last, keep_best, kept):
+    assert steps_to_keep(qualities, keep_last, keep_best) == kept

@@ -19,13 +19,11 @@ LOST = "error: another process of the run was lost"
 
 MEMBER = """
 import itertools, sys, time
+from simplernn_jax import supervisor
+supervisor.supervise()
+supervisor.HEARTBEAT_SECONDS = 4
 from simplernn_jax import distributed
-distributed.supervise()
-distributed.HEARTBEAT_SECONDS = 4
 from simplernn_jax.errors import UserError
-from simplernn_jax.sharding.agreement import (
-    broadcast_from_coordinator, check_same, coordinator_first,
-)
 
 def refuse():
     raise UserError("no text")
@@ -34,14 +32,16 @@ def main():
     coordinator, count, number, what = sys.argv[1:]
     with distributed.joined(coordinator, int(count), int(number), 60):
         print("joined", flush=True)
-        if what == "first refuses":
+        if what == "process 1 refuses" and number == "1":
+            refuse()
+        if what == "coordinator refuses":
             try:
-                check_same("another text", number)
+                distributed.check_same(number, "another text")
             except UserError as error:
                 print(error, flush=True)
-            coordinator_first("a test", refuse)
+            distributed.run_on_coordinator_first(refuse)
         for step in itertools.count():
-            broadcast_from_coordinator(1)
+            distributed.broadcast_from_coordinator(1)
             time.sleep(0.02)
             if step == 50:
                 print("still here", flush=True)
@@ -60,7 +60,7 @@ def free_address():
 
 @pytest.fixture
 def run():
-    """Starts Python programs that import `distributed`; kills what is left of them."""
+    """Start Python programs, which are killed at the end of the test."""
     started = []
 
     def start(code, *arguments):
@@ -95,14 +95,15 @@ def end(process):
         ("os._exit(75)", 75, ""),
         ("os.kill(os.getpid(), 9)", 128 + 9, ""),
         ("os.abort()", 128 + 6, ""),
-        ("distributed._note(2, 'nobody came'); os.abort()", 2, "error: nobody came\n"),
+        ("supervisor.set_failure(2, 'nobody came'); os.abort()", 2, "error: nobody came\n"),
         (
-            "distributed._note(2, 'nobody came'); distributed._note(76, 'lost'); os._exit(76)",
+            "supervisor.set_failure(2, 'nobody came'); supervisor.set_failure(76, 'lost'); "
+            "os._exit(76)",
             76,
             "error: lost\n",
         ),
         ("os.kill(os.getppid(), 15); time.sleep(30)", 128 + 15, ""),
-        (  # the first is passed on, the second kills
+        (  # the first is forwarded, the second kills
             "signal.signal(15, lambda *_: os.kill(os.getppid(), 2)); os.kill(os.getppid(), 2); "
             "time.sleep(30)",
             128 + 9,
@@ -111,15 +112,15 @@ def end(process):
     ],
 )
 def test_the_supervisor_ends_as_its_child(run, code, expected, line):
-    prefix = "import os, signal, time; from simplernn_jax import distributed; "
-    process = run(f"{prefix}distributed.supervise(); {code}")
+    prefix = "import os, signal, time; from simplernn_jax import supervisor; "
+    process = run(f"{prefix}supervisor.supervise(); {code}")
     assert end(process) == (expected, "", line)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child")
 def test_a_child_does_not_outlive_its_supervisor(run):
     process = run(
-        "import os, time; from simplernn_jax import distributed; distributed.supervise(); "
+        "import os, time; from simplernn_jax import supervisor; supervisor.supervise(); "
         "print(os.getpid(), flush=True); time.sleep(30)"
     )
     process.stdout.readline()
@@ -133,7 +134,7 @@ class Joining(Exception):
 
 @pytest.fixture
 def initialize(monkeypatch):
-    """What `joined` hands to `jax.distributed.initialize`."""
+    """Arguments that `joined` passes to `jax.distributed.initialize`."""
     calls = []
 
     def record(*arguments, **options):
@@ -176,16 +177,7 @@ def test_without_flags_jax_asks_the_cluster(initialize):
     assert options["coordinator_bind_address"] is options["cluster_detection_method"] is None
 
 
-@pytest.mark.parametrize("coordinator", ["node1", "node1:", "node1:http", "node1:99999", ":80"])
-def test_an_address_that_is_none(initialize, coordinator):
-    with (
-        pytest.raises(UserError, match=f"--coordinator={coordinator}: not HOST:PORT"),
-        distributed.joined(coordinator, 2, 0, 7),
-    ):
-        pass
-
-
-def test_a_port_that_is_taken(initialize):
+def test_a_port_in_use(initialize):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         message = rf"process 0 cannot listen at {address} \(Address already in use\): choose"
@@ -193,39 +185,61 @@ def test_a_port_that_is_taken(initialize):
             pass
 
 
-@pytest.mark.parametrize(
-    ("place", "message"),
-    [
-        (("127.0.0.1:1234", 2, None), "belong together: give all three"),
-        ((None, 2, 1), "belong together: give all three"),
-        (("127.0.0.1:1234", 2, 2), "--process_id=2 is none of --num_processes=2"),
-    ],
-)
-def test_places_that_are_none(place, message):
-    with pytest.raises(UserError, match=message), distributed.joined(*place, 7):
+@pytest.mark.parametrize("coordinator", ["node1", "node1:", "node1:http", "node1:99999", ":80"])
+def test_an_invalid_address(coordinator):
+    message = f"--coordinator={coordinator}: not HOST:PORT"
+    with pytest.raises(UserError, match=message), distributed.joined(coordinator, 2, 0, 7):
         pass
 
 
-def test_what_jax_refuses_is_one_line(monkeypatch):
-    def refuse(*_, **__):
-        raise ValueError("coordinator_address should be defined.")
+def test_arguments_that_jax_refuses_are_one_line(run):
+    program = """
+import sys
+from simplernn_jax import distributed, errors
+for place in (("127.0.0.1:1234", 2, None), (None, 2, 1), ("127.0.0.1:1234", 2, 2)):
+    try:
+        with distributed.joined(*place, 7):
+            pass
+    except errors.UserError as error:
+        print(error, file=sys.stderr)
+"""
+    code, _, printed = end(run(program))
+    lines = printed.splitlines()
+    assert (code, len(lines)) == (0, 3)
+    reasons = ("process id of the current", "coordinator_address should be", "process_id < num_")
+    for line, reason in zip(lines, reasons, strict=True):
+        assert line.startswith("--distributed: ")
+        assert reason in line
+        assert "Give --coordinator HOST:PORT, --num_processes N and --process_id I" in line
 
-    monkeypatch.setattr(distributed, "_keep_stdout_for_python", lambda: None)
-    monkeypatch.setattr("jax.distributed.initialize", refuse)
-    message = "--distributed: coordinator_address should be defined.*give --coordinator HOST"
-    with pytest.raises(UserError, match=message), distributed.joined(None, None, None, 7):
-        pass
+
+def test_one_process_agrees_with_itself(tmp_path):
+    assert distributed.is_coordinator()
+    distributed.barrier("a test")
+    distributed.check_same("text", "nothing to compare")
+    distributed.check_shared(str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    assert distributed.broadcast_from_coordinator(17) == 17
+    assert distributed.run_on_coordinator_first(lambda: "result") == "result"
+
+
+def test_a_signal_stops_a_single_process_at_once():
+    signals = []
+    sync = distributed.PreemptionSync(lambda: signals[-1] if signals else None)
+    assert sync.signal(3) is None
+    signals.append("SIGTERM")
+    assert sync.signal(3) == "SIGTERM"
 
 
 def start_members(run, what, counts=(2, 2)):
-    """Two processes of one run, which are told these counts, and its address."""
+    """Start two processes of one run, each given its own count; return them and its address."""
     address = free_address()
     members = [run(MEMBER, address, count, number, what) for number, count in enumerate(counts)]
     return members, address
 
 
-def test_a_process_that_hangs_ends_the_others_and_strangers_do_not(run):
-    groups = [start_members(run, "go on") for _ in range(2)]
+def test_a_hanging_process_ends_the_others_and_a_foreign_connection_does_not(run):
+    groups = [start_members(run, "continue") for _ in range(2)]
     with contextlib.ExitStack() as stack:
         for members, address in groups:
             for member in members:
@@ -235,7 +249,7 @@ def test_a_process_that_hangs_ends_the_others_and_strangers_do_not(run):
                 stranger = socket.create_connection((host, int(port)), 20)
                 stack.enter_context(stranger).sendall(garbage)
         for victim, (members, _) in enumerate(groups):
-            # After the strangers came, all go on.
+            # After the foreign connections, all continue.
             assert [member.stdout.readline() for member in members] == ["still here\n"] * 2
             os.killpg(members[victim].pid, signal.SIGSTOP)
         for victim, (members, _) in enumerate(groups):
@@ -245,11 +259,15 @@ def test_a_process_that_hangs_ends_the_others_and_strangers_do_not(run):
 
 
 def test_an_error_of_one_and_an_error_of_all(run):
-    one, _ = start_members(run, "go on", counts=(2, 3))
-    all_, _ = start_members(run, "first refuses")
-    message = "error: --num_processes=3: process 0 was started with 2; give all the same number\n"
-    assert end(one[1]) == (2, "", message)
+    one, _ = start_members(run, "process 1 refuses")
+    all_, _ = start_members(run, "coordinator refuses")
+    others, _ = start_members(run, "continue", counts=(2, 3))
+    assert end(one[1]) == (2, "joined\n", "error: no text\n")
     code, _, errors = end(one[0])
     assert (code, LOST in errors) == (76, True)
-    output = "joined\nprocess 1 has another text\n"
+    output = "joined\na process has another text\n"
     assert [end(member) for member in all_] == [(2, output, "error: no text\n"), (2, output, "")]
+    code, output, errors = end(others[0])
+    assert (code, output) == (2, "")
+    assert errors.startswith("error: a process has other settings than process 0 (simplernn_jax ")
+    assert end(others[1]) == (2, "", "")

@@ -1,31 +1,14 @@
 """Checkpoints of runs with stages: single layers on disk, whatever the number of stages."""
 
-import contextlib
 import shutil
-import signal
 
 import numpy as np
 import pytest
-from small_runs import newest_checkpoint, small_config, write_corpus
+from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
 from simplernn_jax.config import MeshConfig
-from simplernn_jax.training import loop
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
-
-
-class Listener:
-    """Keeps what a run says, and stops it after `last_step` steps."""
-
-    def __init__(self, last_step):
-        self.last_step, self.said = last_step, []
-
-    def update(self, step, *_):
-        if step == self.last_step - 1:  # read while the next step is under way
-            signal.raise_signal(signal.SIGTERM)
-
-    def say(self, text):
-        self.said.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +21,14 @@ def config(tmp_path_factory):
 
 
 def run(config, workdir, monkeypatch, last_step, **sizes):
-    """(how the run ended, what it said) on a mesh."""
+    """Train on a mesh; return the result and the printed text."""
     config.mesh = MeshConfig(**({"data": 1} | sizes))
-    listener = Listener(last_step)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "open_display", lambda *_: contextlib.nullcontext(listener))
-        return train(config, str(workdir)), " ".join(listener.said)
+        display = stop_after(patch, last_step)
+        return train(config, str(workdir)), " ".join(display.lines)
 
 
-def test_a_run_goes_on_with_other_numbers_of_stages(config, tmp_path, monkeypatch):
+def test_a_run_resumes_with_another_number_of_stages(config, tmp_path, monkeypatch):
     one, four = tmp_path / "one", tmp_path / "four"
     _, said = run(config, one, monkeypatch, 3, stage=2, data=2)
     assert "2 stages, 8 chunks of 1 tokens: a stage is idle 11.1% of the time" in said

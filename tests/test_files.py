@@ -6,7 +6,15 @@ import tracemalloc
 
 import pytest
 
-from simplernn_jax.files import check_output, open_file, read_file, replaced_file, write_file
+from simplernn_jax.files import (
+    check_output,
+    open_file,
+    read_file,
+    read_sealed,
+    replaced_file,
+    write_file,
+    write_sealed,
+)
 
 
 def test_content_is_replaced_and_nothing_else_is_left(tmp_path):
@@ -52,7 +60,7 @@ def _folder(path):
 
 
 @pytest.mark.parametrize("make", [_fifo, _link_to_a_device, _folder])
-def test_what_is_no_regular_file_is_neither_read_nor_replaced(tmp_path, make):
+def test_only_regular_files_are_read_or_replaced(tmp_path, make):
     path = tmp_path / "file"
     make(path)
     before = os.lstat(path)
@@ -103,11 +111,11 @@ def test_reading_takes_no_more_memory_than_the_file_holds(tmp_path):
         tracemalloc.stop()
 
 
-def test_a_file_whose_size_is_not_known_is_read_whole():
+def test_a_file_of_unknown_size_is_read_whole():
     assert read_file("/proc/self/status").endswith(b"\n")
 
 
-def test_a_replacement_that_fails_leaves_what_was_there(tmp_path):
+def test_a_replacement_that_fails_leaves_the_old_content(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
 
@@ -120,3 +128,16 @@ def test_a_replacement_that_fails_leaves_what_was_there(tmp_path):
         replace_and_fail()
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("body", ["", "one line\n", "ünï\r\n\ncode\n"])
+def test_a_sealed_file_returns_its_body(tmp_path, body):
+    write_sealed(tmp_path / "sealed", body)
+    assert read_sealed(tmp_path / "sealed") == body
+    assert os.listdir(tmp_path) == ["sealed"]
+
+
+def test_a_missing_or_binary_sealed_file_returns_none(tmp_path):
+    assert read_sealed(tmp_path / "none") is None
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    assert read_sealed(tmp_path / "binary") is None

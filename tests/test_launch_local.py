@@ -17,13 +17,13 @@ STAND_IN = """
 import json, os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 devices = [os.environ[name] for name in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")]
-os.write(1, json.dumps([sys.argv[1:], *devices]).encode() + b"\\n")  # not in two pieces
+os.write(1, json.dumps([sys.argv[1:], *devices]).encode() + b"\\n")  # in one piece
 time.sleep(30)
 """
 
 
 def run(code):
-    """A process of its own that does `code`."""
+    """Start a Python process that runs `code`."""
     return subprocess.Popen([sys.executable, "-c", f"import os, signal, sys, time; {code}"])
 
 
@@ -47,7 +47,7 @@ def test_the_exit_code_is_that_of_the_one_that_failed(monkeypatch, ends, expecte
 
 @pytest.fixture
 def launch(tmp_path):
-    """Starts the launcher with stand-ins, and reads what each says."""
+    """Start the launcher with stand-ins, and read the output of each."""
     shutil.copy(Path(launch_local.__file__), tmp_path)
     (tmp_path / "train.py").write_text(STAND_IN)
     launched = []
@@ -72,7 +72,7 @@ def launch(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_starts_all_and_passes_signals_on(launch, number):
+def test_starts_all_and_forwards_signals(launch, number):
     launcher, started = launch(3)
     launcher.send_signal(number)
     launcher.communicate(timeout=60)
@@ -94,14 +94,14 @@ def test_killing_the_launcher_kills_all(launch):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--config", "c"], ["0"], ["65"], ["1" * 5000]])
-def test_says_how_it_is_used(capsys, arguments):
+def test_wrong_arguments_print_the_usage(capsys, arguments):
     assert launch_local.main(arguments) == 2
-    expected = "error: say how many processes, 1 to 64: bash scripts/"
+    expected = "error: give the number of processes, 1 to 64: bash scripts/"
     assert capsys.readouterr().err.startswith(expected)
 
 
 @pytest.mark.parametrize("devices", ["0", "two", "1000000000"])
-def test_a_number_of_devices_that_is_none(capsys, monkeypatch, devices):
+def test_an_invalid_number_of_devices(capsys, monkeypatch, devices):
     monkeypatch.setenv("DEVICES_PER_PROCESS", devices)
     assert launch_local.main(["2"]) == 2
     assert capsys.readouterr().err.startswith(

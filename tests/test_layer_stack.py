@@ -15,7 +15,6 @@ from meshes import mesh_of
 from small_runs import small_config
 
 from benchmarks.compiled_collectives import collectives
-from simplernn_jax.checkpoint.file_layout import FileLayout
 from simplernn_jax.config import MeshConfig
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.errors import UserError
@@ -23,6 +22,7 @@ from simplernn_jax.models.dense import Dense
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.sharding.layer_layout import in_layout_of
+from simplernn_jax.training.file_layout import FileLayout
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step, state_shardings
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from simplernn_jax.checkpoint import manifest
-from simplernn_jax.sealed_file import write_sealed
+from simplernn_jax.files import write_sealed
 
 
 @pytest.fixture
@@ -28,33 +28,38 @@ def test_a_folder_without_a_manifest_is_not_whole(tmp_path):
     assert manifest.find_damage(str(tmp_path)) == "manifest.sha256 is missing"
 
 
-def test_every_flipped_bit_of_the_manifest_shows(folder):
+def test_every_flipped_bit_and_every_truncation_of_the_manifest_shows(folder):
     path = folder / manifest.MANIFEST_NAME
     whole = path.read_bytes()
     for position in range(len(whole)):
-        damaged = bytearray(whole)
-        damaged[position] ^= 1 << position % 8
-        path.write_bytes(damaged)
-        assert manifest.find_damage(str(folder)) == "manifest.sha256 was changed"
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << position % 8
+        for damaged in (flipped, whole[:position]):
+            path.write_bytes(damaged)
+            assert manifest.find_damage(str(folder)) == "manifest.sha256 was changed"
 
 
-def test_every_truncation_of_the_manifest_shows(folder):
-    path = folder / manifest.MANIFEST_NAME
-    whole = path.read_bytes()
-    for size in range(len(whole)):
-        path.write_bytes(whole[:size])
-        assert manifest.find_damage(str(folder)) == "manifest.sha256 was changed"
+def make_folder(path):
+    path.unlink()
+    path.mkdir()
 
 
-def test_a_flipped_bit_names_the_file(folder):
-    path = folder / "inner" / "first file"
-    content = bytearray(path.read_bytes())
-    content[1031] ^= 32
-    path.write_bytes(content)
-    assert manifest.find_damage(str(folder)) == "inner/first file was changed"
+@pytest.mark.parametrize(
+    ("name", "change", "damage"),
+    [
+        ("inner/first file", lambda path: path.write_bytes(bytes(256 * 7)), "was changed"),
+        ("last", lambda path: path.write_bytes(b"\n\r"), "has 2 bytes instead of 3"),
+        ("inner/nothing", lambda path: path.unlink(), "is missing"),
+        ("inner/empty/other", lambda path: path.write_bytes(b""), "does not belong there"),
+        ("last", make_folder, "is missing"),
+    ],
+)
+def test_a_damaged_file_is_named(folder, name, change, damage):
+    change(folder / name)
+    assert manifest.find_damage(str(folder)) == f"{name} {damage}"
 
 
-def test_bytes_outside_the_wanted_parts_are_left_to_another_time(folder):
+def test_bytes_outside_the_given_parts_are_not_verified(folder):
     (folder / "last").write_bytes(b"\n\n\n")
     assert manifest.find_damage(str(folder), ["inner"]) is None
     assert manifest.find_damage(str(folder)) == "last was changed"
@@ -62,28 +67,7 @@ def test_bytes_outside_the_wanted_parts_are_left_to_another_time(folder):
     assert manifest.find_damage(str(folder), ["inner"]) == "inner/first file was changed"
 
 
-def test_another_size_names_the_file_and_both_sizes(folder):
-    (folder / "last").write_bytes(b"\n\r")
-    assert manifest.find_damage(str(folder)) == "last has 2 bytes instead of 3"
-
-
-def test_a_missing_file_is_named(folder):
-    (folder / "inner" / "nothing").unlink()
-    assert manifest.find_damage(str(folder)) == "inner/nothing is missing"
-
-
-def test_an_additional_file_is_named(folder):
-    (folder / "inner" / "empty" / "other").write_bytes(b"")
-    assert manifest.find_damage(str(folder)) == "inner/empty/other does not belong there"
-
-
-def test_a_file_that_became_a_folder_is_named(folder):
-    (folder / "last").unlink()
-    (folder / "last").mkdir()
-    assert manifest.find_damage(str(folder)) == "last is missing"
-
-
-def test_a_manifest_written_again_covers_the_new_content(folder):
+def test_a_rewritten_manifest_covers_the_new_content(folder):
     (folder / "last").write_bytes(b"new")
     manifest.write_manifest(str(folder))
     assert manifest.find_damage(str(folder)) is None
@@ -100,8 +84,8 @@ def put_endless(path):
 
 
 @pytest.mark.parametrize("put", [put_pipe, put_endless])
-def test_pipes_and_devices_are_damage_and_no_hang(folder, put):
-    put(folder / "inner" / "nothing")  # as large as it should be, by what the file system says
+def test_pipes_and_devices_are_damage_without_a_hang(folder, put):
+    put(folder / "inner" / "nothing")  # of the right size, by its status
     expected = "inner/nothing is not a regular file"
     assert manifest.find_damage(str(folder)) == expected
     assert manifest.find_damage(str(folder), ["other"]) == expected

@@ -1,4 +1,4 @@
-"""The first lines of a script's process, with scripts of nothing but the standard library."""
+"""Start of a script's process, with scripts that need only the standard library."""
 
 import os
 import shutil
@@ -67,7 +67,7 @@ def run(*command: object, shell: str = "", **environment: str) -> subprocess.Com
         ({process_start.HUGE_PAGES: "0"}, "None"),
     ],
 )
-def test_large_buffers_lie_on_huge_pages(script, environment, expected):
+def test_large_buffers_use_huge_pages(script, environment, expected):
     result = run("-X", "dev", "-u", script, "a b", "-c", **environment)
     assert result.stdout == f"{expected} ['a b', '-c']\n"
 
@@ -75,40 +75,37 @@ def test_large_buffers_lie_on_huge_pages(script, environment, expected):
 @pytest.mark.parametrize(
     "debugger", [["-m", "pdb", "-c", "continue"], ["-i"], ["-m", "trace", "-t"]]
 )
-def test_a_process_that_is_observed_is_not_replaced(script, debugger):
+def test_a_process_under_a_debugger_is_not_replaced(script, debugger):
     result = run(*debugger, script, shell="</dev/null")
     assert "None []" in result.stdout
 
 
-def test_a_python_without_the_packages_says_what_to_do(script):
-    result = run("-S", script)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("error: Python 3.")
-    assert "has no absl; run `bash scripts/train.sh`" in result.stderr
-
-
-def test_a_python_without_the_packages_takes_the_environment_beside_the_script(script):
-    python = script.parents[1] / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/sh\nprintf '%s,' \"$@\"\nexit 7\n")
-    python.chmod(0o755)
+@pytest.mark.parametrize(
+    ("environment", "code", "output", "error"),
+    [
+        (None, 2, "", "has no absl; run `bash scripts/train.sh`"),
+        ("printf '%s,' \"$@\"; exit 7", 7, "{script},a b,--x,", ""),
+        (f'exec {sys.executable} -S "$@"', 2, "", "has no absl"),  # which is not tried again
+    ],
+)
+def test_a_python_without_the_packages_is_replaced_by_the_environment_beside_the_script(
+    script, environment, code, output, error
+):
+    if environment is not None:
+        python = script.parents[1] / ".venv" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f"#!/bin/sh\n{environment}\n")
+        python.chmod(0o755)
     result = run("-S", script, "a b", "--x")
-    assert (result.returncode, result.stdout) == (7, f"{script},a b,--x,")
-
-
-def test_an_environment_without_the_packages_is_not_tried_again(script):
-    python = script.parents[1] / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
-    python.chmod(0o755)
-    result = run("-S", script)
-    assert result.returncode == 2
-    assert "has no absl" in result.stderr
+    assert (result.returncode, result.stdout) == (code, output.format(script=script))
+    assert error in result.stderr
+    if code == 2:
+        assert result.stderr.startswith("error: Python 3.")
+        assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_streams_are_empty_ones(script, closed):
+def test_closed_streams_become_empty_ones(script, closed):
     code = "import os; os.write(os.open('kept', os.O_CREAT | os.O_WRONLY), b'kept')"
     script.write_text(f"{SCRIPT}\nos.chdir(os.path.dirname(__file__))\n{code}\n")
     result = run(script, shell=closed)
@@ -149,7 +146,7 @@ while True:
         (False, False, signal.SIGTERM, 143),
     ],
 )
-def test_a_signal_ends_the_process_whatever_it_does(script, resumes, started, number, code):
+def test_a_signal_ends_the_process_at_once(script, resumes, started, number, code):
     script.write_text(STUBBORN.format(resumes=resumes, started=started))
     process = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -164,7 +161,7 @@ def test_a_signal_ends_the_process_whatever_it_does(script, resumes, started, nu
 
 
 @with_huge_pages
-def test_a_signal_while_the_process_is_replaced_is_taken_afterwards(script):
+def test_a_signal_while_the_process_is_replaced_is_handled_afterwards(script):
     text = script.read_text().replace(
         "import bootstrap\n",
         "import bootstrap\nimport os, signal\n"
@@ -176,7 +173,7 @@ def test_a_signal_while_the_process_is_replaced_is_taken_afterwards(script):
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "SIGINT: stopped\n")
 
 
-def test_a_variable_that_jax_cannot_read_is_one_line(script):
+def test_a_variable_that_jax_cannot_parse_is_one_line(script):
     result = run(script, JAX_ENABLE_X64="maybe")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (

@@ -19,7 +19,7 @@ import tokenizers
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import TokenizedCorpus, TokenSplit, load_tokenizer, prepare_corpus
 from simplernn_jax.errors import UserError
-from simplernn_jax.sealed_file import read_sealed, write_sealed
+from simplernn_jax.files import read_sealed, write_sealed
 
 BOS, EOS = 256, 257
 

@@ -1,11 +1,11 @@
-"""Saves a run so that it goes on exactly, and gives it back only if every byte is as written.
+"""Save a run so that it resumes bit-exactly, and restore it only if every byte is as written.
 
 A checkpoint holds the training state (one array per leaf, named by its path), the position in
-the data, the configuration and the tokenizer. Orbax writes it while training goes on; then it is
-read back and compared, its manifest is written, and only then it counts (see `checkpoint_folder`).
+the data, the configuration and the tokenizer. Orbax writes it while training continues; then it is
+read back and compared, its manifest is written, and only then it counts (see `folder`).
 
-Several processes that train together write it together, each the parts that lie on its devices;
-process 0 alone verifies, writes the manifest when all have finished, and deletes.
+Several processes that train together write it together, each the shards of its devices; process 0
+alone verifies, writes the manifest when all have finished, and deletes.
 """
 
 import concurrent.futures
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from simplernn_jax import config as config_lib
-from simplernn_jax.checkpoint.choice import NEWEST, choose_checkpoint
+from simplernn_jax.checkpoint.choice import NEWEST, choose_checkpoint, steps_to_keep
 from simplernn_jax.checkpoint.contents import (
     Quality,
     check_leaves,
@@ -35,58 +35,41 @@ from simplernn_jax.checkpoint.contents import (
     saved_leaves,
     saved_quality,
 )
-from simplernn_jax.checkpoint.folder import PRUNED, CheckpointFolder, refusal_of_disk
-from simplernn_jax.checkpoint.orbax_options import among_processes
-from simplernn_jax.checkpoint.retention import KeepLastAndBest
-from simplernn_jax.checkpoint.verification import (
-    Fingerprint,
-    check_saved,
-    fingerprints,
-)
+from simplernn_jax.checkpoint.folder import CheckpointFolder, refusal_of_disk
+from simplernn_jax.checkpoint.orbax_writer import make_writer
+from simplernn_jax.checkpoint.verification import Fingerprint, check_saved, fingerprints
 from simplernn_jax.config import Config
+from simplernn_jax.distributed import barrier, broadcast_from_coordinator, is_coordinator
 from simplernn_jax.errors import UserError
 from simplernn_jax.named_leaves import named_leaves
-from simplernn_jax.sharding.agreement import barrier, broadcast_from_coordinator, is_coordinator
-from simplernn_jax.training.echoes import drop_echoes
 
 _PATIENCE_SECONDS = 5.0
 
 _OVERHEAD = 256 * 1024
-"""Bytes of a checkpoint beside its arrays and its tokenizer."""
+"""Bytes of a checkpoint besides its arrays and its tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What `Checkpointer.restore` gives back."""
+    """Result of `Checkpointer.restore`."""
 
     step: int
     state: Any
-    """The tree of `abstract_state`, with the saved values."""
+    """Tree like `abstract_state`, with the saved values."""
     data_state: Any
-    """What was passed to `Checkpointer.save`."""
+    """`data_state` of `Checkpointer.save`."""
     config: Config
     tokenizer_json: str
 
 
-class _Manager(ocp.CheckpointManager):
-    def reached_preemption(self, step: int) -> bool:
-        """Leave the question to the loop.
-
-        Orbax asks it again in the thread that saves, of an older step: JAX would take that for the
-        step that this process has reached, and could agree on one that is over.
-        """
-        del step
-        return False
-
-
 class Checkpointer:
-    """The checkpoints of one run. Only one run at a time may hold it for a workdir.
+    """Checkpoints of one run. Only one run at a time may hold it for a workdir.
 
-    Of a run of several processes, all make it and all call `save` and `restore`, with the same
-    arguments; `workdir` is on a file system that they share.
+    All processes of a run construct it and call `save` and `restore`, with the same arguments;
+    `workdir` is on a file system that they share.
 
     Keeps the `keep_last` newest checkpoints (at least 2, so that a damaged one has a
-    predecessor) and beside them the `keep_best` ones of lowest validation loss.
+    predecessor) and besides them the `keep_best` ones of lowest validation loss.
 
     Raises:
       UserError: another process is training in `workdir`.
@@ -103,18 +86,15 @@ class Checkpointer:
     ) -> None:
         self._config = config
         self._tokenizer_json = tokenizer_json
+        self._keep = (max(keep_last, 2), keep_best)
         self._folder = CheckpointFolder(workdir)
         if is_coordinator():
             self._folder.open_for_training()
         barrier("the checkpoints are open")
-        self._keep = KeepLastAndBest(max(keep_last, 2), keep_best)
-        for step in self._folder.steps():
-            self._keep.add(step, saved_quality(self._folder.step_path(step)))
-        self._manager: ocp.CheckpointManager | None = None
+        self._writer = make_writer()
         self._completer = concurrent.futures.ThreadPoolExecutor(1, "complete_checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         self._failed = False
-        drop_echoes()
 
     def save(
         self,
@@ -125,7 +105,7 @@ class Checkpointer:
         *,
         wait: bool = False,
     ) -> None:
-        """Saves `state` as the checkpoint of `step`, in the background unless `wait`.
+        """Save `state` as the checkpoint of `step`, in the background unless `wait`.
 
         Returns as soon as the values are safe from being overwritten; `state` may be donated
         then. Waits for the save before this one. A step that is already saved is left as it is.
@@ -134,8 +114,8 @@ class Checkpointer:
           step: number of optimizer steps taken.
           state: any pytree of arrays.
           data_state: JSON-able position in the data.
-          metrics: ``validation_loss``, in nats per token over ``predictions`` tokens, decides about
-            keeping and choosing the checkpoint.
+          metrics: ``validation_loss``, in nats per token over ``predictions`` tokens, ranks the
+            checkpoint.
           wait: return only when the checkpoint is complete.
 
         Raises:
@@ -148,8 +128,6 @@ class Checkpointer:
         if is_coordinator():
             self._check_room(step, state)
         barrier("a save")
-        quality = _quality(metrics or {})
-        self._keep.add(step, quality)
         leaves = named_leaves(state)
         written = fingerprints(leaves) if is_coordinator() else {}
         items = ocp.args.Composite(
@@ -157,10 +135,10 @@ class Checkpointer:
             data=ocp.args.JsonSave(data_state),
             config=ocp.args.JsonSave(json.loads(config_lib.to_json(self._config))),
             tokenizer=ocp.args.JsonSave(self._tokenizer_json),
-            quality=ocp.args.JsonSave(quality_item(step, quality)),
+            quality=ocp.args.JsonSave(quality_item(step, _quality(metrics or {}))),
         )
         try:
-            self._open_manager().save(step, args=items, force=True)
+            self._writer.save(self._folder.step_path(step), args=items)
         except Exception as error:
             raise self._save_failure(step, error) from error
         self._pending = (step, self._completer.submit(self._complete, step, written))
@@ -168,13 +146,13 @@ class Checkpointer:
             self._finish()
 
     def restore(self, abstract_state: Any, shardings: Any = None) -> Restored | None:
-        """Restores the newest whole checkpoint; damaged ones are moved aside with a warning.
+        """Restore the newest whole checkpoint; damaged ones are moved aside with a warning.
 
         Args:
-          abstract_state: tree of arrays or `jax.ShapeDtypeStruct`: what `save` was given, from
-            however many devices and processes.
-          shardings: where each is to lie; each process reads what its devices hold. None is the
-            default device.
+          abstract_state: tree of arrays or `jax.ShapeDtypeStruct`, as given to `save` on any number
+            of devices and processes.
+          shardings: sharding of each array; a process reads only the shards of its devices. None is
+            the default device.
 
         Returns:
           None if no save was ever completed in this workdir. The arrays have exactly the saved
@@ -197,19 +175,19 @@ class Checkpointer:
         check_same_model(self._config, config)
         wanted = named_leaves(abstract_state)
         check_leaves(path, wanted, saved_leaves(path))
-        places = dict.fromkeys(wanted) if shardings is None else named_leaves(shardings)
-        arrays = read_arrays(path, list(wanted), places)
+        by_name = None if shardings is None else named_leaves(shardings)
+        arrays = read_arrays(path, list(wanted), by_name)
         # A copy that JAX owns: an alias of numpy's memory could not be donated.
         leaves = [jnp.array(arrays[name]) for name in wanted]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
         return Restored(step, state, read_json(path, "data"), config, tokenizer_json)
 
     def close(self, *, failed: bool = False) -> None:
-        """Waits for the last save and gives the workdir free.
+        """Wait for the last save and release the workdir.
 
         Args:
           failed: an error ends the run. If it is one of several processes, the others may not
-            know yet, and their part of the save may never come: it is not waited for long.
+            know yet, and their part of the save may never come: the wait is short.
 
         Raises:
           UserError: the last save failed (see `save`).
@@ -221,17 +199,18 @@ class Checkpointer:
         try:
             self._finish()
         finally:
-            # Orbax raises the error of a failed save once more, which `_save_failure` has told.
-            with contextlib.suppress(*[Exception] * self._failed):
-                if self._manager is not None:
-                    self._manager.close()
+            try:
+                self._writer.close()
+            except Exception:
+                if not self._failed:  # Orbax raises once more what `_save_failure` has reported
+                    raise
             self._completer.shutdown()
             if self._failed:
                 self._free_room()
             self._folder.release()
 
     def _check_room(self, step: int, state: Any) -> None:
-        """Refuses at once what would fail in the background, after much noise from below."""
+        """Refuse at once a save that would fail in the background, after much noise from Orbax."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         needed += len(self._tokenizer_json) + _OVERHEAD
         free = shutil.disk_usage(self._folder.path).free
@@ -241,35 +220,20 @@ class Checkpointer:
                 step, f"{os.strerror(errno.ENOSPC)}, {shortage}: free some space there"
             )
 
-    def _open_manager(self) -> ocp.CheckpointManager:
-        """Orbax's manager, made at the first save: by then what is damaged has been moved away."""
-        if self._manager is None:
-            self._manager = _Manager(
-                self._folder.path,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=self._keep,
-                    todelete_subdir=PRUNED,
-                    lightweight_initialize=True,
-                    create=False,
-                    **among_processes(),
-                ),
-            )
-        return self._manager
-
     def _complete(self, step: int, written: dict[str, Fingerprint]) -> None:
-        self._open_manager().wait_until_finished()
+        self._writer.wait_until_finished()
         if is_coordinator():
-            self._read_back(step, written)
+            try:
+                check_saved(self._folder.step_path(step), written)
+            except Exception as error:
+                reason = str(error).partition("\n")[0]
+                reason = f"it does not read back as it was written ({reason}): check this disk"
+                raise self._unsaved(step, reason) from error
             self._folder.mark_complete(step)
+            steps = self._folder.complete_steps()
+            qualities = {one: saved_quality(self._folder.step_path(one)) for one in steps}
+            self._folder.prune(set(steps) - steps_to_keep(qualities, *self._keep))
         barrier("a checkpoint is complete")
-
-    def _read_back(self, step: int, written: dict[str, Fingerprint]) -> None:
-        try:
-            check_saved(self._folder.step_path(step), written)
-        except Exception as error:
-            reason = str(error).partition("\n")[0]
-            reason = f"it does not read back as it was written ({reason}): check this disk"
-            raise self._unsaved(step, reason) from error
 
     def _finish(self) -> None:
         if self._pending is None:
@@ -281,7 +245,7 @@ class Checkpointer:
             raise self._save_failure(step, error) from error
 
     def _save_failure(self, step: int, error: Exception) -> Exception:
-        """The error to raise for a failed save, after freeing the room it took."""
+        """Return the error to raise for a failed save, after freeing the room it took."""
         self._failed = True
         self._free_room()
         reason = refusal_of_disk(error)

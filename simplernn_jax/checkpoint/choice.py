@@ -1,5 +1,6 @@
-"""Which checkpoint of a run to use: the best, the newest, or that of a step."""
+"""Choice of checkpoints: the one to use (best, newest, or of a step), and those to keep."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from absl import logging
@@ -13,7 +14,7 @@ NEWEST = "newest"
 
 
 class Choice(NamedTuple):
-    """A whole checkpoint, and why it is this one."""
+    """A whole checkpoint, and the reason for choosing it."""
 
     step: int
     path: str
@@ -53,6 +54,25 @@ def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> Choice:
     return Choice(step, folder.step_path(step), reason)
 
 
+def steps_to_keep(
+    qualities: Mapping[int, Quality | None], keep_last: int, keep_best: int
+) -> set[int]:
+    """Return the `keep_last` newest steps (at least 1) and the `keep_best` of lowest loss.
+
+    Losses over another number of predictions than the newest one's are of other tokens and do not
+    count.
+    """
+    steps = sorted(qualities)
+    measured = _measured(qualities)
+    predictions = measured[max(measured)].predictions if measured else None
+    by_loss = sorted(
+        (quality.validation_loss, -step)
+        for step, quality in measured.items()
+        if quality.predictions == predictions
+    )
+    return {-step for _, step in by_loss[:keep_best]} | set(steps[-keep_last:])
+
+
 def _of_step(folder: CheckpointFolder, checkpoint: str) -> Choice:
     steps = folder.complete_steps()
     if not (checkpoint.isascii() and checkpoint.isdecimal()):
@@ -70,7 +90,7 @@ def _of_step(folder: CheckpointFolder, checkpoint: str) -> Choice:
 
 
 def _qualities(folder: CheckpointFolder) -> dict[int, Quality | None]:
-    """How each checkpoint was evaluated, by step; without those that are plainly damaged."""
+    """Read the evaluations by step, without checkpoints whose record is damaged."""
     qualities = {}
     for step in folder.complete_steps():
         damage = folder.find_damage(step, [QUALITY_ITEM])
@@ -81,9 +101,13 @@ def _qualities(folder: CheckpointFolder) -> dict[int, Quality | None]:
     return qualities
 
 
+def _measured(qualities: Mapping[int, Quality | None]) -> dict[int, Quality]:
+    return {step: quality for step, quality in qualities.items() if quality is not None}
+
+
 def _best(qualities: dict[int, Quality | None]) -> int | None:
-    """The newest step of lowest loss; None if none was evaluated or not on the same tokens."""
-    measured = {step: quality for step, quality in qualities.items() if quality is not None}
+    """Return the newest step of lowest loss; None if losses are missing or not comparable."""
+    measured = _measured(qualities)
     predictions = {quality.predictions for quality in measured.values()}
     if len(predictions) != 1 or None in predictions:
         return None

@@ -1,4 +1,4 @@
-"""What lies in the folder of one checkpoint, and how to read it without the run that wrote it.
+"""Contents of the folder of one checkpoint, read without the run that wrote it.
 
 Items: ``state`` (arrays named by their path), ``data`` (position), ``config``, ``tokenizer`` and
 ``quality`` (JSON). Nothing in them is executed. Callers verify the folder's manifest first.
@@ -21,7 +21,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
 
 QUALITY_ITEM = "quality"
-"""The item of `saved_quality` and `saved_step`."""
+"""Item that `saved_quality` and `saved_step` read."""
 
 _RENAMED_LEAVES = {"skipped_in_a_row": "consecutive_skips"}
 """Array names of earlier versions, and the names of today."""
@@ -31,16 +31,16 @@ _LARGEST_JSON = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """What ranks checkpoints."""
+    """Evaluation by which checkpoints are ranked."""
 
     validation_loss: float
     """Nats per token; lower is better."""
     predictions: int | None = None
-    """How many were scored: always the same for the same number. None is not known."""
+    """Number of predictions scored: equal numbers mean equal tokens. None is unknown."""
 
 
 def saved_leaves(path: str) -> dict[str, Any]:
-    """Name, ``shape`` and ``dtype`` of every array in the checkpoint folder `path`."""
+    """Return ``shape`` and ``dtype`` of every array in the checkpoint folder `path`, by name."""
     return {_RENAMED_LEAVES.get(name, name): leaf for name, leaf in _leaves_on_disk(path).items()}
 
 
@@ -52,12 +52,12 @@ def _leaves_on_disk(path: str) -> dict[str, Any]:
 def read_arrays(
     path: str, names: Sequence[str], shardings: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The named arrays of the checkpoint folder `path`, byte for byte as they were saved.
+    """Read the named arrays of the checkpoint folder `path`, bit-exactly.
 
-    Those that `shardings` gives a sharding are JAX's and lie so; the others are numpy's.
+    Those that have a sharding in `shardings` are JAX arrays with that sharding, the others numpy's.
     """
 
-    def how(name: str) -> ocp.RestoreArgs:
+    def restore_args(name: str) -> ocp.RestoreArgs:
         sharding = shardings.get(name) if shardings else None
         if sharding is None:
             return ocp.RestoreArgs(restore_type=np.ndarray)
@@ -69,7 +69,7 @@ def read_arrays(
     on_disk = {renamed.get(name, name): name for name in names}
     args = ocp.args.PyTreeRestore(
         dict.fromkeys(on_disk, 0),
-        restore_args={saved: how(name) for saved, name in on_disk.items()},
+        restore_args={saved: restore_args(name) for saved, name in on_disk.items()},
         partial_restore=True,
     )
     arrays = ocp.PyTreeCheckpointHandler().restore(epath.Path(path) / "state", args=args)
@@ -77,7 +77,7 @@ def read_arrays(
 
 
 def check_leaves(path: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Compares names, shapes and dtypes of two sets of leaves.
+    """Compare names, shapes and dtypes of two sets of leaves.
 
     Raises:
       UserError: names the first leaf that differs.
@@ -97,7 +97,7 @@ def check_leaves(path: str, wanted: Mapping[str, Any], saved: Mapping[str, Any])
 
 
 def read_json(path: str, item: str) -> Any:
-    """What was saved as the JSON item `item` of the checkpoint folder `path`.
+    """Read the JSON item `item` of the checkpoint folder `path`.
 
     Raises:
       UserError: it cannot be read or is no JSON.
@@ -111,17 +111,17 @@ def read_json(path: str, item: str) -> Any:
 
 
 TEXTS = ("config", "tokenizer")
-"""The items of `read_texts`."""
+"""Items that `read_texts` reads."""
 
 
 def read_texts(path: str) -> tuple[Config, str]:
-    """The configuration and the tokenizer's JSON text."""
+    """Read the configuration and the tokenizer's JSON text."""
     config = config_lib.from_json(json.dumps(read_json(path, "config")))
     return config, read_json(path, "tokenizer")
 
 
 def saved_quality(path: str) -> Quality | None:
-    """How the checkpoint was evaluated; None if it was not or the record is damaged."""
+    """Read the evaluation; None if there was none or the record is damaged."""
     saved = _read_quality(path)
     loss, predictions = saved.get("validation_loss"), saved.get("predictions")
     if not isinstance(loss, float) or not math.isfinite(loss):
@@ -130,13 +130,13 @@ def saved_quality(path: str) -> Quality | None:
 
 
 def saved_step(path: str) -> int | None:
-    """The step whose checkpoint it is; None where an earlier version did not say."""
+    """Read the step at which it was saved; None where an earlier version did not record it."""
     step = _read_quality(path).get("step")
     return step if isinstance(step, int) else None
 
 
 def quality_item(step: int, quality: Quality | None) -> dict[str, Any]:
-    """What `saved_quality` and `saved_step` read."""
+    """Make the item that `saved_quality` and `saved_step` read."""
     return {
         "step": step,
         "validation_loss": None if quality is None else quality.validation_loss,

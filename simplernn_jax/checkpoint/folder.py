@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints on disk: which of them are whole, which are not, and why.
+"""Folder of a run's checkpoints on disk, whole, unfinished and damaged ones.
 
     WORKDIR/checkpoints/N/              checkpoint of step N; complete once its manifest is there
     WORKDIR/checkpoints/complete.json   the steps that were complete, sealed like a manifest
@@ -21,21 +21,19 @@ from absl import logging
 from simplernn_jax.checkpoint import manifest
 from simplernn_jax.checkpoint.contents import QUALITY_ITEM, saved_step
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import check_output, sync
-from simplernn_jax.sealed_file import read_sealed, write_sealed
+from simplernn_jax.files import check_output, read_sealed, sync, write_sealed
 
 UNFINISHED_MARK = ".orbax-checkpoint-tmp"
-PRUNED = "pruned"
-"""Checkpoints that are no longer kept; emptied once a newer one is complete."""
-
+_PRUNED = "pruned"
+"""Folder of checkpoints that are being deleted: whatever is left there does not count."""
 
 _STEP = re.compile(r"0|[1-9][0-9]{0,8}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _UNREADABLE = ("\\", "gs:/")
-"""What a path cannot have: TensorStore does not find its files again by the first, and Orbax makes
-the address of a bucket of the second, wherever in a path it stands."""
+"""Parts that a path cannot have: TensorStore does not find its files again with the first, and
+Orbax takes the second for the address of a bucket, anywhere in a path."""
 _UNWRITABLE = (*_UNREADABLE, "[", "*", "?")
-"""Those and the ones that Orbax takes for a pattern when it looks for what it wrote."""
+"""Also those that Orbax takes for a pattern when it looks for the files it wrote."""
 
 
 def check_workdir(workdir: str) -> None:
@@ -70,7 +68,7 @@ def _check_path(workdir: str, refused: Collection[str]) -> None:
 
 
 class CheckpointFolder:
-    """The checkpoints below one workdir. Paths are absolute."""
+    """Checkpoints below one workdir. Paths are absolute."""
 
     def __init__(self, workdir: str) -> None:
         _check_path(workdir, _UNREADABLE)
@@ -82,18 +80,18 @@ class CheckpointFolder:
         self._lock: int | None = None
 
     def step_path(self, step: int) -> str:
-        """The folder of one checkpoint."""
+        """Return the folder of one checkpoint."""
         return os.path.join(self.path, str(step))
 
     def steps(self) -> list[int]:
-        """All steps that have a folder, whole or not, ascending."""
+        """List all steps that have a folder, whole or not, ascending."""
         if not os.path.isdir(self.path):
             return []
         names = [name for name in os.listdir(self.path) if _STEP.fullmatch(name)]
         return sorted(int(name) for name in names if os.path.isdir(os.path.join(self.path, name)))
 
     def open_for_training(self) -> None:
-        """Makes the folder this process's own and clears away what a killed run left unfinished.
+        """Lock the folder for this process and delete what a killed run left unfinished.
 
         Raises:
           UserError: another process is training in this workdir, or nothing can be saved there.
@@ -112,18 +110,18 @@ class CheckpointFolder:
             logging.info("discarded an unfinished save: %s", os.path.join(self.path, name))
 
     def release(self) -> None:
-        """Gives up what `open_for_training` took."""
+        """Release the lock of `open_for_training`."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def discard_unfinished(self) -> list[str]:
-        """Deletes saves that never became complete, and what is no longer kept.
+        """Delete saves that never became complete, and what is left of pruned checkpoints.
 
         Returns:
           The names of those saves.
         """
-        shutil.rmtree(os.path.join(self.path, PRUNED), ignore_errors=True)
+        shutil.rmtree(os.path.join(self.path, _PRUNED), ignore_errors=True)
         unfinished = [name for name in os.listdir(self.path) if UNFINISHED_MARK in name]
         unfinished += [str(step) for step in self.steps() if self._is_unfinished(step)]
         for name in unfinished:
@@ -135,27 +133,35 @@ class CheckpointFolder:
         return unfinished
 
     def mark_complete(self, step: int) -> None:
-        """Writes the manifest of `step`: from here on it counts. Then empties what is not kept."""
+        """Write the manifest of `step`: from here on it counts."""
         manifest.write_manifest(self.step_path(step))
         sync(self.path)
         self.update_ledger()
-        shutil.rmtree(os.path.join(self.path, PRUNED), ignore_errors=True)
+
+    def prune(self, steps: Collection[int]) -> None:
+        """Delete the checkpoints of `steps`; a kill leaves none of them half deleted."""
+        pruned = os.path.join(self.path, _PRUNED)
+        shutil.rmtree(pruned, ignore_errors=True)
+        for step in steps:
+            os.makedirs(pruned, exist_ok=True)
+            os.rename(self.step_path(step), os.path.join(pruned, str(step)))
+        if steps:
+            self.update_ledger()
+        shutil.rmtree(pruned, ignore_errors=True)
 
     def update_ledger(self) -> None:
-        """Records the steps that have a manifest now."""
+        """Record the steps that have a manifest now."""
         steps = [step for step in self.steps() if manifest.has_manifest(self.step_path(step))]
         write_sealed(self._ledger_path, json.dumps(steps) + "\n")
 
     def complete_steps(self) -> list[int]:
-        """The steps that were complete once, whole now or not, ascending."""
+        """List the steps that were once complete, whole now or not, ascending."""
         return [step for step in self.steps() if not self._is_unfinished(step)]
 
     def find_damage(self, step: int, parts: Collection[str] | None = None) -> str | None:
-        """One phrase about what is wrong with a checkpoint; None if it is whole.
+        """Return a phrase that says how the checkpoint of `step` is damaged; None if it is whole.
 
-        Args:
-          step: that of the folder's name.
-          parts: as in `newest_whole`.
+        `parts` is as in `newest_whole`.
         """
         path = self.step_path(step)
         damage = manifest.find_damage(path, None if parts is None else {*parts, QUALITY_ITEM})
@@ -165,7 +171,7 @@ class CheckpointFolder:
         return None if inside in (None, step) else f"it is a copy of that of step {inside}"
 
     def newest_whole(self, parts: Collection[str] | None = None) -> int | None:
-        """The newest step whose files are all as written; damaged newer ones are moved aside.
+        """Find the newest step whose files are all as written; move damaged newer ones aside.
 
         Args:
           parts: the only items whose bytes are verified, for a caller that reads no others.
@@ -193,7 +199,7 @@ class CheckpointFolder:
         return None
 
     def _ledger(self) -> set[int] | None:
-        """The steps recorded as complete; None if the record is missing or was changed."""
+        """Read the steps recorded as complete; None if the record is missing or was changed."""
         body = read_sealed(self._ledger_path)
         try:
             steps = None if body is None else json.loads(body)
@@ -202,8 +208,10 @@ class CheckpointFolder:
         return set(steps) if isinstance(steps, list) else None
 
     def _is_unfinished(self, step: int) -> bool:
-        """Whether `step` never became complete. Without a ledger nothing is taken for unfinished:
-        better an alarm too many than a damaged checkpoint deleted.
+        """Whether `step` never became complete.
+
+        Without a ledger nothing counts as unfinished: a false alarm is better than deleting a
+        damaged checkpoint.
         """
         ledger = self._ledger()
         return (
@@ -269,9 +277,9 @@ _ADVICE = {
 
 
 def refusal_of_disk(error: Exception) -> str | None:
-    """Why the file system refused and what to do, if it did; else None.
+    """Return the error of the file system and what to do, or None if it is none.
 
-    TensorStore says it in the text of a ValueError only.
+    TensorStore gives it only in the text of a ValueError.
     """
     code = error.errno if isinstance(error, OSError) else None
     if code is None:

@@ -1,7 +1,7 @@
-"""SHA-256 manifests: what a checkpoint folder must contain, to the last bit.
+"""SHA-256 manifests: the exact content that a checkpoint folder must have.
 
 A manifest lists every file of a folder with its size and SHA-256, and ends in a line with the
-SHA-256 of the lines above it (`sealed_file`), so that damage to the manifest itself shows as well.
+SHA-256 of the lines above it (`files.write_sealed`): damage to the manifest itself shows too.
 """
 
 import hashlib
@@ -10,20 +10,17 @@ import re
 import stat
 from collections.abc import Collection
 
-from simplernn_jax.files import open_file, sync
-from simplernn_jax.sealed_file import read_sealed, write_sealed
+from simplernn_jax.files import open_file, read_sealed, sync, write_sealed
 
 MANIFEST_NAME = "manifest.sha256"
 
 _LINE = re.compile(r"([0-9a-f]{64}) (\d{1,18}) (.+)")
-_BLOCK_BYTES = 1 << 20
 
 
 def write_manifest(folder: str) -> None:
-    """Brings every file of `folder` to the disk, then adds the manifest, atomically.
+    """Flush every file of `folder` to the disk, then add the manifest, atomically.
 
-    Until this returns, the folder counts as unfinished; once it has, nothing of the folder is
-    lost in a power failure.
+    Until this returns, the folder counts as unfinished; from then on, it survives a power failure.
 
     Raises:
       OSError: the disk is full or does not answer.
@@ -43,7 +40,7 @@ def has_manifest(folder: str) -> bool:
 
 
 def find_damage(folder: str, parts: Collection[str] | None = None) -> str | None:
-    """Compares `folder` with its manifest: the names and sizes of all files, and every byte.
+    """Compare `folder` with its manifest: the names and sizes of all files, and every byte.
 
     With `parts`, only the bytes of files in these folders directly below `folder`.
 
@@ -59,10 +56,8 @@ def find_damage(folder: str, parts: Collection[str] | None = None) -> str | None
     if expected is None:
         return f"{MANIFEST_NAME} is no manifest"
     found = set(_file_names(folder))
-    for name in sorted(expected.keys() - found):
-        return f"{name} is missing"
-    for name in sorted(found - expected.keys()):
-        return f"{name} does not belong there"
+    for name in sorted(expected.keys() ^ found):
+        return f"{name} is missing" if name in expected else f"{name} does not belong there"
     for name, wanted in expected.items():
         is_read = parts is None or name.split(os.sep)[0] in parts
         damage = _damage_of_file(os.path.join(folder, name), *wanted, is_read=is_read)
@@ -72,7 +67,7 @@ def find_damage(folder: str, parts: Collection[str] | None = None) -> str | None
 
 
 def _parse(body: str) -> dict[str, tuple[int, str]] | None:
-    """Size and SHA-256 by name; None if these are not the lines of a manifest."""
+    """Return size and SHA-256 by name; None if these are not the lines of a manifest."""
     expected = {}
     for line in body.splitlines():
         match = _LINE.fullmatch(line)
@@ -98,7 +93,7 @@ def _damage_of_file(path: str, size: int, digest: str, *, is_read: bool) -> str 
 
 
 def _file_names(folder: str) -> list[str]:
-    """All files below `folder` but the manifest, relative and sorted."""
+    """List all files below `folder` but the manifest, relative and sorted."""
     names = [
         os.path.relpath(os.path.join(parent, file), folder)
         for parent, _, files in os.walk(folder)
@@ -108,13 +103,9 @@ def _file_names(folder: str) -> list[str]:
 
 
 def _read_digest(path: str, *, sync: bool) -> tuple[int, str]:
-    """Size and SHA-256 of a regular file: of so many bytes, even if it never ends."""
+    """Return the size and the SHA-256 of a regular file, after flushing it if `sync`."""
     with open_file(path) as file:
         if sync:
             os.fsync(file.fileno())
-        size = os.fstat(file.fileno()).st_size
-        digest, left = hashlib.sha256(), size
-        while left and (block := file.read(min(left, _BLOCK_BYTES))):
-            digest.update(block)
-            left -= len(block)
-        return size - left, digest.hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), digest

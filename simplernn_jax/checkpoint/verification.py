@@ -1,4 +1,4 @@
-"""Reading a checkpoint back before it counts: what was written is what was to be saved."""
+"""Read-back verification: a checkpoint counts only if it holds what was to be saved."""
 
 import dataclasses
 import zlib
@@ -11,32 +11,32 @@ import numpy as np
 from simplernn_jax.checkpoint.contents import read_arrays, saved_leaves
 
 _GROUP_BYTES = 1 << 28
-"""Bytes of the arrays that are read back at a time, unless one alone has more."""
+"""Bytes of arrays read back at a time, unless one alone has more."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """What an array holds, without its memory, which a training step may reuse."""
+    """Checksums of an array, whose memory a training step may reuse."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     checksums: tuple[tuple[tuple[slice, ...], int], ...]
-    """Index and CRC-32 of each shard on this process's devices, of copies only one."""
+    """Index and CRC-32 of each shard on this process's devices, of replicas only one."""
 
 
 def fingerprints(leaves: Mapping[str, Any]) -> dict[str, Fingerprint]:
-    """Fingerprints of arrays, by name; waits until they are computed."""
+    """Return fingerprints of arrays by name; waits until the arrays are computed."""
     return {name: _fingerprint(leaf) for name, leaf in leaves.items()}
 
 
 def check_saved(path: str, expected: Mapping[str, Fingerprint]) -> None:
     """Compare the arrays of the checkpoint folder `path` with those that were to be saved.
 
-    Of arrays that lie on several processes, only the shards of this one are compared.
+    Of arrays that are sharded over several processes, only the shards of this one are compared.
 
     Raises:
-      ValueError: names the first array that is missing or another one. Arrays that cannot be read
-        raise what Orbax and TensorStore raise.
+      ValueError: names the first array that is missing or differs. Arrays that cannot be read
+        raise the errors of Orbax and TensorStore.
     """
     found = saved_leaves(path)
     for name, array in expected.items():
@@ -49,25 +49,25 @@ def check_saved(path: str, expected: Mapping[str, Fingerprint]) -> None:
         for name in names:
             array = arrays.pop(name)
             for index, checksum in expected[name].checksums:
-                if _checksum(array[index]) != checksum:
+                if _crc32(array[index]) != checksum:
                     raise ValueError(f"{name} is not what was written")
 
 
 def _fingerprint(leaf: Any) -> Fingerprint:
     if isinstance(leaf, jax.Array):
         shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
-        parts = tuple((shard.index, _checksum(np.asarray(shard.data))) for shard in shards)
+        parts = tuple((shard.index, _crc32(np.asarray(shard.data))) for shard in shards)
     else:
-        parts = (((), _checksum(np.asarray(leaf))),)
+        parts = (((), _crc32(np.asarray(leaf))),)
     return Fingerprint(tuple(leaf.shape), np.dtype(leaf.dtype), parts)
 
 
-def _checksum(array: np.ndarray) -> int:
+def _crc32(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _groups(expected: Mapping[str, Fingerprint]) -> Iterator[list[str]]:
-    """Names of arrays to read together."""
+    """Divide the names of the arrays into groups that are read together."""
     group: list[str] = []
     size = 0
     for name, array in expected.items():

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 from typing import IO, Any, BinaryIO
 
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import open_file
+from simplernn_jax.files import open_file, sha256_hex
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 _ZSTD_BLOCK = 1 << 8
@@ -84,7 +83,7 @@ def files_fingerprint(files: list[SourceFile], **settings: object) -> str:
     status = [(file.name, _status(file.path)) for file in files]
     rows = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
     text = json.dumps([settings, rows], sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    return sha256_hex(text.encode("utf-8", "surrogateescape"))
 
 
 def _status(path: str) -> os.stat_result:

@@ -3,7 +3,7 @@
 NAME/train.tokens        token ids, unsigned
 NAME/train.starts        positions of the first token of each document, int64
 NAME/validation.*        the same, unless everything trains
-NAME/meta.json           dtype, sizes and SHA-256 of these files, sealed (`sealed_file`)
+NAME/meta.json           dtype, sizes and SHA-256 of these files, sealed (`files`)
 """
 
 import contextlib
@@ -22,8 +22,7 @@ import numpy as np
 
 from simplernn_jax.data.split import SplitPlan
 from simplernn_jax.data.spool import TOKEN_DTYPES, Spool
-from simplernn_jax.files import open_file
-from simplernn_jax.sealed_file import read_sealed, write_sealed
+from simplernn_jax.files import open_file, read_sealed, sha256_hex, write_sealed
 
 _META_FILE = "meta.json"
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO)
@@ -84,7 +83,7 @@ def _write_split(folder: Path, plan: SplitPlan, spool: Spool) -> dict[str, Any]:
         "num_bytes": plan.num_bytes,
         "content_hash": both.hexdigest(),
         "tokens_sha256": tokens.hexdigest(),
-        "starts_sha256": hashlib.sha256(starts.data).hexdigest(),
+        "starts_sha256": sha256_hex(starts.data),
     }
 
 

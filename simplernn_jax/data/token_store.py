@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -27,6 +26,7 @@ from simplernn_jax.data.store_folder import (
 )
 from simplernn_jax.data.tokenizer import Tokenizer, load_tokenizer
 from simplernn_jax.errors import UserError, counted
+from simplernn_jax.files import sha256_hex
 
 _SPOOL_FILE = "spool"
 _FORMAT = 1
@@ -153,7 +153,7 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
 
 
 def _hash_of(tokenizer: Tokenizer) -> str:
-    return hashlib.sha256(tokenizer.to_json().encode("utf-8")).hexdigest()
+    return sha256_hex(tokenizer.to_json())
 
 
 def _fingerprint(config: DataConfig, seed: int, source: str, tokenizer_hash: str) -> str:
@@ -167,7 +167,7 @@ def _fingerprint(config: DataConfig, seed: int, source: str, tokenizer_hash: str
         "encoding_errors": config.encoding_errors,
         "max_bad_records": config.max_bad_records,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return sha256_hex(json.dumps(parts, sort_keys=True))[:32]
 
 
 def _tokenize(
@@ -213,7 +213,7 @@ def _verified_splits(folder: Path) -> list[TokenSplit] | None:
 
 
 def _content_hash(tokenizer: Tokenizer, splits: list[str]) -> str:
-    return hashlib.sha256("".join([_hash_of(tokenizer), *splits]).encode()).hexdigest()
+    return sha256_hex("".join([_hash_of(tokenizer), *splits]))
 
 
 def _corpus(tokenizer: Tokenizer, splits: list[TokenSplit]) -> TokenizedCorpus:

@@ -20,7 +20,7 @@ from flax import nnx
 
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import open_file, write_file
+from simplernn_jax.files import open_file, sha256_hex, write_file
 from simplernn_jax.inference.arguments import check_model, check_tokenizer, checked_path
 from simplernn_jax.inference.state import DecoderState, check_state, empty_state
 from simplernn_jax.memory_bound import check_memory
@@ -143,7 +143,7 @@ def _fingerprints(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
     parameters = named_leaves(nnx.state(model, nnx.Param))
     return {
         "model": _digest(dataclasses.asdict(model.config), parameters),
-        "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest(),
+        "tokenizer": sha256_hex(tokenizer.to_json()),
     }
 
 

@@ -25,7 +25,7 @@ from absl import logging
 
 from simplernn_jax.cache_folder import cache_folder
 from simplernn_jax.errors import one_line
-from simplernn_jax.files import open_file, read_file
+from simplernn_jax.files import open_file, read_file, sha256_hex
 
 FORWARD = "simplernn_forward"
 BACKWARD = "simplernn_backward"
@@ -122,7 +122,7 @@ def _load(command: list[str]) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=folder) as work:
             made = _compile(command, Path(work))
             library = _open(made)
-            Path(work, "seal").write_bytes(_digest(made))
+            Path(work, "seal").write_text(sha256_hex(read_file(made)))
             for file, mode in ((made, 0o700), (Path(work, "seal"), 0o600)):
                 file.chmod(mode)  # whatever the umask is
             os.replace(made, kept)
@@ -217,7 +217,7 @@ def _is_sealed(file: Path, seal: Path) -> bool:
         for path in (file, seal):
             with open_file(path) as opened:
                 _check_owner(os.fstat(opened.fileno()), path)
-        return read_file(seal, 1 << 10) == _digest(file)
+        return read_file(seal, 1 << 10) == sha256_hex(read_file(file)).encode()
     except OSError:
         return False
 
@@ -227,7 +227,3 @@ def _check_owner(status: os.stat_result, path: Path) -> None:
         raise OSError(f"{path}: belongs to another user")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise OSError(f"{path}: others can write it")
-
-
-def _digest(file: Path) -> bytes:
-    return hashlib.sha256(read_file(file)).hexdigest().encode("ascii")

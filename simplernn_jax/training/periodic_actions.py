@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from flax import nnx
 
+from simplernn_jax.distributed import barrier, is_coordinator
 from simplernn_jax.inference import generate_text
-from simplernn_jax.sharding.agreement import barrier, is_coordinator
 from simplernn_jax.sharding.global_arrays import local_copy
 from simplernn_jax.sharding.layer_layout import in_layout_of
 from simplernn_jax.training.evaluate import Evaluation, Evaluator

@@ -15,13 +15,13 @@ from simplernn_jax.data.batches import steps_per_epoch
 from simplernn_jax.data.store_folder import DamagedStore
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
-from simplernn_jax.errors import UserError
-from simplernn_jax.sharding.agreement import (
+from simplernn_jax.distributed import (
     check_same,
     check_shared,
-    coordinator_first,
     is_coordinator,
+    run_on_coordinator_first,
 )
+from simplernn_jax.errors import UserError
 
 LONGEST_DEFAULT_PROMPT = 40
 """Characters."""
@@ -42,9 +42,9 @@ def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     """
     check_shared(workdir)
     another = "another configuration than process 0: start all with the same command"
-    check_same(another, config_lib.to_json(config))
-    config, corpus = coordinator_first("prepared", lambda: _prepare(config, workdir))
-    check_same("other text than process 0: give all the same", corpus.content_hash)
+    check_same(config_lib.to_json(config), another)
+    config, corpus = run_on_coordinator_first(lambda: _prepare(config, workdir))
+    check_same(corpus.content_hash, "other text than process 0: give all the same")
     return config, corpus
 
 

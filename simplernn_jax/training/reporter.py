@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 
+from simplernn_jax.distributed import is_coordinator
 from simplernn_jax.errors import counted
-from simplernn_jax.sharding.agreement import is_coordinator
 from simplernn_jax.sharding.mesh import describe
 from simplernn_jax.sharding.pipeline import describe_stages
 from simplernn_jax.training.display import Display, format_duration

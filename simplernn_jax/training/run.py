@@ -9,17 +9,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.checkpointer import Checkpointer
-from simplernn_jax.checkpoint.file_layout import FileLayout
 from simplernn_jax.checkpoint.folder import check_workdir
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch, make_batches
+from simplernn_jax.distributed import broadcast_from_coordinator
 from simplernn_jax.errors import UserError
 from simplernn_jax.mesh_axes import BATCH_AXES
-from simplernn_jax.sharding.agreement import broadcast_from_coordinator
 from simplernn_jax.sharding.global_arrays import global_arrays_from_local, process_slice
 from simplernn_jax.sharding.mesh import check_fits, make_mesh
 from simplernn_jax.training.early_stopping import ValidationHistory
 from simplernn_jax.training.evaluate import Evaluation
+from simplernn_jax.training.file_layout import FileLayout
 from simplernn_jax.training.memory_check import check_memory
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.placement import batch_shardings

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from simplernn_jax.training.echoes import drop_echoes
+from simplernn_jax.checkpoint.orbax_writer import drop_noise
 
 
 @pytest.fixture
@@ -14,8 +14,8 @@ def unraisable(monkeypatch):
     """What a hook that was there before gets to see."""
     seen = []
     monkeypatch.setattr(sys, "unraisablehook", seen.append)
-    drop_echoes()
-    drop_echoes()
+    drop_noise()
+    drop_noise()
     return seen
 
 

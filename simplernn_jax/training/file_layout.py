@@ -19,7 +19,7 @@ from simplernn_jax.training.train_step import (
 
 
 class FileLayout:
-    """Takes layers that are stacked for stages apart, and stacks them again.
+    """Unstacks layers that are stacked for pipeline stages, and stacks them again.
 
     Without stages the two states are one, and nothing is done.
     """

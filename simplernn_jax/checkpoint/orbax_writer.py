@@ -1,15 +1,52 @@
-"""Keeps the echoes of a failed save off the terminal: its error is raised, and told once."""
+"""Orbax's writer of checkpoint folders, without the noise that it makes about a failed save."""
 
 import logging
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
+_PEERS_SECONDS = 24 * 3600
+"""Limit on waiting for other processes; a failed one ends all of them long before."""
 
-def drop_echoes() -> None:
-    """Leave out what is reported of a failed save besides the exception that it raises.
+_ALONE_SECONDS = 100 * 365 * 24 * 3600
+"""One process waits for nobody, and Orbax measures by a clock that may be set meanwhile."""
+
+
+def make_writer() -> ocp.AsyncCheckpointer:
+    """Return Orbax's writer of checkpoint folders.
+
+    By default the processes of a run wait for each other in computations on the devices, which get
+    in the way of training when they come from another thread.
+    """
+    drop_noise()
+    handler = ocp.CompositeCheckpointHandler()
+    if jax.process_count() == 1:
+        options = ocp.options.AsyncOptions(timeout_secs=_ALONE_SECONDS)
+        return ocp.AsyncCheckpointer(handler, async_options=options)
+    everybody = set(range(jax.process_count()))
+    return ocp.AsyncCheckpointer(
+        handler,
+        async_options=ocp.options.AsyncOptions(
+            timeout_secs=_PEERS_SECONDS, barrier_sync_fn=_wait_unless_failing
+        ),
+        multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=everybody),
+    )
+
+
+def _wait_unless_failing(*, key: str, timeout_ms: int) -> None:
+    """Wait for all processes, but not while handling an error: the others wait elsewhere then."""
+    error = sys.exception()
+    if error is not None:
+        raise error
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
+def drop_noise() -> None:
+    """Drop all reports of a failed save but the exception that it raises.
 
     Orbax logs the error, traceback and all, before it raises it. Then it closes its event loop:
     of every other write that fails, asyncio says that nobody asked for its exception, and every
