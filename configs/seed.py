@@ -1,6 +1,6 @@
 """Alias of `pytorch_reference`, for commands that use its older name.
 
-    python scripts/train.py --config configs/seed.py --workdir runs/seed
+python scripts/train.py --config configs/seed.py --workdir runs/seed
 """
 
 from configs.pytorch_reference import get_config  # noqa: F401

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from simplernn_jax.inference.sampling import sample
 from simplernn_jax.inference.state import DecoderState
-from simplernn_jax.models import KVCache, LanguageModel
+from simplernn_jax.models import LanguageModel
 
 BLOCK_TOKENS = 32
 """Most tokens per row that one dispatch writes."""
@@ -108,7 +108,7 @@ def _write(
         logits, layers = model(token[:, None], state.layers)
         state = dataclasses.replace(
             state,
-            layers=_unless_finished(finished, state.layers, layers),
+            layers=model.rolled_back(finished, state.layers, layers),
             logits=_where_rows(finished, state.logits, logits[:, 0]),
             position=state.position + ~state.finished,
             finished=finished,
@@ -132,21 +132,6 @@ def _next_token(state: DecoderState, settings: Settings) -> Int[Array, "B"]:
         top_k=settings.top_k,
         top_p=settings.top_p,
     )
-
-
-def _unless_finished(finished: Bool[Array, "B"], before: Any, after: Any) -> Any:
-    """The layers' state after one more token, which finished rows do not read.
-
-    A cache is not copied for that, token by token, only its count. What a finished row wrote
-    lies where its next token will, and until then in no query's sight.
-    """
-
-    def select(before: Any, after: Any) -> Any:
-        if isinstance(after, KVCache):
-            return after._replace(length=_where_rows(finished, before.length, after.length))
-        return _where_rows(finished, before, after)
-
-    return jax.tree.map(select, before, after, is_leaf=lambda x: isinstance(x, KVCache))
 
 
 def _where_rows(condition: Bool[Array, "B"], chosen: Any, other: Any) -> Any:
