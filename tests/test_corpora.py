@@ -11,7 +11,7 @@ from damages import damaged
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus
 from simplernn_jax.data.documents import PIECE_SIZE
-from simplernn_jax.data.file_glob import matching_files
+from simplernn_jax.data.file_search import matching_files
 from simplernn_jax.errors import UserError
 
 
@@ -320,7 +320,7 @@ def test_jsonl_replaces_what_is_no_character(tmp_path):
 
 
 def test_line_that_is_no_record_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("simplernn_jax.data.jsonl_files.LARGEST_RECORD", 1 << 20)
+    monkeypatch.setattr("simplernn_jax.data.record_files.LARGEST_RECORD", 1 << 20)
     path = write(tmp_path / "a.jsonl", json.dumps([{"text": "a" * (1 << 20)}]))
     with pytest.raises(UserError, match=r"a\.jsonl:1: a line of more than 1 MiB"):
         read_all(path)
