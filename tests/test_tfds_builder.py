@@ -1,11 +1,10 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus, prepare_corpus
@@ -113,26 +112,14 @@ def test_truncated_files_are_one_line(jsonl, data_dir, name, size):
 
 
 def test_script_makes_a_dataset_or_gives_one_line(jsonl, data_dir):
-    script = Path(__file__).parents[1] / "scripts" / "build_tfds.py"
-    command = [sys.executable, str(script), f"--source={jsonl.source}", "--name=my_books"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-
-    def run(field: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [*command, f"--field={field}"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    failed = run("text")
-    assert failed.returncode == 2
-    assert "error: " in failed.stderr
-    assert "in.jsonl:1: no field 'text'; it has bot: say with field=NAME" in failed.stderr
-    assert "Traceback" not in failed.stderr
-    done = run("bot")
-    assert done.returncode == 0, done.stderr
-    assert "Generating" not in done.stderr  # no progress bar
-    assert "--config.data.source=tfds:" in done.stdout
+    command = ["scripts/build_tfds.py", f"--source={jsonl.source}", "--name=my_books"]
+    code, _, errors = run_python(*command, "--field=text")
+    assert code == 2
+    assert "error: " in errors
+    assert "in.jsonl:1: no field 'text'; it has bot: say with field=NAME" in errors
+    assert "Traceback" not in errors
+    code, text, errors = run_python(*command, "--field=bot")
+    assert code == 0, errors
+    assert "Generating" not in errors  # no progress bar
+    assert "--config.data.source=tfds:" in text
     assert texts_of("tfds:my_books") == [text for text in TEXTS if text]

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from processes import run_python
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import TokenizedCorpus, TokenSplit, load_tokenizer, prepare_corpus
@@ -121,23 +121,26 @@ def test_position_split_counts_bytes_of_a_vocabulary_that_loses_text(tmp_path):
     assert 0.3 < corpus.train.num_bytes / len(text) < 0.7
 
 
-def test_sizes_are_said_and_few_validation_tokens_warned_of(tmp_path):
+@pytest.mark.parametrize(
+    ("fraction", "summary", "warning"),
+    [
+        (
+            0.05,
+            "10,004 training tokens in 2 documents; 5,002 validation tokens in 1 document",
+            "fewer than 10,000 validation tokens",
+        ),
+        (0.6, "5,002 training tokens in 1 document; 10,004 validation tokens in 2 documents", ""),
+        (0.0, "15,006 training tokens in 3 documents; no validation tokens", ""),
+    ],
+)
+def test_summary_and_warning_about_few_validation_tokens(tmp_path, fraction, summary, warning):
     (tmp_path / "in").mkdir()
     for number in range(3):
         (tmp_path / "in" / f"{number}.txt").write_text("a" * 5_000)
-    corpus = prepare(tmp_path / "in", tmp_path / "cache")
-    assert corpus.summary == (
-        "10,004 training tokens in 2 documents; 5,002 validation tokens in 1 document"
-    )
-    assert "fewer than 10,000 validation tokens" in corpus.warning
-    corpus = prepare(tmp_path / "in", tmp_path / "cache", validation_fraction=0.6)
-    assert corpus.summary == (
-        "5,002 training tokens in 1 document; 10,004 validation tokens in 2 documents"
-    )
-    assert not corpus.warning
-    corpus = prepare(tmp_path / "in", tmp_path / "cache", validation_fraction=0.0)
-    assert corpus.summary == "15,006 training tokens in 3 documents; no validation tokens"
-    assert not corpus.warning
+    corpus = prepare(tmp_path / "in", tmp_path / "cache", validation_fraction=fraction)
+    assert corpus.summary == summary
+    assert corpus.warning.startswith(warning)
+    assert bool(corpus.warning) == bool(warning)
 
 
 def test_everything_trains_without_a_validation_fraction(tmp_path):
@@ -148,12 +151,18 @@ def test_everything_trains_without_a_validation_fraction(tmp_path):
         assert sorted(texts_of(corpus.train)) == sorted(text for text in texts.values() if text)
 
 
-def test_single_document_cannot_be_split_by_document(tmp_path):
-    (tmp_path / "a.txt").write_text("only one")
-    with pytest.raises(UserError, match=r"single document.*split=position.*validation_fraction=0"):
-        prepare(tmp_path / "a.txt", tmp_path / "cache")
-    assert prepare(tmp_path / "a.txt", tmp_path / "cache", split="position").validation is not None
-    assert not leftovers(tmp_path / "cache")
+def test_a_single_document_is_split_by_position(tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "a.txt").write_text("one document " * 50)
+    default = prepare(tmp_path / "a.txt", tmp_path / "cache")
+    assert "a.txt: a single document, so its last part is the validation split" in caplog.text
+    caplog.clear()
+    by_position = prepare(tmp_path / "a.txt", tmp_path / "cache", split="position")
+    assert by_position.content_hash == default.content_hash
+    assert default.validation.num_bytes > 20
+    whole = prepare(tmp_path / "a.txt", tmp_path / "cache", validation_fraction=0.0)
+    assert whole.validation is None
+    assert "single document" not in caplog.text
 
 
 def test_corpus_without_text_is_refused(tmp_path):
@@ -195,16 +204,11 @@ def test_second_preparation_reads_the_store(tmp_path, monkeypatch):
     write_documents(tmp_path / "in", 9)
     first = prepare(tmp_path / "in", tmp_path / "cache")
     monkeypatch.setattr("simplernn_jax.data.token_store.write_spool", None)
-    second = prepare(tmp_path / "in", tmp_path / "cache")
-    assert second.content_hash == first.content_hash
-    np.testing.assert_array_equal(second.train.tokens, first.train.tokens)
-    given = prepare_corpus(
-        DataConfig(source=str(tmp_path / "in")),
-        3,
-        str(tmp_path / "cache"),
-        tokenizer=first.tokenizer,
-    )
-    assert given.content_hash == first.content_hash
+    config = DataConfig(source=str(tmp_path / "in"))
+    for tokenizer in (None, first.tokenizer):
+        again = prepare_corpus(config, 3, str(tmp_path / "cache"), tokenizer=tokenizer)
+        assert again.content_hash == first.content_hash
+        np.testing.assert_array_equal(again.train.tokens, first.train.tokens)
 
 
 def test_what_changes_the_tokens_changes_the_store(tmp_path):
@@ -244,12 +248,8 @@ def test_content_hash_is_that_of_the_content_and_not_of_names_or_times(tmp_path)
 
 
 HALF = {"validation_fraction": 0.5}
-STORE_FILES = [
-    "meta.json",
-    "train.starts",
-    "train.tokens",
-    "validation.starts",
-    "validation.tokens",
+STORE_FILES = ["meta.json"] + [
+    f"{side}.{part}" for side in ("train", "validation") for part in ("starts", "tokens")
 ]
 
 
@@ -259,19 +259,14 @@ def flip(path: Path, seed: int) -> None:
     path.write_bytes(content)
 
 
-def become_fifo(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
+def replaced(make):
+    """A damage that deletes the file and makes something else at its path."""
 
+    def damage(path: Path) -> None:
+        path.unlink()
+        make(path)
 
-def become_endless(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("/dev/zero")
-
-
-def become_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
+    return damage
 
 
 DAMAGES = {
@@ -279,10 +274,10 @@ DAMAGES = {
     "shifted": lambda path: path.write_bytes(path.read_bytes()[-1:] + path.read_bytes()[:-1]),
     "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
-    "deleted": lambda path: path.unlink(),
-    "fifo": become_fifo,
-    "endless": become_endless,
-    "folder": become_folder,
+    "deleted": Path.unlink,
+    "fifo": replaced(os.mkfifo),
+    "endless": replaced(lambda path: path.symlink_to("/dev/zero")),
+    "folder": replaced(Path.mkdir),
     **{f"flip {seed}": (lambda path, seed=seed: flip(path, seed)) for seed in range(1, 13)},
 }
 
@@ -311,10 +306,8 @@ def test_every_damage_to_a_store_is_named_and_the_text_tokenized_again(
         assert f"damaged ({name}" in warning
         assert "tokenized again" in warning
         assert again.content_hash == expected.content_hash
-        for ours, theirs in (
-            (again.train, expected.train),
-            (again.validation, expected.validation),
-        ):
+        for split in ("train", "validation"):
+            ours, theirs = getattr(again, split), getattr(expected, split)
             np.testing.assert_array_equal(ours.tokens, theirs.tokens)
             np.testing.assert_array_equal(ours.document_starts, theirs.document_starts)
     caplog.clear()
@@ -347,7 +340,7 @@ def test_a_record_of_something_else_is_not_used(tmp_path, whole_store, caplog, o
     assert re.search(rf"damaged \(meta\.json .*{problem}", caplog.text)
 
 
-def test_what_lies_in_the_place_of_a_store_is_replaced(tmp_path, whole_store):
+def test_anything_else_at_the_path_of_a_store_is_replaced(tmp_path, whole_store):
     folder, expected = whole_store
     name = next((folder / "cache").iterdir()).name
     (tmp_path / "elsewhere").mkdir()
@@ -368,9 +361,7 @@ def test_what_lies_in_the_place_of_a_store_is_replaced(tmp_path, whole_store):
     assert (tmp_path / "elsewhere" / "mine").exists()
 
 
-def test_a_store_is_not_damaged_where_the_machine_has_no_memory(
-    tmp_path, whole_store, monkeypatch, caplog
-):
+def test_lack_of_memory_is_not_damage(tmp_path, whole_store, monkeypatch, caplog):
     folder, _ = whole_store
 
     def refuse(*_):
@@ -409,15 +400,8 @@ def killed_here(*arguments):
 module.{function} = killed_here
 prepare_corpus(DataConfig(source={str(tmp_path / "in")!r}), 3, {str(tmp_path / "cache")!r})
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", command],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    code, _, errors = run_python("-c", command)
+    assert code == -signal.SIGKILL, errors
     (left,) = (tmp_path / "cache").iterdir()
     assert left.name.startswith(".")
     corpus = prepare(tmp_path / "in", tmp_path / "cache")
@@ -510,26 +494,22 @@ def test_progress_is_a_bar_on_a_terminal_and_two_lines_elsewhere(
     write_documents(tmp_path / "in", 9)
     caplog.set_level("INFO")
     prepare(tmp_path / "in", tmp_path / "a")
-    assert [record.message.split(":")[0] for record in caplog.records] == [
-        f"tokenizing {tmp_path / 'in'}"
-    ] * 2
+    first, last = [record.message for record in caplog.records]
+    assert re.fullmatch(rf"tokenizing {tmp_path / 'in'}: 0\.\d kB \.\.\.", first)
+    assert re.fullmatch(rf"tokenizing {tmp_path / 'in'}: done in [\d.]+ s", last)
     caplog.clear()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     prepare(tmp_path / "in", tmp_path / "b")
-    shown = capsys.readouterr().err
-    assert "tokenizing" in shown
-    assert "bytes" in shown
+    assert re.search("tokenizing.*bytes", capsys.readouterr().err, re.DOTALL)
     config = DataConfig(source=str(tmp_path / "in"))
     prepare_corpus(config, 3, str(tmp_path / "c"), show_progress=False)
     assert capsys.readouterr().err == ""
     assert not caplog.records
 
 
-def test_importing_the_room_loads_no_heavy_library():
+def test_importing_the_package_loads_no_heavy_library():
     command = "import sys, simplernn_jax.data; print(*sys.modules)"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    modules = subprocess.run(
-        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True
-    ).stdout.split()
+    code, modules, errors = run_python("-c", command)
+    assert code == 0, errors
     heavy = {"tensorflow_datasets", "tokenizers", "rich", "jax", "grain", "pyarrow", "zstandard"}
-    assert not heavy & set(modules)
+    assert not heavy & set(modules.split())

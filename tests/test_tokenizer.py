@@ -1,8 +1,6 @@
 import contextlib
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ import tokenizers
 from damages import damaged, damaged_json
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run_python
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import load_tokenizer, open_corpus, tokenizer_from_json
@@ -322,19 +321,8 @@ def test_unreadable_tokenizer_file(tmp_path):
 def test_hub_name_out_of_reach_is_one_line_without_retries(tmp_path, name, problem):
     # In a process of its own, because the hub's client reads its environment when imported.
     command = f"from simplernn_jax.data import load_tokenizer; load_tokenizer({name!r}, None)"
-    environment = os.environ | {
-        "HF_HOME": str(tmp_path),
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "no_proxy": "127.0.0.1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", command],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert f"simplernn_jax.errors.UserError: tokenizer {name!r}: " in done.stderr
-    assert problem in done.stderr
-    assert "Retrying" not in done.stderr
+    hub = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
+    _, _, errors = run_python("-c", command, **hub)
+    assert f"simplernn_jax.errors.UserError: tokenizer {name!r}: " in errors
+    assert problem in errors
+    assert "Retrying" not in errors
