@@ -11,7 +11,7 @@ from flax import nnx
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate
-from simplernn_jax.inference.inputs import checked_settings
+from simplernn_jax.inference.arguments import checked_settings
 from simplernn_jax.inference.programs import split
 from simplernn_jax.inference.state import empty_state
 from simplernn_jax.models import KVCache, LanguageModel
@@ -141,8 +141,8 @@ def test_going_on_equals_one_longer_call(settings, cuts, kind):
     parts = [generate(model, prompts, max_new_tokens=cuts[0], **settings)]
     for cut in cuts[1:]:
         parts.append(generate(model, state=parts[-1].state, max_new_tokens=cut, **settings))
-    for row, tokens in enumerate(whole.rows()):
-        pieces = np.concatenate([part.rows()[row] for part in parts])
+    for row, tokens in enumerate(whole.sequences()):
+        pieces = np.concatenate([part.sequences()[row] for part in parts])
         np.testing.assert_array_equal(pieces, tokens)
     chex.assert_trees_all_equal(parts[-1].state, whole.state)
 
@@ -201,10 +201,10 @@ def test_eos_ends_a_row_and_freezes_its_state(kind):
         ends = np.flatnonzero(tokens == eos_id)
         length = ends[0] + 1 if len(ends) else 50
         assert ended.lengths[row] == length
-        np.testing.assert_array_equal(ended.rows()[row], tokens[:length])
+        np.testing.assert_array_equal(ended.sequences()[row], tokens[:length])
         assert (ended.tokens[row, length:] == eos_id).all()
     # The state has read everything before EOS, and EOS not.
-    before = np.concatenate([prompts[1], ended.rows()[1][:-1]])
+    before = np.concatenate([prompts[1], ended.sequences()[1][:-1]])
     _, layers = forward(model, before[None])
     own = jax.tree.map(lambda leaf: leaf[1:2], ended.state.layers)
     chex.assert_trees_all_close(*map(without_the_unseen, (own, layers)), rtol=2e-5, atol=2e-5)
@@ -278,7 +278,7 @@ def test_tokens_are_handed_over_as_they_come(eos_id):
     whole = generate(model, prompts, on_tokens=calls.append, **settings)
     if eos_id is None:
         assert len(calls) > 1
-    for row, tokens in enumerate(whole.rows()):
+    for row, tokens in enumerate(whole.sequences()):
         np.testing.assert_array_equal(np.concatenate([call[row] for call in calls]), tokens)
 
 
@@ -310,7 +310,7 @@ def test_a_written_token_copies_no_cache():
     programs, parameters = split(model)
     state = jax.eval_shape(lambda: empty_state(model, 3))
     settings = checked_settings(VOCAB, 0.0, 0, 1.0, 0, None, ())
-    program = programs.write.lower(parameters, state, settings, np.int32(9)).compile()
+    program = programs.decode.lower(parameters, state, settings, np.int32(9)).compile()
     cached = state.layers[0].mixer.keys
     cached_bytes = cached.size * cached.dtype.itemsize
     assert program.memory_analysis().temp_size_in_bytes < 0.1 * cached_bytes
@@ -346,12 +346,12 @@ def test_bad_input_is_named(prompts, settings, message):
 def test_a_state_of_other_rows_is_refused():
     model = make_model()
     state = generate(model, [[1], [2]], max_new_tokens=0).state
-    with pytest.raises(UserError, match="3 rows for a state of 2"):
+    with pytest.raises(UserError, match="3 for a state of 2"):
         generate(model, [[1], [2], [3]], state=state, max_new_tokens=1)
 
 
 def test_a_state_of_another_model_is_refused():
     state = generate(make_model("plain"), [1, 2], max_new_tokens=0).state
     other = LanguageModel(ModelConfig(vocab_size=VOCAB, num_layers=1), rngs=nnx.Rngs(0))
-    with pytest.raises(UserError, match="go on with the model that made it"):
+    with pytest.raises(UserError, match="use the model that made it"):
         generate(other, state=state, max_new_tokens=1)

@@ -15,7 +15,7 @@ from simplernn_jax.config import ModelConfig
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, generate_text
-from simplernn_jax.inference.inputs import checked_prompts, checked_settings
+from simplernn_jax.inference.arguments import checked_prompts, checked_settings
 from simplernn_jax.models import LanguageModel
 
 BYTES = ByteTokenizer()

@@ -1,4 +1,4 @@
-"""scripts/sample.py as a person runs it: on what a training run left, and with wrong flags."""
+"""scripts/sample.py on the workdir of a training run, and with wrong flags."""
 
 import functools
 import re
@@ -27,7 +27,7 @@ def workdir(tmp_path_factory):
     return folder / "work"
 
 
-def test_the_prompt_and_its_continuation_are_written(workdir):
+def test_prompt_and_continuation_are_printed(workdir):
     settings = ["--workdir", workdir, "--max_new_tokens", 50, "--seed", 3]
     code, text, errors = sample(*settings, "--prompt", "größer")
     assert code == 0, errors
@@ -41,31 +41,35 @@ def test_the_prompt_and_its_continuation_are_written(workdir):
     assert again[:2] == (0, text)
 
 
-def test_a_prefix_is_read_once_and_goes_on_in_several_ways(workdir, tmp_path):
-    def write(*arguments):
-        code, text, errors = run_python(
-            "scripts/sample.py", "--workdir", workdir, "--seed", 3, *arguments
-        )
-        assert (code, errors) == (0, "")
+def test_a_prefix_is_prefilled_once_and_continues_in_several_ways(workdir, tmp_path):
+    def generate(*arguments, saved=""):
+        code, text, errors = sample("--workdir", workdir, "--seed", 3, *arguments)
+        assert code == 0
+        assert re.fullmatch(saved, errors), errors
         return text
 
-    def write_three(*arguments):
-        parts = re.split(r"--- (\d of \d) ---\n", write(*arguments))
+    def generate_three(*arguments, saved=""):
+        parts = re.split(r"--- (\d of \d) ---\n", generate(*arguments, saved=saved))
         assert parts[0::2][0] == ""
         assert parts[1::2] == ["1 of 3", "2 of 3", "3 of 3"]
         return parts[2::2]
 
-    states = [tmp_path / "read", tmp_path / "written"]
-    whole = write("--prompt", "größer", "--max_new_tokens", 50)
-    read = write("--prompt", "grö", "--max_new_tokens", 0, "--save_state", states[0])
-    assert read == ""
-    begun = write_three(
+    states = [tmp_path / "prefilled", tmp_path / "continued"]
+    whole = generate("--prompt", "größer", "--max_new_tokens", 50)
+    saved = r"{}: saved [\d,]+ bytes of decoder state, after {} prompt tokens and {} new tokens\n"
+    text = generate(
+        *("--prompt", "grö", "--max_new_tokens", 0, "--save_state", states[0]),
+        saved=saved.format(states[0], 5, 0),
+    )
+    assert text == ""
+    begun = generate_three(
         *("--load_state", states[0], "--prompt", "ßer", "--num_samples", 3),
         *("--max_new_tokens", 20, "--save_state", states[1]),
+        saved=saved.format(states[1], 4, 60),
     )
-    ended = write_three("--load_state", states[1], "--max_new_tokens", 30)
+    ended = generate_three("--load_state", states[1], "--max_new_tokens", 30)
     assert len({*begun}) == 3
-    # Byte 20 may be inside a character, of which the first part stands for U+FFFD.
+    # Byte 20 may be inside a character, whose first part is given as U+FFFD.
     begin, end = "grö" + begun[0].removesuffix("\n").rstrip("\ufffd"), ended[0]
     assert begin.startswith("größer")
     assert whole.startswith(begin)
@@ -81,7 +85,7 @@ def test_a_file_that_is_no_state_is_refused(workdir):
     assert errors.count("\n") == 1
 
 
-def test_what_memory_cannot_hold_is_refused_before_anything_is_written(workdir):
+def test_more_samples_than_memory_holds_are_refused_before_any_output(workdir):
     copies = ["--num_samples", 2 * 10**9]
     code, text, errors = run_python(
         "scripts/sample.py", "--workdir", workdir, "--prompt", "a", *copies

@@ -86,7 +86,7 @@ def test_going_on_from_a_file_is_one_longer_call(tmp_path, model, settings):
     save_state(path, first.state, model, BYTES)
     loaded = load_state(path, model, BYTES)
     rest = generate(model, state=loaded, max_new_tokens=34, eos_id=7, **settings)
-    for parts in zip(whole.rows(), first.rows(), rest.rows(), strict=True):
+    for parts in zip(whole.sequences(), first.sequences(), rest.sequences(), strict=True):
         np.testing.assert_array_equal(parts[0], np.concatenate(parts[1:]))
     chex.assert_trees_all_equal(rest.state, whole.state)
 
@@ -164,7 +164,9 @@ def test_other_parameters_are_refused(path):
     other = LanguageModel(CONFIG, rngs=nnx.Rngs(0))
     bias = other.layers[0].rnn.cell.gate_proj.bias
     bias.set_value(bias[...].at[3].add(1e-7))
-    assert refusal(path, other).startswith("the state is of another model;")
+    message = refusal(path, other)
+    assert message.startswith("the state is of another model;")
+    assert "--checkpoint=STEP" in message
 
 
 @pytest.mark.parametrize("change", [{"precision": "bfloat16"}, {"num_heads": 1}])
@@ -185,7 +187,7 @@ def test_another_tokenizer_is_refused(tmp_path, model, state):
 
 def test_a_state_is_saved_only_with_a_model_that_it_fits(tmp_path, state):
     other = LanguageModel(dataclasses.replace(CONFIG, num_layers=2), rngs=nnx.Rngs(0))
-    with pytest.raises(UserError, match="go on with the model that made it"):
+    with pytest.raises(UserError, match="use the model that made it"):
         save_state(str(tmp_path / "state"), state, other, BYTES)
     assert not os.listdir(tmp_path)
 
@@ -302,7 +304,7 @@ def test_only_a_state_is_forked_or_saved(tmp_path, model, state):
         with pytest.raises(UserError, match="give the state that generate or load_state returned"):
             save_state(tmp_path / "state", other, model, BYTES)
     broken = dataclasses.replace(state, position=None)
-    with pytest.raises(UserError, match="go on with the model that made it"):
+    with pytest.raises(UserError, match="use the model that made it"):
         save_state(tmp_path / "state", broken, model, BYTES)
     assert not os.listdir(tmp_path)
 
@@ -356,5 +358,5 @@ def test_one_text_is_read_by_every_row(model, state):
     each = generate_text(model, BYTES, ["né", "né"], state=state, max_new_tokens=3, **DRAWN)
     ids = generate(model, [BYTES.encode("né")] * 2, state=state, max_new_tokens=3, **DRAWN).state
     chex.assert_trees_all_equal(both.state, each.state, ids)
-    with pytest.raises(UserError, match="prompts: 3 rows for a state of 2"):
+    with pytest.raises(UserError, match="prompts: 3 for a state of 2 sequences"):
         generate_text(model, BYTES, ["a", "b", "c"], state=state, max_new_tokens=3)
