@@ -14,7 +14,7 @@ from small_runs import small_config
 from token_splits import PAD, make_split
 
 from simplernn_jax.data.batches import document_ends
-from simplernn_jax.data.window_batches import Windows
+from simplernn_jax.data.evaluation_batches import Contexts
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.sharding.partition_specs import specs_of
@@ -145,7 +145,7 @@ def test_scores_are_the_losses_of_their_batches():
 def test_windows_give_what_the_model_makes_of_each_from_zero():
     length, stride = 11, 4
     result = Evaluator(CONFIGS["plain"], PAD)(
-        nnx.state(model(), nnx.Param), SPLIT, windows=Windows(length, stride)
+        nnx.state(model(), nnx.Param), SPLIT, windows=Contexts(length, stride)
     )
     assert result.predictions == SPLIT.num_predictions
     score = nnx.jit(lambda model, tokens: jax.nn.log_softmax(model(tokens)[0][0]))

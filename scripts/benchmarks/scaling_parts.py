@@ -17,7 +17,7 @@ from benchmarks.jax_steps import random_batch, recurrence_by
 from benchmarks.short_training import Trained
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import BatchSource
-from simplernn_jax.data.window_batches import Windows
+from simplernn_jax.data.evaluation_batches import Contexts
 from simplernn_jax.inference import generate, load_state, save_state
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.training.accumulation import windows_of
@@ -59,12 +59,12 @@ def evaluations(config: Config, trained: Trained) -> list[dict[str, Any]]:
     rows = []
     for name, windows in (
         ("state carried", None),
-        ("a quarter on", Windows(length, length // 4)),
-        ("half a window on", Windows(length, length // 2)),
-        ("a window on", Windows(length, length)),
+        ("a quarter on", Contexts(length, length // 4)),
+        ("half a window on", Contexts(length, length // 2)),
+        ("a window on", Contexts(length, length)),
     ):
 
-        def call(windows: Windows | None = windows) -> Any:
+        def call(windows: Contexts | None = windows) -> Any:
             return evaluator(trained.params, held_out, limit, windows=windows)
 
         result = call()  # compiles

@@ -14,9 +14,8 @@ from jax.sharding import Mesh, PartitionSpec
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.data.evaluation_batches import evaluation_batches
+from simplernn_jax.data.evaluation_batches import Contexts, context_batches, evaluation_batches
 from simplernn_jax.data.token_store import TokenSplit
-from simplernn_jax.data.window_batches import Windows, window_batches
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.sharding.collectives import psum
@@ -131,7 +130,7 @@ class Evaluator:
         split: TokenSplit,
         limit_tokens: int = 0,
         reset_every: int = 0,
-        windows: Windows | None = None,
+        windows: Contexts | None = None,
     ) -> Iterator[Scores]:
         """Scores every prediction of the split once, or `limit_tokens` of them, always the same.
 
@@ -156,7 +155,7 @@ class Evaluator:
                 self._divisible_by,
             )
         else:
-            batches, _ = window_batches(
+            batches, _ = context_batches(
                 split, windows, BATCH_TOKENS, self._pad_id, limit_tokens, self._divisible_by
             )
         carried = None
@@ -175,7 +174,7 @@ class Evaluator:
         split: TokenSplit,
         limit_tokens: int = 0,
         reset_every: int = 0,
-        windows: Windows | None = None,
+        windows: Contexts | None = None,
     ) -> Evaluation:
         """The mean over what `scores` yields, with its arguments and errors."""
         nats: list[float] = []
