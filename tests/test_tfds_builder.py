@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from corpus_files import read_all, records, write
 from processes import run_python
 
 from simplernn_jax.config import DataConfig
@@ -16,8 +17,7 @@ TEXTS = ["first — ä\n", "", "second", "third\n\n"]
 
 @pytest.fixture
 def jsonl(tmp_path):
-    path = tmp_path / "in.jsonl"
-    path.write_text("".join(json.dumps({"bot": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    path = write(tmp_path / "in.jsonl", records(*({"bot": text} for text in TEXTS)))
     return DataConfig(source=str(path), field="bot")
 
 
@@ -29,8 +29,7 @@ def data_dir(tmp_path, monkeypatch):
 
 
 def texts_of(source: str, **settings) -> list[str]:
-    documents = open_corpus(DataConfig(source=source, **settings)).documents()
-    return ["".join(document.pieces) for document in documents]
+    return [*read_all(source, **settings).values()]
 
 
 def test_documents_come_back_in_order_by_name_version_and_folder(jsonl, data_dir):
@@ -77,7 +76,7 @@ def test_names_are_checked_and_nothing_is_overwritten(jsonl, data_dir):
         build_tfds(jsonl, "my_books", data_dir)
 
 
-def test_bad_source_is_refused_and_can_be_mended(jsonl, data_dir, tmp_path):
+def test_bad_source_is_refused_and_can_be_fixed(jsonl, data_dir, tmp_path):
     with pytest.raises(UserError, match="no such file"):
         build_tfds(DataConfig(source=str(tmp_path / "nowhere")), "my_books", data_dir)
     path = Path(jsonl.source)
