@@ -227,9 +227,8 @@ def test_copies_of_a_sequence_are_adjacent_and_differ_only_in_their_stream(state
     assert forked.stream.tolist() == [0, 1, 2, 0, 1, 2]
     assert forked.stream.dtype == state.stream.dtype
     for index in range(6):
-        copy = dataclasses.replace(
-            sequence(forked, index), stream=sequence(state, index // 3).stream
-        )
+        own = sequence(state, index // 3)
+        copy = dataclasses.replace(sequence(forked, index), stream=own.stream)
         chex.assert_trees_all_equal(copy, own)
 
 
