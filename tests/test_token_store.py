@@ -79,31 +79,22 @@ def test_document_split_follows_from_the_seed(tmp_path):
     assert first.content_hash != other.content_hash
 
 
-def test_position_split_holds_out_the_end_of_the_stream(tmp_path):
+@pytest.mark.parametrize("fraction", [1e-9, 0.1, 0.5, 0.97])
+def test_position_split_holds_out_the_end_of_the_stream(tmp_path, fraction):
     texts = [text for text in write_documents(tmp_path / "in", 23).values() if text]
     stream = [t for text in texts for t in (BOS, *text.encode(), EOS)]
-    for fraction in (1e-9, 0.1, 0.5, 0.97):
-        corpus = prepare(
-            tmp_path / "in", tmp_path / "cache", split="position", validation_fraction=fraction
-        )
-        train, validation = corpus.train, corpus.validation
-        assert len(validation.tokens) == max(1, round(fraction * len(stream)))
-        assert [*train.tokens, *validation.tokens] == stream
-        for split in (train, validation):
-            starts = {0, *np.flatnonzero(split.tokens == BOS).tolist()}
-            assert split.document_starts.tolist() == sorted(starts)
-            assert split.num_bytes == np.count_nonzero(split.tokens < 256)
-            follows = np.diff(
-                np.searchsorted(split.document_starts, range(len(split.tokens)), "right")
-            )
-            assert split.num_predictions == np.count_nonzero(follows == 0)
-
-
-def test_position_split_does_not_depend_on_the_seed(tmp_path):
-    write_documents(tmp_path / "in", 5)
-    for seed in (1, 2):
-        prepare(tmp_path / "in", tmp_path / "cache", seed=seed, split="position")
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    settings = {"split": "position", "validation_fraction": fraction}
+    corpus = prepare(tmp_path / "in", tmp_path / "cache", **settings)
+    assert len(corpus.validation.tokens) == max(1, round(fraction * len(stream)))
+    assert [*corpus.train.tokens, *corpus.validation.tokens] == stream
+    for split in (corpus.train, corpus.validation):
+        starts = {0, *np.flatnonzero(split.tokens == BOS).tolist()}
+        assert split.document_starts.tolist() == sorted(starts)
+        assert split.num_bytes == np.count_nonzero(split.tokens < 256)
+        document = np.searchsorted(split.document_starts, range(len(split.tokens)), "right")
+        assert split.num_predictions == np.count_nonzero(np.diff(document) == 0)
+    prepare(tmp_path / "in", tmp_path / "cache", seed=4, **settings)
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # the seed does not matter
 
 
 def test_position_split_counts_bytes_of_a_vocabulary_that_loses_text(tmp_path):
@@ -143,12 +134,12 @@ def test_summary_and_warning_about_few_validation_tokens(tmp_path, fraction, sum
     assert bool(corpus.warning) == bool(warning)
 
 
-def test_everything_trains_without_a_validation_fraction(tmp_path):
+@pytest.mark.parametrize("split", ["document", "position"])
+def test_everything_trains_without_a_validation_fraction(tmp_path, split):
     texts = write_documents(tmp_path / "in", 9)
-    for split in ("document", "position"):
-        corpus = prepare(tmp_path / "in", tmp_path / "cache", split=split, validation_fraction=0.0)
-        assert corpus.validation is None
-        assert sorted(texts_of(corpus.train)) == sorted(text for text in texts.values() if text)
+    corpus = prepare(tmp_path / "in", tmp_path / "cache", split=split, validation_fraction=0.0)
+    assert corpus.validation is None
+    assert sorted(texts_of(corpus.train)) == sorted(text for text in texts.values() if text)
 
 
 def test_a_single_document_is_split_by_position(tmp_path, caplog):
@@ -284,34 +275,48 @@ DAMAGES = {
 
 @pytest.fixture(scope="module")
 def whole_store(tmp_path_factory):
-    """A source and the one store in its cache; tests damage copies of the latter."""
+    """A source, its one store, and its corpus; tests damage copies of the store."""
     folder = tmp_path_factory.mktemp("whole")
     write_documents(folder / "in", 9)
-    return folder, prepare(folder / "in", folder / "cache", **HALF)
+    corpus = prepare(folder / "in", folder / "cache", **HALF)
+    (store,) = (folder / "cache").iterdir()
+    return folder / "in", store, corpus
 
 
-@pytest.mark.parametrize("name", STORE_FILES)
-def test_every_damage_to_a_store_is_named_and_the_text_tokenized_again(
-    tmp_path, whole_store, caplog, name
-):
-    folder, expected = whole_store
-    for damage in DAMAGES.values():
-        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-        shutil.copytree(folder / "cache", tmp_path / "cache")
-        (store,) = (tmp_path / "cache").iterdir()
-        damage(store / name)
-        caplog.clear()
-        again = prepare(folder / "in", tmp_path / "cache", **HALF)
-        (warning,) = [record.message for record in caplog.records if record.levelno > 20]
-        assert f"damaged ({name}" in warning
-        assert "tokenized again" in warning
+@pytest.fixture
+def copy_of_store(tmp_path, whole_store):
+    """(function that makes a new copy of the store, function that prepares the corpus with it)"""
+    source, store, expected = whole_store
+    copy = tmp_path / "cache" / store.name
+
+    def make():
+        shutil.rmtree(copy.parent, ignore_errors=True)
+        shutil.copytree(store, copy)
+        return copy
+
+    def check():
+        again = prepare(source, copy.parent, **HALF)
         assert again.content_hash == expected.content_hash
         for split in ("train", "validation"):
             ours, theirs = getattr(again, split), getattr(expected, split)
             np.testing.assert_array_equal(ours.tokens, theirs.tokens)
             np.testing.assert_array_equal(ours.document_starts, theirs.document_starts)
+
+    return make, check
+
+
+@pytest.mark.parametrize("name", STORE_FILES)
+def test_every_damage_to_a_store_is_named_and_the_text_tokenized_again(copy_of_store, caplog, name):
+    make, check = copy_of_store
+    for damage in DAMAGES.values():
+        damage(make() / name)
+        caplog.clear()
+        check()
+        (warning,) = [record.message for record in caplog.records if record.levelno > 20]
+        assert f"damaged ({name}" in warning
+        assert "tokenized again" in warning
     caplog.clear()
-    prepare(folder / "in", tmp_path / "cache", **HALF)
+    check()
     assert "damaged" not in caplog.text
 
 
@@ -327,49 +332,41 @@ def test_every_damage_to_a_store_is_named_and_the_text_tokenized_again(
         ("{", "[" * 100_000 + "{", "no record of a corpus"),
     ],
 )
-def test_a_record_of_something_else_is_not_used(tmp_path, whole_store, caplog, old, new, problem):
-    folder, expected = whole_store
-    shutil.copytree(folder / "cache", tmp_path / "cache")
-    (store,) = (tmp_path / "cache").iterdir()
-    body = read_sealed(store / "meta.json")
+def test_a_record_of_something_else_is_not_used(copy_of_store, caplog, old, new, problem):
+    make, check = copy_of_store
+    path = make() / "meta.json"
+    body = read_sealed(path)
     if old is None:  # as versions without the seal wrote it
-        (store / "meta.json").write_text(body)
+        path.write_text(body)
     else:
-        write_sealed(store / "meta.json", body.replace(old, new))
-    assert prepare(folder / "in", tmp_path / "cache", **HALF).content_hash == expected.content_hash
+        write_sealed(path, body.replace(old, new))
+    check()
     assert re.search(rf"damaged \(meta\.json .*{problem}", caplog.text)
 
 
-def test_anything_else_at_the_path_of_a_store_is_replaced(tmp_path, whole_store):
-    folder, expected = whole_store
-    name = next((folder / "cache").iterdir()).name
+@pytest.mark.parametrize("target", ["file", "fifo", "/dev/zero", "elsewhere", "nowhere"])
+def test_anything_else_at_the_path_of_a_store_is_replaced(tmp_path, copy_of_store, target):
+    make, check = copy_of_store
+    path = make()
+    shutil.rmtree(path)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mine").touch()
-    for make in (
-        Path.touch,
-        os.mkfifo,
-        lambda path: path.symlink_to("/dev/zero"),
-        lambda path: path.symlink_to(tmp_path / "elsewhere"),
-        lambda path: path.symlink_to(tmp_path / "nowhere"),
-    ):
-        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-        (tmp_path / "cache").mkdir()
-        make(tmp_path / "cache" / name)
-        assert (
-            prepare(folder / "in", tmp_path / "cache", **HALF).content_hash == expected.content_hash
-        )
+    if target in ("file", "fifo"):
+        (Path.touch if target == "file" else os.mkfifo)(path)
+    else:
+        path.symlink_to(tmp_path / target)
+    check()
     assert (tmp_path / "elsewhere" / "mine").exists()
 
 
-def test_lack_of_memory_is_not_damage(tmp_path, whole_store, monkeypatch, caplog):
-    folder, _ = whole_store
-
+def test_lack_of_memory_is_not_damage(whole_store, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
+    source, store, _ = whole_store
     monkeypatch.setattr("simplernn_jax.data.store_folder.open_file", refuse)
     with pytest.raises(UserError, match="Cannot allocate memory"):
-        prepare(folder / "in", folder / "cache", **HALF)
+        prepare(source, store.parent, **HALF)
     assert "damaged" not in caplog.text
 
 
@@ -456,20 +453,17 @@ def test_source_that_fails_while_it_is_read_is_named(tmp_path, monkeypatch, name
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_cache_dir_that_is_no_folder(tmp_path):
+def test_other_files_in_place_of_the_cache_or_in_it_stay(tmp_path):
     write_documents(tmp_path / "in", 9)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file: (Not a directory|File exists); .*cache_dir"):
         prepare(tmp_path / "in", tmp_path / "file")
-
-
-def test_a_file_that_looks_like_what_a_killed_writer_left_stays(tmp_path):
-    write_documents(tmp_path / "in", 9)
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / ".mine.tmp").touch()
-    os.utime(tmp_path / "cache" / ".mine.tmp", (0, 0))
+    mine = tmp_path / "cache" / ".mine.tmp"  # named as if a killed writer had left it
+    mine.touch()
+    os.utime(mine, (0, 0))
     prepare(tmp_path / "in", tmp_path / "cache")
-    assert (tmp_path / "cache" / ".mine.tmp").exists()
+    assert mine.exists()
 
 
 def test_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
