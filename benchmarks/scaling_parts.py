@@ -15,7 +15,7 @@ from benchmarks.measure import Call, seconds_of
 from benchmarks.train_steps import BY_SCAN, random_batch
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import BatchSource
-from simplernn_jax.data.window_batches import Windows
+from simplernn_jax.data.evaluation_batches import Contexts
 from simplernn_jax.inference import generate, load_state, save_state
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.training.accumulation import windows_of
@@ -56,9 +56,9 @@ def evaluations(config: Config, trained: Trained) -> list[dict[str, Any]]:
     held_out: Any = trained.corpus.validation
     rows = []
     for stride in (0, length // 4, length // 2, length):
-        windows = Windows(length, stride) if stride else None
+        windows = Contexts(length, stride) if stride else None
 
-        def call(windows: Windows | None = windows) -> Any:
+        def call(windows: Contexts | None = windows) -> Any:
             return evaluator(trained.params, held_out, limit, windows=windows)
 
         result = call()  # compiles

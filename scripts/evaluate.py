@@ -19,9 +19,9 @@ import lzma
 from absl import flags
 
 from simplernn_jax import command_line
+from simplernn_jax.data.evaluation_batches import Contexts, check_contexts
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.data.tokenizer import Tokenizer
-from simplernn_jax.data.window_batches import Windows, check_windows
 from simplernn_jax.errors import UserError, counted
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
@@ -96,14 +96,14 @@ def main() -> None:
     print(align(facts))
 
 
-def chosen_windows() -> Windows | None:
+def chosen_windows() -> Contexts | None:
     """Return the windows of --window and --stride; None carries the state."""
     if not _WINDOW.value:
         if _STRIDE.value:
             raise UserError(f"--stride={_STRIDE.value} needs --window: give it too")
         return None
-    windows = Windows(_WINDOW.value, _STRIDE.value or (_WINDOW.value + 1) // 2)
-    check_windows(windows)
+    windows = Contexts(_WINDOW.value, _STRIDE.value or (_WINDOW.value + 1) // 2)
+    check_contexts(windows)
     return windows
 
 
@@ -114,7 +114,7 @@ def longest_document(split: TokenSplit) -> int:
     return max(map(int, document_ends(split) - split.document_starts), default=0)
 
 
-def describe(windows: Windows | None) -> str:
+def describe(windows: Contexts | None) -> str:
     """Describe the state before a prediction."""
     if windows is None:
         return "carried over each document"

@@ -1,12 +1,12 @@
-"""Writes text with a trained model: the prompt and its continuation go to standard output.
+"""Generate text with a trained model: prompt and continuation go to standard output.
 
     python scripts/sample.py --workdir runs/base --prompt "def main("
     cat story.txt | python scripts/sample.py --workdir runs/base --prompt_file -
 
-The same seed and settings write the same text. With --temperature=0 the most probable token is
-taken every time, which often repeats itself; 0.8 writes freely, above 1 wildly.
+The same seed and settings give the same text. --temperature=0 is greedy, which often repeats
+itself; higher is more random.
 
-A long prompt is read once and used many times; the first of these commands prints nothing:
+Prefill a long prompt once and use it many times; the first of these commands prints no text:
 
     python scripts/sample.py --workdir=W --prompt_file=book.txt --max_new_tokens=0 --save_state=book
     python scripts/sample.py --workdir=W --load_state=book --num_samples=3
@@ -24,51 +24,52 @@ import sys
 from absl import flags
 
 from simplernn_jax import command_line
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, counted
 from simplernn_jax.files import check_output
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run to write with.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run of the model.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; without one, a new document.")
 _PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "UTF-8 file to continue; - is standard input."
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 400, "Tokens to write at most.", lower_bound=0, upper_bound=2**31 - 1
+    "max_new_tokens", 400, "New tokens at most.", lower_bound=0, upper_bound=2**31 - 1
 )
 _TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.8, "0 takes the best token; higher is freer.", lower_bound=0
+    "temperature", 0.8, "0 is greedy; higher is more random.", lower_bound=0
 )
 _TOP_K = flags.DEFINE_integer(
-    "top_k", 0, "Draw among the k best tokens only; 0 is off.", lower_bound=0
+    "top_k", 0, "Sample among the k most probable tokens; 0 is off.", lower_bound=0
 )
 _TOP_P = flags.DEFINE_float(
     "top_p",
     1.0,
-    "Draw among the best tokens that together reach this probability only; 1 is off.",
+    "Nucleus sampling: sample among the most probable tokens that together reach this probability; "
+    "1 is off.",
     lower_bound=0,
     upper_bound=1,
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Another seed writes another text.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.", lower_bound=0)
 _NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples",
     1,
-    "Continuations to write; the prompt is read once.",
+    "Number of continuations; the prompt is prefilled once.",
     lower_bound=1,
     upper_bound=2**31 - 1,
 )
 _SAVE_STATE = flags.DEFINE_string(
-    "save_state", None, "File for where the text stands at the end, to go on from another time."
+    "save_state", None, "Path to save the decoder state to, after the last token."
 )
 _LOAD_STATE = flags.DEFINE_string(
-    "load_state", None, "File of --save_state to go on from; the prompt is read after it."
+    "load_state", None, "Path of a saved decoder state to continue from, with the prompt appended."
 )
 
 
 def main() -> None:
-    """Loads the chosen whole checkpoint of --workdir and writes until EOS or --max_new_tokens.
+    """Generate from a checkpoint of --workdir until EOS or --max_new_tokens.
 
-    With several continuations, each stands under a line of its own; one alone is streamed.
+    A single continuation is streamed; of several, each is printed below a header line.
     """
     if not _WORKDIR.value:
         raise UserError("no --workdir: name the folder of a training run, such as runs/base")
@@ -97,28 +98,36 @@ def main() -> None:
         state = load_state(os.path.expanduser(_LOAD_STATE.value), model, tokenizer)
     # Bad input is found here, before anything is printed.
     prefix = generate_text(model, tokenizer, prompt, state=state, max_new_tokens=0, **settings)
-    num_rows = len(prefix.state.position) * _NUM_SAMPLES.value
-    check_generation(config.model, num_rows, _MAX_NEW_TOKENS.value)
-    state = fork_state(prefix.state, _NUM_SAMPLES.value)
-    only_reads = _MAX_NEW_TOKENS.value == 0 and _SAVE_STATE.value is not None
-    is_streamed = num_rows == 1 and not only_reads
+    batch_size = len(prefix.state.position) * _NUM_SAMPLES.value
+    check_generation(config.model, batch_size, _MAX_NEW_TOKENS.value)
+    forked = fork_state(prefix.state, _NUM_SAMPLES.value)
+    only_prefills = _MAX_NEW_TOKENS.value == 0 and _SAVE_STATE.value is not None
+    is_streamed = batch_size == 1 and not only_prefills
     if is_streamed:
         _write(prompt)
     texts = generate_text(
         model,
         tokenizer,
-        state=state,
+        state=forked,
         max_new_tokens=_MAX_NEW_TOKENS.value,
         on_text=(lambda pieces: _write(pieces[0])) if is_streamed else None,
         **settings,
     )
     if is_streamed:
         _write("\n")
-    elif not only_reads:
+    elif not only_prefills:
         for number, text in enumerate(texts, 1):
-            _write(f"--- {number} of {num_rows} ---\n{prompt}{text}\n")
+            _write(f"--- {number} of {batch_size} ---\n{prompt}{text}\n")
     if _SAVE_STATE.value is not None:
-        save_state(os.path.expanduser(_SAVE_STATE.value), texts.state, model, tokenizer)
+        path = os.path.expanduser(_SAVE_STATE.value)
+        save_state(path, texts.state, model, tokenizer)
+        in_prompt = len(tokenizer.encode(prompt)) + (state is None)  # with BOS
+        new = int((texts.state.position - forked.position).sum())
+        print(
+            f"{path}: saved {os.path.getsize(path):,} bytes of decoder state, after "
+            f"{counted(in_prompt, 'prompt token')} and {counted(new, 'new token')}",
+            file=sys.stderr,
+        )
 
 
 def _write(text: str) -> None:
@@ -127,7 +136,7 @@ def _write(text: str) -> None:
 
 
 def _check_save_state() -> None:
-    """Refuses at once what would fail when all has been written."""
+    """Refuse a path at once that would fail after generation."""
     if _SAVE_STATE.value is None:
         return
     path = os.path.expanduser(_SAVE_STATE.value)

@@ -98,7 +98,7 @@ class DataConfig:
     """``byte``, ``char``, a path to a Hugging Face ``tokenizer.json``, or a hub name."""
     split: str = "document"
     """``document``: a seeded choice of whole documents is held out; ``position``: the last part
-    of the token stream is."""
+    of the token stream is, as is that of a single document."""
     validation_fraction: float = 0.05
     """Share held out for validation, in [0, 1); 0 trains on everything."""
     mode: str = "window"

@@ -7,7 +7,7 @@ import pytest
 from token_splits import BOS, EOS, PAD, contexts, document_of, make_split, predictable, unique_split
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.batches import BatchSource, make_batches, steps_per_epoch
+from simplernn_jax.data.batches import Batch, BatchSource, make_batches, steps_per_epoch
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.errors import UserError
 
@@ -18,11 +18,25 @@ def data_config(mode, **changes):
     return DataConfig(**{"mode": mode, "batch_size": 3, "sequence_length": 11, **changes})
 
 
+def epoch(source, steps, number=0):
+    """All batches of an epoch."""
+    return [source[number * steps + step] for step in range(steps)]
+
+
+def open_source(split, config, seed=0, pad_id=PAD):
+    return BatchSource(split, config, seed, pad_id), steps_per_epoch(split, config)
+
+
+def predictions(batches):
+    """Tokens whose next one is predicted."""
+    return np.concatenate([batch.tokens[batch.loss_mask] for batch in batches])
+
+
 def take(iterator, count):
     return list(itertools.islice(iterator, count))
 
 
-def check_rows(split, batch):
+def check_sequences(split, batch):
     """What holds in every mode, for a split whose tokens are positions."""
     mask = batch.loss_mask
     num_tokens = len(split.tokens)
@@ -57,11 +71,11 @@ def test_shapes_and_dtypes(mode, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_rows_respect_documents(mode):
+def test_sequences_respect_documents(mode):
     split = unique_split()
     source = BatchSource(split, data_config(mode), 0, len(split.tokens))
     for index in range(3 * steps_per_epoch(split, data_config(mode))):
-        check_rows(split, source[index])
+        check_sequences(split, source[index])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -107,17 +121,16 @@ def test_resume_is_exact(mode, taken):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bounds", [(0, 5), (5, 7), (2, 3)])
-def test_rows_of_one_process_are_those_of_the_whole_batch(mode, bounds):
-    split, rows = make_split(), slice(*bounds)
+def test_sequences_of_one_process_are_those_of_the_whole_batch(mode, bounds):
+    split, chosen = make_split(), slice(*bounds)
     config = data_config(mode, batch_size=7, reset_probability=0.3)
-    whole, part = (BatchSource(split, config, 5, PAD, chosen) for chosen in (slice(None), rows))
+    whole, part = (BatchSource(split, config, 5, PAD, part) for part in (slice(None), chosen))
     for index in range(2 * steps_per_epoch(split, config) + 1):
-        chex.assert_trees_all_equal(
-            part[index], type(whole[index])(*(x[rows] for x in whole[index]))
-        )
+        expected = Batch(*(leaf[chosen] for leaf in whole[index]))
+        chex.assert_trees_all_equal(part[index], expected)
 
 
-def test_position_is_that_of_the_run_whatever_the_rows():
+def test_position_is_independent_of_the_sequences():
     split, config = make_split(), data_config("stream", batch_size=6)
     whole = make_batches(split, config, 0, PAD)
     take(whole, 5)
@@ -127,7 +140,7 @@ def test_position_is_that_of_the_run_whatever_the_rows():
     np.testing.assert_array_equal(next(part).tokens, next(whole).tokens[4:])
 
 
-def test_windows_start_everywhere():
+def test_examples_start_everywhere():
     split = unique_split()
     source = BatchSource(split, data_config("window"), 0, PAD)
     batches = [source[index] for index in range(700)]
@@ -137,31 +150,31 @@ def test_windows_start_everywhere():
 
 
 @pytest.mark.parametrize(("stride", "batch_size"), [(11, 3), (11, 100), (4, 7), (1, 3)])
-def test_sliding_windows_begin_every_so_many_tokens_once_an_epoch(stride, batch_size):
+def test_with_a_stride_every_example_is_taken_once_an_epoch(stride, batch_size):
     split = unique_split()
     config = data_config("window", stride=stride, batch_size=batch_size)
-    source, steps = BatchSource(split, config, 0, PAD), steps_per_epoch(split, config)
-    number = -(-len(split.tokens) // stride)
-    assert steps == -(-number // batch_size)
+    source, steps = open_source(split, config)
+    count = -(-len(split.tokens) // stride)
+    assert steps == -(-count // batch_size)
     orders = []
-    for epoch in range(2):
-        batches = [source[epoch * steps + step] for step in range(steps)]
+    for number in range(2):
+        batches = epoch(source, steps, number)
         assert all(batch.reset.all() for batch in batches)
-        begins = np.concatenate([batch.tokens[:, 0] for batch in batches])[:number]
+        begins = np.concatenate([batch.tokens[:, 0] for batch in batches])[:count]
         orders.append(begins.tolist())
-        assert len(set(orders[-1])) == number
+        assert len(set(orders[-1])) == count
         after = np.diff(np.sort(begins), append=begins.min() + len(split.tokens))
-        assert sorted(after)[1:] == [stride] * (number - 1)  # the ring may end with a shorter one
-        made = np.concatenate([batch.tokens[batch.loss_mask] for batch in batches])
+        assert sorted(after)[1:] == [stride] * (count - 1)  # the ring may end with a shorter one
+        made = predictions(batches)
         np.testing.assert_array_equal(np.unique(made), predictable(split))
     assert orders[0] != orders[1]
 
 
 def test_stream_continues_from_batch_to_batch():
     split, config = unique_split(), data_config("stream")
-    source, steps = BatchSource(split, config, 0, PAD), steps_per_epoch(split, config)
-    for epoch in range(3):
-        batches = [source[epoch * steps + step] for step in range(steps)]
+    source, steps = open_source(split, config)
+    for number in range(3):
+        batches = epoch(source, steps, number)
         for step, batch in enumerate(batches):
             begins = np.isin(batch.tokens[:, 0], split.document_starts)
             np.testing.assert_array_equal(batch.reset, begins | (step == 0))
@@ -173,8 +186,8 @@ def test_stream_continues_from_batch_to_batch():
 def test_stream_epoch_makes_every_prediction(batch_size, sequence_length):
     split = unique_split()
     config = data_config("stream", batch_size=batch_size, sequence_length=sequence_length)
-    source, steps = BatchSource(split, config, 1, PAD), steps_per_epoch(split, config)
-    made = np.concatenate([b.tokens[b.loss_mask] for b in map(source.__getitem__, range(steps))])
+    source, steps = open_source(split, config, 1)
+    made = predictions(epoch(source, steps))
     positions, times = np.unique(made, return_counts=True)
     np.testing.assert_array_equal(positions, predictable(split))
     assert len(made) - len(positions) < batch_size * sequence_length
@@ -183,28 +196,28 @@ def test_stream_epoch_makes_every_prediction(batch_size, sequence_length):
 
 def test_stream_turns_the_ring_each_epoch():
     split, config = unique_split(), data_config("stream")
-    source, steps = BatchSource(split, config, 0, PAD), steps_per_epoch(split, config)
-    begins = {int(source[epoch * steps].tokens[0, 0]) for epoch in range(20)}
+    source, steps = open_source(split, config)
+    begins = {int(source[number * steps].tokens[0, 0]) for number in range(20)}
     assert len(begins) > 10
 
 
 def test_stream_resets_at_the_given_rate():
     split = make_split((10_007,))
     config = data_config("stream", batch_size=5, sequence_length=7, reset_probability=0.25)
-    source, steps = BatchSource(split, config, 0, PAD), steps_per_epoch(split, config)
+    source, steps = open_source(split, config)
     resets = np.stack([source[step].reset for step in range(1, steps)])
     assert abs(resets.mean() - 0.25) < 0.04
-    assert 0 < resets.all(axis=1).mean() < 0.02  # rows are drawn on their own
+    assert 0 < resets.all(axis=1).mean() < 0.02  # sequences are drawn independently
 
 
 def test_document_epoch_makes_every_prediction_once():
     split, config = unique_split(), data_config("document")
-    source, steps = BatchSource(split, config, 0, len(split.tokens)), steps_per_epoch(split, config)
+    source, steps = open_source(split, config, 0, len(split.tokens))
     orders = []
-    for epoch in range(3):
-        batches = [source[epoch * steps + step] for step in range(steps)]
+    for number in range(3):
+        batches = epoch(source, steps, number)
         assert all(batch.reset.all() for batch in batches)
-        made = np.concatenate([batch.tokens[batch.loss_mask] for batch in batches])
+        made = predictions(batches)
         np.testing.assert_array_equal(np.sort(made), predictable(split))
         orders.append(made.tolist())
     assert orders[0] != orders[1] != orders[2]
@@ -214,8 +227,8 @@ def test_document_lengths_are_counted_right():
     for length in range(24):
         split = make_split((length,))
         config = data_config("document", batch_size=1)
-        source, steps = BatchSource(split, config, 0, PAD), steps_per_epoch(split, config)
-        batches = [source[step] for step in range(steps)]
+        source, steps = open_source(split, config)
+        batches = epoch(source, steps)
         assert sum(int(batch.loss_mask.sum()) for batch in batches) == length + 1
         assert steps == -(-(length + 1) // 11)
         for batch in batches:
@@ -226,7 +239,7 @@ def test_document_lengths_are_counted_right():
         assert sum(int((batch.targets == EOS).sum()) for batch in batches) == 1
 
 
-def test_document_epoch_ends_with_rows_of_padding():
+def test_document_epoch_ends_with_sequences_of_padding():
     split = make_split((3, 4, 5, 6))
     batches = [BatchSource(split, data_config("document"), 0, PAD)[step] for step in range(2)]
     assert batches[0].loss_mask.any(axis=1).tolist() == [True] * 3
@@ -242,8 +255,8 @@ def test_documents_cut_by_a_position_split(mode):
     with pytest.raises(UserError, match="nothing to learn from: the train split has 2 tokens"):
         steps_per_epoch(split, config)
     split = make_split((17, 13), cut_front=5, cut_back=3)
-    source, steps = BatchSource(split, config, 0, PAD), steps_per_epoch(split, config)
-    batches = [source[step] for step in range(steps)]
+    source, steps = open_source(split, config)
+    batches = epoch(source, steps)
     if mode != "window":
         assert sum(int(batch.loss_mask.sum()) for batch in batches) == 13 + 11
 
@@ -251,10 +264,7 @@ def test_documents_cut_by_a_position_split(mode):
 @pytest.mark.parametrize(
     ("mode", "message"),
     [
-        (
-            "window",
-            r"train split has 12 tokens, fewer than data.sequence_length \+ 1 = 13 \+ 1 = 14",
-        ),
+        ("window", r"split has 12 tokens, fewer than data.sequence_length \+ 1 = 13 \+ 1 = 14"),
         (
             "stream",
             r"fewer than data.batch_size \* data.sequence_length = 3 \* 13 = 39; .* smaller",
@@ -283,7 +293,7 @@ def test_smallest_possible_corpus(mode):
 
 def test_stream_state_sees_its_document_and_nothing_else():
     split, config = unique_split(), data_config("stream")
-    source, steps = BatchSource(split, config, 0, PAD), steps_per_epoch(split, config)
-    for position, context in contexts([source[step] for step in range(steps)]).items():
+    source, steps = open_source(split, config)
+    for position, context in contexts(epoch(source, steps)).items():
         begin = max(context[0], int(split.document_starts[document_of(split, position)]))
         assert context == tuple(range(begin, position + 1))

@@ -1,4 +1,3 @@
-import contextlib
 import glob
 import json
 import os
@@ -6,30 +5,13 @@ from pathlib import Path
 
 import pytest
 from absl import logging
-from damages import damaged
+from corpus_files import read_all, read_damaged, records, write
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus
 from simplernn_jax.data.documents import PIECE_SIZE
-from simplernn_jax.data.file_glob import matching_files
+from simplernn_jax.data.file_search import matching_files
 from simplernn_jax.errors import UserError
-
-
-def read_all(source: Path | str, **settings) -> dict[str, str]:
-    corpus = open_corpus(DataConfig(source=str(source), **settings))
-    texts = {document.name: "".join(document.pieces) for document in corpus.documents()}
-    assert corpus.bytes_read == corpus.total_bytes
-    return texts
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def records(*values: object) -> str:
-    return "".join(json.dumps(value) + "\n" for value in values)
 
 
 def test_stdlib_is_large_sorted_and_without_tests_and_installed_packages():
@@ -41,16 +23,17 @@ def test_stdlib_is_large_sorted_and_without_tests_and_installed_packages():
     assert corpus.total_bytes > 5e6
 
 
-def test_text_file_is_one_document_unchanged(tmp_path):
-    text = "première ligne\r\nsecond\n\nлast"
-    assert read_all(write(tmp_path / "a.txt", text)) == {"a.txt": text}
-
-
-def test_byte_order_mark_is_left_out(tmp_path):
-    assert read_all(write(tmp_path / "a.txt", b"\xef\xbb\xbfhi")) == {"a.txt": "hi"}
-    assert read_all(write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "hi"}')) == {
-        "a.jsonl:1": "hi"
-    }
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("a.txt", "première ligne\r\nsecond\n\nлast", ["première ligne\r\nsecond\n\nлast"]),
+        ("a.txt", b"\xef\xbb\xbfhi", ["hi"]),  # a byte order mark is left out
+        ("a.jsonl", b'\xef\xbb\xbf{"text": "hi"}', ["hi"]),
+        ("a.jsonl", records({"text": "ä\n", "bot": ""}, {"text": ""}), ["ä\n", ""]),
+    ],
+)
+def test_text_is_unchanged(tmp_path, name, content, texts):
+    assert [*read_all(write(tmp_path / name, content)).values()] == texts
 
 
 def test_folder_is_recursive_sorted_and_without_hidden_and_binary_files(tmp_path, caplog):
@@ -63,37 +46,21 @@ def test_folder_is_recursive_sorted_and_without_hidden_and_binary_files(tmp_path
     assert "1 binary file left out, such as picture.png" in caplog.text
 
 
-def test_glob(tmp_path):
-    write(tmp_path / "x" / "b.txt", "b")
-    write(tmp_path / "y" / "a.txt", "a")
-    write(tmp_path / "y" / "a.md", "no")
-    assert read_all(tmp_path / "**" / "*.txt") == {"x/b.txt": "b", "y/a.txt": "a"}
-
-
 def test_glob_finds_what_the_standard_library_finds(tmp_path, monkeypatch):
     for name in ("a/b/c.txt", "a/.h/c.txt", "a/b.txt", "d.txt", ".e.txt", "a/[x].txt", "a/b/f"):
         write(tmp_path / name, "x")
     (tmp_path / "link").symlink_to("a/b")
     (tmp_path / "a" / "link.txt").symlink_to("../d.txt")
     monkeypatch.chdir(tmp_path)
-    patterns = ["*", "**", "a/**", "**/*.txt", "**/**/c.txt", "*/*.txt", "*/b/*", "a/[[]x].txt"]
-    patterns += [
-        ".*",
-        "?.txt",
-        "a/.h/*",
-        "./*/../d.txt",
-        "no/*",
-        "d.txt/*",
-        "link/*",
-        "**/f",
-        "a/*/",
-    ]
-    for pattern in [*patterns, *(f"{tmp_path}/{pattern}" for pattern in patterns)]:
-        found = matching_files(pattern)
-        expected = filter(os.path.isfile, glob.glob(pattern, recursive=True))
-        # A folder that links lead to is searched once, so one of two ways to a file is enough.
-        assert {*map(os.path.realpath, found)} == {*map(os.path.realpath, expected)}, pattern
-        assert len({*found}) == len(found)
+    patterns = "* ** a/** **/*.txt **/**/c.txt */*.txt */b/* a/[[]x].txt .* ?.txt a/.h/*"
+    patterns += " ./*/../d.txt no/* d.txt/* link/* **/f a/*/"
+    for pattern in patterns.split():
+        for absolute in (pattern, f"{tmp_path}/{pattern}"):
+            found = matching_files(absolute)
+            expected = filter(os.path.isfile, glob.glob(absolute, recursive=True))
+            # A folder that links lead to is searched once, so one of two paths to a file is enough.
+            assert {*map(os.path.realpath, found)} == {*map(os.path.realpath, expected)}, absolute
+            assert len({*found}) == len(found)
 
 
 def test_glob_around_links_ends_and_prefers_real_folders(tmp_path):
@@ -111,43 +78,57 @@ def test_glob_around_links_ends_and_prefers_real_folders(tmp_path):
 
 
 def test_only_regular_files_are_opened(tmp_path):
-    write(tmp_path / "a.txt", "a")
+    path = write(tmp_path / "a.txt", "a")
     os.mkfifo(tmp_path / "b.txt")
     (tmp_path / "c.txt").symlink_to("/dev/zero")
     (tmp_path / "d.txt").symlink_to("d.txt")
     for source in (tmp_path, tmp_path / "*.txt", tmp_path / "**"):
         assert read_all(source) == {"a.txt": "a"}
-    for name in ("b.txt", "c.txt"):
-        with pytest.raises(UserError, match=f"{name}: not a regular file"):
-            open_corpus(DataConfig(source=str(tmp_path / name)))
-    corpus = open_corpus(DataConfig(source=str(tmp_path / "a.txt")))
-    (tmp_path / "a.txt").unlink()
-    os.mkfifo(tmp_path / "a.txt")
-    with pytest.raises(UserError, match=r"a\.txt: not a regular file; make it readable"):
-        [list(document.pieces) for document in corpus.documents()]
+    for source in (tmp_path / "b.txt", tmp_path / "c.txt", "/dev/null"):
+        with pytest.raises(UserError, match=f"{source}: not a regular file"):
+            read_all(source)
+    corpus = open_corpus(DataConfig(source=str(path)))
+    path.unlink()
+    for make, problem in (
+        (os.mkfifo, "not a regular file; make it"),
+        (Path.unlink, "No such file"),
+    ):
+        make(path)
+        with pytest.raises(UserError, match=rf"a\.txt: {problem}"):
+            [list(document.pieces) for document in corpus.documents()]
+    with pytest.raises(UserError, match=r"a\.txt: No such file"):
+        corpus.fingerprint()
 
 
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
         ("x" * 5000, "File name too long"),
-        ("x" * 5000 + "*", "no file matches"),
+        ("x" * 5000 + "*", "no file matches this glob"),
         ("self", "Too many levels of symbolic links"),
-        ("self/*", "no file matches"),
+        ("self/*", "no file matches this glob"),
         ("~nosuchuser/a.txt", "no such file or folder"),
         ("a\0b", "no path holds a NUL character"),
         ("a\0*", "no path holds a NUL character"),
         ("a.txt/b", "no such file or folder"),
+        ("nowhere.txt", r"^nowhere\.txt: no such file or folder"),
+        ("folder", "no text file in this folder"),
+        ("empty.txt", r"^empty\.txt: empty"),
         ("tfds:" + "x" * 300, "File name too long|need TensorFlow"),  # by the version of Python
-        ("tfds:self", "not prepared"),
+        ("tfds:self", r"not prepared in .*build_tfds\.py.*need TensorFlow"),
+        ("tfds:tiny_shakespeare", r"not prepared in .*build_tfds\.py.*need TensorFlow"),
+        ("tfds:no/such/path", r"not prepared in .*build_tfds\.py.*need TensorFlow"),
+        ("tfds:lm1b:1.1.0", r"not prepared in .*build_tfds\.py.*need TensorFlow"),
         ("tfds:~nosuchuser", "not prepared"),
         ("tfds:a\0b", "no path holds a NUL character"),
     ],
 )
-def test_paths_that_lead_nowhere_are_one_line(tmp_path, monkeypatch, source, problem):
+def test_a_source_without_text_is_one_line(tmp_path, monkeypatch, source, problem):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", "~nosuchuser")
     write(tmp_path / "a.txt", "a")
+    write(tmp_path / "empty.txt", "")
+    (tmp_path / "folder").mkdir()
     (tmp_path / "self").symlink_to("self")
     with pytest.raises(UserError, match=problem) as raised:
         open_corpus(DataConfig(source=source))
@@ -177,41 +158,19 @@ def test_large_file_comes_in_pieces_cut_at_line_ends_where_possible(tmp_path, li
         assert all(piece.endswith("\n") for piece in pieces)
 
 
+@pytest.mark.parametrize("end", [b"\xe9t\xe9", "é".encode()[:1]])
 @pytest.mark.parametrize("before", [0, 5, PIECE_SIZE - 1, PIECE_SIZE, PIECE_SIZE + 3])
-def test_invalid_utf8_names_file_and_byte(tmp_path, before):
-    path = write(tmp_path / "a.txt", b"a" * before + b"\xe9t\xe9")
-    with pytest.raises(
-        UserError, match=rf"a\.txt: invalid UTF-8 at byte {before};.* encoding_errors=replace"
-    ):
+def test_invalid_utf8_is_named_or_replaced(tmp_path, before, end):
+    path = write(tmp_path / "a.txt", b"a" * before + end)
+    problem = rf"a\.txt: invalid UTF-8 at byte {before};.* encoding_errors=replace"
+    with pytest.raises(UserError, match=problem):
         read_all(path)
-
-
-def test_invalid_utf8_can_be_replaced_also_across_pieces(tmp_path):
-    data = b"a" * (PIECE_SIZE - 1) + "é".encode() + b"\xe9"
-    text = read_all(write(tmp_path / "a.txt", data), encoding_errors="replace")["a.txt"]
+    data = b"a" * before + "é".encode() + end
+    text = read_all(write(path, data), encoding_errors="replace")["a.txt"]
     assert text == data.decode("utf-8", "replace")
-    assert text.endswith("é\N{REPLACEMENT CHARACTER}")
 
 
-def test_file_cut_inside_a_character_is_invalid(tmp_path):
-    with pytest.raises(UserError, match="invalid UTF-8 at byte 2"):
-        read_all(write(tmp_path / "a.txt", b"ab" + "é".encode()[:1]))
-
-
-def test_missing_and_empty_sources(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere\.txt: no such file or folder"):
-        open_corpus(DataConfig(source=str(tmp_path / "nowhere.txt")))
-    with pytest.raises(UserError, match="no file matches this glob"):
-        open_corpus(DataConfig(source=str(tmp_path / "*.txt")))
-    with pytest.raises(UserError, match="no text file in this folder"):
-        open_corpus(DataConfig(source=str(tmp_path)))
-    with pytest.raises(UserError, match=r"empty\.txt: empty"):
-        open_corpus(DataConfig(source=str(write(tmp_path / "empty.txt", ""))))
-    with pytest.raises(UserError, match="not a regular file"):
-        open_corpus(DataConfig(source="/dev/null"))
-
-
-def test_jsonl_field_is_the_document_and_blank_lines_are_none(tmp_path):
+def test_jsonl_field_is_the_document_and_blank_lines_are_skipped(tmp_path):
     content = records({"user": "", "bot": "ä\n"}, {"bot": ""}) + "\n" + records({"bot": "b"})
     path = write(tmp_path / "a.jsonl", content)
     assert read_all(path, field="bot") == {"a.jsonl:1": "ä\n", "a.jsonl:2": "", "a.jsonl:4": "b"}
@@ -226,7 +185,7 @@ def test_folder_of_jsonl(tmp_path):
         read_all(tmp_path)
 
 
-def test_folders_that_are_written_to_are_no_part_of_a_folder_or_glob(tmp_path, monkeypatch):
+def test_output_folders_are_no_part_of_a_folder_or_glob(tmp_path, monkeypatch):
     for name in ("a.txt", "sub/b.txt", "sub/run/c.txt", "sub/run/texts/d.txt", "running/e.txt"):
         write(tmp_path / name, name)
 
@@ -236,7 +195,7 @@ def test_folders_that_are_written_to_are_no_part_of_a_folder_or_glob(tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert names(".") == names("**/*.txt") == ["a.txt", "running/e.txt", "sub/b.txt"]
     assert names("sub", str(tmp_path / "sub" / "run")) == ["b.txt"]
-    # What is named by itself, below such a folder or beside its files, is meant.
+    # Files that are named themselves, below such a folder or beside its files, are meant.
     assert names("sub/run/texts") == names("sub/run/texts/*.txt") == ["d.txt"]
     assert names("sub/run/*.txt") == ["c.txt"]
     assert names("a.txt", ".") == names("*.txt", ".") == ["a.txt"]
@@ -252,19 +211,23 @@ def test_folders_that_are_written_to_are_no_part_of_a_folder_or_glob(tmp_path, m
         (b'["text"]', "of type list, not an object"),
         (b'{"txt": "a", "id": 3}', "no field 'text'; did you mean 'txt'\\?; it has txt, id"),
         (b"{}", "it has none"),
+        (b'{"\\u001b[31m": 1}', r"it has \\x1b\[31m: say"),
         (b'{"id": 1, "messages": []}', "no field 'text' but 'messages'; chats cannot be trained"),
         (b'{"text": 3}', "field 'text' is of type int, not text"),
         (b'{"text": "\xff"}', "invalid UTF-8 at byte 25 of the file"),
         (b'{"text": "\\ud83d"}', "half a surrogate pair"),
+        # Only the first of many fields are named.
+        (records({f"txt{n}\x1b": n for n in range(50_000)}).encode(), "did you mean 'txt7"),
     ],
 )
-def test_bad_record_names_file_and_line(tmp_path, line, problem):
+def test_bad_record_names_file_and_line(tmp_path, caplog, line, problem):
     path = write(tmp_path / "a.jsonl", records({"text": "a"}) + "\n")
-    path.write_bytes(path.read_bytes() + line + b"\n" + records({"text": "b"}).encode())
+    path.write_bytes(path.read_bytes() + line.strip() + b"\n" + records({"text": "b"}).encode())
     with pytest.raises(UserError, match=rf"a\.jsonl:3: .*{problem}.*max_bad_records") as raised:
         read_all(path)
     assert "\n" not in str(raised.value)
     assert read_all(path, max_bad_records=1) == {"a.jsonl:1": "a", "a.jsonl:4": "b"}
+    assert "1 bad record skipped: " in caplog.text
 
 
 def test_messages_are_not_text_yet(tmp_path):
@@ -280,47 +243,31 @@ def test_bad_records_are_counted_and_warned_of_once(tmp_path, caplog):
     corpus = open_corpus(DataConfig(source=str(path), max_bad_records=2))
     for _ in range(2):
         assert len(list(corpus.documents())) == 1
-    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(warnings) == 1
-    assert "2 bad records skipped, the first of them" in caplog.text
-    assert "a.jsonl:1" in caplog.text
+    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "2 bad records skipped, the first of them" in warning.message
+    assert "a.jsonl:1" in warning.message
     with pytest.raises(UserError, match=r"a\.jsonl:3: .*bad record 2, 1 allowed"):
         read_all(path, max_bad_records=1)
-
-
-def test_one_bad_record_is_one(tmp_path, caplog):
-    path = write(tmp_path / "a.jsonl", json.dumps({"\x1b[31m": 1}) + "\n" + records({"text": "a"}))
-    assert read_all(path, max_bad_records=1) == {"a.jsonl:2": "a"}
-    assert "1 bad record skipped: " in caplog.text
-    assert "it has \\x1b[31m: say" in caplog.text
-
-
-def test_a_record_of_many_fields_is_refused_at_once_and_briefly(tmp_path):
-    path = write(tmp_path / "a.jsonl", records({f"txt{n}\x1b": n for n in range(50_000)}))
-    with pytest.raises(UserError, match=r"no field 'text'; did you mean 'txt7.*max_bad_records"):
-        read_all(path)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
 @pytest.mark.parametrize("encoding_errors", ["strict", "replace"])
 def test_every_damaged_file_is_read_or_refused_in_one_line(tmp_path, name, encoding_errors):
     text = "é — \n\u2028🙂"
-    whole = records(*({"text": f"{text}{n}", "other": [n, {}]} for n in range(7))).encode()
-    whole += json.dumps({"text": text}, ensure_ascii=False).encode()
+    content = records(*({"text": f"{text}{n}", "other": [n, {}]} for n in range(7)))
+    content += json.dumps({"text": text}, ensure_ascii=False)
     settings = {"encoding_errors": encoding_errors, "max_bad_records": 1}
-    for seed in range(200):
-        path = write(tmp_path / name, damaged(whole, seed))
-        with contextlib.suppress(UserError):
-            "".join(read_all(path, **settings).values()).encode("utf-8")
+    for texts in read_damaged(write(tmp_path / name, content), 200, **settings):
+        "".join(texts.values()).encode("utf-8")
 
 
-def test_jsonl_replaces_what_is_no_character(tmp_path):
+def test_jsonl_replaces_invalid_characters(tmp_path):
     path = write(tmp_path / "a.jsonl", b'{"text": "\xff"}\n{"text": "\\ud83d!"}\n')
     assert [*read_all(path, encoding_errors="replace").values()] == ["\ufffd", "\ufffd!"]
 
 
-def test_line_that_is_no_record_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("simplernn_jax.data.jsonl_files.LARGEST_RECORD", 1 << 20)
+def test_an_endless_line_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("simplernn_jax.data.record_files.LARGEST_RECORD", 1 << 20)
     path = write(tmp_path / "a.jsonl", json.dumps([{"text": "a" * (1 << 20)}]))
     with pytest.raises(UserError, match=r"a\.jsonl:1: a line of more than 1 MiB"):
         read_all(path)
@@ -342,20 +289,3 @@ def test_fingerprint_follows_the_files_and_not_their_folder(tmp_path):
     assert fingerprint("two") != longer
     write(tmp_path / "j" / "a.jsonl", records({"text": "a"}))
     assert fingerprint("j") != fingerprint("j", field="bot")
-
-
-def test_file_that_vanishes_or_cannot_be_opened(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.txt", "text")
-    corpus = open_corpus(DataConfig(source=str(path)))
-    path.unlink()
-    with pytest.raises(UserError, match=r"a\.txt: No such file"):
-        corpus.fingerprint()
-    with pytest.raises(UserError, match=r"a\.txt: No such file"):
-        [list(document.pieces) for document in corpus.documents()]
-
-
-@pytest.mark.parametrize("name", ["tiny_shakespeare", "no/such/path", "lm1b:1.1.0"])
-def test_unprepared_dataset_is_refused_at_once_with_what_to_do(tmp_path, monkeypatch, name):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    with pytest.raises(UserError, match=r"not prepared in .*build_tfds\.py.*need TensorFlow"):
-        open_corpus(DataConfig(source=f"tfds:{name}"))

@@ -1,5 +1,5 @@
-"""`generate`: what it writes equals recomputing the prefix, rows do not know each other, and
-going on from a state equals one longer call."""
+"""`generate` equals recomputing the prefix, sequences are independent, and continuing from a state
+equals one longer call."""
 
 import chex
 import jax
@@ -11,7 +11,7 @@ from flax import nnx
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate
-from simplernn_jax.inference.inputs import checked_settings
+from simplernn_jax.inference.arguments import checked_settings
 from simplernn_jax.inference.programs import split
 from simplernn_jax.inference.state import empty_state
 from simplernn_jax.models import KVCache, LanguageModel
@@ -23,8 +23,8 @@ KINDS = {
     "attention": {"mixer": "attention", "attention_context": 50},
     "hybrid": {"mixer": "attention,simple_rnn", "attention_context": 50},
 }
-# Three rows or one in every test, so that they share the compiled programs.
-LENGTHS = [3, 139, 64]  # pieces in which prompts are read: 1, 8, 64 and 512 tokens
+# Three sequences or one in every test, so that they share the compiled programs.
+LENGTHS = [3, 139, 64]  # prefilled in chunks of 1, 8 and 64 tokens
 
 forward = nnx.jit(lambda model, tokens: model(tokens))
 step = nnx.jit(lambda model, token, state: model(token, state))
@@ -52,25 +52,16 @@ def make_prompts(lengths=LENGTHS, seed=0):
 
 
 def by_recomputing(model, prompt, num_tokens):
-    """Greedy decoding as the definition has it: the whole prefix again for every token."""
-    tokens = np.zeros((1, len(prompt) + num_tokens), np.int32)  # what follows is not seen
+    """Greedy decoding by its definition: the whole prefix again for every token."""
+    tokens = np.zeros((1, len(prompt) + num_tokens), np.int32)  # later tokens are not seen
     tokens[0, : len(prompt)] = prompt
     for end in range(len(prompt), tokens.shape[1]):
         tokens[0, end] = jnp.argmax(forward(model, tokens)[0][0, end - 1])
     return tokens[0, len(prompt) :]
 
 
-@pytest.mark.parametrize(
-    ("kind", "precision", "tolerance"),
-    [
-        ("plain", "float32", 1e-5),
-        ("residual", "float32", 1e-5),
-        ("attention", "float32", 1e-5),
-        ("plain", "bfloat16", 1e-2),
-        ("residual", "bfloat16", 1e-2),
-        ("attention", "bfloat16", 1e-2),
-    ],
-)
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("kind", ["plain", "residual", "attention"])
 def test_step_by_step_logits_equal_the_full_forward_pass(kind, precision, tolerance):
     model = make_model(kind, precision)
     tokens = jnp.asarray(make_prompts([41])[0])[None]
@@ -89,7 +80,7 @@ def test_step_by_step_logits_equal_the_full_forward_pass(kind, precision, tolera
 
 
 @pytest.mark.parametrize("kind", ["plain", "residual", "attention"])
-def test_reading_in_pieces_equals_the_full_forward_pass(kind):
+def test_prefill_in_chunks_equals_the_full_forward_pass(kind):
     model = make_model(kind)
     prompts = make_prompts([3, 139, 601])
     state = generate(model, prompts, max_new_tokens=0).state
@@ -119,7 +110,7 @@ def test_greedy_equals_recomputing_the_prefix(kind):
 @pytest.mark.parametrize(
     ("kind", "lengths"), [("residual", LENGTHS), ("residual", [1, 8, 61]), ("hybrid", LENGTHS)]
 )
-def test_a_row_is_what_it_would_be_alone(settings, kind, lengths):
+def test_a_sequence_is_the_same_alone_and_in_a_batch(settings, kind, lengths):
     model = make_model(kind)
     prompts = make_prompts(lengths)
     together = generate(model, prompts, max_new_tokens=35, **settings)
@@ -133,7 +124,7 @@ def test_a_row_is_what_it_would_be_alone(settings, kind, lengths):
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_k": 9, "top_p": 0.9}])
 @pytest.mark.parametrize("cuts", [(1, 69), (32, 38), (40, 0, 7, 23)])
 @pytest.mark.parametrize("kind", ["residual", "hybrid"])
-def test_going_on_equals_one_longer_call(settings, cuts, kind):
+def test_continuing_equals_one_longer_call(settings, cuts, kind):
     model = make_model(kind)
     settings = settings | {"seed": 3, "eos_id": 0}
     prompts = make_prompts([2, 11, 5])
@@ -141,14 +132,14 @@ def test_going_on_equals_one_longer_call(settings, cuts, kind):
     parts = [generate(model, prompts, max_new_tokens=cuts[0], **settings)]
     for cut in cuts[1:]:
         parts.append(generate(model, state=parts[-1].state, max_new_tokens=cut, **settings))
-    for row, tokens in enumerate(whole.rows()):
-        pieces = np.concatenate([part.rows()[row] for part in parts])
+    for row, tokens in enumerate(whole.sequences()):
+        pieces = np.concatenate([part.sequences()[row] for part in parts])
         np.testing.assert_array_equal(pieces, tokens)
     chex.assert_trees_all_equal(parts[-1].state, whole.state)
 
 
 @pytest.mark.parametrize("kind", ["residual", "hybrid"])
-def test_a_state_reads_on(kind):
+def test_a_prompt_is_appended_to_a_state(kind):
     model = make_model(kind)
     first, second = make_prompts([70, 13, 1], seed=1), make_prompts([5, 66, 8], seed=2)
     state = generate(model, first, max_new_tokens=0).state
@@ -157,7 +148,7 @@ def test_a_state_reads_on(kind):
     np.testing.assert_array_equal(on.tokens, generate(model, joined, max_new_tokens=9).tokens)
 
 
-def test_a_state_is_not_used_up():
+def test_a_state_can_be_used_twice():
     model = make_model()
     state = generate(model, make_prompts([4]), max_new_tokens=3).state
     first = generate(model, state=state, max_new_tokens=5)
@@ -167,7 +158,7 @@ def test_a_state_is_not_used_up():
 
 
 @pytest.mark.parametrize("kind", ["residual", "hybrid"])
-def test_rows_without_more_to_read_keep_their_state(kind):
+def test_empty_prompts_leave_a_state_unchanged(kind):
     model = make_model(kind)
     prompts = make_prompts([6, 10, 1])
     state = generate(model, prompts, max_new_tokens=0).state
@@ -177,8 +168,8 @@ def test_rows_without_more_to_read_keep_their_state(kind):
     )
 
 
-def without_the_unseen(layers):
-    """The state without what no query will see: what lies where a cache's next token will."""
+def without_unseen_slots(layers):
+    """The state with the slot of the next token, which no query sees, cleared in each cache."""
 
     def clear(leaf):
         if not isinstance(leaf, KVCache):
@@ -191,7 +182,7 @@ def without_the_unseen(layers):
 
 
 @pytest.mark.parametrize("kind", ["residual", "hybrid"])
-def test_eos_ends_a_row_and_freezes_its_state(kind):
+def test_eos_ends_a_sequence_and_freezes_its_state(kind):
     model = make_model(kind)
     prompts = make_prompts([3, 5, 9])
     free = generate(model, prompts, max_new_tokens=50)
@@ -201,17 +192,17 @@ def test_eos_ends_a_row_and_freezes_its_state(kind):
         ends = np.flatnonzero(tokens == eos_id)
         length = ends[0] + 1 if len(ends) else 50
         assert ended.lengths[row] == length
-        np.testing.assert_array_equal(ended.rows()[row], tokens[:length])
+        np.testing.assert_array_equal(ended.sequences()[row], tokens[:length])
         assert (ended.tokens[row, length:] == eos_id).all()
-    # The state has read everything before EOS, and EOS not.
-    before = np.concatenate([prompts[1], ended.rows()[1][:-1]])
+    # The state is that before EOS.
+    before = np.concatenate([prompts[1], ended.sequences()[1][:-1]])
     _, layers = forward(model, before[None])
     own = jax.tree.map(lambda leaf: leaf[1:2], ended.state.layers)
-    chex.assert_trees_all_close(*map(without_the_unseen, (own, layers)), rtol=2e-5, atol=2e-5)
+    chex.assert_trees_all_close(*map(without_unseen_slots, (own, layers)), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["residual", "hybrid"])
-def test_a_finished_row_stays_finished_until_it_reads_on(kind):
+def test_a_finished_sequence_stays_finished_until_it_gets_a_prompt(kind):
     model = make_model(kind)
     prompt = make_prompts([5])
     eos_id = int(generate(model, prompt, max_new_tokens=1).tokens[0, 0])
@@ -233,7 +224,7 @@ def test_copies_of_a_prompt_get_different_texts_and_a_seed_repeats_them():
     assert (first != generate(model, [[3, 4]] * 3, seed=2, **settings).tokens).any()
 
 
-def test_banned_ids_are_never_written():
+def test_banned_ids_are_never_generated():
     model = make_model()
     banned = [0, 3, 4, 11, 22]
     for temperature in (0.0, 50.0):
@@ -254,23 +245,17 @@ def test_top_k_of_one_is_greedy():
 
 def test_prompts_come_in_any_form():
     model = make_model()
-    expected = generate(
-        model, np.asarray([[1, 2, 3], [4, 5, 6], [7, 8, 9]]), max_new_tokens=6
-    ).tokens
-    forms = [
-        [[1, 2, 3], [4, 5, 6], [7, 8, 9]],
-        ((1, 2, 3), (4, 5, 6), (7, 8, 9)),
-        jnp.asarray([[1, 2, 3], [4, 5, 6], [7, 8, 9]]),
-        [np.asarray([1, 2, 3], np.uint8), jnp.asarray([4, 5, 6]), range(7, 10)],
-    ]
-    for form in forms:
+    rows = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    expected = generate(model, np.asarray(rows), max_new_tokens=6).tokens
+    mixed = [np.asarray([1, 2, 3], np.uint8), jnp.asarray([4, 5, 6]), range(7, 10)]
+    for form in (rows, tuple(map(tuple, rows)), jnp.asarray(rows), mixed):
         np.testing.assert_array_equal(generate(model, form, max_new_tokens=6).tokens, expected)
-    for flat in ([1, 2, 3], np.asarray([1, 2, 3]), jnp.asarray([1, 2, 3])):
+    for flat in (rows[0], np.asarray(rows[0]), jnp.asarray(rows[0])):
         np.testing.assert_array_equal(generate(model, flat, max_new_tokens=6).tokens, expected[:1])
 
 
 @pytest.mark.parametrize("eos_id", [None, 5])
-def test_tokens_are_handed_over_as_they_come(eos_id):
+def test_tokens_are_passed_on_block_by_block(eos_id):
     model = make_model()
     prompts = make_prompts([3, 8, 1])
     calls = []
@@ -278,11 +263,11 @@ def test_tokens_are_handed_over_as_they_come(eos_id):
     whole = generate(model, prompts, on_tokens=calls.append, **settings)
     if eos_id is None:
         assert len(calls) > 1
-    for row, tokens in enumerate(whole.rows()):
+    for row, tokens in enumerate(whole.sequences()):
         np.testing.assert_array_equal(np.concatenate([call[row] for call in calls]), tokens)
 
 
-def test_nothing_is_traced_again():
+def test_nothing_is_retraced():
     traces = []
 
     class Counting(LanguageModel):
@@ -301,8 +286,8 @@ def test_nothing_is_traced_again():
     assert len(traces) == num_traces
 
 
-def test_a_written_token_copies_no_cache():
-    """Working memory that held a cache would be filled anew for each token."""
+def test_decoding_copies_no_cache():
+    """A cache in working memory would be copied for each token."""
     config = ModelConfig(
         vocab_size=VOCAB, num_layers=1, num_heads=2, mixer="attention", attention_context=5000
     )
@@ -310,48 +295,16 @@ def test_a_written_token_copies_no_cache():
     programs, parameters = split(model)
     state = jax.eval_shape(lambda: empty_state(model, 3))
     settings = checked_settings(VOCAB, 0.0, 0, 1.0, 0, None, ())
-    program = programs.write.lower(parameters, state, settings, np.int32(9)).compile()
+    program = programs.decode.lower(parameters, state, settings, np.int32(9)).compile()
     cached = state.layers[0].mixer.keys
     cached_bytes = cached.size * cached.dtype.itemsize
     assert program.memory_analysis().temp_size_in_bytes < 0.1 * cached_bytes
 
 
-@pytest.mark.parametrize(
-    ("prompts", "settings", "message"),
-    [
-        ([[1, VOCAB]], {}, f"prompt 0: token {VOCAB} at position 1 is outside"),
-        ([[1], [2, 3, -1]], {}, "prompt 1: token -1 at position 2 is outside"),
-        ([[1], []], {}, "prompt 1: has no token"),
-        ([], {}, "none given"),
-        (None, {}, "none given"),
-        ([[1.5]], {}, "integers"),
-        ([[[1]]], {}, "axes"),
-        ([[1]], {"max_new_tokens": -1}, "max_new_tokens"),
-        ([[1]], {"temperature": -0.1}, "temperature"),
-        ([[1]], {"temperature": float("nan")}, "temperature"),
-        ([[1]], {"top_k": -1}, "top_k"),
-        ([[1]], {"top_p": 0.0}, "top_p"),
-        ([[1]], {"top_p": 1.01}, "top_p"),
-        ([[1]], {"seed": -1}, "seed"),
-        ([[1]], {"eos_id": VOCAB}, "eos_id"),
-        ([[1]], {"banned_ids": [VOCAB]}, "banned_ids"),
-        ([[1]], {"banned_ids": range(VOCAB)}, "banned_ids"),
-    ],
-)
-def test_bad_input_is_named(prompts, settings, message):
-    with pytest.raises(UserError, match=message):
-        generate(make_model(), prompts, **({"max_new_tokens": 3} | settings))
-
-
-def test_a_state_of_other_rows_is_refused():
-    model = make_model()
-    state = generate(model, [[1], [2]], max_new_tokens=0).state
-    with pytest.raises(UserError, match="3 rows for a state of 2"):
-        generate(model, [[1], [2], [3]], state=state, max_new_tokens=1)
-
-
-def test_a_state_of_another_model_is_refused():
-    state = generate(make_model("plain"), [1, 2], max_new_tokens=0).state
+def test_a_state_of_another_batch_size_or_model_is_refused():
+    state = generate(make_model(), [[1], [2]], max_new_tokens=0).state
+    with pytest.raises(UserError, match="3 for a state of 2"):
+        generate(make_model(), [[1], [2], [3]], state=state, max_new_tokens=1)
     other = LanguageModel(ModelConfig(vocab_size=VOCAB, num_layers=1), rngs=nnx.Rngs(0))
-    with pytest.raises(UserError, match="go on with the model that made it"):
+    with pytest.raises(UserError, match="use the model that made it"):
         generate(other, state=state, max_new_tokens=1)

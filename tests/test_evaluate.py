@@ -14,7 +14,7 @@ from small_runs import small_config
 from token_splits import PAD, make_split
 
 from simplernn_jax.data.batches import document_ends
-from simplernn_jax.data.window_batches import Windows
+from simplernn_jax.data.evaluation_batches import Contexts
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.sharding.partition_specs import named_shardings, variable_specs
@@ -130,7 +130,7 @@ def test_scores_are_the_losses_of_their_batches():
 def test_overlapping_contexts_equal_the_model_on_each_from_a_zero_state():
     length, stride = 11, 4
     result = Evaluator(CONFIGS["plain"], PAD)(
-        nnx.state(model(), nnx.Param), SPLIT, windows=Windows(length, stride)
+        nnx.state(model(), nnx.Param), SPLIT, windows=Contexts(length, stride)
     )
     assert result.predictions == SPLIT.num_predictions
     score = nnx.jit(lambda model, tokens: jax.nn.log_softmax(model(tokens)[0][0]))

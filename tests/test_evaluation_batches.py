@@ -1,113 +1,156 @@
+"""Batches of evaluation: every prediction once, and the tokens that each sees."""
+
 import chex
 import numpy as np
 import pytest
 from token_splits import BOS, PAD, contexts, document_of, make_split, predictable, unique_split
 
-from simplernn_jax.data.evaluation_batches import evaluation_batches
+from simplernn_jax.data.evaluation_batches import Contexts, context_batches, evaluation_batches
 from simplernn_jax.errors import UserError
 
+SPLIT = unique_split()
 
-@pytest.mark.parametrize("max_rows", [1, 2, 3, 100])
-@pytest.mark.parametrize("batch_tokens", [1, 13, 64, 10_000])
-def test_evaluation_scores_every_prediction_once(max_rows, batch_tokens):
-    split = unique_split()
-    pad = len(split.tokens)
-    iterator, number = evaluation_batches(split, batch_tokens, max_rows, pad)
+
+def carried(batch_tokens, max_batch_size, *args, split=SPLIT, **settings):
+    """Batches with a carried state, after checks that hold for all of them."""
+    pad = len(split.tokens) if split is SPLIT else PAD
+    return checked(
+        split, *evaluation_batches(split, batch_tokens, max_batch_size, pad, *args, **settings)
+    )
+
+
+def overlapping(length, stride, batch_tokens=64, **settings):
+    """Batches of overlapping contexts, checked too."""
+    pad = len(SPLIT.tokens)
+    batches = checked(
+        SPLIT, *context_batches(SPLIT, Contexts(length, stride), batch_tokens, pad, **settings)
+    )
+    assert all(batch.reset.all() for batch in batches)
+    return batches
+
+
+def checked(split, iterator, number):
     batches = list(iterator)
     assert len(batches) == number
-    rows, length = batches[0].tokens.shape
-    assert rows <= max_rows
-    assert rows * length <= max(batch_tokens, rows)
     assert len({batch.tokens.shape for batch in batches}) == 1
-    made = np.concatenate([batch.tokens[batch.loss_mask] for batch in batches])
-    np.testing.assert_array_equal(np.sort(made), predictable(split))
     for batch in batches:
-        np.testing.assert_array_equal(
-            batch.targets[batch.loss_mask], batch.tokens[batch.loss_mask] + 1
-        )
-        assert (batch.tokens[~batch.loss_mask] == pad).all()
         chex.assert_type([*batch[:4], batch.reset], [np.int32, np.int32, bool, np.int32, bool])
+        if split is SPLIT:
+            mask = batch.loss_mask
+            np.testing.assert_array_equal(batch.targets[mask], batch.tokens[mask] + 1)
+    return batches
 
 
-@pytest.mark.parametrize(("batch_tokens", "max_rows"), [(5, 1), (14, 2), (33, 7), (10_000, 3)])
-def test_evaluation_sees_the_whole_document_and_nothing_else(batch_tokens, max_rows):
-    split = unique_split()
-    batches = list(evaluation_batches(split, batch_tokens, max_rows, len(split.tokens))[0])
-    begins = split.document_starts[document_of(split, predictable(split))]
-    expected = {
+def scored(batches):
+    return np.concatenate([batch.tokens[batch.loss_mask] for batch in batches])
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 2, 3, 100])
+@pytest.mark.parametrize("batch_tokens", [1, 13, 64, 10_000])
+def test_evaluation_scores_every_prediction_once(max_batch_size, batch_tokens):
+    batches = carried(batch_tokens, max_batch_size)
+    batch_size, length = batches[0].tokens.shape
+    assert batch_size <= max_batch_size
+    assert batch_size * length <= max(batch_tokens, batch_size)
+    np.testing.assert_array_equal(np.sort(scored(batches)), predictable(SPLIT))
+    for batch in batches:
+        assert (batch.tokens[~batch.loss_mask] == len(SPLIT.tokens)).all()
+
+
+@pytest.mark.parametrize(
+    ("batch_tokens", "max_batch_size"), [(5, 1), (14, 2), (33, 7), (10_000, 3)]
+)
+def test_evaluation_sees_the_whole_document_and_nothing_else(batch_tokens, max_batch_size):
+    begins = SPLIT.document_starts[document_of(SPLIT, predictable(SPLIT))]
+    assert contexts(carried(batch_tokens, max_batch_size)) == {
         int(position): tuple(range(begin, position + 1))
-        for position, begin in zip(predictable(split), begins, strict=True)
+        for position, begin in zip(predictable(SPLIT), begins, strict=True)
     }
-    assert contexts(batches) == expected
 
 
 @pytest.mark.parametrize("divisible_by", [(4, 1), (1, 6), (8, 12)])
-def test_rows_and_length_divide_among_devices_and_nothing_else_changes(divisible_by):
-    split = unique_split()
-    batches = list(
-        evaluation_batches(split, 33, 7, len(split.tokens), divisible_by=divisible_by)[0]
-    )
-    rows, length = batches[0].tokens.shape
-    assert (rows % divisible_by[0], length % divisible_by[1]) == (0, 0)
-    made = np.concatenate([batch.tokens[batch.loss_mask] for batch in batches])
-    np.testing.assert_array_equal(np.sort(made), predictable(split))
-    expected = list(evaluation_batches(split, 33, 7, len(split.tokens))[0])
-    assert contexts(batches) == contexts(expected)
+@pytest.mark.parametrize(("make", "args"), [(carried, (33, 7)), (overlapping, (11, 4))])
+def test_sequences_and_length_divide_among_devices(make, args, divisible_by):
+    batches = make(*args, divisible_by=divisible_by)
+    batch_size, length = batches[0].tokens.shape
+    assert (batch_size % divisible_by[0], length % divisible_by[1]) == (0, 0)
+    np.testing.assert_array_equal(np.sort(scored(batches)), predictable(SPLIT))
+    assert contexts(batches) == contexts(make(*args))
 
 
-def test_evaluation_of_one_document_is_one_row():
+def test_evaluation_of_one_document_is_one_sequence():
     split = make_split((1009,))
-    iterator, number = evaluation_batches(split, 256, 16, PAD)
-    batches = list(iterator)
-    assert [batch.tokens.shape for batch in batches] == [(1, 256)] * number == [(1, 256)] * 4
+    batches = carried(256, 16, split=split)
+    assert [batch.tokens.shape for batch in batches] == [(1, 256)] * 4
     assert [bool(batch.reset[0]) for batch in batches] == [True, False, False, False]
     targets = np.concatenate([batch.targets[batch.loss_mask] for batch in batches])
     np.testing.assert_array_equal(targets, split.tokens[1:])
 
 
-def test_a_long_document_does_not_leave_rows_idle():
-    split = make_split((997, *(7 for _ in range(50))))
-    batches = list(evaluation_batches(split, 64, 16, PAD)[0])
-    scored = sum(int(batch.loss_mask.sum()) for batch in batches)
-    assert scored > 0.7 * sum(batch.tokens.size for batch in batches)
+def test_a_long_document_does_not_leave_sequences_idle():
+    batches = carried(64, 16, split=make_split((997, *(7 for _ in range(50)))))
+    assert len(scored(batches)) > 0.7 * sum(batch.tokens.size for batch in batches)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 29, 97, 230])
-def test_limited_evaluation_scores_so_many(limit):
-    split = unique_split()
-    first = list(evaluation_batches(split, 40, 3, len(split.tokens), limit)[0])
-    again = list(evaluation_batches(split, 40, 3, len(split.tokens), limit)[0])
-    chex.assert_trees_all_equal(first, again)
+def test_limited_evaluation_scores_the_given_number(limit):
+    first = carried(40, 3, limit)
+    chex.assert_trees_all_equal(first, carried(40, 3, limit))
     seen = contexts(first)
-    assert len(seen) == min(limit, split.num_predictions)
-    whole = contexts(list(evaluation_batches(split, 40, 3, len(split.tokens))[0]))
-    assert seen.items() <= whole.items()
+    assert len(seen) == min(limit, SPLIT.num_predictions)
+    assert seen.items() <= contexts(carried(40, 3)).items()
+    assert contexts(overlapping(11, 5, limit_tokens=limit)).keys() == seen.keys()
 
 
 def test_limited_evaluation_takes_from_many_documents():
-    split = make_split((401,) * 20)
-    batches = list(evaluation_batches(split, 64, 100, PAD, 803)[0])
-    assert sum(int(batch.loss_mask.sum()) for batch in batches) == 803
+    batches = carried(64, 100, 803, split=make_split((401,) * 20))
+    assert len(scored(batches)) == 803
     assert sum(int((batch.tokens == BOS).sum()) for batch in batches) >= 8
 
 
 def test_evaluation_of_nothing():
     split = make_split((17, 13), cut_front=18, cut_back=14)
-    with pytest.raises(UserError, match="nothing to score: the train split has 2 tokens"):
+    message = "nothing to score: the train split has 2 tokens"
+    with pytest.raises(UserError, match=message):
         evaluation_batches(split, 64, 3, PAD)
+    with pytest.raises(UserError, match=message):
+        context_batches(split, Contexts(3, 2), 64, PAD)
 
 
 @pytest.mark.parametrize("reset_every", [1, 5, 1000])
-@pytest.mark.parametrize(("batch_tokens", "max_rows"), [(14, 2), (10_000, 3)])
-def test_resets_cut_what_is_seen_and_nothing_else(batch_tokens, max_rows, reset_every):
-    split = unique_split()
-    arguments = (split, batch_tokens, max_rows, len(split.tokens))
-    carried = list(evaluation_batches(*arguments)[0])
-    reset = list(evaluation_batches(*arguments, reset_every=reset_every)[0])
-    for ours, theirs in zip(reset, carried, strict=True):
+@pytest.mark.parametrize(("batch_tokens", "max_batch_size"), [(14, 2), (10_000, 3)])
+def test_resets_shorten_the_context_and_change_nothing_else(
+    batch_tokens, max_batch_size, reset_every
+):
+    whole = carried(batch_tokens, max_batch_size)
+    reset = carried(batch_tokens, max_batch_size, reset_every=reset_every)
+    for ours, theirs in zip(reset, whole, strict=True):
         chex.assert_trees_all_equal(ours[:3], theirs[:3])
-    whole = contexts(carried)
-    within = {position: (len(seen) - 1) % reset_every + 1 for position, seen in whole.items()}
     assert contexts(reset) == {
-        position: seen[-within[position] :] for position, seen in whole.items()
+        position: seen[-((len(seen) - 1) % reset_every + 1) :]
+        for position, seen in contexts(whole).items()
     }
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 10_000])
+@pytest.mark.parametrize(("length", "stride"), [(1, 1), (11, 11), (11, 4), (11, 1), (1000, 3)])
+def test_every_prediction_is_scored_once_in_its_context(length, stride, batch_tokens):
+    batches = overlapping(length, stride, batch_tokens)
+    np.testing.assert_array_equal(np.sort(scored(batches)), predictable(SPLIT))
+    seen = contexts(batches)
+    begins = SPLIT.document_starts[document_of(SPLIT, predictable(SPLIT))]
+    for position, begin in zip(predictable(SPLIT), begins, strict=True):
+        within = position - begin
+        first = max(0, -(-(within - length + 1) // stride)) * stride
+        assert seen[position] == tuple(range(begin + first, position + 1))
+        assert min(within + 1, length - stride + 1) <= len(seen[position]) <= length
+
+
+def test_a_stride_of_the_length_resets_after_each_context():
+    assert contexts(overlapping(7, 7)) == contexts(carried(64, 3, reset_every=7))
+
+
+@pytest.mark.parametrize(("length", "stride"), [(3, 4), (3, 0), (0, 0)])
+def test_contexts_that_would_leave_tokens_out_are_refused(length, stride):
+    with pytest.raises(UserError, match=f"contexts of {length} tokens, one every {stride}: "):
+        overlapping(length, stride)

@@ -1,11 +1,10 @@
 """Rows of Parquet files are documents."""
 
-import contextlib
 import importlib.util
 
 import pyarrow as pa
 import pytest
-from damages import damaged
+from corpus_files import read_all, read_damaged, truncations
 from pyarrow import parquet
 
 from simplernn_jax.config import DataConfig
@@ -18,13 +17,6 @@ TEXTS = ["first — ä\n", "", "second", *(f"line {n * 7919 % 1000}\n" for n in 
 def write(path, columns, **settings):
     parquet.write_table(pa.table(columns), path, **settings)
     return path
-
-
-def read(path, **settings):
-    corpus = open_corpus(DataConfig(source=str(path), **settings))
-    documents = {document.name: "".join(document.pieces) for document in corpus.documents()}
-    assert corpus.bytes_read == corpus.total_bytes
-    return documents
 
 
 @pytest.mark.parametrize(
@@ -40,31 +32,31 @@ def test_rows_come_in_order_from_any_column_of_text(tmp_path, column):
     path = write(
         tmp_path / "a.parquet", {"id": range(len(TEXTS)), "book": column}, row_group_size=7
     )
-    assert read(path, field="book") == {f"a.parquet: row {n}": t for n, t in enumerate(TEXTS)}
+    assert read_all(path, field="book") == {f"a.parquet: row {n}": t for n, t in enumerate(TEXTS)}
 
 
 def test_a_folder_of_parquet_files_and_its_tokens(tmp_path):
     (tmp_path / "in").mkdir()
     write(tmp_path / "in" / "b.PARQUET", {"text": TEXTS[3:]})
     write(tmp_path / "in" / "a.parquet", {"text": TEXTS[:3]})
-    assert list(read(tmp_path / "in").values()) == TEXTS
+    assert list(read_all(tmp_path / "in").values()) == TEXTS
     config = DataConfig(source=str(tmp_path / "in"), validation_fraction=0.0)
     corpus = prepare_corpus(config, 0, str(tmp_path / "cache"))
     assert corpus.train.num_bytes == sum(len(text.encode()) for text in TEXTS)
     (tmp_path / "in" / "c.txt").write_text("c")
     with pytest.raises(UserError, match=r"both Parquet \(a\.parquet\) and text \(c\.txt\)"):
-        read(tmp_path / "in")
+        read_all(tmp_path / "in")
 
 
 def test_rows_without_text_are_bad_records(tmp_path, caplog):
     path = write(tmp_path / "a.parquet", {"text": pa.array([b"a", None, b"\xff", b"b"])})
     with pytest.raises(UserError, match=r"a\.parquet: row 1: field 'text' is of type null"):
-        read(path)
+        read_all(path)
     with pytest.raises(UserError, match=r"row 2: invalid UTF-8 at byte 0 .*bad record 2, 1 allow"):
-        read(path, max_bad_records=1)
-    assert [*read(path, max_bad_records=2).values()] == ["a", "b"]
+        read_all(path, max_bad_records=1)
+    assert [*read_all(path, max_bad_records=2).values()] == ["a", "b"]
     assert "2 bad records skipped, the first of them" in caplog.text
-    texts = read(path, max_bad_records=1, encoding_errors="replace")
+    texts = read_all(path, max_bad_records=1, encoding_errors="replace")
     assert [*texts.values()] == ["a", "\ufffd", "b"]
 
 
@@ -79,21 +71,16 @@ def test_rows_without_text_are_bad_records(tmp_path, caplog):
 )
 def test_a_column_that_is_none_of_text_is_refused(tmp_path, columns, problem):
     with pytest.raises(UserError, match=rf"a\.parquet: {problem}"):
-        read(write(tmp_path / "a.parquet", columns))
+        read_all(write(tmp_path / "a.parquet", columns))
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_every_damaged_file_is_read_or_refused_in_one_line(tmp_path, compression):
     path = write(tmp_path / "a.parquet", {"text": TEXTS}, compression=compression)
-    whole = path.read_bytes()
-    for seed in range(100):
-        path.write_bytes(damaged(whole, seed))
-        with contextlib.suppress(UserError):
-            read(path, max_bad_records=3)
-    for size in range(1, len(whole), 101):
-        path.write_bytes(whole[:size])
+    list(read_damaged(path, 100, max_bad_records=3))
+    for _ in truncations(path):
         with pytest.raises(UserError, match=r"a\.parquet: not a whole Parquet file \("):
-            read(path)
+            read_all(path)
 
 
 def test_without_pyarrow_it_is_said_how_to_install_it(tmp_path, monkeypatch):

@@ -81,8 +81,8 @@ def test_a_tokenizer_without_its_unknown_token_is_refused(prepare):
 
 
 def test_what_comes_after_the_sample_is_not_tried(prepare, monkeypatch):
-    monkeypatch.setattr("simplernn_jax.data.round_trip._SAMPLE_CHARACTERS", 15)
+    monkeypatch.setattr("simplernn_jax.data.tokenizer._SAMPLE_CHARACTERS", 15)
     prepare(byte_level(normalizers.NFKC()))
-    monkeypatch.setattr("simplernn_jax.data.round_trip._SAMPLE_CHARACTERS", 24)
+    monkeypatch.setattr("simplernn_jax.data.tokenizer._SAMPLE_CHARACTERS", 24)
     with pytest.raises(UserError, match="loses text"):
         prepare(byte_level(normalizers.NFKC()))

@@ -1,29 +1,13 @@
-"""scripts/sample.py as a person runs it: on what a training run left, and with wrong flags."""
+"""scripts/sample.py on the workdir of a training run, and with wrong flags."""
 
-import os
+import functools
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from processes import run_python
 
-ROOT = Path(__file__).resolve().parent.parent
+sample = functools.partial(run_python, "scripts/sample.py")
 CORPUS = "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. 漢字 😀\n"
-
-
-def run(script, *arguments, stdin=b""):
-    """(exit code, standard output, standard error) of a script of this repository."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)],
-        check=False,
-        input=stdin,
-        capture_output=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        timeout=300,
-    )
-    return done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +15,9 @@ def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     text = folder / "text.txt"
     text.write_text(CORPUS * 100, encoding="utf-8")
-    code, _, errors = run(
-        "train.py",
-        f"--config={ROOT / 'configs' / 'tiny.py'}",
+    code, _, errors = run_python(
+        "scripts/train.py",
+        "--config=configs/tiny.py",
         f"--config.data.source={text}",
         "--config.data.split=position",
         "--config.train.steps=2",
@@ -43,41 +27,49 @@ def workdir(tmp_path_factory):
     return folder / "work"
 
 
-def test_the_prompt_and_its_continuation_are_written(workdir):
+def test_prompt_and_continuation_are_printed(workdir):
     settings = ["--workdir", workdir, "--max_new_tokens", 50, "--seed", 3]
-    code, text, errors = run("sample.py", *settings, "--prompt", "größer")
+    code, text, errors = sample(*settings, "--prompt", "größer")
     assert code == 0, errors
     assert text.startswith("größer")
     assert text.endswith("\n")
     assert len(text) > len("größer\n")
     # The same from standard input, on this machine or any other run.
-    again = run("sample.py", *settings, "--prompt_file", "-", stdin="größer".encode())
+    again = run_python(
+        "scripts/sample.py", *settings, "--prompt_file", "-", stdin="größer".encode()
+    )
     assert again[:2] == (0, text)
 
 
-def test_a_prefix_is_read_once_and_goes_on_in_several_ways(workdir, tmp_path):
-    def write(*arguments):
-        code, text, errors = run("sample.py", "--workdir", workdir, "--seed", 3, *arguments)
-        assert (code, errors) == (0, "")
+def test_a_prefix_is_prefilled_once_and_continues_in_several_ways(workdir, tmp_path):
+    def generate(*arguments, saved=""):
+        code, text, errors = sample("--workdir", workdir, "--seed", 3, *arguments)
+        assert code == 0
+        assert re.fullmatch(saved, errors), errors
         return text
 
-    def write_three(*arguments):
-        parts = re.split(r"--- (\d of \d) ---\n", write(*arguments))
+    def generate_three(*arguments, saved=""):
+        parts = re.split(r"--- (\d of \d) ---\n", generate(*arguments, saved=saved))
         assert parts[0::2][0] == ""
         assert parts[1::2] == ["1 of 3", "2 of 3", "3 of 3"]
         return parts[2::2]
 
-    states = [tmp_path / "read", tmp_path / "written"]
-    whole = write("--prompt", "größer", "--max_new_tokens", 50)
-    read = write("--prompt", "grö", "--max_new_tokens", 0, "--save_state", states[0])
-    assert read == ""
-    begun = write_three(
+    states = [tmp_path / "prefilled", tmp_path / "continued"]
+    whole = generate("--prompt", "größer", "--max_new_tokens", 50)
+    saved = r"{}: saved [\d,]+ bytes of decoder state, after {} prompt tokens and {} new tokens\n"
+    text = generate(
+        *("--prompt", "grö", "--max_new_tokens", 0, "--save_state", states[0]),
+        saved=saved.format(states[0], 5, 0),
+    )
+    assert text == ""
+    begun = generate_three(
         *("--load_state", states[0], "--prompt", "ßer", "--num_samples", 3),
         *("--max_new_tokens", 20, "--save_state", states[1]),
+        saved=saved.format(states[1], 4, 60),
     )
-    ended = write_three("--load_state", states[1], "--max_new_tokens", 30)
+    ended = generate_three("--load_state", states[1], "--max_new_tokens", 30)
     assert len({*begun}) == 3
-    # Byte 20 may be inside a character, of which the first part stands for U+FFFD.
+    # Byte 20 may be inside a character, whose first part is given as U+FFFD.
     begin, end = "grö" + begun[0].removesuffix("\n").rstrip("\ufffd"), ended[0]
     assert begin.startswith("größer")
     assert whole.startswith(begin)
@@ -87,22 +79,26 @@ def test_a_prefix_is_read_once_and_goes_on_in_several_ways(workdir, tmp_path):
 
 def test_a_file_that_is_no_state_is_refused(workdir):
     path = workdir / "metrics.jsonl"
-    code, text, errors = run("sample.py", "--workdir", workdir, "--load_state", path)
+    code, text, errors = sample("--workdir", workdir, "--load_state", path)
     assert (code, text) == (2, "")
     assert errors.startswith(f"error: {path}: damaged, or no state (")
     assert errors.count("\n") == 1
 
 
-def test_what_memory_cannot_hold_is_refused_before_anything_is_written(workdir):
+def test_more_samples_than_memory_holds_are_refused_before_any_output(workdir):
     copies = ["--num_samples", 2 * 10**9]
-    code, text, errors = run("sample.py", "--workdir", workdir, "--prompt", "a", *copies)
+    code, text, errors = run_python(
+        "scripts/sample.py", "--workdir", workdir, "--prompt", "a", *copies
+    )
     assert (code, text) == (2, "")
     assert errors.startswith("error: generating needs at least ")
     assert errors.count("\n") == 1
 
 
 def test_without_a_prompt_a_document_begins(workdir):
-    code, text, errors = run("sample.py", "--workdir", workdir, "--max_new_tokens", 5)
+    code, text, errors = run_python(
+        "scripts/sample.py", "--workdir", workdir, "--max_new_tokens", 5
+    )
     assert code == 0, errors
     assert text.endswith("\n")
 
@@ -125,7 +121,7 @@ def test_without_a_prompt_a_document_begins(workdir):
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(arguments, stdin, message):
-    code, text, errors = run("sample.py", *arguments, stdin=stdin)
+    code, text, errors = sample(*arguments, stdin=stdin)
     assert (code, text) == (2, "")
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1

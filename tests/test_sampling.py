@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simplernn_jax.inference.sampling import greedy, keep_best, sample
+from simplernn_jax.inference.sampling import greedy, mask_logits, sample
 
 VOCAB = 13
 DRAWS = 4001
@@ -53,7 +53,7 @@ def test_top_k_draws_from_exactly_the_k_best(top_k):
 
 
 def test_top_k_keeps_exactly_k_of_equal_logits():
-    kept = keep_best(jnp.zeros((2, VOCAB)), 3, 1.0)
+    kept = mask_logits(jnp.zeros((2, VOCAB)), 3, 1.0)
     np.testing.assert_array_equal(np.isfinite(kept).sum(-1), [3, 3])
     np.testing.assert_array_equal(np.flatnonzero(np.isfinite(kept[0])), [0, 1, 2])
 
@@ -62,7 +62,7 @@ def test_top_k_keeps_exactly_k_of_equal_logits():
 def test_top_p_keeps_the_fewest_best_that_reach_it(top_p, expected):
     # Shuffled, and powers of two, so that the sums are exact.
     logits = jnp.log(jnp.asarray([[0.125, 0.5, 0.125, 0.25]]))
-    kept = np.isfinite(keep_best(logits, 0, top_p))[0]
+    kept = np.isfinite(mask_logits(logits, 0, top_p))[0]
     assert kept.sum() == expected
     assert kept[1]
 
@@ -70,8 +70,8 @@ def test_top_p_keeps_the_fewest_best_that_reach_it(top_p, expected):
 def test_top_p_counts_after_top_k():
     logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.125, 0.125]]))
     # Of the two best the first has 2/3: it alone reaches 0.6, though only 0.5 of all.
-    np.testing.assert_array_equal(np.isfinite(keep_best(logits, 2, 0.6))[0], [1, 0, 0, 0])
-    np.testing.assert_array_equal(np.isfinite(keep_best(logits, 0, 0.6))[0], [1, 1, 0, 0])
+    np.testing.assert_array_equal(np.isfinite(mask_logits(logits, 2, 0.6))[0], [1, 0, 0, 0])
+    np.testing.assert_array_equal(np.isfinite(mask_logits(logits, 0, 0.6))[0], [1, 1, 0, 0])
 
 
 def test_restrictions_that_keep_everything_draw_the_same_as_none():

@@ -1,22 +1,20 @@
 """Plain and compressed files give the same text, in bounded memory, or one line."""
 
-import contextlib
 import gzip
 import itertools
-import json
 import os
 import tracemalloc
 
 import pytest
 import zstandard
-from damages import damaged
+from corpus_files import read_all, read_damaged, records, truncations, write
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus
 from simplernn_jax.errors import UserError
 
 TEXT = "première ligne\r\n" + "".join(f"line {n * 7919 % 1000}\n" for n in range(500))
-RECORDS = "".join(json.dumps({"text": line}) + "\n" for line in TEXT.splitlines())
+RECORDS = records(*({"text": line} for line in TEXT.splitlines()))
 
 
 def zstd(content):
@@ -24,13 +22,6 @@ def zstd(content):
 
 
 COMPRESS = {".gz": gzip.compress, ".zst": zstd}
-
-
-def read(path, **settings):
-    corpus = open_corpus(DataConfig(source=str(path), **settings))
-    documents = {document.name: "".join(document.pieces) for document in corpus.documents()}
-    assert corpus.bytes_read == corpus.total_bytes
-    return documents
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
@@ -41,7 +32,7 @@ def test_compressed_text_is_that_of_the_file_itself(tmp_path, suffix, parts):
     blocks = [content[a:b] for a, b in itertools.pairwise(cuts)]
     path = tmp_path / f"a.txt{suffix.upper()}"
     path.write_bytes(b"".join(map(COMPRESS[suffix], blocks)))
-    assert read(path) == {path.name: TEXT}
+    assert read_all(path) == {path.name: TEXT}
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
@@ -49,7 +40,7 @@ def test_compressed_records(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(COMPRESS[suffix](b"\xef\xbb\xbf" + RECORDS.encode() + b"no\n"))
     (tmp_path / "b.ndjson").write_text('{"text": "b"}')
-    texts = read(tmp_path, max_bad_records=1)
+    texts = read_all(tmp_path, max_bad_records=1)
     assert list(texts.values()) == [*TEXT.splitlines(), "b"]
     assert {f"{path.name}:2", "b.ndjson:1"} <= texts.keys()
 
@@ -59,10 +50,10 @@ def test_kinds_in_a_folder_are_those_of_the_content(tmp_path):
     (tmp_path / "b.zst").write_bytes(zstd(b"b"))
     (tmp_path / "c.txt").write_bytes(b"c")
     (tmp_path / "d.gz").write_bytes(gzip.compress(b"\0binary"))
-    assert read(tmp_path) == {"a.txt.gz": "a", "b.zst": "b", "c.txt": "c"}
+    assert read_all(tmp_path) == {"a.txt.gz": "a", "b.zst": "b", "c.txt": "c"}
     (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(b"{}"))
     with pytest.raises(UserError, match=r"both text \(a\.txt\.gz\) and JSONL \(e\.jsonl\.gz\)"):
-        read(tmp_path)
+        read_all(tmp_path)
 
 
 def test_a_skippable_frame_and_an_empty_file_have_no_text(tmp_path):
@@ -70,27 +61,23 @@ def test_a_skippable_frame_and_an_empty_file_have_no_text(tmp_path):
     (tmp_path / "a.zst").write_bytes(frame + zstd(b"text") + frame)
     (tmp_path / "b.zst").touch()
     (tmp_path / "c.gz").touch()
-    assert read(tmp_path) == {"a.zst": "text", "b.zst": "", "c.gz": ""}
+    assert read_all(tmp_path) == {"a.zst": "text", "b.zst": "", "c.gz": ""}
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.txt.zst", "a.jsonl.zst"])
 def test_every_damaged_archive_is_read_or_refused_in_one_line(tmp_path, name):
     path = tmp_path / name
-    whole = COMPRESS[path.suffix]((RECORDS if "jsonl" in name else TEXT).encode())
-    path.write_bytes(whole)
-    expected = read(path)
-    for seed in range(100):
-        path.write_bytes(damaged(whole, seed))
-        with contextlib.suppress(UserError):
-            assert read(path) in (expected, {path.name: ""})  # damage may leave nothing
-    for size in range(1, len(whole), 101):
-        path.write_bytes(whole[:size])
+    content = (RECORDS if "jsonl" in name else TEXT).encode()
+    expected = read_all(write(path, COMPRESS[path.suffix](content)))
+    for texts in read_damaged(path, 100):
+        assert texts in (expected, {path.name: ""})  # damage may leave nothing
+    for _ in truncations(path):
         with pytest.raises(UserError, match=rf"{name}: damaged or truncated \(.*whole copy"):
-            read(path)
+            read_all(path)
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_what_decompresses_to_much_is_read_in_bounded_memory(tmp_path, suffix):
+def test_large_decompressed_content_takes_bounded_memory(tmp_path, suffix):
     size = 1 << 27
     path = tmp_path / f"a.txt{suffix}"
     opened = {".gz": gzip.open, ".zst": zstandard.open}[suffix]

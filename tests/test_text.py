@@ -76,7 +76,7 @@ def test_text_is_what_the_tokens_say():
     written = generate(
         model, rows, eos_id=BYTES.eos_id, banned_ids=[BYTES.bos_id, BYTES.pad_id], **settings
     )
-    assert texts == [BYTES.decode(row) for row in written.rows()]
+    assert texts == [BYTES.decode(row) for row in written.sequences()]
 
 
 def test_text_comes_in_pieces():

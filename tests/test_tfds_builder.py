@@ -1,11 +1,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from corpus_files import read_all, records, write
+from processes import run_python
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus, prepare_corpus
@@ -17,8 +17,7 @@ TEXTS = ["first — ä\n", "", "second", "third\n\n"]
 
 @pytest.fixture
 def jsonl(tmp_path):
-    path = tmp_path / "in.jsonl"
-    path.write_text("".join(json.dumps({"bot": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    path = write(tmp_path / "in.jsonl", records(*({"bot": text} for text in TEXTS)))
     return DataConfig(source=str(path), field="bot")
 
 
@@ -30,8 +29,7 @@ def data_dir(tmp_path, monkeypatch):
 
 
 def texts_of(source: str, **settings) -> list[str]:
-    documents = open_corpus(DataConfig(source=source, **settings)).documents()
-    return ["".join(document.pieces) for document in documents]
+    return [*read_all(source, **settings).values()]
 
 
 def test_documents_come_back_in_order_by_name_version_and_folder(jsonl, data_dir):
@@ -78,7 +76,7 @@ def test_names_are_checked_and_nothing_is_overwritten(jsonl, data_dir):
         build_tfds(jsonl, "my_books", data_dir)
 
 
-def test_bad_source_is_refused_and_can_be_mended(jsonl, data_dir, tmp_path):
+def test_bad_source_is_refused_and_can_be_fixed(jsonl, data_dir, tmp_path):
     with pytest.raises(UserError, match="no such file"):
         build_tfds(DataConfig(source=str(tmp_path / "nowhere")), "my_books", data_dir)
     path = Path(jsonl.source)
@@ -113,26 +111,14 @@ def test_truncated_files_are_one_line(jsonl, data_dir, name, size):
 
 
 def test_script_makes_a_dataset_or_gives_one_line(jsonl, data_dir):
-    script = Path(__file__).parents[1] / "scripts" / "build_tfds.py"
-    command = [sys.executable, str(script), f"--source={jsonl.source}", "--name=my_books"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-
-    def run(field: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [*command, f"--field={field}"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    failed = run("text")
-    assert failed.returncode == 2
-    assert "error: " in failed.stderr
-    assert "in.jsonl:1: no field 'text'; it has bot: say with field=NAME" in failed.stderr
-    assert "Traceback" not in failed.stderr
-    done = run("bot")
-    assert done.returncode == 0, done.stderr
-    assert "Generating" not in done.stderr  # no progress bar
-    assert "--config.data.source=tfds:" in done.stdout
+    command = ["scripts/build_tfds.py", f"--source={jsonl.source}", "--name=my_books"]
+    code, _, errors = run_python(*command, "--field=text")
+    assert code == 2
+    assert "error: " in errors
+    assert "in.jsonl:1: no field 'text'; it has bot: say with field=NAME" in errors
+    assert "Traceback" not in errors
+    code, text, errors = run_python(*command, "--field=bot")
+    assert code == 0, errors
+    assert "Generating" not in errors  # no progress bar
+    assert "--config.data.source=tfds:" in text
     assert texts_of("tfds:my_books") == [text for text in TEXTS if text]

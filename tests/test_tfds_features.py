@@ -8,7 +8,7 @@ import pytest
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus
-from simplernn_jax.data.tfds_features import check_folder
+from simplernn_jax.data.prepared_dataset import check_folder
 from simplernn_jax.errors import UserError
 
 OWN = "tensorflow_datasets.core.features."

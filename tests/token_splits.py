@@ -1,4 +1,6 @@
-"""Small token splits and what holds for them, shared by the tests of batches."""
+"""Small token splits and their properties, shared by the tests of batches."""
+
+import dataclasses
 
 import numpy as np
 
@@ -28,13 +30,7 @@ def unique_split():
     """A split in which a token names its position, so that batches can be traced back."""
     split = make_split()
     tokens = np.arange(len(split.tokens), dtype=np.uint16)
-    return TokenSplit(
-        name=split.name,
-        tokens=tokens,
-        document_starts=split.document_starts,
-        num_bytes=1,
-        content_hash="unique",
-    )
+    return dataclasses.replace(split, tokens=tokens, num_bytes=1, content_hash="unique")
 
 
 def document_of(split, positions):
@@ -48,17 +44,17 @@ def predictable(split):
 
 
 def contexts(batches):
-    """What the state of a model has seen at each prediction, for a split from `unique_split`."""
+    """Tokens in the state at each prediction, for a split from `unique_split`."""
     seen = {}
     carried = [[] for _ in batches[0].tokens]
     for batch in batches:
-        for row in range(len(batch.tokens)):
-            if batch.reset[row]:
-                carried[row] = []
-            for t, token in enumerate(batch.tokens[row]):
-                if t and batch.segment_ids[row, t] != batch.segment_ids[row, t - 1]:
-                    carried[row] = []
-                carried[row].append(int(token))
-                if batch.loss_mask[row, t]:
-                    seen[int(token)] = tuple(carried[row])
+        for n in range(len(batch.tokens)):
+            if batch.reset[n]:
+                carried[n] = []
+            for t, token in enumerate(batch.tokens[n]):
+                if t and batch.segment_ids[n, t] != batch.segment_ids[n, t - 1]:
+                    carried[n] = []
+                carried[n].append(int(token))
+                if batch.loss_mask[n, t]:
+                    seen[int(token)] = tuple(carried[n])
     return seen

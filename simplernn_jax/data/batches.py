@@ -1,4 +1,4 @@
-"""Batches of training: random windows, carried streams or padded documents.
+"""Batches of training: random examples, carried streams or padded documents.
 
 `BatchSource` is random access and its item *i is* batch *i*, a pure function of the split, the
 configuration, the seed and *i*. The position of a run in its data is therefore one integer, and
@@ -16,19 +16,19 @@ from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.errors import UserError, counted
 
 _ENDLESS = 2**48
-"""Length of a source: more batches than any run takes."""
+"""Length of a source, more batches than any run takes."""
 
-_WINDOWS, _ROTATION, _RESETS, _ORDER = range(4)
-"""Purposes of random draws; each has a stream of its own under the same seed."""
+_EXAMPLES, _ROTATION, _RESETS, _ORDER = range(4)
+"""Purposes of random draws; each has its own stream of the seed."""
 
 
 class Batch(NamedTuple):
     """Input of one optimizer step or one evaluation step; numpy arrays.
 
-    Of a step that several processes take together, each has its own rows.
+    In a run of several processes, each has its own sequences of the batch.
 
-    Where `reset` is True the row's carried state is zeroed before the batch. Inside a row the
-    state is cleared where `segment_ids` change; the incoming state belongs to the first segment.
+    The carried state of a sequence is reset before the batch where `reset` is True, and within it
+    where `segment_ids` change; the incoming state belongs to the first segment.
     """
 
     tokens: np.ndarray
@@ -38,17 +38,16 @@ class Batch(NamedTuple):
     loss_mask: np.ndarray
     """bool [B, T], False where the target belongs to another document and on padding."""
     segment_ids: np.ndarray
-    """int32 [B, T], another id from each document's first token on, and for padding."""
+    """int32 [B, T], a new id from the first token of each document, and for padding."""
     reset: np.ndarray
     """bool [B]."""
 
 
 def steps_per_epoch(split: TokenSplit, data_config: DataConfig) -> int:
-    """Batches of one pass over `split`; of windows that begin anywhere, those that hold as many
-    tokens.
+    """Number of batches of one pass over `split`; of random examples, those of as many tokens.
 
     Raises:
-      UserError: the split is too short for one window, or for one row of each stream.
+      UserError: the split is too short for one example, or for one sequence of each stream.
     """
     batch_size, length = data_config.batch_size, data_config.sequence_length
     num_tokens = len(split.tokens)
@@ -83,17 +82,17 @@ def make_batches(
     data_config: DataConfig,
     seed: int,
     pad_id: int,
-    rows: slice = slice(None),
+    sequences: slice = slice(None),
 ) -> grain.DatasetIterator:
-    """Endless iterator of `Batch`; the next ones are prepared in a thread meanwhile.
+    """Endless iterator of `Batch`; a thread prefetches the next ones.
 
     ``get_state()`` is a JSON-able dict with the number of batches taken; ``set_state`` on a new
-    iterator of the same arguments goes on with exactly the same batches, whatever its `rows`.
+    iterator of the same arguments resumes with the same batches, whatever its `sequences`.
 
     Raises:
       UserError: the split is too short (`steps_per_epoch`).
     """
-    source = BatchSource(split, data_config, seed, pad_id, rows)
+    source = BatchSource(split, data_config, seed, pad_id, sequences)
     # One thread: a batch takes far less time than a step, and further threads would only
     # compete with the computation for cores.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -103,22 +102,22 @@ def make_batches(
 class BatchSource:
     """Random-access source whose item ``i`` is the `Batch` of optimizer step ``i``.
 
-    ``window``: B windows of T tokens, each beginning anywhere; `reset` everywhere. With a stride,
-    one window begins at every so many tokens of the ring, and an epoch has all of them once, in a
-    random order; the first ones fill its last batch.
+    ``window``: B examples of T tokens, each beginning anywhere; `reset` everywhere. With a stride,
+    one begins every `stride` tokens of the ring, and an epoch has all of them once, in a random
+    order; its last batch is filled up with the first ones.
 
-    ``stream``: the documents lie on a ring, turned by a random amount each epoch and cut in B
-    rows of equal length (within one token). Batch j of an epoch holds tokens j T to (j+1) T of
-    each row. The last batch runs on into the next row rather than being cut short: every
-    prediction is made at least once an epoch, fewer than T of a row twice, and no step learns
+    ``stream``: the documents form a ring, rotated by a random amount each epoch and cut into B
+    sequences of equal length (within one token). Batch j of an epoch holds tokens j T to (j+1) T
+    of each. The last batch continues into the next sequence rather than being cut short: every
+    prediction is made at least once an epoch, fewer than T of a sequence twice, and no step learns
     from a handful of tokens.
 
     ``document``: each document in consecutive pieces of at most T predictions, in a random order
-    each epoch and each from a zero state, padded with `pad_id`; rows of padding fill the last
+    each epoch and each from a zero state, padded with `pad_id`; sequences of padding fill the last
     batch. Every prediction is made exactly once an epoch.
 
-    With `rows`, an item is these rows of the batch and nothing else is made or read: what several
-    processes make of their parts is byte for byte what one makes of the whole.
+    With `sequences`, an item has these sequences of the batch only, bit for bit, and no other is
+    read: each of several processes makes its own part.
 
     Raises:
       UserError: the split is too short (`steps_per_epoch`).
@@ -130,7 +129,7 @@ class BatchSource:
         data_config: DataConfig,
         seed: int,
         pad_id: int,
-        rows: slice = slice(None),
+        sequences: slice = slice(None),
     ):
         self._steps_per_epoch = steps_per_epoch(split, data_config)
         self._mode = data_config.mode
@@ -140,8 +139,11 @@ class BatchSource:
         self._reset_probability = data_config.reset_probability
         self._seed = seed
         self._pad_id = pad_id
-        self._rows = rows
-        self._split_key = f"{split.name}:{split.content_hash}"
+        self._sequences = sequences
+        self._name = (
+            f"BatchSource({split.name}:{split.content_hash}, {data_config}, seed={seed}, "
+            f"pad_id={pad_id}, sequences={sequences})"
+        )
         # A plain array over the same memory: indexing the memmap class costs more.
         self._tokens = np.asarray(split.tokens)
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
@@ -155,7 +157,7 @@ class BatchSource:
         else:
             if self._stride:
                 self._pieces = _divide_up(len(self._tokens), self._stride)
-            # A row may run over the end of the ring into its beginning, once.
+            # A sequence may continue from the end of the ring into its beginning, once.
             starts = split.document_starts
             early = starts[starts <= self._length]
             self._boundaries = np.concatenate([starts, early + len(self._tokens)])
@@ -164,13 +166,7 @@ class BatchSource:
         return _ENDLESS
 
     def __repr__(self) -> str:
-        return (
-            f"BatchSource(split={self._split_key}, mode={self._mode}, "
-            f"batch_size={self._batch_size}, sequence_length={self._length}, "
-            f"stride={self._stride}, "
-            f"reset_probability={self._reset_probability}, seed={self._seed}, "
-            f"pad_id={self._pad_id}, rows={self._rows})"
-        )
+        return self._name
 
     def __getitem__(self, index: Any) -> Batch:
         index = int(index)
@@ -178,13 +174,13 @@ class BatchSource:
             return self._document_batch(index)
         if self._mode == "stream":
             return self._stream_batch(index)
-        batch, _ = self._ring_rows(self._window_starts(index)[self._rows])
+        batch, _ = self._ring_batch(self._example_starts(index)[self._sequences])
         return batch._replace(reset=~batch.reset)
 
-    def _window_starts(self, index: int) -> np.ndarray:
+    def _example_starts(self, index: int) -> np.ndarray:
         num_tokens = len(self._tokens)
         if not self._stride:
-            return self._random(_WINDOWS, index).integers(0, num_tokens, self._batch_size)
+            return self._random(_EXAMPLES, index).integers(0, num_tokens, self._batch_size)
         epoch, step = divmod(index, self._steps_per_epoch)
         turn = self._random(_ROTATION, epoch).integers(0, num_tokens)
         places = step * self._batch_size + np.arange(self._batch_size)
@@ -199,28 +195,29 @@ class BatchSource:
         epoch, step = divmod(index, self._steps_per_epoch)
         num_tokens = len(self._tokens)
         turn = self._random(_ROTATION, epoch).integers(0, num_tokens)
-        rows = np.arange(self._batch_size)[self._rows] * num_tokens // self._batch_size
-        batch, begins_document = self._ring_rows((turn + rows + step * self._length) % num_tokens)
+        starts = np.arange(self._batch_size)[self._sequences] * num_tokens // self._batch_size
+        starts = (turn + starts + step * self._length) % num_tokens
+        batch, begins_document = self._ring_batch(starts)
         reset = begins_document | (step == 0)
         if self._reset_probability:
-            draws = self._random(_RESETS, index).random(self._batch_size)[self._rows]
+            draws = self._random(_RESETS, index).random(self._batch_size)[self._sequences]
             reset |= draws < self._reset_probability
         return batch._replace(reset=reset)
 
-    def _ring_rows(self, starts: np.ndarray) -> tuple[Batch, np.ndarray]:
-        """Rows from the positions `starts` [B] on the ring of all tokens.
+    def _ring_batch(self, starts: np.ndarray) -> tuple[Batch, np.ndarray]:
+        """Sequences from the positions `starts` [B] on the ring of all tokens.
 
         Returns:
-          The batch with `reset` False, and bool [B]: the row's first token begins a document.
+          The batch with `reset` False, and bool [B]: the first token begins a document.
         """
         positions = starts[:, None] + np.arange(self._length + 1)
         tokens = self._tokens.take(positions, mode="wrap")
         first = np.searchsorted(self._boundaries, starts)
         counts = np.searchsorted(self._boundaries, starts + self._length, side="right") - first
-        row = np.repeat(np.arange(len(starts)), counts)
-        nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        sequence = np.repeat(np.arange(len(starts)), counts)
+        nth = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
         begins = np.zeros(positions.shape, bool)
-        begins[row, self._boundaries[first[row] + nth] - starts[row]] = True
+        begins[sequence, self._boundaries[first[sequence] + nth] - starts[sequence]] = True
         batch = Batch(
             tokens=tokens[:, :-1].astype(np.int32),
             targets=tokens[:, 1:].astype(np.int32),
@@ -240,9 +237,9 @@ class BatchSource:
         nth = pieces - self._pieces_before[document]
         starts = self._document_starts[document] + nth * self._length
         counts = np.minimum(self._length, self._document_ends[document] - 1 - starts)
-        empty_rows = np.zeros(self._batch_size - len(pieces), np.int64)
-        starts = np.append(starts, empty_rows)[self._rows]
-        counts = np.append(counts, empty_rows)[self._rows]
+        padding = np.zeros(self._batch_size - len(pieces), np.int64)
+        starts = np.append(starts, padding)[self._sequences]
+        counts = np.append(counts, padding)[self._sequences]
         along = np.arange(self._length)
         is_real = along < counts[:, None]
         tokens, targets = gather(self._tokens, starts[:, None] + along, is_real, self._pad_id)
@@ -258,7 +255,7 @@ class BatchSource:
 def gather(
     tokens: np.ndarray, positions: np.ndarray, is_real: np.ndarray, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs at `positions` [B, T] and the tokens after them, int32; `pad_id` elsewhere."""
+    """Gather inputs at `positions` [B, T] and their next tokens, int32; `pad_id` elsewhere."""
     positions = np.where(is_real, positions, 0)
     inputs = np.where(is_real, tokens[positions].astype(np.int32), np.int32(pad_id))
     targets = np.where(is_real, tokens[positions + 1].astype(np.int32), np.int32(pad_id))
@@ -266,12 +263,17 @@ def gather(
 
 
 def document_ends(split: TokenSplit) -> np.ndarray:
-    """int64 [documents], the position after the last token of each document."""
+    """Positions after the last token of each document, int64 [documents]."""
     return np.append(split.document_starts[1:], len(split.tokens))
 
 
 def _pieces_per_document(split: TokenSplit, length: int) -> np.ndarray:
     return _divide_up(document_ends(split) - split.document_starts - 1, length)
+
+
+def round_up(number: int, divisor: int) -> int:
+    """Round up to a multiple of `divisor`."""
+    return -(-number // divisor) * divisor
 
 
 def _divide_up(dividend: Any, divisor: int) -> Any:

@@ -1,4 +1,4 @@
-"""Where documents come from: the standard library, text, JSONL, Parquet, a prepared data set."""
+"""Corpora by source: the standard library, text, JSONL, Parquet, a prepared data set."""
 
 import os
 from collections.abc import Iterable
@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data.documents import Corpus, Document
 from simplernn_jax.data.file_search import find_files, stdlib_files
-from simplernn_jax.data.jsonl_files import JsonlFiles
-from simplernn_jax.data.parquet_files import ParquetFiles
 from simplernn_jax.data.prepared_dataset import PreparedDataset, find_prepared
+from simplernn_jax.data.record_files import JsonlFiles, ParquetFiles, RecordFiles
 from simplernn_jax.data.source_files import COMPRESSED_SUFFIXES
 from simplernn_jax.data.text_files import TextFiles
 from simplernn_jax.errors import UserError
@@ -17,20 +16,19 @@ __all__ = ["Corpus", "Document", "open_corpus"]
 
 
 def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
-    """Finds the documents that ``config.source`` names; nothing but file listings is read.
+    """Find the documents of ``config.source``; nothing but file listings is read.
 
     A folder is searched recursively without hidden and binary files and without the workdirs of
-    runs. Files in sorted order, each a document; with the suffix ``.jsonl`` or
-    ``.ndjson``, each record is one, and with ``.parquet`` each row. Text and JSONL with a further
-    suffix ``.gz`` or ``.zst`` are decompressed while they are read.
+    runs. Files come in sorted order, each a document; with the suffix ``.jsonl`` or ``.ndjson``,
+    each record is one, and with ``.parquet`` each row. Text and JSONL with a further suffix
+    ``.gz`` or ``.zst`` are decompressed while they are read.
 
     Args:
-      config: says what to read.
-      exclude: folders that are written to. Below the source's folder, or a glob's, they are left
-        out: what a run writes is no text of its source.
+      config: the source and the format of its text.
+      exclude: folders that the run writes to, left out below the source's folder or a glob's.
 
     Raises:
-      UserError: nothing there, nothing in it, a mixture of JSONL, Parquet and text, or a folder
+      UserError: the source is missing, empty, a mixture of JSONL, Parquet and text, or a folder
         that is one of `exclude`.
     """
     source = config.source
@@ -61,10 +59,8 @@ def _open(config: DataConfig, exclude: frozenset[str]) -> Corpus:
         )
     if kinds[0] == "text":
         return TextFiles(files, config.encoding_errors)
-    records: type[JsonlFiles | ParquetFiles] = JsonlFiles
-    if kinds[0] == "Parquet":
-        records = ParquetFiles
-    return records(files, config.field, config.encoding_errors, config.max_bad_records)
+    readers: dict[str, type[RecordFiles]] = {"JSONL": JsonlFiles, "Parquet": ParquetFiles}
+    return readers[kinds[0]](files, config.field, config.encoding_errors, config.max_bad_records)
 
 
 def _kind(path: str) -> str:

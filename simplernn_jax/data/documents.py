@@ -1,10 +1,14 @@
-"""What every corpus gives: documents, whose text comes in pieces."""
+"""What every corpus yields: documents, whose text comes in pieces."""
 
+import abc
 import dataclasses
+import json
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any
 
+from simplernn_jax.data.source_files import SourceFile, file_status
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import sha256_hex
 
 PIECE_SIZE = 1 << 20
 """Bytes or characters of text held at a time, so that a document may be larger than memory."""
@@ -15,27 +19,50 @@ class Document:
     """One text. A document without text has no pieces."""
 
     name: str
-    """Where it comes from, for messages."""
+    """Its source, for messages."""
     pieces: Iterator[str]
     """Its text, at most about 1 MiB at a time, cut after a line end where there is one."""
 
 
-class Corpus(Protocol):
-    """Documents in a fixed order."""
+class Corpus(abc.ABC):
+    """Documents in a fixed order, read from files.
 
-    @property
-    def total_bytes(self) -> int:
-        """Size of the source, for progress."""
+    Attributes:
+      total_bytes: size of all files on disk, for progress.
+      bytes_read: bytes that the running iteration has read of them.
+    """
 
-    @property
-    def bytes_read(self) -> int:
-        """How much of it the running iteration has read."""
+    def __init__(self, files: list[SourceFile], encoding_errors: str, **settings: Any) -> None:
+        """Measures the files.
+
+        Args:
+          files: the files to read.
+          encoding_errors: handling of invalid UTF-8, as for `bytes.decode`.
+          **settings: values that the text depends on besides the files; part of the fingerprint.
+
+        Raises:
+          UserError: a file is gone.
+        """
+        self._files = files
+        self._encoding_errors = encoding_errors
+        self._settings = settings
+        self.total_bytes = sum(file_status(file.path).st_size for file in files)
+        self.bytes_read = 0
 
     def fingerprint(self) -> str:
-        """SHA-256 hex over the names, sizes and modification times of this moment."""
+        """SHA-256 hex over the settings and the files' present names, sizes and times.
 
+        Raises:
+          UserError: a file is gone.
+        """
+        status = [(file.name, file_status(file.path)) for file in self._files]
+        files = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
+        text = json.dumps([self._settings, files], sort_keys=True)
+        return sha256_hex(text.encode("utf-8", "surrogateescape"))
+
+    @abc.abstractmethod
     def documents(self) -> Iterator[Document]:
-        """All documents. The pieces of one are to be read before the next one is taken.
+        """Yield all documents. Read the pieces of one before taking the next one.
 
         Raises:
           UserError: text that cannot be read.
@@ -43,7 +70,7 @@ class Corpus(Protocol):
 
 
 def text_pieces(text: str) -> Iterator[str]:
-    """Cuts a text that is in memory into pieces."""
+    """Cut a text that is in memory into pieces."""
     start = 0
     while start < len(text):
         stop = start + PIECE_SIZE
@@ -54,10 +81,10 @@ def text_pieces(text: str) -> Iterator[str]:
 
 
 def utf8(text: str) -> bytes:
-    """Encodes text, or says where it holds half a surrogate pair (a broken argument or escape).
+    """Encode text as UTF-8.
 
     Raises:
-      UserError: with the character's position.
+      UserError: names the position of a lone surrogate (from a broken argument or escape).
     """
     try:
         return text.encode("utf-8")

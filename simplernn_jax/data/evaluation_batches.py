@@ -1,78 +1,145 @@
-"""Batches of evaluation: every prediction of a split once, with state carried over documents."""
+"""Batches of evaluation: each prediction of a split once, with a carried state or in contexts."""
 
 import heapq
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
-from simplernn_jax.data.batches import Batch, document_ends, gather
+from simplernn_jax.data.batches import Batch, document_ends, gather, round_up
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.errors import UserError, counted
 
-_CHOICE_SEED = 20240229
-"""Orders the documents of a limited evaluation, the same in every run."""
+_ORDER_SEED = 20240229
+"""Seed of the order of documents in a limited evaluation, the same in every run."""
 
 _LEAST_DOCUMENTS = 8
-"""A limited evaluation spreads over at least so many documents, where there are as many."""
+"""Documents that a limited evaluation covers at least, if there are as many."""
+
+
+class Contexts(NamedTuple):
+    """Overlapping contexts, each from a zero state, for a model without a carried state.
+
+    A context begins every `stride` tokens of a document. The first one scores all its predictions,
+    each other one only its last `stride`, which no earlier context scores and which see at least
+    ``length - stride + 1`` tokens, or all that precede them in the document.
+    """
+
+    length: int
+    """Tokens of a context."""
+    stride: int
+    """Tokens between the starts of consecutive contexts, in [1, length]; `length` resets the state
+    every `length` tokens."""
+
+
+def check_contexts(contexts: Contexts) -> None:
+    """Check that contexts advance and leave no token out.
+
+    Raises:
+      UserError: their stride is below 1 or above their length.
+    """
+    length, stride = contexts
+    if not 1 <= stride <= length:
+        raise UserError(
+            f"contexts of {length} tokens, one every {stride}: the stride must be at least 1 and "
+            "at most the length, or tokens would be left out"
+        )
 
 
 def evaluation_batches(
     split: TokenSplit,
     batch_tokens: int,
-    max_rows: int,
+    max_batch_size: int,
     pad_id: int,
     limit_tokens: int = 0,
     reset_every: int = 0,
     divisible_by: tuple[int, int] = (1, 1),
 ) -> tuple[Iterator[Batch], int]:
-    """Batches that score each prediction of `split` exactly once, in context.
+    """Lay out whole documents so that each prediction of `split` is scored once, in full context.
 
-    Whole documents are laid one after another in R rows, and the state goes from batch to batch:
-    each prediction sees all of its document so far and nothing else, whatever R is. R is at most
-    `max_rows`, and small enough that the longest document does not leave the other rows idle.
+    Documents are concatenated in B sequences whose state is carried from batch to batch: each
+    prediction sees all of its document so far and nothing else, whatever B is. B is at most
+    `max_batch_size`, and small enough that the longest document does not leave sequences idle.
 
     Args:
-      split: what to score.
-      batch_tokens: most tokens of a batch, R T; at least T = 1 is taken.
-      max_rows: most rows of a batch.
-      pad_id: input and target where a row has ended (`loss_mask` False).
-      limit_tokens: above 0, score only so many predictions: beginnings of documents in a fixed
+      split: documents to score.
+      batch_tokens: B T at most; at least T = 1 is taken.
+      max_batch_size: B at most.
+      pad_id: input and target after the end of a sequence (`loss_mask` False).
+      limit_tokens: above 0, the number of predictions to score: beginnings of documents in a fixed
         pseudo-random order, the same at every call.
-      reset_every: above 0, clear the state after every so many tokens of a document. The batches
-        hold the same predictions at the same places.
-      divisible_by: what R and T are multiples of, at the cost of padding.
+      reset_every: above 0, tokens of a document after which the state is reset. The batches hold
+        the same predictions at the same places.
+      divisible_by: divisors of B and T, at the cost of padding.
 
     Returns:
-      The batches, all of one shape [R, T], and how many there are.
+      The batches, all of one shape [B, T], and their number.
 
     Raises:
-      UserError: the split holds nothing to predict.
+      UserError: the split has no prediction.
     """
-    starts, counts = scored_documents(split, limit_tokens)
-    num_rows = int(max(1, min(max_rows, len(counts), counts.sum() // counts.max())))
-    num_rows = round_up(num_rows, divisible_by[0])
-    row_of, loads = _assign(counts, num_rows)
-    by_row = np.argsort(row_of, kind="stable")
-    length = min(max(1, batch_tokens // num_rows), int(loads.max()))
-    length = round_up(length, divisible_by[1])
-    num_batches = -(-int(loads.max()) // length)
-    batches = _lay_out(
-        split, starts[by_row], counts[by_row], loads, (length, num_batches), pad_id, reset_every
-    )
-    return batches, num_batches
+    starts, counts = _scored_documents(split, limit_tokens)
+    batch_size = int(max(1, min(max_batch_size, len(counts), counts.sum() // counts.max())))
+    batch_size = round_up(batch_size, divisible_by[0])
+    sequence_of, loads = _assign(counts, batch_size)
+    order = np.argsort(sequence_of, kind="stable")
+    longest = int(loads.max())
+    length = round_up(min(max(1, batch_tokens // batch_size), longest), divisible_by[1])
+    shape = length, -(-longest // length)
+    batches = _lay_out(split, starts[order], counts[order], loads, shape, pad_id, reset_every)
+    return batches, shape[1]
 
 
-def scored_documents(split: TokenSplit, limit_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Starts of the documents to score, and how many predictions of each.
+def context_batches(
+    split: TokenSplit,
+    contexts: Contexts,
+    batch_tokens: int,
+    pad_id: int,
+    limit_tokens: int = 0,
+    divisible_by: tuple[int, int] = (1, 1),
+) -> tuple[Iterator[Batch], int]:
+    """Lay out overlapping contexts that score each prediction of `split` once.
 
-    Args:
-      split: what to score.
-      limit_tokens: above 0, so many predictions: beginnings of documents in a fixed pseudo-random
-        order, the same at every call.
+    Args and returns are those of `evaluation_batches`, which scores the same predictions; at least
+    one context is in a batch.
 
     Raises:
-      UserError: the split holds nothing to predict.
+      UserError: the split has no prediction, or no such contexts are possible.
     """
+    check_contexts(contexts)
+    length, stride = contexts
+    starts, counts = _scored_documents(split, limit_tokens)
+    per_document = 1 + np.maximum(0, -(-(counts - length) // stride))
+    document = np.repeat(np.arange(len(counts)), per_document)
+    nth = np.arange(len(document)) - np.repeat(np.cumsum(per_document) - per_document, per_document)
+    begins = starts[document] + nth * stride
+    lengths = np.minimum(length, counts[document] - nth * stride)
+    skips = np.where(nth == 0, 0, length - stride)
+    longest = round_up(int(lengths.max()), divisible_by[1])
+    batch_size = round_up(max(1, min(batch_tokens // longest, len(document))), divisible_by[0])
+    number = -(-len(document) // batch_size)
+
+    def lay_out() -> Iterator[Batch]:
+        tokens = np.asarray(split.tokens)
+        along = np.arange(longest)
+        padding = np.zeros(number * batch_size - len(document), np.int64)
+        table = np.stack([np.append(column, padding) for column in (begins, lengths, skips)])
+        for begin, count, skip in table.reshape(3, number, batch_size, 1).swapaxes(0, 1):
+            is_real = along < count
+            inputs, targets = gather(tokens, begin + along, is_real, pad_id)
+            yield Batch(
+                tokens=inputs,
+                targets=targets,
+                loss_mask=is_real & (along >= skip),
+                segment_ids=(~is_real).astype(np.int32),
+                reset=np.ones(batch_size, bool),
+            )
+
+    return lay_out(), number
+
+
+def _scored_documents(split: TokenSplit, limit_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the documents to score; return their starts and numbers of predictions."""
     starts = np.asarray(split.document_starts)
     counts = document_ends(split) - starts - 1
     if limit_tokens and limit_tokens < counts.sum():
@@ -88,40 +155,33 @@ def scored_documents(split: TokenSplit, limit_tokens: int) -> tuple[np.ndarray, 
     return starts, counts
 
 
-def round_up(number: int, divisor: int) -> int:
-    """The smallest multiple of `divisor` that is at least `number`."""
-    return -(-number // divisor) * divisor
-
-
 def _choose(counts: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Documents to score and how many predictions of each; they add up to `limit`."""
-    random = np.random.Generator(np.random.Philox(np.random.SeedSequence(_CHOICE_SEED)))
+    """Choose documents and their numbers of predictions, which add up to `limit`."""
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence(_ORDER_SEED)))
     order = random.permutation(len(counts))
     most = -(-limit // _LEAST_DOCUMENTS)
     while np.minimum(counts, most).sum() < limit:
         most *= 2
     taken = np.minimum(counts[order], most)
     until = np.cumsum(taken)
-    taken = np.clip(limit - (until - taken), 0, taken)
-    return order, taken
+    return order, np.clip(limit - (until - taken), 0, taken)
 
 
-def _assign(counts: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Longest document first, each to the row with the least so far.
+def _assign(counts: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Assign documents to sequences, longest first, each to the shortest sequence so far.
 
     Returns:
-      The row of each document, and int64 [num_rows]: predictions in each row.
+      The sequence of each document, and int64 [batch_size] predictions of each sequence.
     """
-    row_of = np.zeros(len(counts), np.int64)
-    rows = [(0, row) for row in range(num_rows)]
+    sequence_of = np.zeros(len(counts), np.int64)
+    loads = np.zeros(batch_size, np.int64)
+    heap = [(0, sequence) for sequence in range(batch_size)]
     for document in np.argsort(-counts, kind="stable"):
-        load, row = rows[0]
-        row_of[document] = row
-        heapq.heapreplace(rows, (load + int(counts[document]), row))
-    loads = np.zeros(num_rows, np.int64)
-    for load, row in rows:
-        loads[row] = load
-    return row_of, loads
+        _, sequence = heap[0]
+        sequence_of[document] = sequence
+        loads[sequence] += counts[document]
+        heapq.heapreplace(heap, (int(loads[sequence]), sequence))
+    return sequence_of, loads
 
 
 def _lay_out(
@@ -133,19 +193,19 @@ def _lay_out(
     pad_id: int,
     reset_every: int,
 ) -> Iterator[Batch]:
-    """Yields the batches of documents given in the order of the rows that hold them.
+    """Yield the batches of documents, which are given in the order of their sequences.
 
-    All predictions lie on one line, document after document and row after row. An EOS predicts
-    nothing and has no place on it.
+    All predictions are on one line, document after document and sequence after sequence. An EOS
+    predicts nothing and has no place on it.
     """
     length, num_batches = shape
     tokens = np.asarray(split.tokens)
     document_from = np.cumsum(counts) - counts
-    row_from = np.cumsum(loads) - loads
+    sequence_from = np.cumsum(loads) - loads
     for step in range(num_batches):
         along = np.arange(step * length, (step + 1) * length)
         is_real = along < loads[:, None]
-        line = np.where(is_real, row_from[:, None] + along, 0)
+        line = np.where(is_real, sequence_from[:, None] + along, 0)
         document = np.searchsorted(document_from, line, side="right") - 1
         within = line - document_from[document]
         inputs, targets = gather(tokens, starts[document] + within, is_real, pad_id)

@@ -1,23 +1,27 @@
 """The files that a source names: one file, a folder, a glob, or Python's own library.
 
-Only regular files are found, whatever else lies beside them.
+Only regular files are found. Globs are expanded here, with work bounded by the number of folders:
+``glob.glob`` follows a link to a parent folder again and again, 40 times with one such link, and
+2 to the power of 40 times with two.
 """
 
+import collections
+import fnmatch
 import glob
 import os
 import stat
 import sysconfig
+from collections.abc import Iterable, Iterator
 
 from absl import logging
 
-from simplernn_jax.data.file_glob import matching_files
 from simplernn_jax.data.source_files import SourceFile, open_source
 from simplernn_jax.errors import UserError, counted, one_line
 from simplernn_jax.files import open_file
 
 _STDLIB_LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
 _BINARY_PROBE = 8192
-"""Leading bytes in which a NUL marks a file as binary, as git does."""
+"""Leading bytes in which a NUL marks a file as binary, as in git."""
 
 
 def find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
@@ -96,7 +100,7 @@ def _glob_files(source: str, path: str, exclude: frozenset[str]) -> list[SourceF
 
 
 def _glob_folder(pattern: str) -> str:
-    """The folder that a glob searches: all before its first magic character."""
+    """Folder that a glob searches: all before its first magic character."""
     folder = os.path.dirname(pattern)
     while glob.has_magic(folder):
         folder = os.path.dirname(folder)
@@ -104,7 +108,7 @@ def _glob_folder(pattern: str) -> str:
 
 
 def _is_excluded(path: str, top: str, exclude: frozenset[str]) -> bool:
-    """Whether `path` lies in an excluded folder that itself lies below `top`."""
+    """Whether `path` is in an excluded folder that is itself below `top`."""
     folder = os.path.dirname(os.path.realpath(path))
     return any(
         os.path.commonpath([folder, left_out]) == left_out
@@ -154,3 +158,57 @@ def _is_utf8(path: str) -> bool:
     except (OSError, UnicodeDecodeError):
         return False
     return True
+
+
+def matching_files(pattern: str) -> list[str]:
+    """Find the regular files of ``glob.glob(pattern, recursive=True)``, in no certain order.
+
+    Of several paths to a folder (through links), one is taken: below ``**`` the one without links.
+    """
+    folders = ["/" if pattern.startswith("/") else ""]
+    *parts, last = pattern.split("/")
+    for part in filter(None, parts):
+        if part == "**":
+            folders = _distinct(folders, recursive=True)
+        elif glob.has_magic(part):
+            folders = _distinct(path for folder in folders for path in _entries(folder, part))
+        else:
+            folders = [os.path.join(folder, part) for folder in folders]
+    if last == "**":
+        folders, last = _distinct(folders, recursive=True), "*"
+    if glob.has_magic(last):
+        found = [path for folder in folders for path in _entries(folder, last)]
+    else:
+        found = [os.path.join(folder, last) for folder in folders]
+    return list(filter(os.path.isfile, found))
+
+
+def _entries(folder: str, pattern: str) -> Iterator[str]:
+    """Yield the paths in a folder that match; hidden ones only if the pattern begins with a dot."""
+    try:
+        names = sorted(os.listdir(folder or "."))
+    except OSError:
+        return
+    for name in fnmatch.filter(names, pattern):
+        if not name.startswith(".") or pattern.startswith("."):
+            yield os.path.join(folder, name)
+
+
+def _distinct(paths: Iterable[str], *, recursive: bool = False) -> list[str]:
+    """List each folder among `paths` once; with `recursive`, all below them too."""
+    found: dict[tuple[int, int], str] = {}
+    waiting, links = collections.deque(paths), collections.deque[str]()
+    while waiting or links:
+        path = (waiting or links).popleft()
+        try:
+            status = os.stat(path or ".")
+        except OSError:
+            continue
+        identity = status.st_dev, status.st_ino
+        if not stat.S_ISDIR(status.st_mode) or identity in found:
+            continue
+        found[identity] = path
+        if recursive:
+            for inner in _entries(path, "*"):
+                (links if os.path.islink(inner) else waiting).append(inner)
+    return list(found.values())

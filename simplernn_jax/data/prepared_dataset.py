@@ -1,30 +1,38 @@
-"""A prepared TFDS data set as a corpus, read without TensorFlow."""
+"""A prepared TFDS data set as a corpus, read without TensorFlow.
+
+Its folder is checked before TFDS reads it, because what TFDS reads can run code.
+"""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from simplernn_jax.config import nearest_name
-from simplernn_jax.data.documents import Document, text_pieces
-from simplernn_jax.data.source_files import SourceFile, files_fingerprint, total_size
-from simplernn_jax.data.tfds_features import check_folder
+from simplernn_jax.data.documents import Corpus, Document, text_pieces
+from simplernn_jax.data.source_files import SourceFile, library_errors
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import read_file
 
 _INFO = "dataset_info.json"
+_FEATURES = "features.json"
+_TRUSTED = "tensorflow_datasets."
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+"""Keys of class names: the two spellings of protobuf, and that of before TFDS 4.3."""
 
 
 def default_data_dir() -> Path:
-    """Where TFDS keeps prepared data sets: ``TFDS_DATA_DIR``, or ``~/tensorflow_datasets``."""
+    """Folder of prepared data sets: ``TFDS_DATA_DIR``, or ``~/tensorflow_datasets``."""
     return Path(os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
 
 
 def find_prepared(name: str) -> Path:
-    """The folder of a prepared data set: itself a folder, or ``NAME[/CONFIG][:VERSION]``.
+    """Find the folder of a prepared data set by its path or by ``NAME[/CONFIG][:VERSION]``.
 
-    Names are looked for under `default_data_dir`. TFDS itself is
-    not asked: a builder it bundles would try the network for minutes first.
+    Names are looked up under `default_data_dir` and not by TFDS itself, whose bundled builders
+    would try the network for minutes first.
 
     Raises:
       UserError: nothing of that name is prepared, or several are.
@@ -49,40 +57,26 @@ def find_prepared(name: str) -> Path:
     )
 
 
-@contextlib.contextmanager
-def _readable(where: str) -> Iterator[None]:
-    """Turns what TFDS raises for damaged files, which can be anything, into a `UserError`."""
-    try:
-        yield
-    except NotImplementedError:  # a file format that needs TensorFlow
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{where}: TFDS cannot read it ({type(error).__name__}: {error}); prepare the data set "
-            "again"
-        ) from error
+def _tfds_errors(where: str) -> contextlib.AbstractContextManager[None]:
+    # TFDS raises NotImplementedError for a file format that needs TensorFlow.
+    problem, advice = f"{where}: TFDS cannot read it", "prepare the data set again"
+    return library_errors(problem, advice, NotImplementedError)
 
 
 def _version(folder: Path) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in folder.name.split("."))
 
 
-class PreparedDataset:
+class PreparedDataset(Corpus):
     """The ``train`` split of a data set in array_record files: each example is a document."""
 
     def __init__(self, folder: Path, field: str, encoding_errors: str) -> None:
-        self._folder = folder
-        self._field = field
-        self._encoding_errors = encoding_errors
-        self._files = [
+        files = [
             SourceFile(path.name, str(path)) for path in sorted(folder.iterdir()) if path.is_file()
         ]
-        self.total_bytes = total_size(self._files)
-        self.bytes_read = 0
-
-    def fingerprint(self) -> str:
-        """See `Corpus.fingerprint`."""
-        return files_fingerprint(self._files, kind="tfds", field=self._field)
+        super().__init__(files, encoding_errors, kind="tfds", field=field)
+        self._folder = folder
+        self._field = field
 
     def documents(self) -> Iterator[Document]:
         """See `Corpus.documents`."""
@@ -90,7 +84,7 @@ class PreparedDataset:
         source = self._open()
         for index in range(len(source)):
             where = f"{self._folder}: example {index}"
-            with _readable(where):
+            with _tfds_errors(where):
                 value = source[index][self._field]
             text = self._text(value, where)
             self.bytes_read = self.total_bytes * (index + 1) // len(source)
@@ -100,7 +94,7 @@ class PreparedDataset:
         import tensorflow_datasets as tfds
 
         check_folder(self._folder)
-        with _readable(str(self._folder)):
+        with _tfds_errors(str(self._folder)):
             builder = tfds.builder_from_directory(str(self._folder))
         splits = list(builder.info.splits)
         if "train" not in splits:
@@ -112,7 +106,7 @@ class PreparedDataset:
                 f"has {', '.join(fields)}: say which with --config.data.field=NAME"
             )
         try:
-            with _readable(str(self._folder)):
+            with _tfds_errors(str(self._folder)):
                 source = builder.as_data_source("train")
                 len(source)  # opens the files
             return source
@@ -137,3 +131,48 @@ class PreparedDataset:
                 f"{where}: invalid UTF-8 at byte {error.start} of field {self._field!r}; prepare "
                 "it again from UTF-8, or run with --config.data.encoding_errors=replace"
             ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Check that reading a prepared data set cannot block and runs no foreign code.
+
+    TFDS imports the module of every feature class that ``features.json`` names.
+
+    Raises:
+      UserError: a feature class is not one of TFDS's own, ``features.json`` is damaged, or the
+        folder holds anything but regular files and folders.
+    """
+    for path in sorted(folder.iterdir()):
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path}: not a regular file; remove it or prepare the data set again")
+    path = folder / _FEATURES
+    try:
+        for name in _class_names(json.loads(read_file(path).decode())):
+            if not name.startswith(_TRUSTED):
+                raise UserError(
+                    f"{path}: the feature class {name!r} is not part of TFDS, and reading it would "
+                    "run its code; prepare the data set again with features of TFDS"
+                )
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; prepare the data set again") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); prepare the data set again") from error
+
+
+def _class_names(value: Any) -> Iterator[str]:
+    """Yield all class names, also those in strings that hold JSON themselves."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _class_names(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key in _CLASS_KEYS and isinstance(item, str):
+                yield item
+            else:
+                yield from _class_names(item)
+    elif isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            inner = json.loads(value)
+        except ValueError:
+            return
+        yield from _class_names(inner)

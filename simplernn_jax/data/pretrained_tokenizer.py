@@ -22,15 +22,15 @@ _PAD_NAMES = ("<pad>", "<|pad|>", "<|finetune_right_pad_id|>", "[PAD]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _REACH_SECONDS = 5
 _MOST_IDS = 1 << 24
-"""Of a vocabulary. The largest known ones have a million; an id of four billion is damage, and
-would be refused by nothing but the memory that its embedding takes."""
+"""Ids of a vocabulary at most. The largest known ones have a million; an id of four billion is
+damage, which only the memory of its embedding would refuse."""
 
 
 def load_pretrained(spec: str) -> "PretrainedTokenizer":
-    """Reads a ``tokenizer.json`` from a path, the local hub cache, or the hub, in this order.
+    """Load a ``tokenizer.json`` from a path, the local hub cache, or the hub, in this order.
 
     Raises:
-      UserError: unreadable, or neither here nor within reach.
+      UserError: unreadable, or neither found here nor on the hub.
     """
     path = os.path.expanduser(spec)
     is_path = os.path.lexists(path) or spec.endswith(".json") or spec.startswith((".", "/", "~"))
@@ -81,7 +81,7 @@ def _unknown(name: str, problem: str) -> str:
 
 
 def _within_reach(endpoint: str) -> bool:
-    """Asks once, because the hub's own client retries for half a minute."""
+    """Connect once, because the hub's own client retries for half a minute."""
     try:
         with urllib.request.urlopen(endpoint, timeout=_REACH_SECONDS):
             return True
@@ -92,10 +92,10 @@ def _within_reach(endpoint: str) -> bool:
 
 
 class PretrainedTokenizer:
-    """A ``tokenizer.json`` whose specials are ours.
+    """A ``tokenizer.json`` with BOS, EOS and PAD.
 
-    BOS, EOS and PAD are looked for under their usual names; those not found get ids after the
-    vocabulary. Their names in a text are encoded as plain text, so that no text can end a document.
+    They are looked up by their usual names; those not found get ids after the vocabulary. Their
+    names in a text are encoded as plain text, so that no text can end a document.
     """
 
     def __init__(
@@ -105,13 +105,11 @@ class PretrainedTokenizer:
         eos_id: int | None = None,
         pad_id: int | None = None,
     ) -> None:
-        """Builds it.
+        """Parse the file.
 
         Args:
           tokenizer_json: the text of the file.
-          bos_id: chosen by an earlier run; None looks for the usual names. So are the next two.
-          eos_id: as above.
-          pad_id: as above.
+          bos_id, eos_id, pad_id: chosen by an earlier run; None looks up the usual names.
 
         Raises:
           ValueError: the text is not of this format.
@@ -147,7 +145,7 @@ class PretrainedTokenizer:
         return chosen
 
     def _bytes_table(self, vocabulary: dict[str, int]) -> dict[int, bytes]:
-        """Bytes of each id: all text of a byte-level vocabulary, the byte tokens of another one."""
+        """Map ids to bytes: all of a byte-level vocabulary, the byte tokens of another one."""
         if not self._byte_level:
             matches = {number: _BYTE_TOKEN.fullmatch(token) for token, number in vocabulary.items()}
             return {
@@ -169,8 +167,7 @@ class PretrainedTokenizer:
         """See `Tokenizer.encode`.
 
         Raises:
-          UserError: also where the vocabulary has no token for a part of `text`, nor for unknown
-            parts.
+          UserError: a part of `text` has no token, and there is none for unknown parts.
         """
         utf8(text)
         try:
@@ -203,8 +200,8 @@ class PretrainedTokenizer:
         ]
         if self._byte_level:
             return b"".join(self._bytes_of_id.get(number, b"") for number in kept)
-        # A run of byte tokens at the end may be an unfinished character, which the library would
-        # replace; as bytes it can be finished by what follows.
+        # Byte tokens at the end may be an unfinished character, which the library would replace;
+        # as bytes they can be completed later.
         stop = len(kept)
         while stop and kept[stop - 1] in self._bytes_of_id:
             stop -= 1
@@ -227,13 +224,13 @@ class PretrainedTokenizer:
 
 @contextlib.contextmanager
 def _library_errors() -> Iterator[None]:
-    """Turns what the library raises into a ValueError: plain exceptions, and panics of Rust."""
+    """Turn exceptions of the library, and panics of Rust, into a ValueError."""
     try:
         yield
     except Exception as error:
         raise ValueError(str(error)) from error
     except BaseException as error:
-        # Not an Exception, and of a class that cannot be imported.
+        # PanicException is not an Exception and cannot be imported.
         if type(error).__module__ != "pyo3_runtime":
             raise
         raise ValueError(f"{type(error).__name__}: {error}") from error
@@ -248,7 +245,7 @@ def _is_byte_level(decoder: Any) -> bool:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for.
+    """Map each character of a byte-level vocabulary to its byte.
 
     Printable Latin-1 bytes stand for themselves; the others, in order, for U+0100 and up (the
     convention of GPT-2's vocabulary).

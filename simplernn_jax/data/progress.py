@@ -8,19 +8,20 @@ from collections.abc import Callable, Iterator
 from absl import logging
 
 _LONGEST_TASK = 32
-"""Characters of the task that leave room for the bar."""
+"""Characters of the task at most, to leave room for the bar."""
 
 
 @contextlib.contextmanager
 def reading_progress(task: str, total_bytes: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the bytes read so far."""
+    """Yield a function to call with the bytes read so far."""
     if not show:
         yield lambda bytes_read: None
     elif sys.stderr.isatty():
         yield from _bar(task, total_bytes)
     else:
         start = time.monotonic()
-        logging.info("%s: %.1f MB ...", task, total_bytes / 1e6)
+        unit, scale = ("kB", 1e3) if total_bytes < 1e6 else ("MB", 1e6)
+        logging.info("%s: %.1f %s ...", task, total_bytes / scale, unit)
         yield lambda bytes_read: None
         logging.info("%s: done in %.1f s", task, time.monotonic() - start)
 

@@ -1,21 +1,20 @@
-"""Files of a corpus, opened one at a time: plain, ``.gz`` and ``.zst``."""
+"""Files of a corpus, read one at a time: plain, ``.gz`` and ``.zst``."""
 
 import contextlib
 import dataclasses
 import gzip
 import io
-import json
 import os
 import zlib
 from collections.abc import Iterator
 from typing import IO, Any, BinaryIO
 
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import open_file, sha256_hex
+from simplernn_jax.files import open_file
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 _ZSTD_BLOCK = 1 << 8
-"""Compressed bytes taken at once. They become at most 32,768 times as many, 8 MiB."""
+"""Compressed bytes per read. They become at most 32,768 times as many, 8 MiB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +22,7 @@ class SourceFile:
     """A file of a corpus."""
 
     name: str
-    """Its path below the folder or glob it was found by; part of the fingerprint."""
+    """Path below the folder or glob it was found by; part of the fingerprint."""
     path: str
 
 
@@ -32,17 +31,17 @@ class OpenSource:
     """A file that is being read."""
 
     stream: IO[bytes]
-    """Its content, decompressed."""
+    """Decompressed content."""
     file: BinaryIO
 
     @property
     def bytes_read(self) -> int:
-        """How far the file itself has been read."""
+        """Bytes read of the file itself."""
         return self.file.tell()
 
 
 class _DamagedArchive(Exception):
-    """Says why a compressed file cannot be read."""
+    """Reason why a compressed file cannot be read."""
 
 
 @contextlib.contextmanager
@@ -65,32 +64,35 @@ def open_source(path: str) -> Iterator[OpenSource]:
         raise UserError(f"{path}: {error.strerror}; make it readable or leave it out") from error
 
 
-def total_size(files: list[SourceFile]) -> int:
-    """Bytes of all files together, as they lie on the disk.
+def file_status(path: str) -> os.stat_result:
+    """Size and times of a file of a corpus.
 
     Raises:
-      UserError: a file is gone.
+      UserError: it is gone.
     """
-    return sum(_status(file.path).st_size for file in files)
-
-
-def files_fingerprint(files: list[SourceFile], **settings: object) -> str:
-    """SHA-256 hex over names, sizes, modification times and what else the reading depends on.
-
-    Raises:
-      UserError: a file is gone.
-    """
-    status = [(file.name, _status(file.path)) for file in files]
-    rows = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
-    text = json.dumps([settings, rows], sort_keys=True)
-    return sha256_hex(text.encode("utf-8", "surrogateescape"))
-
-
-def _status(path: str) -> os.stat_result:
     try:
         return os.stat(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; put it back and run again") from error
+
+
+@contextlib.contextmanager
+def library_errors(
+    problem: str, advice: str, passed: type[Exception] = UserError
+) -> Iterator[None]:
+    """Turn what a library raises for damaged files, which can be anything, into a `UserError`.
+
+    Args:
+      problem: the file and what cannot be done with it.
+      advice: what to do about it.
+      passed: exception that is raised unchanged, besides `UserError`.
+    """
+    try:
+        yield
+    except (UserError, passed):
+        raise
+    except Exception as error:
+        raise UserError(f"{problem} ({type(error).__name__}: {error}); {advice}") from error
 
 
 def _decompressed(path: str, file: BinaryIO) -> Any:
@@ -103,7 +105,7 @@ def _decompressed(path: str, file: BinaryIO) -> Any:
 
 
 class _ZstdReader(io.RawIOBase):
-    """The frames of a zstd file, one after another.
+    """Consecutive frames of a zstd file.
 
     The library's own stream reader takes a truncated file for a whole one.
     """
@@ -131,7 +133,7 @@ class _ZstdReader(io.RawIOBase):
         return count
 
     def _read_block(self) -> bool:
-        """Whether there was one."""
+        """Decompress the next block; False at the end of the file."""
         block = self._compressed or self._file.read(_ZSTD_BLOCK)
         if not block:
             if self._frame is not None:

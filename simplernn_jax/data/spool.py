@@ -1,4 +1,4 @@
-"""All tokens of a corpus in source order on disk, and what the split needs to know about them."""
+"""Tokens of a corpus on disk in source order, and their split into training and validation."""
 
 import array
 import dataclasses
@@ -14,11 +14,11 @@ from simplernn_jax.data.tokenizer import Tokenizer
 _BLOCK_TOKENS = 1 << 20
 
 TOKEN_DTYPES = ("|u1", "<u2", "<u4")
-"""What token ids are stored as, from the narrowest."""
+"""Dtypes of stored token ids, narrowest first."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest unsigned dtype that holds every id."""
+    """Smallest unsigned dtype that holds every id."""
     return next(
         dtype for dtype in map(np.dtype, TOKEN_DTYPES) if vocab_size <= np.iinfo(dtype).max + 1
     )
@@ -26,7 +26,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 @dataclasses.dataclass(frozen=True)
 class Spool:
-    """Tokens of all documents in one file, and where documents and pieces begin in it."""
+    """Tokens of all documents in one file, with the offsets of documents and pieces."""
 
     path: Path
     dtype: np.dtype
@@ -45,7 +45,7 @@ class Spool:
         return int(self.document_starts[-1])
 
     def blocks(self, ranges: np.ndarray) -> Iterator[np.ndarray]:
-        """The tokens of [n, 2] ranges (start, stop), in this order, a bounded number at a time.
+        """Yield the tokens of [n, 2] ranges (start, stop), in order, a bounded number at a time.
 
         Read rather than mapped: mapped pages count as memory of the process.
         """
@@ -61,12 +61,12 @@ class Spool:
 def write_spool(
     path: Path, corpus: Corpus, tokenizer: Tokenizer, on_progress: Callable[[int], None]
 ) -> Spool:
-    """Tokenizes a corpus into one file, holding one piece of text at a time.
+    """Tokenize a corpus into one file, holding one piece of text at a time.
 
     A document without text is left out.
 
     Raises:
-      UserError: the corpus cannot be read, or holds what the tokenizer does not know.
+      UserError: the corpus cannot be read, or the tokenizer cannot encode it.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     bos, eos = (
@@ -96,3 +96,76 @@ def write_spool(
                 document_bytes.append(num_bytes)
     columns = (document_starts, document_bytes, piece_starts, piece_bytes)
     return Spool(path, dtype, *(np.array(column, np.int64) for column in columns))
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitPlan:
+    """One side of the split."""
+
+    name: str
+    ranges: np.ndarray
+    """[documents, 2] int64, start and stop in the spool, in stored order."""
+    num_bytes: int
+    """UTF-8 bytes of its text."""
+
+    @property
+    def document_starts(self) -> np.ndarray:
+        """[documents] int64, position of each document's first token once stored."""
+        lengths = self.ranges[:, 1] - self.ranges[:, 0]
+        return np.cumsum(lengths) - lengths
+
+
+def split_by_document(spool: Spool, fraction: float, seed: int) -> list[SplitPlan]:
+    """Hold out a seeded choice of ``max(1, round(fraction * documents))`` documents.
+
+    The training documents come in a seeded random order, the held-out ones in source order. There
+    must be at least two documents, unless `fraction` is 0.
+    """
+    ranges = _document_ranges(spool)
+    count = len(ranges)
+    # Raw bits of PCG64 are the same in every version of numpy; its permutations need not be.
+    order = np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
+    held_out = min(max(1, round(fraction * count)), count - 1) if fraction > 0 else 0
+    choices = {"train": order[held_out:], "validation": np.sort(order[:held_out])}
+    return [
+        SplitPlan(name, ranges[chosen], int(spool.document_bytes[chosen].sum()))
+        for name, chosen in choices.items()
+        if len(chosen)
+    ]
+
+
+def split_by_position(spool: Spool, fraction: float, tokenizer: Tokenizer) -> list[SplitPlan]:
+    """Hold out the last ``max(1, round(fraction * tokens))`` tokens of the stream."""
+    total = spool.num_tokens
+    held_out = min(max(1, round(fraction * total)), total - 1) if fraction > 0 else 0
+    cut = total - held_out
+    ranges = _document_ranges(spool)
+    train_bytes = _bytes_before(spool, cut, tokenizer)
+    sides = {
+        "train": (np.minimum(ranges, cut), train_bytes),
+        "validation": (np.maximum(ranges, cut), int(spool.document_bytes.sum()) - train_bytes),
+    }
+    plans = []
+    for name, (clipped, num_bytes) in sides.items():
+        kept = clipped[clipped[:, 0] < clipped[:, 1]]
+        if len(kept):
+            plans.append(SplitPlan(name, kept, num_bytes))
+    return plans
+
+
+def _document_ranges(spool: Spool) -> np.ndarray:
+    return np.stack([spool.document_starts[:-1], spool.document_starts[1:]], axis=1)
+
+
+def _bytes_before(spool: Spool, cut: int, tokenizer: Tokenizer) -> int:
+    """Text bytes of the tokens before `cut`.
+
+    Exact for a lossless tokenizer; for another one, the error stays within one piece.
+    """
+    piece = int(np.searchsorted(spool.piece_starts, cut)) - 1
+    if piece < 0:
+        return 0
+    whole = int(spool.piece_bytes[:piece].sum())
+    begun = np.array([[spool.piece_starts[piece], cut]])
+    part = sum(len(tokenizer.decode_bytes(block)) for block in spool.blocks(begun))
+    return whole + min(part, int(spool.piece_bytes[piece]))

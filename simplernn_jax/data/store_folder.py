@@ -1,4 +1,4 @@
-"""The files of one tokenized corpus: written once, verified to the last byte before use.
+"""The files of one tokenized corpus: written once and atomically, fully verified before use.
 
 NAME/train.tokens        token ids, unsigned
 NAME/train.starts        positions of the first token of each document, int64
@@ -14,29 +14,32 @@ import io
 import json
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from simplernn_jax.data.split import SplitPlan
-from simplernn_jax.data.spool import TOKEN_DTYPES, Spool
-from simplernn_jax.files import open_file, read_sealed, sha256_hex, write_sealed
+from simplernn_jax.data.spool import TOKEN_DTYPES, SplitPlan, Spool
+from simplernn_jax.files import open_file, read_sealed, sha256_hex, sync, write_sealed
 
 _META_FILE = "meta.json"
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO)
 _DAMAGE = (*_NO_FILE, errno.EIO)
-"""What opening or reading a file of a damaged store gives; other errors are the machine's."""
+"""Errors from reading a damaged store; other ones are the machine's."""
+_TEMPORARY_SUFFIX = ".tmp"
+_ABANDONED_SECONDS = 3600
 
 
 class DamagedStore(Exception):
-    """Says which file of a store is not as it was written, and what is wrong with it."""
+    """Name and fault of a file of a store that is not as it was written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenSplit:
-    """One side of the split: documents one after another, each BOS, its tokens, EOS."""
+    """One side of the split: consecutive documents, each BOS, its tokens, EOS."""
 
     name: str
     """``train`` or ``validation``."""
@@ -44,9 +47,9 @@ class TokenSplit:
     """[N] memory-mapped ids, the smallest unsigned dtype that holds the vocabulary."""
     document_starts: np.ndarray
     """[documents] int64, position of the first token of each document. A position split cuts one
-    document: its rest opens the validation split at 0, without a BOS."""
+    document: its rest begins the validation split at 0, without a BOS."""
     num_bytes: int
-    """UTF-8 bytes of the text in it."""
+    """UTF-8 bytes of its text."""
     content_hash: str
     """SHA-256 of the tokens and the document starts."""
 
@@ -56,8 +59,46 @@ class TokenSplit:
         return len(self.tokens) - len(self.document_starts)
 
 
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Make a temporary folder beside `folder`, and sync and rename it to `folder` on leaving.
+
+    If the block raises, the temporary folder is removed; if the process is killed, it stays under
+    its own name and is removed by a later call. If another process was faster, its folder stays
+    and ours is dropped.
+
+    Raises:
+      OSError: the disk is full or not writable.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder.parent)
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in [*temporary.iterdir(), temporary]:
+            sync(path)
+        try:
+            os.rename(temporary, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove what killed writers left; a live one has written something within the hour."""
+    limit = time.time() - _ABANDONED_SECONDS
+    for temporary in parent.glob(f".*{_TEMPORARY_SUFFIX}"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or not a writer's
+            if all(path.stat().st_mtime < limit for path in [temporary, *temporary.iterdir()]):
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_store(folder: Path, name: str, plans: list[SplitPlan], spool: Spool) -> None:
-    """Write the files of a store into `folder`, which is renamed to `name` later.
+    """Write the files of the store `name` into a temporary folder.
 
     Raises:
       OSError: the disk is full or not writable.
@@ -91,7 +132,7 @@ def open_store(folder: Path) -> list[TokenSplit]:
     """Verify every byte of a store and map its tokens; reads 1 to 2 GB a second.
 
     Raises:
-      DamagedStore: a file is missing, is none, or is not what was written.
+      DamagedStore: a file is missing, not a regular file, or not what was written.
       OSError: the machine has no memory or no file descriptor for it.
     """
     meta = _read_meta(folder)
@@ -100,7 +141,7 @@ def open_store(folder: Path) -> list[TokenSplit]:
 
 
 def content_hashes(folder: Path) -> list[str]:
-    """Content hashes of the splits as recorded; the tokens themselves are not read.
+    """Read the recorded content hashes of the splits, not the tokens themselves.
 
     Raises:
       DamagedStore: the record is missing or is not what was written.
@@ -109,7 +150,7 @@ def content_hashes(folder: Path) -> list[str]:
 
 
 def remove_store(folder: Path) -> None:
-    """Remove what is at the place of a store, whatever it is; a link, but not what it names.
+    """Remove whatever is at the path of a store; a link, but not its target.
 
     Raises:
       OSError: it cannot be removed.
@@ -140,7 +181,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 
 def _is_record(split: dict[str, Any]) -> bool:
-    """Whether it has what `_write_split` returns; of the wrong type it raises an exception."""
+    """Whether it has the fields of `_write_split`; of another type it raises an exception."""
     counts = [split[name] for name in ("tokens", "documents", "num_bytes")]
     hashes = [split[name] for name in ("content_hash", "tokens_sha256", "starts_sha256")]
     return all(type(x) is int for x in counts) and all(type(x) is str for x in hashes)
@@ -158,7 +199,7 @@ def _open_split(folder: Path, name: str, dtype: np.dtype, split: dict[str, Any])
 
 @contextlib.contextmanager
 def _verified(path: Path, size: int, sha256: str) -> Iterator[io.BufferedReader]:
-    """Open a file whose content is as it was written."""
+    """Open a file after checking its size and SHA-256."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open_file(path))

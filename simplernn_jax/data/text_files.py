@@ -3,23 +3,16 @@
 import codecs
 from collections.abc import Iterator
 
-from simplernn_jax.data.documents import PIECE_SIZE, Document
-from simplernn_jax.data.source_files import SourceFile, files_fingerprint, open_source, total_size
+from simplernn_jax.data.documents import PIECE_SIZE, Corpus, Document
+from simplernn_jax.data.source_files import SourceFile, open_source
 from simplernn_jax.errors import UserError
 
 
-class TextFiles:
-    """A corpus of UTF-8 text files, each of them one document."""
+class TextFiles(Corpus):
+    """UTF-8 text files, each of them one document."""
 
     def __init__(self, files: list[SourceFile], encoding_errors: str) -> None:
-        self._files = files
-        self._encoding_errors = encoding_errors
-        self.total_bytes = total_size(files)
-        self.bytes_read = 0
-
-    def fingerprint(self) -> str:
-        """See `Corpus.fingerprint`."""
-        return files_fingerprint(self._files, kind="text")
+        super().__init__(files, encoding_errors, kind="text")
 
     def documents(self) -> Iterator[Document]:
         """See `Corpus.documents`."""

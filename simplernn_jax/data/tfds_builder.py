@@ -1,4 +1,4 @@
-"""Our own TFDS builder: any corpus as an array_record data set, without TensorFlow or a network."""
+"""TFDS builder: any corpus as an array_record data set, without TensorFlow or a network."""
 
 import re
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ class TextDataset(  # type: ignore[call-arg]  # the base class takes the keyword
 ):
     """Documents of a corpus, in source order, as the ``text`` of examples of a split ``train``.
 
-    An example is held in memory whole while it is written, unlike a document of a text file.
+    A whole example is held in memory while it is written, unlike a document of a text file.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -48,10 +48,10 @@ class TextDataset(  # type: ignore[call-arg]  # the base class takes the keyword
 
 
 def build_tfds(source: DataConfig, name: str, data_dir: str) -> Path:
-    """Prepares ``data_dir/name/1.0.0``, to be read as ``tfds:name`` or by that path.
+    """Prepare ``data_dir/name/1.0.0``, which the source ``tfds:name`` or that path then names.
 
     Raises:
-      UserError: the name is not a possible one, the data set exists, or the corpus is unusable.
+      UserError: the name is invalid, the data set exists, or the corpus is unusable.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(

@@ -9,36 +9,40 @@ from pathlib import Path
 from absl import logging
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.atomic_folder import atomic_folder
 from simplernn_jax.data.corpora import open_corpus
 from simplernn_jax.data.documents import Corpus
 from simplernn_jax.data.progress import reading_progress
-from simplernn_jax.data.round_trip import check_round_trip
-from simplernn_jax.data.split import SplitPlan, split_by_document, split_by_position
-from simplernn_jax.data.spool import Spool, write_spool
+from simplernn_jax.data.spool import (
+    SplitPlan,
+    Spool,
+    split_by_document,
+    split_by_position,
+    write_spool,
+)
 from simplernn_jax.data.store_folder import (
     DamagedStore,
     TokenSplit,
+    atomic_folder,
     content_hashes,
     open_store,
     remove_store,
     write_store,
 )
-from simplernn_jax.data.tokenizer import Tokenizer, load_tokenizer
+from simplernn_jax.data.tokenizer import Tokenizer, check_round_trip, load_tokenizer
 from simplernn_jax.errors import UserError, counted
 from simplernn_jax.files import sha256_hex
 
 _SPOOL_FILE = "spool"
 _FORMAT = 1
-"""Raised when the way to a split changes, so that old stores are left to old runs."""
+"""Incremented when the split changes, so that old stores are left to old runs."""
 
 _FEW_TOKENS = 10_000
-"""Of validation: with 10,000, the standard error of a mean loss near 1.5 is some hundredths."""
+"""Validation tokens below which the loss is noisy: its standard error is some hundredths."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedCorpus:
-    """What `prepare_corpus` returns."""
+    """Tokenizer and splits of a corpus."""
 
     tokenizer: Tokenizer
     train: TokenSplit
@@ -56,12 +60,12 @@ class TokenizedCorpus:
 
     @property
     def warning(self) -> str:
-        """What to know before the validation loss is trusted; empty if there is nothing."""
+        """Warning about a small validation split; empty if it is large enough."""
         if self.validation is None or len(self.validation.tokens) >= _FEW_TOKENS:
             return ""
         return (
-            f"fewer than {_FEW_TOKENS:,} validation tokens measure the loss badly; give more text, "
-            "or hold out more with --config.data.validation_fraction"
+            f"fewer than {_FEW_TOKENS:,} validation tokens make the loss noisy; give more text, or "
+            "hold out more with --config.data.validation_fraction"
         )
 
 
@@ -79,9 +83,9 @@ def prepare_corpus(
     exclude: tuple[str, ...] = (),
     show_progress: bool = True,
 ) -> TokenizedCorpus:
-    """Opens the tokenized corpus of a configuration, writing it first where there is none.
+    """Open the tokenized corpus of a configuration, tokenizing it if that was not done yet.
 
-    Memory stays bounded however large the corpus is. Several processes may do this at once.
+    Memory is bounded whatever the size of the corpus. Several processes may do this at once.
     Every byte of the tokens is verified, and a damaged corpus is tokenized again.
 
     Args:
@@ -120,18 +124,18 @@ def prepare_corpus(
 
 
 def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> TokenizedCorpus | None:
-    """Opens a stored corpus by its content; its source need not be within reach.
+    """Open a stored corpus by its content hash; its source need not exist.
 
     Args:
       cache_dir: as for `prepare_corpus`.
       content_hash: that of the `TokenizedCorpus`.
-      tokenizer: the one it was made with.
+      tokenizer: that of the corpus.
 
     Returns:
       None if `cache_dir` holds no such corpus.
 
     Raises:
-      DamagedStore: it does, but not as it was written.
+      DamagedStore: it is damaged.
       UserError: it cannot be read.
     """
     damage = None
@@ -140,7 +144,7 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
             if _content_hash(tokenizer, content_hashes(folder)) != content_hash:
                 continue
         except DamagedStore:
-            continue  # what else is in this folder, or a store whose record is lost
+            continue  # not a store, or one whose record is lost
         try:
             return _corpus(tokenizer, open_store(folder))
         except DamagedStore as error:
@@ -189,16 +193,25 @@ def _tokenize(
 
 
 def _plan(spool: Spool, config: DataConfig, seed: int, tokenizer: Tokenizer) -> list[SplitPlan]:
-    if config.split == "document":
-        return split_by_document(spool, config.validation_fraction, seed)
-    return split_by_position(spool, config.validation_fraction, tokenizer)
+    fraction = config.validation_fraction
+    by_position = config.split == "position"
+    if not by_position and fraction and len(spool.document_bytes) == 1:
+        by_position = True
+        logging.info(
+            "%s: a single document, so its last part is the validation split, as with "
+            "--config.data.split=position",
+            config.source,
+        )
+    if by_position:
+        return split_by_position(spool, fraction, tokenizer)
+    return split_by_document(spool, fraction, seed)
 
 
 def _verified_splits(folder: Path) -> list[TokenSplit] | None:
-    """The splits of a whole store. None for a missing one, and for a damaged one, which is removed.
+    """Open a store; None if it is missing or was damaged and is now removed.
 
     Raises:
-      OSError: it cannot be read, or not be removed.
+      OSError: it can be neither read nor removed.
     """
     if not os.path.lexists(folder):
         return None

@@ -10,10 +10,13 @@ from simplernn_jax.data.documents import Corpus, utf8
 from simplernn_jax.errors import UserError, counted
 
 _CODE_POINTS = 0x110000
+_SAMPLE_CHARACTERS = 1 << 16
+_QUOTED = 12
+"""Characters quoted from the first difference on, and before it."""
 
 
 class Tokenizer(Protocol):
-    """Text to ids below `vocab_size` and back. Three of the ids stand for no text."""
+    """Text to ids below `vocab_size` and back. Three ids are special and stand for no text."""
 
     @property
     def vocab_size(self) -> int:
@@ -21,35 +24,35 @@ class Tokenizer(Protocol):
 
     @property
     def bos_id(self) -> int:
-        """Opens a document."""
+        """First token of a document."""
 
     @property
     def eos_id(self) -> int:
-        """Closes a document."""
+        """Last token of a document."""
 
     @property
     def pad_id(self) -> int:
-        """Fills the rest of a row."""
+        """Padding."""
 
     def encode(self, text: str) -> np.ndarray:
-        """The [n] int32 ids of `text`, without BOS or EOS.
+        """Encode `text` as [n] int32 ids, without BOS or EOS.
 
         Raises:
           UserError: text that has no ids here, such as a lone surrogate.
         """
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids`, without ids that stand for none; invalid UTF-8 becomes U+FFFD."""
+        """Decode `ids`, special and unknown ones left out; invalid UTF-8 becomes U+FFFD."""
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """Like `decode`, as UTF-8 that may end inside a character."""
+        """Decode to UTF-8 that may end inside a character."""
 
     def to_json(self) -> str:
-        """Everything `tokenizer_from_json` needs."""
+        """Serialize for `tokenizer_from_json`."""
 
 
 def load_tokenizer(spec: str, corpus: Corpus | None) -> Tokenizer:
-    """Makes the tokenizer of a new run.
+    """Make the tokenizer of a new run.
 
     Args:
       spec: ``byte``, ``char``, a path to a ``tokenizer.json``, or a name on the Hugging Face hub.
@@ -70,10 +73,10 @@ def load_tokenizer(spec: str, corpus: Corpus | None) -> Tokenizer:
 
 
 def tokenizer_from_json(text: str) -> Tokenizer:
-    """Rebuilds what `Tokenizer.to_json` wrote.
+    """Restore a tokenizer from `Tokenizer.to_json`.
 
     Raises:
-      UserError: not such a text.
+      UserError: damaged, or of a kind that this version does not know.
     """
     try:
         values = json.loads(text)
@@ -123,7 +126,7 @@ class CharTokenizer:
     """Id i is the i-th character of a fixed alphabet."""
 
     def __init__(self, alphabet: str) -> None:
-        """Builds it.
+        """Index an alphabet.
 
         Raises:
           ValueError: `alphabet` is no text, or repeats a character.
@@ -185,3 +188,43 @@ def _alphabet(corpus: Corpus) -> str:
         for piece in document.pieces:
             seen[_code_points(piece)] = True
     return np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le")
+
+
+def check_round_trip(tokenizer: Tokenizer, spec: str, corpus: Corpus) -> None:
+    """Check that the first 65,536 characters of a corpus survive encoding and decoding.
+
+    A model can neither learn nor generate what its tokenizer loses, and bits per byte would count
+    bytes that it never predicts.
+
+    Args:
+      tokenizer: only a pretrained one is tried; bytes and characters are lossless.
+      spec: name of the tokenizer, for the message.
+      corpus: read from its first document.
+
+    Raises:
+      UserError: names the first difference.
+    """
+    if isinstance(tokenizer, ByteTokenizer | CharTokenizer):
+        return
+    left = _SAMPLE_CHARACTERS
+    for document in corpus.documents():
+        for piece in document.pieces:
+            text = piece[:left]
+            found = tokenizer.decode(tokenizer.encode(text))
+            if found != text:
+                raise UserError(
+                    f"tokenizer {spec}: loses text: {_difference(text, found)} in {document.name}; "
+                    "use one that gives back what it is given (byte-level, neither lower-casing "
+                    "nor adding a space), or --config.data.tokenizer=byte"
+                )
+            left -= len(text)
+            if not left:
+                return
+
+
+def _difference(text: str, found: str) -> str:
+    pairs = enumerate(zip(text, found, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(found)))
+    start = max(0, at - _QUOTED)
+    before, after = (one[start : at + _QUOTED] for one in (text, found))
+    return f"{before!r} comes back as {after!r} at character {at}"

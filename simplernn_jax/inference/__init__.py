@@ -1,4 +1,4 @@
-"""Writing with a trained model."""
+"""Generation with a trained model."""
 
 from simplernn_jax.inference.decode import Generation, generate
 from simplernn_jax.inference.state import DecoderState, fork_state

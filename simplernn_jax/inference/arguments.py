@@ -1,44 +1,76 @@
-"""Checks of single arguments: each gives the value in its own type, or one clear line."""
+"""Checks of the arguments of inference: each returns the value in its own type or raises one line.
 
+An id outside the vocabulary would not fail later: the embedding gives NaN for it.
+"""
+
+import contextlib
+import math
 import numbers
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from simplernn_jax.errors import UserError
+from simplernn_jax.inference.sampling import Settings
+from simplernn_jax.memory_bound import check_memory
 from simplernn_jax.models import LanguageModel
+
+Prompts = Sequence[Sequence[int] | np.ndarray | jax.Array] | np.ndarray | jax.Array
+"""B sequences of token ids, a [B, T] integer array, or one flat sequence."""
+
+_MOST_TOKENS = 2**31 - 1
+"""New tokens of a sequence in one call: positions are int32."""
 
 _TOKENIZER = ("vocab_size", "bos_id", "eos_id", "pad_id", "encode", "decode_bytes")
 
 
-def checked_integer(name: str, value: Any, least: int, most: int | None, advice: str = "") -> int:
-    """`value` as an ``int``, which it is already or is of NumPy or JAX; a bool is none.
+def checked_integer(
+    name: str, value: Any, least: int, most: float = math.inf, advice: str = ""
+) -> int:
+    """Convert `value` to ``int``; it must be one already or of NumPy or JAX, and no bool.
 
     Raises:
-      UserError: it is something else or outside ``[least, most]``; None is no upper bound.
+      UserError: it is something else or outside ``[least, most]``.
     """
-    bounds = f", at least {least}" if most is None else f" in [{least}, {most}]"
-    error = UserError(f"{name}={_shown(value)}: must be an integer{bounds}{advice}")
-    value = _scalar(value)
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
-        raise error
-    number = int(value)
-    if number < least or (most is not None and number > most):
-        raise error
-    return number
+    bounds = f", at least {least}" if most == math.inf else f" in [{least}, {most}]"
+    return _checked(int, name, value, f"an integer{bounds}{advice}", lambda x: least <= x <= most)
+
+
+def _checked(
+    convert: type, name: str, value: Any, allowed: str, is_allowed: Callable[[Any], bool]
+) -> Any:
+    """Convert `value` to ``int`` or ``float``; anything but such a number is refused."""
+    scalar = value
+    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
+        scalar = as_array(value, name).item()
+    kind = numbers.Integral if convert is int else numbers.Real
+    with contextlib.suppress(OverflowError):
+        if isinstance(scalar, kind) and not isinstance(scalar, bool | np.bool_):
+            number = convert(scalar)
+            if is_allowed(number):
+                return number
+    raise UserError(f"{name}={_shown(value)}: must be {allowed}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except Exception:  # of a class that cannot, or an integer of too many digits
+        return type(value).__name__
 
 
 def check_model(model: Any) -> None:
-    """Raises `UserError` if `model` is not a `LanguageModel`."""
+    """Raise `UserError` if `model` is not a `LanguageModel`."""
     if not isinstance(model, LanguageModel):
         raise UserError(f"model: {type(model).__name__}; give the LanguageModel of load_model")
 
 
 def check_tokenizer(tokenizer: Any, *methods: str) -> None:
-    """Raises `UserError` if `tokenizer` lacks what a `Tokenizer` has, `methods` included."""
+    """Raise `UserError` if `tokenizer` lacks an attribute of `Tokenizer` or one of `methods`."""
     missing = [name for name in (*_TOKENIZER, *methods) if not hasattr(tokenizer, name)]
     if missing:
         raise UserError(
@@ -47,13 +79,13 @@ def check_tokenizer(tokenizer: Any, *methods: str) -> None:
 
 
 def check_callback(name: str, value: Callable[..., Any] | None) -> None:
-    """Raises `UserError` if `value` is neither None nor to be called."""
+    """Raise `UserError` if `value` is neither None nor callable."""
     if value is not None and not callable(value):
         raise UserError(f"{name}={_shown(value)}: must be a function, or None")
 
 
 def checked_path(path: Any) -> str:
-    """The path of a file as text.
+    """Convert the path of a file to text.
 
     Raises:
       UserError: it is no path, is empty or holds a NUL character.
@@ -66,23 +98,8 @@ def checked_path(path: Any) -> str:
     return name
 
 
-def checked_number(name: str, value: Any, allowed: str) -> float:
-    """`value` as a ``float``; anything but a real number, such as a bool, is refused.
-
-    Raises:
-      UserError: says what is `allowed`.
-    """
-    value = _scalar(value)
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        raise UserError(f"{name}={_shown(value)}: must be {allowed}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise UserError(f"{name}={_shown(value)}: must be {allowed}") from None
-
-
 def as_array(value: Any, where: str) -> np.ndarray:
-    """`value` as an array of NumPy.
+    """Convert `value` to an array of NumPy.
 
     Raises:
       UserError: it is none, such as lists of unequal lengths; begins with `where`.
@@ -93,15 +110,128 @@ def as_array(value: Any, where: str) -> np.ndarray:
         raise UserError(f"{where}: no flat sequence of token ids ({error})") from error
 
 
-def _scalar(value: Any) -> Any:
-    """What an array without axes holds; anything else as it is."""
-    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
-        return as_array(value, "a setting").item()
-    return value
+def checked_settings(
+    vocab_size: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    eos_id: int | None,
+    banned_ids: Sequence[int],
+) -> Settings:
+    """Convert the settings of `generate` to arrays.
+
+    Raises:
+      UserError: names a setting of another type or outside its range, and the range.
+    """
+    allowed = "a finite number, at least 0"
+    temperature = _checked(float, "temperature", temperature, allowed, lambda x: 0 <= x < math.inf)
+    top_k = checked_integer("top_k", top_k, 0, advice="; 0 is off")
+    allowed = "above 0 and at most 1; 1 is off"
+    top_p = _checked(float, "top_p", top_p, allowed, lambda x: 0 < x <= 1)
+    seed = checked_integer("seed", seed, 0, 2**32 - 1)
+    is_banned = np.zeros(vocab_size, np.bool_)
+    is_banned[_checked_ids(banned_ids, vocab_size, "banned_ids")] = True
+    if is_banned.all():
+        raise UserError("banned_ids: all tokens are banned; leave at least one")
+    if eos_id is not None:
+        eos_id = checked_integer("eos_id", eos_id, 0, vocab_size - 1)
+    return Settings(
+        key=jax.random.key(np.uint32(seed)),
+        temperature=jnp.float32(min(temperature, float(np.finfo(np.float32).max))),
+        top_k=jnp.int32(min(top_k, vocab_size)),
+        top_p=jnp.float32(top_p),
+        eos_id=jnp.int32(-1 if eos_id is None else eos_id),
+        is_banned=jnp.asarray(is_banned),
+    )
 
 
-def _shown(value: Any) -> str:
-    try:
-        return repr(value)
-    except Exception:  # of a class that cannot, or an integer of too many digits
-        return type(value).__name__
+def checked_texts(prompts: Any, batch_size: int) -> list[str]:
+    """List the prompts of `generate_text`; one text or None is for all `batch_size` sequences.
+
+    Raises:
+      UserError: they are not texts.
+    """
+    if prompts is None or isinstance(prompts, str):
+        return [prompts or ""] * batch_size
+    if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Sequence):
+        raise UserError(f"prompts: {type(prompts).__name__}; give a text, or a list of texts")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise UserError(f"prompt {index}: {type(prompt).__name__}; give a text")
+    return list(prompts)
+
+
+def checked_prompts(
+    prompts: Prompts | None, vocab_size: int, batch_size: int | None
+) -> list[np.ndarray]:
+    """Convert the prompts to 1-D int32 arrays, one per sequence.
+
+    Args:
+      prompts: as for `generate`.
+      vocab_size: ids are below it.
+      batch_size: sequences of the state to prefill, whose prompts may be empty; None without one.
+
+    Raises:
+      UserError: says which prompt is wrong, and where.
+    """
+    if prompts is None:
+        if batch_size is None:
+            raise UserError("prompts: none given; give at least one, or a state to continue from")
+        return [np.zeros(0, np.int32)] * batch_size
+    if isinstance(prompts, jax.Array):
+        prompts = as_array(prompts, "prompts")
+    is_array = isinstance(prompts, np.ndarray) and prompts.ndim > 0
+    if not is_array and (isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence)):
+        raise UserError(f"prompts: {type(prompts).__name__}; give sequences of token ids")
+    if len(prompts) > 0 and _is_id(prompts[0]):
+        prompts = [prompts]  # type: ignore[list-item]
+    checked = [
+        _checked_ids(prompt, vocab_size, f"prompt {index}") for index, prompt in enumerate(prompts)
+    ]
+    if batch_size is not None and len(checked) != batch_size:
+        raise UserError(
+            f"prompts: {len(checked)} for a state of {batch_size} sequences; give one for each"
+        )
+    if not checked:
+        raise UserError("prompts: none given; give at least one")
+    for index, prompt in enumerate(checked):
+        if batch_size is None and len(prompt) == 0:
+            raise UserError(f"prompt {index}: has no token; begin it with BOS, or give a state")
+    return checked
+
+
+def _is_id(value: Any) -> bool:
+    return not hasattr(value, "__len__") or getattr(value, "ndim", None) == 0
+
+
+def checked_length(max_new_tokens: Any, batch_size: int) -> int:
+    """Convert `max_new_tokens` to ``int`` after checking that the new tokens fit into memory.
+
+    Raises:
+      UserError: they do not, or it is no integer or negative.
+    """
+    length = checked_integer("max_new_tokens", max_new_tokens, 0, _MOST_TOKENS)
+    what = f"max_new_tokens={length}"
+    check_memory(
+        batch_size * length * np.dtype(np.int32).itemsize, what, "generate fewer at a time"
+    )
+    return length
+
+
+def _checked_ids(ids: Any, vocab_size: int, where: str) -> np.ndarray:
+    ids = as_array(ids, where)
+    if ids.ndim != 1:
+        raise UserError(f"{where}: has {ids.ndim} axes; give one flat sequence of token ids")
+    if len(ids) == 0:
+        return np.zeros(0, np.int32)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"{where}: {ids.dtype} values; token ids are integers")
+    outside = (ids < 0) | (ids >= vocab_size)
+    if outside.any():
+        at = int(np.argmax(outside))
+        raise UserError(
+            f"{where}: token {ids[at]} at position {at} is outside the vocabulary of {vocab_size}; "
+            "encode with the tokenizer of this model"
+        )
+    return ids.astype(np.int32)

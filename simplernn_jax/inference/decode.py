@@ -1,4 +1,4 @@
-"""Writing with a language model: read the prompts in pieces, then decode with cached state."""
+"""Generation with a language model: prefill the prompts in chunks, then decode with a state."""
 
 import dataclasses
 from collections import Counter
@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simplernn_jax.inference.arguments import check_callback, check_model
-from simplernn_jax.inference.inputs import (
+from simplernn_jax.inference.arguments import (
     Prompts,
+    check_callback,
+    check_model,
     checked_length,
     checked_prompts,
     checked_settings,
 )
-from simplernn_jax.inference.programs import BLOCK_TOKENS, Programs, Settings, split
+from simplernn_jax.inference.programs import BLOCK_TOKENS, Programs, split
+from simplernn_jax.inference.sampling import Settings
 from simplernn_jax.inference.state import (
     RECENT_TOKENS,
     DecoderState,
@@ -26,26 +28,25 @@ from simplernn_jax.inference.state import (
 from simplernn_jax.memory_bound import check_memory
 from simplernn_jax.models import LanguageModel
 
-PIECE_LENGTHS = (512, 64, 8, 1)
-"""Prompts are read in pieces of these lengths, longest first, so that four programs read every
-length without padding: a row's state sees its own tokens and nothing else."""
+CHUNK_LENGTHS = (512, 64, 8, 1)
+"""Prompts are prefilled in chunks of these lengths, longest first, so that four programs serve
+every length without padding: the state of a sequence depends on its own tokens alone."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `generate` wrote."""
+    """New tokens of B sequences and their decoder state."""
 
     tokens: np.ndarray
-    """[B, max_new_tokens] int32 new tokens, prompts not included, the EOS that ended a row
-    included; behind it EOS is repeated."""
+    """[B, max_new_tokens] int32, without the prompts, up to and with EOS, then padded with EOS."""
     lengths: np.ndarray
-    """[B] int32 tokens that count in each row, its EOS included."""
+    """[B] int32 number of new tokens of each sequence, EOS included."""
     state: DecoderState
-    """Where the rows stand now; give it to `generate` to go on."""
+    """State after the new tokens, from which `generate` continues."""
 
-    def rows(self) -> list[np.ndarray]:
-        """The tokens that count, one 1-D array per row."""
-        return [row[:length] for row, length in zip(self.tokens, self.lengths, strict=True)]
+    def sequences(self) -> list[np.ndarray]:
+        """List the new tokens of each sequence without padding."""
+        return [tokens[:length] for tokens, length in zip(self.tokens, self.lengths, strict=True)]
 
 
 def generate(
@@ -62,32 +63,32 @@ def generate(
     state: DecoderState | None = None,
     on_tokens: Callable[[list[np.ndarray]], None] | None = None,
 ) -> Generation:
-    """Continues each prompt by up to `max_new_tokens` tokens.
+    """Continue each prompt by up to `max_new_tokens` tokens.
 
-    A prompt is read in pieces (memory does not grow with its length), then tokens are written
-    in blocks of 32 by one compiled loop with cached state: the time per token does not
-    grow with the context. Rows are independent: each gets the tokens it would get alone, up to
-    the rounding of float32 sums, which XLA may order differently for another batch size.
+    Prefill takes a prompt in chunks (memory does not grow with its length); one compiled loop then
+    decodes blocks of 32 tokens, in a time per token that does not grow with the context. Sequences
+    are independent: each gets the tokens it would get alone, up to the rounding of float32 sums,
+    which XLA may order differently for another batch size.
 
-    Row i draws from random stream n of `seed`, where n counts the earlier rows with the same
-    prompt: so a prompt gives the same text alone and in any batch, and a prompt given n times
-    gives n texts. Going on from `Generation.state` with the same settings writes exactly what
-    one longer call would have written.
+    Sequence i draws from random stream n of `seed`, where n counts the earlier sequences with the
+    same prompt: a prompt gives the same text alone and in any batch, and a prompt given n times
+    gives n texts. Continuing from `Generation.state` with the same settings is bit-exact: it gives
+    the tokens of one longer call.
 
     Args:
       model: the language model; its parameters may change between calls without recompiling.
       prompts: B sequences of token ids of any lengths, or a [B, T] integer array; one flat
-        sequence is a batch of one. With `state`, what to read before going on: a row may be
-        empty, and None reads nothing.
-      max_new_tokens: tokens to write per row, in [0, 2**31); 0 only reads.
-      temperature: 0 takes the best token; otherwise logits are divided by it before drawing.
-      top_k: draw among the k best tokens only; 0 is off.
-      top_p: draw among the best tokens that together reach this probability only; 1 is off.
-      seed: of the draws, in [0, 2**32).
-      eos_id: the token that ends a row; None writes `max_new_tokens` in every row.
-      banned_ids: tokens never written, such as BOS and PAD.
-      state: rows to continue, from an earlier call with the same model.
-      on_tokens: called after each block with the new tokens of every row ([n] int32 each, n
+        sequence is a batch of one. With `state`, tokens to append first: a sequence may have none,
+        and None appends nothing.
+      max_new_tokens: new tokens of a sequence at most, in [0, 2**31); 0 only prefills.
+      temperature: divides the logits; 0 is greedy.
+      top_k: sample among the k most probable tokens; 0 is off.
+      top_p: sample among the most probable tokens that together reach this probability; 1 is off.
+      seed: of the random streams, in [0, 2**32).
+      eos_id: the token that ends a sequence; None always generates `max_new_tokens`.
+      banned_ids: tokens that are never generated, such as BOS and PAD.
+      state: sequences to continue, from an earlier call with the same model.
+      on_tokens: called after each block with the new tokens of every sequence ([n] int32 each, n
         may be 0), while the next block is being computed.
 
     Raises:
@@ -101,62 +102,63 @@ def generate(
     check_callback("on_tokens", on_tokens)
     if state is not None:
         check_state(model, state)
-    rows = checked_prompts(prompts, vocab_size, None if state is None else len(state.position))
-    max_new_tokens = checked_length(max_new_tokens, len(rows))
+    prompts = checked_prompts(prompts, vocab_size, None if state is None else len(state.position))
+    max_new_tokens = checked_length(max_new_tokens, len(prompts))
     programs, parameters = split(model)
     if state is None:
-        state = _fresh_state(model, rows)
-    state = _read_prompts(programs, parameters, state, rows)
+        state = _initial_state(model, prompts)
+    state = _prefill(programs, parameters, state, prompts)
 
     fill = 0 if eos_id is None else eos_id
-    tokens = np.full((len(rows), max_new_tokens), fill, np.int32)
-    lengths = np.zeros(len(rows), np.int32)
+    tokens = np.full((len(prompts), max_new_tokens), fill, np.int32)
+    lengths = np.zeros(len(prompts), np.int32)
     blocks = _blocks(programs, parameters, state, settings, max_new_tokens)
     for block, counts, newest_state in blocks:
         state = newest_state
-        new = [row[:count] for row, count in zip(block, counts, strict=True)]
-        for row, written, start in zip(tokens, new, lengths, strict=True):
-            row[start : start + len(written)] = written
+        new = [sequence[:count] for sequence, count in zip(block, counts, strict=True)]
+        for sequence, start, added in zip(tokens, lengths, new, strict=True):
+            sequence[start : start + len(added)] = added
         lengths += counts
         if on_tokens is not None:
             on_tokens(new)
-    written = Generation(tokens=tokens, lengths=lengths, state=state)
-    return dataclasses.replace(written, state=_remember(state, written.rows()))
+    generation = Generation(tokens=tokens, lengths=lengths, state=state)
+    return dataclasses.replace(generation, state=_remember(state, generation.sequences()))
 
 
-def _fresh_state(model: LanguageModel, rows: list[np.ndarray]) -> DecoderState:
+def _initial_state(model: LanguageModel, prompts: list[np.ndarray]) -> DecoderState:
     seen: Counter[bytes] = Counter()
     streams = []
-    for row in rows:
-        streams.append(seen[row.tobytes()])
-        seen[row.tobytes()] += 1
+    for prompt in prompts:
+        streams.append(seen[prompt.tobytes()])
+        seen[prompt.tobytes()] += 1
     of_one = jax.eval_shape(lambda: empty_state(model, 1))
-    check_memory(len(rows) * state_bytes(of_one), f"{len(rows)} prompts", "give fewer at a time")
-    state = empty_state(model, len(rows))
+    num_bytes = len(prompts) * state_bytes(of_one)
+    check_memory(num_bytes, f"{len(prompts)} prompts", "give fewer at a time")
+    state = empty_state(model, len(prompts))
     return dataclasses.replace(state, stream=jnp.asarray(streams, jnp.int32))
 
 
 def _remember(state: DecoderState, new: list[np.ndarray]) -> DecoderState:
     recent = [
-        np.concatenate([old, row[-RECENT_TOKENS:]])[-RECENT_TOKENS:]
-        for old, row in zip(np.asarray(state.recent), new, strict=True)
+        np.concatenate([old, tokens[-RECENT_TOKENS:]])[-RECENT_TOKENS:]
+        for old, tokens in zip(np.asarray(state.recent), new, strict=True)
     ]
     return dataclasses.replace(state, recent=jnp.asarray(np.stack(recent)))
 
 
-def _read_prompts(
-    programs: Programs, parameters: list[jax.Array], state: DecoderState, rows: list[np.ndarray]
+def _prefill(
+    programs: Programs, parameters: list[jax.Array], state: DecoderState, prompts: list[np.ndarray]
 ) -> DecoderState:
-    num_read = np.zeros(len(rows), np.int64)
-    num_tokens = np.asarray([len(row) for row in rows])
-    for length in PIECE_LENGTHS:
-        while (is_reading := num_tokens - num_read >= length).any():
-            tokens = np.zeros((len(rows), length), np.int32)
-            for index in np.flatnonzero(is_reading):
-                tokens[index] = rows[index][num_read[index] : num_read[index] + length]
-            state = programs.read(parameters, state, tokens, is_reading)
-            num_read += length * is_reading
-    return _remember(state, rows)
+    done = np.zeros(len(prompts), np.int64)
+    num_tokens = np.asarray([len(prompt) for prompt in prompts])
+    for length in CHUNK_LENGTHS:
+        while (is_active := num_tokens - done >= length).any():
+            tokens = np.zeros((len(prompts), length), np.int32)
+            for index in np.flatnonzero(is_active):
+                tokens[index] = prompts[index][done[index] : done[index] + length]
+            state = programs.prefill(parameters, state, tokens, is_active)
+            done += length * is_active
+    return _remember(state, prompts)
 
 
 def _blocks(
@@ -166,21 +168,21 @@ def _blocks(
     settings: Settings,
     max_new_tokens: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, DecoderState]]:
-    """Yields (tokens [B, BLOCK_TOKENS], counts [B], newest state) until all is written.
+    """Yield (tokens [B, BLOCK_TOKENS], counts [B], newest state) of all blocks.
 
-    One block is always in flight: the device computes it while the caller handles the one
-    before. Where all rows have finished it is empty and leaves the state as it is.
+    One block is always in flight: the device computes it while the caller handles the previous
+    one. Once all sequences have finished, it is empty and leaves the state unchanged.
     """
     in_flight = None
     for start in range(0, max_new_tokens, BLOCK_TOKENS):
         num_tokens = np.int32(min(BLOCK_TOKENS, max_new_tokens - start))
-        block, counts, state = programs.write(parameters, state, settings, num_tokens)
+        block, counts, state = programs.decode(parameters, state, settings, num_tokens)
         if in_flight is not None:
-            tokens, num_written, all_finished = jax.device_get(in_flight)
-            yield tokens, num_written, state
+            *ready, all_finished = jax.device_get(in_flight)
+            yield *ready, state
             if all_finished:
                 return
         in_flight = block, counts, jnp.all(state.finished)
     if in_flight is not None:
-        tokens, num_written, _ = jax.device_get(in_flight)
-        yield tokens, num_written, state
+        tokens, counts, _ = jax.device_get(in_flight)
+        yield tokens, counts, state

@@ -1,7 +1,7 @@
-"""The two compiled programs of inference: reading a piece of prompt, writing a block of tokens.
+"""The two compiled programs of inference: prefill of a chunk of prompt, decoding of a block.
 
 Parameters are arguments, never constants of a program, and a program is compiled once per
-architecture, batch size and (reading) piece length: see `programs_for`.
+architecture, batch size and chunk length: see `programs_for`.
 """
 
 import dataclasses
@@ -12,44 +12,32 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
-from simplernn_jax.inference.sampling import sample
+from simplernn_jax.inference.sampling import Settings, sample
 from simplernn_jax.inference.state import DecoderState
-from simplernn_jax.models import KVCache, LanguageModel
+from simplernn_jax.models import LanguageModel
 
 BLOCK_TOKENS = 32
-"""Most tokens per row that one dispatch writes."""
-
-
-class Settings(NamedTuple):
-    """Traced settings of `write`; changing one does not recompile."""
-
-    key: Key[Array, ""]
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-    eos_id: Int[Array, ""]
-    """-1: no token ends a row."""
-    is_banned: Bool[Array, "vocab"]
+"""Tokens of a sequence that one dispatch decodes at most."""
 
 
 class Programs(NamedTuple):
-    """Jitted functions of one architecture; `parameters` is what `split` returned.
+    """Jitted functions of one architecture; `parameters` are those of `split`.
 
-    read(parameters, state, tokens [B, T], is_reading [B]) -> state
-        after the tokens of the rows that are reading; the other rows stay as they were.
-    write(parameters, state, settings, num_tokens) -> (tokens [B, BLOCK_TOKENS], counts [B], state)
-        `num_tokens` (traced) more tokens per row, fewer where EOS came; a row's first `counts`
-        tokens count, EOS included.
+    prefill(parameters, state, tokens [B, T], is_active [B]) -> state
+        after the tokens of the active sequences; the others keep their state.
+    decode(parameters, state, settings, num_tokens) -> (tokens [B, BLOCK_TOKENS], counts [B], state)
+        of `num_tokens` (traced) more tokens per sequence, fewer after EOS; the first `counts` of a
+        sequence are valid, EOS included. Changing a setting does not recompile.
     """
 
-    read: Any
-    write: Any
+    prefill: Any
+    decode: Any
 
 
 def split(model: LanguageModel) -> tuple[Programs, list[Array]]:
-    """The model's arrays, and the programs that all models of its architecture share."""
+    """Split a model into the programs of its architecture and its arrays."""
     graphdef, arrays = nnx.split(model)
     parameters, treedef = jax.tree.flatten(arrays)
     return programs_for(graphdef, treedef), parameters
@@ -57,50 +45,49 @@ def split(model: LanguageModel) -> tuple[Programs, list[Array]]:
 
 @functools.lru_cache(maxsize=16)
 def programs_for(graphdef: Any, treedef: Any) -> Programs:
-    """Programs of an architecture as `nnx.split` and `jax.tree.flatten` describe it.
+    """Compile the programs of an architecture, given by `nnx.split` and `jax.tree.flatten`.
 
-    Cached here, because hashing a graph at every dispatch costs as much as a token.
+    Cached here, because hashing a graph at every dispatch takes as long as a token.
     """
 
     def merge(parameters: list[Array]) -> LanguageModel:
         return nnx.merge(graphdef, jax.tree.unflatten(treedef, parameters))
 
-    def read(
+    def prefill(
         parameters: list[Array],
         state: DecoderState,
         tokens: Int[Array, "B T"],
-        is_reading: Bool[Array, "B"],
+        is_active: Bool[Array, "B"],
     ) -> DecoderState:
         model = merge(parameters)
         hidden, layers = model.encode(tokens, state.layers, None)
         logits = model.logits(hidden[:, -1:])[:, 0]
         return dataclasses.replace(
             state,
-            layers=_where_rows(is_reading, layers, state.layers),
-            logits=_where_rows(is_reading, logits, state.logits),
-            finished=state.finished & ~is_reading,
+            layers=_select(is_active, layers, state.layers),
+            logits=_select(is_active, logits, state.logits),
+            finished=state.finished & ~is_active,
         )
 
-    def write(
+    def decode(
         parameters: list[Array],
         state: DecoderState,
         settings: Settings,
         num_tokens: Int[Array, ""],
     ) -> tuple[Int[Array, "B block"], Int[Array, "B"], DecoderState]:
-        model = merge(parameters)
-        return _write(model, state, settings, num_tokens)
+        return _decode(merge(parameters), state, settings, num_tokens)
 
-    return Programs(read=jax.jit(read), write=jax.jit(write))
+    return Programs(prefill=jax.jit(prefill), decode=jax.jit(decode))
 
 
-def _write(
+def _decode(
     model: LanguageModel, start: DecoderState, settings: Settings, num_tokens: Int[Array, ""]
 ) -> tuple[Int[Array, "B block"], Int[Array, "B"], DecoderState]:
-    def goes_on(carry: tuple[Any, Any, DecoderState]) -> Bool[Array, ""]:
+    def is_unfinished(carry: tuple[Any, Any, DecoderState]) -> Bool[Array, ""]:
         step, _, state = carry
         return (step < num_tokens) & ~jnp.all(state.finished)
 
-    def write_one(carry: tuple[Any, Any, DecoderState]) -> tuple[Any, Any, DecoderState]:
+    def decode_one(carry: tuple[Any, Any, DecoderState]) -> tuple[Any, Any, DecoderState]:
         step, block, state = carry
         token = _next_token(state, settings)
         block = lax.dynamic_update_index_in_dim(block, token, step, axis=1)
@@ -108,8 +95,8 @@ def _write(
         logits, layers = model(token[:, None], state.layers)
         state = dataclasses.replace(
             state,
-            layers=_unless_finished(finished, state.layers, layers),
-            logits=_where_rows(finished, state.logits, logits[:, 0]),
+            layers=model.rolled_back(finished, state.layers, layers),
+            logits=_select(finished, state.logits, logits[:, 0]),
             position=state.position + ~state.finished,
             finished=finished,
         )
@@ -117,40 +104,25 @@ def _write(
 
     block = jnp.zeros((start.position.shape[0], BLOCK_TOKENS), jnp.int32)
     start = dataclasses.replace(start, finished=start.finished & (settings.eos_id >= 0))
-    _, block, end = lax.while_loop(goes_on, write_one, (jnp.int32(0), block, start))
+    _, block, end = lax.while_loop(is_unfinished, decode_one, (jnp.int32(0), block, start))
     return block, end.position - start.position, end
 
 
 def _next_token(state: DecoderState, settings: Settings) -> Int[Array, "B"]:
-    def row_key(stream: Int[Array, ""], position: Int[Array, ""]) -> Key[Array, ""]:
+    def key_of(stream: Int[Array, ""], position: Int[Array, ""]) -> Key[Array, ""]:
         return jax.random.fold_in(jax.random.fold_in(settings.key, stream), position)
 
     return sample(
         jnp.where(settings.is_banned[None], -jnp.inf, state.logits),
-        jax.vmap(row_key)(state.stream, state.position),
+        jax.vmap(key_of)(state.stream, state.position),
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
     )
 
 
-def _unless_finished(finished: Bool[Array, "B"], before: Any, after: Any) -> Any:
-    """The layers' state after one more token, which finished rows do not read.
-
-    A cache is not copied for that, token by token, only its count. What a finished row wrote
-    lies where its next token will, and until then in no query's sight.
-    """
-
-    def select(before: Any, after: Any) -> Any:
-        if isinstance(after, KVCache):
-            return after._replace(length=_where_rows(finished, before.length, after.length))
-        return _where_rows(finished, before, after)
-
-    return jax.tree.map(select, before, after, is_leaf=lambda x: isinstance(x, KVCache))
-
-
-def _where_rows(condition: Bool[Array, "B"], chosen: Any, other: Any) -> Any:
-    """`chosen` in the rows where `condition` holds, `other` elsewhere, leaf by leaf."""
+def _select(condition: Bool[Array, "B"], chosen: Any, other: Any) -> Any:
+    """Select `chosen` for the sequences where `condition` holds, else `other`, leaf by leaf."""
 
     def select(chosen: Array, other: Array) -> Array:
         return jnp.where(condition.reshape(-1, *[1] * (chosen.ndim - 1)), chosen, other)

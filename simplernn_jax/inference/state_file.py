@@ -1,8 +1,7 @@
-"""A decoder's state in a file.
+"""Decoder state in a safetensors file.
 
-A file is in the safetensors format; nothing in it is executed. Its metadata name the model and the
-tokenizer it belongs to and hold a SHA-256 of everything else, so that neither a stale state nor a
-damaged one is ever taken for a good one.
+Nothing in the file is executed. Its metadata hold fingerprints of model and tokenizer and a SHA-256
+of everything else, so that neither a stale nor a damaged state is ever used.
 """
 
 import dataclasses
@@ -34,20 +33,20 @@ _VERSION = "1"
 _ADVICE = "name a file that save_state wrote"
 
 _LONGEST_HEADER = 1 << 24
-"""Bytes of names and shapes in a file, at most; a thousand layers need less than one MB."""
+"""Bytes of names and shapes in a file at most; a thousand layers need less than one MB."""
 
 
 def save_state(path: str, state: DecoderState, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Saves `state` to a file, atomically; a regular file that is there is replaced.
+    """Save `state` to a file, atomically; an existing regular file is replaced.
 
     Args:
       path: of the file, usually ending in ``.safetensors``.
-      state: rows of any number.
+      state: any number of sequences.
       model: the one that made the state.
-      tokenizer: the one its tokens are of.
+      tokenizer: the one of its tokens.
 
     Raises:
-      UserError: `path` cannot be written or holds something else than a regular file, or the state
+      UserError: `path` cannot be written or is something else than a regular file, or the state
         does not fit the model.
     """
     path = checked_path(path)
@@ -67,11 +66,11 @@ def save_state(path: str, state: DecoderState, model: LanguageModel, tokenizer: 
 
 
 def load_state(path: str, model: LanguageModel, tokenizer: Tokenizer) -> DecoderState:
-    """Loads what `save_state` saved; going on from it is going on from what was saved.
+    """Load a state that `save_state` saved, bit-exactly.
 
     Args:
       path: of the file.
-      model: with the parameters and the configuration of the one that made the state.
+      model: of the same parameters and configuration as the one that made the state.
       tokenizer: equal to the one that the state was saved with.
 
     Raises:
@@ -85,8 +84,8 @@ def load_state(path: str, model: LanguageModel, tokenizer: Tokenizer) -> Decoder
     for name, fingerprint in _fingerprints(model, tokenizer).items():
         if header.get(name) != fingerprint:
             raise UserError(
-                f"{path}: the state is of another {name}; use the one that it was saved with, or "
-                "read its text again"
+                f"{path}: the state is of another {name}; use the one that it was saved with (of "
+                "another checkpoint of the run: --checkpoint=STEP), or prefill its text again"
             )
     structure = jax.eval_shape(lambda: empty_state(model, 1))
     names = named_leaves(structure)
@@ -100,7 +99,7 @@ def load_state(path: str, model: LanguageModel, tokenizer: Tokenizer) -> Decoder
 
 
 def _read(path: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """Metadata and arrays of the file at `path`, which is whole."""
+    """Read and verify metadata and arrays of the file at `path`."""
     try:
         with open_file(path) as file:
             size = file.read(8)
@@ -116,12 +115,12 @@ def _read(path: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         raise UserError(f"{path}: damaged, or no state ({error}); {_ADVICE}") from error
     signed = {name: value for name, value in header.items() if name != "sha256"}
     if header.get("sha256") != _digest(signed, arrays):
-        raise UserError(f"{path}: damaged; use another copy, or read its text again")
+        raise UserError(f"{path}: damaged; use another copy, or prefill its text again")
     return header, arrays
 
 
 def _metadata(path: str, names: bytes) -> dict[str, str]:
-    """What the header of a file says of all arrays, if this version of the program can read it.
+    """Parse the metadata in the header of a file of this version of the format.
 
     Raises:
       ValueError: it is no JSON.
@@ -134,7 +133,7 @@ def _metadata(path: str, names: bytes) -> dict[str, str]:
     if metadata.get("version") != _VERSION:
         raise UserError(
             f"{path}: version {metadata.get('version')} of the format, and this program knows "
-            f"{_VERSION}; use the program that wrote it, or read its text again"
+            f"{_VERSION}; use the program that wrote it, or prefill its text again"
         )
     return metadata
 

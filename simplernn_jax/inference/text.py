@@ -1,24 +1,30 @@
-"""Text in, text out: `generate` with a tokenizer around it."""
+"""Generation of text: `generate` between a tokenizer's encoding and decoding."""
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference.arguments import check_callback, check_model, check_tokenizer
+from simplernn_jax.inference.arguments import (
+    check_callback,
+    check_model,
+    check_tokenizer,
+    checked_texts,
+)
 from simplernn_jax.inference.decode import generate
-from simplernn_jax.inference.inputs import checked_texts
 from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState, check_state
 from simplernn_jax.models import LanguageModel
 
 
 class Texts(list[str]):
-    """What `generate_text` wrote: the continuations, without what was read, one per row."""
+    """Continuations, without their prompts, one per sequence."""
 
-    state: DecoderState
-    """Where the rows stand now; give it to `generate_text` to go on."""
+    def __init__(self, texts: Iterable[str], state: DecoderState) -> None:
+        super().__init__(texts)
+        self.state = state
+        """State after the texts, from which `generate_text` continues."""
 
 
 def generate_text(
@@ -34,28 +40,28 @@ def generate_text(
     state: DecoderState | None = None,
     on_text: Callable[[list[str]], None] | None = None,
 ) -> Texts:
-    """Continues each prompt, as the beginning of a document, until its end or `max_new_tokens`.
+    """Continue each prompt, as the beginning of a document, up to its end or `max_new_tokens`.
 
-    BOS stands before every prompt, as in training; an empty prompt is BOS alone. BOS, PAD and
-    ids that the tokenizer does not know are never written.
+    BOS is put before every prompt, as in training; an empty prompt is BOS alone. BOS, PAD and ids
+    that the tokenizer does not know are never generated.
 
-    Going on from `Texts.state` with the same settings writes what one longer call would have
-    written. A character that the first call left unfinished is written whole by the next one.
+    Continuing from `Texts.state` with the same settings gives the text of one longer call. A
+    character that the first call left unfinished is given whole by the next one.
 
     Args:
       model: the language model.
       tokenizer: the one it was trained with.
-      prompts: one text or several; None is an empty one. With `state`, what to read before going
-        on, without BOS: one text is for every row, and an empty one reads nothing.
+      prompts: one text or several; None is an empty one. With `state`, text to append first,
+        without BOS: one text is for every sequence, and an empty one appends nothing.
       max_new_tokens, temperature, top_k, top_p, seed: as for `generate`.
-      state: rows to continue, from an earlier call with the same model, or loaded or forked.
-      on_text: called as text comes, with the new characters of every row (whole ones only).
+      state: sequences to continue, from an earlier call with the same model, loaded or forked.
+      on_text: called with the new characters of every sequence (whole ones only) as they come.
 
     Returns:
       The continuations, a list, and the state after them as its attribute ``state``.
 
     Raises:
-      UserError: what is no text, a text that the tokenizer cannot encode, or as for `generate`.
+      UserError: not a text, a text that the tokenizer cannot encode, or as for `generate`.
     """
     check_model(model)
     check_tokenizer(tokenizer)
@@ -70,9 +76,9 @@ def generate_text(
         )
     banned_ids = {tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, vocab_size)}
     banned_ids -= {tokenizer.eos_id}  # some vocabularies have one id for several purposes
-    rows, contexts = _encode(tokenizer, prompts, state)
+    ids, contexts = _encode(tokenizer, prompts, state)
     streams = [TextStream(tokenizer, context) for context in contexts]
-    texts = Texts([""] * len(rows))
+    texts = [""] * len(ids)
 
     def take(pieces: list[str]) -> None:
         for index, piece in enumerate(pieces):
@@ -80,9 +86,9 @@ def generate_text(
         if on_text is not None:
             on_text(pieces)
 
-    written = generate(
+    generation = generate(
         model,
-        rows,
+        ids,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -92,34 +98,33 @@ def generate_text(
         banned_ids=sorted(banned_ids),
         state=state,
         on_tokens=lambda new: take(
-            [stream.feed(ids) for stream, ids in zip(streams, new, strict=True)]
+            [stream.feed(tokens) for stream, tokens in zip(streams, new, strict=True)]
         ),
     )
     take([stream.finish() for stream in streams])
-    texts.state = written.state
-    return texts
+    return Texts(texts, generation.state)
 
 
 def _encode(
     tokenizer: Tokenizer, prompts: str | Sequence[str] | None, state: DecoderState | None
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The ids to read, and the last ones that stand before what is written."""
-    num_rows = 1 if state is None else len(state.position)
-    encoded = [tokenizer.encode(prompt) for prompt in checked_texts(prompts, num_rows)]
+    """Encode the prompts; return their ids and the last ids before the new ones."""
+    batch_size = 1 if state is None else len(state.position)
+    encoded = [tokenizer.encode(prompt) for prompt in checked_texts(prompts, batch_size)]
     if state is None:
-        rows = [np.concatenate([[tokenizer.bos_id], ids]) for ids in encoded]
-        return rows, rows
+        encoded = [np.concatenate([[tokenizer.bos_id], ids]) for ids in encoded]
+        return encoded, encoded
     # Not strict: `generate` refuses prompts of another number.
     pairs = zip(np.asarray(state.recent), encoded, strict=False)
     return encoded, [np.concatenate([recent[recent >= 0], ids]) for recent, ids in pairs]
 
 
 class TextStream:
-    """Turns the ids of one row into text piece by piece and never cuts a character.
+    """Incremental decoder of one sequence that never cuts a character.
 
     Args:
       tokenizer: decodes the ids.
-      context: [n] ids already written elsewhere, usually the prompt.
+      context: [n] ids before the first one, usually the prompt.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] | np.ndarray = ()) -> None:
@@ -127,23 +132,23 @@ class TextStream:
         self._remember([int(token) for token in context])
 
     def feed(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The characters that `ids` complete; an unfinished one waits for its other bytes."""
+        """Return the characters that `ids` complete; an unfinished one waits for its last byte."""
         self._ids += [int(token) for token in ids]
-        text = self._text()[self._num_written :]
-        self._num_written += len(text)
+        text = self._text()[self._num_returned :]
+        self._num_returned += len(text)
         if len(self._ids) > 2 * RECENT_TOKENS:
             self._remember(self._ids)
         return text
 
     def finish(self) -> str:
-        """What is left of an unfinished character, as U+FFFD; otherwise an empty string."""
-        return self._text(final=True)[self._num_written :]
+        """Return U+FFFD for an unfinished character, otherwise an empty string."""
+        return self._text(final=True)[self._num_returned :]
 
     def _remember(self, ids: list[int]) -> None:
         self._ids = ids[-RECENT_TOKENS:]
-        self._num_written = len(self._text())
+        self._num_returned = len(self._text())
 
     def _text(self, final: bool = False) -> str:
-        """All of the remembered ids; without an unfinished character at its end, unless `final`."""
+        """Decode the remembered ids, without an unfinished last character unless `final`."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return decoder.decode(self._tokenizer.decode_bytes(self._ids), final)

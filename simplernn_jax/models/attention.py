@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from simplernn_jax.array_types import (
     Activations,
@@ -37,6 +37,14 @@ class KVCache(NamedTuple):
     values: CachedValues
     length: Int[Array, "B"]
     """Tokens of the current segment so far; int32."""
+
+    def rolled_back(self, where: Bool[Array, "B"], before: "KVCache") -> "KVCache":
+        """Drop the last token of the sequences `where`; `before` is the cache without it.
+
+        Nothing is copied but the count: the next token overwrites the slot of the dropped one,
+        which no query sees until then.
+        """
+        return self._replace(length=jnp.where(where, before.length, self.length))
 
 
 class Attention(Heads):

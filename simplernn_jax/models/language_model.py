@@ -1,15 +1,18 @@
 """The language model: tokens and state to logits and state."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool
 
 from simplernn_jax.array_types import Activations, Logits, ModelState, SegmentIds, Tokens
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.mesh_axes import LogicalAxes
+from simplernn_jax.models.attention import KVCache
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
 from simplernn_jax.models.dense import Dense, dtypes_of
 from simplernn_jax.models.layer_stack import LayerStack
@@ -91,6 +94,24 @@ class LanguageModel(nnx.Module):
         if isinstance(self.layers, LayerStack):
             return self.layers.state_axes()
         return tuple(layer.state_axes() for layer in self.layers)
+
+    def rolled_back(
+        self, where: Bool[Array, "B"], before: ModelState, after: ModelState
+    ) -> ModelState:
+        """Drop the last token of the sequences `where` from their states, without copying caches.
+
+        Args:
+          where: the sequences that keep the state they had.
+          before: the states without the last token.
+          after: the states with it.
+        """
+
+        def select(before: Any, after: Any) -> Any:
+            if isinstance(after, KVCache):
+                return after.rolled_back(where, before)
+            return jnp.where(where.reshape(-1, *[1] * (after.ndim - 1)), before, after)
+
+        return jax.tree.map(select, before, after, is_leaf=lambda x: isinstance(x, KVCache))
 
     def encode(
         self,

@@ -14,9 +14,8 @@ from jax.sharding import Mesh, PartitionSpec
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.data.evaluation_batches import evaluation_batches
+from simplernn_jax.data.evaluation_batches import Contexts, context_batches, evaluation_batches
 from simplernn_jax.data.token_store import TokenSplit
-from simplernn_jax.data.window_batches import Windows, window_batches
 from simplernn_jax.mesh_axes import BATCH_AXES, TOKEN_AXES
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.collectives import psum
@@ -138,7 +137,7 @@ class Evaluator:
         split: TokenSplit,
         limit_tokens: int = 0,
         reset_every: int = 0,
-        windows: Windows | None = None,
+        windows: Contexts | None = None,
     ) -> Iterator[Scores]:
         """Score every prediction of the split once, or `limit_tokens` of them, always the same.
 
@@ -163,7 +162,7 @@ class Evaluator:
                 self._divisible_by,
             )
         else:
-            batches, _ = window_batches(
+            batches, _ = context_batches(
                 split, windows, BATCH_TOKENS, self._pad_id, limit_tokens, self._divisible_by
             )
         carried = None
@@ -182,7 +181,7 @@ class Evaluator:
         split: TokenSplit,
         limit_tokens: int = 0,
         reset_every: int = 0,
-        windows: Windows | None = None,
+        windows: Contexts | None = None,
     ) -> Evaluation:
         """Return the mean over `scores`, with its arguments and errors."""
         nats: list[float] = []

@@ -1,0 +1,238 @@
+"""Files of records as a corpus: JSONL and Parquet, one field of each record is a document."""
+
+import abc
+import importlib.util
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from absl import logging
+
+from simplernn_jax.config import nearest_name
+from simplernn_jax.data.documents import Corpus, Document, text_pieces
+from simplernn_jax.data.source_files import (
+    SourceFile,
+    file_status,
+    library_errors,
+    open_source,
+)
+from simplernn_jax.errors import UserError, one_line
+
+LARGEST_RECORD = 1 << 26
+"""Bytes of a JSONL line. A larger one is a JSON array or another format rather than a record."""
+
+_PARQUET_ROWS = 16
+"""Rows held at a time, besides the pages that hold them."""
+_READ_BUFFER = 1 << 20
+
+_NAMED_FIELDS = 8
+"""Fields that an error names at most: a record can have millions."""
+_CHAT = "messages"
+_NO_CHAT = "chats cannot be trained on yet: write each as one text into a field of its own"
+
+
+class BadRecord(Exception):
+    """Reason why a record has no text."""
+
+
+class RecordFiles(Corpus):
+    """Files of records. Bad records within a limit are skipped, counted and warned of once."""
+
+    kind: str
+
+    def __init__(
+        self, files: list[SourceFile], field: str, encoding_errors: str, max_bad_records: int
+    ) -> None:
+        super().__init__(files, encoding_errors, kind=self.kind, field=field)
+        self._field = field
+        self._max_bad_records = max_bad_records
+        self._has_warned = False
+
+    def documents(self) -> Iterator[Document]:
+        """See `Corpus.documents`."""
+        self.bytes_read = 0
+        first_problem, num_bad = "", 0
+        for file in self._files:
+            for place, value in self._records(file):
+                try:
+                    text = self._text(value)
+                except BadRecord as error:
+                    problem = one_line(f"{file.path}{place}: {error}")
+                    first_problem = first_problem or problem
+                    num_bad += 1
+                    if num_bad > self._max_bad_records:
+                        raise UserError(
+                            f"{problem}; bad record {num_bad}, {self._max_bad_records} allowed: fix"
+                            " it or raise max_bad_records (train.py: --config.data.max_bad_records)"
+                        ) from error
+                    continue
+                yield Document(f"{file.name}{place}", text_pieces(text))
+        if num_bad and not self._has_warned:
+            self._has_warned = True
+            skipped = "1 bad record skipped:"
+            if num_bad > 1:
+                skipped = f"{num_bad} bad records skipped, the first of them"
+            logging.warning("%s %s", skipped, first_problem)
+
+    @abc.abstractmethod
+    def _records(self, file: SourceFile) -> Iterator[tuple[str, Any]]:
+        """Yield the place of each record in the file, and what `_text` needs of it."""
+
+    @abc.abstractmethod
+    def _text(self, value: Any) -> str:
+        """Extract the text of a record.
+
+        Raises:
+          BadRecord: it has none.
+        """
+
+
+class JsonlFiles(RecordFiles):
+    """JSONL files: one record in each line, blank lines left out."""
+
+    kind = "jsonl"
+
+    def _records(self, file: SourceFile) -> Iterator[tuple[str, tuple[int, bytes]]]:
+        """Yield the number of each line that is not blank, its offset and its bytes."""
+        before = self.bytes_read
+        end = 0
+        with open_source(file.path) as source:
+            for number in itertools.count(1):
+                line = source.stream.readline(LARGEST_RECORD)
+                if not line or number % 256 == 0:  # asking for it takes as long as a short line
+                    self.bytes_read = before + source.bytes_read
+                if not line:
+                    break
+                if len(line) == LARGEST_RECORD:
+                    raise UserError(
+                        f"{file.path}:{number}: a line of more than {LARGEST_RECORD >> 20} MiB; "
+                        "write one JSON object in each line"
+                    )
+                end += len(line)
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    yield f":{number}", (end - len(line), line)
+
+    def _text(self, value: tuple[int, bytes]) -> str:
+        offset, line = value
+        try:
+            record = json.loads(line.decode("utf-8", self._encoding_errors))
+        except UnicodeDecodeError as error:
+            raise BadRecord(f"invalid UTF-8 at byte {offset + error.start} of the file") from error
+        except (ValueError, RecursionError) as error:
+            raise BadRecord(f"not JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise BadRecord(f"of type {type(record).__name__}, not an object")
+        if self._field not in record:
+            raise BadRecord(_missing_field(self._field, record))
+        text = record[self._field]
+        if not isinstance(text, str):
+            raise BadRecord(_wrong_type(self._field, type(text).__name__))
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            if self._encoding_errors == "strict":
+                raise BadRecord(
+                    f"field {self._field!r} holds half a surrogate pair, which is no character"
+                ) from error
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return text
+
+
+class ParquetFiles(RecordFiles):
+    """Parquet files: each row of one column of text is a document.
+
+    Memory is bounded by the largest page, which the writer of the file chose, mostly about 1 MiB.
+
+    Raises:
+      UserError: pyarrow is not installed.
+    """
+
+    kind = "parquet"
+
+    def __init__(self, files: list[SourceFile], *settings: Any) -> None:
+        if importlib.util.find_spec("pyarrow") is None:
+            raise UserError(
+                f"{files[0].path}: reading Parquet needs pyarrow; install it with "
+                "pip install pyarrow"
+            )
+        super().__init__(files, *settings)
+
+    def _records(self, file: SourceFile) -> Iterator[tuple[str, bytes | None]]:
+        """Yield the number of each row and the content of its field."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        before, size = self.bytes_read, file_status(file.path).st_size
+        damaged = f"{file.path}: not a whole Parquet file", "replace it by a whole copy"
+        with open_source(file.path) as source:
+            with library_errors(*damaged):
+                # Without a pre-buffer, a column is read page by page.
+                table = parquet.ParquetFile(
+                    source.file,
+                    pre_buffer=False,
+                    buffer_size=_READ_BUFFER,
+                    page_checksum_verification=True,
+                )
+                self._check_column(file.path, table.schema_arrow)
+                num_rows = table.metadata.num_rows
+                batches = table.iter_batches(
+                    _PARQUET_ROWS, columns=[self._field], use_threads=False
+                )
+            number = 0
+            while True:
+                with library_errors(*damaged):
+                    batch = next(batches, None)
+                    if batch is None:
+                        break
+                    values = batch.column(0).cast(pa.large_binary()).to_pylist()
+                for value in values:
+                    self.bytes_read = before + size * number // max(num_rows, number + 1)
+                    yield f": row {number}", value
+                    number += 1
+        self.bytes_read = before + size
+
+    def _check_column(self, path: str, schema: Any) -> None:
+        from pyarrow import types
+
+        if self._field not in schema.names:
+            raise UserError(f"{path}: {_missing_field(self._field, schema.names)}")
+        found = schema.field(self._field).type
+        plain = found.value_type if types.is_dictionary(found) else found
+        is_text = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+        if not any(is_type(plain) for is_type in is_text):
+            raise UserError(
+                f"{path}: {_wrong_type(self._field, str(found))}; choose another with "
+                "--config.data.field=NAME"
+            )
+
+    def _text(self, value: bytes | None) -> str:
+        if value is None:
+            raise BadRecord(_wrong_type(self._field, "null"))
+        try:
+            return value.decode("utf-8", self._encoding_errors)
+        except UnicodeDecodeError as error:
+            raise BadRecord(
+                f"invalid UTF-8 at byte {error.start} of field {self._field!r}"
+            ) from error
+
+
+def _missing_field(field: str, fields: Iterable[str]) -> str:
+    """Describe a record that has other `fields` than the wanted one."""
+    fields = list(fields)
+    named = [name[:30] for name in fields[:_NAMED_FIELDS]]
+    near = nearest_name(field, named)
+    if _CHAT in fields and not near:
+        return f"no field {field!r} but {_CHAT!r}; {_NO_CHAT}"
+    return (
+        f"no field {field!r}{near}; it has {', '.join(named) or 'none'}: say "
+        "with field=NAME (train.py: --config.data.field=NAME) which holds the text"
+    )
+
+
+def _wrong_type(field: str, found: str) -> str:
+    """Describe a record whose field is not text but of the type `found`."""
+    hint = f"; {_NO_CHAT}" if field == _CHAT else ""
+    return f"field {field!r} is of type {found}, not text{hint}"
