@@ -1,6 +1,3 @@
-"""Alias of `pytorch_reference`, for commands that use its older name.
-
-    python scripts/train.py --config configs/seed.py --workdir runs/seed
-"""
+"""Alias of `pytorch_reference` under its older name: ``--config configs/seed.py``."""
 
 from configs.pytorch_reference import get_config  # noqa: F401

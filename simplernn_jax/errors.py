@@ -1,4 +1,6 @@
-"""The one exception for everything a user can put right."""
+"""The one exception for everything a user can fix, and the wording of its numbers."""
+
+import math
 
 LONGEST_MESSAGE = 400
 """Characters of a message, at most: what a damaged file quotes of itself can be megabytes."""
@@ -22,6 +24,15 @@ def one_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
         end = longest // 3
         text = f"{text[: longest - end]} ... {text[-end:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Format with three digits and a decimal unit: ``4.8 TB``; ``0 B`` below one byte."""
+    num_bytes = float(f"{num_bytes:.3g}")
+    if num_bytes < 1:
+        return "0 B"
+    power = min(int(math.log10(num_bytes)) // 3, 6)
+    return f"{num_bytes / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB', 'EB')[power]}"
 
 
 def counted(number: int, noun: str) -> str:

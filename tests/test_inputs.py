@@ -142,10 +142,10 @@ def test_more_tokens_than_memory_holds_are_refused(count):
 
 
 def test_more_prompts_than_memory_holds_are_refused(monkeypatch):
-    from simplernn_jax import memory_bound
+    from simplernn_jax import devices
 
-    monkeypatch.setattr(memory_bound, "host_memory", lambda: 256**2)
-    with pytest.raises(UserError, match=r"^1000 prompts: needs .* GB, .*; give fewer at a time"):
+    monkeypatch.setattr(devices, "host_memory", lambda: 256**2)
+    with pytest.raises(UserError, match=r"^1000 prompts: needs .*B, .*; give fewer at a time"):
         generate(model(), [[1]] * 1000, max_new_tokens=0)
 
 

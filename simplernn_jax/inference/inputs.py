@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from simplernn_jax.devices import check_memory
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.arguments import as_array, checked_integer, checked_number
 from simplernn_jax.inference.programs import Settings
-from simplernn_jax.memory_bound import check_memory
 
 Prompts = Sequence[Sequence[int] | np.ndarray | jax.Array] | np.ndarray | jax.Array
 """B sequences of token ids, a [B, T] integer array, or one flat sequence."""

@@ -35,7 +35,7 @@ from simplernn_jax.training.display import Display, open_display
 from simplernn_jax.training.early_stopping import Evaluations
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 from simplernn_jax.training.interruption import Interruption
-from simplernn_jax.training.memory_check import check_memory
+from simplernn_jax.training.memory_check import check_train_step
 from simplernn_jax.training.metrics import MetricsWriter, NoMetrics
 from simplernn_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from simplernn_jax.training.placement import batch_shardings
@@ -103,7 +103,7 @@ class _Run:
         self.workdir = workdir
         self.total_steps = total_steps(self.config, self.corpus)
         optimizer = make_optimizer(self.config.optimizer, self.total_steps, self.mesh)
-        check_memory(self.config, optimizer, self.mesh)
+        check_train_step(self.config, optimizer, self.mesh)
         self.layout = FileLayout(self.config, optimizer, self.mesh)
         self.checkpointer = Checkpointer(
             workdir,
