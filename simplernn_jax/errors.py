@@ -1,16 +1,18 @@
 """The one exception for everything a user can fix, and the wording of its numbers."""
 
+import difflib
 import math
+from collections.abc import Iterable
 
 LONGEST_MESSAGE = 400
 """Characters of a message, at most: what a damaged file quotes of itself can be megabytes."""
 
 
 class UserError(Exception):
-    """Bad input or a state of the machine that the user can fix.
+    """Bad input, or a condition of the machine that the user can fix.
 
     The message is one line: what is wrong, where, and what to do. The scripts
-    print it as ``error: MESSAGE`` and exit with code 2 (``command_line.main``).
+    print it as ``error: MESSAGE`` and exit with code 2 (`exit_codes`).
     """
 
     def __init__(self, message: str) -> None:
@@ -38,3 +40,9 @@ def format_bytes(num_bytes: float) -> str:
 def counted(number: int, noun: str) -> str:
     """``1 token`` or ``1,000 tokens``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str:
+    """Return ``"; did you mean 'steps'?"``, or an empty string if no name is close."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

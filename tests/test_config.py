@@ -97,6 +97,8 @@ def test_a_mixer_for_each_layer(mixer):
     config.model.num_layers = of_a_list.model.num_layers = 3
     config.model.mixer = mixer
     of_a_list.model.mixer = ["simple_rnn", "attention", "attention"]
+    validate(config)
+    validate(of_a_list)
     assert config == of_a_list == from_json(to_json(of_a_list))
     assert hash(config.model) == hash(of_a_list.model)
     assert config.model.mixers == ("simple_rnn", "attention", "attention")

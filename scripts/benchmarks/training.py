@@ -29,7 +29,8 @@ from benchmarks.jax_steps import (
 )
 from benchmarks.peak_memory import jax_peak
 from simplernn_jax import config as config_lib
-from simplernn_jax.config import PRECISIONS, Config
+from simplernn_jax.config import Config
+from simplernn_jax.config_rules import PRECISIONS
 from simplernn_jax.training.gradient import abstract_model
 
 BATCH, LENGTH = 16, 256

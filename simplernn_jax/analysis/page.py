@@ -19,7 +19,7 @@ from simplernn_jax.analysis.html_parts import (
 )
 from simplernn_jax.analysis.summary import summarize
 from simplernn_jax.analysis.token_text import quoted, sum_by_unit
-from simplernn_jax.config import MIXERS
+from simplernn_jax.config_rules import MIXERS
 from simplernn_jax.errors import counted
 
 TITLE = "What the model did with a text"

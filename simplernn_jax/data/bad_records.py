@@ -4,8 +4,7 @@ from collections.abc import Iterable
 
 from absl import logging
 
-from simplernn_jax.config import nearest_name
-from simplernn_jax.errors import UserError, one_line
+from simplernn_jax.errors import UserError, nearest_name, one_line
 
 _NAMED_FIELDS = 8
 """Fields that an error names at most: a record can have millions."""

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from simplernn_jax.config import nearest_name
 from simplernn_jax.data.documents import Document, text_pieces
 from simplernn_jax.data.source_files import SourceFile, files_fingerprint, total_size
 from simplernn_jax.data.tfds_features import check_folder
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, nearest_name
 
 _INFO = "dataset_info.json"
 
