@@ -13,7 +13,7 @@ from flax import nnx
 
 from benchmarks.attention import corpus
 from benchmarks.attention.sides import RECURRENCE, config_of
-from simplernn_jax.analysis import account_for_layers
+from simplernn_jax.analysis import decompose_layers
 from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.preparation import prepare
 
@@ -43,8 +43,8 @@ def measure(sizes: Sizes) -> list[dict[str, float]]:
     model = nnx.merge(graph, trained.params)
     return [
         {
-            "operator_error": float(account.operator_error),
-            "layer_error": float(account.layer_error),
+            "operator_error": float(layer.operator_error),
+            "layer_error": float(layer.layer_error),
         }
-        for account in account_for_layers(model, tokens, model.initial_state(1))
+        for layer in decompose_layers(model, tokens, model.initial_state(1))
     ]
