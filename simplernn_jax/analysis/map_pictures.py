@@ -90,7 +90,7 @@ def draw_state_share(explanation: Explanation) -> Picture:
     units = explanation.units
     with new_figure(FITTING, 4) as figure:
         axes = figure.subplots()
-        styles = line_styles(len(explanation.layers))
+        styles = line_styles(len(explanation.layers), units[-1].stop)
         named = zip(explanation.layer_names, explanation.layers, styles, strict=True)
         for name, layer, style in named:
             part = np.linalg.norm(layer.from_state[0], axis=(-2, -1))

@@ -72,11 +72,12 @@ def colors(count: int) -> list[Any]:
     return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.85, max(count, 1))))
 
 
-def line_styles(count: int) -> list[dict[str, Any]]:
+def line_styles(count: int, points: int) -> list[dict[str, Any]]:
     """Return arguments of ``plot`` for `count` curves that stay distinct where they meet.
 
     Each has its color, dash pattern and open marker, and its own places of about eight markers.
     """
+    step = max(points // 8, 1)
     shapes = zip(itertools.cycle("os^Dv*P"), itertools.cycle(("-", "--", "-.", ":")), strict=False)
     return [
         {
@@ -86,7 +87,7 @@ def line_styles(count: int) -> list[dict[str, Any]]:
             "marker": marker,
             "markerfacecolor": "none",
             "markersize": 5,
-            "markevery": (index / count / 8, 1 / 8),
+            "markevery": (index * step // count, step),
         }
         for index, (color, (marker, line)) in enumerate(zip(colors(count), shapes, strict=False))
     ]
@@ -95,7 +96,8 @@ def line_styles(count: int) -> list[dict[str, Any]]:
 def add_legend(figure: Any, axes: Any) -> None:
     """Put the legend of `axes` above the figure, where it covers no curve."""
     handles, labels = (part[:_MAX_NAMED] for part in axes.get_legend_handles_labels())
-    columns = max(1, min(4, 40 // max(map(len, labels))))
+    longest = max(map(len, labels))
+    columns = int(np.clip(FITTING / (0.085 * longest + 0.7), 1, 4))  # inches
     figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * -(-len(labels) // columns))
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
 
@@ -104,20 +106,21 @@ def draw_half_lives(memory: Memory, window: int) -> Picture:
     """Draw the sorted half-lives of each layer, and the training window for comparison."""
     with new_figure(FITTING, 4) as figure:
         axes = figure.subplots()
-        styles = line_styles(len(memory.layers))
+        label = f"training window ({window:,})"
+        axes.axhline(window, color="grey", linestyle="--", linewidth=1, label=label)
+        key_channels = max(part.half_lives.size for part in memory.layers if part is not None)
+        styles = line_styles(len(memory.layers), key_channels)
         for number, (part, style) in enumerate(zip(memory.layers, styles, strict=True), 1):
             if part is not None:
                 lives = np.sort(part.half_lives.ravel())[::-1]
                 lives = np.where(np.isfinite(lives), lives, np.nan)
                 channels = np.arange(1, len(lives) + 1)
                 axes.plot(channels, lives, label=f"layer {number}", **style)
-        label = f"training window, {counted(window, 'token')}"
-        axes.axhline(window, color="grey", linestyle="--", linewidth=1, label=label)
         axes.set_yscale("log", subs=[2, 5])
         axes.yaxis.set_major_formatter("{x:,g}")
         axes.yaxis.set_minor_formatter("{x:,g}")
         axes.set(xlabel="key channels of all heads, by half-life", ylabel="half-life (tokens)")
-        axes.grid(axis="y")
+        axes.grid(axis="y", which="both")
         add_legend(figure, axes)
         return Picture(
             "half_lives",
@@ -163,7 +166,8 @@ def _draw_state(memory: Memory, name: str, label: str) -> bytes:
             axes.set_axis_off()
         for axes, (number, part) in zip(grid.flat, layers, strict=False):
             values = getattr(part, name)
-            for head, style in enumerate(line_styles(values.shape[1])):
+            points, heads = values.shape
+            for head, style in enumerate(line_styles(heads, points)):
                 axes.plot(memory.positions, values[:, head], label=f"head {head + 1}", **style)
             axes.set(title=f"layer {number}", xlabel="tokens read")
             axes.grid(axis="y")
