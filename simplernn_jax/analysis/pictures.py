@@ -2,7 +2,7 @@
 
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -206,7 +206,7 @@ def draw_position_loss(loss: PositionLoss, window: int) -> Picture:
             capsize=5,
             label=reset,
         )
-        _set_loss_axes(axes, "tokens of the document before the prediction")
+        _set_loss_axes(axes, middles, "tokens of the document before the prediction")
         add_legend(figure, axes)
         return Picture(
             "loss_by_position",
@@ -237,7 +237,7 @@ def draw_reset_loss(losses: dict[int, Evaluation], window: int) -> Picture:
             markerfacecolor="none",
             label=f"reset at every training window ({counted(window, 'token')})",
         )
-        _set_loss_axes(axes, "tokens between two resets")
+        _set_loss_axes(axes, intervals, "tokens between two resets")
         add_legend(figure, axes)
         return Picture(
             "loss_by_reset",
@@ -249,8 +249,9 @@ def draw_reset_loss(losses: dict[int, Evaluation], window: int) -> Picture:
         )
 
 
-def _set_loss_axes(axes: Any, label: str) -> None:
+def _set_loss_axes(axes: Any, places: Sequence[float], label: str) -> None:
     axes.set_xscale("log", base=2)
+    axes.set_xlim(0.75 * places[0], 1.5 * places[-1])  # also if every loss is NaN
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.minorticks_off()
     axes.set(xlabel=label, ylabel="loss (nats per token)")

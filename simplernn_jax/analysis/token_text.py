@@ -1,7 +1,7 @@
 """Readable text of tokens: whole characters, visible spaces, and labels of pictures."""
 
 import functools
-import itertools
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -95,14 +95,19 @@ def beginning(text: str, most: int) -> str:
     A character that the font lacks is replaced by its escape, whole or left out.
     """
     drawn = list(map(_drawn, text))
-    if sum(map(len, drawn)) <= most:
+    if len("".join(drawn)) <= most:
         return "".join(drawn)
-    return "".join(_that_fit(drawn, most - 1)) + "…"
+    while len("".join(drawn)) >= most:
+        drawn.pop()
+    return "".join(drawn) + "…"
 
 
 def ending(text: str, most: int) -> str:
     """Return the end of `text` in the same way, without an ellipsis."""
-    return "".join(reversed(_that_fit(list(map(_drawn, reversed(text))), most)))
+    drawn = list(map(_drawn, text))
+    while len("".join(drawn)) > most:
+        drawn.pop(0)
+    return "".join(drawn)
 
 
 def label_text(axis: Any, units: Sequence[Unit], offset: int, most: int) -> None:
@@ -112,43 +117,28 @@ def label_text(axis: Any, units: Sequence[Unit], offset: int, most: int) -> None
       axis: of an image whose cells are tokens.
       units: of the tokens shown.
       offset: position of the first token in its document.
-      most: number of ticks, about.
+      most: number of ticks at most.
     """
-    length = units[-1].stop
-    step = -(-length // most)
-    # Some languages have no spaces.
-    has_words = sum(begins_word(units, index) for index in range(len(units))) > most // 2
+    places = [index for index in range(len(units)) if begins_word(units, index)]
+    if len(places) <= most // 2:  # some languages have no spaces
+        places = list(range(len(units)))
+    step = -(-units[-1].stop // most)
     ticks: list[int] = []
     names = []
-    for place in range(0, length, step):
-        inside = [i for i, unit in enumerate(units) if place <= unit.start < place + step]
-        if inside:
-            first = next((i for i in inside if begins_word(units, i)), None)
-            if first is None and has_words:
-                continue
-            first = inside[0] if first is None else first
-            start = units[first].start
-            if ticks and start - ticks[-1] < 0.7 * step:  # their texts would touch
-                continue
+    for place in places:
+        start = units[place].start
+        if not ticks or start - ticks[-1] >= step:
             ticks.append(start)
-            names.append(f"{words_from(units, first, step)} {offset + start}")
+            names.append(f"{words_from(units, place)} {offset + start}")
     axis.set_ticks(ticks, names, **MONOSPACE)
 
 
-def words_from(units: Sequence[Unit], first: int, tokens: int) -> str:
-    """Return the whole words from unit `first` that begin within `tokens` tokens and fit a label.
-
-    A first word that does not fit is cut and ends in an ellipsis.
-    """
-    end = units[first].start + tokens
-    shown = ""
-    for stop in range(first + 1, len(units)):
-        if begins_word(units, stop) or units[stop].text.isspace():
-            text = "".join(unit.text for unit in units[first:stop]).strip()
-            if shown and (len("".join(map(_drawn, text))) > LABEL or units[stop - 1].start >= end):
-                break
-            shown = text
-    return beginning(shown or "".join(unit.text for unit in units[first:]).strip(), LABEL)
+def words_from(units: Sequence[Unit], first: int) -> str:
+    """Return the whole words from unit `first` that fit a label, or the beginning of the first."""
+    text = "".join(unit.text for unit in units[first : first + LABEL + 1]).strip()
+    ends = [space.start() for space in re.finditer(r"\s+|$", text)]
+    fitting = [end for end in ends if len("".join(map(_drawn, text[:end]))) <= LABEL]
+    return beginning(text[: max(fitting, default=ends[0])], LABEL)
 
 
 def label_unit(units: Sequence[Unit], index: int) -> str:
@@ -164,12 +154,6 @@ def label_unit(units: Sequence[Unit], index: int) -> str:
     left = whole if whole == ending(before, 1000) else f"…{ending(before, 9)}"
     text = f"{left}[{beginning(units[index].text, LABEL)}]{beginning(after, 7)}"
     return f"{text:>15} {units[-1].stop - units[index].start:>4}"
-
-
-def _that_fit(drawn: Sequence[str], most: int) -> Sequence[str]:
-    """Return the first of `drawn` with at most `most` characters in all."""
-    ends = itertools.accumulate(map(len, drawn))
-    return [text for text, end in zip(drawn, ends, strict=True) if end <= most]
 
 
 def _drawn(character: str) -> str:
