@@ -1,4 +1,4 @@
-"""Recurrent language models in JAX: the SimpleRNN cell, its training and its decoding.
+"""Recurrent language models in JAX: the SimpleRNN cell, training and decoding.
 
 Public names: `load_model` here; `gated_linear_recurrence` and `recurrent_step` in
 `simplernn_jax.ops`; `SimpleRNNCell`, `SimpleRNN` and `LanguageModel` in
@@ -15,18 +15,18 @@ __version__ = "0.1.0"
 
 
 def load_model(workdir: str, checkpoint: str | int = "best") -> tuple[Any, Any, Any]:
-    """Loads what a training run left: ``(model, tokenizer, config)``.
+    """Load a trained run: ``(model, tokenizer, config)``.
 
-    The checkpoint is verified and restored; nothing in it is executed. Imports happen here, so
-    that importing the package stays cheap.
+    The checkpoint is verified and restored; nothing in it is executed. Imports are deferred, so that
+    importing the package is fast.
 
     Args:
       workdir: folder of a training run.
-      checkpoint: ``best``, the one of lowest validation loss where all that were evaluated were
-        so on the same tokens, else the newest; ``newest``; or a step.
+      checkpoint: ``best``, the lowest validation loss if all were evaluated on the same tokens,
+        otherwise the newest; ``newest``; or a step.
 
     Raises:
-      UserError: no such checkpoint there, or none that is whole.
+      UserError: no such checkpoint, or none that is valid.
     """
     from simplernn_jax.checkpoint.checkpointer import load_model as load
 

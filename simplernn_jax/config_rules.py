@@ -30,7 +30,7 @@ _LEAST = {
     **dict.fromkeys(("batch_size", "sequence_length", "gradient_accumulation"), 1),
     **dict.fromkeys(("max_skipped_updates", "fsdp", "tensor", "sequence", "stage"), 1),
     "keep_last": 2,
-    "data": -1,
+    **dict.fromkeys(("epsilon", "data"), -_LARGEST_FLOAT),  # have rules of their own
 }
 """By name of the field; 0 for all other numbers."""
 _MOST = {
@@ -136,7 +136,7 @@ def _check_run(values: Mapping[str, Any]) -> None:
         refuse("data.cache_dir", "of a user that exists, if it begins with ~")
     if not values["data.source"]:
         refuse("data.source", "stdlib, a path, a glob or tfds:NAME")
-    if values["optimizer.epsilon"] == 0:
+    if values["optimizer.epsilon"] <= 0:
         refuse("optimizer.epsilon", "positive")
     if values["train.seed"] >= 2**32:
         refuse("train.seed", "in [0, 2**32)")
@@ -148,7 +148,7 @@ def _check_run(values: Mapping[str, Any]) -> None:
         refuse("train.backward_window", f"a divisor of data.sequence_length={length}")
     if batch_size % values["train.gradient_accumulation"]:
         refuse("train.gradient_accumulation", f"a divisor of data.batch_size={batch_size}")
-    if values["mesh.data"] == 0:
+    if values["mesh.data"] < 1 and values["mesh.data"] != -1:
         refuse("mesh.data", "at least 1, or -1 for the devices that the other axes leave")
 
 
