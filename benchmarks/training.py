@@ -34,7 +34,8 @@ from benchmarks.train_steps import (
     scan_step,
 )
 from simplernn_jax import config as config_lib
-from simplernn_jax.config import PRECISIONS, Config
+from simplernn_jax.config import Config
+from simplernn_jax.config_rules import PRECISIONS
 
 BATCH, LENGTH = 16, 256
 

@@ -1,8 +1,8 @@
-"""`base` with softmax attention in the place of the recurrence, for a comparison of the two.
+"""`base` with softmax attention instead of the recurrence, for comparison.
 
     python scripts/train.py --config configs/attention.py --workdir runs/attention
 
-Attention has no forget gates; the MLP is wider by as many parameters.
+Attention has no forget gates; a wider MLP makes up for their parameters.
 """
 
 from configs import base

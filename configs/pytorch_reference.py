@@ -4,8 +4,8 @@
         --config.data.source=my_dialogues.jsonl
 
 Records look like ``{"user": "", "bot": "a sentence"}``; the field ``bot`` is learned.
-Six short sentences are learned by heart in 1,000 epochs (``--config.train.epochs=1000``): loss 0.04
-after 17 s on 2 CPU cores, and greedy decoding gives each back from its first words.
+Six short sentences are memorized in 1,000 epochs (``--config.train.epochs=1000``): loss 0.04
+after 17 s on 2 CPU cores, and greedy decoding completes each from its first words.
 """
 
 from simplernn_jax.config import Config

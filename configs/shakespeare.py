@@ -3,7 +3,7 @@
     python scripts/train.py --config configs/shakespeare.py --workdir runs/shakespeare \
         --config.data.source=tinyshakespeare.txt
 
-2,000 steps of 12 rows of 64 characters: 1,536,000 training characters.
+2,000 steps of 12 sequences of 64 characters: 1,536,000 training characters.
 Seeds 0, 1 and 2 on tinyshakespeare: 1.590, 1.571 and 1.567 nats/char on the last 10 %, each in
 less than a minute of training on 2 CPU cores.
 """

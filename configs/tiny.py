@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/tiny.py --workdir runs/tiny
 
-It writes nothing sensible: it shows that every part works.
+Its samples make no sense; it shows that every part works.
 """
 
 from simplernn_jax.config import Config

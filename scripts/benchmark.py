@@ -36,9 +36,8 @@ from benchmarks import decoding, machine, memory, recurrence, scaling, startup, 
 from benchmarks.attention import comparison
 from benchmarks.measure import Effort
 from simplernn_jax import command_line, early_signals
-from simplernn_jax.config import nearest_name
 from simplernn_jax.devices import check_devices
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, nearest_name
 from simplernn_jax.files import check_output, write_file
 
 BENCHMARKS = {

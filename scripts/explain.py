@@ -1,17 +1,16 @@
-"""Looks into a trained model while it reads a text, and writes a page about it.
+"""Explain how a trained model reads a text, on an HTML page.
 
     python scripts/explain.py --workdir runs/base --text "def main():" --out explained
     python scripts/explain.py --workdir runs/base --text_file story.txt --out explained
 
---out gets explain.html, which holds everything and opens offline, its pictures as PNG files, and
-their numbers in explain.json, where weights of maps are rounded to the fourth digit of their head's
-largest. The page opens with a summary in a few sentences, then shows how long the model remembers,
-what its state is worth, what one prediction came from, and which earlier tokens every output is
-made of. The text is read as one document; its tokens are counted from 1. Lines on standard error
-say what is being computed.
+Writes explain.html, a self-contained page, its pictures as PNG files, and their numbers as
+explain.json, with weights of maps rounded to the fourth digit of their head's largest. The page has
+a summary, the model's memory, the value of its state, the contributions to one prediction, and the
+attention map of every layer. The text is read as one document; its tokens are counted from 1.
+Progress is logged on standard error.
 
-Exits with code 1 if the parts of a layer's output do not make up the whole: those of its recurrence
-or attention, and where the model computes in float32 those of the layer too.
+Exits with code 1 if the attention map of a layer does not reproduce its output: that of the
+recurrence or attention, and for a float32 model that of the whole layer too.
 """
 
 import bootstrap
@@ -31,37 +30,37 @@ from simplernn_jax import command_line
 from simplernn_jax.errors import UserError, counted
 from simplernn_jax.files import check_output, write_file
 
-if TYPE_CHECKING:  # what takes long to import comes after the flags are known to be right
+if TYPE_CHECKING:  # slow imports happen after the flags are checked
     from simplernn_jax.analysis import Explanation
     from simplernn_jax.data import TokenSplit
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run to look into.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
 _CACHE_DIR, _SOURCE = command_line.define_corpus_flags()
 _TEXT = flags.DEFINE_string("text", None, "Text to read.")
 _TEXT_FILE = flags.DEFINE_string("text_file", None, "UTF-8 file to read; - is standard input.")
-_OUT = flags.DEFINE_string("out", None, "Folder for the page; made where it is missing.")
+_OUT = flags.DEFINE_string("out", None, "Folder for the page; created if missing.")
 _TOKEN = flags.DEFINE_integer(
     "token",
     None,
-    "Token whose prediction is taken apart; without it, the one that gains most from the far past.",
+    "Token whose prediction is decomposed; default: the one that gains most from distant context.",
 )
 _MAP_TOKENS = flags.DEFINE_integer(
-    "map_tokens", 192, "Tokens on the maps, around --token.", lower_bound=8, upper_bound=1024
+    "map_tokens", 192, "Tokens of the maps, around --token.", lower_bound=8, upper_bound=1024
 )
 
 _OUTPUT = re.compile(r"explain\.(html|json)|[a-z_]+(\d+)?\.png")
-"""Names of files that this script writes into --out."""
+"""Names of the files that this script writes."""
 
 
 def main() -> int:
-    """Explains the text with the chosen whole checkpoint of --workdir."""
+    """Explain the text with the chosen valid checkpoint of --workdir."""
     if not _WORKDIR.value:
         raise UserError("no --workdir: name the folder of a training run, such as runs/base")
     if not _OUT.value:
         raise UserError("no --out: name a folder for the page")
     if _TEXT.value is None and _TEXT_FILE.value is None:
-        raise UserError("no --text: give a text to read, or a file of it with --text_file")
+        raise UserError("no --text: give a text, or a file with --text_file")
     out = Path(command_line.expand_path(_OUT.value, "out"))
     _check_out(out)
     text = command_line.read_text(_TEXT.value, _TEXT_FILE.value, name="text")
@@ -84,7 +83,6 @@ def main() -> int:
         token=_TOKEN.value,
         map_tokens=_MAP_TOKENS.value,
         validation=_validation_split(workdir),
-        report=logging.info,
     )
     logging.info("drawing ...")
     sizes = config.model
@@ -101,7 +99,7 @@ def main() -> int:
 
 
 def _check_out(out: Path) -> None:
-    """Refuses at once what would fail when all has been computed."""
+    """Refuse an unusable output folder before the computation."""
     if os.path.lexists(out):
         if not out.is_dir():
             raise UserError(f"--out={_OUT.value}: not a folder; name one")
@@ -119,7 +117,7 @@ def _check_out(out: Path) -> None:
 
 
 def _validation_split(workdir: str) -> "TokenSplit | None":
-    """The run's held-out text, or None where it has none or lost it."""
+    """Return the run's held-out text, or None if it has none or lost it."""
     from simplernn_jax.training.preparation import open_saved_corpus
 
     try:
@@ -127,15 +125,14 @@ def _validation_split(workdir: str) -> "TokenSplit | None":
             workdir, cache_dir=_CACHE_DIR.value, source=_SOURCE.value
         ).validation
     except UserError as error:
-        logging.warning("evaluating on the given text, however short: %s", error)
+        logging.warning("evaluating on the given text, even if it is short: %s", error)
         return None
 
 
 def _write(out: Path, explanation: "Explanation", facts: dict[str, str]) -> Path:
-    """The pictures, the numbers and, last, the page; returns its path."""
+    """Write the pictures, the numbers and, last, the page; return its path."""
     from simplernn_jax.analysis.export import to_numbers
-    from simplernn_jax.analysis.gallery import draw_pictures
-    from simplernn_jax.analysis.page import make_page
+    from simplernn_jax.analysis.page import draw_pictures, make_page
 
     pictures = draw_pictures(explanation)
     for name, picture in pictures.items():
@@ -148,18 +145,18 @@ def _write(out: Path, explanation: "Explanation", facts: dict[str, str]) -> Path
 
 
 def _print_errors(explanation: "Explanation", is_float32: bool) -> bool:
-    """Prints how exact every layer's account is; returns whether all are, as in `is_exact`."""
-    from simplernn_jax.analysis.accounts import LARGEST_ERROR, is_exact
+    """Print the errors of every layer's map; return whether all are exact, as in `is_exact`."""
+    from simplernn_jax.analysis.decomposition import MAX_ERROR, is_exact
 
-    verdicts = [is_exact(account, is_float32) for account in explanation.accounts]
-    for name, mixer, account, verdict in zip(
-        explanation.layer_names, explanation.mixers, explanation.accounts, verdicts, strict=True
+    verdicts = [is_exact(layer, is_float32) for layer in explanation.layers]
+    for name, mixer, layer, verdict in zip(
+        explanation.layer_names, explanation.mixers, explanation.layers, verdicts, strict=True
     ):
         operator = "the recurrence" if mixer == "simple_rnn" else "softmax attention"
         print(
-            f"{name}: the map reproduces {operator} to {float(account.operator_error):.1e} "
-            f"(relative) and the layer's output to {float(account.layer_error):.1e}"
-            + ("" if verdict else f"   not within {LARGEST_ERROR:g}: do not trust it")
+            f"{name}: the map reproduces {operator} to {float(layer.operator_error):.1e} "
+            f"(relative) and the layer's output to {float(layer.layer_error):.1e}"
+            + ("" if verdict else f"   not within {MAX_ERROR:g}: do not trust it")
         )
     return all(verdicts)
 

@@ -1,14 +1,14 @@
-"""One legend of axes for docs, code and tests, and the array types named by it.
+"""Legend of axes for docs, code and tests, and the array types named by it.
 
-B  batch: rows that do not know each other
-T  time: tokens of a row
+B  batch: independent sequences
+T  time: tokens of a sequence
 H  heads of the recurrence or of attention
 K  key channels of one head
 V  value channels of one head
 D  width of the residual stream (``hidden_dim``)
-W  tokens that a short convolution remembers
+W  past inputs of a short convolution
 C  tokens of one chunk of the recurrence
-S  tokens that attention looks at: those of a cache, or the keys of one block of queries
+S  keys of attention: the slots of a cache, or the keys of one block of queries
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ Values = Float[Array, "B T H V"]
 LogGates = Float[Array, "B T H K"]
 """Logarithms of the forget gates, at most 0, float32."""
 Positions = Int[Array, "B T"]
-"""How many tokens of its segment come before each token."""
+"""Number of tokens before each token in its segment."""
 HeadState = Float[Array, "B H K V"]
 """State of one layer's recurrence, float32."""
 ConvState = Float[Array, "B W D"]
@@ -36,4 +36,4 @@ CachedKeys = Float[Array, "B H S K"]
 CachedValues = Float[Array, "B H S V"]
 
 ModelState = Any
-"""A pytree with one entry per layer, or one for all that are stacked; leaves have axis B first."""
+"""A pytree with one entry per layer, or one for all stacked layers; leaves begin with axis B."""

@@ -1,10 +1,9 @@
 """The flag ``--config FILE`` and its overrides ``--config.section.field=value``.
 
-`ml_collections.config_flags` gives every field of the configuration a typed flag. What
-is added here: a file or an override that is wrong is one line that says so.
+`ml_collections.config_flags` makes a typed flag of every field of the configuration; this module
+reports a wrong file or override in one line.
 """
 
-import dataclasses
 import difflib
 import importlib.util
 import os
@@ -18,25 +17,24 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from simplernn_jax.config import Config, nearest_name, validate
-from simplernn_jax.errors import UserError
+from simplernn_jax.config import Config, by_field, validate
+from simplernn_jax.errors import UserError, nearest_name
 from simplernn_jax.files import read_file
 
-flags.disclaim_key_flags()  # --config belongs to the script that asks for it, in its --help too
-
+flags.disclaim_key_flags()  # --help lists --config under the script that defines it
 
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 class ConfigFlag:
-    """The configuration that the command line asks for."""
+    """The configuration of this command line."""
 
     def __init__(self, holder: Any) -> None:
         self._holder = holder
 
     @property
     def value(self) -> Config:
-        """The configuration with all overrides, validated.
+        """Return the configuration with all overrides, validated.
 
         Raises:
           UserError: no ``--config`` was given, or a value is not possible.
@@ -49,7 +47,7 @@ class ConfigFlag:
 
 
 def define_config_flag() -> ConfigFlag:
-    """Defines ``--config`` for this script; read its `ConfigFlag.value` inside ``main``."""
+    """Define ``--config`` for this script; read its `ConfigFlag.value` inside ``main``."""
     holder = config_flags.DEFINE_config_file(
         "config", None, "Python file whose get_config() returns a Config.", lock_config=False
     )
@@ -58,17 +56,8 @@ def define_config_flag() -> ConfigFlag:
 
 
 def config_is_missing() -> UserError:
-    """The error for a command line without ``--config``."""
+    """Return the error for a command line without ``--config``."""
     return UserError("--config is missing; name a file such as configs/base.py")
-
-
-def config_fields() -> dict[str, Any]:
-    """Every ``section.field`` and its default."""
-    return {
-        f"{section}.{name}": default
-        for section, values in dataclasses.asdict(Config()).items()
-        for name, default in values.items()
-    }
 
 
 class _ConfigFileParser(flags.ArgumentParser):
@@ -80,14 +69,14 @@ class _ConfigFileParser(flags.ArgumentParser):
 
 
 def _find(path: str) -> Path:
-    """The file at `path`, or where there is none, the one at `path` in this project's folder."""
+    """Return the file at `path`, or else the one at `path` in this project's folder."""
     given = Path(os.path.expanduser(path))
     ours = _ROOT / given
     return ours if not os.path.lexists(given) and ours.is_file() else given
 
 
 def _near(path: Path) -> str:
-    """What to name instead of a file that is not there."""
+    """Suggest an existing file in place of a missing one."""
     for folder in (path.parent, _ROOT / path.parent, _ROOT / "configs"):
         try:
             files = sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")
@@ -102,10 +91,10 @@ def _near(path: Path) -> str:
 
 
 def load_config(path: Path) -> Config:
-    """What ``get_config()`` of the file at `path` returns; not validated.
+    """Return the result of ``get_config()`` of the file at `path`, not validated.
 
     Raises:
-      UserError: no such file, or its line that is wrong.
+      UserError: no such file, or an error in it, with its line.
     """
     try:
         read_file(path)  # a regular file, which the import below reads again
@@ -130,13 +119,14 @@ def load_config(path: Path) -> Config:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"--config={path}: {_describe(error, path)}; correct the file") from error
+        raise UserError(f"--config={path}: {_describe(error, path)}; fix the file") from error
     finally:
         for folder in search_path:
             sys.path.remove(folder)
     if not isinstance(config, Config):
         kind = type(config).__name__
         raise UserError(f"--config={path}: get_config() returned {kind}; return a Config")
+    config.model.join_mixers()  # an override is checked against the type in the file
     return config
 
 
@@ -158,7 +148,7 @@ def _overrides(argv: list[str]) -> Iterator[str]:
 
 
 def _check_field(path: str) -> None:
-    fields = list(config_fields())
+    fields = list(by_field(Config()))
     if path in fields:
         return
     in_section = [field for field in fields if field.startswith(f"{path}.")]

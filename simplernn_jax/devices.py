@@ -1,4 +1,4 @@
-"""The devices that JAX computes on: whether there are any, and how much memory they have."""
+"""The devices of this process: JAX's backend, the memory it can have, and a bound on its use."""
 
 import contextlib
 import os
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import jax
 
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, format_bytes
 
 
 def check_devices() -> None:
     """Start JAX's backend.
 
     Raises:
-      UserError: the platform that JAX_PLATFORMS names is not there.
+      UserError: JAX_PLATFORMS names a platform that is not available.
     """
     try:
         jax.devices()
@@ -28,9 +28,9 @@ def check_devices() -> None:
 
 
 def device_memory(device: jax.Device) -> int | None:
-    """Return bytes of memory that arrays on `device` can have at most; None if it does not say.
+    """Return the bytes of memory available to arrays on `device`; None if unknown.
 
-    On the CPU it is that of the machine or of this process's control group, and is shared by all
+    On the CPU it is the memory of the machine or of this process's control group, shared by all
     simulated devices.
     """
     if device.platform == "cpu":
@@ -40,8 +40,22 @@ def device_memory(device: jax.Device) -> int | None:
 
 
 def host_memory() -> int | None:
-    """Return bytes of memory, swap included, that this process can have at most, if known."""
+    """Return the bytes of memory, swap included, available to this process; None if unknown."""
     return min([*_machine_memory(), *_cgroup_limits()], default=None)
+
+
+def check_memory(num_bytes: int, what: str, advice: str) -> None:
+    """Check that an allocation of `num_bytes` takes at most half of the memory of this machine.
+
+    Raises:
+      UserError: it takes more; the message begins with `what` and ends with `advice`.
+    """
+    total = host_memory()
+    if total is not None and num_bytes > total // 2:
+        raise UserError(
+            f"{what}: needs {format_bytes(num_bytes)}, more than half of the {format_bytes(total)} "
+            f"of memory of this machine; {advice}"
+        )
 
 
 def _machine_memory() -> Iterator[int]:
@@ -54,7 +68,7 @@ def _machine_memory() -> Iterator[int]:
 
 
 def _cgroup_limits() -> Iterator[int]:
-    """Limits of this process's control group and of those around it, versions 1 and 2."""
+    """Yield the limits of this process's control group and its parents, versions 1 and 2."""
     with contextlib.suppress(OSError, ValueError):
         for line in _lines("/proc/self/cgroup"):
             _, controllers, path = line.split(":", 2)

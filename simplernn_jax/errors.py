@@ -1,4 +1,8 @@
-"""The exception for everything that a user can fix, and the exit codes of the scripts."""
+"""The exception for everything that a user can fix, exit codes, and the wording of numbers."""
+
+import difflib
+import math
+from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
 """Bad input, or a state of the machine that the user can fix: a `UserError`."""
@@ -12,10 +16,10 @@ LONGEST_MESSAGE = 400
 
 
 class UserError(Exception):
-    """Bad input or a state of the machine that the user can fix.
+    """Bad input, or a condition of the machine that the user can fix.
 
     The message is one line: what is wrong, where, and what to do. The scripts
-    print it as ``error: MESSAGE`` and exit with code 2 (``command_line.main``).
+    print it as ``error: MESSAGE`` and exit with code 2 (`exit_codes`).
     """
 
     def __init__(self, message: str) -> None:
@@ -31,6 +35,21 @@ def one_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def format_bytes(num_bytes: float) -> str:
+    """Format with three digits and a decimal unit: ``4.8 TB``; ``0 B`` below one byte."""
+    num_bytes = float(f"{num_bytes:.3g}")
+    if num_bytes < 1:
+        return "0 B"
+    power = min(int(math.log10(num_bytes)) // 3, 6)
+    return f"{num_bytes / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB', 'EB')[power]}"
+
+
 def counted(number: int, noun: str) -> str:
     """``1 token`` or ``1,000 tokens``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str:
+    """Return ``"; did you mean 'steps'?"``, or an empty string if no name is close."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -40,6 +40,7 @@ def small_config(block="plain", **fields):
     for name, value in fields.items():
         section = next(part for part in vars(config).values() if hasattr(part, name))
         setattr(section, name, value)
+    config.model.join_mixers()
     return config
 
 

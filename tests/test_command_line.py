@@ -92,7 +92,7 @@ def test_failure_without_a_path_keeps_its_traceback(tmp_path):
         ("raise MemoryError", "not enough memory"),
         ('__import__("pathlib").Path("~nobody-x").expanduser()', "~: no such user"),
         ('command_line.expand_path("~nobody-x/a", "out")', "--out=~nobody-x/a: no such user"),
-        ('command_line.expand_path("gs://b/a", "out")', "--out=gs://b/a: an address and no path"),
+        ('command_line.expand_path("gs://b/a", "out")', "--out=gs://b/a: a URL, not a path"),
         (
             'os.mkdir("d"); os.chdir("d"); os.rmdir("../d"); os.getcwd()',
             "no such file or directory",

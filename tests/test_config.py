@@ -1,124 +1,151 @@
-"""Configurations: JSON in and out, and refusals that say what is allowed."""
+"""Configurations: validation, JSON in and out, and the files under configs/."""
 
+import ast
 import json
+from pathlib import Path
 
+import jax
 import pytest
 
-from simplernn_jax.config import Config, differing_fields, from_json, to_json, validate
+from simplernn_jax.config import (
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    by_field,
+    differing_fields,
+    from_json,
+    to_json,
+    validate,
+)
+from simplernn_jax.config_flag import load_config
 from simplernn_jax.errors import UserError
+from simplernn_jax.training.gradient import abstract_model
+
+FOLDER = Path(__file__).resolve().parent.parent / "configs"
+FILES = {file.stem: file for file in sorted(FOLDER.glob("*.py"))}
 
 
-def trainable():
+def trainable(**fields):
+    """Return the default configuration with 7 steps and `fields`, written ``section__name``."""
     config = Config()
     config.train.steps = 7
+    for path, value in fields.items():
+        section, name = path.split("__")
+        setattr(getattr(config, section), name, value)
     return config
 
 
-def test_a_stride_is_of_windows():
-    config = trainable()
-    config.data.mode, config.data.stride = "stream", 64
-    with pytest.raises(UserError, match=r"data\.stride=64 .* 0 where data\.mode='stream'"):
-        validate(config)
-
-
-def test_json_round_trip():
-    config = trainable()
-    config.data.source = "texts/*.txt"
-    config.optimizer.learning_rate = 1.5e-3
-    assert from_json(to_json(config)) == config
+def load(name):
+    return load_config(FILES[name])
 
 
 @pytest.mark.parametrize(
-    ("section", "field", "value", "message"),
+    ("field", "value", "message"),
     [
-        ("model", "block", "residul", r"one of plain, residual \(did you mean 'residual'\?\)"),
-        ("model", "key_dim", 126, "divisible by model.num_heads=4"),
-        ("model", "dropout", 1.0, r"in \[0, 1\)"),
-        ("model", "num_layers", 0, "at least 1"),
-        ("model", "mixer", "atention", r"simple_rnn, attention \(did you mean 'attention'\?\)"),
-        ("model", "mixer", "", "one of simple_rnn, attention"),
-        ("model", "mixer", ["attention", "rnn", "attention", "attention"], "simple_rnn, attention"),
-        ("model", "mixer", ["attention", "simple_rnn"], "each of model.num_layers=4 layers"),
-        ("model", "attention_context", 0, "at least 1"),
-        ("data", "mode", "strem", "did you mean 'stream'"),
-        ("data", "validation_fraction", -0.1, r"in \[0, 1\)"),
-        ("data", "source", "", "stdlib, a path"),
-        ("data", "stride", 257, "at most data.sequence_length=256"),
-        ("optimizer", "learning_rate", float("nan"), "a finite number"),
-        ("optimizer", "epsilon", 0.0, "positive"),
-        ("optimizer", "name", "moun", "did you mean 'muon'"),
-        ("train", "seed", 2**32, r"in \[0, 2\*\*32\)"),
-        ("train", "keep_last", 1, "at least 2"),
-        ("train", "gradient_accumulation", 5, "a divisor of data.batch_size=16"),
-        ("train", "backward_window", 100, "a divisor of data.sequence_length=256"),
-        ("train", "backward", "exat", "did you mean 'exact'"),
-        ("train", "remat", "blocks", "did you mean 'block'"),
-        ("train", "epochs", 3.0, "exactly one of them"),
-        ("train", "steps", 0, "exactly one of them"),
-        ("train", "steps", 10**30, r"below 2\*\*31"),
-        ("train", "epochs", 1e300, "a finite number of float32"),
-        ("train", "sample_tokens", 10**9, "at most 1048576"),
-        ("model", "num_layers", 10**5, "at most 1024"),
-        ("model", "vocab_size", 10**12, r"below 2\*\*31"),
-        ("model", "mlp_dim", 2**21, "at most 1048576"),
-        ("model", "hidden_dim", 128.0, "of type int"),
-        ("model", "tie_embeddings", 1, "of type bool"),
-        ("data", "cache_dir", "~nobody-x/tokens", "of a user that exists"),
-        ("mesh", "data", 10**30, r"below 2\*\*31"),
+        ("model.block", "residul", r"one of plain, residual \(did you mean 'residual'\?\)"),
+        ("model.key_dim", 126, "divisible by model.num_heads=4"),
+        ("model.dropout", 1.0, r"in \[0, 1\)"),
+        ("model.num_layers", 0, "at least 1"),
+        ("model.mixer", "atention", r"simple_rnn, attention \(did you mean 'attention'\?\)"),
+        ("model.mixer", "", "one of simple_rnn, attention"),
+        ("model.mixer", 3, "of type str"),
+        ("model.mixer", ["attention", "rnn", "attention", "attention"], "simple_rnn, attention"),
+        ("model.mixer", ["attention", "simple_rnn"], "each of model.num_layers=4 layers"),
+        ("model.attention_context", 0, "at least 1"),
+        ("data.mode", "strem", "did you mean 'stream'"),
+        ("data.validation_fraction", -0.1, r"in \[0, 1\)"),
+        ("data.source", "", "stdlib, a path"),
+        ("data.stride", 257, "at most data.sequence_length=256"),
+        ("data.max_bad_records", -1, "at least 0"),
+        ("optimizer.learning_rate", float("nan"), "a finite number"),
+        ("optimizer.final_learning_rate", 1.1, r"in \[0, 1\]"),
+        ("optimizer.epsilon", -1e-8, "positive"),
+        ("optimizer.name", "moun", "did you mean 'muon'"),
+        ("train.seed", 2**32, r"in \[0, 2\*\*32\)"),
+        ("train.keep_last", 1, "at least 2"),
+        ("train.gradient_accumulation", 5, "a divisor of data.batch_size=16"),
+        ("train.backward_window", 100, "a divisor of data.sequence_length=256"),
+        ("train.backward", "exat", "did you mean 'exact'"),
+        ("train.remat", "blocks", "did you mean 'block'"),
+        ("train.epochs", 3.0, "exactly one of them"),
+        ("train.steps", 0, "exactly one of them"),
+        ("train.steps", 10**30, r"below 2\*\*31"),
+        ("train.epochs", 1e300, "a finite number of float32"),
+        ("train.sample_tokens", 10**9, "at most 1048576"),
+        ("model.num_layers", 10**5, "at most 1024"),
+        ("model.vocab_size", 10**12, r"below 2\*\*31"),
+        ("model.mlp_dim", 2**21, "at most 1048576"),
+        ("model.hidden_dim", 128.0, "of type int"),
+        ("model.tie_embeddings", 1, "of type bool"),
+        ("data.cache_dir", "~nobody-x/tokens", "of a user that exists"),
+        ("mesh.data", 10**30, r"below 2\*\*31"),
+        ("mesh.data", -2, "at least 1, or -1 for the devices that the other axes leave"),
+        ("mesh.stage", 0, "at least 1"),
     ],
 )
-def test_a_bad_value_is_refused_by_name(section, field, value, message):
-    config = trainable()
-    setattr(getattr(config, section), field, value)
+def test_a_bad_value_is_refused_by_name(field, value, message):
     with pytest.raises(UserError, match=message) as caught:
-        validate(config)
-    assert f"--config.{section}.{field}" in str(caught.value)
+        validate(trainable(**{field.replace(".", "__"): value}))
+    assert f"--config.{field}" in str(caught.value)
 
 
-def test_time_is_divided_by_one_axis_of_the_mesh():
-    config = trainable()
-    config.mesh.stage, config.mesh.sequence = 2, 4
-    with pytest.raises(UserError, match=r"mesh\.stage=2 and .*sequence=4 .* set one of them to 1"):
-        validate(config)
-
-
-def test_stretches_of_time_need_an_exact_state():
-    config = trainable()
-    config.mesh.sequence, config.model.state_precision = 2, "bfloat16"
-    with pytest.raises(UserError, match=r"state_precision=bfloat16 and .*mesh\.sequence=2"):
-        validate(config)
+@pytest.mark.parametrize(
+    ("allowed", "added", "message"),
+    [
+        ({"data__stride": 64}, {"data__mode": "stream"}, "data.stride=64 .* 0 where data.mode="),
+        (
+            {"mesh__stage": 2},
+            {"mesh__sequence": 4},
+            "mesh.stage=2 and .*sequence=4 .* set one of them to 1",
+        ),
+        (
+            {"mesh__sequence": 2},
+            {"model__state_precision": "bfloat16"},
+            "state_precision=bfloat16 and .*mesh.sequence=2",
+        ),
+        (
+            {"model__block": "plain"},
+            {"model__mixer": "attention"},
+            "--config.model.mixer='attention' .* model.block='plain'",
+        ),
+        (
+            {"model__key_dim": 60},
+            {"model__mixer": "attention"},
+            "--config.model.key_dim=60 .* an even number for each",
+        ),
+        *(
+            ({"train__stop_after_worse": 2}, {field: 0 * value}, "stop_after_worse=2 .* be 0 where")
+            for field, value in (("train__eval_every", 1), ("data__validation_fraction", 1.0))
+        ),
+    ],
+)
+def test_fields_that_exclude_each_other(allowed, added, message):
+    validate(trainable(**allowed))
+    with pytest.raises(UserError, match=message):
+        validate(trainable(**allowed, **added))
 
 
 @pytest.mark.parametrize(
     "mixer", ["simple_rnn,attention,attention", " simple_rnn, attention ,attention"]
 )
 def test_a_mixer_for_each_layer(mixer):
-    config, of_a_list = trainable(), trainable()
-    config.model.num_layers = of_a_list.model.num_layers = 3
-    config.model.mixer = mixer
-    of_a_list.model.mixer = ["simple_rnn", "attention", "attention"]
-    assert config == of_a_list == from_json(to_json(of_a_list))
-    assert hash(config.model) == hash(of_a_list.model)
-    assert config.model.mixers == ("simple_rnn", "attention", "attention")
-    config.model.mixer = "attention"
-    assert config.model.mixers == ("attention",) * 3
+    names = ["simple_rnn", "attention", "attention"]
+    text, listed = (trainable(model__num_layers=3, model__mixer=m) for m in (mixer, names))
+    assert text.model.mixers == listed.model.mixers == tuple(names)
+    validate(text)
+    validate(listed)
+    assert text == listed == from_json(to_json(listed))
+    assert json.loads(to_json(listed))["model"]["mixer"] == ",".join(names)
+    assert hash(text.model) == hash(ModelConfig(num_layers=3, mixer=names))
+    assert ModelConfig(num_layers=3, mixer="attention").mixers == ("attention",) * 3
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"block": "plain"}, "--config.model.mixer='attention' .* model.block='plain'"),
-        ({"key_dim": 60}, "--config.model.key_dim=60 .* an even number for each"),
-    ],
-)
-def test_what_attention_cannot_do_is_refused(fields, message):
-    config = trainable()
-    for name, value in fields.items():
-        setattr(config.model, name, value)
-    validate(config)
-    config.model.mixer = "attention"
-    with pytest.raises(UserError, match=message):
-        validate(config)
+def test_json_round_trip():
+    config = trainable(data__source="texts/*.txt", optimizer__learning_rate=1.5e-3)
+    assert from_json(to_json(config)) == config
+    values = json.loads(to_json(config))
+    del values["train"]["stop_after_worse"]  # which older files lack
+    assert from_json(json.dumps(values)) == config
 
 
 @pytest.mark.parametrize(
@@ -128,44 +155,75 @@ def test_what_attention_cannot_do_is_refused(fields, message):
         (lambda v: v["train"].pop("seed"), r"config\.train\.seed: missing"),
         (lambda v: v["data"].update(batch_size="16"), "batch_size='16': expected int"),
         (lambda v: v.update(model=3), "config.model: expected an object"),
+        (None, "not JSON"),
     ],
 )
-def test_json_of_another_shape_is_refused(change, message):
+def test_other_json_is_refused(change, message):
     values = json.loads(to_json(trainable()))
-    change(values)
+    text = "{"
+    if change is not None:
+        change(values)
+        text = json.dumps(values)
     with pytest.raises(UserError, match=message):
-        from_json(json.dumps(values))
-
-
-def test_a_field_that_older_files_lack_has_its_default():
-    values = json.loads(to_json(trainable()))
-    del values["train"]["stop_after_worse"]
-    assert from_json(json.dumps(values)) == trainable()
-
-
-@pytest.mark.parametrize(
-    ("section", "name"), [("train", "eval_every"), ("data", "validation_fraction")]
-)
-def test_early_stopping_needs_evaluations(section, name):
-    config = trainable()
-    config.train.stop_after_worse = 2
-    validate(config)
-    setattr(getattr(config, section), name, 0)
-    with pytest.raises(UserError, match="stop_after_worse=2 is not possible: it must be 0 where"):
-        validate(config)
-
-
-def test_text_that_is_not_json_is_refused():
-    with pytest.raises(UserError, match="not JSON"):
-        from_json("{")
+        from_json(text)
 
 
 def test_differing_fields_are_named_with_both_values():
-    ours, theirs = trainable(), trainable()
-    assert differing_fields(ours.model, theirs.model) == []
-    theirs.model.num_layers = 2
-    theirs.model.tie_embeddings = False
+    ours, theirs = trainable(), trainable(model__num_layers=2, model__tie_embeddings=False)
+    assert differing_fields(ours.model, trainable().model) == []
     assert differing_fields(ours.model, theirs.model) == [
         "num_layers: 4 here, 2 there",
         "tie_embeddings: True here, False there",
     ]
+
+
+def num_parameters(config):
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)[1]))
+
+
+@pytest.mark.parametrize("name", sorted({"base", "tiny", "seed", *FILES}))
+def test_a_file_is_valid_and_shows_its_command(name):
+    config = load(name)
+    validate(config)
+    assert from_json(to_json(config)) == config
+    assert load(name) is not config
+    docstring = ast.get_docstring(ast.parse(FILES[name].read_text(encoding="utf-8")))
+    assert f"--config configs/{name}.py" in docstring
+
+
+def test_attention_is_base_with_another_mixer_and_as_many_parameters():
+    base, attention = load("base"), load("attention")
+    assert (base.model.mixer, attention.model.mixer) == ("simple_rnn", "attention")
+    assert num_parameters(attention) == pytest.approx(num_parameters(base), rel=0.02)
+    attention.model.mixer, attention.model.mlp_dim = base.model.mixer, base.model.mlp_dim
+    assert attention == base
+
+
+def test_shakespeare_keeps_to_the_budget():
+    config = load("shakespeare")
+    assert num_parameters(config) <= 950_000
+    assert config.train.steps * config.data.batch_size * config.data.sequence_length == 1_536_000
+    data = config.data
+    assert (data.mode, data.tokenizer, data.split) == ("window", "char", "position")
+    assert data.validation_fraction == pytest.approx(0.1)
+
+
+def test_seed_is_the_run_of_the_pytorch_project():
+    config = load("seed")
+    expected = {"block": "plain", "num_layers": 2, "num_heads": 1} | dict.fromkeys(
+        ("hidden_dim", "key_dim", "value_dim"), 128
+    )
+    assert vars(config.model).items() >= expected.items()
+    expected = {"data.mode": "document", "data.field": "bot", "data.batch_size": 2}
+    assert by_field(config).items() >= (expected | {"train.epochs": 20}).items()
+    # torch.optim.Adam with a learning rate of 1e-3 and defaults.
+    assert config.optimizer == OptimizerConfig(
+        learning_rate=1e-3,
+        warmup_steps=0,
+        final_learning_rate=1.0,
+        weight_decay=0.0,
+        beta1=0.9,
+        beta2=0.999,
+        epsilon=1e-8,
+        clip_norm=0.0,
+    )

@@ -10,7 +10,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simplernn_jax import memory_bound
+from simplernn_jax import devices
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.errors import UserError
@@ -150,7 +150,7 @@ def test_the_problem_is_said(arguments, message):
 
 
 def test_more_prompts_than_memory_holds_are_refused(monkeypatch):
-    monkeypatch.setattr(memory_bound, "host_memory", lambda: 256**2)
+    monkeypatch.setattr(devices, "host_memory", lambda: 256**2)
     with pytest.raises(UserError, match=r"^1000 prompts: needs .* GB, .*; give fewer at a time"):
         generate(model(), [[1]] * 1000, max_new_tokens=0)
 

@@ -13,12 +13,12 @@ from simplernn_jax.memory_estimate import (
     check_evaluation,
     check_generation,
     check_training,
+    estimate_training,
     num_weights,
-    of_training,
 )
 from simplernn_jax.sharding.mesh import make_mesh
 from simplernn_jax.training.gradient import abstract_model
-from simplernn_jax.training.memory_check import check_memory
+from simplernn_jax.training.memory_check import check_train_step
 from simplernn_jax.training.optimizer import make_optimizer
 
 GIGABYTE = 10**9
@@ -48,10 +48,10 @@ def test_parameters_gradients_and_moments_of_a_step():
     config.optimizer.name = "adamw"
     config.data.batch_size, config.data.sequence_length = 1, 1
     weights = 4 * num_weights(config.model)
-    estimate = of_training(config, ONE)
+    estimate = estimate_training(config, ONE)
     assert estimate.parameters == 3 * weights
     assert estimate.activations == pytest.approx(weights, rel=1e-3)
-    assert of_training(config, ONE | {"fsdp": 4}).parameters == 3 * weights / 4
+    assert estimate_training(config, ONE | {"fsdp": 4}).parameters == 3 * weights / 4
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_what_is_known_to_fit_is_not_refused(mesh):
     # One sequence of a million tokens takes 4 GB when its gradient is that of windows.
     config.data.batch_size, config.data.sequence_length = 1, 2**20
     config.train.backward_window, config.train.backward = 2**13, "exact"
-    assert sum(of_training(config, ONE)) < 4 * GIGABYTE
+    assert sum(estimate_training(config, ONE)) < 4 * GIGABYTE
 
 
 def test_many_samples_and_long_ones_are_refused():
@@ -123,9 +123,9 @@ def test_devices_that_share_a_memory_have_a_part_of_it():
 def test_the_compiler_is_asked_where_the_estimate_is_close(mesh, monkeypatch):
     config = small_config(block="residual", mode="stream", name="adamw")
     optimizer = make_optimizer(config.optimizer, 7)
-    estimate = sum(of_training(config, ONE))
+    estimate = sum(estimate_training(config, ONE))
     monkeypatch.setattr(memory_estimate, "device_memory", lambda device: 1.1 * estimate)
     with pytest.raises(UserError, match=r"a train step needs [\d.]+ [kM]B of memory on each"):
-        check_memory(config, optimizer, mesh)
+        check_train_step(config, optimizer, mesh)
     monkeypatch.setattr(memory_estimate, "device_memory", lambda device: 1000 * estimate)
-    check_memory(config, optimizer, mesh)
+    check_train_step(config, optimizer, mesh)

@@ -18,7 +18,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from simplernn_jax import memory_bound
+from simplernn_jax import devices
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
@@ -296,8 +296,8 @@ def test_integers_and_float8_in_safetensors_are_refused(tmp_path, state):
 
 def test_a_file_larger_than_memory_is_not_read(tmp_path, state, monkeypatch):
     path = save_safetensors(state, tmp_path / "w.safetensors")
-    monkeypatch.setattr(memory_bound, "host_memory", lambda: 256)
-    with pytest.raises(UserError, match=r"more than half of the 0.0 GB of memory"):
+    monkeypatch.setattr(devices, "host_memory", lambda: 256)
+    with pytest.raises(UserError, match=r"more than half of the 256 B of memory"):
         load_pytorch_weights(path)
 
 

@@ -11,7 +11,7 @@ from benchmarks.attention.report import Line, Measurement, Results
 from benchmarks.attention.variants import ATTENTION, RECURRENCE, VARIANTS, config_of
 from benchmarks.corpus_training import Trained, train_on_corpus
 from benchmarks.train_steps import count_parameters
-from simplernn_jax.analysis import account_for_layers
+from simplernn_jax.analysis import decompose_layers
 
 LENGTH, BATCH = 256, 8
 LOSSES = "bits/byte by seed"
@@ -89,7 +89,7 @@ def measure_interpretability(steps: int, tokens: int) -> dict[str, Any]:
         assert trained.corpus.validation is not None
         held_out = np.array(trained.corpus.validation.tokens[:tokens])
     model = trained.model()
-    accounts = account_for_layers(model, held_out, model.initial_state(1))
+    accounts = decompose_layers(model, held_out, model.initial_state(1))
     rows = [
         {
             "error against the definition": float(account.operator_error),

@@ -1,11 +1,16 @@
-"""Looks into a trained model: where its outputs come from, how long it remembers, what for.
+"""Analysis of a trained model: which tokens its outputs come from, and its memory of them.
 
-May use every other room; only scripts use this one.
+May import every other room; only scripts import this one.
 """
 
-from simplernn_jax.analysis.accounts import account_for, account_for_layers, is_exact
-from simplernn_jax.analysis.attention_map import attention_map, read_values
-from simplernn_jax.analysis.contributions import gradient_contributions, map_contributions
+from simplernn_jax.analysis.attention_map import apply_map, attention_map
+from simplernn_jax.analysis.decomposition import (
+    decompose_layer,
+    decompose_layers,
+    gradient_contributions,
+    is_exact,
+    map_contributions,
+)
 from simplernn_jax.analysis.explanation import Explanation, explain
 from simplernn_jax.analysis.memory import effective_rank, half_life, measure_memory
 from simplernn_jax.analysis.recording import find_mixers, record
@@ -13,9 +18,10 @@ from simplernn_jax.analysis.state_value import loss_by_position, loss_by_reset
 
 __all__ = [
     "Explanation",
-    "account_for",
-    "account_for_layers",
+    "apply_map",
     "attention_map",
+    "decompose_layer",
+    "decompose_layers",
     "effective_rank",
     "explain",
     "find_mixers",
@@ -26,6 +32,5 @@ __all__ = [
     "loss_by_reset",
     "map_contributions",
     "measure_memory",
-    "read_values",
     "record",
 ]

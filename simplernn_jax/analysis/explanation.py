@@ -1,28 +1,27 @@
-"""All that can be said about one text and one model, as one value."""
+"""Explanation of what a model does with one text: every measurement of this package."""
 
 import dataclasses
 import re
 
 import numpy as np
+from absl import logging
 from flax import nnx
 
-from simplernn_jax.analysis.accounts import LayerAccount, account_for_layers
-from simplernn_jax.analysis.context_gain import (
-    SHORT_CONTEXT,
-    ContextGain,
-    choose_token,
-    context_gains,
-)
-from simplernn_jax.analysis.contributions import (
+from simplernn_jax.analysis.decomposition import (
     Contributions,
+    LayerDecomposition,
+    decompose_layers,
     gradient_contributions,
     map_contributions,
 )
 from simplernn_jax.analysis.memory import Memory, measure_memory, read_state
-from simplernn_jax.analysis.progress import Report, begin_stage, no_report
 from simplernn_jax.analysis.state_value import (
+    SHORT_CONTEXT,
+    ContextGain,
     PositionLoss,
     choose_split,
+    choose_token,
+    context_gains,
     document_split,
     loss_by_position,
     loss_by_reset,
@@ -38,39 +37,39 @@ from simplernn_jax.models import LanguageModel
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 
 EVALUATED_TOKENS = 65536
-"""Predictions of one evaluation at most."""
+"""Most predictions of one evaluation."""
 
 _LONGEST_WORD = 40
-"""Tokens of the rest of a word that is quoted."""
+"""Most tokens quoted of the rest of a word."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ChosenToken:
-    """The prediction that is taken apart."""
+    """The prediction that is decomposed."""
 
     position: int
     """N: the N-th token of the text; BOS before it is 0."""
     reason: str
     nats: float
-    """-log p of it, given all tokens before."""
+    """-log p of the token, given all tokens before."""
     units: list[Unit]
     """Readable pieces of tokens ``start .. position - 1``, counted from `start`."""
     predicted: Unit
-    """The token itself."""
+    """The token."""
     rest: str
     """The rest of its word, which the model has not read."""
     from_all: Contributions
-    """Through all layers by gradient, in nats, of tokens ``start .. position - 1``."""
+    """By gradient through all layers, in nats, of tokens ``start .. position - 1``."""
     by_layer: tuple[Contributions, ...]
-    """Shares of the output after token ``position - 1``, of tokens ``start .. stop - 1``."""
+    """By layer, shares of the output after token ``position - 1``, of ``start .. stop - 1``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StateValue:
-    """What the state is worth, and on what that was measured."""
+    """Value of the state, and the text it was measured on."""
 
     evaluated: str
-    """A phrase for people."""
+    """Description of the text."""
     window: int
     """Tokens of one training window."""
     by_position: PositionLoss
@@ -80,7 +79,7 @@ class StateValue:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What `explain` returns."""
+    """Result of `explain`."""
 
     tokens: np.ndarray
     """int [n], BOS and the text."""
@@ -92,7 +91,7 @@ class Explanation:
     """Readable pieces of tokens ``start .. stop - 1``, counted from `start`."""
     mixers: tuple[str, ...]
     """By layer, ``simple_rnn`` or ``attention``."""
-    accounts: tuple[LayerAccount, ...]
+    layers: tuple[LayerDecomposition, ...]
     """By layer, of tokens ``start .. stop - 1``, B = 1."""
     memory: Memory
     """Over the whole text."""
@@ -101,13 +100,13 @@ class Explanation:
     characters_per_token: float
     """Of the text."""
     attention_context: int
-    """Tokens that a layer of attention looks back on."""
+    """Tokens that a layer of attention sees."""
     context_gain: ContextGain | None
-    """Over the last predictions of the text; None where it is too short."""
+    """Over the last predictions of the text; None if it is too short."""
 
     @property
     def layer_names(self) -> list[str]:
-        """Of all layers, for people; they say which ones are attention."""
+        """``layer N`` or ``layer N (attention)`` for each layer."""
         return [
             f"layer {number}" + (" (attention)" if mixer == "attention" else "")
             for number, mixer in enumerate(self.mixers, 1)
@@ -123,24 +122,22 @@ def explain(
     token: int | None = None,
     map_tokens: int = 192,
     validation: TokenSplit | None = None,
-    report: Report = no_report,
 ) -> Explanation:
-    """Reads `text` as one document from a zero state and accounts for what the model did.
+    """Read `text` as one document from a zero state and explain what the model does with it.
 
     Args:
       model: the language model.
       tokenizer: the one it was trained with.
       config: of its run.
       text: any text with at least one token.
-      token: N in 1 .. tokens of the text, the prediction to take apart; None takes the one that
-        gains most from what stands more than `SHORT_CONTEXT` tokens before it.
-      map_tokens: most tokens of the maps, which begin with a word and end a little after the
-        chosen token.
+      token: position N of the prediction to decompose, from 1; None takes the one that gains most
+        from the text more than `SHORT_CONTEXT` tokens before it.
+      map_tokens: most tokens of the maps, which begin at a word and end a little after the chosen
+        token.
       validation: held-out text of the run; see `choose_split`.
-      report: takes lines about the progress.
 
     Raises:
-      UserError: `text` has no token or none that the tokenizer can encode, or `token` is not in it.
+      UserError: `text` is empty or cannot be encoded, or has no such `token`.
     """
     ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(text)]).astype(np.int32)
     if len(ids) < 2:
@@ -153,8 +150,8 @@ def explain(
     params = nnx.state(model, nnx.Param)
     evaluator = Evaluator(config, tokenizer.pad_id)
     document = document_split(ids, len(text.encode("utf-8")))
-    losses = token_losses(evaluator, params, document, report)
-    begin_stage(report, f"predicting with {SHORT_CONTEXT} tokens of context")
+    losses = token_losses(evaluator, params, document)
+    logging.info("predicting with %d tokens of context ...", SHORT_CONTEXT)
     gain, gains = context_gains(model, ids, losses)
     reason = "named by the user"
     if token is None:
@@ -162,9 +159,9 @@ def explain(
     stop = min(len(ids), token + map_tokens // 8)
     start = _word_start(tokenizer, ids, max(0, stop - map_tokens), map_tokens // 8)
     start = min(start, token - 1)
-    begin_stage(report, f"taking {counted(config.model.num_layers, 'layer')} apart")
+    logging.info("decomposing %s ...", counted(config.model.num_layers, "layer"))
     state = read_state(model, ids[:start])
-    accounts = account_for_layers(model, ids[start:stop], state)
+    layers = decompose_layers(model, ids[start:stop], state)
     chosen = ChosenToken(
         position=token,
         reason=reason,
@@ -173,7 +170,7 @@ def explain(
         predicted=split_into_units(tokenizer, ids[token : token + 1], ids[:token])[0],
         rest=_rest_of_word(tokenizer, ids, token + 1),
         from_all=gradient_contributions(model, ids[start:token], state, int(ids[token])),
-        by_layer=tuple(map_contributions(account, token - 1 - start) for account in accounts),
+        by_layer=tuple(map_contributions(layer, token - 1 - start) for layer in layers),
     )
     split, name = choose_split(document, validation)
     return Explanation(
@@ -182,12 +179,10 @@ def explain(
         stop=stop,
         units=split_into_units(tokenizer, ids[start:stop], ids[:start]),
         mixers=config.model.mixers,
-        accounts=accounts,
-        memory=measure_memory(model, ids, report),
+        layers=layers,
+        memory=measure_memory(model, ids),
         chosen=chosen,
-        state_value=_state_value(
-            evaluator, params, config.data.sequence_length, split, name, report
-        ),
+        state_value=_state_value(evaluator, params, config.data.sequence_length, split, name),
         characters_per_token=len(text) / (len(ids) - 1),
         attention_context=config.model.attention_context,
         context_gain=gain,
@@ -195,7 +190,7 @@ def explain(
 
 
 def _word_start(tokenizer: Tokenizer, ids: np.ndarray, start: int, most: int) -> int:
-    """The first position from `start` on where a word begins; `start` if none of `most` is one."""
+    """Return the first word start at or after `start`, within `most` tokens; otherwise `start`."""
     if start == 0:
         return 0
     units = split_into_units(tokenizer, ids[start - 1 : start + most], ids[: start - 1])
@@ -204,7 +199,7 @@ def _word_start(tokenizer: Tokenizer, ids: np.ndarray, start: int, most: int) ->
 
 
 def _rest_of_word(tokenizer: Tokenizer, ids: np.ndarray, start: int) -> str:
-    """The text from `start` to the next space, if that comes soon."""
+    """Return the text from `start` to the next space, or nothing if it is far."""
     units = split_into_units(tokenizer, ids[start : start + _LONGEST_WORD], ids[:start])
     text = "".join(unit.text for unit in units)
     words = re.match(r"\S*(?=\s)|\S*$", text)
@@ -212,21 +207,16 @@ def _rest_of_word(tokenizer: Tokenizer, ids: np.ndarray, start: int) -> str:
 
 
 def _state_value(
-    evaluator: Evaluator,
-    params: nnx.State,
-    window: int,
-    split: TokenSplit,
-    name: str,
-    report: Report,
+    evaluator: Evaluator, params: nnx.State, window: int, split: TokenSplit, name: str
 ) -> StateValue:
     scored = min(EVALUATED_TOKENS, split.num_predictions)
     longest = int(np.max(document_ends(split) - split.document_starts))
     intervals = reset_intervals(min(longest, EVALUATED_TOKENS), window)
-    begin_stage(report, f"measuring the loss of {scored:,} predictions by position")
+    logging.info("measuring the loss of %d predictions by position ...", scored)
     by_position = loss_by_position(evaluator, params, split, EVALUATED_TOKENS, window)
     return StateValue(
         f"{name}: {scored:,} of its {counted(split.num_predictions, 'prediction')}",
         window,
         by_position,
-        loss_by_reset(evaluator, params, split, EVALUATED_TOKENS, intervals, report),
+        loss_by_reset(evaluator, params, split, EVALUATED_TOKENS, intervals),
     )

@@ -1,4 +1,4 @@
-"""An `Explanation` as numbers for programs."""
+"""The numbers of an `Explanation` for programs."""
 
 import math
 from typing import Any
@@ -9,33 +9,37 @@ from simplernn_jax.analysis.explanation import Explanation
 
 
 def to_numbers(explanation: Explanation) -> dict[str, Any]:
-    """Everything the pictures show, for JSON: lists, numbers of 6 digits, None for not finite.
+    """Return everything the pictures show as JSON: lists, six digits, None for non-finite.
 
     Weights of a map are rounded to the fourth digit of their head's largest: a thousand tokens
-    have half a million of them for each head.
+    have half a million weights per head.
     """
     chosen, value = explanation.chosen, explanation.state_value
     gain = explanation.context_gain
     layers = []
-    for mixer, account, memory, given in zip(
-        explanation.mixers,
-        explanation.accounts,
-        explanation.memory.layers,
-        chosen.by_layer,
-        strict=True,
-    ):
-        layer: dict[str, Any] = {
-            "mixer": mixer,
-            "operator_error": account.operator_error,
-            "layer_error": account.layer_error,
-            "map": [_triangle(head) for head in np.asarray(account.weights[0])],
-            "contributions": given._asdict(),
+    for number, layer in enumerate(explanation.layers):
+        numbers: dict[str, Any] = {
+            "mixer": explanation.mixers[number],
+            "operator_error": layer.operator_error,
+            "layer_error": layer.layer_error,
+            "map": [_triangle(head) for head in np.asarray(layer.weights[0])],
+            "contributions": chosen.by_layer[number]._asdict(),
         }
+        memory = explanation.memory.layers[number]
         if memory is not None:
-            layer["half_lives"] = memory.half_lives
-            layer["state_norm"] = memory.norms
-            layer["state_effective_rank"] = memory.ranks
-        layers.append(layer)
+            numbers["half_lives"] = memory.half_lives
+            numbers["state_norm"] = memory.norms
+            numbers["state_effective_rank"] = memory.ranks
+        layers.append(numbers)
+    losses = [
+        {
+            "reset_every": interval,
+            "nats_per_token": result.nats_per_token,
+            "bits_per_byte": result.bits_per_byte,
+            "predictions": result.predictions,
+        }
+        for interval, result in value.by_reset.items()
+    ]
     return _plain(
         {
             "tokens": explanation.tokens,
@@ -53,21 +57,13 @@ def to_numbers(explanation: Explanation) -> dict[str, Any]:
             "evaluated": value.evaluated,
             "window": value.window,
             "loss_by_position": value.by_position._asdict(),
-            "loss_by_reset": [
-                {
-                    "reset_every": interval,
-                    "nats_per_token": result.nats_per_token,
-                    "bits_per_byte": result.bits_per_byte,
-                    "predictions": result.predictions,
-                }
-                for interval, result in value.by_reset.items()
-            ],
+            "loss_by_reset": losses,
         }
     )
 
 
 def _triangle(weights: np.ndarray) -> list[np.ndarray]:
-    """Row t has the weights of tokens 0 .. t, rounded."""
+    """Return the rounded weights of tokens 0 .. t for every output t."""
     largest = float(np.abs(weights).max())
     decimals = 3 - math.floor(math.log10(largest)) if largest > 0 else 0
     rounded = np.round(weights.astype(np.float64), decimals)

@@ -1,4 +1,4 @@
-"""HTML that needs nothing else: pictures inside, no script, readable offline."""
+"""HTML of a self-contained page: embedded pictures, no script, readable offline."""
 
 import base64
 import html
@@ -47,11 +47,11 @@ pre { font: 14px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wr
 
 
 _STRONGEST = 0.7
-"""Opacity behind a word: what stands on it must stay readable."""
+"""Opacity of full color behind a word, which must stay readable."""
 
 
 def document(title: str, parts: Iterable[str]) -> str:
-    """A whole HTML document of `parts`, each HTML already."""
+    """Return an HTML document of `parts`, each HTML already."""
     body = "\n".join(parts)
     style = _STYLE.replace("STRONGEST", str(_STRONGEST))
     return (
@@ -63,17 +63,17 @@ def document(title: str, parts: Iterable[str]) -> str:
 
 
 def heading(text: str) -> str:
-    """The title of a section."""
+    """Return the title of a section."""
     return f"<h2>{html.escape(text)}</h2>"
 
 
 def paragraph(text: str) -> str:
-    """Plain words."""
+    """Return a paragraph of plain text."""
     return f"<p>{html.escape(text)}</p>"
 
 
 def facts_list(facts: Mapping[str, str]) -> str:
-    """Names and what goes with them, line by line."""
+    """Return names and values, one per line."""
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(fact)}</td></tr>"
         for name, fact in facts.items()
@@ -82,7 +82,7 @@ def facts_list(facts: Mapping[str, str]) -> str:
 
 
 def table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns under their names."""
+    """Return a table with named columns."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
@@ -91,18 +91,18 @@ def table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def summary(sentences: Iterable[str]) -> str:
-    """What stands first and can be read alone."""
+    """Return the summary, which can be read alone."""
     body = "".join(paragraph(sentence) for sentence in sentences)
     return f'<section class="summary"><h2>In short</h2>{body}</section>'
 
 
-def figure(png: bytes, title: str, how_to_read: str, file: str) -> str:
-    """The picture, embedded, and the sentence that says how to read it.
+def figure(png: bytes, title: str, caption: str, file: str) -> str:
+    """Return an embedded picture with its caption.
 
-    One that is too wide for a small screen scrolls there, and says so; `file` is its name.
+    A picture too wide for a small screen scrolls there, with a hint that names its `file`.
     """
     data = base64.b64encode(png).decode("ascii")
-    width = int.from_bytes(png[16:20], "big")  # a PNG file says so in its 17th byte and on
+    width = int.from_bytes(png[16:20], "big")  # from the PNG header
     is_wide = width > FITTING * DPI + 1
     title = html.escape(title)
     hint = f"Wider than this screen: scroll it sideways, or open {html.escape(file)}."
@@ -110,12 +110,12 @@ def figure(png: bytes, title: str, how_to_read: str, file: str) -> str:
         f'<figure class="{"wide" if is_wide else "fits"}">'
         + (f'<p class="hint">{hint}</p>' if is_wide else "")
         + f'<div><img src="data:image/png;base64,{data}" alt="{title}"></div>\n'
-        f"<figcaption><b>{title}.</b> {html.escape(how_to_read)}</figcaption></figure>"
+        f"<figcaption><b>{title}.</b> {html.escape(caption)}</figcaption></figure>"
     )
 
 
 def color_scale(full: str) -> str:
-    """A legend for `shaded_text`; `full` says how much has full color."""
+    """Return a legend for `shaded_text`; `full` is the value of full color."""
     full = html.escape(full)
     return f'<p class="scale">against, {full} <span></span> for, {full}</p>'
 
@@ -123,14 +123,14 @@ def color_scale(full: str) -> str:
 def shaded_text(
     units: Sequence[Unit], values: np.ndarray, strongest: float, marked: Unit, rest: str
 ) -> str:
-    """A text whose background shows `values`, red above and blue below 0, and what comes after.
+    """Return a text whose background shows `values`, red above and blue below 0.
 
     Args:
       units: pieces of the text.
       values: one number for each.
-      strongest: has full color, as has what is above it.
-      marked: the piece that follows them, in a frame.
-      rest: follows it, in gray.
+      strongest: the value from which on the color is full.
+      marked: the piece that follows, in a frame.
+      rest: the text after that, in gray.
     """
     spans = []
     for unit, value in zip(units, values, strict=True):
@@ -144,6 +144,6 @@ def shaded_text(
 
 
 def _shown(text: str) -> str:
-    """Spaces as they are; a line end is seen and ends the line."""
+    """Return HTML with spaces unchanged and line ends both visible and effective."""
     kept = "".join(c if c == " " else visible(c) + ("\n" if c == "\n" else "") for c in text)
     return html.escape(kept)

@@ -1,39 +1,57 @@
-"""Pictures over the text: attention maps, the state's share, what a prediction was made of."""
+"""Pictures over the text: attention maps, the part of the initial state, and contributions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from simplernn_jax.analysis.explanation import Explanation
 from simplernn_jax.analysis.pictures import (
     FITTING,
-    LABEL,
-    MONOSPACE,
-    beginning,
-    ending,
-    label_text,
+    Picture,
+    add_legend,
     line_styles,
     new_figure,
     png,
-    sparse_markers,
 )
-from simplernn_jax.analysis.token_text import Unit, begins_word
+from simplernn_jax.analysis.token_text import (
+    MONOSPACE,
+    Unit,
+    label_text,
+    label_unit,
+    sum_by_unit,
+)
 
 _COLUMNS = 2
-_NEIGHBORS = 12
-"""Units on each side of one that a label looks at for the rest of its word."""
 _TICKS_PER_INCH = 3.2
+_COLOR_LEVELS = [-1, -0.3, -0.1, 0, 0.1, 0.3, 1]
 
 
-def draw_maps(weights: np.ndarray, units: Sequence[Unit], offset: int, row: int) -> bytes:
-    """Heat maps of one layer, one per head.
+def draw_map(explanation: Explanation, layer: int) -> Picture:
+    """Draw the attention map of one layer, from 0, with the chosen prediction marked."""
+    weights = np.asarray(explanation.layers[layer].weights[0])
+    position = explanation.chosen.position - 1 - explanation.start
+    return Picture(
+        f"map_layer_{layer + 1}",
+        f"Attention map of {explanation.layer_names[layer]}",
+        "Each row is one output and each column an earlier token, labelled with the text that "
+        "begins there: red adds that token's value, blue (in a recurrence only) subtracts it, "
+        "white leaves it out; full color is the largest weight of the head, given in its title, "
+        "and a hundredth of that is faint. The dotted line is the output that predicts the chosen "
+        "token.",
+        draw_heads(weights, explanation.units, explanation.start, position),
+    )
+
+
+def draw_heads(weights: np.ndarray, units: Sequence[Unit], offset: int, position: int) -> bytes:
+    """Draw heat maps of one layer, one per head.
 
     Args:
       weights: ``[H, T, T]``.
       units: of the T tokens.
       offset: position of the first token in its document.
-      row: marked with a line.
+      position: output marked with a line.
     """
-    from matplotlib.colors import FuncNorm
+    from matplotlib.colors import AsinhNorm
 
     heads, length, _ = weights.shape
     columns = min(heads, _COLUMNS)
@@ -43,73 +61,97 @@ def draw_maps(weights: np.ndarray, units: Sequence[Unit], offset: int, row: int)
     ticks = round(_TICKS_PER_INCH * side)
     with new_figure(2.4 + side * columns, 0.4 + (side + 1.1) * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
-        for head, axes in enumerate(grid.flat):
-            if head >= heads:
-                axes.set_axis_off()
-                continue
+        for axes in grid.flat[heads:]:
+            axes.set_axis_off()
+        for head, axes in enumerate(grid.flat[:heads]):
             largest = float(np.abs(weights[head]).max())
             image = axes.imshow(
                 np.ma.array(weights[head] / (largest or 1.0), mask=above),
                 cmap="RdBu_r",
-                # A root, so that a tenth is seen and a hundredth is faint.
-                norm=FuncNorm((_signed_root, _signed_square), vmin=-1, vmax=1),
+                # A tenth is clearly visible and a hundredth is faint.
+                norm=AsinhNorm(linear_width=0.05, vmin=-1, vmax=1),
                 interpolation="nearest",
             )
-            axes.axhline(row, color="black", linewidth=0.7, linestyle=":")
-            axes.set_title(f"head {head + 1}: largest |A| = {largest:.3g}")
-            axes.set_xlabel("token j that is read")
+            axes.axhline(position, color="black", linewidth=0.7, linestyle=":")
+            axes.set(title=f"head {head + 1}: largest |A| = {largest:.3g}")
+            axes.set(xlabel="earlier token j", ylabel="output after token t")
             label_text(axes.xaxis, units, offset, ticks)
             axes.tick_params(axis="x", rotation=90)
             label_text(axes.yaxis, units, offset, ticks)
-            axes.set_ylabel("output after token t")
-        levels = [-1, -0.5, -0.1, -0.01, 0.01, 0.1, 0.5, 1]
-        bar = figure.colorbar(image, ax=grid, location="top", shrink=0.5, aspect=40, ticks=levels)
-        bar.set_ticks(levels, labels=[f"{level:.0%}" for level in levels])
+        bar = figure.colorbar(image, ax=grid, location="top", shrink=0.5, aspect=40)
+        bar.set_ticks(_COLOR_LEVELS, labels=[f"{level:.0%}" for level in _COLOR_LEVELS])
         bar.minorticks_off()
         bar.set_label("weight A_tj, as a share of the largest |A| of its head")
         return png(figure)
 
 
-def _signed_root(x: np.ndarray) -> np.ndarray:
-    return np.sign(x) * np.sqrt(np.abs(x))
-
-
-def _signed_square(x: np.ndarray) -> np.ndarray:
-    return np.sign(x) * np.square(x)
-
-
-def draw_state_share(shares: Mapping[str, np.ndarray], units: Sequence[Unit], offset: int) -> bytes:
-    """How much of each output came from before the stretch of text.
-
-    Args:
-      shares: by the name of the layer, ``[T]``.
-      units: of the T tokens.
-      offset: position of the first of them in its document.
-    """
+def draw_state_share(explanation: Explanation) -> Picture:
+    """Draw the part of each layer's outputs that the state before the maps gives."""
+    units = explanation.units
     with new_figure(FITTING, 4) as figure:
         axes = figure.subplots()
-        curves = zip(shares.items(), line_styles(len(shares)), strict=True)
-        for index, ((name, share), style) in enumerate(curves):
-            places = sparse_markers(len(share), index, len(shares))
-            axes.plot(share, markevery=places, label=name, **style)
-        label_text(axes.xaxis, units, offset, round(FITTING * _TICKS_PER_INCH))
+        styles = line_styles(len(explanation.layers), units[-1].stop)
+        named = zip(explanation.layer_names, explanation.layers, styles, strict=True)
+        for name, layer, style in named:
+            part = np.linalg.norm(layer.from_state[0], axis=(-2, -1))
+            whole = np.linalg.norm(layer.output[0], axis=(-2, -1))
+            axes.plot(part / np.maximum(whole, np.finfo(np.float32).tiny), label=name, **style)
+        label_text(axes.xaxis, units, explanation.start, round(FITTING * _TICKS_PER_INCH))
         axes.tick_params(axis="x", rotation=90)
         axes.set_xlim(0, max(units[-1].stop - 1, 1))
         axes.set_ylim(bottom=0)
         axes.set(xlabel="output after token t", ylabel="norm, relative to the output's")
         axes.grid(axis="y")
-        axes.legend(loc="upper right")
-        return png(figure)
+        add_legend(figure, axes)
+        return Picture(
+            "state_share",
+            "Contribution of the text before the maps",
+            "Norm of the part of each output that the state before the first token of the maps "
+            "gives (in attention, its cache), relative to that of the whole output: 0 means that "
+            "the map alone explains all of it.",
+            png(figure),
+        )
 
 
-def draw_contributions(
+def draw_contributions(explanation: Explanation) -> Picture:
+    """Draw the strongest contributions to the chosen prediction, by gradient and by layer."""
+    chosen = explanation.chosen
+    by_gradient = sum_by_unit(chosen.units, chosen.from_all.tokens)
+    panels = [
+        (
+            "all layers, by gradient",
+            "gradient times input (nats)",
+            by_gradient,
+            chosen.from_all.state,
+        )
+    ]
+    for layer, name in enumerate(explanation.layer_names):
+        shares, state = contributions_by_unit(explanation, layer), chosen.by_layer[layer].state
+        panels.append((f"{name}, by its map", "share of the output", shares, state))
+    return Picture(
+        "contributions",
+        "The tokens that contributed most to the chosen prediction",
+        "Each bar is one earlier token, in brackets in its word, with its distance to the "
+        "predicted one: red supports the prediction (in a layer: its output), blue opposes it.",
+        draw_bars(panels, chosen.units),
+    )
+
+
+def contributions_by_unit(explanation: Explanation, layer: int) -> np.ndarray:
+    """Return [units]: a layer's shares of the units before the chosen token."""
+    chosen = explanation.chosen
+    shares = chosen.by_layer[layer].tokens[: chosen.position - explanation.start]
+    return sum_by_unit(chosen.units, shares)
+
+
+def draw_bars(
     panels: Sequence[tuple[str, str, np.ndarray, float]], units: Sequence[Unit], most: int = 12
 ) -> bytes:
-    """Bars for the tokens that gave most, the strongest first; red is for, blue against.
+    """Draw the strongest contributions as bars, red for and blue against.
 
     Args:
-      panels: title, unit of measure, contribution of each of `units` and that of everything
-        before them, which is written below unless it is 0: it may be many times the others.
+      panels: title, unit of measure, contribution of each of `units` and that of all text before,
+        which is written below unless it is 0: it may be far larger than the others.
       units: of the tokens before the predicted one.
       most: bars of one panel.
     """
@@ -120,31 +162,15 @@ def draw_contributions(
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
         for axes, (title, measure, values, before) in zip(grid.flat, panels, strict=False):
-            bars = [(label_unit(units, index), value) for index, value in enumerate(values)]
-            bars = sorted(bars, key=lambda bar: -abs(bar[1]))[:most]
-            places = range(len(bars))
-            reds = ["tab:red" if value > 0 else "tab:blue" for _, value in bars]
-            axes.barh(places, [value for _, value in bars], color=reds)
-            axes.set_yticks(places, [label for label, _ in bars], **MONOSPACE)
+            strongest = np.argsort(-np.abs(values), kind="stable")[:most]
+            bars = np.arange(len(strongest))
+            reds = np.where(values[strongest] > 0, "tab:red", "tab:blue")
+            axes.barh(bars, values[strongest], color=reds)
+            axes.set_yticks(bars, [label_unit(units, index) for index in strongest], **MONOSPACE)
             axes.set_ylim(most - 0.5, -0.5)
             axes.axvline(0, color="black", linewidth=0.6)
-            written = f"\nall before this stretch: {before:+.3g}" if before else ""
             axes.locator_params(axis="x", nbins=5)  # or long numbers touch
-            axes.set(title=title, xlabel=measure + written)
+            note = f"\nall text before this excerpt: {before:+.3g}" if before else ""
+            axes.set(title=title, xlabel=measure + note)
             axes.grid(axis="x")
         return png(figure)
-
-
-def label_unit(units: Sequence[Unit], index: int) -> str:
-    """A unit between brackets in its word, or between two, and how far before the end it stands."""
-    start, stop = index, index + 1
-    while start > 0 and not begins_word(units, start) and index - start < _NEIGHBORS:
-        start -= 1
-    while stop < len(units) and not units[stop].text[0].isspace() and stop - index < _NEIGHBORS:
-        stop += 1
-    before = "".join(unit.text for unit in units[start:index]).lstrip()
-    after = "".join(unit.text for unit in units[index + 1 : stop])
-    whole = ending(before, 10)
-    left = whole if whole == ending(before, 1000) else f"…{ending(before, 9)}"
-    text = f"{left}[{beginning(units[index].text, LABEL)}]{beginning(after, 7)}"
-    return f"{text:>15} {units[-1].stop - units[index].start:>4}"

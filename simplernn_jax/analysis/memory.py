@@ -1,4 +1,4 @@
-"""How long a model remembers, and how much of its state it uses along a text."""
+"""Memory of the recurrences: half-lives of key channels, norm and rank of the state in a text."""
 
 import math
 from typing import NamedTuple
@@ -6,51 +6,50 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 
-from simplernn_jax.analysis.progress import Report, begin_stage, no_report
 from simplernn_jax.analysis.recording import find_mixers, record
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.models import LanguageModel, SimpleRNN
 
 _POINTS = 200
-"""The state is looked at in about so many places of a text."""
+"""Number of measurements along a text, about."""
 
 _MOST_TOKENS = 4096
-"""Read in one call."""
+"""Length of one call."""
 
 
 class LayerMemory(NamedTuple):
-    """One recurrence along one text."""
+    """Memory of one recurrence in one text."""
 
     half_lives: np.ndarray
-    """float64 [H, K], in tokens; infinite where nothing was forgotten."""
+    """float64 [H, K], in tokens; infinite if nothing was forgotten."""
     norms: np.ndarray
     """float64 [P, H]: Frobenius norm of each head's state."""
     ranks: np.ndarray
-    """float64 [P, H]: its `effective_rank`, at most min(K, V)."""
+    """float64 [P, H]: `effective_rank` of each head's state, at most min(K, V)."""
 
 
 class Memory(NamedTuple):
-    """What `measure_memory` returns."""
+    """Result of `measure_memory`."""
 
     positions: np.ndarray
-    """int [P]: tokens read when the state was looked at."""
+    """int [P]: tokens before each measurement."""
     layers: tuple[LayerMemory | None, ...]
-    """One per layer; None where its mixer is attention."""
+    """One per layer; None if its mixer is attention."""
 
 
 def half_life(mean_decay: np.ndarray) -> np.ndarray:
-    """``ln 2 / E[-log g]``: tokens after which a key channel has forgotten half, on average."""
+    """Return ``ln 2 / E[-log g]``: tokens after which a key channel has decayed by half."""
     decay = np.asarray(mean_decay, np.float64)
     return np.divide(math.log(2), decay, out=np.full_like(decay, np.inf), where=decay > 0)
 
 
 def half_gone(half_lives: np.ndarray) -> float:
-    """Tokens after which half of what all channels were given is gone: channel c keeps the share
-    ``2^(-n / half_lives_c)`` after n tokens, and the mean over the channels is 1/2.
+    """Return the tokens n after which the channels' mean retention ``2^(-n / half_life)`` is 1/2.
 
-    Infinite where at least half of the channels forget nothing.
+    Infinite if at least half of the channels forget nothing.
     """
     lives = np.asarray(half_lives, np.float64).ravel()
     if np.mean(np.isinf(lives)) >= 0.5:
@@ -66,9 +65,9 @@ def half_gone(half_lives: np.ndarray) -> float:
 
 
 def effective_rank(matrices: np.ndarray) -> np.ndarray:
-    """exp of the entropy of the singular values, each taken as a share of their sum.
+    """Return exp of the entropy of the singular values, as shares of their sum.
 
-    It lies between 1 (one direction) and min(K, V) (all equally), and is 0 for a zero matrix.
+    Between 1 (one direction) and min(K, V) (all equal); 0 for a zero matrix.
     Source: Roy and Vetterli, "The effective rank: a measure of effective dimensionality",
     EUSIPCO 2007, definition 1.
 
@@ -82,13 +81,12 @@ def effective_rank(matrices: np.ndarray) -> np.ndarray:
     return np.where(total[..., 0] > 0, np.exp(-np.sum(shares * logs, axis=-1)), 0.0)
 
 
-def measure_memory(model: LanguageModel, tokens: np.ndarray, report: Report = no_report) -> Memory:
-    """Reads a text from a zero state and looks at the recurrences on the way.
+def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
+    """Measure the recurrences while the model reads a text from a zero state.
 
     Args:
       model: the language model.
       tokens: [n] ids, n at least 1, BOS included.
-      report: takes lines about the progress.
     """
     graph, params = nnx.split(model)
 
@@ -96,7 +94,7 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray, report: Report = no
     def read(
         params: nnx.State, piece: jax.Array, state: ModelState
     ) -> tuple[ModelState, list[tuple[jax.Array, jax.Array] | None]]:
-        """The next state and, by layer, the summed -log g [H, K] and the state [H, K, V]."""
+        """Return the next state and, by layer, the summed -log g [H, K] and state [H, K, V]."""
         model = nnx.merge(graph, params)
         recording = record(model, piece, state)
         measured: list[tuple[jax.Array, jax.Array] | None] = []
@@ -111,13 +109,15 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray, report: Report = no
     step = min(-(-len(tokens) // _POINTS), _MOST_TOKENS)
     state = model.initial_state(1)
     positions, by_piece = [], []
-    advance = begin_stage(report, "looking at the memory along the text", len(tokens))
+    logging.info("measuring the memory along the text ...")
     for start in range(0, len(tokens), step):
         piece = np.asarray(tokens[start : start + step], np.int32)
         state, measured = read(params, piece[None], state)
         positions.append(start + len(piece))
         by_piece.append(_reduce(measured))
-        advance(positions[-1])
+        logging.log_every_n_seconds(
+            logging.INFO, "measured %d of %d tokens", 10, positions[-1], len(tokens)
+        )
     layers = [
         _layer_memory([piece[i] for piece in by_piece], len(tokens))
         if isinstance(mixer, SimpleRNN)
@@ -128,7 +128,7 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray, report: Report = no
 
 
 def read_state(model: LanguageModel, tokens: np.ndarray) -> ModelState:
-    """The state after [n] tokens of one text from a zero state, in bounded memory."""
+    """Return the state after [n] tokens from a zero state, in bounded memory."""
     graph, params = nnx.split(model)
 
     @jax.jit
@@ -146,7 +146,7 @@ _Piece = tuple[np.ndarray, np.ndarray, np.ndarray] | None
 
 
 def _reduce(measured: list[tuple[jax.Array, jax.Array] | None]) -> list[_Piece]:
-    """By layer: summed decay [H, K], norm [H] and effective rank [H] after one piece."""
+    """Return by layer the summed decay [H, K], norm [H] and effective rank [H] of one piece."""
     reduced: list[_Piece] = []
     for layer in measured:
         if layer is None:

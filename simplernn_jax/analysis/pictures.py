@@ -1,18 +1,22 @@
-"""What all pictures of a page share: one look, text that can be drawn, PNG bytes."""
+"""Pictures of the memory and of the state's value, and the style that all pictures share."""
 
-import functools
 import io
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from simplernn_jax.analysis.token_text import Unit, begins_word, escaped, visible
+from simplernn_jax.analysis.memory import Memory
+from simplernn_jax.analysis.state_value import PositionLoss
+from simplernn_jax.errors import counted
+from simplernn_jax.training.evaluate import Evaluation
 
 DPI = 130
-"""Pixels of an inch."""
+"""Pixels per inch."""
+FITTING = 5.8
+"""Width in inches of a picture that is readable on a screen of 400 pixels."""
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -22,17 +26,28 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-MONOSPACE = {"fontfamily": "DejaVu Sans Mono", "fontsize": 8}
-"""For what is quoted from a text; the font comes with matplotlib."""
-LABEL = 12
-"""Characters of a quotation at most."""
-FITTING = 5.8
-"""Inches of a picture that can still be read on a screen of 400 pixels."""
+_COLUMNS = 2
+_MAX_NAMED = 8
+"""Most curves in a legend; the others continue the order of colors."""
+_LEGEND_ROW = 0.2
+"""Height of a row of a legend in inches."""
+_MIN_PREDICTIONS = 30
+"""Fewest predictions of a point of the loss by position."""
+
+
+class Picture(NamedTuple):
+    """A PNG with the title and caption that a page shows beside it."""
+
+    name: str
+    """Name of its file, without the suffix."""
+    title: str
+    caption: str
+    png: bytes
 
 
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator[Any]:
-    """A matplotlib figure of so many inches, to be drawn and saved inside the context."""
+    """Make a matplotlib figure, in inches, to be drawn and saved inside the context."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -44,116 +59,200 @@ def new_figure(width: float, height: float) -> Iterator[Any]:
 
 
 def png(figure: Any) -> bytes:
-    """The picture as a file."""
+    """Return the figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
 
 
 def colors(count: int) -> list[Any]:
-    """So many colours, from dark to light."""
+    """Return `count` colors, from dark to light."""
     import matplotlib
 
     return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.85, max(count, 1))))
 
 
-def line_styles(count: int) -> list[dict[str, Any]]:
-    """Arguments of ``plot`` for so many curves that stay apart where they meet: a color, a dash
-    pattern and an open marker each."""
+def line_styles(count: int, points: int) -> list[dict[str, Any]]:
+    """Return arguments of ``plot`` for `count` curves that stay distinct where they meet.
+
+    Each has its color, dash pattern and open marker, and its own places of about eight markers.
+    """
+    step = max(points // 8, 1)
     shapes = zip(itertools.cycle("os^Dv*P"), itertools.cycle(("-", "--", "-.", ":")), strict=False)
     return [
         {
             "color": color,
             "linestyle": line,
+            "linewidth": 1.2,
             "marker": marker,
             "markerfacecolor": "none",
             "markersize": 5,
-            "linewidth": 1.2,
+            "markevery": (index * step // count, step),
         }
-        for color, (marker, line) in zip(colors(count), shapes, strict=False)
+        for index, (color, (marker, line)) in enumerate(zip(colors(count), shapes, strict=False))
     ]
 
 
-def sparse_markers(points: int, index: int, count: int) -> tuple[int, int]:
-    """``markevery`` of curve `index` of `count`: about eight markers, at places of its own."""
-    step = max(points // 8, 1)
-    return index * step // max(count, 1), step
+def add_legend(figure: Any, axes: Any) -> None:
+    """Put the legend of `axes` above the figure, where it covers no curve."""
+    handles, labels = (part[:_MAX_NAMED] for part in axes.get_legend_handles_labels())
+    longest = max(map(len, labels))
+    columns = int(np.clip(FITTING / (0.085 * longest + 0.7), 1, 4))  # inches
+    figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
 
 
-def beginning(text: str, most: int) -> str:
-    """So many characters of a picture for the beginning of `text`, the last an ellipsis if it goes
-    on; a character that the font lacks is its escape, whole or left out."""
-    drawn = list(map(_drawn, text))
-    if sum(map(len, drawn)) <= most:
-        return "".join(drawn)
-    return "".join(_that_fit(drawn, most - 1)) + "…"
+def draw_half_lives(memory: Memory, window: int) -> Picture:
+    """Draw the sorted half-lives of each layer, and the training window for comparison."""
+    with new_figure(FITTING, 4) as figure:
+        axes = figure.subplots()
+        label = f"training window ({window:,})"
+        axes.axhline(window, color="grey", linestyle="--", linewidth=1, label=label)
+        key_channels = max(part.half_lives.size for part in memory.layers if part is not None)
+        styles = line_styles(len(memory.layers), key_channels)
+        for number, (part, style) in enumerate(zip(memory.layers, styles, strict=True), 1):
+            if part is not None:
+                lives = np.sort(part.half_lives.ravel())[::-1]
+                lives = np.where(np.isfinite(lives), lives, np.nan)
+                channels = np.arange(1, len(lives) + 1)
+                axes.plot(channels, lives, label=f"layer {number}", **style)
+        axes.set_yscale("log", subs=[2, 5])
+        axes.yaxis.set_major_formatter("{x:,g}")
+        axes.yaxis.set_minor_formatter("{x:,g}")
+        axes.set(xlabel="key channels of all heads, by half-life", ylabel="half-life (tokens)")
+        axes.grid(axis="y", which="both")
+        add_legend(figure, axes)
+        return Picture(
+            "half_lives",
+            "Half-life of every key channel, sorted",
+            "A point at 100 means that this channel decays by half in 100 tokens, on average over "
+            "this text (ln 2 / E[-log g]); a curve that stays high to the right is a layer with "
+            "many long memories.",
+            png(figure),
+        )
 
 
-def ending(text: str, most: int) -> str:
-    """The same for the end of `text`, without an ellipsis."""
-    return "".join(reversed(_that_fit(list(map(_drawn, reversed(text))), most)))
-
-
-def label_text(axis: Any, units: Sequence[Unit], offset: int, most: int) -> None:
-    """Writes a text along an axis whose unit is a token: about `most` ticks, each at the beginning
-    of a word where there is one, with the whole words that follow it.
-
-    Args:
-      axis: of an image whose cells are tokens.
-      units: of the tokens shown.
-      offset: position of the first of them in its document.
-      most: ticks.
-    """
-    length = units[-1].stop
-    step = -(-length // most)
-    # Some languages have no spaces.
-    has_words = sum(begins_word(units, index) for index in range(len(units))) > most // 2
-    ticks: list[int] = []
-    names = []
-    for place in range(0, length, step):
-        inside = [i for i, unit in enumerate(units) if place <= unit.start < place + step]
-        if inside:
-            first = next((i for i in inside if begins_word(units, i)), None)
-            if first is None and has_words:
-                continue
-            first = inside[0] if first is None else first
-            start = units[first].start
-            if ticks and start - ticks[-1] < 0.7 * step:  # their texts would touch
-                continue
-            ticks.append(start)
-            names.append(f"{words_from(units, first, step)} {offset + start}")
-    axis.set_ticks(ticks, names, **MONOSPACE)
-
-
-def words_from(units: Sequence[Unit], first: int, tokens: int) -> str:
-    """The whole words from unit `first` on that begin within so many tokens and fit a label; a
-    first word that does not fit is cut, and ends in an ellipsis."""
-    end = units[first].start + tokens
-    shown = ""
-    for stop in range(first + 1, len(units)):
-        if begins_word(units, stop) or units[stop].text.isspace():
-            text = "".join(unit.text for unit in units[first:stop]).strip()
-            if shown and (len("".join(map(_drawn, text))) > LABEL or units[stop - 1].start >= end):
-                break
-            shown = text
-    return beginning(shown or "".join(unit.text for unit in units[first:]).strip(), LABEL)
-
-
-def _that_fit(drawn: Sequence[str], most: int) -> Sequence[str]:
-    """The first of `drawn` that have at most so many characters together."""
-    ends = itertools.accumulate(map(len, drawn))
-    return [text for text, end in zip(drawn, ends, strict=True) if end <= most]
-
-
-def _drawn(character: str) -> str:
-    shown = visible(character)
-    return shown if all(ord(c) in _glyphs() for c in shown) else escaped(character)
-
-
-@functools.cache
-def _glyphs() -> frozenset[int]:
-    from matplotlib import font_manager
-
-    return frozenset(
-        font_manager.get_font(font_manager.findfont(str(MONOSPACE["fontfamily"]))).get_charmap()
+def draw_state_norm(memory: Memory) -> Picture:
+    """Draw the norm of each head's state along the text."""
+    return Picture(
+        "state_norm",
+        "Norm of the state along the text",
+        "Frobenius norm of each head's state: a curve that keeps rising is a state that still "
+        "fills, a sudden fall is a text that made the head forget.",
+        _draw_state(memory, "norms", "norm of the state"),
     )
+
+
+def draw_state_rank(memory: Memory) -> Picture:
+    """Draw the effective rank of each head's state along the text."""
+    return Picture(
+        "state_rank",
+        "Effective rank of the state along the text",
+        "An effective rank of 8 means that a head's state holds about 8 independent directions "
+        "(exp of the entropy of its singular values as shares of their sum, Roy and Vetterli "
+        "2007); the largest possible is the smaller of its key and value channels.",
+        _draw_state(memory, "ranks", "effective rank"),
+    )
+
+
+def _draw_state(memory: Memory, name: str, label: str) -> bytes:
+    """Draw one panel per layer and one curve per head of a field of `LayerMemory`."""
+    layers = [(n, part) for n, part in enumerate(memory.layers, 1) if part is not None]
+    columns = min(len(layers), _COLUMNS)
+    rows = -(-len(layers) // columns)
+    with new_figure(FITTING, 0.2 + 2.3 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        for axes in grid.flat[len(layers) :]:
+            axes.set_axis_off()
+        for axes, (number, part) in zip(grid.flat, layers, strict=False):
+            values = getattr(part, name)
+            points, heads = values.shape
+            for head, style in enumerate(line_styles(heads, points)):
+                axes.plot(memory.positions, values[:, head], label=f"head {head + 1}", **style)
+            axes.set(title=f"layer {number}", xlabel="tokens read")
+            axes.grid(axis="y")
+        grid[0, 0].set_ylim(bottom=0)
+        for axes in grid[:, 0]:
+            axes.set_ylabel(label)
+        add_legend(figure, grid[0, 0])
+        return png(figure)
+
+
+def draw_position_loss(loss: PositionLoss, window: int) -> Picture:
+    """Draw the loss by position in the document, carried and reset every `window` tokens."""
+    drawn = loss.counts >= min(_MIN_PREDICTIONS, loss.counts.max())
+    middles = loss.starts[drawn] * 2**0.5
+    reset = f"state reset every {counted(window, 'token')} (training window)"
+    with new_figure(FITTING, 4) as figure:
+        axes = figure.subplots()
+        axes.errorbar(
+            middles,
+            loss.carried[drawn],
+            2 * loss.errors[drawn],
+            color="tab:blue",
+            marker="o",
+            capsize=3,
+            label="state carried over the document",
+        )
+        axes.errorbar(
+            middles * 1.05,  # beside the other's bars, not over them
+            loss.reset[drawn],
+            2 * loss.reset_errors[drawn],
+            color="tab:orange",
+            marker="s",
+            markersize=8,
+            markerfacecolor="none",
+            linestyle="--",
+            capsize=5,
+            label=reset,
+        )
+        _set_loss_axes(axes, middles, "tokens of the document before the prediction")
+        add_legend(figure, axes)
+        return Picture(
+            "loss_by_position",
+            "Loss by position in the document",
+            "A blue curve that falls to the right means better predictions with more of the "
+            "document read (bars: two standard errors; a point is a range of positions, each twice "
+            "as long as the one before). Orange above blue is the gain from the state carried over "
+            "the last reset; where orange is below blue, the model predicts better without it.",
+            png(figure),
+        )
+
+
+def draw_reset_loss(losses: dict[int, Evaluation], window: int) -> Picture:
+    """Draw the loss by reset interval; interval 0, never reset, is a horizontal line."""
+    intervals = sorted(interval for interval in losses if interval)
+    with new_figure(FITTING, 4) as figure:
+        axes = figure.subplots()
+        values = [losses[interval].nats_per_token for interval in intervals]
+        axes.plot(intervals, values, color="tab:orange", marker="s", label="state reset")
+        axes.axhline(losses[0].nats_per_token, color="tab:blue", label="state carried, never reset")
+        axes.plot(
+            [window],
+            [losses[window].nats_per_token],
+            color="tab:red",
+            marker="D",
+            linestyle="",
+            markersize=12,
+            markerfacecolor="none",
+            label=f"reset at every training window ({counted(window, 'token')})",
+        )
+        _set_loss_axes(axes, intervals, "tokens between two resets")
+        add_legend(figure, axes)
+        return Picture(
+            "loss_by_reset",
+            "Loss by reset interval of the state",
+            "Orange above blue: tokens further back than the interval still help. Where the two "
+            "meet, they add nothing; where orange is below blue, the model predicts better once "
+            "they are forgotten.",
+            png(figure),
+        )
+
+
+def _set_loss_axes(axes: Any, places: Sequence[float], label: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(0.75 * places[0], 1.5 * places[-1])  # also if every loss is NaN
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.minorticks_off()
+    axes.set(xlabel=label, ylabel="loss (nats per token)")
+    axes.grid(axis="y")

@@ -1,4 +1,4 @@
-"""What goes into and comes out of every mixer of a model while it reads."""
+"""Inputs, states and outputs of every mixer during a forward pass."""
 
 from typing import Any, NamedTuple
 
@@ -23,17 +23,17 @@ class Record(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """What `record` returns."""
+    """Result of `record`."""
 
     hidden: Activations
-    """What the head reads, ``[B, T, D]``."""
+    """Input of the head, ``[B, T, D]``."""
     state: ModelState
     layers: tuple[Record, ...]
     """One per layer."""
 
 
 def find_mixers(model: LanguageModel) -> list[SimpleRNN | Attention]:
-    """What carries information from token to token in every layer."""
+    """Return the sequence mixer of every layer."""
     return [getattr(layer, _name_of_mixer(layer)) for layer in model.layers]
 
 
@@ -44,7 +44,7 @@ def record(
     segment_ids: SegmentIds | None = None,
     shift: jax.Array | None = None,
 ) -> Recording:
-    """Reads `tokens` and keeps what every mixer saw; `model` itself is left as it is.
+    """Run a forward pass on `tokens` and record every mixer's call; `model` is unchanged.
 
     Args:
       model: the language model.
@@ -55,7 +55,7 @@ def record(
     """
     if state is None:
         state = model.initial_state(tokens.shape[0])
-    model = nnx.merge(*nnx.split(model))  # a copy to put taps in; the arrays are shared
+    model = nnx.merge(*nnx.split(model))  # a copy for the taps; arrays are shared
     taps = [_Tap(mixer) for mixer in find_mixers(model)]
     for layer, tap in zip(model.layers, taps, strict=True):
         setattr(layer, _name_of_mixer(layer), tap)
@@ -73,7 +73,7 @@ def _name_of_mixer(layer: nnx.Module) -> str:
 
 
 class _Tap:
-    """Stands in for a mixer and remembers the call."""
+    """Wrapper of a mixer that records the call."""
 
     record: Record
 
@@ -89,7 +89,7 @@ class _Tap:
 
 
 class _ShiftedEmbedding:
-    """An embedding whose results are shifted; as a tied head it is as before."""
+    """An embedding whose results are shifted, but not its weights as a tied head."""
 
     def __init__(self, embedding: nnx.Embed, shift: jax.Array):
         self._embedding = embedding

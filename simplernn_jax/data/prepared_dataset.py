@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from simplernn_jax.config import nearest_name
 from simplernn_jax.data.documents import Corpus, Document, text_pieces
 from simplernn_jax.data.source_files import SourceFile, library_errors
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, nearest_name
 from simplernn_jax.files import read_file
 
 _INFO = "dataset_info.json"

@@ -9,7 +9,6 @@ from typing import Any
 
 from absl import logging
 
-from simplernn_jax.config import nearest_name
 from simplernn_jax.data.documents import Corpus, Document, text_pieces
 from simplernn_jax.data.source_files import (
     SourceFile,
@@ -17,7 +16,7 @@ from simplernn_jax.data.source_files import (
     library_errors,
     open_source,
 )
-from simplernn_jax.errors import UserError, one_line
+from simplernn_jax.errors import UserError, nearest_name, one_line
 
 LARGEST_RECORD = 1 << 26
 """Bytes of a JSONL line. A larger one is a JSON array or another format rather than a record."""

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from simplernn_jax.devices import check_memory
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.sampling import Settings
-from simplernn_jax.memory_bound import check_memory
 from simplernn_jax.models import LanguageModel
 
 Prompts = Sequence[Sequence[int] | np.ndarray | jax.Array] | np.ndarray | jax.Array

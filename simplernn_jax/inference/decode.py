@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from simplernn_jax.devices import check_memory
 from simplernn_jax.inference.arguments import (
     Prompts,
     check_callback,
@@ -25,7 +26,6 @@ from simplernn_jax.inference.state import (
     empty_state,
     state_bytes,
 )
-from simplernn_jax.memory_bound import check_memory
 from simplernn_jax.models import LanguageModel
 
 CHUNK_LENGTHS = (512, 64, 8, 1)

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from simplernn_jax.array_types import ModelState
+from simplernn_jax.devices import check_memory
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.arguments import checked_integer
-from simplernn_jax.memory_bound import check_memory
 from simplernn_jax.models import LanguageModel
 
 RECENT_TOKENS = 64

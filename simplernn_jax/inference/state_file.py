@@ -18,11 +18,11 @@ import safetensors.numpy
 from flax import nnx
 
 from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.devices import check_memory
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import open_file, sha256_hex, write_file
 from simplernn_jax.inference.arguments import check_model, check_tokenizer, checked_path
 from simplernn_jax.inference.state import DecoderState, check_state, empty_state
-from simplernn_jax.memory_bound import check_memory
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.safetensors_bytes import decode_safetensors

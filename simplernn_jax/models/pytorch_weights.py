@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from simplernn_jax.config import ModelConfig, nearest_name
-from simplernn_jax.errors import UserError
+from simplernn_jax.config import ModelConfig
+from simplernn_jax.devices import check_memory
+from simplernn_jax.errors import UserError, nearest_name
 from simplernn_jax.files import open_file
-from simplernn_jax.memory_bound import check_memory
 from simplernn_jax.models.language_model import LanguageModel
 from simplernn_jax.safetensors_bytes import decode_safetensors
 

@@ -1,4 +1,4 @@
-"""Whether a train step fits in memory: by arithmetic, and where that is close, by the compiler."""
+"""Memory of a train step: by arithmetic, and where that is close, by XLA's memory analysis."""
 
 from typing import Any
 
@@ -12,22 +12,22 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.training.train_step import init_train_state, make_train_step
 
-COMPILED_FROM = 0.25
-"""Share of the memory from which on the compiler is asked: the estimate is a third of what it
-says, and a program takes 10 s to compile."""
+ANALYZED_FROM = 0.25
+"""Share of the memory from which on the step is compiled: the estimate is a third of what XLA's
+analysis gives, and a program takes 10 s to compile."""
 
 
-def check_memory(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> None:
-    """Check that the train step fits, before anything is allocated.
+def check_train_step(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> None:
+    """Check that the train step fits in memory, before anything is allocated.
 
     Raises:
-      UserError: it does not; says how much it needs and what there is.
+      UserError: it does not; says how much it needs and how much there is.
     """
-    if memory_estimate.check_training(config, mesh) < COMPILED_FROM:
+    if memory_estimate.check_training(config, mesh) < ANALYZED_FROM:
         return
     step: Any = make_train_step(config, optimizer, mesh)
     state = jax.eval_shape(lambda: init_train_state(config, optimizer))
-    # The compilation cache keeps it for the first step.
+    # The first step takes this program from the compilation cache.
     sizes = step.lower(state, _abstract_batch(config)).compile().memory_analysis()
     if sizes is not None:
         needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
@@ -35,8 +35,8 @@ def check_memory(config: Config, optimizer: optax.GradientTransformation, mesh: 
 
 
 def _abstract_batch(config: Config) -> Batch:
-    rows, length = config.data.batch_size, config.data.sequence_length
-    ids: Any = jax.ShapeDtypeStruct((rows, length), np.int32)
-    mask: Any = jax.ShapeDtypeStruct((rows, length), np.bool_)
-    reset: Any = jax.ShapeDtypeStruct((rows,), np.bool_)
+    batch_size, length = config.data.batch_size, config.data.sequence_length
+    ids: Any = jax.ShapeDtypeStruct((batch_size, length), np.int32)
+    mask: Any = jax.ShapeDtypeStruct((batch_size, length), np.bool_)
+    reset: Any = jax.ShapeDtypeStruct((batch_size,), np.bool_)
     return Batch(tokens=ids, targets=ids, loss_mask=mask, segment_ids=ids, reset=reset)

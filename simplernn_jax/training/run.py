@@ -20,7 +20,7 @@ from simplernn_jax.sharding.mesh import check_fits, make_mesh
 from simplernn_jax.training.early_stopping import ValidationHistory
 from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.file_layout import FileLayout
-from simplernn_jax.training.memory_check import check_memory
+from simplernn_jax.training.memory_check import check_train_step
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.placement import batch_shardings
 from simplernn_jax.training.preparation import changed_fields, prepare, total_steps
@@ -53,7 +53,7 @@ class Run:
         check_fits(self.config, self.mesh)
         self.total_steps = total_steps(self.config, self.corpus)
         self.optimizer = make_optimizer(self.config.optimizer, self.total_steps, self.mesh)
-        check_memory(self.config, self.optimizer, self.mesh)
+        check_train_step(self.config, self.optimizer, self.mesh)
         self._layout = FileLayout(self.config, self.optimizer, self.mesh)
         self.totals, self.history = LossTotals(), ValidationHistory()
         self.changes: list[str] = []

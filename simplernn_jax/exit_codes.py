@@ -1,0 +1,118 @@
+"""Exit codes of all scripts, and errors as one line on standard error.
+
+| code | meaning |
+|---|---|
+| 0 | done |
+| 1 | a bug, with its traceback; or a check of the script fails (see its ``--help``) |
+| 2 | bad input, disk full or out of memory: one line says what, where and what to do |
+| 75 | a training run stopped by SIGTERM or Ctrl-C; the same command resumes it |
+| 76 | another process of the run died or hangs: one line says which; the same commands resume it |
+| 130 | Ctrl-C, with nothing to resume |
+| 143 | SIGTERM, with nothing to resume |
+| 128 + n | ended by signal n, such as 141 for a closed pipe, 137 for SIGKILL |
+"""
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import flags
+
+from simplernn_jax.errors import EXIT_USER_ERROR, UserError, one_line
+
+_ADVICE = {
+    errno.ENOSPC: "free some space and run again",
+    errno.EDQUOT: "free some of the quota and run again",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "allow access to it or choose another path",
+    errno.EPERM: "allow access to it or choose another path",
+    errno.ENOENT: "make it or choose another path",
+    errno.EISDIR: "name a file",
+    errno.EIO: "check the disk",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f) or choose another file",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+}
+"""Advice for a file-system error. One without a path that is not listed here is a bug and keeps its
+traceback."""
+
+
+_leave: Callable[[int], NoReturn] = sys.exit
+
+
+def leave_by(leave: Callable[[int], NoReturn]) -> None:
+    """Make `exit_with` end this process by ``leave(code)`` instead of ``sys.exit(code)``."""
+    global _leave  # noqa: PLW0603 - a process ends once
+    _leave = leave
+
+
+def exit_with(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main` and exit with its code (None is 0).
+
+    A `UserError`, a wrong flag, a file-system error that the user can fix, or lack of memory is one
+    line on stderr and code 2; Ctrl-C is code 130. Anything else is a bug and keeps its traceback.
+    """
+    try:
+        try:
+            _check_current_folder()
+            code = main()
+        finally:
+            sys.stdout.flush()
+    except UserError as error:
+        _fail(str(error))
+    except flags.Error as error:
+        _fail(f"{error}; --help shows the flags")
+    except BrokenPipeError:  # closed by the reader, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.filename is None and error.errno not in _ADVICE:
+            _show_bug()
+        what = (error.strerror or str(error)).lower()
+        advice = _ADVICE.get(error.errno or 0, "choose another path")
+        _fail(f"{_path_of(error)}: {what}; {advice}")
+    except KeyboardInterrupt:
+        _leave(130)
+    except Exception as error:
+        if _is_lack_of_memory(error):
+            _fail(f"not enough memory: {error}; choose smaller sizes, or free some")
+        if isinstance(error, RuntimeError) and "home directory" in str(error):  # of pathlib
+            _fail("~: no such user, or one without a home directory; write whole paths")
+        _show_bug()
+    except SystemExit as end:
+        _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+    _leave(code or 0)
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError("the current folder is gone; cd to another one and run again") from error
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    is_of_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    return isinstance(error, MemoryError) or (is_of_jax and "RESOURCE_EXHAUSTED" in str(error))
+
+
+def _show_bug() -> NoReturn:
+    traceback.print_exc()
+    _leave(1)
+
+
+def _fail(message: str) -> NoReturn:
+    with contextlib.suppress(OSError):
+        print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
+    _leave(EXIT_USER_ERROR)
+
+
+def _path_of(error: OSError) -> str:
+    if isinstance(error.filename, str | bytes):
+        return os.fsdecode(error.filename) or "''"
+    workdir = flags.FLAGS["workdir"].value if "workdir" in flags.FLAGS else None
+    return workdir or "writing a file"  # a failed write() does not name its file

@@ -1,0 +1,161 @@
+"""Decomposition of layers and predictions: exact sums, detected errors, known contributions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small_runs import HYBRID, small_config
+
+from simplernn_jax.analysis.decomposition import (
+    MAX_ERROR,
+    LayerDecomposition,
+    decompose_layer,
+    decompose_layers,
+    gradient_contributions,
+    is_exact,
+    map_contributions,
+)
+from simplernn_jax.analysis.recording import Record, record
+from simplernn_jax.models import LanguageModel, SimpleRNN
+from simplernn_jax.models.attention import Attention
+
+BATCH, LENGTH, HEADS, VALUES, CONTEXT = 2, 13, 2, 7, 5
+MIXERS = ("simple_rnn", "attention")
+
+
+def recorded(mixer, dtype=jnp.float32, state_factor=1.0, past=17):
+    """Return a layer with all options, a recorded call after `past` tokens, and its segments."""
+    options = {"rngs": nnx.Rngs(0), "output_norm": True, "output_gate": True, "dtype": dtype}
+    if mixer == "attention":
+        layer = Attention(11, 2 * 6, 2 * VALUES, 11, HEADS, context=CONTEXT, **options)
+    else:
+        layer = SimpleRNN(11, 2 * 3, 2 * VALUES, 11, HEADS, **options)
+    x = np.random.default_rng(0).normal(size=(BATCH, past + LENGTH, 11))
+    x = jnp.asarray(x, dtype)
+    _, state = layer(x[:, :past])
+    ids = jnp.asarray(np.stack([np.arange(LENGTH) // 4, np.zeros(LENGTH)]), jnp.int32)
+    y, final_state = layer(x[:, past:], state, ids)
+    changed = jax.tree.map(
+        lambda leaf: leaf * state_factor if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
+        state,
+    )
+    return layer, Record(x[:, past:], changed, y, final_state), ids
+
+
+decompose = jax.jit(decompose_layer)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(("dtype", "layer_limit"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+def test_decomposition_sums_to_the_output(mixer, dtype, layer_limit):
+    given = decompose(*recorded(mixer, dtype))
+    # The operator computes in float32; outside it bfloat16 may round differently.
+    assert given.operator_error < 1e-6
+    assert given.layer_error < layer_limit
+    assert given.weights.shape == (BATCH, HEADS, LENGTH, LENGTH)
+    assert given.output.shape == given.from_state.shape == (BATCH, LENGTH, HEADS, VALUES)
+    rebuilt = np.einsum("bhts,bshv->bthv", given.weights, given.values) + given.from_state
+    np.testing.assert_allclose(given.output, rebuilt, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(given.from_state[0, 4:], 0)
+    assert np.abs(given.from_state[:, :4]).min() > 0
+
+
+@pytest.mark.parametrize("past", [0, 1, CONTEXT - 1, CONTEXT, CONTEXT + 1])
+def test_attention_is_decomposed_at_every_cache_length(past):
+    given = decompose(*recorded("attention", past=past))
+    assert max(given.operator_error, given.layer_error) < 1e-6
+    # The second sequence is one segment: it sees the cache while the context reaches it.
+    seen = np.abs(np.asarray(given.from_state[1])).max(axis=(-2, -1)) > 0
+    np.testing.assert_array_equal(seen, np.arange(LENGTH) < (CONTEXT - 1 if past else 0))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_wrong_state_is_detected(mixer):
+    right = decompose(*recorded(mixer))
+    wrong = decompose(*recorded(mixer, state_factor=1.01))
+    assert wrong.layer_error > 1e-4
+    assert is_exact(right, is_float32=True)
+    assert not is_exact(wrong, is_float32=True)
+
+
+@pytest.mark.parametrize(
+    ("operator_error", "layer_error", "exact", "exact_below_float32"),
+    [
+        (MAX_ERROR, MAX_ERROR, True, True),
+        (2 * MAX_ERROR, 0, False, False),
+        (0, 2 * MAX_ERROR, False, True),
+        (np.nan, 0, False, False),
+        (0, np.nan, False, True),
+    ],
+)
+def test_exactness_counts_both_errors_and_nan(
+    operator_error, layer_error, exact, exact_below_float32
+):
+    given = LayerDecomposition(None, None, None, None, operator_error, layer_error)
+    assert is_exact(given, is_float32=True) is exact
+    assert is_exact(given, is_float32=False) is exact_below_float32
+
+
+def test_every_layer_of_a_model_is_decomposed():
+    config = small_config(**HYBRID, vocab_size=30, num_heads=2, attention_context=CONTEXT)
+    model = LanguageModel(config.model, rngs=nnx.Rngs(0))
+    state = jax.tree.map(jnp.ones_like, model.initial_state(1))
+    for given in decompose_layers(model, np.arange(11), state):
+        assert given.weights.shape == (1, 2, 11, 11)
+        assert max(given.operator_error, given.layer_error) < 1e-6
+        assert np.abs(given.from_state).max() > 1e-3
+
+
+TOKENS = np.random.default_rng(2).integers(0, 30, 7)
+TARGET = 11
+
+
+@pytest.mark.parametrize(("block", "filling"), [("plain", 0), ("residual", 0.3)])
+def test_gradient_times_input_equals_the_slope_of_scaling(block, filling):
+    mixer = "simple_rnn" if block == "plain" else "simple_rnn,attention"
+    config = small_config(block, vocab_size=30, num_layers=2, mixer=mixer, attention_context=5)
+    model = LanguageModel(config.model, rngs=nnx.Rngs(0))
+    tokens = jnp.asarray(TOKENS, jnp.int32)[None]
+    state = jax.tree.map(lambda x: jnp.full_like(x, filling), model.initial_state(1))
+    given = gradient_contributions(model, TOKENS, state, TARGET)
+    embeddings = model.embedding(tokens)
+
+    @jax.jit
+    def log_probability(scales, state_scale):
+        scaled = jax.tree.map(
+            lambda x: x * state_scale if jnp.issubdtype(x.dtype, jnp.floating) else x, state
+        )
+        shift = embeddings * (scales - 1)[None, :, None]
+        hidden = record(model, tokens, scaled, shift=shift).hidden
+        return jax.nn.log_softmax(model.logits(hidden[0, -1]))[TARGET]
+
+    step, ones = 1e-2, np.ones(7, np.float32)
+
+    def slope(scales, state_scale):
+        up = log_probability(ones + step * scales, 1 + step * state_scale)
+        down = log_probability(ones - step * scales, 1 - step * state_scale)
+        return float(up - down) / (2 * step)
+
+    slopes = [slope(one, 0) for one in np.eye(7, dtype=np.float32)]
+    np.testing.assert_allclose(given.tokens, slopes, rtol=0.02, atol=2e-4)
+    assert given.state == pytest.approx(slope(0 * ones, 1), rel=0.02, abs=2e-4)
+    assert np.abs(given.tokens).max() > 1e-2
+    assert (abs(given.state) > 1e-3) == (filling > 0)
+
+
+def test_map_contributions_of_a_known_map():
+    # One head, two tokens, V = 2: y = 1 * (3, 0) + 0.5 * (0, 8) + (0, 0) = (3, 4).
+    layer = LayerDecomposition(
+        weights=np.array([[[[2.0, 0.0], [1.0, 0.5]]]]),
+        values=np.array([[[[3.0, 0.0]], [[0.0, 8.0]]]]),
+        from_state=np.array([[[[1.0, 1.0]], [[0.0, 0.0]]]]),
+        output=np.array([[[[7.0, 1.0]], [[3.0, 4.0]]]]),
+        operator_error=np.float32(0),
+        layer_error=np.float32(0),
+    )
+    given = map_contributions(layer, 1)
+    np.testing.assert_allclose(given.tokens, [9 / 25, 16 / 25])
+    assert given.state == 0
+    first = map_contributions(layer, 0)
+    np.testing.assert_allclose([*first.tokens, first.state], [42 / 50, 0, 8 / 50])

@@ -1,0 +1,282 @@
+"""`explain` of a text, its pictures, its page and its numbers."""
+
+import dataclasses
+import functools
+import html.parser
+import json
+import logging
+
+import numpy as np
+import pytest
+from flax import nnx
+from small_runs import small_config
+
+from simplernn_jax.analysis import state_value
+from simplernn_jax.analysis.explanation import explain
+from simplernn_jax.analysis.export import to_numbers
+from simplernn_jax.analysis.html_parts import shaded_text
+from simplernn_jax.analysis.map_pictures import draw_bars, draw_heads
+from simplernn_jax.analysis.memory import half_gone
+from simplernn_jax.analysis.page import draw_pictures, make_page
+from simplernn_jax.analysis.pictures import add_legend, line_styles, new_figure
+from simplernn_jax.analysis.state_value import ContextGain, choose_token, context_gains
+from simplernn_jax.analysis.summary import summarize
+from simplernn_jax.analysis.token_text import split_into_units
+from simplernn_jax.data.tokenizer import ByteTokenizer
+from simplernn_jax.errors import UserError
+from simplernn_jax.models import LanguageModel
+
+TEXT = "Für $x_1$ <b>&amp;\n\tund 漢字, 😀! " * 2
+WORDS = "The quick brown fox jumps over the lazy dog and runs"
+STATE_PICTURES = ["half_lives", "state_norm", "state_rank"]
+VALUE_PICTURES = ["loss_by_position", "loss_by_reset", "contributions"]
+
+
+@functools.cache
+def explanation(mixer="simple_rnn", text=TEXT, token=60, map_tokens=16):
+    config = small_config(
+        "residual",
+        num_heads=2,
+        num_layers=mixer.count(",") + 1,
+        mixer=mixer,
+        attention_context=11,
+    )
+    model = LanguageModel(config.model, rngs=nnx.Rngs(0))
+    return explain(model, ByteTokenizer(), config, text, token=token, map_tokens=map_tokens)
+
+
+@functools.cache
+def pictures(mixer="simple_rnn"):
+    return draw_pictures(explanation(mixer))
+
+
+class Tags(html.parser.HTMLParser):
+    """Names of the tags of a page, the files that they refer to, and the text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.names, self.references, self.text = set(), [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.names.add(tag)
+        self.references += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_decomposition_is_exact_and_covers_the_token():
+    result = explanation()
+    assert (result.start, result.stop) == (46, 62)
+    (layer,) = result.layers
+    assert max(layer.operator_error, layer.layer_error) < 1e-6
+    ids = [256, *TEXT.encode("utf-8")]
+    assert list(result.tokens) == ids
+    chosen = result.chosen
+    assert (chosen.position, chosen.predicted.text) == (60, bytes(ids[60:61]).decode())
+    assert (result.units[-1].stop, chosen.units[-1].stop) == (16, 14)
+    shares = chosen.by_layer[0]
+    assert shares.tokens.sum() + shares.state == pytest.approx(1, abs=1e-5)
+    assert result.memory.positions[-1] == len(ids)
+    assert result.state_value.evaluated == "the given text: 78 of its 78 predictions"
+    assert list(result.state_value.by_reset) == [0, 4, 7, 16, 64]
+
+
+def test_the_token_that_gains_most_from_distant_context_is_chosen(monkeypatch):
+    def losses_with(model, tokens, chosen, context):
+        assert list(chosen) == list(range(33, 40))
+        return np.linspace(3, 2, 7) if context == 32 else np.full(7, 4.0)
+
+    monkeypatch.setattr(state_value, "short_context_losses", losses_with)
+    losses = np.full(39, 2.0)
+    losses[36] = 0.5  # token 37 gains 2.33 - 0.5
+    means, gains = context_gains(None, np.zeros(40, np.int32), losses)
+    full = losses[32:].mean()
+    assert means == (7, pytest.approx(4 - full), pytest.approx(2.5 - full))
+    token, reason = choose_token(gains, 40)
+    assert token == 37
+    assert reason.startswith("the text more than 32 tokens before it lowers its loss by 1.83")
+    assert context_gains(None, np.zeros(33, np.int32), losses[:32]) == (None, {})
+    token, reason = choose_token({}, 33)
+    assert (token, reason[:12]) == (32, "the last one")
+
+
+def with_gain(everything, far):
+    return dataclasses.replace(explanation(), context_gain=ContextGain(1000, everything, far))
+
+
+def test_the_page_opens_with_a_summary_in_numbers():
+    lives = np.concatenate([layer.half_lives.ravel() for layer in explanation().memory.layers])
+    text = " ".join(summarize(with_gain(2.0, 0.13)))
+    per_token = len(TEXT) / len(TEXT.encode())
+    assert np.mean(np.exp2(-half_gone(lives) / lives)) == pytest.approx(0.5)
+    assert f"gone after {half_gone(lives) * per_token:.2g} characters (" in text
+    assert f"only after {lives.max() * per_token:,.0f} characters ({lives.max():,.0f} token" in text
+    assert "6.5% of the gain of its predictions from earlier text comes from more than 25" in text
+    assert "measured on the last 1,000 predictions of this text" in text
+    page = make_page(explanation(), pictures(), {})
+    order = ("In short", "<h2>1. The memory", "<h2>2. ", "<h2>3. ", "<h2>4. Attention maps")
+    places = [page.index(part) for part in order]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("result", "sentence", "expected"),
+    [
+        (lambda: with_gain(1.0, -0.1), 2, "does not help"),
+        (lambda: with_gain(0.0, 0.0), 2, "does not improve the predictions at all"),
+        (
+            lambda: explanation("attention"),
+            0,
+            "Its layer of attention sees the last 8.7 characters (11 tokens)",
+        ),
+    ],
+)
+def test_the_summary_of_other_models(result, sentence, expected):
+    assert expected in summarize(result())[sentence]
+
+
+def test_a_weak_contribution_looks_weak():
+    units = explanation().chosen.units
+    page = shaded_text(units, np.full(len(units), 0.01), 0.5, units[0], "rest")
+    opacities = [float(part.split(")")[0]) for part in page.split("var(--red),")[1:]]
+    assert opacities == pytest.approx([0.014] * len(units))
+
+
+def test_an_excerpt_begins_and_ends_with_a_word_and_stages_are_logged(caplog):
+    explanation.cache_clear()
+    with caplog.at_level(logging.INFO, "absl"):
+        chosen = explanation(text=WORDS, token=38, map_tokens=24).chosen
+    assert "".join(unit.text for unit in chosen.units) == "fox jumps over the la"
+    assert (chosen.predicted.text, chosen.rest) == ("z", "y")
+    stages = [line for line in caplog.messages if line.endswith(" ...")]
+    assert "decomposing 1 layer ..." in stages
+    assert len(stages) >= 6
+
+
+@pytest.mark.parametrize(
+    ("text", "token", "message"),
+    [
+        *(("x" * 69, n, f"token {n}: the text has 69 tokens; name one of 1") for n in (0, -1, 70)),
+        ("", None, "the text is empty"),
+    ],
+)
+def test_a_missing_token_is_refused(text, token, message):
+    with pytest.raises(UserError, match=message):
+        explain(None, ByteTokenizer(), small_config(), text, token=token)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "names", "says", "omits"),
+    [
+        (
+            "simple_rnn",
+            ["map_layer_1", "state_share", *STATE_PICTURES, *VALUE_PICTURES],
+            "A recurrence has",
+            "ttention keeps",
+        ),
+        (
+            "simple_rnn,attention",
+            ["map_layer_1", "map_layer_2", "state_share", *STATE_PICTURES, *VALUE_PICTURES],
+            "a state that fills up; its layers are left out here.",
+            "no state",
+        ),
+        (
+            "attention",
+            ["map_layer_1", "state_share", *VALUE_PICTURES],
+            "it has neither half-lives nor a state that fills up.",
+            "A recurrence has",
+        ),
+    ],
+)
+def test_the_page_shows_the_pictures_and_errors_of_every_layer(mixer, names, says, omits):
+    result, drawn = explanation(mixer), pictures(mixer)
+    assert list(drawn) == names
+    for picture in drawn.values():
+        assert picture.png.startswith(b"\x89PNG\r\n")
+        assert picture.caption.endswith(".")
+    tags = Tags(make_page(result, drawn, {"model": "<small>"}))
+    assert not {"script", "small"} & tags.names  # texts and facts are escaped
+    assert "<small>" in tags.text
+    assert len(tags.references) == len(drawn)
+    assert all(value.startswith("data:image/png;base64,") for value in tags.references)
+    assert says in tags.text
+    assert omits not in tags.text
+    for name, layer in zip(result.layer_names, result.layers, strict=True):
+        assert f"{name}{layer.operator_error:.1e}{layer.layer_error:.1e}" in tags.text
+        assert max(layer.operator_error, layer.layer_error) < 1e-6
+    titles = [drawn[f"map_layer_{n + 1}"].title for n in range(len(result.layers))]
+    assert titles == [f"Attention map of {name}" for name in result.layer_names]
+
+
+def test_one_is_singular():
+    result = explanation(text="x", token=None)
+    assert result.state_value.evaluated == "the given text: 1 of its 1 prediction"
+    assert "1 token and BOS" in make_page(result, draw_pictures(result), {})
+
+
+def test_numbers_are_json_and_reproduce_an_output():
+    numbers = json.loads(json.dumps(to_numbers(explanation()), allow_nan=False))
+    assert numbers["tokens"] == list(explanation().tokens)
+    layer = explanation().layers[0]
+    head = numbers["layers"][0]["map"][1]
+    assert [len(row) for row in head] == list(range(1, 17))
+    exact = np.asarray(layer.weights)[0, 1]
+    largest = np.abs(exact).max()
+    for row, weights in zip(head, exact, strict=True):
+        np.testing.assert_allclose(row, weights[: len(row)], atol=0.6e-3 * largest)
+        assert all(len(f"{weight:.9g}".lstrip("-0.")) <= 4 for weight in row)
+    values = np.asarray(layer.values)[0, :, 1]
+    rebuilt = np.array([row @ values[: len(row)] for row in map(np.asarray, head)])
+    expected = (layer.output - layer.from_state)[0, :, 1]
+    np.testing.assert_allclose(rebuilt, expected, atol=2e-3 * np.abs(expected).max())
+    assert numbers["context_gain"]["predictions"] == 46
+    assert [loss["reset_every"] for loss in numbers["loss_by_reset"]] == [0, 4, 7, 16, 64]
+    recurrence, attention = to_numbers(explanation("simple_rnn,attention"))["layers"]
+    assert (recurrence["mixer"], attention["mixer"]) == ("simple_rnn", "attention")
+    own = {"half_lives", "state_norm", "state_effective_rank"}
+    assert recurrence.keys() - attention.keys() == own
+
+
+def test_curves_differ_in_more_than_their_color():
+    styles = line_styles(12, 200)
+    assert len({(style["linestyle"], style["marker"]) for style in styles}) == 12
+    assert len({style["markevery"] for style in styles}) == 12
+
+
+@pytest.mark.parametrize(
+    ("names", "rows"), [("layer", 2), ("a label of forty-four characters or so,", 8)]
+)
+def test_a_legend_is_above_the_curves(names, rows):
+    with new_figure(5.8, 4) as figure:
+        axes = figure.subplots()
+        for number in range(12):
+            axes.plot([0, number], label=f"{names} {number}")
+        add_legend(figure, axes)
+        figure.draw_without_rendering()
+        legend = figure.legends[0].get_window_extent()
+        assert legend.y0 >= axes.get_window_extent().y1
+        assert legend.x0 >= 0
+        assert legend.x1 <= figure.bbox.x1
+        assert figure.get_figheight() == pytest.approx(4 + 0.2 * rows)
+
+
+def png_size(picture):
+    return [int.from_bytes(picture[start : start + 4], "big") for start in (16, 20)]
+
+
+def test_maps_grow_with_their_tokens_up_to_a_limit():
+    sizes = []
+    for length in (101, 401, 1009):
+        units = split_into_units(ByteTokenizer(), [256, *b"x" * (length - 1)])
+        sizes.append(png_size(draw_heads(np.eye(length)[None], units, 0, 3)))
+    (small, _), (middle, _), (large, height) = sizes
+    assert small < 1000 < middle < 1650 < large < 2130
+    assert height < 2130
+
+
+def test_characters_without_a_glyph_are_drawn_without_a_warning():
+    units = split_into_units(ByteTokenizer(), [256, *"漢字😀 ".encode()])
+    picture = draw_bars([("title", "nats", np.arange(5.0), 7.0)], units)
+    assert picture.startswith(b"\x89PNG\r\n")
