@@ -122,19 +122,11 @@ def answer(module: str, name: str) -> None:
     print(_RESULT + json.dumps(function(**json.load(sys.stdin))), flush=True)
 
 
-class Peak(NamedTuple):
-    """Peak memory in bytes; None where the system does not report it (a CPU without ``/proc``)."""
+def jax_peak(work: Callable[[], Any]) -> float | None:
+    """Peak memory of compiled JAX `work` over the memory held before it, in bytes.
 
-    over_start: float | None
-    """Peak during the work, less the memory held before it."""
-    total: float | None
-
-
-def jax_peak(work: Callable[[], Any]) -> Peak:
-    """Run `work`, compiled JAX, and wait for it.
-
-    The peak is the resident memory of the process on a CPU, and JAX's allocations since its start
-    on a GPU; so call this in a fresh process.
+    Resident memory of the process on a CPU (None without ``/proc``), JAX's allocations since its
+    start on a GPU; so call this in a fresh process.
     """
 
     def wait() -> None:
@@ -145,15 +137,14 @@ def jax_peak(work: Callable[[], Any]) -> Peak:
     if before is None:
         return process_peak(wait)
     wait()
-    peak = device.memory_stats()["peak_bytes_in_use"]
-    return Peak(peak - before["bytes_in_use"], peak)
+    return device.memory_stats()["peak_bytes_in_use"] - before["bytes_in_use"]
 
 
-def process_peak(work: Callable[[], Any]) -> Peak:
-    """Run `work` and watch the resident memory of this process."""
+def process_peak(work: Callable[[], Any]) -> float | None:
+    """Peak of the resident memory of this process during `work`, over that before it."""
     if not _CLEAR.exists():
         work()
-        return Peak(None, None)
+        return None
     gc.collect()
     # Otherwise memory that compilation has freed would be reused, unseen.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
@@ -162,8 +153,7 @@ def process_peak(work: Callable[[], Any]) -> Peak:
     _CLEAR.write_text(_CLEAR_PEAK, encoding="ascii")
     before = _resident("VmRSS")
     work()
-    peak = _resident("VmHWM")
-    return Peak(peak - before, peak)
+    return _resident("VmHWM") - before
 
 
 def _resident(field: str) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measure import Peak, process_peak
+from benchmarks.measure import process_peak
 from simplernn_jax.config import Config
 
 
@@ -91,12 +91,11 @@ def torch_step(config: Config, tokens: np.ndarray, targets: np.ndarray) -> Calla
     return step
 
 
-def torch_peak(work: Callable[[], Any]) -> Peak:
-    """Run `work`; return its peak memory, on the GPU or of this process."""
+def torch_peak(work: Callable[[], Any]) -> float | None:
+    """Peak memory of `work` over the memory held before it, on the GPU or of this process."""
     if not torch.cuda.is_available():
         return process_peak(work)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     work()
-    peak = torch.cuda.max_memory_allocated()
-    return Peak(peak - before, peak)
+    return torch.cuda.max_memory_allocated() - before

@@ -99,10 +99,10 @@ def step_peak(program: str, config: str) -> float | None:
         from benchmarks.torch_loop import torch_peak
 
         step = _torch_step(settings)
-        return torch_peak(lambda: [step(), step()]).over_start
+        return torch_peak(lambda: [step(), step()])
     compiled = JAX_STEPS[program](settings)
     compiled.prepare()
-    return jax_peak(lambda: [compiled(), compiled()]).over_start
+    return jax_peak(lambda: [compiled(), compiled()])
 
 
 def _torch_step(config: Config) -> Call:

@@ -126,10 +126,12 @@ def test_a_small_model_learns_to_copy_through_a_curriculum():
 def test_a_variant_is_trained_at_every_rate_and_the_best_is_tested(monkeypatch):
     monkeypatch.setattr(synthetic, "WIDTH", 8)
     stages, rates = [synthetic.Stage(COPY, 2, 4)], {"muon": (1e-2,), "adamw": (1e-3,)}
-    row, accuracies = synthetic.evaluate(synthetic.PLAIN, stages, rates, {"copy": {6: COPY}}, 8)
+    tests = {"copy": {6: COPY}}
+    results = synthetic.evaluate([synthetic.PLAIN], stages, rates, tests, 8)
+    (row,) = results["rows"]
     losses = row["training loss by rate"]
     assert row["best rate"] == ["muon 0.01", "adamw 0.001"][losses.index(min(losses))]
-    assert 0 <= accuracies["copy"]["6"] <= 1
+    assert 0 <= results["curves"]["copy"][synthetic.PLAIN]["6"] <= 1
     assert row["state bytes"] == synthetic.LAYERS * 8 * 8 * 4
 
 

@@ -126,58 +126,49 @@ def accuracy(trained: Trained, task: Task, sequences: int) -> float:
 
 
 def evaluate(
-    name: str,
+    names: Sequence[str],
     stages: Sequence[Stage],
     rates: Rates,
     tests: Mapping[str, Mapping[int, Task]],
     sequences: int,
-) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
-    """Train a variant at every learning rate and test the one with the lowest training loss.
+) -> dict[str, Any]:
+    """Train variants at every learning rate; test those with the lowest training loss.
 
     Args:
-      name: of the variant.
+      names: of the variants.
       stages: of the curriculum.
       rates: learning rates by optimizer; adamw is for `PLAIN` alone.
       tests: by curve, tasks by x.
       sequences: of each test.
 
     Returns:
-      A row for the table of models, and accuracy by curve and x.
+      ``rows``, a table of models, and ``curves`` of accuracy.
     """
     context = max(task.length for tasks in tests.values() for task in tasks.values())
-    trials = {
-        f"{optimizer} {rate:g}": train(variant(name, context), stages, optimizer, rate)
-        for optimizer in (("muon", "adamw") if name == PLAIN else ("muon",))
-        for rate in rates[optimizer]
-    }
-    # NaN is never the best.
-    best = min(trials, key=lambda trial: np.nan_to_num(trials[trial].loss, nan=np.inf))
-    print(f"  {name}: {best} of {', '.join(trials)}", flush=True)
-    row = {
-        "model": name,
-        "parameters": count_parameters(trials[best].config),
-        "state bytes": state_bytes(variant(name, stages[-1].task.length)),
-        "best rate": best,
-        "training loss by rate": [round(trained.loss, 3) for trained in trials.values()],
-    }
-    accuracies = {
-        curve: {str(x): accuracy(trials[best], task, sequences) for x, task in tasks.items()}
-        for curve, tasks in tests.items()
-    }
-    return row, accuracies
-
-
-def evaluate_all(
-    names: Sequence[str], stages: Sequence[Stage], rates: Rates, tests: Any, sequences: int
-) -> dict[str, Any]:
-    """`evaluate` every variant: rows of all, and curves of accuracy by variant."""
     rows = []
     curves: dict[str, dict[str, Any]] = {curve: {} for curve in tests}
     for name in names:
-        row, accuracies = evaluate(name, stages, rates, tests, sequences)
+        trials = {
+            f"{optimizer} {rate:g}": train(variant(name, context), stages, optimizer, rate)
+            for optimizer in (("muon", "adamw") if name == PLAIN else ("muon",))
+            for rate in rates[optimizer]
+        }
+        losses = {trial: trained.loss for trial, trained in trials.items()}
+        finite = {trial: loss for trial, loss in losses.items() if np.isfinite(loss)} or losses
+        best = min(finite, key=finite.__getitem__)
+        print(f"  {name}: {best} of {', '.join(trials)}", flush=True)
+        row = {
+            "model": name,
+            "parameters": count_parameters(trials[best].config),
+            "state bytes": state_bytes(variant(name, stages[-1].task.length)),
+            "best rate": best,
+            "training loss by rate": [round(loss, 3) for loss in losses.values()],
+        }
         rows.append(row)
-        for curve in tests:
-            curves[curve][name] = accuracies[curve]
+        for curve, tasks in tests.items():
+            curves[curve][name] = {
+                str(x): accuracy(trials[best], task, sequences) for x, task in tasks.items()
+            }
     return {"rows": rows, "curves": curves}
 
 
@@ -213,7 +204,7 @@ def measure_recall(
         title: {count: task(factor * length, count) for count in pairs}
         for title, factor in (("recall", 1), (f"recall, sequences {LONGER} times as long", LONGER))
     }
-    return evaluate_all([*variants(states), PLAIN], stages, rates, tests, sequences)
+    return evaluate([*variants(states), PLAIN], stages, rates, tests, sequences)
 
 
 def measure_distance(
@@ -229,7 +220,7 @@ def measure_distance(
     curves: dict[str, Any] = {}
     for name, (task, tests) in distance_tasks().items():
         stages = [Stage(task, steps, DISTANCE_BATCH)]
-        found = evaluate_all(variants(states), stages, rates, {name: tests}, sequences)
+        found = evaluate(variants(states), stages, rates, {name: tests}, sequences)
         rows += [{"task": name} | row for row in found["rows"]]
         curves |= found["curves"]
     return {"rows": rows, "curves": curves}
