@@ -49,7 +49,7 @@ def test_the_model_computes_the_same_and_stays_as_it_is(block):
     chex.assert_trees_all_close((call.output, call.final_state), again[0], rtol=1e-6)
     chex.assert_trees_all_equal(call.state, state[0] if block == "plain" else state[0][0])
     jax.eval_shape(lambda: record(model, TOKENS))
-    assert isinstance(model.layers[0].rnn, SimpleRNN)
+    assert isinstance(model.layers[0].mixer, SimpleRNN)
 
 
 def test_layers_of_attention_are_recorded_beside_recurrences():

@@ -34,7 +34,7 @@ def normalised(x):
 
 def by_hand(block, x):
     """The equations of `ResidualBlock`, all in float32."""
-    cell = block.rnn.cell
+    cell = block.mixer.cell
 
     def linear(layer, x):
         y = x @ layer.kernel[...]

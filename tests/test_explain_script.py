@@ -76,7 +76,7 @@ def test_an_account_that_fails_is_told_and_exits_with_code_1(tmp_path, monkeypat
     class Diverged(LanguageModel):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
-            kernel = self.layers[0].rnn.cell.query_proj.kernel
+            kernel = self.layers[0].mixer.cell.query_proj.kernel
             kernel[...] = jnp.full_like(kernel[...], jnp.nan)
 
     monkeypatch.setattr(small_runs, "LanguageModel", Diverged)

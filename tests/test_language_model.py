@@ -98,7 +98,7 @@ def test_bfloat16_stays_near_float32():
 
 def test_gate_biases_are_spread_over_time_scales():
     model = LanguageModel(RESIDUAL, rngs=nnx.Rngs(0))
-    bias = model.layers[0].rnn.cell.gate_proj.bias[...].reshape(2, 3)
+    bias = model.layers[0].mixer.cell.gate_proj.bias[...].reshape(2, 3)
     expected = jnp.tile(jnp.linspace(*GATE_BIAS_RANGE, 3)[None], (2, 1))
     chex.assert_trees_all_close(bias, expected)
 

@@ -135,4 +135,4 @@ def test_a_model_keeps_its_state_so():
     rest = generate(model, state=first.state, max_new_tokens=5)
     np.testing.assert_array_equal(whole.tokens[:, 4:], rest.tokens)
     assert whole.state.layers[0].mixer.dtype == jnp.bfloat16
-    assert model.layers[0].rnn.cell.query_proj.kernel[...].dtype == jnp.float32
+    assert model.layers[0].mixer.cell.query_proj.kernel[...].dtype == jnp.float32

@@ -25,11 +25,11 @@ def specs_by_name(mesh, block="residual", **fields):
 def test_every_array_of_a_residual_model():
     specs = specs_by_name(mesh_of(**ALL), tie_embeddings=False)
     columns = {"mlp_in"} | {
-        f"rnn/cell/{name}_proj" for name in ("query", "key", "value", "gate", "output_gate")
+        f"mixer/cell/{name}_proj" for name in ("query", "key", "value", "gate", "output_gate")
     }
     layer = {f"{name}/kernel": COLUMNS for name in columns}
-    layer |= {"mlp_out/kernel": ROWS, "rnn/cell/out_proj/kernel": ROWS}
-    biases = ("rnn/cell/gate_proj/bias", "rnn/cell/key_proj/bias")
+    layer |= {"mlp_out/kernel": ROWS, "mixer/cell/out_proj/kernel": ROWS}
+    biases = ("mixer/cell/gate_proj/bias", "mixer/cell/key_proj/bias")
     layer |= {"convolution/weights": P()} | dict.fromkeys(biases, P("tensor"))
     params = {f"layers/0/{name}": spec for name, spec in layer.items()}
     params |= {"embedding/embedding": ROWS, "final_scale": P()}
@@ -49,7 +49,7 @@ def test_every_array_of_a_residual_model():
 
 def test_attention_lies_by_heads_and_so_does_its_cache():
     specs = specs_by_name(mesh_of(**ALL), mixer="attention")
-    layer, rows = "params/layers/0/attention", ("data", "fsdp")
+    layer, rows = "params/layers/0/mixer", ("data", "fsdp")
     for name in ("query", "key", "value", "output_gate"):
         assert specs[f"{layer}/{name}_proj/kernel/value"] == COLUMNS
     assert specs[f"{layer}/out_proj/kernel/value"] == ROWS

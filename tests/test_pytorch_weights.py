@@ -87,7 +87,7 @@ def test_logits_equal_those_of_pytorch(tmp_path, torch, reference, form):
 
 def test_weights_land_where_their_names_say(tmp_path, state):
     model = load_pytorch_weights(save_safetensors(state, tmp_path / "w.safetensors"))
-    out_proj = model.layers[1].rnn.cell.out_proj
+    out_proj = model.layers[1].mixer.cell.out_proj
     chex.assert_trees_all_equal(
         np.asarray(out_proj.kernel[...]), state["layers.1.out_proj.weight"].T
     )
@@ -330,7 +330,7 @@ def test_initialisation_is_that_of_pytorch():
     linears = {"head": model.head}
     for index, layer in enumerate(model.layers):
         for name in WIDTHS:
-            linears[f"{index}.{name}"] = getattr(layer.rnn.cell, name)
+            linears[f"{index}.{name}"] = getattr(layer.mixer.cell, name)
     for name, linear in linears.items():
         kernel, bias = np.asarray(linear.kernel[...]), np.asarray(linear.bias[...])
         bound = kernel.shape[0] ** -0.5

@@ -150,7 +150,7 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path, model, state, name):
 
 def test_other_parameters_are_refused(path):
     other = LanguageModel(CONFIG, rngs=nnx.Rngs(0))
-    bias = other.layers[0].rnn.cell.gate_proj.bias
+    bias = other.layers[0].mixer.cell.gate_proj.bias
     bias.set_value(bias[...].at[3].add(1e-7))
     message = refusal(path, other)
     assert message.startswith("the state is of another model;")

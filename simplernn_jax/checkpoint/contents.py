@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,10 @@ from simplernn_jax.files import read_file
 QUALITY_ITEM = "quality"
 """Item that `saved_quality` and `saved_step` read."""
 
-_RENAMED_LEAVES = {"skipped_in_a_row": "consecutive_skips"}
+_RENAMED = (
+    (re.compile(r"^skipped_in_a_row$"), "consecutive_skips"),
+    (re.compile(r"(^|/)layers/(\d+)/(?:rnn|attention)/"), r"\1layers/\2/mixer/"),
+)
 """Array names of earlier versions, and the names of today."""
 
 _LARGEST_JSON = 1 << 30
@@ -41,12 +45,18 @@ class Quality:
 
 def saved_leaves(path: str) -> dict[str, Any]:
     """Return ``shape`` and ``dtype`` of every array in the checkpoint folder `path`, by name."""
-    return {_RENAMED_LEAVES.get(name, name): leaf for name, leaf in _leaves_on_disk(path).items()}
+    return {_present_name(name): leaf for name, leaf in _leaves_on_disk(path).items()}
 
 
 def _leaves_on_disk(path: str) -> dict[str, Any]:
     handler = ocp.PyTreeCheckpointHandler()
     return dict(handler.metadata(epath.Path(path) / "state").tree)
+
+
+def _present_name(name: str) -> str:
+    for earlier, present in _RENAMED:
+        name = earlier.sub(present, name)
+    return name
 
 
 def read_arrays(
@@ -63,10 +73,8 @@ def read_arrays(
             return ocp.RestoreArgs(restore_type=np.ndarray)
         return ocp.ArrayRestoreArgs(sharding=sharding)
 
-    renamed = {new: old for old, new in _RENAMED_LEAVES.items() if new in names}
-    if renamed:
-        renamed = {new: old for new, old in renamed.items() if old in _leaves_on_disk(path)}
-    on_disk = {renamed.get(name, name): name for name in names}
+    saved_names = {_present_name(saved): saved for saved in _leaves_on_disk(path)}
+    on_disk = {saved_names.get(name, name): name for name in names}
     args = ocp.args.PyTreeRestore(
         dict.fromkeys(on_disk, 0),
         restore_args={saved: restore_args(name) for saved, name in on_disk.items()},

@@ -139,7 +139,14 @@ def _metadata(path: str, names: bytes) -> dict[str, str]:
 
 
 def _fingerprints(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
-    parameters = named_leaves(nnx.state(model, nnx.Param))
+    def name_in_file(name: str) -> str:  # fixed by the first version of the format
+        if "/mixer/" not in name:
+            return name
+        mixer = model.config.mixers[int(name.split("/")[1])]
+        return name.replace("/mixer/", "/attention/" if mixer == "attention" else "/rnn/")
+
+    named = named_leaves(nnx.state(model, nnx.Param))
+    parameters = {name_in_file(name): leaf for name, leaf in named.items()}
     return {
         "model": _digest(dataclasses.asdict(model.config), parameters),
         "tokenizer": sha256_hex(tokenizer.to_json()),

@@ -62,17 +62,17 @@ class PlainBlock(nnx.Module):
         rngs: nnx.Rngs,
         recurrence: Recurrence = sharded_recurrence,
     ):
-        self.rnn = SimpleRNN(
+        self.mixer = SimpleRNN(
             **_sizes(config), state_dtype=dtypes_of(config).state, rngs=rngs, recurrence=recurrence
         )
 
     def initial_state(self, batch_size: int) -> HeadState:
         """The layer's zero state."""
-        return self.rnn.initial_state(batch_size)
+        return self.mixer.initial_state(batch_size)
 
     def state_axes(self) -> LogicalAxes:
         """Logical axes of the state."""
-        return self.rnn.state_axes()
+        return self.mixer.state_axes()
 
     def __call__(
         self,
@@ -82,7 +82,7 @@ class PlainBlock(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, HeadState]:
         """Map ``[B, T, D]`` to the same shape; the key is not used."""
-        return self.rnn(x, state, segment_ids)
+        return self.mixer(x, state, segment_ids)
 
 
 @tuple_with_names
@@ -124,9 +124,11 @@ class ResidualBlock(nnx.Module):
             "rngs": rngs,
         }
         if mixer == "attention":
-            self.attention = Attention(context=config.attention_context, **options)
+            self.mixer: SimpleRNN | Attention = Attention(
+                context=config.attention_context, **options
+            )
         else:
-            self.rnn = SimpleRNN(
+            self.mixer = SimpleRNN(
                 state_dtype=dtypes_of(config).state,
                 query_scale=(config.key_dim // config.num_heads) ** -0.5,
                 gate_bias_init=spread_gate_bias(config.num_heads),
@@ -154,11 +156,6 @@ class ResidualBlock(nnx.Module):
             use_bias=False,
         )
         self.dropout = nnx.Dropout(config.dropout)
-
-    @property
-    def mixer(self) -> SimpleRNN | Attention:
-        """``rnn`` or ``attention``, whichever the layer has."""
-        return self.rnn if hasattr(self, "rnn") else self.attention
 
     def initial_state(self, batch_size: int) -> ResidualState:
         """The zero state of mixer and convolution."""

@@ -11,6 +11,7 @@ from flax import nnx
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.mesh_axes import TABLE, LogicalAxes
 from simplernn_jax.ops.projection import fused_projection
+from simplernn_jax.ops.vocab_parallel import lookup
 
 PARAMETERS = jnp.dtype("float32")
 """Dtype of all parameters, under any policy."""
@@ -43,6 +44,26 @@ def uniform_fan_in(fan_in: int) -> nnx.Initializer:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
+
+
+class Embedding(nnx.Embed):
+    """`nnx.Embed` with float32 parameters; its rows may be sharded over devices."""
+
+    def __init__(
+        self, num_embeddings: int, features: int, *, init: nnx.Initializer, rngs: nnx.Rngs
+    ):
+        super().__init__(
+            num_embeddings,
+            features,
+            param_dtype=PARAMETERS,
+            embedding_init=init,
+            embedding_metadata={"axes": LogicalAxes("vocab", "embed")},
+            rngs=rngs,
+        )
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Look up ids; those outside of the vocabulary give NaN."""
+        return lookup(self.embedding[...], inputs)
 
 
 class Dense(nnx.Linear):

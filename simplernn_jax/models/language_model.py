@@ -11,10 +11,9 @@ from jaxtyping import Array, Bool
 
 from simplernn_jax.array_types import Activations, Logits, ModelState, SegmentIds, Tokens
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.attention import KVCache
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
-from simplernn_jax.models.dense import Dense, dtypes_of
+from simplernn_jax.models.dense import Dense, Embedding, dtypes_of
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.remat import rematerialize
 from simplernn_jax.models.simple_rnn import Recurrence
@@ -22,7 +21,6 @@ from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_batch
 from simplernn_jax.ops.projection import fused_projection
 from simplernn_jax.ops.rms_norm import rms_norm
 from simplernn_jax.ops.sequence_parallel import sharded_recurrence
-from simplernn_jax.ops.vocab_parallel import lookup
 
 
 class LanguageModel(nnx.Module):
@@ -57,16 +55,13 @@ class LanguageModel(nnx.Module):
           UserError: layers that are not alike are to be stacked.
         """
         self.config = dataclasses.replace(config)
-        parameters, dtype, _ = dtypes_of(config)
-        self.dtype = dtype
+        self.dtype = dtype = dtypes_of(config).compute
         plain = config.block == "plain"
         scale = 1.0 if plain else config.hidden_dim**-0.5
-        self.embedding = nnx.Embed(
+        self.embedding: nnx.Embed = Embedding(
             config.vocab_size,
             config.hidden_dim,
-            param_dtype=parameters,
-            embedding_init=nnx.initializers.normal(scale),
-            embedding_metadata={"axes": LogicalAxes("vocab", "embed")},
+            init=nnx.initializers.normal(scale),
             rngs=rngs,
         )
         layers = [
@@ -76,7 +71,7 @@ class LanguageModel(nnx.Module):
             for mixer in config.mixers
         ]
         self.layers = LayerStack(layers) if stack_layers else nnx.List(layers)
-        self.final_scale = None if plain else nnx.Param(jnp.ones(config.hidden_dim, parameters))
+        self.final_scale = None if plain else nnx.Param(jnp.ones(config.hidden_dim))
         tied = config.tie_embeddings and not plain
         init = {} if plain else {"kernel_init": nnx.initializers.normal(scale)}
         sizes = (config.hidden_dim, config.vocab_size, ("embed", "vocab"))
@@ -130,7 +125,7 @@ class LanguageModel(nnx.Module):
         check_ids(tokens, self.config.vocab_size)
         if state is not None:
             self._check_state(state, sizes["B"])
-        x = lookup(self.embedding.embedding[...], tokens)
+        x = self.embedding(tokens)
         if self.final_scale is not None:
             # Unit variance in the residual stream, whatever scale a tied head needs.
             x = x * self.config.hidden_dim**0.5

@@ -51,7 +51,7 @@ def load_pytorch_weights(path: str) -> LanguageModel:
     model.embedding.embedding.set_value(jnp.asarray(weights["embedding.weight"]))
     for index, layer in enumerate(model.layers):
         for name in _PROJECTIONS:
-            _fill_linear(getattr(layer.rnn.cell, name), weights, f"layers.{index}.{name}")
+            _fill_linear(getattr(layer.mixer.cell, name), weights, f"layers.{index}.{name}")
     _fill_linear(model.head, weights, "lm_head")
     return model
 
