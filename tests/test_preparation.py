@@ -104,7 +104,7 @@ def test_preparing_verifies_the_configuration_and_leaves_the_arrays_to_the_resto
         content = bytearray(damaged.read_bytes())
         content[-1] ^= 1
         damaged.write_bytes(content)
-    with pytest.raises(UserError, match="no whole checkpoint is left"):
+    with pytest.raises(UserError, match="no intact checkpoint is left"):
         prepare(config, workdir)
 
 
