@@ -286,13 +286,13 @@ def test_training_continues_after_damage(tmp_path):
 
 
 @pytest.mark.parametrize("damage", DAMAGES[:3])
-def test_refuses_to_start_over_when_no_checkpoint_is_whole(tmp_path, damage):
+def test_refuses_to_start_over_when_no_checkpoint_is_intact(tmp_path, damage):
     save_steps(tmp_path, 1)
     damage(tmp_path / "checkpoints" / "1" / "manifest.sha256")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"no whole checkpoint is left .* not starting over"):
+        with pytest.raises(UserError, match=r"no intact checkpoint is left .* not starting over"):
             restore(tmp_path)
-    with pytest.raises(UserError, match="no whole checkpoint is left"):
+    with pytest.raises(UserError, match="no intact checkpoint is left"):
         read_config(str(tmp_path))
 
 
@@ -469,7 +469,7 @@ def test_a_save_that_reads_back_differently_never_counts(tmp_path, monkeypatch):
         with open_checkpointer(tmp_path) as checkpointer, monkeypatch.context() as patch:
             patch.setattr(verification, name, function)
             checkpointer.save(2, make_state(2), {})
-            match = rf"step 2 could not be saved.*does not read back.*{message}.*whole"
+            match = rf"step 2 could not be saved.*does not read back.*{message}.*intact"
             with pytest.raises(UserError, match=match):
                 checkpointer.save(3, make_state(3), {})
         assert steps_in(tmp_path / "checkpoints") == [1]

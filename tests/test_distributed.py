@@ -1,4 +1,4 @@
-"""Joining and leaving a run; tests/test_many_processes.py has whole training runs."""
+"""Joining and leaving a run; tests/test_many_processes.py has training runs."""
 
 import contextlib
 import os
@@ -246,8 +246,8 @@ def test_a_hanging_process_ends_the_others_and_a_foreign_connection_does_not(run
                 assert member.stdout.readline() == "joined\n"
             host, port = address.split(":")
             for garbage in (b'{"number": 1}\n', b"GET / HTTP/1.1\r\n\r\n", bytes(1000), b""):
-                stranger = socket.create_connection((host, int(port)), 20)
-                stack.enter_context(stranger).sendall(garbage)
+                foreign = socket.create_connection((host, int(port)), 20)
+                stack.enter_context(foreign).sendall(garbage)
         for victim, (members, _) in enumerate(groups):
             # After the foreign connections, all continue.
             assert [member.stdout.readline() for member in members] == ["still here\n"] * 2

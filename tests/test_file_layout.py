@@ -30,12 +30,12 @@ def run(config, workdir, monkeypatch, last_step, **sizes):
 
 def test_a_run_resumes_with_another_number_of_stages(config, tmp_path, monkeypatch):
     one, four = tmp_path / "one", tmp_path / "four"
-    _, said = run(config, one, monkeypatch, 3, stage=2, data=2)
-    assert "2 stages, 8 chunks of 1 tokens: a stage is idle 11.1% of the time" in said
+    _, printed = run(config, one, monkeypatch, 3, stage=2, data=2)
+    assert "2 stages, 8 chunks of 1 tokens: a stage is idle 11.1% of the time" in printed
     shutil.copytree(one, four)
     on_one, _ = run(config, one, monkeypatch, 9)
-    on_four, said = run(config, four, monkeypatch, 9, stage=4)
-    assert "at step 3 of 7" in said
+    on_four, printed = run(config, four, monkeypatch, 9, stage=4)
+    assert "at step 3 of 7" in printed
     assert on_four.step == on_one.step == 7
     assert on_four.evaluation.predictions == on_one.evaluation.predictions
     losses = [

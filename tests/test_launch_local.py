@@ -85,7 +85,7 @@ def test_starts_all_and_forwards_signals(launch, number):
         assert one == [["--workdir=a b", "--config", "c", "--distributed", *place], "cpu", "4"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child")
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has this signal")
 def test_killing_the_launcher_kills_all(launch):
     launcher, started = launch(2)
     launcher.kill()

@@ -1,4 +1,4 @@
-"""Real processes on this machine that train together, few and small: each start takes seconds."""
+"""Processes on this machine that train together, few and small: each start takes seconds."""
 
 import os
 import re
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def launch(tmp_path):
-    """Starts processes with scripts/launch_local.py; none outlives the test."""
+    """Start processes with scripts/launch_local.py; none outlives the test."""
     launched = []
 
     def start(config, workdir, count, devices=1, **changes):
@@ -54,8 +54,8 @@ def launch(tmp_path):
 
 
 def running(workdir):
-    """Process ids by --process_id, of the processes that train in or below `workdir`; each is the
-    child of a supervisor, which is left out."""
+    """Ids by --process_id of the processes that train in or below `workdir`, but not of their
+    supervisors."""
     lines = subprocess.check_output(
         ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], text=True
     ).splitlines()
@@ -66,7 +66,7 @@ def running(workdir):
 
 
 def finish(process, code=0):
-    """What all have said, when they have ended."""
+    """Wait for the end; return the output and the errors of all."""
     output, errors = process.communicate(timeout=200)
     assert process.returncode == code, output + errors
     return output, errors
@@ -80,8 +80,8 @@ def read_until(process, text):
 
 
 def check_close(found, expected):
-    """Checkpoints of one step, but for rounding: devices add up their gradients in another order
-    when they belong to several processes. Each array to 1e-5 of its largest value."""
+    """Compare checkpoints of one step, each array to 1e-5 of its largest value: devices sum their
+    gradients in another order when they belong to several processes."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if not isinstance(value, tuple):
@@ -96,7 +96,7 @@ def check_close(found, expected):
         )
 
 
-def test_two_processes_equal_one_and_each_goes_on_from_the_others_checkpoint(tmp_path, launch):
+def test_two_processes_equal_one_and_each_resumes_the_others_checkpoint(tmp_path, launch):
     config = small_config(
         source=write_corpus(tmp_path / "text"),
         mode="stream",
@@ -105,7 +105,7 @@ def test_two_processes_equal_one_and_each_goes_on_from_the_others_checkpoint(tmp
         log_every=1,
         vocab_size=260,
         num_heads=2,
-        **{"data": 2, "fsdp": 2, "tensor": 2},  # each process holds, and writes, all in parts
+        **{"data": 2, "fsdp": 2, "tensor": 2},  # each process holds and writes shards of everything
     )
     two = launch(config, tmp_path / "two", 2, devices=4)
     train(config, str(tmp_path / "one"))
@@ -146,7 +146,7 @@ def test_a_signal_to_one_stops_all_and_a_death_ends_all(tmp_path, launch):
     read_until(processes, f"at step {step} of")
     read_until(processes, f"step {step + 1}/")
     ids = running(workdir)
-    os.kill(ids[0], signal.SIGKILL)  # which JAX answers with an abort in the other
+    os.kill(ids[0], signal.SIGKILL)  # JAX aborts the other
     _, errors = finish(processes, 128 + signal.SIGKILL)
     (error,) = (line for line in errors.splitlines() if line.startswith("error"))
     assert error.startswith("error: another process of the run was lost")
@@ -155,7 +155,7 @@ def test_a_signal_to_one_stops_all_and_a_death_ends_all(tmp_path, launch):
     assert not running(workdir)
 
 
-def test_processes_that_are_left_alone_say_so(tmp_path):
+def test_processes_that_nobody_joins_are_an_error(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"--workdir={tmp_path}"]
     command += [f"--config={ROOT / 'configs' / 'tiny.py'}", "--distributed", "--join_timeout=1"]
     processes = []

@@ -1,4 +1,4 @@
-"""Names of leaves: they stand in files, so they never change."""
+"""Names of leaves: files contain them, so they never change."""
 
 import dataclasses
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""What is said besides the error of a failed save."""
+"""Filters of reports that only repeat the error of a failed save."""
 
 import logging
 import sys
@@ -11,7 +11,7 @@ from simplernn_jax.checkpoint.orbax_writer import drop_noise
 
 @pytest.fixture
 def unraisable(monkeypatch):
-    """What a hook that was there before gets to see."""
+    """Reports that reach the hook that was there before."""
     seen = []
     monkeypatch.setattr(sys, "unraisablehook", seen.append)
     drop_noise()
@@ -19,7 +19,7 @@ def unraisable(monkeypatch):
     return seen
 
 
-def test_only_closed_event_loops_and_coroutines_of_orbax_are_left_out(unraisable):
+def test_only_closed_event_loops_and_coroutines_of_orbax_are_dropped(unraisable):
     def report(error, of=None):
         sys.unraisablehook(
             types.SimpleNamespace(exc_type=type(error), exc_value=error, object=of, err_msg=None)
@@ -35,7 +35,7 @@ def test_only_closed_event_loops_and_coroutines_of_orbax_are_left_out(unraisable
     assert len(unraisable) == 3
 
 
-def test_only_the_forgotten_tasks_of_orbax_are_left_out(unraisable, caplog):
+def test_only_the_forgotten_tasks_of_orbax_are_dropped(unraisable, caplog):
     logger = logging.getLogger("asyncio")
     message = "Task exception was never retrieved\nfuture: <Task defined at %s>"
     logger.error(message, "/site-packages/orbax/checkpoint/serialization.py:188")

@@ -93,7 +93,7 @@ def test_preparing_verifies_the_configuration_but_no_arrays(workdir, config):
         content = bytearray(damaged.read_bytes())
         content[-1] ^= 1
         damaged.write_bytes(content)
-    with pytest.raises(UserError, match="no whole checkpoint is left"):
+    with pytest.raises(UserError, match="no intact checkpoint is left"):
         prepare(config, workdir)
 
 

@@ -120,7 +120,7 @@ class Checkpointer:
 
         Raises:
           UserError: the disk is full or refuses; this save or the one before it is lost, all
-            earlier checkpoints are whole.
+            earlier checkpoints are intact.
         """
         self._finish()
         if broadcast_from_coordinator(step in self._folder.steps()):
@@ -146,7 +146,7 @@ class Checkpointer:
             self._finish()
 
     def restore(self, abstract_state: Any, shardings: Any = None) -> Restored | None:
-        """Restore the newest whole checkpoint; damaged ones are moved aside with a warning.
+        """Restore the newest intact checkpoint; damaged ones are moved aside with a warning.
 
         Args:
           abstract_state: tree of arrays or `jax.ShapeDtypeStruct`, as given to `save` on any number
@@ -159,13 +159,13 @@ class Checkpointer:
           bytes; without `shardings` they are committed to no device.
 
         Raises:
-          UserError: there are checkpoints and none is whole, or the newest whole one is of
+          UserError: there are checkpoints and none is intact, or the newest intact one is of
             another model or another optimizer.
         """
         self._finish()
         newest: int | None = None
         if is_coordinator():
-            newest = self._folder.newest_whole()
+            newest = self._folder.newest_intact()
             self._folder.update_ledger()
         step = broadcast_from_coordinator(-1 if newest is None else newest)
         if step < 0:
@@ -261,26 +261,26 @@ class Checkpointer:
     def _unsaved(self, step: int, reason: str) -> UserError:
         return UserError(
             f"the checkpoint of step {step} could not be saved: {self._folder.path}: {reason} and "
-            "run the same command again; earlier checkpoints are whole"
+            "run the same command again; earlier checkpoints are intact"
         )
 
 
 def read_config(workdir: str, checkpoint: str | int = NEWEST) -> tuple[Config, str, int]:
-    """``(config, tokenizer_json, step)`` of a whole checkpoint; reads no arrays.
+    """Read ``(config, tokenizer_json, step)`` of an intact checkpoint, without its arrays.
 
     Args:
       workdir: folder of a training run.
       checkpoint: as in `load_model`.
 
     Raises:
-      UserError: `workdir` has no such checkpoint, or none that is whole.
+      UserError: `workdir` has no such checkpoint, or none that is intact.
     """
     step, path, _ = choose_checkpoint(workdir, checkpoint)
     return *read_texts(path), step
 
 
 def check_same_model(ours: Config, theirs: Config) -> None:
-    """Compares a configuration (`ours`) with that of a checkpoint (`theirs`).
+    """Compare a configuration (`ours`) with that of a checkpoint (`theirs`).
 
     Raises:
       UserError: names every field in which their models differ.

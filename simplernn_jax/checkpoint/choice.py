@@ -14,7 +14,7 @@ NEWEST = "newest"
 
 
 class Choice(NamedTuple):
-    """A whole checkpoint, and the reason for choosing it."""
+    """An intact checkpoint, and the reason for choosing it."""
 
     step: int
     path: str
@@ -23,7 +23,7 @@ class Choice(NamedTuple):
 
 
 def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> Choice:
-    """Choose a whole checkpoint of the run in `workdir`; damaged ones are moved aside.
+    """Choose an intact checkpoint of the run in `workdir`; damaged ones are moved aside.
 
     Args:
       workdir: folder of a training run.
@@ -31,7 +31,7 @@ def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> Choice:
         so on the same tokens, else the newest; ``newest``; or a step.
 
     Raises:
-      UserError: `workdir` has no checkpoint, none that is whole, or not that of the step.
+      UserError: `workdir` has no checkpoint, none that is intact, or not that of the step.
     """
     folder = CheckpointFolder(workdir)
     if checkpoint not in (BEST, NEWEST):
@@ -45,7 +45,7 @@ def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> Choice:
         if damage is None:
             return Choice(best, folder.step_path(best), _reason(best, qualities))
         folder.set_aside(best, damage)
-    step = folder.newest_whole()
+    step = folder.newest_intact()
     if step is None:
         raise UserError(f"no checkpoint in {workdir}: train there first, or name another --workdir")
     reason = None

@@ -1,4 +1,4 @@
-"""Folder of a run's checkpoints on disk, whole, unfinished and damaged ones.
+"""Folder of a run's checkpoints on disk, intact, unfinished and damaged ones.
 
     WORKDIR/checkpoints/N/              checkpoint of step N; complete once its manifest is there
     WORKDIR/checkpoints/complete.json   the steps that were complete, sealed like a manifest
@@ -84,7 +84,7 @@ class CheckpointFolder:
         return os.path.join(self.path, str(step))
 
     def steps(self) -> list[int]:
-        """List all steps that have a folder, whole or not, ascending."""
+        """List all steps that have a folder, intact or not, ascending."""
         if not os.path.isdir(self.path):
             return []
         names = [name for name in os.listdir(self.path) if _STEP.fullmatch(name)]
@@ -155,13 +155,13 @@ class CheckpointFolder:
         write_sealed(self._ledger_path, json.dumps(steps) + "\n")
 
     def complete_steps(self) -> list[int]:
-        """List the steps that were once complete, whole now or not, ascending."""
+        """List the steps that were once complete, intact now or not, ascending."""
         return [step for step in self.steps() if not self._is_unfinished(step)]
 
     def find_damage(self, step: int, parts: Collection[str] | None = None) -> str | None:
-        """Return a phrase that says how the checkpoint of `step` is damaged; None if it is whole.
+        """Return a phrase that says how the checkpoint of `step` is damaged; None if it is intact.
 
-        `parts` is as in `newest_whole`.
+        `parts` is as in `newest_intact`.
         """
         path = self.step_path(step)
         damage = manifest.find_damage(path, None if parts is None else {*parts, QUALITY_ITEM})
@@ -170,7 +170,7 @@ class CheckpointFolder:
         inside = saved_step(path)
         return None if inside in (None, step) else f"it is a copy of that of step {inside}"
 
-    def newest_whole(self, parts: Collection[str] | None = None) -> int | None:
+    def newest_intact(self, parts: Collection[str] | None = None) -> int | None:
         """Find the newest step whose files are all as written; move damaged newer ones aside.
 
         Args:
@@ -180,7 +180,7 @@ class CheckpointFolder:
           None if no save was ever completed here.
 
         Raises:
-          UserError: saves were completed, and none of them is whole.
+          UserError: saves were completed, and none of them is intact.
         """
         refuse = bool(self._ledger()) or (
             os.path.lexists(self._ledger_path) and self._ledger() is None
@@ -192,8 +192,8 @@ class CheckpointFolder:
             refuse = self.set_aside(step, damage) or refuse
         if refuse:
             raise UserError(
-                f"no whole checkpoint is left in {self.path} (damaged ones are kept in "
-                f"{self.damaged_path}): not starting over by itself; put back a whole copy, use "
+                f"no intact checkpoint is left in {self.path} (damaged ones are kept in "
+                f"{self.damaged_path}): not starting over by itself; put back an intact copy, use "
                 f"another --workdir, or delete {self.path} to start from the beginning"
             )
         return None

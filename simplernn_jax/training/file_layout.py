@@ -1,4 +1,4 @@
-"""Between the state that a run trains and the one that its checkpoints hold."""
+"""Conversion between the state that a run trains and the one in its checkpoints."""
 
 import copy
 from functools import partial
@@ -19,9 +19,9 @@ from simplernn_jax.training.train_step import (
 
 
 class FileLayout:
-    """Unstacks layers that are stacked for pipeline stages, and stacks them again.
+    """Unstacks the layers of pipeline stages for checkpoints, and stacks them again.
 
-    Without stages the two states are one, and nothing is done.
+    Without stages the two states are the same, and nothing is converted.
     """
 
     def __init__(self, config: Config, optimizer: optax.GradientTransformation, mesh: Mesh):
@@ -30,11 +30,11 @@ class FileLayout:
         self.abstract: TrainState = jax.eval_shape(lambda: init_train_state(single, optimizer))
         """Names, shapes and dtypes of the state in files."""
         self.shardings = state_shardings(single, optimizer, mesh)
-        """Where its arrays lie; None on one device."""
+        """Shardings of its arrays; None on one device."""
         self._is_same = config.mesh.stage == 1
         if self._is_same:
             return
-        # Each stage has a part of every layer: none of them need hold them all.
+        # Sharded over the stages too: none of them needs memory for all layers.
         specs = shard_further(self.abstract, state_specs(single, optimizer, mesh), "stage", mesh)
         self.shardings = named_shardings(specs, mesh)
         trained = jax.eval_shape(lambda: init_train_state(config, optimizer))
@@ -45,9 +45,9 @@ class FileLayout:
         )
 
     def to_files(self, state: TrainState) -> TrainState:
-        """What to save of a state that a run trains."""
+        """Convert a trained state to the one to save."""
         return state if self._is_same else self._to_files(state)
 
     def from_files(self, state: TrainState) -> TrainState:
-        """The state to train, of one that was saved."""
+        """Convert a saved state to the one to train."""
         return state if self._is_same else self._from_files(state)

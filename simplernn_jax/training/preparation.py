@@ -90,7 +90,7 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
       source: text to tokenize again if the tokens are missing or damaged; empty: none.
 
     Raises:
-      UserError: `workdir` has no valid checkpoint, or the tokens are missing and `source` is
+      UserError: `workdir` has no intact checkpoint, or the tokens are missing and `source` is
         empty, unusable or another text.
     """
     config, tokenizer_json, step = read_config(workdir)
@@ -213,7 +213,7 @@ def _saved_run(workdir: str) -> tuple[Config, str] | None:
     it has the same model, batches and tokenizer.
     """
     folder = CheckpointFolder(workdir)
-    step = folder.newest_whole(TEXTS)
+    step = folder.newest_intact(TEXTS)
     return None if step is None else read_texts(folder.step_path(step))
 
 
