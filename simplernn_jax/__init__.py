@@ -17,8 +17,8 @@ __version__ = "0.1.0"
 def load_model(workdir: str, checkpoint: str | int = "best") -> tuple[Any, Any, Any]:
     """Load a trained run: ``(model, tokenizer, config)``.
 
-    The checkpoint is verified and restored; nothing in it is executed. Imports are deferred, so that
-    importing the package is fast.
+    The checkpoint is verified and restored; nothing in it is executed. Imports are deferred, so
+    that importing the package is fast.
 
     Args:
       workdir: folder of a training run.
