@@ -44,7 +44,7 @@ class LayerDecomposition(NamedTuple):
     """RMS(output - o) / RMS(o), where o is the operator's float32 output from the same inputs:
     `scan`, which defines the recurrence, or `attend`."""
     layer_error: jax.Array
-    """The same for the layer's output after norm, gate and projection, against the model's."""
+    """Relative error of the layer's output after norm, gate and projection, against the model's."""
 
 
 def decompose_layer(
