@@ -1,4 +1,4 @@
-"""Losses with the state carried, cleared or cut short, against reading the tokens again."""
+"""Losses with the state carried, reset or from a short context, against separate passes."""
 
 import functools
 import math
@@ -45,9 +45,9 @@ def log_probabilities(model, tokens):
 
 
 def nats(tokens):
-    """-log p of all tokens but the first, from a zero state."""
+    """Return -log p of all tokens but the first, from a zero state."""
     tokens = np.asarray(tokens, np.int32)
-    # Filled up to few lengths, so that few programs are compiled; what follows changes nothing.
+    # Padded to few lengths, so that few programs are compiled; the model is causal.
     size = 8 ** math.ceil(math.log(max(len(tokens), 2), 8))
     logs = np.asarray(log_probabilities(model(), np.resize(tokens, size)), np.float64)
     return -logs[np.arange(len(tokens) - 1), tokens[1:]]
@@ -55,7 +55,7 @@ def nats(tokens):
 
 @functools.cache
 def nats_by_position(reset_every):
-    """(tokens of the document before the prediction, its loss) for all of `SPLIT`."""
+    """Return (tokens of the document before it, loss) of every prediction of `SPLIT`."""
     pairs = []
     for start, end in zip(SPLIT.document_starts, document_ends(SPLIT), strict=True):
         for first in range(start, end - 1, reset_every):
@@ -74,17 +74,15 @@ def test_loss_by_position_bins_every_prediction(monkeypatch, batch_tokens, max_r
     assert list(loss.starts) == [1, 2, 4, 8, 16, 32, 64]
     assert loss.counts.sum() == SPLIT.num_predictions
     for index, start in enumerate(loss.starts):
-        inside = carried[(positions >= start) & (positions < 2 * start)]
-        assert loss.counts[index] == len(inside)
-        assert loss.carried[index] == pytest.approx(inside.mean(), rel=1e-5)
-        assert loss.errors[index] == pytest.approx(
-            inside.std(ddof=1) / len(inside) ** 0.5, rel=1e-4
-        )
-        inside = reset[(reset_positions >= start) & (reset_positions < 2 * start)]
-        assert loss.reset[index] == pytest.approx(inside.mean(), rel=1e-5)
-        assert loss.reset_errors[index] == pytest.approx(
-            inside.std(ddof=1) / len(inside) ** 0.5, rel=1e-4
-        )
+        for at, nats, mean, error in (
+            (positions, carried, loss.carried, loss.errors),
+            (reset_positions, reset, loss.reset, loss.reset_errors),
+        ):
+            inside = nats[(at >= start) & (at < 2 * start)]
+            assert loss.counts[index] == len(inside)
+            assert mean[index] == pytest.approx(inside.mean(), rel=1e-5)
+            expected = inside.std(ddof=1) / len(inside) ** 0.5
+            assert error[index] == pytest.approx(expected, rel=1e-4)
     assert abs(loss.reset[-1] - loss.carried[-1]) > 1e-3
 
 
@@ -97,7 +95,7 @@ def test_loss_by_reset_equals_reading_piece_by_piece():
         assert result.predictions == SPLIT.num_predictions
 
 
-def test_token_losses_are_in_the_order_of_the_text(monkeypatch):
+def test_token_losses_follow_the_text(monkeypatch):
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", 7)
     tokens = SPLIT.tokens[:33]
     losses = token_losses(EVALUATOR, params(), document_split(tokens, 31))
@@ -105,7 +103,7 @@ def test_token_losses_are_in_the_order_of_the_text(monkeypatch):
 
 
 @pytest.mark.parametrize("context", [3, 500])
-def test_short_context_sees_so_many_tokens(context):
+def test_short_context_sees_its_tokens_alone(context):
     tokens = np.resize(SPLIT.tokens, 511)
     chosen = np.array([500, 503, 510, 501, 504])
     losses = short_context_losses(model(), tokens, chosen, context)

@@ -85,7 +85,7 @@ def test_a_unit_is_quoted_in_its_word():
     ]
 
 
-def test_axes_are_labelled_with_whole_words():
+def test_axes_are_labeled_with_whole_words():
     class Axis:
         def set_ticks(self, places, names, **style):
             self.places, self.names = places, names

@@ -1,3 +1,5 @@
+"""Exit codes, one-line errors, help and logs of the scripts."""
+
 import os
 import subprocess
 import sys
@@ -51,33 +53,27 @@ def assert_one_line(result: subprocess.CompletedProcess[str], *parts: str) -> No
         assert part in result.stderr
 
 
-def test_exit_code_is_what_main_returns(tmp_path):
-    assert run_script(tmp_path, "return None").returncode == 0
-    assert run_script(tmp_path, "return command_line.EXIT_INTERRUPTED").returncode == 75
-    assert command_line.EXIT_INTERRUPTED == 75
-
-
-def test_user_error_is_one_line_even_when_its_message_is_not(tmp_path):
-    result = run_script(tmp_path, 'raise UserError("a file:\\n  is empty; fill it")')
-    assert_one_line(result, "error: a file: is empty; fill it")
-
-
-def test_bug_keeps_its_traceback(tmp_path):
-    result = run_script(tmp_path, "return 1 // 0")
-    assert result.returncode == 1
-    assert "Traceback" in result.stderr
-    assert "ZeroDivisionError" in result.stderr
-
-
-def test_failure_without_a_path_keeps_its_traceback(tmp_path):
-    result = run_script(tmp_path, "os.close(999)")
-    assert result.returncode == 1
-    assert "Traceback" in result.stderr
+@pytest.mark.parametrize(
+    ("body", "code", "parts"),
+    [
+        ("return None", 0, []),
+        ("return command_line.EXIT_INTERRUPTED", 75, []),
+        ("raise KeyboardInterrupt", 130, []),
+        ("return 1 // 0", 1, ["Traceback", "ZeroDivisionError"]),
+        ("os.close(999)", 1, ["Traceback"]),  # an OSError without a path
+    ],
+)
+def test_exit_codes(tmp_path, body, code, parts):
+    result = run_script(tmp_path, body)
+    assert result.returncode == code
+    assert all(part in result.stderr for part in parts)
+    assert bool(result.stderr) == bool(parts)
 
 
 @pytest.mark.parametrize(
     ("body", "part"),
     [
+        ('raise UserError("a file:\\n  is empty; fill it")', "error: a file: is empty; fill it"),
         ('raise PermissionError(13, "Permission denied", "/runs/x")', "/runs/x: permission denied"),
         ('os.makedirs("count.py" + os.sep)', "file exists; choose another path"),
         ('raise OSError(28, "No space left on device", "/runs/y")', "/runs/y: no space left"),
@@ -99,7 +95,7 @@ def test_failure_without_a_path_keeps_its_traceback(tmp_path):
         ),
     ],
 )
-def test_failure_of_the_file_system_is_one_line(tmp_path, monkeypatch, body, part):
+def test_an_error_of_the_user_or_the_file_system_is_one_line(tmp_path, monkeypatch, body, part):
     monkeypatch.chdir(tmp_path)
     assert_one_line(run_script(tmp_path, body), part)
 
@@ -140,13 +136,7 @@ def test_full_disk_names_the_workdir(tmp_path):
     assert_one_line(result, "runs/full: no space left on device; free some space")
 
 
-def test_keyboard_interrupt_is_quiet(tmp_path):
-    result = run_script(tmp_path, "raise KeyboardInterrupt")
-    assert result.returncode == 130
-    assert result.stderr == ""
-
-
-def test_reader_that_leaves_ends_the_script_quietly(tmp_path):
+def test_a_closed_pipe_ends_the_script_quietly(tmp_path):
     run_script(tmp_path, "print('x' * 1_000_000)")
     process = subprocess.Popen(
         [sys.executable, str(tmp_path / "count.py")],
@@ -186,14 +176,13 @@ def test_arguments_that_are_not_flags(tmp_path):
     assert "NAME ..." in run_script(tmp_path, body, "--help", definitions=definitions).stdout
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull"])
 def test_help_shows_the_docstring_and_the_flags_of_the_script(tmp_path, flag):
     result = run_script(tmp_path, "return 1", flag)
-    assert result.returncode == 0
-    assert result.stderr == ""
+    assert (result.returncode, result.stderr) == (0, "")
     assert "Counts something." in result.stdout
     assert "--workdir: Directory of the run." in result.stdout
-    assert "--verbosity" not in result.stdout
+    assert ("--verbosity" in result.stdout) == (flag == "--helpfull")
 
 
 @pytest.mark.parametrize(
@@ -208,12 +197,6 @@ def test_help_shows_flags_that_scripts_share(script, names):
     command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--help"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
     assert all(f"\n  --{name}: " in shown for name in names)
-
-
-def test_full_help_succeeds_too(tmp_path):
-    result = run_script(tmp_path, "return 1", "--helpfull")
-    assert result.returncode == 0
-    assert "--verbosity" in result.stdout
 
 
 def test_logs_of_the_project_are_shown_and_those_of_libraries_from_warnings_up(tmp_path):

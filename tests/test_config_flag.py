@@ -1,3 +1,5 @@
+"""The flag --config and its overrides, in a process of its own."""
+
 import os
 import subprocess
 import sys
@@ -61,7 +63,7 @@ def test_file_and_overrides_of_each_type(folder):
     assert result.stdout == "11 a b.txt False\n"
 
 
-def test_mixers_come_from_a_list_in_a_file_and_from_the_command_line(folder):
+def test_mixers_from_a_list_in_a_file_and_from_the_command_line(folder):
     of_a_list = CONFIG.replace(
         "return", "config.model.mixer = ['simple_rnn', 'attention'] * 2; return"
     )
@@ -75,7 +77,7 @@ def test_mixers_come_from_a_list_in_a_file_and_from_the_command_line(folder):
     assert result.stdout.splitlines()[1] == str(mixers[::-1] + mixers)
 
 
-def test_configuration_imports_its_neighbours(folder):
+def test_a_configuration_imports_from_its_folder(folder):
     variant = "import seven\n\ndef get_config():\n    c = seven.get_config()\n"
     (folder / "variants").mkdir()
     (folder / "variants" / "seven.py").write_text(CONFIG.replace("7", "13"))
@@ -126,7 +128,7 @@ def test_wrong_file_is_one_line(folder, text, part):
     assert_one_line(show(folder, "--config=wrong.py"), part)
 
 
-def test_file_that_is_not_there(folder):
+def test_a_missing_file(folder):
     assert_one_line(show(folder, "--config=sevn.py"), "no such file; did you mean 'seven.py'?")
     assert_one_line(show(folder, "--config=nowhere/x.py"), "--config=nowhere/x.py: no such file")
 
@@ -151,7 +153,7 @@ def test_file_of_the_project_is_found_from_another_folder(folder):
     assert_one_line(show(folder, "--config=tini.py"), "/configs/tiny.py'?")
 
 
-def test_what_is_no_regular_file_is_one_line(folder):
+def test_a_file_that_is_not_regular_is_one_line(folder):
     os.mkfifo(folder / "fifo.py")
     assert_one_line(show(folder, "--config=fifo.py"), "--config=fifo.py: not a regular file")
     assert_one_line(show(folder, "--config=/dev/zero"), "--config=/dev/zero: not a regular file")

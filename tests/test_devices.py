@@ -1,4 +1,4 @@
-"""What JAX computes on."""
+"""JAX's devices and their memory."""
 
 import jax
 import pytest
@@ -7,7 +7,7 @@ from simplernn_jax import devices
 from simplernn_jax.errors import UserError
 
 
-def test_a_platform_that_is_not_there_is_one_line(monkeypatch):
+def test_a_missing_platform_is_one_line(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     for error in (AssertionError(), RuntimeError("Unable to initialize backend 'cuda'")):
 
@@ -44,7 +44,7 @@ def test_a_platform_that_is_not_there_is_one_line(monkeypatch):
         ),
     ],
 )
-def test_memory_is_that_of_the_machine_or_of_its_control_groups(monkeypatch, files, expected):
+def test_memory_is_the_least_of_machine_and_control_groups(monkeypatch, files, expected):
     def lines(path):
         try:
             return files[path.replace("/./", "/")]

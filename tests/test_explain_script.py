@@ -1,4 +1,4 @@
-"""scripts/explain.py as a person runs it."""
+"""scripts/explain.py in a process of its own."""
 
 import json
 import os
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def explain(*arguments, stdin=""):
-    """(exit code, standard output, standard error)."""
+    """Return exit code, standard output and standard error."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "explain.py"), *map(str, arguments)],
         check=False,
@@ -31,7 +31,14 @@ def explain(*arguments, stdin=""):
 
 
 def test_writes_a_page_its_pictures_and_its_numbers(tmp_path):
-    config = small_config(source=write_corpus(tmp_path / "text"), validation_fraction=0.3)
+    config = small_config(
+        "residual",
+        source=write_corpus(tmp_path / "text"),
+        validation_fraction=0.3,
+        num_layers=2,
+        mixer="attention,simple_rnn",
+        attention_context=9,
+    )
     save_untrained(config, tmp_path / "run")
     out = tmp_path / "new" / "folder"
     code, output, errors = explain(
@@ -41,38 +48,20 @@ def test_writes_a_page_its_pictures_and_its_numbers(tmp_path):
     assert code == 0
     assert errors.splitlines()[-1] == "drawing ..."  # and before that a line per stage
     lines = output.splitlines()
-    assert lines[0].startswith("layer 1: the map reproduces the recurrence to ")
-    assert float(lines[0].split()[8]) <= 1e-5
-    assert lines[1].startswith("evaluated on the validation split of the run (documents: 2): ")
-    assert lines[2:] == [f"page: {out / 'explain.html'}"]
-    names = {path.name for path in out.iterdir()}
-    assert names == {
-        *("explain.html", "explain.json", "map_layer_1.png", "half_lives.png", "state_norm.png"),
-        *("state_rank.png", "loss_by_position.png", "loss_by_reset.png", "contributions.png"),
+    assert lines[0].startswith("layer 1 (attention): the map reproduces softmax attention to ")
+    assert lines[1].startswith("layer 2: the map reproduces the recurrence to ")
+    assert float(lines[1].split()[8]) <= 1e-5
+    assert lines[2].startswith("evaluated on the validation split of the run (documents: 2): ")
+    assert lines[3:] == [f"page: {out / 'explain.html'}"]
+    assert {path.name for path in out.iterdir()} == {
+        *("explain.html", "explain.json", "map_layer_1.png", "map_layer_2.png", "half_lives.png"),
+        *("state_norm.png", "state_rank.png", "loss_by_position.png", "loss_by_reset.png"),
+        "contributions.png",
     }
     assert json.loads((out / "explain.json").read_text())["prediction"]["token"] == 5
 
 
-def test_layers_of_attention_have_maps_too(tmp_path):
-    config = small_config(
-        "residual",
-        source=write_corpus(tmp_path / "text"),
-        num_layers=2,
-        mixer="attention,simple_rnn",
-        attention_context=9,
-    )
-    save_untrained(config, tmp_path / "run")
-    arguments = ("--workdir", tmp_path / "run", "--text", "größer als", "--out", tmp_path / "out")
-    code, output, _ = explain(*arguments)
-    assert code == 0
-    lines = output.splitlines()
-    assert lines[0].startswith("layer 1 (attention): the map reproduces softmax attention to ")
-    assert lines[1].startswith("layer 2: the map reproduces the recurrence to ")
-    maps = {path.name for path in (tmp_path / "out").glob("map_layer_*.png")}
-    assert maps == {"map_layer_1.png", "map_layer_2.png"}
-
-
-def test_an_account_that_fails_is_told_and_exits_with_code_1(tmp_path, monkeypatch):
+def test_an_inexact_map_is_reported_and_exits_with_code_1(tmp_path, monkeypatch):
     class Diverged(LanguageModel):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
@@ -91,8 +80,8 @@ def test_an_account_that_fails_is_told_and_exits_with_code_1(tmp_path, monkeypat
     assert (tmp_path / "out" / "explain.html").exists()
 
 
-def test_what_cannot_be_replaced_is_found_before_anything_is_read(tmp_path):
-    (tmp_path / "notes.txt").symlink_to("/dev/null")  # nothing that would be written
+def test_a_file_that_cannot_be_replaced_is_found_before_the_computation(tmp_path):
+    (tmp_path / "notes.txt").symlink_to("/dev/null")  # not an output file
     (tmp_path / "map_layer_1.png").symlink_to("/dev/null")
     code, output, errors = explain("--workdir", "x", "--text_file", "y", "--out", tmp_path)
     assert (code, output) == (2, "")

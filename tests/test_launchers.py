@@ -1,4 +1,4 @@
-"""The shell launchers, on a copy whose interpreter writes down what it was asked to run."""
+"""The shell launchers, in a copied project whose interpreter records its arguments."""
 
 import os
 import shutil
@@ -58,42 +58,41 @@ def installations(project: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("name", "given", "expected"),
     [
-        ([], ["--workdir", "runs/base", "--config", "configs/base.py"]),
+        ("train", [], ["--workdir", "runs/base", "--config", "configs/base.py"]),
         (
+            "train",
             ["--config.train.steps=5"],
             ["--workdir", "runs/base", "--config", "configs/base.py", "--config.train.steps=5"],
         ),
-        (["--config", "c/tiny.py"], ["--workdir", "runs/tiny", "--config", "c/tiny.py"]),
-        (["--config=tiny.py", "--workdir=w"], ["--config=tiny.py", "--workdir=w"]),
-        (["--workdir", "a b"], ["--config", "configs/base.py", "--workdir", "a b"]),
+        ("train", ["--config", "c/tiny.py"], ["--workdir", "runs/tiny", "--config", "c/tiny.py"]),
+        ("train", ["--config=tiny.py", "--workdir=w"], ["--config=tiny.py", "--workdir=w"]),
+        ("train", ["--workdir", "a b"], ["--config", "configs/base.py", "--workdir", "a b"]),
+        ("launch_local", ["2", "--workdir", "a b"], ["2", "--workdir", "a b"]),
+        ("infer", [], ["--workdir", "runs/base"]),
+        ("infer", ["--workdir", "w", "--prompt", "--x"], ["--workdir", "w", "--prompt", "--x"]),
+        ("infer", ["- item", "--workdir=w"], ["--prompt=- item", "--workdir=w"]),
+        ("infer", ["--- title", "--workdir=w"], ["--prompt=--- title", "--workdir=w"]),
+        ("infer", ["--", "--seed", "--workdir=w"], ["--prompt=--seed", "--workdir=w"]),
     ],
 )
-def test_train_fills_in_what_is_not_given(project, given, expected):
-    assert arguments_of(launch(project, "train.sh", *given)) == ["scripts/train.py", *expected]
+def test_arguments_of_the_scripts(project, name, given, expected):
+    trained(project, "base", 100)
+    script = {"infer": "sample"}.get(name, name)
+    arguments = arguments_of(launch(project, f"{name}.sh", *given))
+    assert arguments == [f"scripts/{script}.py", *expected]
 
 
 def test_train_from_another_folder_finds_the_project(project, tmp_path):
     arguments = arguments_of(launch(project, "train.sh", cwd=tmp_path))
-    root = str(project)
-    assert arguments[0] == f"{root}/scripts/train.py"
-    assert arguments[1:] == [
-        "--workdir",
-        f"{root}/runs/base",
-        "--config",
-        f"{root}/configs/base.py",
-    ]
-
-
-def test_launch_local_hands_everything_on(project):
-    arguments = arguments_of(launch(project, "launch_local.sh", "2", "--workdir", "a b"))
-    assert arguments == ["scripts/launch_local.py", "2", "--workdir", "a b"]
+    paths = ["scripts/train.py", "runs/base", "configs/base.py"]
+    assert [arguments[0], *arguments[2::2]] == [f"{project}/{path}" for path in paths]
 
 
 @pytest.mark.parametrize("option", [["--python", "python3.99"], ["--python"]])
 @pytest.mark.parametrize("name", ["train.sh", "infer.sh", "launch_local.sh"])
-def test_another_python_is_checked(project, name, option):
+def test_an_unsuitable_python_is_refused(project, name, option):
     result = launch(project, name, *option)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
@@ -110,7 +109,7 @@ def test_another_python_has_an_environment_of_its_own(project, place):
     assert arguments_of(result) == ["scripts/launch_local.py", "2", "-c"]
 
 
-def test_installs_once_and_again_when_the_project_asks_for_other_packages(project):
+def test_installs_once_and_again_when_the_dependencies_change(project):
     assert "Installing" in launch(project, "train.sh").stderr
     assert launch(project, "train.sh").stderr == ""
     launch(project, "infer.sh", "x", "--workdir=w")
@@ -120,7 +119,7 @@ def test_installs_once_and_again_when_the_project_asks_for_other_packages(projec
     assert installations(project) == 2
 
 
-def test_failed_installation_is_tried_again(project):
+def test_a_failed_installation_is_repeated(project):
     failed = launch(project, "train.sh", PIP_EXIT="1")
     assert failed.returncode == 1
     assert failed.stdout == ""
@@ -135,7 +134,7 @@ def trained(project: Path, name: str, modified: int) -> None:
     os.utime(complete, (modified, modified))
 
 
-def test_infer_takes_the_run_saved_last(project):
+def test_infer_uses_the_run_saved_last(project):
     trained(project, "base", 100)
     trained(project, "tiny", 300)
     trained(project, "seed", 200)
@@ -144,29 +143,6 @@ def test_infer_takes_the_run_saved_last(project):
     expected = ["scripts/sample.py", "--workdir", "runs/tiny", "--prompt=def main(", "--top_k=3"]
     assert arguments_of(result) == expected
     assert "model: runs/tiny" in result.stderr
-
-
-def test_infer_without_a_prompt_leaves_it_to_the_script(project):
-    trained(project, "base", 100)
-    assert arguments_of(launch(project, "infer.sh")) == [
-        "scripts/sample.py",
-        "--workdir",
-        "runs/base",
-    ]
-
-
-def test_infer_takes_the_run_it_is_given(project):
-    arguments = arguments_of(launch(project, "infer.sh", "--workdir", "w", "--prompt", "--x"))
-    assert arguments == ["scripts/sample.py", "--workdir", "w", "--prompt", "--x"]
-
-
-@pytest.mark.parametrize(
-    ("given", "prompt"),
-    [(["- item"], "- item"), (["--- title"], "--- title"), (["--", "--seed"], "--seed")],
-)
-def test_infer_takes_a_prompt_that_begins_with_a_dash(project, given, prompt):
-    arguments = arguments_of(launch(project, "infer.sh", *given, "--workdir=w"))
-    assert arguments == ["scripts/sample.py", f"--prompt={prompt}", "--workdir=w"]
 
 
 def test_infer_before_training_says_what_to_do(project):

@@ -1,4 +1,4 @@
-"""Estimates are lower bounds of what is allocated, and refuse only what cannot fit."""
+"""Memory estimates are lower bounds that refuse only what cannot fit."""
 
 import importlib
 
@@ -37,7 +37,7 @@ def mesh():
 
 
 @pytest.mark.parametrize("name", ["base", "seed", "attention"])
-def test_weights_are_nearly_all_parameters(name):
+def test_weights_are_98_percent_of_the_parameters(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)[1]))
     assert 0.98 * parameters < num_weights(config.model) < parameters
@@ -63,7 +63,7 @@ def test_parameters_gradients_and_moments_of_a_step():
         ("data", "sequence_length", 10**9, "lower --config.data.batch_size or sequence_length"),
     ],
 )
-def test_what_cannot_fit_is_refused_with_its_size(mesh, section, field, value, part):
+def test_a_run_that_cannot_fit_is_refused_with_its_size(mesh, section, field, value, part):
     config = Config()
     setattr(getattr(config, section), field, value)
     with pytest.raises(
@@ -74,7 +74,7 @@ def test_what_cannot_fit_is_refused_with_its_size(mesh, section, field, value, p
     assert part in str(caught.value)
 
 
-def test_a_large_cache_of_attention_is_refused_where_it_is_made(mesh):
+def test_a_large_state_is_refused_if_it_is_allocated(mesh):
     config = Config()
     config.model.mixer, config.model.attention_context = "attention", 10**9
     with pytest.raises(UserError, match=r"state 4\.\d+ TB.* lower .*attention_context"):
@@ -87,31 +87,30 @@ def test_a_large_cache_of_attention_is_refused_where_it_is_made(mesh):
         check_training(config, mesh)
 
 
-def test_what_is_known_to_fit_is_not_refused(mesh):
+def test_a_run_that_fits_is_not_refused(mesh):
     config = Config()
     check_training(config, mesh)
-    # One sequence of a million tokens takes 4 GB when its gradient is that of windows.
+    # A sequence of a million tokens takes 4 GB with its gradient in backward spans.
     config.data.batch_size, config.data.sequence_length = 1, 2**20
     config.train.backward_window, config.train.backward = 2**13, "exact"
     assert sum(estimate_training(config, ONE)) < 4 * GIGABYTE
 
 
-def test_many_samples_and_long_ones_are_refused():
-    model = Config().model
-    check_generation(model, 1000, 10**6)
-    with pytest.raises(UserError, match=r"generating needs .* lower --num_samples or --max_new"):
-        check_generation(model, 10**7, 1)
-    with pytest.raises(UserError, match=r"generating needs at least 4 TB"):
-        check_generation(model, 1, 10**12)
+@pytest.mark.parametrize(
+    ("check", "fits", "too_much", "message"),
+    [
+        (check_generation, (1000, 10**6), (10**7, 1), "generating needs .* lower --num_samples or"),
+        (check_generation, (1, 1), (1, 10**12), "generating needs at least 4 TB"),
+        (check_evaluation, (10**6,), (10**8,), "scoring needs at least .* lower --window"),
+    ],
+)
+def test_long_generations_and_contexts_are_refused(check, fits, too_much, message):
+    check(Config().model, *fits)
+    with pytest.raises(UserError, match=message):
+        check(Config().model, *too_much)
 
 
-def test_wide_windows_are_refused():
-    check_evaluation(Config().model, 10**6)
-    with pytest.raises(UserError, match=r"scoring needs at least .* lower --window"):
-        check_evaluation(Config().model, 10**8)
-
-
-def test_devices_that_share_a_memory_have_a_part_of_it():
+def test_simulated_devices_share_the_memory_of_the_machine():
     config = Config()
     config.data.batch_size = 4 * 10**6
     for devices, has in ((1, "this machine has 24 GB"), (4, "each of 4 devices here has 6 GB")):
@@ -120,7 +119,7 @@ def test_devices_that_share_a_memory_have_a_part_of_it():
             check_training(config, make_mesh(config.mesh))
 
 
-def test_the_compiler_is_asked_where_the_estimate_is_close(mesh, monkeypatch):
+def test_xla_analyzes_the_step_if_the_estimate_is_close(mesh, monkeypatch):
     config = small_config(block="residual", mode="stream", name="adamw")
     optimizer = make_optimizer(config.optimizer, 7)
     estimate = sum(estimate_training(config, ONE))

@@ -5,7 +5,7 @@ exactly is measured. A prediction is attributed through all layers by gradient t
 each layer by the shares of its map.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,9 @@ from simplernn_jax.analysis.attention_map import (
     softmax_map,
 )
 from simplernn_jax.analysis.recording import Record, find_mixers, record
-from simplernn_jax.array_types import ModelState, SegmentIds, Values
+from simplernn_jax.array_types import HeadState, ModelState, SegmentIds, Values
 from simplernn_jax.models import LanguageModel, SimpleRNN
-from simplernn_jax.models.attention import Attention
+from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.sliding_attention import attend
 
@@ -44,7 +44,7 @@ class LayerDecomposition(NamedTuple):
     """RMS(output - o) / RMS(o), where o is the operator's float32 output from the same inputs:
     `scan`, which defines the recurrence, or `attend`."""
     layer_error: jax.Array
-    """The same for the layer's output after norm, gate and projection, against the model's."""
+    """Relative error of the layer's output after norm, gate and projection, against the model's."""
 
 
 def decompose_layer(
@@ -52,8 +52,31 @@ def decompose_layer(
 ) -> LayerDecomposition:
     """Decompose one recorded call of a mixer and measure how exact the sum is."""
     if isinstance(mixer, SimpleRNN):
-        return _decompose_recurrence(mixer, call, segment_ids)
-    return _decompose_attention(mixer, call, segment_ids)
+        projected, output_gate = mixer.cell.project(call.inputs)
+        parts = _decompose_recurrence(projected, call.state, segment_ids)
+        dtype, combine = projected[2].dtype, mixer.cell.combine
+    else:
+        projected, output_gate = mixer.projections(call.inputs)
+        parts = _decompose_attention(mixer, projected, call.state, segment_ids)
+        dtype, combine = mixer.dtype, mixer.combine
+    output = parts.from_values + parts.from_state
+    layer_output = combine(output.astype(dtype), output_gate)
+    return LayerDecomposition(
+        weights=parts.weights,
+        values=parts.values,
+        from_state=parts.from_state,
+        output=output,
+        operator_error=_relative_error(output, parts.expected),
+        layer_error=_relative_error(layer_output, call.output),
+    )
+
+
+class _Parts(NamedTuple):
+    weights: jax.Array
+    values: Values
+    from_values: Values
+    from_state: Values
+    expected: Values
 
 
 def decompose_layers(
@@ -94,54 +117,31 @@ def is_exact(layer: LayerDecomposition, is_float32: bool) -> bool:
 
 
 def _decompose_recurrence(
-    mixer: SimpleRNN, call: Record, segment_ids: SegmentIds | None
-) -> LayerDecomposition:
-    (q, k, v, log_gate), output_gate = mixer.cell.project(call.inputs)
+    projected: tuple[jax.Array, ...], state: HeadState, segment_ids: SegmentIds | None
+) -> _Parts:
+    q, k, v, log_gate = projected
     attention = attention_map(q, k, log_gate, segment_ids=segment_ids)
-    from_values, from_state = apply_map(attention, v, call.state)
-    output = from_values + from_state
-    expected, _ = gated_linear_recurrence(
-        q,
-        k,
-        v.astype(output.dtype),
-        log_gate,
-        initial_state=call.state,
-        segment_ids=segment_ids,
-        method="scan",
-    )
-    layer_output = mixer.cell.combine(output.astype(v.dtype), output_gate)
-    return LayerDecomposition(
-        weights=attention.weights,
-        values=v.astype(output.dtype),
-        from_state=from_state,
-        output=output,
-        operator_error=_relative_error(output, expected),
-        layer_error=_relative_error(layer_output, call.output),
-    )
+    values = v.astype(attention.weights.dtype)
+    options: dict[str, Any] = {"initial_state": state, "segment_ids": segment_ids, "method": "scan"}
+    expected, _ = gated_linear_recurrence(q, k, values, log_gate, **options)
+    return _Parts(attention.weights, values, *apply_map(attention, values, state), expected)
 
 
 def _decompose_attention(
-    mixer: Attention, call: Record, segment_ids: SegmentIds | None
-) -> LayerDecomposition:
-    projected, output_gate = mixer.projections(call.inputs)
-    inputs = attention_inputs(mixer, projected, call.state, segment_ids)
+    mixer: Attention,
+    projected: tuple[jax.Array, ...],
+    cache: KVCache,
+    segment_ids: SegmentIds | None,
+) -> _Parts:
+    inputs = attention_inputs(mixer, projected, cache, segment_ids)
     weights = softmax_map(inputs)
-    slots = mixer.context
+    cached, new = slice(mixer.context), slice(mixer.context, None)
     from_state, from_values = (
         jnp.einsum("bhts,bshv->bthv", weights[..., part], inputs.values[:, part])
-        for part in (slice(slots), slice(slots, None))
+        for part in (cached, new)
     )
-    output = from_values + from_state
     expected = attend(inputs.queries, inputs.keys, inputs.values, inputs.mask)
-    layer_output = mixer.combine(output.astype(mixer.dtype), output_gate)
-    return LayerDecomposition(
-        weights=weights[..., slots:],
-        values=inputs.values[:, slots:],
-        from_state=from_state,
-        output=output,
-        operator_error=_relative_error(output, expected),
-        layer_error=_relative_error(layer_output, call.output),
-    )
+    return _Parts(weights[..., new], inputs.values[:, new], from_values, from_state, expected)
 
 
 def _relative_error(actual: jax.Array, expected: jax.Array) -> jax.Array:

@@ -98,7 +98,7 @@ class Explanation:
     chosen: ChosenToken
     state_value: StateValue
     characters_per_token: float
-    """Of the text."""
+    """Mean over the text."""
     attention_context: int
     """Tokens that a layer of attention sees."""
     context_gain: ContextGain | None

@@ -33,7 +33,7 @@ def draw_map(explanation: Explanation, layer: int) -> Picture:
     return Picture(
         f"map_layer_{layer + 1}",
         f"Attention map of {explanation.layer_names[layer]}",
-        "Each row is one output and each column an earlier token, labelled with the text that "
+        "Each row is one output and each column an earlier token, labeled with the text that "
         "begins there: red adds that token's value, blue (in a recurrence only) subtracts it, "
         "white leaves it out; full color is the largest weight of the head, given in its title, "
         "and a hundredth of that is faint. The dotted line is the output that predicts the chosen "

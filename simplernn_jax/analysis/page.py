@@ -47,8 +47,7 @@ def draw_pictures(explanation: Explanation) -> dict[str, Picture]:
         drawn.append(map_pictures.draw_state_share(explanation))
     if "simple_rnn" in explanation.mixers:
         drawn.append(pictures.draw_half_lives(memory, value.window))
-        drawn.append(pictures.draw_state_norm(memory))
-        drawn.append(pictures.draw_state_rank(memory))
+        drawn += [pictures.draw_state(memory, name) for name in ("state_norm", "state_rank")]
     drawn.append(pictures.draw_position_loss(value.by_position, value.window))
     drawn.append(pictures.draw_reset_loss(value.by_reset, value.window))
     drawn.append(map_pictures.draw_contributions(explanation))

@@ -33,6 +33,24 @@ _LEGEND_ROW = 0.2
 """Height of a row of a legend in inches."""
 _MIN_PREDICTIONS = 30
 """Fewest predictions of a point of the loss by position."""
+_STATE_PICTURES = {
+    "state_norm": (
+        "norms",
+        "norm of the state",
+        "Norm of the state along the text",
+        "Frobenius norm of each head's state: a curve that keeps rising is a state that still "
+        "fills, a sudden fall is a text that made the head forget.",
+    ),
+    "state_rank": (
+        "ranks",
+        "effective rank",
+        "Effective rank of the state along the text",
+        "An effective rank of 8 means that a head's state holds about 8 independent directions "
+        "(exp of the entropy of its singular values as shares of their sum, Roy and Vetterli "
+        "2007); the largest possible is the smaller of its key and value channels.",
+    ),
+}
+"""Field of `LayerMemory`, axis label, title and caption."""
 
 
 class Picture(NamedTuple):
@@ -132,31 +150,9 @@ def draw_half_lives(memory: Memory, window: int) -> Picture:
         )
 
 
-def draw_state_norm(memory: Memory) -> Picture:
-    """Draw the norm of each head's state along the text."""
-    return Picture(
-        "state_norm",
-        "Norm of the state along the text",
-        "Frobenius norm of each head's state: a curve that keeps rising is a state that still "
-        "fills, a sudden fall is a text that made the head forget.",
-        _draw_state(memory, "norms", "norm of the state"),
-    )
-
-
-def draw_state_rank(memory: Memory) -> Picture:
-    """Draw the effective rank of each head's state along the text."""
-    return Picture(
-        "state_rank",
-        "Effective rank of the state along the text",
-        "An effective rank of 8 means that a head's state holds about 8 independent directions "
-        "(exp of the entropy of its singular values as shares of their sum, Roy and Vetterli "
-        "2007); the largest possible is the smaller of its key and value channels.",
-        _draw_state(memory, "ranks", "effective rank"),
-    )
-
-
-def _draw_state(memory: Memory, name: str, label: str) -> bytes:
-    """Draw one panel per layer and one curve per head of a field of `LayerMemory`."""
+def draw_state(memory: Memory, name: str) -> Picture:
+    """Draw one panel per layer and one curve per head: ``state_norm`` or ``state_rank``."""
+    field, label, title, caption = _STATE_PICTURES[name]
     layers = [(n, part) for n, part in enumerate(memory.layers, 1) if part is not None]
     columns = min(len(layers), _COLUMNS)
     rows = -(-len(layers) // columns)
@@ -165,7 +161,7 @@ def _draw_state(memory: Memory, name: str, label: str) -> bytes:
         for axes in grid.flat[len(layers) :]:
             axes.set_axis_off()
         for axes, (number, part) in zip(grid.flat, layers, strict=False):
-            values = getattr(part, name)
+            values = getattr(part, field)
             points, heads = values.shape
             for head, style in enumerate(line_styles(heads, points)):
                 axes.plot(memory.positions, values[:, head], label=f"head {head + 1}", **style)
@@ -175,7 +171,7 @@ def _draw_state(memory: Memory, name: str, label: str) -> bytes:
         for axes in grid[:, 0]:
             axes.set_ylabel(label)
         add_legend(figure, grid[0, 0])
-        return png(figure)
+        return Picture(name, title, caption, png(figure))
 
 
 def draw_position_loss(loss: PositionLoss, window: int) -> Picture:

@@ -181,9 +181,9 @@ class ContextGain(NamedTuple):
 
     predictions: int
     everything: float
-    """Of the full context over one token of context."""
+    """Gain of the full context over one token of context."""
     far: float
-    """Of the full context over `SHORT_CONTEXT` tokens."""
+    """Gain of the full context over `SHORT_CONTEXT` tokens."""
 
 
 def context_gains(
