@@ -7,8 +7,8 @@ S the state at the chunk's start. The chunk's output and next state are::
     S'  = diag(e^{b_C}) S + sum_j (k_j e^{b_C - b_j}) v_j^T
 
 `doubling.py` makes A and the decayed q and k, for several chunks at once; then their states follow
-one from another, and the rest is products over all of them again. README.md derives it and its
-gradient.
+one from another, and the rest is products over all of them again. docs/recurrence.md derives it and
+its gradient.
 """
 
 from collections.abc import Sequence

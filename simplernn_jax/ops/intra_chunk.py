@@ -9,7 +9,7 @@ of 8 tokens refer both factors to their middle. Then neighbouring blocks are joi
 32 ...: A between a left and a right block is ``q_right (k_left)^T`` where q carries its decay since
 the start of its block and k its decay to the end of its block, both at most 1. After joining,
 the right q and the left k take the other block's total decay as a factor. At the chunk's size q and
-k are just what the state needs. README.md has the derivation of the gradient and the error bounds.
+k are just what the state needs. docs/recurrence.md derives the gradient and has the error.
 
 All arrays are ``[N, C, ...]``: N chunks that do not know each other.
 """

@@ -1,0 +1,270 @@
+"""Every code block of README.md and docs/*.md is executed, or checked where it cannot run.
+
+Commands run as written, in a folder whose configurations and texts are small. An HTML comment
+before a block says otherwise: ``<!-- not run: reason -->`` has only its scripts, flags, extras and
+imports checked, ``<!-- devices: N -->`` simulates N devices.
+"""
+
+import ast
+import dataclasses
+import importlib
+import itertools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DIRECTIVES = {"{eval-rst}", "{literalinclude}", "{toctree}"}
+"""Fences that Sphinx executes."""
+FROM_SCRATCH = {"README.md", "getting_started.md"}
+"""Pages that train the model they use; others start with a trained ``runs/base``."""
+MARK = re.compile(r"<!-- (not run|devices): (.+?) -->", re.DOTALL)
+
+SMALL = """
+
+import sys
+
+_get_config = get_config
+
+
+def get_config():
+    config = _get_config()
+    mixers = [word for word in sys.argv if word.startswith("--config.model.mixer=")]
+    config.model.num_layers = 1 + sum(word.count(",") for word in mixers)
+    config.model.hidden_dim = config.model.key_dim = config.model.value_dim = 16
+    config.model.mlp_dim = 32
+    config.data.batch_size = 4
+    config.data.sequence_length = 32
+    if config.data.source == "stdlib":
+        config.data.source = "my_texts/"
+    if config.train.steps:
+        config.train.steps = 2
+    config.train.eval_tokens = 256
+    config.train.sample_every = 0
+    return config
+"""
+"""Appended to every configuration: the same run, in seconds."""
+
+SENTENCE = "The quick brown fox jumps over the lazy dog.\ndef main():\n    return 0\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A fenced block of code."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+    not_run: str = ""
+    devices: int = 0
+
+    def __str__(self):
+        return f"{self.page}:{self.line}"
+
+
+def blocks_of(path):
+    """List the blocks of a page; fail on one that this test would overlook."""
+    blocks, marks = [], {}
+    for token in MarkdownIt("commonmark").parse(path.read_text(encoding="utf-8")):
+        where = f"{path.name}:{token.map[0] + 1}" if token.map else path.name
+        assert token.type != "code_block", f"{where}: indented code; use a fence with a language"
+        if token.type == "html_block":
+            found = MARK.fullmatch(token.content.strip())
+            assert found, f"{where}: not a mark of this test: {token.content}"
+            marks = {found[1].replace(" ", "_"): found[2]}
+        elif token.type == "fence":
+            language = token.info.split()[0] if token.info else ""
+            if language not in DIRECTIVES:
+                assert language in ("bash", "python", "yaml"), f"{where}: language {language!r}"
+                marks["devices"] = int(marks.get("devices", 0))
+                blocks.append(Block(path.name, token.map[0] + 1, language, token.content, **marks))
+            marks = {}
+        else:
+            assert not marks, f"{where}: a mark without a block after it"
+    fences = len(re.findall(r"^```\S", path.read_text(encoding="utf-8"), re.MULTILINE))
+    directives = len(re.findall(r"^```\{", path.read_text(encoding="utf-8"), re.MULTILINE))
+    assert len(blocks) == fences - directives
+    return blocks
+
+
+ALL_BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+RUN_PAGES = [
+    page.name
+    for page in PAGES
+    if any(block.page == page.name and not block.not_run for block in ALL_BLOCKS)
+]
+
+
+def test_readme_fits_on_a_page():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_relative_links_and_pictures_exist(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_every_page_is_in_the_table_of_contents():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    listed = {line for line in index.splitlines() if re.fullmatch(r"[a-z_]+", line)}
+    assert listed | {"index"} == {page.stem for page in PAGES[1:]}
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """``--help`` of a script, by name; each runs once."""
+    texts = {}
+
+    def get(name):
+        if name not in texts:
+            command = [sys.executable, str(ROOT / "scripts" / name), "--help"]
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+            texts[name] = subprocess.check_output(command, text=True, env=environment)
+        return texts[name]
+
+    return get
+
+
+@pytest.mark.parametrize("block", [b for b in ALL_BLOCKS if b.not_run], ids=str)
+def test_block_that_is_not_run_names_what_exists(block, helps):
+    assert len(block.not_run) > 5, "give a reason"
+    if block.language == "python":
+        check_imports(block.text)
+        return
+    text = block.text
+    if block.language == "yaml":
+        assert all(yaml.safe_load_all(text))
+    subprocess.run(["bash", "-n"], input=text, text=True, check=block.language == "bash")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extra in re.findall(r"'\.\[(\w+)\]'", text):
+        assert extra in extras["optional-dependencies"]
+    commands = re.sub(r"\\\n|\n\s+(?=--)", " ", text).splitlines()
+    checked = sum(check_command(command, helps) for command in commands)
+    assert checked or "pip install" in text
+
+
+def check_imports(code):
+    """Import each name that `code` imports."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                importlib.import_module(alias.name)
+
+
+def check_command(command, helps):
+    """Check the script and the flags of one line; return whether there was a script."""
+    found = re.search(r"scripts/(\w+\.(?:py|sh))", command)
+    if not found or command.startswith("#"):
+        return False
+    assert (ROOT / "scripts" / found[1]).is_file(), command
+    if found[1].endswith(".sh"):
+        return True
+    rest = shlex.split(command[found.end() :], comments=True)
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
+    assert all(name in helps(found[1]) for name in names), command
+    for word in rest:
+        if word.startswith("-"):
+            name = re.escape(word.lstrip("-").split("=")[0])
+            assert re.search(rf"--?(\[no\])?{name}\b", helps(found[1])), f"{command}: {word}"
+    return True
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project with small configurations and texts, and a trained ``runs/base``."""
+    root = tmp_path_factory.mktemp("project")
+    for name in ("scripts", "simplernn_jax", "benchmarks"):
+        (root / name).symlink_to(ROOT / name)
+    (root / "configs").mkdir()
+    for config in (ROOT / "configs").glob("*.py"):
+        (root / "configs" / config.name).write_text(config.read_text() + SMALL)
+    shutil.copy(ROOT / "pyproject.toml", root)
+    write_texts(root)
+    make_environment(root)
+    shared = tmp_path_factory.getbasetemp().parent / "cache_of_docs"
+    run_shell(root, "python scripts/train.py --config configs/base.py --workdir runs/base", shared)
+    return root, shared
+
+
+def write_texts(root):
+    texts = root / "my_texts"
+    texts.mkdir()
+    for number in range(4):
+        (texts / f"{number}.txt").write_text(SENTENCE * 20)
+    (root / "tinyshakespeare.txt").write_text("ROMEO:\n" + SENTENCE * 40)
+    (root / "book.txt").write_text(SENTENCE * 8)
+    (root / "story.txt").write_text(SENTENCE * 2)
+    record = '{"user": "", "bot": "The quick brown fox."}\n'
+    (root / "dialogues.jsonl").write_text(record * 8)
+
+
+def make_environment(root):
+    """Make a ``.venv`` that runs this Python and counts as installed."""
+    bin_folder = root / ".venv" / "bin"
+    bin_folder.mkdir(parents=True, exist_ok=True)
+    (bin_folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (bin_folder / "python").chmod(0o755)
+    version = subprocess.check_output([sys.executable, "-VV"], text=True)
+    stamp = f"{version}{root}\n{(root / 'pyproject.toml').read_text()}"
+    (root / ".venv" / "installed-").write_text(stamp)
+
+
+def run_shell(root, code, cache, devices=0):
+    flags = os.environ["XLA_FLAGS"]
+    if devices:
+        flags += f" --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PATH": f"{root / '.venv' / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join([str(root), *sys.path]),
+        "XDG_CACHE_HOME": str(cache),
+        "XLA_FLAGS": flags,
+    }
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", code],
+        check=False,
+        cwd=root,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{code}\n{done.stdout.decode('utf-8', 'replace')}"
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="minutes; commands run on Python 3.11")
+@pytest.mark.parametrize("page", RUN_PAGES)
+def test_blocks_run(page, project, tmp_path, monkeypatch):
+    template, cache = project
+    root = tmp_path / "project"
+    shutil.copytree(template, root, symlinks=True)
+    make_environment(root)
+    if page in FROM_SCRATCH:
+        shutil.rmtree(root / "runs")
+    monkeypatch.chdir(root)
+    names = {"__name__": "__main__"}
+    for block in ALL_BLOCKS:
+        if block.page != page or block.not_run:
+            continue
+        if block.language == "python":
+            # Lines are those of the page, for tracebacks.
+            exec(compile("\n" * block.line + block.text, str(ROOT / page), "exec"), names)
+        else:
+            assert block.language == "bash", f"{block}: cannot be run; mark it"
+            run_shell(root, block.text, cache, block.devices)
