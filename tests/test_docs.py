@@ -153,6 +153,12 @@ def test_block_that_is_not_run_names_what_exists(block, helps):
     assert checked or "pip install" in text
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_commands_in_sentences_and_tables_exist(page, helps):
+    for command in re.findall(r"`((?:python|bash) scripts/[^`]+)`", page.read_text("utf-8")):
+        assert check_command(command.replace(" ...", ""), helps)
+
+
 def check_imports(code):
     """Import each name that `code` imports."""
     for node in ast.walk(ast.parse(code)):
