@@ -1,5 +1,6 @@
 """Sphinx configuration; `bash scripts/docs.sh` builds the site into docs/_build."""
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,26 @@ from sphinx.writers.html5 import HTML5Translator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from simplernn_jax import __version__, array_types
+from simplernn_jax import __version__, array_types, models
+
+
+def _named(default: Any) -> Any:
+    """Show functions and types among default values by name."""
+    if default is inspect.Parameter.empty or not callable(default):
+        return default
+    return type("Named", (), {"__repr__": lambda self: default.__name__})()
+
 
 for _type in vars(array_types).values():
     if "jaxlib._jax." in getattr(_type, "__name__", ""):
         _type.__name__ = _type.__qualname__ = _type.__name__.replace("jaxlib._jax.", "")
+
+for _module in (models.LanguageModel, models.SimpleRNN, models.SimpleRNNCell, models.Attention):
+    # The metaclass of NNX hides the arguments.
+    _self, *_arguments = inspect.signature(_module.__init__).parameters.values()
+    _module.__signature__ = inspect.Signature(
+        [argument.replace(default=_named(argument.default)) for argument in _arguments]
+    )
 
 project = "simplernn_jax"
 author = "the simplernn_jax authors"
@@ -31,7 +47,7 @@ default_role = "code"
 nitpicky = True
 # Types of other packages, whose documentation is not part of this site.
 nitpick_ignore_regex = [
-    ("py:class", r"(Array|jax|jaxtyping|numpy|collections|optax|flax)\b.*|'.*'"),
+    ("py:class", r"(Array|jax|jaxlib|jaxtyping|numpy|collections|optax|flax)\b.*|'.*'"),
     ("py:class", r"simplernn_jax\.(analysis|data)\..*"),  # parts of results, not public by name
 ]
 
