@@ -50,7 +50,7 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
           hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs: as for `Heads`.
           query_scale: factor on the queries.
           state_dtype: of the state. Below float32, it is rounded between tokens, or chunks of them
-            (see `ops.narrow_state`).
+            (see `ops.low_precision_state`).
           **options: ``kernel_init``, ``gate_bias_init``, ``output_norm``, ``output_gate``,
             ``use_bias`` and ``dtype`` of `Heads`.
 
