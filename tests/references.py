@@ -10,6 +10,7 @@ from flax import nnx
 
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models import KVCache, LanguageModel
+from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.ops.rms_norm import EPSILON
 
@@ -21,12 +22,8 @@ RESULTS = ("output", "final_state", "d_q", "d_k", "d_v", "d_log_gate", "d_initia
 """Names of what `value_and_gradients` returns for the recurrence."""
 
 
-def exponential_log_gates(rng, shape):
-    return -rng.exponential(size=shape)
-
-
 def draw_recurrence(
-    batch, length, heads, key_dim, value_dim, dtype=np.float32, gates=exponential_log_gates, seed=0
+    batch, length, heads, key_dim, value_dim, dtype=np.float32, log_gates=None, seed=0
 ):
     """Draw (q, k, v, log_gate, initial state), and cotangents of the output and the state."""
     rng = np.random.default_rng([seed, length, heads])
@@ -34,7 +31,8 @@ def draw_recurrence(
     k = 1 / (1 + np.exp(-rng.normal(size=q.shape)))
     v = rng.normal(size=(batch, length, heads, value_dim))
     state = rng.normal(size=(batch, heads, key_dim, value_dim))
-    inputs = (q, k, v, gates(rng, q.shape), state)
+    log_gate = log_gates(rng, q.shape) if log_gates else -rng.exponential(size=q.shape)
+    inputs = (q, k, v, log_gate, state)
     cotangents = (rng.normal(size=v.shape), rng.normal(size=state.shape))
     return tuple(tuple(jnp.asarray(x, dtype) for x in arrays) for arrays in (inputs, cotangents))
 
@@ -73,6 +71,19 @@ def draw_shard_boundaries(length, shard):
         np.cumsum(np.random.default_rng(3).random(length) < 0.1),
     ]
     return np.stack(ids).astype(np.int32)
+
+
+def recurrence(q, k, v, log_gate, state=None, segment_ids=None, **options):
+    """Call `gated_linear_recurrence` with positional arguments."""
+    return gated_linear_recurrence(
+        q, k, v, log_gate, initial_state=state, segment_ids=segment_ids, **options
+    )
+
+
+def recurrence_loss(*inputs, **options):
+    """Compute a scalar that depends on all results of `recurrence`, and these."""
+    output, state = recurrence(*inputs, **options)
+    return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.cos(state)), (output, state)
 
 
 def value_and_gradients(function, inputs, cotangents):

@@ -3,13 +3,21 @@
 Every method is compared with ``method="scan"``, which JAX transforms itself.
 """
 
+import functools
 import re
 
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from references import FAST_METHODS, draw_model, draw_recurrence, first_id_loss
+import references
+from references import (
+    FAST_METHODS,
+    draw_model,
+    draw_recurrence,
+    first_id_loss,
+    recurrence_loss,
+)
 
 from simplernn_jax.ops import gated_linear_recurrence, native
 
@@ -22,20 +30,11 @@ def draw():
 
 
 def recurrence(method):
-    def run(q, k, v, log_gate, state):
-        return gated_linear_recurrence(
-            q, k, v, log_gate, initial_state=state, segment_ids=IDS, method=method
-        )
-
-    return run
+    return functools.partial(references.recurrence, segment_ids=IDS, method=method)
 
 
 def loss(method):
-    def total(*inputs):
-        output, state = recurrence(method)(*inputs)
-        return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.cos(state))
-
-    return total
+    return lambda *inputs: recurrence_loss(*inputs, segment_ids=IDS, method=method)[0]
 
 
 def forward_mode(method):
@@ -177,7 +176,7 @@ def test_exports_with_symbolic_shapes():
 def model(request):
     # A new function per test, since traces depend on the number of devices. Enough tokens for the C
     # functions to be used.
-    sizes = {"num_layers": 1, "key_dim": 34, "value_dim": 38, "mlp_dim": 37}
+    sizes = {"num_layers": 1, "num_heads": 1, "key_dim": 34, "value_dim": 38, "mlp_dim": 37}
     return request.param, *draw_model(request.param, 2, 256, **sizes)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import assert_accurate, draw_recurrence, value_and_gradients
+from references import assert_accurate, draw_recurrence, recurrence, value_and_gradients
 
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
 from simplernn_jax.ops.rms_norm import rms_norm
@@ -66,12 +66,9 @@ def draw_segments(kind, length):
 
 @functools.partial(jax.jit, static_argnames=("method", "chunk_size"))
 def run(inputs, segment_ids, cotangents, **options):
-    def call(q, k, v, log_gate, state):
-        return gated_linear_recurrence(
-            q, k, v, log_gate, initial_state=state, segment_ids=segment_ids, **options
-        )
-
-    return value_and_gradients(call, inputs, cotangents)
+    return value_and_gradients(
+        lambda *inputs: recurrence(*inputs, segment_ids, **options), inputs, cotangents
+    )
 
 
 def check(inputs, segment_ids, cotangents, dtype, limits, **options):

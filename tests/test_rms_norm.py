@@ -18,18 +18,14 @@ def results(norm, x):
     return norm(x), jax.grad(lambda x: jnp.sum(jnp.sin(norm(x) * weights)))(x)
 
 
-@pytest.mark.parametrize("native", NATIVE)
+@pytest.mark.parametrize("native", [*NATIVE, None])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (3, 257, 37), (2, 3, 5, 32)])
 def test_equals_the_formula(shape, native):
-    x = jax.random.normal(jax.random.key(0), shape)
-    ours = results(lambda x: rms_norm(x, native=native), x)
-    chex.assert_trees_all_close(ours, results(plain, x), rtol=1e-5, atol=1e-6)
-
-
-def test_in_float64():
-    with jax.enable_x64(True):
-        x = jax.random.normal(jax.random.key(0), (5, 7), jnp.float64)
-        chex.assert_trees_all_close(results(rms_norm, x), results(plain, x), rtol=1e-12)
+    with jax.enable_x64(native is None):
+        x = jax.random.normal(jax.random.key(0), shape)  # float64 or float32
+        ours = results(lambda x: rms_norm(x, native=native), x)
+        tolerance = {"rtol": 1e-5, "atol": 1e-6} if native is not None else {"rtol": 1e-11}
+        chex.assert_trees_all_close(ours, results(plain, x), **tolerance)
 
 
 @pytest.mark.parametrize("native", NATIVE)

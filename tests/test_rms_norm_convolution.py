@@ -13,14 +13,16 @@ from simplernn_jax.ops.native import CONVOLUTION_FORWARD
 from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
 
 
-def draw(batch, length, dim, width, seed=0, dtype=np.float32):
-    rng = np.random.default_rng(seed)
+def draw(batch, length, dim, width):
+    rng = np.random.default_rng(0)
     x = rng.standard_normal((batch, length, dim))
     weights = rng.standard_normal((width, dim))
     recent = rng.standard_normal((batch, width - 1, dim))
     starts = rng.random((batch, length)) < 0.2
     starts[:, :1] = False
-    return tuple(jnp.asarray(each, dtype) for each in (x, weights, recent)), jnp.asarray(starts)
+    return tuple(jnp.asarray(each, jnp.float32) for each in (x, weights, recent)), jnp.asarray(
+        starts
+    )
 
 
 @pytest.mark.parametrize("native", NATIVE)

@@ -12,10 +12,10 @@ from references import (
     assert_accurate,
     draw_recurrence,
     draw_shard_boundaries,
+    recurrence,
     value_and_gradients,
 )
 
-from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.sequence_parallel import (
     halo,
     shard_segment_ids,
@@ -34,12 +34,9 @@ def draw(length, gates, dtype):
 
 @jax.jit
 def on_one_device(inputs, segment_ids, cotangents):
-    def run(q, k, v, log_gate, state):
-        return gated_linear_recurrence(
-            q, k, v, log_gate, initial_state=state, segment_ids=segment_ids, method="scan"
-        )
-
-    return value_and_gradients(run, inputs, cotangents)
+    return value_and_gradients(
+        lambda *inputs: recurrence(*inputs, segment_ids, method="scan"), inputs, cotangents
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.ops.operation import Form
+from simplernn_jax.ops.forms import Form
 from simplernn_jax.ops.partitioning import MeshAxes, Partitioned
 from simplernn_jax.ops.rms_norm import rms_norm
 

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from simplernn_jax.ops.checks import FLOATING, check_array, check_dtype
-from simplernn_jax.ops.operation import Forms, Gradient, apply, on_one_device
+from simplernn_jax.ops.forms import Forms, Gradient
+from simplernn_jax.ops.operation import apply, on_one_device
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:

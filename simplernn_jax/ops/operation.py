@@ -25,67 +25,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from simplernn_jax.ops.collectives import vary_like
-
-Form = Callable[..., Sequence[jax.Array]]
-"""Function from arrays to a sequence of arrays. Hashable, so that equal programs compile once."""
-
-_Types = tuple[tuple[tuple[int, ...], Any], ...]
-"""Shapes and dtypes of arrays."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Forms:
-    """One function in several forms, equal but for rounding."""
-
-    default: Form
-    """Form for any platform."""
-    cpu: Form | None = None
-    """Faster form for CPUs, if any."""
-    pure: Form | None = None
-    """Form that JAX differentiates; None if it can differentiate `default`."""
-    partitioned: Callable[[Form], Form] | None = None
-    """Wrapper of a form in `custom_partitioning`; None leaves sharded operands to XLA."""
-    vmaps_cpu: bool = True
-    """Whether `vmap` may map `cpu`; if not, it maps `differentiable` on CPUs."""
-
-    @property
-    def differentiable(self) -> Form:
-        """Form that JAX differentiates, to any order."""
-        return self.pure or self.default
-
-    def map(self, transform: Callable[[Form], Form]) -> "Forms":
-        """Transform every form for `vmap`; XLA partitions the result."""
-        cpu = self.cpu if self.vmaps_cpu or self.cpu is None else self.differentiable
-        return Forms(
-            transform(self.default),
-            None if cpu is None else transform(cpu),
-            None if self.pure is None else transform(self.pure),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Gradient:
-    """Reverse mode of an operation from the inputs x to the outputs y."""
-
-    reverse: Forms
-    """(residuals, cotangents of y) to the cotangents of the floating inputs, which come first."""
-    forward: Forms | None = None
-    """x to (y, extras); None if there are no extras."""
-    extras: _Types = ()
-    """Shapes and dtypes of the residuals that `forward` computes."""
-    kept: tuple[int, ...] | None = None
-    """Indices of the inputs among the residuals, before the extras; None is all."""
-    inputs: Form | None = None
-    """Residuals to x; None if the residuals begin with x."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Linear:
-    """An operation that is linear in its arguments after the first `num_residuals`."""
-
-    num_residuals: int
-    transpose: Forms
-    """(residuals, cotangents of the outputs) to the cotangents of the linear arguments."""
+from simplernn_jax.ops.forms import (
+    Form,
+    Forms,
+    Gradient,
+    Linear,
+    Linearized,
+    Types,
+    Vmapped,
+    as_list,
+)
 
 
 def apply(
@@ -137,9 +86,9 @@ _operation.multiple_results = True
 def _bind(
     args: Sequence[Any],
     forms: Forms,
-    results: _Types,
+    results: Types,
     gradient: Gradient | None = None,
-    linear: _Linear | None = None,
+    linear: Linear | None = None,
 ) -> list[Any]:
     params = {"forms": forms, "results": results, "gradient": gradient, "linear": linear}
     return _operation.bind(*args, partitioned=_partitioned(args, forms), **params)
@@ -157,14 +106,14 @@ def _partitioned(args: Sequence[Any], forms: Forms) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _partitioned_jaxpr(forms: Forms, types: _Types, x64: bool) -> Any:
+def _partitioned_jaxpr(forms: Forms, types: Types, x64: bool) -> Any:
     del x64  # a key of the cache
     assert forms.partitioned is not None
     structs = [jax.ShapeDtypeStruct(*each) for each in types]
     return jax.make_jaxpr(forms.partitioned(evaluate(forms)))(*structs)
 
 
-def _types(arrays: Sequence[Any]) -> _Types:
+def _types(arrays: Sequence[Any]) -> Types:
     return tuple((x.shape, np.dtype(x.dtype)) for x in arrays)
 
 
@@ -215,7 +164,7 @@ def _differentiate(
     forms: Forms,
     results: Any,
     gradient: Gradient | None,
-    linear: _Linear | None,
+    linear: Linear | None,
     partitioned: Any,
 ) -> Any:
     del partitioned
@@ -225,9 +174,9 @@ def _differentiate(
         kept = range(len(primals)) if gradient.kept is None else gradient.kept
         residuals = [*(primals[i] for i in kept), *outputs[len(results) :]]
         wrt = tuple(i for i, x in enumerate(primals) if jnp.issubdtype(x.dtype, jnp.inexact))
-        jvp = _Linearized(forms.differentiable, gradient.inputs, len(primals), len(residuals), wrt)
+        jvp = Linearized(forms.differentiable, gradient.inputs, len(primals), len(residuals), wrt)
         vjp = dataclasses.replace(jvp, transposed=True)
-        linear = _Linear(len(residuals), dataclasses.replace(gradient.reverse, pure=vjp))
+        linear = Linear(len(residuals), dataclasses.replace(gradient.reverse, pure=vjp))
         args = [*residuals, *(full[i] for i in wrt)]
         return outputs[: len(results)], _bind(args, Forms(jvp), results, linear=linear)
     outputs = _bind(primals, forms, results, linear=linear)
@@ -235,7 +184,7 @@ def _differentiate(
     if linear is not None and all(is_zero[: linear.num_residuals]):
         args = [*primals[: linear.num_residuals], *full[linear.num_residuals :]]
         return outputs, _bind(args, forms, results, linear=linear)
-    return outputs, jax.jvp(_as_list(forms.differentiable), tuple(primals), tuple(full))[1]
+    return outputs, jax.jvp(as_list(forms.differentiable), tuple(primals), tuple(full))[1]
 
 
 ad.primitive_jvps[_operation] = _differentiate
@@ -246,7 +195,7 @@ def _transpose(
     *args: Any,
     forms: Forms,
     results: Any,
-    linear: _Linear,
+    linear: Linear,
     **_: Any,
 ) -> list[Any]:
     residuals, linear_args = args[: linear.num_residuals], args[linear.num_residuals :]
@@ -256,7 +205,7 @@ def _transpose(
     ]
     unknown = [ad.is_undefined_primal(x) for x in linear_args]
     avals = [x.aval if u else jax.typeof(x) for x, u in zip(linear_args, unknown, strict=True)]
-    back = _Linear(linear.num_residuals, forms)
+    back = Linear(linear.num_residuals, forms)
     found = _bind([*residuals, *cts], linear.transpose, _types(avals), linear=back)
     # A known linear argument is a zero that JAX has instantiated.
     wanted = [ct if u else None for ct, u in zip(found, unknown, strict=True)]
@@ -273,7 +222,7 @@ def _batch(
     forms: Forms,
     results: Any,
     gradient: Gradient | None,
-    linear: _Linear | None,
+    linear: Linear | None,
     partitioned: Any,
 ) -> Any:
     del partitioned
@@ -281,11 +230,11 @@ def _batch(
     axes = tuple(None if d is None else 0 for d in dims)
     (size, *_) = (x.shape[0] for x, axis in zip(args, axes, strict=True) if axis == 0)
 
-    def batched(types: _Types) -> _Types:
+    def batched(types: Types) -> Types:
         return tuple(((size, *shape), dtype) for shape, dtype in types)
 
     def mapped(forms: Forms, in_axes: Any, out_axes: Any = None) -> Forms:
-        return forms.map(functools.partial(_Vmapped, in_axes=in_axes, out_axes=out_axes))
+        return forms.map(functools.partial(Vmapped, in_axes=in_axes, out_axes=out_axes))
 
     if gradient is not None:
         kept = axes if gradient.kept is None else tuple(axes[i] for i in gradient.kept)
@@ -296,12 +245,12 @@ def _batch(
             forward=None if gradient.forward is None else mapped(gradient.forward, axes),
             extras=batched(gradient.extras),
             kept=gradient.kept,
-            inputs=gradient.inputs and _Vmapped(gradient.inputs, residuals, axes, summed=False),
+            inputs=gradient.inputs and Vmapped(gradient.inputs, residuals, axes, summed=False),
         )
     if linear is not None:
         n = linear.num_residuals
         in_axes = axes[:n] + (0,) * len(results)
-        linear = _Linear(n, mapped(linear.transpose, in_axes, axes[n:]))
+        linear = Linear(n, mapped(linear.transpose, in_axes, axes[n:]))
     outputs = _bind(args, mapped(forms, axes), batched(results), gradient, linear)
     return outputs, [0] * len(outputs)
 
@@ -315,58 +264,3 @@ def _instantiate(tangent: Any, primal: Any) -> Any:
     if not jnp.issubdtype(primal.dtype, jnp.inexact):
         return np.zeros(jnp.shape(primal), jax.dtypes.float0)
     return vary_like(jnp.zeros_like(primal), primal)
-
-
-def _as_list(form: Form) -> Form:
-    return lambda *args: list(form(*args))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Vmapped:
-    """A form mapped over a leading axis.
-
-    Results whose entry of `out_axes` is None are summed over it, or are those of its first entry.
-    """
-
-    form: Form
-    in_axes: tuple[int | None, ...]
-    out_axes: tuple[int | None, ...] | None = None
-    summed: bool = True
-
-    def __call__(self, *args: jax.Array) -> Sequence[jax.Array]:
-        outputs = list(jax.vmap(_as_list(self.form), self.in_axes)(*args))
-        for i, axis in enumerate(self.out_axes or ()):
-            if axis is None and i < len(outputs):
-                outputs[i] = jnp.sum(outputs[i], 0) if self.summed else outputs[i][0]
-        return outputs
-
-
-@dataclasses.dataclass(frozen=True)
-class _Linearized:
-    """(residuals, tangents of the inputs `wrt`) to the tangents of the outputs of a form.
-
-    If `transposed`, (residuals, cotangents of the outputs) to the cotangents of these inputs.
-    """
-
-    form: Form
-    inputs: Form | None
-    num_inputs: int
-    num_residuals: int
-    wrt: tuple[int, ...]
-    transposed: bool = False
-
-    def __call__(self, *args: jax.Array) -> Sequence[jax.Array]:
-        residuals, directions = args[: self.num_residuals], list(args[self.num_residuals :])
-        inputs = residuals if self.inputs is None else self.inputs(*residuals)
-        inputs = list(inputs[: self.num_inputs])
-
-        def function(*some: jax.Array) -> Sequence[jax.Array]:
-            values = list(inputs)
-            for i, x in zip(self.wrt, some, strict=True):
-                values[i] = x
-            return list(self.form(*values))
-
-        values = [inputs[i] for i in self.wrt]
-        if self.transposed:
-            return jax.vjp(function, *values)[1](directions)
-        return jax.jvp(function, values, directions)[1]

@@ -1,6 +1,5 @@
 """The recurrence as one operation of JAX, by any method."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -8,15 +7,9 @@ import jax
 
 from simplernn_jax.array_types import HeadState
 from simplernn_jax.ops.chunkwise import chunkwise, chunkwise_gradient, start_shapes
+from simplernn_jax.ops.forms import Forms, Gradient
 from simplernn_jax.ops.fused import fused, fused_gradient
-from simplernn_jax.ops.operation import (
-    Forms,
-    Gradient,
-    apply,
-    evaluate,
-    is_static,
-    on_one_device,
-)
+from simplernn_jax.ops.operation import apply, evaluate, is_static, on_one_device
 from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.ops.scan import Inputs, recurrent_step, scan
 from simplernn_jax.ops.sequence_sharding import partition_gradient, partition_recurrence
@@ -55,7 +48,7 @@ def recurrence(method: str, chunk_size: int | None, inputs: Inputs) -> tuple[jax
 def _operation(has_c: bool, has_reset: bool, chunk_size: int | None) -> tuple[Forms, Gradient]:
     def forward(*arrays: Any) -> Any:
         inputs = Inputs(*arrays)
-        return chunkwise(inputs, chunk_size)[:2] if is_static(inputs.q.shape) else scan(inputs)
+        return chunkwise(inputs, chunk_size) if is_static(inputs.q.shape) else scan(inputs)
 
     def pure(*arrays: Any) -> Any:
         return scan(Inputs(*arrays))
@@ -73,13 +66,10 @@ def _operation(has_c: bool, has_reset: bool, chunk_size: int | None) -> tuple[Fo
     def gradient_in_c(*arrays: Any) -> Any:
         return fused_gradient(Inputs(*arrays[:-2]), *arrays[-2:])
 
-    forms = Forms(forward, forward_in_c if has_c else None, pure)
-    reverse = Forms(gradient, gradient_in_c if has_c else None)
-    partitioned_reverse = partition_gradient(evaluate(forms), has_reset)
-    return (
-        dataclasses.replace(forms, partitioned=partition_recurrence(has_reset)),
-        Gradient(dataclasses.replace(reverse, partitioned=partitioned_reverse)),
-    )
+    forms = Forms(forward, forward_in_c if has_c else None, pure, partition_recurrence(has_reset))
+    partitioned = partition_gradient(evaluate(forms), has_reset)
+    reverse = Forms(gradient, gradient_in_c if has_c else None, partitioned=partitioned)
+    return forms, Gradient(reverse)
 
 
 @functools.cache

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.ops.checks import check_array
+from simplernn_jax.ops.forms import Form, Forms, Gradient
 from simplernn_jax.ops.native import NORM_BACKWARD, NORM_FORWARD, call_native, takes_native
-from simplernn_jax.ops.operation import Form, Forms, Gradient, apply
+from simplernn_jax.ops.operation import apply
 from simplernn_jax.ops.partitioning import Partitioned
 
 EPSILON = 1e-6

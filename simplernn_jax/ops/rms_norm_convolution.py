@@ -18,6 +18,7 @@ from simplernn_jax.ops.convolution_sharding import (
     partition_convolution,
     partition_convolution_gradient,
 )
+from simplernn_jax.ops.forms import Forms, Gradient
 from simplernn_jax.ops.native import (
     CONVOLUTION_BACKWARD,
     CONVOLUTION_FORWARD,
@@ -25,7 +26,7 @@ from simplernn_jax.ops.native import (
     or_empty,
     takes_native,
 )
-from simplernn_jax.ops.operation import Forms, Gradient, apply
+from simplernn_jax.ops.operation import apply
 from simplernn_jax.ops.rms_norm import inverse_rms, rms_norm
 
 _TOKENS_PER_PARTIAL_SUM = 128

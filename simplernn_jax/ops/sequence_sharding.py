@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from simplernn_jax.ops.forms import Form
 from simplernn_jax.ops.incoming_state import Reads, decayed_queries, read_state, shard_decay
-from simplernn_jax.ops.operation import Form
 from simplernn_jax.ops.partitioning import MeshAxes, Partitioned
 from simplernn_jax.ops.scan import Inputs
 

@@ -142,14 +142,8 @@ def sliding_attention(q: Queries, k: Keys, v: Values, reach: jax.Array, context:
             k, v = jnp.concatenate([k_before, k], 1), jnp.concatenate([v_before, v], 1)
             return _attend_blocks(q, k, v, reach, context)
 
-        inputs = (
-            split(q, part_size),
-            split(k, past),
-            split(k, past + part_size),
-            split(v, past),
-            split(v, past + part_size),
-            split(reach, part_size),
-        )
+        starts = (part_size, past, past + part_size, past, past + part_size, part_size)
+        inputs = tuple(map(split, (q, k, k, v, v, reach), starts))
         parts.append(_join(jax.lax.map(middle, inputs)))
     if rest := max(0, length - count * part_size):
         keys = slice(-(part_size + rest), None)
