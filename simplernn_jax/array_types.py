@@ -20,6 +20,8 @@ SegmentIds = Int[Array, "B T"]
 LossMask = Bool[Array, "B T"]
 Logits = Float[Array, "B T vocab"]
 Activations = Float[Array, "B T D"]
+Outputs = Float[Array, "B T O"]
+"""Output of a mixer, of width ``output_dim``."""
 
 Queries = Float[Array, "B T H K"]
 Keys = Float[Array, "B T H K"]

@@ -8,18 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from references import run_in_pieces, without_oldest
 
-from simplernn_jax.models import Attention, KVCache
+from simplernn_jax.models import Attention
 from simplernn_jax.ops import sliding_attention as operator
 from simplernn_jax.ops.sliding_attention import apply_rope, sliding_attention
 
 BATCH, LENGTH = 2, 29
-NARROW = {"hidden_dim": 5, "key_dim": 18, "value_dim": 12, "output_dim": 7, "num_heads": 3}
-WIDE = {"hidden_dim": 5, "key_dim": 6, "value_dim": 21, "output_dim": 7, "num_heads": 3}
+WIDE_KEYS = {"hidden_dim": 5, "key_dim": 18, "value_dim": 12, "output_dim": 7, "num_heads": 3}
+WIDE_VALUES = {"hidden_dim": 5, "key_dim": 6, "value_dim": 21, "output_dim": 7, "num_heads": 3}
 
 SEGMENTS = {
     "one": np.zeros((BATCH, LENGTH), np.int32),
-    # An id that comes back is another segment; one row has boundaries where the other has none.
+    # An id that occurs again is another segment; boundaries differ between the sequences.
     "several": np.stack([[7] * 3 + [8] + [7] * 14 + [9] * 11, [0] * 11 + [1] + [2] * 17]),
     "every token": np.tile(np.arange(LENGTH), (BATCH, 1)),
 }
@@ -33,19 +34,19 @@ def _x64():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Sizes at which a few tokens take all the ways that many take."""
+    """Blocks so small that short sequences take every branch."""
     monkeypatch.setattr(operator, "QUERIES", 4)
 
 
 def jitted():
-    """A compiled call of a layer, not shared: programs depend on the size of blocks."""
+    """Jit the call of a layer, with a new cache: programs depend on the size of blocks."""
     return nnx.jit(lambda layer, x, state=None, segments=None: layer(x, state, segments))
 
 
 call = jitted()
 
 
-def make(sizes=NARROW, context=6, dtype=jnp.float32, **options):
+def make(sizes=WIDE_KEYS, context=6, dtype=jnp.float32, **options):
     layer = Attention(**sizes, context=context, rngs=nnx.Rngs(0), dtype=dtype, **options)
     draw = np.random.default_rng(0)
     for _, leaf in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
@@ -59,19 +60,16 @@ def inputs(length=LENGTH, dtype=jnp.float32):
 
 
 def visible(segment_ids, context):
-    """[B, T, S]: the tokens that each one sees."""
-    seen = np.zeros((BATCH, LENGTH, LENGTH), bool)
-    for row in range(BATCH):
-        start = 0
-        for t in range(LENGTH):
-            if t and segment_ids[row, t] != segment_ids[row, t - 1]:
-                start = t
-            seen[row, t, max(start, t - context + 1) : t + 1] = True
-    return seen
+    """Mask ``[B, T, S]`` of the tokens that each one sees."""
+    time = np.arange(LENGTH)
+    distance = time[:, None] - time
+    segment = np.cumsum(np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0, axis=1)
+    same = segment[:, :, None] == segment[:, None]
+    return same & ((distance >= 0) & (distance < context))[None]
 
 
 def by_definition(layer, x, is_visible):
-    """The equations in x's dtype, all scores at once; rotations as products of complex numbers."""
+    """The equations in x's dtype with full scores; rotations are complex multiplications."""
 
     def linear(projection):
         return x @ projection.kernel[...] + projection.bias[...][None, None]
@@ -100,7 +98,7 @@ def by_definition(layer, x, is_visible):
 
 
 def with_gradients(function, layer):
-    """Jitted x, segments -> (output, gradients of a weighted sum of it by all parameters and x)."""
+    """Jit (x, segments) to the output, and gradients of a weighted sum of it."""
     graph, params = nnx.split(layer)
     weights = np.random.default_rng(5).normal(size=(BATCH, LENGTH, layer.out_proj.out_features))
 
@@ -121,15 +119,15 @@ def with_gradients(function, layer):
 @pytest.mark.parametrize(
     ("sizes", "context", "options", "dtype", "limit"),
     [
-        (NARROW, 6, {}, jnp.float64, 3e-7),
-        (NARROW, 6, {}, jnp.float32, 1e-5),
-        (WIDE, 100, {"output_norm": True, "output_gate": True}, jnp.float32, 1e-5),
+        (WIDE_KEYS, 6, {}, jnp.float64, 3e-7),
+        (WIDE_KEYS, 6, {}, jnp.float32, 1e-5),
+        (WIDE_VALUES, 100, {"output_norm": True, "output_gate": True}, jnp.float32, 1e-5),
     ],
     ids=["K > V, sliding, float64", "K > V, sliding", "K < V, all"],
 )
 def test_equals_the_definition(sizes, context, options, dtype, limit):
-    """In float64, angles limit the agreement: they are counted in 2^-32 of a turn. A key bias moves
-    all scores of a query nearly alike, so that its gradient is a small difference of large sums."""
+    """In float64, the resolution of angles (2^-32 turns) limits the accuracy. Key biases change all
+    scores of a query nearly alike: their gradients are small differences of large sums."""
     layer = make(sizes, context, dtype, **options)
     definition = with_gradients(by_definition, layer)
     ours = with_gradients(lambda layer, x, segments: layer(x, None, segments)[0], layer)
@@ -147,8 +145,8 @@ def test_without_segment_ids_it_is_one_segment():
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_blocks_equal_one_product():
-    """With earlier keys, and queries of any reach."""
+def test_blocks_equal_full_attention():
+    """With earlier keys, and any reach per query."""
     length, past, context = 28, 6, 7
     draw = np.random.default_rng(0)
     shapes = [(BATCH, length, 3, 4), (BATCH, past + length, 3, 4), (BATCH, past + length, 3, 5)]
@@ -157,7 +155,7 @@ def test_blocks_equal_one_product():
     reach = jnp.asarray(draw.integers(1, most + 1, (BATCH, length)), jnp.int32)
     weights = draw.normal(size=(BATCH, length, 3, 5)).astype(np.float32)
 
-    def one_product(q, k, v):
+    def full_attention(q, k, v):
         back = past + np.arange(length)[:, None] - np.arange(past + length)[None]
         mask = (back >= 0)[None] & (back[None] < reach[..., None])
         return operator.attend(q, k, v, mask)
@@ -170,14 +168,7 @@ def test_blocks_equal_one_product():
         return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*arrays)
 
     found = results(lambda q, k, v: sliding_attention(q, k, v, reach, context))
-    chex.assert_trees_all_close(found, results(one_product), rtol=1e-5, atol=5e-6)
-
-
-def without_the_oldest(state):
-    """The cache without what no query can see: the slot that the next token takes."""
-    rows, slots = jnp.arange(BATCH), state.length % state.keys.shape[2]
-    keys, values = (cached.at[rows, :, slots].set(0) for cached in state[:2])
-    return KVCache(keys, values, state.length)
+    chex.assert_trees_all_close(found, results(full_attention), rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -185,37 +176,21 @@ def without_the_oldest(state):
     ("lengths", "context"),
     [((1,) * 29, 6), ((1,) * 29, 100), ((0, 3, 1, 12, 13), 1), ((0, 3, 1, 12, 13), 6)],
 )
-def test_pieces_equal_the_whole(lengths, context):
+def test_pieces_equal_the_whole_sequence(lengths, context):
     layer, call = make(context=context), jitted()
     segment_ids = jnp.asarray(SEGMENTS["several"])
     whole, end = call(layer, inputs(), None, segment_ids)
-    state, parts, start = layer.initial_state(BATCH), [], 0
-    for length in lengths:
-        piece = slice(start, start + length)
-        if start and length:
-            # A boundary between two pieces is the caller's to clear, as with the recurrence.
-            changed = segment_ids[:, start] != segment_ids[:, start - 1]
-            state = jax.tree.map(
-                lambda leaf, changed=changed: jnp.where(
-                    changed.reshape(-1, *[1] * (leaf.ndim - 1)), 0, leaf
-                ),
-                state,
-            )
-        y, state = call(layer, inputs()[:, piece], state, segment_ids[:, piece])
-        parts.append(y)
-        start += length
-    chex.assert_trees_all_close(jnp.concatenate(parts, axis=1), whole, rtol=1e-5, atol=1e-5)
+    pieces, state = run_in_pieces(call, layer, inputs(), segment_ids, lengths)
+    chex.assert_trees_all_close(pieces, whole, rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, end)
-    chex.assert_trees_all_close(
-        without_the_oldest(state), without_the_oldest(end), rtol=1e-5, atol=1e-5
-    )
+    chex.assert_trees_all_close(without_oldest(state), without_oldest(end), rtol=1e-5, atol=1e-5)
 
 
-def test_the_state_holds_the_end_of_the_last_segment_and_nothing_else():
+def test_state_is_of_the_last_segment():
     layer = make(context=5)
     _, state = call(layer, inputs(), None, jnp.asarray(SEGMENTS["several"]))
     chex.assert_trees_all_equal(state.length, jnp.asarray([11, 17], jnp.int32))
-    # Of a segment shorter than the cache, nothing from before it is left.
+    # A segment shorter than the cache: earlier slots are zero.
     late = jnp.asarray(np.tile(np.arange(LENGTH) >= 27, (BATCH, 1)).astype(np.int32))
     _, state = call(layer, inputs(), None, late)
     assert state.length.tolist() == [2, 2]
@@ -225,18 +200,18 @@ def test_the_state_holds_the_end_of_the_last_segment_and_nothing_else():
         assert (size[:, 2:] == 0).all()
 
 
-def test_a_rotation_depends_on_the_distance_alone_however_far():
+def test_rope_depends_on_the_distance_at_any_position():
     q, k = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 1, 1, 32)), jnp.float32)
 
-    def product(position, distance):
+    def dot(position, distance):
         at = [jnp.full((1, 1), p, jnp.int32) for p in (position, position - distance)]
         return float(jnp.sum(apply_rope(q, at[0]) * apply_rope(k, at[1])))
 
     for distance in (0, 1, 1000):
-        near = product(distance, distance)
+        near = dot(distance, distance)
         for position in (10**5, 10**9 + 7, 2**31 - 1):
-            assert product(position, distance) == pytest.approx(near, abs=1e-5)
-    assert abs(product(5, 1) - product(5, 2)) > 0.1
+            assert dot(position, distance) == pytest.approx(near, abs=1e-5)
+    assert abs(dot(5, 1) - dot(5, 2)) > 0.1
 
 
 def temporary_bytes(function, *shapes):
@@ -245,7 +220,7 @@ def temporary_bytes(function, *shapes):
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_memory_grows_with_the_tokens_and_not_with_their_square(gradient):
+def test_memory_is_linear_in_tokens(gradient):
     layer = make(context=64)
 
     def total(x):
@@ -257,14 +232,14 @@ def test_memory_grows_with_the_tokens_and_not_with_their_square(gradient):
     assert sizes[1] < 65_536**2 / 25  # one percent of the scores of one head
 
 
-def test_without_a_state_no_cache_is_looked_at():
+def test_without_a_state_no_cache_is_read():
     layer = make(context=1009)
     compiled = jax.jit(lambda x: layer(x)[0]).lower(inputs()).compile().as_text()
     assert re.search(r"\[[\d,]*29[\d,]*\]", compiled)  # how shapes are written
     assert not re.search(r"\[[\d,]*1009[\d,]*\]", compiled)
 
 
-def test_bfloat16_caches_in_its_own_dtype_and_stays_near_float32():
+def test_bfloat16_cache_and_accuracy():
     x = inputs()
     y, _ = call(make(), x)
     low = make(dtype=jnp.bfloat16)
@@ -274,11 +249,11 @@ def test_bfloat16_caches_in_its_own_dtype_and_stays_near_float32():
     assert 0 < jnp.sqrt(jnp.mean((low_y - y) ** 2)) < 0.03 * jnp.std(y)
 
 
-def test_sizes_that_do_not_fit_are_refused():
+def test_rejects_invalid_sizes():
     with pytest.raises(ValueError, match="num_heads=3 must divide"):
-        make(NARROW | {"value_dim": 13})
+        make(WIDE_KEYS | {"value_dim": 13})
     with pytest.raises(ValueError, match="must be even"):
-        make(NARROW | {"key_dim": 15})
+        make(WIDE_KEYS | {"key_dim": 15})
 
 
 def test_no_heads():

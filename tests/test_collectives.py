@@ -1,4 +1,4 @@
-"""What devices tell each other: nothing where an axis is not there, the right parts where it is."""
+"""Collectives on a mesh, and without one, where they do nothing."""
 
 import chex
 import jax
@@ -18,11 +18,11 @@ from simplernn_jax.ops.collectives import (
     vary_like,
 )
 
-PARTS = P("sequence")
+SHARDED = P("sequence")
 
 
-def on_four(function, *arguments, out=PARTS):
-    run = jax.shard_map(function, mesh=mesh_of(sequence=4), in_specs=PARTS, out_specs=out)
+def on_four(function, *arguments, out=SHARDED):
+    run = jax.shard_map(function, mesh=mesh_of(sequence=4), in_specs=SHARDED, out_specs=out)
     return jax.jit(run)(*arguments)
 
 
@@ -37,7 +37,7 @@ def everything(x):
     }
 
 
-def test_outside_of_a_mesh_nothing_happens():
+def test_without_a_mesh():
     x = jnp.arange(8.0)
     result = everything(x)
     expected = {"sum": x, "last": x, "sum of copies": jnp.ones(()), "index": x, "varying": x}
@@ -46,9 +46,9 @@ def test_outside_of_a_mesh_nothing_happens():
     assert remat_all_gather(everything) is everything
 
 
-def test_on_a_mesh_each_device_has_its_part():
+def test_on_a_mesh():
     x = jnp.arange(8.0)
-    out = {"sum": P(), "last": P(), "sum of copies": P(), "index": PARTS, "varying": PARTS}
+    out = {"sum": P(), "last": P(), "sum of copies": P(), "index": SHARDED, "varying": SHARDED}
     result = on_four(everything, x, out=out)
     np.testing.assert_array_equal(result["sum"], [0 + 2 + 4 + 6, 1 + 3 + 5 + 7])
     np.testing.assert_array_equal(result["last"], [6, 7])
@@ -57,7 +57,7 @@ def test_on_a_mesh_each_device_has_its_part():
     np.testing.assert_array_equal(result["varying"], x)
 
 
-def test_shift_brings_what_lies_before_and_zeros_where_nothing_does():
+def test_shift_fills_with_zeros():
     x = jnp.arange(1, 9)
     np.testing.assert_array_equal(
         on_four(lambda x: shift(x, "sequence"), x), [0, 0, 1, 2, 3, 4, 5, 6]
@@ -67,18 +67,18 @@ def test_shift_brings_what_lies_before_and_zeros_where_nothing_does():
     )
 
 
-def test_gather_puts_parts_together_and_takes_gradients_apart():
+def test_all_gather_and_its_gradient():
     mesh = mesh_of(fsdp=4)
-    part = P(None, "fsdp")
+    columns = P(None, "fsdp")
 
-    def total(part, x):
-        def squares(part, x):
-            return (x @ all_gather(part, "fsdp", 1, after=x)) ** 2
+    def total(shard, x):
+        def squares(shard, x):
+            return (x @ all_gather(shard, "fsdp", 1, after=x)) ** 2
 
-        return psum(jnp.sum(remat_all_gather(squares)(part, x)), "fsdp")
+        return psum(jnp.sum(remat_all_gather(squares)(shard, x)), "fsdp")
 
     weights, x = jnp.arange(24.0).reshape(3, 8) / 10, jnp.arange(12.0).reshape(4, 3)
-    run = jax.shard_map(total, mesh=mesh, in_specs=(part, P("fsdp")), out_specs=P())
+    run = jax.shard_map(total, mesh=mesh, in_specs=(columns, P("fsdp")), out_specs=P())
     ours = jax.jit(jax.value_and_grad(run))(weights, x)
     expected = jax.value_and_grad(lambda weights: jnp.sum((x @ weights) ** 2))(weights)
     chex.assert_trees_all_close(ours, expected, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Attention over stretches of time on several devices, against the same layer on one."""
+"""Attention over sequence shards on several devices, against the same layer on one."""
 
 import functools
 
@@ -10,29 +10,15 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
+from references import draw_shard_boundaries, without_oldest
 
 from simplernn_jax.models import Attention, KVCache
 from simplernn_jax.ops.context_parallel import tokens_before
 from simplernn_jax.ops.sequence_parallel import shard_segment_ids
 
-DEVICES, STRETCH, ROWS, WIDTH = 4, 5, 3, 7
-LENGTH = DEVICES * STRETCH
+DEVICES, SHARD, BATCH, WIDTH = 4, 5, 10, 7
+LENGTH = DEVICES * SHARD
 TIME = P(None, "sequence")
-
-
-def boundaries(kind):
-    """``[B, T]`` ids."""
-    time, random = np.arange(LENGTH), np.random.default_rng(3)
-    rows = {
-        "edges and beside them": [time // STRETCH, (time + 1) // STRETCH, (time + 4) // STRETCH],
-        # The same id again is another document if one lies between.
-        "every token, two in turn": [time, (time // 4) % 2, (time // STRETCH) % 2],
-        "anywhere": np.cumsum(random.random((ROWS, LENGTH)) < [[0.0], [0.1], [0.3]], axis=1),
-    }[kind]
-    return np.stack(rows).astype(np.int32)
-
-
-KINDS = ("edges and beside them", "every token, two in turn", "anywhere")
 
 
 @functools.cache
@@ -45,40 +31,30 @@ def layer_of(context):
 
 
 def inputs(context, earlier):
-    """x, and a state after some tokens of each row, or None."""
+    """Draw x, and a state after some tokens of each sequence, or None."""
     graph, params = layer_of(context)
-    x = np.random.default_rng(context).normal(size=(ROWS, 30 + LENGTH, WIDTH))
+    x = np.random.default_rng(context).normal(size=(BATCH, 30 + LENGTH, WIDTH))
     if not earlier:
         return x[:, 30:], None
-    # One row's cache is full if it can be, one has room, one is empty.
-    ids = np.int32(np.arange(30)[None] < np.array([[0], [26], [30]]))
+    # Caches that are full, if `context` is at most 30, partly filled, and empty.
+    ids = np.int32(np.arange(30)[None] < np.resize([0, 26, 30], (BATCH, 1)))
     state = jax.jit(nnx.merge(graph, params))(x[:, :30], None, ids)[1]
-    return x[:, 30:], jax.tree.map(lambda leaf: np.asarray(leaf.at[2].set(0)), state)
+    return x[:, 30:], jax.tree.map(lambda leaf: np.asarray(leaf.at[2::3].set(0)), state)
 
 
-def without_the_oldest(state):
-    """The cache without what no query can see: the slot that the next token takes."""
-    rows, slots = jnp.arange(ROWS), state.length % state.keys.shape[2]
-    keys, values = (cached.at[rows, :, slots].set(0) for cached in state[:2])
-    return KVCache(keys, values, state.length)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("context", "is_apart"),
-)
-def results_and_gradients(params, x, state, ids, weights, *, context, is_apart):
+@functools.partial(jax.jit, static_argnames=("context", "sharded"))
+def results_and_gradients(params, x, state, ids, weights, *, context, sharded):
     graph, _ = layer_of(context)
 
     def run(params, x, state, ids):
-        if ids is not None and is_apart:
+        if ids is not None and sharded:
             ids = shard_segment_ids(ids)
         return nnx.merge(graph, params)(x, state, ids)
 
     def total(params, x, keys_and_values):
         before = None if state is None else KVCache(*keys_and_values, state.length)
         called = run
-        if is_apart:
+        if sharded:
             called = jax.shard_map(
                 run,
                 mesh=mesh_of(sequence=DEVICES),
@@ -86,7 +62,7 @@ def results_and_gradients(params, x, state, ids, weights, *, context, is_apart):
                 out_specs=(TIME, P()),
             )
         y, after = called(params, x, before, ids)
-        after = without_the_oldest(after)
+        after = without_oldest(after)
         results = (y, after.keys, after.values)
         return sum(jnp.vdot(*pair) for pair in zip(results, weights, strict=True)), (y, after)
 
@@ -95,32 +71,32 @@ def results_and_gradients(params, x, state, ids, weights, *, context, is_apart):
 
 
 @pytest.mark.parametrize(
-    ("context", "earlier", "kinds"),
+    ("context", "earlier", "segments"),
     [
-        (1, True, KINDS),
-        (STRETCH + 1, True, (*KINDS, None)),
-        (13, False, (*KINDS, None)),
-        (100, True, KINDS),
+        (1, True, [True]),
+        (SHARD + 1, True, [True, False]),
+        (13, False, [True, False]),
+        (100, True, [True]),
     ],
-    ids=["own token", "neighbour, goes on", "some stretches", "whole row, goes on"],
+    ids=["own token", "previous shard, with state", "some shards", "all shards, with state"],
 )
-def test_equals_one_device_with_documents_anywhere(context, earlier, kinds):
+def test_equals_one_device(context, earlier, segments):
     with jax.enable_x64(True):
         x, state = inputs(context, earlier)
         random = np.random.default_rng(5)
-        shapes = [(ROWS, LENGTH, 11), (ROWS, 2, context, 6), (ROWS, 2, context, 5)]
+        shapes = [(BATCH, LENGTH, 11), (BATCH, 2, context, 6), (BATCH, 2, context, 5)]
         weights = [random.normal(size=shape) for shape in shapes]
         run = functools.partial(results_and_gradients, layer_of(context)[1], x, state)
-        for kind in kinds:
-            ids = None if kind is None else boundaries(kind)
+        for has_segments in segments:
+            ids = draw_shard_boundaries(LENGTH, SHARD) if has_segments else None
             found, expected = (
-                run(ids, weights, context=context, is_apart=is_apart) for is_apart in (True, False)
+                run(ids, weights, context=context, sharded=sharded) for sharded in (True, False)
             )
             chex.assert_trees_all_equal_dtypes(found, expected)
             chex.assert_trees_all_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
-def test_a_stretch_knows_how_much_of_its_segment_lies_before_it():
+def test_counts_tokens_of_the_segment_before_a_shard():
     ids = jnp.asarray([[7, 7, 7, 7, 8, 8, 9, 9, 9], [1, 1, 2, 3, 3, 3, 3, 3, 3]], jnp.int32)
     first = jnp.asarray([10, 20], jnp.int32)
 

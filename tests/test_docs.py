@@ -114,6 +114,12 @@ def test_relative_links_and_pictures_exist(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_source_files_in_sentences_exist(page):
+    for path in re.findall(r"`([\w/]+/\w+\.(?:py|c|h|sh))`", page.read_text(encoding="utf-8")):
+        assert (ROOT / path).exists() or (ROOT / "simplernn_jax" / path).exists(), path
+
+
 def test_every_page_is_in_the_table_of_contents():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     listed = {line for line in index.splitlines() if re.fullmatch(r"[a-z_]+", line)}

@@ -1,4 +1,4 @@
-"""A state kept in bfloat16: where exactly it is rounded, and what that loses over a long row."""
+"""A state kept in bfloat16: where it is rounded, and its error over a long sequence."""
 
 import dataclasses
 
@@ -7,44 +7,41 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from references import draw_recurrence, recurrence, relative_rms
 from small_runs import small_config
 
 from simplernn_jax.inference import generate
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.ops import gated_linear_recurrence, segment_starts
+from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.low_precision_state import CHUNK
+from simplernn_jax.ops.reset_state import reset_state
 
 B, H, K, V = 2, 3, 5, 7
 
 
 def inputs(length, half_life=50.0, mean=0.0):
-    keys = jax.random.split(jax.random.key(0), 5)
-    by_key = (B, length, H, K)
-    return (
-        jax.random.normal(keys[0], by_key),
-        jax.nn.sigmoid(jax.random.normal(keys[1], by_key)),
-        mean + jax.random.normal(keys[2], (B, length, H, V)),
-        jnp.full(by_key, -np.log(2) / half_life, jnp.float32),
-    ), jax.random.normal(keys[4], (B, H, K, V))
+    def log_gates(rng, shape):
+        return np.full(shape, -np.log(2) / half_life)
+
+    (q, k, v, log_gate, state), _ = draw_recurrence(B, length, H, K, V, log_gates=log_gates)
+    return (q, k, mean + v, log_gate), state
 
 
 def rounded(x):
     return x.astype(jnp.bfloat16).astype(jnp.float32)
 
 
-def by_hand(arrays, state, chunk, segment_ids=None):
+def rounded_scan(arrays, state, segment_ids):
     """`scan` over chunks, the state rounded before and after each."""
     state, outputs = rounded(state), []
-    begins = None if segment_ids is None else np.asarray(segment_starts(segment_ids))
-    for first in range(0, arrays[0].shape[1], chunk):
-        part = slice(first, first + chunk)
+    resets = None if segment_ids is None else segment_starts(segment_ids)
+    for first in range(0, arrays[0].shape[1], CHUNK):
+        part = slice(first, first + CHUNK)
         ids = None
         if segment_ids is not None:
             ids = segment_ids[:, part]
-            state = jnp.where(begins[:, first, None, None, None], 0, state)
-        output, state = gated_linear_recurrence(
-            *(x[:, part] for x in arrays), initial_state=state, segment_ids=ids, method="scan"
-        )
+            state = reset_state(state, resets[:, first])
+        output, state = recurrence(*(x[:, part] for x in arrays), state, ids, method="scan")
         outputs.append(output)
         state = rounded(state)
     return jnp.concatenate(outputs, axis=1), state
@@ -52,37 +49,32 @@ def by_hand(arrays, state, chunk, segment_ids=None):
 
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 5])
 @pytest.mark.parametrize("has_segments", [False, True])
-def test_the_state_is_rounded_after_every_chunk_and_at_the_end(length, has_segments):
+def test_rounds_the_state_after_every_chunk_and_at_the_end(length, has_segments):
     arrays, state = inputs(length)
     ids = None
     if has_segments:
         begins = np.random.default_rng(1).random((B, length)) < 0.03
-        begins[0, CHUNK::CHUNK] = True  # where a chunk begins, too
+        begins[0, CHUNK::CHUNK] = True  # at chunk boundaries, too
         ids = jnp.asarray(np.cumsum(begins, axis=1, dtype=np.int32))
-    output, final = gated_linear_recurrence(
-        *arrays, initial_state=state, segment_ids=ids, state_dtype=jnp.bfloat16
-    )
-    expected, expected_final = by_hand(arrays, state, CHUNK, ids)
+    output, final = recurrence(*arrays, state, ids, state_dtype=jnp.bfloat16)
+    expected, expected_final = rounded_scan(arrays, state, ids)
     assert (output.dtype, final.dtype) == (jnp.float32, jnp.bfloat16)
     np.testing.assert_allclose(output, expected, rtol=1e-2, atol=1e-2)
     # A sum that differs in its last bit may be rounded to the next number: one part in 256.
     np.testing.assert_allclose(final.astype(jnp.float32), expected_final, rtol=2**-7, atol=1e-3)
-    exact, _ = gated_linear_recurrence(*arrays, initial_state=state, segment_ids=ids)
+    exact, _ = recurrence(*arrays, state, ids)
     first = min(length, CHUNK)
-    shifted, _ = gated_linear_recurrence(
-        *(x[:, :first] for x in arrays),
-        initial_state=rounded(state),
-        segment_ids=None if ids is None else ids[:, :first],
-    )
+    first_ids = None if ids is None else ids[:, :first]
+    shifted, _ = recurrence(*(x[:, :first] for x in arrays), rounded(state), first_ids)
     np.testing.assert_allclose(output[:, :first], shifted, rtol=1e-5, atol=1e-5)
     assert np.any(np.abs(output - exact) > 1e-4)
 
 
-def test_gradients_are_those_of_the_exact_recurrence_up_to_rounding():
+def test_gradients_equal_the_exact_ones_up_to_rounding():
     arrays, state = inputs(2 * CHUNK)
 
     def loss(arrays, state, dtype):
-        output, final = gated_linear_recurrence(*arrays, initial_state=state, state_dtype=dtype)
+        output, final = recurrence(*arrays, state, state_dtype=dtype)
         return jnp.sum(jnp.sin(output)) + jnp.sum(final.astype(jnp.float32) ** 2)
 
     ours, exact = (jax.grad(loss, (0, 1))(arrays, state, dtype) for dtype in (jnp.bfloat16, None))
@@ -90,41 +82,35 @@ def test_gradients_are_those_of_the_exact_recurrence_up_to_rounding():
         assert np.linalg.norm(one - other) < 0.03 * np.linalg.norm(other)
 
 
-def relative_errors(outputs, exact, at):
-    return np.linalg.norm((outputs - exact)[:, at:]) / np.linalg.norm(exact[:, at:])
-
-
-def test_what_is_small_beside_the_state_is_lost():
-    """With values of mean 1 and slow decay the state grows; in bfloat16, which has 8 bits, what a
-    token adds is soon less than half of the last bit, and the state stands still."""
+def test_rounding_per_token_loses_small_updates():
+    """With values of mean 1 and slow decay the state grows; in bfloat16, with 8 bits, the update of
+    a token is soon less than half of the last bit, and the state stops changing."""
     length = 4096
     arrays, _ = inputs(length, half_life=8192.0, mean=1.0)
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
-        exact = np.asarray(gated_linear_recurrence(*wide, method="scan")[0])
+        exact = np.asarray(recurrence(*wide, method="scan")[0])
 
     def step(state, token):
         token = [x[:, None] for x in token]
-        output, state = gated_linear_recurrence(
-            *token, initial_state=state, state_dtype=jnp.bfloat16, method="scan"
-        )
+        output, state = recurrence(*token, state, state_dtype=jnp.bfloat16, method="scan")
         return state, output[:, 0]
 
     start = jnp.zeros((B, H, K, V), jnp.bfloat16)
     _, outputs = jax.lax.scan(step, start, [x.swapaxes(0, 1) for x in arrays])
     by_token = np.asarray(outputs.swapaxes(0, 1), np.float64)
     by_chunk, in_float32 = (
-        np.asarray(gated_linear_recurrence(*arrays, state_dtype=dtype)[0], np.float64)
+        np.asarray(recurrence(*arrays, state_dtype=dtype)[0], np.float64)
         for dtype in (jnp.bfloat16, None)
     )
-    late = length - 256
-    assert relative_errors(by_token, exact, late) > 0.5
-    assert relative_errors(by_token[:, :64], exact[:, :64], 0) < 0.02
-    assert 1e-3 < relative_errors(by_chunk, exact, late) < 0.1
-    assert relative_errors(in_float32, exact, late) < 1e-3
+    late = slice(length - 256, None)
+    assert relative_rms(by_token[:, late], exact[:, late]) > 0.5
+    assert relative_rms(by_token[:, :64], exact[:, :64]) < 0.02
+    assert 1e-3 < relative_rms(by_chunk[:, late], exact[:, late]) < 0.1
+    assert relative_rms(in_float32[:, late], exact[:, late]) < 1e-3
 
 
-def test_a_model_keeps_its_state_so():
+def test_decodes_with_a_bfloat16_state():
     config = dataclasses.replace(small_config("residual").model, state_precision="bfloat16")
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     state = model.initial_state(2)[0].mixer

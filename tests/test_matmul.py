@@ -1,4 +1,4 @@
-"""The product of a dense layer: values, gradients, dtypes, and what surrounds it in a program."""
+"""The matmul of a dense layer: values, gradients, dtypes, and transposes around it."""
 
 import chex
 import jax
@@ -14,7 +14,7 @@ SHAPES = [(5, 13), (13, 5), (7, 7), (128, 259), (512, 128)]
 
 @pytest.fixture(autouse=True, params=[1, 8])
 def _devices(request, monkeypatch):
-    """As on one device, where layouts are constrained, and as on several."""
+    """On one device layouts are constrained, on several not."""
     monkeypatch.setattr(jax, "device_count", lambda: request.param)
 
 
@@ -32,33 +32,28 @@ def results(call, x, kernel, gradient):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_value_and_gradients_in_float64(shape):
-    with jax.enable_x64(True):
-        inputs = draw(shape, jnp.float64)
-        ours = jax.jit(lambda *a: results(lambda x, w: matmul(x, w, jnp.float64), *a))(*inputs)
-        chex.assert_trees_all_close(ours, results(jnp.dot, *inputs), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("dtype", "limit"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
-def test_operands_in_the_dtype_and_sums_in_float32(shape, dtype, limit):
-    inputs = draw(shape)
-    ours = jax.jit(lambda *a: results(lambda x, w: matmul(x, w, dtype), *a))(*inputs)
-    for result, exact in zip(ours, results(jnp.dot, *inputs), strict=True):
-        assert result.dtype == jnp.float32
-        assert jnp.linalg.norm(result - exact) <= limit * jnp.linalg.norm(exact)
-    low = [a.astype(dtype).astype(jnp.float32) for a in inputs]
-    # With the operands rounded the sums are as good as any in float32.
-    chex.assert_trees_all_close(ours, results(jnp.dot, *low), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(jnp.float64, 1e-12), (jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)]
+)
+def test_rounds_operands_and_sums_in_float32_or_more(shape, dtype, limit):
+    with jax.enable_x64(dtype == jnp.float64):
+        wide = jnp.promote_types(dtype, jnp.float32)
+        inputs = draw(shape, wide)
+        ours = jax.jit(lambda *a: results(lambda x, w: matmul(x, w, dtype), *a))(*inputs)
+        for result, exact in zip(ours, results(jnp.dot, *inputs), strict=True):
+            assert result.dtype == wide
+            assert jnp.linalg.norm(result - exact) <= limit * jnp.linalg.norm(exact)
+        rounded = [a.astype(dtype).astype(wide) for a in inputs]
+        chex.assert_trees_all_close(ours, results(jnp.dot, *rounded), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 2, 2048])
-def test_inside_programs_that_transpose(dtype, tokens):
-    """XLA has no product of transposed bfloat16 operands on a CPU: none may come about."""
+def test_transposed_operands(dtype, tokens):
+    """XLA's CPU backend has no matmul of transposed bfloat16 operands."""
 
     def loss(x, kernel):
-        y = matmul(x.T, kernel.T, dtype)  # operands that lie the other way in memory
+        y = matmul(x.T, kernel.T, dtype)
         return jnp.sum(jnp.sin(y.T @ y))
 
     rng = np.random.default_rng(0)
@@ -68,7 +63,7 @@ def test_inside_programs_that_transpose(dtype, tokens):
     chex.assert_tree_all_finite(gradients)
 
 
-def test_the_gradient_has_the_operands_dtypes():
+def test_gradients_have_the_dtypes_of_the_operands():
     x, kernel, _ = draw((5, 13))
 
     def total(x, kernel):
@@ -78,7 +73,7 @@ def test_the_gradient_has_the_operands_dtypes():
     assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32]
 
 
-def test_axes_before_the_last_are_tokens():
+def test_merges_leading_axes():
     x, kernel, _ = draw((5, 13))
     x = x[:36].reshape(4, 9, 5)
     ours = jax.grad(lambda x, w: jnp.sum(jnp.sin(matmul(x, w, jnp.float32))), (0, 1))(x, kernel)
@@ -88,8 +83,8 @@ def test_axes_before_the_last_are_tokens():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=str)
-def test_gradients_of_each_example(axes, dtype):
-    """`vmap` of a gradient; XLA's CPU backend aborts where a batched matmul has a layout."""
+def test_vmap_of_gradient(axes, dtype):
+    """XLA's CPU backend aborts where a batched matmul has a constrained layout."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.integers(-3, 4, (3, 4, 5)), jnp.float32)  # exact in bfloat16
     kernel = jnp.asarray(rng.integers(-3, 4, (3, 5, 6)), jnp.float32)
@@ -106,7 +101,7 @@ def test_gradients_of_each_example(axes, dtype):
 @pytest.mark.parametrize(
     ("shape", "width"), [((0, 5), 3), ((2, 0, 5), 3), ((2, 0), 3), ((2, 5), 0)]
 )
-def test_arrays_without_entries(shape, width):
+def test_empty_arrays(shape, width):
     kernels = jnp.ones((shape[-1], width)), jnp.ones((shape[-1], 4))
 
     def total(x, kernels):

@@ -1,31 +1,42 @@
-"""The compiled C functions: what is in their cache, and what a compiler may do."""
+"""Compilation of the C functions: their cache, and failing compilers."""
 
+import concurrent.futures
+import functools
 import os
-import shutil
 import stat
 from pathlib import Path
 
 import jax
 import pytest
+from references import needs_compiler
 
 from simplernn_jax.cache_folder import cache_folder
 from simplernn_jax.ops import native
 from simplernn_jax.ops.native import has_native_functions
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+pytestmark = needs_compiler
+
+
+def load_again():
+    """Load the functions as in a new process."""
+    native._register_functions.cache_clear()
+    return has_native_functions()
 
 
 @pytest.fixture
 def registered(tmp_path, monkeypatch):
-    """Names made known to XLA, each time that the functions are loaded, with a cache of its own."""
+    """Names registered with XLA, by loads from a new cache."""
     names = []
+    monkeypatch.setattr(
+        native, "_register_functions", functools.cache(native._register_functions.__wrapped__)
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *x, **_: names.append(x[0]))
     return names
 
 
 def compiler(tmp_path, monkeypatch, *lines):
-    """Makes CC a script; returns a file that tells how often it was asked to compile."""
+    """Make CC a script; returns a file with one line per compilation."""
     script, calls = tmp_path / "compiler", tmp_path / "calls"
     calls.touch()
     count = f'case "$1" in --version) ;; *) echo >>"{calls}" ;; esac'
@@ -40,7 +51,7 @@ def compilations(calls):
 
 
 def instead_of_compiling(source):
-    """Lines of a compiler that makes a library of `source`, whatever it is given."""
+    """Lines of a compiler that compiles `source` instead of its input."""
     return [
         'case "$1" in --version) exit 0 ;; esac',
         "for last; do :; done",
@@ -50,89 +61,70 @@ def instead_of_compiling(source):
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch, registered):
-    """The functions, compiled once: the calls of the compiler, the library and its seal."""
+    """The functions, compiled once: compilations, the library and its seal."""
     empty = " ".join(f"void {name}(void) {{}}" for name in native.FUNCTIONS)
     calls = compiler(tmp_path, monkeypatch, *instead_of_compiling(empty))
-    assert has_native_functions.__wrapped__()
+    assert load_again()
     (library,), (seal,) = (cache_folder("native").glob(f"*.{end}") for end in ("so", "sha256"))
     assert compilations(calls) == 1
     return calls, library, seal
 
 
-def bad_byte(library, seal):
-    seal.write_bytes(b"\xff" + seal.read_bytes()[1:])
+def flip_bit(path):
+    content = path.read_bytes()
+    path.unlink()  # this process maps the old file
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
 
 
-def seal_that_never_ends(library, seal):
-    seal.unlink()
-    seal.symlink_to("/dev/zero")
+def truncate(path):
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[: len(content) // 2])
 
 
-def seal_that_waits(library, seal):
-    seal.unlink()
-    os.mkfifo(seal)
+def make_endless(path):
+    path.unlink()
+    path.symlink_to("/dev/zero")
 
 
-def library_that_never_ends(library, seal):
-    library.unlink()
-    library.symlink_to("/dev/zero")
+def make_fifo(path):
+    path.unlink()
+    os.mkfifo(path)
 
 
-def library_that_waits(library, seal):
-    library.unlink()
-    os.mkfifo(library)
+def make_writable(path):
+    path.chmod(0o777)
 
 
-def others_can_write_the_library(library, seal):
-    library.chmod(0o775)
-
-
-def others_can_write_the_seal(library, seal):
-    seal.chmod(0o666)
+def give_away(path):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    os.chown(path, 12345, 12345)
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [
-        bad_byte,
-        seal_that_never_ends,
-        seal_that_waits,
-        library_that_never_ends,
-        library_that_waits,
-        others_can_write_the_library,
-        others_can_write_the_seal,
-    ],
+    "damage", [flip_bit, truncate, make_endless, make_fifo, make_writable, give_away]
 )
-def test_what_cannot_be_trusted_is_made_again(damage, cached, registered):
+@pytest.mark.parametrize("file", ["library", "seal"])
+def test_untrusted_files_are_compiled_again(file, damage, cached, registered):
     calls, library, seal = cached
-    damage(library, seal)
-    assert has_native_functions.__wrapped__()
+    damage({"library": library, "seal": seal}[file])
+    assert load_again()
     assert compilations(calls) == 2
-    assert stat.S_IMODE(library.stat().st_mode) == 0o700
-    assert has_native_functions.__wrapped__()
+    assert (library.stat().st_uid, stat.S_IMODE(library.stat().st_mode)) == (os.geteuid(), 0o700)
+    assert load_again()
     assert compilations(calls) == 2
     assert registered == [*native.FUNCTIONS] * 3
 
 
-def test_a_folder_that_others_can_write_is_not_used(cached, registered):
+@pytest.mark.parametrize("damage", [make_writable, give_away])
+def test_untrusted_folder_is_not_used(damage, cached, registered):
     calls, library, _ = cached
-    library.parent.chmod(0o777)
-    made = library.stat().st_ino
-    assert has_native_functions.__wrapped__()
+    inode = library.stat().st_ino
+    damage(library.parent)
+    assert load_again()
     assert compilations(calls) == 2
-    assert library.stat().st_ino == made
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_a_library_of_another_user_is_not_loaded(cached, registered):
-    calls, library, _ = cached
-    os.chown(library, 12345, 12345)
-    assert has_native_functions.__wrapped__()
-    assert compilations(calls) == 2
-    assert library.stat().st_uid == 0
-    os.chown(library.parent, 12345, 12345)
-    assert has_native_functions.__wrapped__()
-    assert compilations(calls) == 3
+    assert library.stat().st_ino == inode
 
 
 @pytest.mark.parametrize(
@@ -151,26 +143,50 @@ def test_a_library_of_another_user_is_not_loaded(cached, registered):
     ],
     ids=["nothing", "empty", "latin-1", "hangs", "hangs-at-once", "dies", "other-library"],
 )
-def test_a_compiler_that_does_anything_else(
-    lines, reason, tmp_path, monkeypatch, registered, caplog
-):
+def test_failing_compiler(lines, reason, tmp_path, monkeypatch, registered, caplog):
     compiler(tmp_path, monkeypatch, *lines)
     monkeypatch.setattr(native, "COMPILER_SECONDS", 1 if "sleep" in lines[-1] else 60)
-    assert not has_native_functions.__wrapped__()
+    assert not load_again()
     (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert "could not be compiled: " in warning.getMessage()
     assert reason in warning.getMessage()
     assert registered == []
 
 
-@pytest.mark.parametrize("command", ['"x', "''", "/", "\\"])
-def test_a_command_that_is_none(command, monkeypatch, registered, caplog):
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ('"x', "CC: No closing quotation"),
+        ("\\", "CC: No escaped character"),
+        ("''", "no C compiler ()"),
+        ("/", "no C compiler (/)"),
+        ("no-such-compiler", "no C compiler (no-such-compiler)"),
+    ],
+)
+def test_invalid_command(command, reason, monkeypatch, registered, caplog):
     monkeypatch.setenv("CC", command)
-    assert not has_native_functions.__wrapped__()
-    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+    assert not load_again()
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert reason in warning.getMessage()
 
 
-def test_the_sources_are_all_there():
+def test_cache_that_cannot_be_written(tmp_path, cached, registered, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert load_again()
+    assert compilations(cached[0]) == 2
+
+
+def test_threads_compile_once(tmp_path, monkeypatch, registered):
+    empty = " ".join(f"void {name}(void) {{}}" for name in native.FUNCTIONS)
+    calls = compiler(tmp_path, monkeypatch, "sleep 0.2", *instead_of_compiling(empty))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda _: has_native_functions(), range(8)))
+    assert compilations(calls) == 1
+    assert registered == [*native.FUNCTIONS]
+
+
+def test_lists_all_sources():
     folder = Path(native.__file__).with_name("cpu")
     found = {path.name for path in folder.iterdir() if path.suffix in (".c", ".h")}
     assert found == {path.name for path in (*native._SOURCES, *native._HEADERS)}

@@ -1,20 +1,12 @@
-"""Root-mean-square normalisation: C functions and the gradient of our own against the formula."""
+"""RMS normalization: the C functions and the custom gradient against the formula."""
 
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from references import NATIVE
 
-from simplernn_jax.ops.native import has_native_functions
 from simplernn_jax.ops.rms_norm import EPSILON, rms_norm
-
-WAYS = [
-    False,
-    pytest.param(
-        True,
-        marks=pytest.mark.skipif(not has_native_functions(), reason="no C compiler"),
-    ),
-]
 
 
 def plain(x):
@@ -26,36 +18,32 @@ def results(norm, x):
     return norm(x), jax.grad(lambda x: jnp.sum(jnp.sin(norm(x) * weights)))(x)
 
 
-@pytest.mark.parametrize("native", WAYS)
+@pytest.mark.parametrize("native", [*NATIVE, None])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (3, 257, 37), (2, 3, 5, 32)])
-def test_is_the_plain_formula(shape, native):
-    x = jax.random.normal(jax.random.key(0), shape)
-    ours = results(lambda x: rms_norm(x, native=native), x)
-    chex.assert_trees_all_close(ours, results(plain, x), rtol=1e-5, atol=1e-6)
+def test_equals_the_formula(shape, native):
+    with jax.enable_x64(native is None):
+        x = jax.random.normal(jax.random.key(0), shape)  # float64 or float32
+        ours = results(lambda x: rms_norm(x, native=native), x)
+        tolerance = {"rtol": 1e-5, "atol": 1e-6} if native is not None else {"rtol": 1e-11}
+        chex.assert_trees_all_close(ours, results(plain, x), **tolerance)
 
 
-def test_in_float64():
-    with jax.enable_x64(True):
-        x = jax.random.normal(jax.random.key(0), (5, 7), jnp.float64)
-        chex.assert_trees_all_close(results(rms_norm, x), results(plain, x), rtol=1e-12)
-
-
-@pytest.mark.parametrize("native", WAYS)
+@pytest.mark.parametrize("native", NATIVE)
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
-def test_any_finite_input_gives_finite_results(size, native):
+def test_extreme_inputs_give_finite_results(size, native):
     x = jnp.full((3, 5), size, jnp.float32)
     y, back = jax.vjp(lambda x: rms_norm(x, native=native), x)
     chex.assert_tree_all_finite((y, back(jnp.ones_like(y))))
 
 
-def test_bfloat16_comes_back_in_float32_and_its_gradient_in_bfloat16():
+def test_dtypes_for_bfloat16():
     x = jax.random.normal(jax.random.key(0), (5, 7), jnp.bfloat16)
     y, back = jax.vjp(rms_norm, x)
     assert y.dtype == jnp.float32
     assert back(y)[0].dtype == jnp.bfloat16
 
 
-def test_vmap_and_no_rows():
+def test_vmap_and_empty_batch():
     x = jax.random.normal(jax.random.key(0), (5, 3, 7))
     chex.assert_trees_all_close(jax.vmap(rms_norm)(x), rms_norm(x), rtol=1e-6)
     chex.assert_shape(rms_norm(x[:0]), (0, 3, 7))

@@ -1,4 +1,4 @@
-"""Embedding, head and loss on a vocabulary in parts, against the same on one device."""
+"""Embedding, head and loss on a sharded vocabulary, against the same on one device."""
 
 import chex
 import jax
@@ -11,26 +11,28 @@ from meshes import mesh_of
 from simplernn_jax.ops.projection import fused_projection
 from simplernn_jax.ops.vocab_parallel import cross_entropy, lookup
 
-IDS, WIDTH, ROWS, LENGTH = 20, 6, 4, 3
+IDS, WIDTH, BATCH, LENGTH = 20, 6, 4, 3
 MESH = mesh_of(fsdp=2, tensor=4)
 TABLE, TOKENS = P("tensor", "fsdp"), P("fsdp")
 
 
-def draw(dtype=jnp.float32):
+def draw():
     random = np.random.default_rng(0)
-    table = jnp.asarray(random.normal(size=(IDS, WIDTH)), dtype)
-    hidden = jnp.asarray(random.normal(size=(ROWS, WIDTH)), dtype)
-    tokens = jnp.asarray(random.integers(0, IDS, (ROWS, LENGTH)), jnp.int32)
+    table = jnp.asarray(random.normal(size=(IDS, WIDTH)), jnp.float32)
+    hidden = jnp.asarray(random.normal(size=(BATCH, WIDTH)), jnp.float32)
+    tokens = jnp.asarray(random.integers(0, IDS, (BATCH, LENGTH)), jnp.int32)
     return table, hidden, tokens.at[0, 0].set(0).at[1, 1].set(IDS - 1)
 
 
-def value_and_gradient(function, specs, out_spec, *arguments):
-    """On the mesh, with a cotangent that differs everywhere."""
-    run = jax.shard_map(function, mesh=MESH, in_specs=specs, out_specs=out_spec)
-    return with_gradient(run, *arguments)
+def sharded_and_expected(function, reference, specs, out_spec, *arguments):
+    """Values and gradients on the mesh, and those of a reference on one device."""
+    sharded = jax.shard_map(function, mesh=MESH, in_specs=specs, out_specs=out_spec)
+    return [value_and_gradients(run, *arguments) for run in (sharded, reference)]
 
 
-def with_gradient(run, *arguments):
+def value_and_gradients(run, *arguments):
+    """Differentiate with a cotangent that differs per entry."""
+
     def total(*arguments):
         result = run(*arguments)
         return jnp.sum(jnp.sin(result + jnp.arange(result.size).reshape(result.shape))), result
@@ -42,38 +44,38 @@ def with_gradient(run, *arguments):
 
 def test_lookup_and_its_gradient():
     table, _, tokens = draw()
-    ours = value_and_gradient(lookup, (TABLE, TOKENS), TOKENS, table, tokens)
-    expected = with_gradient(lambda table, tokens: table[tokens], table, tokens)
+    ours, expected = sharded_and_expected(
+        lookup, lambda table, tokens: table[tokens], (TABLE, TOKENS), TOKENS, table, tokens
+    )
     chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(ours[0], expected[0])
 
 
 def test_tied_logits_and_their_gradient():
     table, hidden, _ = draw()
-    out = P("fsdp", "tensor")
-
-    def tied_logits(hidden, table):
-        return fused_projection(hidden, [table.T], jnp.float32)[0]
-
-    ours = value_and_gradient(tied_logits, (TOKENS, TABLE), out, hidden, table)
-    expected = with_gradient(lambda hidden, table: hidden @ table.T, hidden, table)
+    ours, expected = sharded_and_expected(
+        lambda hidden, table: fused_projection(hidden, [table.T], jnp.float32)[0],
+        lambda hidden, table: hidden @ table.T,
+        (TOKENS, TABLE),
+        P("fsdp", "tensor"),
+        hidden,
+        table,
+    )
     chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_cross_entropy_and_its_gradient_with_logits_of_any_size():
+def test_cross_entropy_and_its_gradient():
     _, _, targets = draw()
-    logits = np.random.default_rng(1).normal(size=(ROWS, LENGTH, IDS)).astype(np.float32)
-    logits[1] *= 1e4  # exponentials of these overflow unless the largest is taken away
+    logits = np.random.default_rng(1).normal(size=(BATCH, LENGTH, IDS)).astype(np.float32)
+    logits[1] *= 1e4  # their exponentials overflow unless the maximum is subtracted
     logits[2] -= 1e4
+    reference = optax.softmax_cross_entropy_with_integer_labels
     specs = (P("fsdp", None, "tensor"), TOKENS)
-    ours = value_and_gradient(cross_entropy, specs, TOKENS, jnp.asarray(logits), targets)
-    expected = with_gradient(
-        optax.softmax_cross_entropy_with_integer_labels, jnp.asarray(logits), targets
+    ours, expected = sharded_and_expected(
+        cross_entropy, reference, specs, TOKENS, jnp.asarray(logits), targets
     )
     assert np.isfinite(ours[0]).all()
     chex.assert_trees_all_close(ours[0], expected[0], rtol=1e-5, atol=1e-5)
-    # The cotangent is a cosine of the value: large values turn rounding into another angle.
-    small = [0, 3]
-    chex.assert_trees_all_close(
-        ours[1][0][jnp.array(small)], expected[1][0][jnp.array(small)], rtol=1e-4, atol=1e-6
-    )
+    # The cotangent is the cosine of the loss, where rounding of large values matters.
+    small = jnp.array([0, 3])
+    chex.assert_trees_all_close(ours[1][0][small], expected[1][0][small], rtol=1e-4, atol=1e-6)

@@ -28,12 +28,10 @@ from simplernn_jax.models.dense import Dense
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.short_convolution import ShortConvolution
 from simplernn_jax.ops import gated_linear_recurrence, native, recurrent_step, segment_starts
-from simplernn_jax.ops.low_precision_state import in_narrow_state
 from simplernn_jax.ops.matmul import fused_matmul, matmul
 from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.ops.rms_norm import rms_norm
 from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
-from simplernn_jax.ops.scan import scan
 from simplernn_jax.ops.sliding_attention import apply_rope, attend, sliding_attention
 
 FLOATING = ("float32", "bfloat16", "float16")
@@ -232,10 +230,6 @@ def operators() -> dict[str, Site]:
         "recurrence by definition": recurrence(method="scan"),
         "recurrence in bfloat16": recurrence(state_dtype=jnp.bfloat16),
         "recurrence in integers": recurrence(state_dtype=jnp.int8),
-        "narrow state": Site(
-            lambda *x: in_narrow_state(scan, *x, jnp.bfloat16),
-            (q, q, v, q, starts, Spec("B H K V")),
-        ),
         "step": Site(recurrent_step, step),
         "segment starts": Site(segment_starts, (Spec("B T", INTEGER),)),
         "clear rows": Site(reset_state, (Rows("B K V", DTYPES), Spec("B", ("bool",)))),

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,6 +15,7 @@ _QUOTED = 12
 """Characters quoted from the first difference on, and before it."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to ids below `vocab_size` and back. Three ids are special and stand for no text."""
 

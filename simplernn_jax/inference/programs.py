@@ -97,7 +97,7 @@ def _decode(
             state,
             layers=model.rolled_back(finished, state.layers, layers),
             logits=_select(finished, state.logits, logits[:, 0]),
-            position=state.position + ~state.finished,
+            position=state.position + (~state.finished).astype(jnp.int32),
             finished=finished,
         )
         return step + 1, block, state

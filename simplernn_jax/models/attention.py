@@ -11,6 +11,7 @@ from simplernn_jax.array_types import (
     Activations,
     CachedKeys,
     CachedValues,
+    Outputs,
     Positions,
     SegmentIds,
 )
@@ -119,7 +120,7 @@ class Attention(Heads):
         x: Activations,
         state: KVCache | None = None,
         segment_ids: SegmentIds | None = None,
-    ) -> tuple[Activations, KVCache]:
+    ) -> tuple[Outputs, KVCache]:
         """Apply the layer to a sequence.
 
         Args:

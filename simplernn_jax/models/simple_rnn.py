@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, HeadState, SegmentIds
+from simplernn_jax.array_types import Activations, HeadState, Outputs, SegmentIds
 from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.heads import Heads
 from simplernn_jax.ops import recurrent_step
@@ -163,7 +163,7 @@ class SimpleRNN(nnx.Module):
         x: Activations,
         state: HeadState | None = None,
         segment_ids: SegmentIds | None = None,
-    ) -> tuple[Activations, HeadState]:
+    ) -> tuple[Outputs, HeadState]:
         """Apply the layer to a sequence.
 
         Args:

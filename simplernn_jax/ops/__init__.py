@@ -1,19 +1,25 @@
-"""The recurrence as a pure function: one door to every way of computing it."""
+"""The recurrence as a pure function: one function for every method."""
 
-from functools import partial
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, SegmentIds, Values
-from simplernn_jax.ops.checks import INTEGER, check_array, check_dtype, check_recurrence
+from simplernn_jax.ops.checks import (
+    FLOATING,
+    INTEGER,
+    check_array,
+    check_dtype,
+    check_segment_ids,
+)
 from simplernn_jax.ops.collectives import vary_like
 from simplernn_jax.ops.intra_chunk import BLOCK
-from simplernn_jax.ops.low_precision_state import in_narrow_state
+from simplernn_jax.ops.low_precision_state import low_precision_recurrence
 from simplernn_jax.ops.native import can_call
 from simplernn_jax.ops.recurrence import recurrence
-from simplernn_jax.ops.scan import recurrent_step
+from simplernn_jax.ops.scan import Inputs, recurrent_step
 
 __all__ = ["gated_linear_recurrence", "recurrent_step", "segment_starts"]
 
@@ -42,14 +48,14 @@ def gated_linear_recurrence(
       initial_state: ``[B, H, K, V]``, float32 (float64 under x64); None is zero. It belongs to the
         segment of the first token.
       segment_ids: ``[B, T]`` integers; where the id changes from one token to the next, the state
-        is cleared exactly.
+        is reset exactly.
       method: ``"auto"``, the fastest of the others; ``"fused"``, one C function, which computes
         float32 on a CPU with a C compiler, and is ``"chunkwise"`` where it is lowered for another
         platform; ``"chunkwise"``, matmuls over chunks of time; ``"scan"``, the definition.
       chunk_size: tokens per chunk of ``"chunkwise"``, which it selects: a power of two of at least
         8. None chooses it from the shape.
       state_dtype: what the state is rounded to and returned in, such as bfloat16; see
-        `narrow_state`. None keeps it exact.
+        `low_precision_recurrence`. None keeps it exact.
 
     Returns:
       ``(output, final_state)``: ``[B, T, H, V]`` in the dtype of v, and ``[B, H, K, V]`` in float32
@@ -60,7 +66,13 @@ def gated_linear_recurrence(
         not available here, or a bad chunk size.
       TypeError: wrong dtypes.
     """
-    check_recurrence(q, k, v, log_gate, initial_state, segment_ids)
+    sizes = check_array("q", q, "B T H K")
+    check_array("k", k, "B T H K", FLOATING, sizes)
+    sizes = check_array("v", v, "B T H V", FLOATING, sizes)
+    check_array("log_gate", log_gate, "B T H K", FLOATING, sizes)
+    if initial_state is not None:
+        check_array("initial_state", initial_state, "B H K V", FLOATING, sizes)
+    check_segment_ids(segment_ids, sizes)
     if state_dtype is not None:
         check_dtype("state_dtype", state_dtype)
     q, k, v, log_gate = map(jnp.asarray, (q, k, v, log_gate))  # float64 of NumPy may be float32
@@ -73,16 +85,16 @@ def gated_linear_recurrence(
     initial_state = vary_like(initial_state, q, k, v, log_gate)
     if 0 in (*q.shape, v.shape[-1]):
         return jnp.zeros_like(v), initial_state.astype(state_dtype or dtype)
-    clear = None if segment_ids is None else segment_starts(segment_ids)
-    arguments = (q, k, v, log_gate, clear)
-    run = partial(recurrence, method, chunk_size)
+    reset = None if segment_ids is None else segment_starts(segment_ids)
+    inputs = Inputs(q, k, v, log_gate, initial_state, reset)
+    run = functools.partial(recurrence, method, chunk_size)
     if state_dtype is not None:
-        return in_narrow_state(run, *arguments, initial_state, state_dtype)
-    return run(*arguments, initial_state.astype(dtype))
+        return low_precision_recurrence(run, inputs, state_dtype)
+    return run(inputs._replace(state=initial_state.astype(dtype)))
 
 
 def _choose(method: str, chunk_size: int | None, dtype: Any) -> str:
-    """The method that ``"auto"`` stands for here, and whether the one asked for is available."""
+    """Resolve ``"auto"``, and check that the method is available."""
     if method not in METHODS:
         raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
     if chunk_size is not None:
@@ -102,7 +114,7 @@ def _choose(method: str, chunk_size: int | None, dtype: Any) -> str:
 
 
 def segment_starts(segment_ids: jax.Array) -> jax.Array:
-    """``[B, T]`` bool: True where the id differs from that of the token before.
+    """Mark the tokens whose id differs from that of the token before, ``[B, T]`` bool.
 
     Raises:
       ValueError: `segment_ids` is not ``[B, T]``.

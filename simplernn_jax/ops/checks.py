@@ -1,7 +1,7 @@
-"""Checks of arguments: rank, shape and dtype, when a function is traced, with one form of message.
+"""Checks of ranks, shapes and dtypes of arguments at trace time, with uniform messages.
 
-A wrong call then fails where it was made, by the name of the argument, and not inside of what it
-called. Sizes are compared with ``==`` only, so that dimensions of `jax.export` may be symbols.
+Errors name the argument of the public function. Sizes are compared with ``==`` only, so that
+dimensions of `jax.export` may be symbolic.
 """
 
 from collections.abc import Mapping
@@ -26,12 +26,12 @@ def check_array(
     """Check the axes and the dtype of an argument.
 
     Args:
-      name: of the argument, as the caller knows it.
+      name: name of the argument.
       x: the argument.
-      axes: names of its axes, as in ``"B T D"``; ``...`` in front stands for any number of axes,
-        and ``B?`` for an axis of size B or 1.
-      dtypes: names of the dtypes that it may have.
-      sizes: of axes whose size is known; the others may have any.
+      axes: names of its axes, as in ``"B T D"``; a leading ``...`` is any number of axes, ``B?`` an
+        axis of size B or 1.
+      dtypes: names of its possible dtypes.
+      sizes: known sizes of axes.
 
     Returns:
       `sizes`, with those of all named axes.
@@ -61,61 +61,17 @@ def check_array(
         return found
     wanted = _expected(names, any_leading, dtypes, sizes)
     error = TypeError if fits else ValueError
-    raise error(f"{name}: expected {wanted}; got {_described(x)}")
+    raise error(f"{name}: expected {wanted}; got {_describe(x)}")
 
 
 def check_dtype(name: str, dtype: Any) -> None:
-    """Check that `dtype` is one of floating point.
+    """Check that `dtype` is a floating-point dtype.
 
     Raises:
-      TypeError: it is another one, or none at all.
+      TypeError: it is not, or is no dtype.
     """
     if str(jnp.dtype(dtype)) not in FLOATING:
         raise TypeError(f"{name}: expected one of {', '.join(FLOATING)}; got {dtype}")
-
-
-def check_recurrence(
-    q: Any,
-    k: Any,
-    v: Any,
-    log_gate: Any,
-    initial_state: Any | None,
-    segment_ids: Any | None,
-    *,
-    clear: Any | None = None,
-) -> None:
-    """Check the arguments that every way of computing the recurrence takes.
-
-    Raises:
-      ValueError: wrong ranks, or shapes that do not fit together.
-      TypeError: wrong dtypes.
-    """
-    sizes = check_array("q", q, "B T H K")
-    check_array("k", k, "B T H K", FLOATING, sizes)
-    sizes = check_array("v", v, "B T H V", FLOATING, sizes)
-    check_array("log_gate", log_gate, "B T H K", FLOATING, sizes)
-    if initial_state is not None:
-        check_array("initial_state", initial_state, "B H K V", FLOATING, sizes)
-    check_segment_ids(segment_ids, sizes)
-    if clear is not None:
-        check_array("clear", clear, "B T", BOOL, sizes)
-
-
-def check_convolution(x: Any, weights: Any, recent: Any, starts: Any | None) -> None:
-    """Check the arguments of `rms_norm_convolution`.
-
-    Raises:
-      ValueError: wrong ranks, or shapes that do not fit together.
-      TypeError: wrong dtypes.
-    """
-    sizes = check_array("x", x, "B T D")
-    sizes = check_array("weights", weights, "W D", FLOATING, sizes)
-    if sizes["W"] == 0:
-        raise ValueError(f"weights: expected at least one row; got {_described(weights)}")
-    sizes["P"] = sizes["W"] - 1
-    check_array("recent", recent, "B P D", FLOATING, sizes)
-    if starts is not None:
-        check_array("starts", starts, "B T", BOOL, sizes)
 
 
 def check_segment_ids(segment_ids: Any | None, sizes: Mapping[str, Any]) -> None:
@@ -125,10 +81,10 @@ def check_segment_ids(segment_ids: Any | None, sizes: Mapping[str, Any]) -> None
 
 
 def check_batch(name: str, tree: Any, batch: Any) -> None:
-    """Check that all leaves of a state are arrays whose first axis is `batch`.
+    """Check that all leaves of a state are arrays whose first axis has size `batch`.
 
     Raises:
-      ValueError: a leaf has no such axis, or one of another size.
+      ValueError: a leaf has another batch size, or no axis.
       TypeError: a leaf is not an array.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -136,7 +92,7 @@ def check_batch(name: str, tree: Any, batch: Any) -> None:
         if not _is_array(leaf):
             raise TypeError(f"{where}: expected an array; got {type(leaf).__name__}")
         if leaf.ndim == 0 or leaf.shape[0] != batch:
-            raise ValueError(f"{where}: expected [B, ...] with B = {batch}; got {_described(leaf)}")
+            raise ValueError(f"{where}: expected [B, ...] with B = {batch}; got {_describe(leaf)}")
 
 
 def _is_array(x: Any) -> bool:
@@ -156,5 +112,5 @@ def _expected(
     return f"{text}, {_NAMES.get(dtypes) or ' or '.join(dtypes)}"
 
 
-def _described(x: Any) -> str:
+def _describe(x: Any) -> str:
     return f"{x.dtype}[{', '.join(map(str, x.shape))}]"

@@ -6,64 +6,53 @@ S the state at the chunk's start. The chunk's output and next state are::
     y_i = (q_i e^{b_i})^T S + sum_{j <= i} A_ij v_j,     A_ij = sum_K q_i k_j e^{b_i - b_j}
     S'  = diag(e^{b_C}) S + sum_j (k_j e^{b_C - b_j}) v_j^T
 
-`doubling.py` makes A and the decayed q and k, for several chunks at once; then their states follow
-one from another, and the rest is products over all of them again. docs/recurrence.md derives it and
-its gradient.
+`intra_chunk.py` computes A and the decayed q and k for a group of chunks. A short unrolled loop
+then computes their states, and matmuls over the whole group the rest.
+docs/recurrence.md derives the gradient.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.array_types import HeadState
-from simplernn_jax.ops.collectives import vary_like
-from simplernn_jax.ops.intra_chunk import BLOCK, Levels, join_blocks, join_blocks_gradient
+from simplernn_jax.ops.chunk_loops import Part, backward_loop, forward_loop
+from simplernn_jax.ops.intra_chunk import BLOCK
+from simplernn_jax.ops.scan import Inputs
 
 GROUP_ELEMENTS = 2**18
 """Largest array of one group of chunks: 1 MiB of float32 stays in a core's cache, and fewer, larger
 operations cost less than many small ones."""
 
 MAX_GROUP = 16
-"""Most chunks of a group; their states are computed one after another, in unrolled code."""
+"""Maximum chunks of a group; the loop over their states is unrolled."""
 
 
 def chunkwise(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_gate: jax.Array,
-    initial_state: jax.Array,
-    clear: jax.Array | None,
-    chunk_size: int | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Compute `scan` as one loop over chunks; same arguments and results."""
-    inputs = Inputs(q, k, v, log_gate, clear)
-    output, state, _ = _all_parts(inputs, initial_state, chunk_size, with_starts=False)
-    return output, state
-
-
-def chunkwise_with_starts(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_gate: jax.Array,
-    initial_state: jax.Array,
-    clear: jax.Array | None,
-    chunk_size: int | None,
+    inputs: Inputs, chunk_size: int | None, *, with_starts: bool = False
 ) -> tuple[jax.Array, ...]:
-    """Compute `chunkwise`, and the states at the chunks' starts, whose shapes `starts_of` tells."""
-    inputs = Inputs(q, k, v, log_gate, clear)
-    output, state, starts = _all_parts(inputs, initial_state, chunk_size, with_starts=True)
-    return output, state, *starts
+    """Compute `scan` as loops over chunks.
+
+    Returns:
+      The output, the final state and, if `with_starts`, the states at the chunks' starts, whose
+      shapes are those of `start_shapes`.
+    """
+    length = inputs.q.shape[1]
+    inputs, parts = _divide(inputs, chunk_size)
+    state, outputs, starts = inputs.state, [], []
+    for part in parts:
+        state, output, part_starts = forward_loop(
+            part, part.of(inputs, state), with_starts=with_starts
+        )
+        outputs.append(output)
+        starts.append(part_starts)
+    return _join(outputs, length), state, *(starts if with_starts else ())
 
 
-def starts_of(
+def start_shapes(
     shape: Sequence[int], value_dim: int, chunk_size: int | None
 ) -> list[tuple[int, ...]]:
-    """Shapes of the states at the chunks' starts, of each part, for q of `shape`."""
+    """List, for q of `shape`, the shape of each part's states at the chunks' starts."""
     batch, _, heads, key_dim = shape
     shapes: list[tuple[int, ...]] = []
     for part in _parts(shape, value_dim, chunk_size):
@@ -73,93 +62,51 @@ def starts_of(
 
 
 def chunkwise_gradient(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_gate: jax.Array,
-    initial_state: jax.Array,
-    clear: jax.Array | None,
+    inputs: Inputs,
     d_output: jax.Array,
     d_final_state: jax.Array,
     chunk_size: int | None,
     starts: Sequence[jax.Array] = (),
     final_state: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Gradients of q, k, v, log_gate and the initial state.
+    """Compute the gradients of q, k, v, log_gate and the initial state.
 
-    The states at the chunks' starts are those of `chunkwise_with_starts`, beside its final state,
-    or recomputed.
+    `starts` and `final_state` are those of `chunkwise`; without them they are recomputed.
     """
-    length = q.shape[1]
-    inputs, parts = _divide(Inputs(q, k, v, log_gate, clear), chunk_size)
+    length = inputs.q.shape[1]
+    inputs, parts = _divide(inputs, chunk_size)
     (d_output,) = _pad((d_output,), inputs.q.shape[1] - length)
     if final_state is None:
-        starts, final_state = [], initial_state
+        starts, final_state = [], inputs.state
         for part in parts:
-            final_state, _, kept = _forward(
-                part, part.of(inputs), final_state, with_output=False, with_starts=True
+            final_state, _, part_starts = forward_loop(
+                part, part.of(inputs, final_state), with_output=False, with_starts=True
             )
-            starts.append(kept)
+            starts.append(part_starts)
     gradients: list[list[jax.Array]] = []
     d_state, end = d_final_state, final_state
-    for part, of_chunks in zip(reversed(parts), reversed(starts), strict=True):
+    for part, part_starts in zip(reversed(parts), reversed(starts), strict=True):
         d_part = d_output[:, part.start : part.stop]
-        *of_part, d_state = _backward(part, part.of(inputs), d_part, of_chunks, end, d_state)
-        end = of_chunks[0, 0].reshape(end.shape)
-        gradients.insert(0, of_part)
+        *part_gradients, d_state = backward_loop(
+            part, part.of(inputs, end), d_part, part_starts, d_state
+        )
+        end = part_starts[0, 0].reshape(end.shape)
+        gradients.insert(0, part_gradients)
     return *(_join(whole, length) for whole in zip(*gradients, strict=True)), d_state
 
 
-class Inputs(NamedTuple):
-    """Arguments of `scan` with an axis of time."""
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    log_gate: jax.Array
-    clear: jax.Array | None
-
-
-class Part(NamedTuple):
-    """Tokens from `start` to `stop`, in groups of `group` chunks of `size` tokens."""
-
-    start: int
-    stop: int
-    size: int
-    group: int
-
-    def of(self, inputs: Inputs) -> Inputs:
-        """The inputs of this part."""
-        part: Inputs = jax.tree.map(lambda x: x[:, self.start : self.stop], inputs)
-        return part
-
-
-def _all_parts(
-    inputs: Inputs, state: HeadState, chunk_size: int | None, *, with_starts: bool
-) -> tuple[jax.Array, HeadState, list[Any]]:
-    """The output, the final state and, of each part, the states at the chunks' starts or None."""
-    length = inputs.q.shape[1]
-    inputs, parts = _divide(inputs, chunk_size)
-    outputs, starts = [], []
-    for part in parts:
-        state, output, kept = _forward(part, part.of(inputs), state, with_starts=with_starts)
-        outputs.append(output)
-        starts.append(kept)
-    return _join(outputs, length), state, starts
-
-
 def _divide(inputs: Inputs, chunk_size: int | None) -> tuple[Inputs, list[Part]]:
-    """The inputs padded to whole chunks, and the parts in which loops go through them."""
-    q, k, v, log_gate, clear = inputs
+    """Pad the inputs to whole chunks, and divide these into one loop each."""
+    q, k, v, log_gate, state, reset = inputs
     parts = _parts(q.shape, v.shape[3], chunk_size)
     padding = parts[-1].stop - q.shape[1]
-    if clear is not None:
-        log_gate = jnp.where(clear[:, :, None, None], 0, log_gate)
-        # Padding must not clear: the final state is that of the last real token.
-        clear = jnp.pad(clear, ((0, 0), (0, padding)))
+    if reset is not None:
+        log_gate = jnp.where(reset[:, :, None, None], 0, log_gate)
+        # Padding must not reset: the final state is that of the last real token.
+        reset = jnp.pad(reset, ((0, 0), (0, padding)))
     # q = k = v = 0 and a gate of 1 leave the state as it is.
     q, k, v, log_gate = _pad((q, k, v, log_gate), padding)
-    return Inputs(q, k, v, log_gate, clear), parts
+    return Inputs(q, k, v, log_gate, state, reset), parts
 
 
 def _parts(shape: Sequence[int], value_dim: int, chunk_size: int | None) -> list[Part]:
@@ -185,9 +132,12 @@ def _join(parts: Sequence[jax.Array], length: int) -> jax.Array:
     return whole[:, :length]
 
 
-def choose_group(rows: int, chunk_size: int, key_dim: int, value_dim: int, chunks: int) -> int:
-    """Chunks per group: a power of two, by the size of their arrays and states."""
-    elements = rows * max(chunk_size * max(key_dim, value_dim), key_dim * value_dim)
+def choose_group(heads: int, chunk_size: int, key_dim: int, value_dim: int, chunks: int) -> int:
+    """Choose the chunks per group, a power of two, by the size of their arrays and states.
+
+    `heads` counts those of all sequences.
+    """
+    elements = heads * max(chunk_size * max(key_dim, value_dim), key_dim * value_dim)
     group = 1
     while 2 * group <= min(MAX_GROUP, chunks) and 2 * group * elements <= GROUP_ELEMENTS:
         group *= 2
@@ -195,183 +145,8 @@ def choose_group(rows: int, chunk_size: int, key_dim: int, value_dim: int, chunk
 
 
 def choose_chunk_size(length: int) -> int:
-    """Tokens per chunk: 32 measured fastest, or near it, for heads of 32, 64 and 128 on a CPU."""
+    """Choose the tokens per chunk: 32 measured about fastest on a CPU for heads of 32, 64, 128."""
     best = 32
     while best > BLOCK and best >= 2 * length:
         best //= 2
     return best
-
-
-def _forward(
-    part: Part,
-    inputs: Inputs,
-    initial_state: HeadState,
-    *,
-    with_output: bool = True,
-    with_starts: bool = False,
-) -> tuple[HeadState, Any, Any]:
-    """Loop over groups of chunks: the final state, the output, the states at the chunks' starts."""
-    q, k, v, log_gate, clear = inputs
-    batch, length, heads, _ = q.shape
-    dtype = initial_state.dtype
-    states = (part.group, batch * heads, *initial_state.shape[2:])
-
-    def body(carry: Any, index: jax.Array) -> tuple[Any, Any]:
-        state, output = carry
-        take = partial(_slice_group, part=part, index=index, dtype=dtype)
-        chunk_q, chunk_k, chunk_v, chunk_l = take(q), take(k), take(v), take(log_gate)
-        levels = join_blocks(chunk_q, chunk_k, chunk_l)
-        masks = _chunk_masks(part, clear, index, heads)
-        attention, read, written, total = _masked(levels, masks)
-        added = (written.mT @ chunk_v).reshape(states)
-        total = total.reshape(*states[:3], 1)
-        at_starts = []
-        for decay, new in zip(total, added, strict=True):
-            at_starts.append(state)
-            state = decay * state + new
-        starts = jnp.stack(at_starts)
-        kept = starts if with_starts else None
-        if not with_output:
-            return (state, output), kept
-        chunk_output = read @ starts.reshape(-1, *states[2:]) + attention @ chunk_v
-        return (state, _store_group(part, output, chunk_output, index)), kept
-
-    output: Any = ()
-    if with_output:
-        # In `dtype`: XLA's CPU backend converts a whole bfloat16 array to update a part of it.
-        output = vary_like(jnp.zeros(v.shape, dtype), initial_state)
-    start = (initial_state.reshape(states[1:]), output)
-    groups = jnp.arange(length // (part.size * part.group))
-    (state, output), starts = jax.lax.scan(body, start, groups)
-    output = output.astype(v.dtype) if with_output else None
-    return state.reshape(initial_state.shape), output, starts
-
-
-def _backward(
-    part: Part,
-    inputs: Inputs,
-    d_output: jax.Array,
-    starts: jax.Array,
-    final_state: HeadState,
-    d_final_state: jax.Array,
-) -> list[jax.Array]:
-    """Loop over chunks from the last to the first, with the gradient of the state as carry."""
-    q, k, v, log_gate, clear = inputs
-    batch, length, heads, _ = q.shape
-    dtype = final_state.dtype
-    states = (part.group, batch * heads, *final_state.shape[2:])
-
-    def body(carry: Any, xs: Any) -> tuple[Any, None]:
-        d_state, end_state, d_q, d_k, d_v, d_l = carry
-        index, starts = xs
-        take = partial(_slice_group, part=part, index=index, dtype=dtype)
-        chunk_q, chunk_k, chunk_v, chunk_l = take(q), take(k), take(v), take(log_gate)
-        chunk_dy = take(d_output)
-        levels = join_blocks(chunk_q, chunk_k, chunk_l)
-        masks = _chunk_masks(part, clear, index, heads)
-        attention, read, written, total = _masked(levels, masks)
-
-        ends = jnp.concatenate([starts[1:], end_state[None]])
-        read_by = (read.mT @ chunk_dy).reshape(states)
-        decays = total.reshape(*states[:3], 1)
-        d_ends = []
-        for chunk in reversed(range(part.group)):
-            d_ends.append(d_state)
-            d_state = decays[chunk] * d_state + read_by[chunk]
-        d_end = jnp.stack(d_ends[::-1]).reshape(-1, *states[2:])
-        state = starts.reshape(-1, *states[2:])
-
-        d_attention = _causal(chunk_dy @ chunk_v.mT, masks)
-        chunk_dv = attention.mT @ chunk_dy + written @ d_end
-        d_read, d_written = chunk_dy @ state.mT, chunk_v @ d_end.mT
-        if masks is not None:
-            d_read = jnp.where(masks.reads_start[..., None], d_read, 0)
-            d_written = jnp.where(masks.reaches_end[..., None], d_written, 0)
-        chunk_dq, chunk_dk = join_blocks_gradient(
-            levels, chunk_q, chunk_k, d_attention, d_read, d_written
-        )
-        # b_i gathers q_i dq_i - k_i dk_i and b_C the whole end state; l_t is in every b_i, i >= t.
-        d_b = chunk_q * chunk_dq - chunk_k * chunk_dk
-        d_total = jnp.sum(ends.reshape(d_end.shape) * d_end, axis=-1)
-        chunk_dl = jnp.flip(jnp.cumsum(jnp.flip(d_b, 1), axis=1), 1) + d_total[:, None]
-        if masks is not None:
-            chunk_dl = jnp.where(masks.clear[..., None], 0, chunk_dl)
-        store = partial(_store_group, part, index=index)
-        grads = (store(d_q, chunk_dq), store(d_k, chunk_dk), store(d_v, chunk_dv))
-        return (d_state, starts[0], *grads, store(d_l, chunk_dl)), None
-
-    start = (
-        d_final_state.reshape(states[1:]),
-        final_state.reshape(states[1:]),
-        *(vary_like(jnp.zeros(x.shape, dtype), final_state) for x in (q, k, v, log_gate)),
-    )
-    chunks = jnp.arange(length // (part.size * part.group))
-    (d_state, _, *grads), _ = jax.lax.scan(body, start, (chunks, starts), reverse=True)
-    grads = [grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v, log_gate), strict=True)]
-    return [*grads, d_state.reshape(final_state.shape)]
-
-
-def _slice_group(x: jax.Array, *, part: Part, index: jax.Array, dtype: Any) -> jax.Array:
-    """Chunks of group `index` of ``[B, T, H, K]`` as ``[G * B * H, C, K]``."""
-    batch, _, heads, width = x.shape
-    tokens = part.size * part.group
-    chunk = jax.lax.dynamic_slice_in_dim(x, index * tokens, tokens, axis=1)
-    chunk = chunk.astype(dtype).reshape(batch, part.group, part.size, heads, width)
-    return chunk.transpose(1, 0, 3, 2, 4).reshape(-1, part.size, width)
-
-
-def _store_group(part: Part, whole: jax.Array, chunk: jax.Array, index: jax.Array) -> jax.Array:
-    """Store ``[G * B * H, C, K]`` as group `index` of ``[B, T, H, K]``."""
-    batch, _, heads, width = whole.shape
-    chunk = chunk.reshape(part.group, batch, heads, part.size, width).transpose(1, 0, 3, 2, 4)
-    chunk = chunk.reshape(batch, part.group * part.size, heads, width)
-    return jax.lax.dynamic_update_slice_in_dim(whole, chunk, index * part.size * part.group, axis=1)
-
-
-class Masks(NamedTuple):
-    """Which paths inside a chunk stay within one segment; every row of a batch has its own."""
-
-    clear: jax.Array  # [N, C] the token starts a segment
-    reads_start: jax.Array  # [N, C] the state at the chunk's start reaches the token
-    reaches_end: jax.Array  # [N, C] the token reaches the state at the chunk's end
-    same_segment: jax.Array  # [N, C, C]
-    uncleared: jax.Array  # [N, 1] the state at the start reaches the end
-
-
-def _chunk_masks(part: Part, clear: jax.Array | None, index: jax.Array, heads: int) -> Masks | None:
-    if clear is None:
-        return None
-    tokens = part.size * part.group
-    chunk = jax.lax.dynamic_slice_in_dim(clear, index * tokens, tokens, axis=1)
-    chunk = chunk.reshape(-1, part.group, part.size).swapaxes(0, 1).reshape(-1, part.size)
-    chunk = jnp.repeat(chunk, heads, axis=0)
-    segment = jnp.cumsum(chunk.astype(jnp.int32), axis=1)
-    last = segment[:, -1:]
-    return Masks(
-        clear=chunk,
-        reads_start=segment == 0,
-        reaches_end=segment == last,
-        same_segment=segment[:, :, None] == segment[:, None, :],
-        uncleared=last == 0,
-    )
-
-
-def _causal(matrix: jax.Array, masks: Masks | None) -> jax.Array:
-    size = matrix.shape[-1]
-    allowed = jnp.tri(size, dtype=bool)[None]
-    if masks is not None:
-        allowed = allowed & masks.same_segment
-    # `where`, not a product: what is left out may be anything.
-    return jnp.where(allowed, matrix, 0)
-
-
-def _masked(levels: Levels, masks: Masks | None) -> tuple[jax.Array, ...]:
-    """A, the q that reads the start state, the k that writes the end state, the state's decay."""
-    if masks is None:
-        return levels.attention, levels.decayed_q, levels.decayed_k, levels.total
-    return (
-        jnp.where(masks.same_segment, levels.attention, 0),
-        jnp.where(masks.reads_start[..., None], levels.decayed_q, 0),
-        jnp.where(masks.reaches_end[..., None], levels.decayed_k, 0),
-        jnp.where(masks.uncleared, levels.total, 0),
-    )

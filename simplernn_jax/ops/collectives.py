@@ -1,8 +1,8 @@
-"""Collectives inside `jax.shard_map`, by the names of the mesh axes, and the types of its arrays.
+"""Collectives inside `jax.shard_map` by mesh axis name, and varying types of its arrays.
 
-Along an axis that the mesh does not have, or outside of `shard_map`, each of them does nothing: the
-same code runs on one device and on any mesh. Axes of one device never appear in the types of arrays
-either, since `mesh_axes` leaves them out.
+Outside of `shard_map`, or along an axis that the mesh does not have, they do nothing: the same code
+runs on one device and on any mesh. Axes of size 1 never appear in varying types, since `mesh_axes`
+omits them.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,11 @@ def varying(x: jax.Array) -> frozenset[str]:
 
 
 def vary_like(x: jax.Array, *others: jax.Array) -> jax.Array:
-    """`x`, typed as varying over every manual mesh axis that it or one of `others` varies over.
+    """Cast `x` to vary over every manual mesh axis that it or one of `others` varies over.
 
-    The carry of a loop must have one type from start to end: the zero that starts it is the same on
-    every device, what the loop adds is not. And the gradient of `x` then varies too: one call
-    before several uses of an array sums their gradients over the devices once.
+    The carry of a loop must have one type: its initial zeros are the same on every device, its next
+    value is not. The gradient of the cast sums over the devices: one cast before several uses of an
+    array takes one all-reduce for all their gradients.
     """
     return _vary(x, frozenset[str]().union(*map(varying, others)))
 
@@ -52,14 +52,14 @@ def psum(tree: Any, *names: str) -> Any:
 
 
 def shift(x: jax.Array, name: str, by: int = 1) -> jax.Array:
-    """`x` of the device `by` places before along the axis `name`; zeros where there is none."""
+    """Receive `x` from the device at index - `by` along the axis `name`; zeros if there is none."""
     size = axis_size(name)
     pairs = [(place, place + by) for place in range(size - by)]
     return jax.lax.ppermute(_vary(x, frozenset([name])), name, pairs)
 
 
 def broadcast_from_last(x: jax.Array, name: str) -> jax.Array:
-    """The last device's `x`, on all devices along the axis `name`."""
+    """Broadcast the last device's `x` to all devices along the axis `name`."""
     size = axis_size(name)
     if size == 1:
         return x
@@ -69,8 +69,8 @@ def broadcast_from_last(x: jax.Array, name: str) -> jax.Array:
 def all_gather(shard: jax.Array, name: str, axis: int, *, after: jax.Array) -> jax.Array:
     """Concatenate the shards along the mesh axis `name`, along the array's `axis`.
 
-    Not before `after` is computed: XLA would otherwise gather all that it can at the start of a
-    program, and keep it.
+    The gather waits for `after`: XLA would otherwise gather all parameters at the start of a
+    program, and keep them in memory.
     """
     if axis_size(name) == 1:
         return shard
@@ -79,5 +79,5 @@ def all_gather(shard: jax.Array, name: str, axis: int, *, after: jax.Array) -> j
 
 
 def remat_all_gather(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which gathers parameters again for its gradient instead of keeping them."""
+    """Make `function` gather its parameters again for the gradient, to save memory."""
     return jax.checkpoint(function) if axis_size("fsdp") > 1 else function

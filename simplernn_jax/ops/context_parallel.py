@@ -1,11 +1,11 @@
 """Attention to earlier shards of sequences that are sharded over the mesh axis ``sequence``.
 
-Queries stay where they are. A query sees up to `context` tokens, so a device needs the keys and
-values of the ``context - 1`` tokens before its shard: K + V numbers of each head and token, where
-the recurrence sends K (V + 1) numbers for all tokens together (`sequence_parallel`). Where a shard
-is at least as long, they are the end of the neighbor's; else all devices gather the whole sequence.
-Keys come rotated by their position in their segment, which `tokens_before` counts. On sequences
-that are not sharded nothing is exchanged.
+Queries are not sent. A query sees up to `context` tokens, so a device needs the keys and values of
+the ``context - 1`` tokens before its shard: K + V numbers per head and token, where the recurrence
+sends K (V + 1) numbers for all tokens together (`sequence_parallel`). If a shard is at least as
+long, the previous device sends them; else all devices gather the whole sequence. Keys are already
+rotated by their position in their segment, which `tokens_before` counts. Unsharded sequences
+exchange nothing.
 """
 
 from typing import TypeVar
@@ -24,7 +24,7 @@ _Tree = TypeVar("_Tree")
 def tokens_before(
     length: int, first: Int[Array, "B"] | None, ids: SegmentIds | None
 ) -> Int[Array, "B"] | None:
-    """Number of tokens before this device's shard that are of its first token's segment.
+    """Count the tokens before this device's shard that are of its first token's segment.
 
     Args:
       length: tokens of a shard.
@@ -32,39 +32,38 @@ def tokens_before(
       ids: as `sequence_parallel.shard_segment_ids` returns them; None if all is one segment.
 
     Returns:
-      ``[B]`` int32, or ``[1]`` where all sequences are alike; `first` if they are not sharded.
+      ``[B]`` int32, or ``[1]`` if equal for all sequences; `first` if they are not sharded.
     """
     if axis_size(AXIS) == 1:
         return first
     first = jnp.zeros(1, jnp.int32) if first is None else first
-    place = axis_index(AXIS)
+    index = axis_index(AXIS)
     if ids is None:
-        return first + place * length
-    # How many tokens each shard adds: all of its own to those before, or, if a segment begins in
-    # it, those of the last one; the sign tells which.
-    newest = jnp.sum(ids == ids[:, -1:], axis=1, dtype=jnp.int32)
-    added = jnp.where(ids[:, -1] == 0, length, -newest)
-    added = all_gather(added[:, None], AXIS, 1, after=ids)
-    places = jnp.arange(added.shape[1], dtype=jnp.int32)[None]
-    begins = jnp.max(jnp.where((added < 0) & (places < place), places, -1), axis=1)
-    there = -jnp.take_along_axis(added, jnp.maximum(begins, 0)[:, None], axis=1)[:, 0]
-    there = jnp.where(begins < 0, first, there)
-    return jnp.where(ids[:, 0] == 0, there + (place - 1 - begins) * length, 0)
+        return first + index * length
+    # Tokens of each shard's last segment: all, or, with a negative sign, those since its start.
+    last_segment = jnp.sum(ids == ids[:, -1:], axis=1, dtype=jnp.int32)
+    counts = jnp.where(ids[:, -1] == 0, length, -last_segment)
+    counts = all_gather(counts[:, None], AXIS, 1, after=ids)
+    shards = jnp.arange(counts.shape[1], dtype=jnp.int32)[None]
+    start = jnp.max(jnp.where((counts < 0) & (shards < index), shards, -1), axis=1)
+    in_start = -jnp.take_along_axis(counts, jnp.maximum(start, 0)[:, None], axis=1)[:, 0]
+    in_start = jnp.where(start < 0, first, in_start)
+    return jnp.where(ids[:, 0] == 0, in_start + (index - 1 - start) * length, 0)
 
 
 def seen_before(own: jax.Array, first: jax.Array | None, context: int) -> jax.Array | None:
-    """Keys or values of the tokens before this device's shard that its queries may see.
+    """Receive the keys or values before this device's shard that its queries may see.
 
     Args:
       own: those of this shard, ``[B, T / sequence, H, K or V]``.
       first: ``[B, context - 1, H, K or V]`` before the sequence's first token; None if there are
         none.
-      context: tokens that a query sees at most.
+      context: maximum number of tokens that a query sees.
 
     Returns:
-      ``[B, P, H, K or V]``, oldest first, anything where there was no token; `first` if the
-      sequences are not sharded. P is context - 1, or the tokens before a sequence's last shard if
-      these are fewer and `first` is None.
+      ``[B, P, H, K or V]``, oldest first, undefined before the first token; `first` if the
+      sequences are not sharded. P is context - 1, or the number of tokens before a sequence's last
+      shard if that is less and `first` is None.
     """
     if axis_size(AXIS) == 1:
         return first
@@ -80,5 +79,5 @@ def seen_before(own: jax.Array, first: jax.Array | None, context: int) -> jax.Ar
 
 
 def last_shard(tree: _Tree) -> _Tree:
-    """The last shard's arrays, on all devices."""
+    """Broadcast the last shard's arrays to all devices."""
     return jax.tree.map(lambda leaf: broadcast_from_last(leaf, AXIS), tree)

@@ -1,59 +1,34 @@
-"""The recurrence on a CPU as one compiled C function forward and one backward (`fused.c`).
+"""The recurrence on a CPU: one compiled C function forward and one backward (`fused.c`).
 
-A CPU gains nothing from chunks: it has caches that hold the state and no wide matrix units, and
-what chunks cost (decays at every level, masks, copies) is most of their time there. Token by token
-each entry of the state takes three multiply-adds, at the speed of the vector units, and nothing
-is saved for the gradient: it goes through the tokens again.
+Chunks gain nothing on a CPU, whose caches hold the state and which has no wide matrix units: their
+cost (decays at every level, masks, copies) is most of the time there. Token by token, each entry of
+the state takes three multiply-adds, at the speed of the vector units. Nothing is saved for the
+gradient, which recomputes the states.
 """
 
 import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState
-from simplernn_jax.ops.collectives import vary_like
-from simplernn_jax.ops.native import BACKWARD, FORWARD
+from simplernn_jax.ops.native import BACKWARD, FORWARD, call_native, or_empty
+from simplernn_jax.ops.scan import Inputs
 
 
-def fused(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_gate: jax.Array,
-    initial_state: HeadState,
-    clear: jax.Array | None,
-) -> tuple[jax.Array, HeadState]:
-    """Compute `scan` in one call of C; float32 arrays, with any number of axes before T."""
-    inputs = _inputs(q, k, v, log_gate, initial_state, clear)
-    results = [jax.typeof(x) for x in (v, initial_state)]
-    output, state = jax.ffi.ffi_call(FORWARD, results, vmap_method="broadcast_all")(*inputs)
+def fused(inputs: Inputs) -> tuple[jax.Array, HeadState]:
+    """Compute `scan` in one C call; float32 arrays, with any number of axes before T."""
+    output, state = call_native(FORWARD, [inputs.v, inputs.state], *_arguments(inputs))
     return output, state
 
 
 def fused_gradient(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_gate: jax.Array,
-    initial_state: HeadState,
-    clear: jax.Array | None,
-    d_output: jax.Array,
-    d_final_state: jax.Array,
+    inputs: Inputs, d_output: jax.Array, d_final_state: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Gradients of q, k, v, log_gate and the initial state, in one call of C."""
-    inputs = _inputs(q, k, v, log_gate, initial_state, clear)
-    results = [jax.typeof(x) for x in (q, k, v, log_gate, initial_state)]
-    call = jax.ffi.ffi_call(BACKWARD, results, vmap_method="broadcast_all")
-    return tuple(call(*inputs, d_output, d_final_state))
+    """Compute the gradients of q, k, v, log_gate and the initial state in one C call."""
+    arguments = (*_arguments(inputs), d_output, d_final_state)
+    return tuple(call_native(BACKWARD, inputs[:5], *arguments))
 
 
-def _inputs(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_gate: jax.Array,
-    initial_state: HeadState,
-    clear: jax.Array | None,
-) -> list[jax.Array]:
-    if clear is None:  # no argument of a C function can be left out; this one may be empty
-        clear = vary_like(jnp.zeros((0,), bool), initial_state)
-    return [q, k, v, jnp.exp(log_gate), initial_state, clear]
+def _arguments(inputs: Inputs) -> list[jax.Array]:
+    q, k, v, log_gate, state, reset = inputs
+    reset = or_empty(reset, state)
+    return [q, k, v, jnp.exp(log_gate), state, reset]

@@ -5,13 +5,13 @@ With l the log gate and b_i its inclusive sum from the chunk's start, ::
     A_ij = sum_K q_i k_j e^{b_i - b_j}    for j <= i
 
 e^{b_i - b_j} cannot be split into e^{b_i} e^{-b_j} (overflow), so A is built by doubling. Blocks
-of 8 tokens refer both factors to their middle. Then neighbouring blocks are joined, 8 to 16 to
-32 ...: A between a left and a right block is ``q_right (k_left)^T`` where q carries its decay since
-the start of its block and k its decay to the end of its block, both at most 1. After joining,
-the right q and the left k take the other block's total decay as a factor. At the chunk's size q and
-k are just what the state needs. docs/recurrence.md derives the gradient and has the error.
+of 8 tokens refer both factors to their middle. Then pairs of blocks are joined, 8 to 16 to 32 ...:
+A between a left and a right block is ``q_right (k_left)^T`` where q carries its decay since the
+start of its block and k its decay to the end of its block, both at most 1. After joining, the right
+q and the left k are multiplied by the other block's total decay. At the chunk's size, they are the
+q and k that the state needs. docs/recurrence.md derives the gradient and lists errors.
 
-All arrays are ``[N, C, ...]``: N chunks that do not know each other.
+All arrays are ``[N, C, ...]``: N independent chunks.
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ HALF = BLOCK // 2
 
 
 class Levels(NamedTuple):
-    """What the doubling of one chunk leaves: per level, decayed q and k, and the last of them."""
+    """Results of the doubling: A, and the decayed q and k of each level and of the chunk."""
 
     query_factor: jax.Array  # [N, C, K] decay of q since the start of its half block
     key_factor: jax.Array  # [N, C, K] decay of k to the end of its half block
@@ -36,11 +36,11 @@ class Levels(NamedTuple):
 
 
 def join_blocks(q: jax.Array, k: jax.Array, log_gate: jax.Array) -> Levels:
-    """A of one chunk and the decayed q and k, by doubling; all ``[N, C, K]``."""
+    """Compute A and the decayed q and k of each chunk by doubling, from ``[N, C, K]`` arrays."""
     count, size, key_dim = q.shape
     halves = jnp.maximum(log_gate, _floor(log_gate.dtype)).reshape(count, -1, HALF, key_dim)
     since_start = jnp.cumsum(halves, axis=2)
-    # A sum of what follows, not a difference of sums: nothing cancels.
+    # A suffix sum, not a difference of sums, so that nothing cancels.
     following = jnp.flip(jnp.cumsum(jnp.flip(halves[:, :, 1:], 2), axis=2), 2)
     to_end = jnp.pad(following, ((0, 0), (0, 0), (0, 1), (0, 0)))
     query_factor = jnp.exp(since_start).reshape(q.shape)
@@ -73,10 +73,10 @@ def join_blocks_gradient(
     d_q: jax.Array,
     d_k: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of q and k, all ``[N, C, K]``.
+    """Compute the gradients of q and k, all ``[N, C, K]``.
 
     Args:
-      levels: what `join_blocks` returned for q and k.
+      levels: results of `join_blocks` for q and k.
       q: the chunk's queries.
       k: its keys.
       d_attention: gradient of A ``[N, C, C]``, zero where A is masked.
@@ -106,20 +106,20 @@ def _floor(dtype: Any) -> float:
 
 
 def _split(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """``[N, C, K]`` as left and right blocks of `size`, each ``[N, C / (2 size), size, K]``."""
+    """Split ``[N, C, K]`` into left and right blocks, each ``[N, C / (2 size), size, K]``."""
     pairs = x.reshape(x.shape[0], -1, 2, size, x.shape[-1])
     return pairs[:, :, 0], pairs[:, :, 1]
 
 
 def _merge(left: jax.Array, right: jax.Array) -> jax.Array:
-    """The inverse of `_split`."""
+    """Invert `_split`."""
     return jnp.stack([left, right], axis=2).reshape(left.shape[0], -1, left.shape[-1])
 
 
 def _double(
     q: jax.Array, k: jax.Array, total: jax.Array, size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Decays of blocks of 2 * size from those of blocks of `size`."""
+    """Compute q, k and total decays of blocks of 2 * size from those of blocks of `size`."""
     left_total, right_total = total[:, 0::2, None], total[:, 1::2, None]
     (left_q, right_q), (left_k, right_k) = _split(q, size), _split(k, size)
     q = _merge(left_q, right_q * left_total)
@@ -130,7 +130,7 @@ def _double(
 def _diagonal_factors(
     query_factor: jax.Array, key_factor: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Decays of q and k in a block of 8, both relative to its middle."""
+    """Compute the decays of q and k in blocks of 8, both relative to the middle."""
     left_key, right_query = _split(key_factor, HALF)[0], _split(query_factor, HALF)[1]
     return _merge(1 / left_key, right_query), _merge(left_key, 1 / right_query)
 
@@ -138,7 +138,7 @@ def _diagonal_factors(
 def _diagonal_blocks(
     q: jax.Array, k: jax.Array, query_factor: jax.Array, key_factor: jax.Array
 ) -> jax.Array:
-    """A inside blocks of 8: ``[N, C / 8, 8, 8]``."""
+    """Compute A inside blocks of 8: ``[N, C / 8, 8, 8]``."""
     for_q, for_k = _diagonal_factors(query_factor, key_factor)
     shape = (q.shape[0], -1, BLOCK, q.shape[-1])
     inside = (q * for_q).reshape(shape) @ (k * for_k).reshape(shape).mT
@@ -148,7 +148,7 @@ def _diagonal_blocks(
 def _undouble(
     d_q: jax.Array, d_k: jax.Array, total: jax.Array, size: int, add_right_q: Any, add_left_k: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradient of `_double` for q and k, plus what the blocks' own products give."""
+    """Compute the gradient of `_double` for q and k, plus that of A between the blocks."""
     left_total, right_total = total[:, 0::2, None], total[:, 1::2, None]
     (left_q, right_q), (left_k, right_k) = _split(d_q, size), _split(d_k, size)
     d_q = _merge(left_q, right_q * left_total + add_right_q)

@@ -1,7 +1,7 @@
-"""The C functions of this folder: compiled where they run, once, and made known to XLA.
+"""C functions of the folder `cpu`: compiled once on the user's machine, and registered with XLA.
 
-A compiler that knows the machine uses all of its vector instructions; a program compiled for
-every machine could not. Where there is no compiler, nothing is lost but time.
+Compiling there uses all vector instructions of the machine. Without a compiler, slower JAX code
+computes the same.
 """
 
 import ctypes
@@ -15,7 +15,8 @@ import signal
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from absl import logging
 from simplernn_jax.cache_folder import cache_folder
 from simplernn_jax.errors import one_line
 from simplernn_jax.files import open_file, read_file, sha256_hex
+from simplernn_jax.ops.collectives import vary_like
+from simplernn_jax.ops.operation import is_static
 
 FORWARD = "simplernn_forward"
 BACKWARD = "simplernn_backward"
@@ -35,6 +38,8 @@ NORM_FORWARD = "simplernn_norm_forward"
 NORM_BACKWARD = "simplernn_norm_backward"
 
 LEAST_ENTRIES = 1 << 14
+"""Minimum size of an array for which a C function is faster than XLA's own loops: a call takes some
+5 microseconds, as long as a few small operations."""
 
 FUNCTIONS = (
     FORWARD,
@@ -48,44 +53,63 @@ _FOLDER = Path(__file__).with_name("cpu")
 _SOURCES = [_FOLDER / name for name in ("fused.c", "rms_norm.c")]
 _HEADERS = [_FOLDER / name for name in ("call.h", "buffers.h")]
 _OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-shared", "-fPIC")
-_FOR_THIS_MACHINE = (("-march=native",), ("-mcpu=native",), ())
-"""Tried in this order: compilers and processors differ in which of them they know."""
+_MACHINE_OPTIONS = (("-march=native",), ("-mcpu=native",), ())
+"""Tried in this order: compilers and processors support different ones."""
+_LOCK = threading.Lock()
+"""Held while compiling: threads that trace programs at the same time compile and load once."""
 
 COMPILER_SECONDS = 120
-"""A compiler that takes longer is stopped; it takes about 5."""
+"""Timeout of the compiler, which takes about 5 seconds."""
+
+
+def call_native(
+    name: str, results: Sequence[jax.Array], *arguments: jax.Array
+) -> Sequence[jax.Array]:
+    """Call a C function, whose results have the types of the arrays `results`."""
+    types = [jax.typeof(x) for x in results]
+    return jax.ffi.ffi_call(name, types, vmap_method="broadcast_all")(*arguments)
+
+
+def or_empty(flags: jax.Array | None, like: jax.Array) -> jax.Array:
+    """Replace None by an empty array of bool, since C functions have no optional arguments."""
+    return vary_like(jnp.zeros((0,), bool), like) if flags is None else flags
 
 
 def can_call(dtype: Any) -> bool:
-    """Whether the functions can take arrays of `dtype` here: float32, a CPU and a C compiler."""
+    """Whether the C functions support `dtype` and this machine: float32, a CPU, a C compiler."""
     return dtype == jnp.float32 and jax.default_backend() == "cpu" and has_native_functions()
 
 
 def takes_native(x: jax.Array, native: bool | None) -> bool:
-    """Whether a function that passes over `x` is to be called.
+    """Whether to call a C function for the array `x`.
 
     Args:
       x: the array.
-      native: True or False say so; None asks whether it takes less time than XLA's own loops (a
-        call costs some 5 microseconds, as much as a few small operations).
+      native: the choice; None chooses the faster one by `LEAST_ENTRIES`.
 
     Raises:
-      ValueError: `native` is True and there is no such function for `x` here.
+      ValueError: `native` is True and the C functions do not support `x` here.
     """
     if native and not can_call(x.dtype):
         raise ValueError(f"native=True: needs float32 (got {x.dtype}), a CPU and a C compiler")
-    # Sizes that `jax.export` leaves open are not known.
-    if not all(isinstance(size, int) for size in x.shape) or 0 in x.shape:
+    if not is_static(x.shape) or 0 in x.shape:
         return False
     return bool(native) if native is not None else x.size >= LEAST_ENTRIES and can_call(x.dtype)
 
 
-@functools.cache
 def has_native_functions() -> bool:
     """Whether XLA can call the C functions on the CPU; compiles them at the first call.
 
-    What was compiled is kept in the user's cache folder under a name that follows from source,
-    compiler and processor. Where it cannot be compiled or loaded, a warning says why, once.
+    Safe in threads: the others wait for the one that compiles. The library is kept in the user's
+    cache folder under a hash of source, compiler and processor. If it cannot be compiled or
+    loaded, one warning says why.
     """
+    with _LOCK:
+        return _register_functions()
+
+
+@functools.cache
+def _register_functions() -> bool:
     try:
         command = shlex.split(os.environ.get("CC", "")) or ["cc"]
     except ValueError as error:
@@ -114,23 +138,23 @@ def _load(command: list[str]) -> ctypes.CDLL:
     name = _fingerprint(command)
     try:
         folder = cache_folder("native")
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds what will be executed
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # its files will be executed
         _check_owner(os.stat(folder), folder)
-        kept, seal = folder / f"{name}.so", folder / f"{name}.sha256"
-        if _is_sealed(kept, seal):
-            return _open(kept)
+        cached, seal = folder / f"{name}.so", folder / f"{name}.sha256"
+        if _is_sealed(cached, seal):
+            return _open(cached)
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            made = _compile(command, Path(work))
-            library = _open(made)
-            Path(work, "seal").write_text(sha256_hex(read_file(made)))
-            for file, mode in ((made, 0o700), (Path(work, "seal"), 0o600)):
-                file.chmod(mode)  # whatever the umask is
-            os.replace(made, kept)
+            compiled = _compile(command, Path(work))
+            library = _open(compiled)
+            Path(work, "seal").write_text(sha256_hex(read_file(compiled)))
+            for file, mode in ((compiled, 0o700), (Path(work, "seal"), 0o600)):
+                file.chmod(mode)  # independent of the umask
+            os.replace(compiled, cached)
             os.replace(Path(work, "seal"), seal)
             return library
     except (OSError, RuntimeError) as error:
-        logging.info("compiled code is not kept: %s", error)
-    # Once it is loaded, the file is no longer needed.
+        logging.info("compiled code is not cached: %s", error)
+    # A loaded library does not need its file.
     with tempfile.TemporaryDirectory() as work:
         return _open(_compile(command, Path(work)))
 
@@ -147,7 +171,7 @@ def _compile(command: list[str], folder: Path) -> Path:
     target = folder / "native.so"
     sources = [str(source) for source in _SOURCES]
     failure = None
-    for machine in _FOR_THIS_MACHINE:
+    for machine in _MACHINE_OPTIONS:
         arguments = [*_OPTIONS, *machine, f"-I{jax.ffi.include_dir()}", *sources, "-lm"]
         try:
             _run([*command, *arguments, "-o", str(target)])
@@ -159,13 +183,13 @@ def _compile(command: list[str], folder: Path) -> Path:
 
 
 def _run(arguments: list[str]) -> bytes:
-    """What a compiler prints, which may be anything; it is stopped if it does not end.
+    """Run a compiler and return its output, which may be of any encoding.
 
     Raises:
       OSError: it cannot be started.
       SubprocessError: it fails, or takes longer than `COMPILER_SECONDS`.
     """
-    # A file, not a pipe: processes that a compiler leaves behind would keep a pipe open.
+    # A file, not a pipe: orphaned child processes of a compiler would keep a pipe open.
     with tempfile.TemporaryFile() as printed:
         process = subprocess.Popen(
             arguments,
@@ -188,7 +212,7 @@ def _run(arguments: list[str]) -> bytes:
 
 
 def _fingerprint(command: list[str]) -> str:
-    """Changes with everything on which the compiled code depends."""
+    """Hash all that the compiled code depends on."""
     version = _run([*command, "--version"])
     digest = hashlib.sha256()
     for source in (*_SOURCES, *_HEADERS):
@@ -202,7 +226,7 @@ def _fingerprint(command: list[str]) -> str:
 
 
 def _processor() -> Iterator[str]:
-    """Lines that tell processors of different instruction sets apart, where the system has them."""
+    """List the lines of /proc/cpuinfo, if any, that identify the instruction set."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -212,7 +236,7 @@ def _processor() -> Iterator[str]:
 
 
 def _is_sealed(file: Path, seal: Path) -> bool:
-    """Whether the file is what this user compiled: whole, and nobody else can have written it."""
+    """Whether the file is intact, and only this user can have written it."""
     try:
         for path in (file, seal):
             with open_file(path) as opened:

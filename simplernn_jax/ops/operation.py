@@ -1,13 +1,13 @@
-"""Operations with a form for each platform, under every transformation of JAX.
+"""Operations with an implementation per platform, under every transformation of JAX.
 
-An operation has a pure form, from which JAX can derive everything, and fast forms of it and of its
-gradient that JAX cannot differentiate (C functions, loops with a gradient of their own). One JAX
-primitive carries all of them:
+An operation has a pure form, which JAX can transform, and fast forms of it and of its gradient that
+JAX cannot differentiate (C functions, loops with a custom gradient). One JAX primitive carries all
+of them:
 
-- lowering takes the CPU's form on a CPU, and the default elsewhere and in `jax.export`, whose
-  artifacts run where these C functions are not;
+- lowering takes the CPU form on a CPU, and the default form elsewhere and in `jax.export`, whose
+  artifacts also run where the C functions are missing;
 - reverse mode takes the fast gradient, forward mode and higher orders the pure form;
-- `vmap` maps whichever form is lowered;
+- `vmap` maps the form that is lowered;
 - operands that are sharded under `jit` are partitioned by the operation's own rule.
 """
 
@@ -25,64 +25,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from simplernn_jax.ops.collectives import vary_like
-
-Form = Callable[..., Sequence[jax.Array]]
-"""Arrays to a sequence of arrays. Hashable, so that equal programs are compiled once."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Forms:
-    """One function in several forms, equal but for rounding."""
-
-    default: Form
-    """For any platform."""
-    cpu: Form | None = None
-    """For CPUs, if there is a faster one."""
-    pure: Form | None = None
-    """What JAX differentiates; None if it can differentiate `default`."""
-    partitioned: Callable[[Form], Form] | None = None
-    """Wraps a form in `custom_partitioning`; None leaves sharded operands to XLA."""
-    vmaps_cpu: bool = True
-    """Whether `vmap` may map `cpu`; if not, it maps `differentiable` on CPUs."""
-
-    @property
-    def differentiable(self) -> Form:
-        """The form that JAX differentiates, to any order."""
-        return self.pure or self.default
-
-    def map(self, transform: Callable[[Form], Form]) -> "Forms":
-        """Transform every form for `vmap`; what comes out is partitioned by XLA."""
-        cpu = self.cpu if self.vmaps_cpu or self.cpu is None else self.differentiable
-        return Forms(
-            transform(self.default),
-            None if cpu is None else transform(cpu),
-            None if self.pure is None else transform(self.pure),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Gradient:
-    """Reverse mode of an operation from the inputs x to the outputs y."""
-
-    reverse: Forms
-    """(residuals, cotangents of y) to the cotangents of x, integer inputs at the end left out."""
-    forward: Forms | None = None
-    """x to (y, extras); None if there are no extras."""
-    extras: tuple[tuple[tuple[int, ...], Any], ...] = ()
-    """Shapes and dtypes of what `forward` computes for `reverse` alone."""
-    kept: tuple[int, ...] | None = None
-    """Indices of the inputs that, with the extras after them, are the residuals; None: all."""
-    inputs: Form | None = None
-    """Residuals to x; None if the residuals begin with x."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Linear:
-    """An operation that is linear in its arguments after the first `num_residuals`."""
-
-    num_residuals: int
-    transpose: Forms
-    """(residuals, cotangents of the outputs) to the cotangents of the linear arguments."""
+from simplernn_jax.ops.forms import (
+    Form,
+    Forms,
+    Gradient,
+    Linear,
+    Linearized,
+    Types,
+    Vmapped,
+    as_list,
+)
 
 
 def apply(
@@ -95,24 +47,34 @@ def apply(
 
     Args:
       forms: the operation.
-      inputs: arrays, of which the floating ones are differentiated.
-      outputs: anything with the shape and dtype of each result.
+      inputs: arrays; the floating ones are differentiated.
+      outputs: arrays or structs with the shape and dtype of each result.
       gradient: reverse mode; None differentiates the pure form.
     """
     inputs = [vary_like(x, *inputs) for x in inputs]  # one type inside `shard_map`
-    return _bind(inputs, forms, tuple((y.shape, np.dtype(y.dtype)) for y in outputs), gradient)
+    return _bind(inputs, forms, _types(outputs), gradient)
 
 
 def evaluate(forms: Forms) -> Form:
-    """Make one function of all forms; each platform takes its own, XLA partitions it."""
-    return _Bound(dataclasses.replace(forms, partitioned=None))
+    """Make a function that each platform computes in its own form, and that XLA partitions."""
+    forms = dataclasses.replace(forms, partitioned=None)
+
+    def run(*args: jax.Array) -> Sequence[jax.Array]:
+        return _bind(args, forms, _types(jax.eval_shape(forms.differentiable, *args)))
+
+    return run
+
+
+def is_static(shape: Sequence[Any]) -> bool:
+    """Whether `shape` has no dimension that `jax.export` leaves symbolic."""
+    return all(isinstance(size, int) for size in shape)
 
 
 def on_one_device() -> bool:
     """Whether this code runs on one device, alone or inside `shard_map`.
 
-    If not, XLA may have to partition it: axes of tokens are then kept apart, and no layout is
-    constrained, since jax 0.10 gathers what has one.
+    If not, XLA may have to partition it: axes of tokens are then not merged, and no layout is
+    constrained, since jax 0.10 gathers arrays with constrained layouts.
     """
     return jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
 
@@ -124,41 +86,35 @@ _operation.multiple_results = True
 def _bind(
     args: Sequence[Any],
     forms: Forms,
-    results: Any,
+    results: Types,
     gradient: Gradient | None = None,
-    linear: _Linear | None = None,
+    linear: Linear | None = None,
 ) -> list[Any]:
     params = {"forms": forms, "results": results, "gradient": gradient, "linear": linear}
     return _operation.bind(*args, partitioned=_partitioned(args, forms), **params)
 
 
 def _partitioned(args: Sequence[Any], forms: Forms) -> Any:
-    """The operation inside of `custom_partitioning` as a jaxpr, where there are devices for it.
+    """Trace the operation inside `custom_partitioning`, if there are several devices.
 
-    A parameter of the operation, and not what is bound in its place, because
-    `custom_partitioning` has no rules for `vmap` and derivatives.
+    The jaxpr is a parameter of the primitive, since `custom_partitioning` has no rules for `vmap`
+    and derivatives.
     """
     if forms.partitioned is None or on_one_device():
         return None
-    shapes = tuple((jnp.shape(x), np.dtype(x.dtype)) for x in args)
-    return _partitioned_jaxpr(forms, shapes, jax.config.jax_enable_x64)  # type: ignore[attr-defined, unused-ignore]
+    return _partitioned_jaxpr(forms, _types(args), jax.config.jax_enable_x64)  # type: ignore[attr-defined, unused-ignore]
 
 
 @functools.lru_cache(maxsize=256)
-def _partitioned_jaxpr(forms: Forms, shapes: Any, x64: bool) -> Any:
-    del x64  # what is traced depends on it
+def _partitioned_jaxpr(forms: Forms, types: Types, x64: bool) -> Any:
+    del x64  # a key of the cache
     assert forms.partitioned is not None
-    structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    structs = [jax.ShapeDtypeStruct(*each) for each in types]
     return jax.make_jaxpr(forms.partitioned(evaluate(forms)))(*structs)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Bound:
-    forms: Forms
-
-    def __call__(self, *args: jax.Array) -> Sequence[jax.Array]:
-        shapes = jax.eval_shape(self.forms.differentiable, *args)
-        return _bind(args, self.forms, tuple((y.shape, y.dtype) for y in shapes))
+def _types(arrays: Sequence[Any]) -> Types:
+    return tuple((x.shape, np.dtype(x.dtype)) for x in arrays)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -208,7 +164,7 @@ def _differentiate(
     forms: Forms,
     results: Any,
     gradient: Gradient | None,
-    linear: _Linear | None,
+    linear: Linear | None,
     partitioned: Any,
 ) -> Any:
     del partitioned
@@ -218,16 +174,17 @@ def _differentiate(
         kept = range(len(primals)) if gradient.kept is None else gradient.kept
         residuals = [*(primals[i] for i in kept), *outputs[len(results) :]]
         wrt = tuple(i for i, x in enumerate(primals) if jnp.issubdtype(x.dtype, jnp.inexact))
-        pure = _Restricted(forms.differentiable, gradient.inputs, len(primals), len(residuals), wrt)
-        linear = _Linear(len(residuals), dataclasses.replace(gradient.reverse, pure=_Vjp(pure)))
+        jvp = Linearized(forms.differentiable, gradient.inputs, len(primals), len(residuals), wrt)
+        vjp = dataclasses.replace(jvp, transposed=True)
+        linear = Linear(len(residuals), dataclasses.replace(gradient.reverse, pure=vjp))
         args = [*residuals, *(full[i] for i in wrt)]
-        return outputs[: len(results)], _bind(args, Forms(_Jvp(pure)), results, linear=linear)
+        return outputs[: len(results)], _bind(args, Forms(jvp), results, linear=linear)
     outputs = _bind(primals, forms, results, linear=linear)
     is_zero = [type(tangent) is ad.Zero for tangent in tangents]
     if linear is not None and all(is_zero[: linear.num_residuals]):
         args = [*primals[: linear.num_residuals], *full[linear.num_residuals :]]
         return outputs, _bind(args, forms, results, linear=linear)
-    return outputs, jax.jvp(_as_list(forms.differentiable), tuple(primals), tuple(full))[1]
+    return outputs, jax.jvp(as_list(forms.differentiable), tuple(primals), tuple(full))[1]
 
 
 ad.primitive_jvps[_operation] = _differentiate
@@ -238,7 +195,7 @@ def _transpose(
     *args: Any,
     forms: Forms,
     results: Any,
-    linear: _Linear,
+    linear: Linear,
     **_: Any,
 ) -> list[Any]:
     residuals, linear_args = args[: linear.num_residuals], args[linear.num_residuals :]
@@ -248,10 +205,9 @@ def _transpose(
     ]
     unknown = [ad.is_undefined_primal(x) for x in linear_args]
     avals = [x.aval if u else jax.typeof(x) for x, u in zip(linear_args, unknown, strict=True)]
-    shapes = tuple((aval.shape, aval.dtype) for aval in avals)
-    back = _Linear(linear.num_residuals, forms)
-    found = _bind([*residuals, *cts], linear.transpose, shapes, linear=back)
-    # A linear argument that is known is a zero that JAX has made an array.
+    back = Linear(linear.num_residuals, forms)
+    found = _bind([*residuals, *cts], linear.transpose, _types(avals), linear=back)
+    # A known linear argument is a zero that JAX has instantiated.
     wanted = [ct if u else None for ct, u in zip(found, unknown, strict=True)]
     return [None] * linear.num_residuals + wanted
 
@@ -266,7 +222,7 @@ def _batch(
     forms: Forms,
     results: Any,
     gradient: Gradient | None,
-    linear: _Linear | None,
+    linear: Linear | None,
     partitioned: Any,
 ) -> Any:
     del partitioned
@@ -274,28 +230,28 @@ def _batch(
     axes = tuple(None if d is None else 0 for d in dims)
     (size, *_) = (x.shape[0] for x, axis in zip(args, axes, strict=True) if axis == 0)
 
-    def more(shapes: Any) -> Any:
-        return tuple(((size, *shape), dtype) for shape, dtype in shapes)
+    def batched(types: Types) -> Types:
+        return tuple(((size, *shape), dtype) for shape, dtype in types)
 
     def mapped(forms: Forms, in_axes: Any, out_axes: Any = None) -> Forms:
-        return forms.map(functools.partial(_Vmapped, in_axes=in_axes, out_axes=out_axes))
+        return forms.map(functools.partial(Vmapped, in_axes=in_axes, out_axes=out_axes))
 
     if gradient is not None:
         kept = axes if gradient.kept is None else tuple(axes[i] for i in gradient.kept)
-        of_residuals = (*kept, *[0] * len(gradient.extras))
+        residuals = (*kept, *[0] * len(gradient.extras))
         cotangents = (0,) * len(results)
         gradient = Gradient(
-            reverse=mapped(gradient.reverse, of_residuals + cotangents, axes),
+            reverse=mapped(gradient.reverse, residuals + cotangents, axes),
             forward=None if gradient.forward is None else mapped(gradient.forward, axes),
-            extras=more(gradient.extras),
+            extras=batched(gradient.extras),
             kept=gradient.kept,
-            inputs=gradient.inputs and _Vmapped(gradient.inputs, of_residuals, axes, summed=False),
+            inputs=gradient.inputs and Vmapped(gradient.inputs, residuals, axes, summed=False),
         )
     if linear is not None:
         n = linear.num_residuals
         in_axes = axes[:n] + (0,) * len(results)
-        linear = _Linear(n, mapped(linear.transpose, in_axes, axes[n:]))
-    outputs = _bind(args, mapped(forms, axes), more(results), gradient, linear)
+        linear = Linear(n, mapped(linear.transpose, in_axes, axes[n:]))
+    outputs = _bind(args, mapped(forms, axes), batched(results), gradient, linear)
     return outputs, [0] * len(outputs)
 
 
@@ -308,71 +264,3 @@ def _instantiate(tangent: Any, primal: Any) -> Any:
     if not jnp.issubdtype(primal.dtype, jnp.inexact):
         return np.zeros(jnp.shape(primal), jax.dtypes.float0)
     return vary_like(jnp.zeros_like(primal), primal)
-
-
-def _as_list(form: Form) -> Form:
-    return lambda *args: list(form(*args))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Vmapped:
-    """A form over another axis. Results without it in `out_axes` are summed over it, or taken
-    from its first entry."""
-
-    form: Form
-    in_axes: tuple[int | None, ...]
-    out_axes: tuple[int | None, ...] | None = None
-    summed: bool = True
-
-    def __call__(self, *args: jax.Array) -> Sequence[jax.Array]:
-        outputs = list(jax.vmap(_as_list(self.form), self.in_axes)(*args))
-        for i, axis in enumerate(self.out_axes or ()):
-            if axis is None and i < len(outputs):
-                outputs[i] = jnp.sum(outputs[i], 0) if self.summed else outputs[i][0]
-        return outputs
-
-
-@dataclasses.dataclass(frozen=True)
-class _Restricted:
-    """A form as a function of some of its inputs, where it stands at given residuals."""
-
-    form: Form
-    inputs: Form | None
-    num_inputs: int
-    num_residuals: int
-    wrt: tuple[int, ...]
-
-    def at(self, residuals: Sequence[jax.Array]) -> tuple[Form, list[jax.Array]]:
-        """That function, and the values of those inputs."""
-        inputs = residuals if self.inputs is None else self.inputs(*residuals)
-        inputs = list(inputs[: self.num_inputs])
-
-        def function(*some: jax.Array) -> Sequence[jax.Array]:
-            values = list(inputs)
-            for i, x in zip(self.wrt, some, strict=True):
-                values[i] = x
-            return list(self.form(*values))
-
-        return function, [inputs[i] for i in self.wrt]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Jvp:
-    """(residuals, tangents) to the tangents of the outputs."""
-
-    of: _Restricted
-
-    def __call__(self, *args: jax.Array) -> Sequence[jax.Array]:
-        function, values = self.of.at(args[: self.of.num_residuals])
-        return jax.jvp(function, values, list(args[self.of.num_residuals :]))[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Vjp:
-    """(residuals, cotangents of the outputs) to the cotangents of the inputs."""
-
-    of: _Restricted
-
-    def __call__(self, *args: jax.Array) -> Sequence[jax.Array]:
-        function, values = self.of.at(args[: self.of.num_residuals])
-        return jax.vjp(function, *values)[1](list(args[self.of.num_residuals :]))

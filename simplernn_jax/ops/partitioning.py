@@ -1,36 +1,36 @@
-"""How an operation that XLA cannot look into is partitioned when its operands are sharded."""
+"""Partitioning of operations that are opaque to XLA's partitioner."""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from simplernn_jax.ops.operation import Form
+from simplernn_jax.ops.forms import Form
 
-
-def axis_names(axes: Any) -> tuple[str, ...]:
-    """One entry of a `PartitionSpec` as a tuple of names."""
-    if axes is None:
-        return ()
-    return (axes,) if isinstance(axes, str) else tuple(axes)
+MeshAxes = Mapping[str, tuple[str, ...]]
+"""Mesh axes over which each named axis is sharded; an empty tuple if it is not."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Partitioned:
-    """Names the axes of an operation's arrays, such as ``"b t d"``; wraps its forms.
+    """Partitioning by named axes of an operation's arrays, such as ``"b t d"``.
 
-    An axis that several arrays have is sharded alike in all of them. Each device runs the form on
-    its shards, which is right for axes along which the operation is independent; the others are
-    `replicated`.
+    An axis that several arrays share is sharded alike in all of them. Each device runs the form on
+    its shards, which is correct along axes whose entries are independent.
     """
 
     inputs: tuple[str, ...]
     results: tuple[str, ...]
     replicated: tuple[str, ...]
+    """Axes that are not sharded."""
+    on_shards: Callable[[Form, MeshAxes], Form] | None = None
+    """Makes the form that each device runs; None is the form itself."""
+    minimum: tuple[tuple[str, str], ...] = ()
+    """Pairs of axes: a shard of the first must be at least as long as the second."""
 
     def __call__(self, form: Form) -> Form:
         """Wrap `form` in `custom_partitioning`."""
@@ -44,42 +44,38 @@ class Partitioned:
         )
         return partitioned
 
-    def shard_form(self, form: Form, over: Mapping[str, Any]) -> Form:
-        """Make the form that each device runs.
-
-        Args:
-          form: the operation.
-          over: the mesh axes over which each axis is sharded: a name, a tuple of names or None.
-        """
-        del over
-        return form
-
-    def admit(self, over: dict[str, Any], mesh: Mesh, inputs: Sequence[Any]) -> dict[str, Any]:
-        """Drop those of `over` that the operation cannot take with arrays of these shapes."""
-        del mesh, inputs
-        return over
-
     def _partition(self, form: Form, mesh: Mesh, inputs: Any, results: Any) -> Any:
         del results
-        over: dict[str, Any] = {}
-        taken: set[str] = set()
+        sizes: dict[str, int] = {}
+        over: dict[str, tuple[str, ...]] = {}
         for names, x in zip(self.inputs, inputs, strict=True):
-            for name, size, axes in zip(names.split(), x.shape, x.sharding.spec, strict=False):
-                mesh_axes = axis_names(axes)
-                # A mesh axis shards one axis. Uneven shards are padded, with anything.
-                shards = math.prod(mesh.shape[axis] for axis in mesh_axes)
-                free = name not in self.replicated and name not in over
-                if mesh_axes and free and size % shards == 0 and taken.isdisjoint(mesh_axes):
-                    over[name] = axes
-                    taken.update(mesh_axes)
-        over = self.admit(over, mesh, inputs)
+            sizes.update(zip(names.split(), x.shape, strict=True))
+            for name, axes in zip(names.split(), x.sharding.spec, strict=False):
+                mesh_axes = _axis_names(axes)
+                # A mesh axis shards one axis. The padding of uneven shards is undefined.
+                taken = {axis for others in over.values() for axis in others}
+                is_free = name not in {*self.replicated, *over} and taken.isdisjoint(mesh_axes)
+                if mesh_axes and is_free and sizes[name] % _count(mesh, mesh_axes) == 0:
+                    over[name] = mesh_axes
+        over = {name: over.get(name, ()) for name in sizes}
+        for name, other in self.minimum:
+            if sizes[name] // _count(mesh, over[name]) < sizes[other]:
+                over[name] = ()
 
         def shardings(arrays: Sequence[str]) -> list[NamedSharding]:
-            return [NamedSharding(mesh, P(*map(over.get, names.split()))) for names in arrays]
+            specs = [P(*(over[name] or None for name in names.split())) for names in arrays]
+            return [NamedSharding(mesh, spec) for spec in specs]
 
-        return (
-            mesh,
-            self.shard_form(form, over),
-            shardings(self.results),
-            tuple(shardings(self.inputs)),
-        )
+        on_shard = form if self.on_shards is None else self.on_shards(form, over)
+        return mesh, on_shard, shardings(self.results), tuple(shardings(self.inputs))
+
+
+def _axis_names(axes: Any) -> tuple[str, ...]:
+    """Convert one entry of a `PartitionSpec` to a tuple of names."""
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _count(mesh: Mesh, axes: Sequence[str]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)

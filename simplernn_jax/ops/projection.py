@@ -1,7 +1,7 @@
 """Projections whose kernels may be sharded over the mesh axes ``fsdp`` and ``tensor``.
 
-Inside `jax.shard_map`, kernels are gathered over ``fsdp`` where they are used, and again for the
-gradient. Over ``tensor`` a projection is (Megatron-LM, arXiv:1909.08053, section 3)
+Inside `jax.shard_map`, kernels are gathered over ``fsdp`` before use, forward and backward. Over
+``tensor`` a projection is (Megatron-LM, arXiv:1909.08053, section 3)
 
 - column parallel, ``[in / fsdp, out / tensor]``: each device computes its outputs from all inputs;
 - row parallel, ``[in / tensor, out / fsdp]``: each device has its inputs, and the outputs are sums
@@ -21,12 +21,12 @@ from simplernn_jax.ops.matmul import fused_matmul
 def fused_projection(
     x: jax.Array, kernels: Sequence[jax.Array], dtype: Any, *, row_parallel: bool = False
 ) -> tuple[jax.Array, ...]:
-    """`fused_matmul` of `x` with each kernel.
+    """Multiply `x` with each kernel, as `fused_matmul`.
 
     Args:
       x: ``[..., in]``, or this device's inputs ``[..., in / tensor]`` if `row_parallel`.
       kernels: this device's shards, all column parallel or all row parallel.
-      dtype: of the operands; results are float32 at least.
+      dtype: dtype of the operands; results are float32 at least.
       row_parallel: sum the results over ``tensor``.
     """
     x = vary_like(x, *kernels)  # its gradient is summed over `tensor` once for all kernels

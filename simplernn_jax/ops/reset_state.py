@@ -1,4 +1,4 @@
-"""What can be done with the rows of any recurrent state, whatever it is made of."""
+"""Resets of recurrent states of any structure."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from simplernn_jax.ops.checks import BOOL, check_array, check_batch
 
 
 def reset_state(state: ModelState, reset: jax.Array | np.ndarray) -> ModelState:
-    """Zeros the state of the rows where `reset` ``[B]`` is True.
+    """Zero the state of the sequences where `reset` ``[B]`` is True.
 
     Raises:
       ValueError: `reset` has another rank, or a leaf of `state` another batch size.
@@ -17,7 +17,7 @@ def reset_state(state: ModelState, reset: jax.Array | np.ndarray) -> ModelState:
     """
     check_batch("state", state, check_array("reset", reset, "B", BOOL)["B"])
 
-    def clear(leaf: jax.Array) -> jax.Array:
+    def reset_leaf(leaf: jax.Array) -> jax.Array:
         return jnp.where(reset.reshape(-1, *[1] * (leaf.ndim - 1)), 0, leaf)
 
-    return jax.tree.map(clear, state)
+    return jax.tree.map(reset_leaf, state)

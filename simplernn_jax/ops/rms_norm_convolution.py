@@ -1,8 +1,8 @@
-"""A short causal convolution over root-mean-square normalised inputs, channel by channel.
+"""A short causal depthwise convolution of root-mean-square normalized inputs.
 
-On a CPU it is one compiled C function forward and one backward (`normalized.c`): each
-of its steps alone does little but read and write its arrays, so one pass takes a few times less
-than XLA's, which makes an array of every shifted input and of every product that it sums.
+On a CPU it is one compiled C function forward and one backward (`rms_norm.c`). Its steps are bound
+by memory: one pass is several times faster than XLA's code, which materializes every shifted input
+and every summand.
 """
 
 import functools
@@ -13,18 +13,24 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import Activations, ConvState
-from simplernn_jax.ops.checks import check_convolution
-from simplernn_jax.ops.collectives import vary_like
+from simplernn_jax.ops.checks import BOOL, FLOATING, check_array
 from simplernn_jax.ops.convolution_sharding import (
     partition_convolution,
     partition_convolution_gradient,
 )
-from simplernn_jax.ops.native import CONVOLUTION_BACKWARD, CONVOLUTION_FORWARD, takes_native
-from simplernn_jax.ops.operation import Forms, Gradient, apply
-from simplernn_jax.ops.rms_norm import EPSILON, rms_norm
+from simplernn_jax.ops.forms import Forms, Gradient
+from simplernn_jax.ops.native import (
+    CONVOLUTION_BACKWARD,
+    CONVOLUTION_FORWARD,
+    call_native,
+    or_empty,
+    takes_native,
+)
+from simplernn_jax.ops.operation import apply
+from simplernn_jax.ops.rms_norm import inverse_rms, rms_norm
 
-_STRETCH = 128
-"""Tokens whose gradients of the weights are summed apart, so that threads can share the work."""
+_TOKENS_PER_PARTIAL_SUM = 128
+"""The gradient of the weights is summed in parts of this many tokens, which threads share."""
 
 
 def rms_norm_convolution(
@@ -35,24 +41,30 @@ def rms_norm_convolution(
     *,
     native: bool | None = None,
 ) -> tuple[Activations, ConvState]:
-    """``y_t = sum_i w_i n_{t-i}`` for i in 0 .. W - 1, where ``n = rms_norm(x)``.
+    """Compute ``y_t = sum_i w_i n_{t-i}`` for i in 0 .. W - 1, where ``n = rms_norm(x)``.
 
     Args:
       x: ``[B, T, D]``.
-      weights: ``[W, D]``; row i belongs to the input i tokens ago.
+      weights: ``[W, D]``; entry i belongs to the input i tokens ago.
       recent: n before the first token, ``[B, W - 1, D]``, of the first token's segment.
-      starts: ``[B, T]`` bool: the token begins a segment, and nothing is taken from before it.
-        None: no token does.
-      native: call the C functions; None where it pays.
+      starts: ``[B, T]`` bool: the token starts a segment, which no earlier input reaches; or None.
+      native: call the C functions; None decides by size and platform.
 
     Returns:
-      ``[B, T, D]``, and the last W - 1 of recent and n, whatever their segment.
+      ``[B, T, D]``, and the last W - 1 of recent and n, of any segment.
 
     Raises:
       ValueError: wrong ranks, or shapes that do not fit together.
       TypeError: wrong dtypes.
     """
-    check_convolution(x, weights, recent, starts)
+    sizes = check_array("x", x, "B T D")
+    sizes = check_array("weights", weights, "W D", FLOATING, sizes)
+    if sizes["W"] == 0:
+        raise ValueError("weights: expected [W, D] with W of at least 1; got W = 0")
+    sizes["P"] = sizes["W"] - 1
+    check_array("recent", recent, "B P D", FLOATING, sizes)
+    if starts is not None:
+        check_array("starts", starts, "B T", BOOL, sizes)
     x, weights, recent = map(jnp.asarray, (x, weights, recent))  # float64 may be float32 here
     x = x.astype(recent.dtype)
     if not takes_native(x, native):
@@ -84,41 +96,39 @@ def _by_shifts(
 
 @functools.cache
 def _operation(has_starts: bool) -> tuple[Forms, Forms, Forms]:
-    """Inputs to (y, final), inputs to (y, final, scale), and the gradient.
-
-    Inputs are x, weights, recent and, where there are any, starts.
-    """
+    """Make (x, weights, recent[, starts]) to (y, final), to (y, final, scale), and the gradient."""
+    partitioned = partition_convolution(has_starts, has_scale=False)
+    with_scale = partition_convolution(has_starts, has_scale=True)
+    gradient = partition_convolution_gradient(has_starts)
     return (
         Forms(
             lambda *inputs: _forward(*inputs)[:2],
             lambda *inputs: _forward_in_c(*inputs)[:2],
-            None,
-            partition_convolution(has_starts, has_scale=False),
+            partitioned=partitioned,
         ),
-        Forms(_forward, _forward_in_c, None, partition_convolution(has_starts, has_scale=True)),
-        Forms(_gradient, _gradient_in_c, None, partition_convolution_gradient(has_starts)),
+        Forms(_forward, _forward_in_c, partitioned=with_scale),
+        Forms(_gradient, _gradient_in_c, partitioned=gradient),
     )
 
 
 def _forward(
     x: jax.Array, weights: jax.Array, recent: jax.Array, starts: jax.Array | None = None
 ) -> Sequence[jax.Array]:
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1) + EPSILON)
+    scale = inverse_rms(x)
     return *_by_shifts(x, weights, recent, starts), scale
 
 
 def _forward_in_c(
     x: jax.Array, weights: jax.Array, recent: jax.Array, starts: jax.Array | None = None
 ) -> Sequence[jax.Array]:
-    results = [jax.typeof(x), jax.typeof(x[..., 0]), jax.typeof(recent)]
-    call = jax.ffi.ffi_call(CONVOLUTION_FORWARD, results, vmap_method="broadcast_all")
-    y, scale, final = call(x, weights, recent, _or_empty(starts, x))
+    results = [x, x[..., 0], recent]
+    arguments = (x, weights, recent, or_empty(starts, x))
+    y, scale, final = call_native(CONVOLUTION_FORWARD, results, *arguments)
     return y, final, scale
 
 
 def _gradient(*args: jax.Array) -> Sequence[jax.Array]:
-    *inputs, _, d_y, d_final = args
-    x, weights, recent, *starts = inputs
+    x, weights, recent, *starts, _, d_y, d_final = args
 
     def function(x: jax.Array, weights: jax.Array, recent: jax.Array) -> Any:
         return _by_shifts(x, weights, recent, starts[0] if starts else None)
@@ -127,17 +137,12 @@ def _gradient(*args: jax.Array) -> Sequence[jax.Array]:
 
 
 def _gradient_in_c(*args: jax.Array) -> Sequence[jax.Array]:
-    *inputs, scale, d_y, d_final = args
-    x, weights, recent, *starts = inputs
-    pieces = (*x.shape[:-2], -(-x.shape[-2] // _STRETCH), *weights.shape)
-    parts = jnp.broadcast_to(weights, pieces)
-    results = [jax.typeof(x), jax.typeof(parts), jax.typeof(recent)]
-    call = jax.ffi.ffi_call(CONVOLUTION_BACKWARD, results, vmap_method="broadcast_all")
-    begins = _or_empty(starts[0] if starts else None, x)
-    d_x, d_weights, d_recent = call(x, weights, recent, begins, scale, d_y, d_final)
+    x, weights, recent, *starts, scale, d_y, d_final = args
+    parts = -(-x.shape[-2] // _TOKENS_PER_PARTIAL_SUM)
+    partial_sums = jnp.broadcast_to(weights, (*x.shape[:-2], parts, *weights.shape))
+    begins = or_empty(starts[0] if starts else None, x)
+    arguments = (x, weights, recent, begins, scale, d_y, d_final)
+    d_x, d_weights, d_recent = call_native(
+        CONVOLUTION_BACKWARD, [x, partial_sums, recent], *arguments
+    )
     return d_x, jnp.sum(d_weights, axis=(0, 1)), d_recent
-
-
-def _or_empty(starts: jax.Array | None, x: jax.Array) -> jax.Array:
-    # No argument of a C function can be left out; this one may be empty.
-    return vary_like(jnp.zeros((0,), bool), x) if starts is None else starts

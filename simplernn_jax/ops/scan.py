@@ -9,7 +9,8 @@ Per head, with state S in R^{K x V}::
 is tested against this one, output, final state and gradients.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,31 @@ from simplernn_jax.array_types import HeadState
 from simplernn_jax.ops.checks import FLOATING, check_array
 
 
+class Inputs(NamedTuple):
+    """Arguments of the recurrence."""
+
+    q: jax.Array  # [B, T, H, K]
+    k: jax.Array  # [B, T, H, K]
+    v: jax.Array  # [B, T, H, V]
+    log_gate: jax.Array  # [B, T, H, K]
+    state: HeadState  # [B, H, K, V] before the first token; sums are of its dtype
+    reset: jax.Array | None = None  # [B, T] bool: the state is reset before the token
+
+    def arrays(self) -> list[jax.Array]:
+        """List the arrays that are not None."""
+        return [x for x in self if x is not None]
+
+    def map_time(self, function: Callable[[jax.Array], jax.Array], state: Any = None) -> "Inputs":
+        """Apply `function` to the arrays that have an axis of time, and replace the state."""
+        q, k, v, log_gate = map(function, self[:4])
+        reset = None if self.reset is None else function(self.reset)
+        return Inputs(q, k, v, log_gate, state, reset)
+
+
 def recurrent_step(
     q: jax.Array, k: jax.Array, v: jax.Array, log_gate: jax.Array, state: HeadState
 ) -> tuple[jax.Array, HeadState]:
-    """One token of the recurrence.
+    """Compute one token of the recurrence.
 
     Args:
       q: ``[B, H, K]``.
@@ -49,23 +71,15 @@ def recurrent_step(
     return output.astype(v.dtype), state
 
 
-def scan(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_gate: jax.Array,
-    initial_state: HeadState,
-    clear: jax.Array | None,
-) -> tuple[jax.Array, HeadState]:
-    """The recurrence over ``[B, T, H, .]``; `clear` ``[B, T]`` empties the state before t."""
+def scan(inputs: Inputs) -> tuple[jax.Array, HeadState]:
+    """Compute the output ``[B, T, H, V]`` and the final state ``[B, H, K, V]``."""
 
-    def step(state: HeadState, inputs: Any) -> tuple[HeadState, jax.Array]:
-        q, k, v, log_gate, clear_now = inputs
-        if clear_now is not None:
-            state = jnp.where(clear_now[:, None, None, None], 0, state)
-        output, state = recurrent_step(q, k, v, log_gate, state)
+    def step(state: HeadState, token: Inputs) -> tuple[HeadState, jax.Array]:
+        if token.reset is not None:
+            state = jnp.where(token.reset[:, None, None, None], 0, state)
+        output, state = recurrent_step(*token[:4], state)
         return state, output
 
-    time_first = [x if x is None else jnp.moveaxis(x, 1, 0) for x in (q, k, v, log_gate, clear)]
-    final_state, output = jax.lax.scan(step, initial_state, tuple(time_first))
+    time_first = inputs.map_time(lambda x: jnp.moveaxis(x, 1, 0))
+    final_state, output = jax.lax.scan(step, inputs.state, time_first)
     return jnp.moveaxis(output, 0, 1), final_state

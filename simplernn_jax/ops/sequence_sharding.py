@@ -1,135 +1,115 @@
 """The recurrence with operands that are sharded under `jit`: over batch, heads and time.
 
-Sequences and heads are independent. Sequence shards are run at once, each from a zero state; their
-final states and decays, K (V + 1) numbers of each head, are gathered, and give every device the
-state that enters its shard. For the gradient, what goes back into the state is gathered likewise.
-K and V are not sharded.
+Sequences and heads are independent. Sequence shards run in parallel, each from a zero state; their
+final states and decays, K (V + 1) numbers per head, are gathered, and give every device the state
+before its shard (`incoming_state`). The gradient gathers the cotangents of the states likewise. K
+and V are not sharded.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.ops.operation import Form
-from simplernn_jax.ops.partitioning import Partitioned, axis_names
+from simplernn_jax.ops.forms import Form
+from simplernn_jax.ops.incoming_state import Reads, decayed_queries, read_state, shard_decay
+from simplernn_jax.ops.partitioning import MeshAxes, Partitioned
+from simplernn_jax.ops.scan import Inputs
 
 _INPUTS = ("b t h k", "b t h k", "b t h v", "b t h k", "b h k v")
-"""Axes of q, k, v, log_gate and initial_state, which `clear` may follow."""
-_CLEAR = "b t"
+_RESET = "b t"
 _RESULTS = ("b t h v", "b h k v")
 
 
-def partition_recurrence(has_clear: bool) -> Partitioned:
-    """Partition (q, k, v, log_gate, state[, clear]) to (output, final state)."""
-    inputs = (*_INPUTS, _CLEAR) if has_clear else _INPUTS
-    return _Recurrence(inputs, _RESULTS, ("k", "v"))
+def partition_recurrence(has_reset: bool) -> Partitioned:
+    """Partition `Inputs`, with or without `reset`, to (output, final state)."""
+
+    def on_shards(form: Form, over: MeshAxes) -> Form:
+        axes = over["t"]
+        return (lambda *args: _run_shard(form, axes, Inputs(*args))) if axes else form
+
+    inputs = (*_INPUTS, _RESET) if has_reset else _INPUTS
+    return Partitioned(inputs, _RESULTS, ("k", "v"), on_shards)
 
 
-def partition_gradient(forward: Form, has_clear: bool) -> Partitioned:
+def partition_gradient(forward: Form, has_reset: bool) -> Partitioned:
     """Partition (inputs, cotangents of the results) to the cotangents of the first five inputs.
 
     Args:
       forward: the recurrence.
-      has_clear: whether `clear` is among the inputs.
+      has_reset: whether `reset` is among the inputs.
     """
-    inputs = (*_INPUTS, _CLEAR, *_RESULTS) if has_clear else (*_INPUTS, *_RESULTS)
-    return _Gradient(inputs, _INPUTS, ("k", "v"), forward)
+
+    def on_shards(form: Form, over: MeshAxes) -> Form:
+        def run(*args: Any) -> Any:
+            return _shard_gradient(forward, form, over["t"], Inputs(*args[:-2]), *args[-2:])
+
+        return run if over["t"] else form
+
+    inputs = (*_INPUTS, _RESET, *_RESULTS) if has_reset else (*_INPUTS, *_RESULTS)
+    return Partitioned(inputs, _INPUTS, ("k", "v"), on_shards)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Recurrence(Partitioned):
-    def shard_form(self, form: Form, over: Mapping[str, Any]) -> Form:
-        return _TimeShards(axis_names(over["t"]), form) if over.get("t") else form
+def _run_shard(form: Form, axes: tuple[str, ...], inputs: Inputs) -> list[jax.Array]:
+    """Compute the outputs of this shard, and the final state of the whole sequence."""
+    q, _, v, log_gate, initial_state, reset = inputs
+    reads = _reads(reset)
+    output, state = _from_zero(form, inputs)
+    decay = shard_decay(log_gate.astype(state.dtype), reads)
+    incoming, final = _scan_shards(axes, decay, state, initial_state)
+    return [(output + read_state(q, log_gate, reads, incoming)).astype(v.dtype), final]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Gradient(Partitioned):
-    forward: Form
-
-    def shard_form(self, form: Form, over: Mapping[str, Any]) -> Form:
-        if not over.get("t"):
-            return form
-        return _TimeShardsGradient(axis_names(over["t"]), self.forward, form)
-
-
-@dataclasses.dataclass(frozen=True)
-class _TimeShards:
-    """`form` over a device's sequence shard; the final state is that of the whole sequence."""
-
-    axes: tuple[str, ...]
-    form: Form
-
-    def __call__(
-        self, q: Any, k: Any, v: Any, log_gate: Any, initial_state: Any, *clear: Any
-    ) -> list[jax.Array]:
-        output, state = self.form(q, k, v, log_gate, jnp.zeros_like(initial_state), *clear)
-        incoming, final = states_between(self.axes, log_gate, clear, state, initial_state)
-        read = jnp.einsum("bthk,bhkv->bthv", _decayed(q, log_gate, clear), incoming)
-        return [(output + read).astype(v.dtype), final]
+def _shard_gradient(
+    forward: Form,
+    gradient: Form,
+    axes: tuple[str, ...],
+    inputs: Inputs,
+    d_output: jax.Array,
+    d_final: jax.Array,
+) -> list[jax.Array]:
+    q, _, _, log_gate, initial_state, reset = inputs
+    reads = _reads(reset)
+    _, state = _from_zero(forward, inputs)
+    decay = shard_decay(log_gate.astype(state.dtype), reads)
+    incoming, _ = _scan_shards(axes, decay, state, initial_state)
+    queries = decayed_queries(q, log_gate, reads)
+    d_state = jnp.einsum("bthk,bthv->bhkv", queries, d_output.astype(state.dtype))
+    d_outgoing, d_initial = _scan_shards(axes, decay, d_state, d_final, reverse=True)
+    arrays = inputs._replace(state=incoming).arrays()
+    return [*gradient(*arrays, d_output, d_outgoing)[:4], d_initial]
 
 
-@dataclasses.dataclass(frozen=True)
-class _TimeShardsGradient:
-    axes: tuple[str, ...]
-    forward: Form
-    gradient: Form
-
-    def __call__(
-        self, q: Any, k: Any, v: Any, log_gate: Any, initial_state: Any, *others: Any
-    ) -> list[jax.Array]:
-        *clear, d_output, d_final = others
-        inputs = (q, k, v, log_gate)
-        _, state = self.forward(*inputs, jnp.zeros_like(initial_state), *clear)
-        incoming, _ = states_between(self.axes, log_gate, clear, state, initial_state)
-        d_state = jnp.einsum(
-            "bthk,bthv->bhkv", _decayed(q, log_gate, clear), d_output.astype(state.dtype)
-        )
-        back, d_initial = states_between(
-            self.axes, log_gate, clear, d_state, d_final, backwards=True
-        )
-        gradients = self.gradient(*inputs, incoming, *clear, d_output, back)
-        return [*gradients[:4], d_initial]
+def _from_zero(form: Form, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    output, state = form(*inputs._replace(state=jnp.zeros_like(inputs.state)).arrays())
+    return output, state
 
 
-def states_between(
-    axes: Sequence[str],
-    log_gate: jax.Array,
-    clear: Sequence[jax.Array],
+def _reads(reset: jax.Array | None) -> Reads:
+    return None if reset is None else jnp.cumsum(reset, axis=1) == 0
+
+
+def _scan_shards(
+    axes: tuple[str, ...],
+    decay: jax.Array,
     state: jax.Array,
     before: jax.Array,
     *,
-    backwards: bool = False,
+    reverse: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """What enters each sequence shard, and what leaves the last, of ``S' = decay * S + state``.
+    """Compute what enters each sequence shard, and leaves the last, of ``S' = decay S + state``.
 
     Args:
       axes: mesh axes over which T is sharded.
-      log_gate: of this device's shard, ``[B, T, H, K]``.
-      clear: nothing, or ``[B, T]`` bool: the state is reset before these tokens.
-      state: what the shard adds, ``[B, H, K, V]``.
-      before: what enters the first shard; the last one, if `backwards`.
-      backwards: go through the shards from the last to the first.
+      decay: of this shard, ``[B, H, K]``.
+      state: what this shard adds, ``[B, H, K, V]``.
+      before: what enters the first shard; the last one, if `reverse`.
+      reverse: go from the last shard to the first.
     """
-    decay = jnp.exp(jnp.sum(log_gate.astype(state.dtype), axis=1))
-    if clear:
-        decay = jnp.where(jnp.any(clear[0], axis=1)[:, None, None], 0, decay)
-    states, decays = jax.lax.all_gather((state, decay), tuple(axes))
-    here, entering = jax.lax.axis_index(tuple(axes)), before
-    places = range(states.shape[0])
-    for place in reversed(places) if backwards else places:
-        entering = jnp.where(here == place, before, entering)
-        before = decays[place][..., None] * before + states[place]
+    states, decays = jax.lax.all_gather((state, decay), axes)
+    index, entering = jax.lax.axis_index(axes), before
+    shards = range(states.shape[0])
+    for shard in reversed(shards) if reverse else shards:
+        entering = jnp.where(index == shard, before, entering)
+        before = decays[shard][..., None] * before + states[shard]
     return entering, before
-
-
-def _decayed(q: jax.Array, log_gate: jax.Array, clear: Sequence[jax.Array]) -> jax.Array:
-    """``q_i e^{b_i}`` at the tokens that read the state before the shard; 0 elsewhere."""
-    dtype = log_gate.dtype
-    if not clear:
-        return q.astype(dtype) * jnp.exp(jnp.cumsum(log_gate, axis=1))
-    reads = (jnp.cumsum(clear[0], axis=1) == 0)[..., None, None]
-    decay = jnp.exp(jnp.cumsum(jnp.where(reads, log_gate, 0), axis=1))
-    return jnp.where(reads, q.astype(dtype) * decay, 0)

@@ -1,7 +1,7 @@
-"""Causal softmax attention over the last tokens, in memory that does not grow with T times T.
+"""Causal softmax attention over a sliding window, in memory linear in T.
 
-Queries are taken in blocks, each with the keys that it may see. Blocks of a long sequence follow
-one another in a compiled loop, and their scores are computed again for the gradient.
+Queries are processed in blocks, each with the keys that it may see. A compiled loop goes through
+the blocks of a long sequence, and the gradient recomputes their scores.
 """
 
 import functools
@@ -16,18 +16,18 @@ from simplernn_jax.array_types import Keys, Positions, Queries, Values
 from simplernn_jax.ops.checks import BOOL, INTEGER, check_array
 
 QUERIES = 256
-"""Queries of one block: `context` + 255 keys at most go with them."""
+"""Queries of one block, which see at most `context` + 255 keys."""
 
 ROTARY_BASE = 10_000.0
-"""Slowest and fastest rotation differ by this factor, as in arXiv:2104.09864, section 3.2.2."""
+"""Bound of the ratio of the fastest to the slowest rotation (arXiv:2104.09864, section 3.2.2)."""
 
 
 def apply_rope(x: jax.Array, positions: Positions) -> jax.Array:
-    """Turns pairs of channels by an angle in proportion to the position (RoFormer, eq. 34).
+    """Apply rotary position embeddings (RoFormer, arXiv:2104.09864, eq. 34).
 
-    The product of two rotated vectors depends on the difference of their positions. Angles are
-    counted in 2^-32 of a turn by integers, which wrap as a turn does: a difference gives the same
-    angle at any position, where a float32 product would be off by 4e-3 after 100,000 tokens.
+    The dot product of two rotated vectors depends on the difference of their positions. Angles are
+    integers in units of 2^-32 turns, which wrap as angles do: they are exact at any position, where
+    float32 angles would be off by 4e-3 after 100,000 tokens.
 
     Args:
       x: ``[B, T, H, K]``, K even; channel i is paired with channel i + K/2.
@@ -56,7 +56,7 @@ def apply_rope(x: jax.Array, positions: Positions) -> jax.Array:
 
 
 def attend(q: Queries, k: Keys, v: Values, mask: jax.Array) -> jax.Array:
-    """Softmax attention of T queries over S keys, which every query sees some of.
+    """Compute softmax attention of T queries over S keys, of which every query sees at least one.
 
     Args:
       q: ``[B, T, H, K]``; scaled by 1/sqrt(K) here.
@@ -76,13 +76,13 @@ def attend(q: Queries, k: Keys, v: Values, mask: jax.Array) -> jax.Array:
     key_dim, value_dim = k.shape[-1], v.shape[-1]
     if q.shape[2] == 0:  # the library divides by the number of heads
         return jnp.zeros((*q.shape[:3], value_dim), q.dtype)
-    if q.dtype == jnp.float64:  # the library's softmax is float32 whatever it is given
+    if q.dtype == jnp.float64:  # the library's softmax is always float32
         scores = jnp.einsum("bthk,bshk->bhts", q, k) * key_dim**-0.5
         weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
         return jnp.einsum("bhts,bshv->bthv", weights, v)
 
     def widen(x: jax.Array) -> jax.Array:
-        # The library wants one width; channels of zeros add nothing to a product.
+        # The library wants K = V; channels of zeros do not change the scores.
         missing = max(key_dim, value_dim) - x.shape[-1]
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else x
 
@@ -93,15 +93,15 @@ def attend(q: Queries, k: Keys, v: Values, mask: jax.Array) -> jax.Array:
 
 
 def sliding_attention(q: Queries, k: Keys, v: Values, reach: jax.Array, context: int) -> jax.Array:
-    """Attention of every query over its own token and the ones before it.
+    """Compute causal attention over the last tokens.
 
     Args:
       q: ``[B, T, H, K]``.
-      k: ``[B, P + T, H, K]``, those of P earlier tokens first.
+      k: ``[B, P + T, H, K]``, with the keys of P earlier tokens first.
       v: ``[B, P + T, H, V]``.
-      reach: ``[B or 1, T]`` int32: how many tokens a query sees, its own included; at least 1,
-        and at most `context` and what there is.
-      context: bound of `reach`: keys further back than this are not touched.
+      reach: ``[B or 1, T]`` int32: number of tokens that a query sees, its own included; at least
+        1, and at most `context` and the number of tokens up to its own.
+      context: upper bound of `reach`; earlier keys are not read.
 
     Returns:
       ``[B, T, H, V]`` of the inputs' dtype.
@@ -122,41 +122,34 @@ def sliding_attention(q: Queries, k: Keys, v: Values, reach: jax.Array, context:
     length, past = q.shape[1], k.shape[1] - q.shape[1]
     if length <= QUERIES:
         return _block(q, k, v, reach, 0, length, past + length)
-    stretch = max(context, QUERIES)
-    whole = max(1, length // stretch)
+    part_size = max(context, QUERIES)
+    count = max(1, length // part_size)
+    first_keys = slice(past + part_size)
     parts = [
-        _stretch(
-            q[:, :stretch],
-            k[:, : past + stretch],
-            v[:, : past + stretch],
-            reach[:, :stretch],
-            context,
+        _attend_blocks(
+            q[:, :part_size], k[:, first_keys], v[:, first_keys], reach[:, :part_size], context
         )
     ]
-    if whole > 1:
+    if count > 1:
 
         def split(x: jax.Array, first: int) -> jax.Array:
-            x = x[:, first : first + (whole - 1) * stretch]
-            x = x.reshape(x.shape[0], whole - 1, stretch, *x.shape[2:])
+            x = x[:, first : first + (count - 1) * part_size]
+            x = x.reshape(x.shape[0], count - 1, part_size, *x.shape[2:])
             return jnp.moveaxis(x, 1, 0)
 
         def middle(parts: tuple[jax.Array, ...]) -> jax.Array:
             q, k_before, k, v_before, v, reach = parts
             k, v = jnp.concatenate([k_before, k], 1), jnp.concatenate([v_before, v], 1)
-            return _stretch(q, k, v, reach, context)
+            return _attend_blocks(q, k, v, reach, context)
 
-        inputs = (
-            split(q, stretch),
-            split(k, past),
-            split(k, past + stretch),
-            split(v, past),
-            split(v, past + stretch),
-            split(reach, stretch),
-        )
+        starts = (part_size, past, past + part_size, past, past + part_size, part_size)
+        inputs = tuple(map(split, (q, k, k, v, v, reach), starts))
         parts.append(_join(jax.lax.map(middle, inputs)))
-    if rest := max(0, length - whole * stretch):
-        window = slice(-(stretch + rest), None)
-        parts.append(_stretch(q[:, -rest:], k[:, window], v[:, window], reach[:, -rest:], context))
+    if rest := max(0, length - count * part_size):
+        keys = slice(-(part_size + rest), None)
+        parts.append(
+            _attend_blocks(q[:, -rest:], k[:, keys], v[:, keys], reach[:, -rest:], context)
+        )
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
@@ -167,10 +160,10 @@ def _check_heads(q: Queries, k: Keys, v: Values) -> dict[str, Any]:
     return check_array("v", v, "B S H V", like_q, sizes)
 
 
-def _stretch(q: Queries, k: Keys, v: Values, reach: jax.Array, context: int) -> jax.Array:
-    """`sliding_attention` over so few tokens that a loop may address all their keys."""
+def _attend_blocks(q: Queries, k: Keys, v: Values, reach: jax.Array, context: int) -> jax.Array:
+    """Compute `sliding_attention` of a part of the sequence, in blocks of `QUERIES`."""
     length, past = q.shape[1], k.shape[1] - q.shape[1]
-    # Scores are not kept for the gradient: they are the largest arrays by far.
+    # The scores are by far the largest arrays: the gradient recomputes them.
     block = jax.checkpoint(_block, static_argnums=(5, 6))
     parts = []
     for start, stop in _spans(length, past, context):
@@ -191,7 +184,7 @@ def _stretch(q: Queries, k: Keys, v: Values, reach: jax.Array, context: int) -> 
 def _block(
     q: Queries, k: Keys, v: Values, reach: jax.Array, start: Any, size: int, width: int
 ) -> jax.Array:
-    """Attention of `size` queries from `start` on, over the last `width` keys up to their end."""
+    """Compute attention of `size` queries from `start`, over the last `width` keys up to them."""
     end = k.shape[1] - q.shape[1] + start + size
     first = jnp.maximum(end - width, 0)
     k, v = (jax.lax.dynamic_slice_in_dim(x, first, width, 1) for x in (k, v))
@@ -202,9 +195,9 @@ def _block(
 
 
 def _spans(length: int, past: int, context: int) -> list[tuple[int, int]]:
-    """Queries that share one number of keys: twice as many each time, until `context` is reached.
+    """Divide queries into spans with the same number of keys, doubling up to `context`.
 
-    Of the scores of all but the first, at most a quarter are of keys that come after the query.
+    In all spans but the first, at most a quarter of the scores are masked as later than the query.
     """
     edges, edge = [0], QUERIES
     while edge < length and past + edge <= context:
@@ -214,6 +207,6 @@ def _spans(length: int, past: int, context: int) -> list[tuple[int, int]]:
 
 
 def _join(blocks: jax.Array) -> jax.Array:
-    """``[n, B, t, H, V]`` to ``[B, n t, H, V]``."""
+    """Reshape ``[n, B, t, H, V]`` to ``[B, n t, H, V]``."""
     blocks = jnp.moveaxis(blocks, 0, 1)
     return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])

@@ -1,4 +1,4 @@
-/* Buffers of a call, checked before they are read: a wrong call is an error, never foreign memory. */
+/* Buffers of a call, validated before use, so that a wrong call cannot access foreign memory. */
 
 #ifndef SIMPLERNN_BUFFERS_H
 #define SIMPLERNN_BUFFERS_H
@@ -11,7 +11,7 @@
 
 #define TOO_MANY INT64_MAX
 
-/* Sums and products of sizes; TOO_MANY where they overflow, which a check then refuses. */
+/* Sums and products of sizes; TOO_MANY if they overflow, which a later check rejects. */
 static inline int64_t plus(int64_t a, int64_t b) {
   int64_t sum;
   return __builtin_add_overflow(a, b, &sum) ? TOO_MANY : sum;
@@ -25,10 +25,10 @@ static inline int64_t times(int64_t a, int64_t b) {
 typedef struct {
   XLA_FFI_CallFrame *frame;
   const char *function;
-  const int64_t *leading; /* batch axes, which all buffers share */
+  const int64_t *leading; /* sizes of the batch axes, which all buffers share */
   int64_t num_leading, batch;
-  int has_results; /* whether one of the results has an entry */
-  char error[512]; /* the first one found; empty if none */
+  int has_results; /* whether any result has entries */
+  char error[512]; /* the first one; empty if none */
 } Call;
 
 typedef struct {
@@ -62,7 +62,7 @@ static inline const char *name_of(XLA_FFI_DataType dtype) {
   }
 }
 
-/* Adds a shape, or as much of it as there is room for. */
+/* Format a shape, truncated to `size`. */
 static inline void describe(char *text, size_t size, Shape leading, Shape tail) {
   size_t used = 0;
   text[0] = 0;
@@ -72,7 +72,7 @@ static inline void describe(char *text, size_t size, Shape leading, Shape tail) 
   }
 }
 
-/* Argument or result i, if it has a known form at all. */
+/* Argument or result i; NULL, and an error, if it is not a valid buffer. */
 static inline const XLA_FFI_Buffer *buffer_at(Call *call, int is_result, int64_t i,
                                               const char *name) {
   if (!is_valid(call)) return NULL;
@@ -105,8 +105,8 @@ static inline int64_t entries_of(const XLA_FFI_Buffer *buffer) {
   return entries;
 }
 
-/* The data of a buffer, which must be of `dtype`, its shape the first `num_leading` of the call's
-   batch axes and then `tail`. */
+/* Data of a buffer; an error unless it has `dtype`, and as its shape the first `num_leading` batch
+   axes of the call, then `tail`. */
 static inline void *checked(Call *call, const XLA_FFI_Buffer *buffer, const char *name,
                             XLA_FFI_DataType dtype, int64_t num_leading, Shape tail) {
   if (!is_valid(call) || buffer == NULL) return NULL;
@@ -123,20 +123,20 @@ static inline void *checked(Call *call, const XLA_FFI_Buffer *buffer, const char
   return NULL;
 }
 
-/* A float32 argument ``[batch axes, tail]``. */
+/* Float32 argument ``[batch axes, tail]``. */
 static inline const float *argument(Call *call, int64_t i, const char *name, Shape tail) {
   return checked(call, buffer_at(call, 0, i, name), name, XLA_FFI_DataType_F32, call->num_leading,
                  tail);
 }
 
-/* A float32 result ``[batch axes, tail]``. */
+/* Float32 result ``[batch axes, tail]``. */
 static inline float *result(Call *call, int64_t i, const char *name, Shape tail) {
   const XLA_FFI_Buffer *buffer = buffer_at(call, 1, i, name);
   if (buffer != NULL && entries_of(buffer) > 0) call->has_results = 1;
   return checked(call, buffer, name, XLA_FFI_DataType_F32, call->num_leading, tail);
 }
 
-/* A bool argument ``[batch axes, length]``, or NULL if it has no entries. */
+/* Bool argument ``[batch axes, length]``; NULL if it is empty. */
 static inline const uint8_t *flags(Call *call, int64_t i, const char *name, int64_t length) {
   const XLA_FFI_Buffer *buffer = buffer_at(call, 0, i, name);
   if (buffer == NULL) return NULL;
@@ -144,7 +144,7 @@ static inline const uint8_t *flags(Call *call, int64_t i, const char *name, int6
   return checked(call, buffer, name, XLA_FFI_DataType_PRED, call->num_leading, SHAPE(length));
 }
 
-/* A call whose first argument has `tail` axes after those of its batch. */
+/* Start a call whose first argument has `tail` axes after the batch axes. */
 static inline Call begin(XLA_FFI_CallFrame *frame, const char *function, const char *first,
                          int64_t tail, int64_t args, int64_t results) {
   Call call = {.frame = frame, .function = function};
@@ -169,7 +169,7 @@ static inline Call begin(XLA_FFI_CallFrame *frame, const char *function, const c
   return call;
 }
 
-/* Axis `axis`, counted from the last, which is 1, of argument i; 0 if it has none. */
+/* Size of an axis, counted from 1 for the last; 0 if there is none. */
 static inline int64_t axis_of(Call *call, int is_result, int64_t i, int64_t axis) {
   const XLA_FFI_Buffer *buffer = buffer_at(call, is_result, i, "an array");
   return buffer == NULL || buffer->rank < axis ? 0 : buffer->dims[buffer->rank - axis];

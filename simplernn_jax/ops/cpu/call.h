@@ -1,4 +1,4 @@
-/* What the C functions of this folder share: XLA's calling convention, and work for its threads. */
+/* XLA's calling convention, and work sharing among its threads. */
 
 #ifndef SIMPLERNN_CALL_H
 #define SIMPLERNN_CALL_H
@@ -12,13 +12,13 @@
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Work that threads share: items are taken one by one. The caller takes them too, so that a thread
-   pool without a free thread only makes it slower. `task` is read as long as there are items. */
+/* Work shared by threads, which take items one by one. The caller takes items too, so that a busy
+   thread pool only slows it down. `task` must outlive the last item. */
 typedef struct {
   const void *task;
   void (*run)(const void *task, int64_t item, void *scratch);
   int64_t items, threads;
-  int64_t scratch_bytes; /* of a thread, as `scratch_for` says; may be 0 */
+  int64_t scratch_bytes; /* per thread, from `scratch_for`; may be 0 */
   atomic_long next, done, holders;
   atomic_int out_of_memory;
 } Work;
@@ -58,14 +58,14 @@ static void drop(XLA_FFI_CallFrame *frame, XLA_FFI_Error *error) {
   frame->api->XLA_FFI_Error_Destroy(&args);
 }
 
-/* Bytes of scratch memory that aligned_alloc takes: a multiple of 64, never 0; TOO_MANY stays. */
+/* Bytes of scratch memory for aligned_alloc: a positive multiple of 64, or TOO_MANY. */
 static inline int64_t scratch_for(int64_t entries, int64_t size) {
   const int64_t bytes = plus(times(entries, size), 64);
   return bytes == TOO_MANY ? TOO_MANY : bytes / 64 * 64;
 }
 
-/* Does what is described, with at most `threads` threads: as many as there is work for that takes
-   longer than waking one; nothing if no result has an entry. */
+/* Run `description` on at most `threads` threads, or return the error of the call. Does nothing if
+   no result has entries. */
 static XLA_FFI_Error *share(Call *call, const Work *description) {
   XLA_FFI_CallFrame *frame = call->frame;
   if (is_valid(call) &&
@@ -103,13 +103,13 @@ static XLA_FFI_Error *share(Call *call, const Work *description) {
   return NULL;
 }
 
-/* XLA asks for the version of its interface before it calls. */
-static int is_question(XLA_FFI_CallFrame *frame) {
-  XLA_FFI_Metadata_Extension *question = (void *)frame->extension_start;
-  if (question == NULL || question->extension_base.type != XLA_FFI_Extension_Metadata) return 0;
-  question->metadata->api_version.major_version = XLA_FFI_API_MAJOR;
-  question->metadata->api_version.minor_version = XLA_FFI_API_MINOR;
-  question->metadata->state_type_id.type_id = 0; /* none: the functions keep nothing */
+/* Answer XLA's query of the interface version, which comes before the first call. */
+static int is_metadata_query(XLA_FFI_CallFrame *frame) {
+  XLA_FFI_Metadata_Extension *query = (void *)frame->extension_start;
+  if (query == NULL || query->extension_base.type != XLA_FFI_Extension_Metadata) return 0;
+  query->metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+  query->metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+  query->metadata->state_type_id.type_id = 0; /* stateless */
   return 1;
 }
 

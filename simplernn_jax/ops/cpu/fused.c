@@ -1,4 +1,4 @@
-/* The recurrence and its gradient token by token, the state in the nearest cache.
+/* The recurrence and its gradient, token by token, with the state in the first-level cache.
 
    Per head, with g = e^log_gate and S a K x V matrix:
 
@@ -6,13 +6,13 @@
      D_t = diag(g_{t+1}) D_{t+1} + q_t dy_t^T       (D: gradient of S)
      dq_t = S_t dy_t    dk_t = D_t v_t    dv_t = D_t^T k_t    dlog_gate_t = g_t rowsum(D_t * S_{t-1})
 
-   Every result is a sum over one axis of S or D, for all entries of the other axis, and those do
-   not know each other: so a tile of LANES of them goes through all tokens on its own. y and dv take
-   tiles of columns, dq, dk and dlog_gate tiles of rows. All additions of one entry come in the
-   order of time, whatever the number of threads is: the same input gives the same bytes.
+   Every result is a sum over one axis of S or D, and independent along the other: a tile of one or
+   two vectors of LANES entries of that axis goes through all tokens. y and dv use tiles of columns,
+   dq, dk and dlog_gate tiles of rows. The order of additions is that of time for any number of
+   threads: results are deterministic.
 
    Arrays are float32, row-major: q, k, gate, dq, dk, dl [B, T, H, K]; v, y, dy, dv [B, T, H, V];
-   states [B, H, K, V]; clear [B, T] bytes, or empty: where not 0, the state is emptied before t.
+   states [B, H, K, V]; reset [B, T] bool, or empty: where true, the state is reset before t.
    B may be several axes, the same in all arrays. */
 
 #include <math.h>
@@ -29,11 +29,11 @@ typedef float UnalignedLanes __attribute__((vector_size(4 * LANES), aligned(4), 
 typedef struct {
   int64_t batch, length, heads, key_dim, value_dim;
   const float *q, *k, *v, *gate, *initial, *d_output, *d_final;
-  const uint8_t *clear;
+  const uint8_t *reset;
   float *output, *final, *d_q, *d_k, *d_v, *d_log_gate, *d_initial;
 } Arrays;
 
-/* How many of the lanes of vector j of a tile lie inside an axis with `left` entries. */
+/* Number of lanes of vector j of a tile inside an axis with `left` entries. */
 INLINE int64_t inside(int64_t left, int j) {
   int64_t n = left - j * LANES;
   return n < 0 ? 0 : least(n, LANES);
@@ -59,33 +59,33 @@ INLINE Lanes load_column(const float *from, int64_t stride, int64_t n) {
   return x;
 }
 
-INLINE int is_cleared(const Arrays *a, int64_t row, int64_t t) {
-  return a->clear != NULL && a->clear[row * a->length + t];
+INLINE int is_reset(const Arrays *a, int64_t b, int64_t t) {
+  return a->reset != NULL && a->reset[b * a->length + t];
 }
 
-/* Asks for what will be read AHEAD tokens later: heads lie between, so that no processor expects it.
-   Beyond an array nothing happens: asking never faults. */
+/* Prefetch what is read AHEAD tokens later: hardware prefetchers miss the stride over heads.
+   Prefetching outside of an array is safe. */
 #define AHEAD 16
-INLINE void expect(const float *from, int64_t n) {
+INLINE void prefetch(const float *from, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(from + i);
 }
 
-/* y and the final state for the columns from `first` on; `state` holds K * w vectors. */
-INLINE void output_columns(const Arrays *a, int64_t row, int64_t head, int64_t first, const int w,
+/* y and the final state of the columns from `first`; `state` holds K * w vectors. */
+INLINE void output_columns(const Arrays *a, int64_t b, int64_t head, int64_t first, const int w,
                            Lanes *state) {
   const int64_t K = a->key_dim, V = a->value_dim, left = V - first;
-  const int64_t by_state = (row * a->heads + head) * K * V + first, ahead = AHEAD * a->heads * K;
+  const int64_t by_state = (b * a->heads + head) * K * V + first, ahead = AHEAD * a->heads * K;
   for (int64_t i = 0; i < K; i++)
     for (int j = 0; j < w; j++)
       state[i * w + j] = load(a->initial + by_state + i * V + j * LANES, inside(left, j));
   for (int64_t t = 0; t < a->length; t++) {
-    const int64_t token = (row * a->length + t) * a->heads + head;
+    const int64_t token = (b * a->length + t) * a->heads + head;
     const float *q = a->q + token * K, *k = a->k + token * K, *gate = a->gate + token * K;
-    expect(q + ahead, K);
-    expect(k + ahead, K);
-    expect(gate + ahead, K);
-    expect(a->v + (token + AHEAD * a->heads) * V + first, w * LANES);
-    if (is_cleared(a, row, t)) memset(state, 0, sizeof(Lanes) * K * w);
+    prefetch(q + ahead, K);
+    prefetch(k + ahead, K);
+    prefetch(gate + ahead, K);
+    prefetch(a->v + (token + AHEAD * a->heads) * V + first, w * LANES);
+    if (is_reset(a, b, t)) memset(state, 0, sizeof(Lanes) * K * w);
     Lanes v[2], even[2], odd[2];
     for (int j = 0; j < w; j++) {
       v[j] = load(a->v + token * V + first + j * LANES, inside(left, j));
@@ -115,21 +115,21 @@ INLINE void output_columns(const Arrays *a, int64_t row, int64_t head, int64_t f
       store(a->final + by_state + i * V + j * LANES, state[i * w + j], inside(left, j));
 }
 
-/* dv and the gradient of the initial state for the columns from `first` on. */
-INLINE void gradient_columns(const Arrays *a, int64_t row, int64_t head, int64_t first,
+/* dv and the gradient of the initial state of the columns from `first`. */
+INLINE void gradient_columns(const Arrays *a, int64_t b, int64_t head, int64_t first,
                              const int w, Lanes *d_state) {
   const int64_t K = a->key_dim, V = a->value_dim, left = V - first;
-  const int64_t by_state = (row * a->heads + head) * K * V + first, ahead = AHEAD * a->heads * K;
+  const int64_t by_state = (b * a->heads + head) * K * V + first, ahead = AHEAD * a->heads * K;
   for (int64_t i = 0; i < K; i++)
     for (int j = 0; j < w; j++)
       d_state[i * w + j] = load(a->d_final + by_state + i * V + j * LANES, inside(left, j));
   for (int64_t t = a->length - 1; t >= 0; t--) {
-    const int64_t token = (row * a->length + t) * a->heads + head;
+    const int64_t token = (b * a->length + t) * a->heads + head;
     const float *q = a->q + token * K, *k = a->k + token * K, *gate = a->gate + token * K;
-    expect(q - ahead, K);
-    expect(k - ahead, K);
-    expect(gate - ahead, K);
-    expect(a->d_output + (token - AHEAD * a->heads) * V + first, w * LANES);
+    prefetch(q - ahead, K);
+    prefetch(k - ahead, K);
+    prefetch(gate - ahead, K);
+    prefetch(a->d_output + (token - AHEAD * a->heads) * V + first, w * LANES);
     Lanes dy[2], even[2], odd[2];
     for (int j = 0; j < w; j++) {
       dy[j] = load(a->d_output + token * V + first + j * LANES, inside(left, j));
@@ -151,7 +151,7 @@ INLINE void gradient_columns(const Arrays *a, int64_t row, int64_t head, int64_t
         d_state[i * w + j] = one * gate[i];
         even[j] += one * k[i];
       }
-    if (is_cleared(a, row, t)) memset(d_state, 0, sizeof(Lanes) * K * w);
+    if (is_reset(a, b, t)) memset(d_state, 0, sizeof(Lanes) * K * w);
     for (int j = 0; j < w; j++)
       store(a->d_v + token * V + first + j * LANES, even[j] + odd[j], inside(left, j));
   }
@@ -160,21 +160,21 @@ INLINE void gradient_columns(const Arrays *a, int64_t row, int64_t head, int64_t
       store(a->d_initial + by_state + i * V + j * LANES, d_state[i * w + j], inside(left, j));
 }
 
-/* S of the rows from `first` on, from token `start` to `end`, transposed: `state` holds V * w
-   vectors. Writes dq, or keeps in `entering` the state that each token meets. */
-INLINE void advance_rows(const Arrays *a, int64_t row, int64_t head, int64_t first, const int w,
+/* Advance S of the rows from `first`, transposed, from token `start` to `end`: `state` holds V * w
+   vectors. Writes dq if `with_d_q`, and to `entering`, unless NULL, the state before each token. */
+INLINE void advance_rows(const Arrays *a, int64_t b, int64_t head, int64_t first, const int w,
                          int64_t start, int64_t end, Lanes *state, Lanes *entering,
                          int with_d_q) {
   const int64_t K = a->key_dim, V = a->value_dim, left = K - first;
   for (int64_t t = start; t < end; t++) {
-    const int64_t token = (row * a->length + t) * a->heads + head;
+    const int64_t token = (b * a->length + t) * a->heads + head;
     const float *v = a->v + token * V, *dy = a->d_output + token * V;
     const int64_t next = token + AHEAD * a->heads;
-    expect(a->v + next * V, V);
-    if (with_d_q) expect(a->d_output + next * V, V);
-    expect(a->k + next * K + first, w * LANES);
-    expect(a->gate + next * K + first, w * LANES);
-    if (is_cleared(a, row, t)) memset(state, 0, sizeof(Lanes) * V * w);
+    prefetch(a->v + next * V, V);
+    if (with_d_q) prefetch(a->d_output + next * V, V);
+    prefetch(a->k + next * K + first, w * LANES);
+    prefetch(a->gate + next * K + first, w * LANES);
+    if (is_reset(a, b, t)) memset(state, 0, sizeof(Lanes) * V * w);
     Lanes *kept = entering == NULL ? NULL : entering + (t - start) * V * w;
     Lanes k[2], gate[2], even[2], odd[2];
     for (int j = 0; j < w; j++) {
@@ -213,19 +213,19 @@ INLINE void advance_rows(const Arrays *a, int64_t row, int64_t head, int64_t fir
   }
 }
 
-/* dk and dlog_gate of the rows from `first` on, from token `end` - 1 back to `start`. */
-INLINE void retreat_rows(const Arrays *a, int64_t row, int64_t head, int64_t first, const int w,
+/* dk and dlog_gate of the rows from `first`, from token `end` - 1 back to `start`. */
+INLINE void reverse_rows(const Arrays *a, int64_t b, int64_t head, int64_t first, const int w,
                          int64_t start, int64_t end, Lanes *d_state, const Lanes *entering) {
   const int64_t K = a->key_dim, V = a->value_dim, left = K - first;
   for (int64_t t = end - 1; t >= start; t--) {
-    const int64_t token = (row * a->length + t) * a->heads + head;
+    const int64_t token = (b * a->length + t) * a->heads + head;
     const float *v = a->v + token * V, *dy = a->d_output + token * V;
     const int64_t next = token - AHEAD * a->heads;
-    expect(a->v + next * V, V);
-    expect(a->d_output + next * V, V);
-    expect(a->q + next * K + first, w * LANES);
-    expect(a->gate + next * K + first, w * LANES);
-    const Lanes *met = entering + (t - start) * V * w;
+    prefetch(a->v + next * V, V);
+    prefetch(a->d_output + next * V, V);
+    prefetch(a->q + next * K + first, w * LANES);
+    prefetch(a->gate + next * K + first, w * LANES);
+    const Lanes *before = entering + (t - start) * V * w;
     Lanes q[2], gate[2], d_k[2], d_gate[2];
     for (int j = 0; j < w; j++) {
       q[j] = load(a->q + token * K + first + j * LANES, inside(left, j));
@@ -236,10 +236,10 @@ INLINE void retreat_rows(const Arrays *a, int64_t row, int64_t head, int64_t fir
       for (int j = 0; j < w; j++) {
         Lanes one = d_state[i * w + j] + q[j] * dy[i];
         d_k[j] += one * v[i];
-        d_gate[j] += one * met[i * w + j];
+        d_gate[j] += one * before[i * w + j];
         d_state[i * w + j] = one * gate[j];
       }
-    if (is_cleared(a, row, t)) memset(d_state, 0, sizeof(Lanes) * V * w);
+    if (is_reset(a, b, t)) memset(d_state, 0, sizeof(Lanes) * V * w);
     for (int j = 0; j < w; j++) {
       store(a->d_k + token * K + first + j * LANES, d_k[j], inside(left, j));
       store(a->d_log_gate + token * K + first + j * LANES, d_gate[j] * gate[j], inside(left, j));
@@ -247,29 +247,29 @@ INLINE void retreat_rows(const Arrays *a, int64_t row, int64_t head, int64_t fir
   }
 }
 
-/* Tokens whose states are kept at once in `gradient_rows`: what fits the second-level cache, or
-   more for long rows, so that the states at the stretches' starts do not outgrow them. */
+/* Tokens per block, whose states `gradient_rows` keeps together: as many as fit the second-level
+   cache, or, for long sequences, sqrt(T), so that the states at the blocks' starts stay few. */
 #define KEPT_BYTES (192 * 1024)
 
-static int64_t stretch_of(const Arrays *a, int w) {
+static int64_t block_length(const Arrays *a, int w) {
   if (a->value_dim == 0) return a->length + 1;
   int64_t fits = KEPT_BYTES / times(sizeof(Lanes) * w, a->value_dim);
   int64_t root = (int64_t)sqrt((double)a->length);
   return fits > root ? fits : root + 1;
 }
 
-/* Stretches before the last one. */
-static int64_t full_stretches(const Arrays *a, int64_t stretch) {
-  return a->length == 0 ? 0 : (a->length - 1) / stretch;
+/* Blocks before the last one. */
+static int64_t full_blocks(const Arrays *a, int64_t block) {
+  return a->length == 0 ? 0 : (a->length - 1) / block;
 }
 
-INLINE void gradient_rows(const Arrays *a, int64_t row, int64_t head, int64_t first, const int w,
+INLINE void gradient_rows(const Arrays *a, int64_t b, int64_t head, int64_t first, const int w,
                           Lanes *scratch) {
   const int64_t K = a->key_dim, V = a->value_dim, left = K - first, size = V * w;
-  const int64_t by_state = ((row * a->heads + head) * K + first) * V;
-  const int64_t stretch = stretch_of(a, w), last = full_stretches(a, stretch);
+  const int64_t by_state = ((b * a->heads + head) * K + first) * V;
+  const int64_t block = block_length(a, w), last = full_blocks(a, block);
   Lanes *state = scratch, *d_state = state + size, *entering = d_state + size;
-  Lanes *starts = entering + size * least(stretch, a->length);
+  Lanes *starts = entering + size * least(block, a->length);
   for (int64_t i = 0; i < V; i++)
     for (int j = 0; j < w; j++) {
       int64_t from = by_state + j * LANES * V + i;
@@ -278,14 +278,14 @@ INLINE void gradient_rows(const Arrays *a, int64_t row, int64_t head, int64_t fi
     }
   for (int64_t s = 0; s < last; s++) {
     memcpy(starts + s * size, state, sizeof(Lanes) * size);
-    advance_rows(a, row, head, first, w, s * stretch, (s + 1) * stretch, state, NULL, 1);
+    advance_rows(a, b, head, first, w, s * block, (s + 1) * block, state, NULL, 1);
   }
-  advance_rows(a, row, head, first, w, last * stretch, a->length, state, entering, 1);
+  advance_rows(a, b, head, first, w, last * block, a->length, state, entering, 1);
   for (int64_t s = last; s >= 0; s--) {
-    const int64_t end = least((s + 1) * stretch, a->length);
+    const int64_t end = least((s + 1) * block, a->length);
     if (s < last)
-      advance_rows(a, row, head, first, w, s * stretch, end, starts + s * size, entering, 0);
-    retreat_rows(a, row, head, first, w, s * stretch, end, d_state, entering);
+      advance_rows(a, b, head, first, w, s * block, end, starts + s * size, entering, 0);
+    reverse_rows(a, b, head, first, w, s * block, end, d_state, entering);
   }
 }
 
@@ -299,15 +299,15 @@ typedef struct {
 #define VALUES(a) SHAPE(a.length, a.heads, a.value_dim)
 #define STATE(a) SHAPE(a.heads, a.key_dim, a.value_dim)
 
-/* Entries of the state times tokens: some ten microseconds. */
-#define ENTRIES_OF_A_THREAD (1 << 18)
+/* Entries of the state times tokens: about ten microseconds of work. */
+#define ENTRIES_PER_THREAD (1 << 18)
 
 static int64_t threads_for(const Arrays *a) {
   const int64_t tokens = times(times(a->batch, a->length), a->heads);
-  return times(tokens, times(a->key_dim, a->value_dim)) / ENTRIES_OF_A_THREAD;
+  return times(tokens, times(a->key_dim, a->value_dim)) / ENTRIES_PER_THREAD;
 }
 
-/* Arguments q, k, v, gate, initial state, clear, in this order. */
+/* Arguments q, k, v, gate, initial state, reset, in this order. */
 static Arrays read_arguments(Call *call) {
   Arrays a = {
       .batch = call->batch,
@@ -321,11 +321,11 @@ static Arrays read_arguments(Call *call) {
   a.v = argument(call, 2, "v", VALUES(a));
   a.gate = argument(call, 3, "gate", KEYS(a));
   a.initial = argument(call, 4, "initial state", STATE(a));
-  a.clear = flags(call, 5, "clear", a.length);
+  a.reset = flags(call, 5, "reset", a.length);
   return a;
 }
 
-/* Vectors of a tile: two share the reads of what they are multiplied with. */
+/* Vectors per tile: two share the reads of their common operands. */
 static int vectors_for(int64_t width) {
   return plus(width, LANES - 1) / LANES % 2 == 0 ? 2 : 1;
 }
@@ -338,11 +338,11 @@ static void run_forward(const void *data, int64_t item, void *scratch) {
   const Task *task = data;
   const Arrays *a = &task->arrays;
   const int64_t tile = item % task->column_tiles, pair = item / task->column_tiles;
-  const int64_t row = pair / a->heads, head = pair % a->heads, first = tile * task->w * LANES;
+  const int64_t b = pair / a->heads, head = pair % a->heads, first = tile * task->w * LANES;
   if (task->w == 2)
-    output_columns(a, row, head, first, 2, scratch);
+    output_columns(a, b, head, first, 2, scratch);
   else
-    output_columns(a, row, head, first, 1, scratch);
+    output_columns(a, b, head, first, 1, scratch);
 }
 
 static void run_backward(const void *data, int64_t item, void *scratch) {
@@ -351,18 +351,18 @@ static void run_backward(const void *data, int64_t item, void *scratch) {
   const int of_rows = item < task->row_items;
   const int64_t index = of_rows ? item : item - task->row_items;
   const int64_t tiles = of_rows ? task->row_tiles : task->column_tiles;
-  const int64_t pair = index / tiles, row = pair / a->heads, head = pair % a->heads;
+  const int64_t pair = index / tiles, b = pair / a->heads, head = pair % a->heads;
   if (of_rows)
-    gradient_rows(a, row, head, index % tiles * LANES, 1, scratch);
+    gradient_rows(a, b, head, index % tiles * LANES, 1, scratch);
   else if (task->w == 2)
-    gradient_columns(a, row, head, index % tiles * 2 * LANES, 2, scratch);
+    gradient_columns(a, b, head, index % tiles * 2 * LANES, 2, scratch);
   else
-    gradient_columns(a, row, head, index % tiles * LANES, 1, scratch);
+    gradient_columns(a, b, head, index % tiles * LANES, 1, scratch);
 }
 
-/* (q, k, v, gate, initial state, clear) -> (output, final state) */
+/* (q, k, v, gate, initial state, reset) -> (output, final state) */
 XLA_FFI_Error *simplernn_forward(XLA_FFI_CallFrame *frame) {
-  if (is_question(frame)) return NULL;
+  if (is_metadata_query(frame)) return NULL;
   Call call = begin(frame, "simplernn_forward", "q", 3, 6, 2);
   Task task = {.arrays = read_arguments(&call)};
   Arrays *a = &task.arrays;
@@ -378,10 +378,10 @@ XLA_FFI_Error *simplernn_forward(XLA_FFI_CallFrame *frame) {
   return share(&call, &work);
 }
 
-/* (q, k, v, gate, initial state, clear, d_output, d_final_state)
+/* (q, k, v, gate, initial state, reset, d_output, d_final_state)
    -> (d_q, d_k, d_v, d_log_gate, d_initial_state) */
 XLA_FFI_Error *simplernn_backward(XLA_FFI_CallFrame *frame) {
-  if (is_question(frame)) return NULL;
+  if (is_metadata_query(frame)) return NULL;
   Call call = begin(frame, "simplernn_backward", "q", 3, 8, 5);
   Task task = {.arrays = read_arguments(&call)};
   Arrays *a = &task.arrays;
@@ -397,8 +397,8 @@ XLA_FFI_Error *simplernn_backward(XLA_FFI_CallFrame *frame) {
   task.row_tiles = tiles_for(a->key_dim, 1);
   task.column_tiles = tiles_for(a->value_dim, task.w);
   task.row_items = times(pairs, task.row_tiles);
-  const int64_t stretch = stretch_of(a, 1);
-  const int64_t states = 2 + least(stretch, a->length) + full_stretches(a, stretch);
+  const int64_t block = block_length(a, 1);
+  const int64_t states = 2 + least(block, a->length) + full_blocks(a, block);
   const int64_t rows = scratch_for(times(a->value_dim, states), sizeof(Lanes));
   const int64_t columns = scratch_for(a->key_dim, sizeof(Lanes) * task.w);
   const Work work = {.task = &task,

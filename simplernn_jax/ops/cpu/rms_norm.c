@@ -1,4 +1,4 @@
-/* Root-mean-square normalisation, a short causal convolution of what it gives, and their gradients,
+/* Root-mean-square normalization, a short causal convolution of its results, and their gradients,
    each in one pass over its arrays.
 
    With n_t = x_t / sqrt(mean(x_t^2) + EPSILON), and n_t for t < 0 given as `recent`:
@@ -8,10 +8,10 @@
      dx_t = (dn_t - n_t mean(dn_t n_t)) / sqrt(mean(x_t^2) + EPSILON)
 
    Arrays are float32, row-major: x, y, dx, dy [B, T, D]; recent, final and their gradients
-   [B, W - 1, D], the inputs before the first and after the last token; w [W, D]; scale [B, T], what
-   each input was multiplied with; starts [B, T] bytes, or empty; dw [B, stretches, W, D], whose
-   parts come in the order of time, whatever the number of threads is. B may be several axes, the
-   same in all arrays; w may have the first ones of them too, and is then not the same for all. */
+   [B, W - 1, D], the inputs before the first and after the last token; w [W, D]; scale [B, T], the
+   factor of each input; starts [B, T] bool, or empty; dw [B, parts, W, D], partial sums over parts
+   of consecutive tokens, whose number does not depend on the threads. B may be several axes, the
+   same in all arrays; w may have the first of them too. */
 
 #include <math.h>
 #include <string.h>
@@ -22,13 +22,13 @@
 #define LANES 16
 
 typedef struct {
-  int64_t batch, length, width, dim, stretches, stretch, rows_of_weights;
+  int64_t batch, length, width, dim, parts, part_length, sequences_per_weights;
   const float *x, *w, *recent, *scale_in, *dy, *d_final;
   const uint8_t *starts;
   float *y, *scale, *final, *dx, *dw, *d_recent;
 } Arrays;
 
-/* Lanes are summed first: one after another, additions would wait for each other. */
+/* Independent sums per lane: a single one would be bound by the latency of additions. */
 static float dot(const float *restrict a, const float *restrict b, int64_t n) {
   float lanes[LANES] = {0}, sum = 0;
   int64_t i = 0;
@@ -57,109 +57,109 @@ static void add(float *restrict to, const float *restrict x, int64_t n) {
   for (int64_t i = 0; i < n; i++) to[i] += x[i];
 }
 
-static const float *weights_of(const Arrays *a, int64_t row) {
-  return a->w + row / a->rows_of_weights * a->width * a->dim;
+static const float *weights_of(const Arrays *a, int64_t b) {
+  return a->w + b / a->sequences_per_weights * a->width * a->dim;
 }
 
-static int is_start(const Arrays *a, int64_t row, int64_t t) {
-  return a->starts != NULL && t >= 0 && a->starts[row * a->length + t];
+static int is_start(const Arrays *a, int64_t b, int64_t t) {
+  return a->starts != NULL && t >= 0 && a->starts[b * a->length + t];
 }
 
 static float scale_of(const float *x, int64_t n) { return 1 / sqrtf(dot(x, x, n) / n + EPSILON); }
 
-/* dx of one row from dn, n and what x was multiplied with. */
-static void unnormalise(float *restrict dx, const float *restrict dn, const float *restrict n,
+/* dx of one token from dn, n and the scale of x. */
+static void norm_gradient(float *restrict dx, const float *restrict dn, const float *restrict n,
                         float scale, int64_t dim) {
-  const float along = dot(dn, n, dim) / dim;
-  for (int64_t i = 0; i < dim; i++) dx[i] = (dn[i] - n[i] * along) * scale;
+  const float projection = dot(dn, n, dim) / dim;
+  for (int64_t i = 0; i < dim; i++) dx[i] = (dn[i] - n[i] * projection) * scale;
 }
 
 /* n_t; t may be before the first token. */
-static void normalised(const Arrays *a, int64_t row, int64_t t, const float *scale, float *to) {
+static void normalize(const Arrays *a, int64_t b, int64_t t, const float *scale, float *to) {
   const int64_t D = a->dim, past = a->width - 1;
   if (t < 0)
-    memcpy(to, a->recent + (row * past + past + t) * D, sizeof(float) * D);
+    memcpy(to, a->recent + (b * past + past + t) * D, sizeof(float) * D);
   else
-    multiply(to, a->x + (row * a->length + t) * D, scale[row * a->length + t], D);
+    multiply(to, a->x + (b * a->length + t) * D, scale[b * a->length + t], D);
 }
 
 static void run_forward(const void *task, int64_t item, void *scratch) {
   const Arrays *a = task;
   const int64_t T = a->length, W = a->width, D = a->dim, past = W - 1;
-  const int64_t row = item / a->stretches, first = item % a->stretches * a->stretch;
-  const int64_t end = least(first + a->stretch, T);
-  const float *w = weights_of(a, row);
+  const int64_t b = item / a->parts, first = item % a->parts * a->part_length;
+  const int64_t end = least(first + a->part_length, T);
+  const float *w = weights_of(a, b);
   float *ring = scratch; /* n of the last W tokens */
   for (int64_t t = first - past; t < end; t++) {
     float *own = ring + (t + past) % W * D;
     if (t < 0)
-      normalised(a, row, t, NULL, own);
+      normalize(a, b, t, NULL, own);
     else {
-      const float *x = a->x + (row * T + t) * D, scale = scale_of(x, D);
+      const float *x = a->x + (b * T + t) * D, scale = scale_of(x, D);
       multiply(own, x, scale, D);
-      if (t >= first) a->scale[row * T + t] = scale;
+      if (t >= first) a->scale[b * T + t] = scale;
     }
     if (t < first) continue;
-    float *y = a->y + (row * T + t) * D;
+    float *y = a->y + (b * T + t) * D;
     multiply_each(y, own, w, D);
-    for (int64_t i = 1; i < W && !is_start(a, row, t - i + 1); i++)
+    for (int64_t i = 1; i < W && !is_start(a, b, t - i + 1); i++)
       add_products(y, ring + (t - i + past) % W * D, w + i * D, D);
   }
   if (end == T)
     for (int64_t t = T - past; t < T; t++)
-      memcpy(a->final + (row * past + past + t - T) * D, ring + (t + past) % W * D,
+      memcpy(a->final + (b * past + past + t - T) * D, ring + (t + past) % W * D,
              sizeof(float) * D);
 }
 
-/* Adds to dn of token t, which may be before the first, what later outputs make of it. */
-static void add_from_outputs(const Arrays *a, int64_t row, int64_t t, float *dn) {
+/* Add to dn of token t, which may be before the first, the gradients of later outputs. */
+static void add_from_outputs(const Arrays *a, int64_t b, int64_t t, float *dn) {
   const int64_t T = a->length, W = a->width, D = a->dim, past = W - 1;
-  const float *w = weights_of(a, row);
+  const float *w = weights_of(a, b);
   for (int64_t i = t < 0 ? -t : 0; i < W && t + i < T; i++) {
-    if (i > 0 && is_start(a, row, t + i)) break;
-    add_products(dn, w + i * D, a->dy + (row * T + t + i) * D, D);
+    if (i > 0 && is_start(a, b, t + i)) break;
+    add_products(dn, w + i * D, a->dy + (b * T + t + i) * D, D);
   }
-  if (t >= T - past) add(dn, a->d_final + (row * past + past + t - T) * D, D);
+  if (t >= T - past) add(dn, a->d_final + (b * past + past + t - T) * D, D);
 }
 
 static void run_backward(const void *task, int64_t item, void *scratch) {
   const Arrays *a = task;
   const int64_t T = a->length, W = a->width, D = a->dim, past = W - 1;
-  const int64_t row = item / a->stretches, first = item % a->stretches * a->stretch;
-  const int64_t end = least(first + a->stretch, T);
+  const int64_t b = item / a->parts, first = item % a->parts * a->part_length;
+  const int64_t end = least(first + a->part_length, T);
   float *ring = scratch, *dn = ring + W * D, *dw = a->dw + item * W * D;
   memset(dw, 0, sizeof(float) * W * D);
   for (int64_t t = first - past; t < end; t++) {
     float *own = ring + (t + past) % W * D;
-    normalised(a, row, t, a->scale_in, own);
+    normalize(a, b, t, a->scale_in, own);
     if (t < first) continue;
-    const float *dy = a->dy + (row * T + t) * D;
+    const float *dy = a->dy + (b * T + t) * D;
     add_products(dw, dy, own, D);
-    for (int64_t i = 1; i < W && !is_start(a, row, t - i + 1); i++)
+    for (int64_t i = 1; i < W && !is_start(a, b, t - i + 1); i++)
       add_products(dw + i * D, dy, ring + (t - i + past) % W * D, D);
     memset(dn, 0, sizeof(float) * D);
-    add_from_outputs(a, row, t, dn);
-    unnormalise(a->dx + (row * T + t) * D, dn, own, a->scale_in[row * T + t], D);
+    add_from_outputs(a, b, t, dn);
+    norm_gradient(a->dx + (b * T + t) * D, dn, own, a->scale_in[b * T + t], D);
   }
   if (first > 0) return;
   for (int64_t t = -past; t < 0; t++) {
-    float *to = a->d_recent + (row * past + past + t) * D;
+    float *to = a->d_recent + (b * past + past + t) * D;
     memset(to, 0, sizeof(float) * D);
-    add_from_outputs(a, row, t, to);
+    add_from_outputs(a, b, t, to);
   }
 }
 
-/* Tokens of an item of work: its rows fit the second-level cache. */
-#define STRETCH 128
+/* Tokens per item of work, which fit the second-level cache. */
+#define TOKENS_PER_PART 128
 
 #define INPUTS(a) SHAPE(a.length, a.dim)
 #define RECENT(a) SHAPE(a.width - 1, a.dim)
 
-/* How many rows share weights, which have the first ones of the batch axes, or none. */
-static int64_t rows_of_weights(const Call *call, int64_t num_leading) {
-  int64_t rows = 1;
-  for (int64_t i = num_leading; i < call->num_leading; i++) rows = times(rows, call->leading[i]);
-  return rows > 0 ? rows : 1;
+/* Number of sequences that share weights, which have the first batch axes, or none. */
+static int64_t sequences_per_weights(const Call *call, int64_t num_leading) {
+  int64_t count = 1;
+  for (int64_t i = num_leading; i < call->num_leading; i++) count = times(count, call->leading[i]);
+  return count > 0 ? count : 1;
 }
 
 /* Arguments x, w, recent, starts, in this order. */
@@ -169,104 +169,104 @@ static Arrays read_arguments(Call *call) {
       .length = axis_of(call, 0, 0, 2),
       .dim = axis_of(call, 0, 0, 1),
       .width = axis_of(call, 0, 1, 2),
-      .stretch = STRETCH,
+      .part_length = TOKENS_PER_PART,
   };
   const XLA_FFI_Buffer *w = buffer_at(call, 0, 1, "weights");
   const int64_t num_leading = w == NULL ? 0 : least(w->rank - 2, call->num_leading);
-  a.stretches = a.length == 0 ? 1 : (a.length - 1) / STRETCH + 1;
+  a.parts = a.length == 0 ? 1 : (a.length - 1) / TOKENS_PER_PART + 1;
   a.x = argument(call, 0, "x", INPUTS(a));
   a.w = checked(call, w, "weights", XLA_FFI_DataType_F32, num_leading > 0 ? num_leading : 0,
                 SHAPE(a.width, a.dim));
-  if (a.width < 1) reject(call, "%s: weights: expected at least one row; got none", call->function);
-  a.rows_of_weights = rows_of_weights(call, num_leading);
+  if (a.width < 1) reject(call, "%s: weights: expected W of at least 1; got 0", call->function);
+  a.sequences_per_weights = sequences_per_weights(call, num_leading);
   a.recent = argument(call, 2, "recent", RECENT(a));
   a.starts = flags(call, 3, "starts", a.length);
   return a;
 }
 
-/* Entries of x: some ten microseconds. */
-#define ENTRIES_OF_A_THREAD (1 << 16)
+/* Entries of x: about ten microseconds of work. */
+#define ENTRIES_PER_THREAD (1 << 16)
 
-static XLA_FFI_Error *share_rows(Call *call, const Arrays *a,
+static XLA_FFI_Error *share_convolution(Call *call, const Arrays *a,
                                  void (*run)(const void *, int64_t, void *), int64_t vectors) {
   const int64_t entries = times(times(a->batch, a->length), a->dim);
   const Work work = {.task = a,
                      .run = run,
-                     .items = times(a->batch, a->stretches),
-                     .threads = entries / ENTRIES_OF_A_THREAD,
+                     .items = times(a->batch, a->parts),
+                     .threads = entries / ENTRIES_PER_THREAD,
                      .scratch_bytes = scratch_for(times(vectors, a->dim), sizeof(float))};
   return share(call, &work);
 }
 
 /* (x, w, recent, starts) -> (y, scale, final) */
 XLA_FFI_Error *simplernn_convolution_forward(XLA_FFI_CallFrame *frame) {
-  if (is_question(frame)) return NULL;
+  if (is_metadata_query(frame)) return NULL;
   Call call = begin(frame, "simplernn_convolution_forward", "x", 2, 4, 3);
   Arrays a = read_arguments(&call);
   a.y = result(&call, 0, "y", INPUTS(a));
   a.scale = result(&call, 1, "scale", SHAPE(a.length));
   a.final = result(&call, 2, "final", RECENT(a));
-  return share_rows(&call, &a, run_forward, a.width);
+  return share_convolution(&call, &a, run_forward, a.width);
 }
 
 /* (x, w, recent, starts, scale, dy, d_final) -> (dx, dw, d_recent) */
 XLA_FFI_Error *simplernn_convolution_backward(XLA_FFI_CallFrame *frame) {
-  if (is_question(frame)) return NULL;
+  if (is_metadata_query(frame)) return NULL;
   Call call = begin(frame, "simplernn_convolution_backward", "x", 2, 7, 3);
   Arrays a = read_arguments(&call);
-  a.stretches = axis_of(&call, 1, 1, 3);
+  a.parts = axis_of(&call, 1, 1, 3);
   a.scale_in = argument(&call, 4, "scale", SHAPE(a.length));
   a.dy = argument(&call, 5, "dy", INPUTS(a));
   a.d_final = argument(&call, 6, "d_final", RECENT(a));
   a.dx = result(&call, 0, "dx", INPUTS(a));
-  a.dw = result(&call, 1, "dw", SHAPE(a.stretches, a.width, a.dim));
+  a.dw = result(&call, 1, "dw", SHAPE(a.parts, a.width, a.dim));
   a.d_recent = result(&call, 2, "d_recent", RECENT(a));
-  if (a.stretches < 1) reject(&call, "%s: dw: expected at least one part", call.function);
-  if (is_valid(&call)) a.stretch = a.length == 0 ? 1 : (a.length - 1) / a.stretches + 1;
-  return share_rows(&call, &a, run_backward, plus(a.width, 1));
+  if (a.parts < 1) reject(&call, "%s: dw: expected at least one part", call.function);
+  if (is_valid(&call)) a.part_length = a.length == 0 ? 1 : (a.length - 1) / a.parts + 1;
+  return share_convolution(&call, &a, run_backward, plus(a.width, 1));
 }
 
-/* Rows without an order: the norm alone. */
+/* The norm alone: independent tokens. */
 typedef struct {
-  int64_t rows, dim;
+  int64_t tokens, dim;
   const float *x, *scale_in, *dy;
   float *y, *scale, *dx;
-} Rows;
+} Norm;
 
-#define ROWS_OF_AN_ITEM 256
+#define TOKENS_PER_ITEM 256
 
 static void run_norm_forward(const void *task, int64_t item, void *scratch) {
   (void)scratch;
-  const Rows *r = task;
-  const int64_t D = r->dim, end = least((item + 1) * ROWS_OF_AN_ITEM, r->rows);
-  for (int64_t i = item * ROWS_OF_AN_ITEM; i < end; i++) {
-    r->scale[i] = scale_of(r->x + i * D, D);
-    multiply(r->y + i * D, r->x + i * D, r->scale[i], D);
+  const Norm *n = task;
+  const int64_t D = n->dim, end = least((item + 1) * TOKENS_PER_ITEM, n->tokens);
+  for (int64_t i = item * TOKENS_PER_ITEM; i < end; i++) {
+    n->scale[i] = scale_of(n->x + i * D, D);
+    multiply(n->y + i * D, n->x + i * D, n->scale[i], D);
   }
 }
 
 static void run_norm_backward(const void *task, int64_t item, void *scratch) {
-  const Rows *r = task;
-  const int64_t D = r->dim, end = least((item + 1) * ROWS_OF_AN_ITEM, r->rows);
-  for (int64_t i = item * ROWS_OF_AN_ITEM; i < end; i++) {
-    multiply(scratch, r->x + i * D, r->scale_in[i], D);
-    unnormalise(r->dx + i * D, r->dy + i * D, scratch, r->scale_in[i], D);
+  const Norm *n = task;
+  const int64_t D = n->dim, end = least((item + 1) * TOKENS_PER_ITEM, n->tokens);
+  for (int64_t i = item * TOKENS_PER_ITEM; i < end; i++) {
+    multiply(scratch, n->x + i * D, n->scale_in[i], D);
+    norm_gradient(n->dx + i * D, n->dy + i * D, scratch, n->scale_in[i], D);
   }
 }
 
-static Rows read_rows(Call *call) {
-  Rows r = {.rows = call->batch, .dim = axis_of(call, 0, 0, 1)};
-  r.x = argument(call, 0, "x", SHAPE(r.dim));
-  return r;
+static Norm read_norm(Call *call) {
+  Norm n = {.tokens = call->batch, .dim = axis_of(call, 0, 0, 1)};
+  n.x = argument(call, 0, "x", SHAPE(n.dim));
+  return n;
 }
 
-static XLA_FFI_Error *share_norm(Call *call, const Rows *r,
+static XLA_FFI_Error *share_norm(Call *call, const Norm *n,
                                  void (*run)(const void *, int64_t, void *)) {
-  const Work work = {.task = r,
+  const Work work = {.task = n,
                      .run = run,
-                     .items = plus(r->rows, ROWS_OF_AN_ITEM - 1) / ROWS_OF_AN_ITEM,
-                     .threads = times(r->rows, r->dim) / ENTRIES_OF_A_THREAD,
-                     .scratch_bytes = scratch_for(r->dim, sizeof(float))};
+                     .items = plus(n->tokens, TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM,
+                     .threads = times(n->tokens, n->dim) / ENTRIES_PER_THREAD,
+                     .scratch_bytes = scratch_for(n->dim, sizeof(float))};
   return share(call, &work);
 }
 
@@ -274,21 +274,21 @@ static XLA_FFI_Error *share_norm(Call *call, const Rows *r,
 
 /* x -> (y, scale) */
 XLA_FFI_Error *simplernn_norm_forward(XLA_FFI_CallFrame *frame) {
-  if (is_question(frame)) return NULL;
+  if (is_metadata_query(frame)) return NULL;
   Call call = begin(frame, "simplernn_norm_forward", "x", 1, 1, 2);
-  Rows r = read_rows(&call);
-  r.y = result(&call, 0, "y", SHAPE(r.dim));
-  r.scale = result(&call, 1, "scale", NO_AXES);
-  return share_norm(&call, &r, run_norm_forward);
+  Norm n = read_norm(&call);
+  n.y = result(&call, 0, "y", SHAPE(n.dim));
+  n.scale = result(&call, 1, "scale", NO_AXES);
+  return share_norm(&call, &n, run_norm_forward);
 }
 
 /* (x, scale, dy) -> dx */
 XLA_FFI_Error *simplernn_norm_backward(XLA_FFI_CallFrame *frame) {
-  if (is_question(frame)) return NULL;
+  if (is_metadata_query(frame)) return NULL;
   Call call = begin(frame, "simplernn_norm_backward", "x", 1, 3, 1);
-  Rows r = read_rows(&call);
-  r.scale_in = argument(&call, 1, "scale", NO_AXES);
-  r.dy = argument(&call, 2, "dy", SHAPE(r.dim));
-  r.dx = result(&call, 0, "dx", SHAPE(r.dim));
-  return share_norm(&call, &r, run_norm_backward);
+  Norm n = read_norm(&call);
+  n.scale_in = argument(&call, 1, "scale", NO_AXES);
+  n.dy = argument(&call, 2, "dy", SHAPE(n.dim));
+  n.dx = result(&call, 0, "dx", SHAPE(n.dim));
+  return share_norm(&call, &n, run_norm_backward);
 }

@@ -1,0 +1,197 @@
+"""Loops over groups of chunks, forward and backward, for `chunkwise.py`."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from simplernn_jax.array_types import HeadState
+from simplernn_jax.ops.collectives import vary_like
+from simplernn_jax.ops.intra_chunk import Levels, join_blocks, join_blocks_gradient
+from simplernn_jax.ops.scan import Inputs
+
+
+class Part(NamedTuple):
+    """Tokens from `start` to `stop`, in groups of `group` chunks of `size` tokens."""
+
+    start: int
+    stop: int
+    size: int
+    group: int
+
+    def of(self, inputs: Inputs, state: HeadState) -> Inputs:
+        """Slice the inputs of this part, beside the state that it begins with."""
+        return inputs.map_time(lambda x: x[:, self.start : self.stop], state)
+
+
+def forward_loop(
+    part: Part, inputs: Inputs, *, with_output: bool = True, with_starts: bool = False
+) -> tuple[HeadState, Any, Any]:
+    """Loop over groups of chunks: the final state, the output, the states at the chunks' starts."""
+    q, k, v, log_gate, initial_state, reset = inputs
+    batch, length, heads, _ = q.shape
+    dtype = initial_state.dtype
+    states = (part.group, batch * heads, *initial_state.shape[2:])
+
+    def body(carry: Any, index: jax.Array) -> tuple[Any, Any]:
+        state, output = carry
+        take = partial(_slice_group, part=part, index=index, dtype=dtype)
+        chunk_q, chunk_k, chunk_v, chunk_l = take(q), take(k), take(v), take(log_gate)
+        levels = join_blocks(chunk_q, chunk_k, chunk_l)
+        masks = _chunk_masks(part, reset, index, heads)
+        attention, read, written, total = _masked(levels, masks)
+        added = (written.mT @ chunk_v).reshape(states)
+        total = total.reshape(*states[:3], 1)
+        at_starts = []
+        for decay, new in zip(total, added, strict=True):
+            at_starts.append(state)
+            state = decay * state + new
+        starts = jnp.stack(at_starts)
+        kept = starts if with_starts else None
+        if not with_output:
+            return (state, output), kept
+        chunk_output = read @ starts.reshape(-1, *states[2:]) + attention @ chunk_v
+        return (state, _store_group(part, output, chunk_output, index)), kept
+
+    output: Any = ()
+    if with_output:
+        # In `dtype`: XLA's CPU backend converts a whole bfloat16 array to update a part of it.
+        output = vary_like(jnp.zeros(v.shape, dtype), initial_state)
+    start = (initial_state.reshape(states[1:]), output)
+    groups = jnp.arange(length // (part.size * part.group))
+    (state, output), starts = jax.lax.scan(body, start, groups)
+    output = output.astype(v.dtype) if with_output else None
+    return state.reshape(initial_state.shape), output, starts
+
+
+def backward_loop(
+    part: Part,
+    inputs: Inputs,
+    d_output: jax.Array,
+    starts: jax.Array,
+    d_final_state: jax.Array,
+) -> list[jax.Array]:
+    """Loop over chunks from the last to the first, with the gradient of the state as carry.
+
+    The state of `inputs` is that at the end of the part.
+    """
+    q, k, v, log_gate, final_state, reset = inputs
+    batch, length, heads, _ = q.shape
+    dtype = final_state.dtype
+    states = (part.group, batch * heads, *final_state.shape[2:])
+
+    def body(carry: Any, xs: Any) -> tuple[Any, None]:
+        d_state, end_state, d_q, d_k, d_v, d_l = carry
+        index, starts = xs
+        take = partial(_slice_group, part=part, index=index, dtype=dtype)
+        chunk_q, chunk_k, chunk_v, chunk_l = take(q), take(k), take(v), take(log_gate)
+        chunk_dy = take(d_output)
+        levels = join_blocks(chunk_q, chunk_k, chunk_l)
+        masks = _chunk_masks(part, reset, index, heads)
+        attention, read, written, total = _masked(levels, masks)
+
+        ends = jnp.concatenate([starts[1:], end_state[None]])
+        read_by = (read.mT @ chunk_dy).reshape(states)
+        decays = total.reshape(*states[:3], 1)
+        d_ends = []
+        for chunk in reversed(range(part.group)):
+            d_ends.append(d_state)
+            d_state = decays[chunk] * d_state + read_by[chunk]
+        d_end = jnp.stack(d_ends[::-1]).reshape(-1, *states[2:])
+        state = starts.reshape(-1, *states[2:])
+
+        d_attention = _causal(chunk_dy @ chunk_v.mT, masks)
+        chunk_dv = attention.mT @ chunk_dy + written @ d_end
+        d_read, d_written = chunk_dy @ state.mT, chunk_v @ d_end.mT
+        if masks is not None:
+            d_read = jnp.where(masks.reads_start[..., None], d_read, 0)
+            d_written = jnp.where(masks.reaches_end[..., None], d_written, 0)
+        chunk_dq, chunk_dk = join_blocks_gradient(
+            levels, chunk_q, chunk_k, d_attention, d_read, d_written
+        )
+        # db_i = q_i dq_i - k_i dk_i, plus the end state's at i = C; l_t is in every b_i, i >= t.
+        d_b = chunk_q * chunk_dq - chunk_k * chunk_dk
+        d_total = jnp.sum(ends.reshape(d_end.shape) * d_end, axis=-1)
+        chunk_dl = jnp.flip(jnp.cumsum(jnp.flip(d_b, 1), axis=1), 1) + d_total[:, None]
+        if masks is not None:
+            chunk_dl = jnp.where(masks.reset[..., None], 0, chunk_dl)
+        store = partial(_store_group, part, index=index)
+        grads = (store(d_q, chunk_dq), store(d_k, chunk_dk), store(d_v, chunk_dv))
+        return (d_state, starts[0], *grads, store(d_l, chunk_dl)), None
+
+    start = (
+        d_final_state.reshape(states[1:]),
+        final_state.reshape(states[1:]),
+        *(vary_like(jnp.zeros(x.shape, dtype), final_state) for x in (q, k, v, log_gate)),
+    )
+    chunks = jnp.arange(length // (part.size * part.group))
+    (d_state, _, *grads), _ = jax.lax.scan(body, start, (chunks, starts), reverse=True)
+    grads = [grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v, log_gate), strict=True)]
+    return [*grads, d_state.reshape(final_state.shape)]
+
+
+def _slice_group(x: jax.Array, *, part: Part, index: jax.Array, dtype: Any) -> jax.Array:
+    """Take the chunks of group `index` of ``[B, T, H, K]`` as ``[G * B * H, C, K]``."""
+    batch, _, heads, width = x.shape
+    tokens = part.size * part.group
+    chunk = jax.lax.dynamic_slice_in_dim(x, index * tokens, tokens, axis=1)
+    chunk = chunk.astype(dtype).reshape(batch, part.group, part.size, heads, width)
+    return chunk.transpose(1, 0, 3, 2, 4).reshape(-1, part.size, width)
+
+
+def _store_group(part: Part, whole: jax.Array, chunk: jax.Array, index: jax.Array) -> jax.Array:
+    """Store ``[G * B * H, C, K]`` as group `index` of ``[B, T, H, K]``."""
+    batch, _, heads, width = whole.shape
+    chunk = chunk.reshape(part.group, batch, heads, part.size, width).transpose(1, 0, 3, 2, 4)
+    chunk = chunk.reshape(batch, part.group * part.size, heads, width)
+    return jax.lax.dynamic_update_slice_in_dim(whole, chunk, index * part.size * part.group, axis=1)
+
+
+class Masks(NamedTuple):
+    """Paths inside a chunk that stay within one segment, for each sequence."""
+
+    reset: jax.Array  # [N, C] the token starts a segment
+    reads_start: jax.Array  # [N, C] the state at the chunk's start reaches the token
+    reaches_end: jax.Array  # [N, C] the token reaches the state at the chunk's end
+    same_segment: jax.Array  # [N, C, C]
+    keeps_state: jax.Array  # [N, 1] the state at the start reaches the end
+
+
+def _chunk_masks(part: Part, reset: jax.Array | None, index: jax.Array, heads: int) -> Masks | None:
+    if reset is None:
+        return None
+    tokens = part.size * part.group
+    chunk = jax.lax.dynamic_slice_in_dim(reset, index * tokens, tokens, axis=1)
+    chunk = chunk.reshape(-1, part.group, part.size).swapaxes(0, 1).reshape(-1, part.size)
+    chunk = jnp.repeat(chunk, heads, axis=0)
+    segment = jnp.cumsum(chunk.astype(jnp.int32), axis=1)
+    last = segment[:, -1:]
+    return Masks(
+        reset=chunk,
+        reads_start=segment == 0,
+        reaches_end=segment == last,
+        same_segment=segment[:, :, None] == segment[:, None, :],
+        keeps_state=last == 0,
+    )
+
+
+def _causal(matrix: jax.Array, masks: Masks | None) -> jax.Array:
+    size = matrix.shape[-1]
+    allowed = jnp.tri(size, dtype=bool)[None]
+    if masks is not None:
+        allowed = allowed & masks.same_segment
+    # `where`, not a multiplication by zero: masked entries may be infinite.
+    return jnp.where(allowed, matrix, 0)
+
+
+def _masked(levels: Levels, masks: Masks | None) -> tuple[jax.Array, ...]:
+    """Mask A, the q that reads the start state, the k of the end state, and the state's decay."""
+    if masks is None:
+        return levels.attention, levels.decayed_q, levels.decayed_k, levels.total
+    return (
+        jnp.where(masks.same_segment, levels.attention, 0),
+        jnp.where(masks.reads_start[..., None], levels.decayed_q, 0),
+        jnp.where(masks.reaches_end[..., None], levels.decayed_k, 0),
+        jnp.where(masks.keeps_state, levels.total, 0),
+    )
