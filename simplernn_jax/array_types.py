@@ -34,6 +34,8 @@ HeadState = Float[Array, "B H K V"]
 """State of one layer's recurrence, float32."""
 ConvState = Float[Array, "B W D"]
 """The last W inputs of one layer's short convolution, oldest first, float32."""
+SeenKeys = Float[Array, "B S H K"]
+SeenValues = Float[Array, "B S H V"]
 CachedKeys = Float[Array, "B H S K"]
 CachedValues = Float[Array, "B H S V"]
 

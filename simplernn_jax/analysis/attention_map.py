@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, SegmentIds, Values
 from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.ops import segment_starts
+from simplernn_jax.ops.checks import accumulator_dtype
 from simplernn_jax.ops.intra_chunk import BLOCK, join_blocks
 from simplernn_jax.ops.sliding_attention import apply_rope
 
@@ -46,7 +47,7 @@ def attention_map(
       segment_ids: ``[B, T]``; a change of id resets the state.
     """
     batch, length, heads, key_dim = q.shape
-    dtype = jnp.result_type(q, k, log_gate, jnp.float32)
+    dtype = accumulator_dtype(q, k, log_gate)
     size = max(BLOCK, 1 << max(length - 1, 0).bit_length())
     boundaries = _boundaries(segment_ids, batch, length)
     log_gate = jnp.where(boundaries[..., None, None], 0, log_gate)
@@ -125,7 +126,7 @@ def attention_inputs(
     is_new &= (distance >= 0) & (distance < attention.context)
     # Rounded to the layer's dtype, as in the layer; then computed in float32 at least.
     q, k = (apply_rope(x, positions).astype(attention.dtype) for x in (q, k))
-    dtype = jnp.promote_types(attention.dtype, jnp.float32)
+    dtype = accumulator_dtype(attention.dtype)
 
     def with_cached(slots: jax.Array, new: jax.Array) -> jax.Array:
         parts = [jnp.swapaxes(slots, 1, 2), new.astype(attention.dtype)]

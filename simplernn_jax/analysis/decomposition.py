@@ -23,6 +23,7 @@ from simplernn_jax.array_types import HeadState, ModelState, SegmentIds, Values
 from simplernn_jax.models import LanguageModel, SimpleRNN
 from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.ops import gated_linear_recurrence
+from simplernn_jax.ops.checks import accumulator_dtype
 from simplernn_jax.ops.sliding_attention import attend
 
 MAX_ERROR = 1e-5
@@ -146,7 +147,7 @@ def _decompose_attention(
 
 def _relative_error(actual: jax.Array, expected: jax.Array) -> jax.Array:
     """Return RMS(actual - expected) / RMS(expected); 0 if both are 0."""
-    dtype = jnp.promote_types(expected.dtype, jnp.float32)
+    dtype = accumulator_dtype(expected)
     actual, expected = actual.astype(dtype), expected.astype(dtype)
     error = jnp.sqrt(jnp.mean((actual - expected) ** 2))
     scale = jnp.sqrt(jnp.mean(expected**2))

@@ -11,7 +11,7 @@ from simplernn_jax.array_types import Activations, HeadState, Outputs, SegmentId
 from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.heads import Heads
 from simplernn_jax.ops import recurrent_step
-from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
+from simplernn_jax.ops.checks import FLOATING, accumulator_dtype, check_array, check_segment_ids
 from simplernn_jax.ops.sequence_parallel import sharded_recurrence
 
 Recurrence = Callable[..., tuple[jax.Array, HeadState]]
@@ -105,7 +105,7 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
         check_array("inputs", inputs, "B D", FLOATING, {"D": self.query_proj.in_features})
         (q, k, v, log_gate), output_gate = self.project(inputs)
         self.check_state("carry", carry, q)
-        sums = jnp.promote_types(carry.dtype, jnp.float32)
+        sums = accumulator_dtype(carry)
         y, state = recurrent_step(q, k, v, log_gate, carry.astype(sums))
         return state.astype(carry.dtype), self.combine(y, output_gate)
 

@@ -10,6 +10,7 @@ from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, Segmen
 from simplernn_jax.ops.checks import (
     FLOATING,
     INTEGER,
+    accumulator_dtype,
     check_array,
     check_dtype,
     check_segment_ids,
@@ -77,7 +78,7 @@ def gated_linear_recurrence(
         check_dtype("state_dtype", state_dtype)
     q, k, v, log_gate = map(jnp.asarray, (q, k, v, log_gate))  # float64 of NumPy may be float32
     batch, _, heads, key_dim = q.shape
-    dtype = jnp.result_type(q, k, v, log_gate, jnp.float32)
+    dtype = accumulator_dtype(q, k, v, log_gate)
     method = _choose(method, chunk_size, dtype)
     log_gate = log_gate.astype(dtype)
     if initial_state is None:

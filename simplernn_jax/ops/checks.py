@@ -20,6 +20,12 @@ _NAMES = {FLOATING: "floating point", INTEGER: "integer", BOOL: "bool"}
 Sizes = dict[str, Any]
 
 
+def accumulator_dtype(*arrays: Any) -> Any:
+    """Dtype of sums over arrays, or of these dtypes: float64 if one of them is, else float32."""
+    dtypes = [jnp.dtype(getattr(x, "dtype", x)) for x in arrays]
+    return jnp.dtype("float64" if jnp.dtype("float64") in dtypes else "float32")
+
+
 def check_array(
     name: str, x: Any, axes: str, dtypes: tuple[str, ...] = FLOATING, sizes: Mapping[str, Any] = {}
 ) -> Sizes:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState
+from simplernn_jax.ops.checks import accumulator_dtype
 from simplernn_jax.ops.scan import Inputs
 
 CHUNK = 64
@@ -22,7 +23,7 @@ def low_precision_recurrence(
     decoder does that keeps its state in `dtype` between tokens. Inside a chunk sums are float32.
     Gradients of the state are rounded where it is.
     """
-    sums = jnp.promote_types(dtype, jnp.float32)
+    sums = accumulator_dtype(dtype)
 
     def step(state: HeadState, part: Inputs) -> tuple[HeadState, jax.Array]:
         output, state = recurrence(part._replace(state=state.astype(sums)))

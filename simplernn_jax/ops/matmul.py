@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from simplernn_jax.ops.checks import FLOATING, check_array, check_dtype
+from simplernn_jax.ops.checks import FLOATING, accumulator_dtype, check_array, check_dtype
 from simplernn_jax.ops.forms import Forms, Gradient
 from simplernn_jax.ops.operation import apply, on_one_device
 
@@ -44,7 +44,7 @@ def fused_matmul(x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> tupl
     check_dtype("dtype", dtype)
     x, *kernels = map(jnp.asarray, (x, *kernels))  # float64 of NumPy may be float32 here
     widths = tuple(kernel.shape[1] for kernel in kernels)
-    result = jnp.promote_types(dtype, jnp.float32)
+    result = accumulator_dtype(dtype)
     results = [jax.ShapeDtypeStruct((*x.shape[:-1], width), result) for width in widths]
     forward, gradient = _operation(jnp.dtype(dtype), x.dtype, widths, on_one_device())
     if x.dtype != dtype:
@@ -177,4 +177,4 @@ def _dot(how: _Matmul, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _accumulator_dtype(x: jax.Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return accumulator_dtype(x)

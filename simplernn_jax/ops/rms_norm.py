@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.ops.checks import check_array
+from simplernn_jax.ops.checks import accumulator_dtype, check_array
 from simplernn_jax.ops.forms import Form, Forms, Gradient
 from simplernn_jax.ops.native import NORM_BACKWARD, NORM_FORWARD, call_native, takes_native
 from simplernn_jax.ops.operation import apply
@@ -36,7 +36,7 @@ def rms_norm(x: jax.Array, *, native: bool | None = None) -> jax.Array:
     """
     check_array("x", x, "... D")
     x = jnp.asarray(x)  # float64 of NumPy may be float32 here
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(accumulator_dtype(x))
     forms, forward, reverse = _operation(x.ndim, takes_native(x, native))
     gradient = Gradient(reverse, forward, extras=((x.shape[:-1], x.dtype),))
     (y,) = apply(forms, [x], [x], gradient)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simplernn_jax.array_types import Keys, Positions, Queries, Values
-from simplernn_jax.ops.checks import BOOL, INTEGER, check_array
+from simplernn_jax.array_types import Positions, Queries, SeenKeys, SeenValues
+from simplernn_jax.ops.checks import BOOL, INTEGER, accumulator_dtype, check_array
 
 QUERIES = 256
 """Queries of one block, which see at most `context` + 255 keys."""
@@ -45,7 +45,7 @@ def apply_rope(x: jax.Array, positions: Positions) -> jax.Array:
     if sizes["K"] % 2:
         raise ValueError(f"x: expected [B, T, H, K] with an even K; got K = {sizes['K']}")
     half = x.shape[-1] // 2
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = accumulator_dtype(x)
     radians = ROTARY_BASE ** (-np.arange(half) / half)
     turn = np.rint(radians / (2 * np.pi) * 2**32).astype(np.int32)
     angle = (positions[..., None] * turn[None, None]).astype(dtype) * (2 * np.pi / 2**32)
@@ -55,7 +55,7 @@ def apply_rope(x: jax.Array, positions: Positions) -> jax.Array:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def attend(q: Queries, k: Keys, v: Values, mask: jax.Array) -> jax.Array:
+def attend(q: Queries, k: SeenKeys, v: SeenValues, mask: jax.Array) -> jax.Array:
     """Compute softmax attention of T queries over S keys, of which every query sees at least one.
 
     Args:
@@ -92,7 +92,9 @@ def attend(q: Queries, k: Keys, v: Values, mask: jax.Array) -> jax.Array:
     return y[..., :value_dim]
 
 
-def sliding_attention(q: Queries, k: Keys, v: Values, reach: jax.Array, context: int) -> jax.Array:
+def sliding_attention(
+    q: Queries, k: SeenKeys, v: SeenValues, reach: jax.Array, context: int
+) -> jax.Array:
     """Compute causal attention over the last tokens.
 
     Args:
@@ -153,14 +155,16 @@ def sliding_attention(q: Queries, k: Keys, v: Values, reach: jax.Array, context:
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
-def _check_heads(q: Queries, k: Keys, v: Values) -> dict[str, Any]:
+def _check_heads(q: Queries, k: SeenKeys, v: SeenValues) -> dict[str, Any]:
     sizes = check_array("q", q, "B T H K")
     like_q = (str(q.dtype),)
     sizes = check_array("k", k, "B S H K", like_q, sizes)
     return check_array("v", v, "B S H V", like_q, sizes)
 
 
-def _attend_blocks(q: Queries, k: Keys, v: Values, reach: jax.Array, context: int) -> jax.Array:
+def _attend_blocks(
+    q: Queries, k: SeenKeys, v: SeenValues, reach: jax.Array, context: int
+) -> jax.Array:
     """Compute `sliding_attention` of a part of the sequence, in blocks of `QUERIES`."""
     length, past = q.shape[1], k.shape[1] - q.shape[1]
     # The scores are by far the largest arrays: the gradient recomputes them.
@@ -182,7 +186,7 @@ def _attend_blocks(q: Queries, k: Keys, v: Values, reach: jax.Array, context: in
 
 
 def _block(
-    q: Queries, k: Keys, v: Values, reach: jax.Array, start: Any, size: int, width: int
+    q: Queries, k: SeenKeys, v: SeenValues, reach: jax.Array, start: Any, size: int, width: int
 ) -> jax.Array:
     """Compute attention of `size` queries from `start`, over the last `width` keys up to them."""
     end = k.shape[1] - q.shape[1] + start + size
