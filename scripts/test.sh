@@ -23,7 +23,7 @@ if [ -n "$sanitize" ]; then
     [ -e "$path" ] || fail "--sanitize: $compiler has no $library; install gcc with its sanitizers"
     preload="${preload:+$preload }$path"
   done
-  [ $# -gt 0 ] || set -- tests/test_{ops,fused,argument_safety,normalized{,_convolution}}.py
+  [ $# -gt 0 ] || set -- tests/test_{ops,fused,argument_safety,rms_norm{,_convolution}}.py
   export CC="$compiler -fsanitize=address,undefined -fno-sanitize-recover=undefined -g"
   export ASAN_OPTIONS="detect_leaks=0:verify_asan_link_order=0" # Python frees little at its end
   # No other allocator: it would hide what is written out of bounds.
@@ -36,5 +36,5 @@ status=0
 ruff check "${sources[@]}" || status=1
 ruff format --check "${sources[@]}" || status=1
 mypy || status=1
-python -m pytest -n 2 "$@" || status=1
+python -m pytest -n 2 --dist loadfile "$@" || status=1
 exit "$status"
