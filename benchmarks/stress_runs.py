@@ -116,7 +116,7 @@ def contents(workdir: str | Path, step: int) -> dict[str, Any]:
 def comparable(step: int, data_state: Any, arrays: dict[str, Any]) -> dict[str, Any]:
     """Contents of a checkpoint as values that ``==`` compares bit-exactly."""
     values = {
-        f"array {name}": (str(array.dtype), array.shape, np.asarray(array).tobytes())
+        name: (str(array.dtype), array.shape, np.asarray(array).tobytes())
         for name, array in arrays.items()
     }
     return values | {"number of steps": step, "position in the data": data_state}

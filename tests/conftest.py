@@ -13,6 +13,7 @@ import hypothesis
 import jax
 import pytest
 from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
 
 # Broadcasting between ranks must be explicit.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -31,4 +32,18 @@ hypothesis.settings.load_profile("project")
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_programs(tmp_path_factory):
     """Keep compiled code of the tests and their scripts out of the user's cache."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # shared by all workers
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def reused_programs(tmp_path_factory):
+    """Compile equal programs of a module's runs once; each run makes functions of its own."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()

@@ -4,20 +4,38 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_python(*arguments, stdin=b"", timeout=300, **environment):
-    """(exit code, standard output, standard error) of ``python ARGUMENTS`` on the CPU."""
+class Result(NamedTuple):
+    """Exit code and decoded streams of a process that ended."""
+
+    code: int
+    output: str
+    errors: str
+
+
+def run_python(*arguments, stdin=b"", timeout=300, cwd=ROOT, **environment):
+    """Run ``python ARGUMENTS`` on the CPU."""
     path = os.pathsep.join([str(ROOT), *sys.path])
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         check=False,
         input=stdin,
         capture_output=True,
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **environment},
         timeout=timeout,
     )
-    return done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
+    return Result(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"))
+
+
+def assert_refused(result, *parts):
+    """Exit code 2, no output, and one line of error with all of `parts`."""
+    assert (result.code, result.output) == (2, "")
+    assert result.errors.startswith("error: ")
+    assert result.errors.count("\n") == 1
+    for part in parts:
+        assert part in result.errors

@@ -4,6 +4,7 @@ import contextlib
 import random
 import signal
 
+import numpy as np
 from flax import nnx
 
 from benchmarks import stress_runs
@@ -16,6 +17,7 @@ from simplernn_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from simplernn_jax.data.batches import Batch
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.training import loop
 from simplernn_jax.training.preparation import prepare
@@ -42,6 +44,20 @@ def small_config(block="plain", **fields):
         setattr(section, name, value)
     config.model.join_mixers()
     return config
+
+
+def random_batch(seed, size, length, vocab_size, begins=0.2):
+    """A batch whose documents begin at each token with probability `begins`."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, vocab_size, (size, length + 1), np.int32)
+    begins = random.random((size, length + 1)) < begins
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        loss_mask=~begins[:, 1:],
+        segment_ids=np.cumsum(begins[:, :-1], axis=1, dtype=np.int32),
+        reset=begins[:, 0],
+    )
 
 
 def write_corpus(folder, seed=0, documents=7):

@@ -1,5 +1,5 @@
-"""Rows taken window by window, and layers that compute again: the losses and gradients of whole
-rows, or exactly what truncation leaves of them, on one device and on meshes."""
+"""Backward windows and rematerialization: the losses and gradients of whole sequences, or exactly
+those of truncated BPTT, on one device and on meshes."""
 
 import dataclasses
 import functools
@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from meshes import mesh_of
-from small_runs import small_config
+from meshes import distance, mesh_of
+from small_runs import random_batch, small_config
 
 from simplernn_jax.config import MeshConfig
 from simplernn_jax.data.batches import Batch
@@ -22,32 +22,23 @@ from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.losses import summed_cross_entropy
 from simplernn_jax.training.train_step import init_train_state, make_train_step
 
-ROWS, LENGTH, WINDOW, VOCAB = 4, 24, 8, 12
+SIZE, LENGTH, WINDOW, VOCAB = 4, 24, 8, 12
 SGD = optax.sgd(1.0)
 """Under it the change of the parameters is the gradient."""
 
 
 def config_of(sizes=(), **fields):
     shape = {"num_layers": 2, "num_heads": 2, "mlp_dim": 12, "vocab_size": VOCAB}
-    rows = {"batch_size": ROWS, "sequence_length": LENGTH, "mode": "stream"}
+    rows = {"batch_size": SIZE, "sequence_length": LENGTH, "mode": "stream"}
     config = small_config(**({"block": "residual"} | shape | rows | fields))
     config.model.precision = "float64"  # for tests: `validate` knows nothing of it
     config.mesh = MeshConfig(**({"data": 1} | dict(sizes)))
     return config
 
 
-def make_batch(begins_at=0.15, seed=0):
-    """Documents begin and end anywhere; some rows are reset."""
-    random = np.random.default_rng(seed)
-    tokens = random.integers(0, VOCAB, (ROWS, LENGTH + 1), np.int32)
-    begins = random.random((ROWS, LENGTH + 1)) < begins_at
-    return Batch(
-        tokens=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        loss_mask=~begins[:, 1:],
-        segment_ids=np.cumsum(begins[:, :-1], axis=1, dtype=np.int32),
-        reset=begins[:, 0] | (np.arange(ROWS) == 1),
-    )
+def make_batch():
+    batch = random_batch(0, SIZE, LENGTH, VOCAB, 0.15)
+    return batch._replace(reset=batch.reset | (np.arange(SIZE) == 1))
 
 
 @functools.cache
@@ -88,18 +79,9 @@ def step_of(sizes=(), block="residual", num_layers=2, **fields):
 
 
 @functools.cache
-def whole_rows(**fields):
+def whole_sequences(**fields):
     with jax.enable_x64(True):
         return step_of(**fields)(make_batch())
-
-
-def distance(ours, reference):
-    """The norm of all differences together, beside that of `reference`."""
-    ours, reference = (
-        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
-        for tree in (ours, reference)
-    )
-    return np.linalg.norm(ours - reference) / np.linalg.norm(reference)
 
 
 def assert_same(ours, reference, limit=1e-11):
@@ -140,61 +122,59 @@ def test_truncated_windows_are_the_sum_of_their_own_gradients():
     with jax.enable_x64(True):
         found = step_of(block="plain", backward_window=WINDOW)(make_batch())
         assert_same(found, window_by_window("plain"))
-    whole = whole_rows(block="plain")
+    whole = whole_sequences(block="plain")
     assert found[0] == pytest.approx(whole[0], rel=1e-12)
     assert distance(found[2], whole[2]) < 1e-12
-    # What truncation leaves out is there, and is not most of it.
+    # Truncation changes the gradient, by less than its norm.
     assert 1e-3 < distance(found[1], whole[1]) < 1
 
 
-def test_a_window_that_covers_the_row_truncates_nothing():
+def test_a_window_of_the_whole_sequence_truncates_nothing():
     with jax.enable_x64(True):
         found = step_of(block="plain", backward_window=LENGTH)(make_batch())
-    assert_same(found, whole_rows(block="plain"), 1e-13)
+    assert_same(found, whole_sequences(block="plain"), 1e-13)
 
 
-def test_exact_windows_have_the_gradient_of_whole_rows():
-    with jax.enable_x64(True):
-        found = step_of(backward_window=WINDOW, backward="exact", num_layers=1)(make_batch())
-    assert_same(found, whole_rows(num_layers=1))
-
-
-def test_windows_accumulated_of_rows_without_a_carried_state():
+def test_exact_windows_with_gradient_accumulation_and_no_carried_state():
     fields = {"block": "plain", "mode": "window", "gradient_accumulation": 2}
     with jax.enable_x64(True):
         found = step_of(backward_window=WINDOW, backward="exact", **fields)(make_batch())
-        from_zero = make_batch()._replace(reset=np.ones(ROWS, bool))
+        from_zero = make_batch()._replace(reset=np.ones(SIZE, bool))
         expected = step_of(block="plain")(from_zero)
     assert found[2] == ()
     assert found[0] == pytest.approx(expected[0], rel=1e-12)
     assert distance(found[1], expected[1]) < 1e-11
 
 
-def test_layers_that_compute_again_have_the_same_gradient():
-    with jax.enable_x64(True):
-        found = step_of(remat="block", num_layers=1)(make_batch())
-    assert_same(found, whole_rows(num_layers=1), 1e-13)
+EXACT = {"backward_window": WINDOW, "backward": "exact"}
 
 
-def test_exact_windows_on_a_mesh_are_those_of_one_device():
-    fields = {"backward_window": WINDOW, "backward": "exact", "remat": "block", "num_layers": 1}
+@pytest.mark.parametrize(
+    ("sizes", "fields", "limit"),
+    [
+        ((), EXACT, 1e-11),
+        ((), {"remat": "block"}, 1e-13),
+        ((("sequence", 2), ("fsdp", 2), ("tensor", 2)), EXACT | {"remat": "block"}, 1e-11),
+    ],
+)
+def test_exact_windows_and_rematerialization_leave_the_gradient(sizes, fields, limit):
     with jax.enable_x64(True):
-        found = step_of((("sequence", 2), ("fsdp", 2), ("tensor", 2)), **fields)(make_batch())
-    assert_same(found, whole_rows(num_layers=1))
+        found = step_of(sizes, num_layers=1, **fields)(make_batch())
+    assert_same(found, whole_sequences(num_layers=1), limit)
 
 
 @pytest.mark.parametrize(
     ("sizes", "remat"),
     [((("sequence", 2), ("data", 2)), "none"), ((("stage", 2), ("fsdp", 2)), "block")],
 )
-def test_truncated_windows_on_a_mesh_are_those_of_one_device(sizes, remat):
+def test_truncated_windows_on_a_mesh_equal_one_device(sizes, remat):
     with jax.enable_x64(True):
         found = step_of(sizes, backward_window=WINDOW, remat=remat)(make_batch())
         assert_same(found, window_by_window("residual"))
 
 
 def temporary_bytes(**fields):
-    """Working memory of a step on one long row, by the compiler's account."""
+    """Working memory of a step on one long sequence, by XLA's memory analysis."""
     fields = {"batch_size": 1, "sequence_length": 512, "mode": "window"} | fields
     config = config_of(**fields)
     config.model.precision = "float32"
@@ -206,7 +186,7 @@ def temporary_bytes(**fields):
     return program.memory_analysis().temp_size_in_bytes
 
 
-def test_memory_is_what_is_kept():
+def test_windows_and_rematerialization_need_less_memory():
     everything, block, truncated, exact = (
         temporary_bytes(**fields)
         for fields in (

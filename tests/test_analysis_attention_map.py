@@ -70,7 +70,7 @@ def computed(q, k, v, log_gate, state, ids):
 
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("segments", SEGMENTS)
-@pytest.mark.parametrize("length", [1, 65])
+@pytest.mark.parametrize("length", [1, 29])
 @pytest.mark.parametrize(("dtype", "limit"), [(np.float32, 1e-6), (np.float64, 1e-14)])
 def test_implicit_map_equals_its_definition_and_reproduces_the_recurrence(
     length, segments, gates, dtype, limit

@@ -1,5 +1,7 @@
 """Decomposition of layers and predictions: exact sums, detected errors, known contributions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,10 @@ BATCH, LENGTH, HEADS, VALUES, CONTEXT = 2, 13, 2, 7, 5
 MIXERS = ("simple_rnn", "attention")
 
 
+call = nnx.jit(lambda layer, *arguments: layer(*arguments))
+
+
+@functools.cache
 def recorded(mixer, dtype=jnp.float32, state_factor=1.0, past=17):
     """Return a layer with all options, a recorded call after `past` tokens, and its segments."""
     options = {"rngs": nnx.Rngs(0), "output_norm": True, "output_gate": True, "dtype": dtype}
@@ -33,9 +39,9 @@ def recorded(mixer, dtype=jnp.float32, state_factor=1.0, past=17):
         layer = SimpleRNN(11, 2 * 3, 2 * VALUES, 11, HEADS, **options)
     x = np.random.default_rng(0).normal(size=(BATCH, past + LENGTH, 11))
     x = jnp.asarray(x, dtype)
-    _, state = layer(x[:, :past])
+    _, state = call(layer, x[:, :past])
     ids = jnp.asarray(np.stack([np.arange(LENGTH) // 4, np.zeros(LENGTH)]), jnp.int32)
-    y, final_state = layer(x[:, past:], state, ids)
+    y, final_state = call(layer, x[:, past:], state, ids)
     changed = jax.tree.map(
         lambda leaf: leaf * state_factor if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
         state,
@@ -61,7 +67,7 @@ def test_decomposition_sums_to_the_output(mixer, dtype, layer_limit):
     assert np.abs(given.from_state[:, :4]).min() > 0
 
 
-@pytest.mark.parametrize("past", [0, 1, CONTEXT - 1, CONTEXT, CONTEXT + 1])
+@pytest.mark.parametrize("past", [0, CONTEXT - 1, CONTEXT + 1])
 def test_attention_is_decomposed_at_every_cache_length(past):
     given = decompose(*recorded("attention", past=past))
     assert max(given.operator_error, given.layer_error) < 1e-6

@@ -35,11 +35,7 @@ VALUE_PICTURES = ["loss_by_position", "loss_by_reset", "contributions"]
 @functools.cache
 def explanation(mixer="simple_rnn", text=TEXT, token=60, map_tokens=16):
     config = small_config(
-        "residual",
-        num_heads=2,
-        num_layers=mixer.count(",") + 1,
-        mixer=mixer,
-        attention_context=11,
+        "residual", num_heads=2, num_layers=mixer.count(",") + 1, mixer=mixer, attention_context=11
     )
     model = LanguageModel(config.model, rngs=nnx.Rngs(0))
     return explain(model, ByteTokenizer(), config, text, token=token, map_tokens=map_tokens)
@@ -145,7 +141,6 @@ def test_a_weak_contribution_looks_weak():
 
 
 def test_an_excerpt_begins_and_ends_with_a_word_and_stages_are_logged(caplog):
-    explanation.cache_clear()
     with caplog.at_level(logging.INFO, "absl"):
         chosen = explanation(text=WORDS, token=38, map_tokens=24).chosen
     assert "".join(unit.text for unit in chosen.units) == "fox jumps over the la"

@@ -87,11 +87,13 @@ def test_the_state_of_a_long_text_is_read_in_pieces(monkeypatch):
 
 @pytest.mark.parametrize(
     ("lives", "expected"),
-    [([5.0], 5), ([3.0, 3.0, 3.0], 3), ([np.inf, np.inf, 1.0], np.inf), ([0.0], 0)],
+    [
+        ([5.0], 5),
+        ([3.0, 3.0, 3.0], 3),
+        ([np.inf, np.inf, 1.0], np.inf),
+        ([0.0], 0),
+        ([np.inf, 2.0, 2.0], 4),  # 1/3 + 2/3 * 1/4
+    ],
 )
 def test_half_of_all_channels_is_gone_after(lives, expected):
     assert half_gone(np.array(lives)) == pytest.approx(expected, abs=1e-6)
-
-
-def test_channels_that_forget_nothing_delay_the_half():
-    assert half_gone(np.array([np.inf, 2.0, 2.0])) == pytest.approx(4)  # 1/3 + 2/3 * 1/4

@@ -7,11 +7,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from processes import Result, assert_refused, run_python
 
 from simplernn_jax import command_line
 from simplernn_jax.errors import UserError
-
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 SCRIPT = '''
 """Counts something."""
@@ -35,22 +34,10 @@ if __name__ == "__main__":
 '''
 
 
-def run_script(
-    folder: Path, body: str, *arguments: str, definitions: str = ""
-) -> subprocess.CompletedProcess[str]:
-    script = folder / "count.py"
+def run_script(folder: Path, body: str, *arguments: str, definitions: str = "") -> Result:
     indented = textwrap.indent(textwrap.dedent(body), "    ")
-    script.write_text(SCRIPT.format(body=indented, definitions=definitions))
-    command = [sys.executable, str(script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def assert_one_line(result: subprocess.CompletedProcess[str], *parts: str) -> None:
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    for part in parts:
-        assert part in result.stderr
+    (folder / "count.py").write_text(SCRIPT.format(body=indented, definitions=definitions))
+    return run_python("count.py", *arguments, cwd=folder)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +52,9 @@ def assert_one_line(result: subprocess.CompletedProcess[str], *parts: str) -> No
 )
 def test_exit_codes(tmp_path, body, code, parts):
     result = run_script(tmp_path, body)
-    assert result.returncode == code
-    assert all(part in result.stderr for part in parts)
-    assert bool(result.stderr) == bool(parts)
+    assert result.code == code
+    assert all(part in result.errors for part in parts)
+    assert bool(result.errors) == bool(parts)
 
 
 @pytest.mark.parametrize(
@@ -95,27 +82,27 @@ def test_exit_codes(tmp_path, body, code, parts):
         ),
     ],
 )
-def test_an_error_of_the_user_or_the_file_system_is_one_line(tmp_path, monkeypatch, body, part):
-    monkeypatch.chdir(tmp_path)
-    assert_one_line(run_script(tmp_path, body), part)
+def test_an_error_of_the_user_or_the_file_system_is_one_line(tmp_path, body, part):
+    assert_refused(run_script(tmp_path, body), part)
 
 
 def test_current_folder_that_is_gone(tmp_path):
     run_script(tmp_path, "return 0")
     (tmp_path / "gone").mkdir()
-    command = f"cd {tmp_path / 'gone'} && rmdir ../gone && {sys.executable} {tmp_path / 'count.py'}"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert_one_line(result, "error: the current folder is gone; cd to another one")
+    start = "import os, sys; os.rmdir('../gone'); os.execv(sys.argv[1], sys.argv[1:])"
+    script = tmp_path / "count.py"
+    result = run_python("-c", start, sys.executable, script, cwd=tmp_path / "gone")
+    assert_refused(result, "error: the current folder is gone; cd to another one")
 
 
 def test_message_is_printable_and_bounded(tmp_path):
     result = run_script(tmp_path, 'raise UserError("a\\x1b[2Jb" + "x" * 9999)')
-    assert_one_line(result, "error: a\\x1b[2Jbx", " ... x")
-    assert len(result.stderr) < 450
+    assert_refused(result, "error: a\\x1b[2Jbx", " ... x")
+    assert len(result.errors) < 450
     result = run_script(tmp_path, "return 0", "--workdr=\x1b[2J" + "y" * 9999)
-    assert_one_line(result, "no such flag")
-    assert len(result.stderr) < 450
-    assert "\x1b" not in result.stderr
+    assert_refused(result, "no such flag")
+    assert len(result.errors) < 450
+    assert "\x1b" not in result.errors
 
 
 @pytest.mark.parametrize("content", [None, "fifo", "folder"])
@@ -133,15 +120,13 @@ def test_text_of_a_file_that_is_not_a_regular_one(tmp_path, content):
 def test_full_disk_names_the_workdir(tmp_path):
     body = 'os.write(os.open("/dev/full", os.O_WRONLY), b"text")'
     result = run_script(tmp_path, body, "--workdir=runs/full")
-    assert_one_line(result, "runs/full: no space left on device; free some space")
+    assert_refused(result, "runs/full: no space left on device; free some space")
 
 
 def test_a_closed_pipe_ends_the_script_quietly(tmp_path):
     run_script(tmp_path, "print('x' * 1_000_000)")
     process = subprocess.Popen(
-        [sys.executable, str(tmp_path / "count.py")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        [sys.executable, str(tmp_path / "count.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert process.stdout is not None
     assert process.stderr is not None
@@ -163,7 +148,7 @@ def test_a_closed_pipe_ends_the_script_quietly(tmp_path):
 )
 def test_wrong_flag_is_one_line(tmp_path, argument, part):
     definitions = '_COUNT = flags.DEFINE_integer("count", 1, "How often.")'
-    assert_one_line(
+    assert_refused(
         run_script(tmp_path, "return 1", argument, definitions=definitions), part, "--help"
     )
 
@@ -172,17 +157,17 @@ def test_arguments_that_are_not_flags(tmp_path):
     definitions = '_NAMES = command_line.define_arguments("NAME ...")'
     body = "print(_NAMES.value, _WORKDIR.value)"
     result = run_script(tmp_path, body, "ops", "--workdir=w", "lm", definitions=definitions)
-    assert result.stdout == "['ops', 'lm'] w\n"
-    assert "NAME ..." in run_script(tmp_path, body, "--help", definitions=definitions).stdout
+    assert result.output == "['ops', 'lm'] w\n"
+    assert "NAME ..." in run_script(tmp_path, body, "--help", definitions=definitions).output
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull"])
 def test_help_shows_the_docstring_and_the_flags_of_the_script(tmp_path, flag):
     result = run_script(tmp_path, "return 1", flag)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "Counts something." in result.stdout
-    assert "--workdir: Directory of the run." in result.stdout
-    assert ("--verbosity" in result.stdout) == (flag == "--helpfull")
+    assert (result.code, result.errors) == (0, "")
+    assert "Counts something." in result.output
+    assert "--workdir: Directory of the run." in result.output
+    assert ("--verbosity" in result.output) == (flag == "--helpfull")
 
 
 @pytest.mark.parametrize(
@@ -194,8 +179,7 @@ def test_help_shows_the_docstring_and_the_flags_of_the_script(tmp_path, flag):
     ],
 )
 def test_help_shows_flags_that_scripts_share(script, names):
-    command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--help"]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    shown = run_python(f"scripts/{script}.py", "--help").output
     assert all(f"\n  --{name}: " in shown for name in names)
 
 
@@ -208,4 +192,4 @@ def test_logs_of_the_project_are_shown_and_those_of_libraries_from_warnings_up(t
     standard_logging.getLogger("lib").info("more chatter")
     """
     result = run_script(tmp_path, body)
-    assert result.stderr == "saved 7\nwarning: set aside\nwarning: careful\n"
+    assert result.errors == "saved 7\nwarning: set aside\nwarning: careful\n"

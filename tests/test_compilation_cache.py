@@ -1,17 +1,16 @@
 """Compiled programs on disk: reused, never when damaged, never without a bound."""
 
+import functools
 import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from odd_files import put_odd_file
+from processes import run_python
 from small_runs import newest_checkpoint, write_corpus
 
 from simplernn_jax.compilation_cache import SealedFolder
-
-ROOT = Path(__file__).resolve().parent.parent
 
 PROGRAM = """
 import functools, jax, jax.monitoring, jax.numpy as jnp
@@ -32,25 +31,16 @@ print(jax.device_get(state).tobytes().hex(), total, len(hits))
 """
 
 
-def start(command, **environment):
-    """(standard output, standard error) of a process that uses the cache."""
-    without = ("JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR")
-    inherited = {name: value for name, value in os.environ.items() if name not in without}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *command],
-        check=False,
-        capture_output=True,
-        env=inherited | {"PYTHONPATH": str(ROOT)} | environment,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+@pytest.fixture(autouse=True)
+def default_settings(monkeypatch):
+    for name in ("JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def run_program(**environment):
     """(result, number of programs loaded from the cache, standard error)."""
-    output, errors = start(["-c", PROGRAM], **environment)
+    code, output, errors = run_python("-W", "error", "-c", PROGRAM, **environment)
+    assert code == 0, errors
     *result, hits = output.split()
     return result, int(hits), errors
 
@@ -123,10 +113,13 @@ def test_it_can_be_switched_off(tmp_path):
 def test_a_run_from_the_cache_is_bit_exact(tmp_path):
     source = write_corpus(tmp_path / "text")
     for name in ("cold", "warm"):
-        command = [str(ROOT / "scripts" / "train.py"), f"--config={ROOT / 'configs' / 'tiny.py'}"]
-        command += [f"--workdir={tmp_path / name}", f"--config.data.source={source}"]
-        command += ["--config.model.block=plain", "--config.train.steps=3"]
-        start(command, XDG_CACHE_HOME=str(tmp_path / "cache"))
+        result = run_python(
+            *("-W", "error", "scripts/train.py", "--config=configs/tiny.py"),
+            *(f"--workdir={tmp_path / name}", f"--config.data.source={source}"),
+            *("--config.model.block=plain", "--config.train.steps=3"),
+            XDG_CACHE_HOME=str(tmp_path / "cache"),
+        )
+        assert result.code == 0, result.errors
         entries = files(tmp_path / "cache", "-cache")
         if name == "cold":
             compiled = [(path, path.stat().st_mtime_ns) for path in entries]
@@ -157,16 +150,6 @@ def test_the_least_recently_used_entries_are_deleted(tmp_path):
     assert (tmp_path / "theirs-cache").exists()
 
 
-def put_pipe(path):
-    path.unlink()
-    os.mkfifo(path)
-
-
-def put_endless(path):
-    path.unlink()
-    path.symlink_to("/dev/zero")
-
-
 def swap(path):
     """Exchange both files of two entries."""
     for suffix in ("-cache", "-sha256"):
@@ -176,7 +159,9 @@ def swap(path):
 
 
 @pytest.mark.parametrize(
-    "damage", [change_a_bit, cut_off, empty, os.remove, put_pipe, put_endless, swap]
+    "damage",
+    [change_a_bit, cut_off, empty, os.remove, swap]
+    + [functools.partial(put_odd_file, kind) for kind in ("fifo", "endless")],
 )
 @pytest.mark.parametrize("suffix", ["-cache", "-sha256"])
 def test_a_damaged_entry_is_not_used_and_is_replaced(tmp_path, damage, suffix):

@@ -1,11 +1,10 @@
 """The flag --config and its overrides, in a process of its own."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import Result, assert_refused, run_python
 
 SCRIPT = '''
 """Prints a configuration."""
@@ -44,23 +43,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def show(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "show.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-
-
-def assert_one_line(result: subprocess.CompletedProcess[str], part: str) -> None:
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    assert part in result.stderr
+def show(folder: Path, *arguments: str) -> Result:
+    return run_python("show.py", *arguments, cwd=folder)
 
 
 def test_file_and_overrides_of_each_type(folder):
-    assert show(folder, "--config=seven.py").stdout == "7 stdlib True\n"
+    assert show(folder, "--config=seven.py").output == "7 stdlib True\n"
     overrides = ["--config.train.steps=11", "--config.data.source", "a b.txt"]
     result = show(folder, "--config", "seven.py", *overrides, "--noconfig.model.tie_embeddings")
-    assert result.stdout == "11 a b.txt False\n"
+    assert result.output == "11 a b.txt False\n"
 
 
 def test_mixers_from_a_list_in_a_file_and_from_the_command_line(folder):
@@ -69,12 +60,12 @@ def test_mixers_from_a_list_in_a_file_and_from_the_command_line(folder):
     )
     (folder / "hybrid.py").write_text(of_a_list)
     mixers = ("simple_rnn", "attention")
-    assert show(folder, "--config=hybrid.py").stdout.splitlines()[1] == str(mixers * 2)
+    assert show(folder, "--config=hybrid.py").output.splitlines()[1] == str(mixers * 2)
     result = show(folder, "--config=hybrid.py", "--config.model.mixer=attention")
-    assert result.stdout.splitlines()[1] == str(("attention",) * 4)
+    assert result.output.splitlines()[1] == str(("attention",) * 4)
     override = "--config.model.mixer=attention,simple_rnn,simple_rnn,attention"
     result = show(folder, "--config=seven.py", override)
-    assert result.stdout.splitlines()[1] == str(mixers[::-1] + mixers)
+    assert result.output.splitlines()[1] == str(mixers[::-1] + mixers)
 
 
 def test_a_configuration_imports_from_its_folder(folder):
@@ -84,7 +75,7 @@ def test_a_configuration_imports_from_its_folder(folder):
     (folder / "variants" / "other.py").write_text(
         variant + "    c.data.source = 'x'\n    return c\n"
     )
-    assert show(folder, "--config=variants/other.py").stdout == "13 x True\n"
+    assert show(folder, "--config=variants/other.py").output == "13 x True\n"
 
 
 @pytest.mark.parametrize(
@@ -97,10 +88,7 @@ def test_a_configuration_imports_from_its_folder(folder):
         ("--config.trian.steps=5", "did you mean 'train.steps'?"),
         ("--config.train.batch_size=5", "did you mean 'data.batch_size'?"),
         ("--config.zzz=5", "--config.zzz: no such field; --help shows them all"),
-        (
-            "--config.optimizer=5",
-            "--config.optimizer: a section; set one of optimizer.name",
-        ),
+        ("--config.optimizer=5", "--config.optimizer: a section; set one of optimizer.name"),
         ("--config.train.steps=x", "--config.train.steps=x: invalid literal for int()"),
         ("--config.train.steps=-5", "--config.train.steps=-5 is not possible"),
         ("--config.model.mixer=attention,rnn", "--config.model.mixer='rnn' is not possible"),
@@ -108,7 +96,7 @@ def test_a_configuration_imports_from_its_folder(folder):
     ],
 )
 def test_wrong_override_is_one_line(folder, override, part):
-    assert_one_line(show(folder, "--config=seven.py", override), part)
+    assert_refused(show(folder, "--config=seven.py", override), part)
 
 
 @pytest.mark.parametrize(
@@ -125,39 +113,39 @@ def test_wrong_override_is_one_line(folder, override, part):
 )
 def test_wrong_file_is_one_line(folder, text, part):
     (folder / "wrong.py").write_text(text)
-    assert_one_line(show(folder, "--config=wrong.py"), part)
+    assert_refused(show(folder, "--config=wrong.py"), part)
 
 
 def test_a_missing_file(folder):
-    assert_one_line(show(folder, "--config=sevn.py"), "no such file; did you mean 'seven.py'?")
-    assert_one_line(show(folder, "--config=nowhere/x.py"), "--config=nowhere/x.py: no such file")
+    assert_refused(show(folder, "--config=sevn.py"), "no such file; did you mean 'seven.py'?")
+    assert_refused(show(folder, "--config=nowhere/x.py"), "--config=nowhere/x.py: no such file")
 
 
 def test_missing_flag(folder):
-    assert_one_line(show(folder), "--config is missing; name a file such as")
-    assert_one_line(show(folder, "--config.train.steps=5"), "--config is missing")
+    assert_refused(show(folder), "--config is missing; name a file such as")
+    assert_refused(show(folder, "--config.train.steps=5"), "--config is missing")
 
 
 def test_help_lists_the_fields_without_a_configuration(folder):
     result = show(folder, "--help")
-    assert result.returncode == 0
-    assert "--config.data.source='stdlib'" in result.stdout
+    assert result.code == 0
+    assert "--config.data.source='stdlib'" in result.output
 
 
 def test_file_of_the_project_is_found_from_another_folder(folder):
-    assert show(folder, "--config=configs/tiny.py").stdout == "40 stdlib True\n"
+    assert show(folder, "--config=configs/tiny.py").output == "40 stdlib True\n"
     (folder / "configs").mkdir()
     (folder / "configs" / "tiny.py").write_text(CONFIG)
-    assert show(folder, "--config=configs/tiny.py").stdout == "7 stdlib True\n"
-    assert_one_line(show(folder, "--config=configs/bsae.py"), "/configs/base.py'?")
-    assert_one_line(show(folder, "--config=tini.py"), "/configs/tiny.py'?")
+    assert show(folder, "--config=configs/tiny.py").output == "7 stdlib True\n"
+    assert_refused(show(folder, "--config=configs/bsae.py"), "/configs/base.py'?")
+    assert_refused(show(folder, "--config=tini.py"), "/configs/tiny.py'?")
 
 
 def test_a_file_that_is_not_regular_is_one_line(folder):
     os.mkfifo(folder / "fifo.py")
-    assert_one_line(show(folder, "--config=fifo.py"), "--config=fifo.py: not a regular file")
-    assert_one_line(show(folder, "--config=/dev/zero"), "--config=/dev/zero: not a regular file")
-    assert_one_line(show(folder, "--config=."), "--config=.: not a regular file")
+    assert_refused(show(folder, "--config=fifo.py"), "--config=fifo.py: not a regular file")
+    assert_refused(show(folder, "--config=/dev/zero"), "--config=/dev/zero: not a regular file")
+    assert_refused(show(folder, "--config=."), "--config=.: not a regular file")
     (folder / "loop.py").symlink_to("loop.py")
-    assert_one_line(show(folder, "--config=loop.py"), "symbolic links")
-    assert_one_line(show(folder, "--config=" + "x" * 300), "name too long")
+    assert_refused(show(folder, "--config=loop.py"), "symbolic links")
+    assert_refused(show(folder, "--config=" + "x" * 300), "name too long")

@@ -21,24 +21,26 @@ from simplernn_jax.sharding.partition_specs import named_shardings, variable_spe
 from simplernn_jax.training import evaluate
 from simplernn_jax.training.evaluate import Evaluator
 
-CONFIGS = {
-    "plain": small_config(vocab_size=203),
-    "hybrid": small_config(
-        "residual", vocab_size=203, num_layers=2, mixer="attention,simple_rnn", attention_context=9
-    ),
-}
+CONFIG = small_config(
+    "residual", vocab_size=203, num_layers=2, mixer="attention,simple_rnn", attention_context=9
+)
+EVALUATOR = Evaluator(CONFIG, PAD)
 SPLIT = make_split()
 
 
 @functools.cache
-def model(kind="plain"):
-    return LanguageModel(CONFIGS[kind].model, rngs=nnx.Rngs(0))
+def model():
+    return LanguageModel(CONFIG.model, rngs=nnx.Rngs(0))
+
+
+def params():
+    return nnx.state(model(), nnx.Param)
 
 
 @functools.cache
-def nats_one_by_one(kind="plain"):
+def nats_one_by_one():
     """-log p of every prediction of `SPLIT`, each document from a zero state, one by one."""
-    graph, params = nnx.split(model(kind), nnx.Param)
+    graph, params = nnx.split(model(), nnx.Param)
 
     @jax.jit
     def score(token, target, state):
@@ -48,21 +50,19 @@ def nats_one_by_one(kind="plain"):
     tokens = np.asarray(SPLIT.tokens, np.int32)
     nats = []
     for start, end in zip(SPLIT.document_starts, document_ends(SPLIT), strict=True):
-        state = model(kind).initial_state(1)
+        state = model().initial_state(1)
         for position in range(start, end - 1):
             value, state = score(tokens[position], tokens[position + 1], state)
             nats.append(float(value))
     return nats
 
 
-def evaluation(limit_tokens=0, split=SPLIT, kind="plain"):
-    params = nnx.state(model(kind), nnx.Param)
-    return Evaluator(CONFIGS[kind], PAD)(params, split, limit_tokens)
+def evaluation(limit_tokens=0, split=SPLIT):
+    return EVALUATOR(params(), split, limit_tokens)
 
 
-@pytest.mark.parametrize("batch_tokens", [8192, 60])
-def test_a_mesh_scores_as_one_device(monkeypatch, batch_tokens):
-    monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
+def test_a_mesh_scores_as_one_device(monkeypatch):
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 60)
     config = small_config("residual", vocab_size=204, num_heads=2, mlp_dim=12, num_layers=2)
     config.model.mixer, config.model.attention_context = "simple_rnn,attention", 9
     params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0)), nnx.Param)
@@ -75,11 +75,10 @@ def test_a_mesh_scores_as_one_device(monkeypatch, batch_tokens):
 
 
 @pytest.mark.parametrize(("batch_tokens", "max_batch_size"), [(8192, 32), (60, 3), (13, 1)])
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_equals_scoring_token_by_token(monkeypatch, batch_tokens, max_batch_size, kind):
+def test_equals_scoring_token_by_token(monkeypatch, batch_tokens, max_batch_size):
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
     monkeypatch.setattr(evaluate, "MAX_BATCH_SIZE", max_batch_size)
-    result, expected = evaluation(kind=kind), nats_one_by_one(kind)
+    result, expected = evaluation(), nats_one_by_one()
     assert result.predictions == len(expected) == SPLIT.num_predictions
     assert result.nats_per_token == pytest.approx(np.mean(expected), rel=1e-6)
 
@@ -106,8 +105,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text():
 
 
 def test_a_uniform_model_scores_the_logarithm_of_its_vocabulary():
-    params = jax.tree.map(jnp.zeros_like, nnx.state(model(), nnx.Param))
-    result = Evaluator(CONFIGS["plain"], PAD)(params, SPLIT)
+    result = EVALUATOR(jax.tree.map(jnp.zeros_like, params()), SPLIT)
     assert result.nats_per_token == pytest.approx(math.log(203), rel=1e-6)
     assert result.perplexity == pytest.approx(203, rel=1e-5)
     assert dataclasses.replace(result, nats_per_token=1e4).perplexity == math.inf
@@ -119,7 +117,7 @@ def test_a_split_without_predictions_is_refused():
 
 
 def test_scores_are_the_losses_of_their_batches():
-    parts = list(Evaluator(CONFIGS["plain"], PAD).scores(nnx.state(model(), nnx.Param), SPLIT, 61))
+    parts = list(EVALUATOR.scores(params(), SPLIT, 61))
     for part in parts:
         np.testing.assert_array_equal(np.asarray(part.nats)[~part.batch.loss_mask], 0)
         assert float(part.total) == pytest.approx(float(np.sum(part.nats)), rel=1e-6)
@@ -129,9 +127,7 @@ def test_scores_are_the_losses_of_their_batches():
 
 def test_overlapping_contexts_equal_the_model_on_each_from_a_zero_state():
     length, stride = 11, 4
-    result = Evaluator(CONFIGS["plain"], PAD)(
-        nnx.state(model(), nnx.Param), SPLIT, windows=Contexts(length, stride)
-    )
+    result = EVALUATOR(params(), SPLIT, windows=Contexts(length, stride))
     assert result.predictions == SPLIT.num_predictions
     score = nnx.jit(lambda model, tokens: jax.nn.log_softmax(model(tokens)[0][0]))
     nats = []

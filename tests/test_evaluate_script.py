@@ -1,32 +1,17 @@
-"""scripts/evaluate.py as a subprocess."""
+"""scripts/evaluate.py in a process of its own."""
 
 import lzma
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from processes import ROOT, assert_refused, run_python
 from small_runs import save_untrained, small_config, write_corpus
 
-ROOT = Path(__file__).resolve().parent.parent
 
-
-def evaluate(*arguments, cwd=ROOT):
-    """(exit code, standard output, standard error)."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *map(str, arguments)],
-        check=False,
-        capture_output=True,
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout, done.stderr
+def evaluate(*arguments, **options):
+    return run_python(ROOT / "scripts" / "evaluate.py", *arguments, **options)
 
 
 def number(name, output):
@@ -34,12 +19,20 @@ def number(name, output):
     return float(value.replace(",", ""))
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(folder of a run, its corpus), whose text was moved from where the run read it."""
+    folder = tmp_path_factory.mktemp("saved")
+    config = small_config(source=write_corpus(folder / "text"), validation_fraction=0.3)
+    corpus = save_untrained(config, folder / "run")
+    (folder / "text").rename(folder / "moved")
+    return folder, corpus
+
+
 @pytest.mark.parametrize("split_name", ["validation", "train"])
-def test_scores_a_split_from_the_workdir_alone(tmp_path, split_name):
-    config = small_config(source=write_corpus(tmp_path / "text"), validation_fraction=0.3)
-    corpus = save_untrained(config, tmp_path / "run")
-    shutil.rmtree(config.data.source)
-    code, output, errors = evaluate("--workdir", "run", "--split", split_name, cwd=tmp_path)
+def test_scores_a_split_from_the_workdir_alone(saved, split_name):
+    folder, corpus = saved
+    code, output, errors = evaluate("--workdir", "run", "--split", split_name, cwd=folder)
     assert (code, errors) == (0, "")
     split = corpus.train if split_name == "train" else corpus.validation
     assert number("predictions", output) == split.num_predictions
@@ -55,18 +48,10 @@ def test_scores_a_split_from_the_workdir_alone(tmp_path, split_name):
     assert len(columns) == 1, output
 
 
-def assert_refused(arguments, message):
-    code, output, errors = evaluate(*arguments)
-    assert (code, output) == (2, "")
-    assert errors.startswith("error: ")
-    assert errors.count("\n") == 1
-    assert message in errors
-
-
 def test_a_run_without_held_out_text_says_so(tmp_path):
     config = small_config(source=write_corpus(tmp_path / "text"))
     save_untrained(config, tmp_path / "run")
-    assert_refused(["--workdir", tmp_path / "run"], "holds nothing out")
+    assert_refused(evaluate("--workdir", tmp_path / "run"), "holds nothing out")
 
 
 @pytest.mark.parametrize(
@@ -81,23 +66,22 @@ def test_a_run_without_held_out_text_says_so(tmp_path):
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(arguments, message):
-    assert_refused(arguments, message)
+    assert_refused(evaluate(*arguments), message)
 
 
-def test_the_text_of_a_run_is_read_only_where_a_flag_names_it(tmp_path):
-    config = small_config(source=write_corpus(tmp_path / "text"), validation_fraction=0.3)
-    save_untrained(config, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "tokens")
-    assert_refused(["--workdir", tmp_path / "run"], "error: the tokens of this run are not in ")
-    code, output, _ = evaluate("--workdir", tmp_path / "run", "--source", config.data.source)
+def test_the_text_of_a_run_is_read_only_where_a_flag_names_it(saved, tmp_path):
+    folder, _ = saved
+    shutil.copytree(folder / "run", tmp_path / "run", ignore=shutil.ignore_patterns("tokens"))
+    refusal = evaluate("--workdir", tmp_path / "run")
+    assert_refused(refusal, "error: the tokens of this run are not in ")
+    code, output, _ = evaluate("--workdir", tmp_path / "run", "--source", folder / "moved")
     assert code == 0
     assert "nats/token" in output
 
 
-def test_overlapping_contexts_score_the_same_predictions(tmp_path):
-    config = small_config(source=write_corpus(tmp_path / "text"), validation_fraction=0.3)
-    corpus = save_untrained(config, tmp_path / "run")
-    code, output, errors = evaluate("--workdir", tmp_path / "run", "--window", 9, "--stride", 4)
+def test_overlapping_contexts_score_the_same_predictions(saved):
+    folder, corpus = saved
+    code, output, errors = evaluate("--workdir", folder / "run", "--window", 9, "--stride", 4)
     assert (code, errors) == (0, "")
     assert number("predictions", output) == corpus.validation.num_predictions
     assert "zero, then 6 to 9 tokens of context" in output

@@ -1,33 +1,18 @@
 """scripts/explain.py in a process of its own."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 import small_runs
+from processes import ROOT, assert_refused, run_python
 from small_runs import save_untrained, small_config, write_corpus
 
 from simplernn_jax.models import LanguageModel
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def explain(*arguments, stdin=""):
-    """Return exit code, standard output and standard error."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "explain.py"), *map(str, arguments)],
-        check=False,
-        capture_output=True,
-        input=stdin.encode(),
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        timeout=300,
-    )
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+    return run_python("scripts/explain.py", *arguments, stdin=stdin.encode())
 
 
 def test_writes_a_page_its_pictures_and_its_numbers(tmp_path):
@@ -110,9 +95,5 @@ def test_a_file_that_cannot_be_replaced_is_found_before_the_computation(tmp_path
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(arguments, message):
-    code, output, errors = explain(*arguments)
-    assert (code, output) == (2, "")
-    assert errors.startswith("error: ")
-    assert errors.count("\n") == 1
-    assert message in errors
+    assert_refused(explain(*arguments), message)
     assert not (ROOT / "y").exists()

@@ -5,6 +5,7 @@ import stat
 import tracemalloc
 
 import pytest
+from odd_files import ODD_FILES, put_odd_file
 
 from simplernn_jax.files import (
     check_output,
@@ -47,22 +48,10 @@ def test_a_failure_leaves_the_old_content_and_nothing_else(tmp_path, monkeypatch
     assert os.listdir(tmp_path) == ["file"]
 
 
-def _fifo(path):
-    os.mkfifo(path)
-
-
-def _link_to_a_device(path):
-    path.symlink_to("/dev/zero")
-
-
-def _folder(path):
-    path.mkdir()
-
-
-@pytest.mark.parametrize("make", [_fifo, _link_to_a_device, _folder])
-def test_only_regular_files_are_read_or_replaced(tmp_path, make):
+@pytest.mark.parametrize("kind", ODD_FILES)
+def test_only_regular_files_are_read_or_replaced(tmp_path, kind):
     path = tmp_path / "file"
-    make(path)
+    put_odd_file(kind, path)
     before = os.lstat(path)
     for use in (open_file, read_file, check_output, lambda path: write_file(path, b"new")):
         with pytest.raises(OSError, match=r"not a regular file|a folder"):

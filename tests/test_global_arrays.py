@@ -1,4 +1,4 @@
-"""Arrays over many devices, made of rows and read back, with the devices of one process."""
+"""Sharded arrays made of local sequences and copied back, with the devices of one process."""
 
 import chex
 import jax
@@ -19,7 +19,7 @@ def mesh():
     return make_mesh(MeshConfig(data=2, fsdp=2, sequence=2), EIGHT)
 
 
-def test_every_device_holds_its_part(mesh):
+def test_every_device_holds_its_shard(mesh):
     tokens = np.arange(12 * 6, dtype=np.int32).reshape(12, 6)
     reset = np.arange(12) % 5 == 0
     shardings = (
@@ -36,13 +36,13 @@ def test_every_device_holds_its_part(mesh):
     assert arrays[1].addressable_shards[0].data.shape == (3,)
 
 
-def test_rows_of_a_process_are_those_of_its_devices(mesh):
+def test_sequences_of_a_process_are_those_of_its_devices(mesh):
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     assert process_slice(rows, 12) == slice(0, 12)
     assert process_slice(NamedSharding(mesh, PartitionSpec()), 12) == slice(0, 12)
 
 
-def test_a_local_copy_is_whole_and_on_one_device(mesh):
+def test_a_local_copy_is_unsharded_and_on_one_device(mesh):
     kernel = np.arange(35.0, dtype=np.float32).reshape(7, 5)
     spread = {
         "kernel": jax.device_put(
@@ -55,6 +55,6 @@ def test_a_local_copy_is_whole_and_on_one_device(mesh):
     chex.assert_trees_all_equal(copy, {"kernel": kernel[:6, :4], "bias": kernel[6]})
 
 
-def test_what_is_on_one_device_stays_as_it_is():
+def test_an_array_on_one_device_is_returned_as_it_is():
     tree = {"kernel": jax.numpy.ones(3)}
     assert local_copy(tree)["kernel"] is tree["kernel"]

@@ -137,14 +137,11 @@ def test_a_bad_argument_of_generate_text_is_one_line(case):
         ({"prompts": [[1.5]]}, "prompt 0: float64 values; token ids are integers"),
         ({"prompts": [[[1]]]}, "prompt 0: has 2 axes"),
         ({"banned_ids": range(VOCAB)}, "banned_ids: all tokens are banned"),
-        (
-            {"max_new_tokens": 2**31 - 1, "prompts": [[1]] * 1000},
-            "max_new_tokens=2147483647: ",
-        ),
+        ({"max_new_tokens": 2**31 - 1, "prompts": [[1]] * 1000}, "max_new_tokens=2147483647: "),
         ({"max_new_tokens": 10**12}, "max_new_tokens=1000000000000: must be an integer in"),
     ],
 )
-def test_the_problem_is_said(arguments, message):
+def test_the_problem_is_named(arguments, message):
     arguments = {"model": model(), "prompts": [[1]]} | arguments
     assert check_refused(generate, arguments, *arguments.popitem()).startswith(message)
 
@@ -159,21 +156,21 @@ def test_more_prompts_than_memory_holds_are_refused(monkeypatch):
     number=st.sampled_from([int, np.int32, np.uint8, np.asarray, jnp.asarray]),
     real=st.sampled_from([float, np.float32, np.float64, np.asarray, jnp.asarray]),
 )
-def test_numbers_of_every_kind_are_taken(number, real):
+def test_numbers_of_every_type_are_accepted(number, real):
     made = checked_settings(VOCAB, real(0.5), number(3), real(0.75), number(7), number(5), [1, 2])
     assert (float(made.temperature), int(made.top_k), float(made.top_p)) == (0.5, 3, 0.75)
     assert int(made.eos_id) == 5
     assert made.is_banned.sum() == 2
 
 
-def test_extreme_settings_are_taken():
+def test_extreme_settings_are_accepted():
     made = checked_settings(VOCAB, 1e300, 10**30, 1e-300, 2**32 - 1, None, ())
     assert float(made.temperature) == np.finfo(np.float32).max
     assert int(made.top_k) == VOCAB
 
 
 @given(st.lists(st.lists(ids, min_size=1, max_size=5), min_size=1, max_size=4))
-def test_good_prompts_come_out_as_they_are(prompts):
+def test_valid_prompts_are_unchanged(prompts):
     rows = checked_prompts(prompts, VOCAB, None)
     assert [row.tolist() for row in rows] == prompts
     assert {row.dtype for row in rows} == {np.dtype(np.int32)}

@@ -145,7 +145,7 @@ def test_infer_uses_the_run_saved_last(project):
     assert "model: runs/tiny" in result.stderr
 
 
-def test_infer_before_training_says_what_to_do(project):
+def test_infer_before_training_names_the_remedy(project):
     launch(project, "train.sh")
     result = launch(project, "infer.sh", "x")
     assert result.returncode == 2

@@ -44,7 +44,7 @@ def test_a_leaf_is_stacked_over_the_layers_and_keeps_its_name():
     chex.assert_trees_all_equal(in_layout_of(stacked, params), stacked)
 
 
-def test_muon_does_to_stacked_layers_what_it_does_to_single_ones():
+def test_muon_updates_stacked_layers_as_single_ones():
     """It holds Adam too, for the rest."""
     config = small_config(name="muon", warmup_steps=0, clip_norm=0.5, weight_decay=0.3).optimizer
     optimizer = make_optimizer(config, 7)

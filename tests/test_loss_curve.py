@@ -52,7 +52,7 @@ def figures(monkeypatch):
     return drawn
 
 
-def test_the_picture_says_which_run_it_is_and_where_it_was_best(tmp_path, figures):
+def test_the_picture_names_the_run_and_its_best_step(tmp_path, figures):
     validation = [4.0, 2.5, 2.125, math.nan, 2.25]
     picture(tmp_path / "my_$run$", "plain model, 17 parameters", validation=validation)
     (axes,) = figures[0].axes

@@ -1,8 +1,9 @@
 """Manifests: every change to a folder shows."""
 
-import os
+import functools
 
 import pytest
+from odd_files import put_odd_file
 
 from simplernn_jax.checkpoint import manifest
 from simplernn_jax.files import write_sealed
@@ -18,12 +19,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_an_untouched_folder_is_whole(folder):
+def test_an_untouched_folder_is_intact(folder):
     assert manifest.has_manifest(str(folder))
     assert manifest.find_damage(str(folder)) is None
 
 
-def test_a_folder_without_a_manifest_is_not_whole(tmp_path):
+def test_a_folder_without_a_manifest_is_damaged(tmp_path):
     assert not manifest.has_manifest(str(tmp_path))
     assert manifest.find_damage(str(tmp_path)) == "manifest.sha256 is missing"
 
@@ -39,11 +40,6 @@ def test_every_flipped_bit_and_every_truncation_of_the_manifest_shows(folder):
             assert manifest.find_damage(str(folder)) == "manifest.sha256 was changed"
 
 
-def make_folder(path):
-    path.unlink()
-    path.mkdir()
-
-
 @pytest.mark.parametrize(
     ("name", "change", "damage"),
     [
@@ -51,7 +47,7 @@ def make_folder(path):
         ("last", lambda path: path.write_bytes(b"\n\r"), "has 2 bytes instead of 3"),
         ("inner/nothing", lambda path: path.unlink(), "is missing"),
         ("inner/empty/other", lambda path: path.write_bytes(b""), "does not belong there"),
-        ("last", make_folder, "is missing"),
+        ("last", functools.partial(put_odd_file, "folder"), "is missing"),
     ],
 )
 def test_a_damaged_file_is_named(folder, name, change, damage):
@@ -73,23 +69,13 @@ def test_a_rewritten_manifest_covers_the_new_content(folder):
     assert manifest.find_damage(str(folder)) is None
 
 
-def put_pipe(path):
-    path.unlink(missing_ok=True)
-    os.mkfifo(path)
-
-
-def put_endless(path):
-    path.unlink(missing_ok=True)
-    path.symlink_to("/dev/zero")
-
-
-@pytest.mark.parametrize("put", [put_pipe, put_endless])
-def test_pipes_and_devices_are_damage_without_a_hang(folder, put):
-    put(folder / "inner" / "nothing")  # of the right size, by its status
+@pytest.mark.parametrize("kind", ["fifo", "endless"])
+def test_pipes_and_devices_are_damage_without_a_hang(folder, kind):
+    put_odd_file(kind, folder / "inner" / "nothing")  # of the right size, by its status
     expected = "inner/nothing is not a regular file"
     assert manifest.find_damage(str(folder)) == expected
     assert manifest.find_damage(str(folder), ["other"]) == expected
-    put(folder / manifest.MANIFEST_NAME)
+    put_odd_file(kind, folder / manifest.MANIFEST_NAME)
     assert manifest.find_damage(str(folder)) == "manifest.sha256 was changed"
 
 

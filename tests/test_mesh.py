@@ -1,4 +1,4 @@
-"""The mesh of a configuration: its axes, what it refuses, and the arithmetic it shows."""
+"""The mesh of a configuration: its axes and its errors, which show the arithmetic."""
 
 import jax
 import pytest
@@ -12,7 +12,7 @@ from simplernn_jax.sharding.mesh import check_fits, describe, make_mesh
 EIGHT = jax.devices("cpu")
 
 
-def test_data_takes_what_the_others_leave():
+def test_data_takes_the_remaining_devices():
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), EIGHT)
     assert mesh.axis_names == AXES
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1, "stage": 1}
@@ -22,12 +22,12 @@ def test_one_device_is_a_mesh_too():
     assert set(make_mesh(MeshConfig(), EIGHT[:1]).shape.values()) == {1}
 
 
-def test_a_mesh_is_described_by_what_it_divides():
+def test_a_mesh_is_described_by_its_axes():
     assert describe(make_mesh(MeshConfig(), EIGHT[:1])) == "cpu"
     assert describe(make_mesh(MeshConfig(fsdp=4), EIGHT)) == "8 x cpu (data 2, fsdp 4)"
 
 
-def test_a_part_of_the_devices(caplog):
+def test_a_mesh_of_some_devices(caplog):
     mesh = make_mesh(MeshConfig(data=2, sequence=2), EIGHT)
     assert mesh.devices.ravel().tolist() == EIGHT[:4]
     assert "uses 4 of 8 devices" in caplog.text
@@ -36,9 +36,9 @@ def test_a_part_of_the_devices(caplog):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 3}, r"data 3 \* fsdp 1 .* = 3 devices, which cannot be made of the 8"),
-        ({"sequence": 3}, r"data 2 .* sequence 3 .* = 6 devices, .* the 8"),
-        ({"stage": 16}, r"stage 16 = 16 devices, .* the 8"),
+        ({"data": 3}, r"data 3 \* fsdp 1 .* = 3 devices, and there are 8"),
+        ({"sequence": 3}, r"data 2 .* sequence 3 .* = 6 devices, and there are 8"),
+        ({"stage": 16}, r"stage 16 = 16 devices, and there are 8"),
     ],
 )
 def test_sizes_that_do_not_make_up_the_devices(sizes, message):
@@ -65,16 +65,12 @@ def test_sizes_that_do_not_make_up_the_devices(sizes, message):
         ({"tensor": 8}, {"num_heads": 8, "mlp_dim": 11}, r"mlp_dim=11 .* 11 / 8 leaves 3"),
         ({"tensor": 8}, {"num_heads": 8, "mlp_dim": 16}, r"vocab_size=259 .* 259 / 8 leaves 3"),
         ({"fsdp": 8}, {"batch_size": 8, "hidden_dim": 12}, r"hidden_dim=12 .* leaves 4"),
-        (
-            {"stage": 8},
-            {"num_layers": 3, "sequence_length": 8},
-            r"num_layers=3 .* 3 / 8 leaves 3",
-        ),
+        ({"stage": 8}, {"num_layers": 3, "sequence_length": 8}, r"num_layers=3 .* 3 / 8 leaves 3"),
         ({"stage": 4}, {"num_layers": 4}, r"sequence_length=7 .* stage 4: 7 / 4 leaves 3"),
         (
             {"sequence": 8},
             {"sequence_length": 16},
-            r"sequence_length=16 leaves each device of sequence 8 a stretch of 2, .* needs 3 ",
+            r"sequence_length=16 leaves each device of sequence 8 a shard of 2, .* needs 3 ",
         ),
         (
             {"stage": 4},
@@ -83,7 +79,7 @@ def test_sizes_that_do_not_make_up_the_devices(sizes, message):
         ),
     ],
 )
-def test_what_cannot_be_divided(sizes, fields, message):
+def test_sizes_that_do_not_divide_are_refused(sizes, fields, message):
     config = small_config("residual", **fields)
     mesh = make_mesh(MeshConfig(**sizes), EIGHT)
     with pytest.raises(UserError, match=message):

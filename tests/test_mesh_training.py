@@ -1,4 +1,4 @@
-"""Training steps on meshes of eight devices: those of one device, and what the devices exchange."""
+"""Training steps on meshes of eight devices: equal to one device, and their collectives."""
 
 import dataclasses
 import functools
@@ -11,15 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from meshes import mesh_of
-from small_runs import small_config
+from meshes import distance, mesh_of
+from small_runs import HYBRID, random_batch, small_config
 
 from benchmarks.compiled_collectives import collectives
-from simplernn_jax.data.batches import Batch
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.sharding.partition_specs import variable_specs
 from simplernn_jax.training.optimizer import make_optimizer
-from simplernn_jax.training.train_step import init_train_state, make_train_step, state_specs
+from simplernn_jax.training.train_step import (
+    init_train_state,
+    make_train_step,
+    state_specs,
+    take_steps,
+)
 
 MESHES = {
     "data 8": {"data": 8},
@@ -30,27 +34,12 @@ MESHES = {
     "data 2, sequence 4": {"data": 2, "sequence": 4},
     "fsdp 2, sequence 2, tensor 2": {"fsdp": 2, "sequence": 2, "tensor": 2},
 }
-MIXERS = {
-    "simple_rnn": {},
-    "attention": {
-        "mixer": "attention",
-        "num_layers": 1,
-        "key_dim": 24,
-        "attention_context": 13,
-    },
-    "hybrid": {"mixer": "simple_rnn,attention", "key_dim": 24, "attention_context": 8},
-}
-"""Attention sees a stretch of several devices, or the end of the neighbour's."""
-RUNS = [
-    *((name, "simple_rnn") for name in MESHES),
-    *((name, "attention") for name in ("data 8", "fsdp 8", "tensor 4", "sequence 8")),
-    *((name, "hybrid") for name in ("data 2, fsdp 2, tensor 2", "fsdp 2, sequence 2, tensor 2")),
-]
-ROWS, LENGTH, VOCAB, STEPS = 8, 40, 12, 5
+SIZE, LENGTH, VOCAB, STEPS = 8, 40, 12, 5
 WIDTHS = {
-    "num_layers": 2,
+    **HYBRID,
+    "attention_context": 8,  # of sequence shards of 5 to 20: several of them, or the neighbor's end
     "hidden_dim": 8,
-    "key_dim": 12,
+    "key_dim": 24,
     "value_dim": 20,
     "num_heads": 4,
     "mlp_dim": 28,
@@ -58,27 +47,19 @@ WIDTHS = {
     # differ by the order of sums, and the more the longer the steps.
     "learning_rate": 1e-3,
 }
+RECURRENCE = {"num_layers": 1, "mixer": "simple_rnn"}
 
 
 def config_of(precision="float64", **fields):
-    sizes = {"vocab_size": VOCAB, "batch_size": ROWS, "sequence_length": LENGTH}
-    config = small_config("residual", **(WIDTHS | {"mode": "stream"} | sizes | fields))
+    sizes = {"vocab_size": VOCAB, "batch_size": SIZE, "sequence_length": LENGTH}
+    config = small_config(**(WIDTHS | {"mode": "stream"} | sizes | fields))
     config.model.precision = precision  # float64 is for tests: `validate` knows nothing of it
     return config
 
 
 def make_batch(seed):
-    """Documents begin and end anywhere; some rows go on with the state of the batch before."""
-    random = np.random.default_rng(seed)
-    tokens = random.integers(0, VOCAB, (ROWS, LENGTH + 1), np.int32)
-    begins = random.random((ROWS, LENGTH + 1)) < np.linspace(0, 0.3, ROWS)[:, None]
-    return Batch(
-        tokens=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        loss_mask=~begins[:, 1:],
-        segment_ids=np.cumsum(begins[:, :-1], axis=1, dtype=np.int32),
-        reset=begins[:, 0],
-    )
+    """The first sequence continues from batch to batch; documents begin ever more often below."""
+    return random_batch(seed, SIZE, LENGTH, VOCAB, np.linspace(0, 0.3, SIZE)[:, None])
 
 
 @functools.cache
@@ -101,48 +82,32 @@ def compiled(mesh_name, precision="float64", **fields):
     return lowered.compile()
 
 
-def as_jax_arrays(tree, shardings):
-    """Copies that may be donated."""
-    copy = jax.jit(lambda tree: tree, in_shardings=(shardings,), out_shardings=shardings)
-    return copy(tree)
-
-
-def take_steps(mesh_name, state, batches, *options, **fields):
+def run_steps(mesh_name, state, batches, *options, **fields):
     """Losses, and the state after the last batch."""
     step = compiled(mesh_name, *options, **fields)
     (states, on_mesh), _ = step.input_shardings
-    state = as_jax_arrays(state, states)
-    losses = []
-    for batch in batches:
-        state, metrics = step(state, jax.device_put(batch, on_mesh))
-        losses.append(float(metrics.loss))
-    return losses, jax.device_get(state)
+    copy = jax.jit(lambda tree: tree, in_shardings=(states,), out_shardings=states)  # to donate
+    placed = (jax.device_put(batch, on_mesh) for batch in batches)
+    state, metrics = take_steps(step, copy(state), placed)
+    return [float(of_step.loss) for of_step in metrics], jax.device_get(state)
 
 
 def five_steps(mesh_name, *options, **fields):
     batches = [make_batch(seed) for seed in range(STEPS)]
-    return take_steps(mesh_name, start(*options, **fields), batches, *options, **fields)
+    return run_steps(mesh_name, start(*options, **fields), batches, *options, **fields)
 
 
 expected_steps = functools.cache(functools.partial(five_steps, None))
 
 
-def assert_near(ours, reference, limit):
-    """RMS(difference) at most `limit` RMS(reference)."""
-    ours, reference = np.float64(ours), np.float64(reference)
-    assert np.isfinite(ours).all()
-    assert np.linalg.norm(ours - reference) <= limit * np.linalg.norm(reference)
-
-
 def assert_each_near(ours, reference, limit):
-    """Every array of two states, one by one."""
+    """Compare the arrays of two states one by one."""
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
-        assert one.dtype == other.dtype
-        assert_near(one, other, limit)
+        assert distance(one, other) <= limit
 
 
 def exchanged(sizes, config, itemsize):
-    """What the design calls for: ``{(kind, bytes of the result on one device): count}``.
+    """Collectives of the design: ``{(kind, bytes of the result on one device): count}``.
 
     Without sums of single numbers (loss, count of predictions, norm of the gradient).
     """
@@ -153,7 +118,7 @@ def exchanged(sizes, config, itemsize):
     )
     model, layers = config.model, config.model.num_layers
     rows = config.data.batch_size // (mesh.shape["data"] * fsdp)
-    rows //= config.train.gradient_accumulation  # of each turn of the loop over groups
+    rows //= config.train.gradient_accumulation  # of each iteration of the loop over microbatches
     tokens = rows * config.data.sequence_length // sequence
     heads, key_dim, value_dim = (
         model.num_heads // tensor,
@@ -194,13 +159,13 @@ def exchanged(sizes, config, itemsize):
         recurrences, attentions = map(model.mixers.count, ("simple_rnn", "attention"))
         state, recent = rows * heads * key_dim * value_dim, rows * 3 * model.hidden_dim
         doublings = math.ceil(math.log2(sequence))
-        # K (V + 1) numbers of each head and row, whatever the length; then the true states.
+        # K (V + 1) numbers per head and sequence at any length; then the exact states.
         message = rows * heads * key_dim * (value_dim + 1)
         count("collective-permute", message, 2 * recurrences * doublings)
         count("collective-permute", state, 2 * recurrences)
-        count("collective-permute", recent, 2 * layers)  # what the short convolution looks back at
+        count("collective-permute", recent, 2 * layers)  # inputs of the short convolution
         found["collective-permute", rows * 4] += 1  # the id of the segment before, once
-        if config.data.mode == "stream":  # the state after the last stretch, for all
+        if config.data.mode == "stream":  # broadcast of the state after the last shard
             count("all-reduce", state, recurrences)
             count("all-reduce", recent, layers)
         found += _exchanged_by_attention(config, rows, heads, sequence, attentions, itemsize)
@@ -208,17 +173,17 @@ def exchanged(sizes, config, itemsize):
 
 
 def _exchanged_by_attention(config, rows, heads, sequence, layers, itemsize):
-    """Between stretches, of so many layers: K + V numbers of each head and token that is seen."""
+    """Collectives between sequence shards: K + V numbers per head and visible token."""
     model, found = config.model, Counter()
-    stretch, past = config.data.sequence_length // sequence, model.attention_context - 1
-    found["all-gather", rows * sequence * 4] += layers  # how far segments reach, of each stretch
+    shard, past = config.data.sequence_length // sequence, model.attention_context - 1
+    found["all-gather", rows * sequence * 4] += layers  # the first segment boundary of each shard
     for width in (model.key_dim // model.num_heads, model.value_dim // model.num_heads):
         channels = rows * heads * width * itemsize
-        if past <= stretch:
+        if past <= shard:
             found["collective-permute", past * channels] += 2 * layers
         else:
-            found["all-gather", sequence * stretch * channels] += layers
-            found["reduce-scatter", stretch * channels] += layers
+            found["all-gather", sequence * shard * channels] += layers
+            found["reduce-scatter", shard * channels] += layers
         if config.data.mode == "stream":
             found["all-reduce", model.attention_context * channels] += layers
     if config.data.mode == "stream":
@@ -234,49 +199,43 @@ def without_scalars(found):
     )
 
 
-@pytest.mark.parametrize(("mesh_name", "mixer"), RUNS)
-def test_steps_are_those_of_one_device_and_nothing_is_exchanged_but_by_design(mesh_name, mixer):
-    options = MIXERS[mixer]
+@pytest.mark.parametrize("mesh_name", MESHES)
+def test_steps_equal_one_device_and_collectives_are_those_of_the_design(mesh_name):
     with jax.enable_x64(True):
-        losses, state = five_steps(mesh_name, **options)
-        expected_losses, expected = expected_steps(**options)
+        losses, state = five_steps(mesh_name)
+        expected_losses, expected = expected_steps()
         np.testing.assert_allclose(losses, expected_losses, rtol=1e-11)
         assert_each_near(state, expected, 1e-11)
 
-        # What is not finite on one device changes nothing on any.
+        # A value that is not finite on one device skips the update on all.
         carried = jax.tree.map(np.copy, state.carried)
         carried[0].recent[0] = np.nan
-        batch = make_batch(STEPS)._replace(reset=np.zeros(ROWS, bool))
+        batch = make_batch(STEPS)._replace(reset=np.zeros(SIZE, bool))
         bad = dataclasses.replace(state, carried=carried)
-        losses, after = take_steps(mesh_name, bad, [batch], **options)
+        losses, after = run_steps(mesh_name, bad, [batch])
         assert not np.isfinite(losses[0])
         assert after.skipped_updates == 1
         chex.assert_trees_all_equal((after.params, after.opt_state), (bad.params, bad.opt_state))
 
-        found, scalars = without_scalars(collectives(compiled(mesh_name, **options)))
-        assert found == exchanged(MESHES[mesh_name], config_of(**options), 8)
+        found, scalars = without_scalars(collectives(compiled(mesh_name)))
+        assert found == exchanged(MESHES[mesh_name], config_of(), 8)
     # The loss, the count of predictions, and the squares of each array's gradient along each of
     # two axes at most: for the metrics, and for clipping.
     assert scalars <= 2 + 2 * 2 * len(jax.tree.leaves(state.params))
 
 
-def test_steps_are_those_of_one_device_in_float32():
-    options = {"precision": "float32"} | MIXERS["hybrid"]
-    losses, state = five_steps("fsdp 2, sequence 2, tensor 2", **options)
-    expected_losses, expected = expected_steps(**options)
+def test_steps_equal_one_device_in_float32():
+    losses, state = five_steps("fsdp 2, sequence 2, tensor 2", "float32")
+    expected_losses, expected = expected_steps("float32")
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     # All parameters together: AdamW divides each gradient by its size, so that a bias that began
     # at zero is as exact as its smallest gradients.
-    ours, reference = (
-        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(each.params)])
-        for each in (state, expected)
-    )
-    assert_near(ours, reference, 1e-5)
+    assert distance(state.params, expected.params) <= 1e-5
 
 
-def test_groups_of_rows_and_muon_are_those_of_one_device():
+def test_gradient_accumulation_and_muon_equal_one_device():
     options = {"gradient_accumulation": 2, "name": "muon", "tie_embeddings": False}
-    options["num_layers"] = 1
+    options |= RECURRENCE
     mesh_name = "fsdp 2, sequence 2, tensor 2"
     with jax.enable_x64(True):
         losses, state = five_steps(mesh_name, **options)
@@ -287,16 +246,16 @@ def test_groups_of_rows_and_muon_are_those_of_one_device():
     assert found == exchanged(MESHES[mesh_name], config_of(**options), 8)
 
 
-def test_gradients_of_groups_are_summed_over_devices_once():
-    options = {"gradient_accumulation": 2, "num_layers": 1, "precision": "float32"}
-    options["mode"] = "window"  # without carried states, which a group's devices tell each other
+def test_accumulated_gradients_are_reduced_once():
+    options = {"gradient_accumulation": 2, "precision": "float32"} | RECURRENCE
+    options["mode"] = "window"  # carried states would be reduced in each group
     step = compiled("data 2, sequence 4", **options)
     repeated, _ = without_scalars(collectives(step, in_loops=True))
     assert {kind for kind, _ in repeated} == {"collective-permute"}
     assert "all-reduce" in {kind for kind, _ in without_scalars(collectives(step))[0]}
 
 
-def test_what_is_exchanged_in_a_loop_or_as_truth_values_is_seen():
+def test_collectives_in_loops_and_of_booleans_are_counted():
     mesh = mesh_of(data=2)
 
     def exchange(x):
@@ -312,13 +271,14 @@ def test_what_is_exchanged_in_a_loop_or_as_truth_values_is_seen():
     assert collectives(program, in_loops=True) == {("all-reduce", 28): 1}
 
 
-def test_every_device_drops_by_a_draw_of_its_own_and_always_the_same():
+def test_dropout_differs_between_devices_and_is_reproducible():
     name, options = "data 2, fsdp 2, tensor 2", {"precision": "float32", "dropout": 0.5}
-    batch = jax.tree.map(lambda x: np.repeat(x[:1], ROWS, axis=0), make_batch(1))
-    once, again = (take_steps(name, start(**options), [batch], **options) for _ in range(2))
+    options["mixer"] = "simple_rnn"
+    batch = jax.tree.map(lambda x: np.repeat(x[:1], SIZE, axis=0), make_batch(1))
+    once, again = (run_steps(name, start(**options), [batch], **options) for _ in range(2))
     chex.assert_trees_all_equal(once, again)
     last_layer = once[1].carried[-1].mixer
-    assert len(np.unique(last_layer.reshape(ROWS, -1), axis=0)) == ROWS
+    assert len(np.unique(last_layer.reshape(SIZE, -1), axis=0)) == SIZE
 
 
 def compile_abstractly(config, mesh):
@@ -331,18 +291,21 @@ def compile_abstractly(config, mesh):
     return state, lowered.compile()
 
 
-def test_a_row_of_any_length_exchanges_the_same():
+def test_collectives_are_independent_of_the_sequence_length():
     found = []
     for length in (1024, 65_536):
-        config = config_of("float32", mode="window", batch_size=1, sequence_length=length)
+        config = config_of(
+            "float32", mode="window", batch_size=1, sequence_length=length, **RECURRENCE
+        )
         _, step = compile_abstractly(config, mesh_of(sequence=8))
         found.append(without_scalars(collectives(step))[0])
     assert found[0] == found[1] == exchanged({"sequence": 8}, config, 4)
 
 
-def test_fsdp_holds_an_eighth_of_the_state_and_gathers_one_layer_at_a_time():
+def test_fsdp_shards_the_state_and_gathers_one_layer_at_a_time():
     widths = {"hidden_dim": 256, "key_dim": 256, "value_dim": 256, "mlp_dim": 1024}
-    config = config_of("float32", num_layers=4, mode="window", sequence_length=8, **widths)
+    widths |= {"num_layers": 4, "mixer": "simple_rnn"}
+    config = config_of("float32", mode="window", sequence_length=8, **widths)
     mesh = mesh_of(fsdp=8)
     state, step = compile_abstractly(config, mesh)
     specs = variable_specs(state, mesh)

@@ -7,6 +7,7 @@ import os
 import time
 
 import pytest
+from odd_files import ODD_FILES
 from tensorboardX.record_writer import RecordWriter
 
 from simplernn_jax.training import metrics as metrics_module
@@ -60,7 +61,7 @@ def test_a_resume_drops_rows_after_the_checkpoint_and_repeats_none(tmp_path):
     assert steps_in(tmp_path) == []
 
 
-def test_a_line_cut_off_by_a_crash_is_left_out_and_later_ones_are_whole(tmp_path):
+def test_a_line_truncated_by_a_crash_is_left_out_and_later_ones_are_intact(tmp_path):
     write(tmp_path, 0, 5, 10)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-7])
@@ -136,7 +137,7 @@ def test_no_bit_flip_changes_a_row_or_loses_one_unseen():
         b" " * LONGEST_LINE + b'{"step": 1, "kind": "train", "loss": 2}',
     ],
 )
-def test_lines_that_are_no_rows_are_moved_with_one_warning(tmp_path, caplog, line):
+def test_damaged_lines_are_moved_with_one_warning(tmp_path, caplog, line):
     path = tmp_path / "metrics.jsonl"
     good = b'{"step": 1, "kind": "train", "loss": 2.5}'
     path.write_bytes(b"\n".join([good, line, b"", line, good, b""]))
@@ -147,14 +148,7 @@ def test_lines_that_are_no_rows_are_moved_with_one_warning(tmp_path, caplog, lin
 
 
 @pytest.mark.parametrize(
-    "make",
-    [
-        os.mkfifo,
-        os.mkdir,
-        lambda path: os.symlink("/dev/zero", path),
-        lambda path: os.symlink(f"{path}.nowhere", path),
-    ],
-    ids=["fifo", "folder", "link to a device", "dangling link"],
+    "make", [*ODD_FILES.values(), lambda path: os.symlink(f"{path}.nowhere", path)]
 )
 def test_anything_but_a_file_is_renamed_and_a_new_file_started(tmp_path, caplog, make):
     path = tmp_path / "metrics.jsonl"

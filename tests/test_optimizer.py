@@ -111,7 +111,7 @@ def test_gradients_are_clipped_by_their_global_norm(clip_norm, factor):
     assert float(mean["b"][0]) == pytest.approx((1 - 0.9) * -4 * factor, rel=1e-5)
 
 
-def test_a_run_can_go_on_with_another_clip_norm():
+def test_a_run_can_resume_with_another_clip_norm():
     params = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}
     trees = [
         jax.tree.structure(make_optimizer(settings(clip_norm=norm), STEPS).init(params))
@@ -120,7 +120,7 @@ def test_a_run_can_go_on_with_another_clip_norm():
     assert trees[0] == trees[1]
 
 
-def test_muon_turns_matrices_as_far_in_every_direction_and_leaves_the_rest_to_adam():
+def test_muon_orthogonalizes_updates_of_matrices_and_leaves_the_rest_to_adam():
     config = settings(name="muon", warmup_steps=0, weight_decay=0.3, clip_norm=0.0)
     random = np.random.default_rng(0)
     params = as_parameters(

@@ -83,7 +83,7 @@ def test_every_damaged_file_is_read_or_refused_in_one_line(tmp_path, compression
             read_all(path)
 
 
-def test_without_pyarrow_it_is_said_how_to_install_it(tmp_path, monkeypatch):
+def test_a_missing_pyarrow_is_named(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", {"text": TEXTS})
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Where each array of a training state lies, by the table."""
+"""Partition specs of every array of a training state."""
 
 import jax
 import pytest
@@ -35,7 +35,7 @@ def test_every_array_of_a_residual_model():
     params |= {"embedding/embedding": ROWS, "final_scale": P()}
     params |= {"head/kernel": COLUMNS, "head/bias": P("tensor")}
     expected = {f"params/{name}/value": spec for name, spec in params.items()}
-    # The optimizer's means lie as their parameters do.
+    # The optimizer's moments are sharded as their parameters.
     for mean in ("mu", "nu"):
         expected |= {f"opt_state/1/0/{mean}/{name}/value": spec for name, spec in params.items()}
     expected |= {
@@ -47,7 +47,7 @@ def test_every_array_of_a_residual_model():
     assert specs == expected
 
 
-def test_attention_lies_by_heads_and_so_does_its_cache():
+def test_attention_and_its_cache_are_sharded_by_heads():
     specs = specs_by_name(mesh_of(**ALL), mixer="attention")
     layer, rows = "params/layers/0/mixer", ("data", "fsdp")
     for name in ("query", "key", "value", "output_gate"):

@@ -1,4 +1,4 @@
-"""Layers over stages: outputs, states and gradients of the layers one after another."""
+"""The pipeline equals its layers one after another in outputs, states and gradients."""
 
 import functools
 
@@ -88,7 +88,7 @@ def random_like(tree):
     return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), tree)
 
 
-def test_stages_give_what_the_layers_give_in_turn():
+def test_a_pipeline_equals_the_layers_one_after_another():
     with jax.enable_x64(True):
         layer, params, states = plain_layers()
         x, segment_ids = inputs()
@@ -106,7 +106,7 @@ def test_stages_give_what_the_layers_give_in_turn():
             chex.assert_trees_all_close(same, gradients, rtol=1e-11, atol=1e-11)
 
 
-def test_nothing_outside_the_wavefront_reaches_a_state():
+def test_idle_ticks_leave_states_unchanged():
     """A stage is busy in as many ticks as there are chunks, and idle in the others."""
     ticks = jnp.zeros((ROWS, LAYERS))
 
@@ -125,7 +125,7 @@ def test_nothing_outside_the_wavefront_reaches_a_state():
     ("length", "stages", "chunks"),
     [(256, 4, 16), (24, 4, 12), (24, 2, 8), (14, 2, 2), (4, 4, 4), (7, 1, 1)],
 )
-def test_chunks_are_as_many_as_divide_the_time_among_the_stages(length, stages, chunks):
+def test_the_number_of_chunks_divides_time_and_is_divisible_by_stages(length, stages, chunks):
     assert choose_num_chunks(length, stages) == chunks
     assert length % chunks == chunks % stages == 0
 
@@ -135,7 +135,7 @@ def test_time_that_stages_do_not_divide():
         choose_num_chunks(10, 4)
 
 
-def test_the_bubble_is_what_the_schedule_leaves_empty():
+def test_the_bubble_is_the_idle_share_of_the_schedule():
     assert bubble(3, 3) == pytest.approx(2 / 5)  # the picture in the module
     assert bubble(16, 4) == pytest.approx(3 / 19)
     assert bubble(1, 1) == 0
@@ -166,7 +166,7 @@ def test_dropout_follows_from_the_key_and_differs_by_layer_and_chunk():
     np.testing.assert_allclose(found[0, :, 0], np.repeat(sums, LENGTH // 4), rtol=1e-6)
 
 
-def test_memory_grows_with_what_the_ticks_read_not_with_what_they_compute():
+def test_memory_grows_with_the_inputs_of_ticks_not_their_residuals():
     wide = 100
 
     def layer(params, x, state, segment_ids, key):

@@ -1,29 +1,16 @@
 """Tokenizers that lose text are refused with the first difference."""
 
+import functools
+
 import pytest
-import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from small_tokenizers import byte_level, word_level
+from tokenizers import normalizers
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import prepare_corpus
 from simplernn_jax.errors import UserError
 
-
-def byte_level(normalizer=None, *, add_prefix_space=False):
-    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def words(unknown="[UNK]"):
-    vocabulary = {"[UNK]": 0, "First": 1, "line": 2}
-    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return tokenizer
+words = functools.partial(word_level, "First", "line")
 
 
 @pytest.fixture
@@ -77,10 +64,10 @@ def test_a_lossy_tokenizer_is_refused_with_the_first_difference(
 
 def test_a_tokenizer_without_its_unknown_token_is_refused(prepare):
     with pytest.raises(UserError, match="cannot encode this text"):
-        prepare(words("gone"))
+        prepare(words(unknown="gone"))
 
 
-def test_what_comes_after_the_sample_is_not_tried(prepare, monkeypatch):
+def test_only_the_sample_is_checked(prepare, monkeypatch):
     monkeypatch.setattr("simplernn_jax.data.tokenizer._SAMPLE_CHARACTERS", 15)
     prepare(byte_level(normalizers.NFKC()))
     monkeypatch.setattr("simplernn_jax.data.tokenizer._SAMPLE_CHARACTERS", 24)

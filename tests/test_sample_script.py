@@ -4,7 +4,7 @@ import functools
 import re
 
 import pytest
-from processes import run_python
+from processes import assert_refused, run_python
 
 sample = functools.partial(run_python, "scripts/sample.py")
 CORPUS = "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. 漢字 😀\n"
@@ -35,9 +35,7 @@ def test_prompt_and_continuation_are_printed(workdir):
     assert text.endswith("\n")
     assert len(text) > len("größer\n")
     # The same from standard input, on this machine or any other run.
-    again = run_python(
-        "scripts/sample.py", *settings, "--prompt_file", "-", stdin="größer".encode()
-    )
+    again = sample(*settings, "--prompt_file", "-", stdin="größer".encode())
     assert again[:2] == (0, text)
 
 
@@ -79,26 +77,17 @@ def test_a_prefix_is_prefilled_once_and_continues_in_several_ways(workdir, tmp_p
 
 def test_a_file_that_is_no_state_is_refused(workdir):
     path = workdir / "metrics.jsonl"
-    code, text, errors = sample("--workdir", workdir, "--load_state", path)
-    assert (code, text) == (2, "")
-    assert errors.startswith(f"error: {path}: damaged, or no state (")
-    assert errors.count("\n") == 1
+    result = sample("--workdir", workdir, "--load_state", path)
+    assert_refused(result, f"error: {path}: damaged, or no state (")
 
 
 def test_more_samples_than_memory_holds_are_refused_before_any_output(workdir):
-    copies = ["--num_samples", 2 * 10**9]
-    code, text, errors = run_python(
-        "scripts/sample.py", "--workdir", workdir, "--prompt", "a", *copies
-    )
-    assert (code, text) == (2, "")
-    assert errors.startswith("error: generating needs at least ")
-    assert errors.count("\n") == 1
+    result = sample("--workdir", workdir, "--prompt", "a", "--num_samples", 2 * 10**9)
+    assert_refused(result, "error: generating needs at least ")
 
 
 def test_without_a_prompt_a_document_begins(workdir):
-    code, text, errors = run_python(
-        "scripts/sample.py", "--workdir", workdir, "--max_new_tokens", 5
-    )
+    code, text, errors = sample("--workdir", workdir, "--max_new_tokens", 5)
     assert code == 0, errors
     assert text.endswith("\n")
 
@@ -121,8 +110,4 @@ def test_without_a_prompt_a_document_begins(workdir):
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(arguments, stdin, message):
-    code, text, errors = sample(*arguments, stdin=stdin)
-    assert (code, text) == (2, "")
-    assert errors.startswith("error: ")
-    assert errors.count("\n") == 1
-    assert message in errors
+    assert_refused(sample(*arguments, stdin=stdin), message)

@@ -62,20 +62,6 @@ def test_layer_equals_the_cell_in_nnx_rnn(options):
     chex.assert_trees_all_close(state, carry, rtol=1e-5, atol=1e-6)
 
 
-def test_state_and_segments_cut_a_sequence():
-    layer = SimpleRNN(**SIZES, num_heads=2, rngs=nnx.Rngs(0))
-    x = inputs()
-    whole, final = layer(x)
-    first, state = layer(x[:, :4])
-    second, state = layer(x[:, 4:], state)
-    chex.assert_trees_all_close(jnp.concatenate([first, second], 1), whole, rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_close(state, final, rtol=1e-5, atol=1e-6)
-    segments = jnp.broadcast_to(jnp.arange(LENGTH) >= 4, (BATCH, LENGTH)).astype(jnp.int32)
-    cut, _ = layer(x, segment_ids=segments)
-    alone, _ = layer(x[:, 4:])
-    chex.assert_trees_all_close(cut[:, 4:], alone, rtol=1e-5, atol=1e-6)
-
-
 def test_initial_state_is_float32_zeros_for_any_compute_dtype():
     cell = SimpleRNNCell(**SIZES, num_heads=2, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     state = cell.initial_state(BATCH)

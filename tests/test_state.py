@@ -112,7 +112,7 @@ def test_saving_replaces_a_file_and_leaves_nothing_else(path, model, state):
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_a_failed_save_leaves_what_was_there(path, model, state, monkeypatch):
+def test_a_failed_save_leaves_the_old_file(path, model, state, monkeypatch):
     def full(descriptor):
         raise OSError(28, os.strerror(28))
 

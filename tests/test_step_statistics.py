@@ -51,7 +51,7 @@ def wait(monkeypatch):
     return pass_seconds
 
 
-def test_speed_is_that_of_the_steps_after_the_first(wait):
+def test_speed_excludes_the_first_step(wait):
     timer = StepTimer(seconds_before=500)
     assert (timer.tokens_per_second, timer.seconds_per_step) == (0, 0)
     wait(50)
@@ -92,7 +92,7 @@ def test_pauses_do_not_count(wait):
     ],
     ids=["same", "shape", "dtype"],
 )
-def test_another_shape_or_dtype_counts_once_and_is_said(caplog, other, count):
+def test_another_shape_or_dtype_is_one_recompilation_and_logged(caplog, other, count):
     usual = np.ones((5,), np.float32)
     with RecompilationCounter("double", jax.jit(lambda x: 2 * x)) as double:
         for x in (usual, usual, other, usual, other):

@@ -1,4 +1,4 @@
-"""Text in and out: characters stay whole, specials are never written, rows keep apart."""
+"""Text in and out: characters stay complete, special tokens are never generated."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def word_pieces():
 
 @pytest.mark.parametrize("step", [1, 2, 3, 50])
 @pytest.mark.parametrize("repeats", [1, 40])
-def test_a_stream_writes_whole_characters_and_all_of_them(step, repeats):
+def test_a_stream_yields_every_character_once_complete(step, repeats):
     ids = BYTES.encode(TEXT * repeats)
     stream = TextStream(BYTES)
     pieces = [stream.feed(ids[start : start + step]) for start in range(0, len(ids), step)]
@@ -43,12 +43,12 @@ def test_a_stream_writes_whole_characters_and_all_of_them(step, repeats):
     assert stream.finish() == ""
 
 
-def test_a_character_is_written_with_its_last_byte():
+def test_a_character_is_complete_with_its_last_byte():
     stream = TextStream(BYTES, BYTES.encode("é"))
     assert [stream.feed([byte]) for byte in "€".encode()] == ["", "", "€"]
 
 
-def test_what_never_becomes_a_character_is_replaced():
+def test_bytes_that_form_no_character_are_replaced():
     stream = TextStream(BYTES)
     assert stream.feed([0xE2, 0x82]) == ""
     assert stream.feed([ord("a")]) == "\ufffda"
@@ -56,7 +56,7 @@ def test_what_never_becomes_a_character_is_replaced():
     assert stream.finish() == "\ufffd"
 
 
-def test_a_stream_knows_what_stands_before_it(tmp_path):
+def test_a_stream_decodes_after_its_context(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(word_pieces(), encoding="utf-8")
     tokenizer = load_tokenizer(str(path), None)
@@ -67,7 +67,7 @@ def test_a_stream_knows_what_stands_before_it(tmp_path):
     assert pieces == [" or", " to", "", "", "€", " be"]
 
 
-def test_text_is_what_the_tokens_say():
+def test_text_is_the_decoded_tokens():
     model = make_model()
     settings = {"max_new_tokens": 70, "temperature": 1.0, "seed": 3}
     prompts = ["ab", "", "x€"]
@@ -79,7 +79,7 @@ def test_text_is_what_the_tokens_say():
     assert texts == [BYTES.decode(row) for row in written.sequences()]
 
 
-def test_text_comes_in_pieces():
+def test_text_is_streamed_in_pieces():
     calls = []
     num_rows = 37  # draws of their own: some row outlives the first piece, whatever the model is
     texts = generate_text(
@@ -94,7 +94,7 @@ def test_text_comes_in_pieces():
     assert len(calls) > 2
 
 
-def test_specials_and_ids_without_a_meaning_are_never_written():
+def test_special_and_unused_ids_are_never_generated():
     model = make_model(vocab_size=BYTES.vocab_size + 300)
     seen = []
 

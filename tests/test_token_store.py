@@ -1,4 +1,5 @@
 import errno
+import functools
 import hashlib
 import io
 import os
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
+from odd_files import ODD_FILES, put_odd_file
 from processes import run_python
+from small_tokenizers import word_level
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import TokenizedCorpus, TokenSplit, load_tokenizer, prepare_corpus
@@ -98,10 +100,7 @@ def test_position_split_holds_out_the_end_of_the_stream(tmp_path, fraction):
 
 
 def test_position_split_counts_bytes_of_a_vocabulary_that_loses_text(tmp_path):
-    vocabulary = {"[UNK]": 0, "alpha": 1, "beta": 2}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    word_level("alpha", "beta").save(str(tmp_path / "tokenizer.json"))
     text = "alpha   beta\n" * 100
     (tmp_path / "a.txt").write_text(text)
     config = DataConfig(source=str(tmp_path / "a.txt"), split="position", validation_fraction=0.5)
@@ -177,7 +176,7 @@ def test_large_document_is_stored_whole_across_pieces(tmp_path):
 def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer):
     block = b"a line of a large file that is never in memory whole\n" * 20_000
     peaks = []
-    for blocks in (13, 61):
+    for blocks in (13, 43):
         path = tmp_path / f"{blocks}.txt"
         with open(path, "wb") as stream:
             for _ in range(blocks):
@@ -202,7 +201,7 @@ def test_second_preparation_reads_the_store(tmp_path, monkeypatch):
         np.testing.assert_array_equal(again.train.tokens, first.train.tokens)
 
 
-def test_what_changes_the_tokens_changes_the_store(tmp_path):
+def test_settings_that_change_tokens_have_a_store_of_their_own(tmp_path):
     write_documents(tmp_path / "in", 9)
     cache = tmp_path / "cache"
     prepare(tmp_path / "in", cache)
@@ -250,25 +249,13 @@ def flip(path: Path, seed: int) -> None:
     path.write_bytes(content)
 
 
-def replaced(make):
-    """A damage that deletes the file and makes something else at its path."""
-
-    def damage(path: Path) -> None:
-        path.unlink()
-        make(path)
-
-    return damage
-
-
 DAMAGES = {
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "shifted": lambda path: path.write_bytes(path.read_bytes()[-1:] + path.read_bytes()[:-1]),
     "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
     "deleted": Path.unlink,
-    "fifo": replaced(os.mkfifo),
-    "endless": replaced(lambda path: path.symlink_to("/dev/zero")),
-    "folder": replaced(Path.mkdir),
+    **{kind: functools.partial(put_odd_file, kind) for kind in ODD_FILES},
     **{f"flip {seed}": (lambda path, seed=seed: flip(path, seed)) for seed in range(1, 13)},
 }
 
@@ -379,7 +366,7 @@ def test_lack_of_memory_is_not_damage(whole_store, monkeypatch, caplog):
         ("os", "rename", 0),
     ],
 )
-def test_killed_writer_leaves_nothing_that_is_taken_for_whole(tmp_path, module, function, calls):
+def test_a_killed_writer_leaves_no_store(tmp_path, module, function, calls):
     write_documents(tmp_path / "in", 9)
     command = f"""
 import os

@@ -9,6 +9,7 @@ from damages import damaged, damaged_json
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_python
+from small_tokenizers import word_level
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import load_tokenizer, open_corpus, tokenizer_from_json
@@ -176,10 +177,7 @@ def test_lone_surrogate_is_refused(any_tokenizer):
 
 
 def word_level_json(unknown: str = "[UNK]") -> str:
-    model = tokenizers.models.WordLevel({"[UNK]": 0, "alpha": 1, "beta": 2}, unknown)
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return tokenizer.to_str()
+    return word_level("alpha", "beta", unknown=unknown).to_str()
 
 
 def unigram_json() -> str:

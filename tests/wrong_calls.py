@@ -347,10 +347,7 @@ NATIVE = {
         ["B T H K", "B T H K", "B T H V", "B T H K", "B H K V", "B T bool", "B T H V", "B H K V"],
         ["B T H K", "B T H K", "B T H V", "B T H K", "B H K V"],
     ),
-    native.CONVOLUTION_FORWARD: (
-        ["B T D", "W D", "B P D", "B T bool"],
-        ["B T D", "B T", "B P D"],
-    ),
+    native.CONVOLUTION_FORWARD: (["B T D", "W D", "B P D", "B T bool"], ["B T D", "B T", "B P D"]),
     native.CONVOLUTION_BACKWARD: (
         ["B T D", "W D", "B P D", "B T bool", "B T", "B T D", "B P D"],
         ["B T D", "B H W D", "B P D"],

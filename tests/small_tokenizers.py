@@ -1,0 +1,23 @@
+"""Hugging Face tokenizers of a few tokens, shared by tests."""
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+
+def byte_level(normalizer=None, *, add_prefix_space=False):
+    """A tokenizer of single bytes."""
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def word_level(*words, unknown="[UNK]"):
+    """A tokenizer of words, which loses all others and white space."""
+    vocabulary = {word: number for number, word in enumerate(("[UNK]", *words))}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
