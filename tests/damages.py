@@ -1,6 +1,7 @@
-"""Random damage to files, the same at every run."""
+"""Damage to files, the same at every run."""
 
 import json
+import os
 import random
 
 ODD_VALUES = (
@@ -50,3 +51,27 @@ def _places(values):
         for key in values if isinstance(values, dict) else range(len(values)):
             yield values, key
             yield from _places(values[key])
+
+
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def put_pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def put_endless(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")

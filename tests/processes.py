@@ -1,6 +1,7 @@
 """Python processes started by tests."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,3 +22,9 @@ def run_python(*arguments, stdin=b"", timeout=300, **environment):
         timeout=timeout,
     )
     return done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
+
+
+def free_address():
+    """HOST:PORT of this machine at which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from damages import cut_off, empty, flip_bit, put_endless, put_pipe
 from small_runs import newest_checkpoint, write_corpus
 
 from simplernn_jax.compilation_cache import SealedFolder
@@ -59,20 +60,6 @@ def files(folder, suffix):
     return sorted(path for path in Path(folder).rglob("*") if path.name.endswith(suffix))
 
 
-def change_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
-def cut_off(path):
-    path.write_bytes(path.read_bytes()[:9])
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
 def test_another_process_loads_compiled_programs_and_damaged_ones_are_replaced(tmp_path):
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
     expected, hits, errors = run_program(**environment)
@@ -82,7 +69,7 @@ def test_another_process_loads_compiled_programs_and_damaged_ones_are_replaced(t
     assert any(path.name.startswith("jit_step-") for path in entries)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700  # its files will be executed
     assert run_program(**environment) == (expected, len(entries), "")
-    for path, damage in zip(entries, (change_a_bit, cut_off, empty) * len(entries), strict=False):
+    for path, damage in zip(entries, (flip_bit, cut_off, empty) * len(entries), strict=False):
         damage(path)
     # Fails where a new JAX no longer takes its cache from `get_file_cache`: it would load these.
     assert run_program(**environment) == (expected, 0, "")
@@ -157,16 +144,6 @@ def test_the_least_recently_used_entries_are_deleted(tmp_path):
     assert (tmp_path / "theirs-cache").exists()
 
 
-def put_pipe(path):
-    path.unlink()
-    os.mkfifo(path)
-
-
-def put_endless(path):
-    path.unlink()
-    path.symlink_to("/dev/zero")
-
-
 def swap(path):
     """Exchange both files of two entries."""
     for suffix in ("-cache", "-sha256"):
@@ -176,7 +153,7 @@ def swap(path):
 
 
 @pytest.mark.parametrize(
-    "damage", [change_a_bit, cut_off, empty, os.remove, put_pipe, put_endless, swap]
+    "damage", [flip_bit, cut_off, empty, os.remove, put_pipe, put_endless, swap]
 )
 @pytest.mark.parametrize("suffix", ["-cache", "-sha256"])
 def test_a_damaged_entry_is_not_used_and_is_replaced(tmp_path, damage, suffix):

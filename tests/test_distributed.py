@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from processes import free_address
 
 from simplernn_jax import distributed
 from simplernn_jax.errors import UserError
@@ -48,11 +49,6 @@ def main():
                 print("still here", flush=True)
 exit_with(main, leave=os._exit)
 """
-
-
-def free_address():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """Manifests: every change to a folder shows."""
 
-import os
-
 import pytest
+from damages import put_endless, put_pipe
 
 from simplernn_jax.checkpoint import manifest
 from simplernn_jax.files import write_sealed
@@ -71,16 +70,6 @@ def test_a_rewritten_manifest_covers_the_new_content(folder):
     (folder / "last").write_bytes(b"new")
     manifest.write_manifest(str(folder))
     assert manifest.find_damage(str(folder)) is None
-
-
-def put_pipe(path):
-    path.unlink(missing_ok=True)
-    os.mkfifo(path)
-
-
-def put_endless(path):
-    path.unlink(missing_ok=True)
-    path.symlink_to("/dev/zero")
 
 
 @pytest.mark.parametrize("put", [put_pipe, put_endless])

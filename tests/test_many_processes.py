@@ -3,13 +3,13 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import free_address
 from small_runs import newest_checkpoint, small_config, write_corpus
 
 from simplernn_jax.training.loop import train
@@ -153,11 +153,6 @@ def test_a_signal_to_one_stops_all_and_a_death_ends_all(tmp_path, launch):
     assert error.endswith("and the run resumes from its last checkpoint")
     assert newest_checkpoint(workdir) == stopped
     assert not running(workdir)
-
-
-def free_address():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"127.0.0.1:{server.getsockname()[1]}"
 
 
 def train_two(folder, addresses, **flags):
