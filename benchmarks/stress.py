@@ -214,7 +214,7 @@ def _wait_for_a_moment(workdir: Path, processes: list[Process], draw: random.Ran
 
 
 def _with_children(process_id: int) -> list[int]:
-    """The process and its children, one of which trains (`distributed.supervise`)."""
+    """The process and its children, one of which trains (`supervisor.supervise`)."""
     lines = subprocess.check_output(["ps", "-A", "-o", "ppid=,pid="], text=True).splitlines()
     pairs = [tuple(map(int, line.split())) for line in lines]
     return [process_id, *(child for parent, child in pairs if parent == process_id)]

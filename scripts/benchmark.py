@@ -35,7 +35,7 @@ from absl import flags
 from benchmarks import decoding, machine, memory, recurrence, scaling, startup, training
 from benchmarks.attention import comparison
 from benchmarks.measure import Effort
-from simplernn_jax import command_line, early_signals
+from simplernn_jax import command_line, process_start
 from simplernn_jax.devices import check_devices
 from simplernn_jax.errors import UserError, nearest_name
 from simplernn_jax.files import check_output, write_file
@@ -65,7 +65,7 @@ _CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate."
 
 def main() -> int:
     """Run the benchmarks that the arguments name, in this order."""
-    early_signals.raise_from_now()  # there are temporary folders and children
+    process_start.raise_on_signals()  # there are temporary folders and children
     names, known = _ARGUMENTS.value, [*BENCHMARKS, ATTENTION]
     if not names:
         raise UserError(f"name a benchmark: python scripts/benchmark.py {'|'.join(known)}")

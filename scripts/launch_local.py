@@ -27,7 +27,8 @@ from pathlib import Path
 from types import FrameType
 
 from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_USER_ERROR
-from simplernn_jax.supervisor import HEARTBEAT_SECONDS, end_with_parent
+from simplernn_jax.process_start import end_with_parent
+from simplernn_jax.supervisor import HEARTBEAT_SECONDS
 
 PATIENCE_SECONDS = HEARTBEAT_SECONDS + 10.0
 """Timeout for the other processes to end after the first failure."""

@@ -28,7 +28,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from benchmarks.stress import EXPERIMENTS
-from simplernn_jax import command_line, early_signals
+from simplernn_jax import command_line, process_start
 from simplernn_jax.errors import UserError
 
 _ARGUMENTS = command_line.define_arguments("|".join(EXPERIMENTS))
@@ -38,7 +38,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Moments and places follow from it.")
 
 def main() -> int:
     """Run the experiment that the argument names; 1 if anything was lost."""
-    early_signals.raise_from_now()  # there are temporary folders and children
+    process_start.raise_on_signals()  # there are temporary folders and children
     names = _ARGUMENTS.value
     if len(names) != 1 or names[0] not in EXPERIMENTS:
         raise UserError("name one: python scripts/stress.py kill, ... damage or ... hosts")

@@ -20,10 +20,11 @@ if __name__ == "__main__":
     bootstrap.start(resumes=True)
 
 import gc
+import os
 
 from absl import flags
 
-from simplernn_jax import command_line, early_signals
+from simplernn_jax import command_line, process_start
 from simplernn_jax.errors import UserError
 
 _CONFIG = command_line.define_config_flag()
@@ -58,9 +59,12 @@ def main() -> int:
     supervisor.supervise()
     from simplernn_jax import distributed
 
-    command_line.leave_by(distributed.leave)
-    with distributed.joined(*place, _TIMEOUT.value):
-        return _train()
+    def train_together() -> int:
+        with distributed.joined(*place, _TIMEOUT.value):
+            return _train()
+
+    # JAX and threads would wait for the other processes at a usual exit.
+    command_line.exit_with(train_together, leave=os._exit)
 
 
 def _train() -> int:
@@ -76,7 +80,7 @@ def _train() -> int:
         check_devices()
     use_compilation_cache()
     gc.freeze()  # imported modules stay: garbage collections during tracing skip them
-    early_signals.run_starts()
+    process_start.run_starts()
     result = train(config, workdir)
     return command_line.EXIT_INTERRUPTED if result.interrupted_by else 0
 

@@ -27,7 +27,7 @@ from absl import logging as absl_logging
 from simplernn_jax.config import Config, by_field
 from simplernn_jax.config_flag import config_is_missing, define_config_flag
 from simplernn_jax.errors import EXIT_INTERRUPTED, UserError, nearest_name
-from simplernn_jax.exit_codes import exit_with, leave_by
+from simplernn_jax.exit_codes import exit_with
 from simplernn_jax.files import read_file
 
 __all__ = [
@@ -37,8 +37,8 @@ __all__ = [
     "define_checkpoint_flag",
     "define_config_flag",
     "define_corpus_flags",
+    "exit_with",
     "expand_path",
-    "leave_by",
     "read_text",
     "run",
 ]

@@ -1,21 +1,17 @@
-"""A run of several processes, on `jax.distributed`: joining, leaving, agreeing.
+"""A run of several processes, on `jax.distributed`; with one process everything returns at once.
 
-With one process everything here is immediate. JAX's coordination service ends a process whose
-peer died or hangs (`supervisor`): no time limit of a barrier is meant to be reached.
-
-Whoever reaches the coordinator's port can join or end the run. On a loopback address only this
-machine can; otherwise let only the hosts of the run reach it.
+JAX's coordination service aborts a process whose peer died or hangs (see `supervisor`). Whoever
+reaches its port can join or end the run: let only the hosts of the run reach it.
 """
 
 import contextlib
 import errno
 import os
-import random
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -26,10 +22,6 @@ from simplernn_jax import __version__, supervisor
 from simplernn_jax.errors import EXIT_PEER_LOST, EXIT_USER_ERROR, UserError
 from simplernn_jax.files import sha256_hex
 
-_WEEK_SECONDS = 7 * 24 * 3600
-_SHARED_SECONDS = 10.0
-"""Time that a network file system may take to show a new file."""
-
 _Result = TypeVar("_Result")
 
 
@@ -39,31 +31,40 @@ def joined(
 ) -> Iterator[None]:
     """Join the run: inside, ``jax.devices()`` are those of all processes.
 
-    Args:
-      coordinator: ``HOST:PORT`` of process 0, which listens there alone if its machine has that
-        address (JAX_COORDINATOR_BIND_ADDRESS sets another); None, as the next two, where SLURM,
-        Kubernetes (with its Python package) or Open MPI started this process.
-      num_processes: number of processes.
-      process_id: number of this one, from 0.
-      timeout: seconds within which all must have joined.
+    The arguments are those of `jax.distributed.initialize`, the first three None where JAX detects
+    the cluster, `timeout` in seconds. After an exception, end this process by `os._exit`.
 
     Raises:
       UserError: an argument is missing or wrong, or the processes differ in it.
     """
-    supervisor.set_failure(
+    supervisor.set_abort_reason(
         EXIT_USER_ERROR,
         f"not all processes have joined {coordinator or 'the run'} within {timeout} s: see that "
         "all run, with the same --coordinator and --num_processes and each with its own "
         "--process_id, and that all can reach that address",
     )
-    _initialize(coordinator, num_processes, process_id, timeout)
-    supervisor.set_failure(
+    is_detected = {coordinator, num_processes, process_id} == {None}
+    try:
+        _discard_output_of_gloo()
+        jax.distributed.initialize(
+            *(coordinator, num_processes, process_id),
+            cluster_detection_method=None if is_detected else "deactivate",
+            coordinator_bind_address=coordinator and _bind_address(coordinator, process_id),
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=supervisor.HEARTBEAT_SECONDS,
+        )
+    except (RuntimeError, OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"--distributed: {error} Give --coordinator HOST:PORT, --num_processes N and "
+            "--process_id I, or none of them where SLURM, Kubernetes or Open MPI starts all"
+        ) from error
+    supervisor.set_abort_reason(
         EXIT_PEER_LOST,
         "another process of the run was lost (died, hangs or cannot be reached): start all again "
         "with the same commands, and the run resumes from its last checkpoint",
     )
+    versions = f"simplernn_jax {__version__}, jax {jax.__version__}, {num_processes} processes"
     try:
-        versions = f"simplernn_jax {__version__}, jax {jax.__version__}, {num_processes} processes"
         check_same(versions, f"other settings than process 0 ({versions}): start all with the same")
         yield
         barrier("the end")
@@ -71,9 +72,8 @@ def joined(
     except UserError:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the error of this process alone
             barrier("an error", seconds=5)
-            is_printed_elsewhere = not is_coordinator()
             jax.distributed.shutdown()
-            if is_printed_elsewhere:
+            if not is_coordinator():  # which prints the line
                 sys.exit(EXIT_USER_ERROR)
         raise
     except Exception as error:
@@ -84,71 +84,32 @@ def joined(
         raise
 
 
-def leave(code: int) -> NoReturn:
-    """Exit, without JAX's wait for the other processes if they have not left."""
-    if not jax.distributed.is_initialized():
-        sys.exit(code)
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
-
-
-def _initialize(
-    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
-) -> None:
-    bind_address = None
-    if coordinator is not None:
-        host, _, port = coordinator.rpartition(":")
-        if not (host and port.isdecimal() and 0 < int(port[:6]) < 2**16):
-            raise UserError(f"--coordinator={coordinator}: not HOST:PORT, such as node1:12345")
-        if process_id == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
-            bind_address = coordinator if _can_listen(host.strip("[]"), int(port)) else None
-    is_explicit = (coordinator, num_processes, process_id) != (None, None, None)
-    _keep_stdout_for_python()
-    try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            cluster_detection_method="deactivate" if is_explicit else None,
-            coordinator_bind_address=bind_address,
-            initialization_timeout=timeout,
-            heartbeat_timeout_seconds=supervisor.HEARTBEAT_SECONDS,
-        )
-    except (RuntimeError, OSError, KeyError, ValueError) as error:
-        raise UserError(
-            f"--distributed: {error} Give --coordinator HOST:PORT, --num_processes N and "
-            "--process_id I, or none of them where SLURM, Kubernetes or Open MPI starts all"
-        ) from error
-
-
-def _can_listen(host: str, port: int) -> bool:
-    """Whether process 0 can listen at `host` alone; it listens at every address if not."""
+def _bind_address(coordinator: str, process_id: int | None) -> str | None:
+    """Return the address for process 0 to listen at; None is JAX's default, every address."""
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port[:6]) < 2**16):
+        raise UserError(f"--coordinator={coordinator}: not HOST:PORT, such as node1:12345")
+    if process_id != 0 or "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
+        return None
+    host = host.strip("[]")
     try:
         family, *_, found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        address = str(found[0])
-        if address.startswith(("127.", "::1")) and host not in ("localhost", address):
-            return False  # /etc/hosts may give a machine's own name a loopback address
-        socket.create_server((address, port), family=family).close()
+        socket.create_server(found[:2], family=family).close()
     except OSError as error:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            raise UserError(
-                f"process 0 cannot listen at {host}:{port} ({os.strerror(error.errno)}): choose "
-                "another port for all processes"
-            ) from error
-        return False
-    return True
+            raise
+        return None
+    # /etc/hosts may give a machine's own name a loopback address.
+    is_own_name = str(found[0]).startswith(("127.", "::1")) and host not in ("localhost", found[0])
+    return None if is_own_name else coordinator
 
 
-def _keep_stdout_for_python() -> None:
-    """Discard Gloo's lines, which it prints in C++ for every connection of every device."""
+def _discard_output_of_gloo() -> None:
+    """Keep stdout for Python: Gloo prints lines in C++ for every connection of every device."""
     sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.close(nowhere)
-    buffering = 1 if os.isatty(kept) else -1
-    sys.stdout = os.fdopen(kept, "w", buffering, sys.stdout.encoding, sys.stdout.errors)
+    sys.stdout = os.fdopen(os.dup(1), "w", -1, sys.stdout.encoding, sys.stdout.errors)
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 1)
 
 
 def is_coordinator() -> bool:
@@ -156,19 +117,14 @@ def is_coordinator() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str, seconds: float = _WEEK_SECONDS) -> None:
+def barrier(name: str, seconds: float = 1e6) -> None:
     """Wait until every process reaches the barrier of this name, in whichever thread."""
-    # Orbax's: that of `multihost_utils` is a computation, which on the CPU gives up after half an
-    # hour and would interleave with those of training.
+    # That of `multihost_utils` is a computation, which interleaves with training and may time out.
     ocp.multihost.get_barrier_sync_fn()(key=f"simplernn_jax/{name}", timeout_ms=int(1000 * seconds))
 
 
 def run_on_coordinator_first(function: Callable[[], _Result]) -> _Result:
-    """Call `function` in process 0, then in all others at once, which find what it has written.
-
-    Raises:
-      UserError: in every process, if `function` raises it in process 0.
-    """
+    """Call `function` in process 0, then in all others; its UserError there is raised in all."""
     error: UserError | None = None
     if is_coordinator():
         try:
@@ -176,7 +132,7 @@ def run_on_coordinator_first(function: Callable[[], _Result]) -> _Result:
         except UserError as raised:
             error = raised
     if broadcast_from_coordinator(error is not None):
-        raise error or UserError("process 0 has ended with an error: see its output")
+        raise error or UserError("process 0 ended with an error: see its output")
     return result if is_coordinator() else function()
 
 
@@ -187,51 +143,8 @@ def broadcast_from_coordinator(number: int) -> int:
 
 
 def check_same(text: str, difference: str) -> None:
-    """Check that `text` is the same in every process.
-
-    Raises:
-      UserError: in every process: ``a process has DIFFERENCE``.
-    """
+    """Raise UserError, ``a process has DIFFERENCE``, unless `text` is the same in every process."""
     try:
         multihost_utils.assert_equal(np.frombuffer(bytes.fromhex(sha256_hex(text)), np.int32))
     except AssertionError:
         raise UserError(f"a process has {difference}") from None
-
-
-def check_shared(folder: str) -> None:
-    """Check that every process sees what process 0 writes into `folder`.
-
-    Raises:
-      UserError: in every process, if one of them does not.
-    """
-    if jax.process_count() == 1:
-        return
-    mark = os.path.join(folder, f".shared-{broadcast_from_coordinator(random.getrandbits(31))}")
-    if is_coordinator():
-        open(mark, "wb").close()
-    barrier("a mark is in the folder")
-    deadline = time.monotonic() + _SHARED_SECONDS
-    while not (is_seen := os.path.exists(mark)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    barrier("all have looked")
-    if is_coordinator():
-        os.remove(mark)
-    advice = "choose a --workdir on a file system that all hosts share"
-    check_same(str(is_seen), f"not process 0's {folder}: {advice}")
-
-
-class PreemptionSync:
-    """Agreement of all processes on the step at which a signal to any of them ends the run.
-
-    JAX's preemption service handles SIGTERM from `jax.distributed.initialize` on; where there is
-    one process alone, `requested` gives the name of the signal that came, or None.
-    """
-
-    def __init__(self, requested: Callable[[], str | None]) -> None:
-        self._requested = requested
-
-    def signal(self, step: int) -> str | None:
-        """Return the name of the signal that ends the run at `step`; ask before every step."""
-        if jax.process_count() == 1:
-            return self._requested()
-        return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None

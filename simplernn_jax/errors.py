@@ -1,6 +1,5 @@
 """The exception for everything that a user can fix, exit codes, and the wording of numbers."""
 
-import difflib
 import math
 from collections.abc import Iterable
 
@@ -51,5 +50,7 @@ def counted(number: int, noun: str) -> str:
 
 def nearest_name(name: str, names: Iterable[str]) -> str:
     """Return ``"; did you mean 'steps'?"``, or an empty string if no name is close."""
+    import difflib  # milliseconds, which every start of a script would take
+
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -41,51 +41,48 @@ _ADVICE = {
 traceback."""
 
 
-_leave: Callable[[int], NoReturn] = sys.exit
-
-
-def leave_by(leave: Callable[[int], NoReturn]) -> None:
-    """Make `exit_with` end this process by ``leave(code)`` instead of ``sys.exit(code)``."""
-    global _leave  # noqa: PLW0603 - a process ends once
-    _leave = leave
-
-
-def exit_with(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and exit with its code (None is 0).
+def exit_with(
+    main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit
+) -> NoReturn:
+    """Run `main` and exit with its code (None is 0), by ``leave(code)``.
 
     A `UserError`, a wrong flag, a file-system error that the user can fix, or lack of memory is one
     line on stderr and code 2; Ctrl-C is code 130. Anything else is a bug and keeps its traceback.
     """
+    leave(_run(main))
+
+
+def _run(main: Callable[[], int | None]) -> int:
+    """Run `main`, report its error and return the exit code."""
     try:
         try:
             _check_current_folder()
-            code = main()
+            return main() or 0
         finally:
             sys.stdout.flush()
     except UserError as error:
-        _fail(str(error))
+        return _report(str(error))
     except flags.Error as error:
-        _fail(f"{error}; --help shows the flags")
+        return _report(f"{error}; --help shows the flags")
     except BrokenPipeError:  # closed by the reader, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _leave(128 + signal.SIGPIPE)
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None and error.errno not in _ADVICE:
-            _show_bug()
+            return _show_bug()
         what = (error.strerror or str(error)).lower()
         advice = _ADVICE.get(error.errno or 0, "choose another path")
-        _fail(f"{_path_of(error)}: {what}; {advice}")
+        return _report(f"{_path_of(error)}: {what}; {advice}")
     except KeyboardInterrupt:
-        _leave(130)
+        return 130
     except Exception as error:
         if _is_lack_of_memory(error):
-            _fail(f"not enough memory: {error}; choose smaller sizes, or free some")
+            return _report(f"not enough memory: {error}; choose smaller sizes, or free some")
         if isinstance(error, RuntimeError) and "home directory" in str(error):  # of pathlib
-            _fail("~: no such user, or one without a home directory; write whole paths")
-        _show_bug()
+            return _report("~: no such user, or one without a home directory; write whole paths")
+        return _show_bug()
     except SystemExit as end:
-        _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
-    _leave(code or 0)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 
 def _check_current_folder() -> None:
@@ -100,15 +97,15 @@ def _is_lack_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (is_of_jax and "RESOURCE_EXHAUSTED" in str(error))
 
 
-def _show_bug() -> NoReturn:
+def _show_bug() -> int:
     traceback.print_exc()
-    _leave(1)
+    return 1
 
 
-def _fail(message: str) -> NoReturn:
+def _report(message: str) -> int:
     with contextlib.suppress(OSError):
         print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
-    _leave(EXIT_USER_ERROR)
+    return EXIT_USER_ERROR
 
 
 def _path_of(error: OSError) -> str:

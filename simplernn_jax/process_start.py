@@ -1,15 +1,26 @@
-"""The first lines of a script's process: streams, huge pages, the right Python, signals.
+"""Start of a script's process: streams, huge pages, the right Python, handlers of signals.
 
 Standard library only, no syntax after Python 3.8, and few imports: this runs before all else, also
 under a Python that cannot run the project, and twice where the process replaces itself.
+
+SIGINT and SIGTERM end a script at once, without an exception: one raised inside a callback of JAX
+would be swallowed there. `training.interruption` replaces these handlers while a run takes steps.
+
+| when | code |
+|---|---|
+| SIGINT before a run has touched its workdir, or in a script that resumes nothing | 130 |
+| SIGTERM in a script that resumes nothing | 143 |
+| SIGTERM in scripts/train.py at any moment, SIGINT there from then on | 75 |
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 
-from simplernn_jax.errors import EXIT_USER_ERROR, one_line
+from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, one_line
 
 HUGE_PAGES = "SIMPLERNN_JAX_HUGE_PAGES"
 """Environment variable; 0 leaves glibc's memory allocator as it is."""
@@ -23,6 +34,13 @@ _UNCHECKED = ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
 """Variables that JAX does not parse when it is imported."""
 _OBSERVERS = ("bdb", "debugpy", "pydevd", "coverage", "pytest")
 """Modules of debuggers and the like, which cannot follow a process that replaces itself."""
+
+
+class _Run:
+    """State of the script that a signal interrupts."""
+
+    resumes = False
+    has_started = False
 
 
 def start(root: str, *, resumes: bool = False) -> None:
@@ -48,10 +66,53 @@ def start(root: str, *, resumes: bool = False) -> None:
         os.environ[_IN_VENV] = str(os.getpid())
         _become([python, *sys.argv])
         _refuse(problem)
-    from simplernn_jax import early_signals
-
-    early_signals.install(resumes=resumes, handle=not _is_observed())
+    _Run.resumes = resumes
+    signals = (signal.SIGINT, signal.SIGTERM)
+    if not _is_observed():  # a debugger expects Python's own handlers
+        for number in signals:
+            signal.signal(number, _stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     _check_environment_variables()
+
+
+def run_starts() -> None:
+    """Record that the run can be resumed from now on."""
+    _Run.has_started = True
+
+
+def raise_on_signals() -> None:
+    """Let signals raise, for a script that has temporary folders and child processes to clean up.
+
+    SIGINT raises KeyboardInterrupt, SIGTERM SystemExit with code 143.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
+def end_with_parent(parent: int) -> None:
+    """Have Linux kill this process when its parent, of process id `parent`, has died."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(128 + signal.SIGKILL)
+
+
+def _stop(number: int, _: object) -> None:
+    code, what = 128 + number, "stopped"
+    if _Run.has_started:
+        code, what = EXIT_INTERRUPTED, "stopped; run the same command to resume"
+    elif _Run.resumes:
+        what = "stopped before the run started; run the same command to start it"
+        code = EXIT_INTERRUPTED if number == signal.SIGTERM else code
+    with contextlib.suppress(Exception):  # such as a write that the signal has interrupted
+        sys.stdout.flush()
+    # A progress bar hides the cursor.
+    show_cursor = "\x1b[?25h" if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb" else ""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{show_cursor}{signal.Signals(number).name}: {what}\n".encode())
+    os._exit(code)
 
 
 def _become(command: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Random damage to files, the same at every run."""
+"""Damage to files, the same at every run."""
 
 import json
 import random
@@ -50,3 +50,17 @@ def _places(values):
         for key in values if isinstance(values, dict) else range(len(values)):
             yield values, key
             yield from _places(values[key])
+
+
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path):
+    path.write_bytes(b"")

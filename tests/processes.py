@@ -1,6 +1,7 @@
 """Python processes started by tests."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,9 @@ def assert_refused(result, *parts):
     assert result.errors.count("\n") == 1
     for part in parts:
         assert part in result.errors
+
+
+def free_address():
+    """HOST:PORT of this machine at which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"

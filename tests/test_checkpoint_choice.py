@@ -99,8 +99,8 @@ def test_a_damaged_best_is_moved_aside_and_the_next_best_used(tmp_path, caplog):
 
 def test_no_checkpoint_is_said_whichever_is_asked_for(tmp_path):
     for checkpoint in ("best", "newest"):
-        with pytest.raises(UserError, match="no checkpoint in"):
-            choose_checkpoint(str(tmp_path), checkpoint)
+        with pytest.raises(UserError, match=rf"no checkpoint in {tmp_path}: train there first"):
+            load_model(str(tmp_path), checkpoint)
     with pytest.raises(UserError, match="only these steps: none"):
         choose_checkpoint(str(tmp_path), 3)
 

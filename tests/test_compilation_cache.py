@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from damages import cut_off, empty, flip_bit
 from odd_files import put_odd_file
 from processes import run_python
 from small_runs import newest_checkpoint, write_corpus
@@ -49,20 +50,6 @@ def files(folder, suffix):
     return sorted(path for path in Path(folder).rglob("*") if path.name.endswith(suffix))
 
 
-def change_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
-def cut_off(path):
-    path.write_bytes(path.read_bytes()[:9])
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
 def test_another_process_loads_compiled_programs_and_damaged_ones_are_replaced(tmp_path):
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
     expected, hits, errors = run_program(**environment)
@@ -72,7 +59,7 @@ def test_another_process_loads_compiled_programs_and_damaged_ones_are_replaced(t
     assert any(path.name.startswith("jit_step-") for path in entries)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700  # its files will be executed
     assert run_program(**environment) == (expected, len(entries), "")
-    for path, damage in zip(entries, (change_a_bit, cut_off, empty) * len(entries), strict=False):
+    for path, damage in zip(entries, (flip_bit, cut_off, empty) * len(entries), strict=False):
         damage(path)
     # Fails where a new JAX no longer takes its cache from `get_file_cache`: it would load these.
     assert run_program(**environment) == (expected, 0, "")
@@ -160,7 +147,7 @@ def swap(path):
 
 @pytest.mark.parametrize(
     "damage",
-    [change_a_bit, cut_off, empty, os.remove, swap]
+    [flip_bit, cut_off, empty, os.remove, swap]
     + [functools.partial(put_odd_file, kind) for kind in ("fifo", "endless")],
 )
 @pytest.mark.parametrize("suffix", ["-cache", "-sha256"])

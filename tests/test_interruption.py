@@ -2,7 +2,9 @@
 
 import signal
 
+import jax
 import pytest
+from jax.experimental import multihost_utils
 
 from simplernn_jax.training.interruption import SIGNALS, deferred_signals
 
@@ -18,19 +20,28 @@ def usual_handlers():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_is_a_request(number):
     before = signal.getsignal(number)
-    with deferred_signals() as received:
-        assert received() is None
+    with deferred_signals() as stop_signal:
+        assert stop_signal(3) is None
         signal.raise_signal(number)
-        assert received() == signal.Signals(number).name
+        assert stop_signal(3) == signal.Signals(number).name
     assert signal.getsignal(number) == before
 
 
 def test_the_second_signal_acts_as_before():
-    with deferred_signals() as received:
+    with deferred_signals() as stop_signal:
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        assert received() == "SIGTERM"
+        assert stop_signal(3) == "SIGTERM"
+
+
+def test_processes_of_a_distributed_run_ask_jax_which_step_is_the_last(monkeypatch):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: step == 5)
+    with deferred_signals() as stop_signal:
+        assert [signal.getsignal(number) for number in SIGNALS] == before
+        assert [stop_signal(step) for step in (4, 5)] == [None, "SIGTERM"]
 
 
 def test_without_a_signal_the_handlers_are_restored():

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from processes import ROOT
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
@@ -74,26 +75,49 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch, mode, block, fields):
     assert [step for step, kind, _ in rows[0] if kind == "train"] == list(range(1, 41))
 
 
-def test_a_checkpoint_under_the_leaf_names_of_earlier_versions_is_resumed(tmp_path, monkeypatch):
-    config = small_config(source=write_corpus(tmp_path / "text"), steps=9)
-    train(config, str(tmp_path / "whole"))
-    with monkeypatch.context() as patch:
-        stop_after(patch, 4)
-        patch.setattr(contents, "_RENAMED_LEAVES", {})  # they read back what they had written
-        patch.setattr(
-            checkpointer,
-            "named_leaves",
-            lambda tree: {
-                {"consecutive_skips": "skipped_in_a_row"}.get(name, name): leaf
-                for name, leaf in named_leaves(tree).items()
-            },
-        )
-        train(config, str(tmp_path / "parts"))
-    (path,) = (tmp_path / "parts" / "checkpoints").glob("4/state")
-    assert "skipped_in_a_row" in ocp.PyTreeCheckpointHandler().metadata(path).tree
-    assert "consecutive_skips" in newest_checkpoint(tmp_path / "parts")
-    train(config, str(tmp_path / "parts"))
-    assert newest_checkpoint(tmp_path / "parts") == newest_checkpoint(tmp_path / "whole")
+EARLIER_NAMES = {
+    "consecutive_skips": "skipped_in_a_row",
+    "layers/0/mixer/": "layers/0/attention/",
+    "layers/1/mixer/": "layers/1/rnn/",
+}
+
+
+def earlier_leaves(tree):
+    """Leaves by the names that earlier versions gave them."""
+    leaves = named_leaves(tree)
+    for name, earlier in EARLIER_NAMES.items():
+        leaves = {path.replace(name, earlier): leaf for path, leaf in leaves.items()}
+    return leaves
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_under_the_leaf_names_of_earlier_versions_is_resumed(
+    tmp_path, monkeypatch, optimizer
+):
+    source = write_corpus(tmp_path / "text")
+    config = small_config("residual", source=source, steps=9, name=optimizer, **HYBRID)
+    earlier, present = tmp_path / "earlier", tmp_path / "present"
+    for workdir in (earlier, present):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 4)
+            if workdir == earlier:
+                patch.setattr(contents, "_RENAMED", ())  # they read back what they had written
+                patch.setattr(checkpointer, "named_leaves", earlier_leaves)
+            train(config, str(workdir))
+    on_disk = ocp.PyTreeCheckpointHandler().metadata(earlier / "checkpoints" / "4" / "state").tree
+    assert not any("mixer" in name or name == "consecutive_skips" for name in on_disk)
+    for tree in ("params", "opt_state"):
+        for mixer in ("layers/0/attention/", "layers/1/rnn/"):
+            assert any(name.startswith(tree) and mixer in name for name in on_disk)
+    expected = newest_checkpoint(present)
+    assert newest_checkpoint(earlier) == expected
+    params = named_leaves({"params": nnx.state(load_model(str(earlier))[0], nnx.Param)})
+    assert any("/mixer/" in name for name in params)
+    for name, leaf in params.items():
+        assert expected[f"array {name}"][2] == np.asarray(leaf).tobytes(), name
+    for workdir in (earlier, present):
+        train(config, str(workdir))
+    assert newest_checkpoint(earlier) == newest_checkpoint(present)
 
 
 def test_a_metrics_row_is_the_mean_since_the_last_one_across_an_interruption(tmp_path, monkeypatch):

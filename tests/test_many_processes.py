@@ -3,13 +3,13 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import free_address
 from small_runs import newest_checkpoint, small_config, write_corpus
 
 from simplernn_jax.training.loop import train
@@ -155,24 +155,57 @@ def test_a_signal_to_one_stops_all_and_a_death_ends_all(tmp_path, launch):
     assert not running(workdir)
 
 
-def test_processes_that_nobody_joins_are_an_error(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"--workdir={tmp_path}"]
-    command += [f"--config={ROOT / 'configs' / 'tiny.py'}", "--distributed", "--join_timeout=1"]
-    processes = []
-    for number in (0, 1):  # each at an address of its own
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            address = f"127.0.0.1:{server.getsockname()[1]}"
-        place = [f"--coordinator={address}", "--num_processes=2", f"--process_id={number}"]
-        process = subprocess.Popen(
-            [*command, *place],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+def train_two(folder, addresses, **flags):
+    """(code, output, errors) of two processes with their own flags, in ``FOLDER/0`` and ``/1``."""
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--distributed"]
+    command += [f"--config={ROOT / 'configs' / 'tiny.py'}", "--num_processes=2"]
+    processes = [
+        subprocess.Popen(
+            [
+                *(*command, f"--process_id={number}", f"--coordinator={addresses[number]}"),
+                *(f"--{name}={values[number]}" for name, values in flags.items()),
+            ],
+            cwd=folder / str(number),
+            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        processes.append((process, address))
-    for process, address in processes:
-        output, errors = process.communicate(timeout=100)
-        assert (process.returncode, output) == (2, "")
+        for number in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=100) for process in processes]
+    return [
+        (process.returncode, *output) for process, output in zip(processes, outputs, strict=True)
+    ]
+
+
+def test_processes_that_nobody_joins_are_an_error(tmp_path):
+    addresses = [free_address(), free_address()]
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    ends = train_two(tmp_path, addresses, workdir=["run"] * 2, join_timeout=[1, 1])
+    for address, (code, output, errors) in zip(addresses, ends, strict=True):
+        assert (code, output) == (2, "")
         expected = f"error: not all processes have joined {address} within 1 s: see that"
         assert errors.splitlines()[-1].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"workdir": ["run", "run"]}, "not process 0's {folder}/0/run: choose a --workdir on a"),
+        ({"config.train.seed": [1, 2]}, "another configuration than process 0: start all with"),
+        ({}, "other text than process 0: give all the same"),
+    ],
+)
+def test_processes_that_differ_are_refused_with_one_line(tmp_path, changes, refusal):
+    for number in (0, 1):
+        write_corpus(tmp_path / str(number) / "text", number)
+    flags = {"workdir": [tmp_path / "run"] * 2, "config.data.source": ["text"] * 2}
+    flags |= {"config.mesh.data": [2, 2]} | changes
+    ends = train_two(tmp_path, [free_address()] * 2, **flags)
+    assert [code for code, _, _ in ends] == [2, 2]
+    (line,) = [
+        line for *_, errors in ends for line in errors.splitlines() if line.startswith("error")
+    ]
+    assert line.startswith(f"error: a process has {refusal.format(folder=tmp_path)}")

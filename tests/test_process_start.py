@@ -123,10 +123,10 @@ if __name__ == "__main__":
 
 import time
 
-from simplernn_jax import early_signals
+from simplernn_jax import process_start
 
 if {started}:
-    early_signals.run_starts()
+    process_start.run_starts()
 print("ready", flush=True)
 while True:
     try:

@@ -1,6 +1,8 @@
 """Decoder state as a value: forks, and files that load bit-exactly or are refused in one line."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import random
 
@@ -17,6 +19,7 @@ from simplernn_jax.data.tokenizer import ByteTokenizer, CharTokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import fork_state, generate, generate_text, load_state, save_state
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.named_leaves import named_leaves
 
 BYTES = ByteTokenizer()
 DRAWN = {"temperature": 1.0, "seed": 3}
@@ -104,6 +107,34 @@ def test_a_cache_of_keys_and_values_goes_through_a_file(tmp_path):
     rest = generate(model, state=fork_state(loaded, 2), max_new_tokens=31, **DRAWN)
     np.testing.assert_array_equal(rest.tokens[::2], whole.tokens[:, 9:])
     assert (rest.tokens[::2] != rest.tokens[1::2]).any(axis=1).all()
+
+
+@pytest.mark.parametrize("block", ["plain", "residual"])
+def test_the_fingerprint_of_a_model_is_that_of_the_parameter_names_of_version_1(tmp_path, block):
+    """A layer's mixer was stored as ``rnn`` or ``attention``; files written then still load."""
+    mixers = ("simple_rnn",) if block == "plain" else ("attention", "simple_rnn")
+    config = dataclasses.replace(
+        CONFIG, key_dim=12, block=block, num_layers=len(mixers), mixer=mixers
+    )
+    config.join_mixers()
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    save_state(
+        str(tmp_path / "state"), generate(model, [[1]], max_new_tokens=1).state, model, BYTES
+    )
+    parameters = named_leaves(nnx.state(model, nnx.Param))
+    for layer, mixer in enumerate(mixers):
+        name = "attention" if mixer == "attention" else "rnn"
+        parameters = {
+            path.replace(f"layers/{layer}/mixer/", f"layers/{layer}/{name}/"): array
+            for path, array in parameters.items()
+        }
+    assert not any("mixer" in path for path in parameters)
+    expected = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    for path in sorted(parameters):
+        array = np.asarray(parameters[path])
+        expected.update(f"\n{path} {array.dtype} {array.shape}\n".encode() + array.tobytes())
+    with safetensors.safe_open(tmp_path / "state", "numpy") as file:
+        assert file.metadata()["model"] == expected.hexdigest()
 
 
 def test_saving_replaces_a_file_and_leaves_nothing_else(path, model, state):

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -26,7 +25,6 @@ import orbax.checkpoint as ocp
 from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.choice import NEWEST, choose_checkpoint, steps_to_keep
 from simplernn_jax.checkpoint.contents import (
-    Quality,
     check_leaves,
     quality_item,
     read_arrays,
@@ -135,7 +133,7 @@ class Checkpointer:
             data=ocp.args.JsonSave(data_state),
             config=ocp.args.JsonSave(json.loads(config_lib.to_json(self._config))),
             tokenizer=ocp.args.JsonSave(self._tokenizer_json),
-            quality=ocp.args.JsonSave(quality_item(step, _quality(metrics or {}))),
+            quality=ocp.args.JsonSave(quality_item(step, metrics or {})),
         )
         try:
             self._writer.save(self._folder.step_path(step), args=items)
@@ -291,10 +289,3 @@ def check_same_model(ours: Config, theirs: Config) -> None:
             f"the checkpoint is of another model: {'; '.join(fields)} (in the checkpoint); use "
             "the same --config.model values, or another --workdir"
         )
-
-
-def _quality(metrics: Mapping[str, float]) -> Quality | None:
-    loss, predictions = metrics.get("validation_loss"), metrics.get("predictions")
-    if loss is None or not math.isfinite(loss):
-        return None
-    return Quality(float(loss), None if predictions is None else int(predictions))

@@ -143,13 +143,14 @@ def saved_step(path: str) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def quality_item(step: int, quality: Quality | None) -> dict[str, Any]:
-    """Make the item that `saved_quality` and `saved_step` read."""
-    return {
-        "step": step,
-        "validation_loss": None if quality is None else quality.validation_loss,
-        "predictions": None if quality is None else quality.predictions,
-    }
+def quality_item(step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Make the item that `saved_quality` and `saved_step` read; a NaN loss counts as none."""
+    item: dict[str, Any] = {"step": step, "validation_loss": None, "predictions": None}
+    if math.isfinite(metrics.get("validation_loss", math.nan)):
+        item["validation_loss"] = float(metrics["validation_loss"])
+        if "predictions" in metrics:
+            item["predictions"] = int(metrics["predictions"])
+    return item
 
 
 def _read_quality(path: str) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class LanguageModel(nnx.Module):
             for mixer in config.mixers
         ]
         self.layers = LayerStack(layers) if stack_layers else nnx.List(layers)
-        self.final_scale = None if plain else nnx.Param(jnp.ones(config.hidden_dim))
+        self.final_scale = None if plain else nnx.Param(jnp.ones(config.hidden_dim, jnp.float32))
         tied = config.tie_embeddings and not plain
         init = {} if plain else {"kernel_init": nnx.initializers.normal(scale)}
         sizes = (config.hidden_dim, config.vocab_size, ("embed", "vocab"))

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request that the training loop reads between steps."""
+"""SIGTERM and SIGINT as requests that the training loop reads between steps."""
 
 import contextlib
 import signal
@@ -7,21 +7,28 @@ from types import FrameType
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+StopSignal = Callable[[int], str | None]
+"""Returns the name of the signal that ends the run at a step, or None; called before each step."""
+
 
 @contextlib.contextmanager
-def deferred_signals() -> Iterator[Callable[[], str | None]]:
+def deferred_signals() -> Iterator[StopSignal]:
     """Turn the first signal into a request; a second one acts as it did before.
 
-    With several processes, JAX's preemption service handles signals (`PreemptionSync`).
-
-    Yields:
-      A function that returns the name of the signal that came, or None.
+    In a distributed run, JAX's preemption service handles SIGTERM, and all processes agree on the
+    step at which a signal to any of them ends the run.
     """
+    if jax.distributed.is_initialized():
+        yield (
+            lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+        )
+        return
     received: list[str] = []
-    previous: dict[int, Any] = {}
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
 
     def restore() -> None:
         for number, handler in previous.items():
@@ -31,11 +38,9 @@ def deferred_signals() -> Iterator[Callable[[], str | None]]:
         received.append(signal.Signals(number).name)
         restore()
 
-    if not jax.distributed.is_initialized():
-        previous |= {number: signal.getsignal(number) for number in SIGNALS}
-        for number in SIGNALS:
-            signal.signal(number, request)
+    for number in SIGNALS:
+        signal.signal(number, request)
     try:
-        yield lambda: received[0] if received else None
+        yield lambda step: received[0] if received else None
     finally:
         restore()

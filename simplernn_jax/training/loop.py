@@ -15,12 +15,12 @@ import jax
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config, TrainConfig
-from simplernn_jax.distributed import PreemptionSync, is_coordinator
+from simplernn_jax.distributed import is_coordinator
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
 from simplernn_jax.training.display import open_display
 from simplernn_jax.training.evaluate import Evaluation
-from simplernn_jax.training.interruption import deferred_signals
+from simplernn_jax.training.interruption import StopSignal, deferred_signals
 from simplernn_jax.training.metrics import MetricsWriter
 from simplernn_jax.training.periodic_actions import PeriodicAction, Validation, sample
 from simplernn_jax.training.profiling import Profile
@@ -64,16 +64,16 @@ def train(config: Config, workdir: str) -> Result:
         train_step = RecompilationCounter(
             "the train step", make_train_step(run.config, run.optimizer, run.mesh)
         )
-        preemption = PreemptionSync(stack.enter_context(deferred_signals()))
+        stop_signal = stack.enter_context(deferred_signals())
         if is_coordinator():
             _write_config(run)
         display = stack.enter_context(open_display(run.step, run.total_steps))
         reporter = Reporter(run, metrics, display, train_step)
-        return _train(run, train_step, reporter, preemption)
+        return _train(run, train_step, reporter, stop_signal)
 
 
 def _train(
-    run: Run, train_step: RecompilationCounter, reporter: Reporter, preemption: PreemptionSync
+    run: Run, train_step: RecompilationCounter, reporter: Reporter, stop_signal: StopSignal
 ) -> Result:
     """Take the remaining steps and end the run, or save it if a signal comes."""
     validation, train = Validation(run, reporter), run.config.train
@@ -86,8 +86,8 @@ def _train(
     profile_steps = train.profile_steps if is_coordinator() else 0
     profile = Profile(run.workdir, profile_steps, reporter.say, reporter.timer.paused)
     with train_step, profile:
-        _take_steps(run, train_step, reporter, preemption, actions, profile)
-        signal = preemption.signal(run.step)
+        _take_steps(run, train_step, reporter, stop_signal, actions, profile)
+        signal = stop_signal(run.step)
         if signal:  # before the profile is written: a preempted job has little time left
             run.save(wait=True)
     if signal:
@@ -112,7 +112,7 @@ def _take_steps(
     run: Run,
     train_step: RecompilationCounter,
     reporter: Reporter,
-    preemption: PreemptionSync,
+    stop_signal: StopSignal,
     actions: Sequence[PeriodicAction],
     profile: Profile,
 ) -> None:
@@ -122,7 +122,7 @@ def _take_steps(
     batch = run.next_batch()
     pending: StepMetrics | None = None
     reporter.timer.start()
-    while not run.has_ended and not preemption.signal(run.step):
+    while not run.has_ended and not stop_signal(run.step):
         with profile.step(run.step + 1, run.state):
             run.state, metrics = train_step(run.state, batch)
         run.step += 1

@@ -17,7 +17,6 @@ from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_cor
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.distributed import (
     check_same,
-    check_shared,
     is_coordinator,
     run_on_coordinator_first,
 )
@@ -38,9 +37,8 @@ def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
 
     Raises:
       UserError: the data is unusable, `workdir` holds a run of another model or other batches, or
-        the processes differ in `workdir`, configuration or text.
+        the processes differ in configuration or text.
     """
-    check_shared(workdir)
     another = "another configuration than process 0: start all with the same command"
     check_same(config_lib.to_json(config), another)
     config, corpus = run_on_coordinator_first(lambda: _prepare(config, workdir))

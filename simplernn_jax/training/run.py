@@ -2,6 +2,9 @@
 
 import dataclasses
 import os
+import random
+import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +15,12 @@ from simplernn_jax.checkpoint.checkpointer import Checkpointer
 from simplernn_jax.checkpoint.folder import check_workdir
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch, make_batches
-from simplernn_jax.distributed import broadcast_from_coordinator
+from simplernn_jax.distributed import (
+    barrier,
+    broadcast_from_coordinator,
+    check_same,
+    is_coordinator,
+)
 from simplernn_jax.errors import UserError
 from simplernn_jax.mesh_axes import BATCH_AXES
 from simplernn_jax.sharding.global_arrays import global_arrays_from_local, process_slice
@@ -26,6 +34,9 @@ from simplernn_jax.training.placement import batch_shardings
 from simplernn_jax.training.preparation import changed_fields, prepare, total_steps
 from simplernn_jax.training.step_statistics import LossTotals
 from simplernn_jax.training.train_step import TrainState, init_train_state, state_shardings
+
+_SHARED_SECONDS = 10.0
+"""Time that a network file system may take to show a new file."""
 
 
 class Run:
@@ -49,6 +60,7 @@ class Run:
         self.workdir = os.path.abspath(workdir)
         os.makedirs(self.workdir, exist_ok=True)
         self.mesh = make_mesh(config.mesh)
+        _check_shared(self.workdir)
         self.config, self.corpus = prepare(config, self.workdir)
         check_fits(self.config, self.mesh)
         self.total_steps = total_steps(self.config, self.corpus)
@@ -150,3 +162,25 @@ class Run:
             metrics = {"validation_loss": result.nats_per_token, "predictions": result.predictions}
         state = self._layout.to_files(self.state)
         self._checkpointer.save(self.step, state, data_state, metrics, wait=wait)
+
+
+def _check_shared(folder: str) -> None:
+    """Check that every process sees what process 0 writes into `folder`.
+
+    Raises:
+      UserError: in every process, if one of them does not.
+    """
+    if jax.process_count() == 1:
+        return
+    mark = Path(folder, f".shared-{broadcast_from_coordinator(random.getrandbits(31))}")
+    if is_coordinator():
+        mark.touch()
+    barrier("a mark is in the folder")
+    deadline = time.monotonic() + _SHARED_SECONDS
+    while not (is_seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    barrier("all have looked")
+    if is_coordinator():
+        mark.unlink()
+    advice = "choose a --workdir on a file system that all hosts share"
+    check_same(str(is_seen), f"not process 0's {folder}: {advice}")
