@@ -16,10 +16,10 @@ from simplernn_jax.models.dense import Dense, dtypes_of
 from simplernn_jax.models.short_convolution import ShortConvolution
 from simplernn_jax.models.simple_rnn import Recurrence, SimpleRNN
 from simplernn_jax.named_leaves import tuple_with_names
+from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.checks import FLOATING, check_array
 from simplernn_jax.ops.matmul import merge_tokens
 from simplernn_jax.ops.rms_norm import rms_norm
-from simplernn_jax.ops.sequence_parallel import sharded_recurrence
 
 GATE_BIAS_RANGE = (1.0, 6.0)
 """Initial gate biases of the residual block, spread over the key channels: half-lives of about 2 to
@@ -60,7 +60,7 @@ class PlainBlock(nnx.Module):
         config: ModelConfig,
         *,
         rngs: nnx.Rngs,
-        recurrence: Recurrence = sharded_recurrence,
+        recurrence: Recurrence = gated_linear_recurrence,
     ):
         self.mixer = SimpleRNN(
             **_sizes(config), state_dtype=dtypes_of(config).state, rngs=rngs, recurrence=recurrence
@@ -109,7 +109,7 @@ class ResidualBlock(nnx.Module):
         mixer: str,
         *,
         rngs: nnx.Rngs,
-        recurrence: Recurrence = sharded_recurrence,
+        recurrence: Recurrence = gated_linear_recurrence,
     ):
         """Make the parameters; `mixer` is one of `simplernn_jax.config.MIXERS`."""
         dtype = dtypes_of(config).compute

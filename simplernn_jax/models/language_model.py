@@ -17,10 +17,10 @@ from simplernn_jax.models.dense import Dense, Embedding, dtypes_of
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.remat import rematerialize
 from simplernn_jax.models.simple_rnn import Recurrence
+from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_batch, check_segment_ids
 from simplernn_jax.ops.projection import fused_projection
 from simplernn_jax.ops.rms_norm import rms_norm
-from simplernn_jax.ops.sequence_parallel import sharded_recurrence
 
 
 class LanguageModel(nnx.Module):
@@ -39,7 +39,7 @@ class LanguageModel(nnx.Module):
         rngs: nnx.Rngs,
         remat: str = "none",
         stack_layers: bool = False,
-        recurrence: Recurrence = sharded_recurrence,
+        recurrence: Recurrence = gated_linear_recurrence,
     ):
         """Make the parameters, all float32.
 

@@ -10,7 +10,7 @@ from flax import nnx
 from simplernn_jax.array_types import Activations, HeadState, Outputs, SegmentIds
 from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.heads import Heads
-from simplernn_jax.ops import recurrent_step
+from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
 from simplernn_jax.ops.checks import FLOATING, accumulator_dtype, check_array, check_segment_ids
 from simplernn_jax.ops.sequence_parallel import sharded_recurrence
 
@@ -142,7 +142,7 @@ class SimpleRNN(nnx.Module):
         num_heads: int = 1,
         *,
         rngs: nnx.Rngs,
-        recurrence: Recurrence = sharded_recurrence,
+        recurrence: Recurrence = gated_linear_recurrence,
         **options: Any,
     ):
         self.recurrence = recurrence
@@ -183,7 +183,7 @@ class SimpleRNN(nnx.Module):
         (q, k, v, log_gate), output_gate = self.cell.project(x)
         if state is not None:
             self.cell.check_state("state", state, q)
-        y, state = self.recurrence(
+        y, state = sharded_recurrence(
             q,
             k,
             v,
@@ -191,5 +191,6 @@ class SimpleRNN(nnx.Module):
             initial_state=state,
             segment_ids=segment_ids,
             state_dtype=self.cell.state_dtype,
+            recurrence=self.recurrence,
         )
         return self.cell.combine(y, output_gate), state

@@ -12,6 +12,7 @@ the segment of the token before the shard, else from 1. Only tokens with id 0 re
 the shard, so nothing else about boundaries is exchanged.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,6 +66,7 @@ def sharded_recurrence(
     initial_state: HeadState | None = None,
     segment_ids: SegmentIds | None = None,
     state_dtype: Any = None,
+    recurrence: Callable[..., tuple[Values, HeadState]] = gated_linear_recurrence,
 ) -> tuple[Values, HeadState]:
     """`gated_linear_recurrence` of sequences that may be sharded.
 
@@ -76,13 +78,14 @@ def sharded_recurrence(
       initial_state: ``[B, H, K, V]`` before the sequence's first token; None is zero.
       segment_ids: as `shard_segment_ids` returns them; None if all is one segment.
       state_dtype: as in `gated_linear_recurrence`; None if the sequences are sharded.
+      recurrence: computes each shard, with the arguments of `gated_linear_recurrence`.
 
     Returns:
       The output of this device's shard, and the state after the sequence's last token, on all
       devices.
     """
     if axis_size(AXIS) == 1:
-        return gated_linear_recurrence(
+        return recurrence(
             q,
             k,
             v,
@@ -91,7 +94,7 @@ def sharded_recurrence(
             segment_ids=segment_ids,
             state_dtype=state_dtype,
         )
-    from_zero, state = gated_linear_recurrence(q, k, v, log_gate, segment_ids=segment_ids)
+    from_zero, state = recurrence(q, k, v, log_gate, segment_ids=segment_ids)
     log_gate = log_gate.astype(state.dtype)
     reads = None if segment_ids is None else segment_ids == 0
     incoming, outgoing = _scan_shards(shard_decay(log_gate, reads), state, initial_state)

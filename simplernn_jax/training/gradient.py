@@ -13,9 +13,10 @@ from simplernn_jax.data.batches import Batch
 from simplernn_jax.mesh_axes import TOKEN_AXES
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.simple_rnn import Recurrence
+from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.collectives import axis_index, psum, vary_like, varying
 from simplernn_jax.ops.reset_state import reset_state
-from simplernn_jax.ops.sequence_parallel import shard_segment_ids, sharded_recurrence
+from simplernn_jax.ops.sequence_parallel import shard_segment_ids
 from simplernn_jax.training.accumulation import (
     accumulated,
     rematerialized_windows,
@@ -31,7 +32,7 @@ GradientOf = Callable[
 
 
 def make_model(
-    config: Config, rngs: nnx.Rngs, recurrence: Recurrence = sharded_recurrence
+    config: Config, rngs: nnx.Rngs, recurrence: Recurrence = gated_linear_recurrence
 ) -> LanguageModel:
     """The model as it is trained: with ``train.remat``, and its layers stacked if there are stages.
 
@@ -53,7 +54,7 @@ def abstract_model(config: Config) -> tuple[nnx.GraphDef[LanguageModel], nnx.Sta
     return nnx.split(model, nnx.Param)
 
 
-def make_gradient(config: Config, recurrence: Recurrence = sharded_recurrence) -> GradientOf:
+def make_gradient(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> GradientOf:
     """``(params, batch, carried, rng, step) -> (loss, predictions, gradient, carried)``.
 
     With ``train.backward_window``, the batch is split by `windows_of`. The loss is the mean over

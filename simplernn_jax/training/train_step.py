@@ -16,7 +16,7 @@ from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.models.simple_rnn import Recurrence
-from simplernn_jax.ops.sequence_parallel import sharded_recurrence
+from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.sharding.partition_specs import (
     axes_specs,
     is_distributed,
@@ -119,7 +119,7 @@ def make_train_step(
     config: Config,
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
-    recurrence: Recurrence = sharded_recurrence,
+    recurrence: Recurrence = gated_linear_recurrence,
 ) -> TrainStep:
     """Make the train step, which compiles at its first call and donates the old state.
 
