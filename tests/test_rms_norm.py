@@ -24,7 +24,9 @@ def test_equals_the_formula(shape, native):
     with jax.enable_x64(native is None):
         x = jax.random.normal(jax.random.key(0), shape)  # float64 or float32
         ours = results(lambda x: rms_norm(x, native=native), x)
-        tolerance = {"rtol": 1e-5, "atol": 1e-6} if native is not None else {"rtol": 1e-11}
+        # The gradient of one channel is a difference of two numbers that are almost equal.
+        float64, float32 = {"rtol": 1e-11, "atol": 1e-14}, {"rtol": 1e-5, "atol": 1e-6}
+        tolerance = float64 if native is None else float32
         chex.assert_trees_all_close(ours, results(plain, x), **tolerance)
 
 
