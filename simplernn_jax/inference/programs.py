@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Int, Key
 from simplernn_jax.inference.sampling import Settings, sample
 from simplernn_jax.inference.state import DecoderState
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.ops.reset_state import select_sequences
 
 BLOCK_TOKENS = 32
 """Tokens of a sequence that one dispatch decodes at most."""
@@ -123,8 +124,4 @@ def _next_token(state: DecoderState, settings: Settings) -> Int[Array, "B"]:
 
 def _select(condition: Bool[Array, "B"], chosen: Any, other: Any) -> Any:
     """Select `chosen` for the sequences where `condition` holds, else `other`, leaf by leaf."""
-
-    def select(chosen: Array, other: Array) -> Array:
-        return jnp.where(condition.reshape(-1, *[1] * (chosen.ndim - 1)), chosen, other)
-
-    return jax.tree.map(select, chosen, other)
+    return jax.tree.map(functools.partial(select_sequences, condition), chosen, other)

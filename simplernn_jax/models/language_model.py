@@ -20,6 +20,7 @@ from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_batch, check_segment_ids
 from simplernn_jax.ops.projection import fused_projection
+from simplernn_jax.ops.reset_state import select_sequences
 from simplernn_jax.ops.rms_norm import rms_norm
 
 
@@ -104,7 +105,7 @@ class LanguageModel(nnx.Module):
         def select(before: Any, after: Any) -> Any:
             if isinstance(after, KVCache):
                 return after.rolled_back(where, before)
-            return jnp.where(where.reshape(-1, *[1] * (after.ndim - 1)), before, after)
+            return select_sequences(where, before, after)
 
         return jax.tree.map(select, before, after, is_leaf=lambda x: isinstance(x, KVCache))
 

@@ -1,4 +1,6 @@
-"""Resets of recurrent states of any structure."""
+"""Resets and selection of recurrent states of any structure, by sequence."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,9 @@ def reset_state(state: ModelState, reset: jax.Array | np.ndarray) -> ModelState:
     """
     check_batch("state", state, check_array("reset", reset, "B", BOOL)["B"])
 
-    def reset_leaf(leaf: jax.Array) -> jax.Array:
-        return jnp.where(reset.reshape(-1, *[1] * (leaf.ndim - 1)), 0, leaf)
+    return jax.tree.map(lambda leaf: select_sequences(reset, 0, leaf), state)
 
-    return jax.tree.map(reset_leaf, state)
+
+def select_sequences(where: jax.Array | np.ndarray, chosen: Any, other: jax.Array) -> jax.Array:
+    """`chosen` for the sequences where `where` ``[B]`` holds, else `other` ``[B, ...]``."""
+    return jnp.where(where.reshape(-1, *[1] * (other.ndim - 1)), chosen, other)
