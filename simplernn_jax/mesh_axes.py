@@ -1,7 +1,7 @@
 """Names of the mesh axes, and the table from the logical axes of arrays to them.
 
-Parameters and states name their logical axes where they are made. An array whose logical axis is
-not in the table is replicated along it.
+Parameters and states name their logical axes where they are made. An array is replicated along an
+axis without a name.
 """
 
 from jax.sharding import Mesh, PartitionSpec

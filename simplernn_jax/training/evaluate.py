@@ -86,7 +86,8 @@ class Evaluator:
                 return make_model(config, nnx.Rngs(0))
             return LanguageModel(config.model, rngs=nnx.Rngs(0))
 
-        graph, abstract_params = nnx.split(nnx.eval_shape(make), nnx.Param)
+        abstract = nnx.eval_shape(make)
+        graph, abstract_params = nnx.split(abstract, nnx.Param)
         self._pad_id = pad_id
 
         def score(
@@ -109,7 +110,7 @@ class Evaluator:
         shardings: dict[str, Any] = {}
         if is_distributed(mesh):
             batch = batch_specs(mesh)
-            state = axes_specs(nnx.eval_shape(make).state_axes(), mesh)
+            state = axes_specs(abstract.state_axes(), mesh)
             inputs = (variable_specs(abstract_params, mesh), batch, state)
             outputs = (batch.loss_mask, PartitionSpec(), state)
             score = jax.shard_map(score, mesh=mesh, in_specs=inputs, out_specs=outputs)

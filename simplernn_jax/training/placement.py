@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.mesh_axes import BATCH_AXES, drop_trivial_axes
+from simplernn_jax.mesh_axes import BATCH_AXES, LogicalAxes, drop_trivial_axes, partition_spec
 from simplernn_jax.sharding.partition_specs import is_distributed, named_shardings
 
 
@@ -27,8 +27,8 @@ def batch_specs(mesh: Mesh) -> Batch:
     Every stage sees all tokens, and takes the loss of its share: only what the loss needs is
     sharded over ``stage``.
     """
-    rows: Any = drop_trivial_axes(PartitionSpec(BATCH_AXES), mesh)
-    tokens: Any = drop_trivial_axes(PartitionSpec(BATCH_AXES, "sequence"), mesh)
+    rows: Any = partition_spec(LogicalAxes("batch"), mesh)
+    tokens: Any = partition_spec(LogicalAxes("batch", "time"), mesh)
     of_loss: Any = drop_trivial_axes(PartitionSpec(BATCH_AXES, ("sequence", "stage")), mesh)
     return Batch(tokens, of_loss, of_loss, tokens, reset=rows)
 
