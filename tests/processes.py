@@ -20,7 +20,8 @@ class Result(NamedTuple):
 
 def run_python(*arguments, stdin=b"", timeout=300, cwd=ROOT, **environment):
     """Run ``python ARGUMENTS`` on the CPU."""
-    path = os.pathsep.join([str(ROOT), *sys.path])
+    # An editable install leaves the name of its path hook in sys.path, which is not a folder.
+    path = os.pathsep.join([str(ROOT), *filter(os.path.isabs, sys.path)])
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         check=False,
