@@ -1,7 +1,7 @@
-"""Names of the mesh axes, and the table from the logical axes of arrays to them.
+"""Names of the mesh axes, and the rules that map logical axes of arrays to them.
 
-Parameters and states name their logical axes where they are made. An array is replicated along an
-axis without a name.
+Parameters and states name their logical axes where they are created. Axes named None are
+replicated.
 """
 
 from jax.sharding import Mesh, PartitionSpec
@@ -15,7 +15,7 @@ BATCH_AXES = ("data", "fsdp")
 TOKEN_AXES = (*BATCH_AXES, "sequence", "stage")
 """Axes whose devices take the loss of different tokens: losses and gradients are sums over them."""
 
-TABLE: dict[str, str | tuple[str, ...]] = {
+LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "time": "sequence",
     "embed": "fsdp",
@@ -30,10 +30,17 @@ LogicalAxes = PartitionSpec
 
 
 def partition_spec(axes: LogicalAxes, mesh: Mesh) -> PartitionSpec:
-    """Map logical axes to the axes of `mesh` that have more than one device."""
-    return drop_trivial_axes(
-        PartitionSpec(*(None if axis is None else TABLE[axis] for axis in axes)), mesh
-    )
+    """Map logical axes to the axes of `mesh` that have more than one device.
+
+    Raises:
+      ValueError: an axis has a name without a rule.
+    """
+    for axis in axes:
+        if axis is not None and axis not in LOGICAL_AXIS_RULES:
+            known = ", ".join(LOGICAL_AXIS_RULES)
+            raise ValueError(f"logical axis {axis!r}: must be None or one of {known}")
+    mapped = (axis and LOGICAL_AXIS_RULES[axis] for axis in axes)
+    return drop_trivial_axes(PartitionSpec(*mapped), mesh)
 
 
 def drop_trivial_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:

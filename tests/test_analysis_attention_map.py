@@ -102,11 +102,11 @@ def test_softmax_map_equals_its_definition(segments):
 
     @jax.jit
     def weights_of(attention, x, cache):
-        projected, _ = attention.projections(x)
+        projected, _ = attention.project_inputs(x)
         return softmax_map(attention_inputs(attention, projected, cache, ids))
 
     weights = np.asarray(weights_of(attention, x[:, PAST:], cache))[0]
-    (q, k, _), _ = attention.projections(x)
+    (q, k, _), _ = attention.project_inputs(x)
     q, k = (np.asarray(part[0], np.float64) for part in (q, k))  # [PAST + LENGTH, H, K]
     segment = np.concatenate([np.zeros(PAST), segments or np.zeros(LENGTH)])
     q, k = q[..., 0] + 1j * q[..., 1], k[..., 0] + 1j * k[..., 1]

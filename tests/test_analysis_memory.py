@@ -76,9 +76,9 @@ def test_measured_on_the_way_as_all_at_once(monkeypatch, points, positions):
 
 
 def test_the_state_of_a_long_text_is_read_in_pieces(monkeypatch):
-    monkeypatch.setattr(memory, "_MOST_TOKENS", 5)
+    monkeypatch.setattr(memory, "_MAX_TOKENS", 5)
     model = make_model()
-    expected = jax.jit(lambda tokens: model.encode(tokens, model.initial_state(1))[1])(
+    expected = jax.jit(lambda tokens: model.hidden_states(tokens, model.initial_state(1))[1])(
         TOKENS.astype(np.int32)[None]
     )
     chex.assert_trees_all_close(read_state(model, TOKENS), expected, rtol=1e-4, atol=1e-5)

@@ -29,7 +29,7 @@ def record_and_repeat(model, tokens, state):
         mixer(call.inputs, call.state, SEGMENTS)
         for mixer, call in zip(find_mixers(model), recording.layers, strict=True)
     ]
-    return recording, model.encode(tokens, state, SEGMENTS), again
+    return recording, model.hidden_states(tokens, state, SEGMENTS), again
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def record_and_repeat(model, tokens, state):
 def test_recording_changes_nothing(block, mixers):
     names = ["attention" if mixer is Attention else "simple_rnn" for mixer in mixers]
     model = make_model(block, num_layers=len(mixers), mixer=names, attention_context=5)
-    state = model.encode(TOKENS)[1]
+    state = model.hidden_states(TOKENS)[1]
     recording, expected, again = record_and_repeat(model, TOKENS, state)
     chex.assert_trees_all_close((recording.hidden, recording.state), expected, rtol=1e-5)
     for call, repeated, before in zip(recording.layers, again, state, strict=True):
@@ -57,7 +57,7 @@ def test_a_shift_between_embeddings_replaces_the_token():
     def read(model):
         shift = model.embedding(other) - model.embedding(TOKENS)
         shifted = record(model, TOKENS, shift=shift).hidden
-        return shifted, model.encode(other)[0], model.encode(TOKENS)[0]
+        return shifted, model.hidden_states(other)[0], model.hidden_states(TOKENS)[0]
 
     shifted, expected, unshifted = read(model)
     chex.assert_trees_all_close(shifted, expected, rtol=1e-5, atol=1e-5)

@@ -35,7 +35,7 @@ def _x64():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks so small that short sequences take every branch."""
-    monkeypatch.setattr(operator, "QUERIES", 4)
+    monkeypatch.setattr(operator, "QUERY_BLOCK", 4)
 
 
 def jitted():

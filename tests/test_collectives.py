@@ -13,7 +13,7 @@ from simplernn_jax.ops.collectives import (
     axis_size,
     broadcast_from_last,
     psum,
-    remat_all_gather,
+    remat_if_fsdp,
     shift,
     vary_like,
 )
@@ -43,7 +43,7 @@ def test_without_a_mesh():
     expected = {"sum": x, "last": x, "sum of copies": jnp.ones(()), "index": x, "varying": x}
     chex.assert_trees_all_equal(result, expected)
     assert all_gather(x, "fsdp", 0, after=x) is x
-    assert remat_all_gather(everything) is everything
+    assert remat_if_fsdp(everything) is everything
 
 
 def test_on_a_mesh():
@@ -75,7 +75,7 @@ def test_all_gather_and_its_gradient():
         def squares(shard, x):
             return (x @ all_gather(shard, "fsdp", 1, after=x)) ** 2
 
-        return psum(jnp.sum(remat_all_gather(squares)(shard, x)), "fsdp")
+        return psum(jnp.sum(remat_if_fsdp(squares)(shard, x)), "fsdp")
 
     weights, x = jnp.arange(24.0).reshape(3, 8) / 10, jnp.arange(12.0).reshape(4, 3)
     run = jax.shard_map(total, mesh=mesh, in_specs=(columns, P("fsdp")), out_specs=P())

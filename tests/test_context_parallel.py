@@ -13,7 +13,7 @@ from meshes import mesh_of
 from references import draw_shard_boundaries, without_oldest
 
 from simplernn_jax.models import Attention, KVCache
-from simplernn_jax.ops.context_parallel import tokens_before
+from simplernn_jax.ops.context_parallel import segment_offset
 from simplernn_jax.ops.sequence_parallel import shard_segment_ids
 
 DEVICES, SHARD, BATCH, WIDTH = 4, 5, 10, 7
@@ -101,7 +101,7 @@ def test_counts_tokens_of_the_segment_before_a_shard():
     first = jnp.asarray([10, 20], jnp.int32)
 
     def run(ids, first):
-        return tokens_before(3, first, shard_segment_ids(ids))[:, None]
+        return segment_offset(3, first, shard_segment_ids(ids))[:, None]
 
     found = jax.shard_map(run, mesh=mesh_of(sequence=3), in_specs=(TIME, P()), out_specs=TIME)(
         ids, first

@@ -267,7 +267,7 @@ def test_jsonl_replaces_invalid_characters(tmp_path):
 
 
 def test_an_endless_line_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("simplernn_jax.data.record_files.LARGEST_RECORD", 1 << 20)
+    monkeypatch.setattr("simplernn_jax.data.record_files.MAX_RECORD_BYTES", 1 << 20)
     path = write(tmp_path / "a.jsonl", json.dumps([{"text": "a" * (1 << 20)}]))
     with pytest.raises(UserError, match=r"a\.jsonl:1: a line of more than 1 MiB"):
         read_all(path)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from references import draw_recurrence, needs_compiler, recurrence_loss
 
 from simplernn_jax.ops import native
-from simplernn_jax.ops.native import can_call
+from simplernn_jax.ops.native import supports_native
 
 
 def draw(*shape, value_dim=5):
@@ -39,11 +39,11 @@ def test_is_the_default():
     def program(**options):
         return jax.jit(lambda *x: gradients(*x, **options)).lower(*inputs).as_text()
 
-    assert can_call(jnp.float32)
+    assert supports_native(jnp.float32)
     assert native.FORWARD in program()
     assert native.BACKWARD in program()
     assert native.FORWARD not in program(chunk_size=8)
-    assert not can_call(jnp.float64)
+    assert not supports_native(jnp.float64)
 
 
 @needs_compiler

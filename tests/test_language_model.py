@@ -108,7 +108,7 @@ def test_tied_and_untied_heads():
         sum(leaf.size for leaf in jax.tree.leaves(nnx.state(m, nnx.Param))) for m in (tied, untied)
     ]
     assert sizes[1] - sizes[0] == 14 * 29 + 29
-    hidden, _ = tied.encode(tokens())
+    hidden, _ = tied.hidden_states(tokens())
     expected = hidden @ tied.embedding.embedding[...].T
     chex.assert_trees_all_close(tied.logits(hidden), expected, rtol=1e-5, atol=1e-5)
 
@@ -137,7 +137,7 @@ def test_wrong_calls_are_named(config):
     for wrong, match in [
         (lambda: model(tokens()[0]), r"^tokens: expected \[B, T\], integer; got int32\[19\]"),
         (lambda: model(tokens(), state), r"^state\[0\].*: expected \[B, ...\] with B = 3; got "),
-        (lambda: model(tokens()[:1], state[:1]), "^state: expected a tuple of 2 layers' states"),
+        (lambda: model(tokens()[:1], state[:1]), "^state: expected a tuple of 2 layer states"),
         (lambda: model(tokens(), None, tokens()[:1]), "^segment_ids: expected .* with B = 3"),
     ]:
         with pytest.raises(ValueError, match=match):

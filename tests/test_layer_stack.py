@@ -15,7 +15,6 @@ from small_runs import random_batch, small_config
 
 from benchmarks.compiled_collectives import collectives
 from simplernn_jax.config import MeshConfig
-from simplernn_jax.errors import UserError
 from simplernn_jax.models.dense import Dense
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.named_leaves import named_leaves
@@ -176,5 +175,5 @@ def test_layers_that_are_not_alike():
 
     LayerStack([layer(5), layer(5)])
     for other in (layer(4), layer(5, jnp.bfloat16)):
-        with pytest.raises(UserError, match="layer 1 is of another kind than layer 0"):
+        with pytest.raises(ValueError, match="layer 1 differs from layer 0"):
             LayerStack([layer(5), other])

@@ -13,7 +13,7 @@ from small_runs import small_config
 from simplernn_jax.inference import generate
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops import segment_starts
-from simplernn_jax.ops.low_precision_state import CHUNK
+from simplernn_jax.ops.low_precision_state import ROUNDING_INTERVAL
 from simplernn_jax.ops.reset_state import reset_state
 
 B, H, K, V = 2, 3, 5, 7
@@ -35,8 +35,8 @@ def rounded_scan(arrays, state, segment_ids):
     """`scan` over chunks, the state rounded before and after each."""
     state, outputs = rounded(state), []
     resets = None if segment_ids is None else segment_starts(segment_ids)
-    for first in range(0, arrays[0].shape[1], CHUNK):
-        part = slice(first, first + CHUNK)
+    for first in range(0, arrays[0].shape[1], ROUNDING_INTERVAL):
+        part = slice(first, first + ROUNDING_INTERVAL)
         ids = None
         if segment_ids is not None:
             ids = segment_ids[:, part]
@@ -47,14 +47,16 @@ def rounded_scan(arrays, state, segment_ids):
     return jnp.concatenate(outputs, axis=1), state
 
 
-@pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 5])
+@pytest.mark.parametrize(
+    "length", [1, ROUNDING_INTERVAL - 1, ROUNDING_INTERVAL, 2 * ROUNDING_INTERVAL + 5]
+)
 @pytest.mark.parametrize("has_segments", [False, True])
 def test_rounds_the_state_after_every_chunk_and_at_the_end(length, has_segments):
     arrays, state = inputs(length)
     ids = None
     if has_segments:
         begins = np.random.default_rng(1).random((B, length)) < 0.03
-        begins[0, CHUNK::CHUNK] = True  # at chunk boundaries, too
+        begins[0, ROUNDING_INTERVAL::ROUNDING_INTERVAL] = True  # at chunk boundaries, too
         ids = jnp.asarray(np.cumsum(begins, axis=1, dtype=np.int32))
     output, final = recurrence(*arrays, state, ids, state_dtype=jnp.bfloat16)
     expected, expected_final = rounded_scan(arrays, state, ids)
@@ -63,7 +65,7 @@ def test_rounds_the_state_after_every_chunk_and_at_the_end(length, has_segments)
     # A sum that differs in its last bit may be rounded to the next number: one part in 256.
     np.testing.assert_allclose(final.astype(jnp.float32), expected_final, rtol=2**-7, atol=1e-3)
     exact, _ = recurrence(*arrays, state, ids)
-    first = min(length, CHUNK)
+    first = min(length, ROUNDING_INTERVAL)
     first_ids = None if ids is None else ids[:, :first]
     shifted, _ = recurrence(*(x[:, :first] for x in arrays), rounded(state), first_ids)
     np.testing.assert_allclose(output[:, :first], shifted, rtol=1e-5, atol=1e-5)
@@ -71,7 +73,7 @@ def test_rounds_the_state_after_every_chunk_and_at_the_end(length, has_segments)
 
 
 def test_gradients_equal_the_exact_ones_up_to_rounding():
-    arrays, state = inputs(2 * CHUNK)
+    arrays, state = inputs(2 * ROUNDING_INTERVAL)
 
     def loss(arrays, state, dtype):
         output, final = recurrence(*arrays, state, state_dtype=dtype)

@@ -146,7 +146,7 @@ def test_lowers_for_each_platform(method):
         assert "custom_call" not in traced.lower(lowering_platforms=(platform,)).as_text()
     here = traced.lower(lowering_platforms=("cpu",)).as_text()
     assert (native.BACKWARD in here) == (
-        method == "fused" or (native.can_call(jnp.float32) and method == "auto")
+        method == "fused" or (native.supports_native(jnp.float32) and method == "auto")
     )
 
 

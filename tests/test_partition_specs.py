@@ -6,6 +6,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 from small_runs import small_config
 
+from simplernn_jax.mesh_axes import LogicalAxes, partition_spec
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, state_specs
@@ -79,3 +80,8 @@ def test_axes_of_one_device_are_not_named(block):
 def test_the_state_of_a_plain_layer_is_its_heads():
     specs = specs_by_name(mesh_of(**ALL), "plain")
     assert specs["carried/0"] == P(("data", "fsdp"), "tensor")
+
+
+def test_an_unknown_logical_axis_is_an_error():
+    with pytest.raises(ValueError, match=r"logical axis 'embd': .* one of batch, time, embed, "):
+        partition_spec(LogicalAxes(None, "embd"), mesh_of(data=2))

@@ -188,7 +188,7 @@ def test_missing_damaged_and_other_files_are_refused(tmp_path, state, name, cont
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"embedding.weight": 3}, r"'embedding\.weight' is no tensor"),
+        ({"embedding.weight": 3}, r"'embedding\.weight' is not a tensor"),
         ([1, 2], "holds no state dict"),
         ({"model_state_dict": [1, 2]}, "holds no state dict"),
     ],

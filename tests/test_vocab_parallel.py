@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 
@@ -49,6 +50,15 @@ def test_lookup_and_its_gradient():
     )
     chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(ours[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int8"])
+def test_lookup_of_ids_outside_of_the_vocabulary_is_nan(dtype):
+    table = jnp.ones((200, WIDTH))  # 200 is no int8
+    ids = jnp.asarray([[-1, 3, -128]], dtype)
+    ids = ids if dtype == "int8" else ids.at[0, 2].set(200)
+    found = np.isnan(jax.jit(lookup)(table, ids)).all(axis=-1)
+    np.testing.assert_array_equal(found, [[True, False, True]])
 
 
 def test_tied_logits_and_their_gradient():

@@ -277,7 +277,9 @@ def models() -> dict[str, Site]:
     return {
         "cell": Site(cell, (Spec("B H K V"), Spec("B D")), known),
         "project": Site(cell.project, (Spec("... D"),), known),
-        "combine": Site(gated.combine, (Spec("B T H V"), Spec("B T O")), {**known, "O": 10}),
+        "project_outputs": Site(
+            gated.project_outputs, (Spec("B T H V"), Spec("B T O")), {**known, "O": 10}
+        ),
         "layer": over_time(SimpleRNN(**sizes, rngs=rngs)),
         "layer in bfloat16": over_time(SimpleRNN(**sizes, state_dtype=jnp.bfloat16, rngs=rngs)),
         "attention": over_time(Attention(**sizes, context=4, rngs=rngs)),

@@ -150,7 +150,7 @@ def _forward_flops(config: Config, tokens: int) -> float:
     graph, params = abstract_model(config)
 
     def last_logits(params: Any, ids: jax.Array, state: Any) -> jax.Array:
-        hidden, _ = nnx.merge(graph, params).encode(ids, state)
+        hidden, _ = nnx.merge(graph, params).hidden_states(ids, state)
         return nnx.merge(graph, params).logits(hidden[:, -1:])
 
     def make_state() -> Any:

@@ -55,13 +55,13 @@ def decompose_layer(
     if isinstance(mixer, SimpleRNN):
         projected, output_gate = mixer.cell.project(call.inputs)
         parts = _decompose_recurrence(projected, call.state, segment_ids)
-        dtype, combine = projected[2].dtype, mixer.cell.combine
+        dtype, project_outputs = projected[2].dtype, mixer.cell.project_outputs
     else:
-        projected, output_gate = mixer.projections(call.inputs)
+        projected, output_gate = mixer.project_inputs(call.inputs)
         parts = _decompose_attention(mixer, projected, call.state, segment_ids)
-        dtype, combine = mixer.dtype, mixer.combine
+        dtype, project_outputs = mixer.dtype, mixer.project_outputs
     output = parts.from_values + parts.from_state
-    layer_output = combine(output.astype(dtype), output_gate)
+    layer_output = project_outputs(output.astype(dtype), output_gate)
     return LayerDecomposition(
         weights=parts.weights,
         values=parts.values,

@@ -39,7 +39,7 @@ from simplernn_jax.training.evaluate import Evaluation, Evaluator
 EVALUATED_TOKENS = 65536
 """Most predictions of one evaluation."""
 
-_LONGEST_WORD = 40
+_MAX_WORD_TOKENS = 40
 """Most tokens quoted of the rest of a word."""
 
 
@@ -200,7 +200,7 @@ def _word_start(tokenizer: Tokenizer, ids: np.ndarray, start: int, most: int) ->
 
 def _rest_of_word(tokenizer: Tokenizer, ids: np.ndarray, start: int) -> str:
     """Return the text from `start` to the next space, or nothing if it is far."""
-    units = split_into_units(tokenizer, ids[start : start + _LONGEST_WORD], ids[:start])
+    units = split_into_units(tokenizer, ids[start : start + _MAX_WORD_TOKENS], ids[:start])
     text = "".join(unit.text for unit in units)
     words = re.match(r"\S*(?=\s)|\S*$", text)
     return words[0] if words is not None else ""

@@ -16,7 +16,7 @@ from simplernn_jax.models import LanguageModel, SimpleRNN
 _POINTS = 200
 """Number of measurements along a text, about."""
 
-_MOST_TOKENS = 4096
+_MAX_TOKENS = 4096
 """Length of one call."""
 
 
@@ -106,7 +106,7 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
                 measured.append(None)
         return recording.state, measured
 
-    step = min(-(-len(tokens) // _POINTS), _MOST_TOKENS)
+    step = min(-(-len(tokens) // _POINTS), _MAX_TOKENS)
     state = model.initial_state(1)
     positions, by_piece = [], []
     logging.info("measuring the memory along the text ...")
@@ -133,11 +133,11 @@ def read_state(model: LanguageModel, tokens: np.ndarray) -> ModelState:
 
     @jax.jit
     def read(params: nnx.State, piece: jax.Array, state: ModelState) -> ModelState:
-        return nnx.merge(graph, params).encode(piece, state)[1]
+        return nnx.merge(graph, params).hidden_states(piece, state)[1]
 
     state = model.initial_state(1)
-    for start in range(0, len(tokens), _MOST_TOKENS):
-        piece = np.asarray(tokens[start : start + _MOST_TOKENS], np.int32)
+    for start in range(0, len(tokens), _MAX_TOKENS):
+        piece = np.asarray(tokens[start : start + _MAX_TOKENS], np.int32)
         state = read(params, piece[None], state)
     return state
 

@@ -61,7 +61,7 @@ def record(
         setattr(layer, _name_of_mixer(layer), tap)
     if shift is not None:
         model.embedding = _ShiftedEmbedding(model.embedding, shift)
-    hidden, state = model.encode(tokens, state, segment_ids)
+    hidden, state = model.hidden_states(tokens, state, segment_ids)
     return Recording(hidden, state, tuple(tap.record for tap in taps))
 
 

@@ -161,7 +161,7 @@ def short_context_losses(
     @jax.jit
     def score(params: nnx.State, windows: jax.Array, targets: jax.Array) -> jax.Array:
         model = nnx.merge(graph, params)
-        hidden, _ = model.encode(windows)
+        hidden, _ = model.hidden_states(windows)
         logs = jax.nn.log_softmax(model.logits(hidden[:, -1]))
         return -jnp.take_along_axis(logs, targets[:, None], axis=1)[:, 0]
 

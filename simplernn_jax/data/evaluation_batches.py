@@ -13,7 +13,7 @@ from simplernn_jax.errors import UserError, counted
 _ORDER_SEED = 20240229
 """Seed of the order of documents in a limited evaluation, the same in every run."""
 
-_LEAST_DOCUMENTS = 8
+_MIN_DOCUMENTS = 8
 """Documents that a limited evaluation covers at least, if there are as many."""
 
 
@@ -159,7 +159,7 @@ def _choose(counts: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Choose documents and their numbers of predictions, which add up to `limit`."""
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence(_ORDER_SEED)))
     order = random.permutation(len(counts))
-    most = -(-limit // _LEAST_DOCUMENTS)
+    most = -(-limit // _MIN_DOCUMENTS)
     while np.minimum(counts, most).sum() < limit:
         most *= 2
     taken = np.minimum(counts[order], most)

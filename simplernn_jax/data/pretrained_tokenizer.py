@@ -21,7 +21,7 @@ _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>",
 _PAD_NAMES = ("<pad>", "<|pad|>", "<|finetune_right_pad_id|>", "[PAD]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _REACH_SECONDS = 5
-_MOST_IDS = 1 << 24
+_MAX_IDS = 1 << 24
 """Ids of a vocabulary at most. The largest known ones have a million; an id of four billion is
 damage, which only the memory of its embedding would refuse."""
 
@@ -124,8 +124,8 @@ class PretrainedTokenizer:
         self._json = tokenizer_json
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self._vocabulary_end = max(vocabulary.values(), default=-1) + 1
-        if self._vocabulary_end > _MOST_IDS:
-            raise ValueError(f"ids up to {self._vocabulary_end - 1:,}; {_MOST_IDS:,} are possible")
+        if self._vocabulary_end > _MAX_IDS:
+            raise ValueError(f"ids up to {self._vocabulary_end - 1:,}; {_MAX_IDS:,} are possible")
         self.vocab_size = self._vocabulary_end
         self.bos_id = self._special(bos_id, _BOS_NAMES, vocabulary)
         self.eos_id = self._special(eos_id, _EOS_NAMES, vocabulary)
@@ -139,7 +139,7 @@ class PretrainedTokenizer:
         found = [vocabulary[name] for name in names if name in vocabulary]
         if chosen is None:
             chosen = found[0] if found else self.vocab_size
-        if type(chosen) is not int or not 0 <= chosen < _MOST_IDS + 3:
+        if type(chosen) is not int or not 0 <= chosen < _MAX_IDS + 3:
             raise ValueError(f"a special id {chosen!r}")
         self.vocab_size = max(self.vocab_size, chosen + 1)
         return chosen

@@ -18,7 +18,7 @@ from simplernn_jax.data.source_files import (
 )
 from simplernn_jax.errors import UserError, nearest_name, one_line
 
-LARGEST_RECORD = 1 << 26
+MAX_RECORD_BYTES = 1 << 26
 """Bytes of a JSONL line. A larger one is a JSON array or another format rather than a record."""
 
 _PARQUET_ROWS = 16
@@ -98,14 +98,14 @@ class JsonlFiles(RecordFiles):
         end = 0
         with open_source(file.path) as source:
             for number in itertools.count(1):
-                line = source.stream.readline(LARGEST_RECORD)
+                line = source.stream.readline(MAX_RECORD_BYTES)
                 if not line or number % 256 == 0:  # asking for it takes as long as a short line
                     self.bytes_read = before + source.bytes_read
                 if not line:
                     break
-                if len(line) == LARGEST_RECORD:
+                if len(line) == MAX_RECORD_BYTES:
                     raise UserError(
-                        f"{file.path}:{number}: a line of more than {LARGEST_RECORD >> 20} MiB; "
+                        f"{file.path}:{number}: a line of more than {MAX_RECORD_BYTES >> 20} MiB; "
                         "write one JSON object in each line"
                     )
                 end += len(line)

@@ -22,7 +22,7 @@ from simplernn_jax.models import LanguageModel
 Prompts = Sequence[Sequence[int] | np.ndarray | jax.Array] | np.ndarray | jax.Array
 """B sequences of token ids, a [B, T] integer array, or one flat sequence."""
 
-_MOST_TOKENS = 2**31 - 1
+_MAX_TOKENS = 2**31 - 1
 """New tokens of a sequence in one call: positions are int32."""
 
 _TOKENIZER = ("vocab_size", "bos_id", "eos_id", "pad_id", "encode", "decode_bytes")
@@ -211,7 +211,7 @@ def checked_length(max_new_tokens: Any, batch_size: int) -> int:
     Raises:
       UserError: they do not, or it is no integer or negative.
     """
-    length = checked_integer("max_new_tokens", max_new_tokens, 0, _MOST_TOKENS)
+    length = checked_integer("max_new_tokens", max_new_tokens, 0, _MAX_TOKENS)
     what = f"max_new_tokens={length}"
     check_memory(
         batch_size * length * np.dtype(np.int32).itemsize, what, "generate fewer at a time"

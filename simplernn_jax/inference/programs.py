@@ -61,7 +61,7 @@ def programs_for(graphdef: Any, treedef: Any) -> Programs:
         is_active: Bool[Array, "B"],
     ) -> DecoderState:
         model = merge(parameters)
-        hidden, layers = model.encode(tokens, state.layers, None)
+        hidden, layers = model.hidden_states(tokens, state.layers, None)
         logits = model.logits(hidden[:, -1:])[:, 0]
         return dataclasses.replace(
             state,
@@ -96,7 +96,7 @@ def _decode(
         logits, layers = model(token[:, None], state.layers)
         state = dataclasses.replace(
             state,
-            layers=model.rolled_back(finished, state.layers, layers),
+            layers=model.select_states(finished, state.layers, layers),
             logits=_select(finished, state.logits, logits[:, 0]),
             position=state.position + (~state.finished).astype(jnp.int32),
             finished=finished,

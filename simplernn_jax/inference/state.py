@@ -18,7 +18,7 @@ RECENT_TOKENS = 64
 """Ids kept as context for the text of the next ones: with some tokenizers the text of a token
 depends on its neighbors, and a character may begin in one call and end in the next."""
 
-_MOST_STREAMS = 2**31
+_MAX_STREAMS = 2**31
 """Random streams have int32 numbers."""
 
 
@@ -104,14 +104,14 @@ def fork_state(state: DecoderState, n: int) -> DecoderState:
       UserError: `n` is no integer or below 1, or the copies do not fit into memory.
     """
     _check_is_state(state, "state")
-    n = checked_integer("n", n, 1, _MOST_STREAMS - 1)
+    n = checked_integer("n", n, 1, _MAX_STREAMS - 1)
     check_memory(n * state_bytes(state), f"n={n}", "make fewer copies")
     own = np.asarray(state.stream, np.int64)[:, None]
     # Only sequences on one stream may share the new ones: their prompts differ.
     rank = np.unique(own, return_inverse=True)[1].reshape(-1, 1)
     others = np.max(own) + 1 + rank * (n - 1) + np.arange(n - 1)
     stream = np.concatenate([own, others], axis=1).reshape(-1)
-    if np.max(stream, initial=0) >= _MOST_STREAMS:
+    if np.max(stream, initial=0) >= _MAX_STREAMS:
         raise UserError(f"n={n}: the random streams of the state are used up; make fewer copies")
     copies = jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), state)
     return dataclasses.replace(copies, stream=jnp.asarray(stream, jnp.int32))

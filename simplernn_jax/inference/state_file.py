@@ -32,7 +32,7 @@ _VERSION = "1"
 
 _ADVICE = "name a file that save_state wrote"
 
-_LONGEST_HEADER = 1 << 24
+_MAX_HEADER_BYTES = 1 << 24
 """Bytes of names and shapes in a file at most; a thousand layers need less than one MB."""
 
 
@@ -103,7 +103,7 @@ def _read(path: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     try:
         with open_file(path) as file:
             size = file.read(8)
-            names = file.read(min(int.from_bytes(size, "little"), _LONGEST_HEADER))
+            names = file.read(min(int.from_bytes(size, "little"), _MAX_HEADER_BYTES))
             header = _metadata(path, names)
             num_bytes = os.fstat(file.fileno()).st_size
             check_memory(num_bytes, path, "load it on a larger machine")

@@ -16,39 +16,44 @@ from simplernn_jax.array_types import (
     SegmentIds,
 )
 from simplernn_jax.mesh_axes import LogicalAxes
-from simplernn_jax.models.heads import Heads
+from simplernn_jax.models.heads import MultiHeadProjections
 from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_segment_ids
-from simplernn_jax.ops.context_parallel import last_shard, seen_before, tokens_before
+from simplernn_jax.ops.context_parallel import (
+    broadcast_from_last_shard,
+    receive_past,
+    segment_offset,
+)
 from simplernn_jax.ops.sliding_attention import apply_rope, attend, sliding_attention
 
 
 @tuple_with_names
 class KVCache(NamedTuple):
-    """State of `Attention`: a ring buffer; zeros are an empty one.
+    """State of `Attention`: a ring buffer; all zeros is the empty cache.
 
-    The token at position p of its segment is in slot p modulo S, where it replaces one that no
-    query can see any more. Heads come before slots, the layout of the matmuls of one query with
+    The token at position p of its segment is in slot p modulo S, where it replaces one outside
+    every later query's window. Heads come before slots, the layout of the matmuls of one query with
     all slots.
     """
 
     keys: CachedKeys
-    """Keys after rotation, in the compute dtype, as are the values."""
+    """Keys after rotation, in the compute dtype."""
     values: CachedValues
+    """Values, in the compute dtype."""
     length: Int[Array, "B"]
     """Tokens of the current segment so far; int32."""
 
-    def rolled_back(self, where: Bool[Array, "B"], before: "KVCache") -> "KVCache":
-        """Drop the last token of the sequences `where`; `before` is the cache without it.
+    def drop_last_token(self, where: Bool[Array, "B"], previous: "KVCache") -> "KVCache":
+        """Drop the last token of the sequences `where`; `previous` is the cache without it.
 
-        Nothing is copied but the count: the next token overwrites the slot of the dropped one,
-        which no query sees until then.
+        Only `length` is restored: the next token overwrites the slot of the dropped one, which no
+        query attends to until then.
         """
-        return self._replace(length=jnp.where(where, before.length, self.length))
+        return self._replace(length=jnp.where(where, previous.length, self.length))
 
 
-class Attention(Heads):
+class Attention(MultiHeadProjections):
     """Softmax attention over the last `context` tokens of the segment, the current one included.
 
     Per head, with K = key_dim / num_heads and V = value_dim / num_heads::
@@ -56,7 +61,7 @@ class Attention(Heads):
         q = R_t (W_q x + b_q)     k = R_t (W_k x + b_k)     v = W_v x + b_v
         y_t = sum_j softmax_j(q_t . k_j / sqrt(K)) v_j      for j in t - context + 1 .. t
 
-    and W_o concat_heads(y) + b_o, with the output norm and gate of SimpleRNN. R_t rotates pairs of
+    followed by the output norm, gate and projection of `MultiHeadProjections`. R_t rotates pairs of
     channels by angles proportional to t (rotary position embedding, arXiv:2104.09864).
     """
 
@@ -73,13 +78,13 @@ class Attention(Heads):
         dtype: Any = jnp.float32,
         **options: Any,
     ):
-        """Make the projections.
+        """Initialize the projections.
 
         Args:
-          hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs: as for `Heads`.
-          context: tokens that a query sees at most, and slots of the cache.
+          hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs: see the base class.
+          context: sliding-window size in tokens; also the number of cache slots.
           dtype: compute dtype of projections, queries, keys and values.
-          **options: ``kernel_init``, ``output_norm`` and ``output_gate`` of `Heads`.
+          **options: ``kernel_init``, ``output_norm`` and ``output_gate`` of the base class.
 
         Raises:
           ValueError: num_heads does not divide key_dim and value_dim, or K is odd.
@@ -101,7 +106,7 @@ class Attention(Heads):
         self.dtype = dtype
 
     def initial_state(self, batch_size: int) -> KVCache:
-        """An empty cache: zeros ``[B, H, S, K]`` and ``[B, H, S, V]`` of the compute dtype."""
+        """Return zeros ``[B, H, S, K or V]`` in the compute dtype, and `length` ``[B]`` int32."""
         slots = (batch_size, self.num_heads, self.context)
         return KVCache(
             jnp.zeros((*slots, self.key_dim // self.num_heads), self.dtype),
@@ -110,7 +115,7 @@ class Attention(Heads):
         )
 
     def state_axes(self) -> KVCache:
-        """Logical axes of the arrays of a cache."""
+        """Return the logical axes of the arrays of a cache."""
         by_head: Any = LogicalAxes("batch", "heads")
         length: Any = LogicalAxes("batch")
         return KVCache(by_head, by_head, length)
@@ -125,43 +130,46 @@ class Attention(Heads):
 
         Args:
           x: ``[B, T, hidden_dim]``.
-          state: keys and values of earlier tokens, of the first token's segment; None is empty.
-          segment_ids: ``[B, T]``; a token sees nothing from before a change of id.
+          state: keys and values of earlier tokens, of the first token's segment; None starts
+            with an empty cache.
+          segment_ids: ``[B, T]``; tokens attend only within their segment.
 
         Returns:
           ``[B, T, output_dim]`` and the state after the last token.
 
         Raises:
           ValueError: wrong ranks, or shapes that do not fit together or this layer.
-          TypeError: wrong dtypes, or a state that is no `KVCache`.
+          TypeError: wrong dtypes, or a state that is not a `KVCache`.
         """
         sizes = check_array("x", x, "B T D", FLOATING, {"D": self.query_proj.in_features})
         check_segment_ids(segment_ids, sizes)
         batch, length = x.shape[:2]
-        (q, k, v), output_gate = self.projections(x)
+        (q, k, v), output_gate = self.project_inputs(x)
         if state is not None:
             self._check_cache(state, {"B": batch, "H": q.shape[2], "K": q.shape[3]})
         if not length:
             y = jnp.zeros((batch, 0, self.num_heads, self.value_dim // self.num_heads), self.dtype)
             state = self.initial_state(batch) if state is None else state
-            return self.combine(y, output_gate), state
-        before = tokens_before(length, None if state is None else state.length, segment_ids)
+            return self.project_outputs(y, output_gate), state
+        before = segment_offset(length, None if state is None else state.length, segment_ids)
         positions = _positions(length, before, segment_ids)
         q, k = apply_rope(q, positions), apply_rope(k, positions)
         q, k, v = q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype)
         if state is not None and length == 1:
-            state = _write(state, k, v)
+            state = _append_token(state, k, v)
             filled = jnp.arange(self.context)[None] < state.length[:, None]
             k, v = (jnp.swapaxes(cached, 1, 2) for cached in (state.keys, state.values))
             y = attend(q, k, v, filled[:, None])
         else:
-            past_k, past_v = (None, None) if state is None else _past(state)
-            k = _concatenate(seen_before(k, past_k, self.context), k)
-            v = _concatenate(seen_before(v, past_v, self.context), v)
-            reach = jnp.minimum(positions + 1, self.context)
-            y = sliding_attention(q, k, v, reach, self.context)
-            state = last_shard(_newest(k, v, positions[:, -1] + 1, self.context))
-        return self.combine(y, output_gate), state
+            past_k, past_v = (None, None) if state is None else _cached_in_order(state)
+            k = _concatenate(receive_past(k, past_k, self.context), k)
+            v = _concatenate(receive_past(v, past_v, self.context), v)
+            num_visible = jnp.minimum(positions + 1, self.context)
+            y = sliding_attention(q, k, v, num_visible, self.context)
+            state = broadcast_from_last_shard(
+                _cache_from_sequence(k, v, positions[:, -1] + 1, self.context)
+            )
+        return self.project_outputs(y, output_gate), state
 
     def _check_cache(self, state: Any, sizes: dict[str, Any]) -> None:
         if not isinstance(state, KVCache):
@@ -176,17 +184,17 @@ class Attention(Heads):
 def _positions(
     length: int, before: Int[Array, "B"] | None, segment_ids: SegmentIds | None
 ) -> Positions:
-    """``[B, T]`` int32, or ``[1, T]`` where all sequences are alike."""
-    along = jnp.arange(length, dtype=jnp.int32)[None]
-    positions = along if before is None else before[:, None] + along
+    """Return ``[B, T]`` int32, or ``[1, T]`` if all sequences have the same positions."""
+    offsets = jnp.arange(length, dtype=jnp.int32)[None]
+    positions = offsets if before is None else before[:, None] + offsets
     if segment_ids is None:
         return positions
-    start = jax.lax.cummax(jnp.where(segment_starts(segment_ids), along, -1), axis=1)
-    return jnp.where(start < 0, positions, along - start)
+    start = jax.lax.cummax(jnp.where(segment_starts(segment_ids), offsets, -1), axis=1)
+    return jnp.where(start < 0, positions, offsets - start)
 
 
-def _write(state: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
-    """Store one token, ``[B, 1, H, K]`` and ``[B, 1, H, V]``, in its slot."""
+def _append_token(state: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
+    """Append one token, ``[B, 1, H, K]`` and ``[B, 1, H, V]``, in its slot."""
     slot = state.length % state.keys.shape[2]
 
     @jax.vmap
@@ -198,20 +206,20 @@ def _write(state: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
     )
 
 
-def _past(state: KVCache) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of the last S - 1 positions, oldest first; arbitrary where there are none."""
+def _cached_in_order(state: KVCache) -> tuple[jax.Array, jax.Array]:
+    """Return the last S - 1 keys and values, oldest first; arbitrary where there are none."""
     slots = state.keys.shape[2]
     order = (state.length[:, None] + 1 + jnp.arange(slots - 1)[None]) % slots
     k, v = (jnp.swapaxes(cached, 1, 2) for cached in (state.keys, state.values))
-    return _take(k, order), _take(v, order)
+    return _gather_tokens(k, order), _gather_tokens(v, order)
 
 
-def _newest(k: jax.Array, v: jax.Array, length: jax.Array, slots: int) -> KVCache:
-    """The cache after the last keys and values of a sequence, ``[B, P + T, H, K or V]``.
+def _cache_from_sequence(k: jax.Array, v: jax.Array, length: jax.Array, slots: int) -> KVCache:
+    """Build the cache after the last keys and values of a sequence, ``[B, P + T, H, K or V]``.
 
     Args:
       k: keys of the last tokens, at least `slots` of them or all of the segment.
-      v: likewise, values.
+      v: their values.
       length: ``[B or 1]``, tokens of the segment.
       slots: slots of the cache.
     """
@@ -219,7 +227,9 @@ def _newest(k: jax.Array, v: jax.Array, length: jax.Array, slots: int) -> KVCach
     age = (length[:, None] - 1 - jnp.arange(slots)[None]) % slots
     is_filled = (age < length[:, None])[..., None, None]
     index = jnp.maximum(k.shape[1] - 1 - age, 0)
-    keys, values = (jnp.swapaxes(jnp.where(is_filled, _take(x, index), 0), 1, 2) for x in (k, v))
+    keys, values = (
+        jnp.swapaxes(jnp.where(is_filled, _gather_tokens(x, index), 0), 1, 2) for x in (k, v)
+    )
     return KVCache(keys, values, length)
 
 
@@ -227,6 +237,6 @@ def _concatenate(past: jax.Array | None, x: jax.Array) -> jax.Array:
     return x if past is None else jnp.concatenate([past, x], axis=1)
 
 
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+def _gather_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
     """Gather the tokens of ``[B, P + T, H, K or V]`` at ``[B, S]``."""
     return jnp.take_along_axis(x, index[..., None, None], axis=1)

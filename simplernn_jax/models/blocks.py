@@ -12,7 +12,7 @@ from simplernn_jax.array_types import Activations, ConvState, HeadState, Segment
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.attention import Attention, KVCache
-from simplernn_jax.models.dense import Dense, dtypes_of
+from simplernn_jax.models.dense import Dense, policy_from_config
 from simplernn_jax.models.short_convolution import ShortConvolution
 from simplernn_jax.models.simple_rnn import Recurrence, SimpleRNN
 from simplernn_jax.named_leaves import tuple_with_names
@@ -29,8 +29,8 @@ CONVOLUTION_WIDTH = 4
 """Width of the residual block's short convolution in tokens, the current one included."""
 
 
-def spread_gate_bias(num_heads: int) -> nnx.Initializer:
-    """Biases evenly spaced over `GATE_BIAS_RANGE` along the channels of every head."""
+def linspace_gate_bias(num_heads: int) -> nnx.Initializer:
+    """Initialize biases evenly spaced over `GATE_BIAS_RANGE` along the channels of every head."""
 
     def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **_: Any) -> jax.Array:
         del key
@@ -41,19 +41,19 @@ def spread_gate_bias(num_heads: int) -> nnx.Initializer:
 
 
 def _sizes(config: ModelConfig) -> dict[str, Any]:
-    """Arguments of a mixer whose input and output have the width of the residual stream."""
+    """Return the arguments of a mixer from and to the residual stream."""
     return {
         "hidden_dim": config.hidden_dim,
         "key_dim": config.key_dim,
         "value_dim": config.value_dim,
         "output_dim": config.hidden_dim,
         "num_heads": config.num_heads,
-        "dtype": dtypes_of(config).compute,
+        "dtype": policy_from_config(config).compute_dtype,
     }
 
 
 class PlainBlock(nnx.Module):
-    """The layer of the PyTorch project: no norm, no residual, PyTorch's initialization."""
+    """The layer of the original PyTorch implementation (docs/pytorch.md): no norm, no residual."""
 
     def __init__(
         self,
@@ -63,15 +63,18 @@ class PlainBlock(nnx.Module):
         recurrence: Recurrence = gated_linear_recurrence,
     ):
         self.mixer = SimpleRNN(
-            **_sizes(config), state_dtype=dtypes_of(config).state, rngs=rngs, recurrence=recurrence
+            **_sizes(config),
+            state_dtype=policy_from_config(config).state_dtype,
+            rngs=rngs,
+            recurrence=recurrence,
         )
 
     def initial_state(self, batch_size: int) -> HeadState:
-        """The layer's zero state."""
+        """Return zeros ``[B, H, K, V]`` in the state dtype."""
         return self.mixer.initial_state(batch_size)
 
     def state_axes(self) -> LogicalAxes:
-        """Logical axes of the state."""
+        """Return the logical axes of the state."""
         return self.mixer.state_axes()
 
     def __call__(
@@ -81,7 +84,7 @@ class PlainBlock(nnx.Module):
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, HeadState]:
-        """Map ``[B, T, D]`` to the same shape; the key is not used."""
+        """Apply the layer to ``[B, T, D]``, as `SimpleRNN`; `dropout_key` is ignored."""
         return self.mixer(x, state, segment_ids)
 
 
@@ -97,10 +100,10 @@ class ResidualState(NamedTuple):
 class ResidualBlock(nnx.Module):
     """Pre-norm block: x + mixer(conv(norm(x))), then x + MLP(norm(x)).
 
-    A short causal convolution lets a token see the three before it. The mixer is a `SimpleRNN`
-    with queries scaled by 1/sqrt(K), or `Attention`; either has heads, a norm on every head's
-    output and an output gate (as in gated linear attention, arXiv:2312.06635, section 4.4). The
-    initial scale of the MLP's last projection is smaller by sqrt(2 * num_layers), as in GPT-2.
+    A short causal convolution mixes each token with the three before it. The mixer is a `SimpleRNN`
+    with queries scaled by 1/sqrt(K), or `Attention`; both are multi-head, with per-head RMS norm
+    and an output gate (as in gated linear attention, arXiv:2312.06635, section 4.4). The initial
+    scale of the MLP's last projection is smaller by sqrt(2 * num_layers), as in GPT-2.
     """
 
     def __init__(
@@ -111,8 +114,8 @@ class ResidualBlock(nnx.Module):
         rngs: nnx.Rngs,
         recurrence: Recurrence = gated_linear_recurrence,
     ):
-        """Make the parameters; `mixer` is one of `simplernn_jax.config.MIXERS`."""
-        dtype = dtypes_of(config).compute
+        """Initialize the parameters; `mixer` is one of `config_rules.MIXERS`."""
+        dtype = policy_from_config(config).compute_dtype
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
         self.convolution = ShortConvolution(CONVOLUTION_WIDTH, config.hidden_dim, rngs=rngs)
         options: dict[str, Any] = {
@@ -129,9 +132,9 @@ class ResidualBlock(nnx.Module):
             )
         else:
             self.mixer = SimpleRNN(
-                state_dtype=dtypes_of(config).state,
+                state_dtype=policy_from_config(config).state_dtype,
                 query_scale=(config.key_dim // config.num_heads) ** -0.5,
-                gate_bias_init=spread_gate_bias(config.num_heads),
+                gate_bias_init=linspace_gate_bias(config.num_heads),
                 recurrence=recurrence,
                 **options,
             )
@@ -149,6 +152,7 @@ class ResidualBlock(nnx.Module):
             config.hidden_dim,
             ("mlp", "embed"),
             rngs=rngs,
+            row_parallel=True,
             dtype=dtype,
             kernel_init=nnx.initializers.normal(
                 1 / math.sqrt(2 * config.num_layers * config.mlp_dim)
@@ -158,13 +162,13 @@ class ResidualBlock(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout)
 
     def initial_state(self, batch_size: int) -> ResidualState:
-        """The zero state of mixer and convolution."""
+        """Return the zero state of mixer and convolution."""
         return ResidualState(
             self.mixer.initial_state(batch_size), self.convolution.initial_state(batch_size)
         )
 
     def state_axes(self) -> ResidualState:
-        """Logical axes of the arrays of the state."""
+        """Return the logical axes of the arrays of the state."""
         mixer: Any = self.mixer.state_axes()
         recent: Any = self.convolution.state_axes()
         return ResidualState(mixer, recent)
@@ -176,7 +180,16 @@ class ResidualBlock(nnx.Module):
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, ResidualState]:
-        """Map ``[B, T, D]`` float32 to the same; without a key there is no dropout.
+        """Apply the block.
+
+        Args:
+          x: ``[B, T, D]``.
+          state: as `initial_state` returns it; None is zero.
+          segment_ids: ``[B, T]`` integers, or None.
+          dropout_key: key of the dropout; None is no dropout.
+
+        Returns:
+          ``[B, T, D]`` float32 and the state after the last token.
 
         Raises:
           ValueError: wrong ranks, or shapes that do not fit together or this layer.
@@ -203,8 +216,8 @@ class ResidualBlock(nnx.Module):
 def _squared_relu(x: jax.Array, dtype: Any) -> jax.Array:
     """``max(x, 0)^2`` (Primer, arXiv:2109.08668, section 4.1) in `dtype`.
 
-    Its gradient, ``2 max(x, 0)``, is twice the root of the result, which is a residual of the next
-    matmul anyway: the widest activation of a layer is saved once, not twice.
+    Its gradient, ``2 max(x, 0)``, is 2 sqrt(y); y is already a residual of the next matmul, so
+    relu(x), the widest activation of a layer, need not be saved.
     """
     # Not jnp.square: XLA would simplify its root, and save relu(x) instead.
     return (x * jax.nn.relu(x)).astype(dtype)

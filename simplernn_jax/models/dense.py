@@ -9,35 +9,35 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.mesh_axes import TABLE, LogicalAxes
+from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.ops.projection import fused_projection
 from simplernn_jax.ops.vocab_parallel import lookup
 
-PARAMETERS = jnp.dtype("float32")
+PARAM_DTYPE = jnp.dtype("float32")
 """Dtype of all parameters, under any policy."""
 
 
-class Dtypes(NamedTuple):
+class Policy(NamedTuple):
     """Mixed-precision policy.
 
     Gates, sums, norms, softmax and loss are float32 under any policy.
     """
 
-    parameters: Any
+    param_dtype: Any
     """Trained parameters; the operands of matmuls are rounded from them."""
-    compute: Any
+    compute_dtype: Any
     """Operands of the matmuls of dense layers, whose sums are float32."""
-    state: Any
+    state_dtype: Any
     """The recurrent state between chunks of tokens and between calls."""
 
 
-def dtypes_of(config: ModelConfig) -> Dtypes:
-    """The policy that ``model.precision`` and ``model.state_precision`` name."""
-    return Dtypes(PARAMETERS, jnp.dtype(config.precision), jnp.dtype(config.state_precision))
+def policy_from_config(config: ModelConfig) -> Policy:
+    """Return the mixed-precision policy of a model configuration."""
+    return Policy(PARAM_DTYPE, jnp.dtype(config.precision), jnp.dtype(config.state_precision))
 
 
 def uniform_fan_in(fan_in: int) -> nnx.Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as PyTorch's Linear draws its weight and bias."""
+    """Draw from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as PyTorch's Linear initializes."""
     bound = 1 / math.sqrt(fan_in)
 
     def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **_: Any) -> jax.Array:
@@ -47,7 +47,7 @@ def uniform_fan_in(fan_in: int) -> nnx.Initializer:
 
 
 class Embedding(nnx.Embed):
-    """`nnx.Embed` with float32 parameters; its rows may be sharded over devices."""
+    """`nnx.Embed` with float32 parameters; ids may be sharded over ``tensor``, D over ``fsdp``."""
 
     def __init__(
         self, num_embeddings: int, features: int, *, init: nnx.Initializer, rngs: nnx.Rngs
@@ -55,14 +55,14 @@ class Embedding(nnx.Embed):
         super().__init__(
             num_embeddings,
             features,
-            param_dtype=PARAMETERS,
+            param_dtype=PARAM_DTYPE,
             embedding_init=init,
             embedding_metadata={"axes": LogicalAxes("vocab", "embed")},
             rngs=rngs,
         )
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Look up ids; those outside of the vocabulary give NaN."""
+        """Look up integer ids ``[...]``: ``[..., D]`` float32, NaN outside of the vocabulary."""
         return lookup(self.embedding[...], inputs)
 
 
@@ -76,47 +76,56 @@ class Dense(nnx.Linear):
         axes: tuple[str | None, str | None],
         *,
         rngs: nnx.Rngs,
+        row_parallel: bool = False,
         dtype: Any = jnp.float32,
         kernel_init: nnx.Initializer | None = None,
         bias_init: nnx.Initializer | None = None,
         use_bias: bool = True,
     ):
-        """Make the parameters; both initializers default to PyTorch's.
+        """Initialize the parameters; both initializers default to PyTorch's.
 
         Args:
           in_features: width of the input.
           out_features: width of the output.
-          axes: logical axes of the kernel; at most one of them may be mapped to ``tensor``.
+          axes: logical axes of the kernel.
           rngs: source of initial values.
+          row_parallel: the first axis may be sharded over ``tensor``, not the second.
           dtype: compute dtype.
           kernel_init: initializer of the kernel.
           bias_init: initializer of the bias.
           use_bias: whether there is a bias.
         """
-        self.row_parallel = TABLE.get(axes[0] or "") == "tensor"
+        self.row_parallel = row_parallel
         super().__init__(
             in_features,
             out_features,
             use_bias=use_bias,
             dtype=dtype,
-            param_dtype=PARAMETERS,
+            param_dtype=PARAM_DTYPE,
             kernel_init=kernel_init or uniform_fan_in(in_features),
             bias_init=bias_init or uniform_fan_in(in_features),
             rngs=rngs,
             kernel_metadata={"axes": LogicalAxes(*axes), "decay": True},
-            # Added to sums over the inputs of all devices, a bias is replicated.
-            bias_metadata={"axes": LogicalAxes(None if self.row_parallel else axes[1])},
+            # Row-parallel outputs are summed over `tensor` before a replicated bias is added.
+            bias_metadata={"axes": LogicalAxes(None if row_parallel else axes[1])},
         )
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """``[..., in_features]`` to ``[..., out_features]``."""
+        """Apply the layer: ``[..., in_features]`` to ``[..., out_features]``; see `fused_dense`."""
         return fused_dense(inputs, [self])[0]
 
 
 def fused_dense(x: jax.Array, layers: Sequence[Dense]) -> tuple[jax.Array, ...]:
-    """Apply each of `layers` to ``x``, ``[..., in_features]``, in one matmul.
+    """Apply each of `layers` to `x` ``[..., in_features]`` as one fused matmul.
 
-    The layers have one dtype, and kernels of the same logical axes.
+    All layers must have the same dtype and kernel axes.
+
+    Returns:
+      Arrays ``[..., out_features]``, float32 (float64 if the dtype is).
+
+    Raises:
+      ValueError: the last axis of `x` is not in_features.
+      TypeError: `x` is not floating point.
     """
     kernels = [layer.kernel[...] for layer in layers]
     first = layers[0]

@@ -11,11 +11,8 @@ from simplernn_jax.ops.checks import FLOATING, check_array
 from simplernn_jax.ops.rms_norm import rms_norm
 
 
-class Heads(nnx.Module):
-    """Queries, keys and values of H heads, and the projection of the heads' outputs.
-
-    `SimpleRNNCell` and `Attention` add what comes between.
-    """
+class MultiHeadProjections(nnx.Module):
+    """Input and output projections shared by the token mixers; subclasses implement the mixing."""
 
     def __init__(
         self,
@@ -34,20 +31,21 @@ class Heads(nnx.Module):
         use_bias: bool = True,
         dtype: Any = jnp.float32,
     ):
-        """Make the projections.
+        """Initialize the projections.
 
         Args:
           hidden_dim: width of the input.
-          key_dim: key channels, all heads together.
-          value_dim: value channels, all heads together.
+          key_dim: total key channels (num_heads * K).
+          value_dim: total value channels (num_heads * V).
           output_dim: width of the output.
           num_heads: number of heads; divides key_dim and value_dim.
           rngs: source of initial values.
-          forget_gate: also make `gate_proj`, of key_dim channels.
-          kernel_init: initializer of the matrices; None is PyTorch's, also for biases.
+          forget_gate: add a forget-gate projection, `gate_proj`, of key_dim channels.
+          kernel_init: initializer of kernels; None uses PyTorch's `Linear` initialization, also for
+            biases.
           gate_bias_init: initializer of the forget gate's bias; None is that of other biases.
           output_norm: normalize each head's output to a root mean square of 1.
-          output_gate: multiply the heads' output by silu(W_r x + b_r).
+          output_gate: multiply the heads' output by silu(W_r x + b_r), as in GLA, section 4.4.
           use_bias: give all projections a bias. Without it, only those before a sigmoid have one:
             the forget gate's and, with a forget gate, the keys'.
           dtype: compute dtype of the projections.
@@ -72,24 +70,26 @@ class Heads(nnx.Module):
             return Dense(hidden_dim, width, ("embed", "heads"), **{**common, **options})
 
         self.query_proj = projection(key_dim)
-        # Before a sigmoid: without a bias, keys could not be mostly small.
+        # sigmoid(0) = 0.5: a bias lets keys be small on average.
         self.key_proj = projection(key_dim, use_bias=use_bias or forget_gate)
         self.value_proj = projection(value_dim)
         gate = {"use_bias": True} | ({"bias_init": gate_bias_init} if gate_bias_init else {})
         self.gate_proj = projection(key_dim, **gate) if forget_gate else None
         self.output_norm = output_norm
         self.output_gate_proj = projection(value_dim) if output_gate else None
-        self.out_proj = Dense(value_dim, output_dim, ("heads", "embed"), **common)
+        self.out_proj = Dense(
+            value_dim, output_dim, ("heads", "embed"), row_parallel=True, **common
+        )
 
-    def projections(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+    def project_inputs(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """Project `x` to queries, keys, values and, with a forget gate, its logits.
 
         Args:
           x: ``[..., hidden_dim]``.
 
         Returns:
-          Each ``[..., H, K or V]``, and the logits of the output gate ``[..., H V]`` for `combine`,
-          or None. H may be this device's heads.
+          Each ``[..., H, K or V]``, and the logits of the output gate ``[..., H V]``,
+          or None. Under tensor parallelism H is the local number of heads.
 
         Raises:
           ValueError: the last axis of `x` is not hidden_dim.
@@ -111,7 +111,7 @@ class Heads(nnx.Module):
             return tuple(heads), None
         return tuple(heads), outputs[-1]
 
-    def combine(self, y: jax.Array, output_gate: jax.Array | None) -> jax.Array:
+    def project_outputs(self, y: jax.Array, output_gate: jax.Array | None) -> jax.Array:
         """Normalize, gate and project the heads' output ``[..., H, V]`` to ``[..., output_dim]``.
 
         Raises:
@@ -135,6 +135,6 @@ class Heads(nnx.Module):
         return self.out_proj(y)
 
 
-@jax.checkpoint  # its arguments are residuals anyway; its intermediate values need not be
+@jax.checkpoint  # y and logits are saved in any case; the backward pass recomputes silu
 def _gated(y: jax.Array, logits: jax.Array) -> jax.Array:
     return y * jax.nn.silu(logits)

@@ -13,7 +13,7 @@ from simplernn_jax.array_types import Activations, Logits, ModelState, SegmentId
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.attention import KVCache
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
-from simplernn_jax.models.dense import Dense, Embedding, dtypes_of
+from simplernn_jax.models.dense import Dense, Embedding, policy_from_config
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.remat import rematerialize
 from simplernn_jax.models.simple_rnn import Recurrence
@@ -27,10 +27,10 @@ from simplernn_jax.ops.rms_norm import rms_norm
 class LanguageModel(nnx.Module):
     """Embedding, a stack of layers, and a head.
 
-    ``block="plain"`` is the PyTorch project's model: embedding N(0, 1), layers without norm or
-    residual, a head with bias. ``block="residual"`` trains deep: see `ResidualBlock`; the mixer of
-    each layer is SimpleRNN or attention, and a final norm comes before the head, which may be tied
-    to the embedding.
+    ``block="plain"`` is the original PyTorch implementation's model (docs/pytorch.md): embedding
+    N(0, 1), layers without norm or residual, a head with bias. ``block="residual"``: pre-norm
+    residual blocks, for deep models; see `ResidualBlock`. The mixer of each layer is SimpleRNN or
+    attention, and a final norm comes before the head, which may be tied to the embedding.
     """
 
     def __init__(
@@ -42,21 +42,21 @@ class LanguageModel(nnx.Module):
         stack_layers: bool = False,
         recurrence: Recurrence = gated_linear_recurrence,
     ):
-        """Make the parameters, all float32.
+        """Initialize the parameters, all float32.
 
         Args:
           config: sizes and precision; see `ModelConfig`.
           rngs: source of initial values.
-          remat: which residuals of the layers are saved; see `rematerialize`.
+          remat: rematerialization policy, ``none`` or ``block``; see `rematerialize`.
           stack_layers: stack the parameters of all layers, to be sharded over pipeline stages; see
             `LayerStack`.
-          recurrence: called by every `SimpleRNN` layer.
+          recurrence: implementation, with the signature of `gated_linear_recurrence`.
 
         Raises:
-          UserError: layers that are not alike are to be stacked.
+          ValueError: `stack_layers` with layers of different mixers.
         """
         self.config = dataclasses.replace(config)
-        self.dtype = dtype = dtypes_of(config).compute
+        self.dtype = dtype = policy_from_config(config).compute_dtype
         plain = config.block == "plain"
         scale = 1.0 if plain else config.hidden_dim**-0.5
         self.embedding: nnx.Embed = Embedding(
@@ -80,36 +80,39 @@ class LanguageModel(nnx.Module):
         self.remat = remat
 
     def initial_state(self, batch_size: int) -> ModelState:
-        """The zero state: one entry per layer, or one for all stacked layers; axis B first."""
+        """Return zeros: one entry per layer, or one for all stacked layers; axis B first."""
         if isinstance(self.layers, LayerStack):
             return self.layers.initial_state(batch_size)
         return tuple(layer.initial_state(batch_size) for layer in self.layers)
 
     def state_axes(self) -> ModelState:
-        """Logical axes of each array of the state, in its structure."""
+        """Return the logical axes of each array of the state, in its structure."""
         if isinstance(self.layers, LayerStack):
             return self.layers.state_axes()
         return tuple(layer.state_axes() for layer in self.layers)
 
-    def rolled_back(
-        self, where: Bool[Array, "B"], before: ModelState, after: ModelState
+    def select_states(
+        self, keep_previous: Bool[Array, "B"], previous: ModelState, current: ModelState
     ) -> ModelState:
-        """Drop the last token of the sequences `where` from their states, without copying caches.
+        """Select states by sequence, without copying caches.
 
         Args:
-          where: the sequences that keep the state they had.
-          before: the states without the last token.
-          after: the states with it.
+          keep_previous: True selects `previous`, False `current`.
+          previous: the states before the last token.
+          current: the states after it.
+
+        Returns:
+          The selected states, in their structure.
         """
 
-        def select(before: Any, after: Any) -> Any:
-            if isinstance(after, KVCache):
-                return after.rolled_back(where, before)
-            return select_sequences(where, before, after)
+        def select(previous: Any, current: Any) -> Any:
+            if isinstance(current, KVCache):
+                return current.drop_last_token(keep_previous, previous)
+            return select_sequences(keep_previous, previous, current)
 
-        return jax.tree.map(select, before, after, is_leaf=lambda x: isinstance(x, KVCache))
+        return jax.tree.map(select, previous, current, is_leaf=lambda x: isinstance(x, KVCache))
 
-    def encode(
+    def hidden_states(
         self,
         tokens: Tokens,
         state: ModelState | None = None,
@@ -117,9 +120,9 @@ class LanguageModel(nnx.Module):
         *,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, ModelState]:
-        """Map tokens to the head's input, ``[B, T, D]``; arguments as in `__call__`.
+        """Compute the final hidden states ``[B, T, D]`` float32; see `__call__`.
 
-        With stacked layers, this pipeline stage's share of it, ``[B, T / stages, D]``.
+        With stacked layers, the time shard of this stage, ``[B, T / stages, D]``.
         """
         sizes = check_array("tokens", tokens, "B T", INTEGER)
         check_segment_ids(segment_ids, sizes)
@@ -128,9 +131,9 @@ class LanguageModel(nnx.Module):
             self._check_state(state, sizes["B"])
         x = self.embedding(tokens)
         if self.final_scale is not None:
-            # Unit variance in the residual stream, whatever scale a tied head needs.
+            # Scale to unit variance; a tied head needs 1/sqrt(D) initialization.
             x = x * self.config.hidden_dim**0.5
-        x, state = self._through_layers(x, state, segment_ids, dropout_key)
+        x, state = self._apply_layers(x, state, segment_ids, dropout_key)
         if self.final_scale is not None:
             x = rms_norm(x) * self.final_scale[...][None, None]
         return x, state
@@ -141,12 +144,12 @@ class LanguageModel(nnx.Module):
             found = len(state) if isinstance(state, list | tuple) else type(state).__name__
             if found != len(self.layers):
                 raise ValueError(
-                    f"state: expected a tuple of {len(self.layers)} layers' states, as "
-                    f"`initial_state` makes it; got {found}"
+                    f"state: expected a tuple of {len(self.layers)} layer states (see "
+                    f"`initial_state`); got {found}"
                 )
         check_batch("state", state, batch)
 
-    def _through_layers(
+    def _apply_layers(
         self,
         x: Activations,
         state: ModelState | None,
@@ -164,9 +167,10 @@ class LanguageModel(nnx.Module):
         return x, tuple(states)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Map the head's input ``[..., D]`` to logits ``[..., vocab]``, float32.
+        """Map hidden states ``[..., D]`` to logits ``[..., vocab]``, float32.
 
-        On a mesh with an axis ``tensor``, ``[..., vocab / tensor]``: those of this device's ids.
+        Inside `jax.shard_map` with ``tensor`` > 1, those of this device's ids,
+        ``[..., vocab / tensor]``.
 
         Raises:
           ValueError: the last axis of `hidden` is not D.
@@ -185,30 +189,30 @@ class LanguageModel(nnx.Module):
         *,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Logits, ModelState]:
-        """Logits of the next token at every position, and the state after the last.
+        """Compute logits of the next token at every position, and the state after the last.
 
         Args:
-          tokens: ``[B, T]`` integers in ``[0, vocab_size)``. Inside `jax.jit`, where ids
-            cannot be checked, others give NaN.
-          state: the state that an earlier call returned; None is zero.
-          segment_ids: ``[B, T]``; a change of id resets the state exactly. `state` belongs to the
+          tokens: ``[B, T]`` integers in ``[0, vocab_size)``. Eager calls copy them to the host and
+            check them; inside `jax.jit` others give NaN.
+          state: the state that an earlier call returned, as in `initial_state`; None is zero.
+          segment_ids: ``[B, T]``; a change of id resets the state to zero. `state` belongs to the
             first token's segment.
           dropout_key: key of the dropout; None is no dropout.
 
         Returns:
-          ``[B, T, vocab]`` float32, and the state as in `initial_state`.
+          ``[B, T, vocab]`` float32, ``[B, T / stages, vocab]`` with stacked layers; and the state.
 
         Raises:
-          ValueError: wrong ranks, shapes that do not fit together or the model, or, outside of
-            `jax.jit`, ids that the vocabulary does not have.
-          TypeError: wrong dtypes.
+          ValueError: wrong ranks, shapes that do not fit together or the model, ids outside of the
+            vocabulary, or stacked layers outside of `jax.shard_map`.
+          TypeError: wrong dtypes, or the state of another layer.
         """
-        hidden, state = self.encode(tokens, state, segment_ids, dropout_key=dropout_key)
+        hidden, state = self.hidden_states(tokens, state, segment_ids, dropout_key=dropout_key)
         return self.logits(hidden), state
 
 
 def check_ids(tokens: Tokens, vocab_size: int) -> None:
-    """Check that all ids are in ``[0, vocab_size)``, unless they are traced.
+    """Check that all ids are in ``[0, vocab_size)``, unless traced: waits for the device.
 
     Raises:
       ValueError: one is not.
@@ -218,7 +222,7 @@ def check_ids(tokens: Tokens, vocab_size: int) -> None:
     if isinstance(tokens, jax.Array) and not tokens.is_fully_addressable:
         return
     ids = np.asarray(tokens)
-    least, largest = int(ids.min()), int(ids.max())
-    if least < 0 or largest >= vocab_size:
-        wrong = least if least < 0 else largest
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
         raise ValueError(f"tokens: expected ids in [0, {vocab_size}); got {wrong}")

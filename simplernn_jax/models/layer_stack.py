@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplernn_jax.array_types import Activations, ModelState, SegmentIds
-from simplernn_jax.errors import UserError
 from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.remat import rematerialize
 from simplernn_jax.ops.checks import check_array, check_batch, check_segment_ids
@@ -18,26 +17,24 @@ from simplernn_jax.sharding.pipeline import choose_num_chunks, run_pipeline
 
 
 class LayerStack(nnx.Module):
-    """Layers of one kind, whose parameters have a leading axis of layers.
+    """Identical layers, whose parameters have a leading axis of layers.
 
     On a mesh with an axis ``stage`` each device holds its shard of that axis, and a call runs all
-    layers as a pipeline (`sharding.pipeline`); elsewhere it only holds the parameters.
+    layers as a pipeline (`sharding.pipeline`); outside
+    `shard_map` it can only be initialized, not called.
     """
 
     def __init__(self, layers: Sequence[Any]):
         """Stack the parameters of `layers`.
 
         Raises:
-          UserError: the layers are of different kinds.
+          ValueError: the layers differ in mixer or shapes.
         """
         graphs, params = zip(*(nnx.split(layer, nnx.Param) for layer in layers), strict=True)
         shapes = [jax.tree.map(jnp.shape, one) for one in params]
         for index in range(1, len(layers)):
             if graphs[index] != graphs[0] or shapes[index] != shapes[0]:
-                raise UserError(
-                    f"--config.mesh.stage: layer {index} is of another kind than layer 0, and "
-                    "stages need layers of one kind; set --config.mesh.stage=1"
-                )
+                raise ValueError(f"layers: layer {index} differs from layer 0 (mixer or shapes)")
         self.num_layers = len(layers)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
         for param in jax.tree.leaves(stacked, is_leaf=lambda x: isinstance(x, nnx.Param)):
@@ -45,7 +42,7 @@ class LayerStack(nnx.Module):
         self.stacked = nnx.merge(graphs[0], stacked)
 
     def initial_state(self, batch_size: int) -> ModelState:
-        """The zero state of all layers, leaves ``[B, num_layers, ...]``."""
+        """Return the zero state of all layers, leaves ``[B, num_layers, ...]``."""
         return {
             STACKED: jax.tree.map(
                 lambda leaf: jnp.stack([leaf] * self.num_layers, axis=1),
@@ -54,7 +51,7 @@ class LayerStack(nnx.Module):
         }
 
     def state_axes(self) -> ModelState:
-        """Logical axes of each array of the state."""
+        """Return the logical axes of each array of the state."""
 
         def stacked(axes: LogicalAxes) -> LogicalAxes:
             return LogicalAxes(axes[0], "layers", *axes[1:])
@@ -69,9 +66,9 @@ class LayerStack(nnx.Module):
         dropout_key: jax.Array | None = None,
         remat: str = "none",
     ) -> tuple[Activations, ModelState]:
-        """Apply all layers: ``[B, T, D]`` to this stage's share of it, ``[B, T / stages, D]``.
+        """Apply all layers: ``[B, T, D]`` to this stage's time shard, ``[B, T / stages, D]``.
 
-        `remat` says which residuals each layer saves; see `rematerialize`.
+        `remat` is the policy of `rematerialize` for each layer.
 
         Raises:
           ValueError: wrong ranks, or shapes that do not fit together or the layers.

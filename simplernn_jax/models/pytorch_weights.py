@@ -1,4 +1,4 @@
-"""Weights of the PyTorch project, as a `LanguageModel` with ``block="plain"``.
+"""Convert PyTorch weights to a `LanguageModel` with ``block="plain"``.
 
 A file holds ``embedding.weight``, ``layers.N.{query,key,value,gate,out}_proj.{weight,bias}`` and
 ``lm_head.{weight,bias}``. Nothing in it is executed.
@@ -26,12 +26,12 @@ from simplernn_jax.safetensors_bytes import decode_safetensors
 Weights = dict[str, np.ndarray]
 """PyTorch's name of each parameter and its value, float32; matrices are ``[out, in]``."""
 
-_ADVICE = "use an undamaged file"
+_ADVICE = "export the file again"
 _PROJECTIONS = ("query_proj", "key_proj", "value_proj", "gate_proj", "out_proj")
 
 
 def load_pytorch_weights(path: str) -> LanguageModel:
-    """Load the language model of the weights in `path`; its sizes follow from their shapes.
+    """Load a model from PyTorch weights; infer its sizes from their shapes.
 
     Args:
       path: ``.pt``: a state dict, alone or under ``model_state_dict`` (this needs torch);
@@ -57,10 +57,10 @@ def load_pytorch_weights(path: str) -> LanguageModel:
 
 
 def read_pytorch_weights(path: str) -> Weights:
-    """The arrays in `path`, as they are named there; see `load_pytorch_weights`.
+    """Read the arrays in `path` under their PyTorch names; see `load_pytorch_weights`.
 
     Raises:
-      UserError: the file is missing, damaged, of another kind, or holds more than tensors.
+      UserError: the file is missing, corrupted, of another kind, or holds more than tensors.
     """
     read = {".pt": _read_pt, ".safetensors": _read_safetensors}.get(Path(path).suffix)
     try:
@@ -73,7 +73,7 @@ def read_pytorch_weights(path: str) -> Weights:
             check_memory(size, path, "load it on a larger machine")
             return read(path, file)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; name a .pt or .safetensors file") from error
+        raise UserError(f"{path}: no such file; specify a .pt or .safetensors file") from error
     except (OSError, ValueError) as error:  # a path may hold a NUL character
         raise _unreadable(path, error) from error
 
@@ -92,15 +92,15 @@ def _read_pt(path: str, file: BinaryIO) -> Weights:
         ) from error
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what a damaged file claims to be
+            warnings.simplefilter("ignore")  # about unknown file versions
             content = torch.load(file, map_location="cpu", weights_only=True)
         _check_sums(file)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: holds more than tensors and plain containers, or is damaged, and was not "
+            f"{path}: holds more than tensors and plain containers, or is corrupted, and was not "
             "loaded; save only model.state_dict() with torch.save"
         ) from error
-    except Exception as error:  # whatever an unpickler meets in a damaged file
+    except Exception as error:  # unpickling a corrupted file can raise anything
         raise _unreadable(path, error) from error
     if isinstance(content, dict):
         content = content.get("model_state_dict", content)
@@ -111,7 +111,7 @@ def _read_pt(path: str, file: BinaryIO) -> Weights:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise UserError(
-                f"{path}: {name!r} is no tensor; save the state dict alone or under "
+                f"{path}: {name!r} is not a tensor; save the state dict alone or under "
                 "'model_state_dict'"
             )
         if value.layout != torch.strided or value.dtype not in allowed or value.is_meta:
@@ -124,7 +124,7 @@ def _read_pt(path: str, file: BinaryIO) -> Weights:
 
 
 def _check_sums(file: BinaryIO) -> None:
-    """Raises `BadZipFile` if a part of a zip is damaged, which PyTorch does not look at."""
+    """Raise `BadZipFile` if a part of a zip is corrupted: torch.load does not verify its CRCs."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             if (name := archive.testzip()) is not None:
@@ -202,7 +202,7 @@ def _check_names_and_shapes(weights: Weights, config: ModelConfig, path: str) ->
     for name, shape in expected.items():
         if weights[name].shape != shape:
             raise UserError(
-                f"{path}: {name} has shape {list(weights[name].shape)}, and {list(shape)} follows "
+                f"{path}: {name} has shape {list(weights[name].shape)}; expected {list(shape)} "
                 "from the other weights; use weights of one model"
             )
 

@@ -7,10 +7,7 @@ import jax
 
 
 def rematerialize(layer: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """`layer` with the same results and gradients, whose gradient recomputes what `policy` says.
-
-    There is no policy that also saves the sum between the two branches of a block: with `base` on a
-    sequence of 16,384 tokens it would save 5 % of the time.
+    """Wrap `layer` so that the backward pass recomputes activations according to `policy`.
 
     Args:
       layer: called with arrays and None only.

@@ -12,7 +12,7 @@ from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
 from simplernn_jax.ops.sequence_parallel import sharded_convolution
 
 
-def _starts_as_identity(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+def _identity_init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
     del key
     return jnp.zeros(shape, dtype).at[0].set(1)
 
@@ -20,22 +20,22 @@ def _starts_as_identity(key: jax.Array, shape: Any, dtype: Any = jnp.float32) ->
 class ShortConvolution(nnx.Module):
     """``y_t = sum_n w_n * norm(x_{t-n})`` for n in 0 .. width - 1, within one segment.
 
-    A token sees its neighbors before the mixer, as in Mamba (arXiv:2312.00752, section 3.4). The
+    Depthwise causal convolution before the mixer, as in Mamba (arXiv:2312.00752, section 3.4). The
     norm is `rms_norm`; initially the layer is the norm alone. All float32.
     """
 
     def __init__(self, width: int, features: int, *, rngs: nnx.Rngs):
-        """Make the weights ``[width, features]``; row n is the weight of the input n tokens ago."""
+        """Initialize the weights; ``weights[n]`` multiplies the input n tokens earlier."""
         self.width = width
         self.features = features
-        self.weights = nnx.Param(_starts_as_identity(rngs.params(), (width, features)))
+        self.weights = nnx.Param(_identity_init(rngs.params(), (width, features)))
 
     def initial_state(self, batch_size: int) -> ConvState:
-        """Zeros ``[B, width - 1, D]``, float32."""
+        """Return zeros ``[B, width - 1, D]``, float32."""
         return jnp.zeros((batch_size, self.width - 1, self.features))
 
     def state_axes(self) -> LogicalAxes:
-        """Logical axes of the state."""
+        """Return the logical axes of the state."""
         return LogicalAxes("batch")
 
     def __call__(
@@ -47,7 +47,7 @@ class ShortConvolution(nnx.Module):
           x: ``[B, T, D]``.
           state: the normalized inputs before the first token, ``[B, width - 1, D]``, of its
             segment. None is zeros.
-          segment_ids: ``[B, T]``; a token does not see those before a change of id.
+          segment_ids: ``[B, T]``; inputs of other segments count as zero.
 
         Returns:
           ``[B, T, D]`` and the state after the last token.

@@ -9,16 +9,16 @@ from flax import nnx
 
 from simplernn_jax.array_types import Activations, HeadState, Outputs, SegmentIds
 from simplernn_jax.mesh_axes import LogicalAxes
-from simplernn_jax.models.heads import Heads
+from simplernn_jax.models.heads import MultiHeadProjections
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
 from simplernn_jax.ops.checks import FLOATING, accumulator_dtype, check_array, check_segment_ids
 from simplernn_jax.ops.sequence_parallel import sharded_recurrence
 
 Recurrence = Callable[..., tuple[jax.Array, HeadState]]
-"""`gated_linear_recurrence`, or that function with some of its options bound."""
+"""`gated_linear_recurrence`, or a partial application of it."""
 
 
-class SimpleRNNCell(Heads, nnx.RNNCellBase):
+class SimpleRNNCell(MultiHeadProjections, nnx.RNNCellBase):
     """One token of SimpleRNN, for `nnx.RNN` or a custom loop.
 
     Per head, with K = key_dim / num_heads and V = value_dim / num_heads::
@@ -27,8 +27,9 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
         g = sigmoid(W_g x + b_g)          v = W_v x + b_v
         S' = diag(g) S + k v^T            y = W_o concat_heads(S'^T q) + b_o
 
-    With one head and query scale 1 it is exactly the cell of the PyTorch project. The carry is
-    the state ``[B, H, K, V]``, float32 unless `state_dtype` is another.
+    With one head and query scale 1 it is the cell of the original PyTorch implementation
+    (docs/pytorch.md). The carry is the state ``[B, H, K, V]``, float32 unless `state_dtype` is
+    another.
     """
 
     def __init__(
@@ -44,15 +45,15 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
         state_dtype: Any = jnp.float32,
         **options: Any,
     ):
-        """Make the projections.
+        """Initialize the projections.
 
         Args:
-          hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs: as for `Heads`.
+          hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs: see the base class.
           query_scale: factor on the queries.
-          state_dtype: dtype of the state. Below float32, it is rounded between tokens, or between
-            chunks of them (see `ops.low_precision_state`).
+          state_dtype: dtype of the state. Lower than float32 rounds it every token (decoding) or
+            every 64 tokens (sequences); see `ops.low_precision_state`.
           **options: ``kernel_init``, ``gate_bias_init``, ``output_norm``, ``output_gate``,
-            ``use_bias`` and ``dtype`` of `Heads`.
+            ``use_bias`` and ``dtype`` of the base class.
 
         Raises:
           ValueError: num_heads does not divide key_dim and value_dim.
@@ -68,26 +69,27 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
             **options,
         )
         self.query_scale = query_scale
-        # None: the dtype of the sums, float32 (float64 under x64).
+        # None: the accumulation dtype, float32 (float64 under x64).
         self.state_dtype = None if state_dtype == jnp.float32 else jnp.dtype(state_dtype)
 
     def initial_state(self, batch_size: int) -> HeadState:
-        """Zeros ``[B, H, K, V]``, of the state's dtype."""
+        """Return zeros ``[B, H, K, V]`` in the state dtype."""
         heads = self.num_heads
         shape = (batch_size, heads, self.key_dim // heads, self.value_dim // heads)
         return jnp.zeros(shape, self.state_dtype)
 
     def state_axes(self) -> LogicalAxes:
-        """Logical axes of the state."""
+        """Return the logical axes of the state."""
         return LogicalAxes("batch", "heads")
 
     def project(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-        """Project ``[..., hidden_dim]`` inputs to the inputs of the recurrence and of `combine`.
+        """Project ``[..., hidden_dim]`` to the inputs of the recurrence and of `project_outputs`.
 
         Returns:
-          (q, k, v, log_gate), each ``[..., H, K or V]``, and the logits of the output gate or None.
+          (q, k, v, log_gate), each ``[..., H, K or V]`` float32 (float64 under x64), and the logits
+          of the output gate or None. Raises what `project_inputs` does.
         """
-        (q, k, v, gate), output_gate = self.projections(x)
+        (q, k, v, gate), output_gate = self.project_inputs(x)
         return (
             q * self.query_scale,
             jax.nn.sigmoid(k),
@@ -107,10 +109,10 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
         self.check_state("carry", carry, q)
         sums = accumulator_dtype(carry)
         y, state = recurrent_step(q, k, v, log_gate, carry.astype(sums))
-        return state.astype(carry.dtype), self.combine(y, output_gate)
+        return state.astype(carry.dtype), self.project_outputs(y, output_gate)
 
     def check_state(self, name: str, state: Any, q: jax.Array) -> None:
-        """Check that a state fits queries ``[B, ..., H, K]``."""
+        """Check that a state fits queries ``[B, ..., H, K]``; raises ValueError or TypeError."""
         sizes = {"B": q.shape[0], "H": q.shape[-2], "K": q.shape[-1]}
         sizes["V"] = self.value_dim // self.num_heads
         check_array(name, state, "B H K V", FLOATING, sizes)
@@ -118,20 +120,17 @@ class SimpleRNNCell(Heads, nnx.RNNCellBase):
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
     ) -> HeadState:
-        """The zero state for inputs of shape ``(B, hidden_dim)``; called by `nnx.RNN`."""
+        """Return the zero state for inputs of shape ``(B, hidden_dim)``; called by `nnx.RNN`."""
         return self.initial_state(input_shape[0])
 
     @property
     def num_feature_axes(self) -> int:
-        """Feature axes of the input: one."""
+        """Number of feature axes of the input."""
         return 1
 
 
 class SimpleRNN(nnx.Module):
-    """`SimpleRNNCell` over a sequence in one call of the operator; same arguments.
-
-    `recurrence` is called with the arguments of `gated_linear_recurrence`.
-    """
+    """`SimpleRNNCell` over a sequence in one call of the operator."""
 
     def __init__(
         self,
@@ -145,17 +144,22 @@ class SimpleRNN(nnx.Module):
         recurrence: Recurrence = gated_linear_recurrence,
         **options: Any,
     ):
+        """Initialize the cell.
+
+        Args and errors as for `SimpleRNNCell`; `recurrence` is called with the arguments of
+        `gated_linear_recurrence`.
+        """
         self.recurrence = recurrence
         self.cell = SimpleRNNCell(
             hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs=rngs, **options
         )
 
     def initial_state(self, batch_size: int) -> HeadState:
-        """Zeros ``[B, H, K, V]``, of the state's dtype."""
+        """Return zeros ``[B, H, K, V]`` in the state dtype."""
         return self.cell.initial_state(batch_size)
 
     def state_axes(self) -> LogicalAxes:
-        """Logical axes of the state."""
+        """Return the logical axes of the state."""
         return self.cell.state_axes()
 
     def __call__(
@@ -169,7 +173,7 @@ class SimpleRNN(nnx.Module):
         Args:
           x: ``[B, T, hidden_dim]``.
           state: ``[B, H, K, V]`` before the first token; None is zero.
-          segment_ids: ``[B, T]``; a change of id resets the state exactly.
+          segment_ids: ``[B, T]``; a change of id resets the state to zero.
 
         Returns:
           ``[B, T, output_dim]`` and the state after the last token.
@@ -193,4 +197,4 @@ class SimpleRNN(nnx.Module):
             state_dtype=self.cell.state_dtype,
             recurrence=self.recurrence,
         )
-        return self.cell.combine(y, output_gate), state
+        return self.cell.project_outputs(y, output_gate), state

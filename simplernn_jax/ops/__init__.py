@@ -1,4 +1,4 @@
-"""The recurrence as a pure function: one function for every method."""
+"""Gated linear recurrence as a pure function, with selectable implementations."""
 
 import functools
 from typing import Any
@@ -18,9 +18,9 @@ from simplernn_jax.ops.checks import (
 from simplernn_jax.ops.collectives import vary_like
 from simplernn_jax.ops.intra_chunk import BLOCK
 from simplernn_jax.ops.low_precision_state import low_precision_recurrence
-from simplernn_jax.ops.native import can_call
+from simplernn_jax.ops.native import supports_native
 from simplernn_jax.ops.recurrence import recurrence
-from simplernn_jax.ops.scan import Inputs, recurrent_step
+from simplernn_jax.ops.scan import RecurrenceInputs, recurrent_step
 
 __all__ = ["gated_linear_recurrence", "recurrent_step", "segment_starts"]
 
@@ -42,29 +42,30 @@ def gated_linear_recurrence(
     """Gated linear recurrence: ``S_t = diag(e^log_gate_t) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t``.
 
     Args:
-      q: queries ``[B, T, H, K]``, float32, bfloat16 or (under x64) float64.
+      q: queries ``[B, T, H, K]``. All arrays may be float16, bfloat16, float32 or float64; sums are
+        float64 if q, k, v or log_gate is, else float32.
       k: keys ``[B, T, H, K]``.
       v: values ``[B, T, H, V]``.
-      log_gate: logarithms of the forget gates ``[B, T, H, K]``, at most 0; at least float32.
-      initial_state: ``[B, H, K, V]``, float32 (float64 under x64); None is zero. It belongs to the
-        segment of the first token.
+      log_gate: logarithms of the forget gates ``[B, T, H, K]``, at most 0.
+      initial_state: ``[B, H, K, V]``, of the first token's segment; None is zero.
       segment_ids: ``[B, T]`` integers; where the id changes from one token to the next, the state
-        is reset exactly.
-      method: ``"auto"``, the fastest of the others; ``"fused"``, one C function, which computes
-        float32 on a CPU with a C compiler, and is ``"chunkwise"`` where it is lowered for another
-        platform; ``"chunkwise"``, matmuls over chunks of time; ``"scan"``, the definition.
-      chunk_size: tokens per chunk of ``"chunkwise"``, which it selects: a power of two of at least
-        8. None chooses it from the shape.
-      state_dtype: what the state is rounded to and returned in, such as bfloat16; see
-        `low_precision_recurrence`. None keeps it exact.
+        is reset to zero.
+      method: ``"auto"``: fused if available, else chunkwise. ``"fused"``: C kernel, for float32 on
+        a CPU with a C compiler; chunkwise if lowered for another platform. ``"chunkwise"``: matmuls
+        over chunks of time, `recurrent_step` for T = 1. ``"scan"``: reference, also used for the
+        symbolic shapes of `jax.export`.
+      chunk_size: tokens per chunk, a power of two of at least 8; setting it selects
+        ``"chunkwise"``. None chooses it from the shape.
+      state_dtype: storage dtype of the state, such as bfloat16; see `low_precision_recurrence`.
+        None keeps the accumulation dtype.
 
     Returns:
-      ``(output, final_state)``: ``[B, T, H, V]`` in the dtype of v, and ``[B, H, K, V]`` in float32
-      (float64 if an input is), or in `state_dtype`.
+      ``(output, final_state)``: ``[B, T, H, V]`` in the dtype of v, and ``[B, H, K, V]`` in the
+      dtype of the sums, or in `state_dtype`.
 
     Raises:
-      ValueError: wrong ranks, shapes that do not fit together, an unknown method, a method that is
-        not available here, or a bad chunk size.
+      ValueError: wrong ranks, shapes that do not fit together, an unknown or unavailable
+        method, or a bad chunk size.
       TypeError: wrong dtypes.
     """
     sizes = check_array("q", q, "B T H K")
@@ -76,7 +77,9 @@ def gated_linear_recurrence(
     check_segment_ids(segment_ids, sizes)
     if state_dtype is not None:
         check_dtype("state_dtype", state_dtype)
-    q, k, v, log_gate = map(jnp.asarray, (q, k, v, log_gate))  # float64 of NumPy may be float32
+    q, k, v, log_gate = map(
+        jnp.asarray, (q, k, v, log_gate)
+    )  # without x64, float64 becomes float32
     batch, _, heads, key_dim = q.shape
     dtype = accumulator_dtype(q, k, v, log_gate)
     method = _choose(method, chunk_size, dtype)
@@ -87,7 +90,7 @@ def gated_linear_recurrence(
     if 0 in (*q.shape, v.shape[-1]):
         return jnp.zeros_like(v), initial_state.astype(state_dtype or dtype)
     reset = None if segment_ids is None else segment_starts(segment_ids)
-    inputs = Inputs(q, k, v, log_gate, initial_state, reset)
+    inputs = RecurrenceInputs(q, k, v, log_gate, initial_state, reset)
     run = functools.partial(recurrence, method, chunk_size)
     if state_dtype is not None:
         return low_precision_recurrence(run, inputs, state_dtype)
@@ -105,11 +108,11 @@ def _choose(method: str, chunk_size: int | None, dtype: Any) -> str:
             raise ValueError(f"chunk_size={chunk_size}: must be a power of two of at least {BLOCK}")
         return "chunkwise"
     if method == "auto":
-        return "fused" if can_call(dtype) else "chunkwise"
-    if method == "fused" and not can_call(dtype):
+        return "fused" if supports_native(dtype) else "chunkwise"
+    if method == "fused" and not supports_native(dtype):
         raise ValueError(
-            f'method="fused": needs float32 (got {jnp.dtype(dtype)}), a CPU and a C compiler; take '
-            '"auto" or "chunkwise"'
+            f'method="fused": requires float32 (got {jnp.dtype(dtype)}), a CPU and a C compiler; '
+            'use "auto" or "chunkwise"'
         )
     return method
 

@@ -1,10 +1,11 @@
 """Checks of ranks, shapes and dtypes of arguments at trace time, with uniform messages.
 
-Errors name the argument of the public function. Sizes are compared with ``==`` only, so that
-dimensions of `jax.export` may be symbolic.
+Errors name the argument of the public function. Ranks and dtypes are static; sizes are compared
+with ``==`` only, so that dimensions of `jax.export` may be symbolic.
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,16 +19,21 @@ BOOL = ("bool",)
 _NAMES = {FLOATING: "floating point", INTEGER: "integer", BOOL: "bool"}
 
 Sizes = dict[str, Any]
+_NO_SIZES: Mapping[str, Any] = MappingProxyType({})
 
 
 def accumulator_dtype(*arrays: Any) -> Any:
-    """Dtype of sums over arrays, or of these dtypes: float64 if one of them is, else float32."""
+    """Return the accumulation dtype of arrays or dtypes: float64 if one is, else float32."""
     dtypes = [jnp.dtype(getattr(x, "dtype", x)) for x in arrays]
     return jnp.dtype("float64" if jnp.dtype("float64") in dtypes else "float32")
 
 
 def check_array(
-    name: str, x: Any, axes: str, dtypes: tuple[str, ...] = FLOATING, sizes: Mapping[str, Any] = {}
+    name: str,
+    x: Any,
+    axes: str,
+    dtypes: tuple[str, ...] = FLOATING,
+    sizes: Mapping[str, Any] = _NO_SIZES,
 ) -> Sizes:
     """Check the axes and the dtype of an argument.
 
@@ -74,14 +80,19 @@ def check_dtype(name: str, dtype: Any) -> None:
     """Check that `dtype` is a floating-point dtype.
 
     Raises:
-      TypeError: it is not, or is no dtype.
+      TypeError: it is not, or is not a dtype.
     """
     if str(jnp.dtype(dtype)) not in FLOATING:
         raise TypeError(f"{name}: expected one of {', '.join(FLOATING)}; got {dtype}")
 
 
 def check_segment_ids(segment_ids: Any | None, sizes: Mapping[str, Any]) -> None:
-    """Check that `segment_ids` is None or ``[B, T]``, with B and T of `sizes`, of integers."""
+    """Check that `segment_ids` is None or integers ``[B, T]``, with B and T of `sizes`.
+
+    Raises:
+      ValueError: wrong rank or shape.
+      TypeError: wrong dtype.
+    """
     if segment_ids is not None:
         check_array("segment_ids", segment_ids, "B T", INTEGER, sizes)
 

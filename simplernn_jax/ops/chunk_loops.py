@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState
 from simplernn_jax.ops.collectives import vary_like
-from simplernn_jax.ops.intra_chunk import Levels, join_blocks, join_blocks_gradient
-from simplernn_jax.ops.scan import Inputs
+from simplernn_jax.ops.intra_chunk import Levels, join_blocks, join_blocks_bwd
+from simplernn_jax.ops.scan import RecurrenceInputs
 
 
-class Part(NamedTuple):
+class ChunkRange(NamedTuple):
     """Tokens from `start` to `stop`, in groups of `group` chunks of `size` tokens."""
 
     start: int
@@ -20,15 +20,19 @@ class Part(NamedTuple):
     size: int
     group: int
 
-    def of(self, inputs: Inputs, state: HeadState) -> Inputs:
-        """Slice the inputs of this part, beside the state that it begins with."""
+    def slice(self, inputs: RecurrenceInputs, state: HeadState) -> RecurrenceInputs:
+        """Slice the inputs to this range and set its initial state."""
         return inputs.map_time(lambda x: x[:, self.start : self.stop], state)
 
 
 def forward_loop(
-    part: Part, inputs: Inputs, *, with_output: bool = True, with_starts: bool = False
+    part: ChunkRange,
+    inputs: RecurrenceInputs,
+    *,
+    with_output: bool = True,
+    with_starts: bool = False,
 ) -> tuple[HeadState, Any, Any]:
-    """Loop over groups of chunks: the final state, the output, the states at the chunks' starts."""
+    """Loop over groups of chunks: the final state, the output, the chunk-start states."""
     q, k, v, log_gate, initial_state, reset = inputs
     batch, length, heads, _ = q.shape
     dtype = initial_state.dtype
@@ -40,19 +44,19 @@ def forward_loop(
         chunk_q, chunk_k, chunk_v, chunk_l = take(q), take(k), take(v), take(log_gate)
         levels = join_blocks(chunk_q, chunk_k, chunk_l)
         masks = _chunk_masks(part, reset, index, heads)
-        attention, read, written, total = _masked(levels, masks)
-        added = (written.mT @ chunk_v).reshape(states)
+        attention, decayed_q, decayed_k, total = _masked(levels, masks)
+        added = (decayed_k.mT @ chunk_v).reshape(states)
         total = total.reshape(*states[:3], 1)
         at_starts = []
         for decay, new in zip(total, added, strict=True):
             at_starts.append(state)
             state = decay * state + new
         starts = jnp.stack(at_starts)
-        kept = starts if with_starts else None
+        saved = starts if with_starts else None
         if not with_output:
-            return (state, output), kept
-        chunk_output = read @ starts.reshape(-1, *states[2:]) + attention @ chunk_v
-        return (state, _store_group(part, output, chunk_output, index)), kept
+            return (state, output), saved
+        chunk_output = decayed_q @ starts.reshape(-1, *states[2:]) + attention @ chunk_v
+        return (state, _store_group(part, output, chunk_output, index)), saved
 
     output: Any = ()
     if with_output:
@@ -66,15 +70,15 @@ def forward_loop(
 
 
 def backward_loop(
-    part: Part,
-    inputs: Inputs,
+    part: ChunkRange,
+    inputs: RecurrenceInputs,
     d_output: jax.Array,
     starts: jax.Array,
     d_final_state: jax.Array,
 ) -> list[jax.Array]:
     """Loop over chunks from the last to the first, with the gradient of the state as carry.
 
-    The state of `inputs` is that at the end of the part.
+    The state of `inputs` is that at the end of the range.
     """
     q, k, v, log_gate, final_state, reset = inputs
     batch, length, heads, _ = q.shape
@@ -89,28 +93,28 @@ def backward_loop(
         chunk_dy = take(d_output)
         levels = join_blocks(chunk_q, chunk_k, chunk_l)
         masks = _chunk_masks(part, reset, index, heads)
-        attention, read, written, total = _masked(levels, masks)
+        attention, decayed_q, decayed_k, total = _masked(levels, masks)
 
         ends = jnp.concatenate([starts[1:], end_state[None]])
-        read_by = (read.mT @ chunk_dy).reshape(states)
+        d_state_from_output = (decayed_q.mT @ chunk_dy).reshape(states)
         decays = total.reshape(*states[:3], 1)
         d_ends = []
         for chunk in reversed(range(part.group)):
             d_ends.append(d_state)
-            d_state = decays[chunk] * d_state + read_by[chunk]
+            d_state = decays[chunk] * d_state + d_state_from_output[chunk]
         d_end = jnp.stack(d_ends[::-1]).reshape(-1, *states[2:])
         state = starts.reshape(-1, *states[2:])
 
         d_attention = _causal(chunk_dy @ chunk_v.mT, masks)
-        chunk_dv = attention.mT @ chunk_dy + written @ d_end
-        d_read, d_written = chunk_dy @ state.mT, chunk_v @ d_end.mT
+        chunk_dv = attention.mT @ chunk_dy + decayed_k @ d_end
+        d_decayed_q, d_decayed_k = chunk_dy @ state.mT, chunk_v @ d_end.mT
         if masks is not None:
-            d_read = jnp.where(masks.reads_start[..., None], d_read, 0)
-            d_written = jnp.where(masks.reaches_end[..., None], d_written, 0)
-        chunk_dq, chunk_dk = join_blocks_gradient(
-            levels, chunk_q, chunk_k, d_attention, d_read, d_written
+            d_decayed_q = jnp.where(masks.reads_start[..., None], d_decayed_q, 0)
+            d_decayed_k = jnp.where(masks.reaches_end[..., None], d_decayed_k, 0)
+        chunk_dq, chunk_dk = join_blocks_bwd(
+            levels, chunk_q, chunk_k, d_attention, d_decayed_q, d_decayed_k
         )
-        # db_i = q_i dq_i - k_i dk_i, plus the end state's at i = C; l_t is in every b_i, i >= t.
+        # db_i = q_i dq_i - k_i dk_i, plus the end-state term at i = C; dl_t = sum_{i >= t} db_i.
         d_b = chunk_q * chunk_dq - chunk_k * chunk_dk
         d_total = jnp.sum(ends.reshape(d_end.shape) * d_end, axis=-1)
         chunk_dl = jnp.flip(jnp.cumsum(jnp.flip(d_b, 1), axis=1), 1) + d_total[:, None]
@@ -131,7 +135,7 @@ def backward_loop(
     return [*grads, d_state.reshape(final_state.shape)]
 
 
-def _slice_group(x: jax.Array, *, part: Part, index: jax.Array, dtype: Any) -> jax.Array:
+def _slice_group(x: jax.Array, *, part: ChunkRange, index: jax.Array, dtype: Any) -> jax.Array:
     """Take the chunks of group `index` of ``[B, T, H, K]`` as ``[G * B * H, C, K]``."""
     batch, _, heads, width = x.shape
     tokens = part.size * part.group
@@ -140,7 +144,9 @@ def _slice_group(x: jax.Array, *, part: Part, index: jax.Array, dtype: Any) -> j
     return chunk.transpose(1, 0, 3, 2, 4).reshape(-1, part.size, width)
 
 
-def _store_group(part: Part, whole: jax.Array, chunk: jax.Array, index: jax.Array) -> jax.Array:
+def _store_group(
+    part: ChunkRange, whole: jax.Array, chunk: jax.Array, index: jax.Array
+) -> jax.Array:
     """Store ``[G * B * H, C, K]`` as group `index` of ``[B, T, H, K]``."""
     batch, _, heads, width = whole.shape
     chunk = chunk.reshape(part.group, batch, heads, part.size, width).transpose(1, 0, 3, 2, 4)
@@ -149,7 +155,7 @@ def _store_group(part: Part, whole: jax.Array, chunk: jax.Array, index: jax.Arra
 
 
 class Masks(NamedTuple):
-    """Paths inside a chunk that stay within one segment, for each sequence."""
+    """Segment masks of a chunk, for each sequence and head."""
 
     reset: jax.Array  # [N, C] the token starts a segment
     reads_start: jax.Array  # [N, C] the state at the chunk's start reaches the token
@@ -158,7 +164,9 @@ class Masks(NamedTuple):
     keeps_state: jax.Array  # [N, 1] the state at the start reaches the end
 
 
-def _chunk_masks(part: Part, reset: jax.Array | None, index: jax.Array, heads: int) -> Masks | None:
+def _chunk_masks(
+    part: ChunkRange, reset: jax.Array | None, index: jax.Array, heads: int
+) -> Masks | None:
     if reset is None:
         return None
     tokens = part.size * part.group
@@ -186,7 +194,7 @@ def _causal(matrix: jax.Array, masks: Masks | None) -> jax.Array:
 
 
 def _masked(levels: Levels, masks: Masks | None) -> tuple[jax.Array, ...]:
-    """Mask A, the q that reads the start state, the k of the end state, and the state's decay."""
+    """Apply the segment masks to A, decayed q, decayed k and the total decay."""
     if masks is None:
         return levels.attention, levels.decayed_q, levels.decayed_k, levels.total
     return (

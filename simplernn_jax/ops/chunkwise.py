@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.ops.chunk_loops import Part, backward_loop, forward_loop
+from simplernn_jax.ops.chunk_loops import ChunkRange, backward_loop, forward_loop
 from simplernn_jax.ops.intra_chunk import BLOCK
-from simplernn_jax.ops.scan import Inputs
+from simplernn_jax.ops.scan import RecurrenceInputs
 
 GROUP_ELEMENTS = 2**18
 """Largest array of one group of chunks: 1 MiB of float32 stays in a core's cache, and fewer, larger
@@ -29,20 +29,20 @@ MAX_GROUP = 16
 
 
 def chunkwise(
-    inputs: Inputs, chunk_size: int | None, *, with_starts: bool = False
+    inputs: RecurrenceInputs, chunk_size: int | None, *, with_starts: bool = False
 ) -> tuple[jax.Array, ...]:
-    """Compute `scan` as loops over chunks.
+    """Compute the recurrence chunk by chunk, with matmuls inside chunks.
 
     Returns:
-      The output, the final state and, if `with_starts`, the states at the chunks' starts, whose
-      shapes are those of `start_shapes`.
+      The output and the final state as `scan`, and, if `with_starts`, the chunk-start states, of
+      the shapes of `start_shapes`, in the dtype of the state.
     """
     length = inputs.q.shape[1]
     inputs, parts = _divide(inputs, chunk_size)
     state, outputs, starts = inputs.state, [], []
     for part in parts:
         state, output, part_starts = forward_loop(
-            part, part.of(inputs, state), with_starts=with_starts
+            part, part.slice(inputs, state), with_starts=with_starts
         )
         outputs.append(output)
         starts.append(part_starts)
@@ -52,7 +52,7 @@ def chunkwise(
 def start_shapes(
     shape: Sequence[int], value_dim: int, chunk_size: int | None
 ) -> list[tuple[int, ...]]:
-    """List, for q of `shape`, the shape of each part's states at the chunks' starts."""
+    """Return the shapes of the chunk-start states that `chunkwise` saves for q of `shape`."""
     batch, _, heads, key_dim = shape
     shapes: list[tuple[int, ...]] = []
     for part in _parts(shape, value_dim, chunk_size):
@@ -62,14 +62,14 @@ def start_shapes(
 
 
 def chunkwise_gradient(
-    inputs: Inputs,
+    inputs: RecurrenceInputs,
     d_output: jax.Array,
     d_final_state: jax.Array,
     chunk_size: int | None,
     starts: Sequence[jax.Array] = (),
     final_state: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Compute the gradients of q, k, v, log_gate and the initial state.
+    """Compute the gradients of q, k, v, log_gate and the initial state, of their shapes and dtypes.
 
     `starts` and `final_state` are those of `chunkwise`; without them they are recomputed.
     """
@@ -80,7 +80,7 @@ def chunkwise_gradient(
         starts, final_state = [], inputs.state
         for part in parts:
             final_state, _, part_starts = forward_loop(
-                part, part.of(inputs, final_state), with_output=False, with_starts=True
+                part, part.slice(inputs, final_state), with_output=False, with_starts=True
             )
             starts.append(part_starts)
     gradients: list[list[jax.Array]] = []
@@ -88,15 +88,17 @@ def chunkwise_gradient(
     for part, part_starts in zip(reversed(parts), reversed(starts), strict=True):
         d_part = d_output[:, part.start : part.stop]
         *part_gradients, d_state = backward_loop(
-            part, part.of(inputs, end), d_part, part_starts, d_state
+            part, part.slice(inputs, end), d_part, part_starts, d_state
         )
         end = part_starts[0, 0].reshape(end.shape)
         gradients.insert(0, part_gradients)
     return *(_join(whole, length) for whole in zip(*gradients, strict=True)), d_state
 
 
-def _divide(inputs: Inputs, chunk_size: int | None) -> tuple[Inputs, list[Part]]:
-    """Pad the inputs to whole chunks, and divide these into one loop each."""
+def _divide(
+    inputs: RecurrenceInputs, chunk_size: int | None
+) -> tuple[RecurrenceInputs, list[ChunkRange]]:
+    """Pad T to a multiple of the chunk size and split it into loops."""
     q, k, v, log_gate, state, reset = inputs
     parts = _parts(q.shape, v.shape[3], chunk_size)
     padding = parts[-1].stop - q.shape[1]
@@ -106,10 +108,10 @@ def _divide(inputs: Inputs, chunk_size: int | None) -> tuple[Inputs, list[Part]]
         reset = jnp.pad(reset, ((0, 0), (0, padding)))
     # q = k = v = 0 and a gate of 1 leave the state as it is.
     q, k, v, log_gate = _pad((q, k, v, log_gate), padding)
-    return Inputs(q, k, v, log_gate, state, reset), parts
+    return RecurrenceInputs(q, k, v, log_gate, state, reset), parts
 
 
-def _parts(shape: Sequence[int], value_dim: int, chunk_size: int | None) -> list[Part]:
+def _parts(shape: Sequence[int], value_dim: int, chunk_size: int | None) -> list[ChunkRange]:
     batch, length, heads, key_dim = shape
     if chunk_size is None:
         chunk_size = choose_chunk_size(length)
@@ -117,7 +119,7 @@ def _parts(shape: Sequence[int], value_dim: int, chunk_size: int | None) -> list
     group = choose_group(batch * heads, chunk_size, key_dim, value_dim, length // chunk_size)
     whole = length - length % (chunk_size * group)
     rest = (length - whole) // chunk_size
-    parts = [Part(0, whole, chunk_size, group), Part(whole, length, chunk_size, rest)]
+    parts = [ChunkRange(0, whole, chunk_size, group), ChunkRange(whole, length, chunk_size, rest)]
     return [part for part in parts if part.stop > part.start]
 
 
@@ -133,10 +135,7 @@ def _join(parts: Sequence[jax.Array], length: int) -> jax.Array:
 
 
 def choose_group(heads: int, chunk_size: int, key_dim: int, value_dim: int, chunks: int) -> int:
-    """Choose the chunks per group, a power of two, by the size of their arrays and states.
-
-    `heads` counts those of all sequences.
-    """
+    """Choose the chunks per group, a power of two, by their arrays' size; `heads` is B * H."""
     elements = heads * max(chunk_size * max(key_dim, value_dim), key_dim * value_dim)
     group = 1
     while 2 * group <= min(MAX_GROUP, chunks) and 2 * group * elements <= GROUP_ELEMENTS:
@@ -145,7 +144,7 @@ def choose_group(heads: int, chunk_size: int, key_dim: int, value_dim: int, chun
 
 
 def choose_chunk_size(length: int) -> int:
-    """Choose the tokens per chunk: 32 measured about fastest on a CPU for heads of 32, 64, 128."""
+    """Choose the tokens per chunk: 32 is about the fastest on a CPU; not tuned on GPUs."""
     best = 32
     while best > BLOCK and best >= 2 * length:
         best //= 2

@@ -1,8 +1,8 @@
 """Collectives inside `jax.shard_map` by mesh axis name, and varying types of its arrays.
 
-Outside of `shard_map`, or along an axis that the mesh does not have, they do nothing: the same code
-runs on one device and on any mesh. Axes of size 1 never appear in varying types, since `mesh_axes`
-omits them.
+Outside of `shard_map`, or along an axis that the mesh does not have (or of size 1), they do
+nothing: the same code runs on one device and on any mesh. Axes of size 1 never appear in varying
+types, since `mesh_axes` omits them.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,18 @@ import jax.numpy as jnp
 
 
 def axis_size(name: str) -> int:
-    """Number of devices along the axis `name`; 1 outside of `jax.shard_map`."""
+    """Return the number of devices along the axis `name`; 1 outside of `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[name] if name in mesh.manual_axes else 1
 
 
 def axis_index(name: str) -> jax.Array | int:
-    """This device's index along the axis `name`; 0 outside of `jax.shard_map`."""
+    """Return this device's index along the axis `name`; 0 outside of `jax.shard_map`."""
     return jax.lax.axis_index(name) if axis_size(name) > 1 else 0
 
 
 def varying(x: jax.Array) -> frozenset[str]:
-    """The manual mesh axes over which `x` varies."""
+    """Return the manual mesh axes over which `x` varies."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
@@ -52,7 +52,7 @@ def psum(tree: Any, *names: str) -> Any:
 
 
 def shift(x: jax.Array, name: str, by: int = 1) -> jax.Array:
-    """Receive `x` from the device at index - `by` along the axis `name`; zeros if there is none."""
+    """Receive `x` from index - `by` along the axis `name` (`ppermute`); zeros if there is none."""
     size = axis_size(name)
     pairs = [(place, place + by) for place in range(size - by)]
     return jax.lax.ppermute(_vary(x, frozenset([name])), name, pairs)
@@ -78,6 +78,6 @@ def all_gather(shard: jax.Array, name: str, axis: int, *, after: jax.Array) -> j
     return jax.lax.all_gather(shard, name, axis=axis, tiled=True)
 
 
-def remat_all_gather(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `function` gather its parameters again for the gradient, to save memory."""
+def remat_if_fsdp(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Rematerialize `function` under FSDP, so that gathered parameters are not saved."""
     return jax.checkpoint(function) if axis_size("fsdp") > 1 else function

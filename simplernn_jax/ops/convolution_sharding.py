@@ -11,28 +11,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.ops.forms import Form
-from simplernn_jax.ops.partitioning import MeshAxes, Partitioned
+from simplernn_jax.ops.implementations import Implementation
+from simplernn_jax.ops.partitioning import MeshAxesByDim, Partitioned
 from simplernn_jax.ops.rms_norm import rms_norm
 
 _X, _WEIGHTS, _RECENT, _TOKENS = "b t d", "w d", "b p d", "b t"
 _REPLICATED = ("d", "w", "p")
 _MINIMUM = (("t", "p"),)
-"""Shorter shards would need inputs of several others."""
+"""A shard must be at least as long as the halo."""
 
 
 def partition_convolution(has_starts: bool, has_scale: bool) -> Partitioned:
     """Partition (x, weights, recent[, starts]) to (y, final[, scale])."""
 
-    def on_shards(form: Form, over: MeshAxes) -> Form:
-        time = over["t"]
+    def on_shards(impl: Implementation, mesh_axes: MeshAxesByDim) -> Implementation:
+        time = mesh_axes["t"]
 
         def run(x: Any, weights: Any, recent: Any, *starts: Any) -> Sequence[jax.Array]:
             before = _inputs_before(time, x, recent, *starts)
-            y, final, *scale = form(x, weights, before, *starts)
+            y, final, *scale = impl(x, weights, before, *starts)
             return y, _broadcast_from(jax.lax.axis_size(time) - 1, time, final), *scale
 
-        return run if time else form
+        return run if time else impl
 
     results = (_X, _RECENT, _TOKENS) if has_scale else (_X, _RECENT)
     return Partitioned(_inputs(has_starts), results, _REPLICATED, on_shards, _MINIMUM)
@@ -41,14 +41,14 @@ def partition_convolution(has_starts: bool, has_scale: bool) -> Partitioned:
 def partition_convolution_gradient(has_starts: bool) -> Partitioned:
     """Partition (inputs, scale, d_y, d_final) to the gradients of x, weights and recent."""
 
-    def on_shards(form: Form, over: MeshAxes) -> Form:
-        time = over["t"]
+    def on_shards(impl: Implementation, mesh_axes: MeshAxesByDim) -> Implementation:
+        time = mesh_axes["t"]
 
         def run(*args: Any) -> Sequence[jax.Array]:
-            d_x, d_weights, d_recent = _shard_gradient(form, time, *args) if time else form(*args)
-            return d_x, jax.lax.psum(d_weights, (*over["b"], *time)), d_recent
+            d_x, d_weights, d_recent = _shard_gradient(impl, time, *args) if time else impl(*args)
+            return d_x, jax.lax.psum(d_weights, (*mesh_axes["b"], *time)), d_recent
 
-        return run if time or over["b"] else form
+        return run if time or mesh_axes["b"] else impl
 
     inputs = (*_inputs(has_starts), _TOKENS, _X, _RECENT)
     results = (_X, _WEIGHTS, _RECENT)
@@ -60,24 +60,24 @@ def _inputs(has_starts: bool) -> tuple[str, ...]:
 
 
 def _shard_gradient(
-    form: Form, time: tuple[str, ...], x: Any, weights: Any, recent: Any, *others: Any
+    impl: Implementation, time: tuple[str, ...], x: Any, weights: Any, recent: Any, *others: Any
 ) -> Sequence[jax.Array]:
     *starts, scale, d_y, d_final = others
     past = recent.shape[1]
     before = _inputs_before(time, x, recent, *starts)
     # Only the first tokens of a shard read the inputs before it.
     first = [a[:, :past] for a in (*starts, scale, d_y)]
-    _, _, d_before = form(x[:, :past], weights, before, *first, jnp.zeros_like(d_final))
+    _, _, d_before = impl(x[:, :past], weights, before, *first, jnp.zeros_like(d_final))
     size = jax.lax.axis_size(time)
     d_tail = jax.lax.ppermute(d_before, time, [(i + 1, i) for i in range(size - 1)])
     is_last = jax.lax.axis_index(time) == size - 1
-    d_final = jnp.where(is_last, d_final, in_last_segment(d_tail, *starts))
-    d_x, d_weights, d_recent = form(x, weights, before, *starts, scale, d_y, d_final)
+    d_final = jnp.where(is_last, d_final, mask_to_last_segment(d_tail, *starts))
+    d_x, d_weights, d_recent = impl(x, weights, before, *starts, scale, d_y, d_final)
     return d_x, d_weights, _broadcast_from(0, time, d_recent)
 
 
-def in_last_segment(tail: jax.Array, starts: jax.Array | None = None) -> jax.Array:
-    """Zero the inputs ``[B, P, D]`` until the last token that are not of its segment."""
+def mask_to_last_segment(tail: jax.Array, starts: jax.Array | None = None) -> jax.Array:
+    """Zero the last P inputs ``[B, P, D]`` that are not in the last token's segment."""
     if starts is None:
         return tail
     past = tail.shape[1]
@@ -93,7 +93,7 @@ def _inputs_before(
     tail = rms_norm(x[:, x.shape[1] - recent.shape[1] :], native=False)
     size = jax.lax.axis_size(time)
     pairs = [(i, i + 1) for i in range(size - 1)]
-    sent = jax.lax.ppermute(in_last_segment(tail, *starts), time, pairs)
+    sent = jax.lax.ppermute(mask_to_last_segment(tail, *starts), time, pairs)
     return jnp.where(jax.lax.axis_index(time) == 0, recent, sent)
 
 

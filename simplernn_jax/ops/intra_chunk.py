@@ -4,12 +4,13 @@ With l the log gate and b_i its inclusive sum from the chunk's start, ::
 
     A_ij = sum_K q_i k_j e^{b_i - b_j}    for j <= i
 
-e^{b_i - b_j} cannot be split into e^{b_i} e^{-b_j} (overflow), so A is built by doubling. Blocks
-of 8 tokens refer both factors to their middle. Then pairs of blocks are joined, 8 to 16 to 32 ...:
-A between a left and a right block is ``q_right (k_left)^T`` where q carries its decay since the
-start of its block and k its decay to the end of its block, both at most 1. After joining, the right
-q and the left k are multiplied by the other block's total decay. At the chunk's size, they are the
-q and k that the state needs. docs/recurrence.md derives the gradient and lists errors.
+e^{b_i - b_j} cannot be split into e^{b_i} e^{-b_j} (overflow), so A is built hierarchically
+(compare secondary-level chunking, arXiv:2312.06635, section 4.3). In blocks of 8 tokens both
+factors are relative to the block's midpoint. Then the block size is doubled, 8 to 16 to 32 ...: A
+between a left and a right block is ``q_right (k_left)^T`` where q carries its decay since the start
+of its block and k its decay to the end of its block, both at most 1. After joining, the right q and
+the left k are multiplied by the other block's total decay. At the chunk's size, they are the q and
+k that the state needs. docs/recurrence.md derives the gradient and lists errors.
 
 All arrays are ``[N, C, ...]``: N independent chunks.
 """
@@ -24,7 +25,7 @@ HALF = BLOCK // 2
 
 
 class Levels(NamedTuple):
-    """Results of the doubling: A, and the decayed q and k of each level and of the chunk."""
+    """Results of the hierarchy: A, and the decayed q and k of each level and of the chunk."""
 
     query_factor: jax.Array  # [N, C, K] decay of q since the start of its half block
     key_factor: jax.Array  # [N, C, K] decay of k to the end of its half block
@@ -36,7 +37,7 @@ class Levels(NamedTuple):
 
 
 def join_blocks(q: jax.Array, k: jax.Array, log_gate: jax.Array) -> Levels:
-    """Compute A and the decayed q and k of each chunk by doubling, from ``[N, C, K]`` arrays."""
+    """Compute A and the decayed q and k of each chunk, from ``[N, C, K]`` arrays."""
     count, size, key_dim = q.shape
     halves = jnp.maximum(log_gate, _floor(log_gate.dtype)).reshape(count, -1, HALF, key_dim)
     since_start = jnp.cumsum(halves, axis=2)
@@ -48,7 +49,7 @@ def join_blocks(q: jax.Array, k: jax.Array, log_gate: jax.Array) -> Levels:
     total = jnp.exp(since_start[:, :, -1])
     decayed_q, decayed_k = q * query_factor, k * key_factor
     attention = _diagonal_blocks(q, k, query_factor, key_factor)
-    decayed_q, decayed_k, total = _double(decayed_q, decayed_k, total, HALF)
+    decayed_q, decayed_k, total = _merge_pairs(decayed_q, decayed_k, total, HALF)
     levels = []
     block = BLOCK
     while block < size:
@@ -58,14 +59,14 @@ def join_blocks(q: jax.Array, k: jax.Array, log_gate: jax.Array) -> Levels:
         upper = jnp.concatenate([attention[:, 0::2], jnp.zeros_like(between)], axis=-1)
         lower = jnp.concatenate([between, attention[:, 1::2]], axis=-1)
         attention = jnp.concatenate([upper, lower], axis=-2)
-        decayed_q, decayed_k, total = _double(decayed_q, decayed_k, total, block)
+        decayed_q, decayed_k, total = _merge_pairs(decayed_q, decayed_k, total, block)
         block *= 2
     return Levels(
         query_factor, key_factor, levels, decayed_q, decayed_k, total[:, 0], attention[:, 0]
     )
 
 
-def join_blocks_gradient(
+def join_blocks_bwd(
     levels: Levels,
     q: jax.Array,
     k: jax.Array,
@@ -87,11 +88,11 @@ def join_blocks_gradient(
     for size, level_q, level_k, total in reversed(levels.levels):
         (_, right_q), (left_k, _) = _split(level_q, size), _split(level_k, size)
         between = blocks[:, :, size:, :size]
-        d_q, d_k = _undouble(d_q, d_k, total, size, between @ left_k, between.mT @ right_q)
+        d_q, d_k = _merge_pairs_bwd(d_q, d_k, total, size, between @ left_k, between.mT @ right_q)
         blocks = jnp.stack([blocks[:, :, :size, :size], blocks[:, :, size:, size:]], axis=2)
         blocks = blocks.reshape(blocks.shape[0], -1, size, size)
     half_total = levels.query_factor.reshape(q.shape[0], -1, HALF, q.shape[-1])[:, :, -1]
-    d_q, d_k = _undouble(d_q, d_k, half_total, HALF, 0, 0)
+    d_q, d_k = _merge_pairs_bwd(d_q, d_k, half_total, HALF, 0, 0)
     for_q, for_k = _diagonal_factors(levels.query_factor, levels.key_factor)
     shape = (q.shape[0], -1, BLOCK, q.shape[-1])
     inside_q = (blocks @ (k * for_k).reshape(shape)).reshape(q.shape) * for_q
@@ -116,7 +117,7 @@ def _merge(left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.stack([left, right], axis=2).reshape(left.shape[0], -1, left.shape[-1])
 
 
-def _double(
+def _merge_pairs(
     q: jax.Array, k: jax.Array, total: jax.Array, size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Compute q, k and total decays of blocks of 2 * size from those of blocks of `size`."""
@@ -130,7 +131,7 @@ def _double(
 def _diagonal_factors(
     query_factor: jax.Array, key_factor: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute the decays of q and k in blocks of 8, both relative to the middle."""
+    """Compute the decays of q and k in blocks of 8, both relative to the midpoint."""
     left_key, right_query = _split(key_factor, HALF)[0], _split(query_factor, HALF)[1]
     return _merge(1 / left_key, right_query), _merge(left_key, 1 / right_query)
 
@@ -145,10 +146,10 @@ def _diagonal_blocks(
     return jnp.where(jnp.tri(BLOCK, dtype=bool)[None, None], inside, 0)
 
 
-def _undouble(
+def _merge_pairs_bwd(
     d_q: jax.Array, d_k: jax.Array, total: jax.Array, size: int, add_right_q: Any, add_left_k: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute the gradient of `_double` for q and k, plus that of A between the blocks."""
+    """Compute the gradient of `_merge_pairs` for q and k, plus that of A between the blocks."""
     left_total, right_total = total[:, 0::2, None], total[:, 1::2, None]
     (left_q, right_q), (left_k, right_k) = _split(d_q, size), _split(d_k, size)
     d_q = _merge(left_q, right_q * left_total + add_right_q)

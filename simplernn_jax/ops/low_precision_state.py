@@ -1,4 +1,4 @@
-"""The recurrence with a state that is stored in fewer bits than its sums have."""
+"""The recurrence with a state that is stored in fewer bits than its sums."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,33 +8,38 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState
 from simplernn_jax.ops.checks import accumulator_dtype
-from simplernn_jax.ops.scan import Inputs
+from simplernn_jax.ops.scan import RecurrenceInputs
 
-CHUNK = 64
+ROUNDING_INTERVAL = 64
 """Tokens between two roundings of the state."""
 
 
 def low_precision_recurrence(
-    recurrence: Callable[[Inputs], tuple[jax.Array, HeadState]], inputs: Inputs, dtype: Any
+    recurrence: Callable[[RecurrenceInputs], tuple[jax.Array, HeadState]],
+    inputs: RecurrenceInputs,
+    dtype: Any,
 ) -> tuple[jax.Array, HeadState]:
-    """Compute `recurrence`, rounding the state to `dtype` every `CHUNK` tokens and at the end.
+    """Round the state to `dtype` every `ROUNDING_INTERVAL` tokens of `recurrence` and at the end.
 
-    Chunks are counted from the first token of the call: one call per token rounds at each, as a
-    decoder does that keeps its state in `dtype` between tokens. Inside a chunk sums are float32.
-    Gradients of the state are rounded where it is.
+    Intervals are counted from the first token of the call: calls with one token round after every
+    token, as in decoding. Sums are float32 (float64 if `dtype` is). State cotangents are rounded at
+    the same positions.
+
+    Returns:
+      The output ``[B, T, H, V]`` in the dtype of v, and the final state in `dtype`.
     """
     sums = accumulator_dtype(dtype)
 
-    def step(state: HeadState, part: Inputs) -> tuple[HeadState, jax.Array]:
+    def step(state: HeadState, part: RecurrenceInputs) -> tuple[HeadState, jax.Array]:
         output, state = recurrence(part._replace(state=state.astype(sums)))
         return state.astype(dtype), output
 
     batch, length = inputs.q.shape[:2]
-    whole = length - length % CHUNK
+    whole = length - length % ROUNDING_INTERVAL
     state, outputs = inputs.state.astype(dtype), []
     if whole:
-        chunks = inputs.map_time(lambda x: _in_chunks(x[:, :whole]))
-        state, output = jax.lax.scan(step, state, chunks)
+        intervals = inputs.map_time(lambda x: _in_intervals(x[:, :whole]))
+        state, output = jax.lax.scan(step, state, intervals)
         outputs.append(output.swapaxes(0, 1).reshape(batch, whole, *inputs.v.shape[2:]))
     if whole < length:
         state, output = step(state, inputs.map_time(lambda x: x[:, whole:]))
@@ -42,5 +47,5 @@ def low_precision_recurrence(
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1), state
 
 
-def _in_chunks(x: jax.Array) -> jax.Array:
-    return x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)
+def _in_intervals(x: jax.Array) -> jax.Array:
+    return x.reshape(x.shape[0], -1, ROUNDING_INTERVAL, *x.shape[2:]).swapaxes(0, 1)

@@ -1,7 +1,7 @@
-"""C functions of the folder `cpu`: compiled once on the user's machine, and registered with XLA.
+"""C functions of the folder `cpu`: compiled on first use, cached, and registered with XLA.
 
-Compiling there uses all vector instructions of the machine. Without a compiler, slower JAX code
-computes the same.
+Compiling on the user's machine uses all its vector instructions. Without a compiler, slower JAX
+code computes the same.
 """
 
 import ctypes
@@ -30,20 +30,20 @@ from simplernn_jax.files import open_file, read_file, sha256_hex
 from simplernn_jax.ops.collectives import vary_like
 from simplernn_jax.ops.operation import is_static
 
-FORWARD = "simplernn_forward"
-BACKWARD = "simplernn_backward"
+RECURRENCE_FORWARD = "simplernn_forward"
+RECURRENCE_BACKWARD = "simplernn_backward"
 CONVOLUTION_FORWARD = "simplernn_convolution_forward"
 CONVOLUTION_BACKWARD = "simplernn_convolution_backward"
 NORM_FORWARD = "simplernn_norm_forward"
 NORM_BACKWARD = "simplernn_norm_backward"
 
-LEAST_ENTRIES = 1 << 14
-"""Minimum size of an array for which a C function is faster than XLA's own loops: a call takes some
-5 microseconds, as long as a few small operations."""
+MIN_ELEMENTS = 1 << 14
+"""Minimum size of an array for which a C function is faster than XLA's loops: FFI call overhead is
+about 5 us."""
 
 FUNCTIONS = (
-    FORWARD,
-    BACKWARD,
+    RECURRENCE_FORWARD,
+    RECURRENCE_BACKWARD,
     CONVOLUTION_FORWARD,
     CONVOLUTION_BACKWARD,
     NORM_FORWARD,
@@ -59,7 +59,7 @@ _LOCK = threading.Lock()
 """Held while compiling: threads that trace programs at the same time compile and load once."""
 
 COMPILER_SECONDS = 120
-"""Timeout of the compiler, which takes about 5 seconds."""
+"""Timeout of the compiler, which takes a few seconds."""
 
 
 def call_native(
@@ -75,34 +75,35 @@ def or_empty(flags: jax.Array | None, like: jax.Array) -> jax.Array:
     return vary_like(jnp.zeros((0,), bool), like) if flags is None else flags
 
 
-def can_call(dtype: Any) -> bool:
+def supports_native(dtype: Any) -> bool:
     """Whether the C functions support `dtype` and this machine: float32, a CPU, a C compiler."""
     return dtype == jnp.float32 and jax.default_backend() == "cpu" and has_native_functions()
 
 
-def takes_native(x: jax.Array, native: bool | None) -> bool:
+def use_native(x: jax.Array, native: bool | None) -> bool:
     """Whether to call a C function for the array `x`.
 
     Args:
       x: the array.
-      native: the choice; None chooses the faster one by `LEAST_ENTRIES`.
+      native: True or False forces the choice; None decides by size (`MIN_ELEMENTS`).
 
     Raises:
       ValueError: `native` is True and the C functions do not support `x` here.
     """
-    if native and not can_call(x.dtype):
-        raise ValueError(f"native=True: needs float32 (got {x.dtype}), a CPU and a C compiler")
+    if native and not supports_native(x.dtype):
+        raise ValueError(f"native=True: requires float32 (got {x.dtype}), a CPU and a C compiler")
     if not is_static(x.shape) or 0 in x.shape:
         return False
-    return bool(native) if native is not None else x.size >= LEAST_ENTRIES and can_call(x.dtype)
+    return (
+        bool(native) if native is not None else x.size >= MIN_ELEMENTS and supports_native(x.dtype)
+    )
 
 
 def has_native_functions() -> bool:
     """Whether XLA can call the C functions on the CPU; compiles them at the first call.
 
-    Safe in threads: the others wait for the one that compiles. The library is kept in the user's
-    cache folder under a hash of source, compiler and processor. If it cannot be compiled or
-    loaded, one warning says why.
+    Thread-safe. The library is cached in the user's cache folder under a hash of source, compiler
+    and processor. If it cannot be compiled or loaded, one warning says why.
     """
     with _LOCK:
         return _register_functions()
@@ -113,11 +114,11 @@ def _register_functions() -> bool:
     try:
         command = shlex.split(os.environ.get("CC", "")) or ["cc"]
     except ValueError as error:
-        logging.warning("the fast recurrence could not be compiled: CC: %s", error)
+        logging.warning("the C kernels could not be compiled: CC: %s", error)
         return False
     if shutil.which(command[0]) is None:
         logging.warning(
-            "no C compiler (%s): the recurrence takes several times as long on a CPU; install one "
+            "no C compiler (%s): training on a CPU is about 2x slower; install one "
             "(Debian: apt install gcc; macOS: xcode-select --install) or set CC",
             command[0],
         )
@@ -127,7 +128,7 @@ def _register_functions() -> bool:
     except (OSError, subprocess.SubprocessError) as error:
         printed = getattr(error, "output", None) or b""
         reason = printed.decode(errors="replace").strip() or str(error)
-        logging.warning("the fast recurrence could not be compiled: %s", one_line(reason))
+        logging.warning("the C kernels could not be compiled: %s", one_line(reason))
         return False
     for name in FUNCTIONS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
@@ -141,7 +142,7 @@ def _load(command: list[str]) -> ctypes.CDLL:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # its files will be executed
         _check_owner(os.stat(folder), folder)
         cached, seal = folder / f"{name}.so", folder / f"{name}.sha256"
-        if _is_sealed(cached, seal):
+        if _is_intact(cached, seal):
             return _open(cached)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             compiled = _compile(command, Path(work))
@@ -235,7 +236,7 @@ def _processor() -> Iterator[str]:
     yield from sorted({line for line in lines if line.startswith(kinds)})
 
 
-def _is_sealed(file: Path, seal: Path) -> bool:
+def _is_intact(file: Path, seal: Path) -> bool:
     """Whether the file is intact, and only this user can have written it."""
     try:
         for path in (file, seal):
@@ -250,4 +251,4 @@ def _check_owner(status: os.stat_result, path: Path) -> None:
     if status.st_uid not in (os.geteuid(), 0):
         raise OSError(f"{path}: belongs to another user")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise OSError(f"{path}: others can write it")
+        raise OSError(f"{path}: is group- or world-writable")

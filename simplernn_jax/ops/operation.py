@@ -1,14 +1,17 @@
-"""Operations with an implementation per platform, under every transformation of JAX.
+"""A JAX primitive with implementations per platform and rules for every transformation.
 
-An operation has a pure form, which JAX can transform, and fast forms of it and of its gradient that
-JAX cannot differentiate (C functions, loops with a custom gradient). One JAX primitive carries all
-of them:
+An operation has a reference implementation, which JAX can transform, and fast ones of it and of its
+gradient that JAX cannot differentiate (C functions, loops with a custom gradient):
 
-- lowering takes the CPU form on a CPU, and the default form elsewhere and in `jax.export`, whose
-  artifacts also run where the C functions are missing;
-- reverse mode takes the fast gradient, forward mode and higher orders the pure form;
-- `vmap` maps the form that is lowered;
-- operands that are sharded under `jit` are partitioned by the operation's own rule.
+- lowering selects the CPU implementation on a CPU, and the default elsewhere and in `jax.export`:
+  exported programs have no custom calls;
+- reverse mode uses the fast gradient, forward mode and higher orders the reference;
+- `vmap` maps the implementation that is lowered;
+- operands that are sharded under `jit` are partitioned by the operation's rule.
+
+`jax.custom_vjp` with `jax.lax.platform_dependent` and `jax.ffi` would not suffice: functions with a
+custom VJP have no forward mode, a program exported for CPUs would contain custom calls, and
+`custom_partitioning`, which sharded operands need, has no rules for `vmap` and derivatives.
 """
 
 import dataclasses
@@ -25,10 +28,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from simplernn_jax.ops.collectives import vary_like
-from simplernn_jax.ops.forms import (
-    Form,
-    Forms,
-    Gradient,
+from simplernn_jax.ops.implementations import (
+    VJP,
+    Implementation,
+    Implementations,
     Linear,
     Linearized,
     Types,
@@ -38,29 +41,32 @@ from simplernn_jax.ops.forms import (
 
 
 def apply(
-    forms: Forms,
+    impls: Implementations,
     inputs: Sequence[jax.Array],
     outputs: Sequence[Any],
-    gradient: Gradient | None = None,
+    vjp: VJP | None = None,
 ) -> list[jax.Array]:
-    """Compute an operation.
+    """Apply an operation.
 
     Args:
-      forms: the operation.
+      impls: implementations of the operation.
       inputs: arrays; the floating ones are differentiated.
       outputs: arrays or structs with the shape and dtype of each result.
-      gradient: reverse mode; None differentiates the pure form.
+      vjp: reverse mode; None differentiates the reference.
+
+    Returns:
+      One array for each of `outputs`.
     """
     inputs = [vary_like(x, *inputs) for x in inputs]  # one type inside `shard_map`
-    return _bind(inputs, forms, _types(outputs), gradient)
+    return _bind(inputs, impls, _types(outputs), vjp)
 
 
-def evaluate(forms: Forms) -> Form:
-    """Make a function that each platform computes in its own form, and that XLA partitions."""
-    forms = dataclasses.replace(forms, partitioned=None)
+def as_function(impls: Implementations) -> Implementation:
+    """Return a function that dispatches per platform and leaves partitioning to XLA."""
+    impls = dataclasses.replace(impls, partitioning_rule=None)
 
     def run(*args: jax.Array) -> Sequence[jax.Array]:
-        return _bind(args, forms, _types(jax.eval_shape(forms.differentiable, *args)))
+        return _bind(args, impls, _types(jax.eval_shape(impls.differentiable, *args)))
 
     return run
 
@@ -85,32 +91,32 @@ _operation.multiple_results = True
 
 def _bind(
     args: Sequence[Any],
-    forms: Forms,
+    impls: Implementations,
     results: Types,
-    gradient: Gradient | None = None,
+    vjp: VJP | None = None,
     linear: Linear | None = None,
 ) -> list[Any]:
-    params = {"forms": forms, "results": results, "gradient": gradient, "linear": linear}
-    return _operation.bind(*args, partitioned=_partitioned(args, forms), **params)
+    params = {"impls": impls, "results": results, "vjp": vjp, "linear": linear}
+    return _operation.bind(*args, partitioned=_partitioned(args, impls), **params)
 
 
-def _partitioned(args: Sequence[Any], forms: Forms) -> Any:
+def _partitioned(args: Sequence[Any], impls: Implementations) -> Any:
     """Trace the operation inside `custom_partitioning`, if there are several devices.
 
     The jaxpr is a parameter of the primitive, since `custom_partitioning` has no rules for `vmap`
     and derivatives.
     """
-    if forms.partitioned is None or on_one_device():
+    if impls.partitioning_rule is None or on_one_device():
         return None
-    return _partitioned_jaxpr(forms, _types(args), jax.config.jax_enable_x64)  # type: ignore[attr-defined, unused-ignore]
+    return _partitioned_jaxpr(impls, _types(args), jax.config.jax_enable_x64)  # type: ignore[attr-defined, unused-ignore]
 
 
 @functools.lru_cache(maxsize=256)
-def _partitioned_jaxpr(forms: Forms, types: Types, x64: bool) -> Any:
+def _partitioned_jaxpr(impls: Implementations, types: Types, x64: bool) -> Any:
     del x64  # a key of the cache
-    assert forms.partitioned is not None
+    assert impls.partitioning_rule is not None
     structs = [jax.ShapeDtypeStruct(*each) for each in types]
-    return jax.make_jaxpr(forms.partitioned(evaluate(forms)))(*structs)
+    return jax.make_jaxpr(impls.partitioning_rule(as_function(impls)))(*structs)
 
 
 def _types(arrays: Sequence[Any]) -> Types:
@@ -123,11 +129,11 @@ def _compiled(**params: Any) -> Callable[..., Any]:
 
 
 @_operation.def_impl
-def _evaluate(*args: jax.Array, partitioned: Any, **params: Any) -> Any:
+def _impl(*args: jax.Array, partitioned: Any, **params: Any) -> Any:
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined, unused-ignore]
-        forms = params["forms"]
-        on_cpu = jax.default_backend() == "cpu" and forms.cpu is not None
-        return list((forms.cpu if on_cpu else forms.default)(*args))
+        impls = params["impls"]
+        on_cpu = jax.default_backend() == "cpu" and impls.cpu is not None
+        return list((impls.cpu if on_cpu else impls.default)(*args))
     return _compiled(partitioned=None, **params)(*args)
 
 
@@ -145,12 +151,14 @@ def _abstract(*args: Any, results: Any, **_: Any) -> list[Any]:
     ]
 
 
-def _lower(ctx: Any, *args: Any, forms: Forms, partitioned: Any, on_cpu: bool, **_: Any) -> Any:
+def _lower(
+    ctx: Any, *args: Any, impls: Implementations, partitioned: Any, on_cpu: bool, **_: Any
+) -> Any:
     for_export = ctx.module_context.lowering_parameters.for_export
-    form = forms.cpu if on_cpu and forms.cpu is not None and not for_export else forms.default
+    impl = impls.cpu if on_cpu and impls.cpu is not None and not for_export else impls.default
     if partitioned is not None and not for_export:
-        form = jaxpr_as_fun(partitioned)
-    return mlir.lower_fun(form, multiple_results=True)(ctx, *args)
+        impl = jaxpr_as_fun(partitioned)
+    return mlir.lower_fun(impl, multiple_results=True)(ctx, *args)
 
 
 mlir.register_lowering(_operation, functools.partial(_lower, on_cpu=False))
@@ -161,30 +169,31 @@ def _differentiate(
     primals: Sequence[Any],
     tangents: Sequence[Any],
     *,
-    forms: Forms,
+    impls: Implementations,
     results: Any,
-    gradient: Gradient | None,
+    vjp: VJP | None,
     linear: Linear | None,
     partitioned: Any,
 ) -> Any:
     del partitioned
     full = [_instantiate(tangent, x) for tangent, x in zip(tangents, primals, strict=True)]
-    if gradient is not None:
-        outputs = _bind(primals, gradient.forward or forms, results + gradient.extras)
-        kept = range(len(primals)) if gradient.kept is None else gradient.kept
-        residuals = [*(primals[i] for i in kept), *outputs[len(results) :]]
+    if vjp is not None:
+        outputs = _bind(primals, vjp.fwd or impls, results + vjp.residual_types)
+        saved = range(len(primals)) if vjp.saved_inputs is None else vjp.saved_inputs
+        residuals = [*(primals[i] for i in saved), *outputs[len(results) :]]
         wrt = tuple(i for i, x in enumerate(primals) if jnp.issubdtype(x.dtype, jnp.inexact))
-        jvp = Linearized(forms.differentiable, gradient.inputs, len(primals), len(residuals), wrt)
-        vjp = dataclasses.replace(jvp, transposed=True)
-        linear = Linear(len(residuals), dataclasses.replace(gradient.reverse, pure=vjp))
+        counts = len(primals), len(residuals)
+        jvp = Linearized(impls.differentiable, vjp.restore_inputs, *counts, wrt)
+        transposed = dataclasses.replace(jvp, transposed=True)
+        linear = Linear(len(residuals), dataclasses.replace(vjp.bwd, reference=transposed))
         args = [*residuals, *(full[i] for i in wrt)]
-        return outputs[: len(results)], _bind(args, Forms(jvp), results, linear=linear)
-    outputs = _bind(primals, forms, results, linear=linear)
+        return outputs[: len(results)], _bind(args, Implementations(jvp), results, linear=linear)
+    outputs = _bind(primals, impls, results, linear=linear)
     is_zero = [type(tangent) is ad.Zero for tangent in tangents]
     if linear is not None and all(is_zero[: linear.num_residuals]):
         args = [*primals[: linear.num_residuals], *full[linear.num_residuals :]]
-        return outputs, _bind(args, forms, results, linear=linear)
-    return outputs, jax.jvp(as_list(forms.differentiable), tuple(primals), tuple(full))[1]
+        return outputs, _bind(args, impls, results, linear=linear)
+    return outputs, jax.jvp(as_list(impls.differentiable), tuple(primals), tuple(full))[1]
 
 
 ad.primitive_jvps[_operation] = _differentiate
@@ -193,7 +202,7 @@ ad.primitive_jvps[_operation] = _differentiate
 def _transpose(
     cotangents: Sequence[Any],
     *args: Any,
-    forms: Forms,
+    impls: Implementations,
     results: Any,
     linear: Linear,
     **_: Any,
@@ -205,7 +214,7 @@ def _transpose(
     ]
     unknown = [ad.is_undefined_primal(x) for x in linear_args]
     avals = [x.aval if u else jax.typeof(x) for x, u in zip(linear_args, unknown, strict=True)]
-    back = Linear(linear.num_residuals, forms)
+    back = Linear(linear.num_residuals, impls)
     found = _bind([*residuals, *cts], linear.transpose, _types(avals), linear=back)
     # A known linear argument is a zero that JAX has instantiated.
     wanted = [ct if u else None for ct, u in zip(found, unknown, strict=True)]
@@ -219,9 +228,9 @@ def _batch(
     args: Sequence[Any],
     dims: Sequence[int | None],
     *,
-    forms: Forms,
+    impls: Implementations,
     results: Any,
-    gradient: Gradient | None,
+    vjp: VJP | None,
     linear: Linear | None,
     partitioned: Any,
 ) -> Any:
@@ -233,25 +242,26 @@ def _batch(
     def batched(types: Types) -> Types:
         return tuple(((size, *shape), dtype) for shape, dtype in types)
 
-    def mapped(forms: Forms, in_axes: Any, out_axes: Any = None) -> Forms:
-        return forms.map(functools.partial(Vmapped, in_axes=in_axes, out_axes=out_axes))
+    def mapped(impls: Implementations, in_axes: Any, out_axes: Any = None) -> Implementations:
+        return impls.map(functools.partial(Vmapped, in_axes=in_axes, out_axes=out_axes))
 
-    if gradient is not None:
-        kept = axes if gradient.kept is None else tuple(axes[i] for i in gradient.kept)
-        residuals = (*kept, *[0] * len(gradient.extras))
+    if vjp is not None:
+        saved = axes if vjp.saved_inputs is None else tuple(axes[i] for i in vjp.saved_inputs)
+        residuals = (*saved, *[0] * len(vjp.residual_types))
         cotangents = (0,) * len(results)
-        gradient = Gradient(
-            reverse=mapped(gradient.reverse, residuals + cotangents, axes),
-            forward=None if gradient.forward is None else mapped(gradient.forward, axes),
-            extras=batched(gradient.extras),
-            kept=gradient.kept,
-            inputs=gradient.inputs and Vmapped(gradient.inputs, residuals, axes, summed=False),
+        restore = vjp.restore_inputs
+        vjp = VJP(
+            bwd=mapped(vjp.bwd, residuals + cotangents, axes),
+            fwd=None if vjp.fwd is None else mapped(vjp.fwd, axes),
+            residual_types=batched(vjp.residual_types),
+            saved_inputs=vjp.saved_inputs,
+            restore_inputs=restore and Vmapped(restore, residuals, axes, summed=False),
         )
     if linear is not None:
         n = linear.num_residuals
         in_axes = axes[:n] + (0,) * len(results)
         linear = Linear(n, mapped(linear.transpose, in_axes, axes[n:]))
-    outputs = _bind(args, mapped(forms, axes), batched(results), gradient, linear)
+    outputs = _bind(args, mapped(impls, axes), batched(results), vjp, linear)
     return outputs, [0] * len(outputs)
 
 

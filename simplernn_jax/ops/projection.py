@@ -14,24 +14,28 @@ from typing import Any
 
 import jax
 
-from simplernn_jax.ops.collectives import all_gather, psum, remat_all_gather, vary_like
+from simplernn_jax.ops.collectives import all_gather, psum, remat_if_fsdp, vary_like
 from simplernn_jax.ops.matmul import fused_matmul
 
 
 def fused_projection(
     x: jax.Array, kernels: Sequence[jax.Array], dtype: Any, *, row_parallel: bool = False
 ) -> tuple[jax.Array, ...]:
-    """Multiply `x` with each kernel, as `fused_matmul`.
+    """Apply `fused_matmul` to sharded kernels; raises what it does.
 
     Args:
       x: ``[..., in]``, or this device's inputs ``[..., in / tensor]`` if `row_parallel`.
       kernels: this device's shards, all column parallel or all row parallel.
-      dtype: dtype of the operands; results are float32 at least.
+      dtype: dtype of the operands.
       row_parallel: sum the results over ``tensor``.
+
+    Returns:
+      Arrays ``[..., out / tensor]``, or ``[..., out]`` if `row_parallel`; float32 (float64 if
+      `dtype` is).
     """
     x = vary_like(x, *kernels)  # its gradient is summed over `tensor` once for all kernels
     run = partial(_gather_and_multiply, dtype=dtype, gathered_axis=int(row_parallel))
-    outputs = remat_all_gather(run)(x, tuple(kernels))
+    outputs = remat_if_fsdp(run)(x, tuple(kernels))
     return psum(outputs, "tensor") if row_parallel else outputs
 
 

@@ -1,4 +1,4 @@
-"""Resets and selection of recurrent states of any structure, by sequence."""
+"""Per-sequence reset and selection of state pytrees."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def reset_state(state: ModelState, reset: jax.Array | np.ndarray) -> ModelState:
 
     Raises:
       ValueError: `reset` has another rank, or a leaf of `state` another batch size.
-      TypeError: `reset` is not of bool.
+      TypeError: `reset` is not of bool, or a leaf is not an array.
     """
     check_batch("state", state, check_array("reset", reset, "B", BOOL)["B"])
 
@@ -23,5 +23,5 @@ def reset_state(state: ModelState, reset: jax.Array | np.ndarray) -> ModelState:
 
 
 def select_sequences(where: jax.Array | np.ndarray, chosen: Any, other: jax.Array) -> jax.Array:
-    """`chosen` for the sequences where `where` ``[B]`` holds, else `other` ``[B, ...]``."""
+    """Select `chosen`, broadcast, where `where` ``[B]`` is True, else `other` ``[B, ...]``."""
     return jnp.where(where.reshape(-1, *[1] * (other.ndim - 1)), chosen, other)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.ops.checks import accumulator_dtype, check_array
-from simplernn_jax.ops.forms import Form, Forms, Gradient
-from simplernn_jax.ops.native import NORM_BACKWARD, NORM_FORWARD, call_native, takes_native
+from simplernn_jax.ops.implementations import VJP, Implementation, Implementations
+from simplernn_jax.ops.native import NORM_BACKWARD, NORM_FORWARD, call_native, use_native
 from simplernn_jax.ops.operation import apply
 from simplernn_jax.ops.partitioning import Partitioned
 
@@ -21,49 +21,53 @@ EPSILON = 1e-6
 
 
 def rms_norm(x: jax.Array, *, native: bool | None = None) -> jax.Array:
-    """Compute ``x / sqrt(mean(x^2) + EPSILON)`` along the last axis, at least float32.
+    """Compute ``x / sqrt(mean(x^2) + EPSILON)`` along the last axis.
 
-    Root mean square layer normalization (arXiv:1910.07467) without its scale: the layers that
-    follow have scales of their own.
+    Root mean square layer normalization (arXiv:1910.07467) without its scale, which the
+    following projection absorbs.
 
     Args:
       x: ``[..., D]``.
-      native: call the C functions; None decides by size and platform.
+      native: True calls the C functions, False never; None decides by size and platform.
+
+    Returns:
+      ``[..., D]``, float32 (float64 if `x` is).
 
     Raises:
-      ValueError: `x` has no axis.
+      ValueError: `x` has no axis, or `native` is True where the C functions do not support it.
       TypeError: `x` is not of floating point.
     """
     check_array("x", x, "... D")
-    x = jnp.asarray(x)  # float64 of NumPy may be float32 here
+    x = jnp.asarray(x)  # without x64, float64 becomes float32
     x = x.astype(accumulator_dtype(x))
-    forms, forward, reverse = _operation(x.ndim, takes_native(x, native))
-    gradient = Gradient(reverse, forward, extras=((x.shape[:-1], x.dtype),))
-    (y,) = apply(forms, [x], [x], gradient)
+    impls, fwd, bwd = _operation(x.ndim, use_native(x, native))
+    (y,) = apply(impls, [x], [x], VJP(bwd, fwd, residual_types=((x.shape[:-1], x.dtype),)))
     return y
 
 
 def inverse_rms(x: jax.Array) -> jax.Array:
-    """Compute ``1 / sqrt(mean(x^2) + EPSILON)`` along the last axis."""
+    """Compute ``1 / sqrt(mean(x^2) + EPSILON)``, ``[..., D]`` to ``[...]``, in x's dtype."""
     return jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1) + EPSILON)
 
 
 @functools.cache
-def _operation(ndim: int, has_c: bool) -> tuple[Forms, Forms, Forms]:
-    """Make x to (y,), x to (y, scale), and (x, scale, cotangent of y) to the gradient of x."""
+def _operation(ndim: int, has_c: bool) -> tuple[Implementations, Implementations, Implementations]:
+    """Build x to (y,), x to (y, scale), and (x, scale, cotangent of y) to the gradient of x."""
     scale = " ".join(f"a{axis}" for axis in range(ndim - 1))
     x = f"{scale} d"
 
-    def forms(default: Form, in_c: Form, inputs: list[str], results: list[str]) -> Forms:
-        if not has_c:  # XLA partitions the default form
-            return Forms(default)
-        partitioned = Partitioned(tuple(inputs), tuple(results), ("d",))
-        return Forms(default, in_c, partitioned=partitioned)
+    def impls(
+        default: Implementation, in_c: Implementation, inputs: list[str], results: list[str]
+    ) -> Implementations:
+        if not has_c:  # XLA partitions the default
+            return Implementations(default)
+        rule = Partitioned(tuple(inputs), tuple(results), ("d",))
+        return Implementations(default, in_c, partitioning_rule=rule)
 
     return (
-        forms(lambda x: _forward(x)[:1], lambda x: _forward_in_c(x)[:1], [x], [x]),
-        forms(_forward, _forward_in_c, [x], [x, scale]),
-        forms(_gradient, _gradient_in_c, [x, scale, x], [x]),
+        impls(lambda x: _forward(x)[:1], lambda x: _forward_in_c(x)[:1], [x], [x]),
+        impls(_forward, _forward_in_c, [x], [x, scale]),
+        impls(_gradient, _gradient_in_c, [x, scale, x], [x]),
     )
 
 

@@ -18,13 +18,13 @@ from simplernn_jax.ops.convolution_sharding import (
     partition_convolution,
     partition_convolution_gradient,
 )
-from simplernn_jax.ops.forms import Forms, Gradient
+from simplernn_jax.ops.implementations import VJP, Implementations
 from simplernn_jax.ops.native import (
     CONVOLUTION_BACKWARD,
     CONVOLUTION_FORWARD,
     call_native,
     or_empty,
-    takes_native,
+    use_native,
 )
 from simplernn_jax.ops.operation import apply
 from simplernn_jax.ops.rms_norm import inverse_rms, rms_norm
@@ -45,16 +45,17 @@ def rms_norm_convolution(
 
     Args:
       x: ``[B, T, D]``.
-      weights: ``[W, D]``; entry i belongs to the input i tokens ago.
-      recent: n before the first token, ``[B, W - 1, D]``, of the first token's segment.
-      starts: ``[B, T]`` bool: the token starts a segment, which no earlier input reaches; or None.
-      native: call the C functions; None decides by size and platform.
+      weights: ``[W, D]``; ``weights[i]`` multiplies the input i tokens earlier.
+      recent: normalized inputs before the first token, of its segment, ``[B, W - 1, D]``.
+      starts: ``[B, T]`` bool, True where a token starts a segment; None if none does.
+      native: as in `rms_norm`.
 
     Returns:
-      ``[B, T, D]``, and the last W - 1 of recent and n, of any segment.
+      ``[B, T, D]``, and the normalized inputs of the last W - 1 positions, regardless of segment;
+      both in the dtype of `recent`.
 
     Raises:
-      ValueError: wrong ranks, or shapes that do not fit together.
+      ValueError: wrong ranks, shapes that do not fit together, or an unavailable `native`.
       TypeError: wrong dtypes.
     """
     sizes = check_array("x", x, "B T D")
@@ -65,14 +66,14 @@ def rms_norm_convolution(
     check_array("recent", recent, "B P D", FLOATING, sizes)
     if starts is not None:
         check_array("starts", starts, "B T", BOOL, sizes)
-    x, weights, recent = map(jnp.asarray, (x, weights, recent))  # float64 may be float32 here
+    x, weights, recent = map(jnp.asarray, (x, weights, recent))  # as in `rms_norm`
     x = x.astype(recent.dtype)
-    if not takes_native(x, native):
+    if not use_native(x, native):
         return _by_shifts(x, weights, recent, starts)
     inputs = [x, weights.astype(x.dtype), recent, *([] if starts is None else [starts])]
-    forms, forward, reverse = _operation(starts is not None)
-    gradient = Gradient(reverse, forward, extras=((x.shape[:2], x.dtype),))
-    y, final = apply(forms, inputs, [x, recent], gradient)
+    impls, fwd, bwd = _operation(starts is not None)
+    vjp = VJP(bwd, fwd, residual_types=((x.shape[:2], x.dtype),))
+    y, final = apply(impls, inputs, [x, recent], vjp)
     return y, final
 
 
@@ -95,19 +96,19 @@ def _by_shifts(
 
 
 @functools.cache
-def _operation(has_starts: bool) -> tuple[Forms, Forms, Forms]:
-    """Make (x, weights, recent[, starts]) to (y, final), to (y, final, scale), and the gradient."""
-    partitioned = partition_convolution(has_starts, has_scale=False)
+def _operation(has_starts: bool) -> tuple[Implementations, Implementations, Implementations]:
+    """Build (x, weights, recent[, starts]) to (y, final[, scale]), and the gradient."""
+    rule = partition_convolution(has_starts, has_scale=False)
     with_scale = partition_convolution(has_starts, has_scale=True)
     gradient = partition_convolution_gradient(has_starts)
     return (
-        Forms(
+        Implementations(
             lambda *inputs: _forward(*inputs)[:2],
             lambda *inputs: _forward_in_c(*inputs)[:2],
-            partitioned=partitioned,
+            partitioning_rule=rule,
         ),
-        Forms(_forward, _forward_in_c, partitioned=with_scale),
-        Forms(_gradient, _gradient_in_c, partitioned=gradient),
+        Implementations(_forward, _forward_in_c, partitioning_rule=with_scale),
+        Implementations(_gradient, _gradient_in_c, partitioning_rule=gradient),
     )
 
 

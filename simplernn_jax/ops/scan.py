@@ -5,8 +5,8 @@ Per head, with state S in R^{K x V}::
     S_t = diag(exp(log_gate_t)) S_{t-1} + k_t v_t^T
     y_t = S_t^T q_t
 
-(gated linear attention: Yang et al. 2023, arXiv:2312.06635, equation 3.) Every other form
-is tested against this one, output, final state and gradients.
+(Gated linear attention: arXiv:2312.06635, eq. 3; column vectors here, row vectors there.) Every
+other implementation is tested against this one: output, final state and gradients.
 """
 
 from collections.abc import Callable
@@ -19,25 +19,27 @@ from simplernn_jax.array_types import HeadState
 from simplernn_jax.ops.checks import FLOATING, check_array
 
 
-class Inputs(NamedTuple):
+class RecurrenceInputs(NamedTuple):
     """Arguments of the recurrence."""
 
     q: jax.Array  # [B, T, H, K]
     k: jax.Array  # [B, T, H, K]
     v: jax.Array  # [B, T, H, V]
     log_gate: jax.Array  # [B, T, H, K]
-    state: HeadState  # [B, H, K, V] before the first token; sums are of its dtype
+    state: HeadState  # [B, H, K, V] before the first token; its dtype is the accumulation dtype
     reset: jax.Array | None = None  # [B, T] bool: the state is reset before the token
 
     def arrays(self) -> list[jax.Array]:
         """List the arrays that are not None."""
         return [x for x in self if x is not None]
 
-    def map_time(self, function: Callable[[jax.Array], jax.Array], state: Any = None) -> "Inputs":
+    def map_time(
+        self, function: Callable[[jax.Array], jax.Array], state: Any = None
+    ) -> "RecurrenceInputs":
         """Apply `function` to the arrays that have an axis of time, and replace the state."""
         q, k, v, log_gate = map(function, self[:4])
         reset = None if self.reset is None else function(self.reset)
-        return Inputs(q, k, v, log_gate, state, reset)
+        return RecurrenceInputs(q, k, v, log_gate, state, reset)
 
 
 def recurrent_step(
@@ -50,7 +52,7 @@ def recurrent_step(
       k: ``[B, H, K]``.
       v: ``[B, H, V]``.
       log_gate: ``[B, H, K]``, at most 0.
-      state: ``[B, H, K, V]``, float32 (float64 under x64).
+      state: ``[B, H, K, V]``; its dtype is that of the computation.
 
     Returns:
       The output ``[B, H, V]`` in the dtype of v, and the next state in the dtype of `state`.
@@ -71,10 +73,10 @@ def recurrent_step(
     return output.astype(v.dtype), state
 
 
-def scan(inputs: Inputs) -> tuple[jax.Array, HeadState]:
+def scan(inputs: RecurrenceInputs) -> tuple[jax.Array, HeadState]:
     """Compute the output ``[B, T, H, V]`` and the final state ``[B, H, K, V]``."""
 
-    def step(state: HeadState, token: Inputs) -> tuple[HeadState, jax.Array]:
+    def step(state: HeadState, token: RecurrenceInputs) -> tuple[HeadState, jax.Array]:
         if token.reset is not None:
             state = jnp.where(token.reset[:, None, None, None], 0, state)
         output, state = recurrent_step(*token[:4], state)

@@ -5,7 +5,7 @@ sequence, and nothing is exchanged. Each device runs its shard from a zero state
 Other devices need its decay D and its final state S from zero: K (V + 1) numbers per head and
 sequence, independent of T. Two consecutive shards compose to (D_1 D_2, D_2 S_1 + S_2), which is
 associative: n devices know the states before their shards after log2(n) + 1 exchanges. Gradients
-follow from JAX's own derivative of the exchanges.
+come from differentiating `ppermute`.
 
 Documents: `shard_segment_ids` numbers the segments of a shard from 0 if its first token continues
 the segment of the token before the shard, else from 1. Only tokens with id 0 read the state before
@@ -30,7 +30,7 @@ from simplernn_jax.array_types import (
 )
 from simplernn_jax.ops import gated_linear_recurrence, segment_starts
 from simplernn_jax.ops.collectives import axis_index, axis_size, broadcast_from_last, shift
-from simplernn_jax.ops.convolution_sharding import in_last_segment
+from simplernn_jax.ops.convolution_sharding import mask_to_last_segment
 from simplernn_jax.ops.incoming_state import read_state, shard_decay
 from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.ops.rms_norm import rms_norm
@@ -38,7 +38,7 @@ from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
 
 AXIS = "sequence"
 
-LEAST_TOKENS = 3
+MIN_SHARD_TOKENS = 3
 """Minimum tokens per shard: the short convolution takes its past inputs from one other shard."""
 
 
@@ -47,6 +47,9 @@ def shard_segment_ids(segment_ids: SegmentIds) -> SegmentIds:
 
     Args:
       segment_ids: ``[B, T / sequence]``, any ids; a change of id begins a segment.
+
+    Returns:
+      ``[B, T / sequence]`` of the same dtype; `segment_ids` if the sequences are not sharded.
     """
     if axis_size(AXIS) == 1:
         return segment_ids
@@ -68,7 +71,7 @@ def sharded_recurrence(
     state_dtype: Any = None,
     recurrence: Callable[..., tuple[Values, HeadState]] = gated_linear_recurrence,
 ) -> tuple[Values, HeadState]:
-    """`gated_linear_recurrence` of sequences that may be sharded.
+    """Compute `gated_linear_recurrence` of sequences that may be sharded.
 
     Args:
       q: ``[B, T / sequence, H, K]``.
@@ -77,12 +80,16 @@ def sharded_recurrence(
       log_gate: ``[B, T / sequence, H, K]``.
       initial_state: ``[B, H, K, V]`` before the sequence's first token; None is zero.
       segment_ids: as `shard_segment_ids` returns them; None if all is one segment.
-      state_dtype: as in `gated_linear_recurrence`; None if the sequences are sharded.
+      state_dtype: as in `gated_linear_recurrence`; must be None if the sequences are sharded.
       recurrence: computes each shard, with the arguments of `gated_linear_recurrence`.
 
     Returns:
       The output of this device's shard, and the state after the sequence's last token, on all
       devices.
+
+    Raises:
+      ValueError: wrong ranks or shapes, or `state_dtype` of sharded sequences.
+      TypeError: wrong dtypes.
     """
     if axis_size(AXIS) == 1:
         return recurrence(
@@ -94,19 +101,21 @@ def sharded_recurrence(
             segment_ids=segment_ids,
             state_dtype=state_dtype,
         )
+    if state_dtype is not None:
+        raise ValueError(f"{state_dtype=}: sharded sequences need a float32 state (None)")
     from_zero, state = recurrence(q, k, v, log_gate, segment_ids=segment_ids)
     log_gate = log_gate.astype(state.dtype)
-    reads = None if segment_ids is None else segment_ids == 0
-    incoming, outgoing = _scan_shards(shard_decay(log_gate, reads), state, initial_state)
-    # The gradient recomputes the decays instead of keeping one more array of every token.
-    output = from_zero + jax.checkpoint(read_state)(q, log_gate, reads, incoming)
+    before_reset = None if segment_ids is None else segment_ids == 0
+    incoming, outgoing = _scan_shards(shard_decay(log_gate, before_reset), state, initial_state)
+    # The gradient recomputes the decays instead of saving one more array of every token.
+    output = from_zero + jax.checkpoint(read_state)(q, log_gate, before_reset, incoming)
     return output.astype(v.dtype), broadcast_from_last(outgoing, AXIS)
 
 
 def sharded_convolution(
     x: Activations, weights: jax.Array, state: ConvState, segment_ids: SegmentIds | None
 ) -> tuple[Activations, ConvState]:
-    """`rms_norm_convolution` of sequences that may be sharded, within segments.
+    """Compute `rms_norm_convolution` of sequences that may be sharded, within segments.
 
     Args:
       x: ``[B, T / sequence, D]``.
@@ -116,18 +125,18 @@ def sharded_convolution(
 
     Returns:
       The output of this device's shard, and the state after the sequence's last token, zero where
-      it is not of the last token's segment.
+      it is not of the last token's segment. Raises what `rms_norm_convolution` does.
     """
     starts = None if segment_ids is None else segment_starts(segment_ids)
     if axis_size(AXIS) > 1:
         own = rms_norm(x[:, x.shape[1] - state.shape[1] :].astype(state.dtype))
-        state = halo(in_last_segment(own, starts), state, segment_ids)
+        state = halo(mask_to_last_segment(own, starts), state, segment_ids)
     y, recent = rms_norm_convolution(x, weights, state, starts)
-    return y, broadcast_from_last(in_last_segment(recent, starts), AXIS)
+    return y, broadcast_from_last(mask_to_last_segment(recent, starts), AXIS)
 
 
 def halo(own: jax.Array, first: jax.Array, ids: SegmentIds | None) -> jax.Array:
-    """Receive the end of the shard before, zero where this shard begins a segment.
+    """Exchange halos: receive the end of the shard before, zero where this shard begins a segment.
 
     Args:
       own: the end of this shard, zero outside of its last segment, ``[B, ...]``.

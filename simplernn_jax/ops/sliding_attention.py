@@ -1,7 +1,7 @@
 """Causal softmax attention over a sliding window, in memory linear in T.
 
-Queries are processed in blocks, each with the keys that it may see. A compiled loop goes through
-the blocks of a long sequence, and the gradient recomputes their scores.
+Queries are processed in blocks, each with the keys that it may attend to. A compiled loop goes
+through the blocks of a long sequence, and the gradient recomputes their scores.
 """
 
 import functools
@@ -15,26 +15,27 @@ import numpy as np
 from simplernn_jax.array_types import Positions, Queries, SeenKeys, SeenValues
 from simplernn_jax.ops.checks import BOOL, INTEGER, accumulator_dtype, check_array
 
-QUERIES = 256
-"""Queries of one block, which see at most `context` + 255 keys."""
+QUERY_BLOCK = 256
+"""Queries of one block, which attends to at most `context` + 255 keys."""
 
 ROTARY_BASE = 10_000.0
-"""Bound of the ratio of the fastest to the slowest rotation (arXiv:2104.09864, section 3.2.2)."""
+"""Base of the RoPE frequencies, theta_i = base^(-2i/K) (arXiv:2104.09864, section 3.2.2)."""
 
 
 def apply_rope(x: jax.Array, positions: Positions) -> jax.Array:
     """Apply rotary position embeddings (RoFormer, arXiv:2104.09864, eq. 34).
 
-    The dot product of two rotated vectors depends on the difference of their positions. Angles are
-    integers in units of 2^-32 turns, which wrap as angles do: they are exact at any position, where
-    float32 angles would be off by 4e-3 after 100,000 tokens.
+    In the half-split (GPT-NeoX) layout: channel i is paired with i + K/2. The dot product of two
+    rotated vectors depends on the difference of their positions. Angles are integers in units of
+    2^-32 turns, which wrap as angles do: they are exact at any position, where float32 angles would
+    be off by 4e-3 after 100,000 tokens.
 
     Args:
-      x: ``[B, T, H, K]``, K even; channel i is paired with channel i + K/2.
-      positions: ``[B or 1, T]`` int32.
+      x: ``[B, T, H, K]``, K even.
+      positions: ``[B or 1, T]`` integers, modulo 2^32.
 
     Returns:
-      ``[B, T, H, K]`` of x's dtype, computed in float32 at least.
+      ``[B, T, H, K]`` of x's dtype, computed in float32 (float64 if x is).
 
     Raises:
       ValueError: wrong ranks, shapes that do not fit together, or K is odd.
@@ -46,26 +47,27 @@ def apply_rope(x: jax.Array, positions: Positions) -> jax.Array:
         raise ValueError(f"x: expected [B, T, H, K] with an even K; got K = {sizes['K']}")
     half = x.shape[-1] // 2
     dtype = accumulator_dtype(x)
-    radians = ROTARY_BASE ** (-np.arange(half) / half)
-    turn = np.rint(radians / (2 * np.pi) * 2**32).astype(np.int32)
-    angle = (positions[..., None] * turn[None, None]).astype(dtype) * (2 * np.pi / 2**32)
+    frequency = ROTARY_BASE ** (-np.arange(half) / half)
+    turns_per_token = np.rint(frequency / (2 * np.pi) * 2**32).astype(np.int32)
+    turns = jnp.asarray(positions, jnp.int32)[..., None] * turns_per_token[None, None]
+    angle = turns.astype(dtype) * (2 * np.pi / 2**32)
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
     first, second = jnp.split(x.astype(dtype), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def attend(q: Queries, k: SeenKeys, v: SeenValues, mask: jax.Array) -> jax.Array:
-    """Compute softmax attention of T queries over S keys, of which every query sees at least one.
+    """Compute softmax attention of T queries over S keys; every query attends to at least one.
 
     Args:
       q: ``[B, T, H, K]``; scaled by 1/sqrt(K) here.
       k: ``[B, S, H, K]``.
       v: ``[B, S, H, V]``.
-      mask: ``[B or 1, T, S]``, True where the query sees the key.
+      mask: ``[B or 1, T, S]``, True where the query attends to the key.
 
     Returns:
-      ``[B, T, H, V]`` of the inputs' dtype; scores and softmax are float32 (float64 if they are).
+      ``[B, T, H, V]`` of the inputs' dtype; scores and softmax in float32 (float64 if q is).
 
     Raises:
       ValueError: wrong ranks, or shapes that do not fit together.
@@ -74,15 +76,15 @@ def attend(q: Queries, k: SeenKeys, v: SeenValues, mask: jax.Array) -> jax.Array
     sizes = _check_heads(q, k, v)
     check_array("mask", mask, "B? T S", BOOL, sizes)
     key_dim, value_dim = k.shape[-1], v.shape[-1]
-    if q.shape[2] == 0:  # the library divides by the number of heads
+    if q.shape[2] == 0:  # `jax.nn.dot_product_attention` divides by H
         return jnp.zeros((*q.shape[:3], value_dim), q.dtype)
-    if q.dtype == jnp.float64:  # the library's softmax is always float32
+    if q.dtype == jnp.float64:  # its softmax is always float32
         scores = jnp.einsum("bthk,bshk->bhts", q, k) * key_dim**-0.5
         weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
         return jnp.einsum("bhts,bshv->bthv", weights, v)
 
     def widen(x: jax.Array) -> jax.Array:
-        # The library wants K = V; channels of zeros do not change the scores.
+        # `jax.nn.dot_product_attention` requires K = V; channels of zeros do not change the scores.
         missing = max(key_dim, value_dim) - x.shape[-1]
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else x
 
@@ -93,7 +95,7 @@ def attend(q: Queries, k: SeenKeys, v: SeenValues, mask: jax.Array) -> jax.Array
 
 
 def sliding_attention(
-    q: Queries, k: SeenKeys, v: SeenValues, reach: jax.Array, context: int
+    q: Queries, k: SeenKeys, v: SeenValues, num_visible: jax.Array, context: int
 ) -> jax.Array:
     """Compute causal attention over the last tokens.
 
@@ -101,9 +103,9 @@ def sliding_attention(
       q: ``[B, T, H, K]``.
       k: ``[B, P + T, H, K]``, with the keys of P earlier tokens first.
       v: ``[B, P + T, H, V]``.
-      reach: ``[B or 1, T]`` int32: number of tokens that a query sees, its own included; at least
-        1, and at most `context` and the number of tokens up to its own.
-      context: upper bound of `reach`; earlier keys are not read.
+      num_visible: ``[B or 1, T]`` int32: number of keys each query attends to, including its own;
+        at least 1, and at most `context` and the number of tokens up to its own.
+      context: upper bound of `num_visible`; earlier keys are not read.
 
     Returns:
       ``[B, T, H, V]`` of the inputs' dtype.
@@ -114,7 +116,7 @@ def sliding_attention(
       TypeError: wrong dtypes; those of q, k and v must be the same.
     """
     sizes = _check_heads(q, k, v)
-    check_array("reach", reach, "B? T", INTEGER, sizes)
+    check_array("num_visible", num_visible, "B? T", INTEGER, sizes)
     if k.shape[1] < q.shape[1]:
         raise ValueError(
             f"k: expected [B, S, H, K] with S at least T = {q.shape[1]}; got S = {k.shape[1]}"
@@ -122,14 +124,18 @@ def sliding_attention(
     if context < 1:
         raise ValueError(f"context: expected at least 1; got {context}")
     length, past = q.shape[1], k.shape[1] - q.shape[1]
-    if length <= QUERIES:
-        return _block(q, k, v, reach, 0, length, past + length)
-    part_size = max(context, QUERIES)
+    if length <= QUERY_BLOCK:
+        return _block(q, k, v, num_visible, 0, length, past + length)
+    part_size = max(context, QUERY_BLOCK)
     count = max(1, length // part_size)
     first_keys = slice(past + part_size)
     parts = [
         _attend_blocks(
-            q[:, :part_size], k[:, first_keys], v[:, first_keys], reach[:, :part_size], context
+            q[:, :part_size],
+            k[:, first_keys],
+            v[:, first_keys],
+            num_visible[:, :part_size],
+            context,
         )
     ]
     if count > 1:
@@ -140,17 +146,17 @@ def sliding_attention(
             return jnp.moveaxis(x, 1, 0)
 
         def middle(parts: tuple[jax.Array, ...]) -> jax.Array:
-            q, k_before, k, v_before, v, reach = parts
+            q, k_before, k, v_before, v, num_visible = parts
             k, v = jnp.concatenate([k_before, k], 1), jnp.concatenate([v_before, v], 1)
-            return _attend_blocks(q, k, v, reach, context)
+            return _attend_blocks(q, k, v, num_visible, context)
 
         starts = (part_size, past, past + part_size, past, past + part_size, part_size)
-        inputs = tuple(map(split, (q, k, k, v, v, reach), starts))
+        inputs = tuple(map(split, (q, k, k, v, v, num_visible), starts))
         parts.append(_join(jax.lax.map(middle, inputs)))
     if rest := max(0, length - count * part_size):
         keys = slice(-(part_size + rest), None)
         parts.append(
-            _attend_blocks(q[:, -rest:], k[:, keys], v[:, keys], reach[:, -rest:], context)
+            _attend_blocks(q[:, -rest:], k[:, keys], v[:, keys], num_visible[:, -rest:], context)
         )
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
@@ -163,38 +169,44 @@ def _check_heads(q: Queries, k: SeenKeys, v: SeenValues) -> dict[str, Any]:
 
 
 def _attend_blocks(
-    q: Queries, k: SeenKeys, v: SeenValues, reach: jax.Array, context: int
+    q: Queries, k: SeenKeys, v: SeenValues, num_visible: jax.Array, context: int
 ) -> jax.Array:
-    """Compute `sliding_attention` of a part of the sequence, in blocks of `QUERIES`."""
+    """Compute `sliding_attention` of a part of the sequence, in blocks of `QUERY_BLOCK`."""
     length, past = q.shape[1], k.shape[1] - q.shape[1]
     # The scores are by far the largest arrays: the gradient recomputes them.
     block = jax.checkpoint(_block, static_argnums=(5, 6))
     parts = []
     for start, stop in _spans(length, past, context):
-        whole, rest = divmod(stop - start, QUERIES)
+        whole, rest = divmod(stop - start, QUERY_BLOCK)
         if whole:
-            width = min(past + stop, context - 1 + QUERIES)
-            starts = start + QUERIES * jnp.arange(whole)
+            width = min(past + stop, context - 1 + QUERY_BLOCK)
+            starts = start + QUERY_BLOCK * jnp.arange(whole)
             one = functools.partial(
-                lambda width, at: block(q, k, v, reach, at, QUERIES, width), width
+                lambda width, at: block(q, k, v, num_visible, at, QUERY_BLOCK, width), width
             )
             parts.append(_join(jax.lax.map(one, starts)))
         if rest:
             width = min(past + stop, context - 1 + rest)
-            parts.append(block(q, k, v, reach, stop - rest, rest, width))
+            parts.append(block(q, k, v, num_visible, stop - rest, rest, width))
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
 def _block(
-    q: Queries, k: SeenKeys, v: SeenValues, reach: jax.Array, start: Any, size: int, width: int
+    q: Queries,
+    k: SeenKeys,
+    v: SeenValues,
+    num_visible: jax.Array,
+    start: Any,
+    size: int,
+    width: int,
 ) -> jax.Array:
     """Compute attention of `size` queries from `start`, over the last `width` keys up to them."""
     end = k.shape[1] - q.shape[1] + start + size
     first = jnp.maximum(end - width, 0)
     k, v = (jax.lax.dynamic_slice_in_dim(x, first, width, 1) for x in (k, v))
-    q, reach = (jax.lax.dynamic_slice_in_dim(x, start, size, 1) for x in (q, reach))
+    q, num_visible = (jax.lax.dynamic_slice_in_dim(x, start, size, 1) for x in (q, num_visible))
     steps_back = (end - size + jnp.arange(size))[:, None] - (first + jnp.arange(width))[None]
-    mask = (steps_back >= 0)[None] & (steps_back[None] < reach[:, :, None])
+    mask = (steps_back >= 0)[None] & (steps_back[None] < num_visible[:, :, None])
     return attend(q, k, v, mask)
 
 
@@ -203,7 +215,7 @@ def _spans(length: int, past: int, context: int) -> list[tuple[int, int]]:
 
     In all spans but the first, at most a quarter of the scores are masked as later than the query.
     """
-    edges, edge = [0], QUERIES
+    edges, edge = [0], QUERY_BLOCK
     while edge < length and past + edge <= context:
         edges.append(edge)
         edge *= 2

@@ -10,34 +10,50 @@ import jax.numpy as jnp
 import optax
 
 from simplernn_jax.array_types import Logits, Tokens
-from simplernn_jax.ops.collectives import all_gather, axis_index, axis_size, psum, remat_all_gather
+from simplernn_jax.ops.checks import INTEGER, check_array
+from simplernn_jax.ops.collectives import all_gather, axis_index, axis_size, psum, remat_if_fsdp
 
 
 def lookup(table: jax.Array, tokens: Tokens) -> jax.Array:
-    """Look up embeddings, ``[..., D]``.
+    """Look up embeddings, ``[..., D]`` of the table's dtype.
 
     Args:
       table: this device's shard, ``[N / tensor, D / fsdp]``.
-      tokens: ids in ``[0, N)``; others give NaN, or zeros if the vocabulary is sharded.
+      tokens: integers ``[...]`` in ``[0, N)``; others give NaN, or zeros if the vocabulary is
+        sharded.
+
+    Raises:
+      ValueError: `table` is not a matrix.
+      TypeError: wrong dtypes.
     """
+    check_array("table", table, "N D")
+    check_array("tokens", tokens, "...", INTEGER)
 
     def local_lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
         whole = all_gather(table, "fsdp", 1, after=tokens)
         if axis_size("tensor") == 1:
-            return jnp.take(whole, tokens, axis=0)
+            # `take` would count negative ids from the end; small dtypes may not hold N.
+            ids = tokens if tokens.dtype.itemsize >= 4 else tokens.astype(jnp.int32)
+            return jnp.take(whole, jnp.where(ids < 0, table.shape[0], ids), axis=0)
         local, is_local = _local_ids(tokens, table.shape[0])
         return jnp.where(is_local[..., None], jnp.take(whole, local, axis=0, mode="clip"), 0)
 
-    return psum(remat_all_gather(local_lookup)(table, tokens), "tensor")
+    return psum(remat_if_fsdp(local_lookup)(table, tokens), "tensor")
 
 
 def cross_entropy(logits: Logits, targets: Tokens) -> jax.Array:
-    """Compute -log softmax(logits)[target] per position, ``[B, T]``, in nats.
+    """Compute -log softmax(logits)[target] per position, ``[B, T]`` in nats, dtype of `logits`.
 
     Args:
       logits: this device's shard, ``[B, T, N / tensor]``.
-      targets: ids in ``[0, N)``.
+      targets: ids ``[B, T]`` in ``[0, N)``.
+
+    Raises:
+      ValueError: wrong ranks, or shapes that do not fit together.
+      TypeError: wrong dtypes.
     """
+    check_array("logits", logits, "... N")
+    check_array("targets", targets, "...", INTEGER)
     if axis_size("tensor") == 1:
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     largest = jnp.max(jax.lax.stop_gradient(logits), axis=-1)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 from simplernn_jax.config import Config, MeshConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.mesh_axes import AXES, BATCH_AXES
-from simplernn_jax.ops.sequence_parallel import LEAST_TOKENS
+from simplernn_jax.ops.sequence_parallel import MIN_SHARD_TOKENS
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -94,9 +94,9 @@ def check_fits(config: Config, mesh: Mesh) -> None:
             "--config.mesh.stage=1"
         )
     shard = tokens // sizes["sequence"]
-    if sizes["sequence"] > 1 and shard < LEAST_TOKENS:
+    if sizes["sequence"] > 1 and shard < MIN_SHARD_TOKENS:
         raise UserError(
             f"--config.{time}={tokens} leaves each device of sequence "
             f"{sizes['sequence']} a shard of {shard}, and the short convolution needs "
-            f"{LEAST_TOKENS} tokens; change it or --config.mesh"
+            f"{MIN_SHARD_TOKENS} tokens; change it or --config.mesh"
         )

@@ -20,7 +20,7 @@ from simplernn_jax.mesh_axes import BATCH_AXES, TOKEN_AXES
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.collectives import psum
 from simplernn_jax.ops.reset_state import reset_state
-from simplernn_jax.ops.sequence_parallel import LEAST_TOKENS, shard_segment_ids
+from simplernn_jax.ops.sequence_parallel import MIN_SHARD_TOKENS, shard_segment_ids
 from simplernn_jax.sharding.global_arrays import global_arrays_from_local
 from simplernn_jax.sharding.partition_specs import (
     axes_specs,
@@ -119,7 +119,7 @@ class Evaluator:
             _, self._batch_shardings, self._state_shardings = shardings["in_shardings"]
             sequence, stages = mesh.shape["sequence"], mesh.shape["stage"]
             rows = math.prod(mesh.shape[name] for name in BATCH_AXES)
-            self._divisible_by = rows, sequence * LEAST_TOKENS if sequence > 1 else stages
+            self._divisible_by = rows, sequence * MIN_SHARD_TOKENS if sequence > 1 else stages
         self._score: Callable[..., tuple[jax.Array, jax.Array, ModelState]] = jax.jit(
             score, **shardings
         )

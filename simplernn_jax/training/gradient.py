@@ -68,7 +68,7 @@ def make_gradient(config: Config, recurrence: Recurrence = gated_linear_recurren
         params: nnx.State, batch: Batch, carried: ModelState, key: jax.Array, predictions: jax.Array
     ) -> tuple[jax.Array, ModelState]:
         model = nnx.merge(graph, params)
-        hidden, carried = model.encode(
+        hidden, carried = model.hidden_states(
             batch.tokens,
             reset_state(carried, batch.reset) or None,
             shard_segment_ids(jnp.asarray(batch.segment_ids)),
