@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from simplernn_jax.analysis.pictures import new_figure, png
+from simplernn_jax.analysis.plots import new_figure, png
 
 _COLORS = ("blue", "orange", "green", "red", "purple", "brown")
 _MARKERS = "osD^vP"

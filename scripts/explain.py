@@ -132,9 +132,9 @@ def _validation_split(workdir: str) -> "TokenSplit | None":
 def _write(out: Path, explanation: "Explanation", facts: dict[str, str]) -> Path:
     """Write the pictures, the numbers and, last, the page; return its path."""
     from simplernn_jax.analysis.export import to_numbers
-    from simplernn_jax.analysis.page import draw_pictures, make_page
+    from simplernn_jax.analysis.page import draw_plots, make_page
 
-    pictures = draw_pictures(explanation)
+    pictures = draw_plots(explanation)
     for name, picture in pictures.items():
         write_file(str(out / f"{name}.png"), picture.png)
     numbers = json.dumps(to_numbers(explanation), allow_nan=False, separators=(",", ":")) + "\n"

@@ -35,10 +35,8 @@ def partition_spec(axes: LogicalAxes, mesh: Mesh) -> PartitionSpec:
     Raises:
       ValueError: an axis has a name without a rule.
     """
-    for axis in axes:
-        if axis is not None and axis not in LOGICAL_AXIS_RULES:
-            known = ", ".join(LOGICAL_AXIS_RULES)
-            raise ValueError(f"logical axis {axis!r}: must be None or one of {known}")
+    for axis in {*axes} - {None, *LOGICAL_AXIS_RULES}:
+        raise ValueError(f"logical axis {axis!r}: must be None or one of {[*LOGICAL_AXIS_RULES]}")
     mapped = (axis and LOGICAL_AXIS_RULES[axis] for axis in axes)
     return drop_trivial_axes(PartitionSpec(*mapped), mesh)
 

@@ -15,10 +15,10 @@ from simplernn_jax.analysis import state_value
 from simplernn_jax.analysis.explanation import explain
 from simplernn_jax.analysis.export import to_numbers
 from simplernn_jax.analysis.html_parts import shaded_text
-from simplernn_jax.analysis.map_pictures import draw_bars, draw_heads
+from simplernn_jax.analysis.map_plots import draw_bars, draw_heads
 from simplernn_jax.analysis.memory import half_gone
-from simplernn_jax.analysis.page import draw_pictures, make_page
-from simplernn_jax.analysis.pictures import add_legend, line_styles, new_figure
+from simplernn_jax.analysis.page import draw_plots, make_page
+from simplernn_jax.analysis.plots import add_legend, line_styles, new_figure
 from simplernn_jax.analysis.state_value import ContextGain, choose_token, context_gains
 from simplernn_jax.analysis.summary import summarize
 from simplernn_jax.analysis.token_text import split_into_units
@@ -43,7 +43,7 @@ def explanation(mixer="simple_rnn", text=TEXT, token=60, map_tokens=16):
 
 @functools.cache
 def pictures(mixer="simple_rnn"):
-    return draw_pictures(explanation(mixer))
+    return draw_plots(explanation(mixer))
 
 
 class Tags(html.parser.HTMLParser):
@@ -153,7 +153,10 @@ def test_an_excerpt_begins_and_ends_with_a_word_and_stages_are_logged(caplog):
 @pytest.mark.parametrize(
     ("text", "token", "message"),
     [
-        *(("x" * 69, n, f"token {n}: the text has 69 tokens; name one of 1") for n in (0, -1, 70)),
+        *(
+            ("x" * 69, n, f"token {n}: the text has 69 tokens; specify one of 1")
+            for n in (0, -1, 70)
+        ),
         ("", None, "the text is empty"),
     ],
 )
@@ -208,7 +211,7 @@ def test_the_page_shows_the_pictures_and_errors_of_every_layer(mixer, names, say
 def test_one_is_singular():
     result = explanation(text="x", token=None)
     assert result.state_value.evaluated == "the given text: 1 of its 1 prediction"
-    assert "1 token and BOS" in make_page(result, draw_pictures(result), {})
+    assert "1 token and BOS" in make_page(result, draw_plots(result), {})
 
 
 def test_numbers_are_json_and_reproduce_an_output():

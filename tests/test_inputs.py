@@ -148,7 +148,7 @@ def test_the_problem_is_named(arguments, message):
 
 def test_more_prompts_than_memory_holds_are_refused(monkeypatch):
     monkeypatch.setattr(devices, "host_memory", lambda: 256**2)
-    with pytest.raises(UserError, match=r"^1000 prompts: needs .* MB, .*; give fewer at a time"):
+    with pytest.raises(UserError, match=r"^1000 prompts: needs .* MB, .*; pass fewer at a time"):
         generate(model(), [[1]] * 1000, max_new_tokens=0)
 
 

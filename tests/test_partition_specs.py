@@ -83,5 +83,5 @@ def test_the_state_of_a_plain_layer_is_its_heads():
 
 
 def test_an_unknown_logical_axis_is_an_error():
-    with pytest.raises(ValueError, match=r"logical axis 'embd': .* one of batch, time, embed, "):
+    with pytest.raises(ValueError, match=r"logical axis 'embd': .*'batch', 'time', 'embed', "):
         partition_spec(LogicalAxes(None, "embd"), mesh_of(data=2))

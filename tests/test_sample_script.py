@@ -78,7 +78,7 @@ def test_a_prefix_is_prefilled_once_and_continues_in_several_ways(workdir, tmp_p
 def test_a_file_that_is_no_state_is_refused(workdir):
     path = workdir / "metrics.jsonl"
     result = sample("--workdir", workdir, "--load_state", path)
-    assert_refused(result, f"error: {path}: damaged, or no state (")
+    assert_refused(result, f"error: {path}: corrupted, or not a state (")
 
 
 def test_more_samples_than_memory_holds_are_refused_before_any_output(workdir):

@@ -72,7 +72,7 @@ def test_every_damaged_archive_is_read_or_refused_in_one_line(tmp_path, name):
     for texts in read_damaged(path, 100):
         assert texts in (expected, {path.name: ""})  # damage may leave nothing
     for _ in truncations(path):
-        with pytest.raises(UserError, match=rf"{name}: damaged or truncated \(.*whole copy"):
+        with pytest.raises(UserError, match=rf"{name}: corrupted or truncated \(.*whole copy"):
             read_all(path)
 
 

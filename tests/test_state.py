@@ -221,17 +221,17 @@ def test_every_damage_is_refused(path, model):
         damaged[position] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
         message = refusal(path, model)
-        assert position < header or message.startswith("damaged;")
+        assert position < header or message.startswith("corrupted;")
     for size in [*range(0, len(whole), 37), len(whole) - 1]:
         path.write_bytes(whole[:size])
-        assert refusal(path, model).startswith("damaged, or no state (")
+        assert refusal(path, model).startswith("corrupted, or not a state (")
     path.write_bytes(whole + b"\0")
-    assert refusal(path, model).startswith("damaged, or no state (")
+    assert refusal(path, model).startswith("corrupted, or not a state (")
 
 
 def test_another_version_of_the_format_is_refused(path, model):
     path.write_bytes(path.read_bytes().replace(b'"version":"1"', b'"version":"2"'))
-    assert refusal(path, model).startswith("version 2 of the format, and this program knows 1;")
+    assert refusal(path, model).startswith("version 2 of the format, and this program supports 1;")
 
 
 def test_other_files_are_refused(tmp_path, model):
@@ -240,7 +240,7 @@ def test_other_files_are_refused(tmp_path, model):
     assert refusal(tmp_path, model).startswith("cannot be read (not a regular file);")
     for content in (b"", b"Once upon a time", bytes(1000)):
         path.write_bytes(content)
-        assert refusal(path, model).startswith("damaged, or no state (")
+        assert refusal(path, model).startswith("corrupted, or not a state (")
     for metadata in (None, {"format": "pt"}):
         path.write_bytes(safetensors.numpy.save({"weight": np.zeros(3)}, metadata))
         assert refusal(path, model).startswith("holds no state;")
@@ -308,7 +308,7 @@ def test_only_a_state_is_forked_or_saved(tmp_path, model, state):
             lambda other=other: fork_state(other, 2),
             lambda other=other: save_state(tmp_path / "state", other, model, BYTES),
         ):
-            with pytest.raises(UserError, match="give the state that generate or load_state ret"):
+            with pytest.raises(UserError, match="pass the state that generate or load_state ret"):
                 call()
     broken = dataclasses.replace(state, position=None)
     with pytest.raises(UserError, match="use the model that made it"):
@@ -325,9 +325,9 @@ def test_invalid_paths_are_refused(bad, model, state):
 
 
 def test_other_models_and_tokenizers_are_refused(path, model, state):
-    with pytest.raises(UserError, match=r"^model: NoneType; give the LanguageModel of load_model"):
+    with pytest.raises(UserError, match=r"^model: NoneType; pass the LanguageModel of load_model"):
         load_state(path, None, BYTES)
-    with pytest.raises(UserError, match=r"^tokenizer: str has no vocab_size; give that of"):
+    with pytest.raises(UserError, match=r"^tokenizer: str has no vocab_size; pass that of"):
         save_state(path, state, model, "byte")
 
 

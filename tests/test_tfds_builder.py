@@ -69,7 +69,7 @@ def test_missing_field_names_those_present(jsonl, data_dir):
 
 
 def test_names_are_checked_and_nothing_is_overwritten(jsonl, data_dir):
-    with pytest.raises(UserError, match="data set name 'My Books'"):
+    with pytest.raises(UserError, match="dataset name 'My Books'"):
         build_tfds(jsonl, "My Books", data_dir)
     build_tfds(jsonl, "my_books", data_dir)
     with pytest.raises(UserError, match="exists already"):

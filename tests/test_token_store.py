@@ -300,11 +300,11 @@ def test_every_damage_to_a_store_is_named_and_the_text_tokenized_again(copy_of_s
         caplog.clear()
         check()
         (warning,) = [record.message for record in caplog.records if record.levelno > 20]
-        assert f"damaged ({name}" in warning
-        assert "tokenized again" in warning
+        assert f"corrupted ({name}" in warning
+        assert "re-tokenized" in warning
     caplog.clear()
     check()
-    assert "damaged" not in caplog.text
+    assert "corrupted" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_a_record_of_something_else_is_not_used(copy_of_store, caplog, old, new,
     else:
         write_sealed(path, body.replace(old, new))
     check()
-    assert re.search(rf"damaged \(meta\.json .*{problem}", caplog.text)
+    assert re.search(rf"corrupted \(meta\.json .*{problem}", caplog.text)
 
 
 @pytest.mark.parametrize("target", ["file", "fifo", "/dev/zero", "elsewhere", "nowhere"])
@@ -354,7 +354,7 @@ def test_lack_of_memory_is_not_damage(whole_store, monkeypatch, caplog):
     monkeypatch.setattr("simplernn_jax.data.store_folder.open_file", refuse)
     with pytest.raises(UserError, match="Cannot allocate memory"):
         prepare(source, store.parent, **HALF)
-    assert "damaged" not in caplog.text
+    assert "corrupted" not in caplog.text
 
 
 @pytest.mark.parametrize(

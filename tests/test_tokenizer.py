@@ -233,10 +233,10 @@ def test_every_damaged_tokenizer_works_or_is_one_line(text, wrap):
         (saved(word_level_json(), bos_id=True), "special id True"),
         ('{"kind": "char", "alphabet": "aba"}', "each character once"),
         ('{"kind": "char", "alphabet": [1, 2]}', "an alphabet is text"),
-        *((text, "tokenizer is damaged") for text in ("", "{}", "[]", "null", "[" * 100_000)),
-        ('{"kind": "char"}', "tokenizer is damaged"),
+        *((text, "tokenizer is corrupted") for text in ("", "{}", "[]", "null", "[" * 100_000)),
+        ('{"kind": "char"}', "tokenizer is corrupted"),
         ('{"kind": "new"}', "of kind 'new'; a newer version"),
-        (saved("[" * 100_000), "damaged"),
+        (saved("[" * 100_000), "corrupted"),
     ],
 )
 def test_problems_of_a_saved_tokenizer_are_named(text, problem):

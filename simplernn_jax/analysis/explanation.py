@@ -141,11 +141,11 @@ def explain(
     """
     ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(text)]).astype(np.int32)
     if len(ids) < 2:
-        raise UserError("the text is empty; give at least one character")
+        raise UserError("the text is empty; pass at least one character")
     if token is not None and not 1 <= token < len(ids):
         raise UserError(
             f"token {token}: the text has {counted(len(ids) - 1, 'token')}; "
-            f"name one of 1 to {len(ids) - 1}"
+            f"specify one of 1 to {len(ids) - 1}"
         )
     params = nnx.state(model, nnx.Param)
     evaluator = Evaluator(config, tokenizer.pad_id)

@@ -9,7 +9,7 @@ from simplernn_jax.analysis.explanation import Explanation
 
 
 def to_numbers(explanation: Explanation) -> dict[str, Any]:
-    """Return everything the pictures show as JSON: lists, six digits, None for non-finite.
+    """Return everything the plots show as JSON: lists, six digits, None for non-finite.
 
     Weights of a map are rounded to the fourth digit of their head's largest: a thousand tokens
     have half a million weights per head.

@@ -1,4 +1,4 @@
-"""HTML of a self-contained page: embedded pictures, no script, readable offline."""
+"""HTML of a self-contained page: embedded plots, no script, readable offline."""
 
 import base64
 import html
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from simplernn_jax.analysis.pictures import DPI, FITTING
+from simplernn_jax.analysis.plots import DPI, FITTING
 from simplernn_jax.analysis.token_text import Unit, visible
 
 _STYLE = """
@@ -97,9 +97,9 @@ def summary(sentences: Iterable[str]) -> str:
 
 
 def figure(png: bytes, title: str, caption: str, file: str) -> str:
-    """Return an embedded picture with its caption.
+    """Return an embedded plot with its caption.
 
-    A picture too wide for a small screen scrolls there, with a hint that names its `file`.
+    A plot too wide for a small screen scrolls there, with a hint that names its `file`.
     """
     data = base64.b64encode(png).decode("ascii")
     width = int.from_bytes(png[16:20], "big")  # from the PNG header

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from simplernn_jax.analysis import map_pictures, pictures
+from simplernn_jax.analysis import map_plots, plots
 from simplernn_jax.analysis.explanation import Explanation
 from simplernn_jax.analysis.html_parts import (
     color_scale,
@@ -18,8 +18,8 @@ from simplernn_jax.analysis.html_parts import (
     summary,
     table,
 )
-from simplernn_jax.analysis.map_pictures import contributions_by_unit
-from simplernn_jax.analysis.pictures import Picture
+from simplernn_jax.analysis.map_plots import contributions_by_unit
+from simplernn_jax.analysis.plots import Plot
 from simplernn_jax.analysis.summary import summarize
 from simplernn_jax.analysis.token_text import quoted, sum_by_unit
 from simplernn_jax.config_rules import MIXERS
@@ -39,29 +39,27 @@ _WEIGHTS = {
 }
 
 
-def draw_pictures(explanation: Explanation) -> dict[str, Picture]:
-    """Draw all pictures; return them by name."""
+def draw_plots(explanation: Explanation) -> dict[str, Plot]:
+    """Draw all plots; return them by name."""
     memory, value = explanation.memory, explanation.state_value
-    drawn = [map_pictures.draw_map(explanation, n) for n in range(len(explanation.layers))]
+    drawn = [map_plots.draw_map(explanation, n) for n in range(len(explanation.layers))]
     if explanation.start:
-        drawn.append(map_pictures.draw_state_share(explanation))
+        drawn.append(map_plots.draw_state_share(explanation))
     if "simple_rnn" in explanation.mixers:
-        drawn.append(pictures.draw_half_lives(memory, value.window))
-        drawn += [pictures.draw_state(memory, name) for name in ("state_norm", "state_rank")]
-    drawn.append(pictures.draw_position_loss(value.by_position, value.window))
-    drawn.append(pictures.draw_reset_loss(value.by_reset, value.window))
-    drawn.append(map_pictures.draw_contributions(explanation))
-    return {picture.name: picture for picture in drawn}
+        drawn.append(plots.draw_half_lives(memory, value.window))
+        drawn += [plots.draw_state(memory, name) for name in ("state_norm", "state_rank")]
+    drawn.append(plots.draw_position_loss(value.by_position, value.window))
+    drawn.append(plots.draw_reset_loss(value.by_reset, value.window))
+    drawn.append(map_plots.draw_contributions(explanation))
+    return {plot.name: plot for plot in drawn}
 
 
-def make_page(
-    explanation: Explanation, pictures: Mapping[str, Picture], facts: Mapping[str, str]
-) -> str:
+def make_page(explanation: Explanation, plots: Mapping[str, Plot], facts: Mapping[str, str]) -> str:
     """Return the HTML of the page.
 
     Args:
       explanation: its content.
-      pictures: from `draw_pictures`.
+      plots: from `draw_plots`.
       facts: names and values that describe the model.
     """
     chosen = explanation.chosen
@@ -74,15 +72,15 @@ def make_page(
     parts = [
         summary(summarize(explanation)),
         facts_list(facts),
-        *_memory_section(explanation, pictures),
-        *_value_section(explanation, pictures),
-        *_prediction_section(explanation, pictures),
-        *_attention_section(explanation, pictures),
+        *_memory_section(explanation, plots),
+        *_value_section(explanation, plots),
+        *_prediction_section(explanation, plots),
+        *_attention_section(explanation, plots),
     ]
     return document(TITLE, parts)
 
 
-def _memory_section(explanation: Explanation, pictures: Mapping[str, Picture]) -> Iterator[str]:
+def _memory_section(explanation: Explanation, plots: Mapping[str, Plot]) -> Iterator[str]:
     yield heading("1. The memory of the model")
     if "attention" in explanation.mixers:
         rest = "; its layers are left out here." if "simple_rnn" in explanation.mixers else "."
@@ -103,18 +101,18 @@ def _memory_section(explanation: Explanation, pictures: Mapping[str, Picture]) -
         beyond = f"channels beyond {counted(window, 'token')}"
         yield table(("half-life in tokens", "median", "longest", beyond), rows)
     for name in ("half_lives", "state_norm", "state_rank"):
-        if name in pictures:
-            yield _figure(pictures[name])
+        if name in plots:
+            yield _figure(plots[name])
 
 
-def _value_section(explanation: Explanation, pictures: Mapping[str, Picture]) -> Iterator[str]:
+def _value_section(explanation: Explanation, plots: Mapping[str, Plot]) -> Iterator[str]:
     value = explanation.state_value
     yield heading("2. The value of the state")
     yield paragraph(f"Evaluated on {value.evaluated}, the same ones each time.")
     if "attention" in explanation.mixers:
         yield paragraph("The state of attention is its cache of keys and values.")
-    yield _figure(pictures["loss_by_position"])
-    yield _figure(pictures["loss_by_reset"])
+    yield _figure(plots["loss_by_position"])
+    yield _figure(plots["loss_by_reset"])
     rows = []
     for interval, result in sorted(value.by_reset.items(), key=lambda item: item[0] or math.inf):
         name = f"reset every {counted(interval, 'token')}" if interval else "carried, never reset"
@@ -123,7 +121,7 @@ def _value_section(explanation: Explanation, pictures: Mapping[str, Picture]) ->
     yield table(("state", "nats/token", "bits/byte"), rows)
 
 
-def _prediction_section(explanation: Explanation, pictures: Mapping[str, Picture]) -> Iterator[str]:
+def _prediction_section(explanation: Explanation, plots: Mapping[str, Plot]) -> Iterator[str]:
     chosen = explanation.chosen
     yield heading("3. Contributions to one prediction")
     yield paragraph(
@@ -151,10 +149,10 @@ def _prediction_section(explanation: Explanation, pictures: Mapping[str, Picture
         )
         shares = contributions_by_unit(explanation, layer)
         yield shaded_text(chosen.units, shares, _FULL_SHARE, chosen.predicted, chosen.rest)
-    yield _figure(pictures["contributions"])
+    yield _figure(plots["contributions"])
 
 
-def _attention_section(explanation: Explanation, pictures: Mapping[str, Picture]) -> Iterator[str]:
+def _attention_section(explanation: Explanation, plots: Mapping[str, Plot]) -> Iterator[str]:
     yield heading("4. Attention maps")
     definitions = " ".join(_WEIGHTS[mixer] for mixer in MIXERS if mixer in explanation.mixers)
     yield paragraph(
@@ -172,10 +170,10 @@ def _attention_section(explanation: Explanation, pictures: Mapping[str, Picture]
         for name, layer in zip(explanation.layer_names, explanation.layers, strict=True)
     ]
     yield table(("error of the map", "against the operator", "against the layer's output"), rows)
-    for name, picture in pictures.items():
+    for name, plot in plots.items():
         if name.startswith("map_layer_") or name == "state_share":
-            yield _figure(picture)
+            yield _figure(plot)
 
 
-def _figure(picture: Picture) -> str:
-    return figure(picture.png, picture.title, picture.caption, f"{picture.name}.png")
+def _figure(plot: Plot) -> str:
+    return figure(plot.png, plot.title, plot.caption, f"{plot.name}.png")

@@ -115,7 +115,7 @@ def loss_by_reset(
 
 
 def document_split(tokens: np.ndarray, num_bytes: int) -> TokenSplit:
-    """Make a split of one document: [n] ids, BOS included, and the bytes of its text."""
+    """Create a split of one document: [n] ids, BOS included, and the bytes of its text."""
     return TokenSplit("text", np.asarray(tokens), np.zeros(1, np.int64), num_bytes, "")
 
 

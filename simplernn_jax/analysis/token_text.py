@@ -1,4 +1,4 @@
-"""Readable text of tokens: whole characters, visible spaces, and labels of pictures."""
+"""Readable text of tokens: whole characters, visible spaces, and labels of plots."""
 
 import functools
 import re
@@ -11,9 +11,9 @@ from simplernn_jax.data import Tokenizer
 from simplernn_jax.inference.text import TextStream
 
 MONOSPACE = {"fontfamily": "DejaVu Sans Mono", "fontsize": 8}
-"""Style of quotations in pictures; the font comes with matplotlib."""
+"""Style of quotations in plots; the font comes with matplotlib."""
 LABEL = 12
-"""Most characters of a quotation in a picture."""
+"""Most characters of a quotation in a plot."""
 _NEIGHBORS = 12
 """Units on each side of a unit that a label searches for the rest of its word."""
 

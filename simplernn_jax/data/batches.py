@@ -54,7 +54,7 @@ def steps_per_epoch(split: TokenSplit, data_config: DataConfig) -> int:
     if split.num_predictions == 0:
         raise UserError(
             f"nothing to learn from: the {split.name} split has {counted(num_tokens, 'token')} and "
-            "none of them follows another in its document; give more text with --config.data.source"
+            "none of them follows another in its document; use more text with --config.data.source"
         )
     if data_config.mode == "document":
         return _divide_up(int(_pieces_per_document(split, length).sum()), batch_size)
@@ -284,5 +284,5 @@ def _refuse_short(split: TokenSplit, needed: int, arithmetic: str, remedy: str) 
     if len(split.tokens) < needed:
         raise UserError(
             f"too little text: the {split.name} split has {counted(len(split.tokens), 'token')}, "
-            f"fewer than {arithmetic} = {needed}; give more text or {remedy}"
+            f"fewer than {arithmetic} = {needed}; use more text or {remedy}"
         )

@@ -1,4 +1,4 @@
-"""Corpora by source: the standard library, text, JSONL, Parquet, a prepared data set."""
+"""Corpora by source: the standard library, text, JSONL, Parquet, a prepared dataset."""
 
 import os
 from collections.abc import Iterable
@@ -55,7 +55,7 @@ def _open(config: DataConfig, exclude: frozenset[str]) -> Corpus:
     if other is not None:
         raise UserError(
             f"{source}: both {kinds[0]} ({files[0].name}) and {kinds[other]} "
-            f"({files[other].name}); name one kind with a glob such as '*.jsonl'"
+            f"({files[other].name}); specify one kind with a glob such as '*.jsonl'"
         )
     if kinds[0] == "text":
         return TextFiles(files, config.encoding_errors)

@@ -91,5 +91,5 @@ def utf8(text: str) -> bytes:
     except UnicodeEncodeError as error:
         raise UserError(
             f"U+{ord(text[error.start]):04X} at character {error.start} of the text is no "
-            "character but half a surrogate pair; remove it or give valid UTF-8"
+            "character but half a surrogate pair; remove it or use valid UTF-8"
         ) from error

@@ -149,7 +149,7 @@ def _scored_documents(split: TokenSplit, limit_tokens: int) -> tuple[np.ndarray,
     if not len(counts):
         raise UserError(
             f"nothing to score: the {split.name} split has {counted(len(split.tokens), 'token')} "
-            "and none of them follows another in its document; give more text or a larger "
+            "and none of them follows another in its document; use more text or a larger "
             "--config.data.validation_fraction"
         )
     return starts, counts

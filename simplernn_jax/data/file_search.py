@@ -47,7 +47,7 @@ def find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
     if os.path.realpath(path) in exclude:
         raise UserError(
             f"{source}: the run itself writes into this folder; choose another --workdir and "
-            "--config.data.cache_dir, or name the text with a glob such as '*.txt'"
+            "--config.data.cache_dir, or specify the text with a glob such as '*.txt'"
         )
     files = _folder_files(path, exclude)
     if not files:
@@ -71,7 +71,7 @@ def stdlib_files() -> list[SourceFile]:
                 files.append(SourceFile(os.path.relpath(path, root), path))
     if not files:
         raise UserError(
-            f"stdlib: no Python source in {root}; give your own text with --config.data.source=PATH"
+            f"stdlib: no Python source in {root}; use your own text with --config.data.source=PATH"
         )
     return sorted(files, key=lambda file: file.name)
 

@@ -1,4 +1,4 @@
-"""A prepared TFDS data set as a corpus, read without TensorFlow.
+"""A prepared TFDS dataset as a corpus, read without TensorFlow.
 
 Its folder is checked before TFDS reads it, because what TFDS reads can run code.
 """
@@ -23,12 +23,12 @@ _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 
 
 def default_data_dir() -> Path:
-    """Folder of prepared data sets: ``TFDS_DATA_DIR``, or ``~/tensorflow_datasets``."""
+    """Folder of prepared datasets: ``TFDS_DATA_DIR``, or ``~/tensorflow_datasets``."""
     return Path(os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
 
 
 def find_prepared(name: str) -> Path:
-    """Find the folder of a prepared data set by its path or by ``NAME[/CONFIG][:VERSION]``.
+    """Find the folder of a prepared dataset by its path or by ``NAME[/CONFIG][:VERSION]``.
 
     Names are looked up under `default_data_dir` and not by TFDS itself, whose bundled builders
     would try the network for minutes first.
@@ -50,7 +50,7 @@ def find_prepared(name: str) -> Path:
         return max(found, key=_version)
     raise UserError(
         f"tfds:{name}: not prepared in {data_dir} (TFDS_DATA_DIR names another place); "
-        "make a data set from your own text with scripts/build_tfds.py, or, since builders bundled "
+        "create one from your own text with scripts/build_tfds.py, or, since builders bundled "
         "with TFDS need TensorFlow and a network, prepare it where those are with "
         "file_format='array_record' and copy it here"
     )
@@ -58,7 +58,7 @@ def find_prepared(name: str) -> Path:
 
 def _tfds_errors(where: str) -> contextlib.AbstractContextManager[None]:
     # TFDS raises NotImplementedError for a file format that needs TensorFlow.
-    problem, advice = f"{where}: TFDS cannot read it", "prepare the data set again"
+    problem, advice = f"{where}: TFDS cannot read it", "prepare the dataset again"
     return library_errors(problem, advice, NotImplementedError)
 
 
@@ -67,7 +67,7 @@ def _version(folder: Path) -> tuple[int, ...]:
 
 
 class PreparedDataset(Corpus):
-    """The ``train`` split of a data set in array_record files: each example is a document."""
+    """The ``train`` split of a dataset in array_record files: each example is a document."""
 
     def __init__(self, folder: Path, field: str, encoding_errors: str) -> None:
         files = [
@@ -133,29 +133,29 @@ class PreparedDataset(Corpus):
 
 
 def check_folder(folder: Path) -> None:
-    """Check that reading a prepared data set cannot block and runs no foreign code.
+    """Check that reading a prepared dataset cannot block and runs no foreign code.
 
     TFDS imports the module of every feature class that ``features.json`` names.
 
     Raises:
-      UserError: a feature class is not one of TFDS's own, ``features.json`` is damaged, or the
+      UserError: a feature class is not one of TFDS's own, ``features.json`` is corrupted, or the
         folder holds anything but regular files and folders.
     """
     for path in sorted(folder.iterdir()):
         if not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path}: not a regular file; remove it or prepare the data set again")
+            raise UserError(f"{path}: not a regular file; remove it or prepare the dataset again")
     path = folder / _FEATURES
     try:
         for name in _class_names(json.loads(read_file(path).decode())):
             if not name.startswith(_TRUSTED):
                 raise UserError(
                     f"{path}: the feature class {name!r} is not part of TFDS, and reading it would "
-                    "run its code; prepare the data set again with features of TFDS"
+                    "run its code; prepare the dataset again with features of TFDS"
                 )
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; prepare the data set again") from error
+        raise UserError(f"{path}: {error.strerror}; prepare the dataset again") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); prepare the data set again") from error
+        raise UserError(f"{path}: not JSON ({error}); prepare the dataset again") from error
 
 
 def _class_names(value: Any) -> Iterator[str]:

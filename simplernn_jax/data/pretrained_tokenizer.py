@@ -39,15 +39,15 @@ def load_pretrained(spec: str) -> "PretrainedTokenizer":
     try:
         content = read_file(path)
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"tokenizer {path}: no such file; give that of a tokenizer.json") from error
+        raise UserError(f"tokenizer {path}: no such file; pass that of a tokenizer.json") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         problem = getattr(error, "strerror", None) or error
-        raise UserError(f"tokenizer {path}: {problem}; give that of a tokenizer.json") from error
+        raise UserError(f"tokenizer {path}: {problem}; pass that of a tokenizer.json") from error
     try:
         return PretrainedTokenizer(content.decode("utf-8"))
     except ValueError as error:
         raise UserError(
-            f"tokenizer {path}: no Hugging Face tokenizer.json ({error}); use an undamaged one"
+            f"tokenizer {path}: no Hugging Face tokenizer.json ({error}); use an intact one"
         ) from error
 
 
@@ -87,7 +87,7 @@ def _within_reach(endpoint: str) -> bool:
             return True
     except urllib.error.HTTPError:
         return True
-    except (OSError, ValueError):  # ValueError: HF_ENDPOINT is no address
+    except (OSError, ValueError):  # ValueError: HF_ENDPOINT is not an address
         return False
 
 

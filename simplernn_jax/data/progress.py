@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from absl import logging
 
-_MAX_TASK_CHARACTERS = 32
+_MAX_LENGTH = 32
 """Characters of the task at most, to leave room for the bar."""
 
 
@@ -38,9 +38,7 @@ def _bar(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
         progress.TimeRemainingColumn(),
     )
     with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        short = (
-            task if len(task) <= _MAX_TASK_CHARACTERS else f"{task[: _MAX_TASK_CHARACTERS - 1]}…"
-        )
+        short = task if len(task) <= _MAX_LENGTH else f"{task[: _MAX_LENGTH - 1]}…"
         handle = bar.add_task(short, total=total_bytes)
         shown = 0
 

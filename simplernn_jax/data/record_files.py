@@ -134,7 +134,7 @@ class JsonlFiles(RecordFiles):
         except UnicodeEncodeError as error:
             if self._encoding_errors == "strict":
                 raise BadRecord(
-                    f"field {self._field!r} holds half a surrogate pair, which is no character"
+                    f"field {self._field!r} holds half a surrogate pair, which is not a character"
                 ) from error
             text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         return text

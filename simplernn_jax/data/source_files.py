@@ -51,14 +51,14 @@ def open_source(path: str) -> Iterator[OpenSource]:
     Compressed files are decompressed while they are read, a bounded number of bytes at a time.
 
     Raises:
-      UserError: it cannot be opened or read, or is a damaged or truncated archive.
+      UserError: it cannot be opened or read, or is a corrupted or truncated archive.
     """
     try:
         with open_file(path) as file:
             yield OpenSource(_decompressed(path, file), file)
     except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedArchive) as error:
         raise UserError(
-            f"{path}: damaged or truncated ({error}); replace it by a whole copy"
+            f"{path}: corrupted or truncated ({error}); replace it by a whole copy"
         ) from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; make it readable or leave it out") from error
@@ -80,7 +80,7 @@ def file_status(path: str) -> os.stat_result:
 def library_errors(
     problem: str, advice: str, passed: type[Exception] = UserError
 ) -> Iterator[None]:
-    """Turn what a library raises for damaged files, which can be anything, into a `UserError`.
+    """Turn what a library raises for corrupted files, which can be anything, into a `UserError`.
 
     Args:
       problem: the file and what cannot be done with it.

@@ -28,7 +28,7 @@ from simplernn_jax.files import open_file, read_sealed, sha256_hex, sync, write_
 _META_FILE = "meta.json"
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO)
 _DAMAGE = (*_NO_FILE, errno.EIO)
-"""Errors from reading a damaged store; other ones are the machine's."""
+"""Errors from reading a corrupted store; other ones are the machine's."""
 _TEMPORARY_SUFFIX = ".tmp"
 _ABANDONED_SECONDS = 3600
 
@@ -61,7 +61,7 @@ class TokenSplit:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Make a temporary folder beside `folder`, and sync and rename it to `folder` on leaving.
+    """Create a temporary folder next to `folder`, and sync and rename it to `folder` on leaving.
 
     If the block raises, the temporary folder is removed; if the process is killed, it stays under
     its own name and is removed by a later call. If another process was faster, its folder stays
@@ -172,7 +172,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             raise TypeError
         store, dtype = meta["store"], meta["dtype"]
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise DamagedStore(f"{_META_FILE} is no record of a corpus") from error
+        raise DamagedStore(f"{_META_FILE} is not a record of a corpus") from error
     if store != folder.name:
         raise DamagedStore(f"{_META_FILE} is that of another corpus")
     if dtype not in TOKEN_DTYPES:

@@ -40,7 +40,7 @@ class TextFiles(Corpus):
                         "(train.py: --config.data.encoding_errors=replace)"
                     ) from error
                 if offset == 0:
-                    text = text.removeprefix("\ufeff")  # a byte order mark is no text
+                    text = text.removeprefix("\ufeff")  # a byte order mark is not a text
                 offset += len(block)
                 self.bytes_read = before + source.bytes_read
                 text = rest + text

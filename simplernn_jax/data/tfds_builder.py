@@ -1,4 +1,4 @@
-"""TFDS builder: any corpus as an array_record data set, without TensorFlow or a network."""
+"""TFDS builder: any corpus as an array_record dataset, without TensorFlow or a network."""
 
 import re
 from collections.abc import Iterator
@@ -51,11 +51,11 @@ def build_tfds(source: DataConfig, name: str, data_dir: str) -> Path:
     """Prepare ``data_dir/name/1.0.0``, which the source ``tfds:name`` or that path then names.
 
     Raises:
-      UserError: the name is invalid, the data set exists, or the corpus is unusable.
+      UserError: the name is invalid, the dataset exists, or the corpus is unusable.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(
-            f"data set name {name!r}: use a lower-case letter, then such letters, digits and _"
+            f"dataset name {name!r}: use a lower-case letter, then such letters, digits and _"
         )
     open_corpus(source)  # before anything is written
     builder_class = type(name, (TextDataset,), {"name": name}, skip_registration=True)

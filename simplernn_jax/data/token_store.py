@@ -64,7 +64,7 @@ class TokenizedCorpus:
         if self.validation is None or len(self.validation.tokens) >= _FEW_TOKENS:
             return ""
         return (
-            f"fewer than {_FEW_TOKENS:,} validation tokens make the loss noisy; give more text, or "
+            f"fewer than {_FEW_TOKENS:,} validation tokens make the loss noisy; use more text, or "
             "hold out more with --config.data.validation_fraction"
         )
 
@@ -86,7 +86,7 @@ def prepare_corpus(
     """Open the tokenized corpus of a configuration, tokenizing it if that was not done yet.
 
     Memory is bounded whatever the size of the corpus. Several processes may do this at once.
-    Every byte of the tokens is verified, and a damaged corpus is tokenized again.
+    Every byte of the tokens is verified, and a corrupted corpus is re-tokenized.
 
     Args:
       config: source, tokenizer and split.
@@ -135,7 +135,7 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
       None if `cache_dir` holds no such corpus.
 
     Raises:
-      DamagedStore: it is damaged.
+      DamagedStore: it is corrupted.
       UserError: it cannot be read.
     """
     damage = None
@@ -208,7 +208,7 @@ def _plan(spool: Spool, config: DataConfig, seed: int, tokenizer: Tokenizer) -> 
 
 
 def _verified_splits(folder: Path) -> list[TokenSplit] | None:
-    """Open a store; None if it is missing or was damaged and is now removed.
+    """Open a store; None if it is missing or was corrupted and is now removed.
 
     Raises:
       OSError: it can be neither read nor removed.
@@ -219,7 +219,7 @@ def _verified_splits(folder: Path) -> list[TokenSplit] | None:
         return open_store(folder)
     except DamagedStore as error:
         logging.warning(
-            "%s: the tokenized corpus is damaged (%s); the text is tokenized again", folder, error
+            "%s: the tokenized corpus is corrupted (%s); the text is re-tokenized", folder, error
         )
     remove_store(folder)
     return None

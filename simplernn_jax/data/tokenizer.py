@@ -53,7 +53,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(spec: str, corpus: Corpus | None) -> Tokenizer:
-    """Make the tokenizer of a new run.
+    """Create the tokenizer of a new run.
 
     Args:
       spec: ``byte``, ``char``, a path to a ``tokenizer.json``, or a name on the Hugging Face hub.
@@ -77,7 +77,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
     """Restore a tokenizer from `Tokenizer.to_json`.
 
     Raises:
-      UserError: damaged, or of a kind that this version does not know.
+      UserError: corrupted, or of a kind that this version does not know.
     """
     try:
         values = json.loads(text)
@@ -92,7 +92,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
             return PretrainedTokenizer(values["tokenizer"], **values["special_ids"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"the saved tokenizer is damaged ({error}); restore it from another checkpoint"
+            f"the saved tokenizer is corrupted ({error}); restore it from another checkpoint"
         ) from error
     raise UserError(f"the saved tokenizer is of kind {kind!r}; a newer version wrote it: use that")
 
@@ -130,7 +130,7 @@ class CharTokenizer:
         """Index an alphabet.
 
         Raises:
-          ValueError: `alphabet` is no text, or repeats a character.
+          ValueError: `alphabet` is not a text, or repeats a character.
         """
         if not isinstance(alphabet, str) or len(set(alphabet)) != len(alphabet):
             raise ValueError("an alphabet is text that has each character once")

@@ -66,7 +66,7 @@ def _shown(value: Any) -> str:
 def check_model(model: Any) -> None:
     """Raise `UserError` if `model` is not a `LanguageModel`."""
     if not isinstance(model, LanguageModel):
-        raise UserError(f"model: {type(model).__name__}; give the LanguageModel of load_model")
+        raise UserError(f"model: {type(model).__name__}; pass the LanguageModel of load_model")
 
 
 def check_tokenizer(tokenizer: Any, *methods: str) -> None:
@@ -74,7 +74,7 @@ def check_tokenizer(tokenizer: Any, *methods: str) -> None:
     missing = [name for name in (*_TOKENIZER, *methods) if not hasattr(tokenizer, name)]
     if missing:
         raise UserError(
-            f"tokenizer: {type(tokenizer).__name__} has no {missing[0]}; give that of load_model"
+            f"tokenizer: {type(tokenizer).__name__} has no {missing[0]}; pass that of load_model"
         )
 
 
@@ -88,7 +88,7 @@ def checked_path(path: Any) -> str:
     """Convert the path of a file to text.
 
     Raises:
-      UserError: it is no path, is empty or holds a NUL character.
+      UserError: it is not a path, is empty or holds a NUL character.
     """
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"path={_shown(path)}: must be the path of a file")
@@ -155,10 +155,10 @@ def checked_texts(prompts: Any, batch_size: int) -> list[str]:
     if prompts is None or isinstance(prompts, str):
         return [prompts or ""] * batch_size
     if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Sequence):
-        raise UserError(f"prompts: {type(prompts).__name__}; give a text, or a list of texts")
+        raise UserError(f"prompts: {type(prompts).__name__}; pass a text, or a list of texts")
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise UserError(f"prompt {index}: {type(prompt).__name__}; give a text")
+            raise UserError(f"prompt {index}: {type(prompt).__name__}; pass a text")
     return list(prompts)
 
 
@@ -177,13 +177,13 @@ def checked_prompts(
     """
     if prompts is None:
         if batch_size is None:
-            raise UserError("prompts: none given; give at least one, or a state to continue from")
+            raise UserError("prompts: none given; pass at least one, or a state to continue from")
         return [np.zeros(0, np.int32)] * batch_size
     if isinstance(prompts, jax.Array):
         prompts = as_array(prompts, "prompts")
     is_array = isinstance(prompts, np.ndarray) and prompts.ndim > 0
     if not is_array and (isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence)):
-        raise UserError(f"prompts: {type(prompts).__name__}; give sequences of token ids")
+        raise UserError(f"prompts: {type(prompts).__name__}; pass sequences of token ids")
     if len(prompts) > 0 and _is_id(prompts[0]):
         prompts = [prompts]  # type: ignore[list-item]
     checked = [
@@ -191,13 +191,13 @@ def checked_prompts(
     ]
     if batch_size is not None and len(checked) != batch_size:
         raise UserError(
-            f"prompts: {len(checked)} for a state of {batch_size} sequences; give one for each"
+            f"prompts: {len(checked)} for a state of {batch_size} sequences; pass one for each"
         )
     if not checked:
-        raise UserError("prompts: none given; give at least one")
+        raise UserError("prompts: none given; pass at least one")
     for index, prompt in enumerate(checked):
         if batch_size is None and len(prompt) == 0:
-            raise UserError(f"prompt {index}: has no token; begin it with BOS, or give a state")
+            raise UserError(f"prompt {index}: has no token; begin it with BOS, or pass a state")
     return checked
 
 
@@ -209,7 +209,7 @@ def checked_length(max_new_tokens: Any, batch_size: int) -> int:
     """Convert `max_new_tokens` to ``int`` after checking that the new tokens fit into memory.
 
     Raises:
-      UserError: they do not, or it is no integer or negative.
+      UserError: they do not, or it is not an integer or negative.
     """
     length = checked_integer("max_new_tokens", max_new_tokens, 0, _MAX_TOKENS)
     what = f"max_new_tokens={length}"
@@ -222,7 +222,7 @@ def checked_length(max_new_tokens: Any, batch_size: int) -> int:
 def _checked_ids(ids: Any, vocab_size: int, where: str) -> np.ndarray:
     ids = as_array(ids, where)
     if ids.ndim != 1:
-        raise UserError(f"{where}: has {ids.ndim} axes; give one flat sequence of token ids")
+        raise UserError(f"{where}: has {ids.ndim} axes; pass one flat sequence of token ids")
     if len(ids) == 0:
         return np.zeros(0, np.int32)
     if not np.issubdtype(ids.dtype, np.integer):

@@ -133,7 +133,7 @@ def _initial_state(model: LanguageModel, prompts: list[np.ndarray]) -> DecoderSt
         seen[prompt.tobytes()] += 1
     of_one = jax.eval_shape(lambda: empty_state(model, 1))
     num_bytes = len(prompts) * state_bytes(of_one)
-    check_memory(num_bytes, f"{len(prompts)} prompts", "give fewer at a time")
+    check_memory(num_bytes, f"{len(prompts)} prompts", "pass fewer at a time")
     state = empty_state(model, len(prompts))
     return dataclasses.replace(state, stream=jnp.asarray(streams, jnp.int32))
 

@@ -43,7 +43,7 @@ class DecoderState:
 
 
 def empty_state(model: LanguageModel, batch_size: int) -> DecoderState:
-    """Make the state of sequences without tokens."""
+    """Create the state of sequences without tokens."""
     return DecoderState(
         layers=model.initial_state(batch_size),
         logits=jnp.zeros((batch_size, model.config.vocab_size), jnp.float32),
@@ -63,7 +63,7 @@ def check_state(model: LanguageModel, state: DecoderState, where: str = "state")
     """Check the structure, dtypes and shapes of `state` against those of `model`.
 
     Raises:
-      UserError: they differ, or it is no state; begins with `where`.
+      UserError: they differ, or it is not a state; begins with `where`.
     """
     _check_is_state(state, where)
     needed = jax.eval_shape(lambda: empty_state(model, np.size(state.position)))
@@ -78,7 +78,7 @@ def check_state(model: LanguageModel, state: DecoderState, where: str = "state")
 def _check_is_state(state: Any, where: str) -> None:
     if not isinstance(state, DecoderState):
         raise UserError(
-            f"{where}: {type(state).__name__}; give the state that generate or load_state returned"
+            f"{where}: {type(state).__name__}; pass the state that generate or load_state returned"
         )
 
 
@@ -101,7 +101,7 @@ def fork_state(state: DecoderState, n: int) -> DecoderState:
       B * n sequences, the copies of each next to each other.
 
     Raises:
-      UserError: `n` is no integer or below 1, or the copies do not fit into memory.
+      UserError: `n` is not an integer or below 1, or the copies do not fit into memory.
     """
     _check_is_state(state, "state")
     n = checked_integer("n", n, 1, _MAX_STREAMS - 1)

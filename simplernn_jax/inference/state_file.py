@@ -1,7 +1,7 @@
 """Decoder state in a safetensors file.
 
 Nothing in the file is executed. Its metadata hold fingerprints of model and tokenizer and a SHA-256
-of everything else, so that neither a stale nor a damaged state is ever used.
+of everything else, so that neither a stale nor a corrupted state is ever used.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from simplernn_jax.safetensors_bytes import decode_safetensors
 _FORMAT = "simplernn_jax decoder state"
 _VERSION = "1"
 
-_ADVICE = "name a file that save_state wrote"
+_ADVICE = "specify a file that save_state wrote"
 
 _MAX_HEADER_BYTES = 1 << 24
 """Bytes of names and shapes in a file at most; a thousand layers need less than one MB."""
@@ -42,7 +42,7 @@ def save_state(path: str, state: DecoderState, model: LanguageModel, tokenizer: 
     Args:
       path: of the file, usually ending in ``.safetensors``.
       state: any number of sequences.
-      model: the one that made the state.
+      model: the one that created the state.
       tokenizer: the one of its tokens.
 
     Raises:
@@ -60,8 +60,8 @@ def save_state(path: str, state: DecoderState, model: LanguageModel, tokenizer: 
         write_file(path, safetensors.numpy.save(arrays, header))
     except OSError as error:
         raise UserError(
-            f"{path}: the state cannot be written ({error.strerror}); name a file in a folder that "
-            "can be written and has room"
+            f"{path}: the state cannot be written ({error.strerror}); specify a file in a "
+            "writable folder with free space"
         ) from error
 
 
@@ -70,11 +70,11 @@ def load_state(path: str, model: LanguageModel, tokenizer: Tokenizer) -> Decoder
 
     Args:
       path: of the file.
-      model: of the same parameters and configuration as the one that made the state.
+      model: of the same parameters and configuration as the one that created the state.
       tokenizer: equal to the one that the state was saved with.
 
     Raises:
-      UserError: no regular file, not a state, damaged, larger than memory, of another version of
+      UserError: no regular file, not a state, corrupted, larger than memory, of another version of
         the format, of another model or of another tokenizer.
     """
     path = checked_path(path)
@@ -112,10 +112,10 @@ def _read(path: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {_ADVICE}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged, or no state ({error}); {_ADVICE}") from error
+        raise UserError(f"{path}: corrupted, or not a state ({error}); {_ADVICE}") from error
     signed = {name: value for name, value in header.items() if name != "sha256"}
     if header.get("sha256") != _digest(signed, arrays):
-        raise UserError(f"{path}: damaged; use another copy, or prefill its text again")
+        raise UserError(f"{path}: corrupted; use another copy, or prefill its text again")
     return header, arrays
 
 
@@ -123,8 +123,8 @@ def _metadata(path: str, names: bytes) -> dict[str, str]:
     """Parse the metadata in the header of a file of this version of the format.
 
     Raises:
-      ValueError: it is no JSON.
-      UserError: the file is no state, or one of another version.
+      ValueError: it is not JSON.
+      UserError: the file is not a state, or one of another version.
     """
     header = json.loads(names)
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
@@ -132,7 +132,7 @@ def _metadata(path: str, names: bytes) -> dict[str, str]:
         raise UserError(f"{path}: holds no state; {_ADVICE}")
     if metadata.get("version") != _VERSION:
         raise UserError(
-            f"{path}: version {metadata.get('version')} of the format, and this program knows "
+            f"{path}: version {metadata.get('version')} of the format, and this program supports "
             f"{_VERSION}; use the program that wrote it, or prefill its text again"
         )
     return metadata

@@ -20,11 +20,7 @@ from simplernn_jax.models.heads import MultiHeadProjections
 from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_segment_ids
-from simplernn_jax.ops.context_parallel import (
-    broadcast_from_last_shard,
-    receive_past,
-    segment_offset,
-)
+from simplernn_jax.ops.context_parallel import from_last_shard, receive_past, segment_offset
 from simplernn_jax.ops.sliding_attention import apply_rope, attend, sliding_attention
 
 
@@ -130,8 +126,7 @@ class Attention(MultiHeadProjections):
 
         Args:
           x: ``[B, T, hidden_dim]``.
-          state: keys and values of earlier tokens, of the first token's segment; None starts
-            with an empty cache.
+          state: keys and values before the first token, of its segment; None is an empty cache.
           segment_ids: ``[B, T]``; tokens attend only within their segment.
 
         Returns:
@@ -164,11 +159,9 @@ class Attention(MultiHeadProjections):
             past_k, past_v = (None, None) if state is None else _cached_in_order(state)
             k = _concatenate(receive_past(k, past_k, self.context), k)
             v = _concatenate(receive_past(v, past_v, self.context), v)
-            num_visible = jnp.minimum(positions + 1, self.context)
-            y = sliding_attention(q, k, v, num_visible, self.context)
-            state = broadcast_from_last_shard(
-                _cache_from_sequence(k, v, positions[:, -1] + 1, self.context)
-            )
+            visible = jnp.minimum(positions + 1, self.context)
+            y = sliding_attention(q, k, v, visible, self.context)
+            state = from_last_shard(_cache(k, v, positions[:, -1] + 1, self.context))
         return self.project_outputs(y, output_gate), state
 
     def _check_cache(self, state: Any, sizes: dict[str, Any]) -> None:
@@ -211,10 +204,10 @@ def _cached_in_order(state: KVCache) -> tuple[jax.Array, jax.Array]:
     slots = state.keys.shape[2]
     order = (state.length[:, None] + 1 + jnp.arange(slots - 1)[None]) % slots
     k, v = (jnp.swapaxes(cached, 1, 2) for cached in (state.keys, state.values))
-    return _gather_tokens(k, order), _gather_tokens(v, order)
+    return _gather(k, order), _gather(v, order)
 
 
-def _cache_from_sequence(k: jax.Array, v: jax.Array, length: jax.Array, slots: int) -> KVCache:
+def _cache(k: jax.Array, v: jax.Array, length: jax.Array, slots: int) -> KVCache:
     """Build the cache after the last keys and values of a sequence, ``[B, P + T, H, K or V]``.
 
     Args:
@@ -227,9 +220,7 @@ def _cache_from_sequence(k: jax.Array, v: jax.Array, length: jax.Array, slots: i
     age = (length[:, None] - 1 - jnp.arange(slots)[None]) % slots
     is_filled = (age < length[:, None])[..., None, None]
     index = jnp.maximum(k.shape[1] - 1 - age, 0)
-    keys, values = (
-        jnp.swapaxes(jnp.where(is_filled, _gather_tokens(x, index), 0), 1, 2) for x in (k, v)
-    )
+    keys, values = (jnp.swapaxes(jnp.where(is_filled, _gather(x, index), 0), 1, 2) for x in (k, v))
     return KVCache(keys, values, length)
 
 
@@ -237,6 +228,6 @@ def _concatenate(past: jax.Array | None, x: jax.Array) -> jax.Array:
     return x if past is None else jnp.concatenate([past, x], axis=1)
 
 
-def _gather_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
+def _gather(x: jax.Array, index: jax.Array) -> jax.Array:
     """Gather the tokens of ``[B, P + T, H, K or V]`` at ``[B, S]``."""
     return jnp.take_along_axis(x, index[..., None, None], axis=1)

@@ -180,16 +180,9 @@ class ResidualBlock(nnx.Module):
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, ResidualState]:
-        """Apply the block.
+        """Apply the block to `x` ``[B, T, D]``; returns ``[B, T, D]`` float32 and the next state.
 
-        Args:
-          x: ``[B, T, D]``.
-          state: as `initial_state` returns it; None is zero.
-          segment_ids: ``[B, T]`` integers, or None.
-          dropout_key: key of the dropout; None is no dropout.
-
-        Returns:
-          ``[B, T, D]`` float32 and the state after the last token.
+        `segment_ids` are ``[B, T]``. No state is the zero state; without a key there is no dropout.
 
         Raises:
           ValueError: wrong ranks, or shapes that do not fit together or this layer.

@@ -118,14 +118,8 @@ class Dense(nnx.Linear):
 def fused_dense(x: jax.Array, layers: Sequence[Dense]) -> tuple[jax.Array, ...]:
     """Apply each of `layers` to `x` ``[..., in_features]`` as one fused matmul.
 
-    All layers must have the same dtype and kernel axes.
-
-    Returns:
-      Arrays ``[..., out_features]``, float32 (float64 if the dtype is).
-
-    Raises:
-      ValueError: the last axis of `x` is not in_features.
-      TypeError: `x` is not floating point.
+    All layers must have the same dtype and kernel axes. Returns ``[..., out_features]``, float32
+    (float64 if the dtype is); raises what `fused_projection` does.
     """
     kernels = [layer.kernel[...] for layer in layers]
     first = layers[0]

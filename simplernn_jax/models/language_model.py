@@ -99,10 +99,7 @@ class LanguageModel(nnx.Module):
         Args:
           keep_previous: True selects `previous`, False `current`.
           previous: the states before the last token.
-          current: the states after it.
-
-        Returns:
-          The selected states, in their structure.
+          current: the states after it, of the same structure, which the result has too.
         """
 
         def select(previous: Any, current: Any) -> Any:

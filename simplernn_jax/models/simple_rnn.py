@@ -144,11 +144,7 @@ class SimpleRNN(nnx.Module):
         recurrence: Recurrence = gated_linear_recurrence,
         **options: Any,
     ):
-        """Initialize the cell.
-
-        Args and errors as for `SimpleRNNCell`; `recurrence` is called with the arguments of
-        `gated_linear_recurrence`.
-        """
+        """Initialize the cell, as `SimpleRNNCell`; `recurrence` computes the sequence."""
         self.recurrence = recurrence
         self.cell = SimpleRNNCell(
             hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs=rngs, **options

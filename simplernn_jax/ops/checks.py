@@ -4,8 +4,6 @@ Errors name the argument of the public function. Ranks and dtypes are static; si
 with ``==`` only, so that dimensions of `jax.export` may be symbolic.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,7 +17,6 @@ BOOL = ("bool",)
 _NAMES = {FLOATING: "floating point", INTEGER: "integer", BOOL: "bool"}
 
 Sizes = dict[str, Any]
-_NO_SIZES: Mapping[str, Any] = MappingProxyType({})
 
 
 def accumulator_dtype(*arrays: Any) -> Any:
@@ -29,11 +26,7 @@ def accumulator_dtype(*arrays: Any) -> Any:
 
 
 def check_array(
-    name: str,
-    x: Any,
-    axes: str,
-    dtypes: tuple[str, ...] = FLOATING,
-    sizes: Mapping[str, Any] = _NO_SIZES,
+    name: str, x: Any, axes: str, dtypes: tuple[str, ...] = FLOATING, sizes: Sizes | None = None
 ) -> Sizes:
     """Check the axes and the dtype of an argument.
 
@@ -43,7 +36,7 @@ def check_array(
       axes: names of its axes, as in ``"B T D"``; a leading ``...`` is any number of axes, ``B?`` an
         axis of size B or 1.
       dtypes: names of its possible dtypes.
-      sizes: known sizes of axes.
+      sizes: known sizes of axes; None is none.
 
     Returns:
       `sizes`, with those of all named axes.
@@ -54,6 +47,7 @@ def check_array(
     """
     names = axes.split()
     any_leading = names[:1] == ["..."]
+    sizes = sizes or {}
     names = names[any_leading:]
     if not _is_array(x):
         wanted = _expected(names, any_leading, dtypes, sizes)
@@ -86,13 +80,8 @@ def check_dtype(name: str, dtype: Any) -> None:
         raise TypeError(f"{name}: expected one of {', '.join(FLOATING)}; got {dtype}")
 
 
-def check_segment_ids(segment_ids: Any | None, sizes: Mapping[str, Any]) -> None:
-    """Check that `segment_ids` is None or integers ``[B, T]``, with B and T of `sizes`.
-
-    Raises:
-      ValueError: wrong rank or shape.
-      TypeError: wrong dtype.
-    """
+def check_segment_ids(segment_ids: Any | None, sizes: Sizes) -> None:
+    """Check that `segment_ids` is None or integers ``[B, T]``; raises what `check_array` does."""
     if segment_ids is not None:
         check_array("segment_ids", segment_ids, "B T", INTEGER, sizes)
 
@@ -116,9 +105,7 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic) or hasattr(x, "__jax_array__")
 
 
-def _expected(
-    names: list[str], any_leading: bool, dtypes: tuple[str, ...], sizes: Mapping[str, Any]
-) -> str:
+def _expected(names: list[str], any_leading: bool, dtypes: tuple[str, ...], sizes: Sizes) -> str:
     shown = ["..."] * any_leading + [
         f"{name[:-1]} or 1" if name.endswith("?") else name for name in names
     ]

@@ -12,7 +12,7 @@ from simplernn_jax.ops.intra_chunk import Levels, join_blocks, join_blocks_bwd
 from simplernn_jax.ops.scan import RecurrenceInputs
 
 
-class ChunkRange(NamedTuple):
+class Chunks(NamedTuple):
     """Tokens from `start` to `stop`, in groups of `group` chunks of `size` tokens."""
 
     start: int
@@ -26,11 +26,7 @@ class ChunkRange(NamedTuple):
 
 
 def forward_loop(
-    part: ChunkRange,
-    inputs: RecurrenceInputs,
-    *,
-    with_output: bool = True,
-    with_starts: bool = False,
+    part: Chunks, inputs: RecurrenceInputs, *, with_output: bool = True, with_starts: bool = False
 ) -> tuple[HeadState, Any, Any]:
     """Loop over groups of chunks: the final state, the output, the chunk-start states."""
     q, k, v, log_gate, initial_state, reset = inputs
@@ -70,7 +66,7 @@ def forward_loop(
 
 
 def backward_loop(
-    part: ChunkRange,
+    part: Chunks,
     inputs: RecurrenceInputs,
     d_output: jax.Array,
     starts: jax.Array,
@@ -135,7 +131,7 @@ def backward_loop(
     return [*grads, d_state.reshape(final_state.shape)]
 
 
-def _slice_group(x: jax.Array, *, part: ChunkRange, index: jax.Array, dtype: Any) -> jax.Array:
+def _slice_group(x: jax.Array, *, part: Chunks, index: jax.Array, dtype: Any) -> jax.Array:
     """Take the chunks of group `index` of ``[B, T, H, K]`` as ``[G * B * H, C, K]``."""
     batch, _, heads, width = x.shape
     tokens = part.size * part.group
@@ -144,9 +140,7 @@ def _slice_group(x: jax.Array, *, part: ChunkRange, index: jax.Array, dtype: Any
     return chunk.transpose(1, 0, 3, 2, 4).reshape(-1, part.size, width)
 
 
-def _store_group(
-    part: ChunkRange, whole: jax.Array, chunk: jax.Array, index: jax.Array
-) -> jax.Array:
+def _store_group(part: Chunks, whole: jax.Array, chunk: jax.Array, index: jax.Array) -> jax.Array:
     """Store ``[G * B * H, C, K]`` as group `index` of ``[B, T, H, K]``."""
     batch, _, heads, width = whole.shape
     chunk = chunk.reshape(part.group, batch, heads, part.size, width).transpose(1, 0, 3, 2, 4)
@@ -165,7 +159,7 @@ class Masks(NamedTuple):
 
 
 def _chunk_masks(
-    part: ChunkRange, reset: jax.Array | None, index: jax.Array, heads: int
+    part: Chunks, reset: jax.Array | None, index: jax.Array, heads: int
 ) -> Masks | None:
     if reset is None:
         return None

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.ops.chunk_loops import ChunkRange, backward_loop, forward_loop
+from simplernn_jax.ops.chunk_loops import Chunks, backward_loop, forward_loop
 from simplernn_jax.ops.intra_chunk import BLOCK
 from simplernn_jax.ops.scan import RecurrenceInputs
 
@@ -97,7 +97,7 @@ def chunkwise_gradient(
 
 def _divide(
     inputs: RecurrenceInputs, chunk_size: int | None
-) -> tuple[RecurrenceInputs, list[ChunkRange]]:
+) -> tuple[RecurrenceInputs, list[Chunks]]:
     """Pad T to a multiple of the chunk size and split it into loops."""
     q, k, v, log_gate, state, reset = inputs
     parts = _parts(q.shape, v.shape[3], chunk_size)
@@ -111,7 +111,7 @@ def _divide(
     return RecurrenceInputs(q, k, v, log_gate, state, reset), parts
 
 
-def _parts(shape: Sequence[int], value_dim: int, chunk_size: int | None) -> list[ChunkRange]:
+def _parts(shape: Sequence[int], value_dim: int, chunk_size: int | None) -> list[Chunks]:
     batch, length, heads, key_dim = shape
     if chunk_size is None:
         chunk_size = choose_chunk_size(length)
@@ -119,7 +119,7 @@ def _parts(shape: Sequence[int], value_dim: int, chunk_size: int | None) -> list
     group = choose_group(batch * heads, chunk_size, key_dim, value_dim, length // chunk_size)
     whole = length - length % (chunk_size * group)
     rest = (length - whole) // chunk_size
-    parts = [ChunkRange(0, whole, chunk_size, group), ChunkRange(whole, length, chunk_size, rest)]
+    parts = [Chunks(0, whole, chunk_size, group), Chunks(whole, length, chunk_size, rest)]
     return [part for part in parts if part.stop > part.start]
 
 

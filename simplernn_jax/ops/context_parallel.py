@@ -77,6 +77,6 @@ def receive_past(local: jax.Array, initial: jax.Array | None, context: int) -> j
     return jax.lax.dynamic_slice_in_dim(whole, axis_index(AXIS) * length, past, axis=1)
 
 
-def broadcast_from_last_shard(tree: _Tree) -> _Tree:
+def from_last_shard(tree: _Tree) -> _Tree:
     """Broadcast the last shard's arrays to all devices."""
     return jax.tree.map(lambda leaf: broadcast_from_last(leaf, AXIS), tree)

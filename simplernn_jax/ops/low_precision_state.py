@@ -15,18 +15,13 @@ ROUNDING_INTERVAL = 64
 
 
 def low_precision_recurrence(
-    recurrence: Callable[[RecurrenceInputs], tuple[jax.Array, HeadState]],
-    inputs: RecurrenceInputs,
-    dtype: Any,
+    recurrence: Callable[..., tuple[jax.Array, HeadState]], inputs: RecurrenceInputs, dtype: Any
 ) -> tuple[jax.Array, HeadState]:
     """Round the state to `dtype` every `ROUNDING_INTERVAL` tokens of `recurrence` and at the end.
 
     Intervals are counted from the first token of the call: calls with one token round after every
     token, as in decoding. Sums are float32 (float64 if `dtype` is). State cotangents are rounded at
-    the same positions.
-
-    Returns:
-      The output ``[B, T, H, V]`` in the dtype of v, and the final state in `dtype`.
+    the same positions. Returns the output in the dtype of v, and the final state in `dtype`.
     """
     sums = accumulator_dtype(dtype)
 

@@ -32,8 +32,7 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
 def fused_matmul(x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> tuple[jax.Array, ...]:
     """Compute `x` ``[..., in]`` times each kernel ``[in, out]``, as one matmul of `dtype` operands.
 
-    Returns:
-      Arrays ``[..., out]``, float32 (float64 if `dtype` is).
+    Results are ``[..., out]``, float32 (float64 if `dtype` is).
 
     Raises:
       ValueError: no kernel, wrong ranks, or shapes that do not fit together.

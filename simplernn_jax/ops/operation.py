@@ -53,9 +53,6 @@ def apply(
       inputs: arrays; the floating ones are differentiated.
       outputs: arrays or structs with the shape and dtype of each result.
       vjp: reverse mode; None differentiates the reference.
-
-    Returns:
-      One array for each of `outputs`.
     """
     inputs = [vary_like(x, *inputs) for x in inputs]  # one type inside `shard_map`
     return _bind(inputs, impls, _types(outputs), vjp)

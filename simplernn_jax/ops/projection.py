@@ -27,11 +27,8 @@ def fused_projection(
       x: ``[..., in]``, or this device's inputs ``[..., in / tensor]`` if `row_parallel`.
       kernels: this device's shards, all column parallel or all row parallel.
       dtype: dtype of the operands.
-      row_parallel: sum the results over ``tensor``.
-
-    Returns:
-      Arrays ``[..., out / tensor]``, or ``[..., out]`` if `row_parallel`; float32 (float64 if
-      `dtype` is).
+      row_parallel: sum the results over ``tensor``: they are ``[..., out]``, otherwise
+        ``[..., out / tensor]``.
     """
     x = vary_like(x, *kernels)  # its gradient is summed over `tensor` once for all kernels
     run = partial(_gather_and_multiply, dtype=dtype, gathered_axis=int(row_parallel))

@@ -21,7 +21,7 @@ EPSILON = 1e-6
 
 
 def rms_norm(x: jax.Array, *, native: bool | None = None) -> jax.Array:
-    """Compute ``x / sqrt(mean(x^2) + EPSILON)`` along the last axis.
+    """Compute ``x / sqrt(mean(x^2) + EPSILON)`` along the last axis, float32 (float64 if `x` is).
 
     Root mean square layer normalization (arXiv:1910.07467) without its scale, which the
     following projection absorbs.
@@ -29,9 +29,6 @@ def rms_norm(x: jax.Array, *, native: bool | None = None) -> jax.Array:
     Args:
       x: ``[..., D]``.
       native: True calls the C functions, False never; None decides by size and platform.
-
-    Returns:
-      ``[..., D]``, float32 (float64 if `x` is).
 
     Raises:
       ValueError: `x` has no axis, or `native` is True where the C functions do not support it.

@@ -46,10 +46,8 @@ def shard_segment_ids(segment_ids: SegmentIds) -> SegmentIds:
     """Number the segments of this device's shard; 0 is the segment of the token before it.
 
     Args:
-      segment_ids: ``[B, T / sequence]``, any ids; a change of id begins a segment.
-
-    Returns:
-      ``[B, T / sequence]`` of the same dtype; `segment_ids` if the sequences are not sharded.
+      segment_ids: ``[B, T / sequence]``, any ids; a change of id begins a segment. The result has
+        its shape and dtype.
     """
     if axis_size(AXIS) == 1:
         return segment_ids
@@ -85,11 +83,7 @@ def sharded_recurrence(
 
     Returns:
       The output of this device's shard, and the state after the sequence's last token, on all
-      devices.
-
-    Raises:
-      ValueError: wrong ranks or shapes, or `state_dtype` of sharded sequences.
-      TypeError: wrong dtypes.
+      devices. Raises what `recurrence` does, and ValueError for a `state_dtype` of sharded ones.
     """
     if axis_size(AXIS) == 1:
         return recurrence(

@@ -95,7 +95,7 @@ def attend(q: Queries, k: SeenKeys, v: SeenValues, mask: jax.Array) -> jax.Array
 
 
 def sliding_attention(
-    q: Queries, k: SeenKeys, v: SeenValues, num_visible: jax.Array, context: int
+    q: Queries, k: SeenKeys, v: SeenValues, visible: jax.Array, context: int
 ) -> jax.Array:
     """Compute causal attention over the last tokens.
 
@@ -103,9 +103,9 @@ def sliding_attention(
       q: ``[B, T, H, K]``.
       k: ``[B, P + T, H, K]``, with the keys of P earlier tokens first.
       v: ``[B, P + T, H, V]``.
-      num_visible: ``[B or 1, T]`` int32: number of keys each query attends to, including its own;
+      visible: ``[B or 1, T]`` int32: number of keys each query attends to, including its own;
         at least 1, and at most `context` and the number of tokens up to its own.
-      context: upper bound of `num_visible`; earlier keys are not read.
+      context: upper bound of `visible`; earlier keys are not read.
 
     Returns:
       ``[B, T, H, V]`` of the inputs' dtype.
@@ -116,7 +116,7 @@ def sliding_attention(
       TypeError: wrong dtypes; those of q, k and v must be the same.
     """
     sizes = _check_heads(q, k, v)
-    check_array("num_visible", num_visible, "B? T", INTEGER, sizes)
+    check_array("visible", visible, "B? T", INTEGER, sizes)
     if k.shape[1] < q.shape[1]:
         raise ValueError(
             f"k: expected [B, S, H, K] with S at least T = {q.shape[1]}; got S = {k.shape[1]}"
@@ -125,17 +125,13 @@ def sliding_attention(
         raise ValueError(f"context: expected at least 1; got {context}")
     length, past = q.shape[1], k.shape[1] - q.shape[1]
     if length <= QUERY_BLOCK:
-        return _block(q, k, v, num_visible, 0, length, past + length)
+        return _block(q, k, v, visible, 0, length, past + length)
     part_size = max(context, QUERY_BLOCK)
     count = max(1, length // part_size)
     first_keys = slice(past + part_size)
     parts = [
         _attend_blocks(
-            q[:, :part_size],
-            k[:, first_keys],
-            v[:, first_keys],
-            num_visible[:, :part_size],
-            context,
+            q[:, :part_size], k[:, first_keys], v[:, first_keys], visible[:, :part_size], context
         )
     ]
     if count > 1:
@@ -146,17 +142,17 @@ def sliding_attention(
             return jnp.moveaxis(x, 1, 0)
 
         def middle(parts: tuple[jax.Array, ...]) -> jax.Array:
-            q, k_before, k, v_before, v, num_visible = parts
+            q, k_before, k, v_before, v, visible = parts
             k, v = jnp.concatenate([k_before, k], 1), jnp.concatenate([v_before, v], 1)
-            return _attend_blocks(q, k, v, num_visible, context)
+            return _attend_blocks(q, k, v, visible, context)
 
         starts = (part_size, past, past + part_size, past, past + part_size, part_size)
-        inputs = tuple(map(split, (q, k, k, v, v, num_visible), starts))
+        inputs = tuple(map(split, (q, k, k, v, v, visible), starts))
         parts.append(_join(jax.lax.map(middle, inputs)))
     if rest := max(0, length - count * part_size):
         keys = slice(-(part_size + rest), None)
         parts.append(
-            _attend_blocks(q[:, -rest:], k[:, keys], v[:, keys], num_visible[:, -rest:], context)
+            _attend_blocks(q[:, -rest:], k[:, keys], v[:, keys], visible[:, -rest:], context)
         )
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
@@ -169,7 +165,7 @@ def _check_heads(q: Queries, k: SeenKeys, v: SeenValues) -> dict[str, Any]:
 
 
 def _attend_blocks(
-    q: Queries, k: SeenKeys, v: SeenValues, num_visible: jax.Array, context: int
+    q: Queries, k: SeenKeys, v: SeenValues, visible: jax.Array, context: int
 ) -> jax.Array:
     """Compute `sliding_attention` of a part of the sequence, in blocks of `QUERY_BLOCK`."""
     length, past = q.shape[1], k.shape[1] - q.shape[1]
@@ -182,31 +178,25 @@ def _attend_blocks(
             width = min(past + stop, context - 1 + QUERY_BLOCK)
             starts = start + QUERY_BLOCK * jnp.arange(whole)
             one = functools.partial(
-                lambda width, at: block(q, k, v, num_visible, at, QUERY_BLOCK, width), width
+                lambda width, at: block(q, k, v, visible, at, QUERY_BLOCK, width), width
             )
             parts.append(_join(jax.lax.map(one, starts)))
         if rest:
             width = min(past + stop, context - 1 + rest)
-            parts.append(block(q, k, v, num_visible, stop - rest, rest, width))
+            parts.append(block(q, k, v, visible, stop - rest, rest, width))
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
 def _block(
-    q: Queries,
-    k: SeenKeys,
-    v: SeenValues,
-    num_visible: jax.Array,
-    start: Any,
-    size: int,
-    width: int,
+    q: Queries, k: SeenKeys, v: SeenValues, visible: jax.Array, start: Any, size: int, width: int
 ) -> jax.Array:
     """Compute attention of `size` queries from `start`, over the last `width` keys up to them."""
     end = k.shape[1] - q.shape[1] + start + size
     first = jnp.maximum(end - width, 0)
     k, v = (jax.lax.dynamic_slice_in_dim(x, first, width, 1) for x in (k, v))
-    q, num_visible = (jax.lax.dynamic_slice_in_dim(x, start, size, 1) for x in (q, num_visible))
+    q, visible = (jax.lax.dynamic_slice_in_dim(x, start, size, 1) for x in (q, visible))
     steps_back = (end - size + jnp.arange(size))[:, None] - (first + jnp.arange(width))[None]
-    mask = (steps_back >= 0)[None] & (steps_back[None] < num_visible[:, :, None])
+    mask = (steps_back >= 0)[None] & (steps_back[None] < visible[:, :, None])
     return attend(q, k, v, mask)
 
 

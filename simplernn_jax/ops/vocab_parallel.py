@@ -19,12 +19,10 @@ def lookup(table: jax.Array, tokens: Tokens) -> jax.Array:
 
     Args:
       table: this device's shard, ``[N / tensor, D / fsdp]``.
-      tokens: integers ``[...]`` in ``[0, N)``; others give NaN, or zeros if the vocabulary is
-        sharded.
+      tokens: ``[...]`` in ``[0, N)``; others give NaN, or zeros if the vocabulary is sharded.
 
     Raises:
-      ValueError: `table` is not a matrix.
-      TypeError: wrong dtypes.
+      ValueError, TypeError: wrong ranks or dtypes.
     """
     check_array("table", table, "N D")
     check_array("tokens", tokens, "...", INTEGER)
@@ -49,8 +47,7 @@ def cross_entropy(logits: Logits, targets: Tokens) -> jax.Array:
       targets: ids ``[B, T]`` in ``[0, N)``.
 
     Raises:
-      ValueError: wrong ranks, or shapes that do not fit together.
-      TypeError: wrong dtypes.
+      ValueError, TypeError: wrong shapes or dtypes.
     """
     check_array("logits", logits, "... N")
     check_array("targets", targets, "...", INTEGER)

@@ -15,7 +15,7 @@ from simplernn_jax.ops.sequence_parallel import MIN_SHARD_TOKENS
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Make the mesh over `devices` (None: all devices of every process), axes `AXES`.
+    """Create the mesh over `devices` (None: all devices of every process), axes `AXES`.
 
     If the sizes use only some of one process's devices, the first are taken, with a warning.
 
@@ -90,7 +90,7 @@ def check_fits(config: Config, mesh: Mesh) -> None:
         found = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
         raise UserError(
             f"--config.model.mixer={model.mixer!r} cannot be sharded over stage {sizes['stage']}: "
-            f"stages need layers of one kind, and these are {found}; name one mixer or set "
+            f"stages need layers of one kind, and these are {found}; specify one mixer or set "
             "--config.mesh.stage=1"
         )
     shard = tokens // sizes["sequence"]

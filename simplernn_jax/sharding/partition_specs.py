@@ -1,4 +1,4 @@
-"""Shardings of the arrays of a run, from the logical axes that they were made with."""
+"""Shardings of the arrays of a run, from the logical axes that they were created with."""
 
 import math
 from typing import Any, TypeGuard

@@ -1,4 +1,4 @@
-"""Pipeline parallelism over the mesh axis ``stage``, with chunks of time as micro-batches.
+"""Pipeline parallelism over the mesh axis ``stage``, with chunks of time as microbatches.
 
 Stage s works on chunk c at tick s + c: its layers' states stay on the stage, and activations are
 sent to the next stage after each tick. All stages are busy except at both ends, when the first
@@ -9,7 +9,7 @@ chunk has not arrived or the last one has left (`bubble`)::
     stage 1   -    c0   c1   c2   -
     stage 2   -    -    c0   c1   c2
 
-The schedule is that of GPipe (arXiv:1811.06965) with chunks of time in place of micro-batches, as
+The schedule is that of GPipe (arXiv:1811.06965) with chunks of time in place of microbatches, as
 in TeraPipe (arXiv:2102.07988): of earlier chunks a layer needs only their final state, so one
 sequence can keep all stages busy. The gradient runs backwards through the same schedule.
 """

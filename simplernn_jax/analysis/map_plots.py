@@ -1,36 +1,23 @@
-"""Pictures over the text: attention maps, the part of the initial state, and contributions."""
+"""Plots over the text: attention maps, the part of the initial state, and contributions."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from simplernn_jax.analysis.explanation import Explanation
-from simplernn_jax.analysis.pictures import (
-    FITTING,
-    Picture,
-    add_legend,
-    line_styles,
-    new_figure,
-    png,
-)
-from simplernn_jax.analysis.token_text import (
-    MONOSPACE,
-    Unit,
-    label_text,
-    label_unit,
-    sum_by_unit,
-)
+from simplernn_jax.analysis.plots import FITTING, Plot, add_legend, line_styles, new_figure, png
+from simplernn_jax.analysis.token_text import MONOSPACE, Unit, label_text, label_unit, sum_by_unit
 
 _COLUMNS = 2
 _TICKS_PER_INCH = 3.2
 _COLOR_LEVELS = [-1, -0.3, -0.1, 0, 0.1, 0.3, 1]
 
 
-def draw_map(explanation: Explanation, layer: int) -> Picture:
+def draw_map(explanation: Explanation, layer: int) -> Plot:
     """Draw the attention map of one layer, from 0, with the chosen prediction marked."""
     weights = np.asarray(explanation.layers[layer].weights[0])
     position = explanation.chosen.position - 1 - explanation.start
-    return Picture(
+    return Plot(
         f"map_layer_{layer + 1}",
         f"Attention map of {explanation.layer_names[layer]}",
         "Each row is one output and each column an earlier token, labeled with the text that "
@@ -85,7 +72,7 @@ def draw_heads(weights: np.ndarray, units: Sequence[Unit], offset: int, position
         return png(figure)
 
 
-def draw_state_share(explanation: Explanation) -> Picture:
+def draw_state_share(explanation: Explanation) -> Plot:
     """Draw the part of each layer's outputs that the state before the maps gives."""
     units = explanation.units
     with new_figure(FITTING, 4) as figure:
@@ -103,7 +90,7 @@ def draw_state_share(explanation: Explanation) -> Picture:
         axes.set(xlabel="output after token t", ylabel="norm, relative to the output's")
         axes.grid(axis="y")
         add_legend(figure, axes)
-        return Picture(
+        return Plot(
             "state_share",
             "Contribution of the text before the maps",
             "Norm of the part of each output that the state before the first token of the maps "
@@ -113,7 +100,7 @@ def draw_state_share(explanation: Explanation) -> Picture:
         )
 
 
-def draw_contributions(explanation: Explanation) -> Picture:
+def draw_contributions(explanation: Explanation) -> Plot:
     """Draw the strongest contributions to the chosen prediction, by gradient and by layer."""
     chosen = explanation.chosen
     by_gradient = sum_by_unit(chosen.units, chosen.from_all.tokens)
@@ -128,7 +115,7 @@ def draw_contributions(explanation: Explanation) -> Picture:
     for layer, name in enumerate(explanation.layer_names):
         shares, state = contributions_by_unit(explanation, layer), chosen.by_layer[layer].state
         panels.append((f"{name}, by its map", "share of the output", shares, state))
-    return Picture(
+    return Plot(
         "contributions",
         "The tokens that contributed most to the chosen prediction",
         "Each bar is one earlier token, in brackets in its word, with its distance to the "

@@ -1,4 +1,4 @@
-"""Pictures of the memory and of the state's value, and the style that all pictures share."""
+"""Plots of the memory and of the state's value, and the style that all plots share."""
 
 import io
 import itertools
@@ -16,7 +16,7 @@ from simplernn_jax.training.evaluate import Evaluation
 DPI = 130
 """Pixels per inch."""
 FITTING = 5.8
-"""Width in inches of a picture that is readable on a screen of 400 pixels."""
+"""Width in inches of a plot that is readable on a screen of 400 pixels."""
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -53,7 +53,7 @@ _STATE_PICTURES = {
 """Field of `LayerMemory`, axis label, title and caption."""
 
 
-class Picture(NamedTuple):
+class Plot(NamedTuple):
     """A PNG with the title and caption that a page shows beside it."""
 
     name: str
@@ -65,7 +65,7 @@ class Picture(NamedTuple):
 
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator[Any]:
-    """Make a matplotlib figure, in inches, to be drawn and saved inside the context."""
+    """Create a matplotlib figure, in inches, to be drawn and saved inside the context."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -120,7 +120,7 @@ def add_legend(figure: Any, axes: Any) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
 
 
-def draw_half_lives(memory: Memory, window: int) -> Picture:
+def draw_half_lives(memory: Memory, window: int) -> Plot:
     """Draw the sorted half-lives of each layer, and the training window for comparison."""
     with new_figure(FITTING, 4) as figure:
         axes = figure.subplots()
@@ -140,7 +140,7 @@ def draw_half_lives(memory: Memory, window: int) -> Picture:
         axes.set(xlabel="key channels of all heads, by half-life", ylabel="half-life (tokens)")
         axes.grid(axis="y", which="both")
         add_legend(figure, axes)
-        return Picture(
+        return Plot(
             "half_lives",
             "Half-life of every key channel, sorted",
             "A point at 100 means that this channel decays by half in 100 tokens, on average over "
@@ -150,7 +150,7 @@ def draw_half_lives(memory: Memory, window: int) -> Picture:
         )
 
 
-def draw_state(memory: Memory, name: str) -> Picture:
+def draw_state(memory: Memory, name: str) -> Plot:
     """Draw one panel per layer and one curve per head: ``state_norm`` or ``state_rank``."""
     field, label, title, caption = _STATE_PICTURES[name]
     layers = [(n, part) for n, part in enumerate(memory.layers, 1) if part is not None]
@@ -171,10 +171,10 @@ def draw_state(memory: Memory, name: str) -> Picture:
         for axes in grid[:, 0]:
             axes.set_ylabel(label)
         add_legend(figure, grid[0, 0])
-        return Picture(name, title, caption, png(figure))
+        return Plot(name, title, caption, png(figure))
 
 
-def draw_position_loss(loss: PositionLoss, window: int) -> Picture:
+def draw_position_loss(loss: PositionLoss, window: int) -> Plot:
     """Draw the loss by position in the document, carried and reset every `window` tokens."""
     drawn = loss.counts >= min(_MIN_PREDICTIONS, loss.counts.max())
     middles = loss.starts[drawn] * 2**0.5
@@ -204,7 +204,7 @@ def draw_position_loss(loss: PositionLoss, window: int) -> Picture:
         )
         _set_loss_axes(axes, middles, "tokens of the document before the prediction")
         add_legend(figure, axes)
-        return Picture(
+        return Plot(
             "loss_by_position",
             "Loss by position in the document",
             "A blue curve that falls to the right means better predictions with more of the "
@@ -215,7 +215,7 @@ def draw_position_loss(loss: PositionLoss, window: int) -> Picture:
         )
 
 
-def draw_reset_loss(losses: dict[int, Evaluation], window: int) -> Picture:
+def draw_reset_loss(losses: dict[int, Evaluation], window: int) -> Plot:
     """Draw the loss by reset interval; interval 0, never reset, is a horizontal line."""
     intervals = sorted(interval for interval in losses if interval)
     with new_figure(FITTING, 4) as figure:
@@ -235,7 +235,7 @@ def draw_reset_loss(losses: dict[int, Evaluation], window: int) -> Picture:
         )
         _set_loss_axes(axes, intervals, "tokens between two resets")
         add_legend(figure, axes)
-        return Picture(
+        return Plot(
             "loss_by_reset",
             "Loss by reset interval of the state",
             "Orange above blue: tokens further back than the interval still help. Where the two "
