@@ -212,6 +212,9 @@ def test_rope_depends_on_the_distance_at_any_position():
         for position in (10**5, 10**9 + 7, 2**31 - 1):
             assert dot(position, distance) == pytest.approx(near, abs=1e-5)
     assert abs(dot(5, 1) - dot(5, 2)) > 0.1
+    with jax.enable_x64(True):  # int64 positions are modulo 2^32 too
+        long, short = (apply_rope(q, np.full((1, 1), p)) for p in (2**33 + 5, 5))
+    np.testing.assert_array_equal(long, short)
 
 
 def temporary_bytes(function, *shapes):

@@ -78,6 +78,17 @@ def test_float32_accuracy_equals_that_of_one_device(gates):
         assert_accurate(actual, expected, {"all": 5e-6, "d_log_gate": 3e-5})  # as in test_ops.py
 
 
+def test_a_state_dtype_of_sharded_sequences_is_an_error():
+    run = jax.shard_map(
+        lambda x: sharded_recurrence(x, x, x, x, state_dtype=jnp.bfloat16),
+        mesh=mesh_of(sequence=2),
+        in_specs=TIME,
+        out_specs=(TIME, P()),
+    )
+    with pytest.raises(ValueError, match="^state_dtype="):
+        jax.eval_shape(run, jnp.zeros((1, 2, 1, 1)))
+
+
 def test_shards_number_their_segments_from_the_token_before():
     ids = jnp.asarray([[7, 7, 7, 7, 8, 8, 9, 9, 9], [1, 1, 2, 3, 3, 3, 3, 3, 1]], jnp.int32)
     numbered = jax.shard_map(

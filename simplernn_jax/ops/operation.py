@@ -77,7 +77,7 @@ def on_one_device() -> bool:
     """Whether this code runs on one device, alone or inside `shard_map`.
 
     If not, XLA may have to partition it: axes of tokens are then not merged, and no layout is
-    constrained, since jax 0.10 gathers arrays with constrained layouts.
+    constrained, since jax 0.10 (not 0.12) gathers arrays with constrained layouts.
     """
     return jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
 

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def process_slice(sharding: NamedSharding, length: int) -> slice:
-    """Slice of a first axis of size `length` that covers the shards of this process's devices."""
+    """Return the slice of a first axis of size `length` that this process's devices hold."""
     indices = sharding.addressable_devices_indices_map((length,)).values()
     ranges = [index[0].indices(length) for index in indices if index is not None]
     return slice(min(start for start, *_ in ranges), max(stop for _, stop, _ in ranges))

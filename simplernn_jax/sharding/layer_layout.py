@@ -19,13 +19,13 @@ STACKED = "stacked"
 
 
 def layer_axis(name: str) -> int | None:
-    """The axis of layers of the leaf `name`; None if it is not stacked."""
+    """Return the axis of layers of the leaf `name`; None if it is not stacked."""
     parts = name.split("/")
     return int(parts[0] == "carried") if STACKED in parts else None
 
 
 def single_name(name: str, index: int) -> str:
-    """The name of layer `index` of the stacked leaf `name`."""
+    """Return the name of layer `index` of the stacked leaf `name`."""
     return "/".join(str(index) if part == STACKED else part for part in name.split("/"))
 
 

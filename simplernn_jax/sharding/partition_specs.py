@@ -18,7 +18,7 @@ def is_distributed(mesh: Mesh | None) -> TypeGuard[Mesh]:
 
 
 def variable_specs(tree: Any, mesh: Mesh) -> Any:
-    """The `PartitionSpec` of every array of a tree of `nnx.Variable` and other arrays.
+    """Return the `PartitionSpec` of every array of a tree of `nnx.Variable` and other arrays.
 
     The logical axes of a variable are its metadata ``axes``; the moments that an optimizer keeps of
     a parameter have those of the parameter. All other arrays are replicated.
@@ -34,17 +34,17 @@ def variable_specs(tree: Any, mesh: Mesh) -> Any:
 
 
 def axes_specs(axes: Any, mesh: Mesh) -> Any:
-    """The `PartitionSpec` of every `LogicalAxes` of a tree."""
+    """Return the `PartitionSpec` of every `LogicalAxes` of a tree."""
     return jax.tree.map(lambda each: partition_spec(each, mesh), axes)
 
 
 def named_shardings(specs: Any, mesh: Mesh) -> Any:
-    """The `NamedSharding` of every `PartitionSpec` of a tree."""
+    """Return the `NamedSharding` of every `PartitionSpec` of a tree."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def shard_further(tree: Any, specs: Any, axis: str, mesh: Mesh) -> Any:
-    """`specs` with every leaf of `tree` sharded over the mesh axis `axis` too, where it can be."""
+    """Return `specs` with every leaf of `tree` sharded over `axis` too, where it is divisible."""
 
     def spec_of(leaf: Any, spec: PartitionSpec) -> PartitionSpec:
         names = [*spec, *[None] * (leaf.ndim - len(spec))]

@@ -1,4 +1,4 @@
-"""Pipeline parallelism over the mesh axis ``stage``, with chunks of time as microbatches.
+"""Pipeline parallelism over the mesh axis ``stage``, with time chunks as microbatches.
 
 Stage s works on chunk c at tick s + c: its layers' states stay on the stage, and activations are
 sent to the next stage after each tick. All stages are busy except at both ends, when the first
@@ -9,7 +9,7 @@ chunk has not arrived or the last one has left (`bubble`)::
     stage 1   -    c0   c1   c2   -
     stage 2   -    -    c0   c1   c2
 
-The schedule is that of GPipe (arXiv:1811.06965) with chunks of time in place of microbatches, as
+The schedule is that of GPipe (arXiv:1811.06965) with time chunks in place of microbatches, as
 in TeraPipe (arXiv:2102.07988): of earlier chunks a layer needs only their final state, so one
 sequence can keep all stages busy. The gradient runs backwards through the same schedule.
 """
@@ -26,8 +26,8 @@ from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.collectives import shift, vary_like
 from simplernn_jax.ops.reset_state import reset_state
 
-CHUNKS_PER_STAGE = 4
-"""Largest number: the bubble is then below 1/5, negligible according to GPipe (arXiv:1811.06965,
+MAX_CHUNKS_PER_STAGE = 4
+"""The bubble is then below 1/5, negligible according to GPipe (arXiv:1811.06965,
 section 2.3). Every chunk costs a saved state and makes matmuls smaller."""
 
 AXIS = "stage"
@@ -38,9 +38,10 @@ state, whose leaves have axis B first, belongs to the segment of the first token
 
 
 def choose_num_chunks(length: int, stages: int) -> int:
-    """Number of chunks of `length` tokens: the largest multiple of `stages`, up to
-    `CHUNKS_PER_STAGE` of them, that divides it, so that each stage gets an equal share of the
-    output.
+    """Choose the number of chunks of `length` tokens.
+
+    The largest multiple of `stages`, up to `MAX_CHUNKS_PER_STAGE` of them, that divides `length`:
+    each stage then gets an equal share of the output.
 
     Raises:
       ValueError: `stages` does not divide `length`.
@@ -48,12 +49,14 @@ def choose_num_chunks(length: int, stages: int) -> int:
     if length % stages:
         raise ValueError(f"{length=} must be divisible by {stages=}")
     return max(
-        stages * times for times in range(1, CHUNKS_PER_STAGE + 1) if length % (stages * times) == 0
+        stages * times
+        for times in range(1, MAX_CHUNKS_PER_STAGE + 1)
+        if length % (stages * times) == 0
     )
 
 
 def bubble(chunks: int, stages: int) -> float:
-    """Fraction of its ticks in which a stage is idle."""
+    """Return the fraction of its ticks in which a stage is idle."""
     return (stages - 1) / (chunks + stages - 1)
 
 
@@ -86,7 +89,7 @@ def run_pipeline(
       x: input of the first layer, ``[B, T, D]``, on every stage; only the first uses it.
       states: states of this stage's layers before the first token, leaves ``[B, layers per stage,
         ...]``; None is zero.
-      segment_ids: ``[B, T]`` on every stage; a change of id resets the states exactly.
+      segment_ids: ``[B, T]`` on every stage; a change of id resets the states to zero.
       chunks: a multiple of the number of stages that divides T; see `choose_num_chunks`.
       dropout_key: each layer gets it folded with the index of the layer and of the chunk; None is
         no dropout.
