@@ -85,7 +85,7 @@ def test_a_state_dtype_of_sharded_sequences_is_an_error():
         in_specs=TIME,
         out_specs=(TIME, P()),
     )
-    with pytest.raises(ValueError, match="^state_dtype="):
+    with pytest.raises(ValueError, match=r"^state_dtype="):
         jax.eval_shape(run, jnp.zeros((1, 2, 1, 1)))
 
 

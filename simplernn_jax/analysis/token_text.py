@@ -41,11 +41,7 @@ def split_into_units(
       ids: the tokens to show.
       context: the ids before; a character that begins there is completed in the first unit.
     """
-    names = {
-        tokenizer.bos_id: "⟨BOS⟩",
-        tokenizer.eos_id: "⟨EOS⟩",
-        tokenizer.pad_id: "⟨PAD⟩",
-    }
+    names = {tokenizer.bos_id: "⟨BOS⟩", tokenizer.eos_id: "⟨EOS⟩", tokenizer.pad_id: "⟨PAD⟩"}
     stream = TextStream(tokenizer, context)
     units: list[Unit] = []
     start = 0

@@ -10,12 +10,7 @@ from typing import Any
 from absl import logging
 
 from simplernn_jax.data.documents import Corpus, Document, text_pieces
-from simplernn_jax.data.source_files import (
-    SourceFile,
-    file_status,
-    library_errors,
-    open_source,
-)
+from simplernn_jax.data.source_files import SourceFile, file_status, library_errors, open_source
 from simplernn_jax.errors import UserError, nearest_name, one_line
 
 MAX_RECORD_BYTES = 1 << 26

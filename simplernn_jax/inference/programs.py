@@ -71,10 +71,7 @@ def programs_for(graphdef: Any, treedef: Any) -> Programs:
         )
 
     def decode(
-        parameters: list[Array],
-        state: DecoderState,
-        settings: Settings,
-        num_tokens: Int[Array, ""],
+        parameters: list[Array], state: DecoderState, settings: Settings, num_tokens: Int[Array, ""]
     ) -> tuple[Int[Array, "B block"], Int[Array, "B"], DecoderState]:
         return _decode(merge(parameters), state, settings, num_tokens)
 

@@ -60,10 +60,7 @@ class LanguageModel(nnx.Module):
         plain = config.block == "plain"
         scale = 1.0 if plain else config.hidden_dim**-0.5
         self.embedding: nnx.Embed = Embedding(
-            config.vocab_size,
-            config.hidden_dim,
-            init=nnx.initializers.normal(scale),
-            rngs=rngs,
+            config.vocab_size, config.hidden_dim, init=nnx.initializers.normal(scale), rngs=rngs
         )
         layers = [
             PlainBlock(config, rngs=rngs, recurrence=recurrence)

@@ -90,12 +90,7 @@ class SimpleRNNCell(MultiHeadProjections, nnx.RNNCellBase):
           of the output gate or None. Raises what `project_inputs` does.
         """
         (q, k, v, gate), output_gate = self.project_inputs(x)
-        return (
-            q * self.query_scale,
-            jax.nn.sigmoid(k),
-            v,
-            jax.nn.log_sigmoid(gate),
-        ), output_gate
+        return (q * self.query_scale, jax.nn.sigmoid(k), v, jax.nn.log_sigmoid(gate)), output_gate
 
     def __call__(self, carry: HeadState, inputs: jax.Array) -> tuple[HeadState, jax.Array]:
         """Map state ``[B, H, K, V]`` and input ``[B, hidden_dim]`` to the next state and output.
@@ -159,10 +154,7 @@ class SimpleRNN(nnx.Module):
         return self.cell.state_axes()
 
     def __call__(
-        self,
-        x: Activations,
-        state: HeadState | None = None,
-        segment_ids: SegmentIds | None = None,
+        self, x: Activations, state: HeadState | None = None, segment_ids: SegmentIds | None = None
     ) -> tuple[Outputs, HeadState]:
         """Apply the layer to a sequence.
 
@@ -180,14 +172,11 @@ class SimpleRNN(nnx.Module):
         """
         width = self.cell.query_proj.in_features
         check_segment_ids(segment_ids, check_array("x", x, "B T D", FLOATING, {"D": width}))
-        (q, k, v, log_gate), output_gate = self.cell.project(x)
+        inputs, output_gate = self.cell.project(x)
         if state is not None:
-            self.cell.check_state("state", state, q)
+            self.cell.check_state("state", state, inputs[0])
         y, state = sharded_recurrence(
-            q,
-            k,
-            v,
-            log_gate,
+            *inputs,
             initial_state=state,
             segment_ids=segment_ids,
             state_dtype=self.cell.state_dtype,

@@ -86,15 +86,8 @@ def sharded_recurrence(
       devices. Raises what `recurrence` does, and ValueError for a `state_dtype` of sharded ones.
     """
     if axis_size(AXIS) == 1:
-        return recurrence(
-            q,
-            k,
-            v,
-            log_gate,
-            initial_state=initial_state,
-            segment_ids=segment_ids,
-            state_dtype=state_dtype,
-        )
+        options = {"initial_state": initial_state, "segment_ids": segment_ids}
+        return recurrence(q, k, v, log_gate, state_dtype=state_dtype, **options)
     if state_dtype is not None:
         raise ValueError(f"{state_dtype=}: sharded sequences need a float32 state (None)")
     from_zero, state = recurrence(q, k, v, log_gate, segment_ids=segment_ids)
