@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, SegmentIds, Values
 from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.ops import segment_starts
-from simplernn_jax.ops.checks import accumulator_dtype
+from simplernn_jax.ops.dtypes import accumulator_dtype
 from simplernn_jax.ops.intra_chunk import BLOCK, join_blocks
 from simplernn_jax.ops.sliding_attention import apply_rope
 

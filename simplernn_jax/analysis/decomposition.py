@@ -23,7 +23,7 @@ from simplernn_jax.array_types import HeadState, ModelState, SegmentIds, Values
 from simplernn_jax.models import LanguageModel, SimpleRNN
 from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.checks import accumulator_dtype
+from simplernn_jax.ops.dtypes import accumulator_dtype
 from simplernn_jax.ops.sliding_attention import attend
 
 MAX_ERROR = 1e-5

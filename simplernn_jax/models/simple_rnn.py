@@ -11,7 +11,8 @@ from simplernn_jax.array_types import Activations, HeadState, Outputs, SegmentId
 from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.heads import MultiHeadProjections
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
-from simplernn_jax.ops.checks import FLOATING, accumulator_dtype, check_array, check_segment_ids
+from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
+from simplernn_jax.ops.dtypes import accumulator_dtype
 from simplernn_jax.ops.sequence_parallel import sharded_recurrence
 
 Recurrence = Callable[..., tuple[jax.Array, HeadState]]

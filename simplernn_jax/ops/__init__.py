@@ -7,15 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, SegmentIds, Values
-from simplernn_jax.ops.checks import (
-    FLOATING,
-    INTEGER,
-    accumulator_dtype,
-    check_array,
-    check_dtype,
-    check_segment_ids,
-)
+from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_dtype, check_segment_ids
 from simplernn_jax.ops.collectives import vary_like
+from simplernn_jax.ops.dtypes import accumulator_dtype
 from simplernn_jax.ops.intra_chunk import BLOCK
 from simplernn_jax.ops.low_precision_state import low_precision_recurrence
 from simplernn_jax.ops.native import supports_native

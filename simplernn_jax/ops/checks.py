@@ -19,12 +19,6 @@ _NAMES = {FLOATING: "floating point", INTEGER: "integer", BOOL: "bool"}
 Sizes = dict[str, Any]
 
 
-def accumulator_dtype(*arrays: Any) -> Any:
-    """Return the accumulation dtype of arrays or dtypes: float64 if one is, else float32."""
-    dtypes = [jnp.dtype(getattr(x, "dtype", x)) for x in arrays]
-    return jnp.dtype("float64" if jnp.dtype("float64") in dtypes else "float32")
-
-
 def check_array(
     name: str, x: Any, axes: str, dtypes: tuple[str, ...] = FLOATING, sizes: Sizes | None = None
 ) -> Sizes:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import HeadState
-from simplernn_jax.ops.checks import accumulator_dtype
+from simplernn_jax.ops.dtypes import accumulator_dtype
 from simplernn_jax.ops.scan import RecurrenceInputs
 
 ROUNDING_INTERVAL = 64

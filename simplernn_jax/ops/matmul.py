@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from simplernn_jax.ops.checks import FLOATING, accumulator_dtype, check_array, check_dtype
+from simplernn_jax.ops.checks import FLOATING, check_array, check_dtype
+from simplernn_jax.ops.dtypes import accumulator_dtype
 from simplernn_jax.ops.implementations import VJP, Implementations
 from simplernn_jax.ops.operation import apply, on_one_device
 
@@ -57,7 +58,7 @@ def fused_matmul(x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> tupl
 def merge_tokens(x: jax.Array) -> jax.Array:
     """Return ``[tokens, D]`` if the program runs on one device, else `x` ``[..., D]`` unchanged.
 
-    XLA then keeps one layout of the activations between two matmuls, instead of a copy.
+    It saves memory: XLA then keeps one layout of the activations between two matmuls.
     """
     return _merged(x) if on_one_device() else x
 

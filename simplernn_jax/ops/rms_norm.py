@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.ops.checks import accumulator_dtype, check_array
+from simplernn_jax.ops.checks import check_array
+from simplernn_jax.ops.dtypes import accumulator_dtype
 from simplernn_jax.ops.implementations import VJP, Implementation, Implementations
 from simplernn_jax.ops.native import NORM_BACKWARD, NORM_FORWARD, call_native, use_native
 from simplernn_jax.ops.operation import apply
