@@ -40,9 +40,9 @@ def test_is_the_default():
         return jax.jit(lambda *x: gradients(*x, **options)).lower(*inputs).as_text()
 
     assert supports_native(jnp.float32)
-    assert native.FORWARD in program()
-    assert native.BACKWARD in program()
-    assert native.FORWARD not in program(chunk_size=8)
+    assert native.RECURRENCE_FORWARD in program()
+    assert native.RECURRENCE_BACKWARD in program()
+    assert native.RECURRENCE_FORWARD not in program(chunk_size=8)
     assert not supports_native(jnp.float64)
 
 
@@ -94,4 +94,4 @@ def test_inside_shard_map(options):
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(native, "has_native_functions", lambda: False)
     inputs = draw(3, 7, 2, 5)  # not traced before
-    assert native.FORWARD not in jax.jit(gradients).lower(*inputs).as_text()
+    assert native.RECURRENCE_FORWARD not in jax.jit(gradients).lower(*inputs).as_text()

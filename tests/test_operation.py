@@ -134,7 +134,7 @@ def test_transformation_equals_that_of_scan(transformed, method):
 def test_vmap_is_one_call():
     inputs = jax.tree.map(lambda x: jnp.stack([x, 2 * x, x / 3]), draw())
     run = jax.jit(jax.vmap(jax.grad(loss("auto"))))
-    for name in (native.FORWARD, native.BACKWARD):
+    for name in (native.RECURRENCE_FORWARD, native.RECURRENCE_BACKWARD):
         calls = run.lower(*inputs).as_text().count(f"custom_call @{name}(")
         assert calls <= 1
 
@@ -145,7 +145,7 @@ def test_lowers_for_each_platform(method):
     for platform in ("cuda", "tpu"):
         assert "custom_call" not in traced.lower(lowering_platforms=(platform,)).as_text()
     here = traced.lower(lowering_platforms=("cpu",)).as_text()
-    assert (native.BACKWARD in here) == (
+    assert (native.RECURRENCE_BACKWARD in here) == (
         method == "fused" or (native.supports_native(jnp.float32) and method == "auto")
     )
 

@@ -341,11 +341,11 @@ def settings(number):
 
 
 NATIVE = {
-    native.FORWARD: (
+    native.RECURRENCE_FORWARD: (
         ["B T H K", "B T H K", "B T H V", "B T H K", "B H K V", "B T bool"],
         ["B T H V", "B H K V"],
     ),
-    native.BACKWARD: (
+    native.RECURRENCE_BACKWARD: (
         ["B T H K", "B T H K", "B T H V", "B T H K", "B H K V", "B T bool", "B T H V", "B H K V"],
         ["B T H K", "B T H K", "B T H V", "B T H K", "B H K V"],
     ),
