@@ -85,7 +85,7 @@ def test_a_file_that_cannot_be_replaced_is_found_before_the_computation(tmp_path
         (["--workdir", "x", "--out", "README.md", "--text", "a"], "--out=README.md: not a folder"),
         (["--workdir", "x", "--out", "README.md/y", "--text", "a"], "README.md cannot be written;"),
         (["--workdir", "x", "--out", "y"], "no --text"),
-        (["--workdir", "x", "--out", "y", "--text", "a", "--text_file", "b"], "exclude each other"),
+        (["--workdir", "x", "--out", "y", "--text", "a", "--text_file", "b"], "mutually exclusive"),
         (
             ["--workdir", "x", "--out", "y", "--text_file", "missing"],
             "--text_file=missing: No such",

@@ -104,7 +104,7 @@ def test_without_a_prompt_a_document_begins(workdir):
         (["--workdir", "x", "--save_state", "no/folder"], b"", "--save_state=no/folder: cannot be"),
         (["--workdir", "x", "--save_state", "tests"], b"", "--save_state=tests: cannot be written"),
         (["--workdir", "x", "--save_state", "/dev/null"], b"", "cannot be written (not a regular"),
-        (["--workdir", "x", "--prompt", "a", "--prompt_file", "b"], b"", "exclude each other"),
+        (["--workdir", "x", "--prompt", "a", "--prompt_file", "b"], b"", "mutually exclusive"),
         (["--workdir", "x", "--prompt_file", "missing.txt"], b"", "missing.txt"),
         (["--workdir", "x", "--prompt_file", "-"], b"ab\xff", "invalid UTF-8 at byte 2"),
     ],
