@@ -22,8 +22,8 @@ _abort_reason = mmap.mmap(-1, 4096)
 def supervise() -> None:
     """Continue in a child process, while this one waits for it and exits with its code.
 
-    Call it before importing jax. SIGTERM and SIGINT are forwarded as SIGTERM; a second one kills the
-    child (exit code 137).
+    Call it before importing jax. SIGTERM and SIGINT are forwarded as SIGTERM; a second one kills
+    the child (exit code 137).
     """
     parent, signals = os.getpid(), (signal.SIGTERM, signal.SIGINT)
     sys.stdout.flush()
