@@ -62,10 +62,10 @@ def start(root: str, *, resumes: bool = False) -> None:
     if problem:
         python = os.path.join(root, ".venv", "bin", "python")
         if os.environ.get(_IN_VENV) == str(os.getpid()) or not os.access(python, os.X_OK):
-            _refuse(problem)
+            _reject(problem)
         os.environ[_IN_VENV] = str(os.getpid())
         _exec([python, *sys.argv])
-        _refuse(problem)
+        _reject(problem)
     _Run.resumes = resumes
     signals = (signal.SIGINT, signal.SIGTERM)
     if not _is_observed():  # a debugger expects Python's own handlers
@@ -146,7 +146,7 @@ def _problem_of_this_python() -> str | None:
     return f"has no {missing[0]}" if missing else None
 
 
-def _refuse(problem: str) -> None:
+def _reject(problem: str) -> None:
     version = "{}.{}".format(*sys.version_info[:2])
     print(
         f"error: Python {version} at {sys.executable} {problem}; run `bash scripts/train.sh`, "
@@ -174,7 +174,7 @@ def _check_environment_variables() -> None:
 def _tunables_to_set() -> str | None:
     """Return ``GLIBC_TUNABLES`` with huge pages for large buffers, or None to leave it unchanged.
 
-    The arrays of a train step are mapped again at every step; huge pages avoid most page faults.
+    The arrays of a train step are remapped at every step; huge pages avoid most page faults.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if os.environ.get(HUGE_PAGES) == "0" or _TUNABLE in tunables:

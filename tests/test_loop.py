@@ -390,7 +390,8 @@ def test_a_loss_that_is_never_finite_ends_a_run(tmp_path):
 def test_the_maximum_of_skipped_updates_ends_a_run(limit, where):
     config = TrainConfig(max_skipped_updates=limit, seed=5)
     check_skips(9, limit - 1, config)
-    with pytest.raises(UserError, match=rf"in {where}, up to step 9 \(batch 8, seed 5\); .* at step {9 - limit}:"):
+    message = rf"in {where}, up to step 9 \(batch 8, seed 5\); .* at step {9 - limit}:"
+    with pytest.raises(UserError, match=message):
         check_skips(9, limit, config)
 
 

@@ -99,7 +99,7 @@ def test_without_a_prompt_a_document_begins(workdir):
         (["--workdir", "nowhere"], b"", "nowhere"),
         (["--workdir", "x", "--temperature", "-1"], b"", "temperature"),
         (["--workdir", "x", "--top_k", "three"], b"", "top_k"),
-        (["--workdir", "x", "--top_p", "1.5"], b"", "top_p"),
+        *((["--workdir", "x", "--top_p", p], b"", "top_p=") for p in ("0", "1.5", "nan")),
         (["--workdir", "x", "--num_samples", "0"], b"", "num_samples"),
         (["--workdir", "x", "--save_state", "no/folder"], b"", "--save_state=no/folder: cannot be"),
         (["--workdir", "x", "--save_state", "tests"], b"", "--save_state=tests: cannot be written"),

@@ -30,10 +30,10 @@ _PRUNED = "pruned"
 _STEP = re.compile(r"0|[1-9][0-9]{0,8}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _UNREADABLE = ("\\", "gs:/")
-"""Parts that a path cannot have: TensorStore does not find its files again with the first, and
-Orbax takes the second for the address of a bucket, anywhere in a path."""
+"""Unsupported parts of a path: TensorStore does not find its files with the first, and Orbax takes
+the second for the address of a bucket, anywhere in a path."""
 _UNWRITABLE = (*_UNREADABLE, "[", "*", "?")
-"""Also those that Orbax takes for a pattern when it looks for the files it wrote."""
+"""Also those that Orbax takes for a pattern when it searches for the files it wrote."""
 
 
 def check_workdir(workdir: str) -> None:
@@ -46,7 +46,7 @@ def check_workdir(workdir: str) -> None:
     _check_path(workdir, _UNWRITABLE)
 
 
-def _check_path(workdir: str, refused: Collection[str]) -> None:
+def _check_path(workdir: str, unsupported: Collection[str]) -> None:
     if not isinstance(workdir, str) or not workdir or "\0" in workdir:
         raise UserError(f"workdir={workdir!r}: must be the path of a folder, as text")
     if _SCHEME.match(workdir):
@@ -55,7 +55,7 @@ def _check_path(workdir: str, refused: Collection[str]) -> None:
             "or choose a local folder"
         )
     path = os.path.abspath(workdir)
-    found = [part for part in refused if part in f"{path}/"]
+    found = [part for part in unsupported if part in f"{path}/"]
     try:
         path.encode("utf-8")
     except UnicodeEncodeError:
@@ -182,15 +182,15 @@ class CheckpointFolder:
         Raises:
           UserError: saves were completed, and none of them is intact.
         """
-        refuse = bool(self._ledger()) or (
+        had_saves = bool(self._ledger()) or (
             os.path.lexists(self._ledger_path) and self._ledger() is None
         )
         for step in reversed(self.complete_steps()):
             defect = self.find_corruption(step, parts)
             if defect is None:
                 return step
-            refuse = self.quarantine(step, defect) or refuse
-        if refuse:
+            had_saves = self.quarantine(step, defect) or had_saves
+        if had_saves:
             raise UserError(
                 f"no intact checkpoint is left in {self.path} (corrupted ones are in "
                 f"{self.damaged_path}): restore an intact copy, use another --workdir, or delete "

@@ -79,9 +79,9 @@ class ValidationHistory:
         if higher < OVERFITTING_MARGIN * self.best_loss:
             return lines
         if os.path.isdir(CheckpointFolder(workdir).step_path(self.best_step or 0)):
-            kept = "--checkpoint best loads the model of that step"
+            hint = "--checkpoint best loads the model of that step"
         else:
-            kept = "no checkpoint of that step is kept (make save_every a multiple of eval_every)"
+            hint = "no checkpoint of that step is kept (make save_every a multiple of eval_every)"
         advice = "train on more text, with --config.model.dropout, or for fewer steps"
-        lines["overfitting"] = f"{kept}; {advice}"
+        lines["overfitting"] = f"{hint}; {advice}"
         return lines

@@ -47,6 +47,7 @@ class Evaluation:
     """Per UTF-8 byte of the text, end-of-document tokens included in the numerator. When only a
     part of the split is scored, the split's own ratio of tokens to bytes is used."""
     predictions: int
+    """Number of targets scored."""
 
     @property
     def perplexity(self) -> float:
@@ -84,12 +85,12 @@ class Evaluator:
     """
 
     def __init__(self, config: Config, pad_id: int, mesh: Mesh | None = None):
-        def make() -> LanguageModel:
+        def create_model() -> LanguageModel:
             if is_distributed(mesh):
                 return make_model(config, nnx.Rngs(0))
             return LanguageModel(config.model, rngs=nnx.Rngs(0))
 
-        abstract = nnx.eval_shape(make)
+        abstract = nnx.eval_shape(create_model)
         graph, abstract_params = nnx.split(abstract, nnx.Param)
         self._pad_id = pad_id
 
@@ -106,7 +107,7 @@ class Evaluator:
             return nll, psum(jnp.sum(nll), *TOKEN_AXES), carried
 
         def abstract_state(batch_size: int) -> ModelState:
-            return jax.eval_shape(lambda: make().initial_state(batch_size))
+            return jax.eval_shape(lambda: create_model().initial_state(batch_size))
 
         self._shard_multiple = (1, 1)
         """Numbers that divide the batch size and the length of a batch."""

@@ -73,14 +73,14 @@ class MetricsWriter:
             return _rename_unusable(path)
         number, corrupted = 0, _AppendOnlyFile(path + DAMAGED, limit=MAX_DAMAGED_BYTES)
         try:
-            with file, replaced_file(path) as kept:
+            with file, replaced_file(path) as output:
                 for line, row in decode_lines(file):
                     if row is None:
                         number += 1
                         corrupted.write(line.rstrip(b"\n") + b"\n")
                     elif row["step"] <= self._first_step:
                         self._note(row)
-                        kept.write(encode(row))
+                        output.write(encode(row))
         except OSError as error:
             reason = error.strerror or error
             logging.warning("%s: %s; the rows of this run are not written", path, reason)
