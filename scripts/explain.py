@@ -6,8 +6,7 @@
 Writes explain.html, a standalone page, its plots as PNG files, and their numbers as explain.json,
 where attention weights are rounded to 1e-4 of the head's maximum. The page has a summary, the
 model's memory, the value of its state, the contributions to one prediction, and the attention map
-of every layer. The text is one document; token indices start at 1. Progress is logged on standard
-error.
+of every layer. The text is one document; token indices start at 1.
 
 Exits with code 1 if the attention map of a layer does not reproduce its output, checked for the
 mixer and, in float32 models, for the whole layer.
@@ -43,15 +42,10 @@ _OUT = flags.DEFINE_string("out", None, "Folder for the page; created if missing
 _TOKEN = flags.DEFINE_integer(
     "token",
     None,
-    "1-based index of the token whose prediction is decomposed; default: the one that gains most "
-    "from distant context.",
+    "1-based index of the token to explain; default: that which gains most from distant context.",
 )
 _MAP_TOKENS = flags.DEFINE_integer(
-    "map_tokens",
-    192,
-    "Number of tokens in the attention maps, around --token.",
-    lower_bound=8,
-    upper_bound=1024,
+    "map_tokens", 192, "Tokens shown in the maps, around --token.", lower_bound=8, upper_bound=1024
 )
 
 _OUTPUT = re.compile(r"explain\.(html|json)|[a-z_]+(\d+)?\.png")

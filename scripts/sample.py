@@ -34,11 +34,7 @@ _PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "UTF-8 file with the prompt; - is standard input."
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens",
-    400,
-    "Maximum number of tokens to generate.",
-    lower_bound=0,
-    upper_bound=2**31 - 1,
+    "max_new_tokens", 400, "Maximum number of new tokens.", lower_bound=0, upper_bound=2**31 - 1
 )
 _TEMPERATURE = flags.DEFINE_float(
     "temperature", 0.8, "0 is greedy decoding; higher values are more random.", lower_bound=0

@@ -93,9 +93,7 @@ class ChecksummedCache:
             self._shrink()
         except OSError as error:
             if not self._failed:
-                logging.warning(
-                    "some compiled programs are not cached: %s: %s", self._path, error.strerror
-                )
+                logging.warning("some programs are not cached: %s: %s", self._path, error.strerror)
             self._failed = True
 
     def _shrink(self) -> None:

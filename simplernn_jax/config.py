@@ -176,8 +176,8 @@ class TrainConfig:
     profile_steps: int = 0
     """Steps recorded for TensorBoard's profiler, starting at the third of the process."""
     backward_window: int = 0
-    """Tokens per BPTT window; divides sequence_length. The gradient is computed window by window,
-    which bounds activation memory; 0 uses the whole sequence."""
+    """Tokens per BPTT window, which bounds activation memory; divides sequence_length; 0 uses the
+    whole sequence."""
     backward: str = "truncated"
     """``truncated`` stops gradients at window boundaries (truncated BPTT); ``exact`` propagates
     them, at the cost of a second forward pass."""

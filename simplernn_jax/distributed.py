@@ -1,8 +1,7 @@
 """A run of several processes, on `jax.distributed`; with one process everything returns at once.
 
-JAX's coordination service aborts a process whose peer died, was suspended, or became unreachable
-(see `supervisor`). Anyone who reaches its port can join or terminate the run: restrict it to the
-hosts of the run.
+JAX's coordination service aborts a process whose peer died, was suspended or unreachable (see
+`supervisor`). Anyone who reaches its port can end the run: restrict it to the run's hosts.
 """
 
 import contextlib

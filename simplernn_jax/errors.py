@@ -8,8 +8,7 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75
 """A run was interrupted by SIGTERM or SIGINT; the same command resumes it (EX_TEMPFAIL)."""
 EXIT_PEER_FAILURE = 76
-"""A peer process died, was suspended, or became unreachable (EX_PROTOCOL); the same commands resume
-the run."""
+"""A peer process died, was suspended or unreachable (EX_PROTOCOL); the same commands resume it."""
 
 MAX_MESSAGE = 400
 """Characters of a message: a corrupted file may quote megabytes of itself."""

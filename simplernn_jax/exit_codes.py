@@ -89,9 +89,7 @@ def _check_current_folder() -> None:
     try:
         os.getcwd()
     except OSError as error:
-        raise UserError(
-            "the current folder was deleted; cd to another one and run again"
-        ) from error
+        raise UserError("the current folder was deleted; cd to another one") from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:

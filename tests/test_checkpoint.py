@@ -344,10 +344,7 @@ def test_a_background_save_that_the_disk_refuses_is_one_error(tmp_path, capfd, c
 def test_another_model_is_named_before_arrays_are_read(tmp_path):
     save_steps(tmp_path, 1)
     other = Checkpointer(str(tmp_path), config(num_layers=2), TOKENIZER, keep_last=2, keep_best=0)
-    with (
-        contextlib.closing(other),
-        pytest.raises(UserError, match="is 2, checkpoint has 4"),
-    ):
+    with contextlib.closing(other), pytest.raises(UserError, match="is 2, checkpoint has 4"):
         other.restore(abstract_state())
     check_same_model(config(), config())
 

@@ -168,5 +168,5 @@ def test_a_disk_that_fails_is_one_warning(tmp_path, caplog):
     cache.put("key", b"value")
     assert cache.get("key") is None
     assert [record.getMessage() for record in caplog.records] == [
-        f"some compiled programs are not cached: {tmp_path / 'gone'}: No such file or directory"
+        f"some programs are not cached: {tmp_path / 'gone'}: No such file or directory"
     ]

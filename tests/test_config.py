@@ -114,11 +114,7 @@ def test_a_bad_value_is_refused_by_name(field, value, message):
             "--config.model.key_dim=60 .* an even number for each",
         ),
         *(
-            (
-                {"train__stop_after_worse": 2},
-                {field: 0 * value},
-                "worse=2 .* expected 0 if",
-            )
+            ({"train__stop_after_worse": 2}, {field: 0 * value}, "worse=2 .* expected 0 if")
             for field, value in (("train__eval_every", 1), ("data__validation_fraction", 1.0))
         ),
     ],

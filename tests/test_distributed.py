@@ -247,7 +247,5 @@ def test_an_error_of_one_and_an_error_of_all(run):
     assert [end(member) for member in all_] == [(2, output, "error: no text\n"), (2, output, "")]
     code, output, errors = end(others[0])
     assert (code, output) == (2, "")
-    assert errors.startswith(
-        "error: a process has different settings from process 0 (simplernn_jax "
-    )
+    assert errors.startswith("error: a process has different settings from process 0 (simplernn_")
     assert end(others[1]) == (2, "", "")

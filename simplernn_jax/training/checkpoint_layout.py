@@ -21,12 +21,8 @@ from simplernn_jax.training.train_step import (
 class CheckpointLayout:
     """Conversion between stacked pipeline stages and the per-layer layout of checkpoints.
 
-    Without stages the two states are the same, and nothing is converted.
-
-    Args:
-      config: configuration of the run.
-      optimizer: its optimizer.
-      mesh: its devices.
+    Without stages the two states are the same, and nothing is converted. The arguments are those
+    of the run.
     """
 
     def __init__(self, config: Config, optimizer: optax.GradientTransformation, mesh: Mesh):

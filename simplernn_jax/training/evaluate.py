@@ -78,10 +78,7 @@ class Scores(NamedTuple):
 class Evaluator:
     """Scores splits with one model structure; compiles once per batch shape.
 
-    Args:
-      config: configuration of the run.
-      pad_id: the tokenizer's padding id.
-      mesh: if distributed, batches and parameters are sharded over it as in training.
+    `pad_id` is the tokenizer's. On a mesh, batches and parameters are sharded as in training.
     """
 
     def __init__(self, config: Config, pad_id: int, mesh: Mesh | None = None):

@@ -58,10 +58,9 @@ def make_gradient(config: Config, recurrence: Recurrence = gated_linear_recurren
     """Build the loss and gradient function of a batch.
 
     It maps ``(params, batch, carried, rng, step)`` to ``(loss, predictions, gradient, carried)``;
-    `rng` is raw key data, uint32, and `step` int32. With ``train.backward_window``, the batch is
-    split by `windows_of`. The loss is the mean over all predictions of the batch, in nats. Inside
-    `jax.shard_map`, arguments and results are this device's shards, but loss and predictions are
-    those of the whole batch.
+    `rng` is raw uint32 key data, `step` int32. With ``train.backward_window``, the batch is split
+    by `windows_of`. The loss is the mean over all predictions, in nats. Inside `jax.shard_map`,
+    arguments and results are this device's shards, but loss and predictions are global.
     """
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), recurrence)))
     dropout = config.model.dropout > 0

@@ -43,10 +43,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 
 def decay_mask(params: Any) -> Any:
-    """Return a mask that is True for parameters with the metadata ``decay``.
-
-    They are the matrices of dense layers, an untied head included.
-    """
+    """Return a mask of parameters with the metadata ``decay``: matrices, an untied head too."""
 
     def is_decayed(param: Any) -> Any:
         decay = isinstance(param, nnx.Variable) and param.get_metadata("decay", False)

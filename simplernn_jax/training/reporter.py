@@ -64,9 +64,7 @@ class Reporter:
         for change in run.changes:
             self.print_line(change)
         if run.first_step >= run.total_steps:
-            self.print_line(
-                "all steps are done; raise --config.train.steps or epochs to train more"
-            )
+            self.print_line("all steps are done; raise --config.train.steps or epochs for more")
         elif run.stopped_early:
             self.print_line(run.history.reason())
 

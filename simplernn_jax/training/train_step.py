@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,26 +24,10 @@ from simplernn_jax.sharding.partition_specs import (
 )
 from simplernn_jax.training.accumulation import windows_of
 from simplernn_jax.training.gradient import make_gradient, make_model
-from simplernn_jax.training.placement import (
-    batch_specs,
-    compiler_options,
-    window_specs,
-)
+from simplernn_jax.training.placement import batch_specs, compiler_options, window_specs
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "step",
-        "params",
-        "opt_state",
-        "rng",
-        "carried",
-        "skipped_updates",
-        "consecutive_skips",
-    ],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(kw_only=True)
 class TrainState:
     """Training state carried between steps; with the data position, all that resuming needs."""
@@ -123,8 +106,7 @@ def make_train_step(
 ) -> TrainStep:
     """Return the train step, which compiles at its first call and donates the old state.
 
-    A step whose loss or gradient is not finite only advances the counters: parameters, optimizer
-    and carried state stay.
+    A step whose loss or gradient is not finite only advances the counters.
 
     Args:
       config: the run's configuration.
