@@ -9,10 +9,9 @@ Running the same command again resumes bit-exactly. SIGTERM and Ctrl-C save firs
 the run resumes from its last checkpoint. Before the workdir is created, Ctrl-C exits with code 130.
 Bad input exits with code 2 and a one-line error.
 
-With --distributed, this is one of several processes that train together, on one host or on many;
-the workdir is on a shared file system. When one of them dies, is suspended, or becomes unreachable
-(no heartbeat for 20 s), the others exit within a minute, with code 76. Restrict access to the
-coordinator port to the hosts of the run. scripts/launch_local.sh starts several on this machine.
+With --distributed, this is one of several processes, on one or more hosts, that share the workdir.
+When one dies, is suspended, or becomes unreachable (no heartbeat for 20 s), the others exit within
+a minute, with code 76. Restrict the coordinator port to these hosts. See scripts/launch_local.sh.
 """
 
 import bootstrap

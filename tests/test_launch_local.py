@@ -100,6 +100,11 @@ def test_wrong_arguments_print_the_usage(capsys, arguments):
     assert capsys.readouterr().err.startswith(expected)
 
 
+def test_help(capsys):
+    assert launch_local.main(["--help"]) == 0
+    assert "DEVICES_PER_PROCESS" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("devices", ["0", "two", "1000000000"])
 def test_an_invalid_number_of_devices(capsys, monkeypatch, devices):
     monkeypatch.setenv("DEVICES_PER_PROCESS", devices)
