@@ -73,7 +73,7 @@ def test_the_text_of_a_run_is_read_only_where_a_flag_names_it(saved, tmp_path):
     folder, _ = saved
     shutil.copytree(folder / "run", tmp_path / "run", ignore=shutil.ignore_patterns("tokens"))
     refusal = evaluate("--workdir", tmp_path / "run")
-    assert_refused(refusal, "error: the tokens of this run are not in ")
+    assert_refused(refusal, "error: tokenized text not found in ")
     code, output, _ = evaluate("--workdir", tmp_path / "run", "--source", folder / "moved")
     assert code == 0
     assert "nats/token" in output
