@@ -2,8 +2,8 @@
 
     python scripts/train.py --config configs/base.py --workdir runs/base
 
-5.7 M bytes in 2 min 46 s of training on 2 CPU cores: 1.70 bits/byte on held-out files, where
-``xz -9e`` needs 1.65.
+5.7 MB of training text in 2 min 46 s on 2 CPU cores: 1.70 bits/byte on held-out files;
+``xz -9e``: 1.65.
 """
 
 from simplernn_jax.config import Config

@@ -1,4 +1,4 @@
-"""The PyTorch project's run: two plain layers of width 128, JSONL records, Adam.
+"""The run of the original PyTorch project: two plain layers of width 128, JSONL records, Adam.
 
     python scripts/train.py --config configs/pytorch_reference.py --workdir runs/seed \
         --config.data.source=my_dialogues.jsonl

@@ -1,4 +1,4 @@
-"""Characters of one text file, first 90 % for training: the CPU budget of nanoGPT's example.
+"""Characters of one text file, first 90 % for training: the CPU settings of nanoGPT's README.
 
     python scripts/train.py --config configs/shakespeare.py --workdir runs/shakespeare \
         --config.data.source=tinyshakespeare.txt

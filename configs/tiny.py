@@ -1,4 +1,4 @@
-"""The smoke test: a small model and a few steps, seconds on a laptop.
+"""Smoke test: a small model and a few steps, seconds on a laptop.
 
     python scripts/train.py --config configs/tiny.py --workdir runs/tiny
 

@@ -8,15 +8,15 @@
 All other imports are below that; see `simplernn_jax.process_start`.
 """
 
-import _signal  # type: ignore[import-not-found]  # built in; `signal` takes milliseconds
 import os
+import signal
 import sys
 
 
 def start(*, resumes: bool = False) -> None:
-    """Prepare the process of this script; `resumes`: it resumes when it is run again."""
+    """Prepare this process; `resumes`: an interrupted script resumes when it is run again."""
     # Until handlers are installed, signals wait.
-    _signal.pthread_sigmask(_signal.SIG_BLOCK, (_signal.SIGINT, _signal.SIGTERM))
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     try:
         from simplernn_jax import process_start

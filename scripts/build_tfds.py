@@ -1,10 +1,10 @@
-"""Build a TFDS data set of array_record files from text files, a folder, a glob or JSONL.
+"""Build a TFDS dataset of array_record files from text files, a folder, a glob or JSONL.
 
     python scripts/build_tfds.py --source "books/*.txt" --name my_books
     python scripts/train.py --config configs/base.py --workdir DIR \\
         --config.data.source=tfds:my_books
 
-Neither TensorFlow nor a network is needed, here or when the data set is read.
+Neither TensorFlow nor a network is needed, here or when the dataset is read.
 """
 
 import bootstrap
@@ -22,24 +22,24 @@ from simplernn_jax.data.prepared_dataset import default_data_dir
 _SOURCE = flags.DEFINE_string(
     "source", None, "File, folder or glob of text, .jsonl or .parquet; or stdlib.", required=True
 )
-_NAME = flags.DEFINE_string("name", None, "Name of the new data set.", required=True)
+_NAME = flags.DEFINE_string("name", None, "Name of the new dataset.", required=True)
 _DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Folder of data sets; by default TFDS_DATA_DIR or ~/tensorflow_datasets."
+    "data_dir", None, "Folder of datasets; by default TFDS_DATA_DIR or ~/tensorflow_datasets."
 )
 _FIELD = flags.DEFINE_string("field", "text", "Field of a record that holds the text.")
 _ENCODING_ERRORS = flags.DEFINE_enum(
     "encoding_errors",
     "strict",
     ENCODING_ERRORS,
-    "Handling of invalid UTF-8: stop, or replace by U+FFFD.",
+    "Handling of invalid UTF-8: stop, or replace with U+FFFD.",
 )
 _MAX_BAD_RECORDS = flags.DEFINE_integer(
-    "max_bad_records", 0, "Malformed records to skip at most.", lower_bound=0
+    "max_bad_records", 0, "Maximum number of malformed records to skip.", lower_bound=0
 )
 
 
 def main() -> None:
-    """Build the data set and print how to train on it."""
+    """Build the dataset and print how to train on it."""
     from simplernn_jax.data.tfds_builder import build_tfds
 
     source = DataConfig(

@@ -1,8 +1,8 @@
-# Sourced by the launchers. After use_environment, `python` is the project's own, with the
-# project installed; the first time this makes a virtual environment, later it takes a moment.
+# Sourced by the launchers. After use_environment, `python` is the virtual environment's, with the
+# project installed; the first call creates the environment, later ones take a moment.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-[ "$PWD" = "$root" ] && from_here="" || from_here="$root/" # short paths where they are enough
+[ "$PWD" = "$root" ] && from_here="" || from_here="$root/" # short paths where they suffice
 
 # Without these, a Python that is interrupted below would look like one that does not work.
 trap 'exit 130' INT
@@ -35,14 +35,14 @@ find_python() {
   for candidate in python3.11 python3.12 python3.13 python3; do
     case "$(version_of "$candidate")" in
       3.11 | 3.12 | 3.13)
-        fail "$candidate cannot make virtual environments; install its venv module" \
+        fail "$candidate cannot create virtual environments; install its venv module" \
           "(Debian and Ubuntu: apt install python$(version_of "$candidate")-venv)" ;;
     esac
   done
   fail "no Python 3.11, 3.12 or 3.13 on the PATH; install one of them"
 }
 
-# take_python ARGUMENTS...: `python` becomes what --python names, or empty; `rest` is all else.
+# take_python ARGUMENTS...: set `python` to the value of --python, or empty; `rest` to all else.
 take_python() {
   python="" rest=()
   while [ $# -gt 0 ]; do
@@ -51,7 +51,7 @@ take_python() {
       --python=*) python="${1#*=}" ;;
       --python)
         python="${2:-}"
-        [ -n "$python" ] || fail "--python: name an interpreter, such as python3.13"
+        [ -n "$python" ] || fail "--python: specify an interpreter, such as python3.13"
         shift ;;
       *) rest+=("$1") ;;
     esac
@@ -60,8 +60,8 @@ take_python() {
   [ $# -eq 0 ] || rest+=("$@")
 }
 
-# use_environment EXTRA [PYTHON]: .venv with the first suitable interpreter, or .venv-3.13 and
-# the like with PYTHON. EXTRA is empty or names an extra of pyproject.toml.
+# use_environment EXTRA [PYTHON]: activate .venv with the first suitable interpreter, or .venv-3.13
+# etc. with PYTHON. EXTRA is empty or an extra of pyproject.toml.
 use_environment() {
   local extra="$1" python="${2:-}" venv="$root/.venv" wanted
   if [ -n "$python" ]; then
@@ -73,7 +73,7 @@ use_environment() {
     rm -rf "$venv"
     "$python" -m venv "$venv"
   fi
-  # A stamp is what an installation depends on; it is written when the installation is whole.
+  # The stamp holds what an installation depends on; it is written when the installation is complete.
   wanted="$("$venv/bin/python" -VV; echo "$root"; cat "$root/pyproject.toml")"
   if [ "$wanted" != "$(cat "$venv/installed-$extra" 2>/dev/null)" ]; then
     echo "Installing simplernn_jax into $venv (minutes the first time, seconds from then on)." >&2
@@ -86,7 +86,7 @@ use_environment() {
   export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
 }
 
-# flag_value NAME ARGUMENTS...: what --NAME is set to among the arguments, or nothing.
+# flag_value NAME ARGUMENTS...: print the value of --NAME among the arguments, or nothing.
 flag_value() {
   local name="$1" value=""
   shift

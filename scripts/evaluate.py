@@ -1,12 +1,11 @@
-"""Score a trained model on held-out text, and `xz -9e` on the same bytes.
+"""Score a trained model on held-out text, compared with `xz -9e` on the same bytes.
 
     python scripts/evaluate.py --workdir runs/base
     python scripts/evaluate.py --workdir runs/base --window 256 --stride 64
 
 Needs only the workdir, unless the run kept its tokens elsewhere (--cache_dir). Every prediction of
 the split counts once, with the state carried over each document, or, with --window, in overlapping
-contexts from a zero state. Bits per byte compare models of any tokenizer, and models with
-compressors.
+contexts from a zero state. Bits per byte are comparable across tokenizers and with compressors.
 """
 
 import bootstrap
@@ -31,7 +30,8 @@ _SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "train"], "Text
 _WINDOW = flags.DEFINE_integer(
     "window",
     0,
-    "Above 0: read documents in contexts of N tokens, each from a zero state.",
+    "Context length in tokens for sliding-window scoring, each context from a zero state; "
+    "0 carries the state over each document.",
     lower_bound=0,
     upper_bound=2**31 - 1,
 )
@@ -39,7 +39,7 @@ _STRIDE = flags.DEFINE_integer(
     "stride",
     0,
     "Tokens from one context to the next, each token scored in the first context that predicts it; "
-    "0: half a context.",
+    "0 uses half of --window.",
     lower_bound=0,
     upper_bound=2**31 - 1,
 )
@@ -51,7 +51,7 @@ _PIECE_TOKENS = 2**20
 def main() -> None:
     """Load a checkpoint of --workdir and print its scores on --split."""
     if not _WORKDIR.value:
-        raise UserError("no --workdir: name the folder of a training run, such as runs/base")
+        raise UserError("no --workdir: specify the folder of a training run, such as runs/base")
     windows = chosen_windows()
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from flax import nnx
@@ -71,8 +71,8 @@ def main() -> None:
     split = corpus.train if _SPLIT.value == "train" else corpus.validation
     if split is None:
         raise UserError(
-            f"{workdir} was trained with --config.data.validation_fraction=0 and holds nothing "
-            "out; score its training text with --split train"
+            f"{workdir} was trained with --config.data.validation_fraction=0 and has no held-out "
+            "text; score its training text with --split train"
         )
     if windows is not None:
         check_evaluation(config.model, min(windows.length, longest_document(split)))
@@ -90,7 +90,7 @@ def main() -> None:
     }
     if windows is not None:
         carried = evaluator(params, split)
-        facts["with the state carried"] = (
+        facts["state carried over documents"] = (
             f"{carried.nats_per_token:.4f} nats/token, {carried.bits_per_byte:.4f} bits/byte"
         )
     print(align(facts))
@@ -100,7 +100,7 @@ def chosen_windows() -> Contexts | None:
     """Return the windows of --window and --stride; None carries the state."""
     if not _WINDOW.value:
         if _STRIDE.value:
-            raise UserError(f"--stride={_STRIDE.value} needs --window: give it too")
+            raise UserError(f"--stride={_STRIDE.value} needs --window: pass it too")
         return None
     windows = Contexts(_WINDOW.value, _STRIDE.value or (_WINDOW.value + 1) // 2)
     check_contexts(windows)
@@ -119,8 +119,8 @@ def describe(windows: Contexts | None) -> str:
     if windows is None:
         return "carried over each document"
     length, stride = windows
-    least = length - stride + 1
-    return f"zero, then {least} to {length} tokens of context (fewer at a document's start)"
+    minimum = length - stride + 1
+    return f"zero, then {minimum} to {length} tokens of context (fewer at a document's start)"
 
 
 def xz_bits_per_byte(split: TokenSplit, tokenizer: Tokenizer) -> float:

@@ -1,16 +1,15 @@
-"""Explain how a trained model reads a text, on an HTML page.
+"""Visualize how a trained model processes a text, on an HTML page.
 
     python scripts/explain.py --workdir runs/base --text "def main():" --out explained
     python scripts/explain.py --workdir runs/base --text_file story.txt --out explained
 
-Writes explain.html, a self-contained page, its pictures as PNG files, and their numbers as
-explain.json, with weights of maps rounded to the fourth digit of their head's largest. The page has
-a summary, the model's memory, the value of its state, the contributions to one prediction, and the
-attention map of every layer. The text is read as one document; its tokens are counted from 1.
-Progress is logged on standard error.
+Writes explain.html, a standalone page, its plots as PNG files, and their numbers as explain.json,
+where attention weights are rounded to 1e-4 of the head's maximum. The page has a summary, the
+model's memory, the value of its state, the contributions to one prediction, and the attention map
+of every layer. The text is one document; token indices start at 1.
 
-Exits with code 1 if the attention map of a layer does not reproduce its output: that of the
-recurrence or attention, and for a float32 model that of the whole layer too.
+Exits with code 1 if the attention map of a layer does not reproduce its output, checked for the
+mixer and, in float32 models, for the whole layer.
 """
 
 import bootstrap
@@ -37,16 +36,16 @@ if TYPE_CHECKING:  # slow imports happen after the flags are checked
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
 _CACHE_DIR, _SOURCE = command_line.define_corpus_flags()
-_TEXT = flags.DEFINE_string("text", None, "Text to read.")
-_TEXT_FILE = flags.DEFINE_string("text_file", None, "UTF-8 file to read; - is standard input.")
+_TEXT = flags.DEFINE_string("text", None, "Text to analyze.")
+_TEXT_FILE = flags.DEFINE_string("text_file", None, "UTF-8 file to analyze; - is standard input.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the page; created if missing.")
 _TOKEN = flags.DEFINE_integer(
     "token",
     None,
-    "Token whose prediction is decomposed; default: the one that gains most from distant context.",
+    "1-based index of the token to explain; default: that which gains most from distant context.",
 )
 _MAP_TOKENS = flags.DEFINE_integer(
-    "map_tokens", 192, "Tokens of the maps, around --token.", lower_bound=8, upper_bound=1024
+    "map_tokens", 192, "Tokens shown in the maps, around --token.", lower_bound=8, upper_bound=1024
 )
 
 _OUTPUT = re.compile(r"explain\.(html|json)|[a-z_]+(\d+)?\.png")
@@ -56,11 +55,11 @@ _OUTPUT = re.compile(r"explain\.(html|json)|[a-z_]+(\d+)?\.png")
 def main() -> int:
     """Explain the text with the chosen valid checkpoint of --workdir."""
     if not _WORKDIR.value:
-        raise UserError("no --workdir: name the folder of a training run, such as runs/base")
+        raise UserError("no --workdir: specify the folder of a training run, such as runs/base")
     if not _OUT.value:
-        raise UserError("no --out: name a folder for the page")
+        raise UserError("no --out: specify a folder for the page")
     if _TEXT.value is None and _TEXT_FILE.value is None:
-        raise UserError("no --text: give a text, or a file with --text_file")
+        raise UserError("no --text: pass a text, or a file with --text_file")
     out = Path(command_line.expand_path(_OUT.value, "out"))
     _check_out(out)
     text = command_line.read_text(_TEXT.value, _TEXT_FILE.value, name="text")
@@ -84,7 +83,7 @@ def main() -> int:
         map_tokens=_MAP_TOKENS.value,
         validation=_validation_split(workdir),
     )
-    logging.info("drawing ...")
+    logging.info("plotting ...")
     sizes = config.model
     facts = {
         "model": f"{counted(sizes.num_layers, 'layer')} of width {sizes.hidden_dim}, "
@@ -99,25 +98,25 @@ def main() -> int:
 
 
 def _check_out(out: Path) -> None:
-    """Refuse an unusable output folder before the computation."""
+    """Reject an unusable output folder before the computation."""
     if os.path.lexists(out):
         if not out.is_dir():
-            raise UserError(f"--out={_OUT.value}: not a folder; name one")
+            raise UserError(f"--out={_OUT.value}: not a folder; specify one")
         for name in filter(_OUTPUT.fullmatch, os.listdir(out)):
             try:
                 check_output(out / name)
             except OSError as error:
                 raise UserError(
                     f"--out={_OUT.value}: {name} in it cannot be replaced ({error.strerror}); "
-                    "remove it or name another folder"
+                    "remove it or use another folder"
                 ) from error
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--out={_OUT.value}: {nearest} cannot be written; name a folder that can")
+        raise UserError(f"--out={_OUT.value}: {nearest} is not writable; use another folder")
 
 
 def _validation_split(workdir: str) -> "TokenSplit | None":
-    """Return the run's held-out text, or None if it has none or lost it."""
+    """Return the run's held-out text, or None if it has none or it is missing."""
     from simplernn_jax.training.preparation import open_saved_corpus
 
     try:
@@ -125,12 +124,12 @@ def _validation_split(workdir: str) -> "TokenSplit | None":
             workdir, cache_dir=_CACHE_DIR.value, source=_SOURCE.value
         ).validation
     except UserError as error:
-        logging.warning("evaluating on the given text, even if it is short: %s", error)
+        logging.warning("held-out text unavailable, evaluating on the given text: %s", error)
         return None
 
 
 def _write(out: Path, explanation: "Explanation", facts: dict[str, str]) -> Path:
-    """Write the pictures, the numbers and, last, the page; return its path."""
+    """Write the plots, the numbers and, last, the page; return its path."""
     from simplernn_jax.analysis.export import to_numbers
     from simplernn_jax.analysis.page import draw_plots, make_page
 
@@ -156,7 +155,7 @@ def _print_errors(explanation: "Explanation", is_float32: bool) -> bool:
         print(
             f"{name}: the map reproduces {operator} to {float(layer.operator_error):.1e} "
             f"(relative) and the layer's output to {float(layer.layer_error):.1e}"
-            + ("" if verdict else f"   not within {MAX_ERROR:g}: do not trust it")
+            + ("" if verdict else f"   exceeds the tolerance {MAX_ERROR:g}")
         )
     return all(verdicts)
 

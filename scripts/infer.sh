@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Generates: bash scripts/infer.sh [--python python3.13] "prompt" [flags of scripts/sample.py]
-# Without --workdir: with the model under runs/ that was saved last. A prompt that looks like a flag
-# comes after --.
+# Without --workdir: with the most recently saved model under runs/. A prompt that looks like a flag
+# follows --.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 take_python "$@"
@@ -23,7 +23,7 @@ if [ -z "$(flag_value workdir "$@")" ]; then
   for saved in "${from_here}runs"/*/checkpoints/complete.json; do
     if [ -e "$saved" ] && { [ -z "$newest" ] || [ "$saved" -nt "$newest" ]; }; then newest="$saved"; fi
   done
-  [ -n "$newest" ] || fail "nothing under ${from_here}runs is trained yet; run: bash scripts/train.sh"
+  [ -n "$newest" ] || fail "no trained model under ${from_here}runs; run: bash scripts/train.sh"
   workdir="${newest%/checkpoints/complete.json}"
   echo "model: $workdir" >&2
   set -- --workdir "$workdir" "$@"

@@ -1,18 +1,18 @@
-"""Start several processes of scripts/train.py on this machine, and end them together.
+"""Start several processes of scripts/train.py on this machine, and terminate them together.
 
     bash scripts/launch_local.sh 2 --config configs/tiny.py --workdir runs/together
 
-They run on the CPU, each with DEVICES_PER_PROCESS (1 if not set) devices, and find each other on
-the loopback interface. The first SIGTERM or SIGINT lets all save and exit, a second one kills
-them; so does, on Linux, the death of this process. When one fails, the others end by themselves or
-are killed after a timeout. The exit code is that of the one that failed:
+They run on the CPU, each with DEVICES_PER_PROCESS (1 if not set) devices, and connect over
+loopback. The first SIGTERM or SIGINT makes all save and exit, a second one kills them; so does, on
+Linux, the death of this process. When one fails, the others exit or are killed after a timeout. The
+exit code is that of the one that failed:
 
 | code | meaning |
 |---|---|
 | 0 | done |
 | 2 | bad input |
-| 75 | stopped by a signal and saved; the same command resumes |
-| 76 | a process lost a peer; the same command resumes |
+| 75 | interrupted by SIGTERM or Ctrl-C; the same command resumes |
+| 76 | a peer process failed; the same command resumes |
 | 128 + n | one was killed by signal n, such as 137 for SIGKILL |
 """
 
@@ -26,11 +26,11 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_USER_ERROR
+from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_PEER_FAILURE, EXIT_USER_ERROR
 from simplernn_jax.process_start import end_with_parent
 from simplernn_jax.supervisor import HEARTBEAT_SECONDS
 
-PATIENCE_SECONDS = HEARTBEAT_SECONDS + 10.0
+SHUTDOWN_TIMEOUT_SECONDS = HEARTBEAT_SECONDS + 10.0
 """Timeout for the other processes to end after the first failure."""
 
 MAX_PROCESSES = 64
@@ -42,9 +42,12 @@ _SCRIPT = Path(__file__).resolve().parent / "train.py"
 
 def main(arguments: list[str]) -> int:
     """Run all processes to their end; return the exit code of the whole."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     if not arguments or not _is_number(arguments[0], MAX_PROCESSES):
         print(
-            f"error: give the number of processes, 1 to {MAX_PROCESSES}: "
+            f"error: specify the number of processes, 1 to {MAX_PROCESSES}: "
             "bash scripts/launch_local.sh 2 --config ...",
             file=sys.stderr,
         )
@@ -52,8 +55,8 @@ def main(arguments: list[str]) -> int:
     devices = os.environ.get("DEVICES_PER_PROCESS", "1")
     if not _is_number(devices, MAX_DEVICES):
         print(
-            f"error: DEVICES_PER_PROCESS={devices[:40]!r} is no number of devices; set it to 1 to "
-            f"{MAX_DEVICES}",
+            f"error: DEVICES_PER_PROCESS={devices[:40]!r} is not a valid number of devices; use 1 "
+            f"to {MAX_DEVICES}",
             file=sys.stderr,
         )
         return EXIT_USER_ERROR
@@ -74,7 +77,7 @@ def main(arguments: list[str]) -> int:
 
 
 def start(count: int, arguments: list[str]) -> list[subprocess.Popen[bytes]]:
-    """Start `count` processes, which find each other at a free port."""
+    """Start `count` processes, which connect at a free port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     environment = os.environ | {
@@ -110,19 +113,19 @@ def wait(processes: list[subprocess.Popen[bytes]]) -> int:
                     process.returncode if process.returncode >= 0 else 128 - process.returncode
                 )
                 if codes[-1] not in (0, EXIT_INTERRUPTED):
-                    deadline = min(deadline, time.monotonic() + PATIENCE_SECONDS)
+                    deadline = min(deadline, time.monotonic() + SHUTDOWN_TIMEOUT_SECONDS)
         if time.monotonic() > deadline:
             for process in running:
                 process.kill()
                 process.wait()
             break
         time.sleep(0.05)
-    own = [code for code in codes if code not in (0, EXIT_PEER_LOST)]
+    own = [code for code in codes if code not in (0, EXIT_PEER_FAILURE)]
     return own[0] if own else max(codes)
 
 
-def _is_number(text: str, largest: int) -> bool:
-    return text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= largest
+def _is_number(text: str, maximum: int) -> bool:
+    return text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= maximum
 
 
 if __name__ == "__main__":

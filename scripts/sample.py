@@ -3,10 +3,10 @@
     python scripts/sample.py --workdir runs/base --prompt "def main("
     cat story.txt | python scripts/sample.py --workdir runs/base --prompt_file -
 
-The same seed and settings give the same text. --temperature=0 is greedy, which often repeats
-itself; higher is more random.
+The same seed and settings give the same text. --temperature=0 is greedy decoding (often
+repetitive); higher values are more random.
 
-Prefill a long prompt once and use it many times; the first of these commands prints no text:
+Prefill a long prompt once and reuse it; the first of these commands prints no text:
 
     python scripts/sample.py --workdir=W --prompt_file=book.txt --max_new_tokens=0 --save_state=book
     python scripts/sample.py --workdir=W --load_state=book --num_samples=3
@@ -27,30 +27,31 @@ from simplernn_jax import command_line
 from simplernn_jax.errors import UserError, counted
 from simplernn_jax.files import check_output
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run of the model.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
-_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; without one, a new document.")
+_PROMPT = flags.DEFINE_string("prompt", None, "Prompt; empty starts a new document.")
 _PROMPT_FILE = flags.DEFINE_string(
-    "prompt_file", None, "UTF-8 file to continue; - is standard input."
+    "prompt_file", None, "UTF-8 file with the prompt; - is standard input."
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 400, "New tokens at most.", lower_bound=0, upper_bound=2**31 - 1
+    "max_new_tokens", 400, "Maximum number of new tokens.", lower_bound=0, upper_bound=2**31 - 1
 )
 _TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.8, "0 is greedy; higher is more random.", lower_bound=0
+    "temperature", 0.8, "0 is greedy decoding; higher values are more random.", lower_bound=0
 )
 _TOP_K = flags.DEFINE_integer(
-    "top_k", 0, "Sample among the k most probable tokens; 0 is off.", lower_bound=0
+    "top_k", 0, "Sample from the k most probable tokens; 0 disables it.", lower_bound=0
 )
 _TOP_P = flags.DEFINE_float(
     "top_p",
     1.0,
-    "Nucleus sampling: sample among the most probable tokens that together reach this probability; "
-    "1 is off.",
-    lower_bound=0,
-    upper_bound=1,
+    "Nucleus sampling: sample from the most probable tokens that together reach this probability, "
+    "in (0, 1]; 1 disables it.",
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.", lower_bound=0)
+flags.register_validator(_TOP_P, lambda value: 0 < value <= 1, "must be in (0, 1]")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Random seed for sampling.", lower_bound=0, upper_bound=2**32 - 1
+)
 _NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples",
     1,
@@ -62,7 +63,7 @@ _SAVE_STATE = flags.DEFINE_string(
     "save_state", None, "Path to save the decoder state to, after the last token."
 )
 _LOAD_STATE = flags.DEFINE_string(
-    "load_state", None, "Path of a saved decoder state to continue from, with the prompt appended."
+    "load_state", None, "Saved decoder state to resume from; --prompt is appended to it."
 )
 
 
@@ -72,12 +73,12 @@ def main() -> None:
     A single continuation is streamed; of several, each is printed below a header line.
     """
     if not _WORKDIR.value:
-        raise UserError("no --workdir: name the folder of a training run, such as runs/base")
+        raise UserError("no --workdir: specify the folder of a training run, such as runs/base")
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     _check_save_state()
     prompt = command_line.read_text(_PROMPT.value, _PROMPT_FILE.value, name="prompt")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer characters than text
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not show all characters
     from simplernn_jax import load_model
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.devices import check_devices
@@ -136,11 +137,11 @@ def _write(text: str) -> None:
 
 
 def _check_save_state() -> None:
-    """Refuse a path at once that would fail after generation."""
+    """Reject a path that would fail after generation."""
     if _SAVE_STATE.value is None:
         return
     path = os.path.expanduser(_SAVE_STATE.value)
-    advice = "name a new or regular file in a folder that can be written"
+    advice = "specify a new or regular file in a writable folder"
     try:
         check_output(path)
     except (OSError, ValueError) as error:  # a name may hold a NUL character

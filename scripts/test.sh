@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Checks everything: bash scripts/test.sh [--python python3.13] [--sanitize] [arguments of pytest]
-# Linter, formatter, type checker and tests all run; any failure fails the whole.
-# --sanitize: only the tests of the C functions, built with the sanitizers of gcc for addresses and
-# undefined behavior: the first thing that they find ends the tests.
+# Linter, formatter, type checker and tests all run; any failure is an error.
+# --sanitize: only the tests of the C functions, built with gcc's address and undefined-behavior
+# sanitizers: the first finding ends the tests.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 sanitize=""
@@ -17,7 +17,7 @@ cd "$root"
 
 if [ -n "$sanitize" ]; then
   compiler="${CC:-gcc}"
-  # Python is not built with the sanitizer: its library, and what it looks into, come first.
+  # Python is not built with the sanitizer, so its libraries are preloaded.
   for library in libasan.so libstdc++.so; do
     path="$($compiler -print-file-name="$library" 2>/dev/null || true)"
     [ -e "$path" ] || fail "--sanitize: $compiler has no $library; install gcc with its sanitizers"
@@ -25,8 +25,8 @@ if [ -n "$sanitize" ]; then
   done
   [ $# -gt 0 ] || set -- tests/test_{ops,fused,argument_safety,rms_norm{,_convolution}}.py
   export CC="$compiler -fsanitize=address,undefined -fno-sanitize-recover=undefined -g"
-  export ASAN_OPTIONS="detect_leaks=0:verify_asan_link_order=0" # Python frees little at its end
-  # No other allocator: it would hide what is written out of bounds.
+  export ASAN_OPTIONS="detect_leaks=0:verify_asan_link_order=0" # Python frees little at exit
+  # No other allocator: it would hide out-of-bounds writes.
   env -u GLIBC_TUNABLES LD_PRELOAD="$preload" python -m pytest -n 2 "$@"
   exit
 fi

@@ -4,14 +4,14 @@
     python scripts/train.py --config configs/base.py --workdir runs/mine \\
         --config.data.source=my_texts/ --config.train.steps=2000
 
-The same command again resumes bit-exactly. SIGTERM and Ctrl-C save first and exit with code 75. A
-second signal stops at once, also with 75: the run resumes from its last checkpoint. Before the run
-has touched its workdir, Ctrl-C exits with code 130. Bad input is one line and code 2.
+Running the same command again resumes bit-exactly. SIGTERM and Ctrl-C save first and exit with code
+75. A second signal stops at once, also with 75 (with --distributed: kills the process, code 137):
+the run resumes from its last checkpoint. Before the workdir is created, Ctrl-C exits with code 130.
+Bad input exits with code 2 and a one-line error.
 
-With --distributed, this is one of several processes that train together, on one host or on many;
-the workdir is on a shared file system. When one of them dies or hangs, the others end within a
-minute, with code 76. Let only them reach the port of --coordinator: anyone else who does can end
-the run. scripts/launch_local.sh starts several on this machine.
+With --distributed, this is one of several processes, on one or more hosts, that share the workdir.
+When one dies, is suspended, or becomes unreachable (no heartbeat for 20 s), the others exit within
+a minute, with code 76. Restrict the coordinator port to these hosts. See scripts/launch_local.sh.
 """
 
 import bootstrap
@@ -29,13 +29,13 @@ from simplernn_jax.errors import UserError
 
 _CONFIG = command_line.define_config_flag()
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of checkpoints, metrics and tokenized text. Made if missing."
+    "workdir", None, "Folder for checkpoints, metrics and tokenized text; created if missing."
 )
 _DISTRIBUTED = flags.DEFINE_boolean(
     "distributed",
     False,
-    "Train together with other processes, which SLURM, Kubernetes or Open MPI has started or "
-    "the next three flags describe.",
+    "Join a multi-process run. SLURM, Kubernetes or Open MPI is detected; otherwise set "
+    "--coordinator, --num_processes and --process_id.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of the process with --process_id 0."
@@ -49,9 +49,9 @@ _TIMEOUT = flags.DEFINE_integer(
 
 def main() -> int:
     """Train; return 0 at the end, `command_line.EXIT_INTERRUPTED` if a signal stopped it."""
-    place = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    cluster = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if not _DISTRIBUTED.value:
-        if place != (None, None, None):
+        if cluster != (None, None, None):
             raise UserError("--coordinator, --num_processes, --process_id: only with --distributed")
         return _train()
     from simplernn_jax import supervisor
@@ -60,23 +60,23 @@ def main() -> int:
     from simplernn_jax import distributed
 
     def train_together() -> int:
-        with distributed.joined(*place, _TIMEOUT.value):
+        with distributed.joined(*cluster, _TIMEOUT.value):
             return _train()
 
-    # JAX and threads would wait for the other processes at a usual exit.
+    # At a normal exit, JAX and threads would wait for the other processes.
     command_line.exit_with(train_together, leave=os._exit)
 
 
 def _train() -> int:
     config = _CONFIG.value
     if not _WORKDIR.value:
-        raise UserError("no --workdir: name a folder for the run, such as --workdir runs/mine")
+        raise UserError("no --workdir: specify a folder for the run, such as --workdir runs/mine")
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.devices import check_devices
     from simplernn_jax.training.loop import train
 
-    if not _DISTRIBUTED.value:  # their failures name the lost process
+    if not _DISTRIBUTED.value:  # `joined` reports a peer failure
         check_devices()
     use_compilation_cache()
     gc.freeze()  # imported modules stay: garbage collections during tracing skip them

@@ -5,9 +5,10 @@ Public names: `load_model` here; `gated_linear_recurrence` and `recurrent_step` 
 `simplernn_jax.models`; `generate` in `simplernn_jax.inference`.
 """
 
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
 
-TYPE_CHECKING = False  # typing's own would cost every process milliseconds twice
 if TYPE_CHECKING:
     from simplernn_jax.inference.loading import load_model as load_model
 else:

@@ -1,11 +1,11 @@
-"""Folder of this user's caches: files that can be made again, which takes time."""
+"""Folder of this user's caches: files that can be rebuilt, which takes time."""
 
 import os
 from pathlib import Path
 
 
 def cache_folder(name: str) -> Path:
-    """``simplernn_jax/NAME`` in ``XDG_CACHE_HOME`` or ``~/.cache``; it may not exist yet."""
+    """Return ``simplernn_jax/NAME`` in ``XDG_CACHE_HOME`` or ``~/.cache``; it may not exist."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     parent = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     return parent / "simplernn_jax" / name

@@ -43,7 +43,7 @@ __all__ = [
     "run",
 ]
 
-_LONGEST_TEXT = 1 << 30
+_MAX_TEXT_BYTES = 1 << 30
 
 
 class Arguments:
@@ -60,7 +60,7 @@ _arguments: Arguments | None = None
 def define_arguments(usage: str) -> Arguments:
     """Accept positional arguments, shown as `usage` in ``--help``.
 
-    Read `Arguments.value` inside ``main``. A script without this refuses positional arguments.
+    Read `Arguments.value` inside ``main``. A script without this rejects positional arguments.
     """
     global _arguments  # noqa: PLW0603 - like absl's flags: a process has one command line
     _arguments = Arguments(usage)
@@ -72,8 +72,8 @@ def define_checkpoint_flag() -> flags.FlagHolder[str]:
     holder = flags.DEFINE_string(
         "checkpoint",
         "best",
-        "Checkpoint: best (lowest validation loss; the newest if losses are not comparable), "
-        "newest, or a step.",
+        "Checkpoint to load: best (lowest validation loss, or newest if losses are not "
+        "comparable), newest, or a step number.",
     )
     flags.register_validator(
         holder,
@@ -90,7 +90,7 @@ def define_corpus_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[str]]
         "cache_dir", "", "Folder of the run's tokenized corpus, if it is not in the workdir."
     )
     source = flags.DEFINE_string(
-        "source", "", "Text to tokenize again, if the run's tokenized corpus was deleted."
+        "source", "", "Text to re-tokenize if the tokenized corpus is missing."
     )
     _show_in_help(cache_dir, source)
     return cache_dir, source
@@ -115,27 +115,27 @@ def read_text(text: str | None, file: str | None, *, name: str) -> str:
         text is not UTF-8.
     """
     if text is not None and file is not None:
-        raise UserError(f"--{name} and --{name}_file exclude each other; give one of them")
+        raise UserError(f"--{name} and --{name}_file are mutually exclusive")
     if file is None:
         where, data = f"--{name}", (text or "").encode("utf-8", "surrogateescape")
     elif file == "-":
-        where, data = "standard input", sys.stdin.buffer.read(_LONGEST_TEXT + 1)
-        if len(data) > _LONGEST_TEXT:
+        where, data = "standard input", sys.stdin.buffer.read(_MAX_TEXT_BYTES + 1)
+        if len(data) > _MAX_TEXT_BYTES:
             raise UserError(
-                f"standard input: more than {_LONGEST_TEXT:,} bytes; give a shorter text"
+                f"standard input: more than {_MAX_TEXT_BYTES:,} bytes; use a shorter text"
             )
     else:
         where = file
         try:
-            data = read_file(expand_path(file, f"{name}_file"), _LONGEST_TEXT)
+            data = read_file(expand_path(file, f"{name}_file"), _MAX_TEXT_BYTES)
         except OSError as error:
             raise UserError(
-                f"--{name}_file={file}: {error.strerror}; name a readable file"
+                f"--{name}_file={file}: {error.strerror}; specify a readable file"
             ) from error
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: invalid UTF-8 at byte {error.start}; give UTF-8 text") from error
+        raise UserError(f"{where}: invalid UTF-8 at byte {error.start}; use UTF-8 text") from error
 
 
 def expand_path(path: str, flag: str) -> str:
@@ -145,15 +145,12 @@ def expand_path(path: str, flag: str) -> str:
       UserError: no such user, or `path` has a zero byte or is the URL of a bucket.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
-        raise UserError(
-            f"--{flag}={path}: a URL, not a path; mount the bucket and name its mount point, or "
-            "choose a local path"
-        )
+        raise UserError(f"--{flag}={path}: a URL, not a path; mount the bucket or use a local path")
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise UserError(f"--{flag}={path}: no such user; write ./{path} for a name with a ~")
+        raise UserError(f"--{flag}={path}: no such user; use ./{path} for a name with a ~")
     if "\0" in expanded:
-        raise UserError(f"--{flag}={path}: a path cannot contain a zero byte; name another")
+        raise UserError(f"--{flag}={path}: a path cannot contain a zero byte; use another")
     return os.path.abspath(expanded)
 
 
@@ -191,7 +188,7 @@ def _help() -> str:
     lines += [f"usage: python {sys.argv[0]}{usage} [--flag=value ...]"]
     lines += [flags.FLAGS.main_module_help().rstrip()]
     if "config" in flags.FLAGS:
-        lines += ["", "fields of --config and their defaults (a configuration file sets its own):"]
+        lines += ["", "fields of --config and their defaults, described in docs/configuration.md:"]
         lines += [f"  --config.{path}={default!r}" for path, default in by_field(Config()).items()]
     return "\n".join(lines)
 

@@ -1,11 +1,11 @@
 """JAX's persistent compilation cache, with a checksum for every entry and a bound on their size.
 
-JAX decides what is kept under which key (program, compiler, options, processor or card). Its own
-files (jax 0.10.2 and 0.12.0) are not safe enough for runs that must end in the same bytes. Of 240
-entries with one flipped bit, 10 gave wrong results and 20 crashed the process where the package
-zstandard is installed; a damaged entry is never replaced, one that was swapped for another is
-executed, and a bound on their size needs another package. Here an entry is loaded only if it
-agrees with the SHA-256 beside it, and the least recently used ones are deleted.
+JAX chooses keys and entries (program, compiler, options, processor or card). Its own files (jax
+0.10.2 and 0.12.0) are not safe enough for bit-exact runs. Of 240 entries with one flipped bit, 10
+gave wrong results and 20 crashed the process if the package zstandard is installed; a corrupted
+entry is never replaced, one that was swapped for another is executed, and a bound on their size
+needs another package. Here an entry is loaded only if it matches its SHA-256, and the least
+recently used ones are deleted.
 """
 
 import contextlib
@@ -21,22 +21,22 @@ from simplernn_jax.cache_folder import cache_folder
 from simplernn_jax.files import read_file, sha256_hex, write_file
 
 MAX_BYTES = 256 * 2**20
-"""Room for all entries, unless ``JAX_COMPILATION_CACHE_MAX_SIZE`` sets another bound."""
+"""Size limit of all entries, unless ``JAX_COMPILATION_CACHE_MAX_SIZE`` sets another bound."""
 
 _ENTRY = "-cache"  # in JAX's own format: other programs may share a folder of the user's choice
-_SEAL = "-sha256"
+_CHECKSUM = "-sha256"
 
 
 def use_compilation_cache() -> None:
-    """Load the programs that earlier processes compiled, and keep those of this one.
+    """Load the programs that earlier processes compiled, and store those of this one.
 
     The folder is ``JAX_COMPILATION_CACHE_DIR`` if that is set, else ``simplernn_jax/compiled`` in
     ``XDG_CACHE_HOME`` or ``~/.cache``. If it cannot be written, a warning says so and nothing is
-    kept. ``JAX_ENABLE_COMPILATION_CACHE=false`` switches it off.
+    cached. ``JAX_ENABLE_COMPILATION_CACHE=false`` switches it off.
     """
     chosen = jax.config.values["jax_compilation_cache_dir"]
     if not jax.config.values["jax_enable_compilation_cache"] or "://" in (chosen or ""):
-        return  # off, or in a bucket, where JAX's own files are the better ones
+        return  # off, or in a bucket, which JAX's own cache supports
     try:
         folder = Path(chosen or cache_folder("compiled")).absolute()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds what will be executed
@@ -44,20 +44,20 @@ def use_compilation_cache() -> None:
     except (OSError, RuntimeError) as error:
         jax.config.update("jax_enable_compilation_cache", False)
         reason = getattr(error, "strerror", None) or error
-        logging.warning("compiled programs are not kept: %s: %s", chosen or "~/.cache", reason)
+        logging.warning("compiled programs are not cached: %s: %s", chosen or "~/.cache", reason)
         return
     limit = jax.config.values["jax_compilation_cache_max_size"]
-    cache = SealedFolder(folder, MAX_BYTES if limit < 0 else limit)
+    cache = ChecksummedCache(folder, MAX_BYTES if limit < 0 else limit)
     compilation_cache.get_file_cache = lambda path: (cache, path)  # type: ignore[assignment, return-value]
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # XLA's further caches would be stored here without seals and without a bound.
+    # XLA's further caches would be stored here without checksums and without a bound.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-class SealedFolder:
-    """Entries by key, each with its SHA-256: the interface of JAX's caches.
+class ChecksummedCache:
+    """Entries by key, each with its SHA-256, with the interface of JAX's caches.
 
     Processes may share it: at worst one compiles what another was about to write.
     """
@@ -69,47 +69,47 @@ class SealedFolder:
 
     def get(self, key: str) -> bytes | None:
         """Return the value that was put, or None if it is missing or was changed."""
-        seal = self._path / f"{key}{_SEAL}"
+        checksum = self._path / f"{key}{_CHECKSUM}"
         try:
             value = read_file(self._path / f"{key}{_ENTRY}", self._max_bytes)
-            if read_file(seal, 64) != _seal(key, value):
+            if read_file(checksum, 64) != _checksum(key, value):
                 return None
         except OSError:
             return None
         with contextlib.suppress(OSError):
-            os.utime(seal)  # used now: see `_shrink`
+            os.utime(checksum)  # used now: see `_shrink`
         return value
 
     def put(self, key: str, value: bytes) -> None:
-        """Keep `value` if there is room; only the first failure of the disk is a warning."""
+        """Store `value` if it fits; only the first file-system error is a warning."""
         if len(value) > self._max_bytes:
             return
         try:
-            # The seal first: every entry has one to be found by, and alone it opens nothing.
-            for suffix, content in ((_SEAL, _seal(key, value)), (_ENTRY, value)):
+            # The checksum first: `_shrink` finds entries by it, and alone it loads nothing.
+            for suffix, content in ((_CHECKSUM, _checksum(key, value)), (_ENTRY, value)):
                 path = self._path / f"{key}{suffix}"
-                path.unlink(missing_ok=True)  # it may be damaged, or no regular file
+                path.unlink(missing_ok=True)  # it may be corrupted, or not a regular file
                 write_file(path, content, durable=False)
             self._shrink()
         except OSError as error:
             if not self._failed:
-                logging.warning("not all is kept: %s: %s", self._path, error.strerror)
+                logging.warning("some programs are not cached: %s: %s", self._path, error.strerror)
             self._failed = True
 
     def _shrink(self) -> None:
         """Delete the least recently used entries until the rest fits."""
         used: dict[str, float] = {}
-        for seal in self._path.glob(f"*{_SEAL}"):
+        for checksum in self._path.glob(f"*{_CHECKSUM}"):
             with contextlib.suppress(FileNotFoundError):  # another process was faster
-                used[seal.name.removesuffix(_SEAL)] = seal.stat().st_mtime
+                used[checksum.name.removesuffix(_CHECKSUM)] = checksum.stat().st_mtime
         left = self._max_bytes
         for key in sorted(used, key=lambda key: used[key], reverse=True):
             with contextlib.suppress(FileNotFoundError):
                 left -= (self._path / f"{key}{_ENTRY}").stat().st_size
             if left < 0:
-                for suffix in (_ENTRY, _SEAL):
+                for suffix in (_ENTRY, _CHECKSUM):
                     (self._path / f"{key}{suffix}").unlink(missing_ok=True)
 
 
-def _seal(key: str, value: bytes) -> bytes:
+def _checksum(key: str, value: bytes) -> bytes:
     return sha256_hex(key.encode() + value).encode()

@@ -17,16 +17,15 @@ from simplernn_jax.errors import UserError, nearest_name
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class ModelConfig:
-    """Shape and arithmetic of the language model.
-
-    Hashable, because a model keeps an unchanged copy of it in its static structure.
-    """
+    """Architecture and precision. Hashable, because Flax keeps it in the static graphdef."""
 
     vocab_size: int = 259
     """Token ids of the embedding and the head; a run raises it to the tokenizer's number of ids."""
     block: str = "residual"
-    """``plain``: the bare layer of the PyTorch project; ``residual``: pre-norm block with MLP."""
+    """``plain``: the bare layer of the original PyTorch project (docs/pytorch.md); ``residual``:
+    pre-norm block with MLP."""
     num_layers: int = 4
+    """Number of blocks."""
     hidden_dim: int = 128
     """Width of the residual stream: the embedding and every layer's input and output."""
     key_dim: int = 128
@@ -34,20 +33,21 @@ class ModelConfig:
     value_dim: int = 128
     """Total value channels of all heads; divisible by num_heads."""
     num_heads: int = 4
+    """Number of heads of the recurrence or of attention."""
     mlp_dim: int = 512
     """Inner width of the MLP (residual block only)."""
     tie_embeddings: bool = True
     """Use the embedding as the head (residual block only)."""
     dropout: float = 0.0
-    """Probability of dropping a channel of each residual branch (residual block only)."""
+    """Dropout rate, elementwise, of each residual branch's output (residual block only)."""
     precision: str = "float32"
     """Compute dtype of dense layers: ``float32`` or ``bfloat16``. Parameters, gates, sums, norms,
-    softmax and loss are float32 either way; cached keys and values have this dtype."""
+    softmax and loss are always float32; cached keys and values have this dtype."""
     mixer: str = "simple_rnn"
-    """Sequence mixer of all layers: ``simple_rnn``, or ``attention`` (residual block only); or one
-    for each layer, as ``simple_rnn,attention,...`` or a list, which `validate` joins."""
+    """Token mixer, ``simple_rnn`` or ``attention`` (residual block only): one name for all layers,
+    or a comma-separated list (or Python list) with one per layer."""
     attention_context: int = 1024
-    """Tokens that attention sees, the current one included; the length of the key-value cache."""
+    """Sliding window of attention in tokens, the current one included; length of the KV cache."""
     state_precision: str = "float32"
     """Dtype of the recurrent state between chunks or decoded tokens: ``float32``; or ``bfloat16``,
     which halves its memory and rounds away small updates."""
@@ -56,7 +56,7 @@ class ModelConfig:
         self.join_mixers()
 
     def join_mixers(self) -> None:
-        """Replace a list of mixers by its text, which is hashable, one flag and JSON."""
+        """Join a list of mixers into one string: hashable, a single flag and valid JSON."""
         if isinstance(self.mixer, str | list | tuple):
             self.mixer = ",".join(_mixer_names(self.mixer))
 
@@ -79,7 +79,7 @@ class DataConfig:
     source: str = "stdlib"
     """``stdlib`` (the running Python's standard library), a file, folder or glob of text,
     ``.jsonl`` or ``.parquet`` (the first two also as ``.gz`` or ``.zst``), or ``tfds:NAME`` (name
-    or directory of a prepared data set)."""
+    or directory of a prepared dataset)."""
     field: str = "text"
     """Field of a JSONL record, Parquet row or TFDS example that holds the text."""
     tokenizer: str = "byte"
@@ -93,7 +93,7 @@ class DataConfig:
     """``window``: random windows from a zero state; ``stream``: contiguous sequences whose state is
     carried from batch to batch (truncated BPTT); ``document``: padded documents."""
     batch_size: int = 16
-    """Sequences of one optimizer step."""
+    """Sequences of one optimizer step; divisible by data * fsdp * gradient_accumulation."""
     sequence_length: int = 256
     """Tokens per sequence."""
     stride: int = 0
@@ -111,17 +111,18 @@ class DataConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW or Muon with warm-up, cosine decay and global-norm clipping."""
+    """AdamW or Muon with warmup, cosine decay and global-norm clipping."""
 
     name: str = "adamw"
-    """``adamw``, or ``muon``: orthogonalized momentum for matrices and Adam for the rest; a lower
-    loss per step, at a longer time per step."""
+    """``adamw``, or ``muon``: orthogonalized momentum for the matrices of dense layers, an untied
+    head included, and Adam for the rest; a lower loss per step, at a longer time per step."""
     learning_rate: float = 2e-3
-    """Peak learning rate, after warm-up."""
+    """Peak learning rate, after warmup."""
     warmup_steps: int = 50
-    """Optimizer steps of linear warm-up from 0."""
+    """Optimizer steps of linear warmup, from 1/warmup_steps of the peak."""
     final_learning_rate: float = 0.0
-    """Learning rate at the last step, as a fraction of the peak; 1 keeps it constant."""
+    """Learning rate at the end of the cosine decay (one step after the last), as a fraction of the
+    peak; 1 disables decay."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; biases, norms and embeddings are never decayed."""
     beta1: float = 0.9
@@ -131,12 +132,12 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     """Added to the denominator of Adam's update."""
     clip_norm: float = 1.0
-    """Maximum global gradient norm; 0 does not clip."""
+    """Maximum global gradient norm; 0 disables clipping."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig:
-    """Length of a run and its periodic actions. Intervals are in optimizer steps; 0 is never."""
+    """Length of a run and its periodic actions. Intervals are in optimizer steps; 0 disables."""
 
     seed: int = 0
     """Seed of initialization, split, batches and dropout, in [0, 2**32)."""
@@ -147,36 +148,39 @@ class TrainConfig:
     gradient_accumulation: int = 1
     """Microbatches whose gradients are summed before one update; divides batch_size."""
     max_skipped_updates: int = 10
-    """Consecutive non-finite updates after which the run stops."""
+    """Consecutive updates with a non-finite loss or gradient after which the run aborts."""
     log_every: int = 10
     """Steps per line of ``metrics.jsonl``; its loss is the mean over them."""
     eval_every: int = 250
+    """Steps between evaluations."""
     eval_tokens: int = 65536
     """Tokens of the validation split scored at each evaluation during training; 0 scores all of
     it. The evaluation at the end always scores all of it."""
     stop_after_worse: int = 0
     """Early stopping: consecutive evaluations without a new best validation loss, after which the
-    run ends; 0 is off."""
+    run ends; 0 disables it."""
     save_every: int = 250
+    """Steps between checkpoints."""
     keep_last: int = 2
-    """Number of newest checkpoints kept; at least 2, so that a damaged one has a predecessor."""
+    """Number of newest checkpoints kept; at least 2, so that a corrupted one has a predecessor."""
     keep_best: int = 1
-    """Number of checkpoints of lowest validation loss kept besides, among those whose step was
-    evaluated: let save_every and eval_every coincide."""
+    """Additional checkpoints kept, those with the lowest validation loss. Only steps that are both
+    saved and evaluated count, so make save_every a multiple of eval_every."""
     sample_every: int = 500
+    """Steps between samples."""
     sample_prompt: str = "def main("
-    """Prompt of the samples. Where the tokenizer cannot encode this default, the first line of the
+    """Prompt of the samples. If the tokenizer cannot encode this default, the first line of the
     held-out text replaces it."""
     sample_tokens: int = 120
     """Tokens generated for each sample."""
     profile_steps: int = 0
     """Steps recorded for TensorBoard's profiler, starting at the third of the process."""
     backward_window: int = 0
-    """Tokens of a backward span: the gradient is computed span by span, which bounds activation
-    memory, and the state is carried between them; divides sequence_length. 0 is the sequence."""
+    """Tokens per BPTT window, which bounds activation memory; divides sequence_length; 0 uses the
+    whole sequence."""
     backward: str = "truncated"
-    """Gradient between backward spans: ``truncated``, none (truncated BPTT), or ``exact``, at the
-    cost of computing the forward pass twice."""
+    """``truncated`` stops gradients at window boundaries (truncated BPTT); ``exact`` propagates
+    them, at the cost of a second forward pass."""
     remat: str = "none"
     """Rematerialization: ``none`` stores all residuals; ``block`` stores the input of each layer
     and recomputes the rest."""
@@ -184,23 +188,23 @@ class TrainConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class MeshConfig:
-    """Sizes of the device mesh; their product is the number of devices.
+    """Sizes of the device mesh; a run may be resumed on another.
 
-    A run may be resumed on another mesh.
+    Their product divides the number of devices; with several processes it must equal it.
     """
 
     data: int = -1
-    """Data parallelism: shards of the batch, with replicated parameters; -1 takes the devices that
-    the other axes leave."""
+    """Data parallelism: shards of the batch, with replicated parameters; -1: the remaining devices.
+    data * fsdp * gradient_accumulation divides batch_size."""
     fsdp: int = 1
-    """Shards of the batch over which parameters and optimizer state are sharded too."""
+    """Shards of batch, parameters and optimizer state; divides hidden_dim."""
     tensor: int = 1
     """Shards of the heads, the MLP and the vocabulary; divides num_heads, mlp_dim, vocab_size."""
     sequence: int = 1
-    """Shards of the time axis; divides sequence_length."""
+    """Shards of the time axis; divides backward_window if that is set, else sequence_length."""
     stage: int = 1
     """Pipeline stages of consecutive layers, whose microbatches are chunks of time; divides
-    num_layers and sequence_length, and needs sequence=1 and one mixer in all layers."""
+    num_layers and what `sequence` divides, and needs sequence=1 and one mixer in all layers."""
 
 
 _Section = typing.TypeVar(
@@ -243,8 +247,8 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-_ADDED_LATER = {"config.train.stop_after_worse"}
-"""Fields that older files lack; their default is the behavior of that time."""
+_OPTIONAL_FIELDS = {"config.train.stop_after_worse"}
+"""Fields missing from older checkpoints; their default reproduces the old behavior."""
 
 
 def from_json(text: str) -> Config:
@@ -257,7 +261,7 @@ def from_json(text: str) -> Config:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"the configuration is not JSON ({error}); use an undamaged one") from error
+        raise UserError(f"configuration: invalid JSON ({error}); use another checkpoint") from error
     config = Config()
     _fill(config, values, "config")
     validate(config)
@@ -272,7 +276,7 @@ def _fill(target: Any, values: Any, path: str) -> None:
         if name not in names:
             raise UserError(f"{path}.{name}: no such field{nearest_name(name, names)}")
     for name in names:
-        if name not in values and f"{path}.{name}" in _ADDED_LATER:
+        if name not in values and f"{path}.{name}" in _OPTIONAL_FIELDS:
             continue
         if name not in values:
             raise UserError(f"{path}.{name}: missing; the file was written by another version")
@@ -288,10 +292,11 @@ def _fill(target: Any, values: Any, path: str) -> None:
         setattr(target, name, value)
 
 
-def differing_fields(ours: _Section, theirs: _Section) -> list[str]:
-    """Return ``["num_layers: 4 here, 2 there"]`` for every field in which two sections differ."""
+def differing_fields(current: _Section, saved: _Section) -> list[str]:
+    """Return ``["num_layers is 4, checkpoint has 2"]`` for every field that differs."""
     return [
-        f"{field.name}: {getattr(ours, field.name)!r} here, {getattr(theirs, field.name)!r} there"
-        for field in dataclasses.fields(ours)
-        if getattr(ours, field.name) != getattr(theirs, field.name)
+        f"{field.name} is {getattr(current, field.name)!r}, "
+        f"checkpoint has {getattr(saved, field.name)!r}"
+        for field in dataclasses.fields(current)
+        if getattr(current, field.name) != getattr(saved, field.name)
     ]

@@ -37,7 +37,7 @@ class ConfigFlag:
         """Return the configuration with all overrides, validated.
 
         Raises:
-          UserError: no ``--config`` was given, or a value is not possible.
+          UserError: no ``--config`` was given, or a value is invalid.
         """
         config = self._holder.value
         if config is None:
@@ -57,7 +57,7 @@ def define_config_flag() -> ConfigFlag:
 
 def config_is_missing() -> UserError:
     """Return the error for a command line without ``--config``."""
-    return UserError("--config is missing; name a file such as configs/base.py")
+    return UserError("--config is missing; specify a file such as configs/base.py")
 
 
 class _ConfigFileParser(flags.ArgumentParser):
@@ -71,8 +71,8 @@ class _ConfigFileParser(flags.ArgumentParser):
 def _find(path: str) -> Path:
     """Return the file at `path`, or else the one at `path` in this project's folder."""
     given = Path(os.path.expanduser(path))
-    ours = _ROOT / given
-    return ours if not os.path.lexists(given) and ours.is_file() else given
+    in_project = _ROOT / given
+    return in_project if not os.path.lexists(given) and in_project.is_file() else given
 
 
 def _near(path: Path) -> str:
@@ -87,7 +87,7 @@ def _near(path: Path) -> str:
             found = near[0] if folder == path.parent else folder / near[0]
             return f"; did you mean {str(found)!r}?"
     base = _ROOT / "configs" / "base.py"
-    return f"; {base} is one" if base.is_file() else "; name a file with get_config()"
+    return f"; {base} is one" if base.is_file() else "; specify a file with get_config()"
 
 
 def load_config(path: Path) -> Config:
@@ -102,11 +102,11 @@ def load_config(path: Path) -> Config:
         raise UserError(f"--config={path}: no such file{_near(path)}") from error
     except OSError as error:
         raise UserError(
-            f"--config={path}: {error.strerror}; name a file such as configs/base.py"
+            f"--config={path}: {error.strerror}; specify a file such as configs/base.py"
         ) from error
     spec = importlib.util.spec_from_file_location("simplernn_config", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"--config={path}: not a Python file; name one with get_config()")
+        raise UserError(f"--config={path}: not a Python file; specify one with get_config()")
     module = importlib.util.module_from_spec(spec)
     # Imports work as in a script of that folder, and `from configs import base` from anywhere.
     search_path = [str(path.resolve().parent), str(_ROOT)]

@@ -22,18 +22,18 @@ _CHOICES = {
     "train.backward": ("truncated", "exact"),
 }
 
-_LARGEST_FLOAT = 3.4e38
+_MAX_FLOAT = 3.4e38
 """The largest float32, rounded down."""
-_LEAST = {
+_MIN = {
     **dict.fromkeys(("num_layers", "vocab_size", "hidden_dim", "key_dim", "value_dim"), 1),
     **dict.fromkeys(("num_heads", "mlp_dim", "attention_context"), 1),
     **dict.fromkeys(("batch_size", "sequence_length", "gradient_accumulation"), 1),
     **dict.fromkeys(("max_skipped_updates", "fsdp", "tensor", "sequence", "stage"), 1),
     "keep_last": 2,
-    **dict.fromkeys(("epsilon", "data"), -_LARGEST_FLOAT),  # have rules of their own
+    **dict.fromkeys(("epsilon", "data"), -_MAX_FLOAT),  # checked by `_check_run`
 }
 """By name of the field; 0 for all other numbers."""
-_MOST = {
+_MAX = {
     "num_layers": 1024,  # tracing and compilation take hours
     **dict.fromkeys(("hidden_dim", "key_dim", "value_dim", "mlp_dim", "sample_tokens"), 2**20),
 }
@@ -68,88 +68,87 @@ def check_values(
     _check_pairs(values)
 
 
-def _refuse(field: str, value: Any, allowed: str) -> NoReturn:
-    raise UserError(
-        f"--config.{field}={value!r} is not possible: it must be {allowed}; change it and run again"
-    )
+def _reject(field: str, value: Any, allowed: str) -> NoReturn:
+    raise UserError(f"--config.{field}={value!r} is invalid: expected {allowed}")
 
 
 def _check_type(field: str, value: Any, default: Any) -> None:
     kinds = (float, int) if type(default) is float else (type(default),)
     if type(value) not in kinds:
-        _refuse(field, value, f"of type {type(default).__name__}")
-    if type(default) is float and not abs(value) <= _LARGEST_FLOAT:
-        _refuse(field, value, "a finite number of float32")
+        _reject(field, value, f"of type {type(default).__name__}")
+    if type(default) is float and not abs(value) <= _MAX_FLOAT:
+        _reject(field, value, "a number that is finite in float32")
     if type(default) is int and abs(value) >= 2**31 and field != "train.seed":
-        _refuse(field, value, "below 2**31")
+        _reject(field, value, "below 2**31")
 
 
 def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         near = difflib.get_close_matches(value, choices, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        _refuse(field, value, f"one of {', '.join(choices)}{hint}")
+        _reject(field, value, f"one of {', '.join(choices)}{hint}")
 
 
 def _check_range(field: str, value: float) -> None:
     name = field.partition(".")[2]
     if name in _BELOW_ONE and not 0 <= value < 1:
-        _refuse(field, value, "in [0, 1)")
+        _reject(field, value, "in [0, 1)")
     if name in _UP_TO_ONE and not 0 <= value <= 1:
-        _refuse(field, value, "in [0, 1]")
-    least, most = _LEAST.get(name, 0), _MOST.get(name)
-    if value < least:
-        _refuse(field, value, f"at least {least}")
-    if most is not None and value > most:
-        _refuse(field, value, f"at most {most}")
+        _reject(field, value, "in [0, 1]")
+    minimum, maximum = _MIN.get(name, 0), _MAX.get(name)
+    if value < minimum:
+        _reject(field, value, f"at least {minimum}")
+    if maximum is not None and value > maximum:
+        _reject(field, value, f"at most {maximum}")
 
 
 def _check_model(values: Mapping[str, Any], mixers: Sequence[str]) -> None:
     heads, block = values["model.num_heads"], values["model.block"]
     for field in ("model.key_dim", "model.value_dim"):
         if values[field] % heads:
-            _refuse(field, values[field], f"divisible by model.num_heads={heads}")
+            _reject(field, values[field], f"divisible by model.num_heads={heads}")
     if len(mixers) != values["model.num_layers"]:
         layers = values["model.num_layers"]
         allowed = f"one name, or one for each of model.num_layers={layers} layers"
-        _refuse("model.mixer", values["model.mixer"], allowed)
+        _reject("model.mixer", values["model.mixer"], allowed)
     if "attention" in mixers and block != "residual":
-        _refuse("model.mixer", values["model.mixer"], f"simple_rnn where model.block={block!r}")
+        _reject("model.mixer", values["model.mixer"], f"simple_rnn with model.block={block!r}")
     if "attention" in mixers and values["model.key_dim"] // heads % 2:
         allowed = f"an even number for each of model.num_heads={heads} with attention, whose"
         allowed += " rotary embedding takes pairs of channels"
-        _refuse("model.key_dim", values["model.key_dim"], allowed)
+        _reject("model.key_dim", values["model.key_dim"], allowed)
 
 
 def _check_run(values: Mapping[str, Any]) -> None:
-    def refuse(field: str, allowed: str) -> NoReturn:
-        _refuse(field, values[field], allowed)
+    def reject(field: str, allowed: str) -> NoReturn:
+        _reject(field, values[field], allowed)
 
     length, batch_size = values["data.sequence_length"], values["data.batch_size"]
-    stride, mode, span = values["data.stride"], values["data.mode"], values["train.backward_window"]
+    stride, mode = values["data.stride"], values["data.mode"]
+    window = values["train.backward_window"]
     if stride > length:
-        allowed = f"at most data.sequence_length={length}, or text would be left out"
-        refuse("data.stride", allowed)
+        allowed = f"at most data.sequence_length={length}, or text between windows is skipped"
+        reject("data.stride", allowed)
     if stride and mode != "window":
-        refuse("data.stride", f"0 where data.mode={mode!r}")
+        reject("data.stride", f"0 with data.mode={mode!r}")
     if os.path.expanduser(values["data.cache_dir"]).startswith("~"):
-        refuse("data.cache_dir", "of a user that exists, if it begins with ~")
+        reject("data.cache_dir", "a path; ~USER does not name an existing user")
     if not values["data.source"]:
-        refuse("data.source", "stdlib, a path, a glob or tfds:NAME")
+        reject("data.source", "stdlib, a path, a glob or tfds:NAME")
     if values["optimizer.epsilon"] <= 0:
-        refuse("optimizer.epsilon", "positive")
+        reject("optimizer.epsilon", "positive")
     if values["train.seed"] >= 2**32:
-        refuse("train.seed", "in [0, 2**32)")
+        reject("train.seed", "in [0, 2**32)")
     is_evaluated = values["train.eval_every"] and values["data.validation_fraction"]
     if values["train.stop_after_worse"] and not is_evaluated:
-        allowed = "0 where train.eval_every or data.validation_fraction is 0: nothing is evaluated"
-        refuse("train.stop_after_worse", allowed)
-    if span and length % span:
-        refuse("train.backward_window", f"a divisor of data.sequence_length={length}")
+        allowed = "0 if train.eval_every or data.validation_fraction is 0: nothing is evaluated"
+        reject("train.stop_after_worse", allowed)
+    if window and length % window:
+        reject("train.backward_window", f"a divisor of data.sequence_length={length}")
     if batch_size % values["train.gradient_accumulation"]:
-        refuse("train.gradient_accumulation", f"a divisor of data.batch_size={batch_size}")
+        reject("train.gradient_accumulation", f"a divisor of data.batch_size={batch_size}")
     if values["mesh.data"] < 1 and values["mesh.data"] != -1:
-        refuse("mesh.data", "at least 1, or -1 for the devices that the other axes leave")
+        reject("mesh.data", "at least 1, or -1 for the remaining devices")
 
 
 def _check_pairs(values: Mapping[str, Any]) -> None:

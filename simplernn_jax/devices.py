@@ -1,4 +1,4 @@
-"""The devices of this process: JAX's backend, the memory it can have, and a bound on its use."""
+"""Devices of this process: JAX's backend, its available memory, and a bound on its use."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ def check_devices() -> None:
         reason = str(error) or "its plugin is not installed"
         raise UserError(
             f"JAX finds no device (JAX_PLATFORMS={chosen!r}): {reason}; unset JAX_PLATFORMS, set "
-            "it to cpu, or install what it names (pip install -e '.[cuda]')"
+            "it to cpu, or install its plugin (pip install -e '.[cuda]')"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """A run of several processes, on `jax.distributed`; with one process everything returns at once.
 
-JAX's coordination service aborts a process whose peer died or hangs (see `supervisor`). Whoever
-reaches its port can join or end the run: let only the hosts of the run reach it.
+JAX's coordination service aborts a process whose peer died, was suspended or unreachable (see
+`supervisor`). Anyone who reaches its port can end the run: restrict it to the run's hosts.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from simplernn_jax import __version__, supervisor
-from simplernn_jax.errors import EXIT_PEER_LOST, EXIT_USER_ERROR, UserError
+from simplernn_jax.errors import EXIT_PEER_FAILURE, EXIT_USER_ERROR, UserError
 from simplernn_jax.files import sha256_hex
 
 _Result = TypeVar("_Result")
@@ -39,9 +39,9 @@ def joined(
     """
     supervisor.set_abort_reason(
         EXIT_USER_ERROR,
-        f"not all processes have joined {coordinator or 'the run'} within {timeout} s: see that "
-        "all run, with the same --coordinator and --num_processes and each with its own "
-        "--process_id, and that all can reach that address",
+        f"not all processes have joined {coordinator or 'the run'} within {timeout} s: check that "
+        "all run, with the same --coordinator and --num_processes and a different --process_id, "
+        "and that all can reach that address",
     )
     is_detected = {coordinator, num_processes, process_id} == {None}
     try:
@@ -55,31 +55,31 @@ def joined(
         )
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"--distributed: {error} Give --coordinator HOST:PORT, --num_processes N and "
-            "--process_id I, or none of them where SLURM, Kubernetes or Open MPI starts all"
+            f"--distributed: {error} Pass --coordinator HOST:PORT, --num_processes N and "
+            "--process_id I, or none of them if SLURM, Kubernetes or Open MPI starts all"
         ) from error
     supervisor.set_abort_reason(
-        EXIT_PEER_LOST,
-        "another process of the run was lost (died, hangs or cannot be reached): start all again "
-        "with the same commands, and the run resumes from its last checkpoint",
+        EXIT_PEER_FAILURE,
+        "a peer process failed (died, was suspended, or became unreachable): restart all with the "
+        "same commands, and the run resumes from its last checkpoint",
     )
     versions = f"simplernn_jax {__version__}, jax {jax.__version__}, {num_processes} processes"
     try:
-        check_same(versions, f"other settings than process 0 ({versions}): start all with the same")
+        check_same(versions, f"has different settings from process 0 ({versions}); use the same")
         yield
-        barrier("the end")
+        barrier("shutdown")
         jax.distributed.shutdown()
     except UserError:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the error of this process alone
-            barrier("an error", seconds=5)
+            barrier("error", seconds=5)
             jax.distributed.shutdown()
             if not is_coordinator():  # which prints the line
                 sys.exit(EXIT_USER_ERROR)
         raise
     except Exception as error:
         if "Gloo" in str(error):  # a connection to another process was closed
-            os._exit(EXIT_PEER_LOST)
-        if isinstance(error, jax.errors.JaxRuntimeError):  # if a peer was lost, the abort comes
+            os._exit(EXIT_PEER_FAILURE)
+        if isinstance(error, jax.errors.JaxRuntimeError):  # if a peer failed, the abort comes
             time.sleep(supervisor.HEARTBEAT_SECONDS + 5)
         raise
 
@@ -118,7 +118,7 @@ def is_coordinator() -> bool:
 
 
 def barrier(name: str, seconds: float = 1e6) -> None:
-    """Wait until every process reaches the barrier of this name, in whichever thread."""
+    """Wait until every process reaches the barrier of this name, in any thread."""
     # That of `multihost_utils` is a computation, which interleaves with training and may time out.
     ocp.multihost.get_barrier_sync_fn()(key=f"simplernn_jax/{name}", timeout_ms=int(1000 * seconds))
 
@@ -138,13 +138,13 @@ def run_on_coordinator_first(function: Callable[[], _Result]) -> _Result:
 
 def broadcast_from_coordinator(number: int) -> int:
     """Return process 0's `number`, an int32, in every process."""
-    barrier("a broadcast")
+    barrier("broadcast")
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def check_same(text: str, difference: str) -> None:
-    """Raise UserError, ``a process has DIFFERENCE``, unless `text` is the same in every process."""
+    """Raise UserError, ``a process DIFFERENCE``, unless `text` is the same in every process."""
     try:
         multihost_utils.assert_equal(np.frombuffer(bytes.fromhex(sha256_hex(text)), np.int32))
     except AssertionError:
-        raise UserError(f"a process has {difference}") from None
+        raise UserError(f"a process {difference}") from None

@@ -4,20 +4,20 @@ import math
 from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
-"""Bad input, or a state of the machine that the user can fix: a `UserError`."""
+"""Bad input, or a condition of the machine that the user can fix: a `UserError`."""
 EXIT_INTERRUPTED = 75
-"""A run was stopped by SIGTERM or SIGINT; the same command resumes it (EX_TEMPFAIL)."""
-EXIT_PEER_LOST = 76
-"""Another process of the run died or hangs (EX_PROTOCOL); the same commands resume it."""
+"""A run was interrupted by SIGTERM or SIGINT; the same command resumes it (EX_TEMPFAIL)."""
+EXIT_PEER_FAILURE = 76
+"""A peer process died, was suspended or unreachable (EX_PROTOCOL); the same commands resume it."""
 
-LONGEST_MESSAGE = 400
-"""Characters of a message, at most: what a damaged file quotes of itself can be megabytes."""
+MAX_MESSAGE = 400
+"""Characters of a message: a corrupted file may quote megabytes of itself."""
 
 
 class UserError(Exception):
     """Bad input, or a condition of the machine that the user can fix.
 
-    The message is one line: what is wrong, where, and what to do. The scripts
+    The message is one line: where, what is wrong, and what to do. The scripts
     print it as ``error: MESSAGE`` and exit with code 2 (`exit_codes`).
     """
 
@@ -25,12 +25,12 @@ class UserError(Exception):
         super().__init__(one_line(message))
 
 
-def one_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
-    """One printable line: control characters escaped, the middle of a long text left out."""
-    text = " ".join(part.strip() for part in text[: 100 * longest].splitlines())
-    if len(text) > longest:
-        end = longest // 3
-        text = f"{text[: longest - end]} ... {text[-end:]}"
+def one_line(text: str, limit: int = MAX_MESSAGE) -> str:
+    """Return one printable line: control characters escaped, the middle of a long text omitted."""
+    text = " ".join(part.strip() for part in text[: 100 * limit].splitlines())
+    if len(text) > limit:
+        end = limit // 3
+        text = f"{text[: limit - end]} ... {text[-end:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -44,13 +44,13 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 token`` or ``1,000 tokens``."""
+    """Return ``1 token`` or ``1,000 tokens``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str:
     """Return ``"; did you mean 'steps'?"``, or an empty string if no name is close."""
-    import difflib  # milliseconds, which every start of a script would take
+    import difflib  # slow: not at every start of a script
 
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

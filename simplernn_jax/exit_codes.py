@@ -5,8 +5,8 @@
 | 0 | done |
 | 1 | a bug, with its traceback; or a check of the script fails (see its ``--help``) |
 | 2 | bad input, disk full or out of memory: one line says what, where and what to do |
-| 75 | a training run stopped by SIGTERM or Ctrl-C; the same command resumes it |
-| 76 | another process of the run died or hangs: one line says which; the same commands resume it |
+| 75 | a training run interrupted by SIGTERM or Ctrl-C; the same command resumes it |
+| 76 | a peer process died, was suspended, or became unreachable; the same commands resume the run |
 | 130 | Ctrl-C, with nothing to resume |
 | 143 | SIGTERM, with nothing to resume |
 | 128 + n | ended by signal n, such as 141 for a closed pipe, 137 for SIGKILL |
@@ -28,11 +28,11 @@ from simplernn_jax.errors import EXIT_USER_ERROR, UserError, one_line
 _ADVICE = {
     errno.ENOSPC: "free some space and run again",
     errno.EDQUOT: "free some of the quota and run again",
-    errno.EROFS: "choose a folder that can be written",
+    errno.EROFS: "choose a writable folder",
     errno.EACCES: "allow access to it or choose another path",
     errno.EPERM: "allow access to it or choose another path",
-    errno.ENOENT: "make it or choose another path",
-    errno.EISDIR: "name a file",
+    errno.ENOENT: "create it or choose another path",
+    errno.EISDIR: "specify a file",
     errno.EIO: "check the disk",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f) or choose another file",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
@@ -76,10 +76,10 @@ def _run(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if _is_lack_of_memory(error):
+        if _is_out_of_memory(error):
             return _report(f"not enough memory: {error}; choose smaller sizes, or free some")
         if isinstance(error, RuntimeError) and "home directory" in str(error):  # of pathlib
-            return _report("~: no such user, or one without a home directory; write whole paths")
+            return _report("~: no such user, or one without a home directory; use absolute paths")
         return _show_bug()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -89,10 +89,10 @@ def _check_current_folder() -> None:
     try:
         os.getcwd()
     except OSError as error:
-        raise UserError("the current folder is gone; cd to another one and run again") from error
+        raise UserError("the current folder was deleted; cd to another one") from error
 
 
-def _is_lack_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     is_of_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
     return isinstance(error, MemoryError) or (is_of_jax and "RESOURCE_EXHAUSTED" in str(error))
 

@@ -1,7 +1,7 @@
-"""Regular files: read with a bound, replaced atomically, sealed with a checksum.
+"""Regular files: read with a bound, replaced atomically, optionally checksummed.
 
-Whatever is at a path (a fifo, a device, a link to one, a file that never ends), reading and
-writing return or raise at once.
+Reading and writing never block, even if the path is a FIFO, a device, a link to one, or a file
+that never ends.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Open a regular file for reading, as ``open(path, "rb")`` does.
 
     Raises:
-      OSError: no such file, or it is a folder, a fifo, a device or a socket; never blocks.
+      OSError: no such file, or it is a folder, a FIFO, a device or a socket; never blocks.
     """
-    # Without O_NONBLOCK, opening a fifo would wait for a writer.
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -41,7 +41,7 @@ def read_file(path: str | os.PathLike[str], limit: int = SMALL_FILE) -> bytes:
       OSError: it cannot be read, is not a regular file, or is larger (EFBIG).
     """
     with open_file(path) as file:
-        # `read` allocates all that it may return, so it is asked for little more than is there.
+        # `read` allocates all that it may return: request little more than the file's size.
         size = os.fstat(file.fileno()).st_size
         content = file.read(min(size, limit) + 1)
         if size < len(content) <= limit:
@@ -52,7 +52,7 @@ def read_file(path: str | os.PathLike[str], limit: int = SMALL_FILE) -> bytes:
 
 
 def sha256_hex(content: bytes | memoryview | str) -> str:
-    """SHA-256 of bytes, or of text in UTF-8, in hexadecimal."""
+    """Return the SHA-256 of bytes, or of text in UTF-8, in hexadecimal."""
     data = content.encode() if isinstance(content, str) else content
     return hashlib.sha256(data).hexdigest()
 
@@ -61,13 +61,13 @@ def check_output(path: str | os.PathLike[str]) -> None:
     """Check that writing to `path` replaces nothing but a regular file.
 
     Raises:
-      OSError: something else is there, such as a folder, a device or a dangling link.
+      OSError: it is something else, such as a folder, a device or a dangling link.
     """
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         if os.path.islink(path):
-            raise OSError(errno.EINVAL, "a link that leads nowhere", os.fspath(path)) from None
+            raise OSError(errno.EINVAL, "a dangling link", os.fspath(path)) from None
         return
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
@@ -77,12 +77,12 @@ def check_output(path: str | os.PathLike[str]) -> None:
 def write_file(path: str | os.PathLike[str], content: bytes, *, durable: bool = True) -> None:
     """Replace the regular file at `path` by `content`, atomically.
 
-    A link is followed: the file that it names is replaced. Unless `durable` is False, the content
-    survives a power failure from then on.
+    A link is followed: its target is replaced. Unless `durable` is False, the content then survives
+    a power failure.
 
     Raises:
-      OSError: the disk is full or not writable, or what is at `path` is no regular file; what was
-        at `path` is still there.
+      OSError: the disk is full or not writable, or `path` is not a regular file; the old content
+        is unchanged.
     """
     with replaced_file(path, durable=durable) as file:
         file.write(content)
@@ -94,12 +94,12 @@ def replaced_file(
 ) -> Iterator[io.BufferedWriter]:
     """Open a new file, which replaces the one at `path` when the ``with`` block ends.
 
-    For content that is too large for `write_file`, whose guarantees hold here too; an exception in
-    the block leaves what was at `path`.
+    For content that is too large for `write_file`, with the same guarantees; an exception in the
+    block leaves `path` unchanged.
     """
     check_output(path)
     path = os.path.realpath(path)
-    # A name that nobody can have planted, and O_EXCL: an existing file or link is never opened.
+    # An unpredictable name and O_EXCL: an existing file or link is never opened.
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW

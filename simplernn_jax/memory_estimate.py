@@ -1,6 +1,6 @@
 """Lower bounds on the memory that a configuration needs, checked against the devices.
 
-Arithmetic on sizes, before anything is allocated or traced; only what cannot fit is refused.
+Arithmetic on sizes, before anything is allocated or traced; only what cannot fit is rejected.
 """
 
 from typing import NamedTuple
@@ -31,19 +31,19 @@ class Estimate(NamedTuple):
     parameters: float
     """Parameters and optimizer state."""
     activations: float
-    """Activations or gradients, whichever are larger: one is freed while the other grows."""
+    """The larger of activations and gradients: one is freed while the other grows."""
     state: float
-    """Recurrent state, cached keys and values, and logits."""
+    """Recurrent state, KV cache and logits."""
 
 
 def check_training(config: Config, mesh: Mesh) -> float:
     """Check that the train step fits in the memory of the devices.
 
     Returns:
-      The share of the memory that it needs, a lower bound.
+      The fraction of the memory that it needs, a lower bound.
 
     Raises:
-      UserError: it cannot fit; says what is largest and what to lower.
+      UserError: it cannot fit; names the largest part and the fields to lower.
     """
     estimate = estimate_training(config, dict(mesh.shape))
     return _check("this run", estimate, _TRAINING_FIELDS, mesh)
@@ -97,12 +97,12 @@ def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
     sequences = device_sequences / train.gradient_accumulation
     length = (train.backward_window or data.sequence_length) / sizes["sequence"]
     layers = model.num_layers / sizes["stage"]
-    kept = float(model.hidden_dim)
+    saved = float(model.hidden_dim)
     if train.remat == "none":
         mlp = 0 if model.block == "plain" else model.mlp_dim
-        kept += (2 * model.key_dim + model.value_dim + mlp) / sizes["tensor"]
+        saved += (2 * model.key_dim + model.value_dim + mlp) / sizes["tensor"]
     widest = _widest(model) / (sizes["tensor"] * sizes["stage"])
-    activations = sequences * length * _item_bytes(model) * (layers * kept + widest)
+    activations = sequences * length * _item_bytes(model) * (layers * saved + widest)
     batch = device_sequences * data.sequence_length * _TOKEN_BYTES
     state = sequences * model.vocab_size * _FLOAT32 / (sizes["tensor"] * sizes["stage"])
     if data.mode == "stream":
@@ -129,7 +129,7 @@ def num_weights(model: ModelConfig) -> int:
 
 
 def _state_bytes(model: ModelConfig) -> int:
-    """Return the bytes of recurrent state and cached keys and values of one sequence."""
+    """Return the bytes of recurrent state and KV cache of one sequence."""
     cached = model.attention_context * (model.key_dim + model.value_dim) * _item_bytes(model)
     count = model.mixers.count
     return count("simple_rnn") * _recurrent_state_bytes(model) + count("attention") * cached
@@ -163,7 +163,7 @@ def _check(
     if devices[0].platform != "cpu":
         where = devices[0].device_kind
     else:
-        where = "this machine" if len(devices) == 1 else f"each of {len(devices)} devices here"
+        where = "this machine" if len(devices) == 1 else f"each of {len(devices)} devices"
     raise UserError(
         f"{task} needs at least {format_bytes(needed)} of memory ({parts}), {where} has "
         f"{format_bytes(memory)}; lower {fields[largest]}"

@@ -10,7 +10,7 @@ _Class = TypeVar("_Class", bound=tuple)
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Return the leaves by path, in tree order, such as ``params/layers/0/query/kernel/value``.
 
-    With names, a part can be read without knowing the rest, and classes are not part of a file's
+    With names, some leaves can be read without the rest, and classes are not part of a file's
     format.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -18,7 +18,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 class _Field(int):
-    """Index of a field of a tuple, whose text is the name of the field."""
+    """Index of a tuple's field that prints as the field's name."""
 
     name: str
 
@@ -29,8 +29,7 @@ class _Field(int):
 def tuple_with_names(cls: type[_Class]) -> type[_Class]:
     """Register a ``NamedTuple`` as a pytree whose keys are indices that print as names.
 
-    JAX alone gives the names as keys. `flax.nnx.tabulate` takes every tuple apart by index and
-    fails on them.
+    JAX's own keys are the names, with which `flax.nnx.tabulate` fails: it indexes every tuple.
     """
     keys = []
     for index, name in enumerate(cls._fields):  # type: ignore[attr-defined]

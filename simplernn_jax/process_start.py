@@ -1,14 +1,14 @@
 """Start of a script's process: streams, huge pages, the right Python, handlers of signals.
 
-Standard library only, no syntax after Python 3.8, and few imports: this runs before all else, also
-under a Python that cannot run the project, and twice where the process replaces itself.
+Standard library only, no syntax after Python 3.8, and few imports: this runs first, also under a
+Python that cannot run the project, and twice if the process replaces itself.
 
-SIGINT and SIGTERM end a script at once, without an exception: one raised inside a callback of JAX
-would be swallowed there. `training.interruption` replaces these handlers while a run takes steps.
+SIGINT and SIGTERM end a script at once, without an exception, which a callback of JAX could
+swallow. `training.interruption` replaces these handlers while a run takes steps.
 
 | when | code |
 |---|---|
-| SIGINT before a run has touched its workdir, or in a script that resumes nothing | 130 |
+| SIGINT before the workdir is created, or in a script that resumes nothing | 130 |
 | SIGTERM in a script that resumes nothing | 143 |
 | SIGTERM in scripts/train.py at any moment, SIGINT there from then on | 75 |
 """
@@ -26,14 +26,14 @@ HUGE_PAGES = "SIMPLERNN_JAX_HUGE_PAGES"
 """Environment variable; 0 leaves glibc's memory allocator as it is."""
 
 _IN_VENV = "_SIMPLERNN_JAX_IN_VENV"
-"""Environment variable: the process that has replaced its Python, so that it does so only once."""
+"""Environment variable: id of the process that has replaced its Python, which it does only once."""
 _TUNABLE = "glibc.malloc.hugetlb"
 _OLDEST_PYTHON = (3, 11)
 _PACKAGES = ("absl", "jax", "flax")
 _UNCHECKED = ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
 """Variables that JAX does not parse when it is imported."""
 _OBSERVERS = ("bdb", "debugpy", "pydevd", "coverage", "pytest")
-"""Modules of debuggers and the like, which cannot follow a process that replaces itself."""
+"""Modules of debuggers and similar tools, which cannot follow a process that replaces itself."""
 
 
 class _Run:
@@ -57,15 +57,15 @@ def start(root: str, *, resumes: bool = False) -> None:
     tunables = _tunables_to_set()
     if tunables is not None:
         os.environ["GLIBC_TUNABLES"] = tunables
-        _become([sys.executable, *sys.orig_argv[1:]])
+        _exec([sys.executable, *sys.orig_argv[1:]])
     problem = _problem_of_this_python()
     if problem:
         python = os.path.join(root, ".venv", "bin", "python")
         if os.environ.get(_IN_VENV) == str(os.getpid()) or not os.access(python, os.X_OK):
-            _refuse(problem)
+            _reject(problem)
         os.environ[_IN_VENV] = str(os.getpid())
-        _become([python, *sys.argv])
-        _refuse(problem)
+        _exec([python, *sys.argv])
+        _reject(problem)
     _Run.resumes = resumes
     signals = (signal.SIGINT, signal.SIGTERM)
     if not _is_observed():  # a debugger expects Python's own handlers
@@ -115,7 +115,7 @@ def _stop(number: int, _: object) -> None:
     os._exit(code)
 
 
-def _become(command: list[str]) -> None:
+def _exec(command: list[str]) -> None:
     """Replace this process; signals that are blocked stay pending. Return only if that fails."""
     try:
         os.execv(command[0], command)
@@ -126,7 +126,7 @@ def _become(command: list[str]) -> None:
 def _open_closed_streams() -> None:
     """Open the null device where a standard stream is closed, as by ``>&-``.
 
-    Otherwise the next file to be opened would take its number, and be written into.
+    Otherwise the next opened file would get its number and receive the output.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -140,25 +140,25 @@ def _open_closed_streams() -> None:
 def _problem_of_this_python() -> str | None:
     if sys.version_info < _OLDEST_PYTHON:
         return "is too old"
-    import importlib.util  # not for a process that replaces itself: milliseconds count
+    import importlib.util  # slow, and not needed by a process that replaces itself
 
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     return f"has no {missing[0]}" if missing else None
 
 
-def _refuse(problem: str) -> None:
+def _reject(problem: str) -> None:
     version = "{}.{}".format(*sys.version_info[:2])
     print(
         f"error: Python {version} at {sys.executable} {problem}; run `bash scripts/train.sh`, "
-        "which makes .venv, or `pip install -e .` with Python 3.11, 3.12 or 3.13",
+        "which creates .venv, or `pip install -e .` with Python 3.11, 3.12 or 3.13",
         file=sys.stderr,
     )
     sys.exit(EXIT_USER_ERROR)
 
 
 def _check_environment_variables() -> None:
-    """Refuse a variable that makes importing JAX fail."""
-    os.environ.pop("MPLBACKEND", None)  # pictures go to files; a wrong name breaks matplotlib
+    """Reject a variable that makes importing JAX fail."""
+    os.environ.pop("MPLBACKEND", None)  # plots go to files; a wrong name breaks matplotlib
     names = [name for name in os.environ if name.startswith("JAX_") and name not in _UNCHECKED]
     if not names:
         return
@@ -172,14 +172,14 @@ def _check_environment_variables() -> None:
 
 
 def _tunables_to_set() -> str | None:
-    """``GLIBC_TUNABLES`` with huge pages for large buffers, or None to leave it alone.
+    """Return ``GLIBC_TUNABLES`` with huge pages for large buffers, or None to leave it unchanged.
 
-    The arrays of a train step are mapped again at every step; huge pages avoid most page faults.
+    The arrays of a train step are remapped at every step; huge pages avoid most page faults.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if os.environ.get(HUGE_PAGES) == "0" or _TUNABLE in tunables:
         return None
-    if not has_huge_pages() or not _is_run_plainly():
+    if not has_huge_pages() or not _is_plain_run():
         return None
     return f"{tunables}:{_TUNABLE}=1".lstrip(":")
 
@@ -194,13 +194,13 @@ def has_huge_pages() -> bool:
 
 
 def _is_observed() -> bool:
-    """Whether a debugger or the like runs the script, or its end is a prompt (``python -i``)."""
+    """Whether a debugger or similar tool runs the script, or a prompt follows (``python -i``)."""
     if sys.gettrace() or sys.getprofile() or sys.flags.inspect:
         return True
     return any(name in sys.modules for name in _OBSERVERS)
 
 
-def _is_run_plainly() -> bool:
+def _is_plain_run() -> bool:
     """Whether this is ``python [options] SCRIPT ...``, with nothing that observes it."""
     if _is_observed() or not sys.executable:
         return False

@@ -1,4 +1,4 @@
-"""Arrays in the safetensors format, from memory: whoever has the bytes has checked the file."""
+"""Decode arrays of the safetensors format from bytes, which the caller has verified."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +19,10 @@ _DTYPES: dict[str, np.dtype] = {
 
 
 def decode_safetensors(content: bytes) -> dict[str, np.ndarray]:
-    """The arrays by name.
+    """Return the arrays by name.
 
     Raises:
-      ValueError: `content` is damaged or has arrays of another dtype, such as float8.
+      ValueError: `content` is corrupted or has arrays of an unsupported dtype, such as float8.
     """
     arrays = {}
     try:
@@ -31,7 +31,7 @@ def decode_safetensors(content: bytes) -> dict[str, np.ndarray]:
         raise ValueError(str(error)) from error
     for name, part in parts:
         if part["dtype"] not in _DTYPES:
-            raise ValueError(f"{name!r} is of dtype {part['dtype']}, which cannot be read here")
+            raise ValueError(f"{name!r} has the unsupported dtype {part['dtype']}")
         flat = np.frombuffer(part["data"], _DTYPES[part["dtype"]])
         arrays[name] = flat.reshape(part["shape"])
     return arrays

@@ -9,11 +9,11 @@ import os
 import signal
 import sys
 
-from simplernn_jax.errors import EXIT_PEER_LOST, one_line
+from simplernn_jax.errors import EXIT_PEER_FAILURE, one_line
 from simplernn_jax.process_start import end_with_parent
 
 HEARTBEAT_SECONDS = 20
-"""A process that sends no heartbeat for this long counts as lost."""
+"""A process that sends no heartbeat for this long is considered failed."""
 
 _abort_reason = mmap.mmap(-1, 4096)
 """Exit code and line of an abort, in memory that the child shares with its parent."""
@@ -22,7 +22,8 @@ _abort_reason = mmap.mmap(-1, 4096)
 def supervise() -> None:
     """Continue in a child process, while this one waits for it and exits with its code.
 
-    Call it before importing jax. SIGTERM and SIGINT are forwarded as SIGTERM, the second kills.
+    Call it before importing jax. SIGTERM and SIGINT are forwarded as SIGTERM; a second one kills
+    the child (exit code 137).
     """
     parent, signals = os.getpid(), (signal.SIGTERM, signal.SIGINT)
     sys.stdout.flush()
@@ -39,7 +40,7 @@ def supervise() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     abort_code, _, line = _abort_reason[:].rstrip(b"\0").decode().partition(" ")
-    if abort_code and code in (-signal.SIGABRT, EXIT_PEER_LOST):
+    if abort_code and code in (-signal.SIGABRT, EXIT_PEER_FAILURE):
         code = int(abort_code)
         print(f"error: {line}", file=sys.stderr, flush=True)
     os._exit(code if code >= 0 else 128 - code)

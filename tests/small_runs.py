@@ -92,7 +92,7 @@ class SignallingDisplay:
         if step == self._last_step - 1:  # read while the next step is under way
             signal.raise_signal(signal.SIGTERM)
 
-    def say(self, text):
+    def print_line(self, text):
         self.lines.append(text)
 
 

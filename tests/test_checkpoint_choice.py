@@ -87,14 +87,14 @@ def test_the_newest_or_any_step_is_used_where_that_is_asked_for(tmp_path):
 def test_a_damaged_best_is_moved_aside_and_the_next_best_used(tmp_path, caplog):
     save(tmp_path, s2=(2.0, 7), s3=(3.0, 7), s5=(2.5, 7))
     damage(tmp_path, 2)
-    with pytest.raises(UserError, match=r"--checkpoint=2: .*2 is damaged: data/metadata was"):
+    with pytest.raises(UserError, match=r"--checkpoint=2: .*2 is corrupted: data/metadata was"):
         choose_checkpoint(str(tmp_path), 2)
     assert choose_checkpoint(str(tmp_path)).step == 5
     assert (tmp_path / "checkpoints_damaged" / "2").is_dir()
     damage(tmp_path, 5, "quality")
     with caplog.at_level("WARNING"):
         assert choose_checkpoint(str(tmp_path)).step == 3
-    assert "checkpoints/5 is damaged: quality/metadata has 2 bytes" in caplog.text
+    assert "checkpoints/5 is corrupted: quality/metadata has 2 bytes" in caplog.text
 
 
 def test_no_checkpoint_is_said_whichever_is_asked_for(tmp_path):

@@ -65,7 +65,7 @@ def test_exit_codes(tmp_path, body, code, parts):
         ('os.makedirs("count.py" + os.sep)', "file exists; choose another path"),
         ('raise OSError(28, "No space left on device", "/runs/y")', "/runs/y: no space left"),
         ('open("x" * 999)', "file name too long; choose another path"),
-        ('open("never/written")', "never/written: no such file or directory; make it or"),
+        ('open("never/written")', "never/written: no such file or directory; create it or"),
         ('os.symlink("l", "l"); open("l")', "l: too many levels of symbolic links; choose another"),
         (
             'raise OSError(22, "not a regular file", "/runs/z")',
@@ -92,7 +92,7 @@ def test_current_folder_that_is_gone(tmp_path):
     start = "import os, sys; os.rmdir('../gone'); os.execv(sys.argv[1], sys.argv[1:])"
     script = tmp_path / "count.py"
     result = run_python("-c", start, sys.executable, script, cwd=tmp_path / "gone")
-    assert_refused(result, "error: the current folder is gone; cd to another one")
+    assert_refused(result, "error: the current folder was deleted; cd to another one")
 
 
 def test_message_is_printable_and_bounded(tmp_path):
@@ -112,7 +112,7 @@ def test_text_of_a_file_that_is_not_a_regular_one(tmp_path, content):
         os.mkfifo(path)
     elif content == "folder":
         path.mkdir()
-    with pytest.raises(UserError, match=r"--prompt_file=.*text: .*; name a readable file"):
+    with pytest.raises(UserError, match=r"--prompt_file=.*text: .*; specify a readable file"):
         command_line.read_text(None, str(path), name="prompt")
 
 

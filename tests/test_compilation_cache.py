@@ -11,7 +11,7 @@ from odd_files import put_odd_file
 from processes import run_python
 from small_runs import newest_checkpoint, write_corpus
 
-from simplernn_jax.compilation_cache import SealedFolder
+from simplernn_jax.compilation_cache import ChecksummedCache
 
 PROGRAM = """
 import functools, jax, jax.monitoring, jax.numpy as jnp
@@ -85,7 +85,7 @@ def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path):
         _, hits, errors = run_program(XDG_CACHE_HOME=str(tmp_path / "file"))
         assert hits == 0
         assert len(errors.splitlines()) == 1
-        assert "compiled programs are not kept: " in errors
+        assert "compiled programs are not cached: " in errors
         assert "Not a directory" in errors
 
 
@@ -123,7 +123,7 @@ def put_three(folder, cache):
 
 
 def test_the_least_recently_used_entries_are_deleted(tmp_path):
-    cache = SealedFolder(tmp_path, max_bytes=35)
+    cache = ChecksummedCache(tmp_path, max_bytes=35)
     put_three(tmp_path, cache)
     (tmp_path / "theirs-cache").write_bytes(b"of another program")
     assert cache.get("first") == bytes(10)
@@ -152,7 +152,7 @@ def swap(path):
 )
 @pytest.mark.parametrize("suffix", ["-cache", "-sha256"])
 def test_a_damaged_entry_is_not_used_and_is_replaced(tmp_path, damage, suffix):
-    cache = SealedFolder(tmp_path, max_bytes=100)
+    cache = ChecksummedCache(tmp_path, max_bytes=100)
     cache.put("key", b"compiled program")
     cache.put("other", b"another program")
     damage(tmp_path / f"key{suffix}")
@@ -163,10 +163,10 @@ def test_a_damaged_entry_is_not_used_and_is_replaced(tmp_path, damage, suffix):
 
 
 def test_a_disk_that_fails_is_one_warning(tmp_path, caplog):
-    cache = SealedFolder(tmp_path / "gone", max_bytes=100)
+    cache = ChecksummedCache(tmp_path / "gone", max_bytes=100)
     cache.put("key", b"value")
     cache.put("key", b"value")
     assert cache.get("key") is None
     assert [record.getMessage() for record in caplog.records] == [
-        f"not all is kept: {tmp_path / 'gone'}: No such file or directory"
+        f"some programs are not cached: {tmp_path / 'gone'}: No such file or directory"
     ]

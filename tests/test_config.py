@@ -57,7 +57,7 @@ def load(name):
         ("data.source", "", "stdlib, a path"),
         ("data.stride", 257, "at most data.sequence_length=256"),
         ("data.max_bad_records", -1, "at least 0"),
-        ("optimizer.learning_rate", float("nan"), "a finite number"),
+        ("optimizer.learning_rate", float("nan"), "a number that is finite"),
         ("optimizer.final_learning_rate", 1.1, r"in \[0, 1\]"),
         ("optimizer.epsilon", -1e-8, "positive"),
         ("optimizer.name", "moun", "did you mean 'muon'"),
@@ -70,16 +70,16 @@ def load(name):
         ("train.epochs", 3.0, "exactly one of them"),
         ("train.steps", 0, "exactly one of them"),
         ("train.steps", 10**30, r"below 2\*\*31"),
-        ("train.epochs", 1e300, "a finite number of float32"),
+        ("train.epochs", 1e300, "a number that is finite in float32"),
         ("train.sample_tokens", 10**9, "at most 1048576"),
         ("model.num_layers", 10**5, "at most 1024"),
         ("model.vocab_size", 10**12, r"below 2\*\*31"),
         ("model.mlp_dim", 2**21, "at most 1048576"),
         ("model.hidden_dim", 128.0, "of type int"),
         ("model.tie_embeddings", 1, "of type bool"),
-        ("data.cache_dir", "~nobody-x/tokens", "of a user that exists"),
+        ("data.cache_dir", "~nobody-x/tokens", "~USER does not name an existing user"),
         ("mesh.data", 10**30, r"below 2\*\*31"),
-        ("mesh.data", -2, "at least 1, or -1 for the devices that the other axes leave"),
+        ("mesh.data", -2, "at least 1, or -1 for the remaining devices"),
         ("mesh.stage", 0, "at least 1"),
     ],
 )
@@ -92,7 +92,7 @@ def test_a_bad_value_is_refused_by_name(field, value, message):
 @pytest.mark.parametrize(
     ("allowed", "added", "message"),
     [
-        ({"data__stride": 64}, {"data__mode": "stream"}, "data.stride=64 .* 0 where data.mode="),
+        ({"data__stride": 64}, {"data__mode": "stream"}, "data.stride=64 .* 0 with data.mode="),
         (
             {"mesh__stage": 2},
             {"mesh__sequence": 4},
@@ -114,7 +114,7 @@ def test_a_bad_value_is_refused_by_name(field, value, message):
             "--config.model.key_dim=60 .* an even number for each",
         ),
         *(
-            ({"train__stop_after_worse": 2}, {field: 0 * value}, "stop_after_worse=2 .* be 0 where")
+            ({"train__stop_after_worse": 2}, {field: 0 * value}, "worse=2 .* expected 0 if")
             for field, value in (("train__eval_every", 1), ("data__validation_fraction", 1.0))
         ),
     ],
@@ -155,7 +155,7 @@ def test_json_round_trip():
         (lambda v: v["train"].pop("seed"), r"config\.train\.seed: missing"),
         (lambda v: v["data"].update(batch_size="16"), "batch_size='16': expected int"),
         (lambda v: v.update(model=3), "config.model: expected an object"),
-        (None, "not JSON"),
+        (None, "invalid JSON"),
     ],
 )
 def test_other_json_is_refused(change, message):
@@ -172,8 +172,8 @@ def test_differing_fields_are_named_with_both_values():
     ours, theirs = trainable(), trainable(model__num_layers=2, model__tie_embeddings=False)
     assert differing_fields(ours.model, trainable().model) == []
     assert differing_fields(ours.model, theirs.model) == [
-        "num_layers: 4 here, 2 there",
-        "tie_embeddings: True here, False there",
+        "num_layers is 4, checkpoint has 2",
+        "tie_embeddings is True, checkpoint has False",
     ]
 
 

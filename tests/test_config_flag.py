@@ -90,8 +90,8 @@ def test_a_configuration_imports_from_its_folder(folder):
         ("--config.zzz=5", "--config.zzz: no such field; --help shows them all"),
         ("--config.optimizer=5", "--config.optimizer: a section; set one of optimizer.name"),
         ("--config.train.steps=x", "--config.train.steps=x: invalid literal for int()"),
-        ("--config.train.steps=-5", "--config.train.steps=-5 is not possible"),
-        ("--config.model.mixer=attention,rnn", "--config.model.mixer='rnn' is not possible"),
+        ("--config.train.steps=-5", "--config.train.steps=-5 is invalid"),
+        ("--config.model.mixer=attention,rnn", "--config.model.mixer='rnn' is invalid"),
         ("--config.model.tie_embeddings=maybe", "--config.model.tie_embeddings=maybe"),
     ],
 )
@@ -122,7 +122,7 @@ def test_a_missing_file(folder):
 
 
 def test_missing_flag(folder):
-    assert_refused(show(folder), "--config is missing; name a file such as")
+    assert_refused(show(folder), "--config is missing; specify a file such as")
     assert_refused(show(folder, "--config.train.steps=5"), "--config is missing")
 
 

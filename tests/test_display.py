@@ -23,7 +23,7 @@ def test_lines_come_at_most_every_few_seconds(monkeypatch, capsys):
         for step in range(1, 7):
             display.update(step, 1.23456 + step, 12345.6 * (step > 1), 65.0)
             now[0] += 2.0
-        display.say("[bold] says the sample")
+        display.print_line("[bold] says the sample")
     assert capsys.readouterr().out.splitlines() == [
         "step 1/40  loss 2.2346",
         "step 4/40  loss 4.2346  12,346 tokens/s  1:05 left",
@@ -39,7 +39,7 @@ def test_a_terminal_shows_a_bar_and_lines_above_it(monkeypatch):
     with open_display(10, 40) as display:
         display.update(11, 2.5, 0.0, 0.0)
         display.update(20, 1.23456, 12345.6, 3725.0)
-        display.say("[bold] says the sample")
+        display.print_line("[bold] says the sample")
     shown = terminal.getvalue()
     assert "20/40" in shown
     assert "loss 1.2346  12,346 tokens/s  1:02:05 left" in shown
@@ -60,7 +60,7 @@ def test_a_terminal_that_cannot_draw_gets_lines(monkeypatch, term, encoding):
     monkeypatch.setattr(sys, "stdout", terminal)
     with open_display(0, 40) as display:
         display.update(1, 2.5, 0.0, 0.0)
-        display.say("done")
+        display.print_line("done")
     assert terminal.getvalue() == "step 1/40  loss 2.5000\ndone\n"
 
 
@@ -68,7 +68,7 @@ def test_text_that_stdout_cannot_hold_stops_nothing(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     with open_display(0, 40) as display:
-        display.say("sample: zwölf")
+        display.print_line("sample: zwölf")
     assert raw.getvalue() == b"sample: zw?lf\n"
 
 

@@ -16,7 +16,7 @@ from simplernn_jax import distributed
 from simplernn_jax.errors import UserError
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-LOST = "error: another process of the run was lost"
+PEER_FAILURE = "error: a peer process failed"
 
 MEMBER = """
 import itertools, os, sys, time
@@ -233,7 +233,7 @@ def test_a_hanging_process_ends_the_others_and_a_foreign_connection_does_not(run
         for victim, (members, _) in enumerate(groups):
             code, _, errors = end(members[1 - victim])
             assert (code, errors.count("error: ")) == (76, 1), errors
-            assert LOST in errors
+            assert PEER_FAILURE in errors
 
 
 def test_an_error_of_one_and_an_error_of_all(run):
@@ -242,10 +242,10 @@ def test_an_error_of_one_and_an_error_of_all(run):
     others, _ = start_members(run, "continue", counts=(2, 3))
     assert end(one[1]) == (2, "joined\n", "error: no text\n")
     code, _, errors = end(one[0])
-    assert (code, LOST in errors) == (76, True)
+    assert (code, PEER_FAILURE in errors) == (76, True)
     output = "joined\na process has another text\n"
     assert [end(member) for member in all_] == [(2, output, "error: no text\n"), (2, output, "")]
     code, output, errors = end(others[0])
     assert (code, output) == (2, "")
-    assert errors.startswith("error: a process has other settings than process 0 (simplernn_jax ")
+    assert errors.startswith("error: a process has different settings from process 0 (simplernn_")
     assert end(others[1]) == (2, "", "")

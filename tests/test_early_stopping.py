@@ -38,7 +38,7 @@ def evaluated(*losses, predictions=99):
 )
 def test_evaluations_without_a_better_one_end_a_run(losses, limit, ended):
     history = evaluated(*losses)
-    assert history.is_exhausted(limit) is ended
+    assert history.should_stop(limit) is ended
     again = ValidationHistory(**json.loads(json.dumps(vars(history), allow_nan=False)))
     assert again == history
 
@@ -48,7 +48,7 @@ def test_the_reason_names_steps_and_remedy():
     why = "stopped early at step 40: no better validation loss in 2 evaluations, best at step 20; "
     assert history.reason().startswith(why + "raise --config.train.stop_after_worse")
     lines = history.summary(40, None, "run", stopped_early=True)
-    assert list(lines) == ["ended", "best validation"]
+    assert list(lines) == ["early stopping", "best validation"]
     assert " in 1 evaluation; raise" in evaluated(math.nan).reason()
 
 
@@ -57,10 +57,10 @@ def test_a_worse_end_reports_the_best_step_and_advice(tmp_path):
     history = evaluated(2.5, 2.02, 3.0)
     best, overfitting = history.summary(40, final, str(tmp_path)).values()
     assert best == "2.0200 nats/token at step 20, 1.6900 lower than at step 40"
-    assert overfitting.startswith("no checkpoint of that step is kept (let save_every")
+    assert overfitting.startswith("no checkpoint of that step is kept (make save_every")
     (tmp_path / "checkpoints" / "20").mkdir(parents=True)
     _, overfitting = history.summary(40, final, str(tmp_path)).values()
-    assert overfitting.startswith("--checkpoint best picks the model of that step; train on more")
+    assert overfitting.startswith("--checkpoint best loads the model of that step; train on more")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_run_that_stops_early_does_so_at_the_same_step_when_interrupted(
     best = rows[-4]["step"]
     assert said.count(f"stopped early at step {whole.step}: no better validation loss in 3") == 1
     assert f"{min(losses):.4f} nats/token at step {best}, " in said
-    assert "--checkpoint best picks" in said
+    assert "--checkpoint best loads" in said
 
     with monkeypatch.context() as patch:
         stop_after(patch, whole.step - 2)

@@ -1,6 +1,6 @@
 """Messages are one line that a terminal can show."""
 
-from simplernn_jax.errors import LONGEST_MESSAGE, UserError, counted
+from simplernn_jax.errors import MAX_MESSAGE, UserError, counted
 
 
 def test_control_characters_and_line_breaks_do_not_reach_the_terminal():
@@ -11,7 +11,7 @@ def test_the_middle_of_a_long_message_is_left_out():
     text = str(UserError("where: " + "x" * 5_000_000 + "; do this"))
     assert text.startswith("where: xxx")
     assert text.endswith("xxx")
-    assert len(text) <= LONGEST_MESSAGE + 5
+    assert len(text) <= MAX_MESSAGE + 5
     text = str(UserError("where: " + "x" * 5_000 + "; do this"))
     assert text.endswith("; do this")
 

@@ -51,7 +51,7 @@ def test_scores_a_split_from_the_workdir_alone(saved, split_name):
 def test_a_run_without_held_out_text_says_so(tmp_path):
     config = small_config(source=write_corpus(tmp_path / "text"))
     save_untrained(config, tmp_path / "run")
-    assert_refused(evaluate("--workdir", tmp_path / "run"), "holds nothing out")
+    assert_refused(evaluate("--workdir", tmp_path / "run"), "has no held-out text")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_run_without_held_out_text_says_so(tmp_path):
         (["--workdir", "nowhere"], "nowhere"),
         (["--workdir", "x", "--split", "test"], "split"),
         (["--workdir", "x", "--checkpoint", "last"], "--checkpoint=last: must be best, newest or"),
-        (["--workdir", "x", "--stride", "3"], "--stride=3 needs --window: give it too"),
+        (["--workdir", "x", "--stride", "3"], "--stride=3 needs --window: pass it too"),
         (["--workdir", "x", "--window", "3", "--stride", "4"], "the stride must be at least 1"),
     ],
 )
@@ -73,7 +73,7 @@ def test_the_text_of_a_run_is_read_only_where_a_flag_names_it(saved, tmp_path):
     folder, _ = saved
     shutil.copytree(folder / "run", tmp_path / "run", ignore=shutil.ignore_patterns("tokens"))
     refusal = evaluate("--workdir", tmp_path / "run")
-    assert_refused(refusal, "error: the tokens of this run are not in ")
+    assert_refused(refusal, "error: tokenized text not found in ")
     code, output, _ = evaluate("--workdir", tmp_path / "run", "--source", folder / "moved")
     assert code == 0
     assert "nats/token" in output
@@ -85,4 +85,4 @@ def test_overlapping_contexts_score_the_same_predictions(saved):
     assert (code, errors) == (0, "")
     assert number("predictions", output) == corpus.validation.num_predictions
     assert "zero, then 6 to 9 tokens of context" in output
-    assert "with the state carried" in output
+    assert "state carried over documents" in output

@@ -60,7 +60,7 @@ def test_an_inexact_map_is_reported_and_exits_with_code_1(tmp_path, monkeypatch)
     assert code == 1
     assert output.splitlines()[0] == (
         "layer 1: the map reproduces the recurrence to nan (relative) and the layer's output to "
-        "nan   not within 1e-05: do not trust it"
+        "nan   exceeds the tolerance 1e-05"
     )
     assert (tmp_path / "out" / "explain.html").exists()
 
@@ -72,7 +72,7 @@ def test_a_file_that_cannot_be_replaced_is_found_before_the_computation(tmp_path
     assert (code, output) == (2, "")
     assert errors == (
         f"error: --out={tmp_path}: map_layer_1.png in it cannot be replaced (not a regular file); "
-        "remove it or name another folder\n"
+        "remove it or use another folder\n"
     )
     assert (tmp_path / "map_layer_1.png").is_char_device()
 
@@ -83,9 +83,9 @@ def test_a_file_that_cannot_be_replaced_is_found_before_the_computation(tmp_path
         ([], "no --workdir"),
         (["--workdir", "x", "--text", "a"], "no --out"),
         (["--workdir", "x", "--out", "README.md", "--text", "a"], "--out=README.md: not a folder"),
-        (["--workdir", "x", "--out", "README.md/y", "--text", "a"], "README.md cannot be written;"),
+        (["--workdir", "x", "--out", "README.md/y", "--text", "a"], "README.md is not writable;"),
         (["--workdir", "x", "--out", "y"], "no --text"),
-        (["--workdir", "x", "--out", "y", "--text", "a", "--text_file", "b"], "exclude each other"),
+        (["--workdir", "x", "--out", "y", "--text", "a", "--text_file", "b"], "mutually exclusive"),
         (
             ["--workdir", "x", "--out", "y", "--text_file", "missing"],
             "--text_file=missing: No such",

@@ -39,7 +39,7 @@ def run(code):
 )
 def test_the_exit_code_is_that_of_the_one_that_failed(monkeypatch, ends, expected):
     if any("30" in end for end in ends):
-        monkeypatch.setattr(launch_local, "PATIENCE_SECONDS", 0.3)
+        monkeypatch.setattr(launch_local, "SHUTDOWN_TIMEOUT_SECONDS", 0.3)
     processes = [run(end) for end in ends]
     assert launch_local.wait(processes) == expected
     assert None not in [process.poll() for process in processes]
@@ -96,8 +96,13 @@ def test_killing_the_launcher_kills_all(launch):
 @pytest.mark.parametrize("arguments", [[], ["--config", "c"], ["0"], ["65"], ["1" * 5000]])
 def test_wrong_arguments_print_the_usage(capsys, arguments):
     assert launch_local.main(arguments) == 2
-    expected = "error: give the number of processes, 1 to 64: bash scripts/"
+    expected = "error: specify the number of processes, 1 to 64: bash scripts/"
     assert capsys.readouterr().err.startswith(expected)
+
+
+def test_help(capsys):
+    assert launch_local.main(["--help"]) == 0
+    assert "DEVICES_PER_PROCESS" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("devices", ["0", "two", "1000000000"])
@@ -105,5 +110,5 @@ def test_an_invalid_number_of_devices(capsys, monkeypatch, devices):
     monkeypatch.setenv("DEVICES_PER_PROCESS", devices)
     assert launch_local.main(["2"]) == 2
     assert capsys.readouterr().err.startswith(
-        f"error: DEVICES_PER_PROCESS='{devices}' is no number"
+        f"error: DEVICES_PER_PROCESS='{devices}' is not a valid number"
     )

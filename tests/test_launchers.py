@@ -149,6 +149,4 @@ def test_infer_before_training_names_the_remedy(project):
     launch(project, "train.sh")
     result = launch(project, "infer.sh", "x")
     assert result.returncode == 2
-    assert result.stderr == (
-        "error: nothing under runs is trained yet; run: bash scripts/train.sh\n"
-    )
+    assert result.stderr == "error: no trained model under runs; run: bash scripts/train.sh\n"

@@ -19,7 +19,7 @@ from simplernn_jax.models.dense import Dense
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.sharding.layer_layout import in_layout_of
-from simplernn_jax.training.file_layout import FileLayout
+from simplernn_jax.training.checkpoint_layout import CheckpointLayout
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import (
     init_train_state,
@@ -158,12 +158,12 @@ def test_a_value_that_is_not_finite_on_one_stage_skips_the_update():
 
 def test_no_device_holds_all_layers_while_a_checkpoint_is_written():
     config, mesh = config_of(STAGE_2_DATA_4), mesh_of(**dict(STAGE_2_DATA_4))
-    layout = FileLayout(config, make_optimizer(config.optimizer, 40, mesh), mesh)
+    layout = CheckpointLayout(config, make_optimizer(config.optimizer, 40, mesh), mesh)
     state, _ = program_of(STAGE_2_DATA_4, "float32")
-    saved = layout.to_files(state)
+    saved = layout.to_checkpoint(state)
     leaves = jax.tree.leaves(saved.params)
     assert sum(x.addressable_data(0).nbytes for x in leaves) < 0.6 * sum(x.nbytes for x in leaves)
-    again = layout.from_files(saved)
+    again = layout.from_checkpoint(saved)
     for leaf, other in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
         assert leaf.sharding.is_equivalent_to(other.sharding, leaf.ndim)
         np.testing.assert_array_equal(leaf, other)

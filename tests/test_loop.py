@@ -195,7 +195,7 @@ def test_another_text_is_refused_and_the_run_unchanged(finished):
     file = Path(config.data.source) / "3.txt"
     text = file.read_text(encoding="utf-8")
     file.write_text(text[:-1] + "Z", encoding="utf-8")
-    with pytest.raises(UserError, match=r"is not what the run in .* was trained on"):
+    with pytest.raises(UserError, match=r"was trained on different text or with another tokenizer"):
         train(config, str(workdir))
     assert newest_checkpoint(workdir) == before
     file.write_text(text, encoding="utf-8")  # the same text with another time is the same text
@@ -243,7 +243,7 @@ def test_a_recompiled_step_is_counted_and_shown(tmp_path, monkeypatch, caplog, c
     train(config, str(tmp_path / "run"))
     counts = [row["recompilations"] for row in read_metrics(str(tmp_path / "run"))]
     assert (counts[0], counts[-1]) == (0, 1)
-    assert "the train step was compiled again, in its call 4" in caplog.text
+    assert "the train step was recompiled at call 4" in caplog.text
     assert re.search(r"recompilations +1\n", capsys.readouterr().out)
 
 
@@ -378,19 +378,20 @@ def test_a_loss_that_is_never_finite_ends_a_run(tmp_path):
     )
     message = (
         r"the loss or its gradient was not finite in 2 consecutive steps, up to step (\d+) "
-        r"\(batch (\d+) of seed 0\); the parameters of step (\d+) are untouched: .*"
+        r"\(batch (\d+), seed 0\); parameters were last updated at step (\d+): .*"
     )
     with pytest.raises(UserError, match=message) as raised:
         train(config, str(tmp_path / "run"))
-    step, batch, untouched = map(int, re.match(message, str(raised.value)).groups())
-    assert (batch, untouched) == (step - 1, step - 2)
+    step, batch, updated = map(int, re.match(message, str(raised.value)).groups())
+    assert (batch, updated) == (step - 1, step - 2)
 
 
 @pytest.mark.parametrize(("limit", "where"), [(1, "1 step"), (3, "3 consecutive steps")])
 def test_the_maximum_of_skipped_updates_ends_a_run(limit, where):
     config = TrainConfig(max_skipped_updates=limit, seed=5)
     check_skips(9, limit - 1, config)
-    with pytest.raises(UserError, match=rf"in {where}, up to step 9 \(batch 8 of seed 5\); .* of "):
+    message = rf"in {where}, up to step 9 \(batch 8, seed 5\); .* at step {9 - limit}:"
+    with pytest.raises(UserError, match=message):
         check_skips(9, limit, config)
 
 

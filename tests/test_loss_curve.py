@@ -82,5 +82,5 @@ def test_high_losses_of_the_beginning_leave_room_for_the_rest(tmp_path, figures)
 
 def test_a_picture_that_cannot_be_written_stops_nothing(tmp_path, caplog):
     os.mkfifo(tmp_path / "loss_curve.png")
-    assert plot_loss(str(tmp_path), "a model") == "not drawn: not a regular file"
-    assert "the loss curve is not drawn" in caplog.text
+    assert plot_loss(str(tmp_path), "a model") is None
+    assert "not a regular file; the loss curve is not plotted" in caplog.text

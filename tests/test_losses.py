@@ -9,8 +9,8 @@ import pytest
 
 from simplernn_jax.training import losses
 from simplernn_jax.training.losses import (
+    chunked_cross_entropy,
     cross_entropy,
-    cross_entropy_of_hidden,
     summed_cross_entropy,
 )
 
@@ -53,13 +53,13 @@ def test_masked_positions_count_nothing_whatever_their_logits_are(poison):
 
 @pytest.mark.parametrize("at_once", [10**9, 40, 1])
 def test_chunks_of_time_give_the_same_loss_and_gradient(monkeypatch, at_once):
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(losses, "MAX_LOGITS", at_once)
     random = np.random.default_rng(0)
     hidden, head = random.normal(size=(2, 13, 3)), random.normal(size=(3, 5))
     targets, mask = random.integers(0, 5, (2, 13)), random.random((2, 13)) < 0.7
 
     def of(hidden, head):
-        return cross_entropy_of_hidden(lambda x: x @ head, hidden, targets, mask)
+        return chunked_cross_entropy(lambda x: x @ head, hidden, targets, mask)
 
     def at_once_of(hidden, head):
         return summed_cross_entropy(hidden @ head, targets, mask)

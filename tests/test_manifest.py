@@ -21,12 +21,12 @@ def folder(tmp_path):
 
 def test_an_untouched_folder_is_intact(folder):
     assert manifest.has_manifest(str(folder))
-    assert manifest.find_damage(str(folder)) is None
+    assert manifest.find_corruption(str(folder)) is None
 
 
 def test_a_folder_without_a_manifest_is_damaged(tmp_path):
     assert not manifest.has_manifest(str(tmp_path))
-    assert manifest.find_damage(str(tmp_path)) == "manifest.sha256 is missing"
+    assert manifest.find_corruption(str(tmp_path)) == "manifest.sha256 is missing"
 
 
 def test_every_flipped_bit_and_every_truncation_of_the_manifest_shows(folder):
@@ -37,7 +37,7 @@ def test_every_flipped_bit_and_every_truncation_of_the_manifest_shows(folder):
         flipped[position] ^= 1 << position % 8
         for damaged in (flipped, whole[:position]):
             path.write_bytes(damaged)
-            assert manifest.find_damage(str(folder)) == "manifest.sha256 was changed"
+            assert manifest.find_corruption(str(folder)) == "manifest.sha256 was changed"
 
 
 @pytest.mark.parametrize(
@@ -52,34 +52,34 @@ def test_every_flipped_bit_and_every_truncation_of_the_manifest_shows(folder):
 )
 def test_a_damaged_file_is_named(folder, name, change, damage):
     change(folder / name)
-    assert manifest.find_damage(str(folder)) == f"{name} {damage}"
+    assert manifest.find_corruption(str(folder)) == f"{name} {damage}"
 
 
 def test_bytes_outside_the_given_parts_are_not_verified(folder):
     (folder / "last").write_bytes(b"\n\n\n")
-    assert manifest.find_damage(str(folder), ["inner"]) is None
-    assert manifest.find_damage(str(folder)) == "last was changed"
+    assert manifest.find_corruption(str(folder), ["inner"]) is None
+    assert manifest.find_corruption(str(folder)) == "last was changed"
     (folder / "inner" / "first file").write_bytes(bytes(256 * 7))
-    assert manifest.find_damage(str(folder), ["inner"]) == "inner/first file was changed"
+    assert manifest.find_corruption(str(folder), ["inner"]) == "inner/first file was changed"
 
 
 def test_a_rewritten_manifest_covers_the_new_content(folder):
     (folder / "last").write_bytes(b"new")
     manifest.write_manifest(str(folder))
-    assert manifest.find_damage(str(folder)) is None
+    assert manifest.find_corruption(str(folder)) is None
 
 
 @pytest.mark.parametrize("kind", ["fifo", "endless"])
 def test_pipes_and_devices_are_damage_without_a_hang(folder, kind):
     put_odd_file(kind, folder / "inner" / "nothing")  # of the right size, by its status
     expected = "inner/nothing is not a regular file"
-    assert manifest.find_damage(str(folder)) == expected
-    assert manifest.find_damage(str(folder), ["other"]) == expected
+    assert manifest.find_corruption(str(folder)) == expected
+    assert manifest.find_corruption(str(folder), ["other"]) == expected
     put_odd_file(kind, folder / manifest.MANIFEST_NAME)
-    assert manifest.find_damage(str(folder)) == "manifest.sha256 was changed"
+    assert manifest.find_corruption(str(folder)) == "manifest.sha256 was changed"
 
 
 @pytest.mark.parametrize("body", ["no manifest\n", "0" * 64 + " -1 last\n", "0" * 64 + " 12\n"])
 def test_a_sealed_text_that_is_no_manifest_is_damage(folder, body):
     write_sealed(str(folder / manifest.MANIFEST_NAME), body)
-    assert manifest.find_damage(str(folder)) == "manifest.sha256 is no manifest"
+    assert manifest.find_corruption(str(folder)) == "manifest.sha256 is not a manifest"

@@ -149,7 +149,7 @@ def test_a_signal_to_one_stops_all_and_a_death_ends_all(tmp_path, launch):
     os.kill(ids[0], signal.SIGKILL)  # JAX aborts the other
     _, errors = finish(processes, 128 + signal.SIGKILL)
     (error,) = (line for line in errors.splitlines() if line.startswith("error"))
-    assert error.startswith("error: another process of the run was lost")
+    assert error.startswith("error: a peer process failed")
     assert error.endswith("and the run resumes from its last checkpoint")
     assert newest_checkpoint(workdir) == stopped
     assert not running(workdir)
@@ -186,7 +186,7 @@ def test_processes_that_nobody_joins_are_an_error(tmp_path):
     ends = train_two(tmp_path, addresses, workdir=["run"] * 2, join_timeout=[1, 1])
     for address, (code, output, errors) in zip(addresses, ends, strict=True):
         assert (code, output) == (2, "")
-        expected = f"error: not all processes have joined {address} within 1 s: see that"
+        expected = f"error: not all processes have joined {address} within 1 s: check that"
         assert errors.splitlines()[-1].startswith(expected)
 
 

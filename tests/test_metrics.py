@@ -12,7 +12,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from simplernn_jax.training import metrics as metrics_module
 from simplernn_jax.training.metrics import (
-    LONGEST_LINE,
+    MAX_LINE_BYTES,
     MetricsWriter,
     decode_lines,
     encode,
@@ -134,7 +134,7 @@ def test_no_bit_flip_changes_a_row_or_loses_one_unseen():
         b'{"step": 1, "kind": "train", "loss": "2"}',
         b'{"step": 1, "kind": "train", "loss": [2]}',
         b'{"step": 1, "kind": "train", "loss": 1' + b"0" * 5000 + b"}",
-        b" " * LONGEST_LINE + b'{"step": 1, "kind": "train", "loss": 2}',
+        b" " * MAX_LINE_BYTES + b'{"step": 1, "kind": "train", "loss": 2}',
     ],
 )
 def test_damaged_lines_are_moved_with_one_warning(tmp_path, caplog, line):
@@ -144,7 +144,7 @@ def test_damaged_lines_are_moved_with_one_warning(tmp_path, caplog, line):
     write(tmp_path, 5, 6)
     assert steps_in(tmp_path) == [1, 1, 6]
     (warning,) = caplog.messages
-    assert warning == f"{path}: 2 damaged lines moved to {path}.damaged"
+    assert warning == f"{path}: 2 corrupted lines moved to {path}.damaged"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from simplernn_jax.checkpoint.orbax_writer import drop_noise
+from simplernn_jax.checkpoint.orbax_writer import drop_repeated_logs
 
 
 @pytest.fixture
@@ -14,8 +14,8 @@ def unraisable(monkeypatch):
     """Reports that reach the hook that was there before."""
     seen = []
     monkeypatch.setattr(sys, "unraisablehook", seen.append)
-    drop_noise()
-    drop_noise()
+    drop_repeated_logs()
+    drop_repeated_logs()
     return seen
 
 

@@ -48,11 +48,11 @@ def test_length_is_given_in_steps_or_epochs(tmp_path, config):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mode": "stream"}, "other batches: mode: 'stream' here, 'window' there"),
-        ({"batch_size": 4}, "batch_size: 4 here, 2 there"),
-        ({"seed": 5}, "seed: 5 here, 0 there"),
+        ({"mode": "stream"}, "data settings: mode is 'stream', checkpoint has 'window'"),
+        ({"batch_size": 4}, "batch_size is 4, checkpoint has 2"),
+        ({"seed": 5}, "seed is 5, checkpoint has 0"),
         ({"name": "muon"}, r"optimizer\.name=adamw, and muon cannot resume"),
-        ({"num_layers": 2, "key_dim": 4}, "num_layers: 2 here, 1 there; key_dim: 4 here, 8 there"),
+        ({"num_layers": 2, "key_dim": 4}, "checkpoint has 1; key_dim is 4, checkpoint has 8"),
     ],
 )
 def test_changes_that_prevent_a_resume_are_named(workdir, config, fields, message):
@@ -123,7 +123,7 @@ def test_an_unknown_default_prompt_is_replaced_by_a_line_of_text(tmp_path, caplo
     assert corpus.tokenizer.decode(split.tokens).strip().startswith(prompt)
     assert (prompt[:6], len(prompt)) == ("zeile ", 40)
     where = "held-out" if fraction else "training"
-    told = f"know the prompt 'def main(': samples begin with {prompt!r}, a line of the {where} text"
+    told = f"encode the default sample prompt 'def main('; using {prompt!r} from the {where} text"
     assert told in caplog.text
     assert prepare(config, str(tmp_path / "run"))[0].train == prepared.train
 
@@ -159,11 +159,11 @@ def test_paths_in_a_checkpoint_are_never_opened(tmp_path, config):
     save_untrained(config, tmp_path / "run")
     with pytest.raises(
         UserError,
-        match=r"not in .*run/tokens: .*--cache_dir \(it was kept in .*elsewhere\), .*--source ",
+        match=r"not found in .*run/tokens; .*--cache_dir \(originally .*elsewhere\) or --source ",
     ):
         open_saved_corpus(str(tmp_path / "run"))
     shutil.rmtree(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="not in"):
+    with pytest.raises(UserError, match="not found in"):
         open_saved_corpus(str(tmp_path / "run"))
     assert not (tmp_path / "elsewhere").exists()
 
@@ -192,7 +192,7 @@ def test_deleted_tokens_are_not_recomputed_from_another_text(tmp_path, config, w
 def test_damaged_tokens_are_recomputed_or_named(tmp_path, config, workdir):
     (tokens,) = (tmp_path / "run" / "tokens").glob("*/validation.tokens")
     tokens.write_bytes(bytes(tokens.stat().st_size))
-    problem = r"tokens are damaged \(validation\.tokens was changed\): .* or the text with --source"
+    problem = r"text in .* is corrupted \(validation\.tokens was changed\); .* or --source"
     with pytest.raises(UserError, match=problem):
         open_saved_corpus(workdir)
     assert tokens.exists()

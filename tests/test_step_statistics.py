@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from simplernn_jax.training import step_statistics
-from simplernn_jax.training.step_statistics import LossTotals, RecompilationCounter, StepTimer
+from simplernn_jax.training.recompilation import RecompilationCounter
+from simplernn_jax.training.step_statistics import LossTotals, StepTimer
 
 
 def test_the_mean_loss_is_weighted_by_tokens_and_starts_anew():
@@ -17,26 +18,26 @@ def test_the_mean_loss_is_weighted_by_tokens_and_starts_anew():
     totals.add(2.0, 30, skipped=False)
     totals.add(5.0, 10, skipped=False)
     resumed = LossTotals(**dataclasses.asdict(totals))
-    assert resumed.take_mean_loss() == totals.take_mean_loss() == (2.0 * 30 + 5.0 * 10) / 40
+    assert resumed.pop_mean_loss() == totals.pop_mean_loss() == (2.0 * 30 + 5.0 * 10) / 40
     totals.add(1.5, 7, skipped=False)
-    assert totals.take_mean_loss() == 1.5
+    assert totals.pop_mean_loss() == 1.5
     assert totals.tokens == 47
 
 
 def test_a_skipped_update_counts_tokens_and_no_loss():
     totals = LossTotals()
     totals.add(math.nan, 30, skipped=True)
-    assert math.isnan(totals.take_mean_loss())
+    assert math.isnan(totals.pop_mean_loss())
     totals.add(math.inf, 30, skipped=True)
     totals.add(2.0, 5, skipped=False)
-    assert totals.take_mean_loss() == 2.0
+    assert totals.pop_mean_loss() == 2.0
     assert totals.tokens == 65
 
 
 def test_tokens_of_an_uncounted_run_stay_unknown():
     totals = LossTotals(tokens=None)
     totals.add(2.0, 30, skipped=False)
-    assert (totals.tokens, totals.take_mean_loss()) == (None, 2.0)
+    assert (totals.tokens, totals.pop_mean_loss()) == (None, 2.0)
 
 
 @pytest.fixture
@@ -100,5 +101,5 @@ def test_another_shape_or_dtype_is_one_recompilation_and_logged(caplog, other, c
             jax.jit(lambda x: x + 3)(jnp.ones(11))  # compiled by others: does not count
     double(np.ones((9,), np.float32))  # neither does what it compiles after the ``with`` block
     assert double.recompilations == count
-    messages = ["double was compiled again, in its call 3: shapes and dtypes should never change"]
+    messages = ["double was recompiled at call 3: shapes, dtypes and shardings should be constant"]
     assert caplog.messages == messages[:count]

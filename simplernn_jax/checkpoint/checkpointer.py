@@ -1,11 +1,11 @@
-"""Save a run so that it resumes bit-exactly, and restore it only if every byte is as written.
+"""Save a run so that it resumes bit-exactly, and restore it only if it is bit-exact.
 
 A checkpoint holds the training state (one array per leaf, named by its path), the position in
 the data, the configuration and the tokenizer. Orbax writes it while training continues; then it is
-read back and compared, its manifest is written, and only then it counts (see `folder`).
+read back and compared, its manifest is written, and only then it is complete (see `folder`).
 
-Several processes that train together write it together, each the shards of its devices; process 0
-alone verifies, writes the manifest when all have finished, and deletes.
+Processes that train together each write the shards of their devices; process 0 alone verifies,
+writes the manifest when all have finished, and deletes.
 """
 
 import concurrent.futures
@@ -33,7 +33,7 @@ from simplernn_jax.checkpoint.contents import (
     saved_leaves,
     saved_quality,
 )
-from simplernn_jax.checkpoint.folder import CheckpointFolder, refusal_of_disk
+from simplernn_jax.checkpoint.folder import CheckpointFolder, disk_failure
 from simplernn_jax.checkpoint.orbax_writer import make_writer
 from simplernn_jax.checkpoint.verification import Fingerprint, check_saved, fingerprints
 from simplernn_jax.config import Config
@@ -41,7 +41,7 @@ from simplernn_jax.distributed import barrier, broadcast_from_coordinator, is_co
 from simplernn_jax.errors import UserError
 from simplernn_jax.named_leaves import named_leaves
 
-_PATIENCE_SECONDS = 5.0
+_FAILED_RUN_TIMEOUT_SECONDS = 5.0
 
 _OVERHEAD = 256 * 1024
 """Bytes of a checkpoint besides its arrays and its tokenizer."""
@@ -66,8 +66,8 @@ class Checkpointer:
     All processes of a run construct it and call `save` and `restore`, with the same arguments;
     `workdir` is on a file system that they share.
 
-    Keeps the `keep_last` newest checkpoints (at least 2, so that a damaged one has a
-    predecessor) and besides them the `keep_best` ones of lowest validation loss.
+    Keeps the `keep_last` newest checkpoints (at least 2, so that a corrupted one has a
+    predecessor) and additionally the `keep_best` ones of lowest validation loss.
 
     Raises:
       UserError: another process is training in `workdir`.
@@ -88,7 +88,7 @@ class Checkpointer:
         self._folder = CheckpointFolder(workdir)
         if is_coordinator():
             self._folder.open_for_training()
-        barrier("the checkpoints are open")
+        barrier("checkpoints_open")
         self._writer = make_writer()
         self._completer = concurrent.futures.ThreadPoolExecutor(1, "complete_checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
@@ -117,15 +117,15 @@ class Checkpointer:
           wait: return only when the checkpoint is complete.
 
         Raises:
-          UserError: the disk is full or refuses; this save or the one before it is lost, all
+          UserError: the disk is full or fails; this save or the one before it is missing, all
             earlier checkpoints are intact.
         """
         self._finish()
         if broadcast_from_coordinator(step in self._folder.steps()):
             return
         if is_coordinator():
-            self._check_room(step, state)
-        barrier("a save")
+            self._check_space(step, state)
+        barrier("save")
         leaves = named_leaves(state)
         written = fingerprints(leaves) if is_coordinator() else {}
         items = ocp.args.Composite(
@@ -144,7 +144,7 @@ class Checkpointer:
             self._finish()
 
     def restore(self, abstract_state: Any, shardings: Any = None) -> Restored | None:
-        """Restore the newest intact checkpoint; damaged ones are moved aside with a warning.
+        """Restore the newest intact checkpoint; quarantine corrupted ones with a warning.
 
         Args:
           abstract_state: tree of arrays or `jax.ShapeDtypeStruct`, as given to `save` on any number
@@ -153,12 +153,12 @@ class Checkpointer:
             the default device.
 
         Returns:
-          None if no save was ever completed in this workdir. The arrays have exactly the saved
-          bytes; without `shardings` they are committed to no device.
+          None if no save was ever completed in this workdir. The arrays are bit-exact;
+          without `shardings` they are committed to no device.
 
         Raises:
           UserError: there are checkpoints and none is intact, or the newest intact one is of
-            another model or another optimizer.
+            a different model or optimizer.
         """
         self._finish()
         newest: int | None = None
@@ -184,15 +184,15 @@ class Checkpointer:
         """Wait for the last save and release the workdir.
 
         Args:
-          failed: an error ends the run. If it is one of several processes, the others may not
-            know yet, and their part of the save may never come: the wait is short.
+          failed: an error ends the run. The other processes may not have failed yet, and their
+            part of the save may never come: the wait is short.
 
         Raises:
           UserError: the last save failed (see `save`).
         """
         if failed and jax.process_count() > 1:
             if self._pending is not None:
-                concurrent.futures.wait([self._pending[1]], _PATIENCE_SECONDS)
+                concurrent.futures.wait([self._pending[1]], _FAILED_RUN_TIMEOUT_SECONDS)
             return  # this process ends at once
         try:
             self._finish()
@@ -204,19 +204,17 @@ class Checkpointer:
                     raise
             self._completer.shutdown()
             if self._failed:
-                self._free_room()
+                self._free_space()
             self._folder.release()
 
-    def _check_room(self, step: int, state: Any) -> None:
-        """Refuse at once a save that would fail in the background, after much noise from Orbax."""
+    def _check_space(self, step: int, state: Any) -> None:
+        """Reject a save that would fail in the background, after many log lines of Orbax."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         needed += len(self._tokenizer_json) + _OVERHEAD
         free = shutil.disk_usage(self._folder.path).free
         if free < needed:
-            shortage = f"{needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are left"
-            raise self._unsaved(
-                step, f"{os.strerror(errno.ENOSPC)}, {shortage}: free some space there"
-            )
+            shortage = f"{needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
+            raise self._unsaved(step, f"{os.strerror(errno.ENOSPC)}, {shortage}: free some space")
 
     def _complete(self, step: int, written: dict[str, Fingerprint]) -> None:
         self._writer.wait_until_finished()
@@ -225,13 +223,13 @@ class Checkpointer:
                 check_saved(self._folder.step_path(step), written)
             except Exception as error:
                 reason = str(error).partition("\n")[0]
-                reason = f"it does not read back as it was written ({reason}): check this disk"
+                reason = f"read-back verification failed ({reason}): check this disk"
                 raise self._unsaved(step, reason) from error
             self._folder.mark_complete(step)
             steps = self._folder.complete_steps()
             qualities = {one: saved_quality(self._folder.step_path(one)) for one in steps}
             self._folder.prune(set(steps) - steps_to_keep(qualities, *self._keep))
-        barrier("a checkpoint is complete")
+        barrier("checkpoint_complete")
 
     def _finish(self) -> None:
         if self._pending is None:
@@ -243,15 +241,15 @@ class Checkpointer:
             raise self._save_failure(step, error) from error
 
     def _save_failure(self, step: int, error: Exception) -> Exception:
-        """Return the error to raise for a failed save, after freeing the room it took."""
+        """Return the error to raise for a failed save, after freeing its disk space."""
         self._failed = True
-        self._free_room()
-        reason = refusal_of_disk(error)
+        self._free_space()
+        reason = disk_failure(error)
         if isinstance(error, TimeoutError):
-            reason = "it took too long (or the clock of this machine jumped): check this disk"
+            reason = "timeout (or the clock of this machine jumped): check this disk"
         return error if reason is None else self._unsaved(step, reason)
 
-    def _free_room(self) -> None:
+    def _free_space(self) -> None:
         if jax.process_count() == 1:  # others may still be writing there
             with contextlib.suppress(OSError):  # so may TensorStore: `close` tries again
                 self._folder.discard_unfinished()
@@ -277,15 +275,15 @@ def read_config(workdir: str, checkpoint: str | int = NEWEST) -> tuple[Config, s
     return *read_texts(path), step
 
 
-def check_same_model(ours: Config, theirs: Config) -> None:
-    """Compare a configuration (`ours`) with that of a checkpoint (`theirs`).
+def check_same_model(current: Config, saved: Config) -> None:
+    """Compare a configuration with the `saved` one of a checkpoint.
 
     Raises:
       UserError: names every field in which their models differ.
     """
-    fields = config_lib.differing_fields(ours.model, theirs.model)
+    fields = config_lib.differing_fields(current.model, saved.model)
     if fields:
         raise UserError(
-            f"the checkpoint is of another model: {'; '.join(fields)} (in the checkpoint); use "
-            "the same --config.model values, or another --workdir"
+            f"the checkpoint has a different model: {'; '.join(fields)}; use the same "
+            "--config.model values, or another --workdir"
         )

@@ -23,7 +23,7 @@ class Choice(NamedTuple):
 
 
 def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> Choice:
-    """Choose an intact checkpoint of the run in `workdir`; damaged ones are moved aside.
+    """Choose an intact checkpoint of the run in `workdir`; quarantine corrupted ones.
 
     Args:
       workdir: folder of a training run.
@@ -41,13 +41,13 @@ def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> Choice:
         best = _best(qualities)
         if best is None:
             break
-        damage = folder.find_damage(best)
-        if damage is None:
+        defect = folder.find_corruption(best)
+        if defect is None:
             return Choice(best, folder.step_path(best), _reason(best, qualities))
-        folder.set_aside(best, damage)
+        folder.quarantine(best, defect)
     step = folder.newest_intact()
     if step is None:
-        raise UserError(f"no checkpoint in {workdir}: train there first, or name another --workdir")
+        raise UserError(f"no checkpoint in {workdir}: train there first, or use another --workdir")
     reason = None
     if checkpoint == BEST and len(folder.complete_steps()) > 1:
         reason = f"checkpoint: step {step}, the newest (validation losses cannot be compared)"
@@ -59,8 +59,8 @@ def steps_to_keep(
 ) -> set[int]:
     """Return the `keep_last` newest steps (at least 1) and the `keep_best` of lowest loss.
 
-    Losses over another number of predictions than the newest one's are of other tokens and do not
-    count.
+    Losses over a different number of predictions than the newest one's are of different tokens and
+    do not count.
     """
     steps = sorted(qualities)
     measured = _measured(qualities)
@@ -76,28 +76,28 @@ def steps_to_keep(
 def _of_step(folder: CheckpointFolder, checkpoint: str) -> Choice:
     steps = folder.complete_steps()
     if not (checkpoint.isascii() and checkpoint.isdecimal()):
-        raise UserError(f"--checkpoint={checkpoint}: give best, newest or a step")
+        raise UserError(f"--checkpoint={checkpoint}: specify best, newest or a step")
     step = next((step for step in steps if str(step) == checkpoint), None)
     if step is None:
-        there = ", ".join(map(str, steps)) or "none"
-        raise UserError(f"--checkpoint={checkpoint}: {folder.path} has only these steps: {there}")
-    damage = folder.find_damage(step)
-    if damage is not None:
+        found = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"--checkpoint={checkpoint}: {folder.path} has only these steps: {found}")
+    defect = folder.find_corruption(step)
+    if defect is not None:
         raise UserError(
-            f"--checkpoint={step}: {folder.step_path(step)} is damaged: {damage}; choose another"
+            f"--checkpoint={step}: {folder.step_path(step)} is corrupted: {defect}; choose another"
         )
     return Choice(step, folder.step_path(step), None)
 
 
 def _qualities(folder: CheckpointFolder) -> dict[int, Quality | None]:
-    """Read the evaluations by step, without checkpoints whose record is damaged."""
+    """Read the evaluations by step, without checkpoints whose record is corrupted."""
     qualities = {}
     for step in folder.complete_steps():
-        damage = folder.find_damage(step, [QUALITY_ITEM])
-        if damage is None:
+        defect = folder.find_corruption(step, [QUALITY_ITEM])
+        if defect is None:
             qualities[step] = saved_quality(folder.step_path(step))
         else:
-            logging.warning("checkpoint %s is damaged: %s", folder.step_path(step), damage)
+            logging.warning("checkpoint %s is corrupted: %s", folder.step_path(step), defect)
     return qualities
 
 

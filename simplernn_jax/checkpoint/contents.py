@@ -28,9 +28,9 @@ _RENAMED = (
     (re.compile(r"^skipped_in_a_row$"), "consecutive_skips"),
     (re.compile(r"(^|/)layers/(\d+)/(?:rnn|attention)/"), r"\1layers/\2/mixer/"),
 )
-"""Array names of earlier versions, and the names of today."""
+"""Array names of earlier versions, and the current names."""
 
-_LARGEST_JSON = 1 << 30
+_MAX_JSON_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Quality:
 
 def saved_leaves(path: str) -> dict[str, Any]:
     """Return ``shape`` and ``dtype`` of every array in the checkpoint folder `path`, by name."""
-    return {_present_name(name): leaf for name, leaf in _leaves_on_disk(path).items()}
+    return {_current_name(name): leaf for name, leaf in _leaves_on_disk(path).items()}
 
 
 def _leaves_on_disk(path: str) -> dict[str, Any]:
@@ -53,9 +53,9 @@ def _leaves_on_disk(path: str) -> dict[str, Any]:
     return dict(handler.metadata(epath.Path(path) / "state").tree)
 
 
-def _present_name(name: str) -> str:
-    for earlier, present in _RENAMED:
-        name = earlier.sub(present, name)
+def _current_name(name: str) -> str:
+    for earlier, current in _RENAMED:
+        name = earlier.sub(current, name)
     return name
 
 
@@ -73,7 +73,7 @@ def read_arrays(
             return ocp.RestoreArgs(restore_type=np.ndarray)
         return ocp.ArrayRestoreArgs(sharding=sharding)
 
-    saved_names = {_present_name(saved): saved for saved in _leaves_on_disk(path)}
+    saved_names = {_current_name(saved): saved for saved in _leaves_on_disk(path)}
     on_disk = {saved_names.get(name, name): name for name in names}
     args = ocp.args.PyTreeRestore(
         dict.fromkeys(on_disk, 0),
@@ -96,11 +96,11 @@ def check_leaves(path: str, wanted: Mapping[str, Any], saved: Mapping[str, Any])
         return "missing" if leaf is None else f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
 
     for name in [*wanted, *saved]:
-        here, there = describe(wanted, name), describe(saved, name)
-        if here != there:
+        current, stored = describe(wanted, name), describe(saved, name)
+        if current != stored:
             raise UserError(
-                f"the checkpoint {path} does not fit this configuration: {name} is {here} here "
-                f"and {there} there; use the configuration it was saved with, or another --workdir"
+                f"{path}: does not match this configuration: {name} is {current}, checkpoint has "
+                f"{stored}; use the configuration it was saved with, or another --workdir"
             )
 
 
@@ -108,14 +108,14 @@ def read_json(path: str, item: str) -> Any:
     """Read the JSON item `item` of the checkpoint folder `path`.
 
     Raises:
-      UserError: it cannot be read or is no JSON.
+      UserError: it cannot be read or is not JSON.
     """
     file = os.path.join(path, item, "metadata")
     try:
-        return json.loads(read_file(file, _LARGEST_JSON))
+        return json.loads(read_file(file, _MAX_JSON_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{file}: {reason}; use an undamaged checkpoint") from error
+        raise UserError(f"{file}: {reason}; use another checkpoint") from error
 
 
 TEXTS = ("config", "tokenizer")
@@ -129,7 +129,7 @@ def read_texts(path: str) -> tuple[Config, str]:
 
 
 def saved_quality(path: str) -> Quality | None:
-    """Read the evaluation; None if there was none or the record is damaged."""
+    """Read the evaluation; None if there was none or the record is corrupted."""
     saved = _read_quality(path)
     loss, predictions = saved.get("validation_loss"), saved.get("predictions")
     if not isinstance(loss, float) or not math.isfinite(loss):
@@ -138,13 +138,13 @@ def saved_quality(path: str) -> Quality | None:
 
 
 def saved_step(path: str) -> int | None:
-    """Read the step at which it was saved; None where an earlier version did not record it."""
+    """Read the step at which it was saved; None if an earlier version did not record it."""
     step = _read_quality(path).get("step")
     return step if isinstance(step, int) else None
 
 
 def quality_item(step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """Make the item that `saved_quality` and `saved_step` read; a NaN loss counts as none."""
+    """Return the item that `saved_quality` and `saved_step` read; a NaN loss counts as none."""
     item: dict[str, Any] = {"step": step, "validation_loss": None, "predictions": None}
     if math.isfinite(metrics.get("validation_loss", math.nan)):
         item["validation_loss"] = float(metrics["validation_loss"])

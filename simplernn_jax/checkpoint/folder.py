@@ -1,11 +1,11 @@
-"""Folder of a run's checkpoints on disk, intact, unfinished and damaged ones.
+"""Folder of a run's checkpoints on disk, intact, unfinished and corrupted ones.
 
-    WORKDIR/checkpoints/N/              checkpoint of step N; complete once its manifest is there
+    WORKDIR/checkpoints/N/              checkpoint of step N; complete once it has a manifest
     WORKDIR/checkpoints/complete.json   the steps that were complete, sealed like a manifest
-    WORKDIR/checkpoints_damaged/N/      damaged checkpoints, moved there, never deleted
+    WORKDIR/checkpoints_damaged/N/      quarantined corrupted checkpoints, never deleted
 
 A step without a manifest was either being saved when its process died, which loses nothing, or
-was complete and lost its manifest, which is damage: ``complete.json`` tells the two apart.
+lost its manifest, which is corruption: ``complete.json`` distinguishes the two.
 """
 
 import errno
@@ -30,40 +30,40 @@ _PRUNED = "pruned"
 _STEP = re.compile(r"0|[1-9][0-9]{0,8}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _UNREADABLE = ("\\", "gs:/")
-"""Parts that a path cannot have: TensorStore does not find its files again with the first, and
-Orbax takes the second for the address of a bucket, anywhere in a path."""
+"""Unsupported parts of a path: TensorStore does not find its files with the first, and Orbax takes
+the second for the address of a bucket, anywhere in a path."""
 _UNWRITABLE = (*_UNREADABLE, "[", "*", "?")
-"""Also those that Orbax takes for a pattern when it looks for the files it wrote."""
+"""Also those that Orbax takes for a pattern when it searches for the files it wrote."""
 
 
 def check_workdir(workdir: str) -> None:
     """Check that checkpoints can be saved below `workdir`, whether or not it exists.
 
     Raises:
-      UserError: it is no path, an address and no folder, or its absolute path has characters that
-        Orbax or TensorStore take for something else.
+      UserError: it is not a path or it is a URL, or its absolute path has characters that Orbax or
+        TensorStore interpret.
     """
     _check_path(workdir, _UNWRITABLE)
 
 
-def _check_path(workdir: str, refused: Collection[str]) -> None:
+def _check_path(workdir: str, unsupported: Collection[str]) -> None:
     if not isinstance(workdir, str) or not workdir or "\0" in workdir:
         raise UserError(f"workdir={workdir!r}: must be the path of a folder, as text")
     if _SCHEME.match(workdir):
         raise UserError(
-            f"--workdir {workdir}: not a folder; mount the bucket and name the folder it is "
-            "mounted at, or choose a folder of this machine"
+            f"--workdir {workdir}: not a folder; mount the bucket and use its mount point, "
+            "or choose a local folder"
         )
     path = os.path.abspath(workdir)
-    found = [part for part in refused if part in f"{path}/"]
+    found = [part for part in unsupported if part in f"{path}/"]
     try:
         path.encode("utf-8")
     except UnicodeEncodeError:
-        found.append("bytes that are no UTF-8")
+        found.append("bytes that are not UTF-8")
     if found:
         raise UserError(
-            f"--workdir {path}: has {' and '.join(found)} in its path, with which checkpoints "
-            "cannot be stored; rename that folder, or name it through a link without them"
+            f"--workdir {path}: has {' and '.join(found)} in its path, which checkpoints do "
+            "not support; rename that folder, or use a symbolic link without them"
         )
 
 
@@ -133,7 +133,7 @@ class CheckpointFolder:
         return unfinished
 
     def mark_complete(self, step: int) -> None:
-        """Write the manifest of `step`: from here on it counts."""
+        """Write the manifest of `step`, which makes it complete."""
         manifest.write_manifest(self.step_path(step))
         sync(self.path)
         self.update_ledger()
@@ -158,20 +158,20 @@ class CheckpointFolder:
         """List the steps that were once complete, intact now or not, ascending."""
         return [step for step in self.steps() if not self._is_unfinished(step)]
 
-    def find_damage(self, step: int, parts: Collection[str] | None = None) -> str | None:
-        """Return a phrase that says how the checkpoint of `step` is damaged; None if it is intact.
+    def find_corruption(self, step: int, parts: Collection[str] | None = None) -> str | None:
+        """Return a phrase that says how the checkpoint of `step` is corrupted, or None.
 
         `parts` is as in `newest_intact`.
         """
         path = self.step_path(step)
-        damage = manifest.find_damage(path, None if parts is None else {*parts, QUALITY_ITEM})
-        if damage is not None:
-            return damage
+        defect = manifest.find_corruption(path, None if parts is None else {*parts, QUALITY_ITEM})
+        if defect is not None:
+            return defect
         inside = saved_step(path)
         return None if inside in (None, step) else f"it is a copy of that of step {inside}"
 
     def newest_intact(self, parts: Collection[str] | None = None) -> int | None:
-        """Find the newest step whose files are all as written; move damaged newer ones aside.
+        """Find the newest step whose files are all as written; quarantine corrupted newer ones.
 
         Args:
           parts: the only items whose bytes are verified, for a caller that reads no others.
@@ -182,19 +182,19 @@ class CheckpointFolder:
         Raises:
           UserError: saves were completed, and none of them is intact.
         """
-        refuse = bool(self._ledger()) or (
+        had_saves = bool(self._ledger()) or (
             os.path.lexists(self._ledger_path) and self._ledger() is None
         )
         for step in reversed(self.complete_steps()):
-            damage = self.find_damage(step, parts)
-            if damage is None:
+            defect = self.find_corruption(step, parts)
+            if defect is None:
                 return step
-            refuse = self.set_aside(step, damage) or refuse
-        if refuse:
+            had_saves = self.quarantine(step, defect) or had_saves
+        if had_saves:
             raise UserError(
-                f"no intact checkpoint is left in {self.path} (damaged ones are kept in "
-                f"{self.damaged_path}): not starting over by itself; put back an intact copy, use "
-                f"another --workdir, or delete {self.path} to start from the beginning"
+                f"no intact checkpoint is left in {self.path} (corrupted ones are in "
+                f"{self.damaged_path}): restore an intact copy, use another --workdir, or delete "
+                f"{self.path} to start from the beginning"
             )
         return None
 
@@ -211,7 +211,7 @@ class CheckpointFolder:
         """Whether `step` never became complete.
 
         Without a ledger nothing counts as unfinished: a false alarm is better than deleting a
-        damaged checkpoint.
+        corrupted checkpoint.
         """
         ledger = self._ledger()
         return (
@@ -220,8 +220,8 @@ class CheckpointFolder:
             and not manifest.has_manifest(self.step_path(step))
         )
 
-    def set_aside(self, step: int, damage: str) -> bool:
-        """Move a damaged checkpoint to `damaged_path`, with a warning that says `damage`.
+    def quarantine(self, step: int, defect: str) -> bool:
+        """Move a corrupted checkpoint to `damaged_path`, with a warning that says `defect`.
 
         Returns:
           False if it is gone: a run that is training here has just pruned it.
@@ -241,12 +241,12 @@ class CheckpointFolder:
             os.rename(source, target)
         except OSError as error:
             raise UserError(
-                f"the checkpoint {source} is damaged: {damage}; it cannot be moved to {target} "
-                f"({error.strerror}): move it away, or allow writing there"
+                f"the checkpoint {source} is corrupted: {defect}; it cannot be moved to {target} "
+                f"({error.strerror}): move it, or allow writing there"
             ) from error
         logging.warning(
-            "checkpoint %s is damaged: %s; moved to %s, looking for another one",
-            *(source, damage, target),
+            "checkpoint %s is corrupted: %s; moved to %s, using an earlier one",
+            *(source, defect, target),
         )
         return True
 
@@ -276,10 +276,10 @@ _ADVICE = {
 }
 
 
-def refusal_of_disk(error: Exception) -> str | None:
-    """Return the error of the file system and what to do, or None if it is none.
+def disk_failure(error: Exception) -> str | None:
+    """Return a file-system error and what to do, or None if `error` is not one.
 
-    TensorStore gives it only in the text of a ValueError.
+    TensorStore reports it only in the text of a ValueError.
     """
     code = error.errno if isinstance(error, OSError) else None
     if code is None:

@@ -1,7 +1,7 @@
 """SHA-256 manifests: the exact content that a checkpoint folder must have.
 
 A manifest lists every file of a folder with its size and SHA-256, and ends in a line with the
-SHA-256 of the lines above it (`files.write_sealed`): damage to the manifest itself shows too.
+SHA-256 of the lines above it (`files.write_sealed`), which detects its own corruption.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ _LINE = re.compile(r"([0-9a-f]{64}) (\d{1,18}) (.+)")
 def write_manifest(folder: str) -> None:
     """Flush every file of `folder` to the disk, then add the manifest, atomically.
 
-    Until this returns, the folder counts as unfinished; from then on, it survives a power failure.
+    Until this returns, the folder is unfinished; from then on, it survives a power failure.
 
     Raises:
-      OSError: the disk is full or does not answer.
+      OSError: the disk is full or fails.
     """
     body = ""
     for name in _file_names(folder):
@@ -39,7 +39,7 @@ def has_manifest(folder: str) -> bool:
     return os.path.lexists(os.path.join(folder, MANIFEST_NAME))
 
 
-def find_damage(folder: str, parts: Collection[str] | None = None) -> str | None:
+def find_corruption(folder: str, parts: Collection[str] | None = None) -> str | None:
     """Compare `folder` with its manifest: the names and sizes of all files, and every byte.
 
     With `parts`, only the bytes of files in these folders directly below `folder`.
@@ -54,15 +54,15 @@ def find_damage(folder: str, parts: Collection[str] | None = None) -> str | None
         return f"{MANIFEST_NAME} was changed"
     expected = _parse(body)
     if expected is None:
-        return f"{MANIFEST_NAME} is no manifest"
+        return f"{MANIFEST_NAME} is not a manifest"
     found = set(_file_names(folder))
     for name in sorted(expected.keys() ^ found):
         return f"{name} is missing" if name in expected else f"{name} does not belong there"
     for name, wanted in expected.items():
         is_read = parts is None or name.split(os.sep)[0] in parts
-        damage = _damage_of_file(os.path.join(folder, name), *wanted, is_read=is_read)
-        if damage is not None:
-            return f"{name} {damage}"
+        defect = _file_corruption(os.path.join(folder, name), *wanted, is_read=is_read)
+        if defect is not None:
+            return f"{name} {defect}"
     return None
 
 
@@ -78,7 +78,7 @@ def _parse(body: str) -> dict[str, tuple[int, str]] | None:
     return expected
 
 
-def _damage_of_file(path: str, size: int, digest: str, *, is_read: bool) -> str | None:
+def _file_corruption(path: str, size: int, digest: str, *, is_read: bool) -> str | None:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):

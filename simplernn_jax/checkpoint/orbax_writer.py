@@ -1,4 +1,4 @@
-"""Orbax's writer of checkpoint folders, without the noise that it makes about a failed save."""
+"""Orbax's writer of checkpoint folders, without its repeated logs about a failed save."""
 
 import logging
 import sys
@@ -9,29 +9,29 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
-_PEERS_SECONDS = 24 * 3600
+_PEER_TIMEOUT_SECONDS = 24 * 3600
 """Limit on waiting for other processes; a failed one ends all of them long before."""
 
-_ALONE_SECONDS = 100 * 365 * 24 * 3600
-"""One process waits for nobody, and Orbax measures by a clock that may be set meanwhile."""
+_SINGLE_PROCESS_TIMEOUT_SECONDS = 100 * 365 * 24 * 3600
+"""One process waits for no peer, and Orbax measures by a clock that may be set meanwhile."""
 
 
 def make_writer() -> ocp.AsyncCheckpointer:
     """Return Orbax's writer of checkpoint folders.
 
-    By default the processes of a run wait for each other in computations on the devices, which get
-    in the way of training when they come from another thread.
+    By default the processes of a run wait for each other in computations on the devices, which
+    interfere with training when another thread starts them.
     """
-    drop_noise()
+    drop_repeated_logs()
     handler = ocp.CompositeCheckpointHandler()
     if jax.process_count() == 1:
-        options = ocp.options.AsyncOptions(timeout_secs=_ALONE_SECONDS)
+        options = ocp.options.AsyncOptions(timeout_secs=_SINGLE_PROCESS_TIMEOUT_SECONDS)
         return ocp.AsyncCheckpointer(handler, async_options=options)
     everybody = set(range(jax.process_count()))
     return ocp.AsyncCheckpointer(
         handler,
         async_options=ocp.options.AsyncOptions(
-            timeout_secs=_PEERS_SECONDS, barrier_sync_fn=_wait_unless_failing
+            timeout_secs=_PEER_TIMEOUT_SECONDS, barrier_sync_fn=_wait_unless_failing
         ),
         multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=everybody),
     )
@@ -45,25 +45,25 @@ def _wait_unless_failing(*, key: str, timeout_ms: int) -> None:
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
-def drop_noise() -> None:
+def drop_repeated_logs() -> None:
     """Drop all reports of a failed save but the exception that it raises.
 
-    Orbax logs the error, traceback and all, before it raises it. Then it closes its event loop:
-    of every other write that fails, asyncio says that nobody asked for its exception, and every
-    write that ends later finds the loop closed, which TensorStore's threads and the coroutines
-    report through `sys.unraisablehook`. Together hundreds of lines, up to the end of the process.
+    Orbax logs the error and its traceback before it raises it. Then it closes its event loop: for
+    every other failed write, asyncio logs an exception that was never retrieved, and every later
+    write finds the loop closed, which TensorStore's threads and the coroutines report through
+    `sys.unraisablehook`: hundreds of lines, up to the end of the process.
     """
-    absl_logging.get_absl_logger().addFilter(_is_no_repetition)
-    logging.getLogger("asyncio").addFilter(_is_asked_for)
+    absl_logging.get_absl_logger().addFilter(_is_not_repeated)
+    logging.getLogger("asyncio").addFilter(_is_not_orphaned)
     if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
         sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
 
 
-def _is_no_repetition(record: logging.LogRecord) -> bool:
+def _is_not_repeated(record: logging.LogRecord) -> bool:
     return record.levelno != logging.ERROR or "/orbax/checkpoint/" not in record.pathname
 
 
-def _is_asked_for(record: logging.LogRecord) -> bool:
+def _is_not_orphaned(record: logging.LogRecord) -> bool:
     text = record.getMessage()
     return "exception was never retrieved" not in text or "/orbax/checkpoint/" not in text
 

@@ -1,4 +1,4 @@
-"""Read-back verification: a checkpoint counts only if it holds what was to be saved."""
+"""Read-back verification: a checkpoint is complete only if it holds what was to be saved."""
 
 import dataclasses
 import zlib
@@ -43,7 +43,7 @@ def check_saved(path: str, expected: Mapping[str, Fingerprint]) -> None:
         if name not in found:
             raise ValueError(f"{name} is missing")
         if (tuple(found[name].shape), np.dtype(found[name].dtype)) != (array.shape, array.dtype):
-            raise ValueError(f"{name} has another shape or dtype")
+            raise ValueError(f"{name} has a different shape or dtype")
     for names in _groups(expected):
         arrays = read_arrays(path, names)
         for name in names:
@@ -67,7 +67,7 @@ def _crc32(array: np.ndarray) -> int:
 
 
 def _groups(expected: Mapping[str, Fingerprint]) -> Iterator[list[str]]:
-    """Divide the names of the arrays into groups that are read together."""
+    """Split the names of the arrays into groups that are read together."""
     group: list[str] = []
     size = 0
     for name, array in expected.items():

@@ -1,4 +1,10 @@
-"""Gradient accumulation and truncated backpropagation: a batch in parts, in one program."""
+"""Gradient accumulation and truncated BPTT: a batch in parts, in one program.
+
+A part's loss function maps ``(params, batch, carried, dropout_key, predictions)`` to ``(loss,
+carried)``; a gradient function maps them to ``(loss, gradient, carried)``. `carried` is the
+recurrent state before the part, or () for none, reset where `batch.reset`. The loss is a sum
+divided by `predictions`, so that the losses of all parts add up to a mean.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,44 +19,34 @@ from simplernn_jax.data.batches import Batch
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.collectives import vary_like
 
-Inputs = tuple[nnx.State, Batch, ModelState, jax.Array, jax.Array]
-"""``params, batch, carried, dropout_key, predictions`` for a part of a batch.
-
-`carried` is the state before it, or () for none, reset where `batch.reset`. The loss of a part is a
-sum divided by `predictions`, so that the losses of all parts add up to a mean.
-"""
-
-LossOf = Callable[..., tuple[jax.Array, ModelState]]
-"""Function of `Inputs` that returns loss and carried state."""
-
-GradientOf = Callable[..., tuple[jax.Array, nnx.State, ModelState]]
-"""Function of `Inputs` that returns loss, gradient and carried state."""
+LossFn = Callable[..., tuple[jax.Array, ModelState]]
+GradFn = Callable[..., tuple[jax.Array, nnx.State, ModelState]]
 
 
-def with_gradient(loss_of: LossOf) -> GradientOf:
-    """Add the gradient; the carried state is a constant."""
+def with_gradient(loss_fn: LossFn) -> GradFn:
+    """Return the gradient function of `loss_fn`, with `stop_gradient` on the carried state."""
 
-    def gradient_of(params: nnx.State, batch: Batch, carried: ModelState, *rest: Any) -> Any:
+    def grad_fn(params: nnx.State, batch: Batch, carried: ModelState, *rest: Any) -> Any:
         carried = jax.lax.stop_gradient(carried)
-        of_loss = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, carried), gradient = of_loss(params, batch, carried, *rest)
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, carried), gradient = value_and_grad(params, batch, carried, *rest)
         return loss, gradient, carried
 
-    return gradient_of
+    return grad_fn
 
 
-def accumulated(gradient_of: GradientOf, groups: int) -> GradientOf:
-    """Accumulate the gradient over `groups` of sequences of equal number."""
+def accumulated(grad_fn: GradFn, groups: int) -> GradFn:
+    """Accumulate the gradient over `groups` microbatches; `groups` divides the batch size."""
     if groups == 1:
-        return gradient_of
+        return grad_fn
 
-    def gradient_of_all(
+    def accumulated_grad_fn(
         params: nnx.State, batch: Batch, carried: ModelState, key: jax.Array, predictions: jax.Array
     ) -> tuple[jax.Array, nnx.State, ModelState]:
         def add(sums: Any, group: Any) -> tuple[Any, ModelState]:
-            index, rows, carried = group
-            own_key = jax.random.fold_in(key, index)
-            *part, carried = gradient_of(params, rows, carried, own_key, predictions)
+            index, sequences, carried = group
+            group_key = jax.random.fold_in(key, index)
+            *part, carried = grad_fn(params, sequences, carried, group_key, predictions)
             return jax.tree.map(jnp.add, sums, tuple(part)), carried
 
         by_group = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (batch, carried))
@@ -58,59 +54,59 @@ def accumulated(gradient_of: GradientOf, groups: int) -> GradientOf:
         sums, carried = jax.lax.scan(add, sums, (jnp.arange(groups), *by_group))
         return *sums, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carried)
 
-    return gradient_of_all
+    return accumulated_grad_fn
 
 
 def windows_of(batch: Batch, window: int) -> Batch:
-    """Split a batch ``[B, T]`` into backward windows ``[B, T / window, window]``.
+    """Split a batch ``[B, T]`` into BPTT windows ``[B, T / window, window]``; `window` divides T.
 
-    `window` divides T. `reset` becomes ``[B, T / window]``: True where a window begins a segment.
+    `reset` becomes ``[B, T / window]``: True where a window's first token starts a segment.
     """
     arrays: Any = batch
     begins = segment_starts(arrays.segment_ids)[:, ::window].at[:, 0].set(arrays.reset)
     return Batch._make([*(x.reshape(x.shape[0], -1, window) for x in arrays[:4]), begins])
 
 
-def truncated(loss_of: LossOf) -> GradientOf:
-    """Truncated backpropagation through time over the windows of `windows_of`.
+def truncated(loss_fn: LossFn) -> GradFn:
+    """Return the gradient function of truncated BPTT over the windows of `windows_of`.
 
-    Each window starts from the final state of the one before, as a constant (Williams and Peng
-    1990): the loss is that of the whole sequences, the gradient the sum of the windows' own, the
-    memory that of one window.
+    Each window starts from the final state of the previous one, as a constant (Williams and Peng
+    1990). The loss covers the whole sequence; the gradient is the sum of per-window gradients; peak
+    memory is that of one window.
     """
-    gradient_of = with_gradient(loss_of)
+    grad_fn = with_gradient(loss_fn)
 
-    def gradient_of_all(params: nnx.State, batch: Batch, carried: ModelState, *rest: Any) -> Any:
+    def truncated_grad_fn(params: nnx.State, batch: Batch, carried: ModelState, *rest: Any) -> Any:
         def add(sums: Any, carried: ModelState, *part: Any) -> Any:
-            *new, carried = gradient_of(params, part[0], carried, *part[1:])
+            *new, carried = grad_fn(params, part[0], carried, *part[1:])
             return jax.tree.map(jnp.add, sums, tuple(new)), carried
 
-        after = partial(jax.eval_shape, loss_of, params)
+        after = partial(jax.eval_shape, loss_fn, params)
         sums = _zero_loss(batch), _zeros_like(params)
         (loss, gradient), carried = _scan_windows(add, sums, after, batch, carried, *rest)
         return loss, gradient, carried
 
-    return gradient_of_all
+    return truncated_grad_fn
 
 
-def rematerialized_windows(loss_of: LossOf) -> LossOf:
-    """Exact gradient through all windows of `windows_of`, with the memory of one.
+def rematerialized_windows(loss_fn: LossFn) -> LossFn:
+    """Return the loss over all windows of `windows_of`, whose gradient needs the memory of one.
 
     The forward pass saves the state before each window; the backward pass recomputes one window at
     a time, which costs one more forward pass.
     """
 
-    def gradient_of_all(params: nnx.State, batch: Batch, carried: ModelState, *rest: Any) -> Any:
-        remat_loss = jax.checkpoint(loss_of, prevent_cse=False)  # not needed inside a scan
+    def windows_loss_fn(params: nnx.State, batch: Batch, carried: ModelState, *rest: Any) -> Any:
+        remat_loss = jax.checkpoint(loss_fn, prevent_cse=False)  # not needed inside a scan
 
         def add(total: jax.Array, carried: ModelState, *part: Any) -> Any:
             loss, carried = remat_loss(params, part[0], carried, *part[1:])
             return total + loss, carried
 
-        after = partial(jax.eval_shape, loss_of, params)
+        after = partial(jax.eval_shape, loss_fn, params)
         return _scan_windows(add, _zero_loss(batch), after, batch, carried, *rest)
 
-    return gradient_of_all
+    return windows_loss_fn
 
 
 def _scan_windows(

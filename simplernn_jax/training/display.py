@@ -19,24 +19,25 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Display:
-    """Interface of a display, and one that shows nothing: only process 0 prints."""
+    """Base class, and the null display of processes that are not the coordinator."""
 
     def update(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
         """Show progress; 0 tokens per second if the speed is not known yet."""
 
-    def say(self, text: str) -> None:
-        """Print a line that stays."""
+    def print_line(self, text: str) -> None:
+        """Print a line above the progress bar."""
 
 
 @contextmanager
 def open_display(first_step: int, total_steps: int) -> Iterator[Display]:
-    """Show a rich progress bar if stdout is a terminal that can draw one, otherwise lines at most
-    every 5 seconds."""
+    """Show a progress bar if stdout is a terminal that supports it, else a line every 5 seconds."""
     if not is_coordinator():
         yield Display()
         return
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # samples may hold characters that the terminal cannot show
     if not _can_draw(sys.stdout):
         yield _Lines(total_steps)
         return
@@ -58,7 +59,7 @@ def open_display(first_step: int, total_steps: int) -> Iterator[Display]:
 
 
 def format_duration(seconds: float) -> str:
-    """``1:05`` or ``2:03:04``."""
+    """Return ``1:05`` or ``2:03:04``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -88,7 +89,7 @@ class _Bar(Display):
             left=format_duration(seconds_left) if tokens_per_second else "-",
         )
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         self._progress.console.print(text, markup=False, highlight=False)
 
 
@@ -109,7 +110,7 @@ class _Lines(Display):
         self._losses = []
         if tokens_per_second:
             line += f"  {tokens_per_second:,.0f} tokens/s  {format_duration(seconds_left)} left"
-        self.say(line)
+        self.print_line(line)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         print(text, flush=True)

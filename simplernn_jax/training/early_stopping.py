@@ -8,16 +8,16 @@ from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.errors import counted
 from simplernn_jax.training.evaluate import Evaluation
 
-NOTABLE = 0.01
-"""Share of the best loss by which a later one must be higher before advice is given."""
+OVERFITTING_MARGIN = 0.01
+"""Relative increase over the best loss that triggers the overfitting hint."""
 
 
 @dataclasses.dataclass
 class ValidationHistory:
     """The best and the last evaluation during training.
 
-    Saved with every checkpoint, so that a resumed run stops where one without a break would have.
-    All scored the same tokens: a change of ``eval_tokens`` starts a new history.
+    Saved with every checkpoint, so that a resumed run stops at the same step as an uninterrupted
+    run. All scored the same tokens: a change of ``eval_tokens`` starts a new history.
     """
 
     predictions: int = 0
@@ -41,8 +41,8 @@ class ValidationHistory:
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_step, self.best_loss, self.since_best = step, loss, 0
 
-    def is_exhausted(self, patience: int) -> bool:
-        """Whether the last `patience` evaluations were not better than the best; 0 is never."""
+    def should_stop(self, patience: int) -> bool:
+        """Whether the last `patience` evaluations were not better than the best; 0 disables it."""
         return 0 < patience <= self.since_best
 
     def reason(self) -> str:
@@ -65,7 +65,7 @@ class ValidationHistory:
           workdir: folder of the run, which may hold a checkpoint of the best step.
           stopped_early: the run did not take all of its steps.
         """
-        lines = {"ended": self.reason()} if stopped_early else {}
+        lines = {"early stopping": self.reason()} if stopped_early else {}
         last_step, last_loss = self.last_step, self.last_loss
         if final is not None and final.predictions == self.predictions:
             last_step, last_loss = step, final.nats_per_token
@@ -76,12 +76,12 @@ class ValidationHistory:
         higher = math.inf if last_loss is None else last_loss - self.best_loss
         best = f"{self.best_loss:.4f} nats/token at step {self.best_step}"
         lines["best validation"] = f"{best}, {higher:.4f} lower than at step {last_step}"
-        if higher < NOTABLE * self.best_loss:
+        if higher < OVERFITTING_MARGIN * self.best_loss:
             return lines
         if os.path.isdir(CheckpointFolder(workdir).step_path(self.best_step or 0)):
-            kept = "--checkpoint best picks the model of that step"
+            hint = "--checkpoint best loads the model of that step"
         else:
-            kept = "no checkpoint of that step is kept (let save_every and eval_every coincide)"
+            hint = "no checkpoint of that step is kept (make save_every a multiple of eval_every)"
         advice = "train on more text, with --config.model.dropout, or for fewer steps"
-        lines["overfitting"] = f"{kept}; {advice}"
+        lines["overfitting"] = f"{hint}; {advice}"
         return lines

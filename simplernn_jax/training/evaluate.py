@@ -33,7 +33,7 @@ from simplernn_jax.training.losses import cross_entropy
 from simplernn_jax.training.placement import batch_specs
 
 BATCH_TOKENS = 8192
-"""Tokens scored in one call: enough for full speed, little memory."""
+"""Tokens scored in one call: large enough to saturate a CPU."""
 
 MAX_BATCH_SIZE = 32
 
@@ -47,6 +47,7 @@ class Evaluation:
     """Per UTF-8 byte of the text, end-of-document tokens included in the numerator. When only a
     part of the split is scored, the split's own ratio of tokens to bytes is used."""
     predictions: int
+    """Number of targets scored."""
 
     @property
     def perplexity(self) -> float:
@@ -69,24 +70,24 @@ class Scores(NamedTuple):
 
     batch: Batch
     nats: jax.Array
-    """float32 [B, T]: -log p of every prediction; 0 where there is none."""
+    """float32 [B, T]: negative log-likelihood of every target; 0 where there is none."""
     total: jax.Array
-    """Sum of `nats`."""
+    """Sum of `nats`, float32."""
 
 
 class Evaluator:
     """Scores splits with one model structure; compiles once per batch shape.
 
-    On a mesh, batches and parameters are sharded as in training.
+    `pad_id` is the tokenizer's. On a mesh, batches and parameters are sharded as in training.
     """
 
     def __init__(self, config: Config, pad_id: int, mesh: Mesh | None = None):
-        def make() -> LanguageModel:
+        def create_model() -> LanguageModel:
             if is_distributed(mesh):
                 return make_model(config, nnx.Rngs(0))
             return LanguageModel(config.model, rngs=nnx.Rngs(0))
 
-        abstract = nnx.eval_shape(make)
+        abstract = nnx.eval_shape(create_model)
         graph, abstract_params = nnx.split(abstract, nnx.Param)
         self._pad_id = pad_id
 
@@ -99,13 +100,14 @@ class Evaluator:
                 reset_state(carried, batch.reset),
                 shard_segment_ids(jnp.asarray(batch.segment_ids)),
             )
-            nats = cross_entropy(logits, batch.targets, batch.loss_mask)
-            return nats, psum(jnp.sum(nats), *TOKEN_AXES), carried
+            nll = cross_entropy(logits, batch.targets, batch.loss_mask)
+            return nll, psum(jnp.sum(nll), *TOKEN_AXES), carried
 
-        def abstract_state(rows: int) -> ModelState:
-            return jax.eval_shape(lambda: make().initial_state(rows))
+        def abstract_state(batch_size: int) -> ModelState:
+            return jax.eval_shape(lambda: create_model().initial_state(batch_size))
 
-        self._divisible_by = (1, 1)
+        self._shard_multiple = (1, 1)
+        """Numbers that divide the batch size and the length of a batch."""
         self._batch_shardings, self._state_shardings = None, None
         shardings: dict[str, Any] = {}
         if is_distributed(mesh):
@@ -118,8 +120,8 @@ class Evaluator:
             shardings["out_shardings"] = named_shardings(outputs, mesh)
             _, self._batch_shardings, self._state_shardings = shardings["in_shardings"]
             sequence, stages = mesh.shape["sequence"], mesh.shape["stage"]
-            rows = math.prod(mesh.shape[name] for name in BATCH_AXES)
-            self._divisible_by = rows, sequence * MIN_SHARD_TOKENS if sequence > 1 else stages
+            shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
+            self._shard_multiple = shards, sequence * MIN_SHARD_TOKENS if sequence > 1 else stages
         self._score: Callable[..., tuple[jax.Array, jax.Array, ModelState]] = jax.jit(
             score, **shardings
         )
@@ -140,17 +142,17 @@ class Evaluator:
         reset_every: int = 0,
         windows: Contexts | None = None,
     ) -> Iterator[Scores]:
-        """Score every prediction of the split once, or `limit_tokens` of them, always the same.
+        """Score every target of the split once, or a deterministic subset of `limit_tokens`.
 
         Args:
           params: the model's parameters.
           split: the text to score.
-          limit_tokens: 0 scores all of it.
+          limit_tokens: 0 scores the whole split.
           reset_every: above 0, the state is reset every N tokens of a document.
-          windows: if given, documents are read in these contexts, each from a zero state.
+          windows: if given, documents are scored in overlapping contexts, each from a zero state.
 
         Raises:
-          UserError: the split holds nothing to predict, or the contexts would leave tokens out.
+          UserError: the split holds nothing to predict, or contexts do not cover every token.
         """
         if windows is None:
             batches, _ = evaluation_batches(
@@ -160,11 +162,11 @@ class Evaluator:
                 self._pad_id,
                 limit_tokens,
                 reset_every,
-                self._divisible_by,
+                self._shard_multiple,
             )
         else:
             batches, _ = context_batches(
-                split, windows, BATCH_TOKENS, self._pad_id, limit_tokens, self._divisible_by
+                split, windows, BATCH_TOKENS, self._pad_id, limit_tokens, self._shard_multiple
             )
         carried = None
         for batch in batches:
@@ -197,7 +199,7 @@ class Evaluator:
             predictions += int(np.sum(scores.batch.loss_mask))
         if newest is not None:
             nats.append(float(newest))
-        # Summed in float64 on the host, so that the size of the batches does not matter.
+        # Summed in float64 on the host, so that results do not depend on batch size.
         nats_per_token = float(np.sum(np.asarray(nats, np.float64))) / predictions
         tokens_per_byte = split.num_predictions / max(split.num_bytes, 1)
         return Evaluation(

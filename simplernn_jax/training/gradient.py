@@ -23,9 +23,9 @@ from simplernn_jax.training.accumulation import (
     truncated,
     with_gradient,
 )
-from simplernn_jax.training.losses import cross_entropy_of_hidden
+from simplernn_jax.training.losses import chunked_cross_entropy
 
-GradientOf = Callable[
+BatchGradFn = Callable[
     [nnx.State, Batch, ModelState, jax.Array, jax.Array],
     tuple[jax.Array, jax.Array, nnx.State, ModelState],
 ]
@@ -34,10 +34,10 @@ GradientOf = Callable[
 def make_model(
     config: Config, rngs: nnx.Rngs, recurrence: Recurrence = gated_linear_recurrence
 ) -> LanguageModel:
-    """The model as it is trained: with ``train.remat``, and its layers stacked if there are stages.
+    """Create the model for training: rematerialized, and stacked if there are pipeline stages.
 
     Raises:
-      UserError: there are stages, and the layers are not alike.
+      UserError: there are stages, and the layers differ.
     """
     return LanguageModel(
         config.model,
@@ -49,17 +49,18 @@ def make_model(
 
 
 def abstract_model(config: Config) -> tuple[nnx.GraphDef[LanguageModel], nnx.State]:
-    """Structure and parameter shapes of the model, without computing anything."""
+    """Return graphdef and abstract parameters of the model."""
     model = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
     return nnx.split(model, nnx.Param)
 
 
-def make_gradient(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> GradientOf:
-    """``(params, batch, carried, rng, step) -> (loss, predictions, gradient, carried)``.
+def make_gradient(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> BatchGradFn:
+    """Build the loss and gradient function of a batch.
 
-    With ``train.backward_window``, the batch is split by `windows_of`. The loss is the mean over
-    all predictions of the batch, in nats. Inside `jax.shard_map`, arguments and results are this
-    device's shards, but loss and predictions are those of the whole batch.
+    It maps ``(params, batch, carried, rng, step)`` to ``(loss, predictions, gradient, carried)``;
+    `rng` is raw uint32 key data, `step` int32. With ``train.backward_window``, the batch is split
+    by `windows_of`. The loss is the mean over all predictions, in nats. Inside `jax.shard_map`,
+    arguments and results are this device's shards, but loss and predictions are global.
     """
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), recurrence)))
     dropout = config.model.dropout > 0
@@ -74,36 +75,36 @@ def make_gradient(config: Config, recurrence: Recurrence = gated_linear_recurren
             shard_segment_ids(jnp.asarray(batch.segment_ids)),
             dropout_key=key if dropout else None,
         )
-        nats = cross_entropy_of_hidden(model.logits, hidden, batch.targets, batch.loss_mask)
-        return nats / predictions, carried
+        nll = chunked_cross_entropy(model.logits, hidden, batch.targets, batch.loss_mask)
+        return nll / predictions, carried
 
     if not config.train.backward_window:
-        of_group = with_gradient(summed_loss)
+        group_grad_fn = with_gradient(summed_loss)
     elif config.train.backward == "truncated":
-        of_group = truncated(summed_loss)
+        group_grad_fn = truncated(summed_loss)
     else:
-        of_group = with_gradient(rematerialized_windows(summed_loss))
-    of_all = accumulated(of_group, config.train.gradient_accumulation)
+        group_grad_fn = with_gradient(rematerialized_windows(summed_loss))
+    sum_grad_fn = accumulated(group_grad_fn, config.train.gradient_accumulation)
 
-    def gradient_of(
+    def batch_grad_fn(
         params: nnx.State, batch: Any, carried: ModelState, rng: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, jax.Array, nnx.State, ModelState]:
         predictions = psum(jnp.sum(batch.loss_mask), *TOKEN_AXES)
-        key = _own_key(jax.random.fold_in(jax.random.wrap_key_data(rng), step))
-        # Typed as varying, so that their gradients are summed over devices once, after all groups.
-        own = jax.tree.map(lambda param: vary_like(param, *batch), params)
-        loss, gradient, ended = of_all(own, batch, carried, key, jnp.maximum(predictions, 1))
-        carried = ended if carried else ()
+        key = _fold_in_device(jax.random.fold_in(jax.random.wrap_key_data(rng), step))
+        # Cast to varying, so that their gradients are summed over devices once, after all groups.
+        local = jax.tree.map(lambda param: vary_like(param, *batch), params)
+        loss, gradient, final = sum_grad_fn(local, batch, carried, key, jnp.maximum(predictions, 1))
+        carried = final if carried else ()
         return psum(loss, *TOKEN_AXES), predictions, _sum_over_replicas(gradient, params), carried
 
-    return gradient_of
+    return batch_grad_fn
 
 
-def _own_key(key: jax.Array) -> jax.Array:
-    """A different key on each device that sees different tokens."""
+def _fold_in_device(key: jax.Array) -> jax.Array:
+    """Derive a dropout key for each device that sees different tokens."""
     for name in TOKEN_AXES:
-        if not isinstance(place := axis_index(name), int):
-            key = jax.random.fold_in(key, place)
+        if not isinstance(index := axis_index(name), int):
+            key = jax.random.fold_in(key, index)
     return key
 
 

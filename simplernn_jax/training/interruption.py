@@ -17,7 +17,7 @@ StopSignal = Callable[[int], str | None]
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[StopSignal]:
-    """Turn the first signal into a request; a second one acts as it did before.
+    """Turn the first signal into a request; a second signal goes to the previous handler.
 
     In a distributed run, JAX's preemption service handles SIGTERM, and all processes agree on the
     step at which a signal to any of them ends the run.

@@ -1,8 +1,8 @@
 """The training loop, from a configuration to the last checkpoint.
 
-The order of a step is load-bearing: dispatch step t, take the next batch, read the metrics of
+The order inside a step matters: dispatch step t, take the next batch, read the metrics of
 step t - 1 while the device works; then, if due, evaluate, sample and save, all on the state
-after step t. A checkpoint holds exactly what the next step starts from.
+after step t. A checkpoint captures that state and the data position of step t + 1.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from simplernn_jax.training.interruption import StopSignal, deferred_signals
 from simplernn_jax.training.metrics import MetricsWriter
 from simplernn_jax.training.periodic_actions import PeriodicAction, Validation, sample
 from simplernn_jax.training.profiling import Profile
+from simplernn_jax.training.recompilation import RecompilationCounter
 from simplernn_jax.training.reporter import Reporter
 from simplernn_jax.training.run import Run
-from simplernn_jax.training.step_statistics import RecompilationCounter
 from simplernn_jax.training.train_step import StepMetrics, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """End of a run."""
+    """Outcome of a run."""
 
     step: int
     interrupted_by: str | None
@@ -48,12 +48,15 @@ def train(config: Config, workdir: str) -> Result:
     the current step and return. The run ends early if the validation loss stops improving and
     ``train.stop_after_worse`` is set.
 
-    Several processes (`distributed`) call this together; a signal to any stops them all in
-    the same step. Process 0 alone prints, writes samples and metrics.
+    Several processes (`distributed`) call this together; a signal to any process stops all of them
+    at the same step. Only process 0 prints, and writes samples and metrics.
+
+    Returns:
+      The last step, and the signal or the evaluation with which the run ended.
 
     Raises:
-      UserError: the data is unusable; the mesh does not fit; the checkpoint is of another model or
-        other data; too many consecutive losses were not finite; the disk is full.
+      UserError: the data is unusable; the mesh does not fit; the checkpoint has a different model
+        or data; too many consecutive losses were not finite; the disk is full.
     """
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(Run(config, workdir))
@@ -82,16 +85,16 @@ def _train(
         PeriodicAction(lambda: sample(run, reporter), train.sample_every),
         PeriodicAction(run.save, train.save_every),
     )
-    reporter.announce()
+    reporter.print_header()
     profile_steps = train.profile_steps if is_coordinator() else 0
-    profile = Profile(run.workdir, profile_steps, reporter.say, reporter.timer.paused)
+    profile = Profile(run.workdir, profile_steps, reporter.print_line, reporter.timer.paused)
     with train_step, profile:
-        _take_steps(run, train_step, reporter, stop_signal, actions, profile)
+        _run_steps(run, train_step, reporter, stop_signal, actions, profile)
         signal = stop_signal(run.step)
         if signal:  # before the profile is written: a preempted job has little time left
             run.save(wait=True)
     if signal:
-        reporter.say(
+        reporter.print_line(
             f"{signal}: saved at step {run.step} of {run.total_steps}; "
             "run the same command to resume"
         )
@@ -108,7 +111,7 @@ def _train(
     return Result(run.step, None, evaluation)
 
 
-def _take_steps(
+def _run_steps(
     run: Run,
     train_step: RecompilationCounter,
     reporter: Reporter,
@@ -128,22 +131,22 @@ def _take_steps(
         run.step += 1
         batch = run.next_batch()
         if pending is not None:
-            _read(run.step - 1, pending, run, reporter)
+            _record_step(run.step - 1, pending, run, reporter)
         pending = metrics
         due = [action for action in actions if action.is_due(run)]
         if due:
-            _read(run.step, metrics, run, reporter)
+            _record_step(run.step, metrics, run, reporter)
             pending = None
             with reporter.timer.paused():
                 for action in due:
-                    action.act()
+                    action.run()
     if pending is not None:
-        _read(run.step, pending, run, reporter)
+        _record_step(run.step, pending, run, reporter)
     reporter.timer.stop()
 
 
-def _read(step: int, metrics: StepMetrics, run: Run, reporter: Reporter) -> None:
-    """Wait for a step, count it and report it."""
+def _record_step(step: int, metrics: StepMetrics, run: Run, reporter: Reporter) -> None:
+    """Wait for the metrics of a step, add them to the totals and report them."""
     host: Any = StepMetrics(*(x.item() for x in jax.device_get(metrics)))
     reporter.timer.tick(host.predictions)
     run.totals.add(host.loss, host.predictions, skipped=host.consecutive_skips > 0)
@@ -161,8 +164,8 @@ def check_skips(step: int, consecutive: int, config: TrainConfig) -> None:
         return
     steps = "1 step" if consecutive == 1 else f"{consecutive} consecutive steps"
     raise UserError(
-        f"the loss or its gradient was not finite in {steps}, up to step {step} (batch {step - 1} "
-        f"of seed {config.seed}); the parameters of step {step - consecutive} are untouched: lower "
+        f"the loss or its gradient was not finite in {steps}, up to step {step} (batch {step - 1}, "
+        f"seed {config.seed}); parameters were last updated at step {step - consecutive}: lower "
         "--config.optimizer.learning_rate"
     )
 

@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""Plot of the loss curve of a run."""
 
 import io
 import math
@@ -13,33 +13,33 @@ from simplernn_jax.training.metrics import iterate_metrics
 
 FILE_NAME = "loss_curve.png"
 
-LONGEST_TITLE = 75
+MAX_TITLE_LENGTH = 75
 
 HEADROOM = 0.35
-"""Space above the losses after the beginning, as a share of their range."""
+"""Space above the losses after the beginning, as a fraction of their range."""
 
 MARGIN = 0.08
-"""Space below all losses, and above where none is higher, as a share of their range."""
+"""Space below all losses, and above if none is higher, as a fraction of their range."""
 
 BEGINNING = 0.1
-"""Share of the steps whose losses may be above the picture."""
+"""Fraction of initial steps whose losses may be clipped by the y-axis."""
 
 Series = tuple[list[int], list[float]]
 """Steps and losses; a loss that was not finite is NaN, a gap in the curve."""
 
 
-def plot_loss(workdir: str, model: str) -> str:
-    """Draw training and validation loss from ``metrics.jsonl``.
+def plot_loss(workdir: str, model: str) -> str | None:
+    """Plot training and validation loss from ``metrics.jsonl``.
 
     The loss axis ends where the loss is after the first steps, and the best validation loss is
     marked with its value.
 
     Args:
       workdir: folder of the run.
-      model: description of its model, for the title beside the name of `workdir`.
+      model: description of its model, for the title after the name of `workdir`.
 
     Returns:
-      The picture's path, or why there is none.
+      The plot's path; None, after a warning, if it cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ def plot_loss(workdir: str, model: str) -> str:
             steps.append(row["step"])
             losses.append(math.nan if row["loss"] is None else row["loss"])
     train, validation = curves["train"], curves["validation"]
-    # Large type stays readable at half the size, as in a list of files.
+    # Large type stays readable in a thumbnail.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -65,7 +65,7 @@ def plot_loss(workdir: str, model: str) -> str:
     if limits is not None:
         axes.set_ylim(limits)
     title = f"{os.path.basename(os.path.abspath(workdir))}: {model}"
-    axes.set_title(one_line(title, LONGEST_TITLE), fontsize=15, parse_math=False)
+    axes.set_title(one_line(title, MAX_TITLE_LENGTH), fontsize=15, parse_math=False)
     axes.set_xlabel("optimizer step", fontsize=15)
     axes.set_ylabel("loss (nats per token)", fontsize=15)
     axes.tick_params(labelsize=14)
@@ -81,15 +81,15 @@ def plot_loss(workdir: str, model: str) -> str:
     try:
         write_file(path, content.getvalue())
     except OSError as error:
-        logging.warning("%s: %s; the loss curve is not drawn", path, error.strerror or error)
-        return f"not drawn: {error.strerror or error}"
+        logging.warning("%s: %s; the loss curve is not plotted", path, error.strerror or error)
+        return None
     return path
 
 
 def _mark_best(axes: Any, validation: Series) -> None:
     step, loss = min(zip(*validation, strict=True), key=lambda pair: (math.isnan(pair[1]), pair[1]))
     if not math.isnan(loss):
-        # The value is in the legend: beside the point it would cover a curve.
+        # The value is in the legend: next to the point it would cover a curve.
         ring = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "color": "black"}
         axes.plot(step, loss, linestyle="none", label=f"best {loss:.3f} at step {step:,}", **ring)
 

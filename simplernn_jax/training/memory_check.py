@@ -12,18 +12,18 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.training.train_step import init_train_state, make_train_step
 
-ANALYZED_FROM = 0.25
-"""Share of the memory from which on the step is compiled: the estimate is a third of what XLA's
-analysis gives, and a program takes 10 s to compile."""
+ANALYSIS_THRESHOLD = 0.25
+"""Fraction of device memory above which the step is compiled and analyzed: the estimate is a third
+of XLA's analysis, and compilation takes 10 s."""
 
 
 def check_train_step(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> None:
     """Check that the train step fits in memory, before anything is allocated.
 
     Raises:
-      UserError: it does not; says how much it needs and how much there is.
+      UserError: it does not; says how much it needs and how much is available.
     """
-    if memory_estimate.check_training(config, mesh) < ANALYZED_FROM:
+    if memory_estimate.check_training(config, mesh) < ANALYSIS_THRESHOLD:
         return
     step: Any = make_train_step(config, optimizer, mesh)
     state = jax.eval_shape(lambda: init_train_state(config, optimizer))

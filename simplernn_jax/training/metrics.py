@@ -1,4 +1,4 @@
-"""Metrics of a run on disk: one JSON object a line, and TensorBoard events.
+"""Metrics of a run on disk: one JSON object per line, and TensorBoard events.
 
 Every row of ``metrics.jsonl`` has ``step``, ``kind`` and ``wall_time`` (Unix time in seconds), and:
 
@@ -32,12 +32,10 @@ from simplernn_jax.training.tensorboard import EventLog
 
 FILE_NAME = "metrics.jsonl"
 DAMAGED = ".damaged"
-"""Suffix of the file that gets the damaged lines of a log."""
+"""Suffix of the file that receives corrupted lines."""
 
-LONGEST_LINE = 1 << 24
-"""Bytes: 16 MiB."""
-
-MOST_DAMAGED_BYTES = 1 << 26
+MAX_LINE_BYTES = 1 << 24
+MAX_DAMAGED_BYTES = 1 << 26
 
 Row = dict[str, Any]
 
@@ -46,10 +44,11 @@ class MetricsWriter:
     """Appends to ``metrics.jsonl`` and to TensorBoard files under ``tensorboard``.
 
     A resumed run first drops rows of steps after its checkpoint, so that every step has one row.
-    A row that a finished run measures again is not written twice.
+    Re-evaluating a finished run does not duplicate rows.
 
-    Neither file ever stops a run: damaged lines go to ``metrics.jsonl.damaged``, anything that is
-    no readable file is renamed, and a failure to write is a warning.
+    Neither file ever stops a run, which `clu.metric_writers` does not guarantee: corrupted lines go
+    to ``metrics.jsonl.damaged``, an unreadable file is renamed to ``metrics.jsonl.unusable``, and a
+    failure to write is a warning.
     """
 
     def __init__(self, workdir: str, first_step: int):
@@ -64,32 +63,32 @@ class MetricsWriter:
         self._events = EventLog(workdir, first_step)
 
     def _keep_rows(self, path: str) -> bool:
-        """Drop later and damaged rows; False if the file cannot be written to."""
+        """Drop later and corrupted rows; False if the file cannot be written to."""
         if not os.path.lexists(path):
             return True
         try:
             file = open_file(path)
         except OSError as error:
             logging.warning("%s: %s; starting a new one", path, error.strerror or error)
-            return _move_aside(path)
-        number, damaged = 0, _AppendOnlyFile(path + DAMAGED, limit=MOST_DAMAGED_BYTES)
+            return _rename_unusable(path)
+        number, corrupted = 0, _AppendOnlyFile(path + DAMAGED, limit=MAX_DAMAGED_BYTES)
         try:
-            with file, replaced_file(path) as kept:
+            with file, replaced_file(path) as output:
                 for line, row in decode_lines(file):
                     if row is None:
                         number += 1
-                        damaged.write(line.rstrip(b"\n") + b"\n")
+                        corrupted.write(line.rstrip(b"\n") + b"\n")
                     elif row["step"] <= self._first_step:
                         self._note(row)
-                        kept.write(encode(row))
+                        output.write(encode(row))
         except OSError as error:
             reason = error.strerror or error
             logging.warning("%s: %s; the rows of this run are not written", path, reason)
             return False
         finally:
-            damaged.close()
+            corrupted.close()
         if number:
-            lines = counted(number, "damaged line")
+            lines = counted(number, "corrupted line")
             logging.warning("%s: %s moved to %s", path, lines, path + DAMAGED)
         return True
 
@@ -103,7 +102,7 @@ class MetricsWriter:
     def write(self, step: int, kind: str, **values: Any) -> None:
         """Write one row: numbers go to TensorBoard as scalars, text as text.
 
-        In the file, a number that is not finite is null: JSON has none such.
+        In the file, a number that is not finite is null: JSON cannot represent it.
         A row of this step and kind from an earlier run is kept instead.
         """
         if step == self._first_step and kind in self._known:
@@ -121,7 +120,7 @@ class MetricsWriter:
 
 
 def iterate_metrics(workdir: str) -> Iterator[Row]:
-    """Yield the rows of ``metrics.jsonl``, damaged ones left out; none if it is not readable."""
+    """Yield the rows of ``metrics.jsonl``, without corrupted ones; none if it is not readable."""
     path = os.path.join(workdir, FILE_NAME)
     try:
         with open_file(path) as file:
@@ -138,7 +137,7 @@ def read_metrics(workdir: str) -> list[Row]:
 
 
 def encode(row: Row) -> bytes:
-    """Return the line of a row; numbers that are not finite become null, as JSON has none."""
+    """Return the line of a row; numbers that are not finite, which JSON lacks, become null."""
     values = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in row.items()
@@ -147,16 +146,16 @@ def encode(row: Row) -> bytes:
 
 
 def decode_lines(file: BinaryIO) -> Iterator[tuple[bytes, Row | None]]:
-    """Yield each line that is not blank with its row, or None where it is damaged.
+    """Yield each nonblank line with its row, or None if it is corrupted.
 
-    At most one line is in memory; of one that is longer than `LONGEST_LINE`, the beginning.
+    At most one line is in memory; lines longer than `MAX_LINE_BYTES` are truncated.
     """
     checked = False
-    while line := file.readline(LONGEST_LINE):
+    while line := file.readline(MAX_LINE_BYTES):
         rest = line
-        while len(rest) == LONGEST_LINE and not rest.endswith(b"\n"):
-            rest = file.readline(LONGEST_LINE)
-        if len(line) < LONGEST_LINE and not line.strip():
+        while len(rest) == MAX_LINE_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE_BYTES)
+        if len(line) < MAX_LINE_BYTES and not line.strip():
             continue
         row = _decode(line)
         has_checksum = row is not None and row.pop("crc32", None) is not None
@@ -210,7 +209,7 @@ class _AppendOnlyFile:
         try:
             if self._descriptor is None:
                 check_output(self._path)
-                # Without O_NONBLOCK, a fifo that has just come there would block.
+                # Without O_NONBLOCK, opening a FIFO would block.
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
                 self._descriptor = os.open(self._path, flags, 0o666)
             size = os.fstat(self._descriptor).st_size
@@ -221,7 +220,7 @@ class _AppendOnlyFile:
                 rest = rest[os.write(self._descriptor, rest) :]
         except OSError as error:
             if not self._failed:
-                logging.warning("%s: %s; lines are lost", self._path, error.strerror or error)
+                logging.warning("%s: %s; rows are lost", self._path, error.strerror or error)
             self._failed = True
 
     def close(self) -> None:
@@ -231,8 +230,8 @@ class _AppendOnlyFile:
             self._descriptor = None
 
 
-def _move_aside(path: str) -> bool:
-    """Rename `path` to a free name beside it; a failure is a warning and False."""
+def _rename_unusable(path: str) -> bool:
+    """Rename `path` to a free name in its folder; a failure is a warning and False."""
     number, target = 1, f"{path}.unusable"
     while os.path.lexists(target):
         number += 1
@@ -240,7 +239,7 @@ def _move_aside(path: str) -> bool:
     try:
         os.rename(path, target)
     except OSError as error:
-        logging.warning("%s: cannot be moved away: %s", path, error.strerror or error)
+        logging.warning("%s: cannot be renamed: %s", path, error.strerror or error)
         return False
     logging.warning("%s: moved to %s", path, target)
     return True

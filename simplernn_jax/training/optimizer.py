@@ -17,7 +17,7 @@ MUON_MOMENTUM = 0.95
 """As published with Muon (github.com/KellerJordan/Muon)."""
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of x, x x^T x and (x x^T)^2 x; see `orthogonalized`."""
+"""Coefficients of x, x x^T x and (x x^T)^2 x; see `newton_schulz`."""
 
 MUON_RMS = 0.2
 """Root mean square of Muon's updates, near that of AdamW's, so that both use similar learning rates
@@ -25,7 +25,7 @@ MUON_RMS = 0.2
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Linear warmup to the peak, then cosine decay, by the number of updates taken.
+    """Return the schedule, linear warmup and cosine decay, by the number of applied updates.
 
     It starts at 1/warmup of the peak, not at 0, and would reach its final fraction one update after
     the last.
@@ -43,7 +43,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the parameters made with the metadata ``decay``: the matrices of dense layers."""
+    """Return a mask of parameters with the metadata ``decay``: matrices, an untied head too."""
 
     def is_decayed(param: Any) -> Any:
         decay = isinstance(param, nnx.Variable) and param.get_metadata("decay", False)
@@ -55,16 +55,17 @@ def decay_mask(params: Any) -> Any:
 def make_optimizer(
     config: OptimizerConfig, total_steps: int, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
-    """Make the optimizer of a run; ``adamw`` with weight_decay 0 is Adam.
+    """Return the optimizer of a run; ``adamw`` with weight_decay 0 is Adam.
 
-    On a mesh, Adam updates each device's shards; see `orthogonalized_shards` for Muon.
+    Muon updates the matrices of `decay_mask`, so also an untied head, for which its authors use
+    AdamW. On a mesh, Adam is elementwise on shards; see `orthogonalize_sharded` for Muon.
     """
     learning_rate = learning_rate_schedule(config, total_steps)
     betas = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
     if config.name == "muon":
         matrices = optax.chain(
             optax.trace(MUON_MOMENTUM, nesterov=True),
-            optax.stateless(lambda updates, _: orthogonalized_shards(updates, mesh)),
+            optax.stateless(lambda updates, _: orthogonalize_sharded(updates, mesh)),
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(learning_rate),
         )
@@ -83,13 +84,13 @@ def make_optimizer(
     return optax.chain(clip, optimizer)
 
 
-def orthogonalized_shards(matrices: Any, mesh: Mesh | None) -> Any:
-    """`orthogonalized` of each matrix of a tree, however they are sharded.
+def orthogonalize_sharded(matrices: Any, mesh: Mesh | None) -> Any:
+    """Apply `newton_schulz` to each matrix of a tree, ``[..., m, n]`` float32, with any sharding.
 
     On a mesh every device gathers the matrices, one after the other, and keeps its shard of each
     result; of stacked layers it gathers those of its stage alone.
     """
-    each = jnp.vectorize(orthogonalized, signature="(m,n)->(m,n)")
+    each = jnp.vectorize(newton_schulz, signature="(m,n)->(m,n)")
     leaves, tree = jax.tree.flatten(matrices)
     if not is_distributed(mesh):
         return jax.tree.unflatten(tree, map(each, leaves))
@@ -98,30 +99,30 @@ def orthogonalized_shards(matrices: Any, mesh: Mesh | None) -> Any:
     def run(*parts: jax.Array) -> tuple[jax.Array, ...]:
         results: list[jax.Array] = []
         for part, spec in zip(parts, specs, strict=True):
-            divided = [
+            sharded_axes = [
                 (axis, name) for axis, name in enumerate(spec) if name not in (None, "stage")
             ]
-            whole = part
-            for axis, name in divided:
-                whole = all_gather(whole, name, axis, after=results[-1] if results else part)
-            result = each(whole)
-            for axis, name in divided:
+            full = part
+            for axis, name in sharded_axes:
+                full = all_gather(full, name, axis, after=results[-1] if results else part)
+            result = each(full)
+            for axis, name in sharded_axes:
                 start = axis_index(name) * part.shape[axis]
                 result = jax.lax.dynamic_slice_in_dim(result, start, part.shape[axis], axis)
             results.append(result)
         return tuple(results)
 
-    spread = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs)
-    return jax.tree.unflatten(tree, spread(*leaves))
+    sharded_fn = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs)
+    return jax.tree.unflatten(tree, sharded_fn(*leaves))
 
 
-def orthogonalized(matrix: jax.Array) -> jax.Array:
-    """Approximate orthogonal polar factor of a matrix, ``[m, n]`` float32, scaled.
+def newton_schulz(matrix: jax.Array) -> jax.Array:
+    """Return the approximate orthogonal polar factor of a matrix, ``[m, n]`` float32, scaled.
 
-    Its singular values are within about 0.7 and 1.2 of one value, and its root mean square is about
-    `MUON_RMS`. Five steps of the Newton-Schulz iteration of
-    github.com/KellerJordan/Muon, as matmuls of two matrices: optax.contrib's, over a batch axis of
-    one, take two and a half times as long on a CPU.
+    Its singular values lie between about 0.7 and 1.2, times ``MUON_RMS sqrt(max(m, n))``: its root
+    mean square is about `MUON_RMS`. Five steps of the iteration of github.com/KellerJordan/Muon, as
+    matmuls of two matrices: optax.contrib's, over a batch axis of one, take two and a half times as
+    long on a CPU.
     """
     rows, columns = matrix.shape
     x = matrix.T if rows > columns else matrix

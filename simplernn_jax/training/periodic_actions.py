@@ -20,12 +20,12 @@ SAMPLE_TEMPERATURE = 0.8
 class PeriodicAction(NamedTuple):
     """An action on the state after every N-th step but the last."""
 
-    act: Callable[[], object]
+    run: Callable[[], object]
     every: int
-    """N; 0 is never."""
+    """Interval in steps; 0 disables it."""
 
     def is_due(self, run: Run) -> bool:
-        """Whether to act after the step that `run` has just taken."""
+        """Whether the action is due after the step that `run` has just taken."""
         return self.every > 0 and run.step % self.every == 0 and run.step < run.total_steps
 
 
@@ -68,7 +68,7 @@ class Validation:
 
 
 def sample(run: Run, reporter: Reporter) -> None:
-    """Continue the prompt of the configuration with the current model, on the coordinator."""
+    """Continue the configured prompt with the current model, on the coordinator."""
     params = local_copy(run.state.params)
     if is_coordinator():
         train = run.config.train
@@ -82,4 +82,4 @@ def sample(run: Run, reporter: Reporter) -> None:
             seed=train.seed,
         )
         reporter.sample(train.sample_prompt + text)
-    barrier("a sample is written")
+    barrier("sample")

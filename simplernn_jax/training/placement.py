@@ -11,10 +11,10 @@ from simplernn_jax.sharding.partition_specs import is_distributed, named_shardin
 
 
 def compiler_options(mesh: Mesh | None) -> dict[str, str]:
-    """Options that keep XLA from undoing rematerialization.
+    """Return options that keep XLA from undoing rematerialization.
 
     XLA of jax 0.10 removes the barriers of `jax.checkpoint` on CPUs before its last elimination of
-    common subexpressions, and would merge what is gathered or computed twice on purpose.
+    common subexpressions, and would merge intended re-gathers and recomputation.
     """
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     on_cpu = device.platform == "cpu"
@@ -22,24 +22,25 @@ def compiler_options(mesh: Mesh | None) -> dict[str, str]:
 
 
 def batch_specs(mesh: Mesh) -> Batch:
-    """Sequences are sharded over ``data`` and ``fsdp``, their tokens over ``sequence``.
+    """Return the `PartitionSpec` of each array of a batch.
 
-    Every stage sees all tokens, and takes the loss of its share: only what the loss needs is
-    sharded over ``stage``.
+    Sequences are sharded over ``data`` and ``fsdp``, their tokens over ``sequence``. Every stage
+    sees all tokens, and computes the loss of its time shard: only what the loss needs is sharded
+    over ``stage``.
     """
-    rows: Any = partition_spec(LogicalAxes("batch"), mesh)
+    sequences: Any = partition_spec(LogicalAxes("batch"), mesh)
     tokens: Any = partition_spec(LogicalAxes("batch", "time"), mesh)
-    of_loss: Any = drop_trivial_axes(PartitionSpec(BATCH_AXES, ("sequence", "stage")), mesh)
-    return Batch(tokens, of_loss, of_loss, tokens, reset=rows)
+    loss_tokens: Any = drop_trivial_axes(PartitionSpec(BATCH_AXES, ("sequence", "stage")), mesh)
+    return Batch(tokens, loss_tokens, loss_tokens, tokens, reset=sequences)
 
 
 def window_specs(mesh: Mesh) -> Batch:
-    """The same for the result of `windows_of`: the tokens of each window are sharded."""
+    """Return `batch_specs` for the output of `windows_of`: each window's tokens are sharded."""
     specs: Any = batch_specs(mesh)
-    of_tokens: Any = [PartitionSpec(spec[0], None, spec[1]) for spec in specs[:4]]
-    return Batch._make([*of_tokens, specs.reset])
+    token_specs: Any = [PartitionSpec(spec[0], None, spec[1]) for spec in specs[:4]]
+    return Batch._make([*token_specs, specs.reset])
 
 
 def batch_shardings(mesh: Mesh) -> Batch | None:
-    """Shardings of the arrays of a batch; None on one device."""
+    """Return the shardings of a batch's arrays; None on one device."""
     return named_shardings(batch_specs(mesh), mesh) if is_distributed(mesh) else None

@@ -1,4 +1,4 @@
-"""Checks before anything is compiled: data, sizes, and whether a run can be resumed."""
+"""Preparation of a run before anything is compiled: its data, and whether it can resume."""
 
 import dataclasses
 import math
@@ -15,14 +15,10 @@ from simplernn_jax.data.batches import steps_per_epoch
 from simplernn_jax.data.store_folder import DamagedStore
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
-from simplernn_jax.distributed import (
-    check_same,
-    is_coordinator,
-    run_on_coordinator_first,
-)
+from simplernn_jax.distributed import check_same, is_coordinator, run_on_coordinator_first
 from simplernn_jax.errors import UserError
 
-LONGEST_DEFAULT_PROMPT = 40
+MAX_DEFAULT_PROMPT = 40
 """Characters."""
 
 _TOKENS_SEARCHED = 4096
@@ -32,17 +28,19 @@ def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     """Return the configuration as checkpoints store it, and the tokenized corpus.
 
     The model's vocabulary is at least the tokenizer's, and ``cache_dir`` is absolute. Of several
-    processes, process 0 tokenizes first: the others find its tokens, or make the same ones where
+    processes, process 0 tokenizes first: the others find its tokens, or tokenize themselves if
     ``cache_dir`` is on a local disk.
 
     Raises:
-      UserError: the data is unusable, `workdir` holds a run of another model or other batches, or
+      UserError: the data is unusable, `workdir` holds a run with a different model or batches, or
         the processes differ in configuration or text.
     """
-    another = "another configuration than process 0: start all with the same command"
-    check_same(config_lib.to_json(config), another)
+    difference = "has a different configuration from process 0; start all with the same command"
+    check_same(config_lib.to_json(config), difference)
     config, corpus = run_on_coordinator_first(lambda: _prepare(config, workdir))
-    check_same(corpus.content_hash, "other text than process 0: give all the same")
+    check_same(
+        corpus.content_hash, "reads different text from process 0; use the same text for all"
+    )
     return config, corpus
 
 
@@ -62,7 +60,7 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=vocab_size),
-        # Absolute, so that the checkpoint's copy names the same folder wherever it is read.
+        # Absolute, so that the checkpoint's copy is independent of the current folder.
         data=dataclasses.replace(config.data, cache_dir=_absolute(config.data.cache_dir)),
         train=dataclasses.replace(config.train, sample_prompt=prompt),
     )
@@ -80,37 +78,36 @@ def tokens_folder(config: Config, workdir: str) -> str:
 def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") -> TokenizedCorpus:
     """Find the tokenized corpus that a run was trained on, by its content.
 
-    A checkpoint may be somebody else's: the paths in its configuration are never opened.
+    The checkpoint is untrusted: the paths in its configuration are never opened.
 
     Args:
       workdir: folder of a training run.
       cache_dir: folder of the tokens; empty: ``tokens`` under `workdir`.
-      source: text to tokenize again if the tokens are missing or damaged; empty: none.
+      source: text to re-tokenize if the tokens are missing or corrupted; empty: none.
 
     Raises:
       UserError: `workdir` has no intact checkpoint, or the tokens are missing and `source` is
-        empty, unusable or another text.
+        empty, unusable or different text.
     """
     config, tokenizer_json, step = read_config(workdir)
     path = CheckpointFolder(workdir).step_path(step)
     data_state = read_json(path, "data")
     wanted = data_state.get("content_hash") if isinstance(data_state, dict) else None
     if not isinstance(wanted, str):
-        raise UserError(f"{path}: does not say which text it was trained on; use another one")
+        raise UserError(f"{path}: has no content hash of its text; use another checkpoint")
     tokenizer = tokenizer_from_json(tokenizer_json)
     folder = _absolute(cache_dir) or os.path.join(workdir, "tokens")
-    lost = f"the tokens of this run are not in {folder}"
+    problem = f"tokenized text not found in {folder}"
     try:
         corpus = find_corpus(folder, wanted, tokenizer)
         if corpus is not None:
             return corpus
     except DamagedStore as error:
-        lost = f"the tokens of this run in {folder} are damaged ({error})"
+        problem = f"tokenized text in {folder} is corrupted ({error})"
     if not source:
-        was = f" (it was kept in {config.data.cache_dir})" if config.data.cache_dir else ""
+        original = f" (originally {config.data.cache_dir})" if config.data.cache_dir else ""
         raise UserError(
-            f"{lost}: name their folder with --cache_dir{was}, "
-            f"or the text with --source (it was {config.data.source})"
+            f"{problem}; pass --cache_dir{original} or --source (originally {config.data.source})"
         )
     data = dataclasses.replace(config.data, source=source)
     corpus = prepare_corpus(
@@ -119,7 +116,7 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
     if corpus.content_hash != wanted:
         raise UserError(
             f"--source={source}: not the text that the run in {workdir} was trained on "
-            f"({config.data.source}); give the same one"
+            f"({config.data.source}); use the same text"
         )
     return corpus
 
@@ -133,22 +130,22 @@ _SCHEDULE = (
 )
 """Fields that change the learning rate of later steps."""
 
-_PATHS = (("data", "cache_dir"),)
+_IGNORED_FIELDS = (("data", "cache_dir"),)
 """Fields without an effect on training."""
 
 
-def changed_fields(ours: Config, theirs: Config) -> list[str]:
-    """Return a line for each field of a resumed run (`ours`) that differs from its checkpoint."""
+def changed_fields(current: Config, saved: Config) -> list[str]:
+    """Return a line for each field of a resumed run that differs from its checkpoint."""
     lines = []
-    for section in dataclasses.fields(ours):
-        mine, saved = getattr(ours, section.name), getattr(theirs, section.name)
-        for field in dataclasses.fields(mine):
-            now, before = getattr(mine, field.name), getattr(saved, field.name)
-            place = (section.name, field.name)
-            if now == before or place in _PATHS:
+    for section in dataclasses.fields(current):
+        values, before = getattr(current, section.name), getattr(saved, section.name)
+        for field in dataclasses.fields(values):
+            new, old = getattr(values, field.name), getattr(before, field.name)
+            name = (section.name, field.name)
+            if new == old or name in _IGNORED_FIELDS:
                 continue
-            note = "; this rescales the learning rate schedule" if place in _SCHEDULE else ""
-            lines.append(f"--config.{'.'.join(place)}: changed from {before!r} to {now!r}{note}")
+            note = "; this rescales the learning rate schedule" if name in _SCHEDULE else ""
+            lines.append(f"--config.{'.'.join(name)}: changed from {old!r} to {new!r}{note}")
     return lines
 
 
@@ -162,8 +159,8 @@ def total_steps(config: Config, corpus: TokenizedCorpus) -> int:
     steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
     if steps >= 2**31:
         raise UserError(
-            f"--config.train.epochs={config.train.epochs} are {steps:,} steps; there can be fewer "
-            "than 2**31"
+            f"--config.train.epochs={config.train.epochs} gives {steps:,} steps; the maximum is "
+            "2**31 - 1"
         )
     return steps
 
@@ -175,7 +172,7 @@ def _absolute(folder: str) -> str:
 def _sample_prompt(config: TrainConfig, corpus: TokenizedCorpus) -> str:
     """Return the prompt, or a line of text if the tokenizer cannot encode the default one.
 
-    A prompt of the user's that it cannot encode is refused now, not at the first sample.
+    A user-supplied prompt is validated here, before training.
     """
     prompt = config.sample_prompt
     if not config.sample_every:
@@ -189,8 +186,8 @@ def _sample_prompt(config: TrainConfig, corpus: TokenizedCorpus) -> str:
         line = _first_line(split, corpus.tokenizer)
         if is_coordinator():
             logging.info(
-                "the tokenizer does not know the prompt %r: samples begin with %r, a line of the "
-                "%s text",
+                "the tokenizer cannot encode the default sample prompt %r; using %r from the %s "
+                "text",
                 *(prompt, line, "held-out" if corpus.validation else "training"),
             )
         return line
@@ -201,7 +198,7 @@ def _first_line(split: TokenSplit, tokenizer: Tokenizer) -> str:
     """Return the beginning of the first nonblank line; "" if the first tokens hold none."""
     text = tokenizer.decode(split.tokens[:_TOKENS_SEARCHED])
     lines = [line.strip() for line in text.splitlines()]
-    return next(filter(None, lines), "")[:LONGEST_DEFAULT_PROMPT]
+    return next(filter(None, lines), "")[:MAX_DEFAULT_PROMPT]
 
 
 def _saved_run(workdir: str) -> tuple[Config, str] | None:
@@ -215,28 +212,28 @@ def _saved_run(workdir: str) -> tuple[Config, str] | None:
     return None if step is None else read_texts(folder.step_path(step))
 
 
-def _check_same_optimizer(ours: Config, theirs: Config) -> None:
-    if ours.optimizer.name != theirs.optimizer.name:
+def _check_same_optimizer(current: Config, saved: Config) -> None:
+    if current.optimizer.name != saved.optimizer.name:
         raise UserError(
-            f"the checkpoint was trained with --config.optimizer.name={theirs.optimizer.name}, and "
-            f"{ours.optimizer.name} cannot resume from its state; use the same one, or another "
+            f"the checkpoint was trained with --config.optimizer.name={saved.optimizer.name}, and "
+            f"{current.optimizer.name} cannot resume from its state; use the same, or another "
             "--workdir"
         )
 
 
-def _check_same_batches(ours: Config, theirs: Config) -> None:
-    """Refuse other batches, for which the saved position in the data is meaningless.
+def _check_same_batches(current: Config, saved: Config) -> None:
+    """Check that the data settings match; otherwise the saved data position is invalid.
 
     The path of the text may differ: its content is compared instead.
     """
     data = dataclasses.replace(
-        ours.data, cache_dir=theirs.data.cache_dir, source=theirs.data.source
+        current.data, cache_dir=saved.data.cache_dir, source=saved.data.source
     )
-    fields = config_lib.differing_fields(data, theirs.data)
-    if ours.train.seed != theirs.train.seed:
-        fields.append(f"seed: {ours.train.seed} here, {theirs.train.seed} there")
+    fields = config_lib.differing_fields(data, saved.data)
+    if current.train.seed != saved.train.seed:
+        fields.append(f"seed is {current.train.seed}, checkpoint has {saved.train.seed}")
     if fields:
         raise UserError(
-            f"the checkpoint was trained on other batches: {'; '.join(fields)} (in the "
-            "checkpoint); use the same --config.data and seed values, or another --workdir"
+            f"the checkpoint has different data settings: {'; '.join(fields)}; use the same "
+            "--config.data and seed values, or another --workdir"
         )

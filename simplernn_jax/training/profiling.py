@@ -7,28 +7,28 @@ from typing import Any
 
 import jax
 
-FIRST = 2
+WARMUP_STEPS = 2
 """Steps of this process before the profile: the first compiles, the second warms up."""
 
 
 class Profile:
-    """Profile of `steps` steps, from the third one of this process on; 0 is none.
+    """Profile of `steps` steps, from the third one of this process on; 0 disables it.
 
-    The trace goes to ``tensorboard`` under `workdir`, beside the metrics. It is complete however
-    the run ends; a line says where it is, or that the run was too short for one.
-    `paused` makes a context manager in which starting and writing the trace take no training time.
+    The trace goes to ``tensorboard`` under `workdir`. It is complete however the run ends; a line
+    says where it is, or that the run was too short for one. `paused` returns a context manager
+    in which starting and writing the trace take no training time.
     """
 
     def __init__(
         self,
         workdir: str,
         steps: int,
-        say: Callable[[str], None],
+        print_line: Callable[[str], None],
         paused: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._folder = os.path.join(workdir, "tensorboard")
         self._steps = steps
-        self._say = say
+        self._print_line = print_line
         self._paused = paused
         self._recording = False
         self._taken = 0
@@ -39,12 +39,12 @@ class Profile:
     def __exit__(self, *_: object) -> None:
         if self._recording:
             self._stop()
-        elif self._steps > 0 and self._taken <= FIRST:
-            self._say("no profile: the run ended before its third step")
+        elif self._steps > 0 and self._taken <= WARMUP_STEPS:
+            self._print_line("no profile: the run ended before its third step")
 
     def step(self, number: int, state: Any) -> jax.profiler.StepTraceAnnotation:
         """Mark step `number`, which is taken from `state` inside the ``with`` block."""
-        if self._steps > 0 and self._taken in (FIRST, FIRST + self._steps):
+        if self._steps > 0 and self._taken in (WARMUP_STEPS, WARMUP_STEPS + self._steps):
             jax.block_until_ready(state)  # so that whole steps are recorded
             with self._paused():
                 if self._recording:
@@ -58,8 +58,8 @@ class Profile:
     def _stop(self) -> None:
         jax.profiler.stop_trace()
         self._recording = False
-        recorded = min(self._taken - FIRST, self._steps)
-        self._say(
-            f"profile of {recorded} steps: {self._folder}/plugins/profile; see it with "
+        recorded = min(self._taken - WARMUP_STEPS, self._steps)
+        self._print_line(
+            f"profile of {recorded} steps: {self._folder}/plugins/profile; view with "
             f"`tensorboard --logdir {self._folder}` (needs: pip install tensorboard xprof)"
         )

@@ -13,8 +13,9 @@ from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.loss_curve import plot_loss
 from simplernn_jax.training.metrics import MetricsWriter
 from simplernn_jax.training.optimizer import learning_rate_schedule
+from simplernn_jax.training.recompilation import RecompilationCounter
 from simplernn_jax.training.run import Run
-from simplernn_jax.training.step_statistics import RecompilationCounter, StepTimer
+from simplernn_jax.training.step_statistics import StepTimer
 
 
 class Reporter:
@@ -34,7 +35,7 @@ class Reporter:
         display: Display,
         train_step: RecompilationCounter,
     ) -> None:
-        self.say = display.say
+        self.print_line = display.print_line
         self.timer = StepTimer(0.0 if metrics is None else metrics.seconds)
         self._run = run
         self._metrics = metrics
@@ -44,27 +45,28 @@ class Reporter:
         self._learning_rate = learning_rate_schedule(config.optimizer, run.total_steps)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
         size = counted(parameters, "parameter")
-        self._model = f"{config.model.block} model of {config.model.mixer}, {size}"
+        names = config.model.mixer.replace("simple_rnn", "SimpleRNN")
+        self._model = f"{config.model.block} {names} model, {size}"
 
-    def announce(self) -> None:
+    def print_header(self) -> None:
         """Print model, devices, data and first step."""
         run, config, corpus = self._run, self._run.config, self._run.corpus
-        self.say(
+        self.print_line(
             f"{self._model}, {config.model.precision}, on {describe(run.mesh)}; {corpus.summary}"
         )
         if corpus.warning:
-            self.say(f"warning: {corpus.warning}")
+            self.print_line(f"warning: {corpus.warning}")
         if config.mesh.stage > 1:
             length = config.train.backward_window or config.data.sequence_length
-            self.say(describe_stages(length, config.mesh.stage))
+            self.print_line(describe_stages(length, config.mesh.stage))
         if run.first_step:
-            self.say(f"resuming {run.workdir} at step {run.first_step} of {run.total_steps}")
+            self.print_line(f"resuming {run.workdir} at step {run.first_step} of {run.total_steps}")
         for change in run.changes:
-            self.say(change)
+            self.print_line(change)
         if run.first_step >= run.total_steps:
-            self.say("all steps are done; raise --config.train.steps or epochs to train more")
+            self.print_line("all steps are done; raise --config.train.steps or epochs for more")
         elif run.stopped_early:
-            self.say(run.history.reason())
+            self.print_line(run.history.reason())
 
     def step(self, step: int, metrics: Any) -> None:
         """Report a step; `metrics` are `StepMetrics` of Python numbers."""
@@ -76,7 +78,7 @@ class Reporter:
             self._write(
                 step,
                 "train",
-                loss=totals.take_mean_loss(),
+                loss=totals.pop_mean_loss(),
                 gradient_norm=metrics.gradient_norm,
                 # A skipped update does not advance the counter of the schedule.
                 learning_rate=float(self._learning_rate(step - 1 - metrics.skipped_updates)),
@@ -87,7 +89,7 @@ class Reporter:
                 recompilations=self._train_step.recompilations,
             )
         if metrics.consecutive_skips:
-            self.say(f"step {step}: loss or gradient not finite, update skipped")
+            self.print_line(f"step {step}: loss or gradient not finite, update skipped")
 
     def validation(self, result: Evaluation) -> None:
         """Report an evaluation of the current state."""
@@ -101,12 +103,12 @@ class Reporter:
             tokens=self._run.totals.tokens,
             seconds=self.timer.total_seconds,
         )
-        self.say(f"step {step}: validation {result}")
+        self.print_line(f"step {step}: validation {result}")
 
     def sample(self, text: str) -> None:
         """Report a sample from the current state."""
         self._write(self._run.step, "sample", text=text)
-        self.say(f"step {self._run.step}: sample: {text}")
+        self.print_line(f"step {self._run.step}: sample: {text}")
 
     def summarize(self, evaluation: Evaluation | None, comparable: Evaluation | None) -> None:
         """Print the summary of a run that has ended, and draw its loss curve.
@@ -121,17 +123,17 @@ class Reporter:
             "steps": f"{run.step:,}",
             "training time": f"{format_duration(timer.seconds)}, of which {timer.first:.1f} s for "
             "the first step (compilation)",
-            "speed": f"{speed:,.0f} tokens/s" if speed else "not known from one step",
+            "speed": f"{speed:,.0f} tokens/s" if speed else "n/a (only one step)",
             "skipped updates": f"{int(run.state.skipped_updates)}",
             "recompilations": f"{self._train_step.recompilations}",
         }
         if evaluation is not None:
             lines["validation"] = str(evaluation)
         lines |= run.history.summary(run.step, comparable, workdir, stopped_early=run.stopped_early)
-        if is_coordinator():
-            lines["loss curve"] = plot_loss(workdir, self._model)
-        lines["sample from it"] = f"python scripts/sample.py --workdir {workdir} --prompt TEXT"
-        self.say("done\n" + align(lines))
+        if is_coordinator() and (path := plot_loss(workdir, self._model)):
+            lines["loss curve"] = path
+        lines["sample with"] = f"python scripts/sample.py --workdir {workdir} --prompt TEXT"
+        self.print_line("done\n" + align(lines))
 
     def _write(self, step: int, kind: str, **values: Any) -> None:
         if self._metrics is not None:

@@ -25,9 +25,9 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.mesh_axes import BATCH_AXES
 from simplernn_jax.sharding.global_arrays import global_arrays_from_local, process_slice
 from simplernn_jax.sharding.mesh import check_fits, make_mesh
+from simplernn_jax.training.checkpoint_layout import CheckpointLayout
 from simplernn_jax.training.early_stopping import ValidationHistory
 from simplernn_jax.training.evaluate import Evaluation
-from simplernn_jax.training.file_layout import FileLayout
 from simplernn_jax.training.memory_check import check_train_step
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.placement import batch_shardings
@@ -40,18 +40,18 @@ _SHARED_SECONDS = 10.0
 
 
 class Run:
-    """Everything that a run fixes before its first step, and everything that its steps change.
+    """A training run: data, mesh, optimizer, train state and checkpoints.
 
-    It starts from nothing or resumes from the newest valid checkpoint of its workdir. The last
+    It starts from step 0 or resumes from the newest valid checkpoint of its workdir. The last
     save is complete when its ``with`` block has ended.
 
     Args:
       config: configuration of the run.
-      workdir: its folder, made if missing.
+      workdir: its folder, created if missing.
 
     Raises:
       UserError: the data is unusable; the model does not fit the mesh or its memory; the
-        checkpoint is of another model or other data; another process trains there.
+        checkpoint has a different model or data; another process is using the workdir.
     """
 
     def __init__(self, config: Config, workdir: str) -> None:
@@ -66,7 +66,7 @@ class Run:
         self.total_steps = total_steps(self.config, self.corpus)
         self.optimizer = make_optimizer(self.config.optimizer, self.total_steps, self.mesh)
         check_train_step(self.config, self.optimizer, self.mesh)
-        self._layout = FileLayout(self.config, self.optimizer, self.mesh)
+        self._layout = CheckpointLayout(self.config, self.optimizer, self.mesh)
         self.totals, self.history = LossTotals(), ValidationHistory()
         self.changes: list[str] = []
         """Fields of the configuration that differ from the checkpoint's, one line each."""
@@ -111,27 +111,25 @@ class Run:
         saved = restored.data_state
         if saved["content_hash"] != corpus.content_hash:
             raise UserError(
-                f"the text of {config.data.source!r} or its tokenizer is not what the run in "
-                f"{self.workdir} was trained on; give it the same text, or use another --workdir"
+                f"{self.workdir} was trained on different text or with another tokenizer than "
+                f"{config.data.source!r}; use the same text, or another --workdir"
             )
         batches.set_state(saved["batches"])
-        # Earlier versions saved neither.
+        # Checkpoints of earlier versions have neither.
         self.totals = LossTotals(**(saved.get("progress") or {"tokens": None}))
         self.history = ValidationHistory(**(saved.get("evaluations") or {}))
         self.changes = changed_fields(config, restored.config)
-        return self._layout.from_files(restored.state), batches
+        return self._layout.from_checkpoint(restored.state), batches
 
     @property
     def has_ended(self) -> bool:
-        """Whether no step is left."""
+        """Whether no step remains."""
         return self.step >= self.total_steps or self.stopped_early
 
     def has_stopped_improving(self) -> bool:
         """Whether to stop early; all processes follow the coordinator."""
         patience = self.config.train.stop_after_worse
-        return patience > 0 and bool(
-            broadcast_from_coordinator(self.history.is_exhausted(patience))
-        )
+        return patience > 0 and bool(broadcast_from_coordinator(self.history.should_stop(patience)))
 
     def next_batch(self) -> Batch | None:
         """Return the batch of step ``step + 1`` on the devices; None after the last step."""
@@ -160,7 +158,7 @@ class Run:
         if self.latest_evaluation is not None and self.latest_evaluation[0] == self.step:
             result = self.latest_evaluation[1]
             metrics = {"validation_loss": result.nats_per_token, "predictions": result.predictions}
-        state = self._layout.to_files(self.state)
+        state = self._layout.to_checkpoint(self.state)
         self._checkpointer.save(self.step, state, data_state, metrics, wait=wait)
 
 
@@ -172,15 +170,15 @@ def _check_shared(folder: str) -> None:
     """
     if jax.process_count() == 1:
         return
-    mark = Path(folder, f".shared-{broadcast_from_coordinator(random.getrandbits(31))}")
+    probe = Path(folder, f".shared-{broadcast_from_coordinator(random.getrandbits(31))}")
     if is_coordinator():
-        mark.touch()
-    barrier("a mark is in the folder")
+        probe.touch()
+    barrier("workdir_probe")
     deadline = time.monotonic() + _SHARED_SECONDS
-    while not (is_seen := mark.exists()) and time.monotonic() < deadline:
+    while not (is_seen := probe.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    barrier("all have looked")
+    barrier("workdir_probe_done")
     if is_coordinator():
-        mark.unlink()
-    advice = "choose a --workdir on a file system that all hosts share"
-    check_same(str(is_seen), f"not process 0's {folder}: {advice}")
+        probe.unlink()
+    advice = "use a --workdir on a shared file system"
+    check_same(str(is_seen), f"does not see {folder} of process 0; {advice}")

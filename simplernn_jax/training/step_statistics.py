@@ -1,26 +1,23 @@
-"""Statistics of the steps of a run: tokens, mean loss, time, speed and recompilations."""
+"""Statistics of the steps of a run: tokens, mean loss, time and speed."""
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
-from typing import Any
-
-from absl import logging
-from jax import monitoring
+from collections.abc import Iterator
 
 
 @dataclasses.dataclass
 class LossTotals:
     """Tokens and loss, summed over steps and saved with every checkpoint.
 
-    Metrics after a resume are therefore those of a run without an interruption.
+    Metrics after a resume are therefore those of an uninterrupted run.
     """
 
     tokens: int | None = 0
     """Predictions since step 0; None if the run began in a version that did not count them."""
     loss_sum: float = 0.0
-    """Nats of all predictions since `take_mean_loss`, skipped updates left out."""
+    """Nats of all predictions since `pop_mean_loss`, skipped updates left out."""
     loss_tokens: int = 0
     """Number of these predictions."""
 
@@ -38,7 +35,7 @@ class LossTotals:
             self.loss_sum += loss * predictions
             self.loss_tokens += predictions
 
-    def take_mean_loss(self) -> float:
+    def pop_mean_loss(self) -> float:
         """Return nats per prediction since the last call; NaN if all updates were skipped."""
         mean = self.loss_sum / self.loss_tokens if self.loss_tokens else math.nan
         self.loss_sum, self.loss_tokens = 0.0, 0
@@ -68,15 +65,14 @@ class StepTimer:
             self.seconds += time.monotonic() - self._since
             self._since = None
 
-    def paused(self) -> "StepTimer":
-        """Return a context manager that stops the timer inside its ``with`` block."""
-        return self
-
-    def __enter__(self) -> None:
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the timer inside the ``with`` block."""
         self.stop()
-
-    def __exit__(self, *_: object) -> None:
-        self.start()
+        try:
+            yield
+        finally:
+            self.start()
 
     def tick(self, tokens: int) -> None:
         """Count a finished step."""
@@ -100,49 +96,6 @@ class StepTimer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Predicted tokens per second, mean over all steps but the first."""
+        """Target tokens per second, mean over all steps but the first."""
         seconds = self.seconds - self.first
         return self._tokens / seconds if seconds > 0 else 0.0
-
-
-class RecompilationCounter:
-    """A compiled function that counts compilations after its first call, with a warning.
-
-    Counted by JAX's own events, so that every cause shows: another shape, dtype, sharding or
-    option. Counts only while it is entered, and only what its calls compile.
-    """
-
-    _EVENT = "/jax/core/compile/backend_compile_duration"
-    """Sent for every program that is compiled or loaded from the compilation cache."""
-
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.recompilations = 0
-        """Compilations in all calls but the first."""
-        self._name = name
-        self._function = function
-        self._calls = 0
-        self._compilations = 0
-
-    def __enter__(self) -> "RecompilationCounter":
-        monitoring.register_event_duration_secs_listener(self._listen)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        monitoring.unregister_event_duration_listener(self._listen)
-
-    def __call__(self, *args: Any) -> Any:
-        """Call the function."""
-        before = self._compilations
-        result = self._function(*args)
-        new = self._compilations - before
-        if self._calls and new:
-            self.recompilations += new
-            logging.warning(
-                "%s was compiled again, in its call %d: shapes and dtypes should never change",
-                *(self._name, self._calls + 1),
-            )
-        self._calls += 1
-        return result
-
-    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-        self._compilations += event == self._EVENT

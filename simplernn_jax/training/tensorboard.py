@@ -18,12 +18,12 @@ FLUSH_SECONDS = 30.0
 class EventLog:
     """Event file below ``WORKDIR/tensorboard``; one warning and no more events if it fails.
 
-    Written in the calling thread: tensorboardX's own thread dies when it meets a full disk, and
-    whoever adds more events then waits for it forever.
+    Written in the calling thread: tensorboardX's writer thread dies on a full disk, and later `add`
+    calls block forever.
     """
 
     def __init__(self, workdir: str, first_step: int) -> None:
-        """Open a new file, which hides events after `first_step` that earlier ones hold."""
+        """Open a file; its SessionLog.START event discards later steps of earlier files."""
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import RecordWriter
 

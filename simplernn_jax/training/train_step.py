@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,26 +24,10 @@ from simplernn_jax.sharding.partition_specs import (
 )
 from simplernn_jax.training.accumulation import windows_of
 from simplernn_jax.training.gradient import make_gradient, make_model
-from simplernn_jax.training.placement import (
-    batch_specs,
-    compiler_options,
-    window_specs,
-)
+from simplernn_jax.training.placement import batch_specs, compiler_options, window_specs
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "step",
-        "params",
-        "opt_state",
-        "rng",
-        "carried",
-        "skipped_updates",
-        "consecutive_skips",
-    ],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(kw_only=True)
 class TrainState:
     """Training state carried between steps; with the data position, all that resuming needs."""
@@ -54,9 +37,9 @@ class TrainState:
     params: nnx.State
     opt_state: optax.OptState
     rng: jax.Array
-    """Raw key data; the dropout key of step t is this key folded with t."""
+    """Raw uint32 of `jax.random.key_data`; the dropout key of step t is this key folded with t."""
     carried: ModelState
-    """The recurrent state carried between stream batches; () in other modes."""
+    """Recurrent state carried between stream batches; () in other modes."""
     skipped_updates: jax.Array
     """Updates skipped because a loss or gradient was not finite; int32."""
     consecutive_skips: jax.Array
@@ -64,13 +47,14 @@ class TrainState:
 
 
 class StepMetrics(NamedTuple):
-    """Metrics of one step, scalars on the device."""
+    """Metrics of one step, float32 or int32 scalars on the device; counters as in `TrainState`."""
 
     loss: jax.Array
-    """Nats per predicted token."""
+    """Nats per target token."""
     gradient_norm: jax.Array
     """Global norm before clipping."""
     predictions: jax.Array
+    """Number of target tokens of the batch."""
     skipped_updates: jax.Array
     consecutive_skips: jax.Array
 
@@ -79,24 +63,23 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
 def init_train_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    """Make the state before the first step from ``config.train.seed``."""
+    """Return the state before the first step, initialized from ``config.train.seed``."""
     model_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
     model = make_model(config, nnx.Rngs(model_key))
     params = nnx.state(model, nnx.Param)
-    rows = config.data.batch_size
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         rng=jax.random.key_data(dropout_key),
-        carried=model.initial_state(rows) if config.data.mode == "stream" else (),
+        carried=model.initial_state(config.data.batch_size) if config.data.mode == "stream" else (),
         skipped_updates=jnp.zeros((), jnp.int32),
         consecutive_skips=jnp.zeros((), jnp.int32),
     )
 
 
 def state_specs(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The `PartitionSpec` of each array of the state."""
+    """Return the `PartitionSpec` of each array of the state."""
     state = jax.eval_shape(lambda: init_train_state(config, optimizer))
     specs: TrainState = variable_specs(state, mesh)
     if state.carried:
@@ -108,7 +91,7 @@ def state_specs(config: Config, optimizer: optax.GradientTransformation, mesh: M
 def state_shardings(
     config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState | None:
-    """Shardings of the arrays of the state; None on one device."""
+    """Return the shardings of the state's arrays; None on one device."""
     if not is_distributed(mesh):
         return None
     shardings: TrainState = named_shardings(state_specs(config, optimizer, mesh), mesh)
@@ -121,26 +104,29 @@ def make_train_step(
     mesh: Mesh | None = None,
     recurrence: Recurrence = gated_linear_recurrence,
 ) -> TrainStep:
-    """Make the train step, which compiles at its first call and donates the old state.
+    """Return the train step, which compiles at its first call and donates the old state.
 
-    A step whose loss or gradient is not finite changes nothing but the counters.
+    A step whose loss or gradient is not finite only advances the counters.
 
     Args:
       config: the run's configuration.
-      optimizer: made by `make_optimizer`.
-      mesh: the devices; None or a mesh of one device is the default device. State and batch are
+      optimizer: result of `make_optimizer`.
+      mesh: the devices; None, or a mesh of size 1, runs on the default device. State and batch are
         sharded by `state_specs` and `batch_specs`.
-      recurrence: of the model's `SimpleRNN` layers; see `LanguageModel`.
+      recurrence: see `LanguageModel`.
+
+    Raises:
+      UserError: there are pipeline stages, and the layers differ.
     """
-    gradient_of, window = make_gradient(config, recurrence), config.train.backward_window
+    grad_fn, window = make_gradient(config, recurrence), config.train.backward_window
     options: dict[str, Any] = {}
     if is_distributed(mesh):
         state, batch = state_specs(config, optimizer, mesh), batch_specs(mesh)
-        of_gradient = window_specs(mesh) if window else batch
-        gradient_of = jax.shard_map(
-            gradient_of,
+        grad_batch = window_specs(mesh) if window else batch
+        grad_fn = jax.shard_map(
+            grad_fn,
             mesh=mesh,
-            in_specs=(state.params, of_gradient, state.carried, P(), P()),
+            in_specs=(state.params, grad_batch, state.carried, P(), P()),
             out_specs=(P(), P(), state.params, state.carried),
         )
         states = named_shardings(state, mesh)
@@ -151,20 +137,20 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         batch = windows_of(batch, window) if window else batch
-        loss, predictions, gradient, carried = gradient_of(
+        loss, predictions, gradient, carried = grad_fn(
             state.params, batch, state.carried, state.rng, state.step
         )
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        def update(kept: Any) -> Any:
-            params, opt_state, _ = kept
+        def update(old: Any) -> Any:
+            params, opt_state, _ = old
             updates, opt_state = optimizer.update(gradient, opt_state, params)
             return optax.apply_updates(params, updates), opt_state, carried
 
         # `cond`, not `where`, which would copy the old state.
-        kept = (state.params, state.opt_state, state.carried)
-        params, opt_state, new_carried = jax.lax.cond(finite, update, lambda kept: kept, kept)
+        old = (state.params, state.opt_state, state.carried)
+        params, opt_state, new_carried = jax.lax.cond(finite, update, lambda old: old, old)
         skipped = 1 - finite.astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
@@ -189,9 +175,9 @@ def make_train_step(
 def take_steps(
     step: TrainStep, state: TrainState, batches: Iterable[Batch]
 ) -> tuple[TrainState, list[StepMetrics]]:
-    """Take one step per batch; the metrics stay on the device and are not waited for."""
+    """Take one step per batch, without waiting for the metrics, which stay on the device."""
     metrics = []
     for batch in batches:
-        state, of_step = step(state, batch)
-        metrics.append(of_step)
+        state, step_metrics = step(state, batch)
+        metrics.append(step_metrics)
     return state, metrics
