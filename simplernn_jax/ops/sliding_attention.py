@@ -86,9 +86,10 @@ def attend(q: Queries, k: SeenKeys, v: SeenValues, mask: jax.Array) -> jax.Array
         missing = max(key_dim, value_dim) - x.shape[-1]
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else x
 
-    y = jax.nn.dot_product_attention(
-        widen(q), widen(k), widen(v), mask=mask[:, None], scale=key_dim**-0.5
-    )
+    with jax.numpy_dtype_promotion("standard"):  # the library promotes bfloat16 to float32
+        y = jax.nn.dot_product_attention(
+            widen(q), widen(k), widen(v), mask=mask[:, None], scale=key_dim**-0.5
+        )
     return y[..., :value_dim]
 
 
