@@ -9,9 +9,6 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Casts between dtypes must be explicit, in processes started by tests too.
-os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
-
 import hypothesis
 import jax
 import jaxtyping
@@ -49,8 +46,9 @@ class _RaisesUnchecked(pytest.RaisesExc):
 
 pytest.raises = _RaisesUnchecked
 
-# Broadcasting between ranks must be explicit.
+# Broadcasting between ranks must be explicit, and casts between dtypes.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Meshes are tested on eight devices; everything else runs on the first.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -151,7 +151,7 @@ class Attention(Heads):
         q, k, v = q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype)
         if state is not None and length == 1:
             state = _write(state, k, v)
-            filled = jnp.arange(self.context)[None] < state.length[:, None]
+            filled = jnp.arange(self.context, dtype=jnp.int32)[None] < state.length[:, None]
             k, v = (jnp.swapaxes(cached, 1, 2) for cached in (state.keys, state.values))
             y = attend(q, k, v, filled[:, None])
         else:
@@ -201,7 +201,7 @@ def _write(state: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
 def _past(state: KVCache) -> tuple[jax.Array, jax.Array]:
     """Keys and values of the last S - 1 positions, oldest first; arbitrary where there are none."""
     slots = state.keys.shape[2]
-    order = (state.length[:, None] + 1 + jnp.arange(slots - 1)[None]) % slots
+    order = (state.length[:, None] + 1 + jnp.arange(slots - 1, dtype=jnp.int32)[None]) % slots
     k, v = (jnp.swapaxes(cached, 1, 2) for cached in (state.keys, state.values))
     return _take(k, order), _take(v, order)
 
@@ -216,7 +216,7 @@ def _newest(k: jax.Array, v: jax.Array, length: jax.Array, slots: int) -> KVCach
       slots: slots of the cache.
     """
     length = jnp.broadcast_to(length, k.shape[:1])
-    age = (length[:, None] - 1 - jnp.arange(slots)[None]) % slots
+    age = (length[:, None] - 1 - jnp.arange(slots, dtype=jnp.int32)[None]) % slots
     is_filled = (age < length[:, None])[..., None, None]
     index = jnp.maximum(k.shape[1] - 1 - age, 0)
     keys, values = (jnp.swapaxes(jnp.where(is_filled, _take(x, index), 0), 1, 2) for x in (k, v))

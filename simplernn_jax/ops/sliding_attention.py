@@ -175,7 +175,7 @@ def _attend_blocks(
         whole, rest = divmod(stop - start, QUERIES)
         if whole:
             width = min(past + stop, context - 1 + QUERIES)
-            starts = start + QUERIES * jnp.arange(whole)
+            starts = start + QUERIES * jnp.arange(whole, dtype=jnp.int32)
             one = functools.partial(
                 lambda width, at: block(q, k, v, reach, at, QUERIES, width), width
             )
@@ -194,7 +194,9 @@ def _block(
     first = jnp.maximum(end - width, 0)
     k, v = (jax.lax.dynamic_slice_in_dim(x, first, width, 1) for x in (k, v))
     q, reach = (jax.lax.dynamic_slice_in_dim(x, start, size, 1) for x in (q, reach))
-    steps_back = (end - size + jnp.arange(size))[:, None] - (first + jnp.arange(width))[None]
+    queries = end - size + jnp.arange(size, dtype=jnp.int32)
+    keys = first + jnp.arange(width, dtype=jnp.int32)
+    steps_back = queries[:, None] - keys[None]
     mask = (steps_back >= 0)[None] & (steps_back[None] < reach[:, :, None])
     return attend(q, k, v, mask)
 

@@ -75,7 +75,7 @@ def make_gradient(config: Config, recurrence: Recurrence = gated_linear_recurren
             dropout_key=key if dropout else None,
         )
         nats = cross_entropy_of_hidden(model.logits, hidden, batch.targets, batch.loss_mask)
-        return nats / predictions, carried
+        return nats / predictions.astype(nats.dtype), carried
 
     if not config.train.backward_window:
         of_group = with_gradient(summed_loss)
