@@ -13,8 +13,8 @@ import jax.numpy as jnp
 Form = Callable[..., Sequence[jax.Array]]
 """Function from arrays to a sequence of arrays."""
 
-Types = tuple[tuple[tuple[Any, ...], Any], ...]
-"""Shapes, whose sizes are no ints where `jax.export` leaves them open, and dtypes of arrays."""
+Types = tuple[tuple[tuple[int, ...], Any], ...]
+"""Shapes and dtypes of arrays."""
 
 
 @dataclasses.dataclass(frozen=True)
