@@ -9,7 +9,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool
 
-from simplernn_jax.array_types import Activations, Logits, ModelState, SegmentIds, Tokens
+from simplernn_jax.array_types import (
+    Activations,
+    ModelState,
+    PartActivations,
+    PartLogits,
+    SegmentIds,
+    Tokens,
+)
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.attention import KVCache
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
@@ -116,7 +123,7 @@ class LanguageModel(nnx.Module):
         segment_ids: SegmentIds | None = None,
         *,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Activations, ModelState]:
+    ) -> tuple[PartActivations, ModelState]:
         """Map tokens to the head's input, ``[B, T, D]``; arguments as in `__call__`.
 
         With stacked layers, this pipeline stage's share of it, ``[B, T / stages, D]``.
@@ -152,7 +159,7 @@ class LanguageModel(nnx.Module):
         state: ModelState | None,
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None,
-    ) -> tuple[Activations, ModelState]:
+    ) -> tuple[PartActivations, ModelState]:
         if isinstance(self.layers, LayerStack):
             return self.layers(x, state, segment_ids, dropout_key, remat=self.remat)
         states = []
@@ -184,7 +191,7 @@ class LanguageModel(nnx.Module):
         segment_ids: SegmentIds | None = None,
         *,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Logits, ModelState]:
+    ) -> tuple[PartLogits, ModelState]:
         """Logits of the next token at every position, and the state after the last.
 
         Args:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, ModelState, SegmentIds
+from simplernn_jax.array_types import Activations, ModelState, PartActivations, SegmentIds
 from simplernn_jax.errors import UserError
 from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.remat import rematerialize
@@ -68,7 +68,7 @@ class LayerStack(nnx.Module):
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None = None,
         remat: str = "none",
-    ) -> tuple[Activations, ModelState]:
+    ) -> tuple[PartActivations, ModelState]:
         """Apply all layers: ``[B, T, D]`` to this stage's share of it, ``[B, T / stages, D]``.
 
         `remat` says which residuals each layer saves; see `rematerialize`.
