@@ -19,7 +19,10 @@ Tokens = Int[Array, "B T"]
 SegmentIds = Int[Array, "B T"]
 LossMask = Bool[Array, "B T"]
 Logits = Float[Array, "B T vocab"]
+PartLogits = Float[Array, "B t vocab"]
 Activations = Float[Array, "B T D"]
+PartActivations = Float[Array, "B t D"]
+"""Those of a part of the time, such as a pipeline stage's share."""
 Outputs = Float[Array, "B T O"]
 """Output of a mixer, of width ``output_dim``."""
 

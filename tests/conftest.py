@@ -11,12 +11,44 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
-# Broadcasting between ranks must be explicit.
+# Annotations of these are checked at every call; nothing may have imported them before.
+jaxtyping.install_import_hook(
+    [
+        "simplernn_jax.analysis",
+        "simplernn_jax.inference.decode",
+        "simplernn_jax.inference.programs",
+        "simplernn_jax.inference.sampling",
+        "simplernn_jax.models",
+        "simplernn_jax.ops",
+        "simplernn_jax.sharding",
+        "simplernn_jax.training.losses",
+    ],
+    "annotation_checks.check",
+)
+
+
+class _RaisesUnchecked(pytest.RaisesExc):
+    """``pytest.raises`` without these checks, which would come before the package's own error."""
+
+    def __enter__(self):
+        jaxtyping.config.update("jaxtyping_disable", True)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        jaxtyping.config.update("jaxtyping_disable", False)
+        return super().__exit__(*error)
+
+
+pytest.raises = _RaisesUnchecked
+
+# Broadcasting between ranks must be explicit, and casts between dtypes.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Meshes are tested on eight devices; everything else runs on the first.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -94,7 +94,8 @@ def loss_of_window(params, batch, carried, predictions, block):
     graph, _ = abstract_model(config_of(block=block))
     model = nnx.merge(graph, params)
     logits, carried = model(batch.tokens, carried, batch.segment_ids)
-    return summed_cross_entropy(logits, batch.targets, batch.loss_mask) / predictions, carried
+    nats = summed_cross_entropy(logits, batch.targets, batch.loss_mask)
+    return nats / predictions.astype(nats.dtype), carried
 
 
 @functools.cache

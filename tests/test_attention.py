@@ -71,11 +71,14 @@ def visible(segment_ids, context):
 def by_definition(layer, x, is_visible):
     """The equations in x's dtype with full scores; rotations are complex multiplications."""
 
-    def linear(projection):
-        return x @ projection.kernel[...] + projection.bias[...][None, None]
+    def linear(x, projection):
+        kernel, bias = (
+            param[...].astype(x.dtype) for param in (projection.kernel, projection.bias)
+        )
+        return x @ kernel + bias[None, None]
 
     q, k, v = (
-        linear(projection).reshape(*x.shape[:2], layer.num_heads, -1)
+        linear(x, projection).reshape(*x.shape[:2], layer.num_heads, -1)
         for projection in (layer.query_proj, layer.key_proj, layer.value_proj)
     )
     half = q.shape[-1] // 2
@@ -83,7 +86,7 @@ def by_definition(layer, x, is_visible):
     turn = np.exp(1j * angles)[None, :, None]
 
     def rotated(y):
-        y = (y[..., :half] + 1j * y[..., half:]) * turn
+        y = jax.lax.complex(y[..., :half], y[..., half:]) * turn
         return jnp.concatenate([y.real, y.imag], axis=-1)
 
     scores = jnp.einsum("bthk,bshk->bhts", rotated(q), rotated(k)) / q.shape[-1] ** 0.5
@@ -93,8 +96,8 @@ def by_definition(layer, x, is_visible):
         y = y / jnp.sqrt(jnp.mean(y**2, -1, keepdims=True) + 1e-6)
     y = y.reshape(*x.shape[:2], -1)
     if layer.output_gate_proj is not None:
-        y = y * jax.nn.silu(linear(layer.output_gate_proj))
-    return y @ layer.out_proj.kernel[...] + layer.out_proj.bias[...][None, None]
+        y = y * jax.nn.silu(linear(x, layer.output_gate_proj))
+    return linear(y, layer.out_proj)
 
 
 def with_gradients(function, layer):
@@ -104,7 +107,7 @@ def with_gradients(function, layer):
 
     def total(params, x, segments):
         y = function(nnx.merge(graph, params), x, segments)
-        return jnp.sum(y * weights), y
+        return jnp.sum(y.astype(weights.dtype) * weights), y
 
     results = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
 

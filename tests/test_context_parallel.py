@@ -27,7 +27,7 @@ def layer_of(context):
         WIDTH, 12, 10, 11, 2, context=context, rngs=nnx.Rngs(0), dtype=jnp.float64, output_gate=True
     )
     graph, params = nnx.split(layer)
-    return graph, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    return graph, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
 
 
 def inputs(context, earlier):

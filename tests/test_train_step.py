@@ -69,7 +69,8 @@ def forward(params, tokens, segment_ids, carried=None, kind="plain"):
 def loss_of(params, batch, carried=None, kind="plain"):
     """Mean loss of a batch, by the model alone."""
     logits, _ = forward(params, batch.tokens, batch.segment_ids, carried, kind)
-    return summed_cross_entropy(logits, batch.targets, batch.loss_mask) / batch.loss_mask.sum()
+    nats = summed_cross_entropy(logits, batch.targets, batch.loss_mask)
+    return nats / batch.loss_mask.sum().astype(nats.dtype)
 
 
 def change(before, after):

@@ -116,7 +116,7 @@ def attention_inputs(
     start = jax.lax.cummax(jnp.where(boundaries, steps, 0), axis=1)
     positions = steps - start + jnp.where(segment == 0, cache.length[:, None], 0)
     # Slot s has the newest position of the cache that is s modulo the number of slots.
-    slots = jnp.arange(attention.context)[None]
+    slots = jnp.arange(attention.context, dtype=jnp.int32)[None]
     newest = cache.length[:, None] - 1
     cached = newest - (newest - slots) % attention.context  # negative in an empty slot
     is_cached = (segment == 0)[:, :, None] & (cached >= 0)[:, None, :]

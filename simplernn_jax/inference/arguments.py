@@ -19,7 +19,8 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.inference.sampling import Settings
 from simplernn_jax.models import LanguageModel
 
-Prompts = Sequence[Sequence[int] | np.ndarray | jax.Array] | np.ndarray | jax.Array
+_TokenIds = Sequence[int | np.integer] | np.ndarray | jax.Array
+Prompts = Sequence[_TokenIds] | _TokenIds
 """B sequences of token ids, a [B, T] integer array, or one flat sequence."""
 
 _MAX_TOKENS = 2**31 - 1
@@ -184,10 +185,9 @@ def checked_prompts(
     is_array = isinstance(prompts, np.ndarray) and prompts.ndim > 0
     if not is_array and (isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence)):
         raise UserError(f"prompts: {type(prompts).__name__}; pass sequences of token ids")
-    if len(prompts) > 0 and _is_id(prompts[0]):
-        prompts = [prompts]  # type: ignore[list-item]
+    sequences: Any = [prompts] if len(prompts) > 0 and _is_id(prompts[0]) else prompts
     checked = [
-        _checked_ids(prompt, vocab_size, f"prompt {index}") for index, prompt in enumerate(prompts)
+        _checked_ids(ids, vocab_size, f"prompt {index}") for index, ids in enumerate(sequences)
     ]
     if batch_size is not None and len(checked) != batch_size:
         raise UserError(

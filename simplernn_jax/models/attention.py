@@ -152,7 +152,7 @@ class Attention(MultiHeadProjections):
         q, k, v = q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype)
         if state is not None and length == 1:
             state = _append_token(state, k, v)
-            filled = jnp.arange(self.context)[None] < state.length[:, None]
+            filled = jnp.arange(self.context, dtype=jnp.int32)[None] < state.length[:, None]
             k, v = (jnp.swapaxes(cached, 1, 2) for cached in (state.keys, state.values))
             y = attend(q, k, v, filled[:, None])
         else:
@@ -202,7 +202,7 @@ def _append_token(state: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
 def _cached_in_order(state: KVCache) -> tuple[jax.Array, jax.Array]:
     """Return the last S - 1 keys and values, oldest first; arbitrary where there are none."""
     slots = state.keys.shape[2]
-    order = (state.length[:, None] + 1 + jnp.arange(slots - 1)[None]) % slots
+    order = (state.length[:, None] + 1 + jnp.arange(slots - 1, dtype=jnp.int32)[None]) % slots
     k, v = (jnp.swapaxes(cached, 1, 2) for cached in (state.keys, state.values))
     return _gather(k, order), _gather(v, order)
 
@@ -217,7 +217,7 @@ def _cache(k: jax.Array, v: jax.Array, length: jax.Array, slots: int) -> KVCache
       slots: slots of the cache.
     """
     length = jnp.broadcast_to(length, k.shape[:1])
-    age = (length[:, None] - 1 - jnp.arange(slots)[None]) % slots
+    age = (length[:, None] - 1 - jnp.arange(slots, dtype=jnp.int32)[None]) % slots
     is_filled = (age < length[:, None])[..., None, None]
     index = jnp.maximum(k.shape[1] - 1 - age, 0)
     keys, values = (jnp.swapaxes(jnp.where(is_filled, _gather(x, index), 0), 1, 2) for x in (k, v))

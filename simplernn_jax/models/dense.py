@@ -10,6 +10,7 @@ from flax import nnx
 
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.mesh_axes import LogicalAxes
+from simplernn_jax.ops.dtypes import accumulator_dtype
 from simplernn_jax.ops.projection import fused_projection
 from simplernn_jax.ops.vocab_parallel import lookup
 
@@ -126,6 +127,9 @@ def fused_dense(x: jax.Array, layers: Sequence[Dense]) -> tuple[jax.Array, ...]:
     outputs = fused_projection(x, kernels, first.dtype, row_parallel=first.row_parallel)
 
     def biased(y: jax.Array, layer: Dense) -> jax.Array:
-        return y if layer.bias is None else y + jnp.expand_dims(layer.bias[...], range(y.ndim - 1))
+        if layer.bias is None:
+            return y
+        bias = layer.bias[...].astype(accumulator_dtype(y, layer.bias))
+        return y + jnp.expand_dims(bias, range(y.ndim - 1))
 
     return tuple(biased(y, layer) for y, layer in zip(outputs, layers, strict=True))

@@ -9,7 +9,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool
 
-from simplernn_jax.array_types import Activations, Logits, ModelState, SegmentIds, Tokens
+from simplernn_jax.array_types import (
+    Activations,
+    ModelState,
+    PartActivations,
+    PartLogits,
+    SegmentIds,
+    Tokens,
+)
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.attention import KVCache
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
@@ -113,7 +120,7 @@ class LanguageModel(nnx.Module):
         segment_ids: SegmentIds | None = None,
         *,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Activations, ModelState]:
+    ) -> tuple[PartActivations, ModelState]:
         """Compute the final hidden states ``[B, T, D]`` float32; see `__call__`.
 
         With stacked layers, the time shard of this stage, ``[B, T / stages, D]``.
@@ -149,7 +156,7 @@ class LanguageModel(nnx.Module):
         state: ModelState | None,
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None,
-    ) -> tuple[Activations, ModelState]:
+    ) -> tuple[PartActivations, ModelState]:
         if isinstance(self.layers, LayerStack):
             return self.layers(x, state, segment_ids, dropout_key, remat=self.remat)
         states = []
@@ -182,7 +189,7 @@ class LanguageModel(nnx.Module):
         segment_ids: SegmentIds | None = None,
         *,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Logits, ModelState]:
+    ) -> tuple[PartLogits, ModelState]:
         """Compute logits of the next token at every position, and the state after the last.
 
         Args:

@@ -8,7 +8,12 @@ from flax import nnx
 
 from simplernn_jax.array_types import Activations, ConvState, SegmentIds
 from simplernn_jax.mesh_axes import LogicalAxes
-from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
+from simplernn_jax.ops.checks import (
+    FLOATING,
+    accumulator_dtype,
+    check_array,
+    check_segment_ids,
+)
 from simplernn_jax.ops.sequence_parallel import sharded_convolution
 
 
@@ -63,4 +68,6 @@ class ShortConvolution(nnx.Module):
             check_array("state", state, "B P D", FLOATING, sizes)
         if state is None:
             state = self.initial_state(x.shape[0])
-        return sharded_convolution(x, self.weights[...], state, segment_ids)
+        weights = self.weights[...]
+        weights = weights.astype(accumulator_dtype(weights, state))  # a state under x64 is float64
+        return sharded_convolution(x, weights, state, segment_ids)

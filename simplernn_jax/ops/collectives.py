@@ -23,12 +23,12 @@ def axis_index(name: str) -> jax.Array | int:
     return jax.lax.axis_index(name) if axis_size(name) > 1 else 0
 
 
-def varying(x: jax.Array) -> frozenset[str]:
+def varying(x: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:
     """Return the manual mesh axes over which `x` varies."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
-def vary_like(x: jax.Array, *others: jax.Array) -> jax.Array:
+def vary_like(x: jax.Array, *others: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     """Cast `x` to vary over every manual mesh axis that it or one of `others` varies over.
 
     The carry of a loop must have one type: its initial zeros are the same on every device, its next

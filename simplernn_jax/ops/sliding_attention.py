@@ -89,9 +89,10 @@ def attend(q: Queries, k: SeenKeys, v: SeenValues, mask: jax.Array) -> jax.Array
         missing = max(key_dim, value_dim) - x.shape[-1]
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else x
 
-    y = jax.nn.dot_product_attention(
-        widen(q), widen(k), widen(v), mask=mask[:, None], scale=key_dim**-0.5
-    )
+    with jax.numpy_dtype_promotion("standard"):  # the library promotes bfloat16 to float32
+        y = jax.nn.dot_product_attention(
+            widen(q), widen(k), widen(v), mask=mask[:, None], scale=key_dim**-0.5
+        )
     return y[..., :value_dim]
 
 
@@ -177,7 +178,7 @@ def _attend_blocks(
         whole, rest = divmod(stop - start, QUERY_BLOCK)
         if whole:
             width = min(past + stop, context - 1 + QUERY_BLOCK)
-            starts = start + QUERY_BLOCK * jnp.arange(whole)
+            starts = start + QUERY_BLOCK * jnp.arange(whole, dtype=jnp.int32)
             one = functools.partial(
                 lambda width, at: block(q, k, v, visible, at, QUERY_BLOCK, width), width
             )
@@ -196,7 +197,9 @@ def _block(
     first = jnp.maximum(end - width, 0)
     k, v = (jax.lax.dynamic_slice_in_dim(x, first, width, 1) for x in (k, v))
     q, visible = (jax.lax.dynamic_slice_in_dim(x, start, size, 1) for x in (q, visible))
-    steps_back = (end - size + jnp.arange(size))[:, None] - (first + jnp.arange(width))[None]
+    queries = end - size + jnp.arange(size, dtype=jnp.int32)
+    keys = first + jnp.arange(width, dtype=jnp.int32)
+    steps_back = queries[:, None] - keys[None]
     mask = (steps_back >= 0)[None] & (steps_back[None] < visible[:, :, None])
     return attend(q, k, v, mask)
 

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.array_types import Activations, SegmentIds
+from simplernn_jax.array_types import Activations, PartActivations, SegmentIds
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.collectives import shift, vary_like
 from simplernn_jax.ops.reset_state import reset_state
@@ -78,7 +78,7 @@ def run_pipeline(
     *,
     chunks: int,
     dropout_key: jax.Array | None = None,
-) -> tuple[Activations, Any]:
+) -> tuple[PartActivations, Any]:
     """Apply all layers to sequences, inside `jax.shard_map` with a manual axis ``stage``.
 
     Each tick saves its input chunk and states; the gradient recomputes the rest.
@@ -120,7 +120,7 @@ def run_pipeline(
     entering = x.reshape(batch, chunks, -1, width).swapaxes(0, 1)
     entering = jnp.pad(entering, ((0, stages - 1), (0, 0), (0, 0), (0, 0)))
     start = (jnp.zeros_like(entering[0]), states)
-    ticks = jnp.arange(chunks + stages - 1)
+    ticks = jnp.arange(chunks + stages - 1, dtype=jnp.int32)
     end, _ = jax.eval_shape(step, start, (ticks[0], entering[0]))
     start = jax.tree.map(vary_like, start, end)
     (_, states), outputs = jax.lax.scan(step, start, (ticks, entering))
@@ -151,10 +151,10 @@ def _layers_of_stage(
     chunks: int,
     dropout_key: jax.Array | None,
     params: Any,
-    x: Activations,
+    x: PartActivations,
     states: Any,
     chunk: jax.Array,
-) -> tuple[Activations, Any]:
+) -> tuple[PartActivations, Any]:
     """Apply this stage's layers to one chunk; outside of the sequence, the states do not change.
 
     The output for such a chunk is not used, and its gradient is exactly zero, since layers are
@@ -175,6 +175,6 @@ def _layers_of_stage(
             key = jax.random.fold_in(jax.random.fold_in(key, index), chunk)
         return layer(params, x, reset_state(state, begins[:, 0]), ids, key)
 
-    indices = jax.lax.axis_index(AXIS) * per_stage + jnp.arange(per_stage)
+    indices = jax.lax.axis_index(AXIS) * per_stage + jnp.arange(per_stage, dtype=jnp.int32)
     x, new_states = jax.lax.scan(apply, x, (params, states, indices))
     return x, jax.tree.map(lambda new, old: jnp.where(exists, new, old), new_states, states)

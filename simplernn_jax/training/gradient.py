@@ -76,7 +76,7 @@ def make_gradient(config: Config, recurrence: Recurrence = gated_linear_recurren
             dropout_key=key if dropout else None,
         )
         nll = chunked_cross_entropy(model.logits, hidden, batch.targets, batch.loss_mask)
-        return nll / predictions, carried
+        return nll / predictions.astype(nll.dtype), carried
 
     if not config.train.backward_window:
         group_grad_fn = with_gradient(summed_loss)

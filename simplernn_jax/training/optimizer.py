@@ -81,7 +81,17 @@ def make_optimizer(
         )
     # A chain of two with or without clipping: a run can be resumed with another clip_norm.
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, optimizer)
+    return _with_promotion(optax.chain(clip, optimizer))
+
+
+def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Let optax promote its integer counters to floats, also where JAX is set to be strict."""
+
+    def update(*args: Any, **options: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(*args, **options)
+
+    return optimizer._replace(update=update)
 
 
 def orthogonalize_sharded(matrices: Any, mesh: Mesh | None) -> Any:

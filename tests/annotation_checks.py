@@ -1,0 +1,14 @@
+"""The type checker that conftest.py applies to annotations of the package."""
+
+import beartype
+from jax import export
+
+(_OPEN_SIZE,) = export.symbolic_shape("size")
+
+check = beartype.beartype(
+    conf=beartype.BeartypeConf(
+        is_pep484_tower=True,  # an int is a float too, as for type checkers of source
+        # The size of an axis is an int, unless an exported program leaves it open.
+        hint_overrides=beartype.FrozenDict({int: int | type(_OPEN_SIZE)}),
+    )
+)
