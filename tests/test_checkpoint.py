@@ -126,16 +126,15 @@ def test_restores_every_byte(tmp_path):
     assert_same_bytes(restored.state, make_state(3))
 
 
-def test_restored_state_trains_with_the_program_of_the_first_run(tmp_path):
-    save_steps(tmp_path, 3)
-    restored = restore(tmp_path)
+def test_restored_state_trains_with_the_program_of_the_first_run(two_steps):
+    restored = restore(two_steps)
     step = jax.jit(
         lambda state: jax.tree.map(
             lambda leaf: leaf ^ True if leaf.dtype == bool else leaf + leaf, state
         ),
         donate_argnums=0,
     )
-    first = step(make_state(3))
+    first = step(make_state(2))
     second = step(restored.state)
     assert step._cache_size() == 1
     assert_same_bytes(second, first)
@@ -232,39 +231,58 @@ def add_file(file: Path) -> None:
     file.with_name("more").write_bytes(b"")
 
 
-DAMAGES = [flip_bit, cut_off, os.remove, add_file, functools.partial(put_odd_file, "fifo")]
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_steps(folder, 1, 2)
+    return folder
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", ["manifest.sha256", "state/manifest.ocdbt", "quality/metadata"])
-def test_a_damaged_checkpoint_is_moved_aside_for_the_one_before(tmp_path, caplog, damage, name):
-    save_steps(tmp_path, 1, 2)
-    damage(tmp_path / "checkpoints" / "2" / name)
-    assert_restores(tmp_path, 1)
-    assert steps_in(tmp_path / "checkpoints") == [1]
-    assert steps_in(tmp_path / "checkpoints_damaged") == [2]
+@pytest.fixture
+def two_steps(saved, tmp_path):
+    """A copy of them in `tmp_path`."""
+    return shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+
+
+DAMAGES = [flip_bit, cut_off, os.remove]
+MANIFEST, ARRAYS, QUALITY = "manifest.sha256", "state/manifest.ocdbt", "quality/metadata"
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        *((damage, MANIFEST) for damage in DAMAGES),
+        *((damage, ARRAYS) for damage in (cut_off, add_file)),
+        *((damage, QUALITY) for damage in (flip_bit, functools.partial(put_odd_file, "fifo"))),
+    ],
+)
+def test_a_damaged_checkpoint_is_moved_aside_for_the_one_before(two_steps, caplog, damage, name):
+    damage(two_steps / "checkpoints" / "2" / name)
+    assert_restores(two_steps, 1)
+    assert steps_in(two_steps / "checkpoints") == [1]
+    assert steps_in(two_steps / "checkpoints_damaged") == [2]
     named = "more" if damage is add_file else name
     assert re.search(rf"checkpoints/2 is damaged: (\S*/)?{re.escape(named)} ", caplog.text)
 
 
-@pytest.mark.parametrize("damage", DAMAGES[:3])
-def test_refuses_to_start_over_when_no_checkpoint_is_intact(tmp_path, damage):
-    save_steps(tmp_path, 1)
-    damage(tmp_path / "checkpoints" / "1" / "manifest.sha256")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_refuses_to_start_over_when_no_checkpoint_is_intact(two_steps, damage):
+    for step in "12":
+        damage(two_steps / "checkpoints" / step / MANIFEST)
     for _ in range(2):
         with pytest.raises(UserError, match=r"no intact checkpoint is left .* not starting over"):
-            restore(tmp_path)
+            restore(two_steps)
     with pytest.raises(UserError, match="no intact checkpoint is left"):
-        read_config(str(tmp_path))
+        read_config(str(two_steps))
 
 
-@pytest.mark.parametrize("damage", DAMAGES[:3])
-def test_survives_damage_to_the_record_of_complete_steps(tmp_path, damage):
-    save_steps(tmp_path, 1, 2)
-    damage(tmp_path / "checkpoints" / "complete.json")
-    (tmp_path / "checkpoints" / "2" / "manifest.sha256").unlink()
-    assert restore(tmp_path).step == 1
-    assert steps_in(tmp_path / "checkpoints_damaged") == [2]
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_survives_damage_to_the_record_of_complete_steps(two_steps, damage):
+    damage(two_steps / "checkpoints" / "complete.json")
+    (two_steps / "checkpoints" / "2" / MANIFEST).unlink()
+    assert restore(two_steps).step == 1
+    assert steps_in(two_steps / "checkpoints_damaged") == [2]
 
 
 def leave_unfinished(workdir: Path, step: int) -> None:
@@ -341,20 +359,18 @@ def test_a_background_save_that_the_disk_refuses_is_one_error(tmp_path, capfd, c
     assert steps_in(tmp_path / "checkpoints") == [1]
 
 
-def test_another_model_is_named_before_arrays_are_read(tmp_path):
-    save_steps(tmp_path, 1)
-    other = Checkpointer(str(tmp_path), config(num_layers=2), TOKENIZER, keep_last=2, keep_best=0)
+def test_another_model_is_named_before_arrays_are_read(two_steps):
+    other = Checkpointer(str(two_steps), config(num_layers=2), TOKENIZER, keep_last=2, keep_best=0)
     with contextlib.closing(other), pytest.raises(UserError, match="num_layers: 2 here, 4 there"):
         other.restore(abstract_state())
     check_same_model(config(), config())
 
 
-def test_another_optimizer_is_named(tmp_path):
-    save_steps(tmp_path, 1)
+def test_another_optimizer_is_named(two_steps):
     state = make_state(0)
     state.opt_state = optax.sgd(1e-3, momentum=0.9).init(state.params)
     with (
-        open_checkpointer(tmp_path) as checkpointer,
+        open_checkpointer(two_steps) as checkpointer,
         pytest.raises(UserError, match=r"does not fit.*opt_state/0/trace/\S+ is float32\[5\] here"),
     ):
         checkpointer.restore(state)
@@ -447,41 +463,37 @@ def test_a_save_that_takes_too_long_is_not_reported_as_a_full_disk(tmp_path, mon
     assert "space" not in str(caught.value)
 
 
-def test_a_checkpoint_copied_over_a_newer_one_is_damage(tmp_path, caplog):
-    save_steps(tmp_path, 1, 2)
-    shutil.rmtree(tmp_path / "checkpoints" / "2")
-    shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "2")
-    with open_checkpointer(tmp_path) as checkpointer:
+def test_a_checkpoint_copied_over_a_newer_one_is_damage(two_steps, caplog):
+    shutil.rmtree(two_steps / "checkpoints" / "2")
+    shutil.copytree(two_steps / "checkpoints" / "1", two_steps / "checkpoints" / "2")
+    with open_checkpointer(two_steps) as checkpointer:
         restored = checkpointer.restore(abstract_state())
         assert restored.step == 1
         checkpointer.save(2, make_state(2), {})
     assert "checkpoints/2 is damaged: it is a copy of that of step 1; moved to" in caplog.text
-    assert_restores(tmp_path, 2)
+    assert_restores(two_steps, 2)
 
 
-def test_a_damaged_checkpoint_that_cannot_be_moved_aside_is_an_error(tmp_path):
-    save_steps(tmp_path, 1, 2)
-    (tmp_path / "checkpoints_damaged").write_bytes(b"")
-    flip_bit(tmp_path / "checkpoints" / "2" / "data" / "metadata")
+def test_a_damaged_checkpoint_that_cannot_be_moved_aside_is_an_error(two_steps):
+    (two_steps / "checkpoints_damaged").write_bytes(b"")
+    flip_bit(two_steps / "checkpoints" / "2" / "data" / "metadata")
     with pytest.raises(UserError, match=r"2 is damaged: data/metadata .*; it cannot be moved to "):
-        restore(tmp_path)
-    assert steps_in(tmp_path / "checkpoints") == [1, 2]
+        restore(two_steps)
+    assert steps_in(two_steps / "checkpoints") == [1, 2]
 
 
-def test_folders_that_are_not_steps_are_ignored(tmp_path):
-    save_steps(tmp_path, 1)
+def test_folders_that_are_not_steps_are_ignored(two_steps):
     for name in ("007", "9" * 200, "٣", "1 "):
-        (tmp_path / "checkpoints" / name).mkdir()
-    assert read_config(str(tmp_path))[2] == 1
+        (two_steps / "checkpoints" / name).mkdir()
+    assert read_config(str(two_steps))[2] == 2
 
 
 @pytest.mark.parametrize("name", ["lock", "complete.json"])
-def test_a_pipe_in_place_of_a_file_is_an_error(tmp_path, name):
-    save_steps(tmp_path, 1)
-    put_odd_file("fifo", tmp_path / "checkpoints" / name)
+def test_a_pipe_in_place_of_a_file_is_an_error(two_steps, name):
+    put_odd_file("fifo", two_steps / "checkpoints" / name)
     with pytest.raises(UserError, match=f"checkpoints/{name}: not a regular file; remove it"):
-        restore(tmp_path)
-    assert read_config(str(tmp_path))[2] == 1
+        restore(two_steps)
+    assert read_config(str(two_steps))[2] == 2
 
 
 @pytest.mark.parametrize("block", ["plain", "residual"])
