@@ -20,20 +20,30 @@ class Result(NamedTuple):
     errors: str
 
 
-def run_python(*arguments, stdin=b"", timeout=300, cwd=ROOT, **environment):
-    """Run ``python ARGUMENTS`` on the CPU."""
+def run_python(*arguments, stdin=b"", timeout=300, **options):
+    """Run ``python ARGUMENTS`` on the CPU; `options` are those of `start_python`."""
+    process = start_python(*arguments, text=False, stdin=subprocess.PIPE, **options)
+    try:
+        output, errors = process.communicate(stdin, timeout)
+    finally:
+        process.kill()
+    return Result(process.returncode, output.decode("utf-8"), errors.decode("utf-8"))
+
+
+def start_python(*arguments, cwd=ROOT, text=True, stdin=None, process_group=None, **environment):
+    """Start ``python ARGUMENTS`` on the CPU, with pipes for its output and errors."""
     # An editable install leaves the name of its path hook in sys.path, which is not a folder.
     path = os.pathsep.join([str(ROOT), *filter(os.path.isabs, sys.path)])
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
-        check=False,
-        input=stdin,
-        capture_output=True,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **environment},
-        timeout=timeout,
+        text=text,
+        process_group=process_group,
     )
-    return Result(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"))
 
 
 FORKS = """

@@ -1,14 +1,20 @@
 """Exit codes, one-line errors, help and logs of the scripts."""
 
 import os
-import subprocess
 import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from processes import Result, assert_each_refused, assert_refused, run_python, run_scripts
+from processes import (
+    Result,
+    assert_each_refused,
+    assert_refused,
+    run_python,
+    run_scripts,
+    start_python,
+)
 
 from simplernn_jax import command_line
 from simplernn_jax.errors import UserError
@@ -131,14 +137,10 @@ def test_full_disk_names_the_workdir(tmp_path):
 
 def test_a_closed_pipe_ends_the_script_quietly(tmp_path):
     script = write_script(tmp_path / "count.py", "print('x' * 1_000_000)")
-    process = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
+    process = start_python(script)
     process.stdout.read(3)
     process.stdout.close()
-    assert process.stderr.read() == b""
+    assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait() == 141
 

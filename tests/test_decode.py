@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from references import without_oldest
 
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.errors import UserError
@@ -16,7 +17,7 @@ from simplernn_jax.inference import generate
 from simplernn_jax.inference.arguments import checked_settings
 from simplernn_jax.inference.programs import split
 from simplernn_jax.inference.state import empty_state
-from simplernn_jax.models import KVCache, LanguageModel
+from simplernn_jax.models import LanguageModel
 
 VOCAB = 23
 KINDS = {
@@ -136,19 +137,6 @@ def test_empty_prompts_leave_a_state_unchanged():
     )
 
 
-def without_unseen_slots(layers):
-    """The state with the slot of the next token, which no query sees, reset in each cache."""
-
-    def clear(leaf):
-        if not isinstance(leaf, KVCache):
-            return leaf
-        rows, slots = jnp.arange(len(leaf.length)), leaf.length % leaf.keys.shape[2]
-        keys, values = (cached.at[rows, :, slots].set(0) for cached in leaf[:2])
-        return KVCache(keys, values, leaf.length)
-
-    return jax.tree.map(clear, layers, is_leaf=lambda leaf: isinstance(leaf, KVCache))
-
-
 def test_eos_ends_a_sequence_and_freezes_its_state():
     model = make_model()
     prompts = make_prompts([3, 5, 9])
@@ -165,7 +153,7 @@ def test_eos_ends_a_sequence_and_freezes_its_state():
     before = np.concatenate([prompts[1], ended.sequences()[1][:-1]])
     _, layers = forward(model, before[None])
     own = jax.tree.map(lambda leaf: leaf[1:2], ended.state.layers)
-    chex.assert_trees_all_close(*map(without_unseen_slots, (own, layers)), rtol=2e-5, atol=2e-5)
+    chex.assert_trees_all_close(*map(without_oldest, (own, layers)), rtol=2e-5, atol=2e-5)
 
 
 def test_a_finished_sequence_stays_finished_until_it_gets_a_prompt():

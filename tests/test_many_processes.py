@@ -4,11 +4,10 @@ import os
 import re
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
-from processes import ROOT, free_address
+from processes import free_address, start_python
 from small_runs import newest_checkpoint, small_config, write_corpus
 
 from simplernn_jax.training.loop import train
@@ -20,17 +19,9 @@ def start(tmp_path):
     """Start Python processes; none outlives the test."""
     started = []
 
-    def start(*command, cwd=ROOT, **environment):
-        process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            cwd=cwd,
-            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
+    def start(*command, **options):
+        started.append(start_python(*command, **options))
+        return started[-1]
 
     yield start
     for process in started:
@@ -164,7 +155,7 @@ def test_a_signal_to_one_stops_all_and_a_death_ends_all(tmp_path, launch):
 
 
 TRY_EACH = """
-import os, sys
+import sys
 from small_runs import small_config
 from simplernn_jax import distributed
 from simplernn_jax.errors import UserError
