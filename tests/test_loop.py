@@ -35,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("reused_programs")
 
 HYBRID = {"num_layers": 2, "mixer": "attention,simple_rnn", "attention_context": 10}
 """An attention context longer than the sequences of `small_config`."""
+EVERYTHING = {"dropout": 0.1, "reset_probability": 0.2, "name": "muon", "gradient_accumulation": 2}
 
 
 @pytest.mark.parametrize(
@@ -42,11 +43,7 @@ HYBRID = {"num_layers": 2, "mixer": "attention,simple_rnn", "attention_context":
     [
         ("window", "plain", {"gradient_accumulation": 2}),
         ("document", "plain", {"validation_fraction": 0.2, "eval_every": 13}),
-        (
-            "stream",
-            "residual",
-            HYBRID | {"dropout": 0.1, "reset_probability": 0.2, "name": "muon"},
-        ),
+        ("stream", "residual", HYBRID | EVERYTHING),
     ],
 )
 def test_resume_is_bit_exact(tmp_path, monkeypatch, mode, block, fields):
