@@ -103,6 +103,7 @@ def test_a_run_from_the_cache_is_bit_exact(tmp_path):
             *("-W", "error", "scripts/train.py", "--config=configs/tiny.py"),
             *(f"--workdir={tmp_path / name}", f"--config.data.source={source}"),
             *("--config.model.block=plain", "--config.train.steps=3"),
+            *("--config.train.sample_every=0", "--config.data.validation_fraction=0"),
             XDG_CACHE_HOME=str(tmp_path / "cache"),
         )
         assert result.code == 0, result.errors

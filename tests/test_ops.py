@@ -94,10 +94,21 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("length", "shape", "gates", "segments"), CASES)
-@pytest.mark.parametrize("dtype", LIMITS, ids=lambda d: d.__name__)
-def test_equals_scan(dtype, length, shape, gates, segments, method):
+# In float64 "auto" is "chunkwise"; bfloat16 rounds operands of the same sums.
+@pytest.mark.parametrize(
+    ("dtype", "method", "length", "shape", "gates", "segments"),
+    [
+        (dtype, method, *case)
+        for dtype, method, cases in (
+            (jnp.float64, "chunkwise", CASES),
+            (jnp.float64, "auto", CASES[-2:]),
+            *((jnp.float32, method, CASES) for method in METHODS),
+            *((jnp.bfloat16, method, [*CASES[5:9], CASES[-2]]) for method in METHODS),
+        )
+        for case in cases
+    ],
+)
+def test_equals_scan(dtype, method, length, shape, gates, segments):
     inputs, cotangents = draw_inputs(length, shape, gates)
     ids = draw_segments(segments, length)
     check(inputs, ids, cotangents, dtype, LIMITS[dtype], **METHODS[method])

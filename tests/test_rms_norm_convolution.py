@@ -1,5 +1,7 @@
 """The convolution of normalized inputs: the C functions and shifts, both against loops."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,7 @@ def test_equals_the_equations(length, with_starts, native):
     chex.assert_trees_all_close(ours, expected, rtol=2e-5, atol=2e-6)
 
 
+@functools.partial(jax.jit, static_argnames="native")
 def gradients(inputs, starts, native):
     rng = np.random.default_rng(7)
 
