@@ -73,7 +73,6 @@ def test_is_deterministic():
 
 @pytest.mark.parametrize("options", [{}, {"chunk_size": 8}, {"method": "scan"}], ids=str)
 def test_inside_shard_map(options):
-    """Batch and heads over different mesh axes."""
     mesh = jax.make_mesh((2, 4), ("data", "heads"), axis_types=(AxisType.Auto,) * 2)
     inputs = draw(4, 11, 8, 5)
     ids = jnp.asarray((np.arange(11) // 4 + np.zeros((4, 1))).astype(np.int32))

@@ -22,7 +22,6 @@ time.sleep(30)
 
 
 def run(code):
-    """Start a Python process that runs `code`."""
     return subprocess.Popen([sys.executable, "-c", f"import os, signal, sys, time; {code}"])
 
 

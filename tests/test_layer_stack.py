@@ -89,7 +89,7 @@ def test_training_on_stages_equals_one_device_in_float32():
 
 def test_collectives_of_stages():
     """Activations, and sums of gradients over devices that share parameters; nothing else."""
-    step, state = program_of(STAGE_2_DATA_4)
+    step, state = program_of(STAGE_2_DATA_4, "float32")
     stages, data, chunks = 2, 4, 8
     shared, layers = (
         [leaf.addressable_data(0).size * 4 for leaf in jax.tree.leaves(part)]
@@ -113,7 +113,7 @@ def test_collectives_of_stages():
 
 
 def test_a_stage_holds_its_layers_only():
-    _, state = program_of(STAGE_2_DATA_4)
+    _, state = program_of(STAGE_2_DATA_4, "float32")
     for name, parts in (("params", 2), ("opt_state", 2), ("carried", 2 * 4)):
         for path, leaf in named_leaves(getattr(state, name)).items():
             if "stacked" in path:
@@ -121,7 +121,7 @@ def test_a_stage_holds_its_layers_only():
 
 
 def test_a_value_that_is_not_finite_on_one_stage_skips_the_update():
-    step, first = program_of(STAGE_2_DATA_4)
+    step, first = program_of(STAGE_2_DATA_4, "float32")
     shardings = jax.tree.map(lambda x: x.sharding, first.carried)
     with_nan = jax.tree.map(lambda x: x.at[3, 2].set(jnp.nan), first.carried)
     with_nan = jax.device_put(with_nan, shardings)
@@ -139,7 +139,7 @@ def test_a_value_that_is_not_finite_on_one_stage_skips_the_update():
 def test_no_device_holds_all_layers_while_a_checkpoint_is_written():
     config, mesh = config_of(STAGE_2_DATA_4), mesh_of(**dict(STAGE_2_DATA_4))
     layout = FileLayout(config, make_optimizer(config.optimizer, 40, mesh), mesh)
-    _, state = program_of(STAGE_2_DATA_4)
+    _, state = program_of(STAGE_2_DATA_4, "float32")
     saved = layout.to_files(state)
     leaves = jax.tree.leaves(saved.params)
     assert sum(x.addressable_data(0).nbytes for x in leaves) < 0.6 * sum(x.nbytes for x in leaves)

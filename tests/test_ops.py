@@ -129,7 +129,6 @@ def test_equals_scan_for_any_chunk_size(chunk_size):
     cut=st.booleans(),
 )
 def test_no_gate_gives_nan(method, logits, seed, cut):
-    """Finite inputs give finite results, for any consecutive gates."""
     (q, k, v, _, state), cotangents = draw_recurrence(1, 67, 2, 5, 5, jnp.float32, seed=seed)
     chosen = np.asarray(logits)[np.random.default_rng(seed).integers(0, 8, q.shape)]
     log_gate = jax.nn.log_sigmoid(jnp.asarray(chosen, jnp.float32))
@@ -140,7 +139,6 @@ def test_no_gate_gives_nan(method, logits, seed, cut):
 
 @pytest.mark.parametrize("method", ["scan", "chunkwise"])
 def test_split_sequences_equal_the_whole(method):
-    """The state carries over any split of a sequence."""
     (q, k, v, log_gate, state), _ = draw_inputs(97, SHAPES[1], "mixed")
     whole, final = gated_linear_recurrence(q, k, v, log_gate, initial_state=state, method=method)
     parts = []
@@ -232,7 +230,6 @@ def test_numpy_float64_is_float32_without_x64(method):
 
 
 def test_dtypes_of_results():
-    """The output has the values' dtype; the state stays float32."""
     (q, k, v, log_gate, _), _ = draw_inputs(17, SHAPES[0], "near_one")
     low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
     for method in ("scan", "chunkwise"):
