@@ -47,13 +47,14 @@ def start_python(*arguments, cwd=ROOT, text=True, stdin=None, process_group=None
 
 
 FORKS = """
-import json, os, runpy, sys
+import json, os, runpy, sys, warnings
 import {imports}
 
 folder, *commands = sys.argv[1:]
 codes = []
 for number, command in enumerate(map(json.loads, commands)):
-    child = os.fork()
+    with warnings.catch_warnings(action="ignore"):  # about threads, which are idle
+        child = os.fork()
     if not child:
         for descriptor, name in enumerate(("input", f"{{number}}.output", f"{{number}}.errors")):
             os.dup2(os.open(f"{{folder}}/{{name}}", os.O_RDWR | os.O_CREAT), descriptor)
@@ -74,7 +75,7 @@ def run_scripts(*commands, imports="simplernn_jax.command_line", stdin=b"", **op
         texts = [json.dumps([str(word) for word in command]) for command in commands]
         # A fork cannot replace itself by a process with huge pages without importing all again.
         code, output, errors = run_python(
-            *("-W", "ignore", "-c", FORKS.format(imports=imports), folder, *texts),
+            *("-c", FORKS.format(imports=imports), folder, *texts),
             SIMPLERNN_JAX_HUGE_PAGES="0",
             **options,
         )
