@@ -476,10 +476,8 @@ def test_a_pipe_in_place_of_a_file_is_an_error(two_steps, name):
     assert read_config(str(two_steps))[2] == 2
 
 
-@pytest.mark.parametrize("block", ["plain", "residual"])
-def test_load_model_under_x64(tmp_path, block):
-    fields = HYBRID if block == "residual" else {"block": block}
-    settings = small_config(**fields, source=write_corpus(tmp_path / "text"))
+def test_load_model_under_x64(tmp_path):
+    settings = small_config(**HYBRID, source=write_corpus(tmp_path / "text"))
     save_untrained(settings, tmp_path / "run")
     expected, tokenizer, _ = load_model(str(tmp_path / "run"))
     with jax.enable_x64(True):

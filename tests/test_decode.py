@@ -26,6 +26,7 @@ KINDS = {
 }
 # Three sequences or one in every test, so that they share the compiled programs.
 LENGTHS = [3, 139, 64]  # prefilled in chunks of 1, 8 and 64 tokens
+DRAWN = {"temperature": 1.0, "top_k": 9, "top_p": 0.9}
 
 forward = nnx.jit(lambda model, tokens: model(tokens))
 
@@ -88,10 +89,10 @@ def test_greedy_equals_recomputing_the_prefix(kind):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 1.3, "seed": 5, "top_k": 9, "top_p": 0.9}]
+    ("lengths", "settings"),
+    [(LENGTHS, {"temperature": 1.3, "seed": 5, "top_k": 9, "top_p": 0.9}), ([1, 8, 61], {})],
 )
-@pytest.mark.parametrize("lengths", [LENGTHS, [1, 8, 61]])
-def test_a_sequence_is_the_same_alone_and_in_a_batch(settings, lengths):
+def test_a_sequence_is_the_same_alone_and_in_a_batch(lengths, settings):
     model = make_model()
     prompts = make_prompts(lengths)
     together = generate(model, prompts, max_new_tokens=35, **settings)
@@ -102,9 +103,11 @@ def test_a_sequence_is_the_same_alone_and_in_a_batch(settings, lengths):
         chex.assert_trees_all_close(own, alone.state, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_k": 9, "top_p": 0.9}])
-@pytest.mark.parametrize("cuts", [(1, 69), (32, 38), (40, 0, 7, 23)])
-def test_continuing_equals_one_longer_call(settings, cuts):
+@pytest.mark.parametrize(
+    ("cuts", "settings"),
+    [((1, 69), DRAWN), ((32, 38), {}), ((40, 0, 7, 23), DRAWN), ((40, 0, 7, 23), {})],
+)
+def test_continuing_equals_one_longer_call(cuts, settings):
     model = make_model()
     settings = settings | {"seed": 3, "eos_id": 0}
     prompts = make_prompts([2, 11, 5])
