@@ -44,14 +44,18 @@ def config_of(sizes=(), dtype="float32", **fields):
 
 
 @functools.cache
+def start(dtype, **fields):
+    config = config_of((), dtype, **fields)
+    return first_state(config, make_optimizer(config.optimizer, 40))
+
+
+@functools.cache
 def program_of(sizes=(), dtype="float32", **fields):
     """(compiled step on a mesh, state before the first one)."""
     config, mesh = config_of(sizes, dtype, **fields), mesh_of(**dict(sizes))
-    alone = config_of((), dtype, **fields)
-    state = first_state(alone, make_optimizer(alone.optimizer, 40))
-    return compile_step(
-        config, make_optimizer(config.optimizer, 40, mesh), mesh, state, make_batch(0)
-    )
+    optimizer = make_optimizer(config.optimizer, 40, mesh)
+    fields.pop("gradient_accumulation", None)  # no part of the state
+    return compile_step(config, optimizer, mesh, start(dtype, **fields), make_batch(0))
 
 
 @functools.cache

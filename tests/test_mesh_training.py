@@ -56,13 +56,18 @@ def make_batch(seed):
 
 
 @functools.cache
-def compiled(mesh_name, precision="float64", **fields):
-    """(step on a mesh, state before the first one); None is one device."""
+def start(precision="float64", **fields):
     config = config_of(precision, **fields)
+    return first_state(config, make_optimizer(config.optimizer, 100))
+
+
+@functools.cache
+def compiled(mesh_name, *options, **fields):
+    """(step on a mesh, state before the first one); None is one device."""
+    config = config_of(*options, **fields)
     mesh = None if mesh_name is None else mesh_of(**MESHES[mesh_name])
-    state = first_state(config, make_optimizer(config.optimizer, 100))
     optimizer = make_optimizer(config.optimizer, 100, mesh)
-    return compile_step(config, optimizer, mesh, state, make_batch(0))
+    return compile_step(config, optimizer, mesh, start(*options, **fields), make_batch(0))
 
 
 def five_steps(mesh_name, *options, **fields):
