@@ -1,4 +1,4 @@
-"""Meshes of simulated devices, shared by the tests of what runs on them."""
+"""Meshes of simulated devices and train steps on them, shared by the tests of what runs there."""
 
 import math
 
@@ -7,7 +7,9 @@ import jax
 import numpy as np
 
 from simplernn_jax.config import MeshConfig
+from simplernn_jax.sharding.layer_layout import in_layout_of
 from simplernn_jax.sharding.mesh import make_mesh
+from simplernn_jax.training.train_step import init_train_state, make_train_step, take_steps
 
 
 def mesh_of(**sizes):
@@ -24,3 +26,27 @@ def distance(ours, reference):
         for tree in (ours, reference)
     )
     return np.linalg.norm(ours - reference) / max(np.linalg.norm(reference), np.finfo(float).tiny)
+
+
+def first_state(config, optimizer):
+    """The state before the first step, as numpy arrays; floats are in the model's precision."""
+    state = jax.device_get(jax.jit(lambda: init_train_state(config, optimizer))())
+    wide = {np.dtype("float32"): config.model.precision}
+    return jax.tree.map(lambda x: x.astype(wide.get(x.dtype, x.dtype)), state)
+
+
+def compile_step(config, optimizer, mesh, state, batch):
+    """The train step, and `state` as arrays of the layout that it takes."""
+    shapes = jax.eval_shape(lambda: init_train_state(config, optimizer))
+    state = in_layout_of(shapes, state)
+    step = make_train_step(config, optimizer, mesh).lower(state, batch).compile()
+    return step, jax.device_put(state, step.input_shardings[0][0])
+
+
+def run_steps(step, state, batches):
+    """Losses, and the state after the last batch as numpy arrays."""
+    (states, on_mesh), _ = step.input_shardings
+    copy = jax.jit(lambda tree: tree, in_shardings=(states,), out_shardings=states)  # to donate
+    placed = (jax.device_put(batch, on_mesh) for batch in batches)
+    state, metrics = take_steps(step, copy(state), placed)
+    return [float(of_step.loss) for of_step in metrics], jax.device_get(state)

@@ -139,8 +139,14 @@ def run_in_pieces(call, layer, x, segment_ids, lengths):
     return jnp.concatenate(outputs, axis=1), state
 
 
-def without_oldest(cache):
-    """Zero the slot of a KV cache that the next token overwrites, which no query reads."""
-    sequences, slots = jnp.arange(cache.length.size), cache.length % cache.keys.shape[2]
-    keys, values = (cached.at[sequences, :, slots].set(0) for cached in cache[:2])
-    return KVCache(keys, values, cache.length)
+def without_oldest(state):
+    """Zero the slot of each KV cache that the next token overwrites, which no query reads."""
+
+    def clear(leaf):
+        if not isinstance(leaf, KVCache):
+            return leaf
+        sequences, slots = jnp.arange(leaf.length.size), leaf.length % leaf.keys.shape[2]
+        keys, values = (cached.at[sequences, :, slots].set(0) for cached in leaf[:2])
+        return KVCache(keys, values, leaf.length)
+
+    return jax.tree.map(clear, state, is_leaf=lambda leaf: isinstance(leaf, KVCache))

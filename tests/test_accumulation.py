@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from meshes import distance, mesh_of
+from meshes import compile_step, distance, first_state, mesh_of, run_steps
 from small_runs import random_batch, small_config
 
 from simplernn_jax.config import MeshConfig
@@ -44,14 +44,11 @@ def make_batch():
 @functools.cache
 def start(**fields):
     """Before the first step, with a carried state that is not zero; numpy, float64."""
-    config = config_of(**fields)
-    state = jax.jit(lambda: init_train_state(config, SGD))()
+    state = first_state(config_of(**fields), SGD)
     carried = jax.tree.map(
         lambda x: np.random.default_rng(x.size).normal(size=x.shape), state.carried
     )
-    wide = {np.dtype("float32"): np.float64}
-    state = jax.device_get(dataclasses.replace(state, carried=carried))
-    return jax.tree.map(lambda x: x.astype(wide.get(x.dtype, x.dtype)), state)
+    return dataclasses.replace(state, carried=carried)
 
 
 @functools.cache
@@ -63,17 +60,12 @@ def step_of(sizes=(), block="residual", num_layers=2, **fields):
     state = start(**shape)
     if config.data.mode != "stream":
         state = dataclasses.replace(state, carried=())
-    shapes = jax.eval_shape(lambda: init_train_state(config, SGD))
-    before = in_layout_of(shapes, state)
-    lowered = make_train_step(config, SGD, mesh).lower(before, make_batch())
-    step = lowered.compile()
+    step, before = compile_step(config, SGD, mesh, state, make_batch())
 
     def take(batch):
-        placed = jax.device_put((before, batch), step.input_shardings[0])
-        after, metrics = step(*placed)
-        after = in_layout_of(state, jax.device_get(after))
-        gradient = jax.tree.map(np.subtract, state.params, after.params)
-        return float(metrics.loss), gradient, after.carried
+        (loss,), after = run_steps(step, before, [batch])
+        after = in_layout_of(state, after)
+        return loss, jax.tree.map(np.subtract, state.params, after.params), after.carried
 
     return take
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from references import relative_rms
 
 from simplernn_jax.analysis.attention_map import (
     apply_map,
@@ -52,13 +53,6 @@ def by_definition(q, k, log_gate, ids):
     return weights, queries, allowed
 
 
-def relative_error(actual, expected):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert np.isfinite(actual).all()
-    scale = max(np.sqrt(np.mean(expected**2)), np.finfo(np.float64).tiny)
-    return np.sqrt(np.mean((actual - expected) ** 2)) / scale
-
-
 @jax.jit
 def computed(q, k, v, log_gate, state, ids):
     """Return the map, its application to values and state, and the output of `scan`."""
@@ -84,11 +78,11 @@ def test_implicit_map_equals_its_definition_and_reproduces_the_recurrence(
     q, k, _, log_gate, _ = (x.astype(np.float64) for x in inputs)
     weights, queries, allowed = by_definition(q, k, log_gate, ids)
     assert result.weights.dtype == dtype
-    assert relative_error(result.weights, weights) < limit
+    assert relative_rms(result.weights, weights) < limit
     np.testing.assert_array_equal(np.where(allowed[:, None], 0, result.weights), 0)
     # A gate below e^-16 counts as e^-16 in float32: 1e-7 of the queries.
     np.testing.assert_allclose(result.state_queries, queries, rtol=20 * limit, atol=limit)
-    assert relative_error(sum(parts), expected) < limit
+    assert relative_rms(sum(parts), expected) < limit
 
 
 @pytest.mark.parametrize("segments", [None, [0] * 4 + [1] * 7])

@@ -123,10 +123,9 @@ def with_gradients(function, layer):
     ("sizes", "context", "options", "dtype", "limit"),
     [
         (WIDE_KEYS, 6, {}, jnp.float64, 3e-7),
-        (WIDE_KEYS, 6, {}, jnp.float32, 1e-5),
         (WIDE_VALUES, 100, {"output_norm": True, "output_gate": True}, jnp.float32, 1e-5),
     ],
-    ids=["K > V, sliding, float64", "K > V, sliding", "K < V, all"],
+    ids=["K > V, sliding, float64", "K < V, all"],
 )
 def test_equals_the_definition(sizes, context, options, dtype, limit):
     """In float64, the resolution of angles (2^-32 turns) limits the accuracy. Key biases change all
@@ -177,7 +176,7 @@ def test_blocks_equal_full_attention():
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     ("lengths", "context"),
-    [((1,) * 29, 6), ((1,) * 29, 100), ((0, 3, 1, 12, 13), 1), ((0, 3, 1, 12, 13), 6)],
+    [((1,) * 29, 1), ((1,) * 29, 100), ((0, 3, 1, 12, 13), 6)],
 )
 def test_pieces_equal_the_whole_sequence(lengths, context):
     layer, call = make(context=context), jitted()
@@ -225,15 +224,13 @@ def temporary_bytes(function, *shapes):
     return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("gradient", [False, True])
-def test_memory_is_linear_in_tokens(gradient):
+def test_memory_of_the_gradient_is_linear_in_tokens():
     layer = make(context=64)
 
     def total(x):
         return jnp.sum(layer(x)[0])
 
-    function = jax.grad(total) if gradient else total
-    sizes = [temporary_bytes(function, (1, length, 5)) for length in (16_384, 65_536)]
+    sizes = [temporary_bytes(jax.grad(total), (1, length, 5)) for length in (16_384, 65_536)]
     assert sizes[1] < 6 * sizes[0]
     assert sizes[1] < 65_536**2 / 25  # one percent of the scores of one head
 

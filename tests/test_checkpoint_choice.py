@@ -117,8 +117,10 @@ def test_load_model_takes_the_best_and_says_so(tmp_path, caplog):
             checkpointer.save(step, {"params": nnx.state(model, nnx.Param)}, {}, metrics)
     with caplog.at_level("INFO"):
         for checkpoint, step in (("best", 2), ("newest", 3), (3, 3)):
-            loaded = load_model(str(tmp_path), checkpoint)[0]
+            loaded, tokenizer, loaded_config = load_model(str(tmp_path), checkpoint)
             chex.assert_trees_all_equal(nnx.state(loaded), nnx.state(models[step]))
+            assert tokenizer.to_json() == ByteTokenizer().to_json()
+            assert loaded_config == config
     assert [text for text in caplog.messages if text.startswith("checkpoint")] == [
         "checkpoint: step 2, the best by validation loss (2.0000; the newest, step 3, has 3.0000)"
     ]

@@ -1,13 +1,20 @@
 """Exit codes, one-line errors, help and logs of the scripts."""
 
 import os
-import subprocess
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from processes import Result, assert_refused, run_python
+from processes import (
+    Result,
+    assert_each_refused,
+    assert_refused,
+    run_python,
+    run_scripts,
+    start_python,
+)
 
 from simplernn_jax import command_line
 from simplernn_jax.errors import UserError
@@ -34,75 +41,80 @@ if __name__ == "__main__":
 '''
 
 
-def run_script(folder: Path, body: str, *arguments: str, definitions: str = "") -> Result:
+def write_script(path: Path, body: str, definitions: str = "") -> Path:
     indented = textwrap.indent(textwrap.dedent(body), "    ")
-    (folder / "count.py").write_text(SCRIPT.format(body=indented, definitions=definitions))
-    return run_python("count.py", *arguments, cwd=folder)
+    path.write_text(SCRIPT.format(body=indented, definitions=definitions))
+    return path
 
 
-@pytest.mark.parametrize(
-    ("body", "code", "parts"),
-    [
-        ("return None", 0, []),
-        ("return command_line.EXIT_INTERRUPTED", 75, []),
-        ("raise KeyboardInterrupt", 130, []),
-        ("return 1 // 0", 1, ["Traceback", "ZeroDivisionError"]),
-        ("os.close(999)", 1, ["Traceback"]),  # an OSError without a path
-    ],
-)
-def test_exit_codes(tmp_path, body, code, parts):
-    result = run_script(tmp_path, body)
-    assert result.code == code
-    assert all(part in result.errors for part in parts)
-    assert bool(result.errors) == bool(parts)
+def run_script(
+    folder: Path, body: str, *commands: list[str], definitions: str = ""
+) -> list[Result]:
+    """Run the script for each list of arguments, or once without."""
+    script = write_script(folder / "count.py", body, definitions)
+    return run_scripts(*((script, *arguments) for arguments in commands or [[]]), cwd=folder)
 
 
-@pytest.mark.parametrize(
-    ("body", "part"),
-    [
-        ('raise UserError("a file:\\n  is empty; fill it")', "error: a file: is empty; fill it"),
-        ('raise PermissionError(13, "Permission denied", "/runs/x")', "/runs/x: permission denied"),
-        ('os.makedirs("count.py" + os.sep)', "file exists; choose another path"),
-        ('raise OSError(28, "No space left on device", "/runs/y")', "/runs/y: no space left"),
-        ('open("x" * 999)', "file name too long; choose another path"),
-        ('open("never/written")', "never/written: no such file or directory; create it or"),
-        ('os.symlink("l", "l"); open("l")', "l: too many levels of symbolic links; choose another"),
-        (
-            'raise OSError(22, "not a regular file", "/runs/z")',
-            "/runs/z: not a regular file; choose",
-        ),
-        ('raise OSError(6, "No such device or address", "/p")', "/p: no such device or address"),
-        ("raise MemoryError", "not enough memory"),
-        ('__import__("pathlib").Path("~nobody-x").expanduser()', "~: no such user"),
-        ('command_line.expand_path("~nobody-x/a", "out")', "--out=~nobody-x/a: no such user"),
-        ('command_line.expand_path("gs://b/a", "out")', "--out=gs://b/a: a URL, not a path"),
-        (
-            'os.mkdir("d"); os.chdir("d"); os.rmdir("../d"); os.getcwd()',
-            "no such file or directory",
-        ),
-    ],
-)
-def test_an_error_of_the_user_or_the_file_system_is_one_line(tmp_path, body, part):
-    assert_refused(run_script(tmp_path, body), part)
+def run_bodies(folder: Path, bodies: Iterable[str]) -> list[Result]:
+    """Run a script of each body."""
+    scripts = [write_script(folder / f"{n}.py", body) for n, body in enumerate(bodies)]
+    return run_scripts(*((script,) for script in scripts), cwd=folder)
+
+
+ENDS = {
+    "return None": (0, []),
+    "return command_line.EXIT_INTERRUPTED": (75, []),
+    "raise KeyboardInterrupt": (130, []),
+    "return 1 // 0": (1, ["Traceback", "ZeroDivisionError"]),
+    "os.close(999)": (1, ["Traceback"]),  # an OSError without a path
+}
+
+
+def test_exit_codes(tmp_path):
+    for result, (code, parts) in zip(run_bodies(tmp_path, ENDS), ENDS.values(), strict=True):
+        assert result.code == code
+        assert all(part in result.errors for part in parts)
+        assert bool(result.errors) == bool(parts)
+
+
+ERRORS = {
+    'raise UserError("a file:\\n  is empty; fill it")': "error: a file: is empty; fill it",
+    'raise PermissionError(13, "Permission denied", "/runs/x")': "/runs/x: permission denied",
+    'os.makedirs("0.py" + os.sep)': "file exists; choose another path",
+    'raise OSError(28, "No space left on device", "/runs/y")': "/runs/y: no space left",
+    'open("x" * 999)': "file name too long; choose another path",
+    'open("never/written")': "never/written: no such file or directory; create it or",
+    'os.symlink("l", "l"); open("l")': "l: too many levels of symbolic links; choose another",
+    'raise OSError(22, "not a regular file", "/runs/z")': "/runs/z: not a regular file; choose",
+    'raise OSError(6, "No such device or address", "/p")': "/p: no such device or address",
+    "raise MemoryError": "not enough memory",
+    '__import__("pathlib").Path("~nobody-x").expanduser()': "~: no such user",
+    'command_line.expand_path("~nobody-x/a", "out")': "--out=~nobody-x/a: no such user",
+    'command_line.expand_path("gs://b/a", "out")': "--out=gs://b/a: a URL, not a path",
+    'os.mkdir("d"); os.chdir("d"); os.rmdir("../d"); os.getcwd()': "no such file or directory",
+}
+
+
+def test_an_error_of_the_user_or_the_file_system_is_one_line(tmp_path):
+    for result, part in zip(run_bodies(tmp_path, ERRORS), ERRORS.values(), strict=True):
+        assert_refused(result, part)
 
 
 def test_current_folder_that_is_gone(tmp_path):
-    run_script(tmp_path, "return 0")
+    script = write_script(tmp_path / "count.py", "return 0")
     (tmp_path / "gone").mkdir()
     start = "import os, sys; os.rmdir('../gone'); os.execv(sys.argv[1], sys.argv[1:])"
-    script = tmp_path / "count.py"
     result = run_python("-c", start, sys.executable, script, cwd=tmp_path / "gone")
     assert_refused(result, "error: the current folder was deleted; cd to another one")
 
 
 def test_message_is_printable_and_bounded(tmp_path):
-    result = run_script(tmp_path, 'raise UserError("a\\x1b[2Jb" + "x" * 9999)')
-    assert_refused(result, "error: a\\x1b[2Jbx", " ... x")
-    assert len(result.errors) < 450
-    result = run_script(tmp_path, "return 0", "--workdr=\x1b[2J" + "y" * 9999)
-    assert_refused(result, "no such flag")
-    assert len(result.errors) < 450
-    assert "\x1b" not in result.errors
+    body = 'raise UserError("a\\x1b[2Jb" + "x" * 9999)'
+    raised, flag = run_script(tmp_path, body, [], ["--workdr=\x1b[2J" + "y" * 9999])
+    assert_refused(raised, "error: a\\x1b[2Jbx", " ... x")
+    assert_refused(flag, "no such flag")
+    assert "\x1b" not in flag.errors
+    assert max(len(raised.errors), len(flag.errors)) < 450
 
 
 @pytest.mark.parametrize("content", [None, "fifo", "folder"])
@@ -119,68 +131,60 @@ def test_text_of_a_file_that_is_not_a_regular_one(tmp_path, content):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the full device of Linux")
 def test_full_disk_names_the_workdir(tmp_path):
     body = 'os.write(os.open("/dev/full", os.O_WRONLY), b"text")'
-    result = run_script(tmp_path, body, "--workdir=runs/full")
+    (result,) = run_script(tmp_path, body, ["--workdir=runs/full"])
     assert_refused(result, "runs/full: no space left on device; free some space")
 
 
 def test_a_closed_pipe_ends_the_script_quietly(tmp_path):
-    run_script(tmp_path, "print('x' * 1_000_000)")
-    process = subprocess.Popen(
-        [sys.executable, str(tmp_path / "count.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
+    script = write_script(tmp_path / "count.py", "print('x' * 1_000_000)")
+    process = start_python(script)
     process.stdout.read(3)
     process.stdout.close()
-    assert process.stderr.read() == b""
+    assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait() == 141
 
 
-@pytest.mark.parametrize(
-    ("argument", "part"),
-    [
-        ("--workdr=x", "--workdr: no such flag; did you mean 'workdir'?"),
-        ("--workdir", "Missing value for flag --workdir"),
-        ("--count=three", "--count=three: invalid literal for int()"),
-        ("stray", "'stray': not a flag"),
-    ],
-)
-def test_wrong_flag_is_one_line(tmp_path, argument, part):
+WRONG_FLAGS = [
+    ("--workdr=x", "--workdr: no such flag; did you mean 'workdir'?"),
+    ("--workdir", "Missing value for flag --workdir"),
+    ("--count=three", "--count=three: invalid literal for int()"),
+    ("stray", "'stray': not a flag"),
+]
+
+
+def test_wrong_flag_is_one_line(tmp_path):
     definitions = '_COUNT = flags.DEFINE_integer("count", 1, "How often.")'
-    assert_refused(
-        run_script(tmp_path, "return 1", argument, definitions=definitions), part, "--help"
-    )
+    script = write_script(tmp_path / "count.py", "return 1", definitions)
+    assert_each_refused(script, *(([flag], part, "--help") for flag, part in WRONG_FLAGS))
 
 
 def test_arguments_that_are_not_flags(tmp_path):
     definitions = '_NAMES = command_line.define_arguments("NAME ...")'
     body = "print(_NAMES.value, _WORKDIR.value)"
-    result = run_script(tmp_path, body, "ops", "--workdir=w", "lm", definitions=definitions)
+    commands = ["ops", "--workdir=w", "lm"], ["--help"]
+    result, shown = run_script(tmp_path, body, *commands, definitions=definitions)
     assert result.output == "['ops', 'lm'] w\n"
-    assert "NAME ..." in run_script(tmp_path, body, "--help", definitions=definitions).output
+    assert "NAME ..." in shown.output
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull"])
-def test_help_shows_the_docstring_and_the_flags_of_the_script(tmp_path, flag):
-    result = run_script(tmp_path, "return 1", flag)
-    assert (result.code, result.errors) == (0, "")
-    assert "Counts something." in result.output
-    assert "--workdir: Directory of the run." in result.output
-    assert ("--verbosity" in result.output) == (flag == "--helpfull")
+def test_help_shows_the_docstring_and_the_flags_of_the_script(tmp_path):
+    flags = ["--help", "-h", "--helpfull"]
+    for flag, result in zip(
+        flags, run_script(tmp_path, "return 1", *([flag] for flag in flags)), strict=True
+    ):
+        assert (result.code, result.errors) == (0, "")
+        assert "Counts something." in result.output
+        assert "--workdir: Directory of the run." in result.output
+        assert ("--verbosity" in result.output) == (flag == "--helpfull")
 
 
-@pytest.mark.parametrize(
-    ("script", "names"),
-    [
-        ("sample", ["checkpoint"]),
-        ("evaluate", ["checkpoint", "cache_dir", "source"]),
-        ("explain", ["checkpoint", "cache_dir", "source"]),
-    ],
-)
-def test_help_shows_flags_that_scripts_share(script, names):
-    shown = run_python(f"scripts/{script}.py", "--help").output
-    assert all(f"\n  --{name}: " in shown for name in names)
+def test_help_shows_flags_that_scripts_share():
+    names = {name: ["checkpoint", "cache_dir", "source"] for name in ("evaluate", "explain")}
+    names["sample"] = ["checkpoint"]
+    shown = run_scripts(*((f"scripts/{script}.py", "--help") for script in names))
+    for result, shared in zip(shown, names.values(), strict=True):
+        assert all(f"\n  --{name}: " in result.output for name in shared)
 
 
 def test_logs_of_the_project_are_shown_and_those_of_libraries_from_warnings_up(tmp_path):
@@ -191,5 +195,5 @@ def test_logs_of_the_project_are_shown_and_those_of_libraries_from_warnings_up(t
     exec(library)
     standard_logging.getLogger("lib").info("more chatter")
     """
-    result = run_script(tmp_path, body)
+    (result,) = run_script(tmp_path, body)
     assert result.errors == "saved 7\nwarning: set aside\nwarning: careful\n"

@@ -81,12 +81,11 @@ def test_the_users_own_folder_and_bound_are_used(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path):
     (tmp_path / "file").write_text("")
-    for _ in range(2):
-        _, hits, errors = run_program(XDG_CACHE_HOME=str(tmp_path / "file"))
-        assert hits == 0
-        assert len(errors.splitlines()) == 1
-        assert "compiled programs are not cached: " in errors
-        assert "Not a directory" in errors
+    _, hits, errors = run_program(XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert hits == 0
+    assert len(errors.splitlines()) == 1
+    assert "compiled programs are not cached: " in errors
+    assert "Not a directory" in errors
 
 
 def test_it_can_be_switched_off(tmp_path):
@@ -104,6 +103,7 @@ def test_a_run_from_the_cache_is_bit_exact(tmp_path):
             *("-W", "error", "scripts/train.py", "--config=configs/tiny.py"),
             *(f"--workdir={tmp_path / name}", f"--config.data.source={source}"),
             *("--config.model.block=plain", "--config.train.steps=3"),
+            *("--config.train.sample_every=0", "--config.data.validation_fraction=0"),
             XDG_CACHE_HOME=str(tmp_path / "cache"),
         )
         assert result.code == 0, result.errors

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from references import without_oldest
 
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.errors import UserError
@@ -16,7 +17,7 @@ from simplernn_jax.inference import generate
 from simplernn_jax.inference.arguments import checked_settings
 from simplernn_jax.inference.programs import split
 from simplernn_jax.inference.state import empty_state
-from simplernn_jax.models import KVCache, LanguageModel
+from simplernn_jax.models import LanguageModel
 
 VOCAB = 23
 KINDS = {
@@ -25,6 +26,7 @@ KINDS = {
 }
 # Three sequences or one in every test, so that they share the compiled programs.
 LENGTHS = [3, 139, 64]  # prefilled in chunks of 1, 8 and 64 tokens
+DRAWN = {"temperature": 1.0, "top_k": 9, "top_p": 0.9}
 
 forward = nnx.jit(lambda model, tokens: model(tokens))
 
@@ -87,10 +89,10 @@ def test_greedy_equals_recomputing_the_prefix(kind):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 1.3, "seed": 5, "top_k": 9, "top_p": 0.9}]
+    ("lengths", "settings"),
+    [(LENGTHS, {"temperature": 1.3, "seed": 5, "top_k": 9, "top_p": 0.9}), ([1, 8, 61], {})],
 )
-@pytest.mark.parametrize("lengths", [LENGTHS, [1, 8, 61]])
-def test_a_sequence_is_the_same_alone_and_in_a_batch(settings, lengths):
+def test_a_sequence_is_the_same_alone_and_in_a_batch(lengths, settings):
     model = make_model()
     prompts = make_prompts(lengths)
     together = generate(model, prompts, max_new_tokens=35, **settings)
@@ -101,9 +103,11 @@ def test_a_sequence_is_the_same_alone_and_in_a_batch(settings, lengths):
         chex.assert_trees_all_close(own, alone.state, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_k": 9, "top_p": 0.9}])
-@pytest.mark.parametrize("cuts", [(1, 69), (32, 38), (40, 0, 7, 23)])
-def test_continuing_equals_one_longer_call(settings, cuts):
+@pytest.mark.parametrize(
+    ("cuts", "settings"),
+    [((1, 69), DRAWN), ((32, 38), {}), ((40, 0, 7, 23), DRAWN), ((40, 0, 7, 23), {})],
+)
+def test_continuing_equals_one_longer_call(cuts, settings):
     model = make_model()
     settings = settings | {"seed": 3, "eos_id": 0}
     prompts = make_prompts([2, 11, 5])
@@ -136,19 +140,6 @@ def test_empty_prompts_leave_a_state_unchanged():
     )
 
 
-def without_unseen_slots(layers):
-    """The state with the slot of the next token, which no query sees, reset in each cache."""
-
-    def clear(leaf):
-        if not isinstance(leaf, KVCache):
-            return leaf
-        rows, slots = jnp.arange(len(leaf.length)), leaf.length % leaf.keys.shape[2]
-        keys, values = (cached.at[rows, :, slots].set(0) for cached in leaf[:2])
-        return KVCache(keys, values, leaf.length)
-
-    return jax.tree.map(clear, layers, is_leaf=lambda leaf: isinstance(leaf, KVCache))
-
-
 def test_eos_ends_a_sequence_and_freezes_its_state():
     model = make_model()
     prompts = make_prompts([3, 5, 9])
@@ -165,7 +156,7 @@ def test_eos_ends_a_sequence_and_freezes_its_state():
     before = np.concatenate([prompts[1], ended.sequences()[1][:-1]])
     _, layers = forward(model, before[None])
     own = jax.tree.map(lambda leaf: leaf[1:2], ended.state.layers)
-    chex.assert_trees_all_close(*map(without_unseen_slots, (own, layers)), rtol=2e-5, atol=2e-5)
+    chex.assert_trees_all_close(*map(without_oldest, (own, layers)), rtol=2e-5, atol=2e-5)
 
 
 def test_a_finished_sequence_stays_finished_until_it_gets_a_prompt():

@@ -4,18 +4,15 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
-from processes import free_address
+from processes import free_address, start_python
 
 from simplernn_jax import distributed
 from simplernn_jax.errors import UserError
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
 PEER_FAILURE = "error: a peer process failed"
 
 MEMBER = """
@@ -57,14 +54,7 @@ def run():
     started = []
 
     def start(code, *arguments):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            env=ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            process_group=0,
-        )
+        process = start_python("-c", code, *arguments, process_group=0, JAX_NUM_CPU_DEVICES="1")
         started.append(process)
         return process
 

@@ -6,12 +6,15 @@ import re
 import shutil
 
 import pytest
-from processes import ROOT, assert_refused, run_python
+from processes import ROOT, assert_each_refused, assert_refused, run_scripts
 from small_runs import save_untrained, small_config, write_corpus
 
 
-def evaluate(*arguments, **options):
-    return run_python(ROOT / "scripts" / "evaluate.py", *arguments, **options)
+def evaluate(*commands, **options):
+    """Results of the script for each list of flags."""
+    script = ROOT / "scripts" / "evaluate.py"
+    imports = "simplernn_jax.training.preparation"
+    return run_scripts(*((script, *flags) for flags in commands), imports=imports, **options)
 
 
 def number(name, output):
@@ -29,60 +32,57 @@ def saved(tmp_path_factory):
     return folder, corpus
 
 
-@pytest.mark.parametrize("split_name", ["validation", "train"])
-def test_scores_a_split_from_the_workdir_alone(saved, split_name):
+def test_scores_a_split_from_the_workdir_alone(saved):
     folder, corpus = saved
-    code, output, errors = evaluate("--workdir", "run", "--split", split_name, cwd=folder)
-    assert (code, errors) == (0, "")
-    split = corpus.train if split_name == "train" else corpus.validation
-    assert number("predictions", output) == split.num_predictions
-    nats = number("nats/token", output)
-    assert number("perplexity", output) == pytest.approx(math.exp(nats), rel=1e-3)
-    bits = nats * split.num_predictions / math.log(2)
-    assert number("bits/byte", output) == pytest.approx(bits / split.num_bytes, rel=1e-3)
-    text = corpus.tokenizer.decode_bytes(split.tokens)
-    assert len(text) == split.num_bytes
-    compressed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
-    assert number("xz -9e", output) == pytest.approx(8 * len(compressed) / len(text), abs=1e-4)
-    columns = {re.search(r"\S+( {2,})", line).end() for line in output.splitlines()}
-    assert len(columns) == 1, output
+    results = evaluate(
+        ["--workdir", "run", "--split", "validation"],
+        ["--workdir", "run", "--split", "train"],
+        ["--workdir", "run", "--window", 9, "--stride", 4],
+        cwd=folder,
+    )
+    for result in results:
+        assert (result.code, result.errors) == (0, "")
+    for (_, output, _), split in zip(results[:2], (corpus.validation, corpus.train), strict=True):
+        assert number("predictions", output) == split.num_predictions
+        nats = number("nats/token", output)
+        assert number("perplexity", output) == pytest.approx(math.exp(nats), rel=1e-3)
+        bits = nats * split.num_predictions / math.log(2)
+        assert number("bits/byte", output) == pytest.approx(bits / split.num_bytes, rel=1e-3)
+        text = corpus.tokenizer.decode_bytes(split.tokens)
+        assert len(text) == split.num_bytes
+        compressed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+        assert number("xz -9e", output) == pytest.approx(8 * len(compressed) / len(text), abs=1e-4)
+        columns = {re.search(r"\S+( {2,})", line).end() for line in output.splitlines()}
+        assert len(columns) == 1, output
+    overlapping = results[2].output
+    assert number("predictions", overlapping) == corpus.validation.num_predictions
+    assert "zero, then 6 to 9 tokens of context" in overlapping
+    assert "with the state carried" in overlapping
 
 
 def test_a_run_without_held_out_text_says_so(tmp_path):
     config = small_config(source=write_corpus(tmp_path / "text"))
     save_untrained(config, tmp_path / "run")
-    assert_refused(evaluate("--workdir", tmp_path / "run"), "has no held-out text")
+    assert_refused(*evaluate(["--workdir", tmp_path / "run"]), "has no held-out text")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_bad_flags_are_one_line_and_exit_code_2():
+    assert_each_refused(
+        "scripts/evaluate.py",
         ([], "no --workdir"),
         (["--workdir", "nowhere"], "nowhere"),
         (["--workdir", "x", "--split", "test"], "split"),
         (["--workdir", "x", "--checkpoint", "last"], "--checkpoint=last: must be best, newest or"),
         (["--workdir", "x", "--stride", "3"], "--stride=3 needs --window: pass it too"),
         (["--workdir", "x", "--window", "3", "--stride", "4"], "the stride must be at least 1"),
-    ],
-)
-def test_bad_flags_are_one_line_and_exit_code_2(arguments, message):
-    assert_refused(evaluate(*arguments), message)
+    )
 
 
 def test_the_text_of_a_run_is_read_only_where_a_flag_names_it(saved, tmp_path):
     folder, _ = saved
     shutil.copytree(folder / "run", tmp_path / "run", ignore=shutil.ignore_patterns("tokens"))
-    refusal = evaluate("--workdir", tmp_path / "run")
+    flags = ["--workdir", tmp_path / "run"]
+    refusal, (code, output, _) = evaluate(flags, [*flags, "--source", folder / "moved"])
     assert_refused(refusal, "error: tokenized text not found in ")
-    code, output, _ = evaluate("--workdir", tmp_path / "run", "--source", folder / "moved")
     assert code == 0
     assert "nats/token" in output
-
-
-def test_overlapping_contexts_score_the_same_predictions(saved):
-    folder, corpus = saved
-    code, output, errors = evaluate("--workdir", folder / "run", "--window", 9, "--stride", 4)
-    assert (code, errors) == (0, "")
-    assert number("predictions", output) == corpus.validation.num_predictions
-    assert "zero, then 6 to 9 tokens of context" in output
-    assert "state carried over documents" in output

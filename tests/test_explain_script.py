@@ -3,9 +3,8 @@
 import json
 
 import jax.numpy as jnp
-import pytest
 import small_runs
-from processes import ROOT, assert_refused, run_python
+from processes import ROOT, assert_each_refused, run_python
 from small_runs import save_untrained, small_config, write_corpus
 
 from simplernn_jax.models import LanguageModel
@@ -77,23 +76,18 @@ def test_a_file_that_cannot_be_replaced_is_found_before_the_computation(tmp_path
     assert (tmp_path / "map_layer_1.png").is_char_device()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_bad_flags_are_one_line_and_exit_code_2():
+    x_to_y = ["--workdir", "x", "--out", "y"]
+    assert_each_refused(
+        "scripts/explain.py",
         ([], "no --workdir"),
         (["--workdir", "x", "--text", "a"], "no --out"),
         (["--workdir", "x", "--out", "README.md", "--text", "a"], "--out=README.md: not a folder"),
         (["--workdir", "x", "--out", "README.md/y", "--text", "a"], "README.md is not writable;"),
-        (["--workdir", "x", "--out", "y"], "no --text"),
-        (["--workdir", "x", "--out", "y", "--text", "a", "--text_file", "b"], "mutually exclusive"),
-        (
-            ["--workdir", "x", "--out", "y", "--text_file", "missing"],
-            "--text_file=missing: No such",
-        ),
-        (["--workdir", "x", "--out", "y", "--text", "a", "--map_tokens", "5000"], "map_tokens"),
+        (x_to_y, "no --text"),
+        ([*x_to_y, "--text", "a", "--text_file", "b"], "mutually exclusive"),
+        ([*x_to_y, "--text_file", "missing"], "--text_file=missing: No such"),
+        ([*x_to_y, "--text", "a", "--map_tokens", "5000"], "map_tokens"),
         (["--workdir", "nowhere", "--out", "scripts", "--text", "a"], "no checkpoint in"),
-    ],
-)
-def test_bad_flags_are_one_line_and_exit_code_2(arguments, message):
-    assert_refused(explain(*arguments), message)
+    )
     assert not (ROOT / "y").exists()

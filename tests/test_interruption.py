@@ -42,10 +42,3 @@ def test_processes_of_a_distributed_run_ask_jax_which_step_is_the_last(monkeypat
     with deferred_signals() as stop_signal:
         assert [signal.getsignal(number) for number in SIGNALS] == before
         assert [stop_signal(step) for step in (4, 5)] == [None, "SIGTERM"]
-
-
-def test_without_a_signal_the_handlers_are_restored():
-    before = [signal.getsignal(number) for number in SIGNALS]
-    with deferred_signals():
-        assert [signal.getsignal(number) for number in SIGNALS] != before
-    assert [signal.getsignal(number) for number in SIGNALS] == before

@@ -1,7 +1,6 @@
 """scripts/launch_local.py with stand-ins for the processes that train."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -9,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import start_python
 
 import launch_local
 
-ROOT = Path(__file__).resolve().parent.parent
 STAND_IN = """
 import json, os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -23,7 +22,6 @@ time.sleep(30)
 
 
 def run(code):
-    """Start a Python process that runs `code`."""
     return subprocess.Popen([sys.executable, "-c", f"import os, signal, sys, time; {code}"])
 
 
@@ -53,14 +51,9 @@ def launch(tmp_path):
     launched = []
 
     def start(count):
-        launcher = subprocess.Popen(
-            [
-                *(sys.executable, str(tmp_path / "launch_local.py"), str(count)),
-                *("--workdir=a b", "--config", "c"),
-            ],
-            env=os.environ | {"DEVICES_PER_PROCESS": "4", "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            text=True,
+        flags = ("--workdir=a b", "--config", "c")
+        launcher = start_python(
+            tmp_path / "launch_local.py", count, *flags, DEVICES_PER_PROCESS="4"
         )
         launched.append(launcher)
         return launcher, [json.loads(launcher.stdout.readline()) for _ in range(count)]

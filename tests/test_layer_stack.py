@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from meshes import distance, mesh_of
+from meshes import compile_step, distance, first_state, mesh_of, run_steps
 from small_runs import random_batch, small_config
 
 from benchmarks.compiled_collectives import collectives
@@ -21,12 +21,6 @@ from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.sharding.layer_layout import in_layout_of
 from simplernn_jax.training.checkpoint_layout import CheckpointLayout
 from simplernn_jax.training.optimizer import make_optimizer
-from simplernn_jax.training.train_step import (
-    init_train_state,
-    make_train_step,
-    state_shardings,
-    take_steps,
-)
 
 LAYERS, SIZE, LENGTH, WIDTH, VOCAB, STEPS = 4, 8, 24, 8, 12, 5
 STAGE_4 = (("stage", 4),)
@@ -49,40 +43,28 @@ def config_of(sizes=(), dtype="float32", **fields):
 
 
 @functools.cache
-def first_state(dtype, **fields):
-    """The state of one device before the first step."""
-    config = config_of(**fields)
-    state = jax.jit(lambda: init_train_state(config, make_optimizer(config.optimizer, 40)))()
-    return jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, state)
+def start(dtype, **fields):
+    config = config_of((), dtype, **fields)
+    return first_state(config, make_optimizer(config.optimizer, 40))
 
 
 @functools.cache
 def program_of(sizes=(), dtype="float32", **fields):
-    """(state before the first step, compiled step) on a mesh."""
+    """(compiled step on a mesh, state before the first one)."""
     config, mesh = config_of(sizes, dtype, **fields), mesh_of(**dict(sizes))
     optimizer = make_optimizer(config.optimizer, 40, mesh)
-    state = first_state(dtype, **fields)
-    if sizes:
-        like = jax.eval_shape(lambda: init_train_state(config, optimizer))
-        shardings = state_shardings(config, optimizer, mesh)
-        state = jax.device_put(in_layout_of(like, state), shardings)
-    step = make_train_step(config, optimizer, mesh)
-    return state, step.lower(state, make_batch(0)).compile()
+    fields.pop("gradient_accumulation", None)  # no part of the state
+    return compile_step(config, optimizer, mesh, start(dtype, **fields), make_batch(0))
 
 
 @functools.cache
 def five_steps(sizes=(), dtype="float32", **fields):
-    """(last state, losses), in float64 where that is the dtype."""
-    state, step = program_of(sizes, dtype, **fields)
-    copy = jax.tree.map(jnp.copy, state)  # the step donates its input
-    state, metrics = take_steps(step, copy, map(make_batch, range(STEPS)))
-    return jax.device_get(state), [of_step.loss.item() for of_step in metrics]
+    return run_steps(*program_of(sizes, dtype, **fields), map(make_batch, range(STEPS)))
 
 
-def assert_equals_one_device(sizes, dtype, limit, mixer="simple_rnn", **fields):
-    model = {"mixer": mixer, "attention_context": 7}
-    expected, expected_losses = five_steps((), dtype, **model)
-    state, losses = five_steps(sizes, dtype, **model, **fields)
+def assert_equals_one_device(sizes, dtype, limit, model, **fields):
+    expected_losses, expected = five_steps((), dtype, **model)
+    losses, state = five_steps(sizes, dtype, **model, **fields)
     np.testing.assert_allclose(losses, expected_losses, rtol=limit)
     state = in_layout_of(expected, state)
     for name in ("params", "opt_state", "carried"):
@@ -91,25 +73,26 @@ def assert_equals_one_device(sizes, dtype, limit, mixer="simple_rnn", **fields):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "fields"),
+    ("sizes", "model", "fields"),
     [
-        (STAGE_4, {"gradient_accumulation": 2}),
-        (STAGE_2_WITH_OTHERS, {}),
-        (STAGE_2_WITH_OTHERS, {"mixer": "attention"}),
+        (STAGE_4, {}, {"gradient_accumulation": 2}),
+        (STAGE_2_WITH_OTHERS, {"num_layers": 2}, {}),
+        (STAGE_2_WITH_OTHERS, {"num_layers": 2, "mixer": "attention", "attention_context": 7}, {}),
     ],
+    ids=str,
 )
-def test_training_on_stages_equals_one_device_in_float64(sizes, fields):
+def test_training_on_stages_equals_one_device_in_float64(sizes, model, fields):
     with jax.enable_x64(True):
-        assert_equals_one_device(sizes, "float64", 1e-11, **fields)
+        assert_equals_one_device(sizes, "float64", 1e-11, model, **fields)
 
 
 def test_training_on_stages_equals_one_device_in_float32():
-    assert_equals_one_device(STAGE_2_DATA_4, "float32", 1e-5)
+    assert_equals_one_device(STAGE_2_DATA_4, "float32", 1e-5, {})
 
 
 def test_collectives_of_stages():
     """Activations, and sums of gradients over devices that share parameters; nothing else."""
-    state, step = program_of(STAGE_2_DATA_4, "float32")
+    step, state = program_of(STAGE_2_DATA_4, "float32")
     stages, data, chunks = 2, 4, 8
     shared, layers = (
         [leaf.addressable_data(0).size * 4 for leaf in jax.tree.leaves(part)]
@@ -133,7 +116,7 @@ def test_collectives_of_stages():
 
 
 def test_a_stage_holds_its_layers_only():
-    state, _ = program_of(STAGE_2_DATA_4, "float32")
+    _, state = program_of(STAGE_2_DATA_4, "float32")
     for name, parts in (("params", 2), ("opt_state", 2), ("carried", 2 * 4)):
         for path, leaf in named_leaves(getattr(state, name)).items():
             if "stacked" in path:
@@ -141,7 +124,7 @@ def test_a_stage_holds_its_layers_only():
 
 
 def test_a_value_that_is_not_finite_on_one_stage_skips_the_update():
-    first, step = program_of(STAGE_2_DATA_4, "float32")
+    step, first = program_of(STAGE_2_DATA_4, "float32")
     shardings = jax.tree.map(lambda x: x.sharding, first.carried)
     with_nan = jax.tree.map(lambda x: x.at[3, 2].set(jnp.nan), first.carried)
     with_nan = jax.device_put(with_nan, shardings)
@@ -159,7 +142,7 @@ def test_a_value_that_is_not_finite_on_one_stage_skips_the_update():
 def test_no_device_holds_all_layers_while_a_checkpoint_is_written():
     config, mesh = config_of(STAGE_2_DATA_4), mesh_of(**dict(STAGE_2_DATA_4))
     layout = CheckpointLayout(config, make_optimizer(config.optimizer, 40, mesh), mesh)
-    state, _ = program_of(STAGE_2_DATA_4, "float32")
+    _, state = program_of(STAGE_2_DATA_4, "float32")
     saved = layout.to_checkpoint(state)
     leaves = jax.tree.leaves(saved.params)
     assert sum(x.addressable_data(0).nbytes for x in leaves) < 0.6 * sum(x.nbytes for x in leaves)

@@ -4,53 +4,52 @@ import os
 import re
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import free_address
+from processes import free_address, start_python
 from small_runs import newest_checkpoint, small_config, write_corpus
 
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
+
+@pytest.fixture
+def start(tmp_path):
+    """Start Python processes; none outlives the test."""
+    started = []
+
+    def start(*command, **options):
+        started.append(start_python(*command, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+    for number in running(tmp_path).values():
+        os.kill(number, signal.SIGKILL)
+    for process in started:
+        process.communicate()
 
 
 @pytest.fixture
-def launch(tmp_path):
-    """Start processes with scripts/launch_local.py; none outlives the test."""
-    launched = []
+def launch(start):
+    """Start two processes with scripts/launch_local.py."""
 
-    def start(config, workdir, count, devices=1, **changes):
-        """`config` and `workdir` are those of `train`; `changes` are further flags."""
+    def launch(config, workdir, devices=1):
+        """`config` and `workdir` are those of `train`."""
         flags = {
             f"config.{section}.{name}": value
             for section, values in vars(config).items()
             for name, value in vars(values).items()
-        } | changes
-        process = subprocess.Popen(
-            [
-                *(sys.executable, str(ROOT / "scripts" / "launch_local.py"), str(count)),
-                *(f"--config={ROOT / 'configs' / 'tiny.py'}", f"--workdir={workdir}"),
-                *(f"--{name}={value}" for name, value in flags.items()),
-            ],
-            env=os.environ | {"PYTHONPATH": str(ROOT), "DEVICES_PER_PROCESS": str(devices)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        }
+        return start(
+            *("scripts/launch_local.py", 2, "--config=configs/tiny.py", f"--workdir={workdir}"),
+            *(f"--{name}={value}" for name, value in flags.items()),
+            DEVICES_PER_PROCESS=str(devices),
         )
-        launched.append(process)
-        return process
 
-    yield start
-    for process in launched:
-        process.kill()
-    for number in running(tmp_path).values():
-        os.kill(number, signal.SIGKILL)
-    for process in launched:
-        process.communicate()
+    return launch
 
 
 def running(workdir):
@@ -107,7 +106,7 @@ def test_two_processes_equal_one_and_each_resumes_the_others_checkpoint(tmp_path
         num_heads=2,
         **{"data": 2, "fsdp": 2, "tensor": 2},  # each process holds and writes shards of everything
     )
-    two = launch(config, tmp_path / "two", 2, devices=4)
+    two = launch(config, tmp_path / "two", devices=4)
     train(config, str(tmp_path / "one"))
     assert "Gloo" not in finish(two)[0]
     check_close(newest_checkpoint(tmp_path / "two"), newest_checkpoint(tmp_path / "one"))
@@ -119,7 +118,7 @@ def test_two_processes_equal_one_and_each_resumes_the_others_checkpoint(tmp_path
     assert len(losses[0]) == 20
 
     config.train.steps = 24
-    one_then_two = launch(config, tmp_path / "one", 2, devices=4)
+    one_then_two = launch(config, tmp_path / "one", devices=4)
     config.mesh.data = config.mesh.fsdp = config.mesh.tensor = 1
     train(config, str(tmp_path / "two"))
     assert "at step 20 of 24" in finish(one_then_two)[0]
@@ -133,7 +132,7 @@ def test_a_signal_to_one_stops_all_and_a_death_ends_all(tmp_path, launch):
     config = small_config(source=source, mode="stream", steps=10**6, log_every=0, name="muon")
     config.mesh.data = 2
     workdir = tmp_path / "run"
-    processes = launch(config, workdir, 2)
+    processes = launch(config, workdir)
     read_until(processes, "step 1/")
     os.kill(running(workdir)[1], signal.SIGTERM)
     output, _ = finish(processes, 75)
@@ -142,7 +141,7 @@ def test_a_signal_to_one_stops_all_and_a_death_ends_all(tmp_path, launch):
     assert stopped["number of steps"] == step
     assert stopped["position in the data"]["batches"]["next_index"] == step
 
-    processes = launch(config, workdir, 2)
+    processes = launch(config, workdir)
     read_until(processes, f"at step {step} of")
     read_until(processes, f"step {step + 1}/")
     ids = running(workdir)
@@ -155,57 +154,43 @@ def test_a_signal_to_one_stops_all_and_a_death_ends_all(tmp_path, launch):
     assert not running(workdir)
 
 
-def train_two(folder, addresses, **flags):
-    """(code, output, errors) of two processes with their own flags, in ``FOLDER/0`` and ``/1``."""
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--distributed"]
-    command += [f"--config={ROOT / 'configs' / 'tiny.py'}", "--num_processes=2"]
-    processes = [
-        subprocess.Popen(
-            [
-                *(*command, f"--process_id={number}", f"--coordinator={addresses[number]}"),
-                *(f"--{name}={values[number]}" for name, values in flags.items()),
-            ],
-            cwd=folder / str(number),
-            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=100) for process in processes]
-    return [
-        (process.returncode, *output) for process, output in zip(processes, outputs, strict=True)
-    ]
+TRY_EACH = """
+import sys
+from small_runs import small_config
+from simplernn_jax import distributed
+from simplernn_jax.errors import UserError
+from simplernn_jax.training import loop, run
+
+run._SHARED_SECONDS = 0.5
+address, shared, number = sys.argv[1:]
+with distributed.joined(address, 2, int(number), 100):
+    for workdir, seed in (("run", 0), (shared, int(number)), (shared, 0)):
+        try:
+            loop.train(small_config(source="text", seed=seed, data=2), workdir)
+        except UserError as error:
+            print(error, flush=True)
+"""
 
 
-def test_processes_that_nobody_joins_are_an_error(tmp_path):
-    addresses = [free_address(), free_address()]
-    (tmp_path / "0").mkdir()
-    (tmp_path / "1").mkdir()
-    ends = train_two(tmp_path, addresses, workdir=["run"] * 2, join_timeout=[1, 1])
-    for address, (code, output, errors) in zip(addresses, ends, strict=True):
-        assert (code, output) == (2, "")
-        expected = f"error: not all processes have joined {address} within 1 s: check that"
-        assert errors.splitlines()[-1].startswith(expected)
-
-
-@pytest.mark.parametrize(
-    ("changes", "refusal"),
-    [
-        ({"workdir": ["run", "run"]}, "not process 0's {folder}/0/run: choose a --workdir on a"),
-        ({"config.train.seed": [1, 2]}, "another configuration than process 0: start all with"),
-        ({}, "other text than process 0: give all the same"),
-    ],
-)
-def test_processes_that_differ_are_refused_with_one_line(tmp_path, changes, refusal):
+def test_processes_that_differ_or_that_nobody_joins_are_refused_with_one_line(tmp_path, start):
+    address, single = free_address(), [free_address(), free_address()]
+    flags = ["--config=configs/tiny.py", "--distributed", "--num_processes=2", "--join_timeout=1"]
+    flags += [f"--workdir={tmp_path / 'run'}"]
+    differing, alone = [], []
     for number in (0, 1):
         write_corpus(tmp_path / str(number) / "text", number)
-    flags = {"workdir": [tmp_path / "run"] * 2, "config.data.source": ["text"] * 2}
-    flags |= {"config.mesh.data": [2, 2]} | changes
-    ends = train_two(tmp_path, [free_address()] * 2, **flags)
-    assert [code for code, _, _ in ends] == [2, 2]
-    (line,) = [
-        line for *_, errors in ends for line in errors.splitlines() if line.startswith("error")
-    ]
-    assert line.startswith(f"error: a process has {refusal.format(folder=tmp_path)}")
+        program = ("-c", TRY_EACH, address, tmp_path / "run", number)
+        differing.append(start(*program, cwd=tmp_path / str(number), JAX_NUM_CPU_DEVICES="1"))
+        place = (f"--coordinator={single[number]}", f"--process_id={number}")
+        alone.append(start("scripts/train.py", *flags, *place))
+    for number in (0, 1):
+        lines = finish(differing[number])[0].splitlines()
+        assert [line.partition(";")[0] for line in lines] == [
+            f"a process does not see {tmp_path}/{number}/run of process 0",
+            "a process has a different configuration from process 0",
+            "a process reads different text from process 0",
+        ]
+        output, errors = finish(alone[number], 2)
+        assert output == ""
+        expected = f"error: not all processes have joined {single[number]} within 1 s: check that"
+        assert errors.splitlines()[-1].startswith(expected)

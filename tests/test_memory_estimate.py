@@ -120,7 +120,7 @@ def test_simulated_devices_share_the_memory_of_the_machine():
 
 
 def test_xla_analyzes_the_step_if_the_estimate_is_close(mesh, monkeypatch):
-    config = small_config(block="residual", mode="stream", name="adamw")
+    config = small_config(mode="stream", name="adamw")
     optimizer = make_optimizer(config.optimizer, 7)
     estimate = sum(estimate_training(config, ONE))
     monkeypatch.setattr(memory_estimate, "device_memory", lambda device: 1.1 * estimate)

@@ -18,10 +18,6 @@ def test_data_takes_the_remaining_devices():
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1, "stage": 1}
 
 
-def test_one_device_is_a_mesh_too():
-    assert set(make_mesh(MeshConfig(), EIGHT[:1]).shape.values()) == {1}
-
-
 def test_a_mesh_is_described_by_its_axes():
     assert describe(make_mesh(MeshConfig(), EIGHT[:1])) == "cpu"
     assert describe(make_mesh(MeshConfig(fsdp=4), EIGHT)) == "8 x cpu (data 2, fsdp 4)"

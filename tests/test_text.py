@@ -1,5 +1,7 @@
 """Text in and out: characters stay complete, special tokens are never generated."""
 
+import functools
+
 import numpy as np
 import pytest
 import tokenizers
@@ -13,9 +15,13 @@ from simplernn_jax.models import LanguageModel
 
 BYTES = load_tokenizer("byte", None)
 TEXT = "aß€😀 שלום\n漢字"
+ROWS = 37
+"""Draws of their own: some row outlives the first piece, whatever the model is."""
 
 
-def make_model(vocab_size=BYTES.vocab_size):
+@functools.cache
+def make_model(vocab_size=BYTES.vocab_size + 300):
+    """A model with ids that the tokenizer lacks."""
     config = ModelConfig(
         vocab_size=vocab_size, num_layers=1, hidden_dim=12, key_dim=8, value_dim=8, num_heads=2
     )
@@ -70,32 +76,29 @@ def test_a_stream_decodes_after_its_context(tmp_path):
 def test_text_is_the_decoded_tokens():
     model = make_model()
     settings = {"max_new_tokens": 70, "temperature": 1.0, "seed": 3}
-    prompts = ["ab", "", "x€"]
+    prompts = ["ab", "", "x€", *[""] * (ROWS - 3)]
     texts = generate_text(model, BYTES, prompts, **settings)
     rows = [[BYTES.bos_id, *BYTES.encode(prompt)] for prompt in prompts]
-    written = generate(
-        model, rows, eos_id=BYTES.eos_id, banned_ids=[BYTES.bos_id, BYTES.pad_id], **settings
-    )
+    banned = [BYTES.bos_id, *range(BYTES.pad_id, BYTES.vocab_size + 300)]
+    written = generate(model, rows, eos_id=BYTES.eos_id, banned_ids=banned, **settings)
     assert texts == [BYTES.decode(row) for row in written.sequences()]
 
 
 def test_text_is_streamed_in_pieces():
     calls = []
-    num_rows = 37  # draws of their own: some row outlives the first piece, whatever the model is
     texts = generate_text(
         make_model(),
         BYTES,
-        [""] * num_rows,
+        [""] * ROWS,
         max_new_tokens=100,
         temperature=2.0,
         on_text=calls.append,
     )
-    assert texts == ["".join(call[row] for call in calls) for row in range(num_rows)]
+    assert texts == ["".join(call[row] for call in calls) for row in range(ROWS)]
     assert len(calls) > 2
 
 
 def test_special_and_unused_ids_are_never_generated():
-    model = make_model(vocab_size=BYTES.vocab_size + 300)
     seen = []
 
     class Recording:
@@ -108,7 +111,7 @@ def test_special_and_unused_ids_are_never_generated():
             seen.extend(ids)
             return BYTES.decode_bytes(ids)
 
-    generate_text(model, Recording(), [""] * 3, max_new_tokens=90, temperature=100.0)
+    generate_text(make_model(), Recording(), [""] * ROWS, max_new_tokens=90, temperature=100.0)
     assert set(seen) <= {*range(256), Recording.bos_id, Recording.eos_id}  # BOS from the prompts
 
 
