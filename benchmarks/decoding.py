@@ -5,7 +5,6 @@ PyTorch project does, here as one parallel forward pass over all of it (a strong
 its loop over time).
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import tables
-from benchmarks.measure import Call, Effort, Times, alternate, block_ratio, median
+from benchmarks.measure import Call, Effort, alternate, block_ratio, median
 from benchmarks.train_steps import load_config
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.inference import generate
@@ -22,10 +21,7 @@ from simplernn_jax.models import LanguageModel
 
 CONTEXTS = {"short": 100, "middle": 4096, "long": 100_000}
 """Tokens before those that are generated; the prefix of ``middle`` is also recomputed."""
-STREAMS = 32
-NEW_TOKENS = 256
-PREFILL = 16_384
-
+STREAMS, NEW_TOKENS, PREFILL = 32, 256, 16_384
 RATIOS = (
     ("long context / short", "long", "short"),
     ("recompute / decode, middle context", "recompute", "middle"),
@@ -39,71 +35,38 @@ RATIOS = (
 
 def run(effort: Effort) -> dict[str, Any]:
     """Measure and print."""
-    config = load_config("base", batch=1, length=CONTEXTS["middle"])
-    results = compare(config.model, effort)
+    results = compare(load_config("base", 1, CONTEXTS["middle"]).model, effort)
     tables.show("decode: base", results["candidates"])
     tables.show("decode: ratios, medians over blocks", results["ratios"])
     return results
 
 
-def compare(
-    config: ModelConfig,
-    effort: Effort,
-    *,
-    contexts: Mapping[str, int] = CONTEXTS,
-    prefill: int = PREFILL,
-    streams: int = STREAMS,
-    new_tokens: int = NEW_TOKENS,
-) -> dict[str, Any]:
-    """Time per token of every candidate, for a model with random parameters.
-
-    Args:
-      config: of the model.
-      effort: number of repetitions.
-      contexts: as `CONTEXTS`.
-      prefill: tokens of the timed prompt.
-      streams: batch size of one candidate.
-      new_tokens: generated per sequence and call.
-
-    Returns:
-      ``candidates``, with many streams per token of any stream, and ``ratios``.
-    """
+def compare(config: ModelConfig, effort: Effort) -> dict[str, Any]:
+    """``candidates``, with their time per token of a random model, and ``ratios``."""
     model = LanguageModel(config, rngs=nnx.Rngs(0))
-    prompt = random_tokens(config, 1, prefill)
-    first = random_tokens(config, 1, contexts["short"])
-    many = random_tokens(config, streams, contexts["short"])
-    calls: dict[str, tuple[Call, int]] = {
-        name: (decode_call(model, random_tokens(config, 1, length), new_tokens), new_tokens)
-        for name, length in contexts.items()
+    short, middle, _ = CONTEXTS.values()
+    prefix, prompt = (random_tokens(config, 1, length) for length in (middle, PREFILL))
+    many = decode_call(model, short, NEW_TOKENS, streams=STREAMS)
+    streamed = decode_call(model, short, NEW_TOKENS, on_tokens=lambda _: None)
+    candidates: dict[str, tuple[str, Call, int]] = {
+        name: (f"context {length:,}", decode_call(model, length, NEW_TOKENS), NEW_TOKENS)
+        for name, length in CONTEXTS.items()
+    } | {
+        "recompute": (f"prefix of {middle:,}", recompute_call(model, prefix), 1),
+        "matmuls": ("", matrix_vector_products(model, NEW_TOKENS), NEW_TOKENS),
+        "streams": (f"{STREAMS} sequences", many, STREAMS * NEW_TOKENS),
+        "prefill": (f"{PREFILL:,} tokens", lambda: state_after(model, prompt), PREFILL),
+        "streaming": (f"context {short:,}", streamed, NEW_TOKENS),
     }
-    calls |= {
-        "recompute": (recompute_call(model, random_tokens(config, 1, contexts["middle"])), 1),
-        "matmuls": (matrix_vector_products(model, new_tokens), new_tokens),
-        "streams": (decode_call(model, many, new_tokens), streams * new_tokens),
-        "prefill": (lambda: generate(model, prompt, max_new_tokens=0).state, prefill),
-        "streaming": (decode_call(model, first, new_tokens, lambda _: None), new_tokens),
-    }
-    times = alternate({name: call for name, (call, _) in calls.items()}, effort)
-    per_token: dict[str, Times] = {
-        name: [[seconds / count for seconds in block] for block in times[name]]
-        for name, (_, count) in calls.items()
-    }
-    details = {name: f"context {length:,}" for name, length in contexts.items()}
-    details |= {"recompute": f"prefix of {contexts['middle']:,}", "prefill": f"{prefill:,} tokens"}
-    details |= {"streams": f"{streams} sequences", "streaming": details["short"]}
-    candidates = [
-        {
-            "candidate": name,
-            "of": details.get(name, ""),
-            "us/token": 1e6 * median(blocks),
-            "tokens/s": 1 / median(blocks),
-        }
-        for name, blocks in per_token.items()
-    ]
-    ratios = [
-        {"ratio": name, "value": block_ratio(per_token[a], per_token[b])} for name, a, b in RATIOS
-    ]
-    return {"candidates": candidates, "ratios": ratios}
+    times = alternate({name: call for name, (_, call, _) in candidates.items()}, effort)
+    rows, each = [], {}
+    for name, (what, _, count) in candidates.items():
+        each[name] = [[seconds / count for seconds in block] for block in times[name]]
+        seconds = median(each[name])
+        row = {"candidate": name, "of": what, "us/token": 1e6 * seconds}
+        rows.append(row | {"tokens/s": 1 / seconds})
+    ratios = [{"ratio": name, "value": block_ratio(each[a], each[b])} for name, a, b in RATIOS]
+    return {"candidates": rows, "ratios": ratios}
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int) -> np.ndarray:
@@ -113,27 +76,22 @@ def random_tokens(config: ModelConfig, batch: int, length: int) -> np.ndarray:
 
 def recompute_call(model: LanguageModel, tokens: np.ndarray) -> Call:
     """The next token after `tokens` ``[1, T]`` from a forward pass over all of them."""
-    graph, arrays = nnx.split(model)
+    next_token = nnx.jit(lambda model, tokens: jnp.argmax(model(tokens)[0][:, -1], axis=-1))
+    return lambda: next_token(model, tokens)
 
-    @jax.jit
-    def next_token(arrays: Any, tokens: jax.Array) -> jax.Array:
-        logits, _ = nnx.merge(graph, arrays)(tokens)
-        return jnp.argmax(logits[:, -1], axis=-1)
 
-    return lambda: next_token(arrays, tokens)
+def state_after(model: LanguageModel, prompt: np.ndarray) -> Any:
+    """Decoder state after `prompt` ``[B, T]``."""
+    return generate(model, prompt, max_new_tokens=0).state
 
 
 def decode_call(
-    model: LanguageModel,
-    prompt: np.ndarray,
-    new_tokens: int,
-    on_tokens: Callable[[list[np.ndarray]], None] | None = None,
+    model: LanguageModel, context: int, new_tokens: int, streams: int = 1, on_tokens: Any = None
 ) -> Call:
-    """Generation from the end of `prompt`, which is prefilled here, once."""
-    state = generate(model, prompt, max_new_tokens=0).state
-    return lambda: (
-        generate(model, state=state, max_new_tokens=new_tokens, on_tokens=on_tokens).state
-    )
+    """Generation after `context` random tokens, which are prefilled here, once."""
+    state = state_after(model, random_tokens(model.config, streams, context))
+    options: Any = {"max_new_tokens": new_tokens, "on_tokens": on_tokens}
+    return lambda: generate(model, state=state, **options).state
 
 
 def matrix_vector_products(model: LanguageModel, num_tokens: int) -> Call:
@@ -145,8 +103,7 @@ def matrix_vector_products(model: LanguageModel, num_tokens: int) -> Call:
     width = model.config.hidden_dim
     linears = [part for _, part in nnx.iter_graph(model) if isinstance(part, nnx.Linear)]
     matrices = [linear.kernel[...] for linear in linears if linear is not model.head]
-    tied = model.embedding.embedding[...].T
-    head = tied if model.head is None else model.head.kernel[...]
+    head = model.embedding.embedding[...].T if model.head is None else model.head.kernel[...]
 
     @jax.jit
     def all_products(matrices: list[jax.Array], head: jax.Array, start: jax.Array) -> jax.Array:
@@ -160,5 +117,4 @@ def matrix_vector_products(model: LanguageModel, num_tokens: int) -> Call:
 
         return jax.lax.fori_loop(0, num_tokens, one_token, start)
 
-    start = jnp.ones(width)
-    return lambda: all_products(matrices, head, start)
+    return lambda: all_products(matrices, head, jnp.ones(width))

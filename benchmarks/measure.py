@@ -1,20 +1,24 @@
-"""Interleaved timing, functions in fresh processes, and peak memory."""
+"""Interleaved timing, functions in fresh processes, peak memory, and the machine."""
 
 import ctypes
 import gc
-import importlib
-import json
+import math
 import os
+import pickle
+import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Call = Callable[[], Any]
 """Does the timed work once; the arrays of its result are waited for."""
@@ -22,9 +26,12 @@ Call = Callable[[], Any]
 Times = list[list[float]]
 """Seconds of every timed call of one candidate, per block."""
 
-_RESULT = "result: "
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_CLEAR_PEAK = "5"
+_CHILD = """
+import pickle, sys
+output, sys.stdout = sys.stdout.buffer, sys.stderr
+function, arguments = pickle.load(sys.stdin.buffer)
+pickle.dump(function(**arguments), output)
+"""
 
 
 class Effort(NamedTuple):
@@ -40,13 +47,12 @@ def alternate(candidates: Mapping[str, Call], effort: Effort) -> dict[str, Times
 
     Alternation exposes all candidates to the same disturbances of the machine.
     """
-    times: dict[str, Times] = {name: [] for name in candidates}
     for call in candidates.values():
         jax.block_until_ready(call())
+    times: dict[str, Times] = {name: [] for name in candidates}
     for _ in range(effort.blocks):
         for name, call in candidates.items():
-            block = [seconds_of(call) for _ in range(effort.calls + 1)]
-            times[name].append(block[1:])
+            times[name].append([seconds_of(call) for _ in range(effort.calls + 1)][1:])
     return times
 
 
@@ -72,20 +78,8 @@ def block_ratio(slower: Times, faster: Times) -> float:
 def call_isolated(
     function: Callable[..., Any], environment: Mapping[str, str] | None = None, **arguments: Any
 ) -> Any:
-    """Result of `function` in a fresh interpreter.
-
-    Args:
-      function: of a module's top level.
-      environment: variables set besides those of this process.
-      arguments: of the function; they and its result must survive JSON.
-
-    Raises:
-      RuntimeError: it failed there; the message ends with its stderr.
-    """
-    module, name = function.__module__, function.__name__
-    code = f"from {__name__} import answer; answer({module!r}, {name!r})"
-    output = run_python(code, environment, json.dumps(arguments))
-    return json.loads(output.rpartition(_RESULT)[2])
+    """Result of `function`, of a module's top level, in a fresh process with these variables."""
+    return pickle.loads(run_python(_CHILD, environment, pickle.dumps((function, arguments))))
 
 
 def on_simulated_devices(count: int, function: Callable[..., Any], **arguments: Any) -> Any:
@@ -95,69 +89,67 @@ def on_simulated_devices(count: int, function: Callable[..., Any], **arguments: 
 
 
 def run_python(
-    code: str, environment: Mapping[str, str] | None = None, standard_input: str = ""
-) -> str:
-    """Standard output of ``python -c code`` with the same import path.
-
-    Raises:
-      RuntimeError: its exit code is not 0.
-    """
-    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        input=standard_input,
-        env={**os.environ, **path, **(environment or {})},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    code: str, environment: Mapping[str, str] | None = None, standard_input: bytes = b""
+) -> bytes:
+    """Standard output of ``python -c code`` with the same import path, or a `RuntimeError`."""
+    # An editable install leaves the name of its path hook in sys.path, which is not a folder.
+    path = {"PYTHONPATH": os.pathsep.join(filter(os.path.isabs, sys.path))}
+    options: Any = {"env": {**os.environ, **path, **(environment or {})}, "capture_output": True}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, input=standard_input, check=False, **options)
     if result.returncode:
-        raise RuntimeError(f"exit code {result.returncode} of {code!r}:\n{result.stderr}")
+        errors = result.stderr.decode("utf-8", "replace")
+        raise RuntimeError(f"exit code {result.returncode} of {code!r}:\n{errors}")
     return result.stdout
 
 
-def answer(module: str, name: str) -> None:
-    """Child side of `call_isolated`: arguments on standard input, the result on output."""
-    function = getattr(importlib.import_module(module), name)
-    print(_RESULT + json.dumps(function(**json.load(sys.stdin))), flush=True)
+def process_peak(work: Call) -> float | None:
+    """Peak resident bytes during compiled `work` over those before, or None without ``/proc``.
 
-
-def jax_peak(work: Callable[[], Any]) -> float | None:
-    """Peak memory of compiled JAX `work` over the memory held before it, in bytes.
-
-    Resident memory of the process on a CPU (None without ``/proc``), JAX's allocations since its
-    start on a GPU; so call this in a fresh process.
+    Call it in a fresh process.
     """
-
-    def wait() -> None:
-        jax.block_until_ready(work())
-
-    device = jax.local_devices()[0]
-    before = device.memory_stats()
-    if before is None:
-        return process_peak(wait)
-    wait()
-    return device.memory_stats()["peak_bytes_in_use"] - before["bytes_in_use"]
-
-
-def process_peak(work: Callable[[], Any]) -> float | None:
-    """Peak of the resident memory of this process during `work`, over that before it."""
-    if not _CLEAR.exists():
-        work()
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not clear.exists():
         return None
+
+    def resident(field: str) -> float:
+        (kilobytes,) = re.findall(rf"^{field}:\s+(\d+) kB$", status.read_text("ascii"), re.M)
+        return 1024 * float(kilobytes)
+
     gc.collect()
-    # Otherwise memory that compilation has freed would be reused, unseen.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-    if trim is not None:
-        trim(0)
-    _CLEAR.write_text(_CLEAR_PEAK, encoding="ascii")
-    before = _resident("VmRSS")
-    work()
-    return _resident("VmHWM") - before
+    # Otherwise memory that compilation has freed would be reused, unseen. Only glibc has it.
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
+    clear.write_text("5", encoding="ascii")
+    before = resident("VmRSS")
+    jax.block_until_ready(work())
+    return resident("VmHWM") - before
 
 
-def _resident(field: str) -> float:
-    found = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
-    if found is None:
-        raise RuntimeError(f"{_STATUS} has no line {field}")
-    return float(found[1]) * 1024
+def describe_machine() -> dict[str, Any]:
+    """Device, processor, load average, versions, settings of speed and memory, and the commit."""
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    versions = {package.name.lower(): package.version for package in metadata.distributions()}
+    settings = ("GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "OMP_NUM_THREADS")
+    command = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --dirty"
+    return {
+        "device": jax.devices()[0].device_kind,
+        "processor": model[1] if model else platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: versions.get(name) for name in ("jax", "flax", "optax", "numpy", "torch")},
+        "load_average": os.getloadavg()[0],
+        "settings": {name: os.environ[name] for name in settings if name in os.environ},
+        "commit": subprocess.getoutput(f"{command} 2>/dev/null"),
+    }
+
+
+def matmul(left: tuple[int, ...], right: tuple[int, ...], dtype: str) -> tuple[Call, float]:
+    """Matmuls of arrays with these shapes, summed in float32, and their number of operations.
+
+    They run at the full speed of the machine.
+    """
+    keys = jax.random.split(jax.random.key(0))
+    operands = [jax.random.normal(*each, dtype) for each in zip(keys, (left, right), strict=True)]
+    compiled = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    return lambda: compiled(*operands), 2.0 * math.prod(left) * right[-1]

@@ -3,63 +3,51 @@
 By length and technique: the plain step, the recurrence by scan, and the ways to save memory.
 """
 
-from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
 from benchmarks.measure import Effort, on_simulated_devices
-from benchmarks.train_steps import BY_SCAN, compile_quickly, load_config, temporary_bytes
-from simplernn_jax.files import write_file
+from benchmarks.train_steps import BY_SCAN, compile_quickly, load_config, megabytes
 from simplernn_jax.ops import gated_linear_recurrence
 
 LENGTHS = (1024, 4096, 16384, 65536)
-WINDOW = 1024
-DEVICES = 8
 SCAN = "plain, by scan"
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "plain": {},
     SCAN: {},
-    f"sequence parallelism, {DEVICES} devices, each": {"sequence": DEVICES},
+    "sequence parallelism, 8 devices, each": {"sequence": 8},
     "rematerialized blocks": {"remat": "block"},
-    f"exact, windows of {WINDOW:,}": {"backward_window": WINDOW, "backward": "exact"},
-    f"truncated, windows of {WINDOW:,}": {"backward_window": WINDOW},
+    "exact, windows of 1,024": {"backward_window": 1024, "backward": "exact"},
+    "truncated, windows of 1,024": {"backward_window": 1024},
 }
-"""Fields of `TrainConfig` or `MeshConfig` that differ from plain training."""
+"""Fields of the configuration that differ from plain training."""
 
 
 def run(effort: Effort) -> dict[str, Any]:
     """Measure and print; memory does not vary, so that `effort` is unused."""
     del effort
-    curves = compare()
+    curves = compare(LENGTHS)
     tables.show("memory: train step of base, B 1, float32, MB", tables.by_x("T", curves))
     return curves
 
 
-def compare(lengths: tuple[int, ...] = LENGTHS) -> dict[str, dict[str, float]]:
+def compare(lengths: tuple[int, ...]) -> dict[str, dict[str, float]]:
     """MB on one device by technique and length."""
     return {
-        name: on_simulated_devices(fields["sequence"], megabytes, technique=name, lengths=lengths)
+        name: on_simulated_devices(fields["sequence"], measure, technique=name, lengths=lengths)
         if "sequence" in fields
-        else megabytes(name, lengths)
+        else measure(name, lengths)
         for name, fields in TECHNIQUES.items()
     }
 
 
-def megabytes(technique: str, lengths: tuple[int, ...]) -> dict[str, float]:
-    """MB on one device by length; for `call_isolated`."""
-    found = {}
-    for length in lengths:
-        config = load_config("base", 1, length)
-        for name, value in TECHNIQUES[technique].items():
-            setattr(config.train if hasattr(config.train, name) else config.mesh, name, value)
-        recurrence = BY_SCAN if technique == SCAN else gated_linear_recurrence
-        found[str(length)] = temporary_bytes(compile_quickly(config, recurrence)) / 1e6
-    return found
+def measure(technique: str, lengths: tuple[int, ...]) -> dict[str, float]:
+    """MB on one device by length; for `on_simulated_devices`."""
+    recurrence = BY_SCAN if technique == SCAN else gated_linear_recurrence
+    configs = {n: load_config("base", 1, n, **TECHNIQUES[technique]) for n in lengths}
+    return {str(n): megabytes(compile_quickly(each, recurrence)) for n, each in configs.items()}
 
 
-def draw(curves: dict[str, dict[str, float]], folder: Path) -> Path:
-    """Write a picture of what `run` returned; return its path."""
-    path = folder / "memory_against_length.png"
-    panels = {"working memory of a train step of base, MB": curves}
-    write_file(path, tables.draw(panels, "tokens of one sequence"))
-    return path
+def draw(curves: tables.Curves) -> bytes:
+    """A PNG file of what `run` returned."""
+    return tables.draw({"working memory of a train step of base, MB": curves}, "tokens")

@@ -9,20 +9,19 @@ q dy^T, v dS^T, k dS). Recomputation, decays, masks and copies do not count.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import machine, tables
+from benchmarks import measure, tables
 from benchmarks.measure import Call, Effort, alternate, block_ratio, median
-from benchmarks.train_steps import temporary_bytes
+from benchmarks.train_steps import megabytes
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.chunkwise import choose_chunk_size
 
 
 class Shape(NamedTuple):
-    """Sizes of one call, by the legend of `simplernn_jax.array_types`."""
+    """Sizes of one call."""
 
     batch: int
     length: int
@@ -30,17 +29,8 @@ class Shape(NamedTuple):
     key_dim: int
     value_dim: int
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of the batch."""
-        return self.batch * self.length
 
-
-SHAPES = (
-    Shape(16, 256, 1, 128, 128),
-    Shape(16, 256, 4, 32, 32),
-    Shape(16, 256, 4, 64, 64),
-)
+SHAPES = tuple(Shape(16, 256, *sizes) for sizes in ((1, 128, 128), (4, 32, 32), (4, 64, 64)))
 DTYPES = ("float32", "bfloat16")
 LENGTHS = (256, 1024, 4096, 16384)
 LENGTH_TOKENS = 16384
@@ -50,9 +40,7 @@ CEILING_ROWS = 64
 
 def run(effort: Effort) -> dict[str, Any]:
     """Measure and print; times in ms, memory in MB (1e6 bytes)."""
-    # Scan takes a second per call.
-    fewer = effort._replace(calls=math.ceil(effort.calls / 2))
-    rows = [compare(shape, dtype, fewer) for dtype in DTYPES for shape in SHAPES]
+    rows = [compare(shape, dtype, effort) for dtype in DTYPES for shape in SHAPES]
     tables.show("ops: forward + backward", rows)
     by_length = [
         compare_lengths(LENGTHS, LENGTH_TOKENS, shape, dtype, effort)
@@ -66,34 +54,28 @@ def run(effort: Effort) -> dict[str, Any]:
 def compare(shape: Shape, dtype: str, effort: Effort) -> dict[str, Any]:
     """Compare the forms at one shape: time, working memory, and rate of necessary products."""
     inputs = draw_inputs(shape, dtype)
-    forms: dict[str, dict[str, Any]] = {
-        "ours": {},
-        "chunks": {"chunk_size": choose_chunk_size(shape.length)},
-        "scan": {"method": "scan"},
-    }
+    chunks = {"chunk_size": choose_chunk_size(shape.length)}
+    forms: dict[str, Any] = {"ours": {}, "chunks": chunks, "scan": {"method": "scan"}}
     programs = {name: compile_gradients(inputs, **options) for name, options in forms.items()}
-    count = max(1, shape.tokens * shape.heads // CEILING_ROWS)
-    ceiling = machine.batched_matmul(count, CEILING_ROWS, shape.key_dim, shape.value_dim, dtype)
     calls: dict[str, Call] = {
         name: functools.partial(program, *inputs) for name, program in programs.items()
     }
-    times = alternate(calls | {"ceiling": ceiling.call}, effort)
-    flops = necessary_flops(shape)
+    rows = shape.batch * shape.length * shape.heads
+    count = max(1, rows // CEILING_ROWS)
+    left, right = (count, CEILING_ROWS, shape.key_dim), (count, shape.key_dim, shape.value_dim)
+    calls["ceiling"], of_ceiling = measure.matmul(left, right, dtype)
+    times = alternate(calls, effort)
+    flops = 2.0 * rows * 6 * shape.key_dim * shape.value_dim
     return {
         "B, T, H, K, V": ", ".join(map(str, shape)),
         "dtype": dtype,
         **{f"{name} ms": 1e3 * median(times[name]) for name in forms},
         "scan / ours": block_ratio(times["scan"], times["ours"]),
         "GFLOP/s": flops / median(times["ours"]) / 1e9,
-        "ceiling GFLOP/s": ceiling.flops / median(times["ceiling"]) / 1e9,
-        "share": flops / ceiling.flops / block_ratio(times["ours"], times["ceiling"]),
-        **{f"{name} MB": temporary_bytes(program) / 1e6 for name, program in programs.items()},
+        "ceiling GFLOP/s": of_ceiling / median(times["ceiling"]) / 1e9,
+        "share": flops / of_ceiling / block_ratio(times["ours"], times["ceiling"]),
+        **{f"{name} MB": megabytes(program) for name, program in programs.items()},
     }
-
-
-def necessary_flops(shape: Shape) -> float:
-    """Operations of the definition and its gradient."""
-    return 2.0 * shape.tokens * shape.heads * 6 * shape.key_dim * shape.value_dim
 
 
 def compare_lengths(
@@ -103,15 +85,12 @@ def compare_lengths(
     calls: dict[str, Call] = {}
     for length in lengths:
         inputs = draw_inputs(widths._replace(batch=tokens // length, length=length), dtype)
-        calls[str(length)] = functools.partial(compile_gradients(inputs), *inputs)
+        calls[f"T {length}"] = functools.partial(compile_gradients(inputs), *inputs)
     times = alternate(calls, effort)
-    first = times[str(lengths[0])]
+    first, *others = times
     row: dict[str, Any] = {"H, K, V": ", ".join(map(str, widths[2:])), "dtype": dtype}
-    row |= {f"T {name}": 1e6 * median(blocks) / tokens for name, blocks in times.items()}
-    return row | {
-        f"T {name} / T {lengths[0]}": block_ratio(blocks, first)
-        for name, blocks in list(times.items())[1:]
-    }
+    row |= {name: 1e6 * median(blocks) / tokens for name, blocks in times.items()}
+    return row | {f"{each} / {first}": block_ratio(times[each], times[first]) for each in others}
 
 
 def draw_inputs(shape: Shape, dtype: str) -> tuple[jax.Array, ...]:
@@ -119,28 +98,22 @@ def draw_inputs(shape: Shape, dtype: str) -> tuple[jax.Array, ...]:
 
     q, k, v and the output's cotangent have `dtype`, the others float32.
     """
-    keys = jax.random.split(jax.random.key(0), 7)
-    by_key = (shape.batch, shape.length, shape.heads, shape.key_dim)
-    by_value = (*by_key[:3], shape.value_dim)
+    by_key, by_value = shape[:4], (*shape[:3], shape.value_dim)
     state = (shape.batch, *shape[2:])
-    return (
-        jax.random.normal(keys[0], by_key, dtype),
-        jax.nn.sigmoid(jax.random.normal(keys[1], by_key, dtype)),
-        jax.random.normal(keys[2], by_value, dtype),
-        jax.nn.log_sigmoid(3 + jax.random.normal(keys[3], by_key)),
-        jax.random.normal(keys[4], state),
-        jax.random.normal(keys[5], by_value, dtype),
-        jax.random.normal(keys[6], state),
-    )
+    shapes = (by_key, by_key, by_value, by_key, state, by_value, state)
+    dtypes = (dtype, dtype, dtype, "float32", "float32", dtype, "float32")
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    q, k, v, gate, *others = map(jax.random.normal, keys, shapes, dtypes)
+    return q, jax.nn.sigmoid(k), v, jax.nn.log_sigmoid(3 + gate), *others
 
 
 def compile_gradients(inputs: tuple[Any, ...], **options: Any) -> Any:
     """Compile output, final state and all gradients from `inputs` (`draw_inputs`)."""
 
-    def results(*inputs: jax.Array) -> tuple[jax.Array, ...]:
-        def call(q: Any, k: Any, v: Any, log_gate: Any, state: Any) -> Any:
-            return gated_linear_recurrence(q, k, v, log_gate, initial_state=state, **options)
+    def call(q: Any, k: Any, v: Any, log_gate: Any, state: Any) -> Any:
+        return gated_linear_recurrence(q, k, v, log_gate, initial_state=state, **options)
 
+    def results(*inputs: jax.Array) -> tuple[jax.Array, ...]:
         values, pullback = jax.vjp(call, *inputs[:5])
         return *values, *pullback(inputs[5:])
 

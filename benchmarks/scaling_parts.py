@@ -1,6 +1,6 @@
 """Parts of the scaling benchmark besides its trainings."""
 
-import dataclasses
+import functools
 import os
 import statistics
 from collections.abc import Sequence
@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from benchmarks.corpus_training import Trained
 from benchmarks.measure import Call, seconds_of
-from benchmarks.train_steps import BY_SCAN, random_batch
+from benchmarks.train_steps import BY_SCAN, change, random_batch
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import BatchSource
 from simplernn_jax.data.evaluation_batches import Contexts
@@ -20,9 +21,7 @@ from simplernn_jax.inference import generate, load_state, save_state
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.training.accumulation import windows_of
 from simplernn_jax.training.evaluate import Evaluator
-from simplernn_jax.training.gradient import make_gradient
-from simplernn_jax.training.optimizer import make_optimizer
-from simplernn_jax.training.train_step import init_train_state
+from simplernn_jax.training.gradient import make_gradient, make_model
 
 EAGER_TOKENS = 16
 PREFIX = 4096
@@ -30,47 +29,41 @@ ERROR_LENGTH = 16384
 HALF_LIFE = 4096
 
 
+def gradient_arguments(params: nnx.State, batch: Any) -> Any:
+    """Arguments of the function that `make_gradient` returns."""
+    batch, key = jax.tree.map(jnp.asarray, batch), jax.random.key_data(jax.random.key(0))
+    return params, batch, (), key, jnp.zeros((), int)
+
+
 def eager_step(config: Config) -> dict[str, Any]:
     """Time loss and gradient without compilation, one token after another."""
-    short = dataclasses.replace(config.data, sequence_length=EAGER_TOKENS)
-    batch = jax.tree.map(jnp.asarray, random_batch(dataclasses.replace(config, data=short)))
-    optimizer = make_optimizer(config.optimizer, 1)
-    state = jax.jit(lambda: init_train_state(config, optimizer))()
+    config = change(config, sequence_length=EAGER_TOKENS)
+    params = nnx.state(make_model(config, nnx.Rngs(0)), nnx.Param)
+    arguments = gradient_arguments(params, random_batch(config))
     gradient_of = make_gradient(config, BY_SCAN)
     with jax.disable_jit():
-        seconds = [
-            seconds_of(lambda: gradient_of(state.params, batch, (), state.rng, state.step))
-            for _ in range(3)
-        ]
+        seconds = min(seconds_of(lambda: gradient_of(*arguments)) for _ in range(3))
     return {
         "technique": "C eager, one token at a time",
         "change": "no compilation, no optimizer",
-        "tokens/s": batch.tokens.size / min(seconds),
+        "tokens/s": config.data.batch_size * EAGER_TOKENS / seconds,
     }
 
 
 def evaluations(config: Config, trained: Trained) -> list[dict[str, Any]]:
     """Evaluate the plain run with the state carried, and by windows from a zero state."""
     evaluator = Evaluator(config, trained.corpus.tokenizer.pad_id)
-    length, limit = config.data.sequence_length, config.train.eval_tokens
-    held_out: Any = trained.corpus.validation
-    rows = []
+    length = config.data.sequence_length
+    given = (trained.params, trained.corpus.validation, config.train.eval_tokens)
+    rows: list[dict[str, Any]] = []
     for stride in (0, length // 4, length // 2, length):
         windows = Contexts(length, stride) if stride else None
-
-        def call(windows: Contexts | None = windows) -> Any:
-            return evaluator(trained.params, held_out, limit, windows=windows)
-
-        result = call()  # compiles
-        rows.append(
-            {
-                "technique": "A evaluation",
-                "change": f"windows of {length}, stride {stride}" if stride else "state carried",
-                "tokens/s": result.predictions / _median_seconds(call),
-                "nats/token": result.nats_per_token,
-                "difference": result.nats_per_token - trained.measured["nats/token"],
-            }
-        )
+        call: Any = functools.partial(evaluator, *given, windows=windows)  # type: ignore[arg-type]
+        result, loss = call(), call().nats_per_token  # compiles
+        what = f"windows of {length}, stride {stride}" if stride else "state carried"
+        row = {"technique": "A evaluation", "change": what, "nats/token": loss}
+        row["tokens/s"] = result.predictions / _median_seconds(call)
+        rows.append(row | {"difference": loss - trained.measured["nats/token"]})
     return rows
 
 
@@ -92,14 +85,14 @@ def cached_prefix(trained: Trained, workdir: str) -> list[dict[str, Any]]:
     if not np.array_equal(*tokens):
         raise RuntimeError(f"token {tokens[1]} from a loaded state, {tokens[0]} from its text")
     size = f"state of {os.path.getsize(path) / 1e3:.0f} kB loaded"
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, what, call in (
         ("F prefix prefilled", f"{len(text):,} tokens", prefill),
         ("F prefix cached", size, load),
     ):
         seconds = _median_seconds(call)
-        change = f"{what} and one generated: {1e3 * seconds:.1f} ms"
-        rows.append({"technique": name, "change": change, "tokens/s": len(text) / seconds})
+        what = f"{what} and one generated: {1e3 * seconds:.1f} ms"
+        rows.append({"technique": name, "change": what, "tokens/s": len(text) / seconds})
     return rows
 
 
@@ -115,31 +108,23 @@ def truncation_bias(
     The difference is an RMS, relative to the whole gradient. A window of ``data.sequence_length``
     truncates nothing.
     """
-    source = BatchSource(
-        trained.corpus.train, config.data, config.train.seed, trained.corpus.tokenizer.pad_id
-    )
-    batch = jax.tree.map(jnp.asarray, source[config.train.steps])  # not trained on
-    rng = jax.random.key_data(jax.random.key(0))
+    corpus = trained.corpus
+    source = BatchSource(corpus.train, config.data, config.train.seed, corpus.tokenizer.pad_id)
+    batch = source[config.train.steps]  # not trained on
 
     def gradient(window: int) -> np.ndarray:
         config.train.backward_window = window
-        gradient_of = jax.jit(make_gradient(config))
         given = windows_of(batch, window) if window else batch
-        leaves = jax.tree.leaves(gradient_of(trained.params, given, (), rng, jnp.zeros((), int))[2])
+        gradient_of: Any = jax.jit(make_gradient(config))
+        leaves = jax.tree.leaves(gradient_of(*gradient_arguments(trained.params, given))[2])
         return np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in leaves])
 
-    whole = gradient(0)
-    rows = []
+    whole, rows = gradient(0), []
     for window in windows:
         cut = gradient(window)
-        norms = np.linalg.norm(whole) * np.linalg.norm(cut)
-        rows.append(
-            {
-                "window": window,
-                "difference / whole": float(np.linalg.norm(cut - whole) / np.linalg.norm(whole)),
-                "cosine": float(cut @ whole / norms),
-            }
-        )
+        difference, one, other = (float(np.linalg.norm(x)) for x in (cut - whole, cut, whole))
+        row = {"window": window, "difference / whole": difference / other}
+        rows.append(row | {"cosine": float(cut @ whole) / one / other})
     return rows
 
 
@@ -149,49 +134,34 @@ def state_errors(length: int = ERROR_LENGTH) -> list[dict[str, Any]]:
     Values have mean 1 and decay is slow (a half-life of `HALF_LIFE` tokens): the state grows large
     beside the contribution of one token.
     """
-    keys = jax.random.split(jax.random.key(0), 3)
-    by_key = (1, length, 2, 8)
-    arrays = (
-        jax.random.normal(keys[0], by_key),
-        jax.nn.sigmoid(jax.random.normal(keys[1], by_key)),
-        1 + jax.random.normal(keys[2], by_key),
-        jnp.full(by_key, -np.log(2) / HALF_LIFE, jnp.float32),
-    )
+    draw = np.random.default_rng(0)
+    q, k, v = draw.normal(size=(3, 1, length, 2, 8))
+    wide = (q, 1 / (1 + np.exp(k)), 1 + v, np.full_like(q, -np.log(2) / HALF_LIFE))
+    arrays = [jnp.float32(x) for x in wide]
     with jax.enable_x64(True):
-        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
-        exact = np.asarray(gated_linear_recurrence(*wide, method="scan")[0])
+        rounded = [jnp.float64(np.float32(x)) for x in wide]
+        exact = np.asarray(gated_linear_recurrence(*rounded, method="scan")[0])
+
+    def token_by_token(state: jax.Array, token: Any) -> tuple[jax.Array, jax.Array]:
+        """A step of a decoder."""
+        options: Any = {"initial_state": state, "state_dtype": jnp.bfloat16, "method": "scan"}
+        output, state = gated_linear_recurrence(*(x[:, None] for x in token), **options)
+        return state, output[:, 0]
+
+    start = jnp.zeros((1, 2, 8, 8), jnp.bfloat16)
+    tokens = [x.swapaxes(0, 1) for x in arrays]
     outputs = {
         "float32": gated_linear_recurrence(*arrays)[0],
         "bfloat16, each 64 tokens": gated_linear_recurrence(*arrays, state_dtype=jnp.bfloat16)[0],
-        "bfloat16, each token": _token_by_token(arrays),
+        "bfloat16, each token": jax.lax.scan(token_by_token, start, tokens)[1].swapaxes(0, 1),
     }
-    rows = []
-    end = 16
+    rows, end = [], 16
     while end <= length:
+        row: dict[str, Any] = {"position": f"up to {end:,}"}
         part = exact[:, end // 2 : end]
-        errors = {
-            name: float(
-                np.linalg.norm(np.asarray(output, np.float64)[:, end // 2 : end] - part)
-                / np.linalg.norm(part)
-            )
-            for name, output in outputs.items()
-        }
-        rows.append({"position": f"up to {end:,}", **errors})
+        for name, output in outputs.items():
+            error = np.asarray(output, np.float64)[:, end // 2 : end] - part
+            row[name] = float(np.linalg.norm(error) / np.linalg.norm(part))
+        rows.append(row)
         end *= 4
     return rows
-
-
-@jax.jit
-def _token_by_token(arrays: Any) -> jax.Array:
-    """The recurrence as a decoder with a bfloat16 state computes it."""
-
-    def step(state: jax.Array, token: Any) -> tuple[jax.Array, jax.Array]:
-        token = [x[:, None] for x in token]
-        output, state = gated_linear_recurrence(
-            *token, initial_state=state, state_dtype=jnp.bfloat16, method="scan"
-        )
-        return state, output[:, 0]
-
-    _, _, heads, key_dim = arrays[0].shape
-    start = jnp.zeros((len(arrays[0]), heads, key_dim, arrays[2].shape[-1]), jnp.bfloat16)
-    return jax.lax.scan(step, start, [x.swapaxes(0, 1) for x in arrays])[1].swapaxes(0, 1)

@@ -7,98 +7,71 @@ a temporary folder; ``cold`` finds it empty, ``warm`` finds the entries of the c
 import functools
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tables
-from benchmarks.measure import Call, Effort, alternate, call_isolated, run_python
+from benchmarks import measure, tables
+from benchmarks.measure import Call, Effort, alternate, call_isolated, median
+from benchmarks.train_steps import load_config, our_step
+from simplernn_jax.compilation_cache import use_compilation_cache
 
+_PACKAGES = "jax, flax, optax"
+_PUBLIC = "simplernn_jax.ops, simplernn_jax.models, simplernn_jax.inference"
 IMPORTS = {
-    "jax, flax, optax": "import jax, flax, optax",
-    "and simplernn_jax": "import jax, flax, optax, simplernn_jax",
-    "and its public modules": "import jax, flax, optax, simplernn_jax\n"
-    "import simplernn_jax.ops, simplernn_jax.models, simplernn_jax.inference",
-    "and all of scripts/train.py": "import jax, flax, optax, simplernn_jax.training.loop",
+    _PACKAGES: _PACKAGES,
+    "and simplernn_jax": f"{_PACKAGES}, simplernn_jax",
+    "and its public modules": f"{_PACKAGES}, {_PUBLIC}",
+    "and all of scripts/train.py": f"{_PACKAGES}, simplernn_jax.training.loop",
 }
-"""Code of a process, by its name in the table."""
-
-BATCH, LENGTH = 16, 256
+"""What a process imports, by its name in the table."""
+CACHES = ("cold", "warm")
 
 
 def run(effort: Effort) -> dict[str, Any]:
     """Measure and print; `effort.calls` is unused, since a process starts once."""
-    imports = compare_imports(effort.blocks)
-    first_steps = compare_first_steps(effort.blocks)
+    imports, first_steps = compare_imports(effort.blocks), compare_first_steps(effort.blocks)
     tables.show("startup: fresh processes that import", imports)
-    tables.show("startup: first step of base, by compilation cache", first_steps)
+    tables.show("startup: first step of base after imports, by compilation cache", first_steps)
     return {"imports": imports, "first_step": first_steps}
 
 
 def compare_imports(blocks: int) -> list[dict[str, Any]]:
-    """Median wall time of processes that only import, start and end included.
-
-    The last column is the median over blocks of the difference to the first row.
-    """
+    """Median wall time of processes that only import, and median of the difference to the first."""
     calls: dict[str, Call] = {
-        name: functools.partial(run_python, code) for name, code in IMPORTS.items()
+        name: functools.partial(measure.run_python, f"import {what}")
+        for name, what in IMPORTS.items()
     }
     # The first calls compile to byte code and fill the page cache.
     times = alternate(calls, Effort(blocks, 1))
-    seconds = {name: [block[0] for block in each] for name, each in times.items()}
-    first = next(iter(seconds.values()))
-    return [
-        {
-            "import": name,
-            "seconds": statistics.median(values),
-            "over the first": statistics.median(a - b for a, b in zip(values, first, strict=True)),
-        }
-        for name, values in seconds.items()
-    ]
+    rows: list[dict[str, Any]] = []
+    for name, each in times.items():
+        more = [a - b for (a,), (b,) in zip(each, times[_PACKAGES], strict=True)]
+        rows.append({"import": name, "seconds": median(each)})
+        rows[-1]["over the first"] = statistics.median(more)
+    return rows
 
 
 def compare_first_steps(blocks: int) -> list[dict[str, Any]]:
-    """Median seconds of the first train step with an empty and with a filled compilation cache.
-
-    The last row has the medians over blocks of the ratios.
-    """
-    found: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
+    """Median seconds of the first train step with an empty and a filled cache, and of the ratio."""
+    pairs = []
     for _ in range(blocks):
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-            for name, results in found.items():
-                results.append(_time_first_step(folder))
-                if not any(Path(folder).iterdir()):
-                    raise RuntimeError(f"the {name} run wrote nothing to the compilation cache")
-    pairs = list(zip(found["warm"], found["cold"], strict=True))
-    found["warm / cold"] = [
-        {kind: warm[kind] / cold[kind] for kind in warm} for warm, cold in pairs
-    ]
-    return [
-        {"cache": name}
-        | {kind: statistics.median(result[kind] for result in results) for kind in results[0]}
-        for name, results in found.items()
-    ]
+            environment = {"JAX_COMPILATION_CACHE_DIR": folder}
+            pairs.append([call_isolated(seconds_of_first_step, environment) for _ in CACHES])
+            if not any(Path(folder).iterdir()):
+                raise RuntimeError("nothing was written to the compilation cache")
+    columns = [*zip(*pairs, strict=True), [warm / cold for cold, warm in pairs]]
+    names = (*CACHES, "warm / cold")
+    medians = map(statistics.median, columns)
+    return [{"cache": n, "seconds": x} for n, x in zip(names, medians, strict=True)]
 
 
-def _time_first_step(cache: str) -> dict[str, float]:
-    environment = {"JAX_COMPILATION_CACHE_DIR": cache}
-    started = time.time()
-    moments: dict[str, float] = call_isolated(take_first_step, environment)
-    return {
-        "from process start": moments["done"] - started,
-        "after imports": moments["done"] - moments["imported"],
-    }
+def seconds_of_first_step() -> float:
+    """Seconds until the first step of `base` is taken; for `call_isolated`."""
 
+    def first_step() -> Any:
+        step = our_step(load_config("base", 16, 256))  # compiles
+        return step()
 
-def take_first_step() -> dict[str, float]:
-    """Unix times after all imports and after the first step; for `call_isolated`."""
-    import jax
-
-    from benchmarks.train_steps import load_config, our_step
-    from simplernn_jax.compilation_cache import use_compilation_cache
-
-    imported = time.time()
     use_compilation_cache()
-    step = our_step(load_config("base", BATCH, LENGTH))
-    jax.block_until_ready(step())
-    return {"imported": imported, "done": time.time()}
+    return measure.seconds_of(first_step)

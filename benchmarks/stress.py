@@ -2,38 +2,31 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from benchmarks.stress_runs import (
-    SAVE_EVERY,
-    STEPS,
-    Process,
-    comparable,
-    compare,
-    contents,
-    kill,
-    newest_checkpoint,
-    read_log,
-    start,
-    train,
-)
 from simplernn_jax.checkpoint import manifest
 from simplernn_jax.checkpoint.checkpointer import Checkpointer, read_config
-from simplernn_jax.checkpoint.contents import saved_leaves
+from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leaves
 from simplernn_jax.checkpoint.folder import UNFINISHED_MARK, CheckpointFolder
 
+STEPS, SAVE_EVERY = 24, 3
+_ROOT = Path(__file__).resolve().parents[1]
 _PARALLEL = 2
-"""Simultaneous runs: most of a short run is its start, which keeps one core busy."""
+"""Simultaneous processes: most of a short run is its start, which keeps one core busy."""
 _START_SECONDS, _SAVE_SECONDS = 8.0, 0.5
 """Approximate time of a start, and of three steps and a save."""
 _ENDS_WITHIN = 60.0
@@ -41,101 +34,167 @@ _ENDS_WITHIN = 60.0
 _REASONS = {76: "error: another process of the run was lost", 2: "error: not all processes"}
 """Exit codes of the other process, and the reason in its log."""
 
-Interruption = Callable[[Path, list[Process], random.Random, int], tuple[str, str | None]]
-"""``(workdir, processes, draw, number of the run) -> (description, problem)``."""
+Process = subprocess.Popen[bytes]
+Outcome = tuple[str, str | None]
+"""Description of an interruption, and the problem."""
+Interruption = Callable[[Path, list[Process], random.Random], Outcome]
+"""Of the processes of the run in a workdir, at random."""
 
 
-def kill_runs(folder: Path, count: int, seed: int) -> int:
-    """Kill and resume `count` runs; 1 if one does not end as an uninterrupted run."""
-    started = time.monotonic()
-    train(folder / "alone")
-    seconds = time.monotonic() - started
+def interrupt_runs(
+    folder: Path, count: int, seed: int, interrupt: Interruption, num_processes: int
+) -> int:
+    """Interrupt and resume `count` runs; 1 if one does not end as an uninterrupted run.
 
-    def interrupt(
-        workdir: Path, processes: list[Process], draw: random.Random, number: int
-    ) -> tuple[str, str | None]:
-        if number % 2 == 0:
-            _stop_inside_a_save(processes[0], workdir / "checkpoints", draw)
-        else:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                processes[0].wait(draw.uniform(0, seconds))
-        kill(processes)
-        saving = _is_saving(workdir / "checkpoints")
-        return "killed inside a save" if saving else "killed between saves", None
+    The workdir of a run is named by its number.
+    """
+    _train(folder / "alone", num_processes)
+    expected = newest_checkpoint(folder / "alone")
 
-    results = _interrupt_runs(folder, count, seed, interrupt, num_processes=1)
-    inside = sum("inside" in what for what, _ in results)
-    wrong = sum(problem is not None for _, problem in results)
+    def interrupt_and_resume(number: int) -> Outcome:
+        workdir = folder / str(number)
+        processes = _start(workdir, num_processes)
+        try:
+            what, problem = interrupt(workdir, processes, random.Random(f"{seed} {number}"))
+        finally:
+            _kill(processes)
+        if problem is None:
+            _train(workdir, num_processes)
+            problem = _difference(newest_checkpoint(workdir), expected)
+        if (workdir / "checkpoints_damaged").exists():
+            problem = "a checkpoint was taken for damaged"
+        shutil.rmtree(workdir)
+        print(f"run {number}: {what}: {problem or 'same bytes'}", flush=True)
+        return what, problem
+
+    with concurrent.futures.ThreadPoolExecutor(_PARALLEL // num_processes) as pool:
+        outcomes = list(pool.map(interrupt_and_resume, range(count)))
+    inside = sum("inside a save" in what for what, _ in outcomes)
+    wrong = sum(problem is not None for _, problem in outcomes)
     print(f"killed {count} runs, {inside} inside a save: {count - wrong} identical, {wrong} wrong")
-    return int(wrong > 0 or 2 * inside < count)
-
-
-def lose_processes(folder: Path, count: int, seed: int) -> int:
-    """Kill or stop one of two processes of `count` runs, and resume; 1 as for `kill_runs`."""
-    train(folder / "alone", num_processes=2)
-    results = _interrupt_runs(folder, count, seed, _lose_a_process, num_processes=2)
-    wrong = sum(problem is not None for _, problem in results)
-    print(f"killed a process of {count} runs: {count - wrong} identical, {wrong} wrong")
-    return int(wrong > 0)
+    return int(wrong > 0 or (num_processes == 1 and 2 * inside < count))
 
 
 def damage_checkpoints(folder: Path, count: int, seed: int) -> int:
     """Damage the newest checkpoint `count` times; 1 if one was missed or not recovered from."""
     draw = random.Random(seed)
-    whole = folder / "whole"
-    train(whole)
+    whole, workdir = folder / "whole", folder / "damaged"
+    _train(whole)
     before, newest = CheckpointFolder(str(whole)).steps()[-2:]
-    expected = contents(whole, before)
+    leaves = saved_leaves(CheckpointFolder(str(whole)).step_path(before))
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in leaves.items()}
+    expected = _contents(whole, before)
     config, tokenizer_json, _ = read_config(str(whole))
     detected = recovered = 0
     for number in range(count):
-        workdir = folder / "damaged"
         shutil.copytree(whole / "checkpoints", workdir / "checkpoints")
         what = _damage(workdir / "checkpoints" / str(newest), draw)
         checkpointer = Checkpointer(str(workdir), config, tokenizer_json, keep_last=2, keep_best=0)
         with contextlib.closing(checkpointer):
-            difference = _restore(checkpointer, workdir, expected)
+            found = checkpointer.restore(shapes)
+        restored = found and _comparable(found.step, found.data_state, found.state)
+        problem = _difference(restored or {}, expected)
         noticed = (workdir / "checkpoints_damaged" / str(newest)).is_dir()
-        detected += noticed
-        recovered += difference is None
-        if not noticed or difference:
-            print(f"damage {number}: {what}: {'' if noticed else 'not detected, '}{difference}")
+        detected, recovered = detected + noticed, recovered + (problem is None)
+        if not noticed or problem:
+            print(f"damage {number}: {what}: {'' if noticed else 'not detected, '}{problem}")
         shutil.rmtree(workdir)
     print(f"{count} damages: {detected} detected, {recovered} recovered")
     return int(detected < count or recovered < count)
 
 
-EXPERIMENTS = {"kill": kill_runs, "damage": damage_checkpoints, "hosts": lose_processes}
+def newest_checkpoint(workdir: str | Path) -> dict[str, Any]:
+    """Everything in the newest complete checkpoint, as values that ``==`` compares bit-exactly."""
+    return _contents(workdir, read_config(str(workdir))[2])
 
 
-def _interrupt_runs(
-    folder: Path, count: int, seed: int, interrupt: Interruption, num_processes: int
-) -> list[tuple[str, str | None]]:
-    """Description and problem of every run, which is interrupted, resumed and compared."""
-    expected = newest_checkpoint(folder / "alone")
+def _contents(workdir: str | Path, step: int) -> dict[str, Any]:
+    path = CheckpointFolder(str(workdir)).step_path(step)
+    return _comparable(step, read_json(path, "data"), read_arrays(path, list(saved_leaves(path))))
 
-    def interrupt_and_resume(number: int) -> tuple[str, str | None]:
-        workdir = folder / f"run{number}"
-        draw = random.Random(f"{seed} {number}")
-        processes = start(workdir, num_processes)
-        try:
-            what, problem = interrupt(workdir, processes, draw, number)
-        finally:
-            kill(processes)
-        if problem is None:
-            train(workdir, num_processes)
-            problem = compare(newest_checkpoint(workdir), expected)
-        if (workdir / "checkpoints_damaged").exists():
-            problem = "a checkpoint was taken for damaged"
-        shutil.rmtree(workdir)
-        return what, problem
 
-    results = []
-    with concurrent.futures.ThreadPoolExecutor(_PARALLEL // num_processes) as pool:
-        for number, (what, problem) in enumerate(pool.map(interrupt_and_resume, range(count))):
-            results.append((what, problem))
-            print(f"run {number}: {what}: {problem or 'same bytes'}", flush=True)
-    return results
+def _comparable(step: int, data_state: Any, arrays: dict[str, Any]) -> dict[str, Any]:
+    values = {
+        name: (str(array.dtype), array.shape, np.asarray(array).tobytes())
+        for name, array in arrays.items()
+    }
+    return values | {"number of steps": step, "position in the data": data_state}
+
+
+def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
+    names = (n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+    return next((f"{name} differs" for name in names), None)
+
+
+def _start(workdir: Path, num_processes: int) -> list[Process]:
+    """Start or resume a small training run that carries state between its batches.
+
+    The parent of `workdir` has what runs share: corpus, compiled programs, and logs.
+    """
+    folder = workdir.parent
+    corpus = folder / "corpus.txt"
+    if not corpus.exists():
+        draw = random.Random(0)
+        corpus.write_text("".join(draw.choices("abcdefgh \n", k=20_011)), encoding="utf-8")
+    data = {"source": corpus, "split": "position", "mode": "stream", "cache_dir": folder / "tokens"}
+    steps = {"epochs": 0, "steps": STEPS, "save_every": SAVE_EVERY, "eval_every": 0}
+    command = [sys.executable, f"{_ROOT}/scripts/train.py", f"--config={_ROOT}/configs/tiny.py"]
+    command += [f"--config.data.{field}={value}" for field, value in data.items()]
+    command += [f"--config.train.{field}={value}" for field, value in steps.items()]
+    command += ["--config.train.sample_every=0", f"--workdir={workdir}"]
+    # The uninterrupted run compiles the programs for all.
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    commands = [command]
+    if num_processes > 1:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            command += ["--distributed", f"--coordinator=127.0.0.1:{server.getsockname()[1]}"]
+        command += [f"--num_processes={num_processes}", "--join_timeout=30"]
+        commands = [[*command, f"--process_id={number}"] for number in range(num_processes)]
+        environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    with open(workdir.with_suffix(".log"), "ab") as log:
+        options: Any = {"env": environment, "stdout": log, "stderr": log}
+        # A group of its own, so that a signal also reaches its child, which trains.
+        return [subprocess.Popen(each, start_new_session=True, **options) for each in commands]
+
+
+def _log(workdir: Path) -> str:
+    """Output of all processes of a run."""
+    return workdir.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
+
+
+def _kill(processes: list[Process]) -> None:
+    for process in processes:
+        _send(process, signal.SIGKILL)
+        process.wait()
+
+
+def _send(process: Process, number: signal.Signals) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, number)
+
+
+def _train(workdir: Path, num_processes: int = 1) -> None:
+    processes = _start(workdir, num_processes)
+    try:
+        codes = [process.wait() for process in processes]
+    finally:
+        _kill(processes)
+    if any(codes):
+        raise RuntimeError(f"run {workdir} failed with codes {codes}:\n{_log(workdir)}")
+
+
+def _kill_a_run(workdir: Path, processes: list[Process], draw: random.Random) -> Outcome:
+    """Kill a run, with an even number inside a save if it can be met."""
+    if int(workdir.name) % 2:
+        _wait_for_a_moment(workdir, processes, draw)
+    else:
+        _stop_inside_a_save(processes[0], workdir / "checkpoints", draw)
+    _kill(processes)
+    where = "inside a save" if _is_saving(workdir / "checkpoints") else "between saves"
+    return f"killed {where}", None
 
 
 def _stop_inside_a_save(process: Process, checkpoints: Path, draw: random.Random) -> None:
@@ -144,25 +203,21 @@ def _stop_inside_a_save(process: Process, checkpoints: Path, draw: random.Random
     was_saving = False
     while process.poll() is None:
         saving = _is_saving(checkpoints)
-        if saving and not was_saving:
-            saves_to_pass -= 1
+        saves_to_pass -= saving and not was_saving
         was_saving = saving
         if saving and saves_to_pass < 0:
             time.sleep(draw.uniform(0, 0.05))
-            process.send_signal(signal.SIGSTOP)
+            _send(process, signal.SIGSTOP)
             if _is_saving(checkpoints):
                 return
-            process.send_signal(signal.SIGCONT)
+            _send(process, signal.SIGCONT)
             was_saving = False
         time.sleep(0.001)
 
 
 def _is_saving(checkpoints: Path) -> bool:
     """Whether there is an incomplete checkpoint."""
-    try:
-        names = os.listdir(checkpoints)
-    except FileNotFoundError:
-        return False
+    names = os.listdir(checkpoints) if checkpoints.exists() else []
     return any(
         UNFINISHED_MARK in name
         or (name.isdecimal() and not manifest.has_manifest(str(checkpoints / name)))
@@ -170,54 +225,35 @@ def _is_saving(checkpoints: Path) -> bool:
     )
 
 
-def _lose_a_process(
-    workdir: Path, processes: list[Process], draw: random.Random, number: int
-) -> tuple[str, str | None]:
+def _lose_a_process(workdir: Path, processes: list[Process], draw: random.Random) -> Outcome:
     """Kill or stop one process, and wait for the other."""
-    del number
-    victim = draw.randrange(len(processes))
+    victim = draw.randrange(2)
     # A stopped process is alive and hangs.
     sent = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP])
     when = _wait_for_a_moment(workdir, processes, draw)
-    for process_id in _with_children(processes[victim].pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process_id, sent)
-    started = time.monotonic()
-    other = 1 - victim
+    _send(processes[victim], sent)
+    started, code = time.monotonic(), None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        code = processes[1 - victim].wait(_ENDS_WITHIN)
+    took = f"{time.monotonic() - started:.1f} s"
     problem = None
-    try:
-        code = processes[other].wait(_ENDS_WITHIN)
-    except subprocess.TimeoutExpired:
-        problem = f"process {other} has not ended within {_ENDS_WITHIN:.0f} s"
-    else:
-        # Without a reason, it may have ended regularly before the signal was sent.
-        if code != 0 and (code not in _REASONS or _REASONS[code] not in read_log(workdir)):
-            problem = f"process {other} ended with code {code} and without its reason"
-    took = time.monotonic() - started
-    return f"{sent.name} to process {victim} {when}, the other ended {took:.1f} s later", problem
+    if code is None:
+        problem = f"the other has not ended within {took}"
+    # Without a reason, it may have ended regularly before the signal was sent.
+    elif code != 0 and (code not in _REASONS or _REASONS[code] not in _log(workdir)):
+        problem = f"the other ended with code {code} and without its reason"
+    return f"{sent.name} to process {victim} {when}, the other waited for {took}", problem
 
 
 def _wait_for_a_moment(workdir: Path, processes: list[Process], draw: random.Random) -> str:
     """Wait until a random moment of the start, or after a random save; describe it."""
-    saves = draw.randrange(STEPS // SAVE_EVERY)
-    if not saves:
-        seconds = draw.uniform(0, _START_SECONDS)
-        time.sleep(seconds)
-        return f"{seconds:.1f} s after its start"
+    step = SAVE_EVERY * draw.randrange(STEPS // SAVE_EVERY)
     checkpoints = CheckpointFolder(str(workdir))
-    while max(checkpoints.steps(), default=0) < saves * SAVE_EVERY:
-        if any(process.poll() is not None for process in processes):
-            break
+    while max(checkpoints.steps(), default=0) < step and all(p.poll() is None for p in processes):
         time.sleep(0.01)
-    time.sleep(draw.uniform(0, _SAVE_SECONDS))
-    return f"after the save of step {saves * SAVE_EVERY}"
-
-
-def _with_children(process_id: int) -> list[int]:
-    """The process and its children, one of which trains (`supervisor.supervise`)."""
-    lines = subprocess.check_output(["ps", "-A", "-o", "ppid=,pid="], text=True).splitlines()
-    pairs = [tuple(map(int, line.split())) for line in lines]
-    return [process_id, *(child for parent, child in pairs if parent == process_id)]
+    seconds = draw.uniform(0, _SAVE_SECONDS if step else _START_SECONDS)
+    time.sleep(seconds)
+    return f"{seconds:.1f} s after {f'the save of step {step}' if step else 'its start'}"
 
 
 def _damage(step_path: Path, draw: random.Random) -> str:
@@ -226,24 +262,17 @@ def _damage(step_path: Path, draw: random.Random) -> str:
     content = bytearray(file.read_bytes())
     kind = draw.choice(["flip", "truncate", "delete"]) if content else "delete"
     position = draw.randrange(len(content)) if content else 0
+    if kind == "flip":
+        content[position] ^= 1 << draw.randrange(8)
+    file.write_bytes(content[:position] if kind == "truncate" else content)
     if kind == "delete":
         file.unlink()
-    elif kind == "truncate":
-        file.write_bytes(content[:position])
-    else:
-        content[position] ^= 1 << draw.randrange(8)
-        file.write_bytes(content)
     return f"{kind} {file.relative_to(step_path)} at {position}"
 
 
-def _restore(checkpointer: Checkpointer, workdir: Path, expected: dict[str, Any]) -> str | None:
-    """Restore from `workdir`; return the difference to `expected`, if any."""
-    path = CheckpointFolder(str(workdir)).step_path(expected["number of steps"])
-    shapes = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for name, leaf in saved_leaves(path).items()
-    }
-    restored = checkpointer.restore(shapes)
-    if restored is None:
-        return "nothing was restored"
-    return compare(comparable(restored.step, restored.data_state, restored.state), expected)
+EXPERIMENTS: dict[str, Callable[[Path, int, int], int]] = {
+    "kill": functools.partial(interrupt_runs, interrupt=_kill_a_run, num_processes=1),
+    "damage": damage_checkpoints,
+    "hosts": functools.partial(interrupt_runs, interrupt=_lose_a_process, num_processes=2),
+}
+"""``(folder, count, seed) -> exit code``, by name."""

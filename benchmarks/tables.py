@@ -1,14 +1,9 @@
 """Tables in Markdown and pictures of curves."""
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from simplernn_jax.analysis.plots import new_figure, png
-
-_COLORS = ("blue", "orange", "green", "red", "purple", "brown")
-_MARKERS = "osD^vP"
-"""Open and of different shapes, so that none hides another where curves meet."""
+from simplernn_jax.analysis.plots import add_legend, line_styles, new_figure, png
 
 Curves = Mapping[str, Mapping[str, float]]
 """By label: y by x; x is text, as JSON keeps it."""
@@ -33,10 +28,14 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [[text_of(row.get(heading, "")) for heading in headings] for row in rows]
     widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     lines = [headings, ["-" * width for width in widths], *cells]
-    return "".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |\n"
-        for line in lines
-    )
+    return "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines)
+
+
+def curves_of(
+    labels: Iterable[str], lengths: Sequence[int], value: Callable[[str, int], float]
+) -> dict[str, dict[str, float]]:
+    """`Curves` of ``value(label, length)``."""
+    return {label: {str(n): value(label, n) for n in lengths} for label in labels}
 
 
 def by_x(x: str, curves: Curves) -> list[dict[str, Any]]:
@@ -56,41 +55,34 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 def draw(panels: Mapping[str, Curves], x: str) -> bytes:
     """A PNG file with curves by title against `x`; a label looks the same in all panels.
 
-    The x axis is logarithmic, and the y axis too unless all values are fractions.
+    The first panel has all labels. The x axis is logarithmic, and the y axis too unless all values
+    are fractions.
     """
-    labels = dict.fromkeys(label for curves in panels.values() for label in curves)
-    looks = zip(_COLORS, _MARKERS, strict=True)
-    styles = dict(zip(labels, itertools.cycle(looks), strict=False))
-    columns = min(len(panels), 2 if len(panels) == 4 else 3)
-    rows = -(-len(panels) // columns)
-    with new_figure(4 * columns + 2, 3.7 * rows) as figure:
-        grid = figure.subplots(rows, columns, squeeze=False).flat
-        for axes, (title, curves) in zip(grid, panels.items(), strict=False):
-            _draw_curves(axes, curves, styles)
-            axes.set(title=title, xlabel=x)
-        for axes in grid[len(panels) :]:
-            axes.set_axis_off()
-        handles, names = grid[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside right center")
-        return png(figure)
-
-
-def _draw_curves(axes: Any, curves: Curves, styles: Mapping[str, tuple[str, str]]) -> None:
     from matplotlib import ticker
 
-    for label, curve in curves.items():
-        color, marker = styles[label]
-        style = {"color": f"tab:{color}", "marker": marker, "markerfacecolor": "none"}
-        axes.plot(list(map(int, curve)), list(curve.values()), **style, label=label)
-    ticks = sorted({int(x) for curve in curves.values() for x in curve})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
-    axes.xaxis.minorticks_off()
-    axes.grid(axis="y", alpha=0.3)
-    if max(y for curve in curves.values() for y in curve.values()) <= 1:
-        axes.set_ylim(-0.03, 1.03)
-        return
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    labels = list(next(iter(panels.values())))
+    styles = dict(zip(labels, line_styles(len(labels), 1), strict=True))
+    columns = min(len(panels), 2 if len(panels) == 4 else 3)
+    rows = -(-len(panels) // columns)
+    with new_figure(max(4 * columns, 5.8), 3.5 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False).flat
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        for axes, (title, curves) in zip(grid, panels.items(), strict=False):
+            for label, curve in curves.items():
+                axes.plot(list(map(int, curve)), curve.values(), label=label, **styles[label])
+            ticks = sorted({int(x) for curve in curves.values() for x in curve})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
+            axes.xaxis.minorticks_off()
+            axes.set(title=title, xlabel=x)
+            axes.grid(axis="y")
+            if max(y for curve in curves.values() for y in curve.values()) <= 1:
+                axes.set_ylim(-0.03, 1.03)
+                continue
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:,g}")
+            axes.yaxis.set_minor_locator(ticker.NullLocator())
+        add_legend(figure, grid[0])
+        return png(figure)

@@ -5,13 +5,12 @@ installed. Measure on an idle machine: torch's threads busy-wait for each other,
 fifty times as long where other programs use the cores.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.measure import process_peak
+from benchmarks.measure import Call
+from benchmarks.train_steps import random_batch
 from simplernn_jax.config import Config
 
 
@@ -56,46 +55,24 @@ class LoopModel(torch.nn.Module):
         return self.lm_head(x)
 
 
-def torch_step(config: Config, tokens: np.ndarray, targets: np.ndarray) -> Callable[[], float]:
-    """One step of Adam per call, on a GPU if torch sees one; each call returns the loss in nats.
-
-    Args:
-      config: of a plain model with one head.
-      tokens: ``[B, T]`` int32.
-      targets: ``[B, T]`` int32.
-    """
+def torch_step(config: Config) -> Call:
+    """One step of Adam per call, on a GPU if torch sees one; each call returns the loss in nats."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    sizes = config.model
-    model = LoopModel(
-        sizes.vocab_size, sizes.num_layers, sizes.hidden_dim, sizes.key_dim, sizes.value_dim
-    ).to(device)
-    optimizer = torch.optim.Adam(
-        model.parameters(),
-        lr=config.optimizer.learning_rate,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        eps=config.optimizer.epsilon,
-    )
-    inputs, outputs = (
-        torch.from_numpy(ids.astype(np.int64)).to(device) for ids in (tokens, targets)
-    )
+    sizes, settings = config.model, config.optimizer
+    widths = (sizes.hidden_dim, sizes.key_dim, sizes.value_dim)
+    model = LoopModel(sizes.vocab_size, sizes.num_layers, *widths).to(device)
+    options = {"betas": (settings.beta1, settings.beta2), "eps": settings.epsilon}
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, **options)
+    batch = random_batch(config)[:2]
+    inputs, targets = (torch.from_numpy(ids).long().to(device) for ids in batch)
 
     def step() -> float:
         optimizer.zero_grad()
         logits = model(inputs)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), outputs.flatten())
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
         optimizer.step()
         return float(loss.detach())  # waits for the GPU
 
     return step
-
-
-def torch_peak(work: Callable[[], Any]) -> float | None:
-    """Peak memory of `work` over the memory held before it, on the GPU or of this process."""
-    if not torch.cuda.is_available():
-        return process_peak(work)
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    return torch.cuda.max_memory_allocated() - before

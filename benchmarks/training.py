@@ -10,119 +10,81 @@ parameter and token (one matmul forward, two backward), and the machine's rate i
 """
 
 import importlib.util
-import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks import machine, tables
-from benchmarks.measure import (
-    Call,
-    Effort,
-    alternate,
-    block_ratio,
-    call_isolated,
-    jax_peak,
-    median,
-)
-from benchmarks.train_steps import (
-    CompiledStep,
-    count_parameters,
-    gru_step,
-    load_config,
-    our_step,
-    random_batch,
-    scan_step,
-)
-from simplernn_jax import config as config_lib
+import jax
+
+from benchmarks import measure, tables
+from benchmarks.measure import Effort, alternate, block_ratio, median
+from benchmarks.train_steps import BY_SCAN, count_parameters, gru_step, load_config, our_step
 from simplernn_jax.config import Config
 from simplernn_jax.config_rules import PRECISIONS
 
 BATCH, LENGTH = 16, 256
+PROGRAMS = ("ours", "scan", "GRU", "PyTorch loop")
 
-JAX_STEPS: Mapping[str, Callable[[Config], CompiledStep]] = {
-    "ours": our_step,
-    "scan": scan_step,
-    "GRU": gru_step,
-}
-TORCH = "PyTorch loop"
+
+def make_step(program: str, config: Config) -> measure.Call:
+    """A train step by one of `PROGRAMS`."""
+    if program == "GRU":
+        return gru_step(config)
+    if program == "PyTorch loop":
+        from benchmarks.torch_loop import torch_step
+
+        return torch_step(config)
+    return our_step(config, BY_SCAN) if program == "scan" else our_step(config)
 
 
 def run(effort: Effort) -> dict[str, Any]:
     """Measure and print."""
-    # Some of these steps take seconds.
-    fewer = effort._replace(calls=math.ceil(effort.calls / 2))
-    seed = compare_programs(load_config("seed", BATCH, LENGTH), fewer)
+    seed = compare_programs(load_config("seed", BATCH, LENGTH), effort)
     tables.show(f"train: seed, B {BATCH}, T {LENGTH}, float32", seed)
     config = load_config("base", BATCH, LENGTH)
     base = compare_precisions(config, effort)
-    parameters = f"{count_parameters(config):,} parameters"
-    title = f"train: base, {parameters}, B {BATCH}, T {LENGTH}; 6 * parameters * tokens per step"
-    tables.show(title, base)
+    title = f"train: base, {count_parameters(config):,} parameters, B {BATCH}, T {LENGTH}"
+    tables.show(f"{title}; 6 * parameters * tokens per step", base)
     return {"seed": seed, "base": base}
 
 
 def compare_programs(config: Config, effort: Effort) -> list[dict[str, Any]]:
     """Compare all programs that can train `config`, a plain model with one head.
 
-    ``compiled`` is memory by XLA's memory analysis; ``peak`` is that of two steps over the memory
-    held before them, in a process of its own; both in MB (1e6 bytes).
+    ``peak`` is the memory of two steps on a CPU over that held before them, in a process of its
+    own, in MB (1e6 bytes).
     """
-    steps = {name: make(config) for name, make in JAX_STEPS.items()}
-    calls: dict[str, Call] = {**steps}
+    *names, of_torch = PROGRAMS
     has_torch = importlib.util.find_spec("torch") is not None
-    if has_torch:
-        calls[TORCH] = _torch_step(config)
-    times = alternate(calls, effort)
-    text = config_lib.to_json(config)
+    names += [of_torch] * has_torch
+    times = alternate({name: make_step(name, config) for name in names}, effort)
     tokens = config.data.batch_size * config.data.sequence_length
     rows: list[dict[str, Any]] = []
     for name, blocks in times.items():
-        peak = call_isolated(step_peak, program=name, config=text)
-        rows.append(
-            {
-                "program": name,
-                "tokens/s": tokens / median(blocks),
-                "times slower than ours": block_ratio(blocks, times["ours"]),
-                "compiled MB": steps[name].compiled_bytes / 1e6 if name in steps else None,
-                "peak MB": None if peak is None else peak / 1e6,
-            }
-        )
+        peak = measure.call_isolated(peak_of_steps, program=name, config=config)
+        row = {"program": name, "tokens/s": tokens / median(blocks)}
+        row["times slower than ours"] = block_ratio(blocks, times["ours"])
+        rows.append(row | {"peak MB": peak and peak / 1e6})
     if not has_torch:
-        rows.append({"program": f"{TORCH}: torch is not installed (pip install -e '.[bench]')"})
+        rows.append({"program": f"{of_torch}: torch is not installed (pip install -e '.[bench]')"})
     return rows
 
 
-def step_peak(program: str, config: str) -> float | None:
+def peak_of_steps(program: str, config: Config) -> float | None:
     """Peak bytes of two steps of `program` over its start; for `call_isolated`."""
-    settings = config_lib.from_json(config)
-    if program == TORCH:
-        from benchmarks.torch_loop import torch_peak
-
-        step = _torch_step(settings)
-        return torch_peak(lambda: [step(), step()])
-    compiled = JAX_STEPS[program](settings)
-    compiled.prepare()
-    return jax_peak(lambda: [compiled(), compiled()])
-
-
-def _torch_step(config: Config) -> Call:
-    from benchmarks.torch_loop import torch_step
-
-    batch = random_batch(config)
-    return torch_step(config, batch.tokens, batch.targets)
+    step = make_step(program, config)
+    on_cpu = jax.default_backend() == "cpu"
+    return measure.process_peak(lambda: [step(), step()]) if on_cpu else None
 
 
 def compare_precisions(config: Config, effort: Effort, size: int = 2048) -> list[dict[str, Any]]:
     """Compare our step in float32 and bfloat16 with a float32 matmul of ``size^3``."""
-    calls: dict[str, Call] = {}
+    calls: dict[str, measure.Call] = {}
     for precision in PRECISIONS:
         config.model.precision = precision
         calls[precision] = our_step(config)
-    matmul = machine.square_matmul("float32", size)
-    times = alternate(calls | {"matmul": matmul.call}, effort)
+    calls["matmul"], of_matmul = measure.matmul((size, size), (size, size), "float32")
+    times = alternate(calls, effort)
     tokens = config.data.batch_size * config.data.sequence_length
     flops = 6.0 * count_parameters(config) * tokens
-    matmul_gflops = matmul.flops / median(times["matmul"]) / 1e9
     return [
         {
             "precision": name,
@@ -130,8 +92,8 @@ def compare_precisions(config: Config, effort: Effort, size: int = 2048) -> list
             "tokens/s": tokens / median(times[name]),
             "over float32": block_ratio(times["float32"], times[name]),
             "GFLOP/s": flops / median(times[name]) / 1e9,
-            f"float32 {size}^3 GFLOP/s": matmul_gflops,
-            "share": flops / matmul.flops / block_ratio(times[name], times["matmul"]),
+            f"float32 {size}^3 GFLOP/s": of_matmul / median(times["matmul"]) / 1e9,
+            "share": flops / of_matmul / block_ratio(times[name], times["matmul"]),
         }
         for name in PRECISIONS
     ]

@@ -3,15 +3,14 @@
     python scripts/benchmark.py ops [train decode startup memory scaling] [--out FILE.json|FOLDER]
     python scripts/benchmark.py attention --out FOLDER [--quick]
 
-    ops      the recurrence, forward and backward, beside scan
-    train    train steps, beside other implementations of the model
-    decode   time per generated token, beside recomputing the prefix
-    startup  imports, and the first train step with and without a compilation cache
-    memory   of a train step against the length of its sequence
-    scaling  the techniques to scale training, A to F, and their effects
-
-    attention   SimpleRNN against self-attention in six aspects, as a table with pictures;
-                --quick measures small sizes, --only a part of it
+    ops        the recurrence, forward and backward, beside scan
+    train      train steps, beside other implementations of the model
+    decode     time per generated token, beside recomputing the prefix
+    startup    imports, and the first train step with and without a compilation cache
+    memory     of a train step against the length of its sequence
+    scaling    the techniques to scale training, A to F, and their effects
+    attention  SimpleRNN against self-attention in six aspects, as a table with pictures;
+               --quick measures small sizes, --only a part of it
 
 Candidates run in alternating blocks of one process (A B A B ...), compiled and warmed up; the
 first call of every block is dropped. Times are medians; a ratio is the median over blocks.
@@ -32,9 +31,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from benchmarks import decoding, machine, memory, recurrence, scaling, startup, training
+from benchmarks import decoding, measure, memory, recurrence, scaling, startup, training
 from benchmarks.attention import comparison
-from benchmarks.measure import Effort
 from simplernn_jax import command_line, process_start
 from simplernn_jax.devices import check_devices
 from simplernn_jax.errors import UserError, nearest_name
@@ -59,7 +57,7 @@ _ONLY = flags.DEFINE_list(
     list(comparison.MEASUREMENTS),
     "Measurements of attention; the others are taken from the results in the folder.",
 )
-_BLOCKS = flags.DEFINE_integer("blocks", 5, "Alternating blocks.", lower_bound=2)
+_BLOCKS = flags.DEFINE_integer("blocks", 5, "Alternating blocks.", lower_bound=1)
 _CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate.", lower_bound=1)
 
 
@@ -70,47 +68,39 @@ def main() -> int:
     if not names:
         raise UserError(f"name a benchmark: python scripts/benchmark.py {'|'.join(known)}")
     _check_names(names, known, "benchmark")
-    if ATTENTION in names:
-        _compare_with_attention(names)
-        return 0
-    if _QUICK.present or _ONLY.present:
-        raise UserError(f"--quick and --only are for {ATTENTION}; --blocks and --calls for others")
+    if ATTENTION in names and len(names) > 1:
+        raise UserError(f"{ATTENTION} writes a folder of its own; measure the others without it")
+    for flag in (_BLOCKS, _CALLS) if ATTENTION in names else (_QUICK, _ONLY):
+        if flag.present:
+            raise UserError(f"--{flag.name}: not of {names[0]}; see --help")
+    _check_names(_ONLY.value or [""], comparison.MEASUREMENTS, "measurement")
+    if ATTENTION in names and not _OUT.value:
+        raise UserError("no --out: name a folder for the table and the pictures")
     out = Path(command_line.expand_path(_OUT.value, "out")) if _OUT.value else None
     if out is not None:
-        _check_out(out)
+        check_output(_results_file(out))  # before minutes of work
+    if ATTENTION in names and out is not None:
+        comparison.run(out, _QUICK.value, _ONLY.value)
+        return 0
     check_devices()
-    results: dict[str, Any] = {"machine": machine.describe()}
+    results: dict[str, Any] = {"machine": measure.describe_machine()}
     for name in names:
-        results[name] = BENCHMARKS[name](Effort(_BLOCKS.value, _CALLS.value))
+        results[name] = BENCHMARKS[name](measure.Effort(_BLOCKS.value, _CALLS.value))
         if out is not None:  # after each, so that a later failure loses nothing
-            _write(results, name, out)
+            write_file(_results_file(out), (json.dumps(results, indent=2) + "\n").encode())
+            if out.is_dir() and name in ("memory", "scaling"):
+                picture = memory.draw(results[name].get("memory", results[name]))
+                write_file(out / "memory.png", picture)
     return 0
 
 
-def _write(results: dict[str, Any], name: str, out: Path) -> None:
-    file = out / "results.json" if out.is_dir() else out
-    write_file(file, (json.dumps(results, indent=2) + "\n").encode())
-    if out.is_dir() and name in ("memory", "scaling"):
-        curves = results[name] if name == "memory" else results[name]["memory"]
-        print(memory.draw(curves, out))
-
-
-def _compare_with_attention(names: list[str]) -> None:
-    if len(names) > 1:
-        raise UserError(f"{ATTENTION} writes a folder of its own; measure the others without it")
-    if not _OUT.value:
-        raise UserError("no --out: name a folder for the table and the pictures")
-    if _BLOCKS.present or _CALLS.present:
-        raise UserError(f"{ATTENTION} has sizes of its own: --quick, or all without it")
-    if not _ONLY.value:
-        raise UserError(f"--only: names none of {', '.join(comparison.MEASUREMENTS)}")
-    _check_names(_ONLY.value, comparison.MEASUREMENTS, "measurement")
-    out = Path(command_line.expand_path(_OUT.value, "out"))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={_OUT.value}: {error.strerror}; name a folder") from error
-    comparison.run(out, _QUICK.value, _ONLY.value)
+def _results_file(out: Path) -> Path:
+    """The file to write; a folder is made, in one that exists."""
+    if not out.parent.is_dir():
+        raise UserError(f"--out={_OUT.value}: no folder {out.parent}; make it, or name another")
+    if out.suffix != ".json" and not out.exists():
+        out.mkdir()
+    return out / "results.json" if out.is_dir() else out
 
 
 def _check_names(names: Iterable[str], known: Collection[str], kind: str) -> None:
@@ -118,16 +108,6 @@ def _check_names(names: Iterable[str], known: Collection[str], kind: str) -> Non
         if name not in known:
             near = nearest_name(name, known)
             raise UserError(f"{name!r}: no such {kind}{near}; there are {', '.join(known)}")
-
-
-def _check_out(path: Path) -> None:
-    """Refuse an output that could not be written, before minutes of work."""
-    folder = path.parent
-    if not folder.is_dir():
-        raise UserError(f"--out={_OUT.value}: no folder {folder}; make it, or name another file")
-    if path.suffix != ".json" and not path.exists():
-        path.mkdir()
-    check_output(path / "results.json" if path.is_dir() else path)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """Try to break the checkpoints of training runs, and report whether anything was lost.
 
-    python scripts/stress.py kill -n 20
-    python scripts/stress.py damage -n 100
-    python scripts/stress.py hosts -n 10
+    python scripts/stress.py kill|damage|hosts -n 20
 
 ``kill`` sends SIGKILL to a training run at a random moment, at least every second time inside a
 save, runs the same command again to the end, and compares the last checkpoint byte for byte with

@@ -1,19 +1,19 @@
-"""``benchmark.py attention`` at tiny sizes: counts, learning and the report."""
+"""``benchmark.py attention`` at tiny sizes: counts, tasks, learning and the report."""
 
 import json
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks.attention import comparison, corpus, resources, synthetic, work
+from benchmarks.attention import comparison, corpus, resources, synthetic, tasks, work
 from benchmarks.attention.program_work import count_work
-from benchmarks.attention.report import ASPECTS, Line, Measurement
-from benchmarks.attention.variants import ATTENTION, RECURRENCE, VARIANTS, config_of
+from benchmarks.attention.report import ATTENTION, RECURRENCE, VARIANTS, config_of, line, lines_of
 from benchmarks.train_steps import count_parameters, state_bytes
-from simplernn_jax.data.tasks import Copying
 from simplernn_jax.errors import UserError
+from simplernn_jax.ops import gated_linear_recurrence
 
 M, N, P = 3, 5, 7
 X, Y = jnp.ones((M, N)), jnp.ones((N, P))
@@ -53,7 +53,14 @@ def test_rematerialization_counts():
     assert twice >= once + M * N
 
 
-def test_opaque_programs_are_refused():
+def test_our_operations_count_as_their_default_form_and_unknown_ones_are_refused():
+    """In chunks, the recurrence takes at least the matmuls of its definition."""
+    arrays = [jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.float32)] * 4
+    for method in ("auto", "chunkwise"):
+        counted = count_work(lambda *x, m=method: gated_linear_recurrence(*x, method=m), *arrays)
+        assert counted.flops > 2 * 2 * 64 * 2 * 8 * 8
+        assert counted.chain > 1
+
     def endless(x):
         return jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x + 1, x)
 
@@ -71,30 +78,30 @@ def test_variants_have_the_same_parameters_and_the_growth_of_theory():
         assert state_bytes(config_of(RECURRENCE, length).model) == recurrent
         cached = 4 * layers * (2 * length * width + 3 * width + 1)
         assert state_bytes(config_of(ATTENTION, length).model) == cached
-    counts = work.call_isolated(work.count_millions, work.NO_COMPILER, lengths=(256, 512))
-    assert len(counts) == 3
-    for curves in counts.values():
+    counts = work.count_millions((256, 512))
+    for kind, passes in (("training", 3), ("prefill", 1), ("decode", 1)):
+        curves = counts[f"million operations/token, {kind}"]
+        # Every parameter is in a matmul, of 2 operations per token.
+        for variant in VARIANTS:
+            assert curves[variant]["256"] == pytest.approx(2 * passes * ours / 1e6, rel=0.35)
         assert curves[RECURRENCE]["512"] == pytest.approx(curves[RECURRENCE]["256"], rel=0.01)
         assert curves[ATTENTION]["512"] > 1.05 * curves[ATTENTION]["256"]
 
 
 def test_a_device_receives_the_same_at_every_length_and_more_with_attention():
-    received = {
-        variant: [resources.received(variant, length, 2) for length in (32, 64)]
-        for variant in VARIANTS
-    }
+    received = resources.kilobytes_received((32, 64), 2)
     model = config_of(RECURRENCE, 1).model
     key_dim, value_dim = (width // model.num_heads for width in (model.key_dim, model.value_dim))
     # Both passes: K (V + 1) numbers of each head, the true states, and the convolution's inputs.
     state = model.num_heads * key_dim * value_dim
     message = model.num_heads * key_dim * (value_dim + 1)
-    least = 2 * 4 * (message + state + 3 * model.hidden_dim)
-    assert received[RECURRENCE][0] == received[RECURRENCE][1] == pytest.approx(least, rel=0.01)
-    assert received[ATTENTION][1] > 1.5 * received[ATTENTION][0]
+    least = 2 * 4 * (message + state + 3 * model.hidden_dim) / 1e3
+    assert list(received[RECURRENCE].values()) == pytest.approx([least, least], rel=0.01)
+    assert received[ATTENTION]["64"] > 1.5 * received[ATTENTION]["32"]
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "options", "verdict"),
+    ("ours", "theirs", "options", "better"),
     [
         (10.0, 40.0, {}, "SimpleRNN, 4.000x"),
         (40.0, 10.0, {}, "attention, 4.000x"),
@@ -102,17 +109,96 @@ def test_a_device_receives_the_same_at_every_length_and_more_with_attention():
         (100.0, 103.0, {}, "equal"),
         (1.0, None, {}, ""),
         (1.0, 2.0, {"is_decisive": False}, ""),
-        (1.9, 1.8, {"as_ratio": False, "tolerance": 0.02}, "attention"),
-        (1.81, 1.8, {"as_ratio": False, "tolerance": 0.02}, "equal"),
-        (0.9, 0.5, {"as_ratio": False, "more_is_better": True}, "SimpleRNN"),
+        (1.9, 1.8, {"tolerance": 0.02}, "attention"),
+        (1.81, 1.8, {"tolerance": 0.02}, "equal"),
+        (0.9, 0.5, {"tolerance": 0.05, "more_is_better": True}, "SimpleRNN"),
     ],
 )
-def test_the_better_variant_is_named(ours, theirs, options, verdict):
+def test_the_better_variant_is_named(ours, theirs, options, better):
     values = {RECURRENCE: ours, ATTENTION: theirs}
-    assert Line("", "", values, **options).verdict() == verdict
+    assert line("", "", values, **options)["better"] == better
 
 
-COPY = Copying(count=2, symbols=3, blanks=2, scattered=False)
+def test_one_seed_names_no_winner():
+    (one,) = corpus.loss_lines(5, {RECURRENCE: [2.0], ATTENTION: [1.0]})
+    assert ("mean of 1 seed" in one["measured"], one["better"]) == (True, "")
+    means, ranges = corpus.loss_lines(5, {RECURRENCE: [2.0, 2.5], ATTENTION: [1.0, 1.0]})
+    assert (means["better"], ranges[RECURRENCE]) == ("attention", 0.5)
+
+
+def answer_recall(seen):
+    """Keys are in [1, 7], values in [8, 14]."""
+    *before, key = seen
+    return before[before.index(key) + 1]
+
+
+def answer_copy(seen):
+    symbols = [token for token in seen if 1 <= token <= 5]
+    return symbols[seen.count(6) - 1]
+
+
+def answer_needle(seen):
+    assert seen[-1] == 12
+    return seen[seen.index(11) + 1]
+
+
+TASKS = {
+    "recall": (tasks.recall((2, 5), 17, 7), answer_recall),
+    "copy": (tasks.copying(17, 3, 5, scattered=False), answer_copy),
+    "scattered": (tasks.copying(17, 3, 5, scattered=True), answer_copy),
+    "needle": (tasks.needle((1, 4, 11), 19, 5), answer_needle),
+}
+BATCH = 37
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_answers_of_a_task_follow_from_what_came_before(name):
+    task, solve = TASKS[name]
+    batch, again, later, other = (
+        task.batch(BATCH, *key) for key in ((3, 5), (3, 5), (3, 6), (4, 5))
+    )
+    np.testing.assert_array_equal(batch.tokens, again.tokens)
+    assert (batch.tokens != later.tokens).any()
+    assert (batch.tokens != other.tokens).any()
+    for part, dtype in zip(batch[:4], (np.int32, np.int32, bool, np.int32), strict=True):
+        assert (part.shape, part.dtype) == ((BATCH, task.length), dtype)
+    assert batch.reset.all()
+    assert not batch.segment_ids.any()
+    for ids in (batch.tokens, batch.targets):
+        assert 0 <= ids.min() <= ids.max() < task.vocab_size
+    for tokens, targets, mask in zip(batch.tokens, batch.targets, batch.loss_mask, strict=True):
+        asked = np.flatnonzero(mask)
+        assert len(asked) >= 2
+        assert [targets[i] for i in asked] == [solve(tokens[: i + 1].tolist()) for i in asked]
+        assert (targets[~mask] == tasks.BLANK).all()
+
+
+def test_recall_queries_each_key_once_and_keys_and_values_differ():
+    batch = TASKS["recall"][0].batch(BATCH, 0, 0)
+    counts = batch.loss_mask.sum(axis=1)
+    assert set(counts) == {2, 5}
+    for tokens, targets, mask, count in zip(*batch[:3], counts, strict=True):
+        keys, values = tokens[0 : 2 * count : 2], tokens[1 : 2 * count : 2]
+        assert len(set(keys)) == len(set(values)) == count
+        assert (set(tokens[mask]), set(targets[mask])) == (set(keys), set(values))
+        assert not mask[: 2 * count].any()
+        assert (tokens[2 * count :][~mask[2 * count :]] == tasks.BLANK).all()
+
+
+def test_symbols_and_needles_are_where_they_should_be():
+    first, anywhere = (TASKS[name][0].batch(BATCH, 0, 0).tokens for name in ("copy", "scattered"))
+    assert (first[:, :3] != tasks.BLANK).all()
+    assert (first[:, 3:14] == tasks.BLANK).all()
+    assert ((anywhere[:, :14] != tasks.BLANK).sum(axis=1) == 3).all()
+    assert (anywhere[:, :14] != tasks.BLANK).any(axis=0).all()
+    batch = TASKS["needle"][0].batch(BATCH, 0, 0)
+    begins = np.argmax(batch.tokens == 11, axis=1)
+    for mask, begin in zip(batch.loss_mask, begins, strict=True):
+        assert np.flatnonzero(mask).tolist() == [begin + 2, begin + 5, begin + 12]
+    assert set(begins) == set(range(7))
+
+
+COPY = tasks.copying(6, 2, 3, scattered=False)
 
 
 def test_a_small_model_learns_to_copy_through_a_curriculum():
@@ -126,103 +212,69 @@ def test_a_small_model_learns_to_copy_through_a_curriculum():
 def test_a_variant_is_trained_at_every_rate_and_the_best_is_tested(monkeypatch):
     monkeypatch.setattr(synthetic, "WIDTH", 8)
     stages, rates = [synthetic.Stage(COPY, 2, 4)], {"muon": (1e-2,), "adamw": (1e-3,)}
-    tests = {"copy": {6: COPY}}
-    results = synthetic.evaluate([synthetic.PLAIN], stages, rates, tests, 8)
+    results = synthetic.evaluate([synthetic.PLAIN], stages, {"copy": {6: COPY}}, rates, 8)
     (row,) = results["rows"]
     losses = row["training loss by rate"]
     assert row["best rate"] == ["muon 0.01", "adamw 0.001"][losses.index(min(losses))]
     assert 0 <= results["curves"]["copy"][synthetic.PLAIN]["6"] <= 1
-    assert row["state bytes"] == synthetic.LAYERS * 8 * 8 * 4
 
 
 def test_distances_are_tested_up_to_four_times_those_of_training():
-    for name, (task, tests) in synthetic.distance_tasks().items():
+    for title, (task, tests) in synthetic.distance_tasks().items():
         for x, test in tests.items():
             assert test.vocab_size == task.vocab_size
-            assert x == (test.distances[0] if name == "needle" else test.length)
-        longest = max(task.distances) if name == "needle" else task.length
-        assert max(tests) == synthetic.LONGER * longest
+            (asked,) = np.flatnonzero(test.batch(1, 0, 0).loss_mask)[-1:]
+            assert asked >= x if title == "needle" else asked + 1 == test.length == x
+        trained = synthetic.DISTANCES[-1] if title == "needle" else task.length
+        assert max(tests) == 4 * trained
 
 
-def made_up():
-    """Results in the form of the measurements."""
-
-    def curves(*labels):
-        return {label: {"256": 1.0 + i, "1024": 2.0 + 9 * i} for i, label in enumerate(labels)}
-
-    models = ["SimpleRNN 8 x 8", "SimpleRNN 64 x 64", "attention", "seed stack (plain)"]
-    rows = [{"model": m, "parameters": n} for m, n in zip(models, (9, 99, 10, 9), strict=True)]
-    accuracy = {"4": 1.0, "16": 0.5}
-    right = {model: accuracy | {"16": 0.53 + 0.18 * i} for i, model in enumerate(models[:3])}
-    right["attention"]["16"] = 0.71
-    losses = {"bytes of training": 5, corpus.LOSSES: [2.0, 2.1]}
-    return {
-        "parallelism": {"curves": {q: curves(*work.PROGRAMS) for q in ("us/token", "chain")}},
-        "memory": {"curves": {"MB": curves(*VARIANTS), "kB": curves(*VARIANTS)}},
-        "cost": {"curves": {f"quantity {i}": curves(*VARIANTS) for i in range(5)}},
-        "communication": {"curves": {"kB received": curves(*VARIANTS)}},
-        "interpretability": {"rows": [{"error": 1e-7}, {"error": 2e-7}]},
-        "corpus": {"rows": [{"variant": variant} | losses for variant in VARIANTS]},
-        "recall": {"rows": rows, "curves": {"recall": right}},
-        "distance": {"rows": rows, "curves": {"copying": right}},
-    }
+def test_models_with_the_same_number_of_parameters_are_compared():
+    sizes = {"SimpleRNN 8 x 8": 9, "SimpleRNN 64 x 64": 99, ATTENTION: 10, synthetic.PLAIN: 9}
+    rows = [{"model": model, "parameters": size} for model, size in sizes.items()]
+    curves = {model: {"16": 0.53 + 0.09 * i} for i, model in enumerate(sizes)}
+    found = synthetic.matched({"rows": rows, "curves": {"recall": curves}}, "recall", 16, "pairs")
+    assert found["measured"] == "% right, recall, 16 pairs"
+    assert [round(found[v]) for v in VARIANTS] + [found["better"]] == [53, 71, "attention"]
 
 
 @pytest.fixture
 def fakes(monkeypatch):
-    results = made_up()
-    assert set(results) == set(comparison.MEASUREMENTS)
+    """Measurements that return made-up results at once."""
+    values = {RECURRENCE: {"256": 1.0, "1024": 2.0}, ATTENTION: {"256": 3.0, "1024": 40.0}}
 
-    def fake(result):
+    def fake(aspect):
         def measure(**_):
             """Something."""
-            return result
+            curves = {"quantity": values, "other": values}
+            return {"rows": [{"a": 1}], "curves": curves, "lines": lines_of(aspect, curves)}
 
         return measure
 
     measurements = {
-        name: Measurement(fake(results[name]), real.lines, real.quick, real.full, real.x)
+        name: real._replace(measure=fake(f"aspect of {name}"))
         for name, real in comparison.MEASUREMENTS.items()
     }
     monkeypatch.setattr(comparison, "MEASUREMENTS", measurements)
-    return results
+    return measurements
 
 
-def test_the_report_has_all_six_aspects_and_its_pictures(tmp_path, fakes, capsys):
+def test_the_report_has_all_aspects_and_its_pictures(tmp_path, fakes, capsys):
     comparison.run(tmp_path, True, list(fakes))
     page = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert "| error, worst layer " in capsys.readouterr().out
-    for aspect in ASPECTS:
-        assert f"| {aspect} " in page
-    pictures = [line.split("(")[1].rstrip(")") for line in page.splitlines() if "![" in line]
-    assert len(pictures) == sum("curves" in result for result in fakes.values())
-    for name in pictures:
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    # Models with the same number of parameters are compared.
-    rows = [row for row in page.splitlines() if "% right" in row and "16" in row]
-    assert len(rows) == 2  # recall, and copying at 4 times the length of training
-    for row in rows:
-        assert [cell.strip() for cell in row.split("|")[3:6]] == ["53.0", "71.0", "attention"]
-
-
-def test_one_seed_names_no_winner(fakes):
-    rows = fakes["corpus"]["rows"]
-    rows[0] |= {corpus.LOSSES: [2.0]}
-    rows[1] |= {corpus.LOSSES: [1.0]}
-    (line,) = corpus.corpus_lines(fakes["corpus"])
-    assert "mean of 1 seed" in line.measured
-    assert line.verdict() == ""
+    assert "| other, T 1,024 " in capsys.readouterr().out
+    for name in fakes:
+        assert f"| aspect of {name} " in page
+        assert f"]({name}.png)" in page
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_results_of_other_measurements_are_kept(tmp_path, fakes):
     comparison.run(tmp_path, True, ["memory"])
     comparison.run(tmp_path, False, ["cost"])
-    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
     assert [results[name]["quick"] for name in ("memory", "cost")] == [True, False]
-    (tmp_path / "results.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match=r"results.json: not JSON"):
-        comparison.run(tmp_path, True, ["memory"])
-    for other in ("[]", '{"memory": 1}', '{"memory": {"measured": []}}'):
+    for other, problem in (("{", "not JSON"), ("[]", "not results"), ('{"format": 1}', "not res")):
         (tmp_path / "results.json").write_text(other, encoding="utf-8")
-        with pytest.raises(UserError, match=r"results.json: not results of this benchmark"):
+        with pytest.raises(UserError, match=f"results.json: {problem}"):
             comparison.run(tmp_path, True, ["memory"])

@@ -111,7 +111,9 @@ def test_collectives_of_stages():
     # Gradients of what all use, embedding and last norm; and of a stage's layers, of its copies.
     for size in shared + layers:
         expected["all-reduce", size] += 1
-    found = Counter({key: count for key, count in collectives(step).items() if key[1] > 8})
+    found = Counter(
+        {key: count for key, count in collectives(step.as_text()).items() if key[1] > 8}
+    )
     assert found == expected
 
 

@@ -81,7 +81,7 @@ def test_the_recurrence_stays_sharded(batch, time, heads, method, segments):
         (*gradients, output, state), [*specs[:5], specs[0], specs[4]], strict=True
     ):
         assert result.sharding.is_equivalent_to(sharding(spec), result.ndim)
-    moved = collectives(program)
+    moved = collectives(program.as_text())
     if time is None:
         assert not moved
     else:  # states, decays and resets of sequence shards; never activations
@@ -121,9 +121,9 @@ def test_the_convolution_stays_sharded(batch, time, segments):
     chex.assert_trees_all_close(ours, gradients(False)(*inputs), rtol=2e-4, atol=2e-5)
     assert ours[1][0].sharding.is_equivalent_to(sharded[0].sharding, 3)
     # Sums of gradients, and inputs between sequence shards of at least three tokens.
-    largest = max((size for _, size in collectives(program)), default=0)
+    largest = max((size for _, size in collectives(program.as_text())), default=0)
     assert largest <= max(recent.nbytes, weights.nbytes)
-    kinds = {kind for kind, _ in collectives(program)}
+    kinds = {kind for kind, _ in collectives(program.as_text())}
     assert ("collective-permute" in kinds) == (time is not None)
 
 
@@ -187,7 +187,7 @@ def test_the_model_stays_sharded(precision, spec, kinds):
 
     inputs = jax.device_put(params, sharding(P())), jax.device_put(tokens, sharding(spec))
     program = gradient.lower(*inputs).compile()
-    found = collectives(program)
+    found = collectives(program.as_text())
     assert {kind for kind, _ in found} == kinds
     # Less than a device's activations of one layer.
     assert all(kind == "all-reduce" or size < 4 * 128 * 32 * 4 for kind, size in found)

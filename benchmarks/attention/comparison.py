@@ -1,40 +1,45 @@
-"""Run the measurements and write their results into a folder."""
+"""Run the measurements and report them: six aspects, then tables and pictures of each."""
 
+import inspect
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
-from benchmarks.attention import corpus, report, resources, synthetic, work
+from benchmarks import tables
+from benchmarks.attention import corpus, resources, synthetic, work
+from benchmarks.attention.report import Measurement
+from benchmarks.measure import describe_machine
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
 
-MEASUREMENTS: Mapping[str, report.Measurement] = {
+MEASUREMENTS: Mapping[str, Measurement] = {
     "parallelism": work.PARALLELISM,
+    "recall": synthetic.RECALL,
+    "distance": synthetic.DISTANCE,
     "memory": resources.MEMORY,
     "cost": work.COST,
     "communication": resources.COMMUNICATION,
-    "interpretability": corpus.INTERPRETABILITY,
     "corpus": corpus.CORPUS,
-    "recall": synthetic.RECALL,
-    "distance": synthetic.DISTANCE,
+    "interpretability": corpus.INTERPRETABILITY,
 }
+"""In the order of their aspects in the table."""
+_FORMAT = 3
+"""Of results.json; others are refused."""
+_INTRODUCTION = """# SimpleRNN and self-attention, measured
 
-_FORMAT = 2
-"""Of the results of a measurement; others are refused."""
+The same block, data, sizes and training for both variants: `configs/base.py` and
+`configs/attention.py`, with the same number of parameters; attention sees the whole sequence. On
+synthetic tasks, small models of the same kind, trained once at every learning rate; the one with
+the lowest training loss is tested. The first table compares attention there with the recurrence
+that has the same number of parameters.
+"""
 
 
 def run(out: Path, quick: bool, names: Sequence[str]) -> None:
-    """Measure; write results.json, table.md and the pictures after each measurement.
+    """Measure `names`; write results.json, table.md and the pictures to `out` after each.
 
     Other measurements are taken from the present results.json.
-
-    Args:
-      out: an existing folder.
-      quick: small sizes.
-      names: of `MEASUREMENTS`.
 
     Raises:
       UserError: the present results.json is not one of this benchmark.
@@ -44,33 +49,44 @@ def run(out: Path, quick: bool, names: Sequence[str]) -> None:
     for name in names:
         measurement = MEASUREMENTS[name]
         print(f"measuring {name} ...", flush=True)
-        start = time.perf_counter()
         measured = measurement.measure(**(measurement.quick if quick else measurement.full))
-        results[name] = {
-            "format": _FORMAT,
-            "measured": measured,
-            "quick": quick,
-            "seconds": time.perf_counter() - start,
-            "machine": machine.describe(),
-        }
-        write_file(str(path), (json.dumps(results, indent=2) + "\n").encode("utf-8"))
-        first = report.write(out, _read(path), MEASUREMENTS)
+        results[name] = {"measured": measured, "quick": quick, "machine": describe_machine()}
+        content = json.dumps({"format": _FORMAT, "results": results}, indent=2)
+        write_file(path, f"{content}\n".encode())
+        first = report(out, {name: results[name] for name in MEASUREMENTS if name in results})
     print(f"{first}\nwritten: {out / 'table.md'}, its pictures, and results.json")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Earlier results, in the order of `MEASUREMENTS`."""
     if not path.exists():
         return {}
+    advice = "remove it, or name another --out"
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); remove it, or name another --out") from error
-    is_whole = isinstance(results, dict) and all(
-        isinstance(results[name], dict) and results[name].get("format") == _FORMAT
-        for name in MEASUREMENTS
-        if name in results
-    )
-    if not is_whole:
-        raise UserError(f"{path}: not results of this benchmark; remove it, or name another --out")
-    return {name: results[name] for name in MEASUREMENTS if name in results}
+        raise UserError(f"{path}: not JSON ({error}); {advice}") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise UserError(f"{path}: not results of this benchmark; {advice}")
+    return content["results"]
+
+
+def report(out: Path, results: Mapping[str, Any]) -> str:
+    """Write ``table.md`` and the pictures of all `results`; return the first table."""
+    parts, conditions = [], []
+    for name, result in results.items():
+        (measure, *_, x), measured = MEASUREMENTS[name], result["measured"]
+        curves = measured.get("curves", {})
+        parts.append(f"## {name}\n\n{inspect.getdoc(measure)}\n")
+        if curves:
+            write_file(out / f"{name}.png", tables.draw(curves, x))
+            parts.append(f"![{name}]({name}.png)\n")
+        for quantity, each in curves.items():
+            parts.append(f"{quantity}:\n\n{tables.markdown(tables.by_x(x, each))}")
+        parts.append(tables.markdown(measured["rows"]) if "rows" in measured else "")
+        machine = {key: result["machine"][key] for key in ("processor", "cores", "jax", "commit")}
+        conditions.append({"measurement": name, "quick": result["quick"]} | machine)
+    lines = [line for result in results.values() for line in result["measured"]["lines"]]
+    first = tables.markdown(lines)
+    page = [_INTRODUCTION, first, *parts, f"## conditions\n\n{tables.markdown(conditions)}"]
+    write_file(out / "table.md", "\n".join(page).encode())
+    return first

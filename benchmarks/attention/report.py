@@ -1,86 +1,24 @@
-"""The report: one table of six aspects, then tables and pictures of every measurement."""
+"""The two variants, and lines of the table of six aspects."""
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks import tables
-from benchmarks.attention.variants import ATTENTION, RECURRENCE, VARIANTS
-from benchmarks.tables import Curves
-from simplernn_jax.files import write_file
+from benchmarks.train_steps import load_config
+from simplernn_jax.config import Config
 
-ASPECTS = (
-    "parallelism",
-    "long-range dependency",
-    "memory",
-    "computation",
-    "scalability",
-    "interpretability",
-)
-_INTRODUCTION = """The same block, data, sizes and training for both variants: `configs/base.py` and
-`configs/attention.py`, with the same number of parameters; attention sees the whole sequence. On
-synthetic tasks, small models of the same kind, trained once at every learning rate; the one with
-the lowest training loss is tested. The first table compares attention there with the recurrence
-that has the same number of parameters."""
+VARIANTS = RECURRENCE, ATTENTION = "SimpleRNN", "attention"
 
-Results = Mapping[str, Any]
-"""Results of a measurement, which JSON can hold: ``curves`` (`Curves` by quantity) and ``rows`` (a
-table), or one of them."""
-
-
-class Line(NamedTuple):
-    """One quantity of both variants."""
-
-    aspect: str
-    measured: str
-    values: Mapping[str, float | None]
-    more_is_better: bool = False
-    as_ratio: bool = True
-    """Compare values by their ratio, otherwise by their difference."""
-    tolerance: float = 0.05
-    """Differences up to this, or to this fraction of the larger value, count as equal."""
-    is_decisive: bool = True
-    """Whether the values are enough to name a winner."""
-
-    def verdict(self) -> str:
-        """The better variant and its advantage; empty if only one has a value."""
-        ours, theirs = (self.values[variant] for variant in VARIANTS)
-        if ours is None or theirs is None or not self.is_decisive:
-            return ""
-        low, high = sorted((ours, theirs))
-        if high - low <= self.tolerance * (high if self.as_ratio else 1):
-            return "equal"
-        better = RECURRENCE if (ours > theirs) == self.more_is_better else ATTENTION
-        return f"{better}, {tables.text_of(high / low)}x" if self.as_ratio and low > 0 else better
-
-
-def lines_at_ends(aspect: str, quantity: str, curves: Curves) -> list[Line]:
-    """Lines for the first and the last length of both variants' curves."""
-    lengths = list(curves[RECURRENCE])
-    return [
-        Line(aspect, f"{quantity}, T {int(length):,}", {v: curves[v][length] for v in VARIANTS})
-        for length in dict.fromkeys((lengths[0], lengths[-1]))
-    ]
-
-
-def all_ends(aspect: str) -> Callable[[Results], Iterator[Line]]:
-    """A function to lines at the ends of all curves."""
-
-    def lines(results: Results) -> Iterator[Line]:
-        for quantity, curves in results["curves"].items():
-            yield from lines_at_ends(aspect, quantity, curves)
-
-    return lines
+Line = dict[str, Any]
+"""A row of the first table: one quantity of both variants."""
 
 
 class Measurement(NamedTuple):
     """A part of the comparison."""
 
     measure: Callable[..., dict[str, Any]]
-    """Returns `Results`; its docstring is the text of the report."""
-    lines: Callable[[Results], Iterable[Line]]
-    """Lines of the first table."""
+    """Returns what JSON can hold: ``lines`` of the first table, and ``curves`` (by quantity) or
+    ``rows`` (a table). Its docstring is the text of the report."""
     quick: Mapping[str, Any]
     """Arguments of `measure` for small sizes."""
     full: Mapping[str, Any]
@@ -88,42 +26,41 @@ class Measurement(NamedTuple):
     """Name of the x axis of all curves."""
 
 
-def six_aspects(lines: Iterable[Line]) -> str:
-    """The first table."""
-    rows: list[dict[str, Any]] = []
-    aspect = ""
-    for line in sorted(lines, key=lambda line: ASPECTS.index(line.aspect)):
-        first = line.aspect if line.aspect != aspect else ""
-        aspect = line.aspect
-        rows.append({"aspect": first, "measured": line.measured, **line.values})
-        rows[-1]["better"] = line.verdict()
-    return tables.markdown(rows)
+def config_of(variant: str, length: int, batch: int = 1, **fields: Any) -> Config:
+    """Configuration of a variant; both have the same number of parameters."""
+    name = "base" if variant == RECURRENCE else "attention"
+    return load_config(name, batch, length, attention_context=length, **fields)
 
 
-def write(out: Path, results: Mapping[str, Any], measurements: Mapping[str, Measurement]) -> str:
-    """Write ``table.md`` and the pictures of all `results`; return the first table."""
-    parts = []
-    lines: list[Line] = []
-    for name, result in results.items():
-        measurement, measured = measurements[name], result["measured"]
-        lines += measurement.lines(measured)
-        parts.append(f"## {name}\n\n{inspect.getdoc(measurement.measure)}\n")
-        curves = measured.get("curves", {})
-        if curves:
-            write_file(str(out / f"{name}.png"), tables.draw(curves, measurement.x))
-            parts.append(f"![{name}]({name}.png)\n")
-        for quantity, each in curves.items():
-            parts.append(f"{quantity}:\n\n{tables.markdown(tables.by_x(measurement.x, each))}")
-        if "rows" in measured:
-            parts.append(tables.markdown(measured["rows"]))
-    first = six_aspects(lines)
-    conditions = [
-        {"measurement": name, "sizes": "quick" if result["quick"] else "full"}
-        | {"seconds": result["seconds"]}
-        | {key: result["machine"][key] for key in ("processor", "cores", "jax", "commit")}
-        for name, result in results.items()
+def line(
+    aspect: str,
+    measured: str,
+    values: Mapping[str, float | None],
+    *,
+    more_is_better: bool = False,
+    tolerance: float | None = None,
+    is_decisive: bool = True,
+) -> Line:
+    """A line with the better variant, unless one has no value or they are not decisive.
+
+    Differences up to `tolerance` count as equal; None compares by ratio, up to 5 %.
+    """
+    row: Line = {"aspect": aspect, "measured": measured, **values, "better": ""}
+    ours, theirs = (values[variant] for variant in VARIANTS)
+    if ours is not None and theirs is not None and is_decisive:
+        low, high = sorted((ours, theirs))
+        row["better"] = RECURRENCE if (ours > theirs) == more_is_better else ATTENTION
+        if high - low <= (0.05 * high if tolerance is None else tolerance):
+            row["better"] = "equal"
+        elif tolerance is None and low > 0:
+            row["better"] += f", {tables.text_of(high / low)}x"
+    return row
+
+
+def lines_of(aspect: str, panels: Mapping[str, tables.Curves]) -> list[Line]:
+    """Lines for the first and the last length of both variants' curves."""
+    return [
+        line(aspect, f"{quantity}, T {int(n):,}", {v: curves[v][n] for v in VARIANTS})
+        for quantity, curves in panels.items()
+        for n in (min(curves[ATTENTION], key=int), max(curves[ATTENTION], key=int))
     ]
-    page = [f"# SimpleRNN and self-attention, measured\n\n{_INTRODUCTION}\n\n{first}", *parts]
-    page.append(f"## conditions\n\n{tables.markdown(conditions)}")
-    write_file(str(out / "table.md"), "\n".join(page).encode("utf-8"))
-    return first

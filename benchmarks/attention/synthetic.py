@@ -5,7 +5,7 @@ selective copying, and a needle at a controlled distance. Models are trained thr
 of stages at one length, and tested on new sequences of that length and of up to `LONGER` times it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,39 +13,31 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.attention.report import Line, Measurement, Results
-from benchmarks.attention.variants import ATTENTION, RECURRENCE
-from benchmarks.train_steps import count_parameters, state_bytes
-from simplernn_jax.config import Config, ModelConfig
+from benchmarks.attention import tasks
+from benchmarks.attention.report import ATTENTION, RECURRENCE, Line, Measurement, line
+from benchmarks.attention.tasks import Task
+from benchmarks.train_steps import change, count_parameters
+from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.data.tasks import AssociativeRecall, Copying, Needle, Task
 from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step, take_steps
 
-WIDTH, LAYERS = 64, 2
-LONGER = 4
+WIDTH, LAYERS, LONGER = 64, 2, 4
 TRAIN_SEED, TEST_SEED = 0, 1
 TEST_TOKENS = 16_384
 """Of one call, so that long sequences take no more memory than short ones."""
-
 PLAIN = "seed stack (plain)"
 """The layers of the PyTorch project: no convolution, norm, residual or MLP."""
+BATCH, HARD_TOKENS = 32, 3072
+"""Sequences of a batch, and tokens of one of the second stage of recall."""
+COPIED, DISTANCES = 64, (4, 8, 16, 32, 56)
+"""In training: tokens of a sequence of copying, and distances of the needle."""
 
-SYMBOLS = 64
-"""Number of keys, and of values, of recall."""
-EASY = AssociativeRecall(pairs=(4, 8, 16), sequence_length=48, symbols=SYMBOLS)
-EASY_BATCH, HARD_TOKENS = 32, 3072
-
-COPIED = 8
-"""Symbols to copy."""
-COPY_LENGTH, COPY_LENGTHS = 64, (32, 64, 128, 256)
-"""Tokens of a sequence in training, and in tests."""
-DISTANCES, TEST_DISTANCES = (4, 8, 16, 32, 56), (4, 8, 16, 32, 56, 112, 224)
-DISTANCE_BATCH = 32
-
+Tests = Mapping[str, Mapping[int, Task]]
+"""Tasks by title of the curve of accuracy, and x."""
 Rates = Mapping[str, tuple[float, ...]]
-"""Learning rates to try, by optimizer."""
+"""Learning rates to try, by optimizer; adamw is for `PLAIN` alone."""
 
 
 class Stage(NamedTuple):
@@ -65,44 +57,29 @@ class Trained(NamedTuple):
     """Nats per answer, mean over the last tenth of the steps."""
 
 
-def variant(name: str, context: int) -> ModelConfig:
+def variant(name: str, context: int) -> Config:
     """A model variant: `ATTENTION`, `PLAIN` or ``"SimpleRNN K x V"``; attention sees `context`."""
-    config = ModelConfig(
-        num_layers=LAYERS,
-        num_heads=1,
-        mlp_dim=2 * WIDTH,
-        attention_context=context,
-        hidden_dim=WIDTH,
-        key_dim=WIDTH,
-        value_dim=WIDTH,
-    )
-    if name == ATTENTION:
-        config.mixer = "attention"
-        config.mlp_dim += 32  # as many parameters as the recurrence's forget gates
-    elif name == PLAIN:
-        config.block = "plain"
-    else:
-        config.key_dim, config.value_dim = map(int, name.removeprefix(RECURRENCE).split("x"))
-    return config
+    config = change(Config(), num_layers=LAYERS, num_heads=1, attention_context=context)
+    change(config, hidden_dim=WIDTH, key_dim=WIDTH, value_dim=WIDTH, mlp_dim=2 * WIDTH)
+    if name == ATTENTION:  # as many parameters as the recurrence's forget gates
+        return change(config, mixer="attention", mlp_dim=2 * WIDTH + 32)
+    if name == PLAIN:
+        return change(config, block="plain")
+    key_dim, value_dim = map(int, name.removeprefix(RECURRENCE).split("x"))
+    return change(config, key_dim=key_dim, value_dim=value_dim)
 
 
-def train(model: ModelConfig, stages: Sequence[Stage], optimizer: str, rate: float) -> Trained:
+def train(config: Config, stages: Sequence[Stage], optimizer: str, rate: float) -> Trained:
     """Train through all stages, with one schedule of the learning rate over them."""
-    config = Config(model=model)
-    config.model.vocab_size = stages[0].task.vocab_size
-    config.data.mode = "window"
-    config.train.steps = sum(stage.steps for stage in stages)
-    config.optimizer.name, config.optimizer.learning_rate = optimizer, rate
-    config.optimizer.warmup_steps = max(config.train.steps // 20, 1)
-    transform = make_optimizer(config.optimizer, config.train.steps)
+    steps = sum(stage.steps for stage in stages)
+    change(config, vocab_size=stages[0].task.vocab_size, mode="window", steps=steps)
+    change(config, name=optimizer, learning_rate=rate, warmup_steps=max(steps // 20, 1))
+    transform = make_optimizer(config.optimizer, steps)
     state = jax.jit(lambda: init_train_state(config, transform))()
-    plan = (stage for stage in stages for _ in range(stage.steps))
-    batches = (
-        stage.task.batch(stage.batch_size, TRAIN_SEED, index) for index, stage in enumerate(plan)
-    )
+    plan = [stage for stage in stages for _ in range(stage.steps)]
+    batches = (each.task.batch(each.batch_size, TRAIN_SEED, i) for i, each in enumerate(plan))
     state, metrics = take_steps(make_train_step(config, transform), state, batches)
-    last = metrics[-max(len(metrics) // 10, 1) :]
-    losses = jax.device_get([each.loss for each in last])
+    losses = jax.device_get([each.loss for each in metrics[-max(steps // 10, 1) :]])
     return Trained(config, state.params, float(np.mean(losses)))
 
 
@@ -111,64 +88,42 @@ def accuracy(trained: Trained, task: Task, sequences: int) -> float:
     graph, _ = abstract_model(trained.config)
 
     @jax.jit
-    def count(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def count(params: Any, batch: Batch) -> jax.Array:
         logits, _ = nnx.merge(graph, params)(batch.tokens)
         right = (jnp.argmax(logits, axis=-1) == batch.targets) & batch.loss_mask
-        return jnp.sum(right), jnp.sum(batch.loss_mask)
+        return jnp.stack([jnp.sum(right), jnp.sum(batch.loss_mask)])
 
-    batch_size = max(min(TEST_TOKENS // task.length, sequences), 1)
-    counts = [
-        jax.device_get(count(trained.params, task.batch(batch_size, TEST_SEED, index)))
-        for index in range(-(-sequences // batch_size))
-    ]
-    right, asked = np.sum(counts, axis=0)
+    size = max(min(TEST_TOKENS // task.length, sequences), 1)
+    batches = (task.batch(size, TEST_SEED, i) for i in range(-(-sequences // size)))
+    right, asked = np.sum([count(trained.params, batch) for batch in batches], axis=0)
     return float(right / asked)
 
 
 def evaluate(
-    names: Sequence[str],
-    stages: Sequence[Stage],
-    rates: Rates,
-    tests: Mapping[str, Mapping[int, Task]],
-    sequences: int,
+    names: Sequence[str], stages: Sequence[Stage], tests: Tests, rates: Rates, sequences: int
 ) -> dict[str, Any]:
     """Train variants at every learning rate; test those with the lowest training loss.
 
-    Args:
-      names: of the variants.
-      stages: of the curriculum.
-      rates: learning rates by optimizer; adamw is for `PLAIN` alone.
-      tests: by curve, tasks by x.
-      sequences: of each test.
-
     Returns:
-      ``rows``, a table of models, and ``curves`` of accuracy.
+      ``rows``, a table of models, and ``curves`` of accuracy on at least `sequences` sequences.
     """
-    context = max(task.length for tasks in tests.values() for task in tasks.values())
+    context = max(task.length for by_x in tests.values() for task in by_x.values())
     rows = []
-    curves: dict[str, dict[str, Any]] = {curve: {} for curve in tests}
+    curves: dict[str, dict[str, Any]] = {title: {} for title in tests}
     for name in names:
         trials = {
             f"{optimizer} {rate:g}": train(variant(name, context), stages, optimizer, rate)
             for optimizer in (("muon", "adamw") if name == PLAIN else ("muon",))
             for rate in rates[optimizer]
         }
-        losses = {trial: trained.loss for trial, trained in trials.items()}
-        finite = {trial: loss for trial, loss in losses.items() if np.isfinite(loss)} or losses
-        best = min(finite, key=finite.__getitem__)
+        best = min(trials, key=lambda trial: np.nan_to_num(trials[trial].loss, nan=np.inf))
         print(f"  {name}: {best} of {', '.join(trials)}", flush=True)
-        row = {
-            "model": name,
-            "parameters": count_parameters(trials[best].config),
-            "state bytes": state_bytes(variant(name, stages[-1].task.length)),
-            "best rate": best,
-            "training loss by rate": [round(loss, 3) for loss in losses.values()],
-        }
-        rows.append(row)
-        for curve, tasks in tests.items():
-            curves[curve][name] = {
-                str(x): accuracy(trials[best], task, sequences) for x, task in tasks.items()
-            }
+        losses = [round(trained.loss, 3) for trained in trials.values()]
+        row = {"model": name, "parameters": count_parameters(trials[best].config)}
+        rows.append(row | {"best rate": best, "training loss by rate": losses})
+        for title, by_x in tests.items():
+            scores = {str(x): accuracy(trials[best], task, sequences) for x, task in by_x.items()}
+            curves[title][name] = scores
     return {"rows": rows, "curves": curves}
 
 
@@ -192,19 +147,15 @@ def measure_recall(
     stage of training has sequences of 48 tokens with up to 16 pairs, the second all numbers of
     pairs.
     """
-
-    def task(length: int, *pairs: int) -> AssociativeRecall:
-        return AssociativeRecall(pairs=pairs, sequence_length=length, symbols=SYMBOLS)
-
-    stages = [
-        Stage(EASY, steps[0], EASY_BATCH),
-        Stage(task(length, *pairs), steps[1], HARD_TOKENS // length),
-    ]
+    easy, hard = tasks.recall((4, 8, 16), 48, 64), tasks.recall(pairs, length, 64)
+    stages = [Stage(easy, steps[0], BATCH), Stage(hard, steps[1], HARD_TOKENS // length)]
     tests = {
-        title: {count: task(factor * length, count) for count in pairs}
+        title: {count: tasks.recall((count,), factor * length, 64) for count in pairs}
         for title, factor in (("recall", 1), (f"recall, sequences {LONGER} times as long", LONGER))
     }
-    return evaluate([*variants(states), PLAIN], stages, rates, tests, sequences)
+    found = evaluate([*variants(states), PLAIN], stages, tests, rates, sequences)
+    lines = [matched(found, title, x, "pairs") for title in tests for x in pairs]
+    return found | {"lines": lines}
 
 
 def measure_distance(
@@ -216,92 +167,63 @@ def measure_distance(
     copying (arXiv:2312.00752): the symbols are anywhere among the blanks. Needle: one value in
     noise, asked for at given distances. Trained on 64 tokens, and distances up to 56.
     """
-    rows: list[dict[str, Any]] = []
+    rows, lines = [], []
     curves: dict[str, Any] = {}
-    for name, (task, tests) in distance_tasks().items():
-        stages = [Stage(task, steps, DISTANCE_BATCH)]
-        found = evaluate(variants(states), stages, rates, {name: tests}, sequences)
-        rows += [{"task": name} | row for row in found["rows"]]
+    for title, (task, by_x) in distance_tasks().items():
+        stages = [Stage(task, steps, BATCH)]
+        found = evaluate(variants(states), stages, {title: by_x}, rates, sequences)
+        rows += [{"task": title} | row for row in found["rows"]]
         curves |= found["curves"]
-    return {"rows": rows, "curves": curves}
+        longest = max(by_x)
+        lines += [matched(found, title, x, "tokens") for x in (longest // LONGER, longest)]
+    return {"rows": rows, "curves": curves, "lines": lines}
 
 
 def distance_tasks() -> dict[str, tuple[Task, dict[int, Task]]]:
-    """The training task, and test tasks by length or distance, by name."""
-
-    def copying(length: int, scattered: bool) -> Task:
-        return Copying(count=COPIED, blanks=length - 2 * COPIED, scattered=scattered)
+    """By title, the task of training and those of tests by length, or by distance."""
 
     def needle(*distances: int) -> Task:
-        return Needle(distances=distances, sequence_length=max(distances) + 8)
+        return tasks.needle(distances, max(distances) + 8, 32)
 
+    def copying(scattered: bool) -> dict[int, Task]:
+        lengths = (COPIED // 2, COPIED, 2 * COPIED, LONGER * COPIED)
+        return {n: tasks.copying(n, 8, 14, scattered=scattered) for n in lengths}
+
+    first, scattered = copying(False), copying(True)
+    longer = (*DISTANCES, 2 * DISTANCES[-1], LONGER * DISTANCES[-1])
     return {
-        "copying": (copying(COPY_LENGTH, False), {n: copying(n, False) for n in COPY_LENGTHS}),
-        "selective copying": (
-            copying(COPY_LENGTH, True),
-            {n: copying(n, True) for n in COPY_LENGTHS},
-        ),
-        "needle": (needle(*DISTANCES), {n: needle(n) for n in TEST_DISTANCES}),
+        "copying": (first[COPIED], first),
+        "selective copying": (scattered[COPIED], scattered),
+        "needle": (needle(*DISTANCES), {n: needle(n) for n in longer}),
     }
 
 
-def recall_lines(results: Results) -> Iterator[Line]:
-    """Lines for every number of pairs."""
-    for title, curves in results["curves"].items():
-        for pairs in curves[ATTENTION]:
-            yield matched(results, title, pairs, "pairs")
-
-
-def distance_lines(results: Results) -> Iterator[Line]:
-    """Lines for the greatest length or distance of training, and of the tests."""
-    for title, curves in results["curves"].items():
-        longest = max(map(int, curves[ATTENTION]))
-        for x in (longest // LONGER, longest):
-            yield matched(results, title, str(x), "tokens")
-
-
-def matched(results: Results, title: str, x: str, unit: str) -> Line:
+def matched(results: Mapping[str, Any], title: str, x: int, unit: str) -> Line:
     """Accuracy of attention, and of the recurrence with the same number of parameters.
 
     Differences up to one percentage point count as equal.
     """
-    parameters = {row["model"]: row["parameters"] for row in results["rows"]}
-    ours = min(
-        (name for name in parameters if name.startswith(RECURRENCE)),
-        key=lambda name: abs(parameters[name] - parameters[ATTENTION]),
-    )
+    sizes = {row["model"]: row["parameters"] for row in results["rows"]}
+    recurrences = (name for name in sizes if name.startswith(RECURRENCE))
+    ours = min(recurrences, key=lambda name: abs(sizes[name] - sizes[ATTENTION]))
     curves = results["curves"][title]
-    values = {RECURRENCE: 100 * curves[ours][x], ATTENTION: 100 * curves[ATTENTION][x]}
+    values = {RECURRENCE: 100 * curves[ours][str(x)], ATTENTION: 100 * curves[ATTENTION][str(x)]}
     what = f"% right, {title}, {x} {unit}"
-    options: dict[str, Any] = {"more_is_better": True, "as_ratio": False, "tolerance": 1.0}
-    return Line("long-range dependency", what, values, **options)
+    return line("long-range dependency", what, values, more_is_better=True, tolerance=1.0)
 
 
+_QUICK: Any = {"states": (64,), "rates": {"muon": (3e-2,), "adamw": ()}}
+_FULL: Any = {"states": (16, 32, 64, 128), "sequences": 256}
+_RATES = {"muon": (1.5e-2, 3e-2), "adamw": (3e-3, 1e-2)}
 RECALL = Measurement(
     measure_recall,
-    recall_lines,
-    {
-        "pairs": (4, 8, 16),
-        "length": 48,
-        "states": (64,),
-        "steps": (400, 100),
-        "rates": {"muon": (3e-2,), "adamw": ()},
-        "sequences": 128,
-    },
-    {
-        "pairs": (4, 8, 16, 32, 64),
-        "length": 192,
-        "states": (16, 32, 64, 128),
-        "steps": (1500, 1500),
-        "rates": {"muon": (1.5e-2, 3e-2), "adamw": (3e-3, 1e-2)},
-        "sequences": 256,
-    },
+    _QUICK | {"pairs": (4, 8, 16), "length": 48, "steps": (400, 100), "sequences": 128},
+    _FULL | {"pairs": (4, 8, 16, 32, 64), "length": 192, "steps": (1500, 1500), "rates": _RATES},
     x="pairs",
 )
 DISTANCE = Measurement(
     measure_distance,
-    distance_lines,
-    {"states": (64,), "steps": 300, "rates": {"muon": (3e-2,)}, "sequences": 64},
-    {"states": (16, 64), "steps": 1000, "rates": {"muon": (1e-2, 3e-2)}, "sequences": 256},
+    _QUICK | {"steps": 300, "sequences": 64},
+    _FULL | {"states": (16, 64), "steps": 1000, "rates": {"muon": (1e-2, 3e-2)}},
     x="tokens",
 )
