@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import Literal
 
-from simplernn_jax.ops.forms import as_list
+from simplernn_jax.ops.implementations import as_list
 
 _ARITHMETIC = frozenset({
     "add", "add_any", "sub", "mul", "div", "max", "min", "neg", "abs", "sign", "square", "pow",
