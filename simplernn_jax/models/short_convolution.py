@@ -8,12 +8,8 @@ from flax import nnx
 
 from simplernn_jax.array_types import Activations, ConvState, SegmentIds
 from simplernn_jax.mesh_axes import LogicalAxes
-from simplernn_jax.ops.checks import (
-    FLOATING,
-    accumulator_dtype,
-    check_array,
-    check_segment_ids,
-)
+from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
+from simplernn_jax.ops.dtypes import accumulator_dtype
 from simplernn_jax.ops.sequence_parallel import sharded_convolution
 
 
