@@ -144,7 +144,7 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
         (lambda s: without(s, "layers.1.gate_proj.bias"), r"layers\.1\.gate_proj\.bias missing"),
         (lambda s: s | {"norm.weight": zeros(3)}, r"norm\.weight unexpected"),
         (lambda s: s | {"layers.7.out_proj.bias": zeros(11)}, r"and 9 more missing"),
-        (lambda s: s | {"layers.1.value_proj.bias": zeros(13)}, r"\[13\], and \[7\] follows"),
+        (lambda s: s | {"layers.1.value_proj.bias": zeros(13)}, r"\[13\]; expected \[7\]"),
         (lambda s: s | {"embedding.weight": zeros(3)}, r"shape \[3\]; a matrix is needed"),
         (
             lambda s: s | {"lm_head.bias": zeros(3, dtype=np.int32)},

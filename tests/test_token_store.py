@@ -314,9 +314,9 @@ def test_every_damage_to_a_store_is_named_and_the_text_tokenized_again(copy_of_s
         ('"<u2"', '"|O"', r"dtype \|O"),
         (None, None, "another version"),
         ('"store": "', '"store": "0', "that of another corpus"),
-        ('"documents": ', '"documents": null, "was": ', "no record of a corpus"),
-        ('"splits": {', '"splits": [], "were": {', "no record of a corpus"),
-        ("{", "[" * 100_000 + "{", "no record of a corpus"),
+        ('"documents": ', '"documents": null, "was": ', "not a record of a corpus"),
+        ('"splits": {', '"splits": [], "were": {', "not a record of a corpus"),
+        ("{", "[" * 100_000 + "{", "not a record of a corpus"),
     ],
 )
 def test_a_record_of_something_else_is_not_used(copy_of_store, caplog, old, new, problem):
