@@ -35,7 +35,7 @@ def main():
             refuse()
         if what == "coordinator refuses":
             try:
-                distributed.check_same(number, "another text")
+                distributed.check_same(number, "has another text")
             except UserError as error:
                 print(error, flush=True)
             distributed.run_on_coordinator_first(refuse)
@@ -158,7 +158,7 @@ def test_without_flags_jax_asks_the_cluster(initialize):
 def test_a_port_in_use(initialize):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        message = "--distributed: .*Address already in use.* Give --coordinator HOST:PORT"
+        message = "--distributed: .*Address already in use.* Pass --coordinator HOST:PORT"
         with pytest.raises(UserError, match=message), distributed.joined(address, 2, 0, 7):
             pass
 
@@ -188,7 +188,7 @@ for place in (("127.0.0.1:1234", 2, None), (None, 2, 1), ("127.0.0.1:1234", 2, 2
     for line, reason in zip(lines, reasons, strict=True):
         assert line.startswith("--distributed: ")
         assert reason in line
-        assert "Give --coordinator HOST:PORT, --num_processes N and --process_id I" in line
+        assert "Pass --coordinator HOST:PORT, --num_processes N and --process_id I" in line
 
 
 def test_one_process_agrees_with_itself():

@@ -30,7 +30,7 @@ def test_writes_a_page_its_pictures_and_its_numbers(tmp_path):
         stdin="größer als",
     )
     assert code == 0
-    assert errors.splitlines()[-1] == "drawing ..."  # and before that a line per stage
+    assert errors.splitlines()[-1] == "plotting ..."  # and before that a line per stage
     lines = output.splitlines()
     assert lines[0].startswith("layer 1 (attention): the map reproduces softmax attention to ")
     assert lines[1].startswith("layer 2: the map reproduces the recurrence to ")
