@@ -152,7 +152,7 @@ def slot_programs(graphdef: Any, treedef: Any) -> SlotPrograms:
     def score(
         parameters: list[Array], hidden: Float[Array, "T D"], targets: Int[Array, "T"]
     ) -> TokenLogprobs:
-        return _logprobs(merge(parameters).logits(hidden[None])[0], targets)
+        return token_logprobs(merge(parameters).logits(hidden[None])[0], targets)
 
     def insert(slots: Slots, index: Int[Array, ""], slot: Slots) -> Slots:
         def put(whole: jax.Array, one: jax.Array) -> jax.Array:
@@ -172,7 +172,8 @@ def slot_programs(graphdef: Any, treedef: Any) -> SlotPrograms:
     )
 
 
-def _logprobs(logits: Float[Array, "T vocab"], tokens: Int[Array, "T"]) -> TokenLogprobs:
+def token_logprobs(logits: Float[Array, "T vocab"], tokens: Int[Array, "T"]) -> TokenLogprobs:
+    """Compute the log-probabilities of `tokens` and of the likeliest alternatives."""
     logprobs = jax.nn.log_softmax(logits)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
     top, top_ids = lax.top_k(logprobs, min(TOP_LOGPROBS, logits.shape[1]))
@@ -201,7 +202,7 @@ def _decode(
     def decode_one(carry: tuple[Any, Block, Slots]) -> tuple[Any, Block, Slots]:
         step, block, slots = carry
         token = _next_token(slots, keys, with_penalties)
-        logprobs = lax.cond(with_logprobs, _logprobs, none_wanted, slots.logits, token)
+        logprobs = lax.cond(with_logprobs, token_logprobs, none_wanted, slots.logits, token)
         put = functools.partial(lax.dynamic_update_index_in_dim, index=step, axis=1)
         new = (is_active & (slots.remaining > 0)).astype(jnp.int32)
         is_last = jnp.take_along_axis(settings.is_stop, token[:, None], axis=1)[:, 0]
@@ -222,7 +223,7 @@ def _decode(
         return step + 1, block, slots
 
     def none_wanted(logits: jax.Array, token: jax.Array) -> TokenLogprobs:
-        return jax.tree.map(jnp.zeros_like, jax.eval_shape(_logprobs, logits, token))
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(token_logprobs, logits, token))
 
     def count(counts: jax.Array, token: jax.Array) -> jax.Array:
         return counts.at[jnp.arange(num_slots), token].add(1, unique_indices=True)
