@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -17,13 +18,16 @@ from simplernn_jax.serving.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    ForkRequest,
     RequestError,
     SamplingFields,
+    StateRequest,
     TokenizeRequest,
     parse,
 )
 from simplernn_jax.serving.responses import ChatCompletion, Completion, error_body, usage
 from simplernn_jax.serving.service import RETRY_AFTER_SECONDS, Answer, Service
+from simplernn_jax.serving.states import NamedState
 
 MAX_BODY_BYTES = 1 << 24
 BODY_SECONDS = 30.0
@@ -68,13 +72,16 @@ def make_app(service: Service) -> Starlette:
 
     async def completions(request: Request) -> Response:
         body = parse(CompletionRequest, await read_body(request))
-        answer = service.complete(body)
+        answer = service.complete(body, await started_from(body.state))
         return await respond(request, Completion(service), body, answer, body.logprobs is not None)
 
     async def chat(request: Request) -> Response:
         body = parse(ChatRequest, await read_body(request))
-        answer = service.chat(body)
+        answer = service.chat(body, await started_from(body.state))
         return await respond(request, ChatCompletion(service), body, answer, bool(body.logprobs))
+
+    async def started_from(name: str | None) -> NamedState | None:
+        return None if name is None else await asyncio.to_thread(service.states.load, name)
 
     async def respond(
         request: Request,
@@ -156,6 +163,68 @@ def make_app(service: Service) -> Starlette:
             }
         )
 
+    async def list_states(request: Request) -> Response:
+        def described() -> list[Any]:
+            states = []
+            for name in service.states.names():
+                with contextlib.suppress(RequestError):  # damaged, deleted or of another model
+                    states.append(service.describe_state(service.states.load(name)))
+            return states
+
+        del request
+        return json_response({"object": "list", "data": await asyncio.to_thread(described)})
+
+    async def make_state(request: Request) -> Response:
+        body = parse(StateRequest, await read_body(request))
+        parent = await started_from(body.parent)
+        answer = service.prefill_state(body, parent)
+        answer.submit()
+        try:
+            root = (await answer.prefilled()).root
+        finally:
+            answer.cancel()
+        name = None if body.name is UNSET else body.name
+        tokens = answer.results[0].job.tokens
+        state = await asyncio.to_thread(service.states.add, name, root, tokens, parent)
+        return json_response(service.describe_state(state), 201)
+
+    async def show_state(request: Request) -> Response:
+        state = await asyncio.to_thread(service.states.load, request.path_params["name"])
+        return json_response(service.describe_state(state))
+
+    async def state_file(request: Request) -> Response:
+        name = request.path_params["name"]
+        if request.method == "PUT":
+            content = await read_body(request)
+            state = await asyncio.to_thread(service.states.put, name, content)
+            return json_response(service.describe_state(state), 201)
+        content = await asyncio.to_thread(service.states.read, name)
+        headers = {"Content-Disposition": f'attachment; filename="{name}.safetensors"'}
+        return Response(content, 200, headers, "application/octet-stream")
+
+    async def fork_state(request: Request) -> Response:
+        body = parse(ForkRequest, await read_body(request) or b"{}")
+        name = None if body.name is UNSET else body.name
+        state = await asyncio.to_thread(service.states.fork, request.path_params["name"], name)
+        return json_response(service.describe_state(state), 201)
+
+    async def delete_state(request: Request) -> Response:
+        name = request.path_params["name"]
+        await asyncio.to_thread(service.states.delete, name)
+        return json_response({"id": name, "object": "state", "deleted": True})
+
+    async def slots(request: Request) -> Response:
+        del request
+        engine = service.engine
+        return json_response(
+            {
+                "slots": engine.num_slots,
+                "active": engine.num_active,
+                "waiting": engine.num_waiting,
+                "max_waiting": engine.max_waiting,
+            }
+        )
+
     async def health(request: Request) -> Response:
         del request
         status = service.status
@@ -168,6 +237,13 @@ def make_app(service: Service) -> Starlette:
         Route("/tokenize", _checked(tokenize), methods=["POST"]),
         Route("/detokenize", _checked(detokenize), methods=["POST"]),
         Route("/tokenizer_info", _checked(tokenizer_info)),
+        Route("/v1/states", _checked(list_states)),
+        Route("/v1/states", _checked(make_state), methods=["POST"]),
+        Route("/v1/states/{name}", _checked(show_state)),
+        Route("/v1/states/{name}", _checked(delete_state), methods=["DELETE"]),
+        Route("/v1/states/{name}/file", _checked(state_file), methods=["GET", "PUT"]),
+        Route("/v1/states/{name}/fork", _checked(fork_state), methods=["POST"]),
+        Route("/slots", _checked(slots)),
         Route("/health", _checked(health)),
     ]
     return Starlette(routes=routes, exception_handlers={HTTPException: http_exception})

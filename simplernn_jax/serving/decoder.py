@@ -232,7 +232,7 @@ class Decoder:
         logprobs = None
         if job.scores_prompt:
             logprobs = _concatenated(scores, len(tokens) - (root is None))
-        kept = Root(b"", state.layers, logits) if job.keeps_state else None
+        kept = Root(b"", *jax.device_get((state.layers, logits))) if job.keeps_state else None
         self._events.append((job, Prefilled(cached, logprobs, kept)))
         if job.max_tokens:
             self._ready.append(_Ready(job, state, logits))

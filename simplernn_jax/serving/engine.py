@@ -63,6 +63,11 @@ class Engine:
         """Number of jobs that wait for a slot."""
         return self._num_waiting
 
+    @property
+    def num_active(self) -> int:
+        """Number of slots that decode."""
+        return sum(decoder.num_active for decoder in self._decoders)
+
     def compile(self) -> Iterator[str]:
         """Compile all programs, naming each before it is compiled; call it before `start`."""
         return self.decoder.compile()

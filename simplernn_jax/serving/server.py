@@ -17,6 +17,7 @@ from simplernn_jax.serving.app import make_app
 from simplernn_jax.serving.engine import Engine
 from simplernn_jax.serving.jobs import Event, Job
 from simplernn_jax.serving.service import Service
+from simplernn_jax.serving.states import StateFolder
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -43,6 +44,7 @@ def serve(
     cache_bytes: int,
     max_waiting: int,
     drain_timeout: float,
+    states: StateFolder,
 ) -> None:
     """Answer requests until SIGTERM or SIGINT."""
     loop: asyncio.AbstractEventLoop | None = None
@@ -62,7 +64,7 @@ def serve(
         max_waiting=max_waiting,
         on_events=on_events,
     )
-    service = Service(engine, tokenizer, model.config.vocab_size, model_name)
+    service = Service(engine, tokenizer, model.config.vocab_size, model_name, states)
 
     def start() -> None:
         for number, name in enumerate(engine.compile(), 1):

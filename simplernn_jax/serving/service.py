@@ -6,6 +6,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,9 @@ from simplernn_jax.serving.requests import (
     CompletionRequest,
     RequestError,
     SamplingFields,
+    StateRequest,
 )
+from simplernn_jax.serving.states import NamedState, StateFolder
 from simplernn_jax.serving.token_names import TokenNames
 
 RETRY_AFTER_SECONDS = 1
@@ -83,6 +86,18 @@ class Answer:
                 events.append(self._queue.get_nowait())
             yield [update for event in events for update in self._read(*event)]
 
+    async def prefilled(self) -> Prefilled:
+        """Wait for the end of a single job that only prefills.
+
+        Raises:
+          RequestError: as `updates`.
+        """
+        _, event = await self._queue.get()
+        if isinstance(event, Failed):
+            raise RequestError(event.message, status=503, code="server_error")
+        assert isinstance(event, Prefilled)
+        return event
+
     def _read(self, job: Job, event: Event) -> list[Update]:
         number = self._of_job[job]
         result = self.results[number]
@@ -116,15 +131,22 @@ class Service:
       tokenizer: of the model.
       vocab_size: of the model, at least the tokenizer's.
       model_name: as clients see it.
+      states: named states.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, vocab_size: int, model_name: str
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        model_name: str,
+        states: StateFolder,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.model_name = model_name
+        self.states = states
         self.created = int(time.time())
         self.template_text: str | None = None
         self.status = "starting"
@@ -239,8 +261,8 @@ class Service:
             seed=_seed(request.seed),
         )
 
-    def complete(self, request: CompletionRequest) -> Answer:
-        """Make the jobs of a completion.
+    def complete(self, request: CompletionRequest, start: NamedState | None) -> Answer:
+        """Make the jobs of a completion, which continues the state `start`.
 
         Raises:
           RequestError: a field cannot be used.
@@ -259,21 +281,29 @@ class Service:
                 sampling,
                 max_tokens=16 if request.max_tokens is None else request.max_tokens,
                 num_choices=request.n or 1,
+                root=None if start is None else start.root,
                 num_logprobs=0 if request.logprobs is None else max(1, request.logprobs),
                 scores_prompt=bool(request.echo) and request.logprobs is not None,
                 is_streamed=bool(request.stream),
             )
-            results.append(self.result(job, text if request.echo else "", stops, request.logprobs))
+            echoed = text if request.echo else ""
+            results.append(self.result(job, start, echoed, stops, request.logprobs))
         return Answer(self, results)
 
     def result(
-        self, job: Job, echoed: str, stops: list[str], num_logprobs: int | None
+        self,
+        job: Job,
+        start: NamedState | None,
+        echoed: str,
+        stops: list[str],
+        num_logprobs: int | None,
     ) -> PromptResult:
         """Make the empty result of a job."""
+        context = job.tokens if start is None else np.concatenate([start.recent, job.tokens])
         choices = [
             ChoiceText(
                 self.tokenizer,
-                job.tokens[-RECENT_TOKENS:],
+                context[-RECENT_TOKENS:],
                 stops,
                 job.sampling.stop_ids,
                 num_logprobs,
@@ -282,6 +312,29 @@ class Service:
             for _ in range(job.num_choices)
         ]
         return PromptResult(job, echoed, [] if job.scores_prompt else None, choices)
+
+    def prefill_state(self, request: StateRequest, parent: NamedState | None) -> Answer:
+        """Make the job whose state a `StateRequest` asks for.
+
+        Raises:
+          RequestError: the prompt cannot be used.
+        """
+        _, tokens = self._prompt(request.prompt, parent is not None)
+        root = None if parent is None else parent.root
+        job = Job(tokens, Sampling(), root=root, keeps_state=True)
+        return Answer(self, [PromptResult(job, "", None, [])])
+
+    def describe_state(self, state: NamedState) -> Any:
+        """Describe a state as the API does."""
+        return {
+            "id": state.name,
+            "object": "state",
+            "tokens": state.length,
+            "bytes": state.num_bytes,
+            "sha256": state.fingerprint,
+            "parent": state.parent,
+            "text": self.tokenizer.decode(state.recent),
+        }
 
     def prompt_entries(self, job: Job, event: Prefilled) -> list[TokenEntry]:
         """Make the entries of a prompt's tokens."""
