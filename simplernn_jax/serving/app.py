@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
+from absl import logging
 from msgspec import UNSET
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -69,6 +70,25 @@ async def read_body(request: Request) -> bytes:
 
 def make_app(service: Service) -> Starlette:
     """Make the application."""
+
+    def checked(handler: Handler) -> Handler:
+        """Turn errors of a request into responses, and count them."""
+
+        async def wrapped(request: Request) -> Response:
+            try:
+                response = await handler(request)
+            except RequestError as error:
+                response = error_response(error)
+            except ClientDisconnect:
+                response = Response(status_code=499)  # nobody reads it
+            except Exception:
+                logging.exception("%s %s failed", request.method, request.url.path)
+                response = error_response(RequestError("the server failed", status=500))
+            path = request.scope["route"].path
+            service.metrics.requests.labels(path, str(response.status_code)).inc()
+            return response
+
+        return wrapped
 
     async def completions(request: Request) -> Response:
         body = parse(CompletionRequest, await read_body(request))
@@ -213,6 +233,10 @@ def make_app(service: Service) -> Starlette:
         await asyncio.to_thread(service.states.delete, name)
         return json_response({"id": name, "object": "state", "deleted": True})
 
+    async def metrics(request: Request) -> Response:
+        del request
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
     async def slots(request: Request) -> Response:
         del request
         engine = service.engine
@@ -231,36 +255,23 @@ def make_app(service: Service) -> Starlette:
         return json_response({"status": status}, 200 if status == "ready" else 503)
 
     routes = [
-        Route("/v1/completions", _checked(completions), methods=["POST"]),
-        Route("/v1/chat/completions", _checked(chat), methods=["POST"]),
-        Route("/v1/models", _checked(models)),
-        Route("/tokenize", _checked(tokenize), methods=["POST"]),
-        Route("/detokenize", _checked(detokenize), methods=["POST"]),
-        Route("/tokenizer_info", _checked(tokenizer_info)),
-        Route("/v1/states", _checked(list_states)),
-        Route("/v1/states", _checked(make_state), methods=["POST"]),
-        Route("/v1/states/{name}", _checked(show_state)),
-        Route("/v1/states/{name}", _checked(delete_state), methods=["DELETE"]),
-        Route("/v1/states/{name}/file", _checked(state_file), methods=["GET", "PUT"]),
-        Route("/v1/states/{name}/fork", _checked(fork_state), methods=["POST"]),
-        Route("/slots", _checked(slots)),
-        Route("/health", _checked(health)),
+        Route("/v1/completions", checked(completions), methods=["POST"]),
+        Route("/v1/chat/completions", checked(chat), methods=["POST"]),
+        Route("/v1/models", checked(models)),
+        Route("/tokenize", checked(tokenize), methods=["POST"]),
+        Route("/detokenize", checked(detokenize), methods=["POST"]),
+        Route("/tokenizer_info", checked(tokenizer_info)),
+        Route("/v1/states", checked(list_states)),
+        Route("/v1/states", checked(make_state), methods=["POST"]),
+        Route("/v1/states/{name}", checked(show_state)),
+        Route("/v1/states/{name}", checked(delete_state), methods=["DELETE"]),
+        Route("/v1/states/{name}/file", checked(state_file), methods=["GET", "PUT"]),
+        Route("/v1/states/{name}/fork", checked(fork_state), methods=["POST"]),
+        Route("/metrics", metrics),
+        Route("/slots", checked(slots)),
+        Route("/health", checked(health)),
     ]
     return Starlette(routes=routes, exception_handlers={HTTPException: http_exception})
-
-
-def _checked(handler: Handler) -> Handler:
-    """Turn errors of a request into responses."""
-
-    async def wrapped(request: Request) -> Response:
-        try:
-            return await handler(request)
-        except RequestError as error:
-            return error_response(error)
-        except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it
-
-    return wrapped
 
 
 async def http_exception(request: Request, error: Exception) -> Response:

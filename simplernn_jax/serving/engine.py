@@ -9,6 +9,7 @@ from absl import logging
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.decoder import Decoder
 from simplernn_jax.serving.jobs import Event, Failed, Job
+from simplernn_jax.serving.prefix_cache import PrefixCache
 
 
 class QueueFullError(Exception):
@@ -57,6 +58,11 @@ class Engine:
     def decoder(self) -> Decoder:
         """The decoder of new jobs."""
         return self._decoders[-1]
+
+    @property
+    def cache(self) -> PrefixCache:
+        """The prefix cache of new jobs."""
+        return self.decoder.cache
 
     @property
     def num_waiting(self) -> int:

@@ -14,6 +14,7 @@ from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.app import make_app
+from simplernn_jax.serving.connections import MAX_HEADER_BYTES, DeadlineProtocol, Gate
 from simplernn_jax.serving.engine import Engine
 from simplernn_jax.serving.jobs import Event, Job
 from simplernn_jax.serving.service import Service
@@ -45,6 +46,9 @@ def serve(
     max_waiting: int,
     drain_timeout: float,
     states: StateFolder,
+    api_key: bytes | None,
+    allow_origin: str | None,
+    max_connections: int,
 ) -> None:
     """Answer requests until SIGTERM or SIGINT."""
     loop: asyncio.AbstractEventLoop | None = None
@@ -89,7 +93,10 @@ def serve(
             super().handle_exit(sig, frame)
 
     config = uvicorn.Config(
-        make_app(service),
+        Gate(make_app(service), api_key, allow_origin),
+        http=DeadlineProtocol,
+        h11_max_incomplete_event_size=4 * MAX_HEADER_BYTES,
+        limit_concurrency=max_connections,
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -17,6 +17,7 @@ from simplernn_jax.inference.text import TextStream
 from simplernn_jax.serving.choice_text import ChoiceText, Piece, TokenEntry, token_entry
 from simplernn_jax.serving.engine import Engine, EngineStoppedError, QueueFullError
 from simplernn_jax.serving.jobs import Event, Failed, Job, Prefilled, Sampling
+from simplernn_jax.serving.metrics import Latency, Metrics
 from simplernn_jax.serving.requests import (
     MAX_PROMPTS,
     CompletionRequest,
@@ -38,6 +39,7 @@ class PromptResult:
     prompt_text: str
     prompt_entries: list[TokenEntry] | None
     choices: list[ChoiceText]
+    latencies: list[Latency]
     cached_tokens: int = 0
 
 
@@ -105,6 +107,8 @@ class Answer:
             raise RequestError(event.message, status=503, code="server_error")
         if isinstance(event, Prefilled):
             result.cached_tokens = event.cached_tokens
+            self._service.metrics.prompt_tokens.inc(len(job.tokens))
+            self._service.metrics.cached_tokens.inc(event.cached_tokens)
             if result.prompt_entries is not None and event.logprobs is not None:
                 result.prompt_entries += self._service.prompt_entries(job, event)
             if job.max_tokens:
@@ -117,6 +121,7 @@ class Answer:
         if choice.finish_reason is not None:
             return []
         piece = choice.feed(event)
+        result.latencies[event.choice].observe(len(event.tokens))
         if piece.finish_reason is not None:
             job.cancelled_choices.add(event.choice)
             self._num_left -= all(c.finish_reason is not None for c in result.choices)
@@ -147,6 +152,7 @@ class Service:
         self.vocab_size = vocab_size
         self.model_name = model_name
         self.states = states
+        self.metrics = Metrics(engine)
         self.created = int(time.time())
         self.template_text: str | None = None
         self.status = "starting"
@@ -311,7 +317,8 @@ class Service:
             )
             for _ in range(job.num_choices)
         ]
-        return PromptResult(job, echoed, [] if job.scores_prompt else None, choices)
+        latencies = [Latency(self.metrics) for _ in choices]
+        return PromptResult(job, echoed, [] if job.scores_prompt else None, choices, latencies)
 
     def prefill_state(self, request: StateRequest, parent: NamedState | None) -> Answer:
         """Make the job whose state a `StateRequest` asks for.
@@ -322,7 +329,7 @@ class Service:
         _, tokens = self._prompt(request.prompt, parent is not None)
         root = None if parent is None else parent.root
         job = Job(tokens, Sampling(), root=root, keeps_state=True)
-        return Answer(self, [PromptResult(job, "", None, [])])
+        return Answer(self, [PromptResult(job, "", None, [], [])])
 
     def describe_state(self, state: NamedState) -> Any:
         """Describe a state as the API does."""
