@@ -73,16 +73,29 @@ def main() -> None:
         from simplernn_jax.serving.server import listen, serve
         from simplernn_jax.serving.states import StateFolder
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name} is not installed; run: pip install -e '.[serve]'"
-        ) from error
+        raise UserError(f"{error.name} is not installed; run: pip install -e '.[serve]'") from error
     from simplernn_jax import load_model
+    from simplernn_jax.checkpoint.choice import choose_checkpoint
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.devices import check_devices
+    from simplernn_jax.models import LanguageModel
 
     check_devices()
     use_compilation_cache()
-    model, tokenizer, _ = load_model(workdir, _CHECKPOINT.value)
+    model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
+    path = choose_checkpoint(workdir, _CHECKPOINT.value).path
+
+    def reload_model() -> LanguageModel | None:
+        nonlocal path
+        newest = choose_checkpoint(workdir, _CHECKPOINT.value).path
+        if newest == path:
+            return None
+        new_model, new_tokenizer, new_config = load_model(workdir, _CHECKPOINT.value)
+        if (new_config.model, new_tokenizer.to_json()) != (config.model, tokenizer.to_json()):
+            raise UserError(f"{newest}: another architecture or tokenizer; start the server again")
+        path = newest
+        return new_model
+
     with listen(_HOST.value, _PORT.value) as listener, tempfile.TemporaryDirectory() as temporary:
         state_dir = temporary
         if _STATE_DIR.value is not None:
@@ -101,6 +114,7 @@ def main() -> None:
             api_key=key,
             allow_origin=_ALLOW_ORIGIN.value,
             max_connections=_MAX_CONNECTIONS.value,
+            reload_model=reload_model,
         )
 
 

@@ -93,9 +93,7 @@ def load_state(path: str, model: LanguageModel, tokenizer: Tokenizer) -> Decoder
     return jax.tree.map(jnp.array, state)
 
 
-def encode_state(
-    state: DecoderState, fingerprints: Mapping[str, str], **notes: str
-) -> bytes:
+def encode_state(state: DecoderState, fingerprints: Mapping[str, str], **notes: str) -> bytes:
     """Make the content of a state file; `notes` are more entries of its signed metadata."""
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(state).items()}
     header = {"format": _FORMAT, "version": _VERSION, **notes, **fingerprints}

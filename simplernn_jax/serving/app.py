@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import importlib.resources
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from simplernn_jax.serving.choice_text import Piece
+from simplernn_jax.serving.openapi import openapi_document
 from simplernn_jax.serving.requests import (
     ChatRequest,
     CompletionRequest,
@@ -31,13 +33,16 @@ from simplernn_jax.serving.service import RETRY_AFTER_SECONDS, Answer, Service
 from simplernn_jax.serving.states import NamedState
 
 MAX_BODY_BYTES = 1 << 24
+PAGE = importlib.resources.files("simplernn_jax.serving") / "page"
 BODY_SECONDS = 30.0
 """Seconds within which the body of a request must arrive."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_response(
+    content: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
     """Encode `content` as JSON."""
     return Response(msgspec.json.encode(content), status, headers, "application/json")
 
@@ -201,6 +206,7 @@ def make_app(service: Service) -> Starlette:
         answer.submit()
         try:
             root = (await answer.prefilled()).root
+            assert root is not None
         finally:
             answer.cancel()
         name = None if body.name is UNSET else body.name
@@ -254,7 +260,18 @@ def make_app(service: Service) -> Starlette:
         status = service.status
         return json_response({"status": status}, 200 if status == "ready" else 503)
 
+    async def openapi(request: Request) -> Response:
+        del request
+        return json_response(openapi_document(service.model_name))
+
+    async def reload(request: Request) -> Response:
+        del request
+        return json_response({"reloaded": await service.reload()})
+
     routes = [
+        *(Route(path, page_file) for path in ("/", "/page.js", "/page.css")),
+        Route("/openapi.json", openapi),
+        Route("/admin/reload", checked(reload), methods=["POST"]),
         Route("/v1/completions", checked(completions), methods=["POST"]),
         Route("/v1/chat/completions", checked(chat), methods=["POST"]),
         Route("/v1/models", checked(models)),
@@ -271,7 +288,24 @@ def make_app(service: Service) -> Starlette:
         Route("/slots", checked(slots)),
         Route("/health", checked(health)),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: http_exception})
+    app = Starlette(routes=routes, exception_handlers={HTTPException: http_exception})
+    app.router.redirect_slashes = False
+    return app
+
+
+async def page_file(request: Request) -> Response:
+    """Serve a file of the page."""
+    name = request.url.path.lstrip("/") or "index.html"
+    content = await asyncio.to_thread((PAGE / name).read_bytes)
+    kinds = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
+    policy = {
+        "Content-Security-Policy": (
+            "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
+        ),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+    return Response(content, 200, policy, kinds[name.rpartition(".")[2]] + "; charset=utf-8")
 
 
 async def http_exception(request: Request, error: Exception) -> Response:

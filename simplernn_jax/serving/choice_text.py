@@ -121,5 +121,5 @@ def token_entry(
     if logprobs is None:
         return TokenEntry(token, offset, None, [])
     ids = logprobs.top_ids[index, :num_top].tolist()
-    values = logprobs.top[index, :num_top].tolist()
-    return TokenEntry(token, offset, float(logprobs.token[index]), list(zip(ids, values)))
+    top = list(zip(ids, logprobs.top[index, :num_top].tolist(), strict=True))
+    return TokenEntry(token, offset, float(logprobs.token[index]), top)

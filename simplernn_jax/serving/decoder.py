@@ -3,6 +3,7 @@
 import dataclasses
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -246,28 +247,31 @@ class Decoder:
         for number, value in sampling.logit_bias.items():
             bias[number] = value
         bias[list(sampling.banned_ids)] = -np.inf
-        slot = Slots(
+
+        def one(value: Any, dtype: Any = np.float32) -> Any:
+            return np.array([value], dtype)
+
+        return Slots(
             layers=layers,
             logits=logits[None],
-            position=np.int32(0),
-            remaining=np.int32(job.max_tokens),
-            in_prompt=in_prompt,
-            counts=np.zeros(self._vocab_size, np.int32),
+            position=one(0, np.int32),
+            remaining=one(job.max_tokens, np.int32),
+            in_prompt=one(in_prompt, np.bool_),
+            counts=one(np.zeros(self._vocab_size), np.int32),
             settings=SlotSettings(
-                seed=np.uint32(sampling.seed),
-                stream=np.int32(choice),
-                temperature=np.float32(sampling.temperature),
-                top_k=np.int32(sampling.top_k),
-                top_p=np.float32(sampling.top_p),
-                min_p=np.float32(sampling.min_p),
-                repetition_penalty=np.float32(sampling.repetition_penalty),
-                presence_penalty=np.float32(sampling.presence_penalty),
-                frequency_penalty=np.float32(sampling.frequency_penalty),
-                bias=bias,
-                is_stop=is_stop,
+                seed=one(sampling.seed, np.uint32),
+                stream=one(choice, np.int32),
+                temperature=one(sampling.temperature),
+                top_k=one(sampling.top_k, np.int32),
+                top_p=one(sampling.top_p),
+                min_p=one(sampling.min_p),
+                repetition_penalty=one(sampling.repetition_penalty),
+                presence_penalty=one(sampling.presence_penalty),
+                frequency_penalty=one(sampling.frequency_penalty),
+                bias=one(bias),
+                is_stop=one(is_stop, np.bool_),
             ),
         )
-        return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else x[None], slot)
 
     def _dispatch(self) -> None:
         active = [choice for choice in self._choices if choice is not None]

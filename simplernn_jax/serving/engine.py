@@ -8,7 +8,7 @@ from absl import logging
 
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.decoder import Decoder
-from simplernn_jax.serving.jobs import Event, Failed, Job
+from simplernn_jax.serving.jobs import Event, Failed, Job, NewTokens
 from simplernn_jax.serving.prefix_cache import PrefixCache
 
 
@@ -151,6 +151,7 @@ class Engine:
         return False
 
     def _report(self, events: list[tuple[Job, Event]]) -> None:
-        self.num_tokens += sum(len(event.tokens) for _, event in events if hasattr(event, "tokens"))
+        new = (event.tokens for _, event in events if isinstance(event, NewTokens))
+        self.num_tokens += sum(map(len, new))
         if events:
             self._on_events(events)

@@ -1,7 +1,7 @@
 """What the HTTP side asks of the engine, and what comes back."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -99,5 +99,5 @@ class Job:
     is_streamed: bool = False
     is_cancelled: bool = False
     cancelled_choices: set[int] = dataclasses.field(default_factory=set)
-    queue: object = None
+    queue: Any = None
     """Where the HTTP side receives the events."""

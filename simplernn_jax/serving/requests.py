@@ -149,9 +149,9 @@ def parse(kind: type, body: bytes) -> Any:
     try:
         return msgspec.json.decode(body or b"null", type=kind)
     except msgspec.ValidationError as error:
-        found = re.search(r"\$\.(\w+)", str(error)) or re.search(r"unknown field `(.*?)`", str(error))
-        missing = re.search(r"missing required field `(\w+)`", str(error))
-        param = (found or missing)[1] if found or missing else None
+        patterns = (r"\$\.(\w+)", "unknown field `(.*?)`", r"missing required field `(\w+)`")
+        found = [match[1] for pattern in patterns for match in re.finditer(pattern, str(error))]
+        param = found[0] if found else None
         raise RequestError(str(error), param=param) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not JSON that can be read: {error}") from error

@@ -1,11 +1,11 @@
 """The process of the server: engine thread, event loop, signals."""
 
 import asyncio
-import os
 import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -17,6 +17,7 @@ from simplernn_jax.serving.app import make_app
 from simplernn_jax.serving.connections import MAX_HEADER_BYTES, DeadlineProtocol, Gate
 from simplernn_jax.serving.engine import Engine
 from simplernn_jax.serving.jobs import Event, Job
+from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.service import Service
 from simplernn_jax.serving.states import StateFolder
 
@@ -49,6 +50,7 @@ def serve(
     api_key: bytes | None,
     allow_origin: str | None,
     max_connections: int,
+    reload_model: Callable[[], LanguageModel | None],
 ) -> None:
     """Answer requests until SIGTERM or SIGINT."""
     loop: asyncio.AbstractEventLoop | None = None
@@ -68,7 +70,7 @@ def serve(
         max_waiting=max_waiting,
         on_events=on_events,
     )
-    service = Service(engine, tokenizer, model.config.vocab_size, model_name, states)
+    service = Service(engine, tokenizer, model.config.vocab_size, model_name, states, reload_model)
 
     def start() -> None:
         for number, name in enumerate(engine.compile(), 1):
@@ -83,7 +85,15 @@ def serve(
         loop = asyncio.get_running_loop()
         starter = threading.Thread(target=start, daemon=True)
         starter.start()
+        loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(reload()))
         await server.serve(sockets=[listener])
+
+    async def reload() -> None:
+        try:
+            is_newer = await service.reload()
+            _progress("a newer checkpoint is served\n" if is_newer else "no newer checkpoint\n")
+        except RequestError as error:
+            _progress(f"{error.message}\n")
 
     class _Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
@@ -111,4 +121,9 @@ def serve(
 
 def _progress(line: str) -> None:
     end = "" if sys.stderr.isatty() else "\n"
-    print(f"\r\x1b[K{line}" if sys.stderr.isatty() else line.rstrip(), end=end, file=sys.stderr, flush=True)
+    print(
+        f"\r\x1b[K{line}" if sys.stderr.isatty() else line.rstrip(),
+        end=end,
+        file=sys.stderr,
+        flush=True,
+    )

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,14 @@ from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.state import RECENT_TOKENS
 from simplernn_jax.inference.text import TextStream
+from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.choice_text import ChoiceText, Piece, TokenEntry, token_entry
 from simplernn_jax.serving.engine import Engine, EngineStoppedError, QueueFullError
 from simplernn_jax.serving.jobs import Event, Failed, Job, Prefilled, Sampling
 from simplernn_jax.serving.metrics import Latency, Metrics
 from simplernn_jax.serving.requests import (
     MAX_PROMPTS,
+    ChatRequest,
     CompletionRequest,
     RequestError,
     SamplingFields,
@@ -137,6 +139,7 @@ class Service:
       vocab_size: of the model, at least the tokenizer's.
       model_name: as clients see it.
       states: named states.
+      load_model: loads the parameters of the newest checkpoint, or None if they are in use.
     """
 
     def __init__(
@@ -146,6 +149,7 @@ class Service:
         vocab_size: int,
         model_name: str,
         states: StateFolder,
+        load_model: Callable[[], LanguageModel | None],
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -156,10 +160,28 @@ class Service:
         self.created = int(time.time())
         self.template_text: str | None = None
         self.status = "starting"
+        self._load_model = load_model
+        self._reloading = asyncio.Lock()
         self.names = TokenNames(tokenizer, vocab_size)
         # Some vocabularies have one id for several purposes.
         special = {tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, vocab_size)}
         self._banned_ids = special - {tokenizer.eos_id}
+
+    async def reload(self) -> bool:
+        """Use the newest checkpoint for requests from now on; return False if it is in use.
+
+        Raises:
+          RequestError: 409 if it cannot be loaded; the parameters in use stay.
+        """
+        async with self._reloading:
+            try:
+                model = await asyncio.to_thread(self._load_model)
+            except UserError as error:
+                raise RequestError(str(error), status=409, code="reload_failed") from error
+            if model is not None:
+                self.engine.replace_model(model)
+                await asyncio.to_thread(self.states.use_model, model)
+        return model is not None
 
     def submit(self, jobs: list[Job]) -> None:
         """Queue the jobs of a request.
@@ -198,7 +220,7 @@ class Service:
           RequestError: too many, empty, or ids outside the vocabulary.
         """
         prompt = "" if request.prompt is None else request.prompt
-        several = [prompt] if isinstance(prompt, str) else prompt
+        several: list[Any] = [prompt] if isinstance(prompt, str) else prompt
         if len({type(one) for one in several}) > 1:
             raise RequestError("prompt: give texts, or token ids, or lists of them", param="prompt")
         if several and isinstance(several[0], int):
@@ -237,15 +259,17 @@ class Service:
         self.check_ids("stop_token_ids", stop_ids)
         self.check_ids("banned_token_ids", banned)
         bias = {}
-        for key, value in (request.logit_bias or {}).items():
+        for key, added in (request.logit_bias or {}).items():
             if not (key.isascii() and key.isdecimal() and int(key[:10]) < self.vocab_size):
                 raise RequestError(
                     f"logit_bias: {key!r} is not a token id below {self.vocab_size}",
                     param="logit_bias",
                 )
-            bias[int(key)] = value
+            bias[int(key)] = added
         if len(self._banned_ids.union(banned)) >= self.vocab_size:
-            raise RequestError("banned_token_ids: leave at least one token", param="banned_token_ids")
+            raise RequestError(
+                "banned_token_ids: leave at least one token", param="banned_token_ids"
+            )
         if not request.ignore_eos:
             stop_ids = [*stop_ids, self.tokenizer.eos_id]
         temperature = 1.0 if request.temperature is None else request.temperature
@@ -295,6 +319,14 @@ class Service:
             echoed = text if request.echo else ""
             results.append(self.result(job, start, echoed, stops, request.logprobs))
         return Answer(self, results)
+
+    def chat(self, request: ChatRequest, start: NamedState | None) -> Answer:
+        """Make the job of a chat completion.
+
+        Raises:
+          RequestError: the model has no chat template.
+        """
+        raise RequestError("this model has no chat template; use /v1/completions", status=400)
 
     def result(
         self,

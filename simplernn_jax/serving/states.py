@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import stat
+from typing import Any
 
 import numpy as np
 
@@ -111,14 +112,14 @@ class StateFolder:
         recent = np.full(RECENT_TOKENS, -1, np.int32)
         last = np.concatenate([before, tokens])[-RECENT_TOKENS:]
         recent[len(recent) - len(last) :] = last
-        state = DecoderState(
-            layers=root.layers,
-            logits=np.asarray(root.logits)[None],
-            position=np.zeros(1, np.int32),
-            stream=np.zeros(1, np.int32),
-            finished=np.zeros(1, np.bool_),
-            recent=recent[None],
-        )
+        arrays: dict[str, Any] = {
+            "logits": np.asarray(root.logits)[None],
+            "position": np.zeros(1, np.int32),
+            "stream": np.zeros(1, np.int32),
+            "finished": np.zeros(1, np.bool_),
+            "recent": recent[None],
+        }
+        state = DecoderState(layers=root.layers, **arrays)
         notes = {}
         if parent is None or parent.length is not None:
             notes["length"] = str(len(tokens) + (0 if parent is None else parent.length or 0))
@@ -138,9 +139,7 @@ class StateFolder:
         path = self._path(name)
         if os.path.lexists(path):
             raise RequestError(f"state {name!r}: exists already; choose another name", status=409)
-        used = sum(
-            entry.stat(follow_symlinks=False).st_size for entry in os.scandir(self._folder)
-        )
+        used = sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(self._folder))
         if used + len(content) > self._max_bytes:
             raise RequestError("no room for another state; delete some", status=507)
         try:
@@ -175,7 +174,9 @@ class StateFolder:
         except UserError as error:
             raise RequestError(str(error), status=status, code="state_refused") from error
         if len(state.position) != 1:
-            raise RequestError(f"{where}: has {len(state.position)} sequences; save one", status=status)
+            raise RequestError(
+                f"{where}: has {len(state.position)} sequences; save one", status=status
+            )
         length = header.get("length", "")
         return NamedState(
             name,

@@ -17,7 +17,9 @@ class TokenNames:
         names = [_name(content) for content in self.bytes_of]
         uses = Counter(names)
         self.names = [
-            name if name and uses[name] == 1 and not name.startswith("token_id:") else f"token_id:{i}"
+            name
+            if name and uses[name] == 1 and not name.startswith("token_id:")
+            else f"token_id:{i}"
             for i, name in enumerate(names)
         ]
 
