@@ -24,7 +24,7 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOT_CODE = {"math", "{eval-rst}", "{literalinclude}", "{toctree}"}
+NOT_CODE = {"math", "text", "{note}", "{eval-rst}", "{literalinclude}", "{toctree}"}
 """Fences that Sphinx renders."""
 FROM_SCRATCH = {"README.md", "getting_started.md"}
 """Pages that train the model they use; others start with a trained ``runs/base``."""
