@@ -22,9 +22,11 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from simplernn_jax.serving.openapi import openapi_document
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOT_CODE = {"math", "{eval-rst}", "{literalinclude}", "{toctree}"}
+NOT_CODE = {"math", "text", "{note}", "{eval-rst}", "{literalinclude}", "{toctree}"}
 """Fences that Sphinx renders."""
 FROM_SCRATCH = {"README.md", "getting_started.md"}
 """Pages that train the model they use; others start with a trained ``runs/base``."""
@@ -156,6 +158,7 @@ def test_block_that_is_not_run_names_what_exists(block, helps):
         assert extra in extras["optional-dependencies"]
     commands = re.sub(r"\\\n|\n\s+(?=--)", " ", text).splitlines()
     checked = sum(check_command(command, helps) for command in commands)
+    checked += sum(check_route(url) for url in re.findall(r"curl http://[\w.:]+(/\S+)", text))
     assert checked or "pip install" in text
 
 
@@ -163,6 +166,13 @@ def test_block_that_is_not_run_names_what_exists(block, helps):
 def test_commands_in_sentences_and_tables_exist(page, helps):
     for command in re.findall(r"`((?:python|bash) scripts/[^`]+)`", page.read_text("utf-8")):
         assert check_command(command.replace(" ...", ""), helps)
+
+
+def check_route(path):
+    """Check that the server has a route of this path."""
+    routes = [re.sub(r"{\w+}", "[^/]+", route) for route in openapi_document("model")["paths"]]
+    assert any(re.fullmatch(route, path) for route in routes), path
+    return True
 
 
 def check_imports(code):

@@ -29,11 +29,14 @@ def sample(
     logits: NextLogits,
     keys: Key[Array, "B"],
     *,
-    temperature: Float[Array, ""] | float = 1.0,
-    top_k: Int[Array, ""] | int = 0,
-    top_p: Float[Array, ""] | float = 1.0,
+    temperature: Float[Array, "*B"] | float = 1.0,
+    top_k: Int[Array, "*B"] | int = 0,
+    top_p: Float[Array, "*B"] | float = 1.0,
+    min_p: Float[Array, "*B"] | float = 0.0,
 ) -> Int[Array, "B"]:
     """Sample one token id per sequence.
+
+    Each setting is one for all sequences, or [B], one for each.
 
     Args:
       logits: [B, vocab] float32; -inf masks an id.
@@ -42,23 +45,30 @@ def sample(
       top_k: sample among the k most probable ids; 0 is off.
       top_p: nucleus sampling, after temperature and top_k: sample among the smallest set of most
         probable ids whose probabilities add up to top_p; 1 is off.
+      min_p: mask ids less probable than min_p times the most probable one, before top_k; 0 is off.
 
     Returns:
       [B] int32 ids. Ties are broken by the lower id.
     """
 
+    temperature, top_k, top_p, min_p = (
+        jnp.reshape(setting, (-1, 1)) for setting in (temperature, top_k, top_p, min_p)
+    )
+
     def draw() -> Int[Array, "B"]:
         # The largest logit becomes 0 before the division, so that no temperature overflows it.
         relative = logits - jnp.max(logits, axis=-1, keepdims=True)
         divisor = jnp.clip(temperature, 1e-37, 1e37)  # its reciprocal is a normal float32 too
-        scaled = jnp.where(logits == -jnp.inf, -jnp.inf, relative / divisor)
-        is_restricted = (jnp.asarray(top_k) > 0) | (jnp.asarray(top_p) < 1)
+        is_masked = (logits == -jnp.inf) | (relative / divisor < jnp.log(min_p))
+        scaled = jnp.where(is_masked, -jnp.inf, relative / divisor)
+        is_restricted = jnp.any((top_k > 0) | (top_p < 1))
         kept = lax.cond(is_restricted, mask_logits, lambda scaled, *_: scaled, scaled, top_k, top_p)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, kept.shape[1:]))(keys)
-        return greedy(kept + noise)  # the Gumbel-max trick: a sample from softmax(kept)
+        drawn = greedy(kept + noise)  # the Gumbel-max trick: a sample from softmax(kept)
+        return jnp.where(temperature[:, 0] > 0, drawn, greedy(logits))
 
     # A branch that is not taken costs nothing: greedy decoding draws no random numbers.
-    return lax.cond(jnp.asarray(temperature) > 0, draw, lambda: greedy(logits))
+    return lax.cond(jnp.any(temperature > 0), draw, lambda: greedy(logits))
 
 
 def greedy(logits: NextLogits) -> Int[Array, "B"]:
@@ -71,9 +81,12 @@ def greedy(logits: NextLogits) -> Int[Array, "B"]:
 
 
 def mask_logits(
-    logits: NextLogits, top_k: Int[Array, ""] | int, top_p: Float[Array, ""] | float
+    logits: NextLogits, top_k: Int[Array, "..."] | int, top_p: Float[Array, "..."] | float
 ) -> NextLogits:
-    """Set the logits of all ids outside `top_k` and `top_p` (see `sample`) to -inf."""
+    """Set the logits of all ids outside `top_k` and `top_p` (see `sample`) to -inf.
+
+    Each setting is one number, or [B, 1].
+    """
     # Sorted in descending order, of equal ones the lower id first.
     ranked, order = lax.top_k(logits, logits.shape[-1])
     rank = jnp.arange(logits.shape[-1])[None]

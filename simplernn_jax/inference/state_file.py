@@ -53,11 +53,8 @@ def save_state(path: str, state: DecoderState, model: LanguageModel, tokenizer: 
     check_model(model)
     check_tokenizer(tokenizer, "to_json")
     check_state(model, state)
-    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(state).items()}
-    header = {"format": _FORMAT, "version": _VERSION, **_fingerprints(model, tokenizer)}
-    header["sha256"] = _digest(header, arrays)
     try:
-        write_file(path, safetensors.numpy.save(arrays, header))
+        write_file(path, encode_state(state, fingerprints(model, tokenizer)))
     except OSError as error:
         raise UserError(
             f"{path}: the state cannot be written ({error.strerror}); specify a file in a "
@@ -80,43 +77,60 @@ def load_state(path: str, model: LanguageModel, tokenizer: Tokenizer) -> Decoder
     path = checked_path(path)
     check_model(model)
     check_tokenizer(tokenizer, "to_json")
-    header, arrays = _read(path)
-    for name, fingerprint in _fingerprints(model, tokenizer).items():
+    try:
+        with open_file(path) as file:
+            size = file.read(8)
+            names = file.read(min(int.from_bytes(size, "little"), _MAX_HEADER_BYTES))
+            _metadata(path, names)
+            num_bytes = os.fstat(file.fileno()).st_size
+            check_memory(num_bytes, path, "load it on a larger machine")
+            content = b"".join((size, names, file.read(num_bytes)))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {_ADVICE}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: corrupted, or not a state ({error}); {_ADVICE}") from error
+    state, _ = decode_state(path, content, model, fingerprints(model, tokenizer))
+    return jax.tree.map(jnp.array, state)
+
+
+def encode_state(state: DecoderState, fingerprints: Mapping[str, str], **notes: str) -> bytes:
+    """Make the content of a state file; `notes` are more entries of its signed metadata."""
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(state).items()}
+    header = {"format": _FORMAT, "version": _VERSION, **notes, **fingerprints}
+    header["sha256"] = _digest(header, arrays)
+    return safetensors.numpy.save(arrays, header)
+
+
+def decode_state(
+    where: str, content: bytes, model: LanguageModel, fingerprints: Mapping[str, str]
+) -> tuple[DecoderState, dict[str, str]]:
+    """Decode the content of a state file to a state of NumPy arrays and its metadata.
+
+    Raises:
+      UserError: as `load_state`; begins with `where`.
+    """
+    try:
+        header = _metadata(where, content[8 : 8 + int.from_bytes(content[:8], "little")])
+        arrays = decode_safetensors(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: corrupted, or not a state ({error}); {_ADVICE}") from error
+    signed = {name: value for name, value in header.items() if name != "sha256"}
+    if header.get("sha256") != _digest(signed, arrays):
+        raise UserError(f"{where}: corrupted; use another copy, or prefill its text again")
+    for name, fingerprint in fingerprints.items():
         if header.get(name) != fingerprint:
             raise UserError(
-                f"{path}: the state is of another {name}; use the one that it was saved with (of "
+                f"{where}: the state is of another {name}; use the one that it was saved with (of "
                 "another checkpoint of the run: --checkpoint=STEP), or prefill its text again"
             )
     structure = jax.eval_shape(lambda: empty_state(model, 1))
     names = named_leaves(structure)
     if arrays.keys() != names.keys():
-        raise UserError(f"{path}: holds other arrays than a state; {_ADVICE}")
-    state: DecoderState = jax.tree.unflatten(
-        jax.tree.structure(structure), [arrays[name] for name in names]
-    )
-    check_state(model, state, path)
-    return jax.tree.map(jnp.array, state)
-
-
-def _read(path: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """Read and verify metadata and arrays of the file at `path`."""
-    try:
-        with open_file(path) as file:
-            size = file.read(8)
-            names = file.read(min(int.from_bytes(size, "little"), _MAX_HEADER_BYTES))
-            header = _metadata(path, names)
-            num_bytes = os.fstat(file.fileno()).st_size
-            check_memory(num_bytes, path, "load it on a larger machine")
-            content = b"".join((size, names, file.read(num_bytes)))
-        arrays = decode_safetensors(content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {_ADVICE}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: corrupted, or not a state ({error}); {_ADVICE}") from error
-    signed = {name: value for name, value in header.items() if name != "sha256"}
-    if header.get("sha256") != _digest(signed, arrays):
-        raise UserError(f"{path}: corrupted; use another copy, or prefill its text again")
-    return header, arrays
+        raise UserError(f"{where}: holds other arrays than a state; {_ADVICE}")
+    leaves = [arrays[name] for name in names]
+    state: DecoderState = jax.tree.unflatten(jax.tree.structure(structure), leaves)
+    check_state(model, state, where)
+    return state, header
 
 
 def _metadata(path: str, names: bytes) -> dict[str, str]:
@@ -138,7 +152,9 @@ def _metadata(path: str, names: bytes) -> dict[str, str]:
     return metadata
 
 
-def _fingerprints(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
+def fingerprints(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
+    """Digests of the parameters and the tokenizer that a state belongs to."""
+
     def name_in_file(name: str) -> str:  # fixed by the first version of the format
         if "/mixer/" not in name:
             return name

@@ -1,0 +1,133 @@
+"""Answer HTTP requests with a trained model, in the form of the OpenAI API.
+
+    python scripts/serve.py --workdir runs/base
+    curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "def main(", "max_tokens": 50}'
+
+Needs the extra `serve`: pip install -e '.[serve]'. SIGTERM and Ctrl-C end the server once the running
+requests have ended, or after --drain_timeout.
+"""
+
+import bootstrap
+
+if __name__ == "__main__":
+    bootstrap.start()
+
+import os
+import tempfile
+
+from absl import flags
+
+from simplernn_jax import command_line
+from simplernn_jax.errors import UserError
+from simplernn_jax.files import read_file
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run of the model.")
+_CHECKPOINT = command_line.define_checkpoint_flag()
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
+_PORT = flags.DEFINE_integer(
+    "port", 8000, "Port to listen on; 0 takes a free one.", lower_bound=0, upper_bound=65535
+)
+_MODEL_NAME = flags.DEFINE_string("model_name", None, "Name of the model; that of the workdir.")
+_SLOTS = flags.DEFINE_integer(
+    "slots", 32, "Sequences decoded at a time.", lower_bound=1, upper_bound=1024
+)
+_MAX_QUEUE = flags.DEFINE_integer(
+    "max_queue", 256, "Prompts that may wait; more are refused with 429.", lower_bound=1
+)
+_MAX_CONNECTIONS = flags.DEFINE_integer(
+    "max_connections", 4096, "Open connections; more are refused with 503.", lower_bound=1
+)
+_CACHE_MB = flags.DEFINE_integer("cache_mb", 256, "Limit of the prefix cache.", lower_bound=0)
+_STATE_DIR = flags.DEFINE_string(
+    "state_dir", None, "Folder of named states, created if missing; without it they are temporary."
+)
+_STATES_MB = flags.DEFINE_integer("states_mb", 1024, "Limit of all named states.", lower_bound=0)
+_API_KEY_FILE = flags.DEFINE_string(
+    "api_key_file", None, "File with the key that clients must send; or set SIMPLERNN_JAX_API_KEY."
+)
+_ALLOW_REMOTE = flags.DEFINE_bool(
+    "allow_remote_without_key", False, "Listen on other addresses than loopback without a key."
+)
+_ALLOW_ORIGIN = flags.DEFINE_string(
+    "allow_origin", None, "Origin of web pages elsewhere that may send requests, or *."
+)
+_DRAIN_TIMEOUT = flags.DEFINE_float(
+    "drain_timeout", 30, "Seconds that running requests have to end after SIGTERM.", lower_bound=0
+)
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def main() -> None:
+    """Load a checkpoint of --workdir and serve it until SIGTERM or Ctrl-C."""
+    if not _WORKDIR.value:
+        raise UserError("no --workdir: name the folder of a training run, such as runs/base")
+    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
+    key = _api_key()
+    if key is None and _HOST.value not in _LOOPBACK and not _ALLOW_REMOTE.value:
+        raise UserError(
+            f"--host={_HOST.value}: anyone who reaches it could use the server; set --api_key_file, "
+            "or pass --allow_remote_without_key"
+        )
+    try:
+        from simplernn_jax.serving.server import listen, serve
+        from simplernn_jax.serving.states import StateFolder
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed; run: pip install -e '.[serve]'") from error
+    from simplernn_jax import load_model
+    from simplernn_jax.checkpoint.choice import choose_checkpoint
+    from simplernn_jax.compilation_cache import use_compilation_cache
+    from simplernn_jax.devices import check_devices
+    from simplernn_jax.models import LanguageModel
+
+    check_devices()
+    use_compilation_cache()
+    model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
+    path = choose_checkpoint(workdir, _CHECKPOINT.value).path
+
+    def reload_model() -> LanguageModel | None:
+        nonlocal path
+        newest = choose_checkpoint(workdir, _CHECKPOINT.value).path
+        if newest == path:
+            return None
+        new_model, new_tokenizer, new_config = load_model(workdir, _CHECKPOINT.value)
+        if (new_config.model, new_tokenizer.to_json()) != (config.model, tokenizer.to_json()):
+            raise UserError(f"{newest}: another architecture or tokenizer; start the server again")
+        path = newest
+        return new_model
+
+    with listen(_HOST.value, _PORT.value) as listener, tempfile.TemporaryDirectory() as temporary:
+        state_dir = temporary
+        if _STATE_DIR.value is not None:
+            state_dir = command_line.expand_path(_STATE_DIR.value, "state_dir")
+            os.makedirs(state_dir, exist_ok=True)
+        serve(
+            model,
+            tokenizer,
+            listener,
+            model_name=_MODEL_NAME.value or os.path.basename(os.path.realpath(workdir)),
+            num_slots=_SLOTS.value,
+            cache_bytes=_CACHE_MB.value << 20,
+            max_waiting=_MAX_QUEUE.value,
+            drain_timeout=_DRAIN_TIMEOUT.value,
+            states=StateFolder(state_dir, model, tokenizer, _STATES_MB.value << 20),
+            api_key=key,
+            allow_origin=_ALLOW_ORIGIN.value,
+            max_connections=_MAX_CONNECTIONS.value,
+            reload_model=reload_model,
+        )
+
+
+def _api_key() -> bytes | None:
+    """Read the key from its file or the environment."""
+    if _API_KEY_FILE.value is None:
+        key = os.environ.get("SIMPLERNN_JAX_API_KEY", "").strip().encode()
+        return key or None
+    key = read_file(command_line.expand_path(_API_KEY_FILE.value, "api_key_file")).strip()
+    if not key:
+        raise UserError(f"{_API_KEY_FILE.value}: holds no key; write one into it")
+    return key
+
+
+if __name__ == "__main__":
+    command_line.run(main)

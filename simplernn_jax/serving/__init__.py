@@ -1,0 +1,1 @@
+"""HTTP server with the OpenAI API, for many streams over one compiled decoder."""

@@ -1,0 +1,324 @@
+"""Continuous batching of the jobs of one set of parameters: prefill, slots, and results."""
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.serving.jobs import (
+    Event,
+    Job,
+    Logprobs,
+    NewTokens,
+    Prefilled,
+    Root,
+    Sampling,
+)
+from simplernn_jax.serving.prefix_cache import (
+    GRID,
+    Checkpoint,
+    PrefixCache,
+    is_kept,
+    prefix_keys,
+)
+from simplernn_jax.serving.slots import (
+    Block,
+    Slots,
+    SlotSettings,
+    TokenLogprobs,
+    empty_slots,
+    split_parameters,
+    token_logprobs,
+)
+
+PREFILL_TOKENS = 256
+"""Tokens prefilled between two blocks while slots decode: a long prompt never stalls them."""
+SHORT_BLOCK = 8
+"""Tokens of a block while anything is streamed or waits."""
+LONG_BLOCK = 32
+
+CHUNK_LENGTHS = (GRID, 8, 1)
+"""Prompts are prefilled in chunks of GRID tokens, the tail of one in the shorter ones."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Choice:
+    """A continuation in a slot."""
+
+    job: Job
+    index: int
+    num_tokens: int = 0
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.job.is_cancelled or self.index in self.job.cancelled_choices
+
+
+@dataclasses.dataclass
+class _Ready:
+    """A prefilled job whose choices wait for slots."""
+
+    job: Job
+    state: Checkpoint
+    logits: jax.Array
+    num_started: int = 0
+
+
+class Decoder:
+    """Slots and prefix cache of one set of parameters. Not thread-safe.
+
+    Args:
+      model: its parameters are never changed.
+      num_slots: sequences decoded at a time.
+      cache_bytes: limit of the prefix cache.
+    """
+
+    def __init__(self, model: LanguageModel, num_slots: int, cache_bytes: int) -> None:
+        self.model = model
+        self.cache = PrefixCache(cache_bytes)
+        self.waiting: deque[Job] = deque()
+        self._programs, self._parameters = split_parameters(model)
+        self._vocab_size = model.config.vocab_size
+        self._zero = jax.block_until_ready(model.initial_state(1))
+        self._slots = empty_slots(model, num_slots)
+        self._choices: list[_Choice | None] = [None] * num_slots
+        self._current: Job | None = None
+        self._prefill: Iterator[int] | None = None
+        """Of the current job."""
+        self._ready: deque[_Ready] = deque()
+        self._in_flight: tuple[Block, int, bool, list[_Choice | None]] | None = None
+        self._events: list[tuple[Job, Event]] = []
+
+    @property
+    def num_active(self) -> int:
+        """Number of slots that decode."""
+        return sum(choice is not None for choice in self._choices)
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of jobs without a slot."""
+        return len(self.waiting) + len(self._ready) + (self._current is not None)
+
+    @property
+    def is_idle(self) -> bool:
+        """True if `step` has nothing to do."""
+        is_busy = self.waiting or self._prefill or self._ready or self._in_flight
+        return not is_busy and not self.num_active
+
+    def compile(self) -> Iterator[str]:
+        """Compile all programs, naming each before it is compiled."""
+        slot = self._slot_of(Job(np.zeros(0, np.int32), Sampling()), 0, self._zero, self._no_logits)
+        for length in CHUNK_LENGTHS:
+            yield f"prefill of {length}"
+            tokens = np.zeros(length, np.int32)
+            _, hidden = self._programs.prefill(self._parameters, self._zero, tokens[None])
+            yield f"scores of {length}"
+            self._programs.score(self._parameters, hidden, tokens)
+        yield "logits"
+        self._programs.next_logits(self._parameters, hidden[0])
+        yield "insertion"
+        self._slots = self._programs.insert(self._slots, np.int32(0), slot)
+        yield f"decoding in {len(self._choices)} slots"
+        self._dispatch()
+        self._in_flight = None
+
+    @property
+    def _no_logits(self) -> jax.Array:
+        return jnp.zeros(self._vocab_size, jnp.float32)
+
+    def step(self) -> list[tuple[Job, Event]]:
+        """Prefill a little, decode a block, and return what has become known."""
+        self._events = []
+        self._free_cancelled()
+        self._admit()
+        previous, self._in_flight = self._in_flight, None
+        if self.num_active:
+            self._dispatch()  # the device computes this block while the previous one is handled
+        if previous is not None:
+            self._collect(*previous)
+        return self._events
+
+    def fail_all(self) -> list[Job]:
+        """Drop all jobs and return them."""
+        jobs = [*self.waiting, *(ready.job for ready in self._ready)]
+        jobs += [choice.job for choice in self._choices if choice is not None]
+        if self._current is not None:
+            jobs.append(self._current)
+        self.__init__(self.model, len(self._choices), self.cache.max_bytes)  # type: ignore[misc]
+        return list(dict.fromkeys(jobs))
+
+    def _free_cancelled(self) -> None:
+        for slot, choice in enumerate(self._choices):
+            if choice is not None and choice.is_cancelled:
+                self._choices[slot] = None
+        self._ready = deque(ready for ready in self._ready if not ready.job.is_cancelled)
+
+    def _admit(self) -> None:
+        """Fill free slots with prefilled jobs, and prefill the next ones."""
+        budget = PREFILL_TOKENS
+        while True:
+            self._start_choices()
+            if self._ready or (budget <= 0 and (self.num_active or self._events)):
+                return
+            if self._prefill is None:
+                if not self.waiting:
+                    return
+                self._current = self.waiting.popleft()
+                self._prefill = self._prefilled(self._current)
+            num_tokens = next(self._prefill, None)
+            if num_tokens is None:
+                self._prefill = self._current = None
+            else:
+                budget -= num_tokens
+
+    def _start_choices(self) -> None:
+        """Insert choices of prefilled jobs into free slots, in order."""
+        for slot, choice in enumerate(self._choices):
+            if not self._ready:
+                return
+            if choice is None:
+                ready = self._ready[0]
+                index = ready.num_started
+                self._slots = self._programs.insert(
+                    self._slots,
+                    np.int32(slot),
+                    self._slot_of(ready.job, index, ready.state.layers, ready.logits),
+                )
+                self._choices[slot] = _Choice(ready.job, index)
+                ready.num_started += 1
+                if ready.num_started == ready.job.num_choices:
+                    self._ready.popleft()
+
+    def _prefilled(self, job: Job) -> Iterator[int]:
+        """Prefill `job` chunk by chunk, yielding the number of tokens of each."""
+        tokens, root = job.tokens, job.root
+        keys = prefix_keys(b"" if root is None else root.digest, tokens)
+        position, state = 0, None
+        if not job.scores_prompt:  # whose log-probabilities no state holds
+            num_keys, state = self.cache.longest(keys)
+            position = num_keys * GRID
+        cached = position
+        if state is None:
+            state = Checkpoint(self._zero if root is None else root.layers, self._no_logits)
+        scores: list[TokenLogprobs] = []
+        if job.scores_prompt and root is not None and len(tokens):
+            scores.append(_score(root.logits[None], tokens[:1]))
+        while position < len(tokens):
+            if job.is_cancelled:
+                return
+            length = next(n for n in CHUNK_LENGTHS if n <= len(tokens) - position)
+            chunk = tokens[position : position + length]
+            layers, hidden = self._programs.prefill(self._parameters, state.layers, chunk[None])
+            state = Checkpoint(layers, hidden[-1])
+            position += length
+            if job.scores_prompt:
+                # The last position predicts a new token: its target here is any.
+                targets = np.append(tokens, 0)[position - length + 1 : position + 1]
+                scores.append(self._programs.score(self._parameters, hidden, targets))
+            if position % GRID == 0 and is_kept(position, len(tokens)):
+                self.cache.add(keys[position // GRID - 1], state)
+            if position % GRID == 0:
+                jax.block_until_ready(state.hidden)  # or a long prompt would run far ahead
+            yield length
+        if len(tokens):
+            logits = self._programs.next_logits(self._parameters, state.hidden)
+        else:
+            assert root is not None
+            logits = root.logits
+        logprobs = None
+        if job.scores_prompt:
+            logprobs = _concatenated(scores, len(tokens) - (root is None))
+        kept = Root(b"", *jax.device_get((state.layers, logits))) if job.keeps_state else None
+        self._events.append((job, Prefilled(cached, logprobs, kept)))
+        if job.max_tokens:
+            self._ready.append(_Ready(job, state, logits))
+
+    def _slot_of(self, job: Job, choice: int, layers: jax.Array, logits: jax.Array) -> Slots:
+        sampling = job.sampling
+        is_stop, in_prompt = np.zeros((2, self._vocab_size), np.bool_)
+        bias = np.zeros(self._vocab_size, np.float32)
+        is_stop[list(sampling.stop_ids)] = True
+        in_prompt[job.tokens] = True
+        for number, value in sampling.logit_bias.items():
+            bias[number] = value
+        bias[list(sampling.banned_ids)] = -np.inf
+
+        def one(value: Any, dtype: Any = np.float32) -> Any:
+            return np.array([value], dtype)
+
+        return Slots(
+            layers=layers,
+            logits=logits[None],
+            position=one(0, np.int32),
+            remaining=one(job.max_tokens, np.int32),
+            in_prompt=one(in_prompt, np.bool_),
+            counts=one(np.zeros(self._vocab_size), np.int32),
+            settings=SlotSettings(
+                seed=one(sampling.seed, np.uint32),
+                stream=one(choice, np.int32),
+                temperature=one(sampling.temperature),
+                top_k=one(sampling.top_k, np.int32),
+                top_p=one(sampling.top_p),
+                min_p=one(sampling.min_p),
+                repetition_penalty=one(sampling.repetition_penalty),
+                presence_penalty=one(sampling.presence_penalty),
+                frequency_penalty=one(sampling.frequency_penalty),
+                bias=one(bias),
+                is_stop=one(is_stop, np.bool_),
+            ),
+        )
+
+    def _dispatch(self) -> None:
+        active = [choice for choice in self._choices if choice is not None]
+        is_urgent = self.waiting or self._prefill or any(c.job.is_streamed for c in active)
+        length = SHORT_BLOCK if is_urgent else LONG_BLOCK
+        with_logprobs = any(choice.job.num_logprobs for choice in active)
+        block, self._slots = self._programs.decode(
+            self._parameters,
+            self._slots,
+            np.array([choice is not None for choice in self._choices]),
+            np.int32(length),
+            np.bool_(with_logprobs),
+            np.bool_(any(choice.job.sampling.has_penalties for choice in active)),
+        )
+        self._in_flight = block, length, with_logprobs, list(self._choices)
+
+    def _collect(
+        self, block: Block, length: int, with_logprobs: bool, choices: list[_Choice | None]
+    ) -> None:
+        """Wait for a block, report its tokens, and free the slots of what has ended."""
+        tokens, counts = jax.device_get((block.tokens, block.counts))
+        logprobs = jax.device_get(block.logprobs) if with_logprobs else None
+        for slot, choice in enumerate(choices):
+            if choice is None or self._choices[slot] is not choice:
+                continue
+            job, count = choice.job, int(counts[slot])
+            new = tokens[slot, :count]
+            choice.num_tokens += count
+            reason = None
+            if count and int(new[-1]) in job.sampling.stop_ids:
+                reason = "stop"
+            elif choice.num_tokens >= job.max_tokens:
+                reason = "length"
+            if reason is not None:
+                self._choices[slot] = None
+            of_tokens = None
+            if logprobs is not None and job.num_logprobs:
+                of_tokens = Logprobs(*(x[slot, :count] for x in logprobs))
+            self._events.append((job, NewTokens(choice.index, new, of_tokens, reason)))
+
+
+_score = jax.jit(token_logprobs)
+
+
+def _concatenated(scores: list[TokenLogprobs], length: int) -> Logprobs:
+    if not scores:
+        top = np.zeros((0, 0))
+        return Logprobs(np.zeros(0, np.float32), top, top.astype(np.int32))
+    parts = zip(*jax.device_get(scores), strict=True)
+    return Logprobs(*(np.concatenate(part)[:length] for part in parts))

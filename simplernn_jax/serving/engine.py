@@ -1,0 +1,157 @@
+"""The thread that owns JAX: it takes jobs from a bounded queue and reports their events."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from absl import logging
+
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.serving.decoder import Decoder
+from simplernn_jax.serving.jobs import Event, Failed, Job, NewTokens
+from simplernn_jax.serving.prefix_cache import PrefixCache
+
+
+class QueueFullError(Exception):
+    """More jobs wait than the queue holds."""
+
+
+class EngineStoppedError(Exception):
+    """The engine takes no more jobs."""
+
+
+class Engine:
+    """Runs a `Decoder` in a thread of its own; all methods may be called from any thread.
+
+    Args:
+      model: parameters of the first jobs.
+      num_slots: sequences decoded at a time, fixed for the life of the engine.
+      cache_bytes: limit of the prefix cache.
+      max_waiting: jobs that may wait for a slot.
+      on_events: called in the engine's thread with what each step has made known.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        num_slots: int,
+        cache_bytes: int,
+        max_waiting: int,
+        on_events: Callable[[list[tuple[Job, Event]]], None],
+    ) -> None:
+        self.num_slots = num_slots
+        self.max_waiting = max_waiting
+        self.cache_bytes = cache_bytes
+        self.num_tokens = 0
+        """New tokens so far."""
+        self._on_events = on_events
+        self._decoders = [Decoder(model, num_slots, cache_bytes)]
+        self._new: list[Job] = []
+        self._num_waiting = 0
+        self._next_decoder: Decoder | None = None
+        self._is_stopping = False
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder of new jobs."""
+        return self._decoders[-1]
+
+    @property
+    def cache(self) -> PrefixCache:
+        """The prefix cache of new jobs."""
+        return self.decoder.cache
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of jobs that wait for a slot."""
+        return self._num_waiting
+
+    @property
+    def num_active(self) -> int:
+        """Number of slots that decode."""
+        return sum(decoder.num_active for decoder in self._decoders)
+
+    def compile(self) -> Iterator[str]:
+        """Compile all programs, naming each before it is compiled; call it before `start`."""
+        return self.decoder.compile()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, *jobs: Job) -> None:
+        """Queue all `jobs`, or none.
+
+        Raises:
+          QueueFullError: too many jobs wait.
+          EngineStoppedError: `stop` was called.
+        """
+        with self._wake:
+            if self._is_stopping:
+                raise EngineStoppedError
+            if self._num_waiting + len(jobs) > self.max_waiting:
+                raise QueueFullError
+            self._num_waiting += len(jobs)
+            self._new += jobs
+            self._wake.notify()
+
+    def replace_model(self, model: LanguageModel) -> None:
+        """Use the parameters of `model`, of the same architecture, for all later jobs."""
+        decoder = Decoder(model, self.num_slots, self.cache_bytes)
+        with self._wake:
+            self._next_decoder = decoder
+            self._wake.notify()
+
+    def stop(self, timeout: float) -> None:
+        """Take no more jobs, finish those that were taken, or fail them after `timeout` seconds."""
+        with self._wake:
+            self._is_stopping = True
+            self._deadline = time.monotonic() + timeout
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._take_work():
+            events: list[tuple[Job, Event]] = []
+            for decoder in self._decoders:
+                try:
+                    events += decoder.step()
+                except Exception as error:  # such as lack of memory: other jobs may fit
+                    logging.exception("a step of the server failed")
+                    failed = Failed(f"{type(error).__name__}: the server could not compute this")
+                    events += [(job, failed) for job in decoder.fail_all()]
+            self._report(events)
+
+    def _take_work(self) -> bool:
+        """Wait for work; return False once the engine has stopped."""
+        with self._wake:
+            while True:
+                if self._next_decoder is not None:
+                    self._decoders.append(self._next_decoder)
+                    self._next_decoder = None
+                self.decoder.waiting.extend(self._new)
+                self._new.clear()
+                self._decoders = [
+                    decoder
+                    for decoder in self._decoders
+                    if decoder is self.decoder or not decoder.is_idle
+                ]
+                is_idle = all(decoder.is_idle for decoder in self._decoders)
+                if self._is_stopping and (is_idle or time.monotonic() > self._deadline):
+                    break
+                self._num_waiting = sum(decoder.num_waiting for decoder in self._decoders)
+                if not is_idle:
+                    return True
+                self._wake.wait()
+        stopped = Failed("the server is stopping")
+        self._report([(job, stopped) for decoder in self._decoders for job in decoder.fail_all()])
+        return False
+
+    def _report(self, events: list[tuple[Job, Event]]) -> None:
+        new = (event.tokens for _, event in events if isinstance(event, NewTokens))
+        self.num_tokens += sum(map(len, new))
+        if events:
+            self._on_events(events)

@@ -1,0 +1,157 @@
+"""Bodies of requests: types, ranges and unknown fields are checked while JSON is parsed."""
+
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+NAME_PATTERN = "^[A-Za-z0-9._-]{1,64}$"
+MAX_PROMPTS = 256
+MAX_CHOICES = 128
+MAX_STOPS = 4
+MAX_TOP_LOGPROBS = 20
+MAX_TOKENS = 2**31 - 1
+
+TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
+Text = str
+StateName = Annotated[str, Meta(pattern=NAME_PATTERN)]
+Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
+
+
+class RequestError(Exception):
+    """A request that cannot be answered; an OpenAI error object with `status`."""
+
+    def __init__(
+        self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.status = status
+        self.code = code
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """Options of a stream."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    """Accepted for compatibility: nothing is ever obfuscated."""
+
+
+class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Fields that completions and chat completions share."""
+
+    model: str | None = None
+    state: StateName | None = None
+    """Name of a state to continue."""
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=MAX_TOKENS)] | None = None
+    """0 and -1 are off."""
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] | None = None
+    banned_token_ids: Annotated[list[TokenId], Meta(max_length=4096)] | None = None
+    ignore_eos: bool = False
+    user: str | None = None
+
+
+class CompletionRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
+    """Body of ``POST /v1/completions``."""
+
+    prompt: str | list[str | TokenId | list[TokenId]] | None = None
+    """A text, texts, token ids, or lists of them; None is an empty text."""
+    max_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = 16
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+class TextPart(msgspec.Struct, forbid_unknown_fields=True):
+    """Part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True):
+    """Message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ChatRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
+    """Body of ``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+
+class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /tokenize``."""
+
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /detokenize``."""
+
+    tokens: list[TokenId]
+    model: str | None = None
+
+
+class StateRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /v1/states``: a text or tokens, after a parent or from the beginning."""
+
+    prompt: str | list[TokenId] = ""
+    parent: StateName | None = None
+    name: StateName | UnsetType = UNSET
+
+
+class ForkRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /v1/states/{id}/fork``."""
+
+    name: StateName | UnsetType = UNSET
+
+
+def parse(kind: type, body: bytes) -> Any:
+    """Parse JSON as `kind`.
+
+    Raises:
+      RequestError: it is none, or a field is unknown, of another type or out of range.
+    """
+    try:
+        return msgspec.json.decode(body or b"null", type=kind)
+    except msgspec.ValidationError as error:
+        patterns = (r"\$\.(\w+)", "unknown field `(.*?)`", r"missing required field `(\w+)`")
+        found = [match[1] for pattern in patterns for match in re.finditer(pattern, str(error))]
+        param = found[0] if found else None
+        raise RequestError(str(error), param=param) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON that can be read: {error}") from error

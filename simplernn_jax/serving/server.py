@@ -1,0 +1,129 @@
+"""The process of the server: engine thread, event loop, signals."""
+
+import asyncio
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.errors import UserError
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.serving.app import make_app
+from simplernn_jax.serving.connections import MAX_HEADER_BYTES, DeadlineProtocol, Gate
+from simplernn_jax.serving.engine import Engine
+from simplernn_jax.serving.jobs import Event, Job
+from simplernn_jax.serving.requests import RequestError
+from simplernn_jax.serving.service import Service
+from simplernn_jax.serving.states import StateFolder
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the server's socket.
+
+    Raises:
+      UserError: the address cannot be used.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{host}:{port}: cannot listen ({reason}); use another --port") from error
+
+
+def serve(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    listener: socket.socket,
+    *,
+    model_name: str,
+    num_slots: int,
+    cache_bytes: int,
+    max_waiting: int,
+    drain_timeout: float,
+    states: StateFolder,
+    api_key: bytes | None,
+    allow_origin: str | None,
+    max_connections: int,
+    reload_model: Callable[[], LanguageModel | None],
+) -> None:
+    """Answer requests until SIGTERM or SIGINT."""
+    loop: asyncio.AbstractEventLoop | None = None
+
+    def on_events(events: list[tuple[Job, Event]]) -> None:
+        assert loop is not None
+        loop.call_soon_threadsafe(route, events)
+
+    def route(events: list[tuple[Job, Event]]) -> None:
+        for job, event in events:
+            job.queue.put_nowait((job, event))
+
+    engine = Engine(
+        model,
+        num_slots=num_slots,
+        cache_bytes=cache_bytes,
+        max_waiting=max_waiting,
+        on_events=on_events,
+    )
+    service = Service(engine, tokenizer, model.config.vocab_size, model_name, states, reload_model)
+
+    def start() -> None:
+        for number, name in enumerate(engine.compile(), 1):
+            _progress(f"compiling program {number}: {name}")
+        engine.start()
+        service.status = "ready"
+        host, port = listener.getsockname()[:2]
+        _progress(f"listening on http://{host}:{port}\n")
+
+    async def run() -> None:
+        nonlocal loop
+        loop = asyncio.get_running_loop()
+        starter = threading.Thread(target=start, daemon=True)
+        starter.start()
+        loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(reload()))
+        await server.serve(sockets=[listener])
+
+    async def reload() -> None:
+        try:
+            is_newer = await service.reload()
+            _progress("a newer checkpoint is served\n" if is_newer else "no newer checkpoint\n")
+        except RequestError as error:
+            _progress(f"{error.message}\n")
+
+    class _Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if service.status != "draining":
+                service.status = "draining"
+                threading.Thread(target=engine.stop, args=(drain_timeout,), daemon=True).start()
+            super().handle_exit(sig, frame)
+
+    config = uvicorn.Config(
+        Gate(make_app(service), api_key, allow_origin),
+        http=DeadlineProtocol,
+        h11_max_incomplete_event_size=4 * MAX_HEADER_BYTES,
+        limit_concurrency=max_connections,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(drain_timeout) + 5,
+    )
+    server = _Server(config)
+    # uvicorn raises the signal again after a graceful end: that is no error here.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    asyncio.run(run())
+
+
+def _progress(line: str) -> None:
+    end = "" if sys.stderr.isatty() else "\n"
+    print(
+        f"\r\x1b[K{line}" if sys.stderr.isatty() else line.rstrip(),
+        end=end,
+        file=sys.stderr,
+        flush=True,
+    )

@@ -1,0 +1,398 @@
+"""From checked requests to jobs of the engine, and from its events to text."""
+
+import asyncio
+import dataclasses
+import hashlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import numpy as np
+
+from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.errors import UserError
+from simplernn_jax.inference.state import RECENT_TOKENS
+from simplernn_jax.inference.text import TextStream
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.serving.choice_text import ChoiceText, Piece, TokenEntry, token_entry
+from simplernn_jax.serving.engine import Engine, EngineStoppedError, QueueFullError
+from simplernn_jax.serving.jobs import Event, Failed, Job, Prefilled, Sampling
+from simplernn_jax.serving.metrics import Latency, Metrics
+from simplernn_jax.serving.requests import (
+    MAX_PROMPTS,
+    ChatRequest,
+    CompletionRequest,
+    RequestError,
+    SamplingFields,
+    StateRequest,
+)
+from simplernn_jax.serving.states import NamedState, StateFolder
+from simplernn_jax.serving.token_names import TokenNames
+
+RETRY_AFTER_SECONDS = 1
+
+
+@dataclasses.dataclass(eq=False)
+class PromptResult:
+    """Continuations of one prompt, as they grow."""
+
+    job: Job
+    prompt_text: str
+    prompt_entries: list[TokenEntry] | None
+    choices: list[ChoiceText]
+    latencies: list[Latency]
+    cached_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What an event adds to one choice of a request."""
+
+    index: int
+    piece: Piece
+
+
+class Answer:
+    """A submitted request: iterate over `updates` until all its choices have ended."""
+
+    def __init__(self, service: "Service", results: list[PromptResult]) -> None:
+        self.results = results
+        self._service = service
+        self._queue: asyncio.Queue[tuple[Job, Event]] = asyncio.Queue()
+        self._of_job = {result.job: number for number, result in enumerate(results)}
+        self._num_left = len(results)
+        for result in results:
+            result.job.queue = self._queue
+
+    def submit(self) -> None:
+        """Queue the jobs.
+
+        Raises:
+          RequestError: 429 if the queue is full, 503 if the server stops or has not started.
+        """
+        self._service.submit([result.job for result in self.results])
+
+    def cancel(self) -> None:
+        """Free what the jobs use."""
+        for result in self.results:
+            result.job.is_cancelled = True
+
+    async def updates(self) -> AsyncIterator[list[Update]]:
+        """Yield what has become known, a list for each step of the engine.
+
+        Raises:
+          RequestError: the engine failed or is stopping.
+        """
+        while self._num_left:
+            events = [await self._queue.get()]
+            while not self._queue.empty():
+                events.append(self._queue.get_nowait())
+            yield [update for event in events for update in self._read(*event)]
+
+    async def prefilled(self) -> Prefilled:
+        """Wait for the end of a single job that only prefills.
+
+        Raises:
+          RequestError: as `updates`.
+        """
+        _, event = await self._queue.get()
+        if isinstance(event, Failed):
+            raise RequestError(event.message, status=503, code="server_error")
+        assert isinstance(event, Prefilled)
+        return event
+
+    def _read(self, job: Job, event: Event) -> list[Update]:
+        number = self._of_job[job]
+        result = self.results[number]
+        if isinstance(event, Failed):
+            raise RequestError(event.message, status=503, code="server_error")
+        if isinstance(event, Prefilled):
+            result.cached_tokens = event.cached_tokens
+            self._service.metrics.prompt_tokens.inc(len(job.tokens))
+            self._service.metrics.cached_tokens.inc(event.cached_tokens)
+            if result.prompt_entries is not None and event.logprobs is not None:
+                result.prompt_entries += self._service.prompt_entries(job, event)
+            if job.max_tokens:
+                return []
+            self._num_left -= 1
+            ended = Piece("", [], "length")
+            first = number * job.num_choices
+            return [Update(first + i, dataclasses.replace(ended)) for i in range(job.num_choices)]
+        choice = result.choices[event.choice]
+        if choice.finish_reason is not None:
+            return []
+        piece = choice.feed(event)
+        result.latencies[event.choice].observe(len(event.tokens))
+        if piece.finish_reason is not None:
+            job.cancelled_choices.add(event.choice)
+            self._num_left -= all(c.finish_reason is not None for c in result.choices)
+        return [Update(number * job.num_choices + event.choice, piece)]
+
+
+class Service:
+    """The model as the HTTP side sees it.
+
+    Args:
+      engine: computes.
+      tokenizer: of the model.
+      vocab_size: of the model, at least the tokenizer's.
+      model_name: as clients see it.
+      states: named states.
+      load_model: loads the parameters of the newest checkpoint, or None if they are in use.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        model_name: str,
+        states: StateFolder,
+        load_model: Callable[[], LanguageModel | None],
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.model_name = model_name
+        self.states = states
+        self.metrics = Metrics(engine)
+        self.created = int(time.time())
+        self.template_text: str | None = None
+        self.status = "starting"
+        self._load_model = load_model
+        self._reloading = asyncio.Lock()
+        self.names = TokenNames(tokenizer, vocab_size)
+        # Some vocabularies have one id for several purposes.
+        special = {tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, vocab_size)}
+        self._banned_ids = special - {tokenizer.eos_id}
+
+    async def reload(self) -> bool:
+        """Use the newest checkpoint for requests from now on; return False if it is in use.
+
+        Raises:
+          RequestError: 409 if it cannot be loaded; the parameters in use stay.
+        """
+        async with self._reloading:
+            try:
+                model = await asyncio.to_thread(self._load_model)
+            except UserError as error:
+                raise RequestError(str(error), status=409, code="reload_failed") from error
+            if model is not None:
+                self.engine.replace_model(model)
+                await asyncio.to_thread(self.states.use_model, model)
+        return model is not None
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Queue the jobs of a request.
+
+        Raises:
+          RequestError: 429 if the queue is full, 503 if the server stops.
+        """
+        if self.status != "ready":
+            raise RequestError(f"the server is {self.status}", status=503, code=self.status)
+        try:
+            self.engine.submit(*jobs)
+        except QueueFullError as error:
+            raise RequestError(
+                f"{self.engine.num_waiting} requests wait already; try again later",
+                status=429,
+                code="queue_full",
+            ) from error
+        except EngineStoppedError as error:
+            raise RequestError("the server is stopping", status=503, code="stopping") from error
+
+    def encode(self, text: str) -> np.ndarray:
+        """Encode `text`.
+
+        Raises:
+          RequestError: the tokenizer cannot.
+        """
+        try:
+            return self.tokenizer.encode(text)
+        except UserError as error:
+            raise RequestError(str(error), param="prompt") from error
+
+    def prompts(self, request: CompletionRequest) -> list[tuple[str, np.ndarray]]:
+        """Return text and ids of each prompt; texts begin with BOS unless they continue a state.
+
+        Raises:
+          RequestError: too many, empty, or ids outside the vocabulary.
+        """
+        prompt = "" if request.prompt is None else request.prompt
+        several: list[Any] = [prompt] if isinstance(prompt, str) else prompt
+        if len({type(one) for one in several}) > 1:
+            raise RequestError("prompt: give texts, or token ids, or lists of them", param="prompt")
+        if several and isinstance(several[0], int):
+            several = [several]
+        if not several or len(several) > MAX_PROMPTS:
+            raise RequestError(f"prompt: give 1 to {MAX_PROMPTS} prompts", param="prompt")
+        return [self._prompt(one, request.state is not None) for one in several]
+
+    def _prompt(self, prompt: str | list[int], has_state: bool) -> tuple[str, np.ndarray]:
+        if isinstance(prompt, str):
+            ids = self.encode(prompt)
+            if not has_state:
+                ids = np.concatenate([[self.tokenizer.bos_id], ids])
+            return prompt, ids.astype(np.int32)
+        self.check_ids("prompt", prompt)
+        if not prompt and not has_state:
+            raise RequestError("prompt: a list of token ids is empty", param="prompt")
+        return self.tokenizer.decode(prompt), np.array(prompt, np.int32)
+
+    def check_ids(self, param: str, ids: list[int]) -> None:
+        """Check that all ids are in the vocabulary."""
+        largest = max(ids, default=0)
+        if largest >= self.vocab_size:
+            raise RequestError(
+                f"{param}: token {largest} is outside the vocabulary of {self.vocab_size}",
+                param=param,
+            )
+
+    def sampling(self, request: SamplingFields) -> Sampling:
+        """Convert the settings of a request.
+
+        Raises:
+          RequestError: an id is outside the vocabulary, or all ids are banned.
+        """
+        stop_ids, banned = request.stop_token_ids or [], request.banned_token_ids or []
+        self.check_ids("stop_token_ids", stop_ids)
+        self.check_ids("banned_token_ids", banned)
+        bias = {}
+        for key, added in (request.logit_bias or {}).items():
+            if not (key.isascii() and key.isdecimal() and int(key[:10]) < self.vocab_size):
+                raise RequestError(
+                    f"logit_bias: {key!r} is not a token id below {self.vocab_size}",
+                    param="logit_bias",
+                )
+            bias[int(key)] = added
+        if len(self._banned_ids.union(banned)) >= self.vocab_size:
+            raise RequestError(
+                "banned_token_ids: leave at least one token", param="banned_token_ids"
+            )
+        if not request.ignore_eos:
+            stop_ids = [*stop_ids, self.tokenizer.eos_id]
+        temperature = 1.0 if request.temperature is None else request.temperature
+
+        def value(field: float | None, default: float) -> float:
+            return default if field is None else field
+
+        return Sampling(
+            temperature=temperature,
+            top_k=max(0, min(request.top_k or 0, self.vocab_size)),
+            top_p=value(request.top_p, 1.0),
+            min_p=value(request.min_p, 0.0),
+            repetition_penalty=value(request.repetition_penalty, 1.0),
+            presence_penalty=value(request.presence_penalty, 0.0),
+            frequency_penalty=value(request.frequency_penalty, 0.0),
+            logit_bias=bias,
+            banned_ids=tuple(sorted(self._banned_ids.union(banned))),
+            stop_ids=tuple(sorted({*stop_ids})),
+            seed=_seed(request.seed),
+        )
+
+    def complete(self, request: CompletionRequest, start: NamedState | None) -> Answer:
+        """Make the jobs of a completion, which continues the state `start`.
+
+        Raises:
+          RequestError: a field cannot be used.
+        """
+        for name in ("best_of", "suffix"):
+            if getattr(request, name) is not None:
+                raise RequestError(f"{name}: not supported; leave it out", param=name)
+        if request.stream_options is not None and not request.stream:
+            raise RequestError("stream_options: only with stream", param="stream_options")
+        sampling = self.sampling(request)
+        stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+        results = []
+        for text, tokens in self.prompts(request):
+            job = Job(
+                tokens,
+                sampling,
+                max_tokens=16 if request.max_tokens is None else request.max_tokens,
+                num_choices=request.n or 1,
+                root=None if start is None else start.root,
+                num_logprobs=0 if request.logprobs is None else max(1, request.logprobs),
+                scores_prompt=bool(request.echo) and request.logprobs is not None,
+                is_streamed=bool(request.stream),
+            )
+            echoed = text if request.echo else ""
+            results.append(self.result(job, start, echoed, stops, request.logprobs))
+        return Answer(self, results)
+
+    def chat(self, request: ChatRequest, start: NamedState | None) -> Answer:
+        """Make the job of a chat completion.
+
+        Raises:
+          RequestError: the model has no chat template.
+        """
+        raise RequestError("this model has no chat template; use /v1/completions", status=400)
+
+    def result(
+        self,
+        job: Job,
+        start: NamedState | None,
+        echoed: str,
+        stops: list[str],
+        num_logprobs: int | None,
+    ) -> PromptResult:
+        """Make the empty result of a job."""
+        context = job.tokens if start is None else np.concatenate([start.recent, job.tokens])
+        choices = [
+            ChoiceText(
+                self.tokenizer,
+                context[-RECENT_TOKENS:],
+                stops,
+                job.sampling.stop_ids,
+                num_logprobs,
+                len(echoed),
+            )
+            for _ in range(job.num_choices)
+        ]
+        latencies = [Latency(self.metrics) for _ in choices]
+        return PromptResult(job, echoed, [] if job.scores_prompt else None, choices, latencies)
+
+    def prefill_state(self, request: StateRequest, parent: NamedState | None) -> Answer:
+        """Make the job whose state a `StateRequest` asks for.
+
+        Raises:
+          RequestError: the prompt cannot be used.
+        """
+        _, tokens = self._prompt(request.prompt, parent is not None)
+        root = None if parent is None else parent.root
+        job = Job(tokens, Sampling(), root=root, keeps_state=True)
+        return Answer(self, [PromptResult(job, "", None, [], [])])
+
+    def describe_state(self, state: NamedState) -> Any:
+        """Describe a state as the API does."""
+        return {
+            "id": state.name,
+            "object": "state",
+            "tokens": state.length,
+            "bytes": state.num_bytes,
+            "sha256": state.fingerprint,
+            "parent": state.parent,
+            "text": self.tokenizer.decode(state.recent),
+        }
+
+    def prompt_entries(self, job: Job, event: Prefilled) -> list[TokenEntry]:
+        """Make the entries of a prompt's tokens."""
+        logprobs = event.logprobs
+        assert logprobs is not None
+        stream = TextStream(self.tokenizer)
+        shift = len(job.tokens) - len(logprobs.token)  # 1 without a state: nothing predicts it
+        entries, offset = [], 0
+        for index, token in enumerate(job.tokens.tolist()):
+            row = None if index < shift else logprobs
+            entries.append(token_entry(token, offset, row, index - shift, job.num_logprobs))
+            offset += len(stream.feed([token]))
+        return entries
+
+
+def _seed(seed: int | None) -> int:
+    """Seed of 32 bits: of a larger or negative one, a digest; of none, a random one."""
+    if seed is None:
+        return secrets.randbits(32)
+    if 0 <= seed < 2**32:
+        return seed
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "little")

@@ -1,0 +1,277 @@
+"""Device side of the server: N decoding slots, and the prefill of one sequence.
+
+N is fixed for the life of the server, because XLA may order float32 sums differently for another
+batch size. Within one N, a slot gives the same bits whatever its index and its neighbors.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
+
+from simplernn_jax.array_types import ModelState
+from simplernn_jax.inference.sampling import sample
+from simplernn_jax.models import LanguageModel
+
+BLOCK_TOKENS = 32
+"""Tokens of a slot that one dispatch decodes at most."""
+TOP_LOGPROBS = 20
+"""Alternatives reported for a token at most."""
+
+
+class SlotSettings(NamedTuple):
+    """Sampling settings, one per slot."""
+
+    seed: UInt[Array, "N"]
+    stream: Int[Array, "N"]
+    """Number of the random stream of a seed: sequences that share a prompt get streams of their
+    own."""
+    temperature: Float[Array, "N"]
+    top_k: Int[Array, "N"]
+    top_p: Float[Array, "N"]
+    min_p: Float[Array, "N"]
+    repetition_penalty: Float[Array, "N"]
+    presence_penalty: Float[Array, "N"]
+    frequency_penalty: Float[Array, "N"]
+    bias: Float[Array, "N vocab"]
+    """Added to the logits; -inf bans an id."""
+    is_stop: Bool[Array, "N vocab"]
+    """Ids that end the sequence."""
+
+
+class Slots(NamedTuple):
+    """State of N sequences; every leaf begins with axis N."""
+
+    layers: ModelState
+    logits: Float[Array, "N vocab"]
+    """float32 logits of the next token."""
+    position: Int[Array, "N"]
+    """New tokens so far; it numbers the draws of a sequence."""
+    remaining: Int[Array, "N"]
+    """New tokens still allowed; 0 once a stop id was generated."""
+    in_prompt: Bool[Array, "N vocab"]
+    counts: Int[Array, "N vocab"]
+    """Occurrences among the new tokens, counted while `decode` applies penalties."""
+    settings: SlotSettings
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities of tokens under the model, before bias, penalties and temperature."""
+
+    token: Float[Array, "... T"]
+    top: Float[Array, "... T top"]
+    """The largest, in descending order."""
+    top_ids: Int[Array, "... T top"]
+
+
+class Block(NamedTuple):
+    """New tokens of all slots from one dispatch; the first `counts` of a slot are valid."""
+
+    tokens: Int[Array, "N block"]
+    counts: Int[Array, "N"]
+    logprobs: TokenLogprobs
+
+
+class SlotPrograms(NamedTuple):
+    """Jitted functions of one architecture; `parameters` are those of `split_parameters`.
+
+    prefill(parameters, layers, tokens [1, T]) -> (layers, hidden [T, D])
+        of one sequence; `layers` has batch size 1.
+    next_logits(parameters, hidden [D]) -> logits [vocab]
+    score(parameters, hidden [T, D], targets [T]) -> TokenLogprobs
+    insert(slots, index, slot) -> slots
+        with `slot`, a `Slots` of one sequence, at `index`; donates `slots`.
+    decode(parameters, slots, is_active [N], num_tokens, with_logprobs, with_penalties)
+        -> (Block, slots)
+        of up to `num_tokens` more tokens for each active slot; donates `slots`. The last three are
+        traced: changing them does not recompile.
+    """
+
+    prefill: Any
+    next_logits: Any
+    score: Any
+    insert: Any
+    decode: Any
+
+
+def split_parameters(model: LanguageModel) -> tuple[SlotPrograms, list[Array]]:
+    """Split a model into the programs of its architecture and its arrays."""
+    graphdef, arrays = nnx.split(model)
+    parameters, treedef = jax.tree.flatten(arrays)
+    return slot_programs(graphdef, treedef), parameters
+
+
+def empty_slots(model: LanguageModel, num_slots: int) -> Slots:
+    """Make slots without sequences."""
+    shape = (num_slots, model.config.vocab_size)
+    zeros = functools.partial(jnp.zeros, num_slots)
+    ones = functools.partial(jnp.ones, num_slots, jnp.float32)
+    return Slots(
+        layers=model.initial_state(num_slots),
+        logits=jnp.zeros(shape, jnp.float32),
+        position=zeros(jnp.int32),
+        remaining=zeros(jnp.int32),
+        in_prompt=jnp.zeros(shape, jnp.bool_),
+        counts=jnp.zeros(shape, jnp.int32),
+        settings=SlotSettings(
+            seed=zeros(jnp.uint32),
+            stream=zeros(jnp.int32),
+            temperature=zeros(jnp.float32),
+            top_k=zeros(jnp.int32),
+            top_p=ones(),
+            min_p=zeros(jnp.float32),
+            repetition_penalty=ones(),
+            presence_penalty=zeros(jnp.float32),
+            frequency_penalty=zeros(jnp.float32),
+            bias=jnp.zeros(shape, jnp.float32),
+            is_stop=jnp.zeros(shape, jnp.bool_),
+        ),
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def slot_programs(graphdef: Any, treedef: Any) -> SlotPrograms:
+    """Make the programs of an architecture, given by `nnx.split` and `jax.tree.flatten`."""
+
+    def merge(parameters: list[Array]) -> LanguageModel:
+        return nnx.merge(graphdef, jax.tree.unflatten(treedef, parameters))
+
+    def prefill(
+        parameters: list[Array], layers: ModelState, tokens: Int[Array, "one T"]
+    ) -> tuple[ModelState, Float[Array, "T D"]]:
+        hidden, layers = merge(parameters).hidden_states(tokens, layers)
+        return layers, hidden[0]
+
+    def next_logits(parameters: list[Array], hidden: Float[Array, "D"]) -> Float[Array, "vocab"]:
+        return merge(parameters).logits(hidden[None, None])[0, 0]
+
+    def score(
+        parameters: list[Array], hidden: Float[Array, "T D"], targets: Int[Array, "T"]
+    ) -> TokenLogprobs:
+        return token_logprobs(merge(parameters).logits(hidden[None])[0], targets)
+
+    def insert(slots: Slots, index: Int[Array, ""], slot: Slots) -> Slots:
+        def put(whole: jax.Array, one: jax.Array) -> jax.Array:
+            return lax.dynamic_update_index_in_dim(whole, one[0], index, axis=0)
+
+        return jax.tree.map(put, slots, slot)
+
+    def decode(parameters: list[Array], slots: Slots, *arguments: Any) -> tuple[Block, Slots]:
+        return _decode(merge(parameters), slots, *arguments)
+
+    return SlotPrograms(
+        prefill=jax.jit(prefill),
+        next_logits=jax.jit(next_logits),
+        score=jax.jit(score),
+        insert=jax.jit(insert, donate_argnums=0),
+        decode=jax.jit(decode, donate_argnums=1),
+    )
+
+
+def token_logprobs(logits: Float[Array, "T vocab"], tokens: Int[Array, "T"]) -> TokenLogprobs:
+    """Compute the log-probabilities of `tokens` and of the likeliest alternatives."""
+    logprobs = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
+    top, top_ids = lax.top_k(logprobs, min(TOP_LOGPROBS, logits.shape[1]))
+    return TokenLogprobs(chosen, top, top_ids)
+
+
+def _decode(
+    model: LanguageModel,
+    start: Slots,
+    is_active: Bool[Array, "N"],
+    num_tokens: Int[Array, ""],
+    with_logprobs: Bool[Array, ""],
+    with_penalties: Bool[Array, ""],
+) -> tuple[Block, Slots]:
+    num_slots, vocab_size = start.logits.shape
+    num_top = min(TOP_LOGPROBS, vocab_size)
+    settings = start.settings
+    keys = jax.vmap(lambda seed, stream: jax.random.fold_in(jax.random.key(seed), stream))(
+        settings.seed, settings.stream
+    )
+
+    def is_unfinished(carry: tuple[Any, Block, Slots]) -> Bool[Array, ""]:
+        step, _, slots = carry
+        return (step < num_tokens) & jnp.any(is_active & (slots.remaining > 0))
+
+    def decode_one(carry: tuple[Any, Block, Slots]) -> tuple[Any, Block, Slots]:
+        step, block, slots = carry
+        token = _next_token(slots, keys, with_penalties)
+        logprobs = lax.cond(with_logprobs, token_logprobs, none_wanted, slots.logits, token)
+        put = functools.partial(lax.dynamic_update_index_in_dim, index=step, axis=1)
+        new = (is_active & (slots.remaining > 0)).astype(jnp.int32)
+        is_last = jnp.take_along_axis(settings.is_stop, token[:, None], axis=1)[:, 0]
+        # The states of slots that have ended go on changing: nobody reads them.
+        logits, layers = model(token[:, None], slots.layers)
+        slots = slots._replace(
+            layers=layers,
+            logits=logits[:, 0],
+            position=slots.position + new,
+            remaining=jnp.where(is_last, 0, slots.remaining - new),
+            counts=lax.cond(with_penalties, count, lambda counts, *_: counts, slots.counts, token),
+        )
+        block = Block(
+            put(block.tokens, token),
+            block.counts + new,
+            jax.tree.map(put, block.logprobs, logprobs),
+        )
+        return step + 1, block, slots
+
+    def none_wanted(logits: jax.Array, token: jax.Array) -> TokenLogprobs:
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(token_logprobs, logits, token))
+
+    def count(counts: jax.Array, token: jax.Array) -> jax.Array:
+        return counts.at[jnp.arange(num_slots), token].add(1, unique_indices=True)
+
+    block = Block(
+        tokens=jnp.zeros((num_slots, BLOCK_TOKENS), jnp.int32),
+        counts=jnp.zeros(num_slots, jnp.int32),
+        logprobs=TokenLogprobs(
+            jnp.zeros((num_slots, BLOCK_TOKENS), jnp.float32),
+            jnp.zeros((num_slots, BLOCK_TOKENS, num_top), jnp.float32),
+            jnp.zeros((num_slots, BLOCK_TOKENS, num_top), jnp.int32),
+        ),
+    )
+    _, block, end = lax.while_loop(is_unfinished, decode_one, (jnp.int32(0), block, start))
+    return block, end
+
+
+def _next_token(
+    slots: Slots, keys: Key[Array, "N"], with_penalties: Bool[Array, ""]
+) -> Int[Array, "N"]:
+    settings = slots.settings
+    logits = lax.cond(
+        with_penalties,
+        _penalized,
+        lambda logits, *_: logits,
+        slots.logits + settings.bias,
+        slots.in_prompt,
+        slots.counts,
+        settings,
+    )
+    return sample(
+        logits,
+        jax.vmap(jax.random.fold_in)(keys, slots.position),
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+    )
+
+
+def _penalized(
+    logits: Float[Array, "N vocab"],
+    in_prompt: Bool[Array, "N vocab"],
+    counts: Int[Array, "N vocab"],
+    settings: SlotSettings,
+) -> Float[Array, "N vocab"]:
+    """Apply the penalties: repetition to prompt and new tokens, the others to new tokens alone."""
+    repetition = jnp.where(in_prompt | (counts > 0), settings.repetition_penalty[:, None], 1.0)
+    logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits -= settings.presence_penalty[:, None] * (counts > 0)
+    return logits - settings.frequency_penalty[:, None] * counts

@@ -1,0 +1,188 @@
+"""Named states in a folder, as files that `simplernn_jax.inference.load_state` loads too."""
+
+import dataclasses
+import os
+import re
+import secrets
+import stat
+from typing import Any
+
+import numpy as np
+
+from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.errors import UserError
+from simplernn_jax.files import sha256_hex, write_file
+from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState
+from simplernn_jax.inference.state_file import decode_state, encode_state, fingerprints
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.serving.jobs import Root
+from simplernn_jax.serving.requests import NAME_PATTERN, RequestError
+
+_SUFFIX = ".safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedState:
+    """A state of one sequence with what the server knows of it."""
+
+    name: str
+    state: DecoderState
+    fingerprint: str
+    """SHA-256 of its file."""
+    num_bytes: int
+    length: int | None
+    """Tokens before it; None for the file of another program."""
+    parent: str | None
+
+    @property
+    def root(self) -> Root:
+        """What a prompt continues."""
+        return Root(bytes.fromhex(self.fingerprint), self.state.layers, self.state.logits[0])
+
+    @property
+    def recent(self) -> np.ndarray:
+        """The last ids, oldest first."""
+        recent = np.asarray(self.state.recent[0])
+        return recent[recent >= 0]
+
+
+class StateFolder:
+    """The states of one model in a folder.
+
+    Args:
+      folder: where they are; it exists.
+      model, tokenizer: whose states they are; files of others are refused.
+      max_bytes: of all files.
+    """
+
+    def __init__(
+        self, folder: str, model: LanguageModel, tokenizer: Tokenizer, max_bytes: int
+    ) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._tokenizer = tokenizer
+        self.use_model(model)
+
+    def use_model(self, model: LanguageModel) -> None:
+        """Take the states of other parameters from now on."""
+        self._model = model
+        self._fingerprints = fingerprints(model, self._tokenizer)
+
+    def names(self) -> list[str]:
+        """List the names of all files, those of other models included."""
+        files = [name for name in os.listdir(self._folder) if name.endswith(_SUFFIX)]
+        stems = [name.removesuffix(_SUFFIX) for name in files]
+        return sorted(name for name in stems if re.fullmatch(NAME_PATTERN, name))
+
+    def read(self, name: str) -> bytes:
+        """Read a file, without following links.
+
+        Raises:
+          RequestError: 404 if there is none, 400 for a name that cannot be one.
+        """
+        try:
+            descriptor = os.open(self._path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with os.fdopen(descriptor, "rb") as file:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode) or status.st_size > self._max_bytes:
+                    raise OSError
+                return file.read(self._max_bytes)
+        except OSError as error:
+            raise RequestError(
+                f"state {name!r}: there is none of this name", status=404, code="state_not_found"
+            ) from error
+
+    def load(self, name: str) -> NamedState:
+        """Load a state.
+
+        Raises:
+          RequestError: 404 if there is none, 409 if it is corrupted or of another model.
+        """
+        return self._decode(name, self.read(name), status=409)
+
+    def add(
+        self, name: str | None, root: Root, tokens: np.ndarray, parent: NamedState | None
+    ) -> NamedState:
+        """Save the state that `root` holds, after `tokens` and `parent`.
+
+        Raises:
+          RequestError: 409 if the name is taken, 507 without room.
+        """
+        before = np.zeros(0, np.int32) if parent is None else parent.recent
+        recent = np.full(RECENT_TOKENS, -1, np.int32)
+        last = np.concatenate([before, tokens])[-RECENT_TOKENS:]
+        recent[len(recent) - len(last) :] = last
+        arrays: dict[str, Any] = {
+            "logits": np.asarray(root.logits)[None],
+            "position": np.zeros(1, np.int32),
+            "stream": np.zeros(1, np.int32),
+            "finished": np.zeros(1, np.bool_),
+            "recent": recent[None],
+        }
+        state = DecoderState(layers=root.layers, **arrays)
+        notes = {}
+        if parent is None or parent.length is not None:
+            notes["length"] = str(len(tokens) + (0 if parent is None else parent.length or 0))
+        if parent is not None:
+            notes["parent"] = parent.name
+        return self.put(name, encode_state(state, self._fingerprints, **notes))
+
+    def put(self, name: str | None, content: bytes) -> NamedState:
+        """Save the content of a file under a new name.
+
+        Raises:
+          RequestError: 400 if it is no state of this model, 409 if the name is taken, 507 without
+            room.
+        """
+        name = f"state-{secrets.token_hex(6)}" if name is None else name
+        named = self._decode(name, content, status=400)
+        path = self._path(name)
+        if os.path.lexists(path):
+            raise RequestError(f"state {name!r}: exists already; choose another name", status=409)
+        used = sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(self._folder))
+        if used + len(content) > self._max_bytes:
+            raise RequestError("no room for another state; delete some", status=507)
+        try:
+            write_file(path, content)
+        except OSError as error:
+            raise RequestError(f"state {name!r}: {error.strerror}", status=507) from error
+        return named
+
+    def fork(self, name: str, new_name: str | None) -> NamedState:
+        """Copy a state; its parent is `name`."""
+        original = self.load(name)
+        return self.add(new_name, original.root, np.zeros(0, np.int32), original)
+
+    def delete(self, name: str) -> None:
+        """Delete a file.
+
+        Raises:
+          RequestError: 404 if there is none.
+        """
+        self.read(name)
+        os.remove(self._path(name))
+
+    def _path(self, name: str) -> str:
+        if not re.fullmatch(NAME_PATTERN, name):
+            raise RequestError(f"state {name!r}: a name has the form {NAME_PATTERN}", param="state")
+        return os.path.join(self._folder, name + _SUFFIX)
+
+    def _decode(self, name: str, content: bytes, status: int) -> NamedState:
+        where = f"state {name!r}"
+        try:
+            state, header = decode_state(where, content, self._model, self._fingerprints)
+        except UserError as error:
+            raise RequestError(str(error), status=status, code="state_refused") from error
+        if len(state.position) != 1:
+            raise RequestError(
+                f"{where}: has {len(state.position)} sequences; save one", status=status
+            )
+        length = header.get("length", "")
+        return NamedState(
+            name,
+            state,
+            sha256_hex(content),
+            len(content),
+            int(length) if re.fullmatch("[0-9]{1,15}", length) else None,
+            header.get("parent"),
+        )

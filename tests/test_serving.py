@@ -1,0 +1,319 @@
+"""scripts/serve.py over HTTP, by OpenAI's client and by requests of our own."""
+
+import concurrent.futures
+import json
+import random
+import signal
+import socket
+import time
+import urllib.parse
+
+import openai
+import pytest
+from processes import assert_refused, run_python
+from serving_process import serving
+from small_runs import HYBRID, save_untrained, small_config, write_corpus
+
+from simplernn_jax import load_model
+from simplernn_jax.inference import generate_text, load_state, save_state
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    source = write_corpus(folder / "texts")
+    config = small_config(**HYBRID, source=source, validation_fraction=0.3)
+    save_untrained(config, folder / "untrained")
+    return folder / "untrained"
+
+
+@pytest.fixture(scope="module")
+def server(workdir):
+    with serving(workdir, "--slots=5", "--max_queue=40") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+
+
+SAMPLED = {"temperature": 0.9, "max_tokens": 40}
+
+
+def joined(chunks):
+    texts = {}
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+    return texts
+
+
+def test_openai_completion_streamed_and_not(client):
+    model = client.models.list().data[0].id
+    asked = {"model": model, "prompt": ["aé", "b c"], "n": 3, "seed": 7, **SAMPLED}
+    whole = client.completions.create(**asked, logprobs=3)
+    assert [choice.index for choice in whole.choices] == list(range(6))
+    assert {choice.finish_reason for choice in whole.choices} <= {"stop", "length"}
+    assert len({choice.text for choice in whole.choices}) == 6
+    assert whole.usage.prompt_tokens == 4 + 4
+    assert whole.usage.total_tokens == 8 + whole.usage.completion_tokens
+    for choice in whole.choices:
+        logprobs = choice.logprobs
+        assert all(len(top) == 3 for top in logprobs.top_logprobs)
+        assert logprobs.text_offset == sorted(logprobs.text_offset)
+    chunks = list(
+        client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].choices == []
+    assert joined(chunks) == {choice.index: choice.text for choice in whole.choices}
+    reasons = [c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason]
+    assert len(reasons) == 6
+
+
+def test_greedy_text_is_that_of_the_library(workdir, server):
+    model, tokenizer, _ = load_model(str(workdir))
+    text = generate_text(model, tokenizer, "aéb", max_new_tokens=30)[0]
+    assert server.complete("aéb", temperature=0, max_tokens=30)["choices"][0]["text"] == text
+
+
+def test_scores_of_a_prompt(server):
+    tokens = [256, 97, 98, 97, 99]
+    body = server.complete(tokens, echo=True, logprobs=1, max_tokens=1, temperature=0)
+    logprobs = body["choices"][0]["logprobs"]
+    assert body["choices"][0]["text"].startswith("abac")
+    assert len(logprobs["tokens"]) == 6
+    assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
+    # Greedy means exact equality with the largest one.
+    generated = logprobs["token_logprobs"][-1]
+    assert generated <= max(logprobs["top_logprobs"][-1].values())
+    only = server.complete(tokens, echo=True, logprobs=1, max_tokens=0)["choices"][0]
+    assert only["logprobs"]["token_logprobs"] == logprobs["token_logprobs"][:-1]
+    assert (only["finish_reason"], only["text"]) == ("length", "abac")
+
+
+def test_stop_strings_cut_the_text_across_tokens_and_blocks(server):
+    fields = {"temperature": 1.0, "max_tokens": 120, "seed": 5, "ignore_eos": True}
+    text = server.complete("b", **fields)["choices"][0]["text"]
+    for start in (0, 7, 31, 50):
+        stop = text[start : start + 3]
+        at = text.index(stop)
+        for is_streamed in (False, True):
+            if is_streamed:
+                frames = stream(server, prompt="b", stop=["never", stop], **fields)
+                found = "".join(c["text"] for f in frames for c in f["choices"])
+                reason = frames[-1]["choices"][0]["finish_reason"]
+            else:
+                choice = server.complete("b", stop=[stop, "never"], **fields)["choices"][0]
+                found, reason = choice["text"], choice["finish_reason"]
+            assert (found, reason) == (text[:at], "stop")
+
+
+def stream(server, **fields):
+    status, headers, body = server.send("POST", "/v1/completions", {**fields, "stream": True})
+    assert status == 200
+    assert headers["Content-Type"].startswith("text/event-stream")
+    *frames, done, end = body.decode().split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    return [json.loads(frame.removeprefix("data: ")) for frame in frames]
+
+
+def test_alone_and_all_at_once_in_any_order(server):
+    prompts = [("ab cé" * (1 + 7 * i))[: 3 + 11 * i] for i in range(20)]
+
+    def complete(index):
+        body = server.complete(prompts[index], seed=index, logprobs=2, **SAMPLED)
+        return body["choices"][0]
+
+    alone = [complete(index) for index in range(20)]
+    order = random.Random(0).sample(range(20), 20)
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        together = dict(zip(order, pool.map(complete, order), strict=True))
+    assert [together[index] for index in range(20)] == alone
+
+
+def test_cached_prefix(server):
+    prompt = "abc " * 100
+    first, second = (server.complete(prompt, max_tokens=8, seed=1, logprobs=2) for _ in range(2))
+    assert first["choices"] == second["choices"]
+    cached = [body["usage"]["prompt_tokens_details"]["cached_tokens"] for body in (first, second)]
+    assert cached == [0, 384]
+
+
+def test_states_are_saved_forked_downloaded_uploaded_and_deleted(workdir, server, tmp_path):
+    def send(method, path, body=None, status=200):
+        found, _, content = server.send(method, "/v1/states" + path, body)
+        assert found == status, content
+        return content
+
+    made = send("POST", "", {"prompt": "abc", "name": "trunk"}, 201)
+    assert (made["id"], made["tokens"], made["parent"]) == ("trunk", 4, None)
+    child = send("POST", "", {"prompt": " de", "parent": "trunk", "name": "branch"}, 201)
+    assert (child["tokens"], child["parent"], child["text"]) == (7, "trunk", "abc de")
+    assert send("POST", "/trunk/fork", {"name": "copy"}, 201)["parent"] == "trunk"
+    send("POST", "", {"prompt": "", "name": "trunk"}, 409)
+    content = send("GET", "/branch/file")
+    assert send("PUT", "/again/file", content, 201)["sha256"] == child["sha256"]
+    damaged = content[:-1] + bytes([content[-1] ^ 1])
+    assert "corrupted" in send("PUT", "/damaged/file", damaged, 400)["error"]["message"]
+    settings = {"max_tokens": 20, "seed": 3, "temperature": 1.0, "logprobs": 1}
+    choices = [
+        server.complete("b", state=name, **settings)["choices"][0]
+        for name in ("branch", "again", "trunk", "copy")
+    ]
+    assert choices[0] == choices[1]
+    assert choices[2] == choices[3] != choices[0]
+    # The library reads the file of the server, and the server that of the library.
+    model, tokenizer, _ = load_model(str(workdir))
+    (tmp_path / "branch").write_bytes(content)
+    state = load_state(tmp_path / "branch", model, tokenizer)
+    text = generate_text(model, tokenizer, "b", state=state, max_new_tokens=20)
+    greedy = server.complete("b", state="branch", max_tokens=20, temperature=0)
+    assert greedy["choices"][0]["text"] == text[0]
+    save_state(tmp_path / "saved", text.state, model, tokenizer)
+    send("PUT", "/saved/file", (tmp_path / "saved").read_bytes(), 201)
+    assert {state["id"] for state in send("GET", "")["data"]} >= {"trunk", "branch", "saved"}
+    for name in ("trunk", "branch", "copy", "again", "saved"):
+        assert send("DELETE", "/" + name)["deleted"]
+    send("GET", "/trunk", status=404)
+    send("GET", "/" + urllib.parse.quote("../trunk", safe=""), status=404)
+
+
+REFUSED = {
+    "unknown field": ({"tempera": 1}, "tempera"),
+    "type": ({"max_tokens": "3"}, "max_tokens"),
+    "huge integer": ({"max_tokens": 10**400}, "max_tokens"),
+    "range": ({"temperature": 2.5}, "temperature"),
+    "negative": ({"top_p": -0.1}, "top_p"),
+    "list": ({"stop": ["a"] * 5}, "stop"),
+    "mixed prompts": ({"prompt": ["a", 3]}, "prompt"),
+    "no prompt": ({"prompt": []}, "prompt"),
+    "id outside": ({"prompt": [3, 10**6]}, "prompt"),
+    "negative id": ({"prompt": [-1]}, "prompt"),
+    "lone surrogate": ({"prompt": "\ud800"}, None),
+    "bias": ({"logit_bias": {"x": 1}}, "logit_bias"),
+    "best_of": ({"best_of": 2}, "best_of"),
+    "state": ({"state": "../x"}, "state"),
+    "stream_options": ({"stream_options": {}}, "stream_options"),
+    "banned": ({"banned_token_ids": list(range(259))}, "banned_token_ids"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_requests_are_400_with_the_field(server, name):
+    fields, param = REFUSED[name]
+    status, _, body = server.send("POST", "/v1/completions", {"prompt": "a", **fields})
+    assert (status, body["error"]["type"]) == (400, "invalid_request_error")
+    assert body["error"]["param"] == param
+    assert "Traceback" not in body["error"]["message"]
+
+
+def test_bodies_that_are_no_json(server):
+    for body in (b"", b"{", b'{"prompt": NaN}', b"[" * 10_000, b"\xff\xfe", b'{"prompt":"\xff"}'):
+        status, _, answer = server.send("POST", "/v1/completions", body)
+        assert (status, answer["error"]["type"]) == (400, "invalid_request_error"), body[:20]
+    assert server.send("GET", "/v1/nothing")[0] == 404
+    assert server.send("GET", "/v1/completions")[0] == 405
+    assert server.send("POST", "/v1/completions", {"model": "gpt-4"})[0] == 404
+    assert server.send("POST", "/v1/completions", b" " * (1 << 24) + b"1")[0] == 413
+    assert server.send("GET", "/health", x="y" * 40_000)[0] == 431
+
+
+def test_tokenize_and_detokenize(server):
+    _, _, body = server.send("POST", "/tokenize", {"prompt": "aé", "return_token_strs": True})
+    assert body["tokens"] == [256, 97, 0xC3, 0xA9]
+    assert body["token_strs"][1:] == ["a", r"bytes:\xc3", r"bytes:\xa9"]
+    _, _, body = server.send("POST", "/detokenize", {"tokens": body["tokens"]})
+    assert body == {"prompt": "aé"}
+    assert server.send("GET", "/tokenizer_info")[2]["eos_token_id"] == 257
+
+
+def test_garbage_and_slow_clients_do_not_disturb_others(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    sockets = [socket.create_connection((host, int(port))) for _ in range(30)]
+    for number, connection in enumerate(sockets):
+        connection.sendall([b"\0" * 500, b"POST /v1/comp", b"GET / HTTP/1.1\r\nx: "][number % 3])
+    server.complete("a", max_tokens=3)
+    for connection in sockets:
+        connection.close()
+
+
+def test_clients_that_leave_free_their_slots(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    for is_streamed in (False, True):
+        fields = {"prompt": "a", "max_tokens": 10**6, "ignore_eos": True, "stream": is_streamed}
+        body = json.dumps(fields).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        sockets = [socket.create_connection((host, int(port))) for _ in range(12)]
+        for connection in sockets:
+            connection.sendall(head.encode() + body)
+        while server.send("GET", "/slots")[2]["active"] < 5:
+            time.sleep(0.01)
+        for connection in sockets:
+            connection.close()
+        while True:
+            found = server.send("GET", "/slots")[2]
+            if found["active"] == found["waiting"] == 0:
+                break
+            time.sleep(0.01)
+
+
+def test_a_full_queue_refuses_with_429(server):
+    def complete(index):
+        return server.send("POST", "/v1/completions", {"prompt": "a", "seed": index, **SAMPLED})
+
+    with concurrent.futures.ThreadPoolExecutor(150) as pool:
+        answers = list(pool.map(complete, range(150)))
+    assert {status for status, _, _ in answers} <= {200, 429}
+    assert all(headers["Retry-After"] for status, headers, _ in answers if status == 429)
+    status, _, body = server.send("POST", "/v1/completions", {"prompt": ["a"] * 41})
+    assert (status, body["error"]["type"]) == (429, "rate_limit_error")
+
+
+def test_metrics_and_openapi(server):
+    server.complete("abc " * 20, max_tokens=20)
+    text = server.send("GET", "/metrics")[2].decode()
+    values = dict(line.split(" ") for line in text.splitlines() if not line.startswith("#"))
+    assert float(values["simplernn_slots"]) == 5
+    assert float(values["simplernn_time_to_first_token_seconds_count"]) > 0
+    document = server.send("GET", "/openapi.json")[2]
+    assert "CompletionRequest" in document["components"]["schemas"]
+    assert server.send("GET", "/")[2].startswith(b"<!doctype html>")
+
+
+def test_key_drain_and_reload(workdir, tmp_path):
+    (tmp_path / "key").write_text("secret\n")
+    states = tmp_path / "states"
+    flags = [f"--api_key_file={tmp_path / 'key'}", f"--state_dir={states}", "--slots=2"]
+    key = {"Authorization": "Bearer secret"}
+    with serving(workdir, *flags) as server:
+        for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "secret"}):
+            assert server.send("GET", "/v1/models", **headers)[0] == 401
+        assert server.send("GET", "/v1/models", **key)[0] == 200
+        assert server.send("GET", "/health")[0] == 200
+        assert server.send("POST", "/v1/states", {"prompt": "ab", "name": "s"}, **key)[0] == 201
+        assert server.send("POST", "/admin/reload", **key)[2] == {"reloaded": False}
+        body = {"prompt": "a", "max_tokens": 3000, "seed": 1, "ignore_eos": True}
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            running = pool.submit(server.send, "POST", "/v1/completions", body, **key)
+            while server.send("GET", "/slots", **key)[2]["active"] == 0:
+                time.sleep(0.01)
+            code, errors = server.stop(signal.SIGTERM)
+            status, _, answer = running.result()
+        assert (code, status, answer["usage"]["completion_tokens"]) == (0, 200, 3000), errors
+    with serving(workdir, *flags) as server:
+        body = {"prompt": "b", "state": "s", "max_tokens": 3}
+        assert server.send("POST", "/v1/completions", body, **key)[0] == 200
+
+
+def test_flags_that_cannot_be_served(workdir, tmp_path):
+    def serve(*flags):
+        return run_python("scripts/serve.py", *flags)
+
+    assert_refused(serve(), "no --workdir")
+    assert_refused(serve(f"--workdir={tmp_path}"), "no checkpoint")
+    assert_refused(serve(f"--workdir={workdir}", "--host=0.0.0.0"), "--api_key_file")
+    assert_refused(
+        serve(f"--workdir={workdir}", "--host=192.0.2.1", "--allow_remote_without_key"), "listen"
+    )

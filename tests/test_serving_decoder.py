@@ -1,0 +1,204 @@
+"""Continuous batching: what a sequence gets does not depend on slots, neighbors or the cache."""
+
+import itertools
+
+import numpy as np
+import pytest
+from flax import nnx
+from small_runs import HYBRID, small_config
+
+from simplernn_jax.inference import generate
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.serving.decoder import PREFILL_TOKENS, SHORT_BLOCK, Decoder
+from simplernn_jax.serving.jobs import Job, NewTokens, Prefilled, Root, Sampling
+from simplernn_jax.serving.prefix_cache import GRID, PrefixCache, is_kept, prefix_keys
+
+VOCAB = 31
+EOS = 29
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = small_config(**HYBRID, attention_context=23, vocab_size=VOCAB).model
+    return LanguageModel(config, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def decoder(model):
+    return Decoder(model, num_slots=5, cache_bytes=1 << 24)
+
+
+def tokens_of(seed, length):
+    return np.random.default_rng(seed).integers(0, VOCAB, length, np.int32)
+
+
+def jobs_of_all_kinds():
+    settings = [
+        {},
+        {"temperature": 0.8},
+        {"temperature": 1.3, "top_k": 7, "top_p": 0.9},
+        {"temperature": 0.7, "min_p": 0.05, "repetition_penalty": 1.3},
+        {"temperature": 1.0, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+        {"temperature": 1.0, "logit_bias": {3: 5.0}, "banned_ids": (4, 5)},
+        {"temperature": 1.0, "stop_ids": tuple(range(7, 20))},
+    ]
+    return [
+        Job(
+            tokens_of(index % 3, 50 + 37 * index),
+            Sampling(seed=index, **one),
+            max_tokens=11 + index,
+            num_choices=1 + (index % 3 == 1),
+            num_logprobs=3 * (index % 2),
+            is_streamed=index % 2 == 0,
+        )
+        for index, one in enumerate(settings)
+    ]
+
+
+def run(decoder, jobs):
+    """Run `jobs` together; return (tokens, log-probabilities, reason) by (seed, choice)."""
+    decoder.waiting.extend(jobs)
+    parts, cached = {}, {}
+    while not decoder.is_idle:
+        for job, event in decoder.step():
+            if isinstance(event, Prefilled):
+                cached[job.sampling.seed] = event.cached_tokens
+            elif isinstance(event, NewTokens):
+                parts.setdefault((job.sampling.seed, event.choice), []).append(event)
+    found = {
+        key: (
+            np.concatenate([event.tokens for event in events]).tolist(),
+            b"".join(b"" if e.logprobs is None else e.logprobs.top.tobytes() for e in events),
+            [event.finish_reason for event in events if event.finish_reason],
+        )
+        for key, events in parts.items()
+    }
+    return found, cached
+
+
+def test_alone_together_and_from_the_cache_are_the_same_bits(decoder):
+    alone = {}
+    for job in jobs_of_all_kinds():
+        decoder.cache.clear()
+        alone |= run(decoder, [job])[0]
+    assert all(len(reasons) == 1 for _, _, reasons in alone.values())
+    assert {reason for _, _, (reason,) in alone.values()} == {"length", "stop"}
+    decoder.cache.clear()
+    together, cached = run(decoder, jobs_of_all_kinds()[::-1])
+    assert together == alone
+    again, cached = run(decoder, jobs_of_all_kinds())
+    assert again == alone
+    assert cached == {
+        job.sampling.seed: len(job.tokens) // GRID * GRID for job in jobs_of_all_kinds()
+    }
+
+
+def test_greedy_tokens_are_those_of_generate(model, decoder):
+    prompt = tokens_of(5, 70)
+    job = Job(prompt, Sampling(stop_ids=(EOS,)), max_tokens=17)
+    expected = generate(model, [prompt], max_new_tokens=17, eos_id=EOS).sequences()[0]
+    assert run(decoder, [job])[0][0, 0][0] == expected.tolist()
+
+
+def test_scores_are_log_softmax(model, decoder):
+    prompt = tokens_of(6, 77)
+    job = Job(prompt, Sampling(), scores_prompt=True, num_logprobs=4)
+    decoder.waiting.append(job)
+    events = list(itertools.chain.from_iterable(iter_steps(decoder)))
+    logprobs = events[0][1].logprobs
+    logits = np.asarray(model(prompt[None])[0][0], np.float64)
+    expected = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    np.testing.assert_allclose(
+        logprobs.token, expected[np.arange(76), prompt[1:]], rtol=0, atol=2e-5
+    )
+    np.testing.assert_array_equal(logprobs.top_ids[:, 0], expected[:-1].argmax(axis=-1))
+    np.testing.assert_allclose(logprobs.top[:, 0], expected[:-1].max(axis=-1), rtol=0, atol=2e-5)
+
+
+def iter_steps(decoder):
+    while not decoder.is_idle:
+        yield decoder.step()
+
+
+def test_a_state_continues_as_often_as_wanted(decoder):
+    first, second = tokens_of(7, 45), tokens_of(8, 66)
+    decoder.waiting.append(Job(first, Sampling(), keeps_state=True))
+    (_, prefilled), = itertools.chain.from_iterable(iter_steps(decoder))  # fmt: skip
+    root = Root(b"digest", prefilled.root.layers, prefilled.root.logits)
+
+    def continued(tokens):
+        job = Job(tokens, Sampling(seed=3), max_tokens=9, root=root, num_logprobs=2)
+        return run(decoder, [job])
+
+    (found, cached), (again, cached_again) = continued(second), continued(second)
+    assert found == again
+    assert (cached[3], cached_again[3]) == (0, GRID)
+    assert continued(second[:0])[0] != found
+    whole = Job(np.concatenate([first, second]), Sampling(seed=3), max_tokens=9, num_logprobs=2)
+    assert run(decoder, [whole])[0][3, 0][0] == found[3, 0][0]  # equal but for rounding
+
+
+def test_a_cancelled_job_frees_its_slots(decoder):
+    job = Job(tokens_of(9, 10), Sampling(), max_tokens=10**6, num_choices=7)
+    decoder.waiting.append(job)
+    decoder.step()
+    decoder.step()
+    assert decoder.num_active == 5
+    job.cancelled_choices.add(0)
+    decoder.step()
+    assert decoder.num_active == 5  # the next choice took its slot
+    job.is_cancelled = True
+    decoder.step()
+    decoder.step()
+    assert decoder.is_idle
+
+
+def test_a_long_prompt_does_not_stall_streams(decoder):
+    stream = Job(tokens_of(1, 3), Sampling(), max_tokens=10**6, is_streamed=True)
+    long = Job(tokens_of(2, 5000), Sampling(), max_tokens=1)
+    decoder.waiting.append(stream)
+    decoder.step()
+    decoder.waiting.append(long)
+    counts = []
+    for events in iter_steps(decoder):
+        counts.append(sum(len(event.tokens) for job, event in events if job is stream))
+        if any(job is long for job, _ in events):
+            break
+    stream.is_cancelled = True
+    run(decoder, [])
+    assert len(counts) >= 5000 // (PREFILL_TOKENS + GRID)
+    assert set(counts) == {SHORT_BLOCK}
+
+
+def test_prefix_cache_is_bounded_and_forgets_the_least_recently_used():
+    cache = PrefixCache(max_bytes=3 * 80)
+    states = [np.full(5, i, np.float64) for i in range(4)]
+    keys = [bytes([i]) for i in range(4)]
+    for key, state in zip(keys[:3], states, strict=False):
+        cache.add(key, (state, state))
+    assert cache.longest(keys[:1])[0] == 1
+    cache.add(keys[3], (states[3], states[3]))
+    assert (cache.longest(keys[1:2])[0], cache.longest(keys[:1])[0]) == (0, 1)
+    assert (cache.num_bytes, cache.num_evicted) == (240, 1)
+    cache.add(b"large", (np.zeros(31), np.zeros(0)))
+    assert cache.num_bytes == 240
+
+
+def test_prefixes_have_keys_of_their_own():
+    tokens = tokens_of(0, 3 * GRID + 5)
+    keys = prefix_keys(b"", tokens)
+    assert len(set(keys)) == 3
+    assert keys[:2] == prefix_keys(b"", tokens[: 2 * GRID])
+    assert not set(keys) & set(prefix_keys(b"root", tokens))
+    tokens[0] += 1
+    assert not set(keys) & set(prefix_keys(b"", tokens))
+
+
+def test_a_long_prompt_keeps_few_states_but_its_last_one():
+    length = 50_000
+    kept = [p for p in range(GRID, length, GRID) if is_kept(p, length)]
+    assert kept[-1] == length // GRID * GRID
+    assert len(kept) < 300
+    assert all(
+        after - before <= max(GRID, before / 8) for before, after in itertools.pairwise(kept)
+    )
