@@ -3,8 +3,8 @@
     python scripts/serve.py --workdir runs/base
     curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "def main(", "max_tokens": 50}'
 
-Needs the extra `serve`: pip install -e '.[serve]'. SIGTERM and Ctrl-C end the server once the running
-requests have ended, or after --drain_timeout.
+Needs the extra `serve`: pip install -e '.[serve]'. SIGTERM and Ctrl-C end the server once the
+running requests have ended, or after --drain_timeout.
 """
 
 import bootstrap
@@ -66,8 +66,8 @@ def main() -> None:
     key = _api_key()
     if key is None and _HOST.value not in _LOOPBACK and not _ALLOW_REMOTE.value:
         raise UserError(
-            f"--host={_HOST.value}: anyone who reaches it could use the server; set --api_key_file, "
-            "or pass --allow_remote_without_key"
+            f"--host={_HOST.value}: anyone who reaches it could use the server; "
+            "set --api_key_file, or pass --allow_remote_without_key"
         )
     try:
         from simplernn_jax.serving.server import listen, serve
