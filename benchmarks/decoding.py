@@ -76,8 +76,13 @@ def random_tokens(config: ModelConfig, batch: int, length: int) -> np.ndarray:
 
 def recompute_call(model: LanguageModel, tokens: np.ndarray) -> Call:
     """The next token after `tokens` ``[1, T]`` from a forward pass over all of them."""
-    next_token = nnx.jit(lambda model, tokens: jnp.argmax(model(tokens)[0][:, -1], axis=-1))
-    return lambda: next_token(model, tokens)
+    graph, arrays = nnx.split(model)  # once: `nnx.jit` would split at each call
+
+    @jax.jit
+    def next_token(arrays: Any, tokens: jax.Array) -> jax.Array:
+        return jnp.argmax(nnx.merge(graph, arrays)(tokens)[0][:, -1], axis=-1)
+
+    return lambda: next_token(arrays, tokens)
 
 
 def state_after(model: LanguageModel, prompt: np.ndarray) -> Any:
