@@ -14,7 +14,6 @@ from small_runs import small_config
 from simplernn_jax.analysis import state_value
 from simplernn_jax.analysis.explanation import explain
 from simplernn_jax.analysis.export import to_numbers
-from simplernn_jax.analysis.html_parts import shaded_text
 from simplernn_jax.analysis.map_plots import draw_bars, draw_heads
 from simplernn_jax.analysis.memory import half_gone
 from simplernn_jax.analysis.page import draw_plots, make_page
@@ -87,13 +86,14 @@ def test_the_token_that_gains_most_from_distant_context_is_chosen(monkeypatch):
     monkeypatch.setattr(state_value, "short_context_losses", losses_with)
     losses = np.full(39, 2.0)
     losses[36] = 0.5  # token 37 gains 2.33 - 0.5
-    means, gains = context_gains(None, np.zeros(40, np.int32), losses)
+    model = LanguageModel(small_config().model, rngs=nnx.Rngs(0))
+    means, gains = context_gains(model, np.zeros(40, np.int32), losses)
     full = losses[32:].mean()
     assert means == (7, pytest.approx(4 - full), pytest.approx(2.5 - full))
     token, reason = choose_token(gains, 40)
     assert token == 37
     assert reason.startswith("the text more than 32 tokens before it lowers its loss by 1.83")
-    assert context_gains(None, np.zeros(33, np.int32), losses[:32]) == (None, {})
+    assert context_gains(model, np.zeros(33, np.int32), losses[:32]) == (None, {})
     token, reason = choose_token({}, 33)
     assert (token, reason[:12]) == (32, "the last one")
 
@@ -134,10 +134,14 @@ def test_the_summary_of_other_models(result, sentence, expected):
 
 
 def test_a_weak_contribution_looks_weak():
-    units = explanation().chosen.units
-    page = shaded_text(units, np.full(len(units), 0.01), 0.5, units[0], "rest")
-    opacities = [float(part.split(")")[0]) for part in page.split("var(--red),")[1:]]
-    assert opacities == pytest.approx([0.014] * len(units))
+    chosen = explanation().chosen
+    weak = chosen.from_all._replace(tokens=np.full(len(chosen.from_all.tokens), 0.01))
+    chosen = dataclasses.replace(chosen, from_all=weak)
+    page = make_page(dataclasses.replace(explanation(), chosen=chosen), pictures(), {})
+    text = page.split("<pre>")[1].split("</pre>")[0]
+    opacities = [float(part.split(")")[0]) for part in text.split("var(--red),")[1:]]
+    units = [unit.stop - unit.start for unit in chosen.units]
+    assert opacities == pytest.approx([0.014 * size for size in units])
 
 
 def test_an_excerpt_begins_and_ends_with_a_word_and_stages_are_logged(caplog):

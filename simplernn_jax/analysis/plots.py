@@ -245,7 +245,7 @@ def draw_reset_loss(losses: dict[int, Evaluation], window: int) -> Plot:
         )
 
 
-def _set_loss_axes(axes: Any, places: Sequence[float], label: str) -> None:
+def _set_loss_axes(axes: Any, places: Sequence[float] | np.ndarray, label: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.75 * places[0], 1.5 * places[-1])  # also if every loss is NaN
     axes.xaxis.set_major_formatter("{x:,.0f}")
