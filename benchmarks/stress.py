@@ -31,7 +31,7 @@ _START_SECONDS, _SAVE_SECONDS = 8.0, 0.5
 """Approximate time of a start, and of three steps and a save."""
 _ENDS_WITHIN = 60.0
 """Seconds in which the other process must end."""
-_REASONS = {76: "error: another process of the run was lost", 2: "error: not all processes"}
+_REASONS = {76: "error: a peer process failed", 2: "error: not all processes"}
 """Exit codes of the other process, and the reason in its log."""
 
 Process = subprocess.Popen[bytes]

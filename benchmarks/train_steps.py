@@ -128,7 +128,8 @@ def gru_step(config: Config) -> Call:
 
     def step(state: Any, batch: Batch) -> Any:
         loss, gradient = jax.value_and_grad(mean_loss)(state[0], batch)
-        updates, opt_state = optimizer.update(gradient, state[1], state[0])
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+            updates, opt_state = optimizer.update(gradient, state[1], state[0])
         return (optax.apply_updates(state[0], updates), opt_state), loss
 
     return compiled_step(jax.jit(step, donate_argnums=0), start, random_batch(config))

@@ -1,6 +1,9 @@
 """The type checker that conftest.py applies to annotations of the package."""
 
+import contextlib
+
 import beartype
+import jaxtyping
 from jax import export
 
 (_OPEN_SIZE,) = export.symbolic_shape("size")
@@ -12,3 +15,13 @@ check = beartype.beartype(
         hint_overrides=beartype.FrozenDict({int: int | type(_OPEN_SIZE)}),
     )
 )
+
+
+@contextlib.contextmanager
+def unchecked():
+    """Leave out the checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

@@ -92,7 +92,7 @@ def test_softmax_map_equals_its_definition(segments):
     x = np.random.default_rng(0).normal(size=(1, PAST + LENGTH, 7))
     x = jnp.asarray(x, jnp.float32)
     _, cache = attention(x[:, :PAST])
-    ids = None if segments is None else np.asarray(segments, np.int32)[None]
+    ids = None if segments is None else jnp.asarray(segments, jnp.int32)[None]
 
     @jax.jit
     def weights_of(attention, x, cache):

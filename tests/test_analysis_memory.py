@@ -72,7 +72,9 @@ def test_measured_on_the_way_as_all_at_once(monkeypatch, points, positions):
     assert layer.norms.shape == layer.ranks.shape == (len(positions), 2)
     norms = np.sqrt(np.sum(np.asarray(final_state[0]) ** 2, axis=(1, 2)))
     np.testing.assert_allclose(layer.norms[-1], norms, rtol=1e-5)
-    np.testing.assert_allclose(layer.ranks[-1], effective_rank(final_state[0]), rtol=1e-4)
+    np.testing.assert_allclose(
+        layer.ranks[-1], effective_rank(np.asarray(final_state[0])), rtol=1e-4
+    )
 
 
 def test_the_state_of_a_long_text_is_read_in_pieces(monkeypatch):

@@ -19,11 +19,11 @@ BYTES = ByteTokenizer()
 
 
 def units_of(text):
-    return split_into_units(BYTES, [BYTES.bos_id, *BYTES.encode(text)])
+    return split_into_units(BYTES, [BYTES.bos_id, *BYTES.encode(text).tolist()])
 
 
 def test_bytes_of_one_character_are_one_unit():
-    ids = [BYTES.bos_id, *BYTES.encode("aé漢\n"), BYTES.eos_id]
+    ids = [BYTES.bos_id, *BYTES.encode("aé漢\n").tolist(), BYTES.eos_id]
     units = split_into_units(BYTES, ids)
     assert [unit.text for unit in units] == ["⟨BOS⟩", "a", "é", "漢", "\n", "⟨EOS⟩"]
     assert [(unit.start, unit.stop) for unit in units[1:5]] == [(1, 2), (2, 4), (4, 7), (7, 8)]

@@ -215,7 +215,7 @@ def test_rope_depends_on_the_distance_at_any_position():
             assert dot(position, distance) == pytest.approx(near, abs=1e-5)
     assert abs(dot(5, 1) - dot(5, 2)) > 0.1
     with jax.enable_x64(True):  # int64 positions are modulo 2^32 too
-        long, short = (apply_rope(q, np.full((1, 1), p)) for p in (2**33 + 5, 5))
+        long, short = (apply_rope(q, jnp.full((1, 1), p, jnp.int64)) for p in (2**33 + 5, 5))
     np.testing.assert_array_equal(long, short)
 
 

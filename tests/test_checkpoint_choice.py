@@ -80,7 +80,7 @@ def test_the_newest_or_any_step_is_used_where_that_is_asked_for(tmp_path):
     with pytest.raises(UserError, match=r"--checkpoint=4: .*has only these steps: 2, 3, 11"):
         choose_checkpoint(str(tmp_path), 4)
     for word in ("oldest", "-3", "", "٣"):
-        with pytest.raises(UserError, match="give best, newest or a step"):
+        with pytest.raises(UserError, match="specify best, newest or a step"):
             choose_checkpoint(str(tmp_path), word)
 
 

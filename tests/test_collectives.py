@@ -32,7 +32,7 @@ def everything(x):
         "sum": psum(x, "data", "sequence"),
         "last": broadcast_from_last(x, "sequence"),
         "sum of copies": psum(jnp.ones(()), "sequence"),
-        "index": x + axis_index("sequence"),
+        "index": x + jnp.asarray(axis_index("sequence"), x.dtype),
         "varying": vary_like(jnp.ones(x.shape), x) * x,
     }
 
@@ -53,7 +53,7 @@ def test_on_a_mesh():
     np.testing.assert_array_equal(result["sum"], [0 + 2 + 4 + 6, 1 + 3 + 5 + 7])
     np.testing.assert_array_equal(result["last"], [6, 7])
     assert float(result["sum of copies"]) == 4
-    np.testing.assert_array_equal(result["index"], x + np.repeat(np.arange(4), 2))
+    np.testing.assert_array_equal(result["index"], np.asarray(x) + np.repeat(np.arange(4), 2))
     np.testing.assert_array_equal(result["varying"], x)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from annotation_checks import unchecked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import assert_accurate, draw_recurrence, recurrence, value_and_gradients
@@ -221,7 +222,8 @@ def test_numpy_float64_is_float32_without_x64(method):
     x = np.ones((2, 5, 3, 4))
     state = np.ones((2, 3, 4, 4))
     ids = np.zeros((2, 5), np.int64)
-    with jax.enable_x64(False):
+    # The annotations name JAX's arrays; NumPy's are accepted too.
+    with jax.enable_x64(False), unchecked():
         results = gated_linear_recurrence(
             x, x, x, -x, initial_state=state, segment_ids=ids, method=method
         )

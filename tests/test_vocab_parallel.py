@@ -36,7 +36,8 @@ def value_and_gradients(run, *arguments):
 
     def total(*arguments):
         result = run(*arguments)
-        return jnp.sum(jnp.sin(result + jnp.arange(result.size).reshape(result.shape))), result
+        places = jnp.arange(result.size, dtype=result.dtype)
+        return jnp.sum(jnp.sin(result + places.reshape(result.shape))), result
 
     floats = [n for n, x in enumerate(arguments) if jnp.issubdtype(x.dtype, jnp.floating)]
     gradients, result = jax.jit(jax.grad(total, floats, has_aux=True))(*arguments)

@@ -153,7 +153,9 @@ def draw_bars(
             bars = np.arange(len(strongest))
             reds = np.where(values[strongest] > 0, "tab:red", "tab:blue")
             axes.barh(bars, values[strongest], color=reds)
-            axes.set_yticks(bars, [label_unit(units, index) for index in strongest.tolist()], **MONOSPACE)
+            axes.set_yticks(
+                bars, [label_unit(units, index) for index in strongest.tolist()], **MONOSPACE
+            )
             axes.set_ylim(most - 0.5, -0.5)
             axes.axvline(0, color="black", linewidth=0.6)
             axes.locator_params(axis="x", nbins=5)  # or long numbers touch

@@ -89,7 +89,8 @@ def make_page(explanation: Explanation, plots: Mapping[str, Plot], facts: Mappin
 
 def _half_lives(explanation: Explanation) -> list[tuple[str, ...]]:
     """Return the rows of the recurrent layers."""
-    window, rows = explanation.state_value.window, []
+    window = explanation.state_value.window
+    rows: list[tuple[str, ...]] = []
     for number, layer in enumerate(explanation.memory.layers, 1):
         if layer is not None:
             lives = layer.half_lives.ravel()
@@ -101,7 +102,8 @@ def _half_lives(explanation: Explanation) -> list[tuple[str, ...]]:
 
 def _losses(explanation: Explanation) -> list[tuple[str, ...]]:
     """Return the rows of the intervals between resets, carried states last."""
-    value, rows = explanation.state_value, []
+    value = explanation.state_value
+    rows: list[tuple[str, ...]] = []
     for interval, result in sorted(value.by_reset.items(), key=lambda item: item[0] or math.inf):
         name = f"reset every {counted(interval, 'token')}" if interval else "carried, never reset"
         name += " (every training window)" if interval == value.window else ""

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, SegmentIds, Values
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_dtype, check_segment_ids
@@ -111,7 +112,7 @@ def _choose(method: str, chunk_size: int | None, dtype: Any) -> str:
     return method
 
 
-def segment_starts(segment_ids: jax.Array) -> jax.Array:
+def segment_starts(segment_ids: jax.Array | np.ndarray) -> jax.Array:
     """Mark the tokens whose id differs from that of the token before, ``[B, T]`` bool.
 
     Raises:
