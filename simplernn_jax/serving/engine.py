@@ -111,7 +111,8 @@ class Engine:
             self._is_stopping = True
             self._deadline = time.monotonic() + timeout
             self._wake.notify()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         while self._take_work():

@@ -73,17 +73,24 @@ def serve(
     service = Service(engine, tokenizer, model.config.vocab_size, model_name, states, reload_model)
 
     def start() -> None:
-        for number, name in enumerate(engine.compile(), 1):
-            _progress(f"compiling program {number}: {name}")
+        try:
+            for number, name in enumerate(engine.compile(), 1):
+                if service.status != "starting":
+                    return
+                _progress(f"compiling program {number}: {name}")
+        except BaseException as error:
+            failures.append(error)
+            server.should_exit = True
+            return
         engine.start()
-        service.status = "ready"
+        if service.status == "starting":
+            service.status = "ready"
         host, port = listener.getsockname()[:2]
         _progress(f"listening on http://{host}:{port}\n")
 
     async def run() -> None:
         nonlocal loop
         loop = asyncio.get_running_loop()
-        starter = threading.Thread(target=start, daemon=True)
         starter.start()
         loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(reload()))
         await server.serve(sockets=[listener])
@@ -102,6 +109,7 @@ def serve(
                 threading.Thread(target=engine.stop, args=(drain_timeout,), daemon=True).start()
             super().handle_exit(sig, frame)
 
+    starter = threading.Thread(target=start, daemon=True)
     config = uvicorn.Config(
         Gate(make_app(service), api_key, allow_origin),
         http=DeadlineProtocol,
@@ -116,7 +124,11 @@ def serve(
     # uvicorn raises the signal again after a graceful end: that is no error here.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    failures: list[BaseException] = []
     asyncio.run(run())
+    starter.join()  # a process that ends while XLA compiles would crash
+    if failures:
+        raise failures[0]
 
 
 def _progress(line: str) -> None:

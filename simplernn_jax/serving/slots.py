@@ -273,5 +273,5 @@ def _penalized(
     """Apply the penalties: repetition to prompt and new tokens, the others to new tokens alone."""
     repetition = jnp.where(in_prompt | (counts > 0), settings.repetition_penalty[:, None], 1.0)
     logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
-    logits -= settings.presence_penalty[:, None] * (counts > 0)
-    return logits - settings.frequency_penalty[:, None] * counts
+    logits -= jnp.where(counts > 0, settings.presence_penalty[:, None], 0.0)
+    return logits - settings.frequency_penalty[:, None] * counts.astype(jnp.float32)

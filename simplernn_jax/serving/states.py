@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import stat
+import threading
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,7 @@ class StateFolder:
         self._folder = folder
         self._max_bytes = max_bytes
         self._tokenizer = tokenizer
+        self._lock = threading.Lock()
         self.use_model(model)
 
     def use_model(self, model: LanguageModel) -> None:
@@ -136,6 +138,11 @@ class StateFolder:
         """
         name = f"state-{secrets.token_hex(6)}" if name is None else name
         named = self._decode(name, content, status=400)
+        with self._lock:
+            self._write(name, content)
+        return named
+
+    def _write(self, name: str, content: bytes) -> None:
         path = self._path(name)
         if os.path.lexists(path):
             raise RequestError(f"state {name!r}: exists already; choose another name", status=409)
@@ -146,7 +153,6 @@ class StateFolder:
             write_file(path, content)
         except OSError as error:
             raise RequestError(f"state {name!r}: {error.strerror}", status=507) from error
-        return named
 
     def fork(self, name: str, new_name: str | None) -> NamedState:
         """Copy a state; its parent is `name`."""
