@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from simplernn_jax.inference.programs import BLOCK_TOKENS
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.jobs import (
     Event,
@@ -39,8 +40,7 @@ from simplernn_jax.serving.slots import (
 PREFILL_TOKENS = 256
 """Tokens prefilled between two blocks while slots decode: a long prompt never stalls them."""
 SHORT_BLOCK = 8
-"""Tokens of a block while anything is streamed or waits."""
-LONG_BLOCK = 32
+"""Tokens of a block while anything is streamed or waits; else BLOCK_TOKENS."""
 
 CHUNK_LENGTHS = (GRID, 8, 1)
 """Prompts are prefilled in chunks of GRID tokens, the tail of one in the shorter ones."""
@@ -276,7 +276,7 @@ class Decoder:
     def _dispatch(self) -> None:
         active = [choice for choice in self._choices if choice is not None]
         is_urgent = self.waiting or self._prefill or any(c.job.is_streamed for c in active)
-        length = SHORT_BLOCK if is_urgent else LONG_BLOCK
+        length = SHORT_BLOCK if is_urgent else BLOCK_TOKENS
         with_logprobs = any(choice.job.num_logprobs for choice in active)
         block, self._slots = self._programs.decode(
             self._parameters,

@@ -14,11 +14,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from simplernn_jax.array_types import ModelState
+from simplernn_jax.inference.programs import BLOCK_TOKENS
 from simplernn_jax.inference.sampling import sample
 from simplernn_jax.models import LanguageModel
 
-BLOCK_TOKENS = 32
-"""Tokens of a slot that one dispatch decodes at most."""
 TOP_LOGPROBS = 20
 """Alternatives reported for a token at most."""
 
