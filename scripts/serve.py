@@ -77,6 +77,7 @@ def main() -> None:
     from simplernn_jax import load_model
     from simplernn_jax.checkpoint.choice import choose_checkpoint
     from simplernn_jax.compilation_cache import use_compilation_cache
+    from simplernn_jax.data.chat_template import ChatTemplate
     from simplernn_jax.devices import check_devices
     from simplernn_jax.models import LanguageModel
 
@@ -91,8 +92,11 @@ def main() -> None:
         if newest == path:
             return None
         new_model, new_tokenizer, new_config = load_model(workdir, _CHECKPOINT.value)
-        if (new_config.model, new_tokenizer.to_json()) != (config.model, tokenizer.to_json()):
-            raise UserError(f"{newest}: another architecture or tokenizer; start the server again")
+        new = new_config.model, new_config.data.template, new_tokenizer.to_json()
+        if new != (config.model, config.data.template, tokenizer.to_json()):
+            raise UserError(
+                f"{newest}: another architecture, template or tokenizer; start the server again"
+            )
         path = newest
         return new_model
 
@@ -110,6 +114,7 @@ def main() -> None:
             cache_bytes=_CACHE_MB.value << 20,
             max_waiting=_MAX_QUEUE.value,
             drain_timeout=_DRAIN_TIMEOUT.value,
+            template=ChatTemplate(config.data.template) if config.data.template else None,
             states=StateFolder(state_dir, model, tokenizer, _STATES_MB.value << 20),
             api_key=key,
             allow_origin=_ALLOW_ORIGIN.value,

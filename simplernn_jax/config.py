@@ -81,7 +81,13 @@ class DataConfig:
     ``.jsonl`` or ``.parquet`` (the first two also as ``.gz`` or ``.zst``), or ``tfds:NAME`` (name
     or directory of a prepared dataset)."""
     field: str = "text"
-    """Field of a JSONL record, Parquet row or TFDS example that holds the text."""
+    """Field of a JSONL record, Parquet row or TFDS example that holds the text; with a template,
+    the default is ``messages``."""
+    template: str = ""
+    """Chat template, for JSONL whose records hold ``messages`` in OpenAI's form: ``roles`` (built
+    in), a Jinja file in Hugging Face's form, or its text; empty: the records hold text."""
+    loss_on: str = "all"
+    """Tokens that are predicted: ``all``, or those of the ``assistant``'s messages."""
     tokenizer: str = "byte"
     """``byte``, ``char``, a path to a Hugging Face ``tokenizer.json``, or a hub name."""
     split: str = "document"
@@ -141,6 +147,9 @@ class TrainConfig:
 
     seed: int = 0
     """Seed of initialization, split, batches and dropout, in [0, 2**32)."""
+    init_from: str = ""
+    """Workdir of a run whose parameters this one starts from (fine-tuning), with a fresh optimizer
+    at step 0; model and tokenizer must be the same."""
     steps: int = 0
     """Optimizer steps; exactly one of steps and epochs is set."""
     epochs: float = 0.0
@@ -247,7 +256,12 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-_OPTIONAL_FIELDS = {"config.train.stop_after_worse"}
+_OPTIONAL_FIELDS = {
+    "config.data.template",
+    "config.data.loss_on",
+    "config.train.init_from",
+    "config.train.stop_after_worse",
+}
 """Fields missing from older checkpoints; their default reproduces the old behavior."""
 
 

@@ -16,6 +16,7 @@ _CHOICES = {
     "model.state_precision": PRECISIONS,
     "data.mode": ("window", "stream", "document"),
     "data.split": ("document", "position"),
+    "data.loss_on": ("all", "assistant"),
     "data.encoding_errors": ENCODING_ERRORS,
     "optimizer.name": ("adamw", "muon"),
     "train.remat": ("none", "block"),
@@ -135,6 +136,8 @@ def _check_run(values: Mapping[str, Any]) -> None:
         reject("data.cache_dir", "a path; ~USER does not name an existing user")
     if not values["data.source"]:
         reject("data.source", "stdlib, a path, a glob or tfds:NAME")
+    if values["data.loss_on"] == "assistant" and not values["data.template"]:
+        reject("data.loss_on", "all without data.template")
     if values["optimizer.epsilon"] <= 0:
         reject("optimizer.epsilon", "positive")
     if values["train.seed"] >= 2**32:

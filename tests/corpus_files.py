@@ -24,7 +24,10 @@ def records(*values):
 def read_all(source, **settings):
     """Texts of all documents by name."""
     corpus = open_corpus(DataConfig(source=str(source), **settings))
-    texts = {document.name: "".join(document.pieces) for document in corpus.documents()}
+    texts = {
+        document.name: "".join(piece.text for piece in document.pieces)
+        for document in corpus.documents()
+    }
     assert corpus.bytes_read == corpus.total_bytes
     return texts
 

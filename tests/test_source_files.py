@@ -87,7 +87,7 @@ def test_large_decompressed_content_takes_bounded_memory(tmp_path, suffix):
     tracemalloc.start()
     try:
         corpus = open_corpus(DataConfig(source=str(path)))
-        count = sum(len(piece) for document in corpus.documents() for piece in document.pieces)
+        count = sum(len(piece.text) for document in corpus.documents() for piece in document.pieces)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

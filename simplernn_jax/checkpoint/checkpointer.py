@@ -19,18 +19,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.choice import NEWEST, choose_checkpoint, steps_to_keep
 from simplernn_jax.checkpoint.contents import (
-    check_leaves,
     quality_item,
-    read_arrays,
     read_json,
     read_texts,
-    saved_leaves,
+    read_tree,
     saved_quality,
 )
 from simplernn_jax.checkpoint.folder import CheckpointFolder, disk_failure
@@ -171,13 +168,7 @@ class Checkpointer:
         path = self._folder.step_path(step)
         config, tokenizer_json = read_texts(path)
         check_same_model(self._config, config)
-        wanted = named_leaves(abstract_state)
-        check_leaves(path, wanted, saved_leaves(path))
-        by_name = None if shardings is None else named_leaves(shardings)
-        arrays = read_arrays(path, list(wanted), by_name)
-        # A copy that JAX owns: an alias of numpy's memory could not be donated.
-        leaves = [jnp.array(arrays[name]) for name in wanted]
-        state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+        state = read_tree(path, abstract_state, shardings)
         return Restored(step, state, read_json(path, "data"), config, tokenizer_json)
 
     def close(self, *, failed: bool = False) -> None:

@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -20,6 +22,7 @@ from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
+from simplernn_jax.named_leaves import named_leaves
 
 QUALITY_ITEM = "quality"
 """Item that `saved_quality` and `saved_step` read."""
@@ -82,6 +85,29 @@ def read_arrays(
     )
     arrays = ocp.PyTreeCheckpointHandler().restore(epath.Path(path) / "state", args=args)
     return {name: arrays[saved] for saved, name in on_disk.items()}
+
+
+def read_tree(path: str, abstract: Any, shardings: Any = None, *, partial: bool = False) -> Any:
+    """Read a tree of arrays of the checkpoint folder `path`, bit-exactly.
+
+    Args:
+      path: folder of a checkpoint.
+      abstract: tree of arrays or `jax.ShapeDtypeStruct`.
+      shardings: sharding of each array; None is the default device.
+      partial: whether the checkpoint may hold other arrays too.
+
+    Raises:
+      UserError: an array is missing or of another shape or dtype.
+    """
+    wanted, saved = named_leaves(abstract), saved_leaves(path)
+    if partial:
+        saved = {name: leaf for name, leaf in saved.items() if name in wanted}
+    check_leaves(path, wanted, saved)
+    by_name = None if shardings is None else named_leaves(shardings)
+    arrays = read_arrays(path, list(wanted), by_name)
+    # A copy that JAX owns: an alias of numpy's memory could not be donated.
+    leaves = [jnp.array(arrays[name]) for name in wanted]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
 def check_leaves(path: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

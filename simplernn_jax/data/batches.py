@@ -36,7 +36,8 @@ class Batch(NamedTuple):
     targets: np.ndarray
     """int32 [B, T], the token after each input."""
     loss_mask: np.ndarray
-    """bool [B, T], False where the target belongs to another document and on padding."""
+    """bool [B, T], False where the target belongs to another document, is no target of the loss
+    (`TokenSplit.targets`), and on padding."""
     segment_ids: np.ndarray
     """int32 [B, T], a new id from the first token of each document, and for padding."""
     reset: np.ndarray
@@ -144,8 +145,10 @@ class BatchSource:
             f"BatchSource({split.name}:{split.content_hash}, {data_config}, seed={seed}, "
             f"pad_id={pad_id}, sequences={sequences})"
         )
+        self._split = split
         # A plain array over the same memory: indexing the memmap class costs more.
         self._tokens = np.asarray(split.tokens)
+        self._targets = None if split.targets is None else np.asarray(split.targets)
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
         if self._mode == "document":
             per_document = _pieces_per_document(split, self._length)
@@ -218,10 +221,13 @@ class BatchSource:
         nth = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
         begins = np.zeros(positions.shape, bool)
         begins[sequence, self._boundaries[first[sequence] + nth] - starts[sequence]] = True
+        loss_mask = ~begins[:, 1:]
+        if self._targets is not None:
+            loss_mask &= self._targets.take(positions[:, 1:], mode="wrap")
         batch = Batch(
             tokens=tokens[:, :-1].astype(np.int32),
             targets=tokens[:, 1:].astype(np.int32),
-            loss_mask=~begins[:, 1:],
+            loss_mask=loss_mask,
             segment_ids=np.cumsum(begins[:, :-1], axis=1, dtype=np.int32),
             reset=np.zeros(len(starts), bool),
         )
@@ -242,24 +248,33 @@ class BatchSource:
         counts = np.append(counts, padding)[self._sequences]
         along = np.arange(self._length)
         is_real = along < counts[:, None]
-        tokens, targets = gather(self._tokens, starts[:, None] + along, is_real, self._pad_id)
+        positions = starts[:, None] + along
+        tokens, targets, loss_mask = gather(self._split, positions, is_real, self._pad_id)
         return Batch(
             tokens=tokens,
             targets=targets,
-            loss_mask=is_real,
+            loss_mask=loss_mask,
             segment_ids=(~is_real).astype(np.int32),
             reset=np.ones(len(starts), bool),
         )
 
 
 def gather(
-    tokens: np.ndarray, positions: np.ndarray, is_real: np.ndarray, pad_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Gather inputs at `positions` [B, T] and their next tokens, int32; `pad_id` elsewhere."""
+    split: TokenSplit, positions: np.ndarray, is_real: np.ndarray, pad_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gather inputs at `positions` [B, T] and their next tokens, int32; `pad_id` elsewhere.
+
+    Returns:
+      Inputs, next tokens, and whether these are targets of the loss.
+    """
+    # A plain array over the same memory: indexing the memmap class costs more.
+    tokens = np.asarray(split.tokens)
     positions = np.where(is_real, positions, 0)
     inputs = np.where(is_real, tokens[positions].astype(np.int32), np.int32(pad_id))
-    targets = np.where(is_real, tokens[positions + 1].astype(np.int32), np.int32(pad_id))
-    return inputs, targets
+    following = np.where(is_real, tokens[positions + 1].astype(np.int32), np.int32(pad_id))
+    if split.targets is None:
+        return inputs, following, is_real
+    return inputs, following, is_real & np.asarray(split.targets)[positions + 1]
 
 
 def document_ends(split: TokenSplit) -> np.ndarray:

@@ -4,10 +4,16 @@ import os
 from collections.abc import Iterable
 
 from simplernn_jax.config import DataConfig
+from simplernn_jax.data.chat_template import load_template
 from simplernn_jax.data.documents import Corpus, Document
 from simplernn_jax.data.file_search import find_files, stdlib_files
 from simplernn_jax.data.prepared_dataset import PreparedDataset, find_prepared
-from simplernn_jax.data.record_files import JsonlFiles, ParquetFiles, RecordFiles
+from simplernn_jax.data.record_files import (
+    ConversationFiles,
+    JsonlFiles,
+    ParquetFiles,
+    RecordFiles,
+)
 from simplernn_jax.data.source_files import COMPRESSED_SUFFIXES
 from simplernn_jax.data.text_files import TextFiles
 from simplernn_jax.errors import UserError
@@ -42,6 +48,8 @@ def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
 
 def _open(config: DataConfig, exclude: frozenset[str]) -> Corpus:
     source = config.source
+    if config.template and (source == "stdlib" or source.startswith("tfds:")):
+        raise UserError(f"{source}: no conversations (data.template), which come as JSONL")
     if source == "stdlib":
         return TextFiles(stdlib_files(), encoding_errors="strict")
     if source.startswith("tfds:"):
@@ -56,6 +64,17 @@ def _open(config: DataConfig, exclude: frozenset[str]) -> Corpus:
         raise UserError(
             f"{source}: both {kinds[0]} ({files[0].name}) and {kinds[other]} "
             f"({files[other].name}); specify one kind with a glob such as '*.jsonl'"
+        )
+    if config.template:
+        if kinds[0] != "JSONL":
+            raise UserError(f"{source}: {kinds[0]}; conversations (data.template) come as JSONL")
+        return ConversationFiles(
+            files,
+            "messages" if config.field == DataConfig.field else config.field,
+            config.encoding_errors,
+            config.max_bad_records,
+            template=load_template(config.template),
+            only_assistant=config.loss_on == "assistant",
         )
     if kinds[0] == "text":
         return TextFiles(files, config.encoding_errors)

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from simplernn_jax.data.source_files import SourceFile, file_status
 from simplernn_jax.errors import UserError
@@ -14,14 +14,22 @@ PIECE_SIZE = 1 << 20
 """Bytes or characters of text held at a time, so that a document may be larger than memory."""
 
 
+class Piece(NamedTuple):
+    """Part of a text, at most about 1 MiB."""
+
+    text: str
+    is_target: bool = True
+    """Whether its tokens are predicted; the loss leaves others out, such as a user's messages."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Document:
     """One text. A document without text has no pieces."""
 
     name: str
     """Its source, for messages."""
-    pieces: Iterator[str]
-    """Its text, at most about 1 MiB at a time, cut after a line end where there is one."""
+    pieces: Iterator[Piece]
+    """Its text, cut after a line end where there is one."""
 
 
 class Corpus(abc.ABC):
@@ -69,14 +77,14 @@ class Corpus(abc.ABC):
         """
 
 
-def text_pieces(text: str) -> Iterator[str]:
+def text_pieces(text: str, is_target: bool = True) -> Iterator[Piece]:
     """Cut a text that is in memory into pieces."""
     start = 0
     while start < len(text):
         stop = start + PIECE_SIZE
         if stop < len(text):
             stop = text.rfind("\n", start, stop) + 1 or stop
-        yield text[start:stop]
+        yield Piece(text[start:stop], is_target)
         start = stop
 
 

@@ -120,17 +120,16 @@ def context_batches(
     number = -(-len(document) // batch_size)
 
     def lay_out() -> Iterator[Batch]:
-        tokens = np.asarray(split.tokens)
         along = np.arange(longest)
         padding = np.zeros(number * batch_size - len(document), np.int64)
         table = np.stack([np.append(column, padding) for column in (begins, lengths, skips)])
         for begin, count, skip in table.reshape(3, number, batch_size, 1).swapaxes(0, 1):
             is_real = along < count
-            inputs, targets = gather(tokens, begin + along, is_real, pad_id)
+            inputs, targets, loss_mask = gather(split, begin + along, is_real, pad_id)
             yield Batch(
                 tokens=inputs,
                 targets=targets,
-                loss_mask=is_real & (along >= skip),
+                loss_mask=loss_mask & (along >= skip),
                 segment_ids=(~is_real).astype(np.int32),
                 reset=np.ones(batch_size, bool),
             )
@@ -146,7 +145,7 @@ def _scored_documents(split: TokenSplit, limit_tokens: int) -> tuple[np.ndarray,
         chosen, counts = _choose(counts, limit_tokens)
         starts = starts[chosen]
     starts, counts = starts[counts > 0], counts[counts > 0]
-    if not len(counts):
+    if not len(counts) or not split.num_predictions:
         raise UserError(
             f"nothing to score: the {split.name} split has {counted(len(split.tokens), 'token')} "
             "and none of them follows another in its document; use more text or a larger "
@@ -199,7 +198,6 @@ def _lay_out(
     predicts nothing and has no place on it.
     """
     length, num_batches = shape
-    tokens = np.asarray(split.tokens)
     document_from = np.cumsum(counts) - counts
     sequence_from = np.cumsum(loads) - loads
     for step in range(num_batches):
@@ -208,7 +206,7 @@ def _lay_out(
         line = np.where(is_real, sequence_from[:, None] + along, 0)
         document = np.searchsorted(document_from, line, side="right") - 1
         within = line - document_from[document]
-        inputs, targets = gather(tokens, starts[document] + within, is_real, pad_id)
+        inputs, targets, loss_mask = gather(split, starts[document] + within, is_real, pad_id)
         segments = document
         if reset_every:
             within = within % reset_every
@@ -216,7 +214,7 @@ def _lay_out(
         yield Batch(
             tokens=inputs,
             targets=targets,
-            loss_mask=is_real,
+            loss_mask=loss_mask,
             segment_ids=np.where(is_real, segments, counts.sum()).astype(np.int32),
             reset=(within[:, 0] == 0) | (step == 0),
         )

@@ -1,4 +1,7 @@
-"""Files of records as a corpus: JSONL and Parquet, one field of each record is a document."""
+"""Files of records as a corpus: JSONL and Parquet, one field of each record is a document.
+
+In JSONL, the field may hold the messages of a conversation, which a template turns into text.
+"""
 
 import abc
 import importlib.util
@@ -9,7 +12,8 @@ from typing import Any
 
 from absl import logging
 
-from simplernn_jax.data.documents import Corpus, Document, text_pieces
+from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, check_messages
+from simplernn_jax.data.documents import Corpus, Document, Piece, text_pieces
 from simplernn_jax.data.source_files import SourceFile, file_status, library_errors, open_source
 from simplernn_jax.errors import UserError, nearest_name, one_line
 
@@ -23,7 +27,7 @@ _READ_BUFFER = 1 << 20
 _NAMED_FIELDS = 8
 """Fields that an error names at most: a record can have millions."""
 _CHAT = "messages"
-_NO_CHAT = "chats cannot be trained on yet: write each as one text into a field of its own"
+_NO_TEMPLATE = "conversations need a template (train.py: --config.data.template=roles)"
 
 
 class BadRecord(Exception):
@@ -36,9 +40,14 @@ class RecordFiles(Corpus):
     kind: str
 
     def __init__(
-        self, files: list[SourceFile], field: str, encoding_errors: str, max_bad_records: int
+        self,
+        files: list[SourceFile],
+        field: str,
+        encoding_errors: str,
+        max_bad_records: int,
+        **settings: Any,
     ) -> None:
-        super().__init__(files, encoding_errors, kind=self.kind, field=field)
+        super().__init__(files, encoding_errors, kind=self.kind, field=field, **settings)
         self._field = field
         self._max_bad_records = max_bad_records
         self._has_warned = False
@@ -50,7 +59,7 @@ class RecordFiles(Corpus):
         for file in self._files:
             for place, value in self._records(file):
                 try:
-                    text = self._text(value)
+                    pieces = self._pieces(value)
                 except BadRecord as error:
                     problem = one_line(f"{file.path}{place}: {error}")
                     first_problem = first_problem or problem
@@ -61,7 +70,7 @@ class RecordFiles(Corpus):
                             " it or raise max_bad_records (train.py: --config.data.max_bad_records)"
                         ) from error
                     continue
-                yield Document(f"{file.name}{place}", text_pieces(text))
+                yield Document(f"{file.name}{place}", pieces)
         if num_bad and not self._has_warned:
             self._has_warned = True
             skipped = "1 bad record skipped:"
@@ -71,10 +80,10 @@ class RecordFiles(Corpus):
 
     @abc.abstractmethod
     def _records(self, file: SourceFile) -> Iterator[tuple[str, Any]]:
-        """Yield the place of each record in the file, and what `_text` needs of it."""
+        """Yield the place of each record in the file, and what `_pieces` needs of it."""
 
     @abc.abstractmethod
-    def _text(self, value: Any) -> str:
+    def _pieces(self, value: Any) -> Iterator[Piece]:
         """Extract the text of a record.
 
         Raises:
@@ -109,8 +118,13 @@ class JsonlFiles(RecordFiles):
                 if line.strip():
                     yield f":{number}", (end - len(line), line)
 
-    def _text(self, value: tuple[int, bytes]) -> str:
-        offset, line = value
+    def _pieces(self, value: tuple[int, bytes]) -> Iterator[Piece]:
+        text = self._field_of(*value)
+        if not isinstance(text, str):
+            raise BadRecord(_wrong_type(self._field, type(text).__name__))
+        return text_pieces(self._without_surrogates(text))
+
+    def _field_of(self, offset: int, line: bytes) -> Any:
         try:
             record = json.loads(line.decode("utf-8", self._encoding_errors))
         except UnicodeDecodeError as error:
@@ -121,9 +135,9 @@ class JsonlFiles(RecordFiles):
             raise BadRecord(f"of type {type(record).__name__}, not an object")
         if self._field not in record:
             raise BadRecord(_missing_field(self._field, record))
-        text = record[self._field]
-        if not isinstance(text, str):
-            raise BadRecord(_wrong_type(self._field, type(text).__name__))
+        return record[self._field]
+
+    def _without_surrogates(self, text: str) -> str:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -133,6 +147,43 @@ class JsonlFiles(RecordFiles):
                 ) from error
             text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         return text
+
+
+class ConversationFiles(JsonlFiles):
+    """JSONL files of conversations, ``messages`` in OpenAI's form.
+
+    Args:
+      files, field, encoding_errors, max_bad_records: as for text.
+      template: text of a `ChatTemplate`.
+      only_assistant: whether only the assistant's messages are targets of the loss.
+    """
+
+    kind = "conversations"
+
+    def __init__(
+        self,
+        files: list[SourceFile],
+        field: str,
+        encoding_errors: str,
+        max_bad_records: int,
+        *,
+        template: str,
+        only_assistant: bool,
+    ) -> None:
+        settings = {"template": template, "only_assistant": only_assistant}
+        super().__init__(files, field, encoding_errors, max_bad_records, **settings)
+        self._template = ChatTemplate(template)
+        self._only_assistant = only_assistant
+
+    def _pieces(self, value: tuple[int, bytes]) -> Iterator[Piece]:
+        try:
+            messages = check_messages(self._field_of(*value))
+            for message in messages:
+                message["content"] = self._without_surrogates(message["content"])
+            pieces = self._template.pieces(messages, only_assistant=self._only_assistant)
+            return iter(list(pieces))
+        except TemplateError as error:
+            raise BadRecord(str(error)) from error
 
 
 class ParquetFiles(RecordFiles):
@@ -202,11 +253,11 @@ class ParquetFiles(RecordFiles):
                 "--config.data.field=NAME"
             )
 
-    def _text(self, value: bytes | None) -> str:
+    def _pieces(self, value: bytes | None) -> Iterator[Piece]:
         if value is None:
             raise BadRecord(_wrong_type(self._field, "null"))
         try:
-            return value.decode("utf-8", self._encoding_errors)
+            return text_pieces(value.decode("utf-8", self._encoding_errors))
         except UnicodeDecodeError as error:
             raise BadRecord(
                 f"invalid UTF-8 at byte {error.start} of field {self._field!r}"
@@ -219,7 +270,7 @@ def _missing_field(field: str, fields: Iterable[str]) -> str:
     named = [name[:30] for name in fields[:_NAMED_FIELDS]]
     near = nearest_name(field, named)
     if _CHAT in fields and not near:
-        return f"no field {field!r} but {_CHAT!r}; {_NO_CHAT}"
+        return f"no field {field!r} but {_CHAT!r}; {_NO_TEMPLATE}"
     return (
         f"no field {field!r}{near}; it has {', '.join(named) or 'none'}: say "
         "with field=NAME (train.py: --config.data.field=NAME) which holds the text"
@@ -228,5 +279,5 @@ def _missing_field(field: str, fields: Iterable[str]) -> str:
 
 def _wrong_type(field: str, found: str) -> str:
     """Describe a record whose field is not text but of the type `found`."""
-    hint = f"; {_NO_CHAT}" if field == _CHAT else ""
+    hint = f"; {_NO_TEMPLATE}" if field == _CHAT else ""
     return f"field {field!r} is of type {found}, not text{hint}"

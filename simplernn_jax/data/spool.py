@@ -33,11 +33,13 @@ class Spool:
     document_starts: np.ndarray
     """[documents + 1] int64, the last one the number of tokens."""
     document_bytes: np.ndarray
-    """[documents] int64, UTF-8 bytes of each document's text."""
+    """[documents] int64, UTF-8 bytes of each document's targets."""
     piece_starts: np.ndarray
     """[pieces] int64, position of each piece's first token."""
     piece_bytes: np.ndarray
-    """[pieces] int64, UTF-8 bytes of each piece."""
+    """[pieces] int64, UTF-8 bytes of each piece; 0 if it is no target."""
+    piece_targets: np.ndarray
+    """[pieces] bool, whether its tokens are targets of the loss."""
 
     @property
     def num_tokens(self) -> int:
@@ -57,6 +59,15 @@ class Spool:
                     data = os.pread(stream.fileno(), count * itemsize, position * itemsize)
                     yield np.frombuffer(data, self.dtype, count)
 
+    def target_blocks(self, ranges: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield whether the tokens of `ranges` are targets, bool; the first of a range is none."""
+        for start, stop in zip(ranges[:, 0].data, ranges[:, 1].data, strict=True):
+            for position in range(start, stop, _BLOCK_TOKENS):
+                positions = np.arange(position, min(stop, position + _BLOCK_TOKENS))
+                # EOS belongs to the piece before it.
+                piece = np.searchsorted(self.piece_starts, positions, side="right") - 1
+                yield self.piece_targets[piece] & (positions > start)
+
 
 def write_spool(
     path: Path, corpus: Corpus, tokenizer: Tokenizer, on_progress: Callable[[int], None]
@@ -73,29 +84,38 @@ def write_spool(
         np.array([special], dtype).tobytes() for special in (tokenizer.bos_id, tokenizer.eos_id)
     )
     document_starts, document_bytes = array.array("q", [0]), array.array("q")
-    piece_starts, piece_bytes = array.array("q"), array.array("q")
+    piece_starts, piece_bytes, piece_targets = array.array("q"), array.array("q"), array.array("b")
     position = 0
     with open(path, "wb") as stream:
         for document in corpus.documents():
             num_bytes = 0
-            for piece in document.pieces:
-                if not num_bytes:
+            for text, is_target in document.pieces:
+                if position == document_starts[-1]:
                     stream.write(bos)
                     position += 1
-                ids = tokenizer.encode(piece)
+                ids = tokenizer.encode(text)
                 stream.write(ids.astype(dtype).data)
                 piece_starts.append(position)
-                piece_bytes.append(len(piece) if piece.isascii() else len(piece.encode("utf-8")))
+                size = len(text) if text.isascii() else len(text.encode("utf-8"))
+                piece_bytes.append(size if is_target else 0)
+                piece_targets.append(is_target)
                 num_bytes += piece_bytes[-1]
                 position += len(ids)
                 on_progress(corpus.bytes_read)
-            if num_bytes:
+            if position > document_starts[-1]:
                 stream.write(eos)
                 position += 1
                 document_starts.append(position)
                 document_bytes.append(num_bytes)
-    columns = (document_starts, document_bytes, piece_starts, piece_bytes)
-    return Spool(path, dtype, *(np.array(column, np.int64) for column in columns))
+    return Spool(
+        path,
+        dtype,
+        document_starts=np.array(document_starts, np.int64),
+        document_bytes=np.array(document_bytes, np.int64),
+        piece_starts=np.array(piece_starts, np.int64),
+        piece_bytes=np.array(piece_bytes, np.int64),
+        piece_targets=np.array(piece_targets, np.bool_),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +126,7 @@ class SplitPlan:
     ranges: np.ndarray
     """[documents, 2] int64, start and stop in the spool, in stored order."""
     num_bytes: int
-    """UTF-8 bytes of its text."""
+    """UTF-8 bytes of its targets."""
 
     @property
     def document_starts(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 NAME/train.tokens        token ids, unsigned
 NAME/train.starts        positions of the first token of each document, int64
+NAME/train.targets       whether each token is a target of the loss, bool; only if some are not
 NAME/validation.*        the same, unless everything trains
 NAME/meta.json           dtype, sizes and SHA-256 of these files, sealed (`files`)
 """
@@ -49,13 +50,18 @@ class TokenSplit:
     """[documents] int64, position of the first token of each document. A position split cuts one
     document: its rest begins the validation split at 0, without a BOS."""
     num_bytes: int
-    """UTF-8 bytes of its text."""
+    """UTF-8 bytes of its targets."""
     content_hash: str
-    """SHA-256 of the tokens and the document starts."""
+    """SHA-256 of the tokens, the document starts and the targets."""
+    targets: np.ndarray | None = None
+    """[N] memory-mapped bool, whether a token is a target of the loss; None: all that follow
+    another in their document."""
 
     @property
     def num_predictions(self) -> int:
-        """Positions whose next token belongs to the same document."""
+        """Number of targets: tokens that follow another one in their document."""
+        if self.targets is not None:
+            return int(np.count_nonzero(self.targets))
         return len(self.tokens) - len(self.document_starts)
 
 
@@ -118,7 +124,16 @@ def _write_split(folder: Path, plan: SplitPlan, spool: Spool) -> dict[str, Any]:
     starts = plan.document_starts.astype("<i8")
     starts.tofile(folder / f"{plan.name}.starts")
     both.update(starts.data)
-    return {
+    record = {}
+    if not spool.piece_targets.all():
+        targets = hashlib.sha256()
+        with open(folder / f"{plan.name}.targets", "wb") as stream:
+            for block in spool.target_blocks(plan.ranges):
+                stream.write(block.data)
+                targets.update(block.data)
+                both.update(block.data)
+        record["targets_sha256"] = targets.hexdigest()
+    return record | {
         "tokens": int((plan.ranges[:, 1] - plan.ranges[:, 0]).sum()),
         "documents": len(starts),
         "num_bytes": plan.num_bytes,
@@ -184,6 +199,7 @@ def _is_record(split: dict[str, Any]) -> bool:
     """Whether it has the fields of `_write_split`; of another type it raises an exception."""
     counts = [split[name] for name in ("tokens", "documents", "num_bytes")]
     hashes = [split[name] for name in ("content_hash", "tokens_sha256", "starts_sha256")]
+    hashes.append(split.get("targets_sha256", ""))
     return all(type(x) is int for x in counts) and all(type(x) is str for x in hashes)
 
 
@@ -194,7 +210,12 @@ def _open_split(folder: Path, name: str, dtype: np.dtype, split: dict[str, Any])
     size = split["documents"] * 8
     with _verified(folder / f"{name}.starts", size, split["starts_sha256"]) as file:
         starts = np.fromfile(file, "<i8")
-    return TokenSplit(name, tokens, starts, split["num_bytes"], split["content_hash"])
+    targets = None
+    if "targets_sha256" in split:
+        path = folder / f"{name}.targets"
+        with _verified(path, split["tokens"], split["targets_sha256"]) as file:
+            targets = np.memmap(file, np.bool_, "r")
+    return TokenSplit(name, tokens, starts, split["num_bytes"], split["content_hash"], targets)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Iterator
 
-from simplernn_jax.data.documents import PIECE_SIZE, Corpus, Document
+from simplernn_jax.data.documents import PIECE_SIZE, Corpus, Document, Piece
 from simplernn_jax.data.source_files import SourceFile, open_source
 from simplernn_jax.errors import UserError
 
@@ -20,7 +20,7 @@ class TextFiles(Corpus):
         for file in self._files:
             yield Document(file.name, self._pieces(file))
 
-    def _pieces(self, file: SourceFile) -> Iterator[str]:
+    def _pieces(self, file: SourceFile) -> Iterator[Piece]:
         decoder = codecs.getincrementaldecoder("utf-8")(self._encoding_errors)
         before = self.bytes_read
         offset = 0
@@ -46,5 +46,5 @@ class TextFiles(Corpus):
                 text = rest + text
                 stop = len(text) if last else text.rfind("\n") + 1 or len(text)
                 if stop:
-                    yield text[:stop]
+                    yield Piece(text[:stop])
                 rest = text[stop:]

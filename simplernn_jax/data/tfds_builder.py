@@ -42,7 +42,7 @@ class TextDataset(  # type: ignore[call-arg]  # the base class takes the keyword
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
         for index, document in enumerate(open_corpus(self._source).documents()):
-            text = "".join(document.pieces)
+            text = "".join(piece.text for piece in document.pieces)
             if text:
                 yield index, {FIELD: text}
 

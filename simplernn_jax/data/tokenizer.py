@@ -187,7 +187,7 @@ def _alphabet(corpus: Corpus) -> str:
     seen = np.zeros(_CODE_POINTS, np.bool_)
     for document in corpus.documents():
         for piece in document.pieces:
-            seen[_code_points(piece)] = True
+            seen[_code_points(piece.text)] = True
     return np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le")
 
 
@@ -210,7 +210,7 @@ def check_round_trip(tokenizer: Tokenizer, spec: str, corpus: Corpus) -> None:
     left = _SAMPLE_CHARACTERS
     for document in corpus.documents():
         for piece in document.pieces:
-            text = piece[:left]
+            text = piece.text[:left]
             found = tokenizer.decode(tokenizer.encode(text))
             if found != text:
                 raise UserError(

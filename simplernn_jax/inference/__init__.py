@@ -1,11 +1,13 @@
 """Generation with a trained model."""
 
+from simplernn_jax.inference.conversation import Conversation
 from simplernn_jax.inference.decode import Generation, generate
 from simplernn_jax.inference.state import DecoderState, fork_state
 from simplernn_jax.inference.state_file import load_state, save_state
 from simplernn_jax.inference.text import Texts, TextStream, generate_text
 
 __all__ = [
+    "Conversation",
     "DecoderState",
     "Generation",
     "TextStream",

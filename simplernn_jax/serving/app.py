@@ -184,7 +184,7 @@ def make_app(service: Service) -> Starlette:
                 "bos_token_id": tokenizer.bos_id,
                 "eos_token_id": tokenizer.eos_id,
                 "pad_token_id": tokenizer.pad_id,
-                "chat_template": service.template_text,
+                "chat_template": service.template and service.template.source,
             }
         )
 

@@ -93,6 +93,11 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     name: str | None = None
 
     @property
+    def template_role(self) -> str:
+        """The role as templates know it: ``developer`` is a later name of ``system``."""
+        return "system" if self.role == "developer" else self.role
+
+    @property
     def text(self) -> str:
         """The content as one text."""
         if isinstance(self.content, str):

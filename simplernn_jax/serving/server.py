@@ -10,6 +10,7 @@ from typing import Any
 
 import uvicorn
 
+from simplernn_jax.data.chat_template import ChatTemplate
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
@@ -47,6 +48,7 @@ def serve(
     max_waiting: int,
     drain_timeout: float,
     states: StateFolder,
+    template: ChatTemplate | None,
     api_key: bytes | None,
     allow_origin: str | None,
     max_connections: int,
@@ -70,7 +72,9 @@ def serve(
         max_waiting=max_waiting,
         on_events=on_events,
     )
-    service = Service(engine, tokenizer, model.config.vocab_size, model_name, states, reload_model)
+    service = Service(
+        engine, tokenizer, model.config.vocab_size, model_name, states, template, reload_model
+    )
 
     def start() -> None:
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.state import RECENT_TOKENS
@@ -31,6 +32,8 @@ from simplernn_jax.serving.states import NamedState, StateFolder
 from simplernn_jax.serving.token_names import TokenNames
 
 RETRY_AFTER_SECONDS = 1
+CHAT_TOKENS = 1024
+"""New tokens of a chat completion that asks for no number."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -139,6 +142,7 @@ class Service:
       vocab_size: of the model, at least the tokenizer's.
       model_name: as clients see it.
       states: named states.
+      template: of chat models.
       load_model: loads the parameters of the newest checkpoint, or None if they are in use.
     """
 
@@ -149,6 +153,7 @@ class Service:
         vocab_size: int,
         model_name: str,
         states: StateFolder,
+        template: ChatTemplate | None,
         load_model: Callable[[], LanguageModel | None],
     ) -> None:
         self.engine = engine
@@ -158,7 +163,7 @@ class Service:
         self.states = states
         self.metrics = Metrics(engine)
         self.created = int(time.time())
-        self.template_text: str | None = None
+        self.template = template
         self.status = "starting"
         self._load_model = load_model
         self._reloading = asyncio.Lock()
@@ -300,10 +305,7 @@ class Service:
         for name in ("best_of", "suffix"):
             if getattr(request, name) is not None:
                 raise RequestError(f"{name}: not supported; leave it out", param=name)
-        if request.stream_options is not None and not request.stream:
-            raise RequestError("stream_options: only with stream", param="stream_options")
-        sampling = self.sampling(request)
-        stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+        sampling, stops = self.sampling(request), _stops(request)
         results = []
         for text, tokens in self.prompts(request):
             job = Job(
@@ -321,12 +323,38 @@ class Service:
         return Answer(self, results)
 
     def chat(self, request: ChatRequest, start: NamedState | None) -> Answer:
-        """Make the job of a chat completion.
+        """Make the job of a chat completion; its messages follow the state `start`.
 
         Raises:
-          RequestError: the model has no chat template.
+          RequestError: the model has no chat template, or a field cannot be used.
         """
-        raise RequestError("this model has no chat template; use /v1/completions", status=400)
+        if self.template is None:
+            raise RequestError("this model has no chat template; use /v1/completions")
+        if request.max_tokens is not None and request.max_completion_tokens is not None:
+            raise RequestError("max_tokens: leave it out with max_completion_tokens")
+        if request.top_logprobs is not None and not request.logprobs:
+            raise RequestError("top_logprobs: only with logprobs", param="top_logprobs")
+        messages = [{"role": m.template_role, "content": m.text} for m in request.messages]
+        try:
+            if start is None:
+                text = self.template.render(messages, add_generation_prompt=True)
+            else:
+                text = self.template.render_next(messages)
+        except TemplateError as error:
+            raise RequestError(f"messages: {error}", param="messages") from error
+        _, tokens = self._prompt(text, start is not None)
+        job = Job(
+            tokens,
+            self.sampling(request),
+            max_tokens=request.max_completion_tokens or request.max_tokens or CHAT_TOKENS,
+            num_choices=request.n or 1,
+            root=None if start is None else start.root,
+            num_logprobs=max(1, request.top_logprobs or 0) if request.logprobs else 0,
+            is_streamed=bool(request.stream),
+        )
+        stops = [*_stops(request), self.template.end_of_turn.strip(" ")]
+        num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        return Answer(self, [self.result(job, start, "", stops, num_logprobs)])
 
     def result(
         self,
@@ -387,6 +415,12 @@ class Service:
             entries.append(token_entry(token, offset, row, index - shift, job.num_logprobs))
             offset += len(stream.feed([token]))
         return entries
+
+
+def _stops(request: SamplingFields) -> list[str]:
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options: only with stream", param="stream_options")
+    return [request.stop] if isinstance(request.stop, str) else list(request.stop or [])
 
 
 def _seed(seed: int | None) -> int:

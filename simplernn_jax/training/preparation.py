@@ -8,10 +8,12 @@ from absl import logging
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.checkpointer import check_same_model, read_config
+from simplernn_jax.checkpoint.choice import BEST
 from simplernn_jax.checkpoint.contents import TEXTS, read_json, read_texts
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.config import Config, TrainConfig
 from simplernn_jax.data.batches import steps_per_epoch
+from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, load_template
 from simplernn_jax.data.store_folder import DamagedStore
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
@@ -27,9 +29,10 @@ _TOKENS_SEARCHED = 4096
 def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     """Return the configuration as checkpoints store it, and the tokenized corpus.
 
-    The model's vocabulary is at least the tokenizer's, and ``cache_dir`` is absolute. Of several
-    processes, process 0 tokenizes first: the others find its tokens, or tokenize themselves if
-    ``cache_dir`` is on a local disk.
+    The model's vocabulary is at least the tokenizer's, ``cache_dir`` and ``init_from`` are
+    absolute, and ``template`` and ``sample_prompt`` are texts. With ``init_from``, the tokenizer is
+    that of its run. Of several processes, process 0 tokenizes first: the others find its tokens, or
+    tokenize themselves if ``cache_dir`` is on a local disk.
 
     Raises:
       UserError: the data is unusable, `workdir` holds a run with a different model or batches, or
@@ -46,16 +49,26 @@ def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
 
 def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     saved = _saved_run(workdir)
+    template = load_template(config.data.template) if config.data.template else ""
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, template=template),
+        train=dataclasses.replace(config.train, init_from=_absolute(config.train.init_from)),
+    )
+    tokenizer = None
     if saved is not None:
         _check_same_batches(config, saved[0])
+        tokenizer = tokenizer_from_json(saved[1])
+    elif config.train.init_from:
+        tokenizer = _initial_tokenizer(config)
     corpus = prepare_corpus(
         config.data,
         config.train.seed,
         tokens_folder(config, workdir),
-        tokenizer=None if saved is None else tokenizer_from_json(saved[1]),
+        tokenizer=tokenizer,
         exclude=(workdir,),
     )
-    prompt = _sample_prompt(config.train, corpus)
+    prompt = _sample_prompt(config, corpus)
     vocab_size = max(config.model.vocab_size, corpus.tokenizer.vocab_size)
     config = dataclasses.replace(
         config,
@@ -68,6 +81,26 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
         check_same_model(config, saved[0])
         _check_same_optimizer(config, saved[0])
     return config, corpus
+
+
+_FREE_FIELDS = ("dropout", "precision", "state_precision", "vocab_size")
+"""Fields of the model in which fine-tuning may differ; the vocabulary is compared as arrays."""
+
+
+def _initial_tokenizer(config: Config) -> Tokenizer:
+    """Return the tokenizer of the run in ``init_from``, after comparing its configuration."""
+    where = f"--config.train.init_from={config.train.init_from}"
+    initial, tokenizer_json, _ = read_config(config.train.init_from, BEST)
+    free = {name: getattr(config.model, name) for name in _FREE_FIELDS}
+    fields = config_lib.differing_fields(config.model, dataclasses.replace(initial.model, **free))
+    if fields:
+        raise UserError(f"{where} has a different model: {'; '.join(fields)}; use the same values")
+    if initial.data.tokenizer != config.data.tokenizer:
+        raise UserError(
+            f"{where} has the tokenizer {initial.data.tokenizer}; use the same with "
+            "--config.data.tokenizer"
+        )
+    return tokenizer_from_json(tokenizer_json)
 
 
 def tokens_folder(config: Config, workdir: str) -> str:
@@ -109,6 +142,8 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
         raise UserError(
             f"{problem}; pass --cache_dir{original} or --source (originally {config.data.source})"
         )
+    if config.data.template:
+        ChatTemplate(config.data.template)  # a path is no template
     data = dataclasses.replace(config.data, source=source)
     corpus = prepare_corpus(
         data, config.train.seed, folder, tokenizer=tokenizer, exclude=(workdir,)
@@ -169,14 +204,22 @@ def _absolute(folder: str) -> str:
     return os.path.abspath(os.path.expanduser(folder)) if folder else ""
 
 
-def _sample_prompt(config: TrainConfig, corpus: TokenizedCorpus) -> str:
+def _sample_prompt(config: Config, corpus: TokenizedCorpus) -> str:
     """Return the prompt, or a line of text if the tokenizer cannot encode the default one.
 
-    A user-supplied prompt is validated here, before training.
+    A user-supplied prompt is validated here, before training. With a chat template it is what the
+    user says.
     """
-    prompt = config.sample_prompt
-    if not config.sample_every:
+    prompt = config.train.sample_prompt
+    if not config.train.sample_every:
         return prompt
+    if config.data.template:
+        try:
+            return ChatTemplate(config.data.template).render_next(
+                [{"role": "user", "content": prompt}]
+            )
+        except TemplateError as error:
+            raise UserError(f"--config.train.sample_prompt={prompt!r}: {error}") from error
     try:
         corpus.tokenizer.encode(prompt)
     except UserError as error:

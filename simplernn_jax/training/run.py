@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.checkpointer import Checkpointer
+from simplernn_jax.checkpoint.choice import choose_checkpoint
+from simplernn_jax.checkpoint.contents import read_tree
 from simplernn_jax.checkpoint.folder import check_workdir
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch, make_batches
@@ -107,7 +109,10 @@ class Run:
             init = jax.jit(
                 lambda: init_train_state(config, self.optimizer), out_shardings=shardings
             )
-            return init(), batches
+            state: TrainState = init()
+            if config.train.init_from:
+                state = self._with_initial_parameters(state)
+            return state, batches
         saved = restored.data_state
         if saved["content_hash"] != corpus.content_hash:
             raise UserError(
@@ -120,6 +125,19 @@ class Run:
         self.history = ValidationHistory(**(saved.get("evaluations") or {}))
         self.changes = changed_fields(config, restored.config)
         return self._layout.from_checkpoint(restored.state), batches
+
+    def _with_initial_parameters(self, state: TrainState) -> TrainState:
+        """Replace the parameters by those of the run in ``init_from``."""
+        abstract, shardings = self._layout.abstract, self._layout.shardings
+        _, path, _ = choose_checkpoint(self.config.train.init_from)
+        params = read_tree(
+            path,
+            {"params": abstract.params},
+            None if shardings is None else {"params": shardings.params},
+            partial=True,
+        )
+        saved = self._layout.to_checkpoint(state)
+        return self._layout.from_checkpoint(dataclasses.replace(saved, **params))
 
     @property
     def has_ended(self) -> bool:

@@ -1,0 +1,135 @@
+"""Talk to a chat model in the terminal.
+
+    python scripts/chat.py --workdir runs/chat
+
+The decoder state is carried from turn to turn: turn 1,000 takes as long as turn 1. Lines that begin
+with / are commands; /help lists them. Ctrl-D ends the conversation. The model must have been
+trained on conversations (--config.data.template).
+"""
+
+import bootstrap
+
+if __name__ == "__main__":
+    bootstrap.start()
+
+import io
+import sys
+from collections.abc import Iterator
+
+from absl import flags
+
+from simplernn_jax import command_line
+from simplernn_jax.errors import UserError, counted
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
+_CHECKPOINT = command_line.define_checkpoint_flag()
+_SYSTEM = flags.DEFINE_string("system", "", "System message at the beginning.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 1000, "Maximum tokens of an answer.", lower_bound=1, upper_bound=2**31 - 1
+)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "0 is greedy decoding; higher values are more random.", lower_bound=0
+)
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus sampling, in (0, 1]; 1 disables it.")
+flags.register_validator(_TOP_P, lambda value: 0 < value <= 1, "must be in (0, 1]")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Random seed of the first answer.", lower_bound=0, upper_bound=2**31 - 1
+)
+
+_HELP = """\
+/undo        take back the last question and its answer
+/reset       begin anew
+/fork NAME   keep a copy of the conversation in memory; /load NAME returns to it
+/save FILE   save the decoder state to a file
+/load NAME   continue a fork, or a saved file
+/help        show this list"""
+
+
+def main() -> None:
+    """Answer one line of standard input after another."""
+    if not _WORKDIR.value:
+        raise UserError("no --workdir: specify the folder of a training run, such as runs/chat")
+    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not show all characters
+    from simplernn_jax import load_model
+    from simplernn_jax.compilation_cache import use_compilation_cache
+    from simplernn_jax.data.chat_template import ChatTemplate
+    from simplernn_jax.devices import check_devices
+    from simplernn_jax.inference import Conversation, load_state, save_state
+
+    check_devices()
+    use_compilation_cache()
+    model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
+    if not config.data.template:
+        raise UserError(
+            f"{workdir}: not trained on conversations (--config.data.template); "
+            "use scripts/sample.py"
+        )
+    template = ChatTemplate(config.data.template)
+    conversation = Conversation(model, tokenizer, template, system=_SYSTEM.value)
+    forks: dict[str, Conversation] = {}
+
+    def run_command(name: str, argument: str) -> str:
+        nonlocal conversation
+        if name in ("save", "load", "fork") and not argument:
+            raise UserError(f"/{name}: needs a name after it")
+        match name:
+            case "help":
+                return _HELP
+            case "undo":
+                conversation.undo()
+            case "reset":
+                conversation.reset()
+            case "fork":
+                forks[argument] = conversation.fork()
+            case "save":
+                if conversation.state is None:
+                    raise UserError("/save: nothing was said yet")
+                save_state(argument, conversation.state, model, tokenizer)
+            case "load" if argument in forks:
+                conversation = forks[argument].fork()
+            case "load":
+                state = load_state(argument, model, tokenizer)
+                conversation = Conversation(model, tokenizer, template, state=state)
+            case _:
+                raise UserError(f"/{name}: no such command; /help lists them")
+        return f"({counted(len(conversation.turns), 'turn')})"
+
+    for line in _lines():
+        try:
+            if line.startswith("/"):
+                name, _, argument = line[1:].partition(" ")
+                print(run_command(name, argument.strip()), flush=True)
+                continue
+            conversation.ask(
+                line,
+                max_new_tokens=_MAX_NEW_TOKENS.value,
+                temperature=_TEMPERATURE.value,
+                top_p=_TOP_P.value,
+                seed=_SEED.value + len(conversation.turns),
+                on_text=lambda text: print(text, end="", flush=True),
+            )
+            print(flush=True)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines of standard input that are not blank, with a prompt on a terminal."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 - gives `input` its history
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt)
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: invalid UTF-8 ({error}); convert it") from error
+        if line.strip():
+            yield line
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,74 @@
+"""Write short conversations to train a chat model on: sums, and variables to remember.
+
+    python scripts/make_conversations.py conversations.jsonl
+    python scripts/train.py --config configs/chat.py --workdir runs/chat
+
+Each line of the file is a conversation in OpenAI's form ({"messages": [...]}), a pure function of
+the flags.
+"""
+
+import bootstrap
+
+if __name__ == "__main__":
+    bootstrap.start()
+
+import json
+import random
+from collections.abc import Iterator
+
+from absl import flags
+
+from simplernn_jax import command_line
+from simplernn_jax.errors import UserError
+from simplernn_jax.files import write_file
+
+_ARGUMENTS = command_line.define_arguments("FILE")
+_CONVERSATIONS = flags.DEFINE_integer("conversations", 4000, "Number of lines.", lower_bound=1)
+_TURNS = flags.DEFINE_integer(
+    "turns", 20, "Questions of a conversation, each with its answer.", lower_bound=1
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed.", lower_bound=0)
+
+_NAMES = "abcdefgh"
+
+
+def turns(draw: random.Random) -> Iterator[tuple[str, str]]:
+    """Yield questions and their answers, without end."""
+    values: dict[str, int] = {}
+    while True:
+        kind = draw.choice(("let", "recall", "sum"))
+        if kind == "sum":
+            a, b = draw.randrange(10), draw.randrange(10)
+            yield f"what is {a}+{b}?", str(a + b)
+        elif kind == "recall" and values:
+            name = draw.choice(sorted(values))
+            yield f"what is {name}?", str(values[name])
+        else:
+            name, value = draw.choice(_NAMES), draw.randrange(10)
+            values[name] = value
+            yield f"let {name} be {value}", "ok"
+
+
+def main() -> None:
+    """Write the conversations."""
+    if len(_ARGUMENTS.value) != 1:
+        raise UserError("name one file to write, such as conversations.jsonl")
+    draw = random.Random(_SEED.value)
+    lines = []
+    for _ in range(_CONVERSATIONS.value):
+        messages = []
+        for _, (question, answer) in zip(range(_TURNS.value), turns(draw), strict=False):
+            messages += [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    (path,) = _ARGUMENTS.value
+    try:
+        write_file(path, "".join(lines).encode())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; choose another file") from error
+
+
+if __name__ == "__main__":
+    command_line.run(main)

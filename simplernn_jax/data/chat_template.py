@@ -1,0 +1,177 @@
+"""Conversations as text, by a Jinja template in the form of Hugging Face's ``chat_template``."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from simplernn_jax.data.documents import Piece, text_pieces
+from simplernn_jax.errors import UserError
+from simplernn_jax.files import read_file
+
+Message = dict[str, str]
+"""``role`` and ``content``, as in OpenAI's API."""
+
+ROLES = ("system", "user", "assistant")
+
+_BUILT_IN = {
+    "roles": """\
+{%- set tokens = {'system': '\\x01', 'user': '\\x02', 'assistant': '\\x03'} -%}
+{%- for message in messages -%}
+{%- for token in ['\\x01', '\\x02', '\\x03', '\\x04'] if token in message.content -%}
+{{ raise_exception('a message contains one of the control characters U+0001 to U+0004') }}
+{%- endfor -%}
+{{ tokens[message.role] ~ message.content ~ '\\x04' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ tokens['assistant'] }}{% endif -%}
+"""
+}
+"""Templates by name. In ``roles``, a message is a control character for its role, its content, and
+U+0004 (end of transmission): one token each in byte-level vocabularies, and absent from text."""
+
+_PROBE: tuple[Message, ...] = (
+    {"role": "user", "content": "question"},
+    {"role": "assistant", "content": "answer"},
+)
+
+
+class TemplateError(Exception):
+    """Reason why messages cannot be rendered."""
+
+
+def load_template(spec: str) -> str:
+    """Return the text of a template.
+
+    Args:
+      spec: ``roles``, the path of a Jinja file, or the text itself.
+
+    Raises:
+      UserError: no such file, or it is no template that can be used.
+    """
+    text = _BUILT_IN.get(spec, spec)
+    if "{{" not in text:
+        path = os.path.expanduser(spec)
+        try:
+            text = read_file(path).decode("utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"--config.data.template={spec}: {reason}; name a Jinja file, or use "
+                f"{' or '.join(_BUILT_IN)}"
+            ) from error
+    ChatTemplate(text)
+    return text
+
+
+class ChatTemplate:
+    """A template that renders messages one after another.
+
+    Variables are those of Hugging Face's templates: ``messages``, ``add_generation_prompt``, and
+    ``bos_token`` and ``eos_token``, which are empty, since BOS begins and EOS ends every document.
+
+    Args:
+      source: its text. It runs in Jinja's sandbox.
+
+    Raises:
+      UserError: it is no template, or a message changes what was rendered before it.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = _raise_exception
+        try:
+            self._template = environment.from_string(source)
+            self._prefix = self.render(_PROBE)
+            asked = self.render(_PROBE[:1], add_generation_prompt=True)
+            self.end_of_turn = self._after(asked + _PROBE[1]["content"], self._prefix)
+            """Text that ends an assistant's message."""
+        except (jinja2.TemplateError, TemplateError) as error:
+            raise UserError(f"chat template: {error}; correct --config.data.template") from error
+        if not self.end_of_turn.strip(" "):
+            raise UserError(
+                "chat template: nothing ends an assistant's message; correct --config.data.template"
+            )
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """Render a conversation, and the beginning of an assistant's message after it if wanted.
+
+        Raises:
+          TemplateError: the template refuses the messages.
+        """
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                bos_token="",
+                eos_token="",
+            )
+        except TemplateError:
+            raise
+        except Exception as error:  # a template can fail in any way
+            raise TemplateError(f"{type(error).__name__}: {error}") from error
+
+    def render_next(self, messages: Sequence[Message]) -> str:
+        """Render messages that follow a finished conversation, and a generation prompt.
+
+        Raises:
+          TemplateError: as `render`.
+        """
+        whole = self.render((*_PROBE, *messages), add_generation_prompt=True)
+        return self._after(self._prefix, whole)
+
+    def pieces(self, messages: Sequence[Message], *, only_assistant: bool) -> Iterator[Piece]:
+        """Cut a rendered conversation into pieces.
+
+        Args:
+          messages: the conversation.
+          only_assistant: only what the assistant writes, the end of its turn included, is a target.
+
+        Raises:
+          TemplateError: as `render`.
+        """
+        done = ""
+        for index, message in enumerate(messages):
+            is_assistant = message["role"] == "assistant"
+            if is_assistant:
+                prompted = self.render(messages[:index], add_generation_prompt=True)
+                yield from text_pieces(self._after(done, prompted), not only_assistant)
+                done = prompted
+            whole = self.render(messages[: index + 1])
+            yield from text_pieces(self._after(done, whole), is_assistant or not only_assistant)
+            done = whole
+
+    @staticmethod
+    def _after(before: str, whole: str) -> str:
+        if not whole.startswith(before):
+            raise TemplateError("a message changes what the template renders for those before it")
+        return whole[len(before) :]
+
+
+def check_messages(messages: Any) -> list[Message]:
+    """Check messages of a data set.
+
+    Raises:
+      TemplateError: not a list of messages with role and text.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise TemplateError("messages are no list of at least one")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise TemplateError(f"message {number} is of type {type(message).__name__}")
+        if message.get("role") not in ROLES:
+            raise TemplateError(
+                f"message {number} has the role {message.get('role')!r}; known are "
+                f"{', '.join(ROLES)}"
+            )
+        if not isinstance(message.get("content"), str):
+            raise TemplateError(f"message {number} has no text as its content")
+    return [{"role": one["role"], "content": one["content"]} for one in messages]
+
+
+def _raise_exception(reason: str) -> NoReturn:
+    raise TemplateError(reason)

@@ -1,0 +1,151 @@
+"""A conversation with a chat model, whose decoder state is carried from turn to turn."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
+from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.errors import UserError
+from simplernn_jax.inference.decode import generate
+from simplernn_jax.inference.state import DecoderState
+from simplernn_jax.inference.text import generate_text
+from simplernn_jax.models import LanguageModel
+
+
+class _TurnEnded(Exception):
+    """The model has ended its turn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What both said, and the state after it."""
+
+    question: str
+    answer: str
+    state: DecoderState
+
+
+class Conversation:
+    """Questions and answers. A turn costs what its own tokens cost, however many were before.
+
+    Args:
+      model: the language model.
+      tokenizer: the model's.
+      template: the model's.
+      state: a finished conversation to continue, of one sequence; None begins a new one.
+      system: system message of a new conversation.
+
+    Raises:
+      UserError: the state is of another model, or the template refuses `system`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        *,
+        state: DecoderState | None = None,
+        system: str = "",
+    ) -> None:
+        self._model, self._tokenizer, self._template = model, tokenizer, template
+        self._first = state
+        self._system = system
+        self.turns: list[Turn] = []
+        self._question("")
+
+    @property
+    def state(self) -> DecoderState | None:
+        """State after the last turn; None before the first one."""
+        return self.turns[-1].state if self.turns else self._first
+
+    def ask(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:
+        """Ask, and return the answer, which ends with the model's turn or `max_new_tokens`.
+
+        Args:
+          question: what the user says.
+          max_new_tokens, temperature, top_k, top_p, seed: as for `generate`.
+          on_text: called with the characters of the answer as they come.
+
+        Raises:
+          UserError: a question that the template or the tokenizer refuses, or as for `generate`.
+        """
+        prompt, end = self._question(question), self._template.end_of_turn.strip(" ")
+        answer, num_shown = "", 0
+
+        def show(length: int) -> None:
+            nonlocal num_shown
+            if on_text is not None and length > num_shown:
+                on_text(answer[num_shown:length])
+            num_shown = max(num_shown, length)
+
+        def take(pieces: list[str]) -> None:
+            nonlocal answer
+            answer += pieces[0]
+            ends_at = answer.find(end)
+            if ends_at >= 0:
+                answer = answer[:ends_at]
+                raise _TurnEnded
+            show(len(answer) - len(end) + 1)
+
+        asked = generate_text(
+            self._model, self._tokenizer, prompt, state=self.state, max_new_tokens=0
+        ).state
+        with contextlib.suppress(_TurnEnded):
+            generate_text(
+                self._model,
+                self._tokenizer,
+                state=asked,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                on_text=take,
+            )
+        show(len(answer))
+        # Not the state of the generation, which may have gone past the end of the turn.
+        ids = self._tokenizer.encode(answer + self._template.end_of_turn)
+        said = generate(self._model, [ids.astype(np.int32)], state=asked, max_new_tokens=0).state
+        self.turns.append(Turn(question, answer, said))
+        return answer
+
+    def undo(self) -> None:
+        """Take back the last turn, if there is one."""
+        self.turns = self.turns[:-1]
+
+    def reset(self) -> None:
+        """Begin anew, after the state that the conversation began with."""
+        self.turns = []
+
+    def fork(self) -> "Conversation":
+        """Copy the conversation; both continue independently."""
+        copy = Conversation(
+            self._model, self._tokenizer, self._template, state=self._first, system=self._system
+        )
+        copy.turns = list(self.turns)
+        return copy
+
+    def _question(self, question: str) -> str:
+        """Render a question, and the beginning of its answer."""
+        message = {"role": "user", "content": question}
+        try:
+            if self.state is not None:
+                return self._template.render_next([message])
+            system = [{"role": "system", "content": self._system}] if self._system else []
+            return self._template.render([*system, message], add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(f"message: {error}") from error
