@@ -1,8 +1,8 @@
 """A small chat model of sums and variables, on conversations that the project makes itself.
 
-    python scripts/make_conversations.py conversations.jsonl
-    python scripts/train.py --config configs/chat.py --workdir runs/chat
-    python scripts/chat.py --workdir runs/chat
+python scripts/make_conversations.py conversations.jsonl
+python scripts/train.py --config configs/chat.py --workdir runs/chat
+python scripts/chat.py --workdir runs/chat
 """
 
 from simplernn_jax.config import Config

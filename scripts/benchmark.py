@@ -1,6 +1,6 @@
 """Measure speed and memory beside baselines and the machine's own ceiling, in one run.
 
-    python scripts/benchmark.py ops [train decode startup memory scaling] [--out FILE.json|FOLDER]
+    python scripts/benchmark.py ops [train decode startup memory serve scaling] --out FOLDER
     python scripts/benchmark.py attention --out FOLDER [--quick]
 
     ops        the recurrence, forward and backward, beside scan
@@ -8,6 +8,7 @@
     decode     time per generated token, beside recomputing the prefix
     startup    imports, and the first train step with and without a compilation cache
     memory     of a train step against the length of its sequence
+    serve      the server under load, beside generation in process
     scaling    the techniques to scale training, A to F, and their effects
     attention  SimpleRNN against self-attention in six aspects, as a table with pictures;
                --quick measures small sizes, --only a part of it
@@ -31,7 +32,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from benchmarks import decoding, measure, memory, recurrence, scaling, startup, training
+from benchmarks import decoding, measure, memory, recurrence, scaling, serving, startup, training
 from benchmarks.attention import comparison
 from simplernn_jax import command_line, process_start
 from simplernn_jax.devices import check_devices
@@ -45,6 +46,7 @@ BENCHMARKS = {
     "startup": startup.run,
     "memory": memory.run,
     "scaling": scaling.run,
+    "serve": serving.run,
 }
 ATTENTION = "attention"
 """Has a folder of results to itself, and sizes instead of an effort."""

@@ -2,15 +2,11 @@
 
 import contextlib
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 
-from processes import ROOT
+import benchmarks.serving
 
 
 class ServingProcess:
@@ -50,22 +46,5 @@ class ServingProcess:
 @contextlib.contextmanager
 def serving(workdir, *flags):
     """Start a server on a free port and wait until it is ready."""
-    path = os.pathsep.join([str(ROOT), *filter(os.path.isabs, sys.path)])
-    process = subprocess.Popen(
-        [sys.executable, "scripts/serve.py", f"--workdir={workdir}", "--port=0", *flags],
-        stderr=subprocess.PIPE,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
-    )
-    try:
-        lines = []
-        for line in process.stderr:
-            lines.append(line.decode())
-            if found := re.search(r"listening on (http\S+)", lines[-1]):
-                break
-        else:
-            raise AssertionError("".join(lines))
-        yield ServingProcess(process, found[1])
-    finally:
-        process.kill()
-        process.communicate()
+    with benchmarks.serving.serving(workdir, *flags) as (process, url):
+        yield ServingProcess(process, url)
