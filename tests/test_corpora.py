@@ -212,7 +212,10 @@ def test_output_folders_are_no_part_of_a_folder_or_glob(tmp_path, monkeypatch):
         (b'{"txt": "a", "id": 3}', "no field 'text'; did you mean 'txt'\\?; it has txt, id"),
         (b"{}", "it has none"),
         (b'{"\\u001b[31m": 1}', r"it has \\x1b\[31m: say"),
-        (b'{"id": 1, "messages": []}', "no field 'text' but 'messages'; chats cannot be trained"),
+        (
+            b'{"id": 1, "messages": []}',
+            "no field 'text' but 'messages'; conversations need",
+        ),
         (b'{"text": 3}', "field 'text' is of type int, not text"),
         (b'{"text": "\xff"}', "invalid UTF-8 at byte 25 of the file"),
         (b'{"text": "\\ud83d"}', "half a surrogate pair"),
@@ -230,9 +233,9 @@ def test_bad_record_names_file_and_line(tmp_path, caplog, line, problem):
     assert "1 bad record skipped: " in caplog.text
 
 
-def test_messages_are_not_text_yet(tmp_path):
+def test_messages_are_not_text(tmp_path):
     path = write(tmp_path / "a.jsonl", records({"messages": [{"role": "user", "content": "a"}]}))
-    with pytest.raises(UserError, match="'messages' is of type list, not text; chats cannot be"):
+    with pytest.raises(UserError, match="'messages' is of type list, not text; conversations need"):
         read_all(path, field="messages")
     path = write(tmp_path / "a.jsonl", records({"messages": "already one text"}))
     assert read_all(path, field="messages") == {"a.jsonl:1": "already one text"}

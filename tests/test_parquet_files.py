@@ -66,7 +66,7 @@ def test_rows_without_text_are_bad_records(tmp_path, caplog):
         ({"txt": ["a"], "id": [1]}, r"no field 'text'; did you mean 'txt'\?; it has txt, id: say"),
         ({"text": [1]}, "field 'text' is of type int64, not text"),
         ({"text": [["a"]]}, "field 'text' is of type list<"),
-        ({"messages": [[{"role": "user"}]]}, "no field 'text' but 'messages'; chats cannot be"),
+        ({"messages": [[{"role": "user"}]]}, "no field 'text' but 'messages'; conversations need"),
     ],
 )
 def test_a_column_that_is_none_of_text_is_refused(tmp_path, columns, problem):

@@ -1,5 +1,6 @@
 """Conversations as text, by a Jinja template in the form of Hugging Face's ``chat_template``."""
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -20,7 +21,8 @@ _BUILT_IN = {
     "roles": """\
 {%- set tokens = {'system': '\\x01', 'user': '\\x02', 'assistant': '\\x03'} -%}
 {%- for message in messages -%}
-{%- for token in ['\\x01', '\\x02', '\\x03', '\\x04'] if token in message.content -%}
+{%- for token in ['\\x01', '\\x02', '\\x03', '\\x04']
+    if token in message.content and message.role != 'assistant' -%}
 {{ raise_exception('a message contains one of the control characters U+0001 to U+0004') }}
 {%- endfor -%}
 {{ tokens[message.role] ~ message.content ~ '\\x04' }}
@@ -88,10 +90,13 @@ class ChatTemplate:
             self._template = environment.from_string(source)
             self._prefix = self.render(_PROBE)
             asked = self.render(_PROBE[:1], add_generation_prompt=True)
+            self._generation_prompt = self._after(self.render(_PROBE[:1]), asked)
             self.end_of_turn = self._after(asked + _PROBE[1]["content"], self._prefix)
             """Text that ends an assistant's message."""
         except (jinja2.TemplateError, TemplateError) as error:
             raise UserError(f"chat template: {error}; correct --config.data.template") from error
+        # Short messages come again and again, and rendering takes most of the time of reading.
+        self._render_message = functools.lru_cache(1 << 14)(self._rendered_alone)
         if not self.end_of_turn.strip(" "):
             raise UserError(
                 "chat template: nothing ends an assistant's message; correct --config.data.template"
@@ -134,16 +139,31 @@ class ChatTemplate:
         Raises:
           TemplateError: as `render`.
         """
-        done = ""
-        for index, message in enumerate(messages):
+        whole = self.render(messages)
+        if not only_assistant:
+            yield from text_pieces(whole)
+            return
+        first = next((i for i, one in enumerate(messages) if one["role"] == "assistant"), None)
+        if first is None:
+            yield from text_pieces(whole, is_target=False)
+            return
+        done = self.render(messages[:first])
+        yield from text_pieces(done, is_target=False)
+        for message in messages[first:]:
             is_assistant = message["role"] == "assistant"
-            if is_assistant:
-                prompted = self.render(messages[:index], add_generation_prompt=True)
-                yield from text_pieces(self._after(done, prompted), not only_assistant)
-                done = prompted
-            whole = self.render(messages[: index + 1])
-            yield from text_pieces(self._after(done, whole), is_assistant or not only_assistant)
-            done = whole
+            prompt = self._generation_prompt if is_assistant else ""
+            said = self._render_message(message["role"], message["content"])
+            yield from text_pieces(prompt, is_target=False)
+            yield from text_pieces(said, is_assistant)
+            done += prompt + said
+        if done != whole:
+            raise TemplateError("a message is not rendered alike everywhere in a conversation")
+
+    def _rendered_alone(self, role: str, content: str) -> str:
+        """Render a message of a conversation without its generation prompt."""
+        before = (*_PROBE, _PROBE[0]) if role == "assistant" else _PROBE
+        begun = self.render(before, add_generation_prompt=role == "assistant")
+        return self._after(begun, self.render((*before, {"role": role, "content": content})))
 
     @staticmethod
     def _after(before: str, whole: str) -> str:

@@ -1,0 +1,164 @@
+"""Conversations as text: built-in and given templates, and which tokens are targets."""
+
+import numpy as np
+import pytest
+from corpus_files import read_all, records, write
+
+from simplernn_jax.config import DataConfig
+from simplernn_jax.data.batches import BatchSource, document_ends
+from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, load_template
+from simplernn_jax.data.evaluation_batches import Contexts, context_batches, evaluation_batches
+from simplernn_jax.data.token_store import prepare_corpus
+from simplernn_jax.errors import UserError
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ROLES = load_template("roles")
+
+
+def talk(*pairs, system=None):
+    """A conversation of questions and answers."""
+    found = [] if system is None else [{"role": "system", "content": system}]
+    for question, answer in pairs:
+        found.append({"role": "user", "content": question})
+        if answer is not None:
+            found.append({"role": "assistant", "content": answer})
+    return found
+
+
+def test_rendered_text():
+    chat = talk(("hi", "yo"), ("2", None), system="S")
+    template = ChatTemplate(ROLES)
+    assert template.render(chat) == "\x01S\x04\x02hi\x04\x03yo\x04\x022\x04"
+    assert template.end_of_turn == "\x04"
+    whole = template.render(chat, add_generation_prompt=True)
+    assert whole == template.render(chat[:-1]) + template.render_next(chat[-1:])
+    template = ChatTemplate(CHATML)
+    assert template.end_of_turn == "<|im_end|>\n"
+    whole = template.render(chat, add_generation_prompt=True)
+    assert whole == template.render(chat[:-1]) + template.render_next(chat[-1:])
+
+
+@pytest.mark.parametrize(("source", "end"), [(ROLES, "\x04"), (CHATML, "<|im_end|>\n")])
+def test_targets_are_answers_and_their_ends(source, end):
+    template = ChatTemplate(source)
+    chat = talk(("hi", "yo"), ("2", "3"), ("bye", None), system="S")
+    pieces = list(template.pieces(chat, only_assistant=True))
+    assert "".join(piece.text for piece in pieces) == template.render(chat)
+    assert [piece.text for piece in pieces if piece.is_target] == ["yo" + end, "3" + end]
+    assert all(piece.is_target for piece in template.pieces(chat, only_assistant=False))
+    unanswered = list(template.pieces(chat[:2], only_assistant=True))
+    assert unanswered
+    assert not any(piece.is_target for piece in unanswered)
+
+
+def test_text_cannot_pose_as_a_role():
+    template = ChatTemplate(ROLES)
+    for token in "\x01\x02\x03\x04":
+        with pytest.raises(TemplateError, match="control characters"):
+            template.render(talk((f"a{token}b", None)))
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("{{ messages", "unexpected end of template"),
+        ("{{ messages[7].content }}", "no element 7"),
+        ("{{ messages | length }}", "changes what the template renders"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("{{ raise_exception('never') }}", "never"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "nothing ends"),
+    ],
+)
+def test_templates_that_cannot_be_used(source, problem):
+    with pytest.raises(UserError, match=f"chat template: .*{problem}"):
+        ChatTemplate(source)
+
+
+def test_templates_come_from_files(tmp_path):
+    path = tmp_path / "chat.jinja"
+    path.write_text(CHATML)
+    assert load_template(str(path)) == CHATML
+    assert load_template(CHATML) == CHATML
+    with pytest.raises(UserError, match=r"data\.template=roels: No such file.* roles"):
+        load_template("roels")
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("text", "no list"),
+        ([], "no list"),
+        (["a"], "message 0 is of type str"),
+        ([{"role": "tool", "content": "a"}], "the role 'tool'; known are system, user, assistant"),
+        ([{"role": "user", "content": 3}], "no text"),
+        (talk(("\x04", None)), "control characters"),
+    ],
+)
+def test_bad_conversations_are_named(tmp_path, value, problem):
+    path = write(tmp_path / "a.jsonl", records({"messages": talk(("a", "b"))}, {"messages": value}))
+    with pytest.raises(UserError, match=rf"a\.jsonl:2: .*{problem}"):
+        read_all(path, template="roles")
+    whole = read_all(path, template="roles", max_bad_records=1)
+    assert [*whole.values()] == ["\x02a\x04\x03b\x04"]
+
+
+def test_conversations_come_as_jsonl(tmp_path):
+    path = write(tmp_path / "a.txt", "text")
+    for source in (str(path), "stdlib", "tfds:x"):
+        with pytest.raises(UserError, match="come as JSONL"):
+            read_all(source, template="roles")
+
+
+CHATS = [talk(("hi", "yo"), ("2+3", "five"), system="S"), talk(("é", "ö" * 9)), talk(("q", None))]
+
+
+def prepared(tmp_path, **settings):
+    path = tmp_path / "a.jsonl"
+    if not path.exists():
+        write(path, records(*({"messages": chat} for chat in CHATS)))
+    config = DataConfig(source=str(path), template="roles", loss_on="assistant", **settings)
+    return prepare_corpus(config, 0, str(tmp_path / "tokens"), show_progress=False)
+
+
+def test_targets_are_stored_and_predicted_once(tmp_path):
+    corpus = prepared(tmp_path, validation_fraction=0.0, sequence_length=5, batch_size=2)
+    split, tokenizer = corpus.train, corpus.tokenizer
+    answers = b"yo\x04five\x04" + "ö".encode() * 9 + b"\x04"
+    assert split.num_bytes == len(answers)
+    assert split.num_predictions == len(answers) + 2  # an EOS after each answer that comes last
+    expected = sorted([*answers, tokenizer.eos_id, tokenizer.eos_id])
+    assert sorted(split.tokens[split.targets]) == expected
+    data = DataConfig(mode="document", sequence_length=5, batch_size=2)
+    source = BatchSource(split, data, 0, tokenizer.pad_id)
+    steps = -(-sum(-(-(document_ends(split) - split.document_starts - 1) // 5)) // 2)
+    batches = [source[index] for index in range(steps)]
+    for found in (
+        batches,
+        list(evaluation_batches(split, 16, 2, tokenizer.pad_id)[0]),
+        list(context_batches(split, Contexts(6, 4), 12, tokenizer.pad_id)[0]),
+    ):
+        assert sorted(np.concatenate([b.targets[b.loss_mask] for b in found])) == expected
+    for mode in ("window", "stream"):
+        data = DataConfig(mode=mode, sequence_length=5, batch_size=2)
+        batch = BatchSource(split, data, 0, tokenizer.pad_id)[0]
+        assert set(batch.targets[batch.loss_mask]) <= set(expected)
+        assert not batch.loss_mask.all()
+
+
+def test_a_stored_corpus_keeps_its_targets(tmp_path):
+    first = prepared(tmp_path, split="position", validation_fraction=0.4)
+    second = prepared(tmp_path, split="position", validation_fraction=0.4)
+    for ours, again in ((first.train, second.train), (first.validation, second.validation)):
+        np.testing.assert_array_equal(ours.targets, again.targets)
+        assert not ours.targets[0]
+    targets = np.array(first.train.targets)
+    (folder,) = (tmp_path / "tokens").iterdir()
+    content = bytearray((folder / "train.targets").read_bytes())
+    content[3] ^= 1
+    (folder / "train.targets").write_bytes(content)
+    third = prepared(tmp_path, split="position", validation_fraction=0.4)
+    np.testing.assert_array_equal(third.train.targets, targets)
+    assert third.content_hash == first.content_hash

@@ -1,0 +1,113 @@
+"""A conversation with a carried state, in the library and in scripts/chat.py."""
+
+import chex
+import jax
+import numpy as np
+import pytest
+from corpus_files import records, write
+from processes import assert_refused, run_python
+from small_runs import save_untrained, small_config, write_corpus
+
+from simplernn_jax import load_model
+from simplernn_jax.data.chat_template import ChatTemplate
+from simplernn_jax.errors import UserError
+from simplernn_jax.inference import Conversation, generate_text, load_state
+
+SETTINGS = {"max_new_tokens": 3000, "temperature": 1.0}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    source = write(folder / "a.jsonl", records(*[{"messages": chat}] * 3))
+    config = small_config(block="residual", source=str(source), template="roles", num_layers=2)
+    save_untrained(config, folder / "untrained")
+    return folder / "untrained"
+
+
+@pytest.fixture
+def loaded(workdir):
+    model, tokenizer, config = load_model(str(workdir))
+    return model, tokenizer, ChatTemplate(config.data.template)
+
+
+def test_state_is_that_of_the_rendered_text(loaded):
+    model, tokenizer, template = loaded
+    conversation = Conversation(*loaded, system="be brief")
+    said = [{"role": "system", "content": "be brief"}]
+    for seed, question in enumerate(("hä?", "more", "")):
+        pieces = []
+        answer = conversation.ask(question, seed=seed, on_text=pieces.append, **SETTINGS)
+        assert "".join(pieces) == answer
+        assert template.end_of_turn not in answer
+        said += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        text = generate_text(model, tokenizer, template.render(said), max_new_tokens=0)
+        chex.assert_trees_all_close(
+            jax.tree.leaves(conversation.state.layers),
+            jax.tree.leaves(text.state.layers),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+        assert text.state.recent.tolist() == conversation.state.recent.tolist()
+    assert [turn.question for turn in conversation.turns] == ["hä?", "more", ""]
+
+
+def test_answer_continues_the_rendered_question(loaded):
+    model, tokenizer, template = loaded
+    prompt = template.render([{"role": "user", "content": "x"}], add_generation_prompt=True)
+    (text,) = generate_text(model, tokenizer, prompt, seed=4, **SETTINGS)
+    assert "\x04" in text
+    answer = Conversation(*loaded).ask("x", seed=4, **SETTINGS)
+    assert answer == text.partition("\x04")[0]
+
+
+def test_undo_reset_and_fork(loaded):
+    conversation = Conversation(*loaded)
+    first = conversation.ask("x", max_new_tokens=9)
+    fork = conversation.fork()
+    second = conversation.ask("y", max_new_tokens=9)
+    assert fork.ask("y", max_new_tokens=9) == second
+    conversation.undo()
+    assert len(conversation.turns) == 1
+    assert conversation.ask("y", max_new_tokens=9) == second
+    continued = Conversation(*loaded, state=fork.turns[0].state)
+    assert continued.ask("y", max_new_tokens=9) == second
+    conversation.reset()
+    assert conversation.state is None
+    assert conversation.ask("x", max_new_tokens=9) == first
+    conversation.undo()
+    conversation.undo()
+    assert not conversation.turns
+    with pytest.raises(UserError, match="control characters"):
+        conversation.ask("\x01", max_new_tokens=9)
+
+
+def test_chat_script(workdir, tmp_path, loaded):
+    lines = ["hi", "/fork here", "more", "/undo", f"/save {tmp_path / 's'}", "more", "/load here",
+             "more", "/reset", f"/load {tmp_path / 's'}", "more", "", "/help", "/none", "/load",
+             "\x02"]  # fmt: skip
+    script = ["scripts/chat.py", f"--workdir={workdir}", "--max_new_tokens=5"]
+    code, output, errors = run_python(*script, stdin="\n".join(lines).encode())
+    assert code == 0, errors
+    found = [line for line in output.splitlines() if line.startswith("(")]
+    assert found == ["(1 turn)", "(1 turn)", "(1 turn)", "(1 turn)", "(0 turns)", "(0 turns)"]
+    expected = Conversation(*loaded)
+    answers = [expected.ask(text, max_new_tokens=5) for text in ("hi", "more")]
+    assert output.count(answers[1]) >= 4
+    assert [line.partition(" ")[2][:20] for line in errors.splitlines()] == [
+        "/none: no such comma",
+        "/load: needs a name ",
+        "message: a message c",
+    ]
+    state = load_state(tmp_path / "s", *loaded[:2])
+    np.testing.assert_array_equal(state.recent, expected.turns[0].state.recent)
+
+
+def test_a_model_of_plain_text_is_refused(tmp_path):
+    config = small_config(source=write_corpus(tmp_path / "texts"))
+    save_untrained(config, tmp_path / "run")
+    assert_refused(
+        run_python("scripts/chat.py", f"--workdir={tmp_path / 'run'}"),
+        "not trained on conversations",
+    )

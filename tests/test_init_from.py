@@ -1,0 +1,73 @@
+"""Fine-tuning: a run that starts from the parameters of another one."""
+
+import shutil
+
+import chex
+import jax
+import pytest
+from flax import nnx
+from small_runs import save_untrained, small_config, stop_after, write_corpus
+
+from simplernn_jax import load_model
+from simplernn_jax.errors import UserError
+from simplernn_jax.training.loop import train
+from simplernn_jax.training.run import Run
+
+
+@pytest.fixture
+def initial(tmp_path):
+    config = small_config(source=write_corpus(tmp_path / "texts"), seed=3)
+    save_untrained(config, tmp_path / "initial")
+    return tmp_path / "initial"
+
+
+def fine_tuned(initial, tmp_path, **fields):
+    source = write_corpus(tmp_path / "other", seed=1)
+    return small_config(**{"source": source, "init_from": str(initial)} | fields)
+
+
+def test_parameters_are_those_of_the_other_run(initial, tmp_path):
+    model, _, _ = load_model(str(initial))
+    with Run(fine_tuned(initial, tmp_path, dropout=0.0), str(tmp_path / "run")) as run:
+        assert run.step == 0
+        chex.assert_trees_all_equal(
+            jax.tree.leaves(run.state.params), jax.tree.leaves(nnx.state(model, nnx.Param))
+        )
+        assert not any(leaf.any() for leaf in jax.tree.leaves(run.state.opt_state) if leaf.ndim)
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 2}, {"stage": 2}])
+def test_on_a_mesh(tmp_path, mesh):
+    layers = {"num_layers": 2, "sequence_length": 8}
+    config = small_config(source=write_corpus(tmp_path / "texts"), seed=3, **layers)
+    save_untrained(config, tmp_path / "initial")
+    model, _, _ = load_model(str(tmp_path / "initial"))
+    config = fine_tuned(tmp_path / "initial", tmp_path, **layers, **mesh)
+    with Run(config, str(tmp_path / "run")) as run:
+        run.save(wait=True)
+    trained, _, _ = load_model(str(tmp_path / "run"))
+    chex.assert_trees_all_equal(
+        jax.tree.leaves(nnx.state(trained)), jax.tree.leaves(nnx.state(model))
+    )
+
+
+def test_resuming_needs_no_other_run(initial, tmp_path, monkeypatch):
+    config = fine_tuned(initial, tmp_path)
+    stop_after(monkeypatch, 5)
+    assert train(config, str(tmp_path / "run")).step == 5
+    shutil.rmtree(initial)
+    monkeypatch.undo()
+    assert train(config, str(tmp_path / "run")).step == 40
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"hidden_dim": 16}, "a different model: hidden_dim is 16, checkpoint has 8"),
+        ({"tokenizer": "char"}, "has the tokenizer byte"),
+        ({"init_from": "/nonexistent"}, "no checkpoint in /nonexistent"),
+    ],
+)
+def test_other_models_are_refused(initial, tmp_path, fields, problem):
+    with pytest.raises(UserError, match=problem):
+        train(fine_tuned(initial, tmp_path, **fields), str(tmp_path / "run"))
