@@ -1,4 +1,4 @@
-"""A small chat model of sums and variables, on conversations that the project makes itself.
+"""A small chat model of sums, words and a number to remember, on conversations made for it.
 
 python scripts/make_conversations.py conversations.jsonl
 python scripts/train.py --config configs/chat.py --workdir runs/chat
@@ -22,9 +22,9 @@ def get_config() -> Config:
     config.data.batch_size = 16
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 1.6e-2
-    config.train.steps = 1000
-    config.train.eval_every = 200
-    config.train.save_every = 500
+    config.train.steps = 500
+    config.train.eval_every = 250
+    config.train.save_every = 250
     config.train.sample_every = 0
     config.train.sample_prompt = "what is 3+4?"
     return config

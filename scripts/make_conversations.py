@@ -1,4 +1,4 @@
-"""Write short conversations to train a chat model on: sums, and variables to remember.
+"""Write short conversations to train a chat model on: sums, words, and a number to remember.
 
     python scripts/make_conversations.py conversations.jsonl
     python scripts/train.py --config configs/chat.py --workdir runs/chat
@@ -23,30 +23,30 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
 
 _ARGUMENTS = command_line.define_arguments("FILE")
-_CONVERSATIONS = flags.DEFINE_integer("conversations", 4000, "Number of lines.", lower_bound=1)
+_CONVERSATIONS = flags.DEFINE_integer("conversations", 2000, "Number of lines.", lower_bound=1)
 _TURNS = flags.DEFINE_integer(
-    "turns", 20, "Questions of a conversation, each with its answer.", lower_bound=1
+    "turns", 30, "Questions of a conversation, each with its answer.", lower_bound=1
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Random seed.", lower_bound=0)
 
-_NAMES = "abcdefgh"
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def turns(draw: random.Random) -> Iterator[tuple[str, str]]:
     """Yield questions and their answers, without end."""
-    values: dict[str, int] = {}
+    remembered: int | None = None
     while True:
-        kind = draw.choice(("let", "recall", "sum"))
+        kind = draw.choice(("sum", "spell", "remember", "recall"))
+        a, b = draw.randrange(10), draw.randrange(10)
         if kind == "sum":
-            a, b = draw.randrange(10), draw.randrange(10)
             yield f"what is {a}+{b}?", str(a + b)
-        elif kind == "recall" and values:
-            name = draw.choice(sorted(values))
-            yield f"what is {name}?", str(values[name])
+        elif kind == "spell":
+            yield f"spell {a}", _WORDS[a]
+        elif kind == "recall" and remembered is not None:
+            yield "what was it?", str(remembered)
         else:
-            name, value = draw.choice(_NAMES), draw.randrange(10)
-            values[name] = value
-            yield f"let {name} be {value}", "ok"
+            remembered = a
+            yield f"remember {a}", "ok"
 
 
 def main() -> None:

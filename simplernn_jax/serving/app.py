@@ -181,6 +181,8 @@ def make_app(service: Service) -> Starlette:
             {
                 "tokenizer_class": type(tokenizer).__name__,
                 "vocab_size": tokenizer.vocab_size,
+                # They have ids, but no text that stands for them.
+                **dict.fromkeys(("bos_token", "eos_token", "pad_token")),
                 "bos_token_id": tokenizer.bos_id,
                 "eos_token_id": tokenizer.eos_id,
                 "pad_token_id": tokenizer.pad_id,

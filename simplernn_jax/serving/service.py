@@ -331,7 +331,9 @@ class Service:
         if self.template is None:
             raise RequestError("this model has no chat template; use /v1/completions")
         if request.max_tokens is not None and request.max_completion_tokens is not None:
-            raise RequestError("max_tokens: leave it out with max_completion_tokens")
+            raise RequestError(
+                "max_tokens: leave it out with max_completion_tokens", param="max_tokens"
+            )
         if request.top_logprobs is not None and not request.logprobs:
             raise RequestError("top_logprobs: only with logprobs", param="top_logprobs")
         messages = [{"role": m.template_role, "content": m.text} for m in request.messages]

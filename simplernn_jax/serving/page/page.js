@@ -119,7 +119,7 @@ async function converse(counted) {
   const answer = { role: "assistant", content: "" };
   addMessage(messages.at(-1));
   const node = addMessage(answer);
-  const body = { messages, ...settings(), logprobs: true };
+  const body = { messages: [...messages], ...settings(), logprobs: true };
   try {
     for await (const frame of frames("v1/chat/completions", body)) {
       const choice = frame.choices[0];
@@ -127,9 +127,23 @@ async function converse(counted) {
       node.textContent = answer.content;
       counted(choice.logprobs?.content.length ?? 0);
     }
+  } catch (error) {
+    if (!answer.content) {  // nothing was said: the question can be corrected
+      $("prompt").value = messages.pop().content;
+      node.previousSibling.remove();
+      node.remove();
+    }
+    throw error;
   } finally {
-    messages = [...messages, answer];
+    if (answer.content) messages.push(answer);
   }
+}
+
+function newConversation() {
+  abort?.abort();
+  messages = [];
+  $("conversation").replaceChildren();
+  $("prompt").focus();
 }
 
 function addMessage(message) {
@@ -298,6 +312,7 @@ function setMode(chat) {
   $("mode-chat").setAttribute("aria-selected", chat);
   $("mode-text").setAttribute("aria-selected", !chat);
   $("conversation").hidden = !chat;
+  $("anew").hidden = !chat;
   $("text").hidden = chat;
   $("after").hidden = chat || !shown;
 }
@@ -316,6 +331,7 @@ $("prompt").onkeydown = (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("generate").disabled) guarded(generate);
 };
 $("stop").onclick = () => abort?.abort();
+$("anew").onclick = newConversation;
 $("save").onclick = () => guarded(saveState);
 $("leave").onclick = () => continueFrom(null);
 $("upload").onchange = () => guarded(upload);

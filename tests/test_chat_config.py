@@ -1,0 +1,43 @@
+"""configs/chat.py on the conversations of scripts/make_conversations.py, asked over 50 turns."""
+
+import json
+import random
+
+from processes import assert_refused, run_python
+
+CONVERSATIONS, QUESTIONS = 500, 50
+
+
+def test_a_trained_model_answers_over_fifty_turns(tmp_path):
+    path = tmp_path / "conversations.jsonl"
+    made = run_python("scripts/make_conversations.py", path, f"--conversations={CONVERSATIONS}")
+    assert made.code == 0, made.errors
+    trained = run_python(
+        *("scripts/train.py", "--config=configs/chat.py", f"--workdir={tmp_path / 'run'}"),
+        *(f"--config.data.source={path}", "--config.train.steps=300"),
+        "--config.train.eval_every=0",
+        XLA_FLAGS="",  # optimized code, unlike that of other tests
+    )
+    assert trained.code == 0, trained.errors
+    # A conversation that was not trained on: of another seed.
+    run_python(
+        *("scripts/make_conversations.py", tmp_path / "new.jsonl", "--conversations=1"),
+        *(f"--turns={QUESTIONS}", f"--seed={random.Random(0).randrange(1, 10**6)}"),
+    )
+    (line,) = (tmp_path / "new.jsonl").read_text().splitlines()
+    contents = [message["content"] for message in json.loads(line)["messages"]]
+    asked = "\n".join(contents[::2]).encode()
+    answered = run_python("scripts/chat.py", f"--workdir={tmp_path / 'run'}", stdin=asked)
+    assert answered.code == 0, answered.errors
+    answers = answered.output.splitlines()
+    right = sum(a == b for a, b in zip(answers, contents[1::2], strict=True))
+    assert right >= QUESTIONS - 1, list(zip(contents[::2], answers, strict=True))
+
+
+def test_conversations_follow_from_the_seed(tmp_path):
+    def make(name, *flags):
+        run_python("scripts/make_conversations.py", tmp_path / name, "--conversations=3", *flags)
+        return (tmp_path / name).read_bytes()
+
+    assert make("a") == make("b") != make("c", "--seed=1")
+    assert_refused(run_python("scripts/make_conversations.py"), "name one file")

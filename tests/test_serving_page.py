@@ -1,0 +1,166 @@
+"""The page of scripts/serve.py in a browser."""
+
+import json
+import shutil
+
+import pytest
+from corpus_files import records, write
+from serving_process import serving
+from small_runs import save_untrained, small_config
+
+playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    source = write(folder / "a.jsonl", records(*[{"messages": chat}] * 3))
+    save_untrained(small_config(source=str(source), template="roles"), folder / "chat")
+    with serving(folder / "chat", "--slots=2") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    page = browser.new_page(viewport={"width": 1000, "height": 900})
+    problems = []
+    page.on("pageerror", lambda error: problems.append(error))  # noqa: PLW0108 - it sets attributes
+    page.goto(server.url)
+    page.get_by_role("tab", name="Chat").wait_for()
+    yield page
+    assert not problems
+    page.close()
+
+
+def generate(page, prompt, **settings):
+    """Generate in text mode; return the new text."""
+    page.get_by_role("tab", name="Text").click()
+    if not page.get_by_label("Temperature").is_visible():
+        page.get_by_text("Settings").click()
+    for label, value in {"New tokens": 30, "Seed": 1, **settings}.items():
+        page.get_by_label(label).fill(str(value))
+    page.get_by_label("Prompt").fill(prompt)
+    page.get_by_role("button", name="Generate").click()
+    page.locator("#generate:enabled").wait_for()
+    return "".join(page.locator("#text .token").all_text_contents())
+
+
+def test_generate_and_show_alternatives(page, server):
+    text = generate(page, "ab")
+    body = server.complete("ab", max_tokens=30, seed=1, temperature=0.8)
+    assert text == body["choices"][0]["text"]
+    page.locator("#text .token").nth(2).hover()
+    assert page.locator("#alternatives tr").count() in (5, 6)
+    assert page.locator("#alternatives").is_visible()
+    page.locator("#text").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".token.current").count() == 1
+    page.keyboard.press("Escape")
+    assert page.locator("#alternatives").is_hidden()
+
+
+def test_stop(page, server):
+    page.get_by_role("tab", name="Text").click()
+    page.get_by_text("Settings").click()
+    page.get_by_label("New tokens").fill("1000000")
+    page.get_by_label("Temperature").fill("0")  # which never comes to EOS here
+    page.get_by_label("Prompt").fill("a")
+    page.get_by_role("button", name="Generate").click()
+    page.locator("#text .token").nth(9).wait_for(state="attached")
+    page.get_by_role("button", name="Stop").click()
+    page.locator("#generate:enabled").wait_for()
+    assert page.locator("#error").is_hidden()
+
+
+def test_fork_and_continue_both_branches(page, server):
+    first = generate(page, "abc", **{"New tokens": 8})
+    page.get_by_label("Name").fill("trunk")
+    page.get_by_role("button", name="Save state here").click()
+    page.get_by_role("button", name="Fork trunk").click()
+    forks = page.locator("#states li li .state b")
+    forks.wait_for()
+    fork = forks.text_content()
+    texts = []
+    for name, seed in (("trunk", 2), (fork, 2), (fork, 3)):
+        page.get_by_role("button", name=f"Continue {name}", exact=True).click()
+        texts.append(generate(page, "x", Seed=seed))
+    assert texts[0] == texts[1] != texts[2]
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download trunk").click()
+    assert download.value.suggested_filename == "trunk.safetensors"
+    page.get_by_role("button", name="Save state here").click()  # a branch of the fork
+    page.locator("#states li li li").wait_for()
+    assert first in server.send("GET", "/v1/states/trunk")[2]["text"] + first
+    for name in (fork, "trunk"):
+        page.get_by_role("button", name=f"Delete {name}", exact=True).click()
+        page.get_by_role("button", name=f"Delete {name}", exact=True).wait_for(state="detached")
+
+
+def test_chat(page):
+    page.get_by_text("Settings").click()
+    page.get_by_label("New tokens").fill("20")
+    for count, question in enumerate(("hi", "more"), 1):
+        page.get_by_label("Prompt").fill(question)
+        page.get_by_label("Prompt").press("Control+Enter")
+        page.locator(".message.assistant").nth(count - 1).wait_for()
+        page.locator("#generate:enabled").wait_for()
+    assert page.locator(".message.user").all_text_contents() == ["hi", "more"]
+    assert page.locator(".message.assistant").count() == 2
+    page.get_by_label("Prompt").fill("\x01")
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_role("alert").get_by_text("control characters").wait_for()
+    assert page.locator(".message").count() == 4
+    page.get_by_role("button", name="New conversation").click()
+    assert page.locator(".message").count() == 0
+
+
+MARKUP = "<script>document.title = 'run'</script><img src=x onerror=\"document.title='run'\">"
+
+
+def test_markup_stays_text(page):
+    logprobs = {
+        "tokens": [MARKUP],
+        "token_logprobs": [-1.0],
+        "top_logprobs": [{MARKUP: -1.0}],
+        "text_offset": [0],
+    }
+    choice = {"index": 0, "text": MARKUP, "logprobs": logprobs, "finish_reason": "stop"}
+    frame = f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n"
+    page.route("**/v1/completions", lambda route: route.fulfill(body=frame))
+    assert generate(page, MARKUP) == MARKUP
+    page.locator("#text .token").hover()
+    assert MARKUP.replace('"', '\\"') in page.locator("#alternatives").text_content()
+    chunk = {"choices": [{"delta": {"content": MARKUP}}]}
+    frame = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=frame))
+    page.get_by_role("tab", name="Chat").click()
+    page.get_by_label("Prompt").fill(MARKUP)
+    page.get_by_role("button", name="Generate").click()
+    page.locator(".message.assistant").get_by_text(MARKUP).wait_for()
+    assert page.locator("#conversation script, #conversation img, #text script").count() == 0
+    assert page.title() == "simplernn_jax"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_narrow_screens(browser, server, scheme):
+    page = browser.new_page(viewport={"width": 400, "height": 800}, color_scheme=scheme)
+    page.goto(server.url)
+    page.get_by_role("tab", name="Chat").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    back, text = page.evaluate(
+        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+    )
+    assert (back == "rgb(255, 255, 255)") == (scheme == "light")
+    assert back != text
+    page.close()
