@@ -1,0 +1,41 @@
+"""Random requests, valid and not, from the OpenAPI document that the server publishes."""
+
+import hypothesis
+import pytest
+from corpus_files import records, write
+from serving_process import serving
+from small_runs import save_untrained, small_config
+
+schemathesis = pytest.importorskip("schemathesis", reason="Schemathesis is not installed")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    source = write(folder / "a.jsonl", records(*[{"messages": chat}] * 3))
+    save_untrained(small_config(source=str(source), template="roles"), folder / "chat")
+    with serving(folder / "chat", "--slots=4") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def api(server):
+    return schemathesis.openapi.from_url(server.url + "/openapi.json")
+
+
+schema = schemathesis.pytest.from_fixture("api")
+
+
+@schema.parametrize()
+@hypothesis.settings(max_examples=12)
+def test_no_request_is_a_server_error(case, server):
+    for name in ("max_tokens", "max_completion_tokens"):  # or an answer may take hours
+        if isinstance(case.body, dict) and isinstance(case.body.get(name), int):
+            case.body[name] = min(case.body[name], 20)
+    response = case.call(timeout=60)
+    case.validate_response(response, checks=[schemathesis.checks.not_a_server_error])
+    assert response.status_code not in (404, 405) or "{" in case.path or case.path == "/v1/models"
+    if 400 <= response.status_code < 500 and case.path.startswith("/v1"):
+        assert response.json()["error"]["message"]
+    assert server.send("GET", "/health")[0] == 200
