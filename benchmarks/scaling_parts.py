@@ -72,15 +72,14 @@ def cached_prefix(trained: Trained, workdir: str) -> list[dict[str, Any]]:
     model, tokenizer = trained.model(), trained.corpus.tokenizer
     text = np.asarray(trained.corpus.train.tokens[:PREFIX], np.int32).tolist()
     path = os.path.join(workdir, "prefix.state")
+    save_state(path, generate(model, [text], max_new_tokens=0).state, model, tokenizer)
 
     def prefill() -> Any:
         return generate(model, [text], max_new_tokens=1).tokens
 
     def load() -> Any:
-        state = load_state(path, model, tokenizer)
-        return generate(model, state=state, max_new_tokens=1).tokens
+        return generate(model, state=load_state(path, model, tokenizer), max_new_tokens=1).tokens
 
-    save_state(path, generate(model, [text], max_new_tokens=0).state, model, tokenizer)
     tokens = [call() for call in (prefill, load)]  # compiles
     if not np.array_equal(*tokens):
         raise RuntimeError(f"token {tokens[1]} from a loaded state, {tokens[0]} from its text")

@@ -1,6 +1,6 @@
 """Measure speed and memory beside baselines and the machine's own ceiling, in one run.
 
-    python scripts/benchmark.py ops [train decode startup memory scaling] [--out FILE.json|FOLDER]
+    python scripts/benchmark.py ops [train decode startup memory scaling] [--out FOLDER]
     python scripts/benchmark.py attention --out FOLDER [--quick]
 
     ops        the recurrence, forward and backward, beside scan
@@ -50,7 +50,7 @@ ATTENTION = "attention"
 """Has a folder of results to itself, and sizes instead of an effort."""
 
 _ARGUMENTS = command_line.define_arguments(" ".join([*BENCHMARKS, ATTENTION]))
-_OUT = flags.DEFINE_string("out", None, "FILE.json for the results; or a folder, with pictures.")
+_OUT = flags.DEFINE_string("out", None, "Folder of results.json and the pictures.")
 _QUICK = flags.DEFINE_bool("quick", False, "Small sizes of attention.")
 _ONLY = flags.DEFINE_list(
     "only",
@@ -76,31 +76,30 @@ def main() -> int:
     _check_names(_ONLY.value or [""], comparison.MEASUREMENTS, "measurement")
     if ATTENTION in names and not _OUT.value:
         raise UserError("no --out: name a folder for the table and the pictures")
-    out = Path(command_line.expand_path(_OUT.value, "out")) if _OUT.value else None
-    if out is not None:
-        check_output(_results_file(out))  # before minutes of work
+    out = _make_folder(_OUT.value) if _OUT.value else None
+    check_devices()
     if ATTENTION in names and out is not None:
         comparison.run(out, _QUICK.value, _ONLY.value)
         return 0
-    check_devices()
     results: dict[str, Any] = {"machine": measure.describe_machine()}
     for name in names:
         results[name] = BENCHMARKS[name](measure.Effort(_BLOCKS.value, _CALLS.value))
         if out is not None:  # after each, so that a later failure loses nothing
-            write_file(_results_file(out), (json.dumps(results, indent=2) + "\n").encode())
-            if out.is_dir() and name in ("memory", "scaling"):
+            write_file(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+            if name in ("memory", "scaling"):
                 picture = memory.draw(results[name].get("memory", results[name]))
                 write_file(out / "memory.png", picture)
     return 0
 
 
-def _results_file(out: Path) -> Path:
-    """The file to write; a folder is made, in one that exists."""
+def _make_folder(name: str) -> Path:
+    """The folder to write to; it is made, in one that exists."""
+    out = Path(command_line.expand_path(name, "out"))
     if not out.parent.is_dir():
-        raise UserError(f"--out={_OUT.value}: no folder {out.parent}; make it, or name another")
-    if out.suffix != ".json" and not out.exists():
-        out.mkdir()
-    return out / "results.json" if out.is_dir() else out
+        raise UserError(f"--out={name}: no folder {out.parent}; make it, or name another")
+    out.mkdir(exist_ok=True)
+    check_output(out / "results.json")  # before minutes of work
+    return out
 
 
 def _check_names(names: Iterable[str], known: Collection[str], kind: str) -> None:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.attention import comparison, corpus, resources, synthetic, tasks, work
+from benchmarks.attention import comparison, corpus, resources, synthetic, tasks
 from benchmarks.attention.program_work import count_work
-from benchmarks.attention.report import ATTENTION, RECURRENCE, VARIANTS, config_of, line, lines_of
+from benchmarks.attention.report import ATTENTION, RECURRENCE, VARIANTS, config_of, line, with_lines
 from benchmarks.train_steps import count_parameters, state_bytes
 from simplernn_jax.errors import UserError
 from simplernn_jax.ops import gated_linear_recurrence
@@ -78,7 +78,7 @@ def test_variants_have_the_same_parameters_and_the_growth_of_theory():
         assert state_bytes(config_of(RECURRENCE, length).model) == recurrent
         cached = 4 * layers * (2 * length * width + 3 * width + 1)
         assert state_bytes(config_of(ATTENTION, length).model) == cached
-    counts = work.count_millions((256, 512))
+    counts = resources.count_millions((256, 512))
     for kind, passes in (("training", 3), ("prefill", 1), ("decode", 1)):
         curves = counts[f"million operations/token, {kind}"]
         # Every parameter is in a matmul, of 2 operations per token.
@@ -244,17 +244,14 @@ def fakes(monkeypatch):
     values = {RECURRENCE: {"256": 1.0, "1024": 2.0}, ATTENTION: {"256": 3.0, "1024": 40.0}}
 
     def fake(aspect):
-        def measure(**_):
+        def measure(quick):
             """Something."""
             curves = {"quantity": values, "other": values}
-            return {"rows": [{"a": 1}], "curves": curves, "lines": lines_of(aspect, curves)}
+            return {"rows": [{"a": 1}]} | with_lines(aspect, curves)
 
         return measure
 
-    measurements = {
-        name: real._replace(measure=fake(f"aspect of {name}"))
-        for name, real in comparison.MEASUREMENTS.items()
-    }
+    measurements = {name: fake(f"aspect of {name}") for name in comparison.MEASUREMENTS}
     monkeypatch.setattr(comparison, "MEASUREMENTS", measurements)
     return measurements
 

@@ -2,29 +2,30 @@
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
-from benchmarks.attention import corpus, resources, synthetic, work
-from benchmarks.attention.report import Measurement
+from benchmarks.attention import corpus, resources, synthetic
 from benchmarks.measure import describe_machine
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
 
-MEASUREMENTS: Mapping[str, Measurement] = {
-    "parallelism": work.PARALLELISM,
-    "recall": synthetic.RECALL,
-    "distance": synthetic.DISTANCE,
-    "memory": resources.MEMORY,
-    "cost": work.COST,
-    "communication": resources.COMMUNICATION,
-    "corpus": corpus.CORPUS,
-    "interpretability": corpus.INTERPRETABILITY,
+MEASUREMENTS: Mapping[str, Callable[[bool], dict[str, Any]]] = {
+    "parallelism": resources.measure_parallelism,
+    "recall": synthetic.measure_recall,
+    "distance": synthetic.measure_distance,
+    "memory": resources.measure_memory,
+    "cost": resources.measure_cost,
+    "communication": resources.measure_communication,
+    "corpus": corpus.measure_corpus,
+    "interpretability": corpus.measure_interpretability,
 }
-"""In the order of their aspects in the table."""
-_FORMAT = 3
+"""In the order of their aspects in the table. The argument asks for small sizes; the result, which
+JSON can hold, has ``lines`` of the first table, and ``curves`` by quantity (over ``x``, or T) or
+``rows`` of a table. The docstring is the text of the report."""
+_FORMAT = 4
 """Of results.json; others are refused."""
 _INTRODUCTION = """# SimpleRNN and self-attention, measured
 
@@ -47,9 +48,8 @@ def run(out: Path, quick: bool, names: Sequence[str]) -> None:
     path = out / "results.json"
     results = _read(path)
     for name in names:
-        measurement = MEASUREMENTS[name]
         print(f"measuring {name} ...", flush=True)
-        measured = measurement.measure(**(measurement.quick if quick else measurement.full))
+        measured = MEASUREMENTS[name](quick)
         results[name] = {"measured": measured, "quick": quick, "machine": describe_machine()}
         content = json.dumps({"format": _FORMAT, "results": results}, indent=2)
         write_file(path, f"{content}\n".encode())
@@ -74,9 +74,9 @@ def report(out: Path, results: Mapping[str, Any]) -> str:
     """Write ``table.md`` and the pictures of all `results`; return the first table."""
     parts, conditions = [], []
     for name, result in results.items():
-        (measure, *_, x), measured = MEASUREMENTS[name], result["measured"]
-        curves = measured.get("curves", {})
-        parts.append(f"## {name}\n\n{inspect.getdoc(measure)}\n")
+        measured = result["measured"]
+        curves, x = measured.get("curves", {}), measured.get("x", "T")
+        parts.append(f"## {name}\n\n{inspect.getdoc(MEASUREMENTS[name])}\n")
         if curves:
             write_file(out / f"{name}.png", tables.draw(curves, x))
             parts.append(f"![{name}]({name}.png)\n")

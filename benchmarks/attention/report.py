@@ -1,7 +1,7 @@
 """The two variants, and lines of the table of six aspects."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from benchmarks import tables
 from benchmarks.train_steps import load_config
@@ -11,19 +11,6 @@ VARIANTS = RECURRENCE, ATTENTION = "SimpleRNN", "attention"
 
 Line = dict[str, Any]
 """A row of the first table: one quantity of both variants."""
-
-
-class Measurement(NamedTuple):
-    """A part of the comparison."""
-
-    measure: Callable[..., dict[str, Any]]
-    """Returns what JSON can hold: ``lines`` of the first table, and ``curves`` (by quantity) or
-    ``rows`` (a table). Its docstring is the text of the report."""
-    quick: Mapping[str, Any]
-    """Arguments of `measure` for small sizes."""
-    full: Mapping[str, Any]
-    x: str = "T"
-    """Name of the x axis of all curves."""
 
 
 def config_of(variant: str, length: int, batch: int = 1, **fields: Any) -> Config:
@@ -57,10 +44,11 @@ def line(
     return row
 
 
-def lines_of(aspect: str, panels: Mapping[str, tables.Curves]) -> list[Line]:
-    """Lines for the first and the last length of both variants' curves."""
-    return [
-        line(aspect, f"{quantity}, T {int(n):,}", {v: curves[v][n] for v in VARIANTS})
-        for quantity, curves in panels.items()
-        for n in (min(curves[ATTENTION], key=int), max(curves[ATTENTION], key=int))
+def with_lines(aspect: str, curves: Mapping[str, tables.Curves]) -> dict[str, Any]:
+    """`curves`, with lines for the first and the last length of both variants."""
+    lines = [
+        line(aspect, f"{quantity}, T {int(n):,}", {v: each[v][n] for v in VARIANTS})
+        for quantity, each in curves.items()
+        for n in (min(each[ATTENTION], key=int), max(each[ATTENTION], key=int))
     ]
+    return {"curves": curves, "lines": lines}

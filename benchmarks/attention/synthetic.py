@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.attention import tasks
-from benchmarks.attention.report import ATTENTION, RECURRENCE, Line, Measurement, line
+from benchmarks.attention.report import ATTENTION, RECURRENCE, Line, line
 from benchmarks.attention.tasks import Task
 from benchmarks.train_steps import change, count_parameters
 from simplernn_jax.config import Config
@@ -132,14 +132,7 @@ def variants(states: Sequence[int]) -> list[str]:
     return [*(f"{RECURRENCE} {size} x {size}" for size in states), ATTENTION]
 
 
-def measure_recall(
-    pairs: tuple[int, ...],
-    length: int,
-    states: tuple[int, ...],
-    steps: tuple[int, int],
-    rates: Rates,
-    sequences: int,
-) -> dict[str, Any]:
+def measure_recall(quick: bool) -> dict[str, Any]:
     """Accuracy of multi-query associative recall (arXiv:2312.04927) by the number of pairs.
 
     Pairs of key and value, then some of the keys again, anywhere; the answer is the value of the
@@ -147,6 +140,12 @@ def measure_recall(
     stage of training has sequences of 48 tokens with up to 16 pairs, the second all numbers of
     pairs.
     """
+    pairs = (4, 8, 16) if quick else (4, 8, 16, 32, 64)
+    states = (64,) if quick else (16, 32, 64, 128)
+    length, steps, sequences = (48, (400, 100), 128) if quick else (192, (1500, 1500), 256)
+    rates: Rates = {"muon": (1.5e-2, 3e-2), "adamw": (3e-3, 1e-2)}
+    if quick:
+        rates = {"muon": (3e-2,), "adamw": ()}
     easy, hard = tasks.recall((4, 8, 16), 48, 64), tasks.recall(pairs, length, 64)
     stages = [Stage(easy, steps[0], BATCH), Stage(hard, steps[1], HARD_TOKENS // length)]
     tests = {
@@ -155,18 +154,18 @@ def measure_recall(
     }
     found = evaluate([*variants(states), PLAIN], stages, tests, rates, sequences)
     lines = [matched(found, title, x, "pairs") for title in tests for x in pairs]
-    return found | {"lines": lines}
+    return found | {"lines": lines, "x": "pairs"}
 
 
-def measure_distance(
-    states: tuple[int, ...], steps: int, rates: Rates, sequences: int
-) -> dict[str, Any]:
+def measure_distance(quick: bool) -> dict[str, Any]:
     """Accuracy by length, or by the distance of a needle, up to 4 times that of training.
 
     Copying (arXiv:1511.06464, section 5.1): 8 symbols, blanks, then the symbols in order. Selective
     copying (arXiv:2312.00752): the symbols are anywhere among the blanks. Needle: one value in
     noise, asked for at given distances. Trained on 64 tokens, and distances up to 56.
     """
+    states, steps, sequences = ((64,), 300, 64) if quick else ((16, 64), 1000, 256)
+    rates: Rates = {"muon": (3e-2,) if quick else (1e-2, 3e-2)}
     rows, lines = [], []
     curves: dict[str, Any] = {}
     for title, (task, by_x) in distance_tasks().items():
@@ -176,7 +175,7 @@ def measure_distance(
         curves |= found["curves"]
         longest = max(by_x)
         lines += [matched(found, title, x, "tokens") for x in (longest // LONGER, longest)]
-    return {"rows": rows, "curves": curves, "lines": lines}
+    return {"rows": rows, "curves": curves, "lines": lines, "x": "tokens"}
 
 
 def distance_tasks() -> dict[str, tuple[Task, dict[int, Task]]]:
@@ -210,20 +209,3 @@ def matched(results: Mapping[str, Any], title: str, x: int, unit: str) -> Line:
     values = {RECURRENCE: 100 * curves[ours][str(x)], ATTENTION: 100 * curves[ATTENTION][str(x)]}
     what = f"% right, {title}, {x} {unit}"
     return line("long-range dependency", what, values, more_is_better=True, tolerance=1.0)
-
-
-_QUICK: Any = {"states": (64,), "rates": {"muon": (3e-2,), "adamw": ()}}
-_FULL: Any = {"states": (16, 32, 64, 128), "sequences": 256}
-_RATES = {"muon": (1.5e-2, 3e-2), "adamw": (3e-3, 1e-2)}
-RECALL = Measurement(
-    measure_recall,
-    _QUICK | {"pairs": (4, 8, 16), "length": 48, "steps": (400, 100), "sequences": 128},
-    _FULL | {"pairs": (4, 8, 16, 32, 64), "length": 192, "steps": (1500, 1500), "rates": _RATES},
-    x="pairs",
-)
-DISTANCE = Measurement(
-    measure_distance,
-    _QUICK | {"steps": 300, "sequences": 64},
-    _FULL | {"states": (16, 64), "steps": 1000, "rates": {"muon": (1e-2, 3e-2)}},
-    x="tokens",
-)
