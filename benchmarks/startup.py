@@ -15,15 +15,14 @@ from benchmarks.measure import Call, Effort, alternate, call_isolated, median
 from benchmarks.train_steps import load_config, our_step
 from simplernn_jax.compilation_cache import use_compilation_cache
 
-_PACKAGES = "jax, flax, optax"
-_PUBLIC = "simplernn_jax.ops, simplernn_jax.models, simplernn_jax.inference"
+PACKAGES = "jax, flax, optax"
 IMPORTS = {
-    _PACKAGES: _PACKAGES,
-    "and simplernn_jax": f"{_PACKAGES}, simplernn_jax",
-    "and its public modules": f"{_PACKAGES}, {_PUBLIC}",
-    "and all of scripts/train.py": f"{_PACKAGES}, simplernn_jax.training.loop",
+    PACKAGES: "",
+    "and simplernn_jax": ", simplernn_jax",
+    "and its public modules": ", simplernn_jax.ops, simplernn_jax.models, simplernn_jax.inference",
+    "and all of scripts/train.py": ", simplernn_jax.training.loop",
 }
-"""What a process imports, by its name in the table."""
+"""What a process imports after `PACKAGES`, by its name in the table."""
 CACHES = ("cold", "warm")
 
 
@@ -38,16 +37,15 @@ def run(effort: Effort) -> dict[str, Any]:
 def compare_imports(blocks: int) -> list[dict[str, Any]]:
     """Median wall time of processes that only import, and median of the difference to the first."""
     calls: dict[str, Call] = {
-        name: functools.partial(measure.run_python, f"import {what}")
-        for name, what in IMPORTS.items()
+        name: functools.partial(measure.run_python, f"import {PACKAGES}{more}")
+        for name, more in IMPORTS.items()
     }
     # The first calls compile to byte code and fill the page cache.
     times = alternate(calls, Effort(blocks, 1))
-    rows: list[dict[str, Any]] = []
+    rows = []
     for name, each in times.items():
-        more = [a - b for (a,), (b,) in zip(each, times[_PACKAGES], strict=True)]
-        rows.append({"import": name, "seconds": median(each)})
-        rows[-1]["over the first"] = statistics.median(more)
+        over = statistics.median(a - b for (a,), (b,) in zip(each, times[PACKAGES], strict=True))
+        rows.append({"import": name, "seconds": median(each), "over the first": over})
     return rows
 
 

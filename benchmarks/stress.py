@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from simplernn_jax.checkpoint import manifest
-from simplernn_jax.checkpoint.checkpointer import Checkpointer, read_config
+from simplernn_jax.checkpoint.checkpointer import NEWEST, Checkpointer, read_config
 from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leaves
 from simplernn_jax.checkpoint.folder import UNFINISHED_MARK, CheckpointFolder
 
@@ -41,26 +41,24 @@ Interruption = Callable[[Path, list[Process], random.Random], Outcome]
 """Of the processes of the run in a workdir, at random."""
 
 
-def interrupt_runs(
-    folder: Path, count: int, seed: int, interrupt: Interruption, num_processes: int
-) -> int:
+def interrupt_runs(folder: Path, count: int, interrupt: Interruption, num_processes: int) -> int:
     """Interrupt and resume `count` runs; 1 if one does not end as an uninterrupted run.
 
-    The workdir of a run is named by its number.
+    The workdir of a run is named by its number, from which its moments follow.
     """
     _train(folder / "alone", num_processes)
-    expected = newest_checkpoint(folder / "alone")
+    expected = read_checkpoint(folder / "alone")
 
     def interrupt_and_resume(number: int) -> Outcome:
         workdir = folder / str(number)
         processes = _start(workdir, num_processes)
         try:
-            what, problem = interrupt(workdir, processes, random.Random(f"{seed} {number}"))
+            what, problem = interrupt(workdir, processes, random.Random(number))
         finally:
             _kill(processes)
         if problem is None:
             _train(workdir, num_processes)
-            problem = _difference(newest_checkpoint(workdir), expected)
+            problem = _difference(read_checkpoint(workdir), expected)
         if (workdir / "checkpoints_damaged").exists():
             problem = "a checkpoint was taken for damaged"
         shutil.rmtree(workdir)
@@ -75,15 +73,15 @@ def interrupt_runs(
     return int(wrong > 0 or (num_processes == 1 and 2 * inside < count))
 
 
-def damage_checkpoints(folder: Path, count: int, seed: int) -> int:
+def damage_checkpoints(folder: Path, count: int) -> int:
     """Damage the newest checkpoint `count` times; 1 if one was missed or not recovered from."""
-    draw = random.Random(seed)
+    draw = random.Random(0)
     whole, workdir = folder / "whole", folder / "damaged"
     _train(whole)
     before, newest = CheckpointFolder(str(whole)).steps()[-2:]
     leaves = saved_leaves(CheckpointFolder(str(whole)).step_path(before))
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in leaves.items()}
-    expected = _contents(whole, before)
+    expected = read_checkpoint(whole, before)
     config, tokenizer_json, _ = read_config(str(whole))
     detected = recovered = 0
     for number in range(count):
@@ -103,12 +101,9 @@ def damage_checkpoints(folder: Path, count: int, seed: int) -> int:
     return int(detected < count or recovered < count)
 
 
-def newest_checkpoint(workdir: str | Path) -> dict[str, Any]:
-    """Everything in the newest complete checkpoint, as values that ``==`` compares bit-exactly."""
-    return _contents(workdir, read_config(str(workdir))[2])
-
-
-def _contents(workdir: str | Path, step: int) -> dict[str, Any]:
+def read_checkpoint(workdir: str | Path, checkpoint: int | str = NEWEST) -> dict[str, Any]:
+    """Everything in a checkpoint, as values that ``==`` compares bit-exactly."""
+    step = read_config(str(workdir), checkpoint)[2]
     path = CheckpointFolder(str(workdir)).step_path(step)
     return _comparable(step, read_json(path, "data"), read_arrays(path, list(saved_leaves(path))))
 
@@ -131,8 +126,7 @@ def _start(workdir: Path, num_processes: int) -> list[Process]:
 
     The parent of `workdir` has what runs share: corpus, compiled programs, and logs.
     """
-    folder = workdir.parent
-    corpus = folder / "corpus.txt"
+    folder, corpus = workdir.parent, workdir.parent / "corpus.txt"
     if not corpus.exists():
         draw = random.Random(0)
         corpus.write_text("".join(draw.choices("abcdefgh \n", k=20_011)), encoding="utf-8")
@@ -160,7 +154,7 @@ def _start(workdir: Path, num_processes: int) -> list[Process]:
         return [subprocess.Popen(each, start_new_session=True, **options) for each in commands]
 
 
-def _log(workdir: Path) -> str:
+def _log_of(workdir: Path) -> str:
     """Output of all processes of a run."""
     return workdir.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
 
@@ -183,7 +177,7 @@ def _train(workdir: Path, num_processes: int = 1) -> None:
     finally:
         _kill(processes)
     if any(codes):
-        raise RuntimeError(f"run {workdir} failed with codes {codes}:\n{_log(workdir)}")
+        raise RuntimeError(f"run {workdir} failed with codes {codes}:\n{_log_of(workdir)}")
 
 
 def _kill_a_run(workdir: Path, processes: list[Process], draw: random.Random) -> Outcome:
@@ -191,37 +185,30 @@ def _kill_a_run(workdir: Path, processes: list[Process], draw: random.Random) ->
     if int(workdir.name) % 2:
         _wait_for_a_moment(workdir, processes, draw)
     else:
-        _stop_inside_a_save(processes[0], workdir / "checkpoints", draw)
+        _stop_inside_a_save(workdir, processes, draw)
     _kill(processes)
-    where = "inside a save" if _is_saving(workdir / "checkpoints") else "between saves"
-    return f"killed {where}", None
+    return f"killed {'inside a save' if _is_saving(workdir) else 'between saves'}", None
 
 
-def _stop_inside_a_save(process: Process, checkpoints: Path, draw: random.Random) -> None:
+def _stop_inside_a_save(workdir: Path, processes: list[Process], draw: random.Random) -> None:
     """Stop the process at a random moment of a random save; return also if it ends before."""
-    saves_to_pass = draw.randrange(STEPS // SAVE_EVERY - 1)
-    was_saving = False
-    while process.poll() is None:
-        saving = _is_saving(checkpoints)
-        saves_to_pass -= saving and not was_saving
-        was_saving = saving
-        if saving and saves_to_pass < 0:
+    _wait_for_save(workdir, processes, draw.randrange(STEPS // SAVE_EVERY - 1))
+    while processes[0].poll() is None:
+        if _is_saving(workdir):
             time.sleep(draw.uniform(0, 0.05))
-            _send(process, signal.SIGSTOP)
-            if _is_saving(checkpoints):
+            _send(processes[0], signal.SIGSTOP)
+            if _is_saving(workdir):
                 return
-            _send(process, signal.SIGCONT)
-            was_saving = False
+            _send(processes[0], signal.SIGCONT)
         time.sleep(0.001)
 
 
-def _is_saving(checkpoints: Path) -> bool:
+def _is_saving(workdir: Path) -> bool:
     """Whether there is an incomplete checkpoint."""
-    names = os.listdir(checkpoints) if checkpoints.exists() else []
     return any(
-        UNFINISHED_MARK in name
-        or (name.isdecimal() and not manifest.has_manifest(str(checkpoints / name)))
-        for name in names
+        UNFINISHED_MARK in path.name
+        or (path.name.isdecimal() and not manifest.has_manifest(str(path)))
+        for path in workdir.glob("checkpoints/*")
     )
 
 
@@ -240,20 +227,28 @@ def _lose_a_process(workdir: Path, processes: list[Process], draw: random.Random
     if code is None:
         problem = f"the other has not ended within {took}"
     # Without a reason, it may have ended regularly before the signal was sent.
-    elif code != 0 and (code not in _REASONS or _REASONS[code] not in _log(workdir)):
+    elif code and (code not in _REASONS or _REASONS[code] not in _log_of(workdir)):
         problem = f"the other ended with code {code} and without its reason"
     return f"{sent.name} to process {victim} {when}, the other waited for {took}", problem
 
 
 def _wait_for_a_moment(workdir: Path, processes: list[Process], draw: random.Random) -> str:
     """Wait until a random moment of the start, or after a random save; describe it."""
-    step = SAVE_EVERY * draw.randrange(STEPS // SAVE_EVERY)
-    checkpoints = CheckpointFolder(str(workdir))
-    while max(checkpoints.steps(), default=0) < step and all(p.poll() is None for p in processes):
-        time.sleep(0.01)
-    seconds = draw.uniform(0, _SAVE_SECONDS if step else _START_SECONDS)
+    save = draw.randrange(STEPS // SAVE_EVERY)
+    _wait_for_save(workdir, processes, save)
+    seconds = draw.uniform(0, _SAVE_SECONDS if save else _START_SECONDS)
     time.sleep(seconds)
-    return f"{seconds:.1f} s after {f'the save of step {step}' if step else 'its start'}"
+    what = f"the save of step {save * SAVE_EVERY}" if save else "its start"
+    return f"{seconds:.1f} s after {what}"
+
+
+def _wait_for_save(workdir: Path, processes: list[Process], save: int) -> None:
+    """Wait until there is a folder of this save, counted from 1, or a process has ended."""
+    checkpoints = CheckpointFolder(str(workdir))
+    while all(process.poll() is None for process in processes):
+        if max(checkpoints.steps(), default=0) >= save * SAVE_EVERY:
+            return
+        time.sleep(0.01)
 
 
 def _damage(step_path: Path, draw: random.Random) -> str:
@@ -270,9 +265,9 @@ def _damage(step_path: Path, draw: random.Random) -> str:
     return f"{kind} {file.relative_to(step_path)} at {position}"
 
 
-EXPERIMENTS: dict[str, Callable[[Path, int, int], int]] = {
+EXPERIMENTS: dict[str, Callable[[Path, int], int]] = {
     "kill": functools.partial(interrupt_runs, interrupt=_kill_a_run, num_processes=1),
     "damage": damage_checkpoints,
     "hosts": functools.partial(interrupt_runs, interrupt=_lose_a_process, num_processes=2),
 }
-"""``(folder, count, seed) -> exit code``, by name."""
+"""``(folder, count) -> exit code``, by name."""
