@@ -9,12 +9,14 @@ q dy^T, v dS^T, k dS). Recomputation, decays, masks and copies do not count.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import measure, tables
+from benchmarks import measure
 from benchmarks.measure import Call, Effort, alternate, block_ratio, median
+from benchmarks.tables import Row, Table
 from benchmarks.train_steps import megabytes
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.chunkwise import choose_chunk_size
@@ -38,20 +40,19 @@ LENGTH_TOKENS = 16384
 CEILING_ROWS = 64
 
 
-def run(effort: Effort) -> dict[str, Any]:
-    """Measure and print; times in ms, memory in MB (1e6 bytes)."""
+def run(effort: Effort) -> Iterator[Table]:
+    """Tables by shape, times in ms and memory in MB (1e6 bytes), and by length."""
     rows = [compare(shape, dtype, effort) for dtype in DTYPES for shape in SHAPES]
-    tables.show("ops: forward + backward", rows)
+    yield "ops: forward + backward", rows
     by_length = [
         compare_lengths(LENGTHS, LENGTH_TOKENS, shape, dtype, effort)
         for dtype in DTYPES
         for shape in SHAPES[:2]
     ]
-    tables.show(f"ops: us per token, B T = {LENGTH_TOKENS:,}, and relative", by_length)
-    return {"shapes": rows, "lengths": by_length}
+    yield f"ops: us per token, B T = {LENGTH_TOKENS:,}, and relative", by_length
 
 
-def compare(shape: Shape, dtype: str, effort: Effort) -> dict[str, Any]:
+def compare(shape: Shape, dtype: str, effort: Effort) -> Row:
     """Compare the forms at one shape: time, working memory, and rate of necessary products."""
     inputs = draw_inputs(shape, dtype)
     chunks = {"chunk_size": choose_chunk_size(shape.length)}
@@ -80,7 +81,7 @@ def compare(shape: Shape, dtype: str, effort: Effort) -> dict[str, Any]:
 
 def compare_lengths(
     lengths: tuple[int, ...], tokens: int, widths: Shape, dtype: str, effort: Effort
-) -> dict[str, Any]:
+) -> Row:
     """Time per token by length at constant B T, and relative to the first length."""
     calls: dict[str, Call] = {}
     for length in lengths:
@@ -88,7 +89,7 @@ def compare_lengths(
         calls[f"T {length}"] = functools.partial(compile_gradients(inputs), *inputs)
     times = alternate(calls, effort)
     first, *others = times
-    row: dict[str, Any] = {"H, K, V": ", ".join(map(str, widths[2:])), "dtype": dtype}
+    row: Row = {"H, K, V": ", ".join(map(str, widths[2:])), "dtype": dtype}
     row |= {name: 1e6 * median(blocks) / tokens for name, blocks in times.items()}
     return row | {f"{each} / {first}": block_ratio(times[each], times[first]) for each in others}
 

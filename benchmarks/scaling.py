@@ -5,29 +5,22 @@ loss is that of held-out text with the state carried. Two other seeds show the n
 training ends elsewhere even with another order of summation. Memory is the working memory of a
 step on one device, by XLA's memory analysis. Devices of a mesh are simulated and share this
 machine's cores, so that their tokens/s show the cost of a schedule, not the gain from hardware.
-
-- A: sliding windows in training; overlapping windows in evaluation, beside a carried state
-- B: pipeline parallelism over layers; beside it, sequence parallelism
-- C: one token at a time without compilation, compiled, in chunks, and as one function
-- D: bfloat16 for matmuls, and for the state; the error of the latter by position
-- E: truncated back-propagation, between steps and inside of one, and its bias
-- F: a prefix whose state is cached
 """
 
 import copy
 import tempfile
-from typing import Any
+from collections.abc import Iterator
 
-from benchmarks import memory, scaling_parts, tables
+from benchmarks import memory, scaling_parts
 from benchmarks.corpus_training import Trained, measure_on_corpus, train_on_corpus
 from benchmarks.measure import Effort, on_simulated_devices
+from benchmarks.tables import Row, Table
 from benchmarks.train_steps import BY_SCAN, by_chunks, change, load_config
 from simplernn_jax.config import Config
 
 BATCH, LENGTH, STEPS = 8, 256, 200
 LONG = 4
 """Factor between long sequences and LENGTH; the batch is smaller by it."""
-Row = dict[str, Any]
 LONG_SIZES: Row = {"batch_size": BATCH // LONG, "sequence_length": LONG * LENGTH}
 WINDOWS = LONG_SIZES | {"backward_window": LENGTH}
 
@@ -56,8 +49,8 @@ TECHNIQUES: tuple[tuple[str, str, Row], ...] = (
 """Technique, change, and fields of the configuration or options of `train_on_corpus`."""
 
 
-def run(effort: Effort) -> dict[str, Any]:
-    """Measure and print; each training runs once, `effort` is unused."""
+def run(effort: Effort) -> Iterator[Table]:
+    """Tables of the trainings and other parts; each training runs once, `effort` is unused."""
     with tempfile.TemporaryDirectory() as workdir:
         rows, trained = compare(small_run(), workdir)
         bias = scaling_parts.truncation_bias(change(small_run(), **LONG_SIZES), trained)
@@ -65,12 +58,11 @@ def run(effort: Effort) -> dict[str, Any]:
         rows += scaling_parts.evaluations(small_run(), trained)
         rows += scaling_parts.cached_prefix(trained, workdir)
     rows.sort(key=lambda row: ORDER.index(row["technique"][0]))
+    yield f"scaling: 2 layers of width 64, {STEPS * BATCH * LENGTH:,} tokens", rows
+    yield f"scaling, E: gradient of truncated windows of {LONG * LENGTH:,} tokens", bias
     errors = scaling_parts.state_errors()
-    tables.show(f"scaling: 2 layers of width 64, {STEPS * BATCH * LENGTH:,} tokens", rows)
-    tables.show(f"scaling, E: gradient of truncated windows of {LONG * LENGTH:,} tokens", bias)
-    tables.show("scaling, D: RMS error of the recurrence by dtype of the state", errors)
-    by_length = memory.run(effort)
-    return {"rows": rows, "truncation_bias": bias, "state_errors": errors, "memory": by_length}
+    yield "scaling, D: RMS error of the recurrence by dtype of the state", errors
+    yield from memory.run(effort)
 
 
 def small_run() -> Config:

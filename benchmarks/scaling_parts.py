@@ -2,7 +2,6 @@
 
 import functools
 import os
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.corpus_training import Trained
-from benchmarks.measure import Call, seconds_of
+from benchmarks.measure import Effort, alternate, median, seconds_of
+from benchmarks.tables import Row
 from benchmarks.train_steps import BY_SCAN, change, random_batch
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import BatchSource
@@ -24,6 +24,7 @@ from simplernn_jax.training.evaluate import Evaluator
 from simplernn_jax.training.gradient import make_gradient, make_model
 
 EAGER_TOKENS = 16
+EFFORT = Effort(1, 4)
 PREFIX = 4096
 ERROR_LENGTH = 16384
 HALF_LIFE = 4096
@@ -35,7 +36,7 @@ def gradient_arguments(params: nnx.State, batch: Any) -> Any:
     return params, batch, (), key, jnp.zeros((), int)
 
 
-def eager_step(config: Config) -> dict[str, Any]:
+def eager_step(config: Config) -> Row:
     """Time loss and gradient without compilation, one token after another."""
     config = change(config, sequence_length=EAGER_TOKENS)
     params = nnx.state(make_model(config, nnx.Rngs(0)), nnx.Param)
@@ -50,24 +51,24 @@ def eager_step(config: Config) -> dict[str, Any]:
     }
 
 
-def evaluations(config: Config, trained: Trained) -> list[dict[str, Any]]:
+def evaluations(config: Config, trained: Trained) -> list[Row]:
     """Evaluate the plain run with the state carried, and by windows from a zero state."""
     evaluator = Evaluator(config, trained.corpus.tokenizer.pad_id)
     length = config.data.sequence_length
     given = (trained.params, trained.corpus.validation, config.train.eval_tokens)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for stride in (0, length // 4, length // 2, length):
         windows = Contexts(length, stride) if stride else None
         call: Any = functools.partial(evaluator, *given, windows=windows)  # type: ignore[arg-type]
-        result, loss = call(), call().nats_per_token  # compiles
+        result, loss = call(), call().nats_per_token
         what = f"windows of {length}, stride {stride}" if stride else "state carried"
         row = {"technique": "A evaluation", "change": what, "nats/token": loss}
-        row["tokens/s"] = result.predictions / _median_seconds(call)
+        row["tokens/s"] = result.predictions / median(alternate({"": call}, EFFORT)[""])
         rows.append(row | {"difference": loss - trained.measured["nats/token"]})
     return rows
 
 
-def cached_prefix(trained: Trained, workdir: str) -> list[dict[str, Any]]:
+def cached_prefix(trained: Trained, workdir: str) -> list[Row]:
     """Time the first token after a prefix, prefilled and from its saved state."""
     model, tokenizer = trained.model(), trained.corpus.tokenizer
     text = np.asarray(trained.corpus.train.tokens[:PREFIX], np.int32).tolist()
@@ -80,23 +81,16 @@ def cached_prefix(trained: Trained, workdir: str) -> list[dict[str, Any]]:
     def load() -> Any:
         return generate(model, state=load_state(path, model, tokenizer), max_new_tokens=1).tokens
 
-    tokens = [call() for call in (prefill, load)]  # compiles
+    tokens = [call() for call in (prefill, load)]
     if not np.array_equal(*tokens):
         raise RuntimeError(f"token {tokens[1]} from a loaded state, {tokens[0]} from its text")
     size = f"state of {os.path.getsize(path) / 1e3:.0f} kB loaded"
-    rows: list[dict[str, Any]] = []
-    for name, what, call in (
-        ("F prefix prefilled", f"{len(text):,} tokens", prefill),
-        ("F prefix cached", size, load),
-    ):
-        seconds = _median_seconds(call)
-        what = f"{what} and one generated: {1e3 * seconds:.1f} ms"
-        rows.append({"technique": name, "change": what, "tokens/s": len(text) / seconds})
+    rows: list[Row] = []
+    for what, blocks in alternate({f"{len(text):,} tokens": prefill, size: load}, EFFORT).items():
+        name = "F prefix cached" if what == size else "F prefix prefilled"
+        change = f"{what} and one generated: {1e3 * median(blocks):.1f} ms"
+        rows.append({"technique": name, "change": change, "tokens/s": len(text) / median(blocks)})
     return rows
-
-
-def _median_seconds(call: Call) -> float:
-    return statistics.median(seconds_of(call) for _ in range(5))
 
 
 def truncation_bias(
@@ -127,7 +121,7 @@ def truncation_bias(
     return rows
 
 
-def state_errors(length: int = ERROR_LENGTH) -> list[dict[str, Any]]:
+def state_errors(length: int = ERROR_LENGTH) -> list[Row]:
     """RMS error of the recurrence's output against float64, by position and dtype of the state.
 
     Values have mean 1 and decay is slow (a half-life of `HALF_LIFE` tokens): the state grows large
@@ -156,7 +150,7 @@ def state_errors(length: int = ERROR_LENGTH) -> list[dict[str, Any]]:
     }
     rows, end = [], 16
     while end <= length:
-        row: dict[str, Any] = {"position": f"up to {end:,}"}
+        row: Row = {"position": f"up to {end:,}"}
         part = exact[:, end // 2 : end]
         for name, output in outputs.items():
             error = np.asarray(output, np.float64)[:, end // 2 : end] - part

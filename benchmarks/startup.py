@@ -7,11 +7,13 @@ a temporary folder; ``cold`` finds it empty, ``warm`` finds the entries of the c
 import functools
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure, tables
+from benchmarks import measure
 from benchmarks.measure import Call, Effort, alternate, call_isolated, median
+from benchmarks.tables import Row, Table
 from benchmarks.train_steps import load_config, our_step
 from simplernn_jax.compilation_cache import use_compilation_cache
 
@@ -26,15 +28,14 @@ IMPORTS = {
 CACHES = ("cold", "warm")
 
 
-def run(effort: Effort) -> dict[str, Any]:
-    """Measure and print; `effort.calls` is unused, since a process starts once."""
-    imports, first_steps = compare_imports(effort.blocks), compare_first_steps(effort.blocks)
-    tables.show("startup: fresh processes that import", imports)
-    tables.show("startup: first step of base after imports, by compilation cache", first_steps)
-    return {"imports": imports, "first_step": first_steps}
+def run(effort: Effort) -> Iterator[Table]:
+    """Tables of both; `effort.calls` is unused, since a process starts once."""
+    yield "startup: fresh processes that import", compare_imports(effort.blocks)
+    title = "startup: first step of base after imports, by compilation cache"
+    yield title, compare_first_steps(effort.blocks)
 
 
-def compare_imports(blocks: int) -> list[dict[str, Any]]:
+def compare_imports(blocks: int) -> list[Row]:
     """Median wall time of processes that only import, and median of the difference to the first."""
     calls: dict[str, Call] = {
         name: functools.partial(measure.run_python, f"import {PACKAGES}{more}")
@@ -42,14 +43,14 @@ def compare_imports(blocks: int) -> list[dict[str, Any]]:
     }
     # The first calls compile to byte code and fill the page cache.
     times = alternate(calls, Effort(blocks, 1))
-    rows = []
+    rows: list[Row] = []
     for name, each in times.items():
         over = statistics.median(a - b for (a,), (b,) in zip(each, times[PACKAGES], strict=True))
         rows.append({"import": name, "seconds": median(each), "over the first": over})
     return rows
 
 
-def compare_first_steps(blocks: int) -> list[dict[str, Any]]:
+def compare_first_steps(blocks: int) -> list[Row]:
     """Median seconds of the first train step with an empty and a filled cache, and of the ratio."""
     pairs = []
     for _ in range(blocks):

@@ -10,12 +10,13 @@ parameter and token (one matmul forward, two backward), and the machine's rate i
 """
 
 import importlib.util
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 
-from benchmarks import measure, tables
+from benchmarks import measure
 from benchmarks.measure import Effort, alternate, block_ratio, median
+from benchmarks.tables import Row, Table
 from benchmarks.train_steps import BY_SCAN, count_parameters, gru_step, load_config, our_step
 from simplernn_jax.config import Config
 from simplernn_jax.config_rules import PRECISIONS
@@ -35,18 +36,16 @@ def make_step(program: str, config: Config) -> measure.Call:
     return our_step(config, BY_SCAN) if program == "scan" else our_step(config)
 
 
-def run(effort: Effort) -> dict[str, Any]:
-    """Measure and print."""
-    seed = compare_programs(load_config("seed", BATCH, LENGTH), effort)
-    tables.show(f"train: seed, B {BATCH}, T {LENGTH}, float32", seed)
-    config = load_config("base", BATCH, LENGTH)
-    base = compare_precisions(config, effort)
-    title = f"train: base, {count_parameters(config):,} parameters, B {BATCH}, T {LENGTH}"
-    tables.show(f"{title}; 6 * parameters * tokens per step", base)
-    return {"seed": seed, "base": base}
+def run(effort: Effort) -> Iterator[Table]:
+    """Tables of both comparisons."""
+    sizes = f"B {BATCH}, T {LENGTH}"
+    seed, base = (load_config(name, BATCH, LENGTH) for name in ("seed", "base"))
+    yield f"train: seed, {sizes}, float32", compare_programs(seed, effort)
+    title = f"train: base, {count_parameters(base):,} parameters, {sizes}"
+    yield f"{title}; 6 * parameters * tokens per step", compare_precisions(base, effort)
 
 
-def compare_programs(config: Config, effort: Effort) -> list[dict[str, Any]]:
+def compare_programs(config: Config, effort: Effort) -> list[Row]:
     """Compare all programs that can train `config`, a plain model with one head.
 
     ``peak`` is the memory of two steps on a CPU over that held before them, in a process of its
@@ -57,7 +56,7 @@ def compare_programs(config: Config, effort: Effort) -> list[dict[str, Any]]:
     names += [of_torch] * has_torch
     times = alternate({name: make_step(name, config) for name in names}, effort)
     tokens = config.data.batch_size * config.data.sequence_length
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for name, blocks in times.items():
         peak = measure.call_isolated(peak_of_steps, program=name, config=config)
         row = {"program": name, "tokens/s": tokens / median(blocks)}
@@ -75,7 +74,7 @@ def peak_of_steps(program: str, config: Config) -> float | None:
     return measure.process_peak(lambda: [step(), step()]) if on_cpu else None
 
 
-def compare_precisions(config: Config, effort: Effort, size: int = 2048) -> list[dict[str, Any]]:
+def compare_precisions(config: Config, effort: Effort, size: int = 2048) -> list[Row]:
     """Compare our step in float32 and bfloat16 with a float32 matmul of ``size^3``."""
     calls: dict[str, measure.Call] = {}
     for precision in PRECISIONS:

@@ -21,6 +21,7 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
+import itertools
 import json
 import sys
 from collections.abc import Collection, Iterable
@@ -31,7 +32,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from benchmarks import decoding, measure, memory, recurrence, scaling, startup, training
+from benchmarks import decoding, measure, memory, recurrence, scaling, startup, tables, training
 from benchmarks.attention import comparison
 from simplernn_jax import command_line, process_start
 from simplernn_jax.devices import check_devices
@@ -81,14 +82,15 @@ def main() -> int:
     if ATTENTION in names and out is not None:
         comparison.run(out, _QUICK.value, _ONLY.value)
         return 0
+    effort = measure.Effort(_BLOCKS.value, _CALLS.value)
     results: dict[str, Any] = {"machine": measure.describe_machine()}
-    for name in names:
-        results[name] = BENCHMARKS[name](measure.Effort(_BLOCKS.value, _CALLS.value))
+    for title, rows in itertools.chain.from_iterable(BENCHMARKS[name](effort) for name in names):
+        print(f"\n{title}\n\n{tables.markdown(rows)}", flush=True)
+        results[title] = rows
         if out is not None:  # after each, so that a later failure loses nothing
             write_file(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-            if name in ("memory", "scaling"):
-                picture = memory.draw(results[name].get("memory", results[name]))
-                write_file(out / "memory.png", picture)
+            if title == memory.TITLE:
+                write_file(out / "memory.png", memory.draw(rows))
     return 0
 
 
