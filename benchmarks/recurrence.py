@@ -17,9 +17,9 @@ import jax
 from benchmarks import measure
 from benchmarks.measure import Call, Effort, alternate, block_ratio, median
 from benchmarks.tables import Row, Table
-from benchmarks.train_steps import megabytes
+from benchmarks.train_steps import BY_SCAN, by_chunks, megabytes
+from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.chunkwise import choose_chunk_size
 
 
 class Shape(NamedTuple):
@@ -55,9 +55,9 @@ def run(effort: Effort) -> Iterator[Table]:
 def compare(shape: Shape, dtype: str, effort: Effort) -> Row:
     """Compare the forms at one shape: time, working memory, and rate of necessary products."""
     inputs = draw_inputs(shape, dtype)
-    chunks = {"chunk_size": choose_chunk_size(shape.length)}
-    forms: dict[str, Any] = {"ours": {}, "chunks": chunks, "scan": {"method": "scan"}}
-    programs = {name: compile_gradients(inputs, **options) for name, options in forms.items()}
+    chunks = by_chunks(shape.length)
+    forms = {"ours": gated_linear_recurrence, "chunks": chunks, "scan": BY_SCAN}
+    programs = {name: compile_gradients(inputs, form) for name, form in forms.items()}
     calls: dict[str, Call] = {
         name: functools.partial(program, *inputs) for name, program in programs.items()
     }
@@ -108,11 +108,13 @@ def draw_inputs(shape: Shape, dtype: str) -> tuple[jax.Array, ...]:
     return q, jax.nn.sigmoid(k), v, jax.nn.log_sigmoid(3 + gate), *others
 
 
-def compile_gradients(inputs: tuple[Any, ...], **options: Any) -> Any:
+def compile_gradients(
+    inputs: tuple[Any, ...], recurrence: Recurrence = gated_linear_recurrence
+) -> Any:
     """Compile output, final state and all gradients from `inputs` (`draw_inputs`)."""
 
     def call(q: Any, k: Any, v: Any, log_gate: Any, state: Any) -> Any:
-        return gated_linear_recurrence(q, k, v, log_gate, initial_state=state, **options)
+        return recurrence(q, k, v, log_gate, initial_state=state)
 
     def results(*inputs: jax.Array) -> tuple[jax.Array, ...]:
         values, pullback = jax.vjp(call, *inputs[:5])

@@ -6,6 +6,8 @@ a temporary folder; ``cold`` finds it empty, ``warm`` finds the entries of the c
 
 import functools
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,9 +39,13 @@ def run(effort: Effort) -> Iterator[Table]:
 
 def compare_imports(blocks: int) -> list[Row]:
     """Median wall time of processes that only import, and median of the difference to the first."""
+
+    def start(more: str) -> None:
+        command = [sys.executable, "-c", f"import {PACKAGES}{more}"]
+        subprocess.run(command, cwd=measure.ROOT, check=True)
+
     calls: dict[str, Call] = {
-        name: functools.partial(measure.run_python, f"import {PACKAGES}{more}")
-        for name, more in IMPORTS.items()
+        name: functools.partial(start, more) for name, more in IMPORTS.items()
     }
     # The first calls compile to byte code and fill the page cache.
     times = alternate(calls, Effort(blocks, 1))

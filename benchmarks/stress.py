@@ -18,13 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.measure import ROOT
 from simplernn_jax.checkpoint import manifest
 from simplernn_jax.checkpoint.checkpointer import NEWEST, Checkpointer, read_config
 from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leaves
 from simplernn_jax.checkpoint.folder import UNFINISHED_MARK, CheckpointFolder
 
 STEPS, SAVE_EVERY = 24, 3
-_ROOT = Path(__file__).resolve().parents[1]
 _PARALLEL = 2
 """Simultaneous processes: most of a short run is its start, which keeps one core busy."""
 _START_SECONDS, _SAVE_SECONDS = 8.0, 0.5
@@ -132,7 +132,7 @@ def _start(workdir: Path, num_processes: int) -> list[Process]:
         corpus.write_text("".join(draw.choices("abcdefgh \n", k=20_011)), encoding="utf-8")
     data = {"source": corpus, "split": "position", "mode": "stream", "cache_dir": folder / "tokens"}
     steps = {"epochs": 0, "steps": STEPS, "save_every": SAVE_EVERY, "eval_every": 0}
-    command = [sys.executable, f"{_ROOT}/scripts/train.py", f"--config={_ROOT}/configs/tiny.py"]
+    command = [sys.executable, f"{ROOT}/scripts/train.py", f"--config={ROOT}/configs/tiny.py"]
     command += [f"--config.data.{field}={value}" for field, value in data.items()]
     command += [f"--config.train.{field}={value}" for field, value in steps.items()]
     command += ["--config.train.sample_every=0", f"--workdir={workdir}"]

@@ -11,21 +11,34 @@ parameter and token (one matmul forward, two backward), and the machine's rate i
 
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
 
 from benchmarks import measure
-from benchmarks.measure import Effort, alternate, block_ratio, median
+from benchmarks.measure import Call, Effort, alternate, block_ratio, median
 from benchmarks.tables import Row, Table
-from benchmarks.train_steps import BY_SCAN, count_parameters, gru_step, load_config, our_step
-from simplernn_jax.config import Config
+from benchmarks.train_steps import (
+    BY_SCAN,
+    compiled_step,
+    count_parameters,
+    load_config,
+    our_step,
+    random_batch,
+)
+from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.config_rules import PRECISIONS
+from simplernn_jax.data.batches import Batch
+from simplernn_jax.training.losses import summed_cross_entropy
 
 BATCH, LENGTH = 16, 256
 PROGRAMS = ("ours", "scan", "GRU", "PyTorch loop")
 
 
-def make_step(program: str, config: Config) -> measure.Call:
+def make_step(program: str, config: Config) -> Call:
     """A train step by one of `PROGRAMS`."""
     if program == "GRU":
         return gru_step(config)
@@ -51,9 +64,8 @@ def compare_programs(config: Config, effort: Effort) -> list[Row]:
     ``peak`` is the memory of two steps on a CPU over that held before them, in a process of its
     own, in MB (1e6 bytes).
     """
-    *names, of_torch = PROGRAMS
     has_torch = importlib.util.find_spec("torch") is not None
-    names += [of_torch] * has_torch
+    names = PROGRAMS if has_torch else PROGRAMS[:-1]
     times = alternate({name: make_step(name, config) for name in names}, effort)
     tokens = config.data.batch_size * config.data.sequence_length
     rows: list[Row] = []
@@ -63,7 +75,8 @@ def compare_programs(config: Config, effort: Effort) -> list[Row]:
         row["times slower than ours"] = block_ratio(blocks, times["ours"])
         rows.append(row | {"peak MB": peak and peak / 1e6})
     if not has_torch:
-        rows.append({"program": f"{of_torch}: torch is not installed (pip install -e '.[bench]')"})
+        advice = "torch is not installed (pip install -e '.[bench]')"
+        rows.append({"program": f"{PROGRAMS[-1]}: {advice}"})
     return rows
 
 
@@ -76,7 +89,7 @@ def peak_of_steps(program: str, config: Config) -> float | None:
 
 def compare_precisions(config: Config, effort: Effort, size: int = 2048) -> list[Row]:
     """Compare our step in float32 and bfloat16 with a float32 matmul of ``size^3``."""
-    calls: dict[str, measure.Call] = {}
+    calls: dict[str, Call] = {}
     for precision in PRECISIONS:
         config.model.precision = precision
         calls[precision] = our_step(config)
@@ -96,3 +109,43 @@ def compare_precisions(config: Config, effort: Effort, size: int = 2048) -> list
         }
         for name in PRECISIONS
     ]
+
+
+def gru_step(config: Config) -> Call:
+    """A step of Adam on a `GRUStack` of the same sizes, with the same loss."""
+    optimizer = optax.adam(config.optimizer.learning_rate)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: GRUStack(config.model, nnx.Rngs(0))))
+
+    def start() -> Any:
+        params = nnx.state(GRUStack(config.model, nnx.Rngs(0)))
+        return params, optimizer.init(params)
+
+    def mean_loss(params: Any, batch: Batch) -> jax.Array:
+        logits = nnx.merge(graph, params)(batch.tokens)
+        return summed_cross_entropy(logits, batch.targets, batch.loss_mask) / batch.targets.size
+
+    def step(state: Any, batch: Batch) -> Any:
+        loss, gradient = jax.value_and_grad(mean_loss)(state[0], batch)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+            updates, opt_state = optimizer.update(gradient, state[1], state[0])
+        return (optax.apply_updates(state[0], updates), opt_state), loss
+
+    return compiled_step(jax.jit(step, donate_argnums=0), start, random_batch(config))
+
+
+class GRUStack(nnx.Module):
+    """A plain stack of Flax's GRU cells, in the place of SimpleRNN."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        width = config.hidden_dim
+        self.embedding = nnx.Embed(config.vocab_size, width, rngs=rngs)
+        cells = [nnx.GRUCell(width, width, rngs=rngs) for _ in range(config.num_layers)]
+        self.layers = nnx.List([nnx.RNN(cell, rngs=False) for cell in cells])
+        self.head = nnx.Linear(width, config.vocab_size, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """``[B, T]`` token ids to ``[B, T, vocab]`` logits."""
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x, initial_carry=jnp.zeros((len(x), x.shape[-1])))
+        return self.head(x).astype(jnp.float32)

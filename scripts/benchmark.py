@@ -33,7 +33,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from benchmarks import decoding, measure, memory, recurrence, scaling, startup, tables, training
-from benchmarks.attention import comparison
+from benchmarks.attention import corpus, report, resources, synthetic
 from simplernn_jax import command_line, process_start
 from simplernn_jax.devices import check_devices
 from simplernn_jax.errors import UserError, nearest_name
@@ -47,6 +47,17 @@ BENCHMARKS = {
     "memory": memory.run,
     "scaling": scaling.run,
 }
+MEASUREMENTS = {
+    "parallelism": resources.measure_parallelism,
+    "recall": synthetic.measure_recall,
+    "distance": synthetic.measure_distance,
+    "memory": resources.measure_memory,
+    "cost": resources.measure_cost,
+    "communication": resources.measure_communication,
+    "corpus": corpus.measure_corpus,
+    "interpretability": corpus.measure_interpretability,
+}
+"""Of attention, in the order of their aspects in its table."""
 ATTENTION = "attention"
 """Has a folder of results to itself, and sizes instead of an effort."""
 
@@ -55,7 +66,7 @@ _OUT = flags.DEFINE_string("out", None, "Folder of results.json and the pictures
 _QUICK = flags.DEFINE_bool("quick", False, "Small sizes of attention.")
 _ONLY = flags.DEFINE_list(
     "only",
-    list(comparison.MEASUREMENTS),
+    list(MEASUREMENTS),
     "Measurements of attention; the others are taken from the results in the folder.",
 )
 _BLOCKS = flags.DEFINE_integer("blocks", 5, "Alternating blocks.", lower_bound=1)
@@ -74,13 +85,13 @@ def main() -> int:
     for flag in (_BLOCKS, _CALLS) if ATTENTION in names else (_QUICK, _ONLY):
         if flag.present:
             raise UserError(f"--{flag.name}: not of {names[0]}; see --help")
-    _check_names(_ONLY.value or [""], comparison.MEASUREMENTS, "measurement")
+    _check_names(_ONLY.value or [""], MEASUREMENTS, "measurement")
     if ATTENTION in names and not _OUT.value:
         raise UserError("no --out: name a folder for the table and the pictures")
     out = _make_folder(_OUT.value) if _OUT.value else None
     check_devices()
     if ATTENTION in names and out is not None:
-        comparison.run(out, _QUICK.value, _ONLY.value)
+        report.run(MEASUREMENTS, out, _QUICK.value, _ONLY.value)
         return 0
     effort = measure.Effort(_BLOCKS.value, _CALLS.value)
     results: dict[str, Any] = {"machine": measure.describe_machine()}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_runs import small_config, write_corpus
 
-from benchmarks import corpus_training, memory, scaling, scaling_parts
+from benchmarks import corpus_training, memory, scaling
 from simplernn_jax import config as config_lib
 
 BATCH, LENGTH = 8, 8
@@ -63,18 +63,18 @@ def test_a_training_is_measured_and_another_seed_is_another_run_on_the_same_text
 
 def test_evaluations_and_a_cached_prefix_of_the_trained_model(trained, monkeypatch):
     config, result, folder = trained
-    rows = scaling_parts.evaluations(config, result)
+    rows = scaling.evaluations(config, result)
     assert rows[0]["nats/token"] == pytest.approx(result.measured["nats/token"], rel=1e-6)
     assert len({row["nats/token"] for row in rows}) == len(rows)  # windows make a difference
-    monkeypatch.setattr(scaling_parts, "PREFIX", 9)
-    prefilled, cached = scaling_parts.cached_prefix(result, str(folder))
+    monkeypatch.setattr(scaling, "PREFIX", 9)
+    prefilled, cached = scaling.cached_prefix(result, str(folder))
     assert "9 tokens" in prefilled["change"]
     assert min(prefilled["tokens/s"], cached["tokens/s"]) > 0
 
 
 def test_truncation_is_biased_unless_the_window_covers_the_sequence(trained):
     config, result, _ = trained
-    cut, whole = scaling_parts.truncation_bias(copy.deepcopy(config), result, (2, LENGTH))
+    cut, whole = scaling.truncation_bias(copy.deepcopy(config), result, (2, LENGTH))
     assert 1e-3 < cut["difference / whole"] < 1
     assert 0 < cut["cosine"] < 1
     assert whole["difference / whole"] < 1e-5
@@ -82,12 +82,12 @@ def test_truncation_is_biased_unless_the_window_covers_the_sequence(trained):
 
 
 def test_a_step_without_compilation(monkeypatch):
-    monkeypatch.setattr(scaling_parts, "EAGER_TOKENS", 2)
-    assert scaling_parts.eager_step(small_config())["tokens/s"] > 0
+    monkeypatch.setattr(scaling, "EAGER_TOKENS", 2)
+    assert scaling.eager_step(small_config())["tokens/s"] > 0
 
 
 def test_a_bfloat16_state_loses_more_with_the_position():
-    rows = scaling_parts.state_errors(256)
+    rows = scaling.state_errors(256)
     assert [row["position"] for row in rows] == ["up to 16", "up to 64", "up to 256"]
     assert max(row["float32"] for row in rows) < 1e-5
     by_token = [row["bfloat16, each token"] for row in rows]

@@ -6,16 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.attention.report import (
-    ATTENTION,
-    RECURRENCE,
-    VARIANTS,
-    Line,
-    config_of,
-    line,
-)
-from benchmarks.corpus_training import Trained, train_on_corpus
-from benchmarks.train_steps import count_parameters
+from benchmarks.attention.report import ATTENTION, RECURRENCE, VARIANTS, config_of, line
+from benchmarks.tables import Row
+from benchmarks.train_steps import Trained, count_parameters, train_on_corpus
 from simplernn_jax.analysis import decompose_layers
 
 LENGTH, BATCH = 256, 8
@@ -56,7 +49,7 @@ def measure_corpus(quick: bool) -> dict[str, Any]:
     return {"rows": rows, "lines": loss_lines(fields["steps"] * LENGTH * BATCH, losses)}
 
 
-def loss_lines(num_bytes: int, losses: dict[str, list[float]]) -> list[Line]:
+def loss_lines(num_bytes: int, losses: dict[str, list[float]]) -> list[Row]:
     """Lines for mean and range of the loss; means within the larger range count as equal."""
     seeds = len(losses[RECURRENCE])
     means = {variant: statistics.mean(each) for variant, each in losses.items()}

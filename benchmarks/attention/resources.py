@@ -109,15 +109,14 @@ def measure_cost(quick: bool) -> dict[str, Any]:
     prefilled, decoded = (LENGTHS[:3], LENGTHS[:4]) if quick else (LENGTHS[:4], LENGTHS)
     new_tokens, blocks = (64, 2) if quick else (128, 3)
 
-    def model(variant: str, length: int) -> LanguageModel:
-        return LanguageModel(config_of(variant, length).model, rngs=nnx.Rngs(0))
-
     def prefill(variant: str, length: int) -> Call:
-        prompt = random_tokens(config_of(variant, length).model, 1, length)
-        return recompute_call(model(variant, length), prompt)
+        config = config_of(variant, length).model
+        model = LanguageModel(config, rngs=nnx.Rngs(0))
+        return recompute_call(model, random_tokens(config, 1, length))
 
     def decode(variant: str, length: int) -> Call:
-        return decode_call(model(variant, length), LEAST_PROMPT, new_tokens)
+        model = LanguageModel(config_of(variant, length).model, rngs=nnx.Rngs(0))
+        return decode_call(model, LEAST_PROMPT, new_tokens)
 
     curves = count_millions(LENGTHS)
     curves["us/token, prefill"] = time_calls(prefill, VARIANTS, prefilled, None, blocks)

@@ -14,8 +14,9 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.attention import tasks
-from benchmarks.attention.report import ATTENTION, RECURRENCE, Line, line
+from benchmarks.attention.report import ATTENTION, RECURRENCE, line
 from benchmarks.attention.tasks import Task
+from benchmarks.tables import Row
 from benchmarks.train_steps import change, count_parameters
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
@@ -36,8 +37,8 @@ COPIED, DISTANCES = 64, (4, 8, 16, 32, 56)
 
 Tests = Mapping[str, Mapping[int, Task]]
 """Tasks by title of the curve of accuracy, and x."""
-Rates = Mapping[str, tuple[float, ...]]
-"""Learning rates to try, by optimizer; adamw is for `PLAIN` alone."""
+Rates = Sequence[tuple[str, float]]
+"""Optimizers and learning rates to try; adamw is for `PLAIN` alone."""
 
 
 class Stage(NamedTuple):
@@ -113,8 +114,8 @@ def evaluate(
     for name in names:
         trials = {
             f"{optimizer} {rate:g}": train(variant(name, context), stages, optimizer, rate)
-            for optimizer in (("muon", "adamw") if name == PLAIN else ("muon",))
-            for rate in rates[optimizer]
+            for optimizer, rate in rates
+            if optimizer == "muon" or name == PLAIN
         }
         best = min(trials, key=lambda trial: np.nan_to_num(trials[trial].loss, nan=np.inf))
         print(f"  {name}: {best} of {', '.join(trials)}", flush=True)
@@ -127,11 +128,6 @@ def evaluate(
     return {"rows": rows, "curves": curves}
 
 
-def variants(states: Sequence[int]) -> list[str]:
-    """Names of recurrences with these states, and attention."""
-    return [*(f"{RECURRENCE} {size} x {size}" for size in states), ATTENTION]
-
-
 def measure_recall(quick: bool) -> dict[str, Any]:
     """Accuracy of multi-query associative recall (arXiv:2312.04927) by the number of pairs.
 
@@ -141,18 +137,18 @@ def measure_recall(quick: bool) -> dict[str, Any]:
     pairs.
     """
     pairs = (4, 8, 16) if quick else (4, 8, 16, 32, 64)
-    states = (64,) if quick else (16, 32, 64, 128)
+    states = ["64 x 64"] if quick else ["16 x 16", "32 x 32", "64 x 64", "128 x 128"]
+    names = [*(f"{RECURRENCE} {state}" for state in states), ATTENTION, PLAIN]
     length, steps, sequences = (48, (400, 100), 128) if quick else (192, (1500, 1500), 256)
-    rates: Rates = {"muon": (1.5e-2, 3e-2), "adamw": (3e-3, 1e-2)}
-    if quick:
-        rates = {"muon": (3e-2,), "adamw": ()}
+    more = [("muon", 1.5e-2), ("adamw", 3e-3), ("adamw", 1e-2)]
+    rates: Rates = [("muon", 3e-2), *(() if quick else more)]
     easy, hard = tasks.recall((4, 8, 16), 48, 64), tasks.recall(pairs, length, 64)
     stages = [Stage(easy, steps[0], BATCH), Stage(hard, steps[1], HARD_TOKENS // length)]
     tests = {
         title: {count: tasks.recall((count,), factor * length, 64) for count in pairs}
         for title, factor in (("recall", 1), (f"recall, sequences {LONGER} times as long", LONGER))
     }
-    found = evaluate([*variants(states), PLAIN], stages, tests, rates, sequences)
+    found = evaluate(names, stages, tests, rates, sequences)
     lines = [matched(found, title, x, "pairs") for title in tests for x in pairs]
     return found | {"lines": lines, "x": "pairs"}
 
@@ -164,13 +160,16 @@ def measure_distance(quick: bool) -> dict[str, Any]:
     copying (arXiv:2312.00752): the symbols are anywhere among the blanks. Needle: one value in
     noise, asked for at given distances. Trained on 64 tokens, and distances up to 56.
     """
-    states, steps, sequences = ((64,), 300, 64) if quick else ((16, 64), 1000, 256)
-    rates: Rates = {"muon": (3e-2,) if quick else (1e-2, 3e-2)}
+    steps, sequences = (300, 64) if quick else (1000, 256)
+    names = [f"{RECURRENCE} 64 x 64", ATTENTION]
+    if not quick:
+        names.insert(0, f"{RECURRENCE} 16 x 16")
+    rates: Rates = [("muon", 3e-2), *(() if quick else [("muon", 1e-2)])]
     rows, lines = [], []
     curves: dict[str, Any] = {}
     for title, (task, by_x) in distance_tasks().items():
         stages = [Stage(task, steps, BATCH)]
-        found = evaluate(variants(states), stages, {title: by_x}, rates, sequences)
+        found = evaluate(names, stages, {title: by_x}, rates, sequences)
         rows += [{"task": title} | row for row in found["rows"]]
         curves |= found["curves"]
         longest = max(by_x)
@@ -197,7 +196,7 @@ def distance_tasks() -> dict[str, tuple[Task, dict[int, Task]]]:
     }
 
 
-def matched(results: Mapping[str, Any], title: str, x: int, unit: str) -> Line:
+def matched(results: Mapping[str, Any], title: str, x: int, unit: str) -> Row:
     """Accuracy of attention, and of the recurrence with the same number of parameters.
 
     Differences up to one percentage point count as equal.
