@@ -63,9 +63,8 @@ def compare(config: ModelConfig, effort: Effort) -> tuple[list[Row], list[Row]]:
     each = {}
     for name, (what, _, count) in candidates.items():
         each[name] = [[seconds / count for seconds in block] for block in times[name]]
-        seconds = median(each[name])
-        row = {"candidate": name, "of": what, "us/token": 1e6 * seconds}
-        rows.append(row | {"tokens/s": 1 / seconds})
+        row = {"candidate": name, "of": what, "us/token": 1e6 * median(each[name])}
+        rows.append(row | {"tokens/s": 1 / median(each[name])})
     return rows, [{"ratio": what, "value": block_ratio(each[a], each[b])} for what, a, b in RATIOS]
 
 

@@ -17,7 +17,7 @@ import jax
 from benchmarks import measure
 from benchmarks.measure import Call, Effort, alternate, block_ratio, median
 from benchmarks.tables import Row, Table
-from benchmarks.train_steps import BY_SCAN, by_chunks, megabytes
+from benchmarks.train_steps import BY_CHUNKS, BY_SCAN, megabytes
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
 
@@ -35,8 +35,6 @@ class Shape(NamedTuple):
 SHAPES = tuple(Shape(16, 256, *sizes) for sizes in ((1, 128, 128), (4, 32, 32), (4, 64, 64)))
 DTYPES = ("float32", "bfloat16")
 LENGTHS = (256, 1024, 4096, 16384)
-LENGTH_TOKENS = 16384
-"""B T of the comparison of lengths: one sequence at the greatest length."""
 CEILING_ROWS = 64
 
 
@@ -45,18 +43,15 @@ def run(effort: Effort) -> Iterator[Table]:
     rows = [compare(shape, dtype, effort) for dtype in DTYPES for shape in SHAPES]
     yield "ops: forward + backward", rows
     by_length = [
-        compare_lengths(LENGTHS, LENGTH_TOKENS, shape, dtype, effort)
-        for dtype in DTYPES
-        for shape in SHAPES[:2]
+        compare_lengths(LENGTHS, shape, dtype, effort) for dtype in DTYPES for shape in SHAPES[:2]
     ]
-    yield f"ops: us per token, B T = {LENGTH_TOKENS:,}, and relative", by_length
+    yield f"ops: us per token, B T = {max(LENGTHS):,}, and relative", by_length
 
 
 def compare(shape: Shape, dtype: str, effort: Effort) -> Row:
     """Compare the forms at one shape: time, working memory, and rate of necessary products."""
     inputs = draw_inputs(shape, dtype)
-    chunks = by_chunks(shape.length)
-    forms = {"ours": gated_linear_recurrence, "chunks": chunks, "scan": BY_SCAN}
+    forms = {"ours": gated_linear_recurrence, "chunks": BY_CHUNKS, "scan": BY_SCAN}
     programs = {name: compile_gradients(inputs, form) for name, form in forms.items()}
     calls: dict[str, Call] = {
         name: functools.partial(program, *inputs) for name, program in programs.items()
@@ -79,14 +74,14 @@ def compare(shape: Shape, dtype: str, effort: Effort) -> Row:
     }
 
 
-def compare_lengths(
-    lengths: tuple[int, ...], tokens: int, widths: Shape, dtype: str, effort: Effort
-) -> Row:
-    """Time per token by length at constant B T, and relative to the first length."""
+def compare_lengths(lengths: tuple[int, ...], widths: Shape, dtype: str, effort: Effort) -> Row:
+    """Time per token by length, each of as many tokens as the longest, relative to the first."""
+    tokens = max(lengths)
     calls: dict[str, Call] = {}
     for length in lengths:
         inputs = draw_inputs(widths._replace(batch=tokens // length, length=length), dtype)
-        calls[f"T {length}"] = functools.partial(compile_gradients(inputs), *inputs)
+        program = compile_gradients(inputs, gated_linear_recurrence)
+        calls[f"T {length}"] = functools.partial(program, *inputs)
     times = alternate(calls, effort)
     first, *others = times
     row: Row = {"H, K, V": ", ".join(map(str, widths[2:])), "dtype": dtype}
@@ -108,9 +103,7 @@ def draw_inputs(shape: Shape, dtype: str) -> tuple[jax.Array, ...]:
     return q, jax.nn.sigmoid(k), v, jax.nn.log_sigmoid(3 + gate), *others
 
 
-def compile_gradients(
-    inputs: tuple[Any, ...], recurrence: Recurrence = gated_linear_recurrence
-) -> Any:
+def compile_gradients(inputs: tuple[Any, ...], recurrence: Recurrence) -> Any:
     """Compile output, final state and all gradients from `inputs` (`draw_inputs`)."""
 
     def call(q: Any, k: Any, v: Any, log_gate: Any, state: Any) -> Any:

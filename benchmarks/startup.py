@@ -20,13 +20,14 @@ from benchmarks.train_steps import load_config, our_step
 from simplernn_jax.compilation_cache import use_compilation_cache
 
 PACKAGES = "jax, flax, optax"
+_PUBLIC = "simplernn_jax.ops, simplernn_jax.models, simplernn_jax.inference"
 IMPORTS = {
-    PACKAGES: "",
-    "and simplernn_jax": ", simplernn_jax",
-    "and its public modules": ", simplernn_jax.ops, simplernn_jax.models, simplernn_jax.inference",
-    "and all of scripts/train.py": ", simplernn_jax.training.loop",
+    PACKAGES: PACKAGES,
+    "and simplernn_jax": f"{PACKAGES}, simplernn_jax",
+    "and its public modules": f"{PACKAGES}, {_PUBLIC}",
+    "and all of scripts/train.py": f"{PACKAGES}, simplernn_jax.training.loop",
 }
-"""What a process imports after `PACKAGES`, by its name in the table."""
+"""What a process imports, by its name in the table."""
 CACHES = ("cold", "warm")
 
 
@@ -39,13 +40,11 @@ def run(effort: Effort) -> Iterator[Table]:
 
 def compare_imports(blocks: int) -> list[Row]:
     """Median wall time of processes that only import, and median of the difference to the first."""
-
-    def start(more: str) -> None:
-        command = [sys.executable, "-c", f"import {PACKAGES}{more}"]
-        subprocess.run(command, cwd=measure.ROOT, check=True)
-
     calls: dict[str, Call] = {
-        name: functools.partial(start, more) for name, more in IMPORTS.items()
+        name: functools.partial(
+            subprocess.check_call, [sys.executable, "-c", f"import {packages}"], cwd=measure.ROOT
+        )
+        for name, packages in IMPORTS.items()
     }
     # The first calls compile to byte code and fill the page cache.
     times = alternate(calls, Effort(blocks, 1))

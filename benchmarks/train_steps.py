@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.chunkwise import choose_chunk_size
 from simplernn_jax.sharding.mesh import check_fits, make_mesh
 from simplernn_jax.training import train_step
 from simplernn_jax.training.evaluate import Evaluator
@@ -34,11 +32,7 @@ _STEPS = 1000
 """Length of the learning rate schedule; further steps stay at its end."""
 
 BY_SCAN: Recurrence = functools.partial(gated_linear_recurrence, method="scan")
-
-
-def by_chunks(length: int) -> Recurrence:
-    """The chunkwise recurrence, on every machine, with the default chunks of `length` tokens."""
-    return functools.partial(gated_linear_recurrence, chunk_size=choose_chunk_size(length))
+BY_CHUNKS: Recurrence = functools.partial(gated_linear_recurrence, method="chunkwise")
 
 
 def change(config: Config, **fields: Any) -> Config:
@@ -67,7 +61,7 @@ def random_batch(config: Config) -> Batch:
 
 def count_parameters(config: Config) -> int:
     """Number of parameters of the model; an embedding that is also the head counts once."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(config)[1]))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)[1]))
 
 
 def abstract_state(model: ModelConfig) -> Any:
@@ -77,8 +71,7 @@ def abstract_state(model: ModelConfig) -> Any:
 
 def state_bytes(model: ModelConfig) -> int:
     """Bytes of the decoder state of one sequence."""
-    leaves = jax.tree.leaves(abstract_state(model))
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state(model)))
 
 
 def compile_quickly(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> Any:

@@ -80,14 +80,12 @@ def main() -> int:
     if not names:
         raise UserError(f"name a benchmark: python scripts/benchmark.py {'|'.join(known)}")
     _check_names(names, known, "benchmark")
-    if ATTENTION in names and len(names) > 1:
-        raise UserError(f"{ATTENTION} writes a folder of its own; measure the others without it")
+    _check_names(_ONLY.value or [""], MEASUREMENTS, "measurement")
+    if ATTENTION in names and (len(names) > 1 or not _OUT.value):
+        raise UserError(f"{ATTENTION}: name its folder, --out; measure the others without it")
     for flag in (_BLOCKS, _CALLS) if ATTENTION in names else (_QUICK, _ONLY):
         if flag.present:
             raise UserError(f"--{flag.name}: not of {names[0]}; see --help")
-    _check_names(_ONLY.value or [""], MEASUREMENTS, "measurement")
-    if ATTENTION in names and not _OUT.value:
-        raise UserError("no --out: name a folder for the table and the pictures")
     out = _make_folder(_OUT.value) if _OUT.value else None
     check_devices()
     if ATTENTION in names and out is not None:

@@ -202,7 +202,7 @@ COPY = tasks.copying(6, 2, 3, scattered=False)
 
 
 def test_a_small_model_learns_to_copy_through_a_curriculum():
-    stages = [synthetic.Stage(COPY, 60, 32), synthetic.Stage(COPY, 60, 16)]
+    stages = [(COPY, 60, 32), (COPY, 60, 16)]
     trained = synthetic.train(synthetic.variant(f"{RECURRENCE} 8 x 8", 6), stages, "muon", 3e-2)
     assert trained.config.train.steps == 120
     assert trained.loss < 0.5 * math.log(3)
@@ -211,7 +211,7 @@ def test_a_small_model_learns_to_copy_through_a_curriculum():
 
 def test_a_variant_is_trained_at_every_rate_and_the_best_is_tested(monkeypatch):
     monkeypatch.setattr(synthetic, "WIDTH", 8)
-    stages, rates = [synthetic.Stage(COPY, 2, 4)], {"muon": (1e-2,), "adamw": (1e-3,)}
+    stages, rates = [(COPY, 2, 4)], {"muon": (1e-2,), "adamw": (1e-3,)}
     results = synthetic.evaluate([synthetic.PLAIN], stages, {"copy": {6: COPY}}, rates, 8)
     (row,) = results["rows"]
     losses = row["training loss by rate"]

@@ -98,7 +98,7 @@ def test_ops_table(dtype, monkeypatch):
 def test_ops_by_length(monkeypatch):
     fixed_times(recurrence, monkeypatch, **{"T 8": 2.0, "T 16": 3.0})
     widths = recurrence.Shape(0, 0, 2, 5, 7)
-    row = recurrence.compare_lengths((8, 16), 16, widths, "float32", EFFORT)
+    row = recurrence.compare_lengths((8, 16), widths, "float32", EFFORT)
     assert (row["T 8"], row["T 16"], row["T 16 / T 8"]) == (2e6 / 16, 3e6 / 16, 1.5)
 
 
@@ -205,10 +205,10 @@ def test_every_matrix_is_in_the_products():
     ("arguments", "message"),
     [
         ([], "name a benchmark: python scripts/benchmark.py ops|train|decode|startup|memory"),
-        (["attention"], "no --out: name a folder for the table and the pictures"),
+        (["attention"], "attention: name its folder, --out"),
         (["attention", "--out=x", "--only=recal"], "'recal': no such measurement; did you mean"),
         (["attention", "--out=x", "--blocks=2"], "--blocks: not of attention"),
-        (["ops", "attention"], "attention writes a folder of its own"),
+        (["ops", "attention", "--out=x"], "measure the others without it"),
         (["opps"], "'opps': no such benchmark; did you mean 'ops'?"),
         (["ops", "--out", "no/such/folder/x.json"], "--out=no/such/folder/x.json: no folder"),
         (["ops", "--blocks=0"], "blocks"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_runs import small_config, write_corpus
 
-from benchmarks import corpus_training, memory, scaling
+from benchmarks import memory, scaling, train_steps
 from simplernn_jax import config as config_lib
 
 BATCH, LENGTH = 8, 8
@@ -21,7 +21,7 @@ def trained(tmp_path_factory):
         **{"batch_size": BATCH, "sequence_length": LENGTH, "steps": 3, "eval_tokens": 300},
         **{"source": write_corpus(folder / "texts", documents=30), "validation_fraction": 0.3},
     )
-    return config, corpus_training.train_on_corpus(config, str(folder)), folder
+    return config, train_steps.train_on_corpus(config, str(folder)), folder
 
 
 def test_every_training_is_valid_and_compared_with_the_plain_one(monkeypatch, trained):
@@ -33,7 +33,7 @@ def test_every_training_is_valid_and_compared_with_the_plain_one(monkeypatch, tr
         return trained[1]._replace(measured={"nats/token": 2 + len(seen) / 100})
 
     def train_on_devices(count, function, config, workdir):
-        assert (count, function) == (2, corpus_training.measure_on_corpus)
+        assert (count, function) == (2, train_steps.measure_on_corpus)
         return train(config, workdir).measured
 
     monkeypatch.setattr(scaling, "train_on_corpus", train)
@@ -54,7 +54,7 @@ def test_a_training_is_measured_and_another_seed_is_another_run_on_the_same_text
     config, result, folder = trained
     assert set(result.measured) == {"memory MB", "tokens/s", "nats/token", "bits/byte"}
     assert min(result.measured.values()) > 0
-    other = corpus_training.train_on_corpus(config, str(folder), seed=1)
+    other = train_steps.train_on_corpus(config, str(folder), seed=1)
     assert other.corpus.content_hash == result.corpus.content_hash
     assert config.train.seed == 0
     pairs = zip(jax.tree.leaves(result.params), jax.tree.leaves(other.params), strict=True)

@@ -8,17 +8,10 @@ import numpy as np
 
 from benchmarks.attention.report import ATTENTION, RECURRENCE, VARIANTS, config_of, line
 from benchmarks.tables import Row
-from benchmarks.train_steps import Trained, count_parameters, train_on_corpus
+from benchmarks.train_steps import count_parameters, train_on_corpus
 from simplernn_jax.analysis import decompose_layers
 
 LENGTH, BATCH = 256, 8
-
-
-def train(variant: str, folder: str, seed: int = 0, **fields: Any) -> Trained:
-    """Train a variant with these fields of its configuration from random parameters."""
-    trained = train_on_corpus(config_of(variant, LENGTH, BATCH, **fields), folder, seed=seed)
-    print(f"  {variant}, {fields}, seed {seed}: {trained.measured}", flush=True)
-    return trained
 
 
 def measure_corpus(quick: bool) -> dict[str, Any]:
@@ -34,8 +27,10 @@ def measure_corpus(quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
 
         def loss(variant: str, rate: float, seed: int) -> float:
-            trained = train(variant, folder, seed, learning_rate=rate, **fields)
-            return trained.measured["bits/byte"]
+            config = config_of(variant, LENGTH, BATCH, learning_rate=rate, **fields)
+            measured = train_on_corpus(config, folder, seed=seed).measured
+            print(f"  {variant}, rate {rate:g}, seed {seed}: {measured}", flush=True)
+            return measured["bits/byte"]
 
         for variant in VARIANTS:
             tried = {rate: loss(variant, rate, 0) for rate in rates}
@@ -69,7 +64,8 @@ def measure_interpretability(quick: bool) -> dict[str, Any]:
     """
     steps, tokens = (50, 256) if quick else (1400, 1024)
     with tempfile.TemporaryDirectory() as folder:
-        trained = train(RECURRENCE, folder, steps=steps, eval_tokens=65_536)
+        config = config_of(RECURRENCE, LENGTH, BATCH, steps=steps, eval_tokens=65_536)
+        trained = train_on_corpus(config, folder)
         held_out: Any = trained.corpus.validation
         ids = np.array(held_out.tokens[:tokens])
     model = trained.model()

@@ -29,15 +29,14 @@ _NEVER = -math.inf
 
 
 class Work(NamedTuple):
-    """Work of one call of a program."""
+    """Work of one call of a program; copies, selections and reshapes do not count."""
 
     flops: float
     """Additions and multiplications of matmuls, and one for each element of an elementwise
     operation or a reduction."""
     chain: float
-    """Length of the longest chain of array operations in which each needs the one before.
-    Iterations of a loop are chained only through the carry. Copies, selections and reshapes do not
-    count."""
+    """Length of the longest chain of array operations in which each needs the one before;
+    iterations of a loop are chained only through the carry."""
 
 
 def count_work(function: Callable[..., Any], *arguments: Any) -> Work:

@@ -15,11 +15,11 @@ from benchmarks.attention.report import ATTENTION, RECURRENCE, VARIANTS, config_
 from benchmarks.compiled_collectives import collectives
 from benchmarks.decoding import decode_call, random_tokens, recompute_call
 from benchmarks.measure import Call, Effort, alternate, median, on_simulated_devices
-from benchmarks.tables import curves_of
+from benchmarks.tables import Curves, curves_of
 from benchmarks.train_steps import (
+    BY_CHUNKS,
     BY_SCAN,
     abstract_state,
-    by_chunks,
     compile_quickly,
     megabytes,
     our_step,
@@ -32,21 +32,18 @@ from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.training.gradient import abstract_model, make_gradient, make_model
 
 CHUNKS, SCAN = f"{RECURRENCE} in chunks", f"{RECURRENCE} by scan"
-PROGRAMS = {RECURRENCE: RECURRENCE, ATTENTION: ATTENTION, CHUNKS: RECURRENCE, SCAN: RECURRENCE}
-"""Variant of every program."""
+PROGRAMS: dict[str, tuple[str, Recurrence]] = {
+    RECURRENCE: (RECURRENCE, gated_linear_recurrence),
+    ATTENTION: (ATTENTION, gated_linear_recurrence),
+    CHUNKS: (RECURRENCE, BY_CHUNKS),
+    SCAN: (RECURRENCE, BY_SCAN),
+}
+"""Variant and recurrence of every program."""
 COUNTED = {RECURRENCE: CHUNKS, ATTENTION: ATTENTION}
 LENGTHS = (256, 1024, 4096, 16384, 65536)
 LEAST_PROMPT = 16
 """Filled slots of a KV cache when decoding is timed: attention computes all slots anyway."""
 DEVICES = 8
-
-ByLength = dict[str, dict[str, float]]
-"""Values by variant or program and length."""
-
-
-def recurrence_of(program: str, length: int) -> Recurrence:
-    """The recurrence of one of `PROGRAMS`."""
-    return {CHUNKS: by_chunks(length), SCAN: BY_SCAN}.get(program, gated_linear_recurrence)
 
 
 def time_calls(
@@ -55,9 +52,9 @@ def time_calls(
     lengths: Sequence[int],
     tokens: int | None,
     blocks: int,
-) -> ByLength:
+) -> Curves:
     """Time ``make(name, length)``, in microseconds per token of `tokens`, or of the length."""
-    times: ByLength = {name: {} for name in names}
+    times: dict[str, dict[str, float]] = {name: {} for name in names}
     for length in lengths:
         calls = {name: make(name, length) for name in times}
         for name, seconds in alternate(calls, Effort(blocks, 1)).items():
@@ -75,8 +72,9 @@ def measure_parallelism(quick: bool) -> dict[str, Any]:
     tokens = lengths[-1]
 
     def step(program: str, length: int) -> Call:
-        config = config_of(PROGRAMS[program], length, tokens // length, num_layers=layers)
-        return our_step(config, recurrence_of(program, length))
+        variant, recurrence = PROGRAMS[program]
+        config = config_of(variant, length, tokens // length, num_layers=layers)
+        return our_step(config, recurrence)
 
     def chain(program: str, length: int) -> float:
         return gradient_work(program, length, num_layers=layers).chain
@@ -85,14 +83,15 @@ def measure_parallelism(quick: bool) -> dict[str, Any]:
     times = {f"us/token, {what}": time_calls(step, PROGRAMS, lengths, tokens, blocks)}
     chains = curves_of((ATTENTION, CHUNKS, SCAN), lengths, chain)
     curves = times | {f"longest chain, {what}": chains}
-    in_chunks = {f"{k}, in chunks": v | {RECURRENCE: v[CHUNKS]} for k, v in curves.items()}
+    in_chunks = {f"{k}, in chunks": {**v, RECURRENCE: v[CHUNKS]} for k, v in curves.items()}
     return with_lines("parallelism", times | in_chunks) | {"curves": curves}
 
 
 def gradient_work(program: str, length: int, **fields: Any) -> Work:
     """`Work` of the gradient of one sequence by one of `PROGRAMS`."""
-    config = config_of(PROGRAMS[program], length, **fields)
-    gradient = make_gradient(config, recurrence_of(program, length))
+    variant, recurrence = PROGRAMS[program]
+    config = config_of(variant, length, **fields)
+    gradient = make_gradient(config, recurrence)
     _, params = abstract_model(config)
     key = jax.random.key_data(jax.random.key(0))
     return count_work(gradient, params, random_batch(config), (), key, jnp.int32(0))
@@ -124,7 +123,7 @@ def measure_cost(quick: bool) -> dict[str, Any]:
     return with_lines("computation", curves)
 
 
-def count_millions(lengths: Sequence[int]) -> dict[str, ByLength]:
+def count_millions(lengths: Sequence[int]) -> dict[str, Curves]:
     """Million operations per token by kind, variant and length."""
     kinds: dict[str, Callable[[str, int], float]] = {
         "training": lambda variant, n: gradient_work(COUNTED[variant], n).flops / n / 1e6,
@@ -137,7 +136,8 @@ def count_millions(lengths: Sequence[int]) -> dict[str, ByLength]:
 
 def forward_flops(program: str, length: int, tokens: int) -> float:
     """Operations of a forward pass over `tokens` tokens; one token comes after a full state."""
-    config, recurrence = config_of(PROGRAMS[program], length), recurrence_of(program, length)
+    variant, recurrence = PROGRAMS[program]
+    config = config_of(variant, length)
     model = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), recurrence))
     graph, params = nnx.split(model, nnx.Param)
 
@@ -182,7 +182,7 @@ def measure_communication(quick: bool) -> dict[str, Any]:
     )
 
 
-def kilobytes_received(lengths: Sequence[int], devices: int) -> ByLength:
+def kilobytes_received(lengths: Sequence[int], devices: int) -> Curves:
     """By variant and length, without gradients of parameters and the loss."""
 
     def received(variant: str, length: int) -> float:

@@ -35,18 +35,12 @@ BATCH, HARD_TOKENS = 32, 3072
 COPIED, DISTANCES = 64, (4, 8, 16, 32, 56)
 """In training: tokens of a sequence of copying, and distances of the needle."""
 
+Stage = tuple[Task, int, int]
+"""Task, steps and batch size of a part of a curriculum; the next part continues from its end."""
 Tests = Mapping[str, Mapping[int, Task]]
 """Tasks by title of the curve of accuracy, and x."""
 Rates = Sequence[tuple[str, float]]
 """Optimizers and learning rates to try; adamw is for `PLAIN` alone."""
-
-
-class Stage(NamedTuple):
-    """A stage of a curriculum; the next one continues from its end."""
-
-    task: Task
-    steps: int
-    batch_size: int
 
 
 class Trained(NamedTuple):
@@ -72,13 +66,13 @@ def variant(name: str, context: int) -> Config:
 
 def train(config: Config, stages: Sequence[Stage], optimizer: str, rate: float) -> Trained:
     """Train through all stages, with one schedule of the learning rate over them."""
-    steps = sum(stage.steps for stage in stages)
-    change(config, vocab_size=stages[0].task.vocab_size, mode="window", steps=steps)
+    plan = [(task, size) for task, steps, size in stages for _ in range(steps)]
+    steps, vocab_size = len(plan), stages[0][0].vocab_size
+    change(config, vocab_size=vocab_size, mode="window", steps=steps)
     change(config, name=optimizer, learning_rate=rate, warmup_steps=max(steps // 20, 1))
     transform = make_optimizer(config.optimizer, steps)
     state = jax.jit(lambda: init_train_state(config, transform))()
-    plan = [stage for stage in stages for _ in range(stage.steps)]
-    batches = (each.task.batch(each.batch_size, TRAIN_SEED, i) for i, each in enumerate(plan))
+    batches = (task.batch(size, TRAIN_SEED, i) for i, (task, size) in enumerate(plan))
     state, metrics = take_steps(make_train_step(config, transform), state, batches)
     losses = jax.device_get([each.loss for each in metrics[-max(steps // 10, 1) :]])
     return Trained(config, state.params, float(np.mean(losses)))
@@ -105,8 +99,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Train variants at every learning rate; test those with the lowest training loss.
 
-    Returns:
-      ``rows``, a table of models, and ``curves`` of accuracy on at least `sequences` sequences.
+    Returns ``rows`` of models, and ``curves`` of accuracy on at least `sequences` sequences.
     """
     context = max(task.length for by_x in tests.values() for task in by_x.values())
     rows = []
@@ -143,7 +136,7 @@ def measure_recall(quick: bool) -> dict[str, Any]:
     more = [("muon", 1.5e-2), ("adamw", 3e-3), ("adamw", 1e-2)]
     rates: Rates = [("muon", 3e-2), *(() if quick else more)]
     easy, hard = tasks.recall((4, 8, 16), 48, 64), tasks.recall(pairs, length, 64)
-    stages = [Stage(easy, steps[0], BATCH), Stage(hard, steps[1], HARD_TOKENS // length)]
+    stages = [(easy, steps[0], BATCH), (hard, steps[1], HARD_TOKENS // length)]
     tests = {
         title: {count: tasks.recall((count,), factor * length, 64) for count in pairs}
         for title, factor in (("recall", 1), (f"recall, sequences {LONGER} times as long", LONGER))
@@ -168,8 +161,7 @@ def measure_distance(quick: bool) -> dict[str, Any]:
     rows, lines = [], []
     curves: dict[str, Any] = {}
     for title, (task, by_x) in distance_tasks().items():
-        stages = [Stage(task, steps, BATCH)]
-        found = evaluate(names, stages, {title: by_x}, rates, sequences)
+        found = evaluate(names, [(task, steps, BATCH)], {title: by_x}, rates, sequences)
         rows += [{"task": title} | row for row in found["rows"]]
         curves |= found["curves"]
         longest = max(by_x)
