@@ -99,12 +99,12 @@ def on_simulated_devices(count: int, function: Callable[..., Any], **arguments: 
 
 
 def process_peak(work: Call) -> float | None:
-    """Peak resident bytes during compiled `work` over those before, or None without ``/proc``.
+    """Peak resident bytes during compiled `work` over those before, in a fresh process.
 
-    Call it in a fresh process.
+    None if the device is not a CPU, or there is no ``/proc``.
     """
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not clear.exists():
+    if jax.default_backend() != "cpu" or not clear.exists():
         return None
 
     def resident(field: str) -> float:

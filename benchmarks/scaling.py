@@ -19,19 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import memory
+from benchmarks import memory, train_steps
 from benchmarks.measure import Effort, alternate, median, on_simulated_devices, seconds_of
 from benchmarks.tables import Row, Table
-from benchmarks.train_steps import (
-    BY_CHUNKS,
-    BY_SCAN,
-    Trained,
-    change,
-    load_config,
-    measure_on_corpus,
-    random_batch,
-    train_on_corpus,
-)
+from benchmarks.train_steps import BY_CHUNKS, BY_SCAN, Trained, change, load_config
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import BatchSource
 from simplernn_jax.data.evaluation_batches import Contexts
@@ -44,7 +35,6 @@ from simplernn_jax.training.gradient import make_gradient, make_model
 BATCH, LENGTH, STEPS = 8, 256, 200
 EAGER_TOKENS, PREFIX = 16, 4096
 ERROR_LENGTH, HALF_LIFE = 16384, 4096
-EFFORT = Effort(1, 4)
 LONG = 4
 """Factor between long sequences and LENGTH; the batch is smaller by it."""
 LONG_SIZES: Row = {"batch_size": BATCH // LONG, "sequence_length": LONG * LENGTH}
@@ -76,13 +66,13 @@ TECHNIQUES: tuple[tuple[str, str, Row], ...] = (
 
 
 def run(effort: Effort) -> Iterator[Table]:
-    """Tables of the trainings and other parts; each training runs once, `effort` is unused."""
+    """Tables of the trainings, each of which runs once, and of other parts."""
     with tempfile.TemporaryDirectory() as workdir:
         rows, trained = compare(small_run(), workdir)
         bias = truncation_bias(change(small_run(), **LONG_SIZES), trained)
         rows.append(eager_step(small_run()))
-        rows += evaluations(small_run(), trained)
-        rows += cached_prefix(trained, workdir)
+        rows += evaluations(small_run(), trained, effort)
+        rows += cached_prefix(trained, workdir, effort)
     rows.sort(key=lambda row: ORDER.index(row["technique"][0]))
     yield f"scaling: 2 layers of width 64, {STEPS * BATCH * LENGTH:,} tokens", rows
     yield f"scaling, E: gradient of truncated windows of {LONG * LENGTH:,} tokens", bias
@@ -108,9 +98,10 @@ def compare(base: Config, workdir: str) -> tuple[list[Row], Trained]:
         fields = {name: value for name, value in given.items() if name not in options}
         config = change(copy.deepcopy(base), **fields)
         if fields.keys() & {"stage", "sequence"}:
-            measured = on_simulated_devices(2, measure_on_corpus, config=config, workdir=workdir)
+            measure = train_steps.measure_on_corpus
+            measured = on_simulated_devices(2, measure, config=config, workdir=workdir)
         else:
-            runs.append(train_on_corpus(config, workdir, **options))
+            runs.append(train_steps.train_on_corpus(config, workdir, **options))
             measured = runs[-1].measured
         rows.append({"technique": technique, "change": what} | measured)
     for row in rows[1:]:
@@ -128,7 +119,7 @@ def eager_step(config: Config) -> Row:
     """Time loss and gradient without compilation, one token after another."""
     config = change(config, sequence_length=EAGER_TOKENS)
     params = nnx.state(make_model(config, nnx.Rngs(0)), nnx.Param)
-    arguments = gradient_arguments(params, random_batch(config))
+    arguments = gradient_arguments(params, train_steps.random_batch(config))
     gradient_of = make_gradient(config, BY_SCAN)
     with jax.disable_jit():
         seconds = min(seconds_of(lambda: gradient_of(*arguments)) for _ in range(3))
@@ -139,7 +130,7 @@ def eager_step(config: Config) -> Row:
     }
 
 
-def evaluations(config: Config, trained: Trained) -> list[Row]:
+def evaluations(config: Config, trained: Trained, effort: Effort) -> list[Row]:
     """Evaluate the plain run with the state carried, and by windows from a zero state."""
     evaluator = Evaluator(config, trained.corpus.tokenizer.pad_id)
     length = config.data.sequence_length
@@ -151,12 +142,12 @@ def evaluations(config: Config, trained: Trained) -> list[Row]:
         result, loss = call(), call().nats_per_token
         what = f"windows of {length}, stride {stride}" if stride else "state carried"
         row = {"technique": "A evaluation", "change": what, "nats/token": loss}
-        row["tokens/s"] = result.predictions / median(alternate({"": call}, EFFORT)[""])
+        row["tokens/s"] = result.predictions / median(alternate({"": call}, effort)[""])
         rows.append(row | {"difference": loss - trained.measured["nats/token"]})
     return rows
 
 
-def cached_prefix(trained: Trained, workdir: str) -> list[Row]:
+def cached_prefix(trained: Trained, workdir: str, effort: Effort) -> list[Row]:
     """Time the first token after a prefix, prefilled and from its saved state."""
     model, tokenizer = trained.model(), trained.corpus.tokenizer
     text = np.asarray(trained.corpus.train.tokens[:PREFIX], np.int32).tolist()
@@ -174,7 +165,7 @@ def cached_prefix(trained: Trained, workdir: str) -> list[Row]:
         raise RuntimeError(f"token {tokens[1]} from a loaded state, {tokens[0]} from its text")
     size = f"state of {os.path.getsize(path) / 1e3:.0f} kB loaded"
     rows: list[Row] = []
-    for what, blocks in alternate({f"{len(text):,} tokens": prefill, size: load}, EFFORT).items():
+    for what, blocks in alternate({f"{len(text):,} tokens": prefill, size: load}, effort).items():
         name = "F prefix cached" if what == size else "F prefix prefilled"
         change = f"{what} and one generated: {1e3 * median(blocks):.1f} ms"
         rows.append({"technique": name, "change": change, "tokens/s": len(text) / median(blocks)})

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,8 @@ def interrupt_runs(folder: Path, count: int, interrupt: Interruption, num_proces
 
     def interrupt_and_resume(number: int) -> Outcome:
         workdir = folder / str(number)
-        processes = _start(workdir, num_processes)
-        try:
+        with _run(workdir, num_processes) as processes:
             what, problem = interrupt(workdir, processes, random.Random(number))
-        finally:
-            _kill(processes)
         if problem is None:
             _train(workdir, num_processes)
             problem = _difference(read_checkpoint(workdir), expected)
@@ -121,8 +118,9 @@ def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
     return next((f"{name} differs" for name in names), None)
 
 
-def _start(workdir: Path, num_processes: int) -> list[Process]:
-    """Start or resume a small training run that carries state between its batches.
+@contextlib.contextmanager
+def _run(workdir: Path, num_processes: int) -> Iterator[list[Process]]:
+    """Start or resume a small training run that carries state between its batches, and kill it.
 
     The parent of `workdir` has what runs share: corpus, compiled programs, and logs.
     """
@@ -151,18 +149,18 @@ def _start(workdir: Path, num_processes: int) -> list[Process]:
     with open(workdir.with_suffix(".log"), "ab") as log:
         options: Any = {"env": environment, "stdout": log, "stderr": log}
         # A group of its own, so that a signal also reaches its child, which trains.
-        return [subprocess.Popen(each, start_new_session=True, **options) for each in commands]
+        processes = [subprocess.Popen(each, start_new_session=True, **options) for each in commands]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            _send(process, signal.SIGKILL)
+            process.wait()
 
 
 def _log_of(workdir: Path) -> str:
     """Output of all processes of a run."""
     return workdir.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
-
-
-def _kill(processes: list[Process]) -> None:
-    for process in processes:
-        _send(process, signal.SIGKILL)
-        process.wait()
 
 
 def _send(process: Process, number: signal.Signals) -> None:
@@ -171,11 +169,8 @@ def _send(process: Process, number: signal.Signals) -> None:
 
 
 def _train(workdir: Path, num_processes: int = 1) -> None:
-    processes = _start(workdir, num_processes)
-    try:
+    with _run(workdir, num_processes) as processes:
         codes = [process.wait() for process in processes]
-    finally:
-        _kill(processes)
     if any(codes):
         raise RuntimeError(f"run {workdir} failed with codes {codes}:\n{_log_of(workdir)}")
 
@@ -186,7 +181,8 @@ def _kill_a_run(workdir: Path, processes: list[Process], draw: random.Random) ->
         _wait_for_a_moment(workdir, processes, draw)
     else:
         _stop_inside_a_save(workdir, processes, draw)
-    _kill(processes)
+    _send(processes[0], signal.SIGKILL)
+    processes[0].wait()
     return f"killed {'inside a save' if _is_saving(workdir) else 'between saves'}", None
 
 

@@ -18,17 +18,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from benchmarks import measure
+from benchmarks import measure, train_steps
 from benchmarks.measure import Call, Effort, alternate, block_ratio, median
 from benchmarks.tables import Row, Table
-from benchmarks.train_steps import (
-    BY_SCAN,
-    compiled_step,
-    count_parameters,
-    load_config,
-    our_step,
-    random_batch,
-)
+from benchmarks.train_steps import count_parameters, load_config, our_step
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.config_rules import PRECISIONS
 from simplernn_jax.data.batches import Batch
@@ -46,7 +39,7 @@ def make_step(program: str, config: Config) -> Call:
         from benchmarks.torch_loop import torch_step
 
         return torch_step(config)
-    return our_step(config, BY_SCAN) if program == "scan" else our_step(config)
+    return our_step(config, train_steps.BY_SCAN) if program == "scan" else our_step(config)
 
 
 def run(effort: Effort) -> Iterator[Table]:
@@ -81,10 +74,9 @@ def compare_programs(config: Config, effort: Effort) -> list[Row]:
 
 
 def peak_of_steps(program: str, config: Config) -> float | None:
-    """Peak bytes of two steps of `program` over its start; for `call_isolated`."""
+    """`process_peak` of two steps of `program`; for `call_isolated`."""
     step = make_step(program, config)
-    on_cpu = jax.default_backend() == "cpu"
-    return measure.process_peak(lambda: [step(), step()]) if on_cpu else None
+    return measure.process_peak(lambda: [step(), step()])
 
 
 def compare_precisions(config: Config, effort: Effort, size: int = 2048) -> list[Row]:
@@ -130,7 +122,8 @@ def gru_step(config: Config) -> Call:
             updates, opt_state = optimizer.update(gradient, state[1], state[0])
         return (optax.apply_updates(state[0], updates), opt_state), loss
 
-    return compiled_step(jax.jit(step, donate_argnums=0), start, random_batch(config))
+    batch = train_steps.random_batch(config)
+    return train_steps.compiled_step(jax.jit(step, donate_argnums=0), start, batch)
 
 
 class GRUStack(nnx.Module):

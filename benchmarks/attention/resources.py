@@ -10,22 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from benchmarks import train_steps
 from benchmarks.attention.program_work import Work, count_work
 from benchmarks.attention.report import ATTENTION, RECURRENCE, VARIANTS, config_of, with_lines
 from benchmarks.compiled_collectives import collectives
 from benchmarks.decoding import decode_call, random_tokens, recompute_call
 from benchmarks.measure import Call, Effort, alternate, median, on_simulated_devices
 from benchmarks.tables import Curves, curves_of
-from benchmarks.train_steps import (
-    BY_CHUNKS,
-    BY_SCAN,
-    abstract_state,
-    compile_quickly,
-    megabytes,
-    our_step,
-    random_batch,
-    state_bytes,
-)
+from benchmarks.train_steps import BY_CHUNKS, BY_SCAN, compile_quickly
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
@@ -74,7 +66,7 @@ def measure_parallelism(quick: bool) -> dict[str, Any]:
     def step(program: str, length: int) -> Call:
         variant, recurrence = PROGRAMS[program]
         config = config_of(variant, length, tokens // length, num_layers=layers)
-        return our_step(config, recurrence)
+        return train_steps.our_step(config, recurrence)
 
     def chain(program: str, length: int) -> float:
         return gradient_work(program, length, num_layers=layers).chain
@@ -94,7 +86,7 @@ def gradient_work(program: str, length: int, **fields: Any) -> Work:
     gradient = make_gradient(config, recurrence)
     _, params = abstract_model(config)
     key = jax.random.key_data(jax.random.key(0))
-    return count_work(gradient, params, random_batch(config), (), key, jnp.int32(0))
+    return count_work(gradient, params, train_steps.random_batch(config), (), key, jnp.int32(0))
 
 
 def measure_cost(quick: bool) -> dict[str, Any]:
@@ -146,7 +138,7 @@ def forward_flops(program: str, length: int, tokens: int) -> float:
         hidden, _ = model.hidden_states(ids, state)
         return model.logits(hidden[:, -1:])
 
-    state = abstract_state(config.model) if tokens == 1 else None
+    state = train_steps.abstract_state(config.model) if tokens == 1 else None
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
     return count_work(last_logits, params, ids, state).flops
 
@@ -156,10 +148,10 @@ def measure_memory(quick: bool) -> dict[str, Any]:
     lengths, layers = ((1024, 65536), 1) if quick else (LENGTHS, 4)
 
     def of_step(variant: str, length: int) -> float:
-        return megabytes(compile_quickly(config_of(variant, length, num_layers=layers)))
+        return train_steps.megabytes(compile_quickly(config_of(variant, length, num_layers=layers)))
 
     def of_state(variant: str, length: int) -> float:
-        return state_bytes(config_of(variant, length, num_layers=layers).model) / 1e3
+        return train_steps.state_bytes(config_of(variant, length, num_layers=layers).model) / 1e3
 
     quantities = {"MB of a train step": of_step, "kB of decoder state": of_state}
     curves = {
