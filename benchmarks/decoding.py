@@ -1,8 +1,7 @@
 """Generation with the `base` model: time per token, beside two baselines.
 
-The baselines are the matrix-vector products of one token alone, and recomputing the prefix, as the
-PyTorch project does, here as one parallel forward pass over all of it (a stronger baseline than
-its loop over time).
+They are the matrix-vector products of one token alone, and one parallel forward pass over the whole
+prefix, which the PyTorch project recomputes in a loop over time.
 """
 
 from collections.abc import Iterator

@@ -21,13 +21,10 @@ import jax
 import jax.numpy as jnp
 
 ROOT = Path(__file__).resolve().parents[1]
-
 Call = Callable[[], Any]
 """Does the timed work once; the arrays of its result are waited for."""
-
 Times = list[list[float]]
 """Seconds of every timed call of one candidate, per block."""
-
 _CHILD = """
 import pickle, sys
 output, sys.stdout = sys.stdout.buffer, sys.stderr
@@ -140,10 +137,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def matmul(left: tuple[int, ...], right: tuple[int, ...], dtype: str) -> tuple[Call, float]:
-    """Matmuls of arrays with these shapes, summed in float32, and their number of operations.
-
-    They run at the full speed of the machine.
-    """
+    """Matmuls of arrays with these shapes, summed in float32, and their number of operations."""
     keys = jax.random.split(jax.random.key(0))
     operands = [jax.random.normal(*each, dtype) for each in zip(keys, (left, right), strict=True)]
     compiled = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))

@@ -1,7 +1,4 @@
-"""Working memory of a train step of `base` on one sequence, by XLA's memory analysis.
-
-By length and technique: the plain step, the recurrence by scan, and the ways to save memory.
-"""
+"""Working memory of a train step of `base` on one sequence, by XLA's memory analysis."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,9 +22,8 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
 """Fields of the configuration that differ from plain training."""
 
 
-def run(effort: Effort) -> Iterator[tables.Table]:
-    """The table; memory does not vary, so that `effort` is unused."""
-    del effort
+def run(_: Effort) -> Iterator[tables.Table]:
+    """The table; memory does not vary, so that it is measured once."""
     yield TITLE, tables.by_x("T", compare(LENGTHS))
 
 

@@ -1,11 +1,8 @@
 """The recurrence, forward and backward, beside its other forms and the machine's ceiling.
 
-``ours`` is the form that `gated_linear_recurrence` chooses; on a CPU with a C compiler that is not
-the chunkwise form, which is then measured beside it.
-
-The necessary products are ``6 K V`` multiply-adds per token and head: the definition has two
-products of a K x V matrix with a vector per token (k v^T, S^T q), and its gradient four (dy S^T,
-q dy^T, v dS^T, k dS). Recomputation, decays, masks and copies do not count.
+``ours`` is the form that `gated_linear_recurrence` chooses. The necessary products are ``6 K V``
+multiply-adds per token and head: the definition has two products of a K x V matrix with a vector
+per token (k v^T, S^T q), and its gradient four (dy S^T, q dy^T, v dS^T, k dS).
 """
 
 import functools
@@ -35,7 +32,6 @@ class Shape(NamedTuple):
 SHAPES = tuple(Shape(16, 256, *sizes) for sizes in ((1, 128, 128), (4, 32, 32), (4, 64, 64)))
 DTYPES = ("float32", "bfloat16")
 LENGTHS = (256, 1024, 4096, 16384)
-CEILING_ROWS = 64
 
 
 def run(effort: Effort) -> Iterator[Table]:
@@ -57,8 +53,8 @@ def compare(shape: Shape, dtype: str, effort: Effort) -> Row:
         name: functools.partial(program, *inputs) for name, program in programs.items()
     }
     rows = shape.batch * shape.length * shape.heads
-    count = max(1, rows // CEILING_ROWS)
-    left, right = (count, CEILING_ROWS, shape.key_dim), (count, shape.key_dim, shape.value_dim)
+    count = max(1, rows // 64)
+    left, right = (count, 64, shape.key_dim), (count, shape.key_dim, shape.value_dim)
     calls["ceiling"], of_ceiling = measure.matmul(left, right, dtype)
     times = alternate(calls, effort)
     flops = 2.0 * rows * 6 * shape.key_dim * shape.value_dim

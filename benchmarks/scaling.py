@@ -1,10 +1,8 @@
 """Techniques to scale training, A to F, each beside the same training without it.
 
-Every training is of the same small model on the same number of tokens of the default corpus; the
-loss is that of held-out text with the state carried. Two other seeds show the noise: so short a
-training ends elsewhere even with another order of summation. Memory is the working memory of a
-step on one device, by XLA's memory analysis. Devices of a mesh are simulated and share this
-machine's cores, so that their tokens/s show the cost of a schedule, not the gain from hardware.
+Every training is of the same small model on the same number of tokens; the loss is that of held-out
+text. Two other seeds show the noise. Devices of a mesh are simulated and share the cores, so that
+their tokens/s show the cost of a schedule, not the gain from hardware.
 """
 
 import copy
@@ -41,9 +39,7 @@ LONG_SIZES: Row = {"batch_size": BATCH // LONG, "sequence_length": LONG * LENGTH
 WINDOWS = LONG_SIZES | {"backward_window": LENGTH}
 
 ORDER = "=ABCDEF+"
-"""First letters of names in the order of the table; ``=`` is the plain run, ``+`` is no technique
-of the list."""
-
+"""First letters of the techniques; ``=`` is the plain run, ``+`` is none of the list."""
 TECHNIQUES: tuple[tuple[str, str, Row], ...] = (
     ("= plain", "whole step compiled, fused recurrence", {}),
     ("= second seed", "parameters and batches", {"seed": 1}),

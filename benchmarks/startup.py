@@ -28,7 +28,6 @@ IMPORTS = {
     "and all of scripts/train.py": f"{PACKAGES}, simplernn_jax.training.loop",
 }
 """What a process imports, by its name in the table."""
-CACHES = ("cold", "warm")
 
 
 def run(effort: Effort) -> Iterator[Table]:
@@ -61,13 +60,12 @@ def compare_first_steps(blocks: int) -> list[Row]:
     for _ in range(blocks):
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
             environment = {"JAX_COMPILATION_CACHE_DIR": folder}
-            pairs.append([call_isolated(seconds_of_first_step, environment) for _ in CACHES])
+            pairs.append([call_isolated(seconds_of_first_step, environment) for _ in range(2)])
             if not any(Path(folder).iterdir()):
                 raise RuntimeError("nothing was written to the compilation cache")
-    columns = [*zip(*pairs, strict=True), [warm / cold for cold, warm in pairs]]
-    names = (*CACHES, "warm / cold")
-    medians = map(statistics.median, columns)
-    return [{"cache": n, "seconds": x} for n, x in zip(names, medians, strict=True)]
+    cold, warm = zip(*pairs, strict=True)
+    columns = {"cold": cold, "warm": warm, "warm / cold": [b / a for a, b in pairs]}
+    return [{"cache": name, "seconds": statistics.median(x)} for name, x in columns.items()]
 
 
 def seconds_of_first_step() -> float:

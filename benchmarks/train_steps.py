@@ -3,8 +3,11 @@
 import dataclasses
 import functools
 import itertools
+import math
+import re
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,6 +33,13 @@ from simplernn_jax.training.preparation import prepare
 TIMED_STEPS = 20
 _STEPS = 1000
 """Length of the learning rate schedule; further steps stay at its end."""
+
+_OPERATION = re.compile(
+    r" = (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+    r"|collective-broadcast)(?:-start)?\("
+)
+_ARRAY = re.compile(r"[a-z]+(\d*)(?:e\d\w*)?\[([\d,]*)\]")
+"""``pred`` has no number of bits and takes a byte."""
 
 BY_SCAN: Recurrence = functools.partial(gated_linear_recurrence, method="scan")
 BY_CHUNKS: Recurrence = functools.partial(gated_linear_recurrence, method="chunkwise")
@@ -89,6 +99,20 @@ def megabytes(program: Any) -> float:
     return float(program.memory_analysis().temp_size_in_bytes) / 1e6
 
 
+def collectives(text: str) -> Counter[tuple[str, int]]:
+    """``{(kind, bytes of the result on one device): count}``, array by array.
+
+    XLA may combine several all-reduces into one operation: each array counts as one here. A
+    collective in a loop counts once, however often the loop runs.
+    """
+    found: Counter[tuple[str, int]] = Counter()
+    for arrays, kind in _OPERATION.findall(text):
+        for bits, shape in _ARRAY.findall(arrays):
+            size = math.prod(int(n) for n in shape.split(",") if n)
+            found[kind, size * max(int(bits or 8), 8) // 8] += 1
+    return found
+
+
 def compiled_step(step: Any, make_state: Callable[[], Any], batch: Batch) -> Call:
     """Compile ``(state, batch) -> (state, metrics)``, jitted; each call continues from the last."""
     batch = jax.device_put(batch)
@@ -118,9 +142,8 @@ class Trained(NamedTuple):
     params: nnx.State
     corpus: TokenizedCorpus
     measured: dict[str, float]
-    """``memory MB``, 1e6 bytes of working memory of a step on one device by XLA's memory analysis;
-    ``tokens/s``, by the median time of `TIMED_STEPS` steps, without the first step; held-out loss
-    in ``nats/token`` and ``bits/byte``."""
+    """``memory MB`` as `megabytes`; ``tokens/s``, by the median time of `TIMED_STEPS` steps,
+    without the first step; held-out loss in ``nats/token`` and ``bits/byte``."""
 
     def model(self) -> LanguageModel:
         """The trained model."""
@@ -132,8 +155,7 @@ def train_on_corpus(
 ) -> Trained:
     """Take all steps of `config`, then evaluate on ``train.eval_tokens`` held-out tokens.
 
-    `workdir` keeps the tokenized corpus. `seed` is of parameters and batches; the split of the
-    corpus follows from ``train.seed``.
+    `workdir` keeps the tokenized corpus, whose split does not depend on `seed`.
     """
     config, corpus = prepare(config, workdir)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))

@@ -86,9 +86,12 @@ def main() -> int:
     for flag in (_BLOCKS, _CALLS) if ATTENTION in names else (_QUICK, _ONLY):
         if flag.present:
             raise UserError(f"--{flag.name}: not of {names[0]}; see --help")
-    out = _make_folder(_OUT.value) if _OUT.value else None
+    out = Path(command_line.expand_path(_OUT.value, "out")) if _OUT.value else None
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        check_output(out / "results.json")  # before minutes of work
     check_devices()
-    if ATTENTION in names and out is not None:
+    if out is not None and ATTENTION in names:
         report.run(MEASUREMENTS, out, _QUICK.value, _ONLY.value)
         return 0
     effort = measure.Effort(_BLOCKS.value, _CALLS.value)
@@ -101,16 +104,6 @@ def main() -> int:
             if title == memory.TITLE:
                 write_file(out / "memory.png", memory.draw(rows))
     return 0
-
-
-def _make_folder(name: str) -> Path:
-    """The folder to write to; it is made, in one that exists."""
-    out = Path(command_line.expand_path(name, "out"))
-    if not out.parent.is_dir():
-        raise UserError(f"--out={name}: no folder {out.parent}; make it, or name another")
-    out.mkdir(exist_ok=True)
-    check_output(out / "results.json")  # before minutes of work
-    return out
 
 
 def _check_names(names: Iterable[str], known: Collection[str], kind: str) -> None:

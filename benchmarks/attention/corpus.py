@@ -22,7 +22,7 @@ def measure_corpus(quick: bool) -> dict[str, Any]:
     """
     seeds, rates = (1, (1.6e-2,)) if quick else (3, (4e-3, 8e-3, 1.6e-2, 3.2e-2))
     fields = {"steps": 150, "eval_tokens": 65_536} if quick else {"steps": 1400, "eval_tokens": 0}
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
 
@@ -37,8 +37,7 @@ def measure_corpus(quick: bool) -> dict[str, Any]:
             best = min(tried, key=lambda rate: tried[rate])
             others = [loss(variant, best, seed) for seed in range(1, seeds)]
             losses[variant] = [tried[best], *others]
-            parameters = count_parameters(config_of(variant, LENGTH))
-            row = {"variant": variant, "parameters": parameters}
+            row = {"variant": variant, "parameters": count_parameters(config_of(variant, LENGTH))}
             row |= {f"rate {rate:g}": loss for rate, loss in tried.items()}
             rows.append(row | {"bits/byte by seed": losses[variant]})
     return {"rows": rows, "lines": loss_lines(fields["steps"] * LENGTH * BATCH, losses)}
@@ -50,10 +49,10 @@ def loss_lines(num_bytes: int, losses: dict[str, list[float]]) -> list[Row]:
     means = {variant: statistics.mean(each) for variant, each in losses.items()}
     ranges = {variant: max(each) - min(each) for variant, each in losses.items()}
     what = f"held-out bits/byte after {num_bytes:,} bytes, mean of {seeds} seed(s)"
-    options: Any = {"tolerance": max(ranges.values()), "is_decisive": seeds > 1}
-    lines = [line("scalability", what, means, **options)]
+    largest = max(ranges.values())
+    mean = line("scalability", what, means, tolerance=largest, is_decisive=seeds > 1)
     what = "range over seeds; means that differ by less count as equal"
-    return [*lines, line("scalability", what, ranges, is_decisive=False)][:seeds]
+    return [mean, line("scalability", what, ranges, is_decisive=False)][:seeds]
 
 
 def measure_interpretability(quick: bool) -> dict[str, Any]:

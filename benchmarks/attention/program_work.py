@@ -1,8 +1,8 @@
 """Operations of a program and the longest chain of dependent ones, counted before XLA.
 
-XLA's own `cost_analysis` counts the body of a loop once, however often it runs, and does not see
-into C functions. Here the jaxpr is walked: loops count as often as they run, this package's
-operations count in the form for any platform, and other custom calls are refused.
+XLA's own `cost_analysis` counts the body of a loop once and does not see into C functions. Here
+loops count as often as they run, this package's operations count in the form for any platform, and
+other custom calls are refused.
 """
 
 import math

@@ -84,7 +84,7 @@ def run(
       UserError: the present results.json is not one of this benchmark.
     """
     path = out / "results.json"
-    results = _read(path)
+    results = _read(path) if path.exists() else {}
     for name in names:
         print(f"measuring {name} ...", flush=True)
         measured = measurements[name](quick)
@@ -98,8 +98,6 @@ def run(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

@@ -13,7 +13,6 @@ from flax import nnx
 from benchmarks import train_steps
 from benchmarks.attention.program_work import Work, count_work
 from benchmarks.attention.report import ATTENTION, RECURRENCE, VARIANTS, config_of, with_lines
-from benchmarks.compiled_collectives import collectives
 from benchmarks.decoding import decode_call, random_tokens, recompute_call
 from benchmarks.measure import Call, Effort, alternate, median, on_simulated_devices
 from benchmarks.tables import Curves, curves_of
@@ -169,9 +168,8 @@ def measure_communication(quick: bool) -> dict[str, Any]:
     """
     lengths = (4096, 65536) if quick else LENGTHS[1:]
     received = on_simulated_devices(DEVICES, kilobytes_received, lengths=lengths, devices=DEVICES)
-    return with_lines(
-        "scalability", {f"kB received per device and layer, {DEVICES} devices": received}
-    )
+    quantity = f"kB received per device and layer, {DEVICES} devices"
+    return with_lines("scalability", {quantity: received})
 
 
 def kilobytes_received(lengths: Sequence[int], devices: int) -> Curves:
@@ -179,7 +177,7 @@ def kilobytes_received(lengths: Sequence[int], devices: int) -> Curves:
 
     def received(variant: str, length: int) -> float:
         config = config_of(variant, length, num_layers=1, sequence=devices)
-        found = collectives(compile_quickly(config).as_text())
+        found = train_steps.collectives(compile_quickly(config).as_text())
         for leaf in jax.tree.leaves(abstract_model(config)[1]):
             found["all-reduce", leaf.size * 4] -= 1
         share = (devices - 1) / devices
