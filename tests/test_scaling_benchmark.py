@@ -9,6 +9,7 @@ import pytest
 from small_runs import small_config, write_corpus
 
 from benchmarks import memory, scaling, train_steps
+from benchmarks.measure import Effort
 from simplernn_jax import config as config_lib
 
 BATCH, LENGTH = 8, 8
@@ -36,7 +37,7 @@ def test_every_training_is_valid_and_compared_with_the_plain_one(monkeypatch, tr
         assert (count, function) == (2, train_steps.measure_on_corpus)
         return train(config, workdir).measured
 
-    monkeypatch.setattr(scaling, "train_on_corpus", train)
+    monkeypatch.setattr(train_steps, "train_on_corpus", train)
     monkeypatch.setattr(scaling, "on_simulated_devices", train_on_devices)
     rows, plain = scaling.compare(scaling.small_run(), "unused")
     assert plain.measured == {"nats/token": 2.01}
@@ -63,11 +64,12 @@ def test_a_training_is_measured_and_another_seed_is_another_run_on_the_same_text
 
 def test_evaluations_and_a_cached_prefix_of_the_trained_model(trained, monkeypatch):
     config, result, folder = trained
-    rows = scaling.evaluations(config, result)
+    effort = Effort(1, 1)
+    rows = scaling.evaluations(config, result, effort)
     assert rows[0]["nats/token"] == pytest.approx(result.measured["nats/token"], rel=1e-6)
     assert len({row["nats/token"] for row in rows}) == len(rows)  # windows make a difference
     monkeypatch.setattr(scaling, "PREFIX", 9)
-    prefilled, cached = scaling.cached_prefix(result, str(folder))
+    prefilled, cached = scaling.cached_prefix(result, str(folder), effort)
     assert "9 tokens" in prefilled["change"]
     assert min(prefilled["tokens/s"], cached["tokens/s"]) > 0
 
@@ -105,8 +107,8 @@ def test_memory_against_length(monkeypatch):
     monkeypatch.setattr(memory, "on_simulated_devices", lambda _, call, **given: call(**given))
     techniques = {"plain": {}, memory.SCAN: {}, "sharded": {"sequence": 2}}
     monkeypatch.setattr(memory, "TECHNIQUES", techniques)
-    curves = memory.compare((256,))
-    json.dumps(curves)
-    assert curves["sharded"]["256"] < curves["plain"]["256"]
-    assert curves["plain"] != curves[memory.SCAN]
-    assert memory.draw(curves).startswith(b"\x89PNG")
+    monkeypatch.setattr(memory, "LENGTHS", (256,))
+    ((_, rows),) = memory.run(Effort(1, 1))
+    (row,) = json.loads(json.dumps(rows))
+    assert row["sharded"] < row["plain"] != row[memory.SCAN]
+    assert memory.draw(rows).startswith(b"\x89PNG")
