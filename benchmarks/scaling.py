@@ -20,7 +20,14 @@ from flax import nnx
 from benchmarks import memory, train_steps
 from benchmarks.measure import Effort, alternate, median, on_simulated_devices, seconds_of
 from benchmarks.tables import Row, Table
-from benchmarks.train_steps import BY_CHUNKS, BY_SCAN, Trained, change, load_config
+from benchmarks.train_steps import (
+    BY_CHUNKS,
+    BY_SCAN,
+    Trained,
+    change,
+    load_config,
+    measure_on_corpus,
+)
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import BatchSource
 from simplernn_jax.data.evaluation_batches import Contexts
@@ -94,8 +101,7 @@ def compare(base: Config, workdir: str) -> tuple[list[Row], Trained]:
         fields = {name: value for name, value in given.items() if name not in options}
         config = change(copy.deepcopy(base), **fields)
         if fields.keys() & {"stage", "sequence"}:
-            measure = train_steps.measure_on_corpus
-            measured = on_simulated_devices(2, measure, config=config, workdir=workdir)
+            measured = on_simulated_devices(2, measure_on_corpus, config=config, workdir=workdir)
         else:
             runs.append(train_steps.train_on_corpus(config, workdir, **options))
             measured = runs[-1].measured

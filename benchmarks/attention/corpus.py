@@ -10,6 +10,7 @@ from benchmarks.attention.report import ATTENTION, RECURRENCE, VARIANTS, config_
 from benchmarks.tables import Row
 from benchmarks.train_steps import count_parameters, train_on_corpus
 from simplernn_jax.analysis import decompose_layers
+from simplernn_jax.errors import counted
 
 LENGTH, BATCH = 256, 8
 
@@ -48,7 +49,7 @@ def loss_lines(num_bytes: int, losses: dict[str, list[float]]) -> list[Row]:
     seeds = len(losses[RECURRENCE])
     means = {variant: statistics.mean(each) for variant, each in losses.items()}
     ranges = {variant: max(each) - min(each) for variant, each in losses.items()}
-    what = f"held-out bits/byte after {num_bytes:,} bytes, mean of {seeds} seed(s)"
+    what = f"held-out bits/byte after {num_bytes:,} bytes, mean of {counted(seeds, 'seed')}"
     largest = max(ranges.values())
     mean = line("scalability", what, means, tolerance=largest, is_decisive=seeds > 1)
     what = "range over seeds; means that differ by less count as equal"

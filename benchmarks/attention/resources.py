@@ -17,6 +17,7 @@ from benchmarks.decoding import decode_call, random_tokens, recompute_call
 from benchmarks.measure import Call, Effort, alternate, median, on_simulated_devices
 from benchmarks.tables import Curves, curves_of
 from benchmarks.train_steps import BY_CHUNKS, BY_SCAN, compile_quickly
+from simplernn_jax.errors import counted
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
@@ -70,7 +71,7 @@ def measure_parallelism(quick: bool) -> dict[str, Any]:
     def chain(program: str, length: int) -> float:
         return gradient_work(program, length, num_layers=layers).chain
 
-    what = f"training, {layers} layer(s)"
+    what = f"training, {counted(layers, 'layer')}"
     times = {f"us/token, {what}": time_calls(step, PROGRAMS, lengths, tokens, blocks)}
     chains = curves_of((ATTENTION, CHUNKS, SCAN), lengths, chain)
     curves = times | {f"longest chain, {what}": chains}
@@ -154,7 +155,7 @@ def measure_memory(quick: bool) -> dict[str, Any]:
 
     quantities = {"MB of a train step": of_step, "kB of decoder state": of_state}
     curves = {
-        f"{quantity}, {layers} layer(s)": curves_of(VARIANTS, lengths, value)
+        f"{quantity}, {counted(layers, 'layer')}": curves_of(VARIANTS, lengths, value)
         for quantity, value in quantities.items()
     }
     return with_lines("memory", curves)
