@@ -20,14 +20,7 @@ from flax import nnx
 from benchmarks import memory, train_steps
 from benchmarks.measure import Effort, alternate, median, on_simulated_devices, seconds_of
 from benchmarks.tables import Row, Table
-from benchmarks.train_steps import (
-    BY_CHUNKS,
-    BY_SCAN,
-    Trained,
-    change,
-    load_config,
-    measure_on_corpus,
-)
+from benchmarks.train_steps import BY_CHUNKS, BY_SCAN, Trained, change, measure_on_corpus
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import BatchSource
 from simplernn_jax.data.evaluation_batches import Contexts
@@ -86,7 +79,7 @@ def run(effort: Effort) -> Iterator[Table]:
 
 def small_run() -> Config:
     """Two residual layers of width 64 on windows of the default corpus."""
-    config = load_config("tiny", BATCH, LENGTH, steps=STEPS, eval_tokens=65536)
+    config = train_steps.load_config("tiny", BATCH, LENGTH, steps=STEPS, eval_tokens=65536)
     config.model.vocab_size = 260  # even, so that a mesh can divide it
     change(config, hidden_dim=64, key_dim=64, value_dim=64, mlp_dim=256)
     return change(config, learning_rate=1e-2, warmup_steps=50)
