@@ -1,5 +1,5 @@
 """Benchmarks of ``scripts/benchmark.py`` and the experiments of ``scripts/stress.py``.
 
-A benchmark is a module with ``run(effort)``, which measures, prints a table and returns results
-that JSON can hold; ``BENCHMARKS`` in ``scripts/benchmark.py`` gives it its name.
+A benchmark is a module with ``run(effort)``, which measures and yields tables, each with its title;
+``BENCHMARKS`` in ``scripts/benchmark.py`` gives it its name.
 """

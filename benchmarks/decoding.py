@@ -1,10 +1,10 @@
 """Generation with the `base` model: time per token, beside two baselines.
 
-The baselines are the matrix-vector products of one token alone, and recomputing the prefix, as the
-PyTorch project does, here as one parallel forward pass over all of it (a stronger baseline than
-its loop over time).
+They are the matrix-vector products of one token alone, and one parallel forward pass over the whole
+prefix, which the PyTorch project recomputes in a loop over time.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import tables
 from benchmarks.measure import Call, Effort, alternate, block_ratio, median
+from benchmarks.tables import Row, Table
 from benchmarks.train_steps import load_config
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.inference import generate
@@ -33,16 +33,15 @@ RATIOS = (
 """Heading, and the candidates whose times per token are compared."""
 
 
-def run(effort: Effort) -> dict[str, Any]:
-    """Measure and print."""
-    results = compare(load_config("base", 1, CONTEXTS["middle"]).model, effort)
-    tables.show("decode: base", results["candidates"])
-    tables.show("decode: ratios, medians over blocks", results["ratios"])
-    return results
+def run(effort: Effort) -> Iterator[Table]:
+    """Tables of times and of ratios."""
+    candidates, ratios = compare(load_config("base", 1, CONTEXTS["middle"]).model, effort)
+    yield "decode: base", candidates
+    yield "decode: ratios, medians over blocks", ratios
 
 
-def compare(config: ModelConfig, effort: Effort) -> dict[str, Any]:
-    """``candidates``, with their time per token of a random model, and ``ratios``."""
+def compare(config: ModelConfig, effort: Effort) -> tuple[list[Row], list[Row]]:
+    """Candidates, with their time per token of a random model, and ratios."""
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     short, middle, _ = CONTEXTS.values()
     prefix, prompt = (random_tokens(config, 1, length) for length in (middle, PREFILL))
@@ -59,14 +58,13 @@ def compare(config: ModelConfig, effort: Effort) -> dict[str, Any]:
         "streaming": (f"context {short:,}", streamed, NEW_TOKENS),
     }
     times = alternate({name: call for name, (_, call, _) in candidates.items()}, effort)
-    rows, each = [], {}
+    rows: list[Row] = []
+    each = {}
     for name, (what, _, count) in candidates.items():
         each[name] = [[seconds / count for seconds in block] for block in times[name]]
-        seconds = median(each[name])
-        row = {"candidate": name, "of": what, "us/token": 1e6 * seconds}
-        rows.append(row | {"tokens/s": 1 / seconds})
-    ratios = [{"ratio": name, "value": block_ratio(each[a], each[b])} for name, a, b in RATIOS]
-    return {"candidates": rows, "ratios": ratios}
+        row = {"candidate": name, "of": what, "us/token": 1e6 * median(each[name])}
+        rows.append(row | {"tokens/s": 1 / median(each[name])})
+    return rows, [{"ratio": what, "value": block_ratio(each[a], each[b])} for what, a, b in RATIOS]
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int) -> np.ndarray:

@@ -20,12 +20,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+ROOT = Path(__file__).resolve().parents[1]
 Call = Callable[[], Any]
 """Does the timed work once; the arrays of its result are waited for."""
-
 Times = list[list[float]]
 """Seconds of every timed call of one candidate, per block."""
-
 _CHILD = """
 import pickle, sys
 output, sys.stdout = sys.stdout.buffer, sys.stderr
@@ -79,7 +78,15 @@ def call_isolated(
     function: Callable[..., Any], environment: Mapping[str, str] | None = None, **arguments: Any
 ) -> Any:
     """Result of `function`, of a module's top level, in a fresh process with these variables."""
-    return pickle.loads(run_python(_CHILD, environment, pickle.dumps((function, arguments))))
+    output = subprocess.run(
+        [sys.executable, "-c", _CHILD],
+        cwd=ROOT,  # where it finds this module
+        env={**os.environ, **(environment or {})},
+        input=pickle.dumps((function, arguments)),
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout
+    return pickle.loads(output)
 
 
 def on_simulated_devices(count: int, function: Callable[..., Any], **arguments: Any) -> Any:
@@ -88,28 +95,13 @@ def on_simulated_devices(count: int, function: Callable[..., Any], **arguments: 
     return call_isolated(function, {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, **arguments)
 
 
-def run_python(
-    code: str, environment: Mapping[str, str] | None = None, standard_input: bytes = b""
-) -> bytes:
-    """Standard output of ``python -c code`` with the same import path, or a `RuntimeError`."""
-    # An editable install leaves the name of its path hook in sys.path, which is not a folder.
-    path = {"PYTHONPATH": os.pathsep.join(filter(os.path.isabs, sys.path))}
-    options: Any = {"env": {**os.environ, **path, **(environment or {})}, "capture_output": True}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, input=standard_input, check=False, **options)
-    if result.returncode:
-        errors = result.stderr.decode("utf-8", "replace")
-        raise RuntimeError(f"exit code {result.returncode} of {code!r}:\n{errors}")
-    return result.stdout
-
-
 def process_peak(work: Call) -> float | None:
-    """Peak resident bytes during compiled `work` over those before, or None without ``/proc``.
+    """Peak resident bytes during compiled `work` over those before, in a fresh process.
 
-    Call it in a fresh process.
+    None if the device is not a CPU, or there is no ``/proc``.
     """
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not clear.exists():
+    if jax.default_backend() != "cpu" or not clear.exists():
         return None
 
     def resident(field: str) -> float:
@@ -131,7 +123,7 @@ def describe_machine() -> dict[str, Any]:
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     versions = {package.name.lower(): package.version for package in metadata.distributions()}
     settings = ("GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "OMP_NUM_THREADS")
-    command = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --dirty"
+    command = f"git -C {shlex.quote(str(ROOT))} describe --always --dirty"
     return {
         "device": jax.devices()[0].device_kind,
         "processor": model[1] if model else platform.processor(),
@@ -145,10 +137,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def matmul(left: tuple[int, ...], right: tuple[int, ...], dtype: str) -> tuple[Call, float]:
-    """Matmuls of arrays with these shapes, summed in float32, and their number of operations.
-
-    They run at the full speed of the machine.
-    """
+    """Matmuls of arrays with these shapes, summed in float32, and their number of operations."""
     keys = jax.random.split(jax.random.key(0))
     operands = [jax.random.normal(*each, dtype) for each in zip(keys, (left, right), strict=True)]
     compiled = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))

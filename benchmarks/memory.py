@@ -1,8 +1,6 @@
-"""Working memory of a train step of `base` on one sequence, by XLA's memory analysis.
+"""Working memory of a train step of `base` on one sequence, by XLA's memory analysis."""
 
-By length and technique: the plain step, the recurrence by scan, and the ways to save memory.
-"""
-
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import tables
@@ -10,6 +8,7 @@ from benchmarks.measure import Effort, on_simulated_devices
 from benchmarks.train_steps import BY_SCAN, compile_quickly, load_config, megabytes
 from simplernn_jax.ops import gated_linear_recurrence
 
+TITLE = "memory: train step of base, B 1, float32, MB"
 LENGTHS = (1024, 4096, 16384, 65536)
 SCAN = "plain, by scan"
 TECHNIQUES: dict[str, dict[str, Any]] = {
@@ -23,15 +22,12 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
 """Fields of the configuration that differ from plain training."""
 
 
-def run(effort: Effort) -> dict[str, Any]:
-    """Measure and print; memory does not vary, so that `effort` is unused."""
-    del effort
-    curves = compare(LENGTHS)
-    tables.show("memory: train step of base, B 1, float32, MB", tables.by_x("T", curves))
-    return curves
+def run(_: Effort) -> Iterator[tables.Table]:
+    """The table; memory does not vary, so that it is measured once."""
+    yield TITLE, tables.by_x("T", compare(LENGTHS))
 
 
-def compare(lengths: tuple[int, ...]) -> dict[str, dict[str, float]]:
+def compare(lengths: tuple[int, ...]) -> tables.Curves:
     """MB on one device by technique and length."""
     return {
         name: on_simulated_devices(fields["sequence"], measure, technique=name, lengths=lengths)
@@ -48,6 +44,7 @@ def measure(technique: str, lengths: tuple[int, ...]) -> dict[str, float]:
     return {str(n): megabytes(compile_quickly(each, recurrence)) for n, each in configs.items()}
 
 
-def draw(curves: tables.Curves) -> bytes:
-    """A PNG file of what `run` returned."""
+def draw(rows: list[tables.Row]) -> bytes:
+    """A PNG file of the table."""
+    curves = {name: {str(row["T"]): row[name] for row in rows} for name in TECHNIQUES}
     return tables.draw({"working memory of a train step of base, MB": curves}, "tokens")

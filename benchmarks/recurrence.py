@@ -1,23 +1,22 @@
 """The recurrence, forward and backward, beside its other forms and the machine's ceiling.
 
-``ours`` is the form that `gated_linear_recurrence` chooses; on a CPU with a C compiler that is not
-the chunkwise form, which is then measured beside it.
-
-The necessary products are ``6 K V`` multiply-adds per token and head: the definition has two
-products of a K x V matrix with a vector per token (k v^T, S^T q), and its gradient four (dy S^T,
-q dy^T, v dS^T, k dS). Recomputation, decays, masks and copies do not count.
+``ours`` is the form that `gated_linear_recurrence` chooses. The necessary products are ``6 K V``
+multiply-adds per token and head: the definition has two products of a K x V matrix with a vector
+per token (k v^T, S^T q), and its gradient four (dy S^T, q dy^T, v dS^T, k dS).
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import measure, tables
+from benchmarks import measure
 from benchmarks.measure import Call, Effort, alternate, block_ratio, median
-from benchmarks.train_steps import megabytes
+from benchmarks.tables import Row, Table
+from benchmarks.train_steps import BY_CHUNKS, BY_SCAN, megabytes
+from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.chunkwise import choose_chunk_size
 
 
 class Shape(NamedTuple):
@@ -33,36 +32,29 @@ class Shape(NamedTuple):
 SHAPES = tuple(Shape(16, 256, *sizes) for sizes in ((1, 128, 128), (4, 32, 32), (4, 64, 64)))
 DTYPES = ("float32", "bfloat16")
 LENGTHS = (256, 1024, 4096, 16384)
-LENGTH_TOKENS = 16384
-"""B T of the comparison of lengths: one sequence at the greatest length."""
-CEILING_ROWS = 64
 
 
-def run(effort: Effort) -> dict[str, Any]:
-    """Measure and print; times in ms, memory in MB (1e6 bytes)."""
+def run(effort: Effort) -> Iterator[Table]:
+    """Tables by shape, times in ms and memory in MB (1e6 bytes), and by length."""
     rows = [compare(shape, dtype, effort) for dtype in DTYPES for shape in SHAPES]
-    tables.show("ops: forward + backward", rows)
+    yield "ops: forward + backward", rows
     by_length = [
-        compare_lengths(LENGTHS, LENGTH_TOKENS, shape, dtype, effort)
-        for dtype in DTYPES
-        for shape in SHAPES[:2]
+        compare_lengths(LENGTHS, shape, dtype, effort) for dtype in DTYPES for shape in SHAPES[:2]
     ]
-    tables.show(f"ops: us per token, B T = {LENGTH_TOKENS:,}, and relative", by_length)
-    return {"shapes": rows, "lengths": by_length}
+    yield f"ops: us per token, B T = {max(LENGTHS):,}, and relative", by_length
 
 
-def compare(shape: Shape, dtype: str, effort: Effort) -> dict[str, Any]:
+def compare(shape: Shape, dtype: str, effort: Effort) -> Row:
     """Compare the forms at one shape: time, working memory, and rate of necessary products."""
     inputs = draw_inputs(shape, dtype)
-    chunks = {"chunk_size": choose_chunk_size(shape.length)}
-    forms: dict[str, Any] = {"ours": {}, "chunks": chunks, "scan": {"method": "scan"}}
-    programs = {name: compile_gradients(inputs, **options) for name, options in forms.items()}
+    forms = {"ours": gated_linear_recurrence, "chunks": BY_CHUNKS, "scan": BY_SCAN}
+    programs = {name: compile_gradients(inputs, form) for name, form in forms.items()}
     calls: dict[str, Call] = {
         name: functools.partial(program, *inputs) for name, program in programs.items()
     }
     rows = shape.batch * shape.length * shape.heads
-    count = max(1, rows // CEILING_ROWS)
-    left, right = (count, CEILING_ROWS, shape.key_dim), (count, shape.key_dim, shape.value_dim)
+    count = max(1, rows // 64)
+    left, right = (count, 64, shape.key_dim), (count, shape.key_dim, shape.value_dim)
     calls["ceiling"], of_ceiling = measure.matmul(left, right, dtype)
     times = alternate(calls, effort)
     flops = 2.0 * rows * 6 * shape.key_dim * shape.value_dim
@@ -78,17 +70,17 @@ def compare(shape: Shape, dtype: str, effort: Effort) -> dict[str, Any]:
     }
 
 
-def compare_lengths(
-    lengths: tuple[int, ...], tokens: int, widths: Shape, dtype: str, effort: Effort
-) -> dict[str, Any]:
-    """Time per token by length at constant B T, and relative to the first length."""
+def compare_lengths(lengths: tuple[int, ...], widths: Shape, dtype: str, effort: Effort) -> Row:
+    """Time per token by length, each of as many tokens as the longest, relative to the first."""
+    tokens = max(lengths)
     calls: dict[str, Call] = {}
     for length in lengths:
         inputs = draw_inputs(widths._replace(batch=tokens // length, length=length), dtype)
-        calls[f"T {length}"] = functools.partial(compile_gradients(inputs), *inputs)
+        program = compile_gradients(inputs, gated_linear_recurrence)
+        calls[f"T {length}"] = functools.partial(program, *inputs)
     times = alternate(calls, effort)
     first, *others = times
-    row: dict[str, Any] = {"H, K, V": ", ".join(map(str, widths[2:])), "dtype": dtype}
+    row: Row = {"H, K, V": ", ".join(map(str, widths[2:])), "dtype": dtype}
     row |= {name: 1e6 * median(blocks) / tokens for name, blocks in times.items()}
     return row | {f"{each} / {first}": block_ratio(times[each], times[first]) for each in others}
 
@@ -107,11 +99,11 @@ def draw_inputs(shape: Shape, dtype: str) -> tuple[jax.Array, ...]:
     return q, jax.nn.sigmoid(k), v, jax.nn.log_sigmoid(3 + gate), *others
 
 
-def compile_gradients(inputs: tuple[Any, ...], **options: Any) -> Any:
+def compile_gradients(inputs: tuple[Any, ...], recurrence: Recurrence) -> Any:
     """Compile output, final state and all gradients from `inputs` (`draw_inputs`)."""
 
     def call(q: Any, k: Any, v: Any, log_gate: Any, state: Any) -> Any:
-        return gated_linear_recurrence(q, k, v, log_gate, initial_state=state, **options)
+        return recurrence(q, k, v, log_gate, initial_state=state)
 
     def results(*inputs: jax.Array) -> tuple[jax.Array, ...]:
         values, pullback = jax.vjp(call, *inputs[:5])

@@ -14,16 +14,16 @@ import sys
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
 
-from benchmarks import tables
 from benchmarks.decoding import random_tokens
 from benchmarks.measure import Effort
+from benchmarks.tables import Row, Table
 from benchmarks.train_steps import change, load_config
 from simplernn_jax.checkpoint.checkpointer import Checkpointer
 from simplernn_jax.inference import generate
@@ -45,49 +45,44 @@ class Stream(NamedTuple):
     tokens: int
 
 
-def run(effort: Effort) -> dict[str, Any]:
-    """Measure and print."""
+def run(effort: Effort) -> Iterator[Table]:
+    """Tables of load, and of what a server must withstand."""
     with tempfile.TemporaryDirectory() as folder:
         model = save_untrained(folder)
-        with serving(folder, f"--slots={SLOTS}") as (_, url):
-            results = compare(model, url, effort)
-    tables.show("serve: base", results["clients"])
-    tables.show("serve: a prompt beside 16 streams", results["half loaded"])
-    return results
+        with serving(folder, f"--slots={SLOTS}", "--max_queue=64") as (process, url):
+            yield "serve: base", [compare(model, url, clients, effort) for clients in CLIENTS]
+            half = asyncio.run(half_loaded(model, url, effort))
+            yield "serve: one more prompt beside 16 streams", [half]
+            yield "serve: limits", asyncio.run(limits(model, url, process.pid))
 
 
-def compare(model: LanguageModel, url: str, effort: Effort) -> dict[str, Any]:
-    """``clients``: a row for each number of them; ``half loaded``: latency beside 16 streams."""
-    rows = []
-    for clients in CLIENTS:
-        prompts = random_tokens(model.config, clients, PROMPT)
-        rates: dict[str, list[float]] = {"HTTP": [], "generate": []}
-        streams: list[Stream] = []
-        for block in range(effort.blocks + 1):
-            # Other prompts in each block, or the prefix cache would have them.
-            prompts = (prompts + 1) % model.config.vocab_size
-            seconds, found = asyncio.run(stream_all(url, prompts, NEW_TOKENS))
-            start = time.perf_counter()
-            tokens = generate(model, prompts[:SLOTS], max_new_tokens=NEW_TOKENS).tokens
-            in_process = time.perf_counter() - start
-            if block:  # the first one warms up
-                streams += found
-                rates["HTTP"].append(sum(stream.tokens for stream in found) / seconds)
-                rates["generate"].append(tokens.size / in_process)
-        firsts = [1e3 * stream.first for stream in streams]
-        between = [1e3 * (s.end - s.first) / (s.tokens - BLOCK) for s in streams]
-        ratios = np.divide(rates["HTTP"], rates["generate"])
-        rows.append(
-            {"clients": clients}
-            | {f"{name} tokens/s": float(np.median(rate)) for name, rate in rates.items()}
-            | {"ratio": float(np.median(ratios))}
-            | percentiles("first token, ms", firsts)
-            | percentiles("per token, ms", between)
-        )
-    return {"clients": rows, "half loaded": [asyncio.run(half_loaded(model, url, effort))]}
+def compare(model: LanguageModel, url: str, clients: int, effort: Effort) -> Row:
+    """Rates and latencies of so many clients at once, and the rate of `generate`."""
+    prompts = random_tokens(model.config, clients, PROMPT)
+    rates: dict[str, list[float]] = {"HTTP": [], "generate": []}
+    streams: list[Stream] = []
+    for block in range(effort.blocks * effort.calls + 1):
+        # Other prompts each time, or the prefix cache would have them.
+        prompts = (prompts + 1) % model.config.vocab_size
+        seconds, found = asyncio.run(stream_all(url, prompts, NEW_TOKENS))
+        start = time.perf_counter()
+        tokens = generate(model, prompts[:SLOTS], max_new_tokens=NEW_TOKENS).tokens
+        in_process = time.perf_counter() - start
+        if block:  # the first one warms up
+            streams += found
+            rates["HTTP"].append(sum(stream.tokens for stream in found) / seconds)
+            rates["generate"].append(tokens.size / in_process)
+    between = [1e3 * (s.end - s.first) / (s.tokens - BLOCK) for s in streams]
+    return (
+        {"clients": clients}
+        | {f"{name} tokens/s": float(np.median(rate)) for name, rate in rates.items()}
+        | {"ratio": float(np.median(np.divide(rates["HTTP"], rates["generate"])))}
+        | percentiles("first token, ms", [1e3 * stream.first for stream in streams])
+        | percentiles("per token, ms", between)
+    )
 
 
-async def half_loaded(model: LanguageModel, url: str, effort: Effort) -> dict[str, Any]:
+async def half_loaded(model: LanguageModel, url: str, effort: Effort) -> Row:
     """Time to the first token of one more prompt, while half of the slots stream."""
     prompts = random_tokens(model.config, SLOTS // 2, PROMPT)
     start = time.perf_counter()
@@ -101,7 +96,55 @@ async def half_loaded(model: LanguageModel, url: str, effort: Effort) -> dict[st
     _, streams = await others
     seconds = time.perf_counter() - start
     block = 1e3 * BLOCK * seconds * len(streams) / sum(stream.tokens for stream in streams)
-    return percentiles("first token, ms", firsts) | {"block, ms": block}
+    return percentiles("first token, ms", firsts) | {"a block, ms": block}
+
+
+async def limits(model: LanguageModel, url: str, pid: int) -> list[Row]:
+    """A long prefix read twice, clients that leave, and more connections than the queue holds."""
+    prefix = random_tokens(model.config, 1, 50_000)
+    times = [(await stream_all(url, prefix, 1))[0] for _ in range(2)]
+    rows: list[Row] = [{"measured": "50,000 tokens again / at first", "value": times[1] / times[0]}]
+
+    prompts = random_tokens(model.config, 200, PROMPT)
+    leaving = [asyncio.ensure_future(status_of(url, prompt, 10**6)) for prompt in prompts]
+    await asyncio.sleep(0.5)
+    for task in leaving:
+        task.cancel()
+    await asyncio.gather(*leaving, return_exceptions=True)
+    start = time.perf_counter()
+    await stream_one(url, prompts[0], 1)
+    while json.loads(await body_of(url, "/slots"))["active"]:
+        await asyncio.sleep(0.01)
+    rows.append(
+        {"measured": "all idle after 200 clients left, s", "value": time.perf_counter() - start}
+    )
+
+    before = resident_bytes(pid)
+    prompts = random_tokens(model.config, 1000, PROMPT)
+    many = [asyncio.ensure_future(status_of(url, prompt, 32)) for prompt in prompts]
+    health = []
+    while not all(task.done() for task in many):
+        start = time.perf_counter()
+        await body_of(url, "/health")
+        health.append(1e3 * (time.perf_counter() - start))
+        await asyncio.sleep(0.05)
+    statuses = [task.result() for task in many]
+    rows += [
+        {"measured": f"status {status} of 1,000 connections", "value": statuses.count(status)}
+        for status in sorted({*statuses})
+    ]
+    rows.append(
+        {"measured": "/health meanwhile, ms, p99", "value": float(np.percentile(health, 99))}
+    )
+    added = (resident_bytes(pid) - before) / 1e6
+    rows.append({"measured": "memory added, MB", "value": added})
+    return rows
+
+
+def resident_bytes(pid: int) -> float:
+    """Resident memory of a process."""
+    status = Path(f"/proc/{pid}/status").read_text("ascii")
+    return 1024 * float(re.findall(r"^VmRSS:\s+(\d+) kB$", status, re.M)[0])
 
 
 def percentiles(name: str, values: Sequence[float]) -> dict[str, float]:
@@ -118,7 +161,25 @@ async def stream_all(url: str, prompts: np.ndarray, tokens: int) -> tuple[float,
 
 async def stream_one(url: str, prompt: np.ndarray, tokens: int) -> Stream:
     """Stream a completion over a connection of its own."""
-    fields = {
+    start = time.perf_counter()
+    first, last = 0.0, b""
+    async with contextlib.aclosing(
+        lines_of(url, "/v1/completions", fields_of(prompt, tokens))
+    ) as lines:
+        async for line in lines:
+            if line.startswith(b"data: [DONE]"):
+                break
+            if line.startswith(b"data: "):
+                first = first or time.perf_counter() - start
+                last = line
+    end = time.perf_counter() - start
+    usage = json.loads(last.removeprefix(b"data: "))["usage"]
+    return Stream(first, end, usage["completion_tokens"])
+
+
+def fields_of(prompt: np.ndarray, tokens: int) -> Any:
+    """Body of a request that streams greedy tokens, whatever they are."""
+    return {
         "prompt": prompt.tolist(),
         "max_tokens": tokens,
         "temperature": 0,
@@ -126,23 +187,32 @@ async def stream_one(url: str, prompt: np.ndarray, tokens: int) -> Stream:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    body = json.dumps(fields).encode()
+
+
+async def status_of(url: str, prompt: np.ndarray, tokens: int) -> int:
+    """Status of a completion, which is read to its end."""
+    lines = [line async for line in lines_of(url, "/v1/completions", fields_of(prompt, tokens))]
+    return int(lines[0].split()[1])
+
+
+async def body_of(url: str, path: str) -> bytes:
+    """Body of ``GET path``, one line of JSON."""
+    return [line async for line in lines_of(url, path)][-1]
+
+
+async def lines_of(url: str, path: str, fields: Any = None) -> AsyncIterator[bytes]:
+    """Yield the lines of a response, over a connection of its own."""
+    body = b"" if fields is None else json.dumps(fields).encode()
     address = urllib.parse.urlsplit(url)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    start = time.perf_counter()
+    method = "GET" if fields is None else "POST"
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
-    writer.write(head.encode() + body)
-    first, last = 0.0, b""
-    async for line in reader:
-        if line.startswith(b"data: [DONE]"):
-            break
-        if line.startswith(b"data: "):
-            first = first or time.perf_counter() - start
-            last = line
-    end = time.perf_counter() - start
-    writer.close()
-    usage = json.loads(last.removeprefix(b"data: "))["usage"]
-    return Stream(first, end, usage["completion_tokens"])
+    try:
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        async for line in reader:
+            yield line
+    finally:
+        writer.close()
 
 
 def save_untrained(workdir: str) -> LanguageModel:

@@ -6,64 +6,66 @@ a temporary folder; ``cold`` finds it empty, ``warm`` finds the entries of the c
 
 import functools
 import statistics
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure, tables
+from benchmarks import measure
 from benchmarks.measure import Call, Effort, alternate, call_isolated, median
+from benchmarks.tables import Row, Table
 from benchmarks.train_steps import load_config, our_step
 from simplernn_jax.compilation_cache import use_compilation_cache
 
-_PACKAGES = "jax, flax, optax"
+PACKAGES = "jax, flax, optax"
 _PUBLIC = "simplernn_jax.ops, simplernn_jax.models, simplernn_jax.inference"
 IMPORTS = {
-    _PACKAGES: _PACKAGES,
-    "and simplernn_jax": f"{_PACKAGES}, simplernn_jax",
-    "and its public modules": f"{_PACKAGES}, {_PUBLIC}",
-    "and all of scripts/train.py": f"{_PACKAGES}, simplernn_jax.training.loop",
+    PACKAGES: PACKAGES,
+    "and simplernn_jax": f"{PACKAGES}, simplernn_jax",
+    "and its public modules": f"{PACKAGES}, {_PUBLIC}",
+    "and all of scripts/train.py": f"{PACKAGES}, simplernn_jax.training.loop",
 }
 """What a process imports, by its name in the table."""
-CACHES = ("cold", "warm")
 
 
-def run(effort: Effort) -> dict[str, Any]:
-    """Measure and print; `effort.calls` is unused, since a process starts once."""
-    imports, first_steps = compare_imports(effort.blocks), compare_first_steps(effort.blocks)
-    tables.show("startup: fresh processes that import", imports)
-    tables.show("startup: first step of base after imports, by compilation cache", first_steps)
-    return {"imports": imports, "first_step": first_steps}
+def run(effort: Effort) -> Iterator[Table]:
+    """Tables of both; `effort.calls` is unused, since a process starts once."""
+    yield "startup: fresh processes that import", compare_imports(effort.blocks)
+    title = "startup: first step of base after imports, by compilation cache"
+    yield title, compare_first_steps(effort.blocks)
 
 
-def compare_imports(blocks: int) -> list[dict[str, Any]]:
+def compare_imports(blocks: int) -> list[Row]:
     """Median wall time of processes that only import, and median of the difference to the first."""
     calls: dict[str, Call] = {
-        name: functools.partial(measure.run_python, f"import {what}")
-        for name, what in IMPORTS.items()
+        name: functools.partial(
+            subprocess.check_call, [sys.executable, "-c", f"import {packages}"], cwd=measure.ROOT
+        )
+        for name, packages in IMPORTS.items()
     }
     # The first calls compile to byte code and fill the page cache.
     times = alternate(calls, Effort(blocks, 1))
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for name, each in times.items():
-        more = [a - b for (a,), (b,) in zip(each, times[_PACKAGES], strict=True)]
-        rows.append({"import": name, "seconds": median(each)})
-        rows[-1]["over the first"] = statistics.median(more)
+        over = statistics.median(a - b for (a,), (b,) in zip(each, times[PACKAGES], strict=True))
+        rows.append({"import": name, "seconds": median(each), "over the first": over})
     return rows
 
 
-def compare_first_steps(blocks: int) -> list[dict[str, Any]]:
+def compare_first_steps(blocks: int) -> list[Row]:
     """Median seconds of the first train step with an empty and a filled cache, and of the ratio."""
     pairs = []
     for _ in range(blocks):
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
             environment = {"JAX_COMPILATION_CACHE_DIR": folder}
-            pairs.append([call_isolated(seconds_of_first_step, environment) for _ in CACHES])
+            pairs.append([call_isolated(seconds_of_first_step, environment) for _ in range(2)])
             if not any(Path(folder).iterdir()):
                 raise RuntimeError("nothing was written to the compilation cache")
-    columns = [*zip(*pairs, strict=True), [warm / cold for cold, warm in pairs]]
-    names = (*CACHES, "warm / cold")
-    medians = map(statistics.median, columns)
-    return [{"cache": n, "seconds": x} for n, x in zip(names, medians, strict=True)]
+    cold, warm = zip(*pairs, strict=True)
+    columns = {"cold": cold, "warm": warm, "warm / cold": [b / a for a, b in pairs]}
+    return [{"cache": name, "seconds": statistics.median(x)} for name, x in columns.items()]
 
 
 def seconds_of_first_step() -> float:

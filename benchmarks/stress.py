@@ -11,20 +11,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.measure import ROOT
 from simplernn_jax.checkpoint import manifest
-from simplernn_jax.checkpoint.checkpointer import Checkpointer, read_config
+from simplernn_jax.checkpoint.checkpointer import NEWEST, Checkpointer, read_config
 from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leaves
 from simplernn_jax.checkpoint.folder import UNFINISHED_MARK, CheckpointFolder
 
 STEPS, SAVE_EVERY = 24, 3
-_ROOT = Path(__file__).resolve().parents[1]
 _PARALLEL = 2
 """Simultaneous processes: most of a short run is its start, which keeps one core busy."""
 _START_SECONDS, _SAVE_SECONDS = 8.0, 0.5
@@ -41,26 +41,21 @@ Interruption = Callable[[Path, list[Process], random.Random], Outcome]
 """Of the processes of the run in a workdir, at random."""
 
 
-def interrupt_runs(
-    folder: Path, count: int, seed: int, interrupt: Interruption, num_processes: int
-) -> int:
+def interrupt_runs(folder: Path, count: int, interrupt: Interruption, num_processes: int) -> int:
     """Interrupt and resume `count` runs; 1 if one does not end as an uninterrupted run.
 
-    The workdir of a run is named by its number.
+    The workdir of a run is named by its number, from which its moments follow.
     """
     _train(folder / "alone", num_processes)
-    expected = newest_checkpoint(folder / "alone")
+    expected = read_checkpoint(folder / "alone")
 
     def interrupt_and_resume(number: int) -> Outcome:
         workdir = folder / str(number)
-        processes = _start(workdir, num_processes)
-        try:
-            what, problem = interrupt(workdir, processes, random.Random(f"{seed} {number}"))
-        finally:
-            _kill(processes)
+        with _run(workdir, num_processes) as processes:
+            what, problem = interrupt(workdir, processes, random.Random(number))
         if problem is None:
             _train(workdir, num_processes)
-            problem = _difference(newest_checkpoint(workdir), expected)
+            problem = _difference(read_checkpoint(workdir), expected)
         if (workdir / "checkpoints_damaged").exists():
             problem = "a checkpoint was taken for damaged"
         shutil.rmtree(workdir)
@@ -75,15 +70,15 @@ def interrupt_runs(
     return int(wrong > 0 or (num_processes == 1 and 2 * inside < count))
 
 
-def damage_checkpoints(folder: Path, count: int, seed: int) -> int:
+def damage_checkpoints(folder: Path, count: int) -> int:
     """Damage the newest checkpoint `count` times; 1 if one was missed or not recovered from."""
-    draw = random.Random(seed)
+    draw = random.Random(0)
     whole, workdir = folder / "whole", folder / "damaged"
     _train(whole)
     before, newest = CheckpointFolder(str(whole)).steps()[-2:]
     leaves = saved_leaves(CheckpointFolder(str(whole)).step_path(before))
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in leaves.items()}
-    expected = _contents(whole, before)
+    expected = read_checkpoint(whole, before)
     config, tokenizer_json, _ = read_config(str(whole))
     detected = recovered = 0
     for number in range(count):
@@ -103,12 +98,9 @@ def damage_checkpoints(folder: Path, count: int, seed: int) -> int:
     return int(detected < count or recovered < count)
 
 
-def newest_checkpoint(workdir: str | Path) -> dict[str, Any]:
-    """Everything in the newest complete checkpoint, as values that ``==`` compares bit-exactly."""
-    return _contents(workdir, read_config(str(workdir))[2])
-
-
-def _contents(workdir: str | Path, step: int) -> dict[str, Any]:
+def read_checkpoint(workdir: str | Path, checkpoint: int | str = NEWEST) -> dict[str, Any]:
+    """Everything in a checkpoint, as values that ``==`` compares bit-exactly."""
+    step = read_config(str(workdir), checkpoint)[2]
     path = CheckpointFolder(str(workdir)).step_path(step)
     return _comparable(step, read_json(path, "data"), read_arrays(path, list(saved_leaves(path))))
 
@@ -126,19 +118,19 @@ def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
     return next((f"{name} differs" for name in names), None)
 
 
-def _start(workdir: Path, num_processes: int) -> list[Process]:
-    """Start or resume a small training run that carries state between its batches.
+@contextlib.contextmanager
+def _run(workdir: Path, num_processes: int) -> Iterator[list[Process]]:
+    """Start or resume a small training run that carries state between its batches, and kill it.
 
     The parent of `workdir` has what runs share: corpus, compiled programs, and logs.
     """
-    folder = workdir.parent
-    corpus = folder / "corpus.txt"
+    folder, corpus = workdir.parent, workdir.parent / "corpus.txt"
     if not corpus.exists():
         draw = random.Random(0)
         corpus.write_text("".join(draw.choices("abcdefgh \n", k=20_011)), encoding="utf-8")
     data = {"source": corpus, "split": "position", "mode": "stream", "cache_dir": folder / "tokens"}
     steps = {"epochs": 0, "steps": STEPS, "save_every": SAVE_EVERY, "eval_every": 0}
-    command = [sys.executable, f"{_ROOT}/scripts/train.py", f"--config={_ROOT}/configs/tiny.py"]
+    command = [sys.executable, f"{ROOT}/scripts/train.py", f"--config={ROOT}/configs/tiny.py"]
     command += [f"--config.data.{field}={value}" for field, value in data.items()]
     command += [f"--config.train.{field}={value}" for field, value in steps.items()]
     command += ["--config.train.sample_every=0", f"--workdir={workdir}"]
@@ -157,18 +149,18 @@ def _start(workdir: Path, num_processes: int) -> list[Process]:
     with open(workdir.with_suffix(".log"), "ab") as log:
         options: Any = {"env": environment, "stdout": log, "stderr": log}
         # A group of its own, so that a signal also reaches its child, which trains.
-        return [subprocess.Popen(each, start_new_session=True, **options) for each in commands]
+        processes = [subprocess.Popen(each, start_new_session=True, **options) for each in commands]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            _send(process, signal.SIGKILL)
+            process.wait()
 
 
-def _log(workdir: Path) -> str:
+def _log_of(workdir: Path) -> str:
     """Output of all processes of a run."""
     return workdir.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
-
-
-def _kill(processes: list[Process]) -> None:
-    for process in processes:
-        _send(process, signal.SIGKILL)
-        process.wait()
 
 
 def _send(process: Process, number: signal.Signals) -> None:
@@ -177,13 +169,10 @@ def _send(process: Process, number: signal.Signals) -> None:
 
 
 def _train(workdir: Path, num_processes: int = 1) -> None:
-    processes = _start(workdir, num_processes)
-    try:
+    with _run(workdir, num_processes) as processes:
         codes = [process.wait() for process in processes]
-    finally:
-        _kill(processes)
     if any(codes):
-        raise RuntimeError(f"run {workdir} failed with codes {codes}:\n{_log(workdir)}")
+        raise RuntimeError(f"run {workdir} failed with codes {codes}:\n{_log_of(workdir)}")
 
 
 def _kill_a_run(workdir: Path, processes: list[Process], draw: random.Random) -> Outcome:
@@ -191,37 +180,31 @@ def _kill_a_run(workdir: Path, processes: list[Process], draw: random.Random) ->
     if int(workdir.name) % 2:
         _wait_for_a_moment(workdir, processes, draw)
     else:
-        _stop_inside_a_save(processes[0], workdir / "checkpoints", draw)
-    _kill(processes)
-    where = "inside a save" if _is_saving(workdir / "checkpoints") else "between saves"
-    return f"killed {where}", None
+        _stop_inside_a_save(workdir, processes, draw)
+    _send(processes[0], signal.SIGKILL)
+    processes[0].wait()
+    return f"killed {'inside a save' if _is_saving(workdir) else 'between saves'}", None
 
 
-def _stop_inside_a_save(process: Process, checkpoints: Path, draw: random.Random) -> None:
+def _stop_inside_a_save(workdir: Path, processes: list[Process], draw: random.Random) -> None:
     """Stop the process at a random moment of a random save; return also if it ends before."""
-    saves_to_pass = draw.randrange(STEPS // SAVE_EVERY - 1)
-    was_saving = False
-    while process.poll() is None:
-        saving = _is_saving(checkpoints)
-        saves_to_pass -= saving and not was_saving
-        was_saving = saving
-        if saving and saves_to_pass < 0:
+    _wait_for_save(workdir, processes, draw.randrange(STEPS // SAVE_EVERY - 1))
+    while processes[0].poll() is None:
+        if _is_saving(workdir):
             time.sleep(draw.uniform(0, 0.05))
-            _send(process, signal.SIGSTOP)
-            if _is_saving(checkpoints):
+            _send(processes[0], signal.SIGSTOP)
+            if _is_saving(workdir):
                 return
-            _send(process, signal.SIGCONT)
-            was_saving = False
+            _send(processes[0], signal.SIGCONT)
         time.sleep(0.001)
 
 
-def _is_saving(checkpoints: Path) -> bool:
+def _is_saving(workdir: Path) -> bool:
     """Whether there is an incomplete checkpoint."""
-    names = os.listdir(checkpoints) if checkpoints.exists() else []
     return any(
-        UNFINISHED_MARK in name
-        or (name.isdecimal() and not manifest.has_manifest(str(checkpoints / name)))
-        for name in names
+        UNFINISHED_MARK in path.name
+        or (path.name.isdecimal() and not manifest.has_manifest(str(path)))
+        for path in workdir.glob("checkpoints/*")
     )
 
 
@@ -240,20 +223,28 @@ def _lose_a_process(workdir: Path, processes: list[Process], draw: random.Random
     if code is None:
         problem = f"the other has not ended within {took}"
     # Without a reason, it may have ended regularly before the signal was sent.
-    elif code != 0 and (code not in _REASONS or _REASONS[code] not in _log(workdir)):
+    elif code and (code not in _REASONS or _REASONS[code] not in _log_of(workdir)):
         problem = f"the other ended with code {code} and without its reason"
     return f"{sent.name} to process {victim} {when}, the other waited for {took}", problem
 
 
 def _wait_for_a_moment(workdir: Path, processes: list[Process], draw: random.Random) -> str:
     """Wait until a random moment of the start, or after a random save; describe it."""
-    step = SAVE_EVERY * draw.randrange(STEPS // SAVE_EVERY)
-    checkpoints = CheckpointFolder(str(workdir))
-    while max(checkpoints.steps(), default=0) < step and all(p.poll() is None for p in processes):
-        time.sleep(0.01)
-    seconds = draw.uniform(0, _SAVE_SECONDS if step else _START_SECONDS)
+    save = draw.randrange(STEPS // SAVE_EVERY)
+    _wait_for_save(workdir, processes, save)
+    seconds = draw.uniform(0, _SAVE_SECONDS if save else _START_SECONDS)
     time.sleep(seconds)
-    return f"{seconds:.1f} s after {f'the save of step {step}' if step else 'its start'}"
+    what = f"the save of step {save * SAVE_EVERY}" if save else "its start"
+    return f"{seconds:.1f} s after {what}"
+
+
+def _wait_for_save(workdir: Path, processes: list[Process], save: int) -> None:
+    """Wait until there is a folder of this save, counted from 1, or a process has ended."""
+    checkpoints = CheckpointFolder(str(workdir))
+    while all(process.poll() is None for process in processes):
+        if max(checkpoints.steps(), default=0) >= save * SAVE_EVERY:
+            return
+        time.sleep(0.01)
 
 
 def _damage(step_path: Path, draw: random.Random) -> str:
@@ -270,9 +261,9 @@ def _damage(step_path: Path, draw: random.Random) -> str:
     return f"{kind} {file.relative_to(step_path)} at {position}"
 
 
-EXPERIMENTS: dict[str, Callable[[Path, int, int], int]] = {
+EXPERIMENTS: dict[str, Callable[[Path, int], int]] = {
     "kill": functools.partial(interrupt_runs, interrupt=_kill_a_run, num_processes=1),
     "damage": damage_checkpoints,
     "hosts": functools.partial(interrupt_runs, interrupt=_lose_a_process, num_processes=2),
 }
-"""``(folder, count, seed) -> exit code``, by name."""
+"""``(folder, count) -> exit code``, by name."""

@@ -5,6 +5,10 @@ from typing import Any
 
 from simplernn_jax.analysis.plots import add_legend, line_styles, new_figure, png
 
+Row = dict[str, Any]
+"""Cells by heading; JSON can hold it."""
+Table = tuple[str, list[Row]]
+"""Title and rows."""
 Curves = Mapping[str, Mapping[str, float]]
 """By label: y by x; x is text, as JSON keeps it."""
 
@@ -38,18 +42,13 @@ def curves_of(
     return {label: {str(n): value(label, n) for n in lengths} for label in labels}
 
 
-def by_x(x: str, curves: Curves) -> list[dict[str, Any]]:
+def by_x(x: str, curves: Curves) -> list[Row]:
     """Rows of a table of curves: the value of every curve at each x."""
     points = dict.fromkeys(point for curve in curves.values() for point in curve)
     return [
         {x: int(point)} | {label: curve.get(point) for label, curve in curves.items()}
         for point in points
     ]
-
-
-def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print one table."""
-    print(f"\n{title}\n\n{markdown(rows)}", flush=True)
 
 
 def draw(panels: Mapping[str, Curves], x: str) -> bytes:

@@ -1,8 +1,7 @@
 """The model of the PyTorch project as a plain eager loop over time, with its parameters' names.
 
-`load_pytorch_weights` loads its saved ``state_dict``. Import this module only where torch is
-installed. Measure on an idle machine: torch's threads busy-wait for each other, and take ten to
-fifty times as long where other programs use the cores.
+`load_pytorch_weights` loads its saved ``state_dict``. Measure on an idle machine: torch's threads
+busy-wait for each other, and take ten to fifty times as long where other programs use the cores.
 """
 
 from typing import Any

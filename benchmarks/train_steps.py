@@ -1,40 +1,48 @@
-"""Compiled train steps on random tokens: ours, with another recurrence, and a stack of GRUs."""
+"""Train steps on random tokens, compiled to be timed or analyzed, and short trainings on text."""
 
+import dataclasses
 import functools
+import itertools
 import math
+import re
+import statistics
+import time
+from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
-from benchmarks.measure import Call
+from benchmarks.measure import ROOT, Call
 from simplernn_jax import config_flag
 from simplernn_jax.config import Config, ModelConfig
-from simplernn_jax.data.batches import Batch
+from simplernn_jax.data.batches import Batch, make_batches
+from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.chunkwise import choose_chunk_size
-from simplernn_jax.sharding.mesh import make_mesh
+from simplernn_jax.sharding.mesh import check_fits, make_mesh
+from simplernn_jax.training import train_step
+from simplernn_jax.training.evaluate import Evaluator
 from simplernn_jax.training.gradient import abstract_model
-from simplernn_jax.training.losses import summed_cross_entropy
 from simplernn_jax.training.optimizer import make_optimizer
-from simplernn_jax.training.train_step import init_train_state, make_train_step
+from simplernn_jax.training.preparation import prepare
 
+TIMED_STEPS = 20
 _STEPS = 1000
 """Length of the learning rate schedule; further steps stay at its end."""
 
+_OPERATION = re.compile(
+    r" = (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+    r"|collective-broadcast)(?:-start)?\("
+)
+_ARRAY = re.compile(r"[a-z]+(\d*)(?:e\d\w*)?\[([\d,]*)\]")
+"""``pred`` has no number of bits and takes a byte."""
+
 BY_SCAN: Recurrence = functools.partial(gated_linear_recurrence, method="scan")
-
-
-def by_chunks(length: int) -> Recurrence:
-    """The chunkwise recurrence, on every machine, with the default chunks of `length` tokens."""
-    return functools.partial(gated_linear_recurrence, chunk_size=choose_chunk_size(length))
+BY_CHUNKS: Recurrence = functools.partial(gated_linear_recurrence, method="chunkwise")
 
 
 def change(config: Config, **fields: Any) -> Config:
@@ -47,7 +55,7 @@ def change(config: Config, **fields: Any) -> Config:
 
 def load_config(name: str, batch: int, length: int, **fields: Any) -> Config:
     """``configs/NAME.py`` on one device, with random windows and these fields of any section."""
-    config = config_flag.load_config(Path(__file__).parents[1] / "configs" / f"{name}.py")
+    config = config_flag.load_config(ROOT / "configs" / f"{name}.py")
     config.mesh.data = 1
     return change(config, mode="window", batch_size=batch, sequence_length=length, **fields)
 
@@ -63,7 +71,7 @@ def random_batch(config: Config) -> Batch:
 
 def count_parameters(config: Config) -> int:
     """Number of parameters of the model; an embedding that is also the head counts once."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(config)[1]))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)[1]))
 
 
 def abstract_state(model: ModelConfig) -> Any:
@@ -73,16 +81,15 @@ def abstract_state(model: ModelConfig) -> Any:
 
 def state_bytes(model: ModelConfig) -> int:
     """Bytes of the decoder state of one sequence."""
-    leaves = jax.tree.leaves(abstract_state(model))
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state(model)))
 
 
 def compile_quickly(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> Any:
     """Our train step on the mesh of `config`, compiled to be analyzed and not to be run."""
     mesh = make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, _STEPS, mesh)
-    state = jax.eval_shape(lambda: init_train_state(config, optimizer))
-    step: Any = make_train_step(config, optimizer, mesh, recurrence)
+    state = jax.eval_shape(lambda: train_step.init_train_state(config, optimizer))
+    step: Any = train_step.make_train_step(config, optimizer, mesh, recurrence)
     # Buffers and collectives are settled before the backend generates code.
     return step.lower(state, random_batch(config)).compile({"xla_backend_optimization_level": 0})
 
@@ -90,6 +97,20 @@ def compile_quickly(config: Config, recurrence: Recurrence = gated_linear_recurr
 def megabytes(program: Any) -> float:
     """Working memory of a compiled program on one device, by XLA's analysis, in 1e6 bytes."""
     return float(program.memory_analysis().temp_size_in_bytes) / 1e6
+
+
+def collectives(text: str) -> Counter[tuple[str, int]]:
+    """``{(kind, bytes of the result on one device): count}``, array by array.
+
+    XLA may combine several all-reduces into one operation: each array counts as one here. A
+    collective in a loop counts once, however often the loop runs.
+    """
+    found: Counter[tuple[str, int]] = Counter()
+    for arrays, kind in _OPERATION.findall(text):
+        for bits, shape in _ARRAY.findall(arrays):
+            size = math.prod(int(n) for n in shape.split(",") if n)
+            found[kind, size * max(int(bits or 8), 8) // 8] += 1
+    return found
 
 
 def compiled_step(step: Any, make_state: Callable[[], Any], batch: Batch) -> Call:
@@ -109,45 +130,65 @@ def compiled_step(step: Any, make_state: Callable[[], Any], batch: Batch) -> Cal
 def our_step(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> Call:
     """The step of `simplernn_jax.training`, as training runs it on one device."""
     optimizer = make_optimizer(config.optimizer, _STEPS)
-    step = make_train_step(config, optimizer, recurrence=recurrence)
-    return compiled_step(step, lambda: init_train_state(config, optimizer), random_batch(config))
+    step = train_step.make_train_step(config, optimizer, recurrence=recurrence)
+    init = functools.partial(train_step.init_train_state, config, optimizer)
+    return compiled_step(step, init, random_batch(config))
 
 
-def gru_step(config: Config) -> Call:
-    """A step of Adam on a `GRUStack` of the same sizes, with the same loss."""
-    optimizer = optax.adam(config.optimizer.learning_rate)
-    graph = nnx.graphdef(nnx.eval_shape(lambda: GRUStack(config.model, nnx.Rngs(0))))
+class Trained(NamedTuple):
+    """Result of `train_on_corpus`."""
 
-    def start() -> Any:
-        params = nnx.state(GRUStack(config.model, nnx.Rngs(0)))
-        return params, optimizer.init(params)
+    config: Config
+    params: nnx.State
+    corpus: TokenizedCorpus
+    measured: dict[str, float]
+    """``memory MB`` as `megabytes`; ``tokens/s``, by the median time of `TIMED_STEPS` steps,
+    without the first step; held-out loss in ``nats/token`` and ``bits/byte``."""
 
-    def mean_loss(params: Any, batch: Batch) -> jax.Array:
-        logits = nnx.merge(graph, params)(batch.tokens)
-        return summed_cross_entropy(logits, batch.targets, batch.loss_mask) / batch.targets.size
-
-    def step(state: Any, batch: Batch) -> Any:
-        loss, gradient = jax.value_and_grad(mean_loss)(state[0], batch)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-            updates, opt_state = optimizer.update(gradient, state[1], state[0])
-        return (optax.apply_updates(state[0], updates), opt_state), loss
-
-    return compiled_step(jax.jit(step, donate_argnums=0), start, random_batch(config))
+    def model(self) -> LanguageModel:
+        """The trained model."""
+        return nnx.merge(abstract_model(self.config)[0], self.params)
 
 
-class GRUStack(nnx.Module):
-    """A plain stack of Flax's GRU cells, in the place of SimpleRNN."""
+def train_on_corpus(
+    config: Config, workdir: str, recurrence: Recurrence = gated_linear_recurrence, seed: int = 0
+) -> Trained:
+    """Take all steps of `config`, then evaluate on ``train.eval_tokens`` held-out tokens.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        width = config.hidden_dim
-        self.embedding = nnx.Embed(config.vocab_size, width, rngs=rngs)
-        cells = [nnx.GRUCell(width, width, rngs=rngs) for _ in range(config.num_layers)]
-        self.layers = nnx.List([nnx.RNN(cell, rngs=False) for cell in cells])
-        self.head = nnx.Linear(width, config.vocab_size, rngs=rngs)
+    `workdir` keeps the tokenized corpus, whose split does not depend on `seed`.
+    """
+    config, corpus = prepare(config, workdir)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+    mesh = make_mesh(config.mesh)
+    check_fits(config, mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, mesh)
+    pad_id = corpus.tokenizer.pad_id
+    batches = make_batches(corpus.train, config.data, seed, pad_id)
+    shardings = train_step.state_shardings(config, optimizer, mesh)
+    init = jax.jit(lambda: train_step.init_train_state(config, optimizer), out_shardings=shardings)
+    state, first = init(), next(batches)
+    jitted: Any = train_step.make_train_step(config, optimizer, mesh, recurrence)
+    step = jitted.lower(state, first).compile()
+    state, _ = jax.block_until_ready(step(state, first))
+    seconds = []
+    for done in range(1, config.train.steps, TIMED_STEPS):
+        steps = min(TIMED_STEPS, config.train.steps - done)
+        started = time.perf_counter()
+        taken = train_step.take_steps(step, state, itertools.islice(batches, steps))
+        state, _ = jax.block_until_ready(taken)
+        seconds.append((time.perf_counter() - started) / steps)
+    held_out: Any = corpus.validation  # by default there is one
+    evaluation = Evaluator(config, pad_id, mesh)(state.params, held_out, config.train.eval_tokens)
+    tokens = config.data.batch_size * config.data.sequence_length
+    measured = {
+        "memory MB": megabytes(step),
+        "tokens/s": tokens / statistics.median(seconds),
+        "nats/token": evaluation.nats_per_token,
+        "bits/byte": evaluation.bits_per_byte,
+    }
+    return Trained(config, state.params, corpus, measured)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """``[B, T]`` token ids to ``[B, T, vocab]`` logits."""
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x, initial_carry=jnp.zeros((len(x), x.shape[-1])))
-        return self.head(x).astype(jnp.float32)
+
+def measure_on_corpus(config: Config, workdir: str) -> dict[str, float]:
+    """Measurements of `train_on_corpus`; for `on_simulated_devices`."""
+    return train_on_corpus(config, workdir).measured

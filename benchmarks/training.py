@@ -1,30 +1,35 @@
 """Train steps: the `seed` model beside other implementations, and `base` beside the machine.
 
-`seed` (two plain layers of width 128) by four programs that learn from the same tokens: ours;
-ours with the recurrence by `scan`; a stack of Flax's ``nnx.RNN(nnx.GRUCell)`` of the same width;
-the same equations as an eager PyTorch loop over time (needs the extra ``bench``).
+`seed` by four programs that learn from the same tokens: ours; ours by `scan`; a stack of Flax's GRU
+cells of the same width; the same equations as an eager PyTorch loop over time.
 
-`base` in float32 and bfloat16, as a share of the machine: a step counts as 6 multiply-adds per
-parameter and token (one matmul forward, two backward), and the machine's rate is that of a float32
-2048^3 matmul, for both precisions.
+`base` in float32 and bfloat16, as a share of the rate of a float32 matmul: a step counts as 6
+operations per parameter and token (one matmul forward, two backward).
 """
 
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
 
-from benchmarks import measure, tables
-from benchmarks.measure import Effort, alternate, block_ratio, median
-from benchmarks.train_steps import BY_SCAN, count_parameters, gru_step, load_config, our_step
-from simplernn_jax.config import Config
+from benchmarks import measure, train_steps
+from benchmarks.measure import Call, Effort, alternate, block_ratio, median
+from benchmarks.tables import Row, Table
+from benchmarks.train_steps import count_parameters, load_config, our_step
+from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.config_rules import PRECISIONS
+from simplernn_jax.data.batches import Batch
+from simplernn_jax.training.losses import summed_cross_entropy
 
 BATCH, LENGTH = 16, 256
 PROGRAMS = ("ours", "scan", "GRU", "PyTorch loop")
 
 
-def make_step(program: str, config: Config) -> measure.Call:
+def make_step(program: str, config: Config) -> Call:
     """A train step by one of `PROGRAMS`."""
     if program == "GRU":
         return gru_step(config)
@@ -32,52 +37,48 @@ def make_step(program: str, config: Config) -> measure.Call:
         from benchmarks.torch_loop import torch_step
 
         return torch_step(config)
-    return our_step(config, BY_SCAN) if program == "scan" else our_step(config)
+    return our_step(config, train_steps.BY_SCAN) if program == "scan" else our_step(config)
 
 
-def run(effort: Effort) -> dict[str, Any]:
-    """Measure and print."""
-    seed = compare_programs(load_config("seed", BATCH, LENGTH), effort)
-    tables.show(f"train: seed, B {BATCH}, T {LENGTH}, float32", seed)
-    config = load_config("base", BATCH, LENGTH)
-    base = compare_precisions(config, effort)
-    title = f"train: base, {count_parameters(config):,} parameters, B {BATCH}, T {LENGTH}"
-    tables.show(f"{title}; 6 * parameters * tokens per step", base)
-    return {"seed": seed, "base": base}
+def run(effort: Effort) -> Iterator[Table]:
+    """Tables of both comparisons."""
+    sizes = f"B {BATCH}, T {LENGTH}"
+    seed, base = (load_config(name, BATCH, LENGTH) for name in ("seed", "base"))
+    yield f"train: seed, {sizes}, float32", compare_programs(seed, effort)
+    title = f"train: base, {count_parameters(base):,} parameters, {sizes}"
+    yield f"{title}; 6 * parameters * tokens per step", compare_precisions(base, effort)
 
 
-def compare_programs(config: Config, effort: Effort) -> list[dict[str, Any]]:
+def compare_programs(config: Config, effort: Effort) -> list[Row]:
     """Compare all programs that can train `config`, a plain model with one head.
 
     ``peak`` is the memory of two steps on a CPU over that held before them, in a process of its
     own, in MB (1e6 bytes).
     """
-    *names, of_torch = PROGRAMS
     has_torch = importlib.util.find_spec("torch") is not None
-    names += [of_torch] * has_torch
+    names = PROGRAMS if has_torch else PROGRAMS[:-1]
     times = alternate({name: make_step(name, config) for name in names}, effort)
     tokens = config.data.batch_size * config.data.sequence_length
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for name, blocks in times.items():
         peak = measure.call_isolated(peak_of_steps, program=name, config=config)
         row = {"program": name, "tokens/s": tokens / median(blocks)}
         row["times slower than ours"] = block_ratio(blocks, times["ours"])
         rows.append(row | {"peak MB": peak and peak / 1e6})
     if not has_torch:
-        rows.append({"program": f"{of_torch}: torch is not installed (pip install -e '.[bench]')"})
+        rows.append({"program": "PyTorch loop: torch is not installed (pip install -e '.[bench]')"})
     return rows
 
 
 def peak_of_steps(program: str, config: Config) -> float | None:
-    """Peak bytes of two steps of `program` over its start; for `call_isolated`."""
+    """`process_peak` of two steps of `program`; for `call_isolated`."""
     step = make_step(program, config)
-    on_cpu = jax.default_backend() == "cpu"
-    return measure.process_peak(lambda: [step(), step()]) if on_cpu else None
+    return measure.process_peak(lambda: [step(), step()])
 
 
-def compare_precisions(config: Config, effort: Effort, size: int = 2048) -> list[dict[str, Any]]:
+def compare_precisions(config: Config, effort: Effort, size: int = 2048) -> list[Row]:
     """Compare our step in float32 and bfloat16 with a float32 matmul of ``size^3``."""
-    calls: dict[str, measure.Call] = {}
+    calls: dict[str, Call] = {}
     for precision in PRECISIONS:
         config.model.precision = precision
         calls[precision] = our_step(config)
@@ -97,3 +98,44 @@ def compare_precisions(config: Config, effort: Effort, size: int = 2048) -> list
         }
         for name in PRECISIONS
     ]
+
+
+def gru_step(config: Config) -> Call:
+    """A step of Adam on a `GRUStack` of the same sizes, with the same loss."""
+    optimizer = optax.adam(config.optimizer.learning_rate)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: GRUStack(config.model, nnx.Rngs(0))))
+
+    def start() -> Any:
+        params = nnx.state(GRUStack(config.model, nnx.Rngs(0)))
+        return params, optimizer.init(params)
+
+    def mean_loss(params: Any, batch: Batch) -> jax.Array:
+        logits = nnx.merge(graph, params)(batch.tokens)
+        return summed_cross_entropy(logits, batch.targets, batch.loss_mask) / batch.targets.size
+
+    def step(state: Any, batch: Batch) -> Any:
+        loss, gradient = jax.value_and_grad(mean_loss)(state[0], batch)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+            updates, opt_state = optimizer.update(gradient, state[1], state[0])
+        return (optax.apply_updates(state[0], updates), opt_state), loss
+
+    batch = train_steps.random_batch(config)
+    return train_steps.compiled_step(jax.jit(step, donate_argnums=0), start, batch)
+
+
+class GRUStack(nnx.Module):
+    """A plain stack of Flax's GRU cells, in the place of SimpleRNN."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        width = config.hidden_dim
+        self.embedding = nnx.Embed(config.vocab_size, width, rngs=rngs)
+        cells = [nnx.GRUCell(width, width, rngs=rngs) for _ in range(config.num_layers)]
+        self.layers = nnx.List([nnx.RNN(cell, rngs=False) for cell in cells])
+        self.head = nnx.Linear(width, config.vocab_size, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """``[B, T]`` token ids to ``[B, T, vocab]`` logits."""
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x, initial_carry=jnp.zeros((len(x), x.shape[-1])))
+        return self.head(x).astype(jnp.float32)

@@ -1,6 +1,6 @@
 """Measure speed and memory beside baselines and the machine's own ceiling, in one run.
 
-    python scripts/benchmark.py ops [train decode startup memory serve scaling] --out FOLDER
+    python scripts/benchmark.py ops [train decode startup memory scaling serve] [--out FOLDER]
     python scripts/benchmark.py attention --out FOLDER [--quick]
 
     ops        the recurrence, forward and backward, beside scan
@@ -22,6 +22,7 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
+import itertools
 import json
 import sys
 from collections.abc import Collection, Iterable
@@ -32,8 +33,18 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from benchmarks import decoding, measure, memory, recurrence, scaling, serving, startup, training
-from benchmarks.attention import comparison
+from benchmarks import (
+    decoding,
+    measure,
+    memory,
+    recurrence,
+    scaling,
+    serving,
+    startup,
+    tables,
+    training,
+)
+from benchmarks.attention import corpus, report, resources, synthetic
 from simplernn_jax import command_line, process_start
 from simplernn_jax.devices import check_devices
 from simplernn_jax.errors import UserError, nearest_name
@@ -48,15 +59,26 @@ BENCHMARKS = {
     "scaling": scaling.run,
     "serve": serving.run,
 }
+MEASUREMENTS = {
+    "parallelism": resources.measure_parallelism,
+    "recall": synthetic.measure_recall,
+    "distance": synthetic.measure_distance,
+    "memory": resources.measure_memory,
+    "cost": resources.measure_cost,
+    "communication": resources.measure_communication,
+    "corpus": corpus.measure_corpus,
+    "interpretability": corpus.measure_interpretability,
+}
+"""Of attention, in the order of their aspects in its table."""
 ATTENTION = "attention"
 """Has a folder of results to itself, and sizes instead of an effort."""
 
 _ARGUMENTS = command_line.define_arguments(" ".join([*BENCHMARKS, ATTENTION]))
-_OUT = flags.DEFINE_string("out", None, "FILE.json for the results; or a folder, with pictures.")
+_OUT = flags.DEFINE_string("out", None, "Folder of results.json and the pictures.")
 _QUICK = flags.DEFINE_bool("quick", False, "Small sizes of attention.")
 _ONLY = flags.DEFINE_list(
     "only",
-    list(comparison.MEASUREMENTS),
+    list(MEASUREMENTS),
     "Measurements of attention; the others are taken from the results in the folder.",
 )
 _BLOCKS = flags.DEFINE_integer("blocks", 5, "Alternating blocks.", lower_bound=1)
@@ -70,39 +92,30 @@ def main() -> int:
     if not names:
         raise UserError(f"name a benchmark: python scripts/benchmark.py {'|'.join(known)}")
     _check_names(names, known, "benchmark")
-    if ATTENTION in names and len(names) > 1:
-        raise UserError(f"{ATTENTION} writes a folder of its own; measure the others without it")
+    _check_names(_ONLY.value or [""], MEASUREMENTS, "measurement")
+    if ATTENTION in names and (len(names) > 1 or not _OUT.value):
+        raise UserError(f"{ATTENTION}: name its folder, --out; measure the others without it")
     for flag in (_BLOCKS, _CALLS) if ATTENTION in names else (_QUICK, _ONLY):
         if flag.present:
             raise UserError(f"--{flag.name}: not of {names[0]}; see --help")
-    _check_names(_ONLY.value or [""], comparison.MEASUREMENTS, "measurement")
-    if ATTENTION in names and not _OUT.value:
-        raise UserError("no --out: name a folder for the table and the pictures")
     out = Path(command_line.expand_path(_OUT.value, "out")) if _OUT.value else None
     if out is not None:
-        check_output(_results_file(out))  # before minutes of work
-    if ATTENTION in names and out is not None:
-        comparison.run(out, _QUICK.value, _ONLY.value)
-        return 0
+        out.mkdir(parents=True, exist_ok=True)
+        check_output(out / "results.json")  # before minutes of work
     check_devices()
+    if out is not None and ATTENTION in names:
+        report.run(MEASUREMENTS, out, _QUICK.value, _ONLY.value)
+        return 0
+    effort = measure.Effort(_BLOCKS.value, _CALLS.value)
     results: dict[str, Any] = {"machine": measure.describe_machine()}
-    for name in names:
-        results[name] = BENCHMARKS[name](measure.Effort(_BLOCKS.value, _CALLS.value))
+    for title, rows in itertools.chain.from_iterable(BENCHMARKS[name](effort) for name in names):
+        print(f"\n{title}\n\n{tables.markdown(rows)}", flush=True)
+        results[title] = rows
         if out is not None:  # after each, so that a later failure loses nothing
-            write_file(_results_file(out), (json.dumps(results, indent=2) + "\n").encode())
-            if out.is_dir() and name in ("memory", "scaling"):
-                picture = memory.draw(results[name].get("memory", results[name]))
-                write_file(out / "memory.png", picture)
+            write_file(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+            if title == memory.TITLE:
+                write_file(out / "memory.png", memory.draw(rows))
     return 0
-
-
-def _results_file(out: Path) -> Path:
-    """The file to write; a folder is made, in one that exists."""
-    if not out.parent.is_dir():
-        raise UserError(f"--out={_OUT.value}: no folder {out.parent}; make it, or name another")
-    if out.suffix != ".json" and not out.exists():
-        out.mkdir()
-    return out / "results.json" if out.is_dir() else out
 
 
 def _check_names(names: Iterable[str], known: Collection[str], kind: str) -> None:

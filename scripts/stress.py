@@ -31,7 +31,6 @@ from simplernn_jax.errors import UserError
 
 _ARGUMENTS = command_line.define_arguments("|".join(EXPERIMENTS))
 _COUNT = flags.DEFINE_integer("n", 20, "Number of runs to kill, or of damages.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Moments and places follow from it.")
 
 
 def main() -> int:
@@ -41,7 +40,7 @@ def main() -> int:
     if len(names) != 1 or names[0] not in EXPERIMENTS:
         raise UserError("name one: python scripts/stress.py kill, ... damage or ... hosts")
     with tempfile.TemporaryDirectory(prefix="stress-") as folder:
-        return EXPERIMENTS[names[0]](Path(folder), _COUNT.value, _SEED.value)
+        return EXPERIMENTS[names[0]](Path(folder), _COUNT.value)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from simplernn_jax.models import LanguageModel
 from simplernn_jax.training import loop
 from simplernn_jax.training.preparation import prepare
 
-newest_checkpoint = stress.newest_checkpoint
+newest_checkpoint = stress.read_checkpoint
 
 HYBRID = {"block": "residual", "num_layers": 2, "mixer": "simple_rnn,attention"}
 """Fields of `small_config`: one layer of each mixer."""

@@ -1,6 +1,6 @@
 """``benchmark.py attention`` at tiny sizes: counts, tasks, learning and the report."""
 
-import json
+import functools
 import math
 
 import jax
@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.attention import comparison, corpus, resources, synthetic, tasks, work
+from benchmarks import train_steps
+from benchmarks.attention import corpus, report, resources, synthetic, tasks
 from benchmarks.attention.program_work import count_work
-from benchmarks.attention.report import ATTENTION, RECURRENCE, VARIANTS, config_of, line, lines_of
-from benchmarks.train_steps import count_parameters, state_bytes
+from benchmarks.attention.report import ATTENTION, RECURRENCE, VARIANTS, config_of, line
+from benchmarks.train_steps import BY_CHUNKS, count_parameters, state_bytes
 from simplernn_jax.errors import UserError
 from simplernn_jax.ops import gated_linear_recurrence
 
@@ -19,66 +20,61 @@ M, N, P = 3, 5, 7
 X, Y = jnp.ones((M, N)), jnp.ones((N, P))
 
 
-def test_matmuls_elementwise_operations_and_conditions_count():
-    work = count_work(lambda x, y: jnp.tanh(x @ y) + 1, X, Y)
-    assert work == (2 * M * N * P + 2 * M * P, 3)
-
-    def either(x):
-        return jax.lax.cond(x[0, 0] > 0, lambda x: jnp.sin(jnp.sin(x)), jnp.cos, x)
-
-    assert count_work(either, X) == (2 * M * N, 2)  # the branch with more operations
+def summed(carry, row):
+    """Sines and exponentials do not depend on the iteration before; sums do."""
+    return carry + jnp.exp(jnp.sin(row)), None
 
 
-def test_a_loop_counts_every_iteration_and_is_chained_through_its_carry():
-    def loop(x):
-        def body(carry, row):
-            return carry + jnp.exp(jnp.sin(row)), None
-
-        return jax.lax.scan(body, jnp.zeros(N), x)[0]
-
-    # Sines and exponentials do not depend on the iteration before; sums do.
-    assert count_work(loop, X) == (3 * M * N, 3 + (M - 1))
-    assert count_work(lambda x: jax.lax.map(lambda row: jnp.exp(jnp.sin(row)), x), X) == (30, 2)
+@pytest.mark.parametrize(
+    ("function", "arguments", "work"),
+    [
+        (lambda x, y: jnp.tanh(x @ y) + 1, (X, Y), (2 * M * N * P + 2 * M * P, 3)),
+        # The branch with more operations counts.
+        (lambda x: jax.lax.cond(x[0, 0] > 0, jnp.sin, jax.nn.silu, x), (X,), (2 * M * N, 2)),
+        (lambda x: jax.lax.scan(summed, jnp.zeros(N), x)[0], (X,), (3 * M * N, 3 + (M - 1))),
+        (lambda x: jax.lax.map(lambda row: jnp.exp(jnp.sin(row)), x), (X,), (2 * M * N, 2)),
+    ],
+)
+def test_operations_and_their_chain_are_counted(function, arguments, work):
+    assert count_work(function, *arguments) == work
 
 
 def test_rematerialization_counts():
-    def loss(x, remat):
-        def function(x):
-            return jnp.sin(jnp.exp(x))
+    def gradient_flops(function):
+        return count_work(jax.grad(lambda x: jnp.sum(jnp.sin(function(x)))), X).flops
 
-        return jnp.sum(jnp.sin((jax.checkpoint(function) if remat else function)(x)))
+    def function(x):
+        return jnp.sin(jnp.exp(x))
 
-    once, twice = (count_work(jax.grad(lambda x, n=n: loss(x, n)), X).flops for n in (False, True))
     # The exponential is recomputed for its cosine.
-    assert twice >= once + M * N
+    assert gradient_flops(jax.checkpoint(function)) >= gradient_flops(function) + M * N
 
 
 def test_our_operations_count_as_their_default_form_and_unknown_ones_are_refused():
     """In chunks, the recurrence takes at least the matmuls of its definition."""
     arrays = [jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.float32)] * 4
-    for method in ("auto", "chunkwise"):
-        counted = count_work(lambda *x, m=method: gated_linear_recurrence(*x, method=m), *arrays)
+    for recurrence in (gated_linear_recurrence, BY_CHUNKS):
+        counted = count_work(recurrence, *arrays)
         assert counted.flops > 2 * 2 * 64 * 2 * 8 * 8
         assert counted.chain > 1
 
-    def endless(x):
-        return jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x + 1, x)
-
     with pytest.raises(ValueError, match="the work of while cannot be counted"):
-        count_work(endless, X)
+        count_work(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, jnp.sin, x), X)
 
 
-def test_variants_have_the_same_parameters_and_the_growth_of_theory():
-    ours, theirs = (count_parameters(config_of(variant, 256)) for variant in VARIANTS)
+def test_variants_have_the_same_parameters_and_the_growth_of_theory(monkeypatch):
+    config_of_layer = functools.partial(config_of, num_layers=1)
+    monkeypatch.setattr(resources, "config_of", config_of_layer)
+    ours, theirs = (count_parameters(config_of_layer(variant, 256)) for variant in VARIANTS)
     assert abs(ours - theirs) < 0.02 * ours
-    model = config_of(RECURRENCE, 1).model
-    heads, width, layers = model.num_heads, model.hidden_dim, model.num_layers
-    recurrent = 4 * layers * (heads * (width // heads) ** 2 + 3 * width)
+    model = config_of_layer(RECURRENCE, 1).model
+    heads, width = model.num_heads, model.hidden_dim
+    recurrent = 4 * (heads * (width // heads) ** 2 + 3 * width)
     for length in (256, 1024):
-        assert state_bytes(config_of(RECURRENCE, length).model) == recurrent
-        cached = 4 * layers * (2 * length * width + 3 * width + 1)
-        assert state_bytes(config_of(ATTENTION, length).model) == cached
-    counts = work.count_millions((256, 512))
+        assert state_bytes(config_of_layer(RECURRENCE, length).model) == recurrent
+        cached = 4 * (2 * length * width + 3 * width + 1)
+        assert state_bytes(config_of_layer(ATTENTION, length).model) == cached
+    counts = resources.count_millions((256, 512))
     for kind, passes in (("training", 3), ("prefill", 1), ("decode", 1)):
         curves = counts[f"million operations/token, {kind}"]
         # Every parameter is in a matmul, of 2 operations per token.
@@ -128,17 +124,14 @@ def test_one_seed_names_no_winner():
 
 def answer_recall(seen):
     """Keys are in [1, 7], values in [8, 14]."""
-    *before, key = seen
-    return before[before.index(key) + 1]
+    return seen[seen.index(seen[-1]) + 1]
 
 
 def answer_copy(seen):
-    symbols = [token for token in seen if 1 <= token <= 5]
-    return symbols[seen.count(6) - 1]
+    return [token for token in seen if 1 <= token <= 5][seen.count(6) - 1]
 
 
 def answer_needle(seen):
-    assert seen[-1] == 12
     return seen[seen.index(11) + 1]
 
 
@@ -148,24 +141,21 @@ TASKS = {
     "scattered": (tasks.copying(17, 3, 5, scattered=True), answer_copy),
     "needle": (tasks.needle((1, 4, 11), 19, 5), answer_needle),
 }
-BATCH = 37
+BATCH, KEYS = 37, ((3, 5), (3, 6), (4, 5))
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_answers_of_a_task_follow_from_what_came_before(name):
     task, solve = TASKS[name]
-    batch, again, later, other = (
-        task.batch(BATCH, *key) for key in ((3, 5), (3, 5), (3, 6), (4, 5))
-    )
-    np.testing.assert_array_equal(batch.tokens, again.tokens)
-    assert (batch.tokens != later.tokens).any()
-    assert (batch.tokens != other.tokens).any()
+    batch = task.batch(BATCH, 3, 5)
+    equal = [(task.batch(BATCH, *key).tokens == batch.tokens).all() for key in KEYS]
+    assert equal == [True, False, False]
     for part, dtype in zip(batch[:4], (np.int32, np.int32, bool, np.int32), strict=True):
         assert (part.shape, part.dtype) == ((BATCH, task.length), dtype)
     assert batch.reset.all()
     assert not batch.segment_ids.any()
-    for ids in (batch.tokens, batch.targets):
-        assert 0 <= ids.min() <= ids.max() < task.vocab_size
+    assert min(batch.tokens.min(), batch.targets.min()) >= 0
+    assert max(batch.tokens.max(), batch.targets.max()) < task.vocab_size
     for tokens, targets, mask in zip(batch.tokens, batch.targets, batch.loss_mask, strict=True):
         asked = np.flatnonzero(mask)
         assert len(asked) >= 2
@@ -173,8 +163,9 @@ def test_answers_of_a_task_follow_from_what_came_before(name):
         assert (targets[~mask] == tasks.BLANK).all()
 
 
-def test_recall_queries_each_key_once_and_keys_and_values_differ():
-    batch = TASKS["recall"][0].batch(BATCH, 0, 0)
+def test_queries_and_symbols_are_where_they_should_be():
+    first = {name: task.batch(BATCH, 0, 0) for name, (task, _) in TASKS.items()}
+    batch = first["recall"]
     counts = batch.loss_mask.sum(axis=1)
     assert set(counts) == {2, 5}
     for tokens, targets, mask, count in zip(*batch[:3], counts, strict=True):
@@ -184,16 +175,15 @@ def test_recall_queries_each_key_once_and_keys_and_values_differ():
         assert not mask[: 2 * count].any()
         assert (tokens[2 * count :][~mask[2 * count :]] == tasks.BLANK).all()
 
+    in_front, anywhere = (
+        first[name].tokens[:, :14] != tasks.BLANK for name in ("copy", "scattered")
+    )
+    assert (in_front == (np.arange(14) < 3)).all()
+    assert (anywhere.sum(axis=1) == 3).all()
+    assert anywhere.any(axis=0).all()
 
-def test_symbols_and_needles_are_where_they_should_be():
-    first, anywhere = (TASKS[name][0].batch(BATCH, 0, 0).tokens for name in ("copy", "scattered"))
-    assert (first[:, :3] != tasks.BLANK).all()
-    assert (first[:, 3:14] == tasks.BLANK).all()
-    assert ((anywhere[:, :14] != tasks.BLANK).sum(axis=1) == 3).all()
-    assert (anywhere[:, :14] != tasks.BLANK).any(axis=0).all()
-    batch = TASKS["needle"][0].batch(BATCH, 0, 0)
-    begins = np.argmax(batch.tokens == 11, axis=1)
-    for mask, begin in zip(batch.loss_mask, begins, strict=True):
+    begins = np.argmax(first["needle"].tokens == 11, axis=1)
+    for mask, begin in zip(first["needle"].loss_mask, begins, strict=True):
         assert np.flatnonzero(mask).tolist() == [begin + 2, begin + 5, begin + 12]
     assert set(begins) == set(range(7))
 
@@ -202,7 +192,7 @@ COPY = tasks.copying(6, 2, 3, scattered=False)
 
 
 def test_a_small_model_learns_to_copy_through_a_curriculum():
-    stages = [synthetic.Stage(COPY, 60, 32), synthetic.Stage(COPY, 60, 16)]
+    stages = [(COPY, 60, 32), (COPY, 60, 16)]
     trained = synthetic.train(synthetic.variant(f"{RECURRENCE} 8 x 8", 6), stages, "muon", 3e-2)
     assert trained.config.train.steps == 120
     assert trained.loss < 0.5 * math.log(3)
@@ -210,13 +200,20 @@ def test_a_small_model_learns_to_copy_through_a_curriculum():
 
 
 def test_a_variant_is_trained_at_every_rate_and_the_best_is_tested(monkeypatch):
-    monkeypatch.setattr(synthetic, "WIDTH", 8)
-    stages, rates = [synthetic.Stage(COPY, 2, 4)], {"muon": (1e-2,), "adamw": (1e-3,)}
-    results = synthetic.evaluate([synthetic.PLAIN], stages, {"copy": {6: COPY}}, rates, 8)
-    (row,) = results["rows"]
-    losses = row["training loss by rate"]
-    assert row["best rate"] == ["muon 0.01", "adamw 0.001"][losses.index(min(losses))]
-    assert 0 <= results["curves"]["copy"][synthetic.PLAIN]["6"] <= 1
+    losses = {1e-2: math.nan, 2e-2: 0.5, 1e-3: 0.25}
+
+    def train(config, stages, optimizer, rate):
+        return synthetic.Trained(train_steps.change(config, vocab_size=5), None, losses[rate])
+
+    monkeypatch.setattr(synthetic, "train", train)
+    monkeypatch.setattr(synthetic, "accuracy", lambda trained, *_: trained.loss)
+    rates = [("muon", 1e-2), ("muon", 2e-2), ("adamw", 1e-3)]
+    tests = {"copy": {6: COPY}}
+    found = synthetic.evaluate([synthetic.PLAIN, ATTENTION], [], tests, rates, 8)
+    assert [row["best rate"] for row in found["rows"]] == ["adamw 0.001", "muon 0.02"]
+    assert [len(row["training loss by rate"]) for row in found["rows"]] == [3, 2]
+    curves = {synthetic.PLAIN: {"6": 0.25}, ATTENTION: {"6": 0.5}}
+    assert found["curves"] == {"copy": curves}
 
 
 def test_distances_are_tested_up_to_four_times_those_of_training():
@@ -238,43 +235,37 @@ def test_models_with_the_same_number_of_parameters_are_compared():
     assert [round(found[v]) for v in VARIANTS] + [found["better"]] == [53, 71, "attention"]
 
 
-@pytest.fixture
-def fakes(monkeypatch):
-    """Measurements that return made-up results at once."""
-    values = {RECURRENCE: {"256": 1.0, "1024": 2.0}, ATTENTION: {"256": 3.0, "1024": 40.0}}
+VALUES = {RECURRENCE: {"256": 1.0, "1024": 2.0}, ATTENTION: {"256": 3.0, "1024": 40.0}}
 
-    def fake(aspect):
-        def measure(**_):
-            """Something."""
-            curves = {"quantity": values, "other": values}
-            return {"rows": [{"a": 1}], "curves": curves, "lines": lines_of(aspect, curves)}
 
-        return measure
+def measure_first(quick):
+    """Text of the first."""
+    return report.with_lines("first aspect", {"quantity": VALUES, "other": VALUES}) | {"x": "X"}
 
-    measurements = {
-        name: real._replace(measure=fake(f"aspect of {name}"))
-        for name, real in comparison.MEASUREMENTS.items()
+
+def measure_second(quick):
+    """Text of the second."""
+    return {
+        "rows": [{"a": f"quick={quick}"}],
+        "lines": [line("second aspect", "", dict.fromkeys(VARIANTS, 1))],
     }
-    monkeypatch.setattr(comparison, "MEASUREMENTS", measurements)
-    return measurements
 
 
-def test_the_report_has_all_aspects_and_its_pictures(tmp_path, fakes, capsys):
-    comparison.run(tmp_path, True, list(fakes))
+def test_the_report_keeps_other_results_and_has_all_aspects_and_pictures(tmp_path, capsys):
+    measurements = {"first": measure_first, "second": measure_second}
+    report.run(measurements, tmp_path, True, ["second"])
+    report.run(measurements, tmp_path, False, ["first"])
     page = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "| other, T 1,024 " in capsys.readouterr().out
-    for name in fakes:
-        assert f"| aspect of {name} " in page
-        assert f"]({name}.png)" in page
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    parts = ("| first aspect ", "| second aspect ", "Text of the first.", "](first.png)", "| X ")
+    parts += ("Text of the second.", "| quick=True ", "| first       | 0 ", "| second      | 1 ")
+    positions = [page.index(part) for part in parts]
+    assert positions == sorted(positions)
+    assert (tmp_path / "first.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_results_of_other_measurements_are_kept(tmp_path, fakes):
-    comparison.run(tmp_path, True, ["memory"])
-    comparison.run(tmp_path, False, ["cost"])
-    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
-    assert [results[name]["quick"] for name in ("memory", "cost")] == [True, False]
-    for other, problem in (("{", "not JSON"), ("[]", "not results"), ('{"format": 1}', "not res")):
-        (tmp_path / "results.json").write_text(other, encoding="utf-8")
-        with pytest.raises(UserError, match=f"results.json: {problem}"):
-            comparison.run(tmp_path, True, ["memory"])
+@pytest.mark.parametrize("other", ["{", "[]", '{"format": 1}'])
+def test_results_of_something_else_are_refused(tmp_path, other):
+    (tmp_path / "results.json").write_text(other, encoding="utf-8")
+    with pytest.raises(UserError, match=r"results.json: not results of this benchmark"):
+        report.run({}, tmp_path, True, [])

@@ -13,7 +13,7 @@ from flax import nnx
 from meshes import compile_step, distance, first_state, mesh_of, run_steps
 from small_runs import random_batch, small_config
 
-from benchmarks.compiled_collectives import collectives
+from benchmarks.train_steps import collectives
 from simplernn_jax.config import MeshConfig
 from simplernn_jax.models.dense import Dense
 from simplernn_jax.models.layer_stack import LayerStack

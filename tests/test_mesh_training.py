@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from meshes import compile_step, distance, first_state, mesh_of, run_steps
 from small_runs import HYBRID, random_batch, small_config
 
-from benchmarks.compiled_collectives import collectives
+from benchmarks.train_steps import collectives
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.sharding.partition_specs import variable_specs
 from simplernn_jax.training.optimizer import make_optimizer

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from small_runs import small_config, write_corpus
 
-from benchmarks import corpus_training, memory, scaling, scaling_parts
+from benchmarks import memory, scaling, train_steps
+from benchmarks.measure import Effort
 from simplernn_jax import config as config_lib
 
 BATCH, LENGTH = 8, 8
+EFFORT = Effort(1, 1)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def trained(tmp_path_factory):
         **{"batch_size": BATCH, "sequence_length": LENGTH, "steps": 3, "eval_tokens": 300},
         **{"source": write_corpus(folder / "texts", documents=30), "validation_fraction": 0.3},
     )
-    return config, corpus_training.train_on_corpus(config, str(folder)), folder
+    return config, train_steps.train_on_corpus(config, str(folder)), folder
 
 
 def test_every_training_is_valid_and_compared_with_the_plain_one(monkeypatch, trained):
@@ -33,18 +35,17 @@ def test_every_training_is_valid_and_compared_with_the_plain_one(monkeypatch, tr
         return trained[1]._replace(measured={"nats/token": 2 + len(seen) / 100})
 
     def train_on_devices(count, function, config, workdir):
-        assert (count, function) == (2, corpus_training.measure_on_corpus)
+        assert (count, function) == (2, train_steps.measure_on_corpus)
         return train(config, workdir).measured
 
-    monkeypatch.setattr(scaling, "train_on_corpus", train)
+    monkeypatch.setattr(train_steps, "train_on_corpus", train)
     monkeypatch.setattr(scaling, "on_simulated_devices", train_on_devices)
     rows, plain = scaling.compare(scaling.small_run(), "unused")
     assert plain.measured == {"nats/token": 2.01}
     differences = [row["difference"] for row in rows if "difference" in row]
     np.testing.assert_allclose(differences, np.arange(1, len(seen)) / 100)
-    assert {config.data.batch_size * config.data.sequence_length for config in seen} == {
-        scaling.BATCH * scaling.LENGTH
-    }
+    tokens = scaling.BATCH * scaling.LENGTH
+    assert all(each.data.batch_size * each.data.sequence_length == tokens for each in seen)
     # Two differ from the plain run only by the form of the recurrence, and two by the seed.
     assert sum(config == seen[0] for config in seen[1:]) == 4
     assert {row["technique"][0] for row in rows} == set("=ABCDE+")
@@ -54,40 +55,37 @@ def test_a_training_is_measured_and_another_seed_is_another_run_on_the_same_text
     config, result, folder = trained
     assert set(result.measured) == {"memory MB", "tokens/s", "nats/token", "bits/byte"}
     assert min(result.measured.values()) > 0
-    other = corpus_training.train_on_corpus(config, str(folder), seed=1)
+    other = train_steps.train_on_corpus(config, str(folder), seed=1)
     assert other.corpus.content_hash == result.corpus.content_hash
     assert config.train.seed == 0
     pairs = zip(jax.tree.leaves(result.params), jax.tree.leaves(other.params), strict=True)
     assert any((one != two).any() for one, two in pairs)
 
 
-def test_evaluations_and_a_cached_prefix_of_the_trained_model(trained, monkeypatch):
+def test_evaluations_a_cached_prefix_and_a_step_without_compilation(trained, monkeypatch):
     config, result, folder = trained
-    rows = scaling_parts.evaluations(config, result)
+    rows = scaling.evaluations(config, result, EFFORT)
     assert rows[0]["nats/token"] == pytest.approx(result.measured["nats/token"], rel=1e-6)
     assert len({row["nats/token"] for row in rows}) == len(rows)  # windows make a difference
-    monkeypatch.setattr(scaling_parts, "PREFIX", 9)
-    prefilled, cached = scaling_parts.cached_prefix(result, str(folder))
+    monkeypatch.setattr(scaling, "PREFIX", 9)
+    prefilled, cached = scaling.cached_prefix(result, str(folder), EFFORT)
     assert "9 tokens" in prefilled["change"]
-    assert min(prefilled["tokens/s"], cached["tokens/s"]) > 0
+    monkeypatch.setattr(scaling, "EAGER_TOKENS", 2)
+    eager = scaling.eager_step(copy.deepcopy(config))
+    assert min(row["tokens/s"] for row in (prefilled, cached, eager)) > 0
 
 
 def test_truncation_is_biased_unless_the_window_covers_the_sequence(trained):
     config, result, _ = trained
-    cut, whole = scaling_parts.truncation_bias(copy.deepcopy(config), result, (2, LENGTH))
+    cut, whole = scaling.truncation_bias(copy.deepcopy(config), result, (2, LENGTH))
     assert 1e-3 < cut["difference / whole"] < 1
     assert 0 < cut["cosine"] < 1
     assert whole["difference / whole"] < 1e-5
     assert whole["cosine"] == pytest.approx(1)
 
 
-def test_a_step_without_compilation(monkeypatch):
-    monkeypatch.setattr(scaling_parts, "EAGER_TOKENS", 2)
-    assert scaling_parts.eager_step(small_config())["tokens/s"] > 0
-
-
 def test_a_bfloat16_state_loses_more_with_the_position():
-    rows = scaling_parts.state_errors(256)
+    rows = scaling.state_errors(256)
     assert [row["position"] for row in rows] == ["up to 16", "up to 64", "up to 256"]
     assert max(row["float32"] for row in rows) < 1e-5
     by_token = [row["bfloat16, each token"] for row in rows]
@@ -105,8 +103,8 @@ def test_memory_against_length(monkeypatch):
     monkeypatch.setattr(memory, "on_simulated_devices", lambda _, call, **given: call(**given))
     techniques = {"plain": {}, memory.SCAN: {}, "sharded": {"sequence": 2}}
     monkeypatch.setattr(memory, "TECHNIQUES", techniques)
-    curves = memory.compare((256,))
-    json.dumps(curves)
-    assert curves["sharded"]["256"] < curves["plain"]["256"]
-    assert curves["plain"] != curves[memory.SCAN]
-    assert memory.draw(curves).startswith(b"\x89PNG")
+    monkeypatch.setattr(memory, "LENGTHS", (256,))
+    ((_, rows),) = memory.run(EFFORT)
+    (row,) = json.loads(json.dumps(rows))
+    assert row["sharded"] < row["plain"] != row[memory.SCAN]
+    assert memory.draw(rows).startswith(b"\x89PNG")

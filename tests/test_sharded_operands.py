@@ -18,7 +18,7 @@ from references import (
     recurrence_loss,
 )
 
-from benchmarks.compiled_collectives import collectives
+from benchmarks.train_steps import collectives
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
 

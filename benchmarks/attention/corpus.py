@@ -6,67 +6,66 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.attention import report
 from benchmarks.attention.report import ATTENTION, RECURRENCE, VARIANTS, config_of, line
-from benchmarks.corpus_training import Trained, train_on_corpus
-from benchmarks.train_steps import count_parameters
+from benchmarks.tables import Row
+from benchmarks.train_steps import count_parameters, train_on_corpus
 from simplernn_jax.analysis import decompose_layers
+from simplernn_jax.errors import counted
 
 LENGTH, BATCH = 256, 8
 
 
-def train(variant: str, folder: str, seed: int = 0, **fields: Any) -> Trained:
-    """Train a variant with these fields of its configuration from random parameters."""
-    trained = train_on_corpus(config_of(variant, LENGTH, BATCH, **fields), folder, seed=seed)
-    print(f"  {variant}, {fields}, seed {seed}: {trained.measured}", flush=True)
-    return trained
-
-
-def measure_corpus(seeds: int, rates: tuple[float, ...], **fields: int) -> dict[str, Any]:
+def measure_corpus(quick: bool) -> dict[str, Any]:
     """Held-out bits/byte of text of the standard library.
 
     It is scored document after document, the state carried; attention sees the last 256 bytes, as
     in training. The learning rate is the best for the first seed, by the same text.
     """
-    rows: list[dict[str, Any]] = []
+    seeds, rates = (1, (1.6e-2,)) if quick else (3, (4e-3, 8e-3, 1.6e-2, 3.2e-2))
+    fields = {"steps": 150, "eval_tokens": 65_536} if quick else {"steps": 1400, "eval_tokens": 0}
+    rows: list[Row] = []
     losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
+
+        def loss(variant: str, rate: float, seed: int) -> float:
+            config = config_of(variant, LENGTH, BATCH, learning_rate=rate, **fields)
+            measured = train_on_corpus(config, folder, seed=seed).measured
+            print(f"  {variant}, rate {rate:g}, seed {seed}: {measured}", flush=True)
+            return measured["bits/byte"]
+
         for variant in VARIANTS:
-
-            def loss(rate: float, seed: int, variant: str = variant) -> float:
-                trained = train(variant, folder, seed, learning_rate=rate, **fields)
-                return trained.measured["bits/byte"]
-
-            tried = {rate: loss(rate, 0) for rate in rates}
+            tried = {rate: loss(variant, rate, 0) for rate in rates}
             best = min(tried, key=lambda rate: tried[rate])
-            losses[variant] = [tried[best], *(loss(best, seed) for seed in range(1, seeds))]
-            parameters = count_parameters(config_of(variant, LENGTH))
-            row = {"variant": variant, "parameters": parameters}
+            others = [loss(variant, best, seed) for seed in range(1, seeds)]
+            losses[variant] = [tried[best], *others]
+            row = {"variant": variant, "parameters": count_parameters(config_of(variant, LENGTH))}
             row |= {f"rate {rate:g}": loss for rate, loss in tried.items()}
             rows.append(row | {"bits/byte by seed": losses[variant]})
     return {"rows": rows, "lines": loss_lines(fields["steps"] * LENGTH * BATCH, losses)}
 
 
-def loss_lines(num_bytes: int, losses: dict[str, list[float]]) -> list[report.Line]:
+def loss_lines(num_bytes: int, losses: dict[str, list[float]]) -> list[Row]:
     """Lines for mean and range of the loss; means within the larger range count as equal."""
     seeds = len(losses[RECURRENCE])
     means = {variant: statistics.mean(each) for variant, each in losses.items()}
     ranges = {variant: max(each) - min(each) for variant, each in losses.items()}
-    what = f"held-out bits/byte after {num_bytes:,} bytes, mean of {seeds} seed(s)"
-    options: Any = {"tolerance": max(ranges.values()), "is_decisive": seeds > 1}
-    lines = [line("scalability", what, means, **options)]
+    what = f"held-out bits/byte after {num_bytes:,} bytes, mean of {counted(seeds, 'seed')}"
+    largest = max(ranges.values())
+    mean = line("scalability", what, means, tolerance=largest, is_decisive=seeds > 1)
     what = "range over seeds; means that differ by less count as equal"
-    return [*lines, line("scalability", what, ranges, is_decisive=False)][:seeds]
+    return [mean, line("scalability", what, ranges, is_decisive=False)][:seeds]
 
 
-def measure_interpretability(steps: int, tokens: int) -> dict[str, Any]:
+def measure_interpretability(quick: bool) -> dict[str, Any]:
     """Relative error of the recurrence's implicit attention map.
 
     Weights times values must equal the output of the definition, and, after norm, gate and
     projection, that of the layer. Attention's weights are those of its softmax.
     """
+    steps, tokens = (50, 256) if quick else (1400, 1024)
     with tempfile.TemporaryDirectory() as folder:
-        trained = train(RECURRENCE, folder, steps=steps, eval_tokens=65_536)
+        config = config_of(RECURRENCE, LENGTH, BATCH, steps=steps, eval_tokens=65_536)
+        trained = train_on_corpus(config, folder)
         held_out: Any = trained.corpus.validation
         ids = np.array(held_out.tokens[:tokens])
     model = trained.model()
@@ -80,13 +79,3 @@ def measure_interpretability(steps: int, tokens: int) -> dict[str, Any]:
         for what, worst in errors.items()
     ]
     return {"lines": lines}
-
-
-CORPUS = report.Measurement(
-    measure_corpus,
-    {"steps": 150, "seeds": 1, "rates": (1.6e-2,), "eval_tokens": 65_536},
-    {"steps": 1400, "seeds": 3, "rates": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "eval_tokens": 0},
-)
-INTERPRETABILITY = report.Measurement(
-    measure_interpretability, {"steps": 50, "tokens": 256}, {"steps": 1400, "tokens": 1024}
-)

@@ -1,8 +1,8 @@
 """Operations of a program and the longest chain of dependent ones, counted before XLA.
 
-XLA's own `cost_analysis` counts the body of a loop once, however often it runs, and does not see
-into C functions. Here the jaxpr is walked: loops count as often as they run, this package's
-operations count in the form for any platform, and other custom calls are refused.
+XLA's own `cost_analysis` counts the body of a loop once and does not see into C functions. Here
+loops count as often as they run, this package's operations count in the form for any platform, and
+other custom calls are refused.
 """
 
 import math
@@ -29,15 +29,14 @@ _NEVER = -math.inf
 
 
 class Work(NamedTuple):
-    """Work of one call of a program."""
+    """Work of one call of a program; copies, selections and reshapes do not count."""
 
     flops: float
     """Additions and multiplications of matmuls, and one for each element of an elementwise
     operation or a reduction."""
     chain: float
-    """Length of the longest chain of array operations in which each needs the one before.
-    Iterations of a loop are chained only through the carry. Copies, selections and reshapes do not
-    count."""
+    """Length of the longest chain of array operations in which each needs the one before;
+    iterations of a loop are chained only through the carry."""
 
 
 def count_work(function: Callable[..., Any], *arguments: Any) -> Work:

@@ -1,29 +1,35 @@
-"""The two variants, and lines of the table of six aspects."""
+"""The two variants, lines of the table of six aspects, and the report of all measurements."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from benchmarks import tables
+from benchmarks.measure import describe_machine
+from benchmarks.tables import Row
 from benchmarks.train_steps import load_config
 from simplernn_jax.config import Config
+from simplernn_jax.errors import UserError
+from simplernn_jax.files import write_file
 
 VARIANTS = RECURRENCE, ATTENTION = "SimpleRNN", "attention"
 
-Line = dict[str, Any]
-"""A row of the first table: one quantity of both variants."""
+Measurement = Callable[[bool], dict[str, Any]]
+"""Its argument asks for small sizes. Its result, which JSON can hold, has ``lines`` of the first
+table, and ``curves`` by quantity (over ``x``, or T) or ``rows`` of a table. Its docstring is the
+text of the report."""
+_FORMAT = 4
+"""Of results.json; others are refused."""
+_INTRODUCTION = """# SimpleRNN and self-attention, measured
 
-
-class Measurement(NamedTuple):
-    """A part of the comparison."""
-
-    measure: Callable[..., dict[str, Any]]
-    """Returns what JSON can hold: ``lines`` of the first table, and ``curves`` (by quantity) or
-    ``rows`` (a table). Its docstring is the text of the report."""
-    quick: Mapping[str, Any]
-    """Arguments of `measure` for small sizes."""
-    full: Mapping[str, Any]
-    x: str = "T"
-    """Name of the x axis of all curves."""
+The same block, data, sizes and training for both variants: `configs/base.py` and
+`configs/attention.py`, with the same number of parameters; attention sees the whole sequence. On
+synthetic tasks, small models of the same kind, trained once at every learning rate; the one with
+the lowest training loss is tested. The first table compares attention there with the recurrence
+that has the same number of parameters.
+"""
 
 
 def config_of(variant: str, length: int, batch: int = 1, **fields: Any) -> Config:
@@ -40,12 +46,12 @@ def line(
     more_is_better: bool = False,
     tolerance: float | None = None,
     is_decisive: bool = True,
-) -> Line:
-    """A line with the better variant, unless one has no value or they are not decisive.
+) -> Row:
+    """A row of the first table: a quantity of both variants, and which is better if decisive.
 
     Differences up to `tolerance` count as equal; None compares by ratio, up to 5 %.
     """
-    row: Line = {"aspect": aspect, "measured": measured, **values, "better": ""}
+    row: Row = {"aspect": aspect, "measured": measured, **values, "better": ""}
     ours, theirs = (values[variant] for variant in VARIANTS)
     if ours is not None and theirs is not None and is_decisive:
         low, high = sorted((ours, theirs))
@@ -57,10 +63,68 @@ def line(
     return row
 
 
-def lines_of(aspect: str, panels: Mapping[str, tables.Curves]) -> list[Line]:
-    """Lines for the first and the last length of both variants' curves."""
-    return [
-        line(aspect, f"{quantity}, T {int(n):,}", {v: curves[v][n] for v in VARIANTS})
-        for quantity, curves in panels.items()
-        for n in (min(curves[ATTENTION], key=int), max(curves[ATTENTION], key=int))
+def with_lines(aspect: str, curves: Mapping[str, tables.Curves]) -> dict[str, Any]:
+    """`curves`, with lines for the first and the last length of both variants."""
+    lines = [
+        line(aspect, f"{quantity}, T {int(n):,}", {v: each[v][n] for v in VARIANTS})
+        for quantity, each in curves.items()
+        for n in (min(each[ATTENTION], key=int), max(each[ATTENTION], key=int))
     ]
+    return {"curves": curves, "lines": lines}
+
+
+def run(
+    measurements: Mapping[str, Measurement], out: Path, quick: bool, names: Sequence[str]
+) -> None:
+    """Take the measurements `names`; write results, tables and pictures to `out` after each.
+
+    The others are taken from the present results.json.
+
+    Raises:
+      UserError: the present results.json is not one of this benchmark.
+    """
+    path = out / "results.json"
+    results = _read(path) if path.exists() else {}
+    for name in names:
+        print(f"measuring {name} ...", flush=True)
+        measured = measurements[name](quick)
+        text = inspect.getdoc(measurements[name])
+        conditions = {"quick": quick, "machine": describe_machine()}
+        results[name] = {"text": text, "measured": measured} | conditions
+        content = json.dumps({"format": _FORMAT, "results": results}, indent=2)
+        write_file(path, f"{content}\n".encode())
+        first = report(out, {name: results[name] for name in measurements if name in results})
+    print(f"{first}\nwritten: {out / 'table.md'}, its pictures, and results.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        advice = "remove it, or name another --out"
+        raise UserError(f"{path}: not results of this benchmark; {advice}")
+    return content["results"]
+
+
+def report(out: Path, results: Mapping[str, Any]) -> str:
+    """Write ``table.md`` and the pictures of all `results`; return the first table."""
+    parts, conditions = [], []
+    for name, result in results.items():
+        measured = result["measured"]
+        curves, x = measured.get("curves", {}), measured.get("x", "T")
+        parts.append(f"## {name}\n\n{result['text']}\n")
+        if curves:
+            write_file(out / f"{name}.png", tables.draw(curves, x))
+            parts.append(f"![{name}]({name}.png)\n")
+        for quantity, each in curves.items():
+            parts.append(f"{quantity}:\n\n{tables.markdown(tables.by_x(x, each))}")
+        parts.append(tables.markdown(measured["rows"]) if "rows" in measured else "")
+        machine = {key: result["machine"][key] for key in ("processor", "cores", "jax", "commit")}
+        conditions.append({"measurement": name, "quick": result["quick"]} | machine)
+    lines = [line for result in results.values() for line in result["measured"]["lines"]]
+    first = tables.markdown(lines)
+    page = [_INTRODUCTION, first, *parts, f"## conditions\n\n{tables.markdown(conditions)}"]
+    write_file(out / "table.md", "\n".join(page).encode())
+    return first

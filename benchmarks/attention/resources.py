@@ -1,67 +1,190 @@
-"""Memory of training and decoding, and communication between the devices of one sequence."""
+"""Time per token, operations and their longest chain, memory, and communication of devices.
 
-from functools import partial
+Operations are counted in the program before XLA (`program_work`), of the recurrence in chunks.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
-from benchmarks.attention.report import VARIANTS, Measurement, config_of, lines_of
-from benchmarks.compiled_collectives import collectives
-from benchmarks.measure import on_simulated_devices
-from benchmarks.tables import curves_of
-from benchmarks.train_steps import compile_quickly, megabytes, state_bytes
-from simplernn_jax.training.gradient import abstract_model
+from benchmarks import train_steps
+from benchmarks.attention.program_work import Work, count_work
+from benchmarks.attention.report import ATTENTION, RECURRENCE, VARIANTS, config_of, with_lines
+from benchmarks.decoding import decode_call, random_tokens, recompute_call
+from benchmarks.measure import Call, Effort, alternate, median, on_simulated_devices
+from benchmarks.tables import Curves, curves_of
+from benchmarks.train_steps import BY_CHUNKS, BY_SCAN, compile_quickly
+from simplernn_jax.errors import counted
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.simple_rnn import Recurrence
+from simplernn_jax.ops import gated_linear_recurrence
+from simplernn_jax.training.gradient import abstract_model, make_gradient, make_model
 
+CHUNKS, SCAN = f"{RECURRENCE} in chunks", f"{RECURRENCE} by scan"
+PROGRAMS: dict[str, tuple[str, Recurrence]] = {
+    RECURRENCE: (RECURRENCE, gated_linear_recurrence),
+    ATTENTION: (ATTENTION, gated_linear_recurrence),
+    CHUNKS: (RECURRENCE, BY_CHUNKS),
+    SCAN: (RECURRENCE, BY_SCAN),
+}
+"""Variant and recurrence of every program."""
+COUNTED = {RECURRENCE: CHUNKS, ATTENTION: ATTENTION}
+LENGTHS = (256, 1024, 4096, 16384, 65536)
+LEAST_PROMPT = 16
+"""Filled slots of a KV cache when decoding is timed: attention computes all slots anyway."""
 DEVICES = 8
 
 
-def measure_memory(lengths: tuple[int, ...], layers: int) -> dict[str, Any]:
-    """Working memory of a train step on one sequence by XLA's memory analysis; decoder state."""
-    quantities = {
-        f"MB of a train step, {layers} layer(s)": lambda config: megabytes(compile_quickly(config)),
-        f"kB of decoder state, {layers} layer(s)": lambda config: state_bytes(config.model) / 1e3,
+def time_calls(
+    make: Callable[[str, int], Call],
+    names: Iterable[str],
+    lengths: Sequence[int],
+    tokens: int | None,
+    blocks: int,
+) -> Curves:
+    """Time ``make(name, length)``, in microseconds per token of `tokens`, or of the length."""
+    times: dict[str, dict[str, float]] = {name: {} for name in names}
+    for length in lengths:
+        calls = {name: make(name, length) for name in times}
+        for name, seconds in alternate(calls, Effort(blocks, 1)).items():
+            times[name][str(length)] = 1e6 * median(seconds) / (tokens or length)
+    return times
+
+
+def measure_parallelism(quick: bool) -> dict[str, Any]:
+    """Time of a train step at constant tokens, and the longest chain of one sequence's gradient.
+
+    In a chain of operations, each needs the one before. SimpleRNN is the form that training runs;
+    on a CPU that goes token by token as `scan`, in one function.
+    """
+    lengths, layers, blocks = (LENGTHS[:3], 1, 2) if quick else (LENGTHS[:4], 4, 3)
+    tokens = lengths[-1]
+
+    def step(program: str, length: int) -> Call:
+        variant, recurrence = PROGRAMS[program]
+        config = config_of(variant, length, tokens // length, num_layers=layers)
+        return train_steps.our_step(config, recurrence)
+
+    def chain(program: str, length: int) -> float:
+        return gradient_work(program, length, num_layers=layers).chain
+
+    what = f"training, {counted(layers, 'layer')}"
+    times = {f"us/token, {what}": time_calls(step, PROGRAMS, lengths, tokens, blocks)}
+    chains = curves_of((ATTENTION, CHUNKS, SCAN), lengths, chain)
+    curves = times | {f"longest chain, {what}": chains}
+    in_chunks = {f"{k}, in chunks": {**v, RECURRENCE: v[CHUNKS]} for k, v in curves.items()}
+    return with_lines("parallelism", times | in_chunks) | {"curves": curves}
+
+
+def gradient_work(program: str, length: int, **fields: Any) -> Work:
+    """`Work` of the gradient of one sequence by one of `PROGRAMS`."""
+    variant, recurrence = PROGRAMS[program]
+    config = config_of(variant, length, **fields)
+    gradient = make_gradient(config, recurrence)
+    _, params = abstract_model(config)
+    key = jax.random.key_data(jax.random.key(0))
+    return count_work(gradient, params, train_steps.random_batch(config), (), key, jnp.int32(0))
+
+
+def measure_cost(quick: bool) -> dict[str, Any]:
+    """Operations and time per token of one sequence, or after a context, of length T.
+
+    Operations are counted in the program before XLA, whose own analysis counts the body of a loop
+    once and does not see into C functions; the recurrence is counted in chunks. Prefill is one
+    forward pass; decode is one stream, for which XLA's CPU backend copies attention's keys and
+    values once more for every token.
+    """
+    prefilled, decoded = (LENGTHS[:3], LENGTHS[:4]) if quick else (LENGTHS[:4], LENGTHS)
+    new_tokens, blocks = (64, 2) if quick else (128, 3)
+
+    def prefill(variant: str, length: int) -> Call:
+        config = config_of(variant, length).model
+        model = LanguageModel(config, rngs=nnx.Rngs(0))
+        return recompute_call(model, random_tokens(config, 1, length))
+
+    def decode(variant: str, length: int) -> Call:
+        model = LanguageModel(config_of(variant, length).model, rngs=nnx.Rngs(0))
+        return decode_call(model, LEAST_PROMPT, new_tokens)
+
+    curves = count_millions(LENGTHS)
+    curves["us/token, prefill"] = time_calls(prefill, VARIANTS, prefilled, None, blocks)
+    curves["us/token, decode"] = time_calls(decode, VARIANTS, decoded, new_tokens, blocks)
+    return with_lines("computation", curves)
+
+
+def count_millions(lengths: Sequence[int]) -> dict[str, Curves]:
+    """Million operations per token by kind, variant and length."""
+    kinds: dict[str, Callable[[str, int], float]] = {
+        "training": lambda variant, n: gradient_work(COUNTED[variant], n).flops / n / 1e6,
+        "prefill": lambda variant, n: forward_flops(COUNTED[variant], n, n) / n / 1e6,
+        "decode": lambda variant, n: forward_flops(COUNTED[variant], n, 1) / 1e6,
     }
-
-    def value(quantity: str, variant: str, length: int) -> float:
-        return quantities[quantity](config_of(variant, length, num_layers=layers))
-
-    curves = {each: curves_of(VARIANTS, lengths, partial(value, each)) for each in quantities}
-    return {"curves": curves, "lines": lines_of("memory", curves)}
+    name = "million operations/token"
+    return {f"{name}, {kind}": curves_of(VARIANTS, lengths, kinds[kind]) for kind in kinds}
 
 
-def measure_communication(lengths: tuple[int, ...]) -> dict[str, Any]:
+def forward_flops(program: str, length: int, tokens: int) -> float:
+    """Operations of a forward pass over `tokens` tokens; one token comes after a full state."""
+    variant, recurrence = PROGRAMS[program]
+    config = config_of(variant, length)
+    model = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), recurrence))
+    graph, params = nnx.split(model, nnx.Param)
+
+    def last_logits(params: Any, ids: jax.Array, state: Any) -> jax.Array:
+        model = nnx.merge(graph, params)
+        hidden, _ = model.hidden_states(ids, state)
+        return model.logits(hidden[:, -1:])
+
+    state = train_steps.abstract_state(config.model) if tokens == 1 else None
+    ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    return count_work(last_logits, params, ids, state).flops
+
+
+def measure_memory(quick: bool) -> dict[str, Any]:
+    """Working memory of a train step on one sequence by XLA's memory analysis; decoder state."""
+    lengths, layers = ((1024, 65536), 1) if quick else (LENGTHS, 4)
+
+    def of_step(variant: str, length: int) -> float:
+        return train_steps.megabytes(compile_quickly(config_of(variant, length, num_layers=layers)))
+
+    def of_state(variant: str, length: int) -> float:
+        return train_steps.state_bytes(config_of(variant, length, num_layers=layers).model) / 1e3
+
+    quantities = {"MB of a train step": of_step, "kB of decoder state": of_state}
+    curves = {
+        f"{quantity}, {counted(layers, 'layer')}": curves_of(VARIANTS, lengths, value)
+        for quantity, value in quantities.items()
+    }
+    return with_lines("memory", curves)
+
+
+def measure_communication(quick: bool) -> dict[str, Any]:
     """Received by a device per layer in a train step on one sequence that is sharded over devices.
 
     Read from the compiled program. Gradients of parameters come on top, the same for both variants
     whatever the length.
     """
+    lengths = (4096, 65536) if quick else LENGTHS[1:]
     received = on_simulated_devices(DEVICES, kilobytes_received, lengths=lengths, devices=DEVICES)
-    curves = {f"kB received per device and layer, {DEVICES} devices": received}
-    return {"curves": curves, "lines": lines_of("scalability", curves)}
+    quantity = f"kB received per device and layer, {DEVICES} devices"
+    return with_lines("scalability", {quantity: received})
 
 
-def kilobytes_received(lengths: tuple[int, ...], devices: int) -> dict[str, dict[str, float]]:
+def kilobytes_received(lengths: Sequence[int], devices: int) -> Curves:
     """By variant and length, without gradients of parameters and the loss."""
-    return curves_of(VARIANTS, lengths, lambda v, n: _received(v, n, devices) / 1e3)
 
+    def received(variant: str, length: int) -> float:
+        config = config_of(variant, length, num_layers=1, sequence=devices)
+        found = train_steps.collectives(compile_quickly(config).as_text())
+        for leaf in jax.tree.leaves(abstract_model(config)[1]):
+            found["all-reduce", leaf.size * 4] -= 1
+        share = (devices - 1) / devices
+        factors = {"all-reduce": 2 * share, "all-gather": share, "all-to-all": share}
+        factors |= {"reduce-scatter": devices - 1, "collective-permute": 1}
+        # No scalars: loss, number of predictions, norm of the gradient.
+        return sum(n * size * factors[kind] for (kind, size), n in found.items() if size > 8) / 1e3
 
-def _received(variant: str, length: int, devices: int) -> float:
-    config = config_of(variant, length, num_layers=1, sequence=devices)
-    found = collectives(compile_quickly(config).as_text())
-    for leaf in jax.tree.leaves(abstract_model(config)[1]):
-        found["all-reduce", leaf.size * 4] -= 1
-    share = (devices - 1) / devices
-    factors = {"all-reduce": 2 * share, "all-gather": share, "all-to-all": share}
-    factors |= {"reduce-scatter": devices - 1, "collective-permute": 1}
-    # No scalars: loss, number of predictions, norm of the gradient.
-    return sum(n * size * factors[kind] for (kind, size), n in found.items() if size > 8)
-
-
-MEMORY = Measurement(
-    measure_memory,
-    {"lengths": (1024, 65536), "layers": 1},
-    {"lengths": (256, 1024, 4096, 16384, 65536), "layers": 4},
-)
-COMMUNICATION = Measurement(
-    measure_communication, {"lengths": (4096, 65536)}, {"lengths": (1024, 4096, 16384, 65536)}
-)
+    return curves_of(VARIANTS, lengths, received)

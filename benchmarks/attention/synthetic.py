@@ -14,8 +14,9 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.attention import tasks
-from benchmarks.attention.report import ATTENTION, RECURRENCE, Line, Measurement, line
+from benchmarks.attention.report import ATTENTION, RECURRENCE, line
 from benchmarks.attention.tasks import Task
+from benchmarks.tables import Row
 from benchmarks.train_steps import change, count_parameters
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
@@ -34,18 +35,12 @@ BATCH, HARD_TOKENS = 32, 3072
 COPIED, DISTANCES = 64, (4, 8, 16, 32, 56)
 """In training: tokens of a sequence of copying, and distances of the needle."""
 
+Stage = tuple[Task, int, int]
+"""Task, steps and batch size of a part of a curriculum; the next part continues from its end."""
 Tests = Mapping[str, Mapping[int, Task]]
 """Tasks by title of the curve of accuracy, and x."""
-Rates = Mapping[str, tuple[float, ...]]
-"""Learning rates to try, by optimizer; adamw is for `PLAIN` alone."""
-
-
-class Stage(NamedTuple):
-    """A stage of a curriculum; the next one continues from its end."""
-
-    task: Task
-    steps: int
-    batch_size: int
+Rates = Sequence[tuple[str, float]]
+"""Optimizers and learning rates to try; adamw is for `PLAIN` alone."""
 
 
 class Trained(NamedTuple):
@@ -71,13 +66,13 @@ def variant(name: str, context: int) -> Config:
 
 def train(config: Config, stages: Sequence[Stage], optimizer: str, rate: float) -> Trained:
     """Train through all stages, with one schedule of the learning rate over them."""
-    steps = sum(stage.steps for stage in stages)
-    change(config, vocab_size=stages[0].task.vocab_size, mode="window", steps=steps)
+    plan = [(task, size) for task, steps, size in stages for _ in range(steps)]
+    steps, vocab_size = len(plan), stages[0][0].vocab_size
+    change(config, vocab_size=vocab_size, mode="window", steps=steps)
     change(config, name=optimizer, learning_rate=rate, warmup_steps=max(steps // 20, 1))
     transform = make_optimizer(config.optimizer, steps)
     state = jax.jit(lambda: init_train_state(config, transform))()
-    plan = [stage for stage in stages for _ in range(stage.steps)]
-    batches = (each.task.batch(each.batch_size, TRAIN_SEED, i) for i, each in enumerate(plan))
+    batches = (task.batch(size, TRAIN_SEED, i) for i, (task, size) in enumerate(plan))
     state, metrics = take_steps(make_train_step(config, transform), state, batches)
     losses = jax.device_get([each.loss for each in metrics[-max(steps // 10, 1) :]])
     return Trained(config, state.params, float(np.mean(losses)))
@@ -104,8 +99,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Train variants at every learning rate; test those with the lowest training loss.
 
-    Returns:
-      ``rows``, a table of models, and ``curves`` of accuracy on at least `sequences` sequences.
+    Returns ``rows`` of models, and ``curves`` of accuracy on at least `sequences` sequences.
     """
     context = max(task.length for by_x in tests.values() for task in by_x.values())
     rows = []
@@ -113,8 +107,8 @@ def evaluate(
     for name in names:
         trials = {
             f"{optimizer} {rate:g}": train(variant(name, context), stages, optimizer, rate)
-            for optimizer in (("muon", "adamw") if name == PLAIN else ("muon",))
-            for rate in rates[optimizer]
+            for optimizer, rate in rates
+            if optimizer == "muon" or name == PLAIN
         }
         best = min(trials, key=lambda trial: np.nan_to_num(trials[trial].loss, nan=np.inf))
         print(f"  {name}: {best} of {', '.join(trials)}", flush=True)
@@ -127,19 +121,7 @@ def evaluate(
     return {"rows": rows, "curves": curves}
 
 
-def variants(states: Sequence[int]) -> list[str]:
-    """Names of recurrences with these states, and attention."""
-    return [*(f"{RECURRENCE} {size} x {size}" for size in states), ATTENTION]
-
-
-def measure_recall(
-    pairs: tuple[int, ...],
-    length: int,
-    states: tuple[int, ...],
-    steps: tuple[int, int],
-    rates: Rates,
-    sequences: int,
-) -> dict[str, Any]:
+def measure_recall(quick: bool) -> dict[str, Any]:
     """Accuracy of multi-query associative recall (arXiv:2312.04927) by the number of pairs.
 
     Pairs of key and value, then some of the keys again, anywhere; the answer is the value of the
@@ -147,36 +129,44 @@ def measure_recall(
     stage of training has sequences of 48 tokens with up to 16 pairs, the second all numbers of
     pairs.
     """
+    pairs = (4, 8, 16) if quick else (4, 8, 16, 32, 64)
+    states = ["64 x 64"] if quick else ["16 x 16", "32 x 32", "64 x 64", "128 x 128"]
+    names = [*(f"{RECURRENCE} {state}" for state in states), ATTENTION, PLAIN]
+    length, steps, sequences = (48, (400, 100), 128) if quick else (192, (1500, 1500), 256)
+    more = [("muon", 1.5e-2), ("adamw", 3e-3), ("adamw", 1e-2)]
+    rates: Rates = [("muon", 3e-2), *(() if quick else more)]
     easy, hard = tasks.recall((4, 8, 16), 48, 64), tasks.recall(pairs, length, 64)
-    stages = [Stage(easy, steps[0], BATCH), Stage(hard, steps[1], HARD_TOKENS // length)]
+    stages = [(easy, steps[0], BATCH), (hard, steps[1], HARD_TOKENS // length)]
     tests = {
         title: {count: tasks.recall((count,), factor * length, 64) for count in pairs}
         for title, factor in (("recall", 1), (f"recall, sequences {LONGER} times as long", LONGER))
     }
-    found = evaluate([*variants(states), PLAIN], stages, tests, rates, sequences)
+    found = evaluate(names, stages, tests, rates, sequences)
     lines = [matched(found, title, x, "pairs") for title in tests for x in pairs]
-    return found | {"lines": lines}
+    return found | {"lines": lines, "x": "pairs"}
 
 
-def measure_distance(
-    states: tuple[int, ...], steps: int, rates: Rates, sequences: int
-) -> dict[str, Any]:
+def measure_distance(quick: bool) -> dict[str, Any]:
     """Accuracy by length, or by the distance of a needle, up to 4 times that of training.
 
     Copying (arXiv:1511.06464, section 5.1): 8 symbols, blanks, then the symbols in order. Selective
     copying (arXiv:2312.00752): the symbols are anywhere among the blanks. Needle: one value in
     noise, asked for at given distances. Trained on 64 tokens, and distances up to 56.
     """
+    steps, sequences = (300, 64) if quick else (1000, 256)
+    names = [f"{RECURRENCE} 64 x 64", ATTENTION]
+    if not quick:
+        names.insert(0, f"{RECURRENCE} 16 x 16")
+    rates: Rates = [("muon", 3e-2), *(() if quick else [("muon", 1e-2)])]
     rows, lines = [], []
     curves: dict[str, Any] = {}
     for title, (task, by_x) in distance_tasks().items():
-        stages = [Stage(task, steps, BATCH)]
-        found = evaluate(variants(states), stages, {title: by_x}, rates, sequences)
+        found = evaluate(names, [(task, steps, BATCH)], {title: by_x}, rates, sequences)
         rows += [{"task": title} | row for row in found["rows"]]
         curves |= found["curves"]
         longest = max(by_x)
         lines += [matched(found, title, x, "tokens") for x in (longest // LONGER, longest)]
-    return {"rows": rows, "curves": curves, "lines": lines}
+    return {"rows": rows, "curves": curves, "lines": lines, "x": "tokens"}
 
 
 def distance_tasks() -> dict[str, tuple[Task, dict[int, Task]]]:
@@ -198,7 +188,7 @@ def distance_tasks() -> dict[str, tuple[Task, dict[int, Task]]]:
     }
 
 
-def matched(results: Mapping[str, Any], title: str, x: int, unit: str) -> Line:
+def matched(results: Mapping[str, Any], title: str, x: int, unit: str) -> Row:
     """Accuracy of attention, and of the recurrence with the same number of parameters.
 
     Differences up to one percentage point count as equal.
@@ -210,20 +200,3 @@ def matched(results: Mapping[str, Any], title: str, x: int, unit: str) -> Line:
     values = {RECURRENCE: 100 * curves[ours][str(x)], ATTENTION: 100 * curves[ATTENTION][str(x)]}
     what = f"% right, {title}, {x} {unit}"
     return line("long-range dependency", what, values, more_is_better=True, tolerance=1.0)
-
-
-_QUICK: Any = {"states": (64,), "rates": {"muon": (3e-2,), "adamw": ()}}
-_FULL: Any = {"states": (16, 32, 64, 128), "sequences": 256}
-_RATES = {"muon": (1.5e-2, 3e-2), "adamw": (3e-3, 1e-2)}
-RECALL = Measurement(
-    measure_recall,
-    _QUICK | {"pairs": (4, 8, 16), "length": 48, "steps": (400, 100), "sequences": 128},
-    _FULL | {"pairs": (4, 8, 16, 32, 64), "length": 192, "steps": (1500, 1500), "rates": _RATES},
-    x="pairs",
-)
-DISTANCE = Measurement(
-    measure_distance,
-    _QUICK | {"steps": 300, "sequences": 64},
-    _FULL | {"states": (16, 64), "steps": 1000, "rates": {"muon": (1e-2, 3e-2)}},
-    x="tokens",
-)

@@ -1,8 +1,7 @@
 """Synthetic tasks that query earlier tokens of a sequence, as training batches.
 
-Every task is a pure function of (seed, index), like `BatchSource`. An answer is a target that never
-appears as an input: ``loss_mask`` is True exactly at queries, and accuracy is the fraction of these
-positions whose likeliest token is the target. Every sequence starts from a zero state.
+An answer is a target that never appears as an input: ``loss_mask`` is True exactly at queries.
+Every sequence starts from a zero state.
 """
 
 from collections.abc import Callable
@@ -20,7 +19,6 @@ class Task(NamedTuple):
     """Sequences of one kind and length."""
 
     length: int
-    """Tokens per sequence."""
     vocab_size: int
     """Ids are in ``[0, vocab_size)``."""
     fill: Callable[[np.random.Generator, np.ndarray, np.ndarray], None]
@@ -45,10 +43,9 @@ def recall(pairs: tuple[int, ...], length: int, symbols: int) -> Task:
         tokens   k1 v1 k2 v2 k3 v3  .  k2  .  .  .  k3 k1  .
         answers   .  .  .  .  .  .  . v2  .  .  .  v3 v1  .
 
-    Pairs of a key and a value, as many as one of `pairs`, then each key once more, in any order,
-    among blanks; the answer is its value. The keys of a sequence differ, and so do its values. Two
-    differences to the paper: keys are queried at uniform positions (there near the pairs, by a
-    power law), and the vocabulary is smaller: the blank, keys, values.
+    Distinct keys with distinct values, as many as one of `pairs`, then each key once more, in any
+    order, among blanks. Unlike in the paper, keys are queried at uniform positions (there near the
+    pairs, by a power law), and the vocabulary is smaller: the blank, keys, values.
     """
 
     def fill(random: np.random.Generator, tokens: np.ndarray, answers: np.ndarray) -> None:
@@ -68,9 +65,8 @@ def copying(length: int, count: int, symbols: int, *, scattered: bool) -> Task:
         tokens   a b c . . . . . ? ? ?        or, scattered,   . a . . b . . c ? ? ?
         answers  . . . . . . . . a b c                         . . . . . . . . a b c
 
-    At the end all symbols are queried, in order. To copy, a model may count; scattered symbols it
-    must distinguish from blanks. Each symbol has a query token, as in the second paper; in the
-    first, one query is followed by blanks. Ids: the blank, the distinct symbols, the query.
+    To copy, a model may count; scattered symbols it must distinguish from blanks. Each symbol has a
+    query, as in the second paper. Ids: the blank, the distinct symbols, the query.
     """
 
     def fill(random: np.random.Generator, tokens: np.ndarray, answers: np.ndarray) -> None:
