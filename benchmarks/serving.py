@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.parse
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.decoding import random_tokens
-from benchmarks.measure import Effort
+from benchmarks.measure import Effort, call_isolated
 from benchmarks.tables import Row, Table
 from benchmarks.train_steps import change, load_config
 from simplernn_jax.checkpoint.checkpointer import Checkpointer
@@ -115,30 +116,34 @@ async def limits(model: LanguageModel, url: str, pid: int) -> list[Row]:
     await stream_one(url, prompts[0], 1)
     while json.loads(await body_of(url, "/slots"))["active"]:
         await asyncio.sleep(0.01)
-    rows.append(
-        {"measured": "all idle after 200 clients left, s", "value": time.perf_counter() - start}
-    )
+    idle = time.perf_counter() - start
+    rows.append({"measured": "all idle after 200 clients left, s", "value": idle})
 
-    before = resident_bytes(pid)
-    prompts = random_tokens(model.config, 1000, PROMPT)
-    many = [asyncio.ensure_future(status_of(url, prompt, 32)) for prompt in prompts]
-    health = []
-    while not all(task.done() for task in many):
+    before, health = resident_bytes(pid), []
+    burst = asyncio.ensure_future(asyncio.to_thread(call_isolated, statuses, url=url))
+    while not burst.done():
         start = time.perf_counter()
         await body_of(url, "/health")
         health.append(1e3 * (time.perf_counter() - start))
-        await asyncio.sleep(0.05)
-    statuses = [task.result() for task in many]
+        await asyncio.sleep(0.02)
     rows += [
-        {"measured": f"status {status} of 1,000 connections", "value": statuses.count(status)}
-        for status in sorted({*statuses})
+        {"measured": f"status {status} of 1,000 connections", "value": count}
+        for status, count in sorted(burst.result().items())
     ]
-    rows.append(
-        {"measured": "/health meanwhile, ms, p99", "value": float(np.percentile(health, 99))}
-    )
-    added = (resident_bytes(pid) - before) / 1e6
+    slowest, added = float(np.percentile(health, 99)), (resident_bytes(pid) - before) / 1e6
+    rows.append({"measured": "/health meanwhile, ms, p99", "value": slowest})
     rows.append({"measured": "memory added, MB", "value": added})
     return rows
+
+
+def statuses(url: str) -> Counter[int]:
+    """Numbers of the statuses of 1,000 completions that are asked for at once."""
+
+    async def ask() -> Counter[int]:
+        prompts = np.random.default_rng(0).integers(0, 256, (1000, PROMPT))
+        return Counter(await asyncio.gather(*(status_of(url, prompt, 32) for prompt in prompts)))
+
+    return asyncio.run(ask())
 
 
 def resident_bytes(pid: int) -> float:
@@ -163,15 +168,10 @@ async def stream_one(url: str, prompt: np.ndarray, tokens: int) -> Stream:
     """Stream a completion over a connection of its own."""
     start = time.perf_counter()
     first, last = 0.0, b""
-    async with contextlib.aclosing(
-        lines_of(url, "/v1/completions", fields_of(prompt, tokens))
-    ) as lines:
-        async for line in lines:
-            if line.startswith(b"data: [DONE]"):
-                break
-            if line.startswith(b"data: "):
-                first = first or time.perf_counter() - start
-                last = line
+    async for line in lines_of(url, "/v1/completions", fields_of(prompt, tokens)):
+        if line.startswith(b"data: {"):
+            first = first or time.perf_counter() - start
+            last = line
     end = time.perf_counter() - start
     usage = json.loads(last.removeprefix(b"data: "))["usage"]
     return Stream(first, end, usage["completion_tokens"])

@@ -96,11 +96,13 @@ def make_app(service: Service) -> Starlette:
         return wrapped
 
     async def completions(request: Request) -> Response:
+        service.check_room()
         body = parse(CompletionRequest, await read_body(request))
         answer = service.complete(body, await started_from(body.state))
         return await respond(request, Completion(service), body, answer, body.logprobs is not None)
 
     async def chat(request: Request) -> Response:
+        service.check_room()
         body = parse(ChatRequest, await read_body(request))
         answer = service.chat(body, await started_from(body.state))
         return await respond(request, ChatCompletion(service), body, answer, bool(body.logprobs))

@@ -42,7 +42,7 @@ PREFILL_TOKENS = 256
 SHORT_BLOCK = 8
 """Tokens of a block while anything is streamed or waits; else BLOCK_TOKENS."""
 
-CHUNK_LENGTHS = (GRID, 8, 1)
+CHUNK_LENGTHS = (GRID, 16, 4, 1)
 """Prompts are prefilled in chunks of GRID tokens, the tail of one in the shorter ones."""
 
 
@@ -85,7 +85,12 @@ class Decoder:
         self._programs, self._parameters = split_parameters(model)
         self._vocab_size = model.config.vocab_size
         self._zero = jax.block_until_ready(model.initial_state(1))
-        self._slots = empty_slots(model, num_slots)
+        self._start(num_slots)
+
+    def _start(self, num_slots: int) -> None:
+        """Forget all jobs."""
+        self.waiting.clear()
+        self._slots = empty_slots(self.model, num_slots)
         self._choices: list[_Choice | None] = [None] * num_slots
         self._current: Job | None = None
         self._prefill: Iterator[int] | None = None
@@ -149,7 +154,8 @@ class Decoder:
         jobs += [choice.job for choice in self._choices if choice is not None]
         if self._current is not None:
             jobs.append(self._current)
-        self.__init__(self.model, len(self._choices), self.cache.max_bytes)  # type: ignore[misc]
+        self._start(len(self._choices))
+        self.cache.clear()
         return list(dict.fromkeys(jobs))
 
     def _free_cancelled(self) -> None:

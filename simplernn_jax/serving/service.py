@@ -188,22 +188,32 @@ class Service:
                 await asyncio.to_thread(self.states.use_model, model)
         return model is not None
 
+    def check_room(self) -> None:
+        """Refuse a request, before it is read, that could not be queued.
+
+        Raises:
+          RequestError: 429 if the queue is full, 503 if the server stops or has not started.
+        """
+        if self.status != "ready":
+            raise RequestError(f"the server is {self.status}", status=503, code=self.status)
+        if self.engine.num_waiting >= self.engine.max_waiting:
+            raise self._queue_full()
+
+    def _queue_full(self) -> RequestError:
+        message = f"{self.engine.num_waiting} requests wait already; try again later"
+        return RequestError(message, status=429, code="queue_full")
+
     def submit(self, jobs: list[Job]) -> None:
         """Queue the jobs of a request.
 
         Raises:
           RequestError: 429 if the queue is full, 503 if the server stops.
         """
-        if self.status != "ready":
-            raise RequestError(f"the server is {self.status}", status=503, code=self.status)
+        self.check_room()
         try:
             self.engine.submit(*jobs)
         except QueueFullError as error:
-            raise RequestError(
-                f"{self.engine.num_waiting} requests wait already; try again later",
-                status=429,
-                code="queue_full",
-            ) from error
+            raise self._queue_full() from error
         except EngineStoppedError as error:
             raise RequestError("the server is stopping", status=503, code="stopping") from error
 
