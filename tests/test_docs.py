@@ -277,7 +277,6 @@ def run_once(root, command, devices):
     assert result.code == 0, f"{command}\n{result.output}{result.errors}"
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="minutes; commands run on Python 3.11")
 @pytest.mark.parametrize("page", RUN_PAGES)
 def test_blocks_run(page, project, monkeypatch):
     monkeypatch.chdir(project)
