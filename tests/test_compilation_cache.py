@@ -88,7 +88,8 @@ def test_a_run_from_the_cache_is_bit_exact(tmp_path):
         command = (
             *("scripts/train.py", "--config=configs/tiny.py"),
             *(f"--workdir={tmp_path / name}", f"--config.data.source={source}"),
-            *("--config.model.block=plain", "--config.train.steps=3"),
+            *("--config.model.block=plain", "--config.model.num_layers=1"),
+            *("--config.train.steps=3", "--config.data.sequence_length=7"),
             *("--config.train.sample_every=0", "--config.data.validation_fraction=0"),
         )
         (result,) = run_scripts(command, XDG_CACHE_HOME=str(tmp_path / "cache"))
