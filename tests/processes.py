@@ -1,5 +1,7 @@
 """Python processes started by tests."""
 
+import atexit
+import functools
 import json
 import os
 import socket
@@ -30,7 +32,15 @@ def run_python(*arguments, stdin=b"", timeout=300, **options):
     return Result(process.returncode, output.decode("utf-8"), errors.decode("utf-8"))
 
 
-def start_python(*arguments, cwd=ROOT, text=True, stdin=None, process_group=None, **environment):
+def start_python(
+    *arguments,
+    cwd=ROOT,
+    text=True,
+    stdin=None,
+    stderr=subprocess.PIPE,
+    process_group=None,
+    **environment,
+):
     """Start ``python ARGUMENTS`` on the CPU, with pipes for its output and errors."""
     # An editable install leaves the name of its path hook in sys.path, which is not a folder.
     path = os.pathsep.join([str(ROOT), *filter(os.path.isabs, sys.path)])
@@ -38,7 +48,7 @@ def start_python(*arguments, cwd=ROOT, text=True, stdin=None, process_group=None
         [sys.executable, *map(str, arguments)],
         stdin=stdin,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **environment},
         text=text,
@@ -47,45 +57,51 @@ def start_python(*arguments, cwd=ROOT, text=True, stdin=None, process_group=None
 
 
 FORKS = """
-import json, os, runpy, sys, warnings
-import {imports}
+import gc, json, os, runpy, sys, warnings
+import simplernn_jax.analysis, simplernn_jax.inference, simplernn_jax.training.loop
 
-folder, *commands = sys.argv[1:]
-codes = []
-for number, command in enumerate(map(json.loads, commands)):
+gc.freeze()  # or each fork would collect all of it at its end
+for line in iter(sys.stdin.readline, ""):
+    streams, folder, environment, command = json.loads(line)
     with warnings.catch_warnings(action="ignore"):  # about threads, which are idle
         child = os.fork()
     if not child:
-        for descriptor, name in enumerate(("input", f"{{number}}.output", f"{{number}}.errors")):
-            os.dup2(os.open(f"{{folder}}/{{name}}", os.O_RDWR | os.O_CREAT), descriptor)
-        sys.argv = command
-        sys.path[0] = os.path.dirname(os.path.abspath(command[0]))
-        runpy.run_path(command[0], run_name="__main__")
+        for descriptor, name in enumerate(streams):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), descriptor)
+        os.chdir(folder)
+        os.environ.update(environment)
+        sys.argv, script = command, os.path.abspath(command[0])
+        sys.path[0] = os.path.dirname(script)
+        runpy.run_path(script, run_name="__main__")
         sys.exit()
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print(json.dumps(codes))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def run_scripts(*commands, imports="simplernn_jax.command_line", stdin=b"", **options):
+@functools.cache
+def _forks():
+    """The process that runs scripts in forks, to the end of these tests."""
+    process = start_python("-c", FORKS, stdin=subprocess.PIPE, stderr=None)
+    atexit.register(process.communicate)
+    return process
+
+
+def run_scripts(*commands, stdin=b"", cwd=ROOT, **environment):
     """Run ``python SCRIPT ARGUMENTS`` for each of `commands`, in a fork of one process that has
-    imported `imports`: most of a script's time."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "input").write_bytes(stdin)
-        texts = [json.dumps([str(word) for word in command]) for command in commands]
-        # A fork cannot replace itself by a process with huge pages without importing all again.
-        code, output, errors = run_python(
-            *("-c", FORKS.format(imports=imports), folder, *texts),
-            SIMPLERNN_JAX_HUGE_PAGES="0",
-            **options,
-        )
-        assert code == 0, errors
-        return [
-            Result(
-                code, *(Path(folder, f"{n}.{name}").read_text() for name in ("output", "errors"))
-            )
-            for n, code in enumerate(json.loads(output))
-        ]
+    imported what they import: most of a script's time. Variables that JAX reads when it is
+    imported have no effect."""
+    # A fork cannot replace itself by a process with huge pages without importing all again.
+    environment["SIMPLERNN_JAX_HUGE_PAGES"] = "0"
+    results = []
+    for command in commands:
+        with tempfile.TemporaryDirectory() as folder:
+            streams = [Path(folder, name) for name in ("input", "output", "errors")]
+            streams[0].write_bytes(stdin)
+            request = ([*map(str, streams)], str(cwd), environment, [*map(str, command)])
+            print(json.dumps(request), file=_forks().stdin, flush=True)
+            code = int(_forks().stdout.readline())
+            results.append(Result(code, *(path.read_text("utf-8") for path in streams[1:])))
+    return results
 
 
 def assert_each_refused(script, *cases, **options):

@@ -2,6 +2,7 @@
 
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +100,12 @@ def relative_rms(actual, expected):
     assert np.isfinite(actual).all()
     scale = np.sqrt(np.mean(expected**2))
     return np.sqrt(np.mean((actual - expected) ** 2)) / scale if scale else np.abs(actual).max()
+
+
+def assert_same_bytes(actual, expected):
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
 def assert_accurate(actual, expected, limits):

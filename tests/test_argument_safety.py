@@ -15,9 +15,7 @@ from simplernn_jax.ops.native import has_native_functions
 TIMES = int(os.environ.get("WRONG_CALLS", "1"))
 
 
-@pytest.mark.parametrize(
-    ("kind", "number"), [("operators", 1000), ("models", 250), ("native", 800)]
-)
+@pytest.mark.parametrize(("kind", "number"), [("operators", 600), ("models", 150), ("native", 500)])
 def test_a_wrong_call_is_an_exception(kind, number):
     if kind == "native" and not has_native_functions():
         pytest.skip("no C compiler")

@@ -1,12 +1,14 @@
 """Every code block of README.md and docs/*.md is executed, or checked where it cannot run.
 
-Commands run as written, in a folder whose configurations and texts are small. An HTML comment
-before a block says otherwise: ``<!-- not run: reason -->`` has only its scripts, flags, extras and
-imports checked, ``<!-- devices: N -->`` simulates N devices.
+Commands run as written, in a folder whose configurations and texts are small and which has a
+trained ``runs/base``; one that is on several pages runs once. An HTML comment before a block says
+otherwise: ``<!-- not run: reason -->`` has only its scripts, flags, extras and imports checked,
+``<!-- devices: N -->`` simulates N devices.
 """
 
 import ast
 import dataclasses
+import functools
 import importlib
 import itertools
 import os
@@ -21,6 +23,7 @@ from pathlib import Path
 import pytest
 import yaml
 from markdown_it import MarkdownIt
+from processes import run_scripts
 
 from simplernn_jax.serving.openapi import openapi_document
 
@@ -28,8 +31,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_CODE = {"math", "text", "{note}", "{eval-rst}", "{literalinclude}", "{toctree}"}
 """Fences that Sphinx renders."""
-FROM_SCRATCH = {"README.md", "getting_started.md"}
-"""Pages that train the model they use; others start with a trained ``runs/base``."""
 MARK = re.compile(r"<!-- (not run|devices): (.+?) -->", re.DOTALL)
 
 SMALL = """
@@ -57,6 +58,15 @@ def get_config():
     return config
 """
 """Appended to every configuration: the same run, in seconds."""
+
+RECORDING_PYTHON = f"""#!/usr/bin/env bash
+case "$1" in
+  scripts/launch_local.py | -*) exec {sys.executable} "$@" ;;
+esac
+IFS=$'\\t'
+echo "$*" >>commands
+"""
+"""Scripts run later, in forks of one process; those that start processes run at once."""
 
 SENTENCE = "The quick brown fox jumps over the lazy dog.\ndef main():\n    return 0\n"
 
@@ -128,23 +138,16 @@ def test_every_page_is_in_the_table_of_contents():
     assert listed | {"index"} == {page.stem for page in (ROOT / "docs").glob("*.md")}
 
 
-@pytest.fixture(scope="module")
-def helps():
-    """``--help`` of a script, by name; each runs once."""
-    texts = {}
-
-    def get(name):
-        if name not in texts:
-            command = [sys.executable, str(ROOT / "scripts" / name), "--help"]
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-            texts[name] = subprocess.check_output(command, text=True, env=environment)
-        return texts[name]
-
-    return get
+@functools.cache
+def help_of(name):
+    """``--help`` of a script."""
+    (result,) = run_scripts((f"scripts/{name}", "--help"))
+    assert result.code == 0, result.errors
+    return result.output
 
 
 @pytest.mark.parametrize("block", [b for b in ALL_BLOCKS if b.not_run], ids=str)
-def test_block_that_is_not_run_names_what_exists(block, helps):
+def test_block_that_is_not_run_names_what_exists(block):
     assert len(block.not_run) > 5, "give a reason"
     if block.language == "python":
         check_imports(block.text)
@@ -157,15 +160,15 @@ def test_block_that_is_not_run_names_what_exists(block, helps):
     for extra in re.findall(r"'\.\[(\w+)\]'", text):
         assert extra in extras["optional-dependencies"]
     commands = re.sub(r"\\\n|\n\s+(?=--)", " ", text).splitlines()
-    checked = sum(check_command(command, helps) for command in commands)
+    checked = sum(check_command(command) for command in commands)
     checked += sum(check_route(url) for url in re.findall(r"curl http://[\w.:]+(/\S+)", text))
     assert checked or "pip install" in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_commands_in_sentences_and_tables_exist(page, helps):
+def test_commands_in_sentences_and_tables_exist(page):
     for command in re.findall(r"`((?:python|bash) scripts/[^`]+)`", page.read_text("utf-8")):
-        assert check_command(command.replace(" ...", ""), helps)
+        assert check_command(command.replace(" ...", ""))
 
 
 def check_route(path):
@@ -186,7 +189,7 @@ def check_imports(code):
                 importlib.import_module(alias.name)
 
 
-def check_command(command, helps):
+def check_command(command):
     """Check the script and the flags of one line; return whether there was a script."""
     found = re.search(r"scripts/(\w+\.(?:py|sh))", command)
     if not found or command.startswith("#"):
@@ -196,11 +199,11 @@ def check_command(command, helps):
         return True
     rest = shlex.split(command[found.end() :], comments=True)
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
-    assert all(name in helps(found[1]) for name in names), command
+    assert all(name in help_of(found[1]) for name in names), command
     for word in rest:
         if word.startswith("-"):
             name = re.escape(word.lstrip("-").split("=")[0])
-            assert re.search(rf"--?(\[no\])?{name}\b", helps(found[1])), f"{command}: {word}"
+            assert re.search(rf"--?(\[no\])?{name}\b", help_of(found[1])), f"{command}: {word}"
     return True
 
 
@@ -216,9 +219,8 @@ def project(tmp_path_factory):
     shutil.copy(ROOT / "pyproject.toml", root)
     write_texts(root)
     make_environment(root)
-    shared = tmp_path_factory.getbasetemp().parent / "cache_of_docs"
-    run_shell(root, "python scripts/train.py --config configs/base.py --workdir runs/base", shared)
-    return root, shared
+    run_shell(root, "python scripts/train.py --config configs/base.py --workdir runs/base")
+    return root
 
 
 def write_texts(root):
@@ -234,50 +236,50 @@ def write_texts(root):
 
 
 def make_environment(root):
-    """Make a ``.venv`` that runs this Python and counts as installed."""
-    bin_folder = root / ".venv" / "bin"
-    bin_folder.mkdir(parents=True, exist_ok=True)
-    (bin_folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (bin_folder / "python").chmod(0o755)
+    """Make a ``.venv`` that counts as installed, whose Python writes down the scripts to run."""
+    python = root / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(RECORDING_PYTHON)
+    python.chmod(0o755)
     version = subprocess.check_output([sys.executable, "-VV"], text=True)
     stamp = f"{version}{root}\n{(root / 'pyproject.toml').read_text()}"
     (root / ".venv" / "installed-").write_text(stamp)
 
 
-def run_shell(root, code, cache, devices=0):
-    flags = os.environ["XLA_FLAGS"]
-    if devices:
-        flags += f" --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "PATH": f"{root / '.venv' / 'bin'}:{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(root), *sys.path]),
-        "XDG_CACHE_HOME": str(cache),
-        "XLA_FLAGS": flags,
-    }
+def run_shell(root, code, devices=0):
+    """Run `code`, and then the scripts that it has started."""
+    python = root / ".venv" / "bin"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", code],
         check=False,
         cwd=root,
-        env=environment,
+        env=os.environ | {"PATH": f"{python}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         timeout=300,
+        text=True,
     )
-    assert done.returncode == 0, f"{code}\n{done.stdout.decode('utf-8', 'replace')}"
+    assert done.returncode == 0, f"{code}\n{done.stdout}"
+    if (root / "commands").exists():
+        for command in (root / "commands").read_text().splitlines():
+            run_once(root, command, devices)
+        (root / "commands").unlink()
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="minutes; commands run on Python 3.11")
+@functools.cache
+def run_once(root, command, devices):
+    """Run a script, however many pages do."""
+    flags = os.environ["XLA_FLAGS"]
+    if devices:
+        flags += f" --xla_force_host_platform_device_count={devices}"
+    (result,) = run_scripts(command.split("\t"), cwd=root, XLA_FLAGS=flags)
+    assert result.code == 0, f"{command}\n{result.output}{result.errors}"
+
+
 @pytest.mark.parametrize("page", RUN_PAGES)
-def test_blocks_run(page, project, tmp_path, monkeypatch):
-    template, cache = project
-    root = tmp_path / "project"
-    shutil.copytree(template, root, symlinks=True)
-    make_environment(root)
-    if page in FROM_SCRATCH:
-        shutil.rmtree(root / "runs")
-    monkeypatch.chdir(root)
+def test_blocks_run(page, project, monkeypatch):
+    monkeypatch.chdir(project)
     names = {"__name__": "__main__"}
     for block in ALL_BLOCKS:
         if block.page != page or block.not_run:
@@ -287,4 +289,4 @@ def test_blocks_run(page, project, tmp_path, monkeypatch):
             exec(compile("\n" * block.line + block.text, str(ROOT / page), "exec"), names)
         else:
             assert block.language == "bash", f"{block}: cannot be run; mark it"
-            run_shell(root, block.text, cache, block.devices)
+            run_shell(project, block.text, block.devices)

@@ -13,8 +13,7 @@ from small_runs import save_untrained, small_config, write_corpus
 def evaluate(*commands, **options):
     """Results of the script for each list of flags."""
     script = ROOT / "scripts" / "evaluate.py"
-    imports = "simplernn_jax.training.preparation"
-    return run_scripts(*((script, *flags) for flags in commands), imports=imports, **options)
+    return run_scripts(*((script, *flags) for flags in commands), **options)
 
 
 def number(name, output):

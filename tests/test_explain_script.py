@@ -4,14 +4,15 @@ import json
 
 import jax.numpy as jnp
 import small_runs
-from processes import ROOT, assert_each_refused, run_python
+from processes import ROOT, assert_each_refused, run_scripts
 from small_runs import save_untrained, small_config, write_corpus
 
 from simplernn_jax.models import LanguageModel
 
 
 def explain(*arguments, stdin=""):
-    return run_python("scripts/explain.py", *arguments, stdin=stdin.encode())
+    (result,) = run_scripts(("scripts/explain.py", *arguments), stdin=stdin.encode())
+    return result
 
 
 def test_writes_a_page_its_pictures_and_its_numbers(tmp_path):

@@ -1,5 +1,6 @@
 """Whole runs: their end, their bit-exact resumption, and how they stop."""
 
+import dataclasses
 import errno
 import json
 import math
@@ -14,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from processes import start_python
+from processes import run_scripts, start_python
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
 from simplernn_jax import load_model
@@ -38,10 +39,20 @@ HYBRID = {"num_layers": 2, "mixer": "attention,simple_rnn", "attention_context":
 EVERYTHING = {"dropout": 0.1, "reset_probability": 0.2, "name": "muon", "gradient_accumulation": 2}
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The configuration of a run that nothing interrupted, and its folder. Other lengths of the
+    run would be other programs."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = small_config(source=write_corpus(folder / "text"), log_every=1)
+    train(config, str(folder / "run"))
+    return config, folder / "run"
+
+
 @pytest.mark.parametrize(
     ("mode", "block", "fields"),
     [
-        ("window", "plain", {"gradient_accumulation": 2}),
+        ("window", "plain", {}),
         ("document", "plain", {"validation_fraction": 0.2, "eval_every": 13}),
         ("stream", "residual", HYBRID | EVERYTHING),
     ],
@@ -93,44 +104,45 @@ def test_a_checkpoint_under_the_leaf_names_of_earlier_versions_is_resumed(tmp_pa
     source = write_corpus(tmp_path / "text")
     config = small_config("residual", source=source, steps=9, name="muon", **HYBRID)
     earlier, present = tmp_path / "earlier", tmp_path / "present"
-    for workdir in (earlier, present):
-        with monkeypatch.context() as patch:
-            stop_after(patch, 4)
-            if workdir == earlier:
-                patch.setattr(contents, "_RENAMED", ())  # they read back what they had written
-                patch.setattr(checkpointer, "named_leaves", earlier_leaves)
-            train(config, str(workdir))
+    train(config, str(present))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        patch.setattr(contents, "_RENAMED", ())  # they read back what they had written
+        patch.setattr(checkpointer, "named_leaves", earlier_leaves)
+        train(config, str(earlier))
     on_disk = ocp.PyTreeCheckpointHandler().metadata(earlier / "checkpoints" / "4" / "state").tree
     assert not any("mixer" in name or name == "consecutive_skips" for name in on_disk)
     for tree in ("params", "opt_state"):
         for mixer in ("layers/0/attention/", "layers/1/rnn/"):
             assert any(name.startswith(tree) and mixer in name for name in on_disk)
-    expected = newest_checkpoint(present)
-    assert newest_checkpoint(earlier) == expected
+    saved = newest_checkpoint(earlier)
     params = named_leaves({"params": nnx.state(load_model(str(earlier))[0], nnx.Param)})
     assert any("/mixer/" in name for name in params)
     for name, leaf in params.items():
-        assert expected[name][2] == np.asarray(leaf).tobytes(), name
-    for workdir in (earlier, present):
-        train(config, str(workdir))
+        assert saved[name][2] == np.asarray(leaf).tobytes(), name
+    train(config, str(earlier))
     assert newest_checkpoint(earlier) == newest_checkpoint(present)
 
 
-def test_a_metrics_row_is_the_mean_since_the_last_one_across_an_interruption(tmp_path, monkeypatch):
-    source = write_corpus(tmp_path / "text")
-    config = small_config(source=source, steps=23, log_every=1)
-    train(config, str(tmp_path / "each"))
-    config.train.log_every = 5
+def with_train(config, **fields):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
+
+
+def test_a_metrics_row_is_the_mean_since_the_last_one_across_an_interruption(
+    whole, tmp_path, monkeypatch
+):
+    config = with_train(whole[0], log_every=9)
     train(config, str(tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        stop_after(patch, 7)
+        stop_after(patch, 13)
         train(config, str(tmp_path / "parts"))
     train(config, str(tmp_path / "parts"))
-    each, whole, parts = (read_metrics(str(tmp_path / n)) for n in ("each", "whole", "parts"))
+    each = read_metrics(str(whole[1]))
+    whole, parts = (read_metrics(str(tmp_path / name)) for name in ("whole", "parts"))
 
     predictions = np.diff([0] + [row["tokens"] for row in each])
     assert len(set(predictions)) > 1  # sequences reach into the next document
-    groups = [slice(0, 5), slice(5, 10), slice(10, 15), slice(15, 20), slice(20, 23)]
+    groups = [slice(start, min(start + 9, 40)) for start in range(0, 40, 9)]
     losses = np.asarray([row["loss"] for row in each])
     expected = [np.average(losses[group], weights=predictions[group]) for group in groups]
     np.testing.assert_allclose([row["loss"] for row in whole], expected, rtol=1e-12)
@@ -202,24 +214,22 @@ def profiles(workdir):
     return sorted((workdir / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb"))
 
 
-def test_profiles_change_nothing_and_may_be_requested_on_resume(tmp_path, monkeypatch, capsys):
-    config = small_config(source=write_corpus(tmp_path / "text"), steps=12)
-    train(config, str(tmp_path / "whole"))
-    config.train.profile_steps = 30
+def test_profiles_change_nothing_and_may_be_requested_on_resume(
+    whole, tmp_path, monkeypatch, capsys
+):
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
-        train(config, str(tmp_path / "parts"))
+        train(with_train(whole[0], profile_steps=30), str(tmp_path / "parts"))
     (first,) = profiles(tmp_path / "parts")
-    config.train.profile_steps = 2
-    train(config, str(tmp_path / "parts"))
+    train(with_train(whole[0], profile_steps=2), str(tmp_path / "parts"))
     (second,) = (path for path in profiles(tmp_path / "parts") if path != first)
     assert b"train_step" in first.read_bytes()
     assert b"train_step" in second.read_bytes()
     assert f"profile of 2 steps: {tmp_path / 'parts'}/tensorboard" in capsys.readouterr().out
-    assert newest_checkpoint(tmp_path / "parts") == newest_checkpoint(tmp_path / "whole")
+    assert newest_checkpoint(tmp_path / "parts") == newest_checkpoint(whole[1])
 
 
-def test_a_recompiled_step_is_counted_and_shown(tmp_path, monkeypatch, caplog, capsys):
+def test_a_recompiled_step_is_counted_and_shown(whole, tmp_path, monkeypatch, caplog, capsys):
     class OneShorterBatch:
         def __init__(self, batches):
             self._batches = batches
@@ -235,8 +245,7 @@ def test_a_recompiled_step_is_counted_and_shown(tmp_path, monkeypatch, caplog, c
 
     make_batches = run.make_batches
     monkeypatch.setattr(run, "make_batches", lambda *args: OneShorterBatch(make_batches(*args)))
-    config = small_config(source=write_corpus(tmp_path / "text"), steps=6, log_every=1)
-    train(config, str(tmp_path / "run"))
+    train(whole[0], str(tmp_path / "run"))
     counts = [row["recompilations"] for row in read_metrics(str(tmp_path / "run"))]
     assert (counts[0], counts[-1]) == (0, 1)
     assert "the train step was recompiled at call 4" in caplog.text
@@ -256,23 +265,22 @@ SENTENCES = (
 def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch, capsys):
     write_corpus(tmp_path)
     monkeypatch.chdir(tmp_path)
-    config = small_config(source=".", cache_dir="tokens", validation_fraction=0.2, steps=4)
+    config = small_config(source=".", cache_dir="tokens", validation_fraction=0.2)
     train(config, "run")
     before = newest_checkpoint(tmp_path / "run")
-    config.train.steps = 5
-    assert train(config, "run").step == 5
-    assert "--config.train.steps: changed from 4 to 5; this rescales" in capsys.readouterr().out
+    config.train.steps = 41
+    assert train(config, "run").step == 41
+    assert "--config.train.steps: changed from 40 to 41; this rescales" in capsys.readouterr().out
     after = newest_checkpoint(tmp_path / "run")
     train(config, "another")
-    config.train.steps = 6
-    assert train(config, "run").step == 6
+    assert train(config, "run").step == 41
     hashes = [kept["position in the data"]["content_hash"] for kept in (before, after)]
     assert hashes[0] == hashes[1] == open_saved_corpus("run", cache_dir="tokens").content_hash
     shutil.rmtree(tmp_path / "tokens")
     assert open_saved_corpus("run", source=".").content_hash == hashes[0]
 
 
-def test_the_last_save_is_awaited_when_the_metrics_cannot_be_closed(tmp_path, monkeypatch):
+def test_the_last_save_is_awaited_when_the_metrics_cannot_be_closed(whole, tmp_path, monkeypatch):
     closed = []
     close, close_metrics = run.Checkpointer.close, loop.MetricsWriter.close
 
@@ -285,7 +293,7 @@ def test_the_last_save_is_awaited_when_the_metrics_cannot_be_closed(tmp_path, mo
         run.Checkpointer, "close", lambda saves, **how: (close(saves, **how), closed.append(saves))
     )
     with pytest.raises(OSError, match="No space left"):
-        train(small_config(source=write_corpus(tmp_path / "text"), steps=3), str(tmp_path / "run"))
+        train(whole[0], str(tmp_path / "run"))
     assert len(closed) == 1
 
 
@@ -319,18 +327,24 @@ def test_overfits_six_sentences_and_generates_them(tmp_path):
     assert [a + b for a, b in zip(prompts, texts, strict=True)] == list(SENTENCES)
 
 
-def start(folder, **overrides):
-    """Start scripts/train.py on a small model."""
-    fields = {"data.source": write_corpus(folder / "text"), "data.sequence_length": 7}
-    fields |= {"model.num_layers": 1, "train.eval_every": 0, "train.save_every": 0} | overrides
-    flags = [f"--config.{name}={value}" for name, value in fields.items()]
-    command = ("scripts/train.py", "--config=configs/tiny.py", f"--workdir={folder / 'run'}")
-    return start_python(*command, *flags)
+def command(folder):
+    """scripts/train.py on a small model."""
+    flags = {
+        "data.source": write_corpus(folder / "text"),
+        "data.sequence_length": 7,
+        "model.num_layers": 1,
+        "train.eval_every": 0,
+        "train.save_every": 0,
+        "train.steps": 500,
+    }
+    return (
+        *("scripts/train.py", "--config=configs/tiny.py", f"--workdir={folder / 'run'}"),
+        *(f"--config.{name}={value}" for name, value in flags.items()),
+    )
 
 
 def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
-    steps = 500
-    process = start(tmp_path, **{"train.steps": steps})
+    process = start_python(*command(tmp_path))
     for line in process.stdout:
         if line.startswith("step 1/"):
             process.send_signal(signal.SIGTERM)
@@ -339,16 +353,15 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
     assert process.returncode == 75, errors
     assert "SIGTERM: saved at step" in output
     stopped_at = newest_checkpoint(tmp_path / "run")["number of steps"]
-    assert 0 < stopped_at < steps
-    process = start(tmp_path, **{"train.steps": steps})
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert f"at step {stopped_at} of {steps}" in output
-    assert newest_checkpoint(tmp_path / "run")["number of steps"] == steps
+    assert 0 < stopped_at < 500
+    (resumed,) = run_scripts(command(tmp_path))
+    assert resumed.code == 0, resumed.errors
+    assert f"at step {stopped_at} of 500" in resumed.output
+    assert newest_checkpoint(tmp_path / "run")["number of steps"] == 500
 
 
 def test_a_signal_before_the_first_step_ends_a_resumable_run(tmp_path):
-    process = start(tmp_path)
+    process = start_python(*command(tmp_path))
     while not (tmp_path / "run").exists() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
@@ -394,23 +407,21 @@ def test_the_last_checkpoint_is_evaluated_as_those_before_it(tmp_path):
     config = small_config(
         source=write_corpus(tmp_path / "text"),
         validation_fraction=0.3,
-        steps=7,
-        eval_every=3,
+        eval_every=18,
         eval_tokens=20,
-        save_every=3,
+        save_every=18,
     )
     result = train(config, str(tmp_path / "run"))
     folder = CheckpointFolder(str(tmp_path / "run"))
     qualities = {step: saved_quality(folder.step_path(step)) for step in folder.complete_steps()}
-    assert {step: quality.predictions for step, quality in qualities.items()} == {6: 20, 7: 20} | (
-        {3: 20} if 3 in qualities else {}
-    )
+    assert {36, 40} <= qualities.keys()
+    assert {quality.predictions for quality in qualities.values()} == {20}
     assert result.evaluation.predictions > 20
     rows = [row for row in read_metrics(str(tmp_path / "run")) if row["kind"] == "validation"]
     assert [(row["step"], row["predictions"]) for row in rows] == [
-        (3, 20),
-        (6, 20),
-        (7, result.evaluation.predictions),
+        (18, 20),
+        (36, 20),
+        (40, result.evaluation.predictions),
     ]
 
 

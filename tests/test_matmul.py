@@ -9,7 +9,7 @@ import pytest
 from simplernn_jax.ops.matmul import fused_matmul, matmul
 
 TOKENS = 37
-SHAPES = [(5, 13), (13, 5), (7, 7), (128, 259), (512, 128)]
+SHAPES = [(5, 13), (13, 5), (128, 259)]
 
 
 @pytest.fixture(autouse=True, params=[1, 8])

@@ -22,7 +22,6 @@ from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step, state_specs
 
 MESHES = {
-    "fsdp 8": {"fsdp": 8},
     "sequence 8": {"sequence": 8},
     "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
     "data 2, sequence 4": {"data": 2, "sequence": 4},

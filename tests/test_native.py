@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from odd_files import put_odd_file
 from references import needs_compiler
 
 from simplernn_jax.cache_folder import cache_folder
@@ -82,16 +83,6 @@ def truncate(path):
     path.write_bytes(content[: len(content) // 2])
 
 
-def make_endless(path):
-    path.unlink()
-    path.symlink_to("/dev/zero")
-
-
-def make_fifo(path):
-    path.unlink()
-    os.mkfifo(path)
-
-
 def make_writable(path):
     path.chmod(0o777)
 
@@ -103,7 +94,11 @@ def give_away(path):
 
 
 @pytest.mark.parametrize(
-    "damage", [flip_bit, truncate, make_endless, make_fifo, make_writable, give_away]
+    "damage",
+    [
+        *(flip_bit, truncate, make_writable, give_away),
+        *(functools.partial(put_odd_file, kind) for kind in ("endless", "fifo")),
+    ],
 )
 @pytest.mark.parametrize("file", ["library", "seal"])
 def test_untrusted_files_are_compiled_again(file, damage, cached, registered):

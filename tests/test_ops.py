@@ -95,7 +95,7 @@ CASES = (
 )
 
 
-# In float64 "auto" is "chunkwise"; bfloat16 rounds operands of the same sums.
+# In float64 "auto" is "chunkwise"; lower precisions round the same sums.
 @pytest.mark.parametrize(
     ("dtype", "method", "length", "shape", "gates", "segments"),
     [
@@ -103,8 +103,9 @@ CASES = (
         for dtype, method, cases in (
             (jnp.float64, "chunkwise", CASES),
             (jnp.float64, "auto", CASES[-2:]),
-            *((jnp.float32, method, CASES) for method in METHODS),
-            *((jnp.bfloat16, method, [*CASES[5:9], CASES[-2]]) for method in METHODS),
+            (jnp.float32, "auto", CASES),
+            (jnp.float32, "chunkwise", [*CASES[6:11], CASES[-2]]),
+            *((jnp.bfloat16, method, [*CASES[7:9], CASES[-2]]) for method in METHODS),
         )
         for case in cases
     ],
@@ -123,7 +124,7 @@ def test_equals_scan_for_any_chunk_size(chunk_size):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     logits=st.lists(st.floats(-60, 60, width=32), min_size=8, max_size=8),
     seed=st.integers(0, 2**16),

@@ -19,14 +19,10 @@ def workdir(tmp_path_factory):
     return folder / "work"
 
 
-def samples(workdir, *commands, **options):
+def samples(workdir, *commands):
     """Results of the script for each list of flags, with text on standard input."""
     flags = ("scripts/sample.py", "--workdir", workdir, "--seed", 3)
-    return run_scripts(
-        *((*flags, *command) for command in commands),
-        imports="simplernn_jax.inference",
-        stdin="größer".encode(),
-    )
+    return run_scripts(*((*flags, *command) for command in commands), stdin="größer".encode())
 
 
 def test_prompt_and_continuation_are_printed(workdir):

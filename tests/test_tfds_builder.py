@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from corpus_files import read_all, records, write
-from processes import run_python
+from processes import run_scripts
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus, prepare_corpus
@@ -112,12 +112,13 @@ def test_truncated_files_are_one_line(jsonl, data_dir, name, size):
 
 def test_script_makes_a_dataset_or_gives_one_line(jsonl, data_dir):
     command = ["scripts/build_tfds.py", f"--source={jsonl.source}", "--name=my_books"]
-    code, _, errors = run_python(*command, "--field=text")
-    assert code == 2
-    assert "error: " in errors
-    assert "in.jsonl:1: no field 'text'; it has bot: say with field=NAME" in errors
-    assert "Traceback" not in errors
-    code, text, errors = run_python(*command, "--field=bot")
+    wrong, (code, text, errors) = run_scripts(
+        (*command, "--field=text"), (*command, "--field=bot"), TFDS_DATA_DIR=data_dir
+    )
+    assert wrong.code == 2
+    assert "error: " in wrong.errors
+    assert "in.jsonl:1: no field 'text'; it has bot: say with field=NAME" in wrong.errors
+    assert "Traceback" not in wrong.errors
     assert code == 0, errors
     assert "Generating" not in errors  # no progress bar
     assert "--config.data.source=tfds:" in text

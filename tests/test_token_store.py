@@ -35,6 +35,18 @@ def write_documents(folder: Path, count: int) -> dict[str, str]:
     return texts
 
 
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder of nine documents."""
+    write_documents(tmp_path / "in", 9)
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
 def prepare(source: Path, cache: Path, seed: int = 3, **settings) -> TokenizedCorpus:
     return prepare_corpus(DataConfig(source=str(source), **settings), seed, str(cache))
 
@@ -54,9 +66,9 @@ def leftovers(cache: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.99])
-def test_every_document_is_on_exactly_one_side_of_a_document_split(tmp_path, fraction):
+def test_every_document_is_on_exactly_one_side_of_a_document_split(tmp_path, fraction, cache):
     texts = [text for text in write_documents(tmp_path / "in", 53).values() if text]
-    corpus = prepare(tmp_path / "in", tmp_path / "cache", validation_fraction=fraction)
+    corpus = prepare(tmp_path / "in", cache, validation_fraction=fraction)
     train, validation = texts_of(corpus.train), texts_of(corpus.validation)
     assert len(validation) == min(max(1, round(fraction * len(texts))), len(texts) - 1)
     assert sorted(train + validation) == sorted(texts)
@@ -82,11 +94,11 @@ def test_document_split_follows_from_the_seed(tmp_path):
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.1, 0.5, 0.97])
-def test_position_split_holds_out_the_end_of_the_stream(tmp_path, fraction):
+def test_position_split_holds_out_the_end_of_the_stream(tmp_path, fraction, cache):
     texts = [text for text in write_documents(tmp_path / "in", 23).values() if text]
     stream = [t for text in texts for t in (BOS, *text.encode(), EOS)]
     settings = {"split": "position", "validation_fraction": fraction}
-    corpus = prepare(tmp_path / "in", tmp_path / "cache", **settings)
+    corpus = prepare(tmp_path / "in", cache, **settings)
     assert len(corpus.validation.tokens) == max(1, round(fraction * len(stream)))
     assert [*corpus.train.tokens, *corpus.validation.tokens] == stream
     for split in (corpus.train, corpus.validation):
@@ -95,17 +107,17 @@ def test_position_split_holds_out_the_end_of_the_stream(tmp_path, fraction):
         assert split.num_bytes == np.count_nonzero(split.tokens < 256)
         document = np.searchsorted(split.document_starts, range(len(split.tokens)), "right")
         assert split.num_predictions == np.count_nonzero(np.diff(document) == 0)
-    prepare(tmp_path / "in", tmp_path / "cache", seed=4, **settings)
-    assert len(list((tmp_path / "cache").iterdir())) == 1  # the seed does not matter
+    prepare(tmp_path / "in", cache, seed=4, **settings)
+    assert len(list(cache.iterdir())) == 1  # the seed does not matter
 
 
-def test_position_split_counts_bytes_of_a_vocabulary_that_loses_text(tmp_path):
+def test_position_split_counts_bytes_of_a_vocabulary_that_loses_text(tmp_path, cache):
     word_level("alpha", "beta").save(str(tmp_path / "tokenizer.json"))
     text = "alpha   beta\n" * 100
     (tmp_path / "a.txt").write_text(text)
     config = DataConfig(source=str(tmp_path / "a.txt"), split="position", validation_fraction=0.5)
     known = load_tokenizer(str(tmp_path / "tokenizer.json"), None)
-    corpus = prepare_corpus(config, 3, str(tmp_path / "cache"), tokenizer=known)
+    corpus = prepare_corpus(config, 3, str(cache), tokenizer=known)
     assert corpus.train.tokens.dtype == np.uint8
     assert corpus.train.num_bytes + corpus.validation.num_bytes == len(text)
     assert 0.3 < corpus.train.num_bytes / len(text) < 0.7
@@ -123,57 +135,59 @@ def test_position_split_counts_bytes_of_a_vocabulary_that_loses_text(tmp_path):
         (0.0, "15,006 training tokens in 3 documents; no validation tokens", ""),
     ],
 )
-def test_summary_and_warning_about_few_validation_tokens(tmp_path, fraction, summary, warning):
+def test_summary_and_warning_about_few_validation_tokens(
+    tmp_path, fraction, summary, warning, cache
+):
     (tmp_path / "in").mkdir()
     for number in range(3):
         (tmp_path / "in" / f"{number}.txt").write_text("a" * 5_000)
-    corpus = prepare(tmp_path / "in", tmp_path / "cache", validation_fraction=fraction)
+    corpus = prepare(tmp_path / "in", cache, validation_fraction=fraction)
     assert corpus.summary == summary
     assert corpus.warning.startswith(warning)
     assert bool(corpus.warning) == bool(warning)
 
 
 @pytest.mark.parametrize("split", ["document", "position"])
-def test_everything_trains_without_a_validation_fraction(tmp_path, split):
+def test_everything_trains_without_a_validation_fraction(tmp_path, split, cache):
     texts = write_documents(tmp_path / "in", 9)
-    corpus = prepare(tmp_path / "in", tmp_path / "cache", split=split, validation_fraction=0.0)
+    corpus = prepare(tmp_path / "in", cache, split=split, validation_fraction=0.0)
     assert corpus.validation is None
     assert sorted(texts_of(corpus.train)) == sorted(text for text in texts.values() if text)
 
 
-def test_a_single_document_is_split_by_position(tmp_path, caplog):
+def test_a_single_document_is_split_by_position(tmp_path, caplog, cache):
     caplog.set_level("INFO")
     (tmp_path / "a.txt").write_text("one document " * 50)
-    default = prepare(tmp_path / "a.txt", tmp_path / "cache")
+    default = prepare(tmp_path / "a.txt", cache)
     assert "a.txt: a single document, so its last part is the validation split" in caplog.text
     caplog.clear()
-    by_position = prepare(tmp_path / "a.txt", tmp_path / "cache", split="position")
+    by_position = prepare(tmp_path / "a.txt", cache, split="position")
     assert by_position.content_hash == default.content_hash
     assert default.validation.num_bytes > 20
-    whole = prepare(tmp_path / "a.txt", tmp_path / "cache", validation_fraction=0.0)
+    whole = prepare(tmp_path / "a.txt", cache, validation_fraction=0.0)
     assert whole.validation is None
     assert "single document" not in caplog.text
 
 
-def test_corpus_without_text_is_refused(tmp_path):
+def test_corpus_without_text_is_refused(tmp_path, cache):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(UserError, match=r"a\.jsonl: no text in it"):
-        prepare(tmp_path / "a.jsonl", tmp_path / "cache")
-    assert not leftovers(tmp_path / "cache")
+        prepare(tmp_path / "a.jsonl", cache)
+    assert not leftovers(cache)
 
 
-def test_large_document_is_stored_whole_across_pieces(tmp_path):
+def test_large_document_is_stored_whole_across_pieces(tmp_path, cache):
     text = ("one line of some length ünd\n" * 150_000) + "end"
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    corpus = prepare(tmp_path / "a.txt", tmp_path / "cache", validation_fraction=0.0)
+    corpus = prepare(tmp_path / "a.txt", cache, validation_fraction=0.0)
     assert texts_of(corpus.train) == [text]
-    split = prepare(tmp_path / "a.txt", tmp_path / "cache", split="position")
+    split = prepare(tmp_path / "a.txt", cache, split="position")
     assert split.train.num_bytes == np.count_nonzero(split.train.tokens < 256)
     assert split.train.num_bytes + split.validation.num_bytes == len(text.encode())
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char"])
-def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer):
+def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, cache):
     block = b"a line of a large file that is never in memory whole\n" * 20_000
     peaks = []
     for blocks in (13, 43):
@@ -182,7 +196,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer):
             for _ in range(blocks):
                 stream.write(block)
         tracemalloc.start()
-        corpus = prepare(path, tmp_path / "cache", tokenizer=tokenizer, split="position")
+        corpus = prepare(path, cache, tokenizer=tokenizer, split="position")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert corpus.train.num_bytes + corpus.validation.num_bytes == blocks * len(block)
@@ -190,21 +204,18 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer):
     assert peaks[1] < path.stat().st_size / 2, peaks
 
 
-def test_second_preparation_reads_the_store(tmp_path, monkeypatch):
-    write_documents(tmp_path / "in", 9)
-    first = prepare(tmp_path / "in", tmp_path / "cache")
+def test_second_preparation_reads_the_store(monkeypatch, source, cache):
+    first = prepare(source, cache)
     monkeypatch.setattr("simplernn_jax.data.token_store.write_spool", None)
-    config = DataConfig(source=str(tmp_path / "in"))
+    config = DataConfig(source=str(source))
     for tokenizer in (None, first.tokenizer):
-        again = prepare_corpus(config, 3, str(tmp_path / "cache"), tokenizer=tokenizer)
+        again = prepare_corpus(config, 3, str(cache), tokenizer=tokenizer)
         assert again.content_hash == first.content_hash
         np.testing.assert_array_equal(again.train.tokens, first.train.tokens)
 
 
-def test_settings_that_change_tokens_have_a_store_of_their_own(tmp_path):
-    write_documents(tmp_path / "in", 9)
-    cache = tmp_path / "cache"
-    prepare(tmp_path / "in", cache)
+def test_settings_that_change_tokens_have_a_store_of_their_own(source, cache):
+    prepare(source, cache)
     changes = [
         {"tokenizer": "char"},
         {"split": "position"},
@@ -213,27 +224,26 @@ def test_settings_that_change_tokens_have_a_store_of_their_own(tmp_path):
         {"max_bad_records": 1},
     ]
     for change in changes:
-        prepare(tmp_path / "in", cache, **change)
+        prepare(source, cache, **change)
     assert len(list(cache.iterdir())) == 1 + len(changes)
-    (tmp_path / "in" / "001.txt").write_text("changed")
-    assert "changed" in texts_of(prepare(tmp_path / "in", cache, validation_fraction=0.0).train)
+    (source / "001.txt").write_text("changed")
+    assert "changed" in texts_of(prepare(source, cache, validation_fraction=0.0).train)
 
 
-def test_content_hash_is_that_of_the_content_and_not_of_names_or_times(tmp_path):
-    write_documents(tmp_path / "in", 9)
-    corpus = prepare(tmp_path / "in", tmp_path / "cache")
-    shutil.copytree(tmp_path / "in", tmp_path / "copy", copy_function=shutil.copyfile)
+def test_content_hash_is_that_of_the_content_and_not_of_names_or_times(tmp_path, source, cache):
+    corpus = prepare(source, cache)
+    shutil.copytree(source, tmp_path / "copy", copy_function=shutil.copyfile)
     for path in (tmp_path / "copy").iterdir():
         os.utime(path, (0, 0))
         path.rename(path.with_suffix(".md"))
-    copy = prepare(tmp_path / "copy", tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    copy = prepare(tmp_path / "copy", cache)
+    assert len(list(cache.iterdir())) == 2
     assert copy.content_hash == corpus.content_hash
     expected = hashlib.sha256(
         corpus.train.tokens.astype("<u2").tobytes() + corpus.train.document_starts.tobytes()
     )
     assert corpus.train.content_hash == expected.hexdigest()
-    other = prepare(tmp_path / "in", tmp_path / "cache", tokenizer="char")
+    other = prepare(source, cache, tokenizer="char")
     assert other.content_hash != corpus.content_hash
 
 
@@ -366,8 +376,7 @@ def test_lack_of_memory_is_not_damage(whole_store, monkeypatch, caplog):
         ("os", "rename", 0),
     ],
 )
-def test_a_killed_writer_leaves_no_store(tmp_path, module, function, calls):
-    write_documents(tmp_path / "in", 9)
+def test_a_killed_writer_leaves_no_store(tmp_path, module, function, calls, source, cache):
     command = f"""
 import os
 import {module} as module
@@ -382,34 +391,33 @@ def killed_here(*arguments):
     return original(*arguments)
 
 module.{function} = killed_here
-prepare_corpus(DataConfig(source={str(tmp_path / "in")!r}), 3, {str(tmp_path / "cache")!r})
+prepare_corpus(DataConfig(source={str(source)!r}), 3, {str(cache)!r})
 """
     code, _, errors = run_python("-c", command)
     assert code == -signal.SIGKILL, errors
-    (left,) = (tmp_path / "cache").iterdir()
+    (left,) = cache.iterdir()
     assert left.name.startswith(".")
-    corpus = prepare(tmp_path / "in", tmp_path / "cache")
-    assert corpus.content_hash == prepare(tmp_path / "in", tmp_path / "other").content_hash
-    assert leftovers(tmp_path / "cache") == [left]  # its writer might still live
+    corpus = prepare(source, cache)
+    assert corpus.content_hash == prepare(source, tmp_path / "other").content_hash
+    assert leftovers(cache) == [left]  # its writer might still live
     hours_ago = time.time() - 7200
     for path in [*left.iterdir(), left]:
         os.utime(path, (hours_ago, hours_ago))
-    prepare(tmp_path / "in", tmp_path / "cache", seed=4)
-    assert not leftovers(tmp_path / "cache")
+    prepare(source, cache, seed=4)
+    assert not leftovers(cache)
 
 
-def test_concurrent_writers_give_one_store(tmp_path):
+def test_concurrent_writers_give_one_store(tmp_path, cache):
     write_documents(tmp_path / "in", 53)
     with ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(prepare, tmp_path / "in", tmp_path / "cache") for _ in range(4)]
+        jobs = [pool.submit(prepare, tmp_path / "in", cache) for _ in range(4)]
         hashes = {job.result().content_hash for job in jobs}
     assert len(hashes) == 1
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list(cache.iterdir())) == 1
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, code):
-    write_documents(tmp_path / "in", 9)
+def test_full_disk_is_one_line_and_leaves_nothing(monkeypatch, code, source, cache):
 
     def full(descriptor: int) -> None:
         raise OSError(code, os.strerror(code))
@@ -417,13 +425,13 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, code):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match=r"cache: the disk is full; free some.*cache_dir"):
-            prepare(tmp_path / "in", tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
-    prepare(tmp_path / "in", tmp_path / "cache")
+            prepare(source, cache)
+    assert not list(cache.iterdir())
+    prepare(source, cache)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_source_that_fails_while_it_is_read_is_named(tmp_path, monkeypatch, name):
+def test_source_that_fails_while_it_is_read_is_named(tmp_path, monkeypatch, name, cache):
     path = tmp_path / name
     path.write_text('{"text": "abc"}\n')
 
@@ -436,53 +444,48 @@ def test_source_that_fails_while_it_is_read_is_named(tmp_path, monkeypatch, name
 
     monkeypatch.setattr("simplernn_jax.data.source_files.open_file", lambda path: Failing())
     with pytest.raises(UserError, match=rf"^{path}: Input/output error; make it readable"):
-        prepare(path, tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+        prepare(path, cache)
+    assert not list(cache.iterdir())
 
 
-def test_other_files_in_place_of_the_cache_or_in_it_stay(tmp_path):
-    write_documents(tmp_path / "in", 9)
+def test_other_files_in_place_of_the_cache_or_in_it_stay(tmp_path, source, cache):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file: (Not a directory|File exists); .*cache_dir"):
-        prepare(tmp_path / "in", tmp_path / "file")
-    (tmp_path / "cache").mkdir()
-    mine = tmp_path / "cache" / ".mine.tmp"  # named as if a killed writer had left it
+        prepare(source, tmp_path / "file")
+    cache.mkdir()
+    mine = cache / ".mine.tmp"  # named as if a killed writer had left it
     mine.touch()
     os.utime(mine, (0, 0))
-    prepare(tmp_path / "in", tmp_path / "cache")
+    prepare(source, cache)
     assert mine.exists()
 
 
-def test_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
-    write_documents(tmp_path / "in", 9)
+def test_source_that_changes_while_it_is_read(monkeypatch, source, cache):
     tokenizer = load_tokenizer("byte", None)
 
     class Meddler(type(tokenizer)):
         def encode(self, text: str) -> np.ndarray:
-            (tmp_path / "in" / "001.txt").write_text("more")
+            (source / "001.txt").write_text("more")
             return super().encode(text)
 
     with pytest.raises(UserError, match="changed while it was being read; run again"):
-        prepare_corpus(
-            DataConfig(source=str(tmp_path / "in")), 3, str(tmp_path / "cache"), tokenizer=Meddler()
-        )
-    assert not list((tmp_path / "cache").iterdir())
+        prepare_corpus(DataConfig(source=str(source)), 3, str(cache), tokenizer=Meddler())
+    assert not list(cache.iterdir())
 
 
 def test_progress_is_a_bar_on_a_terminal_and_two_lines_elsewhere(
-    tmp_path, capsys, caplog, monkeypatch
+    tmp_path, capsys, caplog, monkeypatch, source
 ):
-    write_documents(tmp_path / "in", 9)
     caplog.set_level("INFO")
-    prepare(tmp_path / "in", tmp_path / "a")
+    prepare(source, tmp_path / "a")
     first, last = [record.message for record in caplog.records]
     assert re.fullmatch(rf"tokenizing {tmp_path / 'in'}: 0\.\d kB \.\.\.", first)
     assert re.fullmatch(rf"tokenizing {tmp_path / 'in'}: done in [\d.]+ s", last)
     caplog.clear()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    prepare(tmp_path / "in", tmp_path / "b")
+    prepare(source, tmp_path / "b")
     assert re.search("tokenizing.*bytes", capsys.readouterr().err, re.DOTALL)
-    config = DataConfig(source=str(tmp_path / "in"))
+    config = DataConfig(source=str(source))
     prepare_corpus(config, 3, str(tmp_path / "c"), show_progress=False)
     assert capsys.readouterr().err == ""
     assert not caplog.records
