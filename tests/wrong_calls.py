@@ -95,6 +95,7 @@ class State:
     def accepts(self, x, sizes):
         if x is None:
             return True
+        x = tuple(x) if isinstance(x, list) else x  # the states of layers may be in a list
         right = jax.eval_shape(lambda: self.make(sizes["B"]))
         return jax.tree.map(jnp.shape, x) == jax.tree.map(jnp.shape, right)
 
