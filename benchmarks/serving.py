@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
+from benchmarks import tables
 from benchmarks.decoding import random_tokens
 from benchmarks.measure import Effort, call_isolated
 from benchmarks.tables import Row, Table
@@ -31,6 +32,7 @@ from simplernn_jax.inference import generate
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.training.preparation import prepare
 
+TITLE = "serve: base"
 CLIENTS, SLOTS = (1, 8, 32, 64), 32
 PROMPT, NEW_TOKENS = 100, 256
 BLOCK = 8
@@ -51,7 +53,7 @@ def run(effort: Effort) -> Iterator[Table]:
     with tempfile.TemporaryDirectory() as folder:
         model = save_untrained(folder)
         with serving(folder, f"--slots={SLOTS}", "--max_queue=64") as (process, url):
-            yield "serve: base", [compare(model, url, clients, effort) for clients in CLIENTS]
+            yield TITLE, [compare(model, url, clients, effort) for clients in CLIENTS]
             half = asyncio.run(half_loaded(model, url, effort))
             yield "serve: one more prompt beside 16 streams", [half]
             yield "serve: limits", asyncio.run(limits(model, url, process.pid))
@@ -81,6 +83,19 @@ def compare(model: LanguageModel, url: str, clients: int, effort: Effort) -> Row
         | percentiles("first token, ms", [1e3 * stream.first for stream in streams])
         | percentiles("per token, ms", between)
     )
+
+
+def draw(rows: list[Row]) -> bytes:
+    """A PNG file of the table of loads."""
+
+    def curve(column: str) -> dict[str, float]:
+        return {str(row["clients"]): row[column] for row in rows}
+
+    rates = {name: curve(f"{name} tokens/s") for name in ("HTTP", "generate")}
+    panels = {"tokens/s": rates}
+    for column in ("first token, ms, p50", "per token, ms, p50"):
+        panels[column] = {"HTTP": curve(column)}
+    return tables.draw(panels, "clients")
 
 
 async def half_loaded(model: LanguageModel, url: str, effort: Effort) -> Row:

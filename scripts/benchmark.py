@@ -113,8 +113,10 @@ def main() -> int:
         results[title] = rows
         if out is not None:  # after each, so that a later failure loses nothing
             write_file(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-            if title == memory.TITLE:
-                write_file(out / "memory.png", memory.draw(rows))
+            for module in (memory, serving):
+                if title == module.TITLE:
+                    name = module.__name__.rpartition(".")[2]
+                    write_file(out / f"{name}.png", module.draw(rows))
     return 0
 
 

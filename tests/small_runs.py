@@ -70,14 +70,15 @@ def write_corpus(folder, seed=0, documents=7):
     return str(folder)
 
 
-def save_untrained(config, workdir):
+def save_untrained(config, workdir, step=1, model_seed=None):
     """Write the checkpoint of an untrained model to `workdir`; return its corpus."""
     config, corpus = prepare(config, str(workdir))
-    params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(config.train.seed)), nnx.Param)
+    seed = config.train.seed if model_seed is None else model_seed
+    params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(seed)), nnx.Param)
     checkpointer = Checkpointer(
         str(workdir), config, corpus.tokenizer.to_json(), keep_last=2, keep_best=0
     )
-    checkpointer.save(1, {"params": params}, {"content_hash": corpus.content_hash})
+    checkpointer.save(step, {"params": params}, {"content_hash": corpus.content_hash})
     checkpointer.close()
     return corpus
 

@@ -9,41 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from simplernn_jax.array_types import ModelState
 from simplernn_jax.inference.programs import BLOCK_TOKENS
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.jobs import (
-    Event,
-    Job,
-    Logprobs,
-    NewTokens,
-    Prefilled,
-    Root,
-    Sampling,
-)
-from simplernn_jax.serving.prefix_cache import (
-    GRID,
-    Checkpoint,
-    PrefixCache,
-    is_kept,
-    prefix_keys,
-)
+from simplernn_jax.serving.jobs import Event, Job, Logprobs, NewTokens, Sampling
+from simplernn_jax.serving.prefill import LANES, Prefiller
+from simplernn_jax.serving.prefix_cache import PrefixCache
 from simplernn_jax.serving.slots import (
     Block,
     Slots,
     SlotSettings,
-    TokenLogprobs,
     empty_slots,
     split_parameters,
-    token_logprobs,
 )
 
-PREFILL_TOKENS = 256
+PREFILL_TOKENS = 512
 """Tokens prefilled between two blocks while slots decode: a long prompt never stalls them."""
 SHORT_BLOCK = 8
 """Tokens of a block while anything is streamed or waits; else BLOCK_TOKENS."""
-
-CHUNK_LENGTHS = (GRID, 16, 4, 1)
-"""Prompts are prefilled in chunks of GRID tokens, the tail of one in the shorter ones."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -64,7 +47,7 @@ class _Ready:
     """A prefilled job whose choices wait for slots."""
 
     job: Job
-    state: Checkpoint
+    layers: ModelState
     logits: jax.Array
     num_started: int = 0
 
@@ -92,9 +75,7 @@ class Decoder:
         self.waiting.clear()
         self._slots = empty_slots(self.model, num_slots)
         self._choices: list[_Choice | None] = [None] * num_slots
-        self._current: Job | None = None
-        self._prefill: Iterator[int] | None = None
-        """Of the current job."""
+        self._prefiller = Prefiller(self._programs, self._parameters, self._zero, self.cache)
         self._ready: deque[_Ready] = deque()
         self._in_flight: tuple[Block, int, bool, list[_Choice | None]] | None = None
         self._events: list[tuple[Job, Event]] = []
@@ -107,25 +88,18 @@ class Decoder:
     @property
     def num_waiting(self) -> int:
         """Number of jobs without a slot."""
-        return len(self.waiting) + len(self._ready) + (self._current is not None)
+        return len(self.waiting) + len(self._ready) + len(self._prefiller.jobs)
 
     @property
     def is_idle(self) -> bool:
         """True if `step` has nothing to do."""
-        is_busy = self.waiting or self._prefill or self._ready or self._in_flight
+        is_busy = self.waiting or self._prefiller.jobs or self._ready or self._in_flight
         return not is_busy and not self.num_active
 
     def compile(self) -> Iterator[str]:
         """Compile all programs, naming each before it is compiled."""
         slot = self._slot_of(Job(np.zeros(0, np.int32), Sampling()), 0, self._zero, self._no_logits)
-        for length in CHUNK_LENGTHS:
-            yield f"prefill of {length}"
-            tokens = np.zeros(length, np.int32)
-            _, hidden = self._programs.prefill(self._parameters, self._zero, tokens[None])
-            yield f"scores of {length}"
-            self._programs.score(self._parameters, hidden, tokens)
-        yield "logits"
-        self._programs.next_logits(self._parameters, hidden[0])
+        yield from self._prefiller.compile()
         yield "insertion"
         self._slots = self._programs.insert(self._slots, np.int32(0), slot)
         yield f"decoding in {len(self._choices)} slots"
@@ -152,8 +126,7 @@ class Decoder:
         """Drop all jobs and return them."""
         jobs = [*self.waiting, *(ready.job for ready in self._ready)]
         jobs += [choice.job for choice in self._choices if choice is not None]
-        if self._current is not None:
-            jobs.append(self._current)
+        jobs += self._prefiller.jobs
         self._start(len(self._choices))
         self.cache.clear()
         return list(dict.fromkeys(jobs))
@@ -163,24 +136,26 @@ class Decoder:
             if choice is not None and choice.is_cancelled:
                 self._choices[slot] = None
         self._ready = deque(ready for ready in self._ready if not ready.job.is_cancelled)
+        self._prefiller.drop_cancelled()
 
     def _admit(self) -> None:
         """Fill free slots with prefilled jobs, and prefill the next ones."""
-        budget = PREFILL_TOKENS
+        budget, prefiller = PREFILL_TOKENS, self._prefiller
         while True:
             self._start_choices()
             if self._ready or (budget <= 0 and (self.num_active or self._events)):
                 return
-            if self._prefill is None:
-                if not self.waiting:
+            while self.waiting and len(prefiller.jobs) < LANES:
+                prefiller.start(self.waiting.popleft())
+            if not prefiller.finished:
+                if not prefiller.jobs:
                     return
-                self._current = self.waiting.popleft()
-                self._prefill = self._prefilled(self._current)
-            num_tokens = next(self._prefill, None)
-            if num_tokens is None:
-                self._prefill = self._current = None
-            else:
-                budget -= num_tokens
+                budget -= prefiller.step()
+            for job, event, layers, logits in prefiller.finished:
+                self._events.append((job, event))
+                if job.max_tokens:
+                    self._ready.append(_Ready(job, layers, logits))
+            prefiller.finished.clear()
 
     def _start_choices(self) -> None:
         """Insert choices of prefilled jobs into free slots, in order."""
@@ -193,56 +168,12 @@ class Decoder:
                 self._slots = self._programs.insert(
                     self._slots,
                     np.int32(slot),
-                    self._slot_of(ready.job, index, ready.state.layers, ready.logits),
+                    self._slot_of(ready.job, index, ready.layers, ready.logits),
                 )
                 self._choices[slot] = _Choice(ready.job, index)
                 ready.num_started += 1
                 if ready.num_started == ready.job.num_choices:
                     self._ready.popleft()
-
-    def _prefilled(self, job: Job) -> Iterator[int]:
-        """Prefill `job` chunk by chunk, yielding the number of tokens of each."""
-        tokens, root = job.tokens, job.root
-        keys = prefix_keys(b"" if root is None else root.digest, tokens)
-        position, state = 0, None
-        if not job.scores_prompt:  # whose log-probabilities no state holds
-            num_keys, state = self.cache.longest(keys)
-            position = num_keys * GRID
-        cached = position
-        if state is None:
-            state = Checkpoint(self._zero if root is None else root.layers, self._no_logits)
-        scores: list[TokenLogprobs] = []
-        if job.scores_prompt and root is not None and len(tokens):
-            scores.append(_score(root.logits[None], tokens[:1]))
-        while position < len(tokens):
-            if job.is_cancelled:
-                return
-            length = next(n for n in CHUNK_LENGTHS if n <= len(tokens) - position)
-            chunk = tokens[position : position + length]
-            layers, hidden = self._programs.prefill(self._parameters, state.layers, chunk[None])
-            state = Checkpoint(layers, hidden[-1])
-            position += length
-            if job.scores_prompt:
-                # The last position predicts a new token: its target here is any.
-                targets = np.append(tokens, 0)[position - length + 1 : position + 1]
-                scores.append(self._programs.score(self._parameters, hidden, targets))
-            if position % GRID == 0 and is_kept(position, len(tokens)):
-                self.cache.add(keys[position // GRID - 1], state)
-            if position % GRID == 0:
-                jax.block_until_ready(state.hidden)  # or a long prompt would run far ahead
-            yield length
-        if len(tokens):
-            logits = self._programs.next_logits(self._parameters, state.hidden)
-        else:
-            assert root is not None
-            logits = root.logits
-        logprobs = None
-        if job.scores_prompt:
-            logprobs = _concatenated(scores, len(tokens) - (root is None))
-        kept = Root(b"", *jax.device_get((state.layers, logits))) if job.keeps_state else None
-        self._events.append((job, Prefilled(cached, logprobs, kept)))
-        if job.max_tokens:
-            self._ready.append(_Ready(job, state, logits))
 
     def _slot_of(self, job: Job, choice: int, layers: jax.Array, logits: jax.Array) -> Slots:
         sampling = job.sampling
@@ -281,7 +212,7 @@ class Decoder:
 
     def _dispatch(self) -> None:
         active = [choice for choice in self._choices if choice is not None]
-        is_urgent = self.waiting or self._prefill or any(c.job.is_streamed for c in active)
+        is_urgent = self.waiting or self._prefiller.jobs or any(c.job.is_streamed for c in active)
         length = SHORT_BLOCK if is_urgent else BLOCK_TOKENS
         with_logprobs = any(choice.job.num_logprobs for choice in active)
         block, self._slots = self._programs.decode(
@@ -317,14 +248,3 @@ class Decoder:
             if logprobs is not None and job.num_logprobs:
                 of_tokens = Logprobs(*(x[slot, :count] for x in logprobs))
             self._events.append((job, NewTokens(choice.index, new, of_tokens, reason)))
-
-
-_score = jax.jit(token_logprobs)
-
-
-def _concatenated(scores: list[TokenLogprobs], length: int) -> Logprobs:
-    if not scores:
-        top = np.zeros((0, 0))
-        return Logprobs(np.zeros(0, np.float32), top, top.astype(np.int32))
-    parts = zip(*jax.device_get(scores), strict=True)
-    return Logprobs(*(np.concatenate(part)[:length] for part in parts))

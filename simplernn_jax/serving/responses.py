@@ -4,8 +4,9 @@ import secrets
 import time
 from typing import Any
 
+from simplernn_jax.serving.answers import PromptResult
 from simplernn_jax.serving.choice_text import Piece, TokenEntry
-from simplernn_jax.serving.service import PromptResult, Service
+from simplernn_jax.serving.service import Service
 
 
 def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> Any:

@@ -1,11 +1,10 @@
-"""From checked requests to jobs of the engine, and from its events to text."""
+"""From checked requests to jobs of the engine."""
 
 import asyncio
-import dataclasses
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.inference.state import RECENT_TOKENS
 from simplernn_jax.inference.text import TextStream
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.choice_text import ChoiceText, Piece, TokenEntry, token_entry
+from simplernn_jax.serving.answers import Answer, PromptResult
+from simplernn_jax.serving.choice_text import ChoiceText, TokenEntry, token_entry
 from simplernn_jax.serving.engine import Engine, EngineStoppedError, QueueFullError
-from simplernn_jax.serving.jobs import Event, Failed, Job, Prefilled, Sampling
+from simplernn_jax.serving.jobs import Job, Prefilled, Sampling
 from simplernn_jax.serving.metrics import Latency, Metrics
 from simplernn_jax.serving.requests import (
     MAX_PROMPTS,
@@ -34,103 +34,6 @@ from simplernn_jax.serving.token_names import TokenNames
 RETRY_AFTER_SECONDS = 1
 CHAT_TOKENS = 1024
 """New tokens of a chat completion that asks for no number."""
-
-
-@dataclasses.dataclass(eq=False)
-class PromptResult:
-    """Continuations of one prompt, as they grow."""
-
-    job: Job
-    prompt_text: str
-    prompt_entries: list[TokenEntry] | None
-    choices: list[ChoiceText]
-    latencies: list[Latency]
-    cached_tokens: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """What an event adds to one choice of a request."""
-
-    index: int
-    piece: Piece
-
-
-class Answer:
-    """A submitted request: iterate over `updates` until all its choices have ended."""
-
-    def __init__(self, service: "Service", results: list[PromptResult]) -> None:
-        self.results = results
-        self._service = service
-        self._queue: asyncio.Queue[tuple[Job, Event]] = asyncio.Queue()
-        self._of_job = {result.job: number for number, result in enumerate(results)}
-        self._num_left = len(results)
-        for result in results:
-            result.job.queue = self._queue
-
-    def submit(self) -> None:
-        """Queue the jobs.
-
-        Raises:
-          RequestError: 429 if the queue is full, 503 if the server stops or has not started.
-        """
-        self._service.submit([result.job for result in self.results])
-
-    def cancel(self) -> None:
-        """Free what the jobs use."""
-        for result in self.results:
-            result.job.is_cancelled = True
-
-    async def updates(self) -> AsyncIterator[list[Update]]:
-        """Yield what has become known, a list for each step of the engine.
-
-        Raises:
-          RequestError: the engine failed or is stopping.
-        """
-        while self._num_left:
-            events = [await self._queue.get()]
-            while not self._queue.empty():
-                events.append(self._queue.get_nowait())
-            yield [update for event in events for update in self._read(*event)]
-
-    async def prefilled(self) -> Prefilled:
-        """Wait for the end of a single job that only prefills.
-
-        Raises:
-          RequestError: as `updates`.
-        """
-        _, event = await self._queue.get()
-        if isinstance(event, Failed):
-            raise RequestError(event.message, status=503, code="server_error")
-        assert isinstance(event, Prefilled)
-        return event
-
-    def _read(self, job: Job, event: Event) -> list[Update]:
-        number = self._of_job[job]
-        result = self.results[number]
-        if isinstance(event, Failed):
-            raise RequestError(event.message, status=503, code="server_error")
-        if isinstance(event, Prefilled):
-            result.cached_tokens = event.cached_tokens
-            self._service.metrics.prompt_tokens.inc(len(job.tokens))
-            self._service.metrics.cached_tokens.inc(event.cached_tokens)
-            if result.prompt_entries is not None and event.logprobs is not None:
-                result.prompt_entries += self._service.prompt_entries(job, event)
-            if job.max_tokens:
-                return []
-            self._num_left -= 1
-            ended = Piece("", [], "length")
-            first = number * job.num_choices
-            return [Update(first + i, dataclasses.replace(ended)) for i in range(job.num_choices)]
-        choice = result.choices[event.choice]
-        if choice.finish_reason is not None:
-            return []
-        piece = choice.feed(event)
-        result.latencies[event.choice].observe(len(event.tokens))
-        if piece.finish_reason is not None:
-            job.cancelled_choices.add(event.choice)
-            self._num_left -= all(c.finish_reason is not None for c in result.choices)
-        return [Update(number * job.num_choices + event.choice, piece)]
 
 
 class Service:
@@ -171,6 +74,28 @@ class Service:
         # Some vocabularies have one id for several purposes.
         special = {tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, vocab_size)}
         self._banned_ids = special - {tokenizer.eos_id}
+
+    async def load_state(self, name: str | None) -> NamedState | None:
+        """Load a named state; None is none.
+
+        Raises:
+          RequestError: as `StateFolder.load`.
+        """
+        return None if name is None else await asyncio.to_thread(self.states.load, name)
+
+    def check_model(self, name: str | None) -> None:
+        """Check the name of the model in a request.
+
+        Raises:
+          RequestError: 404 if it is another one.
+        """
+        if name not in (None, self.model_name):
+            raise RequestError(
+                f"model: {name!r} is not served here; {self.model_name!r} is",
+                param="model",
+                status=404,
+                code="model_not_found",
+            )
 
     async def reload(self) -> bool:
         """Use the newest checkpoint for requests from now on; return False if it is in use.
@@ -330,7 +255,7 @@ class Service:
             )
             echoed = text if request.echo else ""
             results.append(self.result(job, start, echoed, stops, request.logprobs))
-        return Answer(self, results)
+        return self._answer(results)
 
     def chat(self, request: ChatRequest, start: NamedState | None) -> Answer:
         """Make the job of a chat completion; its messages follow the state `start`.
@@ -366,7 +291,10 @@ class Service:
         )
         stops = [*_stops(request), self.template.end_of_turn.strip(" ")]
         num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        return Answer(self, [self.result(job, start, "", stops, num_logprobs)])
+        return self._answer([self.result(job, start, "", stops, num_logprobs)])
+
+    def _answer(self, results: list[PromptResult]) -> Answer:
+        return Answer(results, self.submit, self.prompt_entries, self.metrics)
 
     def result(
         self,
@@ -401,7 +329,7 @@ class Service:
         _, tokens = self._prompt(request.prompt, parent is not None)
         root = None if parent is None else parent.root
         job = Job(tokens, Sampling(), root=root, keeps_state=True)
-        return Answer(self, [PromptResult(job, "", None, [], [])])
+        return self._answer([PromptResult(job, "", None, [], [])])
 
     def describe_state(self, state: NamedState) -> Any:
         """Describe a state as the API does."""

@@ -1,4 +1,4 @@
-"""Device side of the server: N decoding slots, and the prefill of one sequence.
+"""Device side of the server: N decoding slots, and prefill.
 
 N is fixed for the life of the server, because XLA may order float32 sums differently for another
 batch size. Within one N, a slot gives the same bits whatever its index and its neighbors.
@@ -78,8 +78,8 @@ class Block(NamedTuple):
 class SlotPrograms(NamedTuple):
     """Jitted functions of one architecture; `parameters` are those of `split_parameters`.
 
-    prefill(parameters, layers, tokens [1, T]) -> (layers, hidden [T, D])
-        of one sequence; `layers` has batch size 1.
+    prefill(parameters, (layers, ...), tokens [P, T]) -> ((layers, hidden [T, D]), ...)
+        of P sequences, each with `layers` of batch size 1.
     next_logits(parameters, hidden [D]) -> logits [vocab]
     score(parameters, hidden [T, D], targets [T]) -> TokenLogprobs
     insert(slots, index, slot) -> slots
@@ -140,10 +140,15 @@ def slot_programs(graphdef: Any, treedef: Any) -> SlotPrograms:
         return nnx.merge(graphdef, jax.tree.unflatten(treedef, parameters))
 
     def prefill(
-        parameters: list[Array], layers: ModelState, tokens: Int[Array, "one T"]
-    ) -> tuple[ModelState, Float[Array, "T D"]]:
-        hidden, layers = merge(parameters).hidden_states(tokens, layers)
-        return layers, hidden[0]
+        parameters: list[Array], layers: tuple[ModelState, ...], tokens: Int[Array, "P T"]
+    ) -> tuple[tuple[ModelState, Float[Array, "T D"]], ...]:
+        together = jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
+        hidden, together = merge(parameters).hidden_states(tokens, together)
+
+        def one(index: int) -> tuple[ModelState, Float[Array, "T D"]]:
+            return jax.tree.map(lambda x: x[index : index + 1], together), hidden[index]
+
+        return tuple(one(index) for index in range(len(layers)))
 
     def next_logits(parameters: list[Array], hidden: Float[Array, "D"]) -> Float[Array, "vocab"]:
         return merge(parameters).logits(hidden[None, None])[0, 0]

@@ -1,0 +1,120 @@
+"""Answers to requests as they grow: from the engine's events to text."""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Callable
+
+from simplernn_jax.serving.choice_text import ChoiceText, Piece, TokenEntry
+from simplernn_jax.serving.jobs import Event, Failed, Job, Prefilled
+from simplernn_jax.serving.metrics import Latency, Metrics
+from simplernn_jax.serving.requests import RequestError
+
+
+@dataclasses.dataclass(eq=False)
+class PromptResult:
+    """Continuations of one prompt, as they grow."""
+
+    job: Job
+    prompt_text: str
+    prompt_entries: list[TokenEntry] | None
+    choices: list[ChoiceText]
+    latencies: list[Latency]
+    cached_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What an event adds to one choice of a request."""
+
+    index: int
+    piece: Piece
+
+
+class Answer:
+    """A submitted request: iterate over `updates` until all its choices have ended.
+
+    Args:
+      results: of its prompts.
+      submit: queues jobs.
+      prompt_entries: makes the entries of a prompt's tokens.
+      metrics: counts tokens.
+    """
+
+    def __init__(
+        self,
+        results: list[PromptResult],
+        submit: Callable[[list[Job]], None],
+        prompt_entries: Callable[[Job, Prefilled], list[TokenEntry]],
+        metrics: Metrics,
+    ) -> None:
+        self.results = results
+        self._submit, self._prompt_entries, self._metrics = submit, prompt_entries, metrics
+        self._queue: asyncio.Queue[tuple[Job, Event]] = asyncio.Queue()
+        self._of_job = {result.job: number for number, result in enumerate(results)}
+        self._num_left = len(results)
+        for result in results:
+            result.job.queue = self._queue
+
+    def submit(self) -> None:
+        """Queue the jobs.
+
+        Raises:
+          RequestError: 429 if the queue is full, 503 if the server stops or has not started.
+        """
+        self._submit([result.job for result in self.results])
+
+    def cancel(self) -> None:
+        """Free what the jobs use."""
+        for result in self.results:
+            result.job.is_cancelled = True
+
+    async def updates(self) -> AsyncIterator[list[Update]]:
+        """Yield what has become known, a list for each step of the engine.
+
+        Raises:
+          RequestError: the engine failed or is stopping.
+        """
+        while self._num_left:
+            events = [await self._queue.get()]
+            while not self._queue.empty():
+                events.append(self._queue.get_nowait())
+            yield [update for event in events for update in self._read(*event)]
+
+    async def prefilled(self) -> Prefilled:
+        """Wait for the end of a single job that only prefills.
+
+        Raises:
+          RequestError: as `updates`.
+        """
+        _, event = await self._queue.get()
+        if isinstance(event, Failed):
+            raise RequestError(event.message, status=503, code="server_error")
+        assert isinstance(event, Prefilled)
+        return event
+
+    def _read(self, job: Job, event: Event) -> list[Update]:
+        number = self._of_job[job]
+        result = self.results[number]
+        if isinstance(event, Failed):
+            raise RequestError(event.message, status=503, code="server_error")
+        if isinstance(event, Prefilled):
+            result.cached_tokens = event.cached_tokens
+            self._metrics.prompt_tokens.inc(len(job.tokens))
+            self._metrics.cached_tokens.inc(event.cached_tokens)
+            if result.prompt_entries is not None and event.logprobs is not None:
+                result.prompt_entries += self._prompt_entries(job, event)
+            if job.max_tokens:
+                return []
+            self._num_left -= 1
+            ended = Piece("", [], "length")
+            first = number * job.num_choices
+            return [Update(first + i, dataclasses.replace(ended)) for i in range(job.num_choices)]
+        choice = result.choices[event.choice]
+        if choice.finish_reason is not None:
+            return []
+        piece = choice.feed(event)
+        result.latencies[event.choice].observe(len(event.tokens))
+        if piece.finish_reason is not None:
+            job.cancelled_choices.add(event.choice)
+            self._num_left -= all(c.finish_reason is not None for c in result.choices)
+        return [Update(number * job.num_choices + event.choice, piece)]

@@ -1,0 +1,139 @@
+"""Routes of completions and chat completions, whole or as server-sent events."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from simplernn_jax.serving.answers import Answer
+from simplernn_jax.serving.choice_text import Piece
+from simplernn_jax.serving.http import counted, json_response, read_body
+from simplernn_jax.serving.requests import (
+    ChatRequest,
+    CompletionRequest,
+    RequestError,
+    SamplingFields,
+    parse,
+)
+from simplernn_jax.serving.responses import ChatCompletion, Completion, error_body, usage
+from simplernn_jax.serving.service import Service
+
+
+def completion_routes(service: Service) -> list[Route]:
+    """Make the routes of completions."""
+
+    async def completions(request: Request) -> Response:
+        service.check_room()
+        body = parse(CompletionRequest, await read_body(request))
+        answer = service.complete(body, await service.load_state(body.state))
+        return await respond(request, Completion(service), body, answer, body.logprobs is not None)
+
+    async def chat(request: Request) -> Response:
+        service.check_room()
+        body = parse(ChatRequest, await read_body(request))
+        answer = service.chat(body, await service.load_state(body.state))
+        return await respond(request, ChatCompletion(service), body, answer, bool(body.logprobs))
+
+    async def respond(
+        request: Request,
+        form: Completion,
+        body: SamplingFields,
+        answer: Answer,
+        has_logprobs: bool,
+    ) -> Response:
+        service.check_model(body.model)
+        # The first step decides whether the request is counted, and refuses it with its own status.
+        updates = answer.updates()
+        if body.stream:
+            with_usage = body.stream_options is not None and body.stream_options.include_usage
+            answer.submit()
+            frames = stream(form, answer, updates, has_logprobs, with_usage)
+            return StreamingResponse(
+                frames, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+            )
+        answer.submit()
+        gathered = asyncio.ensure_future(gather(answer, updates))
+        gone = asyncio.ensure_future(disconnected(request))
+        try:
+            await asyncio.wait({gathered, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not gathered.done():
+                raise ClientDisconnect
+            pieces = gathered.result()
+        finally:
+            answer.cancel()
+            for task in (gathered, gone):
+                task.cancel()
+        choices = [form.choice(i, piece, has_logprobs) for i, piece in enumerate(pieces)]
+        return json_response(form.response(choices, usage(answer.results)))
+
+    return [
+        Route("/v1/completions", counted(service, completions), methods=["POST"]),
+        Route("/v1/chat/completions", counted(service, chat), methods=["POST"]),
+    ]
+
+
+async def disconnected(request: Request) -> None:
+    """Return when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def gather(answer: Answer, updates: AsyncIterator[Any]) -> list[Piece]:
+    """Collect the whole pieces of all choices."""
+    pieces = [
+        Piece(result.prompt_text, [], None)
+        for result in answer.results
+        for _ in range(result.job.num_choices)
+    ]
+    async for several in updates:
+        for update in several:
+            piece = pieces[update.index]
+            piece.text += update.piece.text
+            piece.entries += update.piece.entries
+            piece.finish_reason = update.piece.finish_reason
+    number = 0
+    for result in answer.results:
+        for _ in range(result.job.num_choices):
+            pieces[number].entries[:0] = result.prompt_entries or []
+            number += 1
+    return pieces
+
+
+async def stream(
+    form: Completion,
+    answer: Answer,
+    updates: AsyncIterator[Any],
+    has_logprobs: bool,
+    with_usage: bool,
+) -> AsyncIterator[bytes]:
+    """Yield the frames of a stream: one for each choice and step."""
+    more = {"usage": None} if with_usage else {}
+    started: set[int] = set()
+    try:
+        async for several in updates:
+            for update in several:
+                piece, is_first = update.piece, update.index not in started
+                if is_first:
+                    result = answer.results[update.index // answer.results[0].job.num_choices]
+                    piece.text = result.prompt_text + piece.text
+                    piece.entries[:0] = result.prompt_entries or []
+                if piece.text or piece.entries or piece.finish_reason or is_first:
+                    started.add(update.index)
+                    choice = form.delta(update.index, piece, has_logprobs, is_first)
+                    yield sse_frame(form.frame([choice], **more))
+        if with_usage:
+            yield sse_frame(form.frame([], usage=usage(answer.results)))
+        yield b"data: [DONE]\n\n"
+    except RequestError as error:
+        yield sse_frame(error_body(error.message, error.status, error.param, error.code))
+    finally:
+        answer.cancel()
+
+
+def sse_frame(content: Any) -> bytes:
+    """Encode one server-sent event."""
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"

@@ -1,0 +1,190 @@
+"""Prefill of prompts: several at a time, chunk by chunk, from the longest cached prefix.
+
+How a prompt is cut into chunks, and by which program each is prefilled, depends on the positions in
+the prompt alone. So its state has the same bits whatever is prefilled beside it and whatever is
+cached.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Generator, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simplernn_jax.array_types import ModelState
+from simplernn_jax.serving.jobs import Job, Logprobs, Prefilled, Root
+from simplernn_jax.serving.prefix_cache import (
+    GRID,
+    Checkpoint,
+    PrefixCache,
+    is_kept,
+    prefix_keys,
+)
+from simplernn_jax.serving.slots import SlotPrograms, TokenLogprobs, token_logprobs
+
+LANES = 4
+"""Prompts prefilled by one call, which takes little longer than for one."""
+MAX_SHARED = 256
+"""Tokens of a prompt whose chunks share calls with other prompts. Further chunks of GRID tokens
+have calls of their own: long prompts are rarely many, and other lanes would be computed in vain."""
+CHUNK_LENGTHS = (GRID, 16, 4, 1)
+"""Prompts are prefilled in chunks of GRID tokens, the tail of one in the shorter ones."""
+
+
+class _Chunk(NamedTuple):
+    """Tokens to prefill after a state."""
+
+    layers: ModelState
+    tokens: np.ndarray
+    is_shared: bool
+
+
+class PrefilledJob(NamedTuple):
+    """A job with what its prefill has given."""
+
+    job: Job
+    event: Prefilled
+    layers: ModelState
+    logits: jax.Array
+
+
+_Steps = Generator[_Chunk, tuple[Checkpoint, jax.Array], PrefilledJob | None]
+
+
+@dataclasses.dataclass
+class _Lane:
+    job: Job
+    steps: _Steps
+    chunk: _Chunk
+
+
+class Prefiller:
+    """Prefills up to `LANES` jobs in turn. Not thread-safe.
+
+    Args:
+      programs, parameters: of the model.
+      zero: state of one sequence before its first token.
+      cache: prefixes to begin with, and to which their states are added.
+    """
+
+    def __init__(
+        self,
+        programs: SlotPrograms,
+        parameters: list[jax.Array],
+        zero: ModelState,
+        cache: PrefixCache,
+    ) -> None:
+        self.finished: list[PrefilledJob] = []
+        """Jobs that `start` and `step` have finished; the caller takes them."""
+        self._programs, self._parameters, self._zero = programs, parameters, zero
+        self._cache = cache
+        self._lanes: deque[_Lane] = deque()
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Jobs that have been started and not finished."""
+        return [lane.job for lane in self._lanes]
+
+    def compile(self) -> Iterator[str]:
+        """Compile all programs, naming each before it is compiled."""
+        for count, length in [(1, GRID), *((LANES, length) for length in CHUNK_LENGTHS)]:
+            yield f"prefill of {count} x {length}"
+            tokens = np.zeros((count, length), np.int32)
+            ((_, hidden), *_) = self._programs.prefill(
+                self._parameters, (self._zero,) * count, tokens
+            )
+            yield f"scores of {length}"
+            self._programs.score(self._parameters, hidden, tokens[0])
+        yield "logits"
+        self._programs.next_logits(self._parameters, hidden[0])
+
+    def start(self, job: Job) -> None:
+        """Begin with a job; there must be fewer than `LANES`."""
+        self._advance(job, self._steps(job), None)
+
+    def step(self) -> int:
+        """Prefill the next chunk of the job that has waited longest, and of those alike.
+
+        Returns:
+          The number of tokens computed, those of idle lanes included.
+        """
+        first = self._lanes[0].chunk
+        alike = [
+            lane
+            for lane in self._lanes
+            if lane.chunk.is_shared and len(lane.chunk.tokens) == len(first.tokens)
+        ]
+        lanes, count = (alike, LANES) if first.is_shared else ([self._lanes[0]], 1)
+        idle = count - len(lanes)
+        layers = [lane.chunk.layers for lane in lanes] + [self._zero] * idle
+        tokens = np.zeros((count, len(first.tokens)), np.int32)
+        tokens[: len(lanes)] = [lane.chunk.tokens for lane in lanes]
+        results = self._programs.prefill(self._parameters, tuple(layers), tokens)
+        jax.block_until_ready(results)  # or a long prompt would run far ahead
+        for lane, (layers_after, hidden) in zip(lanes, results, strict=False):
+            self._lanes.remove(lane)
+            self._advance(lane.job, lane.steps, (Checkpoint(layers_after, hidden[-1]), hidden))
+        return tokens.size
+
+    def drop_cancelled(self) -> None:
+        """Forget the jobs that were cancelled."""
+        self._lanes = deque(lane for lane in self._lanes if not lane.job.is_cancelled)
+
+    def _advance(self, job: Job, steps: _Steps, result: Any) -> None:
+        try:
+            self._lanes.append(_Lane(job, steps, steps.send(result)))
+        except StopIteration as end:
+            if end.value is not None:
+                self.finished.append(end.value)
+
+    def _steps(self, job: Job) -> _Steps:
+        """Yield the chunks of a job's prompt, and take what they give."""
+        tokens, root = job.tokens, job.root
+        keys = prefix_keys(b"" if root is None else root.digest, tokens)
+        position, state = 0, None
+        if not job.scores_prompt:  # whose log-probabilities no state holds
+            num_keys, state = self._cache.longest(keys)
+            position = num_keys * GRID
+        cached = position
+        layers = self._zero if root is None else root.layers
+        scores: list[TokenLogprobs] = []
+        if job.scores_prompt and root is not None and len(tokens):
+            scores.append(_score(root.logits[None], tokens[:1]))
+        while position < len(tokens):
+            length = next(n for n in CHUNK_LENGTHS if n <= len(tokens) - position)
+            chunk = tokens[position : position + length]
+            is_shared = position < MAX_SHARED or length < GRID
+            before = layers if state is None else state.layers
+            state, hidden = yield _Chunk(before, chunk, is_shared)
+            position += length
+            if job.scores_prompt:
+                # The last position predicts a new token: its target here is any.
+                targets = np.append(tokens, 0)[position - length + 1 : position + 1]
+                scores.append(self._programs.score(self._parameters, hidden, targets))
+            if position % GRID == 0 and is_kept(position, len(tokens)):
+                self._cache.add(keys[position // GRID - 1], state)
+        if state is not None:
+            layers = state.layers
+            logits = self._programs.next_logits(self._parameters, state.hidden)
+        else:
+            assert root is not None
+            logits = root.logits
+        logprobs = None
+        if job.scores_prompt:
+            logprobs = _concatenated(scores, len(tokens) - (root is None))
+        kept = Root(b"", *jax.device_get((layers, logits))) if job.keeps_state else None
+        return PrefilledJob(job, Prefilled(cached, logprobs, kept), layers, jnp.asarray(logits))
+
+
+_score = jax.jit(token_logprobs)
+
+
+def _concatenated(scores: list[TokenLogprobs], length: int) -> Logprobs:
+    if not scores:
+        top = np.zeros((0, 0))
+        return Logprobs(np.zeros(0, np.float32), top, top.astype(np.int32))
+    parts = zip(*jax.device_get(scores), strict=True)
+    return Logprobs(*(np.concatenate(part)[:length] for part in parts))

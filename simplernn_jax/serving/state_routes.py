@@ -1,0 +1,78 @@
+"""Routes of named states."""
+
+import asyncio
+import contextlib
+from typing import Any
+
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from simplernn_jax.serving.http import counted, json_response, read_body
+from simplernn_jax.serving.requests import ForkRequest, RequestError, StateRequest, parse
+from simplernn_jax.serving.service import Service
+
+
+def state_routes(service: Service) -> list[Route]:
+    """Make the routes below ``/v1/states``."""
+
+    async def list_states(request: Request) -> Response:
+        def described() -> list[Any]:
+            states = []
+            for name in service.states.names():
+                with contextlib.suppress(RequestError):  # corrupted, deleted or of another model
+                    states.append(service.describe_state(service.states.load(name)))
+            return states
+
+        del request
+        return json_response({"object": "list", "data": await asyncio.to_thread(described)})
+
+    async def make_state(request: Request) -> Response:
+        body = parse(StateRequest, await read_body(request))
+        parent = await service.load_state(body.parent)
+        answer = service.prefill_state(body, parent)
+        answer.submit()
+        try:
+            root = (await answer.prefilled()).root
+            assert root is not None
+        finally:
+            answer.cancel()
+        name = None if body.name is UNSET else body.name
+        tokens = answer.results[0].job.tokens
+        state = await asyncio.to_thread(service.states.add, name, root, tokens, parent)
+        return json_response(service.describe_state(state), 201)
+
+    async def show_state(request: Request) -> Response:
+        state = await asyncio.to_thread(service.states.load, request.path_params["name"])
+        return json_response(service.describe_state(state))
+
+    async def state_file(request: Request) -> Response:
+        name = request.path_params["name"]
+        if request.method == "PUT":
+            content = await read_body(request)
+            state = await asyncio.to_thread(service.states.put, name, content)
+            return json_response(service.describe_state(state), 201)
+        content = await asyncio.to_thread(service.states.read, name)
+        headers = {"Content-Disposition": f'attachment; filename="{name}.safetensors"'}
+        return Response(content, 200, headers, "application/octet-stream")
+
+    async def fork_state(request: Request) -> Response:
+        body = parse(ForkRequest, await read_body(request) or b"{}")
+        name = None if body.name is UNSET else body.name
+        state = await asyncio.to_thread(service.states.fork, request.path_params["name"], name)
+        return json_response(service.describe_state(state), 201)
+
+    async def delete_state(request: Request) -> Response:
+        name = request.path_params["name"]
+        await asyncio.to_thread(service.states.delete, name)
+        return json_response({"id": name, "object": "state", "deleted": True})
+
+    return [
+        Route("/v1/states", counted(service, list_states)),
+        Route("/v1/states", counted(service, make_state), methods=["POST"]),
+        Route("/v1/states/{name}", counted(service, show_state)),
+        Route("/v1/states/{name}", counted(service, delete_state), methods=["DELETE"]),
+        Route("/v1/states/{name}/file", counted(service, state_file), methods=["GET", "PUT"]),
+        Route("/v1/states/{name}/fork", counted(service, fork_state), methods=["POST"]),
+    ]

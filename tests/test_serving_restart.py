@@ -1,0 +1,93 @@
+"""scripts/serve.py killed, started again, and given newer parameters, all under load."""
+
+import concurrent.futures
+import http.client
+import itertools
+import random
+import time
+
+import pytest
+from serving_process import serving
+from small_runs import HYBRID, save_untrained, small_config, write_corpus
+
+from simplernn_jax import load_model
+from simplernn_jax.inference import load_state
+
+PROMPTS = [("ab cé" * (1 + 7 * n))[: 3 + 11 * n] for n in range(32)]
+ENDLESS = {"prompt": "a", "max_tokens": 3000, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    config = small_config(**HYBRID, source=write_corpus(tmp_path / "texts"))
+    save_untrained(config, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def complete_all(server, seed):
+    """Answers of all `PROMPTS`, asked for at once in an order of `seed`, and cached tokens."""
+
+    def complete(index):
+        settings = {"seed": index, "logprobs": 2, "temperature": 0.8, "max_tokens": 20}
+        return server.complete(PROMPTS[index], **settings)
+
+    order = random.Random(seed).sample(range(32), 32)
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        bodies = dict(zip(order, pool.map(complete, order), strict=True))
+    cached = [body["usage"]["prompt_tokens_details"]["cached_tokens"] for body in bodies.values()]
+    return [bodies[index]["choices"] for index in range(32)], sum(cached)
+
+
+def test_killed_while_it_saves_states(workdir, tmp_path):
+    flags = ["--slots=5", f"--state_dir={tmp_path / 'states'}"]
+    with serving(workdir, *flags) as server:
+        cold, _ = complete_all(server, 0)
+        warm, cached = complete_all(server, 1)
+        assert warm == cold
+        assert cached > 0
+
+        def save_states(prefix):
+            for number in itertools.count():
+                body = {"prompt": "a", "name": f"{prefix}-{number}"}
+                if server.send("POST", "/v1/states", body)[0] != 201:
+                    return
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            savers = [pool.submit(save_states, prefix) for prefix in "abcd"]
+            while len(list((tmp_path / "states").glob("*.safetensors"))) < 20:
+                time.sleep(0.01)
+            server.process.kill()
+            for saver in savers:
+                assert isinstance(saver.exception(), OSError | http.client.HTTPException)
+    model, tokenizer, _ = load_model(str(workdir))
+    saved = list((tmp_path / "states").glob("*.safetensors"))
+    assert len(saved) >= 20
+    for path in saved:
+        load_state(path, model, tokenizer)
+    # Nothing fits into this cache: every prompt is prefilled again.
+    with serving(workdir, *flags, "--cache_mb=0") as server:
+        listed = server.send("GET", "/v1/states")[2]["data"]
+        assert {state["id"] for state in listed} == {path.stem for path in saved}
+        again, cached = complete_all(server, 2)
+        assert again == cold
+        assert cached == 0
+
+
+def test_newer_parameters_do_not_disturb_running_requests(workdir):
+    config = small_config(**HYBRID, source=str(workdir.parent / "texts"))
+    with serving(workdir, "--slots=5") as server:
+        short = {**ENDLESS, "max_tokens": 30}
+        old = server.complete(**short)["choices"][0]["text"]
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            running = [pool.submit(server.complete, **ENDLESS) for _ in range(3)]
+            while server.send("GET", "/slots")[2]["active"] < 3:
+                time.sleep(0.01)
+            save_untrained(config, workdir, step=2, model_seed=5)
+            assert server.send("POST", "/admin/reload")[2] == {"reloaded": True}
+            new = server.complete(**short)["choices"][0]["text"]
+            texts = [future.result()["choices"][0]["text"] for future in running]
+        assert new != old
+        assert [text.startswith(old) for text in texts] == [True] * 3
+        assert len(set(texts)) == 1
+        assert server.send("POST", "/admin/reload")[2] == {"reloaded": False}
+        assert server.complete(**short)["choices"][0]["text"] == new
