@@ -79,14 +79,16 @@ def main() -> None:
     evaluator = Evaluator(config, tokenizer.pad_id)
     params = nnx.state(model, nnx.Param)
     result = evaluator(params, split, windows=windows)
-    xz = xz_bits_per_byte(split, tokenizer)
+    xz = ""
+    if split.targets is None:  # or the model is not scored on the whole text
+        xz = f"   (xz -9e: {xz_bits_per_byte(split, tokenizer):.4f})"
     facts = {
         "split": f"{split.name}, {counted(len(split.document_starts), 'document')}",
         "state": describe(windows),
         "predictions": f"{result.predictions:,}",
         "nats/token": f"{result.nats_per_token:.4f}",
         "perplexity": f"{result.perplexity:.4f}",
-        "bits/byte": f"{result.bits_per_byte:.4f}   (xz -9e: {xz:.4f})",
+        "bits/byte": f"{result.bits_per_byte:.4f}{xz}",
     }
     if windows is not None:
         carried = evaluator(params, split)
