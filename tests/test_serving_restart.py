@@ -14,7 +14,6 @@ from simplernn_jax import load_model
 from simplernn_jax.inference import load_state
 
 PROMPTS = [("ab cé" * (1 + 7 * n))[: 3 + 11 * n] for n in range(32)]
-ENDLESS = {"prompt": "a", "max_tokens": 3000, "temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture
@@ -76,18 +75,22 @@ def test_killed_while_it_saves_states(workdir, tmp_path):
 def test_newer_parameters_do_not_disturb_running_requests(workdir):
     config = small_config(**HYBRID, source=str(workdir.parent / "texts"))
     with serving(workdir, "--slots=5") as server:
-        short = {**ENDLESS, "max_tokens": 30}
-        old = server.complete(**short)["choices"][0]["text"]
+
+        def scores(max_tokens):
+            body = server.complete("a", max_tokens=max_tokens, logprobs=0, seed=1, ignore_eos=True)
+            return body["choices"][0]["logprobs"]["token_logprobs"]
+
+        old = scores(30)
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            running = [pool.submit(server.complete, **ENDLESS) for _ in range(3)]
+            running = [pool.submit(scores, 3000) for _ in range(3)]
             while server.send("GET", "/slots")[2]["active"] < 3:
                 time.sleep(0.01)
             save_untrained(config, workdir, step=2, model_seed=5)
             assert server.send("POST", "/admin/reload")[2] == {"reloaded": True}
-            new = server.complete(**short)["choices"][0]["text"]
-            texts = [future.result()["choices"][0]["text"] for future in running]
+            new = scores(30)
+            found = [future.result() for future in running]
         assert new != old
-        assert [text.startswith(old) for text in texts] == [True] * 3
-        assert len(set(texts)) == 1
+        assert found == [found[0]] * 3
+        assert (len(found[0]), found[0][:30]) == (3000, old)
         assert server.send("POST", "/admin/reload")[2] == {"reloaded": False}
-        assert server.complete(**short)["choices"][0]["text"] == new
+        assert scores(30) == new
