@@ -117,6 +117,7 @@ def test_chat(page):
         page.locator("#generate:enabled").wait_for()
     assert page.locator(".message.user").all_text_contents() == ["hi", "more"]
     assert page.locator(".message.assistant").count() == 2
+    assert page.locator("#after").is_hidden()
     page.get_by_label("Prompt").fill("\x01")
     page.get_by_role("button", name="Generate").click()
     page.get_by_role("alert").get_by_text("control characters").wait_for()

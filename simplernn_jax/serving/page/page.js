@@ -91,7 +91,7 @@ async function generate() {
   const counted = (added) => {
     count += added;
     const seconds = (performance.now() - start) / 1000;
-    $("speed").textContent = `${count} tokens, ${Math.round(count / seconds)} tokens/s`;
+    $("speed").textContent = `${count} ${count === 1 ? "token" : "tokens"}, ${Math.round(count / seconds)} tokens/s`;
   };
   try {
     await (isChat ? converse(counted) : complete(counted));
