@@ -73,6 +73,7 @@ async function* frames(path, body) {
       if (frame.error) throw new Error(frame.error.message);
       yield frame;
     }
+    await new Promise((resolve) => setTimeout(resolve));  // or a fast model would block the page
   }
 }
 
