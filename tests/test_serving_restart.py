@@ -3,7 +3,9 @@
 import concurrent.futures
 import http.client
 import itertools
+import json
 import random
+import signal
 import time
 
 import pytest
@@ -94,3 +96,18 @@ def test_newer_parameters_do_not_disturb_running_requests(workdir):
         assert (len(found[0]), found[0][:30]) == (3000, old)
         assert server.send("POST", "/admin/reload")[2] == {"reloaded": False}
         assert scores(30) == new
+
+
+def test_a_stream_that_does_not_end_in_time_ends_with_an_error(workdir):
+    with serving(workdir, "--slots=2", "--drain_timeout=0.5") as server:
+        body = {"prompt": "a", "max_tokens": 10**6, "ignore_eos": True, "stream": True}
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            running = pool.submit(server.send, "POST", "/v1/completions", body)
+            while server.send("GET", "/slots")[2]["active"] == 0:
+                time.sleep(0.01)
+            code, errors = server.stop(signal.SIGTERM)
+            status, _, content = running.result()
+    assert (code, status) == (0, 200), errors
+    *_, last, end = content.decode().split("\n\n")
+    assert end == ""
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server is stopping"
