@@ -141,6 +141,8 @@ class Decoder:
     def _admit(self) -> None:
         """Fill free slots with prefilled jobs, and prefill the next ones."""
         budget, prefiller = PREFILL_TOKENS, self._prefiller
+        if len(self.waiting) > self.num_active:
+            budget *= 4  # more prompts wait than streams are stalled
         while True:
             self._start_choices()
             if self._ready or (budget <= 0 and (self.num_active or self._events)):
@@ -213,7 +215,10 @@ class Decoder:
     def _dispatch(self) -> None:
         active = [choice for choice in self._choices if choice is not None]
         is_urgent = self.waiting or self._prefiller.jobs or any(c.job.is_streamed for c in active)
-        length = SHORT_BLOCK if is_urgent else BLOCK_TOKENS
+        length = BLOCK_TOKENS
+        if is_urgent:
+            # Many streams are worth more than the latency of each.
+            length = SHORT_BLOCK * (1 + (2 * len(active) > len(self._choices)))
         with_logprobs = any(choice.job.num_logprobs for choice in active)
         block, self._slots = self._programs.decode(
             self._parameters,

@@ -26,10 +26,8 @@ from simplernn_jax.serving.prefix_cache import (
 from simplernn_jax.serving.slots import SlotPrograms, TokenLogprobs, token_logprobs
 
 LANES = 4
-"""Prompts prefilled by one call, which takes little longer than for one."""
-MAX_SHARED = 256
-"""Tokens of a prompt whose chunks share calls with other prompts. Further chunks of GRID tokens
-have calls of their own: long prompts are rarely many, and other lanes would be computed in vain."""
+"""Prompts whose tails are prefilled by one call, which takes little longer than for one. Chunks of
+GRID tokens have calls of their own: they keep the processor busy."""
 CHUNK_LENGTHS = (GRID, 16, 4, 1)
 """Prompts are prefilled in chunks of GRID tokens, the tail of one in the shorter ones."""
 
@@ -39,7 +37,6 @@ class _Chunk(NamedTuple):
 
     layers: ModelState
     tokens: np.ndarray
-    is_shared: bool
 
 
 class PrefilledJob(NamedTuple):
@@ -90,7 +87,8 @@ class Prefiller:
 
     def compile(self) -> Iterator[str]:
         """Compile all programs, naming each before it is compiled."""
-        for count, length in [(1, GRID), *((LANES, length) for length in CHUNK_LENGTHS)]:
+        for length in CHUNK_LENGTHS:
+            count = 1 if length == GRID else LANES
             yield f"prefill of {count} x {length}"
             tokens = np.zeros((count, length), np.int32)
             ((_, hidden), *_) = self._programs.prefill(
@@ -111,16 +109,14 @@ class Prefiller:
         Returns:
           The number of tokens computed, those of idle lanes included.
         """
-        first = self._lanes[0].chunk
-        alike = [
-            lane
-            for lane in self._lanes
-            if lane.chunk.is_shared and len(lane.chunk.tokens) == len(first.tokens)
-        ]
-        lanes, count = (alike, LANES) if first.is_shared else ([self._lanes[0]], 1)
+        length = len(self._lanes[0].chunk.tokens)
+        lanes, count = [self._lanes[0]], 1
+        if length < GRID:
+            lanes = [lane for lane in self._lanes if len(lane.chunk.tokens) == length]
+            count = LANES
         idle = count - len(lanes)
         layers = [lane.chunk.layers for lane in lanes] + [self._zero] * idle
-        tokens = np.zeros((count, len(first.tokens)), np.int32)
+        tokens = np.zeros((count, length), np.int32)
         tokens[: len(lanes)] = [lane.chunk.tokens for lane in lanes]
         results = self._programs.prefill(self._parameters, tuple(layers), tokens)
         jax.block_until_ready(results)  # or a long prompt would run far ahead
@@ -156,9 +152,8 @@ class Prefiller:
         while position < len(tokens):
             length = next(n for n in CHUNK_LENGTHS if n <= len(tokens) - position)
             chunk = tokens[position : position + length]
-            is_shared = position < MAX_SHARED or length < GRID
             before = layers if state is None else state.layers
-            state, hidden = yield _Chunk(before, chunk, is_shared)
+            state, hidden = yield _Chunk(before, chunk)
             position += length
             if job.scores_prompt:
                 # The last position predicts a new token: its target here is any.
