@@ -168,7 +168,8 @@ def test_a_long_prompt_does_not_stall_streams(decoder):
     stream.is_cancelled = True
     run(decoder, [])
     assert len(counts) >= 5000 // (PREFILL_TOKENS + GRID)
-    assert set(counts) == {SHORT_BLOCK}
+    # The first block was collected early, and the last step has the long job's first token.
+    assert set(counts[1:-1]) == {SHORT_BLOCK}
 
 
 def test_prefix_cache_is_bounded_and_forgets_the_least_recently_used():

@@ -77,7 +77,7 @@ class Decoder:
         self._choices: list[_Choice | None] = [None] * num_slots
         self._prefiller = Prefiller(self._programs, self._parameters, self._zero, self.cache)
         self._ready: deque[_Ready] = deque()
-        self._in_flight: tuple[Block, int, bool, list[_Choice | None]] | None = None
+        self._in_flight: tuple[Block, bool, list[_Choice | None]] | None = None
         self._events: list[tuple[Job, Event]] = []
 
     @property
@@ -114,12 +114,18 @@ class Decoder:
         """Prefill a little, decode a block, and return what has become known."""
         self._events = []
         self._free_cancelled()
+        if self.waiting or self._prefiller.jobs:
+            self._collect()  # prefill would compete with the block
         self._admit()
+        is_first = any(choice is not None and not choice.num_tokens for choice in self._choices)
         previous, self._in_flight = self._in_flight, None
         if self.num_active:
             self._dispatch()  # the device computes this block while the previous one is handled
-        if previous is not None:
-            self._collect(*previous)
+        current, self._in_flight = self._in_flight, previous
+        self._collect()
+        self._in_flight = current
+        if is_first:
+            self._collect()  # first tokens do not wait for the next block
         return self._events
 
     def fail_all(self) -> list[Job]:
@@ -228,12 +234,13 @@ class Decoder:
             np.bool_(with_logprobs),
             np.bool_(any(choice.job.sampling.has_penalties for choice in active)),
         )
-        self._in_flight = block, length, with_logprobs, list(self._choices)
+        self._in_flight = block, with_logprobs, list(self._choices)
 
-    def _collect(
-        self, block: Block, length: int, with_logprobs: bool, choices: list[_Choice | None]
-    ) -> None:
-        """Wait for a block, report its tokens, and free the slots of what has ended."""
+    def _collect(self) -> None:
+        """Wait for the block in flight, report its tokens, and free the slots of what has ended."""
+        if self._in_flight is None:
+            return
+        (block, with_logprobs, choices), self._in_flight = self._in_flight, None
         tokens, counts = jax.device_get((block.tokens, block.counts))
         logprobs = jax.device_get(block.logprobs) if with_logprobs else None
         for slot, choice in enumerate(choices):
