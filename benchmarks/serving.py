@@ -27,7 +27,10 @@ from benchmarks.decoding import random_tokens
 from benchmarks.measure import Effort, call_isolated
 from benchmarks.tables import Row, Table
 from benchmarks.train_steps import change, load_config
+from simplernn_jax import load_model
 from simplernn_jax.checkpoint.checkpointer import Checkpointer
+from simplernn_jax.config import Config
+from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.inference import generate
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.training.preparation import prepare
@@ -51,7 +54,12 @@ class Stream(NamedTuple):
 def run(effort: Effort) -> Iterator[Table]:
     """Tables of load, and of what a server must withstand."""
     with tempfile.TemporaryDirectory() as folder:
-        model = save_untrained(folder)
+        source = Path(folder, "text.txt")
+        source.write_text("A text. " * 1000, encoding="utf-8")
+        save_untrained(
+            change(load_config("base", 1, 256), source=str(source), sample_every=0), folder
+        )
+        model, _, _ = load_model(folder)
         with serving(folder, f"--slots={SLOTS}", "--max_queue=64") as (process, url):
             yield TITLE, [compare(model, url, clients, effort) for clients in CLIENTS]
             half = asyncio.run(half_loaded(model, url, effort))
@@ -230,18 +238,18 @@ async def lines_of(url: str, path: str, fields: Any = None) -> AsyncIterator[byt
         writer.close()
 
 
-def save_untrained(workdir: str) -> LanguageModel:
-    """Save a checkpoint of an untrained `base` model; return the model."""
-    source = Path(workdir, "text.txt")
-    source.write_text("A text. " * 1000, encoding="utf-8")
-    config = change(load_config("base", 1, 256), source=str(source), sample_every=0)
-    config, corpus = prepare(config, workdir)
-    model = LanguageModel(config.model, rngs=nnx.Rngs(0))
+def save_untrained(
+    config: Config, workdir: str | Path, step: int = 1, model_seed: int | None = None
+) -> TokenizedCorpus:
+    """Save a checkpoint of an untrained model in `workdir`; return its corpus."""
+    config, corpus = prepare(config, str(workdir))
+    seed = config.train.seed if model_seed is None else model_seed
+    params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(seed)), nnx.Param)
     tokenizer_json = corpus.tokenizer.to_json()
-    checkpointer = Checkpointer(workdir, config, tokenizer_json, keep_last=2, keep_best=0)
-    checkpointer.save(1, {"params": nnx.state(model, nnx.Param)}, {})
+    checkpointer = Checkpointer(str(workdir), config, tokenizer_json, keep_last=2, keep_best=0)
+    checkpointer.save(step, {"params": params}, {"content_hash": corpus.content_hash})
     checkpointer.close()
-    return model
+    return corpus
 
 
 @contextlib.contextmanager

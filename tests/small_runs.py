@@ -5,10 +5,9 @@ import random
 import signal
 
 import numpy as np
-from flax import nnx
+from corpus_files import records, write
 
-from benchmarks import stress
-from simplernn_jax.checkpoint.checkpointer import Checkpointer
+from benchmarks import serving, stress
 from simplernn_jax.config import (
     Config,
     DataConfig,
@@ -18,11 +17,10 @@ from simplernn_jax.config import (
     TrainConfig,
 )
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.models import LanguageModel
 from simplernn_jax.training import loop
-from simplernn_jax.training.preparation import prepare
 
 newest_checkpoint = stress.read_checkpoint
+save_untrained = serving.save_untrained
 
 HYBRID = {"block": "residual", "num_layers": 2, "mixer": "simple_rnn,attention"}
 """Fields of `small_config`: one layer of each mixer."""
@@ -70,17 +68,12 @@ def write_corpus(folder, seed=0, documents=7):
     return str(folder)
 
 
-def save_untrained(config, workdir, step=1, model_seed=None):
-    """Write the checkpoint of an untrained model to `workdir`; return its corpus."""
-    config, corpus = prepare(config, str(workdir))
-    seed = config.train.seed if model_seed is None else model_seed
-    params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(seed)), nnx.Param)
-    checkpointer = Checkpointer(
-        str(workdir), config, corpus.tokenizer.to_json(), keep_last=2, keep_best=0
-    )
-    checkpointer.save(step, {"params": params}, {"content_hash": corpus.content_hash})
-    checkpointer.close()
-    return corpus
+def save_untrained_chat(folder):
+    """Write the checkpoint of an untrained chat model; return its workdir."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    source = write(folder / "a.jsonl", records(*[{"messages": chat}] * 3))
+    save_untrained(small_config(source=str(source), template="roles"), folder / "chat")
+    return folder / "chat"
 
 
 class SignallingDisplay:

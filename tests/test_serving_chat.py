@@ -2,9 +2,8 @@
 
 import openai
 import pytest
-from corpus_files import records, write
 from serving_process import serving
-from small_runs import save_untrained, small_config
+from small_runs import save_untrained_chat
 
 from simplernn_jax import load_model
 from simplernn_jax.data.chat_template import ChatTemplate
@@ -13,11 +12,7 @@ from simplernn_jax.inference import Conversation
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    source = write(folder / "a.jsonl", records(*[{"messages": chat}] * 3))
-    save_untrained(small_config(source=str(source), template="roles"), folder / "chat")
-    return folder / "chat"
+    return save_untrained_chat(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")

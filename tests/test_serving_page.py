@@ -4,9 +4,8 @@ import json
 import shutil
 
 import pytest
-from corpus_files import records, write
 from serving_process import serving
-from small_runs import save_untrained, small_config
+from small_runs import save_untrained_chat
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 CHROMIUM = shutil.which("chromium")
@@ -15,11 +14,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PAT
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    source = write(folder / "a.jsonl", records(*[{"messages": chat}] * 3))
-    save_untrained(small_config(source=str(source), template="roles"), folder / "chat")
-    with serving(folder / "chat", "--slots=2") as process:
+    workdir = save_untrained_chat(tmp_path_factory.mktemp("run"))
+    with serving(workdir, "--slots=2") as process:
         yield process
 
 

@@ -2,9 +2,8 @@
 
 import hypothesis
 import pytest
-from corpus_files import records, write
 from serving_process import serving
-from small_runs import save_untrained, small_config
+from small_runs import save_untrained_chat
 
 from simplernn_jax.serving.openapi import openapi_document
 
@@ -13,11 +12,8 @@ schemathesis = pytest.importorskip("schemathesis", reason="Schemathesis is not i
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    source = write(folder / "a.jsonl", records(*[{"messages": chat}] * 3))
-    save_untrained(small_config(source=str(source), template="roles"), folder / "chat")
-    with serving(folder / "chat", "--slots=4") as process:
+    workdir = save_untrained_chat(tmp_path_factory.mktemp("run"))
+    with serving(workdir, "--slots=4") as process:
         yield process
 
 

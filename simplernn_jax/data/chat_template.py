@@ -93,11 +93,13 @@ class ChatTemplate:
             self._generation_prompt = self._after(self.render(_PROBE[:1]), asked)
             self.end_of_turn = self._after(asked + _PROBE[1]["content"], self._prefix)
             """Text that ends an assistant's message."""
+            self.stop = self.end_of_turn.strip(" ")
+            """The part of it that ends generation."""
         except (jinja2.TemplateError, TemplateError) as error:
             raise UserError(f"chat template: {error}; correct --config.data.template") from error
         # Short messages come again and again, and rendering takes most of the time of reading.
         self._render_message = functools.lru_cache(1 << 14)(self._rendered_alone)
-        if not self.end_of_turn.strip(" "):
+        if not self.stop:
             raise UserError(
                 "chat template: nothing ends an assistant's message; correct --config.data.template"
             )

@@ -153,25 +153,15 @@ class ConversationFiles(JsonlFiles):
     """JSONL files of conversations, ``messages`` in OpenAI's form.
 
     Args:
-      files, field, encoding_errors, max_bad_records: as for text.
+      *settings: as of `RecordFiles`.
       template: text of a `ChatTemplate`.
       only_assistant: whether only the assistant's messages are targets of the loss.
     """
 
     kind = "conversations"
 
-    def __init__(
-        self,
-        files: list[SourceFile],
-        field: str,
-        encoding_errors: str,
-        max_bad_records: int,
-        *,
-        template: str,
-        only_assistant: bool,
-    ) -> None:
-        settings = {"template": template, "only_assistant": only_assistant}
-        super().__init__(files, field, encoding_errors, max_bad_records, **settings)
+    def __init__(self, *settings: Any, template: str, only_assistant: bool) -> None:
+        super().__init__(*settings, template=template, only_assistant=only_assistant)
         self._template = ChatTemplate(template)
         self._only_assistant = only_assistant
 

@@ -4,12 +4,9 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 
-import numpy as np
-
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference.decode import generate
 from simplernn_jax.inference.state import DecoderState
 from simplernn_jax.inference.text import generate_text
 from simplernn_jax.models import LanguageModel
@@ -83,7 +80,7 @@ class Conversation:
         Raises:
           UserError: a question that the template or the tokenizer refuses, or as for `generate`.
         """
-        prompt, end = self._question(question), self._template.end_of_turn.strip(" ")
+        prompt, end = self._question(question), self._template.stop
         answer, num_shown = "", 0
 
         def show(length: int) -> None:
@@ -101,9 +98,7 @@ class Conversation:
                 raise _TurnEnded
             show(len(answer) - len(end) + 1)
 
-        asked = generate_text(
-            self._model, self._tokenizer, prompt, state=self.state, max_new_tokens=0
-        ).state
+        asked = self._read(prompt, self.state)
         with contextlib.suppress(_TurnEnded):
             generate_text(
                 self._model,
@@ -118,8 +113,7 @@ class Conversation:
             )
         show(len(answer))
         # Not the state of the generation, which may have gone past the end of the turn.
-        ids = self._tokenizer.encode(answer + self._template.end_of_turn)
-        said = generate(self._model, [ids.astype(np.int32)], state=asked, max_new_tokens=0).state
+        said = self._read(answer + self._template.end_of_turn, asked)
         self.turns.append(Turn(question, answer, said))
         return answer
 
@@ -138,6 +132,12 @@ class Conversation:
         )
         copy.turns = list(self.turns)
         return copy
+
+    def _read(self, text: str, state: DecoderState | None) -> DecoderState:
+        """Return the state after `text`."""
+        return generate_text(
+            self._model, self._tokenizer, text, state=state, max_new_tokens=0
+        ).state
 
     def _question(self, question: str) -> str:
         """Render a question, and the beginning of its answer."""

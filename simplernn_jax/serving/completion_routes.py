@@ -46,16 +46,14 @@ def completion_routes(service: Service) -> list[Route]:
         has_logprobs: bool,
     ) -> Response:
         service.check_model(body.model)
-        # The first step decides whether the request is counted, and refuses it with its own status.
+        answer.submit()  # or refuses with a status, which a stream could not
         updates = answer.updates()
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            answer.submit()
             frames = stream(form, answer, updates, has_logprobs, with_usage)
             return StreamingResponse(
                 frames, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
             )
-        answer.submit()
         gathered = asyncio.ensure_future(gather(answer, updates))
         gone = asyncio.ensure_future(disconnected(request))
         try:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,15 @@ class _Choice:
         return self.job.is_cancelled or self.index in self.job.cancelled_choices
 
 
+class _Dispatched(NamedTuple):
+    """A block of tokens that the device computes."""
+
+    block: Block
+    with_logprobs: bool
+    choices: list[_Choice | None]
+    """Of all slots."""
+
+
 @dataclasses.dataclass
 class _Ready:
     """A prefilled job whose choices wait for slots."""
@@ -77,7 +86,7 @@ class Decoder:
         self._choices: list[_Choice | None] = [None] * num_slots
         self._prefiller = Prefiller(self._programs, self._parameters, self._zero, self.cache)
         self._ready: deque[_Ready] = deque()
-        self._in_flight: tuple[Block, bool, list[_Choice | None]] | None = None
+        self._in_flight: _Dispatched | None = None
         self._events: list[tuple[Job, Event]] = []
 
     @property
@@ -104,7 +113,6 @@ class Decoder:
         self._slots = self._programs.insert(self._slots, np.int32(0), slot)
         yield f"decoding in {len(self._choices)} slots"
         self._dispatch()
-        self._in_flight = None
 
     @property
     def _no_logits(self) -> jax.Array:
@@ -114,18 +122,20 @@ class Decoder:
         """Prefill a little, decode a block, and return what has become known."""
         self._events = []
         self._free_cancelled()
-        if self.waiting or self._prefiller.jobs:
-            self._collect()  # prefill would compete with the block
+        previous, self._in_flight = self._in_flight, None
+        if previous and (self.waiting or self._prefiller.jobs):
+            self._collect(previous)  # prefill would compete with the block
+            previous = None
         self._admit()
         is_first = any(choice is not None and not choice.num_tokens for choice in self._choices)
-        previous, self._in_flight = self._in_flight, None
-        if self.num_active:
-            self._dispatch()  # the device computes this block while the previous one is handled
-        current, self._in_flight = self._in_flight, previous
-        self._collect()
-        self._in_flight = current
-        if is_first:
-            self._collect()  # first tokens do not wait for the next block
+        # The device computes this block while the previous one is handled.
+        block = self._dispatch() if self.num_active else None
+        if previous:
+            self._collect(previous)
+        if block and is_first:
+            self._collect(block)  # first tokens do not wait for the next block
+        else:
+            self._in_flight = block
         return self._events
 
     def fail_all(self) -> list[Job]:
@@ -218,7 +228,7 @@ class Decoder:
             ),
         )
 
-    def _dispatch(self) -> None:
+    def _dispatch(self) -> _Dispatched:
         active = [choice for choice in self._choices if choice is not None]
         is_urgent = self.waiting or self._prefiller.jobs or any(c.job.is_streamed for c in active)
         length = BLOCK_TOKENS
@@ -234,13 +244,11 @@ class Decoder:
             np.bool_(with_logprobs),
             np.bool_(any(choice.job.sampling.has_penalties for choice in active)),
         )
-        self._in_flight = block, with_logprobs, list(self._choices)
+        return _Dispatched(block, with_logprobs, list(self._choices))
 
-    def _collect(self) -> None:
-        """Wait for the block in flight, report its tokens, and free the slots of what has ended."""
-        if self._in_flight is None:
-            return
-        (block, with_logprobs, choices), self._in_flight = self._in_flight, None
+    def _collect(self, dispatched: _Dispatched) -> None:
+        """Wait for a block, report its tokens, and free the slots of what has ended."""
+        block, with_logprobs, choices = dispatched
         tokens, counts = jax.device_get((block.tokens, block.counts))
         logprobs = jax.device_get(block.logprobs) if with_logprobs else None
         for slot, choice in enumerate(choices):

@@ -289,7 +289,7 @@ class Service:
             num_logprobs=max(1, request.top_logprobs or 0) if request.logprobs else 0,
             is_streamed=bool(request.stream),
         )
-        stops = [*_stops(request), self.template.end_of_turn.strip(" ")]
+        stops = [*_stops(request), self.template.stop]
         num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
         return self._answer([self.result(job, start, "", stops, num_logprobs)])
 
