@@ -190,14 +190,13 @@ async def stream_all(url: str, prompts: np.ndarray, tokens: int) -> tuple[float,
 async def stream_one(url: str, prompt: np.ndarray, tokens: int) -> Stream:
     """Stream a completion over a connection of its own."""
     start = time.perf_counter()
-    first, last = 0.0, b""
-    async for line in lines_of(url, "/v1/completions", fields_of(prompt, tokens)):
-        if line.startswith(b"data: {"):
-            first = first or time.perf_counter() - start
-            last = line
+    first, answer = 0.0, b""
+    async for part in parts_of(url, "/v1/completions", fields_of(prompt, tokens)):
+        answer += part
+        if not first and b"data: {" in part:
+            first = time.perf_counter() - start
     end = time.perf_counter() - start
-    usage = json.loads(last.removeprefix(b"data: "))["usage"]
-    return Stream(first, end, usage["completion_tokens"])
+    return Stream(first, end, int(re.findall(rb'"completion_tokens":(\d+)', answer)[-1]))
 
 
 def fields_of(prompt: np.ndarray, tokens: int) -> Any:
@@ -214,17 +213,17 @@ def fields_of(prompt: np.ndarray, tokens: int) -> Any:
 
 async def status_of(url: str, prompt: np.ndarray, tokens: int) -> int:
     """Status of a completion, which is read to its end."""
-    lines = [line async for line in lines_of(url, "/v1/completions", fields_of(prompt, tokens))]
-    return int(lines[0].split()[1])
+    parts = [part async for part in parts_of(url, "/v1/completions", fields_of(prompt, tokens))]
+    return int(b"".join(parts).split()[1])
 
 
 async def body_of(url: str, path: str) -> bytes:
     """Body of ``GET path``, one line of JSON."""
-    return [line async for line in lines_of(url, path)][-1]
+    return b"".join([part async for part in parts_of(url, path)]).split(b"\r\n\r\n")[-1]
 
 
-async def lines_of(url: str, path: str, fields: Any = None) -> AsyncIterator[bytes]:
-    """Yield the lines of a response, over a connection of its own."""
+async def parts_of(url: str, path: str, fields: Any = None) -> AsyncIterator[bytes]:
+    """Yield a response as it arrives, over a connection of its own."""
     body = b"" if fields is None else json.dumps(fields).encode()
     address = urllib.parse.urlsplit(url)
     method = "GET" if fields is None else "POST"
@@ -232,8 +231,8 @@ async def lines_of(url: str, path: str, fields: Any = None) -> AsyncIterator[byt
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
     try:
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        async for line in reader:
-            yield line
+        while part := await reader.read(1 << 16):
+            yield part
     finally:
         writer.close()
 

@@ -3,10 +3,10 @@
 import json
 
 import jax.numpy as jnp
-import small_runs
 from processes import ROOT, assert_each_refused, run_scripts
 from small_runs import save_untrained, small_config, write_corpus
 
+from benchmarks import serving
 from simplernn_jax.models import LanguageModel
 
 
@@ -53,7 +53,7 @@ def test_an_inexact_map_is_reported_and_exits_with_code_1(tmp_path, monkeypatch)
             kernel = self.layers[0].mixer.cell.query_proj.kernel
             kernel[...] = jnp.full_like(kernel[...], jnp.nan)
 
-    monkeypatch.setattr(small_runs, "LanguageModel", Diverged)
+    monkeypatch.setattr(serving, "LanguageModel", Diverged)
     save_untrained(small_config(source=write_corpus(tmp_path / "text")), tmp_path / "run")
     arguments = ("--workdir", tmp_path / "run", "--text", "größer als", "--out", tmp_path / "out")
     code, output, _ = explain(*arguments)

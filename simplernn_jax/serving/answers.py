@@ -68,6 +68,11 @@ class Answer:
         for result in self.results:
             result.job.is_cancelled = True
 
+    @property
+    def is_complete(self) -> bool:
+        """True once all choices have ended."""
+        return not self._num_left
+
     async def updates(self) -> AsyncIterator[list[Update]]:
         """Yield what has become known, a list for each step of the engine.
 

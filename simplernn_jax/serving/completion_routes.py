@@ -108,11 +108,12 @@ async def stream(
     has_logprobs: bool,
     with_usage: bool,
 ) -> AsyncIterator[bytes]:
-    """Yield the frames of a stream: one for each choice and step."""
+    """Yield the frames of a stream, one for each choice and step, those of a step together."""
     more = {"usage": None} if with_usage else {}
     started: set[int] = set()
     try:
         async for several in updates:
+            frames = b""
             for update in several:
                 piece, is_first = update.piece, update.index not in started
                 if is_first:
@@ -122,10 +123,13 @@ async def stream(
                 if piece.text or piece.entries or piece.finish_reason or is_first:
                     started.add(update.index)
                     choice = form.delta(update.index, piece, has_logprobs, is_first)
-                    yield sse_frame(form.frame([choice], **more))
-        if with_usage:
-            yield sse_frame(form.frame([], usage=usage(answer.results)))
-        yield b"data: [DONE]\n\n"
+                    frames += sse_frame(form.frame([choice], **more))
+            if answer.is_complete:
+                if with_usage:
+                    frames += sse_frame(form.frame([], usage=usage(answer.results)))
+                frames += b"data: [DONE]\n\n"
+            if frames:
+                yield frames
     except RequestError as error:
         yield sse_frame(error_body(error.message, error.status, error.param, error.code))
     finally:

@@ -26,7 +26,9 @@ from simplernn_jax.serving.slots import (
 PREFILL_TOKENS = 512
 """Tokens prefilled between two blocks while slots decode: a long prompt never stalls them."""
 SHORT_BLOCK = 8
-"""Tokens of a block while anything is streamed or waits; else BLOCK_TOKENS."""
+"""Tokens of a block while anything is streamed or waits and at most half of the slots decode."""
+FIRST_BLOCK = 2
+"""Tokens of the block that gives a stream its first ones."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -107,12 +109,12 @@ class Decoder:
 
     def compile(self) -> Iterator[str]:
         """Compile all programs, naming each before it is compiled."""
-        slot = self._slot_of(Job(np.zeros(0, np.int32), Sampling()), 0, self._zero, self._no_logits)
         yield from self._prefiller.compile()
         yield "insertion"
-        self._slots = self._programs.insert(self._slots, np.int32(0), slot)
+        nothing = _Ready(Job(np.zeros(0, np.int32), Sampling()), self._zero, self._no_logits)
+        self._insert([(len(self._choices), nothing, 0)])
         yield f"decoding in {len(self._choices)} slots"
-        self._dispatch()
+        self._dispatch(is_first=False)
 
     @property
     def _no_logits(self) -> jax.Array:
@@ -128,13 +130,13 @@ class Decoder:
             previous = None
         self._admit()
         is_first = any(choice is not None and not choice.num_tokens for choice in self._choices)
-        # The device computes this block while the previous one is handled.
-        block = self._dispatch() if self.num_active else None
+        block = self._dispatch(is_first) if self.num_active else None
         if previous:
             self._collect(previous)
-        if block and is_first:
-            self._collect(block)  # first tokens do not wait for the next block
+        if block and (is_first or None in self._choices):
+            self._collect(block)  # neither first tokens nor new jobs wait for the next block
         else:
+            # The device computes this block while the previous one is handled.
             self._in_flight = block
         return self._events
 
@@ -158,7 +160,7 @@ class Decoder:
         """Fill free slots with prefilled jobs, and prefill the next ones."""
         budget, prefiller = PREFILL_TOKENS, self._prefiller
         if len(self.waiting) > self.num_active:
-            budget *= 4  # more prompts wait than streams are stalled
+            budget *= 8  # more prompts wait than streams are stalled
         while True:
             self._start_choices()
             if self._ready or (budget <= 0 and (self.num_active or self._events)):
@@ -177,23 +179,33 @@ class Decoder:
 
     def _start_choices(self) -> None:
         """Insert choices of prefilled jobs into free slots, in order."""
+        new: list[tuple[int, _Ready, int]] = []
         for slot, choice in enumerate(self._choices):
-            if not self._ready:
-                return
-            if choice is None:
+            if self._ready and choice is None:
                 ready = self._ready[0]
-                index = ready.num_started
-                self._slots = self._programs.insert(
-                    self._slots,
-                    np.int32(slot),
-                    self._slot_of(ready.job, index, ready.layers, ready.logits),
-                )
-                self._choices[slot] = _Choice(ready.job, index)
+                new.append((slot, ready, ready.num_started))
+                self._choices[slot] = _Choice(ready.job, ready.num_started)
                 ready.num_started += 1
                 if ready.num_started == ready.job.num_choices:
                     self._ready.popleft()
+        for start in range(0, len(new), LANES):
+            self._insert(new[start : start + LANES])
 
-    def _slot_of(self, job: Job, choice: int, layers: jax.Array, logits: jax.Array) -> Slots:
+    def _insert(self, new: list[tuple[int, _Ready, int]]) -> None:
+        """Insert up to LANES (slot, job, number of its choice)."""
+        idle = LANES - len(new)
+        _, ready, _ = new[0]
+        new = new + [(len(self._choices), ready, 0)] * idle
+        self._slots = self._programs.insert(
+            self._slots,
+            np.array([slot for slot, _, _ in new], np.int32),
+            tuple(ready.layers for _, ready, _ in new),
+            tuple(ready.logits for _, ready, _ in new),
+            jax.tree.map(lambda *x: np.stack(x), *(self._slot_of(r.job, c) for _, r, c in new)),
+        )
+
+    def _slot_of(self, job: Job, choice: int) -> Slots:
+        """Make a slot, without its axis and what the device has computed."""
         sampling = job.sampling
         is_stop, in_prompt = np.zeros((2, self._vocab_size), np.bool_)
         bias = np.zeros(self._vocab_size, np.float32)
@@ -204,11 +216,12 @@ class Decoder:
         bias[list(sampling.banned_ids)] = -np.inf
 
         def one(value: Any, dtype: Any = np.float32) -> Any:
-            return np.array([value], dtype)
+            return np.asarray(value, dtype)
 
+        computed: Any = None
         return Slots(
-            layers=layers,
-            logits=logits[None],
+            layers=computed,
+            logits=computed,
             position=one(0, np.int32),
             remaining=one(job.max_tokens, np.int32),
             in_prompt=one(in_prompt, np.bool_),
@@ -228,13 +241,16 @@ class Decoder:
             ),
         )
 
-    def _dispatch(self) -> _Dispatched:
+    def _dispatch(self, is_first: bool) -> _Dispatched:
         active = [choice for choice in self._choices if choice is not None]
-        is_urgent = self.waiting or self._prefiller.jobs or any(c.job.is_streamed for c in active)
-        length = BLOCK_TOKENS
-        if is_urgent:
-            # Many streams are worth more than the latency of each.
-            length = SHORT_BLOCK * (1 + (2 * len(active) > len(self._choices)))
+        is_streamed = any(choice.job.is_streamed for choice in active)
+        is_crowded = 2 * len(active) > len(self._choices)  # throughput matters more than latency
+        if is_first and is_streamed:
+            length = FIRST_BLOCK
+        elif self.num_waiting:
+            length = 2 * SHORT_BLOCK if is_crowded else SHORT_BLOCK
+        else:
+            length = SHORT_BLOCK if is_streamed and not is_crowded else BLOCK_TOKENS
         with_logprobs = any(choice.job.num_logprobs for choice in active)
         block, self._slots = self._programs.decode(
             self._parameters,

@@ -8,6 +8,7 @@ cached.
 import dataclasses
 from collections import deque
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -25,10 +26,12 @@ from simplernn_jax.serving.prefix_cache import (
 )
 from simplernn_jax.serving.slots import SlotPrograms, TokenLogprobs, token_logprobs
 
-LANES = 4
+LANES = 8
 """Prompts whose tails are prefilled by one call, which takes little longer than for one. Chunks of
-GRID tokens have calls of their own: they keep the processor busy."""
-CHUNK_LENGTHS = (GRID, 16, 4, 1)
+GRID tokens have calls of their own, so that a long prompt takes no longer than it must."""
+CONCURRENT_CALLS = 2
+"""Such calls at a time: on a CPU, a call for one prompt leaves cores idle."""
+CHUNK_LENGTHS = (GRID, 32, 16, 4, 1)
 """Prompts are prefilled in chunks of GRID tokens, the tail of one in the shorter ones."""
 
 
@@ -79,6 +82,7 @@ class Prefiller:
         self._programs, self._parameters, self._zero = programs, parameters, zero
         self._cache = cache
         self._lanes: deque[_Lane] = deque()
+        self._pool = ThreadPoolExecutor(CONCURRENT_CALLS, "prefill")
 
     @property
     def jobs(self) -> list[Job]:
@@ -91,39 +95,44 @@ class Prefiller:
             count = 1 if length == GRID else LANES
             yield f"prefill of {count} x {length}"
             tokens = np.zeros((count, length), np.int32)
-            ((_, hidden), *_) = self._programs.prefill(
+            ((_, hidden, last), *_) = self._programs.prefill(
                 self._parameters, (self._zero,) * count, tokens
             )
             yield f"scores of {length}"
             self._programs.score(self._parameters, hidden, tokens[0])
         yield "logits"
-        self._programs.next_logits(self._parameters, hidden[0])
+        self._programs.next_logits(self._parameters, last)
 
     def start(self, job: Job) -> None:
         """Begin with a job; there must be fewer than `LANES`."""
         self._advance(job, self._steps(job), None)
 
     def step(self) -> int:
-        """Prefill the next chunk of the job that has waited longest, and of those alike.
+        """Prefill the next chunk of the job that has waited longest, and of those of its length.
 
         Returns:
           The number of tokens computed, those of idle lanes included.
         """
         length = len(self._lanes[0].chunk.tokens)
-        lanes, count = [self._lanes[0]], 1
-        if length < GRID:
-            lanes = [lane for lane in self._lanes if len(lane.chunk.tokens) == length]
-            count = LANES
-        idle = count - len(lanes)
-        layers = [lane.chunk.layers for lane in lanes] + [self._zero] * idle
+        alike = [lane for lane in self._lanes if len(lane.chunk.tokens) == length]
+        calls = [[lane] for lane in alike] if length == GRID else [alike]
+        num_tokens = 0
+        for lanes, results in zip(calls, self._pool.map(self._prefill, calls), strict=True):
+            for lane, (layers, hidden, last) in zip(lanes, results, strict=False):
+                self._lanes.remove(lane)
+                self._advance(lane.job, lane.steps, (Checkpoint(layers, last), hidden))
+            num_tokens += len(results) * length
+        return num_tokens
+
+    def _prefill(self, lanes: list[_Lane]) -> Any:
+        """Prefill a chunk of each of `lanes`, all of one length."""
+        length = len(lanes[0].chunk.tokens)
+        count = 1 if length == GRID else LANES
+        layers = [lane.chunk.layers for lane in lanes] + [self._zero] * (count - len(lanes))
         tokens = np.zeros((count, length), np.int32)
         tokens[: len(lanes)] = [lane.chunk.tokens for lane in lanes]
         results = self._programs.prefill(self._parameters, tuple(layers), tokens)
-        jax.block_until_ready(results)  # or a long prompt would run far ahead
-        for lane, (layers_after, hidden) in zip(lanes, results, strict=False):
-            self._lanes.remove(lane)
-            self._advance(lane.job, lane.steps, (Checkpoint(layers_after, hidden[-1]), hidden))
-        return tokens.size
+        return jax.block_until_ready(results)  # or a long prompt would run far ahead
 
     def drop_cancelled(self) -> None:
         """Forget the jobs that were cancelled."""

@@ -78,12 +78,13 @@ class Block(NamedTuple):
 class SlotPrograms(NamedTuple):
     """Jitted functions of one architecture; `parameters` are those of `split_parameters`.
 
-    prefill(parameters, (layers, ...), tokens [P, T]) -> ((layers, hidden [T, D]), ...)
-        of P sequences, each with `layers` of batch size 1.
+    prefill(parameters, (layers, ...), tokens [P, T]) -> ((layers, hidden [T, D], last [D]), ...)
+        of P sequences, each with `layers` of batch size 1; `last` is the last of `hidden`.
     next_logits(parameters, hidden [D]) -> logits [vocab]
     score(parameters, hidden [T, D], targets [T]) -> TokenLogprobs
-    insert(slots, index, slot) -> slots
-        with `slot`, a `Slots` of one sequence, at `index`; donates `slots`.
+    insert(slots, index [P], (layers, ...), (logits [vocab], ...), others) -> slots
+        with P sequences at `index`, N being nowhere; each has `layers` of batch size 1, and
+        `others` is a `Slots` of all P without layers and logits. Donates `slots`.
     decode(parameters, slots, is_active [N], num_tokens, with_logprobs, with_penalties)
         -> (Block, slots)
         of up to `num_tokens` more tokens for each active slot; donates `slots`. The last three are
@@ -141,12 +142,13 @@ def slot_programs(graphdef: Any, treedef: Any) -> SlotPrograms:
 
     def prefill(
         parameters: list[Array], layers: tuple[ModelState, ...], tokens: Int[Array, "P T"]
-    ) -> tuple[tuple[ModelState, Float[Array, "T D"]], ...]:
+    ) -> tuple[tuple[ModelState, Float[Array, "T D"], Float[Array, "D"]], ...]:
         together = jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
         hidden, together = merge(parameters).hidden_states(tokens, together)
 
-        def one(index: int) -> tuple[ModelState, Float[Array, "T D"]]:
-            return jax.tree.map(lambda x: x[index : index + 1], together), hidden[index]
+        def one(index: int) -> tuple[ModelState, Float[Array, "T D"], Float[Array, "D"]]:
+            state = jax.tree.map(lambda x: x[index : index + 1], together)
+            return state, hidden[index], hidden[index, -1]
 
         return tuple(one(index) for index in range(len(layers)))
 
@@ -158,11 +160,16 @@ def slot_programs(graphdef: Any, treedef: Any) -> SlotPrograms:
     ) -> TokenLogprobs:
         return token_logprobs(merge(parameters).logits(hidden[None])[0], targets)
 
-    def insert(slots: Slots, index: Int[Array, ""], slot: Slots) -> Slots:
-        def put(whole: jax.Array, one: jax.Array) -> jax.Array:
-            return lax.dynamic_update_index_in_dim(whole, one[0], index, axis=0)
-
-        return jax.tree.map(put, slots, slot)
+    def insert(
+        slots: Slots,
+        index: Int[Array, "P"],
+        layers: tuple[ModelState, ...],
+        logits: tuple[Float[Array, "vocab"], ...],
+        others: Slots,
+    ) -> Slots:
+        together = jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
+        new = others._replace(layers=together, logits=jnp.stack(logits))
+        return jax.tree.map(lambda all, some: all.at[index].set(some, mode="drop"), slots, new)
 
     def decode(parameters: list[Array], slots: Slots, *arguments: Any) -> tuple[Block, Slots]:
         return _decode(merge(parameters), slots, *arguments)

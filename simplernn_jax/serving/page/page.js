@@ -4,6 +4,8 @@
 
 const $ = (id) => document.getElementById(id);
 
+const INSPECTED = 2000;  // newest tokens that are elements of their own; a long text is slow to lay out
+
 let abort = null;        // stops the running stream
 let shown = "";          // prompt and generated text, as shown
 let origin = null;       // name of the state that the text continues
@@ -175,6 +177,14 @@ function addTokens(choice) {
     node.chosen = tokens[i];
     follows.append(node);
   });
+  const spans = follows.querySelectorAll("span");
+  if (spans.length > 2 * INSPECTED) {
+    const old = [...spans].slice(0, -INSPECTED);
+    const block = document.createElement("div");
+    block.textContent = old.map((node) => node.textContent).join("");
+    old[0].before(block);
+    for (const node of old) node.remove();
+  }
   shown += choice.text;
   if (atEnd) follows.scrollTop = follows.scrollHeight;
 }
