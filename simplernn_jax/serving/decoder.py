@@ -64,7 +64,7 @@ class _Ready:
 
 
 class Decoder:
-    """Slots and prefix cache of one set of parameters. Not thread-safe.
+    """Slots and prefix cache of one set of parameters. Not thread-safe but for `waiting`.
 
     Args:
       model: its parameters are never changed.
@@ -83,7 +83,6 @@ class Decoder:
 
     def _start(self, num_slots: int) -> None:
         """Forget all jobs."""
-        self.waiting.clear()
         self._slots = empty_slots(self.model, num_slots)
         self._choices: list[_Choice | None] = [None] * num_slots
         self._prefiller = Prefiller(self._programs, self._parameters, self._zero, self.cache)
@@ -142,7 +141,8 @@ class Decoder:
 
     def fail_all(self) -> list[Job]:
         """Drop all jobs and return them."""
-        jobs = [*self.waiting, *(ready.job for ready in self._ready)]
+        jobs = [self.waiting.popleft() for _ in range(len(self.waiting))]
+        jobs += [ready.job for ready in self._ready]
         jobs += [choice.job for choice in self._choices if choice is not None]
         jobs += self._prefiller.jobs
         self._start(len(self._choices))

@@ -47,7 +47,6 @@ class Engine:
         """New tokens so far."""
         self._on_events = on_events
         self._decoders = [Decoder(model, num_slots, cache_bytes)]
-        self._new: list[Job] = []
         self._num_waiting = 0
         self._next_decoder: Decoder | None = None
         self._is_stopping = False
@@ -95,7 +94,7 @@ class Engine:
             if self._num_waiting + len(jobs) > self.max_waiting:
                 raise QueueFullError
             self._num_waiting += len(jobs)
-            self._new += jobs
+            self.decoder.waiting.extend(jobs)
             self._wake.notify()
 
     def replace_model(self, model: LanguageModel) -> None:
@@ -133,8 +132,6 @@ class Engine:
                 if self._next_decoder is not None:
                     self._decoders.append(self._next_decoder)
                     self._next_decoder = None
-                self.decoder.waiting.extend(self._new)
-                self._new.clear()
                 self._decoders = [
                     decoder
                     for decoder in self._decoders
