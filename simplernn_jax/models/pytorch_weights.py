@@ -10,24 +10,20 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.devices import check_memory
 from simplernn_jax.errors import UserError, nearest_name
 from simplernn_jax.files import open_file
 from simplernn_jax.models.language_model import LanguageModel
+from simplernn_jax.models.named_weights import Weights, model_from_weights
 from simplernn_jax.safetensors_bytes import decode_safetensors
 
-Weights = dict[str, np.ndarray]
-"""PyTorch's name of each parameter and its value, float32; matrices are ``[out, in]``."""
-
 _ADVICE = "export the file again"
-_PROJECTIONS = ("query_proj", "key_proj", "value_proj", "gate_proj", "out_proj")
 
 
 def load_pytorch_weights(path: str) -> LanguageModel:
@@ -45,15 +41,7 @@ def load_pytorch_weights(path: str) -> LanguageModel:
     """
     weights = read_pytorch_weights(path)
     config = _model_config(weights, path)
-    _check_names_and_shapes(weights, config, path)
-    # Shapes only: every value comes from the file.
-    model: LanguageModel = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-    model.embedding.embedding.set_value(jnp.asarray(weights["embedding.weight"]))
-    for index, layer in enumerate(model.layers):
-        for name in _PROJECTIONS:
-            _fill_linear(getattr(layer.mixer.cell, name), weights, f"layers.{index}.{name}")
-    _fill_linear(model.head, weights, "lm_head")
-    return model
+    return model_from_weights(config, weights, path)
 
 
 def read_pytorch_weights(path: str) -> Weights:
@@ -163,50 +151,3 @@ def _model_config(weights: Weights, path: str) -> ModelConfig:
         num_heads=1,
         tie_embeddings=False,
     )
-
-
-def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    hidden, key, value = config.hidden_dim, config.key_dim, config.value_dim
-    widths = {
-        "query_proj": (key, hidden),
-        "key_proj": (key, hidden),
-        "value_proj": (value, hidden),
-        "gate_proj": (key, hidden),
-        "out_proj": (hidden, value),
-    }
-    linears = {
-        f"layers.{index}.{name}": shape
-        for index in range(config.num_layers)
-        for name, shape in widths.items()
-    }
-    linears["lm_head"] = (config.vocab_size, hidden)
-    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, hidden)}
-    for name, shape in linears.items():
-        shapes[f"{name}.weight"] = shape
-        shapes[f"{name}.bias"] = shape[:1]
-    return shapes
-
-
-def _check_names_and_shapes(weights: Weights, config: ModelConfig, path: str) -> None:
-    expected = _expected_shapes(config)
-    for kind, names in (
-        ("missing", [name for name in expected if name not in weights]),
-        ("unexpected", [name for name in weights if name not in expected]),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(
-                f"{path}: {names[0]}{more} {kind}; the weights must be those of "
-                f"{config.num_layers} plain SimpleRNN layers"
-            )
-    for name, shape in expected.items():
-        if weights[name].shape != shape:
-            raise UserError(
-                f"{path}: {name} has shape {list(weights[name].shape)}; expected {list(shape)} "
-                "from the other weights; use weights of one model"
-            )
-
-
-def _fill_linear(linear: Any, weights: Weights, name: str) -> None:
-    linear.kernel.set_value(jnp.asarray(weights[f"{name}.weight"].T))
-    linear.bias.set_value(jnp.asarray(weights[f"{name}.bias"]))
