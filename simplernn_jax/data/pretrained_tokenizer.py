@@ -154,7 +154,7 @@ class PretrainedTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         special = {number for number, token in added.items() if token.special}
         special |= {self.bos_id, self.eos_id, self.pad_id}
-        byte_of = _byte_level_alphabet()
+        byte_of = byte_level_alphabet()
         return {
             number: bytes(byte_of[c] for c in token)
             if all(c in byte_of for c in token)
@@ -244,7 +244,7 @@ def _is_byte_level(decoder: Any) -> bool:
     return decoder.get("type") == "ByteLevel"
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """Map each character of a byte-level vocabulary to its byte.
 
     Printable Latin-1 bytes stand for themselves; the others, in order, for U+0100 and up (the

@@ -1,4 +1,4 @@
-"""Loading of a trained model from the workdir of its run."""
+"""Loading of a trained model from the workdir of its run, or from its export."""
 
 from absl import logging
 from flax import nnx
@@ -7,6 +7,7 @@ from simplernn_jax.checkpoint.choice import BEST, choose_checkpoint
 from simplernn_jax.checkpoint.contents import read_texts, read_tree
 from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
+from simplernn_jax.inference.exported_folder import is_exported, load_exported
 from simplernn_jax.models import LanguageModel
 
 
@@ -18,13 +19,15 @@ def load_model(
     The checkpoint is verified and restored; nothing in it is executed.
 
     Args:
-      workdir: folder of a training run.
-      checkpoint: ``best``, the one of lowest validation loss, or the newest if the losses were
-        measured on different tokens; ``newest``; or a step.
+      workdir: folder of a training run, or of its export as safetensors or for Hugging Face.
+      checkpoint: of a training run: ``best``, the one of lowest validation loss, or the newest if
+        the losses were measured on different tokens; ``newest``; or a step.
 
     Raises:
-      UserError: `workdir` has no such checkpoint, or no valid one.
+      UserError: `workdir` has no such checkpoint, or no valid one, or its export is corrupted.
     """
+    if is_exported(workdir):
+        return load_exported(workdir)
     _, path, reason = choose_checkpoint(workdir, checkpoint)
     if reason is not None:
         logging.info("%s", reason)

@@ -1,0 +1,106 @@
+"""Export a trained model, so that it runs where this project is not installed.
+
+    python scripts/export.py --workdir runs/base --format html --out shared
+    python scripts/export.py --workdir runs/base --format huggingface --out runs/base-hf
+
+--format is one of:
+
+    html         one file that generates text in any browser, offline
+    huggingface  a folder for transformers.AutoModelForCausalLM, with a tokenizer and a model card
+    safetensors  the parameters and their configuration
+    stablehlo    prefill and decoding for any program that runs XLA (CPU, CUDA, TPU)
+    onnx         prefill and decoding for ONNX Runtime
+
+The export is loaded in a fresh process and compared with the model on held-out text before it is
+put in place. All forms but html need the extra: pip install 'simplernn_jax[export]'.
+"""
+
+import bootstrap
+
+if __name__ == "__main__":
+    bootstrap.start()
+
+from typing import TYPE_CHECKING
+
+from absl import flags, logging
+
+from simplernn_jax import command_line
+from simplernn_jax.errors import UserError
+
+if TYPE_CHECKING:  # slow imports happen after the flags are checked
+    import numpy as np
+
+    from simplernn_jax.data.tokenizer import Tokenizer
+    from simplernn_jax.models import LanguageModel
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
+_CHECKPOINT = command_line.define_checkpoint_flag()
+_CACHE_DIR, _SOURCE = command_line.define_corpus_flags()
+_FORMAT = flags.DEFINE_string(
+    "format", None, "html, huggingface, safetensors, stablehlo or onnx; see above."
+)
+_OUT = flags.DEFINE_string("out", None, "Folder for the files; must not exist.")
+_WEIGHTS = flags.DEFINE_enum(
+    "weights",
+    "float32",
+    ["float32", "float16", "int8"],
+    "Type of the weights in an HTML file: float16 halves its size, int8 quarters it.",
+)
+
+_CHECKED_TOKENS = 256
+
+
+def main() -> None:
+    """Export the chosen checkpoint of --workdir to --out."""
+    for flag, advice in ((_WORKDIR, "the folder of a training run"), (_OUT, "a new folder")):
+        if not flag.value:
+            raise UserError(f"no --{flag.name}: specify {advice}")
+    if not _FORMAT.value:
+        raise UserError("no --format: specify html, huggingface, safetensors, stablehlo or onnx")
+    out = command_line.expand_path(_OUT.value, "out")
+    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
+    from simplernn_jax import load_model
+    from simplernn_jax.devices import check_devices
+    from simplernn_jax.export.exporting import check_new, export
+    from simplernn_jax.export.forms import find_form
+
+    find_form(_FORMAT.value)
+    check_new(out)
+    check_devices()
+    model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
+    report = export(
+        _FORMAT.value,
+        model,
+        tokenizer,
+        config,
+        out,
+        workdir=workdir,
+        tokens=held_out_tokens(workdir, model, tokenizer),
+        weights=_WEIGHTS.value,
+    )
+    print(f"{_OUT.value}: {report}")
+
+
+def held_out_tokens(workdir: str, model: "LanguageModel", tokenizer: "Tokenizer") -> "np.ndarray":
+    """Return the first tokens of the run's held-out text, or of its training text without one.
+
+    If the text is missing, the model writes some.
+    """
+    import numpy as np
+
+    from simplernn_jax.inference import generate
+    from simplernn_jax.training.preparation import open_saved_corpus
+
+    try:
+        corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_SOURCE.value)
+    except UserError as error:
+        logging.warning("no held-out text, checking on generated text: %s", error)
+        prompt = [tokenizer.bos_id]
+        written = generate(model, prompt, max_new_tokens=_CHECKED_TOKENS - 1, temperature=1.0)
+        return np.concatenate([prompt, written.tokens[0]])
+    split = corpus.validation or corpus.train
+    return np.asarray(split.tokens[:_CHECKED_TOKENS])
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,74 @@
+"""Run an exported model in a process of its own, as its users would load it.
+
+python -m simplernn_jax.export.checking FORM FOLDER SCRATCH
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from simplernn_jax.errors import UserError, one_line
+from simplernn_jax.export.forms import find_form
+
+TIMED_TOKENS = 128
+
+
+class Found(NamedTuple):
+    """What the exported model computed."""
+
+    logits: np.ndarray
+    """[T, vocab]."""
+    ids: list[int] | None
+    """Of the text; None if the form has no tokenizer."""
+    tokens_per_second: float
+
+
+def run_exported(form: str, folder: Path, tokens: np.ndarray, text: str) -> Found:
+    """Compute the logits of [T] tokens and encode `text` by the model in `folder`.
+
+    Raises:
+      UserError: it cannot be loaded or fails.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        np.save(Path(scratch, "tokens.npy"), tokens)
+        Path(scratch, "text").write_bytes(text.encode())
+        # An editable install leaves the name of its path hook in sys.path, which is no folder.
+        path = os.pathsep.join(filter(os.path.isabs, sys.path))
+        result = subprocess.run(
+            [sys.executable, "-m", __name__, form, str(folder), scratch],
+            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            check=False,
+        )
+        if result.returncode:
+            last = result.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+            raise UserError(
+                f"--format={form}: the exported model fails in a fresh process: {one_line(last)}"
+            )
+        answer = json.loads(Path(scratch, "answer.json").read_text("utf-8"))
+        return Found(np.load(Path(scratch, "logits.npy")), **answer)
+
+
+def main(form: str, folder: str, scratch: str) -> None:
+    """Write what the model in `folder` computes to the folder `scratch`."""
+    loaded = find_form(form).load(Path(folder))
+    tokens = np.load(Path(scratch, "tokens.npy"))
+    np.save(Path(scratch, "logits.npy"), loaded.logits(tokens))
+    ids = loaded.encode(Path(scratch, "text").read_bytes().decode())
+    loaded.greedy(int(tokens[0]), TIMED_TOKENS)  # compiles
+    start = time.perf_counter()
+    loaded.greedy(int(tokens[0]), TIMED_TOKENS)
+    rate = TIMED_TOKENS / (time.perf_counter() - start)
+    answer = json.dumps({"ids": ids, "tokens_per_second": rate})
+    Path(scratch, "answer.json").write_text(answer, "utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

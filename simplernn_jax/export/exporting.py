@@ -1,0 +1,182 @@
+"""One export: written to a new folder, checked in a fresh process, and only then put in place."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from simplernn_jax.config import Config
+from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.errors import UserError, format_bytes
+from simplernn_jax.export.checking import run_exported
+from simplernn_jax.export.forms import TrainedModel, find_form, last_part, logits_of
+from simplernn_jax.export.rounding import rounded_weights
+from simplernn_jax.files import sync
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.named_weights import model_from_weights, named_weights
+
+TOLERANCE = 1e-3
+"""Largest difference of logits between an export and the model, relative to the largest logit: far
+above the rounding of float32 in another order, far below that of any mistake."""
+
+
+class Report(NamedTuple):
+    """What the check of an export found."""
+
+    num_bytes: int
+    """Size of all files."""
+    difference: float
+    """Largest difference of logits, relative to the largest logit."""
+    tokens_per_second: float
+    """Decoding of one sequence, in the process of the check."""
+    loss: float
+    """Mean loss of the predictions of the checked text, in nats."""
+    rounded_loss: float
+    """The same with the weights of the export."""
+
+    def __str__(self) -> str:
+        text = (
+            f"{format_bytes(self.num_bytes)}   largest difference of logits: {self.difference:.1e} "
+            f"(relative)   {self.tokens_per_second:,.0f} tokens/s"
+        )
+        if self.rounded_loss != self.loss:
+            change = self.rounded_loss - self.loss
+            text += f"   loss {self.loss:.4f} -> {self.rounded_loss:.4f} nats ({change:+.4f})"
+        return text
+
+
+def float32_model(model: LanguageModel) -> LanguageModel:
+    """Return a model with the same parameters that computes in float32."""
+    config = dataclasses.replace(model.config, precision="float32", state_precision="float32")
+    if config == model.config:
+        return model
+    graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, nnx.state(model, nnx.Param))
+
+
+def export(
+    form: str,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    config: Config,
+    out: str,
+    *,
+    workdir: str,
+    tokens: np.ndarray,
+    weights: str = "float32",
+) -> Report:
+    """Export a model to the new folder `out` and check it.
+
+    Args:
+      form: one of `forms.FORMS`.
+      model, tokenizer, config: as `load_model` returns them.
+      out: must not exist; nothing is there unless the export has passed its check.
+      workdir: folder of the run, whose metrics describe the model.
+      tokens: [T] ids of held-out text to compare logits on, T at least 2.
+      weights: of an HTML file: ``float32``, ``float16`` or ``int8``.
+
+    Raises:
+      UserError: the form is unknown or needs a missing package, `out` exists or cannot be written,
+        the model cannot be expressed, or the exported one does not compute the same.
+    """
+    module = find_form(form)
+    if weights != "float32" and form != "html":
+        raise UserError(f"--weights={weights}: only with --format=html")
+    model = float32_model(model)
+    with new_folder(out) as folder:
+        trained = TrainedModel(model, tokenizer, without_paths(config), workdir, weights)
+        module.write(trained, folder)
+        text = tokenizer.decode(tokens)
+        found = run_exported(form, folder, tokens, text)
+        expected = logits_of(model, tokens)
+        rounded = expected
+        if weights != "float32":
+            arrays = rounded_weights(named_weights(model), weights)
+            rounded = logits_of(model_from_weights(model.config, arrays, form), tokens)
+        difference = float(np.abs(found.logits - rounded).max() / np.abs(rounded).max())
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"--format={form}: the exported model differs by {difference:.1e}, more than "
+                f"{TOLERANCE:g} of the largest logit; please report this with the configuration"
+            )
+        if found.ids is not None and found.ids != tokenizer.encode(text).tolist():
+            raise UserError(
+                f"--format={form}: the exported tokenizer encodes the held-out text differently; "
+                "use another form"
+            )
+        num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return Report(
+        num_bytes,
+        difference,
+        found.tokens_per_second,
+        mean_loss(expected, tokens),
+        mean_loss(rounded, tokens),
+    )
+
+
+def without_paths(config: Config) -> Config:
+    """Return a configuration that tells nothing about the machine of the run."""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            config.data,
+            source=last_part(config.data.source),
+            tokenizer=last_part(config.data.tokenizer)
+            if config.data.tokenizer.endswith(".json")
+            else config.data.tokenizer,
+            cache_dir="",
+        ),
+        train=dataclasses.replace(config.train, init_from=last_part(config.train.init_from)),
+    )
+
+
+@contextlib.contextmanager
+def new_folder(out: str) -> Iterator[Path]:
+    """Make a folder that becomes `out` when the ``with`` block ends without an exception.
+
+    Raises:
+      UserError: `out` exists, or cannot be made.
+    """
+    check_new(out)
+    parent = os.path.dirname(os.path.abspath(out))
+    temporary = Path(parent, f".{secrets.token_hex(8)}.tmp")
+    try:
+        os.makedirs(parent, exist_ok=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for path in [*temporary.rglob("*"), temporary]:
+                sync(path)
+            os.rename(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        problem = error.strerror or error
+        raise UserError(f"--out={out}: {problem}; use another folder") from error
+
+
+def check_new(out: str) -> None:
+    """Check that nothing is at `out`.
+
+    Raises:
+      UserError: something is.
+    """
+    if os.path.lexists(out):
+        raise UserError(f"--out={out}: exists already; specify a new folder")
+
+
+def mean_loss(logits: np.ndarray, tokens: np.ndarray) -> float:
+    """Return the mean loss of the predictions of all tokens but the first, in nats."""
+    logits = logits[:-1].astype(np.float64)
+    largest = logits.max(axis=-1)
+    total = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=-1))
+    loss = float(np.mean(total - logits[np.arange(len(logits)), tokens[1:]]))
+    return loss if math.isfinite(loss) else math.nan

@@ -1,0 +1,119 @@
+"""The forms of an export, and what each must offer."""
+
+import dataclasses
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simplernn_jax.array_types import ModelState
+from simplernn_jax.config import Config
+from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.errors import UserError, nearest_name
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.named_leaves import named_leaves
+
+FORMS = ("html", "huggingface", "safetensors", "stablehlo", "onnx")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """What is exported."""
+
+    model: LanguageModel
+    """Computes in float32, as all exports do."""
+    tokenizer: Tokenizer
+    config: Config
+    """Of the run, without paths of the machine it ran on."""
+    workdir: str
+    """Folder of the run, whose metrics describe the model."""
+    weights: str = "float32"
+    """Type of the weights in an HTML file: ``float32``, ``float16`` or ``int8``."""
+
+    @property
+    def name(self) -> str:
+        """The name of the run."""
+        return last_part(self.workdir)
+
+
+def last_part(path: str) -> str:
+    """Return the last part of a path."""
+    return path.rstrip("/").rpartition("/")[2]
+
+
+class Loaded(Protocol):
+    """An exported model, as its users load it."""
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """Compute the logits after each of [T] tokens from a zero state: [T, vocab]."""
+
+    def greedy(self, token: int, count: int) -> list[int]:
+        """Generate the `count` tokens that follow `token`, each the likeliest."""
+
+    def encode(self, text: str) -> list[int] | None:
+        """Encode `text` without BOS; None if the form has no tokenizer."""
+
+
+class Form(Protocol):
+    """A module of one form."""
+
+    def write(self, trained: TrainedModel, folder: Path) -> None:
+        """Write the files into an empty folder.
+
+        Raises:
+          UserError: the model or its tokenizer cannot be expressed, or a package is missing.
+        """
+
+    def load(self, folder: Path) -> Loaded:
+        """Load what `write` has written; called in a process of its own."""
+
+
+def find_form(name: str) -> Any:
+    """Import the module of a form, a `Form`.
+
+    Raises:
+      UserError: there is no such form, or it needs a package that is not installed.
+    """
+    if name not in FORMS:
+        raise UserError(
+            f"--format={name}: must be one of {', '.join(FORMS)}{nearest_name(name, FORMS)}"
+        )
+    return importlib.import_module(f"simplernn_jax.export.{name}.form")
+
+
+def check_packages(form: str, *names: str) -> None:
+    """Check that packages are installed.
+
+    Raises:
+      UserError: names the first that is not, and the extra that installs it.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"--format={form} needs the package {name}: pip install 'simplernn_jax[export]'"
+            )
+
+
+def logits_of(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
+    """Compute the logits [T, vocab] after each of [T] tokens."""
+    return np.asarray(model(jnp.asarray(tokens[None], jnp.int32))[0][0])
+
+
+def state_by_name(state: ModelState) -> tuple[dict[str, jax.Array], Any]:
+    """Flatten the state of a model.
+
+    Returns:
+      The arrays by name, such as ``0.mixer``: layer and part; and the function that restores the
+      structure.
+    """
+    structure = jax.tree.structure(state)
+    by_name = {name.replace("/", "."): leaf for name, leaf in named_leaves(state).items()}
+
+    def restore(arrays: dict[str, jax.Array]) -> ModelState:
+        return jax.tree.unflatten(structure, [arrays[name] for name in by_name])
+
+    return by_name, restore

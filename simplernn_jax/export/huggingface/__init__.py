@@ -1,0 +1,1 @@
+"""A folder that `transformers` loads with ``trust_remote_code=True``."""

@@ -1,0 +1,99 @@
+"""Weights, code, tokenizer, generation settings and a model card for `transformers`."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simplernn_jax.export.forms import TrainedModel, check_packages
+from simplernn_jax.export.huggingface.model_card import model_card
+from simplernn_jax.export.huggingface.tokenizer_file import tokenizer_json
+from simplernn_jax.export.safetensors import form as safetensors_form
+from simplernn_jax.training import loss_curve
+
+CODE = "modeling_simplernn.py"
+
+
+def write(trained: TrainedModel, folder: Path) -> None:
+    """See `Form.write`."""
+    check_packages("huggingface", "torch", "transformers")
+    safetensors_form.write(trained, folder)
+    shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
+    tokenizer = trained.tokenizer
+    module = Path(CODE).stem
+    special = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    text, names = tokenizer_json(tokenizer)
+    (folder / "tokenizer.json").write_text(text, "utf-8")
+    description = {
+        **safetensors_form.description(trained),
+        "architectures": ["SimpleRNNForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.SimpleRNNConfig",
+            "AutoModelForCausalLM": f"{module}.SimpleRNNForCausalLM",
+        },
+    }
+    _write_json(folder / "config.json", description)
+    _write_json(folder / "generation_config.json", {"do_sample": True, **special})
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **dict(zip(("bos_token", "eos_token", "pad_token"), names, strict=True)),
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            # As here, no text can end a document.
+            "split_special_tokens": True,
+            "model_max_length": 10**9,
+        },
+    )
+    if trained.config.data.template:
+        (folder / "chat_template.jinja").write_text(trained.config.data.template, "utf-8")
+    curve = Path(trained.workdir, loss_curve.FILE_NAME)
+    if curve.is_file():
+        shutil.copyfile(curve, folder / curve.name)
+    (folder / "README.md").write_text(model_card(trained, curve.is_file()), "utf-8")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+class _Loaded:
+    def __init__(self, folder: Path) -> None:
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        options = {"trust_remote_code": True, "local_files_only": True}
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        import torch
+
+        with torch.no_grad():
+            logits: np.ndarray = self._model(torch.tensor(tokens[None]).long()).logits[0].numpy()
+        return logits
+
+    def greedy(self, token: int, count: int) -> list[int]:
+        import torch
+
+        ids = self._model.generate(
+            torch.tensor([[token]]), max_new_tokens=count, do_sample=False, eos_token_id=None
+        )
+        tokens: list[int] = ids[0, 1:].tolist()
+        return tokens
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def load(folder: Path) -> _Loaded:
+    """See `Form.load`."""
+    return _Loaded(folder)

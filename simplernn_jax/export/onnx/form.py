@@ -1,0 +1,170 @@
+"""``prefill.onnx`` and ``decode.onnx``, converted from the PyTorch model of the form huggingface.
+
+Both map ``tokens`` [1, T] int64 and the state to ``logits`` [1, T, vocab] float32 and the next
+state, with T of 64 in prefill and 1 in decode. Names, shapes and zero values of the state are in
+``config.json``; opset 18. JAX has no converter to ONNX of its own, and `torch.onnx` knows every
+operation of the PyTorch model.
+"""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simplernn_jax.export.forms import TrainedModel, check_packages
+from simplernn_jax.export.safetensors.form import description
+from simplernn_jax.models.named_weights import named_weights
+
+PREFILL_TOKENS = 64
+OPSET = 18
+MAX_INLINE_BYTES = 1 << 30
+"""Weights beyond this are files of their own: a graph has 2 GiB at most."""
+PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+
+
+def write(trained: TrainedModel, folder: Path) -> None:
+    """See `Form.write`."""
+    check_packages("onnx", *PACKAGES)
+    import torch
+
+    from simplernn_jax.export.huggingface import modeling_simplernn
+
+    fields = description(trained)
+    model = modeling_simplernn.SimpleRNNForCausalLM(modeling_simplernn.SimpleRNNConfig(**fields))
+    weights = named_weights(trained.model)
+    model.load_state_dict({name: torch.tensor(x) for name, x in weights.items()})
+    state = initial_state(modeling_simplernn, model)
+
+    class Step(torch.nn.Module):
+        """The model with its state as arguments and results."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: Any, *arrays: Any) -> tuple[Any, ...]:
+            cache = modeling_simplernn.SimpleRNNCache(len(model.layers))
+            for name, array in zip(state, arrays, strict=True):
+                layer, part = name.split(".")
+                cache.layers[int(layer)][part] = array
+            output = self.model(tokens, cache=cache, use_cache=True)
+            new = (output.cache.layers[int(n.split(".")[0])][n.split(".")[1]] for n in state)
+            return (output.logits, *new)
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # about packages that are not needed
+    is_large = sum(x.nbytes for x in weights.values()) > MAX_INLINE_BYTES
+    for name, length in (("prefill", PREFILL_TOKENS), ("decode", 1)):
+        tokens = torch.zeros(1, length, dtype=torch.long)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's own modules
+            torch.onnx.export(
+                Step().eval(),
+                (tokens, *state.values()),
+                str(folder / f"{name}.onnx"),
+                input_names=["tokens", *state],
+                output_names=["logits", *(f"next.{name}" for name in state)],
+                opset_version=OPSET,
+                dynamo=True,
+                external_data=is_large,
+                verbose=False,
+            )
+        _strip(folder / f"{name}.onnx")
+    content = {
+        **fields,
+        "opset": OPSET,
+        "prefill_tokens": PREFILL_TOKENS,
+        "state": {
+            name: {
+                "shape": list(x.shape),
+                "dtype": str(x.dtype).removeprefix("torch."),
+                "value": x.flatten()[0].item(),
+            }
+            for name, x in state.items()
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def _strip(path: Path) -> None:
+    """Remove the positions in source code that the converter adds to every node."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False)
+    for part in (*graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
+        del part.metadata_props[:]
+    onnx.checker.check_model(graph)
+    onnx.save(graph, path)
+
+
+def initial_state(modeling: Any, model: Any) -> dict[str, Any]:
+    """Make the state before the first token of one sequence; its caches have a fixed size.
+
+    Keys of attention begin at a position that no query sees.
+    """
+    import torch
+
+    config, state = model.config, {}
+    heads = config.num_heads
+    key_dim, value_dim = config.key_dim // heads, config.value_dim // heads
+    for number, layer in enumerate(model.layers):
+        if layer.mixer == "attention":
+            slots = config.attention_context
+            state[f"{number}.keys"] = torch.zeros(1, slots, heads, key_dim)
+            state[f"{number}.values"] = torch.zeros(1, slots, heads, value_dim)
+            state[f"{number}.positions"] = torch.full((1, slots), modeling.NEVER)
+            state[f"{number}.length"] = torch.zeros(1, dtype=torch.long)
+        else:
+            state[f"{number}.state"] = torch.zeros(1, heads, key_dim, value_dim)
+        if not layer.is_plain:
+            past = layer.convolution.weight.shape[1] - 1
+            state[f"{number}.recent"] = torch.zeros(1, past, config.hidden_dim)
+    return state
+
+
+class _Loaded:
+    def __init__(self, folder: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self._prefill, self._decode = (
+            onnxruntime.InferenceSession(folder / f"{name}.onnx", options, ["CPUExecutionProvider"])
+            for name in ("prefill", "decode")
+        )
+        state = json.loads((folder / "config.json").read_text("utf-8"))["state"]
+        self._zero = {
+            name: np.full(x["shape"], x["value"], x["dtype"]) for name, x in state.items()
+        }
+
+    def _run(self, session: Any, state: Any, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
+        logits, *new = session.run(None, {"tokens": tokens, **state})
+        return logits[0], dict(zip(state, new, strict=True))
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        state, parts, position = self._zero, [], 0
+        tokens = tokens[None].astype(np.int64)
+        while position < tokens.shape[1]:
+            is_long = position + PREFILL_TOKENS <= tokens.shape[1]
+            session, length = (self._prefill, PREFILL_TOKENS) if is_long else (self._decode, 1)
+            part, state = self._run(session, state, tokens[:, position : position + length])
+            parts.append(part)
+            position += length
+        return np.concatenate(parts)
+
+    def greedy(self, token: int, count: int) -> list[int]:
+        state, tokens = self._zero, [token]
+        for _ in range(count):
+            logits, state = self._run(self._decode, state, np.array([tokens[-1:]]))
+            tokens.append(int(np.argmax(logits[-1])))
+        return tokens[1:]
+
+    def encode(self, text: str) -> None:
+        del text
+
+
+def load(folder: Path) -> _Loaded:
+    """See `Form.load`."""
+    return _Loaded(folder)

@@ -1,0 +1,66 @@
+"""``model.safetensors``, ``config.json`` and ``simplernn.json``; `load_model` reads it back."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from simplernn_jax.export.forms import TrainedModel, logits_of
+from simplernn_jax.inference import generate
+from simplernn_jax.inference.exported_folder import RUN, WEIGHTS, load_exported, run_json
+from simplernn_jax.models.named_weights import named_weights
+
+
+def description(trained: TrainedModel) -> dict[str, Any]:
+    """Describe the model as ``config.json`` does."""
+    config = trained.model.config
+    fields = dataclasses.asdict(config)
+    for name in ("mixer", "dropout", "precision", "state_precision"):
+        del fields[name]
+    return {
+        "model_type": "simplernn",
+        **fields,
+        "mixers": list(config.mixers),
+        "dtype": "float32",
+        "bos_token_id": trained.tokenizer.bos_id,
+        "eos_token_id": trained.tokenizer.eos_id,
+        "pad_token_id": trained.tokenizer.pad_id,
+    }
+
+
+def write_weights(trained: TrainedModel, folder: Path) -> None:
+    """Write the parameters."""
+    content = safetensors.numpy.save(named_weights(trained.model), metadata={"format": "pt"})
+    (folder / WEIGHTS).write_bytes(content)
+
+
+def write(trained: TrainedModel, folder: Path) -> None:
+    """See `Form.write`."""
+    write_weights(trained, folder)
+    text = json.dumps(description(trained), indent=2) + "\n"
+    (folder / "config.json").write_text(text, "utf-8")
+    (folder / RUN).write_text(run_json(trained.config, trained.tokenizer), "utf-8")
+
+
+class _Loaded:
+    def __init__(self, folder: Path) -> None:
+        self._model, self._tokenizer, _ = load_exported(str(folder))
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        return logits_of(self._model, tokens)
+
+    def greedy(self, token: int, count: int) -> list[int]:
+        tokens: list[int] = generate(self._model, [token], max_new_tokens=count).tokens[0].tolist()
+        return tokens
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text).tolist()
+        return ids
+
+
+def load(folder: Path) -> _Loaded:
+    """See `Form.load`."""
+    return _Loaded(folder)

@@ -1,0 +1,1 @@
+"""Prefill and decoding as portable StableHLO, for CPU, CUDA and TPU."""

@@ -1,0 +1,64 @@
+"""Folders of exported models that can be loaded again: ``safetensors`` and ``huggingface``.
+
+``model.safetensors`` holds the parameters (`models.named_weights`), ``simplernn.json`` the
+configuration of the run and its tokenizer.
+"""
+
+import json
+import os
+from typing import Any
+
+from simplernn_jax import config as config_lib
+from simplernn_jax.config import Config
+from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
+from simplernn_jax.errors import UserError
+from simplernn_jax.files import read_file
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.named_weights import model_from_weights
+from simplernn_jax.models.pytorch_weights import read_pytorch_weights
+
+WEIGHTS = "model.safetensors"
+RUN = "simplernn.json"
+
+
+def run_json(config: Config, tokenizer: Tokenizer) -> str:
+    """Serialize the configuration and the tokenizer of a run."""
+    run = {
+        "config": json.loads(config_lib.to_json(config)),
+        "tokenizer": json.loads(tokenizer.to_json()),
+    }
+    return json.dumps(run, indent=2) + "\n"
+
+
+def is_exported(folder: str) -> bool:
+    """Whether `folder` is an exported model."""
+    return os.path.isfile(os.path.join(folder, RUN))
+
+
+def read_run(folder: str) -> tuple[Config, str]:
+    """Read the configuration and the JSON of the tokenizer.
+
+    Raises:
+      UserError: ``simplernn.json`` cannot be read or is corrupted.
+    """
+    path = os.path.join(folder, RUN)
+    try:
+        run: Any = json.loads(read_file(path))
+        config = config_lib.from_json(json.dumps(run["config"]))
+        return config, json.dumps(run["tokenizer"])
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; export the model again") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: corrupted ({error}); export the model again") from error
+
+
+def load_exported(folder: str) -> tuple[LanguageModel, Tokenizer, Config]:
+    """Load an exported model; nothing in it is executed.
+
+    Raises:
+      UserError: a file is missing or corrupted, or the parameters are of another configuration.
+    """
+    config, tokenizer_json = read_run(folder)
+    path = os.path.join(folder, WEIGHTS)
+    model = model_from_weights(config.model, read_pytorch_weights(path), path)
+    return model, tokenizer_from_json(tokenizer_json), config
