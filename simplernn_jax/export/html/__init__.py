@@ -1,0 +1,1 @@
+"""One HTML file that generates text in any browser, offline."""

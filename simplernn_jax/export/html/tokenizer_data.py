@@ -1,0 +1,89 @@
+"""Tokenizers for the JavaScript of a page: bytes, characters, or byte-level BPE."""
+
+import base64
+import json
+from typing import Any
+
+from simplernn_jax.data.pretrained_tokenizer import byte_level_alphabet
+from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.errors import UserError
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""Words of a ByteLevel pre-tokenizer (GPT-2)."""
+
+
+def tokenizer_data(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    """Describe a tokenizer: its kind, the bytes of all ids in base64, and for BPE merges and words.
+
+    Raises:
+      UserError: a pretrained tokenizer is not byte-level BPE of the known kinds.
+    """
+    saved = json.loads(tokenizer.to_json())
+    data: dict[str, Any] = {
+        "kind": saved["kind"],
+        "bytes": [_base64(tokenizer.decode_bytes([number])) for number in range(vocab_size)],
+    }
+    if saved["kind"] == "pretrained":
+        data |= _bpe(json.loads(saved["tokenizer"])) | {"kind": "bpe"}
+    return data
+
+
+def _bpe(content: dict[str, Any]) -> dict[str, Any]:
+    model = content["model"]
+    if model.get("type") != "BPE":
+        raise _not_expressed(f"its model is {model.get('type')}")
+    if content.get("normalizer") is not None:
+        raise _not_expressed(f"it has a normalizer ({content['normalizer'].get('type')})")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(name):
+            raise _not_expressed(f"its model has {name}")
+    plain = [token["content"] for token in content.get("added_tokens", []) if not token["special"]]
+    if plain:
+        raise _not_expressed(f"it has the added token {plain[0]!r}")
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    byte_of = byte_level_alphabet()
+
+    def encoded(token: str) -> str:
+        if not all(character in byte_of for character in token):
+            raise _not_expressed("it is not byte-level")
+        return _base64(bytes(byte_of[character] for character in token))
+
+    return {
+        "merges": [[encoded(part) for part in merge] for merge in merges],
+        "pattern": _pattern(content.get("pre_tokenizer")),
+        "whole_words": bool(model.get("ignore_merges")),
+    }
+
+
+def _pattern(pre_tokenizer: Any) -> str:
+    """Return the words of a pre-tokenizer as a pattern of JavaScript."""
+    parts = [pre_tokenizer]
+    if isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "Sequence":
+        parts = pre_tokenizer["pretokenizers"]
+    *splits, last = parts
+    if not isinstance(last, dict) or last.get("type") != "ByteLevel":
+        raise _not_expressed("it is not byte-level")
+    if last.get("add_prefix_space"):
+        raise _not_expressed("it adds a space before a text")
+    patterns = [GPT2_PATTERN] if last.get("use_regex", True) else []
+    for split in splits:
+        is_known = split.get("type") == "Split" and split.get("behavior") == "Isolated"
+        if not is_known or split.get("invert") or "Regex" not in split["pattern"]:
+            raise _not_expressed(f"its pre-tokenizer has a part {split.get('type')}")
+        patterns.append(split["pattern"]["Regex"])
+    if len(patterns) > 1:
+        raise _not_expressed("its pre-tokenizer splits twice")
+    pattern = patterns[0] if patterns else ""
+    # JavaScript's own classes differ in two characters.
+    return pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
+
+
+def _not_expressed(reason: str) -> UserError:
+    return UserError(
+        f"--format=html: the tokenizer cannot be expressed in JavaScript ({reason}); use another "
+        "form"
+    )
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
