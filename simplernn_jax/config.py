@@ -148,8 +148,9 @@ class TrainConfig:
     seed: int = 0
     """Seed of initialization, split, batches and dropout, in [0, 2**32)."""
     init_from: str = ""
-    """Workdir of a run whose parameters this one starts from (fine-tuning), with a fresh optimizer
-    at step 0; model and tokenizer must be the same."""
+    """Parameters that this run starts from (fine-tuning), with a fresh optimizer at step 0: the
+    workdir of a run or its export (safetensors, huggingface), whose model and tokenizer must be the
+    same; or a .pt or .safetensors file of the original PyTorch project."""
     steps: int = 0
     """Optimizer steps; exactly one of steps and epochs is set."""
     epochs: float = 0.0

@@ -5,11 +5,16 @@ import shutil
 import chex
 import jax
 import pytest
+import safetensors.numpy
 from flax import nnx
 from small_runs import save_untrained, small_config, stop_after, write_corpus
 
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
+from simplernn_jax.export.exporting import new_folder
+from simplernn_jax.export.forms import TrainedModel, find_form
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.named_weights import named_weights
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.run import Run
 
@@ -71,3 +76,35 @@ def test_resuming_needs_no_other_run(initial, tmp_path, monkeypatch):
 def test_other_models_are_refused(initial, tmp_path, fields, problem):
     with pytest.raises(UserError, match=problem):
         train(fine_tuned(initial, tmp_path, **fields), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2}])
+def test_an_export_is_a_start(initial, tmp_path, mesh):
+    model, tokenizer, config = load_model(str(initial))
+    out = str(tmp_path / "export")
+    with new_folder(out) as folder:
+        find_form("safetensors").write(TrainedModel(model, tokenizer, config, out), folder)
+    with Run(fine_tuned(out, tmp_path, **mesh), str(tmp_path / "run")) as run:
+        chex.assert_trees_all_equal(
+            jax.tree.leaves(run.state.params), jax.tree.leaves(nnx.state(model, nnx.Param))
+        )
+    with pytest.raises(UserError, match="a different model: hidden_dim is 16"):
+        train(fine_tuned(out, tmp_path, hidden_dim=16), str(tmp_path / "refused"))
+
+
+def test_pytorch_weights_are_a_start(tmp_path):
+    plain = {"block": "plain", "num_layers": 2, "key_dim": 5, "value_dim": 7}
+    config = small_config(source=write_corpus(tmp_path / "texts"), seed=3, **plain)
+    model = LanguageModel(config.model, rngs=nnx.Rngs(3))
+    path = str(tmp_path / "weights.safetensors")
+    safetensors.numpy.save_file(named_weights(model), path)
+    with Run(fine_tuned(path, tmp_path, **plain), str(tmp_path / "run")) as run:
+        chex.assert_trees_all_equal(
+            jax.tree.leaves(run.state.params), jax.tree.leaves(nnx.state(model, nnx.Param))
+        )
+    for fields, problem in (
+        (plain | {"num_layers": 1}, "num_layers is 1, checkpoint has 2"),
+        (plain | {"vocab_size": 301}, "use the same --config.model.vocab_size"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            train(fine_tuned(path, tmp_path, **fields), str(tmp_path / "refused"))

@@ -89,13 +89,12 @@ def check_packages(form: str, *names: str) -> None:
     """Check that packages are installed.
 
     Raises:
-      UserError: names the first that is not, and the extra that installs it.
+      UserError: names the first that is not, and how to install it.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"--format={form} needs the package {name}: pip install 'simplernn_jax[export]'"
-            )
+            what = "mini-racer" if name == "py_mini_racer" else "'simplernn_jax[export]'"
+            raise UserError(f"--format={form} needs the package {name}: pip install {what}")
 
 
 def logits_of(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:

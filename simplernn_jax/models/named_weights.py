@@ -16,8 +16,8 @@ from simplernn_jax.config import ModelConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.models.language_model import LanguageModel
 
-Weights = Mapping[str, np.ndarray]
-"""Name of each parameter and its value, float32."""
+Weights = Mapping[str, Any]
+"""Name of each parameter and its value, an array of NumPy or JAX."""
 
 _MODULES = {"head": "lm_head", "final_scale": "final_norm"}
 _LEVELS = ("mixer", "cell")
@@ -86,7 +86,7 @@ def check_names_and_shapes(
             )
 
 
-def _transposed(path: tuple[Any, ...], value: np.ndarray) -> np.ndarray:
+def _transposed(path: tuple[Any, ...], value: Any) -> Any:
     return value.T if path[-1] in ("kernel", "weights") else value
 
 

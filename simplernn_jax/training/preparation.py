@@ -8,7 +8,6 @@ from absl import logging
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.checkpointer import check_same_model, read_config
-from simplernn_jax.checkpoint.choice import BEST
 from simplernn_jax.checkpoint.contents import TEXTS, read_json, read_texts
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.config import Config, TrainConfig
@@ -19,6 +18,7 @@ from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_cor
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.distributed import check_same, is_coordinator, run_on_coordinator_first
 from simplernn_jax.errors import UserError
+from simplernn_jax.training.initial_parameters import initial_tokenizer
 
 MAX_DEFAULT_PROMPT = 40
 """Characters."""
@@ -60,7 +60,7 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
         _check_same_batches(config, saved[0])
         tokenizer = tokenizer_from_json(saved[1])
     elif config.train.init_from:
-        tokenizer = _initial_tokenizer(config)
+        tokenizer = initial_tokenizer(config)
     corpus = prepare_corpus(
         config.data,
         config.train.seed,
@@ -81,26 +81,6 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
         check_same_model(config, saved[0])
         _check_same_optimizer(config, saved[0])
     return config, corpus
-
-
-_FREE_FIELDS = ("dropout", "precision", "state_precision", "vocab_size")
-"""Fields of the model in which fine-tuning may differ; the vocabulary is compared as arrays."""
-
-
-def _initial_tokenizer(config: Config) -> Tokenizer:
-    """Return the tokenizer of the run in ``init_from``, after comparing its configuration."""
-    where = f"--config.train.init_from={config.train.init_from}"
-    initial, tokenizer_json, _ = read_config(config.train.init_from, BEST)
-    free = {name: getattr(config.model, name) for name in _FREE_FIELDS}
-    fields = config_lib.differing_fields(config.model, dataclasses.replace(initial.model, **free))
-    if fields:
-        raise UserError(f"{where} has a different model: {'; '.join(fields)}; use the same values")
-    if initial.data.tokenizer != config.data.tokenizer:
-        raise UserError(
-            f"{where} has the tokenizer {initial.data.tokenizer}; use the same with "
-            "--config.data.tokenizer"
-        )
-    return tokenizer_from_json(tokenizer_json)
 
 
 def tokens_folder(config: Config, workdir: str) -> str:

@@ -12,8 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.checkpointer import Checkpointer
-from simplernn_jax.checkpoint.choice import choose_checkpoint
-from simplernn_jax.checkpoint.contents import read_tree
 from simplernn_jax.checkpoint.folder import check_workdir
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch, make_batches
@@ -30,6 +28,7 @@ from simplernn_jax.sharding.mesh import check_fits, make_mesh
 from simplernn_jax.training.checkpoint_layout import CheckpointLayout
 from simplernn_jax.training.early_stopping import ValidationHistory
 from simplernn_jax.training.evaluate import Evaluation
+from simplernn_jax.training.initial_parameters import initial_parameters
 from simplernn_jax.training.memory_check import check_train_step
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.placement import batch_shardings
@@ -127,17 +126,13 @@ class Run:
         return self._layout.from_checkpoint(restored.state), batches
 
     def _with_initial_parameters(self, state: TrainState) -> TrainState:
-        """Replace the parameters by those of the run in ``init_from``."""
+        """Replace the parameters by those in ``init_from``."""
         abstract, shardings = self._layout.abstract, self._layout.shardings
-        _, path, _ = choose_checkpoint(self.config.train.init_from)
-        params = read_tree(
-            path,
-            {"params": abstract.params},
-            None if shardings is None else {"params": shardings.params},
-            partial=True,
+        params = initial_parameters(
+            self.config, abstract.params, None if shardings is None else shardings.params
         )
         saved = self._layout.to_checkpoint(state)
-        return self._layout.from_checkpoint(dataclasses.replace(saved, **params))
+        return self._layout.from_checkpoint(dataclasses.replace(saved, params=params))
 
     @property
     def has_ended(self) -> bool:

@@ -78,6 +78,7 @@ class SimpleRNNCache:
         """Tensors of each layer by name, axis B first."""
         self.seen_tokens = 0
         """Tokens so far, padding included."""
+        self.is_linear = [True] * num_layers
 
     def get_seq_length(self, layer_idx=0):
         """Return the number of tokens so far."""
@@ -308,16 +309,33 @@ class SimpleRNNForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the head; None if it is the embedding."""
         return None if self.config.tie_embeddings else self.lm_head
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **options):
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        attention_mask=None,
+        cache=None,
+        past_key_values=None,
+        use_cache=True,
+        logits_to_keep=0,
+        **_,
+    ):
         """Keep the tokens that the cache has not seen: one, or a new part of a conversation."""
-        cache = options.get(CACHE)
+        cache = cache if cache is not None else past_key_values
         if cache is not None:
-            input_ids = input_ids[:, cache.seen_tokens :]
+            # The ids may be those of the whole sequence or new ones alone; the mask is whole.
+            whole = input_ids if attention_mask is None else attention_mask
+            unseen = whole.shape[1] - cache.seen_tokens
+            if unseen <= 0:
+                raise ValueError(
+                    "the cache has seen all tokens; pass the ids of the whole sequence"
+                )
+            input_ids = input_ids[:, -unseen:]
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            CACHE: cache,
-            "use_cache": options.get("use_cache", True),
+            "cache": cache,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
         }
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **options):

@@ -15,7 +15,8 @@ folder = Path(__file__).parent
 config = json.loads((folder / "config.json").read_text())
 weights = safetensors.numpy.load_file(folder / "model.safetensors")
 prefill, decode = (
-    export.deserialize((folder / name).read_bytes()) for name in ("prefill.bin", "decode.bin")
+    export.deserialize(bytearray((folder / name).read_bytes()))
+    for name in ("prefill.bin", "decode.bin")
 )
 
 tokens = np.array([[config["bos_token_id"], *map(int, sys.argv[1:])]], np.int32)

@@ -68,7 +68,13 @@ def _export(model: LanguageModel, weights: dict[str, Any], length: int) -> expor
         name: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for name, x in state.items()
     }
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    return export.export(jax.jit(run), platforms=PLATFORMS)(weights, with_batch, tokens)
+    # No paths of this machine.
+    limit = jax.config.jax_traceback_in_locations_limit  # type: ignore[attr-defined, unused-ignore]
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        return export.export(jax.jit(run), platforms=PLATFORMS)(weights, with_batch, tokens)
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
 
 
 class _Loaded:
@@ -79,7 +85,7 @@ class _Loaded:
         state = json.loads((folder / "config.json").read_text("utf-8"))["state"]
         self._zero = {name: np.zeros((1, *x["shape"][1:]), x["dtype"]) for name, x in state.items()}
         self._prefill, self._decode = (
-            jax.jit(export.deserialize((folder / f"{name}.bin").read_bytes()).call)
+            jax.jit(export.deserialize(bytearray((folder / f"{name}.bin").read_bytes())).call)
             for name in ("prefill", "decode")
         )
 

@@ -1,0 +1,111 @@
+"""Parameters and tokenizer that a run starts from: ``train.init_from``."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from simplernn_jax import config as config_lib
+from simplernn_jax.checkpoint.checkpointer import read_config
+from simplernn_jax.checkpoint.choice import BEST, choose_checkpoint
+from simplernn_jax.checkpoint.contents import read_tree
+from simplernn_jax.config import Config, ModelConfig
+from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
+from simplernn_jax.errors import UserError
+from simplernn_jax.inference.exported_folder import is_exported, load_exported, read_run
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.pytorch_weights import load_pytorch_weights
+
+_FREE_FIELDS = ("dropout", "precision", "state_precision", "vocab_size")
+"""Fields of the model in which fine-tuning may differ; the vocabulary is compared as arrays."""
+
+_RESIDUAL_FIELDS = ("mlp_dim", "tie_embeddings", "attention_context")
+"""Fields without an effect on plain layers."""
+
+
+def initial_tokenizer(config: Config) -> Tokenizer | None:
+    """Return the tokenizer of the run or export in ``init_from``, after comparing configurations.
+
+    None: ``init_from`` has weights alone.
+
+    Raises:
+      UserError: there is no model, or its configuration or tokenizer is another one.
+    """
+    path = config.train.init_from
+    if is_exported(path):
+        initial, tokenizer_json = read_run(path)
+    elif _has_weights_alone(path):
+        return None
+    else:
+        initial, tokenizer_json, _ = read_config(path, BEST)
+    _check_same_model(config, initial.model)
+    if initial.data.tokenizer != config.data.tokenizer:
+        raise UserError(
+            f"{_where(config)} has the tokenizer {initial.data.tokenizer}; use the same with "
+            "--config.data.tokenizer"
+        )
+    return tokenizer_from_json(tokenizer_json)
+
+
+def initial_parameters(config: Config, abstract: nnx.State, shardings: Any) -> nnx.State:
+    """Load the parameters in ``init_from``.
+
+    Args:
+      config: of the new run.
+      abstract: shapes of its parameters.
+      shardings: where they go; None is one device.
+
+    Raises:
+      UserError: they cannot be read, or are those of another model.
+    """
+    path = config.train.init_from
+    model = _load(path)
+    if model is None:
+        _, step_path, _ = choose_checkpoint(path)
+        tree = {"params": abstract}
+        placed = None if shardings is None else {"params": shardings}
+        return read_tree(step_path, tree, placed, partial=True)["params"]
+    _check_same_model(config, model.config)
+    params = nnx.state(model, nnx.Param)
+    for wanted, found in zip(jax.tree.leaves(abstract), jax.tree.leaves(params), strict=True):
+        if wanted.shape != found.shape:
+            raise UserError(
+                f"{_where(config)} has an array {list(found.shape)} where the model has "
+                f"{list(wanted.shape)}; use the same --config.model.vocab_size"
+            )
+    if shardings is None:
+        return params
+
+    def place(value: jax.Array, sharding: Any) -> jax.Array:
+        whole = np.asarray(value)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(place, params, shardings)
+
+
+def _load(path: str) -> LanguageModel | None:
+    """Load an export or weights; None if `path` is another folder, such as that of a run."""
+    if is_exported(path):
+        return load_exported(path)[0]
+    return load_pytorch_weights(path) if _has_weights_alone(path) else None
+
+
+def _has_weights_alone(path: str) -> bool:
+    return os.path.isfile(path)
+
+
+def _check_same_model(config: Config, initial: ModelConfig) -> None:
+    free = _FREE_FIELDS + (_RESIDUAL_FIELDS if initial.block == "plain" else ())
+    same = {name: getattr(config.model, name) for name in free}
+    fields = config_lib.differing_fields(config.model, dataclasses.replace(initial, **same))
+    if fields:
+        raise UserError(
+            f"{_where(config)} has a different model: {'; '.join(fields)}; use the same values"
+        )
+
+
+def _where(config: Config) -> str:
+    return f"--config.train.init_from={config.train.init_from}"

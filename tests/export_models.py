@@ -1,0 +1,32 @@
+"""Small models of every kind, shared by the tests of exports."""
+
+from flax import nnx
+
+from simplernn_jax.config import Config, ModelConfig
+from simplernn_jax.data import load_tokenizer
+from simplernn_jax.export.forms import TrainedModel
+from simplernn_jax.models import LanguageModel
+
+MODELS = {
+    "plain": {
+        **{"block": "plain", "num_layers": 2, "num_heads": 1, "hidden_dim": 8},
+        **{"key_dim": 5, "value_dim": 7},
+    },
+    "residual": {"num_layers": 1, "tie_embeddings": False},
+    "hybrid": {"mixer": "simple_rnn,attention", "num_layers": 2, "attention_context": 13},
+}
+"""Fields of the model by the name of a case."""
+
+SIZES = {"hidden_dim": 8, "key_dim": 12, "value_dim": 18, "num_heads": 3, "mlp_dim": 11}
+
+
+def trained(fields, tokenizer=None, workdir="runs/small", **data):
+    """A model with random parameters, as it is exported."""
+    tokenizer = tokenizer or load_tokenizer("byte", None)
+    model = ModelConfig(**{**SIZES, "num_layers": 1, **fields})
+    model.vocab_size = tokenizer.vocab_size
+    config = Config(model=model)
+    config.train.steps = 1
+    for name, value in data.items():
+        setattr(config.data, name, value)
+    return TrainedModel(LanguageModel(model, rngs=nnx.Rngs(0)), tokenizer, config, workdir)

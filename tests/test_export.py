@@ -1,0 +1,260 @@
+"""Exports of a trained model: what all forms share, and those without other frameworks."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from export_models import MODELS, trained
+from flax import nnx
+from processes import run_scripts
+from small_runs import save_untrained, small_config, write_corpus
+
+from simplernn_jax import load_model
+from simplernn_jax.errors import UserError
+from simplernn_jax.export import exporting
+from simplernn_jax.export.exporting import export, float32_model
+from simplernn_jax.export.forms import FORMS, find_form, logits_of
+from simplernn_jax.export.rounding import rounded_weights
+from simplernn_jax.inference import generate
+from simplernn_jax.models.named_weights import model_from_weights, named_weights
+
+TOKENS = np.random.default_rng(0).integers(0, 256, 89).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    save_untrained(small_config(source=write_corpus(folder / "texts")), folder / "untrained")
+    return folder / "untrained"
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("form", ["safetensors", "stablehlo", "html"])
+def test_logits_and_greedy_tokens_are_those_of_the_model(tmp_path, form, name):
+    original = trained(MODELS[name])
+    module = find_form(form)
+    module.write(original, tmp_path)
+    root = str(Path(__file__).parents[1]).encode()
+    assert not any(root in path.read_bytes() for path in tmp_path.iterdir())
+    loaded = module.load(tmp_path)
+    expected = logits_of(original.model, TOKENS)
+    logits = loaded.logits(TOKENS)
+    chex.assert_shape(logits, expected.shape)
+    chex.assert_trees_all_close(np.float32(logits), expected, atol=2e-5 * np.abs(expected).max())
+    tokens = generate(original.model, [5], max_new_tokens=31).tokens[0].tolist()
+    assert loaded.greedy(5, 31) == tokens
+
+
+def test_bfloat16_models_are_exported_in_float32():
+    model = trained({"precision": "bfloat16", "state_precision": "bfloat16"}).model
+    exact = float32_model(model)
+    assert exact.config == dataclasses.replace(
+        model.config, precision="float32", state_precision="float32"
+    )
+    chex.assert_trees_all_equal(nnx.state(exact, nnx.Param), nnx.state(model, nnx.Param))
+
+
+def test_an_export_is_a_model(tmp_path, workdir):
+    model, tokenizer, config = load_model(str(workdir))
+    out = tmp_path / "new" / "folder"
+    report = export(
+        "safetensors", model, tokenizer, config, str(out), workdir=str(workdir), tokens=TOKENS
+    )
+    assert report.difference < 1e-5
+    assert report.num_bytes == sum(path.stat().st_size for path in out.iterdir())
+    assert report.loss == report.rounded_loss
+    loaded, loaded_tokenizer, loaded_config = load_model(str(out))
+    chex.assert_trees_all_equal(nnx.state(loaded, nnx.Param), nnx.state(model, nnx.Param))
+    assert loaded_tokenizer.to_json() == tokenizer.to_json()
+    assert loaded_config.data.source == "texts"  # no path of this machine
+    assert loaded_config.model == config.model
+    assert str(tmp_path) not in (out / "simplernn.json").read_text()
+    code, output, _ = run_scripts(
+        ("scripts/sample.py", "--workdir", out, "--temperature=0", "--max_new_tokens=9")
+    )[0]
+    assert code == 0
+    original = generate(model, [tokenizer.bos_id], max_new_tokens=9, eos_id=tokenizer.eos_id)
+    assert output.startswith(tokenizer.decode(original.tokens[0]))
+
+
+def test_the_example_runs_without_this_package(tmp_path):
+    original = trained(MODELS["residual"])
+    find_form("stablehlo").write(original, tmp_path)
+    words = [str(token) for token in TOKENS.tolist()]
+    (tmp_path / "simplernn_jax").mkdir()
+    (tmp_path / "simplernn_jax" / "__init__.py").write_text("raise ImportError")
+    path = os.pathsep.join([str(tmp_path), *filter(os.path.isabs, sys.path)])
+    result = subprocess.run(
+        [sys.executable, "example.py", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        check=True,
+    )
+    prompt = [original.tokenizer.bos_id, *TOKENS.tolist()]
+    tokens = generate(original.model, prompt, max_new_tokens=32).tokens[0].tolist()
+    assert list(map(int, result.stdout.split())) == tokens
+
+
+def test_a_program_for_all_platforms_without_custom_calls(tmp_path):
+    from jax import export as jax_export
+
+    find_form("stablehlo").write(trained(MODELS["hybrid"]), tmp_path)
+    for name in ("prefill", "decode"):
+        program = jax_export.deserialize(bytearray((tmp_path / f"{name}.bin").read_bytes()))
+        assert program.platforms == ("cpu", "cuda", "tpu")
+        calls = set(re.findall(r"custom_call @(\w+)", program.mlir_module()))
+        assert calls <= {"shape_assertion"}
+        tokens = program.in_avals[-1]
+        assert str(tokens.shape[0]) == "B"
+
+
+@pytest.mark.parametrize("kind", ["float16", "int8"])
+def test_rounded_weights(tmp_path, kind):
+    original = dataclasses.replace(trained(MODELS["residual"]), weights=kind)
+    module = find_form("html")
+    module.write(original, tmp_path)
+    weights = named_weights(original.model)
+    rounded = rounded_weights(weights, kind)
+    for name, weight in weights.items():
+        step = np.abs(weight).max() / 127 if kind == "int8" else np.abs(weight).max() * 2**-11
+        assert np.abs(rounded[name] - weight).max() <= step
+    model = model_from_weights(original.model.config, rounded, "here")
+    expected = logits_of(model, TOKENS)
+    logits = np.float32(module.load(tmp_path).logits(TOKENS))
+    chex.assert_trees_all_close(logits, expected, atol=2e-5 * np.abs(expected).max())
+    assert not np.allclose(expected, logits_of(original.model, TOKENS), atol=1e-6)
+
+
+def test_plain_weights_run_in_the_pytorch_project(tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    from benchmarks.torch_loop import LoopModel
+
+    original = trained(MODELS["plain"])
+    find_form("safetensors").write(original, tmp_path)
+    config = original.model.config
+    sizes = (config.vocab_size, config.num_layers, config.hidden_dim)
+    reference = LoopModel(*sizes, config.key_dim, config.value_dim)
+    weights = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    reference.load_state_dict({name: torch.tensor(x) for name, x in weights.items()})
+    with torch.no_grad():
+        logits = reference(torch.tensor(TOKENS[None]).long())[0].numpy()
+    expected = logits_of(original.model, TOKENS)
+    chex.assert_trees_all_close(logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_script_exports_a_page(tmp_path, workdir):
+    out = tmp_path / "page"
+    code, output, errors = run_scripts(
+        ("scripts/export.py", "--workdir", workdir, "--format=html", "--out", out, "--weights=int8")
+    )[0]
+    assert code == 0, errors
+    assert "largest difference of logits" in output
+    assert " nats (" in output
+    assert [path.name for path in out.iterdir()] == ["model.html"]
+    assert [path.name for path in tmp_path.iterdir()] == ["page"]
+
+
+def test_bad_flags_are_one_line(tmp_path, workdir):
+    (tmp_path / "taken").mkdir()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    good = {"workdir": workdir, "format": "safetensors", "out": tmp_path / "out"}
+    cases = [
+        ({"format": "htm"}, "--format=htm: must be one of html,", "did you mean 'html'?"),
+        ({"workdir": empty}, f"no checkpoint in {empty}", "train there first"),
+        ({"out": tmp_path / "taken"}, "exists already", "specify a new folder"),
+        ({"out": "/proc/x/y"}, "--out=", "use another folder"),
+        ({"weights": "int8"}, "--weights=int8: only with --format=html", ""),
+        ({"out": ""}, "no --out", "specify a new folder"),
+        ({"format": ""}, "no --format", "specify html"),
+    ]
+    commands = [
+        ("scripts/export.py", *(f"--{name}={value}" for name, value in (good | changed).items()))
+        for changed, *_ in cases
+    ]
+    for (_, *parts), (code, output, errors) in zip(cases, run_scripts(*commands), strict=True):
+        assert (code, output) == (2, "")
+        last = errors.splitlines()[-1]
+        assert last.startswith("error: ")
+        assert all(part in last for part in parts), errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "taken"]
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for form in FORMS:
+        if form == "safetensors":
+            continue
+        with pytest.raises(UserError, match=rf"--format={form} needs the package \w+: pip install"):
+            find_form(form).write(trained(MODELS["plain"]), None)
+
+
+@pytest.mark.parametrize(
+    ("found", "problem"),
+    [({"logits": 1.01}, "differs by"), ({"ids": [1]}, "tokenizer encodes the held-out text")],
+)
+def test_a_wrong_export_leaves_nothing(tmp_path, workdir, monkeypatch, found, problem):
+    model, tokenizer, config = load_model(str(workdir))
+    right = {"logits": logits_of(model, TOKENS), "ids": None, "tokens_per_second": 1.0}
+    if "logits" in found:
+        found = {"logits": found["logits"] * right["logits"]}
+    wrong = exporting.run_exported.__annotations__["return"](**right | found)
+    monkeypatch.setattr(exporting, "run_exported", lambda *_: wrong)
+    with pytest.raises(UserError, match=problem):
+        export(
+            *("safetensors", model, tokenizer, config, str(tmp_path / "out")),
+            workdir=str(workdir),
+            tokens=TOKENS,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_exports_are_refused(tmp_path, workdir):
+    model, tokenizer, config = load_model(str(workdir))
+    good = tmp_path / "good"
+    export("safetensors", model, tokenizer, config, str(good), workdir="", tokens=TOKENS)
+    weights = safetensors.numpy.load_file(good / "model.safetensors")
+    name, value = next(iter(weights.items()))
+    run = json.loads((good / "simplernn.json").read_text())
+    damages = {
+        "model.safetensors": [
+            (b"", "cannot be read"),
+            ((good / "model.safetensors").read_bytes()[:-1], "cannot be read"),
+            (safetensors.numpy.save({name: value}), "missing"),
+            (safetensors.numpy.save(weights | {"x": value}), "x unexpected"),
+            (safetensors.numpy.save(weights | {name: value[:-1]}), "has shape"),
+        ],
+        "simplernn.json": [
+            (b"{", "corrupted"),
+            (json.dumps({"config": run["config"]}).encode(), "corrupted"),
+            (json.dumps(run | {"config": {}}).encode(), "missing"),
+            (json.dumps(run | {"tokenizer": {"kind": "x"}}).encode(), "of kind 'x'"),
+        ],
+    }
+    for file, contents in damages.items():
+        for content, problem in contents:
+            shutil.copytree(good, tmp_path / "bad")
+            (tmp_path / "bad" / file).write_bytes(content)
+            with pytest.raises(UserError, match=problem):
+                load_model(str(tmp_path / "bad"))
+            shutil.rmtree(tmp_path / "bad")
+
+
+def test_weights_keep_their_values_by_name():
+    model = trained(MODELS["hybrid"]).model
+    weights = named_weights(model)
+    chex.assert_type(list(weights.values()), jnp.float32)
+    assert weights["layers.0.query_proj.weight"].shape == (12, 8)  # [out, in]
+    again = model_from_weights(model.config, weights, "here")
+    chex.assert_trees_all_equal(nnx.state(again, nnx.Param), nnx.state(model, nnx.Param))

@@ -1,0 +1,242 @@
+"""The exported page: its tokenizers and decoding in V8, and the page in a browser."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tokenizers
+from export_models import MODELS, trained
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_runs import small_config, write_corpus
+from small_tokenizers import byte_level, word_level
+from test_tokenizer import TEXT, byte_level_json, char_tokenizer
+
+from simplernn_jax import load_model
+from simplernn_jax.data import tokenizer_from_json
+from simplernn_jax.errors import UserError
+from simplernn_jax.export.exporting import export
+from simplernn_jax.export.forms import find_form
+from simplernn_jax.export.html.form import FILE
+from simplernn_jax.export.html.tokenizer_data import tokenizer_data
+from simplernn_jax.inference import generate_text
+from simplernn_jax.training.loop import train
+
+CHROMIUM = shutil.which("chromium")
+
+
+def pretrained(tokenizer):
+    text = tokenizer if isinstance(tokenizer, str) else tokenizer.to_str()
+    saved = {"kind": "pretrained", "tokenizer": text, "special_ids": {}}
+    return tokenizer_from_json(json.dumps(saved))
+
+
+def splitting_json():
+    """BPE whose words are those of a pattern, as of larger models, and known as a whole."""
+    content = json.loads(byte_level_json())
+    content["model"]["ignore_merges"] = True
+    pattern = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
+    content["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {
+                "type": "Split",
+                "pattern": {"Regex": pattern},
+                "behavior": "Isolated",
+                "invert": False,
+            },
+            {
+                "type": "ByteLevel",
+                "add_prefix_space": False,
+                "trim_offsets": True,
+                "use_regex": False,
+            },
+        ],
+    }
+    return json.dumps(content)
+
+
+TOKENIZERS = {
+    "byte": lambda: tokenizer_from_json('{"kind": "byte"}'),
+    "char": lambda: char_tokenizer("".join(sorted(set(TEXT)))),
+    "bpe": lambda: pretrained(byte_level_json("<s>", "</s>")),
+    "splitting": lambda: pretrained(splitting_json()),
+}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def pair(request, tmp_path_factory):
+    """A tokenizer, and the exported page with it in V8."""
+    folder = tmp_path_factory.mktemp("page")
+    tokenizer = TOKENIZERS[request.param]()
+    find_form("html").write(trained(MODELS["residual"], tokenizer), folder)
+    return tokenizer, find_form("html").load(folder)
+
+
+def test_texts_are_encoded_alike(pair):
+    tokenizer, page = pair
+    for text in (TEXT, "", TEXT[::-1], TEXT * 3):
+        assert page.encode(text) == tokenizer.encode(text).tolist()
+
+
+@settings(max_examples=60)
+@given(st.text())
+def test_any_text_is_encoded_alike(pair, text):
+    tokenizer, page = pair
+    try:
+        ids = tokenizer.encode(text).tolist()
+    except UserError:
+        with pytest.raises(Exception, match="is not known to this model"):
+            page.encode(text)
+        return
+    assert page.encode(text) == ids
+
+
+@settings(max_examples=60)
+@given(st.lists(st.binary(max_size=3)))
+def test_bytes_are_decoded_alike_in_pieces(pair, pieces):
+    _, page = pair
+    calls = "".join(f"text += decoding.feed({list(piece)});" for piece in pieces)
+    found = page._call(
+        f"(() => {{ let text = '', decoding = new TextDecoding(); {calls}"
+        "return [text, decoding.rest]; })()"
+    )
+    whole = b"".join(pieces)
+    rest = bytes(found[1])
+    assert found[0] == whole[: len(whole) - len(rest)].decode("utf-8", "replace")
+    assert len(rest) < 4
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "reason"),
+    [
+        (word_level("a"), "its model is WordLevel"),
+        (byte_level(tokenizers.normalizers.NFC()), r"it has a normalizer \(NFC\)"),
+        (byte_level(add_prefix_space=True), "it adds a space"),
+    ],
+)
+def test_tokenizers_that_cannot_be_expressed(tokenizer, reason):
+    tokenizer = pretrained(tokenizer)
+    with pytest.raises(UserError, match=f"cannot be expressed in JavaScript .{reason}"):
+        tokenizer_data(tokenizer, tokenizer.vocab_size)
+
+
+def test_samples_follow_the_probabilities(pair):
+    _, page = pair
+    call = """(() => {
+      const logits = [Math.log(0.1), Math.log(0.2), Math.log(0.3), Math.log(0.4)];
+      const counts = [0, 0, 0, 0];
+      for (let i = 0; i < 1000; i++) counts[sample(logits, 1, [3], () => (i + 0.5) / 1000)] += 1;
+      return [counts, sample(logits, 0, []), sample(logits, 0, [3]), likeliest(logits, 2)];
+    })()"""
+    counts, greedy, second, top = page._call(call)
+    assert counts == [167, 333, 500, 0]
+    assert (greedy, second) == (3, 2)
+    assert [number for number, _ in top] == [3, 2]
+    assert [value for _, value in top] == pytest.approx([0.4, 0.3])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A trained model and its page."""
+    folder = tmp_path_factory.mktemp("run")
+    source = write_corpus(folder / "texts", documents=19)
+    config = small_config("residual", source=source, validation_fraction=0.3, num_heads=2)
+    train(config, str(folder / "run"))
+    model, tokenizer, config = load_model(str(folder / "run"))
+    out = str(folder / "a <b> page")
+    tokens = np.arange(70, dtype=np.int32)
+    export("html", model, tokenizer, config, out, workdir=str(folder / "run"), tokens=tokens)
+    return model, tokenizer, folder / "a <b> page" / FILE
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on the PATH")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, exported):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    problems, requests = [], []
+    page.on("pageerror", lambda error: problems.append(error))  # noqa: PLW0108 - it sets attributes
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(exported[2].as_uri())
+    page.locator("#generate:enabled").wait_for()
+    yield page
+    assert not problems
+    assert all(url.startswith(("file:", "data:")) for url in requests)
+    page.close()
+
+
+def written(page, prompt, tokens=200, temperature=0):
+    page.get_by_label("Prompt").fill(prompt)
+    page.get_by_label("Temperature").fill(str(temperature))
+    page.get_by_label("New tokens").fill(str(tokens))
+    page.get_by_role("button", name="Generate").click()
+    page.locator("#generate:enabled").wait_for()
+    return "".join(page.locator("#text .token").all_text_contents())
+
+
+def test_greedy_text_is_that_of_the_model(page, exported):
+    model, tokenizer, _ = exported
+    prompt = "abé c"
+    text = written(page, prompt)
+    assert text == generate_text(model, tokenizer, prompt, max_new_tokens=200)[0]
+    assert "tokens/s" in page.locator("#speed").text_content()
+    page.locator("#text .token").nth(3).hover()
+    assert page.locator("#alternatives tr").count() == 6
+    assert page.locator("#alternatives .chosen").count() == 1
+
+
+def test_states_are_kept_forked_and_continued(page):
+    written(page, "ab", 20)
+    page.get_by_role("button", name="Keep this state").click()
+    page.get_by_role("button", name="Fork state 1").click()
+    texts = []
+    for name in ("state 1", "state 2", "state 1"):
+        page.get_by_role("button", name=f"Continue {name}").click()
+        texts.append(written(page, "c", 30))
+    assert texts[0] == texts[1] == texts[2]
+    page.get_by_role("button", name="Start anew").click()
+    whole = written(page, "ab", 20)
+    assert page.locator("#text .prompt").text_content() == "ab"
+    page.get_by_role("button", name="Keep this state").click()
+    page.get_by_role("button", name="Continue state 3").click()
+    rest = written(page, "", 10)
+    page.get_by_role("button", name="Start anew").click()
+    assert written(page, "ab", 30) == whole + rest
+    for name in ("state 1", "state 2", "state 3"):
+        page.get_by_role("button", name=f"Delete {name}").click()
+    assert page.locator("#no-states").is_visible()
+
+
+def test_stop_and_errors(page, exported):
+    page.get_by_label("Temperature").fill("1")
+    page.get_by_label("New tokens").fill("1000000000")
+    page.get_by_label("Prompt").fill("a")
+    page.get_by_role("button", name="Generate").click()
+    page.locator("#text .token").nth(9).wait_for(state="attached")
+    if page.locator("#stop").is_enabled():  # or EOS was drawn
+        page.get_by_role("button", name="Stop").click()
+    page.locator("#generate:enabled").wait_for()
+    assert page.title() == exported[2].parent.parent.joinpath("run").name
+    assert page.locator("#error").is_hidden()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_narrow_screens(browser, exported, scheme):
+    page = browser.new_page(viewport={"width": 400, "height": 800}, color_scheme=scheme)
+    page.goto(exported[2].as_uri())
+    page.locator("#generate:enabled").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (back == "rgb(255, 255, 255)") == (scheme == "light")
+    page.close()

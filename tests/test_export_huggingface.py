@@ -1,0 +1,248 @@
+"""The export for `transformers`: generation, training, tokenizers, model card, lm-eval."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from export_models import MODELS, trained
+from flax import nnx
+from small_runs import HYBRID, save_untrained, small_config, write_corpus
+from test_tokenizer import TEXT, byte_level_json, char_tokenizer
+
+from simplernn_jax import load_model
+from simplernn_jax.data import tokenizer_from_json
+from simplernn_jax.errors import UserError
+from simplernn_jax.export.exporting import export
+from simplernn_jax.export.forms import TrainedModel, find_form, logits_of
+from simplernn_jax.export.huggingface.tokenizer_file import tokenizer_json
+from simplernn_jax.inference import generate
+from simplernn_jax.models.named_weights import model_from_weights, named_weights
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and its libraries
+TOKENS = np.random.default_rng(0).integers(0, 256, (3, 37))
+OPTIONS = {"max_new_tokens": 11, "eos_token_id": None}
+
+
+@pytest.fixture(autouse=True)
+def _no_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def write(original, folder):
+    folder.mkdir()
+    find_form("huggingface").write(original, folder)
+
+
+def load(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    return model.eval()
+
+
+@pytest.fixture
+def exported(tmp_path, request):
+    original = trained(MODELS[request.param])
+    write(original, tmp_path / "out")
+    return original, load(tmp_path / "out")
+
+
+all_models = pytest.mark.parametrize("exported", MODELS, indirect=True)
+
+
+@all_models
+def test_logits(exported):
+    original, model = exported
+    expected, _ = original.model(jnp.asarray(TOKENS, jnp.int32))
+    with torch.no_grad():
+        logits = model(torch.tensor(TOKENS)).logits.numpy()
+    chex.assert_trees_all_close(logits, np.asarray(expected), atol=1e-4)
+
+
+@all_models
+def test_generation_with_and_without_cache(exported):
+    original, model = exported
+    ids = torch.tensor(TOKENS)
+    for settings in ({"do_sample": False}, {"do_sample": True}, {"num_beams": 3}):
+        found = []
+        for use_cache in (True, False):
+            torch.manual_seed(0)
+            found.append(model.generate(ids, use_cache=use_cache, **OPTIONS, **settings))
+        assert torch.equal(*found), settings
+    greedy = model.generate(ids, do_sample=False, **OPTIONS)[:, 37:].tolist()
+    assert greedy == generate(original.model, TOKENS, max_new_tokens=11).tokens.tolist()
+
+
+@all_models
+def test_padding_on_the_left_changes_nothing(exported):
+    _, model = exported
+    ids, mask = torch.tensor(TOKENS), torch.ones(3, 37, dtype=torch.long)
+    mask[0, :5], mask[1, :19] = 0, 0
+    padded = ids.masked_fill(mask == 0, 258)
+    together = model.generate(padded, attention_mask=mask, do_sample=False, **OPTIONS)
+    for row, start in enumerate((5, 19, 0)):
+        alone = model.generate(ids[row : row + 1, start:], do_sample=False, **OPTIONS)
+        assert torch.equal(together[row, start:], alone[0])
+
+
+@all_models
+def test_several_tokens_after_a_filled_cache(exported):
+    _, model = exported
+    ids = torch.tensor(TOKENS)
+    with torch.no_grad():
+        whole = model(ids).logits
+        first = model(ids[:, :20], use_cache=True)
+        rest = model(ids[:, 20:], use_cache=True, cache=first.cache)
+    chex.assert_trees_all_close(rest.logits.numpy(), whole[:, 20:].numpy(), atol=1e-5)
+    cache = model(ids[:, :20], use_cache=True).cache
+    other = copy.deepcopy(cache)
+    expected = model.generate(ids, do_sample=False, **OPTIONS)
+    assert torch.equal(model.generate(ids, do_sample=False, cache=cache, **OPTIONS), expected)
+    mask = torch.ones_like(ids)
+    new = {"input_ids": ids[:, 20:], "attention_mask": mask, "cache": other}
+    assert torch.equal(model.generate(**new, do_sample=False, **OPTIONS), expected[:, 20:])
+    with pytest.raises(ValueError, match="pass the ids of the whole sequence"):
+        model.generate(ids[:, :20], cache=cache, **OPTIONS)
+
+
+@all_models
+def test_loss_and_gradients(exported):
+    original, model = exported
+    ids = torch.tensor(TOKENS)
+    output = model.train()(ids, labels=ids)
+    assert output.cache is None
+    output.loss.backward()
+    tokens = jnp.asarray(TOKENS, jnp.int32)
+
+    def loss_of(model):
+        logits, _ = model(tokens)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
+        return loss.mean()
+
+    loss, gradient = nnx.value_and_grad(loss_of)(original.model)
+    assert output.loss.item() == pytest.approx(float(loss), abs=1e-5)
+    expected = named_weights(nnx.merge(nnx.graphdef(original.model), gradient))
+    found = {name: value.grad.numpy() for name, value in model.named_parameters()}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        chex.assert_trees_all_close(found[name], value, atol=1e-4 * np.abs(value).max() + 1e-7)
+
+
+def test_a_trained_copy_comes_back(tmp_path):
+    original = trained(MODELS["residual"])
+    write(original, tmp_path / "a")
+    model = load(tmp_path / "a")
+    with torch.no_grad():
+        model.embedding.weight.mul_(2)
+    model.save_pretrained(tmp_path / "b")
+    (tmp_path / "b" / "simplernn.json").write_bytes(
+        (tmp_path / "a" / "simplernn.json").read_bytes()
+    )
+    again, _, _ = load_model(str(tmp_path / "b"))
+    weights = named_weights(original.model)
+    weights["embedding.weight"] = 2 * weights["embedding.weight"]
+    expected = model_from_weights(original.model.config, weights, "here")
+    chex.assert_trees_all_equal(nnx.state(again, nnx.Param), nnx.state(expected, nnx.Param))
+
+
+TOKENIZERS = {
+    "byte": lambda: tokenizer_from_json('{"kind": "byte"}'),
+    "char": lambda: char_tokenizer("".join(sorted(set(TEXT + "abc<|eos>")))),
+    "pretrained": lambda: pretrained(byte_level_json("<s>", "</s>")),
+}
+
+
+def pretrained(text):
+    return tokenizer_from_json(
+        json.dumps({"kind": "pretrained", "tokenizer": text, "special_ids": {}})
+    )
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokenizers(tmp_path, kind):
+    ours = TOKENIZERS[kind]()
+    write(trained(MODELS["residual"], ours), tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    for text in (TEXT, "", "a<|eos|>b", "</s>"):
+        if kind == "char" and not set(text) <= set(ours.decode(range(ours.vocab_size))):
+            continue
+        ids = theirs(text)["input_ids"]
+        assert ids == [ours.bos_id, *ours.encode(text).tolist()]
+        assert theirs.decode(ids, skip_special_tokens=True) == text
+    special = theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id
+    assert special == (ours.bos_id, ours.eos_id, ours.pad_id)
+    assert theirs.padding_side == "left"
+    assert len(theirs) == ours.vocab_size
+
+
+def test_special_ids_that_cannot_be_expressed():
+    tokenizer = pretrained(byte_level_json())
+    tokenizer.eos_id = tokenizer.vocab_size + 7
+    with pytest.raises(UserError, match="not next in the vocabulary"):
+        tokenizer_json(tokenizer)
+
+
+def test_chat_template_and_model_card(tmp_path):
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    original = trained(MODELS["residual"], template=template, workdir=str(tmp_path / "my run"))
+    write(original, tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "user: hi\n"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers")
+    assert "# my run" in card
+    assert "without the run's metrics" in card
+    assert str(tmp_path) not in card
+
+
+def test_results_in_the_model_card(tmp_path):
+    from simplernn_jax.training.loop import train
+
+    config = small_config(source=write_corpus(tmp_path / "texts"), validation_fraction=0.3, steps=4)
+    train(config, str(tmp_path / "run"))
+    model, tokenizer, config = load_model(str(tmp_path / "run"))
+    export(
+        *("huggingface", model, tokenizer, config, str(tmp_path / "out")),
+        workdir=str(tmp_path / "run"),
+        tokens=np.arange(60, dtype=np.int32),
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| steps | 4 |" in card
+    assert "| held-out bits per byte | " in card
+    assert "![loss](loss_curve.png)" in card
+    assert (tmp_path / "out" / "loss_curve.png").is_file()
+
+
+def test_lm_eval_gives_the_scores_of_the_model(tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    config = small_config(**HYBRID, source=write_corpus(tmp_path / "texts"))
+    save_untrained(config, tmp_path / "run")
+    model, tokenizer, config = load_model(str(tmp_path / "run"))
+    write(TrainedModel(model, tokenizer, config, str(tmp_path / "run")), tmp_path / "out")
+    scorer = HFLM(
+        pretrained=str(tmp_path / "out"),
+        trust_remote_code=True,
+        add_bos_token=False,  # as lm-eval needs of all tokenizers that add it themselves
+        device="cpu",
+        batch_size=2,
+    )
+    texts = ["größer als bc", "ab", "bcd é ba"]
+    requests = [
+        Instance("loglikelihood_rolling", {}, (text,), index) for index, text in enumerate(texts)
+    ]
+    found = scorer.loglikelihood_rolling(requests, disable_tqdm=True)
+    for text, score in zip(texts, found, strict=True):
+        tokens = np.array([tokenizer.bos_id, *tokenizer.encode(text)])
+        logprobs = jax.nn.log_softmax(logits_of(model, tokens)[:-1])
+        wanted = logprobs[np.arange(len(tokens) - 1), tokens[1:]].sum()
+        assert score == pytest.approx(float(wanted), abs=1e-4)
