@@ -69,6 +69,7 @@ def main() -> int:
     from simplernn_jax.checkpoint.checkpointer import read_config
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.devices import check_devices
+    from simplernn_jax.inference.exported_folder import is_exported
 
     check_devices()
     use_compilation_cache()
@@ -88,7 +89,9 @@ def main() -> int:
     facts = {
         "model": f"{counted(sizes.num_layers, 'layer')} of width {sizes.hidden_dim}, "
         f"{counted(sizes.num_heads, 'head')}",
-        "checkpoint": f"step {read_config(workdir, _CHECKPOINT.value)[2]:,} of {_WORKDIR.value}",
+        "checkpoint": _WORKDIR.value
+        if is_exported(workdir)
+        else f"step {read_config(workdir, _CHECKPOINT.value)[2]:,} of {_WORKDIR.value}",
     }
     page = _write(out, explanation, facts)
     is_exact = _print_errors(explanation, sizes.precision == sizes.state_precision == "float32")

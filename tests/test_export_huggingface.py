@@ -100,8 +100,8 @@ def test_several_tokens_after_a_filled_cache(exported):
         whole = model(ids).logits
         first = model(ids[:, :20], use_cache=True)
         rest = model(ids[:, 20:], use_cache=True, cache=first.cache)
-    chex.assert_trees_all_close(rest.logits.numpy(), whole[:, 20:].numpy(), atol=1e-5)
         cache = model(ids[:, :20], use_cache=True).cache
+    chex.assert_trees_all_close(rest.logits.numpy(), whole[:, 20:].numpy(), atol=1e-5)
     other = copy.deepcopy(cache)
     expected = model.generate(ids, do_sample=False, **OPTIONS)
     assert torch.equal(model.generate(ids, do_sample=False, cache=cache, **OPTIONS), expected)

@@ -78,7 +78,7 @@ class SimpleRNNCache:
         """Tensors of each layer by name, axis B first."""
         self.seen_tokens = 0
         """Tokens so far, padding included."""
-        self.is_linear = [True] * num_layers
+        self.is_linear = [False] * num_layers  # or transformers passes no lengths
 
     def get_seq_length(self, layer_idx=0):
         """Return the number of tokens so far."""
@@ -317,18 +317,17 @@ class SimpleRNNForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values=None,
         use_cache=True,
         logits_to_keep=0,
+        next_sequence_length=None,
         **_,
     ):
         """Keep the tokens that the cache has not seen: one, or a new part of a conversation."""
         cache = cache if cache is not None else past_key_values
-        if cache is not None:
-            # The ids may be those of the whole sequence or new ones alone; the mask is whole.
-            whole = input_ids if attention_mask is None else attention_mask
-            unseen = whole.shape[1] - cache.seen_tokens
+        unseen = next_sequence_length  # None in transformers 4, and where all ids are new
+        if unseen is None and cache is not None and attention_mask is not None:
+            unseen = attention_mask.shape[1] - cache.seen_tokens
+        if unseen is not None:
             if unseen <= 0:
-                raise ValueError(
-                    "the cache has seen all tokens; pass the ids of the whole sequence"
-                )
+                raise ValueError("the cache has seen all tokens; pass the ids of the whole sequence")
             input_ids = input_ids[:, -unseen:]
         return {
             "input_ids": input_ids,
