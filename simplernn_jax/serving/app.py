@@ -22,7 +22,7 @@ PAGE = importlib.resources.files("simplernn_jax.serving") / "page"
 def make_app(service: Service) -> Starlette:
     """Make the application."""
     routes = [
-        *(Route(path, page_file) for path in ("/", "/page.js", "/page.css")),
+        *(Route(path, page_file) for path in ("/", "/page.js", "/tokens.js", "/page.css")),
         *completion_routes(service),
         *state_routes(service),
         *tokenizer_routes(service),

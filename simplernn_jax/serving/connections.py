@@ -14,7 +14,7 @@ MAX_HEADER_BYTES = 1 << 15
 HEADER_SECONDS = 10.0
 """Seconds within which the headers of a request must arrive, once a connection is open or its next
 request has begun."""
-OPEN_PATHS = frozenset({"/", "/page.js", "/page.css", "/health", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/page.js", "/tokens.js", "/page.css", "/health", "/openapi.json"})
 """Paths that need no key: they tell nothing about the model."""
 
 

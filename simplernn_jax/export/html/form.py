@@ -44,15 +44,17 @@ def write(trained: TrainedModel, folder: Path) -> None:
             "banned": sorted(special - {tokenizer.eos_id}),
         },
     }
+    shared = importlib.resources.files("simplernn_jax.serving") / "page"
     parameters = sum(weight.size for weight in weights.values())
     page = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(_source("index.html"))
     text = page.render(
         title=markupsafe.escape(trained.name),
         facts=f"{counted(parameters, 'parameter')}, {counted(config.num_layers, 'layer')}",
-        css=(importlib.resources.files("simplernn_jax.serving") / "page" / "page.css").read_text(),
+        css=(shared / "page.css").read_text("utf-8"),
         model=jinja2.utils.htmlsafe_json_dumps(data),
         weights=base64.b64encode(content).decode(),
         model_js=_source("model.js"),
+        tokens_js=(shared / "tokens.js").read_text("utf-8"),
         page_js=_source("page.js"),
     )
     (folder / FILE).write_text(text, "utf-8")

@@ -1,10 +1,7 @@
 "use strict";
-// The page: prompt, text, alternatives and states. What a model writes is set as text, never as
-// markup.
+// The page: prompt, text and states; see also tokens.js.
 
-const $ = (id) => document.getElementById(id);
 const SLICE_MS = 12;        // computed at a time, so that the page stays responsive
-const INSPECTED = 2000;     // newest tokens that are elements of their own
 const NUM_ALTERNATIVES = 6;
 
 let model, tokenizer, special;
@@ -93,33 +90,12 @@ function setRunning(isRunning) {
   $("after").hidden = isRunning || !current;
 }
 
-function span(kind, text) {
-  const node = document.createElement("span");
-  node.className = kind;
-  node.textContent = text;
-  return node;
-}
-
 function addTokens(tokens) {
-  const box = $("text");
-  const atEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 20;
-  for (const token of tokens) {
-    const node = span("token", token.piece);
-    node.token = token;
-    box.append(node);
-  }
-  const spans = box.querySelectorAll("span");
-  if (spans.length > 2 * INSPECTED) {
-    const old = [...spans].slice(0, -INSPECTED);
-    const block = document.createElement("div");
-    block.textContent = old.map((node) => node.textContent).join("");
-    old[0].before(block);
-    for (const node of old) node.remove();
-  }
-  if (atEnd) box.scrollTop = box.scrollHeight;
+  appendTokens(tokens.map(({ id, piece, logits }) => [
+    piece,
+    () => likeliest(logits, NUM_ALTERNATIVES).map(([other, p]) => [nameOf(other), p, other === id]),
+  ]));
 }
-
-// Alternatives of a token, on hover and by the arrow keys
 
 function nameOf(id) {
   if (id === special.eos) return "end";
@@ -131,37 +107,6 @@ function nameOf(id) {
     return Array.from(bytes, (byte) => "\\x" + byte.toString(16).padStart(2, "0")).join("");
   }
   return JSON.stringify(text);
-}
-
-function showAlternatives(node) {
-  document.querySelector(".token.current")?.classList.remove("current");
-  const box = $("alternatives");
-  box.hidden = !node?.token;
-  if (box.hidden) return;
-  node.classList.add("current");
-  const table = document.createElement("table");
-  for (const [id, probability] of likeliest(node.token.logits, NUM_ALTERNATIVES)) {
-    const row = table.insertRow();
-    row.className = id === node.token.id ? "chosen" : "";
-    row.insertCell().textContent = nameOf(id);
-    row.insertCell().textContent = (100 * probability).toFixed(1) + " %";
-  }
-  box.replaceChildren(table);
-  const place = node.getBoundingClientRect();
-  const left = Math.min(place.left, document.documentElement.clientWidth - box.offsetWidth - 8);
-  box.style.left = Math.max(0, left) + scrollX + "px";
-  box.style.top = place.bottom + scrollY + 4 + "px";
-}
-
-function moveToken(event) {
-  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (event.key === "Escape") showAlternatives(null);
-  if (!step) return;
-  event.preventDefault();
-  const tokens = [...document.querySelectorAll(".token")];
-  const at = tokens.findIndex((token) => token.classList.contains("current"));
-  const next = tokens[at < 0 ? (step > 0 ? 0 : tokens.length - 1) : at + step];
-  if (next) showAlternatives(next);
 }
 
 // States
@@ -177,34 +122,19 @@ function keep({ state, logits, text }) {
 function listStates() {
   $("no-states").hidden = kept.length > 0;
   $("states").replaceChildren(...kept.map((one) => {
-    const item = document.createElement("li"), box = document.createElement("div");
-    box.className = "state";
-    const name = document.createElement("b");
-    name.textContent = one.name;
-    const buttons = document.createElement("div");
-    buttons.className = "buttons";
-    buttons.append(
-      button("Continue", one, () => continueFrom(one)),
-      button("Fork", one, () => keep(one)),
-      button("Delete", one, () => {
+    const item = document.createElement("li");
+    const box = stateBox(one.name, "", one.text, [
+      ["Continue", () => continueFrom(one)],
+      ["Fork", () => keep(one)],
+      ["Delete", () => {
         kept.splice(kept.indexOf(one), 1);
         if (origin === one) continueFrom(null);
         listStates();
-      }),
-    );
-    box.append(name, span("excerpt", "… " + one.text.slice(-60)), buttons);
+      }],
+    ]);
     item.append(box);
     return item;
   }));
-}
-
-function button(label, state, action) {
-  const node = document.createElement("button");
-  node.type = "button";
-  node.textContent = label;
-  node.setAttribute("aria-label", `${label} ${state.name}`);
-  node.onclick = action;
-  return node;
 }
 
 function continueFrom(state) {
@@ -225,7 +155,4 @@ $("prompt").addEventListener("keydown", (event) => {
 $("stop").onclick = () => { isStopped = true; };
 $("keep").onclick = () => keep(current);
 $("leave").onclick = () => continueFrom(null);
-$("text").addEventListener("mouseover", (event) => showAlternatives(event.target));
-$("text").addEventListener("mouseleave", () => showAlternatives(null));
-$("text").addEventListener("keydown", moveToken);
 setTimeout(load);  // after the first paint

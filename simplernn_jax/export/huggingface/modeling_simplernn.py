@@ -327,7 +327,9 @@ class SimpleRNNForCausalLM(PreTrainedModel, GenerationMixin):
             unseen = attention_mask.shape[1] - cache.seen_tokens
         if unseen is not None:
             if unseen <= 0:
-                raise ValueError("the cache has seen all tokens; pass the ids of the whole sequence")
+                raise ValueError(
+                    "the cache has seen all tokens; pass the ids of the whole sequence"
+                )
             input_ids = input_ids[:, -unseen:]
         return {
             "input_ids": input_ids,

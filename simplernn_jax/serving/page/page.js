@@ -2,10 +2,6 @@
 // The page of the server. Everything that a model or a client has written is set as text, never as
 // markup.
 
-const $ = (id) => document.getElementById(id);
-
-const INSPECTED = 2000;  // newest tokens that are elements of their own; a long text is slow to lay out
-
 let abort = null;        // stops the running stream
 let shown = "";          // prompt and generated text, as shown
 let origin = null;       // name of the state that the text continues
@@ -157,69 +153,19 @@ function addMessage(message) {
   return node;
 }
 
-function span(kind, text) {
-  const node = document.createElement("span");
-  node.className = kind;
-  node.textContent = text;
-  return node;
-}
-
 function addTokens(choice) {
   const { text_offset: offsets, top_logprobs: tops, tokens, token_logprobs: values } = choice.logprobs;
   const characters = [...choice.text];
   const first = offsets.length ? offsets[0] : 0;
-  const follows = $("text");
-  const atEnd = follows.scrollTop + follows.clientHeight >= follows.scrollHeight - 20;
-  offsets.forEach((offset, i) => {
+  appendTokens(offsets.map((offset, i) => {
     const end = i + 1 < offsets.length ? offsets[i + 1] - first : characters.length;
-    const node = span("token", characters.slice(offset - first, end).join(""));
-    node.alternatives = { ...tops[i], [tokens[i]]: values[i] };
-    node.chosen = tokens[i];
-    follows.append(node);
-  });
-  const spans = follows.querySelectorAll("span");
-  if (spans.length > 2 * INSPECTED) {
-    const old = [...spans].slice(0, -INSPECTED);
-    const block = document.createElement("div");
-    block.textContent = old.map((node) => node.textContent).join("");
-    old[0].before(block);
-    for (const node of old) node.remove();
-  }
+    const alternatives = Object.entries({ ...tops[i], [tokens[i]]: values[i] }).sort((a, b) => b[1] - a[1]);
+    return [
+      characters.slice(offset - first, end).join(""),
+      () => alternatives.map(([name, value]) => [JSON.stringify(name), Math.exp(value), name === tokens[i]]),
+    ];
+  }));
   shown += choice.text;
-  if (atEnd) follows.scrollTop = follows.scrollHeight;
-}
-
-// Alternatives of a token, on hover and by the arrow keys
-
-function showAlternatives(node) {
-  document.querySelector(".token.current")?.classList.remove("current");
-  const box = $("alternatives");
-  box.hidden = !node?.alternatives;
-  if (box.hidden) return;
-  node.classList.add("current");
-  const table = document.createElement("table");
-  for (const [name, value] of Object.entries(node.alternatives).sort((a, b) => b[1] - a[1])) {
-    const row = table.insertRow();
-    row.className = name === node.chosen ? "chosen" : "";
-    row.insertCell().textContent = JSON.stringify(name);
-    row.insertCell().textContent = (100 * Math.exp(value)).toFixed(1) + " %";
-  }
-  box.replaceChildren(table);
-  const place = node.getBoundingClientRect();
-  const left = Math.min(place.left, document.documentElement.clientWidth - box.offsetWidth - 8);
-  box.style.left = Math.max(0, left) + scrollX + "px";
-  box.style.top = place.bottom + scrollY + 4 + "px";
-}
-
-function moveToken(event) {
-  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (event.key === "Escape") showAlternatives(null);
-  if (!step) return;
-  event.preventDefault();
-  const tokens = [...document.querySelectorAll(".token")];
-  const at = tokens.findIndex((token) => token.classList.contains("current"));
-  const next = tokens[at < 0 ? (step > 0 ? 0 : tokens.length - 1) : at + step];
-  if (next) showAlternatives(next);
 }
 
 // States
@@ -250,28 +196,14 @@ async function listStates() {
 
 function stateItem(state, items) {
   const item = document.createElement("li");
-  const box = document.createElement("div");
-  box.className = "state";
-  const title = document.createElement("b");
-  title.textContent = state.id;
-  const size = `${state.tokens ?? "?"} tokens, ${Math.round(state.bytes / 1000)} kB`;
-  box.append(title, " ", span("meta", size), span("excerpt", "…" + state.text.slice(-60)));
-  const buttons = document.createElement("div");
-  buttons.className = "buttons";
-  for (const [label, action] of [
+  const details = `${state.tokens ?? "?"} tokens, ${Math.round(state.bytes / 1000)} kB`;
+  const buttons = [
     ["Continue", () => continueFrom(state.id)],
     ["Fork", async () => { await request("POST", `v1/states/${state.id}/fork`, {}); await listStates(); }],
     ["Download", () => download(state.id)],
     ["Delete", async () => { await request("DELETE", `v1/states/${state.id}`); if (origin === state.id) continueFrom(null); await listStates(); }],
-  ]) {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = label;
-    button.setAttribute("aria-label", `${label} ${state.id}`);
-    button.onclick = () => guarded(action);
-    buttons.append(button);
-  }
-  box.append(buttons);
+  ].map(([label, action]) => [label, () => guarded(action)]);
+  const box = stateBox(state.id, details, state.text, buttons);
   item.append(box);
   const children = items(state.id);
   if (children.length) {
@@ -349,8 +281,4 @@ $("upload").onchange = () => guarded(upload);
 $("key").onchange = () => guarded(connect);
 $("mode-text").onclick = () => setMode(false);
 $("mode-chat").onclick = () => { continueFrom(null); setMode(true); };
-$("text").onmouseover = (event) => showAlternatives(event.target.closest(".token"));
-$("text").onmouseleave = () => showAlternatives(null);
-$("text").onkeydown = moveToken;
-$("text").onblur = () => showAlternatives(null);
 guarded(connect);
