@@ -17,7 +17,7 @@ from simplernn_jax.inference.arguments import (
     checked_prompts,
     checked_settings,
 )
-from simplernn_jax.inference.programs import BLOCK_TOKENS, Programs, split
+from simplernn_jax.inference.programs import BLOCK_TOKENS, Programs, programs_for, split_model
 from simplernn_jax.inference.sampling import Settings
 from simplernn_jax.inference.state import (
     RECENT_TOKENS,
@@ -104,7 +104,8 @@ def generate(
         check_state(model, state)
     prompts = checked_prompts(prompts, vocab_size, None if state is None else len(state.position))
     max_new_tokens = checked_length(max_new_tokens, len(prompts))
-    programs, parameters = split(model)
+    architecture, parameters = split_model(model)
+    programs = programs_for(architecture)
     if state is None:
         state = _initial_state(model, prompts)
     state = _prefill(programs, parameters, state, prompts)

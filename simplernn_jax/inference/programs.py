@@ -24,7 +24,7 @@ BLOCK_TOKENS = 32
 
 
 class Programs(NamedTuple):
-    """Jitted functions of one architecture; `parameters` are those of `split`.
+    """Jitted functions of one architecture; `parameters` are those of `split_model`.
 
     prefill(parameters, state, tokens [B, T], is_active [B]) -> state
         after the tokens of the active sequences; the others keep their state.
@@ -37,22 +37,30 @@ class Programs(NamedTuple):
     decode: Any
 
 
-def split(model: LanguageModel) -> tuple[Programs, list[Array]]:
-    """Split a model into the programs of its architecture and its arrays."""
+class Architecture(NamedTuple):
+    """A model without its arrays; hashable."""
+
+    graphdef: Any
+    treedef: Any
+
+    def merge(self, parameters: list[Array]) -> LanguageModel:
+        """Make a model with these arrays."""
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, parameters))
+
+
+def split_model(model: LanguageModel) -> tuple[Architecture, list[Array]]:
+    """Split a model into its architecture and its arrays."""
     graphdef, arrays = nnx.split(model)
     parameters, treedef = jax.tree.flatten(arrays)
-    return programs_for(graphdef, treedef), parameters
+    return Architecture(graphdef, treedef), parameters
 
 
 @functools.lru_cache(maxsize=16)
-def programs_for(graphdef: Any, treedef: Any) -> Programs:
-    """Compile the programs of an architecture, given by `nnx.split` and `jax.tree.flatten`.
+def programs_for(architecture: Architecture) -> Programs:
+    """Compile the programs of an architecture.
 
     Cached here, because hashing a graph at every dispatch takes as long as a token.
     """
-
-    def merge(parameters: list[Array]) -> LanguageModel:
-        return nnx.merge(graphdef, jax.tree.unflatten(treedef, parameters))
 
     def prefill(
         parameters: list[Array],
@@ -60,7 +68,7 @@ def programs_for(graphdef: Any, treedef: Any) -> Programs:
         tokens: Int[Array, "B T"],
         is_active: Bool[Array, "B"],
     ) -> DecoderState:
-        model = merge(parameters)
+        model = architecture.merge(parameters)
         hidden, layers = model.hidden_states(tokens, state.layers, None)
         logits = model.logits(hidden[:, -1:])[:, 0]
         return dataclasses.replace(
@@ -73,7 +81,7 @@ def programs_for(graphdef: Any, treedef: Any) -> Programs:
     def decode(
         parameters: list[Array], state: DecoderState, settings: Settings, num_tokens: Int[Array, ""]
     ) -> tuple[Int[Array, "B block"], Int[Array, "B"], DecoderState]:
-        return _decode(merge(parameters), state, settings, num_tokens)
+        return _decode(architecture.merge(parameters), state, settings, num_tokens)
 
     return Programs(prefill=jax.jit(prefill), decode=jax.jit(decode))
 

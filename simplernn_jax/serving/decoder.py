@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simplernn_jax.array_types import ModelState
-from simplernn_jax.inference.programs import BLOCK_TOKENS
+from simplernn_jax.inference.programs import BLOCK_TOKENS, split_model
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.jobs import Event, Job, Logprobs, NewTokens, Sampling
 from simplernn_jax.serving.prefill import LANES, Prefiller
@@ -20,7 +20,7 @@ from simplernn_jax.serving.slots import (
     Slots,
     SlotSettings,
     empty_slots,
-    split_parameters,
+    slot_programs,
 )
 
 PREFILL_TOKENS = 512
@@ -76,7 +76,8 @@ class Decoder:
         self.model = model
         self.cache = PrefixCache(cache_bytes)
         self.waiting: deque[Job] = deque()
-        self._programs, self._parameters = split_parameters(model)
+        architecture, self._parameters = split_model(model)
+        self._programs = slot_programs(architecture)
         self._vocab_size = model.config.vocab_size
         self._zero = jax.block_until_ready(model.initial_state(1))
         self._start(num_slots)

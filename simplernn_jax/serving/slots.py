@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from simplernn_jax.array_types import ModelState
-from simplernn_jax.inference.programs import BLOCK_TOKENS
+from simplernn_jax.inference.programs import BLOCK_TOKENS, Architecture
 from simplernn_jax.inference.sampling import sample
 from simplernn_jax.models import LanguageModel
 
@@ -76,7 +75,7 @@ class Block(NamedTuple):
 
 
 class SlotPrograms(NamedTuple):
-    """Jitted functions of one architecture; `parameters` are those of `split_parameters`.
+    """Jitted functions of one architecture; `parameters` are those of `split_model`.
 
     prefill(parameters, (layers, ...), tokens [P, T]) -> ((layers, hidden [T, D], last [D]), ...)
         of P sequences, each with `layers` of batch size 1; `last` is the last of `hidden`.
@@ -96,13 +95,6 @@ class SlotPrograms(NamedTuple):
     score: Any
     insert: Any
     decode: Any
-
-
-def split_parameters(model: LanguageModel) -> tuple[SlotPrograms, list[Array]]:
-    """Split a model into the programs of its architecture and its arrays."""
-    graphdef, arrays = nnx.split(model)
-    parameters, treedef = jax.tree.flatten(arrays)
-    return slot_programs(graphdef, treedef), parameters
 
 
 def empty_slots(model: LanguageModel, num_slots: int) -> Slots:
@@ -134,11 +126,9 @@ def empty_slots(model: LanguageModel, num_slots: int) -> Slots:
 
 
 @functools.lru_cache(maxsize=4)
-def slot_programs(graphdef: Any, treedef: Any) -> SlotPrograms:
-    """Make the programs of an architecture, given by `nnx.split` and `jax.tree.flatten`."""
-
-    def merge(parameters: list[Array]) -> LanguageModel:
-        return nnx.merge(graphdef, jax.tree.unflatten(treedef, parameters))
+def slot_programs(architecture: Architecture) -> SlotPrograms:
+    """Make the programs of an architecture."""
+    merge = architecture.merge
 
     def prefill(
         parameters: list[Array], layers: tuple[ModelState, ...], tokens: Int[Array, "P T"]
