@@ -15,7 +15,7 @@ from simplernn_jax.config import ModelConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate
 from simplernn_jax.inference.arguments import checked_settings
-from simplernn_jax.inference.programs import split
+from simplernn_jax.inference.programs import programs_for, split_model
 from simplernn_jax.inference.state import empty_state
 from simplernn_jax.models import LanguageModel
 
@@ -242,10 +242,11 @@ def test_decoding_copies_no_cache():
         vocab_size=VOCAB, num_layers=1, num_heads=2, mixer="attention", attention_context=5000
     )
     model = LanguageModel(config, rngs=nnx.Rngs(0))
-    programs, parameters = split(model)
+    architecture, parameters = split_model(model)
     state = jax.eval_shape(lambda: empty_state(model, 3))
     settings = checked_settings(VOCAB, 0.0, 0, 1.0, 0, None, ())
-    program = programs.decode.lower(parameters, state, settings, np.int32(9)).compile()
+    decode = programs_for(architecture).decode
+    program = decode.lower(parameters, state, settings, np.int32(9)).compile()
     cached = state.layers[0].mixer.keys
     cached_bytes = cached.size * cached.dtype.itemsize
     assert program.memory_analysis().temp_size_in_bytes < 0.1 * cached_bytes
