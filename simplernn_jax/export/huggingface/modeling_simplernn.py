@@ -121,6 +121,11 @@ def rms_norm(x):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPSILON)
 
 
+def log_sigmoid(x):
+    """Compute log(sigmoid(x)), finite for any x; ONNX would compute log(0) of PyTorch's own."""
+    return x.clamp(max=0) - torch.log1p(torch.exp(-x.abs()))
+
+
 def recurrence(q, k, v, log_gate, state):
     """``S_t = diag(e^log_gate_t) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t``, chunk by chunk.
 
@@ -229,7 +234,7 @@ class SimpleRNNLayer(nn.Module):
             return self.attend(q, k, v, is_token, layer)
         # Padding neither decays the state nor adds to it.
         k = k.sigmoid() * is_token[..., None, None]
-        log_gate = functional.logsigmoid(self.gate_proj(x)).reshape(heads)
+        log_gate = log_sigmoid(self.gate_proj(x)).reshape(heads)
         log_gate = log_gate * is_token[..., None, None]
         if not self.is_plain:
             q = q * q.shape[-1] ** -0.5
