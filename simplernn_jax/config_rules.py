@@ -11,7 +11,7 @@ PRECISIONS = ("float32", "bfloat16")
 MIXERS = ("simple_rnn", "attention")
 ENCODING_ERRORS = ("strict", "replace")
 _CHOICES = {
-    "model.block": ("plain", "residual"),
+    "model.block": ("plain", "residual", "gla"),
     "model.precision": PRECISIONS,
     "model.state_precision": PRECISIONS,
     "data.mode": ("window", "stream", "document"),
@@ -32,11 +32,13 @@ _MIN = {
     **dict.fromkeys(("max_skipped_updates", "fsdp", "tensor", "sequence", "stage"), 1),
     "keep_last": 2,
     **dict.fromkeys(("epsilon", "data"), -_MAX_FLOAT),  # checked by `_check_run`
+    **dict.fromkeys(("norm_epsilon", "min_log_gate"), -_MAX_FLOAT),  # checked by `_check_gla`
 }
 """By name of the field; 0 for all other numbers."""
 _MAX = {
     "num_layers": 1024,  # tracing and compilation take hours
     **dict.fromkeys(("hidden_dim", "key_dim", "value_dim", "mlp_dim", "sample_tokens"), 2**20),
+    "short_convolution": 1024,
 }
 _BELOW_ONE = ("dropout", "validation_fraction", "beta1", "beta2")
 _UP_TO_ONE = ("reset_probability", "final_learning_rate")
@@ -65,6 +67,7 @@ def check_values(
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_range(field, value)
     _check_model(values, mixers)
+    _check_gla(values, defaults)
     _check_run(values)
     _check_pairs(values)
 
@@ -118,6 +121,20 @@ def _check_model(values: Mapping[str, Any], mixers: Sequence[str]) -> None:
         allowed = f"an even number for each of model.num_heads={heads} with attention, whose"
         allowed += " rotary embedding takes pairs of channels"
         _reject("model.key_dim", values["model.key_dim"], allowed)
+
+
+def _check_gla(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    if values["model.norm_epsilon"] <= 0:
+        _reject("model.norm_epsilon", values["model.norm_epsilon"], "positive")
+    if values["model.min_log_gate"] > 0:
+        allowed = "negative, or 0 for no lower bound: gates are below 1"
+        _reject("model.min_log_gate", values["model.min_log_gate"], allowed)
+    if values["model.short_convolution"] == 1:
+        _reject("model.short_convolution", 1, "0 for none, or at least 2: a token and earlier ones")
+    block = values["model.block"]
+    for field in ("model.norm_epsilon", "model.min_log_gate", "model.short_convolution"):
+        if block != "gla" and values[field] != defaults[field]:
+            _reject(field, values[field], f"{defaults[field]} with model.block={block!r}")
 
 
 def _check_run(values: Mapping[str, Any]) -> None:
