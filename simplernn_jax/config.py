@@ -249,7 +249,7 @@ def validate(config: Config) -> None:
       UserError: names the field, its value and what is allowed.
     """
     config.model.join_mixers()
-    check_values(by_field(config), by_field(Config()), config.model.mixers)
+    check_values(by_field(config), by_field(Config()), lambda: config.model.mixers)
 
 
 def by_field(config: Config) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from simplernn_jax.errors import UserError
@@ -45,14 +45,14 @@ _UP_TO_ONE = ("reset_probability", "final_learning_rate")
 
 
 def check_values(
-    values: Mapping[str, Any], defaults: Mapping[str, Any], mixers: Sequence[str]
+    values: Mapping[str, Any], defaults: Mapping[str, Any], list_mixers: Callable[[], Sequence[str]]
 ) -> None:
     """Check types, choices, ranges and relations.
 
     Args:
       values: by ``section.field``.
       defaults: the same of the default configuration, for the types.
-      mixers: the mixer of each layer.
+      list_mixers: returns the mixer of each layer; called once their number is known to be valid.
 
     Raises:
       UserError: names the field, its value and what is allowed.
@@ -61,11 +61,12 @@ def check_values(
         _check_type(field, value, defaults[field])
     for field, choices in _CHOICES.items():
         _check_choice(field, values[field], choices)
-    for mixer in mixers:
-        _check_choice("model.mixer", mixer, MIXERS)
     for field, value in values.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_range(field, value)
+    mixers = list_mixers()
+    for mixer in mixers:
+        _check_choice("model.mixer", mixer, MIXERS)
     _check_model(values, mixers)
     _check_gla(values, defaults)
     _check_run(values)

@@ -31,21 +31,22 @@ class CausalConvolution(nnx.Module):
 
     def __init__(self, width: int, features: int):
         """Initialize ``weights[n]``, which multiplies the input n tokens earlier."""
+        self.width = width
+        self.features = features
         weights = jnp.zeros((width, features), PARAM_DTYPE).at[0].set(1)
         self.weights = nnx.Param(weights, axes=LogicalAxes(None, "heads"))
 
     def initial_state(self, batch_size: int) -> ConvState:
         """Return zeros ``[B, width - 1, channels]``, float32."""
-        width, features = self.weights.shape
-        return jnp.zeros((batch_size, width - 1, features))
+        return jnp.zeros((batch_size, self.width - 1, self.features))
 
     def __call__(
         self, x: Activations, state: ConvState | None, segment_ids: SegmentIds | None
     ) -> tuple[Activations, ConvState]:
         """Convolve ``[B, T, channels]``; no state is zeros. Raises as `causal_convolution`."""
-        if state is None:
-            state = self.initial_state(x.shape[0])
         weights = self.weights[...]
+        if state is None:  # of this device's channels
+            state = jnp.zeros((x.shape[0], self.width - 1, x.shape[2]), weights.dtype)
         weights = weights.astype(accumulator_dtype(weights, state))
         y, state = causal_convolution(x, weights, state, segment_ids)
         return jax.nn.silu(y), state

@@ -147,9 +147,13 @@ class GatedLinearAttention(MultiHeadProjections):
         sizes = check_array("x", x, "B T D", FLOATING, {"D": self.query_proj.in_features})
         check_segment_ids(segment_ids, sizes)
         if state is not None:
-            self._check_state(state, sizes)
+            self._check_structure(state)
         recurrent, recent = (None, None) if state is None else state
         inputs, output_gate, recent = self.project(x, recent, segment_ids)
+        if state is not None:
+            sizes = {"B": x.shape[0], "H": inputs[0].shape[2], "K": inputs[0].shape[3]}
+            sizes["V"] = inputs[2].shape[3]
+            check_array("state.recurrent", state.recurrent, "B H K V", FLOATING, sizes)
         y, recurrent = sharded_recurrence(
             *inputs,
             initial_state=recurrent,
@@ -159,12 +163,9 @@ class GatedLinearAttention(MultiHeadProjections):
         )
         return self.project_outputs(y, output_gate), GLAState(recurrent, recent)
 
-    def _check_state(self, state: Any, sizes: dict[str, Any]) -> None:
+    def _check_structure(self, state: Any) -> None:
         if not isinstance(state, GLAState):
             raise TypeError(f"state: expected a GLAState; got {type(state).__name__}")
-        heads = self.num_heads
-        sizes = {"B": sizes["B"], "K": self.key_dim // heads, "V": self.value_dim // heads}
-        check_array("state.recurrent", state.recurrent, "B H K V", FLOATING, sizes)
         if (state.recent is None) != (self.convolutions is None):
             expected = "None" if self.convolutions is None else "ConvStates"
             found = type(state.recent).__name__
