@@ -216,7 +216,7 @@ class MeshConfig:
     """Data parallelism: shards of the batch, with replicated parameters; -1: the remaining devices.
     data * fsdp * gradient_accumulation divides batch_size."""
     fsdp: int = 1
-    """Shards of batch, parameters and optimizer state; divides hidden_dim."""
+    """Shards of batch, parameters and optimizer state; divides hidden_dim (gla block: and 16)."""
     tensor: int = 1
     """Shards of the heads, the MLP and the vocabulary; divides num_heads, mlp_dim, vocab_size."""
     sequence: int = 1

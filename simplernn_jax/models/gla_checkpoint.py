@@ -65,7 +65,7 @@ def load_gla_checkpoint(folder: str) -> LanguageModel:
     head = None
     for path, names in _files(folder):
         weights = read_pytorch_weights(path)
-        for name in weights.keys() ^ (names or weights.keys()):
+        for name in sorted(weights.keys() ^ (names or weights.keys())):
             problem = "missing" if name in (names or ()) else f"not listed in {_INDEX}"
             raise UserError(f"{path}: {name} is {problem}; {_ADVICE}")
         for name in sorted(weights):
@@ -78,8 +78,9 @@ def load_gla_checkpoint(folder: str) -> LanguageModel:
                 _fill(targets[name], weights[name], f"{path}: {name}")
                 del missing[name]
     for name in missing:
+        path = os.path.join(folder, _WEIGHTS if names is None else _INDEX)
         raise UserError(
-            f"{folder}: {name} is missing ({len(missing)} of {len(targets)} tensors are); {_ADVICE}"
+            f"{path}: {name} is missing ({len(missing)} of {len(targets)} tensors are); {_ADVICE}"
         )
     if head is not None and not np.array_equal(head[1], model.embedding.embedding[...]):
         raise UserError(
