@@ -14,6 +14,9 @@ from typing import Any
 from simplernn_jax.config_rules import check_values
 from simplernn_jax.errors import UserError, nearest_name
 
+GATE_RANK = 16
+"""Rank of the gla block's projection to forget gates."""
+
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class ModelConfig:
@@ -23,7 +26,7 @@ class ModelConfig:
     """Token ids of the embedding and the head; a run raises it to the tokenizer's number of ids."""
     block: str = "residual"
     """``plain``: the bare layer of the original PyTorch project (docs/pytorch.md); ``residual``:
-    pre-norm block with MLP."""
+    pre-norm block with MLP; ``gla``: the block of gated linear attention (docs/gla.md)."""
     num_layers: int = 4
     """Number of blocks."""
     hidden_dim: int = 128
@@ -35,11 +38,11 @@ class ModelConfig:
     num_heads: int = 4
     """Number of heads of the recurrence or of attention."""
     mlp_dim: int = 512
-    """Inner width of the MLP (residual block only)."""
+    """Inner width of the MLP (not of the plain block)."""
     tie_embeddings: bool = True
-    """Use the embedding as the head (residual block only)."""
+    """Use the embedding as the head (not of the plain block)."""
     dropout: float = 0.0
-    """Dropout rate, elementwise, of each residual branch's output (residual block only)."""
+    """Dropout rate, elementwise, of each residual branch's output (not of the plain block)."""
     precision: str = "float32"
     """Compute dtype of dense layers: ``float32`` or ``bfloat16``. Parameters, gates, sums, norms,
     softmax and loss are always float32; cached keys and values have this dtype."""
@@ -51,6 +54,13 @@ class ModelConfig:
     state_precision: str = "float32"
     """Dtype of the recurrent state between chunks or decoded tokens: ``float32``; or ``bfloat16``,
     which halves its memory and rounds away small updates."""
+    norm_epsilon: float = 1e-6
+    """Added to the mean square by every norm; positive (gla block only)."""
+    min_log_gate: float = 0.0
+    """Lower bound of the logarithms of forget gates, negative; 0 is none (gla block only)."""
+    short_convolution: int = 0
+    """Width in tokens, the current one included, of the short convolutions of queries, keys and
+    values; 0 is none (gla block only; the residual block always has one, of 4 tokens)."""
 
     def __post_init__(self) -> None:
         self.join_mixers()
@@ -207,7 +217,7 @@ class MeshConfig:
     """Data parallelism: shards of the batch, with replicated parameters; -1: the remaining devices.
     data * fsdp * gradient_accumulation divides batch_size."""
     fsdp: int = 1
-    """Shards of batch, parameters and optimizer state; divides hidden_dim."""
+    """Shards of batch, parameters and optimizer state; divides hidden_dim (gla block: and 16)."""
     tensor: int = 1
     """Shards of the heads, the MLP and the vocabulary; divides num_heads, mlp_dim, vocab_size."""
     sequence: int = 1
@@ -240,7 +250,7 @@ def validate(config: Config) -> None:
       UserError: names the field, its value and what is allowed.
     """
     config.model.join_mixers()
-    check_values(by_field(config), by_field(Config()), config.model.mixers)
+    check_values(by_field(config), by_field(Config()), lambda: config.model.mixers)
 
 
 def by_field(config: Config) -> dict[str, Any]:
@@ -257,11 +267,15 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+LATER_MODEL_FIELDS = ("norm_epsilon", "min_log_gate", "short_convolution")
+"""Fields of the model that its first checkpoints and saved states lack."""
+
 _OPTIONAL_FIELDS = {
     "config.data.template",
     "config.data.loss_on",
     "config.train.init_from",
     "config.train.stop_after_worse",
+    *(f"config.model.{name}" for name in LATER_MODEL_FIELDS),
 }
 """Fields missing from older checkpoints; their default reproduces the old behavior."""
 

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from simplernn_jax.errors import UserError
@@ -11,7 +11,7 @@ PRECISIONS = ("float32", "bfloat16")
 MIXERS = ("simple_rnn", "attention")
 ENCODING_ERRORS = ("strict", "replace")
 _CHOICES = {
-    "model.block": ("plain", "residual"),
+    "model.block": ("plain", "residual", "gla"),
     "model.precision": PRECISIONS,
     "model.state_precision": PRECISIONS,
     "data.mode": ("window", "stream", "document"),
@@ -32,25 +32,27 @@ _MIN = {
     **dict.fromkeys(("max_skipped_updates", "fsdp", "tensor", "sequence", "stage"), 1),
     "keep_last": 2,
     **dict.fromkeys(("epsilon", "data"), -_MAX_FLOAT),  # checked by `_check_run`
+    **dict.fromkeys(("norm_epsilon", "min_log_gate"), -_MAX_FLOAT),  # checked by `_check_gla`
 }
 """By name of the field; 0 for all other numbers."""
 _MAX = {
     "num_layers": 1024,  # tracing and compilation take hours
     **dict.fromkeys(("hidden_dim", "key_dim", "value_dim", "mlp_dim", "sample_tokens"), 2**20),
+    "short_convolution": 1024,
 }
 _BELOW_ONE = ("dropout", "validation_fraction", "beta1", "beta2")
 _UP_TO_ONE = ("reset_probability", "final_learning_rate")
 
 
 def check_values(
-    values: Mapping[str, Any], defaults: Mapping[str, Any], mixers: Sequence[str]
+    values: Mapping[str, Any], defaults: Mapping[str, Any], list_mixers: Callable[[], Sequence[str]]
 ) -> None:
     """Check types, choices, ranges and relations.
 
     Args:
       values: by ``section.field``.
       defaults: the same of the default configuration, for the types.
-      mixers: the mixer of each layer.
+      list_mixers: returns the mixer of each layer; called once their number is known to be valid.
 
     Raises:
       UserError: names the field, its value and what is allowed.
@@ -59,12 +61,14 @@ def check_values(
         _check_type(field, value, defaults[field])
     for field, choices in _CHOICES.items():
         _check_choice(field, values[field], choices)
-    for mixer in mixers:
-        _check_choice("model.mixer", mixer, MIXERS)
     for field, value in values.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_range(field, value)
+    mixers = list_mixers()
+    for mixer in mixers:
+        _check_choice("model.mixer", mixer, MIXERS)
     _check_model(values, mixers)
+    _check_gla(values, defaults)
     _check_run(values)
     _check_pairs(values)
 
@@ -118,6 +122,20 @@ def _check_model(values: Mapping[str, Any], mixers: Sequence[str]) -> None:
         allowed = f"an even number for each of model.num_heads={heads} with attention, whose"
         allowed += " rotary embedding takes pairs of channels"
         _reject("model.key_dim", values["model.key_dim"], allowed)
+
+
+def _check_gla(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    if values["model.norm_epsilon"] <= 0:
+        _reject("model.norm_epsilon", values["model.norm_epsilon"], "positive")
+    if values["model.min_log_gate"] > 0:
+        allowed = "negative, or 0 for no lower bound: gates are below 1"
+        _reject("model.min_log_gate", values["model.min_log_gate"], allowed)
+    if values["model.short_convolution"] == 1:
+        _reject("model.short_convolution", 1, "0 for none, or at least 2: a token and earlier ones")
+    block = values["model.block"]
+    for field in ("model.norm_epsilon", "model.min_log_gate", "model.short_convolution"):
+        if block != "gla" and values[field] != defaults[field]:
+            _reject(field, values[field], f"{defaults[field]} with model.block={block!r}")
 
 
 def _check_run(values: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from simplernn_jax.config import Config, ModelConfig
+from simplernn_jax.config import GATE_RANK, Config, ModelConfig
 from simplernn_jax.devices import device_memory
 from simplernn_jax.errors import UserError, format_bytes
 
@@ -99,7 +99,7 @@ def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
     layers = model.num_layers / sizes["stage"]
     saved = float(model.hidden_dim)
     if train.remat == "none":
-        mlp = 0 if model.block == "plain" else model.mlp_dim
+        mlp = {"plain": 0, "residual": 1, "gla": 2}[model.block] * model.mlp_dim
         saved += (2 * model.key_dim + model.value_dim + mlp) / sizes["tensor"]
     widest = _widest(model) / (sizes["tensor"] * sizes["stage"])
     activations = sequences * length * _item_bytes(model) * (layers * saved + widest)
@@ -122,8 +122,11 @@ def num_weights(model: ModelConfig) -> int:
     total = model.vocab_size * width * (2 if untied else 1)
     for mixer in ("simple_rnn", "attention"):
         layer = (2 if mixer == "attention" else 3) * width * keys + 2 * width * values
+        if model.block == "gla":
+            layer += GATE_RANK * (width + keys) - width * keys  # a low-rank gate
         if not is_plain:
-            layer += width * values + 2 * width * model.mlp_dim
+            matrices = 3 if model.block == "gla" else 2
+            layer += width * values + matrices * width * model.mlp_dim
         total += layer * model.mixers.count(mixer)
     return total
 

@@ -19,6 +19,7 @@ LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "time": "sequence",
     "embed": "fsdp",
+    "rank": "fsdp",
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",

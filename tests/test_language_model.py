@@ -23,7 +23,8 @@ RESIDUAL = ModelConfig(
 # Two layers that look back over 11 tokens, and convolutions over 4, see all 19 between them.
 ATTENTION = dataclasses.replace(RESIDUAL, key_dim=12, mixer="attention", attention_context=11)
 HYBRID = dataclasses.replace(ATTENTION, mixer="simple_rnn,attention")
-MODELS = {"plain": PLAIN, "hybrid": HYBRID}
+GLA = dataclasses.replace(RESIDUAL, block="gla", short_convolution=4)
+MODELS = {"plain": PLAIN, "hybrid": HYBRID, "gla": GLA}
 BATCH, LENGTH = 3, 19
 
 call = nnx.jit(lambda model, tokens, segments=None: model(tokens, segment_ids=segments))

@@ -11,8 +11,8 @@ from references import NATIVE
 from simplernn_jax.ops.rms_norm import EPSILON, rms_norm
 
 
-def plain(x):
-    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + EPSILON)
+def plain(x, epsilon=EPSILON):
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + epsilon)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -31,6 +31,15 @@ def test_equals_the_formula(shape, native):
         float64, float32 = {"rtol": 1e-11, "atol": 1e-14}, {"rtol": 1e-5, "atol": 1e-6}
         tolerance = float64 if native is None else float32
         chex.assert_trees_all_close(ours, results(plain, x), **tolerance)
+
+
+@pytest.mark.parametrize("native", NATIVE)
+@pytest.mark.parametrize("epsilon", [1e-8, 1e-5, 1.0])
+def test_another_epsilon(epsilon, native):
+    x = 1e-3 * jax.random.normal(jax.random.key(0), (5, 7))  # squares of about 1e-6
+    ours = results(lambda x: rms_norm(x, epsilon=epsilon, native=native), x)
+    expected = results(functools.partial(plain, epsilon=epsilon), x)
+    chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-5 * jnp.abs(expected[1]).max())
 
 
 @pytest.mark.parametrize("native", NATIVE)

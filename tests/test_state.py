@@ -113,7 +113,10 @@ def test_the_fingerprint_of_a_model_is_that_of_the_parameter_names_of_version_1(
             for path, array in parameters.items()
         }
     assert not any("mixer" in path for path in parameters)
-    expected = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    fields = dataclasses.asdict(config)
+    for later in ("norm_epsilon", "min_log_gate", "short_convolution"):
+        del fields[later]
+    expected = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for path in sorted(parameters):
         array = np.asarray(parameters[path])
         expected.update(f"\n{path} {array.dtype} {array.shape}\n".encode() + array.tobytes())

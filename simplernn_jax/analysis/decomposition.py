@@ -18,7 +18,14 @@ from simplernn_jax.analysis.attention_map import (
     attention_map,
     softmax_map,
 )
-from simplernn_jax.analysis.recording import Record, find_mixers, record
+from simplernn_jax.analysis.recording import (
+    Mixer,
+    Record,
+    find_mixers,
+    head_state,
+    record,
+    recurrence_inputs,
+)
 from simplernn_jax.array_types import HeadState, ModelState, SegmentIds, Values
 from simplernn_jax.models import LanguageModel, SimpleRNN
 from simplernn_jax.models.attention import Attention, KVCache
@@ -49,19 +56,20 @@ class LayerDecomposition(NamedTuple):
 
 
 def decompose_layer(
-    mixer: SimpleRNN | Attention, call: Record, segment_ids: SegmentIds | None = None
+    mixer: Mixer, call: Record, segment_ids: SegmentIds | None = None
 ) -> LayerDecomposition:
     """Decompose one recorded call of a mixer and measure how exact the sum is."""
-    if isinstance(mixer, SimpleRNN):
-        projected, output_gate = mixer.cell.project(call.inputs)
-        parts = _decompose_recurrence(projected, call.state, segment_ids)
-        dtype, project_outputs = projected[2].dtype, mixer.cell.project_outputs
-    else:
+    if isinstance(mixer, Attention):
         projected, output_gate = mixer.project_inputs(call.inputs)
         parts = _decompose_attention(mixer, projected, call.state, segment_ids)
-        dtype, project_outputs = mixer.dtype, mixer.project_outputs
+        dtype = mixer.dtype
+    else:
+        projected, output_gate = recurrence_inputs(mixer, call, segment_ids)
+        parts = _decompose_recurrence(projected, head_state(call.state), segment_ids)
+        dtype = projected[2].dtype
+    projections = mixer.cell if isinstance(mixer, SimpleRNN) else mixer
     output = parts.from_values + parts.from_state
-    layer_output = project_outputs(output.astype(dtype), output_gate)
+    layer_output = projections.project_outputs(output.astype(dtype), output_gate)
     return LayerDecomposition(
         weights=parts.weights,
         values=parts.values,

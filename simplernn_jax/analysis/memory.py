@@ -9,9 +9,15 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from simplernn_jax.analysis.recording import find_mixers, record
+from simplernn_jax.analysis.recording import (
+    Recurrent,
+    find_mixers,
+    head_state,
+    record,
+    recurrence_inputs,
+)
 from simplernn_jax.array_types import ModelState
-from simplernn_jax.models import LanguageModel, SimpleRNN
+from simplernn_jax.models import LanguageModel
 
 _POINTS = 200
 """Number of measurements along a text, about."""
@@ -99,9 +105,10 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
         recording = record(model, piece, state)
         measured: list[tuple[jax.Array, jax.Array] | None] = []
         for mixer, call in zip(find_mixers(model), recording.layers, strict=True):
-            if isinstance(mixer, SimpleRNN):
-                (_, _, _, log_gate), _ = mixer.cell.project(call.inputs)
-                measured.append((-jnp.sum(log_gate, axis=(0, 1)), call.final_state[0]))
+            if isinstance(mixer, Recurrent):
+                (_, _, _, log_gate), _ = recurrence_inputs(mixer, call)
+                state = head_state(call.final_state)
+                measured.append((-jnp.sum(log_gate, axis=(0, 1)), state[0]))
             else:
                 measured.append(None)
         return recording.state, measured
@@ -120,7 +127,7 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
         )
     layers = [
         _layer_memory([piece[i] for piece in by_piece], len(tokens))
-        if isinstance(mixer, SimpleRNN)
+        if isinstance(mixer, Recurrent)
         else None
         for i, mixer in enumerate(find_mixers(model))
     ]

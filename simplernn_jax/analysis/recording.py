@@ -5,9 +5,14 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, ModelState, SegmentIds, Tokens
-from simplernn_jax.models import LanguageModel, SimpleRNN
+from simplernn_jax.array_types import Activations, HeadState, ModelState, SegmentIds, Tokens
+from simplernn_jax.models import GatedLinearAttention, GLAState, LanguageModel, SimpleRNN
 from simplernn_jax.models.attention import Attention
+
+Recurrent = SimpleRNN | GatedLinearAttention
+"""Mixers whose state is that of `gated_linear_recurrence`."""
+
+Mixer = Recurrent | Attention
 
 
 class Record(NamedTuple):
@@ -16,7 +21,7 @@ class Record(NamedTuple):
     inputs: Activations
     """``[B, T, D]``, in the compute dtype."""
     state: Any
-    """Before the first token: a `HeadState`, or a `KVCache` where the mixer is attention."""
+    """Before the first token: a `HeadState`, a `GLAState`, or attention's `KVCache`."""
     output: Activations
     """``[B, T, D]``."""
     final_state: Any
@@ -32,9 +37,24 @@ class Recording(NamedTuple):
     """One per layer."""
 
 
-def find_mixers(model: LanguageModel) -> list[SimpleRNN | Attention]:
+def find_mixers(model: LanguageModel) -> list[Mixer]:
     """Return the sequence mixer of every layer."""
     return [getattr(layer, _name_of_mixer(layer)) for layer in model.layers]
+
+
+def recurrence_inputs(
+    mixer: Recurrent, call: Record, segment_ids: SegmentIds | None = None
+) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+    """Return (q, k, v, log_gate) of a recorded call, and the logits of the output gate."""
+    if isinstance(mixer, SimpleRNN):
+        return mixer.cell.project(call.inputs)
+    inputs, output_gate, _ = mixer.project(call.inputs, call.state.recent, segment_ids)
+    return inputs, output_gate
+
+
+def head_state(state: HeadState | GLAState) -> HeadState:
+    """Return the state of the recurrence of a mixer's state."""
+    return state.recurrent if isinstance(state, GLAState) else state
 
 
 def record(
@@ -66,9 +86,7 @@ def record(
 
 
 def _name_of_mixer(layer: nnx.Module) -> str:
-    (name,) = [
-        name for name, child in vars(layer).items() if isinstance(child, SimpleRNN | Attention)
-    ]
+    (name,) = [name for name, child in vars(layer).items() if isinstance(child, Mixer)]
     return name
 
 
@@ -77,7 +95,7 @@ class _Tap:
 
     record: Record
 
-    def __init__(self, mixer: SimpleRNN | Attention):
+    def __init__(self, mixer: Mixer):
         self._mixer = mixer
 
     def __call__(

@@ -17,6 +17,7 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
+from simplernn_jax.config import LATER_MODEL_FIELDS, ModelConfig
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.devices import check_memory
 from simplernn_jax.errors import UserError
@@ -164,8 +165,18 @@ def fingerprints(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
     named = named_leaves(nnx.state(model, nnx.Param))
     parameters = {name_in_file(name): leaf for name, leaf in named.items()}
     return {
-        "model": _digest(dataclasses.asdict(model.config), parameters),
+        "model": _digest(_config_values(model.config), parameters),
         "tokenizer": sha256_hex(tokenizer.to_json()),
+    }
+
+
+def _config_values(config: ModelConfig) -> dict[str, Any]:
+    """Return the fields; those that earlier versions lack only where they are not the default."""
+    default = ModelConfig()
+    return {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in LATER_MODEL_FIELDS or value != getattr(default, name)
     }
 
 

@@ -21,6 +21,7 @@ from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.attention import KVCache
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
 from simplernn_jax.models.dense import Dense, Embedding, policy_from_config
+from simplernn_jax.models.gla import INITIALIZER_STD, GLABlock
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.remat import rematerialize
 from simplernn_jax.models.simple_rnn import Recurrence
@@ -38,6 +39,7 @@ class LanguageModel(nnx.Module):
     N(0, 1), layers without norm or residual, a head with bias. ``block="residual"``: pre-norm
     residual blocks, for deep models; see `ResidualBlock`. The mixer of each layer is SimpleRNN or
     attention, and a final norm comes before the head, which may be tied to the embedding.
+    ``block="gla"`` is `GLAForCausalLM` of flash-linear-attention; see `GLABlock`.
     """
 
     def __init__(
@@ -65,22 +67,21 @@ class LanguageModel(nnx.Module):
         self.config = dataclasses.replace(config)
         self.dtype = dtype = policy_from_config(config).compute_dtype
         plain = config.block == "plain"
-        scale = 1.0 if plain else config.hidden_dim**-0.5
+        stds = {"plain": 1.0, "residual": config.hidden_dim**-0.5, "gla": INITIALIZER_STD}
+        normal = nnx.initializers.normal(stds[config.block])
         self.embedding: nnx.Embed = Embedding(
-            config.vocab_size, config.hidden_dim, init=nnx.initializers.normal(scale), rngs=rngs
+            config.vocab_size, config.hidden_dim, init=normal, rngs=rngs
         )
         layers = [
-            PlainBlock(config, rngs=rngs, recurrence=recurrence)
-            if plain
-            else ResidualBlock(config, mixer, rngs=rngs, recurrence=recurrence)
-            for mixer in config.mixers
+            _make_layer(config, mixer, rngs=rngs, recurrence=recurrence) for mixer in config.mixers
         ]
         self.layers = LayerStack(layers) if stack_layers else nnx.List(layers)
         self.final_scale = None if plain else nnx.Param(jnp.ones(config.hidden_dim, jnp.float32))
         tied = config.tie_embeddings and not plain
-        init = {} if plain else {"kernel_init": nnx.initializers.normal(scale)}
+        options: dict[str, Any] = {} if plain else {"kernel_init": normal}
+        options["use_bias"] = config.block != "gla"
         sizes = (config.hidden_dim, config.vocab_size, ("embed", "vocab"))
-        self.head = None if tied else Dense(*sizes, rngs=rngs, dtype=dtype, **init)
+        self.head = None if tied else Dense(*sizes, rngs=rngs, dtype=dtype, **options)
         self.remat = remat
 
     def initial_state(self, batch_size: int) -> ModelState:
@@ -131,12 +132,12 @@ class LanguageModel(nnx.Module):
         if state is not None:
             self._check_state(state, sizes["B"])
         x = self.embedding(tokens)
-        if self.final_scale is not None:
+        if self.config.block == "residual":
             # Scale to unit variance; a tied head needs 1/sqrt(D) initialization.
             x = x * self.config.hidden_dim**0.5
         x, state = self._apply_layers(x, state, segment_ids, dropout_key)
         if self.final_scale is not None:
-            x = rms_norm(x) * self.final_scale[...][None, None]
+            x = rms_norm(x, epsilon=self.config.norm_epsilon) * self.final_scale[...][None, None]
         return x, state
 
     def _check_state(self, state: ModelState, batch: int) -> None:
@@ -210,6 +211,14 @@ class LanguageModel(nnx.Module):
         """
         hidden, state = self.hidden_states(tokens, state, segment_ids, dropout_key=dropout_key)
         return self.logits(hidden), state
+
+
+def _make_layer(config: ModelConfig, mixer: str, **options: Any) -> nnx.Module:
+    if config.block == "plain":
+        return PlainBlock(config, **options)
+    if config.block == "gla":
+        return GLABlock(config, **options)
+    return ResidualBlock(config, mixer, **options)
 
 
 def check_ids(tokens: Tokens, vocab_size: int) -> None:

@@ -124,7 +124,7 @@ def _read_safetensors(path: str, file: BinaryIO) -> Weights:
     for name, value in weights.items():
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise UserError(f"{path}: {name!r} is {value.dtype}; save floating-point tensors")
-    return {name: value.astype(np.float32) for name, value in weights.items()}
+    return {name: value.astype(np.float32, copy=False) for name, value in weights.items()}
 
 
 def _model_config(weights: Weights, path: str) -> ModelConfig:

@@ -5,6 +5,7 @@ one pass over memory (measured: 1.0 ms for a gradient of 4,096 x 128, where `rms
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -21,14 +22,15 @@ EPSILON = 1e-6
 """The same as in `rms_norm.c`."""
 
 
-def rms_norm(x: jax.Array, *, native: bool | None = None) -> jax.Array:
-    """Compute ``x / sqrt(mean(x^2) + EPSILON)`` along the last axis, float32 (float64 if `x` is).
+def rms_norm(x: jax.Array, *, epsilon: float = EPSILON, native: bool | None = None) -> jax.Array:
+    """Compute ``x / sqrt(mean(x^2) + epsilon)`` along the last axis, float32 (float64 if `x` is).
 
     Root mean square layer normalization (arXiv:1910.07467) without its scale, which the
     following projection absorbs.
 
     Args:
       x: ``[..., D]``.
+      epsilon: positive.
       native: True calls the C functions, False never; None decides by size and platform.
 
     Raises:
@@ -38,6 +40,9 @@ def rms_norm(x: jax.Array, *, native: bool | None = None) -> jax.Array:
     check_array("x", x, "... D")
     x = jnp.asarray(x)  # without x64, float64 becomes float32
     x = x.astype(accumulator_dtype(x))
+    if epsilon != EPSILON:
+        # The norm of c x with EPSILON is that of x with EPSILON / c^2.
+        x = x * math.sqrt(EPSILON / epsilon)
     impls, fwd, bwd = _operation(x.ndim, use_native(x, native))
     (y,) = apply(impls, [x], [x], VJP(bwd, fwd, residual_types=((x.shape[:-1], x.dtype),)))
     return y

@@ -80,11 +80,26 @@ def rms_norm_convolution(
 def _by_shifts(
     x: Activations, weights: jax.Array, recent: ConvState, starts: jax.Array | None
 ) -> tuple[Activations, ConvState]:
-    length, past = x.shape[1], recent.shape[1]
     inputs = jnp.concatenate([recent, rms_norm(x, native=False)], axis=1)
+    return sum_of_shifts(inputs, weights, starts), inputs[:, x.shape[1] :]
+
+
+def sum_of_shifts(inputs: jax.Array, weights: jax.Array, starts: jax.Array | None) -> jax.Array:
+    """Compute ``y_t = sum_i w_i x_{t-i}`` for i in 0 .. W - 1, within one segment.
+
+    Args:
+      inputs: x, with the W - 1 positions before the first token, ``[B, W - 1 + T, D]``.
+      weights: ``[W, D]``.
+      starts: ``[B, T]`` bool, True where a token starts a segment; None if none does.
+
+    Returns:
+      ``[B, T, D]``.
+    """
+    past = weights.shape[0] - 1
+    length = inputs.shape[1] - past
     weights = weights[:, None, None]
     y = inputs[:, past:] * weights[0]
-    reachable = jnp.ones(x.shape[:2], bool)
+    reachable = jnp.ones((inputs.shape[0], length), bool)
     for lag in range(1, past + 1):
         earlier = inputs[:, past - lag : past - lag + length]
         if starts is not None:
@@ -92,7 +107,7 @@ def _by_shifts(
             reachable = reachable & ~late
             earlier = jnp.where(reachable[..., None], earlier, 0)
         y = y + earlier * weights[lag]
-    return y, inputs[:, length:]
+    return y
 
 
 @functools.cache

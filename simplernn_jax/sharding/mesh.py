@@ -8,7 +8,7 @@ import jax
 from absl import logging
 from jax.sharding import AxisType, Mesh
 
-from simplernn_jax.config import Config, MeshConfig
+from simplernn_jax.config import GATE_RANK, Config, MeshConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.mesh_axes import AXES, BATCH_AXES
 from simplernn_jax.ops.sequence_parallel import MIN_SHARD_TOKENS
@@ -85,6 +85,11 @@ def check_fits(config: Config, mesh: Mesh) -> None:
                 f"--config.{field}={value} is not divisible by {arithmetic}: {value} / "
                 f"{divisor} leaves {value % divisor}; change it or --config.mesh"
             )
+    if model.block == "gla" and GATE_RANK % sizes["fsdp"]:
+        raise UserError(
+            f"--config.mesh.fsdp={sizes['fsdp']} does not divide {GATE_RANK}, the rank of the "
+            "forget gates of --config.model.block=gla; change it"
+        )
     kinds = Counter(model.mixers)
     if sizes["stage"] > 1 and len(kinds) > 1:
         found = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
@@ -94,9 +99,10 @@ def check_fits(config: Config, mesh: Mesh) -> None:
             "--config.mesh.stage=1"
         )
     shard = tokens // sizes["sequence"]
-    if sizes["sequence"] > 1 and shard < MIN_SHARD_TOKENS:
+    needed = max(MIN_SHARD_TOKENS, model.short_convolution - 1)
+    if sizes["sequence"] > 1 and shard < needed:
         raise UserError(
             f"--config.{time}={tokens} leaves each device of sequence "
             f"{sizes['sequence']} a shard of {shard}, and the short convolution needs "
-            f"{MIN_SHARD_TOKENS} tokens; change it or --config.mesh"
+            f"{needed} tokens; change it or --config.mesh"
         )

@@ -45,8 +45,10 @@ class Reporter:
         self._learning_rate = learning_rate_schedule(config.optimizer, run.total_steps)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
         size = counted(parameters, "parameter")
-        names = config.model.mixer.replace("simple_rnn", "SimpleRNN")
-        self._model = f"{config.model.block} {names} model, {size}"
+        kind = config.model.block
+        if kind != "gla":  # whose only mixer is its own
+            kind += " " + config.model.mixer.replace("simple_rnn", "SimpleRNN")
+        self._model = f"{kind} model, {size}"
 
     def print_header(self) -> None:
         """Print model, devices, data and first step."""

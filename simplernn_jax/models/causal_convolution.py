@@ -1,0 +1,90 @@
+"""Short causal convolutions of queries, keys and values, channel by channel."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from simplernn_jax.array_types import Activations, ConvState, SegmentIds
+from simplernn_jax.mesh_axes import LogicalAxes
+from simplernn_jax.models.dense import PARAM_DTYPE
+from simplernn_jax.named_leaves import tuple_with_names
+from simplernn_jax.ops.causal_convolution import causal_convolution
+from simplernn_jax.ops.dtypes import accumulator_dtype
+
+
+@tuple_with_names
+class ConvStates(NamedTuple):
+    """Last inputs of the convolutions of one layer, or the logical axes of these arrays."""
+
+    query: ConvState
+    key: ConvState
+    value: ConvState
+
+
+class CausalConvolution(nnx.Module):
+    """``silu(sum_n w_n x_{t-n})`` for n in 0 .. width - 1, within one segment; float32.
+
+    Initially only ``w_0`` is not zero: a layer starts as one without convolutions, but for silu.
+    """
+
+    def __init__(self, width: int, features: int):
+        """Initialize ``weights[n]``, which multiplies the input n tokens earlier."""
+        self.width = width
+        self.features = features
+        weights = jnp.zeros((width, features), PARAM_DTYPE).at[0].set(1)
+        self.weights = nnx.Param(weights, axes=LogicalAxes(None, "heads"))
+
+    def initial_state(self, batch_size: int) -> ConvState:
+        """Return zeros ``[B, width - 1, channels]``, float32."""
+        return jnp.zeros((batch_size, self.width - 1, self.features))
+
+    def __call__(
+        self, x: Activations, state: ConvState | None, segment_ids: SegmentIds | None
+    ) -> tuple[Activations, ConvState]:
+        """Convolve ``[B, T, channels]``; no state is zeros. Raises as `causal_convolution`."""
+        weights = self.weights[...]
+        if state is None:  # of this device's channels
+            state = jnp.zeros((x.shape[0], self.width - 1, x.shape[2]), weights.dtype)
+        weights = weights.astype(accumulator_dtype(weights, state))
+        y, state = causal_convolution(x, weights, state, segment_ids)
+        return jax.nn.silu(y), state
+
+
+class MixerConvolutions(nnx.Module):
+    """One `CausalConvolution` each for the heads' queries, keys and values."""
+
+    def __init__(self, width: int, key_dim: int, value_dim: int):
+        """Initialize the convolutions of `width` tokens."""
+        self.query = CausalConvolution(width, key_dim)
+        self.key = CausalConvolution(width, key_dim)
+        self.value = CausalConvolution(width, value_dim)
+
+    def initial_state(self, batch_size: int) -> ConvStates:
+        """Return zeros, ``[B, width - 1, channels]`` each."""
+        return ConvStates(*(conv.initial_state(batch_size) for conv in self._all()))
+
+    def state_axes(self) -> ConvStates:
+        """Return the logical axes of the state."""
+        axes: Any = LogicalAxes("batch", None, "heads")
+        return ConvStates(axes, axes, axes)
+
+    def __call__(
+        self,
+        heads: tuple[jax.Array, ...],
+        state: ConvStates | None,
+        segment_ids: SegmentIds | None,
+    ) -> tuple[tuple[jax.Array, ...], ConvStates]:
+        """Convolve (q, k, v), each ``[B, T, H, K or V]``, over time."""
+        states = (None, None, None) if state is None else state
+        outputs, finals = [], []
+        for conv, x, before in zip(self._all(), heads, states, strict=True):
+            merged = x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
+            y, final = conv(merged, before, segment_ids)
+            outputs.append(y.reshape(x.shape))
+            finals.append(final)
+        return tuple(outputs), ConvStates(*finals)
+
+    def _all(self) -> tuple[CausalConvolution, ...]:
+        return self.query, self.key, self.value

@@ -1,0 +1,236 @@
+"""Gated linear attention (GLA): the block of `GLAForCausalLM` of flash-linear-attention.
+
+Source: Yang et al. 2023, arXiv:2312.06635, sections 4.3 and 4.4; the details in which programs
+differ (initialization, names, constants) are those of github.com/fla-org/flash-linear-attention.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from simplernn_jax.array_types import Activations, HeadState, SegmentIds
+from simplernn_jax.config import GATE_RANK, ModelConfig
+from simplernn_jax.mesh_axes import LogicalAxes
+from simplernn_jax.models.causal_convolution import ConvStates, MixerConvolutions
+from simplernn_jax.models.dense import Dense, fused_dense, policy_from_config
+from simplernn_jax.models.heads import MultiHeadProjections
+from simplernn_jax.models.rms_norm import RMSNorm
+from simplernn_jax.models.simple_rnn import Recurrence
+from simplernn_jax.named_leaves import tuple_with_names
+from simplernn_jax.ops import gated_linear_recurrence
+from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
+from simplernn_jax.ops.matmul import merge_tokens
+from simplernn_jax.ops.sequence_parallel import sharded_recurrence
+
+GATE_LOGIT_NORMALIZER = 16
+"""Divisor of the forget gates' logarithms; the paper's temperature tau."""
+
+INITIALIZER_STD = 0.02
+"""Standard deviation of the initial embeddings and kernels."""
+
+
+@tuple_with_names
+class GLAState(NamedTuple):
+    """State of `GatedLinearAttention`."""
+
+    recurrent: HeadState
+    recent: ConvStates | None
+    """None without short convolutions."""
+
+
+class GatedLinearAttention(MultiHeadProjections):
+    """Token mixer of GLA, with projections without bias except that of the gates.
+
+    Per head, with K = key_dim / num_heads and V = value_dim / num_heads::
+
+        q = conv(W_q x) / sqrt(K)     k = conv(W_k x)     v = conv(W_v x)
+        log g = max(log_sigmoid(W_up W_down x + b) / 16, min_log_gate)
+        S' = diag(g) S + k v^T
+        y = W_o concat_heads(scale * norm(S'^T q) * silu(W_r x))
+
+    W_down has `GATE_RANK` rows. ``conv`` is `CausalConvolution`, or nothing.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        recurrence: Recurrence = gated_linear_recurrence,
+    ):
+        """Initialize the parameters; `recurrence` computes the sequence."""
+        policy = policy_from_config(config)
+        init = nnx.initializers.normal(INITIALIZER_STD)
+        sizes = (config.hidden_dim, config.key_dim, config.value_dim, config.hidden_dim)
+        options: dict[str, Any] = {
+            "rngs": rngs,
+            "kernel_init": init,
+            "use_bias": False,
+            "dtype": policy.compute_dtype,
+        }
+        super().__init__(*sizes, config.num_heads, forget_gate=False, output_gate=True, **options)
+        self.gate_down_proj = Dense(config.hidden_dim, GATE_RANK, ("embed", None), **options)
+        options |= {"use_bias": True, "bias_init": nnx.initializers.zeros_init()}
+        self.gate_up_proj = Dense(GATE_RANK, config.key_dim, ("rank", "heads"), **options)
+        self.head_norm = RMSNorm(config.value_dim // config.num_heads, config.norm_epsilon)
+        width = config.short_convolution
+        self.convolutions = (
+            MixerConvolutions(width, config.key_dim, config.value_dim) if width else None
+        )
+        self.min_log_gate = config.min_log_gate
+        # None: the accumulation dtype, float32 (float64 under x64).
+        state_dtype = policy.state_dtype
+        self.state_dtype = None if state_dtype == jnp.float32 else state_dtype
+        self.recurrence = recurrence
+
+    def initial_state(self, batch_size: int) -> GLAState:
+        """Return zeros: ``[B, H, K, V]`` in the state dtype, and those of the convolutions."""
+        heads = self.num_heads
+        shape = (batch_size, heads, self.key_dim // heads, self.value_dim // heads)
+        recent = None if self.convolutions is None else self.convolutions.initial_state(batch_size)
+        return GLAState(jnp.zeros(shape, self.state_dtype), recent)
+
+    def state_axes(self) -> GLAState:
+        """Return the logical axes of the arrays of the state."""
+        recurrent: Any = LogicalAxes("batch", "heads")
+        recent = None if self.convolutions is None else self.convolutions.state_axes()
+        return GLAState(recurrent, recent)
+
+    def project(
+        self, x: Activations, recent: ConvStates | None, segment_ids: SegmentIds | None
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None, ConvStates | None]:
+        """Project ``[B, T, hidden_dim]`` to the inputs of the recurrence and of `project_outputs`.
+
+        Args:
+          x: the layer's input.
+          recent: state of the convolutions; None is zero.
+          segment_ids: ``[B, T]``.
+
+        Returns:
+          (q, k, v, log_gate), each ``[B, T, H, K or V]`` float32 (float64 under x64), the logits of
+          the output gate, and the next state of the convolutions. Raises what `project_inputs`
+          does.
+        """
+        heads, output_gate = self.project_inputs(x)
+        if self.convolutions is not None:
+            heads, recent = self.convolutions(heads, recent, segment_ids)
+        q, k, v = heads
+        logits = self.gate_up_proj(self.gate_down_proj(x)).reshape(k.shape)
+        log_gate = jax.nn.log_sigmoid(logits) / GATE_LOGIT_NORMALIZER
+        if self.min_log_gate:
+            log_gate = jnp.maximum(log_gate, self.min_log_gate)
+        return (q * q.shape[-1] ** -0.5, k, v, log_gate), output_gate, recent
+
+    def project_outputs(self, y: jax.Array, output_gate: jax.Array | None) -> jax.Array:
+        """Normalize, gate and project ``[..., H, V]``, as the base class, to ``[..., D]``."""
+        return super().project_outputs(self.head_norm(y), output_gate)
+
+    def __call__(
+        self, x: Activations, state: GLAState | None = None, segment_ids: SegmentIds | None = None
+    ) -> tuple[Activations, GLAState]:
+        """Apply the layer to a sequence.
+
+        Args:
+          x: ``[B, T, hidden_dim]``.
+          state: before the first token; None is zero.
+          segment_ids: ``[B, T]``; a change of id resets the state to zero.
+
+        Returns:
+          ``[B, T, hidden_dim]`` and the state after the last token.
+
+        Raises:
+          ValueError: wrong ranks, or shapes that do not fit together or this layer.
+          TypeError: wrong dtypes, or a state that is not a `GLAState`.
+        """
+        sizes = check_array("x", x, "B T D", FLOATING, {"D": self.query_proj.in_features})
+        check_segment_ids(segment_ids, sizes)
+        if state is not None:
+            self._check_structure(state)
+        recurrent, recent = (None, None) if state is None else state
+        inputs, output_gate, recent = self.project(x, recent, segment_ids)
+        if state is not None:
+            sizes = {"B": x.shape[0], "H": inputs[0].shape[2], "K": inputs[0].shape[3]}
+            sizes["V"] = inputs[2].shape[3]
+            check_array("state.recurrent", state.recurrent, "B H K V", FLOATING, sizes)
+        y, recurrent = sharded_recurrence(
+            *inputs,
+            initial_state=recurrent,
+            segment_ids=segment_ids,
+            state_dtype=self.state_dtype,
+            recurrence=self.recurrence,
+        )
+        return self.project_outputs(y, output_gate), GLAState(recurrent, recent)
+
+    def _check_structure(self, state: Any) -> None:
+        if not isinstance(state, GLAState):
+            raise TypeError(f"state: expected a GLAState; got {type(state).__name__}")
+        if (state.recent is None) != (self.convolutions is None):
+            expected = "None" if self.convolutions is None else "ConvStates"
+            found = type(state.recent).__name__
+            raise TypeError(f"state.recent: expected {expected}; got {found}")
+
+
+class GLABlock(nnx.Module):
+    """Pre-norm block: x + mixer(norm(x)), then x + W_down(silu(W_gate n) * W_up n), n = norm(x).
+
+    The MLP is SwiGLU (arXiv:2002.05202).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        recurrence: Recurrence = gated_linear_recurrence,
+    ):
+        """Initialize the parameters."""
+        self.mixer_norm = RMSNorm(config.hidden_dim, config.norm_epsilon)
+        self.mixer = GatedLinearAttention(config, rngs=rngs, recurrence=recurrence)
+        self.mlp_norm = RMSNorm(config.hidden_dim, config.norm_epsilon)
+        options: dict[str, Any] = {
+            "rngs": rngs,
+            "kernel_init": nnx.initializers.normal(INITIALIZER_STD),
+            "use_bias": False,
+            "dtype": policy_from_config(config).compute_dtype,
+        }
+        sizes = (config.hidden_dim, config.mlp_dim, ("embed", "mlp"))
+        self.mlp_gate = Dense(*sizes, **options)
+        self.mlp_up = Dense(*sizes, **options)
+        self.mlp_down = Dense(
+            config.mlp_dim, config.hidden_dim, ("mlp", "embed"), row_parallel=True, **options
+        )
+        self.dropout = nnx.Dropout(config.dropout)
+
+    def initial_state(self, batch_size: int) -> GLAState:
+        """Return the zero state of the mixer."""
+        return self.mixer.initial_state(batch_size)
+
+    def state_axes(self) -> GLAState:
+        """Return the logical axes of the arrays of the state."""
+        return self.mixer.state_axes()
+
+    def __call__(
+        self,
+        x: Activations,
+        state: GLAState | None,
+        segment_ids: SegmentIds | None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Activations, GLAState]:
+        """Apply the block to ``[B, T, D]``; as `GatedLinearAttention`, without a key no dropout."""
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        y, state = self.mixer(self.mixer_norm(x), state, segment_ids)
+        x = x + self._drop(y, keys[0])
+        hidden = self.mlp_norm(merge_tokens(x))
+        gate, up = fused_dense(hidden, [self.mlp_gate, self.mlp_up])
+        y = self.mlp_down(_swiglu(gate, up)).reshape(x.shape)
+        return x + self._drop(y, keys[1]), state
+
+    def _drop(self, y: jax.Array, key: jax.Array | None) -> jax.Array:
+        return self.dropout(y, deterministic=key is None, rngs=key)
+
+
+@jax.checkpoint  # gate and up are saved in any case; the backward pass recomputes silu
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up

@@ -1,0 +1,260 @@
+"""Load `GLAForCausalLM` of flash-linear-attention from a folder in Hugging Face's form.
+
+The folder holds ``config.json`` and ``model.safetensors``, or the parts that
+``model.safetensors.index.json`` lists. Nothing in it is executed. Names, defaults and the rule of
+the MLP's width are those of github.com/fla-org/flash-linear-attention, `fla/models/gla`.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from simplernn_jax.config import Config, ModelConfig, TrainConfig, validate
+from simplernn_jax.errors import UserError, nearest_name
+from simplernn_jax.files import read_file
+from simplernn_jax.models.language_model import LanguageModel
+from simplernn_jax.models.pytorch_weights import read_pytorch_weights
+
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_HEAD = "lm_head.weight"
+_ADVICE = "download the folder again"
+
+_SUPPORTED: dict[str, Any] = {
+    "hidden_act": "swish",
+    "feature_map": None,
+    "use_gk": True,
+    "use_gv": False,
+    "use_output_gate": True,
+    "elementwise_affine": True,
+    "attn": None,
+    "attnres_block_size": None,
+}
+"""Settings with one supported value, which is also their default."""
+
+
+def load_gla_checkpoint(folder: str) -> LanguageModel:
+    """Load a model of flash-linear-attention with ``model_type: gla``.
+
+    Args:
+      folder: holds ``config.json`` and the weights as safetensors, in one file or several; float32,
+        float16 or bfloat16.
+
+    Returns:
+      A `LanguageModel` with ``block="gla"`` in float32, which has the logits of the original.
+
+    Raises:
+      UserError: a file is missing or corrupted; or a setting, or a tensor's name or shape, is not
+        one of this architecture: names the file and the setting or tensor.
+    """
+    path = os.path.join(folder, _CONFIG)
+    settings = _read_json(path)
+    config = _model_config(settings, path)
+    fuses_norm = _value(settings, path, "fuse_norm", True, bool)
+    # Shapes only: every value comes from the files.
+    model: LanguageModel = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    targets = dict(_targets(model, fuses_norm))
+    missing = dict.fromkeys(targets)
+    head = None
+    for path, names in _files(folder):
+        weights = read_pytorch_weights(path)
+        for name in sorted(weights.keys() ^ (names or weights.keys())):
+            problem = "missing" if name in (names or ()) else f"not listed in {_INDEX}"
+            raise UserError(f"{path}: {name} is {problem}; {_ADVICE}")
+        for name in sorted(weights):
+            if name == _HEAD and config.tie_embeddings:
+                head = path, weights[name]
+            elif name not in targets:
+                hint = nearest_name(name, targets)
+                raise UserError(f"{path}: {name} is not a tensor of this model{hint}")
+            else:
+                _fill(targets[name], weights[name], f"{path}: {name}")
+                del missing[name]
+    for name in missing:
+        path = os.path.join(folder, _WEIGHTS if names is None else _INDEX)
+        raise UserError(
+            f"{path}: {name} is missing ({len(missing)} of {len(targets)} tensors are); {_ADVICE}"
+        )
+    if head is not None and not np.array_equal(head[1], model.embedding.embedding[...]):
+        raise UserError(
+            f"{head[0]}: {_HEAD} differs from model.embeddings.weight, and {_CONFIG} has "
+            "tie_word_embeddings true; set it to false there"
+        )
+    return model
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        values = json.loads(read_file(path))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: no such file; specify the folder of a GLAForCausalLM, with {_CONFIG} and "
+            f"{_WEIGHTS} (`save_pretrained` writes both)"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"{path}: cannot be read ({reason}); {_ADVICE}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no JSON object; {_ADVICE}")
+    return values
+
+
+def _model_config(settings: dict[str, Any], path: str) -> ModelConfig:
+    """Translate the settings of fla's `GLAConfig`, with its defaults."""
+
+    def value(name: str, default: Any, *kinds: type) -> Any:
+        return _value(settings, path, name, default, *kinds)
+
+    if (kind := settings.get("model_type")) != "gla":
+        raise UserError(f"{path}: model_type is {kind!r}; only 'gla' can be loaded")
+    heads = value("num_heads", 4, int)
+    for name, supported in {**_SUPPORTED, "num_kv_heads": heads}.items():
+        found = settings.get(name, supported)
+        if found != supported and not (name == "num_kv_heads" and found is None):
+            raise UserError(
+                f"{path}: {name} is {_shown(found)}; only {_shown(supported)} is supported"
+            )
+    hidden = value("hidden_size", 2048, int)
+    mlp = value("intermediate_size", None, int)
+    if mlp is None:
+        ratio = value("hidden_ratio", None, int, float)
+        mlp = 256 * math.ceil(int(hidden * (4 if ratio is None else ratio) * 2 / 3) / 256)
+    clamp_min = value("clamp_min", None, int, float)
+    if clamp_min is not None and clamp_min >= 0:
+        raise UserError(f"{path}: clamp_min is {clamp_min}; only negative values are supported")
+    has_convolution = value("use_short_conv", False, bool)
+    config = ModelConfig(
+        block="gla",
+        vocab_size=value("vocab_size", 32000, int),
+        num_layers=value("num_hidden_layers", 24, int),
+        hidden_dim=hidden,
+        key_dim=int(hidden * value("expand_k", 0.5, int, float)),
+        value_dim=int(hidden * value("expand_v", 1.0, int, float)),
+        num_heads=heads,
+        mlp_dim=mlp,
+        tie_embeddings=value("tie_word_embeddings", False, bool),
+        norm_epsilon=float(value("norm_eps", 1e-6, int, float)),
+        min_log_gate=float(clamp_min or 0.0),
+        short_convolution=value("conv_size", 4, int) if has_convolution else 0,
+    )
+    try:
+        validate(Config(model=config, train=TrainConfig(steps=1)))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return config
+
+
+def _value(settings: dict[str, Any], path: str, name: str, default: Any, *kinds: type) -> Any:
+    """Return a setting; null only where the default is None."""
+    found = settings.get(name, default)
+    if found is None and default is None:
+        return None
+    if type(found) not in kinds or (bool not in kinds and not abs(found) < 2**31):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise UserError(f"{path}: {name} is {_shown(found)}; expected {expected} below 2**31")
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _files(folder: str) -> Iterator[tuple[str, set[str] | None]]:
+    """Yield each file of weights, and the names it must hold if there is an index."""
+    single, index = os.path.join(folder, _WEIGHTS), os.path.join(folder, _INDEX)
+    if os.path.lexists(single):
+        yield single, None
+        return
+    if not os.path.lexists(index):
+        raise UserError(
+            f"{folder}: holds neither {_WEIGHTS} nor {_INDEX}; save the model as safetensors "
+            "(`save_pretrained`)"
+        )
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: holds no weight_map; {_ADVICE}")
+    names: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        # A file of this folder: no path.
+        if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", ".."):
+            raise UserError(f"{index}: {name} is in {_shown(file)}; expected the name of a file")
+        names.setdefault(file, set()).add(name)
+    for file, held in names.items():
+        path = os.path.join(folder, file)
+        if "\0" in file or not os.path.lexists(path):
+            raise UserError(
+                f"{path}: no such file; {_INDEX} lists {len(held)} tensors in it, such as "
+                f"{min(held)}; {_ADVICE}"
+            )
+        if not file.endswith(".safetensors"):
+            raise UserError(f"{index}: {min(held)} is in {_shown(file)}; expected a .safetensors")
+    for file, held in names.items():
+        yield os.path.join(folder, file), held
+
+
+class _Target(NamedTuple):
+    """A parameter, and how its array is stored in a file."""
+
+    param: nnx.Param
+    convert: Callable[[np.ndarray], np.ndarray]
+    shape: tuple[int, ...]
+    """In the file."""
+
+
+def _targets(model: Any, fuses_norm: bool) -> Iterator[tuple[str, _Target]]:
+    """Yield each tensor's name in a file, and where it belongs."""
+
+    def unchanged(param: nnx.Param) -> _Target:
+        return _Target(param, lambda x: x, param.shape)
+
+    def matrix(param: nnx.Param) -> _Target:
+        return _Target(param, np.transpose, param.shape[::-1])
+
+    def convolution(param: nnx.Param) -> _Target:
+        # Its last weight multiplies the current token.
+        width, channels = param.shape
+        return _Target(param, lambda x: x[:, 0, ::-1].T, (channels, 1, width))
+
+    yield "model.embeddings.weight", unchanged(model.embedding.embedding)
+    for index, layer in enumerate(model.layers):
+        mixer, prefix = layer.mixer, f"model.layers.{index}"
+        norm = "g_norm_swish_gate" if fuses_norm else "g_norm"
+        yield f"{prefix}.attn_norm.weight", unchanged(layer.mixer_norm.scale)
+        yield f"{prefix}.attn.{norm}.weight", unchanged(mixer.head_norm.scale)
+        yield f"{prefix}.mlp_norm.weight", unchanged(layer.mlp_norm.scale)
+        yield f"{prefix}.attn.gk_proj.1.bias", unchanged(mixer.gate_up_proj.bias)
+        for name, dense in (
+            ("attn.q_proj", mixer.query_proj),
+            ("attn.k_proj", mixer.key_proj),
+            ("attn.v_proj", mixer.value_proj),
+            ("attn.g_proj", mixer.output_gate_proj),
+            ("attn.gk_proj.0", mixer.gate_down_proj),
+            ("attn.gk_proj.1", mixer.gate_up_proj),
+            ("attn.o_proj", mixer.out_proj),
+            ("mlp.gate_proj", layer.mlp_gate),
+            ("mlp.up_proj", layer.mlp_up),
+            ("mlp.down_proj", layer.mlp_down),
+        ):
+            yield f"{prefix}.{name}.weight", matrix(dense.kernel)
+        if (convs := mixer.convolutions) is not None:
+            for name, conv in (("q", convs.query), ("k", convs.key), ("v", convs.value)):
+                yield f"{prefix}.attn.{name}_conv1d.weight", convolution(conv.weights)
+    yield "model.norm.weight", unchanged(model.final_scale)
+    if model.head is not None:
+        yield _HEAD, matrix(model.head.kernel)
+
+
+def _fill(target: _Target, array: np.ndarray, where: str) -> None:
+    if array.shape != target.shape:
+        raise UserError(
+            f"{where} has shape {list(array.shape)}; {_CONFIG} requires {list(target.shape)}"
+        )
+    target.param.set_value(jnp.asarray(target.convert(array)))

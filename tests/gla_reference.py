@@ -1,0 +1,186 @@
+"""`GLAForCausalLM` from its equations in NumPy, and checkpoints of random weights under its names.
+
+Run as a script, with ``pip install flash-linear-attention triton`` (0.6.0 and 3.9), it writes
+``gla_recorded.npz``: logits of flash-linear-attention's own model, whose kernels Triton's
+interpreter runs on the CPU.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+SETTINGS = {
+    "model_type": "gla",
+    "vocab_size": 37,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_heads": 2,
+    "intermediate_size": 48,
+}
+RECORDED = Path(__file__).with_name("gla_recorded.npz")
+VARIANTS = {
+    "plain": {},
+    "convolutions, tied": {"use_short_conv": True, "tie_word_embeddings": True},
+    "clamped, unfused": {"clamp_min": -0.05, "fuse_norm": False, "norm_eps": 1e-4, "expand_v": 2.0},
+}
+"""Settings that differ from `SETTINGS` and from the defaults."""
+
+
+def shapes_of(settings):
+    """Shapes of all tensors by name."""
+    hidden, mlp, vocab = (
+        settings[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
+    )
+    keys, values = hidden // 2, int(hidden * settings.get("expand_v", 1))
+    norm = "g_norm_swish_gate" if settings.get("fuse_norm", True) else "g_norm"
+    layer = {
+        "attn_norm": (hidden,),
+        "attn.q_proj": (keys, hidden),
+        "attn.k_proj": (keys, hidden),
+        "attn.v_proj": (values, hidden),
+        "attn.g_proj": (values, hidden),
+        "attn.gk_proj.0": (16, hidden),
+        "attn.gk_proj.1": (keys, 16),
+        "attn.o_proj": (hidden, values),
+        f"attn.{norm}": (values // settings["num_heads"],),
+        "mlp_norm": (hidden,),
+        "mlp.gate_proj": (mlp, hidden),
+        "mlp.up_proj": (mlp, hidden),
+        "mlp.down_proj": (hidden, mlp),
+    }
+    if settings.get("use_short_conv"):
+        width = settings.get("conv_size", 4)
+        sizes = {"q": keys, "k": keys, "v": values}
+        layer |= {f"attn.{name}_conv1d": (size, 1, width) for name, size in sizes.items()}
+    shapes = {"model.embeddings.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    for index in range(settings["num_hidden_layers"]):
+        prefix = f"model.layers.{index}"
+        shapes |= {f"{prefix}.{name}.weight": shape for name, shape in layer.items()}
+        shapes[f"{prefix}.attn.gk_proj.1.bias"] = (keys,)
+    if not settings.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def draw_weights(settings):
+    """Random weights by name, float32."""
+    random = np.random.default_rng(0)
+    return {
+        name: (("norm" in name) + 0.3 * random.normal(size=shape)).astype(np.float32)
+        for name, shape in sorted(shapes_of(settings).items())
+    }
+
+
+def draw_tokens(batch=2, length=19):
+    return np.random.default_rng(1).integers(0, SETTINGS["vocab_size"], (batch, length), np.int32)
+
+
+def save_checkpoint(folder, settings, weights, files=1):
+    """Write a folder in Hugging Face's form, with the weights in so many files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(settings))
+    if files == 1:
+        safetensors.numpy.save_file(weights, folder / "model.safetensors")
+        return str(folder)
+    names = [f"model-{index + 1:05}-of-{files:05}.safetensors" for index in range(files)]
+    weight_map = {name: names[index % files] for index, name in enumerate(weights)}
+    for file in names:
+        held = {name: array for name, array in weights.items() if weight_map[name] == file}
+        safetensors.numpy.save_file(held, folder / file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return str(folder)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def reference_logits(settings, weights, tokens):
+    """Logits ``[B, T, vocab]`` in float64, token by token (arXiv:2312.06635, sections 4.3, 4.4)."""
+    weights = {name: array.astype(np.float64) for name, array in weights.items()}
+    table = weights["model.embeddings.weight"]
+    x = table[tokens]
+    for index in range(settings["num_hidden_layers"]):
+        prefix = f"model.layers.{index}."
+        layer = {
+            name.removeprefix(prefix): array
+            for name, array in weights.items()
+            if name.startswith(prefix)
+        }
+        x = x + _mixer(settings, layer, _norm(settings, x, layer["attn_norm.weight"]))
+        n = _norm(settings, x, layer["mlp_norm.weight"])
+        gate, up = (n @ layer[f"mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+        x = x + (silu(gate) * up) @ layer["mlp.down_proj.weight"].T
+    head = weights.get("lm_head.weight", table)
+    return _norm(settings, x, weights["model.norm.weight"]) @ head.T
+
+
+def _norm(settings, x, scale):
+    epsilon = settings.get("norm_eps", 1e-6)
+    return scale * x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon)
+
+
+def _mixer(settings, layer, x):
+    batch, length, _ = x.shape
+    heads = settings["num_heads"]
+
+    def projected(name):
+        y = x @ layer[f"attn.{name}_proj.weight"].T
+        if f"attn.{name}_conv1d.weight" in layer:
+            taps = layer[f"attn.{name}_conv1d.weight"][:, 0]
+            width = taps.shape[1]
+            past = np.concatenate([np.zeros((batch, width - 1, y.shape[2])), y], axis=1)
+            y = silu(sum(taps[:, i] * past[:, i : i + length] for i in range(width)))
+        return y.reshape(batch, length, heads, -1)
+
+    q, k, v, g = map(projected, "qkvg")
+    logits = x @ layer["attn.gk_proj.0.weight"].T @ layer["attn.gk_proj.1.weight"].T
+    log_gates = np.log(sigmoid(logits + layer["attn.gk_proj.1.bias"])).reshape(k.shape) / 16
+    if "clamp_min" in settings:
+        log_gates = np.maximum(log_gates, settings["clamp_min"])
+    state, outputs = np.zeros((batch, heads, k.shape[3], v.shape[3])), []
+    for t in range(length):
+        state = np.exp(log_gates[:, t])[..., None] * state
+        state = state + k[:, t, :, :, None] * v[:, t, :, None]
+        outputs.append(np.einsum("bhkv,bhk->bhv", state, q[:, t]) / np.sqrt(q.shape[3]))
+    scale = layer.get("attn.g_norm_swish_gate.weight", layer.get("attn.g_norm.weight"))
+    y = _norm(settings, np.stack(outputs, axis=1), scale) * silu(g)
+    return y.reshape(batch, length, -1) @ layer["attn.o_proj.weight"].T
+
+
+def record_logits():
+    """Write the logits of flash-linear-attention's model for each of `VARIANTS`."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+    from fla.models.gla import GLAConfig, GLAForCausalLM
+    from triton.runtime import autotuner
+
+    # There is nothing to tune: the interpreter has no clock of a device.
+    autotuner.Autotuner._bench = lambda *arguments, config, **options: [1.0, 1.0, 1.0]
+    recorded = {}
+    for name, changes in VARIANTS.items():
+        settings = SETTINGS | changes
+        options = {key: value for key, value in settings.items() if key != "model_type"}
+        model = GLAForCausalLM(GLAConfig(**options, fuse_cross_entropy=False)).float().eval()
+        weights = {k: torch.from_numpy(w) for k, w in draw_weights(settings).items()}
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        tied = ["lm_head.weight"] if settings.get("tie_word_embeddings") else []
+        assert (missing, unexpected) == (tied, []), (missing, unexpected)
+        if tied:
+            model.lm_head.weight = model.model.embeddings.weight
+        with torch.no_grad():
+            tokens = torch.from_numpy(draw_tokens()).long()
+            recorded[name] = model(tokens, use_cache=False).logits.numpy()
+    np.savez(RECORDED, **recorded)
+
+
+if __name__ == "__main__":
+    record_logits()

@@ -1,0 +1,173 @@
+"""The gla block against its equations in NumPy and against flash-linear-attention itself."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from gla_reference import (
+    RECORDED,
+    SETTINGS,
+    VARIANTS,
+    draw_tokens,
+    draw_weights,
+    reference_logits,
+    save_checkpoint,
+)
+
+from simplernn_jax.config import ModelConfig
+from simplernn_jax.inference import generate
+from simplernn_jax.models import GLAState, LanguageModel, load_gla_checkpoint
+from simplernn_jax.models.gla import INITIALIZER_STD
+from simplernn_jax.ops import gated_linear_recurrence
+from simplernn_jax.ops.reset_state import reset_state
+
+CONFIG = ModelConfig(
+    block="gla",
+    vocab_size=29,
+    num_layers=2,
+    hidden_dim=14,
+    key_dim=6,
+    value_dim=10,
+    num_heads=2,
+    mlp_dim=17,
+    short_convolution=4,
+)
+
+call = nnx.jit(lambda model, *arguments: model(*arguments))
+
+
+@functools.cache
+def loaded(variant, folder_of):
+    """(settings, weights, model) of one of `VARIANTS`, with the weights in one file or three."""
+    settings = SETTINGS | VARIANTS[variant]
+    weights = draw_weights(settings)
+    folder = save_checkpoint(folder_of(variant), settings, weights, 1 + 2 * (variant == "plain"))
+    return settings, weights, load_gla_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    return lambda variant: root / variant
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_the_equations_and_those_of_fla(variant, folder_of):
+    settings, weights, model = loaded(variant, folder_of)
+    expected = reference_logits(settings, weights, draw_tokens())
+    logits, state = call(model, draw_tokens())
+    chex.assert_type(logits, jnp.float32)
+    limit = 3e-6 * np.abs(expected).max()
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=limit)
+    with np.load(RECORDED) as recorded:
+        np.testing.assert_allclose(logits, recorded[variant], rtol=0, atol=limit)
+    has_convolutions = "convolutions" in variant
+    assert all((layer.recent is not None) == has_convolutions for layer in state)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_generation_is_the_argmax_of_the_equations(variant, folder_of):
+    settings, weights, model = loaded(variant, folder_of)
+    prompt, expected = draw_tokens(1, 7)[0], []
+    for _ in range(9):
+        tokens = np.concatenate([prompt, expected]).astype(np.int32)[None]
+        expected.append(reference_logits(settings, weights, tokens)[0, -1].argmax())
+    assert len(set(expected)) > 1
+    generated = generate(model, [prompt], max_new_tokens=9).sequences()[0]
+    assert generated.tolist() == expected
+
+
+def test_the_state_continues_and_segments_reset_it(folder_of):
+    settings, weights, model = loaded("convolutions, tied", folder_of)
+    tokens = draw_tokens()
+    whole = reference_logits(settings, weights, tokens)
+    limit = 3e-6 * np.abs(whole).max()
+    first, state = call(model, tokens[:, :2])
+    rest, _ = call(model, tokens[:, 2:], state)
+    joined = np.concatenate([first, rest], axis=1)
+    np.testing.assert_allclose(joined, whole, rtol=0, atol=limit)
+    # The second document begins within the state, the third within a convolution's reach.
+    _, state = call(model, tokens[:, :5])
+    ids = np.repeat([3, 4, 3], [6, 2, 6])[None] + np.zeros((2, 1), np.int32)
+    logits, final = call(model, tokens[:, 5:], state, ids.astype(np.int32))
+    documents = [whole[:, 5:11]]
+    documents += [
+        reference_logits(settings, weights, tokens[:, a:b]) for a, b in ((11, 13), (13, 19))
+    ]
+    np.testing.assert_allclose(logits, np.concatenate(documents, axis=1), rtol=0, atol=limit)
+    alone = call(model, tokens[:, 13:])[1]
+    chex.assert_trees_all_close(final, alone, rtol=0, atol=1e-4)
+    cleared = reset_state(state, np.array([True, False]))
+    np.testing.assert_allclose(
+        call(model, tokens[:1, 13:])[0], call(model, tokens[:, 13:], cleared)[0][:1], atol=limit
+    )
+
+
+def test_gradients_equal_those_of_the_definition():
+    """float64, every parameter: the fast recurrence against `scan`, away from initial values."""
+    with jax.enable_x64(True):
+        config = ModelConfig(**{**vars(CONFIG), "precision": "float64", "min_log_gate": -0.05})
+        tokens = jnp.asarray(draw_tokens(3, 13) % 29)
+        ids = jnp.cumsum(tokens % 5 == 0, axis=1)
+
+        def gradients(method):
+            recurrence = functools.partial(gated_linear_recurrence, method=method)
+            model = LanguageModel(config, rngs=nnx.Rngs(0), recurrence=recurrence)
+            graph, params = nnx.split(model, nnx.Param)
+            random = np.random.default_rng(2)
+            params = jax.tree.map(
+                lambda leaf: np.asarray(leaf) + 0.3 * random.normal(size=leaf.shape), params
+            )
+
+            def loss(params):
+                logits, state = nnx.merge(graph, params)(tokens, None, ids)
+                return jnp.sum(jnp.sin(logits)) + sum(map(jnp.sum, jax.tree.leaves(state)))
+
+            return jax.jit(jax.grad(loss))(params)
+
+        expected = gradients("scan")
+        assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))
+        chex.assert_trees_all_close(gradients("chunkwise"), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_initial_values():
+    """Those of flash-linear-attention; but convolutions pass the current token alone."""
+    config = ModelConfig(block="gla", vocab_size=500, num_layers=1, short_convolution=3)
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    mixer = model.layers[0].mixer
+    for kernel in (model.embedding.embedding, mixer.query_proj.kernel, mixer.gate_up_proj.kernel):
+        assert abs(np.std(kernel[...]) / INITIALIZER_STD - 1) < 0.05
+    assert not mixer.gate_up_proj.bias[...].any()
+    np.testing.assert_array_equal(mixer.convolutions.key.weights[...][:, 0], [1, 0, 0])
+
+
+def test_dropout_is_reproducible_and_none_without_a_key():
+    model = LanguageModel(ModelConfig(**{**vars(CONFIG), "dropout": 0.4}), rngs=nnx.Rngs(0))
+    tokens = jnp.asarray(draw_tokens() % 29)
+    one, again, other = (
+        model.hidden_states(tokens, dropout_key=jax.random.key(seed))[0] for seed in (0, 0, 1)
+    )
+    chex.assert_trees_all_equal(one, again)
+    assert not np.allclose(one, other)
+    assert not np.allclose(one, model.hidden_states(tokens)[0])
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (lambda s: s.recurrent, "state: expected a GLAState; got ArrayImpl"),
+        (lambda s: s._replace(recent=None), "state.recent: expected ConvStates; got NoneType"),
+        (lambda s: s._replace(recurrent=s.recurrent[:, :1]), r"state.recurrent: expected \[B, H"),
+        (lambda s: s._replace(recent=s.recent._replace(key=s.recent.value)), r"recent: expected"),
+    ],
+)
+def test_the_state_of_another_layer_is_refused(state, message):
+    mixer = LanguageModel(CONFIG, rngs=nnx.Rngs(0)).layers[0].mixer
+    x = jnp.ones((2, 3, 14))
+    assert isinstance(mixer(x)[1], GLAState)
+    with pytest.raises((TypeError, ValueError), match=message):
+        mixer(x, state(mixer.initial_state(2)))
