@@ -7,9 +7,10 @@ same program. Standard library only: nothing slow is imported before the command
 import os
 import signal
 import sys
+from typing import NoReturn
 
 from simplernn_jax import __version__, project
-from simplernn_jax.errors import EXIT_USER_ERROR, nearest_name, one_line
+from simplernn_jax.errors import EXIT_USER_ERROR, UserError, nearest_name, one_line
 
 COMMANDS = {
     "train": "train a model, or resume training",
@@ -38,7 +39,7 @@ def main() -> int:
         print(__version__)
         return 0
     if name == "completion":
-        return _print_completion(arguments)
+        _print_completion(arguments)
     if name not in COMMANDS:
         near = nearest_name(name, [*COMMANDS, "completion"])
         return _reject(f"{name!r}: no such command{near}; simplernn --help lists them")
@@ -51,17 +52,16 @@ def main() -> int:
     os.execv(sys.executable, [sys.executable, *_python_options(), str(script), *arguments])
 
 
-def _print_completion(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        return _reject("name your shell: simplernn completion bash, or zsh")
+def _print_completion(arguments: list[str]) -> NoReturn:
     from simplernn_jax.completion import completion_script
-    from simplernn_jax.errors import UserError
+    from simplernn_jax.exit_codes import exit_with
 
-    try:
+    def show() -> None:
+        if len(arguments) != 1:
+            raise UserError("name your shell: simplernn completion bash, or zsh")
         print(completion_script(arguments[0], list(_available())), end="")
-    except UserError as error:
-        return _reject(str(error))
-    return 0
+
+    exit_with(show)
 
 
 def _python_options() -> list[str]:
