@@ -19,7 +19,11 @@ from simplernn_jax.config_flag import ConfigFlag
 from simplernn_jax.errors import UserError
 from simplernn_jax.project import ROOT
 
-SHELLS = {"bash": "", "zsh": "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n"}
+_ZSH = """\
+(( $+functions[compdef] )) || { autoload -U +X compinit && compinit; }
+autoload -U +X bashcompinit && bashcompinit
+"""
+SHELLS = {"bash": "", "zsh": _ZSH}
 """Shells, and what their scripts begin with."""
 
 _SAME_FLAGS = {"launch_local": "train"}
