@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.measure import Call, Effort, alternate, block_ratio, median
-from benchmarks.tables import Row, Table
-from benchmarks.train_steps import load_config
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.inference import generate
 from simplernn_jax.models import LanguageModel
+
+from .measure import Call, Effort, alternate, block_ratio, median
+from .tables import Row, Table
+from .train_steps import load_config
 
 CONTEXTS = {"short": 100, "middle": 4096, "long": 100_000}
 """Tokens before those that are generated; the prefix of ``middle`` is also recomputed."""

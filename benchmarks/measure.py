@@ -20,7 +20,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-ROOT = Path(__file__).resolve().parents[1]
+import simplernn_jax
+from simplernn_jax import project
+
+PACKAGES = Path(simplernn_jax.__file__).resolve().parents[1]
+"""Folder that `simplernn_jax` is imported from."""
 Call = Callable[[], Any]
 """Does the timed work once; the arrays of its result are waited for."""
 Times = list[list[float]]
@@ -80,7 +84,7 @@ def call_isolated(
     """Result of `function`, of a module's top level, in a fresh process with these variables."""
     output = subprocess.run(
         [sys.executable, "-c", _CHILD],
-        cwd=ROOT,  # where it finds this module
+        cwd=PACKAGES,  # where it finds this module
         env={**os.environ, **(environment or {})},
         input=pickle.dumps((function, arguments)),
         stdout=subprocess.PIPE,
@@ -123,7 +127,10 @@ def describe_machine() -> dict[str, Any]:
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     versions = {package.name.lower(): package.version for package in metadata.distributions()}
     settings = ("GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "OMP_NUM_THREADS")
-    command = f"git -C {shlex.quote(str(ROOT))} describe --always --dirty"
+    commit = f"simplernn_jax {simplernn_jax.__version__}"
+    if project.IS_CHECKOUT:
+        command = f"git -C {shlex.quote(str(project.ROOT))} describe --always --dirty"
+        commit = subprocess.getoutput(f"{command} 2>/dev/null")
     return {
         "device": jax.devices()[0].device_kind,
         "processor": model[1] if model else platform.processor(),
@@ -132,7 +139,7 @@ def describe_machine() -> dict[str, Any]:
         **{name: versions.get(name) for name in ("jax", "flax", "optax", "numpy", "torch")},
         "load_average": os.getloadavg()[0],
         "settings": {name: os.environ[name] for name in settings if name in os.environ},
-        "commit": subprocess.getoutput(f"{command} 2>/dev/null"),
+        "commit": commit,
     }
 
 

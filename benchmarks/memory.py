@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks import tables
-from benchmarks.measure import Effort, on_simulated_devices
-from benchmarks.train_steps import BY_SCAN, compile_quickly, load_config, megabytes
 from simplernn_jax.ops import gated_linear_recurrence
+
+from . import tables
+from .measure import Effort, on_simulated_devices
+from .train_steps import BY_SCAN, compile_quickly, load_config, megabytes
 
 TITLE = "memory: train step of base, B 1, float32, MB"
 LENGTHS = (1024, 4096, 16384, 65536)

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import measure
-from benchmarks.measure import Call, Effort, alternate, block_ratio, median
-from benchmarks.tables import Row, Table
-from benchmarks.train_steps import BY_CHUNKS, BY_SCAN, megabytes
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
+
+from . import measure
+from .measure import Call, Effort, alternate, block_ratio, median
+from .tables import Row, Table
+from .train_steps import BY_CHUNKS, BY_SCAN, megabytes
 
 
 class Shape(NamedTuple):

@@ -17,10 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import memory, train_steps
-from benchmarks.measure import Effort, alternate, median, on_simulated_devices, seconds_of
-from benchmarks.tables import Row, Table
-from benchmarks.train_steps import BY_CHUNKS, BY_SCAN, Trained, change, measure_on_corpus
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import BatchSource
 from simplernn_jax.data.evaluation_batches import Contexts
@@ -29,6 +25,11 @@ from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.training.accumulation import windows_of
 from simplernn_jax.training.evaluate import Evaluator
 from simplernn_jax.training.gradient import make_gradient, make_model
+
+from . import memory, train_steps
+from .measure import Effort, alternate, median, on_simulated_devices, seconds_of
+from .tables import Row, Table
+from .train_steps import BY_CHUNKS, BY_SCAN, Trained, change, measure_on_corpus
 
 BATCH, LENGTH, STEPS = 8, 256, 200
 EAGER_TOKENS, PREFIX = 16, 4096

@@ -22,12 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from benchmarks import tables
-from benchmarks.decoding import random_tokens
-from benchmarks.measure import Effort, call_isolated
-from benchmarks.tables import Row, Table
-from benchmarks.train_steps import change, load_config
-from simplernn_jax import load_model
+from simplernn_jax import load_model, project
 from simplernn_jax.checkpoint.checkpointer import Checkpointer
 from simplernn_jax.config import Config
 from simplernn_jax.data.token_store import TokenizedCorpus
@@ -35,12 +30,17 @@ from simplernn_jax.inference import generate
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.training.preparation import prepare
 
+from . import measure, tables
+from .decoding import random_tokens
+from .measure import Effort, call_isolated
+from .tables import Row, Table
+from .train_steps import change, load_config
+
 TITLE = "serve: base"
 CLIENTS, SLOTS = (1, 8, 32, 64), 32
 PROMPT, NEW_TOKENS = 100, 256
 BLOCK = 8
 """Tokens of a block of the server while it streams."""
-ROOT = Path(__file__).parents[1]
 
 
 class Stream(NamedTuple):
@@ -255,11 +255,13 @@ def save_untrained(
 def serving(workdir: object, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """Start ``scripts/serve.py`` on a free port; yield its process and URL once it is ready."""
     # An editable install leaves the name of its path hook in sys.path, which is not a folder.
-    path = os.pathsep.join([str(ROOT), *filter(os.path.isabs, sys.path)])
+    path = os.pathsep.join([str(measure.PACKAGES), *filter(os.path.isabs, sys.path)])
     process = subprocess.Popen(
-        [sys.executable, "scripts/serve.py", f"--workdir={workdir}", "--port=0", *flags],
+        [
+            *(sys.executable, project.ROOT / "scripts" / "serve.py"),
+            *(f"--workdir={workdir}", "--port=0", *flags),
+        ],
         stderr=subprocess.PIPE,
-        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
     )
     assert process.stderr is not None

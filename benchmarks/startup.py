@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
-from benchmarks.measure import Call, Effort, alternate, call_isolated, median
-from benchmarks.tables import Row, Table
-from benchmarks.train_steps import load_config, our_step
 from simplernn_jax.compilation_cache import use_compilation_cache
+
+from . import measure
+from .measure import Call, Effort, alternate, call_isolated, median
+from .tables import Row, Table
+from .train_steps import load_config, our_step
 
 PACKAGES = "jax, flax, optax"
 _PUBLIC = "simplernn_jax.ops, simplernn_jax.models, simplernn_jax.inference"
@@ -41,7 +42,9 @@ def compare_imports(blocks: int) -> list[Row]:
     """Median wall time of processes that only import, and median of the difference to the first."""
     calls: dict[str, Call] = {
         name: functools.partial(
-            subprocess.check_call, [sys.executable, "-c", f"import {packages}"], cwd=measure.ROOT
+            subprocess.check_call,
+            [sys.executable, "-c", f"import {packages}"],
+            cwd=measure.PACKAGES,
         )
         for name, packages in IMPORTS.items()
     }

@@ -18,11 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.measure import ROOT
 from simplernn_jax.checkpoint import manifest
 from simplernn_jax.checkpoint.checkpointer import NEWEST, Checkpointer, read_config
 from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leaves
 from simplernn_jax.checkpoint.folder import UNFINISHED_MARK, CheckpointFolder
+from simplernn_jax.project import ROOT
 
 STEPS, SAVE_EVERY = 24, 3
 _PARALLEL = 2

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Call
-from benchmarks.train_steps import random_batch
 from simplernn_jax.config import Config
+
+from .measure import Call
+from .train_steps import random_batch
 
 
 class LoopCell(torch.nn.Module):

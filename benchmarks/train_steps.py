@@ -15,8 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from benchmarks.measure import ROOT, Call
-from simplernn_jax import config_flag
+from simplernn_jax import config_flag, project
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.data.token_store import TokenizedCorpus
@@ -29,6 +28,8 @@ from simplernn_jax.training.evaluate import Evaluator
 from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.preparation import prepare
+
+from .measure import Call
 
 TIMED_STEPS = 20
 _STEPS = 1000
@@ -55,7 +56,7 @@ def change(config: Config, **fields: Any) -> Config:
 
 def load_config(name: str, batch: int, length: int, **fields: Any) -> Config:
     """``configs/NAME.py`` on one device, with random windows and these fields of any section."""
-    config = config_flag.load_config(ROOT / "configs" / f"{name}.py")
+    config = config_flag.load_config(project.ROOT / "configs" / f"{name}.py")
     config.mesh.data = 1
     return change(config, mode="window", batch_size=batch, sequence_length=length, **fields)
 

@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from benchmarks import measure, train_steps
-from benchmarks.measure import Call, Effort, alternate, block_ratio, median
-from benchmarks.tables import Row, Table
-from benchmarks.train_steps import count_parameters, load_config, our_step
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.config_rules import PRECISIONS
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.training.losses import summed_cross_entropy
+
+from . import measure, train_steps
+from .measure import Call, Effort, alternate, block_ratio, median
+from .tables import Row, Table
+from .train_steps import count_parameters, load_config, our_step
 
 BATCH, LENGTH = 16, 256
 PROGRAMS = ("ours", "scan", "GRU", "PyTorch loop")
@@ -34,7 +35,7 @@ def make_step(program: str, config: Config) -> Call:
     if program == "GRU":
         return gru_step(config)
     if program == "PyTorch loop":
-        from benchmarks.torch_loop import torch_step
+        from .torch_loop import torch_step
 
         return torch_step(config)
     return our_step(config, train_steps.BY_SCAN) if program == "scan" else our_step(config)

@@ -5,7 +5,8 @@
 Attention has no forget gates; a wider MLP makes up for their parameters.
 """
 
-from configs import base
+from simplernn_jax.configs import base
+
 from simplernn_jax.config import Config
 
 

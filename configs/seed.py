@@ -3,4 +3,4 @@
 python scripts/train.py --config configs/seed.py --workdir runs/seed
 """
 
-from configs.pytorch_reference import get_config  # noqa: F401
+from simplernn_jax.configs.pytorch_reference import get_config  # noqa: F401

@@ -1,12 +1,14 @@
 """Sphinx configuration; `bash scripts/docs.sh` builds the site into docs/_build."""
 
 import inspect
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from myst_parser.parsers.sphinx_ import MystParser
 from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
 
@@ -88,7 +90,26 @@ def _keep_colons(
         lines[:0] = ["..", ""]  # an empty comment
 
 
+class NotebookParser(MystParser):
+    """Show a notebook as a page of text and code; its outputs are not stored.
+
+    myst-nb and nbsphinx would need Jupyter, or pandoc.
+    """
+
+    supported = ("notebook",)
+
+    def parse(self, inputstring: str, document: nodes.document) -> None:
+        """Parse the cells as Markdown."""
+        parts = []
+        for cell in json.loads(inputstring)["cells"]:
+            text = "".join(cell["source"])
+            parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        super().parse("\n\n".join(parts), document)
+
+
 def setup(app: Sphinx) -> None:
-    """Render math as MathML, which needs neither a network nor JavaScript."""
+    """Render math as MathML, which needs neither a network nor JavaScript, and notebooks."""
+    app.add_source_suffix(".ipynb", "notebook")
+    app.add_source_parser(NotebookParser)
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))
     app.connect("autodoc-process-docstring", _keep_colons, priority=400)  # Napoleon's is 500

@@ -24,16 +24,12 @@ if __name__ == "__main__":
 
 import itertools
 import json
-import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-
 from absl import flags
-
-from benchmarks import (
+from simplernn_jax.benchmarks import (
     decoding,
     measure,
     memory,
@@ -44,7 +40,8 @@ from benchmarks import (
     tables,
     training,
 )
-from benchmarks.attention import corpus, report, resources, synthetic
+from simplernn_jax.benchmarks.attention import corpus, report, resources, synthetic
+
 from simplernn_jax import command_line, process_start
 from simplernn_jax.devices import check_devices
 from simplernn_jax.errors import UserError, nearest_name

@@ -64,7 +64,7 @@ def main() -> None:
     if not config.data.template:
         raise UserError(
             f"{workdir}: not trained on conversations (--config.data.template); "
-            "use scripts/sample.py"
+            "use python scripts/sample.py"
         )
     template = ChatTemplate(config.data.template)
     conversation = Conversation(model, tokenizer, template, system=_SYSTEM.value)

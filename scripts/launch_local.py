@@ -28,6 +28,7 @@ from types import FrameType
 
 from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_PEER_FAILURE, EXIT_USER_ERROR
 from simplernn_jax.process_start import end_with_parent
+from simplernn_jax.project import name_commands, name_configs
 from simplernn_jax.supervisor import HEARTBEAT_SECONDS
 
 SHUTDOWN_TIMEOUT_SECONDS = HEARTBEAT_SECONDS + 10.0
@@ -42,13 +43,14 @@ _SCRIPT = Path(__file__).resolve().parent / "train.py"
 
 def main(arguments: list[str]) -> int:
     """Run all processes to their end; return the exit code of the whole."""
+    signals = (signal.SIGTERM, signal.SIGINT)
     if arguments[:1] in (["-h"], ["--help"]):
-        print(__doc__)
+        print(name_configs(name_commands(__doc__)))
         return 0
     if not arguments or not _is_number(arguments[0], MAX_PROCESSES):
         print(
             f"error: specify the number of processes, 1 to {MAX_PROCESSES}: "
-            "bash scripts/launch_local.sh 2 --config ...",
+            + name_commands("bash scripts/launch_local.sh 2 --config ..."),
             file=sys.stderr,
         )
         return EXIT_USER_ERROR
@@ -61,16 +63,17 @@ def main(arguments: list[str]) -> int:
         )
         return EXIT_USER_ERROR
     early: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
-    signal.signal(signal.SIGINT, lambda number, _: early.append(number))
+    for each in signals:
+        signal.signal(each, lambda number, _: early.append(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # the command `simplernn` blocks them
     processes = start(int(arguments[0]), arguments[1:])
 
     def forward(number: int, frame: FrameType | None) -> None:
         for process in processes:
             process.send_signal(signal.SIGTERM)  # does nothing where it has ended
 
-    signal.signal(signal.SIGTERM, forward)
-    signal.signal(signal.SIGINT, forward)
+    for each in signals:
+        signal.signal(each, forward)
     for number in early:
         forward(number, None)
     return wait(processes)

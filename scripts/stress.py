@@ -17,15 +17,12 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-
 from absl import flags
+from simplernn_jax.benchmarks.stress import EXPERIMENTS
 
-from benchmarks.stress import EXPERIMENTS
 from simplernn_jax import command_line, process_start
 from simplernn_jax.errors import UserError
 

@@ -2,12 +2,18 @@
 
 Public names: `load_model` here; `gated_linear_recurrence` and `recurrent_step` in
 `simplernn_jax.ops`; `SimpleRNNCell`, `SimpleRNN` and `LanguageModel` in
-`simplernn_jax.models`; `generate` in `simplernn_jax.inference`.
+`simplernn_jax.models`; `generate` in `simplernn_jax.inference`; the configurations in
+`simplernn_jax.configs`.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# A wheel has configs, scripts and benchmarks inside the package; in a checkout they are beside it.
+if not os.path.isdir(os.path.join(__path__[0], "configs")):
+    __path__.append(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if TYPE_CHECKING:
     from simplernn_jax.inference.loading import load_model as load_model

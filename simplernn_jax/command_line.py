@@ -29,6 +29,7 @@ from simplernn_jax.config_flag import config_is_missing, define_config_flag
 from simplernn_jax.errors import EXIT_INTERRUPTED, UserError, nearest_name
 from simplernn_jax.exit_codes import exit_with
 from simplernn_jax.files import read_file
+from simplernn_jax.project import name_commands, name_configs, usage
 
 __all__ = [
     "EXIT_INTERRUPTED",
@@ -183,9 +184,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _help() -> str:
-    lines = [(sys.modules["__main__"].__doc__ or "").strip(), ""]
-    usage = f" {_arguments.usage}" if _arguments is not None else ""
-    lines += [f"usage: python {sys.argv[0]}{usage} [--flag=value ...]"]
+    lines = [name_configs(name_commands((sys.modules["__main__"].__doc__ or "").strip())), ""]
+    positional = f" {_arguments.usage}" if _arguments is not None else ""
+    lines += [f"usage: {usage()}{positional} [--flag=value ...]"]
     lines += [flags.FLAGS.main_module_help().rstrip()]
     if "config" in flags.FLAGS:
         lines += ["", "fields of --config and their defaults, described in docs/configuration.md:"]

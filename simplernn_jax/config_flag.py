@@ -1,4 +1,4 @@
-"""The flag ``--config FILE`` and its overrides ``--config.section.field=value``.
+"""The flag ``--config NAME_OR_FILE`` and its overrides ``--config.section.field=value``.
 
 `ml_collections.config_flags` makes a typed flag of every field of the configuration; this module
 reports a wrong file or override in one line.
@@ -20,10 +20,11 @@ from ml_collections import config_flags
 from simplernn_jax.config import Config, by_field, validate
 from simplernn_jax.errors import UserError, nearest_name
 from simplernn_jax.files import read_file
+from simplernn_jax.project import ROOT
 
 flags.disclaim_key_flags()  # --help lists --config under the script that defines it
 
-_ROOT = Path(__file__).resolve().parents[1]
+_CONFIGS = ROOT / "configs"
 
 
 class ConfigFlag:
@@ -49,7 +50,10 @@ class ConfigFlag:
 def define_config_flag() -> ConfigFlag:
     """Define ``--config`` for this script; read its `ConfigFlag.value` inside ``main``."""
     holder = config_flags.DEFINE_config_file(
-        "config", None, "Python file whose get_config() returns a Config.", lock_config=False
+        "config",
+        None,
+        "Name of a configuration, or Python file whose get_config() returns a Config.",
+        lock_config=False,
     )
     flags.FLAGS["config"].parser = _ConfigFileParser()
     return ConfigFlag(holder)
@@ -57,7 +61,7 @@ def define_config_flag() -> ConfigFlag:
 
 def config_is_missing() -> UserError:
     """Return the error for a command line without ``--config``."""
-    return UserError("--config is missing; specify a file such as configs/base.py")
+    return UserError("--config is missing; specify a file such as configs/base.py, or a name: base")
 
 
 class _ConfigFileParser(flags.ArgumentParser):
@@ -69,15 +73,20 @@ class _ConfigFileParser(flags.ArgumentParser):
 
 
 def _find(path: str) -> Path:
-    """Return the file at `path`, or else the one at `path` in this project's folder."""
+    """Return the file at `path`, or else the one of this project with that path or name."""
     given = Path(os.path.expanduser(path))
-    in_project = _ROOT / given
-    return in_project if not os.path.lexists(given) and in_project.is_file() else given
+    if os.path.lexists(given) and not given.is_dir():
+        return given
+    in_project = _CONFIGS / f"{path}.py" if path.isidentifier() else ROOT / given
+    return in_project if in_project.is_file() else given
 
 
 def _near(path: Path) -> str:
     """Suggest an existing file in place of a missing one."""
-    for folder in (path.parent, _ROOT / path.parent, _ROOT / "configs"):
+    if str(path).isidentifier():
+        names = [file.stem for file in _CONFIGS.glob("*.py")]
+        return nearest_name(str(path), names) or f"; there are {', '.join(sorted(names))}"
+    for folder in (path.parent, ROOT / path.parent, _CONFIGS):
         try:
             files = sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")
         except OSError:
@@ -86,7 +95,7 @@ def _near(path: Path) -> str:
         if near:
             found = near[0] if folder == path.parent else folder / near[0]
             return f"; did you mean {str(found)!r}?"
-    base = _ROOT / "configs" / "base.py"
+    base = _CONFIGS / "base.py"
     return f"; {base} is one" if base.is_file() else "; specify a file with get_config()"
 
 
@@ -108,9 +117,8 @@ def load_config(path: Path) -> Config:
     if spec is None or spec.loader is None:
         raise UserError(f"--config={path}: not a Python file; specify one with get_config()")
     module = importlib.util.module_from_spec(spec)
-    # Imports work as in a script of that folder, and `from configs import base` from anywhere.
-    search_path = [str(path.resolve().parent), str(_ROOT)]
-    sys.path[:0] = search_path
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)  # imports work as in a script of that folder
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
@@ -121,8 +129,7 @@ def load_config(path: Path) -> Config:
     except (Exception, SystemExit) as error:
         raise UserError(f"--config={path}: {_describe(error, path)}; fix the file") from error
     finally:
-        for folder in search_path:
-            sys.path.remove(folder)
+        sys.path.remove(folder)
     if not isinstance(config, Config):
         kind = type(config).__name__
         raise UserError(f"--config={path}: get_config() returned {kind}; return a Config")

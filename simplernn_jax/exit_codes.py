@@ -24,6 +24,7 @@ from typing import NoReturn
 from absl import flags
 
 from simplernn_jax.errors import EXIT_USER_ERROR, UserError, one_line
+from simplernn_jax.project import name_commands
 
 _ADVICE = {
     errno.ENOSPC: "free some space and run again",
@@ -104,7 +105,7 @@ def _show_bug() -> int:
 
 def _report(message: str) -> int:
     with contextlib.suppress(OSError):
-        print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(name_commands(message))}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
 
 

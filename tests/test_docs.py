@@ -25,6 +25,7 @@ import yaml
 from markdown_it import MarkdownIt
 from processes import run_scripts
 
+from simplernn_jax.__main__ import COMMANDS
 from simplernn_jax.serving.openapi import openapi_document
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +68,11 @@ IFS=$'\\t'
 echo "$*" >>commands
 """
 """Scripts run later, in forks of one process; those that start processes run at once."""
+SIMPLERNN = """#!/usr/bin/env bash
+command="$1"
+shift
+exec python "scripts/$command.py" "$@"
+"""
 
 SENTENCE = "The quick brown fox jumps over the lazy dog.\ndef main():\n    return 0\n"
 
@@ -135,7 +141,8 @@ def test_source_files_in_sentences_exist(page):
 def test_every_page_is_in_the_table_of_contents():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     listed = {line for line in index.splitlines() if re.fullmatch(r"[a-z_]+", line)}
-    assert listed | {"index"} == {page.stem for page in (ROOT / "docs").glob("*.md")}
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*.ipynb")]
+    assert listed | {"index"} == {page.stem for page in pages}
 
 
 @functools.cache
@@ -167,8 +174,15 @@ def test_block_that_is_not_run_names_what_exists(block):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_commands_in_sentences_and_tables_exist(page):
-    for command in re.findall(r"`((?:python|bash) scripts/[^`]+)`", page.read_text("utf-8")):
+    start = r"(?:python|bash) scripts/|simplernn [a-z]"
+    for command in re.findall(rf"`((?:{start})[^`]+)`", page.read_text("utf-8")):
         assert check_command(command.replace(" ...", ""))
+
+
+def script_of(command):
+    """The script of a command of `simplernn`."""
+    name = command[1]
+    return f"python scripts/{name}.py" if name in COMMANDS else command[0]
 
 
 def check_route(path):
@@ -191,9 +205,10 @@ def check_imports(code):
 
 def check_command(command):
     """Check the script and the flags of one line; return whether there was a script."""
+    command = re.sub(r"\bsimplernn +(\w+)", script_of, command)
     found = re.search(r"scripts/(\w+\.(?:py|sh))", command)
     if not found or command.startswith("#"):
-        return False
+        return command.startswith("simplernn completion ")
     assert (ROOT / "scripts" / found[1]).is_file(), command
     if found[1].endswith(".sh"):
         return True
@@ -239,8 +254,9 @@ def make_environment(root):
     """Make a ``.venv`` that counts as installed, whose Python writes down the scripts to run."""
     python = root / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(RECORDING_PYTHON)
-    python.chmod(0o755)
+    for path, text in ((python, RECORDING_PYTHON), (python.with_name("simplernn"), SIMPLERNN)):
+        path.write_text(text)
+        path.chmod(0o755)
     version = subprocess.check_output([sys.executable, "-VV"], text=True)
     stamp = f"{version}{root}\n{(root / 'pyproject.toml').read_text()}"
     (root / ".venv" / "installed-").write_text(stamp)

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.attention.report import ATTENTION, RECURRENCE, VARIANTS, config_of, line
-from benchmarks.tables import Row
-from benchmarks.train_steps import count_parameters, train_on_corpus
 from simplernn_jax.analysis import decompose_layers
 from simplernn_jax.errors import counted
+
+from ..tables import Row
+from ..train_steps import count_parameters, train_on_corpus
+from .report import ATTENTION, RECURRENCE, VARIANTS, config_of, line
 
 LENGTH, BATCH = 256, 8
 

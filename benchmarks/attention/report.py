@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tables
-from benchmarks.measure import describe_machine
-from benchmarks.tables import Row
-from benchmarks.train_steps import load_config
 from simplernn_jax.config import Config
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
+
+from .. import tables
+from ..measure import describe_machine
+from ..tables import Row
+from ..train_steps import load_config
 
 VARIANTS = RECURRENCE, ATTENTION = "SimpleRNN", "attention"
 

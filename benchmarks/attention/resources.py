@@ -10,18 +10,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks import train_steps
-from benchmarks.attention.program_work import Work, count_work
-from benchmarks.attention.report import ATTENTION, RECURRENCE, VARIANTS, config_of, with_lines
-from benchmarks.decoding import decode_call, random_tokens, recompute_call
-from benchmarks.measure import Call, Effort, alternate, median, on_simulated_devices
-from benchmarks.tables import Curves, curves_of
-from benchmarks.train_steps import BY_CHUNKS, BY_SCAN, compile_quickly
 from simplernn_jax.errors import counted
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.training.gradient import abstract_model, make_gradient, make_model
+
+from .. import train_steps
+from ..decoding import decode_call, random_tokens, recompute_call
+from ..measure import Call, Effort, alternate, median, on_simulated_devices
+from ..tables import Curves, curves_of
+from ..train_steps import BY_CHUNKS, BY_SCAN, compile_quickly
+from .program_work import Work, count_work
+from .report import ATTENTION, RECURRENCE, VARIANTS, config_of, with_lines
 
 CHUNKS, SCAN = f"{RECURRENCE} in chunks", f"{RECURRENCE} by scan"
 PROGRAMS: dict[str, tuple[str, Recurrence]] = {

@@ -13,16 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.attention import tasks
-from benchmarks.attention.report import ATTENTION, RECURRENCE, line
-from benchmarks.attention.tasks import Task
-from benchmarks.tables import Row
-from benchmarks.train_steps import change, count_parameters
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step, take_steps
+
+from ..tables import Row
+from ..train_steps import change, count_parameters
+from . import tasks
+from .report import ATTENTION, RECURRENCE, line
+from .tasks import Task
 
 WIDTH, LAYERS, LONGER = 64, 2, 4
 TRAIN_SEED, TEST_SEED = 0, 1

