@@ -160,7 +160,8 @@ class TrainConfig:
     init_from: str = ""
     """Parameters that this run starts from (fine-tuning), with a fresh optimizer at step 0: the
     workdir of a run or its export (safetensors, huggingface), whose model and tokenizer must be the
-    same; or a .pt or .safetensors file of the original PyTorch project."""
+    same; weights of the original PyTorch project (.pt, .safetensors); or the folder of a
+    flash-linear-attention model (gla block)."""
     steps: int = 0
     """Optimizer steps; exactly one of steps and epochs is set."""
     epochs: float = 0.0

@@ -17,6 +17,8 @@ MODELS = {
 }
 """Fields of the model by the name of a case."""
 
+GLA = {"block": "gla", "num_layers": 2, "short_convolution": 3, "norm_epsilon": 1e-4}
+
 SIZES = {"hidden_dim": 8, "key_dim": 12, "value_dim": 18, "num_heads": 3, "mlp_dim": 11}
 
 

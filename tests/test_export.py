@@ -1,6 +1,7 @@
 """Exports of a trained model: what all forms share, and those without other frameworks."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from export_models import MODELS, trained
+from export_models import GLA, MODELS, trained
 from flax import nnx
 from processes import run_scripts
 from small_runs import save_untrained, small_config, write_corpus
@@ -26,6 +27,7 @@ from simplernn_jax.export.exporting import export, float32_model
 from simplernn_jax.export.forms import FORMS, find_form, logits_of
 from simplernn_jax.export.rounding import rounded_weights
 from simplernn_jax.inference import generate
+from simplernn_jax.models import load_gla_checkpoint
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 89).astype(np.int32)
@@ -38,10 +40,15 @@ def workdir(tmp_path_factory):
     return folder / "untrained"
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("form", ["safetensors", "stablehlo", "html"])
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        *itertools.product(("safetensors", "stablehlo", "html"), MODELS),
+        *itertools.product(("safetensors", "stablehlo"), ["gla"]),
+    ],
+)
 def test_logits_and_greedy_tokens_are_those_of_the_model(tmp_path, form, name):
-    original = trained(MODELS[name])
+    original = trained({**MODELS, "gla": GLA}[name])
     module = find_form(form)
     module.write(original, tmp_path)
     root = str(Path(__file__).parents[1]).encode()
@@ -151,6 +158,18 @@ def test_plain_weights_run_in_the_pytorch_project(tmp_path):
         logits = reference(torch.tensor(TOKENS[None]).long())[0].numpy()
     expected = logits_of(original.model, TOKENS)
     chex.assert_trees_all_close(logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": False, "min_log_gate": -0.05}])
+def test_an_export_of_gla_is_a_checkpoint_of_flash_linear_attention(tmp_path, fields):
+    original = trained(GLA | {"short_convolution": 0} | fields)
+    find_form("safetensors").write(original, tmp_path)
+    again = load_gla_checkpoint(str(tmp_path))
+    assert again.config == original.model.config
+    chex.assert_trees_all_equal(nnx.state(again, nnx.Param), nnx.state(original.model, nnx.Param))
+    for form in ("html", "huggingface", "onnx"):
+        with pytest.raises(UserError, match=r"not possible with model\.block='gla'"):
+            find_form(form).write(original, tmp_path)
 
 
 def test_the_script_exports_a_page(tmp_path, workdir):

@@ -58,7 +58,7 @@ def test_a_tied_head_may_be_in_the_file_if_it_is_the_embedding(tmp_path):
     assert load(tmp_path, 2, weights, tie_word_embeddings=True).head is None
     weights["lm_head.weight"] = weights["lm_head.weight"] + 1
     message = refusal(tmp_path, 1, weights, tie_word_embeddings=True)
-    assert "model.safetensors: lm_head.weight differs from model.embeddings.weight" in message
+    assert ": lm_head.weight differs from model.embeddings.weight" in message
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ Q = "model.layers.1.attn.q_proj.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({Q: None}, f"{Q} is missing (1 of 31 tensors are)"),
-        ({"model.layers.1.attn.q_proj.bias": (4,)}, "q_proj.bias is not a tensor of this model"),
-        ({"model.layers.2.attn_norm.weight": (8,)}, "layers.2.attn_norm.weight is not a tensor"),
-        ({Q: (8, 4)}, f"{Q} has shape [8, 4]; config.json requires [4, 8]"),
-        ({"model.norm.weight": (1, 8)}, "model.norm.weight has shape [1, 8]; config.json"),
-        ({"model.layers.0.attn.q_conv1d.weight": (4, 1, 4)}, "q_conv1d.weight is not a tensor"),
+        ({Q: None}, f"{Q} missing"),
+        ({"model.layers.1.attn.q_proj.bias": (4,)}, "q_proj.bias unexpected"),
+        ({"model.layers.2.attn_norm.weight": (8,)}, "layers.2.attn_norm.weight unexpected"),
+        ({Q: (8, 4)}, f"{Q} has shape [8, 4]; expected [4, 8]"),
+        ({"model.norm.weight": (1, 8)}, "model.norm.weight has shape [1, 8]; expected [8]"),
+        ({"model.layers.0.attn.q_conv1d.weight": (4, 1, 4)}, "q_conv1d.weight unexpected"),
     ],
 )
 def test_a_wrong_tensor_is_refused_by_name(tmp_path, files, change, message):

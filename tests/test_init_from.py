@@ -1,5 +1,6 @@
 """Fine-tuning: a run that starts from the parameters of another one."""
 
+import json
 import shutil
 
 import chex
@@ -14,6 +15,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import new_folder
 from simplernn_jax.export.forms import TrainedModel, find_form
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.gla_checkpoint import gla_settings
 from simplernn_jax.models.named_weights import named_weights
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.run import Run
@@ -90,6 +92,23 @@ def test_an_export_is_a_start(initial, tmp_path, mesh):
         )
     with pytest.raises(UserError, match="a different model: hidden_dim is 16"):
         train(fine_tuned(out, tmp_path, hidden_dim=16), str(tmp_path / "refused"))
+
+
+def test_a_checkpoint_of_flash_linear_attention_is_a_start(tmp_path):
+    gla = {"block": "gla", "num_layers": 2, "norm_epsilon": 1e-5}
+    config = small_config(source=write_corpus(tmp_path / "texts"), seed=3, **gla)
+    model = LanguageModel(config.model, rngs=nnx.Rngs(3))
+    out = tmp_path / "gla"
+    out.mkdir()
+    safetensors.numpy.save_file(named_weights(model), str(out / "model.safetensors"))
+    (out / "config.json").write_text(json.dumps(gla_settings(config.model)))
+    with Run(fine_tuned(out, tmp_path, **gla), str(tmp_path / "run")) as run:
+        chex.assert_trees_all_equal(
+            jax.tree.leaves(run.state.params), jax.tree.leaves(nnx.state(model, nnx.Param))
+        )
+    (out / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="only 'gla' can be loaded"):
+        train(fine_tuned(out, tmp_path, **gla), str(tmp_path / "refused"))
 
 
 def test_pytorch_weights_are_a_start(tmp_path):

@@ -85,6 +85,19 @@ def find_form(name: str) -> Any:
     return importlib.import_module(f"simplernn_jax.export.{name}.form")
 
 
+def check_block(form: str, model: LanguageModel) -> None:
+    """Refuse a model of the gla block.
+
+    Raises:
+      UserError: it is one.
+    """
+    if model.config.block == "gla":
+        raise UserError(
+            f"--format={form}: not possible with model.block='gla'; use safetensors, which "
+            "flash-linear-attention loads, or stablehlo"
+        )
+
+
 def check_packages(form: str, *names: str) -> None:
     """Check that packages are installed.
 

@@ -8,17 +8,16 @@ the MLP's width are those of github.com/fla-org/flash-linear-attention, `fla/mod
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from simplernn_jax.config import Config, ModelConfig, TrainConfig, validate
-from simplernn_jax.errors import UserError, nearest_name
+from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
 from simplernn_jax.models.language_model import LanguageModel
+from simplernn_jax.models.named_weights import model_from_weights
 from simplernn_jax.models.pytorch_weights import read_pytorch_weights
 
 _CONFIG = "config.json"
@@ -57,37 +56,50 @@ def load_gla_checkpoint(folder: str) -> LanguageModel:
     path = os.path.join(folder, _CONFIG)
     settings = _read_json(path)
     config = _model_config(settings, path)
-    fuses_norm = _value(settings, path, "fuse_norm", True, bool)
-    # Shapes only: every value comes from the files.
-    model: LanguageModel = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-    targets = dict(_targets(model, fuses_norm))
-    missing = dict.fromkeys(targets)
-    head = None
-    for path, names in _files(folder):
-        weights = read_pytorch_weights(path)
-        for name in sorted(weights.keys() ^ (names or weights.keys())):
+    weights: dict[str, np.ndarray] = {}
+    for file, names in _files(folder):
+        some = read_pytorch_weights(file)
+        for name in some.keys() ^ (names or some.keys()):
             problem = "missing" if name in (names or ()) else f"not listed in {_INDEX}"
-            raise UserError(f"{path}: {name} is {problem}; {_ADVICE}")
-        for name in sorted(weights):
-            if name == _HEAD and config.tie_embeddings:
-                head = path, weights[name]
-            elif name not in targets:
-                hint = nearest_name(name, targets)
-                raise UserError(f"{path}: {name} is not a tensor of this model{hint}")
-            else:
-                _fill(targets[name], weights[name], f"{path}: {name}")
-                del missing[name]
-    for name in missing:
-        path = os.path.join(folder, _WEIGHTS if names is None else _INDEX)
+            raise UserError(f"{file}: {name} is {problem}; {_ADVICE}")
+        weights |= some
+    if not _value(settings, path, "fuse_norm", True, bool):
+        weights = {n.replace(".g_norm.", ".g_norm_swish_gate."): x for n, x in weights.items()}
+    head = weights.pop(_HEAD, None) if config.tie_embeddings else None
+    model = model_from_weights(config, weights, folder)
+    if head is not None and not np.array_equal(head, weights["model.embeddings.weight"]):
         raise UserError(
-            f"{path}: {name} is missing ({len(missing)} of {len(targets)} tensors are); {_ADVICE}"
-        )
-    if head is not None and not np.array_equal(head[1], model.embedding.embedding[...]):
-        raise UserError(
-            f"{head[0]}: {_HEAD} differs from model.embeddings.weight, and {_CONFIG} has "
+            f"{folder}: {_HEAD} differs from model.embeddings.weight, and {_CONFIG} has "
             "tie_word_embeddings true; set it to false there"
         )
     return model
+
+
+def is_gla_folder(folder: str) -> bool:
+    """Whether `folder` has a ``config.json``; `load_gla_checkpoint` says what is wrong with it."""
+    return os.path.isfile(os.path.join(folder, _CONFIG))
+
+
+def gla_settings(config: ModelConfig) -> dict[str, Any]:
+    """Return the ``config.json`` of flash-linear-attention for a model with ``block="gla"``."""
+    return {
+        "model_type": "gla",
+        "architectures": ["GLAForCausalLM"],
+        **{name: value for name, value in _SUPPORTED.items() if value is not None},
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.hidden_dim,
+        # Widths are rounded down from these products.
+        "expand_k": (config.key_dim + 0.5) / config.hidden_dim,
+        "expand_v": (config.value_dim + 0.5) / config.hidden_dim,
+        "num_heads": config.num_heads,
+        "intermediate_size": config.mlp_dim,
+        "tie_word_embeddings": config.tie_embeddings,
+        "norm_eps": config.norm_epsilon,
+        "clamp_min": config.min_log_gate or None,
+        "use_short_conv": config.short_convolution > 0,
+        "conv_size": config.short_convolution or 4,
+    }
 
 
 def _read_json(path: str) -> dict[str, Any]:
@@ -198,63 +210,3 @@ def _files(folder: str) -> Iterator[tuple[str, set[str] | None]]:
             raise UserError(f"{index}: {min(held)} is in {_shown(file)}; expected a .safetensors")
     for file, held in names.items():
         yield os.path.join(folder, file), held
-
-
-class _Target(NamedTuple):
-    """A parameter, and how its array is stored in a file."""
-
-    param: nnx.Param
-    convert: Callable[[np.ndarray], np.ndarray]
-    shape: tuple[int, ...]
-    """In the file."""
-
-
-def _targets(model: Any, fuses_norm: bool) -> Iterator[tuple[str, _Target]]:
-    """Yield each tensor's name in a file, and where it belongs."""
-
-    def unchanged(param: nnx.Param) -> _Target:
-        return _Target(param, lambda x: x, param.shape)
-
-    def matrix(param: nnx.Param) -> _Target:
-        return _Target(param, np.transpose, param.shape[::-1])
-
-    def convolution(param: nnx.Param) -> _Target:
-        # Its last weight multiplies the current token.
-        width, channels = param.shape
-        return _Target(param, lambda x: x[:, 0, ::-1].T, (channels, 1, width))
-
-    yield "model.embeddings.weight", unchanged(model.embedding.embedding)
-    for index, layer in enumerate(model.layers):
-        mixer, prefix = layer.mixer, f"model.layers.{index}"
-        norm = "g_norm_swish_gate" if fuses_norm else "g_norm"
-        yield f"{prefix}.attn_norm.weight", unchanged(layer.mixer_norm.scale)
-        yield f"{prefix}.attn.{norm}.weight", unchanged(mixer.head_norm.scale)
-        yield f"{prefix}.mlp_norm.weight", unchanged(layer.mlp_norm.scale)
-        yield f"{prefix}.attn.gk_proj.1.bias", unchanged(mixer.gate_up_proj.bias)
-        for name, dense in (
-            ("attn.q_proj", mixer.query_proj),
-            ("attn.k_proj", mixer.key_proj),
-            ("attn.v_proj", mixer.value_proj),
-            ("attn.g_proj", mixer.output_gate_proj),
-            ("attn.gk_proj.0", mixer.gate_down_proj),
-            ("attn.gk_proj.1", mixer.gate_up_proj),
-            ("attn.o_proj", mixer.out_proj),
-            ("mlp.gate_proj", layer.mlp_gate),
-            ("mlp.up_proj", layer.mlp_up),
-            ("mlp.down_proj", layer.mlp_down),
-        ):
-            yield f"{prefix}.{name}.weight", matrix(dense.kernel)
-        if (convs := mixer.convolutions) is not None:
-            for name, conv in (("q", convs.query), ("k", convs.key), ("v", convs.value)):
-                yield f"{prefix}.attn.{name}_conv1d.weight", convolution(conv.weights)
-    yield "model.norm.weight", unchanged(model.final_scale)
-    if model.head is not None:
-        yield _HEAD, matrix(model.head.kernel)
-
-
-def _fill(target: _Target, array: np.ndarray, where: str) -> None:
-    if array.shape != target.shape:
-        raise UserError(
-            f"{where} has shape {list(array.shape)}; {_CONFIG} requires {list(target.shape)}"
-        )
-    target.param.set_value(jnp.asarray(target.convert(array)))

@@ -1,8 +1,8 @@
 """Parameters under the names and in the layout of PyTorch, and back.
 
 Matrices are ``[out, in]``. A model with ``block="plain"`` has the names of the original PyTorch
-project: ``embedding.weight``, ``layers.N.query_proj.weight``, ``lm_head.bias`` and so on; the other
-parameters are named alike.
+project: ``embedding.weight``, ``layers.N.query_proj.weight``, ``lm_head.bias`` and so on; those of
+the residual block are named alike, and ``block="gla"`` has the names of flash-linear-attention.
 """
 
 from collections.abc import Mapping
@@ -23,20 +23,51 @@ _MODULES = {"head": "lm_head", "final_scale": "final_norm"}
 _LEVELS = ("mixer", "cell")
 """Levels of modules that have no level in the names."""
 
+_GLA_MODULES = {
+    "embedding": "model.embeddings",
+    "final_scale": "model.norm",
+    "head": "lm_head",
+    "layers": "model.layers",
+    "mixer_norm": "attn_norm",
+    "mixer": "attn",
+    "query_proj": "q_proj",
+    "key_proj": "k_proj",
+    "value_proj": "v_proj",
+    "output_gate_proj": "g_proj",
+    "gate_down_proj": "gk_proj.0",
+    "gate_up_proj": "gk_proj.1",
+    "out_proj": "o_proj",
+    "head_norm": "g_norm_swish_gate",
+    "query": "q_conv1d",
+    "key": "k_conv1d",
+    "value": "v_conv1d",
+    "mlp_gate": "mlp.gate_proj",
+    "mlp_up": "mlp.up_proj",
+    "mlp_down": "mlp.down_proj",
+}
 
-def weight_name(path: tuple[Any, ...]) -> str:
+
+def weight_name(path: tuple[Any, ...], block: str) -> str:
     """Name the parameter at `path` of `nnx.state`, such as ``("head", "kernel")``."""
-    words = [_MODULES.get(word, str(word)) for word in path if word not in _LEVELS]
-    if words[-1] in ("kernel", "embedding", "weights"):
+    if block == "gla":
+        words = [_GLA_MODULES.get(word, str(word)) for word in path if word != "convolutions"]
+    else:
+        words = [_MODULES.get(word, str(word)) for word in path if word not in _LEVELS]
+    if path[-1] in ("kernel", "embedding", "weights", "scale"):
         words[-1] = "weight"
-    return ".".join(words if len(words) > 1 else [*words, "weight"])
+    elif path[-1] == "final_scale":
+        words.append("weight")
+    return ".".join(words)
 
 
 def named_weights(model: LanguageModel) -> dict[str, np.ndarray]:
     """Return the parameters of `model`, float32 arrays by name."""
+    block = model.config.block
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {
-        weight_name(path): np.ascontiguousarray(_transposed(path, np.asarray(param[...])))
+        weight_name(path, block): np.ascontiguousarray(
+            _to_torch(path, np.asarray(param[...]), block)
+        )
         for path, param in flat
     }
 
@@ -56,10 +87,15 @@ def model_from_weights(config: ModelConfig, weights: Weights, where: str) -> Lan
     abstract = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(abstract, nnx.Param)
     flat = list(nnx.to_flat_state(params))
-    shapes = {weight_name(path): _torch_shape(path, param.shape) for path, param in flat}
+    block = config.block
+    shapes = {
+        weight_name(path, block): _to_torch(path, np.broadcast_to(0, param.shape), block).shape
+        for path, param in flat
+    }
     check_names_and_shapes(shapes, weights, where)
     for path, param in flat:
-        param.set_value(jnp.asarray(_transposed(path, weights[weight_name(path)]), jnp.float32))
+        value = _from_torch(path, weights[weight_name(path, block)], block)
+        param.set_value(jnp.asarray(value, jnp.float32))
     return nnx.merge(graph, params)
 
 
@@ -86,9 +122,13 @@ def check_names_and_shapes(
             )
 
 
-def _transposed(path: tuple[Any, ...], value: Any) -> Any:
+def _to_torch(path: tuple[Any, ...], value: np.ndarray, block: str) -> np.ndarray:
+    if path[-1] == "weights" and block == "gla":
+        return value.T[:, None, ::-1]  # the last weight multiplies the current token
     return value.T if path[-1] in ("kernel", "weights") else value
 
 
-def _torch_shape(path: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[::-1] if path[-1] in ("kernel", "weights") else shape
+def _from_torch(path: tuple[Any, ...], value: Any, block: str) -> Any:
+    if path[-1] == "weights" and block == "gla":
+        return value[:, 0, ::-1].T
+    return value.T if path[-1] in ("kernel", "weights") else value

@@ -16,7 +16,8 @@ from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.exported_folder import is_exported, load_exported, read_run
-from simplernn_jax.models import LanguageModel
+from simplernn_jax.models import LanguageModel, load_gla_checkpoint
+from simplernn_jax.models.gla_checkpoint import is_gla_folder
 from simplernn_jax.models.pytorch_weights import load_pytorch_weights
 
 _FREE_FIELDS = ("dropout", "precision", "state_precision", "vocab_size")
@@ -90,11 +91,13 @@ def _load(path: str) -> LanguageModel | None:
     """Load an export or weights; None if `path` is another folder, such as that of a run."""
     if is_exported(path):
         return load_exported(path)[0]
-    return load_pytorch_weights(path) if _has_weights_alone(path) else None
+    if not _has_weights_alone(path):
+        return None
+    return load_pytorch_weights(path) if os.path.isfile(path) else load_gla_checkpoint(path)
 
 
 def _has_weights_alone(path: str) -> bool:
-    return os.path.isfile(path)
+    return os.path.isfile(path) or is_gla_folder(path)
 
 
 def _check_same_model(config: Config, initial: ModelConfig) -> None:

@@ -11,7 +11,7 @@ import markupsafe
 import numpy as np
 
 from simplernn_jax.errors import UserError, counted
-from simplernn_jax.export.forms import TrainedModel, check_packages
+from simplernn_jax.export.forms import TrainedModel, check_block, check_packages
 from simplernn_jax.export.html.tokenizer_data import tokenizer_data
 from simplernn_jax.export.rounding import int8_rows, is_rounded
 from simplernn_jax.export.safetensors.form import description
@@ -24,6 +24,7 @@ MAX_BYTES = 1 << 28
 
 def write(trained: TrainedModel, folder: Path) -> None:
     """See `Form.write`."""
+    check_block("html", trained.model)
     check_packages("html", "py_mini_racer")
     weights = named_weights(trained.model)
     arrays, content = pack(weights, trained.weights)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from simplernn_jax.export.forms import TrainedModel, check_packages
+from simplernn_jax.export.forms import TrainedModel, check_block, check_packages
 from simplernn_jax.export.huggingface.model_card import model_card
 from simplernn_jax.export.huggingface.tokenizer_file import tokenizer_json
 from simplernn_jax.export.safetensors import form as safetensors_form
@@ -18,6 +18,7 @@ CODE = "modeling_simplernn.py"
 
 def write(trained: TrainedModel, folder: Path) -> None:
     """See `Form.write`."""
+    check_block("huggingface", trained.model)
     check_packages("huggingface", "torch", "transformers")
     safetensors_form.write(trained, folder)
     shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)

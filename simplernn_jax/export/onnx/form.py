@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from simplernn_jax.export.forms import TrainedModel, check_packages
+from simplernn_jax.export.forms import TrainedModel, check_block, check_packages
 from simplernn_jax.export.safetensors.form import description
 from simplernn_jax.models.named_weights import named_weights
 
@@ -27,6 +27,7 @@ PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 def write(trained: TrainedModel, folder: Path) -> None:
     """See `Form.write`."""
+    check_block("onnx", trained.model)
     check_packages("onnx", *PACKAGES)
     import torch
 

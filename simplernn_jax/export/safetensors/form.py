@@ -8,26 +8,33 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from simplernn_jax.config import LATER_MODEL_FIELDS
 from simplernn_jax.export.forms import TrainedModel, logits_of
 from simplernn_jax.inference import generate
 from simplernn_jax.inference.exported_folder import RUN, WEIGHTS, load_exported, run_json
+from simplernn_jax.models.gla_checkpoint import gla_settings
 from simplernn_jax.models.named_weights import named_weights
 
 
 def description(trained: TrainedModel) -> dict[str, Any]:
     """Describe the model as ``config.json`` does."""
     config = trained.model.config
+    ids = {
+        "dtype": "float32",
+        "bos_token_id": trained.tokenizer.bos_id,
+        "eos_token_id": trained.tokenizer.eos_id,
+        "pad_token_id": trained.tokenizer.pad_id,
+    }
+    if config.block == "gla":
+        return {**gla_settings(config), **ids}
     fields = dataclasses.asdict(config)
-    for name in ("mixer", "dropout", "precision", "state_precision"):
+    for name in ("mixer", "dropout", "precision", "state_precision", *LATER_MODEL_FIELDS):
         del fields[name]
     return {
         "model_type": "simplernn",
         **fields,
         "mixers": list(config.mixers),
-        "dtype": "float32",
-        "bos_token_id": trained.tokenizer.bos_id,
-        "eos_token_id": trained.tokenizer.eos_id,
-        "pad_token_id": trained.tokenizer.pad_id,
+        **ids,
     }
 
 
