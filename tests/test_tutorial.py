@@ -34,3 +34,5 @@ def test_the_cells_run(tmp_path):
     assert "--- branch 3" in result.output
     assert result.output.count("half-lives in tokens") == 4
     assert (tmp_path / "prompt.state").exists()
+    assert "largest difference of logits" in result.output
+    assert (tmp_path / "shared" / "model.html").exists()
