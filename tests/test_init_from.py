@@ -106,7 +106,7 @@ def test_a_checkpoint_of_flash_linear_attention_is_a_start(tmp_path):
         chex.assert_trees_all_equal(
             jax.tree.leaves(run.state.params), jax.tree.leaves(nnx.state(model, nnx.Param))
         )
-    (out / "config.json").write_text("{}")
+    (out / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="only 'gla' can be loaded"):
         train(fine_tuned(out, tmp_path, **gla), str(tmp_path / "refused"))
 

@@ -76,8 +76,14 @@ def load_gla_checkpoint(folder: str) -> LanguageModel:
 
 
 def is_gla_folder(folder: str) -> bool:
-    """Whether `folder` has a ``config.json``; `load_gla_checkpoint` says what is wrong with it."""
-    return os.path.isfile(os.path.join(folder, _CONFIG))
+    """Whether ``config.json`` in `folder` has a model type, as that of a run has not.
+
+    `load_gla_checkpoint` says if the type is another one.
+    """
+    try:
+        return "model_type" in _read_json(os.path.join(folder, _CONFIG))
+    except UserError:
+        return False
 
 
 def gla_settings(config: ModelConfig) -> dict[str, Any]:
