@@ -227,7 +227,7 @@ async def parts_of(url: str, path: str, fields: Any = None) -> AsyncIterator[byt
     body = b"" if fields is None else json.dumps(fields).encode()
     address = urllib.parse.urlsplit(url)
     method = "GET" if fields is None else "POST"
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    head = f"{method} {path} HTTP/1.1\r\nHost: {address.netloc}\r\nConnection: close\r\n"
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
     try:
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)

@@ -13,6 +13,7 @@ if __name__ == "__main__":
     bootstrap.start()
 
 import os
+import re
 import tempfile
 
 from absl import flags
@@ -52,7 +53,15 @@ _ALLOW_ORIGIN = flags.DEFINE_string(
     "allow_origin", None, "Origin of web pages elsewhere that may send requests, or *."
 )
 _DRAIN_TIMEOUT = flags.DEFINE_float(
-    "drain_timeout", 30, "Seconds that running requests have to end after SIGTERM.", lower_bound=0
+    "drain_timeout", 30, "Seconds that running requests have to end after SIGTERM."
+)
+flags.register_validator(
+    _DRAIN_TIMEOUT, lambda value: 0 <= value <= 86_400, "must be in [0, 86400] seconds"
+)
+flags.register_validator(
+    _ALLOW_ORIGIN,
+    lambda value: value in (None, "*") or re.fullmatch(r"https?://[!-~]+", value),
+    "must be * or an origin such as https://example.org",
 )
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -79,15 +88,18 @@ def main() -> None:
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.data.chat_template import ChatTemplate
     from simplernn_jax.devices import check_devices
+    from simplernn_jax.inference.exported_folder import is_exported
     from simplernn_jax.models import LanguageModel
 
     check_devices()
     use_compilation_cache()
     model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
-    path = choose_checkpoint(workdir, _CHECKPOINT.value).path
+    path = "" if is_exported(workdir) else choose_checkpoint(workdir, _CHECKPOINT.value).path
 
     def reload_model() -> LanguageModel | None:
         nonlocal path
+        if not path:
+            return None  # an export does not change
         newest = choose_checkpoint(workdir, _CHECKPOINT.value).path
         if newest == path:
             return None
@@ -118,6 +130,7 @@ def main() -> None:
             states=StateFolder(state_dir, model, tokenizer, _STATES_MB.value << 20),
             api_key=key,
             allow_origin=_ALLOW_ORIGIN.value,
+            hosts=_hosts(key),
             max_connections=_MAX_CONNECTIONS.value,
             reload_model=reload_model,
         )
@@ -126,12 +139,24 @@ def main() -> None:
 def _api_key() -> bytes | None:
     """Read the key from its file or the environment."""
     if _API_KEY_FILE.value is None:
-        key = os.environ.get("SIMPLERNN_JAX_API_KEY", "").strip().encode()
-        return key or None
-    key = read_file(command_line.expand_path(_API_KEY_FILE.value, "api_key_file")).strip()
-    if not key:
-        raise UserError(f"{_API_KEY_FILE.value}: holds no key; write one into it")
+        where, key = "SIMPLERNN_JAX_API_KEY", os.environb.get(b"SIMPLERNN_JAX_API_KEY", b"").strip()
+        if not key:
+            return None
+    else:
+        where = _API_KEY_FILE.value
+        key = read_file(command_line.expand_path(where, "api_key_file")).strip()
+        if not key:
+            raise UserError(f"{where}: holds no key; write one into it")
+    if not re.fullmatch(rb"[!-~]+", key):
+        raise UserError(f"{where}: a key has printable ASCII characters only, and no spaces")
     return key
+
+
+def _hosts(key: bytes | None) -> frozenset[str] | None:
+    """Return the names by which a server without a key may be called; None allows any."""
+    if key is not None or _HOST.value not in _LOOPBACK:
+        return None
+    return frozenset((*_LOOPBACK, "[::1]"))
 
 
 if __name__ == "__main__":

@@ -193,6 +193,8 @@ REFUSED = {
     "negative id": ({"prompt": [-1]}, "prompt"),
     "lone surrogate": ({"prompt": "\ud800"}, None),
     "bias": ({"logit_bias": {"x": 1}}, "logit_bias"),
+    "long bias": ({"logit_bias": {"0000000000999999": 1}}, "logit_bias"),
+    "longer bias": ({"logit_bias": {"0" * 5000: 1}}, "logit_bias"),
     "best_of": ({"best_of": 2}, "best_of"),
     "state": ({"state": "../x"}, "state"),
     "stream_options": ({"stream_options": {}}, "stream_options"),
@@ -239,24 +241,69 @@ def test_garbage_and_slow_clients_do_not_disturb_others(server):
         connection.close()
 
 
+def head_of(body, path="/v1/completions"):
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", "", ""]
+    return "\r\n".join(lines).encode()
+
+
+def wait_until_idle(server):
+    while True:
+        found = server.send("GET", "/slots")[2]
+        if found["active"] == found["waiting"] == 0:
+            return
+        time.sleep(0.01)
+
+
+def test_a_client_that_does_not_read_ends_its_request_alone(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    fields = {"prompt": "a", "max_tokens": 10**6, "ignore_eos": True, "stream": True}
+    body = json.dumps({**fields, "n": 4, "logprobs": 20}).encode()
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head_of(body) + body)
+        wait_until_idle(server)  # and answers others meanwhile
+        connection.settimeout(30)
+        answer = b""
+        while b"does not read the stream" not in answer[-1000:]:
+            answer += connection.recv(1 << 20)
+    assert answer.count(b"data: ") > 1000
+
+
+def test_a_client_that_leaves_ends_the_prefill_of_its_state(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": "ab" * 4_000_000}).encode()
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head_of(body, "/v1/states") + body)
+        while server.send("GET", "/slots")[2]["waiting"] == 0:
+            time.sleep(0.01)
+    start = time.monotonic()
+    wait_until_idle(server)
+    assert time.monotonic() - start < 5  # all of it takes longer
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}]
+)
+def test_pages_of_other_sites_are_refused(server, headers):
+    for method, path in (("GET", "/v1/models"), ("POST", "/v1/states")):
+        status, _, body = server.send(method, path, {"prompt": "a"}, **headers)
+        assert (status, body["error"]["type"]) == (403, "invalid_request_error")
+    own = {"Origin": server.url}
+    assert server.send("GET", "/v1/models", **own)[0] == 200
+
+
 def test_clients_that_leave_free_their_slots(server):
     host, port = server.url.removeprefix("http://").split(":")
     for is_streamed in (False, True):
         fields = {"prompt": "a", "max_tokens": 10**6, "ignore_eos": True, "stream": is_streamed}
         body = json.dumps(fields).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         sockets = [socket.create_connection((host, int(port))) for _ in range(12)]
         for connection in sockets:
-            connection.sendall(head.encode() + body)
+            connection.sendall(head_of(body) + body)
         while server.send("GET", "/slots")[2]["active"] < 5:
             time.sleep(0.01)
         for connection in sockets:
             connection.close()
-        while True:
-            found = server.send("GET", "/slots")[2]
-            if found["active"] == found["waiting"] == 0:
-                break
-            time.sleep(0.01)
+        wait_until_idle(server)
 
 
 def test_a_full_queue_refuses_with_429(server):
@@ -317,3 +364,8 @@ def test_flags_that_cannot_be_served(workdir, tmp_path):
     assert_refused(
         serve(f"--workdir={workdir}", "--host=192.0.2.1", "--allow_remote_without_key"), "listen"
     )
+    for value in ("nan", "inf", "-1"):
+        assert_refused(serve(f"--workdir={workdir}", f"--drain_timeout={value}"), "[0, 86400]")
+    assert_refused(serve(f"--workdir={workdir}", "--allow_origin=évil"), "--allow_origin")
+    (tmp_path / "key").write_bytes(b"a b")
+    assert_refused(serve(f"--workdir={workdir}", f"--api_key_file={tmp_path / 'key'}"), "no spaces")

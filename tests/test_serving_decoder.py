@@ -11,7 +11,7 @@ from small_runs import HYBRID, small_config
 from simplernn_jax.inference import generate
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.decoder import PREFILL_TOKENS, SHORT_BLOCK, Decoder
-from simplernn_jax.serving.jobs import Job, NewTokens, Prefilled, Root, Sampling
+from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Prefilled, Root, Sampling
 from simplernn_jax.serving.prefix_cache import GRID, PrefixCache, is_kept, prefix_keys
 
 VOCAB = 31
@@ -152,6 +152,47 @@ def test_a_cancelled_job_frees_its_slots(decoder):
     decoder.step()
     decoder.step()
     assert decoder.is_idle
+
+
+def test_a_long_prompt_alone_is_prefilled_in_many_steps(decoder):
+    job = Job(tokens_of(11, 5000), Sampling(), max_tokens=1)
+    decoder.waiting.append(job)
+    assert decoder.step() == []
+    job.is_cancelled = True
+    decoder.step()
+    assert decoder.is_idle
+
+
+@pytest.mark.parametrize("step", range(1, 12, 2))
+def test_every_job_of_a_failing_step_gets_an_end(model, monkeypatch, step):
+    decoder = Decoder(model, num_slots=3, cache_bytes=0)
+    jobs = [
+        Job(
+            tokens_of(i, 40 + 30 * i), Sampling(seed=i), max_tokens=3 + 9 * i, num_choices=1 + i % 2
+        )
+        for i in range(5)
+    ]
+    decoder.waiting.extend(jobs)
+    events = [event for _ in range(step) for event in decoder.step()]
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(decoder, "_dispatch", fail)
+    failed = Failed("no memory")
+    try:
+        while not decoder.is_idle:
+            events += decoder.step()
+    except MemoryError:
+        events += decoder.fail_all(failed)
+    ended = {job for job, event in events if event is failed}
+    choices = [(j, e.choice) for j, e in events if isinstance(e, NewTokens) and e.finish_reason]
+    complete = {job for job in jobs if len({c for j, c in choices if j is job}) == job.num_choices}
+    assert ended | complete == set(jobs)
+    decoder.reset()
+    monkeypatch.undo()
+    assert decoder.is_idle
+    assert run(decoder, [jobs[0]])
 
 
 def test_a_long_prompt_does_not_stall_streams(decoder):

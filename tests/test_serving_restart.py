@@ -8,12 +8,14 @@ import random
 import signal
 import time
 
+import numpy as np
 import pytest
 from serving_process import serving
 from small_runs import HYBRID, save_untrained, small_config, write_corpus
 
 from simplernn_jax import load_model
-from simplernn_jax.inference import load_state
+from simplernn_jax.export.exporting import export
+from simplernn_jax.inference import generate_text, load_state
 
 PROMPTS = [("ab cé" * (1 + 7 * n))[: 3 + 11 * n] for n in range(32)]
 
@@ -96,6 +98,19 @@ def test_newer_parameters_do_not_disturb_running_requests(workdir):
         assert (len(found[0]), found[0][:30]) == (3000, old)
         assert server.send("POST", "/admin/reload")[2] == {"reloaded": False}
         assert scores(30) == new
+
+
+def test_an_export_is_served(workdir, tmp_path):
+    model, tokenizer, config = load_model(str(workdir))
+    tokens = np.arange(9, dtype=np.int32)
+    out = str(tmp_path / "export")
+    export("safetensors", model, tokenizer, config, out, workdir=str(workdir), tokens=tokens)
+    with serving(out, "--slots=2") as server:
+        text = server.complete("ab", max_tokens=9, temperature=0)["choices"][0]["text"]
+        assert server.send("POST", "/admin/reload")[2] == {"reloaded": False}
+        code, errors = server.stop(signal.SIGINT)
+        assert (code, "Traceback" in errors) == (0, False), errors
+    assert text == generate_text(model, tokenizer, "ab", max_new_tokens=9)[0]
 
 
 def test_a_stream_that_does_not_end_in_time_ends_with_an_error(workdir):

@@ -9,6 +9,11 @@ from simplernn_jax.serving.jobs import Event, Failed, Job, Prefilled
 from simplernn_jax.serving.metrics import Latency, Metrics
 from simplernn_jax.serving.requests import RequestError
 
+MAX_BACKLOG = 4096
+"""Events of a request that may wait until the client reads them."""
+MAX_EVENTS = 64
+"""Events that are handled at a time."""
+
 
 @dataclasses.dataclass(eq=False)
 class PromptResult:
@@ -52,8 +57,19 @@ class Answer:
         self._queue: asyncio.Queue[tuple[Job, Event]] = asyncio.Queue()
         self._of_job = {result.job: number for number, result in enumerate(results)}
         self._num_left = len(results)
+        self._is_overrun = False
         for result in results:
-            result.job.queue = self._queue
+            result.job.deliver = self._deliver
+
+    def _deliver(self, job: Job, event: Event) -> None:
+        """Queue an event; a client that does not read what is generated ends its request."""
+        if self._is_overrun:
+            return
+        if self._queue.qsize() >= MAX_BACKLOG:
+            self._is_overrun = True
+            self.cancel()
+            event = Failed("the client does not read the stream")
+        self._queue.put_nowait((job, event))
 
     def submit(self) -> None:
         """Queue the jobs.
@@ -74,15 +90,16 @@ class Answer:
         return not self._num_left
 
     async def updates(self) -> AsyncIterator[list[Update]]:
-        """Yield what has become known, a list for each step of the engine.
+        """Yield what the events add, a list for each step of the engine.
 
         Raises:
           RequestError: the engine failed or is stopping.
         """
         while self._num_left:
             events = [await self._queue.get()]
-            while not self._queue.empty():
+            while not self._queue.empty() and len(events) < MAX_EVENTS:
                 events.append(self._queue.get_nowait())
+            await asyncio.sleep(0)  # neither a full queue nor a free socket would let others run
             yield [update for event in events for update in self._read(*event)]
 
     async def prefilled(self) -> Prefilled:

@@ -1,17 +1,16 @@
 """Routes of completions and chat completions, whole or as server-sent events."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from simplernn_jax.serving.answers import Answer
 from simplernn_jax.serving.choice_text import Piece
-from simplernn_jax.serving.http import counted, json_response, read_body
+from simplernn_jax.serving.http import counted, json_response, read_body, unless_disconnected
 from simplernn_jax.serving.requests import (
     ChatRequest,
     CompletionRequest,
@@ -54,17 +53,10 @@ def completion_routes(service: Service) -> list[Route]:
             return StreamingResponse(
                 frames, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
             )
-        gathered = asyncio.ensure_future(gather(answer, updates))
-        gone = asyncio.ensure_future(disconnected(request))
         try:
-            await asyncio.wait({gathered, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not gathered.done():
-                raise ClientDisconnect
-            pieces = gathered.result()
+            pieces = await unless_disconnected(request, gather(answer, updates))
         finally:
             answer.cancel()
-            for task in (gathered, gone):
-                task.cancel()
         choices = [form.choice(i, piece, has_logprobs) for i, piece in enumerate(pieces)]
         return json_response(form.response(choices, usage(answer.results)))
 
@@ -72,12 +64,6 @@ def completion_routes(service: Service) -> list[Route]:
         Route("/v1/completions", counted(service, completions), methods=["POST"]),
         Route("/v1/chat/completions", counted(service, chat), methods=["POST"]),
     ]
-
-
-async def disconnected(request: Request) -> None:
-    """Return when the client has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def gather(answer: Answer, updates: AsyncIterator[Any]) -> list[Piece]:
@@ -113,7 +99,7 @@ async def stream(
     started: set[int] = set()
     try:
         async for several in updates:
-            frames = b""
+            frames: list[bytes] = []
             for update in several:
                 piece, is_first = update.piece, update.index not in started
                 if is_first:
@@ -123,13 +109,13 @@ async def stream(
                 if piece.text or piece.entries or piece.finish_reason or is_first:
                     started.add(update.index)
                     choice = form.delta(update.index, piece, has_logprobs, is_first)
-                    frames += sse_frame(form.frame([choice], **more))
+                    frames.append(sse_frame(form.frame([choice], **more)))
             if answer.is_complete:
                 if with_usage:
-                    frames += sse_frame(form.frame([], usage=usage(answer.results)))
-                frames += b"data: [DONE]\n\n"
+                    frames.append(sse_frame(form.frame([], usage=usage(answer.results))))
+                frames.append(b"data: [DONE]\n\n")
             if frames:
-                yield frames
+                yield b"".join(frames)
     except RequestError as error:
         yield sse_frame(error_body(error.message, error.status, error.param, error.code))
     finally:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import re
 from typing import Any
 
 import msgspec
@@ -58,12 +59,21 @@ class Gate:
       app: what it protects.
       api_key: compared in constant time with the bearer token of each request; None admits all.
       allow_origin: origin of the pages of other servers that may use this one, or ``*``.
+      hosts: names that the header Host must have one of, or a web page could reach a local server
+        through a name of its own (DNS rebinding); None allows any.
     """
 
-    def __init__(self, app: ASGIApp, api_key: bytes | None, allow_origin: str | None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_key: bytes | None,
+        allow_origin: str | None,
+        hosts: frozenset[str] | None,
+    ) -> None:
         self._app = app
         self._key = api_key
         self._origin = allow_origin
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on."""
@@ -76,12 +86,23 @@ class Gate:
         size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
         if size + len(scope["raw_path"]) + len(scope["query_string"]) > MAX_HEADER_BYTES:
             await _refuse(send, 431, f"the headers have over {MAX_HEADER_BYTES:,} bytes")
+        elif not self._is_known_site(headers):
+            await _refuse(send, 403, "a request for another host, or from a page of another one")
         elif scope["method"] == "OPTIONS" and self._origin is not None:
             await _answer(send, 204, b"")
         elif scope["path"] not in OPEN_PATHS and not self._is_admitted(headers):
             await _refuse(send, 401, "no valid API key: send it as 'Authorization: Bearer KEY'")
         else:
             await self._app(scope, receive, send)
+
+    def _is_known_site(self, headers: dict[bytes, bytes]) -> bool:
+        """Check Host, and that pages of other origins have a key or are allowed."""
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self._hosts is not None and re.sub(r":\d*$", "", host) not in self._hosts:
+            return False
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        is_own = not origin or origin.partition("://")[2] == host
+        return is_own or self._key is not None or self._origin in (origin, "*")
 
     def _is_admitted(self, headers: dict[bytes, bytes]) -> bool:
         if self._key is None:

@@ -12,7 +12,7 @@ import numpy as np
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.inference.programs import BLOCK_TOKENS, split_model
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.jobs import Event, Job, Logprobs, NewTokens, Sampling
+from simplernn_jax.serving.jobs import Event, Failed, Job, Logprobs, NewTokens, Sampling
 from simplernn_jax.serving.prefill import LANES, Prefiller
 from simplernn_jax.serving.prefix_cache import PrefixCache
 from simplernn_jax.serving.slots import (
@@ -83,13 +83,15 @@ class Decoder:
         self._start(num_slots)
 
     def _start(self, num_slots: int) -> None:
-        """Forget all jobs."""
+        """Clear slots and queues."""
         self._slots = empty_slots(self.model, num_slots)
         self._choices: list[_Choice | None] = [None] * num_slots
         self._prefiller = Prefiller(self._programs, self._parameters, self._zero, self.cache)
         self._ready: deque[_Ready] = deque()
         self._in_flight: _Dispatched | None = None
         self._events: list[tuple[Job, Event]] = []
+        self._live: dict[Job, None] = {}
+        """Jobs that were not finished when the step began, or that it took from `waiting`."""
 
     @property
     def num_active(self) -> int:
@@ -124,6 +126,9 @@ class Decoder:
         """Prefill a little, decode a block, and return what has become known."""
         self._events = []
         self._free_cancelled()
+        self._live = dict.fromkeys(self._prefiller.jobs)
+        self._live |= dict.fromkeys(ready.job for ready in self._ready)
+        self._live |= dict.fromkeys(choice.job for choice in self._choices if choice is not None)
         previous, self._in_flight = self._in_flight, None
         if previous and (self.waiting or self._prefiller.jobs):
             self._collect(previous)  # prefill would compete with the block
@@ -140,15 +145,25 @@ class Decoder:
             self._in_flight = block
         return self._events
 
-    def fail_all(self) -> list[Job]:
-        """Drop all jobs and return them."""
-        jobs = [self.waiting.popleft() for _ in range(len(self.waiting))]
-        jobs += [ready.job for ready in self._ready]
-        jobs += [choice.job for choice in self._choices if choice is not None]
-        jobs += self._prefiller.jobs
+    def fail_all(self, failed: Failed) -> list[tuple[Job, Event]]:
+        """Drop all jobs; return the events of an unfinished step and the failure of each job.
+
+        A job of the last step that has ended already may be among them. Call `reset` before the
+        next step.
+        """
+        jobs = [*self._live, *(self.waiting.popleft() for _ in range(len(self.waiting)))]
+        self._live, events = {}, self._events
+        self._events = []
+        return events + [(job, failed) for job in jobs]
+
+    def reset(self) -> None:
+        """Empty slots, queues and cache."""
         self._start(len(self._choices))
         self.cache.clear()
-        return list(dict.fromkeys(jobs))
+
+    def drop_cancelled(self) -> None:
+        """Drop cancelled jobs that wait; no other thread may submit jobs meanwhile."""
+        self.waiting = deque(job for job in self.waiting if not job.is_cancelled)
 
     def _free_cancelled(self) -> None:
         for slot, choice in enumerate(self._choices):
@@ -164,10 +179,12 @@ class Decoder:
             budget *= 8  # more prompts wait than streams are stalled
         while True:
             self._start_choices()
-            if self._ready or (budget <= 0 and (self.num_active or self._events)):
+            if self._ready or budget <= 0:
                 return
             while self.waiting and len(prefiller.jobs) < LANES:
-                prefiller.start(self.waiting.popleft())
+                job = self.waiting.popleft()
+                self._live[job] = None
+                prefiller.start(job)
             if not prefiller.finished:
                 if not prefiller.jobs:
                     return

@@ -1,4 +1,4 @@
-"""The thread that owns JAX: it takes jobs from a bounded queue and reports their events."""
+"""The thread that computes: it takes jobs from a bounded queue and reports their events."""
 
 import threading
 import time
@@ -28,7 +28,8 @@ class Engine:
       num_slots: sequences decoded at a time, fixed for the life of the engine.
       cache_bytes: limit of the prefix cache.
       max_waiting: jobs that may wait for a slot.
-      on_events: called in the engine's thread with what each step has made known.
+      on_events: called in the engine's thread with the events of each step.
+      on_failure: called in the engine's thread if it ends by an error.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Engine:
         cache_bytes: int,
         max_waiting: int,
         on_events: Callable[[list[tuple[Job, Event]]], None],
+        on_failure: Callable[[BaseException], None],
     ) -> None:
         self.num_slots = num_slots
         self.max_waiting = max_waiting
@@ -46,9 +48,9 @@ class Engine:
         self.num_tokens = 0
         """New tokens so far."""
         self._on_events = on_events
+        self._on_failure = on_failure
         self._decoders = [Decoder(model, num_slots, cache_bytes)]
         self._num_waiting = 0
-        self._next_decoder: Decoder | None = None
         self._is_stopping = False
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -97,12 +99,14 @@ class Engine:
             self.decoder.waiting.extend(jobs)
             self._wake.notify()
 
-    def replace_model(self, model: LanguageModel) -> None:
-        """Use the parameters of `model`, of the same architecture, for all later jobs."""
-        decoder = Decoder(model, self.num_slots, self.cache_bytes)
+    def make_decoder(self, model: LanguageModel) -> Decoder:
+        """Make the argument of `use_decoder`, for parameters of the same architecture."""
+        return Decoder(model, self.num_slots, self.cache_bytes)
+
+    def use_decoder(self, decoder: Decoder) -> None:
+        """Use `decoder` for all jobs that are submitted from now on."""
         with self._wake:
-            self._next_decoder = decoder
-            self._wake.notify()
+            self._decoders = [*self._decoders, decoder]
 
     def stop(self, timeout: float) -> None:
         """Take no more jobs, finish those that were taken, or fail them after `timeout` seconds."""
@@ -114,29 +118,41 @@ class Engine:
             self._thread.join()
 
     def _run(self) -> None:
-        while self._take_work():
-            events: list[tuple[Job, Event]] = []
-            for decoder in self._decoders:
-                try:
-                    events += decoder.step()
-                except Exception as error:  # such as lack of memory: other jobs may fit
-                    logging.exception("a step of the server failed")
-                    failed = Failed(f"{type(error).__name__}: the server could not compute this")
-                    events += [(job, failed) for job in decoder.fail_all()]
-            self._report(events)
+        try:
+            while self._take_work():
+                for decoder in self._decoders:
+                    self._report(self._step(decoder))
+        except BaseException as error:
+            with self._wake:
+                self._is_stopping = True
+            self._report(self._fail_all("the server has failed"))
+            self._on_failure(error)
+
+    def _step(self, decoder: Decoder) -> list[tuple[Job, Event]]:
+        try:
+            return decoder.step()
+        except Exception as error:  # such as lack of memory: other jobs may fit
+            logging.exception("a step of the server failed")
+            failed = Failed(f"{type(error).__name__}: the server could not compute this")
+            self._report(decoder.fail_all(failed))
+        decoder.reset()
+        return []
+
+    def _fail_all(self, message: str) -> list[tuple[Job, Event]]:
+        failed = Failed(message)
+        return [event for decoder in self._decoders for event in decoder.fail_all(failed)]
 
     def _take_work(self) -> bool:
         """Wait for work; return False once the engine has stopped."""
         with self._wake:
             while True:
-                if self._next_decoder is not None:
-                    self._decoders.append(self._next_decoder)
-                    self._next_decoder = None
                 self._decoders = [
                     decoder
                     for decoder in self._decoders
                     if decoder is self.decoder or not decoder.is_idle
                 ]
+                for decoder in self._decoders:
+                    decoder.drop_cancelled()
                 is_idle = all(decoder.is_idle for decoder in self._decoders)
                 if self._is_stopping and (is_idle or time.monotonic() > self._deadline):
                     break
@@ -144,8 +160,7 @@ class Engine:
                 if not is_idle:
                     return True
                 self._wake.wait()
-        stopped = Failed("the server is stopping")
-        self._report([(job, stopped) for decoder in self._decoders for job in decoder.fail_all()])
+        self._report(self._fail_all("the server is stopping"))
         return False
 
     def _report(self, events: list[tuple[Job, Event]]) -> None:

@@ -1,8 +1,8 @@
 """Bodies of requests and responses over HTTP, with their limits and errors."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
 
 import msgspec
 from absl import logging
@@ -18,6 +18,7 @@ MAX_BODY_BYTES = 1 << 24
 BODY_SECONDS = 30.0
 """Seconds within which the body of a request must arrive."""
 
+Result = TypeVar("Result")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -52,6 +53,28 @@ async def read_body(request: Request) -> bytes:
     except TimeoutError as error:
         raise RequestError("the body did not arrive in time", status=408) from error
     return b"".join(parts)
+
+
+async def unless_disconnected(request: Request, result: Coroutine[Any, Any, Result]) -> Result:
+    """Wait for `result`, which is cancelled if the client disconnects before.
+
+    Raises:
+      ClientDisconnect: it did.
+    """
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.ensure_future(result), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
 
 
 def counted(service: Service, handler: Handler) -> Handler:

@@ -1,7 +1,8 @@
 """What the HTTP side asks of the engine, and what comes back."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -99,5 +100,5 @@ class Job:
     is_streamed: bool = False
     is_cancelled: bool = False
     cancelled_choices: set[int] = dataclasses.field(default_factory=set)
-    queue: Any = None
-    """Where the HTTP side receives the events."""
+    deliver: Callable[["Job", "Event"], None] | None = None
+    """Called in the event loop with each event."""

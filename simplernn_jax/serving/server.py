@@ -1,6 +1,7 @@
 """The process of the server: engine thread, event loop, signals."""
 
 import asyncio
+import contextlib
 import gc
 import signal
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
+from absl import logging
 
 from simplernn_jax.data.chat_template import ChatTemplate
 from simplernn_jax.data.tokenizer import Tokenizer
@@ -52,6 +54,7 @@ def serve(
     template: ChatTemplate | None,
     api_key: bytes | None,
     allow_origin: str | None,
+    hosts: frozenset[str] | None,
     max_connections: int,
     reload_model: Callable[[], LanguageModel | None],
 ) -> None:
@@ -60,11 +63,21 @@ def serve(
 
     def on_events(events: list[tuple[Job, Event]]) -> None:
         assert loop is not None
-        loop.call_soon_threadsafe(route, events)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(route, events)
 
     def route(events: list[tuple[Job, Event]]) -> None:
         for job, event in events:
-            job.queue.put_nowait((job, event))
+            if job.deliver is not None:
+                job.deliver(job, event)
+
+    def on_failure(error: BaseException) -> None:
+        service.status = "failed"
+        fail(error)
+
+    def fail(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
 
     engine = Engine(
         model,
@@ -72,6 +85,7 @@ def serve(
         cache_bytes=cache_bytes,
         max_waiting=max_waiting,
         on_events=on_events,
+        on_failure=on_failure,
     )
     service = Service(
         engine, tokenizer, model.config.vocab_size, model_name, states, template, reload_model
@@ -84,8 +98,7 @@ def serve(
                     return
                 _progress(f"compiling program {number}: {name}")
         except BaseException as error:
-            failures.append(error)
-            server.should_exit = True
+            fail(error)
             return
         # All that lives so far lives on: no collection need look at it, for 0.1 s each time.
         gc.collect()
@@ -94,13 +107,13 @@ def serve(
         if service.status == "starting":
             service.status = "ready"
         host, port = listener.getsockname()[:2]
-        _progress(f"listening on http://{host}:{port}\n")
+        _progress(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}\n")
 
     async def run() -> None:
         nonlocal loop
         loop = asyncio.get_running_loop()
         starter.start()
-        loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(reload()))
+        loop.add_signal_handler(signal.SIGHUP, lambda: reloads.append(loop.create_task(reload())))
         await server.serve(sockets=[listener])
 
     async def reload() -> None:
@@ -109,17 +122,19 @@ def serve(
             _progress("a newer checkpoint is served\n" if is_newer else "no newer checkpoint\n")
         except RequestError as error:
             _progress(f"{error.message}\n")
+        except Exception:
+            logging.exception("the newer checkpoint cannot be used")
 
     class _Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
             if service.status != "draining":
                 service.status = "draining"
-                threading.Thread(target=engine.stop, args=(drain_timeout,), daemon=True).start()
+                stopper.start()
             super().handle_exit(sig, frame)
 
     starter = threading.Thread(target=start, daemon=True)
     config = uvicorn.Config(
-        Gate(make_app(service), api_key, allow_origin),
+        Gate(make_app(service), api_key, allow_origin, hosts),
         http=DeadlineProtocol,
         h11_max_incomplete_event_size=4 * MAX_HEADER_BYTES,
         limit_concurrency=max_connections,
@@ -133,8 +148,12 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     failures: list[BaseException] = []
+    reloads: list[asyncio.Task[None]] = []  # the loop itself keeps no task alive
+    stopper = threading.Thread(target=engine.stop, args=(drain_timeout,), daemon=True)
     asyncio.run(run())
     starter.join()  # a process that ends while XLA compiles would crash
+    if stopper.ident is not None:
+        stopper.join()
     if failures:
         raise failures[0]
 

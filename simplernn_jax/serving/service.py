@@ -79,9 +79,15 @@ class Service:
         """Load a named state; None is none.
 
         Raises:
-          RequestError: as `StateFolder.load`.
+          RequestError: as `StateFolder.load`; 409 if the parameters are replaced meanwhile.
         """
-        return None if name is None else await asyncio.to_thread(self.states.load, name)
+        if name is None:
+            return None
+        states = self.states
+        state = await asyncio.to_thread(states.load, name)
+        if states is not self.states:
+            raise RequestError(f"state {name!r}: of older parameters", status=409)
+        return state
 
     def check_model(self, name: str | None) -> None:
         """Check the name of the model in a request.
@@ -108,10 +114,14 @@ class Service:
                 model = await asyncio.to_thread(self._load_model)
             except UserError as error:
                 raise RequestError(str(error), status=409, code="reload_failed") from error
-            if model is not None:
-                self.engine.replace_model(model)
-                await asyncio.to_thread(self.states.use_model, model)
-        return model is not None
+            if model is None:
+                return False
+            decoder = await asyncio.to_thread(self.engine.make_decoder, model)
+            states = await asyncio.to_thread(self.states.with_model, model)
+            # Together: no request sees the parameters of one and the states of another.
+            self.engine.use_decoder(decoder)
+            self.states = states
+        return True
 
     def check_room(self) -> None:
         """Refuse a request, before it is read, that could not be queued.
@@ -200,7 +210,8 @@ class Service:
         self.check_ids("banned_token_ids", banned)
         bias = {}
         for key, added in (request.logit_bias or {}).items():
-            if not (key.isascii() and key.isdecimal() and int(key[:10]) < self.vocab_size):
+            is_id = key.isascii() and key.isdecimal() and len(key) <= 10
+            if not is_id or int(key) >= self.vocab_size:
                 raise RequestError(
                     f"logit_bias: {key!r} is not a token id below {self.vocab_size}",
                     param="logit_bias",

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from simplernn_jax.serving.http import counted, json_response, read_body
+from simplernn_jax.serving.http import counted, json_response, read_body, unless_disconnected
 from simplernn_jax.serving.requests import ForkRequest, RequestError, StateRequest, parse
 from simplernn_jax.serving.service import Service
 
@@ -32,15 +32,16 @@ def state_routes(service: Service) -> list[Route]:
         body = parse(StateRequest, await read_body(request))
         parent = await service.load_state(body.parent)
         answer = service.prefill_state(body, parent)
+        states = service.states  # a reload replaces them together with the parameters
         answer.submit()
         try:
-            root = (await answer.prefilled()).root
+            root = (await unless_disconnected(request, answer.prefilled())).root
             assert root is not None
         finally:
             answer.cancel()
         name = None if body.name is UNSET else body.name
         tokens = answer.results[0].job.tokens
-        state = await asyncio.to_thread(service.states.add, name, root, tokens, parent)
+        state = await asyncio.to_thread(states.add, name, root, tokens, parent)
         return json_response(service.describe_state(state), 201)
 
     async def show_state(request: Request) -> Response:

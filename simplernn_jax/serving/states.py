@@ -1,5 +1,6 @@
 """Named states in a folder, as files that `simplernn_jax.inference.load_state` loads too."""
 
+import copy
 import dataclasses
 import os
 import re
@@ -63,12 +64,15 @@ class StateFolder:
         self._max_bytes = max_bytes
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
-        self.use_model(model)
-
-    def use_model(self, model: LanguageModel) -> None:
-        """Take the states of other parameters from now on."""
         self._model = model
-        self._fingerprints = fingerprints(model, self._tokenizer)
+        self._fingerprints = fingerprints(model, tokenizer)
+
+    def with_model(self, model: LanguageModel) -> "StateFolder":
+        """Return the same folder for other parameters, whose states alone can be loaded."""
+        other = copy.copy(self)
+        other._model = model
+        other._fingerprints = fingerprints(model, self._tokenizer)
+        return other
 
     def names(self) -> list[str]:
         """List the names of all files, those of other models included."""
@@ -90,9 +94,7 @@ class StateFolder:
                     raise OSError
                 return file.read(self._max_bytes)
         except OSError as error:
-            raise RequestError(
-                f"state {name!r}: there is none of this name", status=404, code="state_not_found"
-            ) from error
+            raise self._not_found(name) from error
 
     def load(self, name: str) -> NamedState:
         """Load a state.
@@ -165,8 +167,17 @@ class StateFolder:
         Raises:
           RequestError: 404 if there is none.
         """
-        self.read(name)
-        os.remove(self._path(name))
+        path = self._path(name)
+        try:
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                raise FileNotFoundError
+            os.remove(path)
+        except FileNotFoundError as error:
+            raise self._not_found(name) from error
+
+    def _not_found(self, name: str) -> RequestError:
+        message = f"state {name!r}: there is none of this name"
+        return RequestError(message, status=404, code="state_not_found")
 
     def _path(self, name: str) -> str:
         if not re.fullmatch(NAME_PATTERN, name):

@@ -1,0 +1,117 @@
+"""The engine's thread: failures, reloads and clients that leave."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from flax import nnx
+from small_runs import small_config
+
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.serving.engine import Engine, EngineStoppedError
+from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Sampling
+
+PROMPT = np.arange(5, dtype=np.int32)
+
+
+class Running:
+    """An engine whose events are collected."""
+
+    def __init__(self, **options):
+        self.model = LanguageModel(small_config().model, rngs=nnx.Rngs(0))
+        self.events, self.failures, self.changed = [], [], threading.Condition()
+        options = {"num_slots": 2, "cache_bytes": 0, "max_waiting": 9} | options
+        self.engine = Engine(
+            self.model, **options, on_events=self.receive, on_failure=self.failures.append
+        )
+
+    def receive(self, events):
+        with self.changed:
+            self.events += events
+            self.changed.notify_all()
+
+    def wait_for(self, job):
+        """Return the last event of `job`."""
+
+        def last():
+            ends = [e for j, e in self.events if j is job]
+            return [e for e in ends if isinstance(e, Failed) or getattr(e, "finish_reason", None)]
+
+        with self.changed:
+            assert self.changed.wait_for(last, timeout=60)
+            return last()[-1]
+
+
+@pytest.fixture
+def running():
+    running = Running()
+    running.engine.start()
+    yield running
+    running.engine.stop(0)
+
+
+def job(**options):
+    return Job(PROMPT, Sampling(), **{"max_tokens": 3} | options)
+
+
+def test_a_failing_step_ends_its_jobs_and_the_engine_goes_on(running, monkeypatch):
+    def fail(*_):
+        raise ValueError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.engine.decoder, "_dispatch", fail)
+        first = job()
+        running.engine.submit(first)
+        assert "could not compute this" in running.wait_for(first).message
+    second = job()
+    running.engine.submit(second)
+    assert isinstance(running.wait_for(second), NewTokens)
+
+
+def test_an_engine_that_cannot_go_on_says_so(running, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(running.engine.decoder, "_dispatch", fail)
+    monkeypatch.setattr(running.engine.decoder, "reset", fail)
+    first = job()
+    running.engine.submit(first)
+    assert isinstance(running.wait_for(first), Failed)
+    running.engine.stop(5)
+    assert [type(error) for error in running.failures] == [MemoryError]
+    with pytest.raises(EngineStoppedError):
+        running.engine.submit(job())
+
+
+def test_jobs_after_a_reload_have_the_new_parameters(running):
+    long = job(max_tokens=10**6)
+    running.engine.submit(long)
+    decoder = running.engine.make_decoder(running.model)
+    running.engine.use_decoder(decoder)
+    assert running.engine.decoder is decoder
+    new = job()
+    running.engine.submit(new)
+    assert isinstance(running.wait_for(new), NewTokens)
+    assert not any(isinstance(e, Failed) for _, e in running.events)
+    long.is_cancelled = True
+
+
+def test_cancelled_jobs_leave_the_queue():
+    running = Running(num_slots=1)
+    running.engine.start()
+    busy = job(max_tokens=10**6)
+    running.engine.submit(busy)
+    waiting = [job() for _ in range(9)]
+    while running.engine.num_waiting:
+        time.sleep(0.01)
+    running.engine.submit(*waiting)
+    for one in waiting:
+        one.is_cancelled = True
+    while running.engine.num_waiting:
+        time.sleep(0.01)
+    more = [job() for _ in range(9)]
+    running.engine.submit(*more)
+    busy.is_cancelled = True
+    assert isinstance(running.wait_for(more[-1]), NewTokens)
+    running.engine.stop(5)
