@@ -117,6 +117,9 @@ class Answer:
     def _read(self, job: Job, event: Event) -> list[Update]:
         number = self._of_job[job]
         result = self.results[number]
+        is_complete = all(choice.finish_reason is not None for choice in result.choices)
+        if not self._num_left or (is_complete and job.max_tokens):
+            return []  # a failure after the end
         if isinstance(event, Failed):
             raise RequestError(event.message, status=503, code="server_error")
         if isinstance(event, Prefilled):

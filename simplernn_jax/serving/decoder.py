@@ -91,7 +91,7 @@ class Decoder:
         self._in_flight: _Dispatched | None = None
         self._events: list[tuple[Job, Event]] = []
         self._live: dict[Job, None] = {}
-        """Jobs that were not finished when the step began, or that it took from `waiting`."""
+        """Jobs that the step under way may end, or has ended, without their events being known."""
 
     @property
     def num_active(self) -> int:
@@ -126,9 +126,7 @@ class Decoder:
         """Prefill a little, decode a block, and return what has become known."""
         self._events = []
         self._free_cancelled()
-        self._live = dict.fromkeys(self._prefiller.jobs)
-        self._live |= dict.fromkeys(ready.job for ready in self._ready)
-        self._live |= dict.fromkeys(choice.job for choice in self._choices if choice is not None)
+        self._live = self._started_jobs()
         previous, self._in_flight = self._in_flight, None
         if previous and (self.waiting or self._prefiller.jobs):
             self._collect(previous)  # prefill would compete with the block
@@ -143,18 +141,24 @@ class Decoder:
         else:
             # The device computes this block while the previous one is handled.
             self._in_flight = block
+        self._live = {}
         return self._events
 
     def fail_all(self, failed: Failed) -> list[tuple[Job, Event]]:
-        """Drop all jobs; return the events of an unfinished step and the failure of each job.
+        """Drop all jobs; return the events of a step that failed, and the failure of each job.
 
-        A job of the last step that has ended already may be among them. Call `reset` before the
-        next step.
+        Those that the events end are among them. Call `reset` before the next step.
         """
-        jobs = [*self._live, *(self.waiting.popleft() for _ in range(len(self.waiting)))]
-        self._live, events = {}, self._events
-        self._events = []
+        waiting = [self.waiting.popleft() for _ in range(len(self.waiting))]
+        events = self._events if self._live else []
+        jobs = self._live | self._started_jobs() | dict.fromkeys(waiting)
+        self._live = {}
         return events + [(job, failed) for job in jobs]
+
+    def _started_jobs(self) -> dict[Job, None]:
+        """Return the jobs that are not finished, but for those in `waiting`."""
+        jobs = [choice.job for choice in self._choices if choice is not None]
+        return dict.fromkeys([*self._prefiller.jobs, *(r.job for r in self._ready), *jobs])
 
     def reset(self) -> None:
         """Empty slots, queues and cache."""
