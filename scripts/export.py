@@ -12,7 +12,8 @@
     onnx         prefill and decoding for ONNX Runtime
 
 The export is loaded in a fresh process and compared with the model on held-out text before it is
-put in place. All forms but html need the extra: pip install 'simplernn_jax[export]'.
+put in place. html needs the package mini-racer, safetensors nothing more, the others the extra:
+pip install 'simplernn_jax[export]'.
 """
 
 import bootstrap
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags, logging
 
-from simplernn_jax import command_line
+from simplernn_jax import command_line, process_start
 from simplernn_jax.errors import UserError
 
 if TYPE_CHECKING:  # slow imports happen after the flags are checked
@@ -64,6 +65,7 @@ def main() -> None:
     from simplernn_jax.export.exporting import check_new, export
     from simplernn_jax.export.forms import find_form
 
+    process_start.raise_on_signals()  # there are a temporary folder and a child
     find_form(_FORMAT.value)
     check_new(out)
     check_devices()
@@ -84,7 +86,7 @@ def main() -> None:
 def held_out_tokens(workdir: str, model: "LanguageModel", tokenizer: "Tokenizer") -> "np.ndarray":
     """Return the first tokens of the run's held-out text, or of its training text without one.
 
-    If the text is missing, the model writes some.
+    If the text is missing, the model generates some.
     """
     import numpy as np
 
@@ -96,8 +98,8 @@ def held_out_tokens(workdir: str, model: "LanguageModel", tokenizer: "Tokenizer"
     except UserError as error:
         logging.warning("no held-out text, checking on generated text: %s", error)
         prompt = [tokenizer.bos_id]
-        written = generate(model, prompt, max_new_tokens=_CHECKED_TOKENS - 1, temperature=1.0)
-        return np.concatenate([prompt, written.tokens[0]])
+        generated = generate(model, prompt, max_new_tokens=_CHECKED_TOKENS - 1, temperature=1.0)
+        return np.concatenate([prompt, generated.tokens[0]])
     split = corpus.validation or corpus.train
     return np.asarray(split.tokens[:_CHECKED_TOKENS])
 

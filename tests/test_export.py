@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import chex
@@ -22,7 +23,7 @@ from small_runs import save_untrained, small_config, write_corpus
 
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
-from simplernn_jax.export import exporting
+from simplernn_jax.export import checking, exporting
 from simplernn_jax.export.exporting import export, float32_model
 from simplernn_jax.export.forms import FORMS, find_form, logits_of
 from simplernn_jax.export.rounding import rounded_weights
@@ -236,6 +237,50 @@ def test_a_wrong_export_leaves_nothing(tmp_path, workdir, monkeypatch, found, pr
             workdir=str(workdir),
             tokens=TOKENS,
         )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_leaves_nothing(tmp_path, workdir):
+    out = tmp_path / "parent" / "out"
+    script = [sys.executable, "scripts/export.py", f"--workdir={workdir}", f"--out={out}"]
+    process = subprocess.Popen([*script, "--format=stablehlo"], cwd=Path(__file__).parents[1])
+    deadline = time.monotonic() + 120
+    while not list(out.parent.glob(".*.tmp/*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert not list(out.parent.iterdir())
+
+
+def test_the_process_of_the_check(tmp_path, workdir, monkeypatch):
+    """It imports nothing from the current folder, and names how it ended."""
+    model, tokenizer, config = load_model(str(workdir))
+    folder = tmp_path / "out"
+    export("safetensors", model, tokenizer, config, str(folder), workdir="", tokens=TOKENS)
+    (tmp_path / "numpy.py").write_text("import os; os.abort()")
+    monkeypatch.chdir(tmp_path)
+    assert checking.run_exported("safetensors", folder, TOKENS, "a").ids == [97]
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    for code, problem in (
+        ("os.kill(os.getpid(), 9)", "killed by signal 9, perhaps out of memory"),
+        ("os.abort()", "killed by signal 6$"),
+        ("os._exit(7)", "exit code 7"),
+        ("raise ImportError('x')", "ImportError: x"),
+    ):
+        (tmp_path / "numpy.py").write_text(f"import os; {code}")
+        with monkeypatch.context() as patched, pytest.raises(UserError, match=problem):
+            patched.setattr(sys, "path", path.split(os.pathsep))
+            checking.run_exported("safetensors", folder, TOKENS, "a")
+
+
+def test_only_problems_of_the_folder_name_its_flag(tmp_path):
+    def fail():
+        raise OSError("of a library")
+
+    with pytest.raises(OSError, match="of a library"), exporting.new_folder(str(tmp_path / "out")):
+        fail()
     assert not list(tmp_path.iterdir())
 
 

@@ -15,6 +15,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of PyTorch's converter
 TOKENS = np.random.default_rng(0).integers(0, 256, 89).astype(np.int32)
 
 
+def test_large_weights_are_files_of_their_own(tmp_path, monkeypatch):
+    module = find_form("onnx")
+    monkeypatch.setattr(module, "MAX_INLINE_BYTES", 0)
+    original = trained(MODELS["plain"])
+    module.write(original, tmp_path)
+    assert (tmp_path / "prefill.onnx.data").stat().st_size > 0
+    expected = logits_of(original.model, TOKENS)
+    logits = module.load(tmp_path).logits(TOKENS)
+    chex.assert_trees_all_close(logits, expected, atol=2e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_greedy_tokens(tmp_path, name):
     original = trained(MODELS[name])

@@ -148,16 +148,24 @@ def new_folder(out: str) -> Iterator[Path]:
     check_new(out)
     parent = os.path.dirname(os.path.abspath(out))
     temporary = Path(parent, f".{secrets.token_hex(8)}.tmp")
-    try:
+    with _problems_of(out):
         os.makedirs(parent, exist_ok=True)
         temporary.mkdir()
-        try:
-            yield temporary
+    try:
+        yield temporary
+        with _problems_of(out):
             for path in [*temporary.rglob("*"), temporary]:
                 sync(path)
             os.rename(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            sync(parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _problems_of(out: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         problem = error.strerror or error
         raise UserError(f"--out={out}: {problem}; use another folder") from error

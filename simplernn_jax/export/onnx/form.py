@@ -96,8 +96,8 @@ def _strip(path: Path) -> None:
     graph = onnx.load(path, load_external_data=False)
     for part in (*graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
         del part.metadata_props[:]
-    onnx.checker.check_model(graph)
     onnx.save(graph, path)
+    onnx.checker.check_model(str(path))  # the path tells where weights in files of their own are
 
 
 def initial_state(modeling: Any, model: Any) -> dict[str, Any]:
