@@ -20,6 +20,7 @@ from export_models import GLA, MODELS, trained
 from flax import nnx
 from processes import run_scripts
 from small_runs import save_untrained, small_config, write_corpus
+from small_tokenizers import word_level
 
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
@@ -270,9 +271,10 @@ def test_the_process_of_the_check(tmp_path, workdir, monkeypatch):
         ("raise ImportError('x')", "ImportError: x"),
     ):
         (tmp_path / "numpy.py").write_text(f"import os; {code}")
-        with monkeypatch.context() as patched, pytest.raises(UserError, match=problem):
+        with monkeypatch.context() as patched:
             patched.setattr(sys, "path", path.split(os.pathsep))
-            checking.run_exported("safetensors", folder, TOKENS, "a")
+            with pytest.raises(UserError, match=problem):
+                checking.run_exported("safetensors", folder, TOKENS, "a")
 
 
 def test_only_problems_of_the_folder_name_its_flag(tmp_path):
@@ -291,6 +293,11 @@ def test_damaged_exports_are_refused(tmp_path, workdir):
     weights = safetensors.numpy.load_file(good / "model.safetensors")
     name, value = next(iter(weights.items()))
     run = json.loads((good / "simplernn.json").read_text())
+    pretrained = {
+        "kind": "pretrained",
+        "tokenizer": word_level(*map(str, range(296))).to_str(),
+        "special_ids": {},
+    }
     damages = {
         "model.safetensors": [
             (b"", "cannot be read"),
@@ -302,8 +309,15 @@ def test_damaged_exports_are_refused(tmp_path, workdir):
         "simplernn.json": [
             (b"{", "corrupted"),
             (json.dumps({"config": run["config"]}).encode(), "corrupted"),
-            (json.dumps(run | {"config": {}}).encode(), "missing"),
-            (json.dumps(run | {"tokenizer": {"kind": "x"}}).encode(), "of kind 'x'"),
+            (json.dumps(run | {"config": {}}).encode(), r"bad/simplernn\.json: .*missing"),
+            (
+                json.dumps(run | {"tokenizer": {"kind": "x"}}).encode(),
+                r"bad/simplernn\.json: .*of kind 'x'",
+            ),
+            (
+                json.dumps(run | {"tokenizer": pretrained}).encode(),
+                "bad: the tokenizer has 300 ids and the model 259",
+            ),
         ],
     }
     for file, contents in damages.items():

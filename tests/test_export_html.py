@@ -108,6 +108,15 @@ def test_bytes_are_decoded_alike_in_pieces(pair, pieces):
     assert len(rest) < 4
 
 
+def test_the_script_of_the_page_is_run(tmp_path):
+    module = find_form("html")
+    module.write(trained(MODELS["residual"]), tmp_path)
+    page = (tmp_path / FILE).read_text()
+    (tmp_path / FILE).write_text(page.replace("fromBase64(", "renamed("))
+    with pytest.raises(Exception, match="fromBase64 is not defined"):
+        module.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "reason"),
     [

@@ -17,6 +17,7 @@ from test_tokenizer import TEXT, byte_level_json, char_tokenizer
 from simplernn_jax import load_model
 from simplernn_jax.data import tokenizer_from_json
 from simplernn_jax.errors import UserError
+from simplernn_jax.export.checking import run_exported
 from simplernn_jax.export.exporting import export
 from simplernn_jax.export.forms import TrainedModel, find_form, logits_of
 from simplernn_jax.export.huggingface.tokenizer_file import tokenizer_json
@@ -247,3 +248,26 @@ def test_lm_eval_gives_the_scores_of_the_model(tmp_path):
         logprobs = jax.nn.log_softmax(logits_of(model, tokens)[:-1])
         wanted = logprobs[np.arange(len(tokens) - 1), tokens[1:]].sum()
         assert score == pytest.approx(float(wanted), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["link", "text", "png"])
+def test_only_a_picture_of_the_loss_is_published(tmp_path, kind):
+    (tmp_path / "run").mkdir()
+    picture, secret = b"\x89PNG\r\n\x1a\n...", tmp_path / "secret.png"
+    curve = tmp_path / "run" / "loss_curve.png"
+    if kind == "link":
+        secret.write_bytes(picture)
+        curve.symlink_to(secret)
+    else:
+        curve.write_bytes(picture if kind == "png" else b"secret")
+    write(trained(MODELS["plain"], workdir=str(tmp_path / "run")), tmp_path / "out")
+    assert (tmp_path / "out" / "loss_curve.png").exists() == (kind == "png")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("loss_curve.png" in card) == (kind == "png")
+
+
+def test_the_check_leaves_no_copy_of_the_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    write(trained(MODELS["plain"]), tmp_path / "out")
+    run_exported("huggingface", tmp_path / "out", TOKENS[0], "a")
+    assert not list((tmp_path / "home").rglob("*.py"))

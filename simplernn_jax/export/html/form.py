@@ -99,8 +99,8 @@ class _Loaded:
 
         page = (folder / FILE).read_text("utf-8")
         self._context = py_mini_racer.MiniRacer()
-        parts = {name: _part(page, name) for name in ("model", "weights")}
-        self._context.eval(_source("model.js"))
+        parts = {name: _part(page, name) for name in ("model", "weights", "forward-pass")}
+        self._context.eval(parts["forward-pass"])
         self._context.eval(f"const data = {parts['model']};")
         self._context.eval(f"const bytes = fromBase64({json.dumps(parts['weights'])});")
         self._context.eval(
