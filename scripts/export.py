@@ -27,6 +27,7 @@ from absl import flags, logging
 
 from simplernn_jax import command_line, process_start
 from simplernn_jax.errors import UserError
+from simplernn_jax.export import FORMATS, WEIGHT_TYPES
 
 if TYPE_CHECKING:  # slow imports happen after the flags are checked
     import numpy as np
@@ -37,14 +38,13 @@ if TYPE_CHECKING:  # slow imports happen after the flags are checked
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
 _CACHE_DIR, _SOURCE = command_line.define_corpus_flags()
-_FORMAT = flags.DEFINE_string(
-    "format", None, "html, huggingface, safetensors, stablehlo or onnx; see above."
-)
+_FORMAT_NAMES = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+_FORMAT = flags.DEFINE_string("format", None, f"{_FORMAT_NAMES}; see above.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the files; must not exist.")
 _WEIGHTS = flags.DEFINE_enum(
     "weights",
     "float32",
-    ["float32", "float16", "int8"],
+    WEIGHT_TYPES,
     "Type of the weights in an HTML file: float16 halves its size, int8 quarters it.",
 )
 
@@ -57,7 +57,7 @@ def main() -> None:
         if not flag.value:
             raise UserError(f"no --{flag.name}: specify {advice}")
     if not _FORMAT.value:
-        raise UserError("no --format: specify html, huggingface, safetensors, stablehlo or onnx")
+        raise UserError(f"no --format: specify {_FORMAT_NAMES}")
     out = command_line.expand_path(_OUT.value, "out")
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from simplernn_jax import load_model

@@ -24,9 +24,9 @@ from small_tokenizers import word_level
 
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
-from simplernn_jax.export import checking, exporting
+from simplernn_jax.export import FORMATS, checking, exporting
 from simplernn_jax.export.exporting import export, float32_model
-from simplernn_jax.export.forms import FORMS, find_form, logits_of
+from simplernn_jax.export.forms import find_form, logits_of
 from simplernn_jax.export.rounding import rounded_weights
 from simplernn_jax.inference import generate
 from simplernn_jax.models import load_gla_checkpoint
@@ -214,7 +214,7 @@ def test_bad_flags_are_one_line(tmp_path, workdir):
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for form in FORMS:
+    for form in FORMATS:
         if form == "safetensors":
             continue
         with pytest.raises(UserError, match=rf"--format={form} needs the package \w+: pip install"):

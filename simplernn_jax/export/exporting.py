@@ -76,12 +76,12 @@ def export(
     """Export a model to the new folder `out` and check it.
 
     Args:
-      form: one of `forms.FORMS`.
+      form: one of `FORMATS`.
       model, tokenizer, config: as `load_model` returns them.
       out: must not exist; nothing is there unless the export has passed its check.
       workdir: folder of the run, whose metrics describe the model.
       tokens: [T] ids of held-out text to compare logits on, T at least 2.
-      weights: of an HTML file: ``float32``, ``float16`` or ``int8``.
+      weights: of an HTML file: one of `WEIGHT_TYPES`.
 
     Raises:
       UserError: the form is unknown or needs a missing package, `out` exists or cannot be written,

@@ -14,10 +14,9 @@ from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, nearest_name
+from simplernn_jax.export import FORMATS
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.named_leaves import named_leaves
-
-FORMS = ("html", "huggingface", "safetensors", "stablehlo", "onnx")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ class TrainedModel:
     workdir: str
     """Folder of the run, whose metrics describe the model."""
     weights: str = "float32"
-    """Type of the weights in an HTML file: ``float32``, ``float16`` or ``int8``."""
+    """One of `WEIGHT_TYPES`."""
 
     @property
     def name(self) -> str:
@@ -78,9 +77,9 @@ def find_form(name: str) -> Any:
     Raises:
       UserError: there is no such form, or it needs a package that is not installed.
     """
-    if name not in FORMS:
+    if name not in FORMATS:
         raise UserError(
-            f"--format={name}: must be one of {', '.join(FORMS)}{nearest_name(name, FORMS)}"
+            f"--format={name}: must be one of {', '.join(FORMATS)}{nearest_name(name, FORMATS)}"
         )
     return importlib.import_module(f"simplernn_jax.export.{name}.form")
 

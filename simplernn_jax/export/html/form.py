@@ -13,7 +13,7 @@ import numpy as np
 from simplernn_jax.errors import UserError, counted
 from simplernn_jax.export.forms import TrainedModel, check_block, check_packages
 from simplernn_jax.export.html.tokenizer_data import tokenizer_data
-from simplernn_jax.export.rounding import int8_rows, is_rounded
+from simplernn_jax.export.rounding import float16, int8_rows, is_rounded
 from simplernn_jax.export.safetensors.form import description
 from simplernn_jax.models.named_weights import named_weights
 
@@ -83,8 +83,7 @@ def pack(weights: dict[str, np.ndarray], kind: str) -> tuple[list[dict[str, Any]
             integers, scale = int8_rows(weight)
             array |= {"offset": add(integers), "scale_offset": add(scale), "rows": len(scale)}
         elif type_ == "float16":
-            largest = np.finfo(np.float16).max
-            array["offset"] = add(np.clip(weight, -largest, largest).astype(np.float16))
+            array["offset"] = add(float16(weight))
         else:
             array["offset"] = add(weight.astype(np.float32))
         arrays.append(array)

@@ -16,9 +16,9 @@ import numpy as np
 
 from simplernn_jax.export.forms import TrainedModel, check_block, check_packages
 from simplernn_jax.export.safetensors.form import description
+from simplernn_jax.export.two_programs import PREFILL_TOKENS, Program, TwoPrograms
 from simplernn_jax.models.named_weights import named_weights
 
-PREFILL_TOKENS = 64
 OPSET = 18
 MAX_INLINE_BYTES = 1 << 30
 """Weights beyond this are files of their own: a graph has 2 GiB at most."""
@@ -125,47 +125,23 @@ def initial_state(modeling: Any, model: Any) -> dict[str, Any]:
     return state
 
 
-class _Loaded:
-    def __init__(self, folder: Path) -> None:
-        import onnxruntime
+def load(folder: Path) -> TwoPrograms:
+    """See `Form.load`."""
+    state = json.loads((folder / "config.json").read_text("utf-8"))["state"]
+    zero = {name: np.full(x["shape"], x["value"], x["dtype"]) for name, x in state.items()}
+    prefill, decode = (_program(folder / f"{name}.onnx") for name in ("prefill", "decode"))
+    return TwoPrograms(prefill, decode, zero, np.int64)
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self._prefill, self._decode = (
-            onnxruntime.InferenceSession(folder / f"{name}.onnx", options, ["CPUExecutionProvider"])
-            for name in ("prefill", "decode")
-        )
-        state = json.loads((folder / "config.json").read_text("utf-8"))["state"]
-        self._zero = {
-            name: np.full(x["shape"], x["value"], x["dtype"]) for name, x in state.items()
-        }
 
-    def _run(self, session: Any, state: Any, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
+def _program(path: Path) -> Program:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+
+    def run(state: dict[str, np.ndarray], tokens: np.ndarray) -> tuple[np.ndarray, Any]:
         logits, *new = session.run(None, {"tokens": tokens, **state})
         return logits[0], dict(zip(state, new, strict=True))
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        state, parts, position = self._zero, [], 0
-        tokens = tokens[None].astype(np.int64)
-        while position < tokens.shape[1]:
-            is_long = position + PREFILL_TOKENS <= tokens.shape[1]
-            session, length = (self._prefill, PREFILL_TOKENS) if is_long else (self._decode, 1)
-            part, state = self._run(session, state, tokens[:, position : position + length])
-            parts.append(part)
-            position += length
-        return np.concatenate(parts)
-
-    def greedy(self, token: int, count: int) -> list[int]:
-        state, tokens = self._zero, [token]
-        for _ in range(count):
-            logits, state = self._run(self._decode, state, np.array([tokens[-1:]]))
-            tokens.append(int(np.argmax(logits[-1])))
-        return tokens[1:]
-
-    def encode(self, text: str) -> None:
-        del text
-
-
-def load(folder: Path) -> _Loaded:
-    """See `Form.load`."""
-    return _Loaded(folder)
+    return run
