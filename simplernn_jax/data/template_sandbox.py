@@ -28,6 +28,8 @@ MAX_BITS = 4096
 ITEM_SIZE = 10
 """Characters that an item of a list counts as."""
 
+_CALLS_PER_CHECK = 32
+"""The clock is read by a system call, which takes longer than most operations of a template."""
 _FREE_FILTERS = ("length", "count", "first", "last")
 _REMOVED_FILTERS = ("format", "urlize", "striptags")
 _REFUSED_METHODS = ("format", "format_map", "expandtabs", "translate")
@@ -41,12 +43,14 @@ class _Budget:
     def __init__(self, characters: int) -> None:
         self.characters = characters
         self._deadline = time.thread_time() + MAX_SECONDS
+        self._calls = 0
 
     def spend(self, characters: int) -> None:
         self.characters -= characters
         if self.characters < 0:
             raise LimitError("it renders too much text")
-        if time.thread_time() > self._deadline:
+        self._calls += 1
+        if self._calls % _CALLS_PER_CHECK == 0 and time.thread_time() > self._deadline:
             raise LimitError(f"it takes more than {MAX_SECONDS:g} s")
 
 
@@ -146,7 +150,8 @@ def _items(iterable: Iterable[Any]) -> Iterator[Any]:
 
 
 def _value(value: Any) -> Any:
-    _budget.get().spend(_size(value, of_number=20))
+    size = len(value) if type(value) is str else _size(value, of_number=20)
+    _budget.get().spend(size)
     return value
 
 
