@@ -63,10 +63,10 @@ def main() -> None:
     from simplernn_jax import load_model
     from simplernn_jax.devices import check_devices
     from simplernn_jax.export.exporting import check_new, export
-    from simplernn_jax.export.forms import find_form
+    from simplernn_jax.export.formats import find_format
 
     process_start.raise_on_signals()  # there are a temporary folder and a child
-    find_form(_FORMAT.value)
+    find_format(_FORMAT.value)
     check_new(out)
     check_devices()
     model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)

@@ -19,7 +19,7 @@ from simplernn_jax.data import tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.checking import run_exported
 from simplernn_jax.export.exporting import export
-from simplernn_jax.export.forms import TrainedModel, find_form, logits_of
+from simplernn_jax.export.formats import TrainedModel, find_format, logits_of
 from simplernn_jax.export.huggingface.tokenizer_file import tokenizer_json
 from simplernn_jax.inference import generate
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
@@ -40,7 +40,7 @@ def _no_hub(tmp_path, monkeypatch):
 
 def write(original, folder):
     folder.mkdir()
-    find_form("huggingface").write(original, folder)
+    find_format("huggingface").write(original, folder)
 
 
 def load(folder):
@@ -183,7 +183,7 @@ def test_tokenizers(tmp_path, kind):
     assert len(theirs) == ours.vocab_size
 
 
-def test_special_ids_that_cannot_be_expressed():
+def test_special_ids_that_are_not_supported():
     tokenizer = pretrained(byte_level_json())
     tokenizer.eos_id = tokenizer.vocab_size + 7
     with pytest.raises(UserError, match="not next in the vocabulary"):

@@ -14,7 +14,7 @@ from small_tokenizers import byte_level
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import new_folder, without_paths
-from simplernn_jax.export.forms import TrainedModel, find_form
+from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.gla_checkpoint import gla_settings
 from simplernn_jax.models.named_weights import named_weights
@@ -87,7 +87,7 @@ def test_an_export_is_a_start(initial, tmp_path, mesh):
     model, tokenizer, config = load_model(str(initial))
     out = str(tmp_path / "export")
     with new_folder(out) as folder:
-        find_form("safetensors").write(TrainedModel(model, tokenizer, config, out), folder)
+        find_format("safetensors").write(TrainedModel(model, tokenizer, config, out), folder)
     with Run(fine_tuned(out, tmp_path, **mesh), str(tmp_path / "run")) as run:
         chex.assert_trees_all_equal(
             jax.tree.leaves(run.state.params), jax.tree.leaves(nnx.state(model, nnx.Param))
@@ -106,7 +106,7 @@ def test_tokenizers_are_compared_by_content(tmp_path):
     out = str(tmp_path / "export")
     with new_folder(out) as folder:
         trained = TrainedModel(model, loaded, without_paths(config), out)
-        find_form("safetensors").write(trained, folder)
+        find_format("safetensors").write(trained, folder)
     shutil.copytree(tmp_path / "a", tmp_path / "moved")
     for initial in (out, tmp_path / "initial"):
         same = fine_tuned(initial, tmp_path, tokenizer=str(tmp_path / "moved" / "tokenizer.json"))

@@ -1,6 +1,6 @@
 """Run an exported model in a process of its own, as its users would load it.
 
-python -m simplernn_jax.export.checking FORM FOLDER SCRATCH PARENT
+python -m simplernn_jax.export.checking FORMAT FOLDER SCRATCH PARENT
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from simplernn_jax.errors import UserError, one_line
-from simplernn_jax.export.forms import find_form
+from simplernn_jax.export.formats import find_format
 from simplernn_jax.process_start import end_with_parent
 
 TIMED_TOKENS = 128
@@ -28,11 +28,11 @@ class Found(NamedTuple):
     logits: np.ndarray
     """[T, vocab]."""
     ids: list[int] | None
-    """Of the text; None if the form has no tokenizer."""
+    """Of the text; None if the format has no tokenizer."""
     tokens_per_second: float
 
 
-def run_exported(form: str, folder: Path, tokens: np.ndarray, text: str) -> Found:
+def run_exported(format_name: str, folder: Path, tokens: np.ndarray, text: str) -> Found:
     """Compute the logits of [T] tokens and encode `text` by the model in `folder`.
 
     Raises:
@@ -51,7 +51,16 @@ def run_exported(form: str, folder: Path, tokens: np.ndarray, text: str) -> Foun
         }
         result = subprocess.run(
             # -P: nothing is imported from the current folder.
-            [sys.executable, "-P", "-m", __name__, form, str(folder), scratch, str(os.getpid())],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                __name__,
+                format_name,
+                str(folder),
+                scratch,
+                str(os.getpid()),
+            ],
             env={**os.environ, **variables},
             capture_output=True,
             check=False,
@@ -59,7 +68,7 @@ def run_exported(form: str, folder: Path, tokens: np.ndarray, text: str) -> Foun
         if result.returncode:
             reason = _reason(result.returncode, result.stderr.decode("utf-8", "replace"))
             raise UserError(
-                f"--format={form}: the exported model fails in a fresh process: {reason}"
+                f"--format={format_name}: the exported model fails in a fresh process: {reason}"
             )
         answer = json.loads(Path(scratch, "answer.json").read_text("utf-8"))
         return Found(np.load(Path(scratch, "logits.npy")), **answer)
@@ -72,10 +81,10 @@ def _reason(code: int, errors: str) -> str:
     return one_line(errors.strip().rpartition("\n")[2]) or f"exit code {code}"
 
 
-def main(form: str, folder: str, scratch: str, parent: str) -> None:
+def main(format_name: str, folder: str, scratch: str, parent: str) -> None:
     """Write what the model in `folder` computes to the folder `scratch`."""
     end_with_parent(int(parent))
-    loaded = find_form(form).load(Path(folder))
+    loaded = find_format(format_name).load(Path(folder))
     tokens = np.load(Path(scratch, "tokens.npy"))
     np.save(Path(scratch, "logits.npy"), loaded.logits(tokens))
     ids = loaded.encode(Path(scratch, "text").read_bytes().decode())

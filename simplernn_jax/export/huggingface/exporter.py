@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from simplernn_jax.export.forms import TrainedModel, check_block, check_packages
+from simplernn_jax.export.formats import TrainedModel, check_block, check_packages
 from simplernn_jax.export.huggingface.model_card import model_card
 from simplernn_jax.export.huggingface.tokenizer_file import tokenizer_json
-from simplernn_jax.export.safetensors import form as safetensors_form
+from simplernn_jax.export.safetensors import exporter as safetensors_exporter
 from simplernn_jax.files import read_file
 from simplernn_jax.training import loss_curve
 
@@ -20,10 +20,10 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
-    """See `Form.write`."""
+    """See `Format.write`."""
     check_block("huggingface", trained.model)
     check_packages("huggingface", "torch", "transformers")
-    safetensors_form.write(trained, folder)
+    safetensors_exporter.write(trained, folder)
     shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
     tokenizer = trained.tokenizer
     module = Path(CODE).stem
@@ -35,7 +35,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
     text, names = tokenizer_json(tokenizer)
     (folder / "tokenizer.json").write_text(text, "utf-8")
     description = {
-        **safetensors_form.description(trained),
+        **safetensors_exporter.description(trained),
         "architectures": ["SimpleRNNForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{module}.SimpleRNNConfig",
@@ -111,5 +111,5 @@ class _Loaded:
 
 
 def load(folder: Path) -> _Loaded:
-    """See `Form.load`."""
+    """See `Format.load`."""
     return _Loaded(folder)

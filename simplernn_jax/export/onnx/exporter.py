@@ -1,4 +1,4 @@
-"""``prefill.onnx`` and ``decode.onnx``, converted from the PyTorch model of the form huggingface.
+"""``prefill.onnx`` and ``decode.onnx``, converted from the PyTorch model of the format huggingface.
 
 Both map ``tokens`` [1, T] int64 and the state to ``logits`` [1, T, vocab] float32 and the next
 state, with T of 64 in prefill and 1 in decode. Names, shapes and zero values of the state are in
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from simplernn_jax.export.forms import TrainedModel, check_block, check_packages
-from simplernn_jax.export.safetensors.form import description
+from simplernn_jax.export.formats import TrainedModel, check_block, check_packages
+from simplernn_jax.export.safetensors.exporter import description
 from simplernn_jax.export.two_programs import PREFILL_TOKENS, Program, TwoPrograms
 from simplernn_jax.models.named_weights import named_weights
 
@@ -26,7 +26,7 @@ PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
-    """See `Form.write`."""
+    """See `Format.write`."""
     check_block("onnx", trained.model)
     check_packages("onnx", *PACKAGES)
     import torch
@@ -126,7 +126,7 @@ def initial_state(modeling: Any, model: Any) -> dict[str, Any]:
 
 
 def load(folder: Path) -> TwoPrograms:
-    """See `Form.load`."""
+    """See `Format.load`."""
     state = json.loads((folder / "config.json").read_text("utf-8"))["state"]
     zero = {name: np.full(x["shape"], x["value"], x["dtype"]) for name, x in state.items()}
     prefill, decode = (_program(folder / f"{name}.onnx") for name in ("prefill", "decode"))

@@ -15,8 +15,8 @@ import numpy as np
 import safetensors.numpy
 from jax import export
 
-from simplernn_jax.export.forms import TrainedModel, check_packages, state_by_name
-from simplernn_jax.export.safetensors.form import description, write_weights
+from simplernn_jax.export.formats import TrainedModel, check_packages, state_by_name
+from simplernn_jax.export.safetensors.exporter import description, write_weights
 from simplernn_jax.export.two_programs import PREFILL_TOKENS, Program, TwoPrograms
 from simplernn_jax.inference.exported_folder import WEIGHTS
 from simplernn_jax.models import LanguageModel
@@ -27,7 +27,7 @@ EXAMPLE = "example.py"
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
-    """See `Form.write`."""
+    """See `Format.write`."""
     check_packages("stablehlo", "flatbuffers")
     model = trained.model
     write_weights(trained, folder)
@@ -78,7 +78,7 @@ def _export(model: LanguageModel, weights: dict[str, Any], length: int) -> expor
 
 
 def load(folder: Path) -> TwoPrograms:
-    """See `Form.load`."""
+    """See `Format.load`."""
     weights = safetensors.numpy.load_file(folder / WEIGHTS)
     state = json.loads((folder / "config.json").read_text("utf-8"))["state"]
     zero = {name: np.zeros((1, *x["shape"][1:]), x["dtype"]) for name, x in state.items()}

@@ -11,10 +11,10 @@ import markupsafe
 import numpy as np
 
 from simplernn_jax.errors import UserError, counted
-from simplernn_jax.export.forms import TrainedModel, check_block, check_packages
+from simplernn_jax.export.formats import TrainedModel, check_block, check_packages
 from simplernn_jax.export.html.tokenizer_data import tokenizer_data
 from simplernn_jax.export.rounding import float16, int8_rows, is_rounded
-from simplernn_jax.export.safetensors.form import description
+from simplernn_jax.export.safetensors.exporter import description
 from simplernn_jax.models.named_weights import named_weights
 
 FILE = "model.html"
@@ -23,7 +23,7 @@ MAX_BYTES = 1 << 28
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
-    """See `Form.write`."""
+    """See `Format.write`."""
     check_block("html", trained.model)
     check_packages("html", "py_mini_racer")
     weights = named_weights(trained.model)
@@ -31,7 +31,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
     if len(content) > MAX_BYTES:
         raise UserError(
             f"--format=html: the weights have {len(content):,} bytes, more than a browser loads "
-            f"({MAX_BYTES:,}); use --weights=int8, or another form"
+            f"({MAX_BYTES:,}); use --weights=int8, or another format"
         )
     tokenizer, config = trained.tokenizer, trained.model.config
     special = {tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, config.vocab_size)}
@@ -141,5 +141,5 @@ def _part(page: str, name: str) -> str:
 
 
 def load(folder: Path) -> _Loaded:
-    """See `Form.load`."""
+    """See `Format.load`."""
     return _Loaded(folder)
