@@ -12,7 +12,8 @@
     onnx         prefill and decoding for ONNX Runtime
 
 The export is loaded in a fresh process and compared with the model on held-out text before it is
-put in place. All forms but html need the extra: pip install 'simplernn_jax[export]'.
+put in place. html needs the package mini-racer, safetensors nothing more, the others the extra:
+pip install 'simplernn_jax[export]'.
 """
 
 import bootstrap
@@ -24,8 +25,9 @@ from typing import TYPE_CHECKING
 
 from absl import flags, logging
 
-from simplernn_jax import command_line
+from simplernn_jax import command_line, process_start
 from simplernn_jax.errors import UserError
+from simplernn_jax.export import FORMATS, WEIGHT_TYPES
 
 if TYPE_CHECKING:  # slow imports happen after the flags are checked
     import numpy as np
@@ -36,14 +38,13 @@ if TYPE_CHECKING:  # slow imports happen after the flags are checked
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
 _CACHE_DIR, _SOURCE = command_line.define_corpus_flags()
-_FORMAT = flags.DEFINE_string(
-    "format", None, "html, huggingface, safetensors, stablehlo or onnx; see above."
-)
+_FORMAT_NAMES = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+_FORMAT = flags.DEFINE_string("format", None, f"{_FORMAT_NAMES}; see above.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the files; must not exist.")
 _WEIGHTS = flags.DEFINE_enum(
     "weights",
     "float32",
-    ["float32", "float16", "int8"],
+    WEIGHT_TYPES,
     "Type of the weights in an HTML file: float16 halves its size, int8 quarters it.",
 )
 
@@ -56,15 +57,16 @@ def main() -> None:
         if not flag.value:
             raise UserError(f"no --{flag.name}: specify {advice}")
     if not _FORMAT.value:
-        raise UserError("no --format: specify html, huggingface, safetensors, stablehlo or onnx")
+        raise UserError(f"no --format: specify {_FORMAT_NAMES}")
     out = command_line.expand_path(_OUT.value, "out")
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from simplernn_jax import load_model
     from simplernn_jax.devices import check_devices
     from simplernn_jax.export.exporting import check_new, export
-    from simplernn_jax.export.forms import find_form
+    from simplernn_jax.export.formats import find_format
 
-    find_form(_FORMAT.value)
+    process_start.raise_on_signals()  # there are a temporary folder and a child
+    find_format(_FORMAT.value)
     check_new(out)
     check_devices()
     model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
@@ -84,7 +86,7 @@ def main() -> None:
 def held_out_tokens(workdir: str, model: "LanguageModel", tokenizer: "Tokenizer") -> "np.ndarray":
     """Return the first tokens of the run's held-out text, or of its training text without one.
 
-    If the text is missing, the model writes some.
+    If the text is missing, the model generates some.
     """
     import numpy as np
 
@@ -96,8 +98,8 @@ def held_out_tokens(workdir: str, model: "LanguageModel", tokenizer: "Tokenizer"
     except UserError as error:
         logging.warning("no held-out text, checking on generated text: %s", error)
         prompt = [tokenizer.bos_id]
-        written = generate(model, prompt, max_new_tokens=_CHECKED_TOKENS - 1, temperature=1.0)
-        return np.concatenate([prompt, written.tokens[0]])
+        generated = generate(model, prompt, max_new_tokens=_CHECKED_TOKENS - 1, temperature=1.0)
+        return np.concatenate([prompt, generated.tokens[0]])
     split = corpus.validation or corpus.train
     return np.asarray(split.tokens[:_CHECKED_TOKENS])
 

@@ -17,14 +17,16 @@ SMALL_FILE = 1 << 26
 """Default bound on what `read_file` reads: 64 MiB."""
 
 
-def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
+def open_file(path: str | os.PathLike[str], *, follow_link: bool = True) -> io.BufferedReader:
     """Open a regular file for reading, as ``open(path, "rb")`` does.
 
     Raises:
-      OSError: no such file, or it is a folder, a FIFO, a device or a socket; never blocks.
+      OSError: no such file, or it is a folder, a FIFO, a device or a socket; never blocks. Also a
+        link if `follow_link` is False.
     """
     # Without O_NONBLOCK, opening a FIFO would wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_link else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
@@ -34,13 +36,16 @@ def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
         raise
 
 
-def read_file(path: str | os.PathLike[str], limit: int = SMALL_FILE) -> bytes:
+def read_file(
+    path: str | os.PathLike[str], limit: int = SMALL_FILE, *, follow_link: bool = True
+) -> bytes:
     """Read a regular file of at most `limit` bytes.
 
     Raises:
-      OSError: it cannot be read, is not a regular file, or is larger (EFBIG).
+      OSError: it cannot be read, is not a regular file, or is larger (EFBIG),
+        or is a link and `follow_link` is False.
     """
-    with open_file(path) as file:
+    with open_file(path, follow_link=follow_link) as file:
         # `read` allocates all that it may return: request little more than the file's size.
         size = os.fstat(file.fileno()).st_size
         content = file.read(min(size, limit) + 1)

@@ -4,7 +4,7 @@ from flax import nnx
 
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.data import load_tokenizer
-from simplernn_jax.export.forms import TrainedModel
+from simplernn_jax.export.formats import TrainedModel
 from simplernn_jax.models import LanguageModel
 
 MODELS = {

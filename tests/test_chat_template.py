@@ -1,5 +1,7 @@
 """Conversations as text: built-in and given templates, and which tokens are targets."""
 
+import time
+
 import numpy as np
 import pytest
 from corpus_files import read_all, records, write
@@ -75,6 +77,52 @@ def test_text_cannot_pose_as_a_role():
 def test_templates_that_cannot_be_used(source, problem):
     with pytest.raises(UserError, match=f"chat template: .*{problem}"):
         ChatTemplate(source)
+
+
+def looped(body, start="'a'"):
+    """A template that computes `body` from `x.a` 40 times."""
+    return f"{{% set x = namespace(a={start}) %}}{{% for i in range(40) %}}{body}{{% endfor %}}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        f"{'{% for i in range(99999) %}' * 2}{'{% endfor %}' * 2}",
+        "{% for i in [1] recursive %}{% for j in range(9999) %}{{ loop(range(9999)) }}"
+        "{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+        "{{ f(99) }}",
+        "{{ 'a' * 10**10 }}",
+        "{{ [1] * 10**10 }}",
+        "{{ 9 ** 99999999 }}",
+        "{{ 'a' | center(10000000000) }}",
+        "{{ 'a'.ljust(10000000000) }}",
+        "{{ '{:>10000000000}'.format(1) }}",
+        "{{ '%10000000000d' % 1 }}",
+        "{% set a = 'a' * 9999 %}{{ a.replace('a', a) }}",
+        looped("{% set x.a = x.a ~ x.a %}"),
+        looped("{% set a %}{{ x.a }}{{ x.a }}{% endset %}{% set x.a = a %}"),
+        looped("{% set x.a = [x.a, x.a] %}"),
+        looped("{% set x.a = x.a * x.a %}", start="9"),
+        f"{{{{ {'(' * 5000} }}}}",
+        f"{{{{ {'9' * 5000} }}}}",
+        f"{'{% for i in x %}' * 30}{'{% endfor %}' * 30}",
+        f"{'{% if 1 %}' * 150}{'{% endif %}' * 150}",
+    ],
+)
+def test_templates_that_use_too_much(source):
+    start = time.thread_time()
+    with pytest.raises(UserError, match=r"chat template: .*; correct --config"):
+        ChatTemplate(source + CHATML)
+    assert time.thread_time() - start < 5
+
+
+def test_long_conversations_are_within_the_limits():
+    chat = talk(*[("question " * 50, "answer " * 50)] * 300)
+    for source in (ROLES, CHATML):
+        text = ChatTemplate(source).render(chat)
+        assert text.count("answer") == 300 * 50
+    assert ChatTemplate(CHATML).render(talk(("a" * 10**7, "b"))).count("a") > 10**7
 
 
 def test_templates_come_from_files(tmp_path):

@@ -83,6 +83,18 @@ def test_undo_reset_and_fork(loaded):
         conversation.ask("\x01", max_new_tokens=9)
 
 
+def test_states_that_cannot_be_continued(loaded, tmp_path):
+    model, tokenizer, _ = loaded
+    two = generate_text(model, tokenizer, ["a", "b"], max_new_tokens=0).state
+    with pytest.raises(UserError, match="state: 2 sequences"):
+        Conversation(*loaded, state=two)
+    config = small_config(source=write_corpus(tmp_path / "texts"))
+    save_untrained(config, tmp_path / "other")
+    other = generate_text(*load_model(str(tmp_path / "other"))[:2], "a", max_new_tokens=0).state
+    with pytest.raises(UserError, match="use the model that made it"):
+        Conversation(*loaded, state=other)
+
+
 def test_chat_script(workdir, tmp_path, loaded):
     lines = ["hi", "/fork here", "more", "/undo", f"/save {tmp_path / 's'}", "more", "/load here",
              "more", "/reset", f"/load {tmp_path / 's'}", "more", "", "/help", "/none", "/load",

@@ -1,4 +1,4 @@
-"""Exports of a trained model: what all forms share, and those without other frameworks."""
+"""Exports of a trained model: what all formats share, and those without other frameworks."""
 
 import dataclasses
 import itertools
@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import chex
@@ -19,12 +20,13 @@ from export_models import GLA, MODELS, trained
 from flax import nnx
 from processes import run_scripts
 from small_runs import save_untrained, small_config, write_corpus
+from small_tokenizers import word_level
 
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
-from simplernn_jax.export import exporting
+from simplernn_jax.export import FORMATS, checking, exporting
 from simplernn_jax.export.exporting import export, float32_model
-from simplernn_jax.export.forms import FORMS, find_form, logits_of
+from simplernn_jax.export.formats import find_format, logits_of
 from simplernn_jax.export.rounding import rounded_weights
 from simplernn_jax.inference import generate
 from simplernn_jax.models import load_gla_checkpoint
@@ -41,15 +43,15 @@ def workdir(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("form", "name"),
+    ("format_name", "name"),
     [
         *itertools.product(("safetensors", "stablehlo", "html"), MODELS),
         *itertools.product(("safetensors", "stablehlo"), ["gla"]),
     ],
 )
-def test_logits_and_greedy_tokens_are_those_of_the_model(tmp_path, form, name):
+def test_logits_and_greedy_tokens_are_those_of_the_model(tmp_path, format_name, name):
     original = trained({**MODELS, "gla": GLA}[name])
-    module = find_form(form)
+    module = find_format(format_name)
     module.write(original, tmp_path)
     root = str(Path(__file__).parents[1]).encode()
     assert not any(root in path.read_bytes() for path in tmp_path.iterdir())
@@ -96,7 +98,7 @@ def test_an_export_is_a_model(tmp_path, workdir):
 
 def test_the_example_runs_without_this_package(tmp_path):
     original = trained(MODELS["residual"])
-    find_form("stablehlo").write(original, tmp_path)
+    find_format("stablehlo").write(original, tmp_path)
     words = [str(token) for token in TOKENS.tolist()]
     (tmp_path / "simplernn_jax").mkdir()
     (tmp_path / "simplernn_jax" / "__init__.py").write_text("raise ImportError")
@@ -116,7 +118,7 @@ def test_the_example_runs_without_this_package(tmp_path):
 def test_a_program_for_all_platforms_without_custom_calls(tmp_path):
     from jax import export as jax_export
 
-    find_form("stablehlo").write(trained(MODELS["hybrid"]), tmp_path)
+    find_format("stablehlo").write(trained(MODELS["hybrid"]), tmp_path)
     for name in ("prefill", "decode"):
         program = jax_export.deserialize(bytearray((tmp_path / f"{name}.bin").read_bytes()))
         assert program.platforms == ("cpu", "cuda", "tpu")
@@ -129,7 +131,7 @@ def test_a_program_for_all_platforms_without_custom_calls(tmp_path):
 @pytest.mark.parametrize("kind", ["float16", "int8"])
 def test_rounded_weights(tmp_path, kind):
     original = dataclasses.replace(trained(MODELS["residual"]), weights=kind)
-    module = find_form("html")
+    module = find_format("html")
     module.write(original, tmp_path)
     weights = named_weights(original.model)
     rounded = rounded_weights(weights, kind)
@@ -148,7 +150,7 @@ def test_plain_weights_run_in_the_pytorch_project(tmp_path):
     from benchmarks.torch_loop import LoopModel
 
     original = trained(MODELS["plain"])
-    find_form("safetensors").write(original, tmp_path)
+    find_format("safetensors").write(original, tmp_path)
     config = original.model.config
     sizes = (config.vocab_size, config.num_layers, config.hidden_dim)
     reference = LoopModel(*sizes, config.key_dim, config.value_dim)
@@ -163,13 +165,13 @@ def test_plain_weights_run_in_the_pytorch_project(tmp_path):
 @pytest.mark.parametrize("fields", [{}, {"tie_embeddings": False, "min_log_gate": -0.05}])
 def test_an_export_of_gla_is_a_checkpoint_of_flash_linear_attention(tmp_path, fields):
     original = trained(GLA | {"short_convolution": 0} | fields)
-    find_form("safetensors").write(original, tmp_path)
+    find_format("safetensors").write(original, tmp_path)
     again = load_gla_checkpoint(str(tmp_path))
     assert again.config == original.model.config
     chex.assert_trees_all_equal(nnx.state(again, nnx.Param), nnx.state(original.model, nnx.Param))
-    for form in ("html", "huggingface", "onnx"):
+    for format_name in ("html", "huggingface", "onnx"):
         with pytest.raises(UserError, match=r"not possible with model\.block='gla'"):
-            find_form(form).write(original, tmp_path)
+            find_format(format_name).write(original, tmp_path)
 
 
 def test_the_script_exports_a_page(tmp_path, workdir):
@@ -212,11 +214,13 @@ def test_bad_flags_are_one_line(tmp_path, workdir):
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for form in FORMS:
-        if form == "safetensors":
+    for format_name in FORMATS:
+        if format_name == "safetensors":
             continue
-        with pytest.raises(UserError, match=rf"--format={form} needs the package \w+: pip install"):
-            find_form(form).write(trained(MODELS["plain"]), None)
+        with pytest.raises(
+            UserError, match=rf"--format={format_name} needs the package \w+: pip install"
+        ):
+            find_format(format_name).write(trained(MODELS["plain"]), None)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +243,51 @@ def test_a_wrong_export_leaves_nothing(tmp_path, workdir, monkeypatch, found, pr
     assert not list(tmp_path.iterdir())
 
 
+def test_a_signal_leaves_nothing(tmp_path, workdir):
+    out = tmp_path / "parent" / "out"
+    script = [sys.executable, "scripts/export.py", f"--workdir={workdir}", f"--out={out}"]
+    process = subprocess.Popen([*script, "--format=stablehlo"], cwd=Path(__file__).parents[1])
+    deadline = time.monotonic() + 120
+    while not list(out.parent.glob(".*.tmp/*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert not list(out.parent.iterdir())
+
+
+def test_the_process_of_the_check(tmp_path, workdir, monkeypatch):
+    """It imports nothing from the current folder, and names how it ended."""
+    model, tokenizer, config = load_model(str(workdir))
+    folder = tmp_path / "out"
+    export("safetensors", model, tokenizer, config, str(folder), workdir="", tokens=TOKENS)
+    (tmp_path / "numpy.py").write_text("import os; os.abort()")
+    monkeypatch.chdir(tmp_path)
+    assert checking.run_exported("safetensors", folder, TOKENS, "a").ids == [97]
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    for code, problem in (
+        ("os.kill(os.getpid(), 9)", "killed by signal 9, perhaps out of memory"),
+        ("os.abort()", "killed by signal 6$"),
+        ("os._exit(7)", "exit code 7"),
+        ("raise ImportError('x')", "ImportError: x"),
+    ):
+        (tmp_path / "numpy.py").write_text(f"import os; {code}")
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "path", path.split(os.pathsep))
+            with pytest.raises(UserError, match=problem):
+                checking.run_exported("safetensors", folder, TOKENS, "a")
+
+
+def test_only_problems_of_the_folder_name_its_flag(tmp_path):
+    def fail():
+        raise OSError("of a library")
+
+    with pytest.raises(OSError, match="of a library"), exporting.new_folder(str(tmp_path / "out")):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
 def test_damaged_exports_are_refused(tmp_path, workdir):
     model, tokenizer, config = load_model(str(workdir))
     good = tmp_path / "good"
@@ -246,6 +295,11 @@ def test_damaged_exports_are_refused(tmp_path, workdir):
     weights = safetensors.numpy.load_file(good / "model.safetensors")
     name, value = next(iter(weights.items()))
     run = json.loads((good / "simplernn.json").read_text())
+    pretrained = {
+        "kind": "pretrained",
+        "tokenizer": word_level(*map(str, range(296))).to_str(),
+        "special_ids": {},
+    }
     damages = {
         "model.safetensors": [
             (b"", "cannot be read"),
@@ -257,8 +311,15 @@ def test_damaged_exports_are_refused(tmp_path, workdir):
         "simplernn.json": [
             (b"{", "corrupted"),
             (json.dumps({"config": run["config"]}).encode(), "corrupted"),
-            (json.dumps(run | {"config": {}}).encode(), "missing"),
-            (json.dumps(run | {"tokenizer": {"kind": "x"}}).encode(), "of kind 'x'"),
+            (json.dumps(run | {"config": {}}).encode(), r"bad/simplernn\.json: .*missing"),
+            (
+                json.dumps(run | {"tokenizer": {"kind": "x"}}).encode(),
+                r"bad/simplernn\.json: .*of kind 'x'",
+            ),
+            (
+                json.dumps(run | {"tokenizer": pretrained}).encode(),
+                "bad: the tokenizer has 300 ids and the model 259",
+            ),
         ],
     }
     for file, contents in damages.items():

@@ -17,8 +17,8 @@ from simplernn_jax import load_model
 from simplernn_jax.data import tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import export
-from simplernn_jax.export.forms import find_form
-from simplernn_jax.export.html.form import FILE
+from simplernn_jax.export.formats import find_format
+from simplernn_jax.export.html.exporter import FILE
 from simplernn_jax.export.html.tokenizer_data import tokenizer_data
 from simplernn_jax.inference import generate_text
 from simplernn_jax.training.loop import train
@@ -70,8 +70,8 @@ def pair(request, tmp_path_factory):
     """A tokenizer, and the exported page with it in V8."""
     folder = tmp_path_factory.mktemp("page")
     tokenizer = TOKENIZERS[request.param]()
-    find_form("html").write(trained(MODELS["residual"], tokenizer), folder)
-    return tokenizer, find_form("html").load(folder)
+    find_format("html").write(trained(MODELS["residual"], tokenizer), folder)
+    return tokenizer, find_format("html").load(folder)
 
 
 def test_texts_are_encoded_alike(pair):
@@ -108,6 +108,15 @@ def test_bytes_are_decoded_alike_in_pieces(pair, pieces):
     assert len(rest) < 4
 
 
+def test_the_script_of_the_page_is_run(tmp_path):
+    module = find_format("html")
+    module.write(trained(MODELS["residual"]), tmp_path)
+    page = (tmp_path / FILE).read_text()
+    (tmp_path / FILE).write_text(page.replace("fromBase64(", "renamed("))
+    with pytest.raises(Exception, match="fromBase64 is not defined"):
+        module.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "reason"),
     [
@@ -116,9 +125,9 @@ def test_bytes_are_decoded_alike_in_pieces(pair, pieces):
         (byte_level(add_prefix_space=True), "it adds a space"),
     ],
 )
-def test_tokenizers_that_cannot_be_expressed(tokenizer, reason):
+def test_tokenizers_that_are_not_supported(tokenizer, reason):
     tokenizer = pretrained(tokenizer)
-    with pytest.raises(UserError, match=f"cannot be expressed in JavaScript .{reason}"):
+    with pytest.raises(UserError, match=f"is not supported by this format .{reason}"):
         tokenizer_data(tokenizer, tokenizer.vocab_size)
 
 
@@ -205,13 +214,13 @@ def test_states_are_kept_forked_and_continued(page):
         page.get_by_role("button", name=f"Continue {name}").click()
         texts.append(written(page, "c", 30))
     assert texts[0] == texts[1] == texts[2]
-    page.get_by_role("button", name="Start anew").click()
+    page.get_by_role("button", name="Reset").click()
     whole = written(page, "ab", 20)
     assert page.locator("#text .prompt").text_content() == "ab"
     page.get_by_role("button", name="Keep this state").click()
     page.get_by_role("button", name="Continue state 3").click()
     rest = written(page, "", 10)
-    page.get_by_role("button", name="Start anew").click()
+    page.get_by_role("button", name="Reset").click()
     assert written(page, "ab", 30) == whole + rest
     for name in ("state 1", "state 2", "state 3"):
         page.get_by_role("button", name=f"Delete {name}").click()

@@ -17,8 +17,9 @@ from test_tokenizer import TEXT, byte_level_json, char_tokenizer
 from simplernn_jax import load_model
 from simplernn_jax.data import tokenizer_from_json
 from simplernn_jax.errors import UserError
+from simplernn_jax.export.checking import run_exported
 from simplernn_jax.export.exporting import export
-from simplernn_jax.export.forms import TrainedModel, find_form, logits_of
+from simplernn_jax.export.formats import TrainedModel, find_format, logits_of
 from simplernn_jax.export.huggingface.tokenizer_file import tokenizer_json
 from simplernn_jax.inference import generate
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
@@ -39,7 +40,7 @@ def _no_hub(tmp_path, monkeypatch):
 
 def write(original, folder):
     folder.mkdir()
-    find_form("huggingface").write(original, folder)
+    find_format("huggingface").write(original, folder)
 
 
 def load(folder):
@@ -182,7 +183,7 @@ def test_tokenizers(tmp_path, kind):
     assert len(theirs) == ours.vocab_size
 
 
-def test_special_ids_that_cannot_be_expressed():
+def test_special_ids_that_are_not_supported():
     tokenizer = pretrained(byte_level_json())
     tokenizer.eos_id = tokenizer.vocab_size + 7
     with pytest.raises(UserError, match="not next in the vocabulary"):
@@ -247,3 +248,26 @@ def test_lm_eval_gives_the_scores_of_the_model(tmp_path):
         logprobs = jax.nn.log_softmax(logits_of(model, tokens)[:-1])
         wanted = logprobs[np.arange(len(tokens) - 1), tokens[1:]].sum()
         assert score == pytest.approx(float(wanted), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["link", "text", "png"])
+def test_only_a_picture_of_the_loss_is_published(tmp_path, kind):
+    (tmp_path / "run").mkdir()
+    picture, secret = b"\x89PNG\r\n\x1a\n...", tmp_path / "secret.png"
+    curve = tmp_path / "run" / "loss_curve.png"
+    if kind == "link":
+        secret.write_bytes(picture)
+        curve.symlink_to(secret)
+    else:
+        curve.write_bytes(picture if kind == "png" else b"secret")
+    write(trained(MODELS["plain"], workdir=str(tmp_path / "run")), tmp_path / "out")
+    assert (tmp_path / "out" / "loss_curve.png").exists() == (kind == "png")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("loss_curve.png" in card) == (kind == "png")
+
+
+def test_the_check_leaves_no_copy_of_the_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    write(trained(MODELS["plain"]), tmp_path / "out")
+    run_exported("huggingface", tmp_path / "out", TOKENS[0], "a")
+    assert not list((tmp_path / "home").rglob("*.py"))

@@ -9,14 +9,16 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from small_runs import save_untrained, small_config, stop_after, write_corpus
+from small_tokenizers import byte_level
 
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
-from simplernn_jax.export.exporting import new_folder
-from simplernn_jax.export.forms import TrainedModel, find_form
+from simplernn_jax.export.exporting import new_folder, without_paths
+from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.gla_checkpoint import gla_settings
 from simplernn_jax.models.named_weights import named_weights
+from simplernn_jax.training.initial_parameters import initial_tokenizer
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.run import Run
 
@@ -85,13 +87,33 @@ def test_an_export_is_a_start(initial, tmp_path, mesh):
     model, tokenizer, config = load_model(str(initial))
     out = str(tmp_path / "export")
     with new_folder(out) as folder:
-        find_form("safetensors").write(TrainedModel(model, tokenizer, config, out), folder)
+        find_format("safetensors").write(TrainedModel(model, tokenizer, config, out), folder)
     with Run(fine_tuned(out, tmp_path, **mesh), str(tmp_path / "run")) as run:
         chex.assert_trees_all_equal(
             jax.tree.leaves(run.state.params), jax.tree.leaves(nnx.state(model, nnx.Param))
         )
     with pytest.raises(UserError, match="a different model: hidden_dim is 16"):
         train(fine_tuned(out, tmp_path, hidden_dim=16), str(tmp_path / "refused"))
+
+
+def test_tokenizers_are_compared_by_content(tmp_path):
+    for name, tokenizer in (("a", byte_level()), ("b", byte_level(add_prefix_space=True))):
+        (tmp_path / name).mkdir()
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+    source, tokenizer = write_corpus(tmp_path / "texts"), str(tmp_path / "a" / "tokenizer.json")
+    save_untrained(small_config(source=source, tokenizer=tokenizer), tmp_path / "initial")
+    model, loaded, config = load_model(str(tmp_path / "initial"))
+    out = str(tmp_path / "export")
+    with new_folder(out) as folder:
+        trained = TrainedModel(model, loaded, without_paths(config), out)
+        find_format("safetensors").write(trained, folder)
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    for initial in (out, tmp_path / "initial"):
+        same = fine_tuned(initial, tmp_path, tokenizer=str(tmp_path / "moved" / "tokenizer.json"))
+        assert initial_tokenizer(same).to_json() == loaded.to_json()
+        for other in (str(tmp_path / "b" / "tokenizer.json"), "byte"):
+            with pytest.raises(UserError, match=r"has the tokenizer .*json; use the same"):
+                initial_tokenizer(fine_tuned(initial, tmp_path, tokenizer=other))
 
 
 def test_a_checkpoint_of_flash_linear_attention_is_a_start(tmp_path):

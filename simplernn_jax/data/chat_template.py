@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from simplernn_jax.data.documents import Piece, text_pieces
+from simplernn_jax.data.template_sandbox import LimitError, compiled, limits
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
 
@@ -74,7 +74,7 @@ class ChatTemplate:
     ``bos_token`` and ``eos_token``, which are empty, since BOS begins and EOS ends every document.
 
     Args:
-      source: its text. It runs in Jinja's sandbox.
+      source: its text. It runs in a sandbox with bounds on time and memory.
 
     Raises:
       UserError: it is no template, or a message changes what was rendered before it.
@@ -82,12 +82,12 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _raise_exception
         try:
-            self._template = environment.from_string(source)
+            self._template = compiled(source)
+        except Exception as error:  # of Jinja, or of Python's compiler, which gets deep nesting
+            reason = str(error) if isinstance(error, jinja2.TemplateError) else repr(error)
+            raise UserError(f"chat template: {reason}; correct --config.data.template") from error
+        try:
             self._prefix = self.render(_PROBE)
             asked = self.render(_PROBE[:1], add_generation_prompt=True)
             self._generation_prompt = self._after(self.render(_PROBE[:1]), asked)
@@ -95,7 +95,7 @@ class ChatTemplate:
             """Text that ends an assistant's message."""
             self.stop = self.end_of_turn.strip(" ")
             """The part of it that ends generation."""
-        except (jinja2.TemplateError, TemplateError) as error:
+        except TemplateError as error:
             raise UserError(f"chat template: {error}; correct --config.data.template") from error
         # Short messages come again and again, and rendering takes most of the time of reading.
         self._render_message = functools.lru_cache(1 << 14)(self._rendered_alone)
@@ -111,14 +111,18 @@ class ChatTemplate:
           TemplateError: the template refuses the messages.
         """
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                bos_token="",
-                eos_token="",
-            )
+            with limits(sum(len(message["content"]) for message in messages)):
+                return self._template.render(
+                    messages=[dict(message) for message in messages],
+                    add_generation_prompt=add_generation_prompt,
+                    bos_token="",
+                    eos_token="",
+                    raise_exception=_raise_exception,
+                )
         except TemplateError:
             raise
+        except LimitError as error:
+            raise TemplateError(str(error)) from error
         except Exception as error:  # a template can fail in any way
             raise TemplateError(f"{type(error).__name__}: {error}") from error
 

@@ -1,10 +1,11 @@
 """Run an exported model in a process of its own, as its users would load it.
 
-python -m simplernn_jax.export.checking FORM FOLDER SCRATCH
+python -m simplernn_jax.export.checking FORMAT FOLDER SCRATCH PARENT
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from simplernn_jax.errors import UserError, one_line
-from simplernn_jax.export.forms import find_form
+from simplernn_jax.export.formats import find_format
+from simplernn_jax.process_start import end_with_parent
 
 TIMED_TOKENS = 128
 
@@ -26,11 +28,11 @@ class Found(NamedTuple):
     logits: np.ndarray
     """[T, vocab]."""
     ids: list[int] | None
-    """Of the text; None if the form has no tokenizer."""
+    """Of the text; None if the format has no tokenizer."""
     tokens_per_second: float
 
 
-def run_exported(form: str, folder: Path, tokens: np.ndarray, text: str) -> Found:
+def run_exported(format_name: str, folder: Path, tokens: np.ndarray, text: str) -> Found:
     """Compute the logits of [T] tokens and encode `text` by the model in `folder`.
 
     Raises:
@@ -41,24 +43,48 @@ def run_exported(form: str, folder: Path, tokens: np.ndarray, text: str) -> Foun
         Path(scratch, "text").write_bytes(text.encode())
         # An editable install leaves the name of its path hook in sys.path, which is no folder.
         path = os.pathsep.join(filter(os.path.isabs, sys.path))
+        variables = {
+            "PYTHONPATH": path,
+            "JAX_PLATFORMS": "cpu",
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(Path(scratch, "modules")),
+        }
         result = subprocess.run(
-            [sys.executable, "-m", __name__, form, str(folder), scratch],
-            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"},
+            # -P: nothing is imported from the current folder.
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                __name__,
+                format_name,
+                str(folder),
+                scratch,
+                str(os.getpid()),
+            ],
+            env={**os.environ, **variables},
             capture_output=True,
             check=False,
         )
         if result.returncode:
-            last = result.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+            reason = _reason(result.returncode, result.stderr.decode("utf-8", "replace"))
             raise UserError(
-                f"--format={form}: the exported model fails in a fresh process: {one_line(last)}"
+                f"--format={format_name}: the exported model fails in a fresh process: {reason}"
             )
         answer = json.loads(Path(scratch, "answer.json").read_text("utf-8"))
         return Found(np.load(Path(scratch, "logits.npy")), **answer)
 
 
-def main(form: str, folder: str, scratch: str) -> None:
+def _reason(code: int, errors: str) -> str:
+    if code < 0:
+        advice = ", perhaps out of memory" if -code == signal.SIGKILL else ""
+        return f"killed by signal {-code}{advice}"
+    return one_line(errors.strip().rpartition("\n")[2]) or f"exit code {code}"
+
+
+def main(format_name: str, folder: str, scratch: str, parent: str) -> None:
     """Write what the model in `folder` computes to the folder `scratch`."""
-    loaded = find_form(form).load(Path(folder))
+    end_with_parent(int(parent))
+    loaded = find_format(format_name).load(Path(folder))
     tokens = np.load(Path(scratch, "tokens.npy"))
     np.save(Path(scratch, "logits.npy"), loaded.logits(tokens))
     ids = loaded.encode(Path(scratch, "text").read_bytes().decode())

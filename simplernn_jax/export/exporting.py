@@ -17,7 +17,7 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, format_bytes
 from simplernn_jax.export.checking import run_exported
-from simplernn_jax.export.forms import TrainedModel, find_form, last_part, logits_of
+from simplernn_jax.export.formats import TrainedModel, find_format, last_part, logits_of
 from simplernn_jax.export.rounding import rounded_weights
 from simplernn_jax.files import sync
 from simplernn_jax.models import LanguageModel
@@ -63,7 +63,7 @@ def float32_model(model: LanguageModel) -> LanguageModel:
 
 
 def export(
-    form: str,
+    format_name: str,
     model: LanguageModel,
     tokenizer: Tokenizer,
     config: Config,
@@ -76,41 +76,42 @@ def export(
     """Export a model to the new folder `out` and check it.
 
     Args:
-      form: one of `forms.FORMS`.
+      format_name: one of `FORMATS`.
       model, tokenizer, config: as `load_model` returns them.
       out: must not exist; nothing is there unless the export has passed its check.
       workdir: folder of the run, whose metrics describe the model.
       tokens: [T] ids of held-out text to compare logits on, T at least 2.
-      weights: of an HTML file: ``float32``, ``float16`` or ``int8``.
+      weights: of an HTML file: one of `WEIGHT_TYPES`.
 
     Raises:
-      UserError: the form is unknown or needs a missing package, `out` exists or cannot be written,
-        the model cannot be expressed, or the exported one does not compute the same.
+      UserError: the format is unknown or needs a missing package, `out` exists or cannot be
+        written, the model is not supported by it, or the exported one does not compute the same.
     """
-    module = find_form(form)
-    if weights != "float32" and form != "html":
+    module = find_format(format_name)
+    if weights != "float32" and format_name != "html":
         raise UserError(f"--weights={weights}: only with --format=html")
     model = float32_model(model)
     with new_folder(out) as folder:
         trained = TrainedModel(model, tokenizer, without_paths(config), workdir, weights)
         module.write(trained, folder)
         text = tokenizer.decode(tokens)
-        found = run_exported(form, folder, tokens, text)
+        found = run_exported(format_name, folder, tokens, text)
         expected = logits_of(model, tokens)
         rounded = expected
         if weights != "float32":
             arrays = rounded_weights(named_weights(model), weights)
-            rounded = logits_of(model_from_weights(model.config, arrays, form), tokens)
+            rounded = logits_of(model_from_weights(model.config, arrays, format_name), tokens)
         difference = float(np.abs(found.logits - rounded).max() / np.abs(rounded).max())
         if not difference <= TOLERANCE:
             raise UserError(
-                f"--format={form}: the exported model differs by {difference:.1e}, more than "
-                f"{TOLERANCE:g} of the largest logit; please report this with the configuration"
+                f"--format={format_name}: the exported model differs by {difference:.1e}, more "
+                f"than {TOLERANCE:g} of the largest logit; please report this with the "
+                "configuration"
             )
         if found.ids is not None and found.ids != tokenizer.encode(text).tolist():
             raise UserError(
-                f"--format={form}: the exported tokenizer encodes the held-out text differently; "
-                "use another form"
+                f"--format={format_name}: the exported tokenizer encodes the held-out text "
+                "differently; use another format"
             )
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Report(
@@ -148,16 +149,24 @@ def new_folder(out: str) -> Iterator[Path]:
     check_new(out)
     parent = os.path.dirname(os.path.abspath(out))
     temporary = Path(parent, f".{secrets.token_hex(8)}.tmp")
-    try:
+    with _problems_of(out):
         os.makedirs(parent, exist_ok=True)
         temporary.mkdir()
-        try:
-            yield temporary
+    try:
+        yield temporary
+        with _problems_of(out):
             for path in [*temporary.rglob("*"), temporary]:
                 sync(path)
             os.rename(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            sync(parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _problems_of(out: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         problem = error.strerror or error
         raise UserError(f"--out={out}: {problem}; use another folder") from error

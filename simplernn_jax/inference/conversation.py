@@ -7,7 +7,7 @@ from collections.abc import Callable
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference.state import DecoderState
+from simplernn_jax.inference.state import DecoderState, check_state
 from simplernn_jax.inference.text import generate_text
 from simplernn_jax.models import LanguageModel
 
@@ -36,7 +36,8 @@ class Conversation:
       system: system message of a new conversation.
 
     Raises:
-      UserError: the state is of another model, or the template refuses `system`.
+      UserError: the state is of another model or of several sequences, or the template refuses
+        `system`.
     """
 
     def __init__(
@@ -48,6 +49,10 @@ class Conversation:
         state: DecoderState | None = None,
         system: str = "",
     ) -> None:
+        if state is not None:
+            check_state(model, state)
+            if (size := len(state.position)) != 1:
+                raise UserError(f"state: {size} sequences; a conversation continues one")
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._first = state
         self._system = system
@@ -98,7 +103,7 @@ class Conversation:
                 raise _TurnEnded
             show(len(answer) - len(end) + 1)
 
-        asked = self._read(prompt, self.state)
+        asked = self._prefill(prompt, self.state)
         with contextlib.suppress(_TurnEnded):
             generate_text(
                 self._model,
@@ -113,7 +118,7 @@ class Conversation:
             )
         show(len(answer))
         # Not the state of the generation, which may have gone past the end of the turn.
-        said = self._read(answer + self._template.end_of_turn, asked)
+        said = self._prefill(answer + self._template.end_of_turn, asked)
         self.turns.append(Turn(question, answer, said))
         return answer
 
@@ -133,7 +138,7 @@ class Conversation:
         copy.turns = list(self.turns)
         return copy
 
-    def _read(self, text: str, state: DecoderState | None) -> DecoderState:
+    def _prefill(self, text: str, state: DecoderState | None) -> DecoderState:
         """Return the state after `text`."""
         return generate_text(
             self._model, self._tokenizer, text, state=state, max_new_tokens=0

@@ -35,8 +35,8 @@ def is_exported(folder: str) -> bool:
     return os.path.isfile(os.path.join(folder, RUN))
 
 
-def read_run(folder: str) -> tuple[Config, str]:
-    """Read the configuration and the JSON of the tokenizer.
+def read_run(folder: str) -> tuple[Config, Tokenizer]:
+    """Read the configuration and the tokenizer.
 
     Raises:
       UserError: ``simplernn.json`` cannot be read or is corrupted.
@@ -45,7 +45,9 @@ def read_run(folder: str) -> tuple[Config, str]:
     try:
         run: Any = json.loads(read_file(path))
         config = config_lib.from_json(json.dumps(run["config"]))
-        return config, json.dumps(run["tokenizer"])
+        return config, tokenizer_from_json(json.dumps(run["tokenizer"]))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; export the model again") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -58,7 +60,7 @@ def load_exported(folder: str) -> tuple[LanguageModel, Tokenizer, Config]:
     Raises:
       UserError: a file is missing or corrupted, or the parameters are of another configuration.
     """
-    config, tokenizer_json = read_run(folder)
+    config, tokenizer = read_run(folder)
     path = os.path.join(folder, WEIGHTS)
     model = model_from_weights(config.model, read_pytorch_weights(path), path)
-    return model, tokenizer_from_json(tokenizer_json), config
+    return model, tokenizer, config

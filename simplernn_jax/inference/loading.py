@@ -7,6 +7,7 @@ from simplernn_jax.checkpoint.choice import BEST, choose_checkpoint
 from simplernn_jax.checkpoint.contents import read_texts, read_tree
 from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
+from simplernn_jax.errors import UserError
 from simplernn_jax.inference.exported_folder import is_exported, load_exported
 from simplernn_jax.models import LanguageModel
 
@@ -24,10 +25,20 @@ def load_model(
         the losses were measured on different tokens; ``newest``; or a step.
 
     Raises:
-      UserError: `workdir` has no such checkpoint, or no valid one, or its export is corrupted.
+      UserError: `workdir` has no such checkpoint, or no valid one, or its export is corrupted, or
+        the tokenizer has ids that the model does not have.
     """
-    if is_exported(workdir):
-        return load_exported(workdir)
+    loaded = load_exported(workdir) if is_exported(workdir) else _load_run(workdir, checkpoint)
+    model, tokenizer, _ = loaded
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{workdir}: the tokenizer has {tokenizer.vocab_size:,} ids and the model "
+            f"{model.config.vocab_size:,}; use the tokenizer that the model was trained with"
+        )
+    return loaded
+
+
+def _load_run(workdir: str, checkpoint: str | int) -> tuple[LanguageModel, Tokenizer, Config]:
     _, path, reason = choose_checkpoint(workdir, checkpoint)
     if reason is not None:
         logging.info("%s", reason)

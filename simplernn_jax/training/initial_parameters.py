@@ -13,7 +13,7 @@ from simplernn_jax.checkpoint.checkpointer import read_config
 from simplernn_jax.checkpoint.choice import BEST, choose_checkpoint
 from simplernn_jax.checkpoint.contents import read_tree
 from simplernn_jax.config import Config, ModelConfig
-from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
+from simplernn_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.exported_folder import is_exported, load_exported, read_run
 from simplernn_jax.models import LanguageModel, load_gla_checkpoint
@@ -22,6 +22,8 @@ from simplernn_jax.models.pytorch_weights import load_pytorch_weights
 
 _FREE_FIELDS = ("dropout", "precision", "state_precision", "vocab_size")
 """Fields of the model in which fine-tuning may differ; the vocabulary is compared as arrays."""
+
+_BUILT_IN_TOKENIZERS = ("byte", "char")
 
 _RESIDUAL_FIELDS = ("mlp_dim", "tie_embeddings", "attention_context")
 """Fields without an effect on plain layers."""
@@ -37,18 +39,15 @@ def initial_tokenizer(config: Config) -> Tokenizer | None:
     """
     path = config.train.init_from
     if is_exported(path):
-        initial, tokenizer_json = read_run(path)
+        initial, tokenizer = read_run(path)
     elif _has_weights_alone(path):
         return None
     else:
         initial, tokenizer_json, _ = read_config(path, BEST)
+        tokenizer = tokenizer_from_json(tokenizer_json)
     _check_same_model(config, initial.model)
-    if initial.data.tokenizer != config.data.tokenizer:
-        raise UserError(
-            f"{_where(config)} has the tokenizer {initial.data.tokenizer}; use the same with "
-            "--config.data.tokenizer"
-        )
-    return tokenizer_from_json(tokenizer_json)
+    _check_same_tokenizer(config, initial, tokenizer)
+    return tokenizer
 
 
 def initial_parameters(config: Config, abstract: nnx.State, shardings: Any) -> nnx.State:
@@ -107,6 +106,18 @@ def _check_same_model(config: Config, initial: ModelConfig) -> None:
     if fields:
         raise UserError(
             f"{_where(config)} has a different model: {'; '.join(fields)}; use the same values"
+        )
+
+
+def _check_same_tokenizer(config: Config, initial: Config, tokenizer: Tokenizer) -> None:
+    wanted, found = config.data.tokenizer, initial.data.tokenizer
+    if wanted in _BUILT_IN_TOKENIZERS or found in _BUILT_IN_TOKENIZERS:
+        is_same = wanted == found
+    else:  # a path differs between machines, and an export has only its last part
+        is_same = load_tokenizer(wanted, None).to_json() == tokenizer.to_json()
+    if not is_same:
+        raise UserError(
+            f"{_where(config)} has the tokenizer {found}; use the same with --config.data.tokenizer"
         )
 
 

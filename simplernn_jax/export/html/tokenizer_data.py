@@ -31,21 +31,21 @@ def tokenizer_data(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 def _bpe(content: dict[str, Any]) -> dict[str, Any]:
     model = content["model"]
     if model.get("type") != "BPE":
-        raise _not_expressed(f"its model is {model.get('type')}")
+        raise _not_supported(f"its model is {model.get('type')}")
     if content.get("normalizer") is not None:
-        raise _not_expressed(f"it has a normalizer ({content['normalizer'].get('type')})")
+        raise _not_supported(f"it has a normalizer ({content['normalizer'].get('type')})")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(name):
-            raise _not_expressed(f"its model has {name}")
+            raise _not_supported(f"its model has {name}")
     plain = [token["content"] for token in content.get("added_tokens", []) if not token["special"]]
     if plain:
-        raise _not_expressed(f"it has the added token {plain[0]!r}")
+        raise _not_supported(f"it has the added token {plain[0]!r}")
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     byte_of = byte_level_alphabet()
 
     def encoded(token: str) -> str:
         if not all(character in byte_of for character in token):
-            raise _not_expressed("it is not byte-level")
+            raise _not_supported("it is not byte-level")
         return _base64(bytes(byte_of[character] for character in token))
 
     return {
@@ -62,26 +62,26 @@ def _pattern(pre_tokenizer: Any) -> str:
         parts = pre_tokenizer["pretokenizers"]
     *splits, last = parts
     if not isinstance(last, dict) or last.get("type") != "ByteLevel":
-        raise _not_expressed("it is not byte-level")
+        raise _not_supported("it is not byte-level")
     if last.get("add_prefix_space"):
-        raise _not_expressed("it adds a space before a text")
+        raise _not_supported("it adds a space before a text")
     patterns = [GPT2_PATTERN] if last.get("use_regex", True) else []
     for split in splits:
         is_known = split.get("type") == "Split" and split.get("behavior") == "Isolated"
         if not is_known or split.get("invert") or "Regex" not in split["pattern"]:
-            raise _not_expressed(f"its pre-tokenizer has a part {split.get('type')}")
+            raise _not_supported(f"its pre-tokenizer has a part {split.get('type')}")
         patterns.append(split["pattern"]["Regex"])
     if len(patterns) > 1:
-        raise _not_expressed("its pre-tokenizer splits twice")
+        raise _not_supported("its pre-tokenizer splits twice")
     pattern = patterns[0] if patterns else ""
     # JavaScript's own classes differ in two characters.
     return pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
 
 
-def _not_expressed(reason: str) -> UserError:
+def _not_supported(reason: str) -> UserError:
     return UserError(
-        f"--format=html: the tokenizer cannot be expressed in JavaScript ({reason}); use another "
-        "form"
+        f"--format=html: the tokenizer is not supported by this format ({reason}); use another "
+        "format"
     )
 
 

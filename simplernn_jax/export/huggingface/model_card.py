@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from simplernn_jax.errors import counted
-from simplernn_jax.export.forms import TrainedModel
+from simplernn_jax.export.formats import TrainedModel
 from simplernn_jax.models.named_weights import named_weights
 from simplernn_jax.training.metrics import iterate_metrics
 

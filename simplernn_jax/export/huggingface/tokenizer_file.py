@@ -1,4 +1,4 @@
-"""Tokenizers in Hugging Face's form, ``tokenizer.json``."""
+"""Tokenizers in the format of Hugging Face, ``tokenizer.json``."""
 
 import json
 from typing import Any
@@ -16,7 +16,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[str, list[str]]:
     The tokenizer adds BOS before a text, as generation here does.
 
     Raises:
-      UserError: the special ids of a pretrained tokenizer cannot be expressed.
+      UserError: the special ids of a pretrained tokenizer are not supported.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
@@ -56,7 +56,7 @@ def _name_special_ids(tokenizer: Any, ids: tuple[int, ...]) -> list[str]:
         if tokenizer.token_to_id(known) != number:
             raise UserError(
                 f"--format=huggingface: the id {number} of {name} is not next in the vocabulary "
-                "of the tokenizer, which tokenizer.json cannot express; use another form"
+                "of the tokenizer, which is not supported by this format; use another format"
             )
         names.append(known)
     order = [sorted(ids).index(number) for number in ids]

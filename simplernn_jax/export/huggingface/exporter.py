@@ -1,26 +1,29 @@
 """Weights, code, tokenizer, generation settings and a model card for `transformers`."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from simplernn_jax.export.forms import TrainedModel, check_block, check_packages
+from simplernn_jax.export.formats import TrainedModel, check_block, check_packages
 from simplernn_jax.export.huggingface.model_card import model_card
 from simplernn_jax.export.huggingface.tokenizer_file import tokenizer_json
-from simplernn_jax.export.safetensors import form as safetensors_form
+from simplernn_jax.export.safetensors import exporter as safetensors_exporter
+from simplernn_jax.files import read_file
 from simplernn_jax.training import loss_curve
 
 CODE = "modeling_simplernn.py"
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
-    """See `Form.write`."""
+    """See `Format.write`."""
     check_block("huggingface", trained.model)
     check_packages("huggingface", "torch", "transformers")
-    safetensors_form.write(trained, folder)
+    safetensors_exporter.write(trained, folder)
     shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
     tokenizer = trained.tokenizer
     module = Path(CODE).stem
@@ -32,7 +35,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
     text, names = tokenizer_json(tokenizer)
     (folder / "tokenizer.json").write_text(text, "utf-8")
     description = {
-        **safetensors_form.description(trained),
+        **safetensors_exporter.description(trained),
         "architectures": ["SimpleRNNForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{module}.SimpleRNNConfig",
@@ -55,10 +58,22 @@ def write(trained: TrainedModel, folder: Path) -> None:
     )
     if trained.config.data.template:
         (folder / "chat_template.jinja").write_text(trained.config.data.template, "utf-8")
-    curve = Path(trained.workdir, loss_curve.FILE_NAME)
-    if curve.is_file():
-        shutil.copyfile(curve, folder / curve.name)
-    (folder / "README.md").write_text(model_card(trained, curve.is_file()), "utf-8")
+    picture = _loss_curve(trained.workdir)
+    if picture is not None:
+        (folder / loss_curve.FILE_NAME).write_bytes(picture)
+    (folder / "README.md").write_text(model_card(trained, picture is not None), "utf-8")
+
+
+def _loss_curve(workdir: str) -> bytes | None:
+    """Read the picture of the loss; None without one.
+
+    The export is published: a link in a workdir of somebody else could name any file.
+    """
+    try:
+        content = read_file(os.path.join(workdir, loss_curve.FILE_NAME), follow_link=False)
+    except OSError:
+        return None
+    return content if content.startswith(_PNG) else None
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -96,5 +111,5 @@ class _Loaded:
 
 
 def load(folder: Path) -> _Loaded:
-    """See `Form.load`."""
+    """See `Format.load`."""
     return _Loaded(folder)

@@ -1,4 +1,4 @@
-"""The forms of an export, and what each must offer."""
+"""The formats of an export, and what each must offer."""
 
 import dataclasses
 import importlib
@@ -14,10 +14,9 @@ from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, nearest_name
+from simplernn_jax.export import FORMATS
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.named_leaves import named_leaves
-
-FORMS = ("html", "huggingface", "safetensors", "stablehlo", "onnx")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ class TrainedModel:
     workdir: str
     """Folder of the run, whose metrics describe the model."""
     weights: str = "float32"
-    """Type of the weights in an HTML file: ``float32``, ``float16`` or ``int8``."""
+    """One of `WEIGHT_TYPES`."""
 
     @property
     def name(self) -> str:
@@ -55,37 +54,37 @@ class Loaded(Protocol):
         """Generate the `count` tokens that follow `token`, each the likeliest."""
 
     def encode(self, text: str) -> list[int] | None:
-        """Encode `text` without BOS; None if the form has no tokenizer."""
+        """Encode `text` without BOS; None if the format has no tokenizer."""
 
 
-class Form(Protocol):
-    """A module of one form."""
+class Format(Protocol):
+    """A module of one format."""
 
     def write(self, trained: TrainedModel, folder: Path) -> None:
         """Write the files into an empty folder.
 
         Raises:
-          UserError: the model or its tokenizer cannot be expressed, or a package is missing.
+          UserError: the model or its tokenizer is not supported, or a package is missing.
         """
 
     def load(self, folder: Path) -> Loaded:
         """Load what `write` has written; called in a process of its own."""
 
 
-def find_form(name: str) -> Any:
-    """Import the module of a form, a `Form`.
+def find_format(name: str) -> Any:
+    """Import the module of a format, a `Format`.
 
     Raises:
-      UserError: there is no such form, or it needs a package that is not installed.
+      UserError: there is no such format, or it needs a package that is not installed.
     """
-    if name not in FORMS:
+    if name not in FORMATS:
         raise UserError(
-            f"--format={name}: must be one of {', '.join(FORMS)}{nearest_name(name, FORMS)}"
+            f"--format={name}: must be one of {', '.join(FORMATS)}{nearest_name(name, FORMATS)}"
         )
-    return importlib.import_module(f"simplernn_jax.export.{name}.form")
+    return importlib.import_module(f"simplernn_jax.export.{name}.exporter")
 
 
-def check_block(form: str, model: LanguageModel) -> None:
+def check_block(format_name: str, model: LanguageModel) -> None:
     """Refuse a model of the gla block.
 
     Raises:
@@ -93,12 +92,12 @@ def check_block(form: str, model: LanguageModel) -> None:
     """
     if model.config.block == "gla":
         raise UserError(
-            f"--format={form}: not possible with model.block='gla'; use safetensors, which "
+            f"--format={format_name}: not possible with model.block='gla'; use safetensors, which "
             "flash-linear-attention loads, or stablehlo"
         )
 
 
-def check_packages(form: str, *names: str) -> None:
+def check_packages(format_name: str, *names: str) -> None:
     """Check that packages are installed.
 
     Raises:
@@ -107,7 +106,7 @@ def check_packages(form: str, *names: str) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             what = "mini-racer" if name == "py_mini_racer" else "'simplernn_jax[export]'"
-            raise UserError(f"--format={form} needs the package {name}: pip install {what}")
+            raise UserError(f"--format={format_name} needs the package {name}: pip install {what}")
 
 
 def logits_of(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:

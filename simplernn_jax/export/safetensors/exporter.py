@@ -9,7 +9,7 @@ import numpy as np
 import safetensors.numpy
 
 from simplernn_jax.config import LATER_MODEL_FIELDS
-from simplernn_jax.export.forms import TrainedModel, logits_of
+from simplernn_jax.export.formats import TrainedModel, logits_of
 from simplernn_jax.inference import generate
 from simplernn_jax.inference.exported_folder import RUN, WEIGHTS, load_exported, run_json
 from simplernn_jax.models.gla_checkpoint import gla_settings
@@ -45,7 +45,7 @@ def write_weights(trained: TrainedModel, folder: Path) -> None:
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
-    """See `Form.write`."""
+    """See `Format.write`."""
     write_weights(trained, folder)
     text = json.dumps(description(trained), indent=2) + "\n"
     (folder / "config.json").write_text(text, "utf-8")
@@ -69,5 +69,5 @@ class _Loaded:
 
 
 def load(folder: Path) -> _Loaded:
-    """See `Form.load`."""
+    """See `Format.load`."""
     return _Loaded(folder)

@@ -1,4 +1,4 @@
-"""``prefill.onnx`` and ``decode.onnx``, converted from the PyTorch model of the form huggingface.
+"""``prefill.onnx`` and ``decode.onnx``, converted from the PyTorch model of the format huggingface.
 
 Both map ``tokens`` [1, T] int64 and the state to ``logits`` [1, T, vocab] float32 and the next
 state, with T of 64 in prefill and 1 in decode. Names, shapes and zero values of the state are in
@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from simplernn_jax.export.forms import TrainedModel, check_block, check_packages
-from simplernn_jax.export.safetensors.form import description
+from simplernn_jax.export.formats import TrainedModel, check_block, check_packages
+from simplernn_jax.export.safetensors.exporter import description
+from simplernn_jax.export.two_programs import PREFILL_TOKENS, Program, TwoPrograms
 from simplernn_jax.models.named_weights import named_weights
 
-PREFILL_TOKENS = 64
 OPSET = 18
 MAX_INLINE_BYTES = 1 << 30
 """Weights beyond this are files of their own: a graph has 2 GiB at most."""
@@ -26,7 +26,7 @@ PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
-    """See `Form.write`."""
+    """See `Format.write`."""
     check_block("onnx", trained.model)
     check_packages("onnx", *PACKAGES)
     import torch
@@ -96,8 +96,8 @@ def _strip(path: Path) -> None:
     graph = onnx.load(path, load_external_data=False)
     for part in (*graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
         del part.metadata_props[:]
-    onnx.checker.check_model(graph)
     onnx.save(graph, path)
+    onnx.checker.check_model(str(path))  # the path tells where weights in files of their own are
 
 
 def initial_state(modeling: Any, model: Any) -> dict[str, Any]:
@@ -125,47 +125,23 @@ def initial_state(modeling: Any, model: Any) -> dict[str, Any]:
     return state
 
 
-class _Loaded:
-    def __init__(self, folder: Path) -> None:
-        import onnxruntime
+def load(folder: Path) -> TwoPrograms:
+    """See `Format.load`."""
+    state = json.loads((folder / "config.json").read_text("utf-8"))["state"]
+    zero = {name: np.full(x["shape"], x["value"], x["dtype"]) for name, x in state.items()}
+    prefill, decode = (_program(folder / f"{name}.onnx") for name in ("prefill", "decode"))
+    return TwoPrograms(prefill, decode, zero, np.int64)
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self._prefill, self._decode = (
-            onnxruntime.InferenceSession(folder / f"{name}.onnx", options, ["CPUExecutionProvider"])
-            for name in ("prefill", "decode")
-        )
-        state = json.loads((folder / "config.json").read_text("utf-8"))["state"]
-        self._zero = {
-            name: np.full(x["shape"], x["value"], x["dtype"]) for name, x in state.items()
-        }
 
-    def _run(self, session: Any, state: Any, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
+def _program(path: Path) -> Program:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+
+    def run(state: dict[str, np.ndarray], tokens: np.ndarray) -> tuple[np.ndarray, Any]:
         logits, *new = session.run(None, {"tokens": tokens, **state})
         return logits[0], dict(zip(state, new, strict=True))
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        state, parts, position = self._zero, [], 0
-        tokens = tokens[None].astype(np.int64)
-        while position < tokens.shape[1]:
-            is_long = position + PREFILL_TOKENS <= tokens.shape[1]
-            session, length = (self._prefill, PREFILL_TOKENS) if is_long else (self._decode, 1)
-            part, state = self._run(session, state, tokens[:, position : position + length])
-            parts.append(part)
-            position += length
-        return np.concatenate(parts)
-
-    def greedy(self, token: int, count: int) -> list[int]:
-        state, tokens = self._zero, [token]
-        for _ in range(count):
-            logits, state = self._run(self._decode, state, np.array([tokens[-1:]]))
-            tokens.append(int(np.argmax(logits[-1])))
-        return tokens[1:]
-
-    def encode(self, text: str) -> None:
-        del text
-
-
-def load(folder: Path) -> _Loaded:
-    """See `Form.load`."""
-    return _Loaded(folder)
+    return run

@@ -15,19 +15,19 @@ import numpy as np
 import safetensors.numpy
 from jax import export
 
-from simplernn_jax.export.forms import TrainedModel, check_packages, state_by_name
-from simplernn_jax.export.safetensors.form import description, write_weights
+from simplernn_jax.export.formats import TrainedModel, check_packages, state_by_name
+from simplernn_jax.export.safetensors.exporter import description, write_weights
+from simplernn_jax.export.two_programs import PREFILL_TOKENS, Program, TwoPrograms
 from simplernn_jax.inference.exported_folder import WEIGHTS
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
 
-PREFILL_TOKENS = 64
 PLATFORMS = ("cpu", "cuda", "tpu")
 EXAMPLE = "example.py"
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
-    """See `Form.write`."""
+    """See `Format.write`."""
     check_packages("stablehlo", "flatbuffers")
     model = trained.model
     write_weights(trained, folder)
@@ -77,40 +77,21 @@ def _export(model: LanguageModel, weights: dict[str, Any], length: int) -> expor
         jax.config.update("jax_traceback_in_locations_limit", limit)
 
 
-class _Loaded:
-    """The programs compiled for this machine."""
-
-    def __init__(self, folder: Path) -> None:
-        self._weights = safetensors.numpy.load_file(folder / WEIGHTS)
-        state = json.loads((folder / "config.json").read_text("utf-8"))["state"]
-        self._zero = {name: np.zeros((1, *x["shape"][1:]), x["dtype"]) for name, x in state.items()}
-        self._prefill, self._decode = (
-            jax.jit(export.deserialize(bytearray((folder / f"{name}.bin").read_bytes())).call)
-            for name in ("prefill", "decode")
-        )
-
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        state, parts, position = self._zero, [], 0
-        tokens = tokens[None].astype(np.int32)
-        while position < tokens.shape[1]:
-            is_long = position + PREFILL_TOKENS <= tokens.shape[1]
-            run, length = (self._prefill, PREFILL_TOKENS) if is_long else (self._decode, 1)
-            logits, state = run(self._weights, state, tokens[:, position : position + length])
-            parts.append(np.asarray(logits[0]))
-            position += length
-        return np.concatenate(parts)
-
-    def greedy(self, token: int, count: int) -> list[int]:
-        state, tokens = self._zero, [token]
-        for _ in range(count):
-            logits, state = self._decode(self._weights, state, np.array([tokens[-1:]], np.int32))
-            tokens.append(int(np.argmax(logits[0, -1])))
-        return tokens[1:]
-
-    def encode(self, text: str) -> None:
-        del text
+def load(folder: Path) -> TwoPrograms:
+    """See `Format.load`."""
+    weights = safetensors.numpy.load_file(folder / WEIGHTS)
+    state = json.loads((folder / "config.json").read_text("utf-8"))["state"]
+    zero = {name: np.zeros((1, *x["shape"][1:]), x["dtype"]) for name, x in state.items()}
+    prefill, decode = (_program(folder / f"{name}.bin", weights) for name in ("prefill", "decode"))
+    return TwoPrograms(prefill, decode, zero, np.int32)
 
 
-def load(folder: Path) -> _Loaded:
-    """See `Form.load`."""
-    return _Loaded(folder)
+def _program(path: Path, weights: dict[str, np.ndarray]) -> Program:
+    """Compile a program for this machine."""
+    call = jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
+
+    def run(state: Any, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
+        logits, new = call(weights, state, tokens)
+        return np.asarray(logits[0]), new
+
+    return run

@@ -11,10 +11,10 @@ import markupsafe
 import numpy as np
 
 from simplernn_jax.errors import UserError, counted
-from simplernn_jax.export.forms import TrainedModel, check_block, check_packages
+from simplernn_jax.export.formats import TrainedModel, check_block, check_packages
 from simplernn_jax.export.html.tokenizer_data import tokenizer_data
-from simplernn_jax.export.rounding import int8_rows, is_rounded
-from simplernn_jax.export.safetensors.form import description
+from simplernn_jax.export.rounding import float16, int8_rows, is_rounded
+from simplernn_jax.export.safetensors.exporter import description
 from simplernn_jax.models.named_weights import named_weights
 
 FILE = "model.html"
@@ -23,7 +23,7 @@ MAX_BYTES = 1 << 28
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
-    """See `Form.write`."""
+    """See `Format.write`."""
     check_block("html", trained.model)
     check_packages("html", "py_mini_racer")
     weights = named_weights(trained.model)
@@ -31,7 +31,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
     if len(content) > MAX_BYTES:
         raise UserError(
             f"--format=html: the weights have {len(content):,} bytes, more than a browser loads "
-            f"({MAX_BYTES:,}); use --weights=int8, or another form"
+            f"({MAX_BYTES:,}); use --weights=int8, or another format"
         )
     tokenizer, config = trained.tokenizer, trained.model.config
     special = {tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, config.vocab_size)}
@@ -83,8 +83,7 @@ def pack(weights: dict[str, np.ndarray], kind: str) -> tuple[list[dict[str, Any]
             integers, scale = int8_rows(weight)
             array |= {"offset": add(integers), "scale_offset": add(scale), "rows": len(scale)}
         elif type_ == "float16":
-            largest = np.finfo(np.float16).max
-            array["offset"] = add(np.clip(weight, -largest, largest).astype(np.float16))
+            array["offset"] = add(float16(weight))
         else:
             array["offset"] = add(weight.astype(np.float32))
         arrays.append(array)
@@ -99,8 +98,8 @@ class _Loaded:
 
         page = (folder / FILE).read_text("utf-8")
         self._context = py_mini_racer.MiniRacer()
-        parts = {name: _part(page, name) for name in ("model", "weights")}
-        self._context.eval(_source("model.js"))
+        parts = {name: _part(page, name) for name in ("model", "weights", "forward-pass")}
+        self._context.eval(parts["forward-pass"])
         self._context.eval(f"const data = {parts['model']};")
         self._context.eval(f"const bytes = fromBase64({json.dumps(parts['weights'])});")
         self._context.eval(
@@ -142,5 +141,5 @@ def _part(page: str, name: str) -> str:
 
 
 def load(folder: Path) -> _Loaded:
-    """See `Form.load`."""
+    """See `Format.load`."""
     return _Loaded(folder)
