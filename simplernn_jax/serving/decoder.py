@@ -123,7 +123,7 @@ class Decoder:
         return jnp.zeros(self._vocab_size, jnp.float32)
 
     def step(self) -> list[tuple[Job, Event]]:
-        """Prefill a little, decode a block, and return what has become known."""
+        """Prefill a little, decode a block, and return its events."""
         self._events = []
         self._free_cancelled()
         self._live = self._started_jobs()
