@@ -30,9 +30,10 @@ def run_json(config: Config, tokenizer: Tokenizer) -> str:
     return json.dumps(run, indent=2) + "\n"
 
 
-def is_exported(folder: str) -> bool:
-    """Whether `folder` is an exported model."""
-    return os.path.isfile(os.path.join(folder, RUN))
+def is_exported(folder: Any) -> bool:
+    """Whether `folder` is an exported model; what is no path is none."""
+    is_path = isinstance(folder, str | os.PathLike)
+    return is_path and os.path.isfile(os.path.join(os.fsdecode(folder), RUN))
 
 
 def read_run(folder: str) -> tuple[Config, Tokenizer]:
