@@ -1,7 +1,7 @@
 """The server under load: throughput and latency over HTTP, beside generation in process.
 
-Each client streams one completion of a prompt of its own. `generate` decodes as many sequences
-together, up to the number of slots.
+Each client streams completions of prompts of its own, one after the other. `generate` decodes as
+many sequences together, up to the number of slots.
 """
 
 import asyncio
@@ -39,6 +39,8 @@ from .train_steps import change, load_config
 TITLE = "serve: base"
 CLIENTS, SLOTS = (1, 8, 32, 64), 32
 PROMPT, NEW_TOKENS = 100, 256
+COMPLETIONS = 3
+"""Of a client, one after the other: the number of streams is constant most of the time."""
 BLOCK = 8
 """Tokens of a block of the server while it streams."""
 
@@ -69,7 +71,7 @@ def run(effort: Effort) -> Iterator[Table]:
 
 def compare(model: LanguageModel, url: str, clients: int, effort: Effort) -> Row:
     """Rates and latencies of so many clients at once, and the rate of `generate`."""
-    prompts = random_tokens(model.config, clients, PROMPT)
+    prompts = random_tokens(model.config, clients, COMPLETIONS * PROMPT)
     rates: dict[str, list[float]] = {"HTTP": [], "generate": []}
     streams: list[Stream] = []
     for block in range(effort.blocks * effort.calls + 1):
@@ -77,7 +79,7 @@ def compare(model: LanguageModel, url: str, clients: int, effort: Effort) -> Row
         prompts = (prompts + 1) % model.config.vocab_size
         seconds, found = asyncio.run(stream_all(url, prompts, NEW_TOKENS))
         start = time.perf_counter()
-        tokens = generate(model, prompts[:SLOTS], max_new_tokens=NEW_TOKENS).tokens
+        tokens = generate(model, prompts[:SLOTS, :PROMPT], max_new_tokens=NEW_TOKENS).tokens
         in_process = time.perf_counter() - start
         if block:  # the first one warms up
             streams += found
@@ -181,10 +183,24 @@ def percentiles(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 async def stream_all(url: str, prompts: np.ndarray, tokens: int) -> tuple[float, list[Stream]]:
-    """Stream a completion of each prompt, all at once; the seconds of all, and each of them."""
+    """Stream completions for each row of prompts, all rows at once.
+
+    Args:
+      url: of the server.
+      prompts: a row for each client, with as many prompts of `PROMPT` tokens as fit, or one longer.
+      tokens: of a completion.
+
+    Returns:
+      The seconds of all, and each of them.
+    """
+
+    async def client(row: np.ndarray) -> list[Stream]:
+        count = len(row) // PROMPT if len(row) <= COMPLETIONS * PROMPT else 1
+        return [await stream_one(url, prompt, tokens) for prompt in np.split(row, count)]
+
     start = time.perf_counter()
-    streams = await asyncio.gather(*(stream_one(url, prompt, tokens) for prompt in prompts))
-    return time.perf_counter() - start, list(streams)
+    streams = await asyncio.gather(*map(client, prompts))
+    return time.perf_counter() - start, [stream for some in streams for stream in some]
 
 
 async def stream_one(url: str, prompt: np.ndarray, tokens: int) -> Stream:
