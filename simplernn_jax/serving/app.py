@@ -49,7 +49,7 @@ def tokenizer_routes(service: Service) -> list[Route]:
     async def tokenize(request: Request) -> Response:
         body = parse(TokenizeRequest, await read_body(request))
         service.check_model(body.model)
-        ids = service.encode(body.prompt).tolist()
+        ids = service.inputs.encode(body.prompt).tolist()
         if body.add_special_tokens:
             ids = [service.tokenizer.bos_id, *ids]
         names = [service.names.names[i] for i in ids] if body.return_token_strs else None
@@ -58,7 +58,7 @@ def tokenizer_routes(service: Service) -> list[Route]:
     async def detokenize(request: Request) -> Response:
         body = parse(DetokenizeRequest, await read_body(request))
         service.check_model(body.model)
-        service.check_ids("tokens", body.tokens)
+        service.inputs.check_ids("tokens", body.tokens)
         return json_response({"prompt": service.tokenizer.decode(body.tokens)})
 
     async def tokenizer_info(request: Request) -> Response:

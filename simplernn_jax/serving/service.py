@@ -1,8 +1,6 @@
 """From checked requests to jobs of the engine."""
 
 import asyncio
-import hashlib
-import secrets
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +16,10 @@ from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.answers import Answer, PromptResult
 from simplernn_jax.serving.choice_text import ChoiceText, TokenEntry, token_entry
 from simplernn_jax.serving.engine import Engine, EngineStoppedError, QueueFullError
+from simplernn_jax.serving.inputs import Inputs
 from simplernn_jax.serving.jobs import Job, Prefilled, Sampling
 from simplernn_jax.serving.metrics import Latency, Metrics
 from simplernn_jax.serving.requests import (
-    MAX_PROMPTS,
     ChatRequest,
     CompletionRequest,
     RequestError,
@@ -61,7 +59,6 @@ class Service:
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
-        self.vocab_size = vocab_size
         self.model_name = model_name
         self.states = states
         self.metrics = Metrics(engine)
@@ -71,9 +68,7 @@ class Service:
         self._load_model = load_model
         self._reloading = asyncio.Lock()
         self.names = TokenNames(tokenizer, vocab_size)
-        # Some vocabularies have one id for several purposes.
-        special = {tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, vocab_size)}
-        self._banned_ids = special - {tokenizer.eos_id}
+        self.inputs = Inputs(tokenizer, vocab_size)
 
     async def load_state(self, name: str | None) -> NamedState | None:
         """Load a named state; None is none.
@@ -152,96 +147,6 @@ class Service:
         except EngineStoppedError as error:
             raise RequestError("the server is stopping", status=503, code="stopping") from error
 
-    def encode(self, text: str) -> np.ndarray:
-        """Encode `text`.
-
-        Raises:
-          RequestError: the tokenizer cannot.
-        """
-        try:
-            return self.tokenizer.encode(text)
-        except UserError as error:
-            raise RequestError(str(error), param="prompt") from error
-
-    def prompts(self, request: CompletionRequest) -> list[tuple[str, np.ndarray]]:
-        """Return text and ids of each prompt; texts begin with BOS unless they continue a state.
-
-        Raises:
-          RequestError: too many, empty, or ids outside the vocabulary.
-        """
-        prompt = "" if request.prompt is None else request.prompt
-        several: list[Any] = [prompt] if isinstance(prompt, str) else prompt
-        if len({type(one) for one in several}) > 1:
-            raise RequestError("prompt: give texts, or token ids, or lists of them", param="prompt")
-        if several and isinstance(several[0], int):
-            several = [several]
-        if not several or len(several) > MAX_PROMPTS:
-            raise RequestError(f"prompt: give 1 to {MAX_PROMPTS} prompts", param="prompt")
-        return [self._prompt(one, request.state is not None) for one in several]
-
-    def _prompt(self, prompt: str | list[int], has_state: bool) -> tuple[str, np.ndarray]:
-        if isinstance(prompt, str):
-            ids = self.encode(prompt)
-            if not has_state:
-                ids = np.concatenate([[self.tokenizer.bos_id], ids])
-            return prompt, ids.astype(np.int32)
-        self.check_ids("prompt", prompt)
-        if not prompt and not has_state:
-            raise RequestError("prompt: a list of token ids is empty", param="prompt")
-        return self.tokenizer.decode(prompt), np.array(prompt, np.int32)
-
-    def check_ids(self, param: str, ids: list[int]) -> None:
-        """Check that all ids are in the vocabulary."""
-        largest = max(ids, default=0)
-        if largest >= self.vocab_size:
-            raise RequestError(
-                f"{param}: token {largest} is outside the vocabulary of {self.vocab_size}",
-                param=param,
-            )
-
-    def sampling(self, request: SamplingFields) -> Sampling:
-        """Convert the settings of a request.
-
-        Raises:
-          RequestError: an id is outside the vocabulary, or all ids are banned.
-        """
-        stop_ids, banned = request.stop_token_ids or [], request.banned_token_ids or []
-        self.check_ids("stop_token_ids", stop_ids)
-        self.check_ids("banned_token_ids", banned)
-        bias = {}
-        for key, added in (request.logit_bias or {}).items():
-            is_id = key.isascii() and key.isdecimal() and len(key) <= 10
-            if not is_id or int(key) >= self.vocab_size:
-                raise RequestError(
-                    f"logit_bias: {key!r} is not a token id below {self.vocab_size}",
-                    param="logit_bias",
-                )
-            bias[int(key)] = added
-        if len(self._banned_ids.union(banned)) >= self.vocab_size:
-            raise RequestError(
-                "banned_token_ids: leave at least one token", param="banned_token_ids"
-            )
-        if not request.ignore_eos:
-            stop_ids = [*stop_ids, self.tokenizer.eos_id]
-        temperature = 1.0 if request.temperature is None else request.temperature
-
-        def value(field: float | None, default: float) -> float:
-            return default if field is None else field
-
-        return Sampling(
-            temperature=temperature,
-            top_k=max(0, min(request.top_k or 0, self.vocab_size)),
-            top_p=value(request.top_p, 1.0),
-            min_p=value(request.min_p, 0.0),
-            repetition_penalty=value(request.repetition_penalty, 1.0),
-            presence_penalty=value(request.presence_penalty, 0.0),
-            frequency_penalty=value(request.frequency_penalty, 0.0),
-            logit_bias=bias,
-            banned_ids=tuple(sorted(self._banned_ids.union(banned))),
-            stop_ids=tuple(sorted({*stop_ids})),
-            seed=_seed(request.seed),
-        )
-
     def complete(self, request: CompletionRequest, start: NamedState | None) -> Answer:
         """Make the jobs of a completion, which continues the state `start`.
 
@@ -251,9 +156,9 @@ class Service:
         for name in ("best_of", "suffix"):
             if getattr(request, name) is not None:
                 raise RequestError(f"{name}: not supported; leave it out", param=name)
-        sampling, stops = self.sampling(request), _stops(request)
+        sampling, stops = self.inputs.sampling(request), _stops(request)
         results = []
-        for text, tokens in self.prompts(request):
+        for text, tokens in self.inputs.prompts(request):
             job = Job(
                 tokens,
                 sampling,
@@ -290,10 +195,10 @@ class Service:
                 text = self.template.render_next(messages)
         except TemplateError as error:
             raise RequestError(f"messages: {error}", param="messages") from error
-        _, tokens = self._prompt(text, start is not None)
+        _, tokens = self.inputs.prompt(text, start is not None)
         job = Job(
             tokens,
-            self.sampling(request),
+            self.inputs.sampling(request),
             max_tokens=request.max_completion_tokens or request.max_tokens or CHAT_TOKENS,
             num_choices=request.n or 1,
             root=None if start is None else start.root,
@@ -337,7 +242,7 @@ class Service:
         Raises:
           RequestError: the prompt cannot be used.
         """
-        _, tokens = self._prompt(request.prompt, parent is not None)
+        _, tokens = self.inputs.prompt(request.prompt, parent is not None)
         root = None if parent is None else parent.root
         job = Job(tokens, Sampling(), root=root, keeps_state=True)
         return self._answer([PromptResult(job, "", None, [], [])])
@@ -372,12 +277,3 @@ def _stops(request: SamplingFields) -> list[str]:
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options: only with stream", param="stream_options")
     return [request.stop] if isinstance(request.stop, str) else list(request.stop or [])
-
-
-def _seed(seed: int | None) -> int:
-    """Seed of 32 bits: of a larger or negative one, a digest; of none, a random one."""
-    if seed is None:
-        return secrets.randbits(32)
-    if 0 <= seed < 2**32:
-        return seed
-    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "little")

@@ -1,0 +1,133 @@
+"""From the fields of requests to token ids and sampling settings, checked."""
+
+import hashlib
+import secrets
+from typing import Any
+
+import numpy as np
+
+from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.errors import UserError
+from simplernn_jax.serving.jobs import Sampling
+from simplernn_jax.serving.requests import (
+    MAX_PROMPTS,
+    CompletionRequest,
+    RequestError,
+    SamplingFields,
+)
+
+
+class Inputs:
+    """Conversion of requests for one vocabulary.
+
+    Args:
+      tokenizer: of the model.
+      vocab_size: of the model, at least the tokenizer's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        # Some vocabularies have one id for several purposes.
+        special = {tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, vocab_size)}
+        self._banned_ids = special - {tokenizer.eos_id}
+
+    def encode(self, text: str) -> np.ndarray:
+        """Encode `text`.
+
+        Raises:
+          RequestError: the tokenizer cannot.
+        """
+        try:
+            return self._tokenizer.encode(text)
+        except UserError as error:
+            raise RequestError(str(error), param="prompt") from error
+
+    def prompts(self, request: CompletionRequest) -> list[tuple[str, np.ndarray]]:
+        """Return text and ids of each prompt; texts begin with BOS unless they continue a state.
+
+        Raises:
+          RequestError: too many, empty, or ids outside the vocabulary.
+        """
+        prompt = "" if request.prompt is None else request.prompt
+        several: list[Any] = [prompt] if isinstance(prompt, str) else prompt
+        if len({type(one) for one in several}) > 1:
+            raise RequestError("prompt: give texts, or token ids, or lists of them", param="prompt")
+        if several and isinstance(several[0], int):
+            several = [several]
+        if not several or len(several) > MAX_PROMPTS:
+            raise RequestError(f"prompt: give 1 to {MAX_PROMPTS} prompts", param="prompt")
+        return [self.prompt(one, request.state is not None) for one in several]
+
+    def prompt(self, prompt: str | list[int], has_state: bool) -> tuple[str, np.ndarray]:
+        """Return text and ids of one prompt, as `prompts`."""
+        if isinstance(prompt, str):
+            ids = self.encode(prompt)
+            if not has_state:
+                ids = np.concatenate([[self._tokenizer.bos_id], ids])
+            return prompt, ids.astype(np.int32)
+        self.check_ids("prompt", prompt)
+        if not prompt and not has_state:
+            raise RequestError("prompt: a list of token ids is empty", param="prompt")
+        return self._tokenizer.decode(prompt), np.array(prompt, np.int32)
+
+    def check_ids(self, param: str, ids: list[int]) -> None:
+        """Check that all ids are in the vocabulary."""
+        largest = max(ids, default=0)
+        if largest >= self._vocab_size:
+            raise RequestError(
+                f"{param}: token {largest} is outside the vocabulary of {self._vocab_size}",
+                param=param,
+            )
+
+    def sampling(self, request: SamplingFields) -> Sampling:
+        """Convert the settings of a request.
+
+        Raises:
+          RequestError: an id is outside the vocabulary, or all ids are banned.
+        """
+        stop_ids, banned = request.stop_token_ids or [], request.banned_token_ids or []
+        self.check_ids("stop_token_ids", stop_ids)
+        self.check_ids("banned_token_ids", banned)
+        bias = {}
+        for key, added in (request.logit_bias or {}).items():
+            is_id = key.isascii() and key.isdecimal() and len(key) <= 10
+            if not is_id or int(key) >= self._vocab_size:
+                raise RequestError(
+                    f"logit_bias: {key!r} is not a token id below {self._vocab_size}",
+                    param="logit_bias",
+                )
+            bias[int(key)] = added
+        if len(self._banned_ids.union(banned)) >= self._vocab_size:
+            raise RequestError(
+                "banned_token_ids: leave at least one token", param="banned_token_ids"
+            )
+        if not request.ignore_eos:
+            stop_ids = [*stop_ids, self._tokenizer.eos_id]
+        temperature = 1.0 if request.temperature is None else request.temperature
+
+        def value(field: float | None, default: float) -> float:
+            return default if field is None else field
+
+        return Sampling(
+            temperature=temperature,
+            top_k=max(0, min(request.top_k or 0, self._vocab_size)),
+            top_p=value(request.top_p, 1.0),
+            min_p=value(request.min_p, 0.0),
+            repetition_penalty=value(request.repetition_penalty, 1.0),
+            presence_penalty=value(request.presence_penalty, 0.0),
+            frequency_penalty=value(request.frequency_penalty, 0.0),
+            logit_bias=bias,
+            banned_ids=tuple(sorted(self._banned_ids.union(banned))),
+            stop_ids=tuple(sorted({*stop_ids})),
+            seed=_seed(request.seed),
+        )
+
+
+def _seed(seed: int | None) -> int:
+    """Seed of 32 bits: of a larger or negative one, a digest; of none, a random one."""
+    if seed is None:
+        return secrets.randbits(32)
+    if 0 <= seed < 2**32:
+        return seed
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "little")
