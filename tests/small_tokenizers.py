@@ -1,7 +1,18 @@
 """Hugging Face tokenizers of a few tokens, shared by tests."""
 
+import json
+
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
+
+from simplernn_jax.data import tokenizer_from_json
+
+
+def pretrained(tokenizer):
+    """The project's tokenizer of a library's one, or of its JSON."""
+    text = tokenizer if isinstance(tokenizer, str) else tokenizer.to_str()
+    saved = {"kind": "pretrained", "tokenizer": text, "special_ids": {}}
+    return tokenizer_from_json(json.dumps(saved))
 
 
 def byte_level(normalizer=None, *, add_prefix_space=False):

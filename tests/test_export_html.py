@@ -10,7 +10,7 @@ from export_models import MODELS, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import small_config, write_corpus
-from small_tokenizers import byte_level, word_level
+from small_tokenizers import byte_level, pretrained, word_level
 from test_tokenizer import TEXT, byte_level_json, char_tokenizer
 
 from simplernn_jax import load_model
@@ -24,12 +24,6 @@ from simplernn_jax.inference import generate_text
 from simplernn_jax.training.loop import train
 
 CHROMIUM = shutil.which("chromium")
-
-
-def pretrained(tokenizer):
-    text = tokenizer if isinstance(tokenizer, str) else tokenizer.to_str()
-    saved = {"kind": "pretrained", "tokenizer": text, "special_ids": {}}
-    return tokenizer_from_json(json.dumps(saved))
 
 
 def splitting_json():

@@ -1,7 +1,6 @@
 """The export for `transformers`: generation, training, tokenizers, model card, lm-eval."""
 
 import copy
-import json
 
 import chex
 import jax
@@ -12,6 +11,7 @@ import pytest
 from export_models import MODELS, trained
 from flax import nnx
 from small_runs import HYBRID, save_untrained, small_config, write_corpus
+from small_tokenizers import pretrained
 from test_tokenizer import TEXT, byte_level_json, char_tokenizer
 
 from simplernn_jax import load_model
@@ -158,12 +158,6 @@ TOKENIZERS = {
     "char": lambda: char_tokenizer("".join(sorted(set(TEXT + "abc<|eos>")))),
     "pretrained": lambda: pretrained(byte_level_json("<s>", "</s>")),
 }
-
-
-def pretrained(text):
-    return tokenizer_from_json(
-        json.dumps({"kind": "pretrained", "tokenizer": text, "special_ids": {}})
-    )
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -105,7 +105,7 @@ def test_an_unsupported_setting_is_refused_by_name(tmp_path, settings, message):
     ],
 )
 def test_settings_that_do_not_change_the_model_are_ignored(tmp_path, settings):
-    load(tmp_path, **settings)
+    assert load(tmp_path, **settings).config == load(tmp_path).config
 
 
 Q = "model.layers.1.attn.q_proj.weight"

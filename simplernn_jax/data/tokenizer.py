@@ -97,6 +97,16 @@ def tokenizer_from_json(text: str) -> Tokenizer:
     raise UserError(f"the saved tokenizer is of kind {kind!r}; a newer version wrote it: use that")
 
 
+def ids_without_text(tokenizer: Tokenizer, vocab_size: int) -> set[int]:
+    """Return the ids below `vocab_size`, the model's, that generation must not choose.
+
+    They are BOS, padding and those the tokenizer lacks, but not EOS: some vocabularies have one id
+    for several purposes.
+    """
+    ids = {tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, vocab_size)}
+    return ids - {tokenizer.eos_id}
+
+
 class ByteTokenizer:
     """Id i below 256 is the byte i of the text's UTF-8."""
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.arguments import (
     check_callback,
@@ -74,8 +74,6 @@ def generate_text(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model {vocab_size}; "
             "use the tokenizer the model was trained with"
         )
-    banned_ids = {tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, vocab_size)}
-    banned_ids -= {tokenizer.eos_id}  # some vocabularies have one id for several purposes
     ids, contexts = _encode(tokenizer, prompts, state)
     streams = [TextStream(tokenizer, context) for context in contexts]
     texts = [""] * len(ids)
@@ -95,7 +93,7 @@ def generate_text(
         top_p=top_p,
         seed=seed,
         eos_id=tokenizer.eos_id,
-        banned_ids=sorted(banned_ids),
+        banned_ids=sorted(ids_without_text(tokenizer, vocab_size)),
         state=state,
         on_tokens=lambda new: take(
             [stream.feed(tokens) for stream, tokens in zip(streams, new, strict=True)]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text
 from simplernn_jax.errors import UserError
 from simplernn_jax.serving.jobs import Sampling
 from simplernn_jax.serving.requests import (
@@ -28,9 +28,7 @@ class Inputs:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        # Some vocabularies have one id for several purposes.
-        special = {tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, vocab_size)}
-        self._banned_ids = special - {tokenizer.eos_id}
+        self._banned_ids = ids_without_text(tokenizer, vocab_size)
 
     def encode(self, text: str) -> np.ndarray:
         """Encode `text`.

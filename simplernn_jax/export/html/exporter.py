@@ -10,6 +10,7 @@ import jinja2
 import markupsafe
 import numpy as np
 
+from simplernn_jax.data.tokenizer import ids_without_text
 from simplernn_jax.errors import UserError, counted
 from simplernn_jax.export.formats import TrainedModel, check_block, check_packages
 from simplernn_jax.export.html.tokenizer_data import tokenizer_data
@@ -34,7 +35,6 @@ def write(trained: TrainedModel, folder: Path) -> None:
             f"({MAX_BYTES:,}); use --weights=int8, or another format"
         )
     tokenizer, config = trained.tokenizer, trained.model.config
-    special = {tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, config.vocab_size)}
     data = {
         "config": description(trained),
         "arrays": arrays,
@@ -42,7 +42,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
         "special": {
             "bos": tokenizer.bos_id,
             "eos": tokenizer.eos_id,
-            "banned": sorted(special - {tokenizer.eos_id}),
+            "banned": sorted(ids_without_text(tokenizer, config.vocab_size)),
         },
     }
     shared = importlib.resources.files("simplernn_jax.serving") / "page"
