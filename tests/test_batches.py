@@ -7,7 +7,8 @@ import pytest
 from token_splits import BOS, EOS, PAD, contexts, document_of, make_split, predictable, unique_split
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.batches import Batch, BatchSource, make_batches, steps_per_epoch
+from simplernn_jax.data.batch_iterator import make_batches
+from simplernn_jax.data.batches import Batch, BatchSource, steps_per_epoch
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.errors import UserError
 

@@ -20,6 +20,7 @@ from small_tokenizers import word_level
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import TokenizedCorpus, TokenSplit, load_tokenizer, prepare_corpus
+from simplernn_jax.data.token_parts import write_part
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_sealed, write_sealed
 
@@ -63,6 +64,10 @@ def texts_of(split: TokenSplit) -> list[str]:
 
 def leftovers(cache: Path) -> list[Path]:
     return list(cache.glob(".*"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.99])
@@ -187,7 +192,8 @@ def test_large_document_is_stored_whole_across_pieces(tmp_path, cache):
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char"])
-def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, cache):
+def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch, tokenizer, cache):
+    monkeypatch.setattr("simplernn_jax.data.token_parts.PART_CHARACTERS", 1 << 20)
     block = b"a line of a large file that is never in memory whole\n" * 20_000
     peaks = []
     for blocks in (13, 43):
@@ -206,7 +212,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, cache):
 
 def test_second_preparation_reads_the_store(monkeypatch, source, cache):
     first = prepare(source, cache)
-    monkeypatch.setattr("simplernn_jax.data.token_store.write_spool", None)
+    monkeypatch.setattr("simplernn_jax.data.source_store.write_spool", None)
     config = DataConfig(source=str(source))
     for tokenizer in (None, first.tokenizer):
         again = prepare_corpus(config, 3, str(cache), tokenizer=tokenizer)
@@ -326,6 +332,9 @@ def test_every_damage_to_a_store_is_named_and_the_text_tokenized_again(copy_of_s
         ('"store": "', '"store": "0', "that of another corpus"),
         ('"documents": ', '"documents": null, "was": ', "not a record of a corpus"),
         ('"splits": {', '"splits": [], "were": {', "not a record of a corpus"),
+        ('"shard_bytes": ', '"shard_bytes": 7, "was": ', "end inside a token"),
+        ('"shard_bytes": ', '"shard_bytes": 2, "was": ', "does not list every shard"),
+        ('"shard_bytes": ', '"shard_bytes": 0, "was": ', "not a record of a corpus"),
         ("{", "[" * 100_000 + "{", "not a record of a corpus"),
     ],
 )
@@ -367,42 +376,92 @@ def test_lack_of_memory_is_not_damage(whole_store, monkeypatch, caplog):
     assert "corrupted" not in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("module", "function", "calls"),
-    [
-        ("simplernn_jax.data.tokenizer", "utf8", 5),
-        ("os", "pread", 3),
-        ("os", "fsync", 2),
-        ("os", "rename", 0),
-    ],
-)
-def test_a_killed_writer_leaves_no_store(tmp_path, module, function, calls, source, cache):
-    command = f"""
+@pytest.fixture
+def small_files(monkeypatch):
+    """Parts of a few documents and shards of 128 bytes, as in `KILLED`."""
+    monkeypatch.setattr("simplernn_jax.data.token_parts.PART_CHARACTERS", 200)
+    monkeypatch.setattr("simplernn_jax.data.store_writer.SHARD_BYTES", 128)
+    monkeypatch.setattr("simplernn_jax.data.store_writer.BUFFER_BYTES", 64)
+
+
+KILLED = """
 import os
 import {module} as module
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data import prepare_corpus
+from simplernn_jax.data import prepare_corpus, store_writer, token_parts
 
+token_parts.PART_CHARACTERS = 200
+store_writer.SHARD_BYTES, store_writer.BUFFER_BYTES = 128, 64
 calls, original = [], module.{function}
-def killed_here(*arguments):
+def killed_here(*arguments, **options):
     calls.append(arguments)
     if len(calls) > {calls}:
-        os.kill(os.getpid(), {int(signal.SIGKILL)})
-    return original(*arguments)
+        os.kill(os.getpid(), {signal})
+    return original(*arguments, **options)
 
 module.{function} = killed_here
-prepare_corpus(DataConfig(source={str(source)!r}), 3, {str(cache)!r})
+prepare_corpus(DataConfig(source={source!r}), 3, {cache!r})
 """
-    code, _, errors = run_python("-c", command)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "calls", "parts", "shards"),
+    [
+        ("simplernn_jax.data.tokenizer", "utf8", 5, 1, 0),
+        ("os", "pread", 5, 3, 1),
+        ("simplernn_jax.data.store_writer", "write_sealed", 0, 3, 4),
+        ("os", "fsync", 2, 3, 4),
+        ("os", "rename", 0, 3, 4),
+    ],
+)
+def test_a_killed_writer_is_continued_where_it_was(
+    tmp_path, monkeypatch, small_files, module, function, calls, parts, shards, source, cache
+):
+    names = {"module": module, "function": function, "calls": calls, "signal": int(signal.SIGKILL)}
+    code = KILLED.format(**names, source=str(source), cache=str(cache))
+    code, _, errors = run_python("-c", code)
     assert code == -signal.SIGKILL, errors
     (left,) = cache.iterdir()
     assert left.name.startswith(".")
-    corpus = prepare(source, cache)
-    assert corpus.content_hash == prepare(source, tmp_path / "other").content_hash
-    assert leftovers(cache) == [left]  # its writer might still live
-    hours_ago = time.time() - 7200
+    before = contents(left / "result") if (left / "result").exists() else {}
+    times = {name: (left / "result" / name).stat().st_mtime_ns for name in before}
+
+    written = []
+    monkeypatch.setattr(
+        "simplernn_jax.data.token_workers.write_part",
+        lambda folder, number, *rest: (written.append(number), write_part(folder, number, *rest)),
+    )
+    prepare(source, cache)
+    assert not leftovers(cache)
+    resumed = written.copy()
+    written.clear()
+    prepare(source, tmp_path / "other")
+    assert resumed == written[parts:]
+
+    (store,), (other,) = cache.iterdir(), (tmp_path / "other").iterdir()
+    assert contents(store) == contents(other)
+    whole = {name for name in before if before[name] == (store / name).read_bytes()}
+    whole = {name for name in whole if name.endswith(".tokens")}
+    assert len(whole) == shards
+    assert whole == {n for n in whole if (store / n).stat().st_mtime_ns == times[n]}
+
+
+def test_what_a_writer_left_that_was_killed_at_its_end_is_removed(source, cache):
+    prepare(source, cache)
+    (store,) = cache.iterdir()
+    (cache / f".{store.name}.tmp" / "spool").mkdir(parents=True)
+    prepare(source, cache)
+    assert not leftovers(cache)
+
+
+def test_what_nobody_continues_for_a_week_is_removed(source, cache):
+    left = cache / ".0123.tmp"
+    (left / "spool").mkdir(parents=True)
+    prepare(source, cache)
+    assert leftovers(cache) == [left]
+    days_ago = time.time() - 8 * 24 * 3600
     for path in [*left.iterdir(), left]:
-        os.utime(path, (hours_ago, hours_ago))
+        os.utime(path, (days_ago, days_ago))
     prepare(source, cache, seed=4)
     assert not leftovers(cache)
 
@@ -489,6 +548,15 @@ def test_progress_is_a_bar_on_a_terminal_and_two_lines_elsewhere(
     prepare_corpus(config, 3, str(tmp_path / "c"), show_progress=False)
     assert capsys.readouterr().err == ""
     assert not caplog.records
+
+
+def test_long_reading_is_reported_in_between(caplog, monkeypatch, source, cache):
+    caplog.set_level("INFO")
+    monkeypatch.setattr("simplernn_jax.data.progress._SECONDS_PER_LINE", 0)
+    prepare(source, cache)
+    lines = [record.message for record in caplog.records]
+    assert len(lines) > 3
+    assert all(re.search(r": \d+ %, \d+ s left$", line) for line in lines[1:-1])
 
 
 def test_importing_the_package_loads_no_heavy_library():

@@ -8,17 +8,17 @@ resuming is exact in every mode.
 import functools
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 
 from simplernn_jax.config import DataConfig
+from simplernn_jax.data.sharded_array import without_memmap
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.errors import UserError, counted
 
-_ENDLESS = 2**48
+ENDLESS = 2**48
 """Length of a source, more batches than any run takes."""
 
-_EXAMPLES, _ROTATION, _RESETS, _ORDER = range(4)
+_EXAMPLES, _ROTATION, _RESETS, _ORDER, SOURCES = range(5)
 """Purposes of random draws; each has its own stream of the seed."""
 
 
@@ -78,28 +78,6 @@ def steps_per_epoch(split: TokenSplit, data_config: DataConfig) -> int:
     return _divide_up(num_tokens, batch_size * length)
 
 
-def make_batches(
-    split: TokenSplit,
-    data_config: DataConfig,
-    seed: int,
-    pad_id: int,
-    sequences: slice = slice(None),
-) -> grain.DatasetIterator:
-    """Endless iterator of `Batch`; a thread prefetches the next ones.
-
-    ``get_state()`` is a JSON-able dict with the number of batches taken; ``set_state`` on a new
-    iterator of the same arguments resumes with the same batches, whatever its `sequences`.
-
-    Raises:
-      UserError: the split is too short (`steps_per_epoch`).
-    """
-    source = BatchSource(split, data_config, seed, pad_id, sequences)
-    # One thread: a batch takes far less time than a step, and further threads would only
-    # compete with the computation for cores.
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
-
-
 class BatchSource:
     """Random-access source whose item ``i`` is the `Batch` of optimizer step ``i``.
 
@@ -146,9 +124,8 @@ class BatchSource:
             f"pad_id={pad_id}, sequences={sequences})"
         )
         self._split = split
-        # A plain array over the same memory: indexing the memmap class costs more.
-        self._tokens = np.asarray(split.tokens)
-        self._targets = None if split.targets is None else np.asarray(split.targets)
+        self._tokens = without_memmap(split.tokens)
+        self._targets = None if split.targets is None else without_memmap(split.targets)
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
         if self._mode == "document":
             per_document = _pieces_per_document(split, self._length)
@@ -166,7 +143,7 @@ class BatchSource:
             self._boundaries = np.concatenate([starts, early + len(self._tokens)])
 
     def __len__(self) -> int:
-        return _ENDLESS
+        return ENDLESS
 
     def __repr__(self) -> str:
         return self._name
@@ -177,7 +154,11 @@ class BatchSource:
             return self._document_batch(index)
         if self._mode == "stream":
             return self._stream_batch(index)
-        batch, _ = self._ring_batch(self._example_starts(index)[self._sequences])
+        return self.examples(index, self._sequences)
+
+    def examples(self, index: int, sequences: slice | np.ndarray) -> Batch:
+        """Return these sequences of batch `index` (mode ``window``)."""
+        batch, _ = self._ring_batch(self._example_starts(index)[sequences])
         return batch._replace(reset=~batch.reset)
 
     def _example_starts(self, index: int) -> np.ndarray:
@@ -191,8 +172,7 @@ class BatchSource:
         return (turn + nth * self._stride) % num_tokens
 
     def _random(self, purpose: int, index: int) -> np.random.Generator:
-        key = np.random.SeedSequence(self._seed, spawn_key=(purpose, index))
-        return np.random.Generator(np.random.Philox(key))
+        return random_draws(self._seed, purpose, index)
 
     def _stream_batch(self, index: int) -> Batch:
         epoch, step = divmod(index, self._steps_per_epoch)
@@ -259,6 +239,12 @@ class BatchSource:
         )
 
 
+def random_draws(seed: int, purpose: int, index: int) -> np.random.Generator:
+    """Return the generator of batch or epoch `index` for one of the purposes above."""
+    key = np.random.SeedSequence(seed, spawn_key=(purpose, index))
+    return np.random.Generator(np.random.Philox(key))
+
+
 def gather(
     split: TokenSplit, positions: np.ndarray, is_real: np.ndarray, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -267,14 +253,13 @@ def gather(
     Returns:
       Inputs, next tokens, and whether these are targets of the loss.
     """
-    # A plain array over the same memory: indexing the memmap class costs more.
-    tokens = np.asarray(split.tokens)
+    tokens = without_memmap(split.tokens)
     positions = np.where(is_real, positions, 0)
     inputs = np.where(is_real, tokens[positions].astype(np.int32), np.int32(pad_id))
     following = np.where(is_real, tokens[positions + 1].astype(np.int32), np.int32(pad_id))
     if split.targets is None:
         return inputs, following, is_real
-    return inputs, following, is_real & np.asarray(split.targets)[positions + 1]
+    return inputs, following, is_real & without_memmap(split.targets)[positions + 1]
 
 
 def document_ends(split: TokenSplit) -> np.ndarray:

@@ -104,6 +104,9 @@ class ChatTemplate:
                 "chat template: nothing ends an assistant's message; correct --config.data.template"
             )
 
+    def __reduce__(self) -> tuple[type["ChatTemplate"], tuple[str]]:
+        return ChatTemplate, (self.source,)
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Render a conversation, and the beginning of an assistant's message after it if wanted.
 

@@ -7,6 +7,7 @@ from simplernn_jax.config import DataConfig
 from simplernn_jax.data.chat_template import load_template
 from simplernn_jax.data.documents import Corpus, Document
 from simplernn_jax.data.file_search import find_files, stdlib_files
+from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.prepared_dataset import PreparedDataset, find_prepared
 from simplernn_jax.data.record_files import (
     ConversationFiles,
@@ -40,6 +41,8 @@ def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
     source = config.source
     if "\0" in source:
         raise UserError(f"{source}: no path holds a NUL character; correct the source")
+    if parse_mixture(source) is not None:
+        raise UserError(f"{source}: a mixture, which only training takes; give one source")
     try:
         return _open(config, frozenset(map(os.path.realpath, exclude)))
     except OSError as error:

@@ -3,8 +3,10 @@
 import abc
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
+
+from absl import logging
 
 from simplernn_jax.data.source_files import SourceFile, file_status
 from simplernn_jax.errors import UserError
@@ -20,6 +22,21 @@ class Piece(NamedTuple):
     text: str
     is_target: bool = True
     """Whether its tokens are predicted; the loss leaves others out, such as a user's messages."""
+
+
+class Entry(NamedTuple):
+    """A piece of text and its place in its document."""
+
+    text: str
+    is_target: bool
+    begins: bool
+    """Whether it begins the document: BOS precedes it."""
+    ends: bool
+    """Whether it ends the document: EOS follows it."""
+
+
+class BadRecord(Exception):
+    """Reason why a record has no text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +72,59 @@ class Corpus(abc.ABC):
         self._encoding_errors = encoding_errors
         self._settings = settings
         self.total_bytes = sum(file_status(file.path).st_size for file in files)
+        self._max_bad_records = 0
+        self._has_warned = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin an iteration."""
         self.bytes_read = 0
+        self._num_bad, self._first_problem = 0, ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what `entries` needs, for another process."""
+        return {**vars(self), "_files": []}
+
+    def items(self) -> Iterator[tuple[Any, int]]:
+        """Yield the text in order as `entries` takes it, and its size; fast, since others wait.
+
+        Raises:
+          UserError: text that cannot be read.
+        """
+        for document in self.documents():
+            for entry in entries_of(document.pieces):
+                yield entry, len(entry.text)
+
+    def entries(self, item: Any) -> Iterable[Entry]:
+        """Return the text of an item, in another process perhaps.
+
+        Raises:
+          BadRecord: it has none; pass that to `skip`.
+        """
+        return [item]
+
+    def skip(self, problem: str) -> None:
+        """Count a bad record.
+
+        Raises:
+          UserError: more of them than allowed.
+        """
+        self._num_bad += 1
+        self._first_problem = self._first_problem or problem
+        if self._num_bad > self._max_bad_records:
+            raise UserError(
+                f"{problem}; bad record {self._num_bad}, {self._max_bad_records} allowed: fix"
+                " it or raise max_bad_records (train.py: --config.data.max_bad_records)"
+            )
+
+    def warn_of_skipped(self) -> None:
+        """Warn of the records that were skipped, once."""
+        if self._num_bad and not self._has_warned:
+            self._has_warned = True
+            skipped = "1 bad record skipped:"
+            if self._num_bad > 1:
+                skipped = f"{self._num_bad} bad records skipped, the first of them"
+            logging.warning("%s %s", skipped, self._first_problem)
 
     def fingerprint(self) -> str:
         """SHA-256 hex over the settings and the files' present names, sizes and times.
@@ -75,6 +144,18 @@ class Corpus(abc.ABC):
         Raises:
           UserError: text that cannot be read.
         """
+
+
+def entries_of(pieces: Iterable[Piece]) -> Iterator[Entry]:
+    """Yield the pieces of a document with their places in it."""
+    previous, begins = None, True
+    for piece in pieces:
+        if previous is not None:
+            yield Entry(*previous, begins, False)
+            begins = False
+        previous = piece
+    if previous is not None:
+        yield Entry(*previous, begins, True)
 
 
 def text_pieces(text: str, is_target: bool = True) -> Iterator[Piece]:

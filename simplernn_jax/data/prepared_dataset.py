@@ -79,7 +79,7 @@ class PreparedDataset(Corpus):
 
     def documents(self) -> Iterator[Document]:
         """See `Corpus.documents`."""
-        self.bytes_read = 0
+        self._begin()
         source = self._open()
         for index in range(len(source)):
             where = f"{self._folder}: example {index}"

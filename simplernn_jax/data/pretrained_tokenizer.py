@@ -75,15 +75,15 @@ def _unknown(name: str, problem: str) -> str:
     near = difflib.get_close_matches(name, ("byte", "char"), n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return (
-        f"tokenizer {name!r}: {problem}{hint}; use byte, char, the path of a tokenizer.json, "
-        "or a hub name on a machine with a network"
+        f"tokenizer {name!r}: {problem}{hint}; use byte, char, bpe:SIZE, the path of a "
+        "tokenizer.json, or a hub name on a machine with a network"
     )
 
 
 def _within_reach(endpoint: str) -> bool:
     """Connect once, because the hub's own client retries for half a minute."""
     try:
-        with urllib.request.urlopen(endpoint, timeout=_REACH_SECONDS):
+        with urllib.request.urlopen(endpoint, timeout=_REACH_SECONDS):  # noqa: S310 - user's own
             return True
     except urllib.error.HTTPError:
         return True
@@ -121,7 +121,7 @@ class PretrainedTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self._json = tokenizer_json
+        self.tokenizer_json = tokenizer_json
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self._vocabulary_end = max(vocabulary.values(), default=-1) + 1
         if self._vocabulary_end > _MAX_IDS:
@@ -218,7 +218,7 @@ class PretrainedTokenizer:
         """See `Tokenizer.to_json`."""
         special_ids = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
         return json.dumps(
-            {"kind": "pretrained", "tokenizer": self._json, "special_ids": special_ids}
+            {"kind": "pretrained", "tokenizer": self.tokenizer_json, "special_ids": special_ids}
         )
 
 

@@ -1,4 +1,4 @@
-"""Progress of reading a corpus: a bar on a terminal, two plain lines elsewhere."""
+"""Progress of reading a corpus: a bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import sys
@@ -10,6 +10,9 @@ from absl import logging
 _MAX_LENGTH = 32
 """Characters of the task at most, to leave room for the bar."""
 
+_SECONDS_PER_LINE = 30
+"""Seconds between plain lines of a long reading."""
+
 
 @contextlib.contextmanager
 def reading_progress(task: str, total_bytes: int, *, show: bool) -> Iterator[Callable[[int], None]]:
@@ -19,10 +22,21 @@ def reading_progress(task: str, total_bytes: int, *, show: bool) -> Iterator[Cal
     elif sys.stderr.isatty():
         yield from _bar(task, total_bytes)
     else:
-        start = time.monotonic()
+        start = latest = time.monotonic()
         unit, scale = ("kB", 1e3) if total_bytes < 1e6 else ("MB", 1e6)
         logging.info("%s: %.1f %s ...", task, total_bytes / scale, unit)
-        yield lambda bytes_read: None
+
+        def update(bytes_read: int) -> None:
+            nonlocal latest
+            now = time.monotonic()
+            if now - latest < _SECONDS_PER_LINE:
+                return
+            latest = now
+            done = bytes_read / max(total_bytes, 1)
+            left = (now - start) * (1 - done) / max(done, 1e-9)
+            logging.info("%s: %.0f %%, %.0f s left", task, 100 * done, left)
+
+        yield update
         logging.info("%s: done in %.1f s", task, time.monotonic() - start)
 
 

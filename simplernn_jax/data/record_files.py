@@ -10,10 +10,16 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from absl import logging
-
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, check_messages
-from simplernn_jax.data.documents import Corpus, Document, Piece, text_pieces
+from simplernn_jax.data.documents import (
+    BadRecord,
+    Corpus,
+    Document,
+    Entry,
+    Piece,
+    entries_of,
+    text_pieces,
+)
 from simplernn_jax.data.source_files import SourceFile, file_status, library_errors, open_source
 from simplernn_jax.errors import UserError, nearest_name, one_line
 
@@ -28,10 +34,6 @@ _NAMED_FIELDS = 8
 """Fields that an error names at most: a record can have millions."""
 _CHAT = "messages"
 _NO_TEMPLATE = "conversations need a template (train.py: --config.data.template=roles)"
-
-
-class BadRecord(Exception):
-    """Reason why a record has no text."""
 
 
 class RecordFiles(Corpus):
@@ -50,37 +52,36 @@ class RecordFiles(Corpus):
         super().__init__(files, encoding_errors, kind=self.kind, field=field, **settings)
         self._field = field
         self._max_bad_records = max_bad_records
-        self._has_warned = False
 
     def documents(self) -> Iterator[Document]:
         """See `Corpus.documents`."""
-        self.bytes_read = 0
-        first_problem, num_bad = "", 0
+        for (path, name, place, value), _ in self.items():
+            try:
+                pieces = self._pieces(value)
+            except BadRecord as error:
+                self.skip(_problem(path, place, error))
+                continue
+            yield Document(f"{name}{place}", pieces)
+        self.warn_of_skipped()
+
+    def items(self) -> Iterator[tuple[tuple[str, str, str, Any], int]]:
+        """See `Corpus.items`; yields the path and name of a file, and the place in it, too."""
+        self._begin()
         for file in self._files:
-            for place, value in self._records(file):
-                try:
-                    pieces = self._pieces(value)
-                except BadRecord as error:
-                    problem = one_line(f"{file.path}{place}: {error}")
-                    first_problem = first_problem or problem
-                    num_bad += 1
-                    if num_bad > self._max_bad_records:
-                        raise UserError(
-                            f"{problem}; bad record {num_bad}, {self._max_bad_records} allowed: fix"
-                            " it or raise max_bad_records (train.py: --config.data.max_bad_records)"
-                        ) from error
-                    continue
-                yield Document(f"{file.name}{place}", pieces)
-        if num_bad and not self._has_warned:
-            self._has_warned = True
-            skipped = "1 bad record skipped:"
-            if num_bad > 1:
-                skipped = f"{num_bad} bad records skipped, the first of them"
-            logging.warning("%s %s", skipped, first_problem)
+            for place, value, size in self._records(file):
+                yield (file.path, file.name, place, value), size
+
+    def entries(self, item: tuple[str, str, str, Any]) -> Iterator[Entry]:
+        """See `Corpus.entries`."""
+        path, _, place, value = item
+        try:
+            return entries_of(self._pieces(value))
+        except BadRecord as error:
+            raise BadRecord(_problem(path, place, error)) from error
 
     @abc.abstractmethod
-    def _records(self, file: SourceFile) -> Iterator[tuple[str, Any]]:
-        """Yield the place of each record in the file, and what `_pieces` needs of it."""
+    def _records(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
+        """Yield the place of each record in the file, what `_pieces` needs of it, and its size."""
 
     @abc.abstractmethod
     def _pieces(self, value: Any) -> Iterator[Piece]:
@@ -96,8 +97,8 @@ class JsonlFiles(RecordFiles):
 
     kind = "jsonl"
 
-    def _records(self, file: SourceFile) -> Iterator[tuple[str, tuple[int, bytes]]]:
-        """Yield the number of each line that is not blank, its offset and its bytes."""
+    def _records(self, file: SourceFile) -> Iterator[tuple[str, tuple[int, bytes], int]]:
+        """Yield the number of each line that is not blank, its offset and bytes, and its size."""
         before = self.bytes_read
         end = 0
         with open_source(file.path) as source:
@@ -116,7 +117,7 @@ class JsonlFiles(RecordFiles):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
-                    yield f":{number}", (end - len(line), line)
+                    yield f":{number}", (end - len(line), line), len(line)
 
     def _pieces(self, value: tuple[int, bytes]) -> Iterator[Piece]:
         text = self._field_of(*value)
@@ -195,8 +196,8 @@ class ParquetFiles(RecordFiles):
             )
         super().__init__(files, *settings)
 
-    def _records(self, file: SourceFile) -> Iterator[tuple[str, bytes | None]]:
-        """Yield the number of each row and the content of its field."""
+    def _records(self, file: SourceFile) -> Iterator[tuple[str, bytes | None, int]]:
+        """Yield the number of each row, the content of its field, and its size."""
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -225,7 +226,7 @@ class ParquetFiles(RecordFiles):
                     values = batch.column(0).cast(pa.large_binary()).to_pylist()
                 for value in values:
                     self.bytes_read = before + size * number // max(num_rows, number + 1)
-                    yield f": row {number}", value
+                    yield f": row {number}", value, len(value or b"")
                     number += 1
         self.bytes_read = before + size
 
@@ -252,6 +253,10 @@ class ParquetFiles(RecordFiles):
             raise BadRecord(
                 f"invalid UTF-8 at byte {error.start} of field {self._field!r}"
             ) from error
+
+
+def _problem(path: str, place: str, error: BadRecord) -> str:
+    return one_line(f"{path}{place}: {error}")
 
 
 def _missing_field(field: str, fields: Iterable[str]) -> str:

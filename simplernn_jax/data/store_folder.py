@@ -1,10 +1,12 @@
-"""The files of one tokenized corpus: written once and atomically, fully verified before use.
+"""The files of one tokenized corpus: written once, fully verified before use.
 
-NAME/train.tokens        token ids, unsigned
+NAME/train.tokens        token ids, unsigned; the first shard
+NAME/train.00001.tokens  the next shard, and so on; all but the last of the same size
 NAME/train.starts        positions of the first token of each document, int64
-NAME/train.targets       whether each token is a target of the loss, bool; only if some are not
+NAME/train.targets       whether each token is a target of the loss, bool, sharded like the tokens;
+                         only if some are not
 NAME/validation.*        the same, unless everything trains
-NAME/meta.json           dtype, sizes and SHA-256 of these files, sealed (`files`)
+NAME/meta.json           manifest: dtype, sizes and SHA-256 of these files, sealed (`files`)
 """
 
 import contextlib
@@ -15,23 +17,23 @@ import io
 import json
 import os
 import shutil
-import time
-import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from simplernn_jax.data.spool import TOKEN_DTYPES, SplitPlan, Spool
-from simplernn_jax.files import open_file, read_sealed, sha256_hex, sync, write_sealed
+from simplernn_jax.data.sharded_array import ShardedArray, joined, shards_of
+from simplernn_jax.data.token_parts import TOKEN_DTYPES
+from simplernn_jax.data.token_workers import available_cores
+from simplernn_jax.files import open_file, read_sealed
 
-_META_FILE = "meta.json"
+META_FILE = "meta.json"
+"""Manifest of a store."""
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO)
 _DAMAGE = (*_NO_FILE, errno.EIO)
 """Errors from reading a corrupted store; other ones are the machine's."""
-_TEMPORARY_SUFFIX = ".tmp"
-_ABANDONED_SECONDS = 3600
 
 
 class DamagedStore(Exception):
@@ -44,7 +46,7 @@ class TokenSplit:
 
     name: str
     """``train`` or ``validation``."""
-    tokens: np.ndarray
+    tokens: np.ndarray | ShardedArray
     """[N] memory-mapped ids, the smallest unsigned dtype that holds the vocabulary."""
     document_starts: np.ndarray
     """[documents] int64, position of the first token of each document. A position split cuts one
@@ -53,7 +55,7 @@ class TokenSplit:
     """UTF-8 bytes of its targets."""
     content_hash: str
     """SHA-256 of the tokens, the document starts and the targets."""
-    targets: np.ndarray | None = None
+    targets: np.ndarray | ShardedArray | None = None
     """[N] memory-mapped bool, whether a token is a target of the loss; None: all that follow
     another in their document."""
 
@@ -61,98 +63,25 @@ class TokenSplit:
     def num_predictions(self) -> int:
         """Number of targets: tokens that follow another one in their document."""
         if self.targets is not None:
-            return int(np.count_nonzero(self.targets))
+            return sum(int(np.count_nonzero(shard)) for shard in shards_of(self.targets))
         return len(self.tokens) - len(self.document_starts)
 
 
-@contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Create a temporary folder next to `folder`, and sync and rename it to `folder` on leaving.
-
-    If the block raises, the temporary folder is removed; if the process is killed, it stays under
-    its own name and is removed by a later call. If another process was faster, its folder stays
-    and ours is dropped.
-
-    Raises:
-      OSError: the disk is full or not writable.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder.parent)
-    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in [*temporary.iterdir(), temporary]:
-            sync(path)
-        try:
-            os.rename(temporary, folder)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_abandoned(parent: Path) -> None:
-    """Remove what killed writers left; a live one has written something within the hour."""
-    limit = time.time() - _ABANDONED_SECONDS
-    for temporary in parent.glob(f".*{_TEMPORARY_SUFFIX}"):
-        with contextlib.suppress(OSError):  # gone meanwhile, or not a writer's
-            if all(path.stat().st_mtime < limit for path in [temporary, *temporary.iterdir()]):
-                shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_store(folder: Path, name: str, plans: list[SplitPlan], spool: Spool) -> None:
-    """Write the files of the store `name` into a temporary folder.
-
-    Raises:
-      OSError: the disk is full or not writable.
-    """
-    splits = {plan.name: _write_split(folder, plan, spool) for plan in plans}
-    meta = {"store": name, "dtype": spool.dtype.str, "splits": splits}
-    write_sealed(folder / _META_FILE, json.dumps(meta, indent=2) + "\n")
-
-
-def _write_split(folder: Path, plan: SplitPlan, spool: Spool) -> dict[str, Any]:
-    both, tokens = hashlib.sha256(), hashlib.sha256()
-    with open(folder / f"{plan.name}.tokens", "wb") as stream:
-        for block in spool.blocks(plan.ranges):
-            stream.write(block.data)
-            tokens.update(block.data)
-            both.update(block.data)
-    starts = plan.document_starts.astype("<i8")
-    starts.tofile(folder / f"{plan.name}.starts")
-    both.update(starts.data)
-    record = {}
-    if not spool.piece_targets.all():
-        targets = hashlib.sha256()
-        with open(folder / f"{plan.name}.targets", "wb") as stream:
-            for block in spool.target_blocks(plan.ranges):
-                stream.write(block.data)
-                targets.update(block.data)
-                both.update(block.data)
-        record["targets_sha256"] = targets.hexdigest()
-    return record | {
-        "tokens": int((plan.ranges[:, 1] - plan.ranges[:, 0]).sum()),
-        "documents": len(starts),
-        "num_bytes": plan.num_bytes,
-        "content_hash": both.hexdigest(),
-        "tokens_sha256": tokens.hexdigest(),
-        "starts_sha256": sha256_hex(starts.data),
-    }
+def shard_path(folder: Path, split: str, suffix: str, number: int) -> Path:
+    """Path of a shard; `suffix` is ``tokens`` or ``targets``."""
+    return folder / (f"{split}.{number:05}.{suffix}" if number else f"{split}.{suffix}")
 
 
 def open_store(folder: Path) -> list[TokenSplit]:
-    """Verify every byte of a store and map its tokens; reads 1 to 2 GB a second.
+    """Verify every byte of a store and map its tokens; each core reads 1 to 2 GB a second.
 
     Raises:
       DamagedStore: a file is missing, not a regular file, or not what was written.
       OSError: the machine has no memory or no file descriptor for it.
     """
     meta = _read_meta(folder)
-    dtype = np.dtype(meta["dtype"])
-    return [_open_split(folder, name, dtype, split) for name, split in meta["splits"].items()]
+    with ThreadPoolExecutor(available_cores()) as threads:
+        return [_open_split(folder, name, meta, threads) for name in meta["splits"]]
 
 
 def content_hashes(folder: Path) -> list[str]:
@@ -177,45 +106,74 @@ def remove_store(folder: Path) -> None:
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
-    body = read_sealed(folder / _META_FILE)
+    body = read_sealed(folder / META_FILE)
     if body is None:
         # Stores of earlier versions have no seal.
-        raise DamagedStore(f"{_META_FILE} is missing, was changed or is of another version")
+        raise DamagedStore(f"{META_FILE} is missing, was changed or is of another version")
     try:
         meta: dict[str, Any] = json.loads(body)
         if not all(_is_record(split) for split in meta["splits"].values()):
             raise TypeError
-        store, dtype = meta["store"], meta["dtype"]
+        store, dtype, shard_bytes = meta["store"], meta["dtype"], meta.get("shard_bytes", 1)
+        if type(shard_bytes) is not int or shard_bytes < 1:
+            raise TypeError
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise DamagedStore(f"{_META_FILE} is not a record of a corpus") from error
+        raise DamagedStore(f"{META_FILE} is not a record of a corpus") from error
     if store != folder.name:
-        raise DamagedStore(f"{_META_FILE} is that of another corpus")
+        raise DamagedStore(f"{META_FILE} is that of another corpus")
     if dtype not in TOKEN_DTYPES:
-        raise DamagedStore(f"{_META_FILE} names the dtype {dtype}, which tokens never have")
+        raise DamagedStore(f"{META_FILE} names the dtype {dtype}, which tokens never have")
+    if "shard_bytes" in meta and shard_bytes % np.dtype(dtype).itemsize:
+        raise DamagedStore(f"{META_FILE} has shards that end inside a token")
     return meta
 
 
 def _is_record(split: dict[str, Any]) -> bool:
-    """Whether it has the fields of `_write_split`; of another type it raises an exception."""
+    """Whether it has the fields that `write_store` writes; of another type it raises an exception.
+
+    A store of an earlier version has one shard, and its hash is not in a list.
+    """
     counts = [split[name] for name in ("tokens", "documents", "num_bytes")]
-    hashes = [split[name] for name in ("content_hash", "tokens_sha256", "starts_sha256")]
-    hashes.append(split.get("targets_sha256", ""))
+    hashes = [split["content_hash"], split["starts_sha256"]]
+    for name in ("tokens_sha256", "targets_sha256"):
+        if isinstance(split.get(name), str):
+            split[name] = [split[name]]
+        hashes += split[name] if name == "tokens_sha256" else split.get(name, [])
     return all(type(x) is int for x in counts) and all(type(x) is str for x in hashes)
 
 
-def _open_split(folder: Path, name: str, dtype: np.dtype, split: dict[str, Any]) -> TokenSplit:
-    size = split["tokens"] * dtype.itemsize
-    with _verified(folder / f"{name}.tokens", size, split["tokens_sha256"]) as file:
-        tokens = np.memmap(file, dtype, "r")
-    size = split["documents"] * 8
-    with _verified(folder / f"{name}.starts", size, split["starts_sha256"]) as file:
+def _open_split(
+    folder: Path, name: str, meta: dict[str, Any], threads: ThreadPoolExecutor
+) -> TokenSplit:
+    split, dtype = meta["splits"][name], np.dtype(meta["dtype"])
+
+    def open_shards(suffix: str, dtype: np.dtype) -> np.ndarray | ShardedArray:
+        digests, size = split[f"{suffix}_sha256"], split["tokens"] * dtype.itemsize
+        shard_bytes = meta.get("shard_bytes", size)
+        if len(digests) != -(-size // shard_bytes):
+            raise DamagedStore(f"{META_FILE} does not list every shard")
+        opened = threads.map(
+            lambda number: _map_shard(
+                shard_path(folder, name, suffix, number),
+                min(shard_bytes, size - number * shard_bytes),
+                digests[number],
+                dtype,
+            ),
+            range(len(digests)),
+        )
+        return joined(list(opened))
+
+    tokens = open_shards("tokens", dtype)
+    path = folder / f"{name}.starts"
+    with _verified(path, split["documents"] * 8, split["starts_sha256"]) as file:
         starts = np.fromfile(file, "<i8")
-    targets = None
-    if "targets_sha256" in split:
-        path = folder / f"{name}.targets"
-        with _verified(path, split["tokens"], split["targets_sha256"]) as file:
-            targets = np.memmap(file, np.bool_, "r")
+    targets = open_shards("targets", np.dtype(np.bool_)) if "targets_sha256" in split else None
     return TokenSplit(name, tokens, starts, split["num_bytes"], split["content_hash"], targets)
+
+
+def _map_shard(path: Path, size: int, sha256: str, dtype: np.dtype) -> np.ndarray:
+    with _verified(path, size, sha256) as file:
+        return np.memmap(file, dtype, "r")
 
 
 @contextlib.contextmanager

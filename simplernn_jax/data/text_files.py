@@ -16,7 +16,7 @@ class TextFiles(Corpus):
 
     def documents(self) -> Iterator[Document]:
         """See `Corpus.documents`."""
-        self.bytes_read = 0
+        self._begin()
         for file in self._files:
             yield Document(file.name, self._pieces(file))
 

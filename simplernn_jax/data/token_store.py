@@ -1,77 +1,39 @@
-"""The tokenized corpus on disk: memory-mapped, fingerprinted, verified, written atomically."""
+"""Tokenized corpora on disk, of one source or of a mixture: prepared, or found by their content."""
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
 from simplernn_jax.config import DataConfig
+from simplernn_jax.data import bpe
 from simplernn_jax.data.corpora import open_corpus
-from simplernn_jax.data.documents import Corpus
-from simplernn_jax.data.progress import reading_progress
-from simplernn_jax.data.spool import (
-    SplitPlan,
-    Spool,
-    split_by_document,
-    split_by_position,
-    write_spool,
-)
-from simplernn_jax.data.store_folder import (
-    DamagedStore,
-    TokenSplit,
-    atomic_folder,
-    content_hashes,
-    open_store,
-    remove_store,
-    write_store,
+from simplernn_jax.data.mixture import WeightedSource, parse_mixture
+from simplernn_jax.data.pretrained_tokenizer import PretrainedTokenizer
+from simplernn_jax.data.source_store import open_or_write
+from simplernn_jax.data.store_folder import DamagedStore, TokenSplit, content_hashes, open_store
+from simplernn_jax.data.tokenized_corpus import (
+    TokenizedCorpus,
+    hash_splits,
+    of_mixture,
+    of_splits,
 )
 from simplernn_jax.data.tokenizer import Tokenizer, check_round_trip, load_tokenizer
 from simplernn_jax.errors import UserError, counted
-from simplernn_jax.files import sha256_hex
+from simplernn_jax.files import read_sealed, write_sealed
 
-_SPOOL_FILE = "spool"
-_FORMAT = 1
-"""Incremented when the split changes, so that old stores are left to old runs."""
+__all__ = ["TokenSplit", "TokenizedCorpus", "find_corpus", "prepare_corpus", "train_tokenizer"]
 
-_FEW_TOKENS = 10_000
-"""Validation tokens below which the loss is noisy: its standard error is some hundredths."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizedCorpus:
-    """Tokenizer and splits of a corpus."""
-
-    tokenizer: Tokenizer
-    train: TokenSplit
-    validation: TokenSplit | None
-    content_hash: str
-    """SHA-256 over the tokenizer and both splits: equal hashes, equal data."""
-
-    @property
-    def summary(self) -> str:
-        """``12,345 training tokens in 3 documents; no validation tokens``."""
-        train = _size(self.train, "training token")
-        if self.validation is None:
-            return f"{train}; no validation tokens"
-        return f"{train}; {_size(self.validation, 'validation token')}"
-
-    @property
-    def warning(self) -> str:
-        """Warning about a small validation split; empty if it is large enough."""
-        if self.validation is None or len(self.validation.tokens) >= _FEW_TOKENS:
-            return ""
-        return (
-            f"fewer than {_FEW_TOKENS:,} validation tokens make the loss noisy; use more text, or "
-            "hold out more with --config.data.validation_fraction"
-        )
-
-
-def _size(split: TokenSplit, noun: str) -> str:
-    documents = counted(len(split.document_starts), "document")
-    return f"{counted(len(split.tokens), noun)} in {documents}"
+_MIXTURE = ".mixture.json"
+"""Suffix of a file that names the stores of a mixture."""
+_STORE_NAME = re.compile("[0-9a-f]{32}")
 
 
 def prepare_corpus(
@@ -92,7 +54,8 @@ def prepare_corpus(
       config: source, tokenizer and split.
       seed: chooses the held-out documents and the order of the others.
       cache_dir: folder of tokenized corpora, one subfolder for each fingerprint.
-      tokenizer: a resumed run's; None loads ``config.tokenizer``, which must give back the text.
+      tokenizer: a resumed run's; None loads ``config.tokenizer``, which must give back the text,
+        or trains it with `train_tokenizer`.
       exclude: folders, besides `cache_dir`, that are no part of the source; see `open_corpus`.
       show_progress: a bar on a terminal, two plain lines elsewhere.
 
@@ -100,27 +63,65 @@ def prepare_corpus(
       UserError: the corpus, the tokenizer or `cache_dir` is unusable, or the disk is full.
     """
     cache = Path(os.path.expanduser(cache_dir))
-    corpus = open_corpus(config, exclude=(str(cache), *exclude))
-    if tokenizer is None:
-        tokenizer = load_tokenizer(config.tokenizer, corpus)
-        check_round_trip(tokenizer, config.tokenizer, corpus)
-    source = corpus.fingerprint()
-    fingerprint = _fingerprint(config, seed, source, _hash_of(tokenizer))
-    folder = cache / fingerprint
-    try:
-        splits = _verified_splits(folder)
-        if splits is None:
-            with atomic_folder(folder) as temporary:
-                spool = _tokenize(temporary, config, corpus, source, tokenizer, show_progress)
-                plans = _plan(spool, config, seed, tokenizer)
-                write_store(temporary, folder.name, plans, spool)
-                spool.path.unlink()
-            splits = open_store(folder)
-    except OSError as error:
-        raise UserError(_disk_problem(error, config.source, folder.parent)) from error
-    except DamagedStore as error:
-        raise UserError(f"{folder}: {error} right after it was written; check this disk") from error
-    return _corpus(tokenizer, splits)
+    mixture = parse_mixture(config.source)
+    sources = mixture or [WeightedSource(config.source, 1.0)]
+    configs = [dataclasses.replace(config, source=source) for source, _ in sources]
+    corpora = [open_corpus(one, exclude=(str(cache), *exclude)) for one in configs]
+    if tokenizer is None and config.tokenizer.startswith(bpe.PREFIX):
+        tokenizer = train_tokenizer(
+            config, seed, cache_dir, exclude=exclude, show_progress=show_progress
+        )
+    elif tokenizer is None:
+        tokenizer = load_tokenizer(config.tokenizer, *corpora)
+        for corpus in corpora:
+            check_round_trip(tokenizer, config.tokenizer, corpus)
+    stores = []
+    for one, corpus in zip(configs, corpora, strict=True):
+        with _disk_errors(cache, one.source):
+            stores.append(open_or_write(cache, one, seed, corpus, tokenizer, show_progress))
+    prepared = [of_splits(tokenizer, splits) for _, splits in stores]
+    if mixture is None:
+        return prepared[0]
+    with _disk_errors(cache, config.source):
+        return _mix(cache, mixture, [name for name, _ in stores], prepared)
+
+
+def train_tokenizer(
+    config: DataConfig,
+    seed: int,
+    cache_dir: str,
+    *,
+    exclude: tuple[str, ...] = (),
+    show_progress: bool = True,
+) -> PretrainedTokenizer:
+    """Train the BPE of ``config.tokenizer``, or find it in `cache_dir`.
+
+    It is trained on the training split of the text as bytes. With a position split, the cut in
+    tokens can differ a little from the cut in bytes.
+
+    Args:
+      config, seed, cache_dir, exclude, show_progress: as for `prepare_corpus`.
+
+    Raises:
+      UserError: ``config.tokenizer`` is no ``bpe:SIZE``, or as for `prepare_corpus`.
+    """
+    vocab_size = bpe.parse_spec(config.tokenizer)
+    corpus = prepare_corpus(
+        dataclasses.replace(config, tokenizer="byte"),
+        seed,
+        cache_dir,
+        exclude=exclude,
+        show_progress=show_progress,
+    )
+    cache = Path(os.path.expanduser(cache_dir))
+    # Hidden: `find_corpus` looks at the other names.
+    path = cache / f".bpe-{vocab_size}-{corpus.content_hash}.json"
+    content = read_sealed(path)
+    if content is None:
+        content = bpe.train_bpe(corpus.train, vocab_size) + "\n"
+        with _disk_errors(cache, config.source):
+            write_sealed(path, content)
+    return PretrainedTokenizer(content)
 
 
 def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> TokenizedCorpus | None:
@@ -138,101 +139,92 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
       DamagedStore: it is corrupted.
       UserError: it cannot be read.
     """
+    cache = Path(os.path.expanduser(cache_dir))
     damage = None
-    for folder in sorted(Path(os.path.expanduser(cache_dir)).glob("[!.]*")):
+    for path in sorted(cache.glob("[!.]*")):
         try:
-            if _content_hash(tokenizer, content_hashes(folder)) != content_hash:
+            if path.name.endswith(_MIXTURE):
+                found = _read_mixture(path).get("content_hash")
+            else:
+                found = hash_splits(tokenizer, content_hashes(path))
+            if found != content_hash:
                 continue
         except DamagedStore:
             continue  # not a store, or one whose record is lost
         try:
-            return _corpus(tokenizer, open_store(folder))
+            if path.name.endswith(_MIXTURE):
+                return _open_mixture(path, tokenizer)
+            return of_splits(tokenizer, open_store(path))
         except DamagedStore as error:
             damage = error
         except OSError as error:
-            raise UserError(f"{folder}: {error.strerror}; make it readable") from error
+            raise UserError(f"{path}: {error.strerror}; make it readable") from error
     if damage is not None:
         raise damage
     return None
 
 
-def _hash_of(tokenizer: Tokenizer) -> str:
-    return sha256_hex(tokenizer.to_json())
-
-
-def _fingerprint(config: DataConfig, seed: int, source: str, tokenizer_hash: str) -> str:
-    parts = {
-        "format": _FORMAT,
-        "source": source,
-        "tokenizer": tokenizer_hash,
-        "split": config.split,
-        "validation_fraction": config.validation_fraction,
-        "seed": seed if config.split == "document" else None,
-        "encoding_errors": config.encoding_errors,
-        "max_bad_records": config.max_bad_records,
+def _mix(
+    cache: Path,
+    sources: list[WeightedSource],
+    stores: list[str],
+    corpora: list[TokenizedCorpus],
+) -> TokenizedCorpus:
+    """Create the corpus of a mixture, and record it for `find_corpus`."""
+    names, weights = zip(*sources, strict=True)
+    mixed = of_mixture(corpora, names, weights)
+    for (source, weight), corpus in zip(sources, corpora, strict=True):
+        size = counted(len(corpus.train.tokens), "training token")
+        logging.info("%s: probability %.4g, %s", source, weight, size)
+    record = {
+        "content_hash": mixed.content_hash,
+        "sources": list(names),
+        "weights": list(weights),
+        "stores": stores,
     }
-    return sha256_hex(json.dumps(parts, sort_keys=True))[:32]
+    body = json.dumps(record, indent=2) + "\n"
+    path = cache / f"{mixed.content_hash[:32]}{_MIXTURE}"
+    if read_sealed(path) != body:
+        write_sealed(path, body)
+    return mixed
 
 
-def _tokenize(
-    folder: Path,
-    config: DataConfig,
-    corpus: Corpus,
-    fingerprint: str,
-    tokenizer: Tokenizer,
-    show_progress: bool,
-) -> Spool:
-    task = f"tokenizing {config.source}"
-    with reading_progress(task, corpus.total_bytes, show=show_progress) as on_progress:
-        spool = write_spool(folder / _SPOOL_FILE, corpus, tokenizer, on_progress)
-    if not spool.document_bytes.size:
-        raise UserError(f"{config.source}: no text in it; choose another --config.data.source")
-    if corpus.fingerprint() != fingerprint:
-        raise UserError(f"{config.source}: changed while it was being read; run again")
-    return spool
-
-
-def _plan(spool: Spool, config: DataConfig, seed: int, tokenizer: Tokenizer) -> list[SplitPlan]:
-    fraction = config.validation_fraction
-    by_position = config.split == "position"
-    if not by_position and fraction and len(spool.document_bytes) == 1:
-        by_position = True
-        logging.info(
-            "%s: a single document, so its last part is the validation split, as with "
-            "--config.data.split=position",
-            config.source,
-        )
-    if by_position:
-        return split_by_position(spool, fraction, tokenizer)
-    return split_by_document(spool, fraction, seed)
-
-
-def _verified_splits(folder: Path) -> list[TokenSplit] | None:
-    """Open a store; None if it is missing or was corrupted and is now removed.
+def _open_mixture(path: Path, tokenizer: Tokenizer) -> TokenizedCorpus:
+    """Open a mixture by the file that `_mix` wrote.
 
     Raises:
-      OSError: it can be neither read nor removed.
+      DamagedStore: the file or one of its stores is corrupted or missing.
+      OSError: the machine has no memory or no file descriptor for it.
     """
-    if not os.path.lexists(folder):
-        return None
+    record = _read_mixture(path)
+    corpora = [of_splits(tokenizer, open_store(path.parent / name)) for name in record["stores"]]
+    mixed = of_mixture(corpora, record["sources"], record["weights"])
+    if mixed.content_hash != record["content_hash"]:
+        raise DamagedStore(f"{path.name} is that of other stores")
+    return mixed
+
+
+def _read_mixture(path: Path) -> dict[str, Any]:
+    body = read_sealed(path)
+    if body is None:
+        raise DamagedStore(f"{path.name} was changed")
     try:
-        return open_store(folder)
-    except DamagedStore as error:
-        logging.warning(
-            "%s: the tokenized corpus is corrupted (%s); the text is re-tokenized", folder, error
-        )
-    remove_store(folder)
-    return None
+        record: dict[str, Any] = json.loads(body)
+        stores = list(map(_STORE_NAME.fullmatch, record["stores"]))
+        lengths = {len(record[name]) for name in ("sources", "weights", "stores")}
+        if not all(stores) or lengths != {len(stores)} or not stores:
+            raise ValueError
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DamagedStore(f"{path.name} is not a record of a mixture") from error
+    return record
 
 
-def _content_hash(tokenizer: Tokenizer, splits: list[str]) -> str:
-    return sha256_hex("".join([_hash_of(tokenizer), *splits]))
-
-
-def _corpus(tokenizer: Tokenizer, splits: list[TokenSplit]) -> TokenizedCorpus:
-    by_name = {split.name: split for split in splits}
-    content_hash = _content_hash(tokenizer, [split.content_hash for split in splits])
-    return TokenizedCorpus(tokenizer, by_name["train"], by_name.get("validation"), content_hash)
+@contextlib.contextmanager
+def _disk_errors(cache: Path, source: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(_disk_problem(error, source, cache)) from error
 
 
 def _disk_problem(error: OSError, source: str, cache_dir: Path) -> str:

@@ -1,7 +1,7 @@
 """Text to token ids and back: bytes, characters, or a Hugging Face ``tokenizer.json``."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -52,12 +52,12 @@ class Tokenizer(Protocol):
         """Serialize for `tokenizer_from_json`."""
 
 
-def load_tokenizer(spec: str, corpus: Corpus | None) -> Tokenizer:
+def load_tokenizer(spec: str, *corpora: Corpus | None) -> Tokenizer:
     """Create the tokenizer of a new run.
 
     Args:
       spec: ``byte``, ``char``, a path to a ``tokenizer.json``, or a name on the Hugging Face hub.
-      corpus: read once for the alphabet of ``char``; unused by the others.
+      *corpora: read once for the alphabet of ``char``; unused by the others.
 
     Raises:
       UserError: an unreadable file, or a name that is neither cached here nor within reach.
@@ -65,9 +65,10 @@ def load_tokenizer(spec: str, corpus: Corpus | None) -> Tokenizer:
     if spec == "byte":
         return ByteTokenizer()
     if spec == "char":
-        if corpus is None:
+        given = [corpus for corpus in corpora if corpus is not None]
+        if not given:
             raise UserError("tokenizer 'char' takes its alphabet from a corpus; none was given")
-        return CharTokenizer(_alphabet(corpus))
+        return CharTokenizer(_alphabet(given))
     from simplernn_jax.data.pretrained_tokenizer import load_pretrained
 
     return load_pretrained(spec)
@@ -192,12 +193,13 @@ def _code_points(text: str) -> np.ndarray:
         raise
 
 
-def _alphabet(corpus: Corpus) -> str:
-    """All characters of a corpus, sorted by code point."""
+def _alphabet(corpora: Iterable[Corpus]) -> str:
+    """All characters of corpora, sorted by code point."""
     seen = np.zeros(_CODE_POINTS, np.bool_)
-    for document in corpus.documents():
-        for piece in document.pieces:
-            seen[_code_points(piece.text)] = True
+    for corpus in corpora:
+        for document in corpus.documents():
+            for piece in document.pieces:
+                seen[_code_points(piece.text)] = True
     return np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le")
 
 

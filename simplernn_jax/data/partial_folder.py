@@ -1,0 +1,121 @@
+"""A folder that is written under a temporary name, by one process at a time, across kills."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import logging
+
+from simplernn_jax.files import sync
+
+_SUFFIX = ".tmp"
+_LOCK = "lock"
+_RESULT = "result"
+_ABANDONED_SECONDS = 7 * 24 * 3600
+_POLL_SECONDS = 0.1
+
+
+class Interrupted(Exception):
+    """Base of errors after which the work that was done stays for the next call."""
+
+
+@contextlib.contextmanager
+def partial_folder(folder: Path) -> Iterator[tuple[Path, Path] | None]:
+    """Yield a folder for intermediate files and one in it that becomes `folder` on leaving.
+
+    Both hold what an earlier process left that was killed or interrupted. An exception, other than
+    `Interrupted` and those that end a process, removes them. Another process with the same
+    `folder` is waited for; None if `folder` is there then.
+
+    Raises:
+      OSError: the disk is full or not writable.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(folder)
+    _remove_abandoned(folder.parent)
+    with _locked(temporary):
+        if os.path.lexists(folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            yield None
+            return
+        result = temporary / _RESULT
+        result.mkdir(exist_ok=True)
+        try:
+            yield temporary, result
+            for path in [*result.iterdir(), result]:
+                sync(path)
+            try:
+                os.rename(result, folder)
+            except OSError as error:
+                # Without file locks, another process can have been faster.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            sync(folder.parent)
+        except Interrupted:
+            raise
+        except Exception:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a process left that was killed after `folder` had its name."""
+    temporary = _temporary(folder)
+    if temporary.exists():
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}{_SUFFIX}"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Create `folder` and hold the lock in it, which ends with the process."""
+    has_waited = False
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+            lock = os.open(folder / _LOCK, flags, 0o644)
+        except FileNotFoundError:
+            continue  # its owner has just removed the folder
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            if not has_waited:
+                logging.info("waiting for another process that writes %s", folder)
+            has_waited = True
+            time.sleep(_POLL_SECONDS)
+            continue
+        except OSError:
+            logging.info("no file locks on this file system: %s", folder)
+        try:
+            if _is_file(lock, folder / _LOCK):
+                yield
+                return
+        finally:
+            os.close(lock)
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove what killed writers left and nobody continued for a week."""
+    limit = time.time() - _ABANDONED_SECONDS
+    for temporary in parent.glob(f".*{_SUFFIX}"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or not a writer's
+            if all(path.stat().st_mtime < limit for path in [temporary, *temporary.iterdir()]):
+                shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,281 @@
+"""Mixtures of sources, from their names to batches and a resumed run."""
+
+import json
+import re
+
+import chex
+import numpy as np
+import pytest
+from processes import ROOT, run_python
+from small_runs import newest_checkpoint, small_config, stop_after
+from token_splits import PAD, make_split
+
+from simplernn_jax.config import DataConfig
+from simplernn_jax.data import open_corpus, prepare_corpus
+from simplernn_jax.data.batch_iterator import MixedBatchSource, make_batches
+from simplernn_jax.data.batches import BatchSource, steps_per_epoch
+from simplernn_jax.data.mixture import parse_mixture
+from simplernn_jax.data.token_store import find_corpus, train_tokenizer
+from simplernn_jax.data.tokenized_corpus import MixedSplit, TokenizedCorpus, of_mixture
+from simplernn_jax.errors import UserError
+from simplernn_jax.export.exporting import without_paths
+from simplernn_jax.training.loop import train
+from simplernn_jax.training.preparation import open_saved_corpus
+
+VARIANTS = [
+    {"mode": "window"},
+    {"mode": "window", "stride": 7},
+    {"mode": "stream"},
+    {"mode": "document"},
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Current folder with seven documents of "a" in ``a`` and five records of "b"."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    for i in range(7):
+        (tmp_path / "a" / f"{i}.txt").write_text(f"{i}" + "a" * (31 + i))
+    lines = [json.dumps({"text": "b" * 61 + f"{i}"}) for i in range(5)]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def prepare(source, **settings):
+    settings = {"validation_fraction": 0.3} | settings
+    return prepare_corpus(DataConfig(source=source, **settings), 3, "cache")
+
+
+def mixed(weights, lengths=((31, 7, 101), (12, 43), (61,))):
+    """A mixture of splits whose tokens tell their source: 0 to 9, 10 to 19, ..."""
+    corpora = []
+    for number, _ in enumerate(weights):
+        split = make_split(lengths[number])
+        tokens = np.where(split.tokens < 200, split.tokens % 10 + 10 * number, split.tokens)
+        split = type(split)(**{**vars(split), "tokens": tokens, "content_hash": f"{number}"})
+        corpora.append(TokenizedCorpus(None, split, None, f"{number}"))
+    return of_mixture(corpora, "abc"[: len(weights)], weights).train
+
+
+def sources_of(batch):
+    """The source of each sequence; a mixture within one would be an error."""
+    found = []
+    for tokens in batch.tokens:
+        (source,) = {int(token) // 10 for token in tokens if token < 200}
+        found.append(source)
+    return found
+
+
+def config_of(batch_size=8, **fields):
+    return DataConfig(batch_size=batch_size, sequence_length=11, **fields)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("a/:0.7,b.jsonl:0.3", [("a/", 0.7), ("b.jsonl", 0.3)]),
+        ("a:1,b:3", [("a", 0.25), ("b", 0.75)]),
+        ("a:0,stdlib:2e3", [("a", 0.0), ("stdlib", 1.0)]),
+        ("tfds:x:1.0.0:1,b,c:d:1", [("tfds:x:1.0.0", 0.5), ("b,c:d", 0.5)]),
+        ("a/", None),
+        ("a/:0.7", None),
+        ("a,b", None),
+        ("a:1,b\nc:1", [("a", 0.5), ("b\nc", 0.5)]),
+        ("{a,b}/*.txt", None),
+    ],
+)
+def test_sources_and_weights(source, expected):
+    assert parse_mixture(source) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("a:nan,b:1", "the weight 'nan' of a is no number"),
+        ("a:-1,b:2", "the weight '-1' of a"),
+        ("a:1,b:inf", "the weight 'inf' of b"),
+        ("a:1,b:x", "the weight 'x' of b"),
+        ("a:,b:1", "the weight '' of a"),
+        ("a:0,b:0.0", "the sum of the weights is 0"),
+        ("a:1e308,b:1e308", "the sum of the weights is inf"),
+        ("a:0.7,b", "no weight for 'b'"),
+        ("a,b:0.7", "no weight for"),
+    ],
+)
+def test_bad_weights_are_refused(source, problem):
+    with pytest.raises(UserError, match=f"data.source={source}: {problem}.* such as 'a/:0.7,"):
+        parse_mixture(source)
+
+
+def test_a_long_source_is_parsed_in_linear_time():
+    with pytest.raises(UserError, match=r"data.source=a:0\.7,b0\.7,b"):  # would take an hour
+        parse_mixture("a:0.7," + "b0.7," * 200_000)
+
+
+def test_a_path_that_exists_is_that_path(folder):
+    (folder / "a:0.7,b.jsonl:0.3").write_text("one document\n" * 9)
+    corpus = prepare("a:0.7,b.jsonl:0.3")
+    assert not isinstance(corpus.train, MixedSplit)
+    assert corpus.tokenizer.decode(corpus.train.tokens).startswith("one document")
+
+
+def test_only_training_takes_a_mixture(folder):
+    with pytest.raises(UserError, match="a mixture, which only training takes; give one source"):
+        open_corpus(DataConfig(source="a:1,b.jsonl:1"))
+
+
+def test_each_source_has_the_store_that_it_has_alone(folder):
+    alone = [prepare(source) for source in ("a", "b.jsonl")]
+    stores = set((folder / "cache").iterdir())
+    corpus = prepare("a:3,b.jsonl:1")
+    (record,) = set((folder / "cache").iterdir()) - stores
+    assert record.name.endswith(".mixture.json")
+    for name in ("train", "validation"):
+        union, parts = getattr(corpus, name), [getattr(one, name) for one in alone]
+        assert union.weights == (0.75, 0.25)
+        np.testing.assert_array_equal(union.tokens, np.concatenate([p.tokens for p in parts]))
+        begins = np.flatnonzero(np.asarray(union.tokens) == corpus.tokenizer.bos_id)
+        np.testing.assert_array_equal(union.document_starts, begins)
+        assert union.num_bytes == sum(part.num_bytes for part in parts)
+        assert union.num_predictions == sum(part.num_predictions for part in parts)
+    assert prepare("a:6,b.jsonl:2").content_hash == corpus.content_hash
+    for other in ("a:1,b.jsonl:1", "b.jsonl:1,a:3"):
+        assert prepare(other).content_hash != corpus.content_hash
+
+
+def test_a_mixture_is_found_by_its_content(folder):
+    corpus = prepare("a:3,b.jsonl:1")
+    prepare("a:1,b.jsonl:1")
+    found = find_corpus("cache", corpus.content_hash, corpus.tokenizer)
+    assert found.content_hash == corpus.content_hash
+    assert found.train.sources == ("a", "b.jsonl")
+    np.testing.assert_array_equal(found.train.tokens, corpus.train.tokens)
+    for path in (folder / "cache").glob("*.mixture.json"):
+        path.write_text(path.read_text().replace("a", "c"))
+    assert find_corpus("cache", corpus.content_hash, corpus.tokenizer) is None
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe:270"])
+def test_the_tokenizer_knows_every_source(folder, tokenizer):
+    corpus = prepare("a:1,b.jsonl:1", tokenizer=tokenizer)
+    if tokenizer == "char":
+        assert corpus.tokenizer.vocab_size == len("ab0123456") + 3
+    for text in ("aaaa", "bbbb"):
+        assert len(corpus.tokenizer.encode(text)) == (4 if tokenizer == "char" else 1)
+
+
+def test_a_bpe_takes_from_each_source_by_its_weight(folder, monkeypatch):
+    monkeypatch.setattr("simplernn_jax.data.bpe.MAX_BYTES", 120)
+    config = DataConfig(tokenizer="bpe:300", validation_fraction=0.0)
+    config.source = "a:0,b.jsonl:1"
+    only_b = train_tokenizer(config, 3, "cache")
+    assert len(only_b.encode("aaaa")) == 4
+    config.source = "a:1,b.jsonl:1"
+    assert len(train_tokenizer(config, 3, "cache").encode("aaaa")) == 1
+
+
+def test_sequences_are_drawn_with_the_probabilities(folder):
+    split = mixed((0.625, 0.125, 0.25))
+    source = MixedBatchSource(split, config_of(), 0, PAD)
+    found = np.concatenate([sources_of(source[index]) for index in range(500)])
+    shares = np.bincount(found) / len(found)
+    # Four standard errors of the share of 4,000 draws.
+    np.testing.assert_allclose(shares, split.weights, atol=4 * np.sqrt(0.25 / 4000))
+    chex.assert_trees_all_equal(source[7], MixedBatchSource(split, config_of(), 0, PAD)[7])
+    other = MixedBatchSource(split, config_of(), 1, PAD)[7]
+    assert (other.tokens != source[7].tokens).any()
+
+
+@pytest.mark.parametrize("fields", VARIANTS[1:])
+def test_other_modes_divide_the_sequences_and_pass_through_each_source(fields):
+    split = mixed((0.6, 0.4))
+    config = config_of(5, **fields)
+    source = MixedBatchSource(split, config, 0, PAD)
+    alone = [
+        BatchSource(part, config_of(count, **fields), 0, PAD)
+        for part, count in zip(split.parts, (3, 2), strict=True)
+    ]
+    for index in range(20):
+        expected = [
+            np.concatenate(pair) for pair in zip(*(one[index] for one in alone), strict=True)
+        ]
+        chex.assert_trees_all_equal(list(source[index]), expected)
+
+
+@pytest.mark.parametrize("fields", VARIANTS)
+def test_a_source_of_weight_0_changes_no_batch(fields):
+    split = mixed((0.0, 1.0, 0.0))
+    config = config_of(3, **fields)
+    source = MixedBatchSource(split, config, 0, PAD)
+    alone = BatchSource(split.parts[1], config, 0, PAD)
+    for index in range(9):
+        chex.assert_trees_all_equal(source[index], alone[index])
+
+
+@pytest.mark.parametrize("fields", VARIANTS)
+def test_each_process_makes_its_own_sequences(fields):
+    split = mixed((0.4, 0.2, 0.4))
+    config = config_of(8, **fields)
+    whole = MixedBatchSource(split, config, 0, PAD)
+    parts = [MixedBatchSource(split, config, 0, PAD, part) for part in (slice(0, 3), slice(3, 8))]
+    for index in range(9):
+        own = [part[index] for part in parts]
+        together = [np.concatenate(pair) for pair in zip(*own, strict=True)]
+        chex.assert_trees_all_equal(list(whole[index]), together)
+
+
+def test_an_epoch_has_the_tokens_of_all_sources():
+    split = mixed((0.9, 0.1))
+    tokens = sum(len(part.tokens) for part in split.parts)
+    assert steps_per_epoch(split, config_of()) == -(-tokens // (8 * 11))
+
+
+@pytest.mark.parametrize(
+    ("weights", "fields", "problem"),
+    [
+        ((0.99, 0.01), {"mode": "stream"}, "the b train split has a probability of 0.01, which"),
+        ((0.5, 0.5), {"sequence_length": 60}, "the b train split has 59 tokens, fewer than"),
+        ((0.5, 0.5), {"sequence_length": 60, "stride": 3}, "the b train split has 59 tokens"),
+    ],
+)
+def test_a_source_without_a_sequence_is_refused(weights, fields, problem):
+    config = DataConfig(**{"batch_size": 8, "sequence_length": 11} | fields)
+    with pytest.raises(UserError, match=problem):
+        make_batches(mixed(weights), config, 0, PAD, slice(0, 1))
+
+
+def test_an_export_names_the_sources_without_their_folders():
+    config = small_config(source="/home/me/a/:3,/home/me/b.jsonl:1")
+    assert without_paths(config).data.source == "a:0.75,b.jsonl:0.25"
+    config.data.source = "/home/me/a:1,b"
+    assert without_paths(config).data.source == "a:1,b"
+
+
+def test_a_run_of_a_mixture_resumes_bit_exactly(folder, monkeypatch):
+    config = small_config(source="a:2,b.jsonl:2", steps=9, validation_fraction=0.3)
+    whole = train(config, "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        train(config, "parts")
+    second = train(config, "parts")
+    assert second.evaluation == whole.evaluation
+    assert newest_checkpoint(folder / "parts") == newest_checkpoint(folder / "whole")
+    config.data.source, config.train.steps = "a:2,b.jsonl:3", 11
+    with pytest.raises(UserError, match="trained on different text"):
+        train(config, "parts")
+
+
+def test_evaluate_reports_the_union_and_each_source(folder):
+    config = small_config(source="a:3,b.jsonl:1", steps=2, validation_fraction=0.3)
+    train(config, "run")
+    script = ROOT / "scripts" / "evaluate.py"
+    done = run_python(script, "--workdir", "run", cwd=str(folder))
+    assert done.code == 0, done.errors
+    union, first, second = (
+        float(re.search(rf"{name} +([\d.]+)", done.output)[1])
+        for name in ("nats/token", "a validation", r"b\.jsonl validation")
+    )
+    corpus = open_saved_corpus("run")
+    counts = [part.num_predictions for part in corpus.validation.parts]
+    assert union == pytest.approx(np.average([first, second], weights=counts), abs=2e-4)

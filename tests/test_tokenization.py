@@ -1,0 +1,235 @@
+"""Tokenization by several processes, and stores of several shards."""
+
+import json
+import os
+import signal
+
+import chex
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_tokenizers import byte_level, pretrained, word_level
+from token_splits import PAD, make_split
+
+from simplernn_jax.config import DataConfig
+from simplernn_jax.data import prepare_corpus
+from simplernn_jax.data.batches import BatchSource
+from simplernn_jax.data.evaluation_batches import evaluation_batches
+from simplernn_jax.data.sharded_array import ShardedArray
+from simplernn_jax.data.token_parts import write_part
+from simplernn_jax.errors import UserError
+
+
+def use_cores(monkeypatch, count):
+    monkeypatch.setattr("simplernn_jax.data.source_store.available_cores", lambda: count)
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """JSONL of 31 records, which make several parts and shards, tokenized by this process."""
+    use_cores(monkeypatch, 1)
+    monkeypatch.setattr("simplernn_jax.data.token_parts.PART_CHARACTERS", 500)
+    monkeypatch.setattr("simplernn_jax.data.store_writer.SHARD_BYTES", 256)
+    path = tmp_path / "in.jsonl"
+    texts = [f"Text {i} — {'ä' * (i % 5)} " * (i % 7) for i in range(31)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    return path
+
+
+@pytest.fixture
+def tokenizer():
+    return pretrained(byte_level())
+
+
+def prepare(source, cache, tokenizer, **settings):
+    return prepare_corpus(
+        DataConfig(source=str(source), validation_fraction=0.2, **settings),
+        3,
+        str(cache),
+        tokenizer=tokenizer,
+    )
+
+
+def contents(cache):
+    (store,) = cache.iterdir()
+    return {path.name: path.read_bytes() for path in store.iterdir()}
+
+
+def test_the_store_is_the_same_for_every_number_of_processes(
+    source, tokenizer, tmp_path, monkeypatch
+):
+    written = []
+
+    def write(folder, number, *rest):
+        written.append(number)
+        write_part(folder, number, *rest)
+
+    monkeypatch.setattr("simplernn_jax.data.token_workers.write_part", write)
+    use_cores(monkeypatch, 1)
+    prepare(source, tmp_path / "one", tokenizer)
+    assert len(written) > 3
+    written.clear()
+    use_cores(monkeypatch, 3)
+    corpus = prepare(source, tmp_path / "three", tokenizer)
+    assert not written  # in this process
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+    assert len(corpus.train.tokens.shards) > 3
+
+
+def test_without_processes_it_is_done_by_this_one(source, tokenizer, tmp_path, monkeypatch, caplog):
+    expected = prepare(source, tmp_path / "one", tokenizer)
+    use_cores(monkeypatch, 3)
+    for executable in ("/nowhere/python", "/bin/true"):
+        monkeypatch.setattr("sys.executable", executable)
+        corpus = prepare(source, tmp_path / executable.replace("/", "-"), tokenizer)
+        assert corpus.content_hash == expected.content_hash
+        assert "cannot start processes" in caplog.text
+        caplog.clear()
+
+
+def test_what_a_process_cannot_encode_is_named(source, tmp_path, monkeypatch):
+    use_cores(monkeypatch, 2)
+    without_unknown = pretrained(word_level("Text", unknown="[NONE]"))
+    with pytest.raises(UserError, match="the tokenizer cannot encode this text"):
+        prepare(source, tmp_path / "cache", without_unknown)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_bad_records_of_all_parts_are_counted(source, tokenizer, tmp_path, monkeypatch, cores):
+    use_cores(monkeypatch, cores)
+    lines = source.read_text("utf-8").splitlines()
+    bad = (2, 15, 28)
+    source.write_text(
+        "\n".join("[]" if n in bad else line for n, line in enumerate(lines)), "utf-8"
+    )
+    with pytest.raises(UserError, match=r"in\.jsonl:29: of type list.*bad record 3, 2 allowed"):
+        prepare(source, tmp_path / "cache", tokenizer, max_bad_records=2)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_skipped_records_are_warned_of_once_also_after_a_kill(
+    source, tokenizer, tmp_path, monkeypatch, caplog
+):
+    source.write_text("[]\n" + source.read_text("utf-8") + "7\n", "utf-8")
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("simplernn_jax.data.source_store.write_store", kill)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, tmp_path / "cache", tokenizer, max_bad_records=5)
+    assert list((tmp_path / "cache").iterdir())
+    caplog.clear()
+    prepare(source, tmp_path / "cache", tokenizer, max_bad_records=5)
+    (warning,) = [record.message for record in caplog.records if record.levelno > 20]
+    assert warning.startswith(f"2 bad records skipped, the first of them {source}:1: of type list")
+
+
+def test_conversations_are_rendered_by_other_processes(tmp_path, source, tokenizer, monkeypatch):
+    with open(source, "w") as stream:
+        for number in range(31):
+            turns = [("user", f"question {number}"), ("assistant", f"answer {number} " * 5)]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            stream.write(json.dumps({"messages": messages}) + "\n")
+    settings = {"template": "roles", "loss_on": "assistant"}
+    for cores in (1, 2):
+        use_cores(monkeypatch, cores)
+        prepare(source, tmp_path / str(cores), tokenizer, **settings)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert "train.00001.targets" in contents(tmp_path / "1")
+
+
+def test_a_process_that_dies_is_reported_and_its_parts_stay(
+    source, tokenizer, tmp_path, monkeypatch
+):
+    from simplernn_jax.data.token_workers import _Pool
+
+    use_cores(monkeypatch, 2)
+    submit, pids = _Pool.submit, []
+
+    def kill_then_submit(pool, number, part):
+        if number == 3:
+            process = pool._idle.get()
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            pids.append(process.pid)
+            pool._idle.put(process)
+        return submit(pool, number, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Pool, "submit", kill_then_submit)
+        with pytest.raises(UserError, match=r"died \(exit code -9\).*run again"):
+            prepare(source, tmp_path / "cache", tokenizer)
+    assert pids
+    (left,) = (tmp_path / "cache").iterdir()
+    assert list(left.glob("spool-*/*.json"))
+    prepare(source, tmp_path / "cache", tokenizer)
+    prepare(source, tmp_path / "other", tokenizer)
+    assert contents(tmp_path / "cache") == contents(tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["train.00001.tokens", "train.tokens", "validation.00001.tokens"])
+def test_damage_to_a_shard_is_found(source, tokenizer, tmp_path, caplog, name):
+    first = prepare(source, tmp_path / "cache", tokenizer)
+    (store,) = (tmp_path / "cache").iterdir()
+    content = bytearray((store / name).read_bytes())
+    content[7] ^= 1
+    (store / name).write_bytes(content)
+    again = prepare(source, tmp_path / "cache", tokenizer)
+    assert f"corrupted ({name} was changed)" in caplog.text
+    assert again.content_hash == first.content_hash
+
+
+def test_a_store_of_one_hash_and_no_shard_size_is_read(tmp_path, monkeypatch, tokenizer):
+    from simplernn_jax.files import read_sealed, write_sealed
+
+    (tmp_path / "a.txt").write_text("some text " * 30)
+    first = prepare(tmp_path / "a.txt", tmp_path / "cache", tokenizer)
+    (store,) = (tmp_path / "cache").iterdir()
+    meta = json.loads(read_sealed(store / "meta.json"))
+    del meta["shard_bytes"]
+    for split in meta["splits"].values():
+        (split["tokens_sha256"],) = split["tokens_sha256"]
+    write_sealed(store / "meta.json", json.dumps(meta) + "\n")
+    monkeypatch.setattr("simplernn_jax.data.source_store.write_spool", None)
+    again = prepare(tmp_path / "a.txt", tmp_path / "cache", tokenizer)
+    np.testing.assert_array_equal(again.train.tokens, first.train.tokens)
+
+
+@given(st.data())
+def test_shards_are_read_as_one_array(data):
+    lengths = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=5))
+    whole = np.arange(sum(lengths), dtype=np.uint16)
+    array = ShardedArray(np.split(whole, np.cumsum(lengths)[:-1]))
+    start, stop = (data.draw(st.integers(-2 * len(whole), 2 * len(whole))) for _ in range(2))
+    np.testing.assert_array_equal(array[start:stop], whole[start:stop])
+    inside = st.integers(-len(whole), len(whole) - 1)
+    positions = np.array(data.draw(st.lists(inside, min_size=6, max_size=6))).reshape(2, 3)
+    np.testing.assert_array_equal(array[positions], whole[positions])
+    far = positions * 3
+    np.testing.assert_array_equal(array.take(far, mode="wrap"), whole.take(far, mode="wrap"))
+    with pytest.raises(IndexError):
+        array[[len(whole)]]
+
+
+@pytest.mark.parametrize("mode", ["window", "stream", "document"])
+def test_batches_of_shards_are_those_of_one_array(mode):
+    split = make_split()
+    targets = np.arange(len(split.tokens)) % 3 > 0
+    whole = type(split)(**{**vars(split), "targets": targets})
+    sharded = {
+        name: ShardedArray(np.split(array, [5, 90, 91]))
+        for name, array in [("tokens", split.tokens), ("targets", targets)]
+    }
+    shards = type(split)(**{**vars(whole), **sharded})
+    assert shards.num_predictions == whole.num_predictions
+    config = DataConfig(mode=mode, batch_size=3, sequence_length=11)
+    sources = [BatchSource(one, config, 0, PAD) for one in (whole, shards)]
+    for index in range(20):
+        chex.assert_trees_all_equal(sources[0][index], sources[1][index])
+    ours, theirs = (evaluation_batches(one, 64, 4, PAD)[0] for one in (whole, shards))
+    for left, right in zip(ours, theirs, strict=True):
+        chex.assert_trees_all_equal(left, right)
