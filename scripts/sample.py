@@ -29,6 +29,7 @@ from simplernn_jax.files import check_output
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
+_QUANTIZE = command_line.define_quantize_flag()
 _PROMPT = flags.DEFINE_string("prompt", None, "Prompt; empty starts a new document.")
 _PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "UTF-8 file with the prompt; - is standard input."
@@ -82,12 +83,19 @@ def main() -> None:
     from simplernn_jax import load_model
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.devices import check_devices
-    from simplernn_jax.inference import fork_state, generate_text, load_state, save_state
+    from simplernn_jax.inference import (
+        fork_state,
+        generate_text,
+        load_state,
+        quantize_model,
+        save_state,
+    )
     from simplernn_jax.memory_estimate import check_generation
 
     check_devices()
     use_compilation_cache()
     model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
+    model = quantize_model(model, _QUANTIZE.value)
     settings = {
         "temperature": _TEMPERATURE.value,
         "top_k": _TOP_K.value,

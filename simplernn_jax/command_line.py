@@ -38,6 +38,7 @@ __all__ = [
     "define_checkpoint_flag",
     "define_config_flag",
     "define_corpus_flags",
+    "define_quantize_flag",
     "exit_with",
     "expand_path",
     "read_text",
@@ -66,6 +67,19 @@ def define_arguments(usage: str) -> Arguments:
     global _arguments  # noqa: PLW0603 - like absl's flags: a process has one command line
     _arguments = Arguments(usage)
     return _arguments
+
+
+def define_quantize_flag() -> flags.FlagHolder[str]:
+    """Define ``--quantize``, the argument of `quantize_model`."""
+    holder = flags.DEFINE_enum(
+        "quantize",
+        "none",
+        ["none", "bfloat16", "int8", "int4"],
+        "Store the weights for decoding in fewer bits: faster for models beyond the caches, and a "
+        "little less accurate.",
+    )
+    _show_in_help(holder)
+    return holder
 
 
 def define_checkpoint_flag() -> flags.FlagHolder[str]:

@@ -341,6 +341,23 @@ def settings(number):
     )
 
 
+def decode_signature(dtype, halved=1):
+    """Signature for two layers, M = 64 and a vocabulary of S; `halved` inputs share a byte."""
+
+    def matrix(leading, inputs):
+        return [f"{leading} 1 {-(-inputs // halved)} 64 {dtype}", f"{leading} 1 1 64"]
+
+    size = SIZES["D"]
+    weights = [
+        *(matrix("", size) + matrix("2", size) + matrix("2", 2 * SIZES["V"])),
+        *(matrix("2", size) + matrix("2", 64) + matrix("", size)),
+        *("2 4 D", "2 64", "D", "S"),
+    ]
+    states = ["B H K V", "B 3 D"] * 2
+    arguments = ["B T int32", "B int32", "B S", *weights, *states]
+    return arguments, ["B S", "B T D", f"B {152 * SIZES['T']}", *states]
+
+
 NATIVE = {
     native.RECURRENCE_FORWARD: (
         ["B T H K", "B T H K", "B T H V", "B T H K", "B H K V", "B T bool"],
@@ -357,25 +374,29 @@ NATIVE = {
     ),
     native.NORM_FORWARD: (["B T D"], ["B T D", "B T"]),
     native.NORM_BACKWARD: (["B T D", "B T", "B T D"], ["B T D"]),
+    native.NEWTON_SCHULZ: (["B T D", "H K", "W D"], ["B T D", "H K", "W D"]),
+    native.DECODE: decode_signature("float32"),
+    f"{native.DECODE} of bfloat16": decode_signature("bfloat16"),
+    f"{native.DECODE} of int8": decode_signature("int8"),
+    f"{native.DECODE} of int4": decode_signature("uint8", halved=2),
 }
-"""Arguments and results of the C functions: axes, and ``bool`` where it is not float32."""
+"""Arguments and results of the C functions: axes, and the dtype where it is not float32."""
 
 
 @st.composite
 def native_calls(draw):
     """Mostly one thing that is wrong: the more there are, the sooner a check finds one."""
-    name = draw(st.sampled_from(sorted(NATIVE)))
-    arguments, results = ([text.split() for text in side] for side in NATIVE[name])
+    kind = draw(st.sampled_from(sorted(NATIVE)))
+    name = kind.split()[0]
+    arguments, results = ([text.split() for text in side] for side in NATIVE[kind])
     sizes = dict(SIZES)
     if draw(st.integers(0, 3)) == 0:
         sizes[draw(st.sampled_from("BTHKVDP"))] = 0
-    buffers = [
-        (
-            tuple(sizes[axis] for axis in text if axis != "bool"),
-            "bool" if text[-1] == "bool" else "float32",
-        )
-        for text in arguments + results
-    ]
+    buffers = []
+    for text in arguments + results:
+        axes = [axis for axis in text if axis in sizes or axis.isdecimal()]
+        dtype = "float32" if len(axes) == len(text) else text[-1]
+        buffers.append((tuple(sizes[x] if x in sizes else int(x) for x in axes), dtype))
     for _ in range(draw(st.sampled_from([0, 1, 1, 1, 1, 2]))):
         place = draw(st.integers(0, len(buffers) - 1))
         shape, dtype = buffers[place]

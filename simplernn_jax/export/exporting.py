@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from flax import nnx
 
 from simplernn_jax.config import Config
+from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, format_bytes
 from simplernn_jax.export.checking import run_exported
-from simplernn_jax.export.formats import TrainedModel, find_format, last_part, logits_of
+from simplernn_jax.export.formats import (
+    TrainedModel,
+    find_format,
+    float32_model,
+    last_part,
+    logits_of,
+)
 from simplernn_jax.export.rounding import rounded_weights
 from simplernn_jax.files import sync
 from simplernn_jax.models import LanguageModel
@@ -51,15 +57,6 @@ class Report(NamedTuple):
             change = self.rounded_loss - self.loss
             text += f"   loss {self.loss:.4f} -> {self.rounded_loss:.4f} nats ({change:+.4f})"
         return text
-
-
-def float32_model(model: LanguageModel) -> LanguageModel:
-    """Return a model with the same parameters that computes in float32."""
-    config = dataclasses.replace(model.config, precision="float32", state_precision="float32")
-    if config == model.config:
-        return model
-    graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
-    return nnx.merge(graph, nnx.state(model, nnx.Param))
 
 
 def export(
@@ -123,13 +120,24 @@ def export(
     )
 
 
+def _without_folders(source: str) -> str:
+    """Return the last part of a path, or of each path of a mixture."""
+    try:
+        mixture = parse_mixture(source)
+    except UserError:
+        mixture = None
+    if mixture is None:
+        return last_part(source)
+    return ",".join(f"{last_part(path)}:{weight:.4g}" for path, weight in mixture)
+
+
 def without_paths(config: Config) -> Config:
     """Return a configuration that tells nothing about the machine of the run."""
     return dataclasses.replace(
         config,
         data=dataclasses.replace(
             config.data,
-            source=last_part(config.data.source),
+            source=_without_folders(config.data.source),
             tokenizer=last_part(config.data.tokenizer)
             if config.data.tokenizer.endswith(".json")
             else config.data.tokenizer,

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
@@ -107,6 +108,15 @@ def check_packages(format_name: str, *names: str) -> None:
         if importlib.util.find_spec(name) is None:
             what = "mini-racer" if name == "py_mini_racer" else "'simplernn_jax[export]'"
             raise UserError(f"--format={format_name} needs the package {name}: pip install {what}")
+
+
+def float32_model(model: LanguageModel) -> LanguageModel:
+    """Return a model with the same parameters that computes in float32."""
+    config = dataclasses.replace(model.config, precision="float32", state_precision="float32")
+    if config == model.config:
+        return model
+    graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, nnx.state(model, nnx.Param))
 
 
 def logits_of(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from simplernn_jax.inference.conversation import Conversation
 from simplernn_jax.inference.decode import Generation, generate
+from simplernn_jax.inference.quantization import quantize_model
 from simplernn_jax.inference.state import DecoderState, fork_state
 from simplernn_jax.inference.state_file import load_state, save_state
 from simplernn_jax.inference.text import Texts, TextStream, generate_text
@@ -16,5 +17,6 @@ __all__ = [
     "generate",
     "generate_text",
     "load_state",
+    "quantize_model",
     "save_state",
 ]

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,13 @@ from simplernn_jax.inference.arguments import (
     checked_prompts,
     checked_settings,
 )
-from simplernn_jax.inference.programs import BLOCK_TOKENS, Programs, programs_for, split_model
+from simplernn_jax.inference.programs import (
+    BLOCK_TOKENS,
+    Programs,
+    programs_for,
+    split_model,
+    weights_for,
+)
 from simplernn_jax.inference.sampling import Settings
 from simplernn_jax.inference.state import (
     RECENT_TOKENS,
@@ -31,6 +38,9 @@ from simplernn_jax.models import LanguageModel
 CHUNK_LENGTHS = (512, 64, 8, 1)
 """Prompts are prefilled in chunks of these lengths, longest first, so that four programs serve
 every length without padding: the state of a sequence depends on its own tokens alone."""
+NATIVE_TOKENS = 512
+"""Tokens of all sequences in a call of the C function, whose activations then stay in the cache of
+a core; there, one program serves every length."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +78,8 @@ def generate(
     Prefill takes a prompt in chunks (memory does not grow with its length); one compiled loop then
     decodes blocks of 32 tokens, in a time per token that does not grow with the context. Sequences
     are independent: each gets the tokens it would get alone, up to the rounding of float32 sums,
-    which XLA may order differently for another batch size.
+    which XLA may order differently for another batch size (the C function that decodes models of
+    residual blocks on CPUs does not).
 
     Sequence i draws from random stream n of `seed`, where n counts the earlier sequences with the
     same prompt: a prompt gives the same text alone and in any batch, and a prompt given n times
@@ -106,14 +117,18 @@ def generate(
     max_new_tokens = checked_length(max_new_tokens, len(prompts))
     architecture, parameters = split_model(model)
     programs = programs_for(architecture)
+    chunk_lengths: tuple[int, ...] = CHUNK_LENGTHS
+    if architecture.decodes_natively:
+        chunk_lengths = (max(1, NATIVE_TOKENS // len(prompts)),)
     if state is None:
         state = _initial_state(model, prompts)
-    state = _prefill(programs, parameters, state, prompts)
+    weights = weights_for(architecture, parameters)
+    state = _prefill(programs, weights, state, prompts, chunk_lengths)
 
     fill = 0 if eos_id is None else eos_id
     tokens = np.full((len(prompts), max_new_tokens), fill, np.int32)
     lengths = np.zeros(len(prompts), np.int32)
-    blocks = _blocks(programs, parameters, state, settings, max_new_tokens)
+    blocks = _blocks(programs, weights, state, settings, max_new_tokens)
     for block, counts, newest_state in blocks:
         state = newest_state
         new = [sequence[:count] for sequence, count in zip(block, counts, strict=True)]
@@ -148,23 +163,30 @@ def _remember(state: DecoderState, new: list[np.ndarray]) -> DecoderState:
 
 
 def _prefill(
-    programs: Programs, parameters: list[jax.Array], state: DecoderState, prompts: list[np.ndarray]
+    programs: Programs,
+    weights: Any,
+    state: DecoderState,
+    prompts: list[np.ndarray],
+    lengths: tuple[int, ...],
 ) -> DecoderState:
-    done = np.zeros(len(prompts), np.int64)
-    num_tokens = np.asarray([len(prompt) for prompt in prompts])
-    for length in CHUNK_LENGTHS:
-        while (is_active := num_tokens - done >= length).any():
+    """Prefill in chunks of these `lengths`; if there is but one, the last chunk may be shorter."""
+    done = np.zeros(len(prompts), np.int32)
+    size = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    for length in lengths:
+        shortest = length if len(lengths) > 1 else 1
+        while (size - done >= shortest).any():
+            count = np.where(size - done >= shortest, np.minimum(size - done, length), 0)
             tokens = np.zeros((len(prompts), length), np.int32)
-            for index in np.flatnonzero(is_active):
-                tokens[index] = prompts[index][done[index] : done[index] + length]
-            state = programs.prefill(parameters, state, tokens, is_active)
-            done += length * is_active
+            for index in np.flatnonzero(count):
+                tokens[index, : count[index]] = prompts[index][done[index] :][: count[index]]
+            state = programs.prefill(weights, state, tokens, count)
+            done += count
     return _remember(state, prompts)
 
 
 def _blocks(
     programs: Programs,
-    parameters: list[jax.Array],
+    weights: Any,
     state: DecoderState,
     settings: Settings,
     max_new_tokens: int,
@@ -177,7 +199,7 @@ def _blocks(
     in_flight = None
     for start in range(0, max_new_tokens, BLOCK_TOKENS):
         num_tokens = np.int32(min(BLOCK_TOKENS, max_new_tokens - start))
-        block, counts, state = programs.decode(parameters, state, settings, num_tokens)
+        block, counts, state = programs.decode(weights, state, settings, num_tokens)
         if in_flight is not None:
             *ready, all_finished = jax.device_get(in_flight)
             yield *ready, state

@@ -18,6 +18,7 @@ from simplernn_jax.models.simple_rnn import Recurrence, SimpleRNN
 from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.checks import FLOATING, check_array
+from simplernn_jax.ops.dropout import dropout
 from simplernn_jax.ops.matmul import merge_tokens
 from simplernn_jax.ops.rms_norm import rms_norm
 
@@ -159,7 +160,7 @@ class ResidualBlock(nnx.Module):
             ),
             use_bias=False,
         )
-        self.dropout = nnx.Dropout(config.dropout)
+        self.dropout_rate = config.dropout
 
     def initial_state(self, batch_size: int) -> ResidualState:
         """Return the zero state of mixer and convolution."""
@@ -196,13 +197,10 @@ class ResidualBlock(nnx.Module):
         mixer_state, recent = (None, None) if state is None else state
         y, recent = self.convolution(x, recent, segment_ids)
         y, mixer_state = self.mixer(y, mixer_state, segment_ids)
-        x = x + self._drop(y, keys[0])
+        x = x + dropout(y, self.dropout_rate, keys[0])
         hidden = merge_tokens(rms_norm(x))
         y = self.mlp_out(_squared_relu(self.mlp_in(hidden), self.mlp_out.dtype)).reshape(x.shape)
-        return x + self._drop(y, keys[1]), ResidualState(mixer_state, recent)
-
-    def _drop(self, y: jax.Array, key: jax.Array | None) -> jax.Array:
-        return self.dropout(y, deterministic=key is None, rngs=key)
+        return x + dropout(y, self.dropout_rate, keys[1]), ResidualState(mixer_state, recent)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))

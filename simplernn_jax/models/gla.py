@@ -21,6 +21,7 @@ from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
+from simplernn_jax.ops.dropout import dropout
 from simplernn_jax.ops.matmul import merge_tokens
 from simplernn_jax.ops.sequence_parallel import sharded_recurrence
 
@@ -201,7 +202,7 @@ class GLABlock(nnx.Module):
         self.mlp_down = Dense(
             config.mlp_dim, config.hidden_dim, ("mlp", "embed"), row_parallel=True, **options
         )
-        self.dropout = nnx.Dropout(config.dropout)
+        self.dropout_rate = config.dropout
 
     def initial_state(self, batch_size: int) -> GLAState:
         """Return the zero state of the mixer."""
@@ -221,14 +222,11 @@ class GLABlock(nnx.Module):
         """Apply the block to ``[B, T, D]``; as `GatedLinearAttention`, without a key no dropout."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         y, state = self.mixer(self.mixer_norm(x), state, segment_ids)
-        x = x + self._drop(y, keys[0])
+        x = x + dropout(y, self.dropout_rate, keys[0])
         hidden = self.mlp_norm(merge_tokens(x))
         gate, up = fused_dense(hidden, [self.mlp_gate, self.mlp_up])
         y = self.mlp_down(_swiglu(gate, up)).reshape(x.shape)
-        return x + self._drop(y, keys[1]), state
-
-    def _drop(self, y: jax.Array, key: jax.Array | None) -> jax.Array:
-        return self.dropout(y, deterministic=key is None, rngs=key)
+        return x + dropout(y, self.dropout_rate, keys[1]), state
 
 
 @jax.checkpoint  # gate and up are saved in any case; the backward pass recomputes silu

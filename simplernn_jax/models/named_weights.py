@@ -5,6 +5,7 @@ project: ``embedding.weight``, ``layers.N.query_proj.weight``, ``lm_head.bias`` 
 the residual block are named alike, and ``block="gla"`` has the names of flash-linear-attention.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ Weights = Mapping[str, Any]
 """Name of each parameter and its value, an array of NumPy or JAX."""
 
 _MODULES = {"head": "lm_head", "final_scale": "final_norm"}
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 _LEVELS = ("mixer", "cell")
 """Levels of modules that have no level in the names."""
 
@@ -83,6 +85,13 @@ def model_from_weights(config: ModelConfig, weights: Weights, where: str) -> Lan
     Raises:
       UserError: a parameter is missing, unexpected, or has another shape.
     """
+    # Before the model is built, which takes minutes for a few hundred layers.
+    layers = {match[1] for name in weights if (match := _LAYER.match(name))}
+    if len(layers) < config.num_layers:
+        raise UserError(
+            f"{where}: {config.num_layers} layers expected, but some are missing: the weights are "
+            f"of {len(layers)}; use the weights and settings of one model"
+        )
     # Shapes only: every value comes from `weights`.
     abstract = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(abstract, nnx.Param)

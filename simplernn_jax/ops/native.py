@@ -36,6 +36,8 @@ CONVOLUTION_FORWARD = "simplernn_convolution_forward"
 CONVOLUTION_BACKWARD = "simplernn_convolution_backward"
 NORM_FORWARD = "simplernn_norm_forward"
 NORM_BACKWARD = "simplernn_norm_backward"
+NEWTON_SCHULZ = "simplernn_newton_schulz"
+DECODE = "simplernn_decode"
 
 MIN_ELEMENTS = 1 << 14
 """Minimum size of an array for which a C function is faster than XLA's loops: FFI call overhead is
@@ -48,10 +50,12 @@ FUNCTIONS = (
     CONVOLUTION_BACKWARD,
     NORM_FORWARD,
     NORM_BACKWARD,
+    NEWTON_SCHULZ,
+    DECODE,
 )
 _FOLDER = Path(__file__).with_name("cpu")
-_SOURCES = [_FOLDER / name for name in ("fused.c", "rms_norm.c")]
-_HEADERS = [_FOLDER / name for name in ("call.h", "buffers.h")]
+_SOURCES = [_FOLDER / name for name in ("decode.c", "fused.c", "newton_schulz.c", "rms_norm.c")]
+_HEADERS = [_FOLDER / name for name in ("call.h", "buffers.h", "panels.h", "vectors.h")]
 _OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-shared", "-fPIC")
 _MACHINE_OPTIONS = (("-march=native",), ("-mcpu=native",), ())
 """Tried in this order: compilers and processors support different ones."""

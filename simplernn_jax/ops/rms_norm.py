@@ -19,7 +19,7 @@ from simplernn_jax.ops.operation import apply
 from simplernn_jax.ops.partitioning import Partitioned
 
 EPSILON = 1e-6
-"""The same as in `rms_norm.c`."""
+"""The same as in `vectors.h`."""
 
 
 def rms_norm(x: jax.Array, *, epsilon: float = EPSILON, native: bool | None = None) -> jax.Array:

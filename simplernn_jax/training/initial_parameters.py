@@ -13,6 +13,7 @@ from simplernn_jax.checkpoint.checkpointer import read_config
 from simplernn_jax.checkpoint.choice import BEST, choose_checkpoint
 from simplernn_jax.checkpoint.contents import read_tree
 from simplernn_jax.config import Config, ModelConfig
+from simplernn_jax.data.bpe import PREFIX
 from simplernn_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.exported_folder import is_exported, load_exported, read_run
@@ -111,7 +112,7 @@ def _check_same_model(config: Config, initial: ModelConfig) -> None:
 
 def _check_same_tokenizer(config: Config, initial: Config, tokenizer: Tokenizer) -> None:
     wanted, found = config.data.tokenizer, initial.data.tokenizer
-    if wanted in _BUILT_IN_TOKENIZERS or found in _BUILT_IN_TOKENIZERS:
+    if any(spec in _BUILT_IN_TOKENIZERS or spec.startswith(PREFIX) for spec in (wanted, found)):
         is_same = wanted == found
     else:  # a path differs between machines, and an export has only its last part
         is_same = load_tokenizer(wanted, None).to_json() == tokenizer.to_json()

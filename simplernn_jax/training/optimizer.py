@@ -4,20 +4,17 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from simplernn_jax.config import OptimizerConfig
 from simplernn_jax.ops.collectives import all_gather, axis_index
+from simplernn_jax.ops.newton_schulz import newton_schulz
 from simplernn_jax.sharding.partition_specs import is_distributed, variable_specs
 
 MUON_MOMENTUM = 0.95
 """As published with Muon (github.com/KellerJordan/Muon)."""
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of x, x x^T x and (x x^T)^2 x; see `newton_schulz`."""
 
 MUON_RMS = 0.2
 """Root mean square of Muon's updates, near that of AdamW's, so that both use similar learning rates
@@ -97,13 +94,14 @@ def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTr
 def orthogonalize_sharded(matrices: Any, mesh: Mesh | None) -> Any:
     """Apply `newton_schulz` to each matrix of a tree, ``[..., m, n]`` float32, with any sharding.
 
-    On a mesh every device gathers the matrices, one after the other, and keeps its shard of each
-    result; of stacked layers it gathers those of its stage alone.
+    Results are scaled to a root mean square of about `MUON_RMS`. On a mesh every device gathers the
+    matrices, one after the other, and keeps its shard of each result; of stacked layers it gathers
+    those of its stage alone.
     """
-    each = jnp.vectorize(newton_schulz, signature="(m,n)->(m,n)")
     leaves, tree = jax.tree.flatten(matrices)
     if not is_distributed(mesh):
-        return jax.tree.unflatten(tree, map(each, leaves))
+        factors = newton_schulz(leaves)
+        return jax.tree.unflatten(tree, [_scaled(factor) for factor in factors])
     specs = tuple(jax.tree.leaves(variable_specs(matrices, mesh)))
 
     def run(*parts: jax.Array) -> tuple[jax.Array, ...]:
@@ -115,7 +113,8 @@ def orthogonalize_sharded(matrices: Any, mesh: Mesh | None) -> Any:
             full = part
             for axis, name in sharded_axes:
                 full = all_gather(full, name, axis, after=results[-1] if results else part)
-            result = each(full)
+            (factor,) = newton_schulz([full])
+            result = _scaled(factor)
             for axis, name in sharded_axes:
                 start = axis_index(name) * part.shape[axis]
                 result = jax.lax.dynamic_slice_in_dim(result, start, part.shape[axis], axis)
@@ -126,19 +125,5 @@ def orthogonalize_sharded(matrices: Any, mesh: Mesh | None) -> Any:
     return jax.tree.unflatten(tree, sharded_fn(*leaves))
 
 
-def newton_schulz(matrix: jax.Array) -> jax.Array:
-    """Return the approximate orthogonal polar factor of a matrix, ``[m, n]`` float32, scaled.
-
-    Its singular values lie between about 0.7 and 1.2, times ``MUON_RMS sqrt(max(m, n))``: its root
-    mean square is about `MUON_RMS`. Five steps of the iteration of github.com/KellerJordan/Muon, as
-    matmuls of two matrices: optax.contrib's, over a batch axis of one, take two and a half times as
-    long on a CPU.
-    """
-    rows, columns = matrix.shape
-    x = matrix.T if rows > columns else matrix
-    x = x / (jnp.linalg.norm(x) + 1e-8)
-    for _ in range(5):
-        a = x @ x.T
-        x = NEWTON_SCHULZ[0] * x + (NEWTON_SCHULZ[1] * a + NEWTON_SCHULZ[2] * (a @ a)) @ x
-    x = x.T if rows > columns else x
-    return MUON_RMS * math.sqrt(max(rows, columns)) * x
+def _scaled(factor: jax.Array) -> jax.Array:
+    return MUON_RMS * math.sqrt(max(factor.shape[-2:])) * factor

@@ -14,7 +14,8 @@ from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.checkpointer import Checkpointer
 from simplernn_jax.checkpoint.folder import check_workdir
 from simplernn_jax.config import Config
-from simplernn_jax.data.batches import Batch, make_batches
+from simplernn_jax.data.batch_iterator import make_batches
+from simplernn_jax.data.batches import Batch
 from simplernn_jax.distributed import (
     barrier,
     broadcast_from_coordinator,

@@ -30,7 +30,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[str, list[str]]:
     elif isinstance(tokenizer, CharTokenizer):
         # Words of one character; without an unknown token, other characters are errors.
         alphabet = {character: i for i, character in enumerate(saved["alphabet"])}
-        result = tokenizers.Tokenizer(models.WordLevel(alphabet, unk_token="<|unknown|>"))
+        result = tokenizers.Tokenizer(models.WordLevel(alphabet, unk_token="<|unknown|>"))  # noqa: S106
         every = tokenizers.Regex(r"[\s\S]")
         result.pre_tokenizer = pre_tokenizers.Split(every, "isolated")
         result.decoder = decoders.Fuse()

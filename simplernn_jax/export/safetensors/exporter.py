@@ -9,7 +9,7 @@ import numpy as np
 import safetensors.numpy
 
 from simplernn_jax.config import LATER_MODEL_FIELDS
-from simplernn_jax.export.formats import TrainedModel, logits_of
+from simplernn_jax.export.formats import TrainedModel, float32_model, logits_of
 from simplernn_jax.inference import generate
 from simplernn_jax.inference.exported_folder import RUN, WEIGHTS, load_exported, run_json
 from simplernn_jax.models.gla_checkpoint import gla_settings
@@ -54,7 +54,8 @@ def write(trained: TrainedModel, folder: Path) -> None:
 
 class _Loaded:
     def __init__(self, folder: Path) -> None:
-        self._model, self._tokenizer, _ = load_exported(str(folder))
+        model, self._tokenizer, _ = load_exported(str(folder))
+        self._model = float32_model(model)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         return logits_of(self._model, tokens)

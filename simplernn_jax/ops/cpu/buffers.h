@@ -6,12 +6,14 @@
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "xla/ffi/api/c_api.h"
 
 #define TOO_MANY INT64_MAX
 
-/* Sums and products of sizes; TOO_MANY if they overflow, which a later check rejects. */
+/* Sums, products and quotients (rounded up) of sizes; TOO_MANY if they overflow, which a later
+   check rejects. */
 static inline int64_t plus(int64_t a, int64_t b) {
   int64_t sum;
   return __builtin_add_overflow(a, b, &sum) ? TOO_MANY : sum;
@@ -21,6 +23,8 @@ static inline int64_t times(int64_t a, int64_t b) {
   int64_t product;
   return __builtin_mul_overflow(a, b, &product) ? TOO_MANY : product;
 }
+
+static inline int64_t divided(int64_t n, int64_t by) { return n / by + (n % by > 0); }
 
 typedef struct {
   XLA_FFI_CallFrame *frame;
@@ -55,6 +59,14 @@ static inline const char *name_of(XLA_FFI_DataType dtype) {
   switch (dtype) {
     case XLA_FFI_DataType_F32:
       return "float32";
+    case XLA_FFI_DataType_BF16:
+      return "bfloat16";
+    case XLA_FFI_DataType_S32:
+      return "int32";
+    case XLA_FFI_DataType_S8:
+      return "int8";
+    case XLA_FFI_DataType_U8:
+      return "uint8";
     case XLA_FFI_DataType_PRED:
       return "bool";
     default:
@@ -129,11 +141,28 @@ static inline const float *argument(Call *call, int64_t i, const char *name, Sha
                  tail);
 }
 
+/* Float32 argument ``[shape]`` without batch axes. */
+static inline const float *shared_argument(Call *call, int64_t i, const char *name, Shape shape) {
+  return checked(call, buffer_at(call, 0, i, name), name, XLA_FFI_DataType_F32, 0, shape);
+}
+
 /* Float32 result ``[batch axes, tail]``. */
 static inline float *result(Call *call, int64_t i, const char *name, Shape tail) {
   const XLA_FFI_Buffer *buffer = buffer_at(call, 1, i, name);
   if (buffer != NULL && entries_of(buffer) > 0) call->has_results = 1;
   return checked(call, buffer, name, XLA_FFI_DataType_F32, call->num_leading, tail);
+}
+
+/* A result that begins as an argument, which may have the same memory. */
+static inline float *updated(Call *call, int64_t i, int64_t i_result, const char *name, Shape tail) {
+  const float *from = argument(call, i, name, tail);
+  float *to = result(call, i_result, name, tail);
+  if (is_valid(call) && from != to && call->has_results) {
+    int64_t count = call->batch;
+    for (int64_t axis = 0; axis < tail.rank; axis++) count *= tail.dims[axis];
+    memcpy(to, from, sizeof(float) * count);
+  }
+  return to;
 }
 
 /* Bool argument ``[batch axes, length]``; NULL if it is empty. */

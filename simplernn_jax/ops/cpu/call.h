@@ -7,6 +7,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <time.h>
 
 #include "buffers.h"
 
@@ -17,14 +18,40 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 typedef struct {
   const void *task;
   void (*run)(const void *task, int64_t item, void *scratch);
+  int64_t (*start)(const void *task, int64_t item); /* the items before it must be done before
+                                                       this one; NULL: all are independent */
   int64_t items, threads;
   int64_t scratch_bytes; /* per thread, from `scratch_for`; may be 0 */
   atomic_long next, done, holders;
-  atomic_int out_of_memory;
+  atomic_int out_of_memory, has_waited;
 } Work;
 
 static void release(Work *work) {
   if (atomic_fetch_sub(&work->holders, 1) == 1) free(work);
+}
+
+/* Calls with dependent items that go without helpers, since other threads or processes made one wait
+   for a helper: every dependence may then cost a time slice. Each such wait doubles the number of
+   calls after the next one, up to MOST_ALONE, and each call without one halves it. */
+static atomic_long calls_alone, next_alone = 1;
+#define MOST_ALONE 64
+#define PATIENCE 1e-3 /* seconds, longer than any item takes */
+
+static double seconds(void) {
+  struct timespec now;
+  timespec_get(&now, TIME_UTC);
+  return now.tv_sec + 1e-9 * now.tv_nsec;
+}
+
+/* Spin for some microseconds, the time of a short item; then give others the processor. */
+static void wait_for(Work *work, int64_t count) {
+  double begin = 0;
+  for (int64_t spins = 0; atomic_load_explicit(&work->done, memory_order_acquire) < count; spins++) {
+    if (spins < 10000) continue;
+    if (begin == 0) begin = seconds();
+    sched_yield();
+    if (seconds() - begin > PATIENCE) atomic_store(&work->has_waited, 1);
+  }
 }
 
 static void take_items(Work *work) {
@@ -32,6 +59,7 @@ static void take_items(Work *work) {
   for (;;) {
     int64_t item = atomic_fetch_add(&work->next, 1);
     if (item >= work->items) break;
+    if (work->start != NULL) wait_for(work, work->start(work->task, item));
     if (scratch == NULL && work->scratch_bytes > 0)
       scratch = aligned_alloc(64, work->scratch_bytes);
     if (scratch == NULL && work->scratch_bytes > 0)
@@ -41,6 +69,13 @@ static void take_items(Work *work) {
     atomic_fetch_add(&work->done, 1);
   }
   free(scratch);
+}
+
+/* Set `calls_alone` after a call with helpers. */
+static void learn(int has_waited) {
+  const long alone = atomic_load(&next_alone);
+  if (has_waited) atomic_store(&calls_alone, alone);
+  atomic_store(&next_alone, has_waited ? least(2 * alone, MOST_ALONE) : alone > 1 ? alone / 2 : 1);
 }
 
 static void help(void *data) {
@@ -81,10 +116,15 @@ static XLA_FFI_Error *share(Call *call, const Work *description) {
                                               frame->ctx, &threads};
   XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&count);
   if (error != NULL) drop(frame, error);
-  const int64_t helpers = least(least(threads, work->items), work->threads) - 1;
+  int64_t helpers = least(least(threads, work->items), work->threads) - 1;
+  if (work->start != NULL && atomic_load(&calls_alone) > 0) {
+    atomic_fetch_sub(&calls_alone, 1);
+    helpers = 0;
+  }
   atomic_init(&work->next, 0);
   atomic_init(&work->done, 0);
   atomic_init(&work->out_of_memory, 0);
+  atomic_init(&work->has_waited, 0);
   atomic_init(&work->holders, 1 + (helpers > 0 ? helpers : 0));
   for (int64_t i = 0; i < helpers; i++) {
     XLA_FFI_ThreadPool_Schedule_Args task = {XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, NULL,
@@ -96,7 +136,8 @@ static XLA_FFI_Error *share(Call *call, const Work *description) {
     }
   }
   take_items(work);
-  while (atomic_load(&work->done) < work->items) sched_yield();
+  wait_for(work, work->items);
+  if (work->start != NULL && helpers > 0) learn(atomic_load(&work->has_waited));
   const int out_of_memory = atomic_load(&work->out_of_memory);
   release(work);
   if (out_of_memory) return fail(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "out of memory");

@@ -13,13 +13,10 @@
    of consecutive tokens, whose number does not depend on the threads. B may be several axes, the
    same in all arrays; w may have the first of them too. */
 
-#include <math.h>
 #include <string.h>
 
 #include "call.h"
-
-#define EPSILON 1e-6f
-#define LANES 16
+#include "vectors.h"
 
 typedef struct {
   int64_t batch, length, width, dim, parts, part_length, sequences_per_weights;
@@ -27,17 +24,6 @@ typedef struct {
   const uint8_t *starts;
   float *y, *scale, *final, *dx, *dw, *d_recent;
 } Arrays;
-
-/* Independent sums per lane: a single one would be bound by the latency of additions. */
-static float dot(const float *restrict a, const float *restrict b, int64_t n) {
-  float lanes[LANES] = {0}, sum = 0;
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES)
-    for (int j = 0; j < LANES; j++) lanes[j] += a[i + j] * b[i + j];
-  for (; i < n; i++) sum += a[i] * b[i];
-  for (int j = 0; j < LANES; j++) sum += lanes[j];
-  return sum;
-}
 
 static void multiply(float *restrict to, const float *restrict x, float by, int64_t n) {
   for (int64_t i = 0; i < n; i++) to[i] = x[i] * by;
@@ -64,8 +50,6 @@ static const float *weights_of(const Arrays *a, int64_t b) {
 static int is_start(const Arrays *a, int64_t b, int64_t t) {
   return a->starts != NULL && t >= 0 && a->starts[b * a->length + t];
 }
-
-static float scale_of(const float *x, int64_t n) { return 1 / sqrtf(dot(x, x, n) / n + EPSILON); }
 
 /* dx of one token from dn, n and the scale of x. */
 static void norm_gradient(float *restrict dx, const float *restrict dn, const float *restrict n,

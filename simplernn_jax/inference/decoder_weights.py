@@ -1,0 +1,94 @@
+"""Weights of a language model for the C function that prefills and decodes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.ops.decode import DecoderWeights
+from simplernn_jax.ops.native import supports_native
+from simplernn_jax.ops.quantization import PANEL, PackedMatrix, pack
+from simplernn_jax.ops.rms_norm import EPSILON
+
+
+def decodes_natively(model: LanguageModel) -> bool:
+    """Whether the C function decodes `model` here.
+
+    It decodes residual blocks whose mixers are all SimpleRNN with a float32 state, on a single CPU
+    device.
+    """
+    config, embedding = model.config, model.embedding.embedding[...]
+    return (
+        type(model) is LanguageModel
+        and config.block == "residual"
+        and set(config.mixers) == {"simple_rnn"}
+        and isinstance(model.layers, nnx.List)
+        and config.state_precision == "float32"
+        and config.norm_epsilon == EPSILON
+        and not jax.config.jax_enable_x64  # type: ignore[attr-defined, unused-ignore]
+        and isinstance(embedding, jax.Array)
+        and not isinstance(embedding, jax.core.Tracer)
+        and len(embedding.sharding.device_set) == 1
+        and supports_native(jnp.float32)
+    )
+
+
+def weight_format(model: LanguageModel) -> str:
+    """Return the format of the weights of a model: its precision unless `quantize_model` made it.
+
+    Activations are float32 also where other programs round them to bfloat16.
+    """
+    return getattr(model, "weight_format", model.config.precision)
+
+
+def decoder_weights(model: LanguageModel, kind: str) -> DecoderWeights:
+    """Pack the weights of `model`, which `decodes_natively`, in one of `quantization.FORMATS`."""
+    layers: Any = model.layers
+    cells = [layer.mixer.cell for layer in layers]
+
+    def stacked(linears: list[nnx.Linear]) -> PackedMatrix:
+        return pack(jnp.stack([linear.kernel[...] for linear in linears]), kind)
+
+    embedding = pack(model.embedding.embedding[...].T, kind)
+    head, head_bias = embedding, jnp.zeros(model.config.vocab_size)
+    if model.head is not None:
+        head, head_bias = pack(model.head.kernel[...], kind), _bias(model.head)
+    assert model.final_scale is not None
+    in_proj, bias = zip(*(_in_projection(cell) for cell in cells), strict=True)
+    padding, mlp_padding = -bias[0].shape[0] % PANEL, -model.config.mlp_dim % PANEL
+    mlp_out = jnp.stack([layer.mlp_out.kernel[...] for layer in layers])
+    queries = jnp.full(cells[0].key_dim, cells[0].query_scale)
+    scale = jnp.ones(bias[0].shape[0]).at[: queries.shape[0]].set(queries)
+    return DecoderWeights(
+        embedding=embedding,
+        in_proj=pack(jnp.stack(in_proj), kind, scale),
+        out_proj=stacked([cell.out_proj for cell in cells]),
+        mlp_in=stacked([layer.mlp_in for layer in layers]),
+        mlp_out=pack(jnp.pad(mlp_out, [(0, 0), (0, mlp_padding), (0, 0)]), kind),
+        head=head,
+        convolution=jnp.stack([layer.convolution.weights[...] for layer in layers]),
+        bias=jnp.pad(jnp.stack(bias), [(0, 0), (0, padding)]),
+        final_scale=model.final_scale[...],
+        head_bias=head_bias,
+    )
+
+
+def _in_projection(cell: Any) -> tuple[jax.Array, jax.Array]:
+    """Concatenate the input projections of a cell, and their biases, which follow their scale."""
+    linears = [
+        cell.query_proj,
+        cell.key_proj,
+        cell.value_proj,
+        cell.gate_proj,
+        cell.output_gate_proj,
+    ]
+    kernels = [linear.kernel[...] for linear in linears]
+    biases = [_bias(linear) for linear in linears]
+    biases[0] = biases[0] * cell.query_scale
+    return jnp.concatenate(kernels, axis=1), jnp.concatenate(biases)
+
+
+def _bias(linear: nnx.Linear) -> jax.Array:
+    return jnp.zeros(linear.out_features) if linear.bias is None else linear.bias[...]

@@ -1,0 +1,131 @@
+"""Tokens of a model of residual SimpleRNN blocks, as one C function; see `cpu/decode.c`."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from simplernn_jax.array_types import ModelState
+from simplernn_jax.ops.checks import check_array
+from simplernn_jax.ops.native import DECODE, supports_native
+from simplernn_jax.ops.quantization import PANEL, PackedMatrix
+
+FLOAT32 = ("float32",)
+
+
+class DecoderWeights(NamedTuple):
+    """Weights of a model, in the order of the C function's arguments.
+
+    L layers of width D, H heads of K key and V value channels; ``[in, out]`` are the sizes of a
+    matrix, and those of the layers have axis L in front.
+    """
+
+    embedding: PackedMatrix
+    """[D, vocab]; scaled by sqrt(D) when looked up."""
+    in_proj: PackedMatrix
+    """[L, D, width] of queries, keys, values, forget gates and output gates, in this order; width
+    is 3 H K + 2 H V, rounded up to a multiple of PANEL. Queries are scaled."""
+    out_proj: PackedMatrix
+    """[L, H V, D]"""
+    mlp_in: PackedMatrix
+    """[L, D, M], M a multiple of PANEL; a smaller MLP is filled with zeros."""
+    mlp_out: PackedMatrix
+    """[L, M, D]"""
+    head: PackedMatrix
+    """[D, vocab]"""
+    convolution: jax.Array
+    """[L, 4, D]"""
+    bias: jax.Array
+    """[L, width] of `in_proj`."""
+    final_scale: jax.Array
+    """[D]"""
+    head_bias: jax.Array
+    """[vocab]"""
+
+    @property
+    def mlp_dim(self) -> int:
+        """M; 0 if `mlp_in` has the wrong rank."""
+        shape = self.mlp_in.values.shape
+        return PANEL * shape[1] if len(shape) == 4 else 0
+
+
+def decode_tokens(
+    weights: DecoderWeights,
+    tokens: jax.Array,
+    num_tokens: jax.Array,
+    logits: jax.Array,
+    states: ModelState,
+) -> tuple[jax.Array, jax.Array, ModelState]:
+    """Compute logits, hidden states and states of N sequences after up to T more tokens of each.
+
+    The bits of a sequence's results depend on itself alone, and not on how its tokens are divided
+    among calls. Memory grows with N T: divide long prompts.
+
+    Args:
+      weights: of the model.
+      tokens: ``[N, T]`` int32, T at least 1; ids outside of the vocabulary give NaN.
+      num_tokens: ``[N]`` int32, 0 to T; the first tokens of each sequence that are computed. A
+        sequence without any keeps `logits` and states.
+      logits: ``[N, vocab]`` float32, before the tokens.
+      states: of L layers, each S ``[N, H, K, V]`` and the convolution's inputs ``[N, 3, D]``,
+        float32. XLA updates them in place where it can.
+
+    Returns:
+      The logits after the last token; the inputs of the head at all of them, ``[N, T, D]``, zeros
+      from `num_tokens` on; and the states.
+
+    Raises:
+      ValueError: wrong ranks, shapes that do not fit together, or no CPU or C compiler.
+      TypeError: wrong dtypes.
+      jax.errors.JaxRuntimeError: `num_tokens` is not in its range.
+    """
+    if not supports_native(jnp.float32):
+        raise ValueError("decode_tokens requires a CPU and a C compiler")
+    leaves, structure = jax.tree.flatten(states)
+    sizes = check_array("tokens", tokens, "N T", ("int32",))
+    if not sizes["T"]:
+        raise ValueError("tokens: expected at least one of each sequence; got none")
+    sizes = check_array("num_tokens", num_tokens, "N", ("int32",), sizes)
+    sizes = check_array("logits", logits, "N vocab", FLOAT32, sizes)
+    sizes["L"] = len(leaves) // 2
+    for name, leaf in zip(("state", "recent") * sizes["L"], leaves, strict=True):
+        axes = "N H K V" if name == "state" else "N P D"
+        sizes = check_array(name, leaf, axes, FLOAT32, sizes | {"P": 3})
+    _check_weights(weights, sizes)
+    width, mlp_dim = weights.bias.shape[-1], weights.mlp_dim
+    per_row = 2 * sizes["D"] + width + sizes["H"] * sizes["V"] + mlp_dim + 2
+    of_head = jax.ShapeDtypeStruct((*tokens.shape, sizes["D"]), jnp.float32)
+    workspace = jax.ShapeDtypeStruct((sizes["N"], sizes["T"] * per_row), jnp.float32)
+    arguments = [tokens, num_tokens, logits, *jax.tree.leaves(weights), *leaves]
+    first = len(arguments) - len(leaves)
+    results = [jax.typeof(logits), of_head, workspace, *map(jax.typeof, leaves)]
+    aliases = {2: 0} | {first + i: 3 + i for i in range(len(leaves))}
+    called = jax.ffi.ffi_call(DECODE, results, input_output_aliases=aliases)(*arguments)
+    logits, final, _, *leaves = called
+    return logits, final, jax.tree.unflatten(structure, leaves)
+
+
+def _check_weights(weights: DecoderWeights, sizes: dict[str, Any]) -> None:
+    """Check shapes and dtypes against the sizes of the states, which `sizes` has."""
+    D, heads, vocab = (sizes[axis] for axis in ("D", "H", "vocab"))
+    keys, outputs = heads * sizes["K"], heads * sizes["V"]
+    width = -(-(3 * keys + 2 * outputs) // PANEL) * PANEL
+    layers = (sizes["L"],)
+    kind = weights.embedding.values.dtype
+    for name, leading, shape in (
+        ("embedding", (), (D, vocab)),
+        ("in_proj", layers, (D, width)),
+        ("out_proj", layers, (outputs, D)),
+        ("mlp_in", layers, (D, weights.mlp_dim)),
+        ("mlp_out", layers, (weights.mlp_dim, D)),
+        ("head", (), (D, vocab)),
+    ):
+        getattr(weights, name).check(name, leading, shape, kind)
+    sizes = {**sizes, "W": 4, "width": width}
+    for name, axes in (
+        ("convolution", "L W D"),
+        ("bias", "L width"),
+        ("final_scale", "D"),
+        ("head_bias", "vocab"),
+    ):
+        check_array(name, getattr(weights, name), axes, FLOAT32, sizes)

@@ -1,0 +1,239 @@
+"""The C function that decodes a token equals the modules, bit by bit the same in any batch."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from references import needs_compiler
+
+from simplernn_jax.config import ModelConfig
+from simplernn_jax.errors import UserError
+from simplernn_jax.inference import generate, programs, quantize_model
+from simplernn_jax.inference.decoder_weights import decoder_weights, decodes_natively
+from simplernn_jax.inference.quantization import QUANTIZATIONS
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.ops.decode import decode_tokens
+from simplernn_jax.ops.quantization import GROUP, rounded
+
+pytestmark = needs_compiler
+
+VOCAB = 71
+SIZES = {
+    "small": {"hidden_dim": 37, "key_dim": 12, "value_dim": 14, "num_heads": 2, "mlp_dim": 83},
+    "wide": {"hidden_dim": 131, "key_dim": 19, "value_dim": 83, "num_heads": 1, "mlp_dim": 67},
+}
+FORMATS = [kind for kind in QUANTIZATIONS if kind != "none"]
+KINDS = [("small", "none"), ("small", "int4"), *(("wide", kind) for kind in QUANTIZATIONS)]
+
+
+@functools.cache
+def make_model(sizes="small", quantize="none", **fields):
+    fields = {"tie_embeddings": sizes == "wide"} | fields
+    config = ModelConfig(vocab_size=VOCAB, num_layers=2, **SIZES[sizes], **fields)
+    return quantize_model(LanguageModel(config, rngs=nnx.Rngs(0)), quantize)
+
+
+def packed(model):
+    architecture, parameters = programs.split_model(model)
+    return programs.weights_for(architecture, parameters)
+
+
+step = jax.jit(decode_tokens)
+forward = nnx.jit(lambda model, tokens: model(tokens))
+
+
+def run(model, tokens, is_active=True):
+    """Logits after each of ``tokens [N, T]``, and the last states."""
+    batch = len(tokens)
+    num_tokens = np.broadcast_to(is_active, batch).astype(np.int32)
+    logits, states = jnp.zeros((batch, VOCAB)), model.initial_state(batch)
+    found = []
+    for t in range(tokens.shape[1]):
+        logits, _, states = step(packed(model), tokens[:, [t]], num_tokens, logits, states)
+        found.append(np.asarray(logits))
+    return np.stack(found, axis=1), states
+
+
+def all_of(tokens):
+    return np.full(len(tokens), tokens.shape[1], np.int32)
+
+
+def draw_tokens(batch, length=6):
+    return np.random.default_rng(0).integers(0, VOCAB, (batch, length), np.int32)
+
+
+@pytest.mark.parametrize(("sizes", "quantize"), KINDS)
+def test_equals_the_modules_and_does_not_depend_on_the_batch(sizes, quantize):
+    model = make_model(sizes, quantize)
+    assert decodes_natively(model)
+    tokens = draw_tokens(32)
+    logits, states = run(model, tokens)
+    expected, expected_states = forward(model, tokens[:3])
+    np.testing.assert_allclose(logits[:3], expected, rtol=0, atol=3e-5)
+    for ours, theirs in zip(*map(jax.tree.leaves, (states, expected_states)), strict=True):
+        np.testing.assert_allclose(ours[:3], theirs, rtol=0, atol=3e-5)
+    for batch in (1, 3, 7):
+        fewer, fewer_states = run(model, tokens[:batch])
+        np.testing.assert_array_equal(fewer, logits[:batch])
+        for ours, theirs in zip(*map(jax.tree.leaves, (fewer_states, states)), strict=True):
+            np.testing.assert_array_equal(ours, theirs[:batch])
+
+
+@pytest.mark.parametrize(("sizes", "quantize"), KINDS)
+@pytest.mark.parametrize("lengths", [[131], [1, 37, 93]])
+def test_results_do_not_depend_on_the_number_of_tokens_in_a_call(sizes, quantize, lengths):
+    model = make_model(sizes, quantize)
+    tokens = draw_tokens(3, sum(lengths))
+    expected, expected_states = run(model, tokens)
+    logits, states = jnp.zeros((3, VOCAB)), model.initial_state(3)
+    hidden = []
+    for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+        piece = tokens[:, end - length : end]
+        logits, final, states = step(packed(model), piece, all_of(piece), logits, states)
+        np.testing.assert_array_equal(logits, expected[:, end - 1])
+        hidden.append(final)
+    chex.assert_trees_all_equal(states, expected_states)
+    heads = model.logits(jnp.concatenate(hidden, axis=1))
+    np.testing.assert_allclose(heads, expected, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int4"])
+def test_sequences_of_a_call_have_lengths_of_their_own(quantize):
+    model = make_model("small", quantize)
+    tokens, lengths = draw_tokens(7, 131), np.array([0, 131, 1, 97, 2, 0, 130], np.int32)
+    before = jnp.full((7, VOCAB), 3.0)
+    found = step(packed(model), tokens, lengths, before, model.initial_state(7))
+    # What follows the tokens of a sequence is never read, not even where it is no id.
+    tokens[np.arange(131) >= lengths[:, None]] = VOCAB
+    again = step(packed(model), tokens, lengths, before, model.initial_state(7))
+    chex.assert_trees_all_equal(found, again)
+    for n, length in enumerate(lengths):
+        logits, hidden, states = jax.tree.map(lambda x, n=n: x[n : n + 1], found)
+        assert not hidden[:, length:].any()
+        expected = before[n : n + 1], hidden[:, :0], model.initial_state(1)
+        if length:
+            alone = tokens[n : n + 1, :length]
+            expected = step(packed(model), alone, all_of(alone), before[:1], expected[2])
+        chex.assert_trees_all_equal((logits, hidden[:, :length], states), expected)
+
+
+@pytest.mark.parametrize("count", [-1, 4, 2**31 - 1])
+def test_a_wrong_number_of_tokens_is_refused(count):
+    model = make_model()
+    arguments = draw_tokens(2, 3), np.array([1, count], np.int32), jnp.zeros((2, VOCAB))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"num_tokens: {count} is not in 0 to 3"):
+        jax.block_until_ready(step(packed(model), *arguments, model.initial_state(2)))
+
+
+def test_inactive_sequences_stay_and_others_do_not_see_them():
+    model = make_model()
+    tokens = draw_tokens(5)
+    is_active = np.array([True, False, True, False, True])
+    logits, states = run(model, tokens, is_active)
+    alone, alone_states = run(model, tokens[is_active])
+    np.testing.assert_array_equal(logits[is_active], alone)
+    for ours, theirs in zip(*map(jax.tree.leaves, (states, alone_states)), strict=True):
+        np.testing.assert_array_equal(ours[is_active], theirs)
+    for leaf in (logits, *jax.tree.leaves(states)):
+        assert not np.asarray(leaf)[~is_active].any()
+
+
+def test_an_id_outside_of_the_vocabulary_gives_nan():
+    tokens = np.array([[3], [VOCAB], [-1]], np.int32)
+    logits, _ = run(make_model(), tokens)
+    assert np.isnan(logits).all(axis=-1).ravel().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "top_k": 20}])
+def test_generates_the_tokens_of_the_modules(quantize, settings, monkeypatch):
+    model = make_model("small", quantize)
+    settings = {"max_new_tokens": 200, "seed": 3, **settings}
+    ours = generate(model, draw_tokens(3), **settings)
+    monkeypatch.setattr(programs, "decodes_natively", lambda _: False)
+    theirs = generate(model, draw_tokens(3), **settings)
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+
+
+def test_changed_parameters_are_packed_again():
+    model = nnx.clone(make_model())
+    before = generate(model, [1, 2], max_new_tokens=20).tokens
+    model.layers[0].mlp_in.kernel.set_value(-model.layers[0].mlp_in.kernel[...])
+    after = generate(model, [1, 2], max_new_tokens=20).tokens
+    assert (before != after).any()
+    np.testing.assert_array_equal(generate(make_model(), [1, 2], max_new_tokens=20).tokens, before)
+
+
+def test_a_bfloat16_model_keeps_its_precision():
+    model = make_model(precision="bfloat16")
+    assert packed(model).in_proj.values.dtype == jnp.bfloat16
+    tokens = draw_tokens(3)
+    logits, _ = run(model, tokens)
+    # Activations are rounded to 8 bits there, and not here.
+    np.testing.assert_allclose(logits, forward(model, tokens)[0], rtol=0, atol=0.03)
+    assert packed(quantize_model(model, "int8")).in_proj.values.dtype == jnp.int8
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"block": "plain"},
+        {"mixer": "attention"},
+        {"mixer": "simple_rnn,attention"},
+        {"state_precision": "bfloat16"},
+        {"norm_epsilon": 1e-5},
+    ],
+)
+def test_other_models_are_not_quantized(fields):
+    model = make_model(**fields)
+    assert not decodes_natively(model)
+    with pytest.raises(UserError, match="quantize=int8: only models of residual blocks"):
+        quantize_model(model, "int8")
+    with pytest.raises(UserError, match="must be one of none, bfloat16, int8, int4"):
+        quantize_model(model, "int2")
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("bfloat16", 128), ("int8", 127), ("int4", 7)])
+def test_rounding_to_the_nearest_value(kind, steps):
+    matrix = np.random.default_rng(0).normal(size=(GROUP + 3, 5)).astype(np.float32)
+    matrix[:, 2] = 0
+    found = np.asarray(rounded(jnp.asarray(matrix), kind))
+    scale = np.abs(matrix).max(axis=0) / steps
+    assert (np.abs(found - matrix) <= scale / 2 + 1e-6).all()
+    np.testing.assert_allclose(rounded(jnp.asarray(found), kind), found, rtol=1e-6)
+    assert len(np.unique(found[:GROUP, 0])) <= 2 * steps + 1
+
+
+def test_quantizing_changes_a_copy():
+    model = make_model("small")
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    other = quantize_model(model, "int4")
+    for old, new in zip(*map(jax.tree.leaves, (before, nnx.state(model))), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert (other.head.kernel[...] != model.head.kernel[...]).any()
+    assert packed(other).in_proj.values.dtype == jnp.uint8
+    assert quantize_model(model, "none") is model
+
+
+def test_wrong_arguments_are_refused():
+    model = make_model()
+    weights, states = packed(model), model.initial_state(2)
+    tokens, counts = jnp.zeros((2, 3), jnp.int32), jnp.ones(2, jnp.int32)
+    logits = jnp.zeros((2, VOCAB))
+    other = decoder_weights(make_model("wide"), "float32")
+    int8 = decoder_weights(model, "int8")
+    for call, error in (
+        ((weights, tokens[:1], counts, logits, states), "num_tokens"),
+        ((weights, tokens[:, :0], counts, logits, states), "tokens: expected at least one"),
+        ((weights, tokens, counts, logits[:, 1:], states), "head_bias"),
+        ((weights, tokens, counts, logits, states[:1]), "in_proj"),
+        ((other, tokens, counts, logits, states), "embedding"),
+        ((weights._replace(mlp_in=weights.head), tokens, counts, logits, states), "mlp_in"),
+        ((weights._replace(mlp_out=int8.mlp_out), tokens, counts, logits, states), "mlp_out"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=error):
+            decode_tokens(*call)

@@ -1,0 +1,78 @@
+"""Newton-Schulz iterations: the C function and XLA against float64, and their properties."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simplernn_jax.ops.native import has_native_functions
+from simplernn_jax.ops.newton_schulz import COEFFICIENTS, newton_schulz
+
+SHAPES = [(7, 11), (67, 13), (2, 3, 5, 2), (1, 1), (131, 257)]
+"""The last has several tiles of both sides, none of them full at the end."""
+
+
+def matrices_of(shapes, dtype=np.float32):
+    random = np.random.default_rng(0)
+    return [jnp.asarray(random.normal(size=shape), dtype) for shape in shapes]
+
+
+def by_hand(matrix):
+    x = np.asarray(matrix, np.float64)
+    x = x / np.linalg.norm(x, axis=(-2, -1), keepdims=True)
+    a, b, c = COEFFICIENTS
+    for _ in range(5):
+        product = x @ np.swapaxes(x, -1, -2)
+        x = a * x + (b * product + c * product @ product) @ x
+    return x
+
+
+def test_c_function_and_xla_agree_with_float64():
+    assert has_native_functions()
+    matrices = matrices_of(SHAPES)
+    in_c = jax.jit(newton_schulz)(matrices)
+    exported = jax.export.export(jax.jit(newton_schulz))(matrices)  # has no custom calls
+    in_xla = jax.jit(exported.call)(matrices)
+    for matrix, *results in zip(matrices, in_c, in_xla, strict=True):
+        expected = by_hand(matrix)
+        for result in results:
+            chex.assert_shape(result, matrix.shape)
+            np.testing.assert_allclose(result, expected, atol=5e-6)
+
+
+def test_directions_stay_and_strengths_become_alike():
+    left, _, right = np.linalg.svd(matrices_of([(17, 29)])[0], full_matrices=False)
+    matrix = jnp.asarray((left * np.logspace(0, -1.5, 17)) @ right, jnp.float32)
+    (result,) = newton_schulz([matrix])
+    core = left.T @ result @ right.T
+    np.testing.assert_allclose(core, np.diag(np.diag(core)), atol=2e-5)
+    assert np.diag(core).min() > 0.6
+    assert np.diag(core).max() < 1.3
+
+
+def test_a_result_does_not_depend_on_the_other_matrices():
+    first, second = matrices_of([(37, 41), (3, 19, 23)])
+    both, alone = newton_schulz([first, second]), newton_schulz([second])
+    np.testing.assert_array_equal(both[1], alone[0])
+    np.testing.assert_array_equal(newton_schulz([second[1]])[0], alone[0][1])
+
+
+@pytest.mark.parametrize("value", [0.0, 1e30, np.nan, np.inf])
+def test_extreme_matrices(value):
+    (result,) = newton_schulz([jnp.full((5, 3), value, jnp.float32)])
+    chex.assert_shape(result, (5, 3))
+    assert np.isfinite(result).all() == np.isfinite(value)
+
+
+def test_empty_matrices_and_no_matrix():
+    assert newton_schulz([]) == []
+    (result,) = newton_schulz([jnp.zeros((0, 3))])
+    chex.assert_shape(result, (0, 3))
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="matrix"):
+        newton_schulz([jnp.zeros(3)])
+    with pytest.raises(TypeError, match="matrix"):
+        newton_schulz([jnp.zeros((3, 2), jnp.int32)])
