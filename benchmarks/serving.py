@@ -38,19 +38,20 @@ from .train_steps import change, load_config
 
 TITLE = "serve: base"
 CLIENTS, SLOTS = (1, 8, 32, 64), 32
-PROMPT, NEW_TOKENS = 100, 256
-COMPLETIONS = 3
-"""Of a client, one after the other: the number of streams is constant most of the time."""
-BLOCK = 8
-"""Tokens of a block of the server while it streams."""
+PROMPT, NEW_TOKENS, LONG = 100, 256, 1024
+"""Tokens of a prompt, of a completion, and of a long one."""
+COMPLETIONS = 10
+"""Of each client, one after the other."""
 
 
 class Stream(NamedTuple):
-    """Seconds from the request to the first text and to the end, and the number of new tokens."""
+    """Seconds from the request to the first text and to the end, and numbers of what came."""
 
     first: float
     end: float
     tokens: int
+    frames: int
+    """With new tokens; there is one for each block of the server."""
 
 
 def run(effort: Effort) -> Iterator[Table]:
@@ -64,28 +65,39 @@ def run(effort: Effort) -> Iterator[Table]:
         model, _, _ = load_model(folder)
         with serving(folder, f"--slots={SLOTS}", "--max_queue=64") as (process, url):
             yield TITLE, [compare(model, url, clients, effort) for clients in CLIENTS]
+            long = compare(model, url, SLOTS, effort, tokens=LONG)
+            yield f"serve: completions of {LONG:,} tokens", [long]
+            apart = compare(model, url, SLOTS, effort, is_staggered=True)
+            yield "serve: clients that begin apart", [apart]
             half = asyncio.run(half_loaded(model, url, effort))
             yield "serve: one more prompt beside 16 streams", [half]
             yield "serve: limits", asyncio.run(limits(model, url, process.pid))
 
 
-def compare(model: LanguageModel, url: str, clients: int, effort: Effort) -> Row:
-    """Rates and latencies of so many clients at once, and the rate of `generate`."""
+def compare(
+    model: LanguageModel,
+    url: str,
+    clients: int,
+    effort: Effort,
+    tokens: int = NEW_TOKENS,
+    is_staggered: bool = False,
+) -> Row:
+    """Rates and latencies of a number of clients at once, and the rate of `generate`."""
     prompts = random_tokens(model.config, clients, COMPLETIONS * PROMPT)
     rates: dict[str, list[float]] = {"HTTP": [], "generate": []}
     streams: list[Stream] = []
     for block in range(effort.blocks * effort.calls + 1):
         # Other prompts each time, or the prefix cache would have them.
         prompts = (prompts + 1) % model.config.vocab_size
-        seconds, found = asyncio.run(stream_all(url, prompts, NEW_TOKENS))
+        seconds, found = asyncio.run(stream_all(url, prompts, tokens, is_staggered))
         start = time.perf_counter()
-        tokens = generate(model, prompts[:SLOTS, :PROMPT], max_new_tokens=NEW_TOKENS).tokens
+        new = generate(model, prompts[:SLOTS, :PROMPT], max_new_tokens=tokens).tokens
         in_process = time.perf_counter() - start
         if block:  # the first one warms up
             streams += found
             rates["HTTP"].append(sum(stream.tokens for stream in found) / seconds)
-            rates["generate"].append(tokens.size / in_process)
-    between = [1e3 * (s.end - s.first) / (s.tokens - BLOCK) for s in streams]
+            rates["generate"].append(new.size / in_process)
+    between = [1e3 * (s.end - s.first) / s.tokens for s in streams]
     return (
         {"clients": clients}
         | {f"{name} tokens/s": float(np.median(rate)) for name, rate in rates.items()}
@@ -111,17 +123,15 @@ def draw(rows: list[Row]) -> bytes:
 async def half_loaded(model: LanguageModel, url: str, effort: Effort) -> Row:
     """Time to the first token of one more prompt, while half of the slots stream."""
     prompts = random_tokens(model.config, SLOTS // 2, PROMPT)
-    start = time.perf_counter()
     others = asyncio.ensure_future(stream_all(url, prompts, 20 * NEW_TOKENS))
     await asyncio.sleep(0.5)
     firsts: list[float] = []
     while len(firsts) < 4 * effort.blocks * effort.calls and not others.done():
         prompt = (prompts[:1] + len(firsts) + 1) % model.config.vocab_size
-        _, (stream,) = await stream_all(url, prompt, BLOCK)
+        _, (stream,) = await stream_all(url, prompt, 8)
         firsts.append(1e3 * stream.first)
     _, streams = await others
-    seconds = time.perf_counter() - start
-    block = 1e3 * BLOCK * seconds * len(streams) / sum(stream.tokens for stream in streams)
+    block = float(np.median([1e3 * (s.end - s.first) / s.frames for s in streams]))
     return percentiles("first token, ms", firsts) | {"a block, ms": block}
 
 
@@ -182,24 +192,33 @@ def percentiles(name: str, values: Sequence[float]) -> dict[str, float]:
     return {f"{name}, p{p}": float(np.percentile(values, p)) for p in (50, 99)}
 
 
-async def stream_all(url: str, prompts: np.ndarray, tokens: int) -> tuple[float, list[Stream]]:
+async def stream_all(
+    url: str, prompts: np.ndarray, tokens: int, is_staggered: bool = False
+) -> tuple[float, list[Stream]]:
     """Stream completions for each row of prompts, all rows at once.
 
     Args:
       url: of the server.
       prompts: a row for each client, with as many prompts of `PROMPT` tokens as fit, or one longer.
       tokens: of a completion.
+      is_staggered: the first completion of each client ends at another time, and the last one
+        makes up for it.
 
     Returns:
       The seconds of all, and each of them.
     """
 
-    async def client(row: np.ndarray) -> list[Stream]:
+    async def client(index: int, row: np.ndarray) -> list[Stream]:
         count = len(row) // PROMPT if len(row) <= COMPLETIONS * PROMPT else 1
-        return [await stream_one(url, prompt, tokens) for prompt in np.split(row, count)]
+        lengths = np.full(count, tokens)
+        if is_staggered:
+            lengths[0] = tokens * (index + 1) // len(prompts)
+            lengths[-1] += tokens - lengths[0]
+        parts = zip(np.split(row, count), lengths.tolist(), strict=True)
+        return [await stream_one(url, prompt, length) for prompt, length in parts]
 
     start = time.perf_counter()
-    streams = await asyncio.gather(*map(client, prompts))
+    streams = await asyncio.gather(*(client(index, row) for index, row in enumerate(prompts)))
     return time.perf_counter() - start, [stream for some in streams for stream in some]
 
 
@@ -212,7 +231,8 @@ async def stream_one(url: str, prompt: np.ndarray, tokens: int) -> Stream:
         if not first and b"data: {" in part:
             first = time.perf_counter() - start
     end = time.perf_counter() - start
-    return Stream(first, end, int(re.findall(rb'"completion_tokens":(\d+)', answer)[-1]))
+    tokens = int(re.findall(rb'"completion_tokens":(\d+)', answer)[-1])
+    return Stream(first, end, tokens, answer.count(b'"text":'))
 
 
 def fields_of(prompt: np.ndarray, tokens: int) -> Any:
@@ -238,11 +258,16 @@ async def body_of(url: str, path: str) -> bytes:
     return b"".join([part async for part in parts_of(url, path)]).split(b"\r\n\r\n")[-1]
 
 
-async def parts_of(url: str, path: str, fields: Any = None) -> AsyncIterator[bytes]:
-    """Yield a response as it arrives, over a connection of its own."""
+async def parts_of(
+    url: str, path: str, fields: Any = None, method: str | None = None
+) -> AsyncIterator[bytes]:
+    """Yield a response as it arrives, over a connection of its own.
+
+    Without a `method`, it is POST with `fields`, which are sent as JSON, and GET without.
+    """
     body = b"" if fields is None else json.dumps(fields).encode()
     address = urllib.parse.urlsplit(url)
-    method = "GET" if fields is None else "POST"
+    method = method or ("GET" if fields is None else "POST")
     head = f"{method} {path} HTTP/1.1\r\nHost: {address.netloc}\r\nConnection: close\r\n"
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
     try:

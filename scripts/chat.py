@@ -23,6 +23,7 @@ from simplernn_jax.errors import UserError, counted
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
+_QUANTIZE = command_line.define_quantize_flag()
 _SYSTEM = flags.DEFINE_string("system", "", "System message at the beginning.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 1000, "Maximum tokens of an answer.", lower_bound=1, upper_bound=2**31 - 1
@@ -56,11 +57,12 @@ def main() -> None:
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.data.chat_template import ChatTemplate
     from simplernn_jax.devices import check_devices
-    from simplernn_jax.inference import Conversation, load_state, save_state
+    from simplernn_jax.inference import Conversation, load_state, quantize_model, save_state
 
     check_devices()
     use_compilation_cache()
     model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
+    model = quantize_model(model, _QUANTIZE.value)
     if not config.data.template:
         raise UserError(
             f"{workdir}: not trained on conversations (--config.data.template); "

@@ -24,6 +24,7 @@ from simplernn_jax.files import read_file
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run of the model.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
+_QUANTIZE = command_line.define_quantize_flag()
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _PORT = flags.DEFINE_integer(
     "port", 8000, "Port to listen on; 0 takes a free one.", lower_bound=0, upper_bound=65535
@@ -88,12 +89,14 @@ def main() -> None:
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.data.chat_template import ChatTemplate
     from simplernn_jax.devices import check_devices
+    from simplernn_jax.inference import quantize_model
     from simplernn_jax.inference.exported_folder import is_exported
     from simplernn_jax.models import LanguageModel
 
     check_devices()
     use_compilation_cache()
     model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
+    model = quantize_model(model, _QUANTIZE.value)
     path = "" if is_exported(workdir) else choose_checkpoint(workdir, _CHECKPOINT.value).path
 
     def reload_model() -> LanguageModel | None:
@@ -110,7 +113,7 @@ def main() -> None:
                 f"{newest}: another architecture, template or tokenizer; start the server again"
             )
         path = newest
-        return new_model
+        return quantize_model(new_model, _QUANTIZE.value)
 
     with listen(_HOST.value, _PORT.value) as listener, tempfile.TemporaryDirectory() as temporary:
         state_dir = temporary

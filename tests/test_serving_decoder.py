@@ -6,13 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from references import needs_compiler
 from small_runs import HYBRID, small_config
 
-from simplernn_jax.inference import generate
+from simplernn_jax.inference import generate, quantize_model
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.decoder import PREFILL_TOKENS, SHORT_BLOCK, Decoder
+from simplernn_jax.serving.decoder import PREFILL_TOKENS, Decoder
 from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Prefilled, Root, Sampling
 from simplernn_jax.serving.prefix_cache import GRID, PrefixCache, is_kept, prefix_keys
+from simplernn_jax.serving.slots import MAX_BLOCK
 
 VOCAB = 31
 EOS = 29
@@ -92,6 +94,17 @@ def test_alone_together_and_from_the_cache_are_the_same_bits(decoder):
     assert cached == {
         job.sampling.seed: len(job.tokens) // GRID * GRID for job in jobs_of_all_kinds()
     }
+
+
+@needs_compiler
+def test_where_a_c_function_decodes_the_number_of_slots_changes_no_bit():
+    config = small_config(block="residual", vocab_size=VOCAB).model
+    model = quantize_model(LanguageModel(config, rngs=nnx.Rngs(0)), "int8")
+    few, many = (Decoder(model, num_slots=n, cache_bytes=1 << 24) for n in (2, 5))
+    alone = {}
+    for job in jobs_of_all_kinds()[:4]:
+        alone |= run(few, [job])[0]
+    assert run(many, jobs_of_all_kinds()[:4])[0] == alone
 
 
 def test_greedy_tokens_are_those_of_generate(model, decoder):
@@ -210,7 +223,7 @@ def test_a_long_prompt_does_not_stall_streams(decoder):
     run(decoder, [])
     assert len(counts) >= 5000 // (PREFILL_TOKENS + GRID)
     # The first block was collected early, and the last step has the long job's first token.
-    assert set(counts[1:-1]) == {SHORT_BLOCK}
+    assert all(0 < count <= MAX_BLOCK for count in counts[1:-1])
 
 
 def test_prefix_cache_is_bounded_and_forgets_the_least_recently_used():

@@ -5,12 +5,18 @@ from typing import Any
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
 from simplernn_jax.serving.answers import Answer
 from simplernn_jax.serving.choice_text import Piece
-from simplernn_jax.serving.http import counted, json_response, read_body, unless_disconnected
+from simplernn_jax.serving.http import (
+    EventStream,
+    counted,
+    json_response,
+    read_body,
+    unless_disconnected,
+)
 from simplernn_jax.serving.requests import (
     ChatRequest,
     CompletionRequest,
@@ -50,11 +56,11 @@ def completion_routes(service: Service) -> list[Route]:
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             frames = stream(form, answer, updates, has_logprobs, with_usage)
-            return StreamingResponse(
+            return EventStream(
                 frames, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
             )
         try:
-            pieces = await unless_disconnected(request, gather(answer, updates))
+            pieces = await unless_disconnected(request.receive, gather(answer, updates))
         finally:
             answer.cancel()
         choices = [form.choice(i, piece, has_logprobs) for i, piece in enumerate(pieces)]

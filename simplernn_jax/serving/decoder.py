@@ -1,6 +1,7 @@
 """Continuous batching of the jobs of one set of parameters: prefill, slots, and results."""
 
 import dataclasses
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from simplernn_jax.array_types import ModelState
-from simplernn_jax.inference.programs import BLOCK_TOKENS, split_model
+from simplernn_jax.inference.programs import split_model, weights_for
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.jobs import Event, Failed, Job, Logprobs, NewTokens, Sampling
-from simplernn_jax.serving.prefill import LANES, Prefiller
+from simplernn_jax.serving.prefill import MAX_JOBS, Prefiller
 from simplernn_jax.serving.prefix_cache import PrefixCache
 from simplernn_jax.serving.slots import (
+    MAX_BLOCK,
     Block,
     Slots,
     SlotSettings,
@@ -25,8 +27,10 @@ from simplernn_jax.serving.slots import (
 
 PREFILL_TOKENS = 512
 """Tokens prefilled between two blocks while slots decode: a long prompt never stalls them."""
-SHORT_BLOCK = 8
-"""Tokens of a block while anything is streamed or waits and at most half of the slots decode."""
+SHORT_SECONDS = 5e-3
+"""Time of a block while anything waits, or is streamed and at most half of the slots decode."""
+LONG_SECONDS = 25e-3
+"""Time of other blocks."""
 FIRST_BLOCK = 2
 """Tokens of the block that gives a stream its first ones."""
 
@@ -51,6 +55,8 @@ class _Dispatched(NamedTuple):
     with_logprobs: bool
     choices: list[_Choice | None]
     """Of all slots."""
+    time: float
+    """Monotonic seconds at its dispatch."""
 
 
 @dataclasses.dataclass
@@ -78,6 +84,8 @@ class Decoder:
         self.waiting: deque[Job] = deque()
         architecture, self._parameters = split_model(model)
         self._programs = slot_programs(architecture)
+        self._weights = weights_for(architecture, self._parameters)
+        self._is_native = architecture.decodes_natively
         self._vocab_size = model.config.vocab_size
         self._zero = jax.block_until_ready(model.initial_state(1))
         self._start(num_slots)
@@ -86,9 +94,19 @@ class Decoder:
         """Clear slots and queues."""
         self._slots = empty_slots(self.model, num_slots)
         self._choices: list[_Choice | None] = [None] * num_slots
-        self._prefiller = Prefiller(self._programs, self._parameters, self._zero, self.cache)
+        self._prefiller = Prefiller(
+            self._programs,
+            self._parameters,
+            self._weights,
+            self._is_native,
+            self._zero,
+            self.cache,
+        )
         self._ready: deque[_Ready] = deque()
         self._in_flight: _Dispatched | None = None
+        self._collected = 0.0
+        self._token_seconds = LONG_SECONDS
+        """Of a token of all slots in the last block."""
         self._events: list[tuple[Job, Event]] = []
         self._live: dict[Job, None] = {}
         """Jobs that the step under way may end, or has ended, without their events being known."""
@@ -102,6 +120,11 @@ class Decoder:
     def num_waiting(self) -> int:
         """Number of jobs without a slot."""
         return len(self.waiting) + len(self._ready) + len(self._prefiller.jobs)
+
+    @property
+    def _is_crowded(self) -> bool:
+        """True if throughput matters more than latency."""
+        return 2 * self.num_active > len(self._choices)
 
     @property
     def is_idle(self) -> bool:
@@ -136,7 +159,7 @@ class Decoder:
         block = self._dispatch(is_first) if self.num_active else None
         if previous:
             self._collect(previous)
-        if block and (is_first or None in self._choices):
+        if block and (is_first or not self._is_crowded):
             self._collect(block)  # neither first tokens nor new jobs wait for the next block
         else:
             # The device computes this block while the previous one is handled.
@@ -185,7 +208,7 @@ class Decoder:
             self._start_choices()
             if self._ready or budget <= 0:
                 return
-            while self.waiting and len(prefiller.jobs) < LANES:
+            while self.waiting and len(prefiller.jobs) < MAX_JOBS:
                 job = self.waiting.popleft()
                 self._live[job] = None
                 prefiller.start(job)
@@ -210,12 +233,12 @@ class Decoder:
                 ready.num_started += 1
                 if ready.num_started == ready.job.num_choices:
                     self._ready.popleft()
-        for start in range(0, len(new), LANES):
-            self._insert(new[start : start + LANES])
+        for start in range(0, len(new), MAX_JOBS):
+            self._insert(new[start : start + MAX_JOBS])
 
     def _insert(self, new: list[tuple[int, _Ready, int]]) -> None:
-        """Insert up to LANES (slot, job, number of its choice)."""
-        idle = LANES - len(new)
+        """Insert up to MAX_JOBS (slot, job, number of its choice)."""
+        idle = MAX_JOBS - len(new)
         _, ready, _ = new[0]
         new = new + [(len(self._choices), ready, 0)] * idle
         self._slots = self._programs.insert(
@@ -266,28 +289,29 @@ class Decoder:
     def _dispatch(self, is_first: bool) -> _Dispatched:
         active = [choice for choice in self._choices if choice is not None]
         is_streamed = any(choice.job.is_streamed for choice in active)
-        is_crowded = 2 * len(active) > len(self._choices)  # throughput matters more than latency
+        is_short = self.num_waiting or (is_streamed and not self._is_crowded)
+        length = round((SHORT_SECONDS if is_short else LONG_SECONDS) / self._token_seconds)
         if is_first and is_streamed:
-            length = FIRST_BLOCK
-        elif self.num_waiting:
-            length = 2 * SHORT_BLOCK if is_crowded else SHORT_BLOCK
-        else:
-            length = SHORT_BLOCK if is_streamed and not is_crowded else BLOCK_TOKENS
+            length = min(length, FIRST_BLOCK)
+        length = max(1, min(length, MAX_BLOCK))
         with_logprobs = any(choice.job.num_logprobs for choice in active)
         block, self._slots = self._programs.decode(
-            self._parameters,
+            self._weights,
             self._slots,
             np.array([choice is not None for choice in self._choices]),
             np.int32(length),
             np.bool_(with_logprobs),
             np.bool_(any(choice.job.sampling.has_penalties for choice in active)),
         )
-        return _Dispatched(block, with_logprobs, list(self._choices))
+        return _Dispatched(block, with_logprobs, list(self._choices), time.monotonic())
 
     def _collect(self, dispatched: _Dispatched) -> None:
         """Wait for a block, report its tokens, and free the slots of what has ended."""
-        block, with_logprobs, choices = dispatched
+        block, with_logprobs, choices, began = dispatched
         tokens, counts = jax.device_get((block.tokens, block.counts))
+        now = time.monotonic()
+        self._token_seconds = (now - max(began, self._collected)) / max(1, counts.max())
+        self._collected = now
         logprobs = jax.device_get(block.logprobs) if with_logprobs else None
         for slot, choice in enumerate(choices):
             if choice is None or self._choices[slot] is not choice:

@@ -1,6 +1,7 @@
 """Bodies of requests and responses over HTTP, with their limits and errors."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
@@ -8,7 +9,8 @@ import msgspec
 from absl import logging
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.responses import error_body
@@ -55,7 +57,7 @@ async def read_body(request: Request) -> bytes:
     return b"".join(parts)
 
 
-async def unless_disconnected(request: Request, result: Coroutine[Any, Any, Result]) -> Result:
+async def unless_disconnected(receive: Receive, result: Coroutine[Any, Any, Result]) -> Result:
     """Wait for `result`, which is cancelled if the client disconnects before.
 
     Raises:
@@ -63,7 +65,7 @@ async def unless_disconnected(request: Request, result: Coroutine[Any, Any, Resu
     """
 
     async def disconnected() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     task, gone = asyncio.ensure_future(result), asyncio.ensure_future(disconnected())
@@ -75,6 +77,15 @@ async def unless_disconnected(request: Request, result: Coroutine[Any, Any, Resu
     finally:
         task.cancel()
         gone.cancel()
+
+
+class EventStream(StreamingResponse):
+    """A stream of server-sent events; the task group of its base class costs more than a block."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream until it ends or the client disconnects."""
+        with contextlib.suppress(ClientDisconnect):
+            await unless_disconnected(receive, self.stream_response(send))
 
 
 def counted(service: Service, handler: Handler) -> Handler:

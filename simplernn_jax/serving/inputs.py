@@ -42,7 +42,7 @@ class Inputs:
             raise RequestError(str(error), param="prompt") from error
 
     def prompts(self, request: CompletionRequest) -> list[tuple[str, np.ndarray]]:
-        """Return text and ids of each prompt; texts begin with BOS unless they continue a state.
+        """Return echoed text and ids of each prompt.
 
         Raises:
           RequestError: too many, empty, or ids outside the vocabulary.
@@ -55,19 +55,27 @@ class Inputs:
             several = [several]
         if not several or len(several) > MAX_PROMPTS:
             raise RequestError(f"prompt: give 1 to {MAX_PROMPTS} prompts", param="prompt")
-        return [self.prompt(one, request.state is not None) for one in several]
+        ids = [self.prompt(one, request.state is not None) for one in several]
+        if not request.echo:
+            return [("", one) for one in ids]
+        texts = [p if isinstance(p, str) else self._tokenizer.decode(p) for p in several]
+        return list(zip(texts, ids, strict=True))
 
-    def prompt(self, prompt: str | list[int], has_state: bool) -> tuple[str, np.ndarray]:
-        """Return text and ids of one prompt, as `prompts`."""
+    def prompt(self, prompt: str | list[int], has_state: bool) -> np.ndarray:
+        """Return the ids of a prompt; a text begins with BOS unless it continues a state.
+
+        Raises:
+          RequestError: empty, or ids outside the vocabulary.
+        """
         if isinstance(prompt, str):
             ids = self.encode(prompt)
             if not has_state:
                 ids = np.concatenate([[self._tokenizer.bos_id], ids])
-            return prompt, ids.astype(np.int32)
+            return ids.astype(np.int32)
         self.check_ids("prompt", prompt)
         if not prompt and not has_state:
             raise RequestError("prompt: a list of token ids is empty", param="prompt")
-        return self._tokenizer.decode(prompt), np.array(prompt, np.int32)
+        return np.array(prompt, np.int32)
 
     def check_ids(self, param: str, ids: list[int]) -> None:
         """Check that all ids are in the vocabulary."""

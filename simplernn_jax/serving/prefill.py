@@ -1,8 +1,8 @@
 """Prefill of prompts: several at a time, chunk by chunk, from the longest cached prefix.
 
-How a prompt is cut into chunks, and by which program each is prefilled, depends on the positions in
-the prompt alone. So its state has the same bits whatever is prefilled beside it and whatever is
-cached.
+Where a C function decodes the model, no result depends on how a prompt is cut into chunks.
+Elsewhere, chunks and the program that prefills each depend on the positions in the prompt alone. So
+a state has the same bits whatever is prefilled beside it and whatever is cached.
 """
 
 import dataclasses
@@ -26,13 +26,16 @@ from simplernn_jax.serving.prefix_cache import (
 )
 from simplernn_jax.serving.slots import SlotPrograms, TokenLogprobs, token_logprobs
 
-LANES = 8
-"""Prompts whose tails are prefilled by one call, which takes little longer than for one. Chunks of
-GRID tokens have calls of their own, so that a long prompt takes no longer than it must."""
+MAX_JOBS = 8
+"""Jobs prefilled at a time; where a C function decodes the model, by one call."""
+LANES = 2
+"""Prompts whose chunks one call of XLA's programs prefills, in less than twice the time of one. All
+chunks of GRID tokens but the first of a prompt have calls of their own, so that a long prompt takes
+no longer than it must."""
 CONCURRENT_CALLS = 2
-"""Such calls at a time: on a CPU, a call for one prompt leaves cores idle."""
+"""Calls of XLA's programs at a time: on a CPU, a small one leaves cores idle."""
 CHUNK_LENGTHS = (GRID, 32, 16, 4, 1)
-"""Prompts are prefilled in chunks of GRID tokens, the tail of one in the shorter ones."""
+"""XLA's programs prefill chunks of GRID tokens, and the tail of a prompt in the shorter ones."""
 
 
 class _Chunk(NamedTuple):
@@ -40,6 +43,10 @@ class _Chunk(NamedTuple):
 
     layers: ModelState
     tokens: np.ndarray
+    lanes: int
+    """Sequences of the largest program that may prefill it."""
+    length: int
+    """Tokens of a sequence in this program."""
 
 
 class PrefilledJob(NamedTuple):
@@ -62,10 +69,11 @@ class _Lane:
 
 
 class Prefiller:
-    """Prefills up to `LANES` jobs in turn. Not thread-safe.
+    """Prefills up to `MAX_JOBS` jobs in turn. Not thread-safe.
 
     Args:
-      programs, parameters: of the model.
+      programs, parameters, weights: of the model, as in `SlotPrograms`.
+      is_native: whether a C function decodes it.
       zero: state of one sequence before its first token.
       cache: prefixes to begin with, and to which their states are added.
     """
@@ -74,12 +82,16 @@ class Prefiller:
         self,
         programs: SlotPrograms,
         parameters: list[jax.Array],
+        weights: Any,
+        is_native: bool,
         zero: ModelState,
         cache: PrefixCache,
     ) -> None:
         self.finished: list[PrefilledJob] = []
         """Jobs that `start` and `step` have finished; the caller takes them."""
-        self._programs, self._parameters, self._zero = programs, parameters, zero
+        self._programs, self._parameters, self._weights = programs, parameters, weights
+        self._is_native = is_native
+        self._zero = zero
         self._cache = cache
         self._lanes: deque[_Lane] = deque()
         self._pool = ThreadPoolExecutor(CONCURRENT_CALLS, "prefill")
@@ -91,47 +103,53 @@ class Prefiller:
 
     def compile(self) -> Iterator[str]:
         """Compile all programs, naming each before it is compiled."""
-        for length in CHUNK_LENGTHS:
-            count = 1 if length == GRID else LANES
+        shapes = [(LANES, length) for length in CHUNK_LENGTHS]
+        if self._is_native:
+            shapes = [(MAX_JOBS, GRID)]
+        for count, length in [(1, GRID), *shapes]:
             yield f"prefill of {count} x {length}"
             tokens = np.zeros((count, length), np.int32)
-            ((_, hidden, last), *_) = self._programs.prefill(
-                self._parameters, (self._zero,) * count, tokens
+            num_tokens = np.full(count, length, np.int32)
+            ((_, _, hidden), *_) = self._programs.prefill(
+                self._weights, (self._zero,) * count, tokens, num_tokens
             )
             yield f"scores of {length}"
             self._programs.score(self._parameters, hidden, tokens[0])
-        yield "logits"
-        self._programs.next_logits(self._parameters, last)
 
     def start(self, job: Job) -> None:
-        """Begin with a job; there must be fewer than `LANES`."""
+        """Begin with a job; there must be fewer than `MAX_JOBS`."""
         self._advance(job, self._steps(job), None)
 
     def step(self) -> int:
-        """Prefill the next chunk of the job that has waited longest, and of those of its length.
+        """Prefill the next chunk of the job that has waited longest, and of those like it.
 
         Returns:
           The number of tokens computed, those of idle lanes included.
         """
-        length = len(self._lanes[0].chunk.tokens)
-        alike = [lane for lane in self._lanes if len(lane.chunk.tokens) == length]
-        calls = [[lane] for lane in alike] if length == GRID else [alike]
+        first = self._lanes[0].chunk
+        program = first.lanes, first.length
+        alike = [x for x in self._lanes if (x.chunk.lanes, x.chunk.length) == program]
+        calls = [alike[at : at + first.lanes] for at in range(0, len(alike), first.lanes)]
+        run = map if len(calls) == 1 else self._pool.map
         num_tokens = 0
-        for lanes, results in zip(calls, self._pool.map(self._prefill, calls), strict=True):
-            for lane, (layers, hidden, last) in zip(lanes, results, strict=False):
+        for lanes, results in zip(calls, run(self._prefill, calls), strict=True):
+            for lane, (layers, logits, hidden) in zip(lanes, results, strict=False):
                 self._lanes.remove(lane)
-                self._advance(lane.job, lane.steps, (Checkpoint(layers, last), hidden))
-            num_tokens += len(results) * length
+                self._advance(lane.job, lane.steps, (Checkpoint(layers, logits), hidden))
+            num_tokens += len(results) * first.length
         return num_tokens
 
     def _prefill(self, lanes: list[_Lane]) -> Any:
-        """Prefill a chunk of each of `lanes`, all of one length."""
-        length = len(lanes[0].chunk.tokens)
-        count = 1 if length == GRID else LANES
+        """Prefill a chunk of each of `lanes`, all by the same program."""
+        _, _, count, length = lanes[0].chunk
+        if self._is_native and len(lanes) == 1:
+            count = 1
         layers = [lane.chunk.layers for lane in lanes] + [self._zero] * (count - len(lanes))
-        tokens = np.zeros((count, length), np.int32)
-        tokens[: len(lanes)] = [lane.chunk.tokens for lane in lanes]
-        results = self._programs.prefill(self._parameters, tuple(layers), tokens)
+        tokens, num_tokens = np.zeros((count, length), np.int32), np.zeros(count, np.int32)
+        for index, lane in enumerate(lanes):
+            num_tokens[index] = len(lane.chunk.tokens)
+            tokens[index, : num_tokens[index]] = lane.chunk.tokens
+        results = self._programs.prefill(self._weights, tuple(layers), tokens, num_tokens)
         return jax.block_until_ready(results)  # or a long prompt would run far ahead
 
     def drop_cancelled(self) -> None:
@@ -159,20 +177,18 @@ class Prefiller:
         if job.scores_prompt and root is not None and len(tokens):
             scores.append(_score(root.logits[None], tokens[:1]))
         while position < len(tokens):
-            length = next(n for n in CHUNK_LENGTHS if n <= len(tokens) - position)
-            chunk = tokens[position : position + length]
-            before = layers if state is None else state.layers
-            state, hidden = yield _Chunk(before, chunk)
-            position += length
+            layers = layers if state is None else state.layers
+            chunk = self._chunk(layers, tokens, position)
+            state, hidden = yield chunk
             if job.scores_prompt:
                 # The last position predicts a new token: its target here is any.
-                targets = np.append(tokens, 0)[position - length + 1 : position + 1]
+                targets = np.resize(np.append(tokens[position + 1 :], 0), chunk.length)
                 scores.append(self._programs.score(self._parameters, hidden, targets))
+            position += len(chunk.tokens)
             if position % GRID == 0 and is_kept(position, len(tokens)):
                 self._cache.add(keys[position // GRID - 1], state)
         if state is not None:
-            layers = state.layers
-            logits = self._programs.next_logits(self._parameters, state.hidden)
+            layers, logits = state
         else:
             assert root is not None
             logits = root.logits
@@ -181,6 +197,15 @@ class Prefiller:
             logprobs = _concatenated(scores, len(tokens) - (root is None))
         kept = Root(b"", *jax.device_get((layers, logits))) if job.keeps_state else None
         return PrefilledJob(job, Prefilled(cached, logprobs, kept), layers, jnp.asarray(logits))
+
+    def _chunk(self, layers: ModelState, tokens: np.ndarray, position: int) -> _Chunk:
+        """Make the chunk that begins at a position of a prompt."""
+        left = tokens[position:]
+        if self._is_native:
+            return _Chunk(layers, left[:GRID], MAX_JOBS, GRID)
+        length = next(length for length in CHUNK_LENGTHS if length <= len(left))
+        lanes = 1 if position and length == GRID else LANES
+        return _Chunk(layers, left[:length], lanes, length)
 
 
 _score = jax.jit(token_logprobs)

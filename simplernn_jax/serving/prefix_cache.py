@@ -21,8 +21,8 @@ class Checkpoint(NamedTuple):
     """State of one sequence after a prefix."""
 
     layers: ModelState
-    hidden: jax.Array
-    """[D] hidden state of the last token, from which its logits follow."""
+    logits: jax.Array
+    """[vocab] float32 logits of the next token."""
 
 
 def prefix_keys(root: bytes, tokens: np.ndarray) -> list[bytes]:

@@ -158,7 +158,7 @@ class Service:
                 raise RequestError(f"{name}: not supported; leave it out", param=name)
         sampling, stops = self.inputs.sampling(request), _stops(request)
         results = []
-        for text, tokens in self.inputs.prompts(request):
+        for echoed, tokens in self.inputs.prompts(request):
             job = Job(
                 tokens,
                 sampling,
@@ -169,7 +169,6 @@ class Service:
                 scores_prompt=bool(request.echo) and request.logprobs is not None,
                 is_streamed=bool(request.stream),
             )
-            echoed = text if request.echo else ""
             results.append(self.result(job, start, echoed, stops, request.logprobs))
         return self._answer(results)
 
@@ -195,7 +194,7 @@ class Service:
                 text = self.template.render_next(messages)
         except TemplateError as error:
             raise RequestError(f"messages: {error}", param="messages") from error
-        _, tokens = self.inputs.prompt(text, start is not None)
+        tokens = self.inputs.prompt(text, start is not None)
         job = Job(
             tokens,
             self.inputs.sampling(request),
@@ -242,7 +241,7 @@ class Service:
         Raises:
           RequestError: the prompt cannot be used.
         """
-        _, tokens = self.inputs.prompt(request.prompt, parent is not None)
+        tokens = self.inputs.prompt(request.prompt, parent is not None)
         root = None if parent is None else parent.root
         job = Job(tokens, Sampling(), root=root, keeps_state=True)
         return self._answer([PromptResult(job, "", None, [], [])])

@@ -1,7 +1,8 @@
 """Device side of the server: N decoding slots, and prefill.
 
 N is fixed for the life of the server, because XLA may order float32 sums differently for another
-batch size. Within one N, a slot gives the same bits whatever its index and its neighbors.
+batch size. Within one N, a slot gives the same bits whatever its index and its neighbors. Where a
+C function decodes the model, N changes no bit either.
 """
 
 import functools
@@ -13,10 +14,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from simplernn_jax.array_types import ModelState
-from simplernn_jax.inference.programs import BLOCK_TOKENS, Architecture
+from simplernn_jax.inference.programs import Architecture, next_logits
 from simplernn_jax.inference.sampling import sample
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.ops.decode import decode_tokens
 
+MAX_BLOCK = 64
+"""New tokens of a slot from one dispatch at most."""
 TOP_LOGPROBS = 20
 """Alternatives reported for a token at most."""
 
@@ -75,23 +79,24 @@ class Block(NamedTuple):
 
 
 class SlotPrograms(NamedTuple):
-    """Jitted functions of one architecture; `parameters` are those of `split_model`.
+    """Jitted functions of one architecture; `parameters` are those of `split_model`,
+    `weights` those of `weights_for`.
 
-    prefill(parameters, (layers, ...), tokens [P, T]) -> ((layers, hidden [T, D], last [D]), ...)
-        of P sequences, each with `layers` of batch size 1; `last` is the last of `hidden`.
-    next_logits(parameters, hidden [D]) -> logits [vocab]
+    prefill(weights, (layers, ...), tokens [P, T], num_tokens [P])
+        -> ((layers, logits [vocab], hidden [T, D]), ...)
+        of P sequences, each with `layers` of batch size 1. Only where a C function decodes the
+        model, `num_tokens` may be others than T; what the rest of `hidden` is means nothing.
     score(parameters, hidden [T, D], targets [T]) -> TokenLogprobs
     insert(slots, index [P], (layers, ...), (logits [vocab], ...), others) -> slots
         with P sequences at `index`, N being nowhere; each has `layers` of batch size 1, and
         `others` is a `Slots` of all P without layers and logits. Donates `slots`.
-    decode(parameters, slots, is_active [N], num_tokens, with_logprobs, with_penalties)
+    decode(weights, slots, is_active [N], num_tokens, with_logprobs, with_penalties)
         -> (Block, slots)
         of up to `num_tokens` more tokens for each active slot; donates `slots`. The last three are
         traced: changing them does not recompile.
     """
 
     prefill: Any
-    next_logits: Any
     score: Any
     insert: Any
     decode: Any
@@ -131,19 +136,25 @@ def slot_programs(architecture: Architecture) -> SlotPrograms:
     merge = architecture.merge
 
     def prefill(
-        parameters: list[Array], layers: tuple[ModelState, ...], tokens: Int[Array, "P T"]
-    ) -> tuple[tuple[ModelState, Float[Array, "T D"], Float[Array, "D"]], ...]:
+        weights: Any,
+        layers: tuple[ModelState, ...],
+        tokens: Int[Array, "P T"],
+        num_tokens: Int[Array, "P"],
+    ) -> tuple[tuple[ModelState, Float[Array, "vocab"], Float[Array, "T D"]], ...]:
         together = jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
-        hidden, together = merge(parameters).hidden_states(tokens, together)
+        if architecture.decodes_natively:
+            unused = jnp.zeros((len(layers), weights.head_bias.shape[0]))
+            logits, hidden, together = decode_tokens(weights, tokens, num_tokens, unused, together)
+        else:
+            model = merge(weights)
+            hidden, together = model.hidden_states(tokens, together)
+            logits = model.logits(hidden[:, -1:])[:, 0]
 
-        def one(index: int) -> tuple[ModelState, Float[Array, "T D"], Float[Array, "D"]]:
+        def one(index: int) -> tuple[ModelState, Float[Array, "vocab"], Float[Array, "T D"]]:
             state = jax.tree.map(lambda x: x[index : index + 1], together)
-            return state, hidden[index], hidden[index, -1]
+            return state, logits[index], hidden[index]
 
         return tuple(one(index) for index in range(len(layers)))
-
-    def next_logits(parameters: list[Array], hidden: Float[Array, "D"]) -> Float[Array, "vocab"]:
-        return merge(parameters).logits(hidden[None, None])[0, 0]
 
     def score(
         parameters: list[Array], hidden: Float[Array, "T D"], targets: Int[Array, "T"]
@@ -161,15 +172,11 @@ def slot_programs(architecture: Architecture) -> SlotPrograms:
         new = others._replace(layers=together, logits=jnp.stack(logits))
         return jax.tree.map(lambda all, some: all.at[index].set(some, mode="drop"), slots, new)
 
-    def decode(parameters: list[Array], slots: Slots, *arguments: Any) -> tuple[Block, Slots]:
-        return _decode(merge(parameters), slots, *arguments)
-
     return SlotPrograms(
         prefill=jax.jit(prefill),
-        next_logits=jax.jit(next_logits),
         score=jax.jit(score),
         insert=jax.jit(insert, donate_argnums=0),
-        decode=jax.jit(decode, donate_argnums=1),
+        decode=jax.jit(functools.partial(_decode, architecture), donate_argnums=1),
     )
 
 
@@ -182,7 +189,8 @@ def token_logprobs(logits: Float[Array, "T vocab"], tokens: Int[Array, "T"]) -> 
 
 
 def _decode(
-    model: LanguageModel,
+    architecture: Architecture,
+    weights: Any,
     start: Slots,
     is_active: Bool[Array, "N"],
     num_tokens: Int[Array, ""],
@@ -205,13 +213,17 @@ def _decode(
         token = _next_token(slots, keys, with_penalties)
         logprobs = lax.cond(with_logprobs, token_logprobs, none_wanted, slots.logits, token)
         put = functools.partial(lax.dynamic_update_index_in_dim, index=step, axis=1)
-        new = (is_active & (slots.remaining > 0)).astype(jnp.int32)
+        is_decoded = is_active & (slots.remaining > 0)
+        new = is_decoded.astype(jnp.int32)
         is_last = jnp.take_along_axis(settings.is_stop, token[:, None], axis=1)[:, 0]
-        # The states of slots that have ended go on changing: nobody reads them.
-        logits, layers = model(token[:, None], slots.layers)
+        # Where skipping them saves no time, slots that have ended go on: nobody reads their states.
+        computed = is_decoded if architecture.decodes_natively else None
+        logits, layers = next_logits(
+            architecture, weights, token, computed, slots.logits, slots.layers
+        )
         slots = slots._replace(
             layers=layers,
-            logits=logits[:, 0],
+            logits=logits,
             position=slots.position + new,
             remaining=jnp.where(is_last, 0, slots.remaining - new),
             counts=lax.cond(with_penalties, count, lambda counts, *_: counts, slots.counts, token),
@@ -230,12 +242,12 @@ def _decode(
         return counts.at[jnp.arange(num_slots), token].add(1, unique_indices=True)
 
     block = Block(
-        tokens=jnp.zeros((num_slots, BLOCK_TOKENS), jnp.int32),
+        tokens=jnp.zeros((num_slots, MAX_BLOCK), jnp.int32),
         counts=jnp.zeros(num_slots, jnp.int32),
         logprobs=TokenLogprobs(
-            jnp.zeros((num_slots, BLOCK_TOKENS), jnp.float32),
-            jnp.zeros((num_slots, BLOCK_TOKENS, num_top), jnp.float32),
-            jnp.zeros((num_slots, BLOCK_TOKENS, num_top), jnp.int32),
+            jnp.zeros((num_slots, MAX_BLOCK), jnp.float32),
+            jnp.zeros((num_slots, MAX_BLOCK, num_top), jnp.float32),
+            jnp.zeros((num_slots, MAX_BLOCK, num_top), jnp.int32),
         ),
     )
     _, block, end = lax.while_loop(is_unfinished, decode_one, (jnp.int32(0), block, start))

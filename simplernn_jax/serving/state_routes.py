@@ -35,7 +35,7 @@ def state_routes(service: Service) -> list[Route]:
         states = service.states  # a reload replaces them together with the parameters
         answer.submit()
         try:
-            root = (await unless_disconnected(request, answer.prefilled())).root
+            root = (await unless_disconnected(request.receive, answer.prefilled())).root
             assert root is not None
         finally:
             answer.cancel()

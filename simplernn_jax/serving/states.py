@@ -1,5 +1,6 @@
 """Named states in a folder, as files that `simplernn_jax.inference.load_state` loads too."""
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -148,13 +149,21 @@ class StateFolder:
         path = self._path(name)
         if os.path.lexists(path):
             raise RequestError(f"state {name!r}: exists already; choose another name", status=409)
-        used = sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(self._folder))
-        if used + len(content) > self._max_bytes:
+        if self._used_bytes() + len(content) > self._max_bytes:
             raise RequestError("no room for another state; delete some", status=507)
         try:
             write_file(path, content)
         except OSError as error:
             raise RequestError(f"state {name!r}: {error.strerror}", status=507) from error
+
+    def _used_bytes(self) -> int:
+        """Sum the sizes of all files, without those that are deleted meanwhile."""
+        used = 0
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    used += entry.stat(follow_symlinks=False).st_size
+        return used
 
     def fork(self, name: str, new_name: str | None) -> NamedState:
         """Copy a state; its parent is `name`."""
