@@ -1,7 +1,9 @@
 """Generation with the `base` model: time per token, beside two baselines.
 
-They are the matrix-vector products of one token alone, and one parallel forward pass over the whole
-prefix, which the PyTorch project recomputes in a loop over time.
+They are the matrix-vector products of one token alone, by XLA and as a plain C loop over the
+weights, and one parallel forward pass over the whole prefix, which the PyTorch project recomputes
+in a loop over time. Then the same with quantized weights at several sizes, beside the rate at which
+the machine reads that many bytes.
 """
 
 from collections.abc import Iterator
@@ -13,25 +15,43 @@ import numpy as np
 from flax import nnx
 
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.inference import generate
+from simplernn_jax.inference import generate, quantize_model
+from simplernn_jax.inference.programs import split_model, weights_for
+from simplernn_jax.inference.quantization import QUANTIZATIONS
 from simplernn_jax.models import LanguageModel
 
 from .measure import Call, Effort, alternate, block_ratio, median
+from .plain_loops import products_in_c, reading
 from .tables import Row, Table
 from .train_steps import load_config
 
 CONTEXTS = {"short": 100, "middle": 4096, "long": 100_000}
 """Tokens before those that are generated; the prefix of ``middle`` is also recomputed."""
-STREAMS, NEW_TOKENS, PREFILL = 32, 256, 16_384
+STREAMS, NEW_TOKENS, PREFILL = 32, 1024, 16_384
 RATIOS = (
     ("long context / short", "long", "short"),
     ("recompute / decode, middle context", "recompute", "middle"),
-    ("decode / matrix-vector products", "short", "matmuls"),
+    ("decode / matrix-vector products of XLA", "short", "matmuls"),
+    ("decode / matrix-vector products of a C loop", "short", "loop"),
     ("one stream / many, per token", "short", "streams"),
     ("decode / prefill, per token", "short", "prefill"),
     ("streaming / not", "streaming", "short"),
 )
 """Heading, and the candidates whose times per token are compared."""
+MODELS = {
+    "1 M": ModelConfig(),
+    "25 M": ModelConfig(
+        vocab_size=8192, num_layers=8, hidden_dim=512, key_dim=512, value_dim=512, num_heads=8,
+        mlp_dim=2048,
+    ),
+    "124 M": ModelConfig(
+        vocab_size=50_257, num_layers=12, hidden_dim=768, key_dim=768, value_dim=768, num_heads=12,
+        mlp_dim=3072,
+    ),
+}  # fmt: skip
+"""Models of the table of formats, by their parameters."""
+WEIGHTS_PER_CALL = 1 << 30
+"""Weights that a timed call of that table multiplies: the time of starting it is a small part."""
 
 
 def run(effort: Effort) -> Iterator[Table]:
@@ -39,6 +59,8 @@ def run(effort: Effort) -> Iterator[Table]:
     candidates, ratios = compare(load_config("base", 1, CONTEXTS["middle"]).model, effort)
     yield "decode: base", candidates
     yield "decode: ratios, medians over blocks", ratios
+    for name, config in MODELS.items():
+        yield f"decode: formats of the weights, {name} parameters", compare_formats(config, effort)
 
 
 def compare(config: ModelConfig, effort: Effort) -> tuple[list[Row], list[Row]]:
@@ -54,6 +76,7 @@ def compare(config: ModelConfig, effort: Effort) -> tuple[list[Row], list[Row]]:
     } | {
         "recompute": (f"prefix of {middle:,}", recompute_call(model, prefix), 1),
         "matmuls": ("", matrix_vector_products(model, NEW_TOKENS), NEW_TOKENS),
+        "loop": ("one thread", products_in_c(model, NEW_TOKENS), NEW_TOKENS),
         "streams": (f"{STREAMS} sequences", many, STREAMS * NEW_TOKENS),
         "prefill": (f"{PREFILL:,} tokens", lambda: state_after(model, prompt), PREFILL),
         "streaming": (f"context {short:,}", streamed, NEW_TOKENS),
@@ -66,6 +89,46 @@ def compare(config: ModelConfig, effort: Effort) -> tuple[list[Row], list[Row]]:
         row = {"candidate": name, "of": what, "us/token": 1e6 * median(each[name])}
         rows.append(row | {"tokens/s": 1 / median(each[name])})
     return rows, [{"ratio": what, "value": block_ratio(each[a], each[b])} for what, a, b in RATIOS]
+
+
+def compare_formats(config: ModelConfig, effort: Effort) -> list[Row]:
+    """Decoding of one sequence by a random model, per format of its weights.
+
+    The limit is the time to read the weights once, measured in the same blocks.
+    """
+    original = LanguageModel(config, rngs=nnx.Rngs(0))
+    architecture, parameters = split_model(original)
+    if not architecture.decodes_natively:
+        return []  # there is but one format
+    num_weights = sum(x.size for x in parameters)
+    num_tokens = max(8, WEIGHTS_PER_CALL // num_weights)
+    rows: list[Row] = []
+    for quantize in QUANTIZATIONS:
+        model = quantize_model(original, quantize)
+        num_bytes = weight_bytes(model)
+        calls = {
+            "decode": decode_call(model, CONTEXTS["short"], num_tokens),
+            "read": reading(num_bytes),
+        }
+        times = alternate(calls, effort)
+        seconds = median(times["decode"]) / num_tokens
+        rows.append(
+            {
+                "weights": quantize,
+                "MB": num_bytes / 1e6,
+                "tokens/s": 1 / seconds,
+                "read GB/s": num_bytes / median(times["read"]) / 1e9,
+                "share of limit": num_tokens / block_ratio(times["decode"], times["read"]),
+            }
+        )
+    return rows
+
+
+def weight_bytes(model: LanguageModel) -> int:
+    """Bytes of the weights that the C function reads for a token."""
+    weights = weights_for(*split_model(model))
+    # Of the embedding one column is read; if it is tied, it is also the head.
+    return sum(x.nbytes for x in jax.tree.leaves(weights._replace(embedding=None)))
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int) -> np.ndarray:

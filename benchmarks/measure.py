@@ -7,7 +7,6 @@ import os
 import pickle
 import platform
 import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -90,7 +89,7 @@ def call_isolated(
         stdout=subprocess.PIPE,
         check=True,
     ).stdout
-    return pickle.loads(output)
+    return pickle.loads(output)  # noqa: S301 - of our own child
 
 
 def on_simulated_devices(count: int, function: Callable[..., Any], **arguments: Any) -> Any:
@@ -126,11 +125,11 @@ def describe_machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     versions = {package.name.lower(): package.version for package in metadata.distributions()}
-    settings = ("GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "OMP_NUM_THREADS")
+    settings = ("GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
     commit = f"simplernn_jax {simplernn_jax.__version__}"
     if project.IS_CHECKOUT:
-        command = f"git -C {shlex.quote(str(project.ROOT))} describe --always --dirty"
-        commit = subprocess.getoutput(f"{command} 2>/dev/null")
+        command = ["git", "-C", str(project.ROOT), "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "device": jax.devices()[0].device_kind,
         "processor": model[1] if model else platform.processor(),

@@ -72,7 +72,7 @@ def draw(panels: Mapping[str, Curves], x: str) -> bytes:
                 axes.plot(list(map(int, curve)), curve.values(), label=label, **styles[label])
             ticks = sorted({int(x) for curve in curves.values() for x in curve})
             axes.set_xscale("log", base=2)
-            axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
+            axes.set_xticks(ticks, list(map(_tick, ticks)))
             axes.xaxis.minorticks_off()
             axes.set(title=title, xlabel=x)
             axes.grid(axis="y")
@@ -85,3 +85,10 @@ def draw(panels: Mapping[str, Curves], x: str) -> bytes:
             axes.yaxis.set_minor_locator(ticker.NullLocator())
         add_legend(figure, grid[0])
         return png(figure)
+
+
+def _tick(x: int) -> str:
+    """Label of `x` on an axis, at most six characters."""
+    if x < 100_000:
+        return f"{x:,}"
+    return f"{x / 1e6:.3g}M" if x >= 1_000_000 else f"{x / 1e3:.3g}k"

@@ -17,7 +17,8 @@ from flax import nnx
 
 from simplernn_jax import config_flag, project
 from simplernn_jax.config import Config, ModelConfig
-from simplernn_jax.data.batches import Batch, make_batches
+from simplernn_jax.data.batch_iterator import make_batches
+from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.simple_rnn import Recurrence

@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/base.py --workdir runs/base
 
-5.7 MB of training text in 2 min 46 s on 2 CPU cores: 1.70 bits/byte on held-out files;
+9.8 MB of training text in 5 min 11 s on 2 CPU cores: 1.61 bits/byte on held-out files;
 ``xz -9e``: 1.65.
 """
 
@@ -15,8 +15,8 @@ def get_config() -> Config:
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 1.6e-2
     config.optimizer.warmup_steps = 100
-    config.train.steps = 2800
-    config.train.eval_every = 700
-    config.train.save_every = 700
-    config.train.sample_every = 1400
+    config.train.steps = 4800
+    config.train.eval_every = 1200
+    config.train.save_every = 1200
+    config.train.sample_every = 2400
     return config

@@ -2,16 +2,22 @@
 
     python scripts/benchmark.py ops [train decode startup memory scaling serve] [--out FOLDER]
     python scripts/benchmark.py attention --out FOLDER [--quick]
+    python scripts/benchmark.py ladder --rung NAME --out FOLDER [--source TEXT --seconds S ...]
 
     ops        the recurrence, forward and backward, beside scan
     train      train steps, beside other implementations of the model
     decode     time per generated token, beside recomputing the prefix
     startup    imports, and the first train step with and without a compilation cache
     memory     of a train step against the length of its sequence
+    sizes      memory and communication of a train step of small and gpt2_size on eight devices
     serve      the server under load, beside generation in process
     scaling    the techniques to scale training, A to F, and their effects
+    growth     time and memory against parameters, length, batch, corpus and devices, with slopes;
+               --largest_corpus sets the largest text
     attention  SimpleRNN against self-attention in six aspects, as a table with pictures;
                --quick measures small sizes, --only a part of it
+    ladder     held-out loss against training time of a configuration, --rung, and of its peers:
+               nanoGPT's architecture, an LSTM and a GRU, for --seconds each
 
 Candidates run in alternating blocks of one process (A B A B ...), compiled and warmed up; the
 first call of every block is dropped. Times are medians; a ratio is the median over blocks.
@@ -22,6 +28,7 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
+import functools
 import itertools
 import json
 from collections.abc import Collection, Iterable
@@ -31,16 +38,20 @@ from typing import Any
 from absl import flags
 from simplernn_jax.benchmarks import (
     decoding,
+    growth,
     measure,
     memory,
     recurrence,
     scaling,
     serving,
+    sizes,
     startup,
     tables,
     training,
 )
 from simplernn_jax.benchmarks.attention import corpus, report, resources, synthetic
+from simplernn_jax.benchmarks.ladder import peers
+from simplernn_jax.benchmarks.ladder import report as ladder
 
 from simplernn_jax import command_line, process_start
 from simplernn_jax.devices import check_devices
@@ -55,6 +66,8 @@ BENCHMARKS = {
     "memory": memory.run,
     "scaling": scaling.run,
     "serve": serving.run,
+    "sizes": sizes.run,
+    "growth": growth.run,
 }
 MEASUREMENTS = {
     "parallelism": resources.measure_parallelism,
@@ -67,10 +80,10 @@ MEASUREMENTS = {
     "interpretability": corpus.measure_interpretability,
 }
 """Of attention, in the order of their aspects in its table."""
-ATTENTION = "attention"
-"""Has a folder of results to itself, and sizes instead of an effort."""
+ATTENTION, LADDER = ALONE = "attention", "ladder"
+"""Have a folder of results to themselves, and other flags than an effort."""
 
-_ARGUMENTS = command_line.define_arguments(" ".join([*BENCHMARKS, ATTENTION]))
+_ARGUMENTS = command_line.define_arguments(" ".join([*BENCHMARKS, *ALONE]))
 _OUT = flags.DEFINE_string("out", None, "Folder of results.json and the pictures.")
 _QUICK = flags.DEFINE_bool("quick", False, "Small sizes of attention.")
 _ONLY = flags.DEFINE_list(
@@ -78,23 +91,45 @@ _ONLY = flags.DEFINE_list(
     list(MEASUREMENTS),
     "Measurements of attention; the others are taken from the results in the folder.",
 )
+_RUNG = flags.DEFINE_string("rung", "base", "Configuration of the ladder, such as shakespeare.")
+_SOURCE = flags.DEFINE_string("source", None, "Text of the rung, if not its configuration's.")
+_SECONDS = flags.DEFINE_float(
+    "seconds", 0, "Training time of each; 0: the steps of its settings.", lower_bound=0
+)
+_SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds of the ladder.", lower_bound=1)
+_PROGRAMS = flags.DEFINE_list("programs", [], f"Of {', '.join(peers.known_names())}.")
+_RATES = flags.DEFINE_list("rates", [], "Learning rates that every peer tries first.")
+_LARGEST_CORPUS = flags.DEFINE_integer(
+    "largest_corpus",
+    1000,
+    "MB of the largest text of growth; it takes five times as much disk.",
+    lower_bound=growth.SMALLEST_CORPUS,
+)
 _BLOCKS = flags.DEFINE_integer("blocks", 5, "Alternating blocks.", lower_bound=1)
 _CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate.", lower_bound=1)
+EFFORT = _BLOCKS, _CALLS
+"""Flags of all benchmarks but `ALONE`."""
+FLAGS: dict[str, tuple[flags.FlagHolder[Any], ...]] = {
+    ATTENTION: (_QUICK, _ONLY),
+    LADDER: (_RUNG, _SOURCE, _SECONDS, _SEEDS, _PROGRAMS, _RATES),
+    "growth": (_LARGEST_CORPUS,),
+}
+"""Flags of one benchmark alone."""
 
 
 def main() -> int:
     """Run the benchmarks that the arguments name, in this order."""
     process_start.raise_on_signals()  # there are temporary folders and children
-    names, known = _ARGUMENTS.value, [*BENCHMARKS, ATTENTION]
+    names, known = _ARGUMENTS.value, [*BENCHMARKS, *ALONE]
     if not names:
         raise UserError(f"name a benchmark: python scripts/benchmark.py {'|'.join(known)}")
     _check_names(names, known, "benchmark")
     _check_names(_ONLY.value or [""], MEASUREMENTS, "measurement")
-    if ATTENTION in names and (len(names) > 1 or not _OUT.value):
-        raise UserError(f"{ATTENTION}: name its folder, --out; measure the others without it")
-    for flag in (_BLOCKS, _CALLS) if ATTENTION in names else (_QUICK, _ONLY):
-        if flag.present:
-            raise UserError(f"--{flag.name}: not of {names[0]}; see --help")
+    _check_names(_PROGRAMS.value, peers.known_names(), "program")
+    for name in ALONE:
+        if name in names and (len(names) > 1 or not _OUT.value):
+            raise UserError(f"{name}: name its folder, --out; measure the others without it")
+    _check_flags(names)
     out = Path(command_line.expand_path(_OUT.value, "out")) if _OUT.value else None
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -103,18 +138,40 @@ def main() -> int:
     if out is not None and ATTENTION in names:
         report.run(MEASUREMENTS, out, _QUICK.value, _ONLY.value)
         return 0
+    if out is not None and LADDER in names:
+        fields = (flag.value for flag in FLAGS[LADDER])
+        ladder.run(ladder.make_request(*fields), out)
+        return 0
     effort = measure.Effort(_BLOCKS.value, _CALLS.value)
+    sized = functools.partial(growth.run, largest_corpus=_LARGEST_CORPUS.value)
+    runs = [sized if name == "growth" else BENCHMARKS[name] for name in names]
     results: dict[str, Any] = {"machine": measure.describe_machine()}
-    for title, rows in itertools.chain.from_iterable(BENCHMARKS[name](effort) for name in names):
+    for title, rows in itertools.chain.from_iterable(run(effort) for run in runs):
         print(f"\n{title}\n\n{tables.markdown(rows)}", flush=True)
         results[title] = rows
         if out is not None:  # after each, so that a later failure loses nothing
             write_file(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-            for module in (memory, serving):
-                if title == module.TITLE:
-                    name = module.__name__.rpartition(".")[2]
-                    write_file(out / f"{name}.png", module.draw(rows))
+            _draw(title, rows, out)
     return 0
+
+
+def _draw(title: str, rows: list[tables.Row], out: Path) -> None:
+    for module in (memory, serving):
+        if title == module.TITLE:
+            name = module.__name__.rpartition(".")[2]
+            write_file(out / f"{name}.png", module.draw(rows))
+    if title in growth.TITLES:
+        name = f"growth_{growth.TITLES[title]}"
+        write_file(out / f"{name}.png", growth.draw(title, rows))
+
+
+def _check_flags(names: list[str]) -> None:
+    own = {flag.name for name in names for flag in FLAGS.get(name, ())}
+    if not set(names) & set(ALONE):
+        own |= {flag.name for flag in EFFORT}
+    for flag in itertools.chain(EFFORT, *FLAGS.values()):
+        if flag.present and flag.name not in own:
+            raise UserError(f"--{flag.name}: not of {names[0]}; see --help")
 
 
 def _check_names(names: Iterable[str], known: Collection[str], kind: str) -> None:

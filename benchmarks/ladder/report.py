@@ -1,0 +1,257 @@
+"""Table and picture of a ladder: learning rates, seeds, time to a loss, and results of all rungs.
+
+Every training is a process of its own. A rung that runs again replaces its results in the folder.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from simplernn_jax import config_flag, project
+from simplernn_jax.analysis.plots import add_legend, line_styles, new_figure, png
+from simplernn_jax.config import Config, validate
+from simplernn_jax.data.corpora import open_corpus
+from simplernn_jax.errors import UserError
+from simplernn_jax.files import write_file
+
+from .. import tables
+from ..measure import call_isolated, describe_machine
+from ..tables import Row
+from .peers import NANOGPT, ON_TORCH, OURS, default_names, find_peer
+from .timed_training import train_timed
+
+TARGETS = {"shakespeare": 1.874, "shakespeare_gpu_budget": 1.4697, "base": 1.62, "hour": 1.45}
+"""Losses by rung in its unit; the first two are nanoGPT's."""
+_FORMAT = 1
+"""Of results.json; others are refused."""
+
+
+class Request(NamedTuple):
+    """A rung to run."""
+
+    rung: str
+    """Name of its configuration."""
+    config: Config
+    seconds: float
+    """Training time of each program; 0: as many steps as its settings say."""
+    seeds: int
+    names: Sequence[str]
+    rates: Sequence[float]
+    """Learning rates to try for every peer; none: that of its settings."""
+
+
+def make_request(
+    rung: str,
+    source: str | None,
+    seconds: float,
+    seeds: int,
+    names: Sequence[str],
+    rates: Sequence[str],
+) -> Request:
+    """Check the flags of the command line.
+
+    Raises:
+      UserError: no such configuration or text, a rate is no positive number, or PyTorch is
+        missing.
+    """
+    config = config_flag.load_config(project.ROOT / "configs" / f"{rung}.py")
+    config.mesh.data = 1
+    config.data.source = os.path.expanduser(source or config.data.source)
+    if os.path.exists(config.data.source):  # a training has another current folder
+        config.data.source = os.path.abspath(config.data.source)
+    validate(config)
+    open_corpus(config.data)
+    given = f"--rates={','.join(rates)}"
+    try:
+        numbers = [float(rate) for rate in rates]
+    except ValueError as error:
+        raise UserError(f"{given}: {error}; list positive numbers") from error
+    if not all(0 < rate < math.inf for rate in numbers):
+        raise UserError(f"{given}: learning rates are positive numbers")
+    names = names or default_names(rung)
+    on_torch = [n for n in names if n != OURS and find_peer(n, config).model in ON_TORCH]
+    if on_torch and importlib.util.find_spec("torch") is None:
+        others = ",".join(name for name in names if name not in on_torch)
+        raise UserError(
+            f"{', '.join(on_torch)}: torch is not installed (pip install -e '.[bench]'); leave out "
+            f"what needs it: --programs={others or OURS}"
+        )
+    return Request(rung, config, seconds, seeds, names, numbers)
+
+
+def run(request: Request, out: Path) -> None:
+    """Train all programs; write results.json, table.md and ladder.png to `out` after each.
+
+    Raises:
+      UserError: the present results.json is not one of a ladder.
+    """
+    path = out / "results.json"
+    results = read_results(path) if path.exists() else {}
+    rung = request.rung
+    results[rung] = {"seconds": request.seconds, "source": request.config.data.source}
+    results[rung] |= {"unit": unit_of(request.config), "runs": [], "tried": []}
+    results[rung]["machine"] = describe_machine()
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        for name in request.names:
+            rate, tried = choose_rate(name, request, folder)
+            results[rung]["tried"] += tried
+            for seed in range(request.seeds):
+                results[rung]["runs"].append(train(name, request, folder, rate, seed=seed))
+                content = json.dumps({"format": _FORMAT, "rungs": results}, indent=2)
+                write_file(path, f"{content}\n".encode())
+                write_file(out / "table.md", page(results).encode())
+                write_file(out / "ladder.png", draw(results))
+    print(f"\n{page({rung: results[rung]})}\nwritten: {out}")
+
+
+def train(name: str, request: Request, folder: str, rate: float | None, **options: Any) -> Row:
+    """One training in a fresh process."""
+    given: Row = {"config": request.config, "workdir": folder, "name": name, "rate": rate}
+    row: Row = call_isolated(train_timed, **given, seconds=request.seconds, **options)
+    shown = f"{row['steps']:,} steps in {row['seconds']:.1f} s: {row['loss']:.4f}"
+    print(f"  {name}, rate {row['rate']}, {options}: {shown} nats/token", flush=True)
+    return row
+
+
+def choose_rate(name: str, request: Request, folder: str) -> tuple[float | None, list[Row]]:
+    """The rate with the lowest loss on the last tenth of the training text, and all trainings.
+
+    Ours are tuned in their configurations.
+    """
+    if name == OURS:
+        return None, []
+    if not request.rates:
+        return find_peer(name, request.config).rate, []
+    tried = [train(name, request, folder, rate, is_tuning=True) for rate in request.rates]
+    return min(tried, key=lambda row: row["loss"])["rate"], tried
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The rungs of results.json.
+
+    Raises:
+      UserError: it is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or content.get("format") != _FORMAT or "rungs" not in content:
+        advice = "remove it, or name another --out"
+        raise UserError(f"{path}: not results of this benchmark; {advice}")
+    rungs: dict[str, Any] = content["rungs"]
+    return rungs
+
+
+def unit_of(config: Config) -> str:
+    """Unit of a rung's loss."""
+    return "nats/char" if config.data.tokenizer == "char" else "bits/byte"
+
+
+def factor_of(run: Row, unit: str) -> float:
+    """Number of `unit` in a nat/token."""
+    return 1.0 if unit == "nats/char" else float(run["bits/byte per nat"])
+
+
+def curve_of(run: Row, unit: str) -> list[tuple[float, float]]:
+    """Seconds and loss in `unit`."""
+    return [(seconds, loss * factor_of(run, unit)) for seconds, loss in run["curve"]]
+
+
+def seconds_until(curve: Sequence[tuple[float, float]], target: float) -> float | None:
+    """Seconds when the loss first reaches `target`, interpolated; None if it never does."""
+    before = None
+    for seconds, loss in curve:
+        if loss <= target:
+            if before is None:
+                return seconds
+            share = (before[1] - target) / (before[1] - loss)
+            return before[0] + share * (seconds - before[0])
+        before = seconds, loss
+    return None
+
+
+def summarize(rung: str, result: Row) -> list[Row]:
+    """Rows of a rung's table, medians over seeds."""
+    unit, target = result["unit"], TARGETS.get(rung)
+    by_name: dict[str, list[Row]] = {}
+    for each in result["runs"]:
+        by_name.setdefault(each["program"], []).append(each)
+    rows: list[Row] = []
+    for name, runs in by_name.items():
+        curves = [curve_of(each, unit) for each in runs]
+        losses = [each["loss"] * factor_of(each, unit) for each in runs]
+        row: Row = {"program": name} | {
+            key: runs[0][key] for key in ("parameters", "rate", "steps")
+        }
+        row["seconds"] = statistics.median(each["seconds"] for each in runs)
+        row |= {unit: statistics.median(losses), "range": max(losses) - min(losses)}
+        blocks = [each["random blocks"] for each in runs if each["random blocks"] is not None]
+        row["random blocks"] = (
+            statistics.median(blocks) * factor_of(runs[0], unit) if blocks else None
+        )
+        if target is not None:
+            reached = [seconds_until(curve, target) for curve in curves]
+            times = [seconds for seconds in reached if seconds is not None]
+            complete = len(times) == len(reached)
+            row[f"seconds to {target}"] = statistics.median(times) if complete else None
+        rows.append(row)
+    nanogpt = next((row for row in rows if row["program"] == NANOGPT), None)
+    if nanogpt is not None and target is not None:
+        for row in rows:
+            mine = row[f"seconds to {target}"]
+            row["of nanoGPT's run"] = mine and mine / nanogpt["seconds"]
+            theirs = nanogpt[f"seconds to {target}"]
+            row["of its time to that"] = mine and theirs and mine / theirs
+    return rows
+
+
+def page(results: dict[str, Any]) -> str:
+    """Tables of all rungs in Markdown."""
+    parts = []
+    for rung, result in results.items():
+        budget = f"{result['seconds']:g} s each" if result["seconds"] else "steps of its settings"
+        parts.append(f"## {rung}: {budget}\n\n{tables.markdown(summarize(rung, result))}")
+        if result["tried"]:
+            parts.append(tables.markdown(tried_rows(result["tried"])))
+    return "\n".join(parts)
+
+
+def tried_rows(tried: Sequence[Row]) -> list[Row]:
+    """Nats/token on the last tenth of the training text, by program and learning rate."""
+    rows: dict[str, Row] = {}
+    for each in tried:
+        row = rows.setdefault(each["program"], {"program": each["program"]})
+        row[f"rate {each['rate']:g}"] = each["loss"]
+    return list(rows.values())
+
+
+def draw(results: dict[str, Any]) -> bytes:
+    """A PNG file with a panel for every rung: loss against seconds of training."""
+    names = list(dict.fromkeys(run["program"] for each in results.values() for run in each["runs"]))
+    styles = dict(zip(names, line_styles(len(names), 1), strict=True))
+    columns = min(len(results), 2)
+    rows = -(-len(results) // columns)
+    with new_figure(5.8 * columns, 3.6 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False).flat
+        for axes in grid[len(results) :]:
+            axes.set_axis_off()
+        for axes, (rung, result) in zip(grid, results.items(), strict=False):
+            for run in result["runs"]:
+                curve = curve_of(run, result["unit"])
+                axes.plot(*zip(*curve, strict=True), **styles[run["program"]])
+            axes.set(xscale="log", title=rung, xlabel="seconds of training", ylabel=result["unit"])
+            axes.xaxis.set_major_formatter("{x:,g}")
+            if rung in TARGETS:
+                axes.axhline(TARGETS[rung], color="grey", linewidth=1)
+            axes.grid(axis="y")
+        for name in names:
+            figure.axes[0].plot([], [], label=name, **styles[name])
+        add_legend(figure, figure.axes[0])
+        return png(figure)

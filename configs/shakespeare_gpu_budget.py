@@ -1,0 +1,24 @@
+"""Characters of one text file, first 90 % for training: the loss of nanoGPT's GPU settings.
+
+    python scripts/train.py --config configs/shakespeare_gpu_budget.py --workdir runs/gpu_budget \
+        --config.data.source=tinyshakespeare.txt
+
+5,600 steps of 8 sequences of 256 characters. nanoGPT's README gives 1.4697 for a model of 10.65M
+parameters and its GPU settings, on an A100.
+"""
+
+from simplernn_jax.configs import shakespeare
+
+from simplernn_jax.config import Config
+
+
+def get_config() -> Config:
+    config = shakespeare.get_config()
+    config.model.dropout = 0.1
+    config.data.batch_size = 8
+    config.data.sequence_length = 256
+    config.optimizer.learning_rate = 1e-2
+    config.train.steps = 5600
+    config.train.eval_every = 1400
+    config.train.save_every = 1400
+    return config

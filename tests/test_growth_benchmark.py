@@ -1,0 +1,89 @@
+"""``benchmark.py growth`` and ``sizes`` at tiny sizes: results and arithmetic, never a time."""
+
+import importlib
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from meshes import mesh_of
+from small_runs import small_config
+
+from benchmarks import growth, sizes
+from benchmarks.measure import Effort
+from benchmarks.train_steps import count_parameters
+from simplernn_jax.config import validate
+from simplernn_jax.sharding.mesh import check_fits
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("small", 24.7), ("gpt2_size", 123.6)])
+def test_named_sizes_fit_all_meshes(name, parameters):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    validate(config)
+    assert count_parameters(config) / 1e6 == pytest.approx(parameters, abs=0.05)
+    for mesh in sizes.MESHES:
+        check_fits(config, mesh_of(**mesh))
+
+
+def test_bytes_in_the_loop_over_microbatches_count_once_for_each():
+    mesh = mesh_of(data=2)
+
+    def exchange(x):
+        return jax.lax.fori_loop(0, 5, lambda _, y: jax.lax.psum(jnp.sin(y), "data"), x)
+
+    spec = jax.sharding.PartitionSpec("data")
+    spread = jax.shard_map(exchange, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    text = jax.jit(spread).lower(jnp.ones(14)).compile().as_text()
+    config = small_config(gradient_accumulation=5)
+    assert sizes.bytes_by_kind(text, config) == {"all-reduce": 5 * 7 * 4}
+
+
+def test_a_step_on_a_mesh_is_measured_by_kind(monkeypatch):
+    fields = {"vocab_size": 264, "mlp_dim": 8, "num_heads": 4, "batch_size": 8, "data": 1}
+    config = small_config("residual", **fields)
+    monkeypatch.setattr(sizes.config_flag, "load_config", lambda _: config)
+    monkeypatch.setattr(sizes, "NAMES", ("tiny",))
+    monkeypatch.setattr(sizes, "on_simulated_devices", lambda _, call, **given: call(**given))
+    ((_, rows),) = sizes.run(Effort(1, 1))
+    data, fsdp, tensor = json.loads(json.dumps(rows))
+    assert data["parameters"] == count_parameters(config)
+    # Gradients, with a few sums of single numbers.
+    assert data["all-reduce"] * 1e6 == pytest.approx(4 * data["parameters"], abs=50)
+    assert data["all-gather"] == data["reduce-scatter"] == 0 < fsdp["reduce-scatter"]
+    assert fsdp["state and batch"] < data["state and batch"] / 4
+    assert tensor["all-reduce"] > fsdp["all-reduce"]
+
+
+def test_growths_have_rows_slopes_and_pictures(monkeypatch, tmp_path):
+    def load(name, batch, length, **fields):
+        return small_config(batch_size=batch, sequence_length=length, **fields)
+
+    monkeypatch.setattr(growth, "load_config", load)
+    monkeypatch.setattr(growth, "call_isolated", lambda call, **given: call(**given))
+    monkeypatch.setattr(growth, "on_simulated_devices", lambda _, call, **given: call(**given))
+    smaller = {"SIZES": ((8, 1, 2, 11), (16, 1, 4, 23)), "LENGTHS": (8, 16), "LONGEST_PLAIN": 8}
+    smaller |= {"BATCHES": (1, 2), "DEVICES": (1, 2), "SMALLEST_CORPUS": 1, "_FILE_BYTES": 10_000}
+    for name, value in smaller.items():
+        monkeypatch.setattr(growth, name, value)
+    *measured, (title, slopes) = growth.run(Effort(1, 1), largest_corpus=10)
+    assert [title for title, _ in measured] == list(growth.TITLES)
+    assert title not in growth.TITLES
+    for title, rows in json.loads(json.dumps(measured)):
+        assert len(rows) == 2
+        assert growth.draw(title, rows).startswith(b"\x89PNG")
+    parameters, lengths, batches, corpora, devices = (rows for _, rows in measured)
+    assert parameters[0]["MB"] < parameters[1]["MB"]
+    assert lengths[1]["MB, plain"] is None
+    assert batches[0]["MB"] < batches[1]["MB"]
+    assert [row["MB of text"] for row in corpora] == [1, 10]
+    assert [row["MB exchanged, data"] is None for row in devices] == [True, False]
+    assert {row["growth with"] for row in slopes} == set(growth.PICTURES)
+
+
+def test_the_slope_of_a_power_is_its_exponent():
+    curve = {str(n): 3.0 * n**1.5 for n in (1, 2, 8, 64)}
+    assert growth.slope(curve) == pytest.approx(1.5)
+    ends = {"1": 1.0, "2": 2.0, "4": 8.0}
+    (row,) = growth.slopes("x", {"seconds": {"all": ends}})
+    assert row["at the end"] == pytest.approx(2)
+    assert row["slope"] == pytest.approx(1.5)

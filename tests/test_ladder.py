@@ -1,0 +1,219 @@
+"""``benchmark.py ladder`` at tiny sizes: learners, losses and the report, never a time."""
+
+import importlib.util
+import json
+import random
+
+import numpy as np
+import pytest
+from processes import ROOT, assert_each_refused
+from small_runs import small_config
+
+from benchmarks.ladder import peers, report, timed_training
+from benchmarks.ladder.peers import OURS, Peer, find_peer
+from benchmarks.ladder.timed_training import hold_out_training_text, make_learner
+from simplernn_jax.data.token_store import prepare_corpus
+from simplernn_jax.errors import UserError
+
+WORDS = ["to", "be", "or", "not", "that", "is", "the", "question"]
+NEEDS_TORCH = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="PyTorch is not installed"
+)
+PROGRAMS = [
+    OURS,
+    "gru",
+    pytest.param("gpt_matched", marks=NEEDS_TORCH),
+    pytest.param("lstm", marks=NEEDS_TORCH),
+]
+
+
+@pytest.fixture(scope="module")
+def rung(tmp_path_factory):
+    """A configuration, its tokens, and the folder of its text."""
+    folder = tmp_path_factory.mktemp("rung")
+    (folder / "texts").mkdir()
+    draw = random.Random(0)
+    for number, words in enumerate((130, 70, 300, 41, 97)):
+        text = " ".join(draw.choices(WORDS, k=words))
+        (folder / "texts" / f"{number}.txt").write_text(text)
+    config = small_config(
+        "residual",
+        **{"source": str(folder / "texts"), "tokenizer": "char", "vocab_size": 20},
+        **{"validation_fraction": 0.5, "sequence_length": 11, "batch_size": 3, "steps": 5},
+    )
+    return config, prepare_corpus(config.data, 0, str(folder / "tokens")), folder
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_learns_and_scores_each_held_out_token(name, rung):
+    config, corpus, _ = rung
+    learner = make_learner(name, config, corpus, 40, 1e-2, 0)
+    before = learner.evaluate()
+    for _ in range(40):
+        learner.step()
+    learner.wait()
+    assert learner.evaluate() < before - 0.3
+    estimate = learner.random_blocks(500)
+    assert (estimate is not None) == name.startswith("gpt")
+    assert learner.parameters > 100
+
+
+@pytest.mark.parametrize("name", ["gru", pytest.param("lstm", marks=NEEDS_TORCH)])
+def test_a_recurrent_peer_carries_its_state_over_a_document_and_not_beyond(name, rung, monkeypatch):
+    """However the text is laid out, each prediction sees its document and nothing else."""
+    config, corpus, _ = rung
+    learner = make_learner(name, config, corpus, 1, 1e-2, 0)
+    whole = learner.evaluate()
+    module = importlib.import_module(type(learner).__module__)
+    for size, sequences in ((35, 5), (7, 1)):
+        monkeypatch.setattr(module, "BATCH_TOKENS", size)
+        monkeypatch.setattr(module, "MAX_BATCH_SIZE", sequences)
+        assert learner.evaluate() == pytest.approx(whole, rel=1e-5)
+
+
+@NEEDS_TORCH
+def test_nanogpts_architecture_has_its_published_size_and_is_causal():
+    import torch
+
+    from benchmarks.ladder.torch_learners import GPT, learning_rate
+
+    sizes = {
+        name: sum(p.numel() for p in GPT(find_peer(name, small_config()), 65).parameters())
+        for name in ("gpt_cpu", "gpt_gpu")
+    }
+    # Its README says 0.80M and 10.65M, without the positions.
+    assert sizes == {"gpt_cpu": 804_096, "gpt_gpu": 10_745_088}
+    model = GPT(Peer("gpt", 2, 8, 2, 7, 1, 1, 1e-3), 5)
+    tokens = torch.tensor([[0, 1, 2, 3, 4, 0, 1]])
+    changed = tokens.clone()
+    changed[0, 4] = 2
+    differs = (model(tokens)[0] != model(changed)[0]).any(-1)[0]
+    assert differs.tolist() == [False] * 4 + [True] * 3
+    rates = [learning_rate(step, 2000, 1.0) for step in (0, 99, 100, 1050, 2000)]
+    np.testing.assert_allclose(rates, [0.01, 1.0, 1.0, 0.55, 0.1])
+
+
+def test_peers_without_sizes_of_their_own_have_as_many_weights_as_ours(rung):
+    config, _, _ = rung
+    wide = small_config("residual", hidden_dim=256, key_dim=256, value_dim=256, mlp_dim=512)
+    for name in ("lstm", "gru"):
+        peer = find_peer(name, wide)
+        assert (peer.batch, peer.length) == (wide.data.batch_size, wide.data.sequence_length)
+        weights = 2 * {"lstm": 8, "gru": 6}[name] * peer.width**2
+        ours = peers.count_parameters(wide) - 259 * 256
+        assert 0.85 < weights / ours < 1.15
+    assert find_peer("gpt_cpu_compiled", config).is_compiled
+    assert set(report.default_names("base")) <= set(peers.known_names())
+
+
+def test_the_last_tenth_of_the_training_text_is_held_out_to_choose_a_rate(rung):
+    _, corpus, _ = rung
+    tuned = hold_out_training_text(corpus)
+    parts = tuned.train, tuned.validation
+    np.testing.assert_array_equal(np.concatenate([x.tokens for x in parts]), corpus.train.tokens)
+    assert len(tuned.validation.tokens) == pytest.approx(len(corpus.train.tokens) / 10, abs=1)
+    for part in parts:
+        assert part.document_starts[0] == 0
+        assert part.document_starts[-1] < len(part.tokens)
+    cut = len(tuned.train.tokens)
+    starts = {*tuned.train.document_starts, *(tuned.validation.document_starts + cut)}
+    assert starts - {cut} == {*corpus.train.document_starts} - {cut}
+
+
+class Falling:
+    """A learner whose loss falls by a tenth of its rate each step."""
+
+    parameters = 7
+
+    def __init__(self, name, config, corpus, steps, rate, seed):
+        self.rate, self.loss = rate or 0.5, 9.0 + seed
+
+    def step(self):
+        self.loss -= self.rate / 10
+
+    def wait(self):
+        pass
+
+    def evaluate(self, limit_tokens=0):
+        return self.loss
+
+    def random_blocks(self, tokens):
+        return None
+
+
+def test_a_rung_is_tuned_measured_and_replaced_in_its_folder(rung, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(report, "call_isolated", lambda call, **given: call(**given))
+    monkeypatch.setattr(timed_training, "make_learner", Falling)
+    config, _, _ = rung
+    request = report.Request("first", config, 0.0, 2, (OURS, "gru"), (0.1, 0.4, 0.2))
+    report.run(request._replace(seeds=1, names=(OURS,)), tmp_path)
+    report.run(request, tmp_path)
+    report.run(request._replace(rung="second", seconds=1e-4, seeds=1, rates=()), tmp_path)
+    first, second = report.read_results(tmp_path / "results.json").values()
+    assert [(run["rate"], run["seed"]) for run in first["runs"]] == [
+        *((None, 0), (None, 1)),
+        *((0.4, 0), (0.4, 1)),
+    ]
+    assert [run["loss"] for run in first["runs"]] == pytest.approx(
+        [9 - 5 * 0.05, 10 - 5 * 0.05, 9 - 5 * 0.04, 10 - 5 * 0.04]
+    )
+    assert [each["rate"] for each in first["tried"]] == [0.1, 0.4, 0.2]
+    assert second["runs"][1]["rate"] == find_peer("gru", config).rate
+    for run in (*first["runs"], *second["runs"]):
+        assert run["tokens"] == run["steps"] * 3 * 11
+        seconds, _ = zip(*run["curve"], strict=True)
+        assert list(seconds) == sorted(seconds)
+    page = (tmp_path / "table.md").read_text()
+    assert "| program | rate 0.1 | rate 0.4 | rate 0.2 |" in page
+    assert page.endswith(capsys.readouterr().out.split("\n\n")[-2] + "\n")
+    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_time_to_a_loss_is_interpolated_and_compared_with_nanogpt():
+    curve = [(1.0, 3.0), (3.0, 2.0), (4.0, 1.0)]
+    assert report.seconds_until(curve, 2.5) == 2
+    assert report.seconds_until(curve, 3.5) == 1
+    assert report.seconds_until(curve, 0.5) is None
+
+    def run(name, seed, curve):
+        row = dict.fromkeys(("parameters", "rate", "steps", "random blocks"), 1)
+        row |= {"program": name, "seed": seed, "seconds": curve[-1][0], "curve": curve}
+        return row | {"loss": curve[-1][1]}
+
+    slow = [(10.0, 2.874), (20.0, 1.874), (40.0, 1.8)]
+    runs = [run(OURS, 0, [(2.0, 1.874), (9.0, 1.5)]), run(OURS, 1, [(4.0, 1.874), (9.0, 1.6)])]
+    result = {"unit": "nats/char", "runs": [*runs, run("gpt_cpu", 0, slow)]}
+    ours, nanogpt = report.summarize("shakespeare", result)
+    assert (ours["nats/char"], ours["range"]) == (pytest.approx(1.55), pytest.approx(0.1))
+    assert ours["seconds to 1.874"] == 3
+    assert ours["of nanoGPT's run"] == 3 / 40
+    assert ours["of its time to that"] == 3 / 20
+    assert nanogpt["of nanoGPT's run"] == 0.5
+
+
+def test_peers_of_torch_are_refused_where_it_is_missing(rung, monkeypatch):
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda _: None)
+    source = rung[0].data.source
+    with pytest.raises(UserError, match=r"gpt_matched, .*torch is not .*--programs=ours,gru"):
+        report.make_request("base", source, 1.0, 1, [], [])
+    request = report.make_request("base", source, 1.0, 1, ["ours", "gru"], ["1e-3"])
+    assert (request.names, request.rates) == (["ours", "gru"], [1e-3])
+
+
+def test_bad_requests_are_one_line(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"format": 4, "results": {}}))
+    with pytest.raises(UserError, match="not results of this benchmark"):
+        report.read_results(tmp_path / "results.json")
+    ladder = ["ladder", f"--out={tmp_path}"]
+    assert_each_refused(
+        ROOT / "scripts" / "benchmark.py",
+        (["ladder"], "ladder: name its folder, --out"),
+        ([*ladder, "--rung=bas"], "did you mean"),
+        ([*ladder, "--source=missing.txt"], "missing.txt"),
+        ([*ladder, "--rates=1e-3,fast"], "could not convert string to float: 'fast'"),
+        ([*ladder, "--rates=0"], "learning rates are positive numbers"),
+        ([*ladder, "--programs=lstn"], "'lstn': no such program; did you mean 'lstm'?"),
+        ([*ladder, "--calls=2"], "--calls: not of ladder"),
+        (["sizes", "--rung=base"], "--rung: not of sizes"),
+        imports="benchmarks.scaling",
+    )
