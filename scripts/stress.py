@@ -1,13 +1,12 @@
-"""Try to break the checkpoints of training runs, and report whether anything was lost.
+"""Try to break what this project promises, and report whether anything was lost.
 
-    python scripts/stress.py kill|damage|hosts -n 20
+    python scripts/stress.py kill damage -n 20
+    python scripts/stress.py quick
+    python scripts/stress.py all --seed 1 --out reliability.md
 
-``kill`` sends SIGKILL to a training run at a random moment, at least every second time inside a
-save, runs the same command again to the end, and compares the last checkpoint byte for byte with
-that of an uninterrupted run. ``damage`` flips a bit, truncates or deletes a file of the newest
-checkpoint, and expects detection and the checkpoint before it. ``hosts`` kills or stops a random
-one of two processes that train together at a random moment, expects the other to end soon with the
-reason, and resumes and compares as ``kill`` does.
+Each experiment injects faults and checks a promise; docs/reliability.md lists them. Cases follow
+from the seed. ``quick`` runs a few cases of each experiment in about 5 minutes, ``all`` all of
+them, for hours.
 
 Exits with code 1 if anything was lost.
 """
@@ -21,23 +20,38 @@ import tempfile
 from pathlib import Path
 
 from absl import flags
-from simplernn_jax.benchmarks.stress import EXPERIMENTS
+from simplernn_jax.benchmarks.stress.catalog import EXPERIMENTS
+from simplernn_jax.benchmarks.stress.experiment import run_experiment, table
 
 from simplernn_jax import command_line, process_start
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import write_file
 
-_ARGUMENTS = command_line.define_arguments("|".join(EXPERIMENTS))
-_COUNT = flags.DEFINE_integer("n", 20, "Number of runs to kill, or of damages.", lower_bound=1)
+_ARGUMENTS = command_line.define_arguments("|".join([*EXPERIMENTS, "quick", "all"]))
+_COUNT = flags.DEFINE_integer("n", None, "Number of cases of each experiment.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the cases.", lower_bound=0)
+_OUT = flags.DEFINE_string("out", None, "Markdown file for a table of the outcomes.")
 
 
 def main() -> int:
-    """Run the experiment that the argument names; 1 if anything was lost."""
+    """Run the experiments that the arguments name; 1 if anything was lost."""
     process_start.raise_on_signals()  # there are temporary folders and children
     names = _ARGUMENTS.value
-    if len(names) != 1 or names[0] not in EXPERIMENTS:
-        raise UserError("name one: python scripts/stress.py kill, ... damage or ... hosts")
+    is_quick = names == ["quick"]
+    chosen = list(EXPERIMENTS) if names in (["quick"], ["all"]) else names
+    if not chosen or not set(chosen) <= EXPERIMENTS.keys():
+        raise UserError(f"name experiments, quick or all; there are {', '.join(EXPERIMENTS)}")
+    summaries = []
     with tempfile.TemporaryDirectory(prefix="stress-") as folder:
-        return EXPERIMENTS[names[0]](Path(folder), _COUNT.value)
+        for name in dict.fromkeys(chosen):
+            experiment = EXPERIMENTS[name]
+            count = _COUNT.value or (experiment.quick if is_quick else experiment.full)
+            path = Path(folder, name)
+            summaries.append(run_experiment(name, experiment, path, count, _SEED.value))
+            if _OUT.value is not None:  # after each, since all of them take hours
+                text = table(summaries, EXPERIMENTS, _SEED.value)
+                write_file(_OUT.value, text.encode())
+    return int(any(summary.failures for summary in summaries))
 
 
 if __name__ == "__main__":

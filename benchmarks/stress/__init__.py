@@ -1,0 +1,1 @@
+"""Experiments of ``scripts/stress.py``: each injects faults, and checks what is promised."""

@@ -1,0 +1,220 @@
+"""Damage to files of a run: nothing wrong is ever used, and nothing hangs."""
+
+import contextlib
+import faulthandler
+import os
+import random
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from simplernn_jax import load_model
+from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.compilation_cache import ChecksummedCache
+from simplernn_jax.data.token_store import TokenizedCorpus, prepare_corpus
+from simplernn_jax.inference import generate
+from simplernn_jax.inference.state_file import load_state, save_state
+from simplernn_jax.models import LanguageModel
+
+from .experiment import Case
+from .in_process import outcome, quiet, run_quietly, small_config
+from .runs import bytes_of, difference, read_checkpoint
+
+_HANG_SECONDS = 120.0
+"""A case that takes longer ends the process with its stack: the call hangs."""
+_STEPS = 12
+"""Steps of the run, which saves every third one."""
+_RESUMED = 6
+"""One case in so many resumes the run, which takes longer than to load its model."""
+
+
+def workdir(folder: Path, count: int, seed: int) -> Iterator[Case]:
+    """Damage one to three files of a workdir; then load its model, or run it to the end again."""
+    config = small_config(folder, steps=_STEPS, save_every=3, eval_every=3)
+    whole, damaged = folder / "whole", folder / "damaged"
+    run_quietly(config, whole)
+    expected = read_checkpoint(whole)
+    models = {_parameters(load_model(str(whole), step)[0]) for step in _steps(whole)}
+
+    def load() -> str | None:
+        found = outcome(lambda: load_model(str(damaged))[0])
+        is_right = isinstance(found, str) or _parameters(found) in models
+        return None if is_right else "other parameters than those of any checkpoint"
+
+    def resume() -> str | None:
+        found = outcome(lambda: run_quietly(config, damaged))
+        if isinstance(found, str):
+            return None
+        return difference(read_checkpoint(damaged), expected)
+
+    for number in range(count):
+        draw = random.Random(f"{seed} {number}")
+        shutil.copytree(whole, damaged)
+        is_resumed = number % _RESUMED == 0
+        # Where the newest checkpoint is intact, a resumed run has nothing to do.
+        newest = damaged / "checkpoints" / str(_STEPS)
+        folders = [newest if is_resumed else damaged, damaged, damaged]
+        what = " and ".join(damage_file(f, draw) for f in folders[: draw.choice([1, 1, 2, 3])])
+        problem = _watched(resume if is_resumed else load)
+        yield Case(f"{number}: {what}", problem, "resumed" if is_resumed else "loaded")
+        shutil.rmtree(damaged)
+
+
+def stores(folder: Path, count: int, seed: int) -> Iterator[Case]:
+    """Damage token stores, decoder states and compiled programs; then use them."""
+    config = small_config(folder, steps=1)
+    run_quietly(config, folder / "run")
+    model, tokenizer, _ = load_model(str(folder / "run"))
+    state = generate(model, [1, 2, 3], max_new_tokens=5).state
+    expected_state = bytes_of(vars(state))
+    tokens = folder / "tokens"
+
+    def prepare() -> TokenizedCorpus:
+        return prepare_corpus(config.data, 0, str(tokens), show_progress=False)
+
+    expected_tokens = _tokens_of(prepare())
+    cache = ChecksummedCache(folder / "programs", 1 << 20)
+    (folder / "programs").mkdir()
+    (folder / "states").mkdir()
+
+    def use_tokens() -> str | None:
+        found = outcome(lambda: _tokens_of(prepare()))
+        return None if isinstance(found, str) or found == expected_tokens else "other tokens"
+
+    def use_state() -> str | None:
+        path = str(folder / "states" / "state")
+        found = outcome(lambda: bytes_of(vars(load_state(path, model, tokenizer))))
+        return None if isinstance(found, str) or found == expected_state else "another state"
+
+    def use_program() -> str | None:
+        found = cache.get("key")
+        return None if found in (None, b"program" * 999) else "another program"
+
+    for number in range(count):
+        draw = random.Random(f"{seed} {number}")
+        kind = ("tokens", "state", "program")[number % 3]
+        if kind == "tokens":
+            what, use = damage_file(tokens, draw), use_tokens
+        elif kind == "state":
+            shutil.rmtree(folder / "states")
+            (folder / "states").mkdir()
+            save_state(str(folder / "states" / "state"), state, model, tokenizer)
+            what, use = damage_file(folder / "states", draw), use_state
+        else:
+            shutil.rmtree(folder / "programs")
+            (folder / "programs").mkdir()
+            cache.put("key", b"program" * 999)
+            what, use = damage_file(folder / "programs", draw), use_program
+        yield Case(f"{number}: {what}", _watched(use), kind)
+        if kind == "tokens":
+            with contextlib.suppress(OSError):
+                shutil.rmtree(tokens)
+            prepare()
+
+
+def damage_file(folder: Path, draw: random.Random) -> str:
+    """Damage one file below `folder`; return a description."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    if not files:
+        return "no file is left"
+    path = draw.choice(files)
+    kind = draw.choice(list(_DAMAGES))
+    _DAMAGES[kind](path, files, draw)
+    return f"{kind} {path.relative_to(folder)}"
+
+
+def _flip(path: Path, files: list[Path], draw: random.Random) -> None:
+    del files
+    content = bytearray(path.read_bytes())
+    if content:
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+def _truncate(path: Path, files: list[Path], draw: random.Random) -> None:
+    del files
+    content = path.read_bytes()
+    path.write_bytes(content[: draw.randrange(len(content) + 1)])
+
+
+def _zero(path: Path, files: list[Path], draw: random.Random) -> None:
+    """Overwrite a part by zeros, as a file system that lost its last blocks."""
+    del files
+    content = bytearray(path.read_bytes())
+    start = draw.randrange(len(content) + 1)
+    content[start:] = bytes(len(content) - start)
+    path.write_bytes(content)
+
+
+def _swap(path: Path, files: list[Path], draw: random.Random) -> None:
+    """Replace by another file, if there is one by that of another checkpoint."""
+    alike = [other for other in files if other.name == path.name and other != path]
+    path.write_bytes(draw.choice(alike or files).read_bytes())
+
+
+def _swap_folders(path: Path, files: list[Path], draw: random.Random) -> None:
+    """Exchange the folder of the file with its neighbor."""
+    del files
+    neighbors = sorted(p for p in path.parent.parent.iterdir() if p.is_dir() and p != path.parent)
+    if not neighbors:
+        return
+    other, aside = draw.choice(neighbors), path.parent.with_name("aside")
+    path.parent.rename(aside)
+    other.rename(path.parent)
+    aside.rename(other)
+
+
+def _replace(make: Callable[[Path], Any]) -> Callable[[Path, list[Path], random.Random], None]:
+    def replace(path: Path, files: list[Path], draw: random.Random) -> None:
+        del files, draw
+        path.unlink()
+        make(path)
+
+    return replace
+
+
+_DAMAGES: dict[str, Callable[[Path, list[Path], random.Random], None]] = {
+    "flip a bit of": _flip,
+    "truncate": _truncate,
+    "zero the end of": _zero,
+    "delete": _replace(lambda path: None),
+    "swap": _swap,
+    "swap the folder of": _swap_folders,
+    "put a folder in place of": _replace(os.mkdir),
+    "put a link in place of": _replace(lambda path: os.symlink("/dev/zero", path)),
+    "put a dangling link in place of": _replace(lambda path: os.symlink("nothing", path)),
+    "put a FIFO in place of": _replace(os.mkfifo),
+}
+
+
+def _watched(check: Callable[[], str | None]) -> str | None:
+    """Problem that `check` finds, or its unexpected exception; a hang ends the process."""
+    faulthandler.dump_traceback_later(_HANG_SECONDS, exit=True)
+    try:
+        with quiet():
+            return check()
+    except Exception:
+        return traceback.format_exc().strip()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _parameters(model: LanguageModel) -> tuple[bytes, ...]:
+    return bytes_of(nnx.state(model, nnx.Param))
+
+
+def _steps(path: Path) -> list[int]:
+    return CheckpointFolder(str(path)).steps()
+
+
+def _tokens_of(corpus: TokenizedCorpus) -> list[bytes]:
+    return [
+        np.asarray(split.tokens).tobytes()
+        for split in (corpus.train, corpus.validation)
+        if split is not None
+    ]

@@ -1,0 +1,151 @@
+"""Runs in which a call that writes to the disk fails."""
+
+import contextlib
+import errno
+import os
+import random
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.errors import UserError
+
+from .experiment import Case
+from .runs import PARALLEL, difference, log_of, read_checkpoint, start_run, train
+
+FLAGS = (
+    "--config.model.num_layers=1",
+    "--config.train.steps=9",
+    "--config.train.eval_every=3",
+)
+"""Three saves: with the third, the first is deleted."""
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
+WITHIN = 120.0
+"""Seconds in which a run must end."""
+_ALL = 10**9
+_RECORD_BYTES = 8192
+
+
+def full_disk(folder: Path, count: int, seed: int) -> Iterator[Case]:
+    """Let each call of a run that writes fail: alone, with some that follow, or with all of them.
+
+    Calls are counted below a folder that holds the tokenized text and the workdir, and in every
+    tenth run also the compiled programs, which all other runs share.
+    """
+    library = _build(folder)
+    alone = folder / "alone" / "run"
+    alone.parent.mkdir()
+    train(alone, flags=FLAGS, environment=_environment(alone, library))
+    expected, num_calls = read_checkpoint(alone), _calls(alone)[0]
+    numbers = random.Random(seed).sample(range(num_calls), num_calls)
+
+    def run_case(number: int) -> Case:
+        workdir = folder / str(number) / "run"
+        workdir.parent.mkdir()
+        draw = random.Random(f"{seed} {number}")
+        first = 1 + numbers[number % num_calls]
+        fails = draw.choice([1, draw.randint(2, 30), _ALL])
+        error = draw.choice(ERRORS)
+        is_cold = number % 10 == 9
+        environment = _environment(workdir, library, first, fails, error, is_cold)
+        kind = {1: "one call", _ALL: "all from one on"}.get(fails, "some calls")
+        what, problem = _run_and_resume(workdir, environment, expected)
+        shutil.rmtree(workdir.parent)
+        description = f"run {number}, {errno.errorcode[error]} in call {first}, {kind}, {what}"
+        return Case(description, problem, kind)
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        yield from pool.map(run_case, range(count))
+
+
+def _run_and_resume(
+    workdir: Path, environment: dict[str, str], expected: dict[str, Any]
+) -> tuple[str, str | None]:
+    """Return what a run was doing when a call failed, and what is wrong with it."""
+    with start_run(workdir, 1, FLAGS, environment) as processes:
+        code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = processes[0].wait(WITHIN)
+    log = log_of(workdir)
+    what = f"{_calls(workdir)[1] or 'not reached'}, code {code}"
+    if code is None:
+        return what, f"has not ended within {WITHIN:.0f} s: {log[-500:]}"
+    errors = [line for line in log.splitlines() if line.startswith("error: ")]
+    if code not in (0, 2) or len(errors) != (code == 2) or "Traceback" in log:
+        return what, f"code {code}, {len(errors)} errors: {log[-2000:]}"
+    checkpoints = CheckpointFolder(str(workdir))
+    for step in checkpoints.complete_steps():
+        corruption = checkpoints.find_corruption(step)
+        if corruption is not None:
+            return what, f"the checkpoint of step {step} is corrupted: {corruption}"
+    if code == 0:
+        problem = difference(read_checkpoint(workdir), expected)
+        if problem is not None:
+            return what, f"without an error, {problem}"
+    return what, _resume(workdir, environment, expected)
+
+
+def _resume(workdir: Path, environment: dict[str, str], expected: dict[str, Any]) -> str | None:
+    """Run again without failures; return what is wrong with the result."""
+    try:
+        train(workdir, flags=FLAGS, environment=environment | {"LD_PRELOAD": ""})
+        problem = difference(read_checkpoint(workdir), expected)
+    except (RuntimeError, UserError) as error:
+        return f"does not resume: {error}"
+    if problem is None and (workdir / "checkpoints_damaged").exists():
+        problem = "a checkpoint was taken for damaged"
+    left = [path.name for path in workdir.parent.rglob("*tmp*")]
+    if problem is None and left:
+        problem = f"left behind: {', '.join(left)}"
+    return problem
+
+
+def _environment(
+    workdir: Path,
+    library: Path,
+    first: int = _ALL,
+    count: int = 1,
+    error: int = 0,
+    is_cold: bool = False,
+) -> dict[str, str]:
+    """Variables of a run whose `first` call that writes fails, and `count` - 1 that follow."""
+    record = _record(workdir)
+    record.write_bytes(bytes(_RECORD_BYTES))
+    programs = workdir.parent if is_cold else workdir.parent.parent
+    return {
+        "LD_PRELOAD": str(library),
+        "FAILING_WRITES": f"{first} {count} {error} {record} {workdir.parent}",
+        "JAX_COMPILATION_CACHE_DIR": str(programs / "programs"),
+    }
+
+
+def _calls(workdir: Path) -> tuple[int, str]:
+    """Return how many calls a run made that write, and which of them failed first."""
+    record = _record(workdir).read_bytes()
+    return int.from_bytes(record[:8], "little"), record[8:].partition(b"\0")[0].decode()
+
+
+def _record(workdir: Path) -> Path:
+    return workdir.parent.with_suffix(".calls")
+
+
+def _build(folder: Path) -> Path:
+    """Compile the library that makes calls fail.
+
+    Raises:
+      UserError: there is no C compiler.
+    """
+    source, library = Path(__file__).with_name("failing_writes.c"), folder / "failing_writes.so"
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    command = [*compiler, "-O2", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        raise UserError(f"{' '.join(command)}: {reason}; install a C compiler") from error
+    return library

@@ -1,0 +1,160 @@
+"""Readers of data: texts, records, conversations, templates and tokenizers."""
+
+import gzip
+import importlib.util
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import zstandard
+from tokenizers import decoders, models, pre_tokenizers
+
+from simplernn_jax.config import DataConfig
+from simplernn_jax.data.chat_template import ChatTemplate, check_messages, load_template
+from simplernn_jax.data.corpora import open_corpus
+from simplernn_jax.data.mixture import parse_mixture
+from simplernn_jax.data.tokenizer import ByteTokenizer, load_tokenizer, tokenizer_from_json
+from simplernn_jax.errors import UserError
+
+from .fuzz import Reader
+
+TEXT = "The naïve café — sells 13 кофе and 茶.\n\tIt <s> closes </s> at five 🙂!\r\n"
+CHAT = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yo\n"},
+]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BYTES = ByteTokenizer()
+
+
+def data_readers(folder: Path) -> list[Reader]:
+    """All readers of data; their files are in `folder`."""
+    return [*_text_readers(folder), *_tokenizer_readers(folder), _template_reader()]
+
+
+def _text_readers(folder: Path) -> list[Reader]:
+    lines = "".join(json.dumps({"text": text, "n": 1.5}) + "\n" for text in (TEXT, "", "b"))
+    chats = "".join(json.dumps({"messages": CHAT[start:]}) + "\n" for start in (0, 1))
+    texts = {".txt": TEXT.encode(), ".txt.gz": gzip.compress(TEXT.encode())}
+    texts[".txt.zst"] = zstandard.compress(TEXT.encode())
+    texts |= {".jsonl": lines.encode(), ".jsonl.gz": gzip.compress(lines.encode())}
+    if importlib.util.find_spec("pyarrow") is not None:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        file = io.BytesIO()
+        parquet.write_table(pa.table({"text": [TEXT, "b"], "n": [1, 2]}), file)
+        texts[".parquet"] = file.getvalue()
+
+    def reader(suffix: str, content: bytes, **fields: Any) -> Reader:
+        path = folder / f"text{suffix}"
+        configs = [
+            DataConfig(source=str(path), encoding_errors=errors, **fields)
+            for errors in ("strict", "replace")
+        ]
+
+        def read() -> None:
+            for config in configs:
+                documents = [
+                    "".join(piece.text for piece in document.pieces)
+                    for document in open_corpus(config).documents()
+                ]
+                if suffix == ".txt":
+                    text = path.read_bytes().decode("utf-8", config.encoding_errors)
+                    assert documents == [text.removeprefix("\ufeff")], "another text"
+
+        return Reader(suffix[1:], [content], in_file(path, read))
+
+    return [
+        *(reader(suffix, content) for suffix, content in texts.items()),
+        reader(".chat.jsonl", chats.encode(), template="roles"),
+        reader(".chats.jsonl", chats.encode(), template="roles", loss_on="assistant"),
+        Reader("mixture", [b"a/:0.7,b.jsonl:0.3"], lambda x: void(parse_mixture(as_text(x)))),
+    ]
+
+
+def _tokenizer_readers(folder: Path) -> list[Reader]:
+    byte_level = tokenizers.Tokenizer(models.BPE())
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, initial_alphabet=alphabet, special_tokens=["<s>"], show_progress=False
+    )
+    byte_level.train_from_iterator([TEXT] * 5, trainer)
+    model = models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]")  # noqa: S106
+    words = tokenizers.Tokenizer(model)
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    libraries = [byte_level.to_str(), words.to_str()]
+    saved = [
+        json.dumps({"kind": "pretrained", "tokenizer": text, "special_ids": {"bos_id": 0}})
+        for text in libraries
+    ]
+    saved += [json.dumps({"kind": "char", "alphabet": "ab c\n"}), BYTES.to_json()]
+    path = folder / "tokenizer.json"
+
+    def use(tokenizer: Any) -> None:
+        for text in ("a b", TEXT):
+            ids = tokenizer.encode(text)
+            assert not ids.size or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size, "wrong ids"
+            tokenizer.decode(ids)
+        tokenizer.decode(range(-2, min(tokenizer.vocab_size + 2, 400)))
+
+    def use_known(tokenizer: Any) -> None:
+        """The alphabet may lack characters, which is a refusal of the text alone."""
+        tokenizer.decode(tokenizer.encode("a b"))
+        try:
+            use(tokenizer)
+        except UserError:
+            return
+
+    return [
+        Reader(
+            "saved tokenizer",
+            [text.encode() for text in saved],
+            lambda content: use_known(tokenizer_from_json(as_text(content))),
+            weight=1,
+        ),
+        Reader(
+            "tokenizer.json",
+            [text.encode() for text in libraries],
+            in_file(path, lambda: use(load_tokenizer(str(path)))),
+            weight=1,
+        ),
+    ]
+
+
+def _template_reader() -> Reader:
+    def render(content: bytes) -> None:
+        template = ChatTemplate(load_template(as_text(content)))
+        template.render(check_messages(CHAT), add_generation_prompt=True)
+        list(template.pieces(check_messages(CHAT), only_assistant=True))
+
+    templates = [CHATML.encode(), load_template("roles").encode()]
+    return Reader("chat template", templates, render, weight=1)
+
+
+def in_file(path: Path, read: Callable[[], object]) -> Callable[[bytes], None]:
+    """Write the input to `path` before each call of `read`."""
+
+    def write_and_read(content: bytes) -> None:
+        path.write_bytes(content)
+        read()
+
+    return write_and_read
+
+
+def void(_: object) -> None:
+    """Ignore a result."""
+
+
+def as_text(content: bytes) -> str:
+    """Decode an input that is given as text; lone surrogates stand for what is not UTF-8."""
+    return content.decode("utf-8", "surrogateescape")
