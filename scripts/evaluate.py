@@ -20,11 +20,13 @@ from absl import flags
 from simplernn_jax import command_line
 from simplernn_jax.data.evaluation_batches import Contexts, check_contexts
 from simplernn_jax.data.token_store import TokenSplit
+from simplernn_jax.data.tokenized_corpus import MixedSplit
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, counted
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
+_QUANTIZE = command_line.define_quantize_flag()
 _CACHE_DIR, _SOURCE = command_line.define_corpus_flags()
 _SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "train"], "Text to score.")
 _WINDOW = flags.DEFINE_integer(
@@ -59,6 +61,7 @@ def main() -> None:
     from simplernn_jax import load_model
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.devices import check_devices
+    from simplernn_jax.inference import quantize_model
     from simplernn_jax.memory_estimate import check_evaluation
     from simplernn_jax.training.evaluate import Evaluator
     from simplernn_jax.training.preparation import open_saved_corpus
@@ -67,6 +70,7 @@ def main() -> None:
     check_devices()
     use_compilation_cache()
     model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
+    model = quantize_model(model, _QUANTIZE.value)
     corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_SOURCE.value)
     split = corpus.train if _SPLIT.value == "train" else corpus.validation
     if split is None:
@@ -90,6 +94,9 @@ def main() -> None:
         "perplexity": f"{result.perplexity:.4f}",
         "bits/byte": f"{result.bits_per_byte:.4f}{xz}",
     }
+    if isinstance(split, MixedSplit):
+        for part in split.parts:
+            facts[part.name] = str(evaluator(params, part, windows=windows))
     if windows is not None:
         carried = evaluator(params, split)
         facts["state carried over documents"] = (

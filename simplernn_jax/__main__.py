@@ -23,6 +23,7 @@ COMMANDS = {
     "export": "export a model to other formats",
     "benchmark": "measure speed and memory",
     "build_tfds": "build a TFDS dataset from text files",
+    "train_tokenizer": "train a tokenizer on the text of a configuration",
     "make_conversations": "write conversations for the configuration chat",
     "launch_local": "train in several processes on this machine",
 }

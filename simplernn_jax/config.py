@@ -89,7 +89,7 @@ class DataConfig:
     source: str = "stdlib"
     """``stdlib`` (the running Python's standard library), a file, folder or glob of text,
     ``.jsonl`` or ``.parquet`` (the first two also as ``.gz`` or ``.zst``), or ``tfds:NAME`` (name
-    or directory of a prepared dataset)."""
+    or directory of a prepared dataset); or a mixture of them by weight, ``a/:0.7,b.jsonl:0.3``."""
     field: str = "text"
     """Field of a JSONL record, Parquet row or TFDS example that holds the text; with a template,
     the default is ``messages``."""
@@ -99,7 +99,8 @@ class DataConfig:
     loss_on: str = "all"
     """Tokens that are predicted: ``all``, or those of the ``assistant``'s messages."""
     tokenizer: str = "byte"
-    """``byte``, ``char``, a path to a Hugging Face ``tokenizer.json``, or a hub name."""
+    """``byte``, ``char``, ``bpe:SIZE`` (trained on the training split, SIZE ids), a path to a
+    Hugging Face ``tokenizer.json``, or a hub name."""
     split: str = "document"
     """``document``: holds out whole documents, drawn by seed; ``position``: holds out the end of
     the token stream, as for a single document."""
@@ -290,7 +291,7 @@ def from_json(text: str) -> Config:
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of too many digits, or nested too deep
         raise UserError(f"configuration: invalid JSON ({error}); use another checkpoint") from error
     config = Config()
     _fill(config, values, "config")

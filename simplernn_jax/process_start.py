@@ -19,6 +19,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 
 from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, one_line
 
@@ -83,10 +84,13 @@ def run_starts() -> None:
 def raise_on_signals() -> None:
     """Let signals raise, for a script that has temporary folders and child processes to clean up.
 
-    SIGINT raises KeyboardInterrupt, SIGTERM SystemExit with code 143.
+    SIGINT raises KeyboardInterrupt, SIGTERM SystemExit with code 143. What a handler raises in a
+    finalizer or in a callback of the garbage collector (JAX has one) is lost; the signal is then
+    sent again.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    sys.unraisablehook = _send_again
 
 
 def end_with_parent(parent: int) -> None:
@@ -97,6 +101,14 @@ def end_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(128 + signal.SIGKILL)
+
+
+def _send_again(lost: sys.UnraisableHookArgs) -> None:
+    number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(lost.exc_type)
+    if number is None:
+        sys.__unraisablehook__(lost)
+    else:  # later, outside the finalizer
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
 
 
 def _stop(number: int, _: object) -> None:

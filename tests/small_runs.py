@@ -7,7 +7,9 @@ import signal
 import numpy as np
 from corpus_files import records, write
 
-from benchmarks import serving, stress
+from benchmarks import serving
+from benchmarks.stress import runs
+from benchmarks.train_steps import change
 from simplernn_jax.config import (
     Config,
     DataConfig,
@@ -19,7 +21,7 @@ from simplernn_jax.config import (
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.training import loop
 
-newest_checkpoint = stress.read_checkpoint
+newest_checkpoint = runs.read_checkpoint
 save_untrained = serving.save_untrained
 
 HYBRID = {"block": "residual", "num_layers": 2, "mixer": "simple_rnn,attention"}
@@ -37,9 +39,7 @@ def small_config(block="plain", **fields):
         train=TrainConfig(steps=40, eval_every=0, save_every=0, sample_every=0),
         mesh=MeshConfig(data=1),
     )
-    for name, value in fields.items():
-        section = next(part for part in vars(config).values() if hasattr(part, name))
-        setattr(section, name, value)
+    change(config, **fields)
     config.model.join_mixers()
     return config
 

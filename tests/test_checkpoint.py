@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+import threading
 import types
 from pathlib import Path
 
@@ -28,14 +29,14 @@ from references import assert_same_bytes
 from small_runs import HYBRID, save_untrained, small_config, write_corpus
 
 from simplernn_jax import load_model
-from simplernn_jax.checkpoint import manifest, verification
+from simplernn_jax.checkpoint import contents, manifest, verification
 from simplernn_jax.checkpoint.checkpointer import (
     Checkpointer,
     Restored,
     check_same_model,
     read_config,
 )
-from simplernn_jax.checkpoint.contents import read_arrays
+from simplernn_jax.checkpoint.contents import read_back
 from simplernn_jax.checkpoint.folder import check_workdir
 from simplernn_jax.config import Config, ModelConfig, TrainConfig
 from simplernn_jax.errors import UserError
@@ -352,6 +353,26 @@ def test_a_background_save_that_the_disk_refuses_is_one_error(tmp_path, capfd, c
     assert steps_in(tmp_path / "checkpoints") == [1]
 
 
+@pytest.mark.parametrize("name", ["2.orbax-checkpoint-tmp", "state.orbax-checkpoint-tmp"])
+def test_a_folder_that_the_disk_refuses_leaves_no_thread(tmp_path, monkeypatch, name):
+    """A thread that waits for it would keep the process from ending."""
+
+    def refuse(path, *arguments, **options):
+        if Path(path).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        make(path, *arguments, **options)
+
+    make, before = os.mkdir, set(threading.enumerate())
+    with open_checkpointer(tmp_path) as checkpointer, monkeypatch.context() as patch:
+        checkpointer.save(1, make_state(1), {}, wait=True)
+        patch.setattr(os, "mkdir", refuse)
+        with pytest.raises(UserError, match=rf"step 2 .*{tmp_path}/checkpoints: No space left"):
+            checkpointer.save(2, make_state(2), {}, wait=True)
+    left = set(threading.enumerate()) - before
+    assert [thread for thread in left if not thread.daemon] == []
+    assert_restores(tmp_path, 1)
+
+
 def test_another_model_is_named_before_arrays_are_read(two_steps):
     other = Checkpointer(str(two_steps), config(num_layers=2), TOKENIZER, keep_last=2, keep_best=0)
     with contextlib.closing(other), pytest.raises(UserError, match="is 2, checkpoint has 4"):
@@ -404,24 +425,41 @@ def test_a_save_that_reads_back_differently_never_counts(tmp_path, monkeypatch):
     """Orbax merged nothing where it took a path for a pattern, and raised nothing."""
     save_steps(tmp_path, 1)
 
-    def read_other(path, names, shardings=None):
-        arrays = read_arrays(path, names, shardings)
-        if "extra/half" in arrays:
-            arrays["extra/half"] = arrays["extra/half"][::-1]
-        return arrays
+    def changed(name, change):
+        def read(path, names):
+            arrays = read_back(path, names)
+            if name in arrays:
+                arrays[name] = change(arrays[name])
+            return arrays
 
-    for name, function, message in [
-        ("read_arrays", read_other, "extra/half is not what was written"),
-        ("saved_leaves", lambda path: {}, "step is missing"),
+        return read
+
+    for function, message in [
+        (changed("extra/half", lambda x: x[::-1]), "extra/half is not what was written"),
+        (changed("step", lambda x: None), "step is missing"),
+        (changed("step", lambda x: x[None]), "step has a different shape or dtype"),
+        (changed("step", np.float32), "step has a different shape or dtype"),
     ]:
         with open_checkpointer(tmp_path) as checkpointer, monkeypatch.context() as patch:
-            patch.setattr(verification, name, function)
+            patch.setattr(verification, "read_back", function)
             checkpointer.save(2, make_state(2), {})
             match = rf"step 2 could not be saved.*read-back verification failed.*{message}.*intact"
             with pytest.raises(UserError, match=match):
                 checkpointer.save(3, make_state(3), {})
         assert steps_in(tmp_path / "checkpoints") == [1]
     assert_restores(tmp_path, 1)
+
+
+def test_a_missing_array_is_read_back_as_none(two_steps):
+    arrays = read_back(str(two_steps / "checkpoints" / "2"), ["step", "absent"])
+    assert arrays == {"step": 2, "absent": None}
+
+
+def test_a_save_does_not_read_the_shapes_of_all_arrays(tmp_path, monkeypatch):
+    """TensorStore never frees the JSON that it makes of them."""
+    monkeypatch.setattr(contents, "_leaves_on_disk", None)
+    save_steps(tmp_path, 1)
+    assert steps_in(tmp_path / "checkpoints") == [1]
 
 
 def test_a_save_that_takes_too_long_is_not_reported_as_a_full_disk(tmp_path, monkeypatch):

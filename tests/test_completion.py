@@ -52,7 +52,7 @@ def complete(script, folder, *words):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["tr"], ["train"]),
+        (["tr"], ["train", "train_tokenizer"]),
         (["s"], ["sample", "serve"]),
         (["completion", ""], ["bash", "zsh"]),
         (["sample", "--top"], ["--top_k", "--top_p"]),
@@ -62,7 +62,7 @@ def complete(script, folder, *words):
         ),
         (["train", "--nodis"], ["--nodistributed"]),
         (["launch_local", "2", "--workd"], ["--workdir"]),
-        (["benchmark", "s"], ["startup", "scaling", "serve"]),
+        (["benchmark", "s"], ["startup", "scaling", "serve", "sizes"]),
         (["evaluate", "--split", ""], ["validation", "train"]),
         (["evaluate", "--split", "=", "t"], ["train"]),
         (["evaluate", "--split=t"], ["--split=train"]),  # as zsh splits them

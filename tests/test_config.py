@@ -170,6 +170,12 @@ def test_other_json_is_refused(change, message):
         from_json(text)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5_000, "[1, 2", "\ud800"])
+def test_json_that_cannot_be_decoded_is_refused(text):
+    with pytest.raises(UserError, match=r"invalid JSON .*use another checkpoint"):
+        from_json(text)
+
+
 def test_differing_fields_are_named_with_both_values():
     ours, theirs = trainable(), trainable(model__num_layers=2, model__tie_embeddings=False)
     assert differing_fields(ours.model, trainable().model) == []
@@ -208,6 +214,14 @@ def test_shakespeare_keeps_to_the_budget():
     data = config.data
     assert (data.mode, data.tokenizer, data.split) == ("window", "char", "position")
     assert data.validation_fraction == pytest.approx(0.1)
+
+
+def test_the_gpu_budget_is_that_of_shakespeare_for_longer():
+    shorter, longer = load("shakespeare"), load("shakespeare_gpu_budget")
+    assert longer.train.steps > 5 * shorter.train.steps
+    longer.model.dropout = shorter.model.dropout
+    assert (longer.model, longer.data.source) == (shorter.model, shorter.data.source)
+    assert longer.data.split == "position"
 
 
 def test_seed_is_the_run_of_the_pytorch_project():

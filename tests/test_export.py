@@ -25,8 +25,8 @@ from small_tokenizers import word_level
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
 from simplernn_jax.export import FORMATS, checking, exporting
-from simplernn_jax.export.exporting import export, float32_model
-from simplernn_jax.export.formats import find_format, logits_of
+from simplernn_jax.export.exporting import export
+from simplernn_jax.export.formats import find_format, float32_model, logits_of
 from simplernn_jax.export.rounding import rounded_weights
 from simplernn_jax.inference import generate
 from simplernn_jax.models import load_gla_checkpoint
@@ -64,13 +64,17 @@ def test_logits_and_greedy_tokens_are_those_of_the_model(tmp_path, format_name, 
     assert loaded.greedy(5, 31) == tokens
 
 
-def test_bfloat16_models_are_exported_in_float32():
-    model = trained({"precision": "bfloat16", "state_precision": "bfloat16"}).model
-    exact = float32_model(model)
+def test_bfloat16_models_are_exported_in_float32(tmp_path):
+    original = trained({"precision": "bfloat16", "state_precision": "bfloat16"})
+    model, exact = original.model, float32_model(original.model)
     assert exact.config == dataclasses.replace(
         model.config, precision="float32", state_precision="float32"
     )
     chex.assert_trees_all_equal(nnx.state(exact, nnx.Param), nnx.state(model, nnx.Param))
+    # What is loaded again is a bfloat16 model, for fine-tuning: it is checked in float32.
+    find_format("safetensors").write(original, tmp_path)
+    logits = find_format("safetensors").load(tmp_path).logits(TOKENS)
+    np.testing.assert_array_equal(logits, logits_of(exact, TOKENS))
 
 
 def test_an_export_is_a_model(tmp_path, workdir):

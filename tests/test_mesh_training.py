@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import re
 from collections import Counter
 
 import chex
@@ -15,6 +14,7 @@ from jax.sharding import NamedSharding
 from meshes import compile_step, distance, first_state, mesh_of, run_steps
 from small_runs import HYBRID, random_batch, small_config
 
+from benchmarks.sizes import text_of_loops
 from benchmarks.train_steps import collectives
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.sharding.partition_specs import variable_specs
@@ -212,19 +212,6 @@ def test_gradient_accumulation_and_muon_equal_one_device():
         assert_each_near(state, expected, 1e-11)
     found, _ = without_scalars(collectives(compiled(mesh_name, **options)[0].as_text()))
     assert found == exchanged(MESHES[mesh_name], config_of(**options), 8)
-
-
-def text_of_loops(text):
-    """The computations of a compiled program that loops run, directly or by calls."""
-    computations = dict(
-        re.findall(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{\n((?:  .*\n)*)", text, re.MULTILINE)
-    )
-    inside, new = set(), set(re.findall(r"body=%?([\w.-]+)", text))
-    while new:
-        inside |= new
-        called = {name for one in new for name in re.findall(r"[\w.-]+", computations[one])}
-        new = (called & computations.keys()) - inside
-    return "".join(computations[name] for name in inside)
 
 
 def test_accumulated_gradients_are_reduced_once():

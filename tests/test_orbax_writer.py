@@ -35,11 +35,23 @@ def test_only_closed_event_loops_and_coroutines_of_orbax_are_dropped(unraisable)
     assert len(unraisable) == 3
 
 
-def test_only_the_forgotten_tasks_of_orbax_are_dropped(unraisable, caplog):
+def test_only_the_forgotten_tasks_and_futures_of_a_save_are_dropped(unraisable, caplog):
     logger = logging.getLogger("asyncio")
     message = "Task exception was never retrieved\nfuture: <Task defined at %s>"
     logger.error(message, "/site-packages/orbax/checkpoint/serialization.py:188")
     assert caplog.messages == []
+    logger.error(
+        "Future exception was never retrieved\nfuture: <Future finished exception=ValueError("
+        '\'UNKNOWN: Error writing "values/0.0" in OCDBT database at local file "/runs/a/": Failed '
+        "to open: \"/runs/a/d/1b3f\": Input/output error [os_error_code=\\'5\\']')>"
+    )
+    future = "Future exception was never retrieved\nfuture: <Future finished exception=OSError(28)>"
+    for name in ("/site-packages/orbax/checkpoint/path/async_path.py", "/elsewhere/other.py"):
+        try:
+            exec(compile("raise OSError(28, 'No space left on device')", name, "exec"))
+        except OSError as error:
+            logger.error(future, exc_info=error)
+    assert caplog.messages == [future]
     logger.error(message, "/elsewhere/other.py:188")
     logger.error("something else of /orbax/checkpoint/")
-    assert len(caplog.messages) == 2
+    assert len(caplog.messages) == 3

@@ -46,7 +46,7 @@ def files_of(folder, patterns):
 
 def test_everything_is_inside_the_package(names):
     package = files_of("simplernn_jax", ["*.*"])
-    beside = [files_of(name, ["*.py"]) for name in ("configs", "scripts", "benchmarks")]
+    beside = [files_of(name, ["*.py", "*.c"]) for name in ("configs", "scripts", "benchmarks")]
     expected = package | {f"simplernn_jax/{name}" for name in set().union(*beside)}
     assert {"simplernn_jax/ops/cpu/fused.c", "simplernn_jax/py.typed"} <= expected
     assert {name for name in names if ".dist-info/" not in name} == expected

@@ -78,13 +78,30 @@ def read_arrays(
 
     saved_names = {_current_name(saved): saved for saved in _leaves_on_disk(path)}
     on_disk = {saved_names.get(name, name): name for name in names}
-    args = ocp.args.PyTreeRestore(
-        dict.fromkeys(on_disk, 0),
-        restore_args={saved: restore_args(name) for saved, name in on_disk.items()},
-        partial_restore=True,
-    )
-    arrays = ocp.PyTreeCheckpointHandler().restore(epath.Path(path) / "state", args=args)
+    arrays = _restore(path, {saved: restore_args(name) for saved, name in on_disk.items()})
     return {name: arrays[saved] for saved, name in on_disk.items()}
+
+
+def read_back(path: str, names: Sequence[str]) -> dict[str, Any]:
+    """Read arrays of NumPy that were just saved under these names; None stands for a missing one.
+
+    Unlike `read_arrays`, it does not read the shapes of all arrays first. That takes as long again,
+    and TensorStore (0.1.86) never frees the JSON it makes of them: 0.4 MB for each save of 30
+    arrays, however small.
+    """
+    arrays = _restore(path, {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names})
+    return {name: x if isinstance(x, np.ndarray) else None for name, x in arrays.items()}
+
+
+def _restore(path: str, restore_args: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
+    """Read arrays by their names on disk; 0 stands for a missing one."""
+    args = ocp.args.PyTreeRestore(
+        dict.fromkeys(restore_args, 0), restore_args=dict(restore_args), partial_restore=True
+    )
+    arrays: dict[str, Any] = ocp.PyTreeCheckpointHandler().restore(
+        epath.Path(path) / "state", args=args
+    )
+    return arrays
 
 
 def read_tree(path: str, abstract: Any, shardings: Any = None, *, partial: bool = False) -> Any:

@@ -16,6 +16,10 @@ _SINGLE_PROCESS_TIMEOUT_SECONDS = 100 * 365 * 24 * 3600
 """One process waits for no peer, and Orbax measures by a clock that may be set meanwhile."""
 
 
+_WRITERS = ("/orbax/checkpoint/", "OCDBT database", "os_error_code=")
+"""Parts of what asyncio logs about a task of Orbax, or about a future of TensorStore."""
+
+
 def make_writer() -> ocp.AsyncCheckpointer:
     """Return Orbax's writer of checkpoint folders.
 
@@ -23,10 +27,16 @@ def make_writer() -> ocp.AsyncCheckpointer:
     interfere with training when another thread starts them.
     """
     drop_repeated_logs()
-    handler = ocp.CompositeCheckpointHandler()
     if jax.process_count() == 1:
-        options = ocp.options.AsyncOptions(timeout_secs=_SINGLE_PROCESS_TIMEOUT_SECONDS)
+        # Created in the background, a folder that the disk refuses leaves threads that wait for it
+        # up to the timeout, and the process does not end.
+        options = ocp.options.AsyncOptions(
+            timeout_secs=_SINGLE_PROCESS_TIMEOUT_SECONDS, create_directories_asynchronously=False
+        )
+        items = ocp.CompositeOptions(async_options=options)
+        handler = ocp.CompositeCheckpointHandler(composite_options=items)
         return ocp.AsyncCheckpointer(handler, async_options=options)
+    handler = ocp.CompositeCheckpointHandler()
     everybody = set(range(jax.process_count()))
     return ocp.AsyncCheckpointer(
         handler,
@@ -64,8 +74,10 @@ def _is_not_repeated(record: logging.LogRecord) -> bool:
 
 
 def _is_not_orphaned(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    return "exception was never retrieved" not in text or "/orbax/checkpoint/" not in text
+    if "exception was never retrieved" not in record.getMessage():
+        return True
+    text = logging.Formatter().format(record)  # with the traceback
+    return not any(part in text for part in _WRITERS)
 
 
 class _WithoutClosedLoops:

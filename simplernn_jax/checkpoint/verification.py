@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from simplernn_jax.checkpoint.contents import read_arrays, saved_leaves
+from simplernn_jax.checkpoint.contents import read_back
 
 _GROUP_BYTES = 1 << 28
 """Bytes of arrays read back at a time, unless one alone has more."""
@@ -38,16 +38,14 @@ def check_saved(path: str, expected: Mapping[str, Fingerprint]) -> None:
       ValueError: names the first array that is missing or differs. Arrays that cannot be read
         raise the errors of Orbax and TensorStore.
     """
-    found = saved_leaves(path)
-    for name, array in expected.items():
-        if name not in found:
-            raise ValueError(f"{name} is missing")
-        if (tuple(found[name].shape), np.dtype(found[name].dtype)) != (array.shape, array.dtype):
-            raise ValueError(f"{name} has a different shape or dtype")
     for names in _groups(expected):
-        arrays = read_arrays(path, names)
+        arrays = read_back(path, names)
         for name in names:
             array = arrays.pop(name)
+            if array is None:
+                raise ValueError(f"{name} is missing")
+            if (array.shape, array.dtype) != (expected[name].shape, expected[name].dtype):
+                raise ValueError(f"{name} has a different shape or dtype")
             for index, checksum in expected[name].checksums:
                 if _crc32(array[index]) != checksum:
                     raise ValueError(f"{name} is not what was written")
