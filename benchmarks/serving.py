@@ -13,9 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.parse
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,11 +31,13 @@ from simplernn_jax.training.preparation import prepare
 
 from . import measure, tables
 from .decoding import random_tokens
+from .http_client import Connection, body_of, connected, status_of
 from .measure import Effort, call_isolated
 from .tables import Row, Table
 from .train_steps import change, load_config
 
 TITLE = "serve: base"
+COMPLETE = "/v1/completions"
 CLIENTS, SLOTS = (1, 8, 32, 64), 32
 PROMPT, NEW_TOKENS, LONG = 100, 256, 1024
 """Tokens of a prompt, of a completion, and of a long one."""
@@ -142,13 +143,14 @@ async def limits(model: LanguageModel, url: str, pid: int) -> list[Row]:
     rows: list[Row] = [{"measured": "50,000 tokens again / at first", "value": times[1] / times[0]}]
 
     prompts = random_tokens(model.config, 200, PROMPT)
-    leaving = [asyncio.ensure_future(status_of(url, prompt, 10**6)) for prompt in prompts]
+    asked = [fields_of(prompt, 10**6) for prompt in prompts]
+    leaving = [asyncio.ensure_future(status_of(url, COMPLETE, one)) for one in asked]
     await asyncio.sleep(0.5)
     for task in leaving:
         task.cancel()
     await asyncio.gather(*leaving, return_exceptions=True)
     start = time.perf_counter()
-    await stream_one(url, prompts[0], 1)
+    await stream_all(url, prompts[:1], 1)
     while json.loads(await body_of(url, "/slots"))["active"]:
         await asyncio.sleep(0.01)
     idle = time.perf_counter() - start
@@ -176,7 +178,8 @@ def statuses(url: str) -> Counter[int]:
 
     async def ask() -> Counter[int]:
         prompts = np.random.default_rng(0).integers(0, 256, (1000, PROMPT))
-        return Counter(await asyncio.gather(*(status_of(url, prompt, 32) for prompt in prompts)))
+        asked = [fields_of(prompt, 32) for prompt in prompts]
+        return Counter(await asyncio.gather(*(status_of(url, COMPLETE, one) for one in asked)))
 
     return asyncio.run(ask())
 
@@ -195,7 +198,7 @@ def percentiles(name: str, values: Sequence[float]) -> dict[str, float]:
 async def stream_all(
     url: str, prompts: np.ndarray, tokens: int, is_staggered: bool = False
 ) -> tuple[float, list[Stream]]:
-    """Stream completions for each row of prompts, all rows at once.
+    """Stream completions for each row of prompts, each row over a connection of its own.
 
     Args:
       url: of the server.
@@ -215,24 +218,23 @@ async def stream_all(
             lengths[0] = tokens * (index + 1) // len(prompts)
             lengths[-1] += tokens - lengths[0]
         parts = zip(np.split(row, count), lengths.tolist(), strict=True)
-        return [await stream_one(url, prompt, length) for prompt, length in parts]
+        async with connected(url) as connection:
+            return [await stream_one(connection, prompt, length) for prompt, length in parts]
 
     start = time.perf_counter()
     streams = await asyncio.gather(*(client(index, row) for index, row in enumerate(prompts)))
     return time.perf_counter() - start, [stream for some in streams for stream in some]
 
 
-async def stream_one(url: str, prompt: np.ndarray, tokens: int) -> Stream:
-    """Stream a completion over a connection of its own."""
+async def stream_one(connection: Connection, prompt: np.ndarray, tokens: int) -> Stream:
+    """Stream a completion."""
     start = time.perf_counter()
-    first, answer = 0.0, b""
-    async for part in parts_of(url, "/v1/completions", fields_of(prompt, tokens)):
-        answer += part
-        if not first and b"data: {" in part:
-            first = time.perf_counter() - start
-    end = time.perf_counter() - start
+    parts, times = await connection.stream(COMPLETE, fields_of(prompt, tokens))
+    answer = b"".join(parts)
+    is_text = (b"data: {" in part for part in parts)
+    first = next(time for time, found in zip(times, is_text, strict=True) if found) - start
     tokens = int(re.findall(rb'"completion_tokens":(\d+)', answer)[-1])
-    return Stream(first, end, tokens, answer.count(b'"text":'))
+    return Stream(first, times[-1] - start, tokens, answer.count(b'"text":'))
 
 
 def fields_of(prompt: np.ndarray, tokens: int) -> Any:
@@ -245,37 +247,6 @@ def fields_of(prompt: np.ndarray, tokens: int) -> Any:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-
-
-async def status_of(url: str, prompt: np.ndarray, tokens: int) -> int:
-    """Status of a completion, which is read to its end."""
-    parts = [part async for part in parts_of(url, "/v1/completions", fields_of(prompt, tokens))]
-    return int(b"".join(parts).split()[1])
-
-
-async def body_of(url: str, path: str) -> bytes:
-    """Body of ``GET path``, one line of JSON."""
-    return b"".join([part async for part in parts_of(url, path)]).split(b"\r\n\r\n")[-1]
-
-
-async def parts_of(
-    url: str, path: str, fields: Any = None, method: str | None = None
-) -> AsyncIterator[bytes]:
-    """Yield a response as it arrives, over a connection of its own.
-
-    Without a `method`, it is POST with `fields`, which are sent as JSON, and GET without.
-    """
-    body = b"" if fields is None else json.dumps(fields).encode()
-    address = urllib.parse.urlsplit(url)
-    method = method or ("GET" if fields is None else "POST")
-    head = f"{method} {path} HTTP/1.1\r\nHost: {address.netloc}\r\nConnection: close\r\n"
-    reader, writer = await asyncio.open_connection(address.hostname, address.port)
-    try:
-        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        while part := await reader.read(1 << 16):
-            yield part
-    finally:
-        writer.close()
 
 
 def save_untrained(

@@ -127,11 +127,11 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] | np.ndarray = ()) -> None:
         self._tokenizer = tokenizer
-        self._remember([int(token) for token in context])
+        self._remember(np.asarray(context, np.int64))
 
     def feed(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the characters that `ids` complete; an unfinished one waits for its last byte."""
-        self._ids += [int(token) for token in ids]
+        self._ids = np.concatenate([self._ids, np.asarray(ids, np.int64)])
         text = self._text()[self._num_returned :]
         self._num_returned += len(text)
         if len(self._ids) > 2 * RECENT_TOKENS:
@@ -142,7 +142,7 @@ class TextStream:
         """Return U+FFFD for an unfinished character, otherwise an empty string."""
         return self._text(final=True)[self._num_returned :]
 
-    def _remember(self, ids: list[int]) -> None:
+    def _remember(self, ids: np.ndarray) -> None:
         self._ids = ids[-RECENT_TOKENS:]
         self._num_returned = len(self._text())
 

@@ -96,10 +96,11 @@ class Answer:
           RequestError: the engine failed or is stopping.
         """
         while self._num_left:
+            if not self._queue.empty():
+                await asyncio.sleep(0)  # neither a full queue nor a free socket lets others run
             events = [await self._queue.get()]
             while not self._queue.empty() and len(events) < MAX_EVENTS:
                 events.append(self._queue.get_nowait())
-            await asyncio.sleep(0)  # neither a full queue nor a free socket would let others run
             yield [update for event in events for update in self._read(*event)]
 
     async def prefilled(self) -> Prefilled:

@@ -1,6 +1,7 @@
 """Continuous batching of the jobs of one set of parameters: prefill, slots, and results."""
 
 import dataclasses
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -29,10 +30,12 @@ PREFILL_TOKENS = 512
 """Tokens prefilled between two blocks while slots decode: a long prompt never stalls them."""
 SHORT_SECONDS = 5e-3
 """Time of a block while anything waits, or is streamed and at most half of the slots decode."""
-LONG_SECONDS = 25e-3
+LONG_SECONDS = 50e-3
 """Time of other blocks."""
 FIRST_BLOCK = 2
 """Tokens of the block that gives a stream its first ones."""
+EVENT_SECONDS = 10e-3
+"""Time between two events of a sequence at least, but for its last one: each costs a frame."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -42,10 +45,22 @@ class _Choice:
     job: Job
     index: int
     num_tokens: int = 0
+    parts: list[tuple[np.ndarray, Logprobs | None]] = dataclasses.field(default_factory=list)
+    """Tokens that no event has reported."""
+    reported: float = -math.inf
+    """Monotonic seconds of the last event."""
 
     @property
     def is_cancelled(self) -> bool:
         return self.job.is_cancelled or self.index in self.job.cancelled_choices
+
+    def take(self, reason: str | None) -> NewTokens:
+        """Make the event of the tokens that none has reported."""
+        parts, self.parts = self.parts, []
+        tokens = np.concatenate([new for new, _ in parts])
+        logprobs = [Logprobs(*some) for _, some in parts if some is not None]
+        together = Logprobs(*map(np.concatenate, zip(*logprobs, strict=True))) if logprobs else None
+        return NewTokens(self.index, tokens, together, reason)
 
 
 class _Dispatched(NamedTuple):
@@ -329,4 +344,7 @@ class Decoder:
             of_tokens = None
             if logprobs is not None and job.num_logprobs:
                 of_tokens = Logprobs(*(x[slot, :count] for x in logprobs))
-            self._events.append((job, NewTokens(choice.index, new, of_tokens, reason)))
+            choice.parts.append((new, of_tokens))
+            if reason is not None or now - choice.reported >= EVENT_SECONDS:
+                self._events.append((job, choice.take(reason)))
+                choice.reported = now

@@ -19,7 +19,7 @@ from simplernn_jax.inference.sampling import sample
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.decode import decode_tokens
 
-MAX_BLOCK = 64
+MAX_BLOCK = 128
 """New tokens of a slot from one dispatch at most."""
 TOP_LOGPROBS = 20
 """Alternatives reported for a token at most."""
