@@ -46,13 +46,11 @@ COMPLETIONS = 10
 
 
 class Stream(NamedTuple):
-    """Seconds from the request to the first text and to the end, and numbers of what came."""
+    """Seconds from the request to the first text and to the end, and the number of tokens."""
 
     first: float
     end: float
     tokens: int
-    frames: int
-    """With new tokens; there is one for each block of the server."""
 
 
 def run(effort: Effort) -> Iterator[Table]:
@@ -131,9 +129,8 @@ async def half_loaded(model: LanguageModel, url: str, effort: Effort) -> Row:
         prompt = (prompts[:1] + len(firsts) + 1) % model.config.vocab_size
         _, (stream,) = await stream_all(url, prompt, 8)
         firsts.append(1e3 * stream.first)
-    _, streams = await others
-    block = float(np.median([1e3 * (s.end - s.first) / s.frames for s in streams]))
-    return percentiles("first token, ms", firsts) | {"a block, ms": block}
+    await others
+    return percentiles("first token, ms", firsts)
 
 
 async def limits(model: LanguageModel, url: str, pid: int) -> list[Row]:
@@ -234,7 +231,7 @@ async def stream_one(connection: Connection, prompt: np.ndarray, tokens: int) ->
     is_text = (b"data: {" in part for part in parts)
     first = next(time for time, found in zip(times, is_text, strict=True) if found) - start
     tokens = int(re.findall(rb'"completion_tokens":(\d+)', answer)[-1])
-    return Stream(first, times[-1] - start, tokens, answer.count(b'"text":'))
+    return Stream(first, times[-1] - start, tokens)
 
 
 def fields_of(prompt: np.ndarray, tokens: int) -> Any:

@@ -16,6 +16,7 @@ from small_runs import HYBRID, save_untrained, small_config, write_corpus
 
 from simplernn_jax import load_model
 from simplernn_jax.inference import generate_text, load_state, save_state
+from simplernn_jax.serving.server import listen
 
 
 @pytest.fixture(scope="module")
@@ -351,6 +352,14 @@ def test_key_drain_and_reload(workdir, tmp_path):
     with serving(workdir, *flags) as server:
         body = {"prompt": "b", "state": "s", "max_tokens": 3}
         assert server.send("POST", "/v1/completions", body, **key)[0] == 200
+
+
+def test_connections_send_small_frames_at_once():
+    """Otherwise a second stream on one connection waits for a delayed acknowledgement."""
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_flags_that_cannot_be_served(workdir, tmp_path):

@@ -1,6 +1,7 @@
 """Continuous batching: what a sequence gets does not depend on slots, neighbors or the cache."""
 
 import itertools
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from small_runs import HYBRID, small_config
 
 from simplernn_jax.inference import generate, quantize_model
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.serving import decoder as decoding
 from simplernn_jax.serving.decoder import PREFILL_TOKENS, Decoder
 from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Prefilled, Root, Sampling
 from simplernn_jax.serving.prefix_cache import GRID, PrefixCache, is_kept, prefix_keys
@@ -77,6 +79,25 @@ def run(decoder, jobs):
         for key, events in parts.items()
     }
     return found, cached
+
+
+def test_events_close_to_each_other_are_one(decoder, monkeypatch):
+    def jobs():
+        return [Job(tokens_of(3, 5), Sampling(), 150, num_logprobs=2, is_streamed=True)]
+
+    expected, _ = run(decoder, jobs())
+    monkeypatch.setattr(decoding, "EVENT_SECONDS", math.inf)
+    (job,) = jobs()
+    decoder.waiting.append(job)
+    events = []
+    while not decoder.is_idle:
+        events += [event for _, event in decoder.step() if isinstance(event, NewTokens)]
+    assert len(events) == 2  # the first one never waits, and the last one ends the text
+    assert events[0].finish_reason is None
+    tokens = np.concatenate([event.tokens for event in events])
+    top = np.concatenate([event.logprobs.top for event in events])
+    ((found, logprobs, _),) = expected.values()
+    assert (tokens.tolist(), top.tobytes()) == (found, logprobs)
 
 
 def test_alone_together_and_from_the_cache_are_the_same_bits(decoder):

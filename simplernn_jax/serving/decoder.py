@@ -34,7 +34,7 @@ LONG_SECONDS = 50e-3
 """Time of other blocks."""
 FIRST_BLOCK = 2
 """Tokens of the block that gives a stream its first ones."""
-EVENT_SECONDS = 10e-3
+EVENT_SECONDS = 20e-3
 """Time between two events of a sequence at least, but for its last one: each costs a frame."""
 
 
