@@ -17,6 +17,8 @@ from .recurrence_bounds import Array, Bounded, Inputs, bounded_recurrence
 
 CASES_PER_PROGRAM = 5
 """Each shape and method compiles a program of its own, which takes longer than a case."""
+CASES_PER_CACHE = 100
+"""Compiled programs are forgotten after as many: 2 MB for each case otherwise."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "auto": {},
@@ -65,6 +67,8 @@ def numerics(folder: Path, count: int, seed: int) -> Iterator[Case]:
             methods = list(METHODS)
             method = methods[number // CASES_PER_PROGRAM % len(methods)]
             program = draw_program(draw, method)
+            if number % CASES_PER_CACHE == 0:
+                jax.clear_caches()
             run = compiled(program)
         draw = np.random.default_rng([seed, number, 1])
         gates, segments = draw.choice(GATES), draw.choice(SEGMENTS)
