@@ -63,9 +63,8 @@ async def connected(url: str) -> AsyncIterator[Connection]:
     """Open a connection, and close it at the end."""
     address = urllib.parse.urlsplit(url)
     loop = asyncio.get_running_loop()
-    transport, connection = await loop.create_connection(
-        lambda: Connection(address.netloc), address.hostname, address.port
-    )
+    where = address.hostname or "", address.port or 80
+    transport, connection = await loop.create_connection(lambda: Connection(address.netloc), *where)
     try:
         yield connection
     finally:

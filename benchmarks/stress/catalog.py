@@ -1,6 +1,6 @@
 """All experiments, by name."""
 
-from . import damage, determinism, full_disk, fuzz, kill, non_finite, numerics, resume, soak
+from . import damage, determinism, full_disk, fuzz, hosts, kill, non_finite, numerics, resume, soak
 from .experiment import Experiment
 
 EXPERIMENTS = {
@@ -17,8 +17,8 @@ EXPERIMENTS = {
         quick=2,
     ),
     "hosts": Experiment(
-        "when one of two processes is lost the other exits, and both resume to the same bytes",
-        kill.hosts,
+        "when a process is lost or cut off the others exit, and all resume to the same bytes",
+        hosts.hosts,
         full=100,
         quick=1,
     ),

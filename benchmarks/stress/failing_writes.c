@@ -3,7 +3,8 @@
    The environment variable FAILING_WRITES is "FIRST COUNT ERRNO RECORD FOLDER": of all calls that
    write below FOLDER, by all processes together, the FIRST-th (from 1) and the COUNT - 1 that
    follow it fail with ERRNO. If the FIRST-th writes data and more than one call fails, it writes
-   half of the data, as on a disk that is full then.
+   half of the data, as on a disk that is full then. With a negative ERRNO none fails, and each takes
+   -ERRNO microseconds more.
 
    RECORD is a file of RECORD_BYTES that the processes share: the number of calls, and the name and
    path of the FIRST-th. The standard streams are not counted. Other calls go on to the kernel,
@@ -74,7 +75,10 @@ static int failure(const char *call, int file, const char *name) {
     long number = atomic_fetch_add(&record->calls, 1) + 1;
     if (number == first)
         snprintf(record->first, sizeof record->first, "%s %s", call, path + length + 1);
-    return number >= first && number - first < count ? error : 0;
+    if (number < first || number - first >= count) return 0;
+    if (error >= 0) return error;
+    usleep(-error);
+    return 0;
 }
 
 #define FAIL_OR(call, file, name, result)             \

@@ -2,9 +2,7 @@
 
 import contextlib
 import errno
-import os
 import random
-import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from typing import Any
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.errors import UserError
 
+from . import preload
 from .experiment import Case
 from .runs import PARALLEL, difference, log_of, read_checkpoint, start_run, train
 
@@ -28,7 +27,6 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 WITHIN = 120.0
 """Seconds in which a run must end."""
 _ALL = 10**9
-_RECORD_BYTES = 8192
 
 
 def full_disk(folder: Path, count: int, seed: int) -> Iterator[Case]:
@@ -37,7 +35,7 @@ def full_disk(folder: Path, count: int, seed: int) -> Iterator[Case]:
     Calls are counted below a folder that holds the tokenized text and the workdir, and in every
     tenth run also the compiled programs, which all other runs share.
     """
-    library = _build(folder)
+    library = preload.build("failing_writes", folder)
     alone = folder / "alone" / "run"
     alone.parent.mkdir()
     train(alone, flags=FLAGS, environment=_environment(alone, library))
@@ -114,14 +112,11 @@ def _environment(
     is_cold: bool = False,
 ) -> dict[str, str]:
     """Variables of a run whose `first` call that writes fails, and `count` - 1 that follow."""
-    record = _record(workdir)
-    record.write_bytes(bytes(_RECORD_BYTES))
     programs = workdir.parent if is_cold else workdir.parent.parent
-    return {
-        "LD_PRELOAD": str(library),
-        "FAILING_WRITES": f"{first} {count} {error} {record} {workdir.parent}",
-        "JAX_COMPILATION_CACHE_DIR": str(programs / "programs"),
-    }
+    variables = preload.failing_writes(
+        library, _record(workdir), workdir.parent, first, count, error
+    )
+    return variables | {"JAX_COMPILATION_CACHE_DIR": str(programs / "programs")}
 
 
 def _calls(workdir: Path) -> tuple[int, str]:
@@ -132,20 +127,3 @@ def _calls(workdir: Path) -> tuple[int, str]:
 
 def _record(workdir: Path) -> Path:
     return workdir.parent.with_suffix(".calls")
-
-
-def _build(folder: Path) -> Path:
-    """Compile the library that makes calls fail.
-
-    Raises:
-      UserError: there is no C compiler.
-    """
-    source, library = Path(__file__).with_name("failing_writes.c"), folder / "failing_writes.so"
-    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    command = [*compiler, "-O2", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        raise UserError(f"{' '.join(command)}: {reason}; install a C compiler") from error
-    return library

@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted or lose a process, and resumed."""
+"""Runs that are killed or interrupted, and resumed."""
 
 import contextlib
 import random
@@ -28,13 +28,9 @@ from .runs import (
     wait_for_save,
 )
 
-_ENDS_WITHIN = 60.0
-"""Seconds in which the other process must end."""
 _SAVES_WITHIN = 10.0
 """Seconds in which an interrupted run must save and exit, once its programs are compiled."""
 _COMPILES_WITHIN = 60.0
-_REASONS = {76: "error: a peer process failed", 2: "error: not all processes"}
-"""Exit codes of the other process, and the reason in its log."""
 
 VARIANTS = {
     "stream": (),
@@ -50,131 +46,93 @@ VARIANTS = {
 }
 """Flags of the runs that are killed, one after the other."""
 
-Interruption = Callable[[Path, list[Process], random.Random], tuple[str, str | None, str]]
-"""``(workdir, processes, draw) -> (description, problem, kind)``"""
+Interruption = Callable[[Path, Process, random.Random], tuple[str, str | None, str]]
+"""``(workdir, process, draw) -> (description, problem, kind)``"""
 
 
 def kill(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """Send SIGKILL to runs of all `VARIANTS` at random moments, every second one inside a save."""
-    return _interrupt_runs(folder, count, seed, _kill_a_run, 1, list(VARIANTS))
-
-
-def hosts(folder: Path, count: int, seed: int) -> Iterator[Case]:
-    """Kill or suspend one of two processes that train together."""
-    return _interrupt_runs(folder, count, seed, _lose_a_process, 2, ["stream"])
+    return _interrupt_runs(folder, count, seed, _kill_a_run)
 
 
 def signals(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """Send SIGTERM or SIGINT at random moments, to every third run twice."""
-    return _interrupt_runs(folder, count, seed, _interrupt_a_run, 1, list(VARIANTS))
+    return _interrupt_runs(folder, count, seed, _interrupt_a_run)
 
 
-def _interrupt_runs(
-    folder: Path,
-    count: int,
-    seed: int,
-    interrupt: Interruption,
-    num_processes: int,
-    variants: list[str],
-) -> Iterator[Case]:
+def _interrupt_runs(folder: Path, count: int, seed: int, interrupt: Interruption) -> Iterator[Case]:
     """Interrupt and resume `count` runs, which must end as those that nothing interrupts."""
-    variants = variants[:count]
+    variants = list(VARIANTS)[:count]
     flags = {name: [flag.format(folder=folder) for flag in VARIANTS[name]] for name in variants}
     if "fine-tuning" in variants:
-        train(folder / "pretrained", num_processes)
+        train(folder / "pretrained")
     expected: dict[str, Any] = {}
 
     def run_alone(name: str) -> None:
-        train(folder / name, num_processes, flags[name])
+        train(folder / name, flags=flags[name])
         expected[name] = read_checkpoint(folder / name)
 
     def interrupt_and_resume(number: int) -> Case:
         name = variants[number % len(variants)]
         workdir = folder / str(number)
         draw = random.Random(f"{seed} {number}")
-        with start_run(workdir, num_processes, flags[name]) as processes:
-            what, problem, kind = interrupt(workdir, processes, draw)
+        with start_run(workdir, flags=flags[name]) as (process,):
+            what, problem, kind = interrupt(workdir, process, draw)
         if problem is None:
-            train(workdir, num_processes, flags[name])
+            train(workdir, flags=flags[name])
             problem = difference(read_checkpoint(workdir), expected[name])
         if (workdir / "checkpoints_damaged").exists():
             problem = "a checkpoint was taken for damaged"
         shutil.rmtree(workdir)
         return Case(f"run {number}, {name}, {what}", problem, kind)
 
-    with ThreadPoolExecutor(max(1, PARALLEL // num_processes)) as pool:
+    with ThreadPoolExecutor(PARALLEL) as pool:
         list(pool.map(run_alone, variants))
         yield from pool.map(interrupt_and_resume, range(count))
 
 
 def _kill_a_run(
-    workdir: Path, processes: list[Process], draw: random.Random
+    workdir: Path, process: Process, draw: random.Random
 ) -> tuple[str, str | None, str]:
     """Kill a run, with an even number inside a save if it can be met."""
     if int(workdir.name) % 2:
-        wait_for_a_moment(workdir, processes, draw)
+        wait_for_a_moment(workdir, [process], draw)
     else:
-        _stop_inside_a_save(workdir, processes, draw)
-    send(processes[0], signal.SIGKILL)
-    processes[0].wait()
+        _stop_inside_a_save(workdir, process, draw)
+    send(process, signal.SIGKILL)
+    process.wait()
     kind = "inside a save" if is_saving(workdir) else "between saves"
     return f"killed {kind}", None, kind
 
 
-def _stop_inside_a_save(workdir: Path, processes: list[Process], draw: random.Random) -> None:
+def _stop_inside_a_save(workdir: Path, process: Process, draw: random.Random) -> None:
     """Stop the process at a random moment of a random save; return also if it ends before."""
-    wait_for_save(workdir, processes, draw.randrange(STEPS // SAVE_EVERY - 1))
-    while processes[0].poll() is None:
+    wait_for_save(workdir, [process], draw.randrange(STEPS // SAVE_EVERY - 1))
+    while process.poll() is None:
         if is_saving(workdir):
             time.sleep(draw.uniform(0, 0.05))
-            send(processes[0], signal.SIGSTOP)
+            send(process, signal.SIGSTOP)
             if is_saving(workdir):
                 return
-            send(processes[0], signal.SIGCONT)
+            send(process, signal.SIGCONT)
         time.sleep(0.001)
 
 
-def _lose_a_process(
-    workdir: Path, processes: list[Process], draw: random.Random
-) -> tuple[str, str | None, str]:
-    """Kill or stop one process, and wait for the other."""
-    victim = draw.randrange(2)
-    # A stopped process is alive and hangs.
-    sent = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP])
-    when = wait_for_a_moment(workdir, processes, draw)
-    send(processes[victim], sent)
-    started, code = time.monotonic(), None
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        code = processes[1 - victim].wait(_ENDS_WITHIN)
-    took = f"{time.monotonic() - started:.1f} s"
-    problem = None
-    if code is None:
-        problem = f"the other has not ended within {took}"
-    # Without a reason, it may have ended regularly before the signal was sent.
-    elif code and (code not in _REASONS or _REASONS[code] not in log_of(workdir)):
-        problem = f"the other ended with code {code} and without its reason"
-    return (
-        f"{sent.name} to process {victim} {when}, the other waited for {took}",
-        problem,
-        sent.name,
-    )
-
-
 def _interrupt_a_run(
-    workdir: Path, processes: list[Process], draw: random.Random
+    workdir: Path, process: Process, draw: random.Random
 ) -> tuple[str, str | None, str]:
     """Send a signal, or two soon after each other, and wait for the run's end."""
     sent = draw.choice([signal.SIGTERM, signal.SIGINT])
-    when = wait_for_a_moment(workdir, processes, draw)
+    when = wait_for_a_moment(workdir, [process], draw)
     is_twice = int(workdir.name) % 3 == 0
-    send(processes[0], sent)
+    send(process, sent)
     if is_twice:
         time.sleep(draw.uniform(0, 1))
-        send(processes[0], sent)
+        send(process, sent)
     has_begun = any(workdir.glob("checkpoints/*"))
     started, code = time.monotonic(), None
     with contextlib.suppress(subprocess.TimeoutExpired):
-        code = processes[0].wait(_SAVES_WITHIN if has_begun else _COMPILES_WITHIN)
+        code = process.wait(_SAVES_WITHIN if has_begun else _COMPILES_WITHIN)
     took = f"{time.monotonic() - started:.1f} s"
     problem = None
     if code is None:

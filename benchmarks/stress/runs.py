@@ -22,6 +22,8 @@ from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leav
 from simplernn_jax.checkpoint.folder import UNFINISHED_MARK, CheckpointFolder
 from simplernn_jax.project import ROOT
 
+from .network import Proxy
+
 STEPS, SAVE_EVERY = 24, 3
 PARALLEL = 2
 """Simultaneous processes: most of a short run is its start, which keeps one core busy."""
@@ -98,10 +100,18 @@ def start_run(
     num_processes: int = 1,
     flags: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    of_process: Mapping[int, Mapping[str, str]] | None = None,
+    proxies: Mapping[int, Proxy] | None = None,
 ) -> Iterator[list[Process]]:
     """Start or resume a small training run, and kill what is left of it in the end.
 
-    Variables of `environment` replace those of this process.
+    Args:
+      workdir: of the run.
+      num_processes: that train together.
+      flags: of the configuration.
+      environment: variables that replace those of this process.
+      of_process: more of them, for the processes of these numbers.
+      proxies: through which the processes of these numbers reach the coordinator.
     """
     folder = workdir.parent
     words = command(workdir, flags)
@@ -114,14 +124,26 @@ def start_run(
     commands = [words]
     if num_processes > 1:
         with socket.create_server(("127.0.0.1", 0)) as server:
-            words += ["--distributed", f"--coordinator=127.0.0.1:{server.getsockname()[1]}"]
-        words += [f"--num_processes={num_processes}", "--join_timeout=30"]
-        commands = [[*words, f"--process_id={number}"] for number in range(num_processes)]
-        variables |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+            port = server.getsockname()[1]
+        addresses = {i: proxy.address(port) for i, proxy in (proxies or {}).items()}
+        words += ["--distributed", f"--num_processes={num_processes}", "--join_timeout=30"]
+        commands = [
+            [*words, f"--process_id={i}", f"--coordinator={addresses.get(i, f'127.0.0.1:{port}')}"]
+            for i in range(num_processes)
+        ]
+        variables |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(4 // num_processes)}
     with open(workdir.with_suffix(".log"), "ab") as log:
-        options: Any = {"env": variables, "stdout": log, "stderr": log}
         # A group of its own, so that a signal also reaches its child, which trains.
-        processes = [subprocess.Popen(each, start_new_session=True, **options) for each in commands]
+        processes = [
+            subprocess.Popen(
+                each,
+                env=variables | dict((of_process or {}).get(number, {})),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+            for number, each in enumerate(commands)
+        ]
     try:
         yield processes
     finally:
@@ -135,13 +157,14 @@ def train(
     num_processes: int = 1,
     flags: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    of_process: Mapping[int, Mapping[str, str]] | None = None,
 ) -> None:
-    """Run to the end, or resume.
+    """Run to the end, or resume; arguments as of `start_run`.
 
     Raises:
       RuntimeError: it failed.
     """
-    with start_run(workdir, num_processes, flags, environment) as processes:
+    with start_run(workdir, num_processes, flags, environment, of_process) as processes:
         codes = [process.wait() for process in processes]
     if any(codes):
         raise RuntimeError(f"run {workdir} failed with codes {codes}:\n{log_of(workdir)}")

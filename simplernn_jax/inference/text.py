@@ -127,6 +127,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] | np.ndarray = ()) -> None:
         self._tokenizer = tokenizer
+        self._ids: np.ndarray = np.zeros(0, np.int64)
+        self._num_returned = 0
         self._remember(np.asarray(context, np.int64))
 
     def feed(self, ids: Sequence[int] | np.ndarray) -> str:

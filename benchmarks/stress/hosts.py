@@ -1,0 +1,127 @@
+"""Processes that train together, of which one is lost, cut off, slow, or wrong about the time."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import preload
+from .experiment import Case
+from .network import Proxy
+from .runs import (
+    Process,
+    difference,
+    log_of,
+    read_checkpoint,
+    send,
+    start_run,
+    train,
+    wait_for_a_moment,
+)
+
+_ENDS_WITHIN = 60.0
+"""Seconds in which the other processes must end."""
+_REASONS = {76: "error: a peer process failed", 2: "error: not all processes"}
+"""Exit codes of the other processes, and the reason in their log."""
+_LOSSES = ("killed", "stopped", "cut off")
+_KINDS = (*_LOSSES, "slow disk", "wrong clock")
+_ALL = 10**9
+_DELAY = 20_000
+"""Microseconds that a call takes which writes to a slow disk."""
+_SHIFT = 40 * 86_400
+_WRONG_CLOCK = """\
+import time
+
+now, now_ns = time.time, time.time_ns
+time.time = lambda: now() + {shift}
+time.time_ns = lambda: now_ns() + {shift} * 10**9
+"""
+"""Of Python: the C++ of XLA waits by the clock of the system, which all processes share here."""
+
+
+def hosts(folder: Path, count: int, seed: int) -> Iterator[Case]:
+    """Disturb one of two processes, in every fourth case one of four.
+
+    A stopped process is alive and hangs. One that is cut off from the coordinator still exchanges
+    gradients with the others, so all must end. Slow disks and wrong clocks must change nothing.
+    """
+    library = preload.build("failing_writes", folder)
+    expected = {}
+    for number in range(count):
+        size = 4 if number % 4 == 3 else 2
+        if size not in expected:
+            train(folder / f"alone{size}", size)
+            expected[size] = read_checkpoint(folder / f"alone{size}")
+        workdir = folder / str(number)
+        draw = random.Random(f"{seed} {number}")
+        kind = _KINDS[number % len(_KINDS)]
+        if kind in _LOSSES:
+            what, problem = _lose(workdir, size, draw, kind)
+            if problem is None:
+                train(workdir, size)
+        else:
+            what, problem = _disturb(workdir, size, draw, kind, library)
+        if problem is None:
+            problem = difference(read_checkpoint(workdir), expected[size])
+        if (workdir / "checkpoints_damaged").exists():
+            problem = "a checkpoint was taken for damaged"
+        shutil.rmtree(workdir, ignore_errors=True)  # it may have failed before it made one
+        yield Case(f"run {number}, {size} processes, {what}", problem, kind)
+
+
+def _disturb(
+    workdir: Path, size: int, draw: random.Random, kind: str, library: Path
+) -> tuple[str, str | None]:
+    """Run to the end with a process that is slow or wrong."""
+    victim = draw.randrange(size)
+    if kind == "slow disk":
+        record = workdir.with_suffix(".calls")
+        variables = preload.failing_writes(library, record, workdir, 1, _ALL, -_DELAY)
+    else:
+        path = workdir.with_suffix(".clock")
+        path.mkdir()
+        shift = draw.choice([-_SHIFT, _SHIFT])
+        (path / "sitecustomize.py").write_text(_WRONG_CLOCK.format(shift=shift), "utf-8")
+        variables = {"PYTHONPATH": os.pathsep.join([str(path), *filter(os.path.isabs, sys.path)])}
+    what = f"{kind} of process {victim}"
+    try:
+        train(workdir, size, of_process={victim: variables})
+    except RuntimeError as error:
+        return what, str(error)[-1000:]
+    return what, None
+
+
+def _lose(workdir: Path, size: int, draw: random.Random, kind: str) -> tuple[str, str | None]:
+    """Kill, stop or cut off one process, and wait for those that must end."""
+    # The coordinator is in the first process.
+    victim = draw.randrange(1 if kind == "cut off" else 0, size)
+    with Proxy() as proxy, start_run(workdir, size, proxies={victim: proxy}) as processes:
+        when = wait_for_a_moment(workdir, processes, draw)
+        if kind == "cut off":
+            proxy.cut()
+        else:
+            send(processes[victim], signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
+        started = time.monotonic()
+        others = [p for i, p in enumerate(processes) if i != victim or kind == "cut off"]
+        codes = [_code(process, started) for process in others]
+    what = f"process {victim} {kind} {when}, the others waited {time.monotonic() - started:.1f} s"
+    if None in codes:
+        return what, f"not ended within {_ENDS_WITHIN:.0f} s, codes {codes}"
+    # Without a reason, it may have ended regularly before.
+    log = log_of(workdir)
+    if any(code and _REASONS.get(code, "no reason") not in log for code in codes):
+        return what, f"codes {codes} without their reason: {log[-500:]}"
+    return what, None
+
+
+def _code(process: Process, started: float) -> int | None:
+    """Exit code of a process, or None if it does not end in time."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(max(0.0, started + _ENDS_WITHIN - time.monotonic()))
+    return None
