@@ -1,6 +1,7 @@
 """Runs that are killed or interrupted, and resumed."""
 
 import contextlib
+import os
 import random
 import shutil
 import signal
@@ -46,12 +47,16 @@ VARIANTS = {
 }
 """Flags of the runs that are killed, one after the other."""
 
-Interruption = Callable[[Path, Process, random.Random], tuple[str, str | None, str]]
-"""``(workdir, process, draw) -> (description, problem, kind)``"""
+Interruption = Callable[[Path, list[str], random.Random], tuple[str, str | None, str]]
+"""``(workdir, flags, draw) -> (description, problem, kind)``"""
 
 
 def kill(folder: Path, count: int, seed: int) -> Iterator[Case]:
-    """Send SIGKILL to runs of all `VARIANTS` at random moments, every second one inside a save."""
+    """Send SIGKILL to runs of all `VARIANTS`, half of them inside a save.
+
+    Of ten runs, one is killed while it reads its checkpoint, one while it compiles, and three at
+    random moments.
+    """
     return _interrupt_runs(folder, count, seed, _kill_a_run)
 
 
@@ -76,8 +81,7 @@ def _interrupt_runs(folder: Path, count: int, seed: int, interrupt: Interruption
         name = variants[number % len(variants)]
         workdir = folder / str(number)
         draw = random.Random(f"{seed} {number}")
-        with start_run(workdir, flags=flags[name]) as (process,):
-            what, problem, kind = interrupt(workdir, process, draw)
+        what, problem, kind = interrupt(workdir, flags[name], draw)
         if problem is None:
             train(workdir, flags=flags[name])
             problem = difference(read_checkpoint(workdir), expected[name])
@@ -92,17 +96,66 @@ def _interrupt_runs(folder: Path, count: int, seed: int, interrupt: Interruption
 
 
 def _kill_a_run(
-    workdir: Path, process: Process, draw: random.Random
+    workdir: Path, flags: list[str], draw: random.Random
 ) -> tuple[str, str | None, str]:
-    """Kill a run, with an even number inside a save if it can be met."""
-    if int(workdir.name) % 2:
-        wait_for_a_moment(workdir, [process], draw)
-    else:
-        _stop_inside_a_save(workdir, process, draw)
-    send(process, signal.SIGKILL)
-    process.wait()
-    kind = "inside a save" if is_saving(workdir) else "between saves"
+    number = int(workdir.name) % 10
+    environment = {}
+    if number == 1:
+        _kill_after_a_save(workdir, flags, draw)
+    elif number == 3:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(workdir.with_suffix(".programs"))
+    with start_run(workdir, flags=flags, environment=environment) as (process,):
+        if number % 2 == 0:
+            _stop_inside_a_save(workdir, process, draw)
+        elif number == 1:
+            kind = _stop_inside_a_restore(workdir, process, draw)
+        elif number == 3:
+            kind = _wait_for_compilation(workdir, process, draw)
+        else:
+            wait_for_a_moment(workdir, [process], draw)
+        send(process, signal.SIGKILL)
+        process.wait()
+    if number not in (1, 3):
+        kind = "inside a save" if is_saving(workdir) else "between saves"
     return f"killed {kind}", None, kind
+
+
+def _kill_after_a_save(workdir: Path, flags: list[str], draw: random.Random) -> None:
+    with start_run(workdir, flags=flags) as (process,):
+        wait_for_save(workdir, [process], draw.randrange(1, STEPS // SAVE_EVERY - 1))
+        send(process, signal.SIGKILL)
+        process.wait()
+
+
+def _stop_inside_a_restore(workdir: Path, process: Process, draw: random.Random) -> str:
+    """Stop the process while it has a file of a checkpoint open; return what it was doing."""
+    delay = draw.uniform(0, 0.1)
+    folder = f"{workdir}/checkpoints/"
+    while process.poll() is None and "resuming" not in log_of(workdir):
+        if any(path.startswith(folder) for path in _open_files(process)):
+            time.sleep(delay)
+            send(process, signal.SIGSTOP)
+            return "after a restore" if "resuming" in log_of(workdir) else "inside a restore"
+        time.sleep(0.001)
+    return "after a restore"
+
+
+def _open_files(process: Process) -> Iterator[str]:
+    """Paths of the files that the processes of a run have open."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended, or closed the file
+            if os.getpgid(int(path.name)) == process.pid:
+                for link in os.listdir(path / "fd"):
+                    with contextlib.suppress(OSError):
+                        yield os.readlink(path / "fd" / link)
+
+
+def _wait_for_compilation(workdir: Path, process: Process, draw: random.Random) -> str:
+    """Wait for a moment between the first line and the first step; return what is going on."""
+    while process.poll() is None and " parameters" not in log_of(workdir):
+        time.sleep(0.01)
+    time.sleep(draw.uniform(0, 2))
+    return "after a compilation" if "step 1/" in log_of(workdir) else "while compiling"
 
 
 def _stop_inside_a_save(workdir: Path, process: Process, draw: random.Random) -> None:
@@ -119,8 +172,13 @@ def _stop_inside_a_save(workdir: Path, process: Process, draw: random.Random) ->
 
 
 def _interrupt_a_run(
-    workdir: Path, process: Process, draw: random.Random
+    workdir: Path, flags: list[str], draw: random.Random
 ) -> tuple[str, str | None, str]:
+    with start_run(workdir, flags=flags) as (process,):
+        return _interrupt(workdir, process, draw)
+
+
+def _interrupt(workdir: Path, process: Process, draw: random.Random) -> tuple[str, str | None, str]:
     """Send a signal, or two soon after each other, and wait for the run's end."""
     sent = draw.choice([signal.SIGTERM, signal.SIGINT])
     when = wait_for_a_moment(workdir, [process], draw)
