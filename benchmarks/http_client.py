@@ -13,7 +13,7 @@ _END = b"0\r\n\r\n"
 
 
 class Connection(asyncio.Protocol):
-    """A connection that is kept for one stream after the other."""
+    """A keep-alive connection that carries one stream after another."""
 
     def __init__(self, host: str) -> None:
         self._host = host
@@ -52,6 +52,8 @@ class Connection(asyncio.Protocol):
         Raises:
           ConnectionError: the status is not 200, or the connection ended before the stream.
         """
+        if self.transport.is_closing():
+            raise ConnectionError("the connection has ended")
         self._begin()
         self.transport.write(_request(self._host, path, fields, "POST", "keep-alive"))
         await self._ended

@@ -368,7 +368,7 @@ def test_a_folder_that_the_disk_refuses_leaves_no_thread(tmp_path, monkeypatch, 
         patch.setattr(os, "mkdir", refuse)
         with pytest.raises(UserError, match=rf"step 2 .*{tmp_path}/checkpoints: No space left"):
             checkpointer.save(2, make_state(2), {}, wait=True)
-    gc.collect()  # of event loops, whose idle threads end with them
+    gc.collect()  # collects event loops; their idle threads then end
     left = [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
     for thread in left:
         thread.join(timeout=30)

@@ -81,6 +81,24 @@ def run(decoder, jobs):
     return found, cached
 
 
+def test_failed_jobs_report_tokens_that_were_held_back(decoder, monkeypatch):
+    job = Job(tokens_of(3, 5), Sampling(), 900, is_streamed=True)
+    (expected,) = run(decoder, [job])[0].values()
+    monkeypatch.setattr(decoding, "EVENT_SECONDS", math.inf)
+    decoder.waiting.append(Job(job.tokens, job.sampling, job.max_tokens, is_streamed=True))
+    events = [event for _ in range(9) for _, event in decoder.step()]
+    failed = Failed("such as a lack of memory")
+    left = [event for _, event in decoder.fail_all(failed)]
+    decoder.reset()
+    assert left[-1] is failed
+    assert len(left) == 2
+    tokens = [event.tokens for event in [*events, *left] if isinstance(event, NewTokens)]
+    assert len(tokens) == 2
+    found = np.concatenate(tokens).tolist()
+    assert len(found) > len(tokens[0])
+    assert found == expected[0][: len(found)]
+
+
 def test_events_close_to_each_other_are_one(decoder, monkeypatch):
     def jobs():
         return [Job(tokens_of(3, 5), Sampling(), 150, num_logprobs=2, is_streamed=True)]
@@ -229,7 +247,8 @@ def test_every_job_of_a_failing_step_gets_an_end(model, monkeypatch, step):
     assert run(decoder, [jobs[0]])
 
 
-def test_a_long_prompt_does_not_stall_streams(decoder):
+def test_a_long_prompt_does_not_stall_streams(decoder, monkeypatch):
+    monkeypatch.setattr(decoding, "EVENT_SECONDS", 0.0)  # every block is reported
     stream = Job(tokens_of(1, 3), Sampling(), max_tokens=10**6, is_streamed=True)
     long = Job(tokens_of(2, 5000), Sampling(), max_tokens=1)
     decoder.waiting.append(stream)

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from simplernn_jax.checkpoint.folder import CheckpointFolder
-from simplernn_jax.errors import UserError
 
 from . import preload
 from .experiment import Case
-from .runs import PARALLEL, difference, log_of, read_checkpoint, start_run, train
+from .runs import PARALLEL, difference, log_of, read_checkpoint, resume, start_run, train
 
 FLAGS = (
     "--config.model.num_layers=1",
@@ -90,13 +89,7 @@ def _run_and_resume(
 
 def _resume(workdir: Path, environment: dict[str, str], expected: dict[str, Any]) -> str | None:
     """Run again without failures; return what is wrong with the result."""
-    try:
-        train(workdir, flags=FLAGS, environment=environment | {"LD_PRELOAD": ""})
-        problem = difference(read_checkpoint(workdir), expected)
-    except (RuntimeError, UserError) as error:
-        return f"does not resume: {error}"
-    if problem is None and (workdir / "checkpoints_damaged").exists():
-        problem = "a checkpoint was taken for damaged"
+    problem = resume(workdir, expected, flags=FLAGS, environment=environment | {"LD_PRELOAD": ""})
     left = [path.name for path in workdir.parent.rglob("*tmp*")]
     if problem is None and left:
         problem = f"left behind: {', '.join(left)}"
@@ -121,8 +114,7 @@ def _environment(
 
 def _calls(workdir: Path) -> tuple[int, str]:
     """Return how many calls a run made that write, and which of them failed first."""
-    record = _record(workdir).read_bytes()
-    return int.from_bytes(record[:8], "little"), record[8:].partition(b"\0")[0].decode()
+    return preload.read_calls(_record(workdir))
 
 
 def _record(workdir: Path) -> Path:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -18,10 +19,10 @@ from .runs import (
     SAVE_EVERY,
     STEPS,
     Process,
-    difference,
     is_saving,
     log_of,
     read_checkpoint,
+    resume,
     send,
     start_run,
     train,
@@ -47,8 +48,9 @@ VARIANTS = {
 }
 """Flags of the runs that are killed, one after the other."""
 
-Interruption = Callable[[Path, list[str], random.Random], tuple[str, str | None, str]]
-"""``(workdir, flags, draw) -> (description, problem, kind)``"""
+Run = Callable[[], contextlib.AbstractContextManager[list[Process]]]
+Interruption = Callable[[Path, random.Random, Run], tuple[str, str | None, str]]
+"""``(workdir, draw, start) -> (description, problem, kind)``; ``start()`` starts or resumes."""
 
 
 def kill(folder: Path, count: int, seed: int) -> Iterator[Case]:
@@ -81,13 +83,15 @@ def _interrupt_runs(folder: Path, count: int, seed: int, interrupt: Interruption
         name = variants[number % len(variants)]
         workdir = folder / str(number)
         draw = random.Random(f"{seed} {number}")
-        what, problem, kind = interrupt(workdir, flags[name], draw)
-        if problem is None:
-            train(workdir, flags=flags[name])
-            problem = difference(read_checkpoint(workdir), expected[name])
-        if (workdir / "checkpoints_damaged").exists():
-            problem = "a checkpoint was taken for damaged"
-        shutil.rmtree(workdir)
+        programs = folder / "programs"
+        if interrupt is _kill_a_run and _moment(number) == "while compiling":
+            programs = workdir.with_suffix(".programs")  # whose rest the resumed run meets
+        options: Any = {"flags": flags[name]}
+        options["environment"] = {"JAX_COMPILATION_CACHE_DIR": str(programs)}
+        what, problem, kind = interrupt(workdir, draw, lambda: start_run(workdir, **options))
+        problem = problem or resume(workdir, expected[name], **options)
+        for path in (workdir, workdir.with_suffix(".programs")):
+            shutil.rmtree(path, ignore_errors=True)
         return Case(f"run {number}, {name}, {what}", problem, kind)
 
     with ThreadPoolExecutor(PARALLEL) as pool:
@@ -95,58 +99,57 @@ def _interrupt_runs(folder: Path, count: int, seed: int, interrupt: Interruption
         yield from pool.map(interrupt_and_resume, range(count))
 
 
-def _kill_a_run(
-    workdir: Path, flags: list[str], draw: random.Random
-) -> tuple[str, str | None, str]:
-    number = int(workdir.name) % 10
-    environment = {}
-    if number == 1:
-        _kill_after_a_save(workdir, flags, draw)
-    elif number == 3:
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(workdir.with_suffix(".programs"))
-    with start_run(workdir, flags=flags, environment=environment) as (process,):
-        if number % 2 == 0:
+def _moment(number: int) -> str:
+    """Moment at which a run is killed; the second ten runs are other variants at each moment."""
+    moments = ("inside a save", "inside a restore", "", "while compiling", "")
+    place = (number + number // 10) % 10
+    return moments[place] if place < 5 else moments[0] if place < 9 else ""
+
+
+def _kill_a_run(workdir: Path, draw: random.Random, start: Run) -> tuple[str, str | None, str]:
+    moment = _moment(int(workdir.name))
+    if moment == "inside a restore":
+        with start() as (process,):
+            wait_for_save(workdir, [process], draw.randrange(2, STEPS // SAVE_EVERY - 1))
+            send(process, signal.SIGKILL)
+            process.wait()
+    with start() as (process,):
+        if moment == "inside a save":
             _stop_inside_a_save(workdir, process, draw)
-        elif number == 1:
-            kind = _stop_inside_a_restore(workdir, process, draw)
-        elif number == 3:
-            kind = _wait_for_compilation(workdir, process, draw)
+        elif moment == "inside a restore":
+            moment = _stop_inside_a_restore(workdir, process, draw)
+        elif moment == "while compiling":
+            moment = _wait_for_compilation(workdir, process, draw)
         else:
             wait_for_a_moment(workdir, [process], draw)
         send(process, signal.SIGKILL)
         process.wait()
-    if number not in (1, 3):
-        kind = "inside a save" if is_saving(workdir) else "between saves"
-    return f"killed {kind}", None, kind
-
-
-def _kill_after_a_save(workdir: Path, flags: list[str], draw: random.Random) -> None:
-    with start_run(workdir, flags=flags) as (process,):
-        wait_for_save(workdir, [process], draw.randrange(1, STEPS // SAVE_EVERY - 1))
-        send(process, signal.SIGKILL)
-        process.wait()
+    if moment in ("inside a save", ""):
+        moment = "inside a save" if is_saving(workdir) else "between saves"
+    return f"killed {moment}", None, moment
 
 
 def _stop_inside_a_restore(workdir: Path, process: Process, draw: random.Random) -> str:
     """Stop the process while it has a file of a checkpoint open; return what it was doing."""
+    files = re.compile(re.escape(f"{workdir}/checkpoints/") + r"\d+/")
     delay = draw.uniform(0, 0.1)
-    folder = f"{workdir}/checkpoints/"
     while process.poll() is None and "resuming" not in log_of(workdir):
-        if any(path.startswith(folder) for path in _open_files(process)):
+        if any(map(files.match, _open_files(process))):
             time.sleep(delay)
             send(process, signal.SIGSTOP)
-            return "after a restore" if "resuming" in log_of(workdir) else "inside a restore"
-        time.sleep(0.001)
+            if any(map(files.match, _open_files(process))):
+                return "inside a restore"
+            send(process, signal.SIGCONT)
     return "after a restore"
 
 
 def _open_files(process: Process) -> Iterator[str]:
     """Paths of the files that the processes of a run have open."""
     for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has just ended, or closed the file
+        with contextlib.suppress(OSError):  # it has just ended
             if os.getpgid(int(path.name)) == process.pid:
                 for link in os.listdir(path / "fd"):
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError):  # just closed
                         yield os.readlink(path / "fd" / link)
 
 
@@ -171,10 +174,8 @@ def _stop_inside_a_save(workdir: Path, process: Process, draw: random.Random) ->
         time.sleep(0.001)
 
 
-def _interrupt_a_run(
-    workdir: Path, flags: list[str], draw: random.Random
-) -> tuple[str, str | None, str]:
-    with start_run(workdir, flags=flags) as (process,):
+def _interrupt_a_run(workdir: Path, draw: random.Random, start: Run) -> tuple[str, str | None, str]:
+    with start() as (process,):
         return _interrupt(workdir, process, draw)
 
 

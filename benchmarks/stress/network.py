@@ -16,7 +16,8 @@ class Proxy:
         self._target = 0
         self._is_cut = threading.Event()
         self._sockets: list[socket.socket] = []
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
 
     def address(self, target: int) -> str:
         """Return ``HOST:PORT`` to connect to in place of port `target`."""
@@ -32,6 +33,8 @@ class Proxy:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)  # closing alone would leave `accept` waiting
+        self._thread.join()
         for each in (self._server, *self._sockets):
             each.close()
 
@@ -40,7 +43,7 @@ class Proxy:
             try:
                 near, _ = self._server.accept()
             except OSError:
-                return  # closed
+                return  # shut down
             self._sockets.append(near)
             if self._is_cut.is_set():
                 continue

@@ -39,3 +39,9 @@ def failing_writes(
         "LD_PRELOAD": str(library),
         "FAILING_WRITES": f"{first} {count} {error} {record} {folder}",
     }
+
+
+def read_calls(record: Path) -> tuple[int, str]:
+    """Return the number of calls in a record of `failing_writes`, and the first that failed."""
+    content = record.read_bytes()
+    return int.from_bytes(content[:8], "little"), content[8:].partition(b"\0")[0].decode()

@@ -20,6 +20,7 @@ from simplernn_jax.checkpoint.checkpointer import read_config
 from simplernn_jax.checkpoint.choice import NEWEST
 from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leaves
 from simplernn_jax.checkpoint.folder import UNFINISHED_MARK, CheckpointFolder
+from simplernn_jax.errors import UserError
 from simplernn_jax.project import ROOT
 
 from .network import Proxy
@@ -168,6 +169,25 @@ def train(
         codes = [process.wait() for process in processes]
     if any(codes):
         raise RuntimeError(f"run {workdir} failed with codes {codes}:\n{log_of(workdir)}")
+
+
+def resume(
+    workdir: Path,
+    expected: dict[str, Any],
+    num_processes: int = 1,
+    flags: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    of_process: Mapping[int, Mapping[str, str]] | None = None,
+) -> str | None:
+    """Run to the end, or resume; say what is wrong, or differs from the `expected` checkpoint."""
+    try:
+        train(workdir, num_processes, flags, environment, of_process)
+        problem = difference(read_checkpoint(workdir), expected)
+    except (RuntimeError, UserError) as error:
+        return f"does not resume: {str(error)[-1000:]}"
+    if problem is None and (workdir / "checkpoints_damaged").exists():
+        problem = "a checkpoint was taken for damaged"
+    return problem
 
 
 def log_of(workdir: Path) -> str:

@@ -129,7 +129,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._ids: np.ndarray = np.zeros(0, np.int64)
         self._num_returned = 0
-        self._remember(np.asarray(context, np.int64))
+        self._remember(np.asarray(context[-RECENT_TOKENS:], np.int64))
 
     def feed(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the characters that `ids` complete; an unfinished one waits for its last byte."""

@@ -90,7 +90,7 @@ class Answer:
         return not self._num_left
 
     async def updates(self) -> AsyncIterator[list[Update]]:
-        """Yield what the events add, a list for each step of the engine.
+        """Yield what the events add, a list for those that have come meanwhile.
 
         Raises:
           RequestError: the engine failed or is stopping.

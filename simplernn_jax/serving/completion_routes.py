@@ -100,7 +100,7 @@ async def stream(
     has_logprobs: bool,
     with_usage: bool,
 ) -> AsyncIterator[bytes]:
-    """Yield the frames of a stream, one for each choice and step, those of a step together."""
+    """Yield the frames of a stream, one for each event of a choice, and several together."""
     more = {"usage": None} if with_usage else {}
     started: set[int] = set()
     try:

@@ -35,7 +35,7 @@ LONG_SECONDS = 50e-3
 FIRST_BLOCK = 2
 """Tokens of the block that gives a stream its first ones."""
 EVENT_SECONDS = 20e-3
-"""Time between two events of a sequence at least, but for its last one: each costs a frame."""
+"""Minimum time between two events of a sequence, except before its last: each costs a frame."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,7 +58,7 @@ class _Choice:
         """Make the event of the tokens that none has reported."""
         parts, self.parts = self.parts, []
         tokens = np.concatenate([new for new, _ in parts])
-        logprobs = [Logprobs(*some) for _, some in parts if some is not None]
+        logprobs = [some for _, some in parts if some is not None]
         together = Logprobs(*map(np.concatenate, zip(*logprobs, strict=True))) if logprobs else None
         return NewTokens(self.index, tokens, together, reason)
 
@@ -185,10 +185,13 @@ class Decoder:
     def fail_all(self, failed: Failed) -> list[tuple[Job, Event]]:
         """Drop all jobs; return the events of a step that failed, and the failure of each job.
 
-        Those that the events end are among them. Call `reset` before the next step.
+        Tokens that no event has reported come before. Jobs that the events end are among those that
+        fail. Call `reset` before the next step.
         """
         waiting = [self.waiting.popleft() for _ in range(len(self.waiting))]
         events = self._events if self._live else []
+        active = [choice for choice in self._choices if choice is not None]
+        events = events + [(choice.job, choice.take(None)) for choice in active if choice.parts]
         jobs = self._live | self._started_jobs() | dict.fromkeys(waiting)
         self._live = {}
         return events + [(job, failed) for job in jobs]

@@ -31,7 +31,7 @@ class Metrics:
             buckets=_SECONDS, registry=registry,
         )  # fmt: skip
         self.between_tokens = Histogram(
-            "simplernn_inter_token_latency_seconds", "Time per new token after the first block.",
+            "simplernn_inter_token_latency_seconds", "Time per new token after the first event.",
             buckets=_SECONDS, registry=registry,
         )  # fmt: skip
         for name, text, read in (

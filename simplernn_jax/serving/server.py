@@ -38,8 +38,8 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{host}:{port}: cannot listen ({reason}); use another --port") from error
-    # Accepted sockets inherit it, and asyncio sets it only on those that name their protocol.
-    # Without it, a stream stalls for 40 ms on a connection that was used before.
+    # Accepted sockets inherit this. asyncio sets it only on sockets with proto=IPPROTO_TCP, which
+    # create_server leaves at 0. Without it, streams stall for 40 ms on reused connections.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
