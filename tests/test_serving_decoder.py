@@ -82,7 +82,7 @@ def run(decoder, jobs):
 
 
 def test_failed_jobs_report_tokens_that_were_held_back(decoder, monkeypatch):
-    job = Job(tokens_of(3, 5), Sampling(), 900, is_streamed=True)
+    job = Job(tokens_of(3, 5), Sampling(), 10 * MAX_BLOCK, is_streamed=True)
     (expected,) = run(decoder, [job])[0].values()
     monkeypatch.setattr(decoding, "EVENT_SECONDS", math.inf)
     decoder.waiting.append(Job(job.tokens, job.sampling, job.max_tokens, is_streamed=True))
