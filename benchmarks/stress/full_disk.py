@@ -1,10 +1,8 @@
 """Runs in which a call that writes to the disk fails."""
 
-import contextlib
 import errno
 import random
 import shutil
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +12,7 @@ from simplernn_jax.checkpoint.folder import CheckpointFolder
 
 from . import preload
 from .experiment import Case
-from .runs import PARALLEL, difference, log_of, read_checkpoint, resume, start_run, train
+from .runs import PARALLEL, difference, exit_code, log_of, read_checkpoint, resume, start_run, train
 
 FLAGS = (
     "--config.model.num_layers=1",
@@ -64,10 +62,8 @@ def _run_and_resume(
     workdir: Path, environment: dict[str, str], expected: dict[str, Any]
 ) -> tuple[str, str | None]:
     """Return what a run was doing when a call failed, and what is wrong with it."""
-    with start_run(workdir, 1, FLAGS, environment) as processes:
-        code = None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = processes[0].wait(WITHIN)
+    with start_run(workdir, 1, FLAGS, environment) as (process,):
+        code = exit_code(process, WITHIN)
     log = log_of(workdir)
     what = f"{_calls(workdir)[1] or 'not reached'}, code {code}"
     if code is None:

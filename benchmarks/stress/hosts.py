@@ -1,11 +1,9 @@
 """Runs of several processes, one of which is lost, cut off, slow, or has a wrong clock."""
 
-import contextlib
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +14,7 @@ from . import preload
 from .experiment import Case
 from .network import Proxy
 from .runs import (
-    Process,
+    exit_code,
     log_of,
     read_checkpoint,
     resume,
@@ -117,7 +115,7 @@ def _lose(workdir: Path, size: int, draw: random.Random, kind: str) -> tuple[str
             send(processes[victim], signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
         started = time.monotonic()
         others = [p for i, p in enumerate(processes) if i != victim or kind == "cut off"]
-        codes = [_code(process, started) for process in others]
+        codes = [exit_code(p, started + _ENDS_WITHIN - time.monotonic()) for p in others]
     what = f"process {victim} {kind} {when}, the others waited {time.monotonic() - started:.1f} s"
     if None in codes:
         return what, f"not ended within {_ENDS_WITHIN:.0f} s, codes {codes}"
@@ -126,10 +124,3 @@ def _lose(workdir: Path, size: int, draw: random.Random, kind: str) -> tuple[str
     if any(code and _REASONS.get(code, "no reason") not in log for code in codes):
         return what, f"codes {codes} without their reason: {log[-500:]}"
     return what, None
-
-
-def _code(process: Process, started: float) -> int | None:
-    """Exit code of a process, or None if it does not end in time."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return process.wait(max(0.0, started + _ENDS_WITHIN - time.monotonic()))
-    return None

@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from .runs import (
     SAVE_EVERY,
     STEPS,
     Process,
+    exit_code,
     is_saving,
     log_of,
     read_checkpoint,
@@ -193,9 +193,8 @@ def _interrupt(workdir: Path, process: Process, draw: random.Random) -> tuple[st
         time.sleep(draw.uniform(0, 1))
         send(process, sent)
     has_begun = any(workdir.glob("checkpoints/*"))
-    started, code = time.monotonic(), None
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        code = process.wait(_SAVES_WITHIN if has_begun else _COMPILES_WITHIN)
+    started = time.monotonic()
+    code = exit_code(process, _SAVES_WITHIN if has_begun else _COMPILES_WITHIN)
     took = f"{time.monotonic() - started:.1f} s"
     problem = None
     if code is None:

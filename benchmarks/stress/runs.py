@@ -201,6 +201,13 @@ def send(process: Process, number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
+def exit_code(process: Process, seconds: float) -> int | None:
+    """Exit code of a process, or None if it does not end within `seconds`."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(max(0.0, seconds))
+    return None
+
+
 def is_saving(workdir: Path) -> bool:
     """Whether there is an incomplete checkpoint."""
     return any(
