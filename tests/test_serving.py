@@ -242,6 +242,16 @@ def test_garbage_and_slow_clients_do_not_disturb_others(server):
         connection.close()
 
 
+def test_headers_without_end_end_the_connection(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HTTP/1.1\r\nx: ")
+        with pytest.raises(ConnectionError):
+            for _ in range(1000):
+                connection.sendall(b"x" * (1 << 16))
+    server.complete("a", max_tokens=3)
+
+
 def head_of(body, path="/v1/completions"):
     lines = [f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", "", ""]
     return "\r\n".join(lines).encode()
