@@ -30,7 +30,7 @@ PREFILL_TOKENS = 512
 """Tokens prefilled between two blocks while slots decode: a long prompt never stalls them."""
 SHORT_SECONDS = 5e-3
 """Time of a block while anything waits, or is streamed and at most half of the slots decode."""
-LONG_SECONDS = 50e-3
+LONG_SECONDS = 80e-3
 """Time of other blocks."""
 FIRST_BLOCK = 2
 """Tokens of the block that gives a stream its first ones."""

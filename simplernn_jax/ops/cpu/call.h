@@ -99,6 +99,16 @@ static inline int64_t scratch_for(int64_t entries, int64_t size) {
   return bytes == TOO_MANY ? TOO_MANY : bytes / 64 * 64;
 }
 
+/* Number of XLA's threads. */
+static int64_t pool_size(XLA_FFI_CallFrame *frame) {
+  int64_t threads = 1;
+  XLA_FFI_ThreadPool_NumThreads_Args count = {XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, NULL,
+                                              frame->ctx, &threads};
+  XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&count);
+  if (error != NULL) drop(frame, error);
+  return threads;
+}
+
 /* Run `description` on at most `threads` threads, or return the error of the call. Does nothing if
    no result has entries. */
 static XLA_FFI_Error *share(Call *call, const Work *description) {
@@ -111,12 +121,7 @@ static XLA_FFI_Error *share(Call *call, const Work *description) {
   Work *work = malloc(sizeof(Work));
   if (work == NULL) return fail(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "out of memory");
   *work = *description;
-  int64_t threads = 1;
-  XLA_FFI_ThreadPool_NumThreads_Args count = {XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, NULL,
-                                              frame->ctx, &threads};
-  XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&count);
-  if (error != NULL) drop(frame, error);
-  int64_t helpers = least(least(threads, work->items), work->threads) - 1;
+  int64_t helpers = least(least(pool_size(frame), work->items), work->threads) - 1;
   if (work->start != NULL && atomic_load(&calls_alone) > 0) {
     atomic_fetch_sub(&calls_alone, 1);
     helpers = 0;
@@ -129,7 +134,7 @@ static XLA_FFI_Error *share(Call *call, const Work *description) {
   for (int64_t i = 0; i < helpers; i++) {
     XLA_FFI_ThreadPool_Schedule_Args task = {XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, NULL,
                                              frame->ctx, help, work};
-    error = frame->api->XLA_FFI_ThreadPool_Schedule(&task);
+    XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&task);
     if (error != NULL) {
       drop(frame, error);
       release(work);

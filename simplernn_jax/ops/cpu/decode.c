@@ -26,13 +26,15 @@ typedef struct {
   const float *convolution, *bias, *final_scale, *head_bias;
   const int32_t *tokens, *num_tokens;
   float *final, *logits, **states; /* of each layer: S [N, H, K, V], recent [N, 3, D] */
-  int32_t *sequences, *starts; /* those with tokens, and the row of the first token of each */
+  int32_t *sequences;
+  const int32_t *starts; /* those with tokens, and the row of the first token of each */
   float *x, *normed, *projected, *heads_output, *hidden;
 } Decoder;
 
 enum { ASSIGN, ADD, SQUARED_RELU };
 
 #define BLOCK 96 /* rows of an item */
+#define APART 16 /* rows of a sequence on average, from which threads take whole sequences */
 
 /* A panel of outputs of a block of rows: x ``[rows, in]`` to y ``[rows, stride]``, whose rows are at
    `sequences`, unless it is NULL. */
@@ -184,6 +186,11 @@ static int64_t items_per_layer(const Decoder *d) {
   return sum;
 }
 
+/* Number of items of all phases. */
+static int64_t num_items(const Decoder *d) {
+  return d->layers * items_per_layer(d) + items_of(d, FINAL_NORM) + items_of(d, HEAD);
+}
+
 /* The phase of an item, whose index in this phase replaces it. */
 static int phase_of(const Decoder *d, int64_t *item, int64_t *layer) {
   const int64_t per_layer = items_per_layer(d);
@@ -235,6 +242,25 @@ static void run_item(const void *task, int64_t i, void *scratch) {
     default:
       return project(d, &m, i, d->normed, d->logits, d->vocab, d->sequences, d->head_bias, ASSIGN);
   }
+}
+
+/* All tokens of a sequence: a thread that is interrupted makes no other wait. */
+static void run_sequence(const void *task, int64_t s, void *scratch) {
+  static const int32_t first = 0;
+  const Decoder *all = task;
+  const int64_t start = all->starts[s];
+  Decoder d = *all;
+  d.active = 1;
+  d.rows = d.num_tokens[d.sequences[s]];
+  d.sequences += s;
+  d.starts = &first;
+  d.x += start * d.dim;
+  d.normed += start * d.dim;
+  d.projected += start * d.width;
+  d.heads_output += start * d.heads * d.value_dim;
+  d.hidden += start * d.mlp_dim;
+  const int64_t items = num_items(&d);
+  for (int64_t i = 0; i < items; i++) run_item(&d, i, scratch);
 }
 
 #define STATES 19 /* arguments before the states */
@@ -298,7 +324,8 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
     d.heads_output = d.projected + rows * d.width;
     d.hidden = d.heads_output + rows * outputs;
     d.sequences = (int32_t *)(d.hidden + rows * M);
-    d.starts = d.sequences + rows;
+    int32_t *starts = d.sequences + rows;
+    d.starts = starts;
     for (int64_t n = 0; n < call.batch; n++) {
       const int64_t count = d.num_tokens[n];
       if (count < 0 || count > d.length)
@@ -307,20 +334,19 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
       if (!is_valid(&call)) break;
       memset(d.final + (n * d.length + count) * D, 0, sizeof(float) * (d.length - count) * D);
       if (count == 0) continue;
-      d.starts[d.active] = d.rows;
+      starts[d.active] = d.rows;
       d.sequences[d.active++] = n;
       d.rows += count;
     }
   }
-  int64_t items = 0;
-  if (d.rows > 0)
-    items = L * items_per_layer(&d) + items_of(&d, FINAL_NORM) + items_of(&d, HEAD);
+  const int is_even = d.rows >= d.active * d.length / 4 && d.rows >= APART * d.active;
+  const int is_apart = is_even && d.active >= 2 * pool_size(frame);
   const int64_t of_layer_weights = times(D, plus(plus(d.width, outputs), times(2, M)));
   const int64_t weights = plus(times(D, d.vocab), times(L, of_layer_weights));
   const Work shared = {.task = &d,
-                       .run = run_item,
-                       .start = phase_start,
-                       .items = items,
+                       .run = is_apart ? run_sequence : run_item,
+                       .start = is_apart ? NULL : phase_start,
+                       .items = is_apart ? d.active : d.rows > 0 ? num_items(&d) : 0,
                        .threads = times(d.rows, weights) / WEIGHTS_PER_THREAD};
   return share(&call, &shared);
 }
