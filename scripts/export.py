@@ -27,7 +27,7 @@ from absl import flags, logging
 
 from simplernn_jax import command_line, process_start
 from simplernn_jax.errors import UserError
-from simplernn_jax.export import FORMATS, WEIGHT_TYPES
+from simplernn_jax.export import FORMATS, QUANTIZATIONS
 
 if TYPE_CHECKING:  # slow imports happen after the flags are checked
     import numpy as np
@@ -41,11 +41,12 @@ _CACHE_DIR, _SOURCE = command_line.define_corpus_flags()
 _FORMAT_NAMES = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 _FORMAT = flags.DEFINE_string("format", None, f"{_FORMAT_NAMES}; see above.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the files; must not exist.")
-_WEIGHTS = flags.DEFINE_enum(
-    "weights",
-    "float32",
-    WEIGHT_TYPES,
-    "Type of the weights in an HTML file: float16 halves its size, int8 quarters it.",
+_QUANTIZE = flags.DEFINE_enum(
+    "quantize",
+    "none",
+    QUANTIZATIONS,
+    "Store the weights of html and onnx in fewer bits: float16 halves the files, int8 quarters "
+    "them.",
 )
 
 _CHECKED_TOKENS = 256
@@ -78,7 +79,7 @@ def main() -> None:
         out,
         workdir=workdir,
         tokens=held_out_tokens(workdir, model, tokenizer),
-        weights=_WEIGHTS.value,
+        quantize=_QUANTIZE.value,
     )
     print(f"{_OUT.value}: {report}")
 

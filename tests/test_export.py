@@ -134,7 +134,7 @@ def test_a_program_for_all_platforms_without_custom_calls(tmp_path):
 
 @pytest.mark.parametrize("kind", ["float16", "int8"])
 def test_rounded_weights(tmp_path, kind):
-    original = dataclasses.replace(trained(MODELS["residual"]), weights=kind)
+    original = dataclasses.replace(trained(MODELS["residual"]), quantize=kind)
     module = find_format("html")
     module.write(original, tmp_path)
     weights = named_weights(original.model)
@@ -181,7 +181,15 @@ def test_an_export_of_gla_is_a_checkpoint_of_flash_linear_attention(tmp_path, fi
 def test_the_script_exports_a_page(tmp_path, workdir):
     out = tmp_path / "page"
     code, output, errors = run_scripts(
-        ("scripts/export.py", "--workdir", workdir, "--format=html", "--out", out, "--weights=int8")
+        (
+            "scripts/export.py",
+            "--workdir",
+            workdir,
+            "--format=html",
+            "--out",
+            out,
+            "--quantize=int8",
+        )
     )[0]
     assert code == 0, errors
     assert "largest difference of logits" in output
@@ -200,7 +208,7 @@ def test_bad_flags_are_one_line(tmp_path, workdir):
         ({"workdir": empty}, f"no checkpoint in {empty}", "train there first"),
         ({"out": tmp_path / "taken"}, "exists already", "specify a new folder"),
         ({"out": "/proc/x/y"}, "--out=", "use another folder"),
-        ({"weights": "int8"}, "--weights=int8: only with --format=html", ""),
+        ({"quantize": "int8"}, "--quantize=int8: only with --format=html or onnx", ""),
         ({"out": ""}, "no --out", "specify a new folder"),
         ({"format": ""}, "no --format", "specify html"),
     ]

@@ -1,5 +1,6 @@
 """The export to ONNX, in ONNX Runtime."""
 
+import dataclasses
 import json
 
 import chex
@@ -8,8 +9,11 @@ import pytest
 from export_models import MODELS, trained
 
 from simplernn_jax.export.formats import find_format, logits_of
+from simplernn_jax.export.rounding import rounded_weights
 from simplernn_jax.inference import generate
+from simplernn_jax.models.named_weights import model_from_weights, named_weights
 
+onnx = pytest.importorskip("onnx", reason="ONNX is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of PyTorch's converter
 TOKENS = np.random.default_rng(0).integers(0, 256, 89).astype(np.int32)
@@ -24,6 +28,25 @@ def test_large_weights_are_files_of_their_own(tmp_path, monkeypatch):
     expected = logits_of(original.model, TOKENS)
     logits = module.load(tmp_path).logits(TOKENS)
     chex.assert_trees_all_close(logits, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 0])
+@pytest.mark.parametrize("kind", ["float16", "int8"])
+def test_rounded_weights(tmp_path, monkeypatch, kind, limit):
+    module = find_format("onnx")
+    monkeypatch.setattr(module, "MAX_INLINE_BYTES", limit)
+    original = dataclasses.replace(trained(MODELS["hybrid"]), quantize=kind)
+    module.write(original, tmp_path)
+    rounded = rounded_weights(named_weights(original.model), kind)
+    expected = logits_of(model_from_weights(original.model.config, rounded, "here"), TOKENS)
+    logits = module.load(tmp_path).logits(TOKENS)
+    chex.assert_trees_all_close(logits, expected, atol=2e-5 * np.abs(expected).max())
+    assert not np.allclose(expected, logits_of(original.model, TOKENS), atol=1e-6)
+    tensors = onnx.load(tmp_path / "decode.onnx").graph.initializer
+    matrices = [x for x in tensors if len(x.dims) == 2 and min(x.dims) > 4]
+    assert len(matrices) > 10
+    stored = onnx.TensorProto.FLOAT16 if kind == "float16" else onnx.TensorProto.INT8
+    assert {x.data_type for x in matrices} == {stored}
 
 
 @pytest.mark.parametrize("name", MODELS)

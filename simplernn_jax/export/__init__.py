@@ -2,5 +2,7 @@
 
 FORMATS = ("html", "huggingface", "safetensors", "stablehlo", "onnx")
 
-WEIGHT_TYPES = ("float32", "float16", "int8")
-"""Of the weights in an HTML file."""
+QUANTIZATIONS = ("none", "float16", "int8")
+"""Types of the weights in `QUANTIZED_FORMATS`; int8 has a scale for each row."""
+
+QUANTIZED_FORMATS = ("html", "onnx")

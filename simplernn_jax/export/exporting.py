@@ -16,6 +16,7 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, format_bytes
+from simplernn_jax.export import QUANTIZED_FORMATS
 from simplernn_jax.export.checking import run_exported
 from simplernn_jax.export.formats import (
     TrainedModel,
@@ -68,7 +69,7 @@ def export(
     *,
     workdir: str,
     tokens: np.ndarray,
-    weights: str = "float32",
+    quantize: str = "none",
 ) -> Report:
     """Export a model to the new folder `out` and check it.
 
@@ -78,25 +79,27 @@ def export(
       out: must not exist; nothing is there unless the export has passed its check.
       workdir: folder of the run, whose metrics describe the model.
       tokens: [T] ids of held-out text to compare logits on, T at least 2.
-      weights: of an HTML file: one of `WEIGHT_TYPES`.
+      quantize: how the weights are stored: one of `QUANTIZATIONS`.
 
     Raises:
       UserError: the format is unknown or needs a missing package, `out` exists or cannot be
         written, the model is not supported by it, or the exported one does not compute the same.
     """
     module = find_format(format_name)
-    if weights != "float32" and format_name != "html":
-        raise UserError(f"--weights={weights}: only with --format=html")
+    if quantize != "none" and format_name not in QUANTIZED_FORMATS:
+        raise UserError(
+            f"--quantize={quantize}: only with --format={' or '.join(QUANTIZED_FORMATS)}"
+        )
     model = float32_model(model)
     with new_folder(out) as folder:
-        trained = TrainedModel(model, tokenizer, without_paths(config), workdir, weights)
+        trained = TrainedModel(model, tokenizer, without_paths(config), workdir, quantize)
         module.write(trained, folder)
         text = tokenizer.decode(tokens)
         found = run_exported(format_name, folder, tokens, text)
         expected = logits_of(model, tokens)
         rounded = expected
-        if weights != "float32":
-            arrays = rounded_weights(named_weights(model), weights)
+        if quantize != "none":
+            arrays = rounded_weights(named_weights(model), quantize)
             rounded = logits_of(model_from_weights(model.config, arrays, format_name), tokens)
         difference = float(np.abs(found.logits - rounded).max() / np.abs(rounded).max())
         if not difference <= TOLERANCE:

@@ -31,8 +31,8 @@ class TrainedModel:
     """Of the run, without paths of the machine it ran on."""
     workdir: str
     """Folder of the run, whose metrics describe the model."""
-    weights: str = "float32"
-    """One of `WEIGHT_TYPES`."""
+    quantize: str = "none"
+    """How the weights are stored: one of `QUANTIZATIONS`."""
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""Rounding of weights to float16 or int8, as an HTML file stores them."""
+"""Rounding of weights to float16 or int8, as files for HTML and ONNX store them."""
 
 import numpy as np
 
@@ -29,7 +29,7 @@ def rounded_weights(weights: Weights, kind: str) -> dict[str, np.ndarray]:
 
 
 def _rounded(weight: np.ndarray, kind: str) -> np.ndarray:
-    if kind == "float32" or not is_rounded(weight):
+    if kind == "none" or not is_rounded(weight):
         return weight
     if kind == "float16":
         return float16(weight).astype(np.float32)

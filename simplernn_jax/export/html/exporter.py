@@ -28,11 +28,11 @@ def write(trained: TrainedModel, folder: Path) -> None:
     check_block("html", trained.model)
     check_packages("html", "py_mini_racer")
     weights = named_weights(trained.model)
-    arrays, content = pack(weights, trained.weights)
+    arrays, content = pack(weights, trained.quantize)
     if len(content) > MAX_BYTES:
         raise UserError(
             f"--format=html: the weights have {len(content):,} bytes, more than a browser loads "
-            f"({MAX_BYTES:,}); use --weights=int8, or another format"
+            f"({MAX_BYTES:,}); use --quantize=int8, or another format"
         )
     tokenizer, config = trained.tokenizer, trained.model.config
     data = {
@@ -79,7 +79,7 @@ def pack(weights: dict[str, np.ndarray], kind: str) -> tuple[list[dict[str, Any]
         return offset
 
     for name, weight in weights.items():
-        type_ = kind if is_rounded(weight) else "float32"
+        type_ = kind if kind != "none" and is_rounded(weight) else "float32"
         array: dict[str, Any] = {"name": name, "size": weight.size, "type": type_}
         if type_ == "int8":
             integers, scale = int8_rows(weight)

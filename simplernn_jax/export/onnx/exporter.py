@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from simplernn_jax.export.formats import TrainedModel, check_block, check_packages
+from simplernn_jax.export.rounding import int8_rows, is_rounded, rounded_weights
 from simplernn_jax.export.safetensors.exporter import description
 from simplernn_jax.export.two_programs import PREFILL_TOKENS, Program, TwoPrograms
 from simplernn_jax.models.named_weights import named_weights
@@ -34,8 +35,9 @@ def write(trained: TrainedModel, folder: Path) -> None:
     from simplernn_jax.export.huggingface import modeling_simplernn
 
     fields = description(trained)
+    kind = trained.quantize
     model = modeling_simplernn.SimpleRNNForCausalLM(modeling_simplernn.SimpleRNNConfig(**fields))
-    weights = named_weights(trained.model)
+    weights = rounded_weights(named_weights(trained.model), kind)
     model.load_state_dict({name: torch.tensor(x) for name, x in weights.items()})
     state = initial_state(modeling_simplernn, model)
 
@@ -73,6 +75,8 @@ def write(trained: TrainedModel, folder: Path) -> None:
                 verbose=False,
             )
         _strip(folder / f"{name}.onnx")
+        if kind != "none":
+            _store_rounded(folder / f"{name}.onnx", kind)
     content = {
         **fields,
         "opset": OPSET,
@@ -98,6 +102,56 @@ def _strip(path: Path) -> None:
         del part.metadata_props[:]
     onnx.save(graph, path)
     onnx.checker.check_model(str(path))  # the path tells where weights in files of their own are
+
+
+def _store_rounded(path: Path, kind: str) -> None:
+    """Replace matrices of rounded values by values of fewer bits, and nodes that convert them."""
+    import onnx
+    from onnx.helper import make_node
+
+    graph = onnx.load(path)
+    path.with_name(path.name + ".data").unlink(missing_ok=True)
+    for tensor in list(graph.graph.initializer):
+        matrix = onnx.numpy_helper.to_array(tensor)
+        if matrix.dtype != np.float32 or not is_rounded(matrix):
+            continue
+        name = tensor.name
+        # No DequantizeLinear: with it, ONNX Runtime rounds activations to 8 bits too.
+        if kind == "float16":
+            arrays = {f"{name}.stored": matrix.astype(np.float16)}
+            nodes = [make_node("Cast", [*arrays], [name], to=onnx.TensorProto.FLOAT)]
+        elif (axis := next((axis for axis in (0, 1) if _is_int8(matrix, axis)), None)) is not None:
+            integers, scale = int8_rows(np.moveaxis(matrix, axis, 0))
+            arrays = {
+                f"{name}.stored": np.moveaxis(integers, 0, axis),
+                f"{name}.scale": np.expand_dims(scale, 1 - axis),
+            }
+            stored, by = arrays
+            nodes = [
+                make_node("Cast", [stored], [f"{name}.float"], to=onnx.TensorProto.FLOAT),
+                make_node("Mul", [f"{name}.float", by], [name]),
+            ]
+        else:
+            continue  # not a weight
+        graph.graph.initializer.remove(tensor)
+        for key, array in arrays.items():
+            graph.graph.initializer.append(onnx.numpy_helper.from_array(array, key))
+        for node in reversed(nodes):
+            graph.graph.node.insert(0, node)
+    is_large = graph.ByteSize() > MAX_INLINE_BYTES
+    location = path.name + ".data" if is_large else None
+    onnx.save(graph, path, save_as_external_data=is_large, location=location)
+    onnx.checker.check_model(str(path))
+
+
+def _is_int8(matrix: np.ndarray, axis: int) -> bool:
+    """Whether int8, with a scale for each index of `axis`, has been rounded to already.
+
+    The converter transposes some matrices, so that the axis of the outputs is not known.
+    """
+    integers, scale = int8_rows(np.moveaxis(matrix, axis, 0))
+    values = np.moveaxis(integers * scale[:, None], 0, axis)
+    return np.allclose(values, matrix, rtol=1e-6, atol=0)
 
 
 def initial_state(modeling: Any, model: Any) -> dict[str, Any]:
