@@ -86,9 +86,7 @@ def grow_parameters(calls: int) -> dict[str, Curves]:
         change(config, hidden_dim=width, key_dim=width, value_dim=width, mlp_dim=3 * width)
         config.optimizer.name = "adamw"
         points[str(count_parameters(config))] = isolated_step(config, calls)
-    return {
-        quantity: {PLAIN: points_of(points, quantity)} for quantity in (MILLISECONDS, MEGABYTES)
-    }
+    return by_quantity({PLAIN: points})
 
 
 def grow_length(calls: int) -> dict[str, Curves]:
@@ -100,18 +98,13 @@ def grow_length(calls: int) -> dict[str, Curves]:
         for label, fields in cases.items():
             config = load_config("base", 1, length, **fields)
             measured[label][str(length)] = isolated_step(config, calls)
-    return {
-        quantity: {label: points_of(each, quantity) for label, each in measured.items()}
-        for quantity in (MILLISECONDS, MEGABYTES)
-    }
+    return by_quantity(measured)
 
 
 def grow_batch(calls: int) -> dict[str, Curves]:
     """A train step of `base` on sequences of 256 tokens."""
     points = {str(n): isolated_step(load_config("base", n, 256), calls) for n in BATCHES}
-    return {
-        quantity: {PLAIN: points_of(points, quantity)} for quantity in (MILLISECONDS, MEGABYTES)
-    }
+    return by_quantity({PLAIN: points})
 
 
 def grow_devices(calls: int) -> dict[str, Curves]:
@@ -124,10 +117,7 @@ def grow_devices(calls: int) -> dict[str, Curves]:
             change(config, **{axis: count})
             row = on_simulated_devices(count, measure_step, config=config, calls=calls)
             measured.setdefault(axis, {})[str(count)] = row
-    return {
-        quantity: {axis: points_of(each, quantity) for axis, each in measured.items()}
-        for quantity in (MILLISECONDS, MEGABYTES, EXCHANGED)
-    }
+    return by_quantity(measured, EXCHANGED)
 
 
 def grow_corpus(sizes: Sequence[int]) -> dict[str, Curves]:
@@ -137,14 +127,18 @@ def grow_corpus(sizes: Sequence[int]) -> dict[str, Curves]:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
             write_text(Path(folder) / "text", size)
             points[str(size)] = call_isolated(measure_tokenizing, folder=folder)
+    return by_quantity({"bytes": points})
+
+
+def by_quantity(measured: Mapping[str, Mapping[str, Row]], *more: str) -> dict[str, Curves]:
+    """Every quantity, by label and x."""
     return {
-        quantity: {"bytes": points_of(points, quantity)} for quantity in (MILLISECONDS, MEGABYTES)
+        quantity: {
+            label: {x: row[quantity] for x, row in points.items() if row[quantity] is not None}
+            for label, points in measured.items()
+        }
+        for quantity in (MILLISECONDS, MEGABYTES, *more)
     }
-
-
-def points_of(points: Mapping[str, Row], quantity: str) -> dict[str, float]:
-    """One quantity at every x."""
-    return {x: row[quantity] for x, row in points.items() if row[quantity] is not None}
 
 
 def isolated_step(config: Config, calls: int) -> Row:

@@ -1,9 +1,12 @@
 """Tables in Markdown and pictures of curves."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from simplernn_jax.analysis.plots import add_legend, line_styles, new_figure, png
+from simplernn_jax.errors import UserError
 
 Row = dict[str, Any]
 """Cells by heading; JSON can hold it."""
@@ -92,3 +95,19 @@ def _tick(x: int) -> str:
     if x < 100_000:
         return f"{x:,}"
     return f"{x / 1e6:.3g}M" if x >= 1_000_000 else f"{x / 1e3:.3g}k"
+
+
+def read_results(path: Path, version: int, key: str) -> dict[str, Any]:
+    """What ``results.json`` of a benchmark has under `key`.
+
+    Raises:
+      UserError: it is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or content.get("format") != version or key not in content:
+        raise UserError(f"{path}: not results of this benchmark; remove it, or name another --out")
+    results: dict[str, Any] = content[key]
+    return results

@@ -53,16 +53,10 @@ def main() -> None:
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not show all characters
-    from simplernn_jax import load_model
-    from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.data.chat_template import ChatTemplate
-    from simplernn_jax.devices import check_devices
-    from simplernn_jax.inference import Conversation, load_state, quantize_model, save_state
+    from simplernn_jax.inference import Conversation, load_state, save_state
 
-    check_devices()
-    use_compilation_cache()
-    model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
-    model = quantize_model(model, _QUANTIZE.value)
+    model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value, _QUANTIZE.value)
     if not config.data.template:
         raise UserError(
             f"{workdir}: not trained on conversations (--config.data.template); "

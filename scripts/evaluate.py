@@ -18,6 +18,7 @@ import lzma
 from absl import flags
 
 from simplernn_jax import command_line
+from simplernn_jax.data.batches import document_ends
 from simplernn_jax.data.evaluation_batches import Contexts, check_contexts
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.data.tokenized_corpus import MixedSplit
@@ -58,19 +59,12 @@ def main() -> None:
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from flax import nnx
 
-    from simplernn_jax import load_model
-    from simplernn_jax.compilation_cache import use_compilation_cache
-    from simplernn_jax.devices import check_devices
-    from simplernn_jax.inference import quantize_model
     from simplernn_jax.memory_estimate import check_evaluation
     from simplernn_jax.training.evaluate import Evaluator
     from simplernn_jax.training.preparation import open_saved_corpus
     from simplernn_jax.training.reporter import align
 
-    check_devices()
-    use_compilation_cache()
-    model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
-    model = quantize_model(model, _QUANTIZE.value)
+    model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value, _QUANTIZE.value)
     corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_SOURCE.value)
     split = corpus.train if _SPLIT.value == "train" else corpus.validation
     if split is None:
@@ -79,7 +73,8 @@ def main() -> None:
             "text; score its training text with --split train"
         )
     if windows is not None:
-        check_evaluation(config.model, min(windows.length, longest_document(split)))
+        longest = max(map(int, document_ends(split) - split.document_starts), default=0)
+        check_evaluation(config.model, min(windows.length, longest))
     evaluator = Evaluator(config, tokenizer.pad_id)
     params = nnx.state(model, nnx.Param)
     result = evaluator(params, split, windows=windows)
@@ -116,13 +111,6 @@ def chosen_windows() -> Contexts | None:
     return windows
 
 
-def longest_document(split: TokenSplit) -> int:
-    """Return the number of tokens of the longest document of `split`."""
-    from simplernn_jax.data.batches import document_ends
-
-    return max(map(int, document_ends(split) - split.document_starts), default=0)
-
-
 def describe(windows: Contexts | None) -> str:
     """Describe the state before a prediction."""
     if windows is None:
@@ -134,8 +122,6 @@ def describe(windows: Contexts | None) -> str:
 
 def xz_bits_per_byte(split: TokenSplit, tokenizer: Tokenizer) -> float:
     """Return the bits per byte of `xz -9e` on the concatenated documents of `split`."""
-    from simplernn_jax.data.batches import document_ends
-
     compressor = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
     num_bytes = num_compressed = 0
     for start, end in zip(split.document_starts, document_ends(split), strict=True):

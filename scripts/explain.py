@@ -64,16 +64,11 @@ def main() -> int:
     _check_out(out)
     text = command_line.read_text(_TEXT.value, _TEXT_FILE.value, name="text")
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
-    from simplernn_jax import load_model
     from simplernn_jax.analysis import explain
     from simplernn_jax.checkpoint.checkpointer import read_config
-    from simplernn_jax.compilation_cache import use_compilation_cache
-    from simplernn_jax.devices import check_devices
     from simplernn_jax.inference.exported_folder import is_exported
 
-    check_devices()
-    use_compilation_cache()
-    model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
+    model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value)
     out.mkdir(parents=True, exist_ok=True)
     explanation = explain(
         model,

@@ -80,22 +80,10 @@ def main() -> None:
     prompt = command_line.read_text(_PROMPT.value, _PROMPT_FILE.value, name="prompt")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not show all characters
-    from simplernn_jax import load_model
-    from simplernn_jax.compilation_cache import use_compilation_cache
-    from simplernn_jax.devices import check_devices
-    from simplernn_jax.inference import (
-        fork_state,
-        generate_text,
-        load_state,
-        quantize_model,
-        save_state,
-    )
+    from simplernn_jax.inference import fork_state, generate_text, load_state, save_state
     from simplernn_jax.memory_estimate import check_generation
 
-    check_devices()
-    use_compilation_cache()
-    model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
-    model = quantize_model(model, _QUANTIZE.value)
+    model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value, _QUANTIZE.value)
     settings = {
         "temperature": _TEMPERATURE.value,
         "top_k": _TOP_K.value,

@@ -86,17 +86,12 @@ def main() -> None:
         raise UserError(f"{error.name} is not installed; run: pip install -e '.[serve]'") from error
     from simplernn_jax import load_model
     from simplernn_jax.checkpoint.choice import choose_checkpoint
-    from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.data.chat_template import ChatTemplate
-    from simplernn_jax.devices import check_devices
     from simplernn_jax.inference import quantize_model
     from simplernn_jax.inference.exported_folder import is_exported
     from simplernn_jax.models import LanguageModel
 
-    check_devices()
-    use_compilation_cache()
-    model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
-    model = quantize_model(model, _QUANTIZE.value)
+    model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value, _QUANTIZE.value)
     path = "" if is_exported(workdir) else choose_checkpoint(workdir, _CHECKPOINT.value).path
 
     def reload_model() -> LanguageModel | None:

@@ -19,7 +19,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -31,6 +31,10 @@ from simplernn_jax.exit_codes import exit_with
 from simplernn_jax.files import read_file
 from simplernn_jax.project import name_commands, name_configs, usage
 
+if TYPE_CHECKING:
+    from simplernn_jax.data.tokenizer import Tokenizer
+    from simplernn_jax.models import LanguageModel
+
 __all__ = [
     "EXIT_INTERRUPTED",
     "Arguments",
@@ -41,6 +45,7 @@ __all__ = [
     "define_quantize_flag",
     "exit_with",
     "expand_path",
+    "load_model",
     "read_text",
     "run",
 ]
@@ -97,6 +102,25 @@ def define_checkpoint_flag() -> flags.FlagHolder[str]:
     )
     _show_in_help(holder)
     return holder
+
+
+def load_model(
+    workdir: str, checkpoint: str, quantize: str = "none"
+) -> "tuple[LanguageModel, Tokenizer, Config]":
+    """Load the model of a run with its tokenizer and configuration, to compute with it.
+
+    Raises:
+      UserError: of `simplernn_jax.load_model` and `quantize_model`, or the devices cannot be used.
+    """
+    from simplernn_jax import load_model
+    from simplernn_jax.compilation_cache import use_compilation_cache
+    from simplernn_jax.devices import check_devices
+    from simplernn_jax.inference import quantize_model
+
+    check_devices()
+    use_compilation_cache()
+    model, tokenizer, config = load_model(workdir, checkpoint)
+    return quantize_model(model, quantize), tokenizer, config
 
 
 def define_corpus_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[str]]:

@@ -157,7 +157,6 @@ def exported(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser(exported):
     """A browser; its loop runs in this thread, where Orbax could then save no model to export."""
-    del exported
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("no Chromium on the PATH")

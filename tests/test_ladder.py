@@ -9,6 +9,7 @@ import pytest
 from processes import ROOT, assert_each_refused
 from small_runs import small_config
 
+from benchmarks import tables
 from benchmarks.ladder import peers, report, timed_training
 from benchmarks.ladder.peers import OURS, Peer, find_peer
 from benchmarks.ladder.timed_training import hold_out_training_text, make_learner
@@ -149,7 +150,7 @@ def test_a_rung_is_tuned_measured_and_replaced_in_its_folder(rung, monkeypatch, 
     report.run(request._replace(seeds=1, names=(OURS,)), tmp_path)
     report.run(request, tmp_path)
     report.run(request._replace(rung="second", seconds=1e-4, seeds=1, rates=()), tmp_path)
-    first, second = report.read_results(tmp_path / "results.json").values()
+    first, second = tables.read_results(tmp_path / "results.json", 1, "rungs").values()
     assert [(run["rate"], run["seed"]) for run in first["runs"]] == [
         *((None, 0), (None, 1)),
         *((0.4, 0), (0.4, 1)),
@@ -203,7 +204,7 @@ def test_peers_of_torch_are_refused_where_it_is_missing(rung, monkeypatch):
 def test_bad_requests_are_one_line(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"format": 4, "results": {}}))
     with pytest.raises(UserError, match="not results of this benchmark"):
-        report.read_results(tmp_path / "results.json")
+        tables.read_results(tmp_path / "results.json", 1, "rungs")
     ladder = ["ladder", f"--out={tmp_path}"]
     assert_each_refused(
         ROOT / "scripts" / "benchmark.py",

@@ -22,7 +22,6 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser(server):
     """A browser; its loop runs in this thread, where Orbax could then save no model of a server."""
-    del server
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from simplernn_jax.config import Config
-from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
 
 from .. import tables
@@ -85,7 +84,7 @@ def run(
       UserError: the present results.json is not one of this benchmark.
     """
     path = out / "results.json"
-    results = _read(path) if path.exists() else {}
+    results = tables.read_results(path, _FORMAT, "results") if path.exists() else {}
     for name in names:
         print(f"measuring {name} ...", flush=True)
         measured = measurements[name](quick)
@@ -96,17 +95,6 @@ def run(
         write_file(path, f"{content}\n".encode())
         first = report(out, {name: results[name] for name in measurements if name in results})
     print(f"{first}\nwritten: {out / 'table.md'}, its pictures, and results.json")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        advice = "remove it, or name another --out"
-        raise UserError(f"{path}: not results of this benchmark; {advice}")
-    return content["results"]
 
 
 def report(out: Path, results: Mapping[str, Any]) -> str:

@@ -92,7 +92,7 @@ def run(request: Request, out: Path) -> None:
       UserError: the present results.json is not one of a ladder.
     """
     path = out / "results.json"
-    results = read_results(path) if path.exists() else {}
+    results = tables.read_results(path, _FORMAT, "rungs") if path.exists() else {}
     rung = request.rung
     results[rung] = {"seconds": request.seconds, "source": request.config.data.source}
     results[rung] |= {"unit": unit_of(request.config), "runs": [], "tried": []}
@@ -130,23 +130,6 @@ def choose_rate(name: str, request: Request, folder: str) -> tuple[float | None,
         return find_peer(name, request.config).rate, []
     tried = [train(name, request, folder, rate, is_tuning=True) for rate in request.rates]
     return min(tried, key=lambda row: row["loss"])["rate"], tried
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """The rungs of results.json.
-
-    Raises:
-      UserError: it is something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT or "rungs" not in content:
-        advice = "remove it, or name another --out"
-        raise UserError(f"{path}: not results of this benchmark; {advice}")
-    rungs: dict[str, Any] = content["rungs"]
-    return rungs
 
 
 def unit_of(config: Config) -> str:

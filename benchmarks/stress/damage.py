@@ -129,7 +129,6 @@ def damage_file(folder: Path, draw: random.Random) -> str:
 
 
 def _flip(path: Path, files: list[Path], draw: random.Random) -> None:
-    del files
     content = bytearray(path.read_bytes())
     if content:
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
@@ -137,14 +136,12 @@ def _flip(path: Path, files: list[Path], draw: random.Random) -> None:
 
 
 def _truncate(path: Path, files: list[Path], draw: random.Random) -> None:
-    del files
     content = path.read_bytes()
     path.write_bytes(content[: draw.randrange(len(content) + 1)])
 
 
 def _zero(path: Path, files: list[Path], draw: random.Random) -> None:
     """Overwrite a part by zeros, as a file system that lost its last blocks."""
-    del files
     content = bytearray(path.read_bytes())
     start = draw.randrange(len(content) + 1)
     content[start:] = bytes(len(content) - start)
@@ -159,7 +156,6 @@ def _swap(path: Path, files: list[Path], draw: random.Random) -> None:
 
 def _swap_folders(path: Path, files: list[Path], draw: random.Random) -> None:
     """Exchange the folder of the file with its neighbor."""
-    del files
     neighbors = sorted(p for p in path.parent.parent.iterdir() if p.is_dir() and p != path.parent)
     if not neighbors:
         return
@@ -171,7 +167,6 @@ def _swap_folders(path: Path, files: list[Path], draw: random.Random) -> None:
 
 def _replace(make: Callable[[Path], Any]) -> Callable[[Path, list[Path], random.Random], None]:
     def replace(path: Path, files: list[Path], draw: random.Random) -> None:
-        del files, draw
         path.unlink()
         make(path)
 

@@ -46,7 +46,6 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 def non_finite(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """Put values into a running train step, and check what its later steps change."""
-    del folder
     for number in range(count):
         name = list(MODES)[number % len(MODES)]
         config, first, step = program_of(name)

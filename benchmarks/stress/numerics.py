@@ -60,7 +60,6 @@ class Program(NamedTuple):
 
 def numerics(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """Compare results in float32, element by element, with bounds of their rounding errors."""
-    del folder
     for number in range(count):
         if number % CASES_PER_PROGRAM == 0:
             draw = np.random.default_rng([seed, number])

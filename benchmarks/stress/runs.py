@@ -153,35 +153,22 @@ def start_run(
             process.wait()
 
 
-def train(
-    workdir: Path,
-    num_processes: int = 1,
-    flags: Sequence[str] = (),
-    environment: Mapping[str, str] | None = None,
-    of_process: Mapping[int, Mapping[str, str]] | None = None,
-) -> None:
+def train(workdir: Path, *args: Any, **options: Any) -> None:
     """Run to the end, or resume; arguments as of `start_run`.
 
     Raises:
       RuntimeError: it failed.
     """
-    with start_run(workdir, num_processes, flags, environment, of_process) as processes:
+    with start_run(workdir, *args, **options) as processes:
         codes = [process.wait() for process in processes]
     if any(codes):
         raise RuntimeError(f"run {workdir} failed with codes {codes}:\n{log_of(workdir)}")
 
 
-def resume(
-    workdir: Path,
-    expected: dict[str, Any],
-    num_processes: int = 1,
-    flags: Sequence[str] = (),
-    environment: Mapping[str, str] | None = None,
-    of_process: Mapping[int, Mapping[str, str]] | None = None,
-) -> str | None:
+def resume(workdir: Path, expected: dict[str, Any], *args: Any, **options: Any) -> str | None:
     """Run to the end, or resume; say what is wrong, or differs from the `expected` checkpoint."""
     try:
-        train(workdir, num_processes, flags, environment, of_process)
+        train(workdir, *args, **options)
         problem = difference(read_checkpoint(workdir), expected)
     except (RuntimeError, UserError) as error:
         return f"does not resume: {str(error)[-1000:]}"

@@ -1,6 +1,7 @@
 """Memory of the recurrences: half-lives of key channels, norm and rank of the state in a text."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -99,18 +100,17 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
     @jax.jit
     def read(
         params: nnx.State, piece: jax.Array, state: ModelState
-    ) -> tuple[ModelState, list[tuple[jax.Array, jax.Array] | None]]:
-        """Return the next state and, by layer, the summed -log g [H, K] and state [H, K, V]."""
+    ) -> tuple[ModelState, list[tuple[jax.Array, jax.Array]]]:
+        """Return the next state and, by recurrent layer, the summed -log g [H, K] and the state
+        [H, K, V]."""
         model = nnx.merge(graph, params)
         recording = record(model, piece, state)
-        measured: list[tuple[jax.Array, jax.Array] | None] = []
+        measured = []
         for mixer, call in zip(find_mixers(model), recording.layers, strict=True):
             if isinstance(mixer, Recurrent):
                 (_, _, _, log_gate), _ = recurrence_inputs(mixer, call)
                 state = head_state(call.final_state)
                 measured.append((-jnp.sum(log_gate, axis=(0, 1)), state[0]))
-            else:
-                measured.append(None)
         return recording.state, measured
 
     step = min(-(-len(tokens) // _POINTS), _MAX_TOKENS)
@@ -121,15 +121,14 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
         piece = np.asarray(tokens[start : start + step], np.int32)
         state, measured = read(params, piece[None], state)
         positions.append(start + len(piece))
-        by_piece.append(_reduce(measured))
+        by_piece.append([_reduce(*layer) for layer in measured])
         logging.log_every_n_seconds(
             logging.INFO, "measured %d of %d tokens", 10, positions[-1], len(tokens)
         )
+    recurrent = zip(*by_piece, strict=True)
     layers = [
-        _layer_memory([piece[i] for piece in by_piece], len(tokens))
-        if isinstance(mixer, Recurrent)
-        else None
-        for i, mixer in enumerate(find_mixers(model))
+        _layer_memory(next(recurrent), len(tokens)) if isinstance(mixer, Recurrent) else None
+        for mixer in find_mixers(model)
     ]
     return Memory(np.asarray(positions), tuple(layers))
 
@@ -149,22 +148,13 @@ def read_state(model: LanguageModel, tokens: np.ndarray) -> ModelState:
     return state
 
 
-_Piece = tuple[np.ndarray, np.ndarray, np.ndarray] | None
+def _reduce(*measured: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the summed decay [H, K], norm [H] and effective rank [H] of a layer for one piece."""
+    decay, state = (np.asarray(x, np.float64) for x in measured)
+    return decay, np.linalg.norm(state, axis=(-2, -1)), effective_rank(state)
 
 
-def _reduce(measured: list[tuple[jax.Array, jax.Array] | None]) -> list[_Piece]:
-    """Return by layer the summed decay [H, K], norm [H] and effective rank [H] of one piece."""
-    reduced: list[_Piece] = []
-    for layer in measured:
-        if layer is None:
-            reduced.append(None)
-            continue
-        decay, state = (np.asarray(x, np.float64) for x in layer)
-        norm = np.linalg.norm(state, axis=(-2, -1))
-        reduced.append((decay, norm, effective_rank(state)))
-    return reduced
-
-
-def _layer_memory(pieces: list[_Piece], num_tokens: int) -> LayerMemory:
-    decays, norms, ranks = zip(*(piece for piece in pieces if piece is not None), strict=True)
-    return LayerMemory(half_life(sum(decays) / num_tokens), np.stack(norms), np.stack(ranks))
+def _layer_memory(pieces: Sequence[tuple[np.ndarray, ...]], num_tokens: int) -> LayerMemory:
+    decays, norms, ranks = zip(*pieces, strict=True)
+    decay = np.sum(decays, axis=0) / num_tokens
+    return LayerMemory(half_life(decay), np.stack(norms), np.stack(ranks))

@@ -152,16 +152,14 @@ def _open_split(
         shard_bytes = meta.get("shard_bytes", size)
         if len(digests) != -(-size // shard_bytes):
             raise DamagedStore(f"{META_FILE} does not list every shard")
-        opened = threads.map(
-            lambda number: _map_shard(
-                shard_path(folder, name, suffix, number),
-                min(shard_bytes, size - number * shard_bytes),
-                digests[number],
-                dtype,
-            ),
-            range(len(digests)),
-        )
-        return joined(list(opened))
+
+        def open_shard(number: int) -> np.ndarray:
+            path = shard_path(folder, name, suffix, number)
+            num_bytes = min(shard_bytes, size - number * shard_bytes)
+            with _verified(path, num_bytes, digests[number]) as file:
+                return np.memmap(file, dtype, "r")
+
+        return joined(list(threads.map(open_shard, range(len(digests)))))
 
     tokens = open_shards("tokens", dtype)
     path = folder / f"{name}.starts"
@@ -169,11 +167,6 @@ def _open_split(
         starts = np.fromfile(file, "<i8")
     targets = open_shards("targets", np.dtype(np.bool_)) if "targets_sha256" in split else None
     return TokenSplit(name, tokens, starts, split["num_bytes"], split["content_hash"], targets)
-
-
-def _map_shard(path: Path, size: int, sha256: str, dtype: np.dtype) -> np.ndarray:
-    with _verified(path, size, sha256) as file:
-        return np.memmap(file, dtype, "r")
 
 
 @contextlib.contextmanager

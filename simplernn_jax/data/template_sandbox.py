@@ -157,7 +157,6 @@ def _value(value: Any) -> Any:
 
 @jinja2.pass_context  # otherwise it would be called for constants while compiling
 def _output(context: Any, value: Any) -> Any:
-    del context
     return _value(value)
 
 

@@ -37,7 +37,6 @@ class TextDataset(  # type: ignore[call-arg]  # the base class takes the keyword
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        del dl_manager  # nothing is downloaded
         return {"train": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:

@@ -47,4 +47,3 @@ class TwoPrograms:
 
     def encode(self, text: str) -> None:
         """See `Loaded.encode`: there is no tokenizer."""
-        del text

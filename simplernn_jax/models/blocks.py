@@ -12,7 +12,7 @@ from simplernn_jax.array_types import Activations, ConvState, HeadState, Segment
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.attention import Attention, KVCache
-from simplernn_jax.models.dense import Dense, policy_from_config
+from simplernn_jax.models.dense import Dense
 from simplernn_jax.models.short_convolution import ShortConvolution
 from simplernn_jax.models.simple_rnn import Recurrence, SimpleRNN
 from simplernn_jax.named_leaves import tuple_with_names
@@ -34,7 +34,6 @@ def linspace_gate_bias(num_heads: int) -> nnx.Initializer:
     """Initialize biases evenly spaced over `GATE_BIAS_RANGE` along the channels of every head."""
 
     def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **_: Any) -> jax.Array:
-        del key
         per_head = jnp.linspace(*GATE_BIAS_RANGE, shape[-1] // num_heads, dtype=dtype)
         return jnp.tile(per_head, num_heads)
 
@@ -49,7 +48,7 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
         "value_dim": config.value_dim,
         "output_dim": config.hidden_dim,
         "num_heads": config.num_heads,
-        "dtype": policy_from_config(config).compute_dtype,
+        "dtype": jnp.dtype(config.precision),
     }
 
 
@@ -65,7 +64,7 @@ class PlainBlock(nnx.Module):
     ):
         self.mixer = SimpleRNN(
             **_sizes(config),
-            state_dtype=policy_from_config(config).state_dtype,
+            state_dtype=jnp.dtype(config.state_precision),
             rngs=rngs,
             recurrence=recurrence,
         )
@@ -116,7 +115,7 @@ class ResidualBlock(nnx.Module):
         recurrence: Recurrence = gated_linear_recurrence,
     ):
         """Initialize the parameters; `mixer` is one of `config_rules.MIXERS`."""
-        dtype = policy_from_config(config).compute_dtype
+        dtype = jnp.dtype(config.precision)
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
         self.convolution = ShortConvolution(CONVOLUTION_WIDTH, config.hidden_dim, rngs=rngs)
         options: dict[str, Any] = {
@@ -133,7 +132,7 @@ class ResidualBlock(nnx.Module):
             )
         else:
             self.mixer = SimpleRNN(
-                state_dtype=policy_from_config(config).state_dtype,
+                state_dtype=jnp.dtype(config.state_precision),
                 query_scale=(config.key_dim // config.num_heads) ** -0.5,
                 gate_bias_init=linspace_gate_bias(config.num_heads),
                 recurrence=recurrence,

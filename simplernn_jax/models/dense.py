@@ -1,40 +1,25 @@
-"""Dense layers and their initialization: float32 parameters, compute in the policy's dtype."""
+"""Dense layers and their initialization.
+
+Mixed precision: parameters are float32; the operands of matmuls are rounded from them to
+`ModelConfig.precision`, and accumulated in float32, as are gates, norms, softmax and loss. The
+recurrent state has `ModelConfig.state_precision` between chunks of tokens and between calls.
+"""
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.config import ModelConfig
 from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.ops.dtypes import accumulator_dtype
 from simplernn_jax.ops.projection import fused_projection
 from simplernn_jax.ops.vocab_parallel import lookup
 
 PARAM_DTYPE = jnp.dtype("float32")
-"""Dtype of all parameters, under any policy."""
-
-
-class Policy(NamedTuple):
-    """Mixed-precision policy.
-
-    Gates, sums, norms, softmax and loss are float32 under any policy.
-    """
-
-    param_dtype: Any
-    """Trained parameters; the operands of matmuls are rounded from them."""
-    compute_dtype: Any
-    """Operands of the matmuls of dense layers, whose sums are float32."""
-    state_dtype: Any
-    """The recurrent state between chunks of tokens and between calls."""
-
-
-def policy_from_config(config: ModelConfig) -> Policy:
-    """Return the mixed-precision policy of a model configuration."""
-    return Policy(PARAM_DTYPE, jnp.dtype(config.precision), jnp.dtype(config.state_precision))
+"""Dtype of all parameters, in any precision."""
 
 
 def uniform_fan_in(fan_in: int) -> nnx.Initializer:

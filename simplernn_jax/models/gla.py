@@ -14,7 +14,7 @@ from simplernn_jax.array_types import Activations, HeadState, SegmentIds
 from simplernn_jax.config import GATE_RANK, ModelConfig
 from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.causal_convolution import ConvStates, MixerConvolutions
-from simplernn_jax.models.dense import Dense, fused_dense, policy_from_config
+from simplernn_jax.models.dense import Dense, fused_dense
 from simplernn_jax.models.heads import MultiHeadProjections
 from simplernn_jax.models.rms_norm import RMSNorm
 from simplernn_jax.models.simple_rnn import Recurrence
@@ -62,14 +62,13 @@ class GatedLinearAttention(MultiHeadProjections):
         recurrence: Recurrence = gated_linear_recurrence,
     ):
         """Initialize the parameters; `recurrence` computes the sequence."""
-        policy = policy_from_config(config)
         init = nnx.initializers.normal(INITIALIZER_STD)
         sizes = (config.hidden_dim, config.key_dim, config.value_dim, config.hidden_dim)
         options: dict[str, Any] = {
             "rngs": rngs,
             "kernel_init": init,
             "use_bias": False,
-            "dtype": policy.compute_dtype,
+            "dtype": jnp.dtype(config.precision),
         }
         super().__init__(*sizes, config.num_heads, forget_gate=False, output_gate=True, **options)
         self.gate_down_proj = Dense(config.hidden_dim, GATE_RANK, ("embed", None), **options)
@@ -82,7 +81,7 @@ class GatedLinearAttention(MultiHeadProjections):
         )
         self.min_log_gate = config.min_log_gate
         # None: the accumulation dtype, float32 (float64 under x64).
-        state_dtype = policy.state_dtype
+        state_dtype = jnp.dtype(config.state_precision)
         self.state_dtype = None if state_dtype == jnp.float32 else state_dtype
         self.recurrence = recurrence
 
@@ -194,7 +193,7 @@ class GLABlock(nnx.Module):
             "rngs": rngs,
             "kernel_init": nnx.initializers.normal(INITIALIZER_STD),
             "use_bias": False,
-            "dtype": policy_from_config(config).compute_dtype,
+            "dtype": jnp.dtype(config.precision),
         }
         sizes = (config.hidden_dim, config.mlp_dim, ("embed", "mlp"))
         self.mlp_gate = Dense(*sizes, **options)

@@ -20,7 +20,7 @@ from simplernn_jax.array_types import (
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.attention import KVCache
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
-from simplernn_jax.models.dense import Dense, Embedding, policy_from_config
+from simplernn_jax.models.dense import Dense, Embedding
 from simplernn_jax.models.gla import INITIALIZER_STD, GLABlock
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.remat import rematerialize
@@ -65,7 +65,7 @@ class LanguageModel(nnx.Module):
           ValueError: `stack_layers` with layers of different mixers.
         """
         self.config = dataclasses.replace(config)
-        self.dtype = dtype = policy_from_config(config).compute_dtype
+        self.dtype = dtype = jnp.dtype(config.precision)
         plain = config.block == "plain"
         stds = {"plain": 1.0, "residual": config.hidden_dim**-0.5, "gla": INITIALIZER_STD}
         normal = nnx.initializers.normal(stds[config.block])

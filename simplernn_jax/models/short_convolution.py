@@ -14,7 +14,6 @@ from simplernn_jax.ops.sequence_parallel import sharded_convolution
 
 
 def _identity_init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
-    del key
     return jnp.zeros(shape, dtype).at[0].set(1)
 
 

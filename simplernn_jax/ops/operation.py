@@ -172,7 +172,6 @@ def _differentiate(
     linear: Linear | None,
     partitioned: Any,
 ) -> Any:
-    del partitioned
     full = [_instantiate(tangent, x) for tangent, x in zip(tangents, primals, strict=True)]
     if vjp is not None:
         outputs = _bind(primals, vjp.fwd or impls, results + vjp.residual_types)
@@ -231,7 +230,6 @@ def _batch(
     linear: Linear | None,
     partitioned: Any,
 ) -> Any:
-    del partitioned
     args = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
     axes = tuple(None if d is None else 0 for d in dims)
     (size, *_) = (x.shape[0] for x, axis in zip(args, axes, strict=True) if axis == 0)

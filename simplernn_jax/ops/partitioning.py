@@ -45,7 +45,6 @@ class Partitioned:
         return partitioned
 
     def _partition(self, impl: Implementation, mesh: Mesh, inputs: Any, results: Any) -> Any:
-        del results
         sizes: dict[str, int] = {}
         mesh_axes: dict[str, tuple[str, ...]] = {}
         for names, x in zip(self.inputs, inputs, strict=True):

@@ -37,7 +37,6 @@ def tokenizer_routes(service: Service) -> list[Route]:
     """Make the routes of the model and its tokenizer."""
 
     async def models(request: Request) -> Response:
-        del request
         model = {
             "id": service.model_name,
             "object": "model",
@@ -62,7 +61,6 @@ def tokenizer_routes(service: Service) -> list[Route]:
         return json_response({"prompt": service.tokenizer.decode(body.tokens)})
 
     async def tokenizer_info(request: Request) -> Response:
-        del request
         tokenizer = service.tokenizer
         return json_response(
             {
@@ -89,11 +87,9 @@ def operation_routes(service: Service) -> list[Route]:
     """Make the routes for those who run the server."""
 
     async def metrics(request: Request) -> Response:
-        del request
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def slots(request: Request) -> Response:
-        del request
         engine = service.engine
         return json_response(
             {
@@ -105,16 +101,13 @@ def operation_routes(service: Service) -> list[Route]:
         )
 
     async def health(request: Request) -> Response:
-        del request
         status = service.status
         return json_response({"status": status}, 200 if status == "ready" else 503)
 
     async def openapi(request: Request) -> Response:
-        del request
         return json_response(openapi_document(service.model_name))
 
     async def reload(request: Request) -> Response:
-        del request
         return json_response({"reloaded": await service.reload()})
 
     return [

@@ -62,7 +62,6 @@ class Completion:
 
     def delta(self, index: int, piece: Piece, has_logprobs: bool, is_first: bool) -> Any:
         """Make the part of a choice in a frame."""
-        del is_first
         return self.choice(index, piece, has_logprobs)
 
     def _logprobs(self, entries: list[TokenEntry]) -> Any:

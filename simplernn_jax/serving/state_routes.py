@@ -25,7 +25,6 @@ def state_routes(service: Service) -> list[Route]:
                     states.append(service.describe_state(service.states.load(name)))
             return states
 
-        del request
         return json_response({"object": "list", "data": await asyncio.to_thread(described)})
 
     async def make_state(request: Request) -> Response:
