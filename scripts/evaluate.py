@@ -4,8 +4,9 @@
     python scripts/evaluate.py --workdir runs/base --window 256 --stride 64
 
 Needs only the workdir, unless the run kept its tokens elsewhere (--cache_dir). Every prediction of
-the split counts once, with the state carried over each document, or, with --window, in overlapping
-contexts from a zero state. Bits per byte are comparable across tokenizers and with compressors.
+the split counts once, with the state carried across each document, or, with --window, in
+overlapping contexts from a zero state. Bits per byte are comparable across tokenizers and with
+compressors.
 """
 
 import bootstrap
@@ -34,7 +35,7 @@ _WINDOW = flags.DEFINE_integer(
     "window",
     0,
     "Context length in tokens for sliding-window scoring, each context from a zero state; "
-    "0 carries the state over each document.",
+    "0 carries the state across each document.",
     lower_bound=0,
     upper_bound=2**31 - 1,
 )
@@ -94,7 +95,7 @@ def main() -> None:
             facts[part.name] = str(evaluator(params, part, windows=windows))
     if windows is not None:
         carried = evaluator(params, split)
-        facts["state carried over documents"] = (
+        facts["state carried across documents"] = (
             f"{carried.nats_per_token:.4f} nats/token, {carried.bits_per_byte:.4f} bits/byte"
         )
     print(align(facts))
@@ -114,7 +115,7 @@ def chosen_windows() -> Contexts | None:
 def describe(windows: Contexts | None) -> str:
     """Describe the state before a prediction."""
     if windows is None:
-        return "carried over each document"
+        return "carried across each document"
     length, stride = windows
     minimum = length - stride + 1
     return f"zero, then {minimum} to {length} tokens of context (fewer at a document's start)"

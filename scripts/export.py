@@ -8,7 +8,7 @@
     html         one file that generates text in any browser, offline
     huggingface  a folder for transformers.AutoModelForCausalLM, with a tokenizer and a model card
     safetensors  the parameters and their configuration
-    stablehlo    prefill and decoding for any program that runs XLA (CPU, CUDA, TPU)
+    stablehlo    prefill and decoding, serialized by jax.export for CPU, CUDA and TPU
     onnx         prefill and decoding for ONNX Runtime
 
 The export is loaded in a fresh process and compared with the model on held-out text before it is

@@ -29,7 +29,9 @@ _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _PORT = flags.DEFINE_integer(
     "port", 8000, "Port to listen on; 0 takes a free one.", lower_bound=0, upper_bound=65535
 )
-_MODEL_NAME = flags.DEFINE_string("model_name", None, "Name of the model; that of the workdir.")
+_MODEL_NAME = flags.DEFINE_string(
+    "model_name", None, "Name of the model; by default that of the workdir."
+)
 _SLOTS = flags.DEFINE_integer(
     "slots", 32, "Sequences decoded at a time.", lower_bound=1, upper_bound=1024
 )
@@ -39,11 +41,15 @@ _MAX_QUEUE = flags.DEFINE_integer(
 _MAX_CONNECTIONS = flags.DEFINE_integer(
     "max_connections", 4096, "Open connections; more are refused with 503.", lower_bound=1
 )
-_CACHE_MB = flags.DEFINE_integer("cache_mb", 256, "Limit of the prefix cache.", lower_bound=0)
+_CACHE_MB = flags.DEFINE_integer(
+    "cache_mb", 256, "Largest size of the prefix cache, in MB.", lower_bound=0
+)
 _STATE_DIR = flags.DEFINE_string(
     "state_dir", None, "Folder of named states, created if missing; without it they are temporary."
 )
-_STATES_MB = flags.DEFINE_integer("states_mb", 1024, "Limit of all named states.", lower_bound=0)
+_STATES_MB = flags.DEFINE_integer(
+    "states_mb", 1024, "Largest size of all named states, in MB.", lower_bound=0
+)
 _API_KEY_FILE = flags.DEFINE_string(
     "api_key_file", None, "File with the key that clients must send; or set SIMPLERNN_JAX_API_KEY."
 )
@@ -54,7 +60,7 @@ _ALLOW_ORIGIN = flags.DEFINE_string(
     "allow_origin", None, "Origin of web pages elsewhere that may send requests, or *."
 )
 _DRAIN_TIMEOUT = flags.DEFINE_float(
-    "drain_timeout", 30, "Seconds that running requests have to end after SIGTERM."
+    "drain_timeout", 30, "Seconds in which running requests may finish after SIGTERM."
 )
 flags.register_validator(
     _DRAIN_TIMEOUT, lambda value: 0 <= value <= 86_400, "must be in [0, 86400] seconds"

@@ -1,4 +1,4 @@
-"""Try to break what this project promises, and report whether anything was lost.
+"""Try to break what this project promises, and report what failed.
 
     python scripts/stress.py kill damage -n 20
     python scripts/stress.py quick
@@ -8,7 +8,7 @@ Each experiment injects faults and checks a promise; docs/reliability.md lists t
 from the seed. ``quick`` runs a few cases of each experiment in about 5 minutes, ``all`` all of
 them, for hours.
 
-Exits with code 1 if anything was lost.
+Exits with code 1 if any case failed.
 """
 
 import bootstrap
@@ -34,7 +34,7 @@ _OUT = flags.DEFINE_string("out", None, "Markdown file for a table of the outcom
 
 
 def main() -> int:
-    """Run the experiments that the arguments name; 1 if anything was lost."""
+    """Run the experiments that the arguments name; 1 if any case failed."""
     process_start.raise_on_signals()  # there are temporary folders and children
     names = _ARGUMENTS.value
     is_quick = names == ["quick"]

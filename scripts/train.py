@@ -34,7 +34,7 @@ _WORKDIR = flags.DEFINE_string(
 _DISTRIBUTED = flags.DEFINE_boolean(
     "distributed",
     False,
-    "Join a multi-process run. SLURM, Kubernetes or Open MPI is detected; otherwise set "
+    "Join a multi-process run. SLURM, and Open MPI before version 5, are detected; otherwise set "
     "--coordinator, --num_processes and --process_id.",
 )
 _COORDINATOR = flags.DEFINE_string(

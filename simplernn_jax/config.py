@@ -23,7 +23,7 @@ class ModelConfig:
     """Architecture and precision. Hashable, because Flax keeps it in the static graphdef."""
 
     vocab_size: int = 259
-    """Token ids of the embedding and the head; a run raises it to the tokenizer's number of ids."""
+    """Size of embedding and head; a run raises it to that of the tokenizer if that is larger."""
     block: str = "residual"
     """``plain``: the bare layer of the original PyTorch project (docs/pytorch.md); ``residual``:
     pre-norm block with MLP; ``gla``: the block of gated linear attention (docs/gla.md)."""
@@ -44,8 +44,8 @@ class ModelConfig:
     dropout: float = 0.0
     """Dropout rate, elementwise, of each residual branch's output (not of the plain block)."""
     precision: str = "float32"
-    """Compute dtype of dense layers: ``float32`` or ``bfloat16``. Parameters, gates, sums, norms,
-    softmax and loss are always float32; cached keys and values have this dtype."""
+    """Compute dtype of dense layers: ``float32`` or ``bfloat16``. Parameters, gates, accumulators,
+    norms, softmax and loss are always float32; cached keys and values have this dtype."""
     mixer: str = "simple_rnn"
     """Token mixer, ``simple_rnn`` or ``attention`` (residual block only): one name for all layers,
     or a comma-separated list (or Python list) with one per layer."""
@@ -97,13 +97,13 @@ class DataConfig:
     """Chat template, for JSONL whose records hold ``messages`` in OpenAI's form: ``roles`` (built
     in), a Jinja file in Hugging Face's form, or its text; empty: the records hold text."""
     loss_on: str = "all"
-    """Tokens that are predicted: ``all``, or those of the ``assistant``'s messages."""
+    """Tokens in the loss: ``all``, or those of the ``assistant``'s messages."""
     tokenizer: str = "byte"
     """``byte``, ``char``, ``bpe:SIZE`` (trained on the training split, SIZE ids), a path to a
     Hugging Face ``tokenizer.json``, or a hub name."""
     split: str = "document"
-    """``document``: holds out whole documents, drawn by seed; ``position``: holds out the end of
-    the token stream, as for a single document."""
+    """``document``: holds out whole documents, sampled with the seed; ``position``: holds out the
+    end of the token stream, as for a single document."""
     validation_fraction: float = 0.05
     """Fraction held out for validation, in [0, 1); 0 trains on all of the text."""
     mode: str = "window"
@@ -198,11 +198,11 @@ class TrainConfig:
     profile_steps: int = 0
     """Steps recorded for TensorBoard's profiler, starting at the third of the process."""
     backward_window: int = 0
-    """Tokens per BPTT window, which bounds activation memory; divides sequence_length; 0 uses the
-    whole sequence."""
+    """Tokens of a window of back-propagation, which bounds activation memory; divides
+    sequence_length; 0 is the whole sequence."""
     backward: str = "truncated"
-    """``truncated`` stops gradients at window boundaries (truncated BPTT); ``exact`` propagates
-    them, at the cost of a second forward pass."""
+    """``truncated`` stops gradients at window boundaries (truncated BPTT); ``exact`` is full BPTT,
+    at the cost of a second forward pass."""
     remat: str = "none"
     """Rematerialization: ``none`` stores all residuals; ``block`` stores the input of each layer
     and recomputes the rest."""
@@ -226,7 +226,8 @@ class MeshConfig:
     """Shards of the time axis; divides backward_window if that is set, else sequence_length."""
     stage: int = 1
     """Pipeline stages of consecutive layers, whose microbatches are chunks of time; divides
-    num_layers and what `sequence` divides, and needs sequence=1 and one mixer in all layers."""
+    num_layers, and backward_window if that is set, else sequence_length; needs sequence=1 and one
+    mixer in all layers."""
 
 
 _Section = typing.TypeVar(

@@ -34,7 +34,7 @@ class PositionLoss(NamedTuple):
     counts: np.ndarray
     """int [bins], predictions, at least 1."""
     carried: np.ndarray
-    """float64 [bins], nats per token with the state carried over the whole document."""
+    """float64 [bins], nats per token with the state carried across the whole document."""
     reset: np.ndarray
     """float64 [bins], with the state reset at a fixed interval."""
     errors: np.ndarray

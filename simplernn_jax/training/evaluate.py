@@ -1,4 +1,4 @@
-"""Token-weighted evaluation, with the state carried over documents or in overlapping contexts."""
+"""Token-weighted evaluation, with the state carried across documents or in overlapping contexts."""
 
 import dataclasses
 import math
