@@ -242,6 +242,20 @@ def test_garbage_and_slow_clients_do_not_disturb_others(server):
         connection.close()
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_pipelined_request_hides_no_disconnect(server, stream):
+    host, port = server.url.removeprefix("http://").split(":")
+    fields = {"prompt": "a", "max_tokens": 10**6, "ignore_eos": True, "stream": stream}
+    body = json.dumps(fields).encode()
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(
+            head_of(body) + body + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        )
+        while server.send("GET", "/slots")[2]["active"] == 0:
+            time.sleep(0.01)
+    wait_until_idle(server)
+
+
 def test_headers_without_end_end_the_connection(server):
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:

@@ -9,7 +9,7 @@ from simplernn_jax.serving.jobs import Event, Failed, Job, Prefilled
 from simplernn_jax.serving.metrics import Latency, Metrics
 from simplernn_jax.serving.requests import RequestError
 
-MAX_BACKLOG = 4096
+MAX_BACKLOG = 1024
 """Events of a request that may wait until the client reads them."""
 MAX_EVENTS = 64
 """Events that are handled at a time."""

@@ -5,15 +5,14 @@ import hmac
 import re
 from typing import Any
 
+import h11
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from simplernn_jax.serving.responses import error_body
 
 MAX_HEADER_BYTES = 1 << 15
-MAX_UNPARSED_BYTES = 4 * MAX_HEADER_BYTES
-"""Of headers that are still to end: with more, a connection ends without an answer in JSON."""
 HEADER_SECONDS = 10.0
 """Seconds within which the headers of a request must arrive, once a connection is open or its next
 request has begun."""
@@ -21,12 +20,15 @@ OPEN_PATHS = frozenset({"/", "/page.js", "/tokens.js", "/page.css", "/health", "
 """Paths that need no key: they tell nothing about the model."""
 
 
-class BoundedProtocol(HttpToolsProtocol):
-    """A connection that ends if the headers of a request are too long or do not arrive in time."""
+class DeadlineProtocol(H11Protocol):
+    """A connection that is closed if the headers of a request do not arrive in time.
+
+    It answers no pipelined requests: it closes after the response before them.
+    """
 
     _header_timer: asyncio.TimerHandle | None = None
-    _header_bytes: int | None = 0
-    """Bytes received of headers that are not complete; None if none are expected."""
+    _is_last = False
+    """Whether the connection closes after the response under way."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the deadline of the first request."""
@@ -35,26 +37,18 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Start the deadline of a next request with its first byte, and end it with its headers."""
-        before = self._header_bytes
+        if self._is_last:
+            return
         super().data_received(data)
-        if before is not None and self._header_bytes is not None:
-            self._header_bytes = before + len(data)
-            if self._header_bytes > MAX_UNPARSED_BYTES:
-                self.send_400_response("Headers too long.")
+        if self.conn.their_state is h11.DONE and self.conn.trailing_data[0]:
+            # uvicorn would not read on, and so not see a client that goes away.
+            self._is_last = True
+            self.cycle.keep_alive = False
+            self.flow.resume_reading()
         if self.cycle is None or self.cycle.response_complete:
             self._expect_headers()
         else:
             self._stop_timer()
-
-    def on_message_begin(self) -> None:
-        """Count the bytes of the headers."""
-        super().on_message_begin()
-        self._header_bytes = 0
-
-    def on_headers_complete(self) -> None:
-        """End the count."""
-        super().on_headers_complete()
-        self._header_bytes = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the deadline."""

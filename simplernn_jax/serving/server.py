@@ -7,7 +7,6 @@ import signal
 import socket
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -19,16 +18,15 @@ from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.app import make_app
-from simplernn_jax.serving.connections import BoundedProtocol, Gate
+from simplernn_jax.serving.connections import MAX_HEADER_BYTES, DeadlineProtocol, Gate
 from simplernn_jax.serving.engine import Engine
 from simplernn_jax.serving.jobs import Event, Job
 from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.service import Service
 from simplernn_jax.serving.states import StateFolder
 
-EVENTS_PER_TURN = 8
-"""Events delivered in a turn of the event loop: when all streams end at once, the first clients'
-next requests are read while the last ones' answers are still to be sent."""
+UNREAD_MILLISECONDS = 300_000
+"""Time after which a connection ends whose client does not read what was sent."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -46,6 +44,8 @@ def listen(host: str, port: int) -> socket.socket:
     # Accepted sockets inherit this. asyncio sets it only on sockets with proto=IPPROTO_TCP, which
     # create_server leaves at 0. Without it, streams stall for 40 ms on reused connections.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if sys.platform == "linux":  # elsewhere, a client that does not read keeps its connection
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MILLISECONDS)
     return listener
 
 
@@ -69,7 +69,6 @@ def serve(
 ) -> None:
     """Answer requests until SIGTERM or SIGINT."""
     loop: asyncio.AbstractEventLoop | None = None
-    pending: deque[tuple[Job, Event]] = deque()
 
     def on_events(events: list[tuple[Job, Event]]) -> None:
         assert loop is not None
@@ -77,17 +76,9 @@ def serve(
             loop.call_soon_threadsafe(route, events)
 
     def route(events: list[tuple[Job, Event]]) -> None:
-        if not pending:
-            asyncio.get_running_loop().call_soon(deliver_some)
-        pending.extend(events)
-
-    def deliver_some() -> None:
-        for _ in range(min(EVENTS_PER_TURN, len(pending))):
-            job, event = pending.popleft()
+        for job, event in events:
             if job.deliver is not None:
                 job.deliver(job, event)
-        if pending:
-            asyncio.get_running_loop().call_soon(deliver_some)
 
     def on_failure(error: BaseException) -> None:
         service.status = "failed"
@@ -153,7 +144,8 @@ def serve(
     starter = threading.Thread(target=start, daemon=True)
     config = uvicorn.Config(
         Gate(make_app(service), api_key, allow_origin, hosts),
-        http=BoundedProtocol,
+        http=DeadlineProtocol,
+        h11_max_incomplete_event_size=4 * MAX_HEADER_BYTES,
         proxy_headers=False,
         limit_concurrency=max_connections,
         log_level="warning",
