@@ -49,7 +49,7 @@ TECHNIQUES: tuple[tuple[str, str, Row], ...] = (
     ("B pipeline parallelism", "2 devices, a layer each", {"stage": 2}),
     ("B sequence parallelism", "2 devices, half of each sequence", {"sequence": 2}),
     ("C one token at a time", "a compiled loop", {"recurrence": BY_SCAN}),
-    ("C in chunks", "matmuls in XLA", {"recurrence": BY_CHUNKS}),
+    ("C chunkwise", "matmuls in XLA", {"recurrence": BY_CHUNKS}),
     ("D bfloat16 matmuls", "operands", {"precision": "bfloat16"}),
     ("D bfloat16 state", "recurrent state", {"state_precision": "bfloat16"}),
     ("E streams", "state carried between steps", {"mode": "stream"}),

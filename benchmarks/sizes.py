@@ -1,6 +1,6 @@
 """Memory and communication of a train step on eight simulated devices, compiled and not run.
 
-The recurrence is in chunks, as on GPUs. Memory is XLA's analysis for CPUs, of one device. Bytes are
+The recurrence is chunkwise, as on GPUs. Memory is XLA's analysis for CPUs, of one device. Bytes are
 those of the collectives' results on one device, those of the loop over microbatches times their
 number.
 """

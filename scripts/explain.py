@@ -42,7 +42,8 @@ _OUT = flags.DEFINE_string("out", None, "Folder for the page; created if missing
 _TOKEN = flags.DEFINE_integer(
     "token",
     None,
-    "1-based index of the token to explain; default: that which gains most from distant context.",
+    "1-based index of the token to explain; default: the one whose loss drops most with distant "
+    "context.",
 )
 _MAP_TOKENS = flags.DEFINE_integer(
     "map_tokens", 192, "Tokens shown in the maps, around --token.", lower_bound=8, upper_bound=1024

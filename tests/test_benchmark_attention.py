@@ -231,7 +231,7 @@ def test_models_with_the_same_number_of_parameters_are_compared():
     rows = [{"model": model, "parameters": size} for model, size in sizes.items()]
     curves = {model: {"16": 0.53 + 0.09 * i} for i, model in enumerate(sizes)}
     found = synthetic.matched({"rows": rows, "curves": {"recall": curves}}, "recall", 16, "pairs")
-    assert found["measured"] == "% right, recall, 16 pairs"
+    assert found["measured"] == "accuracy in %, recall, 16 pairs"
     assert [round(found[v]) for v in VARIANTS] + [found["better"]] == [53, 71, "attention"]
 
 

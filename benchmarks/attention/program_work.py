@@ -1,4 +1,4 @@
-"""Operations of a program and the longest chain of dependent ones, counted before XLA.
+"""Operations of a program and the critical path, counted before XLA.
 
 XLA's own `cost_analysis` counts the body of a loop once and does not see into C functions. Here
 loops count as often as they run, this package's operations count in the form for any platform, and
@@ -35,8 +35,8 @@ class Work(NamedTuple):
     """Additions and multiplications of matmuls, and one for each element of an elementwise
     operation or a reduction."""
     chain: float
-    """Length of the longest chain of array operations in which each needs the one before;
-    iterations of a loop are chained only through the carry."""
+    """Length of the critical path, the longest chain of dependent array operations; iterations of
+    a loop are chained only through the carry."""
 
 
 def count_work(function: Callable[..., Any], *arguments: Any) -> Work:
@@ -51,7 +51,7 @@ def count_work(function: Callable[..., Any], *arguments: Any) -> Work:
 
 
 def _walk(program: Any, inputs: Sequence[float]) -> tuple[float, list[float]]:
-    """Operations, and the longest chain up to each output from those up to each input."""
+    """Operations, and the critical path up to each output from those up to each input."""
     known: dict[Any, float] = dict(zip(program.invars, inputs, strict=True))
 
     def depth(variable: Any) -> float:

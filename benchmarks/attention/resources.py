@@ -1,6 +1,6 @@
-"""Time per token, operations and their longest chain, memory, and communication of devices.
+"""Time per token, operations and their critical path, memory, and communication of devices.
 
-Operations are counted in the program before XLA (`program_work`), of the recurrence in chunks.
+Operations are counted in the program before XLA (`program_work`), of the chunkwise recurrence.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +24,7 @@ from ..train_steps import BY_CHUNKS, BY_SCAN, compile_quickly
 from .program_work import Work, count_work
 from .report import ATTENTION, RECURRENCE, VARIANTS, config_of, with_lines
 
-CHUNKS, SCAN = f"{RECURRENCE} in chunks", f"{RECURRENCE} by scan"
+CHUNKS, SCAN = f"{RECURRENCE} chunkwise", f"{RECURRENCE} by scan"
 PROGRAMS: dict[str, tuple[str, Recurrence]] = {
     RECURRENCE: (RECURRENCE, gated_linear_recurrence),
     ATTENTION: (ATTENTION, gated_linear_recurrence),
@@ -56,7 +56,7 @@ def time_calls(
 
 
 def measure_parallelism(quick: bool) -> dict[str, Any]:
-    """Time of a train step at constant tokens, and the longest chain of one sequence's gradient.
+    """Time of a train step at constant tokens, and the critical path of one sequence's gradient.
 
     In a chain of operations, each needs the one before. SimpleRNN is the form that training runs;
     on a CPU that goes token by token as `scan`, in one function.
@@ -75,8 +75,8 @@ def measure_parallelism(quick: bool) -> dict[str, Any]:
     what = f"training, {counted(layers, 'layer')}"
     times = {f"us/token, {what}": time_calls(step, PROGRAMS, lengths, tokens, blocks)}
     chains = curves_of((ATTENTION, CHUNKS, SCAN), lengths, chain)
-    curves = times | {f"longest chain, {what}": chains}
-    in_chunks = {f"{k}, in chunks": {**v, RECURRENCE: v[CHUNKS]} for k, v in curves.items()}
+    curves = times | {f"critical path, {what}": chains}
+    in_chunks = {f"{k}, chunkwise": {**v, RECURRENCE: v[CHUNKS]} for k, v in curves.items()}
     return with_lines("parallelism", times | in_chunks) | {"curves": curves}
 
 
@@ -94,9 +94,9 @@ def measure_cost(quick: bool) -> dict[str, Any]:
     """Operations and time per token of one sequence, or after a context, of length T.
 
     Operations are counted in the program before XLA, whose own analysis counts the body of a loop
-    once and does not see into C functions; the recurrence is counted in chunks. Prefill is one
-    forward pass; decode is one stream, for which XLA's CPU backend copies attention's keys and
-    values once more for every token.
+    once and does not see into C functions; the recurrence is counted in its chunkwise form.
+    Prefill is one forward pass; decode is one stream, for which XLA's CPU backend copies
+    attention's keys and values once more for every token.
     """
     prefilled, decoded = (LENGTHS[:3], LENGTHS[:4]) if quick else (LENGTHS[:4], LENGTHS)
     new_tokens, blocks = (64, 2) if quick else (128, 3)

@@ -199,5 +199,5 @@ def matched(results: Mapping[str, Any], title: str, x: int, unit: str) -> Row:
     ours = min(recurrences, key=lambda name: abs(sizes[name] - sizes[ATTENTION]))
     curves = results["curves"][title]
     values = {RECURRENCE: 100 * curves[ours][str(x)], ATTENTION: 100 * curves[ATTENTION][str(x)]}
-    what = f"% right, {title}, {x} {unit}"
+    what = f"accuracy in %, {title}, {x} {unit}"
     return line("long-range dependency", what, values, more_is_better=True, tolerance=1.0)
