@@ -372,9 +372,14 @@ def test_key_drain_and_reload(workdir, tmp_path):
             code, errors = server.stop(signal.SIGTERM)
             status, _, answer = running.result()
         assert (code, status, answer["usage"]["completion_tokens"]) == (0, 200, 3000), errors
-    with serving(workdir, *flags) as server:
+    with serving(workdir, *flags, "--max_connections=2") as server:
         body = {"prompt": "b", "state": "s", "max_tokens": 3}
         assert server.send("POST", "/v1/completions", body, **key)[0] == 200
+        address = server.url.removeprefix("http://").split(":")
+        with socket.create_connection(address), socket.create_connection(address):
+            assert server.send("GET", "/health")[0] == 503
+        while server.send("GET", "/health")[0] == 503:  # until the server sees that both are closed
+            time.sleep(0.01)
 
 
 def test_connections_send_small_frames_at_once():

@@ -147,7 +147,7 @@ def serve(
         http=DeadlineProtocol,
         h11_max_incomplete_event_size=4 * MAX_HEADER_BYTES,
         proxy_headers=False,
-        limit_concurrency=max_connections,
+        limit_concurrency=max_connections + 1,  # uvicorn refuses the last one
         log_level="warning",
         access_log=False,
         server_header=False,
