@@ -30,8 +30,7 @@ def test_large_weights_are_files_of_their_own(tmp_path, monkeypatch):
     chex.assert_trees_all_close(logits, expected, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("limit", [1 << 30, 0])
-@pytest.mark.parametrize("kind", ["float16", "int8"])
+@pytest.mark.parametrize(("kind", "limit"), [("float16", 1 << 30), ("int8", 0)])
 def test_rounded_weights(tmp_path, monkeypatch, kind, limit):
     module = find_format("onnx")
     monkeypatch.setattr(module, "MAX_INLINE_BYTES", limit)
