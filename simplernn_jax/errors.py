@@ -1,5 +1,6 @@
 """The exception for everything that a user can fix, exit codes, and the wording of numbers."""
 
+import errno
 import math
 from collections.abc import Iterable
 
@@ -9,6 +10,18 @@ EXIT_INTERRUPTED = 75
 """A run was interrupted by SIGTERM or SIGINT; the same command resumes it (EX_TEMPFAIL)."""
 EXIT_PEER_FAILURE = 76
 """A peer process died, was suspended or unreachable (EX_PROTOCOL); the same commands resume it."""
+
+DISK_ADVICE = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of the quota",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "allow access to it",
+    errno.EPERM: "allow access to it",
+    errno.EIO: "check this disk",
+    errno.EFBIG: "allow larger files (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+}
+"""What to do about a file-system error, but for another path."""
 
 MAX_MESSAGE = 400
 """Characters of a message: a corrupted file may quote megabytes of itself."""

@@ -23,21 +23,10 @@ from typing import NoReturn
 
 from absl import flags
 
-from simplernn_jax.errors import EXIT_USER_ERROR, UserError, one_line
+from simplernn_jax.errors import DISK_ADVICE, EXIT_USER_ERROR, UserError, one_line
 from simplernn_jax.project import name_commands
 
-_ADVICE = {
-    errno.ENOSPC: "free some space and run again",
-    errno.EDQUOT: "free some of the quota and run again",
-    errno.EROFS: "choose a writable folder",
-    errno.EACCES: "allow access to it or choose another path",
-    errno.EPERM: "allow access to it or choose another path",
-    errno.ENOENT: "create it or choose another path",
-    errno.EISDIR: "specify a file",
-    errno.EIO: "check the disk",
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f) or choose another file",
-    errno.EMFILE: "raise the limit on open files (ulimit -n)",
-}
+_ADVICE = DISK_ADVICE | {errno.ENOENT: "create it", errno.EISDIR: "specify a file"}
 """Advice for a file-system error. One without a path that is not listed here is a bug and keeps its
 traceback."""
 
@@ -72,7 +61,8 @@ def _run(main: Callable[[], int | None]) -> int:
         if error.filename is None and error.errno not in _ADVICE:
             return _show_bug()
         what = (error.strerror or str(error)).lower()
-        advice = _ADVICE.get(error.errno or 0, "choose another path")
+        advice = _ADVICE.get(error.errno or 0)
+        advice = f"{advice}, or choose another path" if advice else "choose another path"
         return _report(f"{_path_of(error)}: {what}; {advice}")
     except KeyboardInterrupt:
         return 130

@@ -83,7 +83,7 @@ ERRORS = {
     'os.makedirs("0.py" + os.sep)': "file exists; choose another path",
     'raise OSError(28, "No space left on device", "/runs/y")': "/runs/y: no space left",
     'open("x" * 999)': "file name too long; choose another path",
-    'open("never/written")': "never/written: no such file or directory; create it or",
+    'open("never/written")': "never/written: no such file or directory; create it, or",
     'os.symlink("l", "l"); open("l")': "l: too many levels of symbolic links; choose another",
     'raise OSError(22, "not a regular file", "/runs/z")': "/runs/z: not a regular file; choose",
     'raise OSError(6, "No such device or address", "/p")': "/p: no such device or address",

@@ -8,7 +8,6 @@ A step without a manifest was either being saved when its process died, which lo
 lost its manifest, which is corruption: ``complete.json`` distinguishes the two.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -20,7 +19,7 @@ from absl import logging
 
 from simplernn_jax.checkpoint import manifest
 from simplernn_jax.checkpoint.contents import QUALITY_ITEM, saved_step
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import DISK_ADVICE, UserError
 from simplernn_jax.files import check_output, read_sealed, sync, write_sealed
 
 UNFINISHED_MARK = ".orbax-checkpoint-tmp"
@@ -264,18 +263,6 @@ class CheckpointFolder:
             logging.info("no file locks on this file system: %s", self.path)
 
 
-_ADVICE = {
-    errno.ENOSPC: "free some space there",
-    errno.EDQUOT: "free some of the quota",
-    errno.EFBIG: "allow larger files",
-    errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.EACCES: "allow writing there",
-    errno.EPERM: "allow writing there",
-    errno.EROFS: "make it writable",
-    errno.EIO: "check this disk",
-}
-
-
 def disk_failure(error: Exception) -> str | None:
     """Return a file-system error and what to do, or None if `error` is not one.
 
@@ -284,7 +271,7 @@ def disk_failure(error: Exception) -> str | None:
     code = error.errno if isinstance(error, OSError) else None
     if code is None:
         text = str(error)
-        code = next((code for code in _ADVICE if os.strerror(code) in text), None)
+        code = next((code for code in DISK_ADVICE if os.strerror(code) in text), None)
     if code is None:
         return None
-    return f"{os.strerror(code)}: {_ADVICE.get(code, 'check this folder')}"
+    return f"{os.strerror(code)}: {DISK_ADVICE.get(code, 'check this folder')}"

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from simplernn_jax.data.tokenized_corpus import (
     of_splits,
 )
 from simplernn_jax.data.tokenizer import Tokenizer, check_round_trip, load_tokenizer
-from simplernn_jax.errors import UserError, counted
+from simplernn_jax.errors import DISK_ADVICE, UserError, counted
 from simplernn_jax.files import read_sealed, write_sealed
 
 __all__ = ["TokenSplit", "TokenizedCorpus", "find_corpus", "prepare_corpus", "train_tokenizer"]
@@ -224,15 +223,9 @@ def _disk_errors(cache: Path, source: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(_disk_problem(error, source, cache)) from error
-
-
-def _disk_problem(error: OSError, source: str, cache_dir: Path) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        problem = "the disk is full; free some space there"
-    else:
-        problem = f"{error.strerror or error}; make it writable"
-    return (
-        f"{cache_dir}: {problem} or choose another folder with --config.data.cache_dir "
-        f"(it was to hold the tokens of {source})"
-    )
+        advice = DISK_ADVICE.get(error.errno or 0, "check this folder")
+        problem = error.strerror or str(error)
+        raise UserError(
+            f"{cache}: {problem}; {advice}, or choose another folder with --config.data.cache_dir "
+            f"(it was to hold the tokens of {source})"
+        ) from error
