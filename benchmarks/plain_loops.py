@@ -51,7 +51,7 @@ def products_in_c(model: LanguageModel, num_tokens: int) -> Call:
     matrices = matrices_of(model)
     sizes = np.asarray([matrix.shape for matrix in matrices], np.int64)
     weights = np.concatenate([np.ascontiguousarray(matrix).ravel() for matrix in matrices])
-    x, y = np.ones((2, sizes.max()), np.float32)
+    x, y = np.ones((2, np.max(sizes)), np.float32)
 
     def call() -> np.ndarray:
         arguments = (ctypes.c_int64(len(sizes)), ctypes.c_int64(num_tokens))

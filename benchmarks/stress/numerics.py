@@ -221,10 +221,10 @@ def compare(found: dict[str, Array], expected: dict[str, Bounded], program: Prog
         if not np.isfinite(result).all():
             return f"{name} is not finite"
         ratio = np.abs(result - value) / limit
-        if ratio.max() > 1:
-            where = np.unravel_index(ratio.argmax(), ratio.shape)
+        if np.max(ratio) > 1:
+            where = np.unravel_index(np.argmax(ratio), ratio.shape)
             return (
                 f"{name}{list(map(int, where))} is {result[where]}, not {value[where]}, "
-                f"{ratio.max():.3g} times the bound of its error"
+                f"{ratio[where]:.3g} times the bound of its error"
             )
     return None
