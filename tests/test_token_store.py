@@ -21,6 +21,7 @@ from small_tokenizers import word_level
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import TokenizedCorpus, TokenSplit, load_tokenizer, prepare_corpus
 from simplernn_jax.data.token_parts import write_part
+from simplernn_jax.data.token_store import find_corpus
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_sealed, write_sealed
 
@@ -444,6 +445,33 @@ def test_a_killed_writer_is_continued_where_it_was(
     whole = {name for name in whole if name.endswith(".tokens")}
     assert len(whole) == shards
     assert whole == {n for n in whole if (store / n).stat().st_mtime_ns == times[n]}
+
+
+def test_a_part_that_is_lost_is_written_again(tmp_path, small_files, source, cache):
+    names = {"module": "os", "function": "pread", "calls": 5, "signal": int(signal.SIGKILL)}
+    code, _, errors = run_python("-c", KILLED.format(**names, source=str(source), cache=str(cache)))
+    assert code == -signal.SIGKILL, errors
+    (left,) = cache.iterdir()
+    parts = sorted(path for path in left.rglob("*.tokens") if "result" not in path.parts)
+    assert len(parts) > 1
+    parts[0].unlink()
+    prepare(source, cache)
+    prepare(source, tmp_path / "other")
+    (store,), (other,) = cache.iterdir(), (tmp_path / "other").iterdir()
+    assert contents(store) == contents(other)
+
+
+def test_a_store_that_cannot_be_read_is_an_error(monkeypatch, source, cache):
+    corpus = prepare(source, cache)
+
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("simplernn_jax.data.token_store.open_store", fail)
+        with pytest.raises(UserError, match="Input/output error; make it readable"):
+            find_corpus(str(cache), corpus.content_hash, corpus.tokenizer)
+    assert find_corpus(str(cache), corpus.content_hash, corpus.tokenizer) is not None
 
 
 def test_what_a_writer_left_that_was_killed_at_its_end_is_removed(source, cache):
