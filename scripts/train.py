@@ -34,8 +34,8 @@ _WORKDIR = flags.DEFINE_string(
 _DISTRIBUTED = flags.DEFINE_boolean(
     "distributed",
     False,
-    "Join a multi-process run. SLURM, and Open MPI before version 5, are detected; otherwise set "
-    "--coordinator, --num_processes and --process_id.",
+    "Join a multi-process run. SLURM, Open MPI before version 5, and Kubernetes with jax[k8s] are "
+    "detected; otherwise set --coordinator, --num_processes and --process_id.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of the process with --process_id 0."

@@ -56,7 +56,8 @@ def joined(
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         raise UserError(
             f"--distributed: {error} Pass --coordinator HOST:PORT, --num_processes N and "
-            "--process_id I, or none of them if SLURM, or Open MPI before version 5, starts all"
+            "--process_id I, or none of them if SLURM, Open MPI before version 5, or Kubernetes "
+            "with jax[k8s] starts all"
         ) from error
     supervisor.set_abort_reason(
         EXIT_PEER_FAILURE,

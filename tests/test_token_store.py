@@ -511,7 +511,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(monkeypatch, code, source, cac
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match=r"cache: .*; free some.*cache_dir"):
+        with pytest.raises(UserError, match=f"cache: {os.strerror(code)}; free some.*cache_dir"):
             prepare(source, cache)
     assert not list(cache.iterdir())
     prepare(source, cache)

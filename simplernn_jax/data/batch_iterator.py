@@ -9,6 +9,7 @@ import numpy as np
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data.batches import (
+    ENDLESS,
     SOURCES,
     Batch,
     BatchSource,
@@ -35,15 +36,18 @@ def make_batches(
     Raises:
       UserError: the split is too short (`steps_per_epoch`).
     """
-    kind: Any = MixedBatchSource if isinstance(split, MixedSplit) else BatchSource
-    source = kind(split, data_config, seed, pad_id, sequences)
+    source: BatchSource | MixedBatchSource
+    if isinstance(split, MixedSplit):
+        source = MixedBatchSource(split, data_config, seed, pad_id, sequences)
+    else:
+        source = BatchSource(split, data_config, seed, pad_id, sequences)
     # One thread: a batch takes far less time than a step, and further threads would only
     # compete with the computation for cores.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
-class MixedBatchSource(BatchSource):
+class MixedBatchSource:
     """Random-access source whose item ``i`` is batch ``i`` of a mixture, a function of seed and i.
 
     Random windows: the source of each sequence is drawn with the probabilities of the mixture, and
@@ -86,6 +90,12 @@ class MixedBatchSource(BatchSource):
                 own = slice(int(here[0]), int(here[-1]) + 1)
                 self._sources.append(BatchSource(part, config, seed, pad_id, own))
             first += count
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __repr__(self) -> str:
+        return self._name
 
     def __getitem__(self, index: Any) -> Batch:
         index = int(index)
