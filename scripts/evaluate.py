@@ -4,7 +4,7 @@
     python scripts/evaluate.py --workdir runs/base --window 256 --stride 64
 
 Needs only the workdir, unless the run kept its tokens elsewhere (--cache_dir). Every prediction of
-the split counts once, with the state carried across each document, or, with --window, in
+the split counts once, with the state carried within each document, or, with --window, in
 overlapping contexts from a zero state. Bits per byte are comparable across tokenizers and with
 compressors.
 """
@@ -95,7 +95,7 @@ def main() -> None:
             facts[part.name] = str(evaluator(params, part, windows=windows))
     if windows is not None:
         carried = evaluator(params, split)
-        facts["state carried across documents"] = (
+        facts["state carried within documents"] = (
             f"{carried.nats_per_token:.4f} nats/token, {carried.bits_per_byte:.4f} bits/byte"
         )
     print(align(facts))
@@ -115,7 +115,7 @@ def chosen_windows() -> Contexts | None:
 def describe(windows: Contexts | None) -> str:
     """Describe the state before a prediction."""
     if windows is None:
-        return "carried across each document"
+        return "carried within each document"
     length, stride = windows
     minimum = length - stride + 1
     return f"zero, then {minimum} to {length} tokens of context (fewer at a document's start)"

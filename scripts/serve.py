@@ -1,4 +1,4 @@
-"""Answer HTTP requests with a trained model, in the form of the OpenAI API.
+"""Serve a trained model over an OpenAI-compatible HTTP API.
 
     python scripts/serve.py --workdir runs/base
     curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "def main(", "max_tokens": 50}'
@@ -54,7 +54,7 @@ _API_KEY_FILE = flags.DEFINE_string(
     "api_key_file", None, "File with the key that clients must send; or set SIMPLERNN_JAX_API_KEY."
 )
 _ALLOW_REMOTE = flags.DEFINE_bool(
-    "allow_remote_without_key", False, "Listen on other addresses than loopback without a key."
+    "allow_remote_without_key", False, "Allow listening on non-loopback addresses without a key."
 )
 _ALLOW_ORIGIN = flags.DEFINE_string(
     "allow_origin", None, "Origin of web pages elsewhere that may send requests, or *."

@@ -17,7 +17,7 @@ COMMANDS = {
     "sample": "generate text with a trained model",
     "evaluate": "score a model on held-out text",
     "chat": "talk to a chat model in the terminal",
-    "serve": "answer HTTP requests in the form of the OpenAI API",
+    "serve": "serve a model over an OpenAI-compatible HTTP API",
     "explain": "visualize how a model processes a text",
     "compare": "compare runs: configurations, losses, speed",
     "export": "export a model to other formats",

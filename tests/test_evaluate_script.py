@@ -56,7 +56,7 @@ def test_scores_a_split_from_the_workdir_alone(saved):
     overlapping = results[2].output
     assert number("predictions", overlapping) == corpus.validation.num_predictions
     assert "zero, then 6 to 9 tokens of context" in overlapping
-    assert "state carried across documents" in overlapping
+    assert "state carried within documents" in overlapping
 
 
 def test_a_run_without_held_out_text_says_so(tmp_path):

@@ -185,7 +185,7 @@ def test_missing_and_corrupted_files(tmp_path):
     edit_index(tmp_path, lambda names: names.pop(Q))
     assert_refused(f"{held}: {Q} is not listed in {INDEX}")
     (tmp_path / INDEX).write_text('{"weight_map": []}')
-    assert_refused(f"{INDEX}: holds no weight_map")
+    assert_refused(f"{INDEX}: has no weight_map")
     (tmp_path / INDEX).unlink()
     os.mkfifo(tmp_path / "model.safetensors")
     assert_refused("model.safetensors: cannot be read (not a regular file)")

@@ -24,7 +24,7 @@ def events(monkeypatch):
         (0, 4, [0, 1, 2, 3], None),
         (2, 6, [0, 1, "start", 2, 3, "stop", 4, 5], "profile of 2 steps: "),
         (2, 4, [0, 1, "start", 2, 3, "stop"], "profile of 2 steps: "),
-        (9, 3, [0, 1, "start", 2, "stop"], "profile of 1 steps: "),
+        (9, 3, [0, 1, "start", 2, "stop"], "profile of 1 step: "),
         (1, 2, [0, 1], "no profile: the run ended before its third step"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Flax NNX modules: the cell, the layers over time, the language model."""
+"""Flax NNX modules: recurrent cell, sequence layers and language model."""
 
 from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.models.gla import GatedLinearAttention, GLAState

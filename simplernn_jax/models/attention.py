@@ -28,9 +28,8 @@ from simplernn_jax.ops.sliding_attention import apply_rope, attend, sliding_atte
 class KVCache(NamedTuple):
     """State of `Attention`: a ring buffer; all zeros is the empty cache.
 
-    The token at position p of its segment is in slot p modulo S, where it replaces one outside
-    every later query's window. Heads come before slots, the layout of the matmuls of one query with
-    all slots.
+    The token at position p of its segment is in slot p modulo S; it overwrites a token that no
+    later query attends to. Heads come before slots, the layout of a decode step's matmuls.
     """
 
     keys: CachedKeys
@@ -126,14 +125,14 @@ class Attention(MultiHeadProjections):
 
         Args:
           x: ``[B, T, hidden_dim]``.
-          state: keys and values before the first token, of its segment; None is an empty cache.
+          state: cache of the tokens before the first one, in its segment; None is empty.
           segment_ids: ``[B, T]``; tokens attend only within their segment.
 
         Returns:
           ``[B, T, output_dim]`` and the state after the last token.
 
         Raises:
-          ValueError: wrong ranks, or shapes that do not fit together or this layer.
+          ValueError: wrong ranks, or shapes inconsistent with each other or with this layer.
           TypeError: wrong dtypes, or a state that is not a `KVCache`.
         """
         sizes = check_array("x", x, "B T D", FLOATING, {"D": self.query_proj.in_features})

@@ -41,7 +41,7 @@ def linspace_gate_bias(num_heads: int) -> nnx.Initializer:
 
 
 def _sizes(config: ModelConfig) -> dict[str, Any]:
-    """Return the arguments of a mixer from and to the residual stream."""
+    """Return the arguments of a mixer whose input and output is the residual stream."""
     return {
         "hidden_dim": config.hidden_dim,
         "key_dim": config.key_dim,
@@ -103,7 +103,7 @@ class ResidualBlock(nnx.Module):
     A short causal convolution mixes each token with the three before it. The mixer is a `SimpleRNN`
     with queries scaled by 1/sqrt(K), or `Attention`; both are multi-head, with per-head RMS norm
     and an output gate (as in gated linear attention, arXiv:2312.06635, section 4.4). The initial
-    scale of the MLP's last projection is smaller by sqrt(2 * num_layers), as in GPT-2.
+    std of the MLP's last projection is divided by sqrt(2 * num_layers), as in GPT-2.
     """
 
     def __init__(
@@ -182,10 +182,10 @@ class ResidualBlock(nnx.Module):
     ) -> tuple[Activations, ResidualState]:
         """Apply the block to `x` ``[B, T, D]``; returns ``[B, T, D]`` float32 and the next state.
 
-        `segment_ids` are ``[B, T]``. No state is the zero state; without a key there is no dropout.
+        `segment_ids` are ``[B, T]``. `state` None is zero; `dropout_key` None disables dropout.
 
         Raises:
-          ValueError: wrong ranks, or shapes that do not fit together or this layer.
+          ValueError: wrong ranks, or shapes inconsistent with each other or with this layer.
           TypeError: wrong dtypes, or a state that is not a `ResidualState`.
         """
         check_array("x", x, "B T D", FLOATING, {"D": self.convolution.features})

@@ -1,4 +1,4 @@
-"""Short causal convolutions of queries, keys and values, channel by channel."""
+"""Depthwise causal convolutions of queries, keys and values."""
 
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ class ConvStates(NamedTuple):
 class CausalConvolution(nnx.Module):
     """``silu(sum_n w_n x_{t-n})`` for n in 0 .. width - 1, within one segment; float32.
 
-    Initially only ``w_0`` is not zero: a layer starts as one without convolutions, but for silu.
+    Initialized to the identity (``w_0`` is 1, the rest 0), up to the silu.
     """
 
     def __init__(self, width: int, features: int):

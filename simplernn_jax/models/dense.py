@@ -1,8 +1,8 @@
 """Dense layers and their initialization.
 
-Mixed precision: parameters are float32; the operands of matmuls are rounded from them to
-`ModelConfig.precision`, and accumulated in float32, as are gates, norms, softmax and loss. The
-recurrent state has `ModelConfig.state_precision` between chunks of tokens and between calls.
+Mixed precision: parameters are float32; matmul operands are cast to `ModelConfig.precision` and
+accumulated in float32, in which gates, norms, softmax and loss are computed too. The recurrent
+state has `ModelConfig.state_precision` between chunks of tokens and between calls.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Gated linear attention (GLA): the block of `GLAForCausalLM` of flash-linear-attention.
 
-Source: Yang et al. 2023, arXiv:2312.06635, sections 4.3 and 4.4; the details in which programs
-differ (initialization, names, constants) are those of github.com/fla-org/flash-linear-attention.
+Source: Yang et al. 2023, arXiv:2312.06635, sections 4.3 and 4.4. Where implementations differ
+(initialization, names, constants), this one follows github.com/fla-org/flash-linear-attention.
 """
 
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ class GLAState(NamedTuple):
 
 
 class GatedLinearAttention(MultiHeadProjections):
-    """Token mixer of GLA, with projections without bias except that of the gates.
+    """GLA token mixer; of its projections only `gate_up_proj` has a bias.
 
     Per head, with K = key_dim / num_heads and V = value_dim / num_heads::
 
@@ -141,7 +141,7 @@ class GatedLinearAttention(MultiHeadProjections):
           ``[B, T, hidden_dim]`` and the state after the last token.
 
         Raises:
-          ValueError: wrong ranks, or shapes that do not fit together or this layer.
+          ValueError: wrong ranks, or shapes inconsistent with each other or with this layer.
           TypeError: wrong dtypes, or a state that is not a `GLAState`.
         """
         sizes = check_array("x", x, "B T D", FLOATING, {"D": self.query_proj.in_features})
@@ -218,7 +218,7 @@ class GLABlock(nnx.Module):
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, GLAState]:
-        """Apply the block to ``[B, T, D]``; as `GatedLinearAttention`, without a key no dropout."""
+        """Apply the block to ``[B, T, D]``, as `GatedLinearAttention`; no dropout without a key."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         y, state = self.mixer(self.mixer_norm(x), state, segment_ids)
         x = x + dropout(y, self.dropout_rate, keys[0])

@@ -1,7 +1,7 @@
-"""Load `GLAForCausalLM` of flash-linear-attention from a folder in Hugging Face's form.
+"""Load `GLAForCausalLM` of flash-linear-attention from a folder in Hugging Face format.
 
-The folder holds ``config.json`` and ``model.safetensors``, or the parts that
-``model.safetensors.index.json`` lists. Nothing in it is executed. Names, defaults and the rule of
+The folder holds ``config.json`` and ``model.safetensors``, or the shards that
+``model.safetensors.index.json`` lists. Nothing in it is executed. Names, defaults and the rule for
 the MLP's width are those of github.com/fla-org/flash-linear-attention, `fla/models/gla`.
 """
 
@@ -47,7 +47,7 @@ def load_gla_checkpoint(folder: str) -> LanguageModel:
         float16 or bfloat16.
 
     Returns:
-      A `LanguageModel` with ``block="gla"`` in float32, which has the logits of the original.
+      A `LanguageModel` with ``block="gla"`` in float32 that reproduces the original's logits.
 
     Raises:
       UserError: a file is missing or corrupted; or a setting, or a tensor's name or shape, is not
@@ -76,9 +76,9 @@ def load_gla_checkpoint(folder: str) -> LanguageModel:
 
 
 def is_gla_folder(folder: str) -> bool:
-    """Whether ``config.json`` in `folder` has a model type, as that of a run has not.
+    """Whether ``config.json`` in `folder` has a ``model_type``; that of a run has none.
 
-    `load_gla_checkpoint` says if the type is another one.
+    `load_gla_checkpoint` raises if it is not ``gla``.
     """
     try:
         return "model_type" in _read_json(os.path.join(folder, _CONFIG))
@@ -120,7 +120,7 @@ def _read_json(path: str) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(f"{path}: cannot be read ({reason}); {_ADVICE}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: holds no JSON object; {_ADVICE}")
+        raise UserError(f"{path}: is not a JSON object; {_ADVICE}")
     return values
 
 
@@ -198,7 +198,7 @@ def _files(folder: str) -> Iterator[tuple[str, set[str] | None]]:
         )
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: holds no weight_map; {_ADVICE}")
+        raise UserError(f"{index}: has no weight_map; {_ADVICE}")
     names: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         # A file of this folder: no path.

@@ -1,4 +1,4 @@
-"""Projections of a mixer: into its heads, and their norm, gate and output projection."""
+"""Input projections, per-head norm, output gate and output projection of the token mixers."""
 
 from typing import Any
 
@@ -115,7 +115,7 @@ class MultiHeadProjections(nnx.Module):
         """Normalize, gate and project the heads' output ``[..., H, V]`` to ``[..., output_dim]``.
 
         Raises:
-          ValueError: wrong ranks, or shapes that do not fit together or this layer.
+          ValueError: wrong ranks, or shapes inconsistent with each other or with this layer.
           TypeError: wrong dtypes.
         """
         sizes = {"V": self.value_dim // self.num_heads}

@@ -194,19 +194,19 @@ class LanguageModel(nnx.Module):
         """Compute logits of the next token at every position, and the state after the last.
 
         Args:
-          tokens: ``[B, T]`` integers in ``[0, vocab_size)``. Eager calls copy them to the host and
-            check them; inside `jax.jit` others give NaN.
+          tokens: ``[B, T]`` integers in ``[0, vocab_size)``. Eager calls check the range on the
+            host; under `jax.jit`, ids out of range give NaN.
           state: the state that an earlier call returned, as in `initial_state`; None is zero.
           segment_ids: ``[B, T]``; a change of id resets the state to zero. `state` belongs to the
             first token's segment.
-          dropout_key: key of the dropout; None is no dropout.
+          dropout_key: PRNG key of dropout; None disables it.
 
         Returns:
           ``[B, T, vocab]`` float32, ``[B, T / stages, vocab]`` with stacked layers; and the state.
 
         Raises:
-          ValueError: wrong ranks, shapes that do not fit together or the model, ids outside of the
-            vocabulary, or stacked layers outside of `jax.shard_map`.
+          ValueError: wrong ranks, shapes inconsistent with each other or the model, ids outside
+            the vocabulary, or stacked layers outside of `jax.shard_map`.
           TypeError: wrong dtypes, or the state of another layer.
         """
         hidden, state = self.hidden_states(tokens, state, segment_ids, dropout_key=dropout_key)

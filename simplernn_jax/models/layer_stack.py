@@ -17,11 +17,11 @@ from simplernn_jax.sharding.pipeline import choose_num_chunks, run_pipeline
 
 
 class LayerStack(nnx.Module):
-    """Identical layers, whose parameters have a leading axis of layers.
+    """Layers of equal structure, whose parameters are stacked along a leading axis of layers.
 
     On a mesh with an axis ``stage`` each device holds its shard of that axis, and a call runs all
-    layers as a pipeline (`sharding.pipeline`); outside
-    `shard_map` it can only be initialized, not called.
+    layers as a pipeline (`sharding.pipeline`). Outside `jax.shard_map` it can be initialized, not
+    called.
     """
 
     def __init__(self, layers: Sequence[Any]):
@@ -71,8 +71,8 @@ class LayerStack(nnx.Module):
         `remat` is the policy of `rematerialize` for each layer.
 
         Raises:
-          ValueError: wrong ranks, or shapes that do not fit together or the layers.
-          TypeError: wrong dtypes, or a state of another structure than `initial_state`.
+          ValueError: wrong ranks, or shapes inconsistent with each other or with the layers.
+          TypeError: wrong dtypes, or a state whose structure differs from that of `initial_state`.
         """
         sizes = check_array("x", x, "B T D")
         check_segment_ids(segment_ids, sizes)

@@ -1,4 +1,4 @@
-"""Parameters under the names and in the layout of PyTorch, and back.
+"""Conversion of parameters to and from PyTorch names and layouts.
 
 Matrices are ``[out, in]``. A model with ``block="plain"`` has the names of the original PyTorch
 project: ``embedding.weight``, ``layers.N.query_proj.weight``, ``lm_head.bias`` and so on; those of
@@ -23,7 +23,7 @@ Weights = Mapping[str, Any]
 _MODULES = {"head": "lm_head", "final_scale": "final_norm"}
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 _LEVELS = ("mixer", "cell")
-"""Levels of modules that have no level in the names."""
+"""Module levels that PyTorch names omit."""
 
 _GLA_MODULES = {
     "embedding": "model.embeddings",
@@ -75,11 +75,11 @@ def named_weights(model: LanguageModel) -> dict[str, np.ndarray]:
 
 
 def model_from_weights(config: ModelConfig, weights: Weights, where: str) -> LanguageModel:
-    """Make a model of the parameters `weights`.
+    """Build a model from the parameters `weights`.
 
     Args:
       config: sizes; every parameter must be there, in its shape.
-      weights: as of `named_weights`.
+      weights: as `named_weights` returns them.
       where: the file, for messages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Short causal convolution of normalized inputs, channel by channel."""
+"""Depthwise causal convolution of RMS-normalized inputs."""
 
 from typing import Any
 
@@ -53,7 +53,7 @@ class ShortConvolution(nnx.Module):
           ``[B, T, D]`` and the state after the last token.
 
         Raises:
-          ValueError: wrong ranks, or shapes that do not fit together or this layer.
+          ValueError: wrong ranks, or shapes inconsistent with each other or with this layer.
           TypeError: wrong dtypes.
         """
         past = self.width - 1

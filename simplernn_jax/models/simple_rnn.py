@@ -97,7 +97,7 @@ class SimpleRNNCell(MultiHeadProjections, nnx.RNNCellBase):
         """Map state ``[B, H, K, V]`` and input ``[B, hidden_dim]`` to the next state and output.
 
         Raises:
-          ValueError: wrong ranks, or shapes that do not fit together or this cell.
+          ValueError: wrong ranks, or shapes inconsistent with each other or with this cell.
           TypeError: wrong dtypes.
         """
         check_array("inputs", inputs, "B D", FLOATING, {"D": self.query_proj.in_features})
@@ -168,7 +168,7 @@ class SimpleRNN(nnx.Module):
           ``[B, T, output_dim]`` and the state after the last token.
 
         Raises:
-          ValueError: wrong ranks, or shapes that do not fit together or this layer.
+          ValueError: wrong ranks, or shapes inconsistent with each other or with this layer.
           TypeError: wrong dtypes.
         """
         width = self.cell.query_proj.in_features

@@ -1,4 +1,5 @@
-"""Gradient accumulation and truncated BPTT: a batch in parts, in one program.
+"""Gradient accumulation and truncated BPTT: a batch in parts, compiled
+into one program.
 
 A part's loss function maps ``(params, batch, carried, dropout_key, predictions)`` to ``(loss,
 carried)``; a gradient function maps them to ``(loss, gradient, carried)``. `carried` is the
@@ -35,9 +36,9 @@ def with_gradient(loss_fn: LossFn) -> GradFn:
     return grad_fn
 
 
-def accumulated(grad_fn: GradFn, groups: int) -> GradFn:
-    """Accumulate the gradient over `groups` microbatches; `groups` divides the batch size."""
-    if groups == 1:
+def accumulated(grad_fn: GradFn, num_microbatches: int) -> GradFn:
+    """Accumulate the gradient over `num_microbatches`, which divides the batch size."""
+    if num_microbatches == 1:
         return grad_fn
 
     def accumulated_grad_fn(
@@ -49,9 +50,11 @@ def accumulated(grad_fn: GradFn, groups: int) -> GradFn:
             *part, carried = grad_fn(params, sequences, carried, group_key, predictions)
             return jax.tree.map(jnp.add, sums, tuple(part)), carried
 
-        by_group = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (batch, carried))
+        by_group = jax.tree.map(
+            lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), (batch, carried)
+        )
         sums = _zero_loss(batch), _zeros_like(params)
-        sums, carried = jax.lax.scan(add, sums, (jnp.arange(groups), *by_group))
+        sums, carried = jax.lax.scan(add, sums, (jnp.arange(num_microbatches), *by_group))
         return *sums, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carried)
 
     return accumulated_grad_fn
@@ -90,7 +93,7 @@ def truncated(loss_fn: LossFn) -> GradFn:
 
 
 def rematerialized_windows(loss_fn: LossFn) -> LossFn:
-    """Return the loss over all windows of `windows_of`, whose gradient needs the memory of one.
+    """Return a loss over all windows whose gradient needs the activation memory of one window.
 
     The forward pass saves the state before each window; the backward pass recomputes one window at
     a time, which costs one more forward pass.

@@ -1,4 +1,4 @@
-"""Token-weighted evaluation, with the state carried across documents or in overlapping contexts."""
+"""Token-weighted evaluation: state carried within each document, or overlapping contexts."""
 
 import dataclasses
 import math
@@ -200,7 +200,7 @@ class Evaluator:
         if newest is not None:
             nats.append(float(newest))
         # Summed in float64 on the host, so that results do not depend on batch size.
-        # Conversations can begin with tokens that are no targets.
+        # Conversations can begin with tokens that are not targets.
         nats_per_token = float(np.sum(np.asarray(nats, np.float64))) / max(predictions, 1)
         tokens_per_byte = split.num_predictions / max(split.num_bytes, 1)
         return Evaluation(

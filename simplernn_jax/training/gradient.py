@@ -37,7 +37,7 @@ def make_model(
     """Create the model for training: rematerialized, and stacked if there are pipeline stages.
 
     Raises:
-      UserError: there are stages, and the layers differ.
+      ValueError: there are pipeline stages, and the layers differ.
     """
     return LanguageModel(
         config.model,

@@ -36,7 +36,7 @@ def initial_tokenizer(config: Config) -> Tokenizer | None:
     None: ``init_from`` has weights alone.
 
     Raises:
-      UserError: there is no model, or its configuration or tokenizer is another one.
+      UserError: there is no model, or its configuration or tokenizer differs.
     """
     path = config.train.init_from
     if is_exported(path):

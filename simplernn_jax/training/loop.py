@@ -78,7 +78,7 @@ def train(config: Config, workdir: str) -> Result:
 def _train(
     run: Run, train_step: RecompilationCounter, reporter: Reporter, stop_signal: StopSignal
 ) -> Result:
-    """Take the remaining steps and end the run, or save it if a signal comes."""
+    """Take the remaining steps and end the run, or save it if a signal is received."""
     validation, train = Validation(run, reporter), run.config.train
     actions = (
         PeriodicAction(validation.evaluate, train.eval_every),
@@ -119,7 +119,7 @@ def _run_steps(
     actions: Sequence[PeriodicAction],
     profile: Profile,
 ) -> None:
-    """Take steps until the run ends or a signal comes."""
+    """Take steps until the run ends or a signal is received."""
     if run.has_ended:
         return
     batch = run.next_batch()

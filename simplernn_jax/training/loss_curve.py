@@ -32,7 +32,7 @@ Series = tuple[list[int], list[float]]
 def plot_loss(workdir: str, model: str) -> str | None:
     """Plot training and validation loss from ``metrics.jsonl``.
 
-    The loss axis ends where the loss is after the first steps, and the best validation loss is
+    The loss axis is scaled to the losses after the first steps, and the best validation loss is
     marked with its value.
 
     Args:
@@ -42,14 +42,12 @@ def plot_loss(workdir: str, model: str) -> str | None:
     Returns:
       The plot's path; None, after a warning, if it cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     train, validation = loss_curves(iterate_metrics(workdir))
     # Large type stays readable in a thumbnail.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if train[0]:
         axes.plot(*train, linewidth=1.2, color="#9ab8d8", label="training")
@@ -101,7 +99,7 @@ def _mark_best(axes: Any, validation: Series) -> None:
 
 
 def loss_limits(train: Series, validation: Series) -> tuple[float, float] | None:
-    """Return a loss axis that shows all losses but high ones of the beginning."""
+    """Return limits of the loss axis that show all losses except high ones at the start."""
     points = [*zip(*train, strict=True), *zip(*validation, strict=True)]
     newest = max((step for step, _ in points), default=0)
     points = [(step, loss) for step, loss in points if math.isfinite(loss)]

@@ -44,8 +44,7 @@ def chunked_cross_entropy(
 ) -> jax.Array:
     """Return `summed_cross_entropy` of ``logits_fn(hidden)``, without all logits in memory.
 
-    More than `MAX_LOGITS` are computed in parts of the sequences, and recomputed in the backward
-    pass.
+    More than `MAX_LOGITS` are computed in chunks along time, and recomputed in the backward pass.
 
     Args:
       logits_fn: the head, a function of ``[B, t, D]``.

@@ -2,10 +2,11 @@
 
 Every row of ``metrics.jsonl`` has ``step``, ``kind`` and ``wall_time`` (Unix time in seconds), and:
 
-- ``train``: ``loss`` (nats per token; the mean over all predictions since the row before, skipped
-  updates left out), ``gradient_norm`` (of this step, before clipping), ``learning_rate``,
-  ``tokens`` (predictions since step 0), ``seconds`` (of training since step 0, without evaluations,
-  samples and saves), ``tokens_per_second``, ``skipped_updates`` and ``recompilations`` so far.
+- ``train``: ``loss`` (nats per token; mean over all predictions since the previous row, excluding
+  skipped updates), ``gradient_norm`` (of this step, before clipping), ``learning_rate``,
+  ``tokens`` (predictions since step 0), ``seconds`` (of training since step 0, excluding
+  evaluations, samples and saves), ``tokens_per_second``, ``skipped_updates`` and
+  ``recompilations`` so far.
 - ``validation``: ``loss``, ``bits_per_byte``, ``predictions`` (number scored), ``tokens``,
   ``seconds``.
 - ``sample``: ``text``.
@@ -113,7 +114,7 @@ class MetricsWriter:
         self._events.add(step, kind, values)
 
     def close(self) -> None:
-        """Close both."""
+        """Close ``metrics.jsonl`` and the event file."""
         if self._file is not None:
             self._file.close()
         self._events.close()

@@ -82,7 +82,7 @@ def make_optimizer(
 
 
 def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Let optax promote its integer counters to floats, also where JAX is set to be strict."""
+    """Let optax promote its integer counters under ``jax_numpy_dtype_promotion=strict`` too."""
 
     def update(*args: Any, **options: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):

@@ -13,8 +13,8 @@ from simplernn_jax.sharding.partition_specs import is_distributed, named_shardin
 def compiler_options(mesh: Mesh | None) -> dict[str, str]:
     """Return options that keep XLA from undoing rematerialization.
 
-    XLA of jax 0.10 removes the barriers of `jax.checkpoint` on CPUs before its last elimination of
-    common subexpressions, and would merge intended re-gathers and recomputation.
+    XLA of jax 0.10 removes the barriers of `jax.checkpoint` on CPUs before its last
+    common-subexpression elimination (CSE), which would merge intended re-gathers and recomputation.
     """
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     on_cpu = device.platform == "cpu"

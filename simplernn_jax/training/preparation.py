@@ -21,7 +21,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.training.initial_parameters import initial_tokenizer
 
 MAX_DEFAULT_PROMPT = 40
-"""Characters."""
+"""Maximum length of the default prompt of samples, in characters."""
 
 _TOKENS_SEARCHED = 4096
 
@@ -123,7 +123,7 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
             f"{problem}; pass --cache_dir{original} or --source (originally {config.data.source})"
         )
     if config.data.template:
-        ChatTemplate(config.data.template)  # a path is no template
+        ChatTemplate(config.data.template)  # a path is not a template
     data = dataclasses.replace(config.data, source=source)
     corpus = prepare_corpus(
         data, config.train.seed, folder, tokenizer=tokenizer, exclude=(workdir,)
@@ -168,7 +168,7 @@ def total_steps(config: Config, corpus: TokenizedCorpus) -> int:
     """Return the number of optimizer steps of the whole run.
 
     Raises:
-      UserError: more than a counter of 32 bits can hold.
+      UserError: more than a 32-bit counter can hold.
     """
     per_epoch = steps_per_epoch(corpus.train, config.data)
     steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
@@ -187,8 +187,8 @@ def _absolute(folder: str) -> str:
 def _sample_prompt(config: Config, corpus: TokenizedCorpus) -> str:
     """Return the prompt, or a line of text if the tokenizer cannot encode the default one.
 
-    A user-supplied prompt is validated here, before training. With a chat template it is what the
-    user says.
+    A user-supplied prompt is validated here, before training. With a chat template it becomes
+    the user message.
     """
     prompt = config.train.sample_prompt
     if not config.train.sample_every:

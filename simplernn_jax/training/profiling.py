@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from simplernn_jax.errors import counted
+
 WARMUP_STEPS = 2
 """Steps of this process before the profile: the first compiles, the second warms up."""
 
@@ -60,6 +62,6 @@ class Profile:
         self._recording = False
         recorded = min(self._taken - WARMUP_STEPS, self._steps)
         self._print_line(
-            f"profile of {recorded} steps: {self._folder}/plugins/profile; view with "
+            f"profile of {counted(recorded, 'step')}: {self._folder}/plugins/profile; view with "
             f"`tensorboard --logdir {self._folder}` (needs: pip install tensorboard xprof)"
         )

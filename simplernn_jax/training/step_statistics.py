@@ -17,7 +17,7 @@ class LossTotals:
     tokens: int | None = 0
     """Predictions since step 0; None if the run began in a version that did not count them."""
     loss_sum: float = 0.0
-    """Nats of all predictions since `pop_mean_loss`, skipped updates left out."""
+    """Nats of all predictions since `pop_mean_loss`, excluding skipped updates."""
     loss_tokens: int = 0
     """Number of these predictions."""
 
@@ -56,11 +56,11 @@ class StepTimer:
         self._since: float | None = None
 
     def start(self) -> None:
-        """Start or continue."""
+        """Start or resume the timer."""
         self._since = time.monotonic()
 
     def stop(self) -> None:
-        """Stop, until `start`."""
+        """Pause the timer until `start`."""
         if self._since is not None:
             self.seconds += time.monotonic() - self._since
             self._since = None
@@ -91,7 +91,7 @@ class StepTimer:
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean over all steps but the first."""
+        """Mean seconds per step, excluding the first step."""
         return (self.seconds - self.first) / max(self._steps - 1, 1)
 
     @property

@@ -116,7 +116,7 @@ def make_train_step(
       recurrence: see `LanguageModel`.
 
     Raises:
-      UserError: there are pipeline stages, and the layers differ.
+      ValueError: there are pipeline stages, and the layers differ.
     """
     grad_fn, window = make_gradient(config, recurrence), config.train.backward_window
     options: dict[str, Any] = {}
