@@ -87,21 +87,6 @@ def test_any_text_is_encoded_alike(pair, text):
     assert page.encode(text) == ids
 
 
-@settings(max_examples=60)
-@given(st.lists(st.binary(max_size=3)))
-def test_bytes_are_decoded_alike_in_pieces(pair, pieces):
-    _, page = pair
-    calls = "".join(f"text += decoding.feed({list(piece)});" for piece in pieces)
-    found = page._call(
-        f"(() => {{ let text = '', decoding = new TextDecoding(); {calls}"
-        "return [text, decoding.rest]; })()"
-    )
-    whole = b"".join(pieces)
-    rest = bytes(found[1])
-    assert found[0] == whole[: len(whole) - len(rest)].decode("utf-8", "replace")
-    assert len(rest) < 4
-
-
 def test_the_script_of_the_page_is_run(tmp_path):
     module = find_format("html")
     module.write(trained(MODELS["residual"]), tmp_path)

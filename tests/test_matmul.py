@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simplernn_jax.ops.matmul import fused_matmul, matmul
+from simplernn_jax.ops.matmul import fused_matmul
 
 TOKENS = 37
 SHAPES = [(5, 13), (13, 5), (128, 259)]
@@ -39,7 +39,9 @@ def test_rounds_operands_and_sums_in_float32_or_more(shape, dtype, limit):
     with jax.enable_x64(dtype == jnp.float64):
         wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
         inputs = draw(shape, wide)
-        ours = jax.jit(lambda *a: results(lambda x, w: matmul(x, w, dtype), *a))(*inputs)
+        ours = jax.jit(lambda *a: results(lambda x, w: fused_matmul(x, (w,), dtype)[0], *a))(
+            *inputs
+        )
         for result, exact in zip(ours, results(jnp.dot, *inputs), strict=True):
             assert result.dtype == wide
             assert jnp.linalg.norm(result - exact) <= limit * jnp.linalg.norm(exact)
@@ -53,7 +55,7 @@ def test_transposed_operands(dtype, tokens):
     """XLA's CPU backend has no matmul of transposed bfloat16 operands."""
 
     def loss(x, kernel):
-        y = matmul(x.T, kernel.T, dtype)
+        y = fused_matmul(x.T, (kernel.T,), dtype)[0]
         return jnp.sum(jnp.sin(y.T @ y))
 
     rng = np.random.default_rng(0)
@@ -67,7 +69,7 @@ def test_gradients_have_the_dtypes_of_the_operands():
     x, kernel, _ = draw((5, 13))
 
     def total(x, kernel):
-        return jnp.sum(matmul(x, kernel, jnp.bfloat16))
+        return jnp.sum(fused_matmul(x, (kernel,), jnp.bfloat16)[0])
 
     gradients = jax.grad(total, (0, 1))(x.astype(jnp.bfloat16), kernel)
     assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32]
@@ -76,7 +78,9 @@ def test_gradients_have_the_dtypes_of_the_operands():
 def test_merges_leading_axes():
     x, kernel, _ = draw((5, 13))
     x = x[:36].reshape(4, 9, 5)
-    ours = jax.grad(lambda x, w: jnp.sum(jnp.sin(matmul(x, w, jnp.float32))), (0, 1))(x, kernel)
+    ours = jax.grad(lambda x, w: jnp.sum(jnp.sin(fused_matmul(x, (w,), jnp.float32)[0])), (0, 1))(
+        x, kernel
+    )
     expected = jax.grad(lambda x, w: jnp.sum(jnp.sin(jnp.dot(x, w))), (0, 1))(x, kernel)
     chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-5)
 
@@ -94,7 +98,7 @@ def test_vmap_of_gradient(axes, dtype):
         return jax.vmap(jax.grad(lambda *a: jnp.sum(multiply(*a)), (0, 1)), axes)(*inputs)
 
     chex.assert_trees_all_equal(
-        gradients(lambda x, kernel: matmul(x, kernel, dtype)), gradients(jnp.matmul)
+        gradients(lambda x, kernel: fused_matmul(x, (kernel,), dtype)[0]), gradients(jnp.matmul)
     )
 
 

@@ -28,7 +28,7 @@ from simplernn_jax.models.dense import Dense
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.short_convolution import ShortConvolution
 from simplernn_jax.ops import gated_linear_recurrence, native, recurrent_step, segment_starts
-from simplernn_jax.ops.matmul import fused_matmul, matmul
+from simplernn_jax.ops.matmul import fused_matmul
 from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.ops.rms_norm import rms_norm
 from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
@@ -238,12 +238,14 @@ def operators() -> dict[str, Site]:
         "norm in C": Site(functools.partial(rms_norm, native=True), (Spec("... D"),)),
         "convolution": convolution(),
         "convolution in C": convolution(native=True),
-        "product": Site(lambda x, y: matmul(x, y, jnp.float32), (Spec("... D"), matrix)),
+        "product": Site(lambda x, y: fused_matmul(x, (y,), jnp.float32), (Spec("... D"), matrix)),
         "products": Site(
             lambda x, y, z: fused_matmul(x, (y, z), jnp.bfloat16),
             (Spec("... D"), matrix, Spec("D V")),
         ),
-        "product in integers": Site(lambda x, y: matmul(x, y, jnp.int32), (Spec("... D"), matrix)),
+        "product in integers": Site(
+            lambda x, y: fused_matmul(x, (y,), jnp.int32), (Spec("... D"), matrix)
+        ),
         "apply_rope": Site(apply_rope, (q, reach)),
         "attend": Site(attend, (q, keys, values, Spec("B? T S", ("bool",)))),
         "sliding attention": Site(lambda *x: sliding_attention(*x, 4), (q, keys, values, reach)),

@@ -67,12 +67,10 @@ class Plot(NamedTuple):
 def new_figure(width: float, height: float) -> Iterator[Any]:
     """Create a matplotlib figure, in inches, to be drawn and saved inside the context."""
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
         yield figure
 
 
@@ -83,19 +81,15 @@ def png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def colors(count: int) -> list[Any]:
-    """Return `count` colors, from dark to light."""
-    import matplotlib
-
-    return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.85, max(count, 1))))
-
-
 def line_styles(count: int, points: int) -> list[dict[str, Any]]:
     """Return arguments of ``plot`` for `count` curves that stay distinct where they meet.
 
     Each has its color, dash pattern and open marker, and its own places of about eight markers.
     """
+    import matplotlib
+
     step = max(points // 8, 1)
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, count))  # from dark to light
     shapes = zip(itertools.cycle("os^Dv*P"), itertools.cycle(("-", "--", "-.", ":")), strict=False)
     return [
         {
@@ -107,7 +101,7 @@ def line_styles(count: int, points: int) -> list[dict[str, Any]]:
             "markersize": 5,
             "markevery": (index * step // count, step),
         }
-        for index, (color, (marker, line)) in enumerate(zip(colors(count), shapes, strict=False))
+        for index, (color, (marker, line)) in enumerate(zip(colors, shapes, strict=False))
     ]
 
 

@@ -39,7 +39,7 @@ class Recording(NamedTuple):
 
 def find_mixers(model: LanguageModel) -> list[Mixer]:
     """Return the sequence mixer of every layer."""
-    return [getattr(layer, _name_of_mixer(layer)) for layer in model.layers]
+    return [layer.mixer for layer in model.layers]
 
 
 def recurrence_inputs(
@@ -78,16 +78,11 @@ def record(
     model = nnx.merge(*nnx.split(model))  # a copy for the taps; arrays are shared
     taps = [_Tap(mixer) for mixer in find_mixers(model)]
     for layer, tap in zip(model.layers, taps, strict=True):
-        setattr(layer, _name_of_mixer(layer), tap)
+        layer.mixer = tap
     if shift is not None:
         model.embedding = _ShiftedEmbedding(model.embedding, shift)
     hidden, state = model.hidden_states(tokens, state, segment_ids)
     return Recording(hidden, state, tuple(tap.record for tap in taps))
-
-
-def _name_of_mixer(layer: nnx.Module) -> str:
-    (name,) = [name for name, child in vars(layer).items() if isinstance(child, Mixer)]
-    return name
 
 
 class _Tap:

@@ -25,11 +25,6 @@ from simplernn_jax.ops.implementations import VJP, Implementations
 from simplernn_jax.ops.operation import apply, on_one_device
 
 
-def matmul(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
-    """Multiply ``[..., in] [in, out]`` as `fused_matmul`; returns ``[..., out]``."""
-    return fused_matmul(x, (kernel,), dtype)[0]
-
-
 def fused_matmul(x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> tuple[jax.Array, ...]:
     """Compute `x` ``[..., in]`` times each kernel ``[in, out]``, as one matmul of `dtype` operands.
 

@@ -1,6 +1,5 @@
 """Approximate orthogonal polar factors of matrices, by Newton-Schulz iterations."""
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -37,12 +36,8 @@ def newton_schulz(matrices: Sequence[jax.Array]) -> list[jax.Array]:
         supports_native(matrix.dtype) and is_static(matrix.shape) and matrix.size
         for matrix in matrices
     )
-    return apply(_operation(has_c), matrices, matrices) if matrices else []
-
-
-@functools.cache
-def _operation(has_c: bool) -> Implementations:
-    return Implementations(_all, _all_in_c if has_c else None)
+    implementations = Implementations(_all, _all_in_c if has_c else None)
+    return apply(implementations, matrices, matrices) if matrices else []
 
 
 def _all(*matrices: jax.Array) -> list[jax.Array]:

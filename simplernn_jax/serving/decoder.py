@@ -151,14 +151,11 @@ class Decoder:
         """Compile all programs, naming each before it is compiled."""
         yield from self._prefiller.compile()
         yield "insertion"
-        nothing = _Ready(Job(np.zeros(0, np.int32), Sampling()), self._zero, self._no_logits)
+        no_logits = jnp.zeros(self._vocab_size, jnp.float32)
+        nothing = _Ready(Job(np.zeros(0, np.int32), Sampling()), self._zero, no_logits)
         self._insert([(len(self._choices), nothing, 0)])
         yield f"decoding in {len(self._choices)} slots"
         self._dispatch(is_first=False)
-
-    @property
-    def _no_logits(self) -> jax.Array:
-        return jnp.zeros(self._vocab_size, jnp.float32)
 
     def step(self) -> list[tuple[Job, Event]]:
         """Prefill a little, decode a block, and return its events."""

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from absl import logging
 
@@ -50,7 +50,8 @@ class Engine:
         self._on_events = on_events
         self._on_failure = on_failure
         self._decoders = [Decoder(model, num_slots, cache_bytes)]
-        self._num_waiting = 0
+        self.num_waiting = 0
+        """Number of jobs that wait for a slot."""
         self._is_stopping = False
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -66,18 +67,9 @@ class Engine:
         return self.decoder.cache
 
     @property
-    def num_waiting(self) -> int:
-        """Number of jobs that wait for a slot."""
-        return self._num_waiting
-
-    @property
     def num_active(self) -> int:
         """Number of slots that decode."""
         return sum(decoder.num_active for decoder in self._decoders)
-
-    def compile(self) -> Iterator[str]:
-        """Compile all programs, naming each before it is compiled; call it before `start`."""
-        return self.decoder.compile()
 
     def start(self) -> None:
         """Start the thread."""
@@ -93,9 +85,9 @@ class Engine:
         with self._wake:
             if self._is_stopping:
                 raise EngineStoppedError
-            if self._num_waiting + len(jobs) > self.max_waiting:
+            if self.num_waiting + len(jobs) > self.max_waiting:
                 raise QueueFullError
-            self._num_waiting += len(jobs)
+            self.num_waiting += len(jobs)
             self.decoder.waiting.extend(jobs)
             self._wake.notify()
 
@@ -156,7 +148,7 @@ class Engine:
                 is_idle = all(decoder.is_idle for decoder in self._decoders)
                 if self._is_stopping and (is_idle or time.monotonic() > self._deadline):
                     break
-                self._num_waiting = sum(decoder.num_waiting for decoder in self._decoders)
+                self.num_waiting = sum(decoder.num_waiting for decoder in self._decoders)
                 if not is_idle:
                     return True
                 self._wake.wait()

@@ -102,7 +102,7 @@ def serve(
 
     def start() -> None:
         try:
-            for number, name in enumerate(engine.compile(), 1):
+            for number, name in enumerate(engine.decoder.compile(), 1):
                 if service.status != "starting":
                     return
                 _progress(f"compiling program {number}: {name}")
@@ -169,10 +169,5 @@ def serve(
 
 
 def _progress(line: str) -> None:
-    end = "" if sys.stderr.isatty() else "\n"
-    print(
-        f"\r\x1b[K{line}" if sys.stderr.isatty() else line.rstrip(),
-        end=end,
-        file=sys.stderr,
-        flush=True,
-    )
+    shown = f"\r\x1b[K{line}" if sys.stderr.isatty() else f"{line.rstrip()}\n"
+    print(shown, end="", file=sys.stderr, flush=True)

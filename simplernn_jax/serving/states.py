@@ -14,7 +14,7 @@ import numpy as np
 
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import sha256_hex, write_file
+from simplernn_jax.files import read_file, sha256_hex, write_file
 from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState
 from simplernn_jax.inference.state_file import decode_state, encode_state, fingerprints
 from simplernn_jax.models import LanguageModel
@@ -88,12 +88,7 @@ class StateFolder:
           RequestError: 404 if there is none, 400 for a name that cannot be one.
         """
         try:
-            descriptor = os.open(self._path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            with os.fdopen(descriptor, "rb") as file:
-                status = os.fstat(descriptor)
-                if not stat.S_ISREG(status.st_mode) or status.st_size > self._max_bytes:
-                    raise OSError
-                return file.read(self._max_bytes)
+            return read_file(self._path(name), self._max_bytes, follow_link=False)
         except OSError as error:
             raise self._not_found(name) from error
 

@@ -33,16 +33,6 @@ class LanguageModel {
     return { layers, length: 0 };
   }
 
-  copyState(state) {
-    const copy = (value) => {
-      if (ArrayBuffer.isView(value)) return value.slice();
-      if (Array.isArray(value)) return value.map(copy);
-      if (typeof value !== "object") return value;
-      return Object.fromEntries(Object.entries(value).map(([name, one]) => [name, copy(one)]));
-    };
-    return copy(state);
-  }
-
   // Process one token: changes `state`, returns the logits of the next token (a reused array).
   step(state, token) {
     const { hidden_dim: D, tie_embeddings } = this.config;
@@ -296,55 +286,6 @@ class Tokenizer {
       parts.splice(best, 2, [...parts[best], ...parts[best + 1]]);
     }
   }
-}
-
-// UTF-8 in pieces: a character may begin in one token and end in another.
-class TextDecoding {
-  constructor() {
-    this.rest = [];
-  }
-
-  // Add bytes; return the text that is complete.
-  feed(bytes) {
-    const all = [...this.rest, ...bytes];
-    let text = "", at = 0;
-    while (at < all.length) {
-      const length = utf8Length(all, at);
-      if (length === 0) break;  // unfinished
-      text += length > 0 ? codePoint(all, at, length) : "\ufffd";
-      at += Math.abs(length);
-    }
-    this.rest = all.slice(at);
-    return text;
-  }
-}
-
-// Bytes of the character at `at`: 0 if its end is missing, -n for n bytes that are none.
-function utf8Length(bytes, at) {
-  const first = bytes[at];
-  if (first < 0x80) return 1;
-  const length = first >= 0xc2 && first < 0xe0 ? 2 : first >= 0xe0 && first < 0xf0 ? 3
-    : first >= 0xf0 && first < 0xf5 ? 4 : -1;
-  if (length < 0) return -1;
-  for (let i = 1; i < length; i++) {
-    if (at + i >= bytes.length) return 0;
-    let low = 0x80, high = 0xbf;
-    if (i === 1) {
-      if (first === 0xe0) low = 0xa0;
-      if (first === 0xed) high = 0x9f;
-      if (first === 0xf0) low = 0x90;
-      if (first === 0xf4) high = 0x8f;
-    }
-    if (bytes[at + i] < low || bytes[at + i] > high) return -i;
-  }
-  return length;
-}
-
-function codePoint(bytes, at, length) {
-  if (length === 1) return String.fromCodePoint(bytes[at]);
-  let value = bytes[at] & (0xff >> (length + 1));
-  for (let i = 1; i < length; i++) value = (value << 6) | (bytes[at + i] & 0x3f);
-  return String.fromCodePoint(value);
 }
 
 function utf8(text) {

@@ -40,7 +40,7 @@ async function generate() {
   const prompt = $("prompt").value;
   const temperature = Number($("temperature").value), maxTokens = Number($("max_tokens").value);
   const ids = [...(origin ? [] : [special.bos]), ...tokenizer.encode(prompt)];
-  const state = origin ? model.copyState(origin.state) : model.initialState();
+  const state = origin ? structuredClone(origin.state) : model.initialState();
   let logits = origin?.logits.slice();
   current = null;
   $("text").replaceChildren(span("prompt", (origin?.text ?? "") + prompt));
@@ -48,14 +48,14 @@ async function generate() {
     if (i >= ids.length) return false;
     logits = model.step(state, ids[i]).slice();
   }, () => {});
-  const decoding = new TextDecoding();
+  const decoder = newDecoder();
   let text = "", pending = [], count = 0;
   const start = performance.now();
   await inSlices((i) => {
     if (i >= maxTokens) return false;
     const id = sample(logits, temperature, special.banned);
     if (id === special.eos) return false;
-    const piece = decoding.feed(tokenizer.bytes[id]);
+    const piece = decoder.decode(tokenizer.bytes[id], { stream: true });
     pending.push({ id, piece, logits });
     text += piece;
     count += 1;
@@ -97,13 +97,15 @@ function addTokens(tokens) {
   ]));
 }
 
+// A character may begin in one token and end in another; a byte order mark is a character.
+const newDecoder = () => new TextDecoder("utf-8", { ignoreBOM: true });
+
 function nameOf(id) {
   if (id === special.eos) return "end";
   const bytes = tokenizer.bytes[id];
-  const decoding = new TextDecoding();
-  const text = decoding.feed(bytes);
+  const text = newDecoder().decode(bytes);
   if (!bytes.length) return `token ${id}`;
-  if (decoding.rest.length || text.includes("\ufffd")) {
+  if (text.includes("\ufffd")) {
     return Array.from(bytes, (byte) => "\\x" + byte.toString(16).padStart(2, "0")).join("");
   }
   return JSON.stringify(text);
@@ -115,7 +117,7 @@ let number = 0;
 
 function keep({ state, logits, text }) {
   number += 1;
-  kept.push({ name: `state ${number}`, state: model.copyState(state), logits: logits.slice(), text });
+  kept.push({ name: `state ${number}`, state: structuredClone(state), logits: logits.slice(), text });
   listStates();
 }
 
