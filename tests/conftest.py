@@ -1,5 +1,6 @@
 """Strict settings for every test; they are in place before JAX is first used."""
 
+import gc
 import os
 import sys
 from importlib.metadata import version
@@ -65,16 +66,27 @@ hypothesis.settings.register_profile("project", derandomize=True, deadline=None,
 hypothesis.settings.load_profile("project")
 
 
-# Kills between steps and the commands of the documentation are independent of the versions of
-# Python and JAX: minutes, spent on the oldest Python only.
-ON_THE_OLDEST_PYTHON = ("tests/test_stress.py", "tests/test_docs.py::test_blocks_run")
+# Independent of the versions of Python and JAX: minutes, spent on the oldest Python only.
+ON_THE_OLDEST_PYTHON = (
+    "tests/test_chat_config.py::test_a_trained",
+    "tests/test_docs.py::test_blocks_run",
+    "tests/test_tutorial.py::test_the_cells_run",
+)
+LONGEST = ("test_docs", "test_many_processes", "test_chat_config", "test_serving_lm_eval")
+"""Files that start first, so that no process has one of them left when the other has ended."""
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     if sys.version_info >= (3, 12):
         for item in items:
             if item.nodeid.startswith(ON_THE_OLDEST_PYTHON):
                 item.add_marker(pytest.mark.skip(reason="minutes; runs on Python 3.11"))
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # garbage collections during tracing skip the libraries
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -58,6 +58,8 @@ def start_python(
 
 FORKS = """
 import gc, json, os, runpy, sys, warnings
+import matplotlib.backends.backend_agg, matplotlib.figure, matplotlib.ticker, rich.progress
+import tensorboardX.record_writer, tensorboardX.summary
 import simplernn_jax.analysis, simplernn_jax.inference, simplernn_jax.training.loop
 
 gc.freeze()  # or each fork would collect all of it at its end

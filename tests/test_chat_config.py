@@ -3,7 +3,7 @@
 import json
 import random
 
-from processes import assert_refused, run_python
+from processes import assert_refused, run_python, run_scripts
 
 CONVERSATIONS, QUESTIONS = 500, 50
 
@@ -12,12 +12,12 @@ def test_a_trained_model_answers_over_fifty_turns(tmp_path):
     path = tmp_path / "conversations.jsonl"
     made = run_python("scripts/make_conversations.py", path, f"--conversations={CONVERSATIONS}")
     assert made.code == 0, made.errors
-    trained = run_python(
+    command = (
         *("scripts/train.py", "--config=configs/chat.py", f"--workdir={tmp_path / 'run'}"),
         *(f"--config.data.source={path}", "--config.train.steps=300"),
         "--config.train.eval_every=0",
-        XLA_FLAGS="",  # optimized code, unlike that of other tests
     )
+    (trained,) = run_scripts(command, XLA_FLAGS="")  # optimized code, unlike that of other tests
     assert trained.code == 0, trained.errors
     # A conversation that was not trained on: of another seed.
     run_python(
@@ -27,7 +27,8 @@ def test_a_trained_model_answers_over_fifty_turns(tmp_path):
     (line,) = (tmp_path / "new.jsonl").read_text().splitlines()
     contents = [message["content"] for message in json.loads(line)["messages"]]
     asked = "\n".join(contents[::2]).encode()
-    answered = run_python("scripts/chat.py", f"--workdir={tmp_path / 'run'}", stdin=asked)
+    chat = ("scripts/chat.py", f"--workdir={tmp_path / 'run'}")
+    (answered,) = run_scripts(chat, stdin=asked)
     assert answered.code == 0, answered.errors
     answers = answered.output.splitlines()
     right = sum(a == b for a, b in zip(answers, contents[1::2], strict=True))

@@ -1,11 +1,6 @@
 """The command simplernn, in a checkout."""
 
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 from processes import ROOT, run_python
@@ -111,24 +106,3 @@ def test_a_signal_before_the_script_runs_is_handled_by_it(tmp_path):
     result = run_python("start.py", "train", "--config=tiny", "--workdir=w", cwd=tmp_path)
     assert result.code == 75
     assert result.errors.startswith("SIGTERM: stopped before the run started")
-
-
-def test_launch_local_receives_signals(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen(
-        [
-            *(sys.executable, *MODULE, "launch_local", "2", "--config=tiny"),
-            *("--workdir=w", "--config.train.steps=1000000", "--config.train.epochs=0"),
-        ],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stderr is not None
-    while not (tmp_path / "w").exists():  # both have started
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors

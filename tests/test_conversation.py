@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 from corpus_files import records, write
-from processes import assert_refused, run_python
+from processes import assert_each_refused, run_scripts
 from small_runs import save_untrained, small_config, write_corpus
 
 from simplernn_jax import load_model
@@ -100,7 +100,7 @@ def test_chat_script(workdir, tmp_path, loaded):
              "more", "/reset", f"/load {tmp_path / 's'}", "more", "", "/help", "/none", "/load",
              "\x02"]  # fmt: skip
     script = ["scripts/chat.py", f"--workdir={workdir}", "--max_new_tokens=5"]
-    code, output, errors = run_python(*script, stdin="\n".join(lines).encode())
+    ((code, output, errors),) = run_scripts(script, stdin="\n".join(lines).encode())
     assert code == 0, errors
     found = [line for line in output.splitlines() if line.startswith("(")]
     assert found == ["(1 turn)", "(1 turn)", "(1 turn)", "(1 turn)", "(0 turns)", "(0 turns)"]
@@ -119,7 +119,5 @@ def test_chat_script(workdir, tmp_path, loaded):
 def test_a_model_of_plain_text_is_refused(tmp_path):
     config = small_config(source=write_corpus(tmp_path / "texts"))
     save_untrained(config, tmp_path / "run")
-    assert_refused(
-        run_python("scripts/chat.py", f"--workdir={tmp_path / 'run'}"),
-        "not trained on conversations",
-    )
+    case = [f"--workdir={tmp_path / 'run'}"], "not trained on conversations"
+    assert_each_refused("scripts/chat.py", case)

@@ -61,18 +61,11 @@ def get_config():
 """Appended to every configuration: the same run, in seconds."""
 
 RECORDING_PYTHON = f"""#!/usr/bin/env bash
-case "$1" in
-  scripts/launch_local.py | -*) exec {sys.executable} "$@" ;;
-esac
+case "$1" in -*) exec {sys.executable} "$@" ;; esac
 IFS=$'\\t'
 echo "$*" >>commands
 """
-"""Scripts run later, in forks of one process; those that start processes run at once."""
-SIMPLERNN = """#!/usr/bin/env bash
-command="$1"
-shift
-exec python "scripts/$command.py" "$@"
-"""
+"""Scripts run later, in forks of one process."""
 
 SENTENCE = "The quick brown fox jumps over the lazy dog.\ndef main():\n    return 0\n"
 
@@ -210,15 +203,16 @@ def check_command(command):
     if not found or command.startswith("#"):
         return command.startswith("simplernn completion ")
     assert (ROOT / "scripts" / found[1]).is_file(), command
-    if found[1].endswith(".sh"):
+    script = "train.py" if found[1].startswith("launch_local.") else found[1]  # its flags
+    if script.endswith(".sh"):
         return True
     rest = shlex.split(command[found.end() :], comments=True)
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
-    assert all(name in help_of(found[1]) for name in names), command
+    assert all(name in help_of(script) for name in names), command
     for word in rest:
         if word.startswith("-"):
             name = re.escape(word.lstrip("-").split("=")[0])
-            assert re.search(rf"--?(\[no\])?{name}\b", help_of(found[1])), f"{command}: {word}"
+            assert re.search(rf"--?(\[no\])?{name}\b", help_of(script)), f"{command}: {word}"
     return True
 
 
@@ -254,9 +248,8 @@ def make_environment(root):
     """Make a ``.venv`` that counts as installed, whose Python writes down the scripts to run."""
     python = root / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    for path, text in ((python, RECORDING_PYTHON), (python.with_name("simplernn"), SIMPLERNN)):
-        path.write_text(text)
-        path.chmod(0o755)
+    python.write_text(RECORDING_PYTHON)
+    python.chmod(0o755)
     version = subprocess.check_output([sys.executable, "-VV"], text=True)
     stamp = f"{version}{root}\n{(root / 'pyproject.toml').read_text()}"
     (root / ".venv" / "installed-").write_text(stamp)

@@ -26,7 +26,7 @@ from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
 from simplernn_jax.export import FORMATS, checking, exporting
 from simplernn_jax.export.exporting import export
-from simplernn_jax.export.formats import find_format, float32_model, logits_of
+from simplernn_jax.export.formats import TrainedModel, find_format, float32_model, logits_of
 from simplernn_jax.export.rounding import rounded_weights
 from simplernn_jax.inference import generate
 from simplernn_jax.models import load_gla_checkpoint
@@ -273,7 +273,8 @@ def test_the_process_of_the_check(tmp_path, workdir, monkeypatch):
     """It imports nothing from the current folder, and names how it ended."""
     model, tokenizer, config = load_model(str(workdir))
     folder = tmp_path / "out"
-    export("safetensors", model, tokenizer, config, str(folder), workdir="", tokens=TOKENS)
+    folder.mkdir()
+    find_format("safetensors").write(TrainedModel(model, tokenizer, config, "run"), folder)
     (tmp_path / "numpy.py").write_text("import os; os.abort()")
     monkeypatch.chdir(tmp_path)
     assert checking.run_exported("safetensors", folder, TOKENS, "a").ids == [97]
@@ -303,7 +304,8 @@ def test_only_problems_of_the_folder_name_its_flag(tmp_path):
 def test_damaged_exports_are_refused(tmp_path, workdir):
     model, tokenizer, config = load_model(str(workdir))
     good = tmp_path / "good"
-    export("safetensors", model, tokenizer, config, str(good), workdir="", tokens=TOKENS)
+    good.mkdir()
+    find_format("safetensors").write(TrainedModel(model, tokenizer, config, "run"), good)
     weights = safetensors.numpy.load_file(good / "model.safetensors")
     name, value = next(iter(weights.items()))
     run = json.loads((good / "simplernn.json").read_text())

@@ -17,7 +17,6 @@ from test_tokenizer import TEXT, byte_level_json, char_tokenizer
 from simplernn_jax import load_model
 from simplernn_jax.data import tokenizer_from_json
 from simplernn_jax.errors import UserError
-from simplernn_jax.export.checking import run_exported
 from simplernn_jax.export.exporting import export
 from simplernn_jax.export.formats import TrainedModel, find_format, logits_of
 from simplernn_jax.export.huggingface.tokenizer_file import tokenizer_json
@@ -32,10 +31,13 @@ TOKENS = np.random.default_rng(0).integers(0, 256, (3, 37))
 OPTIONS = {"max_new_tokens": 11, "eos_token_id": None}
 
 
-@pytest.fixture(autouse=True)
-def _no_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+@pytest.fixture(autouse=True, scope="module")
+def _no_hub(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("hub"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        yield
 
 
 def write(original, folder):
@@ -48,17 +50,14 @@ def load(folder):
     return model.eval()
 
 
-@pytest.fixture
-def exported(tmp_path, request):
+@pytest.fixture(scope="module", params=MODELS)
+def exported(tmp_path_factory, request, _no_hub):
     original = trained(MODELS[request.param])
-    write(original, tmp_path / "out")
-    return original, load(tmp_path / "out")
+    folder = tmp_path_factory.mktemp(request.param) / "out"
+    write(original, folder)
+    return original, load(folder)
 
 
-all_models = pytest.mark.parametrize("exported", MODELS, indirect=True)
-
-
-@all_models
 def test_logits(exported):
     original, model = exported
     expected, _ = original.model(jnp.asarray(TOKENS, jnp.int32))
@@ -67,7 +66,6 @@ def test_logits(exported):
     chex.assert_trees_all_close(logits, np.asarray(expected), atol=1e-4)
 
 
-@all_models
 def test_generation_with_and_without_cache(exported):
     original, model = exported
     ids = torch.tensor(TOKENS)
@@ -81,7 +79,6 @@ def test_generation_with_and_without_cache(exported):
     assert greedy == generate(original.model, TOKENS, max_new_tokens=11).tokens.tolist()
 
 
-@all_models
 def test_padding_on_the_left_changes_nothing(exported):
     _, model = exported
     ids, mask = torch.tensor(TOKENS), torch.ones(3, 37, dtype=torch.long)
@@ -93,7 +90,6 @@ def test_padding_on_the_left_changes_nothing(exported):
         assert torch.equal(together[row, start:], alone[0])
 
 
-@all_models
 def test_several_tokens_after_a_filled_cache(exported):
     _, model = exported
     ids = torch.tensor(TOKENS)
@@ -113,11 +109,12 @@ def test_several_tokens_after_a_filled_cache(exported):
         model.generate(ids[:, :20], cache=cache, **OPTIONS)
 
 
-@all_models
 def test_loss_and_gradients(exported):
     original, model = exported
     ids = torch.tensor(TOKENS)
+    model.zero_grad()
     output = model.train()(ids, labels=ids)
+    model.eval()
     assert output.cache is None
     output.loss.backward()
     tokens = jnp.asarray(TOKENS, jnp.int32)
@@ -198,12 +195,13 @@ def test_chat_template_and_model_card(tmp_path):
     assert str(tmp_path) not in card
 
 
-def test_results_in_the_model_card(tmp_path):
+def test_results_in_the_model_card(tmp_path, monkeypatch):
     from simplernn_jax.training.loop import train
 
     config = small_config(source=write_corpus(tmp_path / "texts"), validation_fraction=0.3, steps=4)
     train(config, str(tmp_path / "run"))
     model, tokenizer, config = load_model(str(tmp_path / "run"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     export(
         *("huggingface", model, tokenizer, config, str(tmp_path / "out")),
         workdir=str(tmp_path / "run"),
@@ -214,6 +212,8 @@ def test_results_in_the_model_card(tmp_path):
     assert "| held-out bits per byte | " in card
     assert "![loss](loss_curve.png)" in card
     assert (tmp_path / "out" / "loss_curve.png").is_file()
+    # The check, in a process of its own, leaves no copy of the code.
+    assert not list((tmp_path / "home").rglob("*.py"))
 
 
 def test_lm_eval_gives_the_scores_of_the_model(tmp_path):
@@ -258,10 +258,3 @@ def test_only_a_picture_of_the_loss_is_published(tmp_path, kind):
     assert (tmp_path / "out" / "loss_curve.png").exists() == (kind == "png")
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("loss_curve.png" in card) == (kind == "png")
-
-
-def test_the_check_leaves_no_copy_of_the_code(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    write(trained(MODELS["plain"]), tmp_path / "out")
-    run_exported("huggingface", tmp_path / "out", TOKENS[0], "a")
-    assert not list((tmp_path / "home").rglob("*.py"))

@@ -52,8 +52,11 @@ def launch(tmp_path):
 
     def start(count):
         flags = ("--workdir=a b", "--config", "c")
+        # As `simplernn launch_local` starts it: signals are blocked until the script handles them.
+        command = [sys.executable, str(tmp_path / "launch_local.py"), str(count), *flags]
+        blocked = "import os, signal; signal.pthread_sigmask(signal.SIG_BLOCK, (2, 15)); "
         launcher = start_python(
-            tmp_path / "launch_local.py", count, *flags, DEVICES_PER_PROCESS="4"
+            "-c", f"{blocked}os.execv({sys.executable!r}, {command})", DEVICES_PER_PROCESS="4"
         )
         launched.append(launcher)
         return launcher, [json.loads(launcher.stdout.readline()) for _ in range(count)]

@@ -6,8 +6,8 @@ import re
 import chex
 import numpy as np
 import pytest
-from processes import ROOT, run_python
-from small_runs import newest_checkpoint, small_config, stop_after
+from processes import ROOT, run_scripts
+from small_runs import newest_checkpoint, save_untrained, small_config, stop_after
 from token_splits import PAD, make_split
 
 from simplernn_jax.config import DataConfig
@@ -267,10 +267,8 @@ def test_a_run_of_a_mixture_resumes_bit_exactly(folder, monkeypatch):
 
 
 def test_evaluate_reports_the_union_and_each_source(folder):
-    config = small_config(source="a:3,b.jsonl:1", steps=2, validation_fraction=0.3)
-    train(config, "run")
-    script = ROOT / "scripts" / "evaluate.py"
-    done = run_python(script, "--workdir", "run", cwd=str(folder))
+    save_untrained(small_config(source="a:3,b.jsonl:1", validation_fraction=0.3), "run")
+    (done,) = run_scripts((ROOT / "scripts" / "evaluate.py", "--workdir", "run"), cwd=folder)
     assert done.code == 0, done.errors
     union, first, second = (
         float(re.search(rf"{name} +([\d.]+)", done.output)[1])

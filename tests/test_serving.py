@@ -10,7 +10,7 @@ import urllib.parse
 
 import openai
 import pytest
-from processes import assert_refused, run_python
+from processes import assert_each_refused
 from serving_process import serving
 from small_runs import HYBRID, save_untrained, small_config, write_corpus
 
@@ -281,8 +281,10 @@ def wait_until_idle(server):
 def test_a_client_that_does_not_read_ends_its_request_alone(server):
     host, port = server.url.removeprefix("http://").split(":")
     fields = {"prompt": "a", "max_tokens": 10**6, "ignore_eos": True, "stream": True}
-    body = json.dumps({**fields, "n": 4, "logprobs": 20}).encode()
-    with socket.create_connection((host, int(port))) as connection:
+    body = json.dumps({**fields, "n": 5, "logprobs": 20}).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # soon full
+        connection.connect((host, int(port)))
         connection.sendall(head_of(body) + body)
         wait_until_idle(server)  # and answers others meanwhile
         connection.settimeout(30)
@@ -391,17 +393,15 @@ def test_connections_send_small_frames_at_once():
 
 
 def test_flags_that_cannot_be_served(workdir, tmp_path):
-    def serve(*flags):
-        return run_python("scripts/serve.py", *flags)
-
-    assert_refused(serve(), "no --workdir")
-    assert_refused(serve(f"--workdir={tmp_path}"), "no checkpoint")
-    assert_refused(serve(f"--workdir={workdir}", "--host=0.0.0.0"), "--api_key_file")
-    assert_refused(
-        serve(f"--workdir={workdir}", "--host=192.0.2.1", "--allow_remote_without_key"), "listen"
-    )
-    for value in ("nan", "inf", "-1"):
-        assert_refused(serve(f"--workdir={workdir}", f"--drain_timeout={value}"), "[0, 86400]")
-    assert_refused(serve(f"--workdir={workdir}", "--allow_origin=évil"), "--allow_origin")
+    run = f"--workdir={workdir}"
     (tmp_path / "key").write_bytes(b"a b")
-    assert_refused(serve(f"--workdir={workdir}", f"--api_key_file={tmp_path / 'key'}"), "no spaces")
+    assert_each_refused(
+        "scripts/serve.py",
+        ([], "no --workdir"),
+        ([f"--workdir={tmp_path}"], "no checkpoint"),
+        ([run, "--host=0.0.0.0"], "--api_key_file"),
+        ([run, "--host=192.0.2.1", "--allow_remote_without_key"], "listen"),
+        *(([run, f"--drain_timeout={x}"], "[0, 86400]") for x in ("nan", "inf", "-1")),
+        ([run, "--allow_origin=évil"], "--allow_origin"),
+        ([run, f"--api_key_file={tmp_path / 'key'}"], "no spaces"),
+    )

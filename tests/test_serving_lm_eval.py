@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from corpus_files import records, write
 from serving_process import serving
 from small_runs import HYBRID, save_untrained, small_config, write_corpus
 
 from simplernn_jax import load_model
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 PAIRS = [("ab cé" * (1 + 5 * n), [" d", "é", "a b", "dd"][n % 4] * (1 + n)) for n in range(13)]
 
@@ -24,43 +23,22 @@ def workdir(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore")  # of lm-eval and its libraries
-def test_log_likelihoods(workdir, tmp_path, monkeypatch):
-    from lm_eval.api.task import ConfigurableTask
+def test_log_likelihoods(workdir):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    rows = [{"context": context, "continuation": rest} for context, rest in PAIRS]
-    path = write(tmp_path / "task.jsonl", records(*rows))
-    task = ConfigurableTask(
-        config={
-            "task": "pairs",
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(path)}},
-            "test_split": "test",
-            "output_type": "loglikelihood",
-            "doc_to_text": "{{context}}",
-            "doc_to_target": "{{continuation}}",
-            "target_delimiter": "",
-            "metric_list": [{"metric": "acc"}],
-        }
-    )
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(PAIRS)]
     found = []
     with serving(workdir, "--slots=4") as server:
         for batch_size in (1, 8):
-            results = lm_eval.simple_evaluate(
-                model="local-completions",
-                model_args={
-                    "base_url": server.url + "/v1/completions",
-                    "model": "untrained",
-                    "num_concurrent": 8,
-                    "max_retries": 1,
-                },
-                tasks=[task],
+            client = LocalCompletionsAPI(
+                base_url=server.url + "/v1/completions",
+                model="untrained",
                 batch_size=batch_size,
-                bootstrap_iters=0,
+                num_concurrent=8,
+                max_retries=1,
             )
-            samples = sorted(results["samples"]["pairs"], key=lambda sample: sample["doc_id"])
-            found.append([sample["filtered_resps"][0] for sample in samples])
+            found.append(client.loglikelihood(requests, disable_tqdm=True))
     assert found[0] == found[1]
     model, tokenizer, _ = load_model(str(workdir))
     for (context, rest), (score, is_greedy) in zip(PAIRS, found[0], strict=True):

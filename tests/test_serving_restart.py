@@ -8,13 +8,12 @@ import random
 import signal
 import time
 
-import numpy as np
 import pytest
 from serving_process import serving
 from small_runs import HYBRID, save_untrained, small_config, write_corpus
 
 from simplernn_jax import load_model
-from simplernn_jax.export.exporting import export
+from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.inference import generate_text, load_state
 
 PROMPTS = [("ab cé" * (1 + 7 * n))[: 3 + 11 * n] for n in range(32)]
@@ -102,9 +101,9 @@ def test_newer_parameters_do_not_disturb_running_requests(workdir):
 
 def test_an_export_is_served(workdir, tmp_path):
     model, tokenizer, config = load_model(str(workdir))
-    tokens = np.arange(9, dtype=np.int32)
-    out = str(tmp_path / "export")
-    export("safetensors", model, tokenizer, config, out, workdir=str(workdir), tokens=tokens)
+    out = tmp_path / "export"
+    out.mkdir()
+    find_format("safetensors").write(TrainedModel(model, tokenizer, config, "run"), out)
     with serving(out, "--slots=2") as server:
         text = server.complete("ab", max_tokens=9, temperature=0)["choices"][0]["text"]
         assert server.send("POST", "/admin/reload")[2] == {"reloaded": False}

@@ -1,21 +1,8 @@
-"""A few cases of the experiments of ``scripts/stress.py`` that need no processes of their own.
+"""Reports of ``scripts/stress.py``; its experiments are run by ``stress.py quick``."""
 
-``stress.py quick`` runs all of them.
-"""
+from processes import assert_each_refused
 
-import pytest
-from processes import ROOT, assert_refused, run_python
-
-from benchmarks.stress.catalog import EXPERIMENTS
 from benchmarks.stress.experiment import Case, Experiment, run_experiment, table
-
-
-@pytest.mark.parametrize("name", ["damage", "stores", "numerics", "non_finite", "fuzz"])
-def test_nothing_is_lost(tmp_path, name):
-    experiment = EXPERIMENTS[name]
-    summary = run_experiment(name, experiment, tmp_path / name, min(2, experiment.quick), 0)
-    assert summary.cases > 0
-    assert not summary.failures
 
 
 def test_failures_are_reported(tmp_path, capsys):
@@ -33,6 +20,6 @@ def test_failures_are_reported(tmp_path, capsys):
 
 
 def test_says_what_it_can_do():
-    script = ROOT / "scripts" / "stress.py"
-    for words in ([], ["kill", "all"], ["unknown"]):
-        assert_refused(run_python(script, *words), "there are kill, signals, hosts, resume")
+    names = "there are kill, signals, hosts, resume"
+    cases = [(words, names) for words in ([], ["kill", "all"], ["unknown"])]
+    assert_each_refused("scripts/stress.py", *cases)
