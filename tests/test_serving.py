@@ -282,9 +282,7 @@ def test_a_client_that_does_not_read_ends_its_request_alone(server):
     host, port = server.url.removeprefix("http://").split(":")
     fields = {"prompt": "a", "max_tokens": 10**6, "ignore_eos": True, "stream": True}
     body = json.dumps({**fields, "n": 5, "logprobs": 20}).encode()
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # soon full
-        connection.connect((host, int(port)))
+    with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head_of(body) + body)
         wait_until_idle(server)  # and answers others meanwhile
         connection.settimeout(30)

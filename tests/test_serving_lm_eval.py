@@ -1,9 +1,9 @@
 """Scores by EleutherAI's lm-eval over HTTP, against scoring in process."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from serving_process import serving
 from small_runs import HYBRID, save_untrained, small_config, write_corpus
 
@@ -41,12 +41,17 @@ def test_log_likelihoods(workdir):
             found.append(client.loglikelihood(requests, disable_tqdm=True))
     assert found[0] == found[1]
     model, tokenizer, _ = load_model(str(workdir))
-    for (context, rest), (score, is_greedy) in zip(PAIRS, found[0], strict=True):
-        tokens = jnp.asarray(tokenizer.encode(context + rest))[None]
-        logits, _ = model(tokens)
+    encoded = [tokenizer.encode(context + rest) for context, rest in PAIRS]
+    padded = np.zeros((len(PAIRS), max(map(len, encoded))), np.int32)
+    for row, ids in zip(padded, encoded, strict=True):
+        row[: len(ids)] = ids
+    score_all = nnx.jit(lambda model, tokens: jax.nn.log_softmax(model(tokens)[0]))
+    logprobs = np.asarray(score_all(model, padded))
+    for (context, _), (score, is_greedy), ids, of_text in zip(
+        PAIRS, found[0], encoded, logprobs, strict=True
+    ):
         start = len(tokenizer.encode(context))
-        logprobs = jax.nn.log_softmax(logits[0, start - 1 : -1])
-        targets = tokens[0, start:]
-        wanted = jnp.take_along_axis(logprobs, targets[:, None], axis=-1)
-        assert score == pytest.approx(float(jnp.sum(wanted)), abs=1e-4)
-        assert is_greedy == bool((np.argmax(logprobs, axis=-1) == np.asarray(targets)).all())
+        predictions, targets = of_text[start - 1 : len(ids) - 1], ids[start:]
+        wanted = predictions[np.arange(len(targets)), targets].sum()
+        assert score == pytest.approx(float(wanted), abs=1e-4)
+        assert is_greedy == bool((predictions.argmax(axis=-1) == targets).all())
