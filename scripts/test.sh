@@ -36,5 +36,5 @@ status=0
 ruff check "${sources[@]}" || status=1
 ruff format --check "${sources[@]}" || status=1
 mypy || status=1
-python -m pytest -n 2 --dist loadfile "$@" || status=1
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || status=1
 exit "$status"
