@@ -100,7 +100,8 @@ def pack(matrix: jax.Array, kind: str, output_scale: jax.Array | None = None) ->
     parts = values.reshape(*values.shape[:-1], together, -1)
     values = jnp.swapaxes(parts, -1, -2).reshape(values.shape)
     if kind == "int4":
-        values = ((values[..., 1::2] << 4) | (values[..., ::2] & 15)).astype(jnp.uint8)
+        values = (values + jnp.int8(8)).astype(jnp.uint8)
+        values = (values[..., 1::2] << 4) | values[..., ::2]
     return PackedMatrix(values, scales)
 
 
