@@ -16,6 +16,7 @@
 #include <math.h>
 
 #include "panels.h"
+#include "vectors.h"
 
 typedef struct {
   int64_t active, length, rows; /* sequences with tokens, most tokens of one, and tokens in all */
@@ -84,9 +85,8 @@ static void embed(const Decoder *d, int64_t row, int64_t token) {
   const float scale = is_id ? sqrtf(d->dim) : NAN;
   for (int64_t i = 0; i < d->dim; i++) {
     const float by = m->scales[(panel * m->groups + i / m->group) * PANEL + column];
-    const float stored = stored_at(values, d->format, i, first)[column - first];
-    const float value = stored * unit_of(d->format, first) - offset_of(d->format);
-    d->x[row * d->dim + i] = value * by * scale;
+    const float value = values_at(values, d->format, i, first)[column - first];
+    d->x[row * d->dim + i] = value * unit_of(d->format, first) * by * scale;
   }
 }
 

@@ -21,16 +21,6 @@ static inline float dot(const float *restrict a, const float *restrict b, int64_
   return sum;
 }
 
-static inline float sum_of(const float *x, int64_t n) {
-  float lanes[SUMS] = {0}, sum = 0;
-  int64_t i = 0;
-  for (; i + SUMS <= n; i += SUMS)
-    for (int j = 0; j < SUMS; j++) lanes[j] += x[i + j];
-  for (; i < n; i++) sum += x[i];
-  for (int j = 0; j < SUMS; j++) sum += lanes[j];
-  return sum;
-}
-
 /* 1 / the root of the mean square. */
 static inline float scale_of(const float *x, int64_t n) { return 1 / sqrtf(dot(x, x, n) / n + EPSILON); }
 
