@@ -45,6 +45,7 @@ SIZES = {
     "norm_epsilon": 1e-5,
 }
 MESHES = {
+    "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
     "fsdp 2, sequence 2, tensor 2": {"fsdp": 2, "sequence": 2, "tensor": 2},
     "sequence 4": {"sequence": 4},
     "stage 2, tensor 2": {"stage": 2, "tensor": 2},

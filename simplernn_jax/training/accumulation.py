@@ -1,5 +1,4 @@
-"""Gradient accumulation and truncated BPTT: a batch in parts, compiled
-into one program.
+"""Gradient accumulation and truncated BPTT: a batch in parts, compiled as one program.
 
 A part's loss function maps ``(params, batch, carried, dropout_key, predictions)`` to ``(loss,
 carried)``; a gradient function maps them to ``(loss, gradient, carried)``. `carried` is the
