@@ -66,6 +66,31 @@ hypothesis.settings.register_profile("project", derandomize=True, deadline=None,
 hypothesis.settings.load_profile("project")
 
 
+@pytest.fixture(scope="module")
+def chat_workdir(tmp_path_factory):
+    """Workdir of an untrained chat model."""
+    from small_runs import save_untrained_chat
+
+    return save_untrained_chat(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def server(chat_workdir):
+    """A server of `chat_workdir`; a module may have another one."""
+    from serving_process import serving
+
+    with serving(chat_workdir, "--slots=3") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    """OpenAI's client of `server`."""
+    import openai
+
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+
+
 # Independent of the versions of Python and JAX: minutes, spent on the oldest Python only.
 ON_THE_OLDEST_PYTHON = (
     "tests/test_chat_config.py::test_a_trained",

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import signal
+import socket
 import urllib.error
 import urllib.request
 
@@ -29,6 +30,14 @@ class ServingProcess:
             if "json" in answer.headers.get("Content-Type", ""):
                 content = json.loads(content)
             return answer.status, answer.headers, content
+
+    def post(self, path="/v1/completions", after=b"", **fields):
+        """Open a connection that has sent a request, and then `after`."""
+        body = json.dumps(fields).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection = socket.create_connection(self.url.removeprefix("http://").split(":"))
+        connection.sendall(head.encode() + body + after)
+        return connection
 
     def complete(self, prompt, **fields):
         """Return the body of a completion."""

@@ -6,6 +6,7 @@ import signal
 
 import numpy as np
 from corpus_files import records, write
+from flax import nnx
 
 from benchmarks import serving
 from benchmarks.stress import runs
@@ -19,6 +20,7 @@ from simplernn_jax.config import (
     TrainConfig,
 )
 from simplernn_jax.data.batches import Batch
+from simplernn_jax.models import LanguageModel
 from simplernn_jax.training import loop
 
 newest_checkpoint = runs.read_checkpoint
@@ -42,6 +44,11 @@ def small_config(block="plain", **fields):
     change(config, **fields)
     config.model.join_mixers()
     return config
+
+
+def small_model(block="plain", **fields):
+    """The model of `small_config`, with random parameters."""
+    return LanguageModel(small_config(block, **fields).model, rngs=nnx.Rngs(0))
 
 
 def random_batch(seed, size, length, vocab_size, begins=0.2):

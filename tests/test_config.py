@@ -76,6 +76,13 @@ def load(name):
         ("model.vocab_size", 10**12, r"below 2\*\*31"),
         ("model.mlp_dim", 2**21, "at most 1048576"),
         ("model.hidden_dim", 128.0, "of type int"),
+        ("model.short_convolution", 4, "expected 0 with model.block='residual'"),
+        ("model.short_convolution", 1, "expected 0 for none, or at least 2"),
+        ("model.short_convolution", -1, "expected at least 0"),
+        ("model.norm_epsilon", 1e-5, "expected 1e-06 with model.block="),
+        ("model.norm_epsilon", 0.0, "expected positive"),
+        ("model.min_log_gate", -1.0, "expected 0.0 with model.block="),
+        ("model.min_log_gate", 0.1, "expected negative, or 0"),
         ("model.tie_embeddings", 1, "of type bool"),
         ("data.cache_dir", "~nobody-x/tokens", "~USER does not name an existing user"),
         ("mesh.data", 10**30, r"below 2\*\*31"),
@@ -103,10 +110,9 @@ def test_a_bad_value_is_refused_by_name(field, value, message):
             {"model__state_precision": "bfloat16"},
             "state_precision=bfloat16 and .*mesh.sequence=2",
         ),
-        (
-            {"model__block": "plain"},
-            {"model__mixer": "attention"},
-            "--config.model.mixer='attention' .* model.block='plain'",
+        *(
+            ({"model__block": b}, {"model__mixer": "attention"}, f"attention' .* model.block='{b}'")
+            for b in ("plain", "gla")
         ),
         (
             {"model__key_dim": 60},

@@ -107,24 +107,6 @@ def test_the_rank_of_the_gates_is_sharded_over_fsdp():
         check_fits(config, mesh_of(fsdp=3))
 
 
-@pytest.mark.parametrize(
-    ("block", "fields", "message"),
-    [
-        ("residual", {"short_convolution": 4}, r"short_convolution=4 .* 0 with model.block='resi"),
-        ("plain", {"norm_epsilon": 1e-5}, r"norm_epsilon=1e-05 .* expected 1e-06 with model.block"),
-        ("residual", {"min_log_gate": -1.0}, r"min_log_gate=-1.0 .* expected 0.0 with"),
-        ("gla", {"min_log_gate": 0.1}, "min_log_gate=0.1 .* expected negative, or 0"),
-        ("gla", {"norm_epsilon": 0.0}, "norm_epsilon=0.0 .* expected positive"),
-        ("gla", {"short_convolution": 1}, "short_convolution=1 .* expected 0 for none, or at lea"),
-        ("gla", {"short_convolution": -1}, "short_convolution=-1 .* expected at least 0"),
-        ("gla", {"mixer": "attention"}, "mixer='attention' .* simple_rnn with model.block='gla'"),
-    ],
-)
-def test_settings_of_another_block_are_refused(block, fields, message):
-    with pytest.raises(UserError, match=message):
-        validate(small_config(block, **fields))
-
-
 @pytest.mark.usefixtures("reused_programs")
 def test_a_run_resumes_bit_exactly_and_generates(tmp_path, monkeypatch):
     source = write_corpus(tmp_path / "text")

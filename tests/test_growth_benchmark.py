@@ -3,8 +3,6 @@
 import importlib
 import json
 
-import jax
-import jax.numpy as jnp
 import pytest
 from meshes import mesh_of
 from small_runs import small_config
@@ -23,19 +21,6 @@ def test_named_sizes_fit_all_meshes(name, parameters):
     assert count_parameters(config) / 1e6 == pytest.approx(parameters, abs=0.05)
     for mesh in sizes.MESHES:
         check_fits(config, mesh_of(**mesh))
-
-
-def test_bytes_in_the_loop_over_microbatches_count_once_for_each():
-    mesh = mesh_of(data=2)
-
-    def exchange(x):
-        return jax.lax.fori_loop(0, 5, lambda _, y: jax.lax.psum(jnp.sin(y), "data"), x)
-
-    spec = jax.sharding.PartitionSpec("data")
-    spread = jax.shard_map(exchange, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    text = jax.jit(spread).lower(jnp.ones(14)).compile().as_text()
-    config = small_config(gradient_accumulation=5)
-    assert sizes.bytes_by_kind(text, config) == {"all-reduce": 5 * 7 * 4}
 
 
 def test_a_step_on_a_mesh_is_measured_by_kind(monkeypatch):

@@ -6,17 +6,15 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_runs import small_model
 
 from simplernn_jax import devices
-from simplernn_jax.config import ModelConfig
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, generate_text
 from simplernn_jax.inference.arguments import checked_prompts, checked_settings
-from simplernn_jax.models import LanguageModel
 
 BYTES = ByteTokenizer()
 VOCAB = BYTES.vocab_size
@@ -24,10 +22,7 @@ VOCAB = BYTES.vocab_size
 
 @functools.cache
 def model():
-    config = ModelConfig(
-        vocab_size=VOCAB, num_layers=1, hidden_dim=8, key_dim=4, value_dim=4, num_heads=2
-    )
-    return LanguageModel(config, rngs=nnx.Rngs(0))
+    return small_model("residual")
 
 
 # Neither numbers, ids, sequences of ids, texts nor functions.

@@ -1,17 +1,13 @@
 """A state kept in bfloat16: where it is rounded, and its error over a long sequence."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from references import draw_recurrence, recurrence, relative_rms
-from small_runs import small_config
+from small_runs import small_model
 
 from simplernn_jax.inference import generate
-from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.low_precision_state import ROUNDING_INTERVAL
 from simplernn_jax.ops.reset_state import reset_state
@@ -113,8 +109,7 @@ def test_rounding_per_token_loses_small_updates():
 
 
 def test_decodes_with_a_bfloat16_state():
-    config = dataclasses.replace(small_config("residual").model, state_precision="bfloat16")
-    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    model = small_model("residual", state_precision="bfloat16")
     state = model.initial_state(2)[0].mixer
     assert state.dtype == jnp.bfloat16
     prompts = [[1, 2, 3], [5] * 70]

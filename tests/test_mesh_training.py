@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from meshes import compile_step, distance, first_state, mesh_of, run_steps
 from small_runs import HYBRID, random_batch, small_config
 
-from benchmarks.sizes import text_of_loops
+from benchmarks.sizes import bytes_by_kind, text_of_loops
 from benchmarks.train_steps import collectives
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.sharding.partition_specs import variable_specs
@@ -237,6 +237,8 @@ def test_collectives_in_loops_and_of_booleans_are_counted():
     text = jax.jit(spread).lower(jnp.ones(14)).compile().as_text()
     assert collectives(text) == {("all-gather", 14): 1, ("all-reduce", 28): 1}
     assert collectives(text_of_loops(text)) == {("all-reduce", 28): 1}
+    config = small_config(gradient_accumulation=5)
+    assert bytes_by_kind(text, config) == {"all-gather": 14, "all-reduce": 5 * 28}
 
 
 def test_dropout_differs_between_devices_and_is_reproducible():

@@ -26,7 +26,6 @@ SIZES = {
     "small": {"hidden_dim": 37, "key_dim": 12, "value_dim": 14, "num_heads": 2, "mlp_dim": 83},
     "wide": {"hidden_dim": 131, "key_dim": 19, "value_dim": 83, "num_heads": 1, "mlp_dim": 67},
 }
-FORMATS = [kind for kind in QUANTIZATIONS if kind != "none"]
 KINDS = [("small", "none"), ("small", "int4"), *(("wide", kind) for kind in QUANTIZATIONS)]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damages import flip_bit
 from small_runs import save_untrained, small_config, write_corpus
 
 from simplernn_jax.errors import UserError
@@ -90,9 +91,7 @@ def test_preparing_verifies_the_configuration_but_no_arrays(workdir, config):
     arrays = max((checkpoint / "state").rglob("*"), key=lambda path: path.stat().st_size)
     for damaged in (arrays, checkpoint / "tokenizer" / "metadata"):
         prepare(config, workdir)
-        content = bytearray(damaged.read_bytes())
-        content[-1] ^= 1
-        damaged.write_bytes(content)
+        flip_bit(damaged)
     with pytest.raises(UserError, match="no intact checkpoint is left"):
         prepare(config, workdir)
 

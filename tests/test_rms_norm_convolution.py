@@ -110,10 +110,3 @@ def test_vmap():
     chex.assert_trees_all_close(
         jax.tree.map(lambda each: each.reshape(6, *each.shape[2:]), ours), expected, rtol=1e-6
     )
-
-
-def test_no_tokens():
-    (x, weights, recent), starts = draw(3, 0, 7, 4)
-    y, final = rms_norm_convolution(x, weights, recent, starts)
-    chex.assert_shape(y, (3, 0, 7))
-    chex.assert_trees_all_equal(final, recent)

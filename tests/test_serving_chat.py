@@ -1,30 +1,8 @@
 """Chat completions of scripts/serve.py, by OpenAI's client."""
 
-import openai
-import pytest
-from serving_process import serving
-from small_runs import save_untrained_chat
-
 from simplernn_jax import load_model
 from simplernn_jax.data.chat_template import ChatTemplate
 from simplernn_jax.inference import Conversation
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return save_untrained_chat(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def server(workdir):
-    with serving(workdir, "--slots=3") as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
-
 
 ASKED = {
     "model": "chat",
@@ -68,8 +46,8 @@ def test_streamed_and_not(client):
     assert roles == ["assistant"] * 3
 
 
-def test_greedy_answers_are_those_of_the_library(workdir, server):
-    model, tokenizer, config = load_model(str(workdir))
+def test_greedy_answers_are_those_of_the_library(chat_workdir, server):
+    model, tokenizer, config = load_model(str(chat_workdir))
     conversation = Conversation(model, tokenizer, ChatTemplate(config.data.template))
     messages = []
     for question in ("a", "bc"):

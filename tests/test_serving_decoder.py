@@ -6,12 +6,10 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from references import needs_compiler
-from small_runs import HYBRID, small_config
+from small_runs import HYBRID, small_model
 
 from simplernn_jax.inference import generate, quantize_model
-from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving import decoder as decoding
 from simplernn_jax.serving.decoder import PREFILL_TOKENS, Decoder
 from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Prefilled, Root, Sampling
@@ -24,8 +22,7 @@ EOS = 29
 
 @pytest.fixture(scope="module")
 def model():
-    config = small_config(**HYBRID, attention_context=23, vocab_size=VOCAB).model
-    return LanguageModel(config, rngs=nnx.Rngs(0))
+    return small_model(**HYBRID, attention_context=23, vocab_size=VOCAB)
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +134,7 @@ def test_alone_together_and_from_the_cache_are_the_same_bits(decoder):
 
 @needs_compiler
 def test_where_a_c_function_decodes_the_number_of_slots_changes_no_bit():
-    config = small_config(block="residual", vocab_size=VOCAB).model
-    model = quantize_model(LanguageModel(config, rngs=nnx.Rngs(0)), "int8")
+    model = quantize_model(small_model("residual", vocab_size=VOCAB), "int8")
     few, many = (Decoder(model, num_slots=n, cache_bytes=1 << 24) for n in (2, 5))
     alone = {}
     for job in jobs_of_all_kinds()[:4]:

@@ -5,10 +5,8 @@ import time
 
 import numpy as np
 import pytest
-from flax import nnx
-from small_runs import small_config
+from small_runs import small_model
 
-from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.engine import Engine, EngineStoppedError
 from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Sampling
 
@@ -19,7 +17,7 @@ class Running:
     """An engine whose events are collected."""
 
     def __init__(self, **options):
-        self.model = LanguageModel(small_config().model, rngs=nnx.Rngs(0))
+        self.model = small_model()
         self.events, self.failures, self.changed = [], [], threading.Condition()
         options = {"num_slots": 2, "cache_bytes": 0, "max_waiting": 9} | options
         self.engine = Engine(

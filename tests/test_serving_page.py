@@ -4,19 +4,10 @@ import json
 import shutil
 
 import pytest
-from serving_process import serving
-from small_runs import save_untrained_chat
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    workdir = save_untrained_chat(tmp_path_factory.mktemp("run"))
-    with serving(workdir, "--slots=2") as process:
-        yield process
 
 
 @pytest.fixture(scope="module")

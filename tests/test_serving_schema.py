@@ -2,19 +2,10 @@
 
 import hypothesis
 import pytest
-from serving_process import serving
-from small_runs import save_untrained_chat
 
 from simplernn_jax.serving.openapi import openapi_document
 
 schemathesis = pytest.importorskip("schemathesis", reason="Schemathesis is not installed")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    workdir = save_untrained_chat(tmp_path_factory.mktemp("run"))
-    with serving(workdir, "--slots=4") as process:
-        yield process
 
 
 schema = schemathesis.openapi.from_dict(openapi_document("chat"))

@@ -143,21 +143,6 @@ def test_a_failed_save_leaves_the_old_file(path, model, state, monkeypatch):
     assert os.listdir(path.parent) == [path.name]
 
 
-@pytest.mark.parametrize("target", [None, "/dev/zero", "nowhere"])
-def test_anything_but_a_regular_file_is_neither_replaced_nor_read(tmp_path, model, state, target):
-    odd = tmp_path / "odd"
-    if target is None:
-        os.mkfifo(odd)
-    else:
-        odd.symlink_to(target)
-    before = odd.lstat()
-    with pytest.raises(UserError, match="the state cannot be written"):
-        save_state(odd, state, model, BYTES)
-    assert (before.st_mode, before.st_ino) == (odd.lstat().st_mode, odd.lstat().st_ino)
-    assert os.listdir(tmp_path) == [odd.name]
-    assert refusal(odd, model).startswith("cannot be read (")
-
-
 @pytest.mark.parametrize("name", ["missing/state", "."])
 def test_a_path_that_cannot_be_written_is_named(tmp_path, model, state, name):
     path = f"{tmp_path}/{name}"

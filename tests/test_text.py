@@ -5,13 +5,11 @@ import functools
 import numpy as np
 import pytest
 import tokenizers
-from flax import nnx
+from small_runs import small_model
 
-from simplernn_jax.config import ModelConfig
 from simplernn_jax.data import load_tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import TextStream, generate, generate_text
-from simplernn_jax.models import LanguageModel
 
 BYTES = load_tokenizer("byte", None)
 TEXT = "aß€😀 שלום\n漢字"
@@ -22,10 +20,7 @@ ROWS = 37
 @functools.cache
 def make_model(vocab_size=BYTES.vocab_size + 300):
     """A model with ids that the tokenizer lacks."""
-    config = ModelConfig(
-        vocab_size=vocab_size, num_layers=1, hidden_dim=12, key_dim=8, value_dim=8, num_heads=2
-    )
-    return LanguageModel(config, rngs=nnx.Rngs(0))
+    return small_model("residual", vocab_size=vocab_size)
 
 
 def word_pieces():

@@ -7,6 +7,7 @@ import signal
 import chex
 import numpy as np
 import pytest
+from damages import flip_bit
 from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizers import byte_level, pretrained, word_level
@@ -175,9 +176,7 @@ def test_a_process_that_dies_is_reported_and_its_parts_stay(
 def test_damage_to_a_shard_is_found(source, tokenizer, tmp_path, caplog, name):
     first = prepare(source, tmp_path / "cache", tokenizer)
     (store,) = (tmp_path / "cache").iterdir()
-    content = bytearray((store / name).read_bytes())
-    content[7] ^= 1
-    (store / name).write_bytes(content)
+    flip_bit(store / name)
     again = prepare(source, tmp_path / "cache", tokenizer)
     assert f"corrupted ({name} was changed)" in caplog.text
     assert again.content_hash == first.content_hash

@@ -13,7 +13,6 @@ from flax import nnx
 from references import assert_same_bytes
 from small_runs import random_batch, small_config
 
-from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.losses import summed_cross_entropy
 from simplernn_jax.training.optimizer import make_optimizer
@@ -188,13 +187,6 @@ def test_reset_sequences_start_from_zero_and_others_do_not(kind):
         )
         np.testing.assert_allclose(carried[::2], zero[::2], rtol=1e-6)
         assert np.all(np.abs(carried[1::2] - zero[1::2]).max(axis=1) > 1e-3)
-
-
-def test_reset_state_replaces_nan():
-    state = (jnp.full((3, 1, 2, 2), jnp.nan),)
-    cleared = reset_state(state, np.array([True, False, True]))[0]
-    np.testing.assert_array_equal(cleared[::2], 0.0)
-    assert np.all(np.isnan(cleared[1]))
 
 
 def test_gradients_do_not_cross_from_batch_to_batch():
