@@ -174,10 +174,7 @@ def test_blocks_equal_full_attention():
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(
-    ("lengths", "context"),
-    [((1,) * 29, 1), ((0, 3, 1, 12, 13), 6)],
-)
+@pytest.mark.parametrize(("lengths", "context"), [((1,) * 29, 1), ((0, 3, 1, 12, 13), 6)])
 def test_pieces_equal_the_whole_sequence(lengths, context):
     layer, call = make(context=context), jitted()
     segment_ids = jnp.asarray(SEGMENTS["several"])

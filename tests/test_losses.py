@@ -8,11 +8,7 @@ import numpy as np
 import pytest
 
 from simplernn_jax.training import losses
-from simplernn_jax.training.losses import (
-    chunked_cross_entropy,
-    cross_entropy,
-    summed_cross_entropy,
-)
+from simplernn_jax.training.losses import chunked_cross_entropy, cross_entropy, summed_cross_entropy
 
 LOGITS = jnp.log(jnp.array([[[1.0, 1.0, 2.0], [1.0, 3.0, 4.0], [5.0, 4.0, 1.0]]]))
 TARGETS = jnp.array([[2, 0, 1]])

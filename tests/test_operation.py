@@ -11,13 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import references
-from references import (
-    FAST_METHODS,
-    draw_model,
-    draw_recurrence,
-    first_id_loss,
-    recurrence_loss,
-)
+from references import FAST_METHODS, draw_model, draw_recurrence, first_id_loss, recurrence_loss
 
 from simplernn_jax.ops import gated_linear_recurrence, native
 

@@ -16,11 +16,7 @@ from references import (
     value_and_gradients,
 )
 
-from simplernn_jax.ops.sequence_parallel import (
-    halo,
-    shard_segment_ids,
-    sharded_recurrence,
-)
+from simplernn_jax.ops.sequence_parallel import halo, shard_segment_ids, sharded_recurrence
 
 TIME = P(None, "sequence")
 

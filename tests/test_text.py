@@ -82,12 +82,7 @@ def test_text_is_the_decoded_tokens():
 def test_text_is_streamed_in_pieces():
     calls = []
     texts = generate_text(
-        make_model(),
-        BYTES,
-        [""] * ROWS,
-        max_new_tokens=100,
-        temperature=2.0,
-        on_text=calls.append,
+        make_model(), BYTES, [""] * ROWS, max_new_tokens=100, temperature=2.0, on_text=calls.append
     )
     assert texts == ["".join(call[row] for call in calls) for row in range(ROWS)]
     assert len(calls) > 2

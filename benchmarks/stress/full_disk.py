@@ -14,11 +14,7 @@ from . import preload
 from .experiment import Case
 from .runs import PARALLEL, difference, exit_code, log_of, read_checkpoint, resume, start_run, train
 
-FLAGS = (
-    "--config.model.num_layers=1",
-    "--config.train.steps=9",
-    "--config.train.eval_every=3",
-)
+FLAGS = ("--config.model.num_layers=1", "--config.train.steps=9", "--config.train.eval_every=3")
 """Three saves: with the third, the first is deleted."""
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 WITHIN = 120.0

@@ -53,10 +53,7 @@ def quiet() -> Any:
     before = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
     try:
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.set_verbosity(before)

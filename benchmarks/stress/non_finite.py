@@ -114,12 +114,7 @@ def draw_batch(draw: np.random.Generator, *, reset: bool = False) -> Batch:
 
 
 def check_batch(
-    config: Config,
-    step: Step,
-    state: TrainState,
-    place: str,
-    value: str,
-    draw: np.random.Generator,
+    config: Config, step: Step, state: TrainState, place: str, value: str, draw: np.random.Generator
 ) -> None:
     """Poison the forward or the backward pass of one sequence of a batch."""
     batch = draw_batch(draw)
@@ -154,12 +149,7 @@ def check_carried(
 
 
 def check_lasting(
-    config: Config,
-    step: Step,
-    state: TrainState,
-    place: str,
-    value: str,
-    draw: np.random.Generator,
+    config: Config, step: Step, state: TrainState, place: str, value: str, draw: np.random.Generator
 ) -> str:
     """Poison one number that stays where it is, and name its leaf; NaN must end the run."""
     field = "params" if place == "a parameter" else "opt_state"

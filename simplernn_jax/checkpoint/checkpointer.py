@@ -71,13 +71,7 @@ class Checkpointer:
     """
 
     def __init__(
-        self,
-        workdir: str,
-        config: Config,
-        tokenizer_json: str,
-        *,
-        keep_last: int,
-        keep_best: int,
+        self, workdir: str, config: Config, tokenizer_json: str, *, keep_last: int, keep_best: int
     ) -> None:
         self._config = config
         self._tokenizer_json = tokenizer_json

@@ -9,12 +9,7 @@ from simplernn_jax.data.documents import Corpus, Document
 from simplernn_jax.data.file_search import find_files, stdlib_files
 from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.prepared_dataset import PreparedDataset, find_prepared
-from simplernn_jax.data.record_files import (
-    ConversationFiles,
-    JsonlFiles,
-    ParquetFiles,
-    RecordFiles,
-)
+from simplernn_jax.data.record_files import ConversationFiles, JsonlFiles, ParquetFiles, RecordFiles
 from simplernn_jax.data.source_files import COMPRESSED_SUFFIXES
 from simplernn_jax.data.text_files import TextFiles
 from simplernn_jax.errors import UserError

@@ -9,12 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from simplernn_jax.data.documents import Corpus
-from simplernn_jax.data.token_parts import (
-    cut_into_parts,
-    read_pieces,
-    token_dtype,
-    tokens_path,
-)
+from simplernn_jax.data.token_parts import cut_into_parts, read_pieces, token_dtype, tokens_path
 from simplernn_jax.data.token_workers import write_parts
 from simplernn_jax.data.tokenizer import Tokenizer
 

@@ -28,12 +28,7 @@ def write_store(folder: Path, name: str, plans: list[SplitPlan], spool: Spool) -
       OSError: the disk is full or not writable.
     """
     splits = {plan.name: _write_split(folder, plan, spool) for plan in plans}
-    meta = {
-        "store": name,
-        "dtype": spool.dtype.str,
-        "shard_bytes": SHARD_BYTES,
-        "splits": splits,
-    }
+    meta = {"store": name, "dtype": spool.dtype.str, "shard_bytes": SHARD_BYTES, "splits": splits}
     write_sealed(folder / META_FILE, json.dumps(meta, indent=2) + "\n")
 
 

@@ -18,12 +18,7 @@ from simplernn_jax.data.mixture import WeightedSource, parse_mixture
 from simplernn_jax.data.pretrained_tokenizer import PretrainedTokenizer
 from simplernn_jax.data.source_store import open_or_write
 from simplernn_jax.data.store_folder import DamagedStore, TokenSplit, content_hashes, open_store
-from simplernn_jax.data.tokenized_corpus import (
-    TokenizedCorpus,
-    hash_splits,
-    of_mixture,
-    of_splits,
-)
+from simplernn_jax.data.tokenized_corpus import TokenizedCorpus, hash_splits, of_mixture, of_splits
 from simplernn_jax.data.tokenizer import Tokenizer, check_round_trip, load_tokenizer
 from simplernn_jax.errors import DISK_ADVICE, UserError, counted
 from simplernn_jax.files import read_sealed, write_sealed
@@ -164,10 +159,7 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
 
 
 def _mix(
-    cache: Path,
-    sources: list[WeightedSource],
-    stores: list[str],
-    corpora: list[TokenizedCorpus],
+    cache: Path, sources: list[WeightedSource], stores: list[str], corpora: list[TokenizedCorpus]
 ) -> TokenizedCorpus:
     """Create the corpus of a mixture, and record it for `find_corpus`."""
     names, weights = zip(*sources, strict=True)

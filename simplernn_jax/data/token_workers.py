@@ -43,11 +43,7 @@ def available_cores() -> int:
 
 
 def write_parts(
-    folder: Path,
-    corpus: Corpus,
-    parts: Iterable[list[Any]],
-    tokenizer: Tokenizer,
-    num_workers: int,
+    folder: Path, corpus: Corpus, parts: Iterable[list[Any]], tokenizer: Tokenizer, num_workers: int
 ) -> int:
     """Tokenize the parts that `folder` lacks, in this process or in `num_workers` others.
 

@@ -185,11 +185,7 @@ def _prefill(
 
 
 def _blocks(
-    programs: Programs,
-    weights: Any,
-    state: DecoderState,
-    settings: Settings,
-    max_new_tokens: int,
+    programs: Programs, weights: Any, state: DecoderState, settings: Settings, max_new_tokens: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, DecoderState]]:
     """Yield (tokens [B, BLOCK_TOKENS], counts [B], newest state) of all blocks.
 

@@ -17,11 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from simplernn_jax.array_types import ModelState
-from simplernn_jax.inference.decoder_weights import (
-    decoder_weights,
-    decodes_natively,
-    weight_format,
-)
+from simplernn_jax.inference.decoder_weights import decoder_weights, decodes_natively, weight_format
 from simplernn_jax.inference.sampling import Settings, greedy, sample
 from simplernn_jax.inference.state import DecoderState
 from simplernn_jax.models import LanguageModel
@@ -142,10 +138,7 @@ def programs_for(architecture: Architecture) -> Programs:
     """
 
     def prefill(
-        weights: Any,
-        state: DecoderState,
-        tokens: Int[Array, "B T"],
-        num_tokens: Int[Array, "B"],
+        weights: Any, state: DecoderState, tokens: Int[Array, "B T"], num_tokens: Int[Array, "B"]
     ) -> DecoderState:
         is_active = num_tokens > 0
         if architecture.decodes_natively:

@@ -116,10 +116,7 @@ class Attention(MultiHeadProjections):
         return KVCache(by_head, by_head, length)
 
     def __call__(
-        self,
-        x: Activations,
-        state: KVCache | None = None,
-        segment_ids: SegmentIds | None = None,
+        self, x: Activations, state: KVCache | None = None, segment_ids: SegmentIds | None = None
     ) -> tuple[Outputs, KVCache]:
         """Apply the layer to a sequence.
 

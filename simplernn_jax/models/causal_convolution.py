@@ -71,10 +71,7 @@ class MixerConvolutions(nnx.Module):
         return ConvStates(axes, axes, axes)
 
     def __call__(
-        self,
-        heads: tuple[jax.Array, ...],
-        state: ConvStates | None,
-        segment_ids: SegmentIds | None,
+        self, heads: tuple[jax.Array, ...], state: ConvStates | None, segment_ids: SegmentIds | None
     ) -> tuple[tuple[jax.Array, ...], ConvStates]:
         """Convolve (q, k, v), each ``[B, T, H, K or V]``, over time."""
         states = (None, None, None) if state is None else state

@@ -44,11 +44,7 @@ def completion_routes(service: Service) -> list[Route]:
         return await respond(request, ChatCompletion(service), body, answer, bool(body.logprobs))
 
     async def respond(
-        request: Request,
-        form: Completion,
-        body: SamplingFields,
-        answer: Answer,
-        has_logprobs: bool,
+        request: Request, form: Completion, body: SamplingFields, answer: Answer, has_logprobs: bool
     ) -> Response:
         service.check_model(body.model)
         answer.submit()  # or refuses with a status, which a stream could not

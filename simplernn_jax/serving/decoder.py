@@ -110,12 +110,7 @@ class Decoder:
         self._slots = empty_slots(self.model, num_slots)
         self._choices: list[_Choice | None] = [None] * num_slots
         self._prefiller = Prefiller(
-            self._programs,
-            self._parameters,
-            self._weights,
-            self._is_native,
-            self._zero,
-            self.cache,
+            self._programs, self._parameters, self._weights, self._is_native, self._zero, self.cache
         )
         self._ready: deque[_Ready] = deque()
         self._in_flight: _Dispatched | None = None

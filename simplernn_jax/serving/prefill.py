@@ -17,13 +17,7 @@ import numpy as np
 
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.serving.jobs import Job, Logprobs, Prefilled, Root
-from simplernn_jax.serving.prefix_cache import (
-    GRID,
-    Checkpoint,
-    PrefixCache,
-    is_kept,
-    prefix_keys,
-)
+from simplernn_jax.serving.prefix_cache import GRID, Checkpoint, PrefixCache, is_kept, prefix_keys
 from simplernn_jax.serving.slots import SlotPrograms, TokenLogprobs, token_logprobs
 
 MAX_JOBS = 8

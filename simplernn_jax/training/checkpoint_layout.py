@@ -43,8 +43,7 @@ class CheckpointLayout:
             partial(in_layout_of, self.abstract), out_shardings=self.shardings
         )
         self._from_checkpoint = jax.jit(
-            partial(in_layout_of, trained),
-            out_shardings=state_shardings(config, optimizer, mesh),
+            partial(in_layout_of, trained), out_shardings=state_shardings(config, optimizer, mesh)
         )
 
     def to_checkpoint(self, state: TrainState) -> TrainState:

@@ -64,10 +64,7 @@ def _name_special_ids(tokenizer: Any, ids: tuple[int, ...]) -> list[str]:
 
 
 def _with_bos(name: str, number: int) -> Any:
-    single = [
-        {"SpecialToken": {"id": name, "type_id": 0}},
-        {"Sequence": {"id": "A", "type_id": 0}},
-    ]
+    single = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     return {
         "type": "TemplateProcessing",
         "single": single,

@@ -30,12 +30,7 @@ def description(trained: TrainedModel) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     for name in ("mixer", "dropout", "precision", "state_precision", *LATER_MODEL_FIELDS):
         del fields[name]
-    return {
-        "model_type": "simplernn",
-        **fields,
-        "mixers": list(config.mixers),
-        **ids,
-    }
+    return {"model_type": "simplernn", **fields, "mixers": list(config.mixers), **ids}
 
 
 def write_weights(trained: TrainedModel, folder: Path) -> None:
