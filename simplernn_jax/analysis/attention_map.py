@@ -40,11 +40,7 @@ def attention_map(
 ) -> AttentionMap:
     """Return the implicit attention of ``gated_linear_recurrence(q, k, v, log_gate)``, for any v.
 
-    Args:
-      q: queries ``[B, T, H, K]``.
-      k: keys ``[B, T, H, K]``.
-      log_gate: ``[B, T, H, K]``, at most 0.
-      segment_ids: ``[B, T]``; a change of id resets the state.
+    q, k and log_gate are ``[B, T, H, K]``, segment_ids ``[B, T]``, as there.
     """
     batch, length, heads, key_dim = q.shape
     dtype = accumulator_dtype(q, k, log_gate)
@@ -102,11 +98,8 @@ def attention_inputs(
 ) -> AttentionInputs:
     """Return what each token attends to, by definition: its segment's last `context` tokens.
 
-    Args:
-      attention: of one layer.
-      projected: its queries, keys and values of T tokens, ``[B, T, H, K or V]``.
-      cache: before the first of them.
-      segment_ids: ``[B, T]``; a token sees nothing from before a change of id.
+    `projected` are queries, keys and values of T tokens, ``[B, T, H, K or V]``; `cache` is that
+    before them. A token sees nothing from before a change of `segment_ids` ``[B, T]``.
     """
     q, k, v = projected
     batch, length = q.shape[:2]

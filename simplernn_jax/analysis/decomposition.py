@@ -179,11 +179,7 @@ def gradient_contributions(
     embedding were scaled to zero (Shrikumar et al. 2016, arXiv:1605.01713); likewise for the
     initial state. The contributions need not sum to log p.
 
-    Args:
-      model: the language model.
-      tokens: [n] ids, n at least 1.
-      state: before the first token, batch size 1.
-      target: the id predicted after the last token.
+    `tokens` are [n] ids, n at least 1; `state`, before them, has batch size 1.
     """
     graph, params = nnx.split(model)
 
@@ -219,11 +215,7 @@ def map_contributions(layer: LayerDecomposition, position: int) -> Contributions
 
     The share of a summand of y_t = sum_j A_tj v_j + (part of the initial state) is its projection
     on y_t, ``<A_tj v_j, y_t> / <y_t, y_t>``, averaged over the heads. A negative share points the
-    other way.
-
-    Args:
-      layer: decomposition of one layer, B = 1.
-      position: t of the output.
+    other way. `position` is the t of the output; `layer` has B = 1.
     """
     weights = np.asarray(layer.weights[0, :, position], np.float64)  # [H, T]
     values = np.asarray(layer.values[0], np.float64)  # [T, H, V]

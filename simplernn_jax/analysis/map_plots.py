@@ -30,13 +30,9 @@ def draw_map(explanation: Explanation, layer: int) -> Plot:
 
 
 def draw_heads(weights: np.ndarray, units: Sequence[Unit], offset: int, position: int) -> bytes:
-    """Draw heat maps of one layer, one per head.
+    """Draw ``[H, T, T]`` weights of one layer as heat maps, one per head.
 
-    Args:
-      weights: ``[H, T, T]``.
-      units: of the T tokens.
-      offset: position of the first token in its document.
-      position: output marked with a line.
+    `offset` is the position of the first token in its document, `position` the marked output.
     """
     from matplotlib.colors import AsinhNorm
 

@@ -89,12 +89,7 @@ def effective_rank(matrices: np.ndarray) -> np.ndarray:
 
 
 def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
-    """Measure the recurrences while the model reads a text from a zero state.
-
-    Args:
-      model: the language model.
-      tokens: [n] ids, n at least 1, BOS included.
-    """
+    """Measure the recurrences while the model reads [n] `tokens`, n > 0, from a zero state."""
     graph, params = nnx.split(model)
 
     @jax.jit

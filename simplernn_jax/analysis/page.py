@@ -38,13 +38,7 @@ def draw_plots(explanation: Explanation) -> dict[str, Plot]:
 
 
 def make_page(explanation: Explanation, plots: Mapping[str, Plot], facts: Mapping[str, str]) -> str:
-    """Return the HTML of the page.
-
-    Args:
-      explanation: its content.
-      plots: from `draw_plots`.
-      facts: names and values that describe the model.
-    """
+    """Return the HTML of the page; `facts` are names and values that describe the model."""
     chosen, value = explanation.chosen, explanation.state_value
     gradient = sum_by_unit(chosen.units, chosen.from_all.tokens)
     environment = jinja2.Environment(

@@ -66,12 +66,7 @@ def record(
 ) -> Recording:
     """Run a forward pass on `tokens` and record every mixer's call; `model` is unchanged.
 
-    Args:
-      model: the language model.
-      tokens: ``[B, T]`` int32.
-      state: before the first token; None is zero.
-      segment_ids: as for `LanguageModel`.
-      shift: ``[B, T, D]`` added to the embeddings, to take gradients with respect to them.
+    `shift` ``[B, T, D]`` is added to the embeddings, to take gradients with respect to them.
     """
     if state is None:
         state = model.initial_state(tokens.shape[0])

@@ -48,12 +48,7 @@ def loss_by_position(
 ) -> PositionLoss:
     """Score the same predictions with the state carried and with it reset, by position.
 
-    Args:
-      evaluator: of the model's structure.
-      params: its parameters.
-      split: the text to score.
-      limit_tokens: number of predictions; 0 scores all.
-      reset_every: tokens between two resets.
+    `limit_tokens` is the number of predictions; 0 scores all.
 
     Raises:
       UserError: the split has nothing to predict.
@@ -211,12 +206,7 @@ def context_gains(
 
 
 def choose_token(gains: dict[int, float], num_tokens: int) -> tuple[int, str]:
-    """Choose the token that gains most from distant context; return its position and the reason.
-
-    Args:
-      gains: by position, from `context_gains`.
-      num_tokens: of the text, BOS included.
-    """
+    """Choose the token that gains most from distant context; return its position and the reason."""
     if not gains:
         return num_tokens - 1, f"the last one: no token has more than {SHORT_CONTEXT} before it"
     best = max(gains, key=lambda token: gains[token])
@@ -233,12 +223,7 @@ def reset_intervals(longest: int, window: int) -> list[int]:
 
 
 def _positions(batch: Batch, before: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``[B, T]``, tokens of the same document before each input, and [B] for the next batch.
-
-    Args:
-      batch: of an evaluation whose state is carried.
-      before: [B], as returned for the previous batch; None for the first.
-    """
+    """Return ``[B, T]``, tokens of the document before each input, and [B] for the next batch."""
     ids = batch.segment_ids
     begins = np.concatenate([batch.reset[:, None], ids[:, 1:] != ids[:, :-1]], axis=1)
     columns = np.arange(ids.shape[1])

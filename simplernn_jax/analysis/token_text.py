@@ -36,10 +36,7 @@ def split_into_units(
 ) -> list[Unit]:
     """Split [n] ids into units that hold every id once, in order.
 
-    Args:
-      tokenizer: decodes the ids.
-      ids: the tokens to show.
-      context: the ids before; a character that begins there is completed in the first unit.
+    A character that begins in `context`, the ids before, is completed in the first unit.
     """
     names = {tokenizer.bos_id: "⟨BOS⟩", tokenizer.eos_id: "⟨EOS⟩", tokenizer.pad_id: "⟨PAD⟩"}
     stream = TextStream(tokenizer, context)
@@ -109,11 +106,7 @@ def ending(text: str, most: int) -> str:
 def label_text(axis: Any, units: Sequence[Unit], offset: int, most: int) -> None:
     """Label an axis of tokens with its text: ticks at the beginnings of words, with whole words.
 
-    Args:
-      axis: of an image whose cells are tokens.
-      units: of the tokens shown.
-      offset: position of the first token in its document.
-      most: number of ticks at most.
+    `offset` is the position of the first token in its document, `most` the number of ticks at most.
     """
     places = [index for index in range(len(units)) if begins_word(units, index)]
     if len(places) <= most // 2:  # some languages have no spaces

@@ -247,11 +247,7 @@ class Checkpointer:
 
 
 def read_config(workdir: str, checkpoint: str | int = NEWEST) -> tuple[Config, str, int]:
-    """Read ``(config, tokenizer_json, step)`` of an intact checkpoint, without its arrays.
-
-    Args:
-      workdir: folder of a training run.
-      checkpoint: as in `load_model`.
+    """Read ``(config, tokenizer_json, step)`` of a checkpoint by `choose_checkpoint`; no arrays.
 
     Raises:
       UserError: `workdir` has no such checkpoint, or none that is intact.

@@ -188,11 +188,7 @@ class BatchSource:
         return batch._replace(reset=reset)
 
     def _ring_batch(self, starts: np.ndarray) -> tuple[Batch, np.ndarray]:
-        """Sequences from the positions `starts` [B] on the ring of all tokens.
-
-        Returns:
-          The batch with `reset` False, and bool [B]: the first token begins a document.
-        """
+        """Return the batch from positions `starts` [B], and whether a document begins at each."""
         positions = starts[:, None] + np.arange(self._length + 1)
         tokens = self._tokens.take(positions, mode="wrap")
         first = np.searchsorted(self._boundaries, starts)

@@ -141,12 +141,8 @@ class ChatTemplate:
     def pieces(self, messages: Sequence[Message], *, only_assistant: bool) -> Iterator[Piece]:
         """Cut a rendered conversation into pieces.
 
-        Args:
-          messages: the conversation.
-          only_assistant: only what the assistant writes, the end of its turn included, is a target.
-
-        Raises:
-          TemplateError: as `render`.
+        With `only_assistant`, only what the assistant writes, the end of its turn included, is a
+        target. Raises what `render` does.
         """
         whole = self.render(messages)
         if not only_assistant:

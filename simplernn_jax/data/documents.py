@@ -58,12 +58,7 @@ class Corpus(abc.ABC):
     """
 
     def __init__(self, files: list[SourceFile], encoding_errors: str, **settings: Any) -> None:
-        """Measures the files.
-
-        Args:
-          files: the files to read.
-          encoding_errors: handling of invalid UTF-8, as for `bytes.decode`.
-          **settings: values that the text depends on besides the files; part of the fingerprint.
+        """Measure `files`; the text depends on them and on `settings`, part of the fingerprint.
 
         Raises:
           UserError: a file is gone.

@@ -167,11 +167,7 @@ def _choose(counts: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _assign(counts: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Assign documents to sequences, longest first, each to the shortest sequence so far.
-
-    Returns:
-      The sequence of each document, and int64 [batch_size] predictions of each sequence.
-    """
+    """Assign documents, longest first, to the shortest sequence so far; return it and all loads."""
     sequence_of = np.zeros(len(counts), np.int64)
     loads = np.zeros(batch_size, np.int64)
     heap = [(0, sequence) for sequence in range(batch_size)]

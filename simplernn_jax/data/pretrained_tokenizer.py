@@ -105,11 +105,7 @@ class PretrainedTokenizer:
         eos_id: int | None = None,
         pad_id: int | None = None,
     ) -> None:
-        """Parse the file.
-
-        Args:
-          tokenizer_json: the text of the file.
-          bos_id, eos_id, pad_id: chosen by an earlier run; None looks up the usual names.
+        """Parse the text of the file; ids that are given were chosen by an earlier run.
 
         Raises:
           ValueError: the text is not of this format.

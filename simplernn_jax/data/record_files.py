@@ -85,11 +85,7 @@ class RecordFiles(Corpus):
 
     @abc.abstractmethod
     def _pieces(self, value: Any) -> Iterator[Piece]:
-        """Extract the text of a record.
-
-        Raises:
-          BadRecord: it has none.
-        """
+        """Extract the text of a record, or raise `BadRecord`."""
 
 
 class JsonlFiles(RecordFiles):

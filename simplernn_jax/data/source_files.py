@@ -82,10 +82,7 @@ def library_errors(
 ) -> Iterator[None]:
     """Turn what a library raises for corrupted files, which can be anything, into a `UserError`.
 
-    Args:
-      problem: the file and what cannot be done with it.
-      advice: what to do about it.
-      passed: exception that is raised unchanged, besides `UserError`.
+    Its message is ``PROBLEM (error); ADVICE``; `passed` is raised unchanged.
     """
     try:
         yield

@@ -126,11 +126,7 @@ def _plan(spool: Spool, config: DataConfig, seed: int, tokenizer: Tokenizer) -> 
 
 
 def _verified_splits(folder: Path) -> list[TokenSplit] | None:
-    """Open a store; None if it is missing or was corrupted and is now removed.
-
-    Raises:
-      OSError: it can be neither read nor removed.
-    """
+    """Open a store; None if it is missing or was corrupted and is now removed."""
     if not os.path.lexists(folder):
         return None
     try:

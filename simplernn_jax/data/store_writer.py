@@ -66,12 +66,7 @@ def _write_split(folder: Path, plan: SplitPlan, spool: Spool) -> dict[str, Any]:
 
 
 class _ShardWriter:
-    """Writes shards one after another; bytes that a shard holds already are not written again.
-
-    Args:
-      folder, split, suffix: parts of the path.
-      whole: hash that is updated with all bytes.
-    """
+    """Writes shards one after another; bytes that a shard holds already are not written again."""
 
     def __init__(self, folder: Path, split: str, suffix: str, whole: "hashlib._Hash") -> None:
         self._path = functools.partial(shard_path, folder, split, suffix)

@@ -121,11 +121,6 @@ def train_tokenizer(
 def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> TokenizedCorpus | None:
     """Open a stored corpus by its content hash; its source need not exist.
 
-    Args:
-      cache_dir: as for `prepare_corpus`.
-      content_hash: that of the `TokenizedCorpus`.
-      tokenizer: that of the corpus.
-
     Returns:
       None if `cache_dir` holds no such corpus.
 
@@ -181,12 +176,7 @@ def _mix(
 
 
 def _open_mixture(path: Path, tokenizer: Tokenizer) -> TokenizedCorpus:
-    """Open a mixture by the file that `_mix` wrote.
-
-    Raises:
-      DamagedStore: the file or one of its stores is corrupted or missing.
-      OSError: the machine has no memory or no file descriptor for it.
-    """
+    """Open a mixture by the file that `_mix` wrote; `DamagedStore` if it or a store is bad."""
     record = _read_mixture(path)
     corpora = [of_splits(tokenizer, open_store(path.parent / name)) for name in record["stores"]]
     mixed = of_mixture(corpora, record["sources"], record["weights"])

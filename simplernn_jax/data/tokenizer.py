@@ -207,12 +207,8 @@ def check_round_trip(tokenizer: Tokenizer, spec: str, corpus: Corpus) -> None:
     """Check that the first 65,536 characters of a corpus survive encoding and decoding.
 
     A model can neither learn nor generate what its tokenizer loses, and bits per byte would count
-    bytes that it never predicts.
-
-    Args:
-      tokenizer: only a pretrained one is tried; bytes and characters are lossless.
-      spec: name of the tokenizer, for the message.
-      corpus: read from its first document.
+    bytes that it never predicts. Only a pretrained tokenizer is tried: bytes and characters are
+    lossless. `spec` is its name in the message.
 
     Raises:
       UserError: names the first difference.

@@ -49,18 +49,10 @@ def run_exported(format_name: str, folder: Path, tokens: np.ndarray, text: str) 
             "HF_HUB_OFFLINE": "1",
             "HF_MODULES_CACHE": str(Path(scratch, "modules")),
         }
+        arguments = [format_name, str(folder), scratch, str(os.getpid())]
         result = subprocess.run(
             # -P: nothing is imported from the current folder.
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                __name__,
-                format_name,
-                str(folder),
-                scratch,
-                str(os.getpid()),
-            ],
+            [sys.executable, "-P", "-m", __name__, *arguments],
             env={**os.environ, **variables},
             capture_output=True,
             check=False,

@@ -152,11 +152,7 @@ def without_paths(config: Config) -> Config:
 
 @contextlib.contextmanager
 def new_folder(out: str) -> Iterator[Path]:
-    """Make a folder that becomes `out` when the ``with`` block ends without an exception.
-
-    Raises:
-      UserError: `out` exists, or cannot be made.
-    """
+    """Make a folder that becomes `out` if the block succeeds; raises `UserError` if it cannot."""
     check_new(out)
     parent = os.path.dirname(os.path.abspath(out))
     temporary = Path(parent, f".{secrets.token_hex(8)}.tmp")
@@ -184,11 +180,7 @@ def _problems_of(out: str) -> Iterator[None]:
 
 
 def check_new(out: str) -> None:
-    """Check that nothing is at `out`.
-
-    Raises:
-      UserError: something is.
-    """
+    """Raise `UserError` if something is at `out`."""
     if os.path.lexists(out):
         raise UserError(f"--out={out}: exists already; specify a new folder")
 

@@ -73,11 +73,7 @@ class Format(Protocol):
 
 
 def find_format(name: str) -> Any:
-    """Import the module of a format, a `Format`.
-
-    Raises:
-      UserError: there is no such format, or it needs a package that is not installed.
-    """
+    """Import the module of a format; raises `UserError` for an unknown name."""
     if name not in FORMATS:
         raise UserError(
             f"--format={name}: must be one of {', '.join(FORMATS)}{nearest_name(name, FORMATS)}"
@@ -86,11 +82,7 @@ def find_format(name: str) -> Any:
 
 
 def check_block(format_name: str, model: LanguageModel) -> None:
-    """Refuse a model of the gla block.
-
-    Raises:
-      UserError: it is one.
-    """
+    """Raise `UserError` for a model of the gla block."""
     if model.config.block == "gla":
         raise UserError(
             f"--format={format_name}: not possible with model.block='gla'; use safetensors, which "
@@ -99,11 +91,7 @@ def check_block(format_name: str, model: LanguageModel) -> None:
 
 
 def check_packages(format_name: str, *names: str) -> None:
-    """Check that packages are installed.
-
-    Raises:
-      UserError: names the first that is not, and how to install it.
-    """
+    """Raise `UserError` that names the first missing package, and how to install it."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             what = "mini-racer" if name == "py_mini_racer" else "'simplernn_jax[export]'"

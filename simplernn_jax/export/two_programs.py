@@ -12,14 +12,7 @@ Program = Callable[[Any, np.ndarray], tuple[np.ndarray, Any]]
 
 
 class TwoPrograms:
-    """An exported model in these two programs.
-
-    Args:
-      prefill: takes `PREFILL_TOKENS` tokens.
-      decode: takes one token.
-      initial_state: of one sequence.
-      dtype: of tokens.
-    """
+    """An exported model in these two programs; `prefill` takes `PREFILL_TOKENS` tokens."""
 
     def __init__(self, prefill: Program, decode: Program, initial_state: Any, dtype: Any) -> None:
         self._prefill, self._decode = prefill, decode

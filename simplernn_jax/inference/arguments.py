@@ -86,11 +86,7 @@ def check_callback(name: str, value: Callable[..., Any] | None) -> None:
 
 
 def checked_path(path: Any) -> str:
-    """Convert the path of a file to text.
-
-    Raises:
-      UserError: it is not a path, is empty or holds a NUL character.
-    """
+    """Convert the path of a file to text; `UserError` if it is none, empty or holds a NUL."""
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"path={_shown(path)}: must be the path of a file")
     name = os.fsdecode(path)
@@ -120,11 +116,7 @@ def checked_settings(
     eos_id: int | None,
     banned_ids: Sequence[int],
 ) -> Settings:
-    """Convert the settings of `generate` to arrays.
-
-    Raises:
-      UserError: names a setting of another type or outside its range, and the range.
-    """
+    """Convert the settings of `generate` to arrays; raises `UserError`, which names a wrong one."""
     allowed = "a finite number, at least 0"
     temperature = _checked(float, "temperature", temperature, allowed, lambda x: 0 <= x < math.inf)
     top_k = checked_integer("top_k", top_k, 0, advice="; 0 is off")

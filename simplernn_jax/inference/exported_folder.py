@@ -37,11 +37,7 @@ def is_exported(folder: Any) -> bool:
 
 
 def read_run(folder: str) -> tuple[Config, Tokenizer]:
-    """Read the configuration and the tokenizer.
-
-    Raises:
-      UserError: ``simplernn.json`` cannot be read or is corrupted.
-    """
+    """Read configuration and tokenizer; raises `UserError` if they are missing or corrupted."""
     path = os.path.join(folder, RUN)
     try:
         run: Any = json.loads(read_file(path))
@@ -56,11 +52,7 @@ def read_run(folder: str) -> tuple[Config, Tokenizer]:
 
 
 def load_exported(folder: str) -> tuple[LanguageModel, Tokenizer, Config]:
-    """Load an exported model; nothing in it is executed.
-
-    Raises:
-      UserError: a file is missing or corrupted, or the parameters are of another configuration.
-    """
+    """Load an exported model, executing nothing; raises `UserError` if it is corrupted."""
     config, tokenizer = read_run(folder)
     path = os.path.join(folder, WEIGHTS)
     model = model_from_weights(config.model, read_pytorch_weights(path), path)

@@ -110,12 +110,7 @@ def next_logits(
 ) -> tuple[Float[Array, "B vocab"], ModelState]:
     """Compute the logits and states after `tokens`; those of inactive sequences stay as they are.
 
-    Args:
-      architecture: of the model.
-      weights: those of `weights_for`.
-      tokens: one of each sequence.
-      is_active: None is all sequences; not for models that are decoded natively.
-      logits, layers: before the tokens.
+    `is_active` None is all sequences; not for models that are decoded natively.
     """
     if architecture.decodes_natively:
         assert is_active is not None

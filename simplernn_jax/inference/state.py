@@ -60,11 +60,7 @@ def state_bytes(state: DecoderState) -> int:
 
 
 def check_state(model: LanguageModel, state: DecoderState, where: str = "state") -> None:
-    """Check the structure, dtypes and shapes of `state` against those of `model`.
-
-    Raises:
-      UserError: they differ, or it is not a state; begins with `where`.
-    """
+    """Check `state` against the arrays of `model`; raises `UserError`, beginning with `where`."""
     _check_is_state(state, where)
     needed = jax.eval_shape(lambda: empty_state(model, np.size(state.position)))
     ours, theirs = (", ".join(map(_described, jax.tree.leaves(tree))) for tree in (needed, state))

@@ -105,11 +105,7 @@ def encode_state(state: DecoderState, fingerprints: Mapping[str, str], **notes: 
 def decode_state(
     where: str, content: bytes, model: LanguageModel, fingerprints: Mapping[str, str]
 ) -> tuple[DecoderState, dict[str, str]]:
-    """Decode the content of a state file to a state of NumPy arrays and its metadata.
-
-    Raises:
-      UserError: as `load_state`; begins with `where`.
-    """
+    """Decode a state file to NumPy arrays and metadata; raises as `load_state`, from `where`."""
     try:
         header = _metadata(where, content[8 : 8 + int.from_bytes(content[:8], "little")])
         arrays = decode_safetensors(content)
@@ -135,12 +131,7 @@ def decode_state(
 
 
 def _metadata(path: str, names: bytes) -> dict[str, str]:
-    """Parse the metadata in the header of a file of this version of the format.
-
-    Raises:
-      ValueError: it is not JSON.
-      UserError: the file is not a state, or one of another version.
-    """
+    """Parse the metadata; ValueError if not JSON, `UserError` if not a state of this version."""
     header = json.loads(names)
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:

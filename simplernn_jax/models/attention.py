@@ -84,17 +84,8 @@ class Attention(MultiHeadProjections):
         Raises:
           ValueError: num_heads does not divide key_dim and value_dim, or K is odd.
         """
-        super().__init__(
-            hidden_dim,
-            key_dim,
-            value_dim,
-            output_dim,
-            num_heads,
-            rngs=rngs,
-            forget_gate=False,
-            dtype=dtype,
-            **options,
-        )
+        sizes = (hidden_dim, key_dim, value_dim, output_dim, num_heads)
+        super().__init__(*sizes, rngs=rngs, forget_gate=False, dtype=dtype, **options)
         if key_dim // num_heads % 2:
             raise ValueError(f"{key_dim=} / {num_heads=} must be even: RoPE rotates pairs")
         self.context = context
@@ -206,11 +197,7 @@ def _cached_in_order(state: KVCache) -> tuple[jax.Array, jax.Array]:
 def _cache(k: jax.Array, v: jax.Array, length: jax.Array, slots: int) -> KVCache:
     """Build the cache after the last keys and values of a sequence, ``[B, P + T, H, K or V]``.
 
-    Args:
-      k: keys of the last tokens, at least `slots` of them or all of the segment.
-      v: their values.
-      length: ``[B or 1]``, tokens of the segment.
-      slots: slots of the cache.
+    These are at least `slots`, or all of the segment, of `length` ``[B or 1]`` tokens.
     """
     length = jnp.broadcast_to(length, k.shape[:1])
     age = (length[:, None] - 1 - jnp.arange(slots, dtype=jnp.int32)[None]) % slots

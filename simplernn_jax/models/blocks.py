@@ -115,17 +115,10 @@ class ResidualBlock(nnx.Module):
         recurrence: Recurrence = gated_linear_recurrence,
     ):
         """Initialize the parameters; `mixer` is one of `config_rules.MIXERS`."""
-        dtype = jnp.dtype(config.precision)
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
+        common: dict[str, Any] = {"rngs": rngs, "kernel_init": kernel_init, "use_bias": False}
+        options = {**_sizes(config), **common, "output_norm": True, "output_gate": True}
         self.convolution = ShortConvolution(CONVOLUTION_WIDTH, config.hidden_dim, rngs=rngs)
-        options: dict[str, Any] = {
-            **_sizes(config),
-            "kernel_init": kernel_init,
-            "output_norm": True,
-            "output_gate": True,
-            "use_bias": False,
-            "rngs": rngs,
-        }
         if mixer == "attention":
             self.mixer: SimpleRNN | Attention = Attention(
                 context=config.attention_context, **options
@@ -138,27 +131,11 @@ class ResidualBlock(nnx.Module):
                 recurrence=recurrence,
                 **options,
             )
-        self.mlp_in = Dense(
-            config.hidden_dim,
-            config.mlp_dim,
-            ("embed", "mlp"),
-            rngs=rngs,
-            dtype=dtype,
-            kernel_init=kernel_init,
-            use_bias=False,
-        )
-        self.mlp_out = Dense(
-            config.mlp_dim,
-            config.hidden_dim,
-            ("mlp", "embed"),
-            rngs=rngs,
-            row_parallel=True,
-            dtype=dtype,
-            kernel_init=nnx.initializers.normal(
-                1 / math.sqrt(2 * config.num_layers * config.mlp_dim)
-            ),
-            use_bias=False,
-        )
+        common["dtype"] = jnp.dtype(config.precision)
+        self.mlp_in = Dense(config.hidden_dim, config.mlp_dim, ("embed", "mlp"), **common)
+        std = 1 / math.sqrt(2 * config.num_layers * config.mlp_dim)
+        common |= {"kernel_init": nnx.initializers.normal(std), "row_parallel": True}
+        self.mlp_out = Dense(config.mlp_dim, config.hidden_dim, ("mlp", "embed"), **common)
         self.dropout_rate = config.dropout
 
     def initial_state(self, batch_size: int) -> ResidualState:
@@ -183,10 +160,6 @@ class ResidualBlock(nnx.Module):
         """Apply the block to `x` ``[B, T, D]``; returns ``[B, T, D]`` float32 and the next state.
 
         `segment_ids` are ``[B, T]``. `state` None is zero; `dropout_key` None disables dropout.
-
-        Raises:
-          ValueError: wrong ranks, or shapes inconsistent with each other or with this layer.
-          TypeError: wrong dtypes, or a state that is not a `ResidualState`.
         """
         check_array("x", x, "B T D", FLOATING, {"D": self.convolution.features})
         if state is not None and not isinstance(state, ResidualState):

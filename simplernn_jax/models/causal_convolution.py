@@ -10,8 +10,8 @@ from simplernn_jax.array_types import Activations, ConvState, SegmentIds
 from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.dense import PARAM_DTYPE
 from simplernn_jax.named_leaves import tuple_with_names
-from simplernn_jax.ops.causal_convolution import causal_convolution
 from simplernn_jax.ops.dtypes import accumulator_dtype
+from simplernn_jax.ops.sequence_parallel import sharded_convolution
 
 
 @tuple_with_names
@@ -43,12 +43,12 @@ class CausalConvolution(nnx.Module):
     def __call__(
         self, x: Activations, state: ConvState | None, segment_ids: SegmentIds | None
     ) -> tuple[Activations, ConvState]:
-        """Convolve ``[B, T, channels]``; no state is zeros. Raises as `causal_convolution`."""
+        """Convolve ``[B, T, channels]``; no state is zeros. Raises as `sharded_convolution`."""
         weights = self.weights[...]
         if state is None:  # of this device's channels
             state = jnp.zeros((x.shape[0], self.width - 1, x.shape[2]), weights.dtype)
         weights = weights.astype(accumulator_dtype(weights, state))
-        y, state = causal_convolution(x, weights, state, segment_ids)
+        y, state = sharded_convolution(x, weights, state, segment_ids, normalize=False)
         return jax.nn.silu(y), state
 
 

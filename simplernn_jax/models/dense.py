@@ -70,16 +70,8 @@ class Dense(nnx.Linear):
     ):
         """Initialize the parameters; both initializers default to PyTorch's.
 
-        Args:
-          in_features: width of the input.
-          out_features: width of the output.
-          axes: logical axes of the kernel.
-          rngs: source of initial values.
-          row_parallel: the first axis may be sharded over ``tensor``, not the second.
-          dtype: compute dtype.
-          kernel_init: initializer of the kernel.
-          bias_init: initializer of the bias.
-          use_bias: whether there is a bias.
+        `axes` are the logical axes of the kernel. If `row_parallel`, its first axis may be sharded
+        over ``tensor``, not the second. `dtype` is that of the computation.
         """
         self.row_parallel = row_parallel
         super().__init__(

@@ -103,15 +103,8 @@ class GatedLinearAttention(MultiHeadProjections):
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None, ConvStates | None]:
         """Project ``[B, T, hidden_dim]`` to the inputs of the recurrence and of `project_outputs`.
 
-        Args:
-          x: the layer's input.
-          recent: state of the convolutions; None is zero.
-          segment_ids: ``[B, T]``.
-
-        Returns:
-          (q, k, v, log_gate), each ``[B, T, H, K or V]`` float32 (float64 under x64), the logits of
-          the output gate, and the next state of the convolutions. Raises what `project_inputs`
-          does.
+        Returns (q, k, v, log_gate), each ``[B, T, H, K or V]`` float32 (float64 under x64), the
+        logits of the output gate, and the next state of the convolutions; `recent` None is zero.
         """
         heads, output_gate = self.project_inputs(x)
         if self.convolutions is not None:

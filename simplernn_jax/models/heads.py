@@ -90,10 +90,6 @@ class MultiHeadProjections(nnx.Module):
         Returns:
           Each ``[..., H, K or V]``, and the logits of the output gate ``[..., H V]``,
           or None. Under tensor parallelism H is the local number of heads.
-
-        Raises:
-          ValueError: the last axis of `x` is not hidden_dim.
-          TypeError: `x` is not floating point.
         """
         check_array("x", x, "... D", FLOATING, {"D": self.query_proj.in_features})
         layers = [self.query_proj, self.key_proj, self.value_proj]
@@ -112,12 +108,7 @@ class MultiHeadProjections(nnx.Module):
         return tuple(heads), outputs[-1]
 
     def project_outputs(self, y: jax.Array, output_gate: jax.Array | None) -> jax.Array:
-        """Normalize, gate and project the heads' output ``[..., H, V]`` to ``[..., output_dim]``.
-
-        Raises:
-          ValueError: wrong ranks, or shapes inconsistent with each other or with this layer.
-          TypeError: wrong dtypes.
-        """
+        """Normalize, gate and project the output of heads ``[..., H, V]`` to ``[..., output]``."""
         sizes = {"V": self.value_dim // self.num_heads}
         sizes = check_array("y", y, "... H V", FLOATING, sizes)
         if output_gate is not None:

@@ -173,10 +173,6 @@ class LanguageModel(nnx.Module):
 
         Inside `jax.shard_map` with ``tensor`` > 1, those of this device's ids,
         ``[..., vocab / tensor]``.
-
-        Raises:
-          ValueError: the last axis of `hidden` is not D.
-          TypeError: `hidden` is not floating point.
         """
         check_array("hidden", hidden, "... D", FLOATING, {"D": self.config.hidden_dim})
         if self.head is not None:
@@ -222,11 +218,7 @@ def _make_layer(config: ModelConfig, mixer: str, **options: Any) -> nnx.Module:
 
 
 def check_ids(tokens: Tokens, vocab_size: int) -> None:
-    """Check that all ids are in ``[0, vocab_size)``, unless traced: waits for the device.
-
-    Raises:
-      ValueError: one is not.
-    """
+    """Raise ValueError for ids outside ``[0, vocab_size)``, unless traced: waits for the device."""
     if isinstance(tokens, jax.core.Tracer) or not tokens.size:
         return
     if isinstance(tokens, jax.Array) and not tokens.is_fully_addressable:

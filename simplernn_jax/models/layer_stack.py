@@ -25,11 +25,7 @@ class LayerStack(nnx.Module):
     """
 
     def __init__(self, layers: Sequence[Any]):
-        """Stack the parameters of `layers`.
-
-        Raises:
-          ValueError: the layers differ in mixer or shapes.
-        """
+        """Stack the parameters of `layers`; raises ValueError if they differ in mixer or shapes."""
         graphs, params = zip(*(nnx.split(layer, nnx.Param) for layer in layers), strict=True)
         shapes = [jax.tree.map(jnp.shape, one) for one in params]
         for index in range(1, len(layers)):
@@ -69,10 +65,6 @@ class LayerStack(nnx.Module):
         """Apply all layers: ``[B, T, D]`` to this stage's time shard, ``[B, T / stages, D]``.
 
         `remat` is the policy of `rematerialize` for each layer.
-
-        Raises:
-          ValueError: wrong ranks, or shapes inconsistent with each other or with the layers.
-          TypeError: wrong dtypes, or a state whose structure differs from that of `initial_state`.
         """
         sizes = check_array("x", x, "B T D")
         check_segment_ids(segment_ids, sizes)

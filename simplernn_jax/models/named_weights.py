@@ -111,11 +111,7 @@ def model_from_weights(config: ModelConfig, weights: Weights, where: str) -> Lan
 def check_names_and_shapes(
     shapes: Mapping[str, tuple[int, ...]], weights: Weights, where: str
 ) -> None:
-    """Check that `weights` has all names of `shapes`, in these shapes, and no others.
-
-    Raises:
-      UserError: names the first that is missing, unexpected or of another shape.
-    """
+    """Raise `UserError` unless `weights` has exactly the names and the shapes of `shapes`."""
     for kind, names in (
         ("missing", [name for name in shapes if name not in weights]),
         ("unexpected", [name for name in weights if name not in shapes]),

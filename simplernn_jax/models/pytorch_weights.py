@@ -45,11 +45,7 @@ def load_pytorch_weights(path: str) -> LanguageModel:
 
 
 def read_pytorch_weights(path: str) -> Weights:
-    """Read the arrays in `path` under their PyTorch names; see `load_pytorch_weights`.
-
-    Raises:
-      UserError: the file is missing, corrupted, of another kind, or holds more than tensors.
-    """
+    """Read arrays by PyTorch name; raises `UserError`, see `load_pytorch_weights`."""
     read = {".pt": _read_pt, ".safetensors": _read_safetensors}.get(Path(path).suffix)
     try:
         with open_file(path) as file:

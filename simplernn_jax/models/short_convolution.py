@@ -41,20 +41,10 @@ class ShortConvolution(nnx.Module):
     def __call__(
         self, x: Activations, state: ConvState | None, segment_ids: SegmentIds | None
     ) -> tuple[Activations, ConvState]:
-        """Normalize, then convolve over time.
+        """Normalize ``[B, T, D]``, then convolve over time; return that and the state after it.
 
-        Args:
-          x: ``[B, T, D]``.
-          state: the normalized inputs before the first token, ``[B, width - 1, D]``, of its
-            segment. None is zeros.
-          segment_ids: ``[B, T]``; inputs of other segments count as zero.
-
-        Returns:
-          ``[B, T, D]`` and the state after the last token.
-
-        Raises:
-          ValueError: wrong ranks, or shapes inconsistent with each other or with this layer.
-          TypeError: wrong dtypes.
+        `state` is the normalized inputs before the first token, of its segment,
+        ``[B, width - 1, D]``; None is zeros. Inputs of other segments count as zero.
         """
         past = self.width - 1
         sizes = check_array("x", x, "B T D", FLOATING, {"D": self.features, "P": past})

@@ -59,16 +59,8 @@ class SimpleRNNCell(MultiHeadProjections, nnx.RNNCellBase):
         Raises:
           ValueError: num_heads does not divide key_dim and value_dim.
         """
-        super().__init__(
-            hidden_dim,
-            key_dim,
-            value_dim,
-            output_dim,
-            num_heads,
-            rngs=rngs,
-            forget_gate=True,
-            **options,
-        )
+        sizes = (hidden_dim, key_dim, value_dim, output_dim, num_heads)
+        super().__init__(*sizes, rngs=rngs, forget_gate=True, **options)
         self.query_scale = query_scale
         # None: the accumulation dtype, float32 (float64 under x64).
         self.state_dtype = None if state_dtype == jnp.float32 else jnp.dtype(state_dtype)

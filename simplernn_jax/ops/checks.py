@@ -2,6 +2,9 @@
 
 Errors name the argument of the public function. Ranks and dtypes are static; sizes are compared
 with ``==`` only, so that dimensions of `jax.export` may be symbolic.
+
+Operations of `ops` and modules of `models` raise ValueError for wrong ranks and shapes, and
+TypeError for wrong dtypes.
 """
 
 from typing import Any
@@ -65,11 +68,7 @@ def check_array(
 
 
 def check_dtype(name: str, dtype: Any) -> None:
-    """Check that `dtype` is a floating-point dtype.
-
-    Raises:
-      TypeError: it is not, or is not a dtype.
-    """
+    """Raise TypeError unless `dtype` is a floating-point dtype."""
     if str(jnp.dtype(dtype)) not in FLOATING:
         raise TypeError(f"{name}: expected one of {', '.join(FLOATING)}; got {dtype}")
 
@@ -81,12 +80,7 @@ def check_segment_ids(segment_ids: Any | None, sizes: Sizes) -> None:
 
 
 def check_batch(name: str, tree: Any, batch: Any) -> None:
-    """Check that all leaves of a state are arrays whose first axis has size `batch`.
-
-    Raises:
-      ValueError: a leaf has another batch size, or no axis.
-      TypeError: a leaf is not an array.
-    """
+    """Check that all leaves are arrays ``[batch, ...]``; raises ValueError or TypeError."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         where = f"{name}{jax.tree_util.keystr(path)}"
         if not _is_array(leaf):

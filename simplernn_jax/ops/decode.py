@@ -73,11 +73,6 @@ def decode_tokens(
     Returns:
       The logits after the last token; the inputs of the head at all of them, ``[N, T, D]``, zeros
       from `num_tokens` on; and the states.
-
-    Raises:
-      ValueError: wrong ranks, shapes that do not fit together, or no CPU or C compiler.
-      TypeError: wrong dtypes.
-      jax.errors.JaxRuntimeError: `num_tokens` is not in its range.
     """
     if not supports_native(jnp.float32):
         raise ValueError("decode_tokens requires a CPU and a C compiler")

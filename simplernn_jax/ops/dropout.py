@@ -11,15 +11,8 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zero each value with probability `rate`, and divide the others by 1 - rate (arXiv:1207.0580).
 
     Half of the random bits of `nnx.Dropout`, whose generator takes a sixth of the train step of a
-    small model on CPUs; the rate is rounded to a multiple of 2^-16.
-
-    Args:
-      x: ``[..., D]`` floating-point.
-      rate: in [0, 1).
-      key: typed random key; None is no dropout.
-
-    Returns:
-      An array of the shape and dtype of `x`.
+    small model on CPUs; the rate, in [0, 1), is rounded to a multiple of 2^-16.
+    `key` is typed; None is no dropout.
     """
     level = min(round(rate * _LEVELS), _LEVELS - 1)
     if key is None or level == 0:

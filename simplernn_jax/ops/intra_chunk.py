@@ -76,13 +76,7 @@ def join_blocks_bwd(
 ) -> tuple[jax.Array, jax.Array]:
     """Compute the gradients of q and k, all ``[N, C, K]``.
 
-    Args:
-      levels: results of `join_blocks` for q and k.
-      q: the chunk's queries.
-      k: its keys.
-      d_attention: gradient of A ``[N, C, C]``, zero where A is masked.
-      d_q: gradient of ``levels.decayed_q``.
-      d_k: gradient of ``levels.decayed_k``.
+    `d_attention` ``[N, C, C]`` is zero where A is masked; `d_q`, `d_k` are those of decayed q, k.
     """
     blocks = d_attention[:, None]
     for size, level_q, level_k, total in reversed(levels.levels):

@@ -29,10 +29,6 @@ def fused_matmul(x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> tupl
     """Compute `x` ``[..., in]`` times each kernel ``[in, out]``, as one matmul of `dtype` operands.
 
     Results are ``[..., out]``, float32 (float64 if `dtype` is).
-
-    Raises:
-      ValueError: no kernel, wrong ranks, or shapes that do not fit together.
-      TypeError: wrong dtypes.
     """
     if not kernels:
         raise ValueError("kernels: expected at least one; got none")

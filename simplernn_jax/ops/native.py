@@ -188,12 +188,7 @@ def _compile(command: list[str], folder: Path) -> Path:
 
 
 def _run(arguments: list[str]) -> bytes:
-    """Run a compiler and return its output, which may be of any encoding.
-
-    Raises:
-      OSError: it cannot be started.
-      SubprocessError: it fails, or takes longer than `COMPILER_SECONDS`.
-    """
+    """Run a compiler and return its output, which may be of any encoding."""
     # A file, not a pipe: orphaned child processes of a compiler would keep a pipe open.
     with tempfile.TemporaryFile() as printed:
         process = subprocess.Popen(

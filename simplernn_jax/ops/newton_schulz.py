@@ -24,10 +24,6 @@ def newton_schulz(matrices: Sequence[jax.Array]) -> list[jax.Array]:
     Singular values become 0.7 to 1.2, but for those below about a thousandth of the norm. Each step
     of the iteration is ``X <- (a + b X X^T + c (X X^T)^2) X``, in the smaller dimension. On a CPU,
     one C function computes all matrices.
-
-    Raises:
-      ValueError: an array with fewer than two axes.
-      TypeError: an array that is not floating point.
     """
     for matrix in matrices:
         check_array("matrix", matrix, "... m n")

@@ -34,12 +34,7 @@ class PackedMatrix(NamedTuple):
     def check(
         self, name: str, leading: tuple[int, ...], shape: tuple[int, int], dtype: Any
     ) -> None:
-        """Check that this is a matrix ``[*leading, *shape]`` in the format of `dtype`.
-
-        Raises:
-          ValueError: another shape.
-          TypeError: another dtype, or one of no format.
-        """
+        """Check that this is ``[*leading, *shape]`` of `dtype`; raises ValueError or TypeError."""
         is_int4 = dtype == jnp.uint8
         inputs, outputs = shape
         sizes = {f"leading{i}": size for i, size in enumerate(leading)}

@@ -11,12 +11,7 @@ from simplernn_jax.ops.checks import BOOL, check_array, check_batch
 
 
 def reset_state(state: ModelState, reset: jax.Array | np.ndarray) -> ModelState:
-    """Zero the state of the sequences where `reset` ``[B]`` is True.
-
-    Raises:
-      ValueError: `reset` has another rank, or a leaf of `state` another batch size.
-      TypeError: `reset` is not of bool, or a leaf is not an array.
-    """
+    """Zero the state of the sequences where `reset` ``[B]`` is True."""
     check_batch("state", state, check_array("reset", reset, "B", BOOL)["B"])
 
     return jax.tree.map(lambda leaf: select_sequences(reset, 0, leaf), state)

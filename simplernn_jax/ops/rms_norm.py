@@ -32,10 +32,6 @@ def rms_norm(x: jax.Array, *, epsilon: float = EPSILON, native: bool | None = No
       x: ``[..., D]``.
       epsilon: positive.
       native: True calls the C functions, False never; None decides by size and platform.
-
-    Raises:
-      ValueError: `x` has no axis, or `native` is True where the C functions do not support it.
-      TypeError: `x` is not of floating point.
     """
     check_array("x", x, "... D")
     x = jnp.asarray(x)  # without x64, float64 becomes float32

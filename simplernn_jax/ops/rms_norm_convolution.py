@@ -39,6 +39,7 @@ def rms_norm_convolution(
     recent: ConvState,
     starts: jax.Array | None,
     *,
+    normalize: bool = True,
     native: bool | None = None,
 ) -> tuple[Activations, ConvState]:
     """Compute ``y_t = sum_i w_i n_{t-i}`` for i in 0 .. W - 1, where ``n = rms_norm(x)``.
@@ -46,17 +47,14 @@ def rms_norm_convolution(
     Args:
       x: ``[B, T, D]``.
       weights: ``[W, D]``; ``weights[i]`` multiplies the input i tokens earlier.
-      recent: normalized inputs before the first token, of its segment, ``[B, W - 1, D]``.
+      recent: inputs n before the first token, of its segment, ``[B, W - 1, D]``.
       starts: ``[B, T]`` bool, True where a token starts a segment; None if none does.
+      normalize: False convolves `x` itself, never in C.
       native: as in `rms_norm`.
 
     Returns:
-      ``[B, T, D]``, and the normalized inputs of the last W - 1 positions, regardless of segment;
-      both in the dtype of `recent`.
-
-    Raises:
-      ValueError: wrong ranks, shapes that do not fit together, or an unavailable `native`.
-      TypeError: wrong dtypes.
+      ``[B, T, D]``, and n at the last W - 1 positions, regardless of segment; both
+      in the dtype of `recent`.
     """
     sizes = check_array("x", x, "B T D")
     sizes = check_array("weights", weights, "W D", FLOATING, sizes)
@@ -68,8 +66,10 @@ def rms_norm_convolution(
         check_array("starts", starts, "B T", BOOL, sizes)
     x, weights, recent = map(jnp.asarray, (x, weights, recent))  # as in `rms_norm`
     x = x.astype(recent.dtype)
-    if not use_native(x, native):
+    if not normalize:
         return _by_shifts(x, weights, recent, starts)
+    if not use_native(x, native):
+        return _by_shifts(rms_norm(x, native=False), weights, recent, starts)
     inputs = [x, weights.astype(x.dtype), recent, *([] if starts is None else [starts])]
     impls, fwd, bwd = _operation(starts is not None)
     vjp = VJP(bwd, fwd, residual_types=((x.shape[:2], x.dtype),))
@@ -78,28 +78,14 @@ def rms_norm_convolution(
 
 
 def _by_shifts(
-    x: Activations, weights: jax.Array, recent: ConvState, starts: jax.Array | None
-) -> tuple[Activations, ConvState]:
-    inputs = jnp.concatenate([recent, rms_norm(x, native=False)], axis=1)
-    return sum_of_shifts(inputs, weights, starts), inputs[:, x.shape[1] :]
-
-
-def sum_of_shifts(inputs: jax.Array, weights: jax.Array, starts: jax.Array | None) -> jax.Array:
-    """Compute ``y_t = sum_i w_i x_{t-i}`` for i in 0 .. W - 1, within one segment.
-
-    Args:
-      inputs: x, with the W - 1 positions before the first token, ``[B, W - 1 + T, D]``.
-      weights: ``[W, D]``.
-      starts: ``[B, T]`` bool, True where a token starts a segment; None if none does.
-
-    Returns:
-      ``[B, T, D]``.
-    """
-    past = weights.shape[0] - 1
-    length = inputs.shape[1] - past
-    weights = weights[:, None, None]
-    y = inputs[:, past:] * weights[0]
-    reachable = jnp.ones((inputs.shape[0], length), bool)
+    x: jax.Array, weights: jax.Array, recent: jax.Array, starts: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Compute ``y_t = sum_i w_i x_{t-i}`` within segments, and the last W - 1 inputs."""
+    past, length = recent.shape[1], x.shape[1]
+    inputs = jnp.concatenate([recent, x], axis=1)
+    weights = weights.astype(x.dtype)[:, None, None]
+    y = x * weights[0]
+    reachable = jnp.ones((x.shape[0], length), bool)
     for lag in range(1, past + 1):
         earlier = inputs[:, past - lag : past - lag + length]
         if starts is not None:
@@ -107,7 +93,7 @@ def sum_of_shifts(inputs: jax.Array, weights: jax.Array, starts: jax.Array | Non
             reachable = reachable & ~late
             earlier = jnp.where(reachable[..., None], earlier, 0)
         y = y + earlier * weights[lag]
-    return y
+    return y, inputs[:, length:]
 
 
 @functools.cache
@@ -131,7 +117,7 @@ def _forward(
     x: jax.Array, weights: jax.Array, recent: jax.Array, starts: jax.Array | None = None
 ) -> Sequence[jax.Array]:
     scale = inverse_rms(x)
-    return *_by_shifts(x, weights, recent, starts), scale
+    return *_by_shifts(rms_norm(x, native=False), weights, recent, starts), scale
 
 
 def _forward_in_c(
@@ -147,6 +133,7 @@ def _gradient(*args: jax.Array) -> Sequence[jax.Array]:
     x, weights, recent, *starts, _, d_y, d_final = args
 
     def function(x: jax.Array, weights: jax.Array, recent: jax.Array) -> Any:
+        x = rms_norm(x, native=False)
         return _by_shifts(x, weights, recent, starts[0] if starts else None)
 
     return jax.vjp(function, x, weights, recent)[1]((d_y, d_final))

@@ -100,15 +100,21 @@ def sharded_recurrence(
 
 
 def sharded_convolution(
-    x: Activations, weights: jax.Array, state: ConvState, segment_ids: SegmentIds | None
+    x: Activations,
+    weights: jax.Array,
+    state: ConvState,
+    segment_ids: SegmentIds | None,
+    *,
+    normalize: bool = True,
 ) -> tuple[Activations, ConvState]:
     """Compute `rms_norm_convolution` of sequences that may be sharded, within segments.
 
     Args:
       x: ``[B, T / sequence, D]``.
       weights: ``[W, D]``.
-      state: normalized inputs before the sequence's first token, ``[B, W - 1, D]``.
+      state: inputs of the convolution before the sequence's first token, ``[B, W - 1, D]``.
       segment_ids: as `shard_segment_ids` returns them; None if all is one segment.
+      normalize: as in `rms_norm_convolution`.
 
     Returns:
       The output of this device's shard, and the state after the sequence's last token, zero where
@@ -116,9 +122,10 @@ def sharded_convolution(
     """
     starts = None if segment_ids is None else segment_starts(segment_ids)
     if axis_size(AXIS) > 1:
-        own = rms_norm(x[:, x.shape[1] - state.shape[1] :].astype(state.dtype))
+        own = x[:, x.shape[1] - state.shape[1] :].astype(state.dtype)
+        own = rms_norm(own) if normalize else own
         state = halo(mask_to_last_segment(own, starts), state, segment_ids)
-    y, recent = rms_norm_convolution(x, weights, state, starts)
+    y, recent = rms_norm_convolution(x, weights, state, starts, normalize=normalize)
     return y, broadcast_from_last(mask_to_last_segment(recent, starts), AXIS)
 
 
@@ -137,13 +144,7 @@ def halo(own: jax.Array, first: jax.Array, ids: SegmentIds | None) -> jax.Array:
 def _scan_shards(
     decay: jax.Array, state: jax.Array, initial_state: HeadState | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute the states before and after this device's shard.
-
-    Args:
-      decay: of this shard, ``[B, H, K]``.
-      state: after this shard, from a zero state.
-      initial_state: before the first shard.
-    """
+    """Compute the states before and after this device's shard; `state` is from a zero state."""
     if initial_state is None:
         initial_state = jnp.zeros_like(state)
     is_first = jnp.equal(axis_index(AXIS), 0)

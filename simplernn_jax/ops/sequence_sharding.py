@@ -102,15 +102,7 @@ def _scan_shards(
     *,
     reverse: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scan ``S' = decay S + state`` over shards: this shard's incoming state, and the total.
-
-    Args:
-      axes: mesh axes over which T is sharded.
-      decay: of this shard, ``[B, H, K]``.
-      state: what this shard adds, ``[B, H, K, V]``.
-      before: what enters the first shard; the last one, if `reverse`.
-      reverse: scan from the last shard to the first.
-    """
+    """Scan ``S' = decay S + state`` over shards from `before`: incoming state and the last."""
     states, decays = jax.lax.all_gather((state, decay), axes)
     index, entering = jax.lax.axis_index(axes), before
     shards = range(states.shape[0])

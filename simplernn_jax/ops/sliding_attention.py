@@ -37,10 +37,6 @@ def apply_rope(x: jax.Array, positions: Positions) -> jax.Array:
 
     Returns:
       ``[B, T, H, K]`` of x's dtype, computed in float32 (float64 if x is).
-
-    Raises:
-      ValueError: wrong ranks, shapes that do not fit together, or K is odd.
-      TypeError: wrong dtypes.
     """
     sizes = check_array("x", x, "B T H K")
     check_array("positions", positions, "B? T", INTEGER, sizes)
@@ -69,10 +65,6 @@ def attend(q: Queries, k: SeenKeys, v: SeenValues, mask: jax.Array) -> jax.Array
 
     Returns:
       ``[B, T, H, V]`` of the inputs' dtype; scores and softmax in float32 (float64 if q is).
-
-    Raises:
-      ValueError: wrong ranks, or shapes that do not fit together.
-      TypeError: wrong dtypes; those of q, k and v must be the same.
     """
     sizes = _check_heads(q, k, v)
     check_array("mask", mask, "B? T S", BOOL, sizes)
@@ -111,11 +103,6 @@ def sliding_attention(
 
     Returns:
       ``[B, T, H, V]`` of the inputs' dtype.
-
-    Raises:
-      ValueError: wrong ranks, shapes that do not fit together, fewer keys than queries, or a
-        `context` below 1.
-      TypeError: wrong dtypes; those of q, k and v must be the same.
     """
     sizes = _check_heads(q, k, v)
     check_array("visible", visible, "B? T", INTEGER, sizes)

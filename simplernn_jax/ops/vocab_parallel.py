@@ -20,9 +20,6 @@ def lookup(table: jax.Array, tokens: Tokens) -> jax.Array:
     Args:
       table: this device's shard, ``[N / tensor, D / fsdp]``.
       tokens: ``[...]`` in ``[0, N)``; others give NaN, or zeros if the vocabulary is sharded.
-
-    Raises:
-      ValueError, TypeError: wrong ranks or dtypes.
     """
     check_array("table", table, "N D")
     check_array("tokens", tokens, "...", INTEGER)
@@ -45,9 +42,6 @@ def cross_entropy(logits: Logits, targets: Tokens) -> jax.Array:
     Args:
       logits: this device's shard, ``[B, T, N / tensor]``.
       targets: ids ``[B, T]`` in ``[0, N)``.
-
-    Raises:
-      ValueError, TypeError: wrong shapes or dtypes.
     """
     check_array("logits", logits, "... N")
     check_array("targets", targets, "...", INTEGER)

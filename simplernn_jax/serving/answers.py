@@ -36,14 +36,7 @@ class Update:
 
 
 class Answer:
-    """A submitted request: iterate over `updates` until all its choices have ended.
-
-    Args:
-      results: of its prompts.
-      submit: queues jobs.
-      prompt_entries: makes the entries of a prompt's tokens.
-      metrics: counts tokens.
-    """
+    """A submitted request: iterate over `updates` until all its choices have ended."""
 
     def __init__(
         self,
@@ -72,11 +65,7 @@ class Answer:
         self._queue.put_nowait((job, event))
 
     def submit(self) -> None:
-        """Queue the jobs.
-
-        Raises:
-          RequestError: 429 if the queue is full, 503 if the server stops or has not started.
-        """
+        """Queue the jobs; raises what `Service.submit` does."""
         self._submit([result.job for result in self.results])
 
     def cancel(self) -> None:
@@ -104,11 +93,7 @@ class Answer:
             yield [update for event in events for update in self._read(*event)]
 
     async def prefilled(self) -> Prefilled:
-        """Wait for the end of a single job that only prefills.
-
-        Raises:
-          RequestError: as `updates`.
-        """
+        """Wait for the end of a single job that only prefills; raises what `updates` does."""
         _, event = await self._queue.get()
         if isinstance(event, Failed):
             raise RequestError(event.message, status=503, code="server_error")

@@ -5,7 +5,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,7 @@ from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.jobs import Event, Failed, Job, Logprobs, NewTokens, Sampling
 from simplernn_jax.serving.prefill import MAX_JOBS, Prefiller
 from simplernn_jax.serving.prefix_cache import PrefixCache
-from simplernn_jax.serving.slots import (
-    MAX_BLOCK,
-    Block,
-    Slots,
-    SlotSettings,
-    empty_slots,
-    slot_programs,
-)
+from simplernn_jax.serving.slots import MAX_BLOCK, Block, empty_slots, new_slot, slot_programs
 
 PREFILL_TOKENS = 512
 """Tokens prefilled between two blocks while slots decode: a long prompt never stalls them."""
@@ -85,13 +78,7 @@ class _Ready:
 
 
 class Decoder:
-    """Slots and prefix cache of one set of parameters. Not thread-safe but for `waiting`.
-
-    Args:
-      model: its parameters are never changed.
-      num_slots: sequences decoded at a time.
-      cache_bytes: limit of the prefix cache.
-    """
+    """Slots and prefix cache of one set of parameters. Not thread-safe but for `waiting`."""
 
     def __init__(self, model: LanguageModel, num_slots: int, cache_bytes: int) -> None:
         self.model = model
@@ -251,49 +238,13 @@ class Decoder:
         idle = MAX_JOBS - len(new)
         _, ready, _ = new[0]
         new = new + [(len(self._choices), ready, 0)] * idle
+        slots = [new_slot(ready.job, choice, self._vocab_size) for _, ready, choice in new]
         self._slots = self._programs.insert(
             self._slots,
             np.array([slot for slot, _, _ in new], np.int32),
             tuple(ready.layers for _, ready, _ in new),
             tuple(ready.logits for _, ready, _ in new),
-            jax.tree.map(lambda *x: np.stack(x), *(self._slot_of(r.job, c) for _, r, c in new)),
-        )
-
-    def _slot_of(self, job: Job, choice: int) -> Slots:
-        """Make a slot, without its axis and what the device has computed."""
-        sampling = job.sampling
-        is_stop, in_prompt = np.zeros((2, self._vocab_size), np.bool_)
-        bias = np.zeros(self._vocab_size, np.float32)
-        is_stop[list(sampling.stop_ids)] = True
-        in_prompt[job.tokens] = True
-        for number, value in sampling.logit_bias.items():
-            bias[number] = value
-        bias[list(sampling.banned_ids)] = -np.inf
-
-        def one(value: Any, dtype: Any = np.float32) -> Any:
-            return np.asarray(value, dtype)
-
-        computed: Any = None
-        return Slots(
-            layers=computed,
-            logits=computed,
-            position=one(0, np.int32),
-            remaining=one(job.max_tokens, np.int32),
-            in_prompt=one(in_prompt, np.bool_),
-            counts=one(np.zeros(self._vocab_size), np.int32),
-            settings=SlotSettings(
-                seed=one(sampling.seed, np.uint32),
-                stream=one(choice, np.int32),
-                temperature=one(sampling.temperature),
-                top_k=one(sampling.top_k, np.int32),
-                top_p=one(sampling.top_p),
-                min_p=one(sampling.min_p),
-                repetition_penalty=one(sampling.repetition_penalty),
-                presence_penalty=one(sampling.presence_penalty),
-                frequency_penalty=one(sampling.frequency_penalty),
-                bias=one(bias),
-                is_stop=one(is_stop, np.bool_),
-            ),
+            jax.tree.map(lambda *x: np.stack(x), *slots),
         )
 
     def _dispatch(self, is_first: bool) -> _Dispatched:

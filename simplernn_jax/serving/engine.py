@@ -23,13 +23,8 @@ class EngineStoppedError(Exception):
 class Engine:
     """Runs a `Decoder` in a thread of its own; all methods may be called from any thread.
 
-    Args:
-      model: parameters of the first jobs.
-      num_slots: sequences decoded at a time, fixed for the life of the engine.
-      cache_bytes: limit of the prefix cache.
-      max_waiting: jobs that may wait for a slot.
-      on_events: called in the engine's thread with the events of each step.
-      on_failure: called in the engine's thread if it ends by an error.
+    At most `max_waiting` jobs wait for a slot. The engine's thread calls `on_events` with the
+    events of each step, and `on_failure` if it ends by an error.
     """
 
     def __init__(
@@ -76,12 +71,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, *jobs: Job) -> None:
-        """Queue all `jobs`, or none.
-
-        Raises:
-          QueueFullError: too many jobs wait.
-          EngineStoppedError: `stop` was called.
-        """
+        """Queue all `jobs`, or none; raises QueueFullError, or EngineStoppedError after `stop`."""
         with self._wake:
             if self._is_stopping:
                 raise EngineStoppedError

@@ -39,11 +39,7 @@ def error_response(error: RequestError) -> Response:
 
 
 async def read_body(request: Request) -> bytes:
-    """Read the body of a request.
-
-    Raises:
-      RequestError: 413 if it is too long, 408 if it does not arrive.
-    """
+    """Read the body; raises `RequestError`: 413 if it is too long, 408 if it does not arrive."""
     parts, size = [], 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -58,11 +54,7 @@ async def read_body(request: Request) -> bytes:
 
 
 async def unless_disconnected(receive: Receive, result: Coroutine[Any, Any, Result]) -> Result:
-    """Wait for `result`, which is cancelled if the client disconnects before.
-
-    Raises:
-      ClientDisconnect: it did.
-    """
+    """Wait for `result`; cancel it and raise ClientDisconnect if the client disconnects before."""
 
     async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":

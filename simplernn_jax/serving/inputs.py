@@ -18,12 +18,7 @@ from simplernn_jax.serving.requests import (
 
 
 class Inputs:
-    """Conversion of requests for one vocabulary.
-
-    Args:
-      tokenizer: of the model.
-      vocab_size: of the model, at least the tokenizer's.
-    """
+    """Conversion of requests for one vocabulary, at least as large as the tokenizer's."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
@@ -31,22 +26,14 @@ class Inputs:
         self._banned_ids = ids_without_text(tokenizer, vocab_size)
 
     def encode(self, text: str) -> np.ndarray:
-        """Encode `text`.
-
-        Raises:
-          RequestError: the tokenizer cannot.
-        """
+        """Encode `text`; raises `RequestError` if the tokenizer cannot."""
         try:
             return self._tokenizer.encode(text)
         except UserError as error:
             raise RequestError(str(error), param="prompt") from error
 
     def prompts(self, request: CompletionRequest) -> list[tuple[str, np.ndarray]]:
-        """Return echoed text and ids of each prompt.
-
-        Raises:
-          RequestError: too many, empty, or ids outside the vocabulary.
-        """
+        """Return echoed text and ids of each prompt; raises `RequestError` for wrong ones."""
         prompt = "" if request.prompt is None else request.prompt
         several: list[Any] = [prompt] if isinstance(prompt, str) else prompt
         if len({type(one) for one in several}) > 1:
@@ -87,11 +74,7 @@ class Inputs:
             )
 
     def sampling(self, request: SamplingFields) -> Sampling:
-        """Convert the settings of a request.
-
-        Raises:
-          RequestError: an id is outside the vocabulary, or all ids are banned.
-        """
+        """Convert the settings of a request; raises `RequestError` for ids that do not exist."""
         stop_ids, banned = request.stop_token_ids or [], request.banned_token_ids or []
         self.check_ids("stop_token_ids", stop_ids)
         self.check_ids("banned_token_ids", banned)

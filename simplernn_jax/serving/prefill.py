@@ -65,11 +65,8 @@ class _Lane:
 class Prefiller:
     """Prefills up to `MAX_JOBS` jobs in turn. Not thread-safe.
 
-    Args:
-      programs, parameters, weights: of the model, as in `SlotPrograms`.
-      is_native: whether a C function decodes it.
-      zero: state of one sequence before its first token.
-      cache: prefixes to begin with, and to which their states are added.
+    `zero` is the state of one sequence before its first token. Jobs begin with prefixes of `cache`,
+    to which their own are added. If `is_native`, a C function decodes the model.
     """
 
     def __init__(

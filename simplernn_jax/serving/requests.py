@@ -146,11 +146,7 @@ class ForkRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def parse(kind: type, body: bytes) -> Any:
-    """Parse JSON as `kind`.
-
-    Raises:
-      RequestError: it is none, or a field is unknown, of another type or out of range.
-    """
+    """Parse JSON as `kind`; `RequestError` for unknown fields, other types, values out of range."""
     try:
         return msgspec.json.decode(body or b"null", type=kind)
     except msgspec.ValidationError as error:

@@ -30,11 +30,7 @@ UNREAD_MILLISECONDS = 300_000
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the server's socket.
-
-    Raises:
-      UserError: the address cannot be used.
-    """
+    """Open the server's socket; raises `UserError` if the address cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)

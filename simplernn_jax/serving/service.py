@@ -37,14 +37,7 @@ CHAT_TOKENS = 1024
 class Service:
     """The model as the HTTP side sees it.
 
-    Args:
-      engine: computes.
-      tokenizer: of the model.
-      vocab_size: of the model, at least the tokenizer's.
-      model_name: as clients see it.
-      states: named states.
-      template: of chat models.
-      load_model: loads the parameters of the newest checkpoint, or None if they are in use.
+    `load_model` returns the parameters of the newest checkpoint, or None if they are in use.
     """
 
     def __init__(
@@ -71,11 +64,7 @@ class Service:
         self.inputs = Inputs(tokenizer, vocab_size)
 
     async def load_state(self, name: str | None) -> NamedState | None:
-        """Load a named state; None is none.
-
-        Raises:
-          RequestError: as `StateFolder.load`; 409 if the parameters are replaced meanwhile.
-        """
+        """Load a named state, as `StateFolder.load`; 409 while parameters are replaced."""
         if name is None:
             return None
         states = self.states
@@ -85,11 +74,7 @@ class Service:
         return state
 
     def check_model(self, name: str | None) -> None:
-        """Check the name of the model in a request.
-
-        Raises:
-          RequestError: 404 if it is another one.
-        """
+        """Raise `RequestError` (404) if a request names another model."""
         if name not in (None, self.model_name):
             raise RequestError(
                 f"model: {name!r} is not served here; {self.model_name!r} is",
@@ -119,11 +104,7 @@ class Service:
         return True
 
     def check_room(self) -> None:
-        """Refuse a request, before it is read, that could not be queued.
-
-        Raises:
-          RequestError: 429 if the queue is full, 503 if the server stops or has not started.
-        """
+        """Raise `RequestError`: 429 if the queue is full, 503 unless the server runs."""
         if self.status != "ready":
             raise RequestError(f"the server is {self.status}", status=503, code=self.status)
         if self.engine.num_waiting >= self.engine.max_waiting:
@@ -134,11 +115,7 @@ class Service:
         return RequestError(message, status=429, code="queue_full")
 
     def submit(self, jobs: list[Job]) -> None:
-        """Queue the jobs of a request.
-
-        Raises:
-          RequestError: 429 if the queue is full, 503 if the server stops.
-        """
+        """Queue the jobs of a request; raises what `check_room` does."""
         self.check_room()
         try:
             self.engine.submit(*jobs)
@@ -236,11 +213,7 @@ class Service:
         return PromptResult(job, echoed, [] if job.scores_prompt else None, choices, latencies)
 
     def prefill_state(self, request: StateRequest, parent: NamedState | None) -> Answer:
-        """Make the job whose state a `StateRequest` asks for.
-
-        Raises:
-          RequestError: the prompt cannot be used.
-        """
+        """Make the job of a prompt's state for a `StateRequest`; raises `RequestError`."""
         tokens = self.inputs.prompt(request.prompt, parent is not None)
         root = None if parent is None else parent.root
         job = Job(tokens, Sampling(), root=root, keeps_state=True)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
@@ -18,6 +19,7 @@ from simplernn_jax.inference.programs import Architecture, next_logits
 from simplernn_jax.inference.sampling import sample
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.decode import decode_tokens
+from simplernn_jax.serving.jobs import Job, Sampling
 
 MAX_BLOCK = 128
 """New tokens of a slot from one dispatch at most."""
@@ -104,28 +106,47 @@ class SlotPrograms(NamedTuple):
 
 def empty_slots(model: LanguageModel, num_slots: int) -> Slots:
     """Make slots without sequences."""
-    shape = (num_slots, model.config.vocab_size)
-    zeros = functools.partial(jnp.zeros, num_slots)
-    ones = functools.partial(jnp.ones, num_slots, jnp.float32)
+    vocab_size = model.config.vocab_size
+    slot = new_slot(Job(np.zeros(0, np.int32), Sampling(), max_tokens=0), 0, vocab_size)
+    slots: Slots = jax.tree.map(lambda x: jnp.stack([x] * num_slots), slot)
+    logits = jnp.zeros((num_slots, vocab_size), jnp.float32)
+    return slots._replace(layers=model.initial_state(num_slots), logits=logits)
+
+
+def new_slot(job: Job, choice: int, vocab_size: int) -> Slots:
+    """Make a slot of a choice of a job, without its axis and what the device has computed."""
+    sampling = job.sampling
+    is_stop, in_prompt = np.zeros((2, vocab_size), np.bool_)
+    bias = np.zeros(vocab_size, np.float32)
+    is_stop[list(sampling.stop_ids)] = True
+    in_prompt[job.tokens] = True
+    for number, value in sampling.logit_bias.items():
+        bias[number] = value
+    bias[list(sampling.banned_ids)] = -np.inf
+
+    def one(value: Any, dtype: Any = np.float32) -> Any:
+        return np.asarray(value, dtype)
+
+    computed: Any = None
     return Slots(
-        layers=model.initial_state(num_slots),
-        logits=jnp.zeros(shape, jnp.float32),
-        position=zeros(jnp.int32),
-        remaining=zeros(jnp.int32),
-        in_prompt=jnp.zeros(shape, jnp.bool_),
-        counts=jnp.zeros(shape, jnp.int32),
+        layers=computed,
+        logits=computed,
+        position=one(0, np.int32),
+        remaining=one(job.max_tokens, np.int32),
+        in_prompt=one(in_prompt, np.bool_),
+        counts=one(np.zeros(vocab_size), np.int32),
         settings=SlotSettings(
-            seed=zeros(jnp.uint32),
-            stream=zeros(jnp.int32),
-            temperature=zeros(jnp.float32),
-            top_k=zeros(jnp.int32),
-            top_p=ones(),
-            min_p=zeros(jnp.float32),
-            repetition_penalty=ones(),
-            presence_penalty=zeros(jnp.float32),
-            frequency_penalty=zeros(jnp.float32),
-            bias=jnp.zeros(shape, jnp.float32),
-            is_stop=jnp.zeros(shape, jnp.bool_),
+            seed=one(sampling.seed, np.uint32),
+            stream=one(choice, np.int32),
+            temperature=one(sampling.temperature),
+            top_k=one(sampling.top_k, np.int32),
+            top_p=one(sampling.top_p),
+            min_p=one(sampling.min_p),
+            repetition_penalty=one(sampling.repetition_penalty),
+            presence_penalty=one(sampling.presence_penalty),
+            frequency_penalty=one(sampling.frequency_penalty),
+            bias=one(bias),
+            is_stop=one(is_stop, np.bool_),
         ),
     )
 

@@ -50,13 +50,7 @@ class NamedState:
 
 
 class StateFolder:
-    """The states of one model in a folder.
-
-    Args:
-      folder: where they are; it exists.
-      model, tokenizer: whose states they are; files of others are refused.
-      max_bytes: of all files.
-    """
+    """The states of one model in a folder that exists; files of other models are refused."""
 
     def __init__(
         self, folder: str, model: LanguageModel, tokenizer: Tokenizer, max_bytes: int
@@ -82,22 +76,14 @@ class StateFolder:
         return sorted(name for name in stems if re.fullmatch(NAME_PATTERN, name))
 
     def read(self, name: str) -> bytes:
-        """Read a file, without following links.
-
-        Raises:
-          RequestError: 404 if there is none, 400 for a name that cannot be one.
-        """
+        """Read a file, no link; raises `RequestError`: 404 without one, 400 for a wrong name."""
         try:
             return read_file(self._path(name), self._max_bytes, follow_link=False)
         except OSError as error:
             raise self._not_found(name) from error
 
     def load(self, name: str) -> NamedState:
-        """Load a state.
-
-        Raises:
-          RequestError: 404 if there is none, 409 if it is corrupted or of another model.
-        """
+        """Load a state; `RequestError`: 404 without one, 409 if corrupted or of another model."""
         return self._decode(name, self.read(name), status=409)
 
     def add(
@@ -166,11 +152,7 @@ class StateFolder:
         return self.add(new_name, original.root, np.zeros(0, np.int32), original)
 
     def delete(self, name: str) -> None:
-        """Delete a file.
-
-        Raises:
-          RequestError: 404 if there is none.
-        """
+        """Delete a file; raises `RequestError` (404) if there is none."""
         path = self._path(name)
         try:
             if not stat.S_ISREG(os.lstat(path).st_mode):

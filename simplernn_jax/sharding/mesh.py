@@ -55,11 +55,7 @@ def describe(mesh: Mesh) -> str:
 
 
 def check_fits(config: Config, mesh: Mesh) -> None:
-    """Check that the mesh divides everything that it shards.
-
-    Raises:
-      UserError: names the field, its value and the mesh's size.
-    """
+    """Raise `UserError` if the mesh does not divide all that it shards; names field and sizes."""
     model, data, sizes = config.model, config.data, mesh.shape
     groups = config.train.gradient_accumulation
     # The tokens of each backward window are sharded.

@@ -52,12 +52,7 @@ def initial_tokenizer(config: Config) -> Tokenizer | None:
 
 
 def initial_parameters(config: Config, abstract: nnx.State, shardings: Any) -> nnx.State:
-    """Load the parameters in ``init_from``.
-
-    Args:
-      config: of the new run.
-      abstract: shapes of its parameters.
-      shardings: where they go; None is one device.
+    """Load the parameters in ``init_from``; without `shardings`, onto the default device.
 
     Raises:
       UserError: they cannot be read, or are those of another model.

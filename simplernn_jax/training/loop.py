@@ -51,9 +51,6 @@ def train(config: Config, workdir: str) -> Result:
     Several processes (`distributed`) call this together; a signal to any process stops all of them
     at the same step. Only process 0 prints, and writes samples and metrics.
 
-    Returns:
-      The last step, and the signal or the evaluation with which the run ended.
-
     Raises:
       UserError: the data is unusable; the mesh does not fit; the checkpoint has a different model
         or data; too many consecutive losses were not finite; the disk is full.

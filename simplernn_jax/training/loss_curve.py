@@ -30,14 +30,10 @@ Series = tuple[list[int], list[float]]
 
 
 def plot_loss(workdir: str, model: str) -> str | None:
-    """Plot training and validation loss from ``metrics.jsonl``.
+    """Plot training and validation loss from ``metrics.jsonl``; `model` describes it in the title.
 
     The loss axis is scaled to the losses after the first steps, and the best validation loss is
     marked with its value.
-
-    Args:
-      workdir: folder of the run.
-      model: description of its model, for the title after the name of `workdir`.
 
     Returns:
       The plot's path; None, after a warning, if it cannot be written.

@@ -22,11 +22,7 @@ from simplernn_jax.training.step_statistics import StepTimer
 class Reporter:
     """Prints lines and writes metrics about a run.
 
-    Args:
-      run: the run.
-      metrics: files for its metrics; None in processes that are not the coordinator.
-      display: terminal output.
-      train_step: its compiled step, for the number of recompilations.
+    `metrics` is None in processes that are not the coordinator.
     """
 
     def __init__(

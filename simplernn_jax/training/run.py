@@ -44,12 +44,8 @@ _SHARED_SECONDS = 10.0
 class Run:
     """A training run: data, mesh, optimizer, train state and checkpoints.
 
-    It starts from step 0 or resumes from the newest valid checkpoint of its workdir. The last
-    save is complete when its ``with`` block has ended.
-
-    Args:
-      config: configuration of the run.
-      workdir: its folder, created if missing.
+    It starts from step 0 or resumes from the newest valid checkpoint of its workdir, created if
+    missing. The last save is complete when its ``with`` block has ended.
 
     Raises:
       UserError: the data is unusable; the model does not fit the mesh or its memory; the
@@ -177,11 +173,7 @@ class Run:
 
 
 def _check_shared(folder: str) -> None:
-    """Check that every process sees what process 0 writes into `folder`.
-
-    Raises:
-      UserError: in every process, if one of them does not.
-    """
+    """Raise `UserError` in all processes unless each sees what process 0 writes into `folder`."""
     if jax.process_count() == 1:
         return
     probe = Path(folder, f".shared-{broadcast_from_coordinator(random.getrandbits(31))}")

@@ -22,13 +22,7 @@ class LossTotals:
     """Number of these predictions."""
 
     def add(self, loss: float, predictions: int, *, skipped: bool) -> None:
-        """Add a step.
-
-        Args:
-          loss: nats per prediction.
-          predictions: number of predictions in the batch.
-          skipped: the update was skipped, because the loss or its gradient was not finite.
-        """
+        """Add a step of `loss` nats per prediction; a `skipped` update counts its tokens only."""
         if self.tokens is not None:
             self.tokens += predictions
         if not skipped:
