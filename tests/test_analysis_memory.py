@@ -2,7 +2,6 @@
 
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +10,7 @@ from flax import nnx
 from small_runs import HYBRID, small_config
 
 from simplernn_jax.analysis import memory
-from simplernn_jax.analysis.memory import (
-    effective_rank,
-    half_gone,
-    half_life,
-    measure_memory,
-    read_state,
-)
+from simplernn_jax.analysis.memory import effective_rank, half_gone, half_life, measure_memory
 from simplernn_jax.analysis.recording import find_mixers, record
 from simplernn_jax.models import LanguageModel
 
@@ -75,16 +68,6 @@ def test_measured_on_the_way_as_all_at_once(monkeypatch, points, positions):
     np.testing.assert_allclose(
         layer.ranks[-1], effective_rank(np.asarray(final_state[0])), rtol=1e-4
     )
-
-
-def test_the_state_of_a_long_text_is_read_in_pieces(monkeypatch):
-    monkeypatch.setattr(memory, "_MAX_TOKENS", 5)
-    model = make_model()
-    expected = jax.jit(lambda tokens: model.hidden_states(tokens, model.initial_state(1))[1])(
-        TOKENS.astype(np.int32)[None]
-    )
-    chex.assert_trees_all_close(read_state(model, TOKENS), expected, rtol=1e-4, atol=1e-5)
-    chex.assert_trees_all_equal(read_state(model, TOKENS[:0]), model.initial_state(1))
 
 
 @pytest.mark.parametrize(

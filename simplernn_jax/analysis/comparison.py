@@ -48,15 +48,14 @@ def _read(workdir: str, name: str) -> RunRecord:
     if not os.path.isdir(workdir):
         raise UserError(f"{workdir}: no such folder; name the workdirs of training runs")
     rows = [row for row in read_metrics(workdir) if row["kind"] in ("train", "validation")]
-    config, problem = None, ""
     try:
         config = _read_config(workdir)
     except UserError as error:
-        problem = str(error)
-    if config is None and not rows:
-        raise UserError(f"{workdir}: not a training run: no configuration and no {FILE_NAME} in it")
-    if config is None:
-        logging.warning("%s: its configuration is unknown: %s", workdir, problem)
+        if not rows:
+            what = f"no configuration and no {FILE_NAME} in it"
+            raise UserError(f"{workdir}: not a training run: {what}") from error
+        logging.warning("%s: its configuration is unknown: %s", workdir, error)
+        config = None
     if not rows:
         logging.warning("%s: no losses in %s: it took no steps, or was copied", workdir, FILE_NAME)
     return RunRecord(one_line(name, _MAX_NAME), config, rows)

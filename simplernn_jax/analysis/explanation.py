@@ -14,7 +14,7 @@ from simplernn_jax.analysis.decomposition import (
     gradient_contributions,
     map_contributions,
 )
-from simplernn_jax.analysis.memory import Memory, measure_memory, read_state
+from simplernn_jax.analysis.memory import Memory, measure_memory
 from simplernn_jax.analysis.state_value import (
     SHORT_CONTEXT,
     ContextGain,
@@ -33,6 +33,7 @@ from simplernn_jax.config import Config
 from simplernn_jax.data import Tokenizer, TokenSplit
 from simplernn_jax.data.batches import document_ends
 from simplernn_jax.errors import UserError, counted
+from simplernn_jax.inference import generate
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 
@@ -150,9 +151,10 @@ def explain(
     params = nnx.state(model, nnx.Param)
     evaluator = Evaluator(config, tokenizer.pad_id)
     document = document_split(ids, len(text.encode("utf-8")))
+    logging.info("predicting every token of the text ...")
     losses = token_losses(evaluator, params, document)
     logging.info("predicting with %d tokens of context ...", SHORT_CONTEXT)
-    gain, gains = context_gains(model, ids, losses)
+    gain, gains = context_gains(evaluator, params, ids, losses)
     reason = "named by the user"
     if token is None:
         token, reason = choose_token(gains, len(ids))
@@ -160,7 +162,9 @@ def explain(
     start = _word_start(tokenizer, ids, max(0, stop - map_tokens), map_tokens // 8)
     start = min(start, token - 1)
     logging.info("decomposing %s ...", counted(config.model.num_layers, "layer"))
-    state = read_state(model, ids[:start])
+    state = model.initial_state(1)
+    if start:
+        state = generate(model, ids[:start], max_new_tokens=0).state.layers
     layers = decompose_layers(model, ids[start:stop], state)
     chosen = ChosenToken(
         position=token,

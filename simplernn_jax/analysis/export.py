@@ -1,5 +1,6 @@
 """The numbers of an `Explanation` for programs."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -32,12 +33,7 @@ def to_numbers(explanation: Explanation) -> dict[str, Any]:
             numbers["state_effective_rank"] = memory.ranks
         layers.append(numbers)
     losses = [
-        {
-            "reset_every": interval,
-            "nats_per_token": result.nats_per_token,
-            "bits_per_byte": result.bits_per_byte,
-            "predictions": result.predictions,
-        }
+        {"reset_every": interval, **dataclasses.asdict(result)}
         for interval, result in value.by_reset.items()
     ]
     return _plain(

@@ -128,21 +128,6 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
     return Memory(np.asarray(positions), tuple(layers))
 
 
-def read_state(model: LanguageModel, tokens: np.ndarray) -> ModelState:
-    """Return the state after [n] tokens from a zero state, in bounded memory."""
-    graph, params = nnx.split(model)
-
-    @jax.jit
-    def read(params: nnx.State, piece: jax.Array, state: ModelState) -> ModelState:
-        return nnx.merge(graph, params).hidden_states(piece, state)[1]
-
-    state = model.initial_state(1)
-    for start in range(0, len(tokens), _MAX_TOKENS):
-        piece = np.asarray(tokens[start : start + _MAX_TOKENS], np.int32)
-        state = read(params, piece[None], state)
-    return state
-
-
 def _reduce(*measured: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the summed decay [H, K], norm [H] and effective rank [H] of a layer for one piece."""
     decay, state = (np.asarray(x, np.float64) for x in measured)

@@ -4,15 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
 
 from simplernn_jax.data.batches import Batch
+from simplernn_jax.data.evaluation_batches import Contexts
 from simplernn_jax.data.token_store import TokenSplit
-from simplernn_jax.models import LanguageModel
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 
 LONG_TEXT = 16384
@@ -20,8 +18,6 @@ LONG_TEXT = 16384
 SHORT_CONTEXT = 32
 """Tokens of the context that a full context is compared with."""
 
-_BATCH_TOKENS = 8192
-"""Tokens of one call when every prediction has a context of its own."""
 _CANDIDATES = 1024
 """Number of tokens at the end of the text among which one is chosen."""
 
@@ -127,12 +123,13 @@ def choose_split(document: TokenSplit, validation: TokenSplit | None) -> tuple[T
     return validation, f"the validation split of the run (documents: {documents:,})"
 
 
-def token_losses(evaluator: Evaluator, params: nnx.State, document: TokenSplit) -> np.ndarray:
+def token_losses(
+    evaluator: Evaluator, params: nnx.State, document: TokenSplit, windows: Contexts | None = None
+) -> np.ndarray:
     """Return float64 [n - 1]: -log p of tokens 1 .. n - 1 of one document, given all before."""
     total = document.num_predictions
-    logging.info("predicting every token of the text ...")
     losses = np.zeros(0)
-    for part in evaluator.scores(params, document):
+    for part in evaluator.scores(params, document, windows=windows):
         losses = np.append(losses, np.asarray(part.nats, np.float64)[part.batch.loss_mask])
         logging.log_every_n_seconds(
             logging.INFO, "predicted %d of %d tokens", 10, len(losses), total
@@ -141,34 +138,11 @@ def token_losses(evaluator: Evaluator, params: nnx.State, document: TokenSplit) 
 
 
 def short_context_losses(
-    model: LanguageModel, tokens: np.ndarray, chosen: np.ndarray, context: int
+    evaluator: Evaluator, params: nnx.State, ids: np.ndarray, count: int, context: int
 ) -> np.ndarray:
-    """Return float64 [m]: -log p of the tokens at `chosen` given `context` tokens before each.
-
-    Args:
-      model: the language model.
-      tokens: [n] ids.
-      chosen: [m] positions, all at least `context`.
-      context: tokens before each prediction, read from a zero state.
-    """
-    graph, params = nnx.split(model)
-
-    @jax.jit
-    def score(params: nnx.State, windows: jax.Array, targets: jax.Array) -> jax.Array:
-        model = nnx.merge(graph, params)
-        hidden, _ = model.hidden_states(windows)
-        logs = jax.nn.log_softmax(model.logits(hidden[:, -1]))
-        return -jnp.take_along_axis(logs, targets[:, None], axis=1)[:, 0]
-
-    batch_size = max(1, min(_BATCH_TOKENS // context, len(chosen)))
-    tokens, chosen = np.asarray(tokens, np.int32), np.asarray(chosen, np.int64)
-    nats = []
-    for start in range(0, len(chosen), batch_size):
-        # The last batch repeats its tokens, so that all batches share one compiled program.
-        group = np.resize(chosen[start : start + batch_size], batch_size)
-        windows = tokens[group[:, None] + np.arange(-context, 0)]
-        nats.append(np.asarray(score(params, windows, tokens[group]), np.float64))
-    return np.concatenate(nats)[: len(chosen)] if nats else np.zeros(0)
+    """Return float64 [count]: -log p of the last of [n] `ids`, given `context` ids before each."""
+    document = document_split(ids[len(ids) - count - context :], 0)
+    return token_losses(evaluator, params, document, Contexts(context, 1))[-count:]
 
 
 class ContextGain(NamedTuple):
@@ -182,27 +156,25 @@ class ContextGain(NamedTuple):
 
 
 def context_gains(
-    model: LanguageModel, ids: np.ndarray, losses: np.ndarray
+    evaluator: Evaluator, params: nnx.State, ids: np.ndarray, losses: np.ndarray
 ) -> tuple[ContextGain | None, dict[int, float]]:
     """Measure by how much context lowers the losses of a text's last tokens.
 
-    Args:
-      model: the language model.
-      ids: [n] tokens, BOS included.
-      losses: [n - 1], -log p of tokens 1 .. n - 1 given all before.
+    `losses` are -log p of tokens 1 .. n - 1 of `ids` [n], BOS included, given all before.
 
     Returns:
       The means (None if the text is too short) and, by position, the nats by which the tokens more
       than `SHORT_CONTEXT` before lower the loss.
     """
-    candidates = np.arange(max(SHORT_CONTEXT + 1, len(ids) - _CANDIDATES), len(ids))
-    if not len(candidates):
+    count = min(_CANDIDATES, len(ids) - SHORT_CONTEXT - 1)
+    if count < 1:
         return None, {}
-    full = losses[candidates - 1]
-    gains = short_context_losses(model, ids, candidates, SHORT_CONTEXT) - full
-    single = short_context_losses(model, ids, candidates, 1) - full
-    means = ContextGain(len(candidates), float(np.mean(single)), float(np.mean(gains)))
-    return means, dict(zip(candidates.tolist(), gains.tolist(), strict=True))
+    gains, single = (
+        short_context_losses(evaluator, params, ids, count, context) - losses[-count:]
+        for context in (SHORT_CONTEXT, 1)
+    )
+    means = ContextGain(count, float(np.mean(single)), float(np.mean(gains)))
+    return means, dict(zip(range(len(ids) - count, len(ids)), gains.tolist(), strict=True))
 
 
 def choose_token(gains: dict[int, float], num_tokens: int) -> tuple[int, str]:

@@ -147,8 +147,8 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
 def _is_binary(path: str) -> bool:
     if path.lower().endswith(".parquet"):
         return False
-    with open_source(path) as source:
-        return b"\0" in source.stream.read(_BINARY_PROBE)
+    with open_source(path) as (stream, _):
+        return b"\0" in stream.read(_BINARY_PROBE)
 
 
 def _is_utf8(path: str) -> bool:

@@ -97,11 +97,11 @@ class JsonlFiles(RecordFiles):
         """Yield the number of each line that is not blank, its offset and bytes, and its size."""
         before = self.bytes_read
         end = 0
-        with open_source(file.path) as source:
+        with open_source(file.path) as (stream, raw):
             for number in itertools.count(1):
-                line = source.stream.readline(MAX_RECORD_BYTES)
+                line = stream.readline(MAX_RECORD_BYTES)
                 if not line or number % 256 == 0:  # asking for it takes as long as a short line
-                    self.bytes_read = before + source.bytes_read
+                    self.bytes_read = before + raw.tell()
                 if not line:
                     break
                 if len(line) == MAX_RECORD_BYTES:
@@ -199,14 +199,11 @@ class ParquetFiles(RecordFiles):
 
         before, size = self.bytes_read, file_status(file.path).st_size
         damaged = f"{file.path}: not a whole Parquet file", "replace it by a whole copy"
-        with open_source(file.path) as source:
+        with open_source(file.path) as (_, raw):
             with library_errors(*damaged):
                 # Without a pre-buffer, a column is read page by page.
                 table = parquet.ParquetFile(
-                    source.file,
-                    pre_buffer=False,
-                    buffer_size=_READ_BUFFER,
-                    page_checksum_verification=True,
+                    raw, pre_buffer=False, buffer_size=_READ_BUFFER, page_checksum_verification=True
                 )
                 self._check_column(file.path, table.schema_arrow)
                 num_rows = table.metadata.num_rows

@@ -23,11 +23,6 @@ class ShardedArray:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    @property
-    def shape(self) -> tuple[int]:
-        """Number of elements."""
-        return (len(self),)
-
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Copy all shards into memory."""
         return np.concatenate(self.shards).astype(dtype or self.dtype, copy=False)

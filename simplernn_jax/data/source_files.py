@@ -26,36 +26,23 @@ class SourceFile:
     path: str
 
 
-@dataclasses.dataclass(frozen=True)
-class OpenSource:
-    """A file that is being read."""
-
-    stream: IO[bytes]
-    """Decompressed content."""
-    file: BinaryIO
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read of the file itself."""
-        return self.file.tell()
-
-
 class _DamagedArchive(Exception):
     """Reason why a compressed file cannot be read."""
 
 
 @contextlib.contextmanager
-def open_source(path: str) -> Iterator[OpenSource]:
+def open_source(path: str) -> Iterator[tuple[IO[bytes], BinaryIO]]:
     """Open a regular file of the user's; the block does nothing with files but read this one.
 
-    Compressed files are decompressed while they are read, a bounded number of bytes at a time.
+    Yields the decompressed stream and the file itself. Compressed files are decompressed while they
+    are read, a bounded number of bytes at a time.
 
     Raises:
       UserError: it cannot be opened or read, or is a corrupted or truncated archive.
     """
     try:
         with open_file(path) as file:
-            yield OpenSource(_decompressed(path, file), file)
+            yield _decompressed(path, file), file
     except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedArchive) as error:
         raise UserError(
             f"{path}: corrupted or truncated ({error}); replace it by a whole copy"

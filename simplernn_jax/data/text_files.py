@@ -20,29 +20,29 @@ class TextFiles(Corpus):
         for file in self._files:
             yield Document(file.name, self._pieces(file))
 
-    def _pieces(self, file: SourceFile) -> Iterator[Piece]:
+    def _pieces(self, source: SourceFile) -> Iterator[Piece]:
         decoder = codecs.getincrementaldecoder("utf-8")(self._encoding_errors)
         before = self.bytes_read
         offset = 0
         rest = ""
-        with open_source(file.path) as source:
+        with open_source(source.path) as (stream, file):
             last = False
             while not last:
-                block = source.stream.read(PIECE_SIZE)
+                block = stream.read(PIECE_SIZE)
                 last = len(block) < PIECE_SIZE
                 pending = len(decoder.getstate()[0])
                 try:
                     text = decoder.decode(block, final=last)
                 except UnicodeDecodeError as error:
                     raise UserError(
-                        f"{file.path}: invalid UTF-8 at byte {offset - pending + error.start}; "
+                        f"{source.path}: invalid UTF-8 at byte {offset - pending + error.start}; "
                         "convert the file to UTF-8, or run with encoding_errors=replace "
                         "(train.py: --config.data.encoding_errors=replace)"
                     ) from error
                 if offset == 0:
                     text = text.removeprefix("\ufeff")  # a byte order mark is not a text
                 offset += len(block)
-                self.bytes_read = before + source.bytes_read
+                self.bytes_read = before + file.tell()
                 text = rest + text
                 stop = len(text) if last else text.rfind("\n") + 1 or len(text)
                 if stop:

@@ -103,12 +103,9 @@ class Evaluator:
             nll = cross_entropy(logits, batch.targets, batch.loss_mask)
             return nll, psum(jnp.sum(nll), *TOKEN_AXES), carried
 
-        def abstract_state(batch_size: int) -> ModelState:
-            return jax.eval_shape(lambda: create_model().initial_state(batch_size))
-
         self._shard_multiple = (1, 1)
         """Numbers that divide the batch size and the length of a batch."""
-        self._batch_shardings, self._state_shardings = None, None
+        self._batch_shardings, state_shardings = None, None
         shardings: dict[str, Any] = {}
         if is_distributed(mesh):
             batch = batch_specs(mesh)
@@ -118,21 +115,16 @@ class Evaluator:
             score = jax.shard_map(score, mesh=mesh, in_specs=inputs, out_specs=outputs)
             shardings["in_shardings"] = named_shardings(inputs, mesh)
             shardings["out_shardings"] = named_shardings(outputs, mesh)
-            _, self._batch_shardings, self._state_shardings = shardings["in_shardings"]
+            _, self._batch_shardings, state_shardings = shardings["in_shardings"]
             sequence, stages = mesh.shape["sequence"], mesh.shape["stage"]
             shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
             self._shard_multiple = shards, sequence * MIN_SHARD_TOKENS if sequence > 1 else stages
         self._score: Callable[..., tuple[jax.Array, jax.Array, ModelState]] = jax.jit(
             score, **shardings
         )
-        self._abstract_state = abstract_state
-
-    def _zero_state(self, batch_size: int) -> ModelState:
-        def zeros() -> ModelState:
-            shapes = self._abstract_state(batch_size)
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-        return jax.jit(zeros, out_shardings=self._state_shardings)()
+        self._zero_state = jax.jit(
+            abstract.initial_state, static_argnums=0, out_shardings=state_shardings
+        )
 
     def scores(
         self,

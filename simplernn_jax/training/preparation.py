@@ -137,30 +137,19 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
 
 
 _SCHEDULE = (
-    ("train", "steps"),
-    ("train", "epochs"),
-    ("optimizer", "learning_rate"),
-    ("optimizer", "warmup_steps"),
-    ("optimizer", "final_learning_rate"),
+    *("train.steps", "train.epochs"),
+    *("optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.final_learning_rate"),
 )
 """Fields that change the learning rate of later steps."""
-
-_IGNORED_FIELDS = (("data", "cache_dir"),)
-"""Fields without an effect on training."""
 
 
 def changed_fields(current: Config, saved: Config) -> list[str]:
     """Return a line for each field of a resumed run that differs from its checkpoint."""
-    lines = []
-    for section in dataclasses.fields(current):
-        values, before = getattr(current, section.name), getattr(saved, section.name)
-        for field in dataclasses.fields(values):
-            new, old = getattr(values, field.name), getattr(before, field.name)
-            name = (section.name, field.name)
-            if new == old or name in _IGNORED_FIELDS:
-                continue
+    lines, before = [], config_lib.by_field(saved)
+    for name, new in config_lib.by_field(current).items():
+        if new != before[name] and name != "data.cache_dir":  # which has no effect on training
             note = "; this rescales the learning rate schedule" if name in _SCHEDULE else ""
-            lines.append(f"--config.{'.'.join(name)}: changed from {old!r} to {new!r}{note}")
+            lines.append(f"--config.{name}: changed from {before[name]!r} to {new!r}{note}")
     return lines
 
 
