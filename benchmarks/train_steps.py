@@ -64,11 +64,19 @@ def load_config(name: str, batch: int, length: int, **fields: Any) -> Config:
 
 def random_batch(config: Config) -> Batch:
     """Random tokens, one document per sequence, every prediction counted."""
-    shape = (config.data.batch_size, config.data.sequence_length)
-    draw = np.random.default_rng(0)
-    tokens = draw.integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
-    ids, reset = np.zeros(shape, np.int32), np.ones(shape[0], bool)
-    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones(shape, bool), ids, reset)
+    sizes = (config.data.batch_size, config.data.sequence_length, config.model.vocab_size)
+    batch = random_documents(np.random.default_rng(0), *sizes, begins=0.0)
+    return batch._replace(reset=np.ones(sizes[0], bool))
+
+
+def random_documents(
+    draw: np.random.Generator, size: int, length: int, vocab_size: int, begins: Any = 0.2
+) -> Batch:
+    """Random tokens of documents that begin at each token with probability `begins`."""
+    tokens = draw.integers(0, vocab_size, (size, length + 1), np.int32)
+    starts = draw.random((size, length + 1)) < begins
+    ids = np.cumsum(starts[:, :-1], axis=1, dtype=np.int32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], ~starts[:, 1:], ids, starts[:, 0])
 
 
 def count_parameters(config: Config) -> int:

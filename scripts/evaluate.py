@@ -73,7 +73,11 @@ def main() -> None:
             f"{workdir} was trained with --config.data.validation_fraction=0 and has no held-out "
             "text; score its training text with --split train"
         )
+    state = "carried within each document"
     if windows is not None:
+        least = windows.length - windows.stride + 1
+        context = f"{least} to {windows.length} tokens of context"
+        state = f"zero, then {context} (fewer at a document's start)"
         longest = max(map(int, document_ends(split) - split.document_starts), default=0)
         check_evaluation(config.model, min(windows.length, longest))
     evaluator = Evaluator(config, tokenizer.pad_id)
@@ -84,7 +88,7 @@ def main() -> None:
         xz = f"   (xz -9e: {xz_bits_per_byte(split, tokenizer):.4f})"
     facts = {
         "split": f"{split.name}, {counted(len(split.document_starts), 'document')}",
-        "state": describe(windows),
+        "state": state,
         "predictions": f"{result.predictions:,}",
         "nats/token": f"{result.nats_per_token:.4f}",
         "perplexity": f"{result.perplexity:.4f}",
@@ -110,15 +114,6 @@ def chosen_windows() -> Contexts | None:
     windows = Contexts(_WINDOW.value, _STRIDE.value or (_WINDOW.value + 1) // 2)
     check_contexts(windows)
     return windows
-
-
-def describe(windows: Contexts | None) -> str:
-    """Describe the state before a prediction."""
-    if windows is None:
-        return "carried within each document"
-    length, stride = windows
-    minimum = length - stride + 1
-    return f"zero, then {minimum} to {length} tokens of context (fewer at a document's start)"
 
 
 def xz_bits_per_byte(split: TokenSplit, tokenizer: Tokenizer) -> float:

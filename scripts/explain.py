@@ -31,7 +31,6 @@ from simplernn_jax.files import check_output, write_file
 
 if TYPE_CHECKING:  # slow imports happen after the flags are checked
     from simplernn_jax.analysis import Explanation
-    from simplernn_jax.data import TokenSplit
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
@@ -68,8 +67,15 @@ def main() -> int:
     from simplernn_jax.analysis import explain
     from simplernn_jax.checkpoint.checkpointer import read_config
     from simplernn_jax.inference.exported_folder import is_exported
+    from simplernn_jax.training.preparation import open_saved_corpus
 
     model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value)
+    try:
+        corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_SOURCE.value)
+        validation = corpus.validation
+    except UserError as error:
+        logging.warning("held-out text unavailable, evaluating on the given text: %s", error)
+        validation = None
     out.mkdir(parents=True, exist_ok=True)
     explanation = explain(
         model,
@@ -78,7 +84,7 @@ def main() -> int:
         text,
         token=_TOKEN.value,
         map_tokens=_MAP_TOKENS.value,
-        validation=_validation_split(workdir),
+        validation=validation,
     )
     logging.info("plotting ...")
     sizes = config.model
@@ -112,19 +118,6 @@ def _check_out(out: Path) -> None:
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"--out={_OUT.value}: {nearest} is not writable; use another folder")
-
-
-def _validation_split(workdir: str) -> "TokenSplit | None":
-    """Return the run's held-out text, or None if it has none or it is missing."""
-    from simplernn_jax.training.preparation import open_saved_corpus
-
-    try:
-        return open_saved_corpus(
-            workdir, cache_dir=_CACHE_DIR.value, source=_SOURCE.value
-        ).validation
-    except UserError as error:
-        logging.warning("held-out text unavailable, evaluating on the given text: %s", error)
-        return None
 
 
 def _write(out: Path, explanation: "Explanation", facts: dict[str, str]) -> Path:

@@ -21,19 +21,11 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
-from typing import TYPE_CHECKING
-
 from absl import flags, logging
 
 from simplernn_jax import command_line, process_start
 from simplernn_jax.errors import UserError
 from simplernn_jax.export import FORMATS, QUANTIZATIONS
-
-if TYPE_CHECKING:  # slow imports happen after the flags are checked
-    import numpy as np
-
-    from simplernn_jax.data.tokenizer import Tokenizer
-    from simplernn_jax.models import LanguageModel
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
@@ -61,16 +53,28 @@ def main() -> None:
         raise UserError(f"no --format: specify {_FORMAT_NAMES}")
     out = command_line.expand_path(_OUT.value, "out")
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
+    import numpy as np
+
     from simplernn_jax import load_model
     from simplernn_jax.devices import check_devices
     from simplernn_jax.export.exporting import check_new, export
     from simplernn_jax.export.formats import find_format
+    from simplernn_jax.inference import generate
+    from simplernn_jax.training.preparation import open_saved_corpus
 
     process_start.raise_on_signals()  # there are a temporary folder and a child
     find_format(_FORMAT.value)
     check_new(out)
     check_devices()
     model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
+    try:
+        corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_SOURCE.value)
+        tokens = np.asarray((corpus.validation or corpus.train).tokens[:_CHECKED_TOKENS])
+    except UserError as error:
+        logging.warning("no held-out text, checking on generated text: %s", error)
+        prompt = [tokenizer.bos_id]
+        generated = generate(model, prompt, max_new_tokens=_CHECKED_TOKENS - 1, temperature=1.0)
+        tokens = np.concatenate([prompt, generated.tokens[0]])
     report = export(
         _FORMAT.value,
         model,
@@ -78,31 +82,10 @@ def main() -> None:
         config,
         out,
         workdir=workdir,
-        tokens=held_out_tokens(workdir, model, tokenizer),
+        tokens=tokens,
         quantize=_QUANTIZE.value,
     )
     print(f"{_OUT.value}: {report}")
-
-
-def held_out_tokens(workdir: str, model: "LanguageModel", tokenizer: "Tokenizer") -> "np.ndarray":
-    """Return the first tokens of the run's held-out text, or of its training text without one.
-
-    If the text is missing, the model generates some.
-    """
-    import numpy as np
-
-    from simplernn_jax.inference import generate
-    from simplernn_jax.training.preparation import open_saved_corpus
-
-    try:
-        corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_SOURCE.value)
-    except UserError as error:
-        logging.warning("no held-out text, checking on generated text: %s", error)
-        prompt = [tokenizer.bos_id]
-        generated = generate(model, prompt, max_new_tokens=_CHECKED_TOKENS - 1, temperature=1.0)
-        return np.concatenate([prompt, generated.tokens[0]])
-    split = corpus.validation or corpus.train
-    return np.asarray(split.tokens[:_CHECKED_TOKENS])
 
 
 if __name__ == "__main__":

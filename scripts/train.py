@@ -25,9 +25,11 @@ import os
 from absl import flags
 
 from simplernn_jax import command_line, process_start
-from simplernn_jax.errors import UserError
+from simplernn_jax.config_flag import define_config_flag
+from simplernn_jax.errors import EXIT_INTERRUPTED, UserError
+from simplernn_jax.exit_codes import exit_with
 
-_CONFIG = command_line.define_config_flag()
+_CONFIG = define_config_flag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, metrics and tokenized text; created if missing."
 )
@@ -48,7 +50,7 @@ _TIMEOUT = flags.DEFINE_integer(
 
 
 def main() -> int:
-    """Train; return 0 at the end, `command_line.EXIT_INTERRUPTED` if a signal stopped it."""
+    """Train; return 0 at the end, `EXIT_INTERRUPTED` if a signal stopped it."""
     cluster = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if not _DISTRIBUTED.value:
         if cluster != (None, None, None):
@@ -64,7 +66,7 @@ def main() -> int:
             return _train()
 
     # At a normal exit, JAX and threads would wait for the other processes.
-    command_line.exit_with(train_together, leave=os._exit)
+    exit_with(train_together, leave=os._exit)
 
 
 def _train() -> int:
@@ -82,7 +84,7 @@ def _train() -> int:
     gc.freeze()  # imported modules stay: garbage collections during tracing skip them
     process_start.run_starts()
     result = train(config, workdir)
-    return command_line.EXIT_INTERRUPTED if result.interrupted_by else 0
+    return EXIT_INTERRUPTED if result.interrupted_by else 0
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ import tempfile
 from absl import flags
 
 from simplernn_jax import command_line
+from simplernn_jax.config_flag import define_config_flag
 from simplernn_jax.files import check_output, write_file
 
-_CONFIG = command_line.define_config_flag()
+_CONFIG = define_config_flag()
 _OUTPUT = flags.DEFINE_string("output", None, "File to write.", required=True)
 
 

@@ -1,16 +1,7 @@
 """Command line of the scripts: shared flags, help, input texts and logs.
 
-A script defines its flags at module level and ends with ``command_line.run(main)``:
-
-    _CONFIG = command_line.define_config_flag()
-
-    def main() -> int | None:
-        config = _CONFIG.value
-
-    if __name__ == "__main__":
-        command_line.run(main)
-
-The exit codes are those of `simplernn_jax.exit_codes`.
+A script defines its flags at module level and ends with ``command_line.run(main)``. The exit codes
+are those of `simplernn_jax.exit_codes`.
 """
 
 import logging
@@ -19,14 +10,14 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 
 from simplernn_jax.config import Config, by_field
-from simplernn_jax.config_flag import config_is_missing, define_config_flag
-from simplernn_jax.errors import EXIT_INTERRUPTED, UserError, nearest_name
+from simplernn_jax.config_flag import config_is_missing
+from simplernn_jax.errors import UserError, nearest_name
 from simplernn_jax.exit_codes import exit_with
 from simplernn_jax.files import read_file
 from simplernn_jax.project import name_commands, name_configs, usage
@@ -35,20 +26,7 @@ if TYPE_CHECKING:
     from simplernn_jax.data.tokenizer import Tokenizer
     from simplernn_jax.models import LanguageModel
 
-__all__ = [
-    "EXIT_INTERRUPTED",
-    "Arguments",
-    "define_arguments",
-    "define_checkpoint_flag",
-    "define_config_flag",
-    "define_corpus_flags",
-    "define_quantize_flag",
-    "exit_with",
-    "expand_path",
-    "load_model",
-    "read_text",
-    "run",
-]
+flags.disclaim_key_flags()  # --help lists these flags under the script that defines them
 
 _MAX_TEXT_BYTES = 1 << 30
 
@@ -76,15 +54,13 @@ def define_arguments(usage: str) -> Arguments:
 
 def define_quantize_flag() -> flags.FlagHolder[str]:
     """Define ``--quantize``, the argument of `quantize_model`."""
-    holder = flags.DEFINE_enum(
+    return flags.DEFINE_enum(
         "quantize",
         "none",
         ["none", "bfloat16", "int8", "int4"],
         "Store the weights for decoding in fewer bits: faster for models beyond the caches, and a "
         "little less accurate.",
     )
-    _show_in_help(holder)
-    return holder
 
 
 def define_checkpoint_flag() -> flags.FlagHolder[str]:
@@ -100,7 +76,6 @@ def define_checkpoint_flag() -> flags.FlagHolder[str]:
         lambda value: value in ("best", "newest") or (value.isascii() and value.isdecimal()),
         "must be best, newest or a step",
     )
-    _show_in_help(holder)
     return holder
 
 
@@ -131,14 +106,7 @@ def define_corpus_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[str]]
     source = flags.DEFINE_string(
         "source", "", "Text to re-tokenize if the tokenized corpus is missing."
     )
-    _show_in_help(cache_dir, source)
     return cache_dir, source
-
-
-def _show_in_help(*holders: flags.FlagHolder[Any]) -> None:
-    """List flags that this module defines in the ``--help`` of the script."""
-    for holder in holders:
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[holder.name])
 
 
 def read_text(text: str | None, file: str | None, *, name: str) -> str:

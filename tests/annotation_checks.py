@@ -1,9 +1,6 @@
 """The type checker that conftest.py applies to annotations of the package."""
 
-import contextlib
-
 import beartype
-import jaxtyping
 import numpy as np
 from jax import export
 
@@ -17,13 +14,3 @@ check = beartype.beartype(
         hint_overrides=beartype.FrozenDict({int: int | np.integer | type(_OPEN_SIZE)}),
     )
 )
-
-
-@contextlib.contextmanager
-def unchecked():
-    """Leave out the checks."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)

@@ -2,9 +2,9 @@
 
 import contextlib
 import json
+import random
 
-from damages import damaged
-
+from benchmarks.stress.mutation import mutated
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus
 from simplernn_jax.errors import UserError
@@ -36,7 +36,7 @@ def read_damaged(path, number, **settings):
     """Texts of the file after each of `number` damages; raises anything but a `UserError`."""
     whole = path.read_bytes()
     for seed in range(number):
-        path.write_bytes(damaged(whole, seed))
+        path.write_bytes(mutated(whole, random.Random(seed)))
         with contextlib.suppress(UserError):
             yield read_all(path, **settings)
     path.write_bytes(whole)

@@ -9,26 +9,6 @@ ODD_VALUES = (
 )
 
 
-def damaged(content, seed):
-    """Bytes with some bits flipped, cut short, or with a part left out, repeated or inserted."""
-    draw = random.Random(seed)
-    start = draw.randrange(len(content))
-    stop = start + draw.randint(1, 30)
-    match seed % 5:
-        case 0:
-            flipped = bytearray(content)
-            for _ in range(draw.choice([1, 1, 2, 5])):
-                flipped[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-            return bytes(flipped)
-        case 1:
-            return content[:start]
-        case 2:
-            return content[:start] + content[stop:]
-        case 3:
-            return content[:stop] + content[start:]
-    return content[:start] + draw.randbytes(draw.randint(1, 8)) + content[start:]
-
-
 def damaged_json(text, seed):
     """JSON text in which one value is another one or missing."""
     draw = random.Random(seed)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from benchmarks import serving
 from benchmarks.stress import runs
-from benchmarks.train_steps import change
+from benchmarks.train_steps import change, random_documents
 from simplernn_jax.config import (
     Config,
     DataConfig,
@@ -19,7 +19,6 @@ from simplernn_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from simplernn_jax.data.batches import Batch
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.training import loop
 
@@ -53,16 +52,7 @@ def small_model(block="plain", **fields):
 
 def random_batch(seed, size, length, vocab_size, begins=0.2):
     """A batch whose documents begin at each token with probability `begins`."""
-    random = np.random.default_rng(seed)
-    tokens = random.integers(0, vocab_size, (size, length + 1), np.int32)
-    begins = random.random((size, length + 1)) < begins
-    return Batch(
-        tokens=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        loss_mask=~begins[:, 1:],
-        segment_ids=np.cumsum(begins[:, :-1], axis=1, dtype=np.int32),
-        reset=begins[:, 0],
-    )
+    return random_documents(np.random.default_rng(seed), size, length, vocab_size, begins)
 
 
 def write_corpus(folder, seed=0, documents=7):
@@ -75,11 +65,18 @@ def write_corpus(folder, seed=0, documents=7):
     return str(folder)
 
 
-def save_untrained_chat(folder):
+def untrained_run(folder, **fields):
+    """Write a corpus and the checkpoint of an untrained model; return its workdir."""
+    config = small_config(source=write_corpus(folder / "texts"), **fields)
+    save_untrained(config, folder / "untrained")
+    return folder / "untrained"
+
+
+def save_untrained_chat(folder, **fields):
     """Write the checkpoint of an untrained chat model; return its workdir."""
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     source = write(folder / "a.jsonl", records(*[{"messages": chat}] * 3))
-    save_untrained(small_config(source=str(source), template="roles"), folder / "chat")
+    save_untrained(small_config(source=str(source), template="roles", **fields), folder / "chat")
     return folder / "chat"
 
 

@@ -5,7 +5,9 @@ import time
 import numpy as np
 import pytest
 from corpus_files import read_all, records, write
+from damages import flip_bit
 
+from benchmarks.stress.fuzz_data import CHATML
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data.batches import BatchSource, document_ends
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, load_template
@@ -13,10 +15,6 @@ from simplernn_jax.data.evaluation_batches import Contexts, context_batches, eva
 from simplernn_jax.data.token_store import prepare_corpus
 from simplernn_jax.errors import UserError
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 ROLES = load_template("roles")
 
 
@@ -32,21 +30,16 @@ def talk(*pairs, system=None):
 
 def test_rendered_text():
     chat = talk(("hi", "yo"), ("2", None), system="S")
-    template = ChatTemplate(ROLES)
-    assert template.render(chat) == "\x01S\x04\x02hi\x04\x03yo\x04\x022\x04"
-    assert template.end_of_turn == "\x04"
-    whole = template.render(chat, add_generation_prompt=True)
-    assert whole == template.render(chat[:-1]) + template.render_next(chat[-1:])
-    template = ChatTemplate(CHATML)
-    assert template.end_of_turn == "<|im_end|>\n"
-    whole = template.render(chat, add_generation_prompt=True)
-    assert whole == template.render(chat[:-1]) + template.render_next(chat[-1:])
+    assert ChatTemplate(ROLES).render(chat) == "\x01S\x04\x02hi\x04\x03yo\x04\x022\x04"
 
 
 @pytest.mark.parametrize(("source", "end"), [(ROLES, "\x04"), (CHATML, "<|im_end|>\n")])
 def test_targets_are_answers_and_their_ends(source, end):
     template = ChatTemplate(source)
     chat = talk(("hi", "yo"), ("2", "3"), ("bye", None), system="S")
+    assert template.end_of_turn == end
+    whole = template.render(chat, add_generation_prompt=True)
+    assert whole == template.render(chat[:-1]) + template.render_next(chat[-1:])
     pieces = list(template.pieces(chat, only_assistant=True))
     assert "".join(piece.text for piece in pieces) == template.render(chat)
     assert [piece.text for piece in pieces if piece.is_target] == ["yo" + end, "3" + end]
@@ -204,9 +197,7 @@ def test_a_stored_corpus_keeps_its_targets(tmp_path):
         assert not ours.targets[0]
     targets = np.array(first.train.targets)
     (folder,) = (tmp_path / "tokens").iterdir()
-    content = bytearray((folder / "train.targets").read_bytes())
-    content[3] ^= 1
-    (folder / "train.targets").write_bytes(content)
+    flip_bit(folder / "train.targets")
     third = prepared(tmp_path, split="position", validation_fraction=0.4)
     np.testing.assert_array_equal(third.train.targets, targets)
     assert third.content_hash == first.content_hash

@@ -1,7 +1,6 @@
 """Saving and restoring a run through `Checkpointer`."""
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import gc
@@ -26,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 from odd_files import put_odd_file
 from references import assert_same_bytes
-from small_runs import HYBRID, save_untrained, small_config, write_corpus
+from small_runs import HYBRID, untrained_run
 
 from simplernn_jax import load_model
 from simplernn_jax.checkpoint import contents, manifest, verification
@@ -44,37 +43,25 @@ from simplernn_jax.errors import UserError
 TOKENIZER = '{"kind": "char", "alphabet": "añ\\u2713"}'
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class State:
-    """A stand-in for the training state, with every dtype that a run may save."""
-
-    step: jax.Array
-    params: nnx.State
-    opt_state: optax.OptState
-    rng: jax.Array
-    carried: tuple[jax.Array, ...]
-    extra: dict[str, jax.Array]
-
-
-def make_state(seed: int) -> State:
+def make_state(seed):
+    """Return a stand-in for the training state, with every dtype that a run may save."""
     params = nnx.state(nnx.Linear(3, 5, rngs=nnx.Rngs(seed)), nnx.Param)
     keys = jax.random.split(jax.random.key(seed), 3)
-    return State(
-        step=jnp.int32(seed),
-        params=params,
-        opt_state=optax.adamw(1e-3).init(params),
-        rng=jax.random.key_data(keys[0]),
-        carried=(jax.random.normal(keys[1], (2, 1, 3, 7)),),
-        extra={
+    return {
+        "step": jnp.int32(seed),
+        "params": params,
+        "opt_state": optax.adamw(1e-3).init(params),
+        "rng": jax.random.key_data(keys[0]),
+        "carried": (jax.random.normal(keys[1], (2, 1, 3, 7)),),
+        "extra": {
             "half": jax.random.normal(keys[2], (11,), jnp.bfloat16),
             "flags": jnp.array([True, False, True]),
             "odd": jnp.array([jnp.nan, -0.0, 1e-45, jnp.inf], jnp.float32),
         },
-    )
+    }
 
 
-def abstract_state() -> State:
+def abstract_state():
     return jax.eval_shape(lambda: make_state(0))
 
 
@@ -385,7 +372,7 @@ def test_another_model_is_named_before_arrays_are_read(two_steps):
 
 def test_another_optimizer_is_named(two_steps):
     state = make_state(0)
-    state.opt_state = optax.sgd(1e-3, momentum=0.9).init(state.params)
+    state["opt_state"] = optax.sgd(1e-3, momentum=0.9).init(state["params"])
     with (
         open_checkpointer(two_steps) as checkpointer,
         pytest.raises(UserError, match=r"does not match.*opt_state/0/trace/\S+ is float32\[5\], "),
@@ -513,11 +500,10 @@ def test_a_pipe_in_place_of_a_file_is_an_error(two_steps, name):
 
 
 def test_load_model_under_x64(tmp_path):
-    settings = small_config(**HYBRID, source=write_corpus(tmp_path / "text"))
-    save_untrained(settings, tmp_path / "run")
-    expected, tokenizer, _ = load_model(str(tmp_path / "run"))
+    run = str(untrained_run(tmp_path, **HYBRID))
+    expected, tokenizer, _ = load_model(run)
     with jax.enable_x64(True):
-        model = load_model(str(tmp_path / "run"))[0]
+        model = load_model(run)[0]
         assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
         tokens = jnp.array([[tokenizer.bos_id, 3, 5, 7]])
         forward = nnx.jit(lambda model, tokens: model(tokens)[0])

@@ -1,12 +1,12 @@
 """Exit codes, one-line errors, help and logs of the scripts."""
 
-import os
 import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from odd_files import put_odd_file
 from processes import (
     Result,
     assert_each_refused,
@@ -63,7 +63,7 @@ def run_bodies(folder: Path, bodies: Iterable[str]) -> list[Result]:
 
 ENDS = {
     "return None": (0, []),
-    "return command_line.EXIT_INTERRUPTED": (75, []),
+    "return 75": (75, []),
     "raise KeyboardInterrupt": (130, []),
     "return 1 // 0": (1, ["Traceback", "ZeroDivisionError"]),
     "os.close(999)": (1, ["Traceback"]),  # an OSError without a path
@@ -117,13 +117,11 @@ def test_message_is_printable_and_bounded(tmp_path):
     assert max(len(raised.errors), len(flag.errors)) < 450
 
 
-@pytest.mark.parametrize("content", [None, "fifo", "folder"])
-def test_text_of_a_file_that_is_not_a_regular_one(tmp_path, content):
+@pytest.mark.parametrize("kind", [None, "fifo", "folder"])
+def test_text_of_a_file_that_is_not_a_regular_one(tmp_path, kind):
     path = tmp_path / "text"
-    if content == "fifo":
-        os.mkfifo(path)
-    elif content == "folder":
-        path.mkdir()
+    if kind is not None:
+        put_odd_file(kind, path)
     with pytest.raises(UserError, match=r"--prompt_file=.*text: .*; specify a readable file"):
         command_line.read_text(None, str(path), name="prompt")
 

@@ -102,16 +102,11 @@ def test_a_run_from_the_cache_is_bit_exact(tmp_path):
     assert newest_checkpoint(tmp_path / "warm") == newest_checkpoint(tmp_path / "cold")
 
 
-def put_three(folder, cache):
-    """Entries of 10 bytes, each used a second after the one before it."""
-    for number, key in enumerate(("first", "second", "third")):
-        cache.put(key, bytes([number]) * 10)
-        os.utime(folder / f"{key}-sha256", (1000 + number, 1000 + number))
-
-
 def test_the_least_recently_used_entries_are_deleted(tmp_path):
     cache = ChecksummedCache(tmp_path, max_bytes=35)
-    put_three(tmp_path, cache)
+    for number, key in enumerate(("first", "second", "third")):  # each used a second later
+        cache.put(key, bytes([number]) * 10)
+        os.utime(tmp_path / f"{key}-sha256", (1000 + number, 1000 + number))
     (tmp_path / "theirs-cache").write_bytes(b"of another program")
     assert cache.get("first") == bytes(10)
     cache.put("fourth", b"x" * 12)

@@ -10,8 +10,9 @@ SCRIPT = '''
 """Prints a configuration."""
 
 from simplernn_jax import command_line
+from simplernn_jax.config_flag import define_config_flag
 
-_CONFIG = command_line.define_config_flag()
+_CONFIG = define_config_flag()
 
 
 def main() -> None:

@@ -4,9 +4,8 @@ import chex
 import jax
 import numpy as np
 import pytest
-from corpus_files import records, write
 from processes import assert_each_refused, run_scripts
-from small_runs import save_untrained, small_config, write_corpus
+from small_runs import save_untrained_chat, untrained_run
 
 from simplernn_jax import load_model
 from simplernn_jax.data.chat_template import ChatTemplate
@@ -18,12 +17,7 @@ SETTINGS = {"max_new_tokens": 3000, "temperature": 1.0}
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    source = write(folder / "a.jsonl", records(*[{"messages": chat}] * 3))
-    config = small_config(block="residual", source=str(source), template="roles", num_layers=2)
-    save_untrained(config, folder / "untrained")
-    return folder / "untrained"
+    return save_untrained_chat(tmp_path_factory.mktemp("run"), block="residual", num_layers=2)
 
 
 @pytest.fixture
@@ -88,9 +82,8 @@ def test_states_that_cannot_be_continued(loaded, tmp_path):
     two = generate_text(model, tokenizer, ["a", "b"], max_new_tokens=0).state
     with pytest.raises(UserError, match="state: 2 sequences"):
         Conversation(*loaded, state=two)
-    config = small_config(source=write_corpus(tmp_path / "texts"))
-    save_untrained(config, tmp_path / "other")
-    other = generate_text(*load_model(str(tmp_path / "other"))[:2], "a", max_new_tokens=0).state
+    others = load_model(str(untrained_run(tmp_path)))[:2]
+    other = generate_text(*others, "a", max_new_tokens=0).state
     with pytest.raises(UserError, match="use the model that made it"):
         Conversation(*loaded, state=other)
 
@@ -117,7 +110,5 @@ def test_chat_script(workdir, tmp_path, loaded):
 
 
 def test_a_model_of_plain_text_is_refused(tmp_path):
-    config = small_config(source=write_corpus(tmp_path / "texts"))
-    save_untrained(config, tmp_path / "run")
-    case = [f"--workdir={tmp_path / 'run'}"], "not trained on conversations"
+    case = [f"--workdir={untrained_run(tmp_path)}"], "not trained on conversations"
     assert_each_refused("scripts/chat.py", case)

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from processes import ROOT, assert_each_refused, assert_refused, run_scripts
-from small_runs import save_untrained, small_config, write_corpus
+from small_runs import save_untrained, small_config, untrained_run, write_corpus
 
 
 def evaluate(*commands, **options):
@@ -60,9 +60,7 @@ def test_scores_a_split_from_the_workdir_alone(saved):
 
 
 def test_a_run_without_held_out_text_says_so(tmp_path):
-    config = small_config(source=write_corpus(tmp_path / "text"))
-    save_untrained(config, tmp_path / "run")
-    assert_refused(*evaluate(["--workdir", tmp_path / "run"]), "has no held-out text")
+    assert_refused(*evaluate(["--workdir", untrained_run(tmp_path)]), "has no held-out text")
 
 
 def test_bad_flags_are_one_line_and_exit_code_2():

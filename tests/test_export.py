@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import chex
 import jax.numpy as jnp
@@ -18,9 +17,9 @@ import pytest
 import safetensors.numpy
 from export_models import GLA, MODELS, trained
 from flax import nnx
-from processes import run_scripts
-from small_runs import save_untrained, small_config, write_corpus
-from small_tokenizers import word_level
+from processes import ROOT, run_python, run_scripts
+from small_runs import untrained_run
+from small_tokenizers import pretrained, word_level
 
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
@@ -37,9 +36,7 @@ TOKENS = np.random.default_rng(0).integers(0, 256, 89).astype(np.int32)
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    save_untrained(small_config(source=write_corpus(folder / "texts")), folder / "untrained")
-    return folder / "untrained"
+    return untrained_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +50,7 @@ def test_logits_and_greedy_tokens_are_those_of_the_model(tmp_path, format_name, 
     original = trained({**MODELS, "gla": GLA}[name])
     module = find_format(format_name)
     module.write(original, tmp_path)
-    root = str(Path(__file__).parents[1]).encode()
+    root = str(ROOT).encode()
     assert not any(root in path.read_bytes() for path in tmp_path.iterdir())
     loaded = module.load(tmp_path)
     expected = logits_of(original.model, TOKENS)
@@ -107,16 +104,11 @@ def test_the_example_runs_without_this_package(tmp_path):
     (tmp_path / "simplernn_jax").mkdir()
     (tmp_path / "simplernn_jax" / "__init__.py").write_text("raise ImportError")
     path = os.pathsep.join([str(tmp_path), *filter(os.path.isabs, sys.path)])
-    result = subprocess.run(
-        [sys.executable, "example.py", *words],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        check=True,
-    )
+    result = run_python("example.py", *words, cwd=tmp_path, PYTHONPATH=path)
+    assert result.code == 0, result.errors
     prompt = [original.tokenizer.bos_id, *TOKENS.tolist()]
     tokens = generate(original.model, prompt, max_new_tokens=32).tokens[0].tolist()
-    assert list(map(int, result.stdout.split())) == tokens
+    assert list(map(int, result.output.split())) == tokens
 
 
 def test_a_program_for_all_platforms_without_custom_calls(tmp_path):
@@ -180,17 +172,8 @@ def test_an_export_of_gla_is_a_checkpoint_of_flash_linear_attention(tmp_path, fi
 
 def test_the_script_exports_a_page(tmp_path, workdir):
     out = tmp_path / "page"
-    code, output, errors = run_scripts(
-        (
-            "scripts/export.py",
-            "--workdir",
-            workdir,
-            "--format=html",
-            "--out",
-            out,
-            "--quantize=int8",
-        )
-    )[0]
+    script = ("scripts/export.py", "--format=html", "--quantize=int8")
+    ((code, output, errors),) = run_scripts((*script, "--workdir", workdir, "--out", out))
     assert code == 0, errors
     assert "largest difference of logits" in output
     assert " nats (" in output
@@ -258,7 +241,7 @@ def test_a_wrong_export_leaves_nothing(tmp_path, workdir, monkeypatch, found, pr
 def test_a_signal_leaves_nothing(tmp_path, workdir):
     out = tmp_path / "parent" / "out"
     script = [sys.executable, "scripts/export.py", f"--workdir={workdir}", f"--out={out}"]
-    process = subprocess.Popen([*script, "--format=stablehlo"], cwd=Path(__file__).parents[1])
+    process = subprocess.Popen([*script, "--format=stablehlo"], cwd=ROOT)
     deadline = time.monotonic() + 120
     while not list(out.parent.glob(".*.tmp/*")):
         assert process.poll() is None
@@ -293,11 +276,8 @@ def test_the_process_of_the_check(tmp_path, workdir, monkeypatch):
 
 
 def test_only_problems_of_the_folder_name_its_flag(tmp_path):
-    def fail():
-        raise OSError("of a library")
-
     with pytest.raises(OSError, match="of a library"), exporting.new_folder(str(tmp_path / "out")):
-        fail()
+        raise OSError("of a library")
     assert not list(tmp_path.iterdir())
 
 
@@ -309,11 +289,7 @@ def test_damaged_exports_are_refused(tmp_path, workdir):
     weights = safetensors.numpy.load_file(good / "model.safetensors")
     name, value = next(iter(weights.items()))
     run = json.loads((good / "simplernn.json").read_text())
-    pretrained = {
-        "kind": "pretrained",
-        "tokenizer": word_level(*map(str, range(296))).to_str(),
-        "special_ids": {},
-    }
+    words = json.loads(pretrained(word_level(*map(str, range(296)))).to_json())
     damages = {
         "model.safetensors": [
             (b"", "cannot be read"),
@@ -331,7 +307,7 @@ def test_damaged_exports_are_refused(tmp_path, workdir):
                 r"bad/simplernn\.json: .*of kind 'x'",
             ),
             (
-                json.dumps(run | {"tokenizer": pretrained}).encode(),
+                json.dumps(run | {"tokenizer": words}).encode(),
                 "bad: the tokenizer has 300 ids and the model 259",
             ),
         ],

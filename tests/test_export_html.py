@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import small_config, write_corpus
 from small_tokenizers import byte_level, pretrained, word_level
-from test_tokenizer import TEXT, byte_level_json, char_tokenizer
+from test_tokenizer import char_tokenizer
 
+from benchmarks.stress.fuzz_data import TEXT, byte_level_json
 from simplernn_jax import load_model
 from simplernn_jax.data import tokenizer_from_json
 from simplernn_jax.errors import UserError
@@ -30,25 +31,16 @@ def splitting_json():
     """BPE whose words are those of a pattern, as of larger models, and known as a whole."""
     content = json.loads(byte_level_json())
     content["model"]["ignore_merges"] = True
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
     pattern = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
-    content["pre_tokenizer"] = {
-        "type": "Sequence",
-        "pretokenizers": [
-            {
-                "type": "Split",
-                "pattern": {"Regex": pattern},
-                "behavior": "Isolated",
-                "invert": False,
-            },
-            {
-                "type": "ByteLevel",
-                "add_prefix_space": False,
-                "trim_offsets": True,
-                "use_regex": False,
-            },
-        ],
-    }
-    return json.dumps(content)
+    words = tokenizers.pre_tokenizers
+    tokenizer.pre_tokenizer = words.Sequence(
+        [
+            words.Split(tokenizers.Regex(pattern), "isolated"),
+            words.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer
 
 
 TOKENIZERS = {

@@ -10,10 +10,11 @@ import optax
 import pytest
 from export_models import MODELS, trained
 from flax import nnx
-from small_runs import HYBRID, save_untrained, small_config, write_corpus
+from small_runs import HYBRID, small_config, untrained_run, write_corpus
 from small_tokenizers import pretrained
-from test_tokenizer import TEXT, byte_level_json, char_tokenizer
+from test_tokenizer import char_tokenizer
 
+from benchmarks.stress.fuzz_data import TEXT, byte_level_json
 from simplernn_jax import load_model
 from simplernn_jax.data import tokenizer_from_json
 from simplernn_jax.errors import UserError
@@ -221,10 +222,9 @@ def test_lm_eval_gives_the_scores_of_the_model(tmp_path):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    config = small_config(**HYBRID, source=write_corpus(tmp_path / "texts"))
-    save_untrained(config, tmp_path / "run")
-    model, tokenizer, config = load_model(str(tmp_path / "run"))
-    write(TrainedModel(model, tokenizer, config, str(tmp_path / "run")), tmp_path / "out")
+    run = str(untrained_run(tmp_path, **HYBRID))
+    model, tokenizer, config = load_model(run)
+    write(TrainedModel(model, tokenizer, config, run), tmp_path / "out")
     scorer = HFLM(
         pretrained=str(tmp_path / "out"),
         trust_remote_code=True,

@@ -8,7 +8,7 @@ import jax
 import pytest
 import safetensors.numpy
 from flax import nnx
-from small_runs import save_untrained, small_config, stop_after, write_corpus
+from small_runs import save_untrained, small_config, stop_after, untrained_run, write_corpus
 from small_tokenizers import byte_level
 
 from simplernn_jax import load_model
@@ -25,9 +25,7 @@ from simplernn_jax.training.run import Run
 
 @pytest.fixture
 def initial(tmp_path):
-    config = small_config(source=write_corpus(tmp_path / "texts"), seed=3)
-    save_untrained(config, tmp_path / "initial")
-    return tmp_path / "initial"
+    return untrained_run(tmp_path, seed=3)
 
 
 def fine_tuned(initial, tmp_path, **fields):
@@ -48,10 +46,9 @@ def test_parameters_are_those_of_the_other_run(initial, tmp_path):
 @pytest.mark.parametrize("mesh", [{"fsdp": 2}, {"stage": 2}])
 def test_on_a_mesh(tmp_path, mesh):
     layers = {"num_layers": 2, "sequence_length": 8}
-    config = small_config(source=write_corpus(tmp_path / "texts"), seed=3, **layers)
-    save_untrained(config, tmp_path / "initial")
-    model, _, _ = load_model(str(tmp_path / "initial"))
-    config = fine_tuned(tmp_path / "initial", tmp_path, **layers, **mesh)
+    run = untrained_run(tmp_path, seed=3, **layers)
+    model, _, _ = load_model(str(run))
+    config = fine_tuned(run, tmp_path, **layers, **mesh)
     with Run(config, str(tmp_path / "run")) as run:
         run.save(wait=True)
     trained, _, _ = load_model(str(tmp_path / "run"))

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from annotation_checks import unchecked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import assert_accurate, draw_recurrence, recurrence, value_and_gradients
@@ -219,12 +218,13 @@ def test_empty_axes(sizes):
 
 
 @pytest.mark.parametrize("method", ["auto", "chunkwise", "scan"])
-def test_numpy_float64_is_float32_without_x64(method):
+def test_numpy_float64_is_float32_without_x64(method, monkeypatch):
     x = np.ones((2, 5, 3, 4))
     state = np.ones((2, 3, 4, 4))
     ids = np.zeros((2, 5), np.int64)
     # The annotations name JAX's arrays; NumPy's are accepted too.
-    with jax.enable_x64(False), unchecked():
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    with jax.enable_x64(False):
         results = gated_linear_recurrence(
             x, x, x, -x, initial_state=state, segment_ids=ids, method=method
         )

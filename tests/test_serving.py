@@ -10,7 +10,7 @@ import urllib.parse
 import pytest
 from processes import assert_each_refused
 from serving_process import serving
-from small_runs import HYBRID, save_untrained, small_config, write_corpus
+from small_runs import HYBRID, untrained_run
 
 from simplernn_jax import load_model
 from simplernn_jax.inference import generate_text, load_state, save_state
@@ -19,11 +19,7 @@ from simplernn_jax.serving.server import listen
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    source = write_corpus(folder / "texts")
-    config = small_config(**HYBRID, source=source, validation_fraction=0.3)
-    save_untrained(config, folder / "untrained")
-    return folder / "untrained"
+    return untrained_run(tmp_path_factory.mktemp("run"), **HYBRID, validation_fraction=0.3)
 
 
 @pytest.fixture(scope="module")

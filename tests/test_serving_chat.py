@@ -1,5 +1,7 @@
 """Chat completions of scripts/serve.py, by OpenAI's client."""
 
+import pytest
+
 from simplernn_jax import load_model
 from simplernn_jax.data.chat_template import ChatTemplate
 from simplernn_jax.inference import Conversation

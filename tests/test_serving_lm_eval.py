@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from serving_process import serving
-from small_runs import HYBRID, save_untrained, small_config, write_corpus
+from small_runs import HYBRID, untrained_run
 
 from simplernn_jax import load_model
 
@@ -16,10 +16,7 @@ PAIRS = [("ab cé" * (1 + 5 * n), [" d", "é", "a b", "dd"][n % 4] * (1 + n)) fo
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    config = small_config(**HYBRID, source=write_corpus(folder / "texts"))
-    save_untrained(config, folder / "untrained")
-    return folder / "untrained"
+    return untrained_run(tmp_path_factory.mktemp("run"), **HYBRID)
 
 
 @pytest.mark.filterwarnings("ignore")  # of lm-eval and its libraries

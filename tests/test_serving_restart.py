@@ -10,7 +10,7 @@ import time
 
 import pytest
 from serving_process import serving
-from small_runs import HYBRID, save_untrained, small_config, write_corpus
+from small_runs import HYBRID, save_untrained, small_config, untrained_run
 
 from simplernn_jax import load_model
 from simplernn_jax.export.formats import TrainedModel, find_format
@@ -21,9 +21,7 @@ PROMPTS = [("ab cé" * (1 + 7 * n))[: 3 + 11 * n] for n in range(32)]
 
 @pytest.fixture
 def workdir(tmp_path):
-    config = small_config(**HYBRID, source=write_corpus(tmp_path / "texts"))
-    save_untrained(config, tmp_path / "run")
-    return tmp_path / "run"
+    return untrained_run(tmp_path, **HYBRID)
 
 
 def complete_all(server, seed):

@@ -1,39 +1,26 @@
 import contextlib
 import json
 import os
+import random
 
 import numpy as np
 import pytest
 import tokenizers
-from damages import damaged, damaged_json
+from damages import damaged_json
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_python
 from small_tokenizers import word_level
 
+from benchmarks.stress.fuzz_data import TEXT, byte_level_json
+from benchmarks.stress.mutation import mutated
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import load_tokenizer, open_corpus, tokenizer_from_json
 from simplernn_jax.errors import UserError
 
-TEXT = "The naïve café — sells 13 кофе and 茶.\n\tIt <s> closes </s> at five 🙂!\r\n"
-
 
 def char_tokenizer(alphabet: str):
     return tokenizer_from_json(json.dumps({"kind": "char", "alphabet": alphabet}))
-
-
-def byte_level_json(*special_tokens: str) -> str:
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=307,
-        special_tokens=list(special_tokens),
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT] * 5, trainer)
-    return tokenizer.to_str()
 
 
 def byte_fallback_json() -> str:
@@ -218,7 +205,7 @@ def test_every_damaged_tokenizer_works_or_is_one_line(text, wrap):
         if seed % 2:
             broken = damaged_json(text, seed)
         else:
-            broken = damaged(text.encode(), seed // 2).decode("utf-8", "replace")
+            broken = mutated(text.encode(), random.Random(seed)).decode("utf-8", "replace")
         with contextlib.suppress(UserError):
             use(wrap(broken))
 

@@ -39,7 +39,8 @@ def workdir(folder: Path, count: int, seed: int) -> Iterator[Case]:
     whole, damaged = folder / "whole", folder / "damaged"
     run_quietly(config, whole)
     expected = read_checkpoint(whole)
-    models = {_parameters(load_model(str(whole), step)[0]) for step in _steps(whole)}
+    steps = CheckpointFolder(str(whole)).steps()
+    models = {_parameters(load_model(str(whole), step)[0]) for step in steps}
 
     def load() -> str | None:
         found = outcome(lambda: load_model(str(damaged))[0])
@@ -201,10 +202,6 @@ def _watched(check: Callable[[], str | None]) -> str | None:
 
 def _parameters(model: LanguageModel) -> tuple[bytes, ...]:
     return bytes_of(nnx.state(model, nnx.Param))
-
-
-def _steps(path: Path) -> list[int]:
-    return CheckpointFolder(str(path)).steps()
 
 
 def _tokens_of(corpus: TokenizedCorpus) -> list[bytes]:

@@ -32,7 +32,7 @@ def full_disk(folder: Path, count: int, seed: int) -> Iterator[Case]:
     alone = folder / "alone" / "run"
     alone.parent.mkdir()
     train(alone, flags=FLAGS, environment=_environment(alone, library))
-    expected, num_calls = read_checkpoint(alone), _calls(alone)[0]
+    expected, num_calls = read_checkpoint(alone), preload.read_calls(_record(alone))[0]
     numbers = random.Random(seed).sample(range(num_calls), num_calls)
 
     def run_case(number: int) -> Case:
@@ -61,7 +61,8 @@ def _run_and_resume(
     with start_run(workdir, 1, FLAGS, environment) as (process,):
         code = exit_code(process, WITHIN)
     log = log_of(workdir)
-    what = f"{_calls(workdir)[1] or 'not reached'}, code {code}"
+    failed = preload.read_calls(_record(workdir))[1]
+    what = f"{failed or 'not reached'}, code {code}"
     if code is None:
         return what, f"has not ended within {WITHIN:.0f} s: {log[-500:]}"
     errors = [line for line in log.splitlines() if line.startswith("error: ")]
@@ -76,16 +77,11 @@ def _run_and_resume(
         problem = difference(read_checkpoint(workdir), expected)
         if problem is not None:
             return what, f"without an error, {problem}"
-    return what, _resume(workdir, environment, expected)
-
-
-def _resume(workdir: Path, environment: dict[str, str], expected: dict[str, Any]) -> str | None:
-    """Run again without failures; return what is wrong with the result."""
     problem = resume(workdir, expected, flags=FLAGS, environment=environment | {"LD_PRELOAD": ""})
     left = [path.name for path in workdir.parent.rglob("*tmp*")]
     if problem is None and left:
         problem = f"left behind: {', '.join(left)}"
-    return problem
+    return what, problem
 
 
 def _environment(
@@ -102,11 +98,6 @@ def _environment(
         library, _record(workdir), workdir.parent, first, count, error
     )
     return variables | {"JAX_COMPILATION_CACHE_DIR": str(programs / "programs")}
-
-
-def _calls(workdir: Path) -> tuple[int, str]:
-    """Return how many calls a run made that write, and which of them failed first."""
-    return preload.read_calls(_record(workdir))
 
 
 def _record(workdir: Path) -> Path:

@@ -80,19 +80,26 @@ def _text_readers(folder: Path) -> list[Reader]:
     ]
 
 
-def _tokenizer_readers(folder: Path) -> list[Reader]:
-    byte_level = tokenizers.Tokenizer(models.BPE())
-    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    byte_level.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+def byte_level_json(*special_tokens: str) -> str:
+    """JSON of a byte-level BPE of 307 ids, trained on `TEXT`."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=280, initial_alphabet=alphabet, special_tokens=["<s>"], show_progress=False
+        vocab_size=307,
+        special_tokens=list(special_tokens),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    byte_level.train_from_iterator([TEXT] * 5, trainer)
+    tokenizer.train_from_iterator([TEXT] * 5, trainer)
+    return tokenizer.to_str()
+
+
+def _tokenizer_readers(folder: Path) -> list[Reader]:
     model = models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]")  # noqa: S106
     words = tokenizers.Tokenizer(model)
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    libraries = [byte_level.to_str(), words.to_str()]
+    libraries = [byte_level_json("<s>"), words.to_str()]
     saved = [
         json.dumps({"kind": "pretrained", "tokenizer": text, "special_ids": {"bos_id": 0}})
         for text in libraries

@@ -179,22 +179,18 @@ def _stop_inside_a_save(workdir: Path, process: Process, draw: random.Random) ->
 
 
 def _interrupt_a_run(workdir: Path, draw: random.Random, start: Run) -> tuple[str, str | None, str]:
-    with start() as (process,):
-        return _interrupt(workdir, process, draw)
-
-
-def _interrupt(workdir: Path, process: Process, draw: random.Random) -> tuple[str, str | None, str]:
     """Send a signal, or two soon after each other, and wait for the run's end."""
     sent = draw.choice([signal.SIGTERM, signal.SIGINT])
-    when = wait_for_a_moment(workdir, [process], draw)
     is_twice = int(workdir.name) % 3 == 0
-    send(process, sent)
-    if is_twice:
-        time.sleep(draw.uniform(0, 1))
+    with start() as (process,):
+        when = wait_for_a_moment(workdir, [process], draw)
         send(process, sent)
-    has_begun = any(workdir.glob("checkpoints/*"))
-    started = time.monotonic()
-    code = exit_code(process, _SAVES_WITHIN if has_begun else _COMPILES_WITHIN)
+        if is_twice:
+            time.sleep(draw.uniform(0, 1))
+            send(process, sent)
+        has_begun = any(workdir.glob("checkpoints/*"))
+        started = time.monotonic()
+        code = exit_code(process, _SAVES_WITHIN if has_begun else _COMPILES_WITHIN)
     took = f"{time.monotonic() - started:.1f} s"
     problem = None
     if code is None:

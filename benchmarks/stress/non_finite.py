@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simplernn_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.errors import UserError
 from simplernn_jax.training.loop import check_skips
@@ -22,7 +22,7 @@ from simplernn_jax.training.train_step import (
     make_train_step,
 )
 
-from ..train_steps import change
+from ..train_steps import change, random_documents
 from . import poison
 from .experiment import Case
 from .poison import VALUES, spoil
@@ -75,21 +75,10 @@ class BrokenPromise(Exception):
 @functools.cache
 def program_of(mode: str) -> tuple[Config, TrainState, Step]:
     """Compile the step of a mode: its configuration, its first state, and a step that keeps it."""
-    config = Config(
-        model=ModelConfig(
-            vocab_size=VOCAB,
-            num_layers=2,
-            hidden_dim=8,
-            key_dim=8,
-            value_dim=8,
-            num_heads=2,
-            mlp_dim=8,
-        ),
-        data=DataConfig(batch_size=SEQUENCES, sequence_length=LENGTH),
-        optimizer=OptimizerConfig(warmup_steps=1),
-        train=TrainConfig(max_skipped_updates=MAX_SKIPS),
-    )
-    change(config, **MODES[mode])
+    sizes = {"vocab_size": VOCAB, "num_layers": 2, "num_heads": 2, "batch_size": SEQUENCES}
+    widths = dict.fromkeys(("hidden_dim", "key_dim", "value_dim", "mlp_dim"), 8)
+    run = {"sequence_length": LENGTH, "warmup_steps": 1, "max_skipped_updates": MAX_SKIPS}
+    config = change(Config(), **sizes, **widths, **run, **MODES[mode])
     optimizer = make_optimizer(config.optimizer, 100)
     donating = make_train_step(config, optimizer, None, poison.recurrence)
 
@@ -101,16 +90,9 @@ def program_of(mode: str) -> tuple[Config, TrainState, Step]:
 
 def draw_batch(draw: np.random.Generator, *, reset: bool = False) -> Batch:
     """Draw a batch that predicts at least the first token of each sequence."""
-    tokens = draw.integers(0, VOCAB, (SEQUENCES, LENGTH + 1), np.int32)
-    begins = draw.random((SEQUENCES, LENGTH + 1)) < 0.2
-    begins[:, :2] = False
-    return Batch(
-        tokens=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        loss_mask=~begins[:, 1:],
-        segment_ids=np.cumsum(begins[:, :-1], axis=1, dtype=np.int32),
-        reset=np.full(SEQUENCES, reset),
-    )
+    begins = np.append([0.0, 0.0], np.full(LENGTH - 1, 0.2))
+    batch = random_documents(draw, SEQUENCES, LENGTH, VOCAB, begins)
+    return batch._replace(reset=np.full(SEQUENCES, reset))
 
 
 def check_batch(

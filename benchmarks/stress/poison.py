@@ -32,16 +32,10 @@ def code(value: str, *, backward: bool) -> int:
 
 
 def recurrence(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_gate: jax.Array,
-    *,
-    segment_ids: jax.Array,
-    **options: Any,
+    *arrays: jax.Array, segment_ids: jax.Array, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Compute `gated_linear_recurrence`, and poison the sequences whose ids are high."""
-    output, state = gated_linear_recurrence(q, k, v, log_gate, segment_ids=segment_ids, **options)
+    output, state = gated_linear_recurrence(*arrays, segment_ids=segment_ids, **options)
     values = jnp.asarray([0.0, *VALUES.values()], output.dtype)
     ids = segment_ids[:, :, None, None]
     forward, backward = (values[ids // each % 100] for each in (FORWARD, BACKWARD))

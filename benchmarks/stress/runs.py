@@ -34,20 +34,15 @@ START_SECONDS, SAVE_SECONDS = 8.0, 0.5
 Process = subprocess.Popen[bytes]
 
 
-def read_checkpoint(workdir: str | Path, checkpoint: int | str = NEWEST) -> dict[str, Any]:
-    """Everything in a checkpoint, as values that ``==`` compares bit-exactly."""
-    step = read_config(str(workdir), checkpoint)[2]
+def read_checkpoint(workdir: str | Path) -> dict[str, Any]:
+    """Everything in the newest checkpoint, as values that ``==`` compares bit-exactly."""
+    step = read_config(str(workdir), NEWEST)[2]
     path = CheckpointFolder(str(workdir)).step_path(step)
-    return comparable(step, read_json(path, "data"), read_arrays(path, list(saved_leaves(path))))
-
-
-def comparable(step: int, data_state: Any, arrays: dict[str, Any]) -> dict[str, Any]:
-    """Values of a checkpoint as those of `read_checkpoint`."""
     values = {
         name: (str(array.dtype), array.shape, np.asarray(array).tobytes())
-        for name, array in arrays.items()
+        for name, array in read_arrays(path, list(saved_leaves(path))).items()
     }
-    return values | {"number of steps": step, "position in the data": data_state}
+    return values | {"number of steps": step, "position in the data": read_json(path, "data")}
 
 
 def difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
@@ -106,13 +101,8 @@ def start_run(
 ) -> Iterator[list[Process]]:
     """Start or resume a small training run, and kill what is left of it in the end.
 
-    Args:
-      workdir: of the run.
-      num_processes: that train together.
-      flags: of the configuration.
-      environment: variables that replace those of this process.
-      of_process: more of them, for the processes of these numbers.
-      proxies: through which the processes of these numbers reach the coordinator.
+    `environment` has more variables for all processes, `of_process` for those of these numbers;
+    `proxies` are those through which these processes reach the coordinator.
     """
     folder = workdir.parent
     words = command(workdir, flags)
