@@ -98,11 +98,7 @@ def _tick(x: int) -> str:
 
 
 def read_results(path: Path, version: int, key: str) -> dict[str, Any]:
-    """What ``results.json`` of a benchmark has under `key`.
-
-    Raises:
-      UserError: it is something else.
-    """
+    """What ``results.json`` of a benchmark has under `key`; `UserError` for other content."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

@@ -35,11 +35,7 @@ class ConfigFlag:
 
     @property
     def value(self) -> Config:
-        """Return the configuration with all overrides, validated.
-
-        Raises:
-          UserError: no ``--config`` was given, or a value is invalid.
-        """
+        """Return the configuration with all overrides, validated; raises `UserError`."""
         config = self._holder.value
         if config is None:
             raise config_is_missing()
@@ -100,11 +96,7 @@ def _near(path: Path) -> str:
 
 
 def load_config(path: Path) -> Config:
-    """Return the result of ``get_config()`` of the file at `path`, not validated.
-
-    Raises:
-      UserError: no such file, or an error in it, with its line.
-    """
+    """Return what ``get_config()`` of a file returns; `UserError` for an error, with its line."""
     try:
         read_file(path)  # a regular file, which the import below reads again
     except FileNotFoundError as error:

@@ -11,11 +11,7 @@ from simplernn_jax.errors import UserError, format_bytes
 
 
 def check_devices() -> None:
-    """Start JAX's backend.
-
-    Raises:
-      UserError: JAX_PLATFORMS names a platform that is not available.
-    """
+    """Start JAX's backend; raises `UserError` if JAX_PLATFORMS names one that is not available."""
     try:
         jax.devices()
     except Exception as error:  # jax raises AssertionError, KeyError, RuntimeError, ...
@@ -45,11 +41,7 @@ def host_memory() -> int | None:
 
 
 def check_memory(num_bytes: int, what: str, advice: str) -> None:
-    """Check that an allocation of `num_bytes` takes at most half of the memory of this machine.
-
-    Raises:
-      UserError: it takes more; the message begins with `what` and ends with `advice`.
-    """
+    """Raise `UserError`, ``WHAT ...; ADVICE``, for more bytes than half of the machine's memory."""
     total = host_memory()
     if total is not None and num_bytes > total // 2:
         raise UserError(

@@ -50,11 +50,7 @@ def check_training(config: Config, mesh: Mesh) -> float:
 
 
 def check_program(num_bytes: float, mesh: Mesh) -> None:
-    """Check that a compiled train step of `num_bytes` on each device fits.
-
-    Raises:
-      UserError: it does not.
-    """
+    """Raise `UserError` if a train step of `num_bytes` on each device does not fit in memory."""
     memory = _memory_per_device(list(mesh.local_devices))
     if memory is not None and num_bytes > memory:
         raise UserError(
@@ -65,11 +61,7 @@ def check_program(num_bytes: float, mesh: Mesh) -> None:
 
 
 def check_generation(model: ModelConfig, batch_size: int, max_new_tokens: int) -> None:
-    """Check that generating `max_new_tokens` for each of `batch_size` sequences fits in memory.
-
-    Raises:
-      UserError: it cannot fit.
-    """
+    """Raise `UserError` if `max_new_tokens` of `batch_size` sequences cannot fit in memory."""
     state = batch_size * (_state_bytes(model) + _FLOAT32 * (model.vocab_size + max_new_tokens))
     estimate = Estimate(_FLOAT32 * num_weights(model), 0, state)
     fields = {"parameters": "the model", "state": "--num_samples or --max_new_tokens"}
@@ -77,11 +69,7 @@ def check_generation(model: ModelConfig, batch_size: int, max_new_tokens: int) -
 
 
 def check_evaluation(model: ModelConfig, window: int) -> None:
-    """Check that scoring `window` tokens at a time fits in memory.
-
-    Raises:
-      UserError: it cannot fit.
-    """
+    """Raise `UserError` if scoring `window` tokens at a time cannot fit in memory."""
     tokens = window * (_TOKEN_BYTES + _item_bytes(model) * _widest(model))
     estimate = Estimate(_FLOAT32 * num_weights(model), tokens, _state_bytes(model))
     fields = {"parameters": "the model", "activations": "--window", "state": "the model"}

@@ -31,11 +31,7 @@ LogicalAxes = PartitionSpec
 
 
 def partition_spec(axes: LogicalAxes, mesh: Mesh) -> PartitionSpec:
-    """Map logical axes to the axes of `mesh` that have more than one device.
-
-    Raises:
-      ValueError: an axis has a name without a rule.
-    """
+    """Map logical axes to axes of `mesh` with several devices; ValueError for an unknown name."""
     for axis in {*axes} - {None, *LOGICAL_AXIS_RULES}:
         raise ValueError(f"logical axis {axis!r}: must be None or one of {[*LOGICAL_AXIS_RULES]}")
     mapped = (axis and LOGICAL_AXIS_RULES[axis] for axis in axes)

@@ -13,7 +13,6 @@ lies between.
 import argparse
 import ast
 import collections
-import contextlib
 import json
 import os
 import random
@@ -23,7 +22,6 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 
 from cosmic_ray.commands.init import _all_work_items
 from cosmic_ray.mutating import use_mutation
@@ -108,27 +106,21 @@ def main():
     parser.add_argument("--out", type=Path, default=None, help="file for a row of each mutant")
     flags = parser.parse_args()
     mutants = sample(flags.count, flags.seed)
-    clones = SimpleQueue()
     rows = []
 
     def run(mutant):
-        clone = clones.get()
-        try:
-            rows.append(outcome(clone, mutant))
-        finally:
-            clones.put(clone)
+        with tempfile.TemporaryDirectory() as folder:
+            clone = Path(folder, "clone")
+            subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+            row = outcome(clone, mutant)
+        rows.append(row)
         if flags.out is not None:
             flags.out.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        if not rows[-1]["code"]:
-            print("survived: {module}:{line}: {before}  ->  {after}".format(**rows[-1]), flush=True)
+        if not row["code"]:
+            print("survived: {module}:{line}: {before}  ->  {after}".format(**row), flush=True)
 
-    with contextlib.ExitStack() as stack:
-        for _ in range(flags.processes):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), "clone")
-            subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
-            clones.put(folder)
-        with ThreadPoolExecutor(flags.processes) as pool:
-            list(pool.map(run, mutants))
+    with ThreadPoolExecutor(flags.processes) as pool:
+        list(pool.map(run, mutants))
     survived = sum(not row["code"] for row in rows)
     hanging = sum(row["code"] == TIMED_OUT for row in rows)
     print(f"{len(rows) - survived} of {len(rows)} mutants killed, {hanging} by the time limit")

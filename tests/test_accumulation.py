@@ -13,14 +13,13 @@ from flax import nnx
 from meshes import compile_step, distance, first_state, mesh_of, run_steps
 from small_runs import random_batch, small_config
 
-from simplernn_jax.config import MeshConfig
+from benchmarks.train_steps import compile_quickly, megabytes
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.sharding.layer_layout import in_layout_of
 from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.losses import summed_cross_entropy
-from simplernn_jax.training.train_step import init_train_state, make_train_step
 
 SIZE, LENGTH, WINDOW, VOCAB = 4, 24, 8, 12
 SGD = optax.sgd(1.0)
@@ -28,12 +27,10 @@ SGD = optax.sgd(1.0)
 
 
 def config_of(sizes=(), **fields):
-    shape = {"num_layers": 2, "num_heads": 2, "mlp_dim": 12, "vocab_size": VOCAB}
-    rows = {"batch_size": SIZE, "sequence_length": LENGTH, "mode": "stream"}
-    config = small_config(**({"block": "residual"} | shape | rows | fields))
-    config.model.precision = "float64"  # for tests: `validate` knows nothing of it
-    config.mesh = MeshConfig(**({"data": 1} | dict(sizes)))
-    return config
+    shape = {"block": "residual", "num_layers": 2, "num_heads": 2, "mlp_dim": 12}
+    rows = {"vocab_size": VOCAB, "batch_size": SIZE, "sequence_length": LENGTH, "mode": "stream"}
+    # float64 is for tests: `validate` knows nothing of it.
+    return small_config(**shape | rows | {"precision": "float64"} | dict(sizes) | fields)
 
 
 def make_batch():
@@ -166,22 +163,15 @@ def test_truncated_windows_on_a_mesh_equal_one_device(sizes, remat):
         assert_same(found, window_by_window("residual"))
 
 
-def temporary_bytes(**fields):
+def working_memory(**fields):
     """Working memory of a step on one long sequence, by XLA's memory analysis."""
-    fields = {"batch_size": 1, "sequence_length": 512, "mode": "window"} | fields
-    config = config_of(**fields)
-    config.model.precision = "float32"
-    shape = (1, config.data.sequence_length)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape[: x.ndim], x.dtype), make_batch())
-    state = jax.eval_shape(lambda: init_train_state(config, SGD))
-    lowered = make_train_step(config, SGD).lower(state, batch)
-    program = lowered.compile()
-    return program.memory_analysis().temp_size_in_bytes
+    long = {"batch_size": 1, "sequence_length": 512, "mode": "window", "precision": "float32"}
+    return megabytes(compile_quickly(config_of(**long | fields)))
 
 
 def test_windows_and_rematerialization_need_less_memory():
     everything, block, truncated, exact = (
-        temporary_bytes(**fields)
+        working_memory(**fields)
         for fields in (
             {},
             {"remat": "block"},

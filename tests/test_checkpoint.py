@@ -11,6 +11,7 @@ import shutil
 import threading
 import types
 from pathlib import Path
+from unittest import mock
 
 import chex
 import jax
@@ -307,9 +308,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
 
 
 def test_a_disk_that_fills_up_during_a_save_loses_nothing_earlier(tmp_path, monkeypatch):
-    def refuse(folder: str) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+    refuse = mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     save_steps(tmp_path, 1)
     with open_checkpointer(tmp_path) as checkpointer, monkeypatch.context() as patch:
         patch.setattr(manifest, "write_manifest", refuse)
@@ -454,10 +453,7 @@ def test_a_save_does_not_read_the_shapes_of_all_arrays(tmp_path, monkeypatch):
 
 def test_a_save_that_takes_too_long_is_not_reported_as_a_full_disk(tmp_path, monkeypatch):
     with open_checkpointer(tmp_path) as checkpointer:
-
-        def give_up() -> None:
-            raise TimeoutError("ChainedFuture completed 0/7 futures but timed out")
-
+        give_up = mock.Mock(side_effect=TimeoutError("completed 0/7 futures but timed out"))
         # Orbax's limit outlasts a clock that goes from 1970 to today.
         assert checkpointer._writer._async_manager._timeout_secs > 60 * 365 * 24 * 3600
         monkeypatch.setattr(checkpointer._writer, "wait_until_finished", give_up)

@@ -1,5 +1,7 @@
 """JAX's devices and their memory."""
 
+from unittest import mock
+
 import jax
 import pytest
 
@@ -10,11 +12,7 @@ from simplernn_jax.errors import UserError
 def test_a_missing_platform_is_one_line(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     for error in (AssertionError(), RuntimeError("Unable to initialize backend 'cuda'")):
-
-        def fail(error=error):
-            raise error
-
-        monkeypatch.setattr(jax, "devices", fail)
+        monkeypatch.setattr(jax, "devices", mock.Mock(side_effect=error))
         with pytest.raises(UserError, match=r"no device \(JAX_PLATFORMS='cuda'\): .*; unset"):
             devices.check_devices()
 

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+from unittest import mock
 
 import jax
 import pytest
@@ -17,6 +18,7 @@ PEER_FAILURE = "error: a peer process failed"
 
 MEMBER = """
 import itertools, os, sys, time
+from unittest import mock
 from simplernn_jax import supervisor
 supervisor.supervise()
 supervisor.HEARTBEAT_SECONDS = 4
@@ -113,16 +115,11 @@ class Joining(Exception):
 @pytest.fixture
 def initialize(monkeypatch):
     """Arguments that `joined` passes to `jax.distributed.initialize`."""
-    calls = []
-
-    def record(*arguments, **options):
-        calls.append((arguments, options))
-        raise Joining
-
-    monkeypatch.setattr(jax.distributed, "initialize", record)
+    initialize = mock.Mock(side_effect=Joining)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
     monkeypatch.setattr(distributed, "_discard_output_of_gloo", lambda: None)
     monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
-    return calls
+    return initialize.call_args_list
 
 
 @pytest.mark.parametrize(
@@ -173,6 +170,7 @@ def test_an_invalid_address(initialize, coordinator):
 def test_arguments_that_jax_refuses_are_one_line(run):
     program = """
 import sys
+from unittest import mock
 from simplernn_jax import distributed, errors
 for place in (("127.0.0.1:1234", 2, None), (None, 2, 1), ("127.0.0.1:1234", 2, 2)):
     try:

@@ -3,6 +3,7 @@
 import os
 import stat
 import tracemalloc
+from unittest import mock
 
 import pytest
 from odd_files import ODD_FILES, put_odd_file
@@ -37,11 +38,7 @@ def test_a_name_without_a_folder_is_in_the_current_one(tmp_path, monkeypatch):
 def test_a_failure_leaves_the_old_content_and_nothing_else(tmp_path, monkeypatch, name):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-
-    def fail(*_):
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(os, name, fail)
+    monkeypatch.setattr(os, name, mock.Mock(side_effect=OSError(28, os.strerror(28))))
     with pytest.raises(OSError, match="No space left"):
         write_file(str(path), b"new")
     assert path.read_bytes() == b"old"

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -222,11 +223,7 @@ def test_every_job_of_a_failing_step_gets_an_end(model, monkeypatch, step):
     ]
     decoder.waiting.extend(jobs)
     events = [event for _ in range(step) for event in decoder.step()]
-
-    def fail(*_):
-        raise MemoryError
-
-    monkeypatch.setattr(decoder, "_dispatch", fail)
+    monkeypatch.setattr(decoder, "_dispatch", mock.Mock(side_effect=MemoryError))
     failed = Failed("no memory")
     try:
         while not decoder.is_idle:

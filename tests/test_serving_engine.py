@@ -2,6 +2,7 @@
 
 import threading
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -54,11 +55,8 @@ def job(**options):
 
 
 def test_a_failing_step_ends_its_jobs_and_the_engine_goes_on(running, monkeypatch):
-    def fail(*_):
-        raise ValueError
-
     with monkeypatch.context() as patch:
-        patch.setattr(running.engine.decoder, "_dispatch", fail)
+        patch.setattr(running.engine.decoder, "_dispatch", mock.Mock(side_effect=ValueError))
         first = job()
         running.engine.submit(first)
         assert "could not compute this" in running.wait_for(first).message
@@ -68,9 +66,7 @@ def test_a_failing_step_ends_its_jobs_and_the_engine_goes_on(running, monkeypatc
 
 
 def test_an_engine_that_cannot_go_on_says_so(running, monkeypatch):
-    def fail(*_):
-        raise MemoryError
-
+    fail = mock.Mock(side_effect=MemoryError)
     monkeypatch.setattr(running.engine.decoder, "_dispatch", fail)
     monkeypatch.setattr(running.engine.decoder, "reset", fail)
     first = job()

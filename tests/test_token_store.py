@@ -11,6 +11,7 @@ import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -367,9 +368,7 @@ def test_anything_else_at_the_path_of_a_store_is_replaced(tmp_path, copy_of_stor
 
 
 def test_lack_of_memory_is_not_damage(whole_store, monkeypatch, caplog):
-    def refuse(*_):
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-
+    refuse = mock.Mock(side_effect=OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
     source, store, _ = whole_store
     monkeypatch.setattr("simplernn_jax.data.store_folder.open_file", refuse)
     with pytest.raises(UserError, match="Cannot allocate memory"):
@@ -463,10 +462,7 @@ def test_a_part_that_is_lost_is_written_again(tmp_path, small_files, source, cac
 
 def test_a_store_that_cannot_be_read_is_an_error(monkeypatch, source, cache):
     corpus = prepare(source, cache)
-
-    def fail(path):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
+    fail = mock.Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO)))
     with monkeypatch.context() as patch:
         patch.setattr("simplernn_jax.data.token_store.open_store", fail)
         with pytest.raises(UserError, match="Input/output error; make it readable"):
@@ -505,12 +501,8 @@ def test_concurrent_writers_give_one_store(tmp_path, cache):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk_is_one_line_and_leaves_nothing(monkeypatch, code, source, cache):
-
-    def full(descriptor: int) -> None:
-        raise OSError(code, os.strerror(code))
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "fsync", mock.Mock(side_effect=OSError(code, os.strerror(code))))
         with pytest.raises(UserError, match=f"cache: {os.strerror(code)}; free some.*cache_dir"):
             prepare(source, cache)
     assert not list(cache.iterdir())

@@ -38,11 +38,7 @@ def small_config(folder: Path, **fields: Any) -> Config:
 
 
 def run_quietly(config: Config, workdir: Path) -> None:
-    """Train, or resume, without output.
-
-    Raises:
-      UserError: as `train`.
-    """
+    """Train, or resume, without output; raises as `train`."""
     with quiet():
         train(config, str(workdir))
 
@@ -60,11 +56,7 @@ def quiet() -> Any:
 
 
 def outcome(call: Callable[[], Result]) -> Result | str:
-    """Result of `call`, or the line of its `UserError`.
-
-    Raises:
-      ValueError: the message has several lines.
-    """
+    """Result of `call`, or the line of its `UserError`; ValueError if that has several lines."""
     try:
         return call()
     except UserError as error:

@@ -257,11 +257,7 @@ def read_config(workdir: str, checkpoint: str | int = NEWEST) -> tuple[Config, s
 
 
 def check_same_model(current: Config, saved: Config) -> None:
-    """Compare a configuration with the `saved` one of a checkpoint.
-
-    Raises:
-      UserError: names every field in which their models differ.
-    """
+    """Raise `UserError` that names every field in which the models of two configurations differ."""
     fields = config_lib.differing_fields(current.model, saved.model)
     if fields:
         raise UserError(

@@ -128,11 +128,7 @@ def read_tree(path: str, abstract: Any, shardings: Any = None, *, partial: bool 
 
 
 def check_leaves(path: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Compare names, shapes and dtypes of two sets of leaves.
-
-    Raises:
-      UserError: names the first leaf that differs.
-    """
+    """Raise `UserError` for the first leaf of two sets that differs in name, shape or dtype."""
 
     def describe(leaves: Mapping[str, Any], name: str) -> str:
         leaf = leaves.get(name)
@@ -148,11 +144,7 @@ def check_leaves(path: str, wanted: Mapping[str, Any], saved: Mapping[str, Any])
 
 
 def read_json(path: str, item: str) -> Any:
-    """Read the JSON item `item` of the checkpoint folder `path`.
-
-    Raises:
-      UserError: it cannot be read or is not JSON.
-    """
+    """Read a JSON item of a checkpoint folder; `UserError` if it cannot be read or parsed."""
     file = os.path.join(path, item, "metadata")
     try:
         return json.loads(read_file(file, _MAX_JSON_BYTES))

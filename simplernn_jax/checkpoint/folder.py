@@ -90,11 +90,7 @@ class CheckpointFolder:
         return sorted(int(name) for name in names if os.path.isdir(os.path.join(self.path, name)))
 
     def open_for_training(self) -> None:
-        """Lock the folder for this process and delete what a killed run left unfinished.
-
-        Raises:
-          UserError: another process is training in this workdir, or nothing can be saved there.
-        """
+        """Lock the folder, or raise `UserError`, and delete what a killed run left unfinished."""
         check_workdir(os.path.dirname(self.path))
         os.makedirs(self.path, exist_ok=True)
         for path in (self._lock_path, self._ledger_path):

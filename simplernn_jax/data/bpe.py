@@ -23,11 +23,7 @@ _PART_BYTES = 1 << 20
 
 
 def parse_spec(spec: str) -> int:
-    """Return the vocabulary size of ``bpe:SIZE``, specials included.
-
-    Raises:
-      UserError: no number from 259 to 1,048,576.
-    """
+    """Return the vocabulary size of ``bpe:SIZE``, specials included; raises `UserError`."""
     is_bpe, digits = spec.startswith(PREFIX), spec.removeprefix(PREFIX)
     is_number = is_bpe and digits.isascii() and digits.isdecimal() and len(digits) <= 8
     if not is_number or not MIN_VOCAB_SIZE <= int(digits) <= MAX_VOCAB_SIZE:

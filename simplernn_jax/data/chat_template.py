@@ -108,11 +108,7 @@ class ChatTemplate:
         return ChatTemplate, (self.source,)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """Render a conversation, and the beginning of an assistant's message after it if wanted.
-
-        Raises:
-          TemplateError: the template refuses the messages.
-        """
+        """Render messages and, if wanted, the beginning of an answer; raises `TemplateError`."""
         try:
             with limits(sum(len(message["content"]) for message in messages)):
                 return self._template.render(
@@ -130,11 +126,7 @@ class ChatTemplate:
             raise TemplateError(f"{type(error).__name__}: {error}") from error
 
     def render_next(self, messages: Sequence[Message]) -> str:
-        """Render messages that follow a finished conversation, and a generation prompt.
-
-        Raises:
-          TemplateError: as `render`.
-        """
+        """Render messages after a finished conversation, and a generation prompt; as `render`."""
         whole = self.render((*_PROBE, *messages), add_generation_prompt=True)
         return self._after(self._prefix, whole)
 
@@ -178,11 +170,7 @@ class ChatTemplate:
 
 
 def check_messages(messages: Any) -> list[Message]:
-    """Check messages of a data set.
-
-    Raises:
-      TemplateError: not a list of messages with role and text.
-    """
+    """Raise `TemplateError` for what is not a list of messages with role and text."""
     if not isinstance(messages, list) or not messages:
         raise TemplateError("messages are no list of at least one")
     for number, message in enumerate(messages):

@@ -50,7 +50,7 @@ class Document:
 
 
 class Corpus(abc.ABC):
-    """Documents in a fixed order, read from files.
+    """Documents in a fixed order, read from files; text that cannot be read is a `UserError`.
 
     Attributes:
       total_bytes: size of all files on disk, for progress.
@@ -58,11 +58,7 @@ class Corpus(abc.ABC):
     """
 
     def __init__(self, files: list[SourceFile], encoding_errors: str, **settings: Any) -> None:
-        """Measure `files`; the text depends on them and on `settings`, part of the fingerprint.
-
-        Raises:
-          UserError: a file is gone.
-        """
+        """Measure `files`; the text depends on them and on `settings`, part of the fingerprint."""
         self._files = files
         self._encoding_errors = encoding_errors
         self._settings = settings
@@ -81,29 +77,17 @@ class Corpus(abc.ABC):
         return {**vars(self), "_files": []}
 
     def items(self) -> Iterator[tuple[Any, int]]:
-        """Yield the text in order as `entries` takes it, and its size; fast, since others wait.
-
-        Raises:
-          UserError: text that cannot be read.
-        """
+        """Yield the text in order as `entries` takes it, and its size; fast, since others wait."""
         for document in self.documents():
             for entry in entries_of(document.pieces):
                 yield entry, len(entry.text)
 
     def entries(self, item: Any) -> Iterable[Entry]:
-        """Return the text of an item, in another process perhaps.
-
-        Raises:
-          BadRecord: it has none; pass that to `skip`.
-        """
+        """Return the text of an item, in another process perhaps; a `BadRecord` is for `skip`."""
         return [item]
 
     def skip(self, problem: str) -> None:
-        """Count a bad record.
-
-        Raises:
-          UserError: more of them than allowed.
-        """
+        """Count a bad record; raises `UserError` if there are more of them than allowed."""
         self._num_bad += 1
         self._first_problem = self._first_problem or problem
         if self._num_bad > self._max_bad_records:
@@ -122,11 +106,7 @@ class Corpus(abc.ABC):
             logging.warning("%s %s", skipped, self._first_problem)
 
     def fingerprint(self) -> str:
-        """SHA-256 hex over the settings and the files' present names, sizes and times.
-
-        Raises:
-          UserError: a file is gone.
-        """
+        """SHA-256 hex over the settings and the files' present names, sizes and times."""
         status = [(file.name, file_status(file.path)) for file in self._files]
         files = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
         text = json.dumps([self._settings, files], sort_keys=True)
@@ -134,11 +114,7 @@ class Corpus(abc.ABC):
 
     @abc.abstractmethod
     def documents(self) -> Iterator[Document]:
-        """Yield all documents. Read the pieces of one before taking the next one.
-
-        Raises:
-          UserError: text that cannot be read.
-        """
+        """Yield all documents. Read the pieces of one before taking the next one."""
 
 
 def entries_of(pieces: Iterable[Piece]) -> Iterator[Entry]:
@@ -165,11 +141,7 @@ def text_pieces(text: str, is_target: bool = True) -> Iterator[Piece]:
 
 
 def utf8(text: str) -> bytes:
-    """Encode text as UTF-8.
-
-    Raises:
-      UserError: names the position of a lone surrogate (from a broken argument or escape).
-    """
+    """Encode text as UTF-8; raises `UserError` that names the position of a lone surrogate."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:

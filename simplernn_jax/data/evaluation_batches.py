@@ -33,11 +33,7 @@ class Contexts(NamedTuple):
 
 
 def check_contexts(contexts: Contexts) -> None:
-    """Check that contexts advance and leave no token out.
-
-    Raises:
-      UserError: their stride is below 1 or above their length.
-    """
+    """Raise `UserError` for contexts that do not advance, or leave tokens out."""
     length, stride = contexts
     if not 1 <= stride <= length:
         raise UserError(

@@ -56,11 +56,7 @@ def find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
 
 
 def stdlib_files() -> list[SourceFile]:
-    """Find the running Python's own modules, without tests and installed packages.
-
-    Raises:
-      UserError: this Python has none.
-    """
+    """Find the running Python's own modules, without tests and packages; `UserError` if none."""
     root = sysconfig.get_path("stdlib")
     files = []
     for folder, subfolders, names in os.walk(root):

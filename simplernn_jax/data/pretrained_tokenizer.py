@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from simplernn_jax.data.documents import utf8
+from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
 
@@ -91,7 +92,7 @@ def _within_reach(endpoint: str) -> bool:
         return False
 
 
-class PretrainedTokenizer:
+class PretrainedTokenizer(Tokenizer):
     """A ``tokenizer.json`` with BOS, EOS and PAD.
 
     They are looked up by their usual names; those not found get ids after the vocabulary. Their
@@ -160,11 +161,7 @@ class PretrainedTokenizer:
         }
 
     def encode(self, text: str) -> np.ndarray:
-        """See `Tokenizer.encode`.
-
-        Raises:
-          UserError: a part of `text` has no token, and there is none for unknown parts.
-        """
+        """See `Tokenizer.encode`; a text may have parts without a token."""
         utf8(text)
         try:
             with _library_errors():
@@ -181,10 +178,6 @@ class PretrainedTokenizer:
                 f"{self._vocabulary_end:,} ids does not have; use another tokenizer.json"
             )
         return ids.astype(np.int32)
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """See `Tokenizer.decode`."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """See `Tokenizer.decode_bytes`."""

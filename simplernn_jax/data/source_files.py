@@ -52,11 +52,7 @@ def open_source(path: str) -> Iterator[tuple[IO[bytes], BinaryIO]]:
 
 
 def file_status(path: str) -> os.stat_result:
-    """Size and times of a file of a corpus.
-
-    Raises:
-      UserError: it is gone.
-    """
+    """Return size and times of a file of a corpus; raises `UserError` if it is gone."""
     try:
         return os.stat(path)
     except OSError as error:

@@ -85,20 +85,12 @@ def open_store(folder: Path) -> list[TokenSplit]:
 
 
 def content_hashes(folder: Path) -> list[str]:
-    """Read the recorded content hashes of the splits, not the tokens themselves.
-
-    Raises:
-      DamagedStore: the record is missing or is not what was written.
-    """
+    """Read the recorded content hashes of the splits, or raise `DamagedStore`; reads no tokens."""
     return [split["content_hash"] for split in _read_meta(folder)["splits"].values()]
 
 
 def remove_store(folder: Path) -> None:
-    """Remove whatever is at the path of a store; a link, but not its target.
-
-    Raises:
-      OSError: it cannot be removed.
-    """
+    """Remove whatever is at the path of a store; a link, but not its target."""
     if folder.is_symlink() or not folder.is_dir():
         folder.unlink()
     else:

@@ -22,11 +22,7 @@ BUFFER_BYTES = 1 << 20
 
 
 def write_store(folder: Path, name: str, plans: list[SplitPlan], spool: Spool) -> None:
-    """Write the files of the store `name` into a folder, as far as they are not there already.
-
-    Raises:
-      OSError: the disk is full or not writable.
-    """
+    """Write the files of the store `name` into a folder, as far as they are not there already."""
     splits = {plan.name: _write_split(folder, plan, spool) for plan in plans}
     meta = {"store": name, "dtype": spool.dtype.str, "shard_bytes": SHARD_BYTES, "splits": splits}
     write_sealed(folder / META_FILE, json.dumps(meta, indent=2) + "\n")

@@ -70,11 +70,7 @@ def compiled(source: str) -> jinja2.Template:
 
 @contextlib.contextmanager
 def limits(characters: int) -> Iterator[None]:
-    """Bound the rendering of messages of so many characters.
-
-    Raises:
-      LimitError: the template exceeds the bounds.
-    """
+    """Bound the rendering of messages of so many characters; raises `LimitError` beyond."""
     token = _budget.set(_Budget(max(MIN_CHARACTERS, MAX_EXPANSION * characters)))
     try:
         yield

@@ -50,11 +50,7 @@ class Columns(NamedTuple):
 
 
 def cut_into_parts(corpus: Corpus, on_progress: Callable[[int], None]) -> Iterator[list[Any]]:
-    """Cut a corpus into lists of its `Corpus.items`.
-
-    Raises:
-      UserError: the corpus cannot be read.
-    """
+    """Cut a corpus into lists of its `Corpus.items`."""
     part: list[Any] = []
     size = 0
     for item, characters in corpus.items():
@@ -125,11 +121,7 @@ def has_part(folder: Path, number: int) -> bool:
 
 
 def bad_records(folder: Path, number: int) -> list[str]:
-    """Return the problems of the records that a part lacks.
-
-    Raises:
-      UserError: the part was changed since it was written.
-    """
+    """Return the problems of a part's bad records; raises `UserError` if it was changed since."""
     record = _read_record(folder, number)
     if record is None:
         raise UserError(f"{_path(folder, number, 'json')}: changed by another program; run again")

@@ -19,21 +19,14 @@ _QUOTED = 12
 class Tokenizer(Protocol):
     """Text to ids below `vocab_size` and back. Three ids are special and stand for no text."""
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, the three specials included."""
-
-    @property
-    def bos_id(self) -> int:
-        """First token of a document."""
-
-    @property
-    def eos_id(self) -> int:
-        """Last token of a document."""
-
-    @property
-    def pad_id(self) -> int:
-        """Padding."""
+    vocab_size: int
+    """Number of ids, the three specials included."""
+    bos_id: int
+    """First token of a document."""
+    eos_id: int
+    """Last token of a document."""
+    pad_id: int
+    """Padding."""
 
     def encode(self, text: str) -> np.ndarray:
         """Encode `text` as [n] int32 ids, without BOS or EOS.
@@ -44,6 +37,7 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Decode `ids`, special and unknown ones left out; invalid UTF-8 becomes U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """Decode to UTF-8 that may end inside a character."""
@@ -108,7 +102,7 @@ def ids_without_text(tokenizer: Tokenizer, vocab_size: int) -> set[int]:
     return ids - {tokenizer.eos_id}
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """Id i below 256 is the byte i of the text's UTF-8."""
 
     vocab_size = 259
@@ -120,10 +114,6 @@ class ByteTokenizer:
         """See `Tokenizer.encode`."""
         return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """See `Tokenizer.decode`."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
-
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """See `Tokenizer.decode_bytes`."""
         ids = np.asarray(ids, np.int64)
@@ -134,15 +124,10 @@ class ByteTokenizer:
         return json.dumps({"kind": "byte"})
 
 
-class CharTokenizer:
-    """Id i is the i-th character of a fixed alphabet."""
+class CharTokenizer(Tokenizer):
+    """Id i is the i-th character of a fixed alphabet; ValueError if it repeats one."""
 
     def __init__(self, alphabet: str) -> None:
-        """Index an alphabet.
-
-        Raises:
-          ValueError: `alphabet` is not a text, or repeats a character.
-        """
         if not isinstance(alphabet, str) or len(set(alphabet)) != len(alphabet):
             raise ValueError("an alphabet is text that has each character once")
         self._alphabet = alphabet
@@ -155,11 +140,7 @@ class CharTokenizer:
         self.vocab_size = self.bos_id + 3
 
     def encode(self, text: str) -> np.ndarray:
-        """See `Tokenizer.encode`.
-
-        Raises:
-          UserError: a character that is not in the alphabet.
-        """
+        """See `Tokenizer.encode`; raises `UserError` for a character outside of the alphabet."""
         ids = self._ids[_code_points(text)]
         if ids.size and ids.min() < 0:
             position = int(ids.argmin())
@@ -170,15 +151,11 @@ class CharTokenizer:
             )
         return ids
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """See `Tokenizer.decode`."""
-        ids = np.asarray(ids, np.int64)
-        known = ids[(ids >= 0) & (ids < len(self._alphabet))]
-        return self._characters[known].tobytes().decode("utf-32-le")
-
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """See `Tokenizer.decode_bytes`; never ends inside a character."""
-        return self.decode(ids).encode("utf-8")
+        ids = np.asarray(ids, np.int64)
+        known = ids[(ids >= 0) & (ids < len(self._alphabet))]
+        return self._characters[known].tobytes().decode("utf-32-le").encode("utf-8")
 
     def to_json(self) -> str:
         """See `Tokenizer.to_json`."""

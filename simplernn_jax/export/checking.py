@@ -33,11 +33,7 @@ class Found(NamedTuple):
 
 
 def run_exported(format_name: str, folder: Path, tokens: np.ndarray, text: str) -> Found:
-    """Compute the logits of [T] tokens and encode `text` by the model in `folder`.
-
-    Raises:
-      UserError: it cannot be loaded or fails.
-    """
+    """Compute logits of [T] tokens and encode `text` by the model in `folder`, or `UserError`."""
     with tempfile.TemporaryDirectory() as scratch:
         np.save(Path(scratch, "tokens.npy"), tokens)
         Path(scratch, "text").write_bytes(text.encode())

@@ -32,11 +32,7 @@ _TOKENIZER = ("vocab_size", "bos_id", "eos_id", "pad_id", "encode", "decode_byte
 def checked_integer(
     name: str, value: Any, least: int, most: float = math.inf, advice: str = ""
 ) -> int:
-    """Convert `value` to ``int``; it must be one already or of NumPy or JAX, and no bool.
-
-    Raises:
-      UserError: it is something else or outside ``[least, most]``.
-    """
+    """Convert an integer, no bool, to ``int``; raises `UserError` outside of ``[least, most]``."""
     bounds = f", at least {least}" if most == math.inf else f" in [{least}, {most}]"
     return _checked(int, name, value, f"an integer{bounds}{advice}", lambda x: least <= x <= most)
 
@@ -96,11 +92,7 @@ def checked_path(path: Any) -> str:
 
 
 def as_array(value: Any, where: str) -> np.ndarray:
-    """Convert `value` to an array of NumPy.
-
-    Raises:
-      UserError: it is none, such as lists of unequal lengths; begins with `where`.
-    """
+    """Convert to an array of NumPy, or raise `UserError`, which begins with `where`."""
     try:
         return np.asarray(value)
     except (ValueError, TypeError) as error:  # of unequal lengths, or without a value
@@ -140,11 +132,7 @@ def checked_settings(
 
 
 def checked_texts(prompts: Any, batch_size: int) -> list[str]:
-    """List the prompts of `generate_text`; one text or None is for all `batch_size` sequences.
-
-    Raises:
-      UserError: they are not texts.
-    """
+    """List the prompts of `generate_text`, or raise `UserError`; one text or None is for all."""
     if prompts is None or isinstance(prompts, str):
         return [prompts or ""] * batch_size
     if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Sequence):
@@ -198,11 +186,7 @@ def _is_id(value: Any) -> bool:
 
 
 def checked_length(max_new_tokens: Any, batch_size: int) -> int:
-    """Convert `max_new_tokens` to ``int`` after checking that the new tokens fit into memory.
-
-    Raises:
-      UserError: they do not, or it is not an integer or negative.
-    """
+    """Convert `max_new_tokens` to ``int``; raises `UserError` if they do not fit in memory."""
     length = checked_integer("max_new_tokens", max_new_tokens, 0, _MAX_TOKENS)
     what = f"max_new_tokens={length}"
     check_memory(

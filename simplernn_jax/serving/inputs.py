@@ -49,11 +49,7 @@ class Inputs:
         return list(zip(texts, ids, strict=True))
 
     def prompt(self, prompt: str | list[int], has_state: bool) -> np.ndarray:
-        """Return the ids of a prompt; a text begins with BOS unless it continues a state.
-
-        Raises:
-          RequestError: empty, or ids outside the vocabulary.
-        """
+        """Return the ids of a prompt; a text begins with BOS unless it continues a state."""
         if isinstance(prompt, str):
             ids = self.encode(prompt)
             if not has_state:

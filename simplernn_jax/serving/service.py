@@ -35,7 +35,7 @@ CHAT_TOKENS = 1024
 
 
 class Service:
-    """The model as the HTTP side sees it.
+    """The model as the HTTP side sees it; methods raise `RequestError` for what they cannot use.
 
     `load_model` returns the parameters of the newest checkpoint, or None if they are in use.
     """
@@ -84,11 +84,7 @@ class Service:
             )
 
     async def reload(self) -> bool:
-        """Use the newest checkpoint for requests from now on; return False if it is in use.
-
-        Raises:
-          RequestError: 409 if it cannot be loaded; the parameters in use stay.
-        """
+        """Use the newest checkpoint from now on; False if it is in use, 409 if it is corrupted."""
         async with self._reloading:
             try:
                 model = await asyncio.to_thread(self._load_model)
@@ -125,11 +121,7 @@ class Service:
             raise RequestError("the server is stopping", status=503, code="stopping") from error
 
     def complete(self, request: CompletionRequest, start: NamedState | None) -> Answer:
-        """Make the jobs of a completion, which continues the state `start`.
-
-        Raises:
-          RequestError: a field cannot be used.
-        """
+        """Make the jobs of a completion, which continues the state `start`."""
         for name in ("best_of", "suffix"):
             if getattr(request, name) is not None:
                 raise RequestError(f"{name}: not supported; leave it out", param=name)
@@ -150,11 +142,7 @@ class Service:
         return self._answer(results)
 
     def chat(self, request: ChatRequest, start: NamedState | None) -> Answer:
-        """Make the job of a chat completion; its messages follow the state `start`.
-
-        Raises:
-          RequestError: the model has no chat template, or a field cannot be used.
-        """
+        """Make the job of a chat completion, which continues the state `start`."""
         if self.template is None:
             raise RequestError("this model has no chat template; use /v1/completions")
         if request.max_tokens is not None and request.max_completion_tokens is not None:

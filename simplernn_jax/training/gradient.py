@@ -34,11 +34,7 @@ BatchGradFn = Callable[
 def make_model(
     config: Config, rngs: nnx.Rngs, recurrence: Recurrence = gated_linear_recurrence
 ) -> LanguageModel:
-    """Create the model for training: rematerialized, and stacked if there are pipeline stages.
-
-    Raises:
-      ValueError: there are pipeline stages, and the layers differ.
-    """
+    """Create the model for training: rematerialized, and stacked if there are pipeline stages."""
     return LanguageModel(
         config.model,
         rngs=rngs,

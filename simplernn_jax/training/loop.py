@@ -152,11 +152,7 @@ def _record_step(step: int, metrics: StepMetrics, run: Run, reporter: Reporter) 
 
 
 def check_skips(step: int, consecutive: int, config: TrainConfig) -> None:
-    """Check the number of consecutive skipped updates up to `step`.
-
-    Raises:
-      UserError: it has reached ``max_skipped_updates``.
-    """
+    """Raise `UserError` if consecutive skips have reached ``max_skipped_updates``."""
     if consecutive < config.max_skipped_updates:
         return
     steps = "1 step" if consecutive == 1 else f"{consecutive} consecutive steps"

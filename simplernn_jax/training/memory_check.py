@@ -18,11 +18,7 @@ of XLA's analysis, and compilation takes 10 s."""
 
 
 def check_train_step(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> None:
-    """Check that the train step fits in memory, before anything is allocated.
-
-    Raises:
-      UserError: it does not; says how much it needs and how much is available.
-    """
+    """Raise `UserError` if the train step does not fit in memory, before anything is allocated."""
     if memory_estimate.check_training(config, mesh) < ANALYSIS_THRESHOLD:
         return
     step: Any = make_train_step(config, optimizer, mesh)

@@ -154,11 +154,7 @@ def changed_fields(current: Config, saved: Config) -> list[str]:
 
 
 def total_steps(config: Config, corpus: TokenizedCorpus) -> int:
-    """Return the number of optimizer steps of the whole run.
-
-    Raises:
-      UserError: more than a 32-bit counter can hold.
-    """
+    """Return the optimizer steps of the whole run; `UserError` beyond a 32-bit counter."""
     per_epoch = steps_per_epoch(corpus.train, config.data)
     steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
     if steps >= 2**31:

@@ -153,11 +153,7 @@ class Run:
         return global_arrays_from_local(batch, shardings, start, batch_size)
 
     def save(self, *, wait: bool = False) -> None:
-        """Save a checkpoint, in the background unless `wait`.
-
-        Raises:
-          UserError: see `Checkpointer.save`.
-        """
+        """Save a checkpoint as `Checkpointer.save` does, in the background unless `wait`."""
         data_state = {
             "batches": self.position,
             "content_hash": self.corpus.content_hash,
