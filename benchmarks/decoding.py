@@ -105,7 +105,9 @@ def compare_formats(config: ModelConfig, effort: Effort) -> list[Row]:
     rows: list[Row] = []
     for quantize in QUANTIZATIONS:
         model = quantize_model(original, quantize)
-        num_bytes = weight_bytes(model)
+        # Of the embedding one column is read; if it is tied, it is also the head.
+        weights = weights_for(*split_model(model))._replace(embedding=None)
+        num_bytes = sum(x.nbytes for x in jax.tree.leaves(weights))
         calls = {
             "decode": decode_call(model, CONTEXTS["short"], num_tokens),
             "read": reading(num_bytes),
@@ -122,13 +124,6 @@ def compare_formats(config: ModelConfig, effort: Effort) -> list[Row]:
             }
         )
     return rows
-
-
-def weight_bytes(model: LanguageModel) -> int:
-    """Bytes of the weights that the C function reads for a token."""
-    weights = weights_for(*split_model(model))
-    # Of the embedding one column is read; if it is tied, it is also the head.
-    return sum(x.nbytes for x in jax.tree.leaves(weights._replace(embedding=None)))
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int) -> np.ndarray:

@@ -103,21 +103,24 @@ def process_peak(work: Call) -> float | None:
 
     None if the device is not a CPU, or there is no ``/proc``.
     """
-    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    clear = Path("/proc/self/clear_refs")
     if jax.default_backend() != "cpu" or not clear.exists():
         return None
-
-    def resident(field: str) -> float:
-        (kilobytes,) = re.findall(rf"^{field}:\s+(\d+) kB$", status.read_text("ascii"), re.M)
-        return 1024 * float(kilobytes)
 
     gc.collect()
     # Otherwise memory that compilation has freed would be reused, unseen. Only glibc has it.
     getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
     clear.write_text("5", encoding="ascii")
-    before = resident("VmRSS")
+    before = resident_bytes("self")
     jax.block_until_ready(work())
-    return resident("VmHWM") - before
+    return resident_bytes("self", "VmHWM") - before
+
+
+def resident_bytes(pid: int | str, field: str = "VmRSS") -> float:
+    """Resident memory of a process."""
+    status = Path(f"/proc/{pid}/status").read_text("ascii")
+    (kilobytes,) = re.findall(rf"^{field}:\s+(\d+) kB$", status, re.M)
+    return 1024 * float(kilobytes)
 
 
 def describe_machine() -> dict[str, Any]:

@@ -32,7 +32,7 @@ from simplernn_jax.training.preparation import prepare
 from . import measure, tables
 from .decoding import random_tokens
 from .http_client import Connection, body_of, connected, status_of
-from .measure import Effort, call_isolated
+from .measure import Effort, call_isolated, resident_bytes
 from .tables import Row, Table
 from .train_steps import change, load_config
 
@@ -181,12 +181,6 @@ def statuses(url: str) -> Counter[int]:
     return asyncio.run(ask())
 
 
-def resident_bytes(pid: int) -> float:
-    """Resident memory of a process."""
-    status = Path(f"/proc/{pid}/status").read_text("ascii")
-    return 1024 * float(re.findall(r"^VmRSS:\s+(\d+) kB$", status, re.M)[0])
-
-
 def percentiles(name: str, values: Sequence[float]) -> dict[str, float]:
     """Columns of the median and the 99th percentile."""
     return {f"{name}, p{p}": float(np.percentile(values, p)) for p in (50, 99)}
@@ -195,17 +189,11 @@ def percentiles(name: str, values: Sequence[float]) -> dict[str, float]:
 async def stream_all(
     url: str, prompts: np.ndarray, tokens: int, is_staggered: bool = False
 ) -> tuple[float, list[Stream]]:
-    """Stream completions for each row of prompts, each row over a connection of its own.
+    """Stream completions of each row of prompts, over a connection of its own.
 
-    Args:
-      url: of the server.
-      prompts: a row for each client, with as many prompts of `PROMPT` tokens as fit, or one longer.
-      tokens: of a completion.
-      is_staggered: the first completion of each client ends at another time, and the last one
-        makes up for it.
-
-    Returns:
-      The seconds of all, and each of them.
+    A row has as many prompts of `PROMPT` tokens as fit, or one longer. If staggered, the first
+    completion of each client ends at another time, and the last one makes up for it. Returns the
+    seconds of all, and each of them.
     """
 
     async def client(index: int, row: np.ndarray) -> list[Stream]:

@@ -298,12 +298,21 @@ def test_key_drain_and_reload(workdir, tmp_path):
     (tmp_path / "key").write_text("secret\n")
     states = tmp_path / "states"
     flags = [f"--api_key_file={tmp_path / 'key'}", f"--state_dir={states}", "--slots=2"]
+    flags += ["--allow_origin=http://a.example"]
     key = {"Authorization": "Bearer secret"}
     with serving(workdir, *flags) as server:
         for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "secret"}):
             assert server.send("GET", "/v1/models", **headers)[0] == 401
         assert server.send("GET", "/v1/models", **key)[0] == 200
         assert server.send("GET", "/health")[0] == 200
+        asked = {"Access-Control-Request-Method": "POST"}  # before a page of another site asks
+        for origin, status in (("http://a.example", 200), ("http://b.example", 400)):
+            found, headers, _ = server.send("OPTIONS", "/v1/states", Origin=origin, **asked)
+            assert found == status
+            allowed = server.send("GET", "/v1/models", Origin=origin, **key)[1]
+            for each in (headers, allowed):
+                name = each["Access-Control-Allow-Origin"]
+                assert name == (origin if status == 200 else None)
         assert server.send("POST", "/v1/states", {"prompt": "ab", "name": "s"}, **key)[0] == 201
         assert server.send("POST", "/admin/reload", **key)[2] == {"reloaded": False}
         body = {"prompt": "a", "max_tokens": 3000, "seed": 1, "ignore_eos": True}

@@ -95,7 +95,8 @@ def run(request: Request, out: Path) -> None:
     results = tables.read_results(path, _FORMAT, "rungs") if path.exists() else {}
     rung = request.rung
     results[rung] = {"seconds": request.seconds, "source": request.config.data.source}
-    results[rung] |= {"unit": unit_of(request.config), "runs": [], "tried": []}
+    unit = "nats/char" if request.config.data.tokenizer == "char" else "bits/byte"
+    results[rung] |= {"unit": unit, "runs": [], "tried": []}
     results[rung]["machine"] = describe_machine()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         for name in request.names:
@@ -130,11 +131,6 @@ def choose_rate(name: str, request: Request, folder: str) -> tuple[float | None,
         return find_peer(name, request.config).rate, []
     tried = [train(name, request, folder, rate, is_tuning=True) for rate in request.rates]
     return min(tried, key=lambda row: row["loss"])["rate"], tried
-
-
-def unit_of(config: Config) -> str:
-    """Unit of a rung's loss."""
-    return "nats/char" if config.data.tokenizer == "char" else "bits/byte"
 
 
 def factor_of(run: Row, unit: str) -> float:

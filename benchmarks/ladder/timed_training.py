@@ -60,17 +60,12 @@ def train_timed(
     seed: int = 0,
     is_tuning: bool = False,
 ) -> Row:
-    """Train `name` on the text of `config`; for `call_isolated`.
+    """Train `name`, one of `peers.known_names`, on the text of `config`; for `call_isolated`.
 
-    Args:
-      config: configuration of the rung.
-      workdir: folder of the tokens, whose split does not depend on `seed`.
-      name: one of `peers.known_names`.
-      seconds: time of all steps; their number is estimated from some timed beforehand. 0: the
-        number of steps of the configuration or the peer.
-      rate: peak learning rate of a peer; None: that of its settings.
-      seed: of parameters and batches.
-      is_tuning: hold out the last tenth of the training text instead of the validation split.
+    With `seconds`, the time of all steps, their number is estimated from some timed beforehand.
+    `rate` is a peer's peak learning rate, if not that of its settings. With `is_tuning`, the last
+    tenth of the training text is held out instead of the validation split, which does not depend on
+    `seed`.
 
     Returns:
       Its sizes; ``loss`` of the whole held-out text in nats/token; and ``curve``: pairs of seconds

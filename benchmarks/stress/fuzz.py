@@ -15,7 +15,7 @@ from simplernn_jax.data.chat_template import TemplateError
 from simplernn_jax.errors import UserError
 from simplernn_jax.serving.requests import RequestError
 
-from ..serving import resident_bytes
+from ..measure import resident_bytes
 from .experiment import Case
 from .mutation import mutated
 

@@ -58,13 +58,10 @@ def bounded_recurrence(
 ) -> dict[str, Bounded]:
     """Compute the results of the recurrence and bound their errors.
 
-    Args:
-      inputs: of the recurrence, and cotangents.
-      chunk_size: of ``"chunkwise"``; None for methods that go from token to token.
-      with_gradient: add the gradients, which keep all states in memory.
+    `chunk_size` is that of ``"chunkwise"``, None for methods that go from token to token.
 
     Returns:
-      ``output``, ``final_state``, and ``d_q``, ``d_k``, ``d_v``, ``d_log_gate``,
+      ``output``, ``final_state`` and, `with_gradient`, ``d_q``, ``d_k``, ``d_v``, ``d_log_gate``,
       ``d_initial_state``; those with an axis of time have it first.
     """
     length, key_dim, value_dim = len(inputs.q), inputs.q.shape[-1], inputs.v.shape[-1]

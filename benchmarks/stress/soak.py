@@ -14,7 +14,8 @@ from typing import NamedTuple, TypeVar
 from simplernn_jax.training.metrics import read_metrics
 
 from ..http_client import body_of, parts_of
-from ..serving import resident_bytes, save_untrained, serving
+from ..measure import resident_bytes
+from ..serving import save_untrained, serving
 from ..train_steps import load_config
 from .experiment import Case
 from .runs import log_of, start_run, wait_for_save, write_text

@@ -3,7 +3,6 @@
 import asyncio
 import hmac
 import re
-from typing import Any
 
 import h11
 import msgspec
@@ -66,7 +65,7 @@ class DeadlineProtocol(H11Protocol):
 
 
 class Gate:
-    """ASGI middleware: bounds the headers, checks the key, and allows one origin.
+    """ASGI middleware: bounds the headers, and checks host, origin and key.
 
     Args:
       app: what it protects.
@@ -93,16 +92,12 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if self._origin is not None:
-            send = self._with_origin(send)
         headers = dict(scope["headers"])
         size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
         if size + len(scope["raw_path"]) + len(scope["query_string"]) > MAX_HEADER_BYTES:
             await _refuse(send, 431, f"the headers have over {MAX_HEADER_BYTES:,} bytes")
         elif not self._is_known_site(headers):
             await _refuse(send, 403, "a request for another host, or from a page of another one")
-        elif scope["method"] == "OPTIONS" and self._origin is not None:
-            await _answer(send, 204, b"")
         elif scope["path"] not in OPEN_PATHS and not self._is_admitted(headers):
             await _refuse(send, 401, "no valid API key: send it as 'Authorization: Bearer KEY'")
         else:
@@ -123,27 +118,9 @@ class Gate:
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
         return hmac.compare_digest(key.strip(), self._key) and kind.lower() == b"bearer"
 
-    def _with_origin(self, send: Send) -> Send:
-        async def wrapped(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                assert self._origin is not None
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (b"access-control-allow-origin", self._origin.encode("latin-1")),
-                    (b"access-control-allow-headers", b"authorization, content-type"),
-                    (b"access-control-allow-methods", b"GET, POST, PUT, DELETE"),
-                    (b"vary", b"Origin"),
-                ]
-            await send(message)
-
-        return wrapped
-
 
 async def _refuse(send: Send, status: int, message: str) -> None:
-    await _answer(send, status, msgspec.json.encode(error_body(message, status)))
-
-
-async def _answer(send: Send, status: int, body: bytes) -> None:
+    body = msgspec.json.encode(error_body(message, status))
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),

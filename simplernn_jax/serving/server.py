@@ -12,6 +12,8 @@ from typing import Any
 
 import uvicorn
 from absl import logging
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from simplernn_jax.data.chat_template import ChatTemplate
 from simplernn_jax.data.tokenizer import Tokenizer
@@ -138,8 +140,11 @@ def serve(
             super().handle_exit(sig, frame)
 
     starter = threading.Thread(target=start, daemon=True)
+    app: ASGIApp = Gate(make_app(service), api_key, allow_origin, hosts)
+    if allow_origin is not None:
+        app = CORSMiddleware(app, [allow_origin], allow_methods=["*"], allow_headers=["*"])
     config = uvicorn.Config(
-        Gate(make_app(service), api_key, allow_origin, hosts),
+        app,
         http=DeadlineProtocol,
         h11_max_incomplete_event_size=4 * MAX_HEADER_BYTES,
         proxy_headers=False,
