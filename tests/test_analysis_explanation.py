@@ -25,6 +25,7 @@ from simplernn_jax.analysis.token_text import split_into_units
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.training.evaluate import Evaluator
 
 TEXT = "Für $x_1$ <b>&amp;\n\tund 漢字, 😀! " * 2
 WORDS = "The quick brown fox jumps over the lazy dog and runs"
@@ -71,13 +72,14 @@ def test_the_token_that_gains_most_from_distant_context_is_chosen(monkeypatch):
     monkeypatch.setattr(state_value, "short_context_losses", losses_with)
     losses = np.full(39, 2.0)
     losses[36] = 0.5  # token 37 gains 2.33 - 0.5
-    means, gains = context_gains(None, None, np.zeros(40, np.int32), losses)
+    unused = Evaluator(small_config(), 0), nnx.State({})
+    means, gains = context_gains(*unused, np.zeros(40, np.int32), losses)
     full = losses[32:].mean()
     assert means == (7, pytest.approx(4 - full), pytest.approx(2.5 - full))
     token, reason = choose_token(gains, 40)
     assert token == 37
     assert reason.startswith("the text more than 32 tokens before it lowers its loss by 1.83")
-    assert context_gains(None, None, np.zeros(33, np.int32), losses[:32]) == (None, {})
+    assert context_gains(*unused, np.zeros(33, np.int32), losses[:32]) == (None, {})
     token, reason = choose_token({}, 33)
     assert (token, reason[:12]) == (32, "the last one")
 

@@ -41,19 +41,23 @@ call = nnx.jit(lambda model, *arguments: model(*arguments))
 
 
 @functools.cache
-def loaded(variant, tmp_path_factory):
+def loaded(variant, folder_of):
     """(settings, weights, model) of one of `VARIANTS`, with the weights in one file or three."""
     settings = SETTINGS | VARIANTS[variant]
     weights = draw_weights(settings)
-    folder = save_checkpoint(
-        tmp_path_factory.mktemp("checkpoint"), settings, weights, 1 + 2 * (variant == "plain")
-    )
+    folder = save_checkpoint(folder_of(variant), settings, weights, 1 + 2 * (variant == "plain"))
     return settings, weights, load_gla_checkpoint(folder)
 
 
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    return lambda variant: root / variant
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_equal_the_equations_and_those_of_fla(variant, tmp_path_factory):
-    settings, weights, model = loaded(variant, tmp_path_factory)
+def test_logits_equal_the_equations_and_those_of_fla(variant, folder_of):
+    settings, weights, model = loaded(variant, folder_of)
     expected = reference_logits(settings, weights, draw_tokens())
     logits, state = call(model, draw_tokens())
     chex.assert_type(logits, jnp.float32)
@@ -66,8 +70,8 @@ def test_logits_equal_the_equations_and_those_of_fla(variant, tmp_path_factory):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_greedy_generation_is_the_argmax_of_the_equations(variant, tmp_path_factory):
-    settings, weights, model = loaded(variant, tmp_path_factory)
+def test_greedy_generation_is_the_argmax_of_the_equations(variant, folder_of):
+    settings, weights, model = loaded(variant, folder_of)
     prompt, expected = draw_tokens(1, 7)[0], []
     for _ in range(9):
         tokens = np.concatenate([prompt, expected]).astype(np.int32)[None]
@@ -77,8 +81,8 @@ def test_greedy_generation_is_the_argmax_of_the_equations(variant, tmp_path_fact
     assert generated.tolist() == expected
 
 
-def test_the_state_continues_and_segments_reset_it(tmp_path_factory):
-    settings, weights, model = loaded("convolutions, tied", tmp_path_factory)
+def test_the_state_continues_and_segments_reset_it(folder_of):
+    settings, weights, model = loaded("convolutions, tied", folder_of)
     tokens = draw_tokens()
     whole = reference_logits(settings, weights, tokens)
     limit = 3e-6 * np.abs(whole).max()
