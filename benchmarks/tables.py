@@ -91,7 +91,7 @@ def draw(panels: Mapping[str, Curves], x: str) -> bytes:
 
 
 def _tick(x: int) -> str:
-    """Label of `x` on an axis, at most five characters."""
+    """Short label of `x` on an axis."""
     if x < 10_000:
         return f"{x:,}"
     return f"{x / 1e6:.3g}M" if x >= 1_000_000 else f"{x / 1e3:.3g}k"

@@ -13,6 +13,7 @@ from flax import nnx
 from small_runs import small_config
 
 from simplernn_jax.analysis import state_value
+from simplernn_jax.analysis.decomposition import decompose_layers
 from simplernn_jax.analysis.explanation import explain
 from simplernn_jax.analysis.export import to_numbers
 from simplernn_jax.analysis.map_plots import draw_bars, draw_heads
@@ -33,13 +34,19 @@ STATE_PICTURES = ["half_lives", "state_norm", "state_rank"]
 VALUE_PICTURES = ["loss_by_position", "loss_by_reset", "contributions"]
 
 
+def config_of(mixer):
+    layers = {"num_layers": mixer.count(",") + 1, "mixer": mixer, "attention_context": 11}
+    return small_config("residual", num_heads=2, **layers)
+
+
+def model_of(mixer="simple_rnn"):
+    return LanguageModel(config_of(mixer).model, rngs=nnx.Rngs(0))
+
+
 @functools.cache
 def explanation(mixer="simple_rnn", text=TEXT, token=60, map_tokens=16):
-    config = small_config(
-        "residual", num_heads=2, num_layers=mixer.count(",") + 1, mixer=mixer, attention_context=11
-    )
-    model = LanguageModel(config.model, rngs=nnx.Rngs(0))
-    return explain(model, ByteTokenizer(), config, text, token=token, map_tokens=map_tokens)
+    options = {"token": token, "map_tokens": map_tokens}
+    return explain(model_of(mixer), ByteTokenizer(), config_of(mixer), text, **options)
 
 
 @functools.cache
@@ -54,6 +61,9 @@ def test_the_decomposition_is_exact_and_covers_the_token():
     assert max(layer.operator_error, layer.layer_error) < 1e-6
     ids = [256, *TEXT.encode("utf-8")]
     assert list(result.tokens) == ids
+    model = model_of()
+    (whole,) = decompose_layers(model, np.array(ids[:62]), model.initial_state(1))
+    np.testing.assert_allclose(layer.output[0], whole.output[0, 46:], rtol=1e-4, atol=1e-5)
     chosen = result.chosen
     assert (chosen.position, chosen.predicted.text) == (60, bytes(ids[60:61]).decode())
     assert (result.units[-1].stop, chosen.units[-1].stop) == (16, 14)

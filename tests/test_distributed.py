@@ -18,7 +18,6 @@ PEER_FAILURE = "error: a peer process failed"
 
 MEMBER = """
 import itertools, os, sys, time
-from unittest import mock
 from simplernn_jax import supervisor
 supervisor.supervise()
 supervisor.HEARTBEAT_SECONDS = 4
@@ -170,7 +169,6 @@ def test_an_invalid_address(initialize, coordinator):
 def test_arguments_that_jax_refuses_are_one_line(run):
     program = """
 import sys
-from unittest import mock
 from simplernn_jax import distributed, errors
 for place in (("127.0.0.1:1234", 2, None), (None, 2, 1), ("127.0.0.1:1234", 2, 2)):
     try:

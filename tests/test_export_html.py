@@ -27,7 +27,7 @@ from simplernn_jax.training.loop import train
 CHROMIUM = shutil.which("chromium")
 
 
-def splitting_json():
+def splitting_tokenizer():
     """BPE whose words are those of a pattern, as of larger models, and known as a whole."""
     content = json.loads(byte_level_json())
     content["model"]["ignore_merges"] = True
@@ -47,7 +47,7 @@ TOKENIZERS = {
     "byte": lambda: tokenizer_from_json('{"kind": "byte"}'),
     "char": lambda: char_tokenizer("".join(sorted(set(TEXT)))),
     "bpe": lambda: pretrained(byte_level_json("<s>", "</s>")),
-    "splitting": lambda: pretrained(splitting_json()),
+    "splitting": lambda: pretrained(splitting_tokenizer()),
 }
 
 

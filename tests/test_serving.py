@@ -305,7 +305,12 @@ def test_key_drain_and_reload(workdir, tmp_path):
             assert server.send("GET", "/v1/models", **headers)[0] == 401
         assert server.send("GET", "/v1/models", **key)[0] == 200
         assert server.send("GET", "/health")[0] == 200
-        asked = {"Access-Control-Request-Method": "POST"}  # before a page of another site asks
+        # As browsers ask before a page of another site sends a key to a server on this machine.
+        asked = {
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization, content-type",
+            "Access-Control-Request-Private-Network": "true",
+        }
         for origin, status in (("http://a.example", 200), ("http://b.example", 400)):
             found, headers, _ = server.send("OPTIONS", "/v1/states", Origin=origin, **asked)
             assert found == status

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from odd_files import put_odd_file
 
 from simplernn_jax import devices
 from simplernn_jax.config import ModelConfig
@@ -141,6 +142,12 @@ def test_a_failed_save_leaves_the_old_file(path, model, state, monkeypatch):
             save_state(str(path), other, model, BYTES)
     chex.assert_trees_all_equal(load_state(str(path), model, BYTES), state)
     assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "endless"])
+def test_anything_but_a_regular_file_is_not_read(tmp_path, model, kind):
+    put_odd_file(kind, tmp_path / "odd")
+    assert refusal(tmp_path / "odd", model).startswith("cannot be read (")
 
 
 @pytest.mark.parametrize("name", ["missing/state", "."])

@@ -101,8 +101,8 @@ def start_run(
 ) -> Iterator[list[Process]]:
     """Start or resume a small training run, and kill what is left of it in the end.
 
-    `environment` has more variables for all processes, `of_process` for those of these numbers;
-    `proxies` are those through which these processes reach the coordinator.
+    `environment` replaces variables of all processes, `of_process` those of the processes of these
+    numbers; `proxies` are, by number, those through which a process reaches the coordinator.
     """
     folder = workdir.parent
     words = command(workdir, flags)

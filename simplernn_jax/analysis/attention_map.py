@@ -40,7 +40,7 @@ def attention_map(
 ) -> AttentionMap:
     """Return the implicit attention of ``gated_linear_recurrence(q, k, v, log_gate)``, for any v.
 
-    q, k and log_gate are ``[B, T, H, K]``, segment_ids ``[B, T]``, as there.
+    q, k and log_gate, at most 0, are ``[B, T, H, K]``, segment_ids ``[B, T]``, as there.
     """
     batch, length, heads, key_dim = q.shape
     dtype = accumulator_dtype(q, k, log_gate)

@@ -179,7 +179,8 @@ def gradient_contributions(
     embedding were scaled to zero (Shrikumar et al. 2016, arXiv:1605.01713); likewise for the
     initial state. The contributions need not sum to log p.
 
-    `tokens` are [n] ids, n at least 1; `state`, before them, has batch size 1.
+    `tokens` are [n] ids, n at least 1, and `target` is the id predicted after them; `state`, before
+    them, has batch size 1.
     """
     graph, params = nnx.split(model)
 

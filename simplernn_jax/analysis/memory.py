@@ -89,7 +89,7 @@ def effective_rank(matrices: np.ndarray) -> np.ndarray:
 
 
 def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
-    """Measure the recurrences while the model reads [n] `tokens`, n > 0, from a zero state."""
+    """Measure the recurrences along [n] `tokens`, BOS included, from a zero state."""
     graph, params = nnx.split(model)
 
     @jax.jit

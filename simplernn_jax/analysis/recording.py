@@ -66,6 +66,7 @@ def record(
 ) -> Recording:
     """Run a forward pass on `tokens` and record every mixer's call; `model` is unchanged.
 
+    `tokens` and `segment_ids` are ``[B, T]``, as for `LanguageModel`; `state` None is zero.
     `shift` ``[B, T, D]`` is added to the embeddings, to take gradients with respect to them.
     """
     if state is None:

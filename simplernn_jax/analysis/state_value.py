@@ -44,7 +44,8 @@ def loss_by_position(
 ) -> PositionLoss:
     """Score the same predictions with the state carried and with it reset, by position.
 
-    `limit_tokens` is the number of predictions; 0 scores all.
+    `limit_tokens` is the number of predictions, 0 for all; `reset_every` tokens lie between two
+    resets. `params` are those of the evaluator's model.
 
     Raises:
       UserError: the split has nothing to predict.
@@ -126,7 +127,10 @@ def choose_split(document: TokenSplit, validation: TokenSplit | None) -> tuple[T
 def token_losses(
     evaluator: Evaluator, params: nnx.State, document: TokenSplit, windows: Contexts | None = None
 ) -> np.ndarray:
-    """Return float64 [n - 1]: -log p of tokens 1 .. n - 1 of one document, given all before."""
+    """Return float64 [n - 1]: -log p of tokens 1 .. n - 1 of one document, given all before.
+
+    With `windows`, given those alone.
+    """
     total = document.num_predictions
     losses = np.zeros(0)
     for part in evaluator.scores(params, document, windows=windows):
@@ -142,7 +146,7 @@ def short_context_losses(
 ) -> np.ndarray:
     """Return float64 [count]: -log p of the last of [n] `ids`, given `context` ids before each."""
     document = document_split(ids[len(ids) - count - context :], 0)
-    return token_losses(evaluator, params, document, Contexts(context, 1))[-count:]
+    return token_losses(evaluator, params, document, Contexts(context, 1))[context - 1 :]
 
 
 class ContextGain(NamedTuple):

@@ -126,7 +126,7 @@ class ChatTemplate:
             raise TemplateError(f"{type(error).__name__}: {error}") from error
 
     def render_next(self, messages: Sequence[Message]) -> str:
-        """Render messages after a finished conversation, and a generation prompt; as `render`."""
+        """Render messages after a finished conversation, and a generation prompt, as `render`."""
         whole = self.render((*_PROBE, *messages), add_generation_prompt=True)
         return self._after(self._prefix, whole)
 

@@ -163,7 +163,9 @@ def _choose(counts: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _assign(counts: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Assign documents, longest first, to the shortest sequence so far; return it and all loads."""
+    """Assign documents, longest first, to the shortest sequence so far; return each one's sequence,
+    and the load of every sequence.
+    """
     sequence_of = np.zeros(len(counts), np.int64)
     loads = np.zeros(batch_size, np.int64)
     heap = [(0, sequence) for sequence in range(batch_size)]

@@ -161,7 +161,7 @@ class PretrainedTokenizer(Tokenizer):
         }
 
     def encode(self, text: str) -> np.ndarray:
-        """See `Tokenizer.encode`; a text may have parts without a token."""
+        """See `Tokenizer.encode`; raises `UserError` also for a part without a token."""
         utf8(text)
         try:
             with _library_errors():

@@ -105,7 +105,7 @@ def encode_state(state: DecoderState, fingerprints: Mapping[str, str], **notes: 
 def decode_state(
     where: str, content: bytes, model: LanguageModel, fingerprints: Mapping[str, str]
 ) -> tuple[DecoderState, dict[str, str]]:
-    """Decode a state file to NumPy arrays and metadata; raises as `load_state`, from `where`."""
+    """Decode a state file to arrays and metadata; `UserError` begins with `where`."""
     try:
         header = _metadata(where, content[8 : 8 + int.from_bytes(content[:8], "little")])
         arrays = decode_safetensors(content)

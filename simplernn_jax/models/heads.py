@@ -108,7 +108,7 @@ class MultiHeadProjections(nnx.Module):
         return tuple(heads), outputs[-1]
 
     def project_outputs(self, y: jax.Array, output_gate: jax.Array | None) -> jax.Array:
-        """Normalize, gate and project the output of heads ``[..., H, V]`` to ``[..., output]``."""
+        """Normalize, gate and project heads ``[..., H, V]`` to ``[..., output_dim]``."""
         sizes = {"V": self.value_dim // self.num_heads}
         sizes = check_array("y", y, "... H V", FLOATING, sizes)
         if output_gate is not None:

@@ -79,7 +79,7 @@ class Answer:
         return not self._num_left
 
     async def updates(self) -> AsyncIterator[list[Update]]:
-        """Yield what the events add, as lists; raises `RequestError` if the engine stops."""
+        """Yield what the events add, as lists; `RequestError` if the engine fails or stops."""
         while self._num_left:
             if not self._queue.empty():
                 await asyncio.sleep(0)  # neither a full queue nor a free socket lets others run

@@ -70,7 +70,7 @@ class Inputs:
             )
 
     def sampling(self, request: SamplingFields) -> Sampling:
-        """Convert the settings of a request; raises `RequestError` for ids that do not exist."""
+        """Convert settings; `RequestError` for ids outside the vocabulary, or if all are banned."""
         stop_ids, banned = request.stop_token_ids or [], request.banned_token_ids or []
         self.check_ids("stop_token_ids", stop_ids)
         self.check_ids("banned_token_ids", banned)

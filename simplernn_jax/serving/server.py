@@ -142,7 +142,13 @@ def serve(
     starter = threading.Thread(target=start, daemon=True)
     app: ASGIApp = Gate(make_app(service), api_key, allow_origin, hosts)
     if allow_origin is not None:
-        app = CORSMiddleware(app, [allow_origin], allow_methods=["*"], allow_headers=["*"])
+        app = CORSMiddleware(
+            app,
+            [allow_origin],
+            allow_methods=["*"],
+            allow_headers=["*"],
+            allow_private_network=True,  # a page elsewhere may use a server on this machine
+        )
     config = uvicorn.Config(
         app,
         http=DeadlineProtocol,

@@ -64,7 +64,7 @@ class Service:
         self.inputs = Inputs(tokenizer, vocab_size)
 
     async def load_state(self, name: str | None) -> NamedState | None:
-        """Load a named state, as `StateFolder.load`; 409 while parameters are replaced."""
+        """Load a named state, as `StateFolder.load`; 409 if parameters are replaced meanwhile."""
         if name is None:
             return None
         states = self.states
@@ -84,7 +84,10 @@ class Service:
             )
 
     async def reload(self) -> bool:
-        """Use the newest checkpoint from now on; False if it is in use, 409 if it is corrupted."""
+        """Use the newest checkpoint from now on; return False if it is in use.
+
+        Raises `RequestError` (409) if it cannot be loaded; the parameters in use stay.
+        """
         async with self._reloading:
             try:
                 model = await asyncio.to_thread(self._load_model)

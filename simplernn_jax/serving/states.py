@@ -89,7 +89,9 @@ class StateFolder:
     def add(
         self, name: str | None, root: Root, tokens: np.ndarray, parent: NamedState | None
     ) -> NamedState:
-        """Save the state of `root` after `tokens`; 409 if the name is taken, 507 without room."""
+        """Save the state that `root` holds, after `parent` and `tokens`; 409 for a name that is
+        taken, 507 without room.
+        """
         before = np.zeros(0, np.int32) if parent is None else parent.recent
         recent = np.full(RECENT_TOKENS, -1, np.int32)
         last = np.concatenate([before, tokens])[-RECENT_TOKENS:]

@@ -157,8 +157,9 @@ class Evaluator:
                 self._shard_multiple,
             )
         else:
+            tokens = min(BATCH_TOKENS, MAX_BATCH_SIZE * windows.length)  # each has a whole state
             batches, _ = context_batches(
-                split, windows, BATCH_TOKENS, self._pad_id, limit_tokens, self._shard_multiple
+                split, windows, tokens, self._pad_id, limit_tokens, self._shard_multiple
             )
         carried = None
         for batch in batches:

@@ -30,7 +30,7 @@ Series = tuple[list[int], list[float]]
 
 
 def plot_loss(workdir: str, model: str) -> str | None:
-    """Plot training and validation loss from ``metrics.jsonl``; `model` describes it in the title.
+    """Plot training and validation loss from ``metrics.jsonl``; `model` is named in the title.
 
     The loss axis is scaled to the losses after the first steps, and the best validation loss is
     marked with its value.
