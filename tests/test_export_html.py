@@ -204,8 +204,11 @@ def test_stop_and_errors(page, exported):
     page.get_by_label("New tokens").fill("1000000000")
     page.get_by_label("Prompt").fill("a")
     page.get_by_role("button", name="Generate").click()
-    page.locator("#text .token").nth(9).wait_for(state="attached")
-    if page.locator("#stop").is_enabled():  # or EOS was drawn
+    # Text of a random model may end at any token.
+    page.wait_for_function(
+        "document.querySelectorAll('#text .token').length > 9 || !document.all.generate.disabled"
+    )
+    if page.locator("#stop").is_enabled():
         page.get_by_role("button", name="Stop").click()
     page.locator("#generate:enabled").wait_for()
     assert page.title() == exported[2].parent.parent.joinpath("run").name
