@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from . import preload
 from .experiment import Case
 from .network import Proxy
 from .runs import (
+    PARALLEL,
     exit_code,
     log_of,
     read_checkpoint,
@@ -54,11 +56,12 @@ def hosts(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """
     library = preload.build("failing_writes", folder)
     expected = {}
-    for number in range(count):
+    for size in (2, 4) if count > 3 else (2,):
+        train(folder / f"alone{size}", size)
+        expected[size] = read_checkpoint(folder / f"alone{size}")
+
+    def run_case(number: int) -> Case:
         size = 4 if number % 4 == 3 else 2
-        if size not in expected:
-            train(folder / f"alone{size}", size)
-            expected[size] = read_checkpoint(folder / f"alone{size}")
         workdir = folder / str(number)
         draw = random.Random(f"{seed} {number}")
         kind = _KINDS[number % len(_KINDS)]
@@ -68,7 +71,10 @@ def hosts(folder: Path, count: int, seed: int) -> Iterator[Case]:
         else:
             what, problem = _disturb(workdir, size, draw, kind, library, expected[size])
         shutil.rmtree(workdir, ignore_errors=True)  # it may have failed before it made one
-        yield Case(f"run {number}, {size} processes, {what}", problem, kind)
+        return Case(f"run {number}, {size} processes, {what}", problem, kind)
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        yield from pool.map(run_case, range(count))
 
 
 def _disturb(

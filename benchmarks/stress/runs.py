@@ -27,7 +27,7 @@ from .network import Proxy
 
 STEPS, SAVE_EVERY = 24, 3
 PARALLEL = 2
-"""Simultaneous processes: most of a short run is its start, which keeps one core busy."""
+"""Simultaneous runs: most of a short one is its start, which keeps one core busy."""
 START_SECONDS, SAVE_SECONDS = 8.0, 0.5
 """Approximate time of a start, and of three steps and a save."""
 
