@@ -1,7 +1,11 @@
 """Reports of ``scripts/stress.py``; its experiments are run by ``stress.py quick``."""
 
+import random
+import shutil
+
 from processes import assert_each_refused
 
+from benchmarks.stress.damage import damage_file
 from benchmarks.stress.experiment import Case, Experiment, run_experiment, table
 
 
@@ -17,6 +21,22 @@ def test_failures_are_reported(tmp_path, capsys):
     assert "| `losing` | nothing is lost | 3 | 1 | 0 |" in text
     nothing = Experiment("it runs", lambda *_: iter([]), 1, 1)
     assert run_experiment("nothing", nothing, tmp_path / "nothing", 1, 0).failures
+
+
+def test_damage_stays_in_its_folder(tmp_path):
+    """A link of one case would otherwise be followed when the next one copies the whole run."""
+    for name in ("whole", "damaged"):
+        (tmp_path / name / "a" / "b").mkdir(parents=True)
+        for path in ("c", "a/d", "a/b/e"):
+            (tmp_path / name / path).write_text(path)
+    inode = (tmp_path / "whole").stat().st_ino
+    what = set()
+    for seed in range(300):
+        shutil.rmtree(tmp_path / "damaged")
+        shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+        what.add(damage_file(tmp_path / "damaged", random.Random(seed)))
+        assert (tmp_path / "whole").stat().st_ino == inode
+    assert "swap the folder of c" in what
 
 
 def test_says_what_it_can_do():

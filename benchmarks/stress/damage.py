@@ -119,29 +119,33 @@ def stores(folder: Path, count: int, seed: int) -> Iterator[Case]:
 
 
 def damage_file(folder: Path, draw: random.Random) -> str:
-    """Damage one file below `folder`; return a description."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    """Damage one file below `folder`, and nothing beside it; return a description."""
+    files = _files(folder)
     if not files:
         return "no file is left"
     path = draw.choice(files)
     kind = draw.choice(list(_DAMAGES))
-    _DAMAGES[kind](path, files, draw)
+    _DAMAGES[kind](path, folder, draw)
     return f"{kind} {path.relative_to(folder)}"
 
 
-def _flip(path: Path, files: list[Path], draw: random.Random) -> None:
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _flip(path: Path, folder: Path, draw: random.Random) -> None:
     content = bytearray(path.read_bytes())
     if content:
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     path.write_bytes(content)
 
 
-def _truncate(path: Path, files: list[Path], draw: random.Random) -> None:
+def _truncate(path: Path, folder: Path, draw: random.Random) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: draw.randrange(len(content) + 1)])
 
 
-def _zero(path: Path, files: list[Path], draw: random.Random) -> None:
+def _zero(path: Path, folder: Path, draw: random.Random) -> None:
     """Overwrite a part by zeros, as a file system that lost its last blocks."""
     content = bytearray(path.read_bytes())
     start = draw.randrange(len(content) + 1)
@@ -149,14 +153,17 @@ def _zero(path: Path, files: list[Path], draw: random.Random) -> None:
     path.write_bytes(content)
 
 
-def _swap(path: Path, files: list[Path], draw: random.Random) -> None:
+def _swap(path: Path, folder: Path, draw: random.Random) -> None:
     """Replace by another file, if there is one by that of another checkpoint."""
+    files = _files(folder)
     alike = [other for other in files if other.name == path.name and other != path]
     path.write_bytes(draw.choice(alike or files).read_bytes())
 
 
-def _swap_folders(path: Path, files: list[Path], draw: random.Random) -> None:
-    """Exchange the folder of the file with its neighbor."""
+def _swap_folders(path: Path, folder: Path, draw: random.Random) -> None:
+    """Exchange the folder of the file with its neighbor, if it is below `folder`."""
+    if path.parent == folder:
+        return
     neighbors = sorted(p for p in path.parent.parent.iterdir() if p.is_dir() and p != path.parent)
     if not neighbors:
         return
@@ -166,15 +173,15 @@ def _swap_folders(path: Path, files: list[Path], draw: random.Random) -> None:
     aside.rename(other)
 
 
-def _replace(make: Callable[[Path], Any]) -> Callable[[Path, list[Path], random.Random], None]:
-    def replace(path: Path, files: list[Path], draw: random.Random) -> None:
+def _replace(make: Callable[[Path], Any]) -> Callable[[Path, Path, random.Random], None]:
+    def replace(path: Path, folder: Path, draw: random.Random) -> None:
         path.unlink()
         make(path)
 
     return replace
 
 
-_DAMAGES: dict[str, Callable[[Path, list[Path], random.Random], None]] = {
+_DAMAGES: dict[str, Callable[[Path, Path, random.Random], None]] = {
     "flip a bit of": _flip,
     "truncate": _truncate,
     "zero the end of": _zero,

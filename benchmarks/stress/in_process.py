@@ -38,9 +38,11 @@ def small_config(folder: Path, **fields: Any) -> Config:
 
 
 def run_quietly(config: Config, workdir: Path) -> None:
-    """Train, or resume, without output; raises as `train`."""
+    """Train, or resume, without output; raises as `train`, and KeyboardInterrupt for a signal."""
     with quiet():
-        train(config, str(workdir))
+        result = train(config, str(workdir))
+    if result.interrupted_by:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
