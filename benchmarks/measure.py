@@ -117,10 +117,12 @@ def process_peak(work: Call) -> float | None:
 
 
 def resident_bytes(pid: int | str, field: str = "VmRSS") -> float:
-    """Resident memory of a process."""
+    """Resident memory of a process; raises OSError once it has ended, waited for or not."""
     status = Path(f"/proc/{pid}/status").read_text("ascii")
-    (kilobytes,) = re.findall(rf"^{field}:\s+(\d+) kB$", status, re.M)
-    return 1024 * float(kilobytes)
+    size = re.search(rf"^{field}:\s+(\d+) kB$", status, re.M)
+    if size is None:
+        raise ProcessLookupError(f"process {pid} has no {field}: it has ended")
+    return 1024 * float(size[1])
 
 
 def describe_machine() -> dict[str, Any]:

@@ -1,10 +1,15 @@
 """Reports of ``scripts/stress.py``; its experiments are run by ``stress.py quick``."""
 
+import os
 import random
 import shutil
+import subprocess
+import sys
 
+import pytest
 from processes import assert_each_refused
 
+from benchmarks.measure import resident_bytes
 from benchmarks.stress.damage import damage_file
 from benchmarks.stress.experiment import Case, Experiment, run_experiment, table
 
@@ -37,6 +42,14 @@ def test_damage_stays_in_its_folder(tmp_path):
         what.add(damage_file(tmp_path / "damaged", random.Random(seed)))
         assert (tmp_path / "whole").stat().st_ino == inode
     assert "swap the folder of c" in what
+
+
+def test_memory_of_a_process_that_has_just_ended():
+    """It is in /proc until it is waited for, without its memory."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(ProcessLookupError, match="it has ended"):
+            resident_bytes(process.pid)
 
 
 def test_says_what_it_can_do():

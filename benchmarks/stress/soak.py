@@ -69,7 +69,7 @@ def _train(workdir: Path, num_steps: int) -> Iterator[Case]:
     with start_run(workdir, 1, flags) as (process,):
         wait_for_save(workdir, [process], 1)  # most programs are compiled
         while process.poll() is None:
-            with contextlib.suppress(OSError, LookupError):  # it has just ended
+            with contextlib.suppress(OSError):  # it has just ended
                 samples.append(_sample(process.pid))
             time.sleep(0.1)
     # The last sample may be of a process that ends.
