@@ -65,6 +65,14 @@ def draw_tokens(batch, length=6):
     return np.random.default_rng(0).integers(0, VOCAB, (batch, length), np.int32)
 
 
+def assert_near(found, expected, quantize):
+    """Products with integers round their inputs to 16 bits; norms of short vectors amplify that."""
+    error = np.abs(np.asarray(found) - expected)
+    largest, mean = (5e-3, 1e-4) if quantize in ("int8", "int4") else (3e-5, 3e-6)
+    assert error.max() <= largest
+    assert error.mean() <= mean
+
+
 @pytest.mark.parametrize(("sizes", "quantize"), KINDS)
 def test_equals_the_modules_and_does_not_depend_on_the_batch(sizes, quantize):
     model = make_model(sizes, quantize)
@@ -72,9 +80,9 @@ def test_equals_the_modules_and_does_not_depend_on_the_batch(sizes, quantize):
     tokens = draw_tokens(32)
     logits, states = run(model, tokens)
     expected, expected_states = forward(model, tokens[:3])
-    np.testing.assert_allclose(logits[:3], expected, rtol=0, atol=3e-5)
+    assert_near(logits[:3], expected, quantize)
     for ours, theirs in zip(*map(jax.tree.leaves, (states, expected_states)), strict=True):
-        np.testing.assert_allclose(ours[:3], theirs, rtol=0, atol=3e-5)
+        assert_near(ours[:3], theirs, quantize)
     for batch in (1, 3, 7):
         fewer, fewer_states = run(model, tokens[:batch])
         np.testing.assert_array_equal(fewer, logits[:batch])
@@ -97,7 +105,7 @@ def test_results_do_not_depend_on_the_number_of_tokens_in_a_call(sizes, quantize
         hidden.append(final)
     chex.assert_trees_all_equal(states, expected_states)
     heads = model.logits(jnp.concatenate(hidden, axis=1))
-    np.testing.assert_allclose(heads, expected, rtol=0, atol=3e-5)
+    assert_near(heads, expected, quantize)
 
 
 @pytest.mark.parametrize("quantize", ["none", "int4"])
@@ -174,7 +182,7 @@ def test_a_bfloat16_model_keeps_its_precision():
     logits, _ = run(model, tokens)
     # Activations are rounded to 8 bits there, and not here.
     np.testing.assert_allclose(logits, forward(model, tokens)[0], rtol=0, atol=0.03)
-    assert packed(quantize_model(model, "int8")).in_proj.values.dtype == jnp.int8
+    assert packed(quantize_model(model, "int8")).in_proj.values.dtype == jnp.int32
 
 
 @pytest.mark.parametrize(
@@ -214,7 +222,7 @@ def test_quantizing_changes_a_copy():
     for old, new in zip(*map(jax.tree.leaves, (before, nnx.state(model))), strict=True):
         np.testing.assert_array_equal(old, new)
     assert (other.head.kernel[...] != model.head.kernel[...]).any()
-    assert packed(other).in_proj.values.dtype == jnp.uint8
+    assert packed(other).in_proj.values.dtype == jnp.uint32
     assert quantize_model(model, "none") is model
 
 

@@ -1,6 +1,8 @@
 """Matrices in fewer bits, and packed for the C function of decoding.
 
-Weight-only quantization: weights are stored in fewer bits, and products and sums are float32.
+Weights are stored in fewer bits. Products with bfloat16 are float32. For products with int8 and
+int4, activations are rounded to 16 bits, with a scale for each 512 or 64 of them, and the sums are
+those of integers.
 """
 
 from typing import Any, NamedTuple
@@ -16,18 +18,17 @@ FORMATS = ("float32", "bfloat16", "int8", "int4")
 PANEL, GROUP = 64, 64
 """Outputs of a panel, and inputs that share a scale of int4; as in `panels.h`."""
 
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8, "int4": jnp.uint8}
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int32, "int4": jnp.uint32}
+"""Those of packed values: words of 4 or 8 integers differ in signedness only."""
 _LARGEST = {"int8": 127, "int4": 7}
-_PACKED_TOGETHER = {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8}
-"""Values in 32 bits, which the C function unpacks by shifts."""
 
 
 class PackedMatrix(NamedTuple):
     """A matrix ``[..., in, out]`` as the C function reads it; see `panels.h`."""
 
     values: jax.Array
-    """[..., panels, in, PANEL] float32, bfloat16 or int8, or [..., panels, in / 2, PANEL] uint8 of
-    two int4 each, in the order that `panels.h` describes."""
+    """[..., panels, in, PANEL] float32 or bfloat16; or words, [..., panels, in / 4, PANEL] int32 of
+    four int8, or [..., panels, in / 8, PANEL] uint32 of eight int4."""
     scales: jax.Array
     """[..., panels, groups, PANEL] float32, by which the values are multiplied."""
 
@@ -35,12 +36,12 @@ class PackedMatrix(NamedTuple):
         self, name: str, leading: tuple[int, ...], shape: tuple[int, int], dtype: Any
     ) -> None:
         """Check that this is ``[*leading, *shape]`` of `dtype`; raises ValueError or TypeError."""
-        is_int4 = dtype == jnp.uint8
         inputs, outputs = shape
+        together = {"int32": 4, "uint32": 8}.get(str(dtype), 1)
         sizes = {f"leading{i}": size for i, size in enumerate(leading)}
         sizes |= {"panels": -(-outputs // PANEL), "PANEL": PANEL}
-        sizes["in"] = -(-inputs // 2) if is_int4 else inputs
-        sizes["groups"] = -(-inputs // GROUP) if is_int4 else 1
+        sizes["in"] = -(-inputs // together)
+        sizes["groups"] = -(-inputs // GROUP) if together == 8 else 1
         axes = " ".join(f"leading{i}" for i in range(len(leading)))
         dtypes = [str(jnp.dtype(each)) for each in _DTYPES.values()]
         wanted = (str(dtype),) if str(dtype) in dtypes else tuple(dtypes)
@@ -89,22 +90,24 @@ def pack(matrix: jax.Array, kind: str, output_scale: jax.Array | None = None) ->
     if output_scale is not None:
         scales = scales * jnp.expand_dims(output_scale, range(scales.ndim - 1))
     values, scales = _panels(values), _panels(scales)
-    if kind == "int4":
-        values = _pairs(values)
-    together = _PACKED_TOGETHER[kind]
-    parts = values.reshape(*values.shape[:-1], together, -1)
-    values = jnp.swapaxes(parts, -1, -2).reshape(values.shape)
-    if kind == "int4":
-        values = (values + jnp.int8(8)).astype(jnp.uint8)
-        values = (values[..., 1::2] << 4) | values[..., ::2]
+    if kind in _LARGEST:
+        values = _words(values, 4 if kind == "int8" else 8).astype(_DTYPES[kind])
+    if kind == "bfloat16":  # two columns of a half panel each share 32 bits
+        halves = values.reshape(*values.shape[:-1], 2, PANEL // 2)
+        values = jnp.swapaxes(halves, -1, -2).reshape(values.shape)
     return PackedMatrix(values, scales)
 
 
-def _pairs(values: jax.Array) -> jax.Array:
-    """Join the rows of two inputs: ``[..., in, PANEL]`` to ``[..., in / 2, 2 PANEL]``."""
+def _words(values: jax.Array, together: int) -> jax.Array:
+    """Join so many inputs of ``[..., in, PANEL]`` int8 to one uint32: see `panels.h`."""
     *leading, inputs, _ = values.shape
-    padding = [(0, 0)] * len(leading) + [(0, inputs % 2), (0, 0)]
-    return jnp.pad(values, padding).reshape(*leading, -1, 2 * PANEL)
+    padding = [(0, 0)] * len(leading) + [(0, -inputs % together), (0, 0)]
+    bits = 32 // together
+    stored = (values.astype(jnp.int32) + (1 << (bits - 1))).astype(jnp.uint32)
+    parts = jnp.pad(stored, padding).reshape(*leading, -1, together, PANEL)
+    place = jnp.arange(together, dtype=jnp.uint32)[:, None]
+    shifts = place // 2 * bits + place % 2 * 16
+    return jnp.sum(parts << jnp.broadcast_to(shifts, parts.shape), axis=-2, dtype=jnp.uint32)
 
 
 def _panels(x: jax.Array) -> jax.Array:

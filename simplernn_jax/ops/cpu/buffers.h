@@ -63,10 +63,8 @@ static inline const char *name_of(XLA_FFI_DataType dtype) {
       return "bfloat16";
     case XLA_FFI_DataType_S32:
       return "int32";
-    case XLA_FFI_DataType_S8:
-      return "int8";
-    case XLA_FFI_DataType_U8:
-      return "uint8";
+    case XLA_FFI_DataType_U32:
+      return "uint32";
     case XLA_FFI_DataType_PRED:
       return "bool";
     default:

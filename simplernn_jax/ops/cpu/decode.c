@@ -80,13 +80,11 @@ static void embed(const Decoder *d, int64_t row, int64_t token) {
   const Matrix *m = &d->embedding;
   const int is_id = token >= 0 && token < d->vocab;
   const int64_t panel = is_id ? token / PANEL : 0, column = is_id ? token % PANEL : 0;
-  const int64_t first = column / LANES * LANES;
   const char *values = m->values + panel * panel_bytes(d->format, m->inputs);
   const float scale = is_id ? sqrtf(d->dim) : NAN;
   for (int64_t i = 0; i < d->dim; i++) {
     const float by = m->scales[(panel * m->groups + i / m->group) * PANEL + column];
-    const float value = values_at(values, d->format, i, first)[column - first];
-    d->x[row * d->dim + i] = value * unit_of(d->format, first) * by * scale;
+    d->x[row * d->dim + i] = value_at(values, d->format, i, column) * by * scale;
   }
 }
 
@@ -293,7 +291,7 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
   if (call.num_leading != 1 || least(d.length, smallest) < 1)
     reject(&call, "%s: expected tokens [N, T] and no empty axes", call.function);
   if (d.format != FLOAT32 && d.format != BFLOAT16 && d.format != INT8 && d.format != INT4)
-    reject(&call, "%s: embedding: expected float32, bfloat16, int8 or uint8", call.function);
+    reject(&call, "%s: embedding: expected float32, bfloat16, int32 or uint32", call.function);
   d.tokens = checked(&call, buffer_at(&call, 0, 0, "tokens"), "tokens", XLA_FFI_DataType_S32, 1,
                      SHAPE(d.length));
   d.num_tokens = checked(&call, buffer_at(&call, 0, 1, "num_tokens"), "num_tokens",

@@ -2,14 +2,17 @@
    with the vectors of several sequences.
 
    A matrix is ``values [panels, in, PANEL]``, which one pass reads in order, times
-   ``scales [panels, groups, PANEL]`` of groups of inputs. Values are float32, bfloat16 or int8 with
-   one group, or int4 (two inputs in ``[panels, in / 2, PANEL]`` bytes) with groups of GROUP inputs.
-   Several matrices of one shape have an axis in front. Values of outputs PANEL / 2 (bfloat16)
-   or PANEL / 4 apart share 32 bits, the first in the lowest; of int4, 32 bits hold
-   four values of an even input, then four of the next. So shifts unpack a whole vector.
+   ``scales [panels, groups, PANEL]`` of groups of inputs. Values are float32 or bfloat16, or
+   integers in 8 bits with one group or in 4 bits with groups of GROUP inputs. Several matrices of
+   one shape have an axis in front.
 
-   Values of int4 are stored plus 8 and unpacked by a mask, as multiples of a power of two: exact,
-   and faster than shifts that extend signs.
+   Values of bfloat16 of outputs PANEL / 2 apart share 32 bits, the first in the lowest.
+
+   Integers are stored plus 128 or 8, as ``[panels, in / 4 or 8, PANEL]`` words of 32 bits. They are
+   multiplied by inputs of 16 bits: x = fixed * step, where step follows from the largest of the
+   block's inputs. From bit 4k or 8k of a word on are the integers of input 2k in its lower half and
+   2k + 1 in its upper half. So a shift and a mask unpack two of each output, whose products with
+   two inputs one instruction adds, exactly.
 
    Each output is summed in the order of its inputs: the bits of a sequence's results do not depend
    on how many there are. */
@@ -17,11 +20,19 @@
 #ifndef SIMPLERNN_PANELS_H
 #define SIMPLERNN_PANELS_H
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#include <math.h>
+#include <string.h>
+
 #include "call.h"
 
 #define PANEL 64
 #define GROUP 64
-#define AHEAD 8192 /* bytes; prefetching outside of an array is safe */
+#define INPUT_BLOCK 512 /* inputs of 8-bit weights that share a step: sums fit 32 bits */
 #define ROWS 6 /* sequences whose sums are kept in registers */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -48,7 +59,7 @@ UNALIGNED(float, FloatsAt);
 UNALIGNED(uint32_t, WordsAt);
 
 enum { FLOAT32 = XLA_FFI_DataType_F32, BFLOAT16 = XLA_FFI_DataType_BF16 };
-enum { INT8 = XLA_FFI_DataType_S8, INT4 = XLA_FFI_DataType_U8 };
+enum { INT8 = XLA_FFI_DataType_S32, INT4 = XLA_FFI_DataType_U32 }; /* of words */
 
 typedef struct {
   const char *values;
@@ -56,66 +67,157 @@ typedef struct {
   int64_t inputs, outputs, panels, groups, group;
 } Matrix;
 
+INLINE int is_integer(const int format) { return format == INT8 || format == INT4; }
+
+/* Inputs of a word of integers. */
+INLINE int64_t together(const int format) { return format == INT8 ? 4 : 8; }
+
 /* Bytes of a panel of `inputs`. */
 INLINE int64_t panel_bytes(const int format, int64_t inputs) {
-  if (format == INT4) return (inputs + 1) / 2 * PANEL;
-  return inputs * PANEL * (format == FLOAT32 ? 4 : format == BFLOAT16 ? 2 : 1);
+  if (is_integer(format)) return divided(inputs, together(format)) * PANEL * 4;
+  return inputs * PANEL * (format == FLOAT32 ? 4 : 2);
 }
 
-/* Values of LANES outputs from `column` of a panel, for input i, divided by `unit_of`. */
+/* Values of LANES outputs from `column` of a panel, for input i. */
 INLINE Lanes values_at(const char *panel, const int format, int64_t i, int64_t column) {
   if (format == FLOAT32) return *(const FloatsAt *)(panel + 4 * (i * PANEL + column));
-  if (format == BFLOAT16) {
-    const Words two = *(const WordsAt *)(panel + 2 * i * PANEL + 4 * (column % (PANEL / 2)));
-    return (Lanes)(column < PANEL / 2 ? two << 16 : two & 0xffff0000);
+  const Words two = *(const WordsAt *)(panel + 2 * i * PANEL + 4 * (column % (PANEL / 2)));
+  return (Lanes)(column < PANEL / 2 ? two << 16 : two & 0xffff0000);
+}
+
+/* Value of one output of a panel for input i. */
+INLINE float value_at(const char *panel, const int format, int64_t i, int64_t column) {
+  if (!is_integer(format)) {
+    const int64_t first = column / LANES * LANES;
+    return values_at(panel, format, i, first)[column - first];
   }
-  const char *row = panel + (format == INT8 ? i : i / 2) * PANEL;
-  const Words words = *(const WordsAt *)(row + 4 * (column % (PANEL / 4)));
-  const int quarter = column / (PANEL / 4);
-  if (format == INT8)
-    return __builtin_convertvector((Integers)(words << (24 - 8 * quarter)) >> 24, Lanes);
-  const Integers nibbles = (Integers)((words >> (16 * (i % 2))) & (15u << (4 * quarter)));
-  return __builtin_convertvector(nibbles - (8 << (4 * quarter)), Lanes);
+  const int64_t n = together(format), bits = 32 / n, place = i % n;
+  const uint32_t word = ((const uint32_t *)panel)[i / n * PANEL + column];
+  const int32_t stored = word >> (place / 2 * bits + place % 2 * 16) & ((1 << bits) - 1);
+  return stored - (1 << (bits - 1));
 }
 
-INLINE float unit_of(const int format, int64_t column) {
-  return format == INT4 ? 1.0f / (1 << (4 * (column / (PANEL / 4)))) : 1;
-}
-
-/* Outputs ``[rows, w * LANES]`` from `column` of a panel. */
+/* Outputs ``[rows, w * LANES]`` from `column` of a panel of floats. */
 INLINE void multiply_tile(const Matrix *m, int64_t panel, const int format, const int rows,
                           const int w, int64_t column, const float *x, float *to) {
   const char *values = m->values + panel * panel_bytes(format, m->inputs);
-  const float *scales = m->scales + panel * m->groups * PANEL + column;
-  Lanes total[ROWS][PANEL / LANES];
+  const float *scales = m->scales + panel * PANEL + column;
+  Lanes sum[ROWS][PANEL / LANES];
   for (int r = 0; r < rows; r++)
-    for (int j = 0; j < w; j++) total[r][j] = (Lanes){0};
-  for (int64_t g = 0; g < m->groups; g++, scales += PANEL) {
-    Lanes sum[ROWS][PANEL / LANES];
+    for (int j = 0; j < w; j++) sum[r][j] = (Lanes){0};
+  for (int64_t i = 0; i < m->inputs; i++) {
+    Lanes weights[PANEL / LANES];
+    for (int j = 0; j < w; j++) weights[j] = values_at(values, format, i, column + j * LANES);
     for (int r = 0; r < rows; r++)
-      for (int j = 0; j < w; j++) sum[r][j] = (Lanes){0};
-    const int64_t end = least((g + 1) * m->group, m->inputs);
-    for (int64_t i = g * m->group; i < end; i++) {
-      /* One row: measured 1.4 times the rate of int8 from memory; of other formats no gain. */
-      if (rows == 1 && format == INT8) __builtin_prefetch(values + i * PANEL + AHEAD);
-      Lanes weights[PANEL / LANES];
-      for (int j = 0; j < w; j++) weights[j] = values_at(values, format, i, column + j * LANES);
-      for (int r = 0; r < rows; r++)
-        for (int j = 0; j < w; j++) sum[r][j] += weights[j] * x[r * m->inputs + i];
-    }
-    for (int r = 0; r < rows; r++)
-      for (int j = 0; j < w; j++) {
-        const float unit = unit_of(format, column + j * LANES);
-        total[r][j] += sum[r][j] * unit * *(const FloatsAt *)(scales + j * LANES);
-      }
+      for (int j = 0; j < w; j++) sum[r][j] += weights[j] * x[r * m->inputs + i];
   }
   for (int r = 0; r < rows; r++)
-    for (int j = 0; j < w; j++) *(FloatsAt *)(to + r * PANEL + column + j * LANES) = total[r][j];
+    for (int j = 0; j < w; j++) {
+      FloatsAt *at = (FloatsAt *)(to + r * PANEL + column + j * LANES);
+      *at = sum[r][j] * *(const FloatsAt *)(scales + j * LANES);
+    }
+}
+
+/* x as integers times the step that is returned, NaN if x is not finite; zeros follow up to a
+   multiple of 8. */
+static float to_fixed(const float *x, int64_t n, int16_t *fixed) {
+  uint32_t bits[INPUT_BLOCK], largest = 0;
+  memcpy(bits, x, sizeof(float) * n);
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t size = bits[i] & 0x7fffffff;
+    largest = size > largest ? size : largest;
+  }
+  float maximum;
+  memcpy(&maximum, &largest, 4);
+  if (!isfinite(maximum)) maximum = 0;
+  const float by = 32767 / (maximum > 1e-30f ? maximum : 1e-30f);
+  for (int64_t i = 0; i < n; i++) {
+    const float shifted = x[i] * by + 12582912.f; /* an integer in its lowest bits */
+    memcpy(&bits[i], &shifted, 4);
+    fixed[i] = bits[i];
+  }
+  memset(fixed + n, 0, sizeof(int16_t) * (-n & 7));
+  return largest < 0x7f800000 ? 1 / by : NAN;
+}
+
+/* sum + a * b over both halves of each 32 bits, which are signed integers. */
+INLINE Integers add_products(Integers sum, Words a, Words b) {
+#if defined(__AVX512VNNI__)
+  return (Integers)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return sum + (Integers)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  return sum + (Integers)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__) && !defined(__AVX__)
+  return sum + (Integers)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+  const int16x8_t c = (int16x8_t)a, d = (int16x8_t)b;
+  const int32x4_t low = vmull_s16(vget_low_s16(c), vget_low_s16(d));
+  return sum + (Integers)vpaddq_s32(low, vmull_high_s16(c, d));
+#else
+  const Integers low = ((Integers)(a << 16) >> 16) * ((Integers)(b << 16) >> 16);
+  return sum + low + ((Integers)a >> 16) * ((Integers)b >> 16);
+#endif
+}
+
+/* Add outputs of one block of inputs, `count` words from `words` on. */
+INLINE void multiply_words(const uint32_t *words, const float *scales, const int format,
+                           const int rows, const int w, int64_t count, int16_t (*fixed)[INPUT_BLOCK],
+                           const int32_t *offsets, const float *steps, float *to) {
+  const int pairs = together(format) / 2, bits = 16 / pairs;
+  Integers sum[ROWS][PANEL / LANES];
+  for (int r = 0; r < rows; r++)
+    for (int j = 0; j < w; j++) sum[r][j] = (Integers){0} - offsets[r];
+  for (int64_t i = 0; i < count; i++) {
+    for (int j = 0; j < w; j++) {
+      const Words packed = *(const WordsAt *)(words + i * PANEL + j * LANES);
+      for (int k = 0; k < pairs; k++) {
+        const Words two = (packed >> (bits * k)) & (((1u << bits) - 1) * 0x10001u);
+        for (int r = 0; r < rows; r++) {
+          uint32_t inputs;
+          memcpy(&inputs, fixed[r] + 2 * (i * pairs + k), 4);
+          sum[r][j] = add_products(sum[r][j], two, (Words){0} + inputs);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < rows; r++)
+    for (int j = 0; j < w; j++) {
+      FloatsAt *at = (FloatsAt *)(to + r * PANEL + j * LANES);
+      const Lanes scale = *(const FloatsAt *)(scales + j * LANES) * steps[r];
+      *at += __builtin_convertvector(sum[r][j], Lanes) * scale;
+    }
+}
+
+/* Outputs ``[rows, PANEL]`` of a panel of integers. */
+INLINE void multiply_integers(const Matrix *m, int64_t panel, const int format, const int rows,
+                              const int w, const float *x, float *to) {
+  const int64_t block = format == INT8 ? INPUT_BLOCK : GROUP, n = together(format);
+  const uint32_t *words = (const uint32_t *)(m->values + panel * panel_bytes(format, m->inputs));
+  int16_t fixed[ROWS][INPUT_BLOCK];
+  int32_t offsets[ROWS];
+  float steps[ROWS];
+  memset(to, 0, sizeof(float) * rows * PANEL);
+  for (int64_t start = 0; start < m->inputs; start += block) {
+    const int64_t count = least(block, m->inputs - start);
+    const int64_t group = panel * m->groups + (m->groups == 1 ? 0 : start / block);
+    for (int r = 0; r < rows; r++) {
+      steps[r] = to_fixed(x + r * m->inputs + start, count, fixed[r]);
+      int32_t sum = 0;
+      for (int64_t i = 0; i < count; i++) sum += fixed[r][i];
+      offsets[r] = sum * (1 << (32 / n - 1));
+    }
+#pragma GCC unroll 4
+    for (int64_t column = 0; column < PANEL; column += w * LANES)
+      multiply_words(words + start / n * PANEL + column, m->scales + group * PANEL + column, format,
+                     rows, w, divided(count, n), fixed, offsets, steps, to + column);
+  }
 }
 
 INLINE void multiply_rows(const Matrix *m, int64_t panel, const int format, const int rows,
                           const float *x, float *to) {
   const int w = rows == 1 ? PANEL / LANES : TILE; /* one row has registers to spare */
+  if (is_integer(format)) return multiply_integers(m, panel, format, rows, w, x, to);
 #pragma GCC unroll 4
   for (int64_t column = 0; column < PANEL; column += w * LANES)
     multiply_tile(m, panel, format, rows, w, column, x, to);
@@ -152,7 +254,8 @@ static inline Matrix matrix_argument(Call *call, int64_t i, const char *name, in
   Matrix m = {.inputs = inputs, .outputs = outputs, .panels = divided(outputs, PANEL)};
   m.group = format == INT4 ? GROUP : inputs;
   m.groups = format == INT4 ? divided(inputs, GROUP) : 1;
-  const int64_t values[] = {layers, m.panels, format == INT4 ? divided(inputs, 2) : inputs, PANEL};
+  const int64_t words = divided(inputs, together(format));
+  const int64_t values[] = {layers, m.panels, is_integer(format) ? words : inputs, PANEL};
   const int64_t scales[] = {layers, m.panels, m.groups, PANEL};
   const int64_t rank = layers > 0 ? 4 : 3;
   m.values = checked(call, buffer_at(call, 0, i, name), name, format, 0,
