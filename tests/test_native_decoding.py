@@ -24,7 +24,7 @@ pytestmark = needs_compiler
 VOCAB = 71
 SIZES = {
     "small": {"hidden_dim": 37, "key_dim": 12, "value_dim": 14, "num_heads": 2, "mlp_dim": 83},
-    "wide": {"hidden_dim": 131, "key_dim": 19, "value_dim": 83, "num_heads": 1, "mlp_dim": 67},
+    "wide": {"hidden_dim": 131, "key_dim": 19, "value_dim": 83, "num_heads": 1, "mlp_dim": 521},
 }
 KINDS = [("small", "none"), ("small", "int4"), *(("wide", kind) for kind in QUANTIZATIONS)]
 

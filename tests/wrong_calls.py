@@ -343,11 +343,11 @@ def settings(number):
     )
 
 
-def decode_signature(dtype, halved=1):
-    """Signature for two layers, M = 64 and a vocabulary of S; `halved` inputs share a byte."""
+def decode_signature(dtype, together=1):
+    """Signature for two layers, M = 64 and a vocabulary of S; `together` inputs share a word."""
 
     def matrix(leading, inputs):
-        return [f"{leading} 1 {-(-inputs // halved)} 64 {dtype}", f"{leading} 1 1 64"]
+        return [f"{leading} 1 {-(-inputs // together)} 64 {dtype}", f"{leading} 1 1 64"]
 
     size = SIZES["D"]
     weights = [
@@ -379,8 +379,8 @@ NATIVE = {
     native.NEWTON_SCHULZ: (["B T D", "H K", "W D"], ["B T D", "H K", "W D"]),
     native.DECODE: decode_signature("float32"),
     f"{native.DECODE} of bfloat16": decode_signature("bfloat16"),
-    f"{native.DECODE} of int8": decode_signature("int8"),
-    f"{native.DECODE} of int4": decode_signature("uint8", halved=2),
+    f"{native.DECODE} of int8": decode_signature("int32", 4),
+    f"{native.DECODE} of int4": decode_signature("uint32", 8),
 }
 """Arguments and results of the C functions: axes, and the dtype where it is not float32."""
 

@@ -38,7 +38,7 @@ def decodes_natively(model: LanguageModel) -> bool:
 def weight_format(model: LanguageModel) -> str:
     """Return the format of the weights of a model: its precision unless `quantize_model` made it.
 
-    Activations are float32 also where other programs round them to bfloat16.
+    The C function does not round activations to bfloat16, unlike other programs.
     """
     return getattr(model, "weight_format", model.config.precision)
 

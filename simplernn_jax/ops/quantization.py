@@ -21,6 +21,8 @@ PANEL, GROUP = 64, 64
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int32, "int4": jnp.uint32}
 """Those of packed values: words of 4 or 8 integers differ in signedness only."""
 _LARGEST = {"int8": 127, "int4": 7}
+_TOGETHER = {"int32": 4, "uint32": 8}
+"""Inputs of a word of each dtype."""
 
 
 class PackedMatrix(NamedTuple):
@@ -37,7 +39,7 @@ class PackedMatrix(NamedTuple):
     ) -> None:
         """Check that this is ``[*leading, *shape]`` of `dtype`; raises ValueError or TypeError."""
         inputs, outputs = shape
-        together = {"int32": 4, "uint32": 8}.get(str(dtype), 1)
+        together = _TOGETHER.get(str(dtype), 1)
         sizes = {f"leading{i}": size for i, size in enumerate(leading)}
         sizes |= {"panels": -(-outputs // PANEL), "PANEL": PANEL}
         sizes["in"] = -(-inputs // together)
@@ -91,7 +93,7 @@ def pack(matrix: jax.Array, kind: str, output_scale: jax.Array | None = None) ->
         scales = scales * jnp.expand_dims(output_scale, range(scales.ndim - 1))
     values, scales = _panels(values), _panels(scales)
     if kind in _LARGEST:
-        values = _words(values, 4 if kind == "int8" else 8).astype(_DTYPES[kind])
+        values = _words(values, _TOGETHER[jnp.dtype(_DTYPES[kind]).name]).astype(_DTYPES[kind])
     if kind == "bfloat16":  # two columns of a half panel each share 32 bits
         halves = values.reshape(*values.shape[:-1], 2, PANEL // 2)
         values = jnp.swapaxes(halves, -1, -2).reshape(values.shape)

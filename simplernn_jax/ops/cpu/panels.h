@@ -8,11 +8,13 @@
 
    Values of bfloat16 of outputs PANEL / 2 apart share 32 bits, the first in the lowest.
 
-   Integers are stored plus 128 or 8, as ``[panels, in / 4 or 8, PANEL]`` words of 32 bits. They are
-   multiplied by inputs of 16 bits: x = fixed * step, where step follows from the largest of the
-   block's inputs. From bit 4k or 8k of a word on are the integers of input 2k in its lower half and
-   2k + 1 in its upper half. So a shift and a mask unpack two of each output, whose products with
-   two inputs one instruction adds, exactly.
+   Integers of 8 (4) bits are stored plus 128 (8), four (eight) inputs in a word of 32 bits:
+   ``[panels, in / 4 (8), PANEL]``. From bit 8k (4k) on are the integers of input 2k in the lower
+   half of the word and of 2k + 1 in the upper half. So a shift and a mask unpack two inputs.
+
+   Inputs are rounded to 16 bits, x = fixed * step, with a step for each INPUT_BLOCK (GROUP) inputs
+   that follows from the largest one. Products of two inputs and their sum are one instruction, and
+   exact.
 
    Each output is summed in the order of its inputs: the bits of a sequence's results do not depend
    on how many there are. */
@@ -26,13 +28,12 @@
 #include <arm_neon.h>
 #endif
 #include <math.h>
-#include <string.h>
 
 #include "call.h"
 
 #define PANEL 64
 #define GROUP 64
-#define INPUT_BLOCK 512 /* inputs of 8-bit weights that share a step: sums fit 32 bits */
+#define INPUT_BLOCK 512 /* the most whose sums fit 32 bits: 512 * 32767 * 128 < 2^31 */
 #define ROWS 6 /* sequences whose sums are kept in registers */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -67,15 +68,12 @@ typedef struct {
   int64_t inputs, outputs, panels, groups, group;
 } Matrix;
 
-INLINE int is_integer(const int format) { return format == INT8 || format == INT4; }
-
-/* Inputs of a word of integers. */
-INLINE int64_t together(const int format) { return format == INT8 ? 4 : 8; }
+/* Inputs of a word; floats are apart. */
+INLINE int64_t together(const int format) { return format == INT8 ? 4 : format == INT4 ? 8 : 1; }
 
 /* Bytes of a panel of `inputs`. */
 INLINE int64_t panel_bytes(const int format, int64_t inputs) {
-  if (is_integer(format)) return divided(inputs, together(format)) * PANEL * 4;
-  return inputs * PANEL * (format == FLOAT32 ? 4 : 2);
+  return divided(inputs, together(format)) * PANEL * (format == BFLOAT16 ? 2 : 4);
 }
 
 /* Values of LANES outputs from `column` of a panel, for input i. */
@@ -87,11 +85,8 @@ INLINE Lanes values_at(const char *panel, const int format, int64_t i, int64_t c
 
 /* Value of one output of a panel for input i. */
 INLINE float value_at(const char *panel, const int format, int64_t i, int64_t column) {
-  if (!is_integer(format)) {
-    const int64_t first = column / LANES * LANES;
-    return values_at(panel, format, i, first)[column - first];
-  }
-  const int64_t n = together(format), bits = 32 / n, place = i % n;
+  const int64_t n = together(format), bits = 32 / n, place = i % n, first = column / LANES * LANES;
+  if (n == 1) return values_at(panel, format, i, first)[column - first];
   const uint32_t word = ((const uint32_t *)panel)[i / n * PANEL + column];
   const int32_t stored = word >> (place / 2 * bits + place % 2 * 16) & ((1 << bits) - 1);
   return stored - (1 << (bits - 1));
@@ -118,10 +113,11 @@ INLINE void multiply_tile(const Matrix *m, int64_t panel, const int format, cons
     }
 }
 
-/* x as integers times the step that is returned, NaN if x is not finite; zeros follow up to a
-   multiple of 8. */
+/* x as integers times the step that is returned; zeros follow up to a multiple of 8. Where x is not
+   finite, all are zeros and the step is NaN. */
 static float to_fixed(const float *x, int64_t n, int16_t *fixed) {
   uint32_t bits[INPUT_BLOCK], largest = 0;
+  memset(fixed, 0, sizeof(int16_t) * divided(n, 8) * 8);
   memcpy(bits, x, sizeof(float) * n);
   for (int64_t i = 0; i < n; i++) {
     const uint32_t size = bits[i] & 0x7fffffff;
@@ -129,15 +125,14 @@ static float to_fixed(const float *x, int64_t n, int16_t *fixed) {
   }
   float maximum;
   memcpy(&maximum, &largest, 4);
-  if (!isfinite(maximum)) maximum = 0;
+  if (!isfinite(maximum)) return NAN;
   const float by = 32767 / (maximum > 1e-30f ? maximum : 1e-30f);
   for (int64_t i = 0; i < n; i++) {
     const float shifted = x[i] * by + 12582912.f; /* an integer in its lowest bits */
     memcpy(&bits[i], &shifted, 4);
     fixed[i] = bits[i];
   }
-  memset(fixed + n, 0, sizeof(int16_t) * (-n & 7));
-  return largest < 0x7f800000 ? 1 / by : NAN;
+  return 1 / by;
 }
 
 /* sum + a * b over both halves of each 32 bits, which are signed integers. */
@@ -169,15 +164,17 @@ INLINE void multiply_words(const uint32_t *words, const float *scales, const int
   for (int r = 0; r < rows; r++)
     for (int j = 0; j < w; j++) sum[r][j] = (Integers){0} - offsets[r];
   for (int64_t i = 0; i < count; i++) {
-    for (int j = 0; j < w; j++) {
-      const Words packed = *(const WordsAt *)(words + i * PANEL + j * LANES);
-      for (int k = 0; k < pairs; k++) {
-        const Words two = (packed >> (bits * k)) & (((1u << bits) - 1) * 0x10001u);
-        for (int r = 0; r < rows; r++) {
-          uint32_t inputs;
-          memcpy(&inputs, fixed[r] + 2 * (i * pairs + k), 4);
-          sum[r][j] = add_products(sum[r][j], two, (Words){0} + inputs);
-        }
+    for (int k = 0; k < pairs; k++) {
+      Words x[ROWS];
+      for (int r = 0; r < rows; r++) {
+        uint32_t two;
+        memcpy(&two, fixed[r] + 2 * (i * pairs + k), 4);
+        x[r] = (Words){0} + two;
+      }
+      for (int j = 0; j < w; j++) {
+        const Words packed = *(const WordsAt *)(words + i * PANEL + j * LANES);
+        const Words weights = (packed >> (bits * k)) & (((1u << bits) - 1) * 0x10001u);
+        for (int r = 0; r < rows; r++) sum[r][j] = add_products(sum[r][j], weights, x[r]);
       }
     }
   }
@@ -192,7 +189,7 @@ INLINE void multiply_words(const uint32_t *words, const float *scales, const int
 /* Outputs ``[rows, PANEL]`` of a panel of integers. */
 INLINE void multiply_integers(const Matrix *m, int64_t panel, const int format, const int rows,
                               const int w, const float *x, float *to) {
-  const int64_t block = format == INT8 ? INPUT_BLOCK : GROUP, n = together(format);
+  const int64_t block = least(INPUT_BLOCK, m->group), n = together(format);
   const uint32_t *words = (const uint32_t *)(m->values + panel * panel_bytes(format, m->inputs));
   int16_t fixed[ROWS][INPUT_BLOCK];
   int32_t offsets[ROWS];
@@ -200,7 +197,7 @@ INLINE void multiply_integers(const Matrix *m, int64_t panel, const int format, 
   memset(to, 0, sizeof(float) * rows * PANEL);
   for (int64_t start = 0; start < m->inputs; start += block) {
     const int64_t count = least(block, m->inputs - start);
-    const int64_t group = panel * m->groups + (m->groups == 1 ? 0 : start / block);
+    const int64_t group = panel * m->groups + start / m->group;
     for (int r = 0; r < rows; r++) {
       steps[r] = to_fixed(x + r * m->inputs + start, count, fixed[r]);
       int32_t sum = 0;
@@ -217,7 +214,7 @@ INLINE void multiply_integers(const Matrix *m, int64_t panel, const int format, 
 INLINE void multiply_rows(const Matrix *m, int64_t panel, const int format, const int rows,
                           const float *x, float *to) {
   const int w = rows == 1 ? PANEL / LANES : TILE; /* one row has registers to spare */
-  if (is_integer(format)) return multiply_integers(m, panel, format, rows, w, x, to);
+  if (together(format) > 1) return multiply_integers(m, panel, format, rows, w, x, to);
 #pragma GCC unroll 4
   for (int64_t column = 0; column < PANEL; column += w * LANES)
     multiply_tile(m, panel, format, rows, w, column, x, to);
@@ -254,8 +251,7 @@ static inline Matrix matrix_argument(Call *call, int64_t i, const char *name, in
   Matrix m = {.inputs = inputs, .outputs = outputs, .panels = divided(outputs, PANEL)};
   m.group = format == INT4 ? GROUP : inputs;
   m.groups = format == INT4 ? divided(inputs, GROUP) : 1;
-  const int64_t words = divided(inputs, together(format));
-  const int64_t values[] = {layers, m.panels, is_integer(format) ? words : inputs, PANEL};
+  const int64_t values[] = {layers, m.panels, divided(inputs, together(format)), PANEL};
   const int64_t scales[] = {layers, m.panels, m.groups, PANEL};
   const int64_t rank = layers > 0 ? 4 : 3;
   m.values = checked(call, buffer_at(call, 0, i, name), name, format, 0,
