@@ -57,12 +57,12 @@ def start_python(
 
 
 FORKS = """
-import gc, json, os, runpy, sys, warnings
+import atexit, gc, json, os, runpy, sys, threading, traceback, warnings
 import matplotlib.backends.backend_agg, matplotlib.figure, matplotlib.ticker, rich.progress
 import tensorboardX.record_writer, tensorboardX.summary
 import simplernn_jax.analysis, simplernn_jax.inference, simplernn_jax.training.loop
 
-gc.freeze()  # or each fork would collect all of it at its end
+gc.freeze()  # or forks would copy the pages of all that a collection visits
 for line in iter(sys.stdin.readline, ""):
     streams, folder, environment, command = json.loads(line)
     with warnings.catch_warnings(action="ignore"):  # about threads, which are idle
@@ -74,8 +74,20 @@ for line in iter(sys.stdin.readline, ""):
         os.environ.update(environment)
         sys.argv, script = command, os.path.abspath(command[0])
         sys.path[0] = os.path.dirname(script)
-        runpy.run_path(script, run_name="__main__")
-        sys.exit()
+        try:
+            runpy.run_path(script, run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        # What an exit does, but for the destruction of modules, which copies their pages.
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
