@@ -76,7 +76,7 @@ def assert_equals_one_device(sizes, dtype, limit, model, **fields):
     ("sizes", "model", "fields"),
     [
         (STAGE_4, {}, {"gradient_accumulation": 2}),
-        (STAGE_2_WITH_OTHERS, {"num_layers": 2}, {}),
+        (STAGE_2_WITH_OTHERS, {}, {}),
         (STAGE_2_WITH_OTHERS, {"num_layers": 2, "mixer": "attention", "attention_context": 7}, {}),
     ],
     ids=str,

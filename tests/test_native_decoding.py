@@ -13,7 +13,7 @@ from references import needs_compiler
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, programs, quantize_model
-from simplernn_jax.inference.decoder_weights import decoder_weights, decodes_natively
+from simplernn_jax.inference.decoder_weights import decodes_natively
 from simplernn_jax.inference.quantization import QUANTIZATIONS
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.decode import decode_tokens
@@ -231,8 +231,8 @@ def test_wrong_arguments_are_refused():
     weights, states = packed(model), model.initial_state(2)
     tokens, counts = jnp.zeros((2, 3), jnp.int32), jnp.ones(2, jnp.int32)
     logits = jnp.zeros((2, VOCAB))
-    other = decoder_weights(make_model("wide"), "float32")
-    int8 = decoder_weights(model, "int8")
+    other = packed(make_model("wide"))
+    int8 = packed(make_model("small", "int8"))
     for call, error in (
         ((weights, tokens[:1], counts, logits, states), "num_tokens"),
         ((weights, tokens[:, :0], counts, logits, states), "tokens: expected at least one"),

@@ -22,9 +22,8 @@ def test_the_cells_run(tmp_path):
     for usual, replacement in small.items():
         assert usual in first
         first = first.replace(usual, replacement)
-    sizes = (
-        "config.data.sequence_length, config.train.eval_tokens, config.train.eval_every = 7, 14, 2"
-    )
+    sizes = "config.model.num_layers, config.data.sequence_length = 1, 7\n"
+    sizes += "config.train.eval_tokens, config.train.eval_every = 14, 2"
     train = next(number for number, code in enumerate(CODE) if "train(config" in code)
     cells = [first, *CODE[1:train], sizes, *CODE[train:]]
     end = "print(len(branches), [axes.get_title() for axes in plt.gcf().axes])"
@@ -32,7 +31,7 @@ def test_the_cells_run(tmp_path):
     assert result.code == 0, result.errors
     assert result.output.endswith("3 ['layer 1, head 1']\n")
     assert "--- branch 3" in result.output
-    assert result.output.count("half-lives in tokens") == 4
+    assert result.output.count("half-lives in tokens") == 1
     assert (tmp_path / "prompt.state").exists()
     assert "largest difference of logits" in result.output
     assert (tmp_path / "shared" / "model.html").exists()
