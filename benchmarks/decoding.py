@@ -50,8 +50,8 @@ MODELS = {
     ),
 }  # fmt: skip
 """Models of the table of formats, by their parameters."""
-WEIGHTS_PER_CALL = 1 << 30
-"""Weights that a timed call of that table multiplies: the time of starting it is a small part."""
+WEIGHTS_PER_CALL = 1 << 33
+"""Weights that a timed call of that table multiplies: to start one takes as long as four tokens."""
 
 
 def run(effort: Effort) -> Iterator[Table]:
