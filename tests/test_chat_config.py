@@ -6,8 +6,6 @@ import random
 from processes import assert_refused, run_python, run_scripts
 
 CONVERSATIONS, QUESTIONS = 500, 50
-OPTIMIZED = "--xla_cpu_use_fusion_emitters=false"
-"""Optimized code, unlike that of other tests, but quickly compiled (by the JAX of Python 3.11)."""
 
 
 def test_a_trained_model_answers_over_fifty_turns(tmp_path):
@@ -19,7 +17,7 @@ def test_a_trained_model_answers_over_fifty_turns(tmp_path):
         *(f"--config.data.source={path}", "--config.train.steps=300"),
         "--config.train.eval_every=0",
     )
-    (trained,) = run_scripts(command, XLA_FLAGS=OPTIMIZED)
+    (trained,) = run_scripts(command, XLA_FLAGS="")  # optimized code, unlike that of other tests
     assert trained.code == 0, trained.errors
     # A conversation that was not trained on: of another seed.
     run_python(
