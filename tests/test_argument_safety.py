@@ -8,7 +8,7 @@ import json
 import os
 
 import pytest
-from processes import run_scripts
+from processes import run_python
 
 from simplernn_jax.ops.native import has_native_functions
 
@@ -20,8 +20,8 @@ def test_a_wrong_call_is_an_exception(kind, number):
     if kind == "native" and not has_native_functions():
         pytest.skip("no C compiler")
     number *= TIMES
-    (result,) = run_scripts(("tests/wrong_calls.py", kind, number))
-    assert result.code == 0, result.errors[-5000:]
-    counts = json.loads(result.output)
+    code, text, errors = run_python("tests/wrong_calls.py", kind, number, timeout=600 * TIMES)
+    assert code == 0, errors[-5000:]
+    counts = json.loads(text)
     assert counts["calls"] >= number
     assert number / 4 < counts["refused"] < number
