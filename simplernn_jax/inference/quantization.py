@@ -16,9 +16,9 @@ QUANTIZATIONS = ("none", "bfloat16", "int8", "int4")
 def quantize_model(model: LanguageModel, quantize: str) -> LanguageModel:
     """Round the matrices of a model, which `generate` and the server then decode in fewer bits.
 
-    Everything else, including states and norms, is float32 then; products with int8 and int4
-    weights round their inputs to 16 bits. Evaluation computes with the same rounded weights in the
-    model's own precision.
+    While decoding, everything else, including states and norms, is float32; products with int8 and
+    int4 weights round their inputs to 16 bits. Evaluation computes with the same rounded weights in
+    the model's own precision.
 
     Args:
       model: not modified.

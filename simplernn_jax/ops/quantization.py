@@ -101,7 +101,7 @@ def pack(matrix: jax.Array, kind: str, output_scale: jax.Array | None = None) ->
 
 
 def _words(values: jax.Array, together: int) -> jax.Array:
-    """Join so many inputs of ``[..., in, PANEL]`` int8 to one uint32: see `panels.h`."""
+    """Join `together` inputs of ``[..., in, PANEL]`` int8 to one uint32: see `panels.h`."""
     *leading, inputs, _ = values.shape
     padding = [(0, 0)] * len(leading) + [(0, -inputs % together), (0, 0)]
     bits = 32 // together
