@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from processes import run_python
 
 from simplernn_jax.models import SimpleRNN, SimpleRNNCell
 
@@ -73,3 +74,22 @@ def test_initial_state_is_float32_zeros_for_any_compute_dtype():
 def test_heads_must_divide_the_widths():
     with pytest.raises(ValueError, match="num_heads=3 must divide"):
         SimpleRNN(**SIZES, num_heads=3, rngs=nnx.Rngs(0))
+
+
+GRADIENT = """
+import hashlib, jax, numpy as np
+from flax import nnx
+from simplernn_jax.models import SimpleRNN
+
+layer = SimpleRNN(128, 128, 128, 128, num_heads=2, rngs=nnx.Rngs(0))
+x = jax.random.normal(jax.random.key(1), (16, 128, 128))
+for grad in jax.tree.leaves(nnx.jit(nnx.grad(lambda layer, x: (layer(x)[0] ** 2).sum()))(layer, x)):
+    print(grad.shape, hashlib.sha256(np.asarray(grad)).hexdigest())
+"""
+
+
+def test_the_number_of_threads_changes_no_bit_of_a_gradient():
+    environment = {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}  # optimized code
+    one, two = (run_python("-c", GRADIENT, NPROC=n, **environment) for n in "12")
+    assert one.output.count("(128,)") == 5, one.errors
+    assert one == two

@@ -59,7 +59,7 @@ EXPERIMENTS = {
         quick=10,
     ),
     "determinism": Experiment(
-        "load, cores, processes and hash seeds change no byte of a run; threads only rounding",
+        "load, cores, threads, processes and hash seeds change no byte of a run",
         determinism.determinism,
         full=30,
         quick=2,
