@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -77,8 +78,24 @@ def make_optimizer(
             learning_rate, **betas, weight_decay=config.weight_decay, mask=decay_mask
         )
     # A chain of two with or without clipping: a run can be resumed with another clip_norm.
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    clip = _clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return _with_promotion(optax.chain(clip, optimizer))
+
+
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm` that may be given the norm."""
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, norm: jax.Array | None = None, **_: Any
+    ) -> Any:
+        del params
+        norm = optax.tree.norm(updates) if norm is None else norm
+        clipped = jax.tree.map(
+            lambda x: jnp.where(norm < max_norm, x, x / norm * max_norm), updates
+        )
+        return clipped, state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -119,6 +119,7 @@ def make_train_step(
       ValueError: there are pipeline stages, and the layers differ.
     """
     grad_fn, window = make_gradient(config, recurrence), config.train.backward_window
+    optimizer = optax.with_extra_args_support(optimizer)
     options: dict[str, Any] = {}
     if is_distributed(mesh):
         state, batch = state_specs(config, optimizer, mesh), batch_specs(mesh)
@@ -145,7 +146,8 @@ def make_train_step(
 
         def update(old: Any) -> Any:
             params, opt_state, _ = old
-            updates, opt_state = optimizer.update(gradient, opt_state, params)
+            # A norm computed again in this branch would differ by threads in its last bits.
+            updates, opt_state = optimizer.update(gradient, opt_state, params, norm=norm)
             return optax.apply_updates(params, updates), opt_state, carried
 
         # `cond`, not `where`, which would copy the old state.
