@@ -13,10 +13,8 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from simplernn_jax.ops.collectives import all_gather, psum, remat_if_fsdp, vary_like
-from simplernn_jax.ops.dtypes import accumulator_dtype
 from simplernn_jax.ops.matmul import fused_matmul
 
 
@@ -43,27 +41,3 @@ def _gather_and_multiply(
 ) -> tuple[jax.Array, ...]:
     whole = [all_gather(kernel, "fsdp", gathered_axis, after=x) for kernel in kernels]
     return fused_matmul(x, whole, dtype)
-
-
-def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """Add `bias` ``[D]``, or this device's shard of it, to `y` ``[..., D]`` float32 or float64."""
-    return _add_bias(y, vary_like(bias.astype(accumulator_dtype(y, bias)), y))
-
-
-@jax.custom_vjp
-def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-    return y + jnp.expand_dims(bias, range(y.ndim - 1))
-
-
-def _add_bias_fwd(y: jax.Array, bias: jax.Array) -> tuple[jax.Array, None]:
-    return _add_bias(y, bias), None
-
-
-def _add_bias_bwd(_: None, d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # XLA would fuse a sum with what computes d_y, and add in another order on one thread than on
-    # several.
-    ones = jnp.ones(d_y.shape[:-1], d_y.dtype)
-    return d_y, jnp.tensordot(ones, d_y, ones.ndim, precision=jax.lax.Precision.HIGHEST)
-
-
-_add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
