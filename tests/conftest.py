@@ -118,20 +118,17 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _compiled_programs(tmp_path_factory):
-    """Keep compiled code of the tests and their scripts out of the user's cache."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # shared by all workers
-    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+def _script_cache(request):
+    """Keep compiled code of the scripts that tests run, outside the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(request.config.cache.mkdir("scripts"))
 
 
-@pytest.fixture(scope="module")
-def reused_programs(tmp_path_factory):
-    """Compile equal programs of a module's runs once; each run makes functions of its own."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
+@pytest.fixture(scope="module", autouse=True)
+def _program_cache(request):
+    """Keep the compiled programs of each module for the next time: they take half of the time."""
+    from simplernn_jax.compilation_cache import use_compilation_cache
+
+    folder = request.config.cache.mkdir(f"programs-{request.module.__name__}")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    use_compilation_cache()
     compilation_cache.reset_cache()

@@ -10,8 +10,6 @@ from simplernn_jax.config import MeshConfig
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("reused_programs")
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):

@@ -11,8 +11,6 @@ from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("reused_programs")
-
 
 def evaluated(*losses, predictions=99):
     """History after evaluations at steps 10, 20, ..."""

@@ -15,8 +15,6 @@ from simplernn_jax.training.metrics import read_metrics
 EACH_AXIS = {"fsdp": 2, "tensor": 2, "sequence": 2}
 STEPS, HALF = 6, 3
 
-pytestmark = pytest.mark.usefixtures("reused_programs")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
