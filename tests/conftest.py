@@ -130,5 +130,6 @@ def _program_cache(request):
 
     folder = request.config.cache.mkdir(f"programs-{request.module.__name__}")
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", 1 << 25)  # twice what any module needs
     use_compilation_cache()
     compilation_cache.reset_cache()
