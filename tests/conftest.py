@@ -119,7 +119,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session", autouse=True)
 def _script_cache(request):
-    """Keep compiled code of the scripts that tests run, outside the user's cache."""
+    """Keep compiled C code, and programs of the scripts that tests run, out of the user's cache."""
     os.environ["XDG_CACHE_HOME"] = str(request.config.cache.mkdir("scripts"))
 
 

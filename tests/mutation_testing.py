@@ -81,7 +81,7 @@ def outcome(clone, mutant):
     environment = {**os.environ, "PYTHONPATH": str(clone), "PYTHONDONTWRITEBYTECODE": "1"}
     with use_mutation(clone / module, get_operator(operator)(), occurrence) as (_, changed):
         after = changed.splitlines()[line - 1].strip()
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-x", "-q"]
         try:
             code = subprocess.run(
                 [*command, *tests_of(module)],

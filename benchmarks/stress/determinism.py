@@ -67,12 +67,13 @@ def determinism(folder: Path, count: int, seed: int) -> Iterator[Case]:
 
 def _draw_setting(number: int, seed: int) -> Setting:
     draw = random.Random(f"{seed} {number}")
+    threads = draw.choice([1, 4, 8]) if number % 2 else 2
     return Setting(
         variant=list(VARIANTS)[number // 2 % len(VARIANTS)],
-        threads=draw.choice([1, 4, 8]) if number % 2 else 2,
+        threads=threads,
         cores=draw.randint(1, min(2, _cores())),
         is_loaded=draw.random() < 0.5,
-        has_own_programs=draw.random() < 0.5,
+        has_own_programs=draw.random() < 0.5 or threads != 2,  # XLA compiles for its threads
         hash_seed=draw.randrange(1, 2**32),
     )
 

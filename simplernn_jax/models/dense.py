@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplernn_jax.mesh_axes import LogicalAxes
-from simplernn_jax.ops.dtypes import accumulator_dtype
-from simplernn_jax.ops.projection import fused_projection
+from simplernn_jax.ops.projection import add_bias, fused_projection
 from simplernn_jax.ops.vocab_parallel import lookup
 
 PARAM_DTYPE = jnp.dtype("float32")
@@ -103,16 +102,7 @@ def fused_dense(x: jax.Array, layers: Sequence[Dense]) -> tuple[jax.Array, ...]:
     first = layers[0]
     outputs = fused_projection(x, kernels, first.dtype, row_parallel=first.row_parallel)
 
-    def biased(y: jax.Array, layer: Dense) -> jax.Array:
-        if layer.bias is None:
-            return y
-        bias = layer.bias[...].astype(accumulator_dtype(y, layer.bias))
-        for axis in range(1, y.ndim):
-            # Outer products with ones: broadcasts whose transposes are matmuls. XLA would fuse a
-            # sum with what computes its operand, and add in another order on one thread than on
-            # several.
-            ones = jnp.ones((*y.shape[:axis], 1), bias.dtype)
-            bias = jnp.matmul(ones, bias[..., None, :], precision=jax.lax.Precision.HIGHEST)
-        return y + bias
-
-    return tuple(biased(y, layer) for y, layer in zip(outputs, layers, strict=True))
+    return tuple(
+        y if layer.bias is None else add_bias(y, layer.bias[...])
+        for y, layer in zip(outputs, layers, strict=True)
+    )

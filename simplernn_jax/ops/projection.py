@@ -13,8 +13,10 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from simplernn_jax.ops.collectives import all_gather, psum, remat_if_fsdp, vary_like
+from simplernn_jax.ops.dtypes import accumulator_dtype
 from simplernn_jax.ops.matmul import fused_matmul
 
 
@@ -41,3 +43,15 @@ def _gather_and_multiply(
 ) -> tuple[jax.Array, ...]:
     whole = [all_gather(kernel, "fsdp", gathered_axis, after=x) for kernel in kernels]
     return fused_matmul(x, whole, dtype)
+
+
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """Add `bias` ``[D]``, or this device's shard of it, to `y` ``[..., D]``."""
+    bias = vary_like(bias.astype(accumulator_dtype(y, bias)), y)
+    for axis in range(1, y.ndim):
+        # Outer products with ones: broadcasts whose transposes are matmuls. XLA's CPU backend would
+        # fuse a sum with what computes its operand, and add in another order on one thread than on
+        # several.
+        ones = jnp.ones((*y.shape[:axis], 1), bias.dtype)
+        bias = jnp.matmul(ones, bias[..., None, :], precision=jax.lax.Precision.HIGHEST)
+    return y + bias

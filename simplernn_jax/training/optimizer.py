@@ -90,10 +90,11 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraAr
     ) -> Any:
         del params
         norm = optax.tree.norm(updates) if norm is None else norm
-        clipped = jax.tree.map(
-            lambda x: jnp.where(norm < max_norm, x, x / norm * max_norm), updates
-        )
-        return clipped, state
+
+        def clip(x: jax.Array) -> jax.Array:
+            return jnp.where(norm < max_norm, x, x / norm.astype(x.dtype) * max_norm)
+
+        return jax.tree.map(clip, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 

@@ -146,7 +146,8 @@ def make_train_step(
 
         def update(old: Any) -> Any:
             params, opt_state, _ = old
-            # A norm computed again in this branch would differ by threads in its last bits.
+            # If this branch computed the norm again, its last bits would depend on the number of
+            # threads.
             updates, opt_state = optimizer.update(gradient, opt_state, params, norm=norm)
             return optax.apply_updates(params, updates), opt_state, carried
 
