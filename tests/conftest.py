@@ -125,7 +125,7 @@ def _script_cache(request):
 
 @pytest.fixture(scope="module", autouse=True)
 def _program_cache(request):
-    """Keep the compiled programs of each module for the next time: they take half of the time."""
+    """Keep the compiled programs of each module for the next run: to compile takes half of it."""
     from simplernn_jax.compilation_cache import use_compilation_cache
 
     folder = request.config.cache.mkdir(f"programs-{request.module.__name__}")
