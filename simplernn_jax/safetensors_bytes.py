@@ -1,4 +1,9 @@
-"""Decode arrays of the safetensors format from bytes, which the caller has verified."""
+"""Arrays of the safetensors format as bytes, and digests of them."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,3 +40,20 @@ def decode_safetensors(content: bytes) -> dict[str, np.ndarray]:
         flat = np.frombuffer(part["data"], _DTYPES[part["dtype"]])
         arrays[name] = flat.reshape(part["shape"])
     return arrays
+
+
+def decode_metadata(content: bytes) -> dict[str, Any]:
+    """Return the metadata, empty if there are none; ValueError if `content` is corrupted."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def digest_of(header: Mapping[str, Any], arrays: Mapping[str, Any]) -> str:
+    """SHA-256 hex over a JSON-able header and the names, dtypes, shapes and bytes of arrays."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        array = np.asarray(array)
+        digest.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

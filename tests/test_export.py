@@ -288,19 +288,28 @@ def test_damaged_exports_are_refused(tmp_path, workdir):
     find_format("safetensors").write(TrainedModel(model, tokenizer, config, "run"), good)
     weights = safetensors.numpy.load_file(good / "model.safetensors")
     name, value = next(iter(weights.items()))
-    run = json.loads((good / "simplernn.json").read_text())
+    flipped = bytearray((good / "model.safetensors").read_bytes())
+    flipped[-1] ^= 1
+    whole_run = json.loads((good / "simplernn.json").read_text())
+    run = {name: whole_run[name] for name in ("config", "tokenizer")}  # as earlier versions
+    changed = json.loads(json.dumps(whole_run["config"]))
+    changed["model"]["norm_epsilon"] = 0.5
     words = json.loads(pretrained(word_level(*map(str, range(296)))).to_json())
     damages = {
         "model.safetensors": [
             (b"", "cannot be read"),
             ((good / "model.safetensors").read_bytes()[:-1], "cannot be read"),
+            (bytes(flipped), "its SHA-256 differs"),
             (safetensors.numpy.save({name: value}), "missing"),
             (safetensors.numpy.save(weights | {"x": value}), "x unexpected"),
             (safetensors.numpy.save(weights | {name: value[:-1]}), "has shape"),
         ],
         "simplernn.json": [
             (b"{", "corrupted"),
+            (b"[]", "corrupted"),
             (json.dumps({"config": run["config"]}).encode(), "corrupted"),
+            (json.dumps(run | {"sha257": whole_run["sha256"]}).encode(), "differs from what was"),
+            (json.dumps(whole_run | {"config": changed}).encode(), "differs from what was"),
             (json.dumps(run | {"config": {}}).encode(), r"bad/simplernn\.json: .*missing"),
             (
                 json.dumps(run | {"tokenizer": {"kind": "x"}}).encode(),
@@ -319,6 +328,19 @@ def test_damaged_exports_are_refused(tmp_path, workdir):
             with pytest.raises(UserError, match=problem):
                 load_model(str(tmp_path / "bad"))
             shutil.rmtree(tmp_path / "bad")
+
+
+def test_exports_of_earlier_versions_load(tmp_path, workdir):
+    """They have no digests; nor has a file that another program wrote."""
+    model, tokenizer, config = load_model(str(workdir))
+    find_format("safetensors").write(TrainedModel(model, tokenizer, config, "run"), tmp_path)
+    weights = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    safetensors.numpy.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    run = json.loads((tmp_path / "simplernn.json").read_text())
+    del run["sha256"]
+    (tmp_path / "simplernn.json").write_text(json.dumps(run))
+    again, _, _ = load_model(str(tmp_path))
+    chex.assert_trees_all_equal(nnx.state(again, nnx.Param), nnx.state(model, nnx.Param))
 
 
 def test_weights_keep_their_values_by_name():

@@ -1,7 +1,7 @@
 """Folders of exported models that can be loaded again: ``safetensors`` and ``huggingface``.
 
 ``model.safetensors`` holds the parameters (`models.named_weights`), ``simplernn.json`` the
-configuration of the run and its tokenizer.
+configuration of the run and its tokenizer. Both hold digests of themselves.
 """
 
 import json
@@ -12,22 +12,23 @@ from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import read_file
+from simplernn_jax.files import read_file, sha256_hex
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.named_weights import model_from_weights
 from simplernn_jax.models.pytorch_weights import read_pytorch_weights
 
 WEIGHTS = "model.safetensors"
 RUN = "simplernn.json"
+_DIGEST = "sha256"
 
 
 def run_json(config: Config, tokenizer: Tokenizer) -> str:
-    """Serialize the configuration and the tokenizer of a run."""
-    run = {
+    """Serialize the configuration and the tokenizer of a run, and a digest of both."""
+    run: dict[str, Any] = {
         "config": json.loads(config_lib.to_json(config)),
         "tokenizer": json.loads(tokenizer.to_json()),
     }
-    return json.dumps(run, indent=2) + "\n"
+    return json.dumps(run | {_DIGEST: _digest_of(run)}, indent=2) + "\n"
 
 
 def is_exported(folder: Any) -> bool:
@@ -41,13 +42,16 @@ def read_run(folder: str) -> tuple[Config, Tokenizer]:
     path = os.path.join(folder, RUN)
     try:
         run: Any = json.loads(read_file(path))
+        digest = run.pop(_DIGEST, None)  # missing in exports of earlier versions
+        if digest not in (None, _digest_of(run)) or run.keys() != {"config", "tokenizer"}:
+            raise ValueError("its content differs from what was exported")
         config = config_lib.from_json(json.dumps(run["config"]))
         return config, tokenizer_from_json(json.dumps(run["tokenizer"]))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; export the model again") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: corrupted ({error}); export the model again") from error
 
 
@@ -57,3 +61,7 @@ def load_exported(folder: str) -> tuple[LanguageModel, Tokenizer, Config]:
     path = os.path.join(folder, WEIGHTS)
     model = model_from_weights(config.model, read_pytorch_weights(path), path)
     return model, tokenizer, config
+
+
+def _digest_of(run: dict[str, Any]) -> str:
+    return sha256_hex(json.dumps(run, sort_keys=True))

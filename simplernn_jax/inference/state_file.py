@@ -5,8 +5,6 @@ of everything else, so that neither a stale nor a corrupted state is ever used.
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +24,7 @@ from simplernn_jax.inference.arguments import check_model, check_tokenizer, chec
 from simplernn_jax.inference.state import DecoderState, check_state, empty_state
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.named_leaves import named_leaves
-from simplernn_jax.safetensors_bytes import decode_safetensors
+from simplernn_jax.safetensors_bytes import decode_metadata, decode_safetensors, digest_of
 
 _FORMAT = "simplernn_jax decoder state"
 _VERSION = "1"
@@ -82,7 +80,7 @@ def load_state(path: str, model: LanguageModel, tokenizer: Tokenizer) -> Decoder
         with open_file(path) as file:
             size = file.read(8)
             names = file.read(min(int.from_bytes(size, "little"), _MAX_HEADER_BYTES))
-            _metadata(path, names)
+            _metadata(path, size + names)
             num_bytes = os.fstat(file.fileno()).st_size
             check_memory(num_bytes, path, "load it on a larger machine")
             content = b"".join((size, names, file.read(num_bytes)))
@@ -98,7 +96,7 @@ def encode_state(state: DecoderState, fingerprints: Mapping[str, str], **notes: 
     """Make the content of a state file; `notes` are more entries of its signed metadata."""
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(state).items()}
     header = {"format": _FORMAT, "version": _VERSION, **notes, **fingerprints}
-    header["sha256"] = _digest(header, arrays)
+    header["sha256"] = digest_of(header, arrays)
     return safetensors.numpy.save(arrays, header)
 
 
@@ -107,12 +105,12 @@ def decode_state(
 ) -> tuple[DecoderState, dict[str, str]]:
     """Decode a state file to arrays and metadata; `UserError` begins with `where`."""
     try:
-        header = _metadata(where, content[8 : 8 + int.from_bytes(content[:8], "little")])
+        header = _metadata(where, content)
         arrays = decode_safetensors(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: corrupted, or not a state ({error}); {_ADVICE}") from error
     signed = {name: value for name, value in header.items() if name != "sha256"}
-    if header.get("sha256") != _digest(signed, arrays):
+    if header.get("sha256") != digest_of(signed, arrays):
         raise UserError(f"{where}: corrupted; use another copy, or prefill its text again")
     for name, fingerprint in fingerprints.items():
         if header.get(name) != fingerprint:
@@ -130,11 +128,10 @@ def decode_state(
     return state, header
 
 
-def _metadata(path: str, names: bytes) -> dict[str, str]:
+def _metadata(path: str, content: bytes) -> dict[str, str]:
     """Parse the metadata; ValueError if not JSON, `UserError` if not a state of this version."""
-    header = json.loads(names)
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
+    metadata = decode_metadata(content)
+    if metadata.get("format") != _FORMAT:
         raise UserError(f"{path}: holds no state; {_ADVICE}")
     if metadata.get("version") != _VERSION:
         raise UserError(
@@ -156,7 +153,7 @@ def fingerprints(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
     named = named_leaves(nnx.state(model, nnx.Param))
     parameters = {name_in_file(name): leaf for name, leaf in named.items()}
     return {
-        "model": _digest(_config_values(model.config), parameters),
+        "model": digest_of(_config_values(model.config), parameters),
         "tokenizer": sha256_hex(tokenizer.to_json()),
     }
 
@@ -169,13 +166,3 @@ def _config_values(config: ModelConfig) -> dict[str, Any]:
         for name, value in dataclasses.asdict(config).items()
         if name not in LATER_MODEL_FIELDS or value != getattr(default, name)
     }
-
-
-def _digest(header: Mapping[str, Any], arrays: Mapping[str, Any]) -> str:
-    """SHA-256 hex over a JSON-able header and the names, dtypes, shapes and bytes of arrays."""
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name, array in sorted(arrays.items()):
-        array = np.asarray(array)
-        digest.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()

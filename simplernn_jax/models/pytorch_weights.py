@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.devices import check_memory
@@ -21,9 +22,11 @@ from simplernn_jax.errors import UserError, nearest_name
 from simplernn_jax.files import open_file
 from simplernn_jax.models.language_model import LanguageModel
 from simplernn_jax.models.named_weights import Weights, model_from_weights
-from simplernn_jax.safetensors_bytes import decode_safetensors
+from simplernn_jax.safetensors_bytes import decode_metadata, decode_safetensors, digest_of
 
 _ADVICE = "export the file again"
+_DIGEST = "simplernn_jax.sha256"
+"""Name in the metadata of a file that `encode_weights` made; other programs drop it."""
 
 
 def load_pytorch_weights(path: str) -> LanguageModel:
@@ -60,6 +63,12 @@ def read_pytorch_weights(path: str) -> Weights:
         raise UserError(f"{path}: no such file; specify a .pt or .safetensors file") from error
     except (OSError, ValueError) as error:  # a path may hold a NUL character
         raise _unreadable(path, error) from error
+
+
+def encode_weights(weights: Weights) -> bytes:
+    """Make the content of a safetensors file, with a digest that `read_pytorch_weights` checks."""
+    metadata = {"format": "pt"}
+    return safetensors.numpy.save(weights, metadata | {_DIGEST: digest_of(metadata, weights)})
 
 
 def _unreadable(path: str, error: BaseException) -> UserError:
@@ -116,7 +125,10 @@ def _check_sums(file: BinaryIO) -> None:
 
 
 def _read_safetensors(path: str, file: BinaryIO) -> Weights:
-    weights = decode_safetensors(file.read())
+    content = file.read()
+    weights, metadata = decode_safetensors(content), decode_metadata(content)
+    if _DIGEST in metadata and metadata.pop(_DIGEST) != digest_of(metadata, weights):
+        raise ValueError("its SHA-256 differs")
     for name, value in weights.items():
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise UserError(f"{path}: {name!r} is {value.dtype}; save floating-point tensors")

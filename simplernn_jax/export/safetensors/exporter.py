@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from simplernn_jax.config import LATER_MODEL_FIELDS
 from simplernn_jax.export.formats import TrainedModel, float32_model, logits_of
@@ -14,6 +13,7 @@ from simplernn_jax.inference import generate
 from simplernn_jax.inference.exported_folder import RUN, WEIGHTS, load_exported, run_json
 from simplernn_jax.models.gla_checkpoint import gla_settings
 from simplernn_jax.models.named_weights import named_weights
+from simplernn_jax.models.pytorch_weights import encode_weights
 
 
 def description(trained: TrainedModel) -> dict[str, Any]:
@@ -35,8 +35,7 @@ def description(trained: TrainedModel) -> dict[str, Any]:
 
 def write_weights(trained: TrainedModel, folder: Path) -> None:
     """Write the parameters."""
-    content = safetensors.numpy.save(named_weights(trained.model), metadata={"format": "pt"})
-    (folder / WEIGHTS).write_bytes(content)
+    (folder / WEIGHTS).write_bytes(encode_weights(named_weights(trained.model)))
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
