@@ -1,6 +1,18 @@
 """All experiments, by name."""
 
-from . import damage, determinism, full_disk, fuzz, hosts, kill, non_finite, numerics, resume, soak
+from . import (
+    damage,
+    determinism,
+    full_disk,
+    fuzz,
+    fuzz_scripts,
+    hosts,
+    kill,
+    non_finite,
+    numerics,
+    resume,
+    soak,
+)
 from .experiment import Experiment
 
 EXPERIMENTS = {
@@ -41,7 +53,7 @@ EXPERIMENTS = {
         quick=60,
     ),
     "stores": Experiment(
-        "damage to token stores, decoder states and compiled programs is never used",
+        "damage to token stores, decoder states, programs, exports and C code is never used",
         damage.stores,
         full=2000,
         quick=150,
@@ -75,6 +87,12 @@ EXPERIMENTS = {
         fuzz.fuzz,
         full=1_000_000,
         quick=8000,
+    ),
+    "scripts": Experiment(
+        "any flag, argument or file of a script is accepted or refused in one line",
+        fuzz_scripts.fuzz_scripts,
+        full=2000,
+        quick=4,
     ),
     "soak": Experiment(
         "long runs and servers need no more memory, files, threads or time per step",

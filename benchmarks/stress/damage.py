@@ -1,14 +1,15 @@
 """Damage to files of a run: nothing wrong is ever used, and nothing hangs."""
 
-import contextlib
 import faulthandler
 import os
 import random
 import shutil
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -17,7 +18,9 @@ from simplernn_jax import load_model
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.compilation_cache import ChecksummedCache
 from simplernn_jax.data.token_store import TokenizedCorpus, prepare_corpus
+from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.inference import generate
+from simplernn_jax.inference.exported_folder import load_exported
 from simplernn_jax.inference.state_file import load_state, save_state
 from simplernn_jax.models import LanguageModel
 
@@ -31,6 +34,14 @@ _STEPS = 12
 """Steps of the run, which saves every third one."""
 _RESUMED = 6
 """One case in so many resumes the run, which takes longer than to load its model."""
+_IN_PROCESS = 20
+"""One store in so many is the C code, which needs a process of its own."""
+_USES_C = """
+import numpy as np
+from simplernn_jax.ops.rms_norm import rms_norm
+x = np.random.default_rng(0).normal(size=(7, 99)).astype(np.float32)
+print(np.asarray(rms_norm(x, native=True)).tobytes().hex())
+"""
 
 
 def workdir(folder: Path, count: int, seed: int) -> Iterator[Case]:
@@ -66,56 +77,109 @@ def workdir(folder: Path, count: int, seed: int) -> Iterator[Case]:
         shutil.rmtree(damaged)
 
 
+class _Store(NamedTuple):
+    """Files that are made, damaged and used."""
+
+    folder: Path
+    write: Callable[[], Any]
+    """Make the files of the folder, which is empty."""
+    use: Callable[[], str | None]
+    """Use them; return what is wrong."""
+
+
 def stores(folder: Path, count: int, seed: int) -> Iterator[Case]:
-    """Damage token stores, decoder states and compiled programs; then use them."""
+    """Damage token stores, decoder states, programs, exports and C code; then use them."""
     config = small_config(folder, steps=1)
     run_quietly(config, folder / "run")
     model, tokenizer, _ = load_model(str(folder / "run"))
     state = generate(model, [1, 2, 3], max_new_tokens=5).state
-    expected_state = bytes_of(vars(state))
-    tokens = folder / "tokens"
+    tokens, states = folder / "tokens", folder / "states"
+    programs, exported = folder / "programs", folder / "exported"
 
-    def prepare() -> TokenizedCorpus:
-        return prepare_corpus(config.data, 0, str(tokens), show_progress=False)
+    def read_tokens() -> list[bytes]:
+        return _tokens_of(prepare_corpus(config.data, 0, str(tokens), show_progress=False))
 
-    expected_tokens = _tokens_of(prepare())
-    cache = ChecksummedCache(folder / "programs", 1 << 20)
-    (folder / "programs").mkdir()
-    (folder / "states").mkdir()
+    def read_state() -> tuple[bytes, ...]:
+        return bytes_of(vars(load_state(str(states / "state"), model, tokenizer)))
 
-    def use_tokens() -> str | None:
-        found = outcome(lambda: _tokens_of(prepare()))
-        return None if isinstance(found, str) or found == expected_tokens else "other tokens"
-
-    def use_state() -> str | None:
-        path = str(folder / "states" / "state")
-        found = outcome(lambda: bytes_of(vars(load_state(path, model, tokenizer))))
-        return None if isinstance(found, str) or found == expected_state else "another state"
+    def write_program() -> None:
+        ChecksummedCache(programs, 1 << 20).put("key", b"program" * 999)
 
     def use_program() -> str | None:
-        found = cache.get("key")
+        found = ChecksummedCache(programs, 1 << 20).get("key")
         return None if found in (None, b"program" * 999) else "another program"
 
+    def write_export() -> None:
+        trained = TrainedModel(model, tokenizer, config, str(folder / "run"))
+        find_format("safetensors").write(trained, exported)
+
+    def read_export() -> tuple[Any, ...]:
+        again, its_tokenizer, its_config = load_exported(str(exported))
+        return _parameters(again), its_tokenizer.to_json(), its_config
+
+    whole_export = _parameters(model), tokenizer.to_json(), config
+    whole_state = bytes_of(vars(state))
+    kinds = {
+        "tokens": _Store(tokens, read_tokens, _same(read_tokens, read_tokens())),
+        "state": _Store(
+            states,
+            lambda: save_state(str(states / "state"), state, model, tokenizer),
+            _same(read_state, whole_state),
+        ),
+        "program": _Store(programs, write_program, use_program),
+        "export": _Store(exported, write_export, _same(read_export, whole_export)),
+        "C code": _native_library(folder / "native"),
+    }
+    names = ["tokens", "state", "program", "export"]
     for number in range(count):
         draw = random.Random(f"{seed} {number}")
-        kind = ("tokens", "state", "program")[number % 3]
-        if kind == "tokens":
-            what, use = damage_file(tokens, draw), use_tokens
-        elif kind == "state":
-            shutil.rmtree(folder / "states")
-            (folder / "states").mkdir()
-            save_state(str(folder / "states" / "state"), state, model, tokenizer)
-            what, use = damage_file(folder / "states", draw), use_state
-        else:
-            shutil.rmtree(folder / "programs")
-            (folder / "programs").mkdir()
-            cache.put("key", b"program" * 999)
-            what, use = damage_file(folder / "programs", draw), use_program
-        yield Case(f"{number}: {what}", _watched(use), kind)
-        if kind == "tokens":
-            with contextlib.suppress(OSError):
-                shutil.rmtree(tokens)
-            prepare()
+        kind = "C code" if number % _IN_PROCESS == _IN_PROCESS - 1 else names[number % len(names)]
+        store = kinds[kind]
+        shutil.rmtree(store.folder, ignore_errors=True)
+        store.folder.mkdir()
+        store.write()
+        what = damage_file(store.folder, draw)
+        yield Case(f"{number}: {kind}, {what}", _watched(store.use), kind)
+
+
+def _same(read: Callable[[], Any], expected: Any) -> Callable[[], str | None]:
+    """Make a check that `read` returns what is expected, or refuses in one line."""
+
+    def use() -> str | None:
+        found = outcome(read)
+        return None if isinstance(found, str) or found == expected else "another content"
+
+    return use
+
+
+def _native_library(folder: Path) -> _Store:
+    """Make a store of the compiled C functions, which a process of its own loads."""
+    folder.mkdir()
+    cache, whole, compiler = folder / "cache", folder / "whole", folder / "compiler"
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "CC": str(compiler)}
+    # Compiles once; after that it only copies.
+    copies = f'if test -e {folder}/native.so; then cp {folder}/native.so "$last"; exit; fi'
+    lines = ["#!/bin/sh", 'case "$1" in --version) exec cc "$@" ;; esac', "for last; do :; done"]
+    compiler.write_text("\n".join([*lines, copies, 'exec cc "$@"', ""]))
+    compiler.chmod(0o755)
+
+    def run() -> str:
+        command = [sys.executable, "-c", _USES_C]
+        ended = subprocess.run(
+            command, check=False, env=environment, capture_output=True, text=True
+        )
+        return ended.stdout if ended.returncode == 0 else f"{ended.returncode}: {ended.stderr}"
+
+    expected = run()
+    (library,) = cache.rglob("*.so")
+    shutil.copy(library, folder / "native.so")
+    cache.rename(whole)
+
+    def use() -> str | None:
+        found = run()
+        return None if found == expected else f"another result: {found[-500:]}"
+
+    return _Store(cache, lambda: shutil.copytree(whole, cache, dirs_exist_ok=True), use)
 
 
 def damage_file(folder: Path, draw: random.Random) -> str:
