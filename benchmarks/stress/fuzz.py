@@ -1,33 +1,25 @@
-"""Mutated input to everything that reads input, in this process."""
+"""Mutated input to everything that reads input, guided by the branches that it reaches.
 
-import faulthandler
+A process of its own (`fuzz_target`) runs Atheris, libFuzzer for Python: it keeps each input that
+reaches a new branch of this package, and mutates those it has kept.
+"""
+
+import importlib.util
+import json
 import os
-import random
-import time
-import traceback
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import logging
+from simplernn_jax.project import ROOT
 
-from simplernn_jax.data.chat_template import TemplateError
-from simplernn_jax.errors import UserError
-from simplernn_jax.serving.requests import RequestError
-
-from ..measure import resident_bytes
 from .experiment import Case
-from .mutation import mutated
 
-REFUSALS = (UserError, RequestError, TemplateError)
-MAX_SECONDS = 5.0
-"""CPU time of an input; a chat template may use up 1 s in each of several renderings."""
-HANGS_AFTER = 300
-"""Seconds after which an input ends this process, with the stack of each thread."""
-MAX_GROWTH = 128 * 2**20
-"""Resident bytes that may be added after the first tenth of the inputs: the allocator's own
-fragmentation adds tens of MiB. A leak of 1 kB per input would add 900 MB in a full run."""
-_SHOWN = 300
+OUTCOMES = "outcomes.json"
+"""File in which the process leaves the number of inputs by kind, and all failures."""
+_SHOWN = 3000
 
 
 class Reader(NamedTuple):
@@ -38,58 +30,27 @@ class Reader(NamedTuple):
     """Valid inputs."""
     read: Callable[[bytes], None]
     """Use the input; anything but a refusal is a defect, wrong results included."""
-    weight: int = 4
-    """How often it is chosen, beside others; 1 for a slow one."""
 
 
 def fuzz(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """Give mutated input to each of the readers."""
-    from .fuzz_data import data_readers
-    from .fuzz_requests import request_readers
-    from .fuzz_runs import run_readers
-
-    readers = [*data_readers(folder), *run_readers(folder), *request_readers(folder)]
-    for reader in readers:
-        for example in reader.examples:
-            reader.read(example)  # or every input would be refused
-    weights = [reader.weight for reader in readers]
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)  # a warning for each input
-    warm_up, before = count // 10, 0.0
+    if importlib.util.find_spec("atheris") is None:
+        yield Case("no input", "needs atheris, which runs on Linux; pip install atheris")
+        return
+    words = [sys.executable, "-m", f"{__package__}.fuzz_target", str(folder), str(count), str(seed)]
+    path = os.pathsep.join([str(ROOT), *filter(os.path.isabs, sys.path)])
+    log = folder / "log"
+    with open(log, "wb") as file:
+        process = subprocess.run(
+            words, check=False, env=os.environ | {"PYTHONPATH": path}, stdout=file, stderr=file
+        )
     try:
-        for number in range(count):
-            faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
-            if number == warm_up:
-                before = resident_bytes(os.getpid())
-            draw = random.Random(f"{seed} {number}")
-            (reader,) = draw.choices(readers, weights)
-            content = mutated(draw.choice(reader.examples), draw)
-            problem, kind = _read(reader, content)
-            shown = f"{len(content):,} bytes {content[:_SHOWN]!r}"
-            yield Case(f"input {number}, {reader.name}, {shown}", problem, kind)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        logging.set_verbosity(verbosity)
-    growth = resident_bytes(os.getpid()) - before
-    problem = None if growth <= MAX_GROWTH else f"{growth / 2**20:.0f} MiB more are in use"
-    yield Case(f"memory after {count:,} inputs", problem)
-
-
-def _read(reader: Reader, content: bytes) -> tuple[str | None, str]:
-    """Give an input to a reader; return what is wrong, and the kind of its outcome."""
-    start = time.process_time()
-    try:
-        reader.read(content)
-        problem, kind = None, "accepted"
-    except REFUSALS as error:
-        problem, kind = None, "refused"
-        if not str(error).strip():
-            problem = "refused without a reason"
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__}: {str(error)[:_SHOWN]}"
-        problem, kind = f"{reason} at {place.filename}:{place.lineno}", "failed"
-    seconds = time.process_time() - start
-    if problem is None and seconds > MAX_SECONDS:
-        problem = f"took {seconds:.1f} s"
-    return problem, kind
+        outcomes = json.loads((folder / OUTCOMES).read_text())
+    except FileNotFoundError:  # a signal, or libFuzzer, which then leaves the input in a file
+        end = log.read_bytes()[-_SHOWN:].decode(errors="replace")
+        yield Case("an input", f"ended the process with code {process.returncode}: {end}")
+        return
+    for kind, number in outcomes["kinds"].items():
+        yield from [Case("an input", None, kind)] * number
+    for description, problem in outcomes["failures"]:
+        yield Case(description, problem)

@@ -127,13 +127,11 @@ def _tokenizer_readers(folder: Path) -> list[Reader]:
             "saved tokenizer",
             [text.encode() for text in saved],
             lambda content: use_known(tokenizer_from_json(as_text(content))),
-            weight=1,
         ),
         Reader(
             "tokenizer.json",
             [text.encode() for text in libraries],
             in_file(path, lambda: use(load_tokenizer(str(path)))),
-            weight=1,
         ),
     ]
 
@@ -145,7 +143,7 @@ def _template_reader() -> Reader:
         list(template.pieces(check_messages(CHAT), only_assistant=True))
 
     templates = [CHATML.encode(), load_template("roles").encode()]
-    return Reader("chat template", templates, render, weight=1)
+    return Reader("chat template", templates, render)
 
 
 def in_file(path: Path, read: Callable[[], object]) -> Callable[[bytes], None]:

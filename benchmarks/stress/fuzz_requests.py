@@ -85,13 +85,13 @@ def request_readers(folder: Path) -> list[Reader]:
     ]
     upload_of = [(folder / "state.safetensors").read_bytes()]
     return [
-        Reader("/v1/completions", _bodies(*completions), complete, weight=12),
-        Reader("/v1/chat/completions", _bodies(*chats), chat, weight=12),
+        Reader("/v1/completions", _bodies(*completions), complete),
+        Reader("/v1/chat/completions", _bodies(*chats), chat),
         Reader("/tokenize", _bodies({"prompt": "aé", "return_token_strs": True}), tokenize),
         Reader("/detokenize", _bodies({"tokens": [97, 195, 256]}), detokenize),
         Reader("/v1/states", _bodies({"prompt": [97, 98], "parent": "p", "name": "n"}), state),
         Reader("/v1/states/p/fork", _bodies({"name": "n"}), lambda x: void(parse(ForkRequest, x))),
-        Reader("upload of a state", upload_of, upload, weight=2),
+        Reader("upload of a state", upload_of, upload),
         *_argument_readers(),
     ]
 
@@ -131,7 +131,7 @@ def _argument_readers() -> list[Reader]:
 
     return [
         Reader("messages", _bodies(CHAT), messages),
-        Reader("sampling", _bodies(settings | {"max_new_tokens": 5}), sampling, weight=2),
+        Reader("sampling", _bodies(settings | {"max_new_tokens": 5}), sampling),
         Reader("prompts", _bodies([[1, 2], [3]], [1, 2], ["a", "b"]), prompts),
     ]
 

@@ -144,9 +144,9 @@ def _model_readers(folder: Path) -> list[Reader]:
         Reader("state", [original], read_state),
         Reader("weights", [weights.read_bytes()],
                in_file(weights, lambda: read_pytorch_weights(str(weights)))),
-        Reader("exported run", [run], in_file(exported, lambda: read_run(str(folder))), weight=2),
+        Reader("exported run", [run], in_file(exported, lambda: read_run(str(folder)))),
         Reader("settings of fla", [settings],
-               in_file(fla / "config.json", lambda: load_gla_checkpoint(str(fla))), weight=1),
+               in_file(fla / "config.json", lambda: load_gla_checkpoint(str(fla)))),
     ]  # fmt: skip
 
 

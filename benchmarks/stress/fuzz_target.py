@@ -1,0 +1,129 @@
+"""Process that gives inputs to the readers: ``python -m ... FOLDER INPUTS SEED``; see `fuzz`."""
+
+import atexit
+import json
+import os
+import random
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import atheris
+
+# Before anything of the package is imported: bytecode is instrumented when it is loaded.
+with atheris.instrument_imports(include=["simplernn_jax"], enable_loader_override=False):
+    from absl import logging
+
+    from simplernn_jax.data.chat_template import TemplateError
+    from simplernn_jax.errors import UserError
+    from simplernn_jax.serving.requests import RequestError
+
+    from ..measure import resident_bytes
+    from .fuzz import OUTCOMES, Reader
+    from .fuzz_data import data_readers
+    from .fuzz_requests import request_readers
+    from .fuzz_runs import run_readers
+    from .mutation import mutated
+
+_REFUSALS = (UserError, RequestError, TemplateError)
+_MAX_SECONDS = 5.0
+"""CPU time of an input; a chat template may use up 1 s in each of several renderings."""
+_HANGS_AFTER = 300
+"""Seconds after which libFuzzer ends this process, with the stack of each thread."""
+_MAX_GROWTH = 256
+"""MiB that may be added after the first tenth of the inputs: libFuzzer keeps inputs that reach new
+branches. A leak of 1 kB per input would add 900 MB in a full run."""
+_MAX_BYTES = 1 << 18
+_OURS = 0.8
+"""Share of mutations that know JSON; the others are libFuzzer's."""
+_SHOWN = 300
+
+
+class _Target:
+    """Gives inputs to readers and counts what comes of them."""
+
+    def __init__(self, readers: list[Reader], count: int) -> None:
+        self.readers = readers
+        self.warm_up = count // 10
+        self.inputs = 0
+        self.before = 0.0
+        self.kinds: Counter[str] = Counter()
+        self.failures: list[tuple[str, str]] = []
+
+    def give(self, data: bytes) -> None:
+        """Give an input, whose first byte chooses the reader."""
+        if self.inputs == self.warm_up:
+            self.before = resident_bytes(os.getpid())
+        self.inputs += 1
+        if not data:  # libFuzzer's first input
+            self.kinds["empty"] += 1
+            return
+        reader, content = self.readers[data[0] % len(self.readers)], data[1:]
+        problem, kind = _read(reader, content)
+        if problem is None:
+            self.kinds[kind] += 1
+        else:
+            shown = f"{len(content):,} bytes {content[:_SHOWN]!r}"
+            self.failures.append((f"input {self.inputs}, {reader.name}, {shown}", problem))
+
+    def write(self, path: Path) -> None:
+        """Write the outcomes."""
+        growth = (resident_bytes(os.getpid()) - self.before) / 2**20
+        if growth > _MAX_GROWTH:
+            self.failures.append(("memory after all inputs", f"{growth:.0f} MiB more are in use"))
+        path.write_text(json.dumps({"kinds": self.kinds, "failures": self.failures}))
+
+
+def _read(reader: Reader, content: bytes) -> tuple[str | None, str]:
+    """Give an input to a reader; return what is wrong, and the kind of its outcome."""
+    start = time.process_time()
+    problem, kind = None, "accepted"
+    try:
+        reader.read(content)
+    except _REFUSALS as error:
+        kind = "refused"
+        if not str(error).strip():
+            problem = "refused without a reason"
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {str(error)[:_SHOWN]}"
+        problem = f"{reason} at {place.filename}:{place.lineno}"
+    seconds = time.process_time() - start
+    if problem is None and seconds > _MAX_SECONDS:
+        problem = f"took {seconds:.1f} s"
+    return problem, kind
+
+
+def _mutate(data: bytes, max_size: int, seed: int) -> Any:
+    """Mutate an input, but for the byte that chooses the reader."""
+    draw = random.Random(seed)
+    if not data or draw.random() > _OURS:
+        return data[:1] + atheris.Mutate(data[1:], max_size - 1)
+    return (data[:1] + mutated(data[1:], draw))[:max_size]
+
+
+def main(folder: Path, count: int, seed: int) -> None:
+    """Start from the examples of all readers; this does not return."""
+    readers = [*data_readers(folder), *run_readers(folder), *request_readers(folder)]
+    corpus = folder / "inputs"
+    corpus.mkdir()
+    for number, reader in enumerate(readers):
+        for index, example in enumerate(reader.examples):
+            reader.read(example)  # or every input would be refused
+            (corpus / f"{number}_{index}").write_bytes(bytes([number]) + example)
+    logging.set_verbosity(logging.FATAL)  # a warning for each input
+    target = _Target(readers, count)
+    atexit.register(target.write, folder / OUTCOMES)
+    options = {"atheris_runs": count, "seed": seed + 1, "max_len": _MAX_BYTES, "len_control": 0}
+    options |= {"timeout": _HANGS_AFTER, "rss_limit_mb": 0, "detect_leaks": 0}
+    words = [f"-{name}={value}" for name, value in options.items()]
+    words.append(f"-artifact_prefix={folder}/")
+    atheris.Setup([sys.argv[0], *words, str(corpus)], target.give, custom_mutator=_mutate)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
