@@ -299,16 +299,18 @@ def test_damaged_exports_are_refused(tmp_path, workdir):
         "model.safetensors": [
             (b"", "cannot be read"),
             ((good / "model.safetensors").read_bytes()[:-1], "cannot be read"),
-            (bytes(flipped), "its SHA-256 differs"),
+            (bytes(flipped), "corrupted, or changed by"),
             (safetensors.numpy.save({name: value}), "missing"),
             (safetensors.numpy.save(weights | {"x": value}), "x unexpected"),
             (safetensors.numpy.save(weights | {name: value[:-1]}), "has shape"),
         ],
         "simplernn.json": [
             (b"{", "corrupted"),
-            (b"[]", "corrupted"),
-            (json.dumps({"config": run["config"]}).encode(), "corrupted"),
-            (json.dumps(run | {"sha257": whole_run["sha256"]}).encode(), "differs from what was"),
+            (b"[]", "not an object"),
+            (json.dumps({"config": run["config"]}).encode(), "its fields are config"),
+            (json.dumps(run | {"sha257": whole_run["sha256"]}).encode(), "its fields are"),
+            (json.dumps(run | {"sha256": None}).encode(), "differs from what was"),
+            (json.dumps(run | {"weights_sha256": "0"}).encode(), "the weights of another model"),
             (json.dumps(whole_run | {"config": changed}).encode(), "differs from what was"),
             (json.dumps(run | {"config": {}}).encode(), r"bad/simplernn\.json: .*missing"),
             (
@@ -337,7 +339,7 @@ def test_exports_of_earlier_versions_load(tmp_path, workdir):
     weights = safetensors.numpy.load_file(tmp_path / "model.safetensors")
     safetensors.numpy.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     run = json.loads((tmp_path / "simplernn.json").read_text())
-    del run["sha256"]
+    del run["sha256"], run["weights_sha256"]
     (tmp_path / "simplernn.json").write_text(json.dumps(run))
     again, _, _ = load_model(str(tmp_path))
     chex.assert_trees_all_equal(nnx.state(again, nnx.Param), nnx.state(model, nnx.Param))

@@ -1,7 +1,7 @@
 """Folders of exported models that can be loaded again: ``safetensors`` and ``huggingface``.
 
 ``model.safetensors`` holds the parameters (`models.named_weights`), ``simplernn.json`` the
-configuration of the run and its tokenizer. Both hold digests of themselves.
+configuration of the run and its tokenizer. Both hold digests.
 """
 
 import json
@@ -14,20 +14,24 @@ from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file, sha256_hex
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.named_weights import model_from_weights
-from simplernn_jax.models.pytorch_weights import read_pytorch_weights
+from simplernn_jax.models.named_weights import Weights, model_from_weights
+from simplernn_jax.models.pytorch_weights import read_pytorch_weights, weights_digest
 
 WEIGHTS = "model.safetensors"
 RUN = "simplernn.json"
-_DIGEST = "sha256"
+_DIGEST, _WEIGHTS_DIGEST = "sha256", "weights_sha256"
 
 
-def run_json(config: Config, tokenizer: Tokenizer) -> str:
-    """Serialize the configuration and the tokenizer of a run, and a digest of both."""
+def run_json(config: Config, tokenizer: Tokenizer, weights: Weights) -> str:
+    """Serialize the configuration and the tokenizer of a run, with digests of them and `weights`.
+
+    A fine-tuned copy of the weights has no digest, and is loaded with the same file.
+    """
     run: dict[str, Any] = {
         "config": json.loads(config_lib.to_json(config)),
         "tokenizer": json.loads(tokenizer.to_json()),
     }
+    run[_WEIGHTS_DIGEST] = weights_digest(weights)
     return json.dumps(run | {_DIGEST: _digest_of(run)}, indent=2) + "\n"
 
 
@@ -39,28 +43,37 @@ def is_exported(folder: Any) -> bool:
 
 def read_run(folder: str) -> tuple[Config, Tokenizer]:
     """Read configuration and tokenizer; raises `UserError` if they are missing or corrupted."""
-    path = os.path.join(folder, RUN)
-    try:
-        run: Any = json.loads(read_file(path))
-        digest = run.pop(_DIGEST, None)  # missing in exports of earlier versions
-        if digest not in (None, _digest_of(run)) or run.keys() != {"config", "tokenizer"}:
-            raise ValueError("its content differs from what was exported")
-        config = config_lib.from_json(json.dumps(run["config"]))
-        return config, tokenizer_from_json(json.dumps(run["tokenizer"]))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; export the model again") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: corrupted ({error}); export the model again") from error
+    return _read_run(folder)[:2]
 
 
 def load_exported(folder: str) -> tuple[LanguageModel, Tokenizer, Config]:
     """Load an exported model, executing nothing; raises `UserError` if it is corrupted."""
-    config, tokenizer = read_run(folder)
+    config, tokenizer, digest = _read_run(folder)
     path = os.path.join(folder, WEIGHTS)
-    model = model_from_weights(config.model, read_pytorch_weights(path), path)
+    model = model_from_weights(config.model, read_pytorch_weights(path, digest), path)
     return model, tokenizer, config
+
+
+def _read_run(folder: str) -> tuple[Config, Tokenizer, str | None]:
+    """Read configuration, tokenizer and digest of the weights; earlier versions wrote no digest."""
+    path = os.path.join(folder, RUN)
+    try:
+        run: Any = json.loads(read_file(path))
+        if not isinstance(run, dict):
+            raise ValueError("not an object")
+        if _DIGEST in run and run.pop(_DIGEST) != _digest_of(run):
+            raise ValueError("its content differs from what was exported")
+        digest = run.pop(_WEIGHTS_DIGEST, None)
+        if run.keys() != {"config", "tokenizer"}:
+            raise ValueError(f"its fields are {', '.join(run)}")
+        config = config_lib.from_json(json.dumps(run["config"]))
+        return config, tokenizer_from_json(json.dumps(run["tokenizer"])), digest
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; export the model again") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: corrupted ({error}); export the model again") from error
 
 
 def _digest_of(run: dict[str, Any]) -> str:

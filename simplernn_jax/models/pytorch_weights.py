@@ -25,8 +25,9 @@ from simplernn_jax.models.named_weights import Weights, model_from_weights
 from simplernn_jax.safetensors_bytes import decode_metadata, decode_safetensors, digest_of
 
 _ADVICE = "export the file again"
+_METADATA = {"format": "pt"}
 _DIGEST = "simplernn_jax.sha256"
-"""Name in the metadata of a file that `encode_weights` made; other programs drop it."""
+"""Name in the metadata of a file of `encode_weights`; programs that write new ones drop it."""
 
 
 def load_pytorch_weights(path: str) -> LanguageModel:
@@ -47,8 +48,16 @@ def load_pytorch_weights(path: str) -> LanguageModel:
     return model_from_weights(config, weights, path)
 
 
-def read_pytorch_weights(path: str) -> Weights:
-    """Read arrays by PyTorch name; raises `UserError`, see `load_pytorch_weights`."""
+def read_pytorch_weights(path: str, digest: str | None = None) -> Weights:
+    """Read arrays by PyTorch name.
+
+    Args:
+      path: as of `load_pytorch_weights`.
+      digest: if the file holds another `weights_digest`, it is of another model.
+
+    Raises:
+      UserError: as `load_pytorch_weights`.
+    """
     read = {".pt": _read_pt, ".safetensors": _read_safetensors}.get(Path(path).suffix)
     try:
         with open_file(path) as file:
@@ -58,17 +67,24 @@ def read_pytorch_weights(path: str) -> Weights:
                 )
             size = os.fstat(file.fileno()).st_size
             check_memory(size, path, "load it on a larger machine")
-            return read(path, file)
+            weights, found = read(path, file)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; specify a .pt or .safetensors file") from error
     except (OSError, ValueError) as error:  # a path may hold a NUL character
         raise _unreadable(path, error) from error
+    if None not in (found, digest) and found != digest:
+        raise UserError(f"{path}: the weights of another model; {_ADVICE}")
+    return weights
+
+
+def weights_digest(weights: Weights) -> str:
+    """Return the digest that `encode_weights` keeps."""
+    return digest_of(_METADATA, weights)
 
 
 def encode_weights(weights: Weights) -> bytes:
     """Make the content of a safetensors file, with a digest that `read_pytorch_weights` checks."""
-    metadata = {"format": "pt"}
-    return safetensors.numpy.save(weights, metadata | {_DIGEST: digest_of(metadata, weights)})
+    return safetensors.numpy.save(weights, _METADATA | {_DIGEST: weights_digest(weights)})
 
 
 def _unreadable(path: str, error: BaseException) -> UserError:
@@ -76,7 +92,7 @@ def _unreadable(path: str, error: BaseException) -> UserError:
     return UserError(f"{path}: cannot be read ({reason or type(error).__name__}); {_ADVICE}")
 
 
-def _read_pt(path: str, file: BinaryIO) -> Weights:
+def _read_pt(path: str, file: BinaryIO) -> tuple[Weights, None]:
     try:
         import torch
     except ImportError as error:
@@ -113,7 +129,7 @@ def _read_pt(path: str, file: BinaryIO) -> Weights:
         num_values += value.numel()
     # A tensor may be far larger than its file: with a stride of 0 it repeats one value.
     check_memory(4 * num_values, path, _ADVICE)
-    return {name: value.float().numpy(force=True) for name, value in content.items()}
+    return {name: value.float().numpy(force=True) for name, value in content.items()}, None
 
 
 def _check_sums(file: BinaryIO) -> None:
@@ -124,15 +140,16 @@ def _check_sums(file: BinaryIO) -> None:
                 raise zipfile.BadZipFile(f"wrong checksum of {name!r}")
 
 
-def _read_safetensors(path: str, file: BinaryIO) -> Weights:
+def _read_safetensors(path: str, file: BinaryIO) -> tuple[Weights, str | None]:
     content = file.read()
     weights, metadata = decode_safetensors(content), decode_metadata(content)
-    if _DIGEST in metadata and metadata.pop(_DIGEST) != digest_of(metadata, weights):
-        raise ValueError("its SHA-256 differs")
+    digest = metadata.pop(_DIGEST, None)
+    if digest not in (None, digest_of(metadata, weights)):
+        raise ValueError(f"corrupted, or changed by a program that kept its {_DIGEST}")
     for name, value in weights.items():
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise UserError(f"{path}: {name!r} is {value.dtype}; save floating-point tensors")
-    return {name: value.astype(np.float32, copy=False) for name, value in weights.items()}
+    return {name: value.astype(np.float32, copy=False) for name, value in weights.items()}, digest
 
 
 def _model_config(weights: Weights, path: str) -> ModelConfig:

@@ -33,17 +33,13 @@ def description(trained: TrainedModel) -> dict[str, Any]:
     return {"model_type": "simplernn", **fields, "mixers": list(config.mixers), **ids}
 
 
-def write_weights(trained: TrainedModel, folder: Path) -> None:
-    """Write the parameters."""
-    (folder / WEIGHTS).write_bytes(encode_weights(named_weights(trained.model)))
-
-
 def write(trained: TrainedModel, folder: Path) -> None:
     """See `Format.write`."""
-    write_weights(trained, folder)
+    weights = named_weights(trained.model)
+    (folder / WEIGHTS).write_bytes(encode_weights(weights))
     text = json.dumps(description(trained), indent=2) + "\n"
     (folder / "config.json").write_text(text, "utf-8")
-    (folder / RUN).write_text(run_json(trained.config, trained.tokenizer), "utf-8")
+    (folder / RUN).write_text(run_json(trained.config, trained.tokenizer, weights), "utf-8")
 
 
 class _Loaded:

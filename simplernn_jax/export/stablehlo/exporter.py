@@ -16,11 +16,12 @@ import safetensors.numpy
 from jax import export
 
 from simplernn_jax.export.formats import TrainedModel, check_packages, state_by_name
-from simplernn_jax.export.safetensors.exporter import description, write_weights
+from simplernn_jax.export.safetensors.exporter import description
 from simplernn_jax.export.two_programs import PREFILL_TOKENS, Program, TwoPrograms
 from simplernn_jax.inference.exported_folder import WEIGHTS
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
+from simplernn_jax.models.pytorch_weights import encode_weights
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 EXAMPLE = "example.py"
@@ -30,8 +31,9 @@ def write(trained: TrainedModel, folder: Path) -> None:
     """See `Format.write`."""
     check_packages("stablehlo", "flatbuffers")
     model = trained.model
-    write_weights(trained, folder)
-    weights = {name: _shape(x) for name, x in named_weights(model).items()}
+    arrays = named_weights(model)
+    (folder / WEIGHTS).write_bytes(encode_weights(arrays))
+    weights = {name: _shape(x) for name, x in arrays.items()}
     for name, length in (("prefill", PREFILL_TOKENS), ("decode", 1)):
         exported = _export(model, weights, length)
         (folder / f"{name}.bin").write_bytes(exported.serialize())
