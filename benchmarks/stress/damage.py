@@ -1,6 +1,7 @@
 """Damage to files of a run: nothing wrong is ever used, and nothing hangs."""
 
 import faulthandler
+import functools
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ from simplernn_jax import load_model
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.compilation_cache import ChecksummedCache
 from simplernn_jax.data.token_store import TokenizedCorpus, prepare_corpus
+from simplernn_jax.errors import UserError
 from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.inference import generate
 from simplernn_jax.inference.exported_folder import load_exported
@@ -34,8 +36,8 @@ _STEPS = 12
 """Steps of the run, which saves every third one."""
 _RESUMED = 6
 """One case in so many resumes the run, which takes longer than to load its model."""
-_IN_PROCESS = 20
-"""One store in so many is the C code, which needs a process of its own."""
+_C_CODE, _C_CODE_EVERY = "C code", 20
+"""One store in so many is the C code, which is loaded in a process of its own."""
 _USES_C = """
 import numpy as np
 from simplernn_jax.ops.rms_norm import rms_norm
@@ -78,17 +80,54 @@ def workdir(folder: Path, count: int, seed: int) -> Iterator[Case]:
 
 
 class _Store(NamedTuple):
-    """Files that are made, damaged and used."""
+    """Files that are made, damaged and read."""
 
     folder: Path
     write: Callable[[], Any]
     """Make the files of the folder, which is empty."""
-    use: Callable[[], str | None]
-    """Use them; return what is wrong."""
+    read: Callable[[], Any]
+    """Read them; raises `UserError` to refuse them."""
+
+    def write_again(self) -> None:
+        """Make the files anew."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        self.write()
+
+    def damage(self, draw: random.Random) -> str:
+        """Make the files anew and damage one of them; return a description."""
+        while True:
+            self.write_again()
+            whole = _contents(self.folder)
+            what = damage_file(self.folder, draw)
+            if _contents(self.folder) != whole:  # not a file that was swapped with itself
+                return what
+
+    def difference(self, expected: Any) -> str | None:
+        """Say whether the files hold something else; to refuse them is right."""
+        found = outcome(self.read)
+        return None if isinstance(found, str) or found == expected else "another content"
 
 
 def stores(folder: Path, count: int, seed: int) -> Iterator[Case]:
-    """Damage token stores, decoder states, programs, exports and C code; then use them."""
+    """Damage token stores, decoder states, programs, exports and C code; then read them."""
+    kinds = _make_stores(folder)
+    expected = {}
+    for kind, store in kinds.items():
+        store.write_again()
+        expected[kind] = store.read()
+    names = [kind for kind in kinds if kind != _C_CODE]
+    for number in range(count):
+        draw = random.Random(f"{seed} {number}")
+        is_c_code = number % _C_CODE_EVERY == _C_CODE_EVERY - 1
+        kind = _C_CODE if is_c_code else names[number % len(names)]
+        what = kinds[kind].damage(draw)
+        problem = _watched(functools.partial(kinds[kind].difference, expected[kind]))
+        yield Case(f"{number}: {kind}, {what}", problem, kind)
+
+
+def _make_stores(folder: Path) -> dict[str, _Store]:
+    """Make all kinds of stores, of a small run."""
     config = small_config(folder, steps=1)
     run_quietly(config, folder / "run")
     model, tokenizer, _ = load_model(str(folder / "run"))
@@ -99,57 +138,37 @@ def stores(folder: Path, count: int, seed: int) -> Iterator[Case]:
     def read_tokens() -> list[bytes]:
         return _tokens_of(prepare_corpus(config.data, 0, str(tokens), show_progress=False))
 
+    def write_state() -> None:
+        save_state(str(states / "state"), state, model, tokenizer)
+
     def read_state() -> tuple[bytes, ...]:
         return bytes_of(vars(load_state(str(states / "state"), model, tokenizer)))
 
     def write_program() -> None:
         ChecksummedCache(programs, 1 << 20).put("key", b"program" * 999)
 
-    def use_program() -> str | None:
+    def read_program() -> bytes:
         found = ChecksummedCache(programs, 1 << 20).get("key")
-        return None if found in (None, b"program" * 999) else "another program"
+        if found is None:
+            raise UserError("compiled again")
+        return found
 
     def write_export() -> None:
         trained = TrainedModel(model, tokenizer, config, str(folder / "run"))
         find_format("safetensors").write(trained, exported)
+        (exported / "config.json").unlink()  # for other programs
 
     def read_export() -> tuple[Any, ...]:
-        again, its_tokenizer, its_config = load_exported(str(exported))
-        return _parameters(again), its_tokenizer.to_json(), its_config
+        model, tokenizer, config = load_exported(str(exported))
+        return _parameters(model), tokenizer.to_json(), config
 
-    whole_export = _parameters(model), tokenizer.to_json(), config
-    whole_state = bytes_of(vars(state))
-    kinds = {
-        "tokens": _Store(tokens, read_tokens, _same(read_tokens, read_tokens())),
-        "state": _Store(
-            states,
-            lambda: save_state(str(states / "state"), state, model, tokenizer),
-            _same(read_state, whole_state),
-        ),
-        "program": _Store(programs, write_program, use_program),
-        "export": _Store(exported, write_export, _same(read_export, whole_export)),
-        "C code": _native_library(folder / "native"),
+    return {
+        "tokens": _Store(tokens, read_tokens, read_tokens),
+        "state": _Store(states, write_state, read_state),
+        "program": _Store(programs, write_program, read_program),
+        "export": _Store(exported, write_export, read_export),
+        _C_CODE: _native_library(folder / "native"),
     }
-    names = ["tokens", "state", "program", "export"]
-    for number in range(count):
-        draw = random.Random(f"{seed} {number}")
-        kind = "C code" if number % _IN_PROCESS == _IN_PROCESS - 1 else names[number % len(names)]
-        store = kinds[kind]
-        shutil.rmtree(store.folder, ignore_errors=True)
-        store.folder.mkdir()
-        store.write()
-        what = damage_file(store.folder, draw)
-        yield Case(f"{number}: {kind}, {what}", _watched(store.use), kind)
-
-
-def _same(read: Callable[[], Any], expected: Any) -> Callable[[], str | None]:
-    """Make a check that `read` returns what is expected, or refuses in one line."""
-
-    def use() -> str | None:
-        found = outcome(read)
-        return None if isinstance(found, str) or found == expected else "another content"
-
-    return use
 
 
 def _native_library(folder: Path) -> _Store:
@@ -163,23 +182,28 @@ def _native_library(folder: Path) -> _Store:
     compiler.write_text("\n".join([*lines, copies, 'exec cc "$@"', ""]))
     compiler.chmod(0o755)
 
-    def run() -> str:
-        command = [sys.executable, "-c", _USES_C]
-        ended = subprocess.run(
-            command, check=False, env=environment, capture_output=True, text=True
-        )
-        return ended.stdout if ended.returncode == 0 else f"{ended.returncode}: {ended.stderr}"
+    def read() -> bytes:
+        return subprocess.run(
+            [sys.executable, "-c", _USES_C],
+            check=True,
+            env=environment,
+            capture_output=True,
+            timeout=_HANG_SECONDS / 2,
+        ).stdout
 
-    expected = run()
+    read()
     (library,) = cache.rglob("*.so")
     shutil.copy(library, folder / "native.so")
     cache.rename(whole)
+    return _Store(cache, lambda: shutil.copytree(whole, cache, dirs_exist_ok=True), read)
 
-    def use() -> str | None:
-        found = run()
-        return None if found == expected else f"another result: {found[-500:]}"
 
-    return _Store(cache, lambda: shutil.copytree(whole, cache, dirs_exist_ok=True), use)
+def _contents(folder: Path) -> dict[str, bytes | None]:
+    """Content of each regular file below `folder`; None for anything else."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if _is_regular(path) else None
+        for path in folder.rglob("*")
+    }
 
 
 def damage_file(folder: Path, draw: random.Random) -> str:
@@ -194,7 +218,11 @@ def damage_file(folder: Path, draw: random.Random) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return sorted(filter(_is_regular, folder.rglob("*")))
+
+
+def _is_regular(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _flip(path: Path, folder: Path, draw: random.Random) -> None:

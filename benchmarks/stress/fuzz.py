@@ -1,7 +1,7 @@
-"""Mutated input to everything that reads input, guided by the branches that it reaches.
+"""Coverage-guided fuzzing of everything that reads input.
 
-A process of its own (`fuzz_target`) runs Atheris, libFuzzer for Python: it keeps each input that
-reaches a new branch of this package, and mutates those it has kept.
+A process of its own (`fuzz_target`) runs Atheris, which is libFuzzer for Python: it keeps each
+input that reaches a new branch of this package, and mutates those it has kept.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from simplernn_jax.project import ROOT
 
@@ -35,22 +35,26 @@ class Reader(NamedTuple):
 def fuzz(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """Give mutated input to each of the readers."""
     if importlib.util.find_spec("atheris") is None:
-        yield Case("no input", "needs atheris, which runs on Linux; pip install atheris")
+        yield Case("no input", "needs atheris, on Linux and x86-64; pip install atheris")
         return
-    words = [sys.executable, "-m", f"{__package__}.fuzz_target", str(folder), str(count), str(seed)]
+    words = [sys.executable, "-m", f"{__package__}.fuzz_target", str(folder)]
+    words += [str(number) for number in (count, seed, os.getpid())]
     path = os.pathsep.join([str(ROOT), *filter(os.path.isabs, sys.path)])
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"}
     log = folder / "log"
     with open(log, "wb") as file:
-        process = subprocess.run(
-            words, check=False, env=os.environ | {"PYTHONPATH": path}, stdout=file, stderr=file
-        )
-    try:
+        process = subprocess.run(words, check=False, env=environment, stdout=file, stderr=file)
+    outcomes: dict[str, Any] = {"kinds": {}, "failures": []}
+    if (folder / OUTCOMES).exists():  # not after a signal
         outcomes = json.loads((folder / OUTCOMES).read_text())
-    except FileNotFoundError:  # a signal, or libFuzzer, which then leaves the input in a file
-        end = log.read_bytes()[-_SHOWN:].decode(errors="replace")
-        yield Case("an input", f"ended the process with code {process.returncode}: {end}")
-        return
-    for kind, number in outcomes["kinds"].items():
-        yield from [Case("an input", None, kind)] * number
+    num_inputs = len(outcomes["failures"])
     for description, problem in outcomes["failures"]:
         yield Case(description, problem)
+    for kind, number in outcomes["kinds"].items():
+        yield from [Case("an input", None, kind)] * number
+        num_inputs += number
+    if process.returncode or num_inputs < count:
+        end = log.read_bytes()[-_SHOWN:].decode(errors="replace")
+        yield Case(
+            f"input {num_inputs + 1}", f"ended the process with code {process.returncode}: {end}"
+        )

@@ -22,7 +22,7 @@ from simplernn_jax.inference.exported_folder import RUN, read_run, run_json
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.gla_checkpoint import gla_settings, load_gla_checkpoint
 from simplernn_jax.models.named_weights import named_weights
-from simplernn_jax.models.pytorch_weights import read_pytorch_weights
+from simplernn_jax.models.pytorch_weights import encode_weights, read_pytorch_weights
 from simplernn_jax.training.loss_curve import loss_curves, loss_limits
 from simplernn_jax.training.metrics import FILE_NAME, encode, read_metrics
 
@@ -134,7 +134,9 @@ def _model_readers(folder: Path) -> list[Reader]:
     weights = folder / "weights.safetensors"
     safetensors.numpy.save_file(named_weights(model), weights)
     exported, fla = folder / RUN, folder / "fla"
-    run = run_json(_config(model.config), BYTES).encode()
+    run = run_json(_config(model.config), BYTES, named_weights(model))
+    bare = {name: json.loads(run)[name] for name in ("config", "tokenizer")}
+    runs = [run.encode(), json.dumps(bare).encode()]
     fla.mkdir()
     gla = small_model("gla")
     safetensors.numpy.save_file(named_weights(gla), fla / "model.safetensors")
@@ -142,9 +144,9 @@ def _model_readers(folder: Path) -> list[Reader]:
 
     return [
         Reader("state", [original], read_state),
-        Reader("weights", [weights.read_bytes()],
+        Reader("weights", [weights.read_bytes(), encode_weights(named_weights(model))],
                in_file(weights, lambda: read_pytorch_weights(str(weights)))),
-        Reader("exported run", [run], in_file(exported, lambda: read_run(str(folder)))),
+        Reader("exported run", runs, in_file(exported, lambda: read_run(str(folder)))),
         Reader("settings of fla", [settings],
                in_file(fla / "config.json", lambda: load_gla_checkpoint(str(fla)))),
     ]  # fmt: skip

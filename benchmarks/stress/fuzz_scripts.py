@@ -1,13 +1,14 @@
 """Mutated flags and files, given to the scripts in processes of their own."""
 
-import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,8 +24,13 @@ _STOPPED_AFTER = 30.0
 """Seconds after which a script gets SIGTERM: it may have been asked for a billion steps."""
 _ENDS_WITHIN = 120.0
 """Seconds in which it must then end: XLA cannot be interrupted."""
-_PREPARED_WITHIN = 300.0
-"""Seconds for a command that compiles, or that prepares files for the others."""
+_CHILDREN_END_WITHIN = 5.0
+_SERVER = "serve"
+"""The script that does not end by itself."""
+_FILES, _VALUES = 0.25, 0.7
+"""Fraction of the changes that are of a file, and of those of a flag that keep its name."""
+_VALID_WITHIN = 300.0
+"""Seconds for a valid command: it compiles what the others then load."""
 _EXIT_CODES = {0: "accepted", 2: "refused"}
 _EXIT_CODES_OF_SIGTERM = {75: "stopped", 143: "stopped"}
 _SHOWN = 500
@@ -100,18 +106,24 @@ def fuzz_scripts(folder: Path, count: int, seed: int) -> Iterator[Case]:
     inputs = folder / "inputs"
     _make_inputs(inputs)
     for command in COMMANDS[:count]:
-        problem, kind = _run(command, inputs, folder / "valid", random.Random(0), None)
-        if problem is None and kind != "accepted":
-            problem = f"the valid command is {kind}"
-        if problem is not None:
-            yield Case(f"{command.script}, valid", problem)
+        seconds = _STOPPED_AFTER if command.script == _SERVER else _VALID_WITHIN
+        shutil.copytree(inputs, folder / "valid")
+        problem, kind = _end(_words(command), folder / "valid", seconds)
+        shutil.rmtree(folder / "valid")
+        if kind != "accepted":
+            yield Case(f"{command.script}, valid", problem or kind)
 
     def run_case(number: int) -> Case:
         draw = random.Random(f"{seed} {number}")
         command = draw.choice(COMMANDS)
-        what = draw.choice(["a flag", "a flag", "a file", "a word"])
-        problem, kind = _run(command, inputs, folder / str(number), draw, what)
-        return Case(f"command {number}, {command.script}", problem, kind)
+        workdir = folder / str(number)
+        shutil.copytree(inputs, workdir)
+        words, changed, is_long = _change(command, workdir, draw)
+        problem, kind = _end(words, workdir)
+        shutil.rmtree(workdir)
+        if kind == "stopped" and not is_long:
+            problem = f"has not ended within {_STOPPED_AFTER:.0f} s"
+        return Case(f"command {number}, {command.script}, changed {changed}", problem, kind)
 
     with ThreadPoolExecutor(PARALLEL) as pool:
         yield from pool.map(run_case, range(count))
@@ -139,7 +151,7 @@ def _make_inputs(inputs: Path) -> None:
         Command("export", {"workdir": "run", "format": "safetensors", "out": "weights"}),
     )  # fmt: skip
     for command in prepared:
-        problem, kind = _end(_words(command), inputs, _PREPARED_WITHIN)
+        problem, kind = _end(_words(command), inputs, _VALID_WITHIN)
         if kind != "accepted":
             raise RuntimeError(f"{command.script} is {kind}: {problem}")
 
@@ -152,26 +164,40 @@ _CONFIG_OF_TOKENIZER = {
 }
 
 
-def _run(
-    command: Command, inputs: Path, folder: Path, draw: random.Random, what: str | None
-) -> tuple[str | None, str]:
-    """Run a mutated command in a copy of `inputs`; return what is wrong, and the outcome."""
-    shutil.copytree(inputs, folder)
+def _change(command: Command, folder: Path, draw: random.Random) -> tuple[list[bytes], str, bool]:
+    """Mutate a word of a command, or a file of `folder` that it reads.
+
+    Returns:
+      The words, what was changed, and whether the command may now take any time.
+    """
     words = _words(command)
-    shown = "nothing"
-    if what == "a file" and command.files:
+    if command.files and draw.random() < _FILES:
         path = folder / draw.choice(command.files)
-        path.write_bytes(mutated(path.read_bytes(), draw))
-        shown = str(path.relative_to(folder))
-    elif what is not None:
-        place = draw.randrange(2, len(words))
-        words[place] = _mutated_word(words[place], draw, is_whole=what == "a word")
-        shown = repr(words[place][:_SHOWN])
-    try:
-        problem, kind = _end(words, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return problem and f"changed {shown}: {problem}", kind
+        path.write_bytes(_changed(path.read_bytes(), draw))
+        return words, str(path.relative_to(folder)), path.suffix == ".py"
+    place = draw.randrange(2, len(words))
+    name, equals, value = words[place].partition(b"=")
+    is_number = re.fullmatch(rb"[\d.]+", value) is not None
+    if equals and draw.random() < _VALUES:
+        words[place] = name + equals + _inside(_changed(value, draw))
+    else:
+        words[place] = _inside(_changed(words[place], draw))
+    return words, repr(words[place][:_SHOWN]), is_number or command.script == _SERVER
+
+
+def _changed(content: bytes, draw: random.Random) -> bytes:
+    """Mutate until something has changed."""
+    new = content
+    while new == content:
+        new = mutated(content, draw)
+    return new
+
+
+def _inside(word: bytes) -> bytes:
+    """Replace what would make it the path of a file elsewhere, or no word."""
+    for part in (b"/", b"..", b"~", b"\0"):
+        word = word.replace(part, b"_")
+    return word
 
 
 def _words(command: Command) -> list[bytes]:
@@ -179,15 +205,6 @@ def _words(command: Command) -> list[bytes]:
     words = [sys.executable, f"{ROOT}/scripts/{command.script}.py", *command.words]
     words += [f"--{name}={value}" for name, value in command.flags.items()]
     return [os.fsencode(word) for word in words]
-
-
-def _mutated_word(word: bytes, draw: random.Random, *, is_whole: bool) -> bytes:
-    """Mutate a word, or only the value of a flag; it names no file elsewhere."""
-    name, equals, value = word.partition(b"=")
-    if is_whole or not equals:
-        name, equals, value = b"", b"", word
-    value = mutated(value, draw).replace(b"\0", b"")
-    return name + equals + value.replace(b"/", b"_").replace(b"..", b"__")
 
 
 def _end(
@@ -200,6 +217,7 @@ def _end(
         "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "TFDS_DATA_DIR": str(folder),
+        "TMPDIR": str(folder),
     }
     kinds = _EXIT_CODES
     process = subprocess.Popen(
@@ -221,15 +239,32 @@ def _end(
         except subprocess.TimeoutExpired:
             return f"does not end within {_ENDS_WITHIN:.0f} s of SIGTERM", "failed"
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        has_children = _end_group(process)
+    if has_children:
+        return "leaves processes behind", "failed"
     return _outcome(process.returncode, kinds, errors.decode("utf-8", "replace"))
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> bool:
+    """Kill what is left of a process and its children; return whether children outlived it."""
+    until = time.monotonic() + _CHILDREN_END_WITHIN
+    while True:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return False
+        if process.poll() is None or time.monotonic() > until:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.01)
 
 
 def _outcome(code: int, kinds: dict[int, str], errors: str) -> tuple[str | None, str]:
     """Return what is wrong with an exit code and the errors that came with it, and their kind."""
-    num_errors = sum(line.startswith("error: ") for line in errors.splitlines())
-    if code not in kinds or "Traceback" in errors or num_errors != (code == 2):
+    lines = errors.splitlines()
+    num_errors = sum(line.startswith("error: ") for line in lines)
+    is_last = not num_errors or lines[-1].startswith("error: ")
+    if code not in kinds or "Traceback" in errors or num_errors != (code == 2) or not is_last:
         return f"code {code} with {num_errors} errors: {errors[-2 * _SHOWN :]}", "failed"
     return None, kinds[code]

@@ -1,6 +1,10 @@
-"""Process that gives inputs to the readers: ``python -m ... FOLDER INPUTS SEED``; see `fuzz`."""
+"""Process that gives inputs to the readers; see `fuzz`.
+
+Its arguments are a folder, the number of inputs, the seed, and the id of its parent process.
+"""
 
 import atexit
+import base64
 import json
 import os
 import random
@@ -13,12 +17,15 @@ from typing import Any
 
 import atheris
 
-# Before anything of the package is imported: bytecode is instrumented when it is loaded.
-with atheris.instrument_imports(include=["simplernn_jax"], enable_loader_override=False):
+# Before anything else imports the package: bytecode is instrumented when it is loaded.
+with atheris.instrument_imports(
+    include=["simplernn_jax"], exclude=["simplernn_jax.benchmarks"], enable_loader_override=False
+):
     from absl import logging
 
     from simplernn_jax.data.chat_template import TemplateError
     from simplernn_jax.errors import UserError
+    from simplernn_jax.process_start import end_with_parent
     from simplernn_jax.serving.requests import RequestError
 
     from ..measure import resident_bytes
@@ -38,8 +45,10 @@ _MAX_GROWTH = 256
 branches. A leak of 1 kB per input would add 900 MB in a full run."""
 _MAX_BYTES = 1 << 18
 _OURS = 0.8
-"""Share of mutations that know JSON; the others are libFuzzer's."""
+"""Fraction of the mutations that `mutated` makes; libFuzzer makes the others."""
 _SHOWN = 300
+_MAX_REPEATABLE = 10_000
+"""Bytes of an input that is reported as a whole, in base64."""
 
 
 class _Target:
@@ -67,12 +76,14 @@ class _Target:
             self.kinds[kind] += 1
         else:
             shown = f"{len(content):,} bytes {content[:_SHOWN]!r}"
+            if _SHOWN < len(content) <= _MAX_REPEATABLE:
+                shown += f", in base64 {base64.b64encode(content).decode()}"
             self.failures.append((f"input {self.inputs}, {reader.name}, {shown}", problem))
 
     def write(self, path: Path) -> None:
         """Write the outcomes."""
         growth = (resident_bytes(os.getpid()) - self.before) / 2**20
-        if growth > _MAX_GROWTH:
+        if self.before and growth > _MAX_GROWTH:
             self.failures.append(("memory after all inputs", f"{growth:.0f} MiB more are in use"))
         path.write_text(json.dumps({"kinds": self.kinds, "failures": self.failures}))
 
@@ -87,7 +98,9 @@ def _read(reader: Reader, content: bytes) -> tuple[str | None, str]:
         kind = "refused"
         if not str(error).strip():
             problem = "refused without a reason"
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # such as a panic of a library in Rust
         place = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {str(error)[:_SHOWN]}"
         problem = f"{reason} at {place.filename}:{place.lineno}"
@@ -105,8 +118,9 @@ def _mutate(data: bytes, max_size: int, seed: int) -> Any:
     return (data[:1] + mutated(data[1:], draw))[:max_size]
 
 
-def main(folder: Path, count: int, seed: int) -> None:
+def main(folder: Path, count: int, seed: int, parent: int) -> None:
     """Start from the examples of all readers; this does not return."""
+    end_with_parent(parent)
     readers = [*data_readers(folder), *run_readers(folder), *request_readers(folder)]
     corpus = folder / "inputs"
     corpus.mkdir()
@@ -126,4 +140,4 @@ def main(folder: Path, count: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
