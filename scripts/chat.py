@@ -51,7 +51,6 @@ def main() -> None:
     if not _WORKDIR.value:
         raise UserError("no --workdir: specify the folder of a training run, such as runs/chat")
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
-    system = command_line.read_text(_SYSTEM.value, None, name="system")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not show all characters
     from simplernn_jax.data.chat_template import ChatTemplate
@@ -64,7 +63,7 @@ def main() -> None:
             "use python scripts/sample.py"
         )
     template = ChatTemplate(config.data.template)
-    conversation = Conversation(model, tokenizer, template, system=system)
+    conversation = Conversation(model, tokenizer, template, system=_SYSTEM.value)
     forks: dict[str, Conversation] = {}
 
     def run_command(name: str, argument: str) -> str:

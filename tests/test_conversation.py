@@ -109,6 +109,14 @@ def test_chat_script(workdir, tmp_path, loaded):
     np.testing.assert_array_equal(state.recent, expected.turns[0].state.recent)
 
 
+def test_system_messages_that_no_question_could_follow(workdir):
+    cases = [
+        ([f"--workdir={workdir}", f"--system={text}"], "system: ", part)
+        for text, part in (("\udcff", "half a surrogate pair"), ("\x02", "control characters"))
+    ]
+    assert_each_refused("scripts/chat.py", *cases)
+
+
 def test_a_model_of_plain_text_is_refused(tmp_path):
     case = [f"--workdir={untrained_run(tmp_path)}"], "not trained on conversations"
     assert_each_refused("scripts/chat.py", case)

@@ -36,8 +36,8 @@ class Conversation:
       system: system message of a new conversation.
 
     Raises:
-      UserError: the state is of another model or of several sequences, or the template refuses
-        `system`.
+      UserError: the state is of another model or of several sequences, or the template or
+        the tokenizer refuses `system`.
     """
 
     def __init__(
@@ -57,7 +57,10 @@ class Conversation:
         self._first = state
         self._system = system
         self.turns: list[Turn] = []
-        self._question("")
+        try:
+            tokenizer.encode(self._question(""))
+        except UserError as error:
+            raise UserError(f"system: {error}") from error
 
     @property
     def state(self) -> DecoderState | None:
