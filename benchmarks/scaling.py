@@ -22,9 +22,9 @@ from simplernn_jax.data.batches import BatchSource
 from simplernn_jax.data.evaluation_batches import Contexts
 from simplernn_jax.inference import generate, load_state, save_state
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.training.accumulation import windows_of
+from simplernn_jax.training.accumulation import split_into_windows
 from simplernn_jax.training.evaluate import Evaluator
-from simplernn_jax.training.gradient import make_gradient, make_model
+from simplernn_jax.training.gradient import make_grad_fn, make_model
 
 from . import memory, train_steps
 from .measure import Effort, alternate, median, on_simulated_devices, seconds_of
@@ -106,7 +106,7 @@ def compare(base: Config, workdir: str) -> tuple[list[Row], Trained]:
 
 
 def gradient_arguments(params: nnx.State, batch: Any) -> Any:
-    """Arguments of the function that `make_gradient` returns."""
+    """Arguments of the function that `make_grad_fn` returns."""
     batch, key = jax.tree.map(jnp.asarray, batch), jax.random.key_data(jax.random.key(0))
     return params, batch, (), key, jnp.zeros((), int)
 
@@ -116,7 +116,7 @@ def eager_step(config: Config) -> Row:
     config = change(config, sequence_length=EAGER_TOKENS)
     params = nnx.state(make_model(config, nnx.Rngs(0)), nnx.Param)
     arguments = gradient_arguments(params, train_steps.random_batch(config))
-    gradient_of = make_gradient(config, BY_SCAN)
+    gradient_of = make_grad_fn(config, BY_SCAN)
     with jax.disable_jit():
         seconds = min(seconds_of(lambda: gradient_of(*arguments)) for _ in range(3))
     return {
@@ -182,8 +182,8 @@ def truncation_bias(
 
     def gradient(window: int) -> np.ndarray:
         config.train.backward_window = window
-        given = windows_of(batch, window) if window else batch
-        gradient_of: Any = jax.jit(make_gradient(config))
+        given = split_into_windows(batch, window) if window else batch
+        gradient_of: Any = jax.jit(make_grad_fn(config))
         leaves = jax.tree.leaves(gradient_of(*gradient_arguments(trained.params, given))[2])
         return np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in leaves])
 

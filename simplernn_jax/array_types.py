@@ -19,10 +19,10 @@ Tokens = Int[Array, "B T"]
 SegmentIds = Int[Array, "B T"]
 LossMask = Bool[Array, "B T"]
 Logits = Float[Array, "B T vocab"]
-PartLogits = Float[Array, "B t vocab"]
+TimeShardLogits = Float[Array, "B t vocab"]
 Activations = Float[Array, "B T D"]
-PartActivations = Float[Array, "B t D"]
-"""Those of a part of the time, such as a pipeline stage's share."""
+TimeShardActivations = Float[Array, "B t D"]
+"""Activations of a shard of the time axis, such as that of a pipeline stage."""
 Outputs = Float[Array, "B T O"]
 """Output of a mixer, of width ``output_dim``."""
 
@@ -33,7 +33,7 @@ LogGates = Float[Array, "B T H K"]
 """Logarithms of the forget gates, at most 0, float32."""
 Positions = Int[Array, "B T"]
 """Number of tokens before each token in its segment."""
-HeadState = Float[Array, "B H K V"]
+RecurrentState = Float[Array, "B H K V"]
 """State of one layer's recurrence, float32."""
 ConvState = Float[Array, "B W D"]
 """The last W inputs of one layer's short convolution, oldest first, float32."""

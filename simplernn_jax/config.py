@@ -57,10 +57,10 @@ class ModelConfig:
     norm_epsilon: float = 1e-6
     """Added to the mean square by every norm; positive (gla block only)."""
     min_log_gate: float = 0.0
-    """Lower bound of the logarithms of forget gates, negative; 0 is none (gla block only)."""
+    """Lower bound of the logarithms of forget gates, negative; 0 disables it (gla block only)."""
     short_convolution: int = 0
     """Width in tokens, the current one included, of the short convolutions of queries, keys and
-    values; 0 is none (gla block only; the residual block always has one, of 4 tokens)."""
+    values; 0 disables them (gla block only; the residual block always has one, of 4 tokens)."""
 
     def __post_init__(self) -> None:
         self.join_mixers()

@@ -14,7 +14,7 @@ from simplernn_jax.errors import counted
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.training.gradient import abstract_model, make_gradient, make_model
+from simplernn_jax.training.gradient import abstract_model, make_grad_fn, make_model
 
 from .. import train_steps
 from ..decoding import decode_call, random_tokens, recompute_call
@@ -84,7 +84,7 @@ def gradient_work(program: str, length: int, **fields: Any) -> Work:
     """`Work` of the gradient of one sequence by one of `PROGRAMS`."""
     variant, recurrence = PROGRAMS[program]
     config = config_of(variant, length, **fields)
-    gradient = make_gradient(config, recurrence)
+    gradient = make_grad_fn(config, recurrence)
     _, params = abstract_model(config)
     key = jax.random.key_data(jax.random.key(0))
     return count_work(gradient, params, train_steps.random_batch(config), (), key, jnp.int32(0))

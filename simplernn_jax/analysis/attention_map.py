@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, SegmentIds, Values
+from simplernn_jax.array_types import Keys, LogGates, Queries, RecurrentState, SegmentIds, Values
 from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.dtypes import accumulator_dtype
@@ -64,7 +64,7 @@ def attention_map(
 
 
 def apply_map(
-    attention: AttentionMap, v: Values, initial_state: HeadState
+    attention: AttentionMap, v: Values, initial_state: RecurrentState
 ) -> tuple[Values, Values]:
     """Apply a map to the values and to the initial state.
 

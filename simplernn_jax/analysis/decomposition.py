@@ -22,11 +22,11 @@ from simplernn_jax.analysis.recording import (
     Mixer,
     Record,
     find_mixers,
-    head_state,
     record,
     recurrence_inputs,
+    recurrent_state,
 )
-from simplernn_jax.array_types import HeadState, ModelState, SegmentIds, Values
+from simplernn_jax.array_types import ModelState, RecurrentState, SegmentIds, Values
 from simplernn_jax.models import LanguageModel, SimpleRNN
 from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.ops import gated_linear_recurrence
@@ -65,7 +65,7 @@ def decompose_layer(
         dtype = mixer.dtype
     else:
         projected, output_gate = recurrence_inputs(mixer, call, segment_ids)
-        parts = _decompose_recurrence(projected, head_state(call.state), segment_ids)
+        parts = _decompose_recurrence(projected, recurrent_state(call.state), segment_ids)
         dtype = projected[2].dtype
     projections = mixer.cell if isinstance(mixer, SimpleRNN) else mixer
     output = parts.from_values + parts.from_state
@@ -126,7 +126,7 @@ def is_exact(layer: LayerDecomposition, is_float32: bool) -> bool:
 
 
 def _decompose_recurrence(
-    projected: tuple[jax.Array, ...], state: HeadState, segment_ids: SegmentIds | None
+    projected: tuple[jax.Array, ...], state: RecurrentState, segment_ids: SegmentIds | None
 ) -> _Parts:
     q, k, v, log_gate = projected
     attention = attention_map(q, k, log_gate, segment_ids=segment_ids)

@@ -13,9 +13,9 @@ from flax import nnx
 from simplernn_jax.analysis.recording import (
     Recurrent,
     find_mixers,
-    head_state,
     record,
     recurrence_inputs,
+    recurrent_state,
 )
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.models import LanguageModel
@@ -104,7 +104,7 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
         for mixer, call in zip(find_mixers(model), recording.layers, strict=True):
             if isinstance(mixer, Recurrent):
                 (_, _, _, log_gate), _ = recurrence_inputs(mixer, call)
-                state = head_state(call.final_state)
+                state = recurrent_state(call.final_state)
                 measured.append((-jnp.sum(log_gate, axis=(0, 1)), state[0]))
         return recording.state, measured
 

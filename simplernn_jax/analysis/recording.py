@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, HeadState, ModelState, SegmentIds, Tokens
+from simplernn_jax.array_types import Activations, ModelState, RecurrentState, SegmentIds, Tokens
 from simplernn_jax.models import GatedLinearAttention, GLAState, LanguageModel, SimpleRNN
 from simplernn_jax.models.attention import Attention
 
@@ -21,7 +21,7 @@ class Record(NamedTuple):
     inputs: Activations
     """``[B, T, D]``, in the compute dtype."""
     state: Any
-    """Before the first token: a `HeadState`, a `GLAState`, or attention's `KVCache`."""
+    """Before the first token: a `RecurrentState`, a `GLAState`, or attention's `KVCache`."""
     output: Activations
     """``[B, T, D]``."""
     final_state: Any
@@ -45,14 +45,14 @@ def find_mixers(model: LanguageModel) -> list[Mixer]:
 def recurrence_inputs(
     mixer: Recurrent, call: Record, segment_ids: SegmentIds | None = None
 ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-    """Return (q, k, v, log_gate) of a recorded call, and the logits of the output gate."""
+    """Return (q, k, v, log_gate) of a recorded call, and the output gate's pre-activation."""
     if isinstance(mixer, SimpleRNN):
         return mixer.cell.project(call.inputs)
     inputs, output_gate, _ = mixer.project(call.inputs, call.state.recent, segment_ids)
     return inputs, output_gate
 
 
-def head_state(state: HeadState | GLAState) -> HeadState:
+def recurrent_state(state: RecurrentState | GLAState) -> RecurrentState:
     """Return the state of the recurrence of a mixer's state."""
     return state.recurrent if isinstance(state, GLAState) else state
 
@@ -66,7 +66,8 @@ def record(
 ) -> Recording:
     """Run a forward pass on `tokens` and record every mixer's call; `model` is unchanged.
 
-    `tokens` and `segment_ids` are ``[B, T]``, as for `LanguageModel`; `state` None is zero.
+    `tokens` and `segment_ids` are ``[B, T]``, as for `LanguageModel`; without a `state` it starts
+    from zero.
     `shift` ``[B, T, D]`` is added to the embeddings, to take gradients with respect to them.
     """
     if state is None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, ConvState, HeadState, SegmentIds
+from simplernn_jax.array_types import Activations, ConvState, RecurrentState, SegmentIds
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.attention import Attention, KVCache
@@ -69,7 +69,7 @@ class PlainBlock(nnx.Module):
             recurrence=recurrence,
         )
 
-    def initial_state(self, batch_size: int) -> HeadState:
+    def initial_state(self, batch_size: int) -> RecurrentState:
         """Return zeros ``[B, H, K, V]`` in the state dtype."""
         return self.mixer.initial_state(batch_size)
 
@@ -80,10 +80,10 @@ class PlainBlock(nnx.Module):
     def __call__(
         self,
         x: Activations,
-        state: HeadState | None,
+        state: RecurrentState | None,
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Activations, HeadState]:
+    ) -> tuple[Activations, RecurrentState]:
         """Apply the layer to ``[B, T, D]``, as `SimpleRNN`; `dropout_key` is ignored."""
         return self.mixer(x, state, segment_ids)
 
@@ -92,7 +92,7 @@ class PlainBlock(nnx.Module):
 class ResidualState(NamedTuple):
     """State of a `ResidualBlock`."""
 
-    mixer: HeadState | KVCache
+    mixer: RecurrentState | KVCache
     recent: ConvState
     """State of the short convolution."""
 
@@ -159,7 +159,8 @@ class ResidualBlock(nnx.Module):
     ) -> tuple[Activations, ResidualState]:
         """Apply the block to `x` ``[B, T, D]``; returns ``[B, T, D]`` float32 and the next state.
 
-        `segment_ids` are ``[B, T]``. `state` None is zero; `dropout_key` None disables dropout.
+        `segment_ids` are ``[B, T]``. Without a `state` it starts from zero, without a
+        `dropout_key` there is no dropout.
         """
         check_array("x", x, "B T D", FLOATING, {"D": self.convolution.features})
         if state is not None and not isinstance(state, ResidualState):
@@ -182,7 +183,7 @@ def _squared_relu(x: jax.Array, dtype: Any) -> jax.Array:
     Its gradient, ``2 max(x, 0)``, is 2 sqrt(y); y is already a residual of the next matmul, so
     relu(x), the widest activation of a layer, need not be saved.
     """
-    # Not jnp.square: XLA would simplify its root, and save relu(x) instead.
+    # Not jnp.square: XLA would simplify sqrt(square(relu(x))), and keep relu(x) for the gradient.
     return (x * jax.nn.relu(x)).astype(dtype)
 
 
@@ -195,16 +196,16 @@ def _squared_relu_jvp(dtype: Any, primals: Any, tangents: Any) -> tuple[jax.Arra
 
 @partial(jax.checkpoint, prevent_cse=False)
 def _squared_relu_tangent(y: jax.Array, tangent: jax.Array) -> jax.Array:
-    return (2 * _root(y.astype(tangent.dtype)) * tangent).astype(y.dtype)
+    return (2 * _safe_sqrt(y.astype(tangent.dtype)) * tangent).astype(y.dtype)
 
 
 @jax.custom_jvp
-def _root(y: jax.Array) -> jax.Array:
+def _safe_sqrt(y: jax.Array) -> jax.Array:
     return jnp.sqrt(y)
 
 
-@_root.defjvp
-def _root_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+@_safe_sqrt.defjvp
+def _safe_sqrt_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     root = jnp.sqrt(primals[0])
     # Where y is 0, so is the derivative of relu(x).
     return root, jnp.where(root > 0, tangents[0] / jnp.where(root > 0, 2 * root, 1), 0)

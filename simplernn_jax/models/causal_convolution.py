@@ -43,7 +43,7 @@ class CausalConvolution(nnx.Module):
     def __call__(
         self, x: Activations, state: ConvState | None, segment_ids: SegmentIds | None
     ) -> tuple[Activations, ConvState]:
-        """Convolve ``[B, T, channels]``; no state is zeros. Raises as `sharded_convolution`."""
+        """Convolve ``[B, T, channels]``; without a state, it starts from zeros."""
         weights = self.weights[...]
         if state is None:  # of this device's channels
             state = jnp.zeros((x.shape[0], self.width - 1, x.shape[2]), weights.dtype)

@@ -96,7 +96,7 @@ def fused_dense(x: jax.Array, layers: Sequence[Dense]) -> tuple[jax.Array, ...]:
     """Apply each of `layers` to `x` ``[..., in_features]`` as one fused matmul.
 
     All layers must have the same dtype and kernel axes. Returns ``[..., out_features]``, float32
-    (float64 if the dtype is); raises what `fused_projection` does.
+    (float64 if the dtype is).
     """
     kernels = [layer.kernel[...] for layer in layers]
     first = layers[0]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, HeadState, SegmentIds
+from simplernn_jax.array_types import Activations, RecurrentState, SegmentIds
 from simplernn_jax.config import GATE_RANK, ModelConfig
 from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.causal_convolution import ConvStates, MixerConvolutions
@@ -36,7 +36,7 @@ INITIALIZER_STD = 0.02
 class GLAState(NamedTuple):
     """State of `GatedLinearAttention`."""
 
-    recurrent: HeadState
+    recurrent: RecurrentState
     recent: ConvStates | None
     """None without short convolutions."""
 
@@ -47,11 +47,11 @@ class GatedLinearAttention(MultiHeadProjections):
     Per head, with K = key_dim / num_heads and V = value_dim / num_heads::
 
         q = conv(W_q x) / sqrt(K)     k = conv(W_k x)     v = conv(W_v x)
-        log g = max(log_sigmoid(W_up W_down x + b) / 16, min_log_gate)
+        log g = max(log_sigmoid(W_2 W_1 x + b) / 16, min_log_gate)
         S' = diag(g) S + k v^T
         y = W_o concat_heads(scale * norm(S'^T q) * silu(W_r x))
 
-    W_down has `GATE_RANK` rows. ``conv`` is `CausalConvolution`, or nothing.
+    W_1 has `GATE_RANK` rows. ``conv`` is `CausalConvolution`, or nothing.
     """
 
     def __init__(
@@ -104,7 +104,8 @@ class GatedLinearAttention(MultiHeadProjections):
         """Project ``[B, T, hidden_dim]`` to the inputs of the recurrence and of `project_outputs`.
 
         Returns (q, k, v, log_gate), each ``[B, T, H, K or V]`` float32 (float64 under x64), the
-        logits of the output gate, and the next state of the convolutions; `recent` None is zero.
+        pre-activation of the output gate, and the next state of the convolutions, which start from
+        zero if `recent` is None.
         """
         heads, output_gate = self.project_inputs(x)
         if self.convolutions is not None:
@@ -127,7 +128,7 @@ class GatedLinearAttention(MultiHeadProjections):
 
         Args:
           x: ``[B, T, hidden_dim]``.
-          state: before the first token; None is zero.
+          state: before the first token; None starts from zero.
           segment_ids: ``[B, T]``; a change of id resets the state to zero.
 
         Returns:

@@ -76,7 +76,7 @@ def load_gla_checkpoint(folder: str) -> LanguageModel:
 
 
 def is_gla_folder(folder: str) -> bool:
-    """Whether ``config.json`` in `folder` has a ``model_type``; that of a run has none.
+    """Whether `folder` has a ``config.json`` of Hugging Face: one with a ``model_type``.
 
     `load_gla_checkpoint` raises if it is not ``gla``.
     """

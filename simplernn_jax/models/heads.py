@@ -43,7 +43,7 @@ class MultiHeadProjections(nnx.Module):
           forget_gate: add a forget-gate projection, `gate_proj`, of key_dim channels.
           kernel_init: initializer of kernels; None uses PyTorch's `Linear` initialization, also for
             biases.
-          gate_bias_init: initializer of the forget gate's bias; None is that of other biases.
+          gate_bias_init: initializer of the forget gate's bias; None: as other biases.
           output_norm: normalize each head's output to a root mean square of 1.
           output_gate: multiply the heads' output by silu(W_r x + b_r), as in GLA, section 4.4.
           use_bias: give all projections a bias. Without it, only those before a sigmoid have one:
@@ -88,8 +88,8 @@ class MultiHeadProjections(nnx.Module):
           x: ``[..., hidden_dim]``.
 
         Returns:
-          Each ``[..., H, K or V]``, and the logits of the output gate ``[..., H V]``,
-          or None. Under tensor parallelism H is the local number of heads.
+          Each ``[..., H, K or V]``, and the pre-activation of the output gate
+          ``[..., H V]`` or None. Under tensor parallelism H is the local number of heads.
         """
         check_array("x", x, "... D", FLOATING, {"D": self.query_proj.in_features})
         layers = [self.query_proj, self.key_proj, self.value_proj]
@@ -126,6 +126,6 @@ class MultiHeadProjections(nnx.Module):
         return self.out_proj(y)
 
 
-@jax.checkpoint  # y and logits are saved in any case; the backward pass recomputes silu
-def _gated(y: jax.Array, logits: jax.Array) -> jax.Array:
-    return y * jax.nn.silu(logits)
+@jax.checkpoint  # y and the gate are saved in any case; the backward pass recomputes silu
+def _gated(y: jax.Array, gate: jax.Array) -> jax.Array:
+    return y * jax.nn.silu(gate)

@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool
 from simplernn_jax.array_types import (
     Activations,
     ModelState,
-    PartActivations,
-    PartLogits,
     SegmentIds,
+    TimeShardActivations,
+    TimeShardLogits,
     Tokens,
 )
 from simplernn_jax.config import ModelConfig
@@ -121,7 +121,7 @@ class LanguageModel(nnx.Module):
         segment_ids: SegmentIds | None = None,
         *,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[PartActivations, ModelState]:
+    ) -> tuple[TimeShardActivations, ModelState]:
         """Compute the final hidden states ``[B, T, D]`` float32; see `__call__`.
 
         With stacked layers, the time shard of this stage, ``[B, T / stages, D]``.
@@ -157,7 +157,7 @@ class LanguageModel(nnx.Module):
         state: ModelState | None,
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None,
-    ) -> tuple[PartActivations, ModelState]:
+    ) -> tuple[TimeShardActivations, ModelState]:
         if isinstance(self.layers, LayerStack):
             return self.layers(x, state, segment_ids, dropout_key, remat=self.remat)
         states = []
@@ -171,8 +171,8 @@ class LanguageModel(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Map hidden states ``[..., D]`` to logits ``[..., vocab]``, float32.
 
-        Inside `jax.shard_map` with ``tensor`` > 1, those of this device's ids,
-        ``[..., vocab / tensor]``.
+        Inside `jax.shard_map` with ``tensor`` > 1, logits of this device's shard of the
+        vocabulary, ``[..., vocab / tensor]``.
         """
         check_array("hidden", hidden, "... D", FLOATING, {"D": self.config.hidden_dim})
         if self.head is not None:
@@ -186,13 +186,14 @@ class LanguageModel(nnx.Module):
         segment_ids: SegmentIds | None = None,
         *,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[PartLogits, ModelState]:
+    ) -> tuple[TimeShardLogits, ModelState]:
         """Compute logits of the next token at every position, and the state after the last.
 
         Args:
           tokens: ``[B, T]`` integers in ``[0, vocab_size)``. Eager calls check the range on the
             host; under `jax.jit`, ids out of range give NaN.
-          state: the state that an earlier call returned, as in `initial_state`; None is zero.
+          state: the state that an earlier call returned, as in `initial_state`; None starts from
+            zero.
           segment_ids: ``[B, T]``; a change of id resets the state to zero. `state` belongs to the
             first token's segment.
           dropout_key: PRNG key of dropout; None disables it.
@@ -218,7 +219,7 @@ def _make_layer(config: ModelConfig, mixer: str, **options: Any) -> nnx.Module:
 
 
 def check_ids(tokens: Tokens, vocab_size: int) -> None:
-    """Raise ValueError for ids outside ``[0, vocab_size)``, unless traced: waits for the device."""
+    """Raise ValueError for ids outside ``[0, vocab_size)``, unless traced; blocks until ready."""
     if isinstance(tokens, jax.core.Tracer) or not tokens.size:
         return
     if isinstance(tokens, jax.Array) and not tokens.is_fully_addressable:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, ModelState, PartActivations, SegmentIds
+from simplernn_jax.array_types import Activations, ModelState, SegmentIds, TimeShardActivations
 from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.remat import rematerialize
 from simplernn_jax.ops.checks import check_array, check_batch, check_segment_ids
@@ -61,7 +61,7 @@ class LayerStack(nnx.Module):
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None = None,
         remat: str = "none",
-    ) -> tuple[PartActivations, ModelState]:
+    ) -> tuple[TimeShardActivations, ModelState]:
         """Apply all layers: ``[B, T, D]`` to this stage's time shard, ``[B, T / stages, D]``.
 
         `remat` is the policy of `rematerialize` for each layer.

@@ -89,8 +89,8 @@ def model_from_weights(config: ModelConfig, weights: Weights, where: str) -> Lan
     layers = {match[1] for name in weights if (match := _LAYER.match(name))}
     if len(layers) < config.num_layers:
         raise UserError(
-            f"{where}: {config.num_layers} layers expected, but some are missing: the weights are "
-            f"of {len(layers)}; use the weights and settings of one model"
+            f"{where}: expected {config.num_layers} layers, found {len(layers)}; use the "
+            "weights and settings of one model"
         )
     # Shapes only: every value comes from `weights`.
     abstract = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))

@@ -52,11 +52,11 @@ def read_pytorch_weights(path: str, digest: str | None = None) -> Weights:
     """Read arrays by PyTorch name.
 
     Args:
-      path: as of `load_pytorch_weights`.
-      digest: if the file holds another `weights_digest`, it is of another model.
+      path: see `load_pytorch_weights`.
+      digest: the expected `weights_digest` of a file that has one.
 
     Raises:
-      UserError: as `load_pytorch_weights`.
+      UserError: see `load_pytorch_weights`; or the digest is another one.
     """
     read = {".pt": _read_pt, ".safetensors": _read_safetensors}.get(Path(path).suffix)
     try:

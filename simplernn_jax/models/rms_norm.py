@@ -17,6 +17,6 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(features, PARAM_DTYPE))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalize along the last axis, ``[..., D]``; raises what `rms_norm` does."""
+        """Normalize ``[..., D]`` along the last axis."""
         y = rms_norm(x, epsilon=self.epsilon)
         return y * jnp.expand_dims(self.scale[...], range(y.ndim - 1))

@@ -44,7 +44,7 @@ class ShortConvolution(nnx.Module):
         """Normalize ``[B, T, D]``, then convolve over time; return that and the state after it.
 
         `state` is the normalized inputs before the first token, of its segment,
-        ``[B, width - 1, D]``; None is zeros. Inputs of other segments count as zero.
+        ``[B, width - 1, D]``; None starts from zeros. Inputs of other segments count as zero.
         """
         past = self.width - 1
         sizes = check_array("x", x, "B T D", FLOATING, {"D": self.features, "P": past})

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, HeadState, Outputs, SegmentIds
+from simplernn_jax.array_types import Activations, Outputs, RecurrentState, SegmentIds
 from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.heads import MultiHeadProjections
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
@@ -15,7 +15,7 @@ from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
 from simplernn_jax.ops.dtypes import accumulator_dtype
 from simplernn_jax.ops.sequence_parallel import sharded_recurrence
 
-Recurrence = Callable[..., tuple[jax.Array, HeadState]]
+Recurrence = Callable[..., tuple[jax.Array, RecurrentState]]
 """`gated_linear_recurrence`, or a partial application of it."""
 
 
@@ -29,8 +29,7 @@ class SimpleRNNCell(MultiHeadProjections, nnx.RNNCellBase):
         S' = diag(g) S + k v^T            y = W_o concat_heads(S'^T q) + b_o
 
     With one head and query scale 1 it is the cell of the original PyTorch implementation
-    (docs/pytorch.md). The carry is the state ``[B, H, K, V]``, float32 unless `state_dtype` is
-    another.
+    (docs/pytorch.md). The carry is the state ``[B, H, K, V]`` in `state_dtype`.
     """
 
     def __init__(
@@ -51,8 +50,8 @@ class SimpleRNNCell(MultiHeadProjections, nnx.RNNCellBase):
         Args:
           hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs: see the base class.
           query_scale: factor on the queries.
-          state_dtype: dtype of the state. Lower than float32 rounds it every token (decoding) or
-            every 64 tokens (sequences); see `ops.low_precision_state`.
+          state_dtype: dtype of the state. A lower precision than float32 rounds it after every
+            token (decoding) or 64 tokens (sequences); see `ops.low_precision_state`.
           **options: ``kernel_init``, ``gate_bias_init``, ``output_norm``, ``output_gate``,
             ``use_bias`` and ``dtype`` of the base class.
 
@@ -65,7 +64,7 @@ class SimpleRNNCell(MultiHeadProjections, nnx.RNNCellBase):
         # None: the accumulation dtype, float32 (float64 under x64).
         self.state_dtype = None if state_dtype == jnp.float32 else jnp.dtype(state_dtype)
 
-    def initial_state(self, batch_size: int) -> HeadState:
+    def initial_state(self, batch_size: int) -> RecurrentState:
         """Return zeros ``[B, H, K, V]`` in the state dtype."""
         heads = self.num_heads
         shape = (batch_size, heads, self.key_dim // heads, self.value_dim // heads)
@@ -79,13 +78,15 @@ class SimpleRNNCell(MultiHeadProjections, nnx.RNNCellBase):
         """Project ``[..., hidden_dim]`` to the inputs of the recurrence and of `project_outputs`.
 
         Returns:
-          (q, k, v, log_gate), each ``[..., H, K or V]`` float32 (float64 under x64), and the logits
-          of the output gate or None. Raises what `project_inputs` does.
+          (q, k, v, log_gate), each ``[..., H, K or V]`` float32 (float64 under x64), and the
+          pre-activation of the output gate or None.
         """
         (q, k, v, gate), output_gate = self.project_inputs(x)
         return (q * self.query_scale, jax.nn.sigmoid(k), v, jax.nn.log_sigmoid(gate)), output_gate
 
-    def __call__(self, carry: HeadState, inputs: jax.Array) -> tuple[HeadState, jax.Array]:
+    def __call__(
+        self, carry: RecurrentState, inputs: jax.Array
+    ) -> tuple[RecurrentState, jax.Array]:
         """Map state ``[B, H, K, V]`` and input ``[B, hidden_dim]`` to the next state and output.
 
         Raises:
@@ -107,7 +108,7 @@ class SimpleRNNCell(MultiHeadProjections, nnx.RNNCellBase):
 
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
-    ) -> HeadState:
+    ) -> RecurrentState:
         """Return the zero state for inputs of shape ``(B, hidden_dim)``; called by `nnx.RNN`."""
         return self.initial_state(input_shape[0])
 
@@ -138,7 +139,7 @@ class SimpleRNN(nnx.Module):
             hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs=rngs, **options
         )
 
-    def initial_state(self, batch_size: int) -> HeadState:
+    def initial_state(self, batch_size: int) -> RecurrentState:
         """Return zeros ``[B, H, K, V]`` in the state dtype."""
         return self.cell.initial_state(batch_size)
 
@@ -147,13 +148,16 @@ class SimpleRNN(nnx.Module):
         return self.cell.state_axes()
 
     def __call__(
-        self, x: Activations, state: HeadState | None = None, segment_ids: SegmentIds | None = None
-    ) -> tuple[Outputs, HeadState]:
+        self,
+        x: Activations,
+        state: RecurrentState | None = None,
+        segment_ids: SegmentIds | None = None,
+    ) -> tuple[Outputs, RecurrentState]:
         """Apply the layer to a sequence.
 
         Args:
           x: ``[B, T, hidden_dim]``.
-          state: ``[B, H, K, V]`` before the first token; None is zero.
+          state: ``[B, H, K, V]`` before the first token; None starts from zero.
           segment_ids: ``[B, T]``; a change of id resets the state to zero.
 
         Returns:

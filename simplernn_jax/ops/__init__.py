@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simplernn_jax.array_types import HeadState, Keys, LogGates, Queries, SegmentIds, Values
+from simplernn_jax.array_types import Keys, LogGates, Queries, RecurrentState, SegmentIds, Values
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_dtype, check_segment_ids
 from simplernn_jax.ops.collectives import vary_like
 from simplernn_jax.ops.dtypes import accumulator_dtype
@@ -28,12 +28,12 @@ def gated_linear_recurrence(
     v: Values,
     log_gate: LogGates,
     *,
-    initial_state: HeadState | None = None,
+    initial_state: RecurrentState | None = None,
     segment_ids: SegmentIds | None = None,
     method: str = "auto",
     chunk_size: int | None = None,
     state_dtype: Any = None,
-) -> tuple[Values, HeadState]:
+) -> tuple[Values, RecurrentState]:
     """Gated linear recurrence: ``S_t = diag(e^log_gate_t) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t``.
 
     Args:
@@ -42,7 +42,7 @@ def gated_linear_recurrence(
       k: keys ``[B, T, H, K]``.
       v: values ``[B, T, H, V]``.
       log_gate: logarithms of the forget gates ``[B, T, H, K]``, at most 0.
-      initial_state: ``[B, H, K, V]``, of the first token's segment; None is zero.
+      initial_state: ``[B, H, K, V]``, of the first token's segment; None starts from zero.
       segment_ids: ``[B, T]`` integers; where the id changes from one token to the next, the state
         is reset to zero.
       method: ``"auto"``: fused if available, else chunkwise. ``"fused"``: C kernel, for float32 on

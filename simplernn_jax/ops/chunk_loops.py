@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.array_types import HeadState
+from simplernn_jax.array_types import RecurrentState
 from simplernn_jax.ops.collectives import vary_like
 from simplernn_jax.ops.intra_chunk import Levels, join_blocks, join_blocks_bwd
 from simplernn_jax.ops.scan import RecurrenceInputs
@@ -20,14 +20,14 @@ class Chunks(NamedTuple):
     size: int
     group: int
 
-    def slice(self, inputs: RecurrenceInputs, state: HeadState) -> RecurrenceInputs:
+    def slice(self, inputs: RecurrenceInputs, state: RecurrentState) -> RecurrenceInputs:
         """Slice the inputs to this range and set its initial state."""
         return inputs.map_time(lambda x: x[:, self.start : self.stop], state)
 
 
 def forward_loop(
     part: Chunks, inputs: RecurrenceInputs, *, with_output: bool = True, with_starts: bool = False
-) -> tuple[HeadState, Any, Any]:
+) -> tuple[RecurrentState, Any, Any]:
     """Loop over groups of chunks: the final state, the output, the chunk-start states."""
     q, k, v, log_gate, initial_state, reset = inputs
     batch, length, heads, _ = q.shape

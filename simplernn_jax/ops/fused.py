@@ -9,12 +9,12 @@ gradient recomputes the states.
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.array_types import HeadState
+from simplernn_jax.array_types import RecurrentState
 from simplernn_jax.ops.native import RECURRENCE_BACKWARD, RECURRENCE_FORWARD, call_native, or_empty
 from simplernn_jax.ops.scan import RecurrenceInputs
 
 
-def fused(inputs: RecurrenceInputs) -> tuple[jax.Array, HeadState]:
+def fused(inputs: RecurrenceInputs) -> tuple[jax.Array, RecurrentState]:
     """Compute `scan` in one C call; float32, ``[..., T, H, K]``: `vmap` adds leading axes."""
     output, state = call_native(RECURRENCE_FORWARD, [inputs.v, inputs.state], *_arguments(inputs))
     return output, state

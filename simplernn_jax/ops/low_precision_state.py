@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.array_types import HeadState
+from simplernn_jax.array_types import RecurrentState
 from simplernn_jax.ops.dtypes import accumulator_dtype
 from simplernn_jax.ops.scan import RecurrenceInputs
 
@@ -15,8 +15,10 @@ ROUNDING_INTERVAL = 64
 
 
 def low_precision_recurrence(
-    recurrence: Callable[..., tuple[jax.Array, HeadState]], inputs: RecurrenceInputs, dtype: Any
-) -> tuple[jax.Array, HeadState]:
+    recurrence: Callable[..., tuple[jax.Array, RecurrentState]],
+    inputs: RecurrenceInputs,
+    dtype: Any,
+) -> tuple[jax.Array, RecurrentState]:
     """Round the state to `dtype` every `ROUNDING_INTERVAL` tokens of `recurrence` and at the end.
 
     Intervals are counted from the first token of the call: calls with one token round after every
@@ -25,7 +27,7 @@ def low_precision_recurrence(
     """
     sums = accumulator_dtype(dtype)
 
-    def step(state: HeadState, part: RecurrenceInputs) -> tuple[HeadState, jax.Array]:
+    def step(state: RecurrentState, part: RecurrenceInputs) -> tuple[RecurrentState, jax.Array]:
         output, state = recurrence(part._replace(state=state.astype(sums)))
         return state.astype(dtype), output
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from simplernn_jax.array_types import HeadState
+from simplernn_jax.array_types import RecurrentState
 from simplernn_jax.ops.chunkwise import chunkwise, chunkwise_gradient, start_shapes
 from simplernn_jax.ops.fused import fused, fused_gradient
 from simplernn_jax.ops.implementations import VJP, Implementations
@@ -17,7 +17,7 @@ from simplernn_jax.ops.sequence_sharding import partition_gradient, partition_re
 
 def recurrence(
     method: str, chunk_size: int | None, inputs: RecurrenceInputs
-) -> tuple[jax.Array, HeadState]:
+) -> tuple[jax.Array, RecurrentState]:
     """Run the recurrence with a resolved method.
 
     Args:

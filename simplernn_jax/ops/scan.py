@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.array_types import HeadState
+from simplernn_jax.array_types import RecurrentState
 from simplernn_jax.ops.checks import FLOATING, check_array
 
 
@@ -26,7 +26,7 @@ class RecurrenceInputs(NamedTuple):
     k: jax.Array  # [B, T, H, K]
     v: jax.Array  # [B, T, H, V]
     log_gate: jax.Array  # [B, T, H, K]
-    state: HeadState  # [B, H, K, V] before the first token; its dtype is the accumulation dtype
+    state: RecurrentState  # [B, H, K, V] before the first token, in the accumulation dtype
     reset: jax.Array | None = None  # [B, T] bool: the state is reset before the token
 
     def arrays(self) -> list[jax.Array]:
@@ -43,8 +43,8 @@ class RecurrenceInputs(NamedTuple):
 
 
 def recurrent_step(
-    q: jax.Array, k: jax.Array, v: jax.Array, log_gate: jax.Array, state: HeadState
-) -> tuple[jax.Array, HeadState]:
+    q: jax.Array, k: jax.Array, v: jax.Array, log_gate: jax.Array, state: RecurrentState
+) -> tuple[jax.Array, RecurrentState]:
     """Compute one token of the recurrence.
 
     Args:
@@ -73,10 +73,10 @@ def recurrent_step(
     return output.astype(v.dtype), state
 
 
-def scan(inputs: RecurrenceInputs) -> tuple[jax.Array, HeadState]:
+def scan(inputs: RecurrenceInputs) -> tuple[jax.Array, RecurrentState]:
     """Compute the output ``[B, T, H, V]`` and the final state ``[B, H, K, V]``."""
 
-    def step(state: HeadState, token: RecurrenceInputs) -> tuple[HeadState, jax.Array]:
+    def step(state: RecurrentState, token: RecurrenceInputs) -> tuple[RecurrentState, jax.Array]:
         if token.reset is not None:
             state = jnp.where(token.reset[:, None, None, None], 0, state)
         output, state = recurrent_step(*token[:4], state)

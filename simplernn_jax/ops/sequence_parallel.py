@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from simplernn_jax.array_types import (
     Activations,
     ConvState,
-    HeadState,
     Keys,
     LogGates,
     Queries,
+    RecurrentState,
     SegmentIds,
     Values,
 )
@@ -64,11 +64,11 @@ def sharded_recurrence(
     v: Values,
     log_gate: LogGates,
     *,
-    initial_state: HeadState | None = None,
+    initial_state: RecurrentState | None = None,
     segment_ids: SegmentIds | None = None,
     state_dtype: Any = None,
-    recurrence: Callable[..., tuple[Values, HeadState]] = gated_linear_recurrence,
-) -> tuple[Values, HeadState]:
+    recurrence: Callable[..., tuple[Values, RecurrentState]] = gated_linear_recurrence,
+) -> tuple[Values, RecurrentState]:
     """Compute `gated_linear_recurrence` of sequences that may be sharded.
 
     Args:
@@ -76,7 +76,7 @@ def sharded_recurrence(
       k: likewise.
       v: ``[B, T / sequence, H, V]``.
       log_gate: ``[B, T / sequence, H, K]``.
-      initial_state: ``[B, H, K, V]`` before the sequence's first token; None is zero.
+      initial_state: ``[B, H, K, V]`` before the sequence's first token; None starts from zero.
       segment_ids: as `shard_segment_ids` returns them; None if all is one segment.
       state_dtype: as in `gated_linear_recurrence`; must be None if the sequences are sharded.
       recurrence: computes each shard, with the arguments of `gated_linear_recurrence`.
@@ -142,7 +142,7 @@ def halo(own: jax.Array, first: jax.Array, ids: SegmentIds | None) -> jax.Array:
 
 
 def _scan_shards(
-    decay: jax.Array, state: jax.Array, initial_state: HeadState | None
+    decay: jax.Array, state: jax.Array, initial_state: RecurrentState | None
 ) -> tuple[jax.Array, jax.Array]:
     """Compute the states before and after this device's shard; `state` is from a zero state."""
     if initial_state is None:

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.array_types import Activations, PartActivations, SegmentIds
+from simplernn_jax.array_types import Activations, SegmentIds, TimeShardActivations
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.collectives import shift, vary_like
 from simplernn_jax.ops.reset_state import reset_state
@@ -78,7 +78,7 @@ def run_pipeline(
     *,
     chunks: int,
     dropout_key: jax.Array | None = None,
-) -> tuple[PartActivations, Any]:
+) -> tuple[TimeShardActivations, Any]:
     """Apply all layers to sequences, inside `jax.shard_map` with a manual axis ``stage``.
 
     Each tick saves its input chunk and states; the gradient recomputes the rest.
@@ -151,10 +151,10 @@ def _layers_of_stage(
     chunks: int,
     dropout_key: jax.Array | None,
     params: Any,
-    x: PartActivations,
+    x: TimeShardActivations,
     states: Any,
     chunk: jax.Array,
-) -> tuple[PartActivations, Any]:
+) -> tuple[TimeShardActivations, Any]:
     """Apply this stage's layers to one chunk; outside of the sequence, the states do not change.
 
     The output for such a chunk is not used, and its gradient is exactly zero, since layers are

@@ -1,9 +1,9 @@
-"""Gradient accumulation and truncated BPTT: a batch in parts, compiled as one program.
+"""Gradient accumulation and BPTT over windows, as transformations of loss and gradient functions.
 
-A part's loss function maps ``(params, batch, carried, dropout_key, predictions)`` to ``(loss,
+A loss function maps ``(params, batch, carried, dropout_key, predictions)`` to ``(loss,
 carried)``; a gradient function maps them to ``(loss, gradient, carried)``. `carried` is the
-recurrent state before the part, or () for none, reset where `batch.reset`. The loss is a sum
-divided by `predictions`, so that the losses of all parts add up to a mean.
+recurrent state before the batch, or () for none, reset where `batch.reset`. The loss is a sum
+divided by `predictions`, so that the losses of all microbatches and windows add up to a mean.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ LossFn = Callable[..., tuple[jax.Array, ModelState]]
 GradFn = Callable[..., tuple[jax.Array, nnx.State, ModelState]]
 
 
-def with_gradient(loss_fn: LossFn) -> GradFn:
+def value_and_grad_with_carry(loss_fn: LossFn) -> GradFn:
     """Return the gradient function of `loss_fn`, with `stop_gradient` on the carried state."""
 
     def grad_fn(params: nnx.State, batch: Batch, carried: ModelState, *rest: Any) -> Any:
@@ -35,7 +35,7 @@ def with_gradient(loss_fn: LossFn) -> GradFn:
     return grad_fn
 
 
-def accumulated(grad_fn: GradFn, num_microbatches: int) -> GradFn:
+def accumulate_gradients(grad_fn: GradFn, num_microbatches: int) -> GradFn:
     """Accumulate the gradient over `num_microbatches`, which divides the batch size."""
     if num_microbatches == 1:
         return grad_fn
@@ -43,23 +43,23 @@ def accumulated(grad_fn: GradFn, num_microbatches: int) -> GradFn:
     def accumulated_grad_fn(
         params: nnx.State, batch: Batch, carried: ModelState, key: jax.Array, predictions: jax.Array
     ) -> tuple[jax.Array, nnx.State, ModelState]:
-        def add(sums: Any, group: Any) -> tuple[Any, ModelState]:
-            index, sequences, carried = group
-            group_key = jax.random.fold_in(key, index)
-            *part, carried = grad_fn(params, sequences, carried, group_key, predictions)
-            return jax.tree.map(jnp.add, sums, tuple(part)), carried
+        def add(sums: Any, microbatch: Any) -> tuple[Any, ModelState]:
+            index, sequences, carried = microbatch
+            its_key = jax.random.fold_in(key, index)
+            *new, carried = grad_fn(params, sequences, carried, its_key, predictions)
+            return jax.tree.map(jnp.add, sums, tuple(new)), carried
 
-        by_group = jax.tree.map(
+        microbatches = jax.tree.map(
             lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), (batch, carried)
         )
         sums = _zero_loss(batch), _zeros_like(params)
-        sums, carried = jax.lax.scan(add, sums, (jnp.arange(num_microbatches), *by_group))
+        sums, carried = jax.lax.scan(add, sums, (jnp.arange(num_microbatches), *microbatches))
         return *sums, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carried)
 
     return accumulated_grad_fn
 
 
-def windows_of(batch: Batch, window: int) -> Batch:
+def split_into_windows(batch: Batch, window: int) -> Batch:
     """Split a batch ``[B, T]`` into BPTT windows ``[B, T / window, window]``; `window` divides T.
 
     `reset` becomes ``[B, T / window]``: True where a window's first token starts a segment.
@@ -69,18 +69,18 @@ def windows_of(batch: Batch, window: int) -> Batch:
     return Batch._make([*(x.reshape(x.shape[0], -1, window) for x in arrays[:4]), begins])
 
 
-def truncated(loss_fn: LossFn) -> GradFn:
-    """Return the gradient function of truncated BPTT over the windows of `windows_of`.
+def truncated_bptt(loss_fn: LossFn) -> GradFn:
+    """Return the gradient function of truncated BPTT over the windows of `split_into_windows`.
 
     Each window starts from the final state of the previous one, as a constant (Williams and Peng
     1990). The loss covers the whole sequence; the gradient is the sum of per-window gradients; peak
     memory is that of one window.
     """
-    grad_fn = with_gradient(loss_fn)
+    grad_fn = value_and_grad_with_carry(loss_fn)
 
     def truncated_grad_fn(params: nnx.State, batch: Batch, carried: ModelState, *rest: Any) -> Any:
-        def add(sums: Any, carried: ModelState, *part: Any) -> Any:
-            *new, carried = grad_fn(params, part[0], carried, *part[1:])
+        def add(sums: Any, carried: ModelState, *window: Any) -> Any:
+            *new, carried = grad_fn(params, window[0], carried, *window[1:])
             return jax.tree.map(jnp.add, sums, tuple(new)), carried
 
         after = partial(jax.eval_shape, loss_fn, params)
@@ -91,7 +91,7 @@ def truncated(loss_fn: LossFn) -> GradFn:
     return truncated_grad_fn
 
 
-def rematerialized_windows(loss_fn: LossFn) -> LossFn:
+def remat_windows(loss_fn: LossFn) -> LossFn:
     """Return a loss over all windows whose gradient needs the activation memory of one window.
 
     The forward pass saves the state before each window; the backward pass recomputes one window at
@@ -101,8 +101,8 @@ def rematerialized_windows(loss_fn: LossFn) -> LossFn:
     def windows_loss_fn(params: nnx.State, batch: Batch, carried: ModelState, *rest: Any) -> Any:
         remat_loss = jax.checkpoint(loss_fn, prevent_cse=False)  # not needed inside a scan
 
-        def add(total: jax.Array, carried: ModelState, *part: Any) -> Any:
-            loss, carried = remat_loss(params, part[0], carried, *part[1:])
+        def add(total: jax.Array, carried: ModelState, *window: Any) -> Any:
+            loss, carried = remat_loss(params, window[0], carried, *window[1:])
             return total + loss, carried
 
         after = partial(jax.eval_shape, loss_fn, params)
@@ -122,8 +122,8 @@ def _scan_windows(
 ) -> Any:
     """Scan over windows: ``add(sums, carried, window, key, predictions) -> (sums, carried)``."""
 
-    def step(carry: Any, part: Any) -> tuple[Any, None]:
-        index, window = part
+    def step(carry: Any, numbered: Any) -> tuple[Any, None]:
+        index, window = numbered
         return add(*carry, window, jax.random.fold_in(key, index), predictions), None
 
     windows = jax.tree.map(lambda x: x.swapaxes(0, 1), batch)

@@ -104,7 +104,7 @@ class Evaluator:
             return nll, psum(jnp.sum(nll), *TOKEN_AXES), carried
 
         self._shard_multiple = (1, 1)
-        """Numbers that divide the batch size and the length of a batch."""
+        """Batch size and length are padded to multiples of these."""
         self._batch_shardings, state_shardings = None, None
         shardings: dict[str, Any] = {}
         if is_distributed(mesh):
@@ -140,7 +140,7 @@ class Evaluator:
           params: the model's parameters.
           split: the text to score.
           limit_tokens: 0 scores the whole split.
-          reset_every: above 0, the state is reset every N tokens of a document.
+          reset_every: reset the state every `reset_every` tokens of a document; 0 does not.
           windows: if given, documents are scored in overlapping contexts, each from a zero state.
 
         Raises:
@@ -157,7 +157,8 @@ class Evaluator:
                 self._shard_multiple,
             )
         else:
-            tokens = min(BATCH_TOKENS, MAX_BATCH_SIZE * windows.length)  # each has a whole state
+            # Each has a state of its own.
+            tokens = min(BATCH_TOKENS, MAX_BATCH_SIZE * windows.length)
             batches, _ = context_batches(
                 split, windows, tokens, self._pad_id, limit_tokens, self._shard_multiple
             )

@@ -18,10 +18,10 @@ from simplernn_jax.ops.collectives import axis_index, psum, vary_like, varying
 from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.ops.sequence_parallel import shard_segment_ids
 from simplernn_jax.training.accumulation import (
-    accumulated,
-    rematerialized_windows,
-    truncated,
-    with_gradient,
+    accumulate_gradients,
+    remat_windows,
+    truncated_bptt,
+    value_and_grad_with_carry,
 )
 from simplernn_jax.training.losses import chunked_cross_entropy
 
@@ -50,18 +50,19 @@ def abstract_model(config: Config) -> tuple[nnx.GraphDef[LanguageModel], nnx.Sta
     return nnx.split(model, nnx.Param)
 
 
-def make_gradient(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> BatchGradFn:
+def make_grad_fn(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> BatchGradFn:
     """Build the loss and gradient function of a batch.
 
     It maps ``(params, batch, carried, rng, step)`` to ``(loss, predictions, gradient, carried)``;
     `rng` is raw uint32 key data, `step` int32. With ``train.backward_window``, the batch is split
-    by `windows_of`. The loss is the mean over all predictions, in nats. Inside `jax.shard_map`,
-    arguments and results are this device's shards, but loss and predictions are global.
+    by `split_into_windows`. The loss is the mean over all predictions, in nats. Inside
+    `jax.shard_map`, arguments and results are this device's shards, but loss and predictions are
+    global.
     """
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), recurrence)))
     dropout = config.model.dropout > 0
 
-    def summed_loss(
+    def loss_fn(
         params: nnx.State, batch: Batch, carried: ModelState, key: jax.Array, predictions: jax.Array
     ) -> tuple[jax.Array, ModelState]:
         model = nnx.merge(graph, params)
@@ -75,19 +76,20 @@ def make_gradient(config: Config, recurrence: Recurrence = gated_linear_recurren
         return nll / predictions.astype(nll.dtype), carried
 
     if not config.train.backward_window:
-        group_grad_fn = with_gradient(summed_loss)
+        microbatch_grad_fn = value_and_grad_with_carry(loss_fn)
     elif config.train.backward == "truncated":
-        group_grad_fn = truncated(summed_loss)
+        microbatch_grad_fn = truncated_bptt(loss_fn)
     else:
-        group_grad_fn = with_gradient(rematerialized_windows(summed_loss))
-    sum_grad_fn = accumulated(group_grad_fn, config.train.gradient_accumulation)
+        microbatch_grad_fn = value_and_grad_with_carry(remat_windows(loss_fn))
+    sum_grad_fn = accumulate_gradients(microbatch_grad_fn, config.train.gradient_accumulation)
 
     def batch_grad_fn(
         params: nnx.State, batch: Any, carried: ModelState, rng: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, jax.Array, nnx.State, ModelState]:
         predictions = psum(jnp.sum(batch.loss_mask), *TOKEN_AXES)
         key = _fold_in_device(jax.random.fold_in(jax.random.wrap_key_data(rng), step))
-        # Cast to varying, so that their gradients are summed over devices once, after all groups.
+        # Cast to varying, so that their gradients are summed over devices once, after all
+        # microbatches.
         local = jax.tree.map(lambda param: vary_like(param, *batch), params)
         loss, gradient, final = sum_grad_fn(local, batch, carried, key, jnp.maximum(predictions, 1))
         carried = final if carried else ()

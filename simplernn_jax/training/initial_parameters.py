@@ -33,7 +33,7 @@ _RESIDUAL_FIELDS = ("mlp_dim", "tie_embeddings", "attention_context")
 def initial_tokenizer(config: Config) -> Tokenizer | None:
     """Return the tokenizer of the run or export in ``init_from``, after comparing configurations.
 
-    None: ``init_from`` has weights alone.
+    Returns None if ``init_from`` has weights alone.
 
     Raises:
       UserError: there is no model, or its configuration or tokenizer differs.

@@ -1,4 +1,4 @@
-"""Memory of a train step: by arithmetic, and where that is close, by XLA's memory analysis."""
+"""Memory of a train step: estimated, and near the limit by XLA's memory analysis."""
 
 from typing import Any
 

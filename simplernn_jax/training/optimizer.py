@@ -15,7 +15,7 @@ from simplernn_jax.ops.newton_schulz import newton_schulz
 from simplernn_jax.sharding.partition_specs import is_distributed, variable_specs
 
 MUON_MOMENTUM = 0.95
-"""As published with Muon (github.com/KellerJordan/Muon)."""
+"""Momentum of the reference implementation of Muon (github.com/KellerJordan/Muon)."""
 
 MUON_RMS = 0.2
 """Root mean square of Muon's updates, near that of AdamW's, so that both use similar learning rates

@@ -35,7 +35,7 @@ def batch_specs(mesh: Mesh) -> Batch:
 
 
 def window_specs(mesh: Mesh) -> Batch:
-    """Return `batch_specs` for the output of `windows_of`: each window's tokens are sharded."""
+    """Return `batch_specs` of `split_into_windows`: each window's tokens are sharded."""
     specs: Any = batch_specs(mesh)
     token_specs: Any = [PartitionSpec(spec[0], None, spec[1]) for spec in specs[:4]]
     return Batch._make([*token_specs, specs.reset])

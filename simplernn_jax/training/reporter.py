@@ -113,8 +113,8 @@ class Reporter:
         """Print the summary of a run that has ended, and draw its loss curve.
 
         Args:
-          evaluation: of the whole validation split.
-          comparable: of the tokens that were evaluated during training.
+          evaluation: scores of the whole validation split.
+          comparable: scores of the tokens that were evaluated during training.
         """
         run, timer, workdir = self._run, self.timer, self._run.workdir
         speed = timer.tokens_per_second

@@ -45,7 +45,7 @@ class Run:
     """A training run: data, mesh, optimizer, train state and checkpoints.
 
     It starts from step 0 or resumes from the newest valid checkpoint of its workdir, created if
-    missing. The last save is complete when its ``with`` block has ended.
+    missing. Leaving its ``with`` block waits for the last save.
 
     Raises:
       UserError: the data is unusable; the model does not fit the mesh or its memory; the

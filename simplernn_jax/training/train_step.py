@@ -22,8 +22,8 @@ from simplernn_jax.sharding.partition_specs import (
     named_shardings,
     variable_specs,
 )
-from simplernn_jax.training.accumulation import windows_of
-from simplernn_jax.training.gradient import make_gradient, make_model
+from simplernn_jax.training.accumulation import split_into_windows
+from simplernn_jax.training.gradient import make_grad_fn, make_model
 from simplernn_jax.training.placement import batch_specs, compiler_options, window_specs
 
 
@@ -118,7 +118,7 @@ def make_train_step(
     Raises:
       ValueError: there are pipeline stages, and the layers differ.
     """
-    grad_fn, window = make_gradient(config, recurrence), config.train.backward_window
+    grad_fn, window = make_grad_fn(config, recurrence), config.train.backward_window
     optimizer = optax.with_extra_args_support(optimizer)
     options: dict[str, Any] = {}
     if is_distributed(mesh):
@@ -137,7 +137,7 @@ def make_train_step(
         options["compiler_options"] = compiler_options(mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        batch = windows_of(batch, window) if window else batch
+        batch = split_into_windows(batch, window) if window else batch
         loss, predictions, gradient, carried = grad_fn(
             state.params, batch, state.carried, state.rng, state.step
         )

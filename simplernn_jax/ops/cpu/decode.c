@@ -3,7 +3,7 @@
    Per layer, with the norm n(x) = x / sqrt(mean(x^2) + EPSILON), C the short convolution, and S the
    state of a head:
 
-     q, k, v, g, r = in_proj(C(n(x)))               (r: logits of the output gate)
+     q, k, v, g, r = in_proj(C(n(x)))               (r: pre-activation of the output gate)
      S = diag(sigmoid(g)) S + sigmoid(k) v^T        y = n(S^T q) * r sigmoid(r)
      x = x + out_proj(y)                            x = x + mlp_out(max(mlp_in(n(x)), 0)^2)
 
