@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simplernn_jax.config import Config
+from simplernn_jax.config import Config, MeshConfig
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.errors import UserError
+from simplernn_jax.sharding.mesh import make_mesh
 from simplernn_jax.training.loop import check_skips
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import (
@@ -22,13 +23,14 @@ from simplernn_jax.training.train_step import (
     make_train_step,
 )
 
+from ..measure import on_simulated_devices
 from ..train_steps import change, random_documents
 from . import poison
 from .experiment import Case
 from .poison import VALUES, spoil
 from .runs import bytes_of
 
-SEQUENCES, LENGTH, VOCAB = 4, 6, 11
+SEQUENCES, LENGTH, VOCAB = 4, 6, 12
 MAX_SKIPS = 4
 PLACES = ("a parameter", "the optimizer's state", "the carried state", "the loss", "the gradient")
 
@@ -38,15 +40,35 @@ MODES: dict[str, dict[str, Any]] = {
     "document": {"mode": "document", "backward_window": 3},
     "bfloat16": {"mode": "stream", "precision": "bfloat16", "state_precision": "bfloat16"},
     "accumulation": {"mode": "stream", "gradient_accumulation": 2},
+    "data 2": {"mode": "stream"},
+    "fsdp 2": {"mode": "window", "name": "muon"},
+    "tensor 2": {"mode": "stream"},
+    "stage 2": {"mode": "document"},
 }
-"""Fields of the configuration, of any section."""
+"""Fields of the configuration, of any section; a number is that of devices along an axis."""
+ALL = 0.3
+"""Fraction of the batches in which every sequence is poisoned, and so every device."""
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
 def non_finite(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """Put values into a running train step, and check what its later steps change."""
-    for number in range(count):
+    numbers = {number: list(MODES)[number % len(MODES)] for number in range(count)}
+    on_mesh = [number for number, name in numbers.items() if name[-1].isdecimal()]
+    yield from check_numbers([number for number in numbers if number not in on_mesh], seed)
+    if on_mesh:
+        yield from on_simulated_devices(2, list_numbers, numbers=on_mesh, seed=seed)
+
+
+def list_numbers(numbers: Sequence[int], seed: int) -> list[Case]:
+    """`check_numbers` in a process of its own."""
+    return list(check_numbers(numbers, seed))
+
+
+def check_numbers(numbers: Sequence[int], seed: int) -> Iterator[Case]:
+    """Check the cases of these numbers."""
+    for number in numbers:
         name = list(MODES)[number % len(MODES)]
         config, first, step = program_of(name)
         pairs = [(place, value) for value in VALUES for place in PLACES]
@@ -79,8 +101,13 @@ def program_of(mode: str) -> tuple[Config, TrainState, Step]:
     widths = dict.fromkeys(("hidden_dim", "key_dim", "value_dim", "mlp_dim"), 8)
     run = {"sequence_length": LENGTH, "warmup_steps": 1, "max_skipped_updates": MAX_SKIPS}
     config = change(Config(), **sizes, **widths, **run, **MODES[mode])
-    optimizer = make_optimizer(config.optimizer, 100)
-    donating = make_train_step(config, optimizer, None, poison.recurrence)
+    axis, _, devices = mode.partition(" ")
+    mesh = None
+    if devices:
+        config.mesh = MeshConfig(**{"data": 1, axis: int(devices)})
+        mesh = make_mesh(config.mesh, jax.devices()[: int(devices)])
+    optimizer = make_optimizer(config.optimizer, 100, mesh)
+    donating = make_train_step(config, optimizer, mesh, poison.recurrence)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         return donating(jax.tree.map(jnp.copy, state), batch)
@@ -98,9 +125,9 @@ def draw_batch(draw: np.random.Generator, *, reset: bool = False) -> Batch:
 def check_batch(
     config: Config, step: Step, state: TrainState, place: str, value: str, draw: np.random.Generator
 ) -> None:
-    """Poison the forward or the backward pass of one sequence of a batch."""
+    """Poison the forward or the backward pass of one sequence of a batch, or of all."""
     batch = draw_batch(draw)
-    sequence = draw.integers(SEQUENCES)
+    sequence = slice(None) if draw.random() < ALL else draw.integers(SEQUENCES)
     batch.segment_ids[sequence] += poison.code(value, backward=place != "the loss")
     after, metrics = step(state, batch)
     is_skipped = check_step(state, after, metrics)
