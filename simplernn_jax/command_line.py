@@ -179,6 +179,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
             raise config_is_missing() from error
         near = nearest_name(name, flags.FLAGS)
         raise UserError(f"--{name}: no such flag{near}; --help shows the flags") from error
+    except RecursionError as error:  # of absl, when it looks for similar names
+        raise UserError("a flag with a very long name: no such flag; --help shows them") from error
     except SystemExit:  # absl exits with code 1 for --helpfull and its like
         sys.exit(0)
     if arguments and _arguments is None:

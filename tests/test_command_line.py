@@ -148,6 +148,7 @@ WRONG_FLAGS = [
     ("--workdir", "Missing value for flag --workdir"),
     ("--count=three", "--count=three: invalid literal for int()"),
     ("stray", "'stray': not a flag"),
+    (f"--workdir{'[' * 3000}", "a flag with a very long name"),
 ]
 
 
