@@ -114,7 +114,7 @@ Q = "model.layers.1.attn.q_proj.weight"
 def test_settings_of_far_more_layers_are_refused_at_once(tmp_path):
     weights = draw_weights(SMALL)
     found = refusal(tmp_path, 1, weights, num_hidden_layers=1000)  # took half an hour
-    assert "expected 1000 layers, found 2" in found
+    assert "expected 1,000 layers, found 2" in found
 
 
 @pytest.mark.parametrize("files", [1, 3])

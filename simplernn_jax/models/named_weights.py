@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, counted
 from simplernn_jax.models.language_model import LanguageModel
 
 Weights = Mapping[str, Any]
@@ -89,8 +89,8 @@ def model_from_weights(config: ModelConfig, weights: Weights, where: str) -> Lan
     layers = {match[1] for name in weights if (match := _LAYER.match(name))}
     if len(layers) < config.num_layers:
         raise UserError(
-            f"{where}: expected {config.num_layers} layers, found {len(layers)}; use the "
-            "weights and settings of one model"
+            f"{where}: expected {counted(config.num_layers, 'layer')}, found {len(layers)}; use "
+            "the weights and settings of one model"
         )
     # Shapes only: every value comes from `weights`.
     abstract = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
