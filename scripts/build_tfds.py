@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
 from absl import flags
 
-from simplernn_jax.command_line import run
+from simplernn_jax.command_line import expand_path, run
 from simplernn_jax.config import DataConfig
 from simplernn_jax.config_rules import ENCODING_ERRORS
 from simplernn_jax.data.prepared_dataset import default_data_dir
@@ -48,7 +48,8 @@ def main() -> None:
         encoding_errors=_ENCODING_ERRORS.value,
         max_bad_records=_MAX_BAD_RECORDS.value,
     )
-    folder = build_tfds(source, _NAME.value, _DATA_DIR.value or str(default_data_dir()))
+    data_dir = expand_path(_DATA_DIR.value or str(default_data_dir()), "data_dir")
+    folder = build_tfds(source, _NAME.value, data_dir)
     print(f"{folder}: train on it with --config.data.source=tfds:{folder}")
 
 

@@ -71,6 +71,8 @@ def test_missing_field_names_those_present(jsonl, data_dir):
 def test_names_are_checked_and_nothing_is_overwritten(jsonl, data_dir):
     with pytest.raises(UserError, match="dataset name 'My Books'"):
         build_tfds(jsonl, "My Books", data_dir)
+    with pytest.raises(UserError, match="not UTF-8"):
+        build_tfds(jsonl, "my_books", os.fsdecode(os.fsencode(data_dir) + b"\xff"))
     build_tfds(jsonl, "my_books", data_dir)
     with pytest.raises(UserError, match="exists already"):
         build_tfds(jsonl, "my_books", data_dir)

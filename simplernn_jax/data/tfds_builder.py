@@ -50,8 +50,13 @@ def build_tfds(source: DataConfig, name: str, data_dir: str) -> Path:
     """Prepare ``data_dir/name/1.0.0``, which the source ``tfds:name`` or that path then names.
 
     Raises:
-      UserError: the name is invalid, the dataset exists, or the corpus is unusable.
+      UserError: the name is invalid, the dataset exists, the corpus is unusable, or `data_dir` is
+        not UTF-8.
     """
+    try:
+        data_dir.encode()
+    except UnicodeEncodeError as error:  # which the writer of array_record files rejects
+        raise UserError(f"{data_dir}: the path is not UTF-8; use another folder") from error
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(
             f"dataset name {name!r}: use a lower-case letter, then such letters, digits and _"
