@@ -150,6 +150,8 @@ def _check_run(values: Mapping[str, Any]) -> None:
         reject("data.stride", allowed)
     if stride and mode != "window":
         reject("data.stride", f"0 with data.mode={mode!r}")
+    if "\0" in values["data.cache_dir"]:
+        reject("data.cache_dir", "a path; none holds a NUL character")
     if os.path.expanduser(values["data.cache_dir"]).startswith("~"):
         reject("data.cache_dir", "a path; ~USER does not name an existing user")
     if not values["data.source"]:

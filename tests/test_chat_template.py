@@ -125,6 +125,8 @@ def test_templates_come_from_files(tmp_path):
     assert load_template(CHATML) == CHATML
     with pytest.raises(UserError, match=r"data\.template=roels: No such file.* roles"):
         load_template("roels")
+    with pytest.raises(UserError, match="null byte"):
+        load_template("~\0")
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ def load(name):
         ("model.min_log_gate", 0.1, "expected negative, or 0"),
         ("model.tie_embeddings", 1, "of type bool"),
         ("data.cache_dir", "~nobody-x/tokens", "~USER does not name an existing user"),
+        ("data.cache_dir", "~\0", "none holds a NUL character"),
         ("mesh.data", 10**30, r"below 2\*\*31"),
         ("mesh.data", -2, "at least 1, or -1 for the remaining devices"),
         ("mesh.stage", 0, "at least 1"),

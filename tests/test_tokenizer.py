@@ -271,7 +271,7 @@ def test_unreadable_tokenizer_files_are_one_line(tmp_path):
     path.unlink()
     os.mkfifo(path)
     check("not a regular file")
-    for spec in ("./" + "x" * 5000, "~nosuchuser/tokenizer.json", "a\0.json"):
+    for spec in ("./" + "x" * 5000, "~nosuchuser/tokenizer.json", "a\0.json", "~\0.json"):
         check("", spec)
 
 

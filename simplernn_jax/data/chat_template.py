@@ -54,9 +54,8 @@ def load_template(spec: str) -> str:
     """
     text = _BUILT_IN.get(spec, spec)
     if "{{" not in text:
-        path = os.path.expanduser(spec)
         try:
-            text = read_file(path).decode("utf-8")
+            text = read_file(os.path.expanduser(spec)).decode("utf-8")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(

@@ -33,7 +33,8 @@ def load_pretrained(spec: str) -> "PretrainedTokenizer":
     Raises:
       UserError: unreadable, or neither found here nor on the hub.
     """
-    path = os.path.expanduser(spec)
+    # With a NUL, expanduser may raise; opening the file reports it.
+    path = spec if "\0" in spec else os.path.expanduser(spec)
     is_path = os.path.lexists(path) or spec.endswith(".json") or spec.startswith((".", "/", "~"))
     if not is_path:
         path = _from_hub(spec)

@@ -56,7 +56,7 @@ def prepare_corpus(
     Raises:
       UserError: the corpus, the tokenizer or `cache_dir` is unusable, or the disk is full.
     """
-    cache = Path(os.path.expanduser(cache_dir))
+    cache = _cache_path(cache_dir)
     mixture = parse_mixture(config.source)
     sources = mixture or [WeightedSource(config.source, 1.0)]
     configs = [dataclasses.replace(config, source=source) for source, _ in sources]
@@ -107,7 +107,7 @@ def train_tokenizer(
         exclude=exclude,
         show_progress=show_progress,
     )
-    cache = Path(os.path.expanduser(cache_dir))
+    cache = _cache_path(cache_dir)
     # Hidden: `find_corpus` looks at the other names.
     path = cache / f".bpe-{vocab_size}-{corpus.content_hash}.json"
     content = read_sealed(path)
@@ -116,6 +116,12 @@ def train_tokenizer(
         with _disk_errors(cache, config.source):
             write_sealed(path, content)
     return PretrainedTokenizer(content)
+
+
+def _cache_path(cache_dir: str) -> Path:
+    if "\0" in os.fspath(cache_dir):
+        raise UserError(f"cache_dir={cache_dir}: no path holds a NUL character; correct it")
+    return Path(os.path.expanduser(cache_dir))
 
 
 def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> TokenizedCorpus | None:
@@ -128,7 +134,7 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
       DamagedStore: it is corrupted.
       UserError: it cannot be read.
     """
-    cache = Path(os.path.expanduser(cache_dir))
+    cache = _cache_path(cache_dir)
     damage = None
     for path in sorted(cache.glob("[!.]*")):
         try:
