@@ -531,7 +531,7 @@ def test_other_files_in_place_of_the_cache_or_in_it_stay(tmp_path, source, cache
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file: (Not a directory|File exists); .*cache_dir"):
         prepare(source, tmp_path / "file")
-    with pytest.raises(UserError, match="cache_dir=~.*no path holds a NUL"):
+    with pytest.raises(UserError, match=r"cache_dir=~.*no path holds a NUL"):
         prepare(source, "~\0")
     cache.mkdir()
     mine = cache / ".mine.tmp"  # named as if a killed writer had left it
