@@ -50,7 +50,7 @@ EXPERIMENTS = {
         "damage to any files of a workdir is repaired, recovered from or refused in one line",
         damage.workdir,
         full=5000,
-        quick=60,
+        quick=40,
     ),
     "stores": Experiment(
         "damage to token stores, decoder states, programs, exports and C code is never used",
@@ -68,7 +68,7 @@ EXPERIMENTS = {
         "a step whose loss or gradient is not finite changes only counters; too many end the run",
         non_finite.non_finite,
         full=500,
-        quick=10,
+        quick=4,
     ),
     "determinism": Experiment(
         "load, cores, threads, processes and hash seeds change no byte of a run",
@@ -92,7 +92,7 @@ EXPERIMENTS = {
         "any flag, argument or file of a script is accepted or refused in one line",
         fuzz_scripts.fuzz_scripts,
         full=2000,
-        quick=4,
+        quick=2,
     ),
     "soak": Experiment(
         "long runs and servers need no more memory, files, threads or time per step",

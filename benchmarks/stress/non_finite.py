@@ -36,11 +36,11 @@ PLACES = ("a parameter", "the optimizer's state", "the carried state", "the loss
 
 MODES: dict[str, dict[str, Any]] = {
     "window": {"mode": "window", "name": "muon"},
+    "data 2": {"mode": "stream"},
     "stream": {"mode": "stream"},
     "document": {"mode": "document", "backward_window": 3},
     "bfloat16": {"mode": "stream", "precision": "bfloat16", "state_precision": "bfloat16"},
     "accumulation": {"mode": "stream", "gradient_accumulation": 2},
-    "data 2": {"mode": "stream"},
     "fsdp 2": {"mode": "window", "name": "muon"},
     "tensor 2": {"mode": "stream"},
     "stage 2": {"mode": "document"},
