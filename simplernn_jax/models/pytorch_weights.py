@@ -144,7 +144,7 @@ def _read_safetensors(path: str, file: BinaryIO) -> tuple[Weights, str | None]:
     content = file.read()
     weights, metadata = decode_safetensors(content), decode_metadata(content)
     digest = metadata.pop(_DIGEST, None)
-    if digest not in (None, digest_of(metadata, weights)):
+    if digest is not None and digest != digest_of(metadata, weights):
         raise ValueError(f"corrupted, or changed by a program that kept its {_DIGEST}")
     for name, value in weights.items():
         if not jnp.issubdtype(value.dtype, jnp.floating):
