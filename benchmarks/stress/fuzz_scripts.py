@@ -47,6 +47,12 @@ _CONFIG = {
 }
 _CHAT = {"config.data.source": "talk.jsonl", "config.data.template": "roles"}
 _BPE = {"config.data.source": "texts.jsonl", "config.data.tokenizer": "bpe:300"}
+_TOKENIZER = {
+    "config": "tiny.py",
+    "config.data.source": "corpus.txt",
+    "config.data.tokenizer": "bpe:290",
+    "output": "out.json",
+}
 
 
 class Command(NamedTuple):
@@ -88,9 +94,7 @@ COMMANDS = (
             ("run", "run")),
     Command("serve", {"workdir": "run", "port": "0", "slots": "2", "cache_mb": "1",
                       "drain_timeout": "1"}),
-    Command("train_tokenizer", {"config": "tiny.py", "config.data.source": "corpus.txt",
-                                "config.data.tokenizer": "bpe:270", "output": "out.json"},
-            ("corpus.txt",)),
+    Command("train_tokenizer", _TOKENIZER, ("corpus.txt",)),
     Command("make_conversations", {"conversations": "3", "turns": "2", "seed": "1"}, (),
             ("made.jsonl",)),
     Command("build_tfds", {"source": "texts.jsonl", "name": "mine", "field": "text",
@@ -144,7 +148,7 @@ def _make_inputs(inputs: Path) -> None:
     ]  # fmt: skip
     (inputs / "talk.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     prepared = (
-        Command("train_tokenizer", _CONFIG_OF_TOKENIZER),
+        Command("train_tokenizer", _TOKENIZER | {"output": "tokenizer.json"}),
         Command("train", _CONFIG | _CHAT | {"workdir": "run"}),
         Command("sample", {"workdir": "run", "prompt": "a", "max_new_tokens": "0",
                            "save_state": "state.safetensors"}),
@@ -154,14 +158,6 @@ def _make_inputs(inputs: Path) -> None:
         problem, kind = _end(_words(command), inputs, _VALID_WITHIN)
         if kind != "accepted":
             raise RuntimeError(f"{command.script} is {kind}: {problem}")
-
-
-_CONFIG_OF_TOKENIZER = {
-    "config": "tiny.py",
-    "config.data.source": "corpus.txt",
-    "config.data.tokenizer": "bpe:290",
-    "output": "tokenizer.json",
-}
 
 
 def _change(command: Command, folder: Path, draw: random.Random) -> tuple[list[bytes], str, bool]:
