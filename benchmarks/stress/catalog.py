@@ -12,6 +12,7 @@ from . import (
     numerics,
     resume,
     soak,
+    stores,
 )
 from .experiment import Experiment
 
@@ -54,7 +55,7 @@ EXPERIMENTS = {
     ),
     "stores": Experiment(
         "damage to token stores, decoder states, programs, exports and C code is never used",
-        damage.stores,
+        stores.stores,
         full=2000,
         quick=150,
     ),
