@@ -4,8 +4,8 @@ JAX chooses keys and entries (program, compiler, options, processor or card). It
 0.10.2 and 0.12.0) are not safe enough for bit-exact runs. Of 240 entries with one flipped bit, 10
 gave wrong results and 20 crashed the process if the package zstandard is installed; a corrupted
 entry is never replaced, one that was swapped for another is executed, and a bound on their size
-needs another package. Here an entry is loaded only if it matches its SHA-256, and the least
-recently used ones are deleted.
+needs another package. Here an entry is loaded only if it matches its SHA-256 and no other user can
+have written it, and the least recently used ones are deleted.
 """
 
 import contextlib
@@ -68,11 +68,11 @@ class ChecksummedCache:
         self._failed = False
 
     def get(self, key: str) -> bytes | None:
-        """Return the value that was put, or None if it is missing or was changed."""
+        """Return the value that was put, or None if it is missing, was changed, or is not ours."""
         checksum = self._path / f"{key}{_CHECKSUM}"
         try:
-            value = read_file(self._path / f"{key}{_ENTRY}", self._max_bytes)
-            if read_file(checksum, 64) != _checksum(key, value):
+            value = read_file(self._path / f"{key}{_ENTRY}", self._max_bytes, only_own=True)
+            if read_file(checksum, 64, only_own=True) != _checksum(key, value):
                 return None
         except OSError:
             return None
@@ -89,7 +89,7 @@ class ChecksummedCache:
             for suffix, content in ((_CHECKSUM, _checksum(key, value)), (_ENTRY, value)):
                 path = self._path / f"{key}{suffix}"
                 path.unlink(missing_ok=True)  # it may be corrupted, or not a regular file
-                write_file(path, content, durable=False)
+                write_file(path, content, durable=False, mode=0o600)
             self._shrink()
         except OSError as error:
             if not self._failed:

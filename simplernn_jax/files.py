@@ -36,16 +36,34 @@ def open_file(path: str | os.PathLike[str], *, follow_link: bool = True) -> io.B
         raise
 
 
+def check_owner(status: os.stat_result, path: str | os.PathLike[str]) -> None:
+    """Check that only this user, or root, can have written a file or folder.
+
+    Raises:
+      OSError: it belongs to another user, or is group- or world-writable.
+    """
+    if status.st_uid not in (os.geteuid(), 0):
+        raise OSError(errno.EPERM, "belongs to another user", os.fspath(path))
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError(errno.EPERM, "is group- or world-writable", os.fspath(path))
+
+
 def read_file(
-    path: str | os.PathLike[str], limit: int = SMALL_FILE, *, follow_link: bool = True
+    path: str | os.PathLike[str],
+    limit: int = SMALL_FILE,
+    *,
+    follow_link: bool = True,
+    only_own: bool = False,
 ) -> bytes:
     """Read a regular file of at most `limit` bytes.
 
     Raises:
       OSError: it cannot be read, is not a regular file, or is larger (EFBIG),
-        or is a link and `follow_link` is False.
+        or is a link and `follow_link` is False, or `only_own` and `check_owner` refuses it.
     """
     with open_file(path, follow_link=follow_link) as file:
+        if only_own:
+            check_owner(os.fstat(file.fileno()), path)
         # `read` allocates all that it may return: request little more than the file's size.
         size = os.fstat(file.fileno()).st_size
         content = file.read(min(size, limit) + 1)
@@ -79,23 +97,25 @@ def check_output(path: str | os.PathLike[str]) -> None:
         raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, what, os.fspath(path))
 
 
-def write_file(path: str | os.PathLike[str], content: bytes, *, durable: bool = True) -> None:
+def write_file(
+    path: str | os.PathLike[str], content: bytes, *, durable: bool = True, mode: int = 0o666
+) -> None:
     """Replace the regular file at `path` by `content`, atomically.
 
     A link is followed: its target is replaced. Unless `durable` is False, the content then survives
-    a power failure.
+    a power failure. `mode` has the permissions of the file before the umask.
 
     Raises:
       OSError: the disk is full or not writable, or `path` is not a regular file; the old content
         is unchanged.
     """
-    with replaced_file(path, durable=durable) as file:
+    with replaced_file(path, durable=durable, mode=mode) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
 def replaced_file(
-    path: str | os.PathLike[str], *, durable: bool = True
+    path: str | os.PathLike[str], *, durable: bool = True, mode: int = 0o666
 ) -> Iterator[io.BufferedWriter]:
     """Open a new file, which replaces the one at `path` when the ``with`` block ends.
 
@@ -108,7 +128,7 @@ def replaced_file(
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(temporary, flags, 0o666)
+    descriptor = os.open(temporary, flags, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file

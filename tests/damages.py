@@ -1,7 +1,10 @@
 """Damage to files, the same at every run."""
 
 import json
+import os
 import random
+
+import pytest
 
 ODD_VALUES = (
     *(None, True, "", "x", "[UNK]", "\x1b[31m", "\ud83d", [], {}, [[[]]], 0, -1, 1, 3.5, 1e308),
@@ -44,3 +47,13 @@ def cut_off(path):
 
 def empty(path):
     path.write_bytes(b"")
+
+
+def make_writable(path):
+    path.chmod(0o777)
+
+
+def give_away(path):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    os.chown(path, 12345, 12345)

@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from damages import cut_off, empty, flip_bit
+from damages import cut_off, empty, flip_bit, give_away, make_writable
 from odd_files import put_odd_file
 from processes import run_python, run_scripts
 from small_runs import newest_checkpoint, write_corpus
@@ -129,7 +129,7 @@ def swap(path):
 
 @pytest.mark.parametrize(
     "damage",
-    [flip_bit, cut_off, empty, os.remove, swap]
+    [flip_bit, cut_off, empty, os.remove, swap, make_writable, give_away]
     + [functools.partial(put_odd_file, kind) for kind in ("fifo", "endless")],
 )
 @pytest.mark.parametrize("suffix", ["-cache", "-sha256"])
@@ -142,6 +142,16 @@ def test_a_damaged_entry_is_not_used_and_is_replaced(tmp_path, damage, suffix):
     cache.put("key", b"compiled program")
     assert cache.get("key") == b"compiled program"
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_entries_are_used_whatever_the_umask(tmp_path):
+    cache = ChecksummedCache(tmp_path, max_bytes=100)
+    umask = os.umask(0)
+    try:
+        cache.put("key", b"value")
+    finally:
+        os.umask(umask)
+    assert cache.get("key") == b"value"
 
 
 def test_a_disk_that_fails_is_one_warning(tmp_path, caplog):

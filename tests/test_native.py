@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from damages import cut_off, flip_bit
+from damages import cut_off, flip_bit, give_away, make_writable
 from odd_files import put_odd_file
 from references import needs_compiler
 
@@ -71,16 +71,6 @@ def cached(tmp_path, monkeypatch, registered):
     (library,), (seal,) = (cache_folder("native").glob(f"*.{end}") for end in ("so", "sha256"))
     assert compilations(calls) == 1
     return calls, library, seal
-
-
-def make_writable(path):
-    path.chmod(0o777)
-
-
-def give_away(path):
-    if os.geteuid() != 0:
-        pytest.skip("only root can give files away")
-    os.chown(path, 12345, 12345)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import platform
 import shlex
 import shutil
 import signal
-import stat
 import subprocess
 import tempfile
 import threading
@@ -26,7 +25,7 @@ from absl import logging
 
 from simplernn_jax.cache_folder import cache_folder
 from simplernn_jax.errors import one_line
-from simplernn_jax.files import open_file, read_file, sha256_hex
+from simplernn_jax.files import check_owner, read_file, sha256_hex
 from simplernn_jax.ops.collectives import vary_like
 from simplernn_jax.ops.operation import is_static
 
@@ -144,7 +143,7 @@ def _load(command: list[str]) -> ctypes.CDLL:
     try:
         folder = cache_folder("native")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # its files will be executed
-        _check_owner(os.stat(folder), folder)
+        check_owner(os.stat(folder), folder)
         cached, seal = folder / f"{name}.so", folder / f"{name}.sha256"
         if _is_intact(cached, seal):
             return _open(cached)
@@ -238,16 +237,7 @@ def _processor() -> Iterator[str]:
 def _is_intact(file: Path, seal: Path) -> bool:
     """Whether the file is intact, and only this user can have written it."""
     try:
-        for path in (file, seal):
-            with open_file(path) as opened:
-                _check_owner(os.fstat(opened.fileno()), path)
-        return read_file(seal, 1 << 10) == sha256_hex(read_file(file)).encode()
+        content = read_file(file, only_own=True)
+        return read_file(seal, 1 << 10, only_own=True) == sha256_hex(content).encode()
     except OSError:
         return False
-
-
-def _check_owner(status: os.stat_result, path: Path) -> None:
-    if status.st_uid not in (os.geteuid(), 0):
-        raise OSError(f"{path}: belongs to another user")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise OSError(f"{path}: is group- or world-writable")
