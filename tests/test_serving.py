@@ -104,7 +104,7 @@ def stream(server, **fields):
 
 
 def test_cached_prefix(server):
-    prompt = "abc " * 100
+    prompt = "dcba" * 100  # begins as no prompt of the other tests
     first, second = (server.complete(prompt, max_tokens=8, seed=1, logprobs=2) for _ in range(2))
     assert first["choices"] == second["choices"]
     cached = [body["usage"]["prompt_tokens_details"]["cached_tokens"] for body in (first, second)]

@@ -88,7 +88,8 @@ def _glob_files(source: str, path: str, exclude: frozenset[str]) -> list[SourceF
     found = sorted(match for match in matching_files(path) if not _is_excluded(match, top, exclude))
     if not found:
         what = "no file matches this glob" if glob.has_magic(path) else "no such file or folder"
-        raise UserError(f"{source}: {what} (looked from {os.getcwd()}); correct the source")
+        shown = one_line(source, 200)  # so that what is wrong with it is not left out
+        raise UserError(f"{shown}: {what} (looked from {os.getcwd()}); correct the source")
     if len(found) == 1:
         return [SourceFile(os.path.basename(found[0]), found[0])]
     root = os.path.commonpath(found)
