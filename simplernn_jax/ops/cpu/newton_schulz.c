@@ -7,14 +7,24 @@
    where a, b, c are `COEFFICIENTS`. As XLA's operations, of which there are some 15 per matrix,
    `base` takes 1.4 times as long to its first step, and 2 to 4 % longer per step.
 
-   Threads take whole matrices. Operands are packed into panels, and of the symmetric A and B only
-   the upper tiles are computed. One thread computes a matrix in one order: results are
-   deterministic.
+   Operands of the products are rounded to bfloat16, in which some processors multiply several times
+   as fast (AVX-512 BF16, AMX); sums and X stay in float32. Of the symmetric A and B only the upper
+   tiles are computed. Threads take whole matrices, and one thread computes a matrix in one order:
+   results are deterministic.
 
    Arguments and results are the same number of float32 arrays [..., m, n], row-major. */
 
+#define _GNU_SOURCE /* for syscall */
 #include <math.h>
 #include <string.h>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "call.h"
 
@@ -30,8 +40,9 @@ static const float COEFFICIENTS[3] = {3.4445f, -4.7750f, 2.0315f};
 #define LANES 8
 #endif
 #define COLUMNS (2 * LANES) /* a tile of ROWS x COLUMNS sums fits the registers */
+#define TILE_ROWS 32        /* of AMX, two registers of 16 rows */
 
-typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef float Lanes __attribute__((vector_size(4 * LANES), may_alias));
 
 typedef struct {
   const XLA_FFI_Buffer *const *from;
@@ -39,84 +50,197 @@ typedef struct {
   int64_t count;
 } Matrices;
 
-/* Matrix as an operand: entry (i, k) is at data[i * stride + k * step]. */
-typedef struct {
-  const float *data;
-  int64_t stride, step;
-} Operand;
+/* Entries of an operand that are consecutive along the contracted axis: two of bfloat16 where the
+   processor multiplies it, else one, as float32. */
+typedef uint32_t __attribute__((may_alias)) Group;
+#ifdef __AVX512BF16__
+#define GROUP 2
+#define GROUPS 16 /* contracted by one instruction of AMX */
+#else
+#define GROUP 1
+#define GROUPS 1
+#endif
 
-static inline int64_t panels(int64_t n) { return (n + COLUMNS - 1) / COLUMNS; }
+static inline int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-/* Copy n x k entries into panels [n / COLUMNS, k, COLUMNS], filled up with zeros. */
-static void pack(float *to, Operand from, int64_t n, int64_t k) {
-  for (int64_t first = 0; first < n; first += COLUMNS, to += k * COLUMNS) {
-    const int64_t inside = least(COLUMNS, n - first);
-    if (inside < COLUMNS) memset(to, 0, sizeof(float) * k * COLUMNS);
-    const float *data = from.data + first * from.stride;
-    if (from.stride == 1)
-      for (int64_t j = 0; j < k; j++)
-        memcpy(to + j * COLUMNS, data + j * from.step, sizeof(float) * inside);
-    else
-      for (int64_t i = 0; i < inside; i++)
-        for (int64_t j = 0; j < k; j++) to[j * COLUMNS + i] = data[i * from.stride + j * from.step];
+/* Groups of k entries, filled up with zeros. */
+static inline int64_t groups_of(int64_t k) { return rounded_up(rounded_up(k, GROUP) / GROUP, GROUPS); }
+
+#ifndef __AVX512BF16__
+/* Round to bfloat16, ties to even. */
+static inline Group rounded(float x) {
+  Group bits;
+  memcpy(&bits, &x, sizeof bits);
+  return x != x ? bits : (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+}
+#endif
+
+/* Convert a matrix, m x k, to rows of groups [m, groups_of(k)]. */
+static void to_rows(Group *to, const float *from, int64_t m, int64_t k) {
+  const int64_t groups = groups_of(k);
+  for (int64_t i = 0; i < m; i++, from += k, to += groups) {
+    memset(to + k / GROUP, 0, sizeof(Group) * (groups - k / GROUP));
+#ifdef __AVX512BF16__
+    for (int64_t j = 0; j < k; j += LANES) {
+      const __mmask16 inside = k - j < LANES ? (1 << (k - j)) - 1 : -1;
+      const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(inside, from + j));
+      _mm256_mask_storeu_epi16((uint16_t *)to + j, inside, low);
+    }
+#else
+    for (int64_t j = 0; j < k; j++) to[j] = rounded(from[j]);
+#endif
   }
 }
 
-static void multiply_tile(const float *p, const float *q, int64_t k, float *sums) {
+/* From rows of groups [n, groups] to panels [n / COLUMNS, groups, COLUMNS]. */
+static void to_panels(Group *to, const Group *from, int64_t n, int64_t groups) {
+  for (int64_t i = 0; i < n; i++) {
+    Group *column = to + i / COLUMNS * COLUMNS * groups + i % COLUMNS;
+    for (int64_t j = 0; j < groups; j++) column[j * COLUMNS] = from[i * groups + j];
+  }
+}
+
+/* From rows of groups of a matrix, m x k, to the panels of its transpose. */
+static void to_panels_of_transpose(Group *to, const Group *from, int64_t m, int64_t k) {
+  const int64_t stride = groups_of(k) * GROUP, groups = groups_of(m);
+  for (int64_t first = 0; first < k; first += COLUMNS)
+    for (int64_t j = 0; j < groups; j++, to += COLUMNS)
+#ifdef __AVX512BF16__
+    {
+      static const uint16_t zeros[COLUMNS];
+      const uint16_t *entries = (const uint16_t *)from + first;
+      const uint16_t *even = 2 * j < m ? entries + 2 * j * stride : zeros;
+      const uint16_t *odd = 2 * j + 1 < m ? entries + (2 * j + 1) * stride : zeros;
+      for (int64_t i = 0; i < COLUMNS; i++) to[i] = even[i] | (Group)odd[i] << 16;
+    }
+#else
+      memcpy(to, from + j * stride + first, sizeof(Group) * least(COLUMNS, k - first));
+#endif
+}
+
+/* Sums of ROWS rows, `groups` apart, times the columns of a panel. */
+static void multiply_rows(const Group *p, const Group *q, int64_t groups, float *sums) {
   Lanes tile[ROWS][2] = {0};
-  for (int64_t j = 0; j < k; j++, p += COLUMNS, q += COLUMNS) {
+  for (int64_t j = 0; j < groups; j++, q += COLUMNS) {
     const Lanes left = ((const Lanes *)q)[0], right = ((const Lanes *)q)[1];
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) {
-      tile[i][0] += p[i] * left;
-      tile[i][1] += p[i] * right;
+#ifdef __AVX512BF16__
+      const __m512bh pair = (__m512bh)_mm512_set1_epi32(p[i * groups + j]);
+      tile[i][0] = _mm512_dpbf16_ps(tile[i][0], pair, (__m512bh)left);
+      tile[i][1] = _mm512_dpbf16_ps(tile[i][1], pair, (__m512bh)right);
+#else
+      float factor;
+      memcpy(&factor, p + i * groups + j, sizeof factor);
+      tile[i][0] += factor * left;
+      tile[i][1] += factor * right;
+#endif
     }
   }
   memcpy(sums, tile, sizeof tile);
 }
 
-/* to = by_old old + by_product P Q^T, for panels of P, m x k, and Q, n x k; `old` and `to` are m x n,
-   and the same or apart. If P is Q, what is above the diagonal is computed and mirrored. */
-static void multiply(float *to, const float *old, float by_old, float by_product, const float *p,
-                     const float *q, int64_t m, int64_t n, int64_t k) {
-  float sums[ROWS * COLUMNS] __attribute__((aligned(64)));
+#ifdef __AMX_BF16__
+/* Ask Linux for the tile registers; false if it has none for this process. */
+static int has_tiles(void) {
+  enum { REQUEST = 0x1023, TILE_DATA = 18 };
+  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+
+static void set_up_tiles(void) {
+  const struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } tiles = {1, .bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
+  _tile_loadconfig(&tiles);
+}
+
+/* multiply_rows for TILE_ROWS rows. */
+static void multiply_tile(const Group *p, const Group *q, int64_t groups, float *sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t j = 0; j < groups; j += GROUPS) {
+    _tile_loadd(4, p + j, 4 * groups);
+    _tile_loadd(5, p + j + 16 * groups, 4 * groups);
+    _tile_loadd(6, q + j * COLUMNS, 4 * COLUMNS);
+    _tile_loadd(7, q + j * COLUMNS + 16, 4 * COLUMNS);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums, 4 * COLUMNS);
+  _tile_stored(1, sums + 16, 4 * COLUMNS);
+  _tile_stored(2, sums + 16 * COLUMNS, 4 * COLUMNS);
+  _tile_stored(3, sums + 16 * COLUMNS + 16, 4 * COLUMNS);
+}
+#else
+#define has_tiles() 0
+#define set_up_tiles()
+#define _tile_release()
+#define multiply_tile multiply_rows
+#endif
+
+/* to = by_old old + by_product P Q, for rows of P, m x k, and panels of Q, k x n; `old` and `to` are
+   m x n, and the same or apart. If the product is symmetric, what is above the diagonal is computed
+   and mirrored. */
+static void multiply(float *to, const float *old, float by_old, float by_product, const Group *p,
+                     const Group *q, int64_t m, int64_t n, int64_t k, int is_symmetric, int tiles) {
+  float sums[TILE_ROWS * COLUMNS] __attribute__((aligned(64)));
+  const int64_t groups = groups_of(k), height = tiles ? TILE_ROWS : ROWS;
   for (int64_t column = 0; column < n; column += COLUMNS)
-    for (int64_t row = 0; row < m; row += ROWS) {
-      if (p == q && row >= column + COLUMNS) break;
-      const float *rows = p + row / COLUMNS * COLUMNS * k + row % COLUMNS;
-      multiply_tile(rows, q + column * k, k, sums);
+    for (int64_t row = 0; row < m; row += height) {
+      if (is_symmetric && row >= column + COLUMNS) break;
+      if (tiles)
+        multiply_tile(p + row * groups, q + column * groups, groups, sums);
+      else
+        multiply_rows(p + row * groups, q + column * groups, groups, sums);
       const int64_t width = least(COLUMNS, n - column);
-      for (int64_t i = 0; i < least(ROWS, m - row); i++) {
+      for (int64_t i = 0; i < least(height, m - row); i++) {
         const int64_t start = (row + i) * n + column;
         for (int64_t j = 0; j < width; j++)
           to[start + j] = by_old * old[start + j] + by_product * sums[i * COLUMNS + j];
       }
     }
-  if (p == q)
+  if (is_symmetric)
     for (int64_t i = 1; i < m; i++)
       for (int64_t j = 0; j < i; j++) to[i * n + j] = to[j * n + i];
 }
 
-static void iterate(float *x, int64_t r, int64_t c, float *scratch) {
-  float *a = scratch, *b = a + r * r, *p = b + r * r;
-  p += (-(uintptr_t)p % 64) / sizeof(float);
-  float *q = p + panels(r) * COLUMNS * c;
-  memset(a, 0, sizeof(float) * r * r);
-  for (int i = 0; i < ITERATIONS; i++) {
-    pack(p, (Operand){x, c, 1}, r, c);
-    multiply(a, a, 0, 1, p, p, r, r, c);
-    pack(p, (Operand){a, 1, r}, r, r); /* a symmetric matrix is its transpose */
-    multiply(b, a, COEFFICIENTS[1], COEFFICIENTS[2], p, p, r, r, r);
-    pack(p, (Operand){b, 1, r}, r, r);
-    pack(q, (Operand){x, 1, c}, c, r);
-    multiply(x, x, COEFFICIENTS[0], 1, p, q, r, c, r);
-  }
+/* Groups of an operand m x k, as rows or panels, and beyond it what tiles may read. */
+static int64_t groups_for(int64_t m, int64_t k) {
+  return times(rounded_up(m, TILE_ROWS), groups_of(k));
 }
 
-/* Entries of the scratch memory of an r x c matrix: X, A, B and the panels of two operands. */
+static void iterate(float *x, int64_t r, int64_t c, float *scratch) {
+  float *a = scratch, *b = a + r * r;
+  Group *p = (Group *)(b + r * r);
+  p += (-(uintptr_t)p % 64) / sizeof(Group);
+  Group *q = p + groups_for(r, c), *x_panels = q + groups_for(r, c);
+  memset(a, 0, sizeof(float) * r * r);
+  const int tiles = has_tiles();
+  if (tiles) set_up_tiles();
+  for (int i = 0; i < ITERATIONS; i++) {
+    to_rows(p, x, r, c);
+    to_panels(q, p, r, groups_of(c));
+    to_panels_of_transpose(x_panels, p, r, c);
+    multiply(a, a, 0, 1, p, q, r, r, c, 1, tiles);
+    to_rows(p, a, r, r);
+    to_panels(q, p, r, groups_of(r));
+    multiply(b, a, COEFFICIENTS[1], COEFFICIENTS[2], p, q, r, r, r, 1, tiles);
+    to_rows(p, b, r, r);
+    multiply(x, x, COEFFICIENTS[0], 1, p, x_panels, r, c, r, 0, tiles);
+  }
+  if (tiles) _tile_release();
+}
+
+/* Entries of the scratch memory of an r x c matrix: X, A, B and three operands. */
 static int64_t entries_for(int64_t r, int64_t c) {
-  const int64_t p = times(panels(r) * COLUMNS, c), q = times(panels(c) * COLUMNS, r);
-  return plus(plus(times(r, c), times(2, times(r, r))), plus(plus(p, q), 32));
+  const int64_t operands = plus(times(2, groups_for(r, c)), groups_for(c, r));
+  return plus(plus(times(r, c), times(2, times(r, r))), plus(operands, 32));
 }
 
 static int64_t rows_of(const XLA_FFI_Buffer *x) { return x->dims[x->rank - 2]; }
