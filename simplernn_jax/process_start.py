@@ -15,6 +15,7 @@ swallow. `training.interruption` replaces these handlers while a run takes steps
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -72,6 +73,8 @@ def start(root: str, *, resumes: bool = False) -> None:
     if not _is_observed():  # a debugger expects Python's own handlers
         for number in signals:
             signal.signal(number, _stop)
+        # Python restores the default handlers when it ends: a signal would replace the exit code.
+        atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, signals)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     _check_environment_variables()
 

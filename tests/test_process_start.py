@@ -160,6 +160,20 @@ def test_a_signal_ends_the_process_at_once(script, resumes, started, number, cod
     assert ("the same command" in errors) == resumes
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_python_ends_does_not_change_the_exit_code(script, number):
+    ending = (
+        "import os, sys\n"
+        "class Last:\n"
+        "    def __del__(self, kill=os.kill, process=os.getpid()):\n"
+        f"        kill(process, {int(number)})\n"
+        "last = Last()\n"
+        "sys.exit(75)\n"
+    )
+    script.write_text(script.read_text() + ending)
+    assert run(script).returncode == 75
+
+
 @with_huge_pages
 def test_a_signal_while_the_process_is_replaced_is_handled_afterwards(script):
     text = script.read_text().replace(

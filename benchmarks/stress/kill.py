@@ -7,10 +7,13 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.training.metrics import read_metrics
 
 from .experiment import Case
 from .runs import (
@@ -33,6 +36,8 @@ from .runs import (
 _SAVES_WITHIN = 10.0
 """Seconds in which an interrupted run must save and exit, once its programs are compiled."""
 _COMPILES_WITHIN = 60.0
+_PYTHON_STARTS_WITHIN = 0.5
+"""Seconds in which Python itself, which has its own handlers of signals, starts."""
 
 VARIANTS = {
     "stream": (),
@@ -48,6 +53,9 @@ VARIANTS = {
 }
 """Flags of the runs that are killed, one after the other."""
 
+INTERRUPTED = VARIANTS | {"evaluation": ("--config.train.eval_every=1",)}
+"""Flags of the runs that get a signal; most of the time of the last ones are evaluations."""
+
 Run = Callable[[], contextlib.AbstractContextManager[list[Process]]]
 Interruption = Callable[[Path, random.Random, Run], tuple[str, str | None, str]]
 """``(workdir, draw, start) -> (description, problem, kind)``; ``start()`` starts or resumes."""
@@ -59,18 +67,33 @@ def kill(folder: Path, count: int, seed: int) -> Iterator[Case]:
     Of ten runs, one is killed while it reads its checkpoint, one while it compiles, and three at
     random moments.
     """
-    return _interrupt_runs(folder, count, seed, _kill_a_run)
+    return _interrupt_runs(folder, count, seed, VARIANTS, _kill_a_run)
 
 
 def signals(folder: Path, count: int, seed: int) -> Iterator[Case]:
-    """Send SIGTERM or SIGINT at random moments, to every third run twice."""
-    return _interrupt_runs(folder, count, seed, _interrupt_a_run)
+    """Send SIGTERM or SIGINT at random moments, to every third run twice.
+
+    Every fifth run compiles all of its programs, and gets the signal meanwhile.
+    """
+    return _interrupt_runs(folder, count, seed, INTERRUPTED, _interrupt_a_run)
 
 
-def _interrupt_runs(folder: Path, count: int, seed: int, interrupt: Interruption) -> Iterator[Case]:
+def _interrupt_runs(
+    folder: Path,
+    count: int,
+    seed: int,
+    flags_of: Mapping[str, Sequence[str]],
+    interrupt: Interruption,
+) -> Iterator[Case]:
     """Interrupt and resume `count` runs, which must end as those that nothing interrupts."""
-    variants = list(VARIANTS)[:count]
-    flags = {name: [flag.format(folder=folder) for flag in VARIANTS[name]] for name in variants}
+    variants = list(flags_of)[:count]
+    flags = {
+        name: [
+            "--config.train.log_every=1",
+            *(flag.format(folder=folder) for flag in flags_of[name]),
+        ]
+        for name in variants
+    }
     if "fine-tuning" in variants:
         train(folder / "pretrained")
     expected: dict[str, Any] = {}
@@ -84,7 +107,8 @@ def _interrupt_runs(folder: Path, count: int, seed: int, interrupt: Interruption
         workdir = folder / str(number)
         draw = random.Random(f"{seed} {number}")
         programs = folder / "programs"
-        if interrupt is _kill_a_run and _moment(number) == "while compiling":
+        compiles = _moment(number) == "while compiling"
+        if compiles if interrupt is _kill_a_run else number % 5 == 0:
             programs = workdir.with_suffix(".programs")  # whose rest the resumed run meets
         options: Any = {"flags": flags[name]}
         options["environment"] = {"JAX_COMPILATION_CACHE_DIR": str(programs)}
@@ -180,25 +204,47 @@ def _stop_inside_a_save(workdir: Path, process: Process, draw: random.Random) ->
 
 def _interrupt_a_run(workdir: Path, draw: random.Random, start: Run) -> tuple[str, str | None, str]:
     """Send a signal, or two soon after each other, and wait for the run's end."""
+    number = int(workdir.name)
     sent = draw.choice([signal.SIGTERM, signal.SIGINT])
-    is_twice = int(workdir.name) % 3 == 0
+    is_twice = number % 3 == 0
+    began = time.monotonic()
     with start() as (process,):
-        when = wait_for_a_moment(workdir, [process], draw)
+        if number % 5 == 0:
+            when = _wait_for_compilation(workdir, process, draw)
+        else:
+            when = wait_for_a_moment(workdir, [process], draw)
+        has_workdir, steps = workdir.exists(), _recorded_steps(workdir)
         send(process, sent)
+        sent_after = time.monotonic() - began
         if is_twice:
             time.sleep(draw.uniform(0, 1))
             send(process, sent)
-        has_begun = any(workdir.glob("checkpoints/*"))
         started = time.monotonic()
-        code = exit_code(process, _SAVES_WITHIN if has_begun else _COMPILES_WITHIN)
+        code = exit_code(process, _SAVES_WITHIN if steps else _COMPILES_WITHIN)
     took = f"{time.monotonic() - started:.1f} s"
+    log, saved = log_of(workdir), CheckpointFolder(str(workdir)).complete_steps()
+    allowed = {75}
+    if STEPS in saved:
+        allowed.add(0)  # it had just ended
+    if sent == signal.SIGINT and not has_workdir:
+        allowed.add(130)
+    if sent_after < _PYTHON_STARTS_WITHIN:
+        allowed |= {-sent, 128 + sent, 1}
     problem = None
     if code is None:
         problem = f"has not ended within {took}"
-    # 0: it had just ended; 130 and 143: before there was anything to save, or hard the second time.
-    elif code not in (0, 75, 130, 143, -signal.SIGINT, -signal.SIGTERM):
-        problem = f"ended with code {code}: {log_of(workdir)[-500:]}"
-    elif "Traceback" in log_of(workdir):
-        problem = f"a traceback: {log_of(workdir)[-500:]}"
-    kind = f"{'two ' if is_twice else 'one '}{sent.name}"
-    return f"{kind} {when}, code {code} after {took}", problem, kind
+    elif code not in allowed:
+        problem = f"ended with code {code}: {log[-500:]}"
+    elif "Traceback" in log and sent_after >= _PYTHON_STARTS_WITHIN:
+        problem = f"a traceback: {log[-500:]}"
+    elif not is_twice and max(saved, default=0) < steps:
+        problem = f"step {steps} was recorded, and no later one than {saved} is saved"
+    kind = f"{'two' if is_twice else 'one'} {sent.name}"
+    kind += " while compiling" if when == "while compiling" else ""
+    return f"{kind}, sent {when}, code {code} after {took}", problem, kind
+
+
+def _recorded_steps(workdir: Path) -> int:
+    """Last step in the metrics of a run; 0 before the first one."""
+    rows = read_metrics(str(workdir))
+    return max((row["step"] for row in rows if row["kind"] == "train"), default=0)
