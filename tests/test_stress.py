@@ -23,9 +23,19 @@ def test_failures_are_reported(tmp_path, capsys):
     assert lines[0] == "losing: two: is lost"
     assert lines[1].startswith("losing: 3 cases, 1 failed (2 a, 1 b); ")
     text = table([summary], {"losing": experiment}, 7)
-    assert "| `losing` | nothing is lost | 3 | 1 | 0 |" in text
+    assert "| `losing` | nothing is lost | 3 | 1 | 2 a, 1 b | 0 |" in text
     nothing = Experiment("it runs", lambda *_: iter([]), 1, 1)
     assert run_experiment("nothing", nothing, tmp_path / "nothing", 1, 0).failures
+
+
+def test_an_exception_of_an_experiment_is_its_last_failure(tmp_path, capsys):
+    def run(*_):
+        yield Case("one", None)
+        raise RuntimeError("no compiler")
+
+    summary = run_experiment("raising", Experiment("it runs", run, 3, 1), tmp_path / "a", 3, 7)
+    assert (summary.cases, len(summary.failures)) == (1, 1)
+    assert "RuntimeError: no compiler" in capsys.readouterr().out
 
 
 def test_damage_stays_in_its_folder(tmp_path):
@@ -41,7 +51,8 @@ def test_damage_stays_in_its_folder(tmp_path):
         shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
         what.add(damage_file(tmp_path / "damaged", random.Random(seed)))
         assert (tmp_path / "whole").stat().st_ino == inode
-    assert "swap the folder of c" in what
+    assert {"swap the folder of a/b/e", "delete c"} & what
+    assert "swap the folder of c" not in what  # which changes nothing in the folder
 
 
 def test_memory_of_a_process_that_has_just_ended():

@@ -13,6 +13,8 @@ from flax import nnx
 
 from simplernn_jax import load_model
 from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.config import Config
+from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.models import LanguageModel
 
 from .experiment import Case
@@ -27,6 +29,10 @@ _RESUMED = 6
 """One case in so many resumes the run, which takes longer than to load its model."""
 
 
+_NEEDED = ("checkpoints/", "config.json")
+"""Where damage may be refused; all other files are for readers of the results."""
+
+
 def workdir(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """Damage one to three files of a workdir; then load its model, or run it to the end again."""
     config = small_config(folder, steps=_STEPS, save_every=3, eval_every=3)
@@ -34,16 +40,21 @@ def workdir(folder: Path, count: int, seed: int) -> Iterator[Case]:
     run_quietly(config, whole)
     expected = read_checkpoint(whole)
     steps = CheckpointFolder(str(whole)).steps()
-    models = {parameters_of(load_model(str(whole), step)[0]) for step in steps}
+    models = [_contents_of(load_model(str(whole), step)) for step in steps]
+    refusals: list[str] = []
 
     def load() -> str | None:
-        found = outcome(lambda: load_model(str(damaged))[0])
-        is_right = isinstance(found, str) or parameters_of(found) in models
-        return None if is_right else "other parameters than those of any checkpoint"
+        found = outcome(lambda: load_model(str(damaged)))
+        if isinstance(found, str):
+            refusals.append(found)
+            return None
+        is_right = _contents_of(found) in models
+        return None if is_right else "another model than that of any checkpoint"
 
     def resume() -> str | None:
         found = outcome(lambda: run_quietly(config, damaged))
         if isinstance(found, str):
+            refusals.append(found)
             return None
         return difference(read_checkpoint(damaged), expected)
 
@@ -54,21 +65,50 @@ def workdir(folder: Path, count: int, seed: int) -> Iterator[Case]:
         # Where the newest checkpoint is intact, a resumed run has nothing to do.
         newest = damaged / "checkpoints" / str(_STEPS)
         folders = [newest if is_resumed else damaged, damaged, damaged]
-        what = " and ".join(damage_file(f, draw) for f in folders[: draw.choice([1, 1, 2, 3])])
+        whats = [damage_file(f, draw, damaged) for f in folders[: draw.choice([1, 1, 2, 3])]]
+        refusals.clear()
         problem = watched(resume if is_resumed else load)
-        yield Case(f"{number}: {what}", problem, "resumed" if is_resumed else "loaded")
+        if refusals and not any(place in what for place in _NEEDED for what in whats):
+            problem = f"refused without need: {refusals[0]}"
+        kind = f"{'resumed' if is_resumed else 'loaded'}{', refused' if refusals else ''}"
+        yield Case(f"{number}: {' and '.join(whats)}", problem, kind)
         shutil.rmtree(damaged)
 
 
-def damage_file(folder: Path, draw: random.Random) -> str:
-    """Damage one file below `folder`, and nothing beside it; return a description."""
-    files = _files(folder)
-    if not files:
-        return "no file is left"
-    path = draw.choice(files)
-    kind = draw.choice(list(_DAMAGES))
-    _DAMAGES[kind](path, folder, draw)
-    return f"{kind} {path.relative_to(folder)}"
+def damage_file(folder: Path, draw: random.Random, top: Path | None = None) -> str:
+    """Change one file below `folder`, and nothing beside it; return a description.
+
+    It names the file relative to `top`, by default the folder.
+    """
+    whole = contents(folder)
+    while True:
+        files = _files(folder)
+        if not files:
+            return "no file is left"
+        path = draw.choice(files)
+        kind = draw.choice(list(_DAMAGES))
+        _DAMAGES[kind](path, folder, draw)
+        if contents(folder) != whole:  # not a file that was swapped with itself
+            return f"{kind} {path.relative_to(top or folder)}"
+
+
+def contents(folder: Path) -> dict[str, bytes | str | None]:
+    """Content of each file below `folder`, target of each link; None for anything else."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path)
+        if path.is_symlink()
+        else path.read_bytes()
+        if is_regular(path)
+        else None
+        for path in folder.rglob("*")
+    }
+
+
+def _contents_of(
+    loaded: tuple[LanguageModel, Tokenizer, Config],
+) -> tuple[tuple[bytes, ...], str, Config]:
+    model, tokenizer, config = loaded
+    return parameters_of(model), tokenizer.to_json(), config
 
 
 def _files(folder: Path) -> list[Path]:
@@ -120,6 +160,15 @@ def _swap_folders(path: Path, folder: Path, draw: random.Random) -> None:
     aside.rename(other)
 
 
+def _link(path: Path, folder: Path, draw: random.Random) -> None:
+    """Replace by a link to another file, if there is one to that of another checkpoint."""
+    files = [other for other in _files(folder) if other != path]
+    alike = [other for other in files if other.name == path.name]
+    if files:
+        path.unlink()
+        path.symlink_to(draw.choice(alike or files))
+
+
 def _replace(make: Callable[[Path], Any]) -> Callable[[Path, Path, random.Random], None]:
     def replace(path: Path, folder: Path, draw: random.Random) -> None:
         path.unlink()
@@ -138,6 +187,7 @@ _DAMAGES: dict[str, Callable[[Path, Path, random.Random], None]] = {
     "put a folder in place of": _replace(os.mkdir),
     "put a link in place of": _replace(lambda path: os.symlink("/dev/zero", path)),
     "put a dangling link in place of": _replace(lambda path: os.symlink("nothing", path)),
+    "put a link to another file in place of": _link,
     "put a FIFO in place of": _replace(os.mkfifo),
 }
 

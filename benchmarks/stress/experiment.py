@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,29 +44,43 @@ class Summary:
 
     def line(self) -> str:
         """Summarize in one line."""
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()) if kind)
+        kinds = self.kinds_line()
         return (
             f"{self.name}: {self.cases} cases, {len(self.failures)} failed"
             + (f" ({kinds})" if kinds else "")
             + f"; {self.seconds:.0f} s"
         )
 
+    def kinds_line(self) -> str:
+        """List the kinds with their numbers of cases."""
+        return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.kinds.items()) if kind)
+
 
 def run_experiment(
     name: str, experiment: Experiment, folder: Path, count: int, seed: int
 ) -> Summary:
-    """Run cases of an experiment; print each failure as it comes, and the summary."""
+    """Run cases of an experiment; print each failure as it comes, and the summary.
+
+    An exception of the experiment itself is a failure, and its last case.
+    """
     start = time.monotonic()
     summary = Summary(name, 0, [], Counter(), 0.0)
     folder.mkdir()
-    for case in experiment.run(folder, count, seed):
-        summary.cases += 1
-        summary.kinds[case.kind] += 1
-        if case.problem is not None:
-            summary.failures.append(case)
-            print(f"{name}: {case.description}: {case.problem}", flush=True)
+
+    def fail(case: Case) -> None:
+        summary.failures.append(case)
+        print(f"{name}: {case.description}: {case.problem}", flush=True)
+
+    try:
+        for case in experiment.run(folder, count, seed):
+            summary.cases += 1
+            summary.kinds[case.kind] += 1
+            if case.problem is not None:
+                fail(case)
+    except Exception:
+        fail(Case("the experiment", traceback.format_exc().strip()))
     if not summary.cases:
-        summary.failures.append(Case("no case", "the experiment did not run"))
+        fail(Case("no case", "the experiment did not run"))
     summary.seconds = time.monotonic() - start
     print(summary.line(), flush=True)
     return summary
@@ -73,11 +88,11 @@ def run_experiment(
 
 def table(summaries: list[Summary], experiments: dict[str, Experiment], seed: int) -> str:
     """Format a Markdown table of the outcomes."""
-    lines = [f"Seed {seed}.", "", "| experiment | promise | cases | failed | s |"]
-    lines.append("|---|---|---:|---:|---:|")
+    lines = [f"Seed {seed}.", "", "| experiment | promise | cases | failed | kinds | s |"]
+    lines.append("|---|---|---:|---:|---|---:|")
     lines += [
         f"| `{s.name}` | {experiments[s.name].promise} | {s.cases:,} | {len(s.failures)} "
-        f"| {s.seconds:.0f} |"
+        f"| {s.kinds_line()} | {s.seconds:.0f} |"
         for s in summaries
     ]
     return "\n".join(lines) + "\n"
