@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from simplernn_jax.data.token_store import TokenizedCorpus, prepare_corpus
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.inference import generate
-from simplernn_jax.inference.exported_folder import load_exported
+from simplernn_jax.inference.exported_folder import RUN, WEIGHTS, load_exported
 from simplernn_jax.inference.state_file import load_state, save_state
 
 from .damage import HANG_SECONDS, damage_file, parameters_of, watched
@@ -86,7 +87,7 @@ def _make_stores(folder: Path) -> dict[str, _Store]:
     model, tokenizer, _ = load_model(str(folder / "run"))
     state = generate(model, [1, 2, 3], max_new_tokens=5).state
     tokens, states = folder / "tokens", folder / "states"
-    programs, exported = folder / "programs", folder / "exported"
+    programs = folder / "programs"
 
     def read_tokens() -> list[bytes]:
         return _tokens_of(prepare_corpus(config.data, 0, str(tokens), show_progress=False))
@@ -106,22 +107,33 @@ def _make_stores(folder: Path) -> dict[str, _Store]:
             raise UserError("compiled again")
         return found
 
-    def write_export() -> None:
-        trained = TrainedModel(model, tokenizer, config, str(folder / "run"))
-        find_format("safetensors").write(trained, exported)
-        (exported / "config.json").unlink()  # for other programs
-
-    def read_export() -> tuple[Any, ...]:
-        model, tokenizer, config = load_exported(str(exported))
-        return parameters_of(model), tokenizer.to_json(), config
-
+    trained = TrainedModel(model, tokenizer, config, str(folder / "run"))
+    has_transformers = find_spec("torch") is not None and find_spec("transformers") is not None
+    formats = ["safetensors", "huggingface"] if has_transformers else ["safetensors"]
+    exports = {name: _export(trained, name, folder / "exports" / name) for name in formats}
     return {
         "tokens": _Store(tokens, read_tokens, read_tokens),
         "state": _Store(states, write_state, read_state),
         "program": _Store(programs, write_program, read_program),
-        "export": _Store(exported, write_export, read_export),
+        **exports,
         _C_CODE: _native_library(folder / "native"),
     }
+
+
+def _export(trained: TrainedModel, name: str, folder: Path) -> _Store:
+    """Make a store of what `load_exported` reads of an export."""
+    whole, damaged = folder / "whole", folder / "damaged"
+    whole.mkdir(parents=True)
+    find_format(name).write(trained, whole)
+    for path in whole.iterdir():
+        if path.name not in (RUN, WEIGHTS):  # for other programs
+            path.unlink()
+
+    def read() -> tuple[Any, ...]:
+        model, tokenizer, config = load_exported(str(damaged))
+        return parameters_of(model), tokenizer.to_json(), config
+
+    return _Store(damaged, lambda: shutil.copytree(whole, damaged, dirs_exist_ok=True), read)
 
 
 def _native_library(folder: Path) -> _Store:
