@@ -20,19 +20,23 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 WITHIN = 120.0
 """Seconds in which a run must end."""
 _ALL = 10**9
+_NOT_REACHED = "not reached"
+"""Kind of the runs that end before the call that would fail: threads vary the number of calls."""
 
 
 def full_disk(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """Let each call of a run that writes fail: alone, with some that follow, or with all of them.
 
     Calls are counted below a folder that holds the tokenized text and the workdir, and in every
-    tenth run also the compiled programs, which all other runs share.
+    tenth run also the compiled programs, which all other runs share. No call is drawn twice before
+    each has been drawn once.
     """
     library = preload.build("failing_writes", folder)
     alone = folder / "alone" / "run"
     alone.parent.mkdir()
     train(alone, flags=FLAGS, environment=_environment(alone, library))
     expected, num_calls = read_checkpoint(alone), preload.read_calls(_record(alone))[0]
+    print(f"full_disk: {num_calls} calls of the run write", flush=True)
     numbers = random.Random(seed).sample(range(num_calls), num_calls)
 
     def run_case(number: int) -> Case:
@@ -46,8 +50,11 @@ def full_disk(folder: Path, count: int, seed: int) -> Iterator[Case]:
         environment = _environment(workdir, library, first, fails, error, is_cold)
         kind = {1: "one call", _ALL: "all from one on"}.get(fails, "some calls")
         what, problem = _run_and_resume(workdir, environment, expected)
+        if what.startswith(_NOT_REACHED):
+            kind = _NOT_REACHED
         shutil.rmtree(workdir.parent)
-        description = f"run {number}, {errno.errorcode[error]} in call {first}, {kind}, {what}"
+        name = errno.errorcode[error]
+        description = f"run {number}, {name} in call {first} of {num_calls}, {kind}, {what}"
         return Case(description, problem, kind)
 
     with ThreadPoolExecutor(PARALLEL) as pool:
@@ -62,7 +69,7 @@ def _run_and_resume(
         code = exit_code(process, WITHIN)
     log = log_of(workdir)
     failed = preload.read_calls(_record(workdir))[1]
-    what = f"{failed or 'not reached'}, code {code}"
+    what = f"{failed or _NOT_REACHED}, code {code}"
     if code is None:
         return what, f"has not ended within {WITHIN:.0f} s: {log[-500:]}"
     errors = [line for line in log.splitlines() if line.startswith("error: ")]

@@ -51,14 +51,21 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
     return next((f"{name} differs" for name in names), None)
 
 
-def distance(found: dict[str, Any], expected: dict[str, Any]) -> float:
-    """Norm of all differences of the parameters, relative to that of the expected ones."""
-    names = [name for name in expected if name.startswith("params/")]
-    ours, theirs = (
-        np.concatenate([np.frombuffer(values[n][2], values[n][0]) for n in names]).astype(float)
-        for values in (found, expected)
-    )
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+def distances(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """Norms of all differences of the parameters, the optimizer state etc., relative to theirs."""
+    groups: dict[str, list[str]] = {}
+    for name, value in expected.items():
+        if isinstance(value, tuple) and value[0].startswith("float"):
+            groups.setdefault(name.split("/")[0], []).append(name)
+    result = {}
+    for group, names in groups.items():
+        ours, theirs = (
+            np.concatenate([np.frombuffer(values[n][2], values[n][0]) for n in names]).astype(float)
+            for values in (found, expected)
+        )
+        norm = max(float(np.linalg.norm(theirs)), 1e-30)
+        result[group] = float(np.linalg.norm(ours - theirs)) / norm
+    return result
 
 
 def bytes_of(tree: Any) -> tuple[bytes, ...]:
