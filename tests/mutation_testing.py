@@ -7,7 +7,7 @@ Samples places in `ROOMS`, changes one at a time in a clone of the last commit, 
 files that name the changed module or what it defines, most mentions first, until one fails. Places
 are drawn with equal probability, then one of the operators of cosmic-ray that apply there. A mutant
 that survives is printed; it may be equivalent to the original, such as another bound that no value
-lies between.
+lies between. C code is not mutated.
 """
 
 import argparse
@@ -36,6 +36,8 @@ MAX_FILES = 8
 SECONDS = 900
 """Time after which a mutant counts as killed: it hangs."""
 TIMED_OUT = 124
+KILLED = (1, 2, TIMED_OUT)
+"""Exit codes of pytest for a test or an import that fails, and of the time limit."""
 
 
 def sample(count, seed):
@@ -74,27 +76,40 @@ def tests_of(module):
     return [str(path.relative_to(ROOT)) for path in chosen]
 
 
+def run_tests(clone, module):
+    """Run the tests of a module in a clone; return the exit code."""
+    environment = {**os.environ, "PYTHONPATH": str(clone), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", *tests_of(module)],
+            cwd=clone,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=SECONDS,
+            check=False,
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return TIMED_OUT
+
+
 def outcome(clone, mutant):
     """Run the tests of a mutant in a clone; return a row of the result."""
     module, line, operator, occurrence = mutant
     before = (clone / module).read_text().splitlines()[line - 1].strip()
-    environment = {**os.environ, "PYTHONPATH": str(clone), "PYTHONDONTWRITEBYTECODE": "1"}
     with use_mutation(clone / module, get_operator(operator)(), occurrence) as (_, changed):
         after = changed.splitlines()[line - 1].strip()
-        command = [sys.executable, "-m", "pytest", "-x", "-q"]
-        try:
-            code = subprocess.run(
-                [*command, *tests_of(module)],
-                cwd=clone,
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=SECONDS,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = TIMED_OUT
+        code = run_tests(clone, module)
+    if code and code not in KILLED:
+        raise RuntimeError(f"the tests of {module} end with code {code}")
     return {"module": module, "line": line, "before": before, "after": after, "code": code}
+
+
+def cloned(folder):
+    """Clone the last commit into a folder."""
+    clone = Path(folder, "clone")
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    return clone
 
 
 def main():
@@ -106,13 +121,14 @@ def main():
     parser.add_argument("--out", type=Path, default=None, help="file for a row of each mutant")
     flags = parser.parse_args()
     mutants = sample(flags.count, flags.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        if run_tests(cloned(folder), mutants[0][0]):
+            sys.exit("the tests fail without a mutation")
     rows = []
 
     def run(mutant):
         with tempfile.TemporaryDirectory() as folder:
-            clone = Path(folder, "clone")
-            subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-            row = outcome(clone, mutant)
+            row = outcome(cloned(folder), mutant)
         rows.append(row)
         if flags.out is not None:
             flags.out.write_text("".join(f"{json.dumps(row)}\n" for row in rows))

@@ -80,7 +80,7 @@ EXPERIMENTS = {
     "full_disk": Experiment(
         "a run in which any write fails ends in one line, and resumes to the same bytes",
         full_disk.full_disk,
-        full=400,
+        full=600,
         quick=3,
     ),
     "fuzz": Experiment(
