@@ -138,6 +138,7 @@ def test_templates_come_from_files(tmp_path):
         ([{"role": "tool", "content": "a"}], "the role 'tool'; known are system, user, assistant"),
         ([{"role": "user", "content": 3}], "no text"),
         (talk(("\x04", None)), "control characters"),
+        (talk(("a", "\ud83d")), "half a surrogate pair"),
     ],
 )
 def test_bad_conversations_are_named(tmp_path, value, problem):
@@ -146,6 +147,12 @@ def test_bad_conversations_are_named(tmp_path, value, problem):
         read_all(path, template="roles")
     whole = read_all(path, template="roles", max_bad_records=1)
     assert [*whole.values()] == ["\x02a\x04\x03b\x04"]
+
+
+def test_invalid_characters_of_a_message_are_replaced(tmp_path):
+    path = write(tmp_path / "a.jsonl", records({"messages": talk(("a", "\ud83d!"))}))
+    (text,) = read_all(path, template="roles", encoding_errors="replace").values()
+    assert text == "\x02a\x04\x03\ufffd!\x04"
 
 
 def test_conversations_come_as_jsonl(tmp_path):
