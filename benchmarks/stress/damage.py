@@ -29,8 +29,9 @@ _RESUMED = 6
 """One case in so many resumes the run, which takes longer than to load its model."""
 
 
-_NEEDED = ("checkpoints/", "config.json")
-"""Where damage may be refused; all other files are for readers of the results."""
+_NEEDED = ("checkpoints/", "config.json", "swap the folder")
+"""Damage that may be refused, also of a folder that was swapped with that of the checkpoints; all
+other files are for readers of the results."""
 
 
 def workdir(folder: Path, count: int, seed: int) -> Iterator[Case]:
