@@ -33,12 +33,13 @@ SAVES = 40
 """Of a run, however long: what `tensorstore.Spec.to_json` (0.1.86) returns, 2 kB, is never freed,
 and Orbax calls it for each array. The 20 saves between those samples add 2 MiB."""
 MAX_SLOWDOWN = 1.5
-"""Time per step in the last quarter over that in the second, each of its fastest rows: another
-process on the machine slows down single rows."""
+"""Time per step, or of a request, in the last quarter over that in the second, each of the fastest:
+another process on the machine slows down single ones."""
 MAX_POOL = min(32, (os.cpu_count() or 1) + 4)
 """Threads of the pool of asyncio, which starts one whenever none is idle, up to this number."""
 _LOG_EVERY, _EVALUATE_EVERY, _SAMPLE_EVERY = 10, 50, 100
 _CLIENTS = 8
+_TIMED = 5
 
 _Value = TypeVar("_Value")
 
@@ -49,6 +50,8 @@ class Sample(NamedTuple):
     memory: float
     files: int
     threads: int
+    seconds: float = 0.0
+    """Fastest of some equal requests to a server."""
 
 
 def soak(folder: Path, count: int, seed: int) -> Iterator[Case]:
@@ -79,9 +82,7 @@ def _train(workdir: Path, num_steps: int) -> Iterator[Case]:
     yield Case(f"{num_steps:,} steps, exit code {process.returncode}", problem)
     rows = [row for row in read_metrics(str(workdir)) if row["kind"] == "train"]
     _, second, _, last = _quarters([row["tokens_per_second"] for row in rows])
-    slowdown = max(second) / max(last)
-    problem = None if slowdown <= MAX_SLOWDOWN else "slower"
-    yield Case(f"{num_steps:,} steps, {slowdown:.2f} times the time per step", problem)
+    yield _compare_times(f"{num_steps:,} steps", max(second) / max(last))
 
 
 def _serve(folder: Path, number: int, seed: int) -> Iterator[Case]:
@@ -97,6 +98,8 @@ def _serve(folder: Path, number: int, seed: int) -> Iterator[Case]:
     yield Case(f"{number:,} requests, exit code {ended}", None if ended is None else "ended")
     yield Case(f"{number:,} requests, {len(wrong)} wrong answers", "; ".join(wrong[:5]) or None)
     yield from _compare(f"{number:,} requests", samples, MAX_GROWTH, MAX_POOL)
+    _, second, _, last = _quarters([sample.seconds for sample in samples])
+    yield _compare_times(f"{number:,} requests", min(last) / min(second))
 
 
 async def _send_all(url: str, pid: int, number: int, seed: int) -> tuple[list[Sample], list[str]]:
@@ -109,8 +112,19 @@ async def _send_all(url: str, pid: int, number: int, seed: int) -> tuple[list[Sa
                 wrong.append(problem)
         if not start % (5 * _CLIENTS):
             await _wait_until_idle(url)
-            samples.append(_sample(pid))
+            seconds = await _time_request(url)
+            samples.append(_sample(pid)._replace(seconds=seconds))
     return samples, wrong
+
+
+async def _time_request(url: str) -> float:
+    """Time of the fastest of some equal requests."""
+    times = []
+    for _ in range(_TIMED):
+        start = time.perf_counter()
+        await _answer(url, "POST", "/v1/completions", {"prompt": "abc", "max_tokens": 20})
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 async def _wait_until_idle(url: str) -> None:
@@ -185,6 +199,11 @@ def _compare(
         growth = min(getattr(s, name) for s in last) - min(getattr(s, name) for s in second)
         problem = None if growth <= bound else f"{growth:,.0f} more than before"
         yield Case(f"{what}, {name} {growth:+,.0f}", problem)
+
+
+def _compare_times(what: str, slowdown: float) -> Case:
+    problem = None if slowdown <= MAX_SLOWDOWN else "slower"
+    return Case(f"{what}, {slowdown:.2f} times the time of each", problem)
 
 
 def _quarters(values: Sequence[_Value]) -> list[Sequence[_Value]]:
