@@ -94,10 +94,15 @@ def client(server):
     return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
 
 
-# Independent of the versions of Python and JAX: minutes, spent on the oldest Python only.
+# Independent of the versions of Python and JAX: minutes, spent on the oldest Python only. Other
+# benchmarks are tested on each.
 ON_THE_OLDEST_PYTHON = (
+    "tests/test_benchmark_attention.py",
     "tests/test_chat_config.py::test_a_trained",
     "tests/test_docs.py::test_blocks_run",
+    "tests/test_growth_benchmark.py",
+    "tests/test_ladder.py",
+    "tests/test_scaling_benchmark.py",
     "tests/test_tutorial.py::test_the_cells_run",
 )
 LONGEST = ("test_docs", "test_many_processes", "test_chat_config", "test_serving_lm_eval")
