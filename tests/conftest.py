@@ -16,6 +16,8 @@ if version("jaxlib").startswith("0.10."):  # a third of the time; later ones lac
 elif platform.machine() == "x86_64":  # 6 % of the time of compilation
     os.environ["XLA_FLAGS"] += " --xla_cpu_max_isa=AVX2"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# PyTorch's threads wait for each other in loops, while other workers need the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
 import jax
