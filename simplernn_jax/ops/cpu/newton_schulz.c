@@ -8,9 +8,8 @@
    `base` takes 1.4 times as long to its first step, and 2 to 4 % longer per step.
 
    Operands of the products are rounded to bfloat16, in which some processors multiply several times
-   as fast (AVX-512 BF16, AMX); sums and X stay in float32. Of the symmetric A and B only the upper
-   tiles are computed. Threads take whole matrices, and one thread computes a matrix in one order:
-   results are deterministic.
+   as fast (AVX-512 BF16, AMX); sums and X stay in float32. Threads take whole matrices, and one thread
+   computes a matrix in one order: results are deterministic.
 
    Arguments and results are the same number of float32 arrays [..., m, n], row-major. */
 
@@ -186,14 +185,15 @@ static void multiply_tile(const Group *p, const Group *q, int64_t groups, float 
 
 /* to = by_old old + by_product P Q, for rows of P, m x k, and panels of Q, k x n; `old` and `to` are
    m x n, and the same or apart. If the product is symmetric, what is above the diagonal is computed
-   and mirrored. */
+   and mirrored; to compute it all with tiles takes less time. */
 static void multiply(float *to, const float *old, float by_old, float by_product, const Group *p,
                      const Group *q, int64_t m, int64_t n, int64_t k, int is_symmetric, int tiles) {
   float sums[TILE_ROWS * COLUMNS] __attribute__((aligned(64)));
   const int64_t groups = groups_of(k), height = tiles ? TILE_ROWS : ROWS;
+  const int is_mirrored = is_symmetric && !tiles;
   for (int64_t column = 0; column < n; column += COLUMNS)
     for (int64_t row = 0; row < m; row += height) {
-      if (is_symmetric && row >= column + COLUMNS) break;
+      if (is_mirrored && row >= column + COLUMNS) break;
       if (tiles)
         multiply_tile(p + row * groups, q + column * groups, groups, sums);
       else
@@ -205,7 +205,7 @@ static void multiply(float *to, const float *old, float by_old, float by_product
           to[start + j] = by_old * old[start + j] + by_product * sums[i * COLUMNS + j];
       }
     }
-  if (is_symmetric)
+  if (is_mirrored)
     for (int64_t i = 1; i < m; i++)
       for (int64_t j = 0; j < i; j++) to[i * n + j] = to[j * n + i];
 }
@@ -229,7 +229,7 @@ static void iterate(float *x, int64_t r, int64_t c, float *scratch) {
     to_panels_of_transpose(x_panels, p, r, c);
     multiply(a, a, 0, 1, p, q, r, r, c, 1, tiles);
     to_rows(p, a, r, r);
-    to_panels(q, p, r, groups_of(r));
+    to_panels_of_transpose(q, p, r, r); /* A is its own transpose, and this is faster */
     multiply(b, a, COEFFICIENTS[1], COEFFICIENTS[2], p, q, r, r, r, 1, tiles);
     to_rows(p, b, r, r);
     multiply(x, x, COEFFICIENTS[0], 1, p, x_panels, r, c, r, 0, tiles);
@@ -251,6 +251,15 @@ static int64_t matrices_in(const XLA_FFI_Buffer *x) {
   return size == 0 ? 0 : entries_of(x) / size;
 }
 
+/* to = scale from^T, of an m x n matrix, in blocks that fit the cache. */
+static void transpose(float *to, const float *from, int64_t m, int64_t n, float scale) {
+  enum { BLOCK = 16 };
+  for (int64_t row = 0; row < m; row += BLOCK)
+    for (int64_t column = 0; column < n; column += BLOCK)
+      for (int64_t j = column; j < least(column + BLOCK, n); j++)
+        for (int64_t i = row; i < least(row + BLOCK, m); i++) to[j * m + i] = scale * from[i * n + j];
+}
+
 static void run(const void *task, int64_t item, void *scratch) {
   const Matrices *matrices = task;
   int64_t i = 0;
@@ -262,13 +271,15 @@ static void run(const void *task, int64_t item, void *scratch) {
   double sum = 0;
   for (int64_t j = 0; j < m * n; j++) sum += (double)from[j] * from[j];
   const float scale = 1 / ((float)sqrt(sum) + 1e-8f);
-  for (int64_t row = 0; row < m; row++)
-    for (int64_t column = 0; column < n; column++)
-      x[m > n ? column * c + row : row * c + column] = from[row * n + column] * scale;
+  if (m > n)
+    transpose(x, from, m, n, scale);
+  else
+    for (int64_t j = 0; j < m * n; j++) x[j] = from[j] * scale;
   iterate(x, r, c, x + r * c);
-  for (int64_t row = 0; row < m; row++)
-    for (int64_t column = 0; column < n; column++)
-      to[row * n + column] = x[m > n ? column * c + row : row * c + column];
+  if (m > n)
+    transpose(to, x, r, c, 1);
+  else
+    memcpy(to, x, sizeof(float) * m * n);
 }
 
 XLA_FFI_Error *simplernn_newton_schulz(XLA_FFI_CallFrame *frame) {
