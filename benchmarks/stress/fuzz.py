@@ -30,6 +30,8 @@ class Reader(NamedTuple):
     """Valid inputs."""
     read: Callable[[bytes], None]
     """Use the input; anything but a refusal is a defect, wrong results included."""
+    max_seconds: float = 5.0
+    """CPU time of an input."""
 
 
 def fuzz(folder: Path, count: int, seed: int) -> Iterator[Case]:

@@ -16,6 +16,7 @@ from simplernn_jax.config import DataConfig
 from simplernn_jax.data.chat_template import ChatTemplate, check_messages, load_template
 from simplernn_jax.data.corpora import open_corpus
 from simplernn_jax.data.mixture import parse_mixture
+from simplernn_jax.data.template_sandbox import MAX_SECONDS
 from simplernn_jax.data.tokenizer import ByteTokenizer, load_tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 
@@ -143,7 +144,8 @@ def _template_reader() -> Reader:
         list(template.pieces(check_messages(CHAT), only_assistant=True))
 
     templates = [CHATML.encode(), load_template("roles").encode()]
-    return Reader("chat template", templates, render)
+    # Compiled and rendered seven times, each within a bound of its own.
+    return Reader("chat template", templates, render, max_seconds=7 * MAX_SECONDS + 5)
 
 
 def in_file(path: Path, read: Callable[[], object]) -> Callable[[bytes], None]:

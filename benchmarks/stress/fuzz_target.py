@@ -38,8 +38,6 @@ with atheris.instrument_imports(
     from .mutation import mutated
 
 _REFUSALS = (UserError, RequestError, TemplateError)
-_MAX_SECONDS = 5.0
-"""CPU time of an input; a chat template may use up 1 s in each of several renderings."""
 _HANGS_AFTER = 300
 """Seconds after which libFuzzer ends this process, with the stack of each thread."""
 _MAX_GROWTH = 256
@@ -117,7 +115,7 @@ def _read(reader: Reader, content: bytes) -> tuple[str | None, str]:
         reason = f"{type(error).__name__}: {str(error)[:_SHOWN]}"
         problem = f"{reason} at {place.filename}:{place.lineno}"
     seconds = time.process_time() - start
-    if problem is None and seconds > _MAX_SECONDS:
+    if problem is None and seconds > reader.max_seconds:
         problem = f"took {seconds:.1f} s"
     return problem, kind
 
