@@ -73,8 +73,8 @@ def start(root: str, *, resumes: bool = False) -> None:
     if not _is_observed():  # a debugger expects Python's own handlers
         for number in signals:
             signal.signal(number, _stop)
-        # Python restores the default handlers when it ends: a signal would replace the exit code.
-        atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, signals)
+            # When Python ends it restores default handlers: a signal would replace the exit code.
+            atexit.register(signal.signal, number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     _check_environment_variables()
 

@@ -163,7 +163,8 @@ def test_a_signal_ends_the_process_at_once(script, resumes, started, number, cod
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_python_ends_does_not_change_the_exit_code(script, number):
     ending = (
-        "import os, sys\n"
+        "import os, sys, threading\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
         "class Last:\n"
         "    def __del__(self, kill=os.kill, process=os.getpid()):\n"
         f"        kill(process, {int(number)})\n"
