@@ -10,8 +10,10 @@ import pytest
 from processes import assert_each_refused
 
 from benchmarks.measure import resident_bytes
+from benchmarks.stress import damage
 from benchmarks.stress.damage import damage_file
 from benchmarks.stress.experiment import Case, Experiment, run_experiment, table
+from simplernn_jax.checkpoint.folder import CheckpointFolder
 
 
 def test_failures_are_reported(tmp_path, capsys):
@@ -36,6 +38,20 @@ def test_an_exception_of_an_experiment_is_its_last_failure(tmp_path, capsys):
     summary = run_experiment("raising", Experiment("it runs", run, 3, 1), tmp_path / "a", 3, 7)
     assert (summary.cases, len(summary.failures)) == (1, 1)
     assert "RuntimeError: no compiler" in capsys.readouterr().out
+
+
+def test_damage_that_nothing_detects_is_found(tmp_path, monkeypatch):
+    """Without checksums, parameters with a flipped bit are loaded."""
+    monkeypatch.setattr(damage, "_DAMAGES", {"flip a bit of": damage._flip})
+    assert all(case.problem is None for case in damage.workdir(new(tmp_path / "a"), 6, 1))
+    monkeypatch.setattr(CheckpointFolder, "find_corruption", lambda *_: None)
+    problems = [case.problem for case in damage.workdir(new(tmp_path / "b"), 20, 1)]
+    assert "another model than that of any checkpoint" in problems
+
+
+def new(folder):
+    folder.mkdir()
+    return folder
 
 
 def test_damage_stays_in_its_folder(tmp_path):
