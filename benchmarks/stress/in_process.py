@@ -48,13 +48,14 @@ def run_quietly(config: Config, workdir: Path) -> None:
 @contextlib.contextmanager
 def quiet() -> Any:
     """Drop what is printed and logged."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)
+    logger = logging.get_absl_logger()  # whose level `set_verbosity` would not restore
+    before = logger.level
+    logger.setLevel("CRITICAL")
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        logging.set_verbosity(before)
+        logger.setLevel(before)
 
 
 def outcome(call: Callable[[], Result]) -> Result | str:

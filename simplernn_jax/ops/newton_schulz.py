@@ -22,9 +22,8 @@ def newton_schulz(matrices: Sequence[jax.Array]) -> list[jax.Array]:
     """Return the approximate orthogonal polar factor of each matrix, ``[..., m, n]`` float32.
 
     Singular values become 0.7 to 1.2, but for those below about a thousandth of the norm. Each step
-    of the iteration is ``X <- (a + b X X^T + c (X X^T)^2) X``, in the smaller dimension. Operands
-    of matmuls are rounded to bfloat16, as in the published code, except for float64 matrices. On a
-    CPU, one C function computes all matrices.
+    of the iteration is ``X <- (a + b X X^T + c (X X^T)^2) X``, in the smaller dimension. On a CPU,
+    one C function computes all matrices; with AMX its operands have 16 bits.
     """
     for matrix in matrices:
         check_array("matrix", matrix, "... m n")
@@ -55,14 +54,6 @@ def _polar_factor(matrix: jax.Array) -> jax.Array:
     x = matrix.T if rows > columns else matrix
     x = x / (jnp.linalg.norm(x) + 1e-8)
     for _ in range(_ITERATIONS):
-        low_x = _operand(x)
-        a = low_x @ low_x.T
-        low_a = _operand(a)
-        b = COEFFICIENTS[1] * a + COEFFICIENTS[2] * (low_a @ low_a)
-        x = COEFFICIENTS[0] * x + _operand(b) @ low_x
+        a = x @ x.T
+        x = COEFFICIENTS[0] * x + (COEFFICIENTS[1] * a + COEFFICIENTS[2] * (a @ a)) @ x
     return x.T if rows > columns else x
-
-
-def _operand(x: jax.Array) -> jax.Array:
-    # XLA may drop a conversion to bfloat16 and back.
-    return x if x.dtype == jnp.float64 else jax.lax.reduce_precision(x, 8, 7)

@@ -7,9 +7,10 @@
    where a, b, c are `COEFFICIENTS`. As XLA's operations, of which there are some 15 per matrix,
    `base` takes 1.4 times as long to its first step, and 2 to 4 % longer per step.
 
-   Operands of the products are rounded to bfloat16, in which some processors multiply several times
-   as fast (AVX-512 BF16, AMX); sums and X stay in float32. Threads take whole matrices, and one thread
-   computes a matrix in one order: results are deterministic.
+   With AMX, which multiplies bfloat16 some ten times as fast as float32, each operand is the sum of
+   two numbers of bfloat16, and three products replace one: it has 16 bits in place of 24, of sums in
+   float32. Threads take whole matrices, and one thread computes a matrix in one order: results are
+   deterministic.
 
    Arguments and results are the same number of float32 arrays [..., m, n], row-major. */
 
@@ -17,10 +18,9 @@
 #include <math.h>
 #include <string.h>
 
-#ifdef __AVX512BF16__
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define HAS_AMX 1
 #include <immintrin.h>
-#endif
-#ifdef __AMX_BF16__
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -49,62 +49,76 @@ typedef struct {
   int64_t count;
 } Matrices;
 
-/* Entries of an operand that are consecutive along the contracted axis: two of bfloat16 where the
-   processor multiplies it, else one, as float32. */
+/* Entries of an operand that are consecutive along the contracted axis: two of bfloat16, or one of
+   float32. */
 typedef uint32_t __attribute__((may_alias)) Group;
-#ifdef __AVX512BF16__
+#ifdef HAS_AMX
 #define GROUP 2
-#define GROUPS 16 /* contracted by one instruction of AMX */
+#define GROUPS 16 /* contracted by one instruction */
+#define PARTS 2   /* whose sum is the operand; the second part is small */
+#define PRODUCTS 3
 #else
 #define GROUP 1
 #define GROUPS 1
+#define PARTS 1
+#define PRODUCTS 1
 #endif
+
+/* Parts of the left and the right operand of each product, the largest last. */
+static const int LEFT[] = {1, 0, 0}, RIGHT[] = {0, 1, 0};
+
+/* An operand: groups of its first part, and after `size` of them those of the second one. */
+typedef struct {
+  Group *groups;
+  int64_t size;
+} Operand;
 
 static inline int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 /* Groups of k entries, filled up with zeros. */
 static inline int64_t groups_of(int64_t k) { return rounded_up(rounded_up(k, GROUP) / GROUP, GROUPS); }
 
-#ifndef __AVX512BF16__
-/* Round to bfloat16, ties to even. */
-static inline Group rounded(float x) {
-  Group bits;
-  memcpy(&bits, &x, sizeof bits);
-  return x != x ? bits : (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
-}
-#endif
-
 /* Convert a matrix, m x k, to rows of groups [m, groups_of(k)]. */
-static void to_rows(Group *to, const float *from, int64_t m, int64_t k) {
+static void to_rows(Operand operand, const float *from, int64_t m, int64_t k) {
   const int64_t groups = groups_of(k);
+  Group *to = operand.groups;
   for (int64_t i = 0; i < m; i++, from += k, to += groups) {
+#ifdef HAS_AMX
     memset(to + k / GROUP, 0, sizeof(Group) * (groups - k / GROUP));
-#ifdef __AVX512BF16__
+    memset(to + operand.size + k / GROUP, 0, sizeof(Group) * (groups - k / GROUP));
     for (int64_t j = 0; j < k; j += LANES) {
       const __mmask16 inside = k - j < LANES ? (1 << (k - j)) - 1 : -1;
-      const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(inside, from + j));
-      _mm256_mask_storeu_epi16((uint16_t *)to + j, inside, low);
+      const __m512 x = _mm512_maskz_loadu_ps(inside, from + j);
+      const __m256i high = (__m256i)_mm512_cvtneps_pbh(x);
+      const __m512 rounded = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+      const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(x, rounded));
+      _mm256_mask_storeu_epi16((uint16_t *)to + j, inside, high);
+      _mm256_mask_storeu_epi16((uint16_t *)(to + operand.size) + j, inside, low);
     }
 #else
-    for (int64_t j = 0; j < k; j++) to[j] = rounded(from[j]);
+    memcpy(to, from, sizeof(float) * k);
 #endif
   }
 }
 
 /* From rows of groups [n, groups] to panels [n / COLUMNS, groups, COLUMNS]. */
-static void to_panels(Group *to, const Group *from, int64_t n, int64_t groups) {
-  for (int64_t i = 0; i < n; i++) {
-    Group *column = to + i / COLUMNS * COLUMNS * groups + i % COLUMNS;
-    for (int64_t j = 0; j < groups; j++) column[j * COLUMNS] = from[i * groups + j];
+static void to_panels(Operand operand, Operand rows, int64_t n, int64_t groups) {
+  for (int part = 0; part < PARTS; part++) {
+    const Group *from = rows.groups + part * rows.size;
+    Group *to = operand.groups + part * operand.size;
+    for (int64_t i = 0; i < n; i++) {
+      Group *column = to + i / COLUMNS * COLUMNS * groups + i % COLUMNS;
+      for (int64_t j = 0; j < groups; j++) column[j * COLUMNS] = from[i * groups + j];
+    }
   }
 }
 
-/* From rows of groups of a matrix, m x k, to the panels of its transpose. */
-static void to_panels_of_transpose(Group *to, const Group *from, int64_t m, int64_t k) {
+/* `to_panels_of_transpose` of one part. */
+static void transpose_groups(Group *to, const Group *from, int64_t m, int64_t k) {
   const int64_t stride = groups_of(k) * GROUP, groups = groups_of(m);
   for (int64_t first = 0; first < k; first += COLUMNS)
     for (int64_t j = 0; j < groups; j++, to += COLUMNS)
-#ifdef __AVX512BF16__
+#ifdef HAS_AMX
     {
       static const uint16_t zeros[COLUMNS];
       const uint16_t *entries = (const uint16_t *)from + first;
@@ -117,29 +131,39 @@ static void to_panels_of_transpose(Group *to, const Group *from, int64_t m, int6
 #endif
 }
 
+/* From rows of groups of a matrix, m x k, to the panels of its transpose. */
+static void to_panels_of_transpose(Operand operand, Operand rows, int64_t m, int64_t k) {
+  for (int part = 0; part < PARTS; part++)
+    transpose_groups(operand.groups + part * operand.size, rows.groups + part * rows.size, m, k);
+}
+
 /* Sums of ROWS rows, `groups` apart, times the columns of a panel. */
-static void multiply_rows(const Group *p, const Group *q, int64_t groups, float *sums) {
+static void multiply_rows(Operand rows, Operand panel, int64_t groups, float *sums) {
   Lanes tile[ROWS][2] = {0};
-  for (int64_t j = 0; j < groups; j++, q += COLUMNS) {
-    const Lanes left = ((const Lanes *)q)[0], right = ((const Lanes *)q)[1];
+  for (int product = 3 - PRODUCTS; product < 3; product++) {
+    const Group *p = rows.groups + LEFT[product] * rows.size;
+    const Group *q = panel.groups + RIGHT[product] * panel.size;
+    for (int64_t j = 0; j < groups; j++, q += COLUMNS) {
+      const Lanes left = ((const Lanes *)q)[0], right = ((const Lanes *)q)[1];
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; i++) {
-#ifdef __AVX512BF16__
-      const __m512bh pair = (__m512bh)_mm512_set1_epi32(p[i * groups + j]);
-      tile[i][0] = _mm512_dpbf16_ps(tile[i][0], pair, (__m512bh)left);
-      tile[i][1] = _mm512_dpbf16_ps(tile[i][1], pair, (__m512bh)right);
+      for (int i = 0; i < ROWS; i++) {
+#ifdef HAS_AMX
+        const __m512bh pair = (__m512bh)_mm512_set1_epi32(p[i * groups + j]);
+        tile[i][0] = _mm512_dpbf16_ps(tile[i][0], pair, (__m512bh)left);
+        tile[i][1] = _mm512_dpbf16_ps(tile[i][1], pair, (__m512bh)right);
 #else
-      float factor;
-      memcpy(&factor, p + i * groups + j, sizeof factor);
-      tile[i][0] += factor * left;
-      tile[i][1] += factor * right;
+        float factor;
+        memcpy(&factor, p + i * groups + j, sizeof factor);
+        tile[i][0] += factor * left;
+        tile[i][1] += factor * right;
 #endif
+      }
     }
   }
   memcpy(sums, tile, sizeof tile);
 }
 
-#ifdef __AMX_BF16__
+#ifdef HAS_AMX
 /* Ask Linux for the tile registers; false if it has none for this process. */
 static int has_tiles(void) {
   enum { REQUEST = 0x1023, TILE_DATA = 18 };
@@ -156,20 +180,24 @@ static void set_up_tiles(void) {
 }
 
 /* multiply_rows for TILE_ROWS rows. */
-static void multiply_tile(const Group *p, const Group *q, int64_t groups, float *sums) {
+static void multiply_tile(Operand rows, Operand panel, int64_t groups, float *sums) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t j = 0; j < groups; j += GROUPS) {
-    _tile_loadd(4, p + j, 4 * groups);
-    _tile_loadd(5, p + j + 16 * groups, 4 * groups);
-    _tile_loadd(6, q + j * COLUMNS, 4 * COLUMNS);
-    _tile_loadd(7, q + j * COLUMNS + 16, 4 * COLUMNS);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+  for (int product = 0; product < PRODUCTS; product++) {
+    const Group *p = rows.groups + LEFT[product] * rows.size;
+    const Group *q = panel.groups + RIGHT[product] * panel.size;
+    for (int64_t j = 0; j < groups; j += GROUPS) {
+      _tile_loadd(4, p + j, 4 * groups);
+      _tile_loadd(5, p + j + 16 * groups, 4 * groups);
+      _tile_loadd(6, q + j * COLUMNS, 4 * COLUMNS);
+      _tile_loadd(7, q + j * COLUMNS + 16, 4 * COLUMNS);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
   }
   _tile_stored(0, sums, 4 * COLUMNS);
   _tile_stored(1, sums + 16, 4 * COLUMNS);
@@ -186,18 +214,20 @@ static void multiply_tile(const Group *p, const Group *q, int64_t groups, float 
 /* to = by_old old + by_product P Q, for rows of P, m x k, and panels of Q, k x n; `old` and `to` are
    m x n, and the same or apart. If the product is symmetric, what is above the diagonal is computed
    and mirrored; to compute it all with tiles takes less time. */
-static void multiply(float *to, const float *old, float by_old, float by_product, const Group *p,
-                     const Group *q, int64_t m, int64_t n, int64_t k, int is_symmetric, int tiles) {
+static void multiply(float *to, const float *old, float by_old, float by_product, Operand p,
+                     Operand q, int64_t m, int64_t n, int64_t k, int is_symmetric, int tiles) {
   float sums[TILE_ROWS * COLUMNS] __attribute__((aligned(64)));
   const int64_t groups = groups_of(k), height = tiles ? TILE_ROWS : ROWS;
   const int is_mirrored = is_symmetric && !tiles;
   for (int64_t column = 0; column < n; column += COLUMNS)
     for (int64_t row = 0; row < m; row += height) {
       if (is_mirrored && row >= column + COLUMNS) break;
+      const Operand rows = {p.groups + row * groups, p.size};
+      const Operand panel = {q.groups + column * groups, q.size};
       if (tiles)
-        multiply_tile(p + row * groups, q + column * groups, groups, sums);
+        multiply_tile(rows, panel, groups, sums);
       else
-        multiply_rows(p + row * groups, q + column * groups, groups, sums);
+        multiply_rows(rows, panel, groups, sums);
       const int64_t width = least(COLUMNS, n - column);
       for (int64_t i = 0; i < least(height, m - row); i++) {
         const int64_t start = (row + i) * n + column;
@@ -210,16 +240,18 @@ static void multiply(float *to, const float *old, float by_old, float by_product
       for (int64_t j = 0; j < i; j++) to[i * n + j] = to[j * n + i];
 }
 
-/* Groups of an operand m x k, as rows or panels, and beyond it what tiles may read. */
+/* Groups of a part of an operand m x k, as rows or panels, and beyond it what tiles may read. */
 static int64_t groups_for(int64_t m, int64_t k) {
   return times(rounded_up(m, TILE_ROWS), groups_of(k));
 }
 
 static void iterate(float *x, int64_t r, int64_t c, float *scratch) {
   float *a = scratch, *b = a + r * r;
-  Group *p = (Group *)(b + r * r);
-  p += (-(uintptr_t)p % 64) / sizeof(Group);
-  Group *q = p + groups_for(r, c), *x_panels = q + groups_for(r, c);
+  Group *free = (Group *)(b + r * r);
+  free += (-(uintptr_t)free % 64) / sizeof(Group);
+  const int64_t size = groups_for(r, c);
+  const Operand p = {free, size}, q = {free + PARTS * size, size};
+  const Operand x_panels = {free + 2 * PARTS * size, groups_for(c, r)};
   memset(a, 0, sizeof(float) * r * r);
   const int tiles = has_tiles();
   if (tiles) set_up_tiles();
@@ -240,7 +272,7 @@ static void iterate(float *x, int64_t r, int64_t c, float *scratch) {
 /* Entries of the scratch memory of an r x c matrix: X, A, B and three operands. */
 static int64_t entries_for(int64_t r, int64_t c) {
   const int64_t operands = plus(times(2, groups_for(r, c)), groups_for(c, r));
-  return plus(plus(times(r, c), times(2, times(r, r))), plus(operands, 32));
+  return plus(plus(times(r, c), times(2, times(r, r))), plus(times(PARTS, operands), 32));
 }
 
 static int64_t rows_of(const XLA_FFI_Buffer *x) { return x->dims[x->rank - 2]; }
