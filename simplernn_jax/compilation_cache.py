@@ -107,8 +107,9 @@ class ChecksummedCache:
             with contextlib.suppress(FileNotFoundError):
                 left -= (self._path / f"{key}{_ENTRY}").stat().st_size
             if left < 0:
-                for suffix in (_ENTRY, _CHECKSUM):
-                    (self._path / f"{key}{suffix}").unlink(missing_ok=True)
+                with contextlib.suppress(PermissionError):  # of another user
+                    for suffix in (_ENTRY, _CHECKSUM):
+                        (self._path / f"{key}{suffix}").unlink(missing_ok=True)
 
 
 def _checksum(key: str, value: bytes) -> bytes:

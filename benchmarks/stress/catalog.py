@@ -42,7 +42,7 @@ EXPERIMENTS = {
         quick=4,
     ),
     "meshes": Experiment(
-        "a run that resumes on another mesh ends with the same parameters but for rounding",
+        "a run that resumes on another mesh ends with the same state but for rounding",
         resume.other_mesh,
         full=90,
         quick=1,

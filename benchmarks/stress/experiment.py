@@ -61,7 +61,7 @@ def run_experiment(
 ) -> Summary:
     """Run cases of an experiment; print each failure as it comes, and the summary.
 
-    An exception of the experiment itself is a failure, and its last case.
+    An exception of the experiment itself is a failure, and the end of its cases.
     """
     start = time.monotonic()
     summary = Summary(name, 0, [], Counter(), 0.0)

@@ -144,8 +144,8 @@ def _template_reader() -> Reader:
         list(template.pieces(check_messages(CHAT), only_assistant=True))
 
     templates = [CHATML.encode(), load_template("roles").encode()]
-    # Compiled and rendered seven times, each within a bound of its own.
-    return Reader("chat template", templates, render, max_seconds=7 * MAX_SECONDS + 5)
+    # Rendered eleven times, each within a bound of its own.
+    return Reader("chat template", templates, render, max_seconds=11 * MAX_SECONDS + 5)
 
 
 def in_file(path: Path, read: Callable[[], object]) -> Callable[[bytes], None]:

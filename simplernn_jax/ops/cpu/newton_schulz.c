@@ -18,7 +18,7 @@
 #include <math.h>
 #include <string.h>
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define HAS_AMX 1
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -164,14 +164,20 @@ static void multiply_rows(Operand rows, Operand panel, int64_t groups, float *su
 }
 
 #ifdef HAS_AMX
-/* Ask Linux for the tile registers; false if it has none for this process. */
+/* Ask Linux for the tile registers, once: a process computes all matrices alike. */
 static int has_tiles(void) {
-  enum { REQUEST = 0x1023, TILE_DATA = 18 };
-  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+  enum { REQUEST = 0x1023, TILE_DATA = 18, UNKNOWN = 0, REFUSED, GRANTED };
+  static atomic_int answer = UNKNOWN;
+  if (atomic_load(&answer) == UNKNOWN) {
+    int unknown = UNKNOWN;
+    const int granted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    atomic_compare_exchange_strong(&answer, &unknown, granted ? GRANTED : REFUSED);
+  }
+  return atomic_load(&answer) == GRANTED;
 }
 
 static void set_up_tiles(void) {
-  const struct {
+  static const struct {
     uint8_t palette, start, reserved[14];
     uint16_t bytes[16];
     uint8_t rows[16];
@@ -181,6 +187,7 @@ static void set_up_tiles(void) {
 
 /* multiply_rows for TILE_ROWS rows. */
 static void multiply_tile(Operand rows, Operand panel, int64_t groups, float *sums) {
+  __asm__ volatile("" ::: "memory"); /* what tiles load is stored before */
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
