@@ -27,8 +27,6 @@ _STEPS = 12
 """Steps of the run, which saves every third one."""
 _RESUMED = 6
 """One case in so many resumes the run, which takes longer than to load its model."""
-
-
 _NEEDED = ("checkpoints/", "config.json", "swap the folder")
 """Damage that may be refused, also of a folder that was swapped with that of the checkpoints; all
 other files are for readers of the results."""
@@ -41,7 +39,7 @@ def workdir(folder: Path, count: int, seed: int) -> Iterator[Case]:
     run_quietly(config, whole)
     expected = read_checkpoint(whole)
     steps = CheckpointFolder(str(whole)).steps()
-    models = [_contents_of(load_model(str(whole), step)) for step in steps]
+    models = [contents_of(load_model(str(whole), step)) for step in steps]
     refusals: list[str] = []
 
     def load() -> str | None:
@@ -49,7 +47,7 @@ def workdir(folder: Path, count: int, seed: int) -> Iterator[Case]:
         if isinstance(found, str):
             refusals.append(found)
             return None
-        is_right = _contents_of(found) in models
+        is_right = contents_of(found) in models
         return None if is_right else "another model than that of any checkpoint"
 
     def resume() -> str | None:
@@ -81,7 +79,7 @@ def damage_file(folder: Path, draw: random.Random, top: Path | None = None) -> s
 
     It names the file relative to `top`, by default the folder.
     """
-    whole = contents(folder)
+    whole = _files_in(folder)
     while True:
         files = _files(folder)
         if not files:
@@ -89,34 +87,35 @@ def damage_file(folder: Path, draw: random.Random, top: Path | None = None) -> s
         path = draw.choice(files)
         kind = draw.choice(list(_DAMAGES))
         _DAMAGES[kind](path, folder, draw)
-        if contents(folder) != whole:  # not a file that was swapped with itself
+        if _files_in(folder) != whole:  # not a file that was swapped with itself
             return f"{kind} {path.relative_to(top or folder)}"
 
 
-def contents(folder: Path) -> dict[str, bytes | str | None]:
+def _files_in(folder: Path) -> dict[str, bytes | str | None]:
     """Content of each file below `folder`, target of each link; None for anything else."""
     return {
         str(path.relative_to(folder)): os.readlink(path)
         if path.is_symlink()
         else path.read_bytes()
-        if is_regular(path)
+        if _is_regular(path)
         else None
         for path in folder.rglob("*")
     }
 
 
-def _contents_of(
+def contents_of(
     loaded: tuple[LanguageModel, Tokenizer, Config],
 ) -> tuple[tuple[bytes, ...], str, Config]:
+    """Parameters, tokenizer and configuration of a loaded model, as values to compare."""
     model, tokenizer, config = loaded
-    return parameters_of(model), tokenizer.to_json(), config
+    return bytes_of(nnx.state(model, nnx.Param)), tokenizer.to_json(), config
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(filter(is_regular, folder.rglob("*")))
+    return sorted(filter(_is_regular, folder.rglob("*")))
 
 
-def is_regular(path: Path) -> bool:
+def _is_regular(path: Path) -> bool:
     """Whether `path` is a regular file, and no link to one."""
     return path.is_file() and not path.is_symlink()
 
@@ -203,8 +202,3 @@ def watched(check: Callable[[], str | None]) -> str | None:
         return traceback.format_exc().strip()
     finally:
         faulthandler.cancel_dump_traceback_later()
-
-
-def parameters_of(model: LanguageModel) -> tuple[bytes, ...]:
-    """Bytes of all parameters."""
-    return bytes_of(nnx.state(model, nnx.Param))

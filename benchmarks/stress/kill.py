@@ -36,6 +36,8 @@ from .runs import (
 _SAVES_WITHIN = 10.0
 """Seconds in which an interrupted run must save and exit, once its programs are compiled."""
 _COMPILES_WITHIN = 60.0
+_COMPILES_EVERY = 5
+"""One in so many runs that get a signal compiles all of its programs, and gets it meanwhile."""
 _PYTHON_STARTS_WITHIN = 0.5
 """Seconds in which Python itself, which has its own handlers of signals, starts."""
 
@@ -108,7 +110,7 @@ def _interrupt_runs(
         draw = random.Random(f"{seed} {number}")
         programs = folder / "programs"
         compiles = _moment(number) == "while compiling"
-        if compiles if interrupt is _kill_a_run else number % 5 == 0:
+        if compiles if interrupt is _kill_a_run else number % _COMPILES_EVERY == 0:
             programs = workdir.with_suffix(".programs")  # whose rest the resumed run meets
         options: Any = {"flags": flags[name]}
         options["environment"] = {"JAX_COMPILATION_CACHE_DIR": str(programs)}
@@ -209,7 +211,7 @@ def _interrupt_a_run(workdir: Path, draw: random.Random, start: Run) -> tuple[st
     is_twice = number % 3 == 0
     began = time.monotonic()
     with start() as (process,):
-        if number % 5 == 0:
+        if number % _COMPILES_EVERY == 0:
             when = _wait_for_compilation(workdir, process, draw)
         else:
             when = wait_for_a_moment(workdir, [process], draw)

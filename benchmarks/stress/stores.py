@@ -22,7 +22,7 @@ from simplernn_jax.inference import generate
 from simplernn_jax.inference.exported_folder import RUN, WEIGHTS, load_exported
 from simplernn_jax.inference.state_file import load_state, save_state
 
-from .damage import HANG_SECONDS, damage_file, parameters_of, watched
+from .damage import HANG_SECONDS, contents_of, damage_file, watched
 from .experiment import Case
 from .in_process import outcome, run_quietly, small_config
 from .runs import bytes_of
@@ -129,11 +129,11 @@ def _export(trained: TrainedModel, name: str, folder: Path) -> _Store:
         if path.name not in (RUN, WEIGHTS):  # for other programs
             path.unlink()
 
-    def read() -> tuple[Any, ...]:
-        model, tokenizer, config = load_exported(str(damaged))
-        return parameters_of(model), tokenizer.to_json(), config
-
-    return _Store(damaged, lambda: shutil.copytree(whole, damaged, dirs_exist_ok=True), read)
+    return _Store(
+        damaged,
+        lambda: shutil.copytree(whole, damaged, dirs_exist_ok=True),
+        lambda: contents_of(load_exported(str(damaged))),
+    )
 
 
 def _native_library(folder: Path) -> _Store:
