@@ -71,6 +71,10 @@ def inside_custom_jvp(method):
     return lambda *inputs: jax.grad(lambda q: jnp.sum(jnp.sin(run(q))))(inputs[0])
 
 
+def jvp_of_linearize(method):
+    return lambda *inputs: jax.jvp(jax.linearize(recurrence(method), *inputs)[1], inputs, inputs)
+
+
 def rematerialized(method):
     policy = jax.checkpoint_policies.dots_saveable
     return jax.grad(jax.checkpoint(loss(method), policy=policy), (0, 3))
@@ -108,6 +112,7 @@ OTHERS = [
     forward_jacobian_of_state,
     hessian_of_gates,
     inside_custom_jvp,
+    jvp_of_linearize,
     reverse_jacobian_of_state,
     reverse_over_forward,
     reverse_over_reverse,

@@ -99,15 +99,11 @@ class _Tap:
 
 
 class _ShiftedEmbedding:
-    """An embedding whose results are shifted, but not its weights as a tied head."""
+    """An embedding whose results are shifted."""
 
     def __init__(self, embedding: nnx.Embed, shift: jax.Array):
         self._embedding = embedding
         self._shift = shift
-
-    @property
-    def embedding(self) -> Any:
-        return self._embedding.embedding
 
     def __call__(self, tokens: Tokens) -> Activations:
         return self._embedding(tokens) + self._shift

@@ -37,9 +37,12 @@ class ShardedArray:
         """Read the elements at `positions`, as `numpy.take`; the shape is that of `positions`.
 
         Raises:
-          IndexError: a position is out of range and `mode` is not ``wrap``.
+          IndexError: a position is not an integer, or is out of range and `mode` is not ``wrap``.
         """
-        positions = np.asarray(positions, np.int64)
+        positions = np.asarray(positions)
+        if positions.size and not np.issubdtype(positions.dtype, np.integer):
+            raise IndexError(f"positions are integers; got {positions.dtype}")
+        positions = positions.astype(np.int64)
         size = len(self)
         if mode == "wrap":
             positions = positions % size

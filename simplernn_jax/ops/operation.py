@@ -185,10 +185,6 @@ def _differentiate(
         args = [*residuals, *(full[i] for i in wrt)]
         return outputs[: len(results)], _bind(args, Implementations(jvp), results, linear=linear)
     outputs = _bind(primals, impls, results, linear=linear)
-    is_zero = [type(tangent) is ad.Zero for tangent in tangents]
-    if linear is not None and all(is_zero[: linear.num_residuals]):
-        args = [*primals[: linear.num_residuals], *full[linear.num_residuals :]]
-        return outputs, _bind(args, impls, results, linear=linear)
     return outputs, jax.jvp(as_list(impls.differentiable), tuple(primals), tuple(full))[1]
 
 
