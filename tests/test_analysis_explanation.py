@@ -113,11 +113,18 @@ def test_the_page_opens_with_a_summary_in_numbers():
     assert places == sorted(places)
 
 
+def that_forgets_nothing():
+    memory = explanation().memory
+    layers = [layer._replace(half_lives=np.full((1, 2), np.inf)) for layer in memory.layers]
+    return dataclasses.replace(explanation(), memory=memory._replace(layers=tuple(layers)))
+
+
 @pytest.mark.parametrize(
     ("result", "sentence", "expected"),
     [
         (lambda: with_gain(1.0, -0.1), 2, "does not help"),
         (lambda: with_gain(0.0, 0.0), 2, "does not improve the predictions at all"),
+        (that_forgets_nothing, 0, "is gone after more characters than any text has"),
         (
             lambda: explanation("attention"),
             0,

@@ -5,6 +5,7 @@ import re
 import pytest
 from processes import ROOT, assert_refused, run_python
 
+from simplernn_jax import __version__
 from simplernn_jax.__main__ import COMMANDS
 
 MODULE = ("-m", "simplernn_jax")
@@ -22,6 +23,10 @@ def test_without_arguments_and_help_list_the_commands():
 def test_every_script_is_a_command_or_one_for_the_project():
     scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
     assert scripts - COMMANDS.keys() == {"bootstrap", "stress"}
+
+
+def test_version():
+    assert run_python(*MODULE, "--version").output == f"{__version__}\n"
 
 
 @pytest.mark.parametrize(

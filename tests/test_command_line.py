@@ -91,6 +91,7 @@ ERRORS = {
     '__import__("pathlib").Path("~nobody-x").expanduser()': "~: no such user",
     'command_line.expand_path("~nobody-x/a", "out")': "--out=~nobody-x/a: no such user",
     'command_line.expand_path("gs://b/a", "out")': "--out=gs://b/a: a URL, not a path",
+    r'command_line.expand_path("a\0", "out")': "a path cannot contain a zero byte",
     'os.mkdir("d"); os.chdir("d"); os.rmdir("../d"); os.getcwd()': "no such file or directory",
 }
 

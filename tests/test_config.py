@@ -78,6 +78,7 @@ def load(name):
         ("model.min_log_gate", -1.0, "expected 0.0 with model.block="),
         ("model.min_log_gate", 0.1, "expected negative, or 0"),
         ("model.tie_embeddings", 1, "of type bool"),
+        ("data.loss_on", "assistant", "expected all without data.template"),
         ("data.cache_dir", "~nobody-x/tokens", "~USER does not name an existing user"),
         ("data.cache_dir", "~\0", "none holds a NUL character"),
         ("mesh.data", 10**30, r"below 2\*\*31"),

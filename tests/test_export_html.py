@@ -88,12 +88,44 @@ def test_the_script_of_the_page_is_run(tmp_path):
         module.load(tmp_path)
 
 
+def with_dropout():
+    tokenizer = byte_level()
+    tokenizer.model.dropout = 0.5
+    return tokenizer
+
+
+def with_an_added_token():
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["<thing>"])
+    return tokenizer
+
+
+BYTES = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+DIGITS = tokenizers.pre_tokenizers.Digits()
+WORDS = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\w+"), "isolated")
+
+
+def split_by(*parts):
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*parts])
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "reason"),
     [
         (word_level("a"), "its model is WordLevel"),
         (byte_level(tokenizers.normalizers.NFC()), r"it has a normalizer \(NFC\)"),
         (byte_level(add_prefix_space=True), "it adds a space"),
+        (with_dropout(), "its model has dropout"),
+        (with_an_added_token(), "it has the added token '<thing>'"),
+        (split_by(DIGITS), "it is not byte-level"),
+        (split_by(DIGITS, BYTES), "its pre-tokenizer has a part Digits"),
+        (
+            split_by(tokenizers.pre_tokenizers.Split("a", "isolated"), BYTES),
+            "its pre-tok.* part Split",
+        ),
+        (split_by(WORDS, WORDS, BYTES), "its pre-tokenizer splits twice"),
     ],
 )
 def test_tokenizers_that_are_not_supported(tokenizer, reason):

@@ -15,10 +15,12 @@ from simplernn_jax.data import open_corpus, prepare_corpus
 from simplernn_jax.data.batch_iterator import MixedBatchSource, make_batches
 from simplernn_jax.data.batches import BatchSource, steps_per_epoch
 from simplernn_jax.data.mixture import parse_mixture
+from simplernn_jax.data.store_folder import DamagedStore
 from simplernn_jax.data.token_store import find_corpus, train_tokenizer
 from simplernn_jax.data.tokenized_corpus import MixedSplit, TokenizedCorpus, of_mixture
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import without_paths
+from simplernn_jax.files import read_sealed, write_sealed
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.preparation import open_saved_corpus
 
@@ -154,6 +156,43 @@ def test_a_mixture_is_found_by_its_content(folder):
     for path in (folder / "cache").glob("*.mixture.json"):
         path.write_text(path.read_text().replace("a", "c"))
     assert find_corpus("cache", corpus.content_hash, corpus.tokenizer) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("weights", [0.5, 0.5], "is that of other stores"),
+        ("weights", [1.0], "is not a record of a mixture"),
+        ("stores", ["..", "."], "is not a record of a mixture"),
+        ("sources", None, "is not a record of a mixture"),
+    ],
+)
+def test_a_sealed_record_of_something_else_is_refused(folder, caplog, name, value, problem):
+    corpus = prepare("a:3,b.jsonl:1")
+    (path,) = (folder / "cache").glob("*.mixture.json")
+    record = json.loads(read_sealed(path)) | {name: value}
+    write_sealed(path, json.dumps(record) + "\n")
+    if problem.endswith("stores"):
+        with pytest.raises(DamagedStore, match=problem):
+            find_corpus("cache", corpus.content_hash, corpus.tokenizer)
+    else:
+        assert find_corpus("cache", corpus.content_hash, corpus.tokenizer) is None
+    assert prepare("a:3,b.jsonl:1").content_hash == corpus.content_hash
+    found = find_corpus("cache", corpus.content_hash, corpus.tokenizer)
+    assert found.train.weights == (0.75, 0.25)
+
+
+def test_a_source_that_is_learned_whole_beside_one_that_is_not(folder):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "cc"}]
+    (folder / "chat.jsonl").write_text(json.dumps({"messages": chat}))
+    answers, whole = (
+        prepare("chat.jsonl", template="roles", loss_on=loss_on, validation_fraction=0.0)
+        for loss_on in ("assistant", "all")
+    )
+    split = of_mixture([answers, whole], ("answers", "whole"), (0.5, 0.5)).train
+    expected = np.concatenate([answers.train.tokens[answers.train.targets], whole.train.tokens[1:]])
+    np.testing.assert_array_equal(np.array(split.tokens)[np.array(split.targets)], expected)
+    assert split.num_predictions == len(expected)
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "bpe:270"])

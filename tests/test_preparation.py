@@ -1,5 +1,6 @@
 """Checks before a run starts, and finding the tokens of a saved run."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from damages import flip_bit
 from small_runs import save_untrained, small_config, write_corpus
 
+from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.training.preparation import (
     changed_fields,
@@ -103,6 +105,20 @@ def test_a_sample_prompt_that_cannot_be_encoded_is_refused_before_training(tmp_p
     config.train.sample_every = 10
     with pytest.raises(UserError, match=r"train\.sample_prompt='abXd': 'X' at character 2"):
         prepare(config, str(tmp_path / "run"))
+
+
+def test_a_sample_prompt_is_a_question_where_a_template_is_trained(tmp_path, config):
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join([json.dumps({"messages": chat})] * 9))
+    config.data.source, config.data.template = str(path), load_template("roles")
+    config.train.sample_every, config.train.sample_prompt = 10, "who?"
+    prompt = prepare(config, str(tmp_path / "run"))[0].train.sample_prompt
+    template = ChatTemplate(config.data.template)
+    assert prompt == template.render_next([{"role": "user", "content": "who?"}]) != "who?"
+    config.train.sample_prompt = "\x04"
+    with pytest.raises(UserError, match=r"^--config\.train\.sample_prompt='\\x04': "):
+        prepare(config, str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("fraction", [0.2, 0.0])

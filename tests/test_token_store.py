@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from damages import cut_off, flip_bit
 from odd_files import ODD_FILES, put_odd_file
 from processes import run_python
 from small_tokenizers import word_level
@@ -446,14 +447,15 @@ def test_a_killed_writer_is_continued_where_it_was(
     assert whole == {n for n in whole if (store / n).stat().st_mtime_ns == times[n]}
 
 
-def test_a_part_that_is_lost_is_written_again(tmp_path, small_files, source, cache):
+@pytest.mark.parametrize("damage", [Path.unlink, flip_bit, cut_off])
+def test_a_part_that_is_lost_is_written_again(tmp_path, small_files, source, cache, damage):
     names = {"module": "os", "function": "pread", "calls": 5, "signal": int(signal.SIGKILL)}
     code, _, errors = run_python("-c", KILLED.format(**names, source=str(source), cache=str(cache)))
     assert code == -signal.SIGKILL, errors
     (left,) = cache.iterdir()
     parts = sorted(path for path in left.rglob("*.tokens") if "result" not in path.parts)
     assert len(parts) > 1
-    parts[0].unlink()
+    damage(parts[0])
     prepare(source, cache)
     prepare(source, tmp_path / "other")
     (store,), (other,) = cache.iterdir(), (tmp_path / "other").iterdir()

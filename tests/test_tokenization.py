@@ -210,8 +210,9 @@ def test_shards_are_read_as_one_array(data):
     np.testing.assert_array_equal(array[positions], whole[positions])
     far = positions * 3
     np.testing.assert_array_equal(array.take(far, mode="wrap"), whole.take(far, mode="wrap"))
-    with pytest.raises(IndexError):
-        array[[len(whole)]]
+    for index in ([len(whole)], [0.0], np.ones(len(whole), bool), slice(0, 1, 2)):
+        with pytest.raises(IndexError):
+            array[index]
 
 
 @pytest.mark.parametrize("mode", ["window", "stream", "document"])
