@@ -271,5 +271,8 @@ def serving(workdir: object, *flags: str) -> Iterator[tuple[subprocess.Popen[byt
                 return
         raise RuntimeError("".join(lines))
     finally:
-        process.kill()
-        process.communicate()
+        process.terminate()
+        try:
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
