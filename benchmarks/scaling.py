@@ -134,7 +134,7 @@ def evaluations(config: Config, trained: Trained, effort: Effort) -> list[Row]:
     rows: list[Row] = []
     for stride in (0, length // 4, length // 2, length):
         windows = Contexts(length, stride) if stride else None
-        call: Any = functools.partial(evaluator, *given, windows=windows)  # type: ignore[arg-type]
+        call: Any = functools.partial(evaluator, *given, contexts=windows)  # type: ignore[arg-type]
         result, loss = call(), call().nats_per_token
         what = f"windows of {length}, stride {stride}" if stride else "state carried"
         row = {"technique": "A evaluation", "change": what, "nats/token": loss}

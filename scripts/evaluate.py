@@ -82,7 +82,7 @@ def main() -> None:
         check_evaluation(config.model, min(windows.length, longest))
     evaluator = Evaluator(config, tokenizer.pad_id)
     params = nnx.state(model, nnx.Param)
-    result = evaluator(params, split, windows=windows)
+    result = evaluator(params, split, contexts=windows)
     xz = ""
     if split.targets is None:  # or the model is not scored on the whole text
         xz = f"   (xz -9e: {xz_bits_per_byte(split, tokenizer):.4f})"
@@ -96,7 +96,7 @@ def main() -> None:
     }
     if isinstance(split, MixedSplit):
         for part in split.parts:
-            facts[part.name] = str(evaluator(params, part, windows=windows))
+            facts[part.name] = str(evaluator(params, part, contexts=windows))
     if windows is not None:
         carried = evaluator(params, split)
         facts["state carried within documents"] = (

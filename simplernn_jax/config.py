@@ -187,7 +187,7 @@ class TrainConfig:
     """Number of newest checkpoints kept; at least 2, so that a corrupted one has a predecessor."""
     keep_best: int = 1
     """Additional checkpoints kept, those with the lowest validation loss. Only steps that are both
-    saved and evaluated count, so make save_every a multiple of eval_every."""
+    saved and evaluated count, so make eval_every a multiple of save_every."""
     sample_every: int = 500
     """Steps between samples."""
     sample_prompt: str = "def main("

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,8 +21,6 @@ from jax.experimental import multihost_utils
 from simplernn_jax import __version__, supervisor
 from simplernn_jax.errors import EXIT_PEER_FAILURE, EXIT_USER_ERROR, UserError
 from simplernn_jax.files import sha256_hex
-
-_Result = TypeVar("_Result")
 
 
 @contextlib.contextmanager
@@ -124,7 +122,7 @@ def barrier(name: str, seconds: float = 1e6) -> None:
     ocp.multihost.get_barrier_sync_fn()(key=f"simplernn_jax/{name}", timeout_ms=int(1000 * seconds))
 
 
-def run_on_coordinator_first(function: Callable[[], _Result]) -> _Result:
+def run_on_coordinator_first(function: Callable[[], Any]) -> Any:
     """Call `function` in process 0, then in all others; its UserError there is raised in all."""
     error: UserError | None = None
     if is_coordinator():

@@ -55,7 +55,7 @@ def test_a_worse_end_reports_the_best_step_and_advice(tmp_path):
     history = evaluated(2.5, 2.02, 3.0)
     best, overfitting = history.summary(40, final, str(tmp_path)).values()
     assert best == "2.0200 nats/token at step 20, 1.6900 lower than at step 40"
-    assert overfitting.startswith("no checkpoint of that step is kept (make save_every")
+    assert overfitting.startswith("no checkpoint of that step is kept (make eval_every")
     (tmp_path / "checkpoints" / "20").mkdir(parents=True)
     _, overfitting = history.summary(40, final, str(tmp_path)).values()
     assert overfitting.startswith("--checkpoint best loads the model of that step; train on more")

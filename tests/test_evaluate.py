@@ -127,7 +127,7 @@ def test_scores_are_the_losses_of_their_batches():
 
 def test_overlapping_contexts_equal_the_model_on_each_from_a_zero_state():
     length, stride = 11, 4
-    result = EVALUATOR(params(), SPLIT, windows=Contexts(length, stride))
+    result = EVALUATOR(params(), SPLIT, contexts=Contexts(length, stride))
     assert result.predictions == SPLIT.num_predictions
     score = nnx.jit(lambda model, tokens: jax.nn.log_softmax(model(tokens)[0][0]))
     nats = []

@@ -161,7 +161,7 @@ def test_dropout_is_reproducible_and_none_without_a_key():
     ("state", "message"),
     [
         (lambda s: s.recurrent, "state: expected a GLAState; got ArrayImpl"),
-        (lambda s: s._replace(recent=None), "state.recent: expected ConvStates; got NoneType"),
+        (lambda s: s._replace(recent=None), "state.recent: expected QKVConvStates; got NoneType"),
         (lambda s: s._replace(recurrent=s.recurrent[:, :1]), r"state.recurrent: expected \[B, H"),
         (lambda s: s._replace(recent=s.recent._replace(key=s.recent.value)), r"recent: expected"),
     ],

@@ -16,7 +16,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import new_folder, without_paths
 from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.gla_checkpoint import gla_settings
+from simplernn_jax.models.gla_checkpoint import to_fla_config
 from simplernn_jax.models.named_weights import named_weights
 from simplernn_jax.training.initial_parameters import initial_tokenizer
 from simplernn_jax.training.loop import train
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_flash_linear_attention_is_a_start(tmp_path):
     out = tmp_path / "gla"
     out.mkdir()
     safetensors.numpy.save_file(named_weights(model), str(out / "model.safetensors"))
-    (out / "config.json").write_text(json.dumps(gla_settings(config.model)))
+    (out / "config.json").write_text(json.dumps(to_fla_config(config.model)))
     with Run(fine_tuned(out, tmp_path, **gla), str(tmp_path / "run")) as run:
         chex.assert_trees_all_equal(
             jax.tree.leaves(run.state.params), jax.tree.leaves(nnx.state(model, nnx.Param))

@@ -20,25 +20,25 @@ def usual_handlers():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_is_a_request(number):
     before = signal.getsignal(number)
-    with deferred_signals() as stop_signal:
-        assert stop_signal(3) is None
+    with deferred_signals() as poll_signal:
+        assert poll_signal(3) is None
         signal.raise_signal(number)
-        assert stop_signal(3) == signal.Signals(number).name
+        assert poll_signal(3) == signal.Signals(number).name
     assert signal.getsignal(number) == before
 
 
 def test_the_second_signal_acts_as_before():
-    with deferred_signals() as stop_signal:
+    with deferred_signals() as poll_signal:
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        assert stop_signal(3) == "SIGTERM"
+        assert poll_signal(3) == "SIGTERM"
 
 
 def test_processes_of_a_distributed_run_ask_jax_which_step_is_the_last(monkeypatch):
     before = [signal.getsignal(number) for number in SIGNALS]
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: step == 5)
-    with deferred_signals() as stop_signal:
+    with deferred_signals() as poll_signal:
         assert [signal.getsignal(number) for number in SIGNALS] == before
-        assert [stop_signal(step) for step in (4, 5)] == [None, "SIGTERM"]
+        assert [poll_signal(step) for step in (4, 5)] == [None, "SIGTERM"]

@@ -25,7 +25,7 @@ def events(monkeypatch):
         (2, 6, [0, 1, "start", 2, 3, "stop", 4, 5], "profile of 2 steps: "),
         (2, 4, [0, 1, "start", 2, 3, "stop"], "profile of 2 steps: "),
         (9, 3, [0, 1, "start", 2, "stop"], "profile of 1 step: "),
-        (1, 2, [0, 1], "no profile: the run ended before its third step"),
+        (1, 2, [0, 1], "no profile: the run ended within 2 steps of its start"),
     ],
 )
 def test_records_from_the_third_step_on(tmp_path, events, steps, taken, expected, said, fails):

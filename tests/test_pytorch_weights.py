@@ -145,7 +145,7 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
         (lambda s: s | {"norm.weight": zeros(3)}, r"norm\.weight unexpected"),
         (lambda s: s | {"layers.7.out_proj.bias": zeros(11)}, r"and 9 more missing"),
         (lambda s: s | {"layers.1.value_proj.bias": zeros(13)}, r"\[13\]; expected \[7\]"),
-        (lambda s: s | {"embedding.weight": zeros(3)}, r"shape \[3\]; a matrix is needed"),
+        (lambda s: s | {"embedding.weight": zeros(3)}, r"shape \[3\]; expected 2 dimensions"),
         (
             lambda s: s | {"lm_head.bias": zeros(3, dtype=np.int32)},
             r"'lm_head.bias' is int32; save floating-point",
@@ -276,9 +276,9 @@ def test_a_flipped_bit_of_a_weight_is_refused(tmp_path, torch):
             lambda torch: torch.quantize_per_tensor(torch.ones(9, 9), 0.1, 0, torch.qint8),
             "qint8|holds more than tensors",
         ),
-        (lambda torch: torch.ones(VOCAB, 0), "a matrix is needed"),
-        (lambda torch: torch.ones(0, HIDDEN), "a matrix is needed"),
-        (lambda torch: torch.ones(()), "a matrix is needed"),
+        (lambda torch: torch.ones(VOCAB, 0), "expected 2 dimensions"),
+        (lambda torch: torch.ones(0, HIDDEN), "expected 2 dimensions"),
+        (lambda torch: torch.ones(()), "expected 2 dimensions"),
         (lambda torch: torch.ones(1, 1).expand(2**30, 2**20), "more than half of the"),
     ],
 )

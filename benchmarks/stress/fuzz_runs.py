@@ -20,7 +20,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, load_state, save_state
 from simplernn_jax.inference.exported_folder import RUN, read_run, run_json
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.gla_checkpoint import gla_settings, load_gla_checkpoint
+from simplernn_jax.models.gla_checkpoint import load_gla_checkpoint, to_fla_config
 from simplernn_jax.models.named_weights import named_weights
 from simplernn_jax.models.pytorch_weights import encode_weights, read_pytorch_weights
 from simplernn_jax.training.loss_curve import loss_curves, loss_limits
@@ -140,7 +140,7 @@ def _model_readers(folder: Path) -> list[Reader]:
     fla.mkdir()
     gla = small_model("gla")
     safetensors.numpy.save_file(named_weights(gla), fla / "model.safetensors")
-    settings = json.dumps(gla_settings(gla.config)).encode()
+    settings = json.dumps(to_fla_config(gla.config)).encode()
 
     return [
         Reader("state", [original], read_state),

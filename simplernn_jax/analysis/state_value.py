@@ -133,7 +133,7 @@ def token_losses(
     """
     total = document.num_predictions
     losses = np.zeros(0)
-    for part in evaluator.scores(params, document, windows=windows):
+    for part in evaluator.scores(params, document, contexts=windows):
         losses = np.append(losses, np.asarray(part.nats, np.float64)[part.batch.loss_mask])
         logging.log_every_n_seconds(
             logging.INFO, "predicted %d of %d tokens", 10, len(losses), total

@@ -16,7 +16,7 @@ from simplernn_jax.array_types import (
     SegmentIds,
 )
 from simplernn_jax.mesh_axes import LogicalAxes
-from simplernn_jax.models.heads import MultiHeadProjections
+from simplernn_jax.models.multi_head import MultiHeadLayer
 from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_segment_ids
@@ -48,7 +48,7 @@ class KVCache(NamedTuple):
         return self._replace(length=jnp.where(where, previous.length, self.length))
 
 
-class Attention(MultiHeadProjections):
+class Attention(MultiHeadLayer):
     """Softmax attention over the last `context` tokens of the segment, the current one included.
 
     Per head, with K = key_dim / num_heads and V = value_dim / num_heads::
@@ -56,7 +56,7 @@ class Attention(MultiHeadProjections):
         q = R_t (W_q x + b_q)     k = R_t (W_k x + b_k)     v = W_v x + b_v
         y_t = sum_j softmax_j(q_t . k_j / sqrt(K)) v_j      for j in t - context + 1 .. t
 
-    followed by the output norm, gate and projection of `MultiHeadProjections`. R_t rotates pairs of
+    followed by the output norm, gate and projection of `MultiHeadLayer`. R_t rotates pairs of
     channels by angles proportional to t (rotary position embedding, arXiv:2104.09864).
     """
 
@@ -148,7 +148,7 @@ class Attention(MultiHeadProjections):
             v = _concatenate(receive_past(v, past_v, self.context), v)
             visible = jnp.minimum(positions + 1, self.context)
             y = sliding_attention(q, k, v, visible, self.context)
-            state = from_last_shard(_cache(k, v, positions[:, -1] + 1, self.context))
+            state = from_last_shard(_build_cache(k, v, positions[:, -1] + 1, self.context))
         return self.project_outputs(y, output_gate), state
 
     def _check_cache(self, state: Any, sizes: dict[str, Any]) -> None:
@@ -194,10 +194,11 @@ def _cached_in_order(state: KVCache) -> tuple[jax.Array, jax.Array]:
     return _gather(k, order), _gather(v, order)
 
 
-def _cache(k: jax.Array, v: jax.Array, length: jax.Array, slots: int) -> KVCache:
+def _build_cache(k: jax.Array, v: jax.Array, length: jax.Array, slots: int) -> KVCache:
     """Build the cache after the last keys and values of a sequence, ``[B, P + T, H, K or V]``.
 
-    These are at least `slots`, or all of the segment, of `length` ``[B or 1]`` tokens.
+    They hold at least the last `slots` tokens of the segment, or all of its `length` ``[B or 1]``
+    tokens; P are tokens before this call.
     """
     length = jnp.broadcast_to(length, k.shape[:1])
     age = (length[:, None] - 1 - jnp.arange(slots, dtype=jnp.int32)[None]) % slots

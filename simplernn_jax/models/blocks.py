@@ -31,7 +31,7 @@ CONVOLUTION_WIDTH = 4
 
 
 def linspace_gate_bias(num_heads: int) -> nnx.Initializer:
-    """Initialize biases evenly spaced over `GATE_BIAS_RANGE` along the channels of every head."""
+    """Return an initializer: evenly spaced over `GATE_BIAS_RANGE` along the channels of a head."""
 
     def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **_: Any) -> jax.Array:
         per_head = jnp.linspace(*GATE_BIAS_RANGE, shape[-1] // num_heads, dtype=dtype)
@@ -40,8 +40,8 @@ def linspace_gate_bias(num_heads: int) -> nnx.Initializer:
     return init
 
 
-def _sizes(config: ModelConfig) -> dict[str, Any]:
-    """Return the arguments of a mixer whose input and output is the residual stream."""
+def _mixer_options(config: ModelConfig) -> dict[str, Any]:
+    """Return the arguments that all mixers of the residual stream share."""
     return {
         "hidden_dim": config.hidden_dim,
         "key_dim": config.key_dim,
@@ -63,7 +63,7 @@ class PlainBlock(nnx.Module):
         recurrence: Recurrence = gated_linear_recurrence,
     ):
         self.mixer = SimpleRNN(
-            **_sizes(config),
+            **_mixer_options(config),
             state_dtype=jnp.dtype(config.state_precision),
             rngs=rngs,
             recurrence=recurrence,
@@ -103,7 +103,8 @@ class ResidualBlock(nnx.Module):
     A short causal convolution mixes each token with the three before it. The mixer is a `SimpleRNN`
     with queries scaled by 1/sqrt(K), or `Attention`; both are multi-head, with per-head RMS norm
     and an output gate (as in gated linear attention, arXiv:2312.06635, section 4.4). The initial
-    std of the MLP's last projection is divided by sqrt(2 * num_layers), as in GPT-2.
+    std of the MLP's last projection is divided by sqrt(2 * num_layers), as in GPT-2, but not that
+    of the mixer's.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class ResidualBlock(nnx.Module):
         """Initialize the parameters; `mixer` is one of `config_rules.MIXERS`."""
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
         common: dict[str, Any] = {"rngs": rngs, "kernel_init": kernel_init, "use_bias": False}
-        options = {**_sizes(config), **common, "output_norm": True, "output_gate": True}
+        options = {**_mixer_options(config), **common, "output_norm": True, "output_gate": True}
         self.convolution = ShortConvolution(CONVOLUTION_WIDTH, config.hidden_dim, rngs=rngs)
         if mixer == "attention":
             self.mixer: SimpleRNN | Attention = Attention(

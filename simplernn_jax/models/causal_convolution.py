@@ -15,7 +15,7 @@ from simplernn_jax.ops.sequence_parallel import sharded_convolution
 
 
 @tuple_with_names
-class ConvStates(NamedTuple):
+class QKVConvStates(NamedTuple):
     """Last inputs of the convolutions of one layer, or the logical axes of these arrays."""
 
     query: ConvState
@@ -37,7 +37,7 @@ class CausalConvolution(nnx.Module):
         self.weights = nnx.Param(weights, axes=LogicalAxes(None, "heads"))
 
     def initial_state(self, batch_size: int) -> ConvState:
-        """Return zeros ``[B, width - 1, channels]``, float32."""
+        """Return zeros ``[B, width - 1, channels]``, float32 (float64 under x64)."""
         return jnp.zeros((batch_size, self.width - 1, self.features))
 
     def __call__(
@@ -52,7 +52,7 @@ class CausalConvolution(nnx.Module):
         return jax.nn.silu(y), state
 
 
-class MixerConvolutions(nnx.Module):
+class QKVConvolutions(nnx.Module):
     """One `CausalConvolution` each for the heads' queries, keys and values."""
 
     def __init__(self, width: int, key_dim: int, value_dim: int):
@@ -61,18 +61,21 @@ class MixerConvolutions(nnx.Module):
         self.key = CausalConvolution(width, key_dim)
         self.value = CausalConvolution(width, value_dim)
 
-    def initial_state(self, batch_size: int) -> ConvStates:
+    def initial_state(self, batch_size: int) -> QKVConvStates:
         """Return zeros, ``[B, width - 1, channels]`` each."""
-        return ConvStates(*(conv.initial_state(batch_size) for conv in self._all()))
+        return QKVConvStates(*(conv.initial_state(batch_size) for conv in self._all()))
 
-    def state_axes(self) -> ConvStates:
+    def state_axes(self) -> QKVConvStates:
         """Return the logical axes of the state."""
         axes: Any = LogicalAxes("batch", None, "heads")
-        return ConvStates(axes, axes, axes)
+        return QKVConvStates(axes, axes, axes)
 
     def __call__(
-        self, heads: tuple[jax.Array, ...], state: ConvStates | None, segment_ids: SegmentIds | None
-    ) -> tuple[tuple[jax.Array, ...], ConvStates]:
+        self,
+        heads: tuple[jax.Array, ...],
+        state: QKVConvStates | None,
+        segment_ids: SegmentIds | None,
+    ) -> tuple[tuple[jax.Array, ...], QKVConvStates]:
         """Convolve (q, k, v), each ``[B, T, H, K or V]``, over time."""
         states = (None, None, None) if state is None else state
         outputs, finals = [], []
@@ -81,7 +84,7 @@ class MixerConvolutions(nnx.Module):
             y, final = conv(merged, before, segment_ids)
             outputs.append(y.reshape(x.shape))
             finals.append(final)
-        return tuple(outputs), ConvStates(*finals)
+        return tuple(outputs), QKVConvStates(*finals)
 
     def _all(self) -> tuple[CausalConvolution, ...]:
         return self.query, self.key, self.value

@@ -22,7 +22,7 @@ PARAM_DTYPE = jnp.dtype("float32")
 
 
 def uniform_fan_in(fan_in: int) -> nnx.Initializer:
-    """Draw from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as PyTorch's Linear initializes."""
+    """Return the initializer of PyTorch's Linear: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = 1 / math.sqrt(fan_in)
 
     def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **_: Any) -> jax.Array:
@@ -32,7 +32,7 @@ def uniform_fan_in(fan_in: int) -> nnx.Initializer:
 
 
 class Embedding(nnx.Embed):
-    """`nnx.Embed` with float32 parameters; ids may be sharded over ``tensor``, D over ``fsdp``."""
+    """`nnx.Embed` with float32 parameters: a vocabulary over ``tensor``, features over ``fsdp``."""
 
     def __init__(
         self, num_embeddings: int, features: int, *, init: nnx.Initializer, rngs: nnx.Rngs
@@ -47,7 +47,7 @@ class Embedding(nnx.Embed):
         )
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Look up integer ids ``[...]``: ``[..., D]`` float32, NaN outside of the vocabulary."""
+        """Look up integer ids ``[...]``: ``[..., D]`` float32; see `ops.vocab_parallel.lookup`."""
         return lookup(self.embedding[...], inputs)
 
 

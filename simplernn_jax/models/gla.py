@@ -1,6 +1,6 @@
 """Gated linear attention (GLA): the block of `GLAForCausalLM` of flash-linear-attention.
 
-Source: Yang et al. 2023, arXiv:2312.06635, sections 4.3 and 4.4. Where implementations differ
+Source: Yang et al. 2023, arXiv:2312.06635, section 4.4. Where implementations differ
 (initialization, names, constants), this one follows github.com/fla-org/flash-linear-attention.
 """
 
@@ -13,9 +13,9 @@ from flax import nnx
 from simplernn_jax.array_types import Activations, RecurrentState, SegmentIds
 from simplernn_jax.config import GATE_RANK, ModelConfig
 from simplernn_jax.mesh_axes import LogicalAxes
-from simplernn_jax.models.causal_convolution import ConvStates, MixerConvolutions
+from simplernn_jax.models.causal_convolution import QKVConvolutions, QKVConvStates
 from simplernn_jax.models.dense import Dense, fused_dense
-from simplernn_jax.models.heads import MultiHeadProjections
+from simplernn_jax.models.multi_head import MultiHeadLayer
 from simplernn_jax.models.rms_norm import RMSNorm
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.named_leaves import tuple_with_names
@@ -37,11 +37,11 @@ class GLAState(NamedTuple):
     """State of `GatedLinearAttention`."""
 
     recurrent: RecurrentState
-    recent: ConvStates | None
+    recent: QKVConvStates | None
     """None without short convolutions."""
 
 
-class GatedLinearAttention(MultiHeadProjections):
+class GatedLinearAttention(MultiHeadLayer):
     """GLA token mixer; of its projections only `gate_up_proj` has a bias.
 
     Per head, with K = key_dim / num_heads and V = value_dim / num_heads::
@@ -51,7 +51,7 @@ class GatedLinearAttention(MultiHeadProjections):
         S' = diag(g) S + k v^T
         y = W_o concat_heads(scale * norm(S'^T q) * silu(W_r x))
 
-    W_1 has `GATE_RANK` rows. ``conv`` is `CausalConvolution`, or nothing.
+    W_1 has `GATE_RANK` rows. ``conv`` is `CausalConvolution`, or the identity.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class GatedLinearAttention(MultiHeadProjections):
         rngs: nnx.Rngs,
         recurrence: Recurrence = gated_linear_recurrence,
     ):
-        """Initialize the parameters; `recurrence` computes the sequence."""
+        """Initialize the parameters, and choose the operator."""
         init = nnx.initializers.normal(INITIALIZER_STD)
         sizes = (config.hidden_dim, config.key_dim, config.value_dim, config.hidden_dim)
         options: dict[str, Any] = {
@@ -77,10 +77,10 @@ class GatedLinearAttention(MultiHeadProjections):
         self.head_norm = RMSNorm(config.value_dim // config.num_heads, config.norm_epsilon)
         width = config.short_convolution
         self.convolutions = (
-            MixerConvolutions(width, config.key_dim, config.value_dim) if width else None
+            QKVConvolutions(width, config.key_dim, config.value_dim) if width else None
         )
         self.min_log_gate = config.min_log_gate
-        # None: the accumulation dtype, float32 (float64 under x64).
+        # None: the default dtype, float32 (float64 under x64).
         state_dtype = jnp.dtype(config.state_precision)
         self.state_dtype = None if state_dtype == jnp.float32 else state_dtype
         self.recurrence = recurrence
@@ -99,11 +99,11 @@ class GatedLinearAttention(MultiHeadProjections):
         return GLAState(recurrent, recent)
 
     def project(
-        self, x: Activations, recent: ConvStates | None, segment_ids: SegmentIds | None
-    ) -> tuple[tuple[jax.Array, ...], jax.Array | None, ConvStates | None]:
+        self, x: Activations, recent: QKVConvStates | None, segment_ids: SegmentIds | None
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None, QKVConvStates | None]:
         """Project ``[B, T, hidden_dim]`` to the inputs of the recurrence and of `project_outputs`.
 
-        Returns (q, k, v, log_gate), each ``[B, T, H, K or V]`` float32 (float64 under x64), the
+        Returns (q, k, v, log_gate), each ``[B, T, H, K or V]`` float32 (float64 if `dtype` is), the
         pre-activation of the output gate, and the next state of the convolutions, which start from
         zero if `recent` is None.
         """
@@ -118,7 +118,7 @@ class GatedLinearAttention(MultiHeadProjections):
         return (q * q.shape[-1] ** -0.5, k, v, log_gate), output_gate, recent
 
     def project_outputs(self, y: jax.Array, output_gate: jax.Array | None) -> jax.Array:
-        """Normalize, gate and project ``[..., H, V]``, as the base class, to ``[..., D]``."""
+        """Apply the head norm, then gate and project as the base class, to ``[..., D]``."""
         return super().project_outputs(self.head_norm(y), output_gate)
 
     def __call__(
@@ -161,7 +161,7 @@ class GatedLinearAttention(MultiHeadProjections):
         if not isinstance(state, GLAState):
             raise TypeError(f"state: expected a GLAState; got {type(state).__name__}")
         if (state.recent is None) != (self.convolutions is None):
-            expected = "None" if self.convolutions is None else "ConvStates"
+            expected = "None" if self.convolutions is None else "QKVConvStates"
             found = type(state.recent).__name__
             raise TypeError(f"state.recent: expected {expected}; got {found}")
 

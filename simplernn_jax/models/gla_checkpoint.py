@@ -43,8 +43,8 @@ def load_gla_checkpoint(folder: str) -> LanguageModel:
     """Load a model of flash-linear-attention with ``model_type: gla``.
 
     Args:
-      folder: holds ``config.json`` and the weights as safetensors, in one file or several; float32,
-        float16 or bfloat16.
+      folder: holds ``config.json`` and the weights as safetensors, in one file or several, of any
+        floating-point dtype.
 
     Returns:
       A `LanguageModel` with ``block="gla"`` in float32 that reproduces the original's logits.
@@ -75,7 +75,7 @@ def load_gla_checkpoint(folder: str) -> LanguageModel:
     return model
 
 
-def is_gla_folder(folder: str) -> bool:
+def is_hugging_face_folder(folder: str) -> bool:
     """Whether `folder` has a ``config.json`` of Hugging Face: one with a ``model_type``.
 
     `load_gla_checkpoint` raises if it is not ``gla``.
@@ -86,7 +86,7 @@ def is_gla_folder(folder: str) -> bool:
         return False
 
 
-def gla_settings(config: ModelConfig) -> dict[str, Any]:
+def to_fla_config(config: ModelConfig) -> dict[str, Any]:
     """Return the ``config.json`` of flash-linear-attention for a model with ``block="gla"``."""
     return {
         "model_type": "gla",
@@ -176,7 +176,8 @@ def _value(settings: dict[str, Any], path: str, name: str, default: Any, *kinds:
         return None
     if type(found) not in kinds or (bool not in kinds and not abs(found) < 2**31):
         expected = " or ".join(kind.__name__ for kind in kinds)
-        raise UserError(f"{path}: {name} is {_shown(found)}; expected {expected} below 2**31")
+        expected += "" if bool in kinds else " of magnitude below 2**31"
+        raise UserError(f"{path}: {name} is {_shown(found)}; expected {expected}")
     return found
 
 

@@ -191,7 +191,7 @@ class LanguageModel(nnx.Module):
 
         Args:
           tokens: ``[B, T]`` integers in ``[0, vocab_size)``. Eager calls check the range on the
-            host; under `jax.jit`, ids out of range give NaN.
+            host; under `jax.jit`, ids out of range give NaN (zeros if the vocabulary is sharded).
           state: the state that an earlier call returned, as in `initial_state`; None starts from
             zero.
           segment_ids: ``[B, T]``; a change of id resets the state to zero. `state` belongs to the
@@ -204,7 +204,7 @@ class LanguageModel(nnx.Module):
         Raises:
           ValueError: wrong ranks, shapes inconsistent with each other or the model, ids outside
             the vocabulary, or stacked layers outside of `jax.shard_map`.
-          TypeError: wrong dtypes, or the state of another layer.
+          TypeError: wrong dtypes, or the state of a layer of another kind.
         """
         hidden, state = self.hidden_states(tokens, state, segment_ids, dropout_key=dropout_key)
         return self.logits(hidden), state

@@ -123,7 +123,7 @@ def check_names_and_shapes(
         if weights[name].shape != shape:
             raise UserError(
                 f"{where}: {name} has shape {list(weights[name].shape)}; expected {list(shape)} "
-                "from the other weights; use weights of one model"
+                "as for the other weights or the configuration; use those of one model"
             )
 
 

@@ -1,7 +1,8 @@
-"""Convert PyTorch weights to a `LanguageModel` with ``block="plain"``.
+"""Files of PyTorch weights, ``.pt`` and ``.safetensors``; nothing in them is executed.
 
-A file holds ``embedding.weight``, ``layers.N.{query,key,value,gate,out}_proj.{weight,bias}`` and
-``lm_head.{weight,bias}``. Nothing in it is executed.
+`load_pytorch_weights` loads those of the original implementation, ``block="plain"``:
+``embedding.weight``, ``layers.N.{query,key,value,gate,out}_proj.{weight,bias}`` and
+``lm_head.{weight,bias}``.
 """
 
 import os
@@ -27,7 +28,7 @@ from simplernn_jax.safetensors_bytes import decode_metadata, decode_safetensors,
 _ADVICE = "export the file again"
 _METADATA = {"format": "pt"}
 _DIGEST = "simplernn_jax.sha256"
-"""Name in the metadata of a file of `encode_weights`; programs that write new ones drop it."""
+"""Metadata key of the digest of `encode_weights`; other programs drop it when they write a file."""
 
 
 def load_pytorch_weights(path: str) -> LanguageModel:
@@ -161,7 +162,7 @@ def _model_config(weights: Weights, path: str) -> ModelConfig:
             )
         shape = weights[name].shape
         if len(shape) != 2 or 0 in shape:
-            raise UserError(f"{path}: {name} has shape {list(shape)}; a matrix is needed")
+            raise UserError(f"{path}: {name} has shape {list(shape)}; expected 2 dimensions")
         return shape
 
     indices = {match[1] for name in weights if (match := re.match(r"layers\.(\d+)\.", name))}

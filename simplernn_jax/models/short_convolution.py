@@ -20,8 +20,9 @@ def _identity_init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.
 class ShortConvolution(nnx.Module):
     """``y_t = sum_n w_n * norm(x_{t-n})`` for n in 0 .. width - 1, within one segment.
 
-    Depthwise causal convolution before the mixer, as in Mamba (arXiv:2312.00752, section 3.4). The
-    norm is `rms_norm`; initially the layer is the norm alone. All float32.
+    Depthwise causal convolution. Unlike Mamba's (arXiv:2312.00752, section 3.4), it precedes the
+    input projections and has no activation. The norm is `rms_norm`; initially the layer is the norm
+    alone. All float32.
     """
 
     def __init__(self, width: int, features: int, *, rngs: nnx.Rngs):
@@ -31,7 +32,7 @@ class ShortConvolution(nnx.Module):
         self.weights = nnx.Param(_identity_init(rngs.params(), (width, features)))
 
     def initial_state(self, batch_size: int) -> ConvState:
-        """Return zeros ``[B, width - 1, D]``, float32."""
+        """Return zeros ``[B, width - 1, D]``, float32 (float64 under x64)."""
         return jnp.zeros((batch_size, self.width - 1, self.features))
 
     def state_axes(self) -> LogicalAxes:

@@ -9,7 +9,7 @@ from flax import nnx
 
 from simplernn_jax.array_types import Activations, Outputs, RecurrentState, SegmentIds
 from simplernn_jax.mesh_axes import LogicalAxes
-from simplernn_jax.models.heads import MultiHeadProjections
+from simplernn_jax.models.multi_head import MultiHeadLayer
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
 from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
 from simplernn_jax.ops.dtypes import accumulator_dtype
@@ -19,7 +19,7 @@ Recurrence = Callable[..., tuple[jax.Array, RecurrentState]]
 """`gated_linear_recurrence`, or a partial application of it."""
 
 
-class SimpleRNNCell(MultiHeadProjections, nnx.RNNCellBase):
+class SimpleRNNCell(MultiHeadLayer, nnx.RNNCellBase):
     """One token of SimpleRNN, for `nnx.RNN` or a custom loop.
 
     Per head, with K = key_dim / num_heads and V = value_dim / num_heads::
@@ -61,7 +61,7 @@ class SimpleRNNCell(MultiHeadProjections, nnx.RNNCellBase):
         sizes = (hidden_dim, key_dim, value_dim, output_dim, num_heads)
         super().__init__(*sizes, rngs=rngs, forget_gate=True, **options)
         self.query_scale = query_scale
-        # None: the accumulation dtype, float32 (float64 under x64).
+        # None: the default dtype, float32 (float64 under x64).
         self.state_dtype = None if state_dtype == jnp.float32 else jnp.dtype(state_dtype)
 
     def initial_state(self, batch_size: int) -> RecurrentState:
@@ -78,7 +78,7 @@ class SimpleRNNCell(MultiHeadProjections, nnx.RNNCellBase):
         """Project ``[..., hidden_dim]`` to the inputs of the recurrence and of `project_outputs`.
 
         Returns:
-          (q, k, v, log_gate), each ``[..., H, K or V]`` float32 (float64 under x64), and the
+          (q, k, v, log_gate), each ``[..., H, K or V]`` float32 (float64 if `dtype` is), and the
           pre-activation of the output gate or None.
         """
         (q, k, v, gate), output_gate = self.project_inputs(x)
@@ -96,8 +96,8 @@ class SimpleRNNCell(MultiHeadProjections, nnx.RNNCellBase):
         check_array("inputs", inputs, "B D", FLOATING, {"D": self.query_proj.in_features})
         (q, k, v, log_gate), output_gate = self.project(inputs)
         self.check_state("carry", carry, q)
-        sums = accumulator_dtype(carry)
-        y, state = recurrent_step(q, k, v, log_gate, carry.astype(sums))
+        accum_dtype = accumulator_dtype(carry)
+        y, state = recurrent_step(q, k, v, log_gate, carry.astype(accum_dtype))
         return state.astype(carry.dtype), self.project_outputs(y, output_gate)
 
     def check_state(self, name: str, state: Any, q: jax.Array) -> None:
@@ -119,7 +119,7 @@ class SimpleRNNCell(MultiHeadProjections, nnx.RNNCellBase):
 
 
 class SimpleRNN(nnx.Module):
-    """`SimpleRNNCell` over a sequence in one call of the operator."""
+    """`SimpleRNNCell` over a sequence, with the recurrence in one operation."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class SimpleRNN(nnx.Module):
         recurrence: Recurrence = gated_linear_recurrence,
         **options: Any,
     ):
-        """Initialize the cell, as `SimpleRNNCell`; `recurrence` computes the sequence."""
+        """Initialize the cell, as `SimpleRNNCell`, and choose the operator."""
         self.recurrence = recurrence
         self.cell = SimpleRNNCell(
             hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs=rngs, **options

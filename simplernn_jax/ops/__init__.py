@@ -56,7 +56,7 @@ def gated_linear_recurrence(
 
     Returns:
       ``(output, final_state)``: ``[B, T, H, V]`` in the dtype of v, and ``[B, H, K, V]`` in the
-      dtype of the sums, or in `state_dtype`.
+      accumulation dtype, or in `state_dtype`.
 
     Raises:
       ValueError: wrong ranks, shapes that do not fit together, an unknown or unavailable

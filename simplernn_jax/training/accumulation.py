@@ -45,8 +45,8 @@ def accumulate_gradients(grad_fn: GradFn, num_microbatches: int) -> GradFn:
     ) -> tuple[jax.Array, nnx.State, ModelState]:
         def add(sums: Any, microbatch: Any) -> tuple[Any, ModelState]:
             index, sequences, carried = microbatch
-            its_key = jax.random.fold_in(key, index)
-            *new, carried = grad_fn(params, sequences, carried, its_key, predictions)
+            microbatch_key = jax.random.fold_in(key, index)
+            *new, carried = grad_fn(params, sequences, carried, microbatch_key, predictions)
             return jax.tree.map(jnp.add, sums, tuple(new)), carried
 
         microbatches = jax.tree.map(

@@ -81,7 +81,7 @@ class ValidationHistory:
         if os.path.isdir(CheckpointFolder(workdir).step_path(self.best_step or 0)):
             hint = "--checkpoint best loads the model of that step"
         else:
-            hint = "no checkpoint of that step is kept (make save_every a multiple of eval_every)"
+            hint = "no checkpoint of that step is kept (make eval_every a multiple of save_every)"
         advice = "train on more text, with --config.model.dropout, or for fewer steps"
         lines["overfitting"] = f"{hint}; {advice}"
         return lines

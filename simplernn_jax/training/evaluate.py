@@ -28,9 +28,9 @@ from simplernn_jax.sharding.partition_specs import (
     named_shardings,
     variable_specs,
 )
+from simplernn_jax.training.batch_sharding import batch_specs
 from simplernn_jax.training.gradient import make_model
 from simplernn_jax.training.losses import cross_entropy
-from simplernn_jax.training.placement import batch_specs
 
 BATCH_TOKENS = 8192
 """Tokens scored in one call: large enough to saturate a CPU."""
@@ -132,7 +132,7 @@ class Evaluator:
         split: TokenSplit,
         limit_tokens: int = 0,
         reset_every: int = 0,
-        windows: Contexts | None = None,
+        contexts: Contexts | None = None,
     ) -> Iterator[Scores]:
         """Score every target of the split once, or a deterministic subset of `limit_tokens`.
 
@@ -140,13 +140,13 @@ class Evaluator:
           params: the model's parameters.
           split: the text to score.
           limit_tokens: 0 scores the whole split.
-          reset_every: reset the state every `reset_every` tokens of a document; 0 does not.
-          windows: if given, documents are scored in overlapping contexts, each from a zero state.
+          reset_every: reset the state every `reset_every` tokens of a document; 0 never resets.
+          contexts: if given, documents are scored in overlapping contexts, each from a zero state.
 
         Raises:
           UserError: the split holds nothing to predict, or contexts do not cover every token.
         """
-        if windows is None:
+        if contexts is None:
             batches, _ = evaluation_batches(
                 split,
                 BATCH_TOKENS,
@@ -158,9 +158,9 @@ class Evaluator:
             )
         else:
             # Each has a state of its own.
-            tokens = min(BATCH_TOKENS, MAX_BATCH_SIZE * windows.length)
+            tokens = min(BATCH_TOKENS, MAX_BATCH_SIZE * contexts.length)
             batches, _ = context_batches(
-                split, windows, tokens, self._pad_id, limit_tokens, self._shard_multiple
+                split, contexts, tokens, self._pad_id, limit_tokens, self._shard_multiple
             )
         carried = None
         for batch in batches:
@@ -178,13 +178,13 @@ class Evaluator:
         split: TokenSplit,
         limit_tokens: int = 0,
         reset_every: int = 0,
-        windows: Contexts | None = None,
+        contexts: Contexts | None = None,
     ) -> Evaluation:
         """Return the mean over `scores`, with its arguments and errors."""
         nats: list[float] = []
         predictions = 0
         newest: jax.Array | None = None
-        for scores in self.scores(params, split, limit_tokens, reset_every, windows):
+        for scores in self.scores(params, split, limit_tokens, reset_every, contexts):
             # At most two batches in flight: with dozens, XLA's CPU backend can run out of threads
             # while all of them wait for another process.
             if newest is not None:
@@ -194,7 +194,7 @@ class Evaluator:
         if newest is not None:
             nats.append(float(newest))
         # Summed in float64 on the host, so that results do not depend on batch size.
-        # Conversations can begin with tokens that are not targets.
+        # The first tokens of conversations may all be no targets: 0 / 1.
         nats_per_token = float(np.sum(np.asarray(nats, np.float64))) / max(predictions, 1)
         tokens_per_byte = split.num_predictions / max(split.num_bytes, 1)
         return Evaluation(

@@ -45,7 +45,7 @@ def make_model(
 
 
 def abstract_model(config: Config) -> tuple[nnx.GraphDef[LanguageModel], nnx.State]:
-    """Return graphdef and abstract parameters of the model."""
+    """Return graphdef and abstract parameters of the model, layers not stacked, without remat."""
     model = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
     return nnx.split(model, nnx.Param)
 
@@ -90,8 +90,9 @@ def make_grad_fn(config: Config, recurrence: Recurrence = gated_linear_recurrenc
         key = _fold_in_device(jax.random.fold_in(jax.random.wrap_key_data(rng), step))
         # Cast to varying, so that their gradients are summed over devices once, after all
         # microbatches.
-        local = jax.tree.map(lambda param: vary_like(param, *batch), params)
-        loss, gradient, final = sum_grad_fn(local, batch, carried, key, jnp.maximum(predictions, 1))
+        varying = jax.tree.map(lambda param: vary_like(param, *batch), params)
+        divisor = jnp.maximum(predictions, 1)
+        loss, gradient, final = sum_grad_fn(varying, batch, carried, key, divisor)
         carried = final if carried else ()
         return psum(loss, *TOKEN_AXES), predictions, _sum_over_replicas(gradient, params), carried
 

@@ -18,7 +18,7 @@ from simplernn_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fr
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.exported_folder import is_exported, load_exported, read_run
 from simplernn_jax.models import LanguageModel, load_gla_checkpoint
-from simplernn_jax.models.gla_checkpoint import is_gla_folder
+from simplernn_jax.models.gla_checkpoint import is_hugging_face_folder
 from simplernn_jax.models.pytorch_weights import load_pytorch_weights
 
 _FREE_FIELDS = ("dropout", "precision", "state_precision", "vocab_size")
@@ -41,7 +41,7 @@ def initial_tokenizer(config: Config) -> Tokenizer | None:
     path = config.train.init_from
     if is_exported(path):
         initial, tokenizer = read_run(path)
-    elif _has_weights_alone(path):
+    elif _is_weights_only(path):
         return None
     else:
         initial, tokenizer_json, _ = read_config(path, BEST)
@@ -86,13 +86,13 @@ def _load(path: str) -> LanguageModel | None:
     """Load an export or weights; None if `path` is another folder, such as that of a run."""
     if is_exported(path):
         return load_exported(path)[0]
-    if not _has_weights_alone(path):
+    if not _is_weights_only(path):
         return None
     return load_pytorch_weights(path) if os.path.isfile(path) else load_gla_checkpoint(path)
 
 
-def _has_weights_alone(path: str) -> bool:
-    return os.path.isfile(path) or is_gla_folder(path)
+def _is_weights_only(path: str) -> bool:
+    return os.path.isfile(path) or is_hugging_face_folder(path)
 
 
 def _check_same_model(config: Config, initial: ModelConfig) -> None:

@@ -11,12 +11,12 @@ from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-StopSignal = Callable[[int], str | None]
+PollSignal = Callable[[int], str | None]
 """Returns the name of the signal that ends the run at a step, or None; called before each step."""
 
 
 @contextlib.contextmanager
-def deferred_signals() -> Iterator[StopSignal]:
+def deferred_signals() -> Iterator[PollSignal]:
     """Turn the first signal into a request; a second signal goes to the previous handler.
 
     In a distributed run, JAX's preemption service handles SIGTERM, and all processes agree on the

@@ -20,7 +20,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
 from simplernn_jax.training.display import open_display
 from simplernn_jax.training.evaluate import Evaluation
-from simplernn_jax.training.interruption import StopSignal, deferred_signals
+from simplernn_jax.training.interruption import PollSignal, deferred_signals
 from simplernn_jax.training.metrics import MetricsWriter
 from simplernn_jax.training.periodic_actions import PeriodicAction, Validation, sample
 from simplernn_jax.training.profiling import Profile
@@ -48,8 +48,9 @@ def train(config: Config, workdir: str) -> Result:
     the current step and return. The run ends early if the validation loss stops improving and
     ``train.stop_after_worse`` is set.
 
-    Several processes (`distributed`) call this together; a signal to any process stops all of them
-    at the same step. Only process 0 prints, and writes samples and metrics.
+    Several processes (`distributed`) call this together; SIGTERM to any process stops all of them
+    at the same step (`supervisor` forwards SIGINT as SIGTERM). Only process 0 prints, and writes
+    samples and metrics.
 
     Raises:
       UserError: the data is unusable; the mesh does not fit; the checkpoint has a different model
@@ -64,16 +65,16 @@ def train(config: Config, workdir: str) -> Result:
         train_step = RecompilationCounter(
             "the train step", make_train_step(run.config, run.optimizer, run.mesh)
         )
-        stop_signal = stack.enter_context(deferred_signals())
+        poll_signal = stack.enter_context(deferred_signals())
         if is_coordinator():
             _write_config(run)
         display = stack.enter_context(open_display(run.step, run.total_steps))
         reporter = Reporter(run, metrics, display, train_step)
-        return _train(run, train_step, reporter, stop_signal)
+        return _train(run, train_step, reporter, poll_signal)
 
 
 def _train(
-    run: Run, train_step: RecompilationCounter, reporter: Reporter, stop_signal: StopSignal
+    run: Run, train_step: RecompilationCounter, reporter: Reporter, poll_signal: PollSignal
 ) -> Result:
     """Take the remaining steps and end the run, or save it if a signal is received."""
     validation, train = Validation(run, reporter), run.config.train
@@ -86,8 +87,8 @@ def _train(
     profile_steps = train.profile_steps if is_coordinator() else 0
     profile = Profile(run.workdir, profile_steps, reporter.print_line, reporter.timer.paused)
     with train_step, profile:
-        _run_steps(run, train_step, reporter, stop_signal, actions, profile)
-        signal = stop_signal(run.step)
+        _run_steps(run, train_step, reporter, poll_signal, actions, profile)
+        signal = poll_signal(run.step)
         if signal:  # before the profile is written: a preempted job has little time left
             run.save(wait=True)
     if signal:
@@ -112,7 +113,7 @@ def _run_steps(
     run: Run,
     train_step: RecompilationCounter,
     reporter: Reporter,
-    stop_signal: StopSignal,
+    poll_signal: PollSignal,
     actions: Sequence[PeriodicAction],
     profile: Profile,
 ) -> None:
@@ -122,7 +123,7 @@ def _run_steps(
     batch = run.next_batch()
     pending: StepMetrics | None = None
     reporter.timer.start()
-    while not run.has_ended and not stop_signal(run.step):
+    while not run.has_ended and not poll_signal(run.step):
         with profile.step(run.step + 1, run.state):
             run.state, metrics = train_step(run.state, batch)
         run.step += 1

@@ -1,4 +1,4 @@
-"""Memory of a train step: estimated, and near the limit by XLA's memory analysis."""
+"""Memory of a train step: estimated; above a quarter of the device's, from XLA's analysis."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from simplernn_jax.data.batches import Batch
 from simplernn_jax.training.train_step import init_train_state, make_train_step
 
 ANALYSIS_THRESHOLD = 0.25
-"""Fraction of device memory above which the step is compiled and analyzed: the estimate is a third
-of XLA's analysis, and compilation takes 10 s."""
+"""Fraction of device memory above which the step is compiled and analyzed: the estimate is about a
+third of XLA's analysis, and compilation takes about 10 s."""
 
 
 def check_train_step(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> None:

@@ -44,10 +44,10 @@ Row = dict[str, Any]
 class MetricsWriter:
     """Appends to ``metrics.jsonl`` and to TensorBoard files under ``tensorboard``.
 
-    A resumed run first drops rows of steps after its checkpoint, so that every step has one row.
+    A resumed run first drops rows of steps after its checkpoint, so that no step is logged twice.
     Re-evaluating a finished run does not duplicate rows.
 
-    Neither file ever stops a run, which `clu.metric_writers` does not guarantee: corrupted lines go
+    Neither file ever stops a run, unlike those of `clu.metric_writers`: corrupted lines go
     to ``metrics.jsonl.damaged``, an unreadable file is renamed to ``metrics.jsonl.unusable``, and a
     failure to write is a warning.
     """

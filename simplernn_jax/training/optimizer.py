@@ -114,12 +114,12 @@ def orthogonalize_sharded(matrices: Any, mesh: Mesh | None) -> Any:
 
     Results are scaled to a root mean square of about `MUON_RMS`. On a mesh every device gathers the
     matrices, one after the other, and keeps its shard of each result; of stacked layers it gathers
-    those of its stage alone.
+    only those of its own stage.
     """
     leaves, tree = jax.tree.flatten(matrices)
     if not is_distributed(mesh):
         factors = newton_schulz(leaves)
-        return jax.tree.unflatten(tree, [_scaled(factor) for factor in factors])
+        return jax.tree.unflatten(tree, [_scale_update(factor) for factor in factors])
     specs = tuple(jax.tree.leaves(variable_specs(matrices, mesh)))
 
     def run(*parts: jax.Array) -> tuple[jax.Array, ...]:
@@ -132,7 +132,7 @@ def orthogonalize_sharded(matrices: Any, mesh: Mesh | None) -> Any:
             for axis, name in sharded_axes:
                 full = all_gather(full, name, axis, after=results[-1] if results else part)
             (factor,) = newton_schulz([full])
-            result = _scaled(factor)
+            result = _scale_update(factor)
             for axis, name in sharded_axes:
                 start = axis_index(name) * part.shape[axis]
                 result = jax.lax.dynamic_slice_in_dim(result, start, part.shape[axis], axis)
@@ -143,5 +143,5 @@ def orthogonalize_sharded(matrices: Any, mesh: Mesh | None) -> Any:
     return jax.tree.unflatten(tree, sharded_fn(*leaves))
 
 
-def _scaled(factor: jax.Array) -> jax.Array:
+def _scale_update(factor: jax.Array) -> jax.Array:
     return MUON_RMS * math.sqrt(max(factor.shape[-2:])) * factor

@@ -31,8 +31,8 @@ def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
 
     The model's vocabulary is at least the tokenizer's, ``cache_dir`` and ``init_from`` are
     absolute, and ``template`` and ``sample_prompt`` are texts. With ``init_from``, the tokenizer is
-    that of its run. Of several processes, process 0 tokenizes first: the others find its tokens, or
-    tokenize themselves if ``cache_dir`` is on a local disk.
+    that of its run. Of several processes, process 0 tokenizes first: the others use its tokens, or
+    tokenize the text again if ``cache_dir`` is on a local disk.
 
     Raises:
       UserError: the data is unusable, `workdir` holds a run with a different model or batches, or

@@ -42,7 +42,7 @@ class Profile:
         if self._recording:
             self._stop()
         elif self._steps > 0 and self._taken <= WARMUP_STEPS:
-            self._print_line("no profile: the run ended before its third step")
+            self._print_line(f"no profile: the run ended within {WARMUP_STEPS} steps of its start")
 
     def step(self, number: int, state: Any) -> jax.profiler.StepTraceAnnotation:
         """Mark step `number`, which is taken from `state` inside the ``with`` block."""

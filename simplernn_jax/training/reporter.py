@@ -43,7 +43,7 @@ class Reporter:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
         size = counted(parameters, "parameter")
         kind = config.model.block
-        if kind != "gla":  # whose only mixer is its own
+        if kind != "gla":  # which ignores `mixer`
             kind += " " + config.model.mixer.replace("simple_rnn", "SimpleRNN")
         self._model = f"{kind} model, {size}"
 
@@ -120,8 +120,8 @@ class Reporter:
         speed = timer.tokens_per_second
         lines = {
             "steps": f"{run.step:,}",
-            "training time": f"{format_duration(timer.seconds)}, of which {timer.first:.1f} s for "
-            "the first step (compilation)",
+            "training time": f"{format_duration(timer.total_seconds)}, of which "
+            f"{timer.first:.1f} s for the first step (compilation)",
             "speed": f"{speed:,.0f} tokens/s" if speed else "n/a (only one step)",
             "skipped updates": f"{int(run.state.skipped_updates)}",
             "recompilations": f"{self._train_step.recompilations}",

@@ -26,13 +26,13 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.mesh_axes import BATCH_AXES
 from simplernn_jax.sharding.global_arrays import global_arrays_from_local, process_slice
 from simplernn_jax.sharding.mesh import check_fits, make_mesh
+from simplernn_jax.training.batch_sharding import batch_shardings
 from simplernn_jax.training.checkpoint_layout import CheckpointLayout
 from simplernn_jax.training.early_stopping import ValidationHistory
 from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.initial_parameters import initial_parameters
 from simplernn_jax.training.memory_check import check_train_step
 from simplernn_jax.training.optimizer import make_optimizer
-from simplernn_jax.training.placement import batch_shardings
 from simplernn_jax.training.preparation import changed_fields, prepare, total_steps
 from simplernn_jax.training.step_statistics import LossTotals
 from simplernn_jax.training.train_step import TrainState, init_train_state, state_shardings
@@ -44,8 +44,8 @@ _SHARED_SECONDS = 10.0
 class Run:
     """A training run: data, mesh, optimizer, train state and checkpoints.
 
-    It starts from step 0 or resumes from the newest valid checkpoint of its workdir, created if
-    missing. Leaving its ``with`` block waits for the last save.
+    It starts from step 0 or resumes from the newest valid checkpoint of its workdir; a workdir that
+    is missing is created. Leaving its ``with`` block waits for the last save.
 
     Raises:
       UserError: the data is unusable; the model does not fit the mesh or its memory; the
@@ -123,7 +123,7 @@ class Run:
         return self._layout.from_checkpoint(restored.state), batches
 
     def _with_initial_parameters(self, state: TrainState) -> TrainState:
-        """Replace the parameters by those in ``init_from``."""
+        """Replace the parameters with those in ``init_from``."""
         abstract, shardings = self._layout.abstract, self._layout.shardings
         params = initial_parameters(
             self.config, abstract.params, None if shardings is None else shardings.params

@@ -23,8 +23,8 @@ from simplernn_jax.sharding.partition_specs import (
     variable_specs,
 )
 from simplernn_jax.training.accumulation import split_into_windows
+from simplernn_jax.training.batch_sharding import batch_specs, window_specs
 from simplernn_jax.training.gradient import make_grad_fn, make_model
-from simplernn_jax.training.placement import batch_specs, compiler_options, window_specs
 
 
 @jax.tree_util.register_dataclass
@@ -134,7 +134,7 @@ def make_train_step(
         options["in_shardings"] = (states, named_shardings(batch, mesh))
         options["out_shardings"] = (states, NamedSharding(mesh, P()))
     if is_distributed(mesh) or config.train.remat != "none":
-        options["compiler_options"] = compiler_options(mesh)
+        options["compiler_options"] = _compiler_options(mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         batch = split_into_windows(batch, window) if window else batch
@@ -184,3 +184,14 @@ def take_steps(
         state, step_metrics = step(state, batch)
         metrics.append(step_metrics)
     return state, metrics
+
+
+def _compiler_options(mesh: Mesh | None) -> dict[str, str]:
+    """Return options that keep XLA from undoing rematerialization.
+
+    XLA of jax 0.10 removes the barriers of `jax.checkpoint` on CPUs before its last
+    common-subexpression elimination (CSE), which would merge intended re-gathers and recomputation.
+    """
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    on_cpu = device.platform == "cpu"
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else {}

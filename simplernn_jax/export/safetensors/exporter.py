@@ -11,7 +11,7 @@ from simplernn_jax.config import LATER_MODEL_FIELDS
 from simplernn_jax.export.formats import TrainedModel, float32_model, logits_of
 from simplernn_jax.inference import generate
 from simplernn_jax.inference.exported_folder import RUN, WEIGHTS, load_exported, run_json
-from simplernn_jax.models.gla_checkpoint import gla_settings
+from simplernn_jax.models.gla_checkpoint import to_fla_config
 from simplernn_jax.models.named_weights import named_weights
 from simplernn_jax.models.pytorch_weights import encode_weights
 
@@ -26,7 +26,7 @@ def description(trained: TrainedModel) -> dict[str, Any]:
         "pad_token_id": trained.tokenizer.pad_id,
     }
     if config.block == "gla":
-        return {**gla_settings(config), **ids}
+        return {**to_fla_config(config), **ids}
     fields = dataclasses.asdict(config)
     for name in ("mixer", "dropout", "precision", "state_precision", *LATER_MODEL_FIELDS):
         del fields[name]

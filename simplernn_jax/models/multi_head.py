@@ -11,7 +11,7 @@ from simplernn_jax.ops.checks import FLOATING, check_array
 from simplernn_jax.ops.rms_norm import rms_norm
 
 
-class MultiHeadProjections(nnx.Module):
+class MultiHeadLayer(nnx.Module):
     """Input and output projections shared by the token mixers; subclasses implement the mixing."""
 
     def __init__(
@@ -82,14 +82,14 @@ class MultiHeadProjections(nnx.Module):
         )
 
     def project_inputs(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-        """Project `x` to queries, keys, values and, with a forget gate, its logits.
+        """Project `x` to queries, keys, values and, with a forget gate, gate logits.
 
         Args:
           x: ``[..., hidden_dim]``.
 
         Returns:
-          Each ``[..., H, K or V]``, and the pre-activation of the output gate
-          ``[..., H V]`` or None. Under tensor parallelism H is the local number of heads.
+          These, ``[..., H, K or V]`` each, and the pre-activation of the output gate
+          ``[..., H * V]`` or None. Under tensor parallelism H is the local number of heads.
         """
         check_array("x", x, "... D", FLOATING, {"D": self.query_proj.in_features})
         layers = [self.query_proj, self.key_proj, self.value_proj]
@@ -122,10 +122,10 @@ class MultiHeadProjections(nnx.Module):
             y = rms_norm(y)
         y = y.reshape(*y.shape[:-2], y.shape[-2] * y.shape[-1])
         if output_gate is not None:
-            y = _gated(y, output_gate)
+            y = _apply_output_gate(y, output_gate)
         return self.out_proj(y)
 
 
 @jax.checkpoint  # y and the gate are saved in any case; the backward pass recomputes silu
-def _gated(y: jax.Array, gate: jax.Array) -> jax.Array:
+def _apply_output_gate(y: jax.Array, gate: jax.Array) -> jax.Array:
     return y * jax.nn.silu(gate)

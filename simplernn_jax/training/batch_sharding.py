@@ -1,24 +1,12 @@
-"""Shardings of batches, and compiler options of train steps."""
+"""Shardings of batches."""
 
 from typing import Any
 
-import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.mesh_axes import BATCH_AXES, LogicalAxes, drop_trivial_axes, partition_spec
 from simplernn_jax.sharding.partition_specs import is_distributed, named_shardings
-
-
-def compiler_options(mesh: Mesh | None) -> dict[str, str]:
-    """Return options that keep XLA from undoing rematerialization.
-
-    XLA of jax 0.10 removes the barriers of `jax.checkpoint` on CPUs before its last
-    common-subexpression elimination (CSE), which would merge intended re-gathers and recomputation.
-    """
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    on_cpu = device.platform == "cpu"
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else {}
 
 
 def batch_specs(mesh: Mesh) -> Batch:
