@@ -13,7 +13,11 @@ S  keys of attention: the slots of a cache, or the keys of one block of queries
 
 from typing import Any
 
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
+
+LogicalAxes = PartitionSpec
+"""One logical axis, or None, for each axis of an array; those left out at the end are None."""
 
 Tokens = Int[Array, "B T"]
 SegmentIds = Int[Array, "B T"]

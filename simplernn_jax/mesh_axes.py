@@ -6,6 +6,8 @@ replicated.
 
 from jax.sharding import Mesh, PartitionSpec
 
+from simplernn_jax.array_types import LogicalAxes
+
 AXES = ("data", "fsdp", "tensor", "sequence", "stage")
 """Mesh axes, from the slowest link to the fastest except `stage`; see `MeshConfig`."""
 
@@ -25,9 +27,6 @@ LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...]] = {
     "vocab": "tensor",
     "layers": "stage",
 }
-
-LogicalAxes = PartitionSpec
-"""One logical axis, or None, for each axis of an array; those left out at the end are None."""
 
 
 def partition_spec(axes: LogicalAxes, mesh: Mesh) -> PartitionSpec:

@@ -41,17 +41,19 @@ def damage(workdir, step, item="data"):
         (
             {"s2": (2.5, 7), "s3": (2.0218, 7), "s5": (3.71023, 7)},
             3,
-            "step 3, the best by validation loss (2.0218; the newest, step 5, has 3.7102)",
+            "step 3, the best by validation loss (2.0218 on 7 predictions; the newest, step "
+            "5, has 3.7102)",
         ),
         (
             {"s2": (2.5, 7), "s3": (2.0, 7), "s5": None},
             3,
-            "step 3, the best by validation loss (2.0000; the newest, step 5, was not evaluated)",
+            "step 3, the best by validation loss (2.0000 on 7 predictions; the newest, step "
+            "5, was not evaluated)",
         ),
         (
             {"s2": (2.5, 7), "s3": (2.5, 7)},
             3,
-            "step 3, the newest and the best by validation loss (2.5000)",
+            "step 3, the newest and the best by validation loss (2.5000 on 7 predictions)",
         ),
         ({"s2": (2.5, 7), "s3": (2.6, 11)}, 3, "step 3, the newest (validation losses cannot be "),
         ({"s2": (2.5,), "s3": (2.6,)}, 3, "step 3, the newest (validation losses cannot be "),
@@ -122,7 +124,8 @@ def test_load_model_takes_the_best_and_says_so(tmp_path, caplog):
             assert tokenizer.to_json() == ByteTokenizer().to_json()
             assert loaded_config == config
     assert [text for text in caplog.messages if text.startswith("checkpoint")] == [
-        "checkpoint: step 2, the best by validation loss (2.0000; the newest, step 3, has 3.0000)"
+        "checkpoint: step 2, the best by validation loss (2.0000 on 7 predictions; the newest, "
+        "step 3, has 3.0000)"
     ]
 
 

@@ -23,10 +23,13 @@ def write_run(workdir, config=None, train=(), validation=(), **fields):
     for step, loss in enumerate(train, 1):
         values = {"tokens": 14 * step, "seconds": 0.5 * step, "tokens_per_second": 28.0}
         writer.write(step, "train", loss=loss, **values)
-    for step, loss in enumerate(validation, 1):
-        writer.write(
-            step, "validation", loss=loss, bits_per_byte=loss / math.log(2), tokens=14 * step
-        )
+    scored = [(loss, 7) for loss in validation]
+    if validation:  # the whole split, at the end
+        scored.append((0.5, 1_000))
+    for step, (loss, predictions) in enumerate(scored, 1):
+        step = min(step, len(validation))
+        values = {"bits_per_byte": loss / math.log(2), "predictions": predictions}
+        writer.write(step, "validation", loss=loss, tokens=14 * step, **values)
     writer.close()
     return workdir
 
@@ -58,10 +61,12 @@ def test_differences_metrics_and_curves(tmp_path):
         "training tokens": ["42", "28"],
         "tokens/s": ["28", "28"],
         "training loss, last": ["3.0000", "not finite"],
-        "validation loss, last": ["3.7500", "-"],
+        "validation loss, last": ["0.5000", "-"],
+        "predictions, last": ["1,000", "-"],
         "validation loss, best": ["3.5000", "-"],
         "at step": ["2", "-"],
-        "bits/byte, last": ["5.4101", "-"],
+        "predictions, best": ["7", "-"],
+        "bits/byte, last": ["0.7213", "-"],
         "bits/byte, best": ["5.0494", "-"],
     }
     assert {name: cells(metrics, name) for name in expected} == expected

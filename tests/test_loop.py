@@ -400,6 +400,16 @@ def test_a_workdir_that_cannot_hold_checkpoints_is_refused_before_the_data_is_re
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_run_without_data_leaves_no_workdir(tmp_path, exists):
+    workdir = tmp_path / "run"
+    if exists:
+        workdir.mkdir()
+    with pytest.raises(UserError, match="missing"):
+        train(small_config(source=str(tmp_path / "missing")), str(workdir))
+    assert workdir.exists() == exists
+
+
 def test_the_last_checkpoint_is_evaluated_as_those_before_it(tmp_path):
     config = small_config(
         source=write_corpus(tmp_path / "text"),

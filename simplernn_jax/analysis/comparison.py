@@ -2,6 +2,7 @@
 
 import math
 import os
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -91,6 +92,10 @@ def _metrics_of(run: RunRecord) -> dict[str, str]:
     train = [row for row in run.rows if row["kind"] == "train"]
     validation = [row for row in run.rows if row["kind"] == "validation"]
     losses = [row for row in validation if _number(row, "loss") is not None]
+    # Losses of other tokens, such as those of the evaluation at the end, are not comparable.
+    counts = [row.get("predictions") for row in losses]
+    usual = statistics.mode(counts) if counts else None
+    losses = [row for row in losses if row.get("predictions") == usual]
     best = min(losses, key=lambda row: (row["loss"], -row["step"]), default={})
     sizes = jax.tree.leaves(abstract_model(run.config)[1]) if run.config else []
     parameters = sum(leaf.size for leaf in sizes)
@@ -102,8 +107,10 @@ def _metrics_of(run: RunRecord) -> dict[str, str]:
         "tokens/s": _last(train, "tokens_per_second", "{:,.0f}".format),
         "training loss, last": _last(train, "loss", "{:.4f}".format),
         "validation loss, last": _last(validation, "loss", "{:.4f}".format),
+        "  predictions, last": _last(validation, "predictions", "{:,.0f}".format),
         "validation loss, best": f"{best['loss']:.4f}" if best else MISSING,
         "  at step": f"{best['step']:,}" if best else MISSING,
+        "  predictions, best": _last([best], "predictions", "{:,.0f}".format),
         "bits/byte, last": _last(validation, "bits_per_byte", "{:.4f}".format),
         "bits/byte, best": _last([best], "bits_per_byte", "{:.4f}".format),
     }

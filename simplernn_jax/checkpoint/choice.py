@@ -118,7 +118,9 @@ def _reason(best: int, qualities: dict[int, Quality | None]) -> str | None:
     if len(qualities) == 1:
         return None
     quality, newest = qualities[best], max(qualities)
-    loss = "" if quality is None else f"{quality.validation_loss:.4f}"
+    loss = ""
+    if quality is not None:
+        loss = f"{quality.validation_loss:.4f} on {quality.predictions:,} predictions"
     if newest == best:
         return f"checkpoint: step {best}, the newest and the best by validation loss ({loss})"
     other = qualities[newest]

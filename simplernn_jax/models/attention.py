@@ -11,11 +11,11 @@ from simplernn_jax.array_types import (
     Activations,
     CachedKeys,
     CachedValues,
+    LogicalAxes,
     Outputs,
     Positions,
     SegmentIds,
 )
-from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.multi_head import MultiHeadLayer
 from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops import segment_starts

@@ -8,9 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, ConvState, RecurrentState, SegmentIds
+from simplernn_jax.array_types import (
+    Activations,
+    ConvState,
+    LogicalAxes,
+    RecurrentState,
+    SegmentIds,
+)
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.models.dense import Dense
 from simplernn_jax.models.short_convolution import ShortConvolution

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.mesh_axes import LogicalAxes
+from simplernn_jax.array_types import LogicalAxes
 from simplernn_jax.ops.projection import add_bias, fused_projection
 from simplernn_jax.ops.vocab_parallel import lookup
 

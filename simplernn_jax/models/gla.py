@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, RecurrentState, SegmentIds
+from simplernn_jax.array_types import Activations, LogicalAxes, RecurrentState, SegmentIds
 from simplernn_jax.config import GATE_RANK, ModelConfig
-from simplernn_jax.mesh_axes import LogicalAxes
 from simplernn_jax.models.causal_convolution import QKVConvolutions, QKVConvStates
 from simplernn_jax.models.dense import Dense, fused_dense
 from simplernn_jax.models.multi_head import MultiHeadLayer

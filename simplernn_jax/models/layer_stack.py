@@ -7,8 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, ModelState, SegmentIds, TimeShardActivations
-from simplernn_jax.mesh_axes import LogicalAxes
+from simplernn_jax.array_types import (
+    Activations,
+    LogicalAxes,
+    ModelState,
+    SegmentIds,
+    TimeShardActivations,
+)
 from simplernn_jax.models.remat import rematerialize
 from simplernn_jax.ops.checks import check_array, check_batch, check_segment_ids
 from simplernn_jax.ops.collectives import axis_size

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, ConvState, SegmentIds
-from simplernn_jax.mesh_axes import LogicalAxes
+from simplernn_jax.array_types import Activations, ConvState, LogicalAxes, SegmentIds
 from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
 from simplernn_jax.ops.dtypes import accumulator_dtype
 from simplernn_jax.ops.sequence_parallel import sharded_convolution

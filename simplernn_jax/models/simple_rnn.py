@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, Outputs, RecurrentState, SegmentIds
-from simplernn_jax.mesh_axes import LogicalAxes
+from simplernn_jax.array_types import Activations, LogicalAxes, Outputs, RecurrentState, SegmentIds
 from simplernn_jax.models.multi_head import MultiHeadLayer
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
 from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids

@@ -7,7 +7,8 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from simplernn_jax.mesh_axes import LogicalAxes, partition_spec
+from simplernn_jax.array_types import LogicalAxes
+from simplernn_jax.mesh_axes import partition_spec
 
 P = PartitionSpec
 

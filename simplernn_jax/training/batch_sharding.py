@@ -4,8 +4,9 @@ from typing import Any
 
 from jax.sharding import Mesh, PartitionSpec
 
+from simplernn_jax.array_types import LogicalAxes
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.mesh_axes import BATCH_AXES, LogicalAxes, drop_trivial_axes, partition_spec
+from simplernn_jax.mesh_axes import BATCH_AXES, drop_trivial_axes, partition_spec
 from simplernn_jax.sharding.partition_specs import is_distributed, named_shardings
 
 

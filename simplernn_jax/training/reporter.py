@@ -122,7 +122,7 @@ class Reporter:
             "steps": f"{run.step:,}",
             "training time": f"{format_duration(timer.total_seconds)}, of which "
             f"{timer.first:.1f} s for the first step (compilation)",
-            "speed": f"{speed:,.0f} tokens/s" if speed else "n/a (only one step)",
+            "speed": f"{speed:,.0f} tokens/s" if speed else "n/a (at most one step)",
             "skipped updates": f"{int(run.state.skipped_updates)}",
             "recompilations": f"{self._train_step.recompilations}",
         }
@@ -131,8 +131,9 @@ class Reporter:
         lines |= run.history.summary(run.step, comparable, workdir, stopped_early=run.stopped_early)
         if is_coordinator() and (path := plot_loss(workdir, self._model)):
             lines["loss curve"] = path
-        command = name_commands("python scripts/sample.py")
-        lines["sample with"] = f"{command} --workdir {workdir} --prompt TEXT"
+        script, prompt = ("chat", "") if run.config.data.template else ("sample", " --prompt TEXT")
+        command = name_commands(f"python scripts/{script}.py")
+        lines["sample with"] = f"{command} --workdir {workdir}{prompt}"
         self.print_line("done\n" + align(lines))
 
     def _write(self, step: int, kind: str, **values: Any) -> None:

@@ -1,5 +1,6 @@
 """A training run: its data, its state and its checkpoints."""
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -56,10 +57,17 @@ class Run:
         config_lib.validate(config)
         check_workdir(workdir)
         self.workdir = os.path.abspath(workdir)
+        is_new = not os.path.isdir(self.workdir)
         os.makedirs(self.workdir, exist_ok=True)
         self.mesh = make_mesh(config.mesh)
         _check_shared(self.workdir)
-        self.config, self.corpus = prepare(config, self.workdir)
+        try:
+            self.config, self.corpus = prepare(config, self.workdir)
+        except UserError:
+            if is_new:
+                with contextlib.suppress(OSError):  # it is not empty
+                    os.rmdir(self.workdir)
+            raise
         check_fits(self.config, self.mesh)
         self.total_steps = total_steps(self.config, self.corpus)
         self.optimizer = make_optimizer(self.config.optimizer, self.total_steps, self.mesh)
