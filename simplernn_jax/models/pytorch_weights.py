@@ -79,7 +79,7 @@ def read_pytorch_weights(path: str, digest: str | None = None) -> Weights:
 
 
 def weights_digest(weights: Weights) -> str:
-    """Return the digest that `encode_weights` keeps."""
+    """Return the digest that `encode_weights` stores."""
     return digest_of(_METADATA, weights)
 
 
@@ -134,7 +134,7 @@ def _read_pt(path: str, file: BinaryIO) -> tuple[Weights, None]:
 
 
 def _check_sums(file: BinaryIO) -> None:
-    """Raise `BadZipFile` if a part of a zip is corrupted: torch.load does not verify its CRCs."""
+    """Raise `BadZipFile` if a member of a zip is corrupted: torch.load does not verify its CRCs."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             if (name := archive.testzip()) is not None:
