@@ -21,8 +21,8 @@ from simplernn_jax.training.train_step import init_train_state, make_train_step
 
 from ..train_steps import count_parameters
 from ..training import GRUStack
+from .learner import Learner
 from .peers import Peer, data_config
-from .timed_training import Learner
 
 
 class OurLearner(Learner):

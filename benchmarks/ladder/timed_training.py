@@ -1,6 +1,5 @@
 """One training whose held-out loss is measured against the seconds of its steps."""
 
-import abc
 import dataclasses
 import math
 import time
@@ -14,6 +13,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.training.preparation import prepare
 
 from ..tables import Row
+from .learner import Learner
 from .peers import ON_TORCH, OURS, data_config, find_peer
 
 POINTS = 16
@@ -24,31 +24,6 @@ CALIBRATION = 0.05
 """Part of the seconds in which steps are timed beforehand."""
 RANDOM_TOKENS = 153_600
 """Tokens of nanoGPT's estimate: 200 batches of its CPU settings."""
-
-
-class Learner(abc.ABC):
-    """A model and its training."""
-
-    parameters: int
-
-    @abc.abstractmethod
-    def step(self) -> None:
-        """Take one optimizer step, or dispatch it."""
-
-    @abc.abstractmethod
-    def wait(self) -> None:
-        """Wait for dispatched steps."""
-
-    @abc.abstractmethod
-    def evaluate(self, limit_tokens: int = 0) -> float:
-        """Nats per token of held-out text, each token scored once; 0 scores all of it."""
-
-    def random_blocks(self, tokens: int) -> float | None:
-        """nanoGPT's estimate: nats per token of random blocks, where attention has short contexts.
-
-        None for recurrent models.
-        """
-        return None
 
 
 def train_timed(

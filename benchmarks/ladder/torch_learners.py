@@ -18,8 +18,8 @@ from simplernn_jax.data.evaluation_batches import Contexts, context_batches, eva
 from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.training.evaluate import BATCH_TOKENS, MAX_BATCH_SIZE
 
+from .learner import Learner
 from .peers import Peer, data_config
-from .timed_training import Learner
 
 STRIDES = 4
 """Contexts of attention that overlap a token; each scores the last of this many parts of it."""

@@ -17,7 +17,8 @@ from simplernn_jax.data.chat_template import ChatTemplate, check_messages, load_
 from simplernn_jax.data.corpora import open_corpus
 from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.template_sandbox import MAX_SECONDS
-from simplernn_jax.data.tokenizer import ByteTokenizer, load_tokenizer, tokenizer_from_json
+from simplernn_jax.data.tokenizer import ByteTokenizer
+from simplernn_jax.data.tokenizer_loading import load_tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 
 from .fuzz import Reader

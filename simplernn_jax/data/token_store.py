@@ -19,7 +19,8 @@ from simplernn_jax.data.pretrained_tokenizer import PretrainedTokenizer
 from simplernn_jax.data.source_store import open_or_write
 from simplernn_jax.data.store_folder import DamagedStore, TokenSplit, content_hashes, open_store
 from simplernn_jax.data.tokenized_corpus import TokenizedCorpus, hash_splits, of_mixture, of_splits
-from simplernn_jax.data.tokenizer import Tokenizer, check_round_trip, load_tokenizer
+from simplernn_jax.data.tokenizer import Tokenizer, check_round_trip
+from simplernn_jax.data.tokenizer_loading import load_tokenizer
 from simplernn_jax.errors import DISK_ADVICE, UserError, counted
 from simplernn_jax.files import read_sealed, write_sealed
 

@@ -23,7 +23,8 @@ from absl import logging
 from simplernn_jax.data.documents import Corpus
 from simplernn_jax.data.partial_folder import Interrupted
 from simplernn_jax.data.token_parts import bad_records, has_part, write_part
-from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
+from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.data.tokenizer_loading import tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.process_start import end_with_parent
 

@@ -46,52 +46,6 @@ class Tokenizer(Protocol):
         """Serialize for `tokenizer_from_json`."""
 
 
-def load_tokenizer(spec: str, *corpora: Corpus | None) -> Tokenizer:
-    """Create the tokenizer of a new run.
-
-    Args:
-      spec: ``byte``, ``char``, a path to a ``tokenizer.json``, or a name on the Hugging Face hub.
-      *corpora: read once for the alphabet of ``char``; unused by the others.
-
-    Raises:
-      UserError: an unreadable file, or a name that is neither cached here nor within reach.
-    """
-    if spec == "byte":
-        return ByteTokenizer()
-    if spec == "char":
-        given = [corpus for corpus in corpora if corpus is not None]
-        if not given:
-            raise UserError("tokenizer 'char' takes its alphabet from a corpus; none was given")
-        return CharTokenizer(_alphabet(given))
-    from simplernn_jax.data.pretrained_tokenizer import load_pretrained
-
-    return load_pretrained(spec)
-
-
-def tokenizer_from_json(text: str) -> Tokenizer:
-    """Restore a tokenizer from `Tokenizer.to_json`.
-
-    Raises:
-      UserError: corrupted, or of a kind that this version does not know.
-    """
-    try:
-        values = json.loads(text)
-        kind = values["kind"]
-        if kind == "byte":
-            return ByteTokenizer()
-        if kind == "char":
-            return CharTokenizer(values["alphabet"])
-        if kind == "pretrained":
-            from simplernn_jax.data.pretrained_tokenizer import PretrainedTokenizer
-
-            return PretrainedTokenizer(values["tokenizer"], **values["special_ids"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"the saved tokenizer is corrupted ({error}); restore it from another checkpoint"
-        ) from error
-    raise UserError(f"the saved tokenizer is of kind {kind!r}; a newer version wrote it: use that")
-
-
 def ids_without_text(tokenizer: Tokenizer, vocab_size: int) -> set[int]:
     """Return the ids below `vocab_size`, the model's, that generation must not choose.
 
@@ -170,8 +124,8 @@ def _code_points(text: str) -> np.ndarray:
         raise
 
 
-def _alphabet(corpora: Iterable[Corpus]) -> str:
-    """All characters of corpora, sorted by code point."""
+def alphabet_of(corpora: Iterable[Corpus]) -> str:
+    """Return all characters of corpora, sorted by code point."""
     seen = np.zeros(_CODE_POINTS, np.bool_)
     for corpus in corpora:
         for document in corpus.documents():

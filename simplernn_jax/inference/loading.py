@@ -6,7 +6,8 @@ from flax import nnx
 from simplernn_jax.checkpoint.choice import BEST, choose_checkpoint
 from simplernn_jax.checkpoint.contents import read_texts, read_tree
 from simplernn_jax.config import Config
-from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
+from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.data.tokenizer_loading import tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.exported_folder import is_exported, load_exported
 from simplernn_jax.models import LanguageModel

@@ -14,7 +14,8 @@ from simplernn_jax.checkpoint.choice import BEST, choose_checkpoint
 from simplernn_jax.checkpoint.contents import read_tree
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.data.bpe import PREFIX
-from simplernn_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
+from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.data.tokenizer_loading import load_tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.exported_folder import is_exported, load_exported, read_run
 from simplernn_jax.models import LanguageModel, load_gla_checkpoint
