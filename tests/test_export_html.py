@@ -107,7 +107,7 @@ WORDS = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\w+"), "isolated")
 
 def split_by(*parts):
     tokenizer = byte_level()
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*parts])
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(list(parts))
     return tokenizer
 
 

@@ -167,7 +167,7 @@ def test_a_mixture_is_found_by_its_content(folder):
         ("sources", None, "is not a record of a mixture"),
     ],
 )
-def test_a_sealed_record_of_something_else_is_refused(folder, caplog, name, value, problem):
+def test_a_sealed_record_of_something_else_is_refused(folder, name, value, problem):
     corpus = prepare("a:3,b.jsonl:1")
     (path,) = (folder / "cache").glob("*.mixture.json")
     record = json.loads(read_sealed(path)) | {name: value}
