@@ -10,6 +10,7 @@ import pytest
 from processes import free_address, start_python
 from small_runs import newest_checkpoint, small_config, write_corpus
 
+from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
 
@@ -96,8 +97,9 @@ def check_close(found, expected):
 
 
 def test_two_processes_equal_one_and_each_resumes_the_others_checkpoint(tmp_path, launch):
+    sources = [write_corpus(tmp_path / name, seed) for seed, name in enumerate(("a", "b"))]
     config = small_config(
-        source=write_corpus(tmp_path / "text"),
+        source=f"{sources[0]}:0.75,{sources[1]}:0.25",
         mode="stream",
         batch_size=4,
         steps=20,
@@ -108,7 +110,9 @@ def test_two_processes_equal_one_and_each_resumes_the_others_checkpoint(tmp_path
     )
     two = launch(config, tmp_path / "two", devices=4)
     train(config, str(tmp_path / "one"))
-    assert "Gloo" not in finish(two)[0]
+    output, errors = finish(two)
+    assert "Gloo" not in output
+    assert errors.count("probability 0.25") == 1, errors  # process 0 alone reports
     check_close(newest_checkpoint(tmp_path / "two"), newest_checkpoint(tmp_path / "one"))
     losses = [
         [(row["step"], row["loss"]) for row in read_metrics(str(tmp_path / name))]
@@ -194,3 +198,44 @@ def test_processes_that_differ_or_that_nobody_joins_are_refused_with_one_line(tm
         assert output == ""
         expected = f"error: not all processes have joined {single[number]} within 1 s: check that"
         assert errors.splitlines()[-1].startswith(expected)
+
+
+SAVE_SHARDS = """
+import os, sys
+import jax
+import numpy as np
+from small_runs import small_config
+from simplernn_jax import distributed
+from simplernn_jax.checkpoint import verification
+from simplernn_jax.checkpoint.checkpointer import Checkpointer
+from simplernn_jax.errors import UserError
+
+address, number = sys.argv[1:]
+with distributed.joined(address, 2, int(number), 100):
+    mesh = jax.make_mesh((2,), ("fsdp",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    weights = jax.make_array_from_callback((6,), sharding, lambda index: np.arange(6.0)[index])
+    state = {"weights": weights, "count": np.int32(1)}
+    checkpointer = Checkpointer("run", small_config(), "{}", keep_last=2, keep_best=0)
+    checkpointer.save(1, state, {}, wait=True)
+    if number == "1":  # as if other bytes than these had reached the disk
+        checksum = verification._crc32
+        verification._crc32 = lambda array: checksum(array) ^ 1
+    try:
+        checkpointer.save(2, state, {}, wait=True)
+    except UserError as error:
+        print(error, flush=True)
+        os._exit(3)
+"""
+
+
+def test_shards_of_every_process_are_read_back(tmp_path, start):
+    address = free_address()
+    processes = [
+        start("-c", SAVE_SHARDS, address, number, cwd=tmp_path, JAX_NUM_CPU_DEVICES="1")
+        for number in (0, 1)
+    ]
+    output, _ = finish(processes[0], 3)
+    assert "read-back verification failed (weights is not what was written)" in output
+    finish(processes[1], -signal.SIGABRT)  # by JAX, as scripts report with code 76
+    assert CheckpointFolder(str(tmp_path / "run")).complete_steps() == [1]

@@ -118,7 +118,7 @@ class Checkpointer:
             self._check_space(step, state)
         barrier("save")
         leaves = named_leaves(state)
-        written = fingerprints(leaves) if is_coordinator() else {}
+        written = fingerprints(leaves)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves),
             data=ocp.args.JsonSave(data_state),

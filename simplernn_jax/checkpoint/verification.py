@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from simplernn_jax.checkpoint.contents import read_back
+from simplernn_jax.distributed import barrier, is_coordinator
 
 _GROUP_BYTES = 1 << 28
 """Bytes of arrays read back at a time, unless one alone has more."""
@@ -21,18 +23,39 @@ class Fingerprint:
     shape: tuple[int, ...]
     dtype: np.dtype
     checksums: tuple[tuple[tuple[slice, ...], int], ...]
-    """Index and CRC-32 of each shard on this process's devices, of replicas only one."""
+    """Index and CRC-32 of each shard, on the devices of all processes; of replicas only one."""
 
 
 def fingerprints(leaves: Mapping[str, Any]) -> dict[str, Fingerprint]:
-    """Return fingerprints of arrays by name; waits until the arrays are computed."""
-    return {name: _fingerprint(leaf) for name, leaf in leaves.items()}
+    """Return fingerprints of arrays by name; waits until the arrays are computed.
+
+    All processes call it, each with its shards of the same arrays.
+    """
+    shards = {name: _shards(leaf) for name, leaf in leaves.items()}
+    checksums = np.array(
+        [
+            0 if data is None else _crc32(np.asarray(data))
+            for parts in shards.values()
+            for _, data in parts
+        ],
+        np.uint32,
+    )
+    if jax.process_count() > 1:
+        barrier("checksums")
+        checksums = multihost_utils.process_allgather(checksums).sum(0)  # one is not 0
+    values = iter(checksums.tolist())
+    return {
+        name: Fingerprint(
+            tuple(leaf.shape),
+            np.dtype(leaf.dtype),
+            tuple((index, next(values)) for index, _ in shards[name]),
+        )
+        for name, leaf in leaves.items()
+    }
 
 
 def check_saved(path: str, expected: Mapping[str, Fingerprint]) -> None:
     """Compare the arrays of the checkpoint folder `path` with those that were to be saved.
-
-    Of arrays that are sharded over several processes, only the shards of this one are compared.
 
     Raises:
       ValueError: names the first array that is missing or differs. Arrays that cannot be read
@@ -51,13 +74,15 @@ def check_saved(path: str, expected: Mapping[str, Fingerprint]) -> None:
                     raise ValueError(f"{name} is not what was written")
 
 
-def _fingerprint(leaf: Any) -> Fingerprint:
-    if isinstance(leaf, jax.Array):
-        shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
-        parts = tuple((shard.index, _crc32(np.asarray(shard.data))) for shard in shards)
-    else:
-        parts = (((), _crc32(np.asarray(leaf))),)
-    return Fingerprint(tuple(leaf.shape), np.dtype(leaf.dtype), parts)
+def _shards(leaf: Any) -> list[tuple[tuple[slice, ...], Any]]:
+    """Return index and data of each shard, in the same order in every process.
+
+    The data is None where another process has it.
+    """
+    if not isinstance(leaf, jax.Array):
+        return [((), leaf if is_coordinator() else None)]
+    shards = [shard for shard in leaf.global_shards if shard.replica_id == 0]
+    return [(shard.index, shard.data) for shard in sorted(shards, key=lambda one: one.device.id)]
 
 
 def _crc32(array: np.ndarray) -> int:
