@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import gc
 import os
 
-from absl import flags
+from absl import flags, logging
 
 from simplernn_jax import command_line, process_start
 from simplernn_jax.config_flag import define_config_flag
@@ -63,6 +63,8 @@ def main() -> int:
 
     def train_together() -> int:
         with distributed.joined(*cluster, _TIMEOUT.value):
+            if not distributed.is_coordinator():
+                logging.set_verbosity(logging.WARNING)
             return _train()
 
     # At a normal exit, JAX and threads would wait for the other processes.

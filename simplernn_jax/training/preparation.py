@@ -17,7 +17,7 @@ from simplernn_jax.data.store_folder import DamagedStore
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.data.tokenizer_loading import tokenizer_from_json
-from simplernn_jax.distributed import check_same, is_coordinator, run_on_coordinator_first
+from simplernn_jax.distributed import check_same, run_on_coordinator_first
 from simplernn_jax.errors import UserError
 from simplernn_jax.training.initial_parameters import initial_tokenizer
 
@@ -193,12 +193,10 @@ def _sample_prompt(config: Config, corpus: TokenizedCorpus) -> str:
             raise UserError(f"--config.train.sample_prompt={prompt!r}: {error}") from error
         split = corpus.validation or corpus.train
         line = _first_line(split, corpus.tokenizer)
-        if is_coordinator():
-            logging.info(
-                "the tokenizer cannot encode the default sample prompt %r; using %r from the %s "
-                "text",
-                *(prompt, line, "held-out" if corpus.validation else "training"),
-            )
+        logging.info(
+            "the tokenizer cannot encode the default sample prompt %r; using %r from the %s text",
+            *(prompt, line, "held-out" if corpus.validation else "training"),
+        )
         return line
     return prompt
 
