@@ -6,7 +6,7 @@
 
 Each experiment injects faults and checks a promise; docs/reliability.md lists them. Cases follow
 from the seed. ``quick`` runs a few cases of each experiment in about 5 minutes, ``all`` all of
-them, for hours.
+them, for hours; an experiment named alone runs all of its cases too, unless -n is given.
 
 Exits with code 1 if any case failed.
 """
@@ -28,7 +28,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
 
 _ARGUMENTS = command_line.define_arguments("|".join([*EXPERIMENTS, "quick", "all"]))
-_COUNT = flags.DEFINE_integer("n", None, "Number of cases of each experiment.", lower_bound=1)
+_COUNT = flags.DEFINE_integer("n", None, "Cases of each experiment; unset: all, hours, or the few of quick.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the cases.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", None, "Markdown file for a table of the outcomes.")
 

@@ -87,7 +87,7 @@ def test_citation():
 def test_there_are_workflows_for_tests_docs_and_releases():
     assert set(WORKFLOWS) == {"tests", "docs", "release"}
     matrix = parsed("tests")["jobs"]["tests"]["strategy"]["matrix"]
-    assert matrix == {"python": ["3.11", "3.13"]}
+    assert matrix == {"python": ["3.11", "3.12", "3.13"]}
     runs = {name: [step.get("run", "") for step in steps_of(parsed(name))] for name in WORKFLOWS}
     assert "bash scripts/test.sh --python python${{ matrix.python }}" in runs["tests"]
     assert "bash scripts/docs.sh --python python3.11" in runs["docs"]

@@ -29,7 +29,7 @@ WIDTH, LAYERS, LONGER = 64, 2, 4
 TRAIN_SEED, TEST_SEED = 0, 1
 TEST_TOKENS = 16_384
 """Of one call, so that long sequences take no more memory than short ones."""
-PLAIN = "seed stack (plain)"
+PLAIN = "PyTorch reference (plain)"
 """The layers of the PyTorch project: no convolution, norm, residual or MLP."""
 BATCH, HARD_TOKENS = 32, 3072
 """Sequences of a batch, and tokens of one of the second stage of recall."""
