@@ -69,13 +69,16 @@ class LayerStack(nnx.Module):
     ) -> tuple[TimeShardActivations, ModelState]:
         """Apply all layers: ``[B, T, D]`` to this stage's time shard, ``[B, T / stages, D]``.
 
-        `state` is required here; `remat` is the policy of `rematerialize` for each layer.
+        `remat` is the policy of `rematerialize` for each layer.
         """
         sizes = check_array("x", x, "B T D")
         check_segment_ids(segment_ids, sizes)
-        if not isinstance(state, dict) or set(state) != {STACKED}:
-            raise TypeError(f"state: expected a dict of {STACKED!r}; got {type(state).__name__}")
-        check_batch("state", state, sizes["B"])
+        if state is not None:
+            if not isinstance(state, dict) or set(state) != {STACKED}:
+                raise TypeError(
+                    f"state: expected a dict of {STACKED!r}; got {type(state).__name__}"
+                )
+            check_batch("state", state, sizes["B"])
         if "stage" not in jax.sharding.get_abstract_mesh().manual_axes:
             raise ValueError("stacked layers run only inside jax.shard_map with an axis `stage`")
         graph, params = nnx.split(self.stacked, nnx.Param)
@@ -92,7 +95,7 @@ class LayerStack(nnx.Module):
             layer,
             params,
             x,
-            state[STACKED],
+            None if state is None else state[STACKED],
             segment_ids,
             chunks=choose_num_chunks(x.shape[1], axis_size("stage")),
             dropout_key=dropout_key,

@@ -88,7 +88,7 @@ def run_pipeline(
       params: parameters of this stage's layers, leaves ``[layers per stage, ...]``.
       x: input of the first layer, ``[B, T, D]``, on every stage; only the first uses it.
       states: states of this stage's layers before the first token, leaves ``[B, layers per stage,
-        ...]``.
+        ...]``; None is zero.
       segment_ids: ``[B, T]`` on every stage; a change of id resets the states to zero.
       chunks: a multiple of the number of stages that divides T; see `choose_num_chunks`.
       dropout_key: each layer gets it folded with the index of the layer and of the chunk; None is
@@ -103,6 +103,8 @@ def run_pipeline(
     # Once, outside of the loop: its gradient would be summed over devices in each tick.
     x = vary_like(x, stage)
     params = jax.tree.map(lambda leaf: vary_like(leaf, x), params)
+    if states is None:
+        states = _zero_states(layer, params, x, segment_ids)
     states = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), states)  # layers first
     layers = jax.checkpoint(
         partial(_layers_of_stage, layer, segment_ids, chunks, dropout_key),
@@ -127,6 +129,20 @@ def run_pipeline(
     outputs = jax.lax.psum_scatter(outputs, AXIS, scatter_dimension=0, tiled=True)
     outputs = outputs.swapaxes(0, 1).reshape(batch, length // stages, width)
     return outputs, jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), states)
+
+
+def _zero_states(layer: Layer, params: Any, x: Activations, segment_ids: SegmentIds) -> Any:
+    """Zeros ``[B, layers per stage, ...]`` of the shapes of the layers' states."""
+
+    def states(params: Any) -> Any:
+        def state(params: Any) -> Any:
+            return layer(params, x, None, segment_ids, None)[1]
+
+        return jax.lax.map(state, params)
+
+    shapes = jax.eval_shape(states, params)
+    zeros = jax.tree.map(lambda leaf: vary_like(jnp.zeros(leaf.shape, leaf.dtype), leaf), shapes)
+    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), zeros)
 
 
 def _layers_of_stage(
