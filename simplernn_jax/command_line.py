@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 flags.disclaim_key_flags()  # --help lists these flags under the script that defines them
 
 _MAX_TEXT_BYTES = 1 << 30
+_CONVERSION_ERRORS = {
+    "invalid literal for int()": "not an integer",
+    "could not convert string to float": "not a number",
+    "('Non-boolean argument": "neither true nor false",
+}
+"""How the conversions of absl's flags begin their messages, and what to say instead."""
 
 
 class Arguments:
@@ -179,6 +185,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
             raise config_is_missing() from error
         near = nearest_name(name, flags.FLAGS)
         raise UserError(f"--{name}: no such flag{near}; --help shows the flags") from error
+    except flags.IllegalFlagValueError as error:
+        for of_python, reason in _CONVERSION_ERRORS.items():
+            flag, found, _ = str(error).partition(f": {of_python}")
+            if found:
+                raise UserError(f"{flag}: {reason}; --help shows the flags") from error
+        raise
     except RecursionError as error:  # of absl, when it looks for similar names
         raise UserError("a flag with a very long name: no such flag; --help shows them") from error
     except SystemExit:  # absl exits with code 1 for --helpfull and its like

@@ -147,7 +147,7 @@ def test_a_closed_pipe_ends_the_script_quietly(tmp_path):
 WRONG_FLAGS = [
     ("--workdr=x", "--workdr: no such flag; did you mean 'workdir'?"),
     ("--workdir", "Missing value for flag --workdir"),
-    ("--count=three", "--count=three: invalid literal for int()"),
+    ("--count=three", "--count=three: not an integer"),
     ("stray", "'stray': not a flag"),
     (f"--workdir{'[' * 3000}", "a flag with a very long name"),
 ]

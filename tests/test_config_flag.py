@@ -93,10 +93,11 @@ OVERRIDES = [
     ("train.batch_size=5", "did you mean 'data.batch_size'?"),
     ("zzz=5", "--config.zzz: no such field; --help shows them all"),
     ("optimizer=5", "--config.optimizer: a section; set one of optimizer.name"),
-    ("train.steps=x", "--config.train.steps=x: invalid literal for int()"),
+    ("train.steps=x", "--config.train.steps=x: not an integer"),
     ("train.steps=-5", "--config.train.steps=-5 is invalid"),
     ("model.mixer=attention,rnn", "--config.model.mixer='rnn' is invalid"),
-    ("model.tie_embeddings=maybe", "--config.model.tie_embeddings=maybe"),
+    ("optimizer.beta1=x", "--config.optimizer.beta1=x: not a number"),
+    ("model.tie_embeddings=maybe", "tie_embeddings=maybe: neither true nor false"),
 ]
 FILES = [
     ("def get_config():\n    return 1 // 0\n", "line 2: ZeroDivisionError"),
