@@ -28,7 +28,12 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
 
 _ARGUMENTS = command_line.define_arguments("|".join([*EXPERIMENTS, "quick", "all"]))
-_COUNT = flags.DEFINE_integer("n", None, "Cases of each experiment; unset: all, hours, or the few of quick.", lower_bound=1)
+_COUNT = flags.DEFINE_integer(
+    "n",
+    None,
+    "Cases of each experiment; by default all (hours), or the few of quick.",
+    lower_bound=1,
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the cases.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", None, "Markdown file for a table of the outcomes.")
 
