@@ -18,9 +18,11 @@ MODES = ("window", "stream", "document")
 AXES = ("data", "fsdp", "tensor", "sequence", "stage")
 MESHES = ("one device", *(f"{axis} 2" for axis in AXES))
 STEPS = 60
-BOUNDS = {"params": 1e-6, "carried": 1e-6, "opt_state": 1e-5}
+BOUNDS = {"params": 1e-6, "carried": 1e-6, "opt_state": 1e-4}
 """Largest norm of the differences, relative to the norm of the parameters, the carried state or the
-optimizer state, after the steps on another mesh, which sums in another order."""
+optimizer state, after the steps on another mesh, which sums in another order. Gradients amplify
+that: to change each parameter by one unit in the last place, once and on the same mesh, moves the
+optimizer state by up to 2.5e-5 and the parameters by 4e-7."""
 _CASES_OF_A_RUN = 4
 """Of a sample; a run that is resumed at all steps has STEPS - 1."""
 _SAVE_EVERY = 10
