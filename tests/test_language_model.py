@@ -147,6 +147,12 @@ def test_wrong_calls_are_named(config):
         model(tokens().astype(jnp.float32))
 
 
+def test_an_unknown_rematerialization_is_named():
+    model = LanguageModel(PLAIN, rngs=nnx.Rngs(0), remat="blocks")
+    with pytest.raises(ValueError, match="policy='blocks': must be none or block"):
+        nnx.eval_shape(model, tokens())
+
+
 @pytest.mark.parametrize("shape", [(3, 0), (0, 3)])
 def test_no_tokens_have_no_logits(config, shape):
     model = make_model(config)
