@@ -1,4 +1,4 @@
-"""Measure speed and memory beside baselines and the machine's own ceiling, in one run.
+"""Measure speed and memory beside baselines and the machine's peak throughput, in one run.
 
     python scripts/benchmark.py ops [train decode startup memory scaling serve] [--out FOLDER]
     python scripts/benchmark.py attention --out FOLDER [--quick]
@@ -85,27 +85,32 @@ ATTENTION, LADDER = ALONE = "attention", "ladder"
 
 _ARGUMENTS = command_line.define_arguments(" ".join([*BENCHMARKS, *ALONE]))
 _OUT = flags.DEFINE_string("out", None, "Folder of results.json and the pictures.")
-_QUICK = flags.DEFINE_bool("quick", False, "Small sizes of attention.")
+_QUICK = flags.DEFINE_bool("quick", False, "attention: use small sizes.")
 _ONLY = flags.DEFINE_list(
     "only",
     list(MEASUREMENTS),
-    "Measurements of attention; the others are taken from the results in the folder.",
+    "attention: measurements to run; the others are taken from the results in the folder.",
 )
-_RUNG = flags.DEFINE_string("rung", "base", "Configuration of the ladder, such as shakespeare.")
-_SOURCE = flags.DEFINE_string("source", None, "Text of the rung, if not its configuration's.")
+_RUNG = flags.DEFINE_string("rung", "base", "ladder: configuration, such as shakespeare.")
+_SOURCE = flags.DEFINE_string("source", None, "ladder: text, if not the configuration's.")
 _SECONDS = flags.DEFINE_float(
-    "seconds", 0, "Training time of each; 0: the steps of its settings.", lower_bound=0
+    "seconds",
+    0,
+    "ladder: seconds of training per program; 0: the steps of its settings.",
+    lower_bound=0,
 )
-_SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds of the ladder.", lower_bound=1)
-_PROGRAMS = flags.DEFINE_list("programs", [], f"Of {', '.join(peers.known_names())}.")
-_RATES = flags.DEFINE_list("rates", [], "Learning rates that every peer tries first.")
+_SEEDS = flags.DEFINE_integer("seeds", 1, "ladder: number of seeds.", lower_bound=1)
+_PROGRAMS = flags.DEFINE_list(
+    "programs", [], f"ladder: programs to train, any of {', '.join(peers.known_names())}."
+)
+_RATES = flags.DEFINE_list("rates", [], "ladder: learning rates that every peer tries first.")
 _LARGEST_CORPUS = flags.DEFINE_integer(
     "largest_corpus",
     1000,
-    "MB of the largest text of growth; it takes five times as much disk.",
+    "growth: MB of the largest text; it takes five times as much disk.",
     lower_bound=growth.SMALLEST_CORPUS,
 )
-_BLOCKS = flags.DEFINE_integer("blocks", 5, "Alternating blocks.", lower_bound=1)
+_BLOCKS = flags.DEFINE_integer("blocks", 5, "Number of alternating blocks.", lower_bound=1)
 _CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate.", lower_bound=1)
 EFFORT = _BLOCKS, _CALLS
 """Flags of all benchmarks but `ALONE`."""

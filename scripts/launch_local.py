@@ -3,7 +3,7 @@
     bash scripts/launch_local.sh 2 --config configs/tiny.py --workdir runs/together
 
 They run on the CPU, each with DEVICES_PER_PROCESS (1 if not set) devices, and connect over
-loopback. The first SIGTERM or SIGINT makes all save and exit, a second one kills them; so does, on
+loopback. The first SIGTERM or SIGINT makes all save and exit; a second one kills them, as does, on
 Linux, the death of this process. When one fails, the others exit or are killed after a timeout. The
 exit code is that of the one that failed:
 

@@ -56,9 +56,7 @@ _API_KEY_FILE = flags.DEFINE_string(
 _ALLOW_REMOTE = flags.DEFINE_bool(
     "allow_remote_without_key", False, "Allow listening on non-loopback addresses without a key."
 )
-_ALLOW_ORIGIN = flags.DEFINE_string(
-    "allow_origin", None, "Origin of web pages elsewhere that may send requests, or *."
-)
+_ALLOW_ORIGIN = flags.DEFINE_string("allow_origin", None, "Origin allowed by CORS, or *.")
 _DRAIN_TIMEOUT = flags.DEFINE_float(
     "drain_timeout", 30, "Seconds in which running requests may finish after SIGTERM."
 )

@@ -64,8 +64,8 @@ def define_quantize_flag() -> flags.FlagHolder[str]:
         "quantize",
         "none",
         ["none", "bfloat16", "int8", "int4"],
-        "Store the weights for decoding in fewer bits: faster for models beyond the caches, and a "
-        "little less accurate.",
+        "Store the weights for decoding in fewer bits: faster for models larger than the CPU's "
+        "caches, and a little less accurate.",
     )
 
 

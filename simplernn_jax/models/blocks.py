@@ -89,7 +89,21 @@ class PlainBlock(nnx.Module):
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, RecurrentState]:
-        """Apply the layer to ``[B, T, D]``, as `SimpleRNN`; `dropout_key` is ignored."""
+        """Apply the layer to a sequence.
+
+        Args:
+          x: ``[B, T, D]``.
+          state: ``[B, H, K, V]`` before the first token; None starts from zero.
+          segment_ids: ``[B, T]``; a change of id resets the state to zero.
+          dropout_key: ignored.
+
+        Returns:
+          ``[B, T, D]`` float32 and the state after the last token.
+
+        Raises:
+          ValueError: wrong ranks, or shapes inconsistent with each other or with this layer.
+          TypeError: wrong dtypes.
+        """
         return self.mixer(x, state, segment_ids)
 
 
@@ -163,10 +177,20 @@ class ResidualBlock(nnx.Module):
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, ResidualState]:
-        """Apply the block to `x` ``[B, T, D]``; returns ``[B, T, D]`` float32 and the next state.
+        """Apply the block to a sequence.
 
-        `segment_ids` are ``[B, T]``. Without a `state` it starts from zero, without a
-        `dropout_key` there is no dropout.
+        Args:
+          x: ``[B, T, D]``.
+          state: before the first token; None starts from zero.
+          segment_ids: ``[B, T]``; a change of id resets the state to zero.
+          dropout_key: PRNG key of dropout; None disables it.
+
+        Returns:
+          ``[B, T, D]`` float32 and the state after the last token.
+
+        Raises:
+          ValueError: wrong ranks, or shapes inconsistent with each other or with this block.
+          TypeError: wrong dtypes, or a state that is not a `ResidualState`.
         """
         check_array("x", x, "B T D", FLOATING, {"D": self.convolution.features})
         if state is not None and not isinstance(state, ResidualState):

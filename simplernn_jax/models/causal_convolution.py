@@ -42,7 +42,22 @@ class CausalConvolution(nnx.Module):
     def __call__(
         self, x: Activations, state: ConvState | None, segment_ids: SegmentIds | None
     ) -> tuple[Activations, ConvState]:
-        """Convolve ``[B, T, channels]``; without a state, it starts from zeros."""
+        """Convolve a sequence.
+
+        Args:
+          x: ``[B, T, channels]``.
+          state: inputs before the first token, ``[B, width - 1, channels]``; None starts from
+            zeros.
+          segment_ids: ``[B, T]``; inputs of other segments count as zero.
+
+        Returns:
+          ``[B, T, channels]`` and the state after the last token, in the dtype of `state`,
+          float32 without one.
+
+        Raises:
+          ValueError: shapes inconsistent with each other or with this layer.
+          TypeError: wrong dtypes.
+        """
         weights = self.weights[...]
         if state is None:  # of this device's channels
             state = jnp.zeros((x.shape[0], self.width - 1, x.shape[2]), weights.dtype)
@@ -75,7 +90,21 @@ class QKVConvolutions(nnx.Module):
         state: QKVConvStates | None,
         segment_ids: SegmentIds | None,
     ) -> tuple[tuple[jax.Array, ...], QKVConvStates]:
-        """Convolve (q, k, v), each ``[B, T, H, K or V]``, over time."""
+        """Convolve queries, keys and values over time, each as `CausalConvolution`.
+
+        Args:
+          heads: (q, k, v), ``[B, T, H, K or V]`` each.
+          state: inputs before the first token, ``[B, width - 1, H * K or H * V]`` each; None starts
+            from zeros.
+          segment_ids: ``[B, T]``; inputs of other segments count as zero.
+
+        Returns:
+          The three results, ``[B, T, H, K or V]``, and the states after the last token.
+
+        Raises:
+          ValueError: shapes inconsistent with each other or with this layer.
+          TypeError: wrong dtypes.
+        """
         states = (None, None, None) if state is None else state
         outputs, finals = [], []
         for conv, x, before in zip(self._all(), heads, states, strict=True):

@@ -32,7 +32,10 @@ def uniform_fan_in(fan_in: int) -> nnx.Initializer:
 
 
 class Embedding(nnx.Embed):
-    """`nnx.Embed` with float32 parameters: a vocabulary over ``tensor``, features over ``fsdp``."""
+    """`nnx.Embed` with float32 parameters.
+
+    Its vocabulary axis is sharded over ``tensor``, its feature axis over ``fsdp``.
+    """
 
     def __init__(
         self, num_embeddings: int, features: int, *, init: nnx.Initializer, rngs: nnx.Rngs

@@ -1,7 +1,8 @@
 """Gated linear attention (GLA): the block of `GLAForCausalLM` of flash-linear-attention.
 
 Source: Yang et al. 2023, arXiv:2312.06635, section 4.4. Where implementations differ
-(initialization, names, constants), this one follows github.com/fla-org/flash-linear-attention.
+(initialization, names, constants), this one follows github.com/fla-org/flash-linear-attention,
+except that the short convolutions start as the identity.
 """
 
 from typing import Any, NamedTuple
@@ -46,7 +47,7 @@ class GatedLinearAttention(MultiHeadLayer):
     Per head, with K = key_dim / num_heads and V = value_dim / num_heads::
 
         q = conv(W_q x) / sqrt(K)     k = conv(W_k x)     v = conv(W_v x)
-        log g = max(log_sigmoid(W_2 W_1 x + b) / 16, min_log_gate)
+        log g = log_sigmoid(W_2 W_1 x + b) / 16, clamped below at min_log_gate if that is nonzero
         S' = diag(g) S + k v^T
         y = W_o concat_heads(scale * norm(S'^T q) * silu(W_r x))
 
@@ -60,7 +61,16 @@ class GatedLinearAttention(MultiHeadLayer):
         rngs: nnx.Rngs,
         recurrence: Recurrence = gated_linear_recurrence,
     ):
-        """Initialize the parameters, and choose the operator."""
+        """Initialize the parameters.
+
+        Args:
+          config: sizes, precisions, convolution and gate; see `ModelConfig`.
+          rngs: source of initial values.
+          recurrence: implementation, with the signature of `gated_linear_recurrence`.
+
+        Raises:
+          ValueError: num_heads does not divide key_dim and value_dim.
+        """
         init = nnx.initializers.normal(INITIALIZER_STD)
         sizes = (config.hidden_dim, config.key_dim, config.value_dim, config.hidden_dim)
         options: dict[str, Any] = {
@@ -117,7 +127,15 @@ class GatedLinearAttention(MultiHeadLayer):
         return (q * q.shape[-1] ** -0.5, k, v, log_gate), output_gate, recent
 
     def project_outputs(self, y: jax.Array, output_gate: jax.Array | None) -> jax.Array:
-        """Apply the head norm, then gate and project as the base class, to ``[..., D]``."""
+        """Apply the head norm, then gate and project as the base class.
+
+        Args:
+          y: output of the recurrence, ``[..., H, V]``.
+          output_gate: pre-activation, ``[..., H * V]``; None leaves the gate out.
+
+        Returns:
+          ``[..., hidden_dim]`` float32 (float64 if `dtype` is).
+        """
         return super().project_outputs(self.head_norm(y), output_gate)
 
     def __call__(
@@ -211,7 +229,21 @@ class GLABlock(nnx.Module):
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, GLAState]:
-        """Apply the block to ``[B, T, D]``, as `GatedLinearAttention`; no dropout without a key."""
+        """Apply the block to a sequence.
+
+        Args:
+          x: ``[B, T, hidden_dim]``.
+          state: before the first token; None starts from zero.
+          segment_ids: ``[B, T]``; a change of id resets the state to zero.
+          dropout_key: PRNG key of dropout; None disables it.
+
+        Returns:
+          ``[B, T, hidden_dim]`` float32 and the state after the last token.
+
+        Raises:
+          ValueError: wrong ranks, or a state or segment ids inconsistent with `x` or this block.
+          TypeError: wrong dtypes, or a state that is not a `GLAState`.
+        """
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         y, state = self.mixer(self.mixer_norm(x), state, segment_ids)
         x = x + dropout(y, self.dropout_rate, keys[0])

@@ -214,6 +214,8 @@ def _files(folder: str) -> Iterator[tuple[str, set[str] | None]]:
                 f"{min(held)}; {_ADVICE}"
             )
         if not file.endswith(".safetensors"):
-            raise UserError(f"{index}: {min(held)} is in {_shown(file)}; expected a .safetensors")
+            raise UserError(
+                f"{index}: {min(held)} is in {_shown(file)}; expected a .safetensors file"
+            )
     for file, held in names.items():
         yield os.path.join(folder, file), held

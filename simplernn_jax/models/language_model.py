@@ -33,12 +33,12 @@ from simplernn_jax.ops.rms_norm import rms_norm
 
 
 class LanguageModel(nnx.Module):
-    """Embedding, a stack of layers, and a head.
+    """Embedding, a stack of layers, and an LM head.
 
     ``block="plain"`` is the original PyTorch implementation's model (docs/pytorch.md): embedding
-    N(0, 1), layers without norm or residual, a head with bias. ``block="residual"``: pre-norm
+    N(0, 1), layers without norm or residual, an LM head with bias. ``block="residual"``: pre-norm
     residual blocks, for deep models; see `ResidualBlock`. The mixer of each layer is SimpleRNN or
-    attention, and a final norm comes before the head, which may be tied to the embedding.
+    attention, and a final norm comes before the LM head, which may be tied to the embedding.
     ``block="gla"`` is `GLAForCausalLM` of flash-linear-attention; see `GLABlock`.
     """
 
@@ -85,7 +85,11 @@ class LanguageModel(nnx.Module):
         self.remat = remat
 
     def initial_state(self, batch_size: int) -> ModelState:
-        """Return zeros: one entry per layer, or one for all stacked layers; axis B first."""
+        """Return zeros: one entry per layer, or one for all stacked layers; axis B first.
+
+        Recurrent states have the dtype ``state_precision``, KV caches ``precision`` (their lengths
+        int32), inputs of convolutions float32. Under x64, float32 is float64 except in caches.
+        """
         if isinstance(self.layers, LayerStack):
             return self.layers.initial_state(batch_size)
         return tuple(layer.initial_state(batch_size) for layer in self.layers)
@@ -122,9 +126,11 @@ class LanguageModel(nnx.Module):
         *,
         dropout_key: jax.Array | None = None,
     ) -> tuple[TimeShardActivations, ModelState]:
-        """Compute the final hidden states ``[B, T, D]`` float32; see `__call__`.
+        """Compute the final hidden states; arguments and errors as in `__call__`.
 
-        With stacked layers, the time shard of this stage, ``[B, T / stages, D]``.
+        Returns:
+          ``[B, T, D]`` float32, with stacked layers the time shard of this stage,
+          ``[B, T / stages, D]``; and the state after the last token.
         """
         sizes = check_array("tokens", tokens, "B T", INTEGER)
         check_segment_ids(segment_ids, sizes)
@@ -173,6 +179,10 @@ class LanguageModel(nnx.Module):
 
         Inside `jax.shard_map` with ``tensor`` > 1, logits of this device's shard of the
         vocabulary, ``[..., vocab / tensor]``.
+
+        Raises:
+          ValueError: the last axis is not D.
+          TypeError: wrong dtype.
         """
         check_array("hidden", hidden, "... D", FLOATING, {"D": self.config.hidden_dim})
         if self.head is not None:

@@ -67,9 +67,24 @@ class LayerStack(nnx.Module):
         dropout_key: jax.Array | None = None,
         remat: str = "none",
     ) -> tuple[TimeShardActivations, ModelState]:
-        """Apply all layers: ``[B, T, D]`` to this stage's time shard, ``[B, T / stages, D]``.
+        """Apply all layers to a sequence.
 
-        `remat` is the policy of `rematerialize` for each layer.
+        Args:
+          x: ``[B, T, D]``, on every stage.
+          state: this stage's shard of `initial_state`, leaves ``[B, num_layers / stages, ...]``,
+            before the first token; None starts from zero.
+          segment_ids: ``[B, T]``; a change of id resets the state to zero.
+          dropout_key: PRNG key of dropout; None disables it.
+          remat: policy of `rematerialize` for each layer.
+
+        Returns:
+          This stage's time shard, ``[B, T / stages, D]``, and the state after the last token, laid
+          out as `state`.
+
+        Raises:
+          ValueError: wrong ranks, shapes inconsistent with each other, a number of stages that does
+            not divide T, or a call outside `jax.shard_map` with an axis ``stage``.
+          TypeError: wrong dtypes, or a state that is not from `initial_state`.
         """
         sizes = check_array("x", x, "B T D")
         check_segment_ids(segment_ids, sizes)

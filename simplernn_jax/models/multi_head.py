@@ -89,7 +89,12 @@ class MultiHeadLayer(nnx.Module):
 
         Returns:
           These, ``[..., H, K or V]`` each, and the pre-activation of the output gate
-          ``[..., H * V]`` or None. Under tensor parallelism H is the local number of heads.
+          ``[..., H * V]`` or None; float32 (float64 if `dtype` is). Under tensor parallelism H is
+          the local number of heads.
+
+        Raises:
+          ValueError: the last axis of `x` is not hidden_dim.
+          TypeError: wrong dtype.
         """
         check_array("x", x, "... D", FLOATING, {"D": self.query_proj.in_features})
         layers = [self.query_proj, self.key_proj, self.value_proj]
@@ -108,7 +113,19 @@ class MultiHeadLayer(nnx.Module):
         return tuple(heads), outputs[-1]
 
     def project_outputs(self, y: jax.Array, output_gate: jax.Array | None) -> jax.Array:
-        """Normalize, gate and project heads ``[..., H, V]`` to ``[..., output_dim]``."""
+        """Normalize, gate and project the heads.
+
+        Args:
+          y: outputs of the heads, ``[..., H, V]``.
+          output_gate: pre-activation, ``[..., H * V]``; None leaves the gate out.
+
+        Returns:
+          ``[..., output_dim]`` float32 (float64 if `dtype` is).
+
+        Raises:
+          ValueError: shapes inconsistent with each other or with this layer.
+          TypeError: wrong dtypes.
+        """
         sizes = {"V": self.value_dim // self.num_heads}
         sizes = check_array("y", y, "... H V", FLOATING, sizes)
         if output_gate is not None:

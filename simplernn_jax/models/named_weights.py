@@ -2,7 +2,8 @@
 
 Matrices are ``[out, in]``. A model with ``block="plain"`` has the names of the original PyTorch
 project: ``embedding.weight``, ``layers.N.query_proj.weight``, ``lm_head.bias`` and so on; those of
-the residual block are named alike, and ``block="gla"`` has the names of flash-linear-attention.
+the residual block follow the same scheme, and ``block="gla"`` has the names of
+flash-linear-attention.
 """
 
 import re
@@ -81,6 +82,9 @@ def model_from_weights(config: ModelConfig, weights: Weights, where: str) -> Lan
       config: sizes; every parameter must be there, in its shape.
       weights: as `named_weights` returns them.
       where: the file, for messages.
+
+    Returns:
+      A `LanguageModel` with these parameters, in float32.
 
     Raises:
       UserError: a parameter is missing, unexpected, or has another shape.

@@ -39,7 +39,7 @@ def load_pytorch_weights(path: str) -> LanguageModel:
         or ``.safetensors``.
 
     Returns:
-      A `LanguageModel` in float32 with the logits of the PyTorch model.
+      A `LanguageModel` in float32 whose logits match the PyTorch model's.
 
     Raises:
       UserError: the file cannot be read, or holds other names or shapes than this model has.
@@ -56,8 +56,11 @@ def read_pytorch_weights(path: str, digest: str | None = None) -> Weights:
       path: see `load_pytorch_weights`.
       digest: the expected `weights_digest` of a file that has one.
 
+    Returns:
+      Float32 NumPy arrays by name.
+
     Raises:
-      UserError: see `load_pytorch_weights`; or the digest is another one.
+      UserError: see `load_pytorch_weights`; or the digest does not match.
     """
     read = {".pt": _read_pt, ".safetensors": _read_safetensors}.get(Path(path).suffix)
     try:

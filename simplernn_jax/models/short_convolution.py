@@ -41,10 +41,21 @@ class ShortConvolution(nnx.Module):
     def __call__(
         self, x: Activations, state: ConvState | None, segment_ids: SegmentIds | None
     ) -> tuple[Activations, ConvState]:
-        """Normalize ``[B, T, D]``, then convolve over time; return that and the state after it.
+        """Normalize, then convolve over time.
 
-        `state` is the normalized inputs before the first token, of its segment,
-        ``[B, width - 1, D]``; None starts from zeros. Inputs of other segments count as zero.
+        Args:
+          x: ``[B, T, D]``.
+          state: normalized inputs before the first token, of its segment, ``[B, width - 1, D]``;
+            None starts from zeros.
+          segment_ids: ``[B, T]``; inputs of other segments count as zero.
+
+        Returns:
+          ``[B, T, D]`` and the state after the last token, in the dtype of `state`, float32
+          (float64 under x64) without one.
+
+        Raises:
+          ValueError: wrong ranks, or shapes inconsistent with each other or with this layer.
+          TypeError: wrong dtypes.
         """
         past = self.width - 1
         sizes = check_array("x", x, "B T D", FLOATING, {"D": self.features, "P": past})

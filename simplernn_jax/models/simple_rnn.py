@@ -25,9 +25,10 @@ class SimpleRNNCell(MultiHeadLayer, nnx.RNNCellBase):
 
         q = (W_q x + b_q) query_scale     k = sigmoid(W_k x + b_k)
         g = sigmoid(W_g x + b_g)          v = W_v x + b_v
-        S' = diag(g) S + k v^T            y = W_o concat_heads(S'^T q) + b_o
+        S' = diag(g) S + k v^T            y = S'^T q
 
-    With one head and query scale 1 it is the cell of the original PyTorch implementation
+    followed by the output norm, gate and projection of `MultiHeadLayer`. With one head, query scale
+    1, no norm and no output gate it is the cell of the original PyTorch implementation
     (docs/pytorch.md). The carry is the state ``[B, H, K, V]`` in `state_dtype`.
     """
 
@@ -132,7 +133,16 @@ class SimpleRNN(nnx.Module):
         recurrence: Recurrence = gated_linear_recurrence,
         **options: Any,
     ):
-        """Initialize the cell, as `SimpleRNNCell`, and choose the operator."""
+        """Initialize the cell.
+
+        Args:
+          hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs: see `SimpleRNNCell`.
+          recurrence: implementation, with the signature of `gated_linear_recurrence`.
+          **options: the other arguments of `SimpleRNNCell`.
+
+        Raises:
+          ValueError: num_heads does not divide key_dim and value_dim.
+        """
         self.recurrence = recurrence
         self.cell = SimpleRNNCell(
             hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs=rngs, **options

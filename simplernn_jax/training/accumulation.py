@@ -2,7 +2,8 @@
 
 A loss function maps ``(params, batch, carried, dropout_key, predictions)`` to ``(loss,
 carried)``; a gradient function maps them to ``(loss, gradient, carried)``. `carried` is the
-recurrent state before the batch, or () for none, reset where `batch.reset`. The loss is a sum
+recurrent state before the batch, or () for none, reset where `batch.reset`. `dropout_key` is a
+typed PRNG key, `predictions` an int32 scalar of at least 1. The loss, a float32 scalar, is a sum
 divided by `predictions`, so that the losses of all microbatches and windows add up to a mean.
 """
 
@@ -36,7 +37,17 @@ def value_and_grad_with_carry(loss_fn: LossFn) -> GradFn:
 
 
 def accumulate_gradients(grad_fn: GradFn, num_microbatches: int) -> GradFn:
-    """Accumulate the gradient over `num_microbatches`, which divides the batch size."""
+    """Accumulate the gradient over microbatches.
+
+    Args:
+      grad_fn: gradient function of one microbatch ``[B / num_microbatches, ...]``.
+      num_microbatches: divides B; otherwise `reshape` raises TypeError (ValueError for NumPy
+        arrays).
+
+    Returns:
+      The gradient function of a batch ``[B, ...]``; losses and gradients of microbatches are
+      summed, and microbatch i has the dropout key ``fold_in(dropout_key, i)``.
+    """
     if num_microbatches == 1:
         return grad_fn
 
@@ -62,7 +73,8 @@ def accumulate_gradients(grad_fn: GradFn, num_microbatches: int) -> GradFn:
 def split_into_windows(batch: Batch, window: int) -> Batch:
     """Split a batch ``[B, T]`` into BPTT windows ``[B, T / window, window]``; `window` divides T.
 
-    `reset` becomes ``[B, T / window]``: True where a window's first token starts a segment.
+    `reset` becomes ``[B, T / window]`` bool: True where a window's first token starts a segment.
+    Where `window` does not divide T, `reshape` raises TypeError (ValueError for NumPy arrays).
     """
     arrays: Any = batch
     begins = segment_starts(arrays.segment_ids)[:, ::window].at[:, 0].set(arrays.reset)

@@ -194,7 +194,7 @@ class Evaluator:
         if newest is not None:
             nats.append(float(newest))
         # Summed in float64 on the host, so that results do not depend on batch size.
-        # The first tokens of conversations may all be no targets: 0 / 1.
+        # The first tokens of conversations may contain no targets: 0 / 1.
         nats_per_token = float(np.sum(np.asarray(nats, np.float64))) / max(predictions, 1)
         tokens_per_byte = split.num_predictions / max(split.num_bytes, 1)
         return Evaluation(

@@ -90,9 +90,9 @@ def make_grad_fn(config: Config, recurrence: Recurrence = gated_linear_recurrenc
         key = _fold_in_device(jax.random.fold_in(jax.random.wrap_key_data(rng), step))
         # Cast to varying, so that their gradients are summed over devices once, after all
         # microbatches.
-        varying = jax.tree.map(lambda param: vary_like(param, *batch), params)
+        varying_params = jax.tree.map(lambda param: vary_like(param, *batch), params)
         divisor = jnp.maximum(predictions, 1)
-        loss, gradient, final = sum_grad_fn(varying, batch, carried, key, divisor)
+        loss, gradient, final = sum_grad_fn(varying_params, batch, carried, key, divisor)
         carried = final if carried else ()
         return psum(loss, *TOKEN_AXES), predictions, _sum_over_replicas(gradient, params), carried
 

@@ -54,7 +54,7 @@ def train(config: Config, workdir: str) -> Result:
 
     Raises:
       UserError: the data is unusable; the mesh does not fit; the checkpoint has a different model
-        or data; too many consecutive losses were not finite; the disk is full.
+        or data; too many consecutive losses or gradients were not finite; the disk is full.
     """
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(Run(config, workdir))

@@ -20,8 +20,11 @@ def cross_entropy(
 
     Args:
       logits: ``[B, T, vocab]`` float32; on a mesh, ``[B, T, vocab / tensor]``.
-      targets: ``[B, T]`` ids in ``[0, vocab)``.
-      mask: ``[B, T]``; where False, loss and gradient are zero, even if the logits are NaN.
+      targets: ``[B, T]`` integer ids in ``[0, vocab)``.
+      mask: ``[B, T]`` bool; where False, loss and gradient are zero, even if the logits are NaN.
+
+    Raises:
+      TypeError: `targets` are not integers.
     """
     # Before the exponentials too: 0 times the gradient of a NaN would be NaN.
     logits = jnp.where(mask[..., None], logits, 0.0)
@@ -47,10 +50,16 @@ def chunked_cross_entropy(
     More than `MAX_LOGITS` are computed in chunks along time, and recomputed in the backward pass.
 
     Args:
-      logits_fn: the head, a function of ``[B, t, D]``.
+      logits_fn: the LM head, a function of ``[B, t, D]``.
       hidden: its input, ``[B, T, D]``.
       targets: as in `cross_entropy`.
       mask: as in `cross_entropy`.
+
+    Returns:
+      A float32 scalar.
+
+    Raises:
+      TypeError: `targets` are not integers.
     """
     length = hidden.shape[1]
     size = jax.eval_shape(logits_fn, hidden).size

@@ -1,4 +1,7 @@
-"""Memory of a train step: estimated; above a quarter of the device's, from XLA's analysis."""
+"""Check that a train step fits into memory.
+
+By an estimate, and by XLA's memory analysis if the estimate is a quarter of device memory or more.
+"""
 
 from typing import Any
 

@@ -99,6 +99,9 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
       cache_dir: folder of the tokens; empty: ``tokens`` under `workdir`.
       source: text to re-tokenize if the tokens are missing or corrupted; empty: none.
 
+    Returns:
+      The corpus with the content hash of the checkpoint.
+
     Raises:
       UserError: `workdir` has no intact checkpoint, or the tokens are missing and `source` is
         empty, unusable or different text.

@@ -18,7 +18,7 @@ class Profile:
 
     The trace goes to ``tensorboard`` under `workdir`. It is complete however the run ends; a line
     says where it is, or that the run was too short for one. `paused` returns a context manager
-    in which starting and writing the trace take no training time.
+    whose duration is not counted as training time.
     """
 
     def __init__(

@@ -37,7 +37,8 @@ class TrainState:
     params: nnx.State
     opt_state: optax.OptState
     rng: jax.Array
-    """Raw uint32 of `jax.random.key_data`; the dropout key of step t is this key folded with t."""
+    """Raw uint32 of `jax.random.key_data`; the dropout key of step t is ``fold_in(key, t)``, folded
+    further with device, microbatch, window, layer and, in a pipeline, time chunk."""
     carried: ModelState
     """Recurrent state carried between stream batches; () in other modes."""
     skipped_updates: jax.Array
@@ -63,7 +64,11 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
 def init_train_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return the state before the first step, initialized from ``config.train.seed``."""
+    """Return the state before the first step, initialized from ``config.train.seed``.
+
+    Raises:
+      ValueError: there are pipeline stages, and the layers differ.
+    """
     model_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
     model = make_model(config, nnx.Rngs(model_key))
     params = nnx.state(model, nnx.Param)
