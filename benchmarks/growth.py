@@ -195,7 +195,7 @@ def write_text(folder: Path, megabytes: int) -> None:
 def slopes(x: str, curves: Mapping[str, Curves]) -> list[Row]:
     """Slope of every curve: fitted, and between its last two points."""
     return [
-        {"growth with": x, "of": quantity, "curve": label}
+        {"growth with": x, "quantity": quantity, "curve": label}
         | {"slope": slope(curve), "at the end": slope(dict(list(curve.items())[-2:]))}
         for quantity, each in curves.items()
         for label, curve in each.items()

@@ -1,4 +1,4 @@
-/* Matrix-vector products and a read of memory, as plain loops: the ceiling of decoding. */
+/* Matrix-vector products and a read of memory, as plain loops: the limit of decoding. */
 
 #include <stdint.h>
 

@@ -1,4 +1,4 @@
-"""Plain C loops over weights, compiled here: the machine's own ceiling for decoding."""
+"""Plain C loops over weights, compiled here: the machine's limit of decoding."""
 
 import ctypes
 import functools

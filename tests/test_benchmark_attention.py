@@ -74,9 +74,9 @@ def test_variants_have_the_same_parameters_and_the_growth_of_theory(monkeypatch)
         assert state_bytes(config_of_layer(RECURRENCE, length).model) == recurrent
         cached = 4 * (2 * length * width + 3 * width + 1)
         assert state_bytes(config_of_layer(ATTENTION, length).model) == cached
-    counts = resources.count_millions((256, 512))
+    counts = resources.count_mflops((256, 512))
     for kind, passes in (("training", 3), ("prefill", 1), ("decode", 1)):
-        curves = counts[f"million operations/token, {kind}"]
+        curves = counts[f"MFLOPs/token, {kind}"]
         # Every parameter is in a matmul, of 2 operations per token.
         for variant in VARIANTS:
             assert curves[variant]["256"] == pytest.approx(2 * passes * ours / 1e6, rel=0.35)

@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
     return config, train_steps.train_on_corpus(config, str(folder)), folder
 
 
-def test_every_training_is_valid_and_compared_with_the_plain_one(monkeypatch, trained):
+def test_every_training_is_valid_and_compared_with_the_baseline(monkeypatch, trained):
     seen = []
 
     def train(config, workdir, **options):
@@ -70,9 +70,10 @@ def test_evaluations_a_cached_prefix_and_a_step_without_compilation(trained, mon
     monkeypatch.setattr(scaling, "PREFIX", 9)
     prefilled, cached = scaling.cached_prefix(result, str(folder), EFFORT)
     assert "9 tokens" in prefilled["change"]
+    assert "loaded" in cached["change"]
     monkeypatch.setattr(scaling, "EAGER_TOKENS", 2)
     eager = scaling.eager_step(copy.deepcopy(config))
-    assert min(row["tokens/s"] for row in (prefilled, cached, eager)) > 0
+    assert eager["tokens/s"] > 0
 
 
 def test_truncation_is_biased_unless_the_window_covers_the_sequence(trained):

@@ -1,6 +1,6 @@
-"""Time per token, operations and their critical path, memory, and communication of devices.
+"""Time per token, FLOPs, critical path, memory, and communication of devices.
 
-Operations are counted in the program before XLA (`program_work`), of the chunkwise recurrence.
+FLOPs are counted in the program before XLA (`program_work`), of the chunkwise recurrence.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -58,8 +58,8 @@ def time_calls(
 def measure_parallelism(quick: bool) -> dict[str, Any]:
     """Time of a train step at constant tokens, and the critical path of one sequence's gradient.
 
-    In a chain of operations, each needs the one before. SimpleRNN is the form that training runs;
-    on a CPU that goes token by token as `scan`, in one function.
+    The critical path is the length of the longest chain of dependent array operations. SimpleRNN is
+    the form that training runs; on a CPU that goes token by token as `scan`, in one function.
     """
     lengths, layers, blocks = (LENGTHS[:3], 1, 2) if quick else (LENGTHS[:4], 4, 3)
     tokens = lengths[-1]
@@ -91,9 +91,9 @@ def gradient_work(program: str, length: int, **fields: Any) -> Work:
 
 
 def measure_cost(quick: bool) -> dict[str, Any]:
-    """Operations and time per token of one sequence, or after a context, of length T.
+    """FLOPs and time per token of one sequence, or after a context, of length T.
 
-    Operations are counted in the program before XLA, whose own analysis counts the body of a loop
+    FLOPs are counted in the program before XLA, whose own analysis counts the body of a loop
     once and does not see into C functions; the recurrence is counted in its chunkwise form.
     Prefill is one forward pass; decode is one stream, for which XLA's CPU backend copies
     attention's keys and values once more for every token.
@@ -110,25 +110,25 @@ def measure_cost(quick: bool) -> dict[str, Any]:
         model = LanguageModel(config_of(variant, length).model, rngs=nnx.Rngs(0))
         return decode_call(model, LEAST_PROMPT, new_tokens)
 
-    curves = count_millions(LENGTHS)
+    curves = count_mflops(LENGTHS)
     curves["us/token, prefill"] = time_calls(prefill, VARIANTS, prefilled, None, blocks)
     curves["us/token, decode"] = time_calls(decode, VARIANTS, decoded, new_tokens, blocks)
     return with_lines("computation", curves)
 
 
-def count_millions(lengths: Sequence[int]) -> dict[str, Curves]:
-    """Million operations per token by kind, variant and length."""
+def count_mflops(lengths: Sequence[int]) -> dict[str, Curves]:
+    """MFLOPs per token by kind, variant and length."""
     kinds: dict[str, Callable[[str, int], float]] = {
         "training": lambda variant, n: gradient_work(COUNTED[variant], n).flops / n / 1e6,
         "prefill": lambda variant, n: forward_flops(COUNTED[variant], n, n) / n / 1e6,
         "decode": lambda variant, n: forward_flops(COUNTED[variant], n, 1) / 1e6,
     }
-    name = "million operations/token"
+    name = "MFLOPs/token"
     return {f"{name}, {kind}": curves_of(VARIANTS, lengths, kinds[kind]) for kind in kinds}
 
 
 def forward_flops(program: str, length: int, tokens: int) -> float:
-    """Operations of a forward pass over `tokens` tokens; one token comes after a full state."""
+    """FLOPs of a forward pass over `tokens` tokens; one token comes after a full state."""
     variant, recurrence = PROGRAMS[program]
     config = config_of(variant, length)
     model = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), recurrence))
