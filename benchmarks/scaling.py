@@ -24,7 +24,7 @@ from simplernn_jax.inference import generate, load_state, save_state
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.training.accumulation import split_into_windows
 from simplernn_jax.training.evaluate import Evaluator
-from simplernn_jax.training.gradient import make_grad_fn, make_model
+from simplernn_jax.training.gradient import init_model, make_grad_fn
 
 from . import memory, train_steps
 from .measure import Effort, alternate, median, on_simulated_devices, seconds_of
@@ -114,7 +114,7 @@ def gradient_arguments(params: nnx.State, batch: Any) -> Any:
 def eager_step(config: Config) -> Row:
     """Time loss and gradient without compilation, one token after another."""
     config = change(config, sequence_length=EAGER_TOKENS)
-    params = nnx.state(make_model(config, nnx.Rngs(0)), nnx.Param)
+    params = init_model(config, jax.random.key(0))[1]
     arguments = gradient_arguments(params, train_steps.random_batch(config))
     gradient_of = make_grad_fn(config, BY_SCAN)
     with jax.disable_jit():

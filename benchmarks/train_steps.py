@@ -21,12 +21,12 @@ from simplernn_jax.data.batch_iterator import make_batches
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.sharding.mesh import check_fits, make_mesh
 from simplernn_jax.training import train_step
 from simplernn_jax.training.evaluate import Evaluator
-from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.preparation import prepare
 
@@ -81,7 +81,7 @@ def random_documents(
 
 def count_parameters(config: Config) -> int:
     """Number of parameters of the model; an embedding that is also the head counts once."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)[1]))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config.model)[1]))
 
 
 def abstract_state(model: ModelConfig) -> Any:
@@ -157,7 +157,7 @@ class Trained(NamedTuple):
 
     def model(self) -> LanguageModel:
         """The trained model."""
-        return nnx.merge(abstract_model(self.config)[0], self.params)
+        return nnx.merge(abstract_model(self.config.model)[0], self.params)
 
 
 def train_on_corpus(

@@ -15,10 +15,10 @@ from small_runs import random_batch, small_config
 
 from benchmarks.train_steps import compile_quickly, megabytes
 from simplernn_jax.data.batches import Batch
+from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.sharding.layer_layout import in_layout_of
-from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.losses import summed_cross_entropy
 
 SIZE, LENGTH, WINDOW, VOCAB = 4, 24, 8, 12
@@ -80,7 +80,7 @@ def assert_same(ours, reference, limit=1e-11):
 
 
 def loss_of_window(params, batch, carried, predictions, block):
-    graph, _ = abstract_model(config_of(block=block))
+    graph, _ = abstract_model(config_of(block=block).model)
     model = nnx.merge(graph, params)
     logits, carried = model(batch.tokens, carried, batch.segment_ids)
     nats = summed_cross_entropy(logits, batch.targets, batch.loss_mask)

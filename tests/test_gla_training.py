@@ -25,11 +25,11 @@ from simplernn_jax.config import validate
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, generate_text
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.serving.decoder import Decoder
 from simplernn_jax.serving.jobs import Job, NewTokens, Sampling
 from simplernn_jax.sharding.layer_layout import in_layout_of
 from simplernn_jax.sharding.mesh import check_fits
-from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.optimizer import make_optimizer
 
@@ -178,7 +178,7 @@ def test_the_published_size():
     """Section 5.1 of the paper; the MLP's width is 8/3 of 1,024, to the next multiple of 256."""
     config = gla_340m.get_config()
     validate(config)
-    params = abstract_model(config)[1]
+    params = abstract_model(config.model)[1]
     shapes = dict.fromkeys(((1024, 512), (1024, 1024), (1024, 2816), (2816, 1024)), 0)
     for leaf in jax.tree.leaves(params):
         shapes[leaf.shape] = shapes.get(leaf.shape, 0) + 1

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.models import LanguageModel
+from simplernn_jax.models import LanguageModel, initialization
 from simplernn_jax.models.blocks import GATE_BIAS_RANGE
 
 PLAIN = ModelConfig(
@@ -145,6 +145,34 @@ def test_wrong_calls_are_named(config):
             wrong()
     with pytest.raises(TypeError, match=r"^tokens: .*; got float32\[3, 19\]"):
         model(tokens().astype(jnp.float32))
+
+
+def test_initialized_parameters_are_those_of_the_constructor_traced_once(config, monkeypatch):
+    traced = []
+
+    class Recording(LanguageModel):
+        def __init__(self, config, **options):
+            traced.append(config)
+            super().__init__(config, **options)
+
+    monkeypatch.setattr(initialization, "LanguageModel", Recording)
+    chosen = dataclasses.replace(config, hidden_dim=22)  # of no other test
+    graph, params = initialization.initialize(chosen, jax.random.key(5))
+    _, again = jax.jit(lambda: initialization.initialize(chosen, jax.random.key(5)))()
+    _, abstract = initialization.abstract_model(chosen)
+    assert len(traced) == 1
+    model = LanguageModel(chosen, rngs=nnx.Rngs(jax.random.key(5)))
+    expected = nnx.state(model, nnx.Param)
+    chex.assert_trees_all_equal(params, again)
+    chex.assert_trees_all_close(params, expected, rtol=1e-6)  # not compiled as a whole
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, expected)
+    np.testing.assert_allclose(
+        call(nnx.merge(graph, params), tokens())[0], call(model, tokens())[0], rtol=1e-5, atol=1e-5
+    )
+
+    chosen.num_layers = 3  # the cache has a copy
+    initialization.abstract_model(dataclasses.replace(chosen, num_layers=2))
+    assert len(traced) == 1
 
 
 def test_an_unknown_rematerialization_is_named():

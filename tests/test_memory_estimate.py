@@ -16,8 +16,8 @@ from simplernn_jax.memory_estimate import (
     estimate_training,
     num_weights,
 )
+from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.sharding.mesh import make_mesh
-from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.memory_check import check_train_step
 from simplernn_jax.training.optimizer import make_optimizer
 
@@ -39,7 +39,7 @@ def mesh():
 @pytest.mark.parametrize("name", ["base", "seed", "attention", "gla_340m", "gpt2_size"])
 def test_weights_are_98_percent_of_the_parameters(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)[1]))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config.model)[1]))
     assert 0.98 * parameters < num_weights(config.model) < parameters
 
 

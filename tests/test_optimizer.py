@@ -11,7 +11,7 @@ from flax import nnx
 from small_runs import small_config
 
 from simplernn_jax.config import OptimizerConfig
-from simplernn_jax.training.gradient import abstract_model
+from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 
 STEPS = 23
@@ -50,7 +50,7 @@ def test_schedule_of_a_run_that_ends_in_its_warmup_is_finite_and_positive(total_
 
 @pytest.mark.parametrize("block", ["plain", "residual"])
 def test_only_matrices_of_dense_layers_are_decayed(block):
-    _, params = abstract_model(small_config(block, tie_embeddings=False))
+    _, params = abstract_model(small_config(block, tie_embeddings=False).model)
     mask = jax.tree_util.tree_flatten_with_path(decay_mask(params))[0]
     names = {jax.tree_util.keystr(path, simple=True, separator="/"): is_on for path, is_on in mask}
     assert any(names.values())

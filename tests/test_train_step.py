@@ -13,7 +13,7 @@ from flax import nnx
 from references import assert_same_bytes
 from small_runs import random_batch, small_config
 
-from simplernn_jax.training.gradient import abstract_model
+from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.training.losses import summed_cross_entropy
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step
@@ -67,7 +67,7 @@ def make_batch(seed=0, reset=True):
 @functools.partial(jax.jit, static_argnames="kind")
 def forward(params, tokens, segment_ids, carried=None, kind="plain"):
     """(logits, state) of the model."""
-    graph, _ = abstract_model(config_of(**KINDS[kind]))
+    graph, _ = abstract_model(config_of(**KINDS[kind]).model)
     return nnx.merge(graph, params)(tokens, carried, segment_ids)
 
 

@@ -12,9 +12,10 @@ from flax import nnx
 
 from simplernn_jax.errors import counted
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.training.gradient import abstract_model, make_grad_fn, make_model
+from simplernn_jax.training.gradient import init_model, make_grad_fn
 
 from .. import train_steps
 from ..decoding import decode_call, random_tokens, recompute_call
@@ -85,7 +86,7 @@ def gradient_work(program: str, length: int, **fields: Any) -> Work:
     variant, recurrence = PROGRAMS[program]
     config = config_of(variant, length, **fields)
     gradient = make_grad_fn(config, recurrence)
-    _, params = abstract_model(config)
+    _, params = abstract_model(config.model)
     key = jax.random.key_data(jax.random.key(0))
     return count_work(gradient, params, train_steps.random_batch(config), (), key, jnp.int32(0))
 
@@ -131,8 +132,7 @@ def forward_flops(program: str, length: int, tokens: int) -> float:
     """FLOPs of a forward pass over `tokens` tokens; one token comes after a full state."""
     variant, recurrence = PROGRAMS[program]
     config = config_of(variant, length)
-    model = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), recurrence))
-    graph, params = nnx.split(model, nnx.Param)
+    graph, params = jax.eval_shape(lambda: init_model(config, jax.random.key(0), recurrence))
 
     def last_logits(params: Any, ids: jax.Array, state: Any) -> jax.Array:
         model = nnx.merge(graph, params)
@@ -180,7 +180,7 @@ def kilobytes_received(lengths: Sequence[int], devices: int) -> Curves:
     def received(variant: str, length: int) -> float:
         config = config_of(variant, length, num_layers=1, sequence=devices)
         found = train_steps.collectives(compile_quickly(config).as_text())
-        for leaf in jax.tree.leaves(abstract_model(config)[1]):
+        for leaf in jax.tree.leaves(abstract_model(config.model)[1]):
             found["all-reduce", leaf.size * 4] -= 1
         share = (devices - 1) / devices
         factors = {"all-reduce": 2 * share, "all-gather": share, "all-to-all": share}

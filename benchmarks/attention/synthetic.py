@@ -15,7 +15,7 @@ from flax import nnx
 
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.training.gradient import abstract_model
+from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step, take_steps
 
@@ -81,7 +81,7 @@ def train(config: Config, stages: Sequence[Stage], optimizer: str, rate: float) 
 
 def accuracy(trained: Trained, task: Task, sequences: int) -> float:
     """Fraction of answers that are the likeliest token, over at least `sequences` sequences."""
-    graph, _ = abstract_model(trained.config)
+    graph, _ = abstract_model(trained.config.model)
 
     @jax.jit
     def count(params: Any, batch: Batch) -> jax.Array:

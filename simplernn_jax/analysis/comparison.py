@@ -14,8 +14,8 @@ from simplernn_jax.checkpoint.checkpointer import read_config
 from simplernn_jax.config import Config, by_field, from_json
 from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import read_file
+from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.training.display import format_duration
-from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.loss_curve import loss_curves, loss_limits
 from simplernn_jax.training.metrics import FILE_NAME, Row, read_metrics
 
@@ -97,7 +97,7 @@ def _metrics_of(run: RunRecord) -> dict[str, str]:
     usual = statistics.mode(counts) if counts else None
     losses = [row for row in losses if row.get("predictions") == usual]
     best = min(losses, key=lambda row: (row["loss"], -row["step"]), default={})
-    sizes = jax.tree.leaves(abstract_model(run.config)[1]) if run.config else []
+    sizes = jax.tree.leaves(abstract_model(run.config.model)[1]) if run.config else []
     parameters = sum(leaf.size for leaf in sizes)
     return {
         "parameters": f"{parameters:,}" if sizes else MISSING,

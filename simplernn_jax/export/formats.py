@@ -17,6 +17,7 @@ from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, nearest_name
 from simplernn_jax.export import FORMATS
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.named_leaves import named_leaves
 
 
@@ -103,8 +104,7 @@ def float32_model(model: LanguageModel) -> LanguageModel:
     config = dataclasses.replace(model.config, precision="float32", state_precision="float32")
     if config == model.config:
         return model
-    graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
-    return nnx.merge(graph, nnx.state(model, nnx.Param))
+    return nnx.merge(abstract_model(config)[0], nnx.state(model, nnx.Param))
 
 
 def logits_of(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:

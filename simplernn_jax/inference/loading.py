@@ -11,6 +11,7 @@ from simplernn_jax.data.tokenizer_loading import tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.exported_folder import is_exported, load_exported
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.initialization import abstract_model
 
 
 def load_model(
@@ -44,7 +45,6 @@ def _load_run(workdir: str, checkpoint: str | int) -> tuple[LanguageModel, Token
     if reason is not None:
         logging.info("%s", reason)
     config, tokenizer_json = read_texts(path)
-    abstract = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
-    graph, params = nnx.split(abstract, nnx.Param)
+    graph, params = abstract_model(config.model)
     params = read_tree(path, {"params": params}, partial=True)["params"]
     return nnx.merge(graph, params), tokenizer_from_json(tokenizer_json), config

@@ -17,7 +17,7 @@ from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.evaluation_batches import Contexts, context_batches, evaluation_batches
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.mesh_axes import BATCH_AXES, TOKEN_AXES
-from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.ops.collectives import psum
 from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.ops.sequence_parallel import MIN_SHARD_TOKENS, shard_segment_ids
@@ -29,7 +29,7 @@ from simplernn_jax.sharding.partition_specs import (
     variable_specs,
 )
 from simplernn_jax.training.batch_sharding import batch_specs
-from simplernn_jax.training.gradient import make_model
+from simplernn_jax.training.gradient import init_model
 from simplernn_jax.training.losses import cross_entropy
 
 BATCH_TOKENS = 8192
@@ -82,13 +82,10 @@ class Evaluator:
     """
 
     def __init__(self, config: Config, pad_id: int, mesh: Mesh | None = None):
-        def create_model() -> LanguageModel:
-            if is_distributed(mesh):
-                return make_model(config, nnx.Rngs(0))
-            return LanguageModel(config.model, rngs=nnx.Rngs(0))
-
-        abstract = nnx.eval_shape(create_model)
-        graph, abstract_params = nnx.split(abstract, nnx.Param)
+        graph, abstract_params = abstract_model(config.model)
+        if is_distributed(mesh):
+            graph, abstract_params = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
+        abstract = nnx.merge(graph, abstract_params)
         self._pad_id = pad_id
 
         def score(

@@ -11,7 +11,7 @@ from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.mesh_axes import TOKEN_AXES
-from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.initialization import Initialized, initialize
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.collectives import axis_index, psum, vary_like, varying
@@ -31,23 +31,17 @@ BatchGradFn = Callable[
 ]
 
 
-def make_model(
-    config: Config, rngs: nnx.Rngs, recurrence: Recurrence = gated_linear_recurrence
-) -> LanguageModel:
-    """Create the model for training: rematerialized, and stacked if there are pipeline stages."""
-    return LanguageModel(
+def init_model(
+    config: Config, key: jax.Array, recurrence: Recurrence = gated_linear_recurrence
+) -> Initialized:
+    """Initialize the model for training: rematerialized, and stacked if there are stages."""
+    return initialize(
         config.model,
-        rngs=rngs,
+        key,
         remat=config.train.remat,
         stack_layers=config.mesh.stage > 1,
         recurrence=recurrence,
     )
-
-
-def abstract_model(config: Config) -> tuple[nnx.GraphDef[LanguageModel], nnx.State]:
-    """Return graphdef and abstract parameters of the model, layers not stacked, without remat."""
-    model = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
-    return nnx.split(model, nnx.Param)
 
 
 def make_grad_fn(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> BatchGradFn:
@@ -59,7 +53,7 @@ def make_grad_fn(config: Config, recurrence: Recurrence = gated_linear_recurrenc
     `jax.shard_map`, arguments and results are this device's shards, but loss and predictions are
     global.
     """
-    graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), recurrence)))
+    graph, _ = jax.eval_shape(lambda: init_model(config, jax.random.key(0), recurrence))
     dropout = config.model.dropout > 0
 
     def loss_fn(

@@ -7,10 +7,10 @@ from flax import nnx
 
 from simplernn_jax.distributed import barrier, is_coordinator
 from simplernn_jax.inference import generate_text
+from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.sharding.global_arrays import local_copy
 from simplernn_jax.sharding.layer_layout import in_layout_of
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
-from simplernn_jax.training.gradient import abstract_model
 from simplernn_jax.training.reporter import Reporter
 from simplernn_jax.training.run import Run
 
@@ -72,7 +72,7 @@ def sample(run: Run, reporter: Reporter) -> None:
     params = local_copy(run.state.params)
     if is_coordinator():
         train = run.config.train
-        graph, abstract = abstract_model(run.config)
+        graph, abstract = abstract_model(run.config.model)
         (text,) = generate_text(
             nnx.merge(graph, in_layout_of(abstract, params)),
             run.corpus.tokenizer,

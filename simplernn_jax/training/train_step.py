@@ -24,7 +24,7 @@ from simplernn_jax.sharding.partition_specs import (
 )
 from simplernn_jax.training.accumulation import split_into_windows
 from simplernn_jax.training.batch_sharding import batch_specs, window_specs
-from simplernn_jax.training.gradient import make_grad_fn, make_model
+from simplernn_jax.training.gradient import init_model, make_grad_fn
 
 
 @jax.tree_util.register_dataclass
@@ -70,14 +70,16 @@ def init_train_state(config: Config, optimizer: optax.GradientTransformation) ->
       ValueError: there are pipeline stages, and the layers differ.
     """
     model_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
-    model = make_model(config, nnx.Rngs(model_key))
-    params = nnx.state(model, nnx.Param)
+    graph, params = init_model(config, model_key)
+    carried: ModelState = ()
+    if config.data.mode == "stream":
+        carried = nnx.merge(graph, params).initial_state(config.data.batch_size)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         rng=jax.random.key_data(dropout_key),
-        carried=model.initial_state(config.data.batch_size) if config.data.mode == "stream" else (),
+        carried=carried,
         skipped_updates=jnp.zeros((), jnp.int32),
         consecutive_skips=jnp.zeros((), jnp.int32),
     )
@@ -88,7 +90,8 @@ def state_specs(config: Config, optimizer: optax.GradientTransformation, mesh: M
     state = jax.eval_shape(lambda: init_train_state(config, optimizer))
     specs: TrainState = variable_specs(state, mesh)
     if state.carried:
-        axes = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))).state_axes()
+        model = nnx.merge(*jax.eval_shape(lambda: init_model(config, jax.random.key(0))))
+        axes = model.state_axes()
         specs = dataclasses.replace(specs, carried=axes_specs(axes, mesh))
     return specs
 
