@@ -4,6 +4,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 take_python "$@"
+[ ${#rest[@]} -eq 0 ] || fail "${rest[0]}: the only argument is --python"
 use_environment docs "$python"
 cd "$root"
 export JAX_PLATFORMS=cpu

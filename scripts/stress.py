@@ -8,7 +8,7 @@ Each experiment injects faults and checks a promise; docs/reliability.md lists t
 from the seed. ``quick`` runs a few cases of each experiment in about 5 minutes, ``all`` all of
 them, for hours; an experiment named alone runs all of its cases too, unless -n is given.
 
-Exits with code 1 if any case failed.
+Needs the packages of the extra ``test``. Exits with code 1 if any case failed.
 """
 
 import bootstrap
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from absl import flags
 from simplernn_jax.benchmarks.stress.catalog import EXPERIMENTS
-from simplernn_jax.benchmarks.stress.experiment import run_experiment, table
+from simplernn_jax.benchmarks.stress.experiment import check_packages, run_experiment, table
 
 from simplernn_jax import command_line, process_start
 from simplernn_jax.errors import UserError
@@ -46,6 +46,7 @@ def main() -> int:
     chosen = list(EXPERIMENTS) if names in (["quick"], ["all"]) else names
     if not chosen or not set(chosen) <= EXPERIMENTS.keys():
         raise UserError(f"name experiments, quick or all; there are {', '.join(EXPERIMENTS)}")
+    check_packages({name: EXPERIMENTS[name] for name in chosen})
     summaries = []
     with tempfile.TemporaryDirectory(prefix="stress-") as folder:
         for name in dict.fromkeys(chosen):

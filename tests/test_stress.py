@@ -12,8 +12,9 @@ from processes import assert_each_refused
 from benchmarks.measure import resident_bytes
 from benchmarks.stress import damage
 from benchmarks.stress.damage import damage_file
-from benchmarks.stress.experiment import Case, Experiment, run_experiment, table
+from benchmarks.stress.experiment import Case, Experiment, check_packages, run_experiment, table
 from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.errors import UserError
 
 
 def test_failures_are_reported(tmp_path, capsys):
@@ -77,6 +78,15 @@ def test_damage_stays_in_its_folder(tmp_path):
         assert (tmp_path / "whole").stat().st_ino == inode
     assert {"swap the folder of a/d", "swap the folder of f/g"} <= what
     assert "swap the folder of c" not in what  # which changes nothing in the folder
+
+
+def test_a_missing_package_is_named_before_anything_runs():
+    experiments = {
+        "first": Experiment("it runs", lambda *_: iter([]), 1, 1, package="json"),
+        "second": Experiment("it runs", lambda *_: iter([]), 1, 1, package="no_such_package"),
+    }
+    with pytest.raises(UserError, match=r"^second needs no_such_package; run: pip install"):
+        check_packages(experiments)
 
 
 def test_memory_of_a_process_that_has_just_ended():

@@ -151,8 +151,10 @@ def test_summary_and_warning_about_few_validation_tokens(
         (tmp_path / "in" / f"{number}.txt").write_text("a" * 5_000)
     corpus = prepare(tmp_path / "in", cache, validation_fraction=fraction)
     assert corpus.summary == summary
-    assert corpus.warning.startswith(warning)
-    assert bool(corpus.warning) == bool(warning)
+    assert corpus.warning(fraction).startswith(warning)
+    assert bool(corpus.warning(fraction)) == bool(warning)
+    if fraction == 0.6:  # as if little had been asked for, and a long document been drawn
+        assert corpus.warning(0.05).startswith("67% of the text is held out for validation")
 
 
 @pytest.mark.parametrize("split", ["document", "position"])

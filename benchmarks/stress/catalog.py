@@ -88,17 +88,20 @@ EXPERIMENTS = {
         fuzz.fuzz,
         full=1_000_000,
         quick=8000,
+        package="atheris",
     ),
     "scripts": Experiment(
         "any flag, argument or file of a script is accepted or refused in one line",
         fuzz_scripts.fuzz_scripts,
         full=2000,
         quick=2,
+        package="uvicorn",
     ),
     "soak": Experiment(
         "long runs and servers need no more memory, files, threads or time per step",
         soak.soak,
         full=100,  # times 1,000 steps and 100 requests
         quick=2,
+        package="uvicorn",
     ),
 }

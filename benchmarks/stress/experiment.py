@@ -1,12 +1,15 @@
 """Cases of an experiment, and their summary."""
 
 import dataclasses
+import importlib.util
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+from simplernn_jax.errors import UserError
 
 
 class Case(NamedTuple):
@@ -30,6 +33,8 @@ class Experiment(NamedTuple):
     """Cases of ``stress.py all``."""
     quick: int
     """Cases of ``stress.py quick``."""
+    package: str = ""
+    """Importable name of a package that is needed beyond those of training."""
 
 
 @dataclasses.dataclass
@@ -54,6 +59,20 @@ class Summary:
     def kinds_line(self) -> str:
         """List the kinds with their numbers of cases."""
         return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.kinds.items()) if kind)
+
+
+def check_packages(experiments: Mapping[str, Experiment]) -> None:
+    """Raise `UserError` if a package of one of the experiments is missing."""
+    missing = [
+        f"{name} needs {experiment.package}"
+        for name, experiment in experiments.items()
+        if experiment.package and importlib.util.find_spec(experiment.package) is None
+    ]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)}; run: pip install -e '.[test]' (atheris exists for Linux on "
+            "x86-64 only), or name other experiments"
+        )
 
 
 def run_experiment(

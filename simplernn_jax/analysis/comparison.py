@@ -2,7 +2,6 @@
 
 import math
 import os
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import read_file
 from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.training.display import format_duration
-from simplernn_jax.training.loss_curve import loss_curves, loss_limits
+from simplernn_jax.training.loss_curve import comparable, loss_curves, loss_limits
 from simplernn_jax.training.metrics import FILE_NAME, Row, read_metrics
 
 MISSING = "-"
@@ -91,11 +90,7 @@ def final_metrics(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
 def _metrics_of(run: RunRecord) -> dict[str, str]:
     train = [row for row in run.rows if row["kind"] == "train"]
     validation = [row for row in run.rows if row["kind"] == "validation"]
-    losses = [row for row in validation if _number(row, "loss") is not None]
-    # Losses of other tokens, such as those of the evaluation at the end, are not comparable.
-    counts = [row.get("predictions") for row in losses]
-    usual = statistics.mode(counts) if counts else None
-    losses = [row for row in losses if row.get("predictions") == usual]
+    losses = comparable([row for row in validation if _number(row, "loss") is not None])
     best = min(losses, key=lambda row: (row["loss"], -row["step"]), default={})
     sizes = jax.tree.leaves(abstract_model(run.config.model)[1]) if run.config else []
     parameters = sum(leaf.size for leaf in sizes)
@@ -140,7 +135,7 @@ def draw(runs: Sequence[RunRecord]) -> bytes:
         limits = []
         for number, run in enumerate(runs):
             color, marker = f"C{number % 10}", _MARKERS[number % len(_MARKERS)]
-            train, validation = loss_curves(run.rows)
+            train, validation, _ = loss_curves(run.rows)
             left.plot(*train, color=color, alpha=0.45, linewidth=1)
             style = {"color": color, "marker": marker, "markersize": 4}
             left.plot(*validation, label=run.name, **style)

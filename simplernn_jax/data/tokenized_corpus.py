@@ -45,15 +45,23 @@ class TokenizedCorpus:
             return f"{train}; no validation tokens"
         return f"{train}; {_size(self.validation, 'validation token')}"
 
-    @property
-    def warning(self) -> str:
-        """Warning about a small validation split; empty if it is large enough."""
-        if self.validation is None or len(self.validation.tokens) >= _FEW_TOKENS:
+    def warning(self, validation_fraction: float) -> str:
+        """Warn of a validation split that is small, or far larger than asked; empty if neither."""
+        if self.validation is None:
             return ""
-        return (
-            f"fewer than {_FEW_TOKENS:,} validation tokens make the loss noisy; use more text, or "
-            "hold out more with --config.data.validation_fraction"
-        )
+        if len(self.validation.tokens) < _FEW_TOKENS:
+            return (
+                f"fewer than {_FEW_TOKENS:,} validation tokens make the loss noisy; use more text, "
+                "or hold out more with --config.data.validation_fraction"
+            )
+        total = len(self.train.tokens) + len(self.validation.tokens)
+        if len(self.validation.tokens) > max(2 * validation_fraction, 0.3) * total:
+            return (
+                f"{len(self.validation.tokens) / total:.0%} of the text is held out for "
+                "validation, since a long document is; --config.data.split=position holds out the "
+                "end of the text instead"
+            )
+        return ""
 
 
 def _size(split: TokenSplit, noun: str) -> str:

@@ -95,7 +95,9 @@ def check_packages(format_name: str, *names: str) -> None:
     """Raise `UserError` that names the first missing package, and how to install it."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            what = "mini-racer" if name == "py_mini_racer" else "'simplernn_jax[export]'"
+            what = "'simplernn_jax[export]'"
+            if name == "py_mini_racer":
+                name = what = "mini-racer"
             raise UserError(f"--format={format_name} needs the package {name}: pip install {what}")
 
 

@@ -3,8 +3,9 @@
 import io
 import math
 import os
-from collections.abc import Iterable
-from typing import Any
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from absl import logging
 
@@ -29,6 +30,16 @@ Series = tuple[list[int], list[float]]
 """Steps and losses; a loss that was not finite is NaN, a gap in the curve."""
 
 
+class LossCurves(NamedTuple):
+    """Losses of a run by step."""
+
+    train: Series
+    validation: Series
+    """Of `comparable` evaluations."""
+    other: Series
+    """Of evaluations on other tokens, such as that of all at the end."""
+
+
 def plot_loss(workdir: str, model: str) -> str | None:
     """Plot training and validation loss from ``metrics.jsonl``; `model` is named in the title.
 
@@ -41,7 +52,7 @@ def plot_loss(workdir: str, model: str) -> str | None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    train, validation = loss_curves(iterate_metrics(workdir))
+    train, validation, other = loss_curves(iterate_metrics(workdir))
     # Large type stays readable in a thumbnail.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -50,7 +61,9 @@ def plot_loss(workdir: str, model: str) -> str | None:
     if validation[0]:
         axes.plot(*validation, marker="o", markersize=5, color="#c44e17", label="validation")
         _mark_best(axes, validation)
-    limits = loss_limits(train, validation)
+    if other[0]:
+        axes.plot(*other, "D", markersize=5, color="#c44e17", label="on other tokens")
+    limits = loss_limits(train, (validation[0] + other[0], validation[1] + other[1]))
     if limits is not None:
         axes.set_ylim(limits)
     title = f"{os.path.basename(os.path.abspath(workdir))}: {model}"
@@ -75,15 +88,26 @@ def plot_loss(workdir: str, model: str) -> str | None:
     return path
 
 
-def loss_curves(rows: Iterable[Row]) -> tuple[Series, Series]:
+def loss_curves(rows: Iterable[Row]) -> LossCurves:
     """Return the training and the validation losses among the rows of ``metrics.jsonl``."""
-    curves: dict[str, Series] = {"train": ([], []), "validation": ([], [])}
-    for row in rows:
-        if row["kind"] in curves and "loss" in row:
-            steps, losses = curves[row["kind"]]
-            steps.append(row["step"])
-            losses.append(math.nan if row["loss"] is None else row["loss"])
-    return curves["train"], curves["validation"]
+    rows = [row for row in rows if "loss" in row]
+    train = [row for row in rows if row["kind"] == "train"]
+    validation = [row for row in rows if row["kind"] == "validation"]
+    usual = comparable(validation)
+    other = [row for row in validation if row not in usual]
+    return LossCurves(*(_series(each) for each in (train, usual, other)))
+
+
+def comparable(evaluations: Sequence[Row]) -> list[Row]:
+    """Return the rows of validation that scored as many predictions as most of them did."""
+    counts = [row.get("predictions") for row in evaluations]
+    usual = statistics.mode(counts) if counts else None
+    return [row for row in evaluations if row.get("predictions") == usual]
+
+
+def _series(rows: Sequence[Row]) -> Series:
+    losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
+    return [row["step"] for row in rows], losses
 
 
 def _mark_best(axes: Any, validation: Series) -> None:

@@ -53,8 +53,8 @@ class Reporter:
         self.print_line(
             f"{self._model}, {config.model.precision}, on {describe(run.mesh)}; {corpus.summary}"
         )
-        if corpus.warning:
-            self.print_line(f"warning: {corpus.warning}")
+        if warning := corpus.warning(config.data.validation_fraction):
+            self.print_line(f"warning: {warning}")
         if config.mesh.stage > 1:
             length = config.train.backward_window or config.data.sequence_length
             self.print_line(describe_stages(length, config.mesh.stage))
