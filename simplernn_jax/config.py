@@ -5,6 +5,7 @@ A file under ``configs/`` returns a `Config` from ``get_config()``; command-line
 `validate` runs once after all overrides.
 """
 
+import contextlib
 import dataclasses
 import json
 import typing
@@ -318,7 +319,8 @@ def _fill(target: Any, values: Any, path: str) -> None:
             continue
         value = values[name]
         if isinstance(current, float) and type(value) is int:
-            value = float(value)
+            with contextlib.suppress(OverflowError):  # then it is refused as what it is
+                value = float(value)
         if type(value) is not type(current):
             raise UserError(f"{path}.{name}={value!r}: expected {type(current).__name__}")
         setattr(target, name, value)

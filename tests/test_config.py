@@ -154,6 +154,7 @@ def test_json_round_trip():
         (lambda v: v["model"].update(num_layer=3), "num_layer: no such field; did you mean 'num_l"),
         (lambda v: v["train"].pop("seed"), r"config\.train\.seed: missing"),
         (lambda v: v["data"].update(batch_size="16"), "batch_size='16': expected int"),
+        (lambda v: v["optimizer"].update(beta1=10**400), "optimizer.beta1=1000.*: expected float"),
         (lambda v: v.update(model=3), "config.model: expected an object"),
     ],
 )
