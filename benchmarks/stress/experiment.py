@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, counted
 
 
 class Case(NamedTuple):
@@ -51,7 +51,7 @@ class Summary:
         """Summarize in one line."""
         kinds = self.kinds_line()
         return (
-            f"{self.name}: {self.cases} cases, {len(self.failures)} failed"
+            f"{self.name}: {counted(self.cases, 'case')}, {len(self.failures)} failed"
             + (f" ({kinds})" if kinds else "")
             + f"; {self.seconds:.0f} s"
         )

@@ -240,7 +240,7 @@ class CheckpointFolder:
                 f"({error.strerror}): move it, or allow writing there"
             ) from error
         logging.warning(
-            "checkpoint %s is corrupted: %s; moved to %s, using an earlier one",
+            "checkpoint %s is corrupted: %s; moved to %s, looking for an earlier one",
             *(source, defect, target),
         )
         return True
