@@ -94,7 +94,8 @@ def loss_curves(rows: Iterable[Row]) -> LossCurves:
     train = [row for row in rows if row["kind"] == "train"]
     validation = [row for row in rows if row["kind"] == "validation"]
     usual = comparable(validation)
-    other = [row for row in validation if row not in usual]
+    count = usual[0].get("predictions") if usual else None
+    other = [row for row in validation if row.get("predictions") != count]
     return LossCurves(*(_series(each) for each in (train, usual, other)))
 
 
