@@ -15,7 +15,7 @@ from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.training.gradient import init_model, make_grad_fn
+from simplernn_jax.training.gradient import abstract_train_model, make_grad_fn
 
 from .. import train_steps
 from ..decoding import decode_call, random_tokens, recompute_call
@@ -132,7 +132,7 @@ def forward_flops(program: str, length: int, tokens: int) -> float:
     """FLOPs of a forward pass over `tokens` tokens; one token comes after a full state."""
     variant, recurrence = PROGRAMS[program]
     config = config_of(variant, length)
-    graph, params = jax.eval_shape(lambda: init_model(config, jax.random.key(0), recurrence))
+    graph, params = abstract_train_model(config, recurrence)
 
     def last_logits(params: Any, ids: jax.Array, state: Any) -> jax.Array:
         model = nnx.merge(graph, params)

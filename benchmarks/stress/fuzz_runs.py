@@ -81,7 +81,8 @@ def _checkpoint_readers(folder: Path) -> list[Reader]:
 
     def metrics() -> None:
         rows = read_metrics(str(folder))
-        loss_limits(*loss_curves(rows)[:2])
+        curves = loss_curves(rows)
+        loss_limits(curves.train, curves.validation)
         for row in rows:
             encode(row)
 

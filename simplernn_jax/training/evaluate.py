@@ -29,7 +29,7 @@ from simplernn_jax.sharding.partition_specs import (
     variable_specs,
 )
 from simplernn_jax.training.batch_sharding import batch_specs
-from simplernn_jax.training.gradient import init_model
+from simplernn_jax.training.gradient import abstract_train_model
 from simplernn_jax.training.losses import cross_entropy
 
 BATCH_TOKENS = 8192
@@ -82,9 +82,9 @@ class Evaluator:
     """
 
     def __init__(self, config: Config, pad_id: int, mesh: Mesh | None = None):
-        graph, abstract_params = abstract_model(config.model)
-        if is_distributed(mesh):
-            graph, abstract_params = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
+        graph, abstract_params = (
+            abstract_train_model(config) if is_distributed(mesh) else abstract_model(config.model)
+        )
         abstract = nnx.merge(graph, abstract_params)
         self._pad_id = pad_id
 

@@ -44,6 +44,16 @@ def init_model(
     )
 
 
+def abstract_train_model(
+    config: Config, recurrence: Recurrence = gated_linear_recurrence
+) -> Initialized:
+    """Return graphdef and abstract parameters of `init_model`."""
+    abstract: Initialized = jax.eval_shape(
+        lambda: init_model(config, jax.random.key(0), recurrence)
+    )
+    return abstract
+
+
 def make_grad_fn(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> BatchGradFn:
     """Build the loss and gradient function of a batch.
 
@@ -53,7 +63,7 @@ def make_grad_fn(config: Config, recurrence: Recurrence = gated_linear_recurrenc
     `jax.shard_map`, arguments and results are this device's shards, but loss and predictions are
     global.
     """
-    graph, _ = jax.eval_shape(lambda: init_model(config, jax.random.key(0), recurrence))
+    graph, _ = abstract_train_model(config, recurrence)
     dropout = config.model.dropout > 0
 
     def loss_fn(

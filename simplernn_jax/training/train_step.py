@@ -24,7 +24,7 @@ from simplernn_jax.sharding.partition_specs import (
 )
 from simplernn_jax.training.accumulation import split_into_windows
 from simplernn_jax.training.batch_sharding import batch_specs, window_specs
-from simplernn_jax.training.gradient import init_model, make_grad_fn
+from simplernn_jax.training.gradient import abstract_train_model, init_model, make_grad_fn
 
 
 @jax.tree_util.register_dataclass
@@ -90,8 +90,7 @@ def state_specs(config: Config, optimizer: optax.GradientTransformation, mesh: M
     state = jax.eval_shape(lambda: init_train_state(config, optimizer))
     specs: TrainState = variable_specs(state, mesh)
     if state.carried:
-        model = nnx.merge(*jax.eval_shape(lambda: init_model(config, jax.random.key(0))))
-        axes = model.state_axes()
+        axes = nnx.merge(*abstract_train_model(config)).state_axes()
         specs = dataclasses.replace(specs, carried=axes_specs(axes, mesh))
     return specs
 
