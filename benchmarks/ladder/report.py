@@ -229,6 +229,8 @@ def draw(results: dict[str, Any]) -> bytes:
             axes.xaxis.set_major_formatter("{x:,g}")
             if rung in TARGETS:
                 axes.axhline(TARGETS[rung], color="grey", linewidth=1)
+                at = axes.get_yaxis_transform()  # x as a share of the width, y a loss
+                axes.text(0.01, TARGETS[rung], f"target {TARGETS[rung]}", va="bottom", transform=at)
             axes.grid(axis="y")
         for name in names:
             figure.axes[0].plot([], [], label=name, **styles[name])
