@@ -37,8 +37,8 @@ PICTURES = {
 }
 """Name of the picture by quantity on its x axis."""
 TITLES = {f"{TITLE}{x}": name for x, name in PICTURES.items()}
-MILLISECONDS, MEGABYTES, EXCHANGED = "ms", "MB", "MB exchanged"
-PLAIN, WINDOWS = "plain", "exact, windows of 1,024"
+MILLISECONDS, MEGABYTES, EXCHANGED = "time (ms)", "memory (MB)", "exchanged (MB)"
+PLAIN, WINDOWS = "whole sequence", "exact, windows of 1,024"
 SIZES = (
     (128, 4, 4, 259),
     (256, 4, 4, 259),

@@ -58,7 +58,7 @@ def draw(panels: Mapping[str, Curves], x: str) -> bytes:
     """A PNG file with curves by title against `x`; a label looks the same in all panels.
 
     The first panel has all labels. The x axis is logarithmic, and the y axis too unless all values
-    are fractions.
+    are fractions or of one order of magnitude.
     """
     from matplotlib import ticker
 
@@ -79,14 +79,17 @@ def draw(panels: Mapping[str, Curves], x: str) -> bytes:
             axes.xaxis.minorticks_off()
             axes.set(title=title, xlabel=x)
             axes.grid(axis="y")
-            if max(y for curve in curves.values() for y in curve.values()) <= 1:
-                axes.set_ylim(-0.03, 1.03)
+            values = [y for curve in curves.values() for y in curve.values()]
+            if max(values) <= max(1, 10 * min(values)):
+                axes.set_ylim(-0.03 * max(values), 1.05 * max(values))
+                axes.yaxis.set_major_formatter("{x:,g}")
                 continue
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:,g}")
             axes.yaxis.set_minor_locator(ticker.NullLocator())
-        add_legend(figure, grid[0])
+        if len(labels) > 1:
+            add_legend(figure, grid[0])
         return png(figure)
 
 

@@ -57,11 +57,11 @@ def test_growths_have_rows_slopes_and_pictures(monkeypatch, tmp_path):
         assert len(rows) == 2
         assert growth.draw(title, rows).startswith(b"\x89PNG")
     parameters, lengths, batches, corpora, devices = (rows for _, rows in measured)
-    assert parameters[0]["MB"] < parameters[1]["MB"]
-    assert lengths[1]["MB, plain"] is None
-    assert batches[0]["MB"] < batches[1]["MB"]
+    assert parameters[0]["memory (MB)"] < parameters[1]["memory (MB)"]
+    assert lengths[1]["memory (MB), whole sequence"] is None
+    assert batches[0]["memory (MB)"] < batches[1]["memory (MB)"]
     assert [row["MB of text"] for row in corpora] == [1, 10]
-    assert [row["MB exchanged, data"] is None for row in devices] == [True, False]
+    assert [row["exchanged (MB), data"] is None for row in devices] == [True, False]
     assert {row["growth with"] for row in slopes} == set(growth.PICTURES)
 
 
