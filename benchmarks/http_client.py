@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 _END = b"0\r\n\r\n"
-"""Of a body in chunks."""
+"""End of a body in chunks."""
 
 
 class Connection(asyncio.Protocol):

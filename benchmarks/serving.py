@@ -42,7 +42,7 @@ CLIENTS, SLOTS = (1, 8, 32, 64), 32
 PROMPT, NEW_TOKENS, LONG = 100, 256, 1024
 """Tokens of a prompt, of a completion, and of a long one."""
 COMPLETIONS = 10
-"""Of each client, one after the other."""
+"""Completions of each client, one after the other."""
 
 
 class Stream(NamedTuple):

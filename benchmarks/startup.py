@@ -28,7 +28,7 @@ IMPORTS = {
     "and its public modules": f"{PACKAGES}, {_PUBLIC}",
     "and all of scripts/train.py": f"{PACKAGES}, simplernn_jax.training.loop",
 }
-"""What a process imports, by its name in the table."""
+"""Imports of a process, by its name in the table."""
 
 
 def run(effort: Effort) -> Iterator[Table]:

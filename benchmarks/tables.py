@@ -13,7 +13,7 @@ Row = dict[str, Any]
 Table = tuple[str, list[Row]]
 """Title and rows."""
 Curves = Mapping[str, Mapping[str, float]]
-"""By label: y by x; x is text, as JSON keeps it."""
+"""Curves by label: y by x; x is text, as JSON keeps it."""
 
 
 def text_of(value: Any) -> str:
@@ -101,7 +101,7 @@ def _tick(x: int) -> str:
 
 
 def read_results(path: Path, version: int, key: str) -> dict[str, Any]:
-    """What ``results.json`` of a benchmark has under `key`; `UserError` for other content."""
+    """Return `key` of a benchmark's ``results.json``; raise `UserError` for other content."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

@@ -79,7 +79,7 @@ MEASUREMENTS = {
     "corpus": corpus.measure_corpus,
     "interpretability": corpus.measure_interpretability,
 }
-"""Of attention, in the order of their aspects in its table."""
+"""Measurements of attention, in the order of their aspects in its table."""
 ATTENTION, LADDER = ALONE = "attention", "ladder"
 """Have a folder of results to themselves, and other flags than an effort."""
 

@@ -34,7 +34,7 @@ _CONVERSION_ERRORS = {
     "could not convert string to float": "not a number",
     "('Non-boolean argument": "neither true nor false",
 }
-"""How the conversions of absl's flags begin their messages, and what to say instead."""
+"""Beginnings of the messages of absl's conversions, and what to say instead."""
 
 
 class Arguments:

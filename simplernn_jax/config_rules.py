@@ -34,7 +34,7 @@ _MIN = {
     **dict.fromkeys(("epsilon", "data"), -_MAX_FLOAT),  # checked by `_check_run`
     **dict.fromkeys(("norm_epsilon", "min_log_gate"), -_MAX_FLOAT),  # checked by `_check_gla`
 }
-"""By name of the field; 0 for all other numbers."""
+"""Minimum by name of the field; 0 for all other numbers."""
 _MAX = {
     "num_layers": 1024,  # tracing and compilation take hours
     **dict.fromkeys(("hidden_dim", "key_dim", "value_dim", "mlp_dim", "sample_tokens"), 2**20),

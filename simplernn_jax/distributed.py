@@ -112,7 +112,7 @@ def _discard_output_of_gloo() -> None:
 
 
 def is_coordinator() -> bool:
-    """Whether this is process 0, which alone prints, and writes what is written once."""
+    """Return whether this is process 0, which alone prints, and writes what is written once."""
     return jax.process_index() == 0
 
 

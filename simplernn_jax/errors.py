@@ -21,7 +21,7 @@ DISK_ADVICE = {
     errno.EFBIG: "allow larger files (ulimit -f)",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
-"""What to do about a file-system error, but for another path."""
+"""Advice about a file-system error, other than to choose another path."""
 
 MAX_MESSAGE = 400
 """Characters of a message: a corrupted file may quote megabytes of itself."""

@@ -200,7 +200,7 @@ def _tunables_to_set() -> str | None:
 
 
 def has_huge_pages() -> bool:
-    """Whether this is Linux with glibc 2.35 or later."""
+    """Return whether this is Linux with glibc 2.35 or later."""
     try:
         library, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
         return library == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)
@@ -209,14 +209,14 @@ def has_huge_pages() -> bool:
 
 
 def _is_observed() -> bool:
-    """Whether a debugger or similar tool runs the script, or a prompt follows (``python -i``)."""
+    """Return whether a debugger or the like runs the script, or a prompt follows (`python -i`)."""
     if sys.gettrace() or sys.getprofile() or sys.flags.inspect:
         return True
     return any(name in sys.modules for name in _OBSERVERS)
 
 
 def _is_plain_run() -> bool:
-    """Whether this is ``python [options] SCRIPT ...``, with nothing that observes it."""
+    """Return whether this is ``python [options] SCRIPT ...``, with nothing that observes it."""
     if _is_observed() or not sys.executable:
         return False
     arguments = iter(getattr(sys, "orig_argv", [])[1:])

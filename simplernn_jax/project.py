@@ -18,7 +18,7 @@ COMMAND = "_SIMPLERNN_JAX_COMMAND"
 
 
 def started_as_command() -> bool:
-    """Whether users of this process start scripts by ``simplernn NAME``."""
+    """Return whether users of this process start scripts by ``simplernn NAME``."""
     return not IS_CHECKOUT or os.environ.get(COMMAND) == str(os.getpid())
 
 

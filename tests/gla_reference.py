@@ -79,7 +79,7 @@ def draw_tokens(batch=2, length=19):
 
 
 def save_checkpoint(folder, settings, weights, files=1):
-    """Write a folder in Hugging Face's form, with the weights in so many files."""
+    """Write a folder in Hugging Face's form, with the weights in `files` files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings))
     if files == 1:

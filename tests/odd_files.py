@@ -1,4 +1,4 @@
-"""What can be in the place of a regular file: reading it would hang, never end, or fail."""
+"""Other things in the place of a regular file, to read which would hang, never end, or fail."""
 
 import os
 

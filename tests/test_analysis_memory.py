@@ -18,7 +18,7 @@ TOKENS = np.random.default_rng(1).integers(0, 30, 23)
 
 
 def make_model():
-    """Its second layer is attention."""
+    """Return a model whose second layer is attention."""
     config = small_config(**HYBRID, vocab_size=30, num_heads=2, attention_context=7)
     return LanguageModel(config.model, rngs=nnx.Rngs(0))
 

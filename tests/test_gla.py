@@ -101,9 +101,9 @@ def test_the_state_continues_and_segments_reset_it(folder_of):
     np.testing.assert_allclose(logits, np.concatenate(documents, axis=1), rtol=0, atol=limit)
     alone = call(model, tokens[:, 13:])[1]
     chex.assert_trees_all_close(final, alone, rtol=0, atol=1e-4)
-    cleared = reset_state(state, np.array([True, False]))
+    reset = reset_state(state, np.array([True, False]))
     np.testing.assert_allclose(
-        call(model, tokens[:1, 13:])[0], call(model, tokens[:, 13:], cleared)[0][:1], atol=limit
+        call(model, tokens[:1, 13:])[0], call(model, tokens[:, 13:], reset)[0][:1], atol=limit
     )
 
 

@@ -1,4 +1,4 @@
-"""What is read from, and refused in, a folder with a model of flash-linear-attention."""
+"""Reading folders with a model of flash-linear-attention, and refusing others."""
 
 import json
 import os

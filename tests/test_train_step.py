@@ -79,7 +79,7 @@ def loss_of(params, batch, carried=None, kind="plain"):
 
 
 def change(before, after):
-    """What an SGD step with learning rate 1 took for the gradient."""
+    """Return what an SGD step with learning rate 1 took for the gradient."""
     return jax.tree.map(jnp.subtract, before.params, after.params)
 
 

@@ -53,7 +53,7 @@ class Spec:
         return tuple(sizes[axis.rstrip("?")] for axis in self.axes.split() if axis != "...")
 
     def accepts(self, x, sizes):
-        """Whether `x` is one of these; sizes that were not known are entered."""
+        """Return whether `x` is one of these; sizes that were not known are entered."""
         if x is None:
             return self.optional
         if not isinstance(x, jax.Array) or str(x.dtype) not in self.dtypes:
@@ -78,7 +78,7 @@ class Rows(Spec):
     """Any array whose first axis is B."""
 
     def accepts(self, x, sizes):
-        """Whether `x` is one."""
+        """Return whether `x` is one."""
         return (
             isinstance(x, jax.Array)
             and x.ndim > 0
@@ -109,14 +109,14 @@ class Site:
     known: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def accepts(self, values):
-        """Whether these are arguments as the function wants them."""
+        """Return whether these are arguments as the function wants them."""
         pairs = list(zip(self.arguments, values, strict=True))
         pairs.sort(key=lambda pair: isinstance(pair[0], State))  # sizes of arrays come first
         sizes = dict(self.known)
         return all(spec.accepts(value, sizes) for spec, value in pairs)
 
     def is_usual(self, values):
-        """Whether all arrays have the dtypes that users have most."""
+        """Return whether all arrays have the dtypes that users have most."""
         return all(
             value is None or str(value.dtype) == spec.dtypes[0]
             for spec, value in zip(self.arguments, values, strict=True)

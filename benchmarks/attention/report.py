@@ -17,11 +17,11 @@ from ..train_steps import load_config
 VARIANTS = RECURRENCE, ATTENTION = "SimpleRNN", "attention"
 
 Measurement = Callable[[bool], dict[str, Any]]
-"""Its argument asks for small sizes. Its result, which JSON can hold, has ``lines`` of the first
-table, and ``curves`` by quantity (over ``x``, or T) or ``rows`` of a table. Its docstring is the
-text of the report."""
+"""A measurement, of small sizes if the argument is true. The result, which JSON can hold, has
+``lines`` of the first table, and ``curves`` by quantity (over ``x``, or T) or ``rows`` of a table.
+Its docstring is the text of the report."""
 _FORMAT = 4
-"""Of results.json; others are refused."""
+"""Format of results.json; others are refused."""
 _INTRODUCTION = """# SimpleRNN and self-attention, measured
 
 The same block, data, sizes and training for both variants: `configs/base.py` and

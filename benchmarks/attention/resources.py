@@ -175,7 +175,7 @@ def measure_communication(quick: bool) -> dict[str, Any]:
 
 
 def kilobytes_received(lengths: Sequence[int], devices: int) -> Curves:
-    """By variant and length, without gradients of parameters and the loss."""
+    """Return kB by variant and length, without gradients of parameters and the loss."""
 
     def received(variant: str, length: int) -> float:
         config = config_of(variant, length, num_layers=1, sequence=devices)

@@ -28,13 +28,13 @@ from .tasks import Task
 WIDTH, LAYERS, LONGER = 64, 2, 4
 TRAIN_SEED, TEST_SEED = 0, 1
 TEST_TOKENS = 16_384
-"""Of one call, so that long sequences take no more memory than short ones."""
+"""Tokens of one call, so that long sequences take no more memory than short ones."""
 PLAIN = "PyTorch reference (plain)"
 """The layers of the PyTorch project: no convolution, norm, residual or MLP."""
 BATCH, HARD_TOKENS = 32, 3072
 """Sequences of a batch, and tokens of one of the second stage of recall."""
 COPIED, DISTANCES = 64, (4, 8, 16, 32, 56)
-"""In training: tokens of a sequence of copying, and distances of the needle."""
+"""Tokens of a sequence of copying, and distances of the needle, in training."""
 
 Stage = tuple[Task, int, int]
 """Task, steps and batch size of a part of a curriculum; the next part continues from its end."""
@@ -171,7 +171,7 @@ def measure_distance(quick: bool) -> dict[str, Any]:
 
 
 def distance_tasks() -> dict[str, tuple[Task, dict[int, Task]]]:
-    """By title, the task of training and those of tests by length, or by distance."""
+    """Return by title the task of training and those of tests by length, or by distance."""
 
     def needle(*distances: int) -> Task:
         return tasks.needle(distances, max(distances) + 8, 32)

@@ -1,4 +1,4 @@
-"""What is trained: one of our models, or a peer."""
+"""Models in training: one of ours, or a peer."""
 
 import abc
 

@@ -12,7 +12,7 @@ OURS = "ours"
 NANOGPT = "gpt_cpu"
 """Peer whose training time is the unit of the others'."""
 _LAYERS = 2
-"""Of an LSTM or a GRU."""
+"""Layers of an LSTM or a GRU."""
 _WIDTH_MULTIPLE = 16
 
 
@@ -33,7 +33,7 @@ class Peer(NamedTuple):
     """Peak learning rate where none are tried."""
     dropout: float = 0.0
     is_compiled: bool = False
-    """Whether by ``torch.compile``."""
+    """True under ``torch.compile``."""
 
 
 _CPU = Peer("gpt", 4, 128, 4, 64, 12, 2000, 1e-3)

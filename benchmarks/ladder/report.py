@@ -29,7 +29,7 @@ from .timed_training import train_timed
 TARGETS = {"shakespeare": 1.874, "shakespeare_gpu_budget": 1.4697, "base": 1.62, "hour": 1.45}
 """Losses by rung in its unit; the first two are nanoGPT's."""
 _FORMAT = 1
-"""Of results.json; others are refused."""
+"""Format of results.json; others are refused."""
 
 
 class Request(NamedTuple):

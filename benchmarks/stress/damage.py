@@ -26,7 +26,7 @@ HANG_SECONDS = 120.0
 _STEPS = 12
 """Steps of the run, which saves every third one."""
 _RESUMED = 6
-"""One case in so many resumes the run, which takes longer than to load its model."""
+"""One case in this many resumes the run, which takes longer than to load its model."""
 _NEEDED = ("checkpoints/", "config.json", "swap the folder")
 """Damage that may be refused, also of a folder that was swapped with that of the checkpoints; all
 other files are for readers of the results."""
@@ -116,7 +116,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _is_regular(path: Path) -> bool:
-    """Whether `path` is a regular file, and no link to one."""
+    """Return whether `path` is a regular file, and no link to one."""
     return path.is_file() and not path.is_symlink()
 
 

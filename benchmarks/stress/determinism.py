@@ -31,11 +31,11 @@ VARIANTS = {
 
 
 class Setting(NamedTuple):
-    """What must not change a run."""
+    """Number of threads and other settings that must not change a run."""
 
     variant: str
     threads: int
-    """Of XLA's pool, which the C functions share; otherwise it has one for each core."""
+    """Threads of XLA's pool, which the C functions share; otherwise it has one for each core."""
     cores: int
     is_loaded: bool
     has_own_programs: bool

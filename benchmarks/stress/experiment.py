@@ -17,7 +17,7 @@ class Case(NamedTuple):
 
     description: str
     problem: str | None
-    """What is wrong; None if the promise held."""
+    """The fault; None if the promise held."""
     kind: str = ""
     """Counted in the summary, such as ``inside a save``."""
 

@@ -45,7 +45,7 @@ time.time_ns = lambda: now_ns() + {shift} * 10**9
 with open({record!r}, "wb") as file:
     file.write(b"1")
 """
-"""Of Python: the C++ of XLA waits by the clock of the system, which all processes share here."""
+"""Clock of Python; the C++ of XLA waits by that of the system, which all processes share here."""
 
 
 def hosts(folder: Path, count: int, seed: int) -> Iterator[Case]:

@@ -37,7 +37,7 @@ _SAVES_WITHIN = 10.0
 """Seconds in which an interrupted run must save and exit, once its programs are compiled."""
 _COMPILES_WITHIN = 60.0
 _COMPILES_EVERY = 5
-"""One in so many runs that get a signal compiles all of its programs, and gets it meanwhile."""
+"""One in this many runs that get a signal compiles all of its programs, and gets it meanwhile."""
 _PYTHON_STARTS_WITHIN = 0.5
 """Seconds in which Python itself, which has its own handlers of signals, starts."""
 
@@ -184,7 +184,7 @@ def _open_files(process: Process) -> Iterator[str]:
 
 
 def _wait_for_compilation(workdir: Path, process: Process, draw: random.Random) -> str:
-    """Wait for a moment between the first line and the first step; return what is going on."""
+    """Wait for a moment between the first line and the first step; return what it does then."""
     while process.poll() is None and " parameters" not in log_of(workdir):
         time.sleep(0.01)
     time.sleep(draw.uniform(0, 2))

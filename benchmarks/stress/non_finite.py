@@ -175,7 +175,7 @@ def check_lasting(
         if is_stopped(config, metrics, int(state.step)):
             return f"{place}{name}"
     if value == "NaN" or not all(np.isfinite(x).all() for x in jax.tree.leaves(state.carried)):
-        raise BrokenPromise(f"the run goes on; {name}")
+        raise BrokenPromise(f"the run continues; {name}")
     return f"{place}{name}"
 
 
@@ -228,7 +228,7 @@ def check_stops(config: Config, step: Step, state: TrainState, batch: Batch) -> 
 
 
 def is_stopped(config: Config, metrics: StepMetrics, step: int) -> bool:
-    """Whether the loop stops, with one line that says why."""
+    """Return whether the loop stops, with one line that says why."""
     try:
         check_skips(step, int(metrics.consecutive_skips), config.train)
     except UserError as error:

@@ -45,7 +45,7 @@ SEGMENTS = ("one", "random", "every token", "first token", "two ids")
 
 
 class Program(NamedTuple):
-    """What one compiled program computes."""
+    """Computation of one compiled program."""
 
     method: str
     batch: int

@@ -27,7 +27,7 @@ def spoil(tree: Any, value: str, draw: np.random.Generator) -> tuple[Any, str]:
 
 
 def code(value: str, *, backward: bool) -> int:
-    """What to add to the segment ids of a sequence for a value in its pass."""
+    """Return what to add to the segment ids of a sequence for a value in its pass."""
     return (list(VALUES).index(value) + 1) * (BACKWARD if backward else FORWARD)
 
 

@@ -24,7 +24,7 @@ optimizer state, after the steps on another mesh, which sums in another order. G
 that: to change each parameter by one unit in the last place, once and on the same mesh, moves the
 optimizer state by up to 2.5e-5 and the parameters by 4e-7."""
 _CASES_OF_A_RUN = 4
-"""Of a sample; a run that is resumed at all steps has STEPS - 1."""
+"""Cases of a run in a sample; one that is resumed at all steps has STEPS - 1."""
 _SAVE_EVERY = 10
 
 

@@ -193,7 +193,7 @@ def exit_code(process: Process, seconds: float) -> int | None:
 
 
 def is_saving(workdir: Path) -> bool:
-    """Whether there is an incomplete checkpoint."""
+    """Return whether there is an incomplete checkpoint."""
     return any(
         UNFINISHED_MARK in path.name
         or (path.name.isdecimal() and not manifest.has_manifest(str(path)))

@@ -30,8 +30,8 @@ SETTLED, MAX_UNSETTLED_GROWTH = 20_000, 64 * 2**20
 """Steps of a run whose second quarter is after Python's first full collection, at about step 5,000,
 which frees what tracing and compiling left, 100 MB; and what a shorter run may add before it."""
 SAVES = 40
-"""Of a run, however long: what `tensorstore.Spec.to_json` (0.1.86) returns, 2 kB, is never freed,
-and Orbax calls it for each array. The 20 saves between those samples add 2 MiB."""
+"""Saves of a run, however long: what `tensorstore.Spec.to_json` (0.1.86) returns, 2 kB, is never
+freed, and Orbax calls it for each array. The 20 saves between those samples add 2 MiB."""
 MAX_SLOWDOWN = 1.5
 """Time per step, or of a request, in the last quarter over that in the second, each of the fastest:
 another process on the machine slows down single ones."""

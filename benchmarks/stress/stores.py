@@ -28,7 +28,7 @@ from .in_process import outcome, run_quietly, small_config
 from .runs import bytes_of
 
 _C_CODE, _C_CODE_EVERY = "C code", 20
-"""One store in so many is the C code, which is loaded in a process of its own."""
+"""One store in this many is the C code, which is loaded in a process of its own."""
 _USES_C = """
 import numpy as np
 from simplernn_jax.ops.rms_norm import rms_norm

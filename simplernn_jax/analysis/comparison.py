@@ -30,7 +30,7 @@ class RunRecord(NamedTuple):
     name: str
     config: Config | None
     rows: list[Row]
-    """Of ``metrics.jsonl``."""
+    """Rows of ``metrics.jsonl``."""
 
 
 def read_runs(workdirs: Sequence[str]) -> list[RunRecord]:

@@ -114,7 +114,7 @@ def decompose_layers(
 
 
 def is_exact(layer: LayerDecomposition, is_float32: bool) -> bool:
-    """Whether no error exceeds `MAX_ERROR` or is NaN.
+    """Return whether no error exceeds `MAX_ERROR` or is NaN.
 
     Args:
       layer: decomposition of one layer.

@@ -60,9 +60,9 @@ class ChosenToken:
     rest: str
     """The rest of its word, which the model has not read."""
     from_all: Contributions
-    """By gradient through all layers, in nats, of tokens ``start .. position - 1``."""
+    """Contributions by gradient through all layers in nats, of tokens ``start .. position - 1``."""
     by_layer: tuple[Contributions, ...]
-    """By layer, shares of the output after token ``position - 1``, of ``start .. stop - 1``."""
+    """Shares, by layer, of ``start .. stop - 1`` in the output after token ``position - 1``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class StateValue:
     """Tokens of one training window."""
     by_position: PositionLoss
     by_reset: dict[int, Evaluation]
-    """By tokens between two resets; 0 is never."""
+    """Evaluations by tokens between two resets; 0 is never."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Explanation:
     units: list[Unit]
     """Readable pieces of tokens ``start .. stop - 1``, counted from `start`."""
     mixers: tuple[str, ...]
-    """By layer, ``simple_rnn`` or ``attention``."""
+    """Mixer of each layer, ``simple_rnn`` or ``attention``."""
     layers: tuple[LayerDecomposition, ...]
-    """By layer, of tokens ``start .. stop - 1``, B = 1."""
+    """Decomposition of each layer, of tokens ``start .. stop - 1``, B = 1."""
     memory: Memory
     """Over the whole text."""
     chosen: ChosenToken

@@ -28,7 +28,7 @@ class Unit(NamedTuple):
     stop: int
     """Index after its last token."""
     text: str
-    """Its text, the name of a special token, or the bytes of an incomplete character."""
+    """Text, the name of a special token, or the bytes of an incomplete character."""
 
 
 def split_into_units(
@@ -54,7 +54,7 @@ def split_into_units(
 
 
 def begins_word(units: Sequence[Unit], index: int) -> bool:
-    """Whether a word begins at this unit, as after a space or at the first unit."""
+    """Return whether a word begins at this unit, as after a space or at the first unit."""
     text = units[index].text
     if not text.strip():
         return False

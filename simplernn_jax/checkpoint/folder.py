@@ -32,7 +32,7 @@ _UNREADABLE = ("\\", "gs:/")
 """Unsupported parts of a path: TensorStore does not find its files with the first, and Orbax takes
 the second for the address of a bucket, anywhere in a path."""
 _UNWRITABLE = (*_UNREADABLE, "[", "*", "?")
-"""Also those that Orbax takes for a pattern when it searches for the files it wrote."""
+"""The same, and those that Orbax takes for a pattern when it searches for the files it wrote."""
 
 
 def check_workdir(workdir: str) -> None:
@@ -203,7 +203,7 @@ class CheckpointFolder:
         return set(steps) if isinstance(steps, list) else None
 
     def _is_unfinished(self, step: int) -> bool:
-        """Whether `step` never became complete.
+        """Return whether `step` never became complete.
 
         Without a ledger nothing counts as unfinished: a false alarm is better than deleting a
         corrupted checkpoint.

@@ -35,7 +35,7 @@ def write_manifest(folder: str) -> None:
 
 
 def has_manifest(folder: str) -> bool:
-    """Whether a manifest exists, intact or not."""
+    """Return whether a manifest exists, intact or not."""
     return os.path.lexists(os.path.join(folder, MANIFEST_NAME))
 
 

@@ -95,6 +95,6 @@ class _WithoutClosedLoops:
 
 
 def _is_of_orbax(coroutine: Any) -> bool:
-    """Whether this is a coroutine of Orbax, which could not end since its loop was closed."""
+    """Return whether Orbax made this coroutine, which cannot end because its loop was closed."""
     code = getattr(coroutine, "cr_code", None)
     return "/orbax/checkpoint/" in getattr(code, "co_filename", "")

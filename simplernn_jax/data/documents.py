@@ -1,4 +1,4 @@
-"""What every corpus yields: documents, whose text comes in pieces."""
+"""Documents, which every corpus yields, and whose text comes in pieces."""
 
 import abc
 import dataclasses
@@ -21,7 +21,7 @@ class Piece(NamedTuple):
 
     text: str
     is_target: bool = True
-    """Whether its tokens are predicted; the loss leaves others out, such as a user's messages."""
+    """True if its tokens are predicted; the loss leaves others out, such as a user's messages."""
 
 
 class Entry(NamedTuple):
@@ -30,9 +30,9 @@ class Entry(NamedTuple):
     text: str
     is_target: bool
     begins: bool
-    """Whether it begins the document: BOS precedes it."""
+    """True if it begins the document: BOS precedes it."""
     ends: bool
-    """Whether it ends the document: EOS follows it."""
+    """True if it ends the document: EOS follows it."""
 
 
 class BadRecord(Exception):
@@ -44,9 +44,9 @@ class Document:
     """One text. A document without text has no pieces."""
 
     name: str
-    """Its source, for messages."""
+    """The source, for messages."""
     pieces: Iterator[Piece]
-    """Its text, cut after a line end where there is one."""
+    """The text, cut after a line end where there is one."""
 
 
 class Corpus(abc.ABC):

@@ -105,7 +105,7 @@ def _glob_folder(pattern: str) -> str:
 
 
 def _is_excluded(path: str, top: str, exclude: frozenset[str]) -> bool:
-    """Whether `path` is in an excluded folder that is itself below `top`."""
+    """Return whether `path` is in an excluded folder that is itself below `top`."""
     folder = os.path.dirname(os.path.realpath(path))
     return any(
         os.path.commonpath([folder, left_out]) == left_out

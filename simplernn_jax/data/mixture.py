@@ -16,7 +16,7 @@ class WeightedSource(NamedTuple):
 
     source: str
     weight: float
-    """Its probability: its weight over the sum of all."""
+    """Probability: the weight over the sum of all."""
 
 
 def parse_mixture(source: str) -> list[WeightedSource] | None:

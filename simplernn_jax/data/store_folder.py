@@ -121,7 +121,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 
 def _is_record(split: dict[str, Any]) -> bool:
-    """Whether it has the fields that `write_store` writes; of another type it raises an exception.
+    """Return whether it has the fields of `write_store`; any exception if they have another type.
 
     A store of an earlier version has one shard, and its hash is not in a list.
     """

@@ -24,7 +24,7 @@ MAX_EXPANSION = 1000
 """A rendering may produce this many characters for each one of its messages, intermediate results
 included, or `MIN_CHARACTERS` if that is more."""
 MAX_BITS = 4096
-"""Of an integer."""
+"""Limit of an integer."""
 ITEM_SIZE = 10
 """Characters that an item of a list counts as."""
 
@@ -70,7 +70,7 @@ def compiled(source: str) -> jinja2.Template:
 
 @contextlib.contextmanager
 def limits(characters: int) -> Iterator[None]:
-    """Bound the rendering of messages of so many characters; raises `LimitError` beyond."""
+    """Bound the rendering of messages of that many characters; raises `LimitError` beyond."""
     token = _budget.set(_Budget(max(MIN_CHARACTERS, MAX_EXPANSION * characters)))
     try:
         yield

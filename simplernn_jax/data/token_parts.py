@@ -105,7 +105,7 @@ def write_part(
 
 
 def has_part(folder: Path, number: int) -> bool:
-    """Whether the files of a part are there as they were written."""
+    """Return whether the files of a part are there as they were written."""
     record = _read_record(folder, number)
     if record is None:
         return False

@@ -23,12 +23,12 @@ TIMED_TOKENS = 128
 
 
 class Found(NamedTuple):
-    """What the exported model computed."""
+    """Results of the exported model."""
 
     logits: np.ndarray
     """[T, vocab]."""
     ids: list[int] | None
-    """Of the text; None if the format has no tokenizer."""
+    """Token ids of the text; None if the format has no tokenizer."""
     tokens_per_second: float
 
 

@@ -36,7 +36,7 @@ above the rounding of float32 in another order, far below that of any mistake.""
 
 
 class Report(NamedTuple):
-    """What the check of an export found."""
+    """Result of the check of an export."""
 
     num_bytes: int
     """Size of all files."""

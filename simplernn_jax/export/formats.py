@@ -23,17 +23,17 @@ from simplernn_jax.named_leaves import named_leaves
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """What is exported."""
+    """The model to export."""
 
     model: LanguageModel
     """Computes in float32, as all exports do."""
     tokenizer: Tokenizer
     config: Config
-    """Of the run, without paths of the machine it ran on."""
+    """Configuration of the run, without paths of the machine it ran on."""
     workdir: str
     """Folder of the run, whose metrics describe the model."""
     quantize: str = "none"
-    """How the weights are stored: one of `QUANTIZATIONS`."""
+    """Storage of the weights: one of `QUANTIZATIONS`."""
 
     @property
     def name(self) -> str:

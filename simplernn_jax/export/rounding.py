@@ -19,7 +19,7 @@ def float16(weight: np.ndarray) -> np.ndarray:
 
 
 def is_rounded(weight: np.ndarray) -> bool:
-    """Whether a weight is stored in fewer bits: matrices are; vectors and filters are few bytes."""
+    """Return whether a weight is stored in fewer bits: not vectors and filters, which are small."""
     return weight.ndim == 2 and weight.shape[1] > 4
 
 

@@ -8,7 +8,7 @@ import numpy as np
 PREFILL_TOKENS = 64
 
 Program = Callable[[Any, np.ndarray], tuple[np.ndarray, Any]]
-"""Of (state, tokens [1, T]) to (logits [T, vocab], state)."""
+"""Map from (state, tokens [1, T]) to (logits [T, vocab], state)."""
 
 
 class TwoPrograms:

@@ -18,7 +18,7 @@ class _TurnEnded(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What both said, and the state after it."""
+    """A message and its reply, and the state after them."""
 
     question: str
     answer: str

@@ -14,7 +14,7 @@ from simplernn_jax.ops.rms_norm import EPSILON
 
 
 def decodes_natively(model: LanguageModel) -> bool:
-    """Whether the C function decodes `model` here.
+    """Return whether the C function decodes `model` here.
 
     It decodes residual blocks whose mixers are all SimpleRNN with a float32 state, on a single CPU
     device.

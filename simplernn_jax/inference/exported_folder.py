@@ -37,7 +37,7 @@ def run_json(config: Config, tokenizer: Tokenizer, weights: Weights) -> str:
 
 
 def is_exported(folder: Any) -> bool:
-    """Whether `folder` is an exported model; what is no path is none."""
+    """Return whether `folder` is an exported model; what is no path is none."""
     is_path = isinstance(folder, str | os.PathLike)
     return is_path and os.path.isfile(os.path.join(os.fsdecode(folder), RUN))
 

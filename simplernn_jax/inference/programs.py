@@ -50,7 +50,7 @@ class Architecture(NamedTuple):
     graphdef: Any
     treedef: Any
     decodes_natively: bool
-    """Whether a C function decodes it."""
+    """True if a C function decodes it."""
 
     def merge(self, parameters: list[Array]) -> LanguageModel:
         """Make a model with these arrays."""

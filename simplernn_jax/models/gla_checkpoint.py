@@ -76,7 +76,7 @@ def load_gla_checkpoint(folder: str) -> LanguageModel:
 
 
 def is_hugging_face_folder(folder: str) -> bool:
-    """Whether `folder` has a ``config.json`` of Hugging Face: one with a ``model_type``.
+    """Return whether `folder` has a ``config.json`` of Hugging Face: one with a ``model_type``.
 
     `load_gla_checkpoint` raises if it is not ``gla``.
     """

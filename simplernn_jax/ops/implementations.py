@@ -30,7 +30,7 @@ class Implementations:
     partitioning_rule: Callable[[Implementation], Implementation] | None = None
     """Wrapper in `custom_partitioning`; None leaves sharded operands to XLA."""
     cpu_supports_vmap: bool = True
-    """Whether `vmap` may map `cpu`; if not, it maps `differentiable` on CPUs."""
+    """True if `vmap` may map `cpu`; otherwise it maps `differentiable` on CPUs."""
 
     @property
     def differentiable(self) -> Implementation:

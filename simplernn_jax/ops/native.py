@@ -79,12 +79,12 @@ def or_empty(flags: jax.Array | None, like: jax.Array) -> jax.Array:
 
 
 def supports_native(dtype: Any) -> bool:
-    """Whether the C functions support `dtype` and this machine: float32, a CPU, a C compiler."""
+    """Return whether C functions support `dtype` and this machine: float32, a CPU, a C compiler."""
     return dtype == jnp.float32 and jax.default_backend() == "cpu" and has_native_functions()
 
 
 def use_native(x: jax.Array, native: bool | None) -> bool:
-    """Whether to call a C function for the array `x`.
+    """Return whether to call a C function for the array `x`.
 
     Args:
       x: the array.
@@ -103,7 +103,7 @@ def use_native(x: jax.Array, native: bool | None) -> bool:
 
 
 def has_native_functions() -> bool:
-    """Whether XLA can call the C functions on the CPU; compiles them at the first call.
+    """Return whether XLA can call the C functions on the CPU; compiles them at the first call.
 
     Thread-safe. The library is cached in the user's cache folder under a hash of source, compiler
     and processor. If it cannot be compiled or loaded, one warning says why.
@@ -235,7 +235,7 @@ def _processor() -> Iterator[str]:
 
 
 def _is_intact(file: Path, seal: Path) -> bool:
-    """Whether the file is intact, and only this user can have written it."""
+    """Return whether the file is intact, and only this user can have written it."""
     try:
         content = read_file(file, only_own=True)
         return read_file(seal, 1 << 10, only_own=True) == sha256_hex(content).encode()

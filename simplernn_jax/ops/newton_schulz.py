@@ -13,7 +13,7 @@ from simplernn_jax.ops.native import NEWTON_SCHULZ, call_native, supports_native
 from simplernn_jax.ops.operation import apply, is_static
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of x, x x^T x and (x x^T)^2 x, as published with Muon (github.com/KellerJordan/Muon)."""
+"""Factors of x, x x^T x and (x x^T)^2 x, as published with Muon (github.com/KellerJordan/Muon)."""
 
 _ITERATIONS = 5
 

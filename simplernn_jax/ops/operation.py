@@ -69,12 +69,12 @@ def as_function(impls: Implementations) -> Implementation:
 
 
 def is_static(shape: Sequence[Any]) -> bool:
-    """Whether `shape` has no dimension that `jax.export` leaves symbolic."""
+    """Return whether `shape` has no dimension that `jax.export` leaves symbolic."""
     return all(isinstance(size, int) for size in shape)
 
 
 def on_one_device() -> bool:
-    """Whether this code runs on one device, alone or inside `shard_map`.
+    """Return whether this code runs on one device, alone or inside `shard_map`.
 
     If not, XLA may have to partition it: axes of tokens are then not merged, and no layout is
     constrained, since jax 0.10 (not 0.12) gathers arrays with constrained layouts.

@@ -29,7 +29,7 @@ class PromptResult:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What an event adds to one choice of a request."""
+    """Addition of an event to one choice of a request."""
 
     index: int
     piece: Piece

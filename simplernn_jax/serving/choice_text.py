@@ -24,7 +24,7 @@ class TokenEntry(NamedTuple):
 
 @dataclasses.dataclass
 class Piece:
-    """What a step adds to a continuation."""
+    """Addition of a step to a continuation."""
 
     text: str
     entries: list[TokenEntry]

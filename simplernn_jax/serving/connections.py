@@ -27,7 +27,7 @@ class DeadlineProtocol(H11Protocol):
 
     _header_timer: asyncio.TimerHandle | None = None
     _is_last = False
-    """Whether the connection closes after the response under way."""
+    """True if the connection closes after the response under way."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the deadline of the first request."""

@@ -62,7 +62,7 @@ class _Dispatched(NamedTuple):
     block: Block
     with_logprobs: bool
     choices: list[_Choice | None]
-    """Of all slots."""
+    """Choices of all slots."""
     time: float
     """Monotonic seconds at its dispatch."""
 
@@ -103,7 +103,7 @@ class Decoder:
         self._in_flight: _Dispatched | None = None
         self._collected = 0.0
         self._token_seconds = LONG_SECONDS
-        """Of a token of all slots in the last block."""
+        """Seconds per token of all slots in the last block."""
         self._events: list[tuple[Job, Event]] = []
         self._live: dict[Job, None] = {}
         """Jobs that the step under way may end, or has ended, without their events being known."""

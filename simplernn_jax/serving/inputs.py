@@ -1,4 +1,4 @@
-"""From the fields of requests to token ids and sampling settings, checked."""
+"""Convert fields of requests to token ids and sampling settings, checked."""
 
 import hashlib
 import secrets

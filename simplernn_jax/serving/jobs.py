@@ -1,4 +1,4 @@
-"""What the HTTP side asks of the engine, and what comes back."""
+"""Requests of the HTTP side to the engine, and its replies."""
 
 import dataclasses
 from collections.abc import Callable
@@ -58,7 +58,7 @@ class Prefilled(NamedTuple):
 
     cached_tokens: int
     logprobs: Logprobs | None
-    """Of the prompt's tokens but the first (with a root: of all)."""
+    """Log-probabilities of the prompt's tokens but the first (with a root: of all)."""
     root: Root | None
     """State after the prompt, if `Job.keeps_state`."""
 

@@ -1,4 +1,4 @@
-"""From checked requests to jobs of the engine."""
+"""Convert checked requests to jobs of the engine."""
 
 import asyncio
 import time

@@ -39,7 +39,7 @@ class NamedState:
 
     @property
     def root(self) -> Root:
-        """What a prompt continues."""
+        """Return the state that a prompt continues."""
         return Root(bytes.fromhex(self.fingerprint), self.state.layers, self.state.logits[0])
 
     @property

@@ -14,7 +14,7 @@ P = PartitionSpec
 
 
 def is_distributed(mesh: Mesh | None) -> TypeGuard[Mesh]:
-    """Whether several devices share the work."""
+    """Return whether several devices share the work."""
     return mesh is not None and mesh.size > 1
 
 

@@ -66,7 +66,7 @@ def format_duration(seconds: float) -> str:
 
 
 def _can_draw(stream: TextIO) -> bool:
-    """Whether `stream` is a terminal that supports cursor movement and UTF-8."""
+    """Return whether `stream` is a terminal that supports cursor movement and UTF-8."""
     if not stream.isatty() or os.environ.get("TERM", "dumb") in ("", "dumb", "unknown"):
         return False
     try:

@@ -42,7 +42,7 @@ class ValidationHistory:
             self.best_step, self.best_loss, self.since_best = step, loss, 0
 
     def should_stop(self, patience: int) -> bool:
-        """Whether the last `patience` evaluations were not better than the best; 0 disables it."""
+        """Return whether none of the last `patience` evaluations was a new best; 0 disables it."""
         return 0 < patience <= self.since_best
 
     def reason(self) -> str:

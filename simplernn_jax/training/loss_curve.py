@@ -35,9 +35,9 @@ class LossCurves(NamedTuple):
 
     train: Series
     validation: Series
-    """Of `comparable` evaluations."""
+    """Losses of `comparable` evaluations."""
     other: Series
-    """Of evaluations on other tokens, such as that of all at the end."""
+    """Losses of evaluations on other tokens, such as that of all at the end."""
 
 
 def plot_loss(workdir: str, model: str) -> str | None:

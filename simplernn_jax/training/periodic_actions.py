@@ -25,7 +25,7 @@ class PeriodicAction(NamedTuple):
     """Interval in steps; 0 disables it."""
 
     def is_due(self, run: Run) -> bool:
-        """Whether the action is due after the step that `run` has just taken."""
+        """Return whether the action is due after the step that `run` has just taken."""
         return self.every > 0 and run.step % self.every == 0 and run.step < run.total_steps
 
 

@@ -141,11 +141,11 @@ class Run:
 
     @property
     def has_ended(self) -> bool:
-        """Whether no step remains."""
+        """Return whether no step remains."""
         return self.step >= self.total_steps or self.stopped_early
 
     def has_stopped_improving(self) -> bool:
-        """Whether to stop early; all processes follow the coordinator."""
+        """Return whether to stop early; all processes follow the coordinator."""
         patience = self.config.train.stop_after_worse
         return patience > 0 and bool(broadcast_from_coordinator(self.history.should_stop(patience)))
 

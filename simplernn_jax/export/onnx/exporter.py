@@ -145,7 +145,7 @@ def _store_rounded(path: Path, kind: str) -> None:
 
 
 def _is_int8(matrix: np.ndarray, axis: int) -> bool:
-    """Whether int8, with a scale for each index of `axis`, has been rounded to already.
+    """Return whether int8, with a scale for each index of `axis`, has been rounded to already.
 
     The converter transposes some matrices, so that the axis of the outputs is not known.
     """
