@@ -1,10 +1,10 @@
-"""Train steps: the `seed` model beside other implementations, and `base` beside the machine.
+"""Train steps: `pytorch_reference` beside other implementations, `base` and `small` beside matmuls.
 
-`seed` by four programs that learn from the same tokens: ours; ours by `scan`; a stack of Flax's GRU
-cells of the same width; the same equations as an eager PyTorch loop over time.
+`pytorch_reference` by four programs that learn from the same tokens: ours; ours by `scan`; a stack
+of Flax's GRU cells of the same width; the same equations as an eager PyTorch loop over time.
 
-`base` in float32 and bfloat16, as a share of the rate of a float32 matmul: a step counts as 6
-operations per parameter and token (one matmul forward, two backward).
+`base` and `small` in float32 and bfloat16, as a share of the rate of a float32 matmul: a step
+counts 6 operations per parameter and token (one matmul forward, two backward).
 """
 
 import importlib.util
@@ -27,6 +27,8 @@ from .tables import Row, Table
 from .train_steps import count_parameters, load_config, our_step
 
 BATCH, LENGTH = 16, 256
+_SHARES = {"base": (BATCH, LENGTH), "small": (8, 512)}
+"""Sequences and their tokens, by configuration."""
 PROGRAMS = ("ours", "scan", "GRU", "PyTorch loop")
 
 
@@ -43,11 +45,13 @@ def make_step(program: str, config: Config) -> Call:
 
 def run(effort: Effort) -> Iterator[Table]:
     """Tables of both comparisons."""
-    sizes = f"B {BATCH}, T {LENGTH}"
-    seed, base = (load_config(name, BATCH, LENGTH) for name in ("seed", "base"))
-    yield f"train: seed, {sizes}, float32", compare_programs(seed, effort)
-    title = f"train: base, {count_parameters(base):,} parameters, {sizes}"
-    yield f"{title}; 6 * parameters * tokens per step", compare_precisions(base, effort)
+    reference = "pytorch_reference"
+    title = f"train: {reference}, B {BATCH}, T {LENGTH}, float32"
+    yield title, compare_programs(load_config(reference, BATCH, LENGTH), effort)
+    for name, (batch, length) in _SHARES.items():
+        config = load_config(name, batch, length)
+        title = f"train: {name}, {count_parameters(config):,} parameters, B {batch}, T {length}"
+        yield f"{title}; 6 * parameters * tokens per step", compare_precisions(config, effort)
 
 
 def compare_programs(config: Config, effort: Effort) -> list[Row]:

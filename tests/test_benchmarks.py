@@ -26,7 +26,7 @@ EFFORT = Effort(blocks=2, calls=1)
 
 
 def small_config(name):
-    heads = 1 if name == "seed" else 2
+    heads = 1 if name == "pytorch_reference" else 2
     sizes = {"vocab_size": 23, "num_layers": 1, "num_heads": heads, "mlp_dim": 11}
     widths = dict.fromkeys(("hidden_dim", "key_dim", "value_dim"), 6)
     return train_steps.load_config(name, 2, 7, **sizes, **widths)
@@ -101,7 +101,10 @@ def test_ops_tables(dtype, monkeypatch):
 
 
 def test_other_programs_learn_the_batch():
-    *ours, gru = (training.make_step(name, small_config("seed")) for name in training.PROGRAMS[:3])
+    *ours, gru = (
+        training.make_step(name, small_config("pytorch_reference"))
+        for name in training.PROGRAMS[:3]
+    )
     np.testing.assert_allclose(
         *[[float(step().loss) for _ in range(3)] for step in ours], rtol=1e-5
     )
@@ -114,7 +117,7 @@ def test_the_pytorch_loop_trains_our_plain_model(tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     from benchmarks.torch_loop import LoopModel, torch_step
 
-    config = small_config("seed")
+    config = small_config("pytorch_reference")
     torch.manual_seed(0)  # as `torch_step` does
     torch.save(LoopModel(23, 1, 6, 6, 6).state_dict(), tmp_path / "model.pt")
     params = nnx.state(load_pytorch_weights(str(tmp_path / "model.pt")), nnx.Param)
@@ -133,7 +136,7 @@ def test_table_of_programs(has_torch, monkeypatch):
     monkeypatch.setattr(training, "make_step", lambda *_: int)
     monkeypatch.setattr(measure, "call_isolated", lambda *_, **__: 1e6)
     fixed_times(training, monkeypatch, ours=0.5, **{"PyTorch loop": 2.0})
-    first, *_, last = training.compare_programs(small_config("seed"), EFFORT)
+    first, *_, last = training.compare_programs(small_config("pytorch_reference"), EFFORT)
     assert (first["program"], first["tokens/s"]) == ("ours", 2 * 7 / 0.5)
     if has_torch:
         assert last["times slower than ours"] == 4
