@@ -6,16 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from simplernn_jax.ops import matmul
 from simplernn_jax.ops.matmul import fused_matmul
 
 TOKENS = 37
 SHAPES = [(5, 13), (13, 5), (128, 259)]
 
 
-@pytest.fixture(autouse=True, params=[1, 8])
+@pytest.fixture(autouse=True, params=[(1, True), (1, False), (8, False)], ids=str)
 def _devices(request, monkeypatch):
-    """On one device layouts are constrained, on several not."""
-    monkeypatch.setattr(jax, "device_count", lambda: request.param)
+    """Constrain layouts, as on one device, or not; multiply bfloat16, or upcast it."""
+    devices, fast_bfloat16 = request.param
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    monkeypatch.setattr(matmul, "has_fast_bfloat16", lambda: fast_bfloat16)
 
 
 def draw(shape, dtype=jnp.float32):

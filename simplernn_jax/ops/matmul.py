@@ -4,7 +4,8 @@ On one device tokens are flattened, so that the gradient of a kernel contracts o
 backend has a fast matmul for row-major ``[m, k] [k, n]`` only: the gradient of a kernel, x^T g,
 contracts the leading axis of both and takes up to twice as long, and in bfloat16 any transposed
 operand loses the speedup (measured: ``[4096, 128] [128, 512]`` and its transpose). So the gradient
-first transposes the smaller operand, in a way that XLA does not fold into the matmul.
+first transposes the smaller operand, in a way that XLA does not fold into the matmul. Where the
+processor multiplies bfloat16 no faster than float32, rounded operands are multiplied as float32.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from simplernn_jax.ops.checks import FLOATING, check_array, check_dtype
 from simplernn_jax.ops.dtypes import accumulator_dtype
 from simplernn_jax.ops.implementations import VJP, Implementations
 from simplernn_jax.ops.operation import apply, on_one_device
+from simplernn_jax.ops.processor import has_fast_bfloat16
 
 
 def fused_matmul(x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> tuple[jax.Array, ...]:
@@ -40,7 +42,7 @@ def fused_matmul(x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> tupl
     widths = tuple(kernel.shape[1] for kernel in kernels)
     result = accumulator_dtype(dtype)
     results = [jax.ShapeDtypeStruct((*x.shape[:-1], width), result) for width in widths]
-    impls, vjp = _operation(jnp.dtype(dtype), x.dtype, widths, on_one_device())
+    impls, vjp = _operation(jnp.dtype(dtype), x.dtype, widths, on_one_device(), has_fast_bfloat16())
     if x.dtype != dtype:
         vjp = dataclasses.replace(vjp, residual_types=((x.shape, jnp.dtype(dtype)),))
     return tuple(apply(impls, [*kernels, x], results, vjp))
@@ -61,9 +63,10 @@ def _merged(x: jax.Array) -> jax.Array:
 
 @functools.cache
 def _operation(
-    dtype: Any, x_dtype: Any, widths: tuple[int, ...], one_device: bool
+    dtype: Any, x_dtype: Any, widths: tuple[int, ...], one_device: bool, fast_bfloat16: bool
 ) -> tuple[Implementations, VJP]:
     """Build the operation (*kernels, x) to outputs; residuals are the kernels and x in `dtype`."""
+    row_major = _ROW_MAJOR if fast_bfloat16 or dtype != jnp.bfloat16 else _UPCAST_ROW_MAJOR
     count = len(widths)
 
     def flat(x: jax.Array) -> jax.Array:
@@ -90,7 +93,7 @@ def _operation(
         return *residuals[:-1], residuals[-1].astype(x_dtype)
 
     def impls(function: Callable[..., Sequence[jax.Array]]) -> Implementations:
-        on_cpu = _ROW_MAJOR if one_device else _UPCAST
+        on_cpu = row_major if one_device else _UPCAST
         # XLA's CPU backend aborts where a batched matmul has a constrained layout (jax 0.10).
         return Implementations(
             partial(function, _PLAIN),
@@ -159,6 +162,11 @@ _ROW_MAJOR = _Backend(_row_major, _concatenated_as_bits, _contract_row_major)
 _UPCAST = _Backend(_upcast, _concatenated, lambda *pair: _contract(*map(_upcast, pair)))
 """Operands in float32, with the same results: XLA's CPU backend cannot multiply bfloat16 in every
 layout that it may choose."""
+_UPCAST_ROW_MAJOR = _Backend(
+    lambda x: _row_major(_upcast(x)),
+    _concatenated_as_bits,
+    lambda *pair: _contract_row_major(*map(_upcast, pair)),
+)
 
 
 def _split(y: jax.Array, widths: Sequence[int]) -> Sequence[jax.Array]:

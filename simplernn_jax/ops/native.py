@@ -15,7 +15,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from simplernn_jax.errors import one_line
 from simplernn_jax.files import check_owner, read_file, sha256_hex
 from simplernn_jax.ops.collectives import vary_like
 from simplernn_jax.ops.operation import is_static
+from simplernn_jax.ops.processor import processor_lines
 
 RECURRENCE_FORWARD = "simplernn_forward"
 RECURRENCE_BACKWARD = "simplernn_backward"
@@ -218,20 +219,10 @@ def _fingerprint(command: list[str]) -> str:
         digest.update(source.read_bytes())
     for header in sorted(Path(jax.ffi.include_dir()).rglob("*.h")):
         digest.update(header.read_bytes())
-    for text in (*command, *_OPTIONS, platform.machine(), platform.processor(), *_processor()):
+    for text in (*command, *_OPTIONS, platform.machine(), platform.processor(), *processor_lines()):
         digest.update(text.encode() + b"\n")
     digest.update(version)
     return digest.hexdigest()[:32]
-
-
-def _processor() -> Iterator[str]:
-    """List the lines of /proc/cpuinfo, if any, that identify the instruction set."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return
-    kinds = ("model", "flags", "Features", "CPU part")
-    yield from sorted({line for line in lines if line.startswith(kinds)})
 
 
 def _is_intact(file: Path, seal: Path) -> bool:
