@@ -167,6 +167,7 @@ _UPCAST_ROW_MAJOR = _Backend(
     _concatenated_as_bits,
     lambda *pair: _contract_row_major(*map(_upcast, pair)),
 )
+"""The same where XLA can, but not faster than float32."""
 
 
 def _split(y: jax.Array, widths: Sequence[int]) -> Sequence[jax.Array]:

@@ -4,17 +4,17 @@ import functools
 from pathlib import Path
 
 
-@functools.cache
-def processor_lines() -> tuple[str, ...]:
+def processor_lines() -> list[str]:
     """Return the lines of /proc/cpuinfo, if any, that identify the instruction set."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return ()
+        return []
     kinds = ("vendor_id", "model", "flags", "Features", "CPU part")
-    return tuple(sorted({line for line in lines if line.startswith(kinds)}))
+    return sorted({line for line in lines if line.startswith(kinds)})
 
 
+@functools.cache
 def has_fast_bfloat16() -> bool:
     """Return whether XLA multiplies bfloat16 faster than float32 on this CPU.
 
