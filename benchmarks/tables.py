@@ -80,8 +80,9 @@ def draw(panels: Mapping[str, Curves], x: str) -> bytes:
             axes.set(title=title, xlabel=x)
             axes.grid(axis="y")
             values = [y for curve in curves.values() for y in curve.values()]
-            if max(values) <= max(1, 10 * min(values)):
-                axes.set_ylim(-0.03 * max(values), 1.05 * max(values))
+            top = max(1, *values)
+            if top <= max(1, 10 * min(values)):
+                axes.set_ylim(-0.03 * top, 1.03 * top)
                 axes.yaxis.set_major_formatter("{x:,g}")
                 continue
             axes.set_yscale("log")
