@@ -65,6 +65,8 @@ class ChecksummedCache:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._path = folder  # JAX reads this name
         self._max_bytes = max_bytes
+        self._found = max_bytes  # bytes that `_shrink` left; unknown before its first call
+        self._put = 0  # bytes since then
         self._failed = False
 
     def get(self, key: str) -> bytes | None:
@@ -90,26 +92,36 @@ class ChecksummedCache:
                 path = self._path / f"{key}{suffix}"
                 path.unlink(missing_ok=True)  # it may be corrupted, or not a regular file
                 write_file(path, content, durable=False, mode=0o600)
-            self._shrink()
+            self._put += len(value)
+            # To read a folder of many entries takes longer than to write one. The bytes that other
+            # processes put are unknown until then.
+            if self._found + self._put > self._max_bytes or self._put > self._max_bytes // 16:
+                self._shrink()
         except OSError as error:
             if not self._failed:
                 logging.warning("some programs are not cached: %s: %s", self._path, error.strerror)
             self._failed = True
 
     def _shrink(self) -> None:
-        """Delete the least recently used entries until the rest fits."""
+        """If the entries do not fit, delete the least recently used until a sixteenth is free."""
+        sizes: dict[str, int] = {}
         used: dict[str, float] = {}
         for checksum in self._path.glob(f"*{_CHECKSUM}"):
+            key = checksum.name.removesuffix(_CHECKSUM)
             with contextlib.suppress(FileNotFoundError):  # another process was faster
-                used[checksum.name.removesuffix(_CHECKSUM)] = checksum.stat().st_mtime
-        left = self._max_bytes
-        for key in sorted(used, key=lambda key: used[key], reverse=True):
-            with contextlib.suppress(FileNotFoundError):
-                left -= (self._path / f"{key}{_ENTRY}").stat().st_size
-            if left < 0:
-                with contextlib.suppress(PermissionError):  # of another user
-                    for suffix in (_ENTRY, _CHECKSUM):
-                        (self._path / f"{key}{suffix}").unlink(missing_ok=True)
+                used[key] = checksum.stat().st_mtime
+                sizes[key] = 0  # if it has no entry
+                sizes[key] = (self._path / f"{key}{_ENTRY}").stat().st_size
+        self._found, self._put = sum(sizes.values()), 0
+        if self._found <= self._max_bytes:
+            return
+        for key in sorted(used, key=lambda key: used[key])[:-1]:  # the newest fits alone
+            if self._found <= self._max_bytes - self._max_bytes // 16:
+                break
+            with contextlib.suppress(PermissionError):  # of another user
+                for suffix in (_ENTRY, _CHECKSUM):
+                    (self._path / f"{key}{suffix}").unlink(missing_ok=True)
+                self._found -= sizes[key]
 
 
 def _checksum(key: str, value: bytes) -> bytes:

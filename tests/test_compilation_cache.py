@@ -119,6 +119,14 @@ def test_the_least_recently_used_entries_are_deleted(tmp_path):
     assert (tmp_path / "theirs-cache").exists()
 
 
+def test_processes_share_the_bound(tmp_path):
+    caches = [ChecksummedCache(tmp_path, max_bytes=320) for _ in range(2)]
+    for number in range(100):
+        caches[number % 2].put(f"key{number}", bytes(10))
+    size = sum(path.stat().st_size for path in files(tmp_path, "-cache"))
+    assert 280 <= size <= 320 + 2 * 30  # of each, what it puts before it sees what is there
+
+
 def swap(path):
     """Exchange both files of two entries."""
     for suffix in ("-cache", "-sha256"):
