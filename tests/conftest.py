@@ -122,7 +122,8 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.collect()
-    gc.freeze()  # garbage collections during tracing skip the libraries
+    gc.freeze()  # garbage collections during tracing skip the libraries,
+    gc.set_threshold(200_000, 50, 100)  # and are rare: 5 % of the time
 
 
 @pytest.fixture(scope="session", autouse=True)
