@@ -97,15 +97,23 @@ def client(server):
     return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
 
 
-# Independent of the versions of Python and JAX: minutes, spent on the oldest Python only. Other
-# benchmarks are tested on each.
+# Independent of the versions of Python and JAX: minutes, spent on the oldest Python only. On each,
+# tests of the same packages remain: a server in test_serving_chat, a page in test_explain_script.
 ON_THE_OLDEST_PYTHON = (
+    "tests/test_analysis_explanation.py",
     "tests/test_benchmark_attention.py",
     "tests/test_chat_config.py::test_a_trained",
     "tests/test_docs.py::test_blocks_run",
+    "tests/test_early_stopping.py::test_a_run_that_stops_early",
+    "tests/test_export_html.py",
     "tests/test_growth_benchmark.py",
     "tests/test_ladder.py",
+    "tests/test_native_decoding.py::test_equals_the_modules",
+    "tests/test_native_decoding.py::test_results_do_not_depend",
     "tests/test_scaling_benchmark.py",
+    "tests/test_serving.py",
+    "tests/test_serving_restart.py",
+    "tests/test_stress.py::test_damage",
     "tests/test_tutorial.py::test_the_cells_run",
 )
 LONGEST = ("test_docs", "test_many_processes", "test_chat_config", "test_serving_lm_eval")
