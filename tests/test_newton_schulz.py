@@ -11,8 +11,9 @@ import pytest
 from simplernn_jax.ops.native import has_native_functions
 from simplernn_jax.ops.newton_schulz import COEFFICIENTS, newton_schulz
 
-SHAPES = [(7, 11), (67, 13), (2, 3, 5, 2), (1, 1), (131, 257)]
-"""The last has several tiles of both sides, none of them full at the end."""
+SHAPES = [(7, 11), (67, 13), (2, 3, 5, 2), (1, 1), (131, 257), (131, 263)]
+"""The last two have several tiles of both sides, none of them full at the end. The last and the
+second are at least twice as long as wide."""
 
 
 CPU = Path("/proc/cpuinfo")
@@ -57,6 +58,15 @@ def test_directions_stay_and_strengths_become_alike():
     np.testing.assert_allclose(core, np.diag(np.diag(core)), atol=2e-4 if HAS_AMX else 2e-5)
     assert np.diag(core).min() > 0.6
     assert np.diag(core).max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(37, 41), (37, 131), (131, 37)])
+def test_weak_directions_are_those_of_float64(shape):
+    """Where A alone is iterated, rounding limits the accuracy of directions below 1e-3."""
+    left, _, right = np.linalg.svd(matrices_of([shape])[0], full_matrices=False)
+    matrix = (left * np.logspace(0, -6, min(shape))) @ right
+    (result,) = newton_schulz([jnp.asarray(matrix, jnp.float32)])
+    np.testing.assert_allclose(result, by_hand(matrix), atol=2e-3)
 
 
 def test_a_result_does_not_depend_on_the_other_matrices():

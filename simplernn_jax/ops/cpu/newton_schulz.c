@@ -30,6 +30,7 @@
 static const float COEFFICIENTS[3] = {3.4445f, -4.7750f, 2.0315f};
 #define ITERATIONS 5
 #define ENTRIES_PER_THREAD 2048
+#define SQUARES 4
 
 #ifdef __AVX512F__
 #define ROWS 8
@@ -42,6 +43,8 @@ static const float COEFFICIENTS[3] = {3.4445f, -4.7750f, 2.0315f};
 #define TILE_ROWS 32        /* of AMX, two registers of 16 rows */
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), may_alias));
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t FourInts __attribute__((vector_size(16)));
 
 typedef struct {
   const XLA_FFI_Buffer *const *from;
@@ -78,14 +81,16 @@ static inline int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / 
 /* Groups of k entries, filled up with zeros. */
 static inline int64_t groups_of(int64_t k) { return rounded_up(rounded_up(k, GROUP) / GROUP, GROUPS); }
 
-/* Convert a matrix, m x k, to rows of groups [m, groups_of(k)]. */
-static void to_rows(Operand operand, const float *from, int64_t m, int64_t k) {
+/* Rows of groups [m, groups_of(k)] of a matrix, m x k: in `memory`, or the matrix itself. */
+static Operand rows_of(Operand memory, const float *from, int64_t m, int64_t k) {
+#ifndef HAS_AMX
+  return (Operand){(Group *)from, 0};
+#else
   const int64_t groups = groups_of(k);
-  Group *to = operand.groups;
+  Group *to = memory.groups;
   for (int64_t i = 0; i < m; i++, from += k, to += groups) {
-#ifdef HAS_AMX
     memset(to + k / GROUP, 0, sizeof(Group) * (groups - k / GROUP));
-    memset(to + operand.size + k / GROUP, 0, sizeof(Group) * (groups - k / GROUP));
+    memset(to + memory.size + k / GROUP, 0, sizeof(Group) * (groups - k / GROUP));
     for (int64_t j = 0; j < k; j += LANES) {
       const __mmask16 inside = k - j < LANES ? (1 << (k - j)) - 1 : -1;
       const __m512 x = _mm512_maskz_loadu_ps(inside, from + j);
@@ -93,23 +98,42 @@ static void to_rows(Operand operand, const float *from, int64_t m, int64_t k) {
       const __m512 rounded = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
       const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(x, rounded));
       _mm256_mask_storeu_epi16((uint16_t *)to + j, inside, high);
-      _mm256_mask_storeu_epi16((uint16_t *)(to + operand.size) + j, inside, low);
+      _mm256_mask_storeu_epi16((uint16_t *)(to + memory.size) + j, inside, low);
     }
-#else
-    memcpy(to, from, sizeof(float) * k);
-#endif
   }
+  return memory;
+#endif
+}
+
+/* to = from^T, of m x n entries of 32 bits, rows `to_stride` and `from_stride` apart. */
+static void transpose(float *to, int64_t to_stride, const float *from, int64_t from_stride, int64_t m, int64_t n) {
+  const int64_t rows = m / 4 * 4, columns = n / 4 * 4;
+  for (int64_t i = 0; i < rows; i += 4)
+    for (int64_t j = 0; j < columns; j += 4) {
+      const float *x = from + i * from_stride + j;
+      float *y = to + j * to_stride + i;
+      const Four x0 = *(const Four *)x, x1 = *(const Four *)(x + from_stride);
+      const Four x2 = *(const Four *)(x + 2 * from_stride), x3 = *(const Four *)(x + 3 * from_stride);
+      const Four low01 = __builtin_shuffle(x0, x1, (FourInts){0, 4, 1, 5});
+      const Four high01 = __builtin_shuffle(x0, x1, (FourInts){2, 6, 3, 7});
+      const Four low23 = __builtin_shuffle(x2, x3, (FourInts){0, 4, 1, 5});
+      const Four high23 = __builtin_shuffle(x2, x3, (FourInts){2, 6, 3, 7});
+      *(Four *)y = __builtin_shuffle(low01, low23, (FourInts){0, 1, 4, 5});
+      *(Four *)(y + to_stride) = __builtin_shuffle(low01, low23, (FourInts){2, 3, 6, 7});
+      *(Four *)(y + 2 * to_stride) = __builtin_shuffle(high01, high23, (FourInts){0, 1, 4, 5});
+      *(Four *)(y + 3 * to_stride) = __builtin_shuffle(high01, high23, (FourInts){2, 3, 6, 7});
+    }
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = i < rows ? columns : 0; j < n; j++) to[j * to_stride + i] = from[i * from_stride + j];
 }
 
 /* From rows of groups [n, groups] to panels [n / COLUMNS, groups, COLUMNS]. */
 static void to_panels(Operand operand, Operand rows, int64_t n, int64_t groups) {
   for (int part = 0; part < PARTS; part++) {
-    const Group *from = rows.groups + part * rows.size;
-    Group *to = operand.groups + part * operand.size;
-    for (int64_t i = 0; i < n; i++) {
-      Group *column = to + i / COLUMNS * COLUMNS * groups + i % COLUMNS;
-      for (int64_t j = 0; j < groups; j++) column[j * COLUMNS] = from[i * groups + j];
-    }
+    const float *from = (const float *)(rows.groups + part * rows.size);
+    float *to = (float *)(operand.groups + part * operand.size);
+    for (int64_t i = 0; i < n; i += COLUMNS)
+      transpose(to + i * groups, COLUMNS, from + i * groups, groups, least(COLUMNS, n - i), groups);
   }
 }
 
@@ -127,7 +151,10 @@ static void transpose_groups(Group *to, const Group *from, int64_t m, int64_t k)
       for (int64_t i = 0; i < COLUMNS; i++) to[i] = even[i] | (Group)odd[i] << 16;
     }
 #else
-      memcpy(to, from + j * stride + first, sizeof(Group) * least(COLUMNS, k - first));
+      if (k - first >= COLUMNS) /* faster with a constant size */
+        memcpy(to, from + j * stride + first, sizeof(Group) * COLUMNS);
+      else
+        memcpy(to, from + j * stride + first, sizeof(Group) * (k - first));
 #endif
 }
 
@@ -242,9 +269,10 @@ static void multiply(float *to, const float *old, float by_old, float by_product
           to[start + j] = by_old * old[start + j] + by_product * sums[i * COLUMNS + j];
       }
     }
-  if (is_mirrored)
-    for (int64_t i = 1; i < m; i++)
-      for (int64_t j = 0; j < i; j++) to[i * n + j] = to[j * n + i];
+  if (is_mirrored) /* but for the blocks of the diagonal, which are complete */
+    for (int64_t row = 0; row < m; row += COLUMNS)
+      for (int64_t column = row + COLUMNS; column < n; column += COLUMNS)
+        transpose(to + column * n + row, n, to + row * n + column, n, COLUMNS, least(COLUMNS, n - column));
 }
 
 /* Groups of a part of an operand m x k, as rows or panels, and beyond it what tiles may read. */
@@ -252,58 +280,93 @@ static int64_t groups_for(int64_t m, int64_t k) {
   return times(rounded_up(m, TILE_ROWS), groups_of(k));
 }
 
-static void iterate(float *x, int64_t r, int64_t c, float *scratch) {
-  float *a = scratch, *b = a + r * r;
-  Group *free = (Group *)(b + r * r);
-  free += (-(uintptr_t)free % 64) / sizeof(Group);
+/* Scratch memory of an r x c matrix: r x r matrices, and operands of any product. */
+typedef struct {
+  float *squares[SQUARES];
+  Operand left, right, x_panels;
+} Scratch;
+
+static Scratch split(float *memory, int64_t r, int64_t c) {
+  Scratch scratch;
+  memset(memory, 0, sizeof(float) * SQUARES * r * r);
+  for (int i = 0; i < SQUARES; i++, memory += r * r) scratch.squares[i] = memory;
+  Group *free = (Group *)memory + (-(uintptr_t)memory % 64) / sizeof(Group);
   const int64_t size = groups_for(r, c);
-  const Operand p = {free, size}, q = {free + PARTS * size, size};
-  const Operand x_panels = {free + 2 * PARTS * size, groups_for(c, r)};
-  memset(a, 0, sizeof(float) * r * r);
-  const int tiles = has_tiles();
-  if (tiles) set_up_tiles();
-  for (int i = 0; i < ITERATIONS; i++) {
-    to_rows(p, x, r, c);
-    to_panels(q, p, r, groups_of(c));
-    to_panels_of_transpose(x_panels, p, r, c);
-    multiply(a, a, 0, 1, p, q, r, r, c, 1, tiles);
-    to_rows(p, a, r, r);
-    to_panels_of_transpose(q, p, r, r); /* A is its own transpose, and this is faster */
-    multiply(b, a, COEFFICIENTS[1], COEFFICIENTS[2], p, q, r, r, r, 1, tiles);
-    to_rows(p, b, r, r);
-    multiply(x, x, COEFFICIENTS[0], 1, p, x_panels, r, c, r, 0, tiles);
-  }
-  if (tiles) _tile_release();
+  scratch.left = (Operand){free, size};
+  scratch.right = (Operand){free + PARTS * size, size};
+  scratch.x_panels = (Operand){free + 2 * PARTS * size, groups_for(c, r)};
+  return scratch;
 }
 
-/* Entries of the scratch memory of an r x c matrix: X, A, B and three operands. */
+/* to = X X^T, of the rows of X. */
+static void square_of_rows(float *to, Operand rows, int64_t r, int64_t c, const Scratch *s, int tiles) {
+  to_panels(s->right, rows, r, groups_of(c));
+  multiply(to, to, 0, 1, rows, s->right, r, r, c, 1, tiles);
+}
+
+/* to = by_old old + by_product P Q, of symmetric matrices that commute: so the product is, too. */
+static void multiply_symmetric(float *to, const float *old, float by_old, float by_product, const float *p,
+                               const float *q, int64_t r, const Scratch *s, int tiles) {
+  /* Q is its own transpose, and this is faster. */
+  to_panels_of_transpose(s->right, rows_of(s->left, q, r, r), r, r);
+  multiply(to, old, by_old, by_product, rows_of(s->left, p, r, r), s->right, r, r, r, 1, tiles);
+}
+
+static void iterate(float *x, int64_t r, int64_t c, const Scratch *s, int tiles) {
+  float *a = s->squares[0], *b = s->squares[1];
+  for (int i = 0; i < ITERATIONS; i++) {
+    const Operand rows = rows_of(s->left, x, r, c);
+    square_of_rows(a, rows, r, c, s, tiles);
+    to_panels_of_transpose(s->x_panels, rows, r, c);
+    multiply_symmetric(b, a, COEFFICIENTS[1], COEFFICIENTS[2], a, a, r, s, tiles);
+    multiply(x, x, COEFFICIENTS[0], 1, rows_of(s->left, b, r, r), s->x_panels, r, c, r, 0, tiles);
+  }
+}
+
+/* The same in fewer operations, if c is much larger than r. An iteration is X <- Q X with
+   Q = a I + b A + c A A, so that A becomes Q A Q. All Q are polynomials of the first A: they commute.
+   X is multiplied once, by their product P. Rounding errors of A grow with each Q, up to twelvefold:
+   float32 leaves room for that, operands of 16 bits do not. */
+static void iterate_on_squares(float *x, int64_t r, int64_t c, const Scratch *s) {
+  float *a = s->squares[0], *q = s->squares[1], *p = s->squares[2], *next = s->squares[3];
+  const Operand rows = rows_of(s->left, x, r, c);
+  square_of_rows(a, rows, r, c, s, 0);
+  for (int i = 0; i < ITERATIONS; i++) {
+    multiply_symmetric(q, a, COEFFICIENTS[1], COEFFICIENTS[2], a, a, r, s, 0);
+    for (int64_t j = 0; j < r; j++) q[j * r + j] += COEFFICIENTS[0];
+    if (i == 0) {
+      memcpy(p, q, sizeof(float) * r * r);
+    } else {
+      multiply_symmetric(next, next, 0, 1, q, p, r, s, 0);
+      memcpy(p, next, sizeof(float) * r * r);
+    }
+    if (i == ITERATIONS - 1) break;
+    multiply_symmetric(next, next, 0, 1, q, a, r, s, 0);
+    multiply_symmetric(a, a, 0, 1, next, q, r, s, 0);
+  }
+  to_panels_of_transpose(s->x_panels, rows, r, c);
+  multiply(x, x, 0, 1, rows_of(s->left, p, r, r), s->x_panels, r, c, r, 0, 0);
+}
+
+/* Entries of the scratch memory of an r x c matrix: X, and what `split` takes. */
 static int64_t entries_for(int64_t r, int64_t c) {
   const int64_t operands = plus(times(2, groups_for(r, c)), groups_for(c, r));
-  return plus(plus(times(r, c), times(2, times(r, r))), plus(times(PARTS, operands), 32));
+  return plus(plus(times(r, c), times(SQUARES, times(r, r))), plus(times(PARTS, operands), 32));
 }
 
-static int64_t rows_of(const XLA_FFI_Buffer *x) { return x->dims[x->rank - 2]; }
-static int64_t columns_of(const XLA_FFI_Buffer *x) { return x->dims[x->rank - 1]; }
+static int64_t num_rows(const XLA_FFI_Buffer *x) { return x->dims[x->rank - 2]; }
+static int64_t num_columns(const XLA_FFI_Buffer *x) { return x->dims[x->rank - 1]; }
 
 static int64_t matrices_in(const XLA_FFI_Buffer *x) {
-  const int64_t size = rows_of(x) * columns_of(x);
+  const int64_t size = num_rows(x) * num_columns(x);
   return size == 0 ? 0 : entries_of(x) / size;
-}
-
-/* to = scale from^T, of an m x n matrix, in blocks that fit the cache. */
-static void transpose(float *to, const float *from, int64_t m, int64_t n, float scale) {
-  enum { BLOCK = 16 };
-  for (int64_t row = 0; row < m; row += BLOCK)
-    for (int64_t column = 0; column < n; column += BLOCK)
-      for (int64_t j = column; j < least(column + BLOCK, n); j++)
-        for (int64_t i = row; i < least(row + BLOCK, m); i++) to[j * m + i] = scale * from[i * n + j];
 }
 
 static void run(const void *task, int64_t item, void *scratch) {
   const Matrices *matrices = task;
   int64_t i = 0;
   for (; item >= matrices_in(matrices->from[i]); i++) item -= matrices_in(matrices->from[i]);
-  const int64_t m = rows_of(matrices->from[i]), n = columns_of(matrices->from[i]);
+  const int64_t m = num_rows(matrices->from[i]), n = num_columns(matrices->from[i]);
   const float *from = (const float *)matrices->from[i]->data + item * m * n;
   float *to = (float *)matrices->to[i]->data + item * m * n, *x = scratch;
   const int64_t r = least(m, n), c = m + n - r;
@@ -311,12 +374,21 @@ static void run(const void *task, int64_t item, void *scratch) {
   for (int64_t j = 0; j < m * n; j++) sum += (double)from[j] * from[j];
   const float scale = 1 / ((float)sqrt(sum) + 1e-8f);
   if (m > n)
-    transpose(x, from, m, n, scale);
+    transpose(x, c, from, n, m, n);
   else
-    for (int64_t j = 0; j < m * n; j++) x[j] = from[j] * scale;
-  iterate(x, r, c, x + r * c);
+    memcpy(x, from, sizeof(float) * m * n);
+  for (int64_t j = 0; j < m * n; j++) x[j] *= scale;
+  const Scratch squares_and_operands = split(x + r * c, r, c);
+  if (PARTS == 1 && c >= 2 * r) {
+    iterate_on_squares(x, r, c, &squares_and_operands);
+  } else {
+    const int tiles = has_tiles();
+    if (tiles) set_up_tiles();
+    iterate(x, r, c, &squares_and_operands, tiles);
+    if (tiles) _tile_release();
+  }
   if (m > n)
-    transpose(to, x, r, c, 1);
+    transpose(to, n, x, c, r, c);
   else
     memcpy(to, x, sizeof(float) * m * n);
 }
@@ -338,9 +410,9 @@ XLA_FFI_Error *simplernn_newton_schulz(XLA_FFI_CallFrame *frame) {
     argument(&call, i, "matrix", shape);
     result(&call, i, "result", shape);
     if (!is_valid(&call)) break;
-    const int64_t r = least(rows_of(x), columns_of(x));
+    const int64_t r = least(num_rows(x), num_columns(x));
     items = plus(items, matrices_in(x));
-    const int64_t needed = entries_for(r, rows_of(x) + columns_of(x) - r);
+    const int64_t needed = entries_for(r, num_rows(x) + num_columns(x) - r);
     if (needed > scratch) scratch = needed;
     size = plus(size, entries_of(x));
   }
