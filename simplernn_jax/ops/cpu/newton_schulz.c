@@ -44,7 +44,12 @@ static const float COEFFICIENTS[3] = {3.4445f, -4.7750f, 2.0315f};
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), may_alias));
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+#ifdef __clang__
+#define pick __builtin_shufflevector
+#else /* gcc has it from version 12 on */
 typedef int32_t FourInts __attribute__((vector_size(16)));
+#define pick(x, y, i, j, k, l) __builtin_shuffle(x, y, (FourInts){i, j, k, l})
+#endif
 
 typedef struct {
   const XLA_FFI_Buffer *const *from;
@@ -114,14 +119,14 @@ static void transpose(float *to, int64_t to_stride, const float *from, int64_t f
       float *y = to + j * to_stride + i;
       const Four x0 = *(const Four *)x, x1 = *(const Four *)(x + from_stride);
       const Four x2 = *(const Four *)(x + 2 * from_stride), x3 = *(const Four *)(x + 3 * from_stride);
-      const Four low01 = __builtin_shuffle(x0, x1, (FourInts){0, 4, 1, 5});
-      const Four high01 = __builtin_shuffle(x0, x1, (FourInts){2, 6, 3, 7});
-      const Four low23 = __builtin_shuffle(x2, x3, (FourInts){0, 4, 1, 5});
-      const Four high23 = __builtin_shuffle(x2, x3, (FourInts){2, 6, 3, 7});
-      *(Four *)y = __builtin_shuffle(low01, low23, (FourInts){0, 1, 4, 5});
-      *(Four *)(y + to_stride) = __builtin_shuffle(low01, low23, (FourInts){2, 3, 6, 7});
-      *(Four *)(y + 2 * to_stride) = __builtin_shuffle(high01, high23, (FourInts){0, 1, 4, 5});
-      *(Four *)(y + 3 * to_stride) = __builtin_shuffle(high01, high23, (FourInts){2, 3, 6, 7});
+      const Four low01 = pick(x0, x1, 0, 4, 1, 5);
+      const Four high01 = pick(x0, x1, 2, 6, 3, 7);
+      const Four low23 = pick(x2, x3, 0, 4, 1, 5);
+      const Four high23 = pick(x2, x3, 2, 6, 3, 7);
+      *(Four *)y = pick(low01, low23, 0, 1, 4, 5);
+      *(Four *)(y + to_stride) = pick(low01, low23, 2, 3, 6, 7);
+      *(Four *)(y + 2 * to_stride) = pick(high01, high23, 0, 1, 4, 5);
+      *(Four *)(y + 3 * to_stride) = pick(high01, high23, 2, 3, 6, 7);
     }
   for (int64_t i = 0; i < m; i++)
     for (int64_t j = i < rows ? columns : 0; j < n; j++) to[j * to_stride + i] = from[i * from_stride + j];
