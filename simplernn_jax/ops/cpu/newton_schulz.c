@@ -303,8 +303,8 @@ static Scratch split(float *memory, int64_t r, int64_t c) {
   return scratch;
 }
 
-/* to = X X^T, of the rows of X. */
-static void square_of_rows(float *to, Operand rows, int64_t r, int64_t c, const Scratch *s, int tiles) {
+/* to = X X^T, the Gram matrix, of the rows of X. */
+static void gram(float *to, Operand rows, int64_t r, int64_t c, const Scratch *s, int tiles) {
   to_panels(s->right, rows, r, groups_of(c));
   multiply(to, to, 0, 1, rows, s->right, r, r, c, 1, tiles);
 }
@@ -317,25 +317,28 @@ static void multiply_symmetric(float *to, const float *old, float by_old, float 
   multiply(to, old, by_old, by_product, rows_of(s->left, p, r, r), s->right, r, r, r, 1, tiles);
 }
 
-static void iterate(float *x, int64_t r, int64_t c, const Scratch *s, int tiles) {
+static void iterate(float *x, int64_t r, int64_t c, const Scratch *s) {
   float *a = s->squares[0], *b = s->squares[1];
+  const int tiles = has_tiles();
+  if (tiles) set_up_tiles();
   for (int i = 0; i < ITERATIONS; i++) {
     const Operand rows = rows_of(s->left, x, r, c);
-    square_of_rows(a, rows, r, c, s, tiles);
+    gram(a, rows, r, c, s, tiles);
     to_panels_of_transpose(s->x_panels, rows, r, c);
     multiply_symmetric(b, a, COEFFICIENTS[1], COEFFICIENTS[2], a, a, r, s, tiles);
     multiply(x, x, COEFFICIENTS[0], 1, rows_of(s->left, b, r, r), s->x_panels, r, c, r, 0, tiles);
   }
+  if (tiles) _tile_release();
 }
 
-/* The same in fewer operations, if c is much larger than r. An iteration is X <- Q X with
-   Q = a I + b A + c A A, so that A becomes Q A Q. All Q are polynomials of the first A: they commute.
-   X is multiplied once, by their product P. Rounding errors of A grow with each Q, up to twelvefold:
-   float32 leaves room for that, operands of 16 bits do not. */
-static void iterate_on_squares(float *x, int64_t r, int64_t c, const Scratch *s) {
+/* The same in half the operations, if c >= 2 r. An iteration is X <- Q X with Q = a I + b A + c A A, so
+   that A becomes Q A Q. All Q are polynomials of the first A: they commute. X is multiplied once, by
+   their product P. Rounding errors of A grow with each Q, up to twelvefold: float32 leaves room for
+   that, operands of 16 bits do not. */
+static void iterate_gram(float *x, int64_t r, int64_t c, const Scratch *s) {
   float *a = s->squares[0], *q = s->squares[1], *p = s->squares[2], *next = s->squares[3];
   const Operand rows = rows_of(s->left, x, r, c);
-  square_of_rows(a, rows, r, c, s, 0);
+  gram(a, rows, r, c, s, 0);
   for (int i = 0; i < ITERATIONS; i++) {
     multiply_symmetric(q, a, COEFFICIENTS[1], COEFFICIENTS[2], a, a, r, s, 0);
     for (int64_t j = 0; j < r; j++) q[j * r + j] += COEFFICIENTS[0];
@@ -343,7 +346,9 @@ static void iterate_on_squares(float *x, int64_t r, int64_t c, const Scratch *s)
       memcpy(p, q, sizeof(float) * r * r);
     } else {
       multiply_symmetric(next, next, 0, 1, q, p, r, s, 0);
-      memcpy(p, next, sizeof(float) * r * r);
+      float *product = next;
+      next = p;
+      p = product;
     }
     if (i == ITERATIONS - 1) break;
     multiply_symmetric(next, next, 0, 1, q, a, r, s, 0);
@@ -384,14 +389,10 @@ static void run(const void *task, int64_t item, void *scratch) {
     memcpy(x, from, sizeof(float) * m * n);
   for (int64_t j = 0; j < m * n; j++) x[j] *= scale;
   const Scratch squares_and_operands = split(x + r * c, r, c);
-  if (PARTS == 1 && c >= 2 * r) {
-    iterate_on_squares(x, r, c, &squares_and_operands);
-  } else {
-    const int tiles = has_tiles();
-    if (tiles) set_up_tiles();
-    iterate(x, r, c, &squares_and_operands, tiles);
-    if (tiles) _tile_release();
-  }
+  if (PARTS == 1 && c >= 2 * r)
+    iterate_gram(x, r, c, &squares_and_operands);
+  else
+    iterate(x, r, c, &squares_and_operands);
   if (m > n)
     transpose(to, n, x, c, r, c);
   else
