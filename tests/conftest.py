@@ -115,6 +115,9 @@ ON_THE_OLDEST_PYTHON = (
     "tests/test_serving_restart.py",
     "tests/test_stress.py::test_damage",
     "tests/test_tutorial.py::test_the_cells_run",
+    "tests/test_wheel.py::test_train_sample",
+    "tests/test_wheel.py::test_every_command",
+    "tests/test_wheel.py::test_modules",
 )
 LONGEST = ("test_docs", "test_many_processes", "test_chat_config", "test_serving_lm_eval")
 """Files that start first, so that no process has one of them left when the other has ended."""

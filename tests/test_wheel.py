@@ -16,10 +16,6 @@ from processes import ROOT
 
 from simplernn_jax.__main__ import COMMANDS
 
-on_the_oldest_python = pytest.mark.skipif(
-    sys.version_info >= (3, 12), reason="the wheel is the same; installed on Python 3.11 once"
-)
-
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
@@ -126,7 +122,6 @@ def run(binaries, cwd, *arguments, **environment):
     return done.stdout, done.stderr
 
 
-@on_the_oldest_python
 def test_train_sample_evaluate_and_export_from_an_empty_folder(installed, tmp_path):
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
     run_of = "--workdir=runs/tiny"
@@ -146,7 +141,6 @@ def test_train_sample_evaluate_and_export_from_an_empty_folder(installed, tmp_pa
     assert (tmp_path / "shared" / "model.html").is_file()
 
 
-@on_the_oldest_python
 def test_every_command_shows_its_help(installed, tmp_path):
     shown, _ = run(installed, tmp_path, "python", "-m", "simplernn_jax", "--help")
     assert shown == run(installed, tmp_path, "simplernn")[0]
@@ -160,7 +154,6 @@ def test_every_command_shows_its_help(installed, tmp_path):
     assert "--max_new_tokens" in script
 
 
-@on_the_oldest_python
 def test_modules_and_configurations(installed, tmp_path):
     code = """
 import importlib, pathlib, sys, sysconfig
