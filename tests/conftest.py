@@ -4,6 +4,7 @@ import gc
 import os
 import platform
 import sys
+import zlib
 from importlib.metadata import version
 
 # Replaces a user's flags, which would change rounding and fusion. Tests spend most of their time
@@ -97,28 +98,6 @@ def client(server):
     return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
 
 
-# Independent of the versions of Python and JAX: minutes, spent on the oldest Python only. On each,
-# tests of the same packages remain: a server in test_serving_chat, a page in test_explain_script.
-ON_THE_OLDEST_PYTHON = (
-    "tests/test_analysis_explanation.py",
-    "tests/test_benchmark_attention.py",
-    "tests/test_chat_config.py::test_a_trained",
-    "tests/test_docs.py::test_blocks_run",
-    "tests/test_early_stopping.py::test_a_run_that_stops_early",
-    "tests/test_export_html.py",
-    "tests/test_growth_benchmark.py",
-    "tests/test_ladder.py",
-    "tests/test_native_decoding.py::test_equals_the_modules",
-    "tests/test_native_decoding.py::test_results_do_not_depend",
-    "tests/test_scaling_benchmark.py",
-    "tests/test_serving.py",
-    "tests/test_serving_restart.py",
-    "tests/test_stress.py::test_damage",
-    "tests/test_tutorial.py::test_the_cells_run",
-    "tests/test_wheel.py::test_train_sample",
-    "tests/test_wheel.py::test_every_command",
-    "tests/test_wheel.py::test_modules",
-)
 LONGEST = ("test_docs", "test_many_processes", "test_chat_config", "test_serving_lm_eval")
 """Files that start first, so that no process has one of them left when the other has ended."""
 
@@ -127,8 +106,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONGEST)
     if sys.version_info >= (3, 12):
         for item in items:
-            if item.nodeid.startswith(ON_THE_OLDEST_PYTHON):
-                item.add_marker(pytest.mark.skip(reason="minutes; runs on Python 3.11"))
+            if item.get_closest_marker("oldest_python") or _is_other_case(item):
+                item.add_marker(pytest.mark.skip(reason="runs on Python 3.11"))
+
+
+def _is_other_case(item):
+    """Whether the item is among the two thirds of the cases of its test that one Python runs."""
+    is_marked = item.get_closest_marker("fewer_cases") is not None
+    return is_marked and zlib.crc32(item.name.encode()) % 3 != 0
 
 
 def pytest_collection_finish():

@@ -108,6 +108,7 @@ def window_by_window(block):
     return sum(losses), total, carried
 
 
+@pytest.mark.oldest_python
 def test_truncated_windows_are_the_sum_of_their_own_gradients():
     with jax.enable_x64(True):
         found = step_of(block="plain", backward_window=WINDOW)(make_batch())
@@ -119,12 +120,14 @@ def test_truncated_windows_are_the_sum_of_their_own_gradients():
     assert 1e-3 < distance(found[1], whole[1]) < 1
 
 
+@pytest.mark.oldest_python
 def test_a_window_of_the_whole_sequence_truncates_nothing():
     with jax.enable_x64(True):
         found = step_of(block="plain", backward_window=LENGTH)(make_batch())
     assert_same(found, whole_sequences(block="plain"), 1e-13)
 
 
+@pytest.mark.oldest_python
 def test_exact_windows_with_gradient_accumulation_and_no_carried_state():
     fields = {"block": "plain", "mode": "window", "gradient_accumulation": 2}
     with jax.enable_x64(True):
@@ -139,6 +142,7 @@ def test_exact_windows_with_gradient_accumulation_and_no_carried_state():
 EXACT = {"backward_window": WINDOW, "backward": "exact"}
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     ("sizes", "fields", "limit"),
     [
@@ -169,6 +173,7 @@ def working_memory(**fields):
     return megabytes(compile_quickly(config_of(**long | fields)))
 
 
+@pytest.mark.oldest_python
 def test_windows_and_rematerialization_need_less_memory():
     everything, block, truncated, exact = (
         working_memory(**fields)

@@ -22,6 +22,8 @@ from simplernn_jax.analysis.recording import Record, record
 from simplernn_jax.models import LanguageModel, SimpleRNN
 from simplernn_jax.models.attention import Attention
 
+pytestmark = pytest.mark.oldest_python
+
 BATCH, LENGTH, HEADS, VALUES, CONTEXT = 2, 13, 2, 7, 5
 MIXERS = ("simple_rnn", "attention")
 

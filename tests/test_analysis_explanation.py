@@ -28,6 +28,8 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.training.evaluate import Evaluator
 
+pytestmark = pytest.mark.oldest_python
+
 TEXT = "Für $x_1$ <b>&amp;\n\tund 漢字, 😀! " * 2
 WORDS = "The quick brown fox jumps over the lazy dog and runs"
 STATE_PICTURES = ["half_lives", "state_norm", "state_rank"]

@@ -21,6 +21,8 @@ from simplernn_jax.ops.native import has_native_functions
 from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
 from simplernn_jax.ops.sliding_attention import apply_rope, sliding_attention
 
+pytestmark = pytest.mark.oldest_python
+
 TIMES = int(os.environ.get("WRONG_CALLS", "1"))
 
 

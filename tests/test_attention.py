@@ -146,6 +146,7 @@ def test_without_segment_ids_it_is_one_segment():
     chex.assert_trees_all_close(call(layer, inputs()), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.oldest_python
 @pytest.mark.usefixtures("small_blocks")
 def test_blocks_equal_full_attention():
     """With earlier keys, and any reach per query."""
@@ -173,6 +174,7 @@ def test_blocks_equal_full_attention():
     chex.assert_trees_all_close(found, results(full_attention), rtol=1e-5, atol=5e-6)
 
 
+@pytest.mark.oldest_python
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(("lengths", "context"), [((1,) * 29, 1), ((0, 3, 1, 12, 13), 6)])
 def test_pieces_equal_the_whole_sequence(lengths, context):

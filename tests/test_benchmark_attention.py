@@ -16,6 +16,8 @@ from benchmarks.train_steps import BY_CHUNKS, count_parameters, state_bytes
 from simplernn_jax.errors import UserError
 from simplernn_jax.ops import gated_linear_recurrence
 
+pytestmark = pytest.mark.oldest_python
+
 M, N, P = 3, 5, 7
 X, Y = jnp.ones((M, N)), jnp.ones((N, P))
 

@@ -22,6 +22,8 @@ from simplernn_jax.models.pytorch_weights import load_pytorch_weights
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step
 
+pytestmark = pytest.mark.oldest_python
+
 EFFORT = Effort(blocks=2, calls=1)
 
 

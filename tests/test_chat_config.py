@@ -3,11 +3,13 @@
 import json
 import random
 
+import pytest
 from processes import assert_refused, run_python, run_scripts
 
 CONVERSATIONS, QUESTIONS = 500, 50
 
 
+@pytest.mark.oldest_python
 def test_a_trained_model_answers_over_fifty_turns(tmp_path):
     path = tmp_path / "conversations.jsonl"
     made = run_python("scripts/make_conversations.py", path, f"--conversations={CONVERSATIONS}")

@@ -28,6 +28,7 @@ def run(config, workdir, monkeypatch, last_step, **sizes):
         return train(config, str(workdir)), " ".join(display.lines)
 
 
+@pytest.mark.oldest_python
 def test_a_run_resumes_with_another_number_of_stages(config, tmp_path, monkeypatch):
     one, two = tmp_path / "one", tmp_path / "two"
     run(config, one, monkeypatch, 3)

@@ -202,6 +202,7 @@ def start_members(run, what, counts=(2, 2)):
     return members, address
 
 
+@pytest.mark.oldest_python
 def test_a_hanging_process_ends_the_others_and_a_foreign_connection_does_not(run):
     groups = [start_members(run, "continue") for _ in range(2)]
     with contextlib.ExitStack() as stack:
@@ -222,6 +223,7 @@ def test_a_hanging_process_ends_the_others_and_a_foreign_connection_does_not(run
             assert PEER_FAILURE in errors
 
 
+@pytest.mark.oldest_python
 def test_an_error_of_one_and_an_error_of_all(run):
     one, _ = start_members(run, "process 1 refuses")
     all_, _ = start_members(run, "coordinator refuses")

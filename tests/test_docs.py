@@ -277,6 +277,7 @@ def run_once(root, command, devices):
     assert result.code == 0, f"{command}\n{result.output}{result.errors}"
 
 
+@pytest.mark.oldest_python
 @pytest.mark.parametrize("page", RUN_PAGES)
 def test_blocks_run(page, project, monkeypatch):
     monkeypatch.chdir(project)

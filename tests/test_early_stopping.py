@@ -83,6 +83,7 @@ def test_another_number_of_tokens_starts_a_new_history():
     assert history.summary(50, Evaluation(2.2, 1.0, predictions=600), "run") == {}
 
 
+@pytest.mark.oldest_python
 def test_a_run_that_stops_early_does_so_at_the_same_step_when_interrupted(
     tmp_path, monkeypatch, capsys
 ):

@@ -39,6 +39,7 @@ def workdir(tmp_path_factory):
     return untrained_run(tmp_path_factory.mktemp("run"))
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     ("format_name", "name"),
     [
@@ -74,6 +75,7 @@ def test_bfloat16_models_are_exported_in_float32(tmp_path):
     np.testing.assert_array_equal(logits, logits_of(exact, TOKENS))
 
 
+@pytest.mark.oldest_python
 def test_an_export_is_a_model(tmp_path, workdir):
     model, tokenizer, config = load_model(str(workdir))
     out = tmp_path / "new" / "folder"
@@ -170,6 +172,7 @@ def test_an_export_of_gla_is_a_checkpoint_of_flash_linear_attention(tmp_path, fi
             find_format(format_name).write(original, tmp_path)
 
 
+@pytest.mark.oldest_python
 def test_the_script_exports_a_page(tmp_path, workdir):
     out = tmp_path / "page"
     script = ("scripts/export.py", "--format=html", "--quantize=int8")
@@ -238,6 +241,7 @@ def test_a_wrong_export_leaves_nothing(tmp_path, workdir, monkeypatch, found, pr
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.oldest_python
 def test_a_signal_leaves_nothing(tmp_path, workdir):
     out = tmp_path / "parent" / "out"
     script = [sys.executable, "scripts/export.py", f"--workdir={workdir}", f"--out={out}"]
@@ -252,6 +256,7 @@ def test_a_signal_leaves_nothing(tmp_path, workdir):
     assert not list(out.parent.iterdir())
 
 
+@pytest.mark.oldest_python
 def test_the_process_of_the_check(tmp_path, workdir, monkeypatch):
     """It imports nothing from the current folder, and names how it ended."""
     model, tokenizer, config = load_model(str(workdir))

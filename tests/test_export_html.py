@@ -24,6 +24,8 @@ from simplernn_jax.export.html.tokenizer_data import tokenizer_data
 from simplernn_jax.inference import generate_text
 from simplernn_jax.training.loop import train
 
+pytestmark = pytest.mark.oldest_python
+
 CHROMIUM = shutil.which("chromium")
 
 

@@ -78,6 +78,7 @@ def three_steps(mesh_name=None, **fields):
     return run_steps(*compiled, map(make_batch, range(3)))
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     ("mesh_name", "mode"),
     [(name, "window" if name == "sequence 4" else "stream") for name in MESHES],
@@ -137,6 +138,7 @@ def model():
     return model
 
 
+@pytest.mark.oldest_python
 def test_the_server_generates_the_same_tokens(model):
     prompt = np.random.default_rng(5).integers(0, 31, 70, np.int32)
     decoder = Decoder(model, num_slots=3, cache_bytes=1 << 22)
@@ -149,6 +151,7 @@ def test_the_server_generates_the_same_tokens(model):
         assert np.concatenate([event.tokens for event in events]).tolist() == expected
 
 
+@pytest.mark.oldest_python
 def test_the_attention_map_is_exact(model):
     tokens = np.random.default_rng(6).integers(0, 31, 27, np.int32)
     _, state = model(jnp.asarray(tokens[None, :9]))
@@ -161,6 +164,7 @@ def test_the_attention_map_is_exact(model):
     assert not np.allclose(without[0].weights, layers[0].weights)
 
 
+@pytest.mark.oldest_python
 def test_explain(tmp_path):
     source = write_corpus(tmp_path / "text")
     save_untrained(gla_config(source=source, validation_fraction=0.3), tmp_path / "run")

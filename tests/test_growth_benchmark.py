@@ -13,6 +13,8 @@ from benchmarks.train_steps import count_parameters
 from simplernn_jax.config import validate
 from simplernn_jax.sharding.mesh import check_fits
 
+pytestmark = pytest.mark.oldest_python
+
 
 @pytest.mark.parametrize(("name", "parameters"), [("small", 24.7), ("gpt2_size", 123.6)])
 def test_named_sizes_fit_all_meshes(name, parameters):

@@ -113,6 +113,7 @@ def test_tokenizers_are_compared_by_content(tmp_path):
                 initial_tokenizer(fine_tuned(initial, tmp_path, tokenizer=other))
 
 
+@pytest.mark.oldest_python
 def test_a_checkpoint_of_flash_linear_attention_is_a_start(tmp_path):
     gla = {"block": "gla", "num_layers": 2, "norm_epsilon": 1e-5}
     config = small_config(source=write_corpus(tmp_path / "texts"), seed=3, **gla)
@@ -130,6 +131,7 @@ def test_a_checkpoint_of_flash_linear_attention_is_a_start(tmp_path):
         train(fine_tuned(out, tmp_path, **gla), str(tmp_path / "refused"))
 
 
+@pytest.mark.oldest_python
 def test_pytorch_weights_are_a_start(tmp_path):
     plain = {"block": "plain", "num_layers": 2, "key_dim": 5, "value_dim": 7}
     config = small_config(source=write_corpus(tmp_path / "texts"), seed=3, **plain)

@@ -16,6 +16,8 @@ from benchmarks.ladder.timed_training import hold_out_training_text, make_learne
 from simplernn_jax.data.token_store import prepare_corpus
 from simplernn_jax.errors import UserError
 
+pytestmark = pytest.mark.oldest_python
+
 WORDS = ["to", "be", "or", "not", "that", "is", "the", "question"]
 NEEDS_TORCH = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="PyTorch is not installed"

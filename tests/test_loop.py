@@ -96,6 +96,7 @@ def earlier_leaves(tree):
     return leaves
 
 
+@pytest.mark.oldest_python
 def test_a_checkpoint_under_the_leaf_names_of_earlier_versions_is_resumed(tmp_path, monkeypatch):
     """Muon's state holds that of AdamW, for all but matrices."""
     source = write_corpus(tmp_path / "text")
@@ -125,6 +126,7 @@ def with_train(config, **fields):
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
 
 
+@pytest.mark.oldest_python
 def test_a_metrics_row_is_the_mean_since_the_last_one_across_an_interruption(
     whole, tmp_path, monkeypatch
 ):
@@ -211,6 +213,7 @@ def profiles(workdir):
     return sorted((workdir / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb"))
 
 
+@pytest.mark.oldest_python
 def test_profiles_change_nothing_and_may_be_requested_on_resume(
     whole, tmp_path, monkeypatch, capsys
 ):
@@ -259,6 +262,7 @@ SENTENCES = (
 )
 
 
+@pytest.mark.oldest_python
 def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch, capsys):
     write_corpus(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -410,6 +414,7 @@ def test_a_run_without_data_leaves_no_workdir(tmp_path, exists):
     assert workdir.exists() == exists
 
 
+@pytest.mark.oldest_python
 def test_the_last_checkpoint_is_evaluated_as_those_before_it(tmp_path):
     config = small_config(
         source=write_corpus(tmp_path / "text"),

@@ -176,6 +176,7 @@ with distributed.joined(address, 2, int(number), 100):
 """
 
 
+@pytest.mark.oldest_python
 def test_processes_that_differ_or_that_nobody_joins_are_refused_with_one_line(tmp_path, start):
     address, single = free_address(), [free_address(), free_address()]
     flags = ["--config=configs/tiny.py", "--distributed", "--num_processes=2", "--join_timeout=1"]

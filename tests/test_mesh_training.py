@@ -176,6 +176,7 @@ def without_scalars(found):
     )
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize("mesh_name", MESHES)
 def test_steps_equal_one_device_and_collectives_are_those_of_the_design(mesh_name):
     with jax.enable_x64(True):
@@ -201,6 +202,7 @@ def test_steps_equal_one_device_and_collectives_are_those_of_the_design(mesh_nam
     assert scalars <= 2 + 2 * len(jax.tree.leaves(state.params))
 
 
+@pytest.mark.oldest_python
 def test_gradient_accumulation_and_muon_equal_one_device():
     options = {"gradient_accumulation": 2, "name": "muon", "tie_embeddings": False}
     options |= RECURRENCE
@@ -214,6 +216,7 @@ def test_gradient_accumulation_and_muon_equal_one_device():
     assert found == exchanged(MESHES[mesh_name], config_of(**options), 8)
 
 
+@pytest.mark.oldest_python
 def test_accumulated_gradients_are_reduced_once():
     options = {"gradient_accumulation": 2, "precision": "float32"} | RECURRENCE
     options["mode"] = "window"  # carried states would be reduced in each group
@@ -241,6 +244,7 @@ def test_collectives_in_loops_and_of_booleans_are_counted():
     assert bytes_by_kind(text, config) == {"all-gather": 14, "all-reduce": 5 * 28}
 
 
+@pytest.mark.oldest_python
 def test_dropout_differs_between_devices_and_is_reproducible():
     name, options = "data 2, fsdp 2, tensor 2", {"precision": "float32", "dropout": 0.5}
     options["mixer"] = "simple_rnn"
@@ -261,6 +265,7 @@ def compile_abstractly(config, mesh):
     return state, lowered.compile()
 
 
+@pytest.mark.oldest_python
 def test_collectives_are_independent_of_the_sequence_length():
     found = []
     for length in (1024, 65_536):

@@ -73,6 +73,7 @@ def assert_near(found, expected, quantize):
     assert error.mean() <= mean
 
 
+@pytest.mark.oldest_python
 @pytest.mark.parametrize(("sizes", "quantize"), KINDS)
 def test_equals_the_modules_and_does_not_depend_on_the_batch(sizes, quantize):
     model = make_model(sizes, quantize)
@@ -90,6 +91,7 @@ def test_equals_the_modules_and_does_not_depend_on_the_batch(sizes, quantize):
             np.testing.assert_array_equal(ours, theirs[:batch])
 
 
+@pytest.mark.oldest_python
 @pytest.mark.parametrize(("sizes", "quantize"), KINDS)
 @pytest.mark.parametrize("lengths", [[131], [1, 37, 93]])
 def test_results_do_not_depend_on_the_number_of_tokens_in_a_call(sizes, quantize, lengths):
@@ -108,6 +110,7 @@ def test_results_do_not_depend_on_the_number_of_tokens_in_a_call(sizes, quantize
     assert_near(heads, expected, quantize)
 
 
+@pytest.mark.oldest_python
 @pytest.mark.parametrize("quantize", ["none", "int4"])
 def test_sequences_of_a_call_have_lengths_of_their_own(quantize):
     model = make_model("small", quantize)
@@ -155,6 +158,7 @@ def test_an_id_outside_of_the_vocabulary_gives_nan():
     assert np.isnan(logits).all(axis=-1).ravel().tolist() == [False, True, True]
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize("quantize", QUANTIZATIONS)
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "top_k": 20}])
 def test_generates_the_tokens_of_the_modules(quantize, settings, monkeypatch):

@@ -119,6 +119,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.fewer_cases
 # Higher orders use the definition for any method.
 @pytest.mark.parametrize(
     ("transformed", "methods"),
@@ -180,6 +181,7 @@ def draw_model_of(precision):
     return draw_model(precision, 2, 256, **sizes)
 
 
+@pytest.mark.oldest_python
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_second_derivatives_of_the_model(precision):
     run, params, tokens = draw_model_of(precision)

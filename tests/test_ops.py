@@ -94,6 +94,7 @@ CASES = (
 )
 
 
+@pytest.mark.fewer_cases
 # In float64 "auto" is "chunkwise"; lower precisions round the same sums.
 @pytest.mark.parametrize(
     ("dtype", "method", "length", "shape", "gates", "segments"),
@@ -115,6 +116,7 @@ def test_equals_scan(dtype, method, length, shape, gates, segments):
     check(inputs, ids, cotangents, dtype, LIMITS[dtype], **METHODS[method])
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize("chunk_size", [8, 16, 128])
 def test_equals_scan_for_any_chunk_size(chunk_size):
     inputs, cotangents = draw_inputs(131, SHAPES[0], "mixed", seed=2)

@@ -12,6 +12,8 @@ from benchmarks import memory, scaling, train_steps
 from benchmarks.measure import Effort
 from simplernn_jax import config as config_lib
 
+pytestmark = pytest.mark.oldest_python
+
 BATCH, LENGTH = 8, 8
 EFFORT = Effort(1, 1)
 

@@ -51,6 +51,7 @@ def on_devices(devices, inputs, segment_ids, cotangents):
     return value_and_gradients(lambda *inputs: run(*inputs, segment_ids), inputs, cotangents)
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize("devices", [3, 8])
 @pytest.mark.parametrize("has_segments", [False, True])
 def test_equals_one_device(devices, has_segments):

@@ -16,6 +16,8 @@ from simplernn_jax import load_model
 from simplernn_jax.inference import generate_text, load_state, save_state
 from simplernn_jax.serving.server import listen
 
+pytestmark = pytest.mark.oldest_python
+
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):

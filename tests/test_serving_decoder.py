@@ -79,6 +79,7 @@ def run(decoder, jobs):
     return found, cached
 
 
+@pytest.mark.oldest_python
 def test_failed_jobs_report_tokens_that_were_held_back(decoder, monkeypatch):
     job = Job(tokens_of(3, 5), Sampling(), 10 * MAX_BLOCK, is_streamed=True)
     (expected,) = run(decoder, [job])[0].values()
@@ -133,6 +134,7 @@ def test_alone_together_and_from_the_cache_are_the_same_bits(decoder):
     }
 
 
+@pytest.mark.oldest_python
 @needs_compiler
 def test_where_a_c_function_decodes_the_number_of_slots_changes_no_bit():
     model = quantize_model(small_model("residual", vocab_size=VOCAB), "int8")
@@ -212,6 +214,7 @@ def test_a_long_prompt_alone_is_prefilled_in_many_steps(decoder):
     assert decoder.is_idle
 
 
+@pytest.mark.oldest_python
 @pytest.mark.parametrize("step", range(1, 12, 2))
 def test_every_job_of_a_failing_step_gets_an_end(model, monkeypatch, step):
     decoder = Decoder(model, num_slots=3, cache_bytes=0)

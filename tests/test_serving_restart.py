@@ -16,6 +16,8 @@ from simplernn_jax import load_model
 from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.inference import generate_text, load_state
 
+pytestmark = pytest.mark.oldest_python
+
 PROMPTS = [("ab cé" * (1 + 7 * n))[: 3 + 11 * n] for n in range(32)]
 
 

@@ -59,6 +59,7 @@ def by_scan(segments):
     return value_and_gradients("scan", segments)(*draw())
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize("method", FAST_METHODS)
 @pytest.mark.parametrize(
     ("batch", "time", "heads", "segments"),
@@ -161,6 +162,7 @@ def test_shards_of_unequal_length(method):
     )
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     ("precision", "spec", "kinds"),
     [

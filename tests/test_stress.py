@@ -41,6 +41,7 @@ def test_an_exception_of_an_experiment_is_its_last_failure(tmp_path, capsys):
     assert "RuntimeError: no compiler" in capsys.readouterr().out
 
 
+@pytest.mark.oldest_python
 def test_damage_that_nothing_detects_is_found(tmp_path, monkeypatch):
     """Without checksums, parameters that were overwritten are loaded, or Orbax fails in its way."""
 
@@ -62,6 +63,7 @@ def new(folder):
     return folder
 
 
+@pytest.mark.oldest_python
 def test_damage_stays_in_its_folder(tmp_path):
     """A link of one case would otherwise be followed when the next one copies the whole run."""
     for name in ("whole", "damaged"):

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from processes import ROOT, run_python
 from small_runs import write_corpus
 
@@ -15,6 +16,7 @@ def test_no_outputs_are_stored():
             assert (cell["outputs"], cell["execution_count"]) == ([], None)
 
 
+@pytest.mark.oldest_python
 def test_the_cells_run(tmp_path):
     write_corpus(tmp_path / "texts")
     small = {'SOURCE = "stdlib"': 'SOURCE = "texts"', "STEPS = 900": "STEPS = 3"}

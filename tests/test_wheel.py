@@ -122,6 +122,7 @@ def run(binaries, cwd, *arguments, **environment):
     return done.stdout, done.stderr
 
 
+@pytest.mark.oldest_python
 def test_train_sample_evaluate_and_export_from_an_empty_folder(installed, tmp_path):
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
     run_of = "--workdir=runs/tiny"
@@ -141,6 +142,7 @@ def test_train_sample_evaluate_and_export_from_an_empty_folder(installed, tmp_pa
     assert (tmp_path / "shared" / "model.html").is_file()
 
 
+@pytest.mark.oldest_python
 def test_every_command_shows_its_help(installed, tmp_path):
     shown, _ = run(installed, tmp_path, "python", "-m", "simplernn_jax", "--help")
     assert shown == run(installed, tmp_path, "simplernn")[0]
@@ -154,6 +156,7 @@ def test_every_command_shows_its_help(installed, tmp_path):
     assert "--max_new_tokens" in script
 
 
+@pytest.mark.oldest_python
 def test_modules_and_configurations(installed, tmp_path):
     code = """
 import importlib, pathlib, sys, sysconfig
