@@ -83,7 +83,7 @@ def small_run() -> Config:
     config = train_steps.load_config("tiny", BATCH, LENGTH, steps=STEPS, eval_tokens=65536)
     config.model.vocab_size = 260  # even, so that a mesh can divide it
     change(config, hidden_dim=64, key_dim=64, value_dim=64, mlp_dim=256)
-    return change(config, learning_rate=1e-2, warmup_steps=50)
+    return change(config, learning_rate=1e-2, warmup_steps=50, gradient_accumulation=1)
 
 
 def compare(base: Config, workdir: str) -> tuple[list[Row], Trained]:

@@ -31,6 +31,7 @@ def run(_: Effort) -> Iterator[Table]:
 def compare_meshes(name: str) -> list[Row]:
     """Compile ``configs/NAME.py`` on each of `MESHES`."""
     config = config_flag.load_config(project.ROOT / "configs" / f"{name}.py")
+    change(config, gradient_accumulation=max(1, config.train.gradient_accumulation))  # as on GPUs
     rows: list[Row] = []
     for sizes in MESHES:
         change(config, **{"data": 1, "fsdp": 1, "tensor": 1} | dict(sizes))

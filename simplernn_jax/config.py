@@ -168,8 +168,10 @@ class TrainConfig:
     """Optimizer steps; exactly one of steps and epochs is set."""
     epochs: float = 0.0
     """Passes over the training split."""
-    gradient_accumulation: int = 1
-    """Microbatches whose gradients are summed before one update; divides batch_size."""
+    gradient_accumulation: int = 0
+    """Microbatches whose gradients are summed before one update; divides batch_size. 0: on a single
+    CPU device, as few as have at most 1,024 tokens each, whose activations stay in the caches; 1
+    elsewhere."""
     max_skipped_updates: int = 10
     """Consecutive updates with a non-finite loss or gradient after which the run aborts."""
     log_every: int = 10

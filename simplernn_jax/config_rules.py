@@ -28,7 +28,7 @@ _MAX_FLOAT = 3.4e38
 _MIN = {
     **dict.fromkeys(("num_layers", "vocab_size", "hidden_dim", "key_dim", "value_dim"), 1),
     **dict.fromkeys(("num_heads", "mlp_dim", "attention_context"), 1),
-    **dict.fromkeys(("batch_size", "sequence_length", "gradient_accumulation"), 1),
+    **dict.fromkeys(("batch_size", "sequence_length"), 1),
     **dict.fromkeys(("max_skipped_updates", "fsdp", "tensor", "sequence", "stage"), 1),
     "keep_last": 2,
     **dict.fromkeys(("epsilon", "data"), -_MAX_FLOAT),  # checked by `_check_run`
@@ -168,7 +168,7 @@ def _check_run(values: Mapping[str, Any]) -> None:
         reject("train.stop_after_worse", allowed)
     if window and length % window:
         reject("train.backward_window", f"a divisor of data.sequence_length={length}")
-    if batch_size % values["train.gradient_accumulation"]:
+    if batch_size % max(1, values["train.gradient_accumulation"]):
         reject("train.gradient_accumulation", f"a divisor of data.batch_size={batch_size}")
     if values["mesh.data"] < 1 and values["mesh.data"] != -1:
         reject("mesh.data", "at least 1, or -1 for the remaining devices")

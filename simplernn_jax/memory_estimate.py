@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from simplernn_jax.config import GATE_RANK, Config, ModelConfig
 from simplernn_jax.devices import device_memory
 from simplernn_jax.errors import UserError, format_bytes
+from simplernn_jax.sharding.mesh import choose_microbatches
 
 _FLOAT32 = 4
 _TOKEN_BYTES = 8
@@ -45,7 +46,7 @@ def check_training(config: Config, mesh: Mesh) -> float:
     Raises:
       UserError: it cannot fit; names the largest part and the fields to lower.
     """
-    estimate = estimate_training(config, dict(mesh.shape))
+    estimate = estimate_training(choose_microbatches(config, mesh), dict(mesh.shape))
     return _check("this run", estimate, _TRAINING_FIELDS, mesh)
 
 
@@ -82,7 +83,7 @@ def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
     weights = _FLOAT32 * num_weights(model) / (sizes["fsdp"] * sizes["tensor"] * sizes["stage"])
     moments = 2 if config.optimizer.name == "adamw" else 1
     device_sequences = data.batch_size / (sizes["data"] * sizes["fsdp"])
-    sequences = device_sequences / train.gradient_accumulation
+    sequences = device_sequences / max(1, train.gradient_accumulation)
     length = (train.backward_window or data.sequence_length) / sizes["sequence"]
     layers = model.num_layers / sizes["stage"]
     saved = float(model.hidden_dim)

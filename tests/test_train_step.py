@@ -10,10 +10,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from meshes import mesh_of
 from references import assert_same_bytes
 from small_runs import random_batch, small_config
 
 from simplernn_jax.models.initialization import abstract_model
+from simplernn_jax.sharding.mesh import choose_microbatches
 from simplernn_jax.training.losses import summed_cross_entropy
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step
@@ -137,6 +139,39 @@ def test_gradient_accumulation_equals_the_whole_batch():
     in_groups, group_metrics = three[1](state, batch)
     chex.assert_trees_all_close(in_groups, whole, atol=1e-6)
     chex.assert_trees_all_close(group_metrics, metrics, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "length", "window", "expected"),
+    [
+        (8, 128, 0, 1),  # 1,024 tokens
+        (8, 129, 0, 2),
+        (6, 512, 0, 3),
+        (7, 512, 0, 7),  # no divisor of 7 leaves two sequences
+        (3, 1025, 0, 3),
+        (8, 1024, 64, 1),  # the activations of one window
+        (10**9 + 7, 8, 0, 10**9 + 7),
+    ],
+)
+def test_microbatches_on_one_cpu_device_have_at_most_1024_tokens(size, length, window, expected):
+    fields = {"batch_size": size, "sequence_length": length, "backward_window": window}
+    config = small_config(**fields)
+    assert choose_microbatches(config, None).train.gradient_accumulation == expected
+    assert choose_microbatches(config, mesh_of(data=1)).train.gradient_accumulation == expected
+    assert choose_microbatches(config, mesh_of(data=2)).train.gradient_accumulation == 1
+    given = small_config(**fields, gradient_accumulation=1)
+    assert choose_microbatches(given, None) is given
+
+
+def test_automatic_microbatches_equal_the_whole_batch():
+    sizes = {"mode": "stream", "sequence_length": 347}
+    batch = random_batch(0, SIZE, 347, VOCAB)
+    results = []
+    for fields in ({}, {"gradient_accumulation": 1}, {"gradient_accumulation": 3}):
+        state, step = run_of(sgd=True, **sizes, **fields)
+        results.append(step(state, batch))
+    chex.assert_trees_all_close(results[0], results[1], atol=1e-6, rtol=1e-5)
+    assert_same_bytes(results[0], results[2])
 
 
 def test_a_batch_without_predictions_changes_no_parameter():

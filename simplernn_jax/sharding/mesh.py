@@ -1,5 +1,6 @@
 """The mesh of devices of a configuration, and checks that the run can be sharded over it."""
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from simplernn_jax.config import GATE_RANK, Config, MeshConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.mesh_axes import AXES, BATCH_AXES
 from simplernn_jax.ops.sequence_parallel import MIN_SHARD_TOKENS
+
+_MICROBATCH_TOKENS = 1024
+"""Of a few hundred channels: megabytes of activations per layer, which second-level caches hold."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -47,6 +51,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     )
 
 
+def choose_microbatches(config: Config, mesh: Mesh | None) -> Config:
+    """Return the configuration with ``train.gradient_accumulation`` set, where it is 0.
+
+    The choice depends on sizes alone, so that the number of cores changes no bit.
+    """
+    if config.train.gradient_accumulation:
+        return config
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    microbatches, size = 1, config.data.batch_size
+    if device.platform == "cpu" and (mesh is None or mesh.size == 1):
+        length = config.train.backward_window or config.data.sequence_length
+        most = min(size, _MICROBATCH_TOKENS // length)
+        microbatches = size // next((n for n in range(most, 0, -1) if size % n == 0), 1)
+    train = dataclasses.replace(config.train, gradient_accumulation=microbatches)
+    return dataclasses.replace(config, train=train)
+
+
 def describe(mesh: Mesh) -> str:
     """Describe the devices of a run: ``cpu``, or ``8 x cpu (data 2, fsdp 4)``."""
     kind: str = mesh.devices.flat[0].device_kind
@@ -57,7 +78,7 @@ def describe(mesh: Mesh) -> str:
 def check_fits(config: Config, mesh: Mesh) -> None:
     """Raise `UserError` if the mesh does not divide all that it shards; names field and sizes."""
     model, data, sizes = config.model, config.data, mesh.shape
-    groups = config.train.gradient_accumulation
+    groups = max(1, config.train.gradient_accumulation)
     # The tokens of each backward window are sharded.
     tokens, time = data.sequence_length, "data.sequence_length"
     if config.train.backward_window:

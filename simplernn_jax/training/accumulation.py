@@ -41,14 +41,14 @@ def accumulate_gradients(grad_fn: GradFn, num_microbatches: int) -> GradFn:
 
     Args:
       grad_fn: gradient function of one microbatch ``[B / num_microbatches, ...]``.
-      num_microbatches: divides B; otherwise `reshape` raises TypeError (ValueError for NumPy
-        arrays).
+      num_microbatches: divides B, otherwise `reshape` raises TypeError (ValueError for NumPy
+        arrays); 0 is 1.
 
     Returns:
       The gradient function of a batch ``[B, ...]``; losses and gradients of microbatches are
       summed, and microbatch i has the dropout key ``fold_in(dropout_key, i)``.
     """
-    if num_microbatches == 1:
+    if num_microbatches <= 1:
         return grad_fn
 
     def accumulated_grad_fn(

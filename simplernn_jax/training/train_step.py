@@ -16,6 +16,7 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
+from simplernn_jax.sharding.mesh import choose_microbatches
 from simplernn_jax.sharding.partition_specs import (
     axes_specs,
     is_distributed,
@@ -125,6 +126,7 @@ def make_train_step(
     Raises:
       ValueError: there are pipeline stages, and the layers differ.
     """
+    config = choose_microbatches(config, mesh)
     grad_fn, window = make_grad_fn(config, recurrence), config.train.backward_window
     optimizer = optax.with_extra_args_support(optimizer)
     options: dict[str, Any] = {}
