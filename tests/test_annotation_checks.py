@@ -8,6 +8,7 @@ import pytest
 from simplernn_jax.training.losses import cross_entropy
 
 
+@pytest.mark.oldest_python
 def test_arguments_are_checked_against_annotations():
     logits, targets = jnp.zeros((2, 3, 5)), jnp.zeros((2, 3), jnp.int32)
     # Within pytest.raises the checks are off.

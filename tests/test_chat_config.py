@@ -16,7 +16,7 @@ def test_a_trained_model_answers_over_fifty_turns(tmp_path):
     assert made.code == 0, made.errors
     command = (
         *("scripts/train.py", "--config=configs/chat.py", f"--workdir={tmp_path / 'run'}"),
-        *(f"--config.data.source={path}", "--config.train.steps=300"),
+        *(f"--config.data.source={path}", "--config.train.steps=200"),
         "--config.train.eval_every=0",
     )
     (trained,) = run_scripts(command, XLA_FLAGS="")  # optimized code, unlike that of other tests

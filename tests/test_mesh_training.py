@@ -95,7 +95,8 @@ def exchanged(sizes, config, itemsize):
     )
     model, layers = config.model, config.model.num_layers
     rows = config.data.batch_size // (mesh.shape["data"] * fsdp)
-    rows //= max(1, config.train.gradient_accumulation)  # of each iteration of the loop over microbatches
+    # Of each iteration of the loop over microbatches.
+    rows //= max(1, config.train.gradient_accumulation)
     tokens = rows * config.data.sequence_length // sequence
     heads, key_dim, value_dim = (
         model.num_heads // tensor,
