@@ -63,7 +63,7 @@ def bytes_by_kind(text: str, config: Config) -> Counter[str]:
     The only loop with collectives is that over microbatches, without BPTT windows and shards of
     time.
     """
-    repeats = config.train.gradient_accumulation - 1
+    repeats = max(1, config.train.gradient_accumulation) - 1
     exchanged: Counter[str] = Counter()
     for part, times in ((text, 1), (text_of_loops(text), repeats)):
         for (kind, size), count in collectives(part).items():

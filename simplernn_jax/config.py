@@ -111,7 +111,8 @@ class DataConfig:
     """``window``: random windows from a zero state; ``stream``: contiguous sequences whose state is
     carried from batch to batch (truncated BPTT); ``document``: padded documents."""
     batch_size: int = 16
-    """Sequences of one optimizer step; divisible by data * fsdp * gradient_accumulation."""
+    """Sequences of one optimizer step; divisible by data * fsdp, times gradient_accumulation if
+    that is not 0."""
     sequence_length: int = 256
     """Tokens per sequence."""
     stride: int = 0
@@ -169,9 +170,9 @@ class TrainConfig:
     epochs: float = 0.0
     """Passes over the training split."""
     gradient_accumulation: int = 0
-    """Microbatches whose gradients are summed before one update; divides batch_size. 0: on a single
-    CPU device, as few as have at most 1,024 tokens each, whose activations stay in the caches; 1
-    elsewhere."""
+    """Microbatches whose gradients are summed before one update; divides batch_size. 0 chooses: on
+    a single CPU device, microbatches of about 1,024 tokens, whose activations stay in cache (or of
+    one sequence, if it is longer); elsewhere 1."""
     max_skipped_updates: int = 10
     """Consecutive updates with a non-finite loss or gradient after which the run aborts."""
     log_every: int = 10
@@ -220,7 +221,7 @@ class MeshConfig:
 
     data: int = -1
     """Data parallelism: shards of the batch, with replicated parameters; -1: the remaining devices.
-    data * fsdp * gradient_accumulation divides batch_size."""
+    data * fsdp, times gradient_accumulation if that is not 0, divides batch_size."""
     fsdp: int = 1
     """Shards of batch, parameters and optimizer state; divides hidden_dim (gla block: and 16)."""
     tensor: int = 1

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from simplernn_jax.config import GATE_RANK, Config, ModelConfig
 from simplernn_jax.devices import device_memory
 from simplernn_jax.errors import UserError, format_bytes
-from simplernn_jax.sharding.mesh import choose_microbatches
 
 _FLOAT32 = 4
 _TOKEN_BYTES = 8
@@ -46,7 +45,7 @@ def check_training(config: Config, mesh: Mesh) -> float:
     Raises:
       UserError: it cannot fit; names the largest part and the fields to lower.
     """
-    estimate = estimate_training(choose_microbatches(config, mesh), dict(mesh.shape))
+    estimate = estimate_training(config, dict(mesh.shape))
     return _check("this run", estimate, _TRAINING_FIELDS, mesh)
 
 
@@ -78,7 +77,7 @@ def check_evaluation(model: ModelConfig, window: int) -> None:
 
 
 def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
-    """Estimate a train step on one device of a mesh of `sizes`."""
+    """Estimate a train step on one device of a mesh of `sizes`; no automatic microbatches."""
     model, data, train = config.model, config.data, config.train
     weights = _FLOAT32 * num_weights(model) / (sizes["fsdp"] * sizes["tensor"] * sizes["stage"])
     moments = 2 if config.optimizer.name == "adamw" else 1

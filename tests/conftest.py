@@ -1,6 +1,8 @@
 """Strict settings for every test; they are in place before JAX is first used."""
 
+import collections
 import gc
+import math
 import os
 import platform
 import sys
@@ -28,7 +30,7 @@ import pytest
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
-if sys.version_info < (3, 12):  # on one Python: an eighth of the time
+if sys.version_info < (3, 12):  # the checks take an eighth of the time of tests
     # Annotations of these are checked at every call; nothing may have imported them before.
     jaxtyping.install_import_hook(
         [
@@ -106,15 +108,18 @@ LONGEST = ("test_docs", "test_many_processes", "test_chat_config", "test_serving
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONGEST)
     if sys.version_info >= (3, 12):
+        others = _other_cases([item for item in items if item.get_closest_marker("fewer_cases")])
         for item in items:
-            if item.get_closest_marker("oldest_python") or _is_other_case(item):
-                item.add_marker(pytest.mark.skip(reason="runs on Python 3.11"))
+            if item.get_closest_marker("oldest_python") or item in others:
+                item.add_marker(pytest.mark.skip(reason="only on 3.11: see CONTRIBUTING.md"))
 
 
-def _is_other_case(item):
-    """Whether the item is among the two thirds of the cases of its test that one Python runs."""
-    is_marked = item.get_closest_marker("fewer_cases") is not None
-    return is_marked and zlib.crc32(item.name.encode()) % 3 != 0
+def _other_cases(items):
+    """Two thirds of the cases of every test, spread over its parameters by a hash."""
+    cases = collections.defaultdict(list)
+    for item in sorted(items, key=lambda item: zlib.crc32(item.name.encode())):
+        cases[item.path, item.originalname].append(item)
+    return {item for each in cases.values() for item in each[math.ceil(len(each) / 3) :]}
 
 
 def pytest_collection_finish():

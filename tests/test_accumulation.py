@@ -173,7 +173,6 @@ def working_memory(**fields):
     return megabytes(compile_quickly(config_of(**long | fields)))
 
 
-@pytest.mark.oldest_python
 def test_windows_and_rematerialization_need_less_memory():
     everything, block, truncated, exact = (
         working_memory(**fields)

@@ -112,7 +112,7 @@ def test_long_generations_and_contexts_are_refused(check, fits, too_much, messag
 
 def test_simulated_devices_share_the_memory_of_the_machine():
     config = Config()
-    config.data.batch_size, config.train.gradient_accumulation = 4 * 10**6, 1
+    config.data.batch_size = 4 * 10**6
     for devices, has in ((1, "this machine has 24 GB"), (4, "each of 4 devices has 6 GB")):
         config.mesh.data = devices
         with pytest.raises(UserError, match=has):

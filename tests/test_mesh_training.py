@@ -217,7 +217,6 @@ def test_gradient_accumulation_and_muon_equal_one_device():
     assert found == exchanged(MESHES[mesh_name], config_of(**options), 8)
 
 
-@pytest.mark.oldest_python
 def test_accumulated_gradients_are_reduced_once():
     options = {"gradient_accumulation": 2, "precision": "float32"} | RECURRENCE
     options["mode"] = "window"  # carried states would be reduced in each group

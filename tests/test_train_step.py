@@ -15,7 +15,7 @@ from references import assert_same_bytes
 from small_runs import random_batch, small_config
 
 from simplernn_jax.models.initialization import abstract_model
-from simplernn_jax.sharding.mesh import choose_microbatches
+from simplernn_jax.training.accumulation import choose_microbatches
 from simplernn_jax.training.losses import summed_cross_entropy
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step
@@ -145,15 +145,18 @@ def test_gradient_accumulation_equals_the_whole_batch():
     ("size", "length", "window", "expected"),
     [
         (8, 128, 0, 1),  # 1,024 tokens
-        (8, 129, 0, 2),
+        (8, 181, 0, 1),  # 1,448 or 724
+        (8, 182, 0, 2),  # 1,456 or 728
         (6, 512, 0, 3),
-        (7, 512, 0, 7),  # no divisor of 7 leaves two sequences
-        (3, 1025, 0, 3),
+        (17, 61, 0, 1),  # 1,037 or 61
+        (1021, 8, 0, 1),  # 8,168 or 8
+        (3, 1031, 0, 3),  # one sequence
         (8, 1024, 64, 1),  # the activations of one window
-        (10**9 + 7, 8, 0, 10**9 + 7),
+        (10**9, 8, 0, 10**9 // 128),
+        (10**9 + 7, 8, 0, 10**9 + 7),  # no divisor but itself
     ],
 )
-def test_microbatches_on_one_cpu_device_have_at_most_1024_tokens(size, length, window, expected):
+def test_microbatches_on_one_cpu_device_have_about_1024_tokens(size, length, window, expected):
     fields = {"batch_size": size, "sequence_length": length, "backward_window": window}
     config = small_config(**fields)
     assert choose_microbatches(config, None).train.gradient_accumulation == expected
@@ -167,7 +170,7 @@ def test_automatic_microbatches_equal_the_whole_batch():
     sizes = {"mode": "stream", "sequence_length": 347}
     batch = random_batch(0, SIZE, 347, VOCAB)
     results = []
-    for fields in ({}, {"gradient_accumulation": 1}, {"gradient_accumulation": 3}):
+    for fields in ({}, {"gradient_accumulation": 1}, {"gradient_accumulation": 2}):
         state, step = run_of(sgd=True, **sizes, **fields)
         results.append(step(state, batch))
     chex.assert_trees_all_close(results[0], results[1], atol=1e-6, rtol=1e-5)

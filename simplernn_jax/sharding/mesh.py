@@ -1,6 +1,5 @@
 """The mesh of devices of a configuration, and checks that the run can be sharded over it."""
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -13,9 +12,6 @@ from simplernn_jax.config import GATE_RANK, Config, MeshConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.mesh_axes import AXES, BATCH_AXES
 from simplernn_jax.ops.sequence_parallel import MIN_SHARD_TOKENS
-
-_MICROBATCH_TOKENS = 1024
-"""Of a few hundred channels: megabytes of activations per layer, which second-level caches hold."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -49,23 +45,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         axis_types=(AxisType.Auto,) * len(AXES),
         devices=devices[:needed],
     )
-
-
-def choose_microbatches(config: Config, mesh: Mesh | None) -> Config:
-    """Return the configuration with ``train.gradient_accumulation`` set, where it is 0.
-
-    The choice depends on sizes alone, so that the number of cores changes no bit.
-    """
-    if config.train.gradient_accumulation:
-        return config
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    microbatches, size = 1, config.data.batch_size
-    if device.platform == "cpu" and (mesh is None or mesh.size == 1):
-        length = config.train.backward_window or config.data.sequence_length
-        most = min(size, _MICROBATCH_TOKENS // length)
-        microbatches = size // next((n for n in range(most, 0, -1) if size % n == 0), 1)
-    train = dataclasses.replace(config.train, gradient_accumulation=microbatches)
-    return dataclasses.replace(config, train=train)
 
 
 def describe(mesh: Mesh) -> str:

@@ -7,6 +7,8 @@ typed PRNG key, `predictions` an int32 scalar of at least 1. The loss, a float32
 divided by `predictions`, so that the losses of all microbatches and windows add up to a mean.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,14 +16,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from simplernn_jax.array_types import ModelState
+from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.collectives import vary_like
 
 LossFn = Callable[..., tuple[jax.Array, ModelState]]
 GradFn = Callable[..., tuple[jax.Array, nnx.State, ModelState]]
+
+_MICROBATCH_TOKENS = 1024
+"""With a few hundred channels, a layer's activations are a few MB, the size of an L2 cache."""
+_MAX_SEQUENCES = 8192
+"""Number of sequences up to which the divisors of a batch are searched."""
+
+
+def choose_microbatches(config: Config, mesh: Mesh | None) -> Config:
+    """Return the configuration with ``train.gradient_accumulation`` set, where it is 0.
+
+    On a single CPU device, it is the divisor of ``data.batch_size`` whose microbatches come
+    closest, by their ratio, to 1,024 tokens; elsewhere 1. As this depends on sizes alone, results
+    are bitwise independent of the number of cores.
+    """
+    if config.train.gradient_accumulation:
+        return config
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    size, microbatches = config.data.batch_size, 1
+    if device.platform == "cpu" and (mesh is None or mesh.size == 1):
+        length = config.train.backward_window or config.data.sequence_length
+        divisors = [n for n in range(1, min(size, _MAX_SEQUENCES) + 1) if size % n == 0]
+        ratios = {n: abs(math.log(n * length / _MICROBATCH_TOKENS)) for n in [*divisors, size]}
+        microbatches = size // min(ratios, key=ratios.__getitem__)
+    train = dataclasses.replace(config.train, gradient_accumulation=microbatches)
+    return dataclasses.replace(config, train=train)
 
 
 def value_and_grad_with_carry(loss_fn: LossFn) -> GradFn:
@@ -42,7 +71,7 @@ def accumulate_gradients(grad_fn: GradFn, num_microbatches: int) -> GradFn:
     Args:
       grad_fn: gradient function of one microbatch ``[B / num_microbatches, ...]``.
       num_microbatches: divides B, otherwise `reshape` raises TypeError (ValueError for NumPy
-        arrays); 0 is 1.
+        arrays); 0 means 1.
 
     Returns:
       The gradient function of a batch ``[B, ...]``; losses and gradients of microbatches are

@@ -59,9 +59,9 @@ def make_grad_fn(config: Config, recurrence: Recurrence = gated_linear_recurrenc
 
     It maps ``(params, batch, carried, rng, step)`` to ``(loss, predictions, gradient, carried)``;
     `rng` is raw uint32 key data, `step` int32. With ``train.backward_window``, the batch is split
-    by `split_into_windows`; ``train.gradient_accumulation`` 0 is 1. The loss is the mean over all
-    predictions, in nats. Inside `jax.shard_map`, arguments and results are this device's shards,
-    but loss and predictions are global.
+    by `split_into_windows`; ``train.gradient_accumulation`` 0 means 1. The loss is the mean over
+    all predictions, in nats. Inside `jax.shard_map`, arguments and results are this device's
+    shards, but loss and predictions are global.
     """
     graph, _ = abstract_train_model(config, recurrence)
     dropout = config.model.dropout > 0

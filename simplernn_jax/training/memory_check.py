@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from simplernn_jax import memory_estimate
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
+from simplernn_jax.training.accumulation import choose_microbatches
 from simplernn_jax.training.train_step import init_train_state, make_train_step
 
 ANALYSIS_THRESHOLD = 0.25
@@ -22,6 +23,7 @@ third of XLA's analysis, and compilation takes about 10 s."""
 
 def check_train_step(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> None:
     """Raise `UserError` if the train step does not fit in memory, before anything is allocated."""
+    config = choose_microbatches(config, mesh)
     if memory_estimate.check_training(config, mesh) < ANALYSIS_THRESHOLD:
         return
     step: Any = make_train_step(config, optimizer, mesh)

@@ -9,6 +9,7 @@ from simplernn_jax.errors import counted
 from simplernn_jax.project import name_commands
 from simplernn_jax.sharding.mesh import describe
 from simplernn_jax.sharding.pipeline import describe_stages
+from simplernn_jax.training.accumulation import choose_microbatches
 from simplernn_jax.training.display import Display, format_duration
 from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.loss_curve import plot_loss
@@ -58,6 +59,10 @@ class Reporter:
         if config.mesh.stage > 1:
             length = config.train.backward_window or config.data.sequence_length
             self.print_line(describe_stages(length, config.mesh.stage))
+        microbatches = choose_microbatches(config, run.mesh).train.gradient_accumulation
+        if microbatches > 1:
+            sequences, length = config.data.batch_size // microbatches, config.data.sequence_length
+            self.print_line(f"{microbatches} microbatches of {sequences} x {length} tokens")
         if run.first_step:
             self.print_line(f"resuming {run.workdir} at step {run.first_step} of {run.total_steps}")
         for change in run.changes:

@@ -16,14 +16,13 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.sharding.mesh import choose_microbatches
 from simplernn_jax.sharding.partition_specs import (
     axes_specs,
     is_distributed,
     named_shardings,
     variable_specs,
 )
-from simplernn_jax.training.accumulation import split_into_windows
+from simplernn_jax.training.accumulation import choose_microbatches, split_into_windows
 from simplernn_jax.training.batch_sharding import batch_specs, window_specs
 from simplernn_jax.training.gradient import abstract_train_model, init_model, make_grad_fn
 
