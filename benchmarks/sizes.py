@@ -31,7 +31,6 @@ def run(_: Effort) -> Iterator[Table]:
 def compare_meshes(name: str) -> list[Row]:
     """Compile ``configs/NAME.py`` on each of `MESHES`."""
     config = config_flag.load_config(project.ROOT / "configs" / f"{name}.py")
-    change(config, gradient_accumulation=max(1, config.train.gradient_accumulation))  # as on GPUs
     rows: list[Row] = []
     for sizes in MESHES:
         change(config, **{"data": 1, "fsdp": 1, "tensor": 1} | dict(sizes))
@@ -48,7 +47,7 @@ def measure_step(config: Config) -> Row:
     row: Row = {
         "parameters": count_parameters(config),
         "sequences": f"{config.data.batch_size:,} of {config.data.sequence_length:,}",
-        "microbatches": config.train.gradient_accumulation,
+        "microbatches": max(1, config.train.gradient_accumulation),
         "state and batch": memory.argument_size_in_bytes / 1e6,
         "working memory": memory.temp_size_in_bytes / 1e6,
     }

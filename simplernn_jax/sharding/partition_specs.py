@@ -18,6 +18,12 @@ def is_distributed(mesh: Mesh | None) -> TypeGuard[Mesh]:
     return mesh is not None and mesh.size > 1
 
 
+def is_on_cpu(mesh: Mesh | None) -> bool:
+    """Return whether the devices, None for the first one, are CPUs."""
+    device: jax.Device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return device.platform == "cpu"
+
+
 def variable_specs(tree: Any, mesh: Mesh) -> Any:
     """Return the `PartitionSpec` of every array of a tree of `nnx.Variable` and other arrays.
 

@@ -23,6 +23,7 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.collectives import vary_like
+from simplernn_jax.sharding.partition_specs import is_distributed, is_on_cpu
 
 LossFn = Callable[..., tuple[jax.Array, ModelState]]
 GradFn = Callable[..., tuple[jax.Array, nnx.State, ModelState]]
@@ -42,9 +43,8 @@ def choose_microbatches(config: Config, mesh: Mesh | None) -> Config:
     """
     if config.train.gradient_accumulation:
         return config
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     size, microbatches = config.data.batch_size, 1
-    if device.platform == "cpu" and (mesh is None or mesh.size == 1):
+    if is_on_cpu(mesh) and not is_distributed(mesh):
         length = config.train.backward_window or config.data.sequence_length
         divisors = [n for n in range(1, min(size, _MAX_SEQUENCES) + 1) if size % n == 0]
         ratios = {n: abs(math.log(n * length / _MICROBATCH_TOKENS)) for n in [*divisors, size]}

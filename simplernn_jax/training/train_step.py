@@ -19,6 +19,7 @@ from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.sharding.partition_specs import (
     axes_specs,
     is_distributed,
+    is_on_cpu,
     named_shardings,
     variable_specs,
 )
@@ -200,6 +201,4 @@ def _compiler_options(mesh: Mesh | None) -> dict[str, str]:
     XLA of jax 0.10 removes the barriers of `jax.checkpoint` on CPUs before its last
     common-subexpression elimination (CSE), which would merge intended re-gathers and recomputation.
     """
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    on_cpu = device.platform == "cpu"
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else {}
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if is_on_cpu(mesh) else {}
