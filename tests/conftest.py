@@ -115,11 +115,11 @@ def pytest_collection_modifyitems(items):
 
 
 def _other_cases(items):
-    """Two thirds of the cases of every test, spread over its parameters by a hash."""
+    """Three quarters of the cases of every test, spread over its parameters by a hash."""
     cases = collections.defaultdict(list)
     for item in sorted(items, key=lambda item: zlib.crc32(item.name.encode())):
         cases[item.path, item.originalname].append(item)
-    return {item for each in cases.values() for item in each[math.ceil(len(each) / 3) :]}
+    return {item for each in cases.values() for item in each[math.ceil(len(each) / 4) :]}
 
 
 def pytest_collection_finish():

@@ -135,15 +135,17 @@ def convolve_by_loops(x, weights, recent, starts):
 def run_in_pieces(call, layer, x, segment_ids, lengths):
     """Call a layer on consecutive pieces of `x`, from its initial state."""
     state, outputs, start = layer.initial_state(x.shape[0]), [], 0
+    x, segment_ids = np.asarray(x), np.asarray(segment_ids)  # slices compile nothing
     for length in lengths:
         piece = slice(start, start + length)
         if start and length:
             # The caller resets at a boundary between two pieces, as with the recurrence.
-            state = reset_state(state, segment_ids[:, start] != segment_ids[:, start - 1])
-        y, state = call(layer, x[:, piece], state, segment_ids[:, piece])
-        outputs.append(y)
+            begins = segment_ids[:, start] != segment_ids[:, start - 1]
+            state = reset_state(state, jnp.asarray(begins))
+        y, state = call(layer, jnp.asarray(x[:, piece]), state, jnp.asarray(segment_ids[:, piece]))
+        outputs.append(np.asarray(y))
         start += length
-    return jnp.concatenate(outputs, axis=1), state
+    return np.concatenate(outputs, axis=1), state
 
 
 def without_oldest(state):

@@ -157,6 +157,7 @@ def test_exact_windows_and_rematerialization_leave_the_gradient(sizes, fields, l
     assert_same(found, whole_sequences(num_layers=1), limit)
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     ("sizes", "remat"),
     [((("sequence", 2), ("data", 2)), "none"), ((("stage", 2), ("fsdp", 2)), "block")],
@@ -173,6 +174,7 @@ def working_memory(**fields):
     return megabytes(compile_quickly(config_of(**long | fields)))
 
 
+@pytest.mark.oldest_python
 def test_windows_and_rematerialization_need_less_memory():
     everything, block, truncated, exact = (
         working_memory(**fields)

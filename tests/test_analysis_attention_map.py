@@ -85,6 +85,7 @@ def test_implicit_map_equals_its_definition_and_reproduces_the_recurrence(
     assert relative_rms(sum(parts), expected) < limit
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize("segments", [None, [0] * 4 + [1] * 7])
 def test_softmax_map_equals_its_definition(segments):
     """Each token sees the last of its segment; with K = 2, RoPE turns by 1 radian a token."""

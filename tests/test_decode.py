@@ -88,6 +88,7 @@ def test_greedy_equals_recomputing_the_prefix(kind):
         np.testing.assert_array_equal(row, by_recomputing(model, prompt, 37))
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     ("lengths", "settings"),
     [(LENGTHS, {"temperature": 1.3, "seed": 5, "top_k": 9, "top_p": 0.9}), ([1, 8, 61], {})],

@@ -189,7 +189,7 @@ def test_an_unknown_rematerialization_is_named():
 @pytest.mark.parametrize("shape", [(3, 0), (0, 3)])
 def test_no_tokens_have_no_logits(config, shape):
     model = make_model(config)
-    logits, _ = model(jnp.zeros(shape, jnp.int32))
+    logits, _ = call(model, jnp.zeros(shape, jnp.int32))
     chex.assert_shape(logits, (*shape, 29))
 
 

@@ -46,6 +46,7 @@ def whole(tmp_path_factory):
     return config, folder / "run"
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     ("mode", "block", "fields"),
     [

@@ -1,6 +1,7 @@
 """Decoder state as a value: keep it, fork it, or save it with `state_file`."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -82,6 +83,11 @@ def _described(leaf: Any) -> str:
     return f"{getattr(leaf, 'dtype', type(leaf).__name__)}{list(np.shape(leaf))}"
 
 
+@functools.partial(jax.jit, static_argnames="n")
+def _repeat(state: DecoderState, n: int) -> DecoderState:
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), state)
+
+
 def fork_state(state: DecoderState, n: int) -> DecoderState:
     """Copy each sequence, so that it can continue in `n` ways.
 
@@ -109,5 +115,5 @@ def fork_state(state: DecoderState, n: int) -> DecoderState:
     stream = np.concatenate([own, others], axis=1).reshape(-1)
     if np.max(stream, initial=0) >= _MAX_STREAMS:
         raise UserError(f"n={n}: the random streams of the state are used up; make fewer copies")
-    copies = jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), state)
+    copies = _repeat(state, n)
     return dataclasses.replace(copies, stream=jnp.asarray(stream, jnp.int32))
