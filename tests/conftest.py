@@ -101,7 +101,7 @@ def client(server):
     return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
 
 
-LONGEST = ("test_docs", "test_many_processes", "test_chat_config", "test_serving_lm_eval")
+LONGEST = ("test_docs", "test_many_processes", "test_chat_config", "test_serving_lm_eval", "test_wheel")
 """Files that start first, so that no process has one of them left when the other has ended."""
 
 

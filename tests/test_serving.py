@@ -232,7 +232,8 @@ def wait_until_idle(server):
 
 def test_a_client_that_does_not_read_ends_its_request_alone(server):
     fields = {"prompt": "a", "max_tokens": 10**6, "ignore_eos": True, "stream": True}
-    with server.post(**fields, n=5, logprobs=1) as connection:
+    # More choices than slots: while some wait, events are shorter and soon fill the queue.
+    with server.post(**fields, n=10, logprobs=1) as connection:
         wait_until_idle(server)  # and answers others meanwhile
         connection.settimeout(30)
         answer = b""
