@@ -101,7 +101,7 @@ def client(server):
     return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
 
 
-LONGEST = ("test_docs", "test_many_processes", "test_chat_config", "test_serving_lm_eval", "test_wheel")
+LONGEST = ("test_docs", "test_many_processes", "test_chat_config", "test_wheel")
 """Files that start first, so that no process has one of them left when the other has ended."""
 
 
@@ -126,6 +126,11 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()  # garbage collections during tracing skip the libraries,
     gc.set_threshold(200_000, 50, 100)  # and are rare: 5 % of the time
+
+
+def pytest_sessionfinish():
+    gc.collect()  # reports what finalizers raise
+    gc.freeze()  # pytest collects twice more, 3 s each
 
 
 @pytest.fixture(scope="session", autouse=True)
