@@ -158,7 +158,9 @@ def test_scores_are_log_softmax(model, decoder):
     decoder.waiting.append(job)
     events = list(itertools.chain.from_iterable(iter_steps(decoder)))
     logprobs = events[0][1].logprobs
-    logits = np.asarray(nnx.jit(type(model).__call__)(model, prompt[None])[0][0], np.float64)
+    logits = np.asarray(
+        nnx.jit(lambda model, tokens: model(tokens))(model, prompt[None])[0][0], np.float64
+    )
     expected = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     np.testing.assert_allclose(
         logprobs.token, expected[np.arange(76), prompt[1:]], rtol=0, atol=2e-5

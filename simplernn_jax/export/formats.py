@@ -109,12 +109,9 @@ def float32_model(model: LanguageModel) -> LanguageModel:
     return nnx.merge(abstract_model(config)[0], nnx.state(model, nnx.Param))
 
 
-_forward = nnx.jit(lambda model, tokens: model(tokens))
-
-
 def logits_of(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
     """Compute the logits [T, vocab] after each of [T] tokens."""
-    return np.asarray(_forward(model, jnp.asarray(tokens[None], jnp.int32))[0][0])
+    return np.asarray(model(jnp.asarray(tokens[None], jnp.int32))[0][0])
 
 
 def state_by_name(state: ModelState) -> tuple[dict[str, jax.Array], Any]:
