@@ -28,7 +28,6 @@ import jax
 import jaxtyping
 import pytest
 from absl import flags
-from jax.experimental.compilation_cache import compilation_cache
 
 if sys.version_info < (3, 12):  # the checks take an eighth of the time of tests
     # Annotations of these are checked at every call; nothing may have imported them before.
@@ -134,18 +133,12 @@ def pytest_sessionfinish():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _script_cache(request):
-    """Keep compiled C code, and programs of the scripts that tests run, out of the user's cache."""
-    os.environ["XDG_CACHE_HOME"] = str(request.config.cache.mkdir("scripts"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _program_cache(request):
-    """Keep the compiled programs of each module for the next run: to compile takes half of it."""
+def _caches(request):
+    """Keep compiled C code and programs for the next run, out of the user's cache."""
     from simplernn_jax.compilation_cache import use_compilation_cache
 
-    folder = request.config.cache.mkdir(f"programs-{request.module.__name__}")
+    os.environ["XDG_CACHE_HOME"] = str(request.config.cache.mkdir("scripts"))  # of the scripts
+    folder = request.config.cache.mkdir("programs")
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", 1 << 25)  # twice what any module needs
+    jax.config.update("jax_compilation_cache_max_size", 1 << 30)  # several times what they need
     use_compilation_cache()
-    compilation_cache.reset_cache()

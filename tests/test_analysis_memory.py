@@ -50,6 +50,7 @@ def test_effective_rank_of_known_matrices(matrix, rank):
     np.testing.assert_allclose(effective_rank(np.stack([matrix, 1e-20 * matrix])), [rank, rank])
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize(("points", "positions"), [(200, range(1, 24)), (4, [6, 12, 18, 23])])
 def test_measured_on_the_way_as_all_at_once(monkeypatch, points, positions):
     monkeypatch.setattr(memory, "_POINTS", points)

@@ -32,6 +32,7 @@ def record_and_repeat(model, tokens, state):
     return recording, model.hidden_states(tokens, state, SEGMENTS), again
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     ("block", "mixers"),
     [("plain", [SimpleRNN]), ("residual", [SimpleRNN]), ("residual", [SimpleRNN, Attention])],

@@ -61,6 +61,7 @@ def by_recomputing(model, prompt, num_tokens):
     return tokens[0, len(prompt) :]
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefill_in_chunks_equals_the_full_forward_pass(kind):
     model = make_model(kind)
@@ -77,6 +78,7 @@ def test_prefill_in_chunks_equals_the_full_forward_pass(kind):
         chex.assert_trees_all_close(ours[2], theirs[2], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_equals_recomputing_the_prefix(kind):
     model = make_model(kind)

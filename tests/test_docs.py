@@ -159,6 +159,7 @@ def test_block_that_is_not_run_names_what_exists(block):
     assert checked or "pip install" in text
 
 
+@pytest.mark.oldest_python
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_commands_in_sentences_and_tables_exist(page):
     start = r"(?:python|bash) scripts/|simplernn [a-z]"

@@ -69,6 +69,7 @@ def test_logits_equal_the_equations_and_those_of_fla(variant, folder_of):
     assert all((layer.recent is not None) == has_convolutions for layer in state)
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_generation_is_the_argmax_of_the_equations(variant, folder_of):
     settings, weights, model = loaded(variant, folder_of)

@@ -108,6 +108,7 @@ def test_the_rank_of_the_gates_is_sharded_over_fsdp():
         check_fits(config, mesh_of(fsdp=3))
 
 
+@pytest.mark.oldest_python
 def test_a_run_resumes_bit_exactly_and_generates(tmp_path, monkeypatch):
     source = write_corpus(tmp_path / "text")
     config = gla_config(source=source, mode="stream", save_every=5, steps=12, log_every=1)

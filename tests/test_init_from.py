@@ -43,6 +43,7 @@ def test_parameters_are_those_of_the_other_run(initial, tmp_path):
         assert not any(leaf.any() for leaf in jax.tree.leaves(run.state.opt_state) if leaf.ndim)
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize("mesh", [{"fsdp": 2}, {"stage": 2}])
 def test_on_a_mesh(tmp_path, mesh):
     layers = {"num_layers": 2, "sequence_length": 8}
@@ -57,6 +58,7 @@ def test_on_a_mesh(tmp_path, mesh):
     )
 
 
+@pytest.mark.oldest_python
 def test_resuming_needs_no_other_run(initial, tmp_path, monkeypatch):
     config = fine_tuned(initial, tmp_path)
     stop_after(monkeypatch, 5)

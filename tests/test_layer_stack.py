@@ -89,6 +89,7 @@ def test_training_on_stages_equals_one_device_in_float64(sizes, model, fields):
         assert_equals_one_device(sizes, "float64", 1e-11, model, **fields)
 
 
+@pytest.mark.oldest_python
 def test_collectives_of_stages():
     """Activations, and sums of gradients over devices that share parameters; nothing else."""
     step, state = program_of(STAGE_2_DATA_4, "float32")

@@ -43,6 +43,7 @@ def rounded_scan(arrays, state, segment_ids):
     return jnp.concatenate(outputs, axis=1), state
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     "length", [1, ROUNDING_INTERVAL - 1, ROUNDING_INTERVAL, 2 * ROUNDING_INTERVAL + 5]
 )

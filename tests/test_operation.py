@@ -152,6 +152,7 @@ def test_lowers_for_each_platform(method):
     )
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize("method", ["auto", *FAST_METHODS, "scan"])
 def test_exports_for_all_platforms(method):
     inputs = draw()
@@ -208,6 +209,7 @@ def test_second_derivatives_of_the_model(precision):
     chex.assert_trees_all_close(forward, reverse, rtol=0, atol=tolerance * largest)
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize(("precision", "devices"), [("bfloat16", 1), ("float32", 8)])
 def test_exports_the_model_for_all_platforms(monkeypatch, precision, devices):
     monkeypatch.setattr(jax, "device_count", lambda: devices)  # 1: constrained layouts

@@ -21,6 +21,7 @@ def results(norm, x):
     return norm(x), jax.grad(lambda x: jnp.sum(jnp.sin(norm(x) * weights)))(x)
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize("native", [*NATIVE, None])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (3, 257, 37), (2, 3, 5, 32)])
 def test_equals_the_formula(shape, native):

@@ -98,6 +98,7 @@ def test_failed_jobs_report_tokens_that_were_held_back(decoder, monkeypatch):
     assert found == expected[0][: len(found)]
 
 
+@pytest.mark.oldest_python
 def test_events_close_to_each_other_are_one(decoder, monkeypatch):
     def jobs():
         return [Job(tokens_of(3, 5), Sampling(), 150, num_logprobs=2, is_streamed=True)]

@@ -56,6 +56,7 @@ def test_without_segment_ids_it_is_one_segment():
     chex.assert_trees_all_equal(layer(inputs(), layer.initial_state(BATCH), None), with_ids)
 
 
+@pytest.mark.fewer_cases
 @pytest.mark.parametrize("lengths", [(1,) * 11, (0, 2, 1, 5, 3, 0)])
 def test_pieces_equal_the_whole_sequence(lengths):
     layer = convolution()

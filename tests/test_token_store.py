@@ -196,6 +196,7 @@ def test_large_document_is_stored_whole_across_pieces(tmp_path, cache):
     assert split.train.num_bytes + split.validation.num_bytes == len(text.encode())
 
 
+@pytest.mark.oldest_python
 @pytest.mark.parametrize("tokenizer", ["byte", "char"])
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch, tokenizer, cache):
     monkeypatch.setattr("simplernn_jax.data.token_parts.PART_CHARACTERS", 1 << 20)
