@@ -157,7 +157,7 @@ def test_exact_windows_and_rematerialization_leave_the_gradient(sizes, fields, l
     assert_same(found, whole_sequences(num_layers=1), limit)
 
 
-@pytest.mark.fewer_cases
+@pytest.mark.oldest_python
 @pytest.mark.parametrize(
     ("sizes", "remat"),
     [((("sequence", 2), ("data", 2)), "none"), ((("stage", 2), ("fsdp", 2)), "block")],
