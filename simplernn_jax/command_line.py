@@ -183,8 +183,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         name = error.flagname
         if name.startswith("config.") and "config" in flags.FLAGS:
             raise config_is_missing() from error
-        near = nearest_name(name, flags.FLAGS)
-        raise UserError(f"--{name}: no such flag{near}; --help shows the flags") from error
+        near = nearest_name(f"--{name}", (f"--{known}" for known in flags.FLAGS))
+        raise UserError(f"--{name}: no such flag{near or ';'} --help shows the flags") from error
     except flags.IllegalFlagValueError as error:
         for of_python, reason in _CONVERSION_ERRORS.items():
             flag, found, _ = str(error).partition(f": {of_python}")

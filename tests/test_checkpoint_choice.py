@@ -57,7 +57,7 @@ def damage(workdir, step, item="data"):
         ),
         ({"s2": (2.5, 7), "s3": (2.6, 11)}, 3, "step 3, the newest (validation losses cannot be "),
         ({"s2": (2.5,), "s3": (2.6,)}, 3, "step 3, the newest (validation losses cannot be "),
-        ({"s2": None, "s3": None}, 3, "step 3, the newest (validation losses cannot be compared)"),
+        ({"s2": None, "s3": None}, 3, "step 3, the newest (none has a validation loss)"),
         ({"s2": (float("nan"), 7), "s3": (2.6, 7), "s5": (float("inf"), 7)}, 3, "step 3, the best"),
     ],
 )

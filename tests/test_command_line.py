@@ -145,7 +145,7 @@ def test_a_closed_pipe_ends_the_script_quietly(tmp_path):
 
 
 WRONG_FLAGS = [
-    ("--workdr=x", "--workdr: no such flag; did you mean 'workdir'?"),
+    ("--workdr=x", "--workdr: no such flag; did you mean '--workdir'? --help"),
     ("--workdir", "Missing value for flag --workdir"),
     ("--count=three", "--count=three: not an integer"),
     ("stray", "'stray': not a flag"),

@@ -49,8 +49,10 @@ def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> Choice:
     if step is None:
         raise UserError(f"no checkpoint in {workdir}: train there first, or use another --workdir")
     reason = None
-    if checkpoint == BEST and len(folder.complete_steps()) > 1:
-        reason = f"checkpoint: step {step}, the newest (validation losses cannot be compared)"
+    if checkpoint == BEST and len(qualities) > 1:
+        losses = "validation losses cannot be compared"
+        why = losses if _measured(qualities) else "none has a validation loss"
+        reason = f"checkpoint: step {step}, the newest ({why})"
     return Choice(step, folder.step_path(step), reason)
 
 

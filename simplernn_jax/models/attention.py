@@ -28,8 +28,9 @@ from simplernn_jax.ops.sliding_attention import apply_rope, attend, sliding_atte
 class KVCache(NamedTuple):
     """State of `Attention`: a ring buffer; all zeros is the empty cache.
 
-    The token at position p of its segment is in slot p modulo S; it overwrites a token that no
-    later query attends to. Heads come before slots, the layout of a decode step's matmuls.
+    The token at position p of its segment is in slot p mod S, S being the number of slots; it
+    overwrites a token that no later query attends to. Heads come before slots, the layout of a
+    decode step's matmuls.
     """
 
     keys: CachedKeys
@@ -37,7 +38,7 @@ class KVCache(NamedTuple):
     values: CachedValues
     """Values, in the compute dtype."""
     length: Int[Array, "B"]
-    """Tokens of the current segment so far; int32."""
+    """Number of tokens of the current segment so far; int32."""
 
     def drop_last_token(self, where: Bool[Array, "B"], previous: "KVCache") -> "KVCache":
         """Drop the last token of the sequences `where`; `previous` is the cache without it.
@@ -54,7 +55,7 @@ class Attention(MultiHeadLayer):
     Per head, with K = key_dim / num_heads and V = value_dim / num_heads::
 
         q = R_t (W_q x + b_q)     k = R_t (W_k x + b_k)     v = W_v x + b_v
-        y_t = sum_j softmax_j(q_t . k_j / sqrt(K)) v_j      for j in t - context + 1 .. t
+        y_t = sum_j softmax_j(q_t . k_j / sqrt(K)) v_j      for max(0, t - context + 1) <= j <= t
 
     followed by the output norm, gate and projection of `MultiHeadLayer`. R_t rotates pairs of
     channels by angles proportional to t (rotary position embedding, arXiv:2104.09864).

@@ -117,7 +117,7 @@ class ResidualState(NamedTuple):
 
 
 class ResidualBlock(nnx.Module):
-    """Pre-norm block: x + mixer(conv(norm(x))), then x + MLP(norm(x)).
+    """Pre-norm block: h = x + mixer(conv(norm(x))), then h + MLP(norm(h)).
 
     A short causal convolution mixes each token with the three before it. The mixer is a `SimpleRNN`
     with queries scaled by 1/sqrt(K), or `Attention`; both are multi-head, with per-head RMS norm

@@ -25,7 +25,7 @@ class QKVConvStates(NamedTuple):
 class CausalConvolution(nnx.Module):
     """``silu(sum_n w_n x_{t-n})`` for n in 0 .. width - 1, within one segment; float32.
 
-    Initialized to the identity (``w_0`` is 1, the rest 0), up to the silu.
+    Initialized so that the convolution before the silu is the identity: ``w_0`` is 1, the rest 0.
     """
 
     def __init__(self, width: int, features: int):

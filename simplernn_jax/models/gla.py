@@ -184,7 +184,7 @@ class GatedLinearAttention(MultiHeadLayer):
 
 
 class GLABlock(nnx.Module):
-    """Pre-norm block: x + mixer(norm(x)), then x + W_down(silu(W_gate n) * W_up n), n = norm(x).
+    """Pre-norm block: h = x + mixer(norm(x)), n = norm(h), h + W_down(silu(W_gate n) * W_up n).
 
     The MLP is SwiGLU (arXiv:2002.05202).
     """

@@ -88,7 +88,8 @@ class LanguageModel(nnx.Module):
         """Return zeros: one entry per layer, or one for all stacked layers; axis B first.
 
         Recurrent states have the dtype ``state_precision``, KV caches ``precision`` (their lengths
-        int32), inputs of convolutions float32. Under x64, float32 is float64 except in caches.
+        int32), inputs of convolutions float32. Under ``jax_enable_x64``, float32 ones are float64,
+        except in KV caches.
         """
         if isinstance(self.layers, LayerStack):
             return self.layers.initial_state(batch_size)
@@ -129,8 +130,8 @@ class LanguageModel(nnx.Module):
         """Compute the final hidden states; arguments and errors as in `__call__`.
 
         Returns:
-          ``[B, T, D]`` float32, with stacked layers the time shard of this stage,
-          ``[B, T / stages, D]``; and the state after the last token.
+          ``[B, T, D]`` float32; with stacked layers, only the time shard of this stage,
+          ``[B, T / stages, D]``. And the state after the last token.
         """
         sizes = check_array("tokens", tokens, "B T", INTEGER)
         check_segment_ids(segment_ids, sizes)

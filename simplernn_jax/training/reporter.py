@@ -107,7 +107,7 @@ class Reporter:
             tokens=self._run.totals.tokens,
             seconds=self.timer.total_seconds,
         )
-        self.print_line(f"step {step}: validation {result}")
+        self.print_line(f"step {step}: validation {result}, {result.predictions:,} predictions")
 
     def sample(self, text: str) -> None:
         """Report a sample from the current state."""
