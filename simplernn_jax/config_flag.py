@@ -87,9 +87,9 @@ def _near(path: Path) -> str:
             files = sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")
         except OSError:
             continue
-        near = difflib.get_close_matches(path.name, [file.name for file in files], n=1)
+        near = difflib.get_close_matches(path.stem, [file.stem for file in files], n=1)
         if near:
-            found = near[0] if folder == path.parent else folder / near[0]
+            found = folder / f"{near[0]}.py"
             return f"; did you mean {str(found)!r}?"
     base = _CONFIGS / "base.py"
     return f"; {base} is one" if base.is_file() else "; specify a file with get_config()"
