@@ -31,9 +31,10 @@ import jax
 import jaxtyping
 import pytest
 from absl import flags
-from jax._src.interpreters import mlir
 
 if version("jaxlib").startswith("0.10."):  # later ones share contexts: 7 % of the time
+    from jax._src.interpreters import mlir
+
     _make_context = mlir.make_ir_context
     _shared_context = functools.lru_cache(8)(lambda thread, number: _make_context())
     _programs = itertools.count()
