@@ -49,9 +49,10 @@ def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> Choice:
     if step is None:
         raise UserError(f"no checkpoint in {workdir}: train there first, or use another --workdir")
     reason = None
-    if checkpoint == BEST and len(qualities) > 1:
-        losses = "validation losses cannot be compared"
-        why = losses if _measured(qualities) else "none has a validation loss"
+    if checkpoint == BEST and len(folder.complete_steps()) > 1:
+        why = "none has a validation loss"
+        if _measured(qualities):
+            why = "validation losses cannot be compared"
         reason = f"checkpoint: step {step}, the newest ({why})"
     return Choice(step, folder.step_path(step), reason)
 
