@@ -1,11 +1,15 @@
 """Batches of evaluation: every prediction once, and the tokens that each sees."""
 
+import dataclasses
+import itertools
+
 import chex
 import numpy as np
 import pytest
 from token_splits import BOS, PAD, contexts, document_of, make_split, predictable, unique_split
 
 from simplernn_jax.data.evaluation_batches import Contexts, context_batches, evaluation_batches
+from simplernn_jax.data.sharded_array import joined
 from simplernn_jax.errors import UserError
 
 SPLIT = unique_split()
@@ -13,17 +17,17 @@ SPLIT = unique_split()
 
 def carried(batch_tokens, max_batch_size, *args, split=SPLIT, **settings):
     """Batches with a carried state, after checks that hold for all of them."""
-    pad = len(split.tokens) if split is SPLIT else PAD
+    pad = len(split.tokens) if split.content_hash == SPLIT.content_hash else PAD
     return checked(
         split, *evaluation_batches(split, batch_tokens, max_batch_size, pad, *args, **settings)
     )
 
 
-def overlapping(length, stride, batch_tokens=64, **settings):
+def overlapping(length, stride, batch_tokens=64, *, split=SPLIT, **settings):
     """Batches of overlapping contexts, checked too."""
-    pad = len(SPLIT.tokens)
+    pad = len(split.tokens)
     batches = checked(
-        SPLIT, *context_batches(SPLIT, Contexts(length, stride), batch_tokens, pad, **settings)
+        split, *context_batches(split, Contexts(length, stride), batch_tokens, pad, **settings)
     )
     assert all(batch.reset.all() for batch in batches)
     return batches
@@ -100,6 +104,23 @@ def test_limited_evaluation_scores_the_given_number(limit):
     assert len(seen) == min(limit, SPLIT.num_predictions)
     assert seen.items() <= contexts(carried(40, 3)).items()
     assert contexts(overlapping(11, 5, limit_tokens=limit)).keys() == seen.keys()
+
+
+@pytest.mark.parametrize("limit", [1, 2, 13, 29, 61, 1000])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_limit_counts_targets_and_not_the_prompts_before_them(limit, shards):
+    is_target = np.zeros(len(SPLIT.tokens), bool)
+    for start, end in itertools.pairwise([*SPLIT.document_starts, len(SPLIT.tokens)]):
+        is_target[start + (end - start) // 2 : end] = True
+    is_target[SPLIT.document_starts] = False
+    targets = joined(np.array_split(is_target, shards))
+    split = dataclasses.replace(SPLIT, targets=targets)
+    whole = contexts(carried(40, 3, split=split))
+    seen = contexts(carried(40, 3, limit, split=split))
+    assert len(whole) == split.num_predictions < SPLIT.num_predictions / 1.5
+    assert len(seen) == min(limit, split.num_predictions)
+    assert seen.items() <= whole.items()
+    assert contexts(overlapping(11, 5, limit_tokens=limit, split=split)).keys() == seen.keys()
 
 
 def test_limited_evaluation_takes_from_many_documents():

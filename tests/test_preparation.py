@@ -217,3 +217,10 @@ def test_damaged_tokens_are_recomputed_or_named(tmp_path, config, workdir):
 def test_a_folder_without_a_run_has_no_tokens(tmp_path):
     with pytest.raises(UserError, match=f"no checkpoint in {tmp_path}"):
         open_saved_corpus(str(tmp_path))
+
+
+def test_a_validation_split_without_a_target_is_refused_before_training(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 1009)
+    config = small_config(source=str(tmp_path / "a.txt"), validation_fraction=0.0005)
+    with pytest.raises(UserError, match="nothing to score: the validation split has 1 token and"):
+        prepare(config, str(tmp_path / "run"))

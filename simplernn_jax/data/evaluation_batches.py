@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from simplernn_jax.data.batches import Batch, document_ends, gather, round_up
+from simplernn_jax.data.sharded_array import ShardedArray
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.errors import UserError, counted
 
@@ -62,8 +63,8 @@ def evaluation_batches(
       batch_tokens: B T at most; at least T = 1 is taken.
       max_batch_size: B at most.
       pad_id: input and target after the end of a sequence (`loss_mask` False).
-      limit_tokens: above 0, the number of predictions to score: beginnings of documents in a fixed
-        pseudo-random order, the same at every call.
+      limit_tokens: above 0, the number of targets to score: those that come first in documents in a
+        fixed pseudo-random order, the same at every call.
       reset_every: above 0, tokens of a document after which the state is reset. The batches hold
         the same predictions at the same places.
       divisible_by: divisors of B and T, at the cost of padding.
@@ -135,23 +136,50 @@ def context_batches(
 
 def _scored_documents(split: TokenSplit, limit_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Choose the documents to score; return their starts and numbers of predictions."""
+    check_scorable(split)
     starts = np.asarray(split.document_starts)
     counts = document_ends(split) - starts - 1
-    if limit_tokens and limit_tokens < counts.sum():
-        chosen, counts = _choose(counts, limit_tokens)
-        starts = starts[chosen]
-    starts, counts = starts[counts > 0], counts[counts > 0]
-    if not len(counts) or not split.num_predictions:
+    if limit_tokens and limit_tokens < split.num_predictions:
+        targets = split.targets
+        numbers = counts if targets is None else _count_targets(targets, starts, counts)
+        order, numbers = _choose(numbers, min(limit_tokens, int(numbers.sum())))
+        starts, counts = starts[order], counts[order]
+        counts = numbers if targets is None else _tokens_until(targets, starts, counts, numbers)
+    return starts[counts > 0], counts[counts > 0]
+
+
+def check_scorable(split: TokenSplit) -> None:
+    """Raise `UserError` if a split has nothing to predict."""
+    if not split.num_predictions:
+        what = "follows another in its document" if split.targets is None else "is the assistant's"
         raise UserError(
             f"nothing to score: the {split.name} split has {counted(len(split.tokens), 'token')} "
-            "and none of them follows another in its document; use more text or a larger "
+            f"and none of them {what}; use more text or a larger "
             "--config.data.validation_fraction"
         )
-    return starts, counts
+
+
+def _count_targets(
+    targets: np.ndarray | ShardedArray, starts: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+    """Return how many of the `counts` tokens after each of the `starts` are targets."""
+    spans = zip((starts + 1).tolist(), counts.tolist(), strict=True)
+    return np.array([np.count_nonzero(targets[at : at + count]) for at, count in spans], np.int64)
+
+
+def _tokens_until(
+    targets: np.ndarray | ShardedArray, starts: np.ndarray, counts: np.ndarray, taken: np.ndarray
+) -> np.ndarray:
+    """Return how many tokens after each of the `starts` hold its first `taken` targets."""
+    lengths = np.zeros_like(taken)
+    for n in np.flatnonzero(taken):
+        at = int(starts[n]) + 1
+        lengths[n] = np.flatnonzero(targets[at : at + int(counts[n])])[taken[n] - 1] + 1
+    return lengths
 
 
 def _choose(counts: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Choose documents and their numbers of predictions, which add up to `limit`."""
+    """Choose documents and their numbers of targets, which add up to `limit`."""
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence(_ORDER_SEED)))
     order = random.permutation(len(counts))
     most = -(-limit // _MIN_DOCUMENTS)

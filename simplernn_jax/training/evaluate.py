@@ -191,8 +191,8 @@ class Evaluator:
         if newest is not None:
             nats.append(float(newest))
         # Summed in float64 on the host, so that results do not depend on batch size.
-        # The first tokens of conversations may contain no targets: 0 / 1.
-        nats_per_token = float(np.sum(np.asarray(nats, np.float64))) / max(predictions, 1)
+        total_nats = float(np.sum(np.asarray(nats, np.float64)))
+        nats_per_token = total_nats / predictions if predictions else math.nan
         tokens_per_byte = split.num_predictions / max(split.num_bytes, 1)
         return Evaluation(
             nats_per_token, nats_per_token * tokens_per_byte / math.log(2), predictions

@@ -13,6 +13,7 @@ from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.config import Config, TrainConfig
 from simplernn_jax.data.batches import steps_per_epoch
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, load_template
+from simplernn_jax.data.evaluation_batches import check_scorable
 from simplernn_jax.data.store_folder import DamagedStore
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer
@@ -69,6 +70,8 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
         tokenizer=tokenizer,
         exclude=(workdir,),
     )
+    if corpus.validation is not None:
+        check_scorable(corpus.validation)  # rather than at the first evaluation
     prompt = _sample_prompt(config, corpus)
     vocab_size = max(config.model.vocab_size, corpus.tokenizer.vocab_size)
     config = dataclasses.replace(
