@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,15 @@ from processes import run_python
 from small_tokenizers import word_level
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data import TokenizedCorpus, TokenSplit, load_tokenizer, prepare_corpus
+from simplernn_jax.data import (
+    TokenizedCorpus,
+    TokenSplit,
+    load_tokenizer,
+    prepare_corpus,
+    source_store,
+)
+from simplernn_jax.data.store_folder import DamagedStore, open_store
+from simplernn_jax.data.store_writer import write_store
 from simplernn_jax.data.token_parts import write_part
 from simplernn_jax.data.token_store import find_corpus
 from simplernn_jax.errors import UserError
@@ -592,3 +601,57 @@ def test_importing_the_package_loads_no_heavy_library():
     assert code == 0, errors
     heavy = {"tensorflow_datasets", "tokenizers", "rich", "jax", "grain", "pyarrow", "zstandard"}
     assert not heavy & set(modules.split())
+
+
+def test_processes_that_find_the_same_damage_all_get_the_new_store(copy_of_store, monkeypatch):
+    make, check = copy_of_store
+    flip(make() / "train.tokens", 1)
+    number = 3
+    barrier, waiting = threading.Barrier(number, timeout=60), [None] * number
+
+    def open_together(folder):
+        try:
+            return open_store(folder)
+        except DamagedStore:
+            if waiting:
+                waiting.pop()
+                barrier.wait()
+            raise
+
+    monkeypatch.setattr("simplernn_jax.data.source_store.open_store", open_together)
+    with ThreadPoolExecutor(number) as pool:
+        for result in [pool.submit(check) for _ in range(number)]:
+            result.result()
+    assert not waiting
+
+
+def test_without_file_locks_the_slower_process_takes_the_store_of_the_faster(
+    source, cache, monkeypatch
+):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    def prepare_meanwhile(*args):
+        monkeypatch.setattr(source_store, "write_store", write_store)
+        found.append(prepare(source, cache))
+        write_store(*args)
+
+    found: list[TokenizedCorpus] = []
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr(source_store, "write_store", prepare_meanwhile)
+    corpus = prepare(source, cache)
+    assert corpus.content_hash == found[0].content_hash
+    assert [path.name[0] for path in cache.iterdir()].count(".") == 0
+
+
+def test_work_that_a_process_left_long_ago_is_continued(source, cache, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(source_store, "write_store", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, cache)
+    (left,) = cache.iterdir()
+    for path in [*left.rglob("*"), left]:
+        os.utime(path, (0, 0))
+    with mock.patch("simplernn_jax.data.token_workers.write_part") as write:
+        prepare(source, cache)
+    write.assert_not_called()

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from absl import logging
@@ -18,6 +18,7 @@ _LOCK = "lock"
 _RESULT = "result"
 _ABANDONED_SECONDS = 7 * 24 * 3600
 _POLL_SECONDS = 0.1
+_FASTER = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
 
 
 class Interrupted(Exception):
@@ -25,39 +26,42 @@ class Interrupted(Exception):
 
 
 @contextlib.contextmanager
-def partial_folder(folder: Path) -> Iterator[tuple[Path, Path] | None]:
+def partial_folder(
+    folder: Path, is_whole: Callable[[], bool]
+) -> Iterator[tuple[Path, Path] | None]:
     """Yield a folder for intermediate files and one in it that becomes `folder` on leaving.
 
     Both hold what an earlier process left that was killed or interrupted. An exception, other than
     `Interrupted` and those that end a process, removes them. Another process with the same
-    `folder` is waited for; None if `folder` is there then.
+    `folder` is waited for. Then `is_whole` is asked, under the lock, whether `folder` is there,
+    having removed it if it is corrupted; None is yielded if so.
 
     Raises:
       OSError: the disk is full or not writable.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(folder)
-    _remove_abandoned(folder.parent)
+    _remove_abandoned(folder.parent, but=temporary)
     with _locked(temporary):
-        if os.path.lexists(folder):
+        if is_whole():
             shutil.rmtree(temporary, ignore_errors=True)
             yield None
             return
         result = temporary / _RESULT
-        result.mkdir(exist_ok=True)
         try:
+            result.mkdir(exist_ok=True)
             yield temporary, result
             for path in [*result.iterdir(), result]:
                 sync(path)
-            try:
-                os.rename(result, folder)
-            except OSError as error:
-                # Without file locks, another process can have been faster.
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
+            os.rename(result, folder)
             sync(folder.parent)
         except Interrupted:
             raise
+        except OSError as error:
+            # Without file locks, another process can have been faster, and removed `temporary`.
+            shutil.rmtree(temporary, ignore_errors=True)
+            if error.errno not in _FASTER or not os.path.lexists(folder):
+                raise
         except Exception:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -112,10 +116,10 @@ def _is_file(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _remove_abandoned(parent: Path) -> None:
-    """Remove what killed writers left and nobody continued for a week."""
+def _remove_abandoned(parent: Path, but: Path) -> None:
+    """Remove what killed writers left, other than `but`, and nobody continued for a week."""
     limit = time.time() - _ABANDONED_SECONDS
-    for temporary in parent.glob(f".*{_SUFFIX}"):
+    for temporary in set(parent.glob(f".*{_SUFFIX}")) - {but}:
         with contextlib.suppress(OSError):  # gone meanwhile, or not a writer's
             if all(path.stat().st_mtime < limit for path in [temporary, *temporary.iterdir()]):
                 shutil.rmtree(temporary, ignore_errors=True)

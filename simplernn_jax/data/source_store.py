@@ -53,11 +53,11 @@ def open_or_write(
     """
     source = corpus.fingerprint()
     folder = cache / _fingerprint(config, seed, source, hash_of(tokenizer))
-    splits = _verified_splits(folder)
+    splits = _opened(folder)
     if splits is not None:
         remove_partial(folder)
     else:
-        with partial_folder(folder) as opened:
+        with partial_folder(folder, lambda: _is_whole(folder)) as opened:
             if opened is not None:  # else another process wrote it meanwhile
                 parts, result = opened
                 spool = _tokenize(parts, config, corpus, source, tokenizer, show_progress)
@@ -125,15 +125,23 @@ def _plan(spool: Spool, config: DataConfig, seed: int, tokenizer: Tokenizer) -> 
     return split_by_document(spool, fraction, seed)
 
 
-def _verified_splits(folder: Path) -> list[TokenSplit] | None:
-    """Open a store; None if it is missing or was corrupted and is now removed."""
-    if not os.path.lexists(folder):
-        return None
+def _opened(folder: Path) -> list[TokenSplit] | None:
     try:
         return open_store(folder)
+    except DamagedStore:
+        return None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether a store is there, after removing it if it is corrupted."""
+    if not os.path.lexists(folder):
+        return False
+    try:
+        open_store(folder)
     except DamagedStore as error:
         logging.warning(
             "%s: the tokenized corpus is corrupted (%s); the text is re-tokenized", folder, error
         )
-    remove_store(folder)
-    return None
+        remove_store(folder)
+        return False
+    return True
