@@ -1,3 +1,4 @@
+import errno
 import glob
 import json
 import os
@@ -8,7 +9,7 @@ from absl import logging
 from corpus_files import read_all, read_damaged, records, write
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data import open_corpus
+from simplernn_jax.data import open_corpus, prepare_corpus
 from simplernn_jax.data.documents import PIECE_SIZE
 from simplernn_jax.data.file_search import matching_files
 from simplernn_jax.errors import UserError
@@ -44,6 +45,37 @@ def test_folder_is_recursive_sorted_and_without_hidden_and_binary_files(tmp_path
     write(tmp_path / "picture.png", b"\x89PNG\r\n\x1a\n\0\0\0")
     assert list(read_all(tmp_path).items()) == [("a/deep/c.md", "c"), ("b.txt", "b")]
     assert "1 binary file left out, such as picture.png" in caplog.text
+
+
+def test_linked_folders_and_tokens_of_a_run_are_left_out(tmp_path, caplog):
+    write(tmp_path / "texts" / "a.txt", "a")
+    write(tmp_path / "elsewhere" / "b.txt", "b")
+    (tmp_path / "texts" / "link").symlink_to("../elsewhere")
+    source = DataConfig(source=str(tmp_path / "texts"))
+    prepare_corpus(source, 0, str(tmp_path / "texts" / "run" / "tokens"))
+    write(tmp_path / "texts" / "run" / "meta.json", "{}")
+    assert read_all(tmp_path / "texts") == {"a.txt": "a", "run/meta.json": "{}"}
+    assert "1 linked folder left out, such as link" in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_and_a_globs_a_warning(
+    tmp_path, monkeypatch, caplog
+):
+    write(tmp_path / "a.txt", "a")
+    write(tmp_path / "closed" / "b.txt", "b")
+    for name in ("scandir", "listdir"):
+        whole = getattr(os, name)
+
+        def closed(path, whole=whole):
+            if str(path).endswith("closed"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return whole(path)
+
+        monkeypatch.setattr(os, name, closed)
+    with pytest.raises(UserError, match="closed: Permission denied; make this folder readable"):
+        open_corpus(DataConfig(source=str(tmp_path)))
+    assert read_all(f"{tmp_path}/**/*.txt") == {"a.txt": "a"}
+    assert "closed: left out: Permission denied" in caplog.text
 
 
 def test_glob_finds_what_the_standard_library_finds(tmp_path, monkeypatch):

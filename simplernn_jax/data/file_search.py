@@ -6,16 +6,19 @@ Only regular files are found. Globs are expanded here, with work bounded by the 
 """
 
 import collections
+import errno
 import fnmatch
 import glob
 import os
 import stat
 import sysconfig
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from absl import logging
 
 from simplernn_jax.data.source_files import SourceFile, open_source
+from simplernn_jax.data.store_folder import META_FILE, is_store
 from simplernn_jax.errors import UserError, counted, one_line
 from simplernn_jax.files import open_file
 
@@ -28,13 +31,14 @@ def find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
     """Find the files of a path or glob, sorted by name.
 
     Args:
-      source: a regular file, a folder (searched without hidden and binary files and without the
-        workdirs of runs; links to folders are not followed), or a glob.
+      source: a regular file, a folder (searched without hidden and binary files and without
+        workdirs of runs and token stores; links to folders are not followed), or a glob (folders
+        that cannot be read match nothing, with a warning).
       exclude: real paths of folders that are left out below a folder or a glob's folder.
 
     Raises:
       UserError: nothing there, or `source` is an excluded folder.
-      OSError: the path cannot be followed.
+      OSError: the path cannot be followed, or a folder in it cannot be read.
     """
     path = os.path.expanduser(source)
     mode = _mode(path)
@@ -117,9 +121,12 @@ def _is_excluded(path: str, top: str, exclude: frozenset[str]) -> bool:
 def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
     files: list[SourceFile] = []
     binary: list[SourceFile] = []
-    for folder, subfolders, names in os.walk(root):
-        if folder != root and "checkpoints" in subfolders and "metrics.jsonl" in names:
-            logging.info("%s: left out, the workdir of a run", folder)
+    links: list[str] = []
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
+        is_workdir = "checkpoints" in subfolders and "metrics.jsonl" in names
+        if folder != root and (is_workdir or (META_FILE in names and is_store(Path(folder)))):
+            what = "the workdir of a run" if is_workdir else "tokens of a run"
+            logging.info("%s: left out, %s", folder, what)
             subfolders.clear()
             continue
         subfolders[:] = [
@@ -128,6 +135,7 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
             if not name.startswith(".")
             and os.path.realpath(os.path.join(folder, name)) not in exclude
         ]
+        links += [path for name in subfolders if os.path.islink(path := os.path.join(folder, name))]
         for name in names:
             path = os.path.join(folder, name)
             if name.startswith(".") or not os.path.isfile(path):
@@ -138,7 +146,18 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
         what = counted(len(binary), "binary file")
         first = one_line(min(file.name for file in binary))
         logging.warning("%s: %s left out, such as %s", root, what, first)
+    if links:
+        what = counted(len(links), "linked folder")
+        first = one_line(os.path.relpath(min(links), root))
+        logging.warning("%s: %s left out, such as %s", root, what, first)
     return sorted(files, key=lambda file: file.name)
+
+
+def _raise(error: OSError) -> None:
+    raise UserError(
+        f"{error.filename}: {error.strerror}; make this folder readable, or select the text with "
+        "a glob"
+    ) from error
 
 
 def _is_binary(path: str) -> bool:
@@ -184,7 +203,9 @@ def _entries(folder: str, pattern: str) -> Iterator[str]:
     """Yield the paths in a folder that match; hidden ones only if the pattern begins with a dot."""
     try:
         names = sorted(os.listdir(folder or "."))
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            logging.warning("%s: left out: %s", one_line(folder), error.strerror)
         return
     for name in fnmatch.filter(names, pattern):
         if not name.startswith(".") or pattern.startswith("."):

@@ -84,6 +84,14 @@ def open_store(folder: Path) -> list[TokenSplit]:
         return [_open_split(folder, name, meta, threads) for name in meta["splits"]]
 
 
+def is_store(folder: Path) -> bool:
+    """Return whether a folder holds a store, whole or not."""
+    try:
+        return bool(_read_meta(folder))
+    except DamagedStore:
+        return False
+
+
 def content_hashes(folder: Path) -> list[str]:
     """Read the recorded content hashes of the splits, or raise `DamagedStore`; reads no tokens."""
     return [split["content_hash"] for split in _read_meta(folder)["splits"].values()]
