@@ -25,7 +25,7 @@ from absl import flags
 
 from simplernn_jax import command_line
 from simplernn_jax.errors import UserError, counted
-from simplernn_jax.files import check_output
+from simplernn_jax.files import check_writable
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
@@ -139,12 +139,10 @@ def _check_save_state() -> None:
     path = os.path.expanduser(_SAVE_STATE.value)
     advice = "specify a new or regular file in a writable folder"
     try:
-        check_output(path)
+        check_writable(path)
     except (OSError, ValueError) as error:  # a name may hold a NUL character
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"--save_state={path}: cannot be written ({reason}); {advice}") from error
-    if not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK | os.X_OK):
-        raise UserError(f"--save_state={path}: cannot be written; {advice}")
 
 
 if __name__ == "__main__":

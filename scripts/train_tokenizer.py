@@ -12,13 +12,11 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
-import tempfile
-
 from absl import flags
 
-from simplernn_jax import command_line
+from simplernn_jax import command_line, process_start
 from simplernn_jax.config_flag import define_config_flag
-from simplernn_jax.files import check_output, write_file
+from simplernn_jax.files import check_writable, write_file
 
 _CONFIG = define_config_flag()
 _OUTPUT = flags.DEFINE_string("output", None, "File to write.", required=True)
@@ -29,8 +27,8 @@ def main() -> None:
     from simplernn_jax.data.token_store import train_tokenizer
 
     config, output = _CONFIG.value, command_line.expand_path(_OUTPUT.value, "output")
-    check_output(output)
-    with tempfile.TemporaryDirectory() as folder:
+    check_writable(output)
+    with process_start.temporary_folder() as folder:
         cache_dir = config.data.cache_dir or folder
         tokenizer = train_tokenizer(config.data, config.train.seed, cache_dir)
     write_file(output, tokenizer.tokenizer_json.encode())

@@ -97,6 +97,20 @@ def check_output(path: str | os.PathLike[str]) -> None:
         raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, what, os.fspath(path))
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Check that `write_file` can write a file at `path`, before long work.
+
+    Raises:
+      OSError: as `check_output`, or its folder is missing or not writable.
+    """
+    check_output(path)
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise OSError(errno.ENOENT, "its folder does not exist", os.fspath(path))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(errno.EACCES, "its folder is not writable", os.fspath(path))
+
+
 def write_file(
     path: str | os.PathLike[str], content: bytes, *, durable: bool = True, mode: int = 0o666
 ) -> None:

@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 
 from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, one_line
 
@@ -43,6 +44,7 @@ class _Run:
 
     resumes = False
     has_started = False
+    temporary_folder = ""
 
 
 def start(root: str, *, resumes: bool = False) -> None:
@@ -96,6 +98,16 @@ def raise_on_signals() -> None:
     sys.unraisablehook = _send_again
 
 
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[str]:
+    """Yield a new folder that is removed afterwards, also when a signal ends the script."""
+    import tempfile  # slow, and few scripts need it
+
+    with tempfile.TemporaryDirectory() as folder:
+        _Run.temporary_folder = folder
+        yield folder
+
+
 def end_with_parent(parent: int) -> None:
     """Have Linux kill this process when its parent, of process id `parent`, has died."""
     if sys.platform == "linux":
@@ -127,6 +139,10 @@ def _stop(number: int, _: object) -> None:
     show_cursor = "\x1b[?25h" if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb" else ""
     with contextlib.suppress(OSError):
         os.write(2, f"{show_cursor}{signal.Signals(number).name}: {what}\n".encode())
+    if _Run.temporary_folder:
+        import shutil
+
+        shutil.rmtree(_Run.temporary_folder, ignore_errors=True)
     os._exit(code)
 
 

@@ -95,6 +95,17 @@ def test_the_script_writes_the_same_in_another_process(source, tmp_path, threads
     assert prepare_corpus(loaded, 3, str(tmp_path / "b")).tokenizer.vocab_size == SIZE
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(source, tmp_path):
+    done = run_python(
+        ROOT / "scripts" / "train_tokenizer.py",
+        *("--config", ROOT / "configs" / "base.py", f"--config.data.source={source}"),
+        *(f"--config.data.tokenizer=bpe:{SIZE}", f"--output={tmp_path / 'missing' / 'a.json'}"),
+    )
+    assert done.code == 2
+    assert "a.json: its folder does not exist; create it" in done.errors
+    assert "training" not in done.errors
+
+
 def test_a_part_of_a_long_document_may_end_inside_a_character(source, tmp_path, monkeypatch):
     monkeypatch.setattr("simplernn_jax.data.bpe._PART_BYTES", 7)
     assert train_tokenizer(config_of(source), 3, str(tmp_path / "cache")).encode("ä—").size

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from absl import logging
@@ -59,7 +60,8 @@ def train_bpe(split: TokenSplit, vocab_size: int) -> str:
     num_bytes = sum(min(limit, part.num_bytes) for part, limit in limits)
     logging.info("training a BPE of %s ids on %s bytes", f"{vocab_size:,}", f"{num_bytes:,}")
     texts = itertools.chain.from_iterable(itertools.starmap(_texts, limits))
-    tokenizer.train_from_iterator(texts, trainer)
+    with ThreadPoolExecutor(1) as thread:  # so that this one handles signals meanwhile
+        thread.submit(tokenizer.train_from_iterator, texts, trainer).result()
     json: str = tokenizer.to_str()
     found = PretrainedTokenizer(json).vocab_size
     if found < vocab_size:
