@@ -125,3 +125,15 @@ def test_script_makes_a_dataset_or_gives_one_line(jsonl, data_dir):
     assert "Generating" not in errors  # no progress bar
     assert "--config.data.source=tfds:" in text
     assert texts_of("tfds:my_books") == [text for text in TEXTS if text]
+
+
+def test_other_datasets_are_no_text_and_a_source_without_text_is_refused(tmp_path):
+    write(tmp_path / "in" / "a.txt", "a")
+    for name in ("first", "second"):
+        folder = build_tfds(
+            DataConfig(source=str(tmp_path / "in")), name, str(tmp_path / "in" / "sets")
+        )
+        assert texts_of(f"tfds:{folder}") == ["a"]
+    source = write(tmp_path / "empty.jsonl", records({"text": ""}))
+    with pytest.raises(UserError, match=r"empty\.jsonl: no text in it; choose another source"):
+        build_tfds(DataConfig(source=str(source)), "third", str(tmp_path / "sets"))

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.corpora import open_corpus
+from simplernn_jax.data.corpora import Corpus, open_corpus
 from simplernn_jax.errors import UserError
 
 FIELD = "text"
@@ -24,14 +24,14 @@ class TextDataset(  # type: ignore[call-arg]  # the base class takes the keyword
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, source: DataConfig, **kwargs: Any) -> None:
-        self._source = source
+    def __init__(self, corpus: Corpus, name: str, **kwargs: Any) -> None:
+        self._corpus, self._source = corpus, name
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"Text of {self._source.source}.",
+            description=f"Text of {self._source}.",
             features=tfds.features.FeaturesDict({FIELD: tfds.features.Text()}),
             disable_shuffling=True,
         )
@@ -40,18 +40,22 @@ class TextDataset(  # type: ignore[call-arg]  # the base class takes the keyword
         return {"train": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
-        for index, document in enumerate(open_corpus(self._source).documents()):
+        has_text = False
+        for index, document in enumerate(self._corpus.documents()):
             text = "".join(piece.text for piece in document.pieces)
             if text:
+                has_text = True
                 yield index, {FIELD: text}
+        if not has_text:
+            raise UserError(f"{self._source}: no text in it; choose another source")
 
 
 def build_tfds(source: DataConfig, name: str, data_dir: str) -> Path:
     """Prepare ``data_dir/name/1.0.0``, which the source ``tfds:name`` or that path then names.
 
     Raises:
-      UserError: the name is invalid, the dataset exists, the corpus is unusable, or `data_dir` is
-        not UTF-8.
+      UserError: the name is invalid, the dataset exists, the corpus is unusable or has no text, or
+        `data_dir` is not UTF-8.
     """
     try:
         data_dir.encode()
@@ -61,9 +65,10 @@ def build_tfds(source: DataConfig, name: str, data_dir: str) -> Path:
         raise UserError(
             f"dataset name {name!r}: use a lower-case letter, then such letters, digits and _"
         )
-    open_corpus(source)  # before anything is written
+    # Before anything is written, and without other datasets.
+    corpus = open_corpus(source, exclude=[data_dir])
     builder_class = type(name, (TextDataset,), {"name": name}, skip_registration=True)
-    builder = builder_class(source, data_dir=data_dir, file_format="array_record")
+    builder = builder_class(corpus, source.source, data_dir=data_dir, file_format="array_record")
     folder = Path(builder.data_dir)
     if folder.exists():
         raise UserError(f"{folder}: exists already; choose another --name or remove it")
