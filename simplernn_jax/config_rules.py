@@ -154,6 +154,8 @@ def _check_run(values: Mapping[str, Any]) -> None:
         reject("data.cache_dir", "a path; none holds a NUL character")
     if os.path.expanduser(values["data.cache_dir"]).startswith("~"):
         reject("data.cache_dir", "a path; ~USER does not name an existing user")
+    if "://" in values["data.cache_dir"]:
+        reject("data.cache_dir", "a folder; mount a bucket and use its mount point")
     if not values["data.source"]:
         reject("data.source", "stdlib, a path, a glob or tfds:NAME")
     if values["data.loss_on"] == "assistant" and not values["data.template"]:

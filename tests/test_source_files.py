@@ -94,3 +94,10 @@ def test_large_decompressed_content_takes_bounded_memory(tmp_path, suffix):
     assert count == size
     assert os.path.getsize(path) < size / 100
     assert peak < size / 4
+
+
+def test_a_zstd_frame_with_a_large_window(tmp_path):
+    settings = zstandard.ZstdCompressionParameters(window_log=28, hash_log=6, chain_log=6)
+    compressor = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    path = write(tmp_path / "a.zst", compressor.compress(b"text") + compressor.flush())
+    assert read_all(path) == {"a.zst": "text"}

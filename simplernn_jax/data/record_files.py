@@ -230,7 +230,13 @@ class ParquetFiles(RecordFiles):
             raise UserError(f"{path}: {_missing_field(self._field, schema.names)}")
         found = schema.field(self._field).type
         plain = found.value_type if types.is_dictionary(found) else found
-        is_text = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+        is_text = (
+            types.is_string,
+            types.is_large_string,
+            types.is_string_view,
+            types.is_binary,
+            types.is_large_binary,
+        )
         if not any(is_type(plain) for is_type in is_text):
             raise UserError(
                 f"{path}: {_wrong_type(self._field, str(found))}; choose another with "

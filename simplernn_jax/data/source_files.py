@@ -15,6 +15,9 @@ from simplernn_jax.files import open_file
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 _ZSTD_BLOCK = 1 << 8
 """Compressed bytes per read. They become at most 32,768 times as many, 8 MiB."""
+_ZSTD_WINDOW = 1 << 31
+"""Bytes that a frame may refer back to: all that ``zstd --long=31`` writes, which needs as much
+memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,7 @@ class _ZstdReader(io.RawIOBase):
         import zstandard
 
         self._error = zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor()
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
         self._file = file
         self._frame: Any = None
         self._compressed = b""
