@@ -110,6 +110,37 @@ def test_several_tokens_after_a_filled_cache(exported):
         model.generate(ids[:, :20], cache=cache, **OPTIONS)
 
 
+def test_padding_after_the_first_call_is_refused(exported):
+    _, model = exported
+    ids, mask = torch.tensor(TOKENS), torch.ones(3, 37, dtype=torch.long)
+    mask[1, 20:23] = 0
+    cache = model(ids[:, :20], use_cache=True).cache
+    with pytest.raises(ValueError, match="pad its sequences on the left"):
+        model(ids[:, 20:], attention_mask=mask, cache=cache)
+
+
+def test_a_resized_vocabulary(exported):
+    _, model = exported
+    resized = copy.deepcopy(model).to(torch.bfloat16)
+    resized.resize_token_embeddings(269)
+    assert resized(torch.tensor(TOKENS)).logits.shape == (3, 37, 269)
+
+
+def test_loss_of_a_batch_in_several_calls_is_that_of_the_whole(exported):
+    _, model = exported
+    ids = torch.tensor(TOKENS)
+    labels = ids.clone()
+    labels[0, :20] = -100
+    count = (labels[:, 1:] != -100).sum()
+    with torch.no_grad():
+        whole = model(ids, labels=labels).loss
+        parts = [
+            model(ids[n : n + 1], labels=labels[n : n + 1], num_items_in_batch=count).loss
+            for n in range(3)
+        ]
+    assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
+
+
 def test_loss_and_gradients(exported):
     original, model = exported
     ids = torch.tensor(TOKENS)

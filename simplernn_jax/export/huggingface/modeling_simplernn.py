@@ -361,12 +361,15 @@ class SimpleRNNForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states=None,
         logits_to_keep=0,
         return_dict=True,
+        num_items_in_batch=None,
         **_,
     ):
         """Compute logits [B, T, vocab], float32, and with `labels` the mean loss.
 
-        `attention_mask` is [B, T], or [B, past + T] with a cache; 0 is padding. The cache is
-        changed in place and returned.
+        `attention_mask` is [B, T], or [B, past + T] with a cache; 0 is padding, which only the
+        first call with a cache may have. The cache is changed in place and returned. With
+        `num_items_in_batch`, the number of targets of a batch that is split into several calls, the
+        loss is the sum divided by it.
         """
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         x = x.float()
@@ -380,6 +383,8 @@ class SimpleRNNForCausalLM(PreTrainedModel, GenerationMixin):
             is_token = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         else:
             is_token = attention_mask[:, -x.shape[1] :].bool()
+            if states.seen_tokens and not is_token.all():
+                raise ValueError("padding after the first call; pad its sequences on the left")
         hidden = [x]
         for layer, state in zip(self.layers, states.layers, strict=True):
             x = layer(x, is_token, state)
@@ -390,13 +395,19 @@ class SimpleRNNForCausalLM(PreTrainedModel, GenerationMixin):
         x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
         head = self.embedding.weight if self.config.tie_embeddings else None
         if head is None:
-            logits = self.lm_head(x)
+            # A resized head is a plain nn.Linear.
+            logits = self.lm_head(x.to(self.lm_head.weight.dtype)).float()
         else:
             logits = functional.linear(x.to(head.dtype), head).float()
         loss = None
         if labels is not None:
             targets = labels[:, 1:].reshape(-1)
-            loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets)
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            loss = functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), targets, reduction=reduction
+            )
+            if num_items_in_batch is not None:
+                loss = loss / num_items_in_batch
         output = SimpleRNNOutput(
             loss=loss,
             logits=logits,
