@@ -256,3 +256,40 @@ def test_errors_name_the_argument():
         gated_linear_recurrence(q, k, v, log_gate, method="fast")
     with pytest.raises(ValueError, match="power of two"):
         gated_linear_recurrence(q, k, v, log_gate, chunk_size=24)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_large_segment_leaves_the_gradients_of_the_one_before_exact(method):
+    ids = jnp.asarray(np.stack([np.arange(61) // 29, np.arange(61) // 17]))
+    (q, k, v, *others), cotangents = draw_inputs(61, SHAPES[1], "mixed")
+    is_later = (ids > 0)[..., None, None]
+    inputs = [jnp.where(is_later, 1000 * x, x) for x in (q, v)]
+    low = [x.astype(jnp.float32) for x in (inputs[0], k, inputs[1], *others)]
+    exact = run([x.astype(jnp.float64) for x in low], ids, cotangents, method="scan")
+    found = run(low, ids, cotangents, **METHODS[method])
+    for ours, theirs in zip(found[2:6], exact[2:6], strict=True):
+        first, expected = (jnp.where(is_later, 0, x) for x in (ours, theirs))
+        chex.assert_trees_all_close(first, expected, atol=3e-5 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("method", ["fused", "chunkwise", "scan"])
+def test_a_reset_ends_a_state_that_is_not_finite(method):
+    (q, k, v, log_gate, state), _ = draw_recurrence(2, 40, 3, 5, 7)
+    ids = jnp.asarray(np.stack([np.arange(40) >= 1, np.arange(40) >= 33]).astype(np.int32))
+    for value in (jnp.inf, jnp.nan):
+        y, final = gated_linear_recurrence(
+            q, k, v, log_gate, initial_state=state + value, segment_ids=ids, method=method
+        )
+        assert jnp.isfinite(jnp.where(ids[..., None, None] == 1, y, 0)).all()
+        assert jnp.isfinite(final).all()
+
+
+@pytest.mark.parametrize("method", ["auto", "chunkwise", "scan"])
+def test_a_float64_state_of_float32_inputs_is_summed_in_float64(method):
+    (q, k, v, log_gate, _), _ = draw_recurrence(2, 70, 1, 5, 3)
+    y, final = gated_linear_recurrence(q, k, v, log_gate, state_dtype="float64", method=method)
+    exact = gated_linear_recurrence(*(x.astype("float64") for x in (q, k, v, log_gate)))
+    chex.assert_type([y, final], ["float32", "float64"])
+    chex.assert_trees_all_close(final, exact[1], rtol=1e-12)
+    with pytest.raises(ValueError, match="requires float32"):
+        gated_linear_recurrence(q, k, v, log_gate, state_dtype="float64", method="fused")

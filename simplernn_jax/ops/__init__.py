@@ -14,6 +14,7 @@ from simplernn_jax.ops.dtypes import accumulator_dtype
 from simplernn_jax.ops.intra_chunk import BLOCK
 from simplernn_jax.ops.low_precision_state import low_precision_recurrence
 from simplernn_jax.ops.native import supports_native
+from simplernn_jax.ops.operation import is_static
 from simplernn_jax.ops.recurrence import recurrence
 from simplernn_jax.ops.scan import RecurrenceInputs, recurrent_step
 
@@ -38,10 +39,11 @@ def gated_linear_recurrence(
 
     Args:
       q: queries ``[B, T, H, K]``. All arrays may be float16, bfloat16, float32 or float64; sums are
-        float64 if q, k, v or log_gate is, else float32.
+        float64 if q, k, v, log_gate or `state_dtype` is, else float32.
       k: keys ``[B, T, H, K]``.
       v: values ``[B, T, H, V]``.
-      log_gate: logarithms of the forget gates ``[B, T, H, K]``, at most 0.
+      log_gate: logarithms of the forget gates ``[B, T, H, K]``, at most 0; ``"chunkwise"`` takes
+        those below -16 as -16 (-75 in float64).
       initial_state: ``[B, H, K, V]``, of the first token's segment; None starts from zero.
       segment_ids: ``[B, T]`` integers; where the id changes from one token to the next, the state
         is reset to zero.
@@ -52,7 +54,7 @@ def gated_linear_recurrence(
       chunk_size: tokens per chunk, a power of two of at least 8; setting it selects
         ``"chunkwise"``. None chooses it from the shape.
       state_dtype: storage dtype of the state, such as bfloat16; see `low_precision_recurrence`.
-        None keeps the accumulation dtype.
+        None keeps the accumulation dtype. Not with symbolic shapes.
 
     Returns:
       ``(output, final_state)``: ``[B, T, H, V]`` in the dtype of v, and ``[B, H, K, V]`` in the
@@ -76,7 +78,8 @@ def gated_linear_recurrence(
         jnp.asarray, (q, k, v, log_gate)
     )  # without x64, float64 becomes float32
     batch, _, heads, key_dim = q.shape
-    dtype = accumulator_dtype(q, k, v, log_gate)
+    stored = () if state_dtype is None else (jax.dtypes.canonicalize_dtype(state_dtype),)
+    dtype = accumulator_dtype(q, k, v, log_gate, *stored)
     method = _choose(method, chunk_size, dtype)
     log_gate = log_gate.astype(dtype)
     if initial_state is None:
@@ -88,6 +91,8 @@ def gated_linear_recurrence(
     inputs = RecurrenceInputs(q, k, v, log_gate, initial_state, reset)
     run = functools.partial(recurrence, method, chunk_size)
     if state_dtype is not None:
+        if not is_static(q.shape):
+            raise ValueError(f"{state_dtype=}: must be None with symbolic shapes, got {q.shape}")
         return low_precision_recurrence(run, inputs, state_dtype)
     return run(inputs._replace(state=initial_state.astype(dtype)))
 

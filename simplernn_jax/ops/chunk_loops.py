@@ -44,14 +44,17 @@ def forward_loop(
         added = (decayed_k.mT @ chunk_v).reshape(states)
         total = total.reshape(*states[:3], 1)
         at_starts = []
-        for decay, new in zip(total, added, strict=True):
+        for chunk in range(part.group):
             at_starts.append(state)
-            state = decay * state + new
+            state = _decayed(state, total, masks, chunk) + added[chunk]
         starts = jnp.stack(at_starts)
         saved = starts if with_starts else None
         if not with_output:
             return (state, output), saved
-        chunk_output = decayed_q @ starts.reshape(-1, *states[2:]) + attention @ chunk_v
+        from_start = decayed_q @ starts.reshape(-1, *states[2:])
+        if masks is not None:
+            from_start = jnp.where(masks.reads_start[..., None], from_start, 0)
+        chunk_output = from_start + attention @ chunk_v
         return (state, _store_group(part, output, chunk_output, index)), saved
 
     output: Any = ()
@@ -97,7 +100,7 @@ def backward_loop(
         d_ends = []
         for chunk in reversed(range(part.group)):
             d_ends.append(d_state)
-            d_state = decays[chunk] * d_state + d_state_from_output[chunk]
+            d_state = _decayed(d_state, decays, masks, chunk) + d_state_from_output[chunk]
         d_end = jnp.stack(d_ends[::-1]).reshape(-1, *states[2:])
         state = starts.reshape(-1, *states[2:])
 
@@ -113,8 +116,13 @@ def backward_loop(
         # db_i = q_i dq_i - k_i dk_i, plus the end-state term at i = C; dl_t = sum_{i >= t} db_i.
         d_b = chunk_q * chunk_dq - chunk_k * chunk_dk
         d_total = jnp.sum(ends.reshape(d_end.shape) * d_end, axis=-1)
-        chunk_dl = jnp.flip(jnp.cumsum(jnp.flip(d_b, 1), axis=1), 1) + d_total[:, None]
-        if masks is not None:
+        if masks is None:
+            chunk_dl = jnp.flip(jnp.cumsum(jnp.flip(d_b, 1), axis=1), 1) + d_total[:, None]
+        else:
+            # Not through later segments, whose terms cancel but for rounding.
+            later = masks.same_segment & jnp.tri(part.size, dtype=bool).T[None]
+            chunk_dl = jnp.matmul(later.astype(dtype), d_b, precision=jax.lax.Precision.HIGHEST)
+            chunk_dl += jnp.where(masks.reaches_end[..., None], d_total[:, None], 0)
             chunk_dl = jnp.where(masks.reset[..., None], 0, chunk_dl)
         store = partial(_store_group, part, index=index)
         grads = (store(d_q, chunk_dq), store(d_k, chunk_dk), store(d_v, chunk_dv))
@@ -176,6 +184,15 @@ def _chunk_masks(
         same_segment=segment[:, :, None] == segment[:, None, :],
         keeps_state=last == 0,
     )
+
+
+def _decayed(state: jax.Array, decays: jax.Array, masks: Masks | None, chunk: int) -> jax.Array:
+    """Decay a state ``[B H, K, V]`` by a chunk of a group, or reset it, even from infinity."""
+    decayed = decays[chunk] * state
+    if masks is None:
+        return decayed
+    keeps = masks.keeps_state.reshape(len(decays), -1, 1, 1)
+    return jnp.where(keeps[chunk], decayed, 0)
 
 
 def _causal(matrix: jax.Array, masks: Masks | None) -> jax.Array:

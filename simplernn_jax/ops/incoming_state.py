@@ -34,4 +34,5 @@ def read_state(
     q: jax.Array, log_gate: jax.Array, before_reset: BeforeReset, incoming: jax.Array
 ) -> jax.Array:
     """Compute ``(q_i e^{b_i})^T S_in`` ``[B, T, H, V]``."""
-    return jnp.einsum("bthk,bhkv->bthv", decayed_queries(q, log_gate, before_reset), incoming)
+    y = jnp.einsum("bthk,bhkv->bthv", decayed_queries(q, log_gate, before_reset), incoming)
+    return y if before_reset is None else jnp.where(before_reset[..., None, None], y, 0)
