@@ -258,6 +258,12 @@ def test_rejects_invalid_sizes():
         make(WIDE_KEYS | {"key_dim": 15})
 
 
+def test_an_empty_batch_of_long_sequences():
+    layer = Attention(7, 12, 10, 11, 2, context=13, rngs=nnx.Rngs(0))
+    y, _ = layer(jnp.zeros((0, 600, 7)))
+    chex.assert_shape(y, (0, 600, 11))
+
+
 def test_no_heads():
     q, k, v = (jnp.zeros(shape) for shape in ((2, 3, 0, 4), (2, 7, 0, 4), (2, 7, 0, 5)))
     chex.assert_shape(operator.attend(q, k, v, jnp.ones((1, 3, 7), bool)), (2, 3, 0, 5))

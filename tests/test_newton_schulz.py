@@ -85,8 +85,9 @@ def test_extreme_matrices(value):
 
 def test_empty_matrices_and_no_matrix():
     assert newton_schulz([]) == []
-    (result,) = newton_schulz([jnp.zeros((0, 3))])
-    chex.assert_shape(result, (0, 3))
+    for shape in ((0, 3), (0, 3, 5), (2, 3, 0)):
+        (result,) = newton_schulz([jnp.zeros(shape)])
+        chex.assert_shape(result, shape)
 
 
 def test_wrong_arguments_are_refused():

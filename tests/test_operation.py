@@ -232,3 +232,24 @@ def test_without_compilation():
     with jax.disable_jit():
         ours = jax.grad(loss("auto"), (0, 3))(*inputs)
     chex.assert_trees_all_close(ours, jax.grad(loss("scan"), (0, 3))(*inputs), **TOLERANCE)
+
+
+@pytest.mark.parametrize("method", FAST_METHODS)
+def test_transpose_of_a_function_that_is_linear_in_v(method):
+    q, k, v, log_gate, _ = draw()
+
+    def transposed(method):
+        def outputs(v):
+            return gated_linear_recurrence(q, k, v, log_gate, segment_ids=IDS, method=method)[0]
+
+        return jax.linear_transpose(outputs, v)(jnp.cos(v))
+
+    chex.assert_trees_all_close(transposed(method), transposed("scan"), **TOLERANCE)
+
+
+def test_a_state_dtype_is_refused_with_symbolic_shapes():
+    shape = jax.export.symbolic_shape("B, T, 3, 5")
+    struct = jax.ShapeDtypeStruct(shape, jnp.float32)
+    run = functools.partial(gated_linear_recurrence, state_dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match="must be None with symbolic shapes"):
+        jax.export.export(jax.jit(run))(struct, struct, struct, struct)

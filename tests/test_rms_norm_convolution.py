@@ -110,3 +110,12 @@ def test_vmap():
     chex.assert_trees_all_close(
         jax.tree.map(lambda each: each.reshape(6, *each.shape[2:]), ours), expected, rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_results_have_the_dtype_of_the_state(normalize):
+    recent = jnp.zeros((2, 3, 5), jnp.bfloat16)
+    results = rms_norm_convolution(
+        jnp.ones((2, 7, 5)), jnp.ones((4, 5)), recent, None, normalize=normalize
+    )
+    chex.assert_type(results, jnp.bfloat16)

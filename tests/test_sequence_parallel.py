@@ -16,7 +16,12 @@ from references import (
     value_and_gradients,
 )
 
-from simplernn_jax.ops.sequence_parallel import halo, shard_segment_ids, sharded_recurrence
+from simplernn_jax.ops.sequence_parallel import (
+    halo,
+    shard_segment_ids,
+    sharded_convolution,
+    sharded_recurrence,
+)
 
 TIME = P(None, "sequence")
 
@@ -101,3 +106,24 @@ def test_halo_is_zero_where_a_segment_begins():
     ids = jnp.asarray([[0, 0, 1, 0], [0, 1, 0, 0]], jnp.int32)  # one token per shard
     run = jax.shard_map(halo, mesh=mesh_of(sequence=4), in_specs=(TIME, P(), TIME), out_specs=TIME)
     np.testing.assert_array_equal(run(own, first, ids), [[-1, 1, 0, 3], [-2, 0, 6, 7]])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32"])
+def test_segments_of_a_shard_are_numbered_in_any_integer_dtype(dtype):
+    ids = (np.arange(1202) // 2 % 2).astype(dtype)[None]
+    numbered = jax.jit(
+        jax.shard_map(shard_segment_ids, mesh=mesh_of(sequence=2), in_specs=TIME, out_specs=TIME)
+    )(ids)
+    changes = np.diff(ids[0].astype(int)) != 0
+    expected = [np.cumsum([0, *changes[:600]]), np.cumsum(changes[600:])]
+    np.testing.assert_array_equal(numbered[0], np.concatenate(expected))
+
+
+def test_shards_shorter_than_the_convolution_are_refused():
+    def convolve(x):
+        return sharded_convolution(x, jnp.ones((4, 5)), jnp.zeros((3, 3, 5)), None)[0]
+
+    run = jax.shard_map(convolve, mesh=mesh_of(sequence=4), in_specs=TIME, out_specs=TIME)
+    assert run(np.ones((3, 12, 5))).shape == (3, 12, 5)
+    with pytest.raises(ValueError, match="sequence shards of 2 tokens; the convolution needs at l"):
+        run(np.ones((3, 8, 5)))

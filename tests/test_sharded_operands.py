@@ -191,3 +191,13 @@ def test_the_model_stays_sharded(precision, spec, kinds):
     # Partitioned sums round in another order; in bfloat16, results may differ in the last bit.
     rtol, atol = (1e-5, 2e-5) if precision == "float32" else (0.1, 1e-2)
     chex.assert_trees_all_close(program(*inputs), gradient(params, tokens), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("method", FAST_METHODS)
+def test_operands_on_an_explicit_mesh_are_refused(method):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    inputs = [jax.device_put(x, NamedSharding(mesh, P("x"))) for x in draw()[:4]]
+    run = functools.partial(gated_linear_recurrence, method=method)
+    for call in (run, jax.jit(run), jax.grad(lambda *inputs: run(*inputs)[0].sum())):
+        with pytest.raises(ValueError, match=r"over explicit axes.* axis_types=\(.*Auto"):
+            call(*inputs)

@@ -20,7 +20,9 @@ from simplernn_jax.models.multi_head import MultiHeadLayer
 from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_segment_ids
+from simplernn_jax.ops.collectives import axis_size
 from simplernn_jax.ops.context_parallel import from_last_shard, receive_past, segment_offset
+from simplernn_jax.ops.sequence_parallel import AXIS
 from simplernn_jax.ops.sliding_attention import apply_rope, attend, sliding_attention
 
 
@@ -138,7 +140,7 @@ class Attention(MultiHeadLayer):
         positions = _positions(length, before, segment_ids)
         q, k = apply_rope(q, positions), apply_rope(k, positions)
         q, k, v = q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype)
-        if state is not None and length == 1:
+        if state is not None and length == 1 and axis_size(AXIS) == 1:
             state = _append_token(state, k, v)
             filled = jnp.arange(self.context, dtype=jnp.int32)[None] < state.length[:, None]
             k, v = (jnp.swapaxes(cached, 1, 2) for cached in (state.keys, state.values))

@@ -19,5 +19,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         return x
     *leading, size = x.shape
     words = jax.random.bits(key, (*leading, -(-size // 2)), jnp.uint32)
-    bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(*leading, -1)[..., :size]
+    bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(*leading, 2 * words.shape[-1])[
+        ..., :size
+    ]
     return jnp.where(bits >= jnp.uint16(level), x / (1 - level / _LEVELS), 0)

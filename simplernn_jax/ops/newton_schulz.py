@@ -46,6 +46,8 @@ def _all_in_c(*matrices: jax.Array) -> Sequence[jax.Array]:
 
 @jax.jit  # traced and lowered once for all matrices of a shape
 def _polar_factor(matrix: jax.Array) -> jax.Array:
+    if not matrix.size:
+        return matrix
     if matrix.ndim > 2:
         flat = matrix.reshape(math.prod(matrix.shape[:-2]), *matrix.shape[-2:])
         # One after the other: XLA's CPU backend takes 2.5 times as long for batched matmuls.

@@ -93,6 +93,13 @@ def _bind(
     vjp: VJP | None = None,
     linear: Linear | None = None,
 ) -> list[Any]:
+    for x in args:
+        spec = jax.typeof(x).sharding.spec
+        if any(axis is not None for axis in spec):
+            raise ValueError(
+                f"an array of shape {x.shape} is sharded as {spec} over explicit axes, which have "
+                "no rules here; create the mesh with axis_types=(jax.sharding.AxisType.Auto, ...)"
+            )
     params = {"impls": impls, "results": results, "vjp": vjp, "linear": linear}
     return _operation.bind(*args, partitioned=_partitioned(args, impls), **params)
 
@@ -196,9 +203,11 @@ def _transpose(
     *args: Any,
     impls: Implementations,
     results: Any,
-    linear: Linear,
+    linear: Linear | None,
     **_: Any,
 ) -> list[Any]:
+    if linear is None:  # not from a derivative, but of a function that is linear in some arguments
+        return _transpose_reference(cotangents, args, impls)
     residuals, linear_args = args[: linear.num_residuals], args[linear.num_residuals :]
     cts = [
         vary_like(jnp.zeros(shape, dtype), *residuals) if type(ct) is ad.Zero else ct
@@ -211,6 +220,20 @@ def _transpose(
     # A known linear argument is a zero that JAX has instantiated.
     wanted = [ct if u else None for ct, u in zip(found, unknown, strict=True)]
     return [None] * linear.num_residuals + wanted
+
+
+def _transpose_reference(
+    cotangents: Sequence[Any], args: Sequence[Any], impls: Implementations
+) -> list[Any]:
+    unknown = [i for i, x in enumerate(args) if ad.is_undefined_primal(x)]
+
+    def function(*values: Any) -> Any:
+        given = dict(zip(unknown, values, strict=True))
+        return impls.differentiable(*(given.get(i, x) for i, x in enumerate(args)))
+
+    transpose = jax.linear_transpose(as_list(function), *(args[i].aval for i in unknown))
+    found = dict(zip(unknown, transpose(list(map(ad.instantiate_zeros, cotangents))), strict=True))
+    return [found.get(i) for i in range(len(args))]
 
 
 ad.primitive_transposes[_operation] = _transpose

@@ -69,7 +69,8 @@ def rms_norm_convolution(
     if not normalize:
         return _by_shifts(x, weights, recent, starts)
     if not use_native(x, native):
-        return _by_shifts(rms_norm(x, native=False), weights, recent, starts)
+        normalized = rms_norm(x, native=False).astype(recent.dtype)
+        return _by_shifts(normalized, weights, recent, starts)
     inputs = [x, weights.astype(x.dtype), recent, *([] if starts is None else [starts])]
     impls, fwd, bwd = _operation(starts is not None)
     vjp = VJP(bwd, fwd, residual_types=((x.shape[:2], x.dtype),))

@@ -46,8 +46,10 @@ def shard_segment_ids(segment_ids: SegmentIds) -> SegmentIds:
     """Number the segments of this device's shard; 0 is the segment of the token before it.
 
     Args:
-      segment_ids: ``[B, T / sequence]``, any ids; a change of id begins a segment. The result has
-        its shape and dtype.
+      segment_ids: ``[B, T / sequence]``, any ids; a change of id begins a segment.
+
+    Returns:
+      ``[B, T / sequence]`` int32; `segment_ids` itself if the sequences are not sharded.
     """
     if axis_size(AXIS) == 1:
         return segment_ids
@@ -55,7 +57,7 @@ def shard_segment_ids(segment_ids: SegmentIds) -> SegmentIds:
     # Before the sequence's first token is its incoming state, of the same segment.
     before = jnp.where(axis_index(AXIS) == 0, segment_ids[:, :1], before)
     begins = segment_ids != jnp.concatenate([before, segment_ids[:, :-1]], axis=1)
-    return jnp.cumsum(begins, axis=1, dtype=segment_ids.dtype)
+    return jnp.cumsum(begins, axis=1, dtype=jnp.int32)
 
 
 def sharded_recurrence(
@@ -118,11 +120,17 @@ def sharded_convolution(
 
     Returns:
       The output of this device's shard, and the state after the sequence's last token, zero where
-      it is not of the last token's segment. Raises what `rms_norm_convolution` does.
+      it is not of the last token's segment. Raises what `rms_norm_convolution` does, and ValueError
+      for a shard with fewer than W - 1 tokens.
     """
     starts = None if segment_ids is None else segment_starts(segment_ids)
     if axis_size(AXIS) > 1:
-        own = x[:, x.shape[1] - state.shape[1] :].astype(state.dtype)
+        past, length = state.shape[1], x.shape[1]
+        if length < past:
+            raise ValueError(
+                f"x: sequence shards of {length} tokens; the convolution needs at least {past}"
+            )
+        own = x[:, length - past :].astype(state.dtype)
         own = rms_norm(own) if normalize else own
         state = halo(mask_to_last_segment(own, starts), state, segment_ids)
     y, recent = rms_norm_convolution(x, weights, state, starts, normalize=normalize)

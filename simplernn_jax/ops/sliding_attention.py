@@ -205,5 +205,5 @@ def _spans(length: int, past: int, context: int) -> list[tuple[int, int]]:
 
 def _join(blocks: jax.Array) -> jax.Array:
     """Reshape ``[n, B, t, H, V]`` to ``[B, n t, H, V]``."""
-    blocks = jnp.moveaxis(blocks, 0, 1)
-    return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])
+    number, batch, length, *rest = blocks.shape
+    return jnp.moveaxis(blocks, 0, 1).reshape(batch, number * length, *rest)
