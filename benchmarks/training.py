@@ -19,7 +19,7 @@ from flax import nnx
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.config_rules import PRECISIONS
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.training.losses import summed_cross_entropy
+from simplernn_jax.training.losses import cross_entropy
 
 from . import measure, train_steps
 from .measure import Call, Effort, alternate, block_ratio, median
@@ -116,7 +116,7 @@ def gru_step(config: Config) -> Call:
 
     def mean_loss(params: Any, batch: Batch) -> jax.Array:
         logits = nnx.merge(graph, params)(batch.tokens)
-        return summed_cross_entropy(logits, batch.targets, batch.loss_mask) / batch.targets.size
+        return jnp.sum(cross_entropy(logits, batch.targets, batch.loss_mask)) / batch.targets.size
 
     def step(state: Any, batch: Batch) -> Any:
         loss, gradient = jax.value_and_grad(mean_loss)(state[0], batch)

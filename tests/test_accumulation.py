@@ -19,7 +19,7 @@ from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.sharding.layer_layout import in_layout_of
-from simplernn_jax.training.losses import summed_cross_entropy
+from simplernn_jax.training.losses import cross_entropy
 
 SIZE, LENGTH, WINDOW, VOCAB = 4, 24, 8, 12
 SGD = optax.sgd(1.0)
@@ -83,7 +83,7 @@ def loss_of_window(params, batch, carried, predictions, block):
     graph, _ = abstract_model(config_of(block=block).model)
     model = nnx.merge(graph, params)
     logits, carried = model(batch.tokens, carried, batch.segment_ids)
-    nats = summed_cross_entropy(logits, batch.targets, batch.loss_mask)
+    nats = jnp.sum(cross_entropy(logits, batch.targets, batch.loss_mask))
     return nats / predictions.astype(nats.dtype), carried
 
 

@@ -18,7 +18,7 @@ from simplernn_jax.data.evaluation_batches import Contexts
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.sharding.partition_specs import named_shardings, variable_specs
-from simplernn_jax.training import evaluate
+from simplernn_jax.training import evaluate, losses
 from simplernn_jax.training.evaluate import Evaluator
 
 CONFIG = small_config(
@@ -146,3 +146,10 @@ def test_overlapping_contexts_equal_the_model_on_each_from_a_zero_state():
             scored = first + len(inputs)
     assert len(nats) == result.predictions
     assert result.nats_per_token == pytest.approx(np.mean(nats), rel=1e-6)
+
+
+def test_logits_of_a_large_vocabulary_are_computed_in_parts(monkeypatch):
+    monkeypatch.setattr(losses, "MAX_LOGITS", 2000)
+    in_parts = Evaluator(CONFIG, PAD)(params(), SPLIT)
+    assert in_parts.predictions == evaluation().predictions
+    assert in_parts.nats_per_token == pytest.approx(evaluation().nats_per_token, rel=1e-6)

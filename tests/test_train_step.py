@@ -16,7 +16,7 @@ from small_runs import random_batch, small_config
 
 from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.training.accumulation import choose_microbatches
-from simplernn_jax.training.losses import summed_cross_entropy
+from simplernn_jax.training.losses import cross_entropy
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step
 
@@ -76,7 +76,7 @@ def forward(params, tokens, segment_ids, carried=None, kind="plain"):
 def loss_of(params, batch, carried=None, kind="plain"):
     """Mean loss of a batch, by the model alone."""
     logits, _ = forward(params, batch.tokens, batch.segment_ids, carried, kind)
-    nats = summed_cross_entropy(logits, batch.targets, batch.loss_mask)
+    nats = jnp.sum(cross_entropy(logits, batch.targets, batch.loss_mask))
     return nats / batch.loss_mask.sum().astype(nats.dtype)
 
 
@@ -208,7 +208,7 @@ def test_a_stream_continues_from_the_state_of_its_last_batch(kind):
     logits, final = forward(state.params, tokens, segment_ids, kind=kind)
     # Sums of numbers up to 10: a few units in their last place, which on some processors is 1.5e-6.
     chex.assert_trees_all_close(after.carried, final, rtol=1e-5, atol=3e-6)
-    nats = summed_cross_entropy(logits[:, LENGTH:], second.targets, second.loss_mask)
+    nats = jnp.sum(cross_entropy(logits[:, LENGTH:], second.targets, second.loss_mask))
     assert float(metrics.loss) == pytest.approx(float(nats) / second.loss_mask.sum(), rel=1e-5)
 
 

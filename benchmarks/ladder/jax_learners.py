@@ -15,7 +15,7 @@ from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.evaluation_batches import evaluation_batches
 from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.training.evaluate import BATCH_TOKENS, MAX_BATCH_SIZE, Evaluator
-from simplernn_jax.training.losses import summed_cross_entropy
+from simplernn_jax.training.losses import cross_entropy
 from simplernn_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step
 
@@ -97,7 +97,7 @@ class GRULearner(Learner):
 
         def score(params: Any, batch: Batch, carry: Any) -> Any:
             logits, carry = nnx.merge(graph, params).run(batch, carry)
-            return summed_cross_entropy(logits, batch.targets, batch.loss_mask), carry
+            return jnp.sum(cross_entropy(logits, batch.targets, batch.loss_mask)), carry
 
         def step(state: Any, batch: Batch) -> Any:
             def mean_loss(params: Any) -> jax.Array:

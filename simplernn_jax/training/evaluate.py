@@ -30,7 +30,7 @@ from simplernn_jax.sharding.partition_specs import (
 )
 from simplernn_jax.training.batch_sharding import batch_specs
 from simplernn_jax.training.gradient import abstract_train_model
-from simplernn_jax.training.losses import cross_entropy
+from simplernn_jax.training.losses import chunked_cross_entropy
 
 BATCH_TOKENS = 8192
 """Tokens scored in one call: large enough to saturate a CPU."""
@@ -92,12 +92,12 @@ class Evaluator:
             params: nnx.State, batch: Batch, carried: ModelState
         ) -> tuple[jax.Array, jax.Array, ModelState]:
             model = nnx.merge(graph, params)
-            logits, carried = model(
+            hidden, carried = model.hidden_states(
                 batch.tokens,
                 reset_state(carried, batch.reset),
                 shard_segment_ids(jnp.asarray(batch.segment_ids)),
             )
-            nll = cross_entropy(logits, batch.targets, batch.loss_mask)
+            nll = chunked_cross_entropy(model.logits, hidden, batch.targets, batch.loss_mask)
             return nll, psum(jnp.sum(nll), *TOKEN_AXES), carried
 
         self._shard_multiple = (1, 1)

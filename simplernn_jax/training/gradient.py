@@ -76,7 +76,8 @@ def make_grad_fn(config: Config, recurrence: Recurrence = gated_linear_recurrenc
             shard_segment_ids(jnp.asarray(batch.segment_ids)),
             dropout_key=key if dropout else None,
         )
-        nll = chunked_cross_entropy(model.logits, hidden, batch.targets, batch.loss_mask)
+        losses = chunked_cross_entropy(model.logits, hidden, batch.targets, batch.loss_mask)
+        nll = jnp.sum(losses)
         return nll / predictions.astype(nll.dtype), carried
 
     if not config.train.backward_window:

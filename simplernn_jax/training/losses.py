@@ -1,4 +1,4 @@
-"""Cross-entropy losses, summed over tokens so that they add up over microbatches."""
+"""Cross-entropy of every target."""
 
 from collections.abc import Callable
 
@@ -32,20 +32,13 @@ def cross_entropy(
     return jnp.where(mask, nll, 0.0)
 
 
-def summed_cross_entropy(
-    logits: Logits, targets: Tokens | np.ndarray, mask: LossMask | np.ndarray
-) -> jax.Array:
-    """Return the sum of `cross_entropy` over all positions, a float32 scalar; same arguments."""
-    return jnp.sum(cross_entropy(logits, targets, mask))
-
-
 def chunked_cross_entropy(
     logits_fn: Callable[[jax.Array], Logits],
     hidden: Activations,
     targets: Tokens | np.ndarray,
     mask: LossMask | np.ndarray,
 ) -> jax.Array:
-    """Return `summed_cross_entropy` of ``logits_fn(hidden)``, without all logits in memory.
+    """Return `cross_entropy` of ``logits_fn(hidden)``, without all logits in memory.
 
     More than `MAX_LOGITS` are computed in chunks along time, and recomputed in the backward pass.
 
@@ -56,7 +49,7 @@ def chunked_cross_entropy(
       mask: as in `cross_entropy`.
 
     Returns:
-      A float32 scalar.
+      ``[B, T]`` float32.
 
     Raises:
       TypeError: `targets` are not integers.
@@ -65,7 +58,7 @@ def chunked_cross_entropy(
     size = jax.eval_shape(logits_fn, hidden).size
     parts = min(length, -(-size // MAX_LOGITS))
     if parts <= 1:
-        return summed_cross_entropy(logits_fn(hidden), targets, mask)
+        return cross_entropy(logits_fn(hidden), targets, mask)
     each = -(-length // parts)
 
     def split(x: jax.Array | np.ndarray) -> jax.Array:
@@ -74,8 +67,8 @@ def chunked_cross_entropy(
         return padded.reshape(x.shape[0], -1, each, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def part_loss(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-        return summed_cross_entropy(logits_fn(hidden), targets, mask)
+    def of_part(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+        return cross_entropy(logits_fn(hidden), targets, mask)
 
-    losses = jax.lax.map(lambda part: part_loss(*part), tuple(map(split, (hidden, targets, mask))))
-    return jnp.sum(losses)
+    nll = jax.lax.map(lambda part: of_part(*part), tuple(map(split, (hidden, targets, mask))))
+    return nll.swapaxes(0, 1).reshape(hidden.shape[0], -1)[:, :length]
