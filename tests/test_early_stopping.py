@@ -45,34 +45,31 @@ def test_the_reason_names_steps_and_remedy():
     history = evaluated(3.0, 2.0, 2.5, 2.0001)
     why = "stopped early at step 40: no better validation loss in 2 evaluations, best at step 20; "
     assert history.reason().startswith(why + "raise --config.train.stop_after_worse")
-    lines = history.summary(40, None, "run", stopped_early=True)
+    lines = history.summary("run", stopped_early=True)
     assert list(lines) == ["early stopping", "best validation"]
     assert " in 1 evaluation; raise" in evaluated(math.nan).reason()
 
 
 def test_a_worse_end_reports_the_best_step_and_advice(tmp_path):
-    final = Evaluation(3.71, 1.0, predictions=99)
-    history = evaluated(2.5, 2.02, 3.0)
-    best, overfitting = history.summary(40, final, str(tmp_path)).values()
+    history = evaluated(2.5, 2.02, 3.0, 3.71)
+    best, overfitting = history.summary(str(tmp_path)).values()
     assert best == "2.0200 nats/token at step 20, 1.6900 lower than at step 40"
     assert overfitting.startswith("no checkpoint of that step is kept (make eval_every")
     (tmp_path / "checkpoints" / "20").mkdir(parents=True)
-    _, overfitting = history.summary(40, final, str(tmp_path)).values()
+    _, overfitting = history.summary(str(tmp_path)).values()
     assert overfitting.startswith("--checkpoint best loads the model of that step; train on more")
 
 
 @pytest.mark.parametrize(
-    ("losses", "final", "predictions", "best"),
+    ("losses", "best"),
     [
-        ((2.5, 2.0001), 2.0, 99, None),
-        ((2.5, 2.0001), 2.01, 99, "2.0001 nats/token at step 20, 0.0099 lower than at step 30"),
-        # A final evaluation of other tokens is not compared.
-        ((2.5, 2.02), 9.0, 1000, None),
-        ((2.5, 2.51), 9.0, 1000, "2.5000 nats/token at step 10, 0.0100 lower than at step 20"),
+        ((2.5, 2.0001, 2.0), None),
+        ((2.5, 2.0001, 2.01), "2.0001 nats/token at step 20, 0.0099 lower than at step 30"),
+        ((2.5, 2.51), "2.5000 nats/token at step 10, 0.0100 lower than at step 20"),
     ],
 )
-def test_the_end_is_compared_with_the_best_on_the_same_tokens(losses, final, predictions, best):
-    summary = evaluated(*losses).summary(30, Evaluation(final, 1.0, predictions), "run")
+def test_the_end_is_compared_with_the_best(losses, best):
+    summary = evaluated(*losses).summary("run")
     assert summary == ({} if best is None else {"best validation": best})
 
 
@@ -80,7 +77,7 @@ def test_another_number_of_tokens_starts_a_new_history():
     history = evaluated(3.0, 2.0, 2.5)
     history.add(40, Evaluation(2.2, 1.0, predictions=500))
     assert (history.best_step, history.since_best) == (40, 0)
-    assert history.summary(50, Evaluation(2.2, 1.0, predictions=600), "run") == {}
+    assert history.summary("run") == {}
 
 
 @pytest.mark.oldest_python

@@ -443,3 +443,45 @@ def test_a_pipe_at_the_path_of_the_configuration_is_refused(tmp_path):
     os.mkfifo(tmp_path / "run" / "config.json")
     with pytest.raises(UserError, match=r"run/config\.json: not a regular file"):
         train(small_config(source=write_corpus(tmp_path / "text")), str(tmp_path / "run"))
+
+
+@pytest.mark.oldest_python
+def test_a_signal_during_the_last_step_leaves_the_checkpoint_of_a_whole_run(tmp_path, monkeypatch):
+    config = small_config(
+        source=write_corpus(tmp_path / "text"),
+        validation_fraction=0.3,
+        eval_every=18,
+        eval_tokens=20,
+        save_every=18,
+    )
+    whole = train(config, str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 40)
+        assert train(config, str(tmp_path / "cut")) == loop.Result(40, "SIGTERM", None)
+    assert train(config, str(tmp_path / "cut")) == whole
+    last = [saved_quality(str(tmp_path / name / "checkpoints" / "40")) for name in ("whole", "cut")]
+    assert last[0] == last[1]
+    assert newest_checkpoint(tmp_path / "cut") == newest_checkpoint(tmp_path / "whole")
+
+
+def test_signals_act_as_before_once_all_is_saved(tmp_path, monkeypatch):
+    def report(self, limit_tokens):
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        assert newest_checkpoint(tmp_path / "run")["number of steps"] == 40
+
+    handlers = []
+    monkeypatch.setattr(loop.Validation, "report", report)
+    train(small_config(source=write_corpus(tmp_path / "text")), str(tmp_path / "run"))
+    assert handlers == [signal.getsignal(signal.SIGTERM)]
+
+
+def test_a_longer_run_is_compared_with_the_end_of_the_shorter_one(tmp_path):
+    config = small_config(
+        source=write_corpus(tmp_path / "text"), validation_fraction=0.3, eval_every=10, steps=20
+    )
+    shorter = train(config, str(tmp_path / "run"))
+    config.train.steps, config.train.stop_after_worse = 400, 1
+    config.optimizer.learning_rate = 0.5
+    longer = train(config, str(tmp_path / "run"))
+    assert longer.step == 30
+    assert longer.evaluation.nats_per_token > shorter.evaluation.nats_per_token

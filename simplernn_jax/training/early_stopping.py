@@ -14,7 +14,7 @@ OVERFITTING_MARGIN = 0.01
 
 @dataclasses.dataclass
 class ValidationHistory:
-    """The best and the last evaluation during training.
+    """The best and the last evaluation of a run, at its end included.
 
     Saved with every checkpoint, so that a resumed run stops at the same step as an uninterrupted
     run. All scored the same tokens: a change of ``eval_tokens`` starts a new history.
@@ -32,7 +32,7 @@ class ValidationHistory:
     """Number of evaluations after the best one, all without a better loss."""
 
     def add(self, step: int, evaluation: Evaluation) -> None:
-        """Count an evaluation during training."""
+        """Count an evaluation."""
         if evaluation.predictions != self.predictions:
             vars(self).update(vars(ValidationHistory(evaluation.predictions)))
         loss = evaluation.nats_per_token
@@ -54,28 +54,19 @@ class ValidationHistory:
             "raise --config.train.stop_after_worse, or set it to 0, to train more"
         )
 
-    def summary(
-        self, step: int, final: Evaluation | None, workdir: str, *, stopped_early: bool = False
-    ) -> dict[str, str]:
+    def summary(self, workdir: str, *, stopped_early: bool = False) -> dict[str, str]:
         """Return lines of the summary if the run ended early or was better before its end.
 
         Args:
-          step: the last one of the run.
-          final: evaluation at `step`, compared if it scored the same tokens as those before.
           workdir: folder of the run, which may hold a checkpoint of the best step.
           stopped_early: the run did not take all of its steps.
         """
         lines = {"early stopping": self.reason()} if stopped_early else {}
-        last_step, last_loss = self.last_step, self.last_loss
-        if final is not None and final.predictions == self.predictions:
-            last_step, last_loss = step, final.nats_per_token
-        if self.best_loss is None or self.best_step == last_step:
+        if self.best_loss is None or self.best_step == self.last_step:
             return lines
-        if last_loss is not None and last_loss <= self.best_loss:
-            return lines
-        higher = math.inf if last_loss is None else last_loss - self.best_loss
+        higher = math.inf if self.last_loss is None else self.last_loss - self.best_loss
         best = f"{self.best_loss:.4f} nats/token at step {self.best_step}"
-        lines["best validation"] = f"{best}, {higher:.4f} lower than at step {last_step}"
+        lines["best validation"] = f"{best}, {higher:.4f} lower than at step {self.last_step}"
         if higher < OVERFITTING_MARGIN * self.best_loss:
             return lines
         if os.path.isdir(CheckpointFolder(workdir).step_path(self.best_step or 0)):

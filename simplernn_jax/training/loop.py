@@ -65,19 +65,34 @@ def train(config: Config, workdir: str) -> Result:
         train_step = RecompilationCounter(
             "the train step", make_train_step(run.config, run.optimizer, run.mesh)
         )
-        poll_signal = stack.enter_context(deferred_signals())
-        if is_coordinator():
-            _write_config(run)
         display = stack.enter_context(open_display(run.step, run.total_steps))
         reporter = Reporter(run, metrics, display, train_step)
-        return _train(run, train_step, reporter, poll_signal)
+        validation = Validation(run, reporter)
+        with deferred_signals() as poll_signal:
+            if is_coordinator():
+                _write_config(run)
+            signal = _train(run, train_step, reporter, validation, poll_signal)
+        if signal:
+            reporter.print_line(
+                f"{signal}: saved at step {run.step} of {run.total_steps}; "
+                "run the same command to resume"
+            )
+            return Result(run.step, signal, None)
+        # All is saved: from here on a signal ends the process at once.
+        evaluation = validation.report(limit_tokens=0)
+        reporter.summarize(evaluation)
+        return Result(run.step, None, evaluation)
 
 
 def _train(
-    run: Run, train_step: RecompilationCounter, reporter: Reporter, poll_signal: PollSignal
-) -> Result:
-    """Take the remaining steps and end the run, or save it if a signal is received."""
-    validation, train = Validation(run, reporter), run.config.train
+    run: Run,
+    train_step: RecompilationCounter,
+    reporter: Reporter,
+    validation: Validation,
+    poll_signal: PollSignal,
+) -> str | None:
+    """Take the remaining steps and save; return the name of the signal that ended the run."""
+    train = run.config.train
     actions = (
         PeriodicAction(validation.evaluate, train.eval_every),
         PeriodicAction(lambda: sample(run, reporter), train.sample_every),
@@ -88,25 +103,14 @@ def _train(
     profile = Profile(run.workdir, profile_steps, reporter.print_line, reporter.timer.paused)
     with train_step, profile:
         _run_steps(run, train_step, reporter, poll_signal, actions, profile)
-        signal = poll_signal(run.step)
-        if signal:  # before the profile is written: a preempted job has little time left
-            run.save(wait=True)
-    if signal:
-        reporter.print_line(
-            f"{signal}: saved at step {run.step} of {run.total_steps}; "
-            "run the same command to resume"
-        )
-        return Result(run.step, signal, None)
-    if run.step > run.first_step:
-        if 0 < train.eval_every < run.total_steps:
+        # Before the profile is written: a preempted job has little time left.
+        signal, is_new = poll_signal(run.step), run.step > run.first_step
+        if is_new and run.has_ended and 0 < train.eval_every < run.total_steps:
             # On the same tokens as the checkpoints that this one is compared with.
-            validation.measure(train.eval_tokens)
-        # Before the whole evaluation, which may take longer than a preempted job has left.
-        run.save(wait=True)
-    comparable = None if run.latest_evaluation is None else run.latest_evaluation[1]
-    evaluation = validation.report(limit_tokens=0)
-    reporter.summarize(evaluation, comparable or evaluation)
-    return Result(run.step, None, evaluation)
+            validation.measure_last()
+        if is_new or signal:
+            run.save(wait=True)
+    return poll_signal(run.step)
 
 
 def _run_steps(

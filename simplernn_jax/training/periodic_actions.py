@@ -35,6 +35,8 @@ class Validation:
     def __init__(self, run: Run, reporter: Reporter) -> None:
         self._run = run
         self._reporter = reporter
+        self._reported: tuple[int, int] | None = None
+        """Step and predictions of the last report."""
         self._evaluator = Evaluator(run.config, run.corpus.tokenizer.pad_id, run.mesh)
 
     def evaluate(self) -> None:
@@ -44,11 +46,17 @@ class Validation:
             self._run.history.add(self._run.step, result)
             self._run.stopped_early = self._run.has_stopped_improving()
 
+    def measure_last(self) -> None:
+        """Evaluate ``eval_tokens`` tokens at the end of the run, without a report."""
+        run, result = self._run, self.measure(self._run.config.train.eval_tokens)
+        if result is not None and run.history.last_step != run.step:
+            run.history.add(run.step, result)
+
     def report(self, limit_tokens: int) -> Evaluation | None:
         """Evaluate the current state, and report a result that was not reported before."""
-        run, result = self._run, self.measure(limit_tokens)
-        reported = run.history.last_step, run.history.predictions
-        if result is not None and reported != (run.step, result.predictions):
+        result = self.measure(limit_tokens)
+        if result is not None and self._reported != (self._run.step, result.predictions):
+            self._reported = self._run.step, result.predictions
             self._reporter.validation(result)
         return result
 

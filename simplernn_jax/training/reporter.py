@@ -114,12 +114,10 @@ class Reporter:
         self._write(self._run.step, "sample", text=text)
         self.print_line(f"step {self._run.step}: sample: {text}")
 
-    def summarize(self, evaluation: Evaluation | None, comparable: Evaluation | None) -> None:
+    def summarize(self, evaluation: Evaluation | None) -> None:
         """Print the summary of a run that has ended, and draw its loss curve.
 
-        Args:
-          evaluation: scores of the whole validation split.
-          comparable: scores of the tokens that were evaluated during training.
+        `evaluation` has the scores of the whole validation split.
         """
         run, timer, workdir = self._run, self.timer, self._run.workdir
         speed = timer.tokens_per_second
@@ -133,7 +131,7 @@ class Reporter:
         }
         if evaluation is not None:
             lines["validation"] = str(evaluation)
-        lines |= run.history.summary(run.step, comparable, workdir, stopped_early=run.stopped_early)
+        lines |= run.history.summary(workdir, stopped_early=run.stopped_early)
         if is_coordinator() and (path := plot_loss(workdir, self._model)):
             lines["loss curve"] = path
         script, prompt = ("chat", "") if run.config.data.template else ("sample", " --prompt TEXT")
