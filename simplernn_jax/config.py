@@ -19,8 +19,23 @@ GATE_RANK = 16
 """Rank of the gla block's projection to forget gates."""
 
 
+class _Fields:
+    """Base of the configurations, which have no other attributes than their fields."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; AttributeError for an unknown one, TypeError for a section of wrong type."""
+        fields = type(self).__dataclass_fields__  # type: ignore[attr-defined]
+        where = f"{type(self).__name__}.{name}"
+        if name not in fields:
+            raise AttributeError(f"{where}: no such field{nearest_name(name, fields)}")
+        kind = fields[name].type
+        if isinstance(kind, type) and issubclass(kind, _Fields) and not isinstance(value, kind):
+            raise TypeError(f"{where}: must be a {kind.__name__}, not {type(value).__name__}")
+        super().__setattr__(name, value)
+
+
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
-class ModelConfig:
+class ModelConfig(_Fields):
     """Architecture and precision. Hashable, because Flax keeps it in the static graphdef."""
 
     vocab_size: int = 259
@@ -84,7 +99,7 @@ def _mixer_names(mixer: str | Sequence[str]) -> list[str]:
 
 
 @dataclasses.dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(_Fields):
     """Source of the text, tokenization, splits and batches."""
 
     source: str = "stdlib"
@@ -129,7 +144,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(_Fields):
     """AdamW or Muon with warmup, cosine decay and global-norm clipping."""
 
     name: str = "adamw"
@@ -155,7 +170,7 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(_Fields):
     """Length of a run and its periodic actions. Intervals are in optimizer steps; 0 disables."""
 
     seed: int = 0
@@ -213,7 +228,7 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
-class MeshConfig:
+class MeshConfig(_Fields):
     """Sizes of the device mesh; a run may be resumed on another.
 
     Their product divides the number of devices; with several processes it must equal it.
@@ -240,7 +255,7 @@ _Section = typing.TypeVar(
 
 
 @dataclasses.dataclass(kw_only=True)
-class Config:
+class Config(_Fields):
     """Complete configuration of a run."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from simplernn_jax.config import Config, by_field, validate
-from simplernn_jax.errors import UserError, nearest_name
+from simplernn_jax.errors import EXIT_USER_ERROR, UserError, nearest_name
 from simplernn_jax.files import read_file
 from simplernn_jax.project import ROOT
 
@@ -45,12 +45,16 @@ class ConfigFlag:
 
 def define_config_flag() -> ConfigFlag:
     """Define ``--config`` for this script; read its `ConfigFlag.value` inside ``main``."""
-    holder = config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Name of a configuration, or Python file whose get_config() returns a Config.",
-        lock_config=False,
-    )
+    try:
+        holder = config_flags.DEFINE_config_file(
+            "config",
+            None,
+            "Name of a configuration, or Python file whose get_config() returns a Config.",
+            lock_config=False,
+        )
+    except flags.Error as error:  # it reads --flagfile
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
     flags.FLAGS["config"].parser = _ConfigFileParser()
     return ConfigFlag(holder)
 
@@ -63,7 +67,7 @@ def config_is_missing() -> UserError:
 class _ConfigFileParser(flags.ArgumentParser):
     def parse(self, path: str) -> Config:
         config = load_config(_find(path))
-        for override in _overrides(sys.argv[1:]):
+        for override in _overrides(flags.FLAGS.read_flags_from_files(sys.argv[1:])):
             _check_field(override)
         return config
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from processes import assert_each_refused, run_scripts
+from processes import assert_each_refused, assert_refused, run_scripts
 
 SCRIPT = '''
 """Prints a configuration."""
@@ -60,6 +60,21 @@ def test_file_and_overrides_of_each_type(folder):
     ) == ["7 stdlib True\n", "11 a b.txt False\n"]
 
 
+def test_flags_from_a_file(folder):
+    (folder / "flags.txt").write_text("--config.train.steps=11\n")
+    (folder / "wrong.txt").write_text("--config.train.stpes=11\n")
+    assert show(folder, ["--config=seven.py", "--flagfile=flags.txt"]) == ["11 stdlib True\n"]
+    results = run_scripts(
+        ("show.py", "--config=seven.py", "--flagfile=wrong.txt"),
+        ("show.py", "--config=seven.py", "--flagfile=missing.txt"),
+        cwd=folder,
+    )
+    for result, problem in zip(
+        results, ("did you mean 'train.steps'?", "missing.txt"), strict=True
+    ):
+        assert_refused(result, problem)
+
+
 def test_mixers_from_a_list_in_a_file_and_from_the_command_line(folder):
     of_a_list = CONFIG.replace(
         "return", "config.model.mixer = ['simple_rnn', 'attention'] * 2; return"
@@ -106,6 +121,11 @@ FILES = [
     ("x = 1\n", "has no get_config()"),
     ("def get_config():\n    return 3\n", "returned int; return a Config"),
     ("def get_config():\n    pass\n", "returned NoneType; return a Config"),
+    (
+        CONFIG.replace("steps", "stpes"),
+        "line 7: AttributeError: TrainConfig.stpes: no such field; d",
+    ),
+    (CONFIG.replace("train.steps", "train"), "line 7: TypeError: Config.train: must be a TrainCo"),
     (CONFIG.replace("train.steps", "train.epochs").replace("7", "-1"), "train.epochs=-1"),
 ]
 
