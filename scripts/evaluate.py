@@ -96,7 +96,10 @@ def main() -> None:
     }
     if isinstance(split, MixedSplit):
         for part in split.parts:
-            facts[part.name] = str(evaluator(params, part, contexts=windows))
+            has_any = part.num_predictions > 0
+            facts[part.name] = (
+                str(evaluator(params, part, contexts=windows)) if has_any else "no predictions"
+            )
     if windows is not None:
         carried = evaluator(params, split)
         facts["state carried within documents"] = (

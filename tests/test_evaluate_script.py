@@ -83,3 +83,12 @@ def test_the_text_of_a_run_is_read_only_where_a_flag_names_it(saved, tmp_path):
     assert_refused(refusal, "error: tokenized text not found in ")
     assert code == 0
     assert "nats/token" in output
+
+
+def test_a_source_of_a_mixture_without_a_prediction(tmp_path):
+    (tmp_path / "short.txt").write_text("a" * 97)
+    source = f"{write_corpus(tmp_path / 'text')}:0.5,{tmp_path / 'short.txt'}:0.5"
+    save_untrained(small_config(source=source, validation_fraction=0.005), tmp_path / "run")
+    (result,) = evaluate(["--workdir", tmp_path / "run"])
+    assert result.code == 0, result.errors
+    assert re.search(r"short\.txt.*  no predictions", result.output)

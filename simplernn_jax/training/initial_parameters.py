@@ -12,6 +12,7 @@ from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.checkpointer import read_config
 from simplernn_jax.checkpoint.choice import BEST, choose_checkpoint
 from simplernn_jax.checkpoint.contents import read_tree
+from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.data.bpe import PREFIX
 from simplernn_jax.data.tokenizer import Tokenizer
@@ -44,6 +45,10 @@ def initial_tokenizer(config: Config) -> Tokenizer | None:
         initial, tokenizer = read_run(path)
     elif _is_weights_only(path):
         return None
+    elif not CheckpointFolder(path).steps():
+        raise UserError(
+            f"--config.train.init_from: no checkpoint in {path}; name the folder of a run or export"
+        )
     else:
         initial, tokenizer_json, _ = read_config(path, BEST)
         tokenizer = tokenizer_from_json(tokenizer_json)

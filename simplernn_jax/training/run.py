@@ -57,9 +57,9 @@ class Run:
         config_lib.validate(config)
         check_workdir(workdir)
         self.workdir = os.path.abspath(workdir)
+        self.mesh = make_mesh(config.mesh)
         is_new = not os.path.isdir(self.workdir)
         os.makedirs(self.workdir, exist_ok=True)
-        self.mesh = make_mesh(config.mesh)
         _check_shared(self.workdir)
         try:
             self.config, self.corpus = prepare(config, self.workdir)
