@@ -1,6 +1,7 @@
 """The export for `transformers`: generation, training, tokenizers, model card, lm-eval."""
 
 import copy
+import json
 
 import chex
 import jax
@@ -214,12 +215,20 @@ def test_special_ids_that_are_not_supported():
 
 
 def test_chat_template_and_model_card(tmp_path):
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     original = trained(MODELS["residual"], template=template, workdir=str(tmp_path / "my run"))
     write(original, tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     messages = [{"role": "user", "content": "hi"}]
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == "user: hi\n"
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text == "user: hi\n"
+    ours = original.tokenizer
+    assert tokenizer(text)["input_ids"] == [ours.bos_id, *ours.encode(text).tolist()]
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [ours.eos_id, ord("\n")]
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers")
     assert "# my run" in card

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from simplernn_jax.data.chat_template import ChatTemplate
+from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.errors import UserError
 from simplernn_jax.export.formats import TrainedModel, check_block, check_packages
 from simplernn_jax.export.huggingface.model_card import model_card
 from simplernn_jax.export.huggingface.tokenizer_file import tokenizer_json
@@ -16,6 +19,8 @@ from simplernn_jax.files import read_file
 from simplernn_jax.training import loss_curve
 
 CODE = "modeling_simplernn.py"
+_NO_SPECIAL_TOKENS = "{%- set bos_token = '' %}{%- set eos_token = '' %}"
+"""Begins a template: special tokens are no text, here and in the exported tokenizer."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -43,7 +48,10 @@ def write(trained: TrainedModel, folder: Path) -> None:
         },
     }
     _write_json(folder / "config.json", description)
-    _write_json(folder / "generation_config.json", {"do_sample": True, **special})
+    template = trained.config.data.template
+    ends = [tokenizer.eos_id, *_turn_end(template, tokenizer)]
+    generation = {**special, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    _write_json(folder / "generation_config.json", {"do_sample": True, **generation})
     _write_json(
         folder / "tokenizer_config.json",
         {
@@ -56,12 +64,23 @@ def write(trained: TrainedModel, folder: Path) -> None:
             "model_max_length": 10**9,
         },
     )
-    if trained.config.data.template:
-        (folder / "chat_template.jinja").write_text(trained.config.data.template, "utf-8")
+    if template:
+        (folder / "chat_template.jinja").write_text(_NO_SPECIAL_TOKENS + template, "utf-8")
     picture = _loss_curve(trained.workdir)
     if picture is not None:
         (folder / loss_curve.FILE_NAME).write_bytes(picture)
     (folder / "README.md").write_text(model_card(trained, picture is not None), "utf-8")
+
+
+def _turn_end(template: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the id that ends an assistant's message, if it is a single one."""
+    if not template:
+        return []
+    try:
+        ids = tokenizer.encode(ChatTemplate(template).stop).tolist()
+    except UserError:  # a character that the run has never seen
+        return []
+    return ids if len(ids) == 1 else []
 
 
 def _loss_curve(workdir: str) -> bytes | None:

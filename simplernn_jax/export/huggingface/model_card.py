@@ -34,6 +34,7 @@ def model_card(trained: TrainedModel, has_curve: bool) -> str:
         f"ids. Held out for validation: {data.validation_fraction:.0%} of the text.",
         results=_results(trained.workdir),
         has_curve=has_curve,
+        is_chat=bool(data.template),
         config=json.dumps(dataclasses.asdict(trained.config), indent=2),
     )
 
