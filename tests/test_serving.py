@@ -79,6 +79,43 @@ def test_scores_of_a_prompt(server):
     assert (only["finish_reason"], only["text"]) == ("length", "abac")
 
 
+def test_a_prompt_that_is_given_several_times_gets_several_samples(server):
+    prompts = ["ab", "b", "ab"]
+    body = server.complete(prompts, n=2, seed=7, **SAMPLED)
+    texts = [choice["text"] for choice in body["choices"]]
+    assert len({*texts}) == 6
+    assert texts[:2] + texts[4:] == [
+        choice["text"] for choice in server.complete("ab", n=4, seed=7, **SAMPLED)["choices"]
+    ]
+
+
+def test_echo_without_alternatives_and_for_several_choices(server):
+    fields = {"prompt": "abc", "echo": True, "logprobs": 0, "n": 3}
+    for choice in server.complete(max_tokens=2, **fields)["choices"]:
+        assert choice["logprobs"]["top_logprobs"] == [None, *[{}] * 5]
+    frames = stream(server, max_tokens=0, **fields)
+    choices = [choice for frame in frames for choice in frame["choices"]]
+    assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [4, 4, 4]
+
+
+def test_a_repetition_penalty_counts_the_text_of_a_state(server):
+    fields = {"max_tokens": 20, "temperature": 0, "repetition_penalty": 3, "ignore_eos": True}
+    text = "abé \nabé \n"
+    assert server.send("POST", "/v1/states", {"prompt": text, "name": "said"})[0] == 201
+    whole = server.complete(text, **fields)["choices"][0]["text"]
+    assert server.complete("", state="said", **fields)["choices"][0]["text"] == whole
+    server.send("DELETE", "/v1/states/said")
+
+
+def test_long_prompts_and_their_scores_do_not_stall_others(server):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        long = pool.submit(server.complete, "ab" * 4000, echo=True, logprobs=2, max_tokens=1)
+        while not long.done():
+            server.complete("a", max_tokens=1)
+    (choice,) = long.result()["choices"]
+    assert len(choice["logprobs"]["tokens"]) == 8002
+
+
 def test_stop_strings_cut_the_text_across_tokens_and_blocks(server):
     fields = {"temperature": 1.0, "max_tokens": 120, "seed": 5, "ignore_eos": True}
     text = server.complete("b", **fields)["choices"][0]["text"]
@@ -283,7 +320,7 @@ def test_a_full_queue_refuses_with_429(server):
     assert {status for status, _, _ in answers} <= {200, 429}
     assert all(headers["Retry-After"] for status, headers, _ in answers if status == 429)
     status, _, body = server.send("POST", "/v1/completions", {"prompt": ["a"] * 41})
-    assert (status, body["error"]["type"]) == (429, "rate_limit_error")
+    assert (status, body["error"]["param"]) == (400, "prompt")  # however often it is sent
 
 
 def test_metrics_and_openapi(server):

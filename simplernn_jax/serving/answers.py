@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
 
 from simplernn_jax.serving.choice_text import ChoiceText, Piece, TokenEntry
 from simplernn_jax.serving.jobs import Event, Failed, Job, Prefilled
@@ -10,9 +11,22 @@ from simplernn_jax.serving.metrics import Latency, Metrics
 from simplernn_jax.serving.requests import RequestError
 
 MAX_BACKLOG = 1024
-"""Events of a request that may wait until the client reads them."""
+"""Events of a request that may wait while the client does not read a frame; more for many choices,
+of which a step of the engine can give one each."""
 MAX_EVENTS = 64
 """Events that are handled at a time."""
+LONG = 4096
+"""Characters or tokens, which take some ten milliseconds."""
+
+_T = TypeVar("_T")
+
+
+async def outside_loop(size: int, function: Callable[..., _T], *args: Any) -> _T:
+    """Call a function, in a thread if it is long: other requests are answered meanwhile.
+
+    `size` is the number of characters or tokens that it handles.
+    """
+    return await asyncio.to_thread(function, *args) if size > LONG else function(*args)
 
 
 @dataclasses.dataclass(eq=False)
@@ -42,7 +56,7 @@ class Answer:
         self,
         results: list[PromptResult],
         submit: Callable[[list[Job]], None],
-        prompt_entries: Callable[[Job, Prefilled], list[TokenEntry]],
+        prompt_entries: Callable[[PromptResult, Prefilled], list[TokenEntry]],
         metrics: Metrics,
     ) -> None:
         self.results = results
@@ -50,6 +64,9 @@ class Answer:
         self._queue: asyncio.Queue[tuple[Job, Event]] = asyncio.Queue()
         self._of_job = {result.job: number for number, result in enumerate(results)}
         self._num_left = len(results)
+        self._max_backlog = max(MAX_BACKLOG, 16 * sum(len(r.choices) for r in results))
+        self._is_sending = False
+        """True while whoever iterates over `updates` handles some."""
         self._is_overrun = False
         for result in results:
             result.job.deliver = self._deliver
@@ -58,7 +75,7 @@ class Answer:
         """Queue an event; a client that does not read what is generated ends its request."""
         if self._is_overrun:
             return
-        if self._queue.qsize() >= MAX_BACKLOG:
+        if self._is_sending and self._queue.qsize() >= self._max_backlog:
             self._is_overrun = True
             self.cancel()
             event = Failed("the client does not read the stream")
@@ -86,7 +103,20 @@ class Answer:
             events = [await self._queue.get()]
             while not self._queue.empty() and len(events) < MAX_EVENTS:
                 events.append(self._queue.get_nowait())
-            yield [update for event in events for update in self._read(*event)]
+            updates: list[Update] = []
+            failure = None
+            for job, event in events:
+                try:
+                    updates += await self._read(job, event)
+                except RequestError as error:  # after what came before it
+                    failure = error
+                    break
+            if updates:
+                self._is_sending = True
+                yield updates
+                self._is_sending = False
+            if failure is not None:
+                raise failure
 
     async def prefilled(self) -> Prefilled:
         """Wait for the end of a single job that only prefills; raises what `updates` does."""
@@ -96,7 +126,7 @@ class Answer:
         assert isinstance(event, Prefilled)
         return event
 
-    def _read(self, job: Job, event: Event) -> list[Update]:
+    async def _read(self, job: Job, event: Event) -> list[Update]:
         number = self._of_job[job]
         result = self.results[number]
         is_complete = all(choice.finish_reason is not None for choice in result.choices)
@@ -109,13 +139,13 @@ class Answer:
             self._metrics.prompt_tokens.inc(len(job.tokens))
             self._metrics.cached_tokens.inc(event.cached_tokens)
             if result.prompt_entries is not None and event.logprobs is not None:
-                result.prompt_entries += self._prompt_entries(job, event)
+                make = self._prompt_entries
+                result.prompt_entries += await outside_loop(len(job.tokens), make, result, event)
             if job.max_tokens:
                 return []
             self._num_left -= 1
-            ended = Piece("", [], "length")
             first = number * job.num_choices
-            return [Update(first + i, dataclasses.replace(ended)) for i in range(job.num_choices)]
+            return [Update(first + i, Piece("", [], "length")) for i in range(job.num_choices)]
         choice = result.choices[event.choice]
         if choice.finish_reason is not None:
             return []

@@ -59,7 +59,7 @@ class ChoiceText:
         self._stream = TextStream(tokenizer, context)
         self._stops = tuple(stops)
         self._stop_ids = frozenset(stop_ids)
-        self._num_logprobs = num_logprobs
+        self.num_logprobs = num_logprobs
         self._held_back = max(map(len, self._stops), default=1) - 1
         self._text = ""
         """Decoded, not yet returned."""
@@ -70,7 +70,7 @@ class ChoiceText:
     def feed(self, new: NewTokens) -> Piece:
         """Take new tokens and return what they complete."""
         tokens = new.tokens.tolist()
-        if self._num_logprobs is None and not self._stops:
+        if self.num_logprobs is None and not self._stops:
             self.num_tokens += len(tokens)
             self._text += self._stream.feed([t for t in tokens if t not in self._stop_ids])
             tokens = []
@@ -79,9 +79,9 @@ class ChoiceText:
             start = self._offset + len(self._text)
             if token not in self._stop_ids:
                 self._text += self._stream.feed([token])
-            if self._num_logprobs is not None:
+            if self.num_logprobs is not None:
                 self._entries.append(
-                    token_entry(token, start, new.logprobs, index, self._num_logprobs)
+                    token_entry(token, start, new.logprobs, index, self.num_logprobs)
                 )
             # The text before was searched already.
             at = self._find_stop(start - self._offset - self._held_back)

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from simplernn_jax.serving.answers import Answer
+from simplernn_jax.serving.answers import Answer, Update, outside_loop
 from simplernn_jax.serving.choice_text import Piece
 from simplernn_jax.serving.http import (
     EventStream,
@@ -33,20 +33,25 @@ def completion_routes(service: Service) -> list[Route]:
 
     async def completions(request: Request) -> Response:
         service.check_room()
-        body = parse(CompletionRequest, await read_body(request))
-        answer = service.complete(body, await service.load_state(body.state))
+        content = await read_body(request)
+        body = parse(CompletionRequest, content)
+        service.check_model(body.model)
+        start = await service.load_state(body.state)
+        answer = await service.make(service.complete, body, start, len(content))
         return await respond(request, Completion(service), body, answer, body.logprobs is not None)
 
     async def chat(request: Request) -> Response:
         service.check_room()
-        body = parse(ChatRequest, await read_body(request))
-        answer = service.chat(body, await service.load_state(body.state))
+        content = await read_body(request)
+        body = parse(ChatRequest, content)
+        service.check_model(body.model)
+        start = await service.load_state(body.state)
+        answer = await service.make(service.chat, body, start, len(content))
         return await respond(request, ChatCompletion(service), body, answer, bool(body.logprobs))
 
     async def respond(
         request: Request, form: Completion, body: SamplingFields, answer: Answer, has_logprobs: bool
     ) -> Response:
-        service.check_model(body.model)
         answer.submit()  # or refuses with a status, which a stream could not
         updates = answer.updates()
         if body.stream:
@@ -59,8 +64,12 @@ def completion_routes(service: Service) -> list[Route]:
             pieces = await unless_disconnected(request.receive, gather(answer, updates))
         finally:
             answer.cancel()
-        choices = [form.choice(i, piece, has_logprobs) for i, piece in enumerate(pieces)]
-        return json_response(form.response(choices, usage(answer.results)))
+
+        def make() -> Response:
+            choices = [form.choice(i, piece, has_logprobs) for i, piece in enumerate(pieces)]
+            return json_response(form.response(choices, usage(answer.results)))
+
+        return await outside_loop(sum(len(piece.entries) for piece in pieces), make)
 
     return [
         Route("/v1/completions", counted(service, completions), methods=["POST"]),
@@ -107,11 +116,15 @@ async def stream(
                 if is_first:
                     result = answer.results[update.index // answer.results[0].job.num_choices]
                     piece.text = result.prompt_text + piece.text
-                    piece.entries[:0] = result.prompt_entries or []
+                    piece.entries = [*(result.prompt_entries or []), *piece.entries]
                 if piece.text or piece.entries or piece.finish_reason or is_first:
                     started.add(update.index)
-                    choice = form.delta(update.index, piece, has_logprobs, is_first)
-                    frames.append(sse_frame(form.frame([choice], **more)))
+
+                    def make(update: Update = update, is_first: bool = is_first) -> bytes:
+                        choice = form.delta(update.index, update.piece, has_logprobs, is_first)
+                        return sse_frame(form.frame([choice], **more))
+
+                    frames.append(await outside_loop(len(piece.entries), make))
             if answer.is_complete:
                 if with_usage:
                     frames.append(sse_frame(form.frame([], usage=usage(answer.results))))

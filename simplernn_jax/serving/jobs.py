@@ -92,7 +92,11 @@ class Job:
     max_tokens: int = 0
     """New tokens of a choice at most; 0 only prefills."""
     num_choices: int = 1
+    first_stream: int = 0
+    """Random stream of the first choice; each further one has the next."""
     root: Root | None = None
+    recent: np.ndarray | None = None
+    """[n] int32 last ids of the root's text, for `Sampling.repetition_penalty`."""
     num_logprobs: int = 0
     """Log-probabilities of new tokens are reported if above 0, of this many alternatives."""
     scores_prompt: bool = False

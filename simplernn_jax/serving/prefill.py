@@ -165,6 +165,10 @@ class Prefiller:
         cached = position
         layers = self._zero if root is None else root.layers
         scores: list[TokenLogprobs] = []
+        # The last position predicts a new token: its target here is any.
+        targets = (
+            np.append(tokens[1:], np.zeros(GRID + 1, np.int32)) if job.scores_prompt else tokens
+        )
         if job.scores_prompt and root is not None and len(tokens):
             scores.append(_score(root.logits[None], tokens[:1]))
         while position < len(tokens):
@@ -172,9 +176,8 @@ class Prefiller:
             chunk = self._chunk(layers, tokens, position)
             state, hidden = yield chunk
             if job.scores_prompt:
-                # The last position predicts a new token: its target here is any.
-                targets = np.resize(np.append(tokens[position + 1 :], 0), chunk.length)
-                scores.append(self._programs.score(self._parameters, hidden, targets))
+                of_chunk = targets[position : position + chunk.length]
+                scores.append(self._programs.score(self._parameters, hidden, of_chunk))
             position += len(chunk.tokens)
             if position % GRID == 0 and is_kept(position, len(tokens)):
                 self._cache.add(keys[position // GRID - 1], state)

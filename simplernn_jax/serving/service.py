@@ -1,6 +1,7 @@
 """Convert checked requests to jobs of the engine."""
 
 import asyncio
+import collections
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.inference.state import RECENT_TOKENS
 from simplernn_jax.inference.text import TextStream
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.answers import Answer, PromptResult
+from simplernn_jax.serving.answers import Answer, PromptResult, outside_loop
 from simplernn_jax.serving.choice_text import ChoiceText, TokenEntry, token_entry
 from simplernn_jax.serving.engine import Engine, EngineStoppedError, QueueFullError
 from simplernn_jax.serving.inputs import Inputs
@@ -116,12 +117,30 @@ class Service:
     def submit(self, jobs: list[Job]) -> None:
         """Queue the jobs of a request; raises what `check_room` does."""
         self.check_room()
+        most = self.engine.max_waiting
+        if len(jobs) > most:
+            raise RequestError(
+                f"prompt: {len(jobs)} prompts; at most {most} can wait here", param="prompt"
+            )
         try:
             self.engine.submit(*jobs)
         except QueueFullError as error:
             raise self._queue_full() from error
         except EngineStoppedError as error:
             raise RequestError("the server is stopping", status=503, code="stopping") from error
+
+    async def make(
+        self, make: Callable[[Any, Any], Answer], request: Any, start: NamedState | None, size: int
+    ) -> Answer:
+        """Call `complete`, `chat` or `prefill_state` for a request of `size` bytes.
+
+        Raises what it does, and `RequestError` (409) if parameters are replaced meanwhile.
+        """
+        states = self.states
+        answer = await outside_loop(size, make, request, start)
+        if start is not None and states is not self.states:
+            raise RequestError(f"state {start.name!r}: of older parameters", status=409)
+        return answer
 
     def complete(self, request: CompletionRequest, start: NamedState | None) -> Answer:
         """Make the jobs of a completion, which continues the state `start`."""
@@ -130,13 +149,20 @@ class Service:
                 raise RequestError(f"{name}: not supported; leave it out", param=name)
         sampling, stops = self.inputs.sampling(request), _stops(request)
         results = []
+        num_choices = request.n or 1
+        streams: collections.Counter[bytes] = collections.Counter()
         for echoed, tokens in self.inputs.prompts(request):
+            # A prompt that is given twice gets other samples.
+            first_stream = streams[tokens.tobytes()]
+            streams[tokens.tobytes()] += num_choices
             job = Job(
                 tokens,
                 sampling,
                 max_tokens=16 if request.max_tokens is None else request.max_tokens,
-                num_choices=request.n or 1,
+                num_choices=num_choices,
+                first_stream=first_stream,
                 root=None if start is None else start.root,
+                recent=None if start is None else start.recent,
                 num_logprobs=0 if request.logprobs is None else max(1, request.logprobs),
                 scores_prompt=bool(request.echo) and request.logprobs is not None,
                 is_streamed=bool(request.stream),
@@ -169,6 +195,7 @@ class Service:
             max_tokens=request.max_completion_tokens or request.max_tokens or CHAT_TOKENS,
             num_choices=request.n or 1,
             root=None if start is None else start.root,
+            recent=None if start is None else start.recent,
             num_logprobs=max(1, request.top_logprobs or 0) if request.logprobs else 0,
             is_streamed=bool(request.stream),
         )
@@ -222,16 +249,17 @@ class Service:
             "text": self.tokenizer.decode(state.recent),
         }
 
-    def prompt_entries(self, job: Job, event: Prefilled) -> list[TokenEntry]:
+    def prompt_entries(self, result: PromptResult, event: Prefilled) -> list[TokenEntry]:
         """Make the entries of a prompt's tokens."""
-        logprobs = event.logprobs
+        job, logprobs = result.job, event.logprobs
+        num_top = result.choices[0].num_logprobs or 0
         assert logprobs is not None
         stream = TextStream(self.tokenizer)
         shift = len(job.tokens) - len(logprobs.token)  # 1 without a state: nothing predicts it
         entries, offset = [], 0
         for index, token in enumerate(job.tokens.tolist()):
             row = None if index < shift else logprobs
-            entries.append(token_entry(token, offset, row, index - shift, job.num_logprobs))
+            entries.append(token_entry(token, offset, row, index - shift, num_top))
             offset += len(stream.feed([token]))
         return entries
 

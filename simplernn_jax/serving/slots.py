@@ -120,6 +120,8 @@ def new_slot(job: Job, choice: int, vocab_size: int) -> Slots:
     bias = np.zeros(vocab_size, np.float32)
     is_stop[list(sampling.stop_ids)] = True
     in_prompt[job.tokens] = True
+    if job.recent is not None:
+        in_prompt[job.recent] = True
     for number, value in sampling.logit_bias.items():
         bias[number] = value
     bias[list(sampling.banned_ids)] = -np.inf
@@ -137,7 +139,7 @@ def new_slot(job: Job, choice: int, vocab_size: int) -> Slots:
         counts=one(np.zeros(vocab_size), np.int32),
         settings=SlotSettings(
             seed=one(sampling.seed, np.uint32),
-            stream=one(choice, np.int32),
+            stream=one(job.first_stream + choice, np.int32),
             temperature=one(sampling.temperature),
             top_k=one(sampling.top_k, np.int32),
             top_p=one(sampling.top_p),

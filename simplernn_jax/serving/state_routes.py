@@ -28,9 +28,10 @@ def state_routes(service: Service) -> list[Route]:
         return json_response({"object": "list", "data": await asyncio.to_thread(described)})
 
     async def make_state(request: Request) -> Response:
-        body = parse(StateRequest, await read_body(request))
+        content = await read_body(request)
+        body = parse(StateRequest, content)
         parent = await service.load_state(body.parent)
-        answer = service.prefill_state(body, parent)
+        answer = await service.make(service.prefill_state, body, parent, len(content))
         states = service.states  # a reload replaces them together with the parameters
         answer.submit()
         try:

@@ -1,0 +1,72 @@
+"""Answers from the events of an engine, in the order and speed in which they come."""
+
+import asyncio
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from simplernn_jax.data import load_tokenizer
+from simplernn_jax.serving.answers import MAX_BACKLOG, Answer, PromptResult
+from simplernn_jax.serving.choice_text import ChoiceText
+from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Prefilled, Sampling
+from simplernn_jax.serving.requests import RequestError
+
+NONE = np.zeros(0, np.int32)
+
+
+def answer():
+    """An answer to one prompt, and a function that delivers an event to it."""
+    job = Job(NONE, Sampling(), max_tokens=10**6)
+    choice = ChoiceText(load_tokenizer("byte", None), NONE)
+    result = PromptResult(job, "", None, [choice], [mock.Mock()])
+    made = Answer([result], mock.Mock(), mock.Mock(), mock.Mock())
+    made._deliver(job, Prefilled(0, None, None))
+    return made, lambda event: made._deliver(job, event)
+
+
+def token(reason=None):
+    return NewTokens(0, np.array([97], np.int32), None, reason)
+
+
+async def texts(updates):
+    return [update.piece.text async for several in updates for update in several]
+
+
+def test_tokens_before_a_failure_are_handed_on():
+    async def run():
+        made, deliver = answer()
+        for event in (token(), token(), Failed("the server is stopping")):
+            deliver(event)
+        updates = made.updates()
+        assert [update.piece.text for update in await anext(updates)] == ["a", "a"]
+        with pytest.raises(RequestError, match="the server is stopping"):
+            await anext(updates)
+
+    asyncio.run(run())
+
+
+def test_a_burst_of_events_is_no_fault_of_the_client():
+    async def run():
+        made, deliver = answer()
+        for _ in range(2 * MAX_BACKLOG):
+            deliver(token())
+        deliver(token("length"))
+        assert len(await texts(made.updates())) == 2 * MAX_BACKLOG + 1
+
+    asyncio.run(run())
+
+
+def test_a_client_that_does_not_read_is_cut_off():
+    async def run():
+        made, deliver = answer()
+        updates = made.updates()
+        deliver(token())
+        await anext(updates)
+        for _ in range(2 * MAX_BACKLOG):
+            deliver(token())
+        with pytest.raises(RequestError, match="does not read the stream"):
+            await texts(updates)
+        assert made.results[0].job.is_cancelled
+
+    asyncio.run(run())
