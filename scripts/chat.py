@@ -13,6 +13,8 @@ if __name__ == "__main__":
     bootstrap.start()
 
 import io
+import math
+import os
 import sys
 from collections.abc import Iterator
 
@@ -31,6 +33,7 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
 _TEMPERATURE = flags.DEFINE_float(
     "temperature", 0.0, "0 is greedy decoding; higher values are more random.", lower_bound=0
 )
+flags.register_validator(_TEMPERATURE, math.isfinite, "must be finite")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus sampling, in (0, 1]; 1 disables it.")
 flags.register_validator(_TOP_P, lambda value: 0 < value <= 1, "must be in (0, 1]")
 _SEED = flags.DEFINE_integer(
@@ -75,18 +78,18 @@ def main() -> None:
                 return _HELP
             case "undo":
                 conversation.undo()
-            case "reset":
-                conversation.reset()
+            case "reset":  # not to a state that was loaded
+                conversation = Conversation(model, tokenizer, template, system=_SYSTEM.value)
             case "fork":
                 forks[argument] = conversation.fork()
             case "save":
                 if conversation.state is None:
                     raise UserError("/save: nothing was said yet")
-                save_state(argument, conversation.state, model, tokenizer)
+                save_state(os.path.expanduser(argument), conversation.state, model, tokenizer)
             case "load" if argument in forks:
                 conversation = forks[argument].fork()
             case "load":
-                state = load_state(argument, model, tokenizer)
+                state = load_state(os.path.expanduser(argument), model, tokenizer)
                 conversation = Conversation(model, tokenizer, template, state=state)
             case _:
                 raise UserError(f"/{name}: no such command; /help lists them")

@@ -136,6 +136,8 @@ def _check_save_state() -> None:
     """Reject a path that would fail after generation."""
     if _SAVE_STATE.value is None:
         return
+    if not _SAVE_STATE.value:
+        raise UserError("--save_state is empty; specify a file in a writable folder")
     path = os.path.expanduser(_SAVE_STATE.value)
     advice = "specify a new or regular file in a writable folder"
     try:

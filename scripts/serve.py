@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import os
 import re
+import signal
 import tempfile
 
 from absl import flags
@@ -74,6 +75,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def main() -> None:
     """Load a checkpoint of --workdir and serve it until SIGTERM or Ctrl-C."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server can reload
     if not _WORKDIR.value:
         raise UserError("no --workdir: name the folder of a training run, such as runs/base")
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")

@@ -91,15 +91,16 @@ def test_states_that_cannot_be_continued(loaded, tmp_path):
 def test_chat_script(workdir, tmp_path, loaded):
     lines = ["hi", "/fork here", "more", "/undo", f"/save {tmp_path / 's'}", "more", "/load here",
              "more", "/reset", f"/load {tmp_path / 's'}", "more", "", "/help", "/none", "/load",
-             "\x02"]  # fmt: skip
+             "\x02", "/reset", "hi"]  # fmt: skip
     script = ["scripts/chat.py", f"--workdir={workdir}", "--max_new_tokens=5"]
     ((code, output, errors),) = run_scripts(script, stdin="\n".join(lines).encode())
     assert code == 0, errors
     found = [line for line in output.splitlines() if line.startswith("(")]
-    assert found == ["(1 turn)", "(1 turn)", "(1 turn)", "(1 turn)", "(0 turns)", "(0 turns)"]
+    assert found == [*["(1 turn)"] * 4, *["(0 turns)"] * 3]
     expected = Conversation(*loaded)
     answers = [expected.ask(text, max_new_tokens=5) for text in ("hi", "more")]
     assert output.count(answers[1]) >= 4
+    assert output.endswith(f"(0 turns)\n{answers[0]}\n")  # not after the loaded state
     assert [line.partition(" ")[2][:20] for line in errors.splitlines()] == [
         "/none: no such comma",
         "/load: needs a name ",
