@@ -216,7 +216,7 @@ def test_special_ids_that_are_not_supported():
 
 def test_chat_template_and_model_card(tmp_path):
     template = (
-        "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "\n{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     original = trained(MODELS["residual"], template=template, workdir=str(tmp_path / "my run"))
@@ -224,7 +224,7 @@ def test_chat_template_and_model_card(tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     messages = [{"role": "user", "content": "hi"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert text == "user: hi\n"
+    assert text == "\nuser: hi\n"
     ours = original.tokenizer
     assert tokenizer(text)["input_ids"] == [ours.bos_id, *ours.encode(text).tolist()]
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())

@@ -26,6 +26,7 @@ def write(path, columns, **settings):
         pa.array(TEXTS, pa.large_string()),
         pa.array(TEXTS, pa.string_view()),
         pa.array([text.encode() for text in TEXTS]),
+        pa.array([text.encode() for text in TEXTS], pa.binary_view()),
         pa.array(TEXTS).dictionary_encode(),
     ],
 )

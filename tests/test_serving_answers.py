@@ -63,6 +63,7 @@ def test_a_client_that_does_not_read_is_cut_off():
         updates = made.updates()
         deliver(token())
         await anext(updates)
+        made.is_sending = True
         for _ in range(2 * MAX_BACKLOG):
             deliver(token())
         with pytest.raises(RequestError, match="does not read the stream"):

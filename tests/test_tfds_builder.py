@@ -134,6 +134,8 @@ def test_other_datasets_are_no_text_and_a_source_without_text_is_refused(tmp_pat
             DataConfig(source=str(tmp_path / "in")), name, str(tmp_path / "in" / "sets")
         )
         assert texts_of(f"tfds:{folder}") == ["a"]
+    with pytest.raises(UserError, match="holds the text too; choose another --data_dir, or a glob"):
+        build_tfds(DataConfig(source=str(tmp_path / "in")), "third", str(tmp_path / "in"))
     source = write(tmp_path / "empty.jsonl", records({"text": ""}))
     with pytest.raises(UserError, match=r"empty\.jsonl: no text in it; choose another source"):
         build_tfds(DataConfig(source=str(source)), "third", str(tmp_path / "sets"))

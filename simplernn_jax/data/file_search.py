@@ -37,8 +37,8 @@ def find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
       exclude: real paths of folders that are left out below a folder or a glob's folder.
 
     Raises:
-      UserError: nothing there, or `source` is an excluded folder.
-      OSError: the path cannot be followed, or a folder in it cannot be read.
+      UserError: nothing there, a folder in it cannot be read, or `source` is an excluded folder.
+      OSError: the path cannot be followed.
     """
     path = os.path.expanduser(source)
     mode = _mode(path)
@@ -122,7 +122,7 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
     files: list[SourceFile] = []
     binary: list[SourceFile] = []
     links: list[str] = []
-    for folder, subfolders, names in os.walk(root, onerror=_raise):
+    for folder, subfolders, names in os.walk(root, onerror=_refuse_unreadable):
         is_workdir = "checkpoints" in subfolders and "metrics.jsonl" in names
         if folder != root and (is_workdir or (META_FILE in names and is_store(Path(folder)))):
             what = "the workdir of a run" if is_workdir else "tokens of a run"
@@ -153,7 +153,7 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
     return sorted(files, key=lambda file: file.name)
 
 
-def _raise(error: OSError) -> None:
+def _refuse_unreadable(error: OSError) -> None:
     raise UserError(
         f"{error.filename}: {error.strerror}; make this folder readable, or select the text with "
         "a glob"

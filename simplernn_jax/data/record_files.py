@@ -236,6 +236,7 @@ class ParquetFiles(RecordFiles):
             types.is_string_view,
             types.is_binary,
             types.is_large_binary,
+            types.is_binary_view,
         )
         if not any(is_type(plain) for is_type in is_text):
             raise UserError(

@@ -85,7 +85,7 @@ def open_store(folder: Path) -> list[TokenSplit]:
 
 
 def is_store(folder: Path) -> bool:
-    """Return whether a folder holds a store, whole or not."""
+    """Return whether a folder holds the manifest of a store of its name; reads no tokens."""
     try:
         return bool(_read_meta(folder))
     except DamagedStore:

@@ -1,5 +1,6 @@
 """TFDS builder: any corpus as an array_record dataset, without TensorFlow or a network."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,10 @@ def build_tfds(source: DataConfig, name: str, data_dir: str) -> Path:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(
             f"dataset name {name!r}: use a lower-case letter, then such letters, digits and _"
+        )
+    if os.path.realpath(source.source) == os.path.realpath(data_dir):
+        raise UserError(
+            f"{data_dir}: holds the text too; choose another --data_dir, or a glob as --source"
         )
     # Before anything is written, and without other datasets.
     corpus = open_corpus(source, exclude=[data_dir])

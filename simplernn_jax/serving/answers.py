@@ -16,12 +16,12 @@ of which a step of the engine can give one each."""
 MAX_EVENTS = 64
 """Events that are handled at a time."""
 LONG = 4096
-"""Characters or tokens, which take some ten milliseconds."""
+"""Characters or tokens from which work is done in a thread: some ten milliseconds."""
 
 _T = TypeVar("_T")
 
 
-async def outside_loop(size: int, function: Callable[..., _T], *args: Any) -> _T:
+async def in_thread_if_long(size: int, function: Callable[..., _T], *args: Any) -> _T:
     """Call a function, in a thread if it is long: other requests are answered meanwhile.
 
     `size` is the number of characters or tokens that it handles.
@@ -65,8 +65,8 @@ class Answer:
         self._of_job = {result.job: number for number, result in enumerate(results)}
         self._num_left = len(results)
         self._max_backlog = max(MAX_BACKLOG, 16 * sum(len(r.choices) for r in results))
-        self._is_sending = False
-        """True while whoever iterates over `updates` handles some."""
+        self.is_sending = False
+        """True while a frame waits until the client reads it."""
         self._is_overrun = False
         for result in results:
             result.job.deliver = self._deliver
@@ -75,7 +75,7 @@ class Answer:
         """Queue an event; a client that does not read what is generated ends its request."""
         if self._is_overrun:
             return
-        if self._is_sending and self._queue.qsize() >= self._max_backlog:
+        if self.is_sending and self._queue.qsize() >= self._max_backlog:
             self._is_overrun = True
             self.cancel()
             event = Failed("the client does not read the stream")
@@ -112,9 +112,7 @@ class Answer:
                     failure = error
                     break
             if updates:
-                self._is_sending = True
                 yield updates
-                self._is_sending = False
             if failure is not None:
                 raise failure
 
@@ -140,7 +138,9 @@ class Answer:
             self._metrics.cached_tokens.inc(event.cached_tokens)
             if result.prompt_entries is not None and event.logprobs is not None:
                 make = self._prompt_entries
-                result.prompt_entries += await outside_loop(len(job.tokens), make, result, event)
+                result.prompt_entries += await in_thread_if_long(
+                    len(job.tokens), make, result, event
+                )
             if job.max_tokens:
                 return []
             self._num_left -= 1

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from simplernn_jax.serving.answers import outside_loop
+from simplernn_jax.serving.answers import in_thread_if_long
 from simplernn_jax.serving.completion_routes import completion_routes
 from simplernn_jax.serving.http import counted, http_exception, json_response, read_body
 from simplernn_jax.serving.openapi import openapi_document
@@ -50,7 +50,7 @@ def tokenizer_routes(service: Service) -> list[Route]:
         body = parse(TokenizeRequest, await read_body(request))
         service.check_model(body.model)
         size = len(body.prompt)
-        ids = (await outside_loop(size, service.inputs.encode, body.prompt)).tolist()
+        ids = (await in_thread_if_long(size, service.inputs.encode, body.prompt)).tolist()
         if body.add_special_tokens:
             ids = [service.tokenizer.bos_id, *ids]
         names = [service.names.names[i] for i in ids] if body.return_token_strs else None
@@ -61,7 +61,7 @@ def tokenizer_routes(service: Service) -> list[Route]:
         service.check_model(body.model)
         service.inputs.check_ids("tokens", body.tokens)
         ids = body.tokens
-        text = await outside_loop(len(ids), service.tokenizer.decode, ids)
+        text = await in_thread_if_long(len(ids), service.tokenizer.decode, ids)
         return json_response({"prompt": text})
 
     async def tokenizer_info(request: Request) -> Response:

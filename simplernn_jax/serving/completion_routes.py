@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from simplernn_jax.serving.answers import Answer, Update, outside_loop
+from simplernn_jax.serving.answers import Answer, Update, in_thread_if_long
 from simplernn_jax.serving.choice_text import Piece
 from simplernn_jax.serving.http import (
     EventStream,
@@ -37,7 +37,7 @@ def completion_routes(service: Service) -> list[Route]:
         body = parse(CompletionRequest, content)
         service.check_model(body.model)
         start = await service.load_state(body.state)
-        answer = await service.make(service.complete, body, start, len(content))
+        answer = await service.make_answer(service.complete, body, start, len(content))
         return await respond(request, Completion(service), body, answer, body.logprobs is not None)
 
     async def chat(request: Request) -> Response:
@@ -46,7 +46,7 @@ def completion_routes(service: Service) -> list[Route]:
         body = parse(ChatRequest, content)
         service.check_model(body.model)
         start = await service.load_state(body.state)
-        answer = await service.make(service.chat, body, start, len(content))
+        answer = await service.make_answer(service.chat, body, start, len(content))
         return await respond(request, ChatCompletion(service), body, answer, bool(body.logprobs))
 
     async def respond(
@@ -69,7 +69,7 @@ def completion_routes(service: Service) -> list[Route]:
             choices = [form.choice(i, piece, has_logprobs) for i, piece in enumerate(pieces)]
             return json_response(form.response(choices, usage(answer.results)))
 
-        return await outside_loop(sum(len(piece.entries) for piece in pieces), make)
+        return await in_thread_if_long(sum(len(piece.entries) for piece in pieces), make)
 
     return [
         Route("/v1/completions", counted(service, completions), methods=["POST"]),
@@ -124,13 +124,15 @@ async def stream(
                         choice = form.delta(update.index, update.piece, has_logprobs, is_first)
                         return sse_frame(form.frame([choice], **more))
 
-                    frames.append(await outside_loop(len(piece.entries), make))
+                    frames.append(await in_thread_if_long(len(piece.entries), make))
             if answer.is_complete:
                 if with_usage:
                     frames.append(sse_frame(form.frame([], usage=usage(answer.results))))
                 frames.append(b"data: [DONE]\n\n")
             if frames:
+                answer.is_sending = True
                 yield b"".join(frames)
+                answer.is_sending = False
     except RequestError as error:
         yield sse_frame(error_body(error.message, error.status, error.param, error.code))
     finally:

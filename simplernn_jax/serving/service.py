@@ -14,7 +14,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.inference.state import RECENT_TOKENS
 from simplernn_jax.inference.text import TextStream
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.answers import Answer, PromptResult, outside_loop
+from simplernn_jax.serving.answers import Answer, PromptResult, in_thread_if_long
 from simplernn_jax.serving.choice_text import ChoiceText, TokenEntry, token_entry
 from simplernn_jax.serving.engine import Engine, EngineStoppedError, QueueFullError
 from simplernn_jax.serving.inputs import Inputs
@@ -129,7 +129,7 @@ class Service:
         except EngineStoppedError as error:
             raise RequestError("the server is stopping", status=503, code="stopping") from error
 
-    async def make(
+    async def make_answer(
         self, make: Callable[[Any, Any], Answer], request: Any, start: NamedState | None, size: int
     ) -> Answer:
         """Call `complete`, `chat` or `prefill_state` for a request of `size` bytes.
@@ -137,7 +137,7 @@ class Service:
         Raises what it does, and `RequestError` (409) if parameters are replaced meanwhile.
         """
         states = self.states
-        answer = await outside_loop(size, make, request, start)
+        answer = await in_thread_if_long(size, make, request, start)
         if start is not None and states is not self.states:
             raise RequestError(f"state {start.name!r}: of older parameters", status=409)
         return answer
@@ -153,8 +153,9 @@ class Service:
         streams: collections.Counter[bytes] = collections.Counter()
         for echoed, tokens in self.inputs.prompts(request):
             # A prompt that is given twice gets other samples.
-            first_stream = streams[tokens.tobytes()]
-            streams[tokens.tobytes()] += num_choices
+            key = tokens.tobytes()
+            first_stream = streams[key]
+            streams[key] += num_choices
             job = Job(
                 tokens,
                 sampling,

@@ -31,7 +31,7 @@ def state_routes(service: Service) -> list[Route]:
         content = await read_body(request)
         body = parse(StateRequest, content)
         parent = await service.load_state(body.parent)
-        answer = await service.make(service.prefill_state, body, parent, len(content))
+        answer = await service.make_answer(service.prefill_state, body, parent, len(content))
         states = service.states  # a reload replaces them together with the parameters
         answer.submit()
         try:

@@ -103,12 +103,11 @@ def _train(
     profile = Profile(run.workdir, profile_steps, reporter.print_line, reporter.timer.paused)
     with train_step, profile:
         _run_steps(run, train_step, reporter, poll_signal, actions, profile)
-        # Before the profile is written: a preempted job has little time left.
         signal, is_new = poll_signal(run.step), run.step > run.first_step
         if is_new and run.has_ended and 0 < train.eval_every < run.total_steps:
             # On the same tokens as the checkpoints that this one is compared with.
             validation.measure_last()
-        if is_new or signal:
+        if is_new or signal:  # before the profile is written: a preempted job has little time left
             run.save(wait=True)
     return poll_signal(run.step)
 

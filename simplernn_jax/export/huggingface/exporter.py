@@ -19,7 +19,7 @@ from simplernn_jax.files import read_file
 from simplernn_jax.training import loss_curve
 
 CODE = "modeling_simplernn.py"
-_NO_SPECIAL_TOKENS = "{%- set bos_token = '' %}{%- set eos_token = '' %}"
+_NO_SPECIAL_TOKENS = "{%- set bos_token = '' %}{%- set eos_token = '' %}\n"
 """Begins a template: special tokens are no text, here and in the exported tokenizer."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 
