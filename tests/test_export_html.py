@@ -233,6 +233,41 @@ def test_states_are_kept_forked_and_continued(page):
     assert page.locator("#no-states").is_visible()
 
 
+def test_a_stopped_prompt_gives_no_state_and_a_cut_character_is_continued(page):
+    assert page.evaluate("unfinished([97, 226, 130])") == [226, 130]
+    assert page.evaluate("[unfinished([195, 169]), unfinished([130]), unfinished([])]") == [[]] * 3
+    # A model that writes the bytes of a character again and again.
+    page.evaluate(
+        """() => {
+          const bytes = [226, 130, 172], one = (id) => {
+            const logits = new Float32Array(tokenizer.bytes.length).fill(-9);
+            logits[bytes[(bytes.indexOf(id) + 1) % 3]] = 9;
+            return logits;
+          };
+          model.step = (state, id) => one(id);
+        }"""
+    )
+    assert written(page, "a", 2) == ""
+    page.get_by_role("button", name="Keep this state").click()
+    page.get_by_role("button", name="Continue state 1").click()
+    assert written(page, "", 4) == "€€"
+    page.get_by_role("button", name="Reset").click()
+    page.get_by_label("Prompt").fill("a" * 100_000)
+    page.evaluate(
+        """() => {
+          const step = model.step;
+          model.step = (state, id) => {
+            for (const end = performance.now() + 5; performance.now() < end;);
+            return step(state, id);
+          };
+        }"""
+    )
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_role("button", name="Stop").click()
+    page.locator("#generate:enabled").wait_for()
+    assert page.locator("#after").is_hidden()
+
+
 def test_stop_and_errors(page, exported):
     page.get_by_label("Temperature").fill("1")
     page.get_by_label("New tokens").fill("1000000000")

@@ -6,11 +6,19 @@ const NUM_ALTERNATIVES = 6;
 
 let model, tokenizer, special;
 let isStopped = false;
-let current = null;         // { state, logits, text }: after the text shown
+let current = null;         // { state, logits, text, tail }: after the text shown
 let origin = null;          // the kept state that the next prompt continues
 const kept = [];
 
 function load() {
+  try {
+    loadModel();
+  } catch (error) {
+    showError(error);
+  }
+}
+
+function loadModel() {
   const data = JSON.parse($("model").textContent);
   const bytes = fromBase64($("weights").textContent);
   model = new LanguageModel(data.config, decodeWeights(data.arrays, bytes));
@@ -39,23 +47,30 @@ async function inSlices(step, draw) {
 async function generate() {
   const prompt = $("prompt").value;
   const temperature = Number($("temperature").value), maxTokens = Number($("max_tokens").value);
-  const ids = [...(origin ? [] : [special.bos]), ...tokenizer.encode(prompt)];
-  const state = origin ? structuredClone(origin.state) : model.initialState();
-  let logits = origin?.logits.slice();
+  const from = origin;  // it may be changed meanwhile
+  const ids = [...(from ? [] : [special.bos]), ...tokenizer.encode(prompt)];
+  const state = from ? structuredClone(from.state) : model.initialState();
+  let logits = from?.logits.slice();
+  let numRead = 0;
   current = null;
-  $("text").replaceChildren(span("prompt", (origin?.text ?? "") + prompt));
+  $("text").replaceChildren(span("prompt", (from?.text ?? "") + prompt));
   await inSlices((i) => {
     if (i >= ids.length) return false;
     logits = model.step(state, ids[i]).slice();
+    numRead += 1;
   }, () => {});
+  if (numRead < ids.length) return;  // stopped: the state is not that of the text
   const decoder = newDecoder();
-  let text = "", pending = [], count = 0;
+  const bytes = prompt ? [] : [...(from?.tail ?? [])];
+  let text = decoder.decode(Uint8Array.from(bytes), { stream: true });
+  let pending = [], count = 0;
   const start = performance.now();
   await inSlices((i) => {
     if (i >= maxTokens) return false;
     const id = sample(logits, temperature, special.banned);
     if (id === special.eos) return false;
     const piece = decoder.decode(tokenizer.bytes[id], { stream: true });
+    bytes.push(...tokenizer.bytes[id]);
     pending.push({ id, piece, logits });
     text += piece;
     count += 1;
@@ -66,7 +81,21 @@ async function generate() {
     const rate = Math.round(count / Math.max(performance.now() - start, 1) * 1000);
     $("speed").textContent = `${count} ${count === 1 ? "token" : "tokens"}, ${rate} tokens/s`;
   });
-  if (logits) current = { state, logits, text: (origin?.text ?? "") + prompt + text };
+  if (!logits) return;
+  current = { state, logits, text: (from?.text ?? "") + prompt + text, tail: unfinished(bytes) };
+}
+
+// The bytes at the end that begin a character, which a decoder holds back.
+function unfinished(bytes) {
+  for (let n = 1; n <= Math.min(3, bytes.length); n++) {
+    const byte = bytes[bytes.length - n];
+    if (byte < 0x80) return [];
+    if (byte >= 0xc0) {
+      const length = byte >= 0xf0 ? 4 : byte >= 0xe0 ? 3 : 2;
+      return n < length ? bytes.slice(-n) : [];
+    }
+  }
+  return [];
 }
 
 async function run() {
@@ -76,11 +105,15 @@ async function run() {
   try {
     await generate();
   } catch (error) {
-    $("error").textContent = error.message;
-    $("error").hidden = false;
+    showError(error);
   } finally {
     setRunning(false);
   }
+}
+
+function showError(error) {
+  $("error").textContent = error.message;
+  $("error").hidden = false;
 }
 
 function setRunning(isRunning) {
@@ -115,9 +148,10 @@ function nameOf(id) {
 
 let number = 0;
 
-function keep({ state, logits, text }) {
+function keep({ state, logits, text, tail }) {
   number += 1;
-  kept.push({ name: `state ${number}`, state: structuredClone(state), logits: logits.slice(), text });
+  const copy = { state: structuredClone(state), logits: logits.slice(), text, tail };
+  kept.push({ name: `state ${number}`, ...copy });
   listStates();
 }
 

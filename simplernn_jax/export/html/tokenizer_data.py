@@ -2,6 +2,8 @@
 
 import base64
 import json
+import re
+import string
 from typing import Any
 
 from simplernn_jax.data.pretrained_tokenizer import byte_level_alphabet
@@ -10,6 +12,9 @@ from simplernn_jax.errors import UserError
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """Words of a ByteLevel pre-tokenizer (GPT-2)."""
+
+_CASES = {c: f"[{c}{c.upper()}]" for c in string.ascii_lowercase}
+_CASES |= {"s": "[sS\u017f]", "k": "[kK\u212a]"}  # the two with a third form in Unicode
 
 
 def tokenizer_data(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
@@ -73,9 +78,19 @@ def _pattern(pre_tokenizer: Any) -> str:
         patterns.append(split["pattern"]["Regex"])
     if len(patterns) > 1:
         raise _not_supported("its pre-tokenizer splits twice")
-    pattern = patterns[0] if patterns else ""
+    pattern = _without_modifiers(patterns[0] if patterns else "")
     # JavaScript's own classes differ in two characters.
     return pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
+
+
+def _without_modifiers(pattern: str) -> str:
+    """Replace ``(?i:...)`` around plain text, which older browsers reject, by classes."""
+
+    def both_cases(match: re.Match[str]) -> str:
+        text = match[1]
+        return "(?:" + "".join(_CASES.get(c.lower(), c) for c in text) + ")"
+
+    return re.sub(r"\(\?i:([^()\[\]\\{}]*)\)", both_cases, pattern)
 
 
 def _not_supported(reason: str) -> UserError:
