@@ -125,3 +125,28 @@ def test_curves_of_any_length_can_be_drawn(tmp_path, losses):
     (tmp_path / "b.png").write_bytes(draw(runs[1:]))
     both, one = imread(tmp_path / "a.png"), imread(tmp_path / "b.png")
     assert both.shape != one.shape or (both != one).any()
+
+
+def test_names_that_differ_in_the_middle_stay_different(tmp_path):
+    names = [f"sweep_of_the_base_width256_lr{rate}_batch16_seed0" for rate in ("1e-4", "3e-4")]
+    runs = read_runs([str(write_run(tmp_path / name, train=[1.0])) for name in names])
+    assert [run.name for run in runs] == ["...lr1e-4...", "...lr3e-4..."]
+    assert read_runs([str(tmp_path / names[0])])[0].name.startswith("sweep_of_the_base")
+
+
+def test_evaluations_of_other_tokens_are_not_joined_to_the_curve(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        "simplernn_jax.analysis.comparison.png", lambda figure: figures.append(figure) or b""
+    )
+    paths = [
+        write_run(tmp_path / name, train=[2.0], validation=[2.0, 1.5, 1.25])
+        for name in ("_first", "an_experiment_with_a_long_name", "another_one_with_a_long_name")
+    ]
+    draw(read_runs([str(path) for path in paths]))
+    (figure,) = figures
+    curves = [len(line.get_xdata()) for line in figure.axes[1].lines]
+    assert curves == [3, 1] * 3
+    assert [line.get_linestyle() for line in figure.axes[1].lines[:2]] == ["-", "None"]
+    (legend,) = figure.legends
+    assert [text.get_text().strip() for text in legend.get_texts()] == [p.name for p in paths]

@@ -21,6 +21,11 @@ from simplernn_jax.training.metrics import FILE_NAME, Row, read_metrics
 MISSING = "-"
 """Cell of a value that a run does not have."""
 _MAX_NAME = 32
+_LONG_NAME = 400
+_LEGEND_CHARACTERS = 110
+"""Characters that fit in a row of the legend."""
+_LEGEND_ROW = 0.2
+"""Its height in inches."""
 _MARKERS = "osD^vPX*"
 
 
@@ -41,7 +46,27 @@ def read_runs(workdirs: Sequence[str]) -> list[RunRecord]:
     """
     paths = [os.path.abspath(workdir) for workdir in workdirs]
     folder = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return [_read(path, os.path.relpath(path, folder)) for path in paths]
+    names = _short([one_line(os.path.relpath(path, folder), _LONG_NAME) for path in paths])
+    return [_read(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def _short(names: list[str]) -> list[str]:
+    """Shorten names, without what all have in common where only that makes room for the rest."""
+    short = [one_line(name, _MAX_NAME) for name in names]
+    if len({*short}) == len({*names}):
+        return short
+    begin = _common_words(names)
+    end = _common_words([name[begin:][::-1] for name in names])
+    middles = [f"...{name[begin : len(name) - end]}..." for name in names]
+    return [one_line(middle, _MAX_NAME) for middle in middles]
+
+
+def _common_words(names: Sequence[str]) -> int:
+    """Return the number of characters of the words that all names begin with."""
+    first, last = min(names), max(names)  # what these share, all share
+    pairs = zip(first, last, strict=False)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(last)))
+    return 1 + max(first.rfind(separator, 0, same) for separator in "_/ ")
 
 
 def _read(workdir: str, name: str) -> RunRecord:
@@ -58,7 +83,7 @@ def _read(workdir: str, name: str) -> RunRecord:
         config = None
     if not rows:
         logging.warning("%s: no losses in %s: it took no steps, or was copied", workdir, FILE_NAME)
-    return RunRecord(one_line(name, _MAX_NAME), config, rows)
+    return RunRecord(name, config, rows)
 
 
 def _read_config(workdir: str) -> Config:
@@ -128,9 +153,12 @@ def draw(runs: Sequence[RunRecord]) -> bytes:
     """Draw the losses by step, and the validation's bits per byte by tokens of training, as a PNG.
 
     Bits per byte by tokens are comparable between tokenizers and batch sizes, losses by step only
-    if both are equal.
+    if both are equal. Hollow markers are evaluations of another number of tokens.
     """
-    with new_figure(11, 4.4) as figure:
+    longest = max((len(run.name) for run in runs), default=0)
+    num_columns = min(max(1, _LEGEND_CHARACTERS // (longest + 6)), 4, len(runs))
+    num_rows = -(-len(runs) // num_columns)
+    with new_figure(11, 4.4 + _LEGEND_ROW * (num_rows - 1)) as figure:
         left, right = figure.subplots(1, 2)
         limits = []
         for number, run in enumerate(runs):
@@ -138,8 +166,13 @@ def draw(runs: Sequence[RunRecord]) -> bytes:
             train, validation, _ = loss_curves(run.rows)
             left.plot(*train, color=color, alpha=0.45, linewidth=1)
             style = {"color": color, "marker": marker, "markersize": 4}
-            left.plot(*validation, label=run.name, **style)
-            right.plot(*_bits_by_tokens(run.rows), **style)
+            # Matplotlib leaves out what begins with an underscore.
+            left.plot(*validation, label=f" {run.name}", **style)
+            evaluations = [row for row in run.rows if row["kind"] == "validation"]
+            alike = comparable(evaluations)
+            others = [row for row in evaluations if row not in alike]
+            right.plot(*_bits_by_tokens(alike), **style)
+            right.plot(*_bits_by_tokens(others), linestyle="", fillstyle="none", **style)
             limits.append(loss_limits(train, validation))
         known = [each for each in limits if each is not None]
         if known:
@@ -150,7 +183,7 @@ def draw(runs: Sequence[RunRecord]) -> bytes:
         _label(
             right, "tokens of training", "bits per byte", "Validation, comparable across tokenizers"
         )
-        figure.legend(loc="outside lower center", ncols=min(len(runs), 4), frameon=False)
+        figure.legend(loc="outside lower center", ncols=num_columns, frameon=False)
         return png(figure)
 
 
@@ -158,7 +191,7 @@ def _bits_by_tokens(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
     points = [
         (row["tokens"], _number(row, "bits_per_byte"))
         for row in rows
-        if row["kind"] == "validation" and _number(row, "tokens") is not None
+        if _number(row, "tokens") is not None
     ]
     return [x for x, _ in points], [math.nan if y is None else y for _, y in points]
 
