@@ -159,6 +159,25 @@ def test_an_excerpt_begins_and_ends_with_a_word_and_stages_are_logged(caplog):
     assert len(stages) >= 6
 
 
+def test_the_rest_of_a_word_is_after_the_character_of_the_token():
+    def chosen(text, token):
+        found = explanation(text=text, token=token, map_tokens=24).chosen
+        return found.predicted.text, found.rest
+
+    text = "the price is €5 and more of the same words for a while"
+    assert chosen(text, 13) == (" ", "")
+    assert chosen(text, 14) == ("\\xe2", "5")
+    assert chosen(text, 4) == (" ", "")
+    assert chosen(text, 5) == ("p", "rice")
+
+
+def test_nearer_text_that_makes_predictions_worse():
+    gain = ContextGain(1000, everything=0.05, far=0.08)
+    summary = summarize(dataclasses.replace(explanation(), context_gain=gain))
+    assert any("All of the gain" in sentence for sentence in summary)
+    assert not any("160" in sentence for sentence in summary)
+
+
 @pytest.mark.parametrize(
     ("text", "token", "message"),
     [

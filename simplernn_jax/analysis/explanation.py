@@ -172,7 +172,7 @@ def explain(
         nats=float(losses[token - 1]),
         units=split_into_units(tokenizer, ids[start:token], ids[:start]),
         predicted=split_into_units(tokenizer, ids[token : token + 1], ids[:token])[0],
-        rest=_rest_of_word(tokenizer, ids, token + 1),
+        rest=_rest_of_word(tokenizer, ids, token),
         from_all=gradient_contributions(model, ids[start:token], state, int(ids[token])),
         by_layer=tuple(map_contributions(layer, token - 1 - start) for layer in layers),
     )
@@ -202,10 +202,16 @@ def _word_start(tokenizer: Tokenizer, ids: np.ndarray, start: int, most: int) ->
     return start - 1 + next(begins, 1)
 
 
-def _rest_of_word(tokenizer: Tokenizer, ids: np.ndarray, start: int) -> str:
-    """Return the text from `start` to the next space, or nothing if it is far."""
-    units = split_into_units(tokenizer, ids[start : start + _MAX_WORD_TOKENS], ids[:start])
-    text = "".join(unit.text for unit in units)
+def _rest_of_word(tokenizer: Tokenizer, ids: np.ndarray, token: int) -> str:
+    """Return the text from after a token, or the character it is of, to the next space.
+
+    Nothing if the space is far, or the token ends in one.
+    """
+    stop = token + 1 + _MAX_WORD_TOKENS
+    first, *others = split_into_units(tokenizer, ids[token:stop], ids[:token])
+    if first.text[-1:].isspace():
+        return ""
+    text = "".join(unit.text for unit in others)
     words = re.match(r"\S*(?=\s)|\S*$", text)
     return words[0] if words is not None else ""
 

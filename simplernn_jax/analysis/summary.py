@@ -62,6 +62,11 @@ def _gain(explanation: Explanation) -> str:
             f"Text more than {far} back does not help: without it, the predictions are as good or "
             f"better ({where})."
         )
+    if share > 1:
+        return (
+            f"All of the gain of its predictions from earlier text comes from more than {far} back "
+            f"({where}): nearer text alone makes them worse."
+        )
     return (
         f"{share:.1%} of the gain of its predictions from earlier text comes from more than "
         f"{far} back ({where}); the rest comes from nearer text."
