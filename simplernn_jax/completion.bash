@@ -35,8 +35,8 @@ _simplernn() {
 
 # Not `compgen -f`, which in zsh takes --flag=FILE for a file.
 _simplernn_files() {
-  local file
-  for file in "${cur/#\~\//$HOME/}"*; do
+  local file start="${cur//\\/}" # bash leaves the backslash before a space
+  for file in "${start/#\~\//$HOME/}"*; do
     if [[ -e $file ]]; then
       COMPREPLY+=("$file")
     fi

@@ -74,6 +74,7 @@ def complete(script, folder, *words):
         (["sample", "--workdir", "=", "runs/"], ["runs/base"]),
         (["sample", "--workdir", "~/b"], ["{folder}/runs/base"]),
         (["train", "--config.data.source", "=", "my"], ["my texts"]),
+        (["train", "--config.data.source", "=", "my\\ t"], ["my texts"]),
         (["sample", "--top_k", ""], "files"),
         (["trian", "--w"], []),
     ],

@@ -289,6 +289,11 @@ def test_an_export_names_the_sources_without_their_folders():
     assert without_paths(config).data.source == "a:0.75,b.jsonl:0.25"
     config.data.source = "/home/me/a:1,b"
     assert without_paths(config).data.source == "a:1,b"
+    for tokenizer in ("/home/me/my_tokenizer", "~/my_tokenizer", "./my_tokenizer"):
+        config.data.tokenizer = tokenizer
+        assert without_paths(config).data.tokenizer == "my_tokenizer"
+    config.data.tokenizer = "bpe:300"
+    assert without_paths(config).data.tokenizer == "bpe:300"
 
 
 def test_a_run_of_a_mixture_resumes_bit_exactly(folder, monkeypatch):

@@ -141,13 +141,18 @@ def without_paths(config: Config) -> Config:
         data=dataclasses.replace(
             config.data,
             source=_without_folders(config.data.source),
-            tokenizer=last_part(config.data.tokenizer)
-            if config.data.tokenizer.endswith(".json")
-            else config.data.tokenizer,
+            tokenizer=_without_folders_of_file(config.data.tokenizer),
             cache_dir="",
         ),
         train=dataclasses.replace(config.train, init_from=last_part(config.train.init_from)),
     )
+
+
+def _without_folders_of_file(tokenizer: str) -> str:
+    """Return the name of a tokenizer, or that of its file without folders."""
+    is_file = tokenizer.startswith(("/", "~", ".")) or tokenizer.endswith(".json")
+    is_file = is_file or os.path.lexists(tokenizer)
+    return last_part(tokenizer) if is_file else tokenizer
 
 
 @contextlib.contextmanager
