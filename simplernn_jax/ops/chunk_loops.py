@@ -116,13 +116,16 @@ def backward_loop(
         # db_i = q_i dq_i - k_i dk_i, plus the end-state term at i = C; dl_t = sum_{i >= t} db_i.
         d_b = chunk_q * chunk_dq - chunk_k * chunk_dk
         d_total = jnp.sum(ends.reshape(d_end.shape) * d_end, axis=-1)
-        if masks is None:
-            chunk_dl = jnp.flip(jnp.cumsum(jnp.flip(d_b, 1), axis=1), 1) + d_total[:, None]
-        else:
+        later = jnp.tri(part.size, dtype=bool).T[None]
+        d_total = d_total[:, None]
+        if masks is not None:
             # Not through later segments, whose terms cancel but for rounding.
-            later = masks.same_segment & jnp.tri(part.size, dtype=bool).T[None]
-            chunk_dl = jnp.matmul(later.astype(dtype), d_b, precision=jax.lax.Precision.HIGHEST)
-            chunk_dl += jnp.where(masks.reaches_end[..., None], d_total[:, None], 0)
+            later = later & masks.same_segment
+            d_total = jnp.where(masks.reaches_end[..., None], d_total, 0)
+        # A matmul, since XLA's CPU backend takes longer for a cumulative sum.
+        highest = jax.lax.Precision.HIGHEST
+        chunk_dl = jnp.matmul(later.astype(dtype), d_b, precision=highest) + d_total
+        if masks is not None:
             chunk_dl = jnp.where(masks.reset[..., None], 0, chunk_dl)
         store = partial(_store_group, part, index=index)
         grads = (store(d_q, chunk_dq), store(d_k, chunk_dk), store(d_v, chunk_dv))
