@@ -80,8 +80,7 @@ def _train() -> int:
     from simplernn_jax.devices import check_devices
     from simplernn_jax.training.loop import train
 
-    if not _DISTRIBUTED.value:  # `joined` reports a peer failure
-        check_devices()
+    check_devices()
     use_compilation_cache()
     gc.freeze()  # imported modules stay: garbage collections during tracing skip them
     process_start.run_starts()

@@ -7,6 +7,7 @@ JAX's coordination service aborts a process whose peer died, was suspended or un
 import contextlib
 import errno
 import os
+import signal
 import socket
 import sys
 import time
@@ -18,7 +19,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from simplernn_jax import __version__, supervisor
+from simplernn_jax import __version__, process_start, supervisor
+from simplernn_jax.devices import check_devices
 from simplernn_jax.errors import EXIT_PEER_FAILURE, EXIT_USER_ERROR, UserError
 from simplernn_jax.files import sha256_hex
 
@@ -43,7 +45,9 @@ def joined(
     )
     is_detected = {coordinator, num_processes, process_id} == {None}
     try:
-        _discard_output_of_gloo()
+        # Gloo prints lines in C++ for every connection of every device.
+        process_start.discard_output_of_libraries()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python's handlers run when all have joined
         jax.distributed.initialize(
             *(coordinator, num_processes, process_id),
             cluster_detection_method=None if is_detected else "deactivate",
@@ -62,6 +66,12 @@ def joined(
         "a peer process failed (died, was suspended, or became unreachable): restart all with the "
         "same commands, and the run resumes from its last checkpoint",
     )
+    try:
+        check_devices()
+    except UserError as error:
+        if isinstance(error.__cause__, RuntimeError):  # if a peer failed, the abort comes
+            time.sleep(supervisor.HEARTBEAT_SECONDS + 5)
+        raise
     versions = f"simplernn_jax {__version__}, jax {jax.__version__}, {num_processes} processes"
     try:
         check_same(versions, f"has different settings from process 0 ({versions}); use the same")
@@ -101,14 +111,6 @@ def _bind_address(coordinator: str, process_id: int | None) -> str | None:
     # /etc/hosts may give a machine's own name a loopback address.
     is_own_name = str(found[0]).startswith(("127.", "::1")) and host not in ("localhost", found[0])
     return None if is_own_name else coordinator
-
-
-def _discard_output_of_gloo() -> None:
-    """Keep stdout for Python: Gloo prints lines in C++ for every connection of every device."""
-    sys.stdout.flush()
-    sys.stdout = os.fdopen(os.dup(1), "w", -1, sys.stdout.encoding, sys.stdout.errors)
-    with open(os.devnull, "wb") as null:
-        os.dup2(null.fileno(), 1)
 
 
 def is_coordinator() -> bool:

@@ -84,9 +84,10 @@ def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
     device_sequences = data.batch_size / (sizes["data"] * sizes["fsdp"])
     sequences = device_sequences / max(1, train.gradient_accumulation)
     length = (train.backward_window or data.sequence_length) / sizes["sequence"]
-    layers = model.num_layers / sizes["stage"]
+    # Stages save the inputs of their chunks alone.
+    layers = model.num_layers if sizes["stage"] == 1 else 1
     saved = float(model.hidden_dim)
-    if train.remat == "none":
+    if train.remat == "none" and sizes["stage"] == 1:
         mlp = {"plain": 0, "residual": 1, "gla": 2}[model.block] * model.mlp_dim
         saved += (2 * model.key_dim + model.value_dim + mlp) / sizes["tensor"]
     widest = _widest(model) / (sizes["tensor"] * sizes["stage"])

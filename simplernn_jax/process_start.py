@@ -98,6 +98,14 @@ def raise_on_signals() -> None:
     sys.unraisablehook = _send_again
 
 
+def discard_output_of_libraries() -> None:
+    """Keep stdout for Python: what libraries print in C or C++ is discarded from now on."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", -1, sys.stdout.encoding, sys.stdout.errors)
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 1)
+
+
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[str]:
     """Yield a new folder that is removed afterwards, also when a signal ends the script."""

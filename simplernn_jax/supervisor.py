@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-from simplernn_jax.errors import EXIT_PEER_FAILURE, one_line
+from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_PEER_FAILURE, one_line
 from simplernn_jax.process_start import end_with_parent
 
 HEARTBEAT_SECONDS = 20
@@ -38,7 +38,12 @@ def supervise() -> None:
     for number in signals:
         signal.signal(number, lambda *_: os.kill(child, next(forwarded, signal.SIGKILL)))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # there is no child to forward them to
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == -signal.SIGTERM:  # while it waited for its peers
+        code = EXIT_INTERRUPTED
+        print("SIGTERM: stopped; run the same command to start it", file=sys.stderr, flush=True)
     abort_code, _, line = _abort_reason[:].rstrip(b"\0").decode().partition(" ")
     if abort_code and code in (-signal.SIGABRT, EXIT_PEER_FAILURE):
         code = int(abort_code)

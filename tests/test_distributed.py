@@ -11,7 +11,7 @@ import jax
 import pytest
 from processes import free_address, start_python
 
-from simplernn_jax import distributed
+from simplernn_jax import distributed, process_start
 from simplernn_jax.errors import UserError
 
 PEER_FAILURE = "error: a peer process failed"
@@ -81,7 +81,11 @@ def end(process):
         ("os.abort()", 128 + 6, ""),
         ("supervisor.set_abort_reason(2, 'nobody came'); os.abort()", 2, "error: nobody came\n"),
         ("supervisor.set_abort_reason(76, 'lost'); os._exit(76)", 76, "error: lost\n"),
-        ("os.kill(os.getppid(), 15); time.sleep(30)", 128 + 15, ""),
+        (
+            "os.kill(os.getppid(), 15); time.sleep(30)",
+            75,
+            "SIGTERM: stopped; run the same command to start it\n",
+        ),
         (  # the first is forwarded, the second kills
             "signal.signal(15, lambda *_: os.kill(os.getppid(), 2)); os.kill(os.getppid(), 2); "
             "time.sleep(30)",
@@ -116,9 +120,11 @@ def initialize(monkeypatch):
     """Arguments that `joined` passes to `jax.distributed.initialize`."""
     initialize = mock.Mock(side_effect=Joining)
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    monkeypatch.setattr(distributed, "_discard_output_of_gloo", lambda: None)
+    monkeypatch.setattr(process_start, "discard_output_of_libraries", lambda: None)
     monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
-    return initialize.call_args_list
+    handler = signal.getsignal(signal.SIGTERM)
+    yield initialize.call_args_list
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,11 @@ def test_the_second_signal_acts_as_before():
 def test_processes_of_a_distributed_run_ask_jax_which_step_is_the_last(monkeypatch):
     before = [signal.getsignal(number) for number in SIGNALS]
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: step == 5)
-    with deferred_signals() as poll_signal:
-        assert [signal.getsignal(number) for number in SIGNALS] == before
-        assert [poll_signal(step) for step in (4, 5)] == [None, "SIGTERM"]
+    for last, expected in ((1, ["SIGTERM", None]), (2, [None, "SIGTERM"])):
+        monkeypatch.setattr(
+            multihost_utils, "reached_preemption_sync_point", lambda step, last=last: step == last
+        )
+        with deferred_signals() as poll_signal:
+            assert [signal.getsignal(number) for number in SIGNALS] == before
+            # As a run that resumes at step 20.
+            assert [poll_signal(step) for step in (20, 21)] == expected

@@ -128,3 +128,10 @@ def test_xla_analyzes_the_step_if_the_estimate_is_close(mesh, monkeypatch):
         check_train_step(config, optimizer, mesh)
     monkeypatch.setattr(memory_estimate, "device_memory", lambda device: 1000 * estimate)
     check_train_step(config, optimizer, mesh)
+
+
+def test_stages_save_the_inputs_of_their_chunks_alone():
+    config = small_config("residual", num_layers=32, mlp_dim=256, sequence_length=4096)
+    whole, stages = (estimate_training(config, ONE | {"stage": n}).activations for n in (1, 2))
+    # A step on two stages takes a third of what saving all layers would.
+    assert stages < whole / 6

@@ -115,7 +115,8 @@ class Evaluator:
             _, self._batch_shardings, state_shardings = shardings["in_shardings"]
             sequence, stages = mesh.shape["sequence"], mesh.shape["stage"]
             shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
-            self._shard_multiple = shards, sequence * MIN_SHARD_TOKENS if sequence > 1 else stages
+            needed = max(MIN_SHARD_TOKENS, config.model.short_convolution - 1)
+            self._shard_multiple = shards, sequence * needed if sequence > 1 else stages
         self._score: Callable[..., tuple[jax.Array, jax.Array, ModelState]] = jax.jit(
             score, **shardings
         )

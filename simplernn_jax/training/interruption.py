@@ -23,9 +23,15 @@ def deferred_signals() -> Iterator[PollSignal]:
     step at which a signal to any of them ends the run.
     """
     if jax.distributed.is_initialized():
-        yield (
-            lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
-        )
+        first: list[int] = []
+
+        def poll(step: int) -> str | None:
+            # From 1 in every process: of a signal before the first call, JAX makes 1 the last step.
+            first[:] = first or [step]
+            is_last = multihost_utils.reached_preemption_sync_point(step - first[0] + 1)
+            return "SIGTERM" if is_last else None
+
+        yield poll
         return
     received: list[str] = []
     previous: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
