@@ -415,15 +415,20 @@ def test_a_run_without_data_leaves_no_workdir(tmp_path, exists):
     assert workdir.exists() == exists
 
 
-@pytest.mark.oldest_python
-def test_the_last_checkpoint_is_evaluated_as_those_before_it(tmp_path):
-    config = small_config(
-        source=write_corpus(tmp_path / "text"),
+def evaluated_on_20_tokens(folder):
+    """A run of 40 steps that evaluates and saves at steps 18 and 36."""
+    return small_config(
+        source=write_corpus(folder / "text"),
         validation_fraction=0.3,
         eval_every=18,
         eval_tokens=20,
         save_every=18,
     )
+
+
+@pytest.mark.oldest_python
+def test_the_last_checkpoint_is_evaluated_as_those_before_it(tmp_path):
+    config = evaluated_on_20_tokens(tmp_path)
     result = train(config, str(tmp_path / "run"))
     folder = CheckpointFolder(str(tmp_path / "run"))
     qualities = {step: saved_quality(folder.step_path(step)) for step in folder.complete_steps()}
@@ -447,13 +452,7 @@ def test_a_pipe_at_the_path_of_the_configuration_is_refused(tmp_path):
 
 @pytest.mark.oldest_python
 def test_a_signal_during_the_last_step_leaves_the_checkpoint_of_a_whole_run(tmp_path, monkeypatch):
-    config = small_config(
-        source=write_corpus(tmp_path / "text"),
-        validation_fraction=0.3,
-        eval_every=18,
-        eval_tokens=20,
-        save_every=18,
-    )
+    config = evaluated_on_20_tokens(tmp_path)
     whole = train(config, str(tmp_path / "whole"))
     with monkeypatch.context() as patch:
         stop_after(patch, 40)

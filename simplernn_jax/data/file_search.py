@@ -120,7 +120,7 @@ def _is_excluded(path: str, top: str, exclude: frozenset[str]) -> bool:
 
 def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
     files: list[SourceFile] = []
-    binary: list[SourceFile] = []
+    binary: list[str] = []
     links: list[str] = []
     for folder, subfolders, names in os.walk(root, onerror=_refuse_unreadable):
         is_workdir = "checkpoints" in subfolders and "metrics.jsonl" in names
@@ -140,16 +140,15 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
             path = os.path.join(folder, name)
             if name.startswith(".") or not os.path.isfile(path):
                 continue
-            file = SourceFile(os.path.relpath(path, root), path)
-            (binary if _is_binary(path) else files).append(file)
-    if binary:
-        what = counted(len(binary), "binary file")
-        first = one_line(min(file.name for file in binary))
-        logging.warning("%s: %s left out, such as %s", root, what, first)
-    if links:
-        what = counted(len(links), "linked folder")
-        first = one_line(os.path.relpath(min(links), root))
-        logging.warning("%s: %s left out, such as %s", root, what, first)
+            if _is_binary(path):
+                binary.append(path)
+            else:
+                files.append(SourceFile(os.path.relpath(path, root), path))
+    for paths, what in ((binary, "binary file"), (links, "linked folder")):
+        if paths:
+            first = one_line(os.path.relpath(min(paths), root))
+            number = counted(len(paths), what)
+            logging.warning("%s: %s left out, such as %s", root, number, first)
     return sorted(files, key=lambda file: file.name)
 
 

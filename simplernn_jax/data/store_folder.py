@@ -12,6 +12,7 @@ NAME/meta.json           manifest: dtype, sizes and SHA-256 of these files, seal
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -59,7 +60,7 @@ class TokenSplit:
     """[N] memory-mapped bool, whether a token is a target of the loss; None: all that follow
     another in their document."""
 
-    @property
+    @functools.cached_property
     def num_predictions(self) -> int:
         """Number of targets: tokens that follow another one in their document."""
         if self.targets is not None:
