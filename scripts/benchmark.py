@@ -103,7 +103,9 @@ _SEEDS = flags.DEFINE_integer("seeds", 1, "ladder: number of seeds.", lower_boun
 _PROGRAMS = flags.DEFINE_list(
     "programs", [], f"ladder: programs to train, any of {', '.join(peers.known_names())}."
 )
-_RATES = flags.DEFINE_list("rates", [], "ladder: learning rates that every peer tries first.")
+_RATES = flags.DEFINE_list(
+    "rates", [], "ladder: peak learning rates to try for every peer; one is used untried."
+)
 _LARGEST_CORPUS = flags.DEFINE_integer(
     "largest_corpus",
     1000,

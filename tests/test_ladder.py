@@ -162,6 +162,7 @@ def test_a_rung_is_tuned_measured_and_replaced_in_its_folder(rung, monkeypatch, 
     )
     assert [each["rate"] for each in first["tried"]] == [0.1, 0.4, 0.2]
     assert second["runs"][1]["rate"] == find_peer("gru", config).rate
+    assert report.choose_rate("gru", request._replace(rates=(0.3,)), "") == (0.3, [])
     for run in (*first["runs"], *second["runs"]):
         assert run["tokens"] == run["steps"] * 3 * 11
         seconds, _ = zip(*run["curve"], strict=True)

@@ -43,7 +43,7 @@ class Request(NamedTuple):
     seeds: int
     names: Sequence[str]
     rates: Sequence[float]
-    """Learning rates to try for every peer; none: that of its settings."""
+    """Learning rates to try for every peer; none: that of its settings; one: that."""
 
 
 def make_request(
@@ -123,12 +123,12 @@ def train(name: str, request: Request, folder: str, rate: float | None, **option
 def choose_rate(name: str, request: Request, folder: str) -> tuple[float | None, list[Row]]:
     """The rate with the lowest loss on the last tenth of the training text, and all trainings.
 
-    Ours are tuned in their configurations.
+    None are needed without a choice. Ours are tuned in their configurations.
     """
     if name == OURS:
         return None, []
-    if not request.rates:
-        return find_peer(name, request.config).rate, []
+    if len(request.rates) < 2:
+        return (*request.rates, find_peer(name, request.config).rate)[0], []
     tried = [train(name, request, folder, rate, is_tuning=True) for rate in request.rates]
     return min(tried, key=lambda row: row["loss"])["rate"], tried
 
