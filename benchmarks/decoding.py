@@ -38,20 +38,10 @@ RATIOS = (
     ("streaming / not", "streaming", "short"),
 )
 """Heading, and the candidates whose times per token are compared."""
-MODELS = {
-    "1 M": ModelConfig(),
-    "25 M": ModelConfig(
-        vocab_size=8192, num_layers=8, hidden_dim=512, key_dim=512, value_dim=512, num_heads=8,
-        mlp_dim=2048,
-    ),
-    "124 M": ModelConfig(
-        vocab_size=50_257, num_layers=12, hidden_dim=768, key_dim=768, value_dim=768, num_heads=12,
-        mlp_dim=3072,
-    ),
-}  # fmt: skip
-"""Models of the table of formats, by their parameters."""
+FORMATS_OF = ("base", "small", "gpt2_size")
+"""Configurations of the tables of formats: 1 M, 25 M and 124 M parameters."""
 WEIGHTS_PER_CALL = 1 << 33
-"""Weights that a timed call of that table multiplies: to start one takes as long as four tokens."""
+"""Weights that a timed call of them multiplies; starting one takes as long as four tokens."""
 
 
 def run(effort: Effort) -> Iterator[Table]:
@@ -59,8 +49,9 @@ def run(effort: Effort) -> Iterator[Table]:
     candidates, ratios = compare(load_config("base", 1, CONTEXTS["middle"]).model, effort)
     yield "decode: base", candidates
     yield "decode: ratios, medians over blocks", ratios
-    for name, config in MODELS.items():
-        yield f"decode: formats of the weights, {name} parameters", compare_formats(config, effort)
+    for name in FORMATS_OF:
+        config = load_config(name, 1, CONTEXTS["short"], precision="float32").model
+        yield f"decode: formats of the weights, {name}", compare_formats(config, effort)
 
 
 def compare(config: ModelConfig, effort: Effort) -> tuple[list[Row], list[Row]]:
