@@ -4,8 +4,9 @@
         --config.data.source=my_texts/ --config.data.tokenizer=tokenizer.json
 
 341.7M parameters (arXiv:2312.06635, section 5.1; flash-linear-attention's ``gla_340M.json``), for a
-tokenizer of 32,000 ids. The steps are 15B tokens, as there: 30,720 steps of 0.5M. Each device holds
-0.5 GB of parameters and optimizer state, and two sequences at a time; docs/gla.md has its memory.
+tokenizer of 32,000 ids. 30,720 steps of 524,288 tokens are 16.1B (the paper: 15B). Each device
+holds 0.5 GB of parameters and optimizer state, and two sequences at a time; docs/gla.md has its
+memory.
 """
 
 from simplernn_jax.config import Config

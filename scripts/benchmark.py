@@ -1,6 +1,6 @@
 """Measure speed and memory beside baselines and the machine's peak throughput, in one run.
 
-    python scripts/benchmark.py ops [train decode startup memory scaling serve] [--out FOLDER]
+    python scripts/benchmark.py ops [train decode serve startup memory scaling sizes growth]
     python scripts/benchmark.py attention --out FOLDER [--quick]
     python scripts/benchmark.py ladder --rung NAME --out FOLDER [--source TEXT --seconds S ...]
 
@@ -8,13 +8,13 @@
     train      train steps, beside other implementations of the model
     decode     time per generated token, beside recomputing the prefix
     startup    imports, and the first train step with and without a compilation cache
-    memory     of a train step against the length of its sequence
+    memory     memory of a train step against the length of its sequence
     sizes      memory and communication of a train step of small and gpt2_size on eight devices
     serve      the server under load, beside generation in process
     scaling    the techniques to scale training, A to F, and their effects
     growth     time and memory against parameters, length, batch, corpus and devices, with slopes;
                --largest_corpus sets the largest text
-    attention  SimpleRNN against self-attention in six aspects, as a table with pictures;
+    attention  SimpleRNN against self-attention in six aspects, as a table with plots;
                --quick measures small sizes, --only a part of it
     ladder     held-out loss against training time of a configuration, --rung, and of its peers:
                nanoGPT's architecture, an LSTM and a GRU, for --seconds each
@@ -84,7 +84,7 @@ ATTENTION, LADDER = ALONE = "attention", "ladder"
 """Have a folder of results to themselves, and other flags than an effort."""
 
 _ARGUMENTS = command_line.define_arguments(" ".join([*BENCHMARKS, *ALONE]))
-_OUT = flags.DEFINE_string("out", None, "Folder of results.json and the pictures.")
+_OUT = flags.DEFINE_string("out", None, "Folder of results.json and the plots.")
 _QUICK = flags.DEFINE_bool("quick", False, "attention: use small sizes.")
 _ONLY = flags.DEFINE_list(
     "only",
@@ -104,7 +104,7 @@ _PROGRAMS = flags.DEFINE_list(
     "programs", [], f"ladder: programs to train, any of {', '.join(peers.known_names())}."
 )
 _RATES = flags.DEFINE_list(
-    "rates", [], "ladder: peak learning rates to try for every peer; one is used untried."
+    "rates", [], "ladder: peak learning rates to try for every peer; a single one is used as it is."
 )
 _LARGEST_CORPUS = flags.DEFINE_integer(
     "largest_corpus",

@@ -41,8 +41,8 @@ _SEED = flags.DEFINE_integer(
 )
 
 _HELP = """\
-/undo        take back the last question and its answer
-/reset       begin anew
+/undo        remove the last question and its answer
+/reset       start a new conversation
 /fork NAME   keep a copy of the conversation in memory; /load NAME returns to it
 /save FILE   save the decoder state to a file
 /load NAME   continue a fork, or a saved file

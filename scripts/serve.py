@@ -43,13 +43,13 @@ _MAX_CONNECTIONS = flags.DEFINE_integer(
     "max_connections", 4096, "Open connections; more are refused with 503.", lower_bound=1
 )
 _CACHE_MB = flags.DEFINE_integer(
-    "cache_mb", 256, "Largest size of the prefix cache, in MB.", lower_bound=0
+    "cache_mb", 256, "Maximum size of the prefix cache, in MB.", lower_bound=0
 )
 _STATE_DIR = flags.DEFINE_string(
     "state_dir", None, "Folder of named states, created if missing; without it they are temporary."
 )
 _STATES_MB = flags.DEFINE_integer(
-    "states_mb", 1024, "Largest size of all named states, in MB.", lower_bound=0
+    "states_mb", 1024, "Maximum total size of named states, in MB.", lower_bound=0
 )
 _API_KEY_FILE = flags.DEFINE_string(
     "api_key_file", None, "File with the key that clients must send; or set SIMPLERNN_JAX_API_KEY."
@@ -127,11 +127,11 @@ def main() -> None:
             listener,
             model_name=_MODEL_NAME.value or os.path.basename(os.path.realpath(workdir)),
             num_slots=_SLOTS.value,
-            cache_bytes=_CACHE_MB.value << 20,
+            cache_bytes=_CACHE_MB.value * 10**6,
             max_waiting=_MAX_QUEUE.value,
             drain_timeout=_DRAIN_TIMEOUT.value,
             template=ChatTemplate(config.data.template) if config.data.template else None,
-            states=StateFolder(state_dir, model, tokenizer, _STATES_MB.value << 20),
+            states=StateFolder(state_dir, model, tokenizer, _STATES_MB.value * 10**6),
             api_key=key,
             allow_origin=_ALLOW_ORIGIN.value,
             hosts=_hosts(key),

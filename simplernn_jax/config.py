@@ -104,8 +104,8 @@ class DataConfig(_Fields):
 
     source: str = "stdlib"
     """``stdlib`` (the running Python's standard library), a file, folder or glob of text,
-    ``.jsonl`` or ``.parquet`` (the first two also as ``.gz`` or ``.zst``), or ``tfds:NAME`` (name
-    or directory of a prepared dataset); or a mixture of them by weight, ``a/:0.7,b.jsonl:0.3``."""
+    ``.jsonl`` (either also as ``.gz`` or ``.zst``) or ``.parquet``, or ``tfds:NAME`` (name or
+    directory of a prepared dataset); or a mixture of them by weight, ``a/:0.7,b.jsonl:0.3``."""
     field: str = "text"
     """Field of a JSONL record, Parquet row or TFDS example that holds the text; with a template,
     the default is ``messages``."""

@@ -32,7 +32,7 @@ _OPERATIONS: tuple[tuple[str, str, str, type | None, int], ...] = (
     ("get", "/health", "200 once requests are answered, 503 before and while ending.", None, 200),
     ("get", "/slots", "Count slots and waiting prompts.", None, 200),
     ("get", "/metrics", "Prometheus metrics.", None, 200),
-    ("post", "/admin/reload", "Use the newest checkpoint from now on.", None, 200),
+    ("post", "/admin/reload", "Load the checkpoint that is selected now.", None, 200),
 )
 
 

@@ -38,7 +38,7 @@ CHAT_TOKENS = 1024
 class Service:
     """The model as the HTTP side sees it; methods raise `RequestError` for what they cannot use.
 
-    `load_model` returns the parameters of the newest checkpoint, or None if they are in use.
+    `load_model` returns the parameters of the selected checkpoint, or None if they are in use.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Service:
             )
 
     async def reload(self) -> bool:
-        """Use the newest checkpoint from now on; return False if it is in use.
+        """Use the checkpoint that is selected now; return False if it is in use.
 
         Raises `RequestError` (409) if it cannot be loaded; the parameters in use stay.
         """
