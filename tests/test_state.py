@@ -186,6 +186,12 @@ def test_a_state_is_saved_only_with_a_model_that_it_fits(tmp_path, state):
     assert not os.listdir(tmp_path)
 
 
+def test_ids_that_the_model_does_not_have_are_refused(path, model, state):
+    recent = state.recent.at[1, -3].set(CONFIG.vocab_size)
+    save_state(str(path), dataclasses.replace(state, recent=recent), model, BYTES)
+    assert refusal(path, model).startswith("holds token ids that this model does not have; ")
+
+
 def test_every_damage_is_refused(path, model):
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")

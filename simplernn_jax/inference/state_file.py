@@ -125,6 +125,8 @@ def decode_state(
     leaves = [arrays[name] for name in names]
     state: DecoderState = jax.tree.unflatten(jax.tree.structure(structure), leaves)
     check_state(model, state, where)
+    if np.max(state.recent, initial=-1) >= model.config.vocab_size:
+        raise UserError(f"{where}: holds token ids that this model does not have; {_ADVICE}")
     return state, header
 
 
