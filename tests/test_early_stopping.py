@@ -16,7 +16,7 @@ def evaluated(*losses, predictions=99):
     """History after evaluations at steps 10, 20, ..."""
     history = ValidationHistory()
     for number, loss in enumerate(losses, 1):
-        history.add(10 * number, Evaluation(loss, 1.0, predictions))
+        history.add(10 * number, Evaluation(loss, 1.0, predictions), is_scheduled=True)
     return history
 
 
@@ -39,6 +39,14 @@ def test_evaluations_without_a_better_one_end_a_run(losses, limit, ended):
     assert history.should_stop(limit) is ended
     again = ValidationHistory(**json.loads(json.dumps(vars(history), allow_nan=False)))
     assert again == history
+
+
+def test_the_end_of_a_run_is_no_evaluation_without_a_better_one():
+    history = evaluated(3.0, 4.0)
+    history.add(25, Evaluation(3.5, 1.0, 99), is_scheduled=False)
+    assert not history.should_stop(2)
+    history.add(27, Evaluation(2.5, 1.0, 99), is_scheduled=False)
+    assert (history.best_step, history.since_best) == (27, 0)
 
 
 def test_the_reason_names_steps_and_remedy():
@@ -75,7 +83,7 @@ def test_the_end_is_compared_with_the_best(losses, best):
 
 def test_another_number_of_tokens_starts_a_new_history():
     history = evaluated(3.0, 2.0, 2.5)
-    history.add(40, Evaluation(2.2, 1.0, predictions=500))
+    history.add(40, Evaluation(2.2, 1.0, predictions=500), is_scheduled=True)
     assert (history.best_step, history.since_best) == (40, 0)
     assert history.summary("run") == {}
 

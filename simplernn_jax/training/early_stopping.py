@@ -31,13 +31,13 @@ class ValidationHistory:
     since_best: int = 0
     """Number of evaluations after the best one, all without a better loss."""
 
-    def add(self, step: int, evaluation: Evaluation) -> None:
-        """Count an evaluation."""
+    def add(self, step: int, evaluation: Evaluation, *, is_scheduled: bool) -> None:
+        """Record an evaluation; one that is not scheduled does not count as without a new best."""
         if evaluation.predictions != self.predictions:
             vars(self).update(vars(ValidationHistory(evaluation.predictions)))
         loss = evaluation.nats_per_token
         self.last_step, self.last_loss = step, loss if math.isfinite(loss) else None
-        self.since_best += 1
+        self.since_best += is_scheduled
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_step, self.best_loss, self.since_best = step, loss, 0
 

@@ -105,7 +105,8 @@ def _train(
         _run_steps(run, train_step, reporter, poll_signal, actions, profile)
         signal, is_new = poll_signal(run.step), run.step > run.first_step
         if is_new and run.has_ended and 0 < train.eval_every < run.total_steps:
-            # On the same tokens as the checkpoints that this one is compared with.
+            # On the same tokens as the checkpoints that this one is compared with; after a signal
+            # too, since a resumed run would not measure it.
             validation.measure_last()
         if is_new or signal:  # before the profile is written: a preempted job has little time left
             run.save(wait=True)

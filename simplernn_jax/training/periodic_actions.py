@@ -43,14 +43,15 @@ class Validation:
         """Evaluate ``eval_tokens`` tokens and decide on early stopping."""
         result = self.report(self._run.config.train.eval_tokens)
         if result is not None:
-            self._run.history.add(self._run.step, result)
+            self._run.history.add(self._run.step, result, is_scheduled=True)
             self._run.stopped_early = self._run.has_stopped_improving()
 
     def measure_last(self) -> None:
         """Evaluate ``eval_tokens`` tokens at the end of the run, without a report."""
         run, result = self._run, self.measure(self._run.config.train.eval_tokens)
         if result is not None and run.history.last_step != run.step:
-            run.history.add(run.step, result)
+            is_scheduled = run.step % run.config.train.eval_every == 0
+            run.history.add(run.step, result, is_scheduled=is_scheduled)
 
     def report(self, limit_tokens: int) -> Evaluation | None:
         """Evaluate the current state, and report a result that was not reported before."""

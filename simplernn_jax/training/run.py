@@ -90,7 +90,7 @@ class Run:
             self.position = self._batches.get_state()
             """Position in the data of the batch of step ``step + 1``."""
             self.step = self.first_step = int(self.state.step)
-            self.stopped_early = self.has_stopped_improving()
+            self.stopped_early = self.step < self.total_steps and self.has_stopped_improving()
         except BaseException:
             self._checkpointer.close()
             raise
