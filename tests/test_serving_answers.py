@@ -1,13 +1,14 @@
 """Answers from the events of an engine, in the order and speed in which they come."""
 
 import asyncio
+import threading
 from unittest import mock
 
 import numpy as np
 import pytest
 
 from simplernn_jax.data import load_tokenizer
-from simplernn_jax.serving.answers import MAX_BACKLOG, Answer, PromptResult
+from simplernn_jax.serving.answers import LONG, MAX_BACKLOG, Answer, PromptResult
 from simplernn_jax.serving.choice_text import ChoiceText
 from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Prefilled, Sampling
 from simplernn_jax.serving.requests import RequestError
@@ -63,11 +64,45 @@ def test_a_client_that_does_not_read_is_cut_off():
         updates = made.updates()
         deliver(token())
         await anext(updates)
-        made.is_sending = True
-        for _ in range(2 * MAX_BACKLOG):
-            deliver(token())
+        with made.sending():
+            for _ in range(2 * MAX_BACKLOG):
+                deliver(token())
         with pytest.raises(RequestError, match="does not read the stream"):
             await texts(updates)
         assert made.results[0].job.is_cancelled
+
+    asyncio.run(run())
+
+
+def test_what_came_while_a_frame_was_made_is_no_fault_of_the_client():
+    async def run():
+        made, deliver = answer()
+        for _ in range(2 * MAX_BACKLOG):
+            deliver(token())
+        with made.sending():
+            deliver(token("length"))
+        assert len(await texts(made.updates())) == 2 * MAX_BACKLOG + 1
+
+    asyncio.run(run())
+
+
+def test_scores_of_a_long_prompt_do_not_block_other_requests():
+    started, others_ran = threading.Event(), threading.Event()
+
+    def score(result, event):
+        started.set()
+        assert others_ran.wait(60)
+        return []
+
+    async def run():
+        job = Job(np.zeros(LONG + 1, np.int32), Sampling(), max_tokens=0, scores_prompt=True)
+        result = PromptResult(job, "", [], [mock.Mock(finish_reason=None)], [])
+        made = Answer([result], mock.Mock(), score, mock.Mock())
+        made._deliver(job, Prefilled(0, mock.Mock(), None))
+        reading = asyncio.create_task(texts(made.updates()))
+        while not started.is_set():
+            await asyncio.sleep(0.001)
+        others_ran.set()
+        assert await reading == [""]
 
     asyncio.run(run())

@@ -1,8 +1,10 @@
 """Answers to requests as they grow: from the engine's events to text."""
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+import math
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, TypeVar
 
 from simplernn_jax.serving.choice_text import ChoiceText, Piece, TokenEntry
@@ -11,8 +13,10 @@ from simplernn_jax.serving.metrics import Latency, Metrics
 from simplernn_jax.serving.requests import RequestError
 
 MAX_BACKLOG = 1024
-"""Events of a request that may wait while the client does not read a frame; more for many choices,
+"""Events of a request that may come while the client does not read a frame; more for many choices,
 of which a step of the engine can give one each."""
+_MAX_QUEUED = 16
+"""Multiple of that from which none may come: frames are read, but more slowly than generated."""
 MAX_EVENTS = 64
 """Events that are handled at a time."""
 LONG = 4096
@@ -65,8 +69,8 @@ class Answer:
         self._of_job = {result.job: number for number, result in enumerate(results)}
         self._num_left = len(results)
         self._max_backlog = max(MAX_BACKLOG, 16 * sum(len(r.choices) for r in results))
-        self.is_sending = False
-        """True while a frame waits until the client reads it."""
+        self._limit = math.inf
+        """Events that may be queued."""
         self._is_overrun = False
         for result in results:
             result.job.deliver = self._deliver
@@ -75,11 +79,19 @@ class Answer:
         """Queue an event; a client that does not read what is generated ends its request."""
         if self._is_overrun:
             return
-        if self.is_sending and self._queue.qsize() >= self._max_backlog:
+        if self._queue.qsize() >= self._limit:
             self._is_overrun = True
             self.cancel()
             event = Failed("the client does not read the stream")
         self._queue.put_nowait((job, event))
+
+    @contextlib.contextmanager
+    def sending(self) -> Iterator[None]:
+        """Limit the events that come while a frame waits until the client reads it."""
+        queued = self._queue.qsize()  # while the frame was made
+        self._limit = min(queued + self._max_backlog, _MAX_QUEUED * self._max_backlog)
+        yield
+        self._limit = math.inf
 
     def submit(self) -> None:
         """Queue the jobs; raises what `Service.submit` does."""
