@@ -132,6 +132,9 @@ def test_names_that_differ_in_the_middle_stay_different(tmp_path):
     runs = read_runs([str(write_run(tmp_path / name, train=[1.0])) for name in names])
     assert [run.name for run in runs] == ["...lr1e-4...", "...lr3e-4..."]
     assert read_runs([str(tmp_path / names[0])])[0].name.startswith("sweep_of_the_base")
+    write_run(tmp_path / "base", train=[1.0])
+    runs = read_runs([str(tmp_path / name) for name in ("base", *names)])
+    assert [run.name for run in runs] == ["base", "...lr1e-4...", "...lr3e-4..."]
 
 
 def test_evaluations_of_other_tokens_are_not_joined_to_the_curve(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,17 +51,24 @@ def read_runs(workdirs: Sequence[str]) -> list[RunRecord]:
 
 
 def _short(names: list[str]) -> list[str]:
-    """Shorten names, without what all have in common where only that makes room for the rest."""
-    short = [one_line(name, _MAX_NAME) for name in names]
-    if len({*short}) == len({*names}):
-        return short
-    begin = _common_words(names)
-    end = _common_words([name[begin:][::-1] for name in names])
-    middles = [f"...{name[begin : len(name) - end]}..." for name in names]
-    return [one_line(middle, _MAX_NAME) for middle in middles]
+    """Shorten names; those that would become equal, without what they have in common."""
+    groups: dict[str, set[str]] = {}
+    for name in names:
+        groups.setdefault(one_line(name, _MAX_NAME), set()).add(name)
+    middles = {name: _middle(name, group) for group in groups.values() for name in group}
+    return [one_line(middles[name], _MAX_NAME) for name in names]
 
 
-def _common_words(names: Sequence[str]) -> int:
+def _middle(name: str, group: Collection[str]) -> str:
+    """Return what tells `name` apart from the others of `group`; all of it if it is alone."""
+    if len(group) == 1:
+        return name
+    begin = _common_words(group)
+    end = _common_words([each[begin:][::-1] for each in group])
+    return ("..." if begin else "") + name[begin : len(name) - end] + ("..." if end else "")
+
+
+def _common_words(names: Collection[str]) -> int:
     """Return the number of characters of the words that all names begin with."""
     first, last = min(names), max(names)  # what these share, all share
     pairs = zip(first, last, strict=False)
@@ -155,7 +162,7 @@ def draw(runs: Sequence[RunRecord]) -> bytes:
     Bits per byte by tokens are comparable between tokenizers and batch sizes, losses by step only
     if both are equal. Hollow markers are evaluations of another number of tokens.
     """
-    longest = max((len(run.name) for run in runs), default=0)
+    longest = max(len(run.name) for run in runs)
     num_columns = min(max(1, _LEGEND_CHARACTERS // (longest + 6)), 4, len(runs))
     num_rows = -(-len(runs) // num_columns)
     with new_figure(11, 4.4 + _LEGEND_ROW * (num_rows - 1)) as figure:
