@@ -62,20 +62,25 @@ def test_a_folder_that_cannot_be_read_is_an_error_and_a_globs_a_warning(
     tmp_path, monkeypatch, caplog
 ):
     write(tmp_path / "a.txt", "a")
-    write(tmp_path / "closed" / "b.txt", "b")
+    write((closed := tmp_path / "closed") / "b.txt", "b")
     for name in ("scandir", "listdir"):
         whole = getattr(os, name)
 
-        def closed(path, whole=whole):
-            if str(path).endswith("closed"):
+        def unless_closed(path, whole=whole):
+            if str(path) == str(closed):
                 raise PermissionError(errno.EACCES, "Permission denied", str(path))
             return whole(path)
 
-        monkeypatch.setattr(os, name, closed)
+        monkeypatch.setattr(os, name, unless_closed)
     with pytest.raises(UserError, match="closed: Permission denied; make this folder readable"):
         open_corpus(DataConfig(source=str(tmp_path)))
     assert read_all(f"{tmp_path}/**/*.txt") == {"a.txt": "a"}
     assert "closed: left out: Permission denied" in caplog.text
+    monkeypatch.undo()
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != str(closed) and may(path, mode))
+    with pytest.raises(UserError, match="closed: Permission denied; make this folder readable"):
+        open_corpus(DataConfig(source=str(tmp_path)))
 
 
 def test_glob_finds_what_the_standard_library_finds(tmp_path, monkeypatch):

@@ -129,6 +129,8 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
             logging.info("%s: left out, %s", folder, what)
             subfolders.clear()
             continue
+        if not os.access(folder, os.X_OK):  # its names can be listed, but no file be opened
+            _refuse_unreadable(PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder))
         subfolders[:] = [
             name
             for name in subfolders
