@@ -66,7 +66,8 @@ def build_tfds(source: DataConfig, name: str, data_dir: str) -> Path:
         raise UserError(
             f"dataset name {name!r}: use a lower-case letter, then such letters, digits and _"
         )
-    if os.path.realpath(source.source) == os.path.realpath(data_dir):
+    path = os.path.realpath(os.path.expanduser(source.source))
+    if source.source != "stdlib" and path == os.path.realpath(data_dir):
         raise UserError(
             f"{data_dir}: holds the text too; choose another --data_dir, or a glob as --source"
         )
