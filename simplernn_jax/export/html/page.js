@@ -87,13 +87,9 @@ async function generate() {
 
 // The bytes at the end that begin a character, which a decoder holds back.
 function unfinished(bytes) {
-  for (let n = 1; n <= Math.min(3, bytes.length); n++) {
-    const byte = bytes[bytes.length - n];
-    if (byte < 0x80) return [];
-    if (byte >= 0xc0) {
-      const length = byte >= 0xf0 ? 4 : byte >= 0xe0 ? 3 : 2;
-      return n < length ? bytes.slice(-n) : [];
-    }
+  for (const n of [3, 2, 1]) {
+    const tail = bytes.slice(-n);
+    if (newDecoder().decode(Uint8Array.from(tail), { stream: true }) === "") return tail;
   }
   return [];
 }
