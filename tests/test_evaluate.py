@@ -150,6 +150,15 @@ def test_overlapping_contexts_equal_the_model_on_each_from_a_zero_state():
 
 def test_logits_of_a_large_vocabulary_are_computed_in_parts(monkeypatch):
     monkeypatch.setattr(losses, "MAX_LOGITS", 2000)
+    sizes, whole = [], LanguageModel.logits
+
+    def logits(self, hidden):
+        result = whole(self, hidden)
+        sizes.append(result.size)
+        return result
+
+    monkeypatch.setattr(LanguageModel, "logits", logits)
     in_parts = Evaluator(CONFIG, PAD)(params(), SPLIT)
+    assert min(sizes) <= 2000 < max(sizes)  # the latter for the shape alone
     assert in_parts.predictions == evaluation().predictions
     assert in_parts.nats_per_token == pytest.approx(evaluation().nats_per_token, rel=1e-6)
