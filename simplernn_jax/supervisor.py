@@ -4,6 +4,7 @@ JAX's coordination service aborts a process from within C++ when a peer fails, s
 distributed run trains in a child process. JAX does not survive a fork: nothing here imports it.
 """
 
+import contextlib
 import mmap
 import os
 import signal
@@ -35,11 +36,14 @@ def supervise() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         return
     forwarded = iter([signal.SIGTERM])
+
+    def forward(*_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(child, next(forwarded, signal.SIGKILL))
+
     for number in signals:
-        signal.signal(number, lambda *_: os.kill(child, next(forwarded, signal.SIGKILL)))
+        signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # there is no child to forward them to
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code == -signal.SIGTERM:  # while it waited for its peers
         code = EXIT_INTERRUPTED
