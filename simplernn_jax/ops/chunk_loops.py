@@ -208,12 +208,12 @@ def _causal(matrix: jax.Array, masks: Masks | None) -> jax.Array:
 
 
 def _masked(levels: Levels, masks: Masks | None) -> tuple[jax.Array, ...]:
-    """Apply the segment masks to A, decayed q, decayed k and the total decay."""
+    """Apply the segment masks to A, decayed q and decayed k; the total decay has none."""
     if masks is None:
         return levels.attention, levels.decayed_q, levels.decayed_k, levels.total
     return (
         jnp.where(masks.same_segment, levels.attention, 0),
         jnp.where(masks.reads_start[..., None], levels.decayed_q, 0),
         jnp.where(masks.reaches_end[..., None], levels.decayed_k, 0),
-        jnp.where(masks.keeps_state, levels.total, 0),
+        levels.total,  # see `_decayed`
     )
