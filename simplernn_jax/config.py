@@ -8,7 +8,6 @@ A file under ``configs/`` returns a `Config` from ``get_config()``; command-line
 import contextlib
 import dataclasses
 import json
-import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -249,11 +248,6 @@ class MeshConfig(_Fields):
     mixer in all layers."""
 
 
-_Section = typing.TypeVar(
-    "_Section", ModelConfig, DataConfig, OptimizerConfig, TrainConfig, MeshConfig
-)
-
-
 @dataclasses.dataclass(kw_only=True)
 class Config(_Fields):
     """Complete configuration of a run."""
@@ -344,7 +338,7 @@ def _fill(target: Any, values: Any, path: str) -> None:
         setattr(target, name, value)
 
 
-def differing_fields(current: _Section, saved: _Section) -> list[str]:
+def differing_fields(current: Any, saved: Any) -> list[str]:
     """Return ``["num_layers is 4, checkpoint has 2"]`` for every field that differs."""
     return [
         f"{field.name} is {getattr(current, field.name)!r}, "

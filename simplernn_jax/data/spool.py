@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from simplernn_jax.data.documents import Corpus
-from simplernn_jax.data.token_parts import cut_into_parts, read_pieces, token_dtype, tokens_path
+from simplernn_jax.data.token_parts import cut_into_parts, part_path, read_pieces, token_dtype
 from simplernn_jax.data.token_workers import write_parts
 from simplernn_jax.data.tokenizer import Tokenizer
 
@@ -87,7 +87,7 @@ class _OpenParts(dict[int, int]):
     def __missing__(self, part: int) -> int:
         if len(self) >= _OPEN_PARTS:
             os.close(self.pop(next(iter(self))))
-        self[part] = os.open(tokens_path(self._folder, part), os.O_RDONLY | os.O_CLOEXEC)
+        self[part] = os.open(part_path(self._folder, part, "tokens"), os.O_RDONLY | os.O_CLOEXEC)
         return self[part]
 
     def __enter__(self) -> "_OpenParts":

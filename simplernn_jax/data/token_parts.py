@@ -77,7 +77,7 @@ def write_part(
     bos, eos = (np.array([x], dtype).tobytes() for x in (tokenizer.bos_id, tokenizer.eos_id))
     rows, problems = [], []
     digest = hashlib.sha256()
-    with replaced_file(_path(folder, number, "tokens"), durable=False) as stream:
+    with replaced_file(part_path(folder, number, "tokens"), durable=False) as stream:
         for item in part:
             try:
                 entries = corpus.entries(item)
@@ -94,14 +94,14 @@ def write_part(
                 stream.write(data)
         num_bytes = stream.tell()
     table = np.array(rows, "<i8").tobytes()
-    write_file(_path(folder, number, "pieces"), table, durable=False)
+    write_file(part_path(folder, number, "pieces"), table, durable=False)
     record = {
         "tokens": [num_bytes, digest.hexdigest()],
         "pieces": [len(table), hashlib.sha256(table).hexdigest()],
         "bad_records": problems,
     }
     body = json.dumps(record) + "\n"
-    write_sealed(_path(folder, number, "json"), body, durable=False)
+    write_sealed(part_path(folder, number, "json"), body, durable=False)
 
 
 def has_part(folder: Path, number: int) -> bool:
@@ -111,7 +111,7 @@ def has_part(folder: Path, number: int) -> bool:
         return False
     try:
         for suffix in ("tokens", "pieces"):
-            with open_file(_path(folder, number, suffix)) as file:
+            with open_file(part_path(folder, number, suffix)) as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
                 if record[suffix] != [file.tell(), found]:
                     return False
@@ -124,26 +124,26 @@ def bad_records(folder: Path, number: int) -> list[str]:
     """Return the problems of a part's bad records; raises `UserError` if it was changed since."""
     record = _read_record(folder, number)
     if record is None:
-        raise UserError(f"{_path(folder, number, 'json')}: changed by another program; run again")
+        raise UserError(
+            f"{part_path(folder, number, 'json')}: changed by another program; run again"
+        )
     problems: list[str] = record["bad_records"]
     return problems
 
 
 def _read_record(folder: Path, number: int) -> dict[str, Any] | None:
-    body = read_sealed(_path(folder, number, "json"))
+    body = read_sealed(part_path(folder, number, "json"))
     return None if body is None else json.loads(body)
-
-
-def tokens_path(folder: Path, number: int) -> Path:
-    """Path of the tokens of a part."""
-    return _path(folder, number, "tokens")
 
 
 def read_pieces(folder: Path, number: int) -> Columns:
     """Read the pieces of a part."""
-    table = np.fromfile(_path(folder, number, "pieces"), "<i8").reshape(-1, len(Columns._fields))
+    table = np.fromfile(part_path(folder, number, "pieces"), "<i8").reshape(
+        -1, len(Columns._fields)
+    )
     return Columns(*table.T)
 
 
-def _path(folder: Path, number: int, suffix: str) -> Path:
+def part_path(folder: Path, number: int, suffix: str) -> Path:
+    """Path of the ``tokens``, ``pieces`` or ``json`` of a part."""
     return folder / f"{number:08}.{suffix}"

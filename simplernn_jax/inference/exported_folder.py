@@ -42,21 +42,19 @@ def is_exported(folder: Any) -> bool:
     return is_path and os.path.isfile(os.path.join(os.fsdecode(folder), RUN))
 
 
-def read_run(folder: str) -> tuple[Config, Tokenizer]:
-    """Read configuration and tokenizer; raises `UserError` if they are missing or corrupted."""
-    return _read_run(folder)[:2]
-
-
 def load_exported(folder: str) -> tuple[LanguageModel, Tokenizer, Config]:
     """Load an exported model, executing nothing; raises `UserError` if it is corrupted."""
-    config, tokenizer, digest = _read_run(folder)
+    config, tokenizer, digest = read_run(folder)
     path = os.path.join(folder, WEIGHTS)
     model = model_from_weights(config.model, read_pytorch_weights(path, digest), path)
     return model, tokenizer, config
 
 
-def _read_run(folder: str) -> tuple[Config, Tokenizer, str | None]:
-    """Read configuration, tokenizer and digest of the weights; earlier versions wrote no digest."""
+def read_run(folder: str) -> tuple[Config, Tokenizer, str | None]:
+    """Read configuration, tokenizer and digest of the weights; raises `UserError` if corrupted.
+
+    Earlier versions wrote no digest.
+    """
     path = os.path.join(folder, RUN)
     try:
         run: Any = json.loads(read_file(path))

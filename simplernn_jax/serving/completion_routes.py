@@ -1,6 +1,6 @@
 """Routes of completions and chat completions, whole or as server-sent events."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -32,26 +32,25 @@ def completion_routes(service: Service) -> list[Route]:
     """Make the routes of completions."""
 
     async def completions(request: Request) -> Response:
-        service.check_room()
-        content = await read_body(request)
-        body = parse(CompletionRequest, content)
-        service.check_model(body.model)
-        start = await service.load_state(body.state)
-        answer = await service.make_answer(service.complete, body, start, len(content))
-        return await respond(request, Completion(service), body, answer, body.logprobs is not None)
+        return await respond(request, CompletionRequest, service.complete, Completion)
 
     async def chat(request: Request) -> Response:
-        service.check_room()
-        content = await read_body(request)
-        body = parse(ChatRequest, content)
-        service.check_model(body.model)
-        start = await service.load_state(body.state)
-        answer = await service.make_answer(service.chat, body, start, len(content))
-        return await respond(request, ChatCompletion(service), body, answer, bool(body.logprobs))
+        return await respond(request, ChatRequest, service.chat, ChatCompletion)
 
     async def respond(
-        request: Request, form: Completion, body: SamplingFields, answer: Answer, has_logprobs: bool
+        request: Request,
+        body_of: type[SamplingFields],
+        make_answer: Callable[..., Answer],
+        form_of: type[Completion],
     ) -> Response:
+        service.check_room()
+        content = await read_body(request)
+        body = parse(body_of, content)
+        service.check_model(body.model)
+        start = await service.load_state(body.state)
+        answer = await service.make_answer(make_answer, body, start, len(content))
+        form = form_of(service)
+        has_logprobs = answer.results[0].choices[0].num_logprobs is not None
         answer.submit()  # or refuses with a status, which a stream could not
         updates = answer.updates()
         if body.stream:
@@ -130,9 +129,8 @@ async def stream(
                     frames.append(sse_frame(form.frame([], usage=usage(answer.results))))
                 frames.append(b"data: [DONE]\n\n")
             if frames:
-                answer.is_sending = True
-                yield b"".join(frames)
-                answer.is_sending = False
+                with answer.sending():
+                    yield b"".join(frames)
     except RequestError as error:
         yield sse_frame(error_body(error.message, error.status, error.param, error.code))
     finally:

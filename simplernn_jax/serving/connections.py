@@ -5,10 +5,10 @@ import hmac
 import re
 
 import h11
-import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from simplernn_jax.serving.http import json_response
 from simplernn_jax.serving.responses import error_body
 
 MAX_HEADER_BYTES = 1 << 15
@@ -95,13 +95,17 @@ class Gate:
         headers = dict(scope["headers"])
         size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
         if size + len(scope["raw_path"]) + len(scope["query_string"]) > MAX_HEADER_BYTES:
-            await _refuse(send, 431, f"the headers have over {MAX_HEADER_BYTES:,} bytes")
+            status, message = 431, f"the headers have over {MAX_HEADER_BYTES:,} bytes"
         elif not self._is_known_site(headers):
-            await _refuse(send, 403, "a request for another host, or from a page of another one")
+            status, message = 403, "a request for another host, or from a page of another one"
         elif scope["path"] not in OPEN_PATHS and not self._is_admitted(headers):
-            await _refuse(send, 401, "no valid API key: send it as 'Authorization: Bearer KEY'")
+            status, message = 401, "no valid API key: send it as 'Authorization: Bearer KEY'"
         else:
             await self._app(scope, receive, send)
+            return
+        # The body of the request has not been read.
+        response = json_response(error_body(message, status), status, {"Connection": "close"})
+        await response(scope, receive, send)
 
     def _is_known_site(self, headers: dict[bytes, bytes]) -> bool:
         """Check Host, and that pages of other origins have a key or are allowed."""
@@ -117,14 +121,3 @@ class Gate:
             return True
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
         return hmac.compare_digest(key.strip(), self._key) and kind.lower() == b"bearer"
-
-
-async def _refuse(send: Send, status: int, message: str) -> None:
-    body = msgspec.json.encode(error_body(message, status))
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),  # the body of the request has not been read
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

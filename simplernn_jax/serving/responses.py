@@ -53,16 +53,16 @@ class Completion:
 
     def choice(self, index: int, piece: Piece, has_logprobs: bool) -> Any:
         """Make a whole choice, or its part of a frame."""
-        return {
-            "index": index,
-            "text": piece.text,
-            "logprobs": self._logprobs(piece.entries) if has_logprobs else None,
-            "finish_reason": piece.finish_reason,
-        }
+        return self._choice(index, piece, has_logprobs, text=piece.text)
 
     def delta(self, index: int, piece: Piece, has_logprobs: bool, is_first: bool) -> Any:
         """Make the part of a choice in a frame."""
         return self.choice(index, piece, has_logprobs)
+
+    def _choice(self, index: int, piece: Piece, has_logprobs: bool, **content: Any) -> Any:
+        logprobs = self._logprobs(piece.entries) if has_logprobs else None
+        ends = {"logprobs": logprobs, "finish_reason": piece.finish_reason}
+        return {"index": index, **content, **ends}
 
     def _logprobs(self, entries: list[TokenEntry]) -> Any:
         names = self._names.names
@@ -86,22 +86,15 @@ class ChatCompletion(Completion):
 
     def choice(self, index: int, piece: Piece, has_logprobs: bool) -> Any:
         """Make a whole choice."""
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": piece.text, "refusal": None},
-            "logprobs": self._logprobs(piece.entries) if has_logprobs else None,
-            "finish_reason": piece.finish_reason,
-        }
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        return self._choice(index, piece, has_logprobs, message=message)
 
     def delta(self, index: int, piece: Piece, has_logprobs: bool, is_first: bool) -> Any:
         """Make the part of a choice in a frame."""
         delta = {"content": piece.text} if piece.text or is_first else {}
-        return {
-            "index": index,
-            "delta": {"role": "assistant", **delta} if is_first else delta,
-            "logprobs": self._logprobs(piece.entries) if has_logprobs else None,
-            "finish_reason": piece.finish_reason,
-        }
+        if is_first:
+            delta = {"role": "assistant", **delta}
+        return self._choice(index, piece, has_logprobs, delta=delta)
 
     def _logprobs(self, entries: list[TokenEntry]) -> Any:
         def named(token: int, logprob: float | None) -> Any:

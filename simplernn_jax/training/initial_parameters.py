@@ -42,7 +42,7 @@ def initial_tokenizer(config: Config) -> Tokenizer | None:
     """
     path = config.train.init_from
     if is_exported(path):
-        initial, tokenizer = read_run(path)
+        initial, tokenizer, _ = read_run(path)
     elif _is_weights_only(path):
         return None
     elif not CheckpointFolder(path).steps():

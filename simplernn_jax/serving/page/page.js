@@ -13,12 +13,13 @@ function headers(more) {
   return key ? { ...more, Authorization: "Bearer " + key } : { ...more };
 }
 
-async function request(method, path, body) {
+async function request(method, path, body, signal) {
   const isJson = body !== undefined && !(body instanceof Blob);
   const response = await fetch(path, {
     method,
     headers: headers(isJson ? { "Content-Type": "application/json" } : {}),
     body: isJson ? JSON.stringify(body) : body,
+    signal,
   });
   if (!response.ok) throw new Error(await errorOf(response));
   return response;
@@ -50,13 +51,7 @@ async function guarded(action) {
 
 async function* frames(path, body) {
   abort = new AbortController();
-  const response = await fetch(path, {
-    method: "POST",
-    headers: headers({ "Content-Type": "application/json" }),
-    body: JSON.stringify({ ...body, stream: true }),
-    signal: abort.signal,
-  });
-  if (!response.ok) throw new Error(await errorOf(response));
+  const response = await request("POST", path, { ...body, stream: true }, abort.signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
