@@ -38,8 +38,10 @@ from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
 
 AXIS = "sequence"
 
-MIN_SHARD_TOKENS = 3
-"""Minimum tokens per shard: the short convolution takes its past inputs from one other shard."""
+
+def min_shard_tokens(short_convolution: int) -> int:
+    """Return the fewest tokens per shard: a convolution takes its past inputs from one other."""
+    return max(3, short_convolution - 1)
 
 
 def shard_segment_ids(segment_ids: SegmentIds) -> SegmentIds:

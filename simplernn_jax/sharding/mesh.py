@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 from simplernn_jax.config import GATE_RANK, Config, MeshConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.mesh_axes import AXES, BATCH_AXES
-from simplernn_jax.ops.sequence_parallel import MIN_SHARD_TOKENS
+from simplernn_jax.ops.sequence_parallel import min_shard_tokens
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -95,7 +95,7 @@ def check_fits(config: Config, mesh: Mesh) -> None:
             "--config.mesh.stage=1"
         )
     shard = tokens // sizes["sequence"]
-    needed = max(MIN_SHARD_TOKENS, model.short_convolution - 1)
+    needed = min_shard_tokens(model.short_convolution)
     if sizes["sequence"] > 1 and shard < needed:
         raise UserError(
             f"--config.{time}={tokens} leaves each device of sequence "

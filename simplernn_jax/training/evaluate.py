@@ -20,7 +20,7 @@ from simplernn_jax.mesh_axes import BATCH_AXES, TOKEN_AXES
 from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.ops.collectives import psum
 from simplernn_jax.ops.reset_state import reset_state
-from simplernn_jax.ops.sequence_parallel import MIN_SHARD_TOKENS, shard_segment_ids
+from simplernn_jax.ops.sequence_parallel import min_shard_tokens, shard_segment_ids
 from simplernn_jax.sharding.global_arrays import global_arrays_from_local
 from simplernn_jax.sharding.partition_specs import (
     axes_specs,
@@ -115,7 +115,7 @@ class Evaluator:
             _, self._batch_shardings, state_shardings = shardings["in_shardings"]
             sequence, stages = mesh.shape["sequence"], mesh.shape["stage"]
             shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
-            needed = max(MIN_SHARD_TOKENS, config.model.short_convolution - 1)
+            needed = min_shard_tokens(config.model.short_convolution)
             self._shard_multiple = shards, sequence * needed if sequence > 1 else stages
         self._score: Callable[..., tuple[jax.Array, jax.Array, ModelState]] = jax.jit(
             score, **shardings
