@@ -152,7 +152,9 @@ def test_a_rung_is_tuned_measured_and_replaced_in_its_folder(rung, monkeypatch, 
     report.run(request._replace(seeds=1, names=(OURS,)), tmp_path)
     report.run(request, tmp_path)
     report.run(request._replace(rung="second", seconds=1e-4, seeds=1, rates=()), tmp_path)
-    first, second = tables.read_results(tmp_path / "results.json", 1, "rungs").values()
+    report.run(request._replace(rung="third", seeds=1, names=("gru",)), tmp_path)
+    report.run(request._replace(rung="third", seeds=1, names=(OURS,)), tmp_path)
+    first, second, third = tables.read_results(tmp_path / "results.json", 1, "rungs").values()
     assert [(run["rate"], run["seed"]) for run in first["runs"]] == [
         *((None, 0), (None, 1)),
         *((0.4, 0), (0.4, 1)),
@@ -162,6 +164,9 @@ def test_a_rung_is_tuned_measured_and_replaced_in_its_folder(rung, monkeypatch, 
     )
     assert [each["rate"] for each in first["tried"]] == [0.1, 0.4, 0.2]
     assert second["runs"][1]["rate"] == find_peer("gru", config).rate
+    assert [run["program"] for run in third["runs"]] == ["gru", OURS]
+    assert [each["program"] for each in third["tried"]] == ["gru"] * 3
+    assert report.start_rung(request._replace(names=("lstm",), seconds=3.0), third)["runs"] == []
     assert report.choose_rate("gru", request._replace(rates=(0.3,)), "") == (0.3, [])
     for run in (*first["runs"], *second["runs"]):
         assert run["tokens"] == run["steps"] * 3 * 11

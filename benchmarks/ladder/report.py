@@ -1,6 +1,7 @@
 """Table and picture of a ladder: learning rates, seeds, time to a loss, and results of all rungs.
 
-Every training is a process of its own. A rung that runs again replaces its results in the folder.
+Every training is a process of its own. Programs that run again replace their results in the folder,
+and all results of the rung if they were measured otherwise.
 """
 
 import importlib.util
@@ -94,10 +95,7 @@ def run(request: Request, out: Path) -> None:
     path = out / "results.json"
     results = tables.read_results(path, _FORMAT, "rungs") if path.exists() else {}
     rung = request.rung
-    results[rung] = {"seconds": request.seconds, "source": request.config.data.source}
-    unit = "nats/char" if request.config.data.tokenizer == "char" else "bits/byte"
-    results[rung] |= {"unit": unit, "runs": [], "tried": []}
-    results[rung]["machine"] = describe_machine()
+    results[rung] = start_rung(request, results.get(rung, {}))
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         for name in request.names:
             rate, tried = choose_rate(name, request, folder)
@@ -109,6 +107,21 @@ def run(request: Request, out: Path) -> None:
                 write_file(out / "table.md", page(results).encode())
                 write_file(out / "ladder.png", draw(results))
     print(f"\n{page({rung: results[rung]})}\nwritten: {out}")
+
+
+def start_rung(request: Request, before: Row) -> Row:
+    """Results of a rung before it runs: those `before` of other programs in the same conditions."""
+    config = request.config.data
+    unit = "nats/char" if config.tokenizer == "char" else "bits/byte"
+    result: Row = {"seconds": request.seconds, "source": config.source, "unit": unit}
+    result["machine"] = describe_machine()
+    is_alike = all(before.get(key) == result[key] for key in ("seconds", "source", "unit")) and all(
+        before["machine"][key] == result["machine"][key] for key in ("device", "processor", "cores")
+    )
+    for key in ("runs", "tried"):
+        kept = before[key] if is_alike else []
+        result[key] = [each for each in kept if each["program"] not in request.names]
+    return result
 
 
 def train(name: str, request: Request, folder: str, rate: float | None, **options: Any) -> Row:
