@@ -159,6 +159,6 @@ def test_logits_of_a_large_vocabulary_are_computed_in_parts(monkeypatch):
 
     monkeypatch.setattr(LanguageModel, "logits", logits)
     in_parts = Evaluator(CONFIG, PAD)(params(), SPLIT)
-    assert min(sizes) <= 2000 < max(sizes)  # the latter for the shape alone
+    assert min(sizes) < 4000 < max(sizes)  # the latter for the shape alone
     assert in_parts.predictions == evaluation().predictions
     assert in_parts.nats_per_token == pytest.approx(evaluation().nats_per_token, rel=1e-6)
