@@ -11,6 +11,7 @@ from flax import nnx
 from references import needs_compiler
 
 from simplernn_jax.config import ModelConfig
+from simplernn_jax.data.token_workers import available_cores
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, programs, quantize_model
 from simplernn_jax.inference.decoder_weights import decodes_natively
@@ -89,6 +90,29 @@ def test_equals_the_modules_and_does_not_depend_on_the_batch(sizes, quantize):
         np.testing.assert_array_equal(fewer, logits[:batch])
         for ours, theirs in zip(*map(jax.tree.leaves, (fewer_states, states)), strict=True):
             np.testing.assert_array_equal(ours, theirs[:batch])
+
+
+@pytest.mark.parametrize("quantize", ["none", "int4"])
+@pytest.mark.parametrize(
+    ("shortest", "longest", "per_thread"), [(1, 1, 20), (9, 9, 8), (20, 40, 8)]
+)
+def test_threads_that_take_groups_of_sequences_change_no_bit(
+    quantize, shortest, longest, per_thread
+):
+    model = make_model("small", quantize)
+    batch, few = per_thread * max(jax.device_count(), available_cores()), 4
+    draw = np.random.default_rng(1)
+    lengths = draw.integers(shortest, longest, batch, np.int32, endpoint=True)
+    lengths[::7] = 0
+    tokens = draw_tokens(batch, longest)
+    logits, states = jnp.full((batch, VOCAB), 3.0), model.initial_state(batch)
+    for _ in range(2):  # the second call begins with states that differ
+        found = step(packed(model), tokens, lengths, logits, states)
+        for first in range(0, batch, few):  # too few for groups
+            of_part = functools.partial(jax.tree.map, lambda x, i=first: x[i : i + few])
+            arguments = of_part((tokens, lengths, logits, states))
+            chex.assert_trees_all_equal(of_part(found), step(packed(model), *arguments))
+        logits, _, states = found
 
 
 @pytest.mark.oldest_python

@@ -106,7 +106,7 @@ static int64_t pool_size(XLA_FFI_CallFrame *frame) {
                                               frame->ctx, &threads};
   XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&count);
   if (error != NULL) drop(frame, error);
-  return threads;
+  return threads > 0 ? threads : 1;
 }
 
 /* Run `description` on at most `threads` threads, or return the error of the call. Does nothing if

@@ -27,14 +27,17 @@ typedef struct {
   const int32_t *tokens, *num_tokens;
   float *final, *logits, **states; /* of each layer: S [N, H, K, V], recent [N, 3, D] */
   int32_t *sequences;
-  const int32_t *starts; /* those with tokens, and the row of the first token of each */
+  const int32_t *starts; /* those with tokens, and the row of the first token of each, */
+  int64_t before; /* rows of the groups before this one */
+  int64_t groups; /* 0: threads share the items of each phase */
   float *x, *normed, *projected, *heads_output, *hidden;
 } Decoder;
 
 enum { ASSIGN, ADD, SQUARED_RELU };
 
 #define BLOCK 96 /* rows of an item */
-#define APART 16 /* rows of a sequence on average, from which threads take whole sequences */
+#define APART 16 /* rows of a group of sequences, which one thread takes through all layers */
+#define IN_CACHE (1 << 21) /* the most weights that threads may read apart for fewer than BLOCK rows */
 
 /* A panel of outputs of a block of rows: x ``[rows, in]`` to y ``[rows, stride]``, whose rows are at
    `sequences`, unless it is NULL. */
@@ -94,7 +97,7 @@ static void convolve(const Decoder *d, int64_t layer, int64_t s) {
   const float *w = d->convolution + layer * 4 * D;
   float *recent = d->states[2 * layer + 1] + n * 3 * D;
   for (int64_t t = 0; t < d->num_tokens[n]; t++) {
-    const int64_t row = d->starts[s] + t;
+    const int64_t row = d->starts[s] - d->before + t;
     if (layer == 0) embed(d, row, d->tokens[n * d->length + t]);
     float *to = d->normed + row * D;
     const float *x = d->x + row * D, by = scale_of(x, D);
@@ -157,9 +160,9 @@ static void normalize_rows(const Decoder *d, int64_t item) {
 /* Inputs of the head of the s-th sequence; that of the last token also in normed. */
 static void normalize_last(const Decoder *d, int64_t s) {
   const int64_t D = d->dim, n = d->sequences[s], count = d->num_tokens[n];
+  const float *x = d->x + (d->starts[s] - d->before) * D;
   float *to = d->final + n * d->length * D;
-  for (int64_t t = 0; t < count; t++)
-    normalize(to + t * D, d->x + (d->starts[s] + t) * D, d->final_scale, D);
+  for (int64_t t = 0; t < count; t++) normalize(to + t * D, x + t * D, d->final_scale, D);
   memcpy(d->normed + s * D, to + (count - 1) * D, sizeof(float) * D);
 }
 
@@ -229,7 +232,7 @@ static void run_item(const void *task, int64_t i, void *scratch) {
     case RECUR: {
       const int64_t s = i / d->heads, head = i % d->heads, n = d->sequences[s];
       float *S = d->states[2 * layer] + (n * d->heads + head) * d->key_dim * d->value_dim;
-      for (int64_t t = 0; t < d->num_tokens[n]; t++) recur(d, S, d->starts[s] + t, head);
+      for (int64_t t = 0; t < d->num_tokens[n]; t++) recur(d, S, d->starts[s] - d->before + t, head);
       return;
     }
     case MIX: return project(d, &m, i, d->heads_output, d->x, D, NULL, NULL, ADD);
@@ -243,21 +246,20 @@ static void run_item(const void *task, int64_t i, void *scratch) {
   }
 }
 
-/* All tokens of a sequence: a thread that is interrupted makes no other wait. */
-static void run_sequence(const void *task, int64_t s, void *scratch) {
-  static const int32_t first = 0;
-  const Decoder *all = task;
-  const int64_t start = all->starts[s];
-  Decoder d = *all;
-  d.active = 1;
-  d.rows = d.num_tokens[d.sequences[s]];
-  d.sequences += s;
-  d.starts = &first;
-  d.x += start * d.dim;
-  d.normed += start * d.dim;
-  d.projected += start * d.width;
-  d.heads_output += start * d.heads * d.value_dim;
-  d.hidden += start * d.mlp_dim;
+/* All tokens of a group of sequences: a thread that is interrupted makes no other wait. */
+static void run_group(const void *task, int64_t g, void *scratch) {
+  Decoder d = *(const Decoder *)task;
+  const int64_t first = d.active * g / d.groups, end = d.active * (g + 1) / d.groups;
+  d.before = d.starts[first];
+  d.rows = (end < d.active ? d.starts[end] : d.rows) - d.before;
+  d.active = end - first;
+  d.sequences += first;
+  d.starts += first;
+  d.x += d.before * d.dim;
+  d.normed += d.before * d.dim;
+  d.projected += d.before * d.width;
+  d.heads_output += d.before * d.heads * d.value_dim;
+  d.hidden += d.before * d.mlp_dim;
   const int64_t items = num_items(&d);
   for (int64_t i = 0; i < items; i++) run_item(&d, i, scratch);
 }
@@ -338,14 +340,21 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
       d.rows += count;
     }
   }
-  const int is_even = d.rows >= d.active * d.length / 4 && d.rows >= APART * d.active;
-  const int is_apart = is_even && d.active >= 2 * pool_size(frame);
   const int64_t of_layer_weights = times(D, plus(plus(d.width, outputs), times(2, M)));
   const int64_t weights = plus(times(D, d.vocab), times(L, of_layer_weights));
+  /* Long sequences one by one, or short ones of one length in a group for each thread. */
+  const int64_t pool = pool_size(frame), all = d.active * d.length;
+  const int are_long = d.rows >= APART * d.active && d.rows >= all / 4 && d.active >= 2 * pool;
+  const int are_alike = d.rows == all && 8 * divided(d.active, pool) * pool <= 9 * d.active;
+  const int64_t of_thread = weights > IN_CACHE ? BLOCK : APART;
+  if (are_long)
+    d.groups = d.active;
+  else if (are_alike && pool > 1 && d.rows >= of_thread * pool)
+    d.groups = pool;
   const Work shared = {.task = &d,
-                       .run = is_apart ? run_sequence : run_item,
-                       .start = is_apart ? NULL : phase_start,
-                       .items = is_apart ? d.active : d.rows > 0 ? num_items(&d) : 0,
+                       .run = d.groups > 0 ? run_group : run_item,
+                       .start = d.groups > 0 ? NULL : phase_start,
+                       .items = d.groups > 0 ? d.groups : d.rows > 0 ? num_items(&d) : 0,
                        .threads = times(d.rows, weights) / WEIGHTS_PER_THREAD};
   return share(&call, &shared);
 }
