@@ -40,9 +40,9 @@ def forward_loop(
         chunk_q, chunk_k, chunk_v, chunk_l = take(q), take(k), take(v), take(log_gate)
         levels = join_blocks(chunk_q, chunk_k, chunk_l)
         masks = _chunk_masks(part, reset, index, heads)
-        attention, decayed_q, decayed_k, total = _masked(levels, masks)
+        attention, decayed_q, decayed_k = _masked(levels, masks)
         added = (decayed_k.mT @ chunk_v).reshape(states)
-        total = total.reshape(*states[:3], 1)
+        total = levels.total.reshape(*states[:3], 1)
         at_starts = []
         for chunk in range(part.group):
             at_starts.append(state)
@@ -92,11 +92,11 @@ def backward_loop(
         chunk_dy = take(d_output)
         levels = join_blocks(chunk_q, chunk_k, chunk_l)
         masks = _chunk_masks(part, reset, index, heads)
-        attention, decayed_q, decayed_k, total = _masked(levels, masks)
+        attention, decayed_q, decayed_k = _masked(levels, masks)
 
         ends = jnp.concatenate([starts[1:], end_state[None]])
         d_state_from_output = (decayed_q.mT @ chunk_dy).reshape(states)
-        decays = total.reshape(*states[:3], 1)
+        decays = levels.total.reshape(*states[:3], 1)
         d_ends = []
         for chunk in reversed(range(part.group)):
             d_ends.append(d_state)
@@ -208,12 +208,11 @@ def _causal(matrix: jax.Array, masks: Masks | None) -> jax.Array:
 
 
 def _masked(levels: Levels, masks: Masks | None) -> tuple[jax.Array, ...]:
-    """Apply the segment masks to A, decayed q and decayed k; the total decay has none."""
+    """Apply the segment masks to A, decayed q and decayed k."""
     if masks is None:
-        return levels.attention, levels.decayed_q, levels.decayed_k, levels.total
+        return levels.attention, levels.decayed_q, levels.decayed_k
     return (
         jnp.where(masks.same_segment, levels.attention, 0),
         jnp.where(masks.reads_start[..., None], levels.decayed_q, 0),
         jnp.where(masks.reaches_end[..., None], levels.decayed_k, 0),
-        levels.total,  # see `_decayed`
     )
