@@ -24,7 +24,7 @@ if [ -n "$sanitize" ]; then
     preload="${preload:+$preload }$path"
   done
   [ $# -gt 0 ] || set -- tests/test_{ops,fused,argument_safety,newton_schulz,rms_norm{,_convolution}}.py
-  export CC="$compiler -fsanitize=address,undefined -fno-sanitize-recover=undefined -g"
+  export CC="$compiler -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1"
   export ASAN_OPTIONS="detect_leaks=0:verify_asan_link_order=0" # Python frees little at exit
   # No other allocator: it would hide out-of-bounds writes.
   env -u GLIBC_TUNABLES LD_PRELOAD="$preload" python -m pytest -n 2 "$@"

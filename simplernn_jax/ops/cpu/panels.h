@@ -204,7 +204,6 @@ INLINE void multiply_integers(const Matrix *m, int64_t panel, const int format, 
       for (int64_t i = 0; i < count; i++) sum += fixed[r][i];
       offsets[r] = sum * (1 << (32 / n - 1));
     }
-#pragma GCC unroll 4
     for (int64_t column = 0; column < PANEL; column += w * LANES)
       multiply_words(words + start / n * PANEL + column, m->scales + group * PANEL + column, format,
                      rows, w, divided(count, n), fixed, offsets, steps, to + column);
@@ -215,7 +214,6 @@ INLINE void multiply_rows(const Matrix *m, int64_t panel, const int format, cons
                           const float *x, float *to) {
   const int w = rows == 1 ? PANEL / LANES : TILE; /* one row has registers to spare */
   if (together(format) > 1) return multiply_integers(m, panel, format, rows, w, x, to);
-#pragma GCC unroll 4
   for (int64_t column = 0; column < PANEL; column += w * LANES)
     multiply_tile(m, panel, format, rows, w, column, x, to);
 }
