@@ -1,6 +1,8 @@
 """The language model: tokens and state to logits and state."""
 
 import dataclasses
+import itertools
+from functools import partial
 from typing import Any
 
 import jax
@@ -72,9 +74,7 @@ class LanguageModel(nnx.Module):
         self.embedding: nnx.Embed = Embedding(
             config.vocab_size, config.hidden_dim, init=normal, rngs=rngs
         )
-        layers = [
-            _make_layer(config, mixer, rngs=rngs, recurrence=recurrence) for mixer in config.mixers
-        ]
+        layers = _make_layers(config, rngs, recurrence)
         self.layers = LayerStack(layers) if stack_layers else nnx.List(layers)
         self.final_scale = None if plain else nnx.Param(jnp.ones(config.hidden_dim, jnp.float32))
         tied = config.tie_embeddings and not plain
@@ -219,6 +219,36 @@ class LanguageModel(nnx.Module):
         """
         hidden, state = self.hidden_states(tokens, state, segment_ids, dropout_key=dropout_key)
         return self.logits(hidden), state
+
+
+def _make_layers(config: ModelConfig, rngs: nnx.Rngs, recurrence: Recurrence) -> list[Any]:
+    """Return the layers, initialized in their order from `rngs`.
+
+    Under `jax.jit`, a scan initializes successive layers of one mixer: a program with the code of
+    one layer loads three times as fast, for the 4 layers of `configs/base.py`. Eager calls would
+    compile a program for each configuration.
+    """
+    make = partial(_make_layer, config, recurrence=recurrence)
+    rngs_graph, rngs_state = nnx.split(rngs)
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(rngs_state)):
+        return [make(mixer, rngs=rngs) for mixer in config.mixers]
+    layers: list[Any] = []
+    for mixer, group in itertools.groupby(config.mixers):
+        graph: Any = None
+
+        def init(rngs_state: Any, _: None, mixer: str = mixer) -> tuple[Any, nnx.State]:
+            nonlocal graph
+            rngs = nnx.merge(rngs_graph, rngs_state)
+            graph, params = nnx.split(make(mixer, rngs=rngs))
+            return nnx.state(rngs), params
+
+        count = len(list(group))
+        rngs_state, stacked = jax.lax.scan(init, rngs_state, length=count)
+        for index in range(count):
+            params = jax.tree.map(lambda x, i=index: jax.lax.index_in_dim(x, i, 0, False), stacked)
+            layers.append(nnx.merge(graph, params))
+    nnx.update(rngs, rngs_state)
+    return layers
 
 
 def _make_layer(config: ModelConfig, mixer: str, **options: Any) -> nnx.Module:
