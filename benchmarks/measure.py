@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 import simplernn_jax
 from simplernn_jax import project
+from simplernn_jax.data.token_workers import available_cores
 
 PACKAGES = Path(simplernn_jax.__file__).resolve().parents[1]
 """Folder that `simplernn_jax` is imported from."""
@@ -138,7 +139,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "device": jax.devices()[0].device_kind,
         "processor": model[1] if model else platform.processor(),
-        "cores": os.cpu_count(),
+        "cores": available_cores(),
         "python": platform.python_version(),
         **{name: versions.get(name) for name in ("jax", "flax", "optax", "numpy", "torch")},
         "load_average": os.getloadavg()[0],

@@ -135,6 +135,9 @@ def test_names_that_differ_in_the_middle_stay_different(tmp_path):
     write_run(tmp_path / "base", train=[1.0])
     runs = read_runs([str(tmp_path / name) for name in ("base", *names)])
     assert [run.name for run in runs] == ["base", "...lr1e-4...", "...lr3e-4..."]
+    paths = [tmp_path / folder / name for folder in ("adam", "muon") for name in names]
+    runs = read_runs([str(write_run(path, train=[1.0])) for path in paths])
+    assert len({run.name for run in runs}) == 4
 
 
 def test_evaluations_of_other_tokens_are_not_joined_to_the_curve(tmp_path, monkeypatch):

@@ -81,6 +81,9 @@ def test_a_folder_that_cannot_be_read_is_an_error_and_a_globs_a_warning(
     monkeypatch.setattr(os, "access", lambda path, mode: path != str(closed) and may(path, mode))
     with pytest.raises(UserError, match="closed: Permission denied; make this folder readable"):
         open_corpus(DataConfig(source=str(tmp_path)))
+    caplog.clear()
+    assert read_all(f"{tmp_path}/**/*.txt") == {"a.txt": "a"}
+    assert "closed: left out: Permission denied" in caplog.text
 
 
 def test_glob_finds_what_the_standard_library_finds(tmp_path, monkeypatch):

@@ -49,6 +49,31 @@ def test_the_end_of_a_run_is_no_evaluation_without_a_better_one():
     assert (history.best_step, history.since_best) == (27, 0)
 
 
+def test_a_run_that_ends_worse_between_evaluations_did_not_stop_early(tmp_path, capsys):
+    config = small_config(
+        source=write_corpus(tmp_path / "text"),
+        validation_fraction=0.3,
+        eval_every=20,
+        steps=25,
+        stop_after_worse=1,
+    )
+    config.optimizer.warmup_steps, config.optimizer.learning_rate = 24, 0.5
+    assert train(config, str(tmp_path / "run")).step == 25
+    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "validation"]
+    assert rows[0]["step"] == 20
+    assert rows[1]["loss"] > rows[0]["loss"]
+    for steps in (25, 35):
+        config.train.steps = steps
+        assert train(config, str(tmp_path / "run")).step == steps
+    config.optimizer.learning_rate, config.optimizer.final_learning_rate = 5.0, 1.0
+    config.train.steps = 40  # with an evaluation at the end
+    for _ in range(2):
+        result = train(config, str(tmp_path / "run"))
+        assert result.step == 40
+        assert result.evaluation.nats_per_token > rows[0]["loss"]
+    assert "stopped early" not in capsys.readouterr().out
+
+
 def test_the_reason_names_steps_and_remedy():
     history = evaluated(3.0, 2.0, 2.5, 2.0001)
     why = "stopped early at step 40: no better validation loss in 2 evaluations, best at step 20; "

@@ -67,7 +67,24 @@ def test_a_client_that_does_not_read_is_cut_off():
         with made.sending():
             for _ in range(2 * MAX_BACKLOG):
                 deliver(token())
-        with pytest.raises(RequestError, match="does not read the stream"):
+        with pytest.raises(RequestError, match="too slowly, or not at all"):
+            await texts(updates)
+        assert made.results[0].job.is_cancelled
+
+    asyncio.run(run())
+
+
+def test_a_client_that_reads_too_slowly_is_cut_off():
+    async def run():
+        made, deliver = answer()
+        updates = made.updates()
+        deliver(token())
+        for _ in range(20):
+            await anext(updates)
+            with made.sending():
+                for _ in range(MAX_BACKLOG):
+                    deliver(token())
+        with pytest.raises(RequestError, match="too slowly, or not at all"):
             await texts(updates)
         assert made.results[0].job.is_cancelled
 

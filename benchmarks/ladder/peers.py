@@ -40,7 +40,7 @@ _CPU = Peer("gpt", 4, 128, 4, 64, 12, 2000, 1e-3)
 _GPU = Peer("gpt", 6, 384, 6, 256, 64, 5000, 1e-3, dropout=0.2)
 """Both from nanoGPT's README, for characters."""
 _RATES = {"gpt": 4e-3, "lstm": 1.6e-2, "gru": 8e-3}
-"""The best of those tried; docs/results.md has the others."""
+"""The best of those tried on shakespeare; docs/results.md has the others."""
 COMPILED = "_compiled"
 NAMES = (OURS, NANOGPT, "gpt_gpu", "gpt_matched", "lstm", "gru")
 ON_TORCH = ("gpt", "lstm")

@@ -44,7 +44,8 @@ class Request(NamedTuple):
     seeds: int
     names: Sequence[str]
     rates: Sequence[float]
-    """Learning rates to try for every peer; none: that of its settings; one: that."""
+    """Learning rates to try for every peer. A single one is used without a trial; none: that of its
+    settings."""
 
 
 def make_request(
@@ -115,8 +116,9 @@ def start_rung(request: Request, before: Row) -> Row:
     unit = "nats/char" if config.tokenizer == "char" else "bits/byte"
     result: Row = {"seconds": request.seconds, "source": config.source, "unit": unit}
     result["machine"] = describe_machine()
+    conditions = ("device", "processor", "cores", "settings")
     is_alike = all(before.get(key) == result[key] for key in ("seconds", "source", "unit")) and all(
-        before["machine"][key] == result["machine"][key] for key in ("device", "processor", "cores")
+        before["machine"][key] == result["machine"][key] for key in conditions
     )
     for key in ("runs", "tried"):
         kept = before[key] if is_alike else []
@@ -136,12 +138,13 @@ def train(name: str, request: Request, folder: str, rate: float | None, **option
 def choose_rate(name: str, request: Request, folder: str) -> tuple[float | None, list[Row]]:
     """The rate with the lowest loss on the last tenth of the training text, and all trainings.
 
-    None are needed without a choice. Ours are tuned in their configurations.
+    Without several rates there is nothing to try; ours are tuned in their configurations.
     """
     if name == OURS:
         return None, []
     if len(request.rates) < 2:
-        return (*request.rates, find_peer(name, request.config).rate)[0], []
+        rate = request.rates[0] if request.rates else find_peer(name, request.config).rate
+        return rate, []
     tried = [train(name, request, folder, rate, is_tuning=True) for rate in request.rates]
     return min(tried, key=lambda row: row["loss"])["rate"], tried
 

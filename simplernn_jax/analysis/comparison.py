@@ -55,8 +55,14 @@ def _short(names: list[str]) -> list[str]:
     groups: dict[str, set[str]] = {}
     for name in names:
         groups.setdefault(one_line(name, _MAX_NAME), set()).add(name)
-    middles = {name: _middle(name, group) for group in groups.values() for name in group}
-    return [one_line(middles[name], _MAX_NAME) for name in names]
+    short = {
+        name: one_line(_middle(name, group), _MAX_NAME)
+        for group in groups.values()
+        for name in group
+    }
+    if len({*short.values()}) < len(short):  # those of two groups are equal
+        short = {name: one_line(_middle(name, short), _MAX_NAME) for name in short}
+    return [short[name] for name in names]
 
 
 def _middle(name: str, group: Collection[str]) -> str:

@@ -204,6 +204,8 @@ def _entries(folder: str, pattern: str) -> Iterator[str]:
     """Yield the paths in a folder that match; hidden ones only if the pattern begins with a dot."""
     try:
         names = sorted(os.listdir(folder or "."))
+        if not os.access(folder or ".", os.X_OK):  # no file in it can be opened
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):
             logging.warning("%s: left out: %s", one_line(folder), error.strerror)

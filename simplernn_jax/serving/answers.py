@@ -16,7 +16,7 @@ MAX_BACKLOG = 1024
 """Events of a request that may come while the client does not read a frame; more for many choices,
 of which a step of the engine can give one each."""
 _MAX_QUEUED = 16
-"""Multiple of that from which none may come: frames are read, but more slowly than generated."""
+"""Events that may be queued while a client reads, but too slowly, as a multiple of that."""
 MAX_EVENTS = 64
 """Events that are handled at a time."""
 LONG = 4096
@@ -82,7 +82,7 @@ class Answer:
         if self._queue.qsize() >= self._limit:
             self._is_overrun = True
             self.cancel()
-            event = Failed("the client does not read the stream")
+            event = Failed("the client reads the stream too slowly, or not at all")
         self._queue.put_nowait((job, event))
 
     @contextlib.contextmanager

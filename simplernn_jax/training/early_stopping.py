@@ -29,10 +29,10 @@ class ValidationHistory:
     last_loss: float | None = None
     """Nats per token; None if it was not finite."""
     since_best: int = 0
-    """Number of evaluations after the best one, all without a better loss."""
+    """Number of scheduled evaluations since the best one."""
 
     def add(self, step: int, evaluation: Evaluation, *, is_scheduled: bool) -> None:
-        """Record an evaluation; one that is not scheduled does not count as without a new best."""
+        """Record an evaluation; an unscheduled one may be the best, but never stops a run early."""
         if evaluation.predictions != self.predictions:
             vars(self).update(vars(ValidationHistory(evaluation.predictions)))
         loss = evaluation.nats_per_token
@@ -42,7 +42,7 @@ class ValidationHistory:
             self.best_step, self.best_loss, self.since_best = step, loss, 0
 
     def should_stop(self, patience: int) -> bool:
-        """Return whether none of the last `patience` evaluations was a new best; 0 disables it."""
+        """Return whether `patience` scheduled evaluations found no new best; 0 disables it."""
         return 0 < patience <= self.since_best
 
     def reason(self) -> str:

@@ -90,7 +90,7 @@ class Run:
             self.position = self._batches.get_state()
             """Position in the data of the batch of step ``step + 1``."""
             self.step = self.first_step = int(self.state.step)
-            self.stopped_early = self.step < self.total_steps and self.has_stopped_improving()
+            self.stopped_early = self.has_stopped_improving()
         except BaseException:
             self._checkpointer.close()
             raise
@@ -145,9 +145,11 @@ class Run:
         return self.step >= self.total_steps or self.stopped_early
 
     def has_stopped_improving(self) -> bool:
-        """Return whether to stop early; all processes follow the coordinator."""
+        """Return whether to stop before the last step; all processes follow the coordinator."""
         patience = self.config.train.stop_after_worse
-        return patience > 0 and bool(broadcast_from_coordinator(self.history.should_stop(patience)))
+        if not patience or self.step >= self.total_steps:
+            return False
+        return bool(broadcast_from_coordinator(self.history.should_stop(patience)))
 
     def next_batch(self) -> Batch | None:
         """Return the batch of step ``step + 1`` on the devices; None after the last step."""

@@ -26,8 +26,8 @@ typedef struct {
   const float *convolution, *bias, *final_scale, *head_bias;
   const int32_t *tokens, *num_tokens;
   float *final, *logits, **states; /* of each layer: S [N, H, K, V], recent [N, 3, D] */
-  int32_t *sequences;
-  const int32_t *starts; /* those with tokens, and the row of the first token of each, */
+  int32_t *sequences; /* those with tokens */
+  const int32_t *starts; /* row of the first token of each */
   int64_t before; /* rows of the groups before this one */
   int64_t groups; /* 0: threads share the items of each phase */
   float *x, *normed, *projected, *heads_output, *hidden;
@@ -36,7 +36,7 @@ typedef struct {
 enum { ASSIGN, ADD, SQUARED_RELU };
 
 #define BLOCK 96 /* rows of an item */
-#define APART 16 /* rows of a group of sequences, which one thread takes through all layers */
+#define APART 16 /* the fewest rows that one thread takes through all layers */
 #define IN_CACHE (1 << 21) /* the most weights that threads may read apart for fewer than BLOCK rows */
 
 /* A panel of outputs of a block of rows: x ``[rows, in]`` to y ``[rows, stride]``, whose rows are at
