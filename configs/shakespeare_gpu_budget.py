@@ -5,9 +5,9 @@
 
 5,600 steps of 8 sequences of 256 characters. Seeds 0, 1 and 2 on tinyshakespeare: 1.424, 1.416 and
 1.434 nats/char on the last 10 %, after 16 minutes of training on one slow CPU core; 1.409, 1.411
-and 1.412 with twice the steps, the state carried and more regularization. nanoGPT's README gives
-1.4697 for 10.65M parameters and its GPU settings, on an A100. docs/results.md has a sample, and how
-the settings were chosen.
+and 1.412 after 42 to 66, with twice the steps, the state carried and more regularization. nanoGPT's
+README gives 1.4697 for 10.65M parameters and its GPU settings, on an A100. docs/results.md has a
+sample, and how the settings were chosen.
 """
 
 from simplernn_jax.configs import shakespeare
