@@ -5,7 +5,13 @@
 
 1,000 steps of 12 sequences of 128 characters: 1,536,000 training characters.
 Seeds 0, 1 and 2 on tinyshakespeare: 1.544, 1.538 and 1.533 nats/char on the last 10 %, after 34 to
-39 s of training steps on 2 CPU cores (EPYC, Zen 5); see docs/results.md.
+39 s of training steps on 2 CPU cores (EPYC, Zen 5); see docs/results.md. A sample of seed 0:
+
+    ROMEO:
+    Shall know you three, and let him proclaim'd.
+
+    Provost:
+    I would not do the sword of content?
 """
 
 from simplernn_jax.config import Config
