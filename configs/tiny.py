@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/tiny.py --workdir runs/tiny
 
-5.30 bits/byte on held-out files after 9 s on 2 slow CPU cores, compilation included. Its samples
+5.30 bits/byte on held-out files after 9 s on a slow CPU core, compilation included. Its samples
 make no sense; it shows that every part works.
 """
 
