@@ -129,8 +129,8 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
             logging.info("%s: left out, %s", folder, what)
             subfolders.clear()
             continue
-        if not os.access(folder, os.X_OK):  # its names can be listed, but no file be opened
-            _refuse_unreadable(PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder))
+        if denied := _search_error(folder):
+            _refuse_unreadable(denied)
         subfolders[:] = [
             name
             for name in subfolders
@@ -152,6 +152,13 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
             number = counted(len(paths), what)
             logging.warning("%s: %s left out, such as %s", root, number, first)
     return sorted(files, key=lambda file: file.name)
+
+
+def _search_error(folder: str) -> PermissionError | None:
+    """Return an error if the names in a folder can be listed, but no file in it be opened."""
+    if os.access(folder, os.X_OK):
+        return None
+    return PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
 
 
 def _refuse_unreadable(error: OSError) -> None:
@@ -204,8 +211,8 @@ def _entries(folder: str, pattern: str) -> Iterator[str]:
     """Yield the paths in a folder that match; hidden ones only if the pattern begins with a dot."""
     try:
         names = sorted(os.listdir(folder or "."))
-        if not os.access(folder or ".", os.X_OK):  # no file in it can be opened
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if denied := _search_error(folder or "."):
+            raise denied
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):
             logging.warning("%s: left out: %s", one_line(folder), error.strerror)
