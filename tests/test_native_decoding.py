@@ -18,7 +18,7 @@ from simplernn_jax.inference.decoder_weights import decodes_natively
 from simplernn_jax.inference.quantization import QUANTIZATIONS
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.decode import decode_tokens
-from simplernn_jax.ops.quantization import GROUP, rounded
+from simplernn_jax.ops.quantization import GROUP, quantize, rounded
 
 pytestmark = needs_compiler
 
@@ -232,15 +232,28 @@ def test_other_models_are_not_quantized(fields):
         quantize_model(model, "int2")
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("bfloat16", 128), ("int8", 127), ("int4", 7)])
-def test_rounding_to_the_nearest_value(kind, steps):
+@pytest.mark.parametrize(
+    ("kind", "bits", "limit"), [("bfloat16", 16, 2**-8), ("int8", 8, 2**-7), ("int4", 4, 0.3)]
+)
+def test_rounding_to_values_that_a_format_keeps(kind, bits, limit):
     matrix = np.random.default_rng(0).normal(size=(GROUP + 3, 5)).astype(np.float32)
     matrix[:, 2] = 0
+    matrix[:, 3] *= 1e-30
     found = np.asarray(rounded(jnp.asarray(matrix), kind))
-    scale = np.abs(matrix).max(axis=0) / steps
-    assert (np.abs(found - matrix) <= scale / 2 + 1e-6).all()
-    np.testing.assert_allclose(rounded(jnp.asarray(found), kind), found, rtol=1e-6)
-    assert len(np.unique(found[:GROUP, 0])) <= 2 * steps + 1
+    values, scales = (np.asarray(x) for x in quantize(jnp.asarray(found), kind))
+    group = GROUP if kind == "int4" else GROUP + 3
+    kept = values.astype(np.float32) * np.repeat(scales, group, axis=0)[: GROUP + 3]
+    np.testing.assert_array_equal(kept, found)
+    assert (np.abs(found - matrix) <= limit * np.abs(matrix).max(axis=0)).all()
+    assert len(np.unique(found[:GROUP, 0])) <= 2**bits
+
+
+def test_int4_has_less_error_than_symmetric_rounding_by_the_largest_weight():
+    matrix = np.random.default_rng(0).normal(size=(GROUP, 101)).astype(np.float32)
+    scale = np.abs(matrix).max(axis=0) / 7
+    symmetric = np.rint(matrix / scale) * scale
+    error = np.square(rounded(jnp.asarray(matrix), "int4") - matrix).mean()
+    assert error < 0.75 * np.square(symmetric - matrix).mean()  # 0.78 without clipped scales
 
 
 def test_quantizing_changes_a_copy():

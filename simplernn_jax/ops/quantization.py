@@ -20,7 +20,9 @@ PANEL, GROUP = 64, 64
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int32, "int4": jnp.uint32}
 """Those of packed values: words of 4 or 8 integers differ in signedness only."""
-_LARGEST = {"int8": 127, "int4": 7}
+_LOWEST = {"int8": -128, "int4": -8}
+_CLIPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+"""Parts of the largest magnitude of an int4 group to which `rounded` may clip it."""
 _TOGETHER = {"int32": 4, "uint32": 8}
 """Inputs of a word of each dtype."""
 
@@ -55,29 +57,57 @@ def quantize(matrix: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
     """Quantize ``[..., in, out]`` float32 to one of `FORMATS`, to the nearest value.
 
     Returns:
-      Values ``[..., in, out]``, int4 ones as int8, and scales ``[..., groups, out]``: a value times
-      the scale of its group is the weight. The largest weight of a group is a multiple of its
-      scale, so that quantizing again gives the same values.
+      Values ``[..., in, out]``, int4 ones as int8, and scales ``[..., groups, out]``, which may be
+      negative: a value times the scale of its group is the weight. The weight of a group with the
+      largest magnitude has the lowest value, so that quantizing again changes nothing.
     """
     *leading, inputs, outputs = matrix.shape
-    if kind not in _LARGEST:
+    if kind not in _LOWEST:
         return matrix.astype(_DTYPES[kind]), jnp.ones((*leading, 1, outputs), jnp.float32)
-    group = GROUP if kind == "int4" else inputs
-    num_groups = -(-inputs // group)
-    padding = [(0, 0)] * len(leading) + [(0, num_groups * group - inputs), (0, 0)]
-    grouped = jnp.pad(matrix, padding).reshape(*leading, num_groups, group, outputs)
-    scales = jnp.max(jnp.abs(grouped), axis=-2) / _LARGEST[kind]
-    scales = jnp.where(scales > 0, scales, 1)
-    values = jnp.rint(grouped / scales[..., None, :]).astype(jnp.int8)
-    return values.reshape(*leading, -1, outputs)[..., :inputs, :], scales
+    values, scales = _nearest(_grouped(matrix, kind), kind)
+    values = values.astype(jnp.int8).reshape(*leading, -1, outputs)
+    return values[..., :inputs, :], scales[..., 0, :]
 
 
 def rounded(matrix: jax.Array, kind: str) -> jax.Array:
-    """Round ``[..., in, out]`` to the float32 values that a format can hold."""
-    values, scales = quantize(matrix, kind)
-    group = GROUP if kind == "int4" else matrix.shape[-2]
-    scales = jnp.repeat(scales, group, axis=-2)[..., : matrix.shape[-2], :]
-    return values.astype(jnp.float32) * scales
+    """Round ``[..., in, out]`` to float32 values that a format can hold, and `quantize` keeps.
+
+    The scale of each int4 group is that of the least squared error among a few that clip it.
+    """
+    if kind not in _LOWEST:
+        return matrix.astype(_DTYPES[kind]).astype(jnp.float32)
+    grouped = _grouped(matrix, kind)
+    best = _rounded_groups(grouped, 1.0, kind)
+    for clip in _CLIPS if kind == "int4" else ():
+        other = _rounded_groups(grouped, clip, kind)
+        errors = [jnp.sum((x - grouped) ** 2, axis=-2, keepdims=True) for x in (best, other)]
+        best = jnp.where(errors[1] < errors[0], other, best)
+    *leading, inputs, outputs = matrix.shape
+    return best.reshape(*leading, -1, outputs)[..., :inputs, :]
+
+
+def _grouped(matrix: jax.Array, kind: str) -> jax.Array:
+    """Reshape ``[..., in, out]`` to ``[..., groups, group, out]``, the last filled with zeros."""
+    *leading, inputs, outputs = matrix.shape
+    group = GROUP if kind == "int4" else inputs
+    padding = [(0, 0)] * len(leading) + [(0, -inputs % group), (0, 0)]
+    return jnp.pad(matrix, padding).reshape(*leading, -1, group, outputs)
+
+
+def _nearest(grouped: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
+    """Return integers ``[..., groups, group, out]`` and scales ``[..., groups, 1, out]``."""
+    lowest = _LOWEST[kind]
+    largest, smallest = (f(grouped, axis=-2, keepdims=True) for f in (jnp.max, jnp.min))
+    scales = jnp.where(largest > -smallest, largest, smallest) / lowest
+    scales = jnp.where(scales == 0, 1, scales)
+    return jnp.clip(jnp.rint(grouped / scales), lowest, -lowest - 1), scales
+
+
+def _rounded_groups(grouped: jax.Array, clip: float, kind: str) -> jax.Array:
+    """Round groups that are clipped to a part of their largest magnitude."""
+    limit = clip * jnp.max(jnp.abs(grouped), axis=-2, keepdims=True)
+    values, scales = _nearest(jnp.clip(grouped, -limit, limit), kind)
+    return values * scales
 
 
 def pack(matrix: jax.Array, kind: str, output_scale: jax.Array | None = None) -> PackedMatrix:
@@ -92,7 +122,7 @@ def pack(matrix: jax.Array, kind: str, output_scale: jax.Array | None = None) ->
     if output_scale is not None:
         scales = scales * jnp.expand_dims(output_scale, range(scales.ndim - 1))
     values, scales = _panels(values), _panels(scales)
-    if kind in _LARGEST:
+    if kind in _LOWEST:
         values = _words(values, _TOGETHER[jnp.dtype(_DTYPES[kind]).name]).astype(_DTYPES[kind])
     if kind == "bfloat16":  # two columns of a half panel each share 32 bits
         halves = values.reshape(*values.shape[:-1], 2, PANEL // 2)
