@@ -26,7 +26,7 @@ from simplernn_jax.config import TrainConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
 from simplernn_jax.named_leaves import named_leaves
-from simplernn_jax.training import loop, run
+from simplernn_jax.training import loop, reporter, run
 from simplernn_jax.training.loop import check_skips, train
 from simplernn_jax.training.metrics import read_metrics
 from simplernn_jax.training.preparation import open_saved_corpus
@@ -195,6 +195,15 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
     assert newest_checkpoint(workdir) == before
     assert read_metrics(str(workdir)) == rows
     assert "all steps are done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_says_where_bfloat16_is_slower(tmp_path, monkeypatch, capsys, is_fast):
+    monkeypatch.setattr(reporter, "has_fast_bfloat16", lambda: is_fast)
+    config = small_config(source=write_corpus(tmp_path / "text"), precision="bfloat16", steps=1)
+    train(config, str(tmp_path / "run"))
+    notice = "faster on this processor: --config.model.precision=float32"
+    assert (notice in capsys.readouterr().out) == (not is_fast)
 
 
 def test_another_text_is_refused_and_the_run_unchanged(finished):

@@ -6,6 +6,7 @@ import jax
 
 from simplernn_jax.distributed import is_coordinator
 from simplernn_jax.errors import counted
+from simplernn_jax.ops.processor import has_fast_bfloat16
 from simplernn_jax.project import name_commands
 from simplernn_jax.sharding.mesh import describe
 from simplernn_jax.sharding.pipeline import describe_stages
@@ -63,6 +64,10 @@ class Reporter:
         if microbatches > 1:
             sequences, length = config.data.batch_size // microbatches, config.data.sequence_length
             self.print_line(f"{microbatches} microbatches of {sequences} x {length} tokens")
+        if not run.first_step and _is_slow_bfloat16(run):
+            self.print_line(
+                "float32 is as fast or faster on this processor: --config.model.precision=float32"
+            )
         if run.first_step:
             self.print_line(f"resuming {run.workdir} at step {run.first_step} of {run.total_steps}")
         for change in run.changes:
@@ -148,3 +153,9 @@ def align(values: dict[str, str]) -> str:
     """Return aligned lines ``name  value``."""
     width = max(map(len, values))
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in values.items())
+
+
+def _is_slow_bfloat16(run: Run) -> bool:
+    """Return whether a run uses bfloat16 on a CPU that multiplies it no faster than float32."""
+    is_on_cpu = run.mesh.devices.flat[0].platform == "cpu"
+    return is_on_cpu and run.config.model.precision == "bfloat16" and not has_fast_bfloat16()
