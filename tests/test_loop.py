@@ -202,7 +202,7 @@ def test_says_where_bfloat16_is_slower(tmp_path, monkeypatch, capsys, is_fast):
     monkeypatch.setattr(reporter, "has_fast_bfloat16", lambda: is_fast)
     config = small_config(source=write_corpus(tmp_path / "text"), precision="bfloat16", steps=1)
     train(config, str(tmp_path / "run"))
-    notice = "faster on this processor: --config.model.precision=float32"
+    notice = "on this processor: --config.model.precision=float32 saves the conversions"
     assert (notice in capsys.readouterr().out) == (not is_fast)
 
 

@@ -242,12 +242,15 @@ def draw(results: dict[str, Any]) -> bytes:
                 curve = curve_of(run, result["unit"])
                 axes.plot(*zip(*curve, strict=True), **styles[run["program"]])
             axes.set(xscale="log", title=rung, xlabel="seconds of training", ylabel=result["unit"])
+            axes.set_yscale("log", subs=[1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8])
             axes.xaxis.set_major_formatter("{x:,g}")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
             if rung in TARGETS:
                 axes.axhline(TARGETS[rung], color="grey", linewidth=1)
                 at = axes.get_yaxis_transform()  # x as a share of the width, y a loss
                 axes.text(0.01, TARGETS[rung], f"target {TARGETS[rung]}", va="bottom", transform=at)
-            axes.grid(axis="y")
+            axes.grid(axis="y", which="both")
         for name in names:
             figure.axes[0].plot([], [], label=name, **styles[name])
         add_legend(figure, figure.axes[0])

@@ -54,12 +54,13 @@ class PackedMatrix(NamedTuple):
 
 
 def quantize(matrix: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
-    """Quantize ``[..., in, out]`` float32 to one of `FORMATS`, to the nearest value.
+    """Quantize ``[..., in, out]`` float32 to one of `FORMATS`, without clipping.
 
     Returns:
       Values ``[..., in, out]``, int4 ones as int8, and scales ``[..., groups, out]``, which may be
       negative: a value times the scale of its group is the weight. The weight of a group with the
-      largest magnitude has the lowest value, so that quantizing again changes nothing.
+    largest magnitude has the lowest value, and one of the opposite sign near it is off by up to
+    one scale. Quantizing the products again changes nothing.
     """
     *leading, inputs, outputs = matrix.shape
     if kind not in _LOWEST:

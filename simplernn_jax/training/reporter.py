@@ -66,7 +66,8 @@ class Reporter:
             self.print_line(f"{microbatches} microbatches of {sequences} x {length} tokens")
         if not run.first_step and _is_slow_bfloat16(run):
             self.print_line(
-                "float32 is as fast or faster on this processor: --config.model.precision=float32"
+                "matmuls of bfloat16 are computed in float32 on this processor: "
+                "--config.model.precision=float32 saves the conversions"
             )
         if run.first_step:
             self.print_line(f"resuming {run.workdir} at step {run.first_step} of {run.total_steps}")
