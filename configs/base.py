@@ -3,8 +3,8 @@
     python scripts/train.py --config configs/base.py --workdir runs/base
 
 9.8 MB of training text in 5 min 11 s on 2 CPU cores (EPYC, Zen 5): 1.610 bits/byte on held-out
-files; ``xz -9e``: 1.655. A sample at temperature 0.5,
-after training in microbatches (1.623):
+files; ``xz -9e``: 1.655. A sample after training in microbatches (1.623), at
+temperature 0.5:
 
     def __str__(self):
         self._state = None

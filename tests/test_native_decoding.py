@@ -233,7 +233,7 @@ def test_other_models_are_not_quantized(fields):
 
 
 @pytest.mark.parametrize(
-    ("kind", "bits", "limit"), [("bfloat16", 16, 2**-8), ("int8", 8, 2**-7), ("int4", 4, 0.3)]
+    ("kind", "bits", "limit"), [("bfloat16", 16, 2**-8), ("int8", 8, 2**-8), ("int4", 4, 0.3)]
 )
 def test_rounding_to_values_that_a_format_keeps(kind, bits, limit):
     matrix = np.random.default_rng(0).normal(size=(GROUP + 3, 5)).astype(np.float32)
@@ -244,6 +244,7 @@ def test_rounding_to_values_that_a_format_keeps(kind, bits, limit):
     group = GROUP if kind == "int4" else GROUP + 3
     kept = values.astype(np.float32) * np.repeat(scales, group, axis=0)[: GROUP + 3]
     np.testing.assert_array_equal(kept, found)
+    np.testing.assert_array_equal(rounded(jnp.asarray(found), kind), found)
     assert (np.abs(found - matrix) <= limit * np.abs(matrix).max(axis=0)).all()
     assert len(np.unique(found[:GROUP, 0])) <= 2**bits
 

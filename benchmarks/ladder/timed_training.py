@@ -71,7 +71,7 @@ def train_timed(
             learner.step()
         learner.wait()
         trained += time.perf_counter() - started
-        taken = max(taken, until)
+        taken = until
         if taken > scored and (evaluating <= trained or point == POINTS):
             started = time.perf_counter()
             curve.append([trained, learner.evaluate(CURVE_TOKENS)])

@@ -59,15 +59,14 @@ def quantize(matrix: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
     Returns:
       Values ``[..., in, out]``, int4 ones as int8, and scales ``[..., groups, out]``, which may be
       negative: a value times the scale of its group is the weight. The weight of a group with the
-    largest magnitude has the lowest value, and one of the opposite sign near it is off by up to
-    one scale. Quantizing the products again changes nothing.
+      largest magnitude has the lowest value, and one of the opposite sign near it is off by up to
+      one scale. Quantizing the products again changes nothing.
     """
     *leading, inputs, outputs = matrix.shape
     if kind not in _LOWEST:
         return matrix.astype(_DTYPES[kind]), jnp.ones((*leading, 1, outputs), jnp.float32)
     values, scales = _nearest(_grouped(matrix, kind), kind)
-    values = values.astype(jnp.int8).reshape(*leading, -1, outputs)
-    return values[..., :inputs, :], scales[..., 0, :]
+    return _ungrouped(values.astype(jnp.int8), inputs), scales[..., 0, :]
 
 
 def rounded(matrix: jax.Array, kind: str) -> jax.Array:
@@ -83,8 +82,7 @@ def rounded(matrix: jax.Array, kind: str) -> jax.Array:
         other = _rounded_groups(grouped, clip, kind)
         errors = [jnp.sum((x - grouped) ** 2, axis=-2, keepdims=True) for x in (best, other)]
         best = jnp.where(errors[1] < errors[0], other, best)
-    *leading, inputs, outputs = matrix.shape
-    return best.reshape(*leading, -1, outputs)[..., :inputs, :]
+    return _ungrouped(best, matrix.shape[-2])
 
 
 def _grouped(matrix: jax.Array, kind: str) -> jax.Array:
@@ -93,6 +91,12 @@ def _grouped(matrix: jax.Array, kind: str) -> jax.Array:
     group = GROUP if kind == "int4" else inputs
     padding = [(0, 0)] * len(leading) + [(0, -inputs % group), (0, 0)]
     return jnp.pad(matrix, padding).reshape(*leading, -1, group, outputs)
+
+
+def _ungrouped(grouped: jax.Array, inputs: int) -> jax.Array:
+    """Undo `_grouped`, for a matrix of `inputs`."""
+    *leading, _, _, outputs = grouped.shape
+    return grouped.reshape(*leading, -1, outputs)[..., :inputs, :]
 
 
 def _nearest(grouped: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:

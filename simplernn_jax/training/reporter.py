@@ -64,13 +64,13 @@ class Reporter:
         if microbatches > 1:
             sequences, length = config.data.batch_size // microbatches, config.data.sequence_length
             self.print_line(f"{microbatches} microbatches of {sequences} x {length} tokens")
-        if not run.first_step and _is_slow_bfloat16(run):
+        if run.first_step:
+            self.print_line(f"resuming {run.workdir} at step {run.first_step} of {run.total_steps}")
+        elif _is_slow_bfloat16(run):
             self.print_line(
                 "matmuls of bfloat16 are computed in float32 on this processor: "
                 "--config.model.precision=float32 saves the conversions"
             )
-        if run.first_step:
-            self.print_line(f"resuming {run.workdir} at step {run.first_step} of {run.total_steps}")
         for change in run.changes:
             self.print_line(change)
         if run.first_step >= run.total_steps:
