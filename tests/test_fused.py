@@ -47,18 +47,20 @@ def test_is_the_default():
 
 
 @needs_compiler
-@pytest.mark.parametrize(("keys", "values"), [(1, 64), (16, 47), (17, 1), (47, 16), (64, 17)])
+@pytest.mark.parametrize(
+    ("keys", "values"), [(1, 64), (13, 29), (16, 47), (17, 1), (29, 13), (47, 16), (64, 17)]
+)
 def test_heads_of_any_width(keys, values):
-    """Tiles of 16 and 32 entries, full and partial, along both axes of the state."""
+    """Tiles of one and two vectors of 4 to 16 entries, full and partial, along both axes."""
     inputs = draw(2, 11, 2, keys, value_dim=values)
     assert_close(gradients(*inputs), gradients(*inputs, method="scan"))
 
 
 @needs_compiler
-@pytest.mark.parametrize(("length", "value_dim"), [(613, 64), (300, 4096)])
-def test_gradient_of_long_sequences(length, value_dim):
+@pytest.mark.parametrize(("length", "keys", "value_dim"), [(613, 29, 64), (300, 3, 4096)])
+def test_gradient_of_long_sequences(length, keys, value_dim):
     """The gradient recomputes states in several blocks, by the cache's size and by the length."""
-    inputs = draw(1, length, 1, 3, value_dim=value_dim)
+    inputs = draw(1, length, 1, keys, value_dim=value_dim)
     assert_close(gradients(*inputs), gradients(*inputs, method="scan"))
 
 

@@ -16,15 +16,9 @@
    B may be several axes, the same in all arrays. */
 
 #include <math.h>
-#include <string.h>
 
 #include "call.h"
-
-#define LANES 16
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float Lanes __attribute__((vector_size(4 * LANES)));
-typedef float UnalignedLanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#include "vectors.h"
 
 typedef struct {
   int64_t batch, length, heads, key_dim, value_dim;
@@ -40,7 +34,7 @@ INLINE int64_t inside(int64_t left, int j) {
 }
 
 INLINE Lanes load(const float *from, int64_t n) {
-  if (n == LANES) return *(const UnalignedLanes *)from;
+  if (n == LANES) return *(const FloatsAt *)from;
   Lanes x = {0};
   memcpy(&x, from, 4 * n);
   return x;
@@ -48,7 +42,7 @@ INLINE Lanes load(const float *from, int64_t n) {
 
 INLINE void store(float *to, Lanes x, int64_t n) {
   if (n == LANES)
-    *(UnalignedLanes *)to = x;
+    *(FloatsAt *)to = x;
   else
     memcpy(to, &x, 4 * n);
 }
@@ -160,76 +154,90 @@ INLINE void gradient_columns(const Arrays *a, int64_t b, int64_t head, int64_t f
       store(a->d_initial + by_state + i * V + j * LANES, d_state[i * w + j], inside(left, j));
 }
 
-/* Advance S of the rows from `first`, transposed, from token `start` to `end`: `state` holds V
+/* Advance S of the rows from `first`, transposed, from token `start` to `end`: `state` holds V * w
    vectors. Writes dq if `with_d_q`, and to `entering`, unless NULL, the state before each token. */
-INLINE void advance_rows(const Arrays *a, int64_t b, int64_t head, int64_t first, int64_t start,
-                         int64_t end, Lanes *state, Lanes *entering, int with_d_q) {
-  const int64_t K = a->key_dim, V = a->value_dim, left = inside(K - first, 0);
+INLINE void advance_rows(const Arrays *a, int64_t b, int64_t head, int64_t first, const int w,
+                         int64_t start, int64_t end, Lanes *state, Lanes *entering,
+                         const int with_d_q) {
+  const int64_t K = a->key_dim, V = a->value_dim, left = K - first;
   for (int64_t t = start; t < end; t++) {
     const int64_t token = (b * a->length + t) * a->heads + head;
     const float *v = a->v + token * V, *dy = a->d_output + token * V;
     const int64_t next = token + AHEAD * a->heads;
     prefetch(a->v + next * V, V);
     if (with_d_q) prefetch(a->d_output + next * V, V);
-    prefetch(a->k + next * K + first, LANES);
-    prefetch(a->gate + next * K + first, LANES);
-    if (is_reset(a, b, t)) memset(state, 0, sizeof(Lanes) * V);
-    Lanes *kept = entering == NULL ? NULL : entering + (t - start) * V;
-    const Lanes k = load(a->k + token * K + first, left);
-    const Lanes gate = load(a->gate + token * K + first, left);
-    Lanes even = {0}, odd = {0};
+    prefetch(a->k + next * K + first, w * LANES);
+    prefetch(a->gate + next * K + first, w * LANES);
+    if (is_reset(a, b, t)) memset(state, 0, sizeof(Lanes) * V * w);
+    Lanes *kept = entering == NULL ? NULL : entering + (t - start) * V * w;
+    Lanes k[2], gate[2], even[2], odd[2];
+    for (int j = 0; j < w; j++) {
+      k[j] = load(a->k + token * K + first + j * LANES, inside(left, j));
+      gate[j] = load(a->gate + token * K + first + j * LANES, inside(left, j));
+      even[j] = odd[j] = (Lanes){0};
+    }
     int64_t i = 0;
-    for (; i + 1 < V; i += 2) {
-      Lanes one = state[i], two = state[i + 1];
-      if (kept != NULL) {
-        kept[i] = one;
-        kept[i + 1] = two;
+    for (; i + 1 < V; i += 2)
+      for (int j = 0; j < w; j++) {
+        Lanes one = state[i * w + j], two = state[(i + 1) * w + j];
+        if (kept != NULL) {
+          kept[i * w + j] = one;
+          kept[(i + 1) * w + j] = two;
+        }
+        one = one * gate[j] + k[j] * v[i];
+        two = two * gate[j] + k[j] * v[i + 1];
+        state[i * w + j] = one;
+        state[(i + 1) * w + j] = two;
+        if (with_d_q) {
+          even[j] += one * dy[i];
+          odd[j] += two * dy[i + 1];
+        }
       }
-      one = one * gate + k * v[i];
-      two = two * gate + k * v[i + 1];
-      state[i] = one;
-      state[i + 1] = two;
-      if (with_d_q) {
-        even += one * dy[i];
-        odd += two * dy[i + 1];
+    for (; i < V; i++)
+      for (int j = 0; j < w; j++) {
+        Lanes one = state[i * w + j];
+        if (kept != NULL) kept[i * w + j] = one;
+        one = one * gate[j] + k[j] * v[i];
+        state[i * w + j] = one;
+        if (with_d_q) even[j] += one * dy[i];
       }
-    }
-    if (i < V) {
-      Lanes one = state[i];
-      if (kept != NULL) kept[i] = one;
-      one = one * gate + k * v[i];
-      state[i] = one;
-      if (with_d_q) even += one * dy[i];
-    }
-    if (with_d_q) store(a->d_q + token * K + first, even + odd, left);
+    if (with_d_q)
+      for (int j = 0; j < w; j++)
+        store(a->d_q + token * K + first + j * LANES, even[j] + odd[j], inside(left, j));
   }
 }
 
 /* dk and dlog_gate of the rows from `first`, from token `end` - 1 back to `start`. */
-INLINE void reverse_rows(const Arrays *a, int64_t b, int64_t head, int64_t first, int64_t start,
-                         int64_t end, Lanes *d_state, const Lanes *entering) {
-  const int64_t K = a->key_dim, V = a->value_dim, left = inside(K - first, 0);
+INLINE void reverse_rows(const Arrays *a, int64_t b, int64_t head, int64_t first, const int w,
+                         int64_t start, int64_t end, Lanes *d_state, const Lanes *entering) {
+  const int64_t K = a->key_dim, V = a->value_dim, left = K - first;
   for (int64_t t = end - 1; t >= start; t--) {
     const int64_t token = (b * a->length + t) * a->heads + head;
     const float *v = a->v + token * V, *dy = a->d_output + token * V;
     const int64_t next = token - AHEAD * a->heads;
     prefetch(a->v + next * V, V);
     prefetch(a->d_output + next * V, V);
-    prefetch(a->q + next * K + first, LANES);
-    prefetch(a->gate + next * K + first, LANES);
-    const Lanes *before = entering + (t - start) * V;
-    const Lanes q = load(a->q + token * K + first, left);
-    const Lanes gate = load(a->gate + token * K + first, left);
-    Lanes d_k = {0}, d_gate = {0};
-    for (int64_t i = 0; i < V; i++) {
-      const Lanes one = d_state[i] + q * dy[i];
-      d_k += one * v[i];
-      d_gate += one * before[i];
-      d_state[i] = one * gate;
+    prefetch(a->q + next * K + first, w * LANES);
+    prefetch(a->gate + next * K + first, w * LANES);
+    const Lanes *before = entering + (t - start) * V * w;
+    Lanes q[2], gate[2], d_k[2], d_gate[2];
+    for (int j = 0; j < w; j++) {
+      q[j] = load(a->q + token * K + first + j * LANES, inside(left, j));
+      gate[j] = load(a->gate + token * K + first + j * LANES, inside(left, j));
+      d_k[j] = d_gate[j] = (Lanes){0};
     }
-    if (is_reset(a, b, t)) memset(d_state, 0, sizeof(Lanes) * V);
-    store(a->d_k + token * K + first, d_k, left);
-    store(a->d_log_gate + token * K + first, d_gate * gate, left);
+    for (int64_t i = 0; i < V; i++)
+      for (int j = 0; j < w; j++) {
+        const Lanes one = d_state[i * w + j] + q[j] * dy[i];
+        d_k[j] += one * v[i];
+        d_gate[j] += one * before[i * w + j];
+        d_state[i * w + j] = one * gate[j];
+      }
+    if (is_reset(a, b, t)) memset(d_state, 0, sizeof(Lanes) * V * w);
+    for (int j = 0; j < w; j++) {
+      store(a->d_k + token * K + first + j * LANES, d_k[j], inside(left, j));
+      store(a->d_log_gate + token * K + first + j * LANES, d_gate[j] * gate[j], inside(left, j));
+    }
   }
 }
 
@@ -237,9 +245,9 @@ INLINE void reverse_rows(const Arrays *a, int64_t b, int64_t head, int64_t first
    cache, or, for long sequences, sqrt(T), so that the states at the blocks' starts stay few. */
 #define KEPT_BYTES (192 * 1024)
 
-static int64_t block_length(const Arrays *a) {
+static int64_t block_length(const Arrays *a, int w) {
   if (a->value_dim == 0) return a->length + 1;
-  int64_t fits = KEPT_BYTES / times(sizeof(Lanes), a->value_dim);
+  int64_t fits = KEPT_BYTES / times(sizeof(Lanes) * w, a->value_dim);
   int64_t root = (int64_t)sqrt((double)a->length);
   return fits > root ? fits : root + 1;
 }
@@ -249,32 +257,34 @@ static int64_t full_blocks(const Arrays *a, int64_t block) {
   return a->length == 0 ? 0 : (a->length - 1) / block;
 }
 
-INLINE void gradient_rows(const Arrays *a, int64_t b, int64_t head, int64_t first,
+INLINE void gradient_rows(const Arrays *a, int64_t b, int64_t head, int64_t first, const int w,
                           Lanes *scratch) {
-  const int64_t K = a->key_dim, V = a->value_dim, left = inside(K - first, 0);
+  const int64_t K = a->key_dim, V = a->value_dim, left = K - first, size = V * w;
   const int64_t by_state = ((b * a->heads + head) * K + first) * V;
-  const int64_t block = block_length(a), last = full_blocks(a, block);
-  Lanes *state = scratch, *d_state = state + V, *entering = d_state + V;
-  Lanes *starts = entering + V * least(block, a->length);
-  for (int64_t i = 0; i < V; i++) {
-    state[i] = load_column(a->initial + by_state + i, V, left);
-    d_state[i] = load_column(a->d_final + by_state + i, V, left);
-  }
+  const int64_t block = block_length(a, w), last = full_blocks(a, block);
+  Lanes *state = scratch, *d_state = state + size, *entering = d_state + size;
+  Lanes *starts = entering + size * least(block, a->length);
+  for (int64_t i = 0; i < V; i++)
+    for (int j = 0; j < w; j++) {
+      const int64_t from = by_state + j * LANES * V + i;
+      state[i * w + j] = load_column(a->initial + from, V, inside(left, j));
+      d_state[i * w + j] = load_column(a->d_final + from, V, inside(left, j));
+    }
   for (int64_t s = 0; s < last; s++) {
-    memcpy(starts + s * V, state, sizeof(Lanes) * V);
-    advance_rows(a, b, head, first, s * block, (s + 1) * block, state, NULL, 1);
+    memcpy(starts + s * size, state, sizeof(Lanes) * size);
+    advance_rows(a, b, head, first, w, s * block, (s + 1) * block, state, NULL, 1);
   }
-  advance_rows(a, b, head, first, last * block, a->length, state, entering, 1);
+  advance_rows(a, b, head, first, w, last * block, a->length, state, entering, 1);
   for (int64_t s = last; s >= 0; s--) {
     const int64_t end = least((s + 1) * block, a->length);
-    if (s < last) advance_rows(a, b, head, first, s * block, end, starts + s * V, entering, 0);
-    reverse_rows(a, b, head, first, s * block, end, d_state, entering);
+    if (s < last) advance_rows(a, b, head, first, w, s * block, end, starts + s * size, entering, 0);
+    reverse_rows(a, b, head, first, w, s * block, end, d_state, entering);
   }
 }
 
 typedef struct {
   Arrays arrays;
-  int w;
+  int row_vectors, column_vectors;
   int64_t row_items, row_tiles, column_tiles;
 } Task;
 
@@ -321,8 +331,8 @@ static void run_forward(const void *data, int64_t item, void *scratch) {
   const Task *task = data;
   const Arrays *a = &task->arrays;
   const int64_t tile = item % task->column_tiles, pair = item / task->column_tiles;
-  const int64_t b = pair / a->heads, head = pair % a->heads, first = tile * task->w * LANES;
-  if (task->w == 2)
+  const int64_t b = pair / a->heads, head = pair % a->heads, first = tile * task->column_vectors * LANES;
+  if (task->column_vectors == 2)
     output_columns(a, b, head, first, 2, scratch);
   else
     output_columns(a, b, head, first, 1, scratch);
@@ -335,9 +345,11 @@ static void run_backward(const void *data, int64_t item, void *scratch) {
   const int64_t index = of_rows ? item : item - task->row_items;
   const int64_t tiles = of_rows ? task->row_tiles : task->column_tiles;
   const int64_t pair = index / tiles, b = pair / a->heads, head = pair % a->heads;
-  if (of_rows)
-    gradient_rows(a, b, head, index % tiles * LANES, scratch);
-  else if (task->w == 2)
+  if (of_rows && task->row_vectors == 2)
+    gradient_rows(a, b, head, index % tiles * 2 * LANES, 2, scratch);
+  else if (of_rows)
+    gradient_rows(a, b, head, index % tiles * LANES, 1, scratch);
+  else if (task->column_vectors == 2)
     gradient_columns(a, b, head, index % tiles * 2 * LANES, 2, scratch);
   else
     gradient_columns(a, b, head, index % tiles * LANES, 1, scratch);
@@ -351,13 +363,13 @@ XLA_FFI_Error *simplernn_forward(XLA_FFI_CallFrame *frame) {
   Arrays *a = &task.arrays;
   a->output = result(&call, 0, "output", VALUES((*a)));
   a->final = result(&call, 1, "final state", STATE((*a)));
-  task.w = vectors_for(a->value_dim);
-  task.column_tiles = tiles_for(a->value_dim, task.w);
+  task.column_vectors = vectors_for(a->value_dim);
+  task.column_tiles = tiles_for(a->value_dim, task.column_vectors);
   const Work work = {.task = &task,
                      .run = run_forward,
                      .items = times(times(a->batch, a->heads), task.column_tiles),
                      .threads = threads_for(a),
-                     .scratch_bytes = scratch_for(a->key_dim, sizeof(Lanes) * task.w)};
+                     .scratch_bytes = scratch_for(a->key_dim, sizeof(Lanes) * task.column_vectors)};
   return share(&call, &work);
 }
 
@@ -376,14 +388,15 @@ XLA_FFI_Error *simplernn_backward(XLA_FFI_CallFrame *frame) {
   a->d_log_gate = result(&call, 3, "d_log_gate", KEYS((*a)));
   a->d_initial = result(&call, 4, "d_initial_state", STATE((*a)));
   const int64_t pairs = times(a->batch, a->heads);
-  task.w = vectors_for(a->value_dim);
-  task.row_tiles = tiles_for(a->key_dim, 1);
-  task.column_tiles = tiles_for(a->value_dim, task.w);
+  task.row_vectors = vectors_for(a->key_dim);
+  task.column_vectors = vectors_for(a->value_dim);
+  task.row_tiles = tiles_for(a->key_dim, task.row_vectors);
+  task.column_tiles = tiles_for(a->value_dim, task.column_vectors);
   task.row_items = times(pairs, task.row_tiles);
-  const int64_t block = block_length(a);
+  const int64_t block = block_length(a, task.row_vectors);
   const int64_t states = 2 + least(block, a->length) + full_blocks(a, block);
-  const int64_t rows = scratch_for(times(a->value_dim, states), sizeof(Lanes));
-  const int64_t columns = scratch_for(a->key_dim, sizeof(Lanes) * task.w);
+  const int64_t rows = scratch_for(times(a->value_dim, states), sizeof(Lanes) * task.row_vectors);
+  const int64_t columns = scratch_for(a->key_dim, sizeof(Lanes) * task.column_vectors);
   const Work work = {.task = &task,
                      .run = run_backward,
                      .items = plus(task.row_items, times(pairs, task.column_tiles)),

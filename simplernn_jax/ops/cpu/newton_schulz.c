@@ -26,23 +26,21 @@
 #endif
 
 #include "call.h"
+#include "vectors.h"
 
 static const float COEFFICIENTS[3] = {3.4445f, -4.7750f, 2.0315f};
 #define ITERATIONS 5
 #define ENTRIES_PER_THREAD 2048
 #define SQUARES 4
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__aarch64__) /* 32 registers */
 #define ROWS 8
-#define LANES 16
 #else
 #define ROWS 4
-#define LANES 8
 #endif
 #define COLUMNS (2 * LANES) /* a tile of ROWS x COLUMNS sums fits the registers */
 #define TILE_ROWS 32        /* of AMX, two registers of 16 rows */
 
-typedef float Lanes __attribute__((vector_size(4 * LANES), may_alias));
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 #ifdef __clang__
 #define pick __builtin_shufflevector
@@ -176,7 +174,7 @@ static void multiply_rows(Operand rows, Operand panel, int64_t groups, float *su
     const Group *p = rows.groups + LEFT[product] * rows.size;
     const Group *q = panel.groups + RIGHT[product] * panel.size;
     for (int64_t j = 0; j < groups; j++, q += COLUMNS) {
-      const Lanes left = ((const Lanes *)q)[0], right = ((const Lanes *)q)[1];
+      const Lanes left = ((const FloatsAt *)q)[0], right = ((const FloatsAt *)q)[1];
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; i++) {
 #ifdef HAS_AMX

@@ -30,33 +30,18 @@
 #include <math.h>
 
 #include "call.h"
+#include "vectors.h"
 
 #define PANEL 64
 #define GROUP 64
 #define INPUT_BLOCK 512 /* the most whose sums fit 32 bits: 512 * 32767 * 128 < 2^31 */
 #define ROWS 6 /* sequences whose sums are kept in registers */
-#define INLINE static inline __attribute__((always_inline))
 
-/* Vectors of the machine's size, since the compiler spills larger ones. Of TILE of them, the sums of
-   ROWS sequences fit the registers. */
-#if defined(__AVX512F__)
-#define LANES 16
-#define TILE 4
-#elif defined(__AVX__)
-#define LANES 8
-#define TILE 2
-#else
-#define LANES 4
-#define TILE 4
-#endif
+/* Of TILE vectors, the sums of ROWS sequences fit the registers. */
+#define TILE (LANES == 8 ? 2 : 4)
 
-#define VECTOR(type, name) typedef type name __attribute__((vector_size(LANES * sizeof(type))))
-#define UNALIGNED(type, name) \
-  typedef type name __attribute__((vector_size(LANES * sizeof(type)), aligned(1), may_alias))
-VECTOR(float, Lanes);
 VECTOR(int32_t, Integers);
 VECTOR(uint32_t, Words);
-UNALIGNED(float, FloatsAt);
 UNALIGNED(uint32_t, WordsAt);
 
 enum { FLOAT32 = XLA_FFI_DataType_F32, BFLOAT16 = XLA_FFI_DataType_BF16 };

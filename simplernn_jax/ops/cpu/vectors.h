@@ -1,4 +1,4 @@
-/* Functions of vectors that the C files share. */
+/* Types and functions of vectors that the C files share. */
 
 #ifndef SIMPLERNN_VECTORS_H
 #define SIMPLERNN_VECTORS_H
@@ -6,6 +6,23 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* Vectors of the machine's size, since the compiler spills larger ones. */
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+#define VECTOR(type, name) typedef type name __attribute__((vector_size(LANES * sizeof(type))))
+#define UNALIGNED(type, name) \
+  typedef type name __attribute__((vector_size(LANES * sizeof(type)), aligned(1), may_alias))
+VECTOR(float, Lanes);
+UNALIGNED(float, FloatsAt);
 
 #define EPSILON 1e-6f
 #define SUMS 16
