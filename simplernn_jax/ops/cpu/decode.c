@@ -91,6 +91,19 @@ static void embed(const Decoder *d, int64_t row, int64_t token) {
   }
 }
 
+/* C of a token's scaled input: w holds its weights, from the newest of its inputs to the oldest. */
+static void convolve_token(float *restrict to, const float *restrict x, float by,
+                           const float *restrict w, float *restrict last, float *restrict second,
+                           float *restrict third, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    const float own = x[i] * by;
+    to[i] = w[i] * own + w[n + i] * last[i] + w[2 * n + i] * second[i] + w[3 * n + i] * third[i];
+    third[i] = second[i];
+    second[i] = last[i];
+    last[i] = own;
+  }
+}
+
 /* normed = C(n(x)) of the s-th sequence, and the next inputs of the convolution. */
 static void convolve(const Decoder *d, int64_t layer, int64_t s) {
   const int64_t D = d->dim, n = d->sequences[s];
@@ -99,15 +112,8 @@ static void convolve(const Decoder *d, int64_t layer, int64_t s) {
   for (int64_t t = 0; t < d->num_tokens[n]; t++) {
     const int64_t row = d->starts[s] - d->before + t;
     if (layer == 0) embed(d, row, d->tokens[n * d->length + t]);
-    float *to = d->normed + row * D;
-    const float *x = d->x + row * D, by = scale_of(x, D);
-    for (int64_t i = 0; i < D; i++) {
-      const float own = x[i] * by, last = recent[2 * D + i], second = recent[D + i];
-      to[i] = w[i] * own + w[D + i] * last + w[2 * D + i] * second + w[3 * D + i] * recent[i];
-      recent[i] = second;
-      recent[D + i] = last;
-      recent[2 * D + i] = own;
-    }
+    const float *x = d->x + row * D;
+    convolve_token(d->normed + row * D, x, scale_of(x, D), w, recent + 2 * D, recent + D, recent, D);
   }
 }
 
