@@ -388,7 +388,8 @@ XLA_FFI_Error *simplernn_backward(XLA_FFI_CallFrame *frame) {
   a->d_log_gate = result(&call, 3, "d_log_gate", KEYS((*a)));
   a->d_initial = result(&call, 4, "d_initial_state", STATE((*a)));
   const int64_t pairs = times(a->batch, a->heads);
-  task.row_vectors = vectors_for(a->key_dim);
+  /* Not two of 16, whose states before each token would fill twice as much of the cache. */
+  task.row_vectors = LANES < 16 ? vectors_for(a->key_dim) : 1;
   task.column_vectors = vectors_for(a->value_dim);
   task.row_tiles = tiles_for(a->key_dim, task.row_vectors);
   task.column_tiles = tiles_for(a->value_dim, task.column_vectors);

@@ -38,7 +38,11 @@
 #define ROWS 6 /* sequences whose sums are kept in registers */
 
 /* Of TILE vectors, the sums of ROWS sequences fit the registers. */
-#define TILE (LANES == 8 ? 2 : 4)
+#if defined(__AVX512F__) || defined(__aarch64__) /* 32 registers */
+#define TILE 4
+#else
+#define TILE 2
+#endif
 
 VECTOR(int32_t, Integers);
 VECTOR(uint32_t, Words);
