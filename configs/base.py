@@ -2,13 +2,12 @@
 
     python scripts/train.py --config configs/base.py --workdir runs/base
 
-9.8 MB of training text in 5 min 11 s on 2 CPU cores (EPYC, Zen 5): 1.610 bits/byte on held-out
-files; ``xz -9e``: 1.655. A sample after training in microbatches (1.623), at
-temperature 0.5:
+11.5 MB of training text: 1.617 bits/byte on held-out files (``xz -9e``: 1.655) after 30 minutes on
+one slow CPU core, or 6 at the speed of two fast ones (EPYC, Zen 5). A sample at temperature 0.5:
 
-    def __str__(self):
-        self._state = None
-        self._reader = state
+    def __init__(self, *args):
+        super().__init__(args, kwargs)
+        self._fork_address = self._offset.set_arguments()
 """
 
 from simplernn_jax.config import Config
@@ -20,8 +19,8 @@ def get_config() -> Config:
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 1.6e-2
     config.optimizer.warmup_steps = 100
-    config.train.steps = 4800
-    config.train.eval_every = 1200
-    config.train.save_every = 1200
-    config.train.sample_every = 2400
+    config.train.steps = 5600
+    config.train.eval_every = 1400
+    config.train.save_every = 1400
+    config.train.sample_every = 2800
     return config
