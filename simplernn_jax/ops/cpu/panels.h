@@ -152,21 +152,20 @@ INLINE void multiply_words(const uint32_t *words, const float *scales, const int
   Integers sum[ROWS][PANEL / LANES];
   for (int r = 0; r < rows; r++)
     for (int j = 0; j < w; j++) sum[r][j] = (Integers){0} - offsets[r];
-  for (int64_t i = 0; i < count; i++) {
-    for (int k = 0; k < pairs; k++) {
-      Words x[ROWS];
-      for (int r = 0; r < rows; r++) {
-        uint32_t two;
-        memcpy(&two, fixed[r] + 2 * (i * pairs + k), 4);
-        x[r] = (Words){0} + two;
-      }
-      for (int j = 0; j < w; j++) {
+  /* The words of one row, or the inputs of several, stay in registers: the compiler keeps the order. */
+  const int outer = rows == 1 ? w : pairs, inner = rows == 1 ? pairs : w;
+  for (int64_t i = 0; i < count; i++)
+    for (int a = 0; a < outer; a++)
+      for (int b = 0; b < inner; b++) {
+        const int j = rows == 1 ? a : b, k = rows == 1 ? b : a;
         const Words packed = *(const WordsAt *)(words + i * PANEL + j * LANES);
         const Words weights = (packed >> (bits * k)) & (((1u << bits) - 1) * 0x10001u);
-        for (int r = 0; r < rows; r++) sum[r][j] = add_products(sum[r][j], weights, x[r]);
+        for (int r = 0; r < rows; r++) {
+          uint32_t two;
+          memcpy(&two, fixed[r] + 2 * (i * pairs + k), 4);
+          sum[r][j] = add_products(sum[r][j], weights, (Words){0} + two);
+        }
       }
-    }
-  }
   for (int r = 0; r < rows; r++)
     for (int j = 0; j < w; j++) {
       FloatsAt *at = (FloatsAt *)(to + r * PANEL + j * LANES);
