@@ -57,6 +57,7 @@ _FOLDER = Path(__file__).with_name("cpu")
 _SOURCES = [_FOLDER / name for name in ("decode.c", "fused.c", "newton_schulz.c", "rms_norm.c")]
 _HEADERS = [_FOLDER / name for name in ("call.h", "buffers.h", "panels.h", "vectors.h")]
 _OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-fno-trapping-math", "-shared", "-fPIC")
+"""Without ``-fno-trapping-math``, gcc does not vectorize loops with comparisons of floats."""
 _MACHINE_OPTIONS = (("-march=native",), ("-mcpu=native",), ())
 """Tried in this order: compilers and processors support different ones."""
 _LOCK = threading.Lock()

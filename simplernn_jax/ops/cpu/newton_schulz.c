@@ -33,11 +33,7 @@ static const float COEFFICIENTS[3] = {3.4445f, -4.7750f, 2.0315f};
 #define ENTRIES_PER_THREAD 2048
 #define SQUARES 4
 
-#if defined(__AVX512F__) || defined(__aarch64__) /* 32 registers */
-#define ROWS 8
-#else
-#define ROWS 4
-#endif
+#define ROWS (REGISTERS / 4)
 #define COLUMNS (2 * LANES) /* a tile of ROWS x COLUMNS sums fits the registers */
 #define TILE_ROWS 32        /* of AMX, two registers of 16 rows */
 

@@ -38,11 +38,7 @@
 #define ROWS 6 /* sequences whose sums are kept in registers */
 
 /* Of TILE vectors, the sums of ROWS sequences fit the registers. */
-#if defined(__AVX512F__) || defined(__aarch64__) /* 32 registers */
-#define TILE 4
-#else
-#define TILE 2
-#endif
+#define TILE (REGISTERS / 8)
 
 VECTOR(int32_t, Integers);
 VECTOR(uint32_t, Words);
