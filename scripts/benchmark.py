@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py ops [train decode serve startup memory scaling sizes growth]
     python scripts/benchmark.py attention --out FOLDER [--quick]
-    python scripts/benchmark.py ladder --rung NAME --out FOLDER [--source TEXT --seconds S ...]
+    python scripts/benchmark.py ladder --rungs NAMES --out FOLDER [--seconds S,... ...]
 
     ops        the recurrence, forward and backward, beside scan
     train      train steps, beside other implementations of the model
@@ -16,8 +16,8 @@
                --largest_corpus sets the largest text
     attention  SimpleRNN against self-attention in six aspects, as a table with plots;
                --quick measures small sizes, --only a part of it
-    ladder     held-out loss against training time of a configuration, --rung, and of its peers:
-               nanoGPT's architecture, an LSTM and a GRU, for --seconds each
+    ladder     held-out loss against training time of configurations, --rungs, and of their
+               peers: nanoGPT's architecture, an LSTM and a GRU, for --seconds each
 
 Candidates run in alternating blocks of one process (A B A B ...), compiled and warmed up; the
 first call of every block is dropped. Times are medians; a ratio is the median over blocks.
@@ -91,13 +91,13 @@ _ONLY = flags.DEFINE_list(
     list(MEASUREMENTS),
     "attention: measurements to run; the others are taken from the results in the folder.",
 )
-_RUNG = flags.DEFINE_string("rung", "base", "ladder: configuration, such as shakespeare.")
-_SOURCE = flags.DEFINE_string("source", None, "ladder: text, if not the configuration's.")
-_SECONDS = flags.DEFINE_float(
+_RUNGS = flags.DEFINE_list("rungs", ["base"], "ladder: configurations, such as tiny,shakespeare.")
+_SOURCE = flags.DEFINE_string("source", None, "ladder: text, if not that of the configurations.")
+_SECONDS = flags.DEFINE_list(
     "seconds",
-    0,
-    "ladder: seconds of training per program; 0: the steps of its settings.",
-    lower_bound=0,
+    ["0"],
+    "ladder: seconds of training per program, one number or one for each rung; 0: the steps of its "
+    "settings.",
 )
 _SEEDS = flags.DEFINE_integer("seeds", 1, "ladder: number of seeds.", lower_bound=1)
 _PROGRAMS = flags.DEFINE_list(
@@ -118,7 +118,7 @@ EFFORT = _BLOCKS, _CALLS
 """Flags of all benchmarks but `ALONE`."""
 FLAGS: dict[str, tuple[flags.FlagHolder[Any], ...]] = {
     ATTENTION: (_QUICK, _ONLY),
-    LADDER: (_RUNG, _SOURCE, _SECONDS, _SEEDS, _PROGRAMS, _RATES),
+    LADDER: (_RUNGS, _SOURCE, _SECONDS, _SEEDS, _PROGRAMS, _RATES),
     "growth": (_LARGEST_CORPUS,),
 }
 """Flags of one benchmark alone."""
@@ -147,7 +147,8 @@ def main() -> int:
         return 0
     if out is not None and LADDER in names:
         fields = (flag.value for flag in FLAGS[LADDER])
-        ladder.run(ladder.make_request(*fields), out)
+        for request in ladder.make_requests(*fields):
+            ladder.run(request, out)
         return 0
     effort = measure.Effort(_BLOCKS.value, _CALLS.value)
     sized = functools.partial(growth.run, largest_corpus=_LARGEST_CORPUS.value)

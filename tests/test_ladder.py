@@ -106,7 +106,15 @@ def test_peers_without_sizes_of_their_own_have_as_many_weights_as_ours(rung):
         ours = peers.count_parameters(wide) - 259 * 256
         assert 0.85 < weights / ours < 1.15
     assert find_peer("gpt_cpu_compiled", config).is_compiled
-    assert set(report.default_names("base")) <= set(peers.known_names())
+    sizes = ("hidden_dim", "key_dim", "value_dim")
+    large, larger = (
+        find_peer("gru", small_config("residual", **dict.fromkeys(sizes, size)))
+        for size in (512, 1024)
+    )
+    assert large.rate * large.width == pytest.approx(larger.rate * larger.width)
+    assert 272 < large.width < larger.width
+    for tokenizer in ("char", "byte"):
+        assert set(peers.default_names(tokenizer)) <= set(peers.known_names())
 
 
 def test_the_last_tenth_of_the_training_text_is_held_out_to_choose_a_rate(rung):
@@ -204,9 +212,13 @@ def test_peers_of_torch_are_refused_where_it_is_missing(rung, monkeypatch):
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda _: None)
     source = rung[0].data.source
     with pytest.raises(UserError, match=r"gpt_matched, .*torch is not .*--programs=ours,gru"):
-        report.make_request("base", source, 1.0, 1, [], [])
-    request = report.make_request("base", source, 1.0, 1, ["ours", "gru"], ["1e-3"])
-    assert (request.names, request.rates) == (["ours", "gru"], [1e-3])
+        report.make_requests(["base"], source, ["1"], 1, [], [])
+    rungs, programs = ["base", "tiny"], ["ours", "gru"]
+    requests = report.make_requests(rungs, source, ["1", "0"], 1, programs, ["1e-3"])
+    assert [(each.rung, each.seconds) for each in requests] == [("base", 1.0), ("tiny", 0.0)]
+    assert all((each.names, each.rates) == (programs, [1e-3]) for each in requests)
+    same = report.make_requests(rungs, source, ["3"], 1, programs, [])
+    assert [each.seconds for each in same] == [3.0, 3.0]
 
 
 def test_bad_requests_are_one_line(tmp_path):
@@ -217,12 +229,15 @@ def test_bad_requests_are_one_line(tmp_path):
     assert_each_refused(
         ROOT / "scripts" / "benchmark.py",
         (["ladder"], "ladder: name its folder, --out"),
-        ([*ladder, "--rung=bas"], "did you mean"),
+        ([*ladder, "--rungs=tiny,bas"], "did you mean"),
+        ([*ladder, "--seconds=1,2"], "--seconds=1,2: 2 times for 1 rungs; give one time, or one"),
+        ([*ladder, "--seconds=-1"], "--seconds=-1: times are numbers of at least 0"),
+        ([*ladder, "--seconds=soon"], "could not convert string to float: 'soon'"),
         ([*ladder, "--source=missing.txt"], "missing.txt"),
         ([*ladder, "--rates=1e-3,fast"], "could not convert string to float: 'fast'"),
         ([*ladder, "--rates=0"], "learning rates are positive numbers"),
         ([*ladder, "--programs=lstn"], "'lstn': no such program; did you mean 'lstm'?"),
         ([*ladder, "--calls=2"], "--calls: not of ladder"),
-        (["sizes", "--rung=base"], "--rung: not of sizes"),
+        (["sizes", "--rungs=base"], "--rungs: not of sizes"),
         imports="benchmarks.scaling",
     )

@@ -30,7 +30,11 @@ class OurLearner(Learner):
 
     def __init__(self, config: Config, corpus: TokenizedCorpus, steps: int, seed: int) -> None:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
-        optimizer = make_optimizer(config.optimizer, steps)
+        schedule = config.optimizer
+        if steps < config.train.steps:  # at most a tenth of them, as in shakespeare
+            warmup = min(schedule.warmup_steps, steps // 10)
+            schedule = dataclasses.replace(schedule, warmup_steps=warmup)
+        optimizer = make_optimizer(schedule, steps)
         pad_id = corpus.tokenizer.pad_id
         self.parameters = count_parameters(config)
         self._held_out: Any = corpus.validation

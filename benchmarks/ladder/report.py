@@ -48,6 +48,35 @@ class Request(NamedTuple):
     settings."""
 
 
+def make_requests(
+    rungs: Sequence[str],
+    source: str | None,
+    seconds: Sequence[str],
+    seeds: int,
+    names: Sequence[str],
+    rates: Sequence[str],
+) -> list[Request]:
+    """Check the flags of the command line.
+
+    Raises:
+      UserError: as of `make_request`, or seconds are neither one number of at least 0 nor one for
+        each rung.
+    """
+    numbers = _numbers("seconds", seconds)
+    if not all(0 <= number < math.inf for number in numbers):
+        raise UserError(f"--seconds={','.join(seconds)}: times are numbers of at least 0")
+    if len(numbers) not in (1, len(rungs)):
+        raise UserError(
+            f"--seconds={','.join(seconds)}: {len(numbers)} times for {len(rungs)} rungs; give one "
+            "time, or one for each rung"
+        )
+    numbers = numbers * len(rungs) if len(numbers) == 1 else numbers
+    return [
+        make_request(rung, source, each, seeds, names, rates)
+        for rung, each in zip(rungs, numbers, strict=True)
+    ]
+
+
 def make_request(
     rung: str,
     source: str | None,
@@ -56,7 +85,7 @@ def make_request(
     names: Sequence[str],
     rates: Sequence[str],
 ) -> Request:
-    """Check the flags of the command line.
+    """Check the flags for one rung.
 
     Raises:
       UserError: no such configuration or text, a rate is no positive number, or PyTorch is
@@ -69,14 +98,10 @@ def make_request(
         config.data.source = os.path.abspath(config.data.source)
     validate(config)
     open_corpus(config.data)
-    given = f"--rates={','.join(rates)}"
-    try:
-        numbers = [float(rate) for rate in rates]
-    except ValueError as error:
-        raise UserError(f"{given}: {error}; list positive numbers") from error
+    numbers = _numbers("rates", rates)
     if not all(0 < rate < math.inf for rate in numbers):
-        raise UserError(f"{given}: learning rates are positive numbers")
-    names = names or default_names(rung)
+        raise UserError(f"--rates={','.join(rates)}: learning rates are positive numbers")
+    names = names or default_names(config.data.tokenizer)
     on_torch = [n for n in names if n != OURS and find_peer(n, config).model in ON_TORCH]
     if on_torch and importlib.util.find_spec("torch") is None:
         others = ",".join(name for name in names if name not in on_torch)
@@ -87,12 +112,20 @@ def make_request(
     return Request(rung, config, seconds, seeds, names, numbers)
 
 
+def _numbers(flag: str, values: Sequence[str]) -> list[float]:
+    try:
+        return [float(value) for value in values]
+    except ValueError as error:
+        raise UserError(f"--{flag}={','.join(values)}: {error}; list numbers") from error
+
+
 def run(request: Request, out: Path) -> None:
     """Train all programs; write results.json, table.md and ladder.png to `out` after each.
 
     Raises:
       UserError: the present results.json is not one of a ladder.
     """
+    print(f"{request.rung}:", flush=True)
     path = out / "results.json"
     results = tables.read_results(path, _FORMAT, "rungs") if path.exists() else {}
     rung = request.rung
