@@ -53,6 +53,8 @@ BATCHES = tuple(4**n for n in range(5))
 DEVICES = (1, 2, 4, 8)
 SMALLEST_CORPUS = 10
 """MB."""
+TOKENIZERS = {"bytes": ("byte", math.inf), "BPE of 8,192": ("bpe:8192", 1000)}
+"""Tokenizer and MB of the largest text by label; a BPE, which is trained first, takes longer."""
 _FILE_BYTES = 1_000_000
 _VOCABULARY = 20_000
 """Words that texts are drawn from."""
@@ -121,13 +123,17 @@ def grow_devices(calls: int) -> dict[str, Curves]:
 
 
 def grow_corpus(sizes: Sequence[int]) -> dict[str, Curves]:
-    """Tokenizing a text of bytes, from reading it to the verified tokens."""
-    points: dict[str, Row] = {}
+    """Tokenizing a text, from reading it to the verified tokens."""
+    measured: dict[str, dict[str, Row]] = {label: {} for label in TOKENIZERS}
     for size in sizes:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
             write_text(Path(folder) / "text", size)
-            points[str(size)] = call_isolated(measure_tokenizing, folder=folder)
-    return by_quantity({"bytes": points})
+            for label, (tokenizer, largest) in TOKENIZERS.items():
+                if size <= largest:
+                    measured[label][str(size)] = call_isolated(
+                        measure_tokenizing, folder=folder, tokenizer=tokenizer
+                    )
+    return by_quantity(measured)
 
 
 def by_quantity(measured: Mapping[str, Mapping[str, Row]], *more: str) -> dict[str, Curves]:
@@ -172,11 +178,12 @@ def measure_step(config: Config, calls: int) -> Row:
     }
 
 
-def measure_tokenizing(folder: str) -> Row:
+def measure_tokenizing(folder: str, tokenizer: str) -> Row:
     """Milliseconds and peak memory of tokenizing ``text`` in `folder`; for `call_isolated`."""
-    config = DataConfig(source=f"{folder}/text")
+    config = DataConfig(source=f"{folder}/text", tokenizer=tokenizer)
+    tokens = f"{folder}/tokens-{tokenizer}"
     started = time.perf_counter()
-    peak = process_peak(lambda: bool(prepare_corpus(config, 0, f"{folder}/tokens")))
+    peak = process_peak(lambda: bool(prepare_corpus(config, 0, tokens)))
     milliseconds = 1e3 * (time.perf_counter() - started)
     return {MILLISECONDS: milliseconds, MEGABYTES: peak and peak / 1e6}
 
