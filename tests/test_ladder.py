@@ -230,6 +230,7 @@ def test_bad_requests_are_one_line(tmp_path):
         ROOT / "scripts" / "benchmark.py",
         (["ladder"], "ladder: name its folder, --out"),
         ([*ladder, "--rungs=tiny,bas"], "did you mean"),
+        ([*ladder, "--rungs="], "--rungs: name a configuration"),
         ([*ladder, "--seconds=1,2"], "--seconds=1,2: 2 times for 1 rungs; give one time, or one"),
         ([*ladder, "--seconds=-1"], "--seconds=-1: times are numbers of at least 0"),
         ([*ladder, "--seconds=soon"], "could not convert string to float: 'soon'"),

@@ -59,9 +59,11 @@ def make_requests(
     """Check the flags of the command line.
 
     Raises:
-      UserError: as of `make_request`, or seconds are neither one number of at least 0 nor one for
-        each rung.
+      UserError: as of `make_request`, there is no rung, or seconds are neither one number of at
+        least 0 nor one for each rung.
     """
+    if not rungs:
+        raise UserError("--rungs: name a configuration, such as base")
     numbers = _numbers("seconds", seconds)
     if not all(0 <= number < math.inf for number in numbers):
         raise UserError(f"--seconds={','.join(seconds)}: times are numbers of at least 0")
