@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import simplernn_jax
 from simplernn_jax import project
 from simplernn_jax.data.token_workers import available_cores
+from simplernn_jax.errors import UserError
 
 PACKAGES = Path(simplernn_jax.__file__).resolve().parents[1]
 """Folder that `simplernn_jax` is imported from."""
@@ -31,9 +32,15 @@ Times = list[list[float]]
 """Seconds of every timed call of one candidate, per block."""
 _CHILD = """
 import pickle, sys
+sys.path.insert(0, sys.argv[1])
+from simplernn_jax.errors import UserError
 output, sys.stdout = sys.stdout.buffer, sys.stderr
 function, arguments = pickle.load(sys.stdin.buffer)
-pickle.dump(function(**arguments), output)
+try:
+    result = function(**arguments)
+except UserError as error:
+    result = error
+pickle.dump(result, output)
 """
 
 
@@ -81,16 +88,23 @@ def block_ratio(slower: Times, faster: Times) -> float:
 def call_isolated(
     function: Callable[..., Any], environment: Mapping[str, str] | None = None, **arguments: Any
 ) -> Any:
-    """Result of `function`, of a module's top level, in a fresh process with these variables."""
+    """Result of `function`, of a module's top level, in a fresh process with these variables.
+
+    Raises:
+      UserError: `function` raised it.
+      subprocess.CalledProcessError: the process failed otherwise; its traceback is on stderr.
+    """
     output = subprocess.run(
-        [sys.executable, "-c", _CHILD],
-        cwd=PACKAGES,  # where it finds this module
+        [sys.executable, "-P", "-c", _CHILD, str(PACKAGES)],
         env={**os.environ, **(environment or {})},
         input=pickle.dumps((function, arguments)),
         stdout=subprocess.PIPE,
         check=True,
     ).stdout
-    return pickle.loads(output)  # noqa: S301 - of our own child
+    result = pickle.loads(output)  # noqa: S301 - of our own child
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def on_simulated_devices(count: int, function: Callable[..., Any], **arguments: Any) -> Any:
@@ -100,12 +114,13 @@ def on_simulated_devices(count: int, function: Callable[..., Any], **arguments: 
 
 
 def process_peak(work: Call) -> float | None:
-    """Peak resident bytes during compiled `work` over those before, in a fresh process.
+    """Do compiled `work` in a fresh process; peak resident bytes during it over those before.
 
     None if the device is not a CPU, or there is no ``/proc``.
     """
     clear = Path("/proc/self/clear_refs")
     if jax.default_backend() != "cpu" or not clear.exists():
+        jax.block_until_ready(work())
         return None
 
     gc.collect()
