@@ -2,7 +2,8 @@
 
     python scripts/benchmark.py ops [train decode serve startup memory scaling sizes growth]
     python scripts/benchmark.py attention --out FOLDER [--quick]
-    python scripts/benchmark.py ladder --rungs NAMES --out FOLDER [--seconds S,... ...]
+    python scripts/benchmark.py ladder --rungs NAMES --out FOLDER [--seconds S[,S...]]
+        [--programs NAMES] [--rates RATES] [--seeds N] [--source TEXT]
 
     ops        the recurrence, forward and backward, beside scan
     train      train steps, beside other implementations of the model
@@ -19,8 +20,9 @@
     ladder     held-out loss against training time of configurations, --rungs, and of their
                peers: nanoGPT's architecture, an LSTM and a GRU, for --seconds each
 
-Candidates run in alternating blocks of one process (A B A B ...), compiled and warmed up; the
-first call of every block is dropped. Times are medians; a ratio is the median over blocks.
+Except in attention, ladder and growth, candidates run in alternating blocks of one process
+(A B A B ...), compiled and warmed up; the first call of every block is dropped. Times are medians;
+a ratio is the median over blocks.
 """
 
 import bootstrap
@@ -53,7 +55,7 @@ from simplernn_jax.benchmarks.attention import corpus, report, resources, synthe
 from simplernn_jax.benchmarks.ladder import peers
 from simplernn_jax.benchmarks.ladder import report as ladder
 
-from simplernn_jax import command_line, process_start
+from simplernn_jax import command_line, process_start, project
 from simplernn_jax.devices import check_devices
 from simplernn_jax.errors import UserError, nearest_name
 from simplernn_jax.files import check_output, write_file
@@ -92,7 +94,7 @@ _ONLY = flags.DEFINE_list(
     "attention: measurements to run; the others are taken from the results in the folder.",
 )
 _RUNGS = flags.DEFINE_list("rungs", ["base"], "ladder: configurations, such as tiny,shakespeare.")
-_SOURCE = flags.DEFINE_string("source", None, "ladder: text, if not that of the configurations.")
+_SOURCE = flags.DEFINE_string("source", None, "ladder: text, in place of that of every rung.")
 _SECONDS = flags.DEFINE_list(
     "seconds",
     ["0"],
@@ -109,7 +111,7 @@ _RATES = flags.DEFINE_list(
 _LARGEST_CORPUS = flags.DEFINE_integer(
     "largest_corpus",
     1000,
-    "growth: MB of the largest text; it takes five times as much disk.",
+    "growth: MB of the largest text; it takes up to six times as much disk.",
     lower_bound=growth.SMALLEST_CORPUS,
 )
 _BLOCKS = flags.DEFINE_integer("blocks", 5, "Number of alternating blocks.", lower_bound=1)
@@ -133,6 +135,7 @@ def main() -> int:
     _check_names(names, known, "benchmark")
     _check_names(_ONLY.value or [""], MEASUREMENTS, "measurement")
     _check_names(_PROGRAMS.value, peers.known_names(), "program")
+    _check_names(_RUNGS.value, _config_names(), "configuration")
     for name in ALONE:
         if name in names and (len(names) > 1 or not _OUT.value):
             raise UserError(f"{name}: name its folder, --out; measure the others without it")
@@ -147,8 +150,7 @@ def main() -> int:
         return 0
     if out is not None and LADDER in names:
         fields = (flag.value for flag in FLAGS[LADDER])
-        for request in ladder.make_requests(*fields):
-            ladder.run(request, out)
+        ladder.run(ladder.make_requests(*fields), out)
         return 0
     effort = measure.Effort(_BLOCKS.value, _CALLS.value)
     sized = functools.partial(growth.run, largest_corpus=_LARGEST_CORPUS.value)
@@ -183,10 +185,19 @@ def _check_flags(names: list[str]) -> None:
 
 
 def _check_names(names: Iterable[str], known: Collection[str], kind: str) -> None:
+    seen = set()
     for name in names:
         if name not in known:
             near = nearest_name(name, known)
             raise UserError(f"{name!r}: no such {kind}{near}; there are {', '.join(known)}")
+        if name in seen:
+            raise UserError(f"{name!r}: this {kind} is named twice; name it once")
+        seen.add(name)
+
+
+def _config_names() -> list[str]:
+    files = (project.ROOT / "configs").glob("*.py")
+    return sorted(file.stem for file in files if file.stem != "__init__")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """``benchmark.py ladder`` at tiny sizes: learners, losses and the report, never a time."""
 
+import dataclasses
 import importlib.util
 import json
+import math
 import random
+import subprocess
 
 import numpy as np
 import pytest
@@ -10,11 +13,12 @@ from processes import ROOT, assert_each_refused
 from small_runs import small_config
 
 from benchmarks import tables
-from benchmarks.ladder import peers, report, timed_training
+from benchmarks.ladder import jax_learners, peers, report, timed_training
 from benchmarks.ladder.peers import OURS, Peer, find_peer
 from benchmarks.ladder.timed_training import hold_out_training_text, make_learner
 from simplernn_jax.data.token_store import prepare_corpus
 from simplernn_jax.errors import UserError
+from simplernn_jax.training.optimizer import make_optimizer
 
 pytestmark = pytest.mark.oldest_python
 
@@ -113,8 +117,10 @@ def test_peers_without_sizes_of_their_own_have_as_many_weights_as_ours(rung):
     )
     assert large.rate * large.width == pytest.approx(larger.rate * larger.width)
     assert 272 < large.width < larger.width
-    for tokenizer in ("char", "byte"):
-        assert set(peers.default_names(tokenizer)) <= set(peers.known_names())
+    for tokenizer, gpt in (("char", "gpt_cpu"), ("byte", "gpt_matched")):
+        names = (OURS, gpt, f"{gpt}_compiled", "lstm", "gru")
+        assert peers.default_names(tokenizer) == names
+        assert set(names) <= set(peers.known_names())
 
 
 def test_the_last_tenth_of_the_training_text_is_held_out_to_choose_a_rate(rung):
@@ -146,22 +152,26 @@ class Falling:
         pass
 
     def evaluate(self, limit_tokens=0):
-        return self.loss
+        return self.loss - (0.25 if limit_tokens else 0)
 
     def random_blocks(self, tokens):
         return None
 
 
-def test_a_rung_is_tuned_measured_and_replaced_in_its_folder(rung, monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def falling(monkeypatch):
     monkeypatch.setattr(report, "call_isolated", lambda call, **given: call(**given))
     monkeypatch.setattr(timed_training, "make_learner", Falling)
+
+
+def test_rungs_are_tuned_and_measured_into_one_folder(rung, falling, tmp_path, capsys):
     config, _, _ = rung
     request = report.Request("first", config, 0.0, 2, (OURS, "gru"), (0.1, 0.4, 0.2))
-    report.run(request._replace(seeds=1, names=(OURS,)), tmp_path)
-    report.run(request, tmp_path)
-    report.run(request._replace(rung="second", seconds=1e-4, seeds=1, rates=()), tmp_path)
-    report.run(request._replace(rung="third", seeds=1, names=("gru",)), tmp_path)
-    report.run(request._replace(rung="third", seeds=1, names=(OURS,)), tmp_path)
+    report.run([request._replace(seeds=1, names=(OURS,))], tmp_path)
+    second = request._replace(rung="second", seconds=1e-4, seeds=1, rates=())
+    report.run([request, second], tmp_path)
+    report.run([request._replace(rung="third", seeds=1, names=("gru",))], tmp_path)
+    report.run([request._replace(rung="third", seeds=1, names=(OURS,))], tmp_path)
     first, second, third = tables.read_results(tmp_path / "results.json", 1, "rungs").values()
     assert [(run["rate"], run["seed"]) for run in first["runs"]] == [
         *((None, 0), (None, 1)),
@@ -174,16 +184,79 @@ def test_a_rung_is_tuned_measured_and_replaced_in_its_folder(rung, monkeypatch, 
     assert second["runs"][1]["rate"] == find_peer("gru", config).rate
     assert [run["program"] for run in third["runs"]] == ["gru", OURS]
     assert [each["program"] for each in third["tried"]] == ["gru"] * 3
-    assert report.start_rung(request._replace(names=("lstm",), seconds=3.0), third)["runs"] == []
     assert report.choose_rate("gru", request._replace(rates=(0.3,)), "") == (0.3, [])
     for run in (*first["runs"], *second["runs"]):
         assert run["tokens"] == run["steps"] * 3 * 11
-        seconds, _ = zip(*run["curve"], strict=True)
+        seconds, losses = zip(*run["curve"], strict=True)
         assert list(seconds) == sorted(seconds)
+        assert losses[-1] == pytest.approx(run["loss"] - 0.25)
+        ends = report.curve_of(run, "nats/char")[-1]
+        assert ends == (seconds[-1], pytest.approx(run["loss"]))
     page = (tmp_path / "table.md").read_text()
     assert "| program | rate 0.1 | rate 0.4 | rate 0.2 |" in page
     assert page.endswith(capsys.readouterr().out.split("\n\n")[-2] + "\n")
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("key", ["seconds", "source", "processor", "settings", "jax"])
+def test_results_of_other_conditions_are_kept(key, rung, falling, tmp_path):
+    request = report.Request("first", rung[0], 0.0, 1, (OURS,), ())
+    report.run([request], tmp_path)
+    path = tmp_path / "results.json"
+    content = json.loads(path.read_text())
+    result = content["rungs"]["first"]
+    (result if key in result else result["machine"])[key] = "another"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"of first have {key} another, .*; name another --out"):
+        report.run([request._replace(rung="new"), request], tmp_path)
+    assert json.loads(path.read_text()) == content
+
+
+def test_a_failed_program_ends_no_other(rung, falling, monkeypatch, tmp_path):
+    def fail(call, **given):
+        if given["name"] == "gru" and given["config"].data.batch_size == 3:
+            raise subprocess.CalledProcessError(1, "python")
+        return call(**given)
+
+    config = rung[0]
+    larger = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=5))
+    first = report.Request("first", config, 0.0, 1, ("gru", OURS), ())
+    second = first._replace(rung="second", config=larger)
+    report.run([first._replace(names=("gru",))], tmp_path)
+    monkeypatch.setattr(report, "call_isolated", fail)
+    with pytest.raises(UserError, match=r"failed, with the output above: gru of first$"):
+        report.run([first, second], tmp_path)
+    rungs = tables.read_results(tmp_path / "results.json", 1, "rungs")
+    programs = {name: [run["program"] for run in each["runs"]] for name, each in rungs.items()}
+    assert programs == {"first": ["gru", OURS], "second": ["gru", OURS]}
+
+
+def test_a_rate_that_diverges_is_not_the_best(rung, monkeypatch):
+    losses = {0.1: math.nan, 0.2: 3.0, 0.4: 2.0}
+    monkeypatch.setattr(
+        report, "train", lambda *given, **_: {"rate": given[3], "loss": losses[given[3]]}
+    )
+    request = report.Request("first", rung[0], 0.0, 1, ("gru",), tuple(losses))
+    assert report.choose_rate("gru", request, "")[0] == 0.4
+
+
+def test_warmup_of_ours_is_at_most_a_tenth_of_a_shorter_training(rung, monkeypatch):
+    config, corpus, _ = rung
+    config = dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, warmup_steps=100),
+        train=dataclasses.replace(config.train, steps=1000),
+    )
+    made = []
+
+    def record(settings, steps):
+        made.append((settings.warmup_steps, steps))
+        return make_optimizer(settings, steps)
+
+    monkeypatch.setattr(jax_learners, "make_optimizer", record)
+    for steps in (50, 999, 1000, 2000):
+        make_learner(OURS, config, corpus, steps, None, 0)
+    assert made == [(5, 50), (99, 999), (100, 1000), (100, 2000)]
 
 
 def test_time_to_a_loss_is_interpolated_and_compared_with_nanogpt():
@@ -199,13 +272,16 @@ def test_time_to_a_loss_is_interpolated_and_compared_with_nanogpt():
 
     slow = [(10.0, 2.874), (20.0, 1.874), (40.0, 1.8)]
     runs = [run(OURS, 0, [(2.0, 1.874), (9.0, 1.5)]), run(OURS, 1, [(4.0, 1.874), (9.0, 1.6)])]
-    result = {"unit": "nats/char", "runs": [*runs, run("gpt_cpu", 0, slow)]}
+    result = {"unit": "nats/char", "source": "/texts/tinyshakespeare.txt"}
+    result["runs"] = [*runs, run("gpt_cpu", 0, slow)]
     ours, nanogpt = report.summarize("shakespeare", result)
     assert (ours["nats/char"], ours["range"]) == (pytest.approx(1.55), pytest.approx(0.1))
     assert ours["seconds to 1.874"] == 3
     assert ours["of nanoGPT's run"] == 3 / 40
     assert ours["of its time to that"] == 3 / 20
     assert nanogpt["of nanoGPT's run"] == 0.5
+    other, _ = report.summarize("shakespeare", result | {"source": "/texts/other.txt"})
+    assert "seconds to 1.874" not in other
 
 
 def test_peers_of_torch_are_refused_where_it_is_missing(rung, monkeypatch):
@@ -219,6 +295,13 @@ def test_peers_of_torch_are_refused_where_it_is_missing(rung, monkeypatch):
     assert all((each.names, each.rates) == (programs, [1e-3]) for each in requests)
     same = report.make_requests(rungs, source, ["3"], 1, programs, [])
     assert [each.seconds for each in same] == [3.0, 3.0]
+    endless = small_config(steps=0, epochs=3, validation_fraction=0.5)
+    monkeypatch.setattr(report.config_flag, "load_config", lambda _: endless)
+    with pytest.raises(UserError, match=r"base: it has no number of steps; .*--seconds=60"):
+        report.make_requests(["base"], source, ["0"], 1, programs, [])
+    monkeypatch.setattr(report.config_flag, "load_config", lambda _: small_config())
+    with pytest.raises(UserError, match="base: it holds out no text"):
+        report.make_requests(["base"], source, ["1"], 1, programs, [])
 
 
 def test_bad_requests_are_one_line(tmp_path):
@@ -229,15 +312,18 @@ def test_bad_requests_are_one_line(tmp_path):
     assert_each_refused(
         ROOT / "scripts" / "benchmark.py",
         (["ladder"], "ladder: name its folder, --out"),
-        ([*ladder, "--rungs=tiny,bas"], "did you mean"),
+        ([*ladder, "--rungs=tiny,bas"], "'bas': no such configuration; did you mean 'base'?"),
+        ([*ladder, "--rungs=base,base"], "'base': this configuration is named twice"),
         ([*ladder, "--rungs="], "--rungs: name a configuration"),
-        ([*ladder, "--seconds=1,2"], "--seconds=1,2: 2 times for 1 rungs; give one time, or one"),
-        ([*ladder, "--seconds=-1"], "--seconds=-1: times are numbers of at least 0"),
+        ([*ladder, "--seconds=1,2"], "--seconds=1,2: 2 values for 1 rung; give one, or one for"),
+        ([*ladder, "--seconds=-1"], "--seconds=-1: must be 0 or more"),
         ([*ladder, "--seconds=soon"], "could not convert string to float: 'soon'"),
         ([*ladder, "--source=missing.txt"], "missing.txt"),
         ([*ladder, "--rates=1e-3,fast"], "could not convert string to float: 'fast'"),
-        ([*ladder, "--rates=0"], "learning rates are positive numbers"),
+        ([*ladder, "--rates=0"], "--rates=0: list different positive numbers"),
+        ([*ladder, "--rates=1,1.0"], "--rates=1,1.0: list different positive numbers"),
         ([*ladder, "--programs=lstn"], "'lstn': no such program; did you mean 'lstm'?"),
+        ([*ladder, "--programs=gru,gru"], "'gru': this program is named twice"),
         ([*ladder, "--calls=2"], "--calls: not of ladder"),
         (["sizes", "--rungs=base"], "--rungs: not of sizes"),
         imports="benchmarks.scaling",

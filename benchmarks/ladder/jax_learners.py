@@ -31,8 +31,8 @@ class OurLearner(Learner):
     def __init__(self, config: Config, corpus: TokenizedCorpus, steps: int, seed: int) -> None:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
         schedule = config.optimizer
-        if steps < config.train.steps:  # at most a tenth of them, as in shakespeare
-            warmup = min(schedule.warmup_steps, steps // 10)
+        if steps < config.train.steps:
+            warmup = min(schedule.warmup_steps, steps // 10)  # the share in shakespeare
             schedule = dataclasses.replace(schedule, warmup_steps=warmup)
         optimizer = make_optimizer(schedule, steps)
         pad_id = corpus.tokenizer.pad_id

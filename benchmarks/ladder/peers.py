@@ -37,10 +37,12 @@ class Peer(NamedTuple):
 
 _CPU = Peer("gpt", 4, 128, 4, 64, 12, 2000, 4e-3)
 _GPU = Peer("gpt", 6, 384, 6, 256, 64, 5000, 1e-3, dropout=0.2)
-"""Both from nanoGPT's README, for characters, but for the first rate: its 1e-3 is not the best."""
+"""Both from nanoGPT's README, for characters, except the learning rate of the first: its 1e-3 was
+not the best of those tried."""
 _RATES = {"gpt": (4e-3, 128), "lstm": (1.6e-2, 240), "gru": (8e-3, 272)}
 """The best of the rates tried on shakespeare, and the width there; docs/results.md has all of them.
-Wider peers have a rate lower in proportion, as Adam needs for matrices (arXiv:2203.03466)."""
+Wider peers get a proportionally lower rate, as muP has for matrices under Adam
+(arXiv:2203.03466)."""
 COMPILED = "_compiled"
 NAMES = (OURS, NANOGPT, "gpt_gpu", "gpt_matched", "lstm", "gru")
 ON_TORCH = ("gpt", "lstm")
@@ -49,8 +51,8 @@ ON_TORCH = ("gpt", "lstm")
 def default_names(tokenizer: str) -> tuple[str, ...]:
     """Ours and the peers that a rung is compared with.
 
-    nanoGPT's settings are for characters. Those for GPUs run on request alone: ten minutes on a CPU
-    core are 18 of their steps.
+    nanoGPT's settings are for characters. Those for GPUs run only if named: a CPU core takes 18 of
+    their steps in ten minutes.
     """
     gpt = NANOGPT if tokenizer == "char" else "gpt_matched"
     return OURS, gpt, f"{gpt}{COMPILED}", "lstm", "gru"

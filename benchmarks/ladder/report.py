@@ -1,7 +1,7 @@
 """Table and picture of a ladder: learning rates, seeds, time to a loss, and results of all rungs.
 
-Every training is a process of its own. Programs that run again replace their results in the folder,
-and all results of the rung if they were measured otherwise.
+Every training is a process of its own. A program that runs again replaces its results in the
+folder.
 """
 
 import importlib.util
@@ -9,6 +9,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from simplernn_jax import config_flag, project
 from simplernn_jax.analysis.plots import add_legend, line_styles, new_figure, png
 from simplernn_jax.config import Config, validate
 from simplernn_jax.data.corpora import open_corpus
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, counted
 from simplernn_jax.files import write_file
 
 from .. import tables
@@ -27,10 +28,17 @@ from ..tables import Row
 from .peers import NANOGPT, ON_TORCH, OURS, default_names, find_peer
 from .timed_training import train_timed
 
-TARGETS = {"shakespeare": 1.874, "shakespeare_gpu_budget": 1.4697, "base": 1.62, "hour": 1.45}
-"""Losses by rung in its unit; the first two are nanoGPT's."""
+TARGETS = {
+    "shakespeare": ("tinyshakespeare.txt", 1.874),
+    "shakespeare_gpu_budget": ("tinyshakespeare.txt", 1.4697),
+    "base": ("stdlib", 1.62),
+    "hour": ("stdlib", 1.45),
+}
+"""Text and loss, in its unit, by rung; the first two losses are nanoGPT's."""
 _FORMAT = 1
 """Format of results.json; others are refused."""
+_CONDITIONS = ("device", "processor", "cores", "python", "jax", "torch", "settings")
+"""What results of a rung have in common, by `describe_machine`."""
 
 
 class Request(NamedTuple):
@@ -59,22 +67,25 @@ def make_requests(
     """Check the flags of the command line.
 
     Raises:
-      UserError: as of `make_request`, there is no rung, or seconds are neither one number of at
-        least 0 nor one for each rung.
+      UserError: as of `make_request`, there is no rung, seconds are neither one number of at least
+        0 nor one for each rung, or rates are not different positive numbers.
     """
     if not rungs:
         raise UserError("--rungs: name a configuration, such as base")
     numbers = _numbers("seconds", seconds)
     if not all(0 <= number < math.inf for number in numbers):
-        raise UserError(f"--seconds={','.join(seconds)}: times are numbers of at least 0")
+        raise UserError(f"--seconds={','.join(seconds)}: must be 0 or more")
     if len(numbers) not in (1, len(rungs)):
         raise UserError(
-            f"--seconds={','.join(seconds)}: {len(numbers)} times for {len(rungs)} rungs; give one "
-            "time, or one for each rung"
+            f"--seconds={','.join(seconds)}: {counted(len(numbers), 'value')} for "
+            f"{counted(len(rungs), 'rung')}; give one, or one for each rung"
         )
     numbers = numbers * len(rungs) if len(numbers) == 1 else numbers
+    tried = _numbers("rates", rates)
+    if not all(0 < rate < math.inf for rate in tried) or len(set(tried)) < len(tried):
+        raise UserError(f"--rates={','.join(rates)}: list different positive numbers")
     return [
-        make_request(rung, source, each, seeds, names, rates)
+        make_request(rung, source, each, seeds, names, tried)
         for rung, each in zip(rungs, numbers, strict=True)
     ]
 
@@ -85,24 +96,25 @@ def make_request(
     seconds: float,
     seeds: int,
     names: Sequence[str],
-    rates: Sequence[str],
+    rates: Sequence[float],
 ) -> Request:
     """Check the flags for one rung.
 
     Raises:
-      UserError: no such configuration or text, a rate is no positive number, or PyTorch is
-        missing.
+      UserError: no such configuration or text, it holds out no text, its number of steps is open,
+        or PyTorch is missing.
     """
     config = config_flag.load_config(project.ROOT / "configs" / f"{rung}.py")
     config.mesh.data = 1
     config.data.source = os.path.expanduser(source or config.data.source)
-    if os.path.exists(config.data.source):  # a training has another current folder
+    if os.path.exists(config.data.source):  # results.json names it
         config.data.source = os.path.abspath(config.data.source)
     validate(config)
     open_corpus(config.data)
-    numbers = _numbers("rates", rates)
-    if not all(0 < rate < math.inf for rate in numbers):
-        raise UserError(f"--rates={','.join(rates)}: learning rates are positive numbers")
+    if not config.data.validation_fraction:
+        raise UserError(f"{rung}: it holds out no text (data.validation_fraction); leave it out")
+    if not config.train.steps and not seconds:
+        raise UserError(f"{rung}: it has no number of steps; give it a time, such as --seconds=60")
     names = names or default_names(config.data.tokenizer)
     on_torch = [n for n in names if n != OURS and find_peer(n, config).model in ON_TORCH]
     if on_torch and importlib.util.find_spec("torch") is None:
@@ -111,7 +123,7 @@ def make_request(
             f"{', '.join(on_torch)}: torch is not installed (pip install -e '.[bench]'); leave out "
             f"what needs it: --programs={others or OURS}"
         )
-    return Request(rung, config, seconds, seeds, names, numbers)
+    return Request(rung, config, seconds, seeds, names, rates)
 
 
 def _numbers(flag: str, values: Sequence[str]) -> list[float]:
@@ -121,50 +133,78 @@ def _numbers(flag: str, values: Sequence[str]) -> list[float]:
         raise UserError(f"--{flag}={','.join(values)}: {error}; list numbers") from error
 
 
-def run(request: Request, out: Path) -> None:
+def run(requests: Sequence[Request], out: Path) -> None:
     """Train all programs; write results.json, table.md and ladder.png to `out` after each.
 
     Raises:
-      UserError: the present results.json is not one of a ladder.
+      UserError: results.json is not one of a ladder, or has results of these rungs under other
+        conditions; or, after all others, programs have failed.
     """
-    print(f"{request.rung}:", flush=True)
     path = out / "results.json"
     results = tables.read_results(path, _FORMAT, "rungs") if path.exists() else {}
-    rung = request.rung
-    results[rung] = start_rung(request, results.get(rung, {}))
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        for name in request.names:
-            rate, tried = choose_rate(name, request, folder)
-            results[rung]["tried"] += tried
-            for seed in range(request.seeds):
-                results[rung]["runs"].append(train(name, request, folder, rate, seed=seed))
-                content = json.dumps({"format": _FORMAT, "rungs": results}, indent=2)
-                write_file(path, f"{content}\n".encode())
-                write_file(out / "table.md", page(results).encode())
-                write_file(out / "ladder.png", draw(results))
-    print(f"\n{page({rung: results[rung]})}\nwritten: {out}")
+    started = [start_rung(request, results.get(request.rung), path) for request in requests]
+    failed: list[str] = []
+    for request, result in zip(requests, started, strict=True):
+        print(f"{request.rung}:", flush=True)
+        results[request.rung] = result
+        with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+            for name in request.names:
+                others = {
+                    key: [each for each in result[key] if each["program"] != name]
+                    for key in ("runs", "tried")
+                }
+                runs: list[Row] = []
+                try:
+                    rate, tried = choose_rate(name, request, folder)
+                    for seed in range(request.seeds):
+                        runs.append(train(name, request, folder, rate, seed=seed))
+                        result |= {"runs": [*others["runs"], *runs]}
+                        result |= {"tried": [*others["tried"], *tried]}
+                        write(results, out)
+                except subprocess.CalledProcessError:
+                    failed.append(f"{name} of {request.rung}")
+        print(f"\n{page({request.rung: result})}\nwritten: {out}")
+    if failed:
+        raise UserError(f"failed, with the output above: {', '.join(failed)}")
 
 
-def start_rung(request: Request, before: Row) -> Row:
-    """Results of a rung before it runs: those `before` of other programs in the same conditions."""
+def write(results: dict[str, Any], out: Path) -> None:
+    """Write results.json, table.md and ladder.png."""
+    content = json.dumps({"format": _FORMAT, "rungs": results}, indent=2)
+    write_file(out / "results.json", f"{content}\n".encode())
+    write_file(out / "table.md", page(results).encode())
+    write_file(out / "ladder.png", draw(results))
+
+
+def start_rung(request: Request, before: Row | None, path: Path) -> Row:
+    """Results of a rung before it runs, with those `before` it.
+
+    Raises:
+      UserError: those of `path` are of other seconds, another text or another machine.
+    """
     config = request.config.data
     unit = "nats/char" if config.tokenizer == "char" else "bits/byte"
     result: Row = {"seconds": request.seconds, "source": config.source, "unit": unit}
-    result["machine"] = describe_machine()
-    conditions = ("device", "processor", "cores", "settings")
-    is_alike = all(before.get(key) == result[key] for key in ("seconds", "source", "unit")) and all(
-        before["machine"][key] == result["machine"][key] for key in conditions
-    )
-    for key in ("runs", "tried"):
-        kept = before[key] if is_alike else []
-        result[key] = [each for each in kept if each["program"] not in request.names]
-    return result
+    machine = describe_machine()
+    result |= {"machine": machine, "runs": [], "tried": []}
+    if before is None:
+        return result
+    pairs = [(key, before[key], result[key]) for key in ("seconds", "source", "unit")]
+    pairs += [(key, before["machine"].get(key), machine[key]) for key in _CONDITIONS]
+    for key, old, new in pairs:
+        if old != new:
+            raise UserError(
+                f"{path}: its results of {request.rung} have {key} {old}, these {new}; name "
+                "another --out"
+            )
+    return result | {key: before[key] for key in ("runs", "tried")}
 
 
 def train(name: str, request: Request, folder: str, rate: float | None, **options: Any) -> Row:
-    """One training in a fresh process."""
+    """One training in a fresh process, and the commit that ran it."""
     given: Row = {"config": request.config, "workdir": folder, "name": name, "rate": rate}
     row: Row = call_isolated(train_timed, **given, seconds=request.seconds, **options)
+    row["commit"] = describe_machine()["commit"]
     shown = f"{row['steps']:,} steps in {row['seconds']:.1f} s: {row['loss']:.4f}"
     print(f"  {name}, rate {row['rate']}, {options}: {shown} nats/token", flush=True)
     return row
@@ -181,7 +221,7 @@ def choose_rate(name: str, request: Request, folder: str) -> tuple[float | None,
         rate = request.rates[0] if request.rates else find_peer(name, request.config).rate
         return rate, []
     tried = [train(name, request, folder, rate, is_tuning=True) for rate in request.rates]
-    return min(tried, key=lambda row: row["loss"])["rate"], tried
+    return min(tried, key=lambda row: (math.isnan(row["loss"]), row["loss"]))["rate"], tried
 
 
 def factor_of(run: Row, unit: str) -> float:
@@ -190,8 +230,12 @@ def factor_of(run: Row, unit: str) -> float:
 
 
 def curve_of(run: Row, unit: str) -> list[tuple[float, float]]:
-    """Seconds and loss in `unit`."""
-    return [(seconds, loss * factor_of(run, unit)) for seconds, loss in run["curve"]]
+    """Seconds and loss in `unit`.
+
+    Losses of a part of the held-out text are shifted so that the last is that of the whole.
+    """
+    shift = run["loss"] - run["curve"][-1][1]
+    return [(seconds, (loss + shift) * factor_of(run, unit)) for seconds, loss in run["curve"]]
 
 
 def seconds_until(curve: Sequence[tuple[float, float]], target: float) -> float | None:
@@ -207,9 +251,15 @@ def seconds_until(curve: Sequence[tuple[float, float]], target: float) -> float 
     return None
 
 
+def target_of(rung: str, result: Row) -> float | None:
+    """Loss that a rung is to reach on its own text."""
+    text, target = TARGETS.get(rung, ("", None))
+    return target if Path(result["source"]).name == text else None
+
+
 def summarize(rung: str, result: Row) -> list[Row]:
     """Rows of a rung's table, medians over seeds."""
-    unit, target = result["unit"], TARGETS.get(rung)
+    unit, target = result["unit"], target_of(rung, result)
     by_name: dict[str, list[Row]] = {}
     for each in result["runs"]:
         by_name.setdefault(each["program"], []).append(each)
@@ -217,9 +267,8 @@ def summarize(rung: str, result: Row) -> list[Row]:
     for name, runs in by_name.items():
         curves = [curve_of(each, unit) for each in runs]
         losses = [each["loss"] * factor_of(each, unit) for each in runs]
-        row: Row = {"program": name} | {
-            key: runs[0][key] for key in ("parameters", "rate", "steps")
-        }
+        row: Row = {"program": name} | {key: runs[0][key] for key in ("parameters", "rate")}
+        row["steps"] = round(statistics.median(each["steps"] for each in runs))
         row["seconds"] = statistics.median(each["seconds"] for each in runs)
         row |= {unit: statistics.median(losses), "range": max(losses) - min(losses)}
         blocks = [each["random blocks"] for each in runs if each["random blocks"] is not None]
@@ -281,10 +330,11 @@ def draw(results: dict[str, Any]) -> bytes:
             axes.xaxis.set_major_formatter("{x:,g}")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
-            if rung in TARGETS:
-                axes.axhline(TARGETS[rung], color="grey", linewidth=1)
+            target = target_of(rung, result)
+            if target is not None:
+                axes.axhline(target, color="grey", linewidth=1)
                 at = axes.get_yaxis_transform()  # x as a share of the width, y a loss
-                axes.text(0.01, TARGETS[rung], f"target {TARGETS[rung]}", va="bottom", transform=at)
+                axes.text(0.01, target, f"target {target}", va="bottom", transform=at)
             axes.grid(axis="y", which="both")
         for name in names:
             figure.axes[0].plot([], [], label=name, **styles[name])

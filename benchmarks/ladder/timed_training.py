@@ -115,7 +115,7 @@ def make_learner(
 
 
 def seconds_per_step(learner: Learner, seconds: float) -> float:
-    """Mean time of the steps that end within `seconds`, and at least of two, after the first."""
+    """Mean time of the steps that begin within `seconds`, and at least of two, after the first."""
     learner.step()
     learner.wait()
     started, taken = time.perf_counter(), 0
