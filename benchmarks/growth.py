@@ -233,7 +233,8 @@ def draw(title: str, rows: Sequence[Row]) -> bytes:
     for heading in list(rows[0])[1:]:
         quantity, _, label = heading.partition(", ")
         curve = {str(row[x]): row[heading] for row in rows if row.get(heading) is not None}
-        panels.setdefault(quantity, {})[label or "measured"] = curve
+        if curve:
+            panels.setdefault(quantity, {})[label or "measured"] = curve
     titled = {}
     for quantity, each in panels.items():
         found = ", ".join(

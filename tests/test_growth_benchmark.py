@@ -11,6 +11,7 @@ from benchmarks import growth, sizes
 from benchmarks.measure import Effort
 from benchmarks.train_steps import count_parameters
 from simplernn_jax.config import validate
+from simplernn_jax.data.token_store import prepare_corpus
 from simplernn_jax.sharding.mesh import check_fits
 
 pytestmark = pytest.mark.oldest_python
@@ -45,11 +46,19 @@ def test_growths_have_rows_slopes_and_pictures(monkeypatch, tmp_path):
     def load(name, batch, length, **fields):
         return small_config(batch_size=batch, sequence_length=length, **fields)
 
+    tokenizers = []
+
+    def prepare(config, *rest):
+        tokenizers.append(config.tokenizer)
+        return prepare_corpus(config, *rest)
+
     monkeypatch.setattr(growth, "load_config", load)
+    monkeypatch.setattr(growth, "prepare_corpus", prepare)
     monkeypatch.setattr(growth, "call_isolated", lambda call, **given: call(**given))
     monkeypatch.setattr(growth, "on_simulated_devices", lambda _, call, **given: call(**given))
     smaller = {"SIZES": ((8, 1, 2, 11), (16, 1, 4, 23)), "LENGTHS": (8, 16), "LONGEST_PLAIN": 8}
     smaller |= {"BATCHES": (1, 2), "DEVICES": (1, 2), "SMALLEST_CORPUS": 1, "_FILE_BYTES": 10_000}
+    smaller["TOKENIZERS"] = {"bytes": ("byte", 100), "BPE": ("bpe:300", 1)}
     for name, value in smaller.items():
         monkeypatch.setattr(growth, name, value)
     *measured, (title, slopes) = growth.run(Effort(1, 1), largest_corpus=10)
@@ -63,6 +72,8 @@ def test_growths_have_rows_slopes_and_pictures(monkeypatch, tmp_path):
     assert lengths[1]["memory (MB), whole sequence"] is None
     assert batches[0]["memory (MB)"] < batches[1]["memory (MB)"]
     assert [row["MB of text"] for row in corpora] == [1, 10]
+    assert [row["time (ms), BPE"] is None for row in corpora] == [False, True]
+    assert tokenizers == ["byte", "bpe:300", "byte"]
     assert [row["exchanged (MB), data"] is None for row in devices] == [True, False]
     assert {row["growth with"] for row in slopes} == set(growth.PICTURES)
 
