@@ -1,4 +1,4 @@
-"""25M parameters on a BPE of 8,192 ids, in bfloat16: for a patient CPU, or one accelerator.
+"""25M parameters on a BPE of 8,192 ids, in bfloat16: for an accelerator, or hours on a CPU.
 
     python scripts/train.py --config configs/small.py --workdir runs/small
 
