@@ -21,7 +21,8 @@ fi
 if [ -z "$(flag_value workdir "$@")" ]; then
   newest=""
   for saved in "${from_here}runs"/*/checkpoints/complete.json; do
-    if [ -e "$saved" ] && { [ -z "$newest" ] || [ "$saved" -nt "$newest" ]; }; then newest="$saved"; fi
+    if ! compgen -G "${saved%complete.json}*/manifest.sha256" >/dev/null; then continue; fi  # nothing saved yet
+    if [ -z "$newest" ] || [ "$saved" -nt "$newest" ]; then newest="$saved"; fi
   done
   [ -n "$newest" ] || fail "no trained model under ${from_here}runs; run: bash scripts/train.sh"
   workdir="${newest%/checkpoints/complete.json}"

@@ -129,7 +129,8 @@ def test_a_failed_installation_is_repeated(project):
 
 def trained(project: Path, name: str, modified: int) -> None:
     complete = project / "runs" / name / "checkpoints" / "complete.json"
-    complete.parent.mkdir(parents=True)
+    (complete.parent / "250").mkdir(parents=True)
+    (complete.parent / "250" / "manifest.sha256").touch()
     complete.write_text("{}")
     os.utime(complete, (modified, modified))
 
@@ -139,6 +140,8 @@ def test_infer_uses_the_run_saved_last(project):
     trained(project, "tiny", 300)
     trained(project, "seed", 200)
     (project / "runs" / "unsaved").mkdir()
+    trained(project, "begun", 400)
+    (project / "runs" / "begun" / "checkpoints" / "250" / "manifest.sha256").unlink()
     result = launch(project, "infer.sh", "def main(", "--top_k=3")
     expected = ["scripts/sample.py", "--workdir", "runs/tiny", "--prompt=def main(", "--top_k=3"]
     assert arguments_of(result) == expected
