@@ -1,9 +1,9 @@
 """Recurrent language models in JAX: the SimpleRNN cell, its training and its decoding.
 
-Public names: `load_model` here; `gated_linear_recurrence` and `recurrent_step` in
-`simplernn_jax.ops`; `SimpleRNNCell`, `SimpleRNN` and `LanguageModel` in
-`simplernn_jax.models`; `generate` in `simplernn_jax.inference`; the configurations in
-`simplernn_jax.configs`.
+Among the public names, all of which docs/api.md lists, are `load_model` here;
+`gated_linear_recurrence` and `recurrent_step` in `simplernn_jax.ops`; `SimpleRNNCell`, `SimpleRNN`
+and `LanguageModel` in `simplernn_jax.models`; `generate` in `simplernn_jax.inference`; the
+configurations in `simplernn_jax.configs`.
 """
 
 import os

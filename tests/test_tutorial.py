@@ -36,4 +36,4 @@ def test_the_cells_run(tmp_path):
     assert result.output.count("half-lives in tokens") == 1
     assert (tmp_path / "prompt.state").exists()
     assert "largest difference of logits" in result.output
-    assert (tmp_path / "shared" / "model.html").exists()
+    assert (tmp_path / "shared_model" / "model.html").exists()

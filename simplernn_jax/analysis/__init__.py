@@ -1,6 +1,6 @@
 """Analysis of a trained model: which tokens its outputs come from, and its memory of them.
 
-May import every other room; only scripts import this one.
+May import every other subpackage; only scripts and benchmarks import this one.
 """
 
 from simplernn_jax.analysis.attention_map import apply_map, attention_map

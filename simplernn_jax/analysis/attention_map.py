@@ -40,7 +40,11 @@ def attention_map(
 ) -> AttentionMap:
     """Return the implicit attention of ``gated_linear_recurrence(q, k, v, log_gate)``, for any v.
 
-    q, k and log_gate, at most 0, are ``[B, T, H, K]``, segment_ids ``[B, T]``, as there.
+    Args:
+      q: queries, ``[B, T, H, K]``, float32, float64 or bfloat16.
+      k: keys, ``[B, T, H, K]``.
+      log_gate: logarithms of the gates, at most 0, ``[B, T, H, K]``.
+      segment_ids: int32 ``[B, T]``, as there; None is one segment.
     """
     batch, length, heads, key_dim = q.shape
     dtype = accumulator_dtype(q, k, log_gate)
@@ -68,8 +72,13 @@ def apply_map(
 ) -> tuple[Values, Values]:
     """Apply a map to the values and to the initial state.
 
+    Args:
+      attention: of `attention_map`.
+      v: ``[B, T, H, V]``.
+      initial_state: ``[B, H, K, V]``.
+
     Returns:
-      Two ``[B, T, H, V]``; their sum is the output of the recurrence.
+      Two ``[B, T, H, V]`` in the map's dtype; their sum is the output of the recurrence.
     """
     dtype = attention.weights.dtype
     from_values = jnp.einsum("bhts,bshv->bthv", attention.weights, v.astype(dtype))

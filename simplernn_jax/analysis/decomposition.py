@@ -58,7 +58,13 @@ class LayerDecomposition(NamedTuple):
 def decompose_layer(
     mixer: Mixer, call: Record, segment_ids: SegmentIds | None = None
 ) -> LayerDecomposition:
-    """Decompose one recorded call of a mixer and measure how exact the sum is."""
+    """Decompose one recorded call of a mixer and measure how exact the sum is.
+
+    Args:
+      mixer: the layer's, one of `find_mixers`.
+      call: of this mixer, one of the layers of `record`.
+      segment_ids: int32 ``[B, T]``, those of the recording.
+    """
     if isinstance(mixer, Attention):
         projected, output_gate = mixer.project_inputs(call.inputs)
         parts = _decompose_attention(mixer, projected, call.state, segment_ids)

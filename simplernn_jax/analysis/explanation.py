@@ -97,7 +97,9 @@ class Explanation:
     memory: Memory
     """Over the whole text."""
     chosen: ChosenToken
+    """The prediction whose contributions are shown."""
     state_value: StateValue
+    """What the state contributes to the predictions."""
     characters_per_token: float
     """Mean over the text."""
     attention_context: int

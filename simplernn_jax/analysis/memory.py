@@ -48,7 +48,14 @@ class Memory(NamedTuple):
 
 
 def half_life(mean_decay: np.ndarray) -> np.ndarray:
-    """Return ``ln 2 / E[-log g]``: tokens after which a key channel has decayed by half."""
+    """Return ``ln 2 / E[-log g]``: tokens after which a key channel has decayed by half.
+
+    Args:
+      mean_decay: ``E[-log g]`` of each channel, of any shape.
+
+    Returns:
+      float64 of the same shape; infinite where nothing decays.
+    """
     decay = np.asarray(mean_decay, np.float64)
     return np.divide(math.log(2), decay, out=np.full_like(decay, np.inf), where=decay > 0)
 
@@ -80,6 +87,9 @@ def effective_rank(matrices: np.ndarray) -> np.ndarray:
 
     Args:
       matrices: ``[..., K, V]``.
+
+    Returns:
+      float64 ``[...]``.
     """
     values = np.linalg.svd(np.asarray(matrices, np.float64), compute_uv=False)
     total = values.sum(axis=-1, keepdims=True)

@@ -52,7 +52,11 @@ def prepare_corpus(
       tokenizer: a resumed run's; None loads ``config.tokenizer``, which must give back the text,
         or trains it with `train_tokenizer`.
       exclude: folders, besides `cache_dir`, that are no part of the source; see `open_corpus`.
-      show_progress: a bar on a terminal, two plain lines elsewhere.
+      show_progress: a bar on a terminal; elsewhere a line at the start, every 30 seconds and at the
+        end.
+
+    Returns:
+      The tokenizer and both splits, whose tokens are memory-mapped.
 
     Raises:
       UserError: the corpus, the tokenizer or `cache_dir` is unusable, or the disk is full.

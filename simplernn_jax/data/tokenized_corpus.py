@@ -32,8 +32,11 @@ class TokenizedCorpus:
     """Tokenizer and splits of a corpus."""
 
     tokenizer: Tokenizer
+    """Of both splits."""
     train: TokenSplit
+    """Documents to train on."""
     validation: TokenSplit | None
+    """Held-out documents; None if ``data.validation_fraction`` is 0."""
     content_hash: str
     """SHA-256 over the tokenizer and both splits: equal hashes, equal data."""
 

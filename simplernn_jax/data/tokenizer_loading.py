@@ -12,10 +12,12 @@ def load_tokenizer(spec: str, *corpora: Corpus | None) -> Tokenizer:
 
     Args:
       spec: ``byte``, ``char``, a path to a ``tokenizer.json``, or a name on the Hugging Face hub.
+        Not ``bpe:SIZE``, which `prepare_corpus` trains.
       *corpora: read once for the alphabet of ``char``; unused by the others.
 
     Raises:
-      UserError: an unreadable file, or a name that is neither cached here nor within reach.
+      UserError: an unreadable file, a name that is neither cached here nor within reach, or
+        ``char`` without a corpus.
     """
     if spec == "byte":
         return ByteTokenizer()

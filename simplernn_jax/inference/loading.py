@@ -26,6 +26,10 @@ def load_model(
       checkpoint: of a training run: ``best``, the one of lowest validation loss, or the newest if
         the losses were measured on different tokens; ``newest``; or a step.
 
+    Returns:
+      The model, with float32 parameters on the default device; its tokenizer; the configuration of
+      the run.
+
     Raises:
       UserError: `workdir` has no such checkpoint, or no valid one, or its export is corrupted, or
         the tokenizer has ids that the model does not have.

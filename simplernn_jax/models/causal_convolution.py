@@ -15,7 +15,11 @@ from simplernn_jax.ops.sequence_parallel import sharded_convolution
 
 @tuple_with_names
 class QKVConvStates(NamedTuple):
-    """Last inputs of the convolutions of one layer, or the logical axes of these arrays."""
+    """Last inputs of the convolutions of one layer, or the logical axes of these arrays.
+
+    Arrays are float32 (float64 under x64) ``[B, width - 1, channels]``, with the channels of all
+    heads.
+    """
 
     query: ConvState
     key: ConvState

@@ -37,6 +37,7 @@ class GLAState(NamedTuple):
     """State of `GatedLinearAttention`."""
 
     recurrent: RecurrentState
+    """``[B, H, K, V]``, in the state's dtype."""
     recent: QKVConvStates | None
     """None without short convolutions."""
 

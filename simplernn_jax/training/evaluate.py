@@ -43,6 +43,7 @@ class Evaluation:
     """Scores of a model on a split."""
 
     nats_per_token: float
+    """Mean negative log-likelihood of the scored targets."""
     bits_per_byte: float
     """Per UTF-8 byte of the text, end-of-document tokens included in the numerator. When only a
     part of the split is scored, the split's own ratio of tokens to bytes is used."""
@@ -132,18 +133,7 @@ class Evaluator:
         reset_every: int = 0,
         contexts: Contexts | None = None,
     ) -> Iterator[Scores]:
-        """Score every target of the split once, or a deterministic subset of `limit_tokens`.
-
-        Args:
-          params: the model's parameters.
-          split: the text to score.
-          limit_tokens: 0 scores the whole split.
-          reset_every: reset the state every `reset_every` tokens of a document; 0 never resets.
-          contexts: if given, documents are scored in overlapping contexts, each from a zero state.
-
-        Raises:
-          UserError: the split holds nothing to predict, or contexts do not cover every token.
-        """
+        """Yield the scores of every batch; arguments and errors are those of a call."""
         if contexts is None:
             batches, _ = evaluation_batches(
                 split,
@@ -178,7 +168,18 @@ class Evaluator:
         reset_every: int = 0,
         contexts: Contexts | None = None,
     ) -> Evaluation:
-        """Return the mean over `scores`, with its arguments and errors."""
+        """Return the mean over the targets of the split, or a deterministic subset of them.
+
+        Args:
+          params: the model's parameters.
+          split: the text to score.
+          limit_tokens: number of targets to score; 0 scores the whole split.
+          reset_every: reset the state every `reset_every` tokens of a document; 0 never resets.
+          contexts: if given, documents are scored in overlapping contexts, each from a zero state.
+
+        Raises:
+          UserError: the split holds nothing to predict, or contexts do not cover every token.
+        """
         nats: list[float] = []
         predictions = 0
         newest: jax.Array | None = None

@@ -35,6 +35,7 @@ class Result:
     """Outcome of a run."""
 
     step: int
+    """Optimizer steps taken, those before a resumption included."""
     interrupted_by: str | None
     """Name of the signal that stopped it, or None if it ran to its end."""
     evaluation: Evaluation | None
@@ -51,6 +52,13 @@ def train(config: Config, workdir: str) -> Result:
     Several processes (`distributed`) call this together; SIGTERM to any process stops all of them
     at the same step (`supervisor` forwards SIGINT as SIGTERM). Only process 0 prints, and writes
     samples and metrics.
+
+    Args:
+      config: of the run; `config.validate` lists what it must satisfy.
+      workdir: folder of the run, which is created if it does not exist.
+
+    Returns:
+      How the run ended.
 
     Raises:
       UserError: the data is unusable; the mesh does not fit; the checkpoint has a different model

@@ -133,7 +133,10 @@ def iterate_metrics(workdir: str) -> Iterator[Row]:
 
 
 def read_metrics(workdir: str) -> list[Row]:
-    """Return all rows of `iterate_metrics`."""
+    """Return the rows of ``metrics.jsonl`` of a run, which docs/training.md describes.
+
+    Corrupted rows are left out; there are none if the file cannot be read.
+    """
     return list(iterate_metrics(workdir))
 
 

@@ -36,7 +36,9 @@ class TrainState:
     step: jax.Array
     """Optimizer steps taken, skipped ones included; int32."""
     params: nnx.State
+    """float32 parameters of the model."""
     opt_state: optax.OptState
+    """State of the optimizer, moments in float32."""
     rng: jax.Array
     """Raw uint32 of `jax.random.key_data`; the dropout key of step t is ``fold_in(key, t)``, folded
     further with device, microbatch, window, layer and, in a pipeline, time chunk."""
