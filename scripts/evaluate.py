@@ -24,7 +24,7 @@ from simplernn_jax.data.evaluation_batches import Contexts, check_contexts
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.data.tokenized_corpus import MixedSplit
 from simplernn_jax.data.tokenizer import Tokenizer
-from simplernn_jax.errors import UserError, counted
+from simplernn_jax.errors import UserError, counted, one_line
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
@@ -97,7 +97,7 @@ def main() -> None:
     if isinstance(split, MixedSplit):
         for part in split.parts:
             has_any = part.num_predictions > 0
-            facts[part.name] = (
+            facts[one_line(part.name)] = (
                 str(evaluator(params, part, contexts=windows)) if has_any else "no predictions"
             )
     if windows is not None:

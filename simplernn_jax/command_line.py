@@ -4,6 +4,7 @@ A script defines its flags at module level and ends with ``command_line.run(main
 are those of `simplernn_jax.exit_codes`.
 """
 
+import io
 import logging
 import os
 import re
@@ -169,6 +170,9 @@ def expand_path(path: str, flag: str) -> str:
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Parse the flags, run `main` and exit with its code, or as `exit_with` says on an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files and texts may hold what its encoding cannot represent.
+        sys.stdout.reconfigure(errors="backslashreplace")
     exit_with(lambda: app.run(lambda _: main(), flags_parser=_parse_flags))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from simplernn_jax.control_groups import memory_limits
 from simplernn_jax.errors import UserError, format_bytes
 
 
@@ -37,7 +38,7 @@ def device_memory(device: jax.Device) -> int | None:
 
 def host_memory() -> int | None:
     """Return the bytes of memory, swap included, available to this process; None if unknown."""
-    return min([*_machine_memory(), *_cgroup_limits()], default=None)
+    return min([*_machine_memory(), *memory_limits()], default=None)
 
 
 def check_memory(num_bytes: int, what: str, advice: str) -> None:
@@ -57,25 +58,6 @@ def _machine_memory() -> Iterator[int]:
         return
     with contextlib.suppress(OSError, ValueError):  # not Linux
         yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroup_limits() -> Iterator[int]:
-    """Yield the limits of this process's control group and its parents, versions 1 and 2."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in _lines("/proc/self/cgroup"):
-            _, controllers, path = line.split(":", 2)
-            if not controllers:
-                root, name = "/sys/fs/cgroup", "memory.max"
-            elif "memory" in controllers.split(","):
-                root, name = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
-            else:
-                continue
-            folder = Path(path.strip("/"))
-            for group in (folder, *folder.parents):
-                with contextlib.suppress(OSError):
-                    limit = _lines(os.path.join(root, group, name))[0]
-                    if limit.isdecimal():  # not "max"
-                        yield int(limit)
 
 
 def _lines(path: str) -> list[str]:

@@ -13,6 +13,9 @@ import secrets
 import stat
 from collections.abc import Iterator
 
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO)
+DAMAGE = (*_NO_FILE, errno.EIO, errno.EFBIG)
+"""Errors from reading a file that is not as it was written; other ones are the machine's."""
 SMALL_FILE = 1 << 26
 """Default bound on what `read_file` reads: 64 MiB."""
 
@@ -175,11 +178,21 @@ def write_sealed(path: str | os.PathLike[str], body: str, *, durable: bool = Tru
     write_file(path, f"{body}{sha256_hex(body)}\n".encode(), durable=durable)
 
 
-def read_sealed(path: str | os.PathLike[str]) -> str | None:
-    """Read the body that `write_sealed` wrote; None if the file is missing or was changed."""
+def read_sealed(path: str | os.PathLike[str], limit: int = SMALL_FILE) -> str | None:
+    """Read the body that `write_sealed` wrote; None if the file is missing or was changed.
+
+    A file of more than `limit` bytes counts as changed.
+
+    Raises:
+      OSError: the file may not be read, or the machine has no memory or file descriptor for it.
+    """
     try:
-        text = read_file(path).decode("utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_file(path, limit).decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    except OSError as error:
+        if error.errno not in DAMAGE:
+            raise
         return None
     body = text[: max(len(text) - 65, 0)]
     return body if text == f"{body}{sha256_hex(body)}\n" else None

@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -6,9 +7,10 @@ import pytest
 from processes import ROOT, run_python
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data import prepare_corpus, tokenizer_from_json
+from simplernn_jax.data import bpe, load_tokenizer, prepare_corpus, tokenizer_from_json
 from simplernn_jax.data.token_store import train_tokenizer
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import SMALL_FILE
 
 SIZE = 307
 
@@ -104,6 +106,36 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(source, tmp
     assert done.code == 2
     assert "a.json: its folder does not exist; create it" in done.errors
     assert "training" not in done.errors
+
+
+def test_a_name_that_stdout_cannot_show_is_escaped(source, tmp_path):
+    output = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.json")
+    done = run_python(
+        ROOT / "scripts" / "train_tokenizer.py",
+        *("--config", ROOT / "configs" / "base.py", f"--config.data.source={source}"),
+        *(f"--config.data.tokenizer=bpe:{SIZE}", f"--output={output}"),
+        PYTHONIOENCODING="utf-8:strict",
+    )
+    assert done.code == 0, done.errors
+    assert r"caf\udce9.json" in done.output
+
+
+def test_a_tokenizer_may_be_larger_than_most_files(source, tmp_path):
+    """One of a million ids of Chinese text is."""
+    tokenizer = train_tokenizer(config_of(source), 3, str(tmp_path / "cache"))
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.tokenizer_json + " " * SMALL_FILE)
+    assert load_tokenizer(str(path)).vocab_size == tokenizer.vocab_size
+
+
+def test_documents_beyond_the_bytes_to_train_on_are_not_read(source, tmp_path, monkeypatch):
+    corpus = prepare_corpus(config_of(source, tokenizer="byte"), 3, str(tmp_path / "cache"))
+    starts = corpus.train.document_starts
+    whole = list(bpe._texts(corpus.train, len(corpus.train.tokens)))
+    assert len(whole) == len(starts)
+    for limit in (0, 1, int(starts[2]), int(starts[2]) + 1):
+        count = int(np.sum(starts < limit))
+        assert list(bpe._texts(corpus.train, limit)) == whole[:count]
 
 
 def test_a_part_of_a_long_document_may_end_inside_a_character(source, tmp_path, monkeypatch):

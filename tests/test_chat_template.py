@@ -1,6 +1,7 @@
 """Conversations as text: built-in and given templates, and which tokens are targets."""
 
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -47,6 +48,33 @@ def test_targets_are_answers_and_their_ends(source, end):
     unanswered = list(template.pieces(chat[:2], only_assistant=True))
     assert unanswered
     assert not any(piece.is_target for piece in unanswered)
+
+
+READS_FIRST = """
+{%- if messages[0]['role'] != 'system' %}{{ 'default;' }}{% endif %}
+{%- for one in messages %}{{ one['role'] + ':' + one['content'] + ';' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("source", [ROLES, READS_FIRST])
+def test_an_assistant_may_speak_first(source):
+    template = ChatTemplate(source)
+    chat = [{"role": "assistant", "content": "welcome"}, *talk(("hi", "yo"))]
+    pieces = list(template.pieces(chat, only_assistant=True))
+    assert "".join(piece.text for piece in pieces) == template.render(chat)
+    end = template.end_of_turn
+    assert [piece.text for piece in pieces if piece.is_target] == ["welcome" + end, "yo" + end]
+
+
+def test_long_messages_are_not_kept():
+    template = ChatTemplate(ROLES)
+    tracemalloc.start()
+    for number in range(20):
+        chat = talk(("hi", f"{number}" * 100_000))
+        assert list(template.pieces(chat, only_assistant=True))
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 1_000_000
 
 
 def test_text_cannot_pose_as_a_role():

@@ -311,6 +311,9 @@ def test_an_endless_line_is_refused_before_it_fills_the_memory(tmp_path, monkeyp
     path = write(tmp_path / "a.jsonl", json.dumps([{"text": "a" * (1 << 20)}]))
     with pytest.raises(UserError, match=r"a\.jsonl:1: a line of more than 1 MiB"):
         read_all(path)
+    longest = json.dumps({"text": "a" * ((1 << 20) - 12)})
+    assert len(longest) == 1 << 20
+    assert len(read_all(write(tmp_path / "b.jsonl", longest))) == 1
 
 
 def test_fingerprint_follows_the_files_and_not_their_folder(tmp_path):

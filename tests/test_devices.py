@@ -5,7 +5,8 @@ from unittest import mock
 import jax
 import pytest
 
-from simplernn_jax import devices
+from simplernn_jax import control_groups, devices
+from simplernn_jax.data import token_workers
 from simplernn_jax.errors import UserError
 
 
@@ -43,14 +44,46 @@ def test_a_missing_platform_is_one_line(monkeypatch):
     ],
 )
 def test_memory_is_the_least_of_machine_and_control_groups(monkeypatch, files, expected):
-    def lines(path):
+    def text(path):
         try:
-            return files[path.replace("/./", "/")]
+            return "\n".join(files[path])
         except KeyError:
             raise FileNotFoundError(path) from None
 
-    monkeypatch.setattr(devices, "_lines", lines)
+    monkeypatch.setattr(devices, "_lines", lambda path: text(path).splitlines())
+    monkeypatch.setattr(control_groups, "_text", text)
     assert devices.device_memory(jax.devices()[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 64),
+        ({"/sys/fs/cgroup/a/cpu.max": "max 100000"}, 64),
+        ({"/sys/fs/cgroup/a/cpu.max": "350000 100000"}, 4),
+        ({"/sys/fs/cgroup/a/cpu.max": "max 100000", "/sys/fs/cgroup/cpu.max": "5000 100000"}, 1),
+        (
+            {
+                "/proc/self/cgroup": "4:memory:/a\n2:cpu,cpuacct:/a",
+                "/sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "-1\n",
+                "/sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "100000\n",
+                "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000\n",
+                "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            2,
+        ),
+    ],
+)
+def test_cores_are_at_most_those_of_the_control_groups(monkeypatch, files, expected):
+    def text(path):
+        try:
+            return ({"/proc/self/cgroup": "0::/a"} | files)[path]
+        except KeyError:
+            raise FileNotFoundError(path) from None
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.setattr(control_groups, "_text", text)
+    assert token_workers.available_cores() == expected
 
 
 def test_memory_of_this_machine():

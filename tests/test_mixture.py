@@ -14,6 +14,7 @@ from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus, prepare_corpus
 from simplernn_jax.data.batch_iterator import MixedBatchSource, make_batches
 from simplernn_jax.data.batches import BatchSource, steps_per_epoch
+from simplernn_jax.data.file_search import find_files
 from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.store_folder import DamagedStore
 from simplernn_jax.data.token_store import find_corpus, train_tokenizer
@@ -144,6 +145,15 @@ def test_each_source_has_the_store_that_it_has_alone(folder):
     assert prepare("a:6,b.jsonl:2").content_hash == corpus.content_hash
     for other in ("a:1,b.jsonl:1", "b.jsonl:1,a:3"):
         assert prepare(other).content_hash != corpus.content_hash
+
+
+def test_the_record_of_a_mixture_is_no_text(folder):
+    (folder / "all" / "cache").mkdir(parents=True)
+    (folder / "all" / "text.txt").write_text("some text")
+    prepare_corpus(DataConfig(source="a:3,b.jsonl:1"), 0, "all/cache")
+    (folder / "all" / "mine.mixture.json").write_text("{}")
+    files = find_files("all", frozenset())
+    assert [file.name for file in files] == ["mine.mixture.json", "text.txt"]
 
 
 def test_a_mixture_is_found_by_its_content(folder):

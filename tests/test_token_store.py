@@ -34,7 +34,7 @@ from simplernn_jax.data.store_writer import write_store
 from simplernn_jax.data.token_parts import write_part
 from simplernn_jax.data.token_store import find_corpus
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import read_sealed, write_sealed
+from simplernn_jax.files import open_file, read_sealed, write_sealed
 
 BOS, EOS = 256, 257
 
@@ -380,13 +380,24 @@ def test_anything_else_at_the_path_of_a_store_is_replaced(tmp_path, copy_of_stor
     assert (tmp_path / "elsewhere" / "mine").exists()
 
 
-def test_lack_of_memory_is_not_damage(whole_store, monkeypatch, caplog):
-    refuse = mock.Mock(side_effect=OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
-    source, store, _ = whole_store
-    monkeypatch.setattr("simplernn_jax.data.store_folder.open_file", refuse)
-    with pytest.raises(UserError, match="Cannot allocate memory"):
+@pytest.mark.parametrize("name", ["meta.json", "train.tokens"])
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EACCES])
+def test_an_error_of_the_machine_is_not_damage(whole_store, monkeypatch, caplog, name, number):
+    def refuse(path, **options):
+        if os.path.basename(path) == name:
+            raise OSError(number, os.strerror(number))
+        return open_file(path, **options)
+
+    source, store, corpus = whole_store
+    for module in ("files", "data.store_folder"):
+        monkeypatch.setattr(f"simplernn_jax.{module}.open_file", refuse)
+    with pytest.raises(UserError, match=os.strerror(number)):
         prepare(source, store.parent, **HALF)
+    with pytest.raises(UserError, match=f"{os.strerror(number)}; make it readable"):
+        find_corpus(str(store.parent), corpus.content_hash, corpus.tokenizer)
     assert "corrupted" not in caplog.text
+    monkeypatch.undo()
+    assert (store / name).exists()
 
 
 @pytest.fixture
@@ -493,15 +504,20 @@ def test_what_a_writer_left_that_was_killed_at_its_end_is_removed(source, cache)
 
 
 def test_what_nobody_continues_for_a_week_is_removed(source, cache):
-    left = cache / ".0123.tmp"
-    (left / "spool").mkdir(parents=True)
+    left = cache / f".{'0123' * 8}.tmp"
+    of_users = [cache / f".{'4567' * 8}.tmp", cache / ".backup.tmp"]
+    for folder in (left, *of_users):
+        (folder / "spool").mkdir(parents=True)
+    for folder in (left, of_users[1]):
+        (folder / "lock").touch()
     prepare(source, cache)
-    assert leftovers(cache) == [left]
+    assert sorted(leftovers(cache)) == sorted([left, *of_users])
     days_ago = time.time() - 8 * 24 * 3600
-    for path in [*left.iterdir(), left]:
-        os.utime(path, (days_ago, days_ago))
+    for folder in (left, *of_users):
+        for path in [*folder.iterdir(), folder]:
+            os.utime(path, (days_ago, days_ago))
     prepare(source, cache, seed=4)
-    assert not leftovers(cache)
+    assert sorted(leftovers(cache)) == sorted(of_users)
 
 
 def test_concurrent_writers_give_one_store(tmp_path, cache):

@@ -79,8 +79,9 @@ def _limits(split: TokenSplit) -> list[tuple[TokenSplit, int]]:
 
 def _texts(split: TokenSplit, limit: int) -> Iterator[str]:
     """Yield the text of each document, up to a number of bytes, in parts of bounded size."""
-    bounds = [*split.document_starts.tolist(), len(split.tokens)]
-    for start, end in itertools.pairwise(bounds):
+    count = int(np.searchsorted(split.document_starts, limit))
+    bounds = np.append(split.document_starts[: count + 1], len(split.tokens))[: count + 1]
+    for start, end in itertools.pairwise(map(int, bounds)):
         for at in range(start, min(end, limit), _PART_BYTES):
             ids = np.asarray(split.tokens[at : min(at + _PART_BYTES, end)])
             # A part may begin or end inside a character.

@@ -37,6 +37,8 @@ _PROBE: tuple[Message, ...] = (
     {"role": "user", "content": "question"},
     {"role": "assistant", "content": "answer"},
 )
+_SHORT_MESSAGE = 256
+"""Characters of a message whose rendering is kept at most."""
 
 
 class TemplateError(Exception):
@@ -97,7 +99,7 @@ class ChatTemplate:
         except TemplateError as error:
             raise UserError(f"chat template: {error}; correct --config.data.template") from error
         # Short messages come again and again, and rendering takes most of the time of reading.
-        self._render_message = functools.lru_cache(1 << 14)(self._rendered_alone)
+        self._render_short = functools.lru_cache(1 << 14)(self._rendered_alone)
         if not self.stop:
             raise UserError(
                 "chat template: nothing ends an assistant's message; correct --config.data.template"
@@ -143,17 +145,21 @@ class ChatTemplate:
         if first is None:
             yield from text_pieces(whole, is_target=False)
             return
-        done = self.render(messages[:first])
-        yield from text_pieces(done, is_target=False)
+        parts: list[tuple[str, bool]] = []
         for message in messages[first:]:
             is_assistant = message["role"] == "assistant"
+            content = message["content"]
+            is_short = len(content) <= _SHORT_MESSAGE
+            render = self._render_short if is_short else self._rendered_alone
             prompt = self._generation_prompt if is_assistant else ""
-            said = self._render_message(message["role"], message["content"])
-            yield from text_pieces(prompt, is_target=False)
-            yield from text_pieces(said, is_assistant)
-            done += prompt + said
-        if done != whole:
+            parts += [(prompt, False), (render(message["role"], content), is_assistant)]
+        rest = "".join(text for text, _ in parts)
+        before = whole[: len(whole) - len(rest)]
+        # Many templates cannot render a conversation without messages.
+        if before + rest != whole or (first and before != self.render(messages[:first])):
             raise TemplateError("a message is not rendered alike everywhere in a conversation")
+        for text, is_target in [(before, False), *parts]:
+            yield from text_pieces(text, is_target)
 
     def _rendered_alone(self, role: str, content: str) -> str:
         """Render a message of a conversation without its generation prompt."""

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from absl import logging
 from simplernn_jax.files import sync
 
 _SUFFIX = ".tmp"
+_NAME = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(_SUFFIX)}")
 _LOCK = "lock"
 _RESULT = "result"
 _ABANDONED_SECONDS = 7 * 24 * 3600
@@ -119,7 +121,11 @@ def _is_file(descriptor: int, path: Path) -> bool:
 def _remove_abandoned(parent: Path, but: Path) -> None:
     """Remove what killed writers left, other than `but`, and nobody continued for a week."""
     limit = time.time() - _ABANDONED_SECONDS
-    for temporary in set(parent.glob(f".*{_SUFFIX}")) - {but}:
+    # Users may have hidden folders of their own there: only those of stores have such a name.
+    found = {path for path in parent.glob(f".*{_SUFFIX}") if _NAME.fullmatch(path.name)}
+    for temporary in found - {but}:
         with contextlib.suppress(OSError):  # gone meanwhile, or not a writer's
-            if all(path.stat().st_mtime < limit for path in [temporary, *temporary.iterdir()]):
+            is_writers = (temporary / _LOCK).is_file()
+            paths = [temporary, *temporary.iterdir()]
+            if is_writers and all(path.stat().st_mtime < limit for path in paths):
                 shutil.rmtree(temporary, ignore_errors=True)

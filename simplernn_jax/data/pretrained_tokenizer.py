@@ -22,6 +22,8 @@ _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>",
 _PAD_NAMES = ("<pad>", "<|pad|>", "<|finetune_right_pad_id|>", "[PAD]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _REACH_SECONDS = 5
+MAX_TOKENIZER_BYTES = 1 << 30
+"""Bytes of a ``tokenizer.json`` at most. One of a million ids has about 90 MB."""
 _MAX_IDS = 1 << 24
 """Ids of a vocabulary at most. The largest known ones have a million; an id of four billion is
 damage, which only the memory of its embedding would refuse."""
@@ -39,7 +41,7 @@ def load_pretrained(spec: str) -> "PretrainedTokenizer":
     if not is_path:
         path = _from_hub(spec)
     try:
-        content = read_file(path)
+        content = read_file(path, MAX_TOKENIZER_BYTES)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"tokenizer {path}: no such file; pass that of a tokenizer.json") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

@@ -99,12 +99,12 @@ class JsonlFiles(RecordFiles):
         end = 0
         with open_source(file.path) as (stream, raw):
             for number in itertools.count(1):
-                line = stream.readline(MAX_RECORD_BYTES)
+                line = stream.readline(MAX_RECORD_BYTES + 1)
                 if not line or number % 256 == 0:  # asking for it takes as long as a short line
                     self.bytes_read = before + raw.tell()
                 if not line:
                     break
-                if len(line) == MAX_RECORD_BYTES:
+                if len(line) > MAX_RECORD_BYTES:
                     raise UserError(
                         f"{file.path}:{number}: a line of more than {MAX_RECORD_BYTES >> 20} MiB; "
                         "write one JSON object in each line"

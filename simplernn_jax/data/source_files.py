@@ -68,11 +68,11 @@ def library_errors(
 ) -> Iterator[None]:
     """Turn what a library raises for corrupted files, which can be anything, into a `UserError`.
 
-    Its message is ``PROBLEM (error); ADVICE``; `passed` is raised unchanged.
+    Its message is ``PROBLEM (error); ADVICE``; `passed` and `MemoryError` are raised unchanged.
     """
     try:
         yield
-    except (UserError, passed):
+    except (UserError, MemoryError, passed):
         raise
     except Exception as error:
         raise UserError(f"{problem} ({type(error).__name__}: {error}); {advice}") from error

@@ -11,7 +11,6 @@ NAME/meta.json           manifest: dtype, sizes and SHA-256 of these files, seal
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import io
@@ -28,13 +27,12 @@ import numpy as np
 from simplernn_jax.data.sharded_array import ShardedArray, joined, shards_of
 from simplernn_jax.data.token_parts import TOKEN_DTYPES
 from simplernn_jax.data.token_workers import available_cores
-from simplernn_jax.files import open_file, read_sealed
+from simplernn_jax.files import DAMAGE, open_file, read_sealed
 
 META_FILE = "meta.json"
 """Manifest of a store."""
-_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO)
-_DAMAGE = (*_NO_FILE, errno.EIO)
-"""Errors from reading a corrupted store; other ones are the machine's."""
+MIXTURE_SUFFIX = ".mixture.json"
+"""Suffix of a file, beside stores, that names those of a mixture."""
 
 
 class DamagedStore(Exception):
@@ -78,7 +76,7 @@ def open_store(folder: Path) -> list[TokenSplit]:
 
     Raises:
       DamagedStore: a file is missing, not a regular file, or not what was written.
-      OSError: the machine has no memory or no file descriptor for it.
+      OSError: it may not be read, or the machine has no memory or no file descriptor for it.
     """
     meta = _read_meta(folder)
     with ThreadPoolExecutor(available_cores()) as threads:
@@ -89,12 +87,12 @@ def is_store(folder: Path) -> bool:
     """Return whether a folder holds the manifest of a store of its name; reads no tokens."""
     try:
         return bool(_read_meta(folder))
-    except DamagedStore:
+    except (DamagedStore, OSError):
         return False
 
 
 def content_hashes(folder: Path) -> list[str]:
-    """Read the recorded content hashes of the splits, or raise `DamagedStore`; reads no tokens."""
+    """Read the recorded content hashes of the splits; raises what `open_store` does."""
     return [split["content_hash"] for split in _read_meta(folder)["splits"].values()]
 
 
@@ -182,7 +180,7 @@ def _verified(path: Path, size: int, sha256: str) -> Iterator[io.BufferedReader]
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 raise DamagedStore(f"{path.name} was changed")
         except OSError as error:
-            if error.errno not in _DAMAGE:
+            if error.errno not in DAMAGE:
                 raise
             raise DamagedStore(f"{path.name}: {error.strerror}") from error
         file.seek(0)

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data.corpora import Corpus, open_corpus
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, one_line
 
 FIELD = "text"
 
@@ -32,7 +32,7 @@ class TextDataset(  # type: ignore[call-arg]  # the base class takes the keyword
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"Text of {self._source}.",
+            description=one_line(f"Text of {self._source}."),
             features=tfds.features.FeaturesDict({FIELD: tfds.features.Text()}),
             disable_shuffling=True,
         )

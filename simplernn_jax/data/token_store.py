@@ -15,9 +15,15 @@ from simplernn_jax.config import DataConfig
 from simplernn_jax.data import bpe
 from simplernn_jax.data.corpora import open_corpus
 from simplernn_jax.data.mixture import WeightedSource, parse_mixture
-from simplernn_jax.data.pretrained_tokenizer import PretrainedTokenizer
+from simplernn_jax.data.pretrained_tokenizer import MAX_TOKENIZER_BYTES, PretrainedTokenizer
 from simplernn_jax.data.source_store import open_or_write
-from simplernn_jax.data.store_folder import DamagedStore, TokenSplit, content_hashes, open_store
+from simplernn_jax.data.store_folder import (
+    MIXTURE_SUFFIX,
+    DamagedStore,
+    TokenSplit,
+    content_hashes,
+    open_store,
+)
 from simplernn_jax.data.tokenized_corpus import TokenizedCorpus, hash_splits, of_mixture, of_splits
 from simplernn_jax.data.tokenizer import Tokenizer, check_round_trip
 from simplernn_jax.data.tokenizer_loading import load_tokenizer
@@ -26,8 +32,6 @@ from simplernn_jax.files import read_sealed, write_sealed
 
 __all__ = ["TokenSplit", "TokenizedCorpus", "find_corpus", "prepare_corpus", "train_tokenizer"]
 
-_MIXTURE = ".mixture.json"
-"""Suffix of a file that names the stores of a mixture."""
 _STORE_NAME = re.compile("[0-9a-f]{32}")
 
 
@@ -115,7 +119,7 @@ def train_tokenizer(
     cache = _cache_path(cache_dir)
     # Hidden: `find_corpus` looks at the other names.
     path = cache / f".bpe-{vocab_size}-{corpus.content_hash}.json"
-    content = read_sealed(path)
+    content = read_sealed(path, MAX_TOKENIZER_BYTES)
     if content is None:
         content = bpe.train_bpe(corpus.train, vocab_size) + "\n"
         with _disk_errors(cache, config.source):
@@ -140,10 +144,10 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
       UserError: it cannot be read.
     """
     cache = _cache_path(cache_dir)
-    damage = None
+    damage, unreadable = None, ""
     for path in sorted(cache.glob("[!.]*")):
         try:
-            if path.name.endswith(_MIXTURE):
+            if path.name.endswith(MIXTURE_SUFFIX):
                 found = _read_mixture(path).get("content_hash")
             else:
                 found = hash_splits(tokenizer, content_hashes(path))
@@ -151,8 +155,11 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
                 continue
         except DamagedStore:
             continue  # not a store, or one whose record is lost
+        except OSError as error:  # perhaps another store
+            unreadable = f"{path}: {error.strerror}; make it readable"
+            continue
         try:
-            if path.name.endswith(_MIXTURE):
+            if path.name.endswith(MIXTURE_SUFFIX):
                 return _open_mixture(path, tokenizer)
             return of_splits(tokenizer, open_store(path))
         except DamagedStore as error:
@@ -161,6 +168,8 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
             raise UserError(f"{path}: {error.strerror}; make it readable") from error
     if damage is not None:
         raise damage
+    if unreadable:
+        raise UserError(unreadable)
     return None
 
 
@@ -180,7 +189,7 @@ def _mix(
         "stores": stores,
     }
     body = json.dumps(record, indent=2) + "\n"
-    path = cache / f"{mixed.content_hash[:32]}{_MIXTURE}"
+    path = cache / f"{mixed.content_hash[:32]}{MIXTURE_SUFFIX}"
     if read_sealed(path) != body:
         write_sealed(path, body)
     return mixed

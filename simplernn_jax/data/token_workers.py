@@ -7,6 +7,7 @@ write to these pipes, so unpickling what comes out of them is safe.
 
 import collections
 import contextlib
+import math
 import os
 import pickle
 import queue
@@ -20,6 +21,7 @@ from typing import Any
 
 from absl import logging
 
+from simplernn_jax.control_groups import core_limits
 from simplernn_jax.data.documents import Corpus
 from simplernn_jax.data.partial_folder import Interrupted
 from simplernn_jax.data.token_parts import bad_records, has_part, write_part
@@ -37,10 +39,11 @@ class WorkerLost(Interrupted, UserError):
 
 
 def available_cores() -> int:
-    """Number of cores that this process may use."""
+    """Number of cores that this process may use, by its affinity and its control groups."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    return max(1, math.ceil(min([cores, *core_limits()])))
 
 
 def write_parts(
@@ -147,6 +150,8 @@ def _workers(
                 pool = _Pool(processes, corpus, tokenizer)
             except OSError as error:
                 logging.warning("cannot start processes (%s); tokenizing in this one", error)
+                for process in processes:
+                    process.kill()
         yield pool
     except BaseException:
         # Or the parts that are being written would be waited for.
@@ -195,7 +200,7 @@ def work() -> None:
         error: Exception | None = None
         try:
             write_part(Path(folder), number, part, corpus, tokenizer)
-        except (UserError, OSError) as problem:
+        except (UserError, OSError, MemoryError) as problem:
             error = problem
         pickle.dump(error, answers)
         answers.flush()
