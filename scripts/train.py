@@ -42,10 +42,18 @@ _DISTRIBUTED = flags.DEFINE_boolean(
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of the process with --process_id 0."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process.", lower_bound=0)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Number of processes.", lower_bound=1, upper_bound=2**20
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Index of this process.", lower_bound=0, upper_bound=2**20
+)
 _TIMEOUT = flags.DEFINE_integer(
-    "join_timeout", 120, "Seconds to wait for all processes to join.", lower_bound=1
+    "join_timeout",
+    120,
+    "Seconds to wait for all processes to join.",
+    lower_bound=1,
+    upper_bound=10**6,
 )
 
 

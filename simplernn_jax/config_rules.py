@@ -125,8 +125,8 @@ def _check_model(values: Mapping[str, Any], mixers: Sequence[str]) -> None:
 
 
 def _check_gla(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    if values["model.norm_epsilon"] <= 0:
-        _reject("model.norm_epsilon", values["model.norm_epsilon"], "positive")
+    if values["model.norm_epsilon"] < 1e-12:  # inputs are scaled by sqrt(1e-6 / epsilon)
+        _reject("model.norm_epsilon", values["model.norm_epsilon"], "at least 1e-12")
     if values["model.min_log_gate"] > 0:
         allowed = "negative, or 0 for no lower bound: gates are below 1"
         _reject("model.min_log_gate", values["model.min_log_gate"], allowed)
@@ -160,8 +160,11 @@ def _check_run(values: Mapping[str, Any]) -> None:
         reject("data.source", "stdlib, a path, a glob or tfds:NAME")
     if values["data.loss_on"] == "assistant" and not values["data.template"]:
         reject("data.loss_on", "all without data.template")
-    if values["optimizer.epsilon"] <= 0:
-        reject("optimizer.epsilon", "positive")
+    if values["optimizer.epsilon"] < 1e-30:  # 0 in float32, or nearly
+        reject("optimizer.epsilon", "at least 1e-30")
+    for field in ("optimizer.beta1", "optimizer.beta2"):
+        if values[field] > 1 - 2**-24:  # 1 in float32
+            reject(field, "at most 1 - 2**-24")
     if values["train.seed"] >= 2**32:
         reject("train.seed", "in [0, 2**32)")
     is_evaluated = values["train.eval_every"] and values["data.validation_fraction"]

@@ -145,6 +145,7 @@ def broadcast_from_coordinator(number: int) -> int:
 
 def check_same(text: str, difference: str) -> None:
     """Raise UserError, ``a process DIFFERENCE``, unless `text` is the same in every process."""
+    barrier("check_same")  # the computation below would time out while a process still works
     try:
         multihost_utils.assert_equal(np.frombuffer(bytes.fromhex(sha256_hex(text)), np.int32))
     except AssertionError:

@@ -84,7 +84,7 @@ def test_a_tied_head_may_be_in_the_file_if_it_is_the_embedding(tmp_path):
         ({"hidden_size": "8"}, 'hidden_size is "8"; expected int'),
         ({"hidden_size": 10**9}, "hidden_dim=1000000000 is invalid: expected at most"),
         ({"expand_k": float("nan")}, "expand_k is NaN; expected int or float"),
-        ({"norm_eps": 0}, "norm_epsilon=0.0 is invalid: expected positive"),
+        ({"norm_eps": 0}, "norm_epsilon=0.0 is invalid: expected at least 1e-12"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; expected bool"),
         ({"use_short_conv": True, "conv_size": 1}, "short_convolution=1 is invalid"),
         ({"vocab_size": None}, "vocab_size is null; expected int"),

@@ -1,12 +1,14 @@
 """Manifests: every change to a folder shows."""
 
+import errno
 import functools
+import os
 
 import pytest
 from odd_files import put_odd_file
 
 from simplernn_jax.checkpoint import manifest
-from simplernn_jax.files import write_sealed
+from simplernn_jax.files import open_file, write_sealed
 
 
 @pytest.fixture
@@ -17,6 +19,20 @@ def folder(tmp_path):
     (tmp_path / "last").write_bytes(b"\n\r\n")
     manifest.write_manifest(str(tmp_path))
     return tmp_path
+
+
+@pytest.mark.parametrize("name", [manifest.MANIFEST_NAME, "last"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ENOMEM])
+def test_an_error_of_the_machine_is_not_damage(folder, monkeypatch, name, number):
+    def refuse(path, **options):
+        if os.path.basename(path) == name:
+            raise OSError(number, os.strerror(number), path)
+        return open_file(path, **options)
+
+    for module in ("files", "checkpoint.manifest"):
+        monkeypatch.setattr(f"simplernn_jax.{module}.open_file", refuse)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        manifest.find_corruption(str(folder))
 
 
 def test_an_untouched_folder_is_intact(folder):

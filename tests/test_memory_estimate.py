@@ -14,6 +14,7 @@ from simplernn_jax.memory_estimate import (
     check_generation,
     check_training,
     estimate_training,
+    evaluation_sequences,
     num_weights,
 )
 from simplernn_jax.models.initialization import abstract_model
@@ -77,7 +78,7 @@ def test_a_run_that_cannot_fit_is_refused_with_its_size(mesh, section, field, va
 def test_a_large_state_is_refused_if_it_is_allocated(mesh):
     config = Config()
     config.model.mixer, config.model.attention_context = "attention", 10**9
-    with pytest.raises(UserError, match=r"state 4\.\d+ TB.* lower .*attention_context"):
+    with pytest.raises(UserError, match=r"state 8\.\d+ TB.* lower .*attention_context"):
         check_training(config, mesh)
     config.train.sample_every, config.data.validation_fraction = 0, 0.0
     check_training(config, mesh)
@@ -135,3 +136,13 @@ def test_stages_save_the_inputs_of_their_chunks_alone():
     whole, stages = (estimate_training(config, ONE | {"stage": n}).activations for n in (1, 2))
     # A step on two stages takes a third of what saving all layers would.
     assert stages < whole / 6
+
+
+@pytest.mark.parametrize(("context", "expected"), [(256, 32), (2**16, 4), (2**20, 1)])
+def test_the_states_of_sequences_that_are_scored_together_are_bounded(context, expected):
+    config = small_config("residual", key_dim=128, value_dim=128, num_heads=4)
+    config.model.mixer, config.model.attention_context = "attention", context
+    assert evaluation_sequences(config.model) == expected
+    assert evaluation_sequences(config.model, 3) == min(3, expected)
+    config.data.validation_fraction = 0.5
+    assert estimate_training(config, ONE).state >= 2 * expected * context * 256 * 4

@@ -61,6 +61,25 @@ def test_a_resume_drops_rows_after_the_checkpoint_and_repeats_none(tmp_path):
     assert steps_in(tmp_path) == []
 
 
+def test_a_resume_keeps_evaluations_of_other_tokens_apart(tmp_path):
+    for predictions in (100, 100, 5000):
+        writer = MetricsWriter(str(tmp_path), 0 if not steps_in(tmp_path) else 10)
+        writer.write(10, "validation", loss=1.5, predictions=predictions)
+        writer.close()
+    assert [row["predictions"] for row in read_metrics(str(tmp_path))] == [100, 5000]
+
+
+def test_a_value_that_is_unknown_is_no_event(tmp_path, caplog):
+    writer = MetricsWriter(str(tmp_path), 0)
+    writer.write(3, "train", loss=1.5, tokens=None)
+    writer.close()
+    assert read_metrics(str(tmp_path))[0]["tokens"] is None
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    assert b"train/loss" in path.read_bytes()
+    assert b"train/tokens" not in path.read_bytes()
+    assert not caplog.text
+
+
 def test_a_line_truncated_by_a_crash_is_left_out_and_later_ones_are_intact(tmp_path):
     write(tmp_path, 0, 5, 10)
     path = tmp_path / "metrics.jsonl"

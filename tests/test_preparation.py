@@ -121,6 +121,21 @@ def test_a_sample_prompt_is_a_question_where_a_template_is_trained(tmp_path, con
         prepare(config, str(tmp_path / "other"))
 
 
+def test_a_question_that_the_tokenizer_cannot_encode_is_found_before_training(tmp_path):
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join([json.dumps({"messages": chat})] * 9))
+    config = small_config(
+        source=str(path), tokenizer="char", template=load_template("roles"), sample_every=10
+    )
+    template = ChatTemplate(config.data.template)
+    prompt = prepare(config, str(tmp_path / "run"))[0].train.sample_prompt
+    assert prompt == template.render_next([{"role": "user", "content": ""}])
+    config.train.sample_prompt = "who?"
+    with pytest.raises(UserError, match=r"^--config\.train\.sample_prompt='who\?': "):
+        prepare(config, str(tmp_path / "other"))
+
+
 @pytest.mark.parametrize("fraction", [0.2, 0.0])
 def test_an_unknown_default_prompt_is_replaced_by_a_line_of_text(tmp_path, caplog, fraction):
     folder = tmp_path / "lines"

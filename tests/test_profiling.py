@@ -1,7 +1,9 @@
 """Profiles of a run: which steps they hold, and that they are complete however it ends."""
 
 import contextlib
+from unittest import mock
 
+import jax
 import pytest
 
 from simplernn_jax.training import profiling
@@ -15,6 +17,20 @@ def events(monkeypatch):
     monkeypatch.setattr(profiling.jax.profiler, "start_trace", lambda _: events.append("start"))
     monkeypatch.setattr(profiling.jax.profiler, "stop_trace", lambda: events.append("stop"))
     return events
+
+
+@pytest.mark.parametrize("taken", [3, 9])
+def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path, events, monkeypatch, taken):
+    problem = mock.Mock(side_effect=jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no space"))
+    monkeypatch.setattr(profiling.jax.profiler, "stop_trace", problem)
+    lines = []
+    with Profile(str(tmp_path), 2, lines.append, contextlib.nullcontext) as profile:
+        for number in range(taken):
+            with profile.step(number, ()):
+                events.append(number)
+    assert events == [0, 1, "start", *range(2, taken)]
+    assert lines == ["no profile: RESOURCE_EXHAUSTED: no space"]
+    assert problem.call_count == 1
 
 
 @pytest.mark.parametrize("fails", [False, True])

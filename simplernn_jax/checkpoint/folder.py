@@ -26,7 +26,7 @@ UNFINISHED_MARK = ".orbax-checkpoint-tmp"
 _PRUNED = "pruned"
 """Folder of checkpoints that are being deleted: whatever is left there does not count."""
 
-_STEP = re.compile(r"0|[1-9][0-9]{0,8}")
+_STEP = re.compile(r"0|[1-9][0-9]{0,9}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _UNREADABLE = ("\\", "gs:/")
 """Unsupported parts of a path: TensorStore does not find its files with the first, and Orbax takes

@@ -10,7 +10,7 @@ import re
 import stat
 from collections.abc import Collection
 
-from simplernn_jax.files import open_file, read_sealed, sync, write_sealed
+from simplernn_jax.files import DAMAGE, open_file, read_sealed, sync, write_sealed
 
 MANIFEST_NAME = "manifest.sha256"
 
@@ -46,6 +46,9 @@ def find_corruption(folder: str, parts: Collection[str] | None = None) -> str | 
 
     Returns:
       None if all is as written, else one phrase that names the first file that is not.
+
+    Raises:
+      OSError: a file may not be read, or the machine has no memory or file descriptor for it.
     """
     if not has_manifest(folder):
         return f"{MANIFEST_NAME} is missing"
@@ -88,6 +91,8 @@ def _file_corruption(path: str, size: int, digest: str, *, is_read: bool) -> str
         if is_read and _read_digest(path, sync=False) != (size, digest):
             return "was changed"
     except OSError as error:
+        if error.errno not in DAMAGE:
+            raise
         return f"cannot be read ({error.strerror})"
     return None
 

@@ -16,6 +16,7 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.evaluation_batches import Contexts, context_batches, evaluation_batches
 from simplernn_jax.data.token_store import TokenSplit
+from simplernn_jax.memory_estimate import EVALUATION_SEQUENCES, evaluation_sequences
 from simplernn_jax.mesh_axes import BATCH_AXES, TOKEN_AXES
 from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.ops.collectives import psum
@@ -35,7 +36,7 @@ from simplernn_jax.training.losses import chunked_cross_entropy
 BATCH_TOKENS = 8192
 """Tokens scored in one call: large enough to saturate a CPU."""
 
-MAX_BATCH_SIZE = 32
+MAX_BATCH_SIZE = EVALUATION_SEQUENCES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Evaluator:
         )
         abstract = nnx.merge(graph, abstract_params)
         self._pad_id = pad_id
+        self._model = config.model
 
         def score(
             params: nnx.State, batch: Batch, carried: ModelState
@@ -138,7 +140,7 @@ class Evaluator:
             batches, _ = evaluation_batches(
                 split,
                 BATCH_TOKENS,
-                MAX_BATCH_SIZE,
+                evaluation_sequences(self._model, MAX_BATCH_SIZE),
                 self._pad_id,
                 limit_tokens,
                 reset_every,
@@ -146,7 +148,8 @@ class Evaluator:
             )
         else:
             # Each has a state of its own.
-            tokens = min(BATCH_TOKENS, MAX_BATCH_SIZE * contexts.length)
+            sequences = evaluation_sequences(self._model, MAX_BATCH_SIZE)
+            tokens = min(BATCH_TOKENS, sequences * contexts.length)
             batches, _ = context_batches(
                 split, contexts, tokens, self._pad_id, limit_tokens, self._shard_multiple
             )

@@ -17,6 +17,7 @@ from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.data.bpe import PREFIX
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.data.tokenizer_loading import load_tokenizer, tokenizer_from_json
+from simplernn_jax.distributed import broadcast_from_coordinator, is_coordinator
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.exported_folder import is_exported, load_exported, read_run
 from simplernn_jax.models import LanguageModel, load_gla_checkpoint
@@ -66,7 +67,9 @@ def initial_parameters(config: Config, abstract: nnx.State, shardings: Any) -> n
     path = config.train.init_from
     model = _load(path)
     if model is None:
-        _, step_path, _ = choose_checkpoint(path)
+        # The run may go on meanwhile: all processes read the checkpoint that process 0 sees.
+        step = choose_checkpoint(path).step if is_coordinator() else 0
+        step_path = CheckpointFolder(path).step_path(broadcast_from_coordinator(step))
         tree = {"params": abstract}
         placed = None if shardings is None else {"params": shardings}
         return read_tree(step_path, tree, placed, partial=True)["params"]

@@ -57,8 +57,8 @@ class MetricsWriter:
         self.seconds = 0.0
         """Training time up to the last row that is kept."""
         self._first_step = first_step
-        self._known: set[str] = set()
-        """Kinds of the rows of `first_step`."""
+        self._known: set[tuple[str, Any]] = set()
+        """Kinds and numbers of scored tokens of the rows of `first_step`."""
         path = os.path.join(workdir, FILE_NAME)
         self._file = _AppendOnlyFile(path) if self._keep_rows(path) else None
         self._events = EventLog(workdir, first_step)
@@ -95,7 +95,7 @@ class MetricsWriter:
 
     def _note(self, row: Row) -> None:
         if row["step"] == self._first_step:
-            self._known.add(row["kind"])
+            self._known.add((row["kind"], row.get("predictions")))
         seconds = row.get("seconds")
         if isinstance(seconds, int | float) and math.isfinite(seconds):
             self.seconds = max(self.seconds, seconds)
@@ -104,9 +104,9 @@ class MetricsWriter:
         """Write one row: numbers go to TensorBoard as scalars, text as text.
 
         In the file, a number that is not finite is null: JSON cannot represent it.
-        A row of this step and kind from an earlier run is kept instead.
+        A row of this step, kind and number of scored tokens from an earlier run is kept instead.
         """
-        if step == self._first_step and kind in self._known:
+        if step == self._first_step and (kind, values.get("predictions")) in self._known:
             return
         row = {"step": step, "kind": kind, **values, "wall_time": round(time.time(), 3)}
         if self._file is not None:

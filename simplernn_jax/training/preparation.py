@@ -176,6 +176,21 @@ def _absolute(folder: str) -> str:
     return os.path.abspath(os.path.expanduser(folder)) if folder else ""
 
 
+def _chat_prompt(config: Config, corpus: TokenizedCorpus) -> str:
+    """Return the prompt as a user message, an empty one if the default cannot be encoded."""
+    template = ChatTemplate(config.data.template)
+    prompt = config.train.sample_prompt
+    while True:
+        try:
+            text = template.render_next([{"role": "user", "content": prompt}])
+            corpus.tokenizer.encode(text)
+            return text
+        except (TemplateError, UserError) as error:
+            if prompt != TrainConfig.sample_prompt:
+                raise UserError(f"--config.train.sample_prompt={prompt!r}: {error}") from error
+            prompt = ""
+
+
 def _sample_prompt(config: Config, corpus: TokenizedCorpus) -> str:
     """Return the prompt, or a line of text if the tokenizer cannot encode the default one.
 
@@ -186,12 +201,7 @@ def _sample_prompt(config: Config, corpus: TokenizedCorpus) -> str:
     if not config.train.sample_every:
         return prompt
     if config.data.template:
-        try:
-            return ChatTemplate(config.data.template).render_next(
-                [{"role": "user", "content": prompt}]
-            )
-        except TemplateError as error:
-            raise UserError(f"--config.train.sample_prompt={prompt!r}: {error}") from error
+        return _chat_prompt(config, corpus)
     try:
         corpus.tokenizer.encode(prompt)
     except UserError as error:

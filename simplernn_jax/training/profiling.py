@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from simplernn_jax.errors import counted
+from simplernn_jax.errors import counted, one_line
 
 WARMUP_STEPS = 2
 """Steps of this process before the profile: the first compiles, the second warms up."""
@@ -58,8 +58,12 @@ class Profile:
         return jax.profiler.StepTraceAnnotation("train", step_num=number)
 
     def _stop(self) -> None:
-        jax.profiler.stop_trace()
         self._recording = False
+        try:
+            jax.profiler.stop_trace()
+        except (jax.errors.JaxRuntimeError, OSError) as error:  # training goes on without it
+            self._print_line(f"no profile: {one_line(str(error))}")
+            return
         recorded = min(self._taken - WARMUP_STEPS, self._steps)
         self._print_line(
             f"profile of {counted(recorded, 'step')}: {self._folder}/plugins/profile; view with "
