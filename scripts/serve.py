@@ -66,8 +66,8 @@ flags.register_validator(
 )
 flags.register_validator(
     _ALLOW_ORIGIN,
-    lambda value: value in (None, "*") or re.fullmatch(r"https?://[!-~]+", value),
-    "must be * or an origin such as https://example.org",
+    lambda value: value in (None, "*") or re.fullmatch(r"https?://[!-.0-@[-~]+", value),
+    "must be * or an origin such as https://example.org, in lower case and without a path",
 )
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -87,6 +87,7 @@ def main() -> None:
         )
     try:
         from simplernn_jax.serving.server import listen, serve
+        from simplernn_jax.serving.service import Reload
         from simplernn_jax.serving.states import StateFolder
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; run: pip install -e '.[serve]'") from error
@@ -95,13 +96,11 @@ def main() -> None:
     from simplernn_jax.data.chat_template import ChatTemplate
     from simplernn_jax.inference import quantize_model
     from simplernn_jax.inference.exported_folder import is_exported
-    from simplernn_jax.models import LanguageModel
 
     model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value, _QUANTIZE.value)
     path = "" if is_exported(workdir) else choose_checkpoint(workdir, _CHECKPOINT.value).path
 
-    def reload_model() -> LanguageModel | None:
-        nonlocal path
+    def reload_model() -> Reload | None:
         if not path:
             return None  # an export does not change
         newest = choose_checkpoint(workdir, _CHECKPOINT.value).path
@@ -113,8 +112,12 @@ def main() -> None:
             raise UserError(
                 f"{newest}: another architecture, template or tokenizer; start the server again"
             )
-        path = newest
-        return quantize_model(new_model, _QUANTIZE.value)
+
+        def note_use() -> None:
+            nonlocal path
+            path = newest
+
+        return quantize_model(new_model, _QUANTIZE.value), note_use
 
     with listen(_HOST.value, _PORT.value) as listener, tempfile.TemporaryDirectory() as temporary:
         state_dir = temporary

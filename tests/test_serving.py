@@ -189,6 +189,7 @@ def test_states_are_saved_forked_downloaded_uploaded_and_deleted(workdir, server
     for name in ("trunk", "branch", "copy", "again", "saved"):
         assert send("DELETE", "/" + name)["deleted"]
     send("GET", "/trunk", status=404)
+    send("POST", "", {"prompt": "a", "name": ".."}, 400)
     send("GET", "/" + urllib.parse.quote("../trunk", safe=""), status=404)
 
 
@@ -198,7 +199,11 @@ REFUSED = {
     "huge integer": ({"max_tokens": 10**400}, "max_tokens"),
     "range": ({"temperature": 2.5}, "temperature"),
     "negative": ({"top_p": -0.1}, "top_p"),
-    "list": ({"stop": ["a"] * 5}, "stop"),
+    "vanishing": ({"repetition_penalty": 1e-50}, "repetition_penalty"),
+    "list": ({"stop": ["a"] * 33}, "stop"),
+    "echoes": ({"prompt": "a" * 600_000, "echo": True, "n": 128, "max_tokens": 0}, "echo"),
+    "scores": ({"prompt": "a" * 20_000, "echo": True, "n": 16, "logprobs": 20}, "logprobs"),
+    "many logprobs": ({"max_tokens": 10**7, "logprobs": 1}, "logprobs"),
     "mixed prompts": ({"prompt": ["a", 3]}, "prompt"),
     "no prompt": ({"prompt": []}, "prompt"),
     "id outside": ({"prompt": [3, 10**6]}, "prompt"),

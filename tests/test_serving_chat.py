@@ -48,6 +48,13 @@ def test_streamed_and_not(client):
     assert roles == ["assistant"] * 3
 
 
+def test_an_answer_can_be_sent_back_as_it_came(client):
+    first = client.chat.completions.create(**ASKED)
+    messages = [*ASKED["messages"], first.choices[0].message, {"role": "user", "content": "more"}]
+    second = client.chat.completions.create(**ASKED | {"messages": messages})
+    assert second.choices[0].message.role == "assistant"
+
+
 def test_greedy_answers_are_those_of_the_library(chat_workdir, server):
     model, tokenizer, config = load_model(str(chat_workdir))
     conversation = Conversation(model, tokenizer, ChatTemplate(config.data.template))

@@ -175,6 +175,24 @@ def iter_steps(decoder):
         yield decoder.step()
 
 
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_block_after_every_end_does_not_change_the_time_per_token(model, monkeypatch, slots):
+    decoder = Decoder(model, num_slots=slots, cache_bytes=0)
+    collect, seen = Decoder._collect, []
+
+    def record(self, dispatched):
+        before = self._token_seconds
+        collect(self, dispatched)
+        is_empty = not np.any(dispatched.block.counts)
+        seen.append((is_empty, self._token_seconds == before))
+
+    monkeypatch.setattr(Decoder, "_collect", record)
+    jobs = [Job(tokens_of(n, 9), Sampling(seed=n), max_tokens=300) for n in range(slots)]
+    run(decoder, jobs)
+    assert {is_empty for is_empty, _ in seen} == {True, False}
+    assert all(is_same == is_empty for is_empty, is_same in seen)
+
+
 def test_a_state_continues_as_often_as_wanted(decoder):
     first, second = tokens_of(7, 45), tokens_of(8, 66)
     decoder.waiting.append(Job(first, Sampling(), keeps_state=True))

@@ -1,5 +1,6 @@
 """The engine's thread: failures, reloads and clients that leave."""
 
+import asyncio
 import threading
 import time
 from unittest import mock
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from small_runs import small_model
 
+from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.serving.engine import Engine, EngineStoppedError
 from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Sampling
+from simplernn_jax.serving.service import Service
 
 PROMPT = np.arange(5, dtype=np.int32)
 
@@ -89,6 +92,29 @@ def test_jobs_after_a_reload_have_the_new_parameters(running):
     assert isinstance(running.wait_for(new), NewTokens)
     assert not any(isinstance(e, Failed) for _, e in running.events)
     long.is_cancelled = True
+
+
+def test_a_failed_reload_is_tried_again(running):
+    used = []
+    service = Service(
+        running.engine,
+        ByteTokenizer(),
+        running.model.config.vocab_size,
+        "model",
+        mock.Mock(),
+        None,
+        lambda: (running.model, lambda: used.append(True)),
+    )
+
+    async def reload_twice():
+        failing = mock.patch.object(running.engine, "make_decoder", side_effect=MemoryError)
+        with failing, pytest.raises(MemoryError):
+            await service.reload()
+        assert not used
+        return await service.reload()
+
+    assert asyncio.run(reload_twice())
+    assert used == [True]
 
 
 def test_cancelled_jobs_leave_the_queue():

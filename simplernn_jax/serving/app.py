@@ -18,12 +18,18 @@ from simplernn_jax.serving.service import Service
 from simplernn_jax.serving.state_routes import state_routes
 
 PAGE = importlib.resources.files("simplernn_jax.serving") / "page"
+PAGE_FILES = {
+    "/": ("index.html", "text/html"),
+    **{f"/{name}.js": (f"{name}.js", "text/javascript") for name in ("page", "tokens")},
+    "/page.css": ("page.css", "text/css"),
+}
+"""Name and media type of the page's files by path."""
 
 
 def make_app(service: Service) -> Starlette:
     """Make the application."""
     routes = [
-        *(Route(path, page_file) for path in ("/", "/page.js", "/tokens.js", "/page.css")),
+        *(Route(path, page_file) for path in PAGE_FILES),
         *completion_routes(service),
         *state_routes(service),
         *tokenizer_routes(service),
@@ -37,14 +43,19 @@ def make_app(service: Service) -> Starlette:
 def tokenizer_routes(service: Service) -> list[Route]:
     """Make the routes of the model and its tokenizer."""
 
+    description = {
+        "id": service.model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "simplernn_jax",
+    }
+
     async def models(request: Request) -> Response:
-        model = {
-            "id": service.model_name,
-            "object": "model",
-            "created": service.created,
-            "owned_by": "simplernn_jax",
-        }
-        return json_response({"object": "list", "data": [model]})
+        return json_response({"object": "list", "data": [description]})
+
+    async def model(request: Request) -> Response:
+        service.check_model(request.path_params["name"])
+        return json_response(description)
 
     async def tokenize(request: Request) -> Response:
         body = parse(TokenizeRequest, await read_body(request))
@@ -81,6 +92,7 @@ def tokenizer_routes(service: Service) -> list[Route]:
 
     return [
         Route("/v1/models", counted(service, models)),
+        Route("/v1/models/{name}", counted(service, model)),
         Route("/tokenize", counted(service, tokenize), methods=["POST"]),
         Route("/detokenize", counted(service, detokenize), methods=["POST"]),
         Route("/tokenizer_info", counted(service, tokenizer_info)),
@@ -125,9 +137,8 @@ def operation_routes(service: Service) -> list[Route]:
 
 async def page_file(request: Request) -> Response:
     """Serve a file of the page."""
-    name = request.url.path.lstrip("/") or "index.html"
+    name, kind = PAGE_FILES[request.scope["path"]]
     content = await asyncio.to_thread((PAGE / name).read_bytes)
-    kinds = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
     policy = {
         "Content-Security-Policy": (
             "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
@@ -135,4 +146,4 @@ async def page_file(request: Request) -> Response:
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
     }
-    return Response(content, 200, policy, kinds[name.rpartition(".")[2]] + "; charset=utf-8")
+    return Response(content, 200, policy, f"{kind}; charset=utf-8")

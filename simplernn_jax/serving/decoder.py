@@ -271,7 +271,8 @@ class Decoder:
         block, with_logprobs, choices, began = dispatched
         tokens, counts = jax.device_get((block.tokens, block.counts))
         now = time.monotonic()
-        self._token_seconds = (now - max(began, self._collected)) / max(1, counts.max())
+        if counts.max():  # else every slot had ended before the block
+            self._token_seconds = (now - max(began, self._collected)) / counts.max()
         self._collected = now
         logprobs = jax.device_get(block.logprobs) if with_logprobs else None
         for slot, choice in enumerate(choices):

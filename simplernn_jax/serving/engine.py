@@ -89,6 +89,7 @@ class Engine:
         """Use `decoder` for all jobs that are submitted from now on."""
         with self._wake:
             self._decoders = [*self._decoders, decoder]
+            self._wake.notify()  # so that an idle engine frees the one before
 
     def stop(self, timeout: float) -> None:
         """Take no more jobs, finish those that were taken, or fail them after `timeout` seconds."""

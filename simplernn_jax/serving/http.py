@@ -91,7 +91,7 @@ def counted(service: Service, handler: Handler) -> Handler:
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it
         except Exception:
-            logging.exception("%s %s failed", request.method, request.url.path)
+            logging.exception("%s %s failed", request.method, request.scope["path"])
             response = error_response(RequestError("the server failed", status=500))
         path = request.scope["route"].path
         service.metrics.requests.labels(path, str(response.status_code)).inc()
@@ -103,5 +103,5 @@ def counted(service: Service, handler: Handler) -> Handler:
 async def http_exception(request: Request, error: Exception) -> Response:
     """Make the response to an unknown path or method."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {request.scope['path']}: {error.detail}"
     return json_response(error_body(message, error.status_code), error.status_code, error.headers)

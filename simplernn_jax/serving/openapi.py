@@ -19,6 +19,7 @@ _OPERATIONS: tuple[tuple[str, str, str, type | None, int], ...] = (
     ("post", "/v1/completions", "Continue texts or token ids.", CompletionRequest, 200),
     ("post", "/v1/chat/completions", "Answer a conversation.", ChatRequest, 200),
     ("get", "/v1/models", "List the model.", None, 200),
+    ("get", "/v1/models/{name}", "Describe the model.", None, 200),
     ("post", "/tokenize", "Encode a text.", TokenizeRequest, 200),
     ("post", "/detokenize", "Decode token ids.", DetokenizeRequest, 200),
     ("get", "/tokenizer_info", "Describe the tokenizer.", None, 200),

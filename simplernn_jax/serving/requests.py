@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-NAME_PATTERN = "^[A-Za-z0-9._-]{1,64}$"
+NAME_PATTERN = "^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"
 MAX_PROMPTS = 256
 MAX_CHOICES = 128
-MAX_STOPS = 4
+MAX_STOPS = 32
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
 
@@ -55,7 +55,7 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     top_k: Annotated[int, Meta(ge=-1, le=MAX_TOKENS)] | None = None
     """0 and -1 are off."""
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.001, le=10)] | None = None
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
@@ -91,6 +91,8 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+    refusal: None = None
+    """As in the messages of answers, which clients send back."""
 
     @property
     def template_role(self) -> str:

@@ -24,7 +24,7 @@ from simplernn_jax.serving.connections import MAX_HEADER_BYTES, DeadlineProtocol
 from simplernn_jax.serving.engine import Engine
 from simplernn_jax.serving.jobs import Event, Job
 from simplernn_jax.serving.requests import RequestError
-from simplernn_jax.serving.service import Service
+from simplernn_jax.serving.service import Reload, Service
 from simplernn_jax.serving.states import StateFolder
 
 UNREAD_MILLISECONDS = 300_000
@@ -63,7 +63,7 @@ def serve(
     allow_origin: str | None,
     hosts: frozenset[str] | None,
     max_connections: int,
-    reload_model: Callable[[], LanguageModel | None],
+    reload_model: Callable[[], Reload | None],
 ) -> None:
     """Answer requests until SIGTERM or SIGINT."""
     loop: asyncio.AbstractEventLoop | None = None

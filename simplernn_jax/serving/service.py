@@ -30,15 +30,21 @@ from simplernn_jax.serving.requests import (
 from simplernn_jax.serving.states import NamedState, StateFolder
 from simplernn_jax.serving.token_names import TokenNames
 
+Reload = tuple[LanguageModel, Callable[[], None]]
 RETRY_AFTER_SECONDS = 1
 CHAT_TOKENS = 1024
 """New tokens of a chat completion that asks for no number."""
+MAX_ECHOED = 1 << 26
+"""Characters of prompts in an answer at most."""
+MAX_LOGPROBS = 1 << 22
+"""Log-probabilities in an answer that is not streamed at most: some 0.5 GB."""
 
 
 class Service:
     """The model as the HTTP side sees it; methods raise `RequestError` for what they cannot use.
 
-    `load_model` returns the parameters of the selected checkpoint, or None if they are in use.
+    `load_model` returns the parameters of the selected checkpoint, and a function to call once they
+    are used; or None if they are in use.
     """
 
     def __init__(
@@ -49,7 +55,7 @@ class Service:
         model_name: str,
         states: StateFolder,
         template: ChatTemplate | None,
-        load_model: Callable[[], LanguageModel | None],
+        load_model: Callable[[], Reload | None],
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -91,16 +97,18 @@ class Service:
         """
         async with self._reloading:
             try:
-                model = await asyncio.to_thread(self._load_model)
+                loaded = await asyncio.to_thread(self._load_model)
             except UserError as error:
                 raise RequestError(str(error), status=409, code="reload_failed") from error
-            if model is None:
+            if loaded is None:
                 return False
+            model, note_use = loaded
             decoder = await asyncio.to_thread(self.engine.make_decoder, model)
             states = await asyncio.to_thread(self.states.with_model, model)
             # Together: no request sees the parameters of one and the states of another.
             self.engine.use_decoder(decoder)
             self.states = states
+            note_use()
         return True
 
     def check_room(self) -> None:
@@ -144,14 +152,25 @@ class Service:
 
     def complete(self, request: CompletionRequest, start: NamedState | None) -> Answer:
         """Make the jobs of a completion, which continues the state `start`."""
-        for name in ("best_of", "suffix"):
-            if getattr(request, name) is not None:
-                raise RequestError(f"{name}: not supported; leave it out", param=name)
+        num_choices = request.n or 1
+        if request.best_of not in (None, num_choices):
+            raise RequestError("best_of: only as many as n", param="best_of")
+        if request.suffix is not None:
+            raise RequestError("suffix: not supported; leave it out", param="suffix")
         sampling, stops = self.inputs.sampling(request), _stops(request)
         results = []
-        num_choices = request.n or 1
+        max_tokens = 16 if request.max_tokens is None else request.max_tokens
+        prompts = self.inputs.prompts(request)
+        if num_choices * sum(len(echoed) for echoed, _ in prompts) > MAX_ECHOED:
+            raise RequestError(
+                f"echo: over {MAX_ECHOED:,} characters in one answer; lower n", param="echo"
+            )
+        if request.logprobs is not None:
+            tokens_each = sum(len(tokens) for _, tokens in prompts) if request.echo else 0
+            tokens_each += 0 if request.stream else max_tokens * len(prompts)
+            _check_logprobs(num_choices * tokens_each, request.logprobs)
         streams: collections.Counter[bytes] = collections.Counter()
-        for echoed, tokens in self.inputs.prompts(request):
+        for echoed, tokens in prompts:
             # A prompt that is given twice gets other samples.
             key = tokens.tobytes()
             first_stream = streams[key]
@@ -159,7 +178,7 @@ class Service:
             job = Job(
                 tokens,
                 sampling,
-                max_tokens=16 if request.max_tokens is None else request.max_tokens,
+                max_tokens=max_tokens,
                 num_choices=num_choices,
                 first_stream=first_stream,
                 root=None if start is None else start.root,
@@ -190,10 +209,13 @@ class Service:
         except TemplateError as error:
             raise RequestError(f"messages: {error}", param="messages") from error
         tokens = self.inputs.prompt(text, start is not None)
+        max_tokens = request.max_completion_tokens or request.max_tokens or CHAT_TOKENS
+        if request.logprobs and not request.stream:
+            _check_logprobs((request.n or 1) * max_tokens, request.top_logprobs or 0)
         job = Job(
             tokens,
             self.inputs.sampling(request),
-            max_tokens=request.max_completion_tokens or request.max_tokens or CHAT_TOKENS,
+            max_tokens=max_tokens,
             num_choices=request.n or 1,
             root=None if start is None else start.root,
             recent=None if start is None else start.recent,
@@ -269,3 +291,12 @@ def _stops(request: SamplingFields) -> list[str]:
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options: only with stream", param="stream_options")
     return [request.stop] if isinstance(request.stop, str) else list(request.stop or [])
+
+
+def _check_logprobs(tokens: int, top_logprobs: int) -> None:
+    if tokens * (1 + top_logprobs) > MAX_LOGPROBS:
+        raise RequestError(
+            f"logprobs: over {MAX_LOGPROBS:,} of them in one answer; lower max_tokens, n or "
+            "logprobs, or stream",
+            param="logprobs",
+        )

@@ -128,20 +128,21 @@ class StateFolder:
         path = self._path(name)
         if os.path.lexists(path):
             raise RequestError(f"state {name!r}: exists already; choose another name", status=409)
-        if self._used_bytes() + len(content) > self._max_bytes:
-            raise RequestError("no room for another state; delete some", status=507)
         try:
+            if self._used_bytes() + len(content) > self._max_bytes:
+                raise RequestError("no room for another state; delete some", status=507)
             write_file(path, content)
         except OSError as error:
             raise RequestError(f"state {name!r}: {error.strerror}", status=507) from error
 
     def _used_bytes(self) -> int:
-        """Sum the sizes of all files, without those that are deleted meanwhile."""
+        """Sum the sizes of all states, without those that are deleted meanwhile."""
         used = 0
         with os.scandir(self._folder) as entries:
             for entry in entries:
                 with contextlib.suppress(FileNotFoundError):
-                    used += entry.stat(follow_symlinks=False).st_size
+                    if entry.name.endswith(_SUFFIX):  # else what a killed process left
+                        used += entry.stat(follow_symlinks=False).st_size
         return used
 
     def fork(self, name: str, new_name: str | None) -> NamedState:
@@ -158,6 +159,8 @@ class StateFolder:
             os.remove(path)
         except FileNotFoundError as error:
             raise self._not_found(name) from error
+        except OSError as error:
+            raise RequestError(f"state {name!r}: {error.strerror}", status=507) from error
 
     def _not_found(self, name: str) -> RequestError:
         message = f"state {name!r}: there is none of this name"

@@ -56,8 +56,9 @@ def _results(workdir: str) -> str:
         best = max(evaluations, key=lambda row: (row["predictions"], -row["loss"]))
         lines += [
             f"| held-out loss | {best['loss']:.4f} nats per token (step {best['step']:,}) |",
-            f"| held-out perplexity | {math.exp(best['loss']):.2f} |",
-            f"| held-out bits per byte | {best['bits_per_byte']:.4f} |",
+            # A float holds exp(700), and JSON has no infinity.
+            f"| held-out perplexity | {math.exp(min(best['loss'], 700)):.2f} |",
+            f"| held-out bits per byte | {best['bits_per_byte'] or math.inf:.4f} |",
             f"| predictions scored | {best['predictions']:,} |",
         ]
     return "\n".join(lines) if len(lines) > 2 else "The export was made without the run's metrics."

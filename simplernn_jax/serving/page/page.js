@@ -51,7 +51,8 @@ async function guarded(action) {
 
 async function* frames(path, body) {
   abort = new AbortController();
-  const response = await request("POST", path, { ...body, stream: true }, abort.signal);
+  const { signal } = abort;
+  const response = await request("POST", path, { ...body, stream: true }, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
@@ -64,6 +65,7 @@ async function* frames(path, body) {
       if (data === "[DONE]") return;
       const frame = JSON.parse(data);
       if (frame.error) throw new Error(frame.error.message);
+      signal.throwIfAborted();  // frames that have arrived belong to what is no longer shown
       yield frame;
     }
     await new Promise((resolve) => setTimeout(resolve));  // or a fast model would block the page
@@ -108,12 +110,13 @@ async function complete(counted) {
 }
 
 async function converse(counted) {
-  messages.push({ role: "user", content: $("prompt").value });
+  const said = messages;  // of this conversation: another may begin while the answer streams
+  said.push({ role: "user", content: $("prompt").value });
   $("prompt").value = "";
   const answer = { role: "assistant", content: "" };
-  addMessage(messages.at(-1));
+  addMessage(said.at(-1));
   const node = addMessage(answer);
-  const body = { messages: [...messages], ...settings(), logprobs: true };
+  const body = { messages: [...said], ...settings(), logprobs: true };
   try {
     for await (const frame of frames("v1/chat/completions", body)) {
       const choice = frame.choices[0];
@@ -122,14 +125,14 @@ async function converse(counted) {
       counted(choice.logprobs?.content.length ?? 0);
     }
   } catch (error) {
-    if (!answer.content) {  // nothing was said: the question can be corrected
-      $("prompt").value = messages.pop().content;
+    if (!answer.content && said === messages) {  // nothing was said: the question can be corrected
+      $("prompt").value = said.pop().content;
       node.previousSibling.remove();
       node.remove();
     }
     throw error;
   } finally {
-    if (answer.content) messages.push(answer);
+    if (answer.content) said.push(answer);
   }
 }
 
@@ -210,6 +213,7 @@ function stateItem(state, items) {
 }
 
 function continueFrom(name) {
+  abort?.abort();
   origin = name;
   $("origin").hidden = !name;
   $("origin-name").textContent = name ?? "";
