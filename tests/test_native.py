@@ -148,6 +148,11 @@ def test_invalid_command(command, reason, monkeypatch, registered, caplog):
     assert reason in warning.getMessage()
 
 
+def test_a_command_that_is_not_utf8_has_a_library_of_its_own():
+    found = {native._fingerprint(["cc", f"-I/us{byte}r"]) for byte in ("\udce9", "\udcea", "e")}
+    assert len(found) == 3
+
+
 def test_cache_that_cannot_be_written(tmp_path, cached, registered, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -184,6 +184,7 @@ def _compile(command: list[str], folder: Path) -> Path:
             return target
         except subprocess.CalledProcessError as error:
             failure = failure or error
+            logging.info("the C kernels could not be compiled with %s", machine)
     assert failure is not None
     raise failure
 
@@ -220,8 +221,9 @@ def _fingerprint(command: list[str]) -> str:
         digest.update(source.read_bytes())
     for header in sorted(Path(jax.ffi.include_dir()).rglob("*.h")):
         digest.update(header.read_bytes())
-    for text in (*command, *_OPTIONS, platform.machine(), platform.processor(), *processor_lines()):
-        digest.update(text.encode() + b"\n")
+    options = (*_OPTIONS, *map(str, _MACHINE_OPTIONS))
+    for text in (*command, *options, platform.machine(), platform.processor(), *processor_lines()):
+        digest.update(os.fsencode(text) + b"\n")
     digest.update(version)
     return digest.hexdigest()[:32]
 

@@ -156,11 +156,11 @@ static Arrays read_arguments(Call *call) {
       .part_length = TOKENS_PER_PART,
   };
   const XLA_FFI_Buffer *w = buffer_at(call, 0, 1, "weights");
-  const int64_t num_leading = w == NULL ? 0 : least(w->rank - 2, call->num_leading);
+  int64_t num_leading = w == NULL ? 0 : least(w->rank - 2, call->num_leading);
+  if (num_leading < 0) num_leading = 0;
   a.parts = a.length == 0 ? 1 : (a.length - 1) / TOKENS_PER_PART + 1;
   a.x = argument(call, 0, "x", INPUTS(a));
-  a.w = checked(call, w, "weights", XLA_FFI_DataType_F32, num_leading > 0 ? num_leading : 0,
-                SHAPE(a.width, a.dim));
+  a.w = checked(call, w, "weights", XLA_FFI_DataType_F32, num_leading, SHAPE(a.width, a.dim));
   if (a.width < 1) reject(call, "%s: weights: expected W of at least 1; got 0", call->function);
   a.sequences_per_weights = sequences_per_weights(call, num_leading);
   a.recent = argument(call, 2, "recent", RECENT(a));
