@@ -48,7 +48,8 @@ def completion_routes(service: Service) -> list[Route]:
         body = parse(body_of, content)
         service.check_model(body.model)
         start = await service.load_state(body.state)
-        answer = await service.make_answer(make_answer, body, start, len(content))
+        size = len(content) * (body.n or 1)
+        answer = await service.make_answer(make_answer, body, start, size)
         form = form_of(service)
         has_logprobs = answer.results[0].choices[0].num_logprobs is not None
         answer.submit()  # or refuses with a status, which a stream could not
@@ -68,7 +69,8 @@ def completion_routes(service: Service) -> list[Route]:
             choices = [form.choice(i, piece, has_logprobs) for i, piece in enumerate(pieces)]
             return json_response(form.response(choices, usage(answer.results)))
 
-        return await in_thread_if_long(sum(len(piece.entries) for piece in pieces), make)
+        size = sum(len(piece.entries) + len(piece.text) // 16 for piece in pieces)
+        return await in_thread_if_long(size, make)
 
     return [
         Route("/v1/completions", counted(service, completions), methods=["POST"]),

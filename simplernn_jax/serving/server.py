@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import resource
 import signal
 import socket
 import sys
@@ -47,6 +48,15 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _allow_open_files(number: int) -> None:
+    """Raise the limit on open files of this process to `number`, or as near as it may go."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        number = min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < number:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
+
+
 def serve(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -66,6 +76,7 @@ def serve(
     reload_model: Callable[[], Reload | None],
 ) -> None:
     """Answer requests until SIGTERM or SIGINT."""
+    _allow_open_files(2 * max_connections)
     loop: asyncio.AbstractEventLoop | None = None
 
     def on_events(events: list[tuple[Job, Event]]) -> None:

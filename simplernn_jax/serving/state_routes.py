@@ -16,6 +16,7 @@ from simplernn_jax.serving.service import Service
 
 def state_routes(service: Service) -> list[Route]:
     """Make the routes below ``/v1/states``."""
+    listing = asyncio.Lock()  # a list reads every file: several at a time would take all threads
 
     async def list_states(request: Request) -> Response:
         def described() -> list[Any]:
@@ -25,7 +26,8 @@ def state_routes(service: Service) -> list[Route]:
                     states.append(service.describe_state(service.states.load(name)))
             return states
 
-        return json_response({"object": "list", "data": await asyncio.to_thread(described)})
+        async with listing:
+            return json_response({"object": "list", "data": await asyncio.to_thread(described)})
 
     async def make_state(request: Request) -> Response:
         content = await read_body(request)

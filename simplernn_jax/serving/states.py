@@ -14,7 +14,7 @@ import numpy as np
 
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import read_file, sha256_hex, write_file
+from simplernn_jax.files import DAMAGE, read_file, sha256_hex, write_file
 from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState
 from simplernn_jax.inference.state_file import decode_state, encode_state, fingerprints
 from simplernn_jax.models import LanguageModel
@@ -80,7 +80,9 @@ class StateFolder:
         try:
             return read_file(self._path(name), self._max_bytes, follow_link=False)
         except OSError as error:
-            raise self._not_found(name) from error
+            if error.errno in DAMAGE:
+                raise self._not_found(name) from error
+            raise RequestError(f"state {name!r}: {error.strerror}", status=503) from error
 
     def load(self, name: str) -> NamedState:
         """Load a state; `RequestError`: 404 without one, 409 if corrupted or of another model."""
