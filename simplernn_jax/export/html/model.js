@@ -230,8 +230,14 @@ function sample(logits, temperature, banned, random = Math.random) {
 function likeliest(logits, count) {
   const probabilities = Float64Array.from(logits);
   const total = softmax(probabilities);
-  const order = Array.from(probabilities.keys()).sort((a, b) => probabilities[b] - probabilities[a]);
-  return order.slice(0, count).map((id) => [id, probabilities[id] / total]);
+  const best = [];  // ids, the likeliest first; of equal ones the smaller first
+  for (let id = 0; id < probabilities.length; id++) {
+    let at = best.length;
+    while (at > 0 && probabilities[best[at - 1]] < probabilities[id]) at -= 1;
+    if (at < count) best.splice(at, 0, id);
+    if (best.length > count) best.pop();
+  }
+  return best.map((id) => [id, probabilities[id] / total]);
 }
 
 // Text to ids. `bytes` are those of all ids; "kind" is byte, char or bpe.

@@ -71,7 +71,7 @@ async function generate() {
     if (id === special.eos) return false;
     const piece = decoder.decode(tokenizer.bytes[id], { stream: true });
     bytes.push(...tokenizer.bytes[id]);
-    pending.push({ id, piece, logits });
+    pending.push({ id, piece, likely: likeliest(logits, NUM_ALTERNATIVES) });  // not all logits: memory
     text += piece;
     count += 1;
     logits = model.step(state, id).slice();
@@ -120,9 +120,9 @@ function setRunning(isRunning) {
 }
 
 function addTokens(tokens) {
-  appendTokens(tokens.map(({ id, piece, logits }) => [
+  appendTokens(tokens.map(({ id, piece, likely }) => [
     piece,
-    () => likeliest(logits, NUM_ALTERNATIVES).map(([other, p]) => [nameOf(other), p, other === id]),
+    () => likely.map(([other, p]) => [nameOf(other), p, other === id]),
   ]));
 }
 
