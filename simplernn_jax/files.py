@@ -69,10 +69,10 @@ def read_file(
             check_owner(os.fstat(file.fileno()), path)
         # `read` allocates all that it may return: request little more than the file's size.
         size = os.fstat(file.fileno()).st_size
-        content = file.read(min(size, limit) + 1)
+        content = file.read(size + 1) if size <= limit else b""
         if size < len(content) <= limit:
             content += file.read(limit + 1 - len(content))
-    if len(content) > limit:
+    if max(size, len(content)) > limit:
         raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", os.fspath(path))
     return content
 

@@ -267,7 +267,7 @@ def test_unreadable_tokenizer_files_are_one_line(tmp_path):
         check(r"tokenizer\.json: no Hugging Face")
     with open(path, "wb") as stream:
         stream.truncate(1 << 40)
-    check("larger than 67,108,864 bytes")
+    check("larger than 268,435,456 bytes")
     path.unlink()
     os.mkfifo(path)
     check("not a regular file")

@@ -22,7 +22,7 @@ _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>",
 _PAD_NAMES = ("<pad>", "<|pad|>", "<|finetune_right_pad_id|>", "[PAD]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _REACH_SECONDS = 5
-MAX_TOKENIZER_BYTES = 1 << 30
+MAX_TOKENIZER_BYTES = 1 << 28
 """Bytes of a ``tokenizer.json`` at most. One of a million ids has about 90 MB."""
 _MAX_IDS = 1 << 24
 """Ids of a vocabulary at most. The largest known ones have a million; an id of four billion is
