@@ -58,7 +58,8 @@ def test_generate_and_show_alternatives(page, server):
     assert page.locator("#alternatives").is_hidden()
 
 
-def test_stop(page, server):
+def start_stream(page):
+    """Generate without an end in text mode; return once tokens come."""
     page.get_by_role("tab", name="Text").click()
     page.get_by_text("Settings").click()
     page.get_by_label("New tokens").fill("1000000")
@@ -66,9 +67,39 @@ def test_stop(page, server):
     page.get_by_label("Prompt").fill("a")
     page.get_by_role("button", name="Generate").click()
     page.locator("#text .token").nth(9).wait_for(state="attached")
+
+
+def test_stop(page):
+    start_stream(page)
     page.get_by_role("button", name="Stop").click()
     page.locator("#generate:enabled").wait_for()
     assert page.locator("#error").is_hidden()
+
+
+def test_continuing_a_state_ends_the_stream_of_another(page, server):
+    server.send("POST", "/v1/states", {"prompt": "abc", "name": "other"})
+    page.reload()
+    page.get_by_role("tab", name="Chat").wait_for()
+    start_stream(page)
+    page.get_by_role("button", name="Continue other").click()
+    page.locator("#generate:enabled").wait_for()
+    assert page.locator("#text .token").count() == 0
+    assert page.locator("#error").is_hidden()
+    assert page.locator("#after").is_hidden()  # nothing of the old text can be saved
+    server.send("DELETE", "/v1/states/other")
+
+
+def test_a_new_conversation_has_nothing_of_the_answer_before(page):
+    page.get_by_text("Settings").click()
+    page.get_by_label("New tokens").fill("100000")
+    page.get_by_label("Prompt").fill("hi")
+    page.get_by_role("button", name="Generate").click()
+    page.locator(".message.assistant").wait_for(state="attached")
+    page.get_by_role("button", name="New conversation").click()
+    page.locator("#generate:enabled").wait_for()
+    assert page.locator("#error").is_hidden()
+    assert page.locator(".message").count() == 0
+    assert page.evaluate("messages.length") == 0
 
 
 def test_fork_and_continue_both_branches(page, server):
