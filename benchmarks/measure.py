@@ -114,7 +114,7 @@ def on_simulated_devices(count: int, function: Callable[..., Any], **arguments: 
 
 
 def process_peak(work: Call) -> float | None:
-    """Do compiled `work` in a fresh process; peak resident bytes during it over those before.
+    """Do compiled `work`; return the peak resident bytes over those before it, in a fresh process.
 
     None if the device is not a CPU, or there is no ``/proc``.
     """

@@ -12,7 +12,6 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
-import io
 import math
 import os
 import sys
@@ -54,8 +53,6 @@ def main() -> None:
     if not _WORKDIR.value:
         raise UserError("no --workdir: specify the folder of a training run, such as runs/chat")
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not show all characters
     from simplernn_jax.data.chat_template import ChatTemplate
     from simplernn_jax.inference import Conversation, load_state, save_state
 

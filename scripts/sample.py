@@ -17,7 +17,6 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
-import io
 import os
 import sys
 
@@ -78,8 +77,6 @@ def main() -> None:
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     _check_save_state()
     prompt = command_line.read_text(_PROMPT.value, _PROMPT_FILE.value, name="prompt")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not show all characters
     from simplernn_jax.inference import fork_state, generate_text, load_state, save_state
     from simplernn_jax.memory_estimate import check_generation
 

@@ -8,15 +8,16 @@ from pathlib import Path
 def memory_limits() -> Iterator[int]:
     """Yield limits of memory, in bytes."""
     for limit in _values("memory", "memory.max", ["memory.limit_in_bytes"]):
-        if limit[0].isdecimal():  # not "max"
+        if len(limit) == 1 and limit[0].isdecimal():  # not "max"
             yield int(limit[0])
 
 
 def core_limits() -> Iterator[float]:
     """Yield limits of processor time, in cores."""
-    for quota, period in _values("cpu", "cpu.max", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
-        if quota.isdecimal() and int(period):  # neither "max" nor -1
-            yield int(quota) / int(period)
+    for limit in _values("cpu", "cpu.max", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        is_set = len(limit) == 2 and all(map(str.isdecimal, limit))  # neither "max" nor -1
+        if is_set and int(limit[1]):
+            yield int(limit[0]) / int(limit[1])
 
 
 def _values(controller: str, second: str, first: Sequence[str]) -> Iterator[list[str]]:

@@ -15,10 +15,8 @@ from simplernn_jax.errors import UserError, format_bytes
 _FLOAT32 = 4
 _TOKEN_BYTES = 8
 """A token and its target, int32."""
-EVALUATION_SEQUENCES = 32
-"""Sequences that are scored together at most."""
 _EVALUATION_STATE_BYTES = 1 << 28
-"""Bound on their states, if one alone is not larger."""
+"""Bound on the states of sequences that are scored together, if one alone is not larger."""
 _TRAINING_FIELDS = {
     "parameters": "--config.model sizes such as hidden_dim, mlp_dim or vocab_size",
     "activations": "--config.data.batch_size or sequence_length, or set "
@@ -100,15 +98,16 @@ def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
     state = sequences * model.vocab_size * _FLOAT32 / (sizes["tensor"] * sizes["stage"])
     if data.mode == "stream":
         state += device_sequences * _state_bytes(model) / (sizes["tensor"] * sizes["stage"])
-    elif train.sample_every or data.validation_fraction:
-        evaluated = 2 * evaluation_sequences(model) * _state_bytes(model)  # before and after
-        state = max(state, evaluated / (sizes["tensor"] * sizes["stage"]))
+    elif train.sample_every:
+        state = max(state, _state_bytes(model) / (sizes["tensor"] * sizes["stage"]))
+    if data.validation_fraction:  # the states before and after a batch, of one sequence at least
+        state = max(state, 2 * _state_bytes(model) / (sizes["tensor"] * sizes["stage"]))
     if "simple_rnn" in model.mixers:
         state = max(state, sequences * _recurrent_state_bytes(model) / sizes["tensor"])
     return Estimate(weights * (1 + moments), max(weights, activations) + batch, state)
 
 
-def evaluation_sequences(model: ModelConfig, most: int = EVALUATION_SEQUENCES) -> int:
+def evaluation_sequences(model: ModelConfig, most: int) -> int:
     """Return how many sequences are scored together: at most `most`, and with bounded states."""
     return max(1, min(most, _EVALUATION_STATE_BYTES // max(1, _state_bytes(model))))
 

@@ -17,6 +17,9 @@ from processes import ROOT, assert_each_refused
 
 from benchmarks import decoding, measure, recurrence, tables, train_steps, training
 from benchmarks.measure import Effort
+from simplernn_jax.config import DataConfig
+from simplernn_jax.data import open_corpus
+from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.pytorch_weights import load_pytorch_weights
 from simplernn_jax.training.optimizer import make_optimizer
@@ -71,6 +74,14 @@ def test_a_function_in_a_fresh_process_answers_or_its_failure_is_reported(capfd)
     with pytest.raises(subprocess.CalledProcessError):
         measure.call_isolated(os.stat, path="no_such_file")
     assert "no_such_file" in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"^nowhere: "):
+        measure.call_isolated(open_corpus, config=DataConfig(source="nowhere"))
+
+
+def test_a_function_in_a_fresh_process_has_the_callers_folder(tmp_path, monkeypatch):
+    (tmp_path / "random.py").write_text("raise ImportError")  # nothing is imported from there
+    monkeypatch.chdir(tmp_path)
+    assert measure.call_isolated(os.getcwd) == str(tmp_path)
 
 
 def test_the_machine_and_its_ceiling():

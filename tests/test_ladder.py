@@ -212,10 +212,11 @@ def test_results_of_other_conditions_are_kept(key, rung, falling, tmp_path):
     assert json.loads(path.read_text()) == content
 
 
-def test_a_failed_program_ends_no_other(rung, falling, monkeypatch, tmp_path):
+@pytest.mark.parametrize("error", [subprocess.CalledProcessError(1, "x"), UserError("no room")])
+def test_a_failed_program_ends_no_other(error, rung, falling, monkeypatch, tmp_path, capsys):
     def fail(call, **given):
         if given["name"] == "gru" and given["config"].data.batch_size == 3:
-            raise subprocess.CalledProcessError(1, "python")
+            raise error
         return call(**given)
 
     config = rung[0]
@@ -226,6 +227,7 @@ def test_a_failed_program_ends_no_other(rung, falling, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "call_isolated", fail)
     with pytest.raises(UserError, match=r"failed, with the output above: gru of first$"):
         report.run([first, second], tmp_path)
+    assert f"  gru: {error}\n" in capsys.readouterr().out
     rungs = tables.read_results(tmp_path / "results.json", 1, "rungs")
     programs = {name: [run["program"] for run in each["runs"]] for name, each in rungs.items()}
     assert programs == {"first": ["gru", OURS], "second": ["gru", OURS]}
@@ -297,10 +299,10 @@ def test_peers_of_torch_are_refused_where_it_is_missing(rung, monkeypatch):
     assert [each.seconds for each in same] == [3.0, 3.0]
     endless = small_config(steps=0, epochs=3, validation_fraction=0.5)
     monkeypatch.setattr(report.config_flag, "load_config", lambda _: endless)
-    with pytest.raises(UserError, match=r"base: it has no number of steps; .*--seconds=60"):
+    with pytest.raises(UserError, match=r"base: has no number of steps; .*--seconds=60"):
         report.make_requests(["base"], source, ["0"], 1, programs, [])
     monkeypatch.setattr(report.config_flag, "load_config", lambda _: small_config())
-    with pytest.raises(UserError, match="base: it holds out no text"):
+    with pytest.raises(UserError, match="base: holds out no text"):
         report.make_requests(["base"], source, ["1"], 1, programs, [])
 
 

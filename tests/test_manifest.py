@@ -3,6 +3,7 @@
 import errno
 import functools
 import os
+from unittest import mock
 
 import pytest
 from odd_files import put_odd_file
@@ -32,6 +33,14 @@ def test_an_error_of_the_machine_is_not_damage(folder, monkeypatch, name, number
     for module in ("files", "checkpoint.manifest"):
         monkeypatch.setattr(f"simplernn_jax.{module}.open_file", refuse)
     with pytest.raises(OSError, match=os.strerror(number)):
+        manifest.find_corruption(str(folder))
+
+
+@pytest.mark.parametrize("function", ["lstat", "scandir"])
+def test_a_folder_that_may_not_be_searched_is_not_damaged(folder, monkeypatch, function):
+    problem = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    monkeypatch.setattr(os, function, mock.Mock(side_effect=problem))
+    with pytest.raises(PermissionError):
         manifest.find_corruption(str(folder))
 
 

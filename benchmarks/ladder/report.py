@@ -112,9 +112,9 @@ def make_request(
     validate(config)
     open_corpus(config.data)
     if not config.data.validation_fraction:
-        raise UserError(f"{rung}: it holds out no text (data.validation_fraction); leave it out")
+        raise UserError(f"{rung}: holds out no text (data.validation_fraction); leave it out")
     if not config.train.steps and not seconds:
-        raise UserError(f"{rung}: it has no number of steps; give it a time, such as --seconds=60")
+        raise UserError(f"{rung}: has no number of steps; give it a time, such as --seconds=60")
     names = names or default_names(config.data.tokenizer)
     on_torch = [n for n in names if n != OURS and find_peer(n, config).model in ON_TORCH]
     if on_torch and importlib.util.find_spec("torch") is None:
@@ -161,7 +161,8 @@ def run(requests: Sequence[Request], out: Path) -> None:
                         result |= {"runs": [*others["runs"], *runs]}
                         result |= {"tried": [*others["tried"], *tried]}
                         write(results, out)
-                except subprocess.CalledProcessError:
+                except (subprocess.CalledProcessError, UserError) as error:
+                    print(f"  {name}: {error}", flush=True)
                     failed.append(f"{name} of {request.rung}")
         print(f"\n{page({request.rung: result})}\nwritten: {out}")
     if failed:
@@ -235,6 +236,7 @@ def curve_of(run: Row, unit: str) -> list[tuple[float, float]]:
     Losses of a part of the held-out text are shifted so that the last is that of the whole.
     """
     shift = run["loss"] - run["curve"][-1][1]
+    shift = shift if math.isfinite(shift) else 0.0
     return [(seconds, (loss + shift) * factor_of(run, unit)) for seconds, loss in run["curve"]]
 
 

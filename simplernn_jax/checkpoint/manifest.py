@@ -35,8 +35,13 @@ def write_manifest(folder: str) -> None:
 
 
 def has_manifest(folder: str) -> bool:
-    """Return whether a manifest exists, intact or not."""
-    return os.path.lexists(os.path.join(folder, MANIFEST_NAME))
+    """Return whether a manifest exists, intact or not; raises OSError if that is not known."""
+    try:
+        os.lstat(os.path.join(folder, MANIFEST_NAME))
+    except OSError as error:
+        _check_damage(error)
+        return False
+    return True
 
 
 def find_corruption(folder: str, parts: Collection[str] | None = None) -> str | None:
@@ -91,17 +96,22 @@ def _file_corruption(path: str, size: int, digest: str, *, is_read: bool) -> str
         if is_read and _read_digest(path, sync=False) != (size, digest):
             return "was changed"
     except OSError as error:
-        if error.errno not in DAMAGE:
-            raise
+        _check_damage(error)
         return f"cannot be read ({error.strerror})"
     return None
+
+
+def _check_damage(error: OSError) -> None:
+    """Raise an error of the machine, which says nothing about the files."""
+    if error.errno not in DAMAGE:
+        raise error
 
 
 def _file_names(folder: str) -> list[str]:
     """List all files below `folder` but the manifest, relative and sorted."""
     names = [
         os.path.relpath(os.path.join(parent, file), folder)
-        for parent, _, files in os.walk(folder)
+        for parent, _, files in os.walk(folder, onerror=_check_damage)
         for file in files
     ]
     return sorted(name for name in names if name != MANIFEST_NAME)

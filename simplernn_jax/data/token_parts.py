@@ -106,10 +106,10 @@ def write_part(
 
 def has_part(folder: Path, number: int) -> bool:
     """Return whether the files of a part are there as they were written."""
-    record = _read_record(folder, number)
-    if record is None:
-        return False
     try:
+        record = _read_record(folder, number)
+        if record is None:
+            return False
         for suffix in ("tokens", "pieces"):
             with open_file(part_path(folder, number, suffix)) as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -119,10 +119,10 @@ def train_tokenizer(
     cache = _cache_path(cache_dir)
     # Hidden: `find_corpus` looks at the other names.
     path = cache / f".bpe-{vocab_size}-{corpus.content_hash}.json"
-    content = read_sealed(path, MAX_TOKENIZER_BYTES)
-    if content is None:
-        content = bpe.train_bpe(corpus.train, vocab_size) + "\n"
-        with _disk_errors(cache, config.source):
+    with _disk_errors(cache, config.source):
+        content = read_sealed(path, MAX_TOKENIZER_BYTES)
+        if content is None:
+            content = bpe.train_bpe(corpus.train, vocab_size) + "\n"
             write_sealed(path, content)
     return PretrainedTokenizer(content)
 
@@ -156,7 +156,8 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
         except DamagedStore:
             continue  # not a store, or one whose record is lost
         except OSError as error:  # perhaps another store
-            unreadable = f"{path}: {error.strerror}; make it readable"
+            if _STORE_NAME.fullmatch(path.name) or path.name.endswith(MIXTURE_SUFFIX):
+                unreadable = f"{path}: {error.strerror}; make it readable"
             continue
         try:
             if path.name.endswith(MIXTURE_SUFFIX):

@@ -126,6 +126,11 @@ class _Pool:
             ) from problem
         finally:
             self._idle.put(process)
+        if isinstance(error, MemoryError):
+            raise WorkerLost(
+                f"tokenizing a part: {error or 'not enough memory'}; free some and run again, "
+                "which continues with the parts that are left"
+            )
         if error is not None:
             raise error
 

@@ -21,6 +21,8 @@ from simplernn_jax.models.pytorch_weights import read_pytorch_weights, weights_d
 WEIGHTS = "model.safetensors"
 RUN = "simplernn.json"
 _DIGEST, _WEIGHTS_DIGEST = "sha256", "weights_sha256"
+_MAX_RUN_BYTES = 1 << 30
+"""Bytes of `RUN` at most, which holds a whole tokenizer."""
 
 
 def run_json(config: Config, tokenizer: Tokenizer, weights: Weights) -> str:
@@ -57,7 +59,7 @@ def read_run(folder: str) -> tuple[Config, Tokenizer, str | None]:
     """
     path = os.path.join(folder, RUN)
     try:
-        run: Any = json.loads(read_file(path))
+        run: Any = json.loads(read_file(path, _MAX_RUN_BYTES))
         if not isinstance(run, dict):
             raise ValueError("not an object")
         if _DIGEST in run and run.pop(_DIGEST) != _digest_of(run):

@@ -92,7 +92,7 @@ def tokenizer_routes(service: Service) -> list[Route]:
 
     return [
         Route("/v1/models", counted(service, models)),
-        Route("/v1/models/{name}", counted(service, model)),
+        Route("/v1/models/{name:path}", counted(service, model)),
         Route("/tokenize", counted(service, tokenize), methods=["POST"]),
         Route("/detokenize", counted(service, detokenize), methods=["POST"]),
         Route("/tokenizer_info", counted(service, tokenizer_info)),

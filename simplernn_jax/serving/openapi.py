@@ -45,12 +45,6 @@ def openapi_document(model_name: str) -> Any:
     )
     of_kind = dict(zip(kinds, schemas, strict=True))
     error = {"description": "OpenAI's error object", "content": {"application/json": {}}}
-    name = {
-        "name": "name",
-        "in": "path",
-        "required": True,
-        "schema": {"type": "string", "pattern": NAME_PATTERN},
-    }
     paths: dict[str, Any] = {}
     for method, path, summary, kind, status in _OPERATIONS:
         operation: dict[str, Any] = {
@@ -66,6 +60,8 @@ def openapi_document(model_name: str) -> Any:
         elif kind is not None:
             content = {"application/json": {"schema": of_kind[kind]}}
             operation["requestBody"] = {"required": True, "content": content}
+        schema = {"type": "string"} | ({"pattern": NAME_PATTERN} if "states" in path else {})
+        name = {"name": "name", "in": "path", "required": True, "schema": schema}
         paths.setdefault(path, {"parameters": [name]} if "{name}" in path else {})
         paths[path][method] = operation
     return {

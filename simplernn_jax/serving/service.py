@@ -98,7 +98,7 @@ class Service:
         async with self._reloading:
             try:
                 loaded = await asyncio.to_thread(self._load_model)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 raise RequestError(str(error), status=409, code="reload_failed") from error
             if loaded is None:
                 return False

@@ -1,7 +1,6 @@
 """Routes of named states."""
 
 import asyncio
-import contextlib
 from typing import Any
 
 from msgspec import UNSET
@@ -22,8 +21,11 @@ def state_routes(service: Service) -> list[Route]:
         def described() -> list[Any]:
             states = []
             for name in service.states.names():
-                with contextlib.suppress(RequestError):  # corrupted, deleted or of another model
+                try:
                     states.append(service.describe_state(service.states.load(name)))
+                except RequestError as error:  # corrupted, deleted or of another model
+                    if error.status == 503:
+                        raise
             return states
 
         async with listing:

@@ -162,7 +162,7 @@ class StateFolder:
         except FileNotFoundError as error:
             raise self._not_found(name) from error
         except OSError as error:
-            raise RequestError(f"state {name!r}: {error.strerror}", status=507) from error
+            raise RequestError(f"state {name!r}: {error.strerror}", status=503) from error
 
     def _not_found(self, name: str) -> RequestError:
         message = f"state {name!r}: there is none of this name"

@@ -13,10 +13,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
-from simplernn_jax.data.batches import Batch
+from simplernn_jax.data.batches import Batch, document_ends
 from simplernn_jax.data.evaluation_batches import Contexts, context_batches, evaluation_batches
 from simplernn_jax.data.token_store import TokenSplit
-from simplernn_jax.memory_estimate import EVALUATION_SEQUENCES, evaluation_sequences
+from simplernn_jax.memory_estimate import evaluation_sequences
 from simplernn_jax.mesh_axes import BATCH_AXES, TOKEN_AXES
 from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.ops.collectives import psum
@@ -36,7 +36,7 @@ from simplernn_jax.training.losses import chunked_cross_entropy
 BATCH_TOKENS = 8192
 """Tokens scored in one call: large enough to saturate a CPU."""
 
-MAX_BATCH_SIZE = EVALUATION_SEQUENCES
+MAX_BATCH_SIZE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,11 +136,12 @@ class Evaluator:
         contexts: Contexts | None = None,
     ) -> Iterator[Scores]:
         """Yield the scores of every batch; arguments and errors are those of a call."""
+        sequences = evaluation_sequences(self._model, MAX_BATCH_SIZE)
         if contexts is None:
             batches, _ = evaluation_batches(
                 split,
                 BATCH_TOKENS,
-                evaluation_sequences(self._model, MAX_BATCH_SIZE),
+                sequences,
                 self._pad_id,
                 limit_tokens,
                 reset_every,
@@ -148,8 +149,8 @@ class Evaluator:
             )
         else:
             # Each has a state of its own.
-            sequences = evaluation_sequences(self._model, MAX_BATCH_SIZE)
-            tokens = min(BATCH_TOKENS, sequences * contexts.length)
+            longest = max(map(int, document_ends(split) - split.document_starts), default=0) - 1
+            tokens = min(BATCH_TOKENS, sequences * max(1, min(contexts.length, longest)))
             batches, _ = context_batches(
                 split, contexts, tokens, self._pad_id, limit_tokens, self._shard_multiple
             )

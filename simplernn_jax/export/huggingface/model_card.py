@@ -39,6 +39,10 @@ def model_card(trained: TrainedModel, has_curve: bool) -> str:
     )
 
 
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf  # a float holds exp(709)
+
+
 def _results(workdir: str) -> str:
     """Return a table of the last row of training and of the best evaluation."""
     train: dict[str, Any] | None = None
@@ -50,14 +54,15 @@ def _results(workdir: str) -> str:
             evaluations.append(row)
     lines = ["| | |", "|---|---|"]
     if train is not None:
-        lines += [f"| steps | {train['step']:,} |", f"| tokens of training | {train['tokens']:,} |"]
+        lines.append(f"| steps | {train['step']:,} |")
+        if train["tokens"] is not None:
+            lines.append(f"| tokens of training | {train['tokens']:,} |")
     if evaluations:
         # That of the end scores all of the held-out text.
         best = max(evaluations, key=lambda row: (row["predictions"], -row["loss"]))
         lines += [
             f"| held-out loss | {best['loss']:.4f} nats per token (step {best['step']:,}) |",
-            # A float holds exp(700), and JSON has no infinity.
-            f"| held-out perplexity | {math.exp(min(best['loss'], 700)):.2f} |",
+            f"| held-out perplexity | {_perplexity(best['loss']):.2f} |",
             f"| held-out bits per byte | {best['bits_per_byte'] or math.inf:.4f} |",
             f"| predictions scored | {best['predictions']:,} |",
         ]

@@ -126,7 +126,8 @@ async function converse(counted) {
     }
   } catch (error) {
     if (!answer.content && said === messages) {  // nothing was said: the question can be corrected
-      $("prompt").value = said.pop().content;
+      const question = said.pop().content;
+      if (isChat) $("prompt").value = question;
       node.previousSibling.remove();
       node.remove();
     }
@@ -235,7 +236,7 @@ async function download(name) {
 async function upload() {
   const file = $("upload").files[0];
   if (!file) return;
-  const name = file.name.replace(/\.safetensors$/, "").replace(/[^A-Za-z0-9._-]/g, "-").slice(0, 64);
+  const name = file.name.replace(/\.safetensors$/, "").replace(/[^A-Za-z0-9._-]|^\./g, "-").slice(0, 64);
   $("upload").value = "";
   await request("PUT", `v1/states/${name}/file`, file);
   await listStates();
@@ -279,5 +280,5 @@ $("leave").onclick = () => continueFrom(null);
 $("upload").onchange = () => guarded(upload);
 $("key").onchange = () => guarded(connect);
 $("mode-text").onclick = () => setMode(false);
-$("mode-chat").onclick = () => { continueFrom(null); setMode(true); };
+$("mode-chat").onclick = () => { if (!isChat) { continueFrom(null); setMode(true); } };
 guarded(connect);
