@@ -135,7 +135,7 @@ def main() -> int:
     _check_names(names, known, "benchmark")
     _check_names(_ONLY.value or [""], MEASUREMENTS, "measurement")
     _check_names(_PROGRAMS.value, peers.known_names(), "program")
-    _check_names(_RUNGS.value, _config_names(), "configuration")
+    _check_names(_RUNGS.value, project.config_names(), "configuration")
     for name in ALONE:
         if name in names and (len(names) > 1 or not _OUT.value):
             raise UserError(f"{name}: name its folder, --out; measure the others without it")
@@ -193,11 +193,6 @@ def _check_names(names: Iterable[str], known: Collection[str], kind: str) -> Non
         if name in seen:
             raise UserError(f"{name!r}: this {kind} is named twice; name it once")
         seen.add(name)
-
-
-def _config_names() -> list[str]:
-    files = (project.ROOT / "configs").glob("*.py")
-    return sorted(file.stem for file in files if file.stem != "__init__")
 
 
 if __name__ == "__main__":

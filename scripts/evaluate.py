@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import lzma
 
+import numpy as np
 from absl import flags
 
 from simplernn_jax import command_line
@@ -78,7 +79,7 @@ def main() -> None:
         least = windows.length - windows.stride + 1
         context = f"{least} to {windows.length} tokens of context"
         state = f"zero, then {context} (fewer at a document's start)"
-        longest = max(map(int, document_ends(split) - split.document_starts), default=0)
+        longest = int(np.max(document_ends(split) - split.document_starts, initial=0))
         check_evaluation(config.model, min(windows.length, longest))
     evaluator = Evaluator(config, tokenizer.pad_id)
     params = nnx.state(model, nnx.Param)

@@ -17,7 +17,7 @@ from simplernn_jax.command_line import Arguments
 from simplernn_jax.config import Config, by_field
 from simplernn_jax.config_flag import ConfigFlag
 from simplernn_jax.errors import UserError
-from simplernn_jax.project import ROOT
+from simplernn_jax.project import ROOT, config_names
 
 _ZSH = """\
 (( $+functions[compdef] )) || { autoload -U +X compinit && compinit; }
@@ -51,7 +51,7 @@ def completion_script(shell: str, commands: list[str]) -> str:
         raise UserError(f"{shell!r}: no such shell; run: simplernn completion bash, or zsh")
     tables = {name: _flags_of(_SAME_FLAGS.get(name, name)) for name in commands}
     tables["completion"] = _Flags({}, list(SHELLS))
-    configs = sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
+    configs = config_names()
     lines = [
         *(
             "_simplernn_tables() {",

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from simplernn_jax.config import Config, by_field, validate
 from simplernn_jax.errors import EXIT_USER_ERROR, UserError, nearest_name
 from simplernn_jax.files import read_file
-from simplernn_jax.project import ROOT
+from simplernn_jax.project import ROOT, config_names
 
 flags.disclaim_key_flags()  # --help lists --config under the script that defines it
 
@@ -84,8 +84,8 @@ def _find(path: str) -> Path:
 def _near(path: Path) -> str:
     """Suggest an existing file in place of a missing one."""
     if str(path).isidentifier():
-        names = [file.stem for file in _CONFIGS.glob("*.py")]
-        return nearest_name(str(path), names) or f"; there are {', '.join(sorted(names))}"
+        names = config_names()
+        return nearest_name(str(path), names) or f"; there are {', '.join(names)}"
     for folder in (path.parent, ROOT / path.parent, _CONFIGS):
         try:
             files = sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")

@@ -20,6 +20,12 @@ SMALL_FILE = 1 << 26
 """Default bound on what `read_file` reads: 64 MiB."""
 
 
+def check_damage(error: OSError) -> None:
+    """Raise an error of the machine, which says nothing about the file."""
+    if error.errno not in DAMAGE:
+        raise error
+
+
 def open_file(path: str | os.PathLike[str], *, follow_link: bool = True) -> io.BufferedReader:
     """Open a regular file for reading, as ``open(path, "rb")`` does.
 
@@ -191,8 +197,7 @@ def read_sealed(path: str | os.PathLike[str], limit: int = SMALL_FILE) -> str | 
     except UnicodeDecodeError:
         return None
     except OSError as error:
-        if error.errno not in DAMAGE:
-            raise
+        check_damage(error)
         return None
     body = text[: max(len(text) - 65, 0)]
     return body if text == f"{body}{sha256_hex(body)}\n" else None

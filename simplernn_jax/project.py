@@ -17,6 +17,11 @@ COMMAND = "_SIMPLERNN_JAX_COMMAND"
 """Environment variable: id of the process that the command ``simplernn`` has started."""
 
 
+def config_names() -> list[str]:
+    """List the names of the configurations, as ``--config`` takes them."""
+    return sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
+
+
 def started_as_command() -> bool:
     """Return whether users of this process start scripts by ``simplernn NAME``."""
     return not IS_CHECKOUT or os.environ.get(COMMAND) == str(os.getpid())

@@ -157,7 +157,8 @@ def run(requests: Sequence[Request], out: Path) -> None:
                 try:
                     rate, tried = choose_rate(name, request, folder)
                     for seed in range(request.seeds):
-                        runs.append(train(name, request, folder, rate, seed=seed))
+                        run = train(name, request, folder, rate, seed=seed)
+                        runs.append(run | {"commit": result["machine"]["commit"]})
                         result |= {"runs": [*others["runs"], *runs]}
                         result |= {"tried": [*others["tried"], *tried]}
                         write(results, out)
@@ -202,10 +203,9 @@ def start_rung(request: Request, before: Row | None, path: Path) -> Row:
 
 
 def train(name: str, request: Request, folder: str, rate: float | None, **options: Any) -> Row:
-    """One training in a fresh process, and the commit that ran it."""
+    """One training in a fresh process."""
     given: Row = {"config": request.config, "workdir": folder, "name": name, "rate": rate}
     row: Row = call_isolated(train_timed, **given, seconds=request.seconds, **options)
-    row["commit"] = describe_machine()["commit"]
     shown = f"{row['steps']:,} steps in {row['seconds']:.1f} s: {row['loss']:.4f}"
     print(f"  {name}, rate {row['rate']}, {options}: {shown} nats/token", flush=True)
     return row

@@ -10,7 +10,7 @@ import re
 import stat
 from collections.abc import Collection
 
-from simplernn_jax.files import DAMAGE, open_file, read_sealed, sync, write_sealed
+from simplernn_jax.files import check_damage, open_file, read_sealed, sync, write_sealed
 
 MANIFEST_NAME = "manifest.sha256"
 
@@ -39,7 +39,7 @@ def has_manifest(folder: str) -> bool:
     try:
         os.lstat(os.path.join(folder, MANIFEST_NAME))
     except OSError as error:
-        _check_damage(error)
+        check_damage(error)
         return False
     return True
 
@@ -96,22 +96,16 @@ def _file_corruption(path: str, size: int, digest: str, *, is_read: bool) -> str
         if is_read and _read_digest(path, sync=False) != (size, digest):
             return "was changed"
     except OSError as error:
-        _check_damage(error)
+        check_damage(error)
         return f"cannot be read ({error.strerror})"
     return None
-
-
-def _check_damage(error: OSError) -> None:
-    """Raise an error of the machine, which says nothing about the files."""
-    if error.errno not in DAMAGE:
-        raise error
 
 
 def _file_names(folder: str) -> list[str]:
     """List all files below `folder` but the manifest, relative and sorted."""
     names = [
         os.path.relpath(os.path.join(parent, file), folder)
-        for parent, _, files in os.walk(folder, onerror=_check_damage)
+        for parent, _, files in os.walk(folder, onerror=check_damage)
         for file in files
     ]
     return sorted(name for name in names if name != MANIFEST_NAME)

@@ -27,7 +27,7 @@ import numpy as np
 from simplernn_jax.data.sharded_array import ShardedArray, joined, shards_of
 from simplernn_jax.data.token_parts import TOKEN_DTYPES
 from simplernn_jax.data.token_workers import available_cores
-from simplernn_jax.files import DAMAGE, open_file, read_sealed
+from simplernn_jax.files import check_damage, open_file, read_sealed
 
 META_FILE = "meta.json"
 """Manifest of a store."""
@@ -180,8 +180,7 @@ def _verified(path: Path, size: int, sha256: str) -> Iterator[io.BufferedReader]
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 raise DamagedStore(f"{path.name} was changed")
         except OSError as error:
-            if error.errno not in DAMAGE:
-                raise
+            check_damage(error)
             raise DamagedStore(f"{path.name}: {error.strerror}") from error
         file.seek(0)
         yield file

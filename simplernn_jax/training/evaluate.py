@@ -149,8 +149,8 @@ class Evaluator:
             )
         else:
             # Each has a state of its own.
-            longest = max(map(int, document_ends(split) - split.document_starts), default=0) - 1
-            tokens = min(BATCH_TOKENS, sequences * max(1, min(contexts.length, longest)))
+            longest = int(np.max(document_ends(split) - split.document_starts, initial=2)) - 1
+            tokens = min(BATCH_TOKENS, sequences * min(contexts.length, longest))
             batches, _ = context_batches(
                 split, contexts, tokens, self._pad_id, limit_tokens, self._shard_multiple
             )

@@ -11,6 +11,7 @@ import jinja2
 from simplernn_jax.errors import counted
 from simplernn_jax.export.formats import TrainedModel
 from simplernn_jax.models.named_weights import named_weights
+from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.metrics import iterate_metrics
 
 _TEMPLATE = importlib.resources.files(__package__) / "model_card.md"
@@ -39,10 +40,6 @@ def model_card(trained: TrainedModel, has_curve: bool) -> str:
     )
 
 
-def _perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf  # a float holds exp(709)
-
-
 def _results(workdir: str) -> str:
     """Return a table of the last row of training and of the best evaluation."""
     train: dict[str, Any] | None = None
@@ -60,10 +57,12 @@ def _results(workdir: str) -> str:
     if evaluations:
         # That of the end scores all of the held-out text.
         best = max(evaluations, key=lambda row: (row["predictions"], -row["loss"]))
+        bits_per_byte = best["bits_per_byte"] or math.inf  # which JSON lacks
+        scores = Evaluation(best["loss"], bits_per_byte, best["predictions"])
         lines += [
             f"| held-out loss | {best['loss']:.4f} nats per token (step {best['step']:,}) |",
-            f"| held-out perplexity | {_perplexity(best['loss']):.2f} |",
-            f"| held-out bits per byte | {best['bits_per_byte'] or math.inf:.4f} |",
+            f"| held-out perplexity | {scores.perplexity:.2f} |",
+            f"| held-out bits per byte | {scores.bits_per_byte:.4f} |",
             f"| predictions scored | {best['predictions']:,} |",
         ]
     return "\n".join(lines) if len(lines) > 2 else "The export was made without the run's metrics."
