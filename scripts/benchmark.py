@@ -52,7 +52,7 @@ from simplernn_jax.benchmarks import (
     training,
 )
 from simplernn_jax.benchmarks.attention import corpus, report, resources, synthetic
-from simplernn_jax.benchmarks.ladder import peers
+from simplernn_jax.benchmarks.ladder import peers, requests
 from simplernn_jax.benchmarks.ladder import report as ladder
 
 from simplernn_jax import command_line, process_start, project
@@ -150,7 +150,7 @@ def main() -> int:
         return 0
     if out is not None and LADDER in names:
         fields = (flag.value for flag in FLAGS[LADDER])
-        ladder.run(ladder.make_requests(*fields), out)
+        ladder.run(requests.make_requests(*fields), out)
         return 0
     effort = measure.Effort(_BLOCKS.value, _CALLS.value)
     sized = functools.partial(growth.run, largest_corpus=_LARGEST_CORPUS.value)

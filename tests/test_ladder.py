@@ -13,7 +13,7 @@ from processes import ROOT, assert_each_refused
 from small_runs import small_config
 
 from benchmarks import tables
-from benchmarks.ladder import jax_learners, peers, report, timed_training
+from benchmarks.ladder import jax_learners, peers, report, requests, timed_training
 from benchmarks.ladder.peers import OURS, Peer, find_peer
 from benchmarks.ladder.timed_training import hold_out_training_text, make_learner
 from simplernn_jax.data.token_store import prepare_corpus
@@ -166,7 +166,7 @@ def falling(monkeypatch):
 
 def test_rungs_are_tuned_and_measured_into_one_folder(rung, falling, tmp_path, capsys):
     config, _, _ = rung
-    request = report.Request("first", config, 0.0, 2, (OURS, "gru"), (0.1, 0.4, 0.2))
+    request = requests.Request("first", config, 0.0, 2, (OURS, "gru"), (0.1, 0.4, 0.2))
     report.run([request._replace(seeds=1, names=(OURS,))], tmp_path)
     second = request._replace(rung="second", seconds=1e-4, seeds=1, rates=())
     report.run([request, second], tmp_path)
@@ -200,7 +200,7 @@ def test_rungs_are_tuned_and_measured_into_one_folder(rung, falling, tmp_path, c
 
 @pytest.mark.parametrize("key", ["seconds", "source", "processor", "settings", "jax"])
 def test_results_of_other_conditions_are_kept(key, rung, falling, tmp_path):
-    request = report.Request("first", rung[0], 0.0, 1, (OURS,), ())
+    request = requests.Request("first", rung[0], 0.0, 1, (OURS,), ())
     report.run([request], tmp_path)
     path = tmp_path / "results.json"
     content = json.loads(path.read_text())
@@ -221,7 +221,7 @@ def test_a_failed_program_ends_no_other(error, rung, falling, monkeypatch, tmp_p
 
     config = rung[0]
     larger = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=5))
-    first = report.Request("first", config, 0.0, 1, ("gru", OURS), ())
+    first = requests.Request("first", config, 0.0, 1, ("gru", OURS), ())
     second = first._replace(rung="second", config=larger)
     report.run([first._replace(names=("gru",))], tmp_path)
     monkeypatch.setattr(report, "call_isolated", fail)
@@ -238,7 +238,7 @@ def test_a_rate_that_diverges_is_not_the_best(rung, monkeypatch):
     monkeypatch.setattr(
         report, "train", lambda *given, **_: {"rate": given[3], "loss": losses[given[3]]}
     )
-    request = report.Request("first", rung[0], 0.0, 1, ("gru",), tuple(losses))
+    request = requests.Request("first", rung[0], 0.0, 1, ("gru",), tuple(losses))
     assert report.choose_rate("gru", request, "")[0] == 0.4
 
 
@@ -287,23 +287,23 @@ def test_time_to_a_loss_is_interpolated_and_compared_with_nanogpt():
 
 
 def test_peers_of_torch_are_refused_where_it_is_missing(rung, monkeypatch):
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(requests.importlib.util, "find_spec", lambda _: None)
     source = rung[0].data.source
     with pytest.raises(UserError, match=r"gpt_matched, .*torch is not .*--programs=ours,gru"):
-        report.make_requests(["base"], source, ["1"], 1, [], [])
+        requests.make_requests(["base"], source, ["1"], 1, [], [])
     rungs, programs = ["base", "tiny"], ["ours", "gru"]
-    requests = report.make_requests(rungs, source, ["1", "0"], 1, programs, ["1e-3"])
-    assert [(each.rung, each.seconds) for each in requests] == [("base", 1.0), ("tiny", 0.0)]
-    assert all((each.names, each.rates) == (programs, [1e-3]) for each in requests)
-    same = report.make_requests(rungs, source, ["3"], 1, programs, [])
+    made = requests.make_requests(rungs, source, ["1", "0"], 1, programs, ["1e-3"])
+    assert [(each.rung, each.seconds) for each in made] == [("base", 1.0), ("tiny", 0.0)]
+    assert all((each.names, each.rates) == (programs, [1e-3]) for each in made)
+    same = requests.make_requests(rungs, source, ["3"], 1, programs, [])
     assert [each.seconds for each in same] == [3.0, 3.0]
     endless = small_config(steps=0, epochs=3, validation_fraction=0.5)
-    monkeypatch.setattr(report.config_flag, "load_config", lambda _: endless)
+    monkeypatch.setattr(requests.config_flag, "load_config", lambda _: endless)
     with pytest.raises(UserError, match=r"base: has no number of steps; .*--seconds=60"):
-        report.make_requests(["base"], source, ["0"], 1, programs, [])
-    monkeypatch.setattr(report.config_flag, "load_config", lambda _: small_config())
+        requests.make_requests(["base"], source, ["0"], 1, programs, [])
+    monkeypatch.setattr(requests.config_flag, "load_config", lambda _: small_config())
     with pytest.raises(UserError, match="base: holds out no text"):
-        report.make_requests(["base"], source, ["1"], 1, programs, [])
+        requests.make_requests(["base"], source, ["1"], 1, programs, [])
 
 
 def test_bad_requests_are_one_line(tmp_path):
