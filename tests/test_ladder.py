@@ -181,6 +181,7 @@ def test_rungs_are_tuned_and_measured_into_one_folder(rung, falling, tmp_path, c
         [9 - 5 * 0.05, 10 - 5 * 0.05, 9 - 5 * 0.04, 10 - 5 * 0.04]
     )
     assert [each["rate"] for each in first["tried"]] == [0.1, 0.4, 0.2]
+    assert [each["curve"] for each in first["tried"]] == [[]] * 3
     assert second["runs"][1]["rate"] == find_peer("gru", config).rate
     assert [run["program"] for run in third["runs"]] == ["gru", OURS]
     assert [each["program"] for each in third["tried"]] == ["gru"] * 3

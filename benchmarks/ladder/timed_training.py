@@ -41,7 +41,7 @@ def train_timed(
     With `seconds`, the time of all steps, their number is estimated from some timed beforehand.
     `rate` is a peer's peak learning rate, if not that of its settings. With `is_tuning`, the last
     tenth of the training text is held out instead of the validation split, which does not depend on
-    `seed`.
+    `seed`, and only the final loss is computed.
 
     Returns:
       Its sizes; ``loss`` of the whole held-out text in nats/token; and ``curve``: pairs of seconds
@@ -72,7 +72,7 @@ def train_timed(
         learner.wait()
         trained += time.perf_counter() - started
         taken = until
-        if taken > scored and (evaluating <= trained or point == POINTS):
+        if taken > scored and not is_tuning and (evaluating <= trained or point == POINTS):
             started = time.perf_counter()
             curve.append([trained, learner.evaluate(CURVE_TOKENS)])
             evaluating += time.perf_counter() - started
@@ -89,7 +89,7 @@ def train_timed(
         "seconds": trained,
         "first step seconds": first,
         "loss": learner.evaluate(),
-        "random blocks": learner.random_blocks(RANDOM_TOKENS),
+        "random blocks": None if is_tuning else learner.random_blocks(RANDOM_TOKENS),
         "bits/byte per nat": held_out.num_predictions / held_out.num_bytes / math.log(2),
         "curve": curve,
     }
