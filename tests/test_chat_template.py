@@ -216,7 +216,7 @@ def test_targets_are_stored_and_predicted_once(tmp_path):
     for found in (
         batches,
         list(evaluation_batches(split, 16, 2, tokenizer.pad_id)[0]),
-        list(context_batches(split, Contexts(6, 4), 12, tokenizer.pad_id)[0]),
+        list(context_batches(split, Contexts(6, 4), 12, 2, tokenizer.pad_id)[0]),
     ):
         assert sorted(np.concatenate([b.targets[b.loss_mask] for b in found])) == expected
     for mode in ("window", "stream"):

@@ -23,12 +23,11 @@ def carried(batch_tokens, max_batch_size, *args, split=SPLIT, **settings):
     )
 
 
-def overlapping(length, stride, batch_tokens=64, *, split=SPLIT, **settings):
+def overlapping(length, stride, batch_tokens=64, max_batch_size=10_000, *, split=SPLIT, **settings):
     """Batches of overlapping contexts, checked too."""
     pad = len(split.tokens)
-    batches = checked(
-        split, *context_batches(split, Contexts(length, stride), batch_tokens, pad, **settings)
-    )
+    sizes = Contexts(length, stride), batch_tokens, max_batch_size
+    batches = checked(split, *context_batches(split, *sizes, pad, **settings))
     assert all(batch.reset.all() for batch in batches)
     return batches
 
@@ -135,7 +134,7 @@ def test_evaluation_of_nothing():
     with pytest.raises(UserError, match=message):
         evaluation_batches(split, 64, 3, PAD)
     with pytest.raises(UserError, match=message):
-        context_batches(split, Contexts(3, 2), 64, PAD)
+        context_batches(split, Contexts(3, 2), 64, 3, PAD)
 
 
 @pytest.mark.parametrize("reset_every", [1, 5, 1000])
@@ -165,6 +164,13 @@ def test_every_prediction_is_scored_once_in_its_context(length, stride, batch_to
         first = max(0, -(-(within - length + 1) // stride)) * stride
         assert seen[position] == tuple(range(begin + first, position + 1))
         assert min(within + 1, length - stride + 1) <= len(seen[position]) <= length
+
+
+def test_contexts_of_a_batch_are_bounded():
+    many, few = overlapping(3, 2, 64), overlapping(3, 2, 64, 5)
+    assert len(many[0].tokens) == 21
+    assert len(few[0].tokens) == 5
+    assert contexts(few) == contexts(many)
 
 
 def test_a_stride_of_the_length_resets_after_each_context():

@@ -126,11 +126,11 @@ class TorchLearner(Learner):
         An LSTM carries its state over each document. Attention sees overlapping contexts.
         """
         held_out, pad_id, length = self._held_out, self._pad_id, self._peer.length
+        sizes = BATCH_TOKENS, MAX_BATCH_SIZE
         if self._peer.model == "gpt":
             contexts = Contexts(length, max(1, length // STRIDES))
-            batches, _ = context_batches(held_out, contexts, BATCH_TOKENS, pad_id, limit_tokens)
+            batches, _ = context_batches(held_out, contexts, *sizes, pad_id, limit_tokens)
         else:
-            sizes = BATCH_TOKENS, MAX_BATCH_SIZE
             batches, _ = evaluation_batches(held_out, *sizes, pad_id, limit_tokens)
         return self._mean_loss(batches)
 

@@ -91,6 +91,7 @@ def context_batches(
     split: TokenSplit,
     contexts: Contexts,
     batch_tokens: int,
+    max_batch_size: int,
     pad_id: int,
     limit_tokens: int = 0,
     divisible_by: tuple[int, int] = (1, 1),
@@ -113,7 +114,8 @@ def context_batches(
     lengths = np.minimum(length, counts[document] - nth * stride)
     skips = np.where(nth == 0, 0, length - stride)
     longest = round_up(int(lengths.max()), divisible_by[1])
-    batch_size = round_up(max(1, min(batch_tokens // longest, len(document))), divisible_by[0])
+    batch_size = max(1, min(max_batch_size, batch_tokens // longest, len(document)))
+    batch_size = round_up(batch_size, divisible_by[0])
     number = -(-len(document) // batch_size)
 
     def lay_out() -> Iterator[Batch]:

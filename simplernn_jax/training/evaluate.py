@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
-from simplernn_jax.data.batches import Batch, document_ends
+from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.evaluation_batches import Contexts, context_batches, evaluation_batches
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.memory_estimate import evaluation_sequences
@@ -37,6 +37,7 @@ BATCH_TOKENS = 8192
 """Tokens scored in one call: large enough to saturate a CPU."""
 
 MAX_BATCH_SIZE = 32
+"""Sequences scored together at most; fewer where their states are large."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,23 +137,14 @@ class Evaluator:
         contexts: Contexts | None = None,
     ) -> Iterator[Scores]:
         """Yield the scores of every batch; arguments and errors are those of a call."""
-        sequences = evaluation_sequences(self._model, MAX_BATCH_SIZE)
+        sizes = BATCH_TOKENS, evaluation_sequences(self._model, MAX_BATCH_SIZE)
         if contexts is None:
             batches, _ = evaluation_batches(
-                split,
-                BATCH_TOKENS,
-                sequences,
-                self._pad_id,
-                limit_tokens,
-                reset_every,
-                self._shard_multiple,
+                split, *sizes, self._pad_id, limit_tokens, reset_every, self._shard_multiple
             )
         else:
-            # Each has a state of its own.
-            longest = int(np.max(document_ends(split) - split.document_starts, initial=2)) - 1
-            tokens = min(BATCH_TOKENS, sequences * min(contexts.length, longest))
             batches, _ = context_batches(
-                split, contexts, tokens, self._pad_id, limit_tokens, self._shard_multiple
+                split, contexts, *sizes, self._pad_id, limit_tokens, self._shard_multiple
             )
         carried = None
         for batch in batches:
