@@ -23,13 +23,12 @@ def write_run(workdir, config=None, train=(), validation=(), **fields):
     for step, loss in enumerate(train, 1):
         values = {"tokens": 14 * step, "seconds": 0.5 * step, "tokens_per_second": 28.0}
         writer.write(step, "train", loss=loss, **values)
-    scored = [(loss, 7) for loss in validation]
-    if validation:  # the whole split, at the end
-        scored.append((0.5, 1_000))
-    for step, (loss, predictions) in enumerate(scored, 1):
-        step = min(step, len(validation))
+    scored = [(step, "validation", loss, 7) for step, loss in enumerate(validation, 1)]
+    if validation:
+        scored.append((len(validation), "held_out", 0.5, 1_000))
+    for step, kind, loss, predictions in scored:
         values = {"bits_per_byte": loss / math.log(2), "predictions": predictions}
-        writer.write(step, "validation", loss=loss, tokens=14 * step, **values)
+        writer.write(step, kind, loss=loss, tokens=14 * step, **values)
     writer.close()
     return workdir
 
@@ -61,13 +60,14 @@ def test_differences_metrics_and_curves(tmp_path):
         "training tokens": ["42", "28"],
         "tokens/s": ["28", "28"],
         "training loss, last": ["3.0000", "not finite"],
-        "validation loss, last": ["0.5000", "-"],
-        "predictions, last": ["1,000", "-"],
+        "validation loss, last": ["3.7500", "-"],
         "validation loss, best": ["3.5000", "-"],
         "at step": ["2", "-"],
-        "predictions, best": ["7", "-"],
-        "bits/byte, last": ["0.7213", "-"],
+        "predictions": ["7", "-"],
+        "bits/byte, last": ["5.4101", "-"],
         "bits/byte, best": ["5.0494", "-"],
+        "all held-out text, loss": ["0.5000", "-"],
+        "bits/byte": ["0.7213", "-"],
     }
     assert {name: cells(metrics, name) for name in expected} == expected
     small, large = (int(text.replace(",", "")) for text in cells(metrics, "parameters"))
@@ -140,7 +140,7 @@ def test_names_that_differ_in_the_middle_stay_different(tmp_path):
     assert len({run.name for run in runs}) == 4
 
 
-def test_evaluations_of_other_tokens_are_not_joined_to_the_curve(tmp_path, monkeypatch):
+def test_the_curve_ends_at_the_last_evaluation_and_has_no_other_points(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(
         "simplernn_jax.analysis.comparison.png", lambda figure: figures.append(figure) or b""
@@ -152,7 +152,6 @@ def test_evaluations_of_other_tokens_are_not_joined_to_the_curve(tmp_path, monke
     draw(read_runs([str(path) for path in paths]))
     (figure,) = figures
     curves = [len(line.get_xdata()) for line in figure.axes[1].lines]
-    assert curves == [3, 1] * 3
-    assert [line.get_linestyle() for line in figure.axes[1].lines[:2]] == ["-", "None"]
+    assert curves == [3] * 3
     (legend,) = figure.legends
     assert [text.get_text().strip() for text in legend.get_texts()] == [p.name for p in paths]

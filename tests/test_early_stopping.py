@@ -99,6 +99,8 @@ def test_a_worse_end_reports_the_best_step_and_advice(tmp_path):
         ((2.5, 2.0001, 2.0), None),
         ((2.5, 2.0001, 2.01), "2.0001 nats/token at step 20, 0.0099 lower than at step 30"),
         ((2.5, 2.51), "2.5000 nats/token at step 10, 0.0100 lower than at step 20"),
+        ((2.5, 2.50004), None),  # a difference that would be printed as 0.0000
+        ((2.5, 3.0, 2.5, 2.51), "2.5000 nats/token at step 30, 0.0100 lower than at step 40"),
     ],
 )
 def test_the_end_is_compared_with_the_best(losses, best):

@@ -175,7 +175,7 @@ def test_a_finished_run_leaves_its_files(finished):
         (2, "train"),
         (4, "train"),
         (5, "train"),
-        (5, "validation"),
+        (5, "held_out"),
     ]
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert {row["recompilations"] for row in rows if row["kind"] == "train"} == {0}
@@ -436,7 +436,7 @@ def evaluated_on_20_tokens(folder):
 
 
 @pytest.mark.oldest_python
-def test_the_last_checkpoint_is_evaluated_as_those_before_it(tmp_path):
+def test_the_last_checkpoint_is_evaluated_as_those_before_it(tmp_path, capsys):
     config = evaluated_on_20_tokens(tmp_path)
     result = train(config, str(tmp_path / "run"))
     folder = CheckpointFolder(str(tmp_path / "run"))
@@ -444,12 +444,18 @@ def test_the_last_checkpoint_is_evaluated_as_those_before_it(tmp_path):
     assert {36, 40} <= qualities.keys()
     assert {quality.predictions for quality in qualities.values()} == {20}
     assert result.evaluation.predictions > 20
-    rows = [row for row in read_metrics(str(tmp_path / "run")) if row["kind"] == "validation"]
-    assert [(row["step"], row["predictions"]) for row in rows] == [
-        (18, 20),
-        (36, 20),
-        (40, result.evaluation.predictions),
+    rows = [row for row in read_metrics(str(tmp_path / "run")) if row["kind"] != "train"]
+    assert [(row["step"], row["kind"], row["predictions"]) for row in rows] == [
+        (18, "validation", 20),
+        (36, "validation", 20),
+        (40, "validation", 20),
+        (40, "held_out", result.evaluation.predictions),
     ]
+    scored = {row["step"]: row["loss"] for row in rows[:-1]}
+    assert {step: qualities[step].validation_loss for step in (36, 40)} == {
+        step: scored[step] for step in (36, 40)
+    }
+    assert f"all held-out text  {result.evaluation}" in capsys.readouterr().out
 
 
 def test_a_pipe_at_the_path_of_the_configuration_is_refused(tmp_path):
@@ -473,12 +479,12 @@ def test_a_signal_during_the_last_step_leaves_the_checkpoint_of_a_whole_run(tmp_
 
 
 def test_signals_act_as_before_once_all_is_saved(tmp_path, monkeypatch):
-    def report(self, limit_tokens):
+    def evaluate_all(self):
         handlers.append(signal.getsignal(signal.SIGTERM))
         assert newest_checkpoint(tmp_path / "run")["number of steps"] == 40
 
     handlers = []
-    monkeypatch.setattr(loop.Validation, "report", report)
+    monkeypatch.setattr(loop.Validation, "evaluate_all", evaluate_all)
     train(small_config(source=write_corpus(tmp_path / "text")), str(tmp_path / "run"))
     assert handlers == [signal.getsignal(signal.SIGTERM)]
 

@@ -86,16 +86,13 @@ def test_a_picture_that_cannot_be_written_stops_nothing(tmp_path, caplog):
     assert "not a regular file; the loss curve is not plotted" in caplog.text
 
 
-def test_an_evaluation_of_other_tokens_is_apart_and_not_the_best(tmp_path, figures):
+def test_one_validation_curve_of_the_same_tokens_ends_at_the_last_step(tmp_path, figures):
     writer = MetricsWriter(str(tmp_path), 0)
-    for step, loss, predictions in [(1, 4.0, 64), (2, 2.5, 64), (3, 2.75, 64), (4, 1.25, 640)]:
+    for step, loss, predictions in [(1, 1.5, 640), (2, 2.5, 64), (3, 2.75, 64), (4, 2.5, 64)]:
         writer.write(step, "validation", loss=loss, predictions=predictions)
+    writer.write(4, "held_out", loss=1.25, predictions=6400)
     writer.close()
     plot_loss(str(tmp_path), "a model")
-    validation, ring, other = figures[0].axes[0].lines
-    assert list(validation.get_xdata()) == [1, 2, 3]
-    assert (*ring.get_xdata(), *ring.get_ydata()) == (2, 2.5)
-    assert (*other.get_xdata(), *other.get_ydata()) == (4, 1.25)
-    assert other.get_linestyle() == "None"
-    low, _ = figures[0].axes[0].get_ylim()
-    assert low < 1.25
+    validation, ring = figures[0].axes[0].lines
+    assert list(validation.get_xdata()) == [2, 3, 4]
+    assert (*ring.get_xdata(), *ring.get_ydata()) == (4, 2.5)  # of equal losses the newest

@@ -85,7 +85,7 @@ def _common_words(names: Collection[str]) -> int:
 def _read(workdir: str, name: str) -> RunRecord:
     if not os.path.isdir(workdir):
         raise UserError(f"{workdir}: no such folder; name the workdirs of training runs")
-    rows = [row for row in read_metrics(workdir) if row["kind"] in ("train", "validation")]
+    rows = [row for row in read_metrics(workdir) if row["kind"] in ("train", "validation", "held_out")]
     try:
         config = _read_config(workdir)
     except UserError as error:
@@ -127,9 +127,10 @@ def final_metrics(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
 
 def _metrics_of(run: RunRecord) -> dict[str, str]:
     train = [row for row in run.rows if row["kind"] == "train"]
-    validation = [row for row in run.rows if row["kind"] == "validation"]
-    losses = comparable([row for row in validation if _number(row, "loss") is not None])
-    best = min(losses, key=lambda row: (row["loss"], -row["step"]), default={})
+    validation = comparable(run.rows)
+    held_out = [row for row in run.rows if row["kind"] == "held_out"]
+    finite = [row for row in validation if _number(row, "loss") is not None]
+    best = min(finite, key=lambda row: (row["loss"], -row["step"]), default={})
     sizes = jax.tree.leaves(abstract_model(run.config.model)[1]) if run.config else []
     parameters = sum(leaf.size for leaf in sizes)
     return {
@@ -140,12 +141,13 @@ def _metrics_of(run: RunRecord) -> dict[str, str]:
         "tokens/s": _last(train, "tokens_per_second", "{:,.0f}".format),
         "training loss, last": _last(train, "loss", "{:.4f}".format),
         "validation loss, last": _last(validation, "loss", "{:.4f}".format),
-        "  predictions, last": _last(validation, "predictions", "{:,.0f}".format),
         "validation loss, best": f"{best['loss']:.4f}" if best else MISSING,
         "  at step": f"{best['step']:,}" if best else MISSING,
-        "  predictions, best": _last([best], "predictions", "{:,.0f}".format),
+        "  predictions": _last(validation, "predictions", "{:,.0f}".format),
         "bits/byte, last": _last(validation, "bits_per_byte", "{:.4f}".format),
         "bits/byte, best": _last([best], "bits_per_byte", "{:.4f}".format),
+        "all held-out text, loss": _last(held_out, "loss", "{:.4f}".format),
+        "  bits/byte": _last(held_out, "bits_per_byte", "{:.4f}".format),
     }
 
 
@@ -166,7 +168,7 @@ def draw(runs: Sequence[RunRecord]) -> bytes:
     """Draw the losses by step, and the validation's bits per byte by tokens of training, as a PNG.
 
     Bits per byte by tokens are comparable between tokenizers and batch sizes, losses by step only
-    if both are equal. Hollow markers are evaluations of another number of tokens.
+    if both are equal.
     """
     longest = max(len(run.name) for run in runs)
     num_columns = min(max(1, _LEGEND_CHARACTERS // (longest + 6)), 4, len(runs))
@@ -176,16 +178,12 @@ def draw(runs: Sequence[RunRecord]) -> bytes:
         limits = []
         for number, run in enumerate(runs):
             color, marker = f"C{number % 10}", _MARKERS[number % len(_MARKERS)]
-            train, validation, _ = loss_curves(run.rows)
+            train, validation = loss_curves(run.rows)
             left.plot(*train, color=color, alpha=0.45, linewidth=1)
             style = {"color": color, "marker": marker, "markersize": 4}
             # Matplotlib leaves out what begins with an underscore.
             left.plot(*validation, label=f" {run.name}", **style)
-            evaluations = [row for row in run.rows if row["kind"] == "validation"]
-            alike = comparable(evaluations)
-            others = [row for row in evaluations if row not in alike]
-            right.plot(*_bits_by_tokens(alike), **style)
-            right.plot(*_bits_by_tokens(others), linestyle="", fillstyle="none", **style)
+            right.plot(*_bits_by_tokens(comparable(run.rows)), **style)
             limits.append(loss_limits(train, validation))
         known = [each for each in limits if each is not None]
         if known:

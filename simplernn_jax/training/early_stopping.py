@@ -11,6 +11,9 @@ from simplernn_jax.training.evaluate import Evaluation
 OVERFITTING_MARGIN = 0.01
 """Relative increase over the best loss that triggers the overfitting hint."""
 
+DISPLAYED_DIFFERENCE = 0.00005
+"""Nats per token; smaller differences would be printed as 0.0000."""
+
 
 @dataclasses.dataclass
 class ValidationHistory:
@@ -38,8 +41,11 @@ class ValidationHistory:
         loss = evaluation.nats_per_token
         self.last_step, self.last_loss = step, loss if math.isfinite(loss) else None
         self.since_best += is_scheduled
-        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
-            self.best_step, self.best_loss, self.since_best = step, loss, 0
+        best = math.inf if self.best_loss is None else self.best_loss
+        if loss < best:
+            self.since_best = 0
+        if math.isfinite(loss) and loss <= best:  # of equal ones the newest, as of checkpoints
+            self.best_step, self.best_loss = step, loss
 
     def should_stop(self, patience: int) -> bool:
         """Return whether `patience` scheduled evaluations found no new best; 0 disables it."""
@@ -65,6 +71,8 @@ class ValidationHistory:
         if self.best_loss is None or self.best_step == self.last_step:
             return lines
         higher = math.inf if self.last_loss is None else self.last_loss - self.best_loss
+        if higher < DISPLAYED_DIFFERENCE:
+            return lines
         best = f"{self.best_loss:.4f} nats/token at step {self.best_step}"
         lines["best validation"] = f"{best}, {higher:.4f} lower than at step {self.last_step}"
         if higher < OVERFITTING_MARGIN * self.best_loss:

@@ -87,7 +87,7 @@ def train(config: Config, workdir: str) -> Result:
             )
             return Result(run.step, signal, None)
         # All is saved: from here on a signal ends the process at once.
-        evaluation = validation.report(limit_tokens=0)
+        evaluation = validation.evaluate_all()
         reporter.summarize(evaluation)
         return Result(run.step, None, evaluation)
 
@@ -112,10 +112,9 @@ def _train(
     with train_step, profile:
         _run_steps(run, train_step, reporter, poll_signal, actions, profile)
         signal, is_new = poll_signal(run.step), run.step > run.first_step
-        if is_new and run.has_ended and 0 < train.eval_every < run.total_steps:
-            # On the same tokens as the checkpoints that this one is compared with; after a signal
-            # too, since a resumed run would not measure it.
-            validation.measure_last()
+        is_evaluated = train.eval_every == 0 or run.history.last_step == run.step
+        if is_new and run.has_ended and not is_evaluated:
+            validation.evaluate()  # after a signal too: a resumed run would not evaluate this step
         if is_new or signal:  # before the profile is written: a preempted job has little time left
             run.save(wait=True)
     return poll_signal(run.step)

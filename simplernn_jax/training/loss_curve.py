@@ -3,7 +3,6 @@
 import io
 import math
 import os
-import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -36,8 +35,6 @@ class LossCurves(NamedTuple):
     train: Series
     validation: Series
     """Losses of `comparable` evaluations."""
-    other: Series
-    """Losses of evaluations on other tokens, such as that of all at the end."""
 
 
 def plot_loss(workdir: str, model: str) -> str | None:
@@ -52,7 +49,7 @@ def plot_loss(workdir: str, model: str) -> str | None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    train, validation, other = loss_curves(iterate_metrics(workdir))
+    train, validation = loss_curves(iterate_metrics(workdir))
     # Large type stays readable in a thumbnail.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -61,9 +58,7 @@ def plot_loss(workdir: str, model: str) -> str | None:
     if validation[0]:
         axes.plot(*validation, marker="o", markersize=5, color="#c44e17", label="validation")
         _mark_best(axes, validation)
-    if other[0]:
-        axes.plot(*other, "D", markersize=5, color="#c44e17", label="on other tokens")
-    limits = loss_limits(train, (validation[0] + other[0], validation[1] + other[1]))
+    limits = loss_limits(train, validation)
     if limits is not None:
         axes.set_ylim(limits)
     title = f"{os.path.basename(os.path.abspath(workdir))}: {model}"
@@ -92,18 +87,17 @@ def loss_curves(rows: Iterable[Row]) -> LossCurves:
     """Return the training and the validation losses among the rows of ``metrics.jsonl``."""
     rows = [row for row in rows if "loss" in row]
     train = [row for row in rows if row["kind"] == "train"]
-    validation = [row for row in rows if row["kind"] == "validation"]
-    usual = comparable(validation)
-    count = usual[0].get("predictions") if usual else None
-    other = [row for row in validation if row.get("predictions") != count]
-    return LossCurves(*(_series(each) for each in (train, usual, other)))
+    return LossCurves(_series(train), _series(comparable(rows)))
 
 
-def comparable(evaluations: Sequence[Row]) -> list[Row]:
-    """Return the rows of validation that scored as many predictions as most of them did."""
-    counts = [row.get("predictions") for row in evaluations]
-    usual = statistics.mode(counts) if counts else None
-    return [row for row in evaluations if row.get("predictions") == usual]
+def comparable(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of validation that scored the same tokens as the last one.
+
+    They differ only where a resumed run has another ``eval_tokens``.
+    """
+    evaluations = [row for row in rows if row["kind"] == "validation"]
+    last = evaluations[-1].get("predictions") if evaluations else None
+    return [row for row in evaluations if row.get("predictions") == last]
 
 
 def _series(rows: Sequence[Row]) -> Series:
@@ -112,8 +106,9 @@ def _series(rows: Sequence[Row]) -> Series:
 
 
 def _mark_best(axes: Any, validation: Series) -> None:
-    step, loss = min(zip(*validation, strict=True), key=lambda pair: (math.isnan(pair[1]), pair[1]))
-    if not math.isnan(loss):
+    points = [(loss, -step) for step, loss in zip(*validation, strict=True) if loss == loss]
+    if points:
+        loss, step = min(points)[0], -min(points)[1]
         # The value is in the legend: next to the point it would cover a curve.
         ring = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "color": "black"}
         axes.plot(step, loss, linestyle="none", label=f"best {loss:.3f} at step {step:,}", **ring)

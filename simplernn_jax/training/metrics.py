@@ -7,8 +7,9 @@ Every row of ``metrics.jsonl`` has ``step``, ``kind`` and ``wall_time`` (Unix ti
   ``tokens`` (predictions since step 0), ``seconds`` (of training since step 0, excluding
   evaluations, samples and saves), ``tokens_per_second``, ``skipped_updates`` and
   ``recompilations`` so far.
-- ``validation``: ``loss``, ``bits_per_byte``, ``predictions`` (number scored), ``tokens``,
-  ``seconds``.
+- ``validation``: ``loss``, ``bits_per_byte``, ``predictions`` (number scored; the same tokens at
+  every evaluation, the last step included), ``tokens``, ``seconds``.
+- ``held_out``: the same of the whole validation split, at the end.
 - ``sample``: ``text``.
 
 The last value of a line is the CRC-32 of the row without it, as `json.dumps` formats it. Files of

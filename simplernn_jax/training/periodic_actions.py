@@ -35,33 +35,25 @@ class Validation:
     def __init__(self, run: Run, reporter: Reporter) -> None:
         self._run = run
         self._reporter = reporter
-        self._reported: tuple[int, int] | None = None
-        """Step and predictions of the last report."""
         self._evaluator = Evaluator(run.config, run.corpus.tokenizer.pad_id, run.mesh)
 
     def evaluate(self) -> None:
-        """Evaluate ``eval_tokens`` tokens and decide on early stopping."""
-        result = self.report(self._run.config.train.eval_tokens)
+        """Evaluate ``eval_tokens`` tokens, report them and decide on early stopping."""
+        run, result = self._run, self._measure(self._run.config.train.eval_tokens)
         if result is not None:
-            self._run.history.add(self._run.step, result, is_scheduled=True)
-            self._run.stopped_early = self._run.has_stopped_improving()
-
-    def measure_last(self) -> None:
-        """Evaluate ``eval_tokens`` tokens at the end of the run, without a report."""
-        run, result = self._run, self.measure(self._run.config.train.eval_tokens)
-        if result is not None and run.history.last_step != run.step:
             is_scheduled = run.step % run.config.train.eval_every == 0
             run.history.add(run.step, result, is_scheduled=is_scheduled)
-
-    def report(self, limit_tokens: int) -> Evaluation | None:
-        """Evaluate the current state, and report a result that was not reported before."""
-        result = self.measure(limit_tokens)
-        if result is not None and self._reported != (self._run.step, result.predictions):
-            self._reported = self._run.step, result.predictions
+            run.stopped_early = run.has_stopped_improving()
             self._reporter.validation(result)
+
+    def evaluate_all(self) -> Evaluation | None:
+        """Evaluate and report the whole validation split; None if nothing is held out."""
+        result = self._measure(limit_tokens=0)
+        if result is not None:
+            self._reporter.held_out(result)
         return result
 
-    def measure(self, limit_tokens: int) -> Evaluation | None:
+    def _measure(self, limit_tokens: int) -> Evaluation | None:
         """Evaluate the current state, unless that was done on the same tokens."""
         run, split = self._run, self._run.corpus.validation
         if split is None:

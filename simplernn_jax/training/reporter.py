@@ -102,18 +102,25 @@ class Reporter:
             self.print_line(f"step {step}: loss or gradient not finite, update skipped")
 
     def validation(self, result: Evaluation) -> None:
-        """Report an evaluation of the current state."""
+        """Report an evaluation of the current state on ``eval_tokens`` tokens."""
+        self._write_evaluation("validation", result)
         step = self._run.step
+        self.print_line(f"step {step}: validation {result}, {result.predictions:,} predictions")
+
+    def held_out(self, result: Evaluation) -> None:
+        """Write the evaluation of the whole validation split; `summarize` prints it."""
+        self._write_evaluation("held_out", result)
+
+    def _write_evaluation(self, kind: str, result: Evaluation) -> None:
         self._write(
-            step,
-            "validation",
+            self._run.step,
+            kind,
             loss=result.nats_per_token,
             bits_per_byte=result.bits_per_byte,
             predictions=result.predictions,
             tokens=self._run.totals.tokens,
             seconds=self.timer.total_seconds,
         )
-        self.print_line(f"step {step}: validation {result}, {result.predictions:,} predictions")
 
     def sample(self, text: str) -> None:
         """Report a sample from the current state."""
@@ -136,7 +143,7 @@ class Reporter:
             "recompilations": f"{self._train_step.recompilations}",
         }
         if evaluation is not None:
-            lines["validation"] = str(evaluation)
+            lines["all held-out text"] = f"{evaluation}, {evaluation.predictions:,} predictions"
         lines |= run.history.summary(workdir, stopped_early=run.stopped_early)
         if is_coordinator() and (path := plot_loss(workdir, self._model)):
             lines["loss curve"] = path
