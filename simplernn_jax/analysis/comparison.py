@@ -85,7 +85,9 @@ def _common_words(names: Collection[str]) -> int:
 def _read(workdir: str, name: str) -> RunRecord:
     if not os.path.isdir(workdir):
         raise UserError(f"{workdir}: no such folder; name the workdirs of training runs")
-    rows = [row for row in read_metrics(workdir) if row["kind"] in ("train", "validation", "held_out")]
+    rows = [
+        row for row in read_metrics(workdir) if row["kind"] in ("train", "validation", "held_out")
+    ]
     try:
         config = _read_config(workdir)
     except UserError as error:
