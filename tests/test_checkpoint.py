@@ -448,7 +448,7 @@ def test_a_missing_array_is_read_back_as_none(two_steps):
 
 def test_a_save_does_not_read_the_shapes_of_all_arrays(tmp_path, monkeypatch):
     """TensorStore never frees the JSON that it makes of them."""
-    monkeypatch.setattr(contents, "_leaves_on_disk", None)
+    monkeypatch.setattr(contents, "saved_leaves", None)
     save_steps(tmp_path, 1)
     assert steps_in(tmp_path / "checkpoints") == [1]
 

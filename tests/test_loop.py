@@ -12,20 +12,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
 from processes import run_scripts, start_python
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
 from simplernn_jax import load_model
-from simplernn_jax.checkpoint import checkpointer, contents
 from simplernn_jax.checkpoint.contents import saved_quality
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.config import TrainConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
-from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.training import loop, reporter, run
 from simplernn_jax.training.loop import check_skips, train
 from simplernn_jax.training.metrics import read_metrics
@@ -80,47 +76,6 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch, mode, block, fields):
     ]
     assert rows[0] == rows[1]
     assert [step for step, kind, _ in rows[0] if kind == "train"] == list(range(1, 41))
-
-
-EARLIER_NAMES = {
-    "consecutive_skips": "skipped_in_a_row",
-    "layers/0/mixer/": "layers/0/attention/",
-    "layers/1/mixer/": "layers/1/rnn/",
-}
-
-
-def earlier_leaves(tree):
-    """Leaves by the names that earlier versions gave them."""
-    leaves = named_leaves(tree)
-    for name, earlier in EARLIER_NAMES.items():
-        leaves = {path.replace(name, earlier): leaf for path, leaf in leaves.items()}
-    return leaves
-
-
-@pytest.mark.oldest_python
-def test_a_checkpoint_under_the_leaf_names_of_earlier_versions_is_resumed(tmp_path, monkeypatch):
-    """Muon's state holds that of AdamW, for all but matrices."""
-    source = write_corpus(tmp_path / "text")
-    config = small_config("residual", source=source, steps=9, name="muon", **HYBRID)
-    earlier, present = tmp_path / "earlier", tmp_path / "present"
-    train(config, str(present))
-    with monkeypatch.context() as patch:
-        stop_after(patch, 4)
-        patch.setattr(contents, "_RENAMED", ())  # they read back what they had written
-        patch.setattr(checkpointer, "named_leaves", earlier_leaves)
-        train(config, str(earlier))
-    on_disk = ocp.PyTreeCheckpointHandler().metadata(earlier / "checkpoints" / "4" / "state").tree
-    assert not any("mixer" in name or name == "consecutive_skips" for name in on_disk)
-    for tree in ("params", "opt_state"):
-        for mixer in ("layers/0/attention/", "layers/1/rnn/"):
-            assert any(name.startswith(tree) and mixer in name for name in on_disk)
-    saved = newest_checkpoint(earlier)
-    params = named_leaves({"params": nnx.state(load_model(str(earlier))[0], nnx.Param)})
-    assert any("/mixer/" in name for name in params)
-    for name, leaf in params.items():
-        assert saved[name][2] == np.asarray(leaf).tobytes(), name
-    train(config, str(earlier))
-    assert newest_checkpoint(earlier) == newest_checkpoint(present)
 
 
 def with_train(config, **fields):

@@ -343,7 +343,7 @@ def test_every_damage_to_a_store_is_named_and_the_text_tokenized_again(copy_of_s
     [
         ('"<u2"', '"<f2"', "dtype <f2"),
         ('"<u2"', '"|O"', r"dtype \|O"),
-        (None, None, "another version"),
+        (None, None, "missing or was changed"),
         ('"store": "', '"store": "0', "that of another corpus"),
         ('"documents": ', '"documents": null, "was": ', "not a record of a corpus"),
         ('"splits": {', '"splits": [], "were": {', "not a record of a corpus"),

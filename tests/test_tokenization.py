@@ -182,22 +182,6 @@ def test_damage_to_a_shard_is_found(source, tokenizer, tmp_path, caplog, name):
     assert again.content_hash == first.content_hash
 
 
-def test_a_store_of_one_hash_and_no_shard_size_is_read(tmp_path, monkeypatch, tokenizer):
-    from simplernn_jax.files import read_sealed, write_sealed
-
-    (tmp_path / "a.txt").write_text("some text " * 30)
-    first = prepare(tmp_path / "a.txt", tmp_path / "cache", tokenizer)
-    (store,) = (tmp_path / "cache").iterdir()
-    meta = json.loads(read_sealed(store / "meta.json"))
-    del meta["shard_bytes"]
-    for split in meta["splits"].values():
-        (split["tokens_sha256"],) = split["tokens_sha256"]
-    write_sealed(store / "meta.json", json.dumps(meta) + "\n")
-    monkeypatch.setattr("simplernn_jax.data.source_store.write_spool", None)
-    again = prepare(tmp_path / "a.txt", tmp_path / "cache", tokenizer)
-    np.testing.assert_array_equal(again.train.tokens, first.train.tokens)
-
-
 @given(st.data())
 def test_shards_are_read_as_one_array(data):
     lengths = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=5))

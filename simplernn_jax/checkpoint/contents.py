@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,12 +26,6 @@ from simplernn_jax.named_leaves import named_leaves
 QUALITY_ITEM = "quality"
 """Item that `saved_quality` and `saved_step` read."""
 
-_RENAMED = (
-    (re.compile(r"^skipped_in_a_row$"), "consecutive_skips"),
-    (re.compile(r"(^|/)layers/(\d+)/(?:rnn|attention)/"), r"\1layers/\2/mixer/"),
-)
-"""Array names of earlier versions, and the current names."""
-
 _MAX_JSON_BYTES = 1 << 30
 
 
@@ -48,18 +41,8 @@ class Quality:
 
 def saved_leaves(path: str) -> dict[str, Any]:
     """Return ``shape`` and ``dtype`` of every array in the checkpoint folder `path`, by name."""
-    return {_current_name(name): leaf for name, leaf in _leaves_on_disk(path).items()}
-
-
-def _leaves_on_disk(path: str) -> dict[str, Any]:
     handler = ocp.PyTreeCheckpointHandler()
     return dict(handler.metadata(epath.Path(path) / "state").tree)
-
-
-def _current_name(name: str) -> str:
-    for earlier, current in _RENAMED:
-        name = earlier.sub(current, name)
-    return name
 
 
 def read_arrays(
@@ -76,10 +59,7 @@ def read_arrays(
             return ocp.RestoreArgs(restore_type=np.ndarray)
         return ocp.ArrayRestoreArgs(sharding=sharding)
 
-    saved_names = {_current_name(saved): saved for saved in _leaves_on_disk(path)}
-    on_disk = {saved_names.get(name, name): name for name in names}
-    arrays = _restore(path, {saved: restore_args(name) for saved, name in on_disk.items()})
-    return {name: arrays[saved] for saved, name in on_disk.items()}
+    return _restore(path, {name: restore_args(name) for name in names})
 
 
 def read_back(path: str, names: Sequence[str]) -> dict[str, Any]:

@@ -107,13 +107,12 @@ def remove_store(folder: Path) -> None:
 def _read_meta(folder: Path) -> dict[str, Any]:
     body = read_sealed(folder / META_FILE)
     if body is None:
-        # Stores of earlier versions have no seal.
-        raise DamagedStore(f"{META_FILE} is missing, was changed or is of another version")
+        raise DamagedStore(f"{META_FILE} is missing or was changed")
     try:
         meta: dict[str, Any] = json.loads(body)
         if not all(_is_record(split) for split in meta["splits"].values()):
             raise TypeError
-        store, dtype, shard_bytes = meta["store"], meta["dtype"], meta.get("shard_bytes", 1)
+        store, dtype, shard_bytes = meta["store"], meta["dtype"], meta["shard_bytes"]
         if type(shard_bytes) is not int or shard_bytes < 1:
             raise TypeError
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
@@ -122,22 +121,16 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise DamagedStore(f"{META_FILE} is that of another corpus")
     if dtype not in TOKEN_DTYPES:
         raise DamagedStore(f"{META_FILE} names the dtype {dtype}, which tokens never have")
-    if "shard_bytes" in meta and shard_bytes % np.dtype(dtype).itemsize:
+    if shard_bytes % np.dtype(dtype).itemsize:
         raise DamagedStore(f"{META_FILE} has shards that end inside a token")
     return meta
 
 
 def _is_record(split: dict[str, Any]) -> bool:
-    """Return whether it has the fields of `write_store`; any exception if they have another type.
-
-    A store of an earlier version has one shard, and its hash is not in a list.
-    """
+    """Return whether it has the fields of `write_store`; raises if one has another type."""
     counts = [split[name] for name in ("tokens", "documents", "num_bytes")]
     hashes = [split["content_hash"], split["starts_sha256"]]
-    for name in ("tokens_sha256", "targets_sha256"):
-        if isinstance(split.get(name), str):
-            split[name] = [split[name]]
-        hashes += split[name] if name == "tokens_sha256" else split.get(name, [])
+    hashes += split["tokens_sha256"] + split.get("targets_sha256", [])
     return all(type(x) is int for x in counts) and all(type(x) is str for x in hashes)
 
 
@@ -148,7 +141,7 @@ def _open_split(
 
     def open_shards(suffix: str, dtype: np.dtype) -> np.ndarray | ShardedArray:
         digests, size = split[f"{suffix}_sha256"], split["tokens"] * dtype.itemsize
-        shard_bytes = meta.get("shard_bytes", size)
+        shard_bytes = meta["shard_bytes"]
         if len(digests) != -(-size // shard_bytes):
             raise DamagedStore(f"{META_FILE} does not list every shard")
 

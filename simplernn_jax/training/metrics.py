@@ -12,8 +12,7 @@ Every row of ``metrics.jsonl`` has ``step``, ``kind`` and ``wall_time`` (Unix ti
 - ``held_out``: the same of the whole validation split, at the end.
 - ``sample``: ``text``.
 
-The last value of a line is the CRC-32 of the row without it, as `json.dumps` formats it. Files of
-earlier versions have no checksums.
+The last value of a line is the CRC-32 of the row without it, as `json.dumps` formats it.
 
     {"step": 20, "kind": "train", "loss": 3.1, ..., "crc32": "5f3a0c11"}
 """
@@ -155,19 +154,13 @@ def decode_lines(file: BinaryIO) -> Iterator[tuple[bytes, Row | None]]:
 
     At most one line is in memory; lines longer than `MAX_LINE_BYTES` are truncated.
     """
-    checked = False
     while line := file.readline(MAX_LINE_BYTES):
         rest = line
         while len(rest) == MAX_LINE_BYTES and not rest.endswith(b"\n"):
             rest = file.readline(MAX_LINE_BYTES)
         if len(line) < MAX_LINE_BYTES and not line.strip():
             continue
-        row = _decode(line)
-        has_checksum = row is not None and row.pop("crc32", None) is not None
-        if checked and not has_checksum:
-            row = None  # lines of an earlier version come before those with a checksum
-        checked = checked or has_checksum
-        yield line, row
+        yield line, _decode(line)
 
 
 def _decode(line: bytes) -> Row | None:
@@ -182,8 +175,7 @@ def _decode(line: bytes) -> Row | None:
         return None
     if isinstance(row.get("loss"), str):
         return None
-    body = {name: value for name, value in row.items() if name != "crc32"}
-    return row if row.get("crc32") in (None, _checksum(body)) else None
+    return row if row.pop("crc32", None) == _checksum(row) else None
 
 
 def _is_value(value: Any) -> bool:

@@ -124,9 +124,8 @@ class Run:
                 f"{config.data.source!r}; use the same text, or another --workdir"
             )
         batches.set_state(saved["batches"])
-        # Checkpoints of earlier versions have neither.
-        self.totals = LossTotals(**(saved.get("progress") or {"tokens": None}))
-        self.history = ValidationHistory(**(saved.get("evaluations") or {}))
+        self.totals = LossTotals(**saved["progress"])
+        self.history = ValidationHistory(**saved["evaluations"])
         self.changes = changed_fields(config, restored.config)
         return self._layout.from_checkpoint(restored.state), batches
 

@@ -14,8 +14,8 @@ class LossTotals:
     Metrics after a resume are therefore those of an uninterrupted run.
     """
 
-    tokens: int | None = 0
-    """Predictions since step 0; None if the run began in a version that did not count them."""
+    tokens: int = 0
+    """Predictions since step 0."""
     loss_sum: float = 0.0
     """Nats of all predictions since `pop_mean_loss`, excluding skipped updates."""
     loss_tokens: int = 0
@@ -23,8 +23,7 @@ class LossTotals:
 
     def add(self, loss: float, predictions: int, *, skipped: bool) -> None:
         """Add a step of `loss` nats per prediction; a `skipped` update counts its tokens only."""
-        if self.tokens is not None:
-            self.tokens += predictions
+        self.tokens += predictions
         if not skipped:
             self.loss_sum += loss * predictions
             self.loss_tokens += predictions

@@ -49,8 +49,6 @@ class EventLog:
 
         try:
             for name, value in values.items():
-                if value is None:  # unknown after an early version's checkpoint
-                    continue
                 make = summary.text if isinstance(value, str) else summary.scalar
                 content = make(f"{kind}/{name}", value)
                 self._write(Event(step=step, wall_time=time.time(), summary=content))
