@@ -131,6 +131,15 @@ def test_every_page_is_in_the_table_of_contents():
     assert listed | {"index"} == {page.stem for page in pages}
 
 
+def test_the_gallery_has_every_configuration():
+    gallery = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## (\w+)$", gallery, re.MULTILINE)
+    configurations = {path.stem for path in (ROOT / "configs").glob("*.py")}
+    assert {*sections, "seed"} == configurations  # `seed` is an alias
+    rows = re.findall(r"^\| \[`(\w+)`\]\(#(\w+)\)", gallery, re.MULTILINE)
+    assert rows == [(name, name) for name in sections]
+
+
 @functools.cache
 def help_of(name):
     """``--help`` of a script."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import random
@@ -9,6 +10,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from processes import ROOT, assert_each_refused
 from small_runs import small_config
 
@@ -285,6 +287,38 @@ def test_time_to_a_loss_is_interpolated_and_compared_with_nanogpt():
     assert nanogpt["of nanoGPT's run"] == 0.5
     other, _ = report.summarize("shakespeare", result | {"source": "/texts/other.txt"})
     assert "seconds to 1.874" not in other
+
+
+def test_programs_have_readable_names_and_looks_that_differ(monkeypatch):
+    figures = []
+    monkeypatch.setattr(report, "png", figures.append)
+
+    def rung_of(tokenizer):
+        curve = {"loss": 1.0, "curve": [[1.0, 2.0], [2.0, 1.0]]}
+        runs = [curve | {"program": name} for name in peers.default_names(tokenizer)]
+        return {"unit": "nats/char", "source": "texts", "runs": runs}
+
+    report.draw({"shakespeare": rung_of("char"), "base": rung_of("byte")})
+    (figure,) = figures
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "SimpleRNN (ours)",
+        "nanoGPT (its CPU settings)",
+        "nanoGPT (its CPU settings, compiled)",
+        "LSTM",
+        "GRU",
+        "nanoGPT (our size)",
+        "nanoGPT (our size, compiled)",
+    ]
+    drawn = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 2]
+    named = [handle.get_color() for handle in legend.legend_handles]
+    assert [line.get_color() for line in drawn[:5]] == named[:5]
+
+    styles = [report.plot_style(name) for name in peers.known_names()]
+    for key in ("label", "marker"):
+        assert len({style[key] for style in styles}) == 9
+    for one, other in itertools.combinations([to_rgb(style["color"]) for style in styles], 2):
+        assert math.dist(one, other) > 0.25
 
 
 def test_peers_of_torch_are_refused_where_it_is_missing(rung, monkeypatch):

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simplernn_jax.analysis.plots import add_legend, line_styles, new_figure, png
+from simplernn_jax.analysis.plots import add_legend, new_figure, png
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
 
 from .. import tables
 from ..measure import call_isolated, describe_machine
 from ..tables import Row
-from .peers import NANOGPT, OURS, find_peer
+from .peers import COMPILED, NANOGPT, OURS, find_peer
 from .requests import Request
 from .timed_training import train_timed
 
@@ -35,6 +35,19 @@ _FORMAT = 1
 """Format of results.json; others are refused."""
 _CONDITIONS = ("device", "processor", "cores", "python", "jax", "torch", "settings")
 """What results of a rung have in common, by `describe_machine`."""
+_LOOKS = {
+    OURS: ("SimpleRNN (ours)", "#000000", "o", "-"),
+    "lstm": ("LSTM", "#0072b2", "D", "--"),
+    "gru": ("GRU", "#d55e00", "v", "-."),
+    NANOGPT: ("nanoGPT (its CPU settings)", "#009e73", "s", ":"),
+    f"{NANOGPT}{COMPILED}": ("nanoGPT (its CPU settings, compiled)", "#cc79a7", "^", "-"),
+    "gpt_matched": ("nanoGPT (our size)", "#56b4e9", "*", "--"),
+    f"gpt_matched{COMPILED}": ("nanoGPT (our size, compiled)", "#e69f00", "P", "-."),
+    "gpt_gpu": ("nanoGPT (its GPU settings)", "#808080", "X", ":"),
+    f"gpt_gpu{COMPILED}": ("nanoGPT (its GPU settings, compiled)", "#f0e442", "<", "-"),
+}
+"""Label, color, marker and line of every program: the colors of Okabe and Ito, which people with
+color blindness can tell apart, and a grey."""
 
 
 def run(requests: Sequence[Request], out: Path) -> None:
@@ -217,10 +230,16 @@ def tried_rows(tried: Sequence[Row]) -> list[Row]:
     return list(rows.values())
 
 
+def plot_style(name: str) -> Row:
+    """Arguments of ``plot`` for a program, the same in every picture."""
+    label, color, marker, line = _LOOKS[name]
+    style: Row = {"label": label, "color": color, "marker": marker, "linestyle": line}
+    return style | {"linewidth": 1.2, "markerfacecolor": "none", "markersize": 5}
+
+
 def draw(results: dict[str, Any]) -> bytes:
     """A PNG file with a panel for every rung: loss against seconds of training."""
-    names = list(dict.fromkeys(run["program"] for each in results.values() for run in each["runs"]))
-    styles = dict(zip(names, line_styles(len(names), 1), strict=True))
+    names = dict.fromkeys(run["program"] for each in results.values() for run in each["runs"])
     columns = min(len(results), 2)
     rows = -(-len(results) // columns)
     with new_figure(5.8 * columns, 3.6 * rows) as figure:
@@ -230,7 +249,8 @@ def draw(results: dict[str, Any]) -> bytes:
         for axes, (rung, result) in zip(grid, results.items(), strict=False):
             for run in result["runs"]:
                 curve = curve_of(run, result["unit"])
-                axes.plot(*zip(*curve, strict=True), **styles[run["program"]])
+                style = plot_style(run["program"]) | {"label": None}
+                axes.plot(*zip(*curve, strict=True), **style)
             axes.set(xscale="log", title=rung, xlabel="seconds of training", ylabel=result["unit"])
             axes.set_yscale("log", subs=[1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8])
             axes.xaxis.set_major_formatter("{x:,g}")
@@ -243,6 +263,6 @@ def draw(results: dict[str, Any]) -> bytes:
                 axes.text(0.01, target, f"target {target}", va="bottom", transform=at)
             axes.grid(axis="y", which="both")
         for name in names:
-            figure.axes[0].plot([], [], label=name, **styles[name])
+            figure.axes[0].plot([], [], **plot_style(name))
         add_legend(figure, figure.axes[0])
         return png(figure)
