@@ -135,7 +135,7 @@ def test_the_gallery_has_every_configuration():
     gallery = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
     sections = re.findall(r"^## (\w+)$", gallery, re.MULTILINE)
     configurations = {path.stem for path in (ROOT / "configs").glob("*.py")}
-    assert {*sections, "seed"} == configurations  # `seed` is an alias
+    assert {*sections} == configurations
     rows = re.findall(r"^\| \[`(\w+)`\]\(#(\w+)\)", gallery, re.MULTILINE)
     assert rows == [(name, name) for name in sections]
 
