@@ -78,8 +78,8 @@ def main() -> None:
     print(
         f"{path}: {counted(len(lines), 'conversation')} of {counted(_TURNS.value, 'turn')}, "
         f"{format_bytes(len(content))}\n"
-        "A model trained on them adds two digits, spells a digit and recalls a number, in these "
-        f"words only. Train it with:\n  {name_configs(name_commands(command))}"
+        "A model that is trained on them can add two digits, spell a digit and recall a number, "
+        f"and nothing else. Train it with:\n  {name_configs(name_commands(command))}"
     )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import resource
 import subprocess
 import sys
 import tracemalloc
@@ -129,7 +128,7 @@ def test_functions_of_templates_in_the_field():
 {% if add_generation_prompt %}
 assistant:
 {%- endif %}"""
-    text = ChatTemplate(source).render(talk(("<é>", None), system="<\u00e9>"))
+    text = ChatTemplate(source).render(talk(("<é>", None), system="<é>"))
     assert text == '{"a": [0, 1], "b": "<é>"}\nuser:<é>;\n'
 
 
@@ -165,11 +164,12 @@ TIME, MEMORY = "it takes more than 1 s of CPU time", "it uses too much memory"
 )
 def test_templates_that_use_too_much(source, reason):
     honest = ChatTemplate(CHATML)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
     with pytest.raises(UserError, match=rf"chat template: {reason}.*; correct --config"):
         ChatTemplate(source + CHATML)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 50_000  # KiB
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10_000_000
     assert honest.render(talk(("hi", None))) == "<|im_start|>user\nhi<|im_end|>\n"
 
 
@@ -210,7 +210,7 @@ def test_the_process_that_renders_ends_with_its_input():
     program = str(ROOT / "simplernn_jax" / "data" / "template_worker.py")
     request = json.dumps([CHATML, [[talk(("hi", None)), False]]]).encode()
     ended = subprocess.run(
-        [sys.executable, program, "1", str(10**9)],
+        [sys.executable, program],
         input=b"%d\n%b" % (len(request), request),
         stdout=subprocess.PIPE,
         check=True,

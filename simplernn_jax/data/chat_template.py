@@ -176,16 +176,13 @@ class ChatTemplate:
 
 
 def messages_of(record: Mapping[str, Any], field: str = "messages") -> list[Message]:
-    """Return the messages of a record, which has one of these fields.
+    """Return the messages of a record.
 
-    - `field`: messages with ``role`` and ``content``, as in OpenAI's API, or with ``from`` and
-      ``value``, as in ShareGPT;
-    - unless another field was given, ``conversations``, the same, or, as in Alpaca,
-      ``instruction`` and ``output``, and ``input`` and ``history`` if there are any. Either may
-      come with ``system``.
+    They are in `field`, in the form of OpenAI or ShareGPT. A record without ``messages`` may be of
+    ShareGPT (``conversations``) or of Alpaca (``instruction`` and ``output``) instead.
 
     Raises:
-      TemplateError: the record has none of these, or something else in them.
+      TemplateError: it has none of these fields, or something else in them.
     """
     if field in record:
         return _checked(record[field])

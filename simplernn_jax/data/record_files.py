@@ -159,7 +159,7 @@ class JsonlFiles(RecordFiles):
 
 
 class ConversationFiles(JsonlFiles):
-    """JSONL files of conversations, ``messages`` in OpenAI's form.
+    """JSONL files of conversations, as `messages_of` takes them.
 
     Args:
       *settings: as of `RecordFiles`.

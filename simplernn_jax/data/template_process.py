@@ -17,10 +17,7 @@ from simplernn_jax.errors import one_line
 Message = dict[str, str]
 """``role`` and ``content``, as in OpenAI's API."""
 
-MAX_SECONDS = 1.0
-"""CPU time of a rendering."""
-MAX_BYTES = 1 << 29
-"""Memory of the process."""
+_PROGRAM = str(Path(__file__).with_name("template_worker.py"))
 _MAX_ANSWER, _EXPANSION = 1 << 24, 16
 """Bytes of an answer, and further ones for each byte of the request."""
 _WALL_SECONDS = 30.0
@@ -67,8 +64,7 @@ class TemplateProcess:
                 raise
         if "error" in answer:
             raise TemplateError(one_line(answer["error"]))
-        texts: list[str] = answer["texts"]
-        return texts
+        return answer["texts"]
 
     def close(self) -> int | None:
         """End the process; return its exit code, or None if there is none."""
@@ -84,18 +80,16 @@ class TemplateProcess:
         size = int(self._answers.readline(20))
         if size > _MAX_ANSWER + _EXPANSION * len(request):
             raise TemplateError("it renders too much text")
-        answer: dict[str, Any] = json.loads(self._answers.read(size))
-        return answer
+        return json.loads(self._answers.read(size))
 
     def _start(self) -> None:
-        program = Path(__file__).with_name("template_worker.py")
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(_WALL_SECONDS)
         self._answers = self._socket.makefile("rb")
         with theirs:
             self._process = subprocess.Popen(
                 # -P and -S: neither the folder of the program nor hooks of packages are used.
-                [sys.executable, "-P", "-S", str(program), str(MAX_SECONDS), str(MAX_BYTES)],
+                [sys.executable, "-P", "-S", _PROGRAM],
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
                 stderr=subprocess.DEVNULL,
@@ -114,7 +108,7 @@ def _reason(error: OSError | ValueError, code: int | None) -> str:
     if isinstance(error, TimeoutError):
         return f"it takes more than {_WALL_SECONDS:g} s"
     if code == -signal.SIGPROF:
-        return f"it takes more than {MAX_SECONDS:g} s of CPU time"
+        return "it takes more than 1 s of CPU time"
     return f"the process that renders it has ended (exit code {code})"
 
 

@@ -1,10 +1,7 @@
 """Program that renders chat templates in Jinja's sandbox, under limits of the operating system.
 
-    python template_worker.py SECONDS BYTES
-
-A rendering may take SECONDS of CPU time; SIGPROF then kills the process, which on Linux may hold
-BYTES of memory. It imports nothing of this project. Requests and answers are JSON, each after a
-line with its length in bytes:
+It imports nothing of this project. Requests and answers are JSON, each after a line with its
+length in bytes:
 
     [TEMPLATE, [[MESSAGES, add_generation_prompt], ...]]
     {"texts": [TEXT, ...]} or {"error": REASON}
@@ -20,33 +17,36 @@ from typing import NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+_MAX_SECONDS = 1.0
+"""CPU time of a rendering; SIGPROF then kills the process."""
+_MAX_BYTES = 1 << 29
+"""Memory of the process."""
 _GLOBALS = ("dict", "namespace", "range")
 
 
 def main() -> None:
     """Answer requests until the parent process closes its end, or ends."""
-    seconds, max_bytes = float(sys.argv[1]), int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        limit = max_bytes if hard == resource.RLIM_INFINITY else min(max_bytes, hard)
+        limit = _MAX_BYTES if hard == resource.RLIM_INFINITY else min(_MAX_BYTES, hard)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     with open(0, "rb") as requests, open(1, "wb") as answers:
         while line := requests.readline():
             signal.setitimer(signal.ITIMER_PROF, 0)
-            answer = _answer(requests.read(int(line)), seconds)
+            answer = _answer(requests.read(int(line)))
             answers.write(b"%d\n%b" % (len(answer), answer))
             answers.flush()
 
 
-def _answer(request: bytes, seconds: float) -> bytes:
+def _answer(request: bytes) -> bytes:
     try:
         source, renderings = json.loads(request)
         texts = []
         for messages, asks in renderings:
-            signal.setitimer(signal.ITIMER_PROF, seconds)
+            signal.setitimer(signal.ITIMER_PROF, _MAX_SECONDS)
             template = _compiled(source)
             texts.append(template.render(messages=messages, add_generation_prompt=asks))
         return json.dumps({"texts": texts}, ensure_ascii=False).encode("utf-8", "surrogatepass")
