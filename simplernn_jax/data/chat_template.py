@@ -193,7 +193,10 @@ def messages_of(record: Mapping[str, Any], field: str = "messages") -> list[Mess
     else:
         others = "" if field != "messages" else ", 'conversations' or 'instruction' and 'output'"
         found = ", ".join(itertools.islice(record, 8)) or "none"
-        raise TemplateError(f"no field {field!r}{others}; it has {found}")
+        raise TemplateError(
+            f"no field {field!r}{others}; it has {found}: say with field=NAME (train.py: "
+            "--config.data.field=NAME) which holds the messages"
+        )
     if record.get("system"):
         messages = _checked([{"role": "system", "content": record["system"]}]) + messages
     return messages

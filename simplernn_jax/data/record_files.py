@@ -34,7 +34,7 @@ _RENDERED_TOGETHER = 64
 
 _NAMED_FIELDS = 8
 """Fields that an error names at most: a record can have millions."""
-_CHAT = "messages"
+_CHAT = ("messages", "conversations")
 _NO_TEMPLATE = "conversations need a template (train.py: --config.data.template=roles)"
 
 
@@ -285,8 +285,9 @@ def _missing_field(field: str, fields: Iterable[str]) -> str:
     fields = list(fields)
     named = [name[:30] for name in fields[:_NAMED_FIELDS]]
     near = nearest_name(field, named)
-    if _CHAT in fields and not near:
-        return f"no field {field!r} but {_CHAT!r}; {_NO_TEMPLATE}"
+    chat = next((name for name in _CHAT if name in fields), None)
+    if chat and not near:
+        return f"no field {field!r} but {chat!r}; {_NO_TEMPLATE}"
     return (
         f"no field {field!r}{near}; it has {', '.join(named) or 'none'}: say "
         "with field=NAME (train.py: --config.data.field=NAME) which holds the text"
@@ -295,5 +296,5 @@ def _missing_field(field: str, fields: Iterable[str]) -> str:
 
 def _wrong_type(field: str, found: str) -> str:
     """Describe a record whose field is not text but of the type `found`."""
-    hint = f"; {_NO_TEMPLATE}" if field == _CHAT else ""
+    hint = f"; {_NO_TEMPLATE}" if field in _CHAT else ""
     return f"field {field!r} is of type {found}, not text{hint}"
