@@ -138,6 +138,8 @@ def looped(body, start="'a'"):
 
 
 TIME, MEMORY = "it takes more than 1 s of CPU time", "it uses too much memory"
+EITHER = f"({TIME}|{MEMORY})"
+"""On a slow machine, the time ends before the memory."""
 
 
 @pytest.mark.parametrize(
@@ -151,10 +153,10 @@ TIME, MEMORY = "it takes more than 1 s of CPU time", "it uses too much memory"
         ("{{ 'a' | center(10000000000) }}", MEMORY),
         ("{{ '{:>10000000000}'.format(1) }}", MEMORY),
         ("{{ '%10000000000d' % 1 }}", MEMORY),
-        ("{% set a = 'a' * 99999 %}{{ a.replace('a', a) }}", MEMORY),
-        ("{% set a = range(99999) | list %}{% set b = [" + "a[1:]," * 3600 + "] %}", MEMORY),
-        (looped("{% set x.a = x.a ~ x.a %}"), MEMORY),
-        (looped("{% set a %}{{ x.a }}{{ x.a }}{% endset %}{% set x.a = a %}"), MEMORY),
+        ("{% set a = 'a' * 99999 %}{{ a.replace('a', a) }}", EITHER),
+        ("{% set a = range(99999) | list %}{% set b = [" + "a[1:]," * 3600 + "] %}", EITHER),
+        (looped("{% set x.a = x.a ~ x.a %}"), EITHER),
+        (looped("{% set a %}{{ x.a }}{{ x.a }}{% endset %}{% set x.a = a %}"), EITHER),
         ("{{ 'a' * 6 * 10**6 }}", "it renders too much text"),
         (f"{{{{ {'(' * 5000} }}}}", "RecursionError"),
         (f"{{{{ {'9' * 5000} }}}}", "ValueError"),
