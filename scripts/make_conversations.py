@@ -14,13 +14,15 @@ if __name__ == "__main__":
 
 import json
 import random
+import shlex
 from collections.abc import Iterator
 
 from absl import flags
 
 from simplernn_jax import command_line
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, counted, format_bytes
 from simplernn_jax.files import write_file
+from simplernn_jax.project import name_commands, name_configs
 
 _ARGUMENTS = command_line.define_arguments("FILE")
 _CONVERSATIONS = flags.DEFINE_integer("conversations", 2000, "Number of lines.", lower_bound=1)
@@ -29,6 +31,8 @@ _TURNS = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Random seed.", lower_bound=0)
 
+_DEFAULT_PATH = "conversations.jsonl"
+"""Source of configs/chat.py."""
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -52,7 +56,7 @@ def turns(draw: random.Random) -> Iterator[tuple[str, str]]:
 def main() -> None:
     """Write the conversations."""
     if len(_ARGUMENTS.value) != 1:
-        raise UserError("name one file to write, such as conversations.jsonl")
+        raise UserError(f"name one file to write, such as {_DEFAULT_PATH}")
     draw = random.Random(_SEED.value)
     lines = []
     for _ in range(_CONVERSATIONS.value):
@@ -64,10 +68,19 @@ def main() -> None:
             ]
         lines.append(json.dumps({"messages": messages}) + "\n")
     (path,) = _ARGUMENTS.value
+    content = "".join(lines).encode()
     try:
-        write_file(path, "".join(lines).encode())
+        write_file(path, content)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; choose another file") from error
+    source = "" if path == _DEFAULT_PATH else f" {shlex.quote(f'--config.data.source={path}')}"
+    command = f"python scripts/train.py --config configs/chat.py --workdir runs/chat{source}"
+    print(
+        f"{path}: {counted(len(lines), 'conversation')} of {counted(_TURNS.value, 'turn')}, "
+        f"{format_bytes(len(content))}\n"
+        "A model that is trained on them can add two digits, spell a digit and recall a number, "
+        f"and nothing else. Train it with:\n  {name_configs(name_commands(command))}"
+    )
 
 
 if __name__ == "__main__":

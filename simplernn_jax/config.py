@@ -109,7 +109,7 @@ class DataConfig(_Fields):
     """Field of a JSONL record, Parquet row or TFDS example that holds the text; with a template,
     the default is ``messages``."""
     template: str = ""
-    """Chat template, for JSONL whose records hold ``messages`` in OpenAI format: ``roles`` (built
+    """Chat template, for JSONL of conversations (of OpenAI, ShareGPT or Alpaca): ``roles`` (built
     in), a Jinja file in Hugging Face format, or its text; empty: the records hold text."""
     loss_on: str = "all"
     """Tokens in the loss: ``all``, or those of the ``assistant``'s messages."""

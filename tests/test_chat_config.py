@@ -14,6 +14,8 @@ def test_a_trained_model_answers_over_fifty_turns(tmp_path):
     path = tmp_path / "conversations.jsonl"
     made = run_python("scripts/make_conversations.py", path, f"--conversations={CONVERSATIONS}")
     assert made.code == 0, made.errors
+    assert made.output.startswith(f"{path}: 500 conversations of 30 turns, ")
+    assert made.output.endswith(f"--workdir runs/chat --config.data.source={path}\n")
     command = (
         *("scripts/train.py", "--config=configs/chat.py", f"--workdir={tmp_path / 'run'}"),
         *(f"--config.data.source={path}", "--config.train.steps=200"),

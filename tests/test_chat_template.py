@@ -1,12 +1,17 @@
 """Conversations as text: built-in and given templates, and which tokens are targets."""
 
-import time
+import json
+import pickle
+import subprocess
+import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from corpus_files import read_all, records, write
 from damages import flip_bit
+from processes import ROOT
 
 from benchmarks.stress.fuzz_data import CHATML
 from simplernn_jax.config import DataConfig
@@ -29,6 +34,12 @@ def talk(*pairs, system=None):
     return found
 
 
+def cut(template, chat, *, only_assistant):
+    (found,) = template.pieces([chat], only_assistant=only_assistant)
+    assert not isinstance(found, TemplateError), found
+    return found
+
+
 def test_rendered_text():
     chat = talk(("hi", "yo"), ("2", None), system="S")
     assert ChatTemplate(ROLES).render(chat) == "\x01S\x04\x02hi\x04\x03yo\x04\x022\x04"
@@ -41,11 +52,11 @@ def test_targets_are_answers_and_their_ends(source, end):
     assert template.end_of_turn == end
     whole = template.render(chat, add_generation_prompt=True)
     assert whole == template.render(chat[:-1]) + template.render_next(chat[-1:])
-    pieces = list(template.pieces(chat, only_assistant=True))
+    pieces = cut(template, chat, only_assistant=True)
     assert "".join(piece.text for piece in pieces) == template.render(chat)
     assert [piece.text for piece in pieces if piece.is_target] == ["yo" + end, "3" + end]
-    assert all(piece.is_target for piece in template.pieces(chat, only_assistant=False))
-    unanswered = list(template.pieces(chat[:2], only_assistant=True))
+    assert all(piece.is_target for piece in cut(template, chat, only_assistant=False))
+    unanswered = cut(template, chat[:2], only_assistant=True)
     assert unanswered
     assert not any(piece.is_target for piece in unanswered)
 
@@ -60,7 +71,7 @@ READS_FIRST = """
 def test_an_assistant_may_speak_first(source):
     template = ChatTemplate(source)
     chat = [{"role": "assistant", "content": "welcome"}, *talk(("hi", "yo"))]
-    pieces = list(template.pieces(chat, only_assistant=True))
+    pieces = cut(template, chat, only_assistant=True)
     assert "".join(piece.text for piece in pieces) == template.render(chat)
     end = template.end_of_turn
     assert [piece.text for piece in pieces if piece.is_target] == ["welcome" + end, "yo" + end]
@@ -71,7 +82,7 @@ def test_long_messages_are_not_kept():
     tracemalloc.start()
     for number in range(20):
         chat = talk(("hi", f"{number}" * 100_000))
-        assert list(template.pieces(chat, only_assistant=True))
+        assert cut(template, chat, only_assistant=True)
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept < 1_000_000
@@ -90,9 +101,12 @@ def test_text_cannot_pose_as_a_role():
         ("{{ messages", "unexpected end of template"),
         ("{{ messages[7].content }}", "no element 7"),
         ("{{ messages | length }}", "changes what the template renders"),
-        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("{{ ''.__class__.__mro__ }}", "attribute '__class__' of 'str' object is unsafe"),
         ("{{ raise_exception('never') }}", "never"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "nothing ends"),
+        ("{{ lipsum(10**6) }}", "'lipsum' is undefined"),
+        ("{{ cycler(1) ~ joiner() }}", "'cycler' is undefined"),
+        ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined"),
     ],
 )
 def test_templates_that_cannot_be_used(source, problem):
@@ -100,42 +114,116 @@ def test_templates_that_cannot_be_used(source, problem):
         ChatTemplate(source)
 
 
+def test_functions_of_templates_in_the_field():
+    source = """\
+{% set ns = namespace(system='') %}
+{% for m in messages if m.role == 'system' %}
+    {% set ns.system = m.content %}
+    {% break %}
+{% endfor %}
+{{ bos_token ~ (dict(a=range(2) | list, b=ns.system) | tojson) }}
+{% for m in messages if m.role != 'system' %}
+{{ m.role }}:{{ m.content }};
+{% endfor %}
+{% if add_generation_prompt %}
+assistant:
+{%- endif %}"""
+    text = ChatTemplate(source).render(talk(("<é>", None), system="<é>"))
+    assert text == '{"a": [0, 1], "b": "<é>"}\nuser:<é>;\n'
+
+
 def looped(body, start="'a'"):
     """A template that computes `body` from `x.a` 40 times."""
     return f"{{% set x = namespace(a={start}) %}}{{% for i in range(40) %}}{body}{{% endfor %}}"
 
 
+TIME, MEMORY = "it takes more than 1 s of CPU time", "it uses too much memory"
+EITHER = f"({TIME}|{MEMORY})"
+"""On a slow machine, the time ends before the memory."""
+
+
 @pytest.mark.parametrize(
-    "source",
+    ("source", "reason"),
     [
-        f"{'{% for i in range(99999) %}' * 2}{'{% endfor %}' * 2}",
-        "{% for i in [1] recursive %}{% for j in range(9999) %}{{ loop(range(9999)) }}"
-        "{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
-        "{{ f(99) }}",
-        "{{ 'a' * 10**10 }}",
-        "{{ [1] * 10**10 }}",
-        "{{ 9 ** 99999999 }}",
-        "{{ 'a' | center(10000000000) }}",
-        "{{ 'a'.ljust(10000000000) }}",
-        "{{ '{:>10000000000}'.format(1) }}",
-        "{{ '%10000000000d' % 1 }}",
-        "{% set a = 'a' * 9999 %}{{ a.replace('a', a) }}",
-        looped("{% set x.a = x.a ~ x.a %}"),
-        looped("{% set a %}{{ x.a }}{{ x.a }}{% endset %}{% set x.a = a %}"),
-        looped("{% set x.a = [x.a, x.a] %}"),
-        looped("{% set x.a = x.a * x.a %}", start="9"),
-        f"{{{{ {'(' * 5000} }}}}",
-        f"{{{{ {'9' * 5000} }}}}",
-        f"{'{% for i in x %}' * 30}{'{% endfor %}' * 30}",
-        f"{'{% if 1 %}' * 150}{'{% endif %}' * 150}",
+        ("{% for i in range(99999) %}{% if 5.5 in range(99999) %}{% endif %}{% endfor %}", TIME),
+        ("{{ 9 ** 99999999 }}", TIME),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ 'a' * 10**10 }}", MEMORY),
+        ("{{ [1] * 10**10 }}", MEMORY),
+        ("{{ 'a' | center(10000000000) }}", MEMORY),
+        ("{{ '{:>10000000000}'.format(1) }}", MEMORY),
+        ("{{ '%10000000000d' % 1 }}", MEMORY),
+        ("{% set a = 'a' * 99999 %}{{ a.replace('a', a) }}", EITHER),
+        ("{% set a = range(99999) | list %}{% set b = [" + "a[1:]," * 3600 + "] %}", EITHER),
+        (looped("{% set x.a = x.a ~ x.a %}"), EITHER),
+        (looped("{% set a %}{{ x.a }}{{ x.a }}{% endset %}{% set x.a = a %}"), EITHER),
+        ("{{ 'a' * 6 * 10**6 }}", "it renders too much text"),
+        (f"{{{{ {'(' * 5000} }}}}", "RecursionError"),
+        (f"{{{{ {'9' * 5000} }}}}", "ValueError"),
+        (f"{'{% for i in x %}' * 30}{'{% endfor %}' * 30}", "SyntaxError"),
+        (f"{'{% if 1 %}' * 150}{'{% endif %}' * 150}", "IndentationError"),
     ],
 )
-def test_templates_that_use_too_much(source):
-    start = time.thread_time()
-    with pytest.raises(UserError, match=r"chat template: .*; correct --config"):
+def test_templates_that_use_too_much(source, reason):
+    honest = ChatTemplate(CHATML)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=rf"chat template: {reason}.*; correct --config"):
         ChatTemplate(source + CHATML)
-    assert time.thread_time() - start < 5
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10_000_000
+    assert honest.render(talk(("hi", None))) == "<|im_start|>user\nhi<|im_end|>\n"
+
+
+def trapped(body):
+    """A template that renders `body`, too, where a conversation ends with "trap"."""
+    return f"{{% if messages[-1].content == 'trap' %}}{body}{{% endif %}}{CHATML}"
+
+
+def test_conversations_rendered_together_have_errors_of_their_own():
+    template = ChatTemplate(trapped("{{ 'a' * 10**10 }}"))
+    chats = [talk(("hi", "yo")), talk(("x", "trap")), talk(("2", "3"))]
+    first, second, third = template.pieces(chats, only_assistant=False)
+    assert (first, third) == tuple(cut(template, chats[i], only_assistant=False) for i in (0, 2))
+    assert isinstance(second, TemplateError)
+    assert str(second) == MEMORY
+
+
+def test_threads_share_the_process_that_renders():
+    loops = "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2
+    templates = [ChatTemplate(source) for source in (ROLES, CHATML, trapped(loops))]
+
+    def render(number):
+        template = templates[number % 3]
+        if number == 8:
+            with pytest.raises(TemplateError, match=TIME):
+                template.render(talk(("trap", None)))
+        return template.render(talk((f"{number}" * 9, None)))
+
+    with ThreadPoolExecutor(4) as threads:
+        texts = list(threads.map(render, range(60)))
+    for number, text in enumerate(texts):
+        expected = templates[number % 3].render(talk((f"{number}" * 9, None)))
+        assert text == expected
+        assert f"{number}" * 9 in text
+
+
+def test_the_process_that_renders_ends_with_its_input():
+    program = str(ROOT / "simplernn_jax" / "data" / "template_worker.py")
+    request = json.dumps([CHATML, [[talk(("hi", None)), False]]]).encode()
+    ended = subprocess.run(
+        [sys.executable, program],
+        input=b"%d\n%b" % (len(request), request),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    answer = json.loads(ended.stdout.partition(b"\n")[2])
+    assert answer == {"texts": ["<|im_start|>user\nhi<|im_end|>\n"]}
+
+
+def test_a_template_can_be_sent_to_another_process():
+    template = pickle.loads(pickle.dumps(ChatTemplate(CHATML)))
+    assert template.render(talk(("hi", None))) == "<|im_start|>user\nhi<|im_end|>\n"
 
 
 def test_long_conversations_are_within_the_limits():
@@ -155,6 +243,64 @@ def test_templates_come_from_files(tmp_path):
         load_template("roels")
     with pytest.raises(UserError, match="null byte"):
         load_template("~\0")
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "S"},
+                    {"from": "human", "value": "a"},
+                    {"from": "gpt", "value": "b"},
+                ]
+            },
+            "\x01S\x04\x02a\x04\x03b\x04",
+        ),
+        ({"conversations": talk(("a", "b")), "system": "S"}, "\x01S\x04\x02a\x04\x03b\x04"),
+        ({"messages": [{"from": "human", "value": "a"}], "conversations": 3}, "\x02a\x04"),
+        ({"instruction": "add", "input": "1 2", "output": "3"}, "\x02add\n1 2\x04\x033\x04"),
+        (
+            {
+                "instruction": "c",
+                "input": None,
+                "output": "",
+                "system": "S",
+                "history": [["a", "b"]],
+            },
+            "\x01S\x04\x02a\x04\x03b\x04\x02c\x04\x03\x04",
+        ),
+    ],
+)
+def test_records_of_sharegpt_and_alpaca(tmp_path, record, text):
+    path = write(tmp_path / "a.jsonl", records(record))
+    assert [*read_all(path, template="roles").values()] == [text]
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        (
+            {"prompt": "a", "output": "b"},
+            "no field 'messages', 'conversations' or 'instruction' and 'output'; it has prompt, ",
+        ),
+        ({"conversations": [{"from": "tool", "value": "a"}]}, "role 'tool'; known are human, gpt"),
+        ({"conversations": [{"from": ["a"], "value": "a"}]}, r"role \['a'\]"),
+        ({"conversations": [{"from": "gpt", "value": 1}]}, "message 0 has no text as its value"),
+        ({"instruction": "a", "output": None}, "field 'output' is of type NoneType, not text"),
+        ({"instruction": "a", "input": ["b"], "output": ""}, "field 'input' is of type list"),
+        ({"instruction": "a", "output": "b", "history": [["a"]]}, "'history' is not a list of pai"),
+        ({"instruction": "a", "output": "b", "history": 3}, "'history' is not a list of pairs"),
+        ({"instruction": "a", "output": "b", "system": 3}, "message 0 has no text"),
+    ],
+)
+def test_bad_records_of_sharegpt_and_alpaca(tmp_path, record, problem):
+    path = write(tmp_path / "a.jsonl", records(record))
+    with pytest.raises(UserError, match=rf"a\.jsonl:1: .*{problem}"):
+        read_all(path, template="roles")
+    with pytest.raises(UserError, match=r"a\.jsonl:1: no field 'talk'; it has"):
+        read_all(path, template="roles", field="talk")
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,7 @@ def test_output_folders_are_no_part_of_a_folder_or_glob(tmp_path, monkeypatch):
         (b"{}", "it has none"),
         (b'{"\\u001b[31m": 1}', r"it has \\x1b\[31m: say"),
         (b'{"id": 1, "messages": []}', "no field 'text' but 'messages'; conversations need"),
+        (b'{"conversations": []}', "no field 'text' but 'conversations'; conversations need"),
         (b'{"text": 3}', "field 'text' is of type int, not text"),
         (b'{"text": "\xff"}', "invalid UTF-8 at byte 25 of the file"),
         (b'{"text": "\\ud83d"}', "half a surrogate pair"),

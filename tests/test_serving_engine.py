@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from small_runs import small_model
 
+from benchmarks.stress.fuzz_data import CHATML
+from simplernn_jax.data.chat_template import ChatTemplate
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.serving.engine import Engine, EngineStoppedError
 from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Sampling
+from simplernn_jax.serving.requests import ChatRequest, RequestError, parse
 from simplernn_jax.serving.service import Service
 
 PROMPT = np.arange(5, dtype=np.int32)
@@ -115,6 +118,28 @@ def test_a_failed_reload_is_tried_again(running):
 
     assert asyncio.run(reload_twice())
     assert used == [True]
+
+
+def test_rendering_leaves_the_event_loop_to_others():
+    loops = "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2
+    template = ChatTemplate(f"{{% if messages[0].content == 'trap' %}}{loops}{{% endif %}}{CHATML}")
+    model = small_model()
+    service = Service(
+        mock.Mock(), ByteTokenizer(), model.config.vocab_size, "model", mock.Mock(), template, None
+    )
+    request = parse(ChatRequest, b'{"messages": [{"role": "user", "content": "trap"}]}')
+
+    async def count_turns():
+        turns = 0
+        answer = asyncio.create_task(service.make_answer(service.chat, request, None, 10))
+        while not answer.done():
+            await asyncio.sleep(0.01)
+            turns += 1
+        with pytest.raises(RequestError, match=r"^messages: it takes more than 1 s of CPU time$"):
+            await answer
+        return turns
+
+    assert asyncio.run(count_turns()) > 1
 
 
 def test_cancelled_jobs_leave_the_queue():

@@ -13,10 +13,9 @@ import zstandard
 from tokenizers import decoders, models, pre_tokenizers
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.chat_template import ChatTemplate, check_messages, load_template
+from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.data.corpora import open_corpus
 from simplernn_jax.data.mixture import parse_mixture
-from simplernn_jax.data.template_sandbox import MAX_SECONDS
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.data.tokenizer_loading import load_tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
@@ -29,6 +28,8 @@ CHAT = [
     {"role": "user", "content": "hi"},
     {"role": "assistant", "content": "yo\n"},
 ]
+SHAREGPT = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}
+ALPACA = {"instruction": "add", "input": "1 2", "output": "3", "history": [["a", "b"]]}
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -44,6 +45,7 @@ def data_readers(folder: Path) -> list[Reader]:
 def _text_readers(folder: Path) -> list[Reader]:
     lines = "".join(json.dumps({"text": text, "n": 1.5}) + "\n" for text in (TEXT, "", "b"))
     chats = "".join(json.dumps({"messages": CHAT[start:]}) + "\n" for start in (0, 1))
+    chats += "".join(json.dumps(record) + "\n" for record in (SHAREGPT, ALPACA))
     texts = {".txt": TEXT.encode(), ".txt.gz": gzip.compress(TEXT.encode())}
     texts[".txt.zst"] = zstandard.compress(TEXT.encode())
     texts |= {".jsonl": lines.encode(), ".jsonl.gz": gzip.compress(lines.encode())}
@@ -141,12 +143,11 @@ def _tokenizer_readers(folder: Path) -> list[Reader]:
 def _template_reader() -> Reader:
     def render(content: bytes) -> None:
         template = ChatTemplate(load_template(as_text(content)))
-        template.render(check_messages(CHAT), add_generation_prompt=True)
-        list(template.pieces(check_messages(CHAT), only_assistant=True))
+        template.render(CHAT, add_generation_prompt=True)
+        list(template.pieces([CHAT], only_assistant=True))
 
     templates = [CHATML.encode(), load_template("roles").encode()]
-    # Rendered eleven times, each within a bound of its own.
-    return Reader("chat template", templates, render, max_seconds=11 * MAX_SECONDS + 5)
+    return Reader("chat template", templates, render)
 
 
 def in_file(path: Path, read: Callable[[], object]) -> Callable[[bytes], None]:

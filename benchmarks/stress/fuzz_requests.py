@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from simplernn_jax.data.chat_template import ChatTemplate, check_messages, load_template
+from simplernn_jax.data.chat_template import ChatTemplate, load_template, messages_of
 from simplernn_jax.inference.arguments import (
     checked_length,
     checked_prompts,
@@ -24,7 +24,7 @@ from simplernn_jax.serving.service import Service
 from simplernn_jax.serving.states import StateFolder
 
 from .fuzz import Reader
-from .fuzz_data import BYTES, CHAT, CHATML, void
+from .fuzz_data import ALPACA, BYTES, CHAT, CHATML, SHAREGPT, void
 from .fuzz_runs import small_model
 
 _SAMPLING = {
@@ -101,10 +101,11 @@ def _argument_readers() -> list[Reader]:
     templates = [ChatTemplate(load_template("roles")), ChatTemplate(CHATML)]
 
     def messages(content: bytes) -> None:
-        checked = check_messages(_values(content, None))
+        values = _values(content, None)
+        checked = messages_of(values if isinstance(values, dict) else {"messages": values})
         for template in templates:
             template.render(checked, add_generation_prompt=True)
-            list(template.pieces(checked, only_assistant=True))
+            list(template.pieces([checked], only_assistant=True))
 
     settings: dict[str, Any] = {
         "temperature": 0.5,
@@ -130,7 +131,7 @@ def _argument_readers() -> list[Reader]:
             checked_prompts(values, BYTES.vocab_size, None)
 
     return [
-        Reader("messages", _bodies(CHAT), messages),
+        Reader("messages", _bodies(CHAT, SHAREGPT, ALPACA), messages),
         Reader("sampling", _bodies(settings | {"max_new_tokens": 5}), sampling),
         Reader("prompts", _bodies([[1, 2], [3]], [1, 2], ["a", "b"]), prompts),
     ]

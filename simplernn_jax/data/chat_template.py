@@ -1,21 +1,20 @@
 """Conversations as text, by a Jinja template in the form of Hugging Face's ``chat_template``."""
 
-import functools
+import itertools
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
-
-import jinja2
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any
 
 from simplernn_jax.data.documents import Piece, text_pieces
-from simplernn_jax.data.template_sandbox import LimitError, compiled, limits
+from simplernn_jax.data.template_process import PROCESS, Message, TemplateError
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
 
-Message = dict[str, str]
-"""``role`` and ``content``, as in OpenAI's API."""
+__all__ = ["ChatTemplate", "Message", "TemplateError", "load_template", "messages_of"]
 
-ROLES = ("system", "user", "assistant")
+_NAMES = {"system": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"role": _NAMES, "from": {"human": "user", "gpt": "assistant"} | _NAMES}
+"""Roles by the field of a message, and by their name in it."""
 
 _BUILT_IN = {
     "roles": """\
@@ -38,11 +37,8 @@ _PROBE: tuple[Message, ...] = (
     {"role": "assistant", "content": "answer"},
 )
 _SHORT_MESSAGE = 256
-"""Characters of a message whose rendering is kept at most."""
-
-
-class TemplateError(Exception):
-    """Reason why messages cannot be rendered."""
+"""Longest message, in characters, whose rendering is kept."""
+_MAX_KEPT = 1 << 14
 
 
 def load_template(spec: str) -> str:
@@ -75,7 +71,7 @@ class ChatTemplate:
     ``bos_token`` and ``eos_token``, which are empty, since BOS begins and EOS ends every document.
 
     Args:
-      source: its text. It runs in a sandbox with bounds on time and memory.
+      source: its text. It runs in another process, in a sandbox with limits on time and memory.
 
     Raises:
       UserError: it is no template, or a message changes what was rendered before it.
@@ -83,23 +79,21 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         self.source = source
+        # Short messages come again and again, and rendering takes most of the time of reading.
+        self._kept: dict[tuple[str, str], str] = {}
+        opening = _PROBE[:1]
         try:
-            self._template = compiled(source)
-        except Exception as error:  # of Jinja, or of Python's compiler, which gets deep nesting
-            reason = str(error) if isinstance(error, jinja2.TemplateError) else repr(error)
-            raise UserError(f"chat template: {reason}; correct --config.data.template") from error
-        try:
-            self._prefix = self.render(_PROBE)
-            asked = self.render(_PROBE[:1], add_generation_prompt=True)
-            self._generation_prompt = self._after(self.render(_PROBE[:1]), asked)
+            self._prefix, self._asked, opened, asked = PROCESS.render(
+                source,
+                [(_PROBE, False), ((*_PROBE, *opening), True), (opening, False), (opening, True)],
+            )
+            self._generation_prompt = self._after(opened, asked)
             self.end_of_turn = self._after(asked + _PROBE[1]["content"], self._prefix)
             """Text that ends an assistant's message."""
             self.stop = self.end_of_turn.strip(" ")
             """The part of it that ends generation."""
         except TemplateError as error:
             raise UserError(f"chat template: {error}; correct --config.data.template") from error
-        # Short messages come again and again, and rendering takes most of the time of reading.
-        self._render_short = functools.lru_cache(1 << 14)(self._rendered_alone)
         if not self.stop:
             raise UserError(
                 "chat template: nothing ends an assistant's message; correct --config.data.template"
@@ -110,62 +104,69 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Render messages and, if wanted, the beginning of an answer; raises `TemplateError`."""
-        try:
-            with limits(sum(len(message["content"]) for message in messages)):
-                return self._template.render(
-                    messages=[dict(message) for message in messages],
-                    add_generation_prompt=add_generation_prompt,
-                    bos_token="",
-                    eos_token="",
-                    raise_exception=_raise_exception,
-                )
-        except TemplateError:
-            raise
-        except LimitError as error:
-            raise TemplateError(str(error)) from error
-        except Exception as error:  # a template can fail in any way
-            raise TemplateError(f"{type(error).__name__}: {error}") from error
+        return PROCESS.render(self.source, [(messages, add_generation_prompt)])[0]
 
     def render_next(self, messages: Sequence[Message]) -> str:
         """Render messages after a finished conversation, and a generation prompt, as `render`."""
         whole = self.render((*_PROBE, *messages), add_generation_prompt=True)
         return self._after(self._prefix, whole)
 
-    def pieces(self, messages: Sequence[Message], *, only_assistant: bool) -> Iterator[Piece]:
-        """Cut a rendered conversation into pieces.
+    def pieces(
+        self, conversations: Sequence[Sequence[Message]], *, only_assistant: bool
+    ) -> Iterator[list[Piece] | TemplateError]:
+        """Render conversations together, which is faster; yield the pieces of each, or its error.
 
         With `only_assistant`, only what the assistant writes, the end of its turn included, is a
-        target. Raises what `render` does.
+        target.
         """
-        whole = self.render(messages)
-        if not only_assistant:
-            yield from text_pieces(whole)
-            return
-        first = next((i for i, one in enumerate(messages) if one["role"] == "assistant"), None)
-        if first is None:
-            yield from text_pieces(whole, is_target=False)
-            return
+        cutting = [self._cut(messages, only_assistant) for messages in conversations]
+        needed = [next(cut) for cut in cutting]
+        try:
+            texts = iter(PROCESS.render(self.source, list(itertools.chain(*needed))))
+        except TemplateError:
+            texts = None  # one by one, each has its own error
+        for cut, renderings in zip(cutting, needed, strict=True):
+            try:
+                if texts is None:
+                    cut.send(PROCESS.render(self.source, renderings))
+                else:
+                    cut.send(list(itertools.islice(texts, len(renderings))))
+            except StopIteration as end:
+                yield end.value
+            except TemplateError as error:
+                yield error
+
+    def _cut(
+        self, messages: Sequence[Message], only_assistant: bool
+    ) -> Generator[list[tuple[Sequence[Message], bool]], list[str], list[Piece]]:
+        """Yield the renderings that a conversation needs, take their texts, return its pieces."""
+        roles = [message["role"] for message in messages]
+        if not only_assistant or "assistant" not in roles:
+            (whole,) = yield [(messages, False)]
+            return list(text_pieces(whole, is_target=not only_assistant))
+        first = roles.index("assistant")
+        keys = [(message["role"], message["content"]) for message in messages[first:]]
+        alone = {key: text for key in keys if (text := self._kept.get(key)) is not None}
+        new = [key for key in dict.fromkeys(keys) if key not in alone]
+        # Many templates cannot render a conversation without messages.
+        heads = [messages[:first]] if first else []
+        whole, *texts = yield [(one, False) for one in (messages, *heads, *map(_after_probe, new))]
+        for key, text in zip(new, texts[len(heads) :], strict=True):
+            alone[key] = self._after(self._asked if key[0] == "assistant" else self._prefix, text)
+            if len(key[1]) <= _SHORT_MESSAGE:
+                self._kept[key] = alone[key]
+        if len(self._kept) > _MAX_KEPT:
+            self._kept.clear()
         parts: list[tuple[str, bool]] = []
-        for message in messages[first:]:
-            is_assistant = message["role"] == "assistant"
-            content = message["content"]
-            is_short = len(content) <= _SHORT_MESSAGE
-            render = self._render_short if is_short else self._rendered_alone
+        for key in keys:
+            is_assistant = key[0] == "assistant"
             prompt = self._generation_prompt if is_assistant else ""
-            parts += [(prompt, False), (render(message["role"], content), is_assistant)]
+            parts += [(prompt, False), (alone[key], is_assistant)]
         rest = "".join(text for text, _ in parts)
         before = whole[: len(whole) - len(rest)]
-        # Many templates cannot render a conversation without messages.
-        if before + rest != whole or (first and before != self.render(messages[:first])):
+        if before + rest != whole or any(before != text for text in texts[: len(heads)]):
             raise TemplateError("a message is not rendered alike everywhere in a conversation")
-        for text, is_target in [(before, False), *parts]:
-            yield from text_pieces(text, is_target)
-
-    def _rendered_alone(self, role: str, content: str) -> str:
-        """Render a message of a conversation without its generation prompt."""
-        before = (*_PROBE, _PROBE[0]) if role == "assistant" else _PROBE
-        begun = self.render(before, add_generation_prompt=role == "assistant")
-        return self._after(begun, self.render((*before, {"role": role, "content": content})))
+        return [piece for part in [(before, False), *parts] for piece in text_pieces(*part)]
 
     @staticmethod
     def _after(before: str, whole: str) -> str:
@@ -174,22 +175,72 @@ class ChatTemplate:
         return whole[len(before) :]
 
 
-def check_messages(messages: Any) -> list[Message]:
-    """Raise `TemplateError` for what is not a list of messages with role and text."""
+def messages_of(record: Mapping[str, Any], field: str = "messages") -> list[Message]:
+    """Return the messages of a record.
+
+    They are in `field`, in the form of OpenAI or ShareGPT. A record without ``messages`` may be of
+    ShareGPT (``conversations``) or of Alpaca (``instruction`` and ``output``) instead.
+
+    Raises:
+      TemplateError: it has none of these fields, or something else in them.
+    """
+    if field in record:
+        return _checked(record[field])
+    if field == "messages" and "conversations" in record:
+        messages = _checked(record["conversations"])
+    elif field == "messages" and {"instruction", "output"} <= record.keys():
+        messages = _alpaca_messages(record)
+    else:
+        others = "" if field != "messages" else ", 'conversations' or 'instruction' and 'output'"
+        found = ", ".join(itertools.islice(record, 8)) or "none"
+        raise TemplateError(
+            f"no field {field!r}{others}; it has {found}: say with field=NAME (train.py: "
+            "--config.data.field=NAME) which holds the messages"
+        )
+    if record.get("system"):
+        messages = _checked([{"role": "system", "content": record["system"]}]) + messages
+    return messages
+
+
+def _checked(messages: Any) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise TemplateError("messages are no list of at least one")
+    found = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
             raise TemplateError(f"message {number} is of type {type(message).__name__}")
-        if message.get("role") not in ROLES:
-            raise TemplateError(
-                f"message {number} has the role {message.get('role')!r}; known are "
-                f"{', '.join(ROLES)}"
-            )
-        if not isinstance(message.get("content"), str):
-            raise TemplateError(f"message {number} has no text as its content")
-    return [{"role": one["role"], "content": one["content"]} for one in messages]
+        name, text_name = ("from", "value") if "from" in message else ("role", "content")
+        role, content = message.get(name), message.get(text_name)
+        if not isinstance(role, str) or role not in _ROLES[name]:
+            known = ", ".join(_ROLES[name])
+            raise TemplateError(f"message {number} has the role {role!r}; known are {known}")
+        if not isinstance(content, str):
+            raise TemplateError(f"message {number} has no text as its {text_name}")
+        found.append({"role": _ROLES[name][role], "content": content})
+    return found
 
 
-def _raise_exception(reason: str) -> NoReturn:
-    raise TemplateError(reason)
+def _alpaca_messages(record: Mapping[str, Any]) -> list[Message]:
+    fields = {name: record.get(name) for name in ("instruction", "input", "output")}
+    fields["input"] = fields["input"] or ""
+    for name, text in fields.items():
+        if not isinstance(text, str):
+            raise TemplateError(f"field {name!r} is of type {type(text).__name__}, not text")
+    history = record.get("history") or []
+    if not isinstance(history, list) or any(type(x) is not list or len(x) != 2 for x in history):
+        raise TemplateError("field 'history' is not a list of pairs of question and answer")
+    question = "\n".join(filter(None, (fields["instruction"], fields["input"])))
+    return _checked(
+        [
+            {"role": role, "content": text}
+            for turn in [*history, [question, fields["output"]]]
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+    )
+
+
+def _after_probe(message: tuple[str, str]) -> Sequence[Message]:
+    """Return a conversation that ends with a message."""
+    role, content = message
+    before = (*_PROBE, _PROBE[0]) if role == "assistant" else _PROBE
+    return *before, {"role": role, "content": content}

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -82,9 +82,9 @@ class Corpus(abc.ABC):
             for entry in entries_of(document.pieces):
                 yield entry, len(entry.text)
 
-    def entries(self, item: Any) -> Iterable[Entry]:
-        """Return the text of an item, in another process perhaps; a `BadRecord` is for `skip`."""
-        return [item]
+    def entries(self, items: Sequence[Any]) -> Iterator[Iterable[Entry] | BadRecord]:
+        """Yield the text of each item, in another process perhaps; a `BadRecord` is for `skip`."""
+        yield from ([item] for item in items)
 
     def skip(self, problem: str) -> None:
         """Count a bad record; raises `UserError` if there are more of them than allowed."""

@@ -7,10 +7,10 @@ import abc
 import importlib.util
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, check_messages
+from simplernn_jax.data.chat_template import ChatTemplate, Message, TemplateError, messages_of
 from simplernn_jax.data.documents import (
     BadRecord,
     Corpus,
@@ -29,10 +29,12 @@ MAX_RECORD_BYTES = 1 << 26
 _PARQUET_ROWS = 16
 """Rows held at a time, besides the pages that hold them."""
 _READ_BUFFER = 1 << 20
+_RENDERED_TOGETHER = 64
+"""Conversations rendered together."""
 
 _NAMED_FIELDS = 8
 """Fields that an error names at most: a record can have millions."""
-_CHAT = "messages"
+_CHAT = ("messages", "conversations")
 _NO_TEMPLATE = "conversations need a template (train.py: --config.data.template=roles)"
 
 
@@ -56,12 +58,11 @@ class RecordFiles(Corpus):
     def documents(self) -> Iterator[Document]:
         """See `Corpus.documents`."""
         for (path, name, place, value), _ in self.items():
-            try:
-                pieces = self._pieces(value)
-            except BadRecord as error:
-                self.skip(_problem(path, place, error))
-                continue
-            yield Document(f"{name}{place}", pieces)
+            (pieces,) = self._pieces_of_each([value])
+            if isinstance(pieces, BadRecord):
+                self.skip(_problem(path, place, pieces))
+            else:
+                yield Document(f"{name}{place}", pieces)
         self.warn_of_skipped()
 
     def items(self) -> Iterator[tuple[tuple[str, str, str, Any], int]]:
@@ -71,13 +72,16 @@ class RecordFiles(Corpus):
             for place, value, size in self._records(file):
                 yield (file.path, file.name, place, value), size
 
-    def entries(self, item: tuple[str, str, str, Any]) -> Iterator[Entry]:
+    def entries(
+        self, items: Sequence[tuple[str, str, str, Any]]
+    ) -> Iterator[Iterable[Entry] | BadRecord]:
         """See `Corpus.entries`."""
-        path, _, place, value = item
-        try:
-            return entries_of(self._pieces(value))
-        except BadRecord as error:
-            raise BadRecord(_problem(path, place, error)) from error
+        found = self._pieces_of_each([value for *_, value in items])
+        for (path, _, place, _), pieces in zip(items, found, strict=True):
+            if isinstance(pieces, BadRecord):
+                yield BadRecord(_problem(path, place, pieces))
+            else:
+                yield entries_of(pieces)
 
     @abc.abstractmethod
     def _records(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
@@ -86,6 +90,13 @@ class RecordFiles(Corpus):
     @abc.abstractmethod
     def _pieces(self, value: Any) -> Iterator[Piece]:
         """Extract the text of a record, or raise `BadRecord`."""
+
+    def _pieces_of_each(self, values: Sequence[Any]) -> Iterator[Iterator[Piece] | BadRecord]:
+        for value in values:
+            try:
+                yield self._pieces(value)
+            except BadRecord as error:
+                yield error
 
 
 class JsonlFiles(RecordFiles):
@@ -116,12 +127,15 @@ class JsonlFiles(RecordFiles):
                     yield f":{number}", (end - len(line), line), len(line)
 
     def _pieces(self, value: tuple[int, bytes]) -> Iterator[Piece]:
-        text = self._field_of(*value)
+        record = self._record(*value)
+        if self._field not in record:
+            raise BadRecord(_missing_field(self._field, record))
+        text = record[self._field]
         if not isinstance(text, str):
             raise BadRecord(_wrong_type(self._field, type(text).__name__))
         return text_pieces(self._without_surrogates(text))
 
-    def _field_of(self, offset: int, line: bytes) -> Any:
+    def _record(self, offset: int, line: bytes) -> dict[str, Any]:
         try:
             record = json.loads(line.decode("utf-8", self._encoding_errors))
         except UnicodeDecodeError as error:
@@ -130,9 +144,7 @@ class JsonlFiles(RecordFiles):
             raise BadRecord(f"not JSON ({error})") from error
         if not isinstance(record, dict):
             raise BadRecord(f"of type {type(record).__name__}, not an object")
-        if self._field not in record:
-            raise BadRecord(_missing_field(self._field, record))
-        return record[self._field]
+        return record
 
     def _without_surrogates(self, text: str) -> str:
         try:
@@ -147,7 +159,7 @@ class JsonlFiles(RecordFiles):
 
 
 class ConversationFiles(JsonlFiles):
-    """JSONL files of conversations, ``messages`` in OpenAI's form.
+    """JSONL files of conversations, as `messages_of` takes them.
 
     Args:
       *settings: as of `RecordFiles`.
@@ -162,15 +174,24 @@ class ConversationFiles(JsonlFiles):
         self._template = ChatTemplate(template)
         self._only_assistant = only_assistant
 
-    def _pieces(self, value: tuple[int, bytes]) -> Iterator[Piece]:
+    def _pieces_of_each(self, values: Sequence[Any]) -> Iterator[Iterator[Piece] | BadRecord]:
+        for start in range(0, len(values), _RENDERED_TOGETHER):
+            some = [self._messages(*value) for value in values[start : start + _RENDERED_TOGETHER]]
+            rendered = self._template.pieces(
+                [one for one in some if isinstance(one, list)], only_assistant=self._only_assistant
+            )
+            for one in some:
+                pieces = next(rendered) if isinstance(one, list) else one
+                yield iter(pieces) if isinstance(pieces, list) else BadRecord(str(pieces))
+
+    def _messages(self, offset: int, line: bytes) -> list[Message] | BadRecord:
         try:
-            messages = check_messages(self._field_of(*value))
+            messages = messages_of(self._record(offset, line), self._field)
             for message in messages:
                 message["content"] = self._without_surrogates(message["content"])
-            pieces = self._template.pieces(messages, only_assistant=self._only_assistant)
-            return iter(list(pieces))
-        except TemplateError as error:
-            raise BadRecord(str(error)) from error
+            return messages
+        except (BadRecord, TemplateError) as error:
+            return BadRecord(str(error))
 
 
 class ParquetFiles(RecordFiles):
@@ -264,8 +285,9 @@ def _missing_field(field: str, fields: Iterable[str]) -> str:
     fields = list(fields)
     named = [name[:30] for name in fields[:_NAMED_FIELDS]]
     near = nearest_name(field, named)
-    if _CHAT in fields and not near:
-        return f"no field {field!r} but {_CHAT!r}; {_NO_TEMPLATE}"
+    chat = next((name for name in _CHAT if name in fields), None)
+    if chat and not near:
+        return f"no field {field!r} but {chat!r}; {_NO_TEMPLATE}"
     return (
         f"no field {field!r}{near}; it has {', '.join(named) or 'none'}: say "
         "with field=NAME (train.py: --config.data.field=NAME) which holds the text"
@@ -274,5 +296,5 @@ def _missing_field(field: str, fields: Iterable[str]) -> str:
 
 def _wrong_type(field: str, found: str) -> str:
     """Describe a record whose field is not text but of the type `found`."""
-    hint = f"; {_NO_TEMPLATE}" if field == _CHAT else ""
+    hint = f"; {_NO_TEMPLATE}" if field in _CHAT else ""
     return f"field {field!r} is of type {found}, not text{hint}"

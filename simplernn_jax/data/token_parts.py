@@ -78,11 +78,9 @@ def write_part(
     rows, problems = [], []
     digest = hashlib.sha256()
     with replaced_file(part_path(folder, number, "tokens"), durable=False) as stream:
-        for item in part:
-            try:
-                entries = corpus.entries(item)
-            except BadRecord as error:
-                problems.append(str(error))
+        for entries in corpus.entries(part):
+            if isinstance(entries, BadRecord):
+                problems.append(str(entries))
                 continue
             for text, is_target, begins, ends in entries:
                 ids = tokenizer.encode(text)

@@ -14,7 +14,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.inference.state import RECENT_TOKENS
 from simplernn_jax.inference.text import TextStream
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.answers import Answer, PromptResult, in_thread_if_long
+from simplernn_jax.serving.answers import LONG, Answer, PromptResult, in_thread_if_long
 from simplernn_jax.serving.choice_text import ChoiceText, TokenEntry, token_entry
 from simplernn_jax.serving.engine import Engine, EngineStoppedError, QueueFullError
 from simplernn_jax.serving.inputs import Inputs
@@ -145,6 +145,8 @@ class Service:
         Raises what it does, and `RequestError` (409) if parameters are replaced meanwhile.
         """
         states = self.states
+        if make == self.chat:
+            size += LONG  # rendering waits for another process
         answer = await in_thread_if_long(size, make, request, start)
         if start is not None and states is not self.states:
             raise RequestError(f"state {start.name!r}: of older parameters", status=409)
