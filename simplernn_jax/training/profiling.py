@@ -28,6 +28,7 @@ class Profile:
         print_line: Callable[[str], None],
         paused: Callable[[], AbstractContextManager[Any]],
     ) -> None:
+        self._workdir = workdir
         self._folder = os.path.join(workdir, "tensorboard")
         self._steps = steps
         self._print_line = print_line
@@ -67,5 +68,5 @@ class Profile:
         recorded = min(self._taken - WARMUP_STEPS, self._steps)
         self._print_line(
             f"profile of {counted(recorded, 'step')}: {self._folder}/plugins/profile; view with "
-            f"`tensorboard --logdir {self._folder}` (needs: pip install tensorboard xprof)"
+            f"`tensorboard --logdir {self._workdir}` (needs: pip install tensorboard xprof)"
         )
