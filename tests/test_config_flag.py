@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from processes import assert_each_refused, assert_refused, run_scripts
 
+from simplernn_jax.config import Config, DataConfig, TrainConfig, to_json
+
 SCRIPT = '''
 """Prints a configuration."""
 
@@ -58,6 +60,22 @@ def test_file_and_overrides_of_each_type(folder):
         ["--config=seven.py"],
         ["--config", "seven.py", *overrides, "--noconfig.model.tie_embeddings"],
     ) == ["7 stdlib True\n", "11 a b.txt False\n"]
+
+
+def test_the_configuration_that_a_run_saved(folder):
+    config = Config(train=TrainConfig(steps=7), data=DataConfig(source="x"))
+    (folder / "config.json").write_text(to_json(config))
+    (folder / "wrong.json").write_text(to_json(config).replace("steps", "stpes"))
+    (folder / "bytes.json").write_bytes(b"\xff")
+    assert show(folder, ["--config=config.json", "--noconfig.model.tie_embeddings"]) == [
+        "7 x False\n"
+    ]
+    assert_each_refused(
+        "show.py",
+        (["--config=wrong.json"], "--config=wrong.json: config.train.stpes: no such field; did"),
+        (["--config=bytes.json"], "--config=bytes.json: configuration: invalid JSON"),
+        cwd=folder,
+    )
 
 
 def test_flags_from_a_file(folder):

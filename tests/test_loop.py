@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from processes import run_scripts, start_python
+from processes import ROOT, assert_refused, run_scripts, start_python
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
 from simplernn_jax import load_model
@@ -23,6 +23,7 @@ from simplernn_jax.checkpoint import checkpointer, contents
 from simplernn_jax.checkpoint.contents import saved_quality
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.config import TrainConfig
+from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
 from simplernn_jax.named_leaves import named_leaves
@@ -197,6 +198,49 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
     assert "all steps are done" in capsys.readouterr().out
 
 
+def test_a_workdir_alone_resumes_its_run_from_any_folder(finished, tmp_path):
+    _, workdir = finished
+    before, moved = newest_checkpoint(workdir), tmp_path / "moved"
+    shutil.copytree(workdir, moved)
+    script, new = ROOT / "scripts" / "train.py", ("--config=tiny", "--config.train.steps=6")
+    own, longer, refused, other, none = run_scripts(
+        (script, "--workdir", moved.name),
+        (script, "--workdir=moved", "--config.train.steps=6"),
+        (script, "--workdir=moved", "--config.model.hidden_dim=9"),
+        (script, "--workdir=moved", *new),
+        (script, "--workdir=new"),
+        cwd=tmp_path,
+    )
+    assert (own.code, newest_checkpoint(moved)["number of steps"]) == (0, 6)
+    told = "without --config: the configuration of this run, moved/config.json\n"
+    assert own.errors.count(told) == longer.errors.count(told) == 1
+    assert "changed from" not in own.output
+    assert "all steps are done" in own.output
+    assert "--config.train.steps: changed from 5 to 6" in longer.output
+    assert newest_checkpoint(workdir) == before
+    assert refused.code == 2
+    assert "error: the checkpoint has a different model: hidden_dim is 9" in refused.errors
+    assert_refused(other, "the checkpoint has different data settings: ")
+    assert_refused(none, "--config is missing")
+
+
+def test_a_workdir_whose_configuration_is_unreadable_is_one_line(finished, tmp_path):
+    config, workdir = finished
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "config.json"
+    values = json.loads((workdir / "config.json").read_text())
+    for text, problem in (
+        ("{", "invalid JSON"),
+        (json.dumps(values | {"modle": 1}), "config.modle: no such field; did you mean 'model'?"),
+        (json.dumps(values).replace(config.data.source, "gone"), "gone: no such file or folder"),
+    ):
+        path.write_text(text)
+        (result,) = run_scripts(("scripts/train.py", "--workdir", tmp_path))
+        assert (result.code, "Traceback" in result.errors) == (2, False)
+        assert problem in result.errors
+        assert f"{path}" in result.errors
+
+
 @pytest.mark.parametrize("is_fast", [False, True])
 def test_says_where_bfloat16_is_slower(tmp_path, monkeypatch, capsys, is_fast):
     monkeypatch.setattr(reporter, "has_fast_bfloat16", lambda: is_fast)
@@ -289,6 +333,26 @@ def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch, cap
     assert hashes[0] == hashes[1] == open_saved_corpus("run", cache_dir="tokens").content_hash
     shutil.rmtree(tmp_path / "tokens")
     assert open_saved_corpus("run", source=".").content_hash == hashes[0]
+
+
+@pytest.mark.oldest_python
+def test_a_sample_of_a_chat_model_answers_the_prompt(tmp_path):
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    source = tmp_path / "chat.jsonl"
+    source.write_text("\n".join([json.dumps({"messages": chat})] * 3))
+    config = small_config(
+        source=str(source), template="roles", sample_every=1, sample_prompt="who?", steps=2
+    )
+    train(config, str(tmp_path / "run"))
+    samples = [row for row in read_metrics(str(tmp_path / "run")) if row["kind"] == "sample"]
+    question = ChatTemplate(load_template("roles")).render_next(
+        [{"role": "user", "content": "who?"}]
+    )
+    assert [row["text"].startswith(question) for row in samples] == [True]
+    assert (
+        json.loads((tmp_path / "run" / "config.json").read_text())["train"]["sample_prompt"]
+        == "who?"
+    )
 
 
 def test_the_last_save_is_awaited_when_the_metrics_cannot_be_closed(whole, tmp_path, monkeypatch):

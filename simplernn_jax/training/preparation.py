@@ -31,8 +31,8 @@ _TOKENS_SEARCHED = 4096
 def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     """Return the configuration as checkpoints store it, and the tokenized corpus.
 
-    The model's vocabulary is at least the tokenizer's, ``cache_dir`` and ``init_from`` are
-    absolute, and ``template`` and ``sample_prompt`` are texts. With ``init_from``, the tokenizer is
+    The model's vocabulary is at least the tokenizer's, ``source``, ``cache_dir`` and ``init_from``
+    are absolute if they are paths, and ``template`` is a text. With ``init_from``, the tokenizer is
     that of its run. Of several processes, process 0 tokenizes first: the others use its tokens, or
     tokenize the text again if ``cache_dir`` is on a local disk.
 
@@ -60,6 +60,7 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     tokenizer = None
     if saved is not None:
         _check_same_batches(config, saved[0])
+        _check_source(config.data.source, saved[0].data.source, workdir)
         tokenizer = tokenizer_from_json(saved[1])
     elif config.train.init_from:
         tokenizer = initial_tokenizer(config)
@@ -74,11 +75,12 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
         check_scorable(corpus.validation)  # rather than at the first evaluation
     prompt = _sample_prompt(config, corpus)
     vocab_size = max(config.model.vocab_size, corpus.tokenizer.vocab_size)
+    # Absolute, so that the checkpoint's copy is independent of the current folder.
+    source, cache_dir = _absolute_source(config.data.source), _absolute(config.data.cache_dir)
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=vocab_size),
-        # Absolute, so that the checkpoint's copy is independent of the current folder.
-        data=dataclasses.replace(config.data, cache_dir=_absolute(config.data.cache_dir)),
+        data=dataclasses.replace(config.data, source=source, cache_dir=cache_dir),
         train=dataclasses.replace(config.train, sample_prompt=prompt),
     )
     if saved is not None:
@@ -176,15 +178,19 @@ def _absolute(folder: str) -> str:
     return os.path.abspath(os.path.expanduser(folder)) if folder else ""
 
 
+def _absolute_source(source: str) -> str:
+    path = _absolute(source)
+    return path if source != "stdlib" and os.path.exists(path) else source
+
+
 def _chat_prompt(config: Config, corpus: TokenizedCorpus) -> str:
-    """Return the prompt as a user message, an empty one if the default cannot be encoded."""
+    """Return the prompt, a user message; an empty one if the default cannot be encoded."""
     template = ChatTemplate(config.data.template)
     prompt = config.train.sample_prompt
     while True:
         try:
-            text = template.render_next([{"role": "user", "content": prompt}])
-            corpus.tokenizer.encode(text)
-            return text
+            corpus.tokenizer.encode(template.render_next([{"role": "user", "content": prompt}]))
+            return prompt
         except (TemplateError, UserError) as error:
             if prompt != TrainConfig.sample_prompt:
                 raise UserError(f"--config.train.sample_prompt={prompt!r}: {error}") from error
@@ -194,8 +200,7 @@ def _chat_prompt(config: Config, corpus: TokenizedCorpus) -> str:
 def _sample_prompt(config: Config, corpus: TokenizedCorpus) -> str:
     """Return the prompt, or a line of text if the tokenizer cannot encode the default one.
 
-    A user-supplied prompt is validated here, before training. With a chat template it becomes
-    the user message.
+    A user-supplied prompt is validated here, before training.
     """
     prompt = config.train.sample_prompt
     if not config.train.sample_every:
@@ -241,6 +246,19 @@ def _check_same_optimizer(current: Config, saved: Config) -> None:
             f"the checkpoint was trained with --config.optimizer.name={saved.optimizer.name}, and "
             f"{current.optimizer.name} cannot resume from its state; use the same, or another "
             "--workdir"
+        )
+
+
+def _check_source(given: str, saved: str, workdir: str) -> None:
+    """Reject another source than the run's own at once, unless it may be the same text, moved.
+
+    Then it is compared by its tokens.
+    """
+    is_moved = "stdlib" not in (given, saved) and not os.path.exists(_absolute(saved))
+    if not is_moved and _absolute_source(given) != _absolute_source(saved):
+        raise UserError(
+            f"{workdir} was trained on --config.data.source={saved}, not {given}; pass that, omit "
+            "--config, or use another --workdir"
         )
 
 
