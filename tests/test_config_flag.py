@@ -65,14 +65,14 @@ def test_file_and_overrides_of_each_type(folder):
 def test_the_configuration_that_a_run_saved(folder):
     config = Config(train=TrainConfig(steps=7), data=DataConfig(source="x"))
     (folder / "config.json").write_text(to_json(config))
-    (folder / "wrong.json").write_text(to_json(config).replace("steps", "stpes"))
+    (folder / "wrong.json").write_text(to_json(config).replace("seed", "sede"))
     (folder / "bytes.json").write_bytes(b"\xff")
     assert show(folder, ["--config=config.json", "--noconfig.model.tie_embeddings"]) == [
         "7 x False\n"
     ]
     assert_each_refused(
         "show.py",
-        (["--config=wrong.json"], "--config=wrong.json: config.train.stpes: no such field; did"),
+        (["--config=wrong.json"], "--config=wrong.json: config.train.sede: no such field; did you"),
         (["--config=bytes.json"], "--config=bytes.json: configuration: invalid JSON"),
         cwd=folder,
     )

@@ -195,7 +195,11 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
     assert result.evaluation.nats_per_token == rows[-1]["loss"]
     assert newest_checkpoint(workdir) == before
     assert read_metrics(str(workdir)) == rows
-    assert "all steps are done" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "all steps are done" in output
+    loss = f"{result.evaluation.nats_per_token:.4f}"  # after 5 steps
+    assert f"  warning          {loss} nats/token is not clearly better than uniform" in output
+    assert "guessing (5.5568); train for more steps, or with another --config.optim" in output
 
 
 def test_a_workdir_alone_resumes_its_run_from_any_folder(finished, tmp_path):
@@ -247,7 +251,10 @@ def test_says_where_bfloat16_is_slower(tmp_path, monkeypatch, capsys, is_fast):
     config = small_config(source=write_corpus(tmp_path / "text"), precision="bfloat16", steps=1)
     train(config, str(tmp_path / "run"))
     notice = "on this processor: --config.model.precision=float32 saves the conversions"
-    assert (notice in capsys.readouterr().out) == (not is_fast)
+    output = capsys.readouterr().out
+    assert (notice in output) == (not is_fast)
+    # Nothing is held out, and one step teaches nothing.
+    assert "nats/token is not clearly better than uniform guessing (5.5568)" in output
 
 
 def test_another_text_is_refused_and_the_run_unchanged(finished):
@@ -372,7 +379,7 @@ def test_the_last_save_is_awaited_when_the_metrics_cannot_be_closed(whole, tmp_p
     assert len(closed) == 1
 
 
-def test_overfits_six_sentences_and_generates_them(tmp_path):
+def test_overfits_six_sentences_and_generates_them(tmp_path, capsys):
     source = tmp_path / "sentences.jsonl"
     source.write_text("".join(json.dumps({"user": "", "bot": s}) + "\n" for s in SENTENCES))
     config = small_config(
@@ -392,6 +399,7 @@ def test_overfits_six_sentences_and_generates_them(tmp_path):
         sample_tokens=3,
     )
     train(config, str(tmp_path / "run"))
+    assert "uniform guessing" not in capsys.readouterr().out
     rows = read_metrics(str(tmp_path / "run"))
     assert np.mean([row["loss"] for row in rows if row["kind"] == "train"][-3:]) < 0.1
     (sample,) = (row for row in rows if row["kind"] == "sample")

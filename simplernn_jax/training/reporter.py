@@ -1,5 +1,6 @@
 """Terminal output and metrics of a run: steps, evaluations, samples and a summary."""
 
+import math
 from typing import Any
 
 import jax
@@ -19,6 +20,9 @@ from simplernn_jax.training.optimizer import learning_rate_schedule
 from simplernn_jax.training.recompilation import RecompilationCounter
 from simplernn_jax.training.run import Run
 from simplernn_jax.training.step_statistics import StepTimer
+
+_LEARNED = 0.98
+"""Loss of a model that has learned something, as a fraction of the loss of uniform guessing."""
 
 
 class Reporter:
@@ -48,6 +52,8 @@ class Reporter:
         if kind != "gla":  # which ignores `mixer`
             kind += " " + config.model.mixer.replace("simple_rnn", "SimpleRNN")
         self._model = f"{kind} model, {size}"
+        self._loss = 0.0
+        """Nats per token of the last update."""
 
     def print_header(self) -> None:
         """Print model, devices, data and first step."""
@@ -100,6 +106,8 @@ class Reporter:
             )
         if metrics.consecutive_skips:
             self.print_line(f"step {step}: loss or gradient not finite, update skipped")
+        else:
+            self._loss = metrics.loss
 
     def validation(self, result: Evaluation) -> None:
         """Report an evaluation of the current state."""
@@ -137,6 +145,14 @@ class Reporter:
         }
         if evaluation is not None:
             lines["validation"] = str(evaluation)
+            self._loss = evaluation.nats_per_token
+        uniform = math.log(run.corpus.tokenizer.vocab_size)
+        if not self._loss < _LEARNED * uniform:
+            lines["warning"] = (
+                f"{self._loss:.4f} nats/token is not clearly better than uniform guessing "
+                f"({uniform:.4f}); train for more steps, or with another "
+                f"--config.optimizer.learning_rate than {run.config.optimizer.learning_rate:g}"
+            )
         lines |= run.history.summary(workdir, stopped_early=run.stopped_early)
         if is_coordinator() and (path := plot_loss(workdir, self._model)):
             lines["loss curve"] = path
