@@ -49,8 +49,7 @@ def define_config_flag() -> ConfigFlag:
         holder = config_flags.DEFINE_config_file(
             "config",
             None,
-            "Name of a configuration, or Python file whose get_config() returns a Config, or the "
-            "config.json of a run.",
+            "Name, Python file whose get_config() returns a Config, or config.json of a run.",
             lock_config=False,
         )
     except flags.Error as error:  # it reads --flagfile
@@ -101,10 +100,7 @@ def _near(path: Path) -> str:
 
 
 def load_config(path: Path) -> Config:
-    """Return what ``get_config()`` of a file returns; `UserError` for an error, with its line.
-
-    The ``config.json`` of a run is read as JSON.
-    """
+    """Return a file's ``get_config()``, or a run's JSON; `UserError` names the line of an error."""
     try:
         content = read_file(path)  # a regular file, which the import below reads again
     except FileNotFoundError as error:

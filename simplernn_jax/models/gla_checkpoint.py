@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from simplernn_jax.config import ModelConfig
+from simplernn_jax.config import Config, ModelConfig, TrainConfig, validate
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
 from simplernn_jax.models.language_model import LanguageModel
 from simplernn_jax.models.named_weights import model_from_weights
-from simplernn_jax.models.pytorch_weights import check_model_config, read_pytorch_weights
+from simplernn_jax.models.pytorch_weights import read_pytorch_weights
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -162,7 +162,10 @@ def _model_config(settings: dict[str, Any], path: str) -> ModelConfig:
         min_log_gate=float(clamp_min or 0.0),
         short_convolution=value("conv_size", 4, int) if has_convolution else 0,
     )
-    check_model_config(config, path)
+    try:
+        validate(Config(model=config, train=TrainConfig(steps=1)))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return config
 
 

@@ -182,13 +182,8 @@ def _model_config(weights: Weights, path: str) -> ModelConfig:
         num_heads=1,
         tie_embeddings=False,
     )
-    check_model_config(config, path)
-    return config
-
-
-def check_model_config(config: ModelConfig, path: str) -> None:
-    """Raise `UserError` that names the file `path` unless a model can have these sizes."""
     try:
         validate(Config(model=config, train=TrainConfig(steps=1)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    return config

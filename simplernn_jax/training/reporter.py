@@ -21,9 +21,6 @@ from simplernn_jax.training.recompilation import RecompilationCounter
 from simplernn_jax.training.run import Run
 from simplernn_jax.training.step_statistics import StepTimer
 
-_LEARNED = 0.98
-"""Loss of a model that has learned something, as a fraction of the loss of uniform guessing."""
-
 
 class Reporter:
     """Prints lines and writes metrics about a run.
@@ -52,8 +49,7 @@ class Reporter:
         if kind != "gla":  # which ignores `mixer`
             kind += " " + config.model.mixer.replace("simple_rnn", "SimpleRNN")
         self._model = f"{kind} model, {size}"
-        self._loss = 0.0
-        """Nats per token of the last update."""
+        self._last_loss = 0.0
 
     def print_header(self) -> None:
         """Print model, devices, data and first step."""
@@ -89,6 +85,7 @@ class Reporter:
         timer, totals, total_steps = self.timer, self._run.totals, self._run.total_steps
         left = (total_steps - step) * timer.seconds_per_step
         self._display.update(step, metrics.loss, timer.tokens_per_second, left)
+        self._last_loss = metrics.loss
         every = self._run.config.train.log_every
         if every and (step % every == 0 or step == total_steps):
             self._write(
@@ -106,8 +103,6 @@ class Reporter:
             )
         if metrics.consecutive_skips:
             self.print_line(f"step {step}: loss or gradient not finite, update skipped")
-        else:
-            self._loss = metrics.loss
 
     def validation(self, result: Evaluation) -> None:
         """Report an evaluation of the current state."""
@@ -145,11 +140,11 @@ class Reporter:
         }
         if evaluation is not None:
             lines["validation"] = str(evaluation)
-            self._loss = evaluation.nats_per_token
+        loss = self._last_loss if evaluation is None else evaluation.nats_per_token
         uniform = math.log(run.corpus.tokenizer.vocab_size)
-        if not self._loss < _LEARNED * uniform:
+        if loss >= 0.98 * uniform:
             lines["warning"] = (
-                f"{self._loss:.4f} nats/token is not clearly better than uniform guessing "
+                f"{loss:.4f} nats/token is not clearly better than uniform guessing "
                 f"({uniform:.4f}); train for more steps, or with another "
                 f"--config.optimizer.learning_rate than {run.config.optimizer.learning_rate:g}"
             )

@@ -16,9 +16,7 @@ FLUSH_SECONDS = 30.0
 
 
 class EventLog:
-    """Event file in ``WORKDIR/tensorboard``; one warning and no more events if it fails.
-
-    TensorBoard names a run by the path of that folder below ``--logdir``: ``base/tensorboard``.
+    """Event file below ``WORKDIR/tensorboard``; one warning and no more events if it fails.
 
     Written in the calling thread: tensorboardX's writer thread dies on a full disk, and later `add`
     calls block forever.
