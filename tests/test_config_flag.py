@@ -20,6 +20,8 @@ _CONFIG = define_config_flag()
 def main() -> None:
     config = _CONFIG.value
     print(config.train.steps, config.data.source, config.model.tie_embeddings)
+    if config.model.is_given("attention_context"):
+        print(config.model.attention_context, "is given")
     if set(config.model.mixers) != {"simple_rnn"}:
         print(config.model.mixers)
 
@@ -59,7 +61,8 @@ def test_file_and_overrides_of_each_type(folder):
         folder,
         ["--config=seven.py"],
         ["--config", "seven.py", *overrides, "--noconfig.model.tie_embeddings"],
-    ) == ["7 stdlib True\n", "11 a b.txt False\n"]
+        ["--config=seven.py", "--config.model.attention_context=1024"],  # the default
+    ) == ["7 stdlib True\n", "11 a b.txt False\n", "7 stdlib True\n1024 is given\n"]
 
 
 def test_the_configuration_that_a_run_saved(folder):
@@ -68,7 +71,7 @@ def test_the_configuration_that_a_run_saved(folder):
     (folder / "wrong.json").write_text(to_json(config).replace("seed", "sede"))
     (folder / "bytes.json").write_bytes(b"\xff")
     assert show(folder, ["--config=config.json", "--noconfig.model.tie_embeddings"]) == [
-        "7 x False\n"
+        "7 x False\n1024 is given\n"
     ]
     assert_each_refused(
         "show.py",

@@ -20,7 +20,7 @@ from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.data.tokenizer_loading import tokenizer_from_json
 from simplernn_jax.distributed import check_same, run_on_coordinator_first
 from simplernn_jax.errors import UserError
-from simplernn_jax.training.initial_parameters import initial_tokenizer
+from simplernn_jax.training.initial_parameters import filled_from, with_initial_model
 
 MAX_DEFAULT_PROMPT = 40
 """Maximum length of the default prompt of samples, in characters."""
@@ -50,20 +50,19 @@ def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
 
 
 def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
-    saved = _saved_run(workdir)
+    saved, tokenizer = _saved_run(workdir), None
+    train = dataclasses.replace(config.train, init_from=_absolute(config.train.init_from))
+    config = dataclasses.replace(config, train=train)
+    if train.init_from and saved is not None:
+        config = filled_from(config, saved[0])
+    elif train.init_from:
+        config, tokenizer = with_initial_model(config)
     template = load_template(config.data.template) if config.data.template else ""
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, template=template),
-        train=dataclasses.replace(config.train, init_from=_absolute(config.train.init_from)),
-    )
-    tokenizer = None
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, template=template))
     if saved is not None:
         _check_same_batches(config, saved[0])
         _check_source(config.data.source, saved[0].data.source, workdir)
         tokenizer = tokenizer_from_json(saved[1])
-    elif config.train.init_from:
-        tokenizer = initial_tokenizer(config)
     corpus = prepare_corpus(
         config.data,
         config.train.seed,
@@ -76,7 +75,9 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     prompt = _sample_prompt(config, corpus)
     vocab_size = max(config.model.vocab_size, corpus.tokenizer.vocab_size)
     # Absolute, so that the checkpoint's copy is independent of the current folder.
-    source, cache_dir = _absolute_source(config.data.source), _absolute(config.data.cache_dir)
+    source, cache_dir = config.data.source, _absolute(config.data.cache_dir)
+    if source != "stdlib" and os.path.exists(_absolute(source)):
+        source = _absolute(source)
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=vocab_size),
@@ -178,11 +179,6 @@ def _absolute(folder: str) -> str:
     return os.path.abspath(os.path.expanduser(folder)) if folder else ""
 
 
-def _absolute_source(source: str) -> str:
-    path = _absolute(source)
-    return path if source != "stdlib" and os.path.exists(path) else source
-
-
 def _chat_prompt(config: Config, corpus: TokenizedCorpus) -> str:
     """Return the prompt, a user message; an empty one if the default cannot be encoded."""
     template = ChatTemplate(config.data.template)
@@ -250,12 +246,9 @@ def _check_same_optimizer(current: Config, saved: Config) -> None:
 
 
 def _check_source(given: str, saved: str, workdir: str) -> None:
-    """Reject another source than the run's own at once, unless it may be the same text, moved.
-
-    Then it is compared by its tokens.
-    """
+    """Reject another source at once, unless it may be the text of the run, moved."""
     is_moved = "stdlib" not in (given, saved) and not os.path.exists(_absolute(saved))
-    if not is_moved and _absolute_source(given) != _absolute_source(saved):
+    if not is_moved and os.path.realpath(_absolute(given)) != os.path.realpath(_absolute(saved)):
         raise UserError(
             f"{workdir} was trained on --config.data.source={saved}, not {given}; pass that, omit "
             "--config, or use another --workdir"
