@@ -313,7 +313,7 @@ def from_json(text: str) -> Config:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:  # also of too many digits, or nested too deep
-        raise UserError(f"configuration: invalid JSON ({error}); use another checkpoint") from error
+        raise UserError(f"configuration: invalid JSON ({error}); use an intact copy") from error
     config = Config()
     _fill(config, values, "config")
     validate(config)

@@ -269,5 +269,5 @@ def _check_same_batches(current: Config, saved: Config) -> None:
     if fields:
         raise UserError(
             f"the checkpoint has different data settings: {'; '.join(fields)}; use the same "
-            "--config.data and seed values, or another --workdir"
+            "--config.data and seed values, omit --config, or use another --workdir"
         )
