@@ -4,11 +4,11 @@
     python scripts/train.py --config configs/base.py --workdir runs/mine \\
         --config.data.source=my_texts/ --config.train.steps=2000
 
-Running the same command again resumes bit-exactly, as does --workdir of the run alone, with the
-configuration in it. SIGTERM and Ctrl-C save first and exit with code
-75. A second signal stops at once, also with 75 (with --distributed: kills the process, code 137):
-the run resumes from its last checkpoint. Before the workdir is created, Ctrl-C exits with code 130.
-Bad input exits with code 2 and a one-line error.
+Running the same command again resumes bit-exactly, and so does --workdir of a run alone, with the
+configuration saved there. SIGTERM and Ctrl-C save first and exit with code 75. A second signal
+stops at once, also with 75 (with --distributed: kills the process, code 137): the run resumes from
+its last checkpoint. Before the workdir is created, Ctrl-C exits with code 130. Bad input exits with
+code 2 and a one-line error.
 
 With --distributed, this is one of several processes, on one or more hosts, that share the workdir.
 When one dies, is suspended, or becomes unreachable (no heartbeat for 20 s), the others exit within

@@ -90,7 +90,7 @@ class ModelConfig(_Fields):
     def join_mixers(self) -> None:
         """Join a list of mixers into one string: hashable, a single flag and valid JSON."""
         if isinstance(self.mixer, str | list | tuple):
-            vars(self)["mixer"] = ",".join(_mixer_names(self.mixer))  # the user assigns nothing
+            vars(self)["mixer"] = ",".join(_mixer_names(self.mixer))  # does not make it given
 
     @property
     def mixers(self) -> tuple[str, ...]:
