@@ -4,10 +4,11 @@
     python scripts/train.py --config configs/base.py --workdir runs/mine \\
         --config.data.source=my_texts/ --config.train.steps=2000
 
-Running the same command again resumes bit-exactly. SIGTERM and Ctrl-C save first and exit with code
-75. A second signal stops at once, also with 75 (with --distributed: kills the process, code 137):
-the run resumes from its last checkpoint. Before the workdir is created, Ctrl-C exits with code 130.
-Bad input exits with code 2 and a one-line error.
+Running the same command again resumes bit-exactly, and so does --workdir of a run alone, with the
+configuration saved there. SIGTERM and Ctrl-C save first and exit with code 75. A second signal
+stops at once, also with 75 (with --distributed: kills the process, code 137): the run resumes from
+its last checkpoint. Before the workdir is created, Ctrl-C exits with code 130. Bad input exits with
+code 2 and a one-line error.
 
 With --distributed, this is one of several processes, on one or more hosts, that share the workdir.
 When one dies, is suspended, or becomes unreachable (no heartbeat for 20 s), the others exit within
@@ -19,8 +20,10 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start(resumes=True)
 
+import argparse
 import gc
 import os
+import sys
 
 from absl import flags, logging
 
@@ -57,6 +60,21 @@ _TIMEOUT = flags.DEFINE_integer(
 )
 
 
+def _own_config() -> str:
+    """Return the configuration of the run in ``--workdir``; empty without one, or with --config."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("config", "workdir"):
+        parser.add_argument(f"--{name}", f"-{name}", nargs="?")
+    given, _ = parser.parse_known_args(flags.FLAGS.read_flags_from_files(sys.argv[1:]))
+    workdir = os.path.expanduser(given.workdir or "")
+    path = os.path.join(workdir, "config.json")
+    is_run = os.path.isfile(path) and os.path.isdir(os.path.join(workdir, "checkpoints"))
+    return path if workdir and is_run and given.config is None else ""
+
+
+_OWN_CONFIG = _own_config()
+
+
 def main() -> int:
     """Train; return 0 at the end, `EXIT_INTERRUPTED` if a signal stopped it."""
     cluster = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -81,6 +99,8 @@ def main() -> int:
 
 def _train() -> int:
     config = _CONFIG.value
+    if _OWN_CONFIG:
+        logging.info("without --config: the configuration of this run, %s", _OWN_CONFIG)
     if not _WORKDIR.value:
         raise UserError("no --workdir: specify a folder for the run, such as --workdir runs/mine")
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
@@ -97,4 +117,6 @@ def _train() -> int:
 
 
 if __name__ == "__main__":
+    if _OWN_CONFIG:
+        sys.argv.insert(1, f"--config={_OWN_CONFIG}")
     command_line.run(main)

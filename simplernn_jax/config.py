@@ -30,7 +30,14 @@ class _Fields:
         kind = fields[name].type
         if isinstance(kind, type) and issubclass(kind, _Fields) and not isinstance(value, kind):
             raise TypeError(f"{where}: must be a {kind.__name__}, not {type(value).__name__}")
+        if name in vars(self):  # by a file or the command line, after it was constructed
+            vars(self).setdefault("_assigned", set()).add(name)
         super().__setattr__(name, value)
+
+    def is_given(self, name: str) -> bool:
+        """Return whether the user chose a field's value: it was assigned, or is not the default."""
+        default = type(self).__dataclass_fields__[name].default  # type: ignore[attr-defined]
+        return name in vars(self).get("_assigned", ()) or getattr(self, name) != default
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -83,7 +90,7 @@ class ModelConfig(_Fields):
     def join_mixers(self) -> None:
         """Join a list of mixers into one string: hashable, a single flag and valid JSON."""
         if isinstance(self.mixer, str | list | tuple):
-            self.mixer = ",".join(_mixer_names(self.mixer))
+            vars(self)["mixer"] = ",".join(_mixer_names(self.mixer))  # does not make it given
 
     @property
     def mixers(self) -> tuple[str, ...]:
@@ -176,9 +183,9 @@ class TrainConfig(_Fields):
     """Seed of initialization, split, batches and dropout, in [0, 2**32)."""
     init_from: str = ""
     """Parameters that this run starts from (fine-tuning), with a fresh optimizer at step 0: the
-    workdir of a run or its export (safetensors, huggingface), whose model and tokenizer must be the
-    same; weights of the original PyTorch project (.pt, .safetensors); or the folder of a
-    flash-linear-attention model (gla block)."""
+    workdir of a run or its export (safetensors, huggingface); weights of the original PyTorch
+    project (.pt, .safetensors); or the folder of a flash-linear-attention model (gla block). Their
+    model and tokenizer replace defaults of this configuration; fields that it sets must agree."""
     steps: int = 0
     """Optimizer steps; exactly one of steps and epochs is set."""
     epochs: float = 0.0
@@ -306,7 +313,7 @@ def from_json(text: str) -> Config:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:  # also of too many digits, or nested too deep
-        raise UserError(f"configuration: invalid JSON ({error}); use another checkpoint") from error
+        raise UserError(f"configuration: invalid JSON ({error}); use an intact copy") from error
     config = Config()
     _fill(config, values, "config")
     validate(config)

@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from simplernn_jax.config import Config, by_field, validate
+from simplernn_jax.config import Config, by_field, from_json, validate
 from simplernn_jax.errors import EXIT_USER_ERROR, UserError, nearest_name
 from simplernn_jax.files import read_file
 from simplernn_jax.project import ROOT, config_names
@@ -49,7 +49,7 @@ def define_config_flag() -> ConfigFlag:
         holder = config_flags.DEFINE_config_file(
             "config",
             None,
-            "Name of a configuration, or Python file whose get_config() returns a Config.",
+            "Name, Python file whose get_config() returns a Config, or config.json of a run.",
             lock_config=False,
         )
     except flags.Error as error:  # it reads --flagfile
@@ -100,15 +100,20 @@ def _near(path: Path) -> str:
 
 
 def load_config(path: Path) -> Config:
-    """Return what ``get_config()`` of a file returns; `UserError` for an error, with its line."""
+    """Return a file's ``get_config()``, or a run's JSON; `UserError` names the line of an error."""
     try:
-        read_file(path)  # a regular file, which the import below reads again
+        content = read_file(path)  # a regular file, which the import below reads again
     except FileNotFoundError as error:
         raise UserError(f"--config={path}: no such file{_near(path)}") from error
     except OSError as error:
         raise UserError(
             f"--config={path}: {error.strerror}; specify a file such as configs/base.py"
         ) from error
+    if path.suffix == ".json":
+        try:
+            return from_json(content.decode("utf-8", "replace"))
+        except UserError as error:
+            raise UserError(f"--config={path}: {error}") from error
     spec = importlib.util.spec_from_file_location("simplernn_config", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config={path}: not a Python file; specify one with get_config()")

@@ -170,7 +170,7 @@ def test_other_json_is_refused(edit, message):
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5_000, "[1, 2", "\ud800"])
 def test_json_that_cannot_be_decoded_is_refused(text):
-    with pytest.raises(UserError, match=r"invalid JSON .*use another checkpoint"):
+    with pytest.raises(UserError, match=r"invalid JSON .*use an intact copy"):
         from_json(text)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from processes import assert_each_refused, assert_refused, run_scripts
 
+from simplernn_jax.config import Config, DataConfig, TrainConfig, to_json
+
 SCRIPT = '''
 """Prints a configuration."""
 
@@ -18,6 +20,8 @@ _CONFIG = define_config_flag()
 def main() -> None:
     config = _CONFIG.value
     print(config.train.steps, config.data.source, config.model.tie_embeddings)
+    if config.model.is_given("attention_context"):
+        print(config.model.attention_context, "is given")
     if set(config.model.mixers) != {"simple_rnn"}:
         print(config.model.mixers)
 
@@ -57,7 +61,24 @@ def test_file_and_overrides_of_each_type(folder):
         folder,
         ["--config=seven.py"],
         ["--config", "seven.py", *overrides, "--noconfig.model.tie_embeddings"],
-    ) == ["7 stdlib True\n", "11 a b.txt False\n"]
+        ["--config=seven.py", "--config.model.attention_context=1024"],  # the default
+    ) == ["7 stdlib True\n", "11 a b.txt False\n", "7 stdlib True\n1024 is given\n"]
+
+
+def test_the_configuration_that_a_run_saved(folder):
+    config = Config(train=TrainConfig(steps=7), data=DataConfig(source="x"))
+    (folder / "config.json").write_text(to_json(config))
+    (folder / "wrong.json").write_text(to_json(config).replace("seed", "sede"))
+    (folder / "bytes.json").write_bytes(b"\xff")
+    assert show(folder, ["--config=config.json", "--noconfig.model.tie_embeddings"]) == [
+        "7 x False\n1024 is given\n"
+    ]
+    assert_each_refused(
+        "show.py",
+        (["--config=wrong.json"], "--config=wrong.json: config.train.sede: no such field; did you"),
+        (["--config=bytes.json"], "--config=bytes.json: configuration: invalid JSON"),
+        cwd=folder,
+    )
 
 
 def test_flags_from_a_file(folder):

@@ -1,5 +1,6 @@
 """Fine-tuning: a run that starts from the parameters of another one."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,14 +13,16 @@ from small_runs import save_untrained, small_config, stop_after, untrained_run, 
 from small_tokenizers import byte_level
 
 from simplernn_jax import load_model
+from simplernn_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import new_folder, without_paths
 from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.gla_checkpoint import to_fla_config
 from simplernn_jax.models.named_weights import named_weights
-from simplernn_jax.training.initial_parameters import initial_tokenizer
+from simplernn_jax.training.initial_parameters import with_initial_model
 from simplernn_jax.training.loop import train
+from simplernn_jax.training.preparation import prepare
 from simplernn_jax.training.run import Run
 
 
@@ -41,6 +44,54 @@ def test_parameters_are_those_of_the_other_run(initial, tmp_path):
             jax.tree.leaves(run.state.params), jax.tree.leaves(nnx.state(model, nnx.Param))
         )
         assert not any(leaf.any() for leaf in jax.tree.leaves(run.state.opt_state) if leaf.ndim)
+
+
+def defaults(initial, tmp_path):
+    """A configuration that gives neither the sizes of a model nor a tokenizer."""
+    source = write_corpus(tmp_path / "other", seed=1)
+    data = DataConfig(source=source, sequence_length=7, batch_size=2, validation_fraction=0.0)
+    train = TrainConfig(steps=1, init_from=str(initial), sample_every=0)
+    return Config(data=data, train=train, mesh=MeshConfig(data=1))
+
+
+@pytest.mark.parametrize("kind", ["run", "export", "weights"])
+def test_the_model_and_tokenizer_are_those_of_the_other_run_unless_given(tmp_path, kind):
+    fields = {"vocab_size": 17, "num_layers": 2, "key_dim": 6, "tokenizer": "char"}
+    initial = untrained_run(tmp_path, precision="bfloat16", **fields)
+    model, tokenizer, saved = load_model(str(initial))
+    path = {"run": initial, "weights": tmp_path / "model.safetensors"}.get(kind, tmp_path / kind)
+    if kind == "export":
+        with new_folder(str(path)) as folder:
+            find_format("safetensors").write(TrainedModel(model, tokenizer, saved, "x"), folder)
+    elif kind == "weights":
+        safetensors.numpy.save_file(named_weights(model), str(path))
+    config = defaults(path, tmp_path)
+    if kind == "weights":  # which have no tokenizer
+        config.data.tokenizer = "char"
+    prepared, corpus = prepare(config, str(tmp_path / "run"))
+    expected = dataclasses.replace(saved.model, precision="float32")
+    if kind == "weights":  # which do not have what a plain layer lacks
+        expected = dataclasses.replace(expected, mlp_dim=512, tie_embeddings=False)
+    assert (prepared.model, prepared.data.tokenizer) == (expected, "char")
+    assert corpus.tokenizer.to_json() == tokenizer.to_json()
+    assert config.model == ModelConfig()
+    # The same command resumes, and needs the other run no more.
+    save_untrained(config, tmp_path / "run")
+    if kind != "weights":
+        shutil.move(path, tmp_path / "gone")
+    assert prepare(config, str(tmp_path / "run"))[0].model == expected
+
+
+def test_values_that_are_assigned_are_given_even_if_they_are_the_defaults(tmp_path):
+    for section, name, problem in (
+        ("model", "num_heads", "model: num_heads is 4, checkpoint has 1; omit these fields"),
+        ("data", "tokenizer", "has the tokenizer char; omit --config.data.tokenizer"),
+    ):
+        config = defaults(untrained_run(tmp_path / name, tokenizer="char"), tmp_path)
+        fields = getattr(config, section)
+        setattr(fields, name, getattr(fields, name))
+        with pytest.raises(UserError, match=problem):
+            prepare(config, str(tmp_path / "run"))
 
 
 @pytest.mark.fewer_cases
@@ -109,10 +160,10 @@ def test_tokenizers_are_compared_by_content(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "moved")
     for initial in (out, tmp_path / "initial"):
         same = fine_tuned(initial, tmp_path, tokenizer=str(tmp_path / "moved" / "tokenizer.json"))
-        assert initial_tokenizer(same).to_json() == loaded.to_json()
+        assert with_initial_model(same)[1].to_json() == loaded.to_json()
         for other in (str(tmp_path / "b" / "tokenizer.json"), "byte"):
-            with pytest.raises(UserError, match=r"has the tokenizer .*json; use the same"):
-                initial_tokenizer(fine_tuned(initial, tmp_path, tokenizer=other))
+            with pytest.raises(UserError, match=r"has the tokenizer .*json; omit"):
+                with_initial_model(fine_tuned(initial, tmp_path, tokenizer=other))
 
 
 @pytest.mark.oldest_python

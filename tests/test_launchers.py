@@ -69,6 +69,7 @@ def installations(project: Path) -> int:
         ("train", ["--config", "c/tiny.py"], ["--workdir", "runs/tiny", "--config", "c/tiny.py"]),
         ("train", ["--config=tiny.py", "--workdir=w"], ["--config=tiny.py", "--workdir=w"]),
         ("train", ["--workdir", "a b"], ["--config", "configs/base.py", "--workdir", "a b"]),
+        ("train", ["--workdir=runs/base"], ["--workdir=runs/base"]),  # a run
         ("launch_local", ["2", "--workdir", "a b"], ["2", "--workdir", "a b"]),
         ("infer", [], ["--workdir", "runs/base"]),
         ("infer", ["--workdir", "w", "--prompt", "--x"], ["--workdir", "w", "--prompt", "--x"]),
@@ -131,6 +132,7 @@ def trained(project: Path, name: str, modified: int) -> None:
     complete = project / "runs" / name / "checkpoints" / "complete.json"
     (complete.parent / "250").mkdir(parents=True)
     (complete.parent / "250" / "manifest.sha256").touch()
+    (complete.parent.parent / "config.json").touch()
     complete.write_text("{}")
     os.utime(complete, (modified, modified))
 

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import run_scripts, start_python
+from processes import ROOT, assert_refused, run_scripts, start_python
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
 from simplernn_jax import load_model
 from simplernn_jax.checkpoint.contents import saved_quality
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.config import TrainConfig
+from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
 from simplernn_jax.training import loop, reporter, run
@@ -149,7 +150,54 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
     assert result.evaluation.nats_per_token == rows[-1]["loss"]
     assert newest_checkpoint(workdir) == before
     assert read_metrics(str(workdir)) == rows
-    assert "all steps are done" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "all steps are done" in output
+    loss = f"{result.evaluation.nats_per_token:.4f}"  # after 5 steps
+    assert f"  warning          {loss} nats/token is not clearly better than uniform" in output
+    assert "guessing (5.5568); train for more steps, or with another --config.optim" in output
+
+
+def test_a_workdir_alone_resumes_its_run_from_any_folder(finished, tmp_path):
+    _, workdir = finished
+    before, moved = newest_checkpoint(workdir), tmp_path / "moved"
+    shutil.copytree(workdir, moved)
+    script, new = ROOT / "scripts" / "train.py", ("--config=tiny", "--config.train.steps=6")
+    own, longer, refused, other, none = run_scripts(
+        (script, "--workdir", moved.name),
+        (script, "--workdir=moved", "--config.train.steps=6"),
+        (script, "--workdir=moved", "--config.model.hidden_dim=9"),
+        (script, "--workdir=moved", *new),
+        (script, "--workdir=new"),
+        cwd=tmp_path,
+    )
+    assert (own.code, newest_checkpoint(moved)["number of steps"]) == (0, 6)
+    told = "without --config: the configuration of this run, moved/config.json\n"
+    assert own.errors.count(told) == longer.errors.count(told) == 1
+    assert "changed from" not in own.output
+    assert "all steps are done" in own.output
+    assert "--config.train.steps: changed from 5 to 6" in longer.output
+    assert newest_checkpoint(workdir) == before
+    assert refused.code == 2
+    assert "error: the checkpoint has a different model: hidden_dim is 9" in refused.errors
+    assert_refused(other, "the checkpoint has different data settings: ")
+    assert_refused(none, "--config is missing")
+
+
+def test_a_workdir_whose_configuration_is_unreadable_is_one_line(finished, tmp_path):
+    config, workdir = finished
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "config.json"
+    values = json.loads((workdir / "config.json").read_text())
+    for text, problem in (
+        ("{", "invalid JSON"),
+        (json.dumps(values | {"modle": 1}), "config.modle: no such field; did you mean 'model'?"),
+        (json.dumps(values).replace(config.data.source, "gone"), "gone: no such file or folder"),
+    ):
+        path.write_text(text)
+        (result,) = run_scripts(("scripts/train.py", "--workdir", tmp_path))
+        assert (result.code, "Traceback" in result.errors) == (2, False)
+        assert problem in result.errors
+        assert f"{path}" in result.errors
 
 
 @pytest.mark.parametrize("is_fast", [False, True])
@@ -158,7 +206,10 @@ def test_says_where_bfloat16_is_slower(tmp_path, monkeypatch, capsys, is_fast):
     config = small_config(source=write_corpus(tmp_path / "text"), precision="bfloat16", steps=1)
     train(config, str(tmp_path / "run"))
     notice = "on this processor: --config.model.precision=float32 saves the conversions"
-    assert (notice in capsys.readouterr().out) == (not is_fast)
+    output = capsys.readouterr().out
+    assert (notice in output) == (not is_fast)
+    # Nothing is held out, and one step teaches nothing.
+    assert "nats/token is not clearly better than uniform guessing (5.5568)" in output
 
 
 def test_another_text_is_refused_and_the_run_unchanged(finished):
@@ -246,6 +297,26 @@ def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch, cap
     assert open_saved_corpus("run", source=".").content_hash == hashes[0]
 
 
+@pytest.mark.oldest_python
+def test_a_sample_of_a_chat_model_answers_the_prompt(tmp_path):
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    source = tmp_path / "chat.jsonl"
+    source.write_text("\n".join([json.dumps({"messages": chat})] * 3))
+    config = small_config(
+        source=str(source), template="roles", sample_every=1, sample_prompt="who?", steps=2
+    )
+    train(config, str(tmp_path / "run"))
+    samples = [row for row in read_metrics(str(tmp_path / "run")) if row["kind"] == "sample"]
+    question = ChatTemplate(load_template("roles")).render_next(
+        [{"role": "user", "content": "who?"}]
+    )
+    assert [row["text"].startswith(question) for row in samples] == [True]
+    assert (
+        json.loads((tmp_path / "run" / "config.json").read_text())["train"]["sample_prompt"]
+        == "who?"
+    )
+
+
 def test_the_last_save_is_awaited_when_the_metrics_cannot_be_closed(whole, tmp_path, monkeypatch):
     closed = []
     close, close_metrics = run.Checkpointer.close, loop.MetricsWriter.close
@@ -263,7 +334,7 @@ def test_the_last_save_is_awaited_when_the_metrics_cannot_be_closed(whole, tmp_p
     assert len(closed) == 1
 
 
-def test_overfits_six_sentences_and_generates_them(tmp_path):
+def test_overfits_six_sentences_and_generates_them(tmp_path, capsys):
     source = tmp_path / "sentences.jsonl"
     source.write_text("".join(json.dumps({"user": "", "bot": s}) + "\n" for s in SENTENCES))
     config = small_config(
@@ -283,6 +354,7 @@ def test_overfits_six_sentences_and_generates_them(tmp_path):
         sample_tokens=3,
     )
     train(config, str(tmp_path / "run"))
+    assert "uniform guessing" not in capsys.readouterr().out
     rows = read_metrics(str(tmp_path / "run"))
     assert np.mean([row["loss"] for row in rows if row["kind"] == "train"][-3:]) < 0.1
     (sample,) = (row for row in rows if row["kind"] == "sample")

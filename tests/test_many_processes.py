@@ -11,6 +11,7 @@ from processes import free_address, start_python
 from small_runs import newest_checkpoint, small_config, write_corpus
 
 from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.config import by_field
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
 
@@ -39,11 +40,7 @@ def launch(start):
 
     def launch(config, workdir, devices=1):
         """`config` and `workdir` are those of `train`."""
-        flags = {
-            f"config.{section}.{name}": value
-            for section, values in vars(config).items()
-            for name, value in vars(values).items()
-        }
+        flags = {f"config.{name}": value for name, value in by_field(config).items()}
         return start(
             *("scripts/launch_local.py", 2, "--config=configs/tiny.py", f"--workdir={workdir}"),
             *(f"--{name}={value}" for name, value in flags.items()),

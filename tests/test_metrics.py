@@ -5,6 +5,7 @@ import io
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 from odd_files import ODD_FILES
@@ -32,18 +33,21 @@ def steps_in(workdir):
 
 
 def test_rows_are_json_objects_with_step_kind_and_time_and_tensorboard_events(tmp_path):
-    before = time.time()
-    assert read_metrics(str(tmp_path)) == []
-    writer = MetricsWriter(str(tmp_path), 0)
+    before, workdir = time.time(), tmp_path / "base"
+    workdir.mkdir()
+    assert read_metrics(str(workdir)) == []
+    writer = MetricsWriter(str(workdir), 0)
     writer.write(3, "train", loss=1.5)
     writer.write(3, "sample", text="zwölf\u2028\n")
-    rows = read_metrics(str(tmp_path))  # readable while the run writes
+    rows = read_metrics(str(workdir))  # readable while the run writes
     writer.close()
-    assert read_metrics(str(tmp_path)) == rows
-    (path,) = (tmp_path / "tensorboard").iterdir()
+    assert read_metrics(str(workdir)) == rows
+    # TensorBoard names a run by the path of this file's folder below --logdir.
+    (path,) = tmp_path.rglob("events.out.tfevents.*")
+    assert path.parent.relative_to(tmp_path) == Path("base", "tensorboard")
     assert b"train/loss" in path.read_bytes()
     assert b"sample/text" in path.read_bytes()
-    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
         assert len(json.loads(line).pop("crc32")) == 8
     assert all(abs(row.pop("wall_time") - before) < 3600 for row in rows)
     assert rows == [

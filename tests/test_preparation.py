@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from damages import flip_bit
 from small_runs import save_untrained, small_config, write_corpus
 
-from simplernn_jax.data.chat_template import ChatTemplate, load_template
+from simplernn_jax.data.chat_template import load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.training.preparation import (
     changed_fields,
@@ -88,6 +89,37 @@ def test_length_intervals_rates_and_names_may_change_and_are_listed(workdir, con
     assert changed_fields(config, config) == []
 
 
+def test_another_source_is_rejected_before_it_is_tokenized(tmp_path, monkeypatch, workdir, config):
+    own = config.data.source
+    for source in ("stdlib", write_corpus(tmp_path / "other", seed=1)):
+        config.data.source = source
+        problem = (
+            rf"run was trained on --config\.data\.source={own}, not {source}; pass that, omit "
+        )
+        with pytest.raises(UserError, match=problem):
+            prepare(config, workdir)
+    assert len(list((tmp_path / "run" / "tokens").iterdir())) == 1
+    monkeypatch.chdir(tmp_path)
+    config.data.source = "text"  # the same by another name
+    assert prepare(config, workdir)[0].data.source == own
+    os.rename(own, tmp_path / "moved")
+    config.data.source = "moved"
+    assert prepare(config, workdir)[0].data.source == str(tmp_path / "moved")
+    config.data.source = "stdlib"  # is no text that was moved
+    with pytest.raises(UserError, match=f"was trained on --config.data.source={own}, not stdlib"):
+        prepare(config, workdir)
+
+
+@pytest.mark.parametrize("source", ["stdlib", "text/*.txt", "text/:0.5,text:0.5"])
+def test_a_source_that_is_not_a_path_is_saved_as_given(tmp_path, monkeypatch, config, source):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stdlib").mkdir()  # the source of this name is the library all the same
+    (tmp_path / "library.py").write_text("abc " * 99)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    config.data.source = source
+    assert prepare(config, "run")[0].data.source == source
+
+
 def test_preparing_verifies_the_configuration_but_no_arrays(workdir, config):
     checkpoint = Path(workdir) / "checkpoints" / "1"
     arrays = max((checkpoint / "state").rglob("*"), key=lambda path: path.stat().st_size)
@@ -113,9 +145,7 @@ def test_a_sample_prompt_is_a_question_where_a_template_is_trained(tmp_path, con
     path.write_text("\n".join([json.dumps({"messages": chat})] * 9))
     config.data.source, config.data.template = str(path), load_template("roles")
     config.train.sample_every, config.train.sample_prompt = 10, "who?"
-    prompt = prepare(config, str(tmp_path / "run"))[0].train.sample_prompt
-    template = ChatTemplate(config.data.template)
-    assert prompt == template.render_next([{"role": "user", "content": "who?"}]) != "who?"
+    assert prepare(config, str(tmp_path / "run"))[0].train.sample_prompt == "who?"
     config.train.sample_prompt = "\x04"
     with pytest.raises(UserError, match=r"^--config\.train\.sample_prompt='\\x04': "):
         prepare(config, str(tmp_path / "other"))
@@ -128,9 +158,7 @@ def test_a_question_that_the_tokenizer_cannot_encode_is_found_before_training(tm
     config = small_config(
         source=str(path), tokenizer="char", template=load_template("roles"), sample_every=10
     )
-    template = ChatTemplate(config.data.template)
-    prompt = prepare(config, str(tmp_path / "run"))[0].train.sample_prompt
-    assert prompt == template.render_next([{"role": "user", "content": ""}])
+    assert prepare(config, str(tmp_path / "run"))[0].train.sample_prompt == ""
     config.train.sample_prompt = "who?"
     with pytest.raises(UserError, match=r"^--config\.train\.sample_prompt='who\?': "):
         prepare(config, str(tmp_path / "other"))

@@ -58,3 +58,4 @@ def test_records_from_the_third_step_on(tmp_path, events, steps, taken, expected
     assert all(line.startswith(said) for line in lines)
     if said and said.startswith("profile"):
         assert f": {tmp_path}/tensorboard/plugins/profile; " in lines[0]
+        assert f"`tensorboard --logdir {tmp_path}` " in lines[0]  # whose name for a run is not "."

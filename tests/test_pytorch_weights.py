@@ -147,6 +147,10 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
         (lambda s: s | {"layers.1.value_proj.bias": zeros(13)}, r"\[13\]; expected \[7\]"),
         (lambda s: s | {"embedding.weight": zeros(3)}, r"shape \[3\]; expected 2 dimensions"),
         (
+            lambda s: s | {f"layers.{number}.x": zeros(1) for number in range(1025)},
+            r"--config\.model\.num_layers=1025 is invalid: expected at most 1024",
+        ),
+        (
             lambda s: s | {"lm_head.bias": zeros(3, dtype=np.int32)},
             r"'lm_head.bias' is int32; save floating-point",
         ),
@@ -276,6 +280,7 @@ def test_a_flipped_bit_of_a_weight_is_refused(tmp_path, torch):
             lambda torch: torch.quantize_per_tensor(torch.ones(9, 9), 0.1, 0, torch.qint8),
             "qint8|holds more than tensors",
         ),
+        (lambda torch: torch.nested.nested_tensor([torch.ones(3, 2)] * 2), "is nested; save dense"),
         (lambda torch: torch.ones(VOCAB, 0), "expected 2 dimensions"),
         (lambda torch: torch.ones(0, HIDDEN), "expected 2 dimensions"),
         (lambda torch: torch.ones(()), "expected 2 dimensions"),
@@ -283,7 +288,10 @@ def test_a_flipped_bit_of_a_weight_is_refused(tmp_path, torch):
     ],
 )
 @pytest.mark.filterwarnings(
-    "ignore:Sparse (CSR|invariant)", "ignore:.*quantize", "ignore:Sparse invariant checks"
+    "ignore:Sparse (CSR|invariant)",
+    "ignore:.*quantize",
+    "ignore:Sparse invariant checks",
+    "ignore:.*nested tensors",
 )
 def test_odd_tensors_are_refused(tmp_path, torch, small_state, make, message):
     path = tmp_path / "odd.pt"

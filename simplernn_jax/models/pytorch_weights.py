@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from simplernn_jax.config import ModelConfig
+from simplernn_jax.config import Config, ModelConfig, TrainConfig, validate
 from simplernn_jax.devices import check_memory
 from simplernn_jax.errors import UserError, nearest_name
 from simplernn_jax.files import open_file
@@ -127,8 +127,10 @@ def _read_pt(path: str, file: BinaryIO) -> tuple[Weights, None]:
                 f"{path}: {name!r} is not a tensor; save the state dict alone or under "
                 "'model_state_dict'"
             )
-        if value.layout != torch.strided or value.dtype not in allowed or value.is_meta:
-            kind = "meta" if value.is_meta else f"{value.layout}, {value.dtype}"
+        is_dense = value.layout == torch.strided and not (value.is_meta or value.is_nested)
+        if not is_dense or value.dtype not in allowed:
+            kind = f"{value.layout}, {value.dtype}"
+            kind = "meta" if value.is_meta else "nested" if value.is_nested else kind
             raise UserError(f"{path}: {name!r} is {kind}; save dense floating-point tensors")
         num_values += value.numel()
     # A tensor may be far larger than its file: with a stride of 0 it repeats one value.
@@ -170,7 +172,7 @@ def _model_config(weights: Weights, path: str) -> ModelConfig:
 
     indices = {match[1] for name in weights if (match := re.match(r"layers\.(\d+)\.", name))}
     vocab_size, hidden_dim = rows_and_columns("embedding.weight")
-    return ModelConfig(
+    config = ModelConfig(
         vocab_size=vocab_size,
         block="plain",
         num_layers=max(1, len(indices)),
@@ -180,3 +182,8 @@ def _model_config(weights: Weights, path: str) -> ModelConfig:
         num_heads=1,
         tie_embeddings=False,
     )
+    try:
+        validate(Config(model=config, train=TrainConfig(steps=1)))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return config

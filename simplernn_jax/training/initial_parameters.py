@@ -13,7 +13,7 @@ from simplernn_jax.checkpoint.checkpointer import read_config
 from simplernn_jax.checkpoint.choice import BEST, choose_checkpoint
 from simplernn_jax.checkpoint.contents import read_tree
 from simplernn_jax.checkpoint.folder import CheckpointFolder
-from simplernn_jax.config import Config, ModelConfig
+from simplernn_jax.config import Config
 from simplernn_jax.data.bpe import PREFIX
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.data.tokenizer_loading import load_tokenizer, tokenizer_from_json
@@ -24,8 +24,8 @@ from simplernn_jax.models import LanguageModel, load_gla_checkpoint
 from simplernn_jax.models.gla_checkpoint import is_hugging_face_folder
 from simplernn_jax.models.pytorch_weights import load_pytorch_weights
 
-_FREE_FIELDS = ("dropout", "precision", "state_precision", "vocab_size")
-"""Fields of the model in which fine-tuning may differ; the vocabulary is compared as arrays."""
+_FREE_FIELDS = ("dropout", "precision", "state_precision")
+"""Fields of the model in which fine-tuning may differ."""
 
 _BUILT_IN_TOKENIZERS = ("byte", "char")
 
@@ -33,19 +33,19 @@ _RESIDUAL_FIELDS = ("mlp_dim", "tie_embeddings", "attention_context")
 """Fields without an effect on plain layers."""
 
 
-def initial_tokenizer(config: Config) -> Tokenizer | None:
-    """Return the tokenizer of the run or export in ``init_from``, after comparing configurations.
+def with_initial_model(config: Config) -> tuple[Config, Tokenizer | None]:
+    """Return `config` `filled_from` the model in ``init_from``, and the tokenizer of that model.
 
-    Returns None if ``init_from`` has weights alone.
+    The tokenizer is None if ``init_from`` has weights alone.
 
     Raises:
-      UserError: there is no model, or its configuration or tokenizer differs.
+      UserError: there is no model, or the configuration gives another one or another tokenizer.
     """
-    path = config.train.init_from
+    path, tokenizer = config.train.init_from, None
     if is_exported(path):
         initial, tokenizer, _ = read_run(path)
-    elif _is_weights_only(path):
-        return None
+    elif (weights := _load(path)) is not None:
+        initial = dataclasses.replace(config, model=weights.config)
     elif not CheckpointFolder(path).steps():
         raise UserError(
             f"--config.train.init_from: no checkpoint in {path}; name the folder of a run or export"
@@ -53,9 +53,30 @@ def initial_tokenizer(config: Config) -> Tokenizer | None:
     else:
         initial, tokenizer_json, _ = read_config(path, BEST)
         tokenizer = tokenizer_from_json(tokenizer_json)
-    _check_same_model(config, initial.model)
-    _check_same_tokenizer(config, initial, tokenizer)
-    return tokenizer
+    filled = filled_from(config, initial)
+    # The vocabulary is compared as arrays.
+    free = ("vocab_size", *(_RESIDUAL_FIELDS if initial.model.block == "plain" else ()))
+    same = {name: getattr(filled.model, name) for name in (*_FREE_FIELDS, *free)}
+    model = dataclasses.replace(initial.model, **same)
+    if fields := config_lib.differing_fields(filled.model, model):
+        raise UserError(
+            f"{_where(config)} has a different model: {'; '.join(fields)}; omit these fields"
+        )
+    if tokenizer is not None and config.data.is_given("tokenizer"):
+        _check_same_tokenizer(config, initial, tokenizer)
+    return filled, tokenizer
+
+
+def filled_from(config: Config, initial: Config) -> Config:
+    """Return `config` with the model and tokenizer of `initial` in fields that it leaves out."""
+    model, data = config.model, config.data
+    names = {field.name for field in dataclasses.fields(model)}.difference(_FREE_FIELDS)
+    missing = {name: getattr(initial.model, name) for name in names if not model.is_given(name)}
+    if not data.is_given("tokenizer"):
+        data = dataclasses.replace(data, tokenizer=initial.data.tokenizer)
+    filled = dataclasses.replace(config, model=dataclasses.replace(model, **missing), data=data)
+    config_lib.validate(filled)
+    return filled
 
 
 def initial_parameters(config: Config, abstract: nnx.State, shardings: Any) -> nnx.State:
@@ -73,7 +94,6 @@ def initial_parameters(config: Config, abstract: nnx.State, shardings: Any) -> n
         tree = {"params": abstract}
         placed = None if shardings is None else {"params": shardings}
         return read_tree(step_path, tree, placed, partial=True)["params"]
-    _check_same_model(config, model.config)
     params = nnx.state(model, nnx.Param)
     for wanted, found in zip(jax.tree.leaves(abstract), jax.tree.leaves(params), strict=True):
         if wanted.shape != found.shape:
@@ -95,23 +115,9 @@ def _load(path: str) -> LanguageModel | None:
     """Load an export or weights; None if `path` is another folder, such as that of a run."""
     if is_exported(path):
         return load_exported(path)[0]
-    if not _is_weights_only(path):
-        return None
-    return load_pytorch_weights(path) if os.path.isfile(path) else load_gla_checkpoint(path)
-
-
-def _is_weights_only(path: str) -> bool:
-    return os.path.isfile(path) or is_hugging_face_folder(path)
-
-
-def _check_same_model(config: Config, initial: ModelConfig) -> None:
-    free = _FREE_FIELDS + (_RESIDUAL_FIELDS if initial.block == "plain" else ())
-    same = {name: getattr(config.model, name) for name in free}
-    fields = config_lib.differing_fields(config.model, dataclasses.replace(initial, **same))
-    if fields:
-        raise UserError(
-            f"{_where(config)} has a different model: {'; '.join(fields)}; use the same values"
-        )
+    if os.path.isfile(path):
+        return load_pytorch_weights(path)
+    return load_gla_checkpoint(path) if is_hugging_face_folder(path) else None
 
 
 def _check_same_tokenizer(config: Config, initial: Config, tokenizer: Tokenizer) -> None:
@@ -121,9 +127,7 @@ def _check_same_tokenizer(config: Config, initial: Config, tokenizer: Tokenizer)
     else:  # a path differs between machines, and an export has only its last part
         is_same = load_tokenizer(wanted, None).to_json() == tokenizer.to_json()
     if not is_same:
-        raise UserError(
-            f"{_where(config)} has the tokenizer {found}; use the same with --config.data.tokenizer"
-        )
+        raise UserError(f"{_where(config)} has the tokenizer {found}; omit --config.data.tokenizer")
 
 
 def _where(config: Config) -> str:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from flax import nnx
 
+from simplernn_jax.data.chat_template import ChatTemplate
 from simplernn_jax.distributed import barrier, is_coordinator
 from simplernn_jax.inference import generate_text
 from simplernn_jax.models.initialization import abstract_model
@@ -72,15 +73,17 @@ def sample(run: Run, reporter: Reporter) -> None:
     """Continue the configured prompt with the current model, on the coordinator."""
     params = local_copy(run.state.params)
     if is_coordinator():
-        train = run.config.train
+        train, prompt = run.config.train, run.config.train.sample_prompt
+        if template := run.config.data.template:
+            prompt = ChatTemplate(template).render_next([{"role": "user", "content": prompt}])
         graph, abstract = abstract_model(run.config.model)
         (text,) = generate_text(
             nnx.merge(graph, in_layout_of(abstract, params)),
             run.corpus.tokenizer,
-            train.sample_prompt,
+            prompt,
             max_new_tokens=train.sample_tokens,
             temperature=SAMPLE_TEMPERATURE,
             seed=train.seed,
         )
-        reporter.sample(train.sample_prompt + text)
+        reporter.sample(prompt + text)
     barrier("sample")

@@ -20,7 +20,7 @@ from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.data.tokenizer_loading import tokenizer_from_json
 from simplernn_jax.distributed import check_same, run_on_coordinator_first
 from simplernn_jax.errors import UserError
-from simplernn_jax.training.initial_parameters import initial_tokenizer
+from simplernn_jax.training.initial_parameters import filled_from, with_initial_model
 
 MAX_DEFAULT_PROMPT = 40
 """Maximum length of the default prompt of samples, in characters."""
@@ -31,8 +31,8 @@ _TOKENS_SEARCHED = 4096
 def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     """Return the configuration as checkpoints store it, and the tokenized corpus.
 
-    The model's vocabulary is at least the tokenizer's, ``cache_dir`` and ``init_from`` are
-    absolute, and ``template`` and ``sample_prompt`` are texts. With ``init_from``, the tokenizer is
+    The model's vocabulary is at least the tokenizer's, ``source``, ``cache_dir`` and ``init_from``
+    are absolute if they are paths, and ``template`` is a text. With ``init_from``, the tokenizer is
     that of its run. Of several processes, process 0 tokenizes first: the others use its tokens, or
     tokenize the text again if ``cache_dir`` is on a local disk.
 
@@ -50,19 +50,19 @@ def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
 
 
 def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
-    saved = _saved_run(workdir)
+    saved, tokenizer = _saved_run(workdir), None
+    train = dataclasses.replace(config.train, init_from=_absolute(config.train.init_from))
+    config = dataclasses.replace(config, train=train)
+    if train.init_from and saved is not None:
+        config = filled_from(config, saved[0])
+    elif train.init_from:
+        config, tokenizer = with_initial_model(config)
     template = load_template(config.data.template) if config.data.template else ""
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, template=template),
-        train=dataclasses.replace(config.train, init_from=_absolute(config.train.init_from)),
-    )
-    tokenizer = None
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, template=template))
     if saved is not None:
         _check_same_batches(config, saved[0])
+        _check_source(config.data.source, saved[0].data.source, workdir)
         tokenizer = tokenizer_from_json(saved[1])
-    elif config.train.init_from:
-        tokenizer = initial_tokenizer(config)
     corpus = prepare_corpus(
         config.data,
         config.train.seed,
@@ -74,11 +74,14 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
         check_scorable(corpus.validation)  # rather than at the first evaluation
     prompt = _sample_prompt(config, corpus)
     vocab_size = max(config.model.vocab_size, corpus.tokenizer.vocab_size)
+    # Absolute, so that the checkpoint's copy is independent of the current folder.
+    source, cache_dir = config.data.source, _absolute(config.data.cache_dir)
+    if source != "stdlib" and os.path.exists(_absolute(source)):
+        source = _absolute(source)
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=vocab_size),
-        # Absolute, so that the checkpoint's copy is independent of the current folder.
-        data=dataclasses.replace(config.data, cache_dir=_absolute(config.data.cache_dir)),
+        data=dataclasses.replace(config.data, source=source, cache_dir=cache_dir),
         train=dataclasses.replace(config.train, sample_prompt=prompt),
     )
     if saved is not None:
@@ -177,14 +180,13 @@ def _absolute(folder: str) -> str:
 
 
 def _chat_prompt(config: Config, corpus: TokenizedCorpus) -> str:
-    """Return the prompt as a user message, an empty one if the default cannot be encoded."""
+    """Return the prompt, a user message; an empty one if the default cannot be encoded."""
     template = ChatTemplate(config.data.template)
     prompt = config.train.sample_prompt
     while True:
         try:
-            text = template.render_next([{"role": "user", "content": prompt}])
-            corpus.tokenizer.encode(text)
-            return text
+            corpus.tokenizer.encode(template.render_next([{"role": "user", "content": prompt}]))
+            return prompt
         except (TemplateError, UserError) as error:
             if prompt != TrainConfig.sample_prompt:
                 raise UserError(f"--config.train.sample_prompt={prompt!r}: {error}") from error
@@ -194,8 +196,7 @@ def _chat_prompt(config: Config, corpus: TokenizedCorpus) -> str:
 def _sample_prompt(config: Config, corpus: TokenizedCorpus) -> str:
     """Return the prompt, or a line of text if the tokenizer cannot encode the default one.
 
-    A user-supplied prompt is validated here, before training. With a chat template it becomes
-    the user message.
+    A user-supplied prompt is validated here, before training.
     """
     prompt = config.train.sample_prompt
     if not config.train.sample_every:
@@ -244,6 +245,16 @@ def _check_same_optimizer(current: Config, saved: Config) -> None:
         )
 
 
+def _check_source(given: str, saved: str, workdir: str) -> None:
+    """Reject another source at once, unless it may be the text of the run, moved."""
+    is_moved = "stdlib" not in (given, saved) and not os.path.exists(_absolute(saved))
+    if not is_moved and os.path.realpath(_absolute(given)) != os.path.realpath(_absolute(saved)):
+        raise UserError(
+            f"{workdir} was trained on --config.data.source={saved}, not {given}; pass that, omit "
+            "--config, or use another --workdir"
+        )
+
+
 def _check_same_batches(current: Config, saved: Config) -> None:
     """Check that the data settings match; otherwise the saved data position is invalid.
 
@@ -258,5 +269,5 @@ def _check_same_batches(current: Config, saved: Config) -> None:
     if fields:
         raise UserError(
             f"the checkpoint has different data settings: {'; '.join(fields)}; use the same "
-            "--config.data and seed values, or another --workdir"
+            "--config.data and seed values, omit --config, or use another --workdir"
         )

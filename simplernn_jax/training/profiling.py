@@ -28,7 +28,7 @@ class Profile:
         print_line: Callable[[str], None],
         paused: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        self._folder = os.path.join(workdir, "tensorboard")
+        self._workdir = workdir
         self._steps = steps
         self._print_line = print_line
         self._paused = paused
@@ -52,7 +52,7 @@ class Profile:
                 if self._recording:
                     self._stop()
                 else:
-                    jax.profiler.start_trace(self._folder)
+                    jax.profiler.start_trace(os.path.join(self._workdir, "tensorboard"))
                     self._recording = True
         self._taken += 1
         return jax.profiler.StepTraceAnnotation("train", step_num=number)
@@ -66,6 +66,6 @@ class Profile:
             return
         recorded = min(self._taken - WARMUP_STEPS, self._steps)
         self._print_line(
-            f"profile of {counted(recorded, 'step')}: {self._folder}/plugins/profile; view with "
-            f"`tensorboard --logdir {self._folder}` (needs: pip install tensorboard xprof)"
+            f"profile of {counted(recorded, 'step')}: {self._workdir}/tensorboard/plugins/profile; "
+            f"see `tensorboard --logdir {self._workdir}` (needs: pip install tensorboard xprof)"
         )

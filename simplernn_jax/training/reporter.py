@@ -1,5 +1,6 @@
 """Terminal output and metrics of a run: steps, evaluations, samples and a summary."""
 
+import math
 from typing import Any
 
 import jax
@@ -48,6 +49,7 @@ class Reporter:
         if kind != "gla":  # which ignores `mixer`
             kind += " " + config.model.mixer.replace("simple_rnn", "SimpleRNN")
         self._model = f"{kind} model, {size}"
+        self._last_loss = 0.0
 
     def print_header(self) -> None:
         """Print model, devices, data and first step."""
@@ -83,6 +85,7 @@ class Reporter:
         timer, totals, total_steps = self.timer, self._run.totals, self._run.total_steps
         left = (total_steps - step) * timer.seconds_per_step
         self._display.update(step, metrics.loss, timer.tokens_per_second, left)
+        self._last_loss = metrics.loss
         every = self._run.config.train.log_every
         if every and (step % every == 0 or step == total_steps):
             self._write(
@@ -144,6 +147,14 @@ class Reporter:
         }
         if evaluation is not None:
             lines["all held-out text"] = f"{evaluation}, {evaluation.predictions:,} predictions"
+        loss = self._last_loss if evaluation is None else evaluation.nats_per_token
+        uniform = math.log(run.corpus.tokenizer.vocab_size)
+        if loss >= 0.98 * uniform:
+            lines["warning"] = (
+                f"{loss:.4f} nats/token is not clearly better than uniform guessing "
+                f"({uniform:.4f}); train for more steps, or with another "
+                f"--config.optimizer.learning_rate than {run.config.optimizer.learning_rate:g}"
+            )
         lines |= run.history.summary(workdir, stopped_early=run.stopped_early)
         if is_coordinator() and (path := plot_loss(workdir, self._model)):
             lines["loss curve"] = path

@@ -121,7 +121,7 @@ class Run:
         if saved["content_hash"] != corpus.content_hash:
             raise UserError(
                 f"{self.workdir} was trained on different text or with another tokenizer than "
-                f"{config.data.source!r}; use the same text, or another --workdir"
+                f"{config.data.source!r}; use {restored.config.data.source!r}, or another --workdir"
             )
         batches.set_state(saved["batches"])
         self.totals = LossTotals(**saved["progress"])
