@@ -154,12 +154,12 @@ class DataConfig(_Fields):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field; texts from Python become a `PythonSource`."""
-        source = value
-        if name == "source" and (callable(value) or isinstance(value, list | tuple)):
-            number = "texts" if callable(value) else counted(len(value), "text")
-            source = PythonSource(f"<{number} from Python>")
-            source.texts = lambda: value() if callable(value) else value
-        super().__setattr__(name, source)
+        is_path = name != "source" or isinstance(value, str)
+        if not is_path and (callable(value) or isinstance(value, Sequence)):
+            texts, number = value, "texts" if callable(value) else counted(len(value), "text")
+            value = PythonSource(f"<{number} from Python>")
+            value.texts = lambda: texts() if callable(texts) else texts
+        super().__setattr__(name, value)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -44,9 +44,7 @@ def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
     """
     source = config.source
     if re.search("[\0\ud800-\udc7f\udd00-\udfff]", source):  # others are bytes of file names
-        raise UserError(
-            f"{source}: no path holds a NUL character or half a surrogate pair; correct the source"
-        )
+        raise UserError(f"{source}: no path holds a NUL or half a surrogate pair; correct it")
     if parse_mixture(source) is not None:
         raise UserError(f"{source}: a mixture, which only training takes; give one source")
     try:

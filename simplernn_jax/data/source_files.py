@@ -15,7 +15,6 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.files import open_file
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
-_UTF16_BLOCK = 1 << 16
 _ZSTD_BLOCK = 1 << 8
 """Compressed bytes per read. They become at most 32,768 times as many, 8 MiB."""
 _ZSTD_WINDOW = 1 << 31
@@ -52,7 +51,7 @@ def open_source(path: str, errors: str = "replace") -> Iterator[tuple[IO[bytes],
         with open_file(path) as file:
             stream = _decompressed(path, file)
             if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                blocks = iter(functools.partial(stream.read, _UTF16_BLOCK), b"")
+                blocks = iter(functools.partial(stream.read, 1 << 16), b"")
                 texts = codecs.iterdecode(blocks, "utf-16", errors)
                 stream = io.BufferedReader(_BlockReader(text.encode("utf-8") for text in texts))
             yield stream, file
