@@ -144,7 +144,7 @@ class DataConfig(_Fields):
     reset_probability: float = 0.0
     """Probability that a sequence's carried state is reset before a batch (stream mode)."""
     encoding_errors: str = "strict"
-    """Invalid UTF-8: ``strict`` stops with file and offset, ``replace`` substitutes U+FFFD."""
+    """Invalid text: ``strict`` stops with file and offset, ``replace`` substitutes U+FFFD."""
     max_bad_records: int = 0
     """Malformed records or rows skipped and counted before the run stops."""
     max_expansion: int = 1000

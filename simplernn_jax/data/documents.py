@@ -112,7 +112,7 @@ class Corpus(abc.ABC):
             logging.warning("%s %s", skipped, self._first_problem)
 
     def _check_expansion(self, file: SourceFile, num_bytes: int) -> None:
-        """Raise `UserError` if a file becomes more bytes than it can honestly be compressed to."""
+        """Raise `UserError` if a file becomes far more text than it has bytes, and over 1 MiB."""
         if num_bytes > max(PIECE_SIZE, self._max_expansion * self._files[file]):
             raise UserError(
                 f"{file.path}: it expands to more than {self._max_expansion:,} times its size; if "
