@@ -1,4 +1,4 @@
-"""Build a TFDS dataset of array_record files from text files, a folder, a glob or JSONL.
+"""Build a TFDS dataset of array_record files from text, JSON, CSV or Parquet files.
 
     python scripts/build_tfds.py --source "books/*.txt" --name my_books
     python scripts/train.py --config configs/base.py --workdir DIR \\
@@ -20,7 +20,7 @@ from simplernn_jax.config_rules import ENCODING_ERRORS
 from simplernn_jax.data.prepared_dataset import default_data_dir
 
 _SOURCE = flags.DEFINE_string(
-    "source", None, "File, folder or glob of text, .jsonl or .parquet; or stdlib.", required=True
+    "source", None, "File, folder or glob of text, records or rows; or stdlib.", required=True
 )
 _NAME = flags.DEFINE_string("name", None, "Name of the new dataset.", required=True)
 _DATA_DIR = flags.DEFINE_string(

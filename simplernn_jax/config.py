@@ -8,11 +8,11 @@ A file under ``configs/`` returns a `Config` from ``get_config()``; command-line
 import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from simplernn_jax.config_rules import check_values
-from simplernn_jax.errors import UserError, nearest_name
+from simplernn_jax.errors import UserError, counted, nearest_name
 
 GATE_RANK = 16
 """Rank of the gla block's projection to forget gates."""
@@ -104,17 +104,26 @@ def _mixer_names(mixer: str | Sequence[str]) -> list[str]:
     return [str(name).strip() for name in names]
 
 
+class PythonSource(str):
+    """Texts from Python as ``data.source``: the description that JSON and messages show."""
+
+    texts: Callable[[], Iterable[str]]
+    """Returns the texts, the same at every call."""
+
+
 @dataclasses.dataclass(kw_only=True)
 class DataConfig(_Fields):
     """Source of the text, tokenization, splits and batches."""
 
     source: str = "stdlib"
     """``stdlib`` (the running Python's standard library), a file, folder or glob of text,
-    ``.jsonl`` (either also as ``.gz`` or ``.zst``) or ``.parquet``, or ``tfds:NAME`` (name or
-    directory of a prepared dataset); or a mixture of them by weight, ``a/:0.7,b.jsonl:0.3``."""
+    ``.jsonl``, ``.json`` or ``.csv`` (all also as ``.gz`` or ``.zst``) or ``.parquet``, or
+    ``tfds:NAME`` (name or directory of a prepared dataset); or a mixture of them by weight,
+    ``a/:0.7,b.jsonl:0.3``. From Python, also a list of texts, or a function that returns an
+    iterable of them, the same at every call."""
     field: str = "text"
-    """Field of a JSONL record, Parquet row or TFDS example that holds the text; with a template,
-    the default is ``messages``."""
+    """Field of a JSON record, CSV or Parquet row, or TFDS example that holds the text; with a
+    template, the default is ``messages``."""
     template: str = ""
     """Chat template, for JSONL of conversations (of OpenAI, ShareGPT or Alpaca): ``roles`` (built
     in), a Jinja file in Hugging Face format, or its text; empty: the records hold text."""
@@ -142,11 +151,22 @@ class DataConfig(_Fields):
     reset_probability: float = 0.0
     """Probability that a sequence's carried state is reset before a batch (stream mode)."""
     encoding_errors: str = "strict"
-    """Invalid UTF-8: ``strict`` stops with file and offset, ``replace`` substitutes U+FFFD."""
+    """Invalid text: ``strict`` stops with file and offset, ``replace`` substitutes U+FFFD."""
     max_bad_records: int = 0
-    """Malformed JSONL records or Parquet rows skipped and counted before the run stops."""
+    """Malformed records or rows skipped and counted before the run stops."""
+    max_expansion: int = 1000
+    """Bytes of text for each byte of a compressed or Parquet file, above which the run stops."""
     cache_dir: str = ""
     """Folder of tokenized corpora; empty: ``tokens`` under the workdir."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; texts from Python become a `PythonSource`."""
+        is_path = name != "source" or isinstance(value, str)
+        if not is_path and (callable(value) or isinstance(value, Sequence)):
+            texts, number = value, "texts" if callable(value) else counted(len(value), "text")
+            value = PythonSource(f"<{number} from Python>")
+            value.texts = lambda: texts() if callable(texts) else texts
+        super().__setattr__(name, value)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -296,6 +316,7 @@ LATER_MODEL_FIELDS = ("norm_epsilon", "min_log_gate", "short_convolution")
 _OPTIONAL_FIELDS = {
     "config.data.template",
     "config.data.loss_on",
+    "config.data.max_expansion",
     "config.train.init_from",
     "config.train.stop_after_worse",
     *(f"config.model.{name}" for name in LATER_MODEL_FIELDS),

@@ -28,7 +28,7 @@ _MAX_FLOAT = 3.4e38
 _MIN = {
     **dict.fromkeys(("num_layers", "vocab_size", "hidden_dim", "key_dim", "value_dim"), 1),
     **dict.fromkeys(("num_heads", "mlp_dim", "attention_context"), 1),
-    **dict.fromkeys(("batch_size", "sequence_length"), 1),
+    **dict.fromkeys(("batch_size", "sequence_length", "max_expansion"), 1),
     **dict.fromkeys(("max_skipped_updates", "fsdp", "tensor", "sequence", "stage"), 1),
     "keep_last": 2,
     **dict.fromkeys(("epsilon", "data"), -_MAX_FLOAT),  # checked by `_check_run`
@@ -79,7 +79,7 @@ def _reject(field: str, value: Any, allowed: str) -> NoReturn:
 
 def _check_type(field: str, value: Any, default: Any) -> None:
     kinds = (float, int) if type(default) is float else (type(default),)
-    if type(value) not in kinds:
+    if type(value) not in kinds and not (str in kinds and isinstance(value, str)):
         _reject(field, value, f"of type {type(default).__name__}")
     if type(default) is float and not abs(value) <= _MAX_FLOAT:
         _reject(field, value, "a number that is finite in float32")

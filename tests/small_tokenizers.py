@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from simplernn_jax.data import tokenizer_from_json
+from simplernn_jax.data import TokenSplit, tokenizer_from_json
+from simplernn_jax.data.bpe import train_bpe
 
 
 def pretrained(tokenizer):
@@ -24,6 +26,14 @@ def byte_level(normalizer=None, *, add_prefix_space=False):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def bpe_of(text, vocab_size=300):
+    """The tokenizer that `bpe:SIZE` trains on one document."""
+    ids = np.frombuffer(text.encode(), np.uint8)
+    return pretrained(
+        train_bpe(TokenSplit("train", ids, np.zeros(1, int), len(ids), ""), vocab_size)
+    )
 
 
 def word_level(*words, unknown="[UNK]"):

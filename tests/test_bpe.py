@@ -4,7 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from processes import ROOT, run_python
+from small_tokenizers import bpe_of
+from tokenizers import pre_tokenizers
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import bpe, load_tokenizer, prepare_corpus, tokenizer_from_json
@@ -143,11 +146,37 @@ def test_a_part_of_a_long_document_may_end_inside_a_character(source, tmp_path, 
     assert train_tokenizer(config_of(source), 3, str(tmp_path / "cache")).encode("ä—").size
 
 
+@pytest.mark.parametrize("character", ["a", "ä", "7", "-", " ", "\n"])
+def test_no_word_is_longer_than_128_characters(character):
+    """Or training takes the square of its length."""
+    text = f"{character * 100_000}x"
+    tokenizer = bpe_of(text, 400)
+    longest = max(len(tokenizer.decode([number])) for number in range(tokenizer.vocab_size))
+    assert longest == 128
+    ids = tokenizer.encode(text)
+    assert len(ids) <= 100_000 // 128 + 8
+    assert tokenizer.decode(ids) == text
+
+
+def test_ordinary_words_are_those_of_gpt2():
+    tokenizer = bpe_of("a")
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ours = tokenizers.Tokenizer.from_str(tokenizer.tokenizer_json).pre_tokenizer
+    text = "I've 12 apples—it's   fine,\n\n  don't ... (a_b) déjà-vu 東京 \t\u3000x"
+    text += " " * 90 + "\n"
+    assert ours.pre_tokenize_str(text) == words.pre_tokenize_str(text)
+
+
 @pytest.mark.parametrize("size", ["", "258", "1e4", "-5", "٣٠٠", "1048577", "9" * 40, "8192 "])
 def test_an_impossible_size_is_refused(source, tmp_path, size):
     with pytest.raises(UserError, match="vocabulary size from 259 to 1,048,576"):
         prepare_corpus(config_of(source, tokenizer=f"bpe:{size}"), 3, str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_bpe_without_a_size_says_so(source, tmp_path):
+    with pytest.raises(UserError, match="'bpe' needs a vocabulary size; use bpe:8192"):
+        prepare_corpus(config_of(source, tokenizer="bpe"), 3, str(tmp_path / "cache"))
 
 
 def test_a_text_with_few_pairs_gives_a_smaller_vocabulary(source, tmp_path):

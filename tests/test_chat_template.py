@@ -329,9 +329,20 @@ def test_invalid_characters_of_a_message_are_replaced(tmp_path):
     assert text == "\x02a\x04\x03\ufffd!\x04"
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_conversations_come_as_a_json_array_too(tmp_path, indent):
+    chats = [{"messages": talk(("a", "b"))}, {"messages": "no"}, {"messages": talk(("c", "d"))}]
+    path = write(tmp_path / "a.json", json.dumps(chats, indent=indent))
+    whole = read_all(path, template="roles", max_bad_records=1)
+    assert whole == {"a.json[0]": "\x02a\x04\x03b\x04", "a.json[2]": "\x02c\x04\x03d\x04"}
+    with pytest.raises(UserError, match=r"a\.json\[1\]: messages are no list"):
+        read_all(path, template="roles")
+
+
 def test_conversations_come_as_jsonl(tmp_path):
     path = write(tmp_path / "a.txt", "text")
-    for source in (str(path), "stdlib", "tfds:x"):
+    table = write(tmp_path / "a.csv", "messages")
+    for source in (str(path), str(table), "stdlib", "tfds:x"):
         with pytest.raises(UserError, match="come as JSONL"):
             read_all(source, template="roles")
 

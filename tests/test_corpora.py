@@ -1,5 +1,8 @@
+import codecs
+import csv
 import errno
 import glob
+import gzip
 import json
 import os
 from pathlib import Path
@@ -30,6 +33,13 @@ def test_stdlib_is_large_sorted_and_without_tests_and_installed_packages():
         ("a.txt", "première ligne\r\nsecond\n\nлast", ["première ligne\r\nsecond\n\nлast"]),
         ("a.txt", b"\xef\xbb\xbfhi", ["hi"]),  # a byte order mark is left out
         ("a.jsonl", b'\xef\xbb\xbf{"text": "hi"}', ["hi"]),
+        ("a.json", b'\xef\xbb\xbf[{"text": "hi"}]', ["hi"]),
+        ("a.csv", b"\xef\xbb\xbftext\nhi\n", ["hi"]),
+        ("a.txt", codecs.BOM_UTF16_LE + "hi—\n🙂".encode("utf-16-le"), ["hi—\n🙂"]),
+        ("a.txt", codecs.BOM_UTF16_BE + "—\n".encode("utf-16-be"), ["—\n"]),
+        ("a.jsonl", '{"text": "é"}\n{"text": "b"}'.encode("utf-16"), ["é", "b"]),
+        ("a.json", '[{"text": "é"}]'.encode("utf-16"), ["é"]),
+        ("a.csv", "id;text\n1;é\n".encode("utf-16"), ["é"]),
         ("a.jsonl", records({"text": "ä\n", "bot": ""}, {"text": ""}), ["ä\n", ""]),
     ],
 )
@@ -148,9 +158,17 @@ def test_only_regular_files_are_opened(tmp_path):
         ("self", "Too many levels of symbolic links"),
         ("self/*", "no file matches this glob"),
         ("~nosuchuser/a.txt", "no such file or folder"),
-        ("a\0b", "no path holds a NUL character"),
-        ("a\0*", "no path holds a NUL character"),
+        ("a\0b", "no path holds a NUL"),
+        ("a\0*", "no path holds a NUL"),
         ("a.txt/b", "no such file or folder"),
+        ("https://example.org/a.txt", r"download the file first, .*curl -LO, and give its path"),
+        ("s3://bucket/*.txt", "download the file first"),
+        ("user/data-set_1.5", "no such file or folder .*hf download --repo-type dataset USER/NAME"),
+        ("hf://datasets/user/name/a.csv", "hf download --repo-type dataset USER/NAME"),
+        ("<2 texts from Python>", "set data.source to these texts in Python"),
+        ("\ud800", "half a surrogate pair; correct it"),
+        ("a:1,\udfff:2", "half a surrogate pair; correct it"),
+        ("caf\udce9.txt", "no such file or folder"),  # a byte of a file name
         ("nowhere.txt", r"^nowhere\.txt: no such file or folder"),
         ("folder", "no text file in this folder"),
         ("empty.txt", r"^empty\.txt: empty"),
@@ -160,7 +178,7 @@ def test_only_regular_files_are_opened(tmp_path):
         ("tfds:no/such/path", r"not prepared in .*build_tfds\.py.*need TensorFlow"),
         ("tfds:lm1b:1.1.0", r"not prepared in .*build_tfds\.py.*need TensorFlow"),
         ("tfds:~nosuchuser", "not prepared"),
-        ("tfds:a\0b", "no path holds a NUL character"),
+        ("tfds:a\0b", "no path holds a NUL"),
     ],
 )
 def test_a_source_without_text_is_one_line(tmp_path, monkeypatch, source, problem):
@@ -221,7 +239,7 @@ def test_folder_of_jsonl(tmp_path):
     write(tmp_path / "a.ndjson", records({"text": "a"}))
     assert read_all(tmp_path) == {"a.ndjson:1": "a", "b.JSONL:1": "b"}
     write(tmp_path / "c.txt", "c")
-    with pytest.raises(UserError, match=r"both JSONL \(a\.ndjson\) and text \(c\.txt\)"):
+    with pytest.raises(UserError, match=r"both jsonl \(a\.ndjson\) and text \(c\.txt\)"):
         read_all(tmp_path)
 
 
@@ -255,7 +273,7 @@ def test_output_folders_are_no_part_of_a_folder_or_glob(tmp_path, monkeypatch):
         (b'{"id": 1, "messages": []}', "no field 'text' but 'messages'; conversations need"),
         (b'{"conversations": []}', "no field 'text' but 'conversations'; conversations need"),
         (b'{"text": 3}', "field 'text' is of type int, not text"),
-        (b'{"text": "\xff"}', "invalid UTF-8 at byte 25 of the file"),
+        (b'{"text": "\xff"}', "invalid UTF-8 at byte 10;"),
         (b'{"text": "\\ud83d"}', "half a surrogate pair"),
         # Only the first of many fields are named.
         (records({f"txt{n}\x1b": n for n in range(50_000)}).encode(), "did you mean 'txt7"),
@@ -269,6 +287,110 @@ def test_bad_record_names_file_and_line(tmp_path, caplog, line, problem):
     assert "\n" not in str(raised.value)
     assert read_all(path, max_bad_records=1) == {"a.jsonl:1": "a", "a.jsonl:4": "b"}
     assert "1 bad record skipped: " in caplog.text
+
+
+def test_utf16_is_decoded_over_blocks_and_its_errors_are_named_or_replaced(tmp_path):
+    text = "é🙂\r\n" * 100_000
+    path = write(tmp_path / "in" / "a.txt", text.encode("utf-16"))
+    assert read_all(tmp_path / "in") == {"a.txt": text}  # with a NUL in every second byte
+    path.write_bytes("a\ud83db".encode("utf-16", "surrogatepass") + b"!")
+    with pytest.raises(UserError, match=r"a\.txt: invalid UTF-16 \(.*encoding_errors=replace"):
+        read_all(path)
+    assert read_all(path, encoding_errors="replace") == {"a.txt": "a\ufffdb\ufffd"}
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.JSON.gz"])
+def test_each_record_of_a_json_array_is_a_document(tmp_path, name):
+    array = [{"id": 1, "text": "ä\n"}, {"text": ""}, {"text": "b"}]
+    for indent in (None, 1):
+        content = f"\n {json.dumps(array, indent=indent)}\n".encode()
+        path = write(tmp_path / name, gzip.compress(content) if "gz" in name else content)
+        places = [f"{name}[{number}]" for number in range(3)]
+        assert read_all(path) == dict(zip(places, ["ä\n", "", "b"], strict=True))
+
+
+def test_json_of_one_object_or_of_lines(tmp_path):
+    path = write(tmp_path / "a.json", json.dumps({"text": "a"}, indent=1))
+    assert read_all(path) == {"a.json[0]": "a"}
+    assert read_all(write(path, records({"text": "a"}, {"text": "b"}))) == {
+        "a.json:1": "a",
+        "a.json:2": "b",
+    }
+    assert read_all(write(path, "[]\n")) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('[{"text": "a"}, {"txt": "b"}]', r"a\.json\[1\]: no field 'text'; did you mean 'txt'"),
+        ('[{"text": "a"}, 3]', r"a\.json\[1\]: of type int, not an object"),
+        ('[{"text": "a"}, {"text": null}]', r"a\.json\[1\]: field 'text' is of type NoneType"),
+        ('[\n{"text": "a"},\n{"text"', r"a\.json\[0\]: not JSON \(.* line 3"),
+        (b'[{"text": "a"}, {"text": "\xff"}]', r"a\.json\[0\]: invalid UTF-8 at byte 26"),
+    ],
+)
+def test_bad_records_of_a_json_array(tmp_path, content, problem):
+    path = write(tmp_path / "a.json", content)
+    with pytest.raises(UserError, match=problem):
+        read_all(path)
+    assert len(read_all(path, max_bad_records=1)) == ("[1]" in problem.replace("\\", ""))
+
+
+def test_csv_rows_are_documents_by_the_name_of_their_column(tmp_path):
+    content = 'id, bot ,"note"\r\n1,"ä, ""b""\r\nc",x\r\n\r\n2,,y\r\n3,d,\r\n'
+    path = write(tmp_path / "a.csv", content)
+    expected = {"a.csv:3": 'ä, "b"\r\nc', "a.csv:5": "", "a.csv:6": "d"}
+    assert read_all(path, field=" bot ") == expected
+    for delimiter in "\t;":
+        rows = ("text", "a b"), ("c;\t,d", "e")
+        lines = [delimiter.join(f'"{value}"' for value in row) for row in rows]
+        path = write(tmp_path / "a.tsv", "\n".join(lines))
+        assert read_all(path) == {"a.tsv:2": "c;\t,d"}
+    assert read_all(write(path, "text\na, b; c\n")) == {"a.tsv:2": "a, b; c"}
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (b"1", "field 'text' is of type NoneType, not text"),
+        (b"1,b,c,d", "invalid CSV .more values than the header has names"),
+        (b'1,"b"c', "invalid CSV ."),
+        (b"1,\xff", "field 'text' holds half a surrogate pair or invalid UTF-8"),
+    ],
+)
+def test_bad_rows_of_csv_are_counted_like_bad_records(tmp_path, caplog, row, problem):
+    path = write(tmp_path / "a.csv", b"id,text\n1,a\n" + row + b"\n1,c\n")
+    with pytest.raises(UserError, match=rf"a\.csv:3: {problem}.*bad record 1, 0 allowed"):
+        read_all(path)
+    assert read_all(path, max_bad_records=1) == {"a.csv:2": "a", "a.csv:4": "c"}
+    assert "1 bad record skipped: " in caplog.text
+
+
+def test_csv_without_the_column_or_with_an_open_quote_is_one_line(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.csv", "id,body\n1,a\n")
+    with pytest.raises(UserError, match="no field 'text'; it has id, body: say with field=NAME"):
+        read_all(path)
+    with pytest.raises(UserError, match="unexpected end of data"):
+        read_all(write(path, 'text\n"a\nb\n'))
+    monkeypatch.setattr("simplernn_jax.data.record_files.MAX_RECORD_BYTES", 1 << 20)
+    previous = csv.field_size_limit(1 << 20)
+    try:
+        with pytest.raises(UserError, match="field larger than field limit"):
+            read_all(write(path, 'text\n"a' + "\nb" * (1 << 20)))
+    finally:
+        csv.field_size_limit(previous)
+
+
+def test_json_and_csv_beside_text_are_text(tmp_path):
+    write(tmp_path / "a.py", "import json")
+    write(tmp_path / "b.json", '{"name": 1}')
+    write(tmp_path / "c.csv", "a,b\n")
+    assert read_all(tmp_path) == {"a.py": "import json", "b.json": '{"name": 1}', "c.csv": "a,b\n"}
+    with pytest.raises(UserError, match=r"both text \(a\.py\) and jsonl \(b\.json\)"):
+        read_all(tmp_path, field="name")
+    (tmp_path / "a.py").unlink()
+    with pytest.raises(UserError, match=r"both jsonl \(b\.json\) and csv \(c\.csv\)"):
+        read_all(tmp_path)
 
 
 def test_messages_are_not_text(tmp_path):
@@ -307,10 +429,13 @@ def test_jsonl_replaces_invalid_characters(tmp_path):
     assert [*read_all(path, encoding_errors="replace").values()] == ["\ufffd", "\ufffd!"]
 
 
-def test_an_endless_line_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+def test_an_endless_line_or_array_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("simplernn_jax.data.record_files.MAX_RECORD_BYTES", 1 << 20)
     path = write(tmp_path / "a.jsonl", json.dumps([{"text": "a" * (1 << 20)}]))
-    with pytest.raises(UserError, match=r"a\.jsonl:1: a line of more than 1 MiB"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: a line of more than 1 MiB; .*jq -c '\.\[\]'"):
+        read_all(path)
+    path = write(tmp_path / "a.json", json.dumps([{"text": "a\n"}] * (1 << 16), indent=2))
+    with pytest.raises(UserError, match=r"a\.json: an array of more than 1 MiB; .*jq -c '\.\[\]'"):
         read_all(path)
     longest = json.dumps({"text": "a" * ((1 << 20) - 12)})
     assert len(longest) == 1 << 20

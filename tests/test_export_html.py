@@ -10,7 +10,7 @@ from export_models import MODELS, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import small_config, write_corpus
-from small_tokenizers import byte_level, pretrained, word_level
+from small_tokenizers import bpe_of, byte_level, pretrained, word_level
 from test_tokenizer import char_tokenizer
 
 from benchmarks.stress.fuzz_data import TEXT, byte_level_json
@@ -49,6 +49,7 @@ TOKENIZERS = {
     "byte": lambda: tokenizer_from_json('{"kind": "byte"}'),
     "char": lambda: char_tokenizer("".join(sorted(set(TEXT)))),
     "bpe": lambda: pretrained(byte_level_json("<s>", "</s>")),
+    "trained": lambda: bpe_of(TEXT),
     "splitting": lambda: pretrained(splitting_tokenizer()),
 }
 
@@ -64,7 +65,7 @@ def pair(request, tmp_path_factory):
 
 def test_texts_are_encoded_alike(pair):
     tokenizer, page = pair
-    for text in (TEXT, "", TEXT[::-1], TEXT * 3):
+    for text in (TEXT, "", TEXT[::-1], TEXT * 3, TEXT[:1] * 300):
         assert page.encode(text) == tokenizer.encode(text).tolist()
 
 

@@ -12,7 +12,7 @@ import pytest
 from export_models import MODELS, trained
 from flax import nnx
 from small_runs import HYBRID, small_config, untrained_run, write_corpus
-from small_tokenizers import pretrained
+from small_tokenizers import bpe_of, pretrained
 from test_tokenizer import char_tokenizer
 
 from benchmarks.stress.fuzz_data import TEXT, byte_level_json
@@ -187,6 +187,7 @@ TOKENIZERS = {
     "byte": lambda: tokenizer_from_json('{"kind": "byte"}'),
     "char": lambda: char_tokenizer("".join(sorted(set(TEXT + "abc<|eos>")))),
     "pretrained": lambda: pretrained(byte_level_json("<s>", "</s>")),
+    "trained": lambda: bpe_of(TEXT),
 }
 
 
@@ -195,7 +196,7 @@ def test_tokenizers(tmp_path, kind):
     ours = TOKENIZERS[kind]()
     write(trained(MODELS["residual"], ours), tmp_path / "out")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    for text in (TEXT, "", "a<|eos|>b", "</s>"):
+    for text in (TEXT, "", "a<|eos|>b", "</s>", TEXT[:1] * 300):
         if kind == "char" and not set(text) <= set(ours.decode(range(ours.vocab_size))):
             continue
         ids = theirs(text)["input_ids"]

@@ -225,6 +225,17 @@ def test_another_text_is_refused_and_the_run_unchanged(finished):
     assert train(config, str(workdir)).step == 5
 
 
+def test_texts_from_python_continue_a_run_on_the_same_texts(finished):
+    config, workdir = finished
+    texts = [path.read_text("utf-8") for path in sorted(Path(config.data.source).iterdir())]
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data))
+    config.data.source = lambda: iter(texts)
+    assert train(config, str(workdir)).step == 5
+    config.data.source = [*texts[:-1], texts[-1] + "!"]
+    with pytest.raises(UserError, match=r"different text .* than '<7 texts from Python>'"):
+        train(config, str(workdir))
+
+
 def profiles(workdir):
     return sorted((workdir / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb"))
 

@@ -46,13 +46,13 @@ def test_a_folder_of_parquet_files_and_its_tokens(tmp_path):
     corpus = prepare_corpus(config, 0, str(tmp_path / "cache"))
     assert corpus.train.num_bytes == sum(len(text.encode()) for text in TEXTS)
     (tmp_path / "in" / "c.txt").write_text("c")
-    with pytest.raises(UserError, match=r"both Parquet \(a\.parquet\) and text \(c\.txt\)"):
+    with pytest.raises(UserError, match=r"both parquet \(a\.parquet\) and text \(c\.txt\)"):
         read_all(tmp_path / "in")
 
 
 def test_rows_without_text_are_bad_records(tmp_path, caplog):
     path = write(tmp_path / "a.parquet", {"text": pa.array([b"a", None, b"\xff", b"b"])})
-    with pytest.raises(UserError, match=r"a\.parquet: row 1: field 'text' is of type null"):
+    with pytest.raises(UserError, match=r"a\.parquet: row 1: field 'text' is of type NoneType"):
         read_all(path)
     with pytest.raises(UserError, match=r"row 2: invalid UTF-8 at byte 0 .*bad record 2, 1 allow"):
         read_all(path, max_bad_records=1)
@@ -93,3 +93,32 @@ def test_a_missing_pyarrow_is_named(tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match=r"a\.parquet: reading Parquet needs pyarrow; install it"):
         open_corpus(DataConfig(source=str(path)))
+
+
+def test_a_column_that_expands_is_rejected_before_it_is_read(tmp_path):
+    columns = {"text": ["x" * (1 << 22)] * 3}
+    path = write(tmp_path / "a.parquet", columns, compression="zstd", use_dictionary=False)
+    assert len(read_all(path, max_expansion=10**6)) == 3
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(100) + content[104:])  # no page can be read
+    with pytest.raises(UserError, match="not a whole Parquet file"):
+        read_all(path, max_expansion=10**6)
+    with pytest.raises(UserError, match=r"a\.parquet: it expands to more than 1,000 times"):
+        read_all(path)
+
+
+def test_rows_that_repeat_a_value_expand_it(tmp_path):
+    """Their column is small, also after decompression: a dictionary and run lengths."""
+    path = write(tmp_path / "a.parquet", {"text": ["x" * 20_000] * 2_000}, compression="none")
+    with pytest.raises(UserError, match="expands to more than 1,000 times"):
+        read_all(path)
+    assert len(read_all(path, max_expansion=10**6)) == 2_000
+
+
+def test_a_value_is_at_most_as_long_as_a_line_of_jsonl(tmp_path, monkeypatch):
+    monkeypatch.setattr("simplernn_jax.data.parquet_files.MAX_RECORD_BYTES", 1 << 20)
+    path = write(tmp_path / "a.parquet", {"text": ["a", "b" * ((1 << 20) + 1)]})
+    with pytest.raises(UserError, match=r"a\.parquet: row 1: a text of more than"):
+        read_all(path, max_expansion=10**6)
+    write(tmp_path / "a.parquet", {"text": ["a", "b" * (1 << 20)]})
+    assert len(read_all(path, max_expansion=10**6)) == 2

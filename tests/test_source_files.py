@@ -52,7 +52,7 @@ def test_kinds_in_a_folder_are_those_of_the_content(tmp_path):
     (tmp_path / "d.gz").write_bytes(gzip.compress(b"\0binary"))
     assert read_all(tmp_path) == {"a.txt.gz": "a", "b.zst": "b", "c.txt": "c"}
     (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(b"{}"))
-    with pytest.raises(UserError, match=r"both text \(a\.txt\.gz\) and JSONL \(e\.jsonl\.gz\)"):
+    with pytest.raises(UserError, match=r"both text \(a\.txt\.gz\) and jsonl \(e\.jsonl\.gz\)"):
         read_all(tmp_path)
 
 
@@ -86,7 +86,7 @@ def test_large_decompressed_content_takes_bounded_memory(tmp_path, suffix):
             stream.write(b"a" * (1 << 20))
     tracemalloc.start()
     try:
-        corpus = open_corpus(DataConfig(source=str(path)))
+        corpus = open_corpus(DataConfig(source=str(path), max_expansion=1 << 20))
         count = sum(len(piece.text) for document in corpus.documents() for piece in document.pieces)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -101,3 +101,18 @@ def test_a_zstd_frame_with_a_large_window(tmp_path):
     compressor = zstandard.ZstdCompressor(compression_params=settings).compressobj()
     path = write(tmp_path / "a.zst", compressor.compress(b"text") + compressor.flush())
     assert read_all(path) == {"a.zst": "text"}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_the_expansion_of_a_file_is_bounded(tmp_path, suffix, name):
+    lines = b'{"text": "' + b"a" * 4080 + b'"}\n'
+    if name == "a.csv":
+        lines = b"text\n" * 800
+    path = write(tmp_path / f"{name}{suffix}", COMPRESS[suffix](lines * 1000))
+    assert 4_000_000 / os.path.getsize(path) > 200
+    with pytest.raises(UserError, match=r"expands to more than 20 times .*data\.max_expansion"):
+        read_all(path, max_expansion=20)
+    assert len(read_all(path, max_expansion=40_000)) >= 1
+    path.write_bytes(COMPRESS[suffix](lines * 200))  # less than 1 MiB
+    assert len(read_all(path, max_expansion=1)) >= 1

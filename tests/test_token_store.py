@@ -548,8 +548,7 @@ def test_source_that_fails_while_it_is_read_is_named(tmp_path, monkeypatch, name
         def read(self, size: int = -1) -> bytes:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-        def readline(self, size: int = -1) -> bytes:
-            return self.read(size)
+        readline = peek = read
 
     monkeypatch.setattr("simplernn_jax.data.source_files.open_file", lambda path: Failing())
     with pytest.raises(UserError, match=rf"^{path}: Input/output error; make it readable"):

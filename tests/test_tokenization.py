@@ -1,5 +1,7 @@
 """Tokenization by several processes, and stores of several shards."""
 
+import csv
+import itertools
 import json
 import os
 import signal
@@ -19,6 +21,7 @@ from simplernn_jax.data.batches import BatchSource
 from simplernn_jax.data.evaluation_batches import evaluation_batches
 from simplernn_jax.data.sharded_array import ShardedArray
 from simplernn_jax.data.token_parts import write_part
+from simplernn_jax.data.token_store import find_corpus
 from simplernn_jax.errors import UserError
 
 
@@ -76,6 +79,70 @@ def test_the_store_is_the_same_for_every_number_of_processes(
     assert not written  # in this process
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
     assert len(corpus.train.tokens.shards) > 3
+
+
+def texts_of(source):
+    return [json.loads(line)["text"] for line in source.read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.tsv", "a.jsonl"])
+def test_records_of_every_format_give_the_same_tokens(
+    source, tokenizer, tmp_path, monkeypatch, cores, name
+):
+    expected = prepare(source, tmp_path / "file", tokenizer, max_bad_records=1)
+    use_cores(monkeypatch, cores)
+    with open(tmp_path / name, "w", encoding="utf-16") as file:
+        if name == "a.json":
+            json.dump([{"text": text} for text in texts_of(source)] + [3], file)
+        elif name == "a.jsonl":
+            file.write(source.read_text("utf-8"))
+        else:
+            writer = csv.writer(file, "excel" if name == "a.csv" else "excel-tab")
+            writer.writerows([("n", "text"), *enumerate(texts_of(source)), "bad"])
+    corpus = prepare(tmp_path / name, tmp_path / "cache", tokenizer, max_bad_records=1)
+    assert corpus.content_hash == expected.content_hash
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_texts_from_python_give_the_tokens_of_the_same_records(
+    source, tokenizer, tmp_path, monkeypatch, cores
+):
+    expected = prepare(source, tmp_path / "file", tokenizer)
+    texts = texts_of(source)
+    use_cores(monkeypatch, cores)
+    config = DataConfig(validation_fraction=0.2)
+    written = set()
+    for number, again in enumerate((texts, lambda: iter(texts), [*texts[:-1], "other"])):
+        config.source = again
+        corpus = prepare_corpus(config, 3, str(tmp_path / "cache"), tokenizer=tokenizer)
+        assert (corpus.content_hash == expected.content_hash) == (number < 2)
+        written |= {path.name for path in (tmp_path / "cache").iterdir()}
+        assert len(written) == (1 if number < 2 else 2)
+    found = find_corpus(str(tmp_path / "cache"), expected.content_hash, tokenizer)
+    assert found.summary == expected.summary
+
+
+@pytest.mark.parametrize(
+    ("texts", "problem"),
+    [
+        (["a", b"b"], r"<2 texts from Python>\[1\]: of type bytes; give strings"),
+        ([], "<0 texts from Python>: no text in it"),
+        (["\ud800"], "half a surrogate pair"),
+        (lambda: ["a"] if next(calls) < 2 else ["b"], "<texts from Python>: changed while it was"),
+    ],
+)
+def test_texts_from_python_that_cannot_be_used_are_one_line(tokenizer, tmp_path, texts, problem):
+    config = DataConfig()
+    config.source = texts
+    with pytest.raises(UserError, match=problem):
+        prepare_corpus(config, 3, str(tmp_path / "cache"), tokenizer=tokenizer)
+    config.template = "roles"
+    with pytest.raises(UserError, match="no conversations"):
+        prepare_corpus(config, 3, str(tmp_path / "cache"), tokenizer=tokenizer)
+
+
+calls = itertools.count()
 
 
 def test_without_processes_it_is_done_by_this_one(source, tokenizer, tmp_path, monkeypatch, caplog):

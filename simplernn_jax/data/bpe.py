@@ -19,6 +19,13 @@ MAX_BYTES = 1 << 28
 """Bytes of the training split that are used, from its beginning; more change few merges, and the
 library counts distinct words in memory. Of a mixture, each source has its share of them."""
 
+_LONGEST_WORD = 128
+"""Characters of a word, longer than those of any language: training takes the square of a word's
+length. What is longer, such as a line of dashes, is several words."""
+_WORDS = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+").replace(
+    "+", f"{{1,{_LONGEST_WORD}}}"
+)
+"""Those of GPT-2, with that bound."""
 _NUM_SPECIALS = 3
 _PART_BYTES = 1 << 20
 
@@ -49,7 +56,9 @@ def train_bpe(split: TokenSplit, vocab_size: int) -> str:
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - _NUM_SPECIALS,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
+from simplernn_jax.config import DataConfig
 from simplernn_jax.data.source_files import SourceFile, file_status
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import sha256_hex
@@ -53,17 +54,22 @@ class Corpus(abc.ABC):
     """Documents in a fixed order, read from files; text that cannot be read is a `UserError`.
 
     Attributes:
+      kind: name of the format, part of the fingerprint.
       total_bytes: size of all files on disk, for progress.
       bytes_read: bytes that the running iteration has read of them.
     """
 
-    def __init__(self, files: list[SourceFile], encoding_errors: str, **settings: Any) -> None:
+    kind: str
+
+    def __init__(self, files: list[SourceFile], config: DataConfig, **settings: Any) -> None:
         """Measure `files`; the text depends on them and on `settings`, part of the fingerprint."""
-        self._files = files
-        self._encoding_errors = encoding_errors
-        self._settings = settings
-        self.total_bytes = sum(file_status(file.path).st_size for file in files)
-        self._max_bad_records = 0
+        self._files = {file: file_status(file.path).st_size for file in files}
+        self._encoding_errors = config.encoding_errors
+        self._max_bad_records = config.max_bad_records
+        self._max_expansion = config.max_expansion
+        self._source: Any = config.source
+        self._settings = {"kind": self.kind, **settings}
+        self.total_bytes = sum(self._files.values())
         self._has_warned = False
         self._begin()
 
@@ -74,7 +80,7 @@ class Corpus(abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what `entries` needs, for another process."""
-        return {**vars(self), "_files": []}
+        return {**vars(self), "_files": {}, "_source": ""}
 
     def items(self) -> Iterator[tuple[Any, int]]:
         """Yield the text in order as `entries` takes it, and its size; fast, since others wait."""
@@ -104,6 +110,14 @@ class Corpus(abc.ABC):
             if self._num_bad > 1:
                 skipped = f"{self._num_bad} bad records skipped, the first of them"
             logging.warning("%s %s", skipped, self._first_problem)
+
+    def _check_expansion(self, file: SourceFile, num_bytes: int) -> None:
+        """Raise `UserError` if a file becomes far more text than it has bytes, and over 1 MiB."""
+        if num_bytes > max(PIECE_SIZE, self._max_expansion * self._files[file]):
+            raise UserError(
+                f"{file.path}: it expands to more than {self._max_expansion:,} times its size; if "
+                "you expect that, raise max_expansion (train.py: --config.data.max_expansion)"
+            )
 
     def fingerprint(self) -> str:
         """SHA-256 hex over the settings and the files' present names, sizes and times."""

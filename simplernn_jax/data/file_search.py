@@ -10,6 +10,7 @@ import errno
 import fnmatch
 import glob
 import os
+import re
 import stat
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from absl import logging
 from simplernn_jax.data.source_files import SourceFile, open_source
 from simplernn_jax.data.store_folder import META_FILE, MIXTURE_SUFFIX, is_store
 from simplernn_jax.errors import UserError, counted, one_line
-from simplernn_jax.files import open_file, read_sealed
+from simplernn_jax.files import read_sealed
 
 _STDLIB_LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
 _BINARY_PROBE = 8192
@@ -67,7 +68,7 @@ def stdlib_files() -> list[SourceFile]:
         subfolders[:] = [name for name in subfolders if name not in _STDLIB_LEFT_OUT]
         for name in names:
             path = os.path.join(folder, name)
-            if name.endswith(".py") and _is_utf8(path):
+            if name.endswith(".py") and os.path.isfile(path):
                 files.append(SourceFile(os.path.relpath(path, root), path))
     if not files:
         raise UserError(
@@ -93,11 +94,22 @@ def _glob_files(source: str, path: str, exclude: frozenset[str]) -> list[SourceF
     if not found:
         what = "no file matches this glob" if glob.has_magic(path) else "no such file or folder"
         shown = one_line(source, 200)  # so that what is wrong with it is not left out
-        raise UserError(f"{shown}: {what} (looked from {os.getcwd()}); correct the source")
+        raise UserError(f"{shown}: {what} (looked from {os.getcwd()}); {_advice(source)}")
     if len(found) == 1:
         return [SourceFile(os.path.basename(found[0]), found[0])]
     root = os.path.commonpath(found)
     return [SourceFile(os.path.relpath(match, root), match) for match in found]
+
+
+def _advice(source: str) -> str:
+    if source.startswith("hf://") or re.fullmatch(r"[\w-]+/[\w.-]+", source):
+        hint = "a dataset of the Hugging Face hub is downloaded first, with hf download --repo-type"
+        return f"correct the source; {hint} dataset USER/NAME --local-dir FOLDER"
+    if "://" in source:
+        return "download the file first, for example with curl -LO, and give its path"
+    if source.endswith(" from Python>"):  # as a checkpoint has it
+        return "set data.source to these texts in Python"
+    return "correct the source"
 
 
 def _glob_folder(pattern: str) -> str:
@@ -182,15 +194,6 @@ def _is_binary(path: str) -> bool:
         return False
     with open_source(path) as (stream, _):
         return b"\0" in stream.read(_BINARY_PROBE)
-
-
-def _is_utf8(path: str) -> bool:
-    try:
-        with open_file(path) as stream:
-            stream.read().decode("utf-8")
-    except (OSError, UnicodeDecodeError):
-        return False
-    return True
 
 
 def matching_files(pattern: str) -> list[str]:

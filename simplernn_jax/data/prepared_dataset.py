@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from simplernn_jax.data.documents import Corpus, Document, text_pieces
+from simplernn_jax.config import DataConfig
+from simplernn_jax.data.record_files import RecordFiles, missing_field
 from simplernn_jax.data.source_files import SourceFile, library_errors
-from simplernn_jax.errors import UserError, nearest_name
+from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
 
 _INFO = "dataset_info.json"
@@ -66,28 +67,28 @@ def _version(folder: Path) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in folder.name.split("."))
 
 
-class PreparedDataset(Corpus):
+class PreparedDataset(RecordFiles):
     """The ``train`` split of a dataset in array_record files: each example is a document."""
 
-    def __init__(self, folder: Path, field: str, encoding_errors: str) -> None:
+    kind = "tfds"
+
+    def __init__(self, folder: Path, config: DataConfig) -> None:
         files = [
             SourceFile(path.name, str(path)) for path in sorted(folder.iterdir()) if path.is_file()
         ]
-        super().__init__(files, encoding_errors, kind="tfds", field=field)
+        super().__init__(files, config)
         self._folder = folder
-        self._field = field
 
-    def documents(self) -> Iterator[Document]:
-        """See `Corpus.documents`."""
+    def items(self) -> Iterator[tuple[tuple[str, str, str, Any], int]]:
+        """See `RecordFiles.items`."""
         self._begin()
-        source = self._open()
+        source, name = self._open(), str(self._folder)
         for index in range(len(source)):
-            where = f"{self._folder}: example {index}"
-            with _tfds_errors(where):
+            place = f": example {index}"
+            with _tfds_errors(f"{name}{place}"):
                 value = source[index][self._field]
-            text = self._text(value, where)
             self.bytes_read = self.total_bytes * (index + 1) // len(source)
-            yield Document(where, text_pieces(text))
+            yield (name, name, place, value), len(value) if isinstance(value, str | bytes) else 0
 
     def _open(self) -> Any:
         import tensorflow_datasets as tfds
@@ -100,10 +101,7 @@ class PreparedDataset(Corpus):
             raise UserError(f"{self._folder}: no split train; it has {', '.join(splits)}")
         fields = list(builder.info.features)
         if self._field not in fields:
-            raise UserError(
-                f"{self._folder}: no field {self._field!r}{nearest_name(self._field, fields)}; it "
-                f"has {', '.join(fields)}: say which with --config.data.field=NAME"
-            )
+            raise UserError(f"{self._folder}: {missing_field(self._field, fields)}")
         try:
             with _tfds_errors(str(self._folder)):
                 source = builder.as_data_source("train")
@@ -113,22 +111,6 @@ class PreparedDataset(Corpus):
             raise UserError(
                 f"{self._folder}: prepared as {builder.info.file_format.value}, which needs "
                 "TensorFlow; prepare it again with file_format='array_record'"
-            ) from error
-
-    def _text(self, value: Any, where: str) -> str:
-        if isinstance(value, str):
-            return value
-        if not isinstance(value, bytes):
-            raise UserError(
-                f"{where}: field {self._field!r} is of type {type(value).__name__}, not text; "
-                "choose another with --config.data.field=NAME"
-            )
-        try:
-            return value.decode("utf-8", self._encoding_errors)
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{where}: invalid UTF-8 at byte {error.start} of field {self._field!r}; prepare "
-                "it again from UTF-8, or run with --config.data.encoding_errors=replace"
             ) from error
 
 

@@ -1,15 +1,16 @@
-"""Files of records as a corpus: JSONL and Parquet, one field of each record is a document.
+"""Files of records as a corpus: JSON, CSV and Parquet, one field of each record is a document.
 
-In JSONL, the field may hold the messages of a conversation, which a template turns into text.
+In JSON, the field may hold the messages of a conversation, which a template turns into text.
 """
 
-import abc
-import importlib.util
+import csv
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from simplernn_jax.config import DataConfig
 from simplernn_jax.data.chat_template import ChatTemplate, Message, TemplateError, messages_of
 from simplernn_jax.data.documents import (
     BadRecord,
@@ -20,15 +21,12 @@ from simplernn_jax.data.documents import (
     entries_of,
     text_pieces,
 )
-from simplernn_jax.data.source_files import SourceFile, file_status, library_errors, open_source
+from simplernn_jax.data.source_files import SourceFile, open_source
 from simplernn_jax.errors import UserError, nearest_name, one_line
 
 MAX_RECORD_BYTES = 1 << 26
-"""Bytes of a JSONL line. A larger one is a JSON array or another format rather than a record."""
-
-_PARQUET_ROWS = 16
-"""Rows held at a time, besides the pages that hold them."""
-_READ_BUFFER = 1 << 20
+"""Bytes of a line, a JSON array, a field of CSV or a Parquet value, which are in memory at once. A
+larger line is another format rather than a record."""
 _RENDERED_TOGETHER = 64
 """Conversations rendered together."""
 
@@ -41,55 +39,40 @@ _NO_TEMPLATE = "conversations need a template (train.py: --config.data.template=
 class RecordFiles(Corpus):
     """Files of records. Bad records within a limit are skipped, counted and warned of once."""
 
-    kind: str
-
-    def __init__(
-        self,
-        files: list[SourceFile],
-        field: str,
-        encoding_errors: str,
-        max_bad_records: int,
-        **settings: Any,
-    ) -> None:
-        super().__init__(files, encoding_errors, kind=self.kind, field=field, **settings)
-        self._field = field
-        self._max_bad_records = max_bad_records
+    def __init__(self, files: list[SourceFile], config: DataConfig, **settings: Any) -> None:
+        super().__init__(files, config, field=config.field, **settings)
+        self._field = config.field
 
     def documents(self) -> Iterator[Document]:
         """See `Corpus.documents`."""
-        for (path, name, place, value), _ in self.items():
-            (pieces,) = self._pieces_of_each([value])
+        for item, _ in self.items():
+            (pieces,) = self._pieces_of([item])
             if isinstance(pieces, BadRecord):
-                self.skip(_problem(path, place, pieces))
+                self.skip(str(pieces))
             else:
-                yield Document(f"{name}{place}", pieces)
+                yield Document(f"{item[1]}{item[2]}", pieces)
         self.warn_of_skipped()
 
     def items(self) -> Iterator[tuple[tuple[str, str, str, Any], int]]:
         """See `Corpus.items`; yields the path and name of a file, and the place in it, too."""
         self._begin()
         for file in self._files:
+            num_bytes = 0
             for place, value, size in self._records(file):
+                num_bytes += size
+                self._check_expansion(file, num_bytes)
                 yield (file.path, file.name, place, value), size
 
-    def entries(
-        self, items: Sequence[tuple[str, str, str, Any]]
-    ) -> Iterator[Iterable[Entry] | BadRecord]:
+    def entries(self, items: Sequence[Any]) -> Iterator[Iterable[Entry] | BadRecord]:
         """See `Corpus.entries`."""
+        for pieces in self._pieces_of(items):
+            yield pieces if isinstance(pieces, BadRecord) else entries_of(pieces)
+
+    def _pieces_of(self, items: Sequence[Any]) -> Iterator[Iterator[Piece] | BadRecord]:
         found = self._pieces_of_each([value for *_, value in items])
         for (path, _, place, _), pieces in zip(items, found, strict=True):
-            if isinstance(pieces, BadRecord):
-                yield BadRecord(_problem(path, place, pieces))
-            else:
-                yield entries_of(pieces)
-
-    @abc.abstractmethod
-    def _records(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
-        """Yield the place of each record in the file, what `_pieces` needs of it, and its size."""
-
-    @abc.abstractmethod
-    def _pieces(self, value: Any) -> Iterator[Piece]:
-        """Extract the text of a record, or raise `BadRecord`."""
+            is_bad = isinstance(pieces, BadRecord)
+            yield BadRecord(one_line(f"{path}{place}: {pieces}")) if is_bad else pieces
 
     def _pieces_of_each(self, values: Sequence[Any]) -> Iterator[Iterator[Piece] | BadRecord]:
         for value in values:
@@ -98,53 +81,26 @@ class RecordFiles(Corpus):
             except BadRecord as error:
                 yield error
 
+    def _records(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
+        """Yield the place of each record in the file, what `_field_of` takes, and its size."""
+        raise NotImplementedError
 
-class JsonlFiles(RecordFiles):
-    """JSONL files: one record in each line, blank lines left out."""
+    def _field_of(self, value: Any) -> Any:
+        """Return the field of a record, or raise `BadRecord`."""
+        return value
 
-    kind = "jsonl"
-
-    def _records(self, file: SourceFile) -> Iterator[tuple[str, tuple[int, bytes], int]]:
-        """Yield the number of each line that is not blank, its offset and bytes, and its size."""
-        before = self.bytes_read
-        end = 0
-        with open_source(file.path) as (stream, raw):
-            for number in itertools.count(1):
-                line = stream.readline(MAX_RECORD_BYTES + 1)
-                if not line or number % 256 == 0:  # asking for it takes as long as a short line
-                    self.bytes_read = before + raw.tell()
-                if not line:
-                    break
-                if len(line) > MAX_RECORD_BYTES:
-                    raise UserError(
-                        f"{file.path}:{number}: a line of more than {MAX_RECORD_BYTES >> 20} MiB; "
-                        "write one JSON object in each line"
-                    )
-                end += len(line)
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield f":{number}", (end - len(line), line), len(line)
-
-    def _pieces(self, value: tuple[int, bytes]) -> Iterator[Piece]:
-        record = self._record(*value)
-        if self._field not in record:
-            raise BadRecord(_missing_field(self._field, record))
-        text = record[self._field]
+    def _pieces(self, value: Any) -> Iterator[Piece]:
+        """Extract the text of a record, or raise `BadRecord`."""
+        text = self._field_of(value)
+        if isinstance(text, bytes):
+            try:
+                text = text.decode("utf-8", self._encoding_errors)
+            except UnicodeDecodeError as error:
+                where = f"at byte {error.start} of field {self._field!r}"
+                raise BadRecord(f"invalid UTF-8 {where}") from error
         if not isinstance(text, str):
-            raise BadRecord(_wrong_type(self._field, type(text).__name__))
+            raise BadRecord(wrong_type(self._field, type(text).__name__))
         return text_pieces(self._without_surrogates(text))
-
-    def _record(self, offset: int, line: bytes) -> dict[str, Any]:
-        try:
-            record = json.loads(line.decode("utf-8", self._encoding_errors))
-        except UnicodeDecodeError as error:
-            raise BadRecord(f"invalid UTF-8 at byte {offset + error.start} of the file") from error
-        except (ValueError, RecursionError) as error:
-            raise BadRecord(f"not JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise BadRecord(f"of type {type(record).__name__}, not an object")
-        return record
 
     def _without_surrogates(self, text: str) -> str:
         try:
@@ -152,31 +108,129 @@ class JsonlFiles(RecordFiles):
         except UnicodeEncodeError as error:
             if self._encoding_errors == "strict":
                 raise BadRecord(
-                    f"field {self._field!r} holds half a surrogate pair, which is not a character"
+                    f"field {self._field!r} holds half a surrogate pair or invalid UTF-8"
                 ) from error
             text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         return text
 
 
-class ConversationFiles(JsonlFiles):
-    """JSONL files of conversations, as `messages_of` takes them.
+class JsonFiles(RecordFiles):
+    """JSON files: a record in each line, blank lines left out; or one array of records."""
 
-    Args:
-      *settings: as of `RecordFiles`.
-      template: text of a `ChatTemplate`.
-      only_assistant: whether only the assistant's messages are targets of the loss.
+    kind = "jsonl"
+
+    def _records(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
+        lines = self._lines(file)
+        may_be_array = re.search(r"\.json(\.\w+)?$", file.path.lower())
+        for number, line in enumerate(lines, 1):
+            content = line.strip()
+            if may_be_array and (content == b"{" or content.startswith(b"[")):
+                yield from self._array(file.path, itertools.chain([line], lines))
+            elif content:
+                may_be_array = None
+                yield f":{number}", line, len(line)
+
+    def _array(self, path: str, lines: Iterable[bytes]) -> Iterator[tuple[str, Any, int]]:
+        """Yield the records of a file that holds one array, or one object over several lines."""
+        content = bytearray()
+        for line in lines:
+            content += line
+            if len(content) > MAX_RECORD_BYTES:
+                raise too_long(f"{path}: an array")
+        try:
+            found = self._parsed(bytes(content))
+        except BadRecord as error:
+            found = error
+        records = found if isinstance(found, list) else [found]
+        for number, record in enumerate(records):
+            yield f"[{number}]", record, len(content) // len(records)
+
+    def _lines(self, file: SourceFile) -> Iterator[bytes]:
+        before = self.bytes_read
+        with open_source(file.path, self._encoding_errors) as (stream, raw):
+            for number in itertools.count(1):
+                line = stream.readline(MAX_RECORD_BYTES + 1)
+                if not line or number % 256 == 0:  # asking for it takes as long as a short line
+                    self.bytes_read = before + raw.tell()
+                if not line:
+                    break
+                if len(line) > MAX_RECORD_BYTES:
+                    raise too_long(f"{file.path}:{number}: a line")
+                yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+    def _field_of(self, value: Any) -> Any:
+        """See `RecordFiles._field_of`."""
+        record = self._record(value)
+        if self._field not in record:
+            raise BadRecord(missing_field(self._field, record))
+        return record[self._field]
+
+    def _record(self, value: Any) -> dict[str, Any]:
+        """Return a record that is given as a line, as itself, or as a `BadRecord`."""
+        record = self._parsed(value) if isinstance(value, bytes) else value
+        if isinstance(record, BadRecord):
+            raise record
+        if not isinstance(record, dict):
+            raise BadRecord(f"of type {type(record).__name__}, not an object")
+        return record
+
+    def _parsed(self, content: bytes) -> Any:
+        try:
+            return json.loads(content.decode("utf-8", self._encoding_errors))
+        except UnicodeDecodeError as error:
+            raise BadRecord(f"invalid UTF-8 at byte {error.start}") from error
+        except (ValueError, RecursionError) as error:
+            raise BadRecord(f"not JSON ({error})") from error
+
+
+class CsvFiles(JsonFiles):
+    """CSV files: a header, then one record in each row, blank lines left out.
+
+    The delimiter is the most frequent one in the header of tab, comma and semicolon.
+    """
+
+    kind = "csv"
+
+    def _records(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
+        lines = self._lines(file)
+        header = next(lines, b"")
+        # Half surrogates, in place of invalid bytes, are bad where they matter: in the field.
+        errors = self._encoding_errors.replace("strict", "surrogateescape")
+        csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD_BYTES))
+        rows = csv.DictReader(
+            (line.decode("utf-8", errors) for line in itertools.chain([header], lines)),
+            delimiter=max("\t,;", key=header.decode("latin-1").count),
+            strict=True,
+        )
+        while True:
+            try:
+                row: Any = next(rows, None)
+                if row is None:
+                    return
+                size = sum(len(value or "") for value in row.values())
+                if None in row:
+                    raise csv.Error("more values than the header has names")
+            except csv.Error as error:
+                row, size = BadRecord(f"invalid CSV ({error})"), 0
+            yield f":{rows.reader.line_num}", row, size
+
+
+class ConversationFiles(JsonFiles):
+    """JSON files of conversations, as `messages_of` takes them.
+
+    ``config.template`` is the text of a `ChatTemplate`.
     """
 
     kind = "conversations"
 
-    def __init__(self, *settings: Any, template: str, only_assistant: bool) -> None:
-        super().__init__(*settings, template=template, only_assistant=only_assistant)
-        self._template = ChatTemplate(template)
-        self._only_assistant = only_assistant
+    def __init__(self, files: list[SourceFile], config: DataConfig) -> None:
+        only_assistant = config.loss_on == "assistant"
+        super().__init__(files, config, template=config.template, only_assistant=only_assistant)
+        self._template, self._only_assistant = ChatTemplate(config.template), only_assistant
 
     def _pieces_of_each(self, values: Sequence[Any]) -> Iterator[Iterator[Piece] | BadRecord]:
         for start in range(0, len(values), _RENDERED_TOGETHER):
-            some = [self._messages(*value) for value in values[start : start + _RENDERED_TOGETHER]]
+            some = [self._messages(value) for value in values[start : start + _RENDERED_TOGETHER]]
             rendered = self._template.pieces(
                 [one for one in some if isinstance(one, list)], only_assistant=self._only_assistant
             )
@@ -184,9 +238,9 @@ class ConversationFiles(JsonlFiles):
                 pieces = next(rendered) if isinstance(one, list) else one
                 yield iter(pieces) if isinstance(pieces, list) else BadRecord(str(pieces))
 
-    def _messages(self, offset: int, line: bytes) -> list[Message] | BadRecord:
+    def _messages(self, value: Any) -> list[Message] | BadRecord:
         try:
-            messages = messages_of(self._record(offset, line), self._field)
+            messages = messages_of(self._record(value), self._field)
             for message in messages:
                 message["content"] = self._without_surrogates(message["content"])
             return messages
@@ -194,93 +248,15 @@ class ConversationFiles(JsonlFiles):
             return BadRecord(str(error))
 
 
-class ParquetFiles(RecordFiles):
-    """Parquet files: each row of one column of text is a document.
-
-    Memory is bounded by the largest page, which the writer of the file chose, mostly about 1 MiB.
-
-    Raises:
-      UserError: pyarrow is not installed.
-    """
-
-    kind = "parquet"
-
-    def __init__(self, files: list[SourceFile], *settings: Any) -> None:
-        if importlib.util.find_spec("pyarrow") is None:
-            raise UserError(
-                f"{files[0].path}: reading Parquet needs pyarrow; install it with "
-                "pip install pyarrow"
-            )
-        super().__init__(files, *settings)
-
-    def _records(self, file: SourceFile) -> Iterator[tuple[str, bytes | None, int]]:
-        """Yield the number of each row, the content of its field, and its size."""
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        before, size = self.bytes_read, file_status(file.path).st_size
-        damaged = f"{file.path}: not a whole Parquet file", "replace it by a whole copy"
-        with open_source(file.path) as (_, raw):
-            with library_errors(*damaged):
-                # Without a pre-buffer, a column is read page by page.
-                table = parquet.ParquetFile(
-                    raw, pre_buffer=False, buffer_size=_READ_BUFFER, page_checksum_verification=True
-                )
-                self._check_column(file.path, table.schema_arrow)
-                num_rows = table.metadata.num_rows
-                batches = table.iter_batches(
-                    _PARQUET_ROWS, columns=[self._field], use_threads=False
-                )
-            number = 0
-            while True:
-                with library_errors(*damaged):
-                    batch = next(batches, None)
-                    if batch is None:
-                        break
-                    values = batch.column(0).cast(pa.large_binary()).to_pylist()
-                for value in values:
-                    self.bytes_read = before + size * number // max(num_rows, number + 1)
-                    yield f": row {number}", value, len(value or b"")
-                    number += 1
-        self.bytes_read = before + size
-
-    def _check_column(self, path: str, schema: Any) -> None:
-        from pyarrow import types
-
-        if self._field not in schema.names:
-            raise UserError(f"{path}: {_missing_field(self._field, schema.names)}")
-        found = schema.field(self._field).type
-        plain = found.value_type if types.is_dictionary(found) else found
-        is_text = (
-            types.is_string,
-            types.is_large_string,
-            types.is_string_view,
-            types.is_binary,
-            types.is_large_binary,
-            types.is_binary_view,
-        )
-        if not any(is_type(plain) for is_type in is_text):
-            raise UserError(
-                f"{path}: {_wrong_type(self._field, str(found))}; choose another with "
-                "--config.data.field=NAME"
-            )
-
-    def _pieces(self, value: bytes | None) -> Iterator[Piece]:
-        if value is None:
-            raise BadRecord(_wrong_type(self._field, "null"))
-        try:
-            return text_pieces(value.decode("utf-8", self._encoding_errors))
-        except UnicodeDecodeError as error:
-            raise BadRecord(
-                f"invalid UTF-8 at byte {error.start} of field {self._field!r}"
-            ) from error
+def too_long(what: str) -> UserError:
+    """Return the error for a record, line or array of more than `MAX_RECORD_BYTES`."""
+    return UserError(
+        f"{what} of more than {MAX_RECORD_BYTES >> 20} MiB; split it into several records, one in "
+        "each line (of a JSON array with jq -c '.[]')"
+    )
 
 
-def _problem(path: str, place: str, error: BadRecord) -> str:
-    return one_line(f"{path}{place}: {error}")
-
-
-def _missing_field(field: str, fields: Iterable[str]) -> str:
+def missing_field(field: str, fields: Iterable[str]) -> str:
     """Describe a record that has other `fields` than the wanted one."""
     fields = list(fields)
     named = [name[:30] for name in fields[:_NAMED_FIELDS]]
@@ -294,7 +270,7 @@ def _missing_field(field: str, fields: Iterable[str]) -> str:
     )
 
 
-def _wrong_type(field: str, found: str) -> str:
+def wrong_type(field: str, found: str) -> str:
     """Describe a record whose field is not text but of the type `found`."""
     hint = f"; {_NO_TEMPLATE}" if field in _CHAT else ""
     return f"field {field!r} is of type {found}, not text{hint}"

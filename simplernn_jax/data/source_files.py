@@ -1,7 +1,9 @@
-"""Files of a corpus, read one at a time: plain, ``.gz`` and ``.zst``."""
+"""Files of a corpus, read one at a time: plain, ``.gz`` and ``.zst``, in UTF-8 or UTF-16."""
 
+import codecs
 import contextlib
 import dataclasses
+import functools
 import gzip
 import io
 import os
@@ -34,18 +36,30 @@ class _DamagedArchive(Exception):
 
 
 @contextlib.contextmanager
-def open_source(path: str) -> Iterator[tuple[IO[bytes], BinaryIO]]:
+def open_source(path: str, errors: str = "replace") -> Iterator[tuple[IO[bytes], BinaryIO]]:
     """Open a regular file of the user's; the block does nothing with files but read this one.
 
     Yields the decompressed stream and the file itself. Compressed files are decompressed while they
-    are read, a bounded number of bytes at a time.
+    are read, a bounded number of bytes at a time. UTF-16, recognized by its byte order mark,
+    becomes UTF-8.
 
     Raises:
-      UserError: it cannot be opened or read, or is a corrupted or truncated archive.
+      UserError: it cannot be opened or read, is a corrupted or truncated archive, or is invalid
+        UTF-16 and `errors` is ``strict``.
     """
     try:
         with open_file(path) as file:
-            yield _decompressed(path, file), file
+            stream = _decompressed(path, file)
+            if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                blocks = iter(functools.partial(stream.read, 1 << 16), b"")
+                texts = codecs.iterdecode(blocks, "utf-16", errors)
+                stream = io.BufferedReader(_BlockReader(text.encode("utf-8") for text in texts))
+            yield stream, file
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: invalid UTF-16 ({error.reason}); convert the file to UTF-8, or run with "
+            "encoding_errors=replace (train.py: --config.data.encoding_errors=replace)"
+        ) from error
     except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedArchive) as error:
         raise UserError(
             f"{path}: corrupted or truncated ({error}); replace it by a whole copy"
@@ -83,24 +97,38 @@ def _decompressed(path: str, file: BinaryIO) -> Any:
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=file)
     if suffix == ".zst":
-        return io.BufferedReader(_ZstdReader(file))
+        return io.BufferedReader(_BlockReader(_zstd_blocks(file)))
     return file
 
 
-class _ZstdReader(io.RawIOBase):
-    """Consecutive frames of a zstd file.
+def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
+    """Decompress the consecutive frames of a zstd file.
 
     The library's own stream reader takes a truncated file for a whole one.
     """
+    import zstandard
 
-    def __init__(self, file: BinaryIO) -> None:
-        import zstandard
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+    frame: Any = None
+    rest = b""
+    while block := rest or file.read(_ZSTD_BLOCK):
+        frame = frame or decompressor.decompressobj()
+        try:
+            yield frame.decompress(block)
+        except zstandard.ZstdError as error:
+            raise _DamagedArchive(str(error)) from error
+        rest = b""
+        if frame.eof:
+            rest, frame = frame.unused_data, None
+    if frame is not None:
+        raise EOFError("it ends inside a frame")
 
-        self._error = zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
-        self._file = file
-        self._frame: Any = None
-        self._compressed = b""
+
+class _BlockReader(io.RawIOBase):
+    """A stream of the bytes of blocks of any size."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks = blocks
         self._content = memoryview(b"")
 
     def readable(self) -> bool:
@@ -108,28 +136,11 @@ class _ZstdReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._content:
-            if not self._read_block():
+            block = next(self._blocks, None)
+            if block is None:
                 return 0
+            self._content = memoryview(block)
         count = min(len(buffer), len(self._content))
         buffer[:count] = self._content[:count]
         self._content = self._content[count:]
         return count
-
-    def _read_block(self) -> bool:
-        """Decompress the next block; False at the end of the file."""
-        block = self._compressed or self._file.read(_ZSTD_BLOCK)
-        if not block:
-            if self._frame is not None:
-                raise EOFError("it ends inside a frame")
-            return False
-        if self._frame is None:
-            self._frame = self._decompressor.decompressobj()
-        try:
-            self._content = memoryview(self._frame.decompress(block))
-        except self._error as error:
-            raise _DamagedArchive(str(error)) from error
-        self._compressed = b""
-        if self._frame.eof:
-            self._compressed = self._frame.unused_data
-            self._frame = None
-        return True

@@ -1,18 +1,19 @@
-"""Text files as a corpus: each file is a document, read piece by piece."""
+"""Texts as a corpus: files, read piece by piece, or strings from Python; each is a document."""
 
 import codecs
+import hashlib
+import json
 from collections.abc import Iterator
 
-from simplernn_jax.data.documents import PIECE_SIZE, Corpus, Document, Piece
+from simplernn_jax.data.documents import PIECE_SIZE, Corpus, Document, Piece, text_pieces
 from simplernn_jax.data.source_files import SourceFile, open_source
 from simplernn_jax.errors import UserError
 
 
 class TextFiles(Corpus):
-    """UTF-8 text files, each of them one document."""
+    """Text files, each of them one document."""
 
-    def __init__(self, files: list[SourceFile], encoding_errors: str) -> None:
-        super().__init__(files, encoding_errors, kind="text")
+    kind = "text"
 
     def documents(self) -> Iterator[Document]:
         """See `Corpus.documents`."""
@@ -25,7 +26,7 @@ class TextFiles(Corpus):
         before = self.bytes_read
         offset = 0
         rest = ""
-        with open_source(source.path) as (stream, file):
+        with open_source(source.path, self._encoding_errors) as (stream, file):
             last = False
             while not last:
                 block = stream.read(PIECE_SIZE)
@@ -42,9 +43,34 @@ class TextFiles(Corpus):
                 if offset == 0:
                     text = text.removeprefix("\ufeff")  # a byte order mark is not a text
                 offset += len(block)
+                self._check_expansion(source, offset)
                 self.bytes_read = before + file.tell()
                 text = rest + text
                 stop = len(text) if last else text.rfind("\n") + 1 or len(text)
                 if stop:
                     yield Piece(text[:stop])
                 rest = text[stop:]
+
+
+class PythonTexts(Corpus):
+    """Texts of a `PythonSource`, each of them one document."""
+
+    kind = "python"
+
+    def documents(self) -> Iterator[Document]:
+        """See `Corpus.documents`."""
+        self._begin()
+        for number, text in enumerate(self._source.texts()):
+            name = f"{self._source}[{number}]"
+            if not isinstance(text, str):
+                raise UserError(f"{name}: of type {type(text).__name__}; give strings")
+            self.bytes_read += len(text)
+            yield Document(name, text_pieces(text))
+
+    def fingerprint(self) -> str:
+        """SHA-256 hex over the texts, which are measured on the way."""
+        digest = hashlib.sha256()
+        for entry, _ in self.items():
+            digest.update(json.dumps(entry).encode())
+        self.total_bytes = self.bytes_read
+        return digest.hexdigest()

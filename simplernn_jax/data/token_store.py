@@ -117,8 +117,8 @@ def train_tokenizer(
         show_progress=show_progress,
     )
     cache = _cache_path(cache_dir)
-    # Hidden: `find_corpus` looks at the other names.
-    path = cache / f".bpe-{vocab_size}-{corpus.content_hash}.json"
+    # Hidden: `find_corpus` looks at the other names. Version 1 had words of any length.
+    path = cache / f".bpe-v2-{vocab_size}-{corpus.content_hash}.json"
     with _disk_errors(cache, config.source):
         content = read_sealed(path, MAX_TOKENIZER_BYTES)
         if content is None:

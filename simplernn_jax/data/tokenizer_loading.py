@@ -16,8 +16,8 @@ def load_tokenizer(spec: str, *corpora: Corpus | None) -> Tokenizer:
       *corpora: read once for the alphabet of ``char``; unused by the others.
 
     Raises:
-      UserError: an unreadable file, a name that is neither cached here nor within reach, or
-        ``char`` without a corpus.
+      UserError: an unreadable file, a name that is neither cached here nor within reach, ``char``
+        without a corpus, or ``bpe`` without a size.
     """
     if spec == "byte":
         return ByteTokenizer()
@@ -26,6 +26,8 @@ def load_tokenizer(spec: str, *corpora: Corpus | None) -> Tokenizer:
         if not given:
             raise UserError("tokenizer 'char' takes its alphabet from a corpus; none was given")
         return CharTokenizer(alphabet_of(given))
+    if spec == "bpe":
+        raise UserError("tokenizer 'bpe' needs a vocabulary size; use bpe:8192, for example")
     from simplernn_jax.data.pretrained_tokenizer import load_pretrained
 
     return load_pretrained(spec)

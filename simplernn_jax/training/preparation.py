@@ -260,9 +260,8 @@ def _check_same_batches(current: Config, saved: Config) -> None:
 
     The path of the text may differ: its content is compared instead.
     """
-    data = dataclasses.replace(
-        current.data, cache_dir=saved.data.cache_dir, source=saved.data.source
-    )
+    same = {name: getattr(saved.data, name) for name in ("cache_dir", "max_expansion", "source")}
+    data = dataclasses.replace(current.data, **same)
     fields = config_lib.differing_fields(data, saved.data)
     if current.train.seed != saved.train.seed:
         fields.append(f"seed is {current.train.seed}, checkpoint has {saved.train.seed}")
