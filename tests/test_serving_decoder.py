@@ -138,8 +138,9 @@ def test_alone_together_and_from_the_cache_are_the_same_bits(decoder):
 @pytest.mark.oldest_python
 @needs_compiler
 def test_where_a_c_function_decodes_the_number_of_slots_changes_no_bit():
-    model = quantize_model(small_model("residual", vocab_size=VOCAB), "int8")
-    few, many = (Decoder(model, num_slots=n, cache_bytes=1 << 24) for n in (2, 5))
+    # With as many ids, XLA orders the sums of a softmax over 1 or 2 sequences in another way.
+    model = quantize_model(small_model("residual", vocab_size=259), "int8")
+    few, many = (Decoder(model, num_slots=n, cache_bytes=1 << 24) for n in (1, 32))
     alone = {}
     for job in jobs_of_all_kinds()[:4]:
         alone |= run(few, [job])[0]

@@ -205,7 +205,7 @@ def slot_programs(architecture: Architecture) -> SlotPrograms:
 
 def token_logprobs(logits: Float[Array, "T vocab"], tokens: Int[Array, "T"]) -> TokenLogprobs:
     """Compute the log-probabilities of `tokens` and of the likeliest alternatives."""
-    logprobs = jax.nn.log_softmax(logits)
+    logprobs = lax.map(jax.nn.log_softmax, logits)  # rows alone: no bit depends on their number
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
     top, top_ids = lax.top_k(logprobs, min(TOP_LOGPROBS, logits.shape[1]))
     return TokenLogprobs(chosen, top, top_ids)

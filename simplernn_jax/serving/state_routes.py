@@ -8,7 +8,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from simplernn_jax.serving.http import counted, json_response, read_body, unless_disconnected
+from simplernn_jax.serving.http import (
+    counted,
+    json_response,
+    read_body,
+    read_json,
+    unless_disconnected,
+)
 from simplernn_jax.serving.requests import ForkRequest, RequestError, StateRequest, parse
 from simplernn_jax.serving.service import Service
 
@@ -17,25 +23,34 @@ def state_routes(service: Service) -> list[Route]:
     """Make the routes below ``/v1/states``."""
     listing = asyncio.Lock()  # a list reads every file: several at a time would take all threads
 
-    async def list_states(request: Request) -> Response:
-        def described() -> list[Any]:
-            states = []
-            for name in service.states.names():
-                try:
-                    states.append(service.describe_state(service.states.load(name)))
-                except RequestError as error:  # corrupted, deleted or of another model
-                    if error.status == 503:
-                        raise
-            return states
+    listed: dict[str, tuple[Any, Any]] = {}
+    """What was listed last, by name: the version of a file, and its description, if it has one."""
 
+    def list_files() -> Response:
+        nonlocal listed
+        states, before, listed = service.states, listed, {}
+        for name in states.names():
+            version = states, states.version(name)
+            if name in before and before[name][0] == version:
+                listed[name] = before[name]
+                continue
+            try:
+                listed[name] = version, service.describe_state(states.load(name))
+            except RequestError as error:  # corrupted, deleted or of another model
+                if error.status == 503:
+                    raise
+                listed[name] = version, None
+        data = [description for _, description in listed.values() if description is not None]
+        return json_response({"object": "list", "data": data})
+
+    async def list_states(request: Request) -> Response:
         async with listing:
-            return json_response({"object": "list", "data": await asyncio.to_thread(described)})
+            return await asyncio.to_thread(list_files)
 
     async def make_state(request: Request) -> Response:
-        content = await read_body(request)
-        body = parse(StateRequest, content)
+        body, size = await read_json(request, StateRequest)
         parent = await service.load_state(body.parent)
-        answer = await service.make_answer(service.prefill_state, body, parent, len(content))
+        answer = await service.make_answer(service.prefill_state, body, parent, size)
         states = service.states  # a reload replaces them together with the parameters
         answer.submit()
         try:
