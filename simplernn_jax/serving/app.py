@@ -23,19 +23,14 @@ PAGE_FILES = {
     "/page.css": ("page.css", "text/css"),
 }
 """Name and media type of the page's files by path."""
-PAGE_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
+PAGE_CONTENT = {path: (PAGE / name).read_bytes() for path, (name, _) in PAGE_FILES.items()}
+"""Content of the files, which another installation may replace while the server runs."""
 
 
 def make_app(service: Service) -> Starlette:
     """Make the application."""
     routes = [
-        *page_routes(),
+        *(Route(path, page_file) for path in PAGE_FILES),
         *completion_routes(service),
         *state_routes(service),
         *tokenizer_routes(service),
@@ -45,20 +40,6 @@ def make_app(service: Service) -> Starlette:
     app.router.redirect_slashes = False
     app.state.incomplete_bytes = 0
     return app
-
-
-def page_routes() -> list[Route]:
-    """Make the routes of the page from its present files, which an update may replace."""
-
-    def route(path: str, name: str, kind: str) -> Route:
-        content = (PAGE / name).read_bytes()
-
-        async def page_file(request: Request) -> Response:
-            return Response(content, 200, PAGE_HEADERS, f"{kind}; charset=utf-8")
-
-        return Route(path, page_file)
-
-    return [route(path, *file) for path, file in PAGE_FILES.items()]
 
 
 def tokenizer_routes(service: Service) -> list[Route]:
@@ -159,3 +140,16 @@ def operation_routes(service: Service) -> list[Route]:
         Route("/slots", counted(service, slots)),
         Route("/health", counted(service, health)),
     ]
+
+
+async def page_file(request: Request) -> Response:
+    """Serve a file of the page."""
+    path = request.scope["path"]
+    policy = {
+        "Content-Security-Policy": (
+            "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
+        ),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+    return Response(PAGE_CONTENT[path], 200, policy, f"{PAGE_FILES[path][1]}; charset=utf-8")

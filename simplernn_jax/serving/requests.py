@@ -14,7 +14,6 @@ MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
-Text = str
 StateName = Annotated[str, Meta(pattern=NAME_PATTERN)]
 Stop = Annotated[str, Meta(max_length=1024)]
 Prompt = str | list[TokenId]
@@ -26,28 +25,17 @@ _FewPrompts = msgspec.defstruct(
     forbid_unknown_fields=True,
 )
 """A list whose items are not parsed, so that one that is too long is rejected at once."""
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
+_NEUTRAL = {
+    "function_call": (b'"none"', b'"auto"'),
+    "functions": (b"[]",),
+    "response_format": (b'{"type":"text"}',),
+    "tool_choice": (b'"none"', b'"auto"'),
+    "tools": (b"[]",),
 }
-"""Values with which fields of OpenAI's API ask for nothing but text."""
-_TYPES = {
-    "array": "a list",
-    "bool": "a boolean",
-    "float": "a number",
-    "int": "an integer",
-    "object": "an object",
-    "str": "a string",
-}
-"""Names of JSON's types in errors."""
-
-
-def _unparsed() -> Any:
-    """Make a field whose value is not parsed with the others, null by default."""
-    return msgspec.field(default_factory=lambda: msgspec.Raw(b"null"))
+"""Values, as JSON, with which fields of OpenAI's API ask for nothing but text."""
+_TYPES = {"array": "list", "float": "number", "int": "integer", "str": "string"}
+"""Names of types in errors."""
+_UNPARSED: Any = msgspec.field(default_factory=lambda: msgspec.Raw(b"null"))
 
 
 class RequestError(Exception):
@@ -95,31 +83,30 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     banned_token_ids: Annotated[list[TokenId], Meta(max_length=4096)] | None = None
     ignore_eos: bool = False
     user: str | None = None
-    metadata: msgspec.Raw = _unparsed()
+    metadata: msgspec.Raw = _UNPARSED
     parallel_tool_calls: bool | None = None
     service_tier: str | None = None
     store: bool | None = None
     """Accepted for compatibility like `user`: they change nothing."""
-    function_call: msgspec.Raw = _unparsed()
-    functions: msgspec.Raw = _unparsed()
-    response_format: msgspec.Raw = _unparsed()
-    tool_choice: msgspec.Raw = _unparsed()
-    tools: msgspec.Raw = _unparsed()
+    function_call: msgspec.Raw = _UNPARSED
+    functions: msgspec.Raw = _UNPARSED
+    response_format: msgspec.Raw = _UNPARSED
+    tool_choice: msgspec.Raw = _UNPARSED
+    tools: msgspec.Raw = _UNPARSED
     """Accepted for compatibility if they ask for nothing but text."""
 
     def __post_init__(self) -> None:
         """Reject values that ask for more than text."""
         for name, neutral in _NEUTRAL.items():
-            value = bytes(getattr(self, name))
-            if len(value) > 99 or msgspec.json.decode(value) not in (None, *neutral):
-                supported = " or ".join(msgspec.json.encode(one).decode() for one in neutral)
+            if bytes(getattr(self, name)).translate(None, b" \n") not in (b"null", *neutral):
+                supported = b" or ".join(neutral).decode()
                 raise RequestError(f"{name}: only {supported} is supported", param=name)
 
 
 class CompletionRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     """Body of ``POST /v1/completions``."""
 
-    prompt: Annotated[msgspec.Raw, Meta(extra_json_schema=_PROMPT_SCHEMA)] = _unparsed()
+    prompt: Annotated[msgspec.Raw, Meta(extra_json_schema=_PROMPT_SCHEMA)] = _UNPARSED
     """A text, texts, token ids, or lists of them, for `parse_prompts`; null is an empty text."""
     max_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = 16
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
