@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import random
+import time
 from unittest import mock
 
 import numpy as np
@@ -12,7 +14,7 @@ from small_runs import HYBRID, small_model
 
 from simplernn_jax.inference import generate, quantize_model
 from simplernn_jax.serving import decoder as decoding
-from simplernn_jax.serving.decoder import PREFILL_TOKENS, Decoder
+from simplernn_jax.serving.decoder import PREFILL_TOKENS, UNREAD_SECONDS, Decoder
 from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Prefilled, Root, Sampling
 from simplernn_jax.serving.prefix_cache import GRID, PrefixCache, is_kept, prefix_keys
 from simplernn_jax.serving.slots import MAX_BLOCK
@@ -145,6 +147,65 @@ def test_where_a_c_function_decodes_the_number_of_slots_changes_no_bit():
     for job in jobs_of_all_kinds()[:4]:
         alone |= run(few, [job])[0]
     assert run(many, jobs_of_all_kinds()[:4])[0] == alone
+
+
+@pytest.fixture(scope="module")
+def native_decoder():
+    model = small_model("residual", vocab_size=VOCAB)
+    return Decoder(model, num_slots=5, cache_bytes=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("which", ["decoder", "native_decoder"])
+def test_jobs_that_pause_give_the_same_bits(which, request):
+    decoder = request.getfixturevalue(which)
+    expected, _ = run(decoder, jobs_of_all_kinds())
+    jobs, draw = jobs_of_all_kinds(), random.Random(0)
+    step = decoder.step
+
+    def step_with_pauses():
+        for job in jobs:
+            job.unread_since = time.monotonic() if draw.random() < 0.5 else None
+        return step()
+
+    with mock.patch.object(decoder, "step", step_with_pauses):
+        found, _ = run(decoder, jobs)
+    assert found == expected
+
+
+def test_a_job_that_pauses_gives_way_but_keeps_its_slots_while_nobody_waits(decoder):
+    def job(**options):
+        return Job(tokens_of(3, 5), Sampling(), **{"max_tokens": 40} | options)
+
+    unread, other = job(num_choices=7, max_tokens=10**6), job()
+    decoder.waiting.append(unread)
+    events = decoder.step()
+    unread.unread_since = time.monotonic()
+    for _ in range(3):
+        events += decoder.step()
+    assert decoder.is_stalled
+    assert decoder.num_active == 5
+    assert decoder.step() == []
+    decoder.waiting.append(other)
+    assert decoder.step() == [(other, mock.ANY)]  # its prompt; it waits for a slot
+    unread.unread_since -= UNREAD_SECONDS + 1
+    later = list(itertools.chain.from_iterable(iter_steps(decoder)))
+    assert [event for job, event in later if job is unread] == [Failed(mock.ANY)]
+    assert sum(len(e.tokens) for j, e in later if j is other) == 40
+    assert unread.is_cancelled
+
+
+def test_jobs_start_before_one_that_pauses(decoder):
+    unread = Job(tokens_of(3, 5), Sampling(), max_tokens=4, unread_since=math.inf)
+    other = Job(tokens_of(3, 5), Sampling(), max_tokens=4)
+    decoder.waiting.extend([unread, other])
+    for _ in range(4):
+        ended = [job for job, event in decoder.step() if getattr(event, "finish_reason", None)]
+        if ended:
+            break
+    assert ended == [other]
+    unread.unread_since = None
+    run(decoder, [])
 
 
 def test_greedy_tokens_are_those_of_generate(model, decoder):

@@ -1,6 +1,7 @@
 """The engine's thread: failures, reloads and clients that leave."""
 
 import asyncio
+import contextlib
 import threading
 import time
 from unittest import mock
@@ -10,7 +11,7 @@ import pytest
 from small_runs import small_model
 
 from simplernn_jax.data.tokenizer import ByteTokenizer
-from simplernn_jax.serving.engine import Engine, EngineStoppedError
+from simplernn_jax.serving.engine import Engine, EngineStoppedError, QueueFullError
 from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Sampling
 from simplernn_jax.serving.service import Service
 
@@ -115,6 +116,38 @@ def test_a_failed_reload_is_tried_again(running):
 
     assert asyncio.run(reload_twice())
     assert used == [True]
+
+
+def test_a_job_that_pauses_goes_on_and_holds_up_nobody(running):
+    unread, other = job(unread_since=time.monotonic()), job()
+    running.engine.submit(unread)
+    running.engine.submit(other)
+    assert isinstance(running.wait_for(other), NewTokens)
+    assert not [e for j, e in running.events if j is unread and isinstance(e, NewTokens)]
+    unread.unread_since = None
+    assert isinstance(running.wait_for(unread), NewTokens)
+
+
+def test_jobs_for_free_slots_do_not_count_as_waiting():
+    running = Running(num_slots=2, max_waiting=1)
+    jobs = [job(max_tokens=10**6) for _ in range(6)]
+
+    def num_taken():
+        taken = 0
+        for one in jobs:
+            with contextlib.suppress(QueueFullError):
+                running.engine.submit(one)
+                taken += 1
+        return taken
+
+    assert num_taken() == 3  # none has a slot yet
+    running.engine.start()
+    while running.engine.num_waiting != 1:
+        time.sleep(0.01)
+    assert num_taken() == 0
+    for one in jobs:
+        one.is_cancelled = True
+    running.engine.stop(5)
 
 
 def test_cancelled_jobs_leave_the_queue():

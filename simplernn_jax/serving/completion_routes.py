@@ -130,8 +130,7 @@ async def stream(
                     frames.append(sse_frame(form.frame([], usage=usage(answer.results))))
                 frames.append(b"data: [DONE]\n\n")
             if frames:
-                with answer.sending():
-                    yield b"".join(frames)
+                yield b"".join(frames)
     except RequestError as error:
         yield sse_frame(error_body(error.message, error.status, error.param, error.code))
     finally:

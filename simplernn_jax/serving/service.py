@@ -115,7 +115,7 @@ class Service:
         """Raise `RequestError`: 429 if the queue is full, 503 unless the server runs."""
         if self.status != "ready":
             raise RequestError(f"the server is {self.status}", status=503, code=self.status)
-        if self.engine.num_waiting >= self.engine.max_waiting:
+        if self.engine.room < 1:
             raise self._queue_full()
 
     def _queue_full(self) -> RequestError:
