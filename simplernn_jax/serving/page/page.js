@@ -134,14 +134,31 @@ async function converse(counted) {
     throw error;
   } finally {
     if (answer.content) said.push(answer);
+    keepConversation();
   }
 }
 
 function newConversation() {
   abort?.abort();
   messages = [];
+  keepConversation();
   $("conversation").replaceChildren();
   $("prompt").focus();
+}
+
+function conversationName() {
+  return "conversation with " + $("model").textContent;
+}
+
+// A reload of the page shows it again.
+function keepConversation() {
+  sessionStorage.setItem(conversationName(), JSON.stringify(messages));
+}
+
+function restoreConversation() {
+  messages = JSON.parse(sessionStorage.getItem(conversationName()) ?? "[]");
+  $("conversation").replaceChildren();
+  messages.forEach(addMessage);
 }
 
 function addMessage(message) {
@@ -254,6 +271,8 @@ function setMode(chat) {
   isChat = chat;
   $("mode-chat").setAttribute("aria-selected", chat);
   $("mode-text").setAttribute("aria-selected", !chat);
+  $("prompt-label").textContent = chat ? "Message" : "Prompt";
+  $("generate").textContent = chat ? "Send" : "Generate";
   $("conversation").hidden = !chat;
   $("anew").hidden = !chat;
   $("text").hidden = chat;
@@ -265,13 +284,19 @@ async function connect() {
   $("model").textContent = data[0].id;
   const info = await (await request("GET", "tokenizer_info")).json();
   $("modes").hidden = !info.chat_template;
-  if (info.chat_template) setMode(true);
+  if (info.chat_template) {
+    setMode(true);
+    restoreConversation();
+  }
   await listStates();
 }
 
 $("form").onsubmit = (event) => { event.preventDefault(); guarded(generate); };
 $("prompt").onkeydown = (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("generate").disabled) guarded(generate);
+  const sends = isChat ? !event.shiftKey : event.ctrlKey || event.metaKey;
+  if (event.key !== "Enter" || event.isComposing || !sends) return;
+  event.preventDefault();
+  if (!$("generate").disabled && $("prompt").value) guarded(generate);
 };
 $("stop").onclick = () => abort?.abort();
 $("anew").onclick = newConversation;
