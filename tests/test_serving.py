@@ -382,6 +382,9 @@ def test_key_drain_and_reload(workdir, tmp_path):
         assert server.send("POST", "/v1/states", {"prompt": "ab", "name": "s"}, **key)[0] == 201
         assert server.send("POST", "/admin/reload", **key)[2] == {"reloaded": False}
         body = {"prompt": "a", "max_tokens": 3000, "seed": 1, "ignore_eos": True}
+        with socket.create_connection(server.url.removeprefix("http://").split(":")) as garbage:
+            garbage.sendall(b"\0\r\n\r\n")
+            assert garbage.recv(100).startswith(b"HTTP/1.1 400")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             running = pool.submit(server.send, "POST", "/v1/completions", body, **key)
             while server.send("GET", "/slots", **key)[2]["active"] == 0:
@@ -389,6 +392,7 @@ def test_key_drain_and_reload(workdir, tmp_path):
             code, errors = server.stop(signal.SIGTERM)
             status, _, answer = running.result()
         assert (code, status, answer["usage"]["completion_tokens"]) == (0, 200, 3000), errors
+        assert "Invalid" not in errors  # garbage fills no log
     with serving(workdir, *flags, "--max_connections=2") as server:
         body = {"prompt": "b", "state": "s", "max_tokens": 3}
         assert server.send("POST", "/v1/completions", body, **key)[0] == 200

@@ -8,13 +8,10 @@ from unittest import mock
 
 import msgspec
 import pytest
-from flax import nnx
 from small_runs import small_model
 from starlette.requests import Request
 
 from simplernn_jax.data.tokenizer import ByteTokenizer
-from simplernn_jax.inference import generate, save_state
-from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving import app as app_module
 from simplernn_jax.serving.app import make_app
 from simplernn_jax.serving.connections import Gate
@@ -165,6 +162,19 @@ def test_prompts_of_every_form():
             parsed([first] * MAX_PROMPTS + [1.5])
 
 
+def test_a_full_queue_is_told_in_numbers(service):
+    service.status = "ready"
+    for _ in range(3):  # two slots are free, and one more may wait
+        service.check_room()
+        service.engine.submit(mock.Mock())
+    with pytest.raises(RequestError, match="^3 prompts wait already;") as error:
+        service.check_room()
+    assert error.value.status == 429
+    service.engine.num_waiting = 1
+    with pytest.raises(RequestError, match="^1 prompt waits already;"):
+        service.submit([mock.Mock()])
+
+
 def request_of(app, *parts, until=None):
     """A request whose body arrives in parts, the last one once `until` is set."""
     left = list(parts)
@@ -262,27 +272,3 @@ def test_rejected_sites_are_told_which_flag_allows_them():
         "a page of 'http://a.example' is not allowed; start the server with "
         "--allow_origin=http://a.example",
     )
-
-
-def test_states_that_did_not_change_are_not_read_again(service, model, tmp_path):
-    tokenizer, app = ByteTokenizer(), make_app(service)
-
-    def save(name, prompt):
-        state = generate(model, [prompt], max_new_tokens=0).state
-        save_state(str(tmp_path / f"{name}.safetensors"), state, model, tokenizer)
-
-    def listed():
-        with mock.patch.object(service.states, "load", wraps=service.states.load) as load:
-            data = call(app, "GET", "/v1/states")[1]["data"]
-        return {state["id"]: state["text"] for state in data}, load.call_count
-
-    for name in "abc":
-        save(name, [97])
-    (tmp_path / "corrupt.safetensors").write_bytes(b"")
-    assert listed() == ({"a": "a", "b": "a", "c": "a"}, 4)
-    assert listed() == ({"a": "a", "b": "a", "c": "a"}, 0)
-    save("b", [98])
-    (tmp_path / "c.safetensors").unlink()
-    assert listed() == ({"a": "a", "b": "b"}, 1)
-    service.states = service.states.with_model(LanguageModel(model.config, rngs=nnx.Rngs(1)))
-    assert listed() == ({}, 3)

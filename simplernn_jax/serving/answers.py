@@ -11,7 +11,7 @@ from simplernn_jax.serving.jobs import Event, Failed, Job, Prefilled, event_byte
 from simplernn_jax.serving.metrics import Latency, Metrics
 from simplernn_jax.serving.requests import RequestError
 
-MAX_UNREAD_BYTES = 1 << 16
+MAX_UNREAD_BYTES = 1 << 17
 """Bytes of events of a request beyond which it pauses until its client has read some of them."""
 MAX_BATCH_BYTES = 1 << 14
 """Bytes of events from which no more of them are handled together."""

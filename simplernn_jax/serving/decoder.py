@@ -29,7 +29,7 @@ FIRST_BLOCK = 2
 """Tokens of the block that gives a stream its first ones."""
 EVENT_SECONDS = 20e-3
 """Minimum time between two events of a sequence, except before its last: each costs a frame."""
-UNREAD_SECONDS = 30.0
+UNREAD_SECONDS = 20.0
 """Time after which a job that pauses is ended if others wait for its slots."""
 
 
@@ -48,10 +48,6 @@ class _Choice:
     @property
     def is_cancelled(self) -> bool:
         return self.job.is_cancelled or self.index in self.job.cancelled_choices
-
-    @property
-    def is_running(self) -> bool:
-        return self.job.unread_since is None
 
     def take(self, reason: str | None) -> NewTokens:
         """Make the event of the tokens that none has reported."""
@@ -158,7 +154,7 @@ class Decoder:
             self._collect(previous)  # prefill would compete with the block
             previous = None
         self._admit()
-        running = [choice if choice and choice.is_running else None for choice in self._choices]
+        running = [c if c and c.job.unread_since is None else None for c in self._choices]
         is_first = any(choice is not None and not choice.num_tokens for choice in running)
         block = self._dispatch(running, is_first) if any(running) else None
         if previous:

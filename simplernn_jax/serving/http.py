@@ -62,7 +62,7 @@ async def read_body(request: Request) -> bytes:
                     state.incomplete_bytes += size - counted
                     counted = size
                     if state.incomplete_bytes > MAX_INCOMPLETE_BYTES:
-                        raise RequestError("other requests are too long; try again", status=503)
+                        raise RequestError("other bodies take all room; try again", status=503)
     except TimeoutError as error:
         raise RequestError("the body did not arrive in time", status=408) from error
     finally:
@@ -71,7 +71,7 @@ async def read_body(request: Request) -> bytes:
 
 
 async def read_json(request: Request, kind: type[Body]) -> tuple[Body, int]:
-    """Read a body as `parse` does, and return it with its size; other requests are answered."""
+    """Read and `parse` a body, in a thread if it is long, and return it with its size."""
     content = await read_body(request)
     return await in_thread_if_long(len(content) // 16, parse, kind, content), len(content)
 
@@ -114,8 +114,7 @@ def counted(service: Service, handler: Handler) -> Handler:
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it
         except Exception:
-            path = excerpt(request.scope["path"])
-            logging.exception("%s %r failed", request.method, path)
+            logging.exception("%s %r failed", request.method, excerpt(request.scope["path"]))
             response = error_response(RequestError("the server failed", status=500))
         path = request.scope["route"].path
         service.metrics.requests.labels(path, str(response.status_code)).inc()

@@ -28,7 +28,7 @@ from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.service import Reload, Service
 from simplernn_jax.serving.states import StateFolder
 
-MAX_UNSENT_BYTES = 1 << 16
+MAX_UNSENT_BYTES = 1 << 14
 """Bytes that the system keeps for a connection beyond what it may send to the client."""
 UNREAD_MILLISECONDS = 300_000
 """Time after which a connection ends whose client does not read what was sent."""

@@ -1,7 +1,6 @@
 """Routes of named states."""
 
 import asyncio
-from typing import Any
 
 from msgspec import UNSET
 from starlette.requests import Request
@@ -17,36 +16,25 @@ from simplernn_jax.serving.http import (
 )
 from simplernn_jax.serving.requests import ForkRequest, RequestError, StateRequest, parse
 from simplernn_jax.serving.service import Service
-from simplernn_jax.serving.states import StateFolder
 
 
 def state_routes(service: Service) -> list[Route]:
     """Make the routes below ``/v1/states``."""
     listing = asyncio.Lock()  # a list reads every file: several at a time would take all threads
 
-    listed: dict[Any, Any] = {}
-    """Descriptions of the versions of files that were listed last."""
-
-    def describe(states: StateFolder, name: str) -> Any:
-        try:
-            return service.describe_state(states.load(name))
-        except RequestError as error:
-            if error.status == 503:
-                raise
-            return None  # corrupted, deleted or of another model
-
-    def list_files() -> Response:
-        nonlocal listed
-        states, before, listed = service.states, listed, {}
-        for name in states.names():
-            version = states, name, states.version(name)
-            listed[version] = before[version] if version in before else describe(states, name)
-        data = [description for description in listed.values() if description is not None]
-        return json_response({"object": "list", "data": data})
-
     async def list_states(request: Request) -> Response:
+        def described() -> Response:
+            states = []
+            for name in service.states.names():
+                try:
+                    states.append(service.describe_state(service.states.load(name)))
+                except RequestError as error:  # corrupted, deleted or of another model
+                    if error.status == 503:
+                        raise
+            return json_response({"object": "list", "data": states})
+
         async with listing:
-            return await asyncio.to_thread(list_files)
+            return await asyncio.to_thread(described)
 
     async def make_state(request: Request) -> Response:
         body, size = await read_json(request, StateRequest)

@@ -75,14 +75,6 @@ class StateFolder:
         stems = [name.removesuffix(_SUFFIX) for name in files]
         return sorted(name for name in stems if re.fullmatch(NAME_PATTERN, name))
 
-    def version(self, name: str) -> tuple[int, ...] | None:
-        """Return what changes if a file is written anew; None without one."""
-        try:
-            found = os.stat(self._path(name), follow_symlinks=False)
-        except OSError:
-            return None
-        return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
     def read(self, name: str) -> bytes:
         """Read a file, no link; raises `RequestError`: 404 without one, 400 for a wrong name."""
         try:

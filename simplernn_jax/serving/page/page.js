@@ -146,19 +146,9 @@ function newConversation() {
   $("prompt").focus();
 }
 
-function conversationName() {
-  return "conversation with " + $("model").textContent;
-}
-
-// A reload of the page shows it again.
+// For a reload of the page.
 function keepConversation() {
-  sessionStorage.setItem(conversationName(), JSON.stringify(messages));
-}
-
-function restoreConversation() {
-  messages = JSON.parse(sessionStorage.getItem(conversationName()) ?? "[]");
-  $("conversation").replaceChildren();
-  messages.forEach(addMessage);
+  sessionStorage.setItem($("model").textContent, JSON.stringify(messages));
 }
 
 function addMessage(message) {
@@ -286,7 +276,8 @@ async function connect() {
   $("modes").hidden = !info.chat_template;
   if (info.chat_template) {
     setMode(true);
-    restoreConversation();
+    messages = JSON.parse(sessionStorage.getItem(data[0].id) ?? "[]");
+    $("conversation").replaceChildren(...messages.map(addMessage));
   }
   await listStates();
 }
