@@ -62,9 +62,7 @@ def state_shapes(model: LanguageModel, batch_size: int) -> DecoderState:
 
 
 @functools.lru_cache(maxsize=8)
-def _shapes(
-    model: "weakref.ref[LanguageModel]", batch_size: int, default_dtype: Any
-) -> DecoderState:
+def _shapes(model: weakref.ref[LanguageModel], batch_size: int, floats: Any) -> DecoderState:
     live = model()
     assert live is not None
     return jax.eval_shape(lambda: empty_state(live, batch_size))
@@ -79,12 +77,11 @@ def check_state(model: LanguageModel, state: DecoderState, where: str = "state")
     """Check `state` against the arrays of `model`; raises `UserError`, beginning with `where`."""
     _check_is_state(state, where)
     needed = state_shapes(model, np.size(state.position))
-    ours, theirs = ([*map(_form, jax.tree.leaves(tree))] for tree in (needed, state))
+    ours, theirs = (", ".join(map(_described, jax.tree.leaves(tree))) for tree in (needed, state))
     structure: Any = jax.tree.structure(needed)
     if ours != theirs or structure != jax.tree.structure(state):
         raise UserError(
-            f"{where}: its arrays are {_described(theirs)} and this model's {_described(ours)}; "
-            "use the model that made it"
+            f"{where}: its arrays are {theirs} and this model's {ours}; use the model that made it"
         )
 
 
@@ -95,12 +92,8 @@ def _check_is_state(state: Any, where: str) -> None:
         )
 
 
-def _form(leaf: Any) -> tuple[Any, Any]:
-    return getattr(leaf, "dtype", type(leaf).__name__), np.shape(leaf)
-
-
-def _described(forms: list[Any]) -> str:
-    return ", ".join(f"{dtype}{[*shape]}" for dtype, shape in forms)
+def _described(leaf: Any) -> str:
+    return f"{getattr(leaf, 'dtype', type(leaf).__name__)}{list(np.shape(leaf))}"
 
 
 @functools.partial(jax.jit, static_argnames="n")
