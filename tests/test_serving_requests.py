@@ -11,6 +11,7 @@ import pytest
 from small_runs import small_model
 from starlette.requests import Request
 
+from simplernn_jax.data.chat_template import TemplateError
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.serving import app as app_module
 from simplernn_jax.serving.app import make_app
@@ -45,8 +46,12 @@ def service(model, tmp_path):
     return Service(engine, ByteTokenizer(), model.config.vocab_size, "base", states, None, never)
 
 
-def call(app, method, path, body=b"", **headers):
-    """Return the status and the body of the response."""
+def call(*request, **headers):
+    """Return the status and the body of the response to a request, as `answer_of` does."""
+    return asyncio.run(answer_of(*request, **headers))
+
+
+async def answer_of(app, method, path, body=b"", **headers):
     sent = []
 
     async def receive():
@@ -63,7 +68,7 @@ def call(app, method, path, body=b"", **headers):
         "query_string": b"",
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
     }
-    asyncio.run(app(scope, receive, send))
+    await app(scope, receive, send)
     content = b"".join(message.get("body", b"") for message in sent)
     return sent[0]["status"], json.loads(content) if content[:1] == b"{" else content
 
@@ -231,6 +236,29 @@ def test_a_long_body_is_parsed_while_others_are_answered():
         others_ran.set()
         body, size = await reading
         assert (body.prompt, size) == ("a" * 100_000, len(content))
+
+    asyncio.run(run())
+
+
+def test_a_template_is_rendered_while_others_are_answered(service):
+    started, others_ran = threading.Event(), threading.Event()
+
+    def render(messages, add_generation_prompt):
+        started.set()
+        assert others_ran.wait(60)
+        raise TemplateError("it took too long")
+
+    service.template, service.status = mock.Mock(render=render), "ready"
+    app, body = make_app(service), b'{"messages": [{"role": "user", "content": "a"}]}'
+
+    async def run():
+        asking = asyncio.create_task(answer_of(app, "POST", "/v1/chat/completions", body))
+        while not started.is_set():
+            await asyncio.sleep(0.001)
+        assert (await answer_of(app, "GET", "/health"))[0] == 200
+        others_ran.set()
+        status, answer = await asking
+        assert (status, answer["error"]["message"]) == (400, "messages: it took too long")
 
     asyncio.run(run())
 

@@ -65,6 +65,7 @@ class Answer:
         self._of_job = {result.job: number for number, result in enumerate(results)}
         self._num_left = len(results)
         self._unread_bytes = 0
+        """Estimated memory of the events that the client has not read."""
         for result in results:
             result.job.deliver = self._deliver
 

@@ -30,7 +30,7 @@ FIRST_BLOCK = 2
 EVENT_SECONDS = 20e-3
 """Minimum time between two events of a sequence, except before its last: each costs a frame."""
 UNREAD_SECONDS = 20.0
-"""Time after which a job that pauses is ended if others wait for its slots."""
+"""Time without a read after which a job that pauses ends if prompts wait."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -203,7 +203,7 @@ class Decoder:
             since = job.unread_since  # which another thread sets
             if since is not None and time.monotonic() - since > UNREAD_SECONDS:
                 job.is_cancelled = True
-                self._events.append((job, Failed("the client does not read, and others wait")))
+                self._events.append((job, Failed("the client did not read, and others wait")))
 
     def _free_cancelled(self) -> None:
         for slot, choice in enumerate(self._choices):

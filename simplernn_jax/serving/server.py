@@ -169,7 +169,7 @@ def serve(
         h11_max_incomplete_event_size=4 * MAX_HEADER_BYTES,
         proxy_headers=False,
         limit_concurrency=max_connections + 1,  # uvicorn refuses the last one
-        log_level="error",  # not a line for each request that is no HTTP
+        log_level="error",  # or each request that is not HTTP would write a line
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=int(drain_timeout) + 5,
