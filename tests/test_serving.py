@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import re
 import signal
 import socket
 import time
@@ -275,16 +276,28 @@ def wait_until_idle(server):
         time.sleep(0.01)
 
 
-def test_a_client_that_does_not_read_ends_its_request_alone(server):
-    fields = {"prompt": "a", "max_tokens": 10**6, "ignore_eos": True, "stream": True}
-    # More choices than slots: while some wait, events are shorter and soon fill the queue.
-    with server.post(**fields, n=10, logprobs=1) as connection:
-        wait_until_idle(server)  # and answers others meanwhile
-        connection.settimeout(30)
-        answer = b""
-        while b"too slowly, or not at all" not in answer[-1000:]:
-            answer += connection.recv(1 << 20)
-    assert answer.count(b"data: ") > 1000
+def test_a_client_that_does_not_read_pauses_its_request_and_loses_nothing(server):
+    fields = {"max_tokens": 30_000, "ignore_eos": True, "seed": 1, "logprobs": 5}
+
+    def num_tokens():
+        text = server.send("GET", "/metrics")[2].decode()
+        return float(re.search("^simplernn_new_tokens (.*)$", text, re.MULTILINE)[1])
+
+    with server.post(prompt="a", stream=True, **fields) as connection:
+        before = -1.0
+        while before != (before := num_tokens()):
+            time.sleep(0.5)
+        assert server.send("GET", "/slots")[2]["active"] == 1
+        expected = server.complete("a", **fields)["choices"][0]  # in another slot
+        connection.settimeout(60)
+        content = b""
+        while not content.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+            content += connection.recv(1 << 20)
+    frames = re.findall(rb"^data: (\{.*\})$", content, re.MULTILINE)
+    choices = [json.loads(frame)["choices"][0] for frame in frames]
+    assert "".join(choice["text"] for choice in choices) == expected["text"]
+    values = [value for choice in choices for value in choice["logprobs"]["token_logprobs"]]
+    assert values == expected["logprobs"]["token_logprobs"]
 
 
 def test_a_client_that_leaves_ends_the_prefill_of_its_state(server):
@@ -369,6 +382,9 @@ def test_key_drain_and_reload(workdir, tmp_path):
         assert server.send("POST", "/v1/states", {"prompt": "ab", "name": "s"}, **key)[0] == 201
         assert server.send("POST", "/admin/reload", **key)[2] == {"reloaded": False}
         body = {"prompt": "a", "max_tokens": 3000, "seed": 1, "ignore_eos": True}
+        with socket.create_connection(server.url.removeprefix("http://").split(":")) as garbage:
+            garbage.sendall(b"\0\r\n\r\n")
+            assert garbage.recv(100).startswith(b"HTTP/1.1 400")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             running = pool.submit(server.send, "POST", "/v1/completions", body, **key)
             while server.send("GET", "/slots", **key)[2]["active"] == 0:
@@ -376,6 +392,7 @@ def test_key_drain_and_reload(workdir, tmp_path):
             code, errors = server.stop(signal.SIGTERM)
             status, _, answer = running.result()
         assert (code, status, answer["usage"]["completion_tokens"]) == (0, 200, 3000), errors
+        assert "Invalid" not in errors  # garbage fills no log
     with serving(workdir, *flags, "--max_connections=2") as server:
         body = {"prompt": "b", "state": "s", "max_tokens": 3}
         assert server.send("POST", "/v1/completions", body, **key)[0] == 200

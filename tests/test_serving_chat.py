@@ -91,7 +91,7 @@ def test_a_conversation_continues_a_state(server):
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"max_tokens": 3}, "max_tokens"),
-        ({"tools": []}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools"),
     ],
 )
 def test_bad_requests(server, fields, param):

@@ -92,8 +92,8 @@ def test_continuing_a_state_ends_the_stream_of_another(page, server):
 def test_a_new_conversation_has_nothing_of_the_answer_before(page):
     page.get_by_text("Settings").click()
     page.get_by_label("New tokens").fill("100000")
-    page.get_by_label("Prompt").fill("hi")
-    page.get_by_role("button", name="Generate").click()
+    page.get_by_label("Message").fill("hi")
+    page.get_by_role("button", name="Send").click()
     page.locator(".message.assistant").wait_for(state="attached")
     page.get_by_role("button", name="New conversation").click()
     page.locator("#generate:enabled").wait_for()
@@ -130,19 +130,34 @@ def test_chat(page):
     page.get_by_text("Settings").click()
     page.get_by_label("New tokens").fill("20")
     for count, question in enumerate(("hi", "more"), 1):
-        page.get_by_label("Prompt").fill(question)
-        page.get_by_label("Prompt").press("Control+Enter")
+        page.get_by_label("Message").fill(question[0])
+        page.get_by_label("Message").press("Shift+Enter")
+        page.get_by_label("Message").press_sequentially(question[1:])
+        page.get_by_label("Message").press("Enter")
         page.locator(".message.assistant").nth(count - 1).wait_for()
         page.locator("#generate:enabled").wait_for()
-    assert page.locator(".message.user").all_text_contents() == ["hi", "more"]
-    assert page.locator(".message.assistant").count() == 2
+    said = page.locator(".message").all_text_contents()
+    assert (len(said), said[0], said[2]) == (4, "h\ni", "m\nore")
+    page.reload()
+    page.locator(".message.assistant").nth(1).wait_for()
+    assert page.locator(".message").all_text_contents() == said
+    assert page.evaluate("messages.map((message) => message.role).join()") == (
+        "user,assistant,user,assistant"
+    )
     assert page.locator("#after").is_hidden()
-    page.get_by_label("Prompt").fill("\x01")
-    page.get_by_role("button", name="Generate").click()
+    page.get_by_label("Message").fill("\x01")
+    page.get_by_role("button", name="Send").click()
     page.get_by_role("alert").get_by_text("control characters").wait_for()
     assert page.locator(".message").count() == 4
     page.get_by_role("button", name="New conversation").click()
     assert page.locator(".message").count() == 0
+    page.get_by_label("Message").press("Enter")  # there is nothing to send
+    page.reload()
+    page.get_by_role("button", name="Send").wait_for()
+    assert page.locator(".message").count() == 0
+    page.get_by_role("tab", name="Text").click()
+    assert page.get_by_label("Prompt").is_visible()
+    assert page.get_by_role("button", name="Generate").is_visible()
 
 
 MARKUP = "<script>document.title = 'run'</script><img src=x onerror=\"document.title='run'\">"
@@ -165,8 +180,8 @@ def test_markup_stays_text(page):
     frame = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
     page.route("**/v1/chat/completions", lambda route: route.fulfill(body=frame))
     page.get_by_role("tab", name="Chat").click()
-    page.get_by_label("Prompt").fill(MARKUP)
-    page.get_by_role("button", name="Generate").click()
+    page.get_by_label("Message").fill(MARKUP)
+    page.get_by_role("button", name="Send").click()
     page.locator(".message.assistant").get_by_text(MARKUP).wait_for()
     assert page.locator("#conversation script, #conversation img, #text script").count() == 0
     assert page.title() == "simplernn_jax"

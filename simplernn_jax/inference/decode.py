@@ -32,6 +32,7 @@ from simplernn_jax.inference.state import (
     check_state,
     empty_state,
     state_bytes,
+    state_shapes,
 )
 from simplernn_jax.models import LanguageModel
 
@@ -147,8 +148,7 @@ def _initial_state(model: LanguageModel, prompts: list[np.ndarray]) -> DecoderSt
     for prompt in prompts:
         streams.append(seen[prompt.tobytes()])
         seen[prompt.tobytes()] += 1
-    of_one = jax.eval_shape(lambda: empty_state(model, 1))
-    num_bytes = len(prompts) * state_bytes(of_one)
+    num_bytes = len(prompts) * state_bytes(state_shapes(model, 1))
     check_memory(num_bytes, f"{len(prompts)} prompts", "pass fewer at a time")
     state = empty_state(model, len(prompts))
     return dataclasses.replace(state, stream=jnp.asarray(streams, jnp.int32))

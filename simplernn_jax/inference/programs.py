@@ -104,23 +104,17 @@ def next_logits(
     architecture: Architecture,
     weights: Any,
     tokens: Int[Array, "B"],
-    is_active: Bool[Array, "B"] | None,
+    is_active: Bool[Array, "B"],
     logits: Float[Array, "B vocab"],
     layers: ModelState,
 ) -> tuple[Float[Array, "B vocab"], ModelState]:
-    """Compute the logits and states after `tokens`; those of inactive sequences stay as they are.
-
-    `is_active` None is all sequences; not for models that are decoded natively.
-    """
+    """Compute the logits and states after `tokens`; those of inactive sequences do not change."""
     if architecture.decodes_natively:
-        assert is_active is not None
         num_tokens = is_active.astype(jnp.int32)
         logits, _, layers = decode_tokens(weights, tokens[:, None], num_tokens, logits, layers)
         return logits, layers
     model = architecture.merge(weights)
     new, new_layers = model(tokens[:, None], layers)
-    if is_active is None:
-        return new[:, 0], new_layers
     new_layers = model.select_states(~is_active, layers, new_layers)
     return select_sequences(is_active, new[:, 0], logits), new_layers
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import weakref
 from typing import Any
 
 import jax
@@ -55,6 +56,18 @@ def empty_state(model: LanguageModel, batch_size: int) -> DecoderState:
     )
 
 
+def state_shapes(model: LanguageModel, batch_size: int) -> DecoderState:
+    """Return the shapes and dtypes of `empty_state`, traced once for each model and batch size."""
+    return _shapes(weakref.ref(model), batch_size, jnp.result_type(float))
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(model: weakref.ref[LanguageModel], batch_size: int, floats: Any) -> DecoderState:
+    live = model()
+    assert live is not None
+    return jax.eval_shape(lambda: empty_state(live, batch_size))
+
+
 def state_bytes(state: DecoderState) -> int:
     """Count the bytes of all arrays or shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
@@ -63,7 +76,7 @@ def state_bytes(state: DecoderState) -> int:
 def check_state(model: LanguageModel, state: DecoderState, where: str = "state") -> None:
     """Check `state` against the arrays of `model`; raises `UserError`, beginning with `where`."""
     _check_is_state(state, where)
-    needed = jax.eval_shape(lambda: empty_state(model, np.size(state.position)))
+    needed = state_shapes(model, np.size(state.position))
     ours, theirs = (", ".join(map(_described, jax.tree.leaves(tree))) for tree in (needed, state))
     structure: Any = jax.tree.structure(needed)
     if ours != theirs or structure != jax.tree.structure(state):

@@ -21,7 +21,7 @@ from simplernn_jax.devices import check_memory
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import open_file, sha256_hex, write_file
 from simplernn_jax.inference.arguments import check_model, check_tokenizer, checked_path
-from simplernn_jax.inference.state import DecoderState, check_state, empty_state
+from simplernn_jax.inference.state import DecoderState, check_state, state_shapes
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.safetensors_bytes import decode_metadata, decode_safetensors, digest_of
@@ -118,7 +118,7 @@ def decode_state(
                 f"{where}: the state is of another {name}; use the one that it was saved with (of "
                 "another checkpoint of the run: --checkpoint=STEP), or prefill its text again"
             )
-    structure = jax.eval_shape(lambda: empty_state(model, 1))
+    structure = state_shapes(model, 1)
     names = named_leaves(structure)
     if arrays.keys() != names.keys():
         raise UserError(f"{where}: holds other arrays than a state; {_ADVICE}")

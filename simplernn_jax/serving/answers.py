@@ -1,24 +1,20 @@
 """Answers to requests as they grow: from the engine's events to text."""
 
 import asyncio
-import contextlib
 import dataclasses
-import math
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 from simplernn_jax.serving.choice_text import ChoiceText, Piece, TokenEntry
-from simplernn_jax.serving.jobs import Event, Failed, Job, Prefilled
+from simplernn_jax.serving.jobs import Event, Failed, Job, Prefilled, event_bytes
 from simplernn_jax.serving.metrics import Latency, Metrics
 from simplernn_jax.serving.requests import RequestError
 
-MAX_BACKLOG = 1024
-"""Events of a request that may come while the client does not read a frame; more for many choices,
-of which a step of the engine can give one each."""
-_MAX_QUEUED = 16
-"""Events that may be queued while a client reads, but too slowly, as a multiple of that."""
-MAX_EVENTS = 64
-"""Events that are handled at a time."""
+MAX_UNREAD_BYTES = 1 << 17
+"""Bytes of events of a request beyond which it pauses until its client has read some of them."""
+MAX_BATCH_BYTES = 1 << 14
+"""Bytes of events from which no more of them are handled together."""
 LONG = 4096
 """Characters or tokens from which work is done in a thread: some ten milliseconds."""
 
@@ -68,30 +64,22 @@ class Answer:
         self._queue: asyncio.Queue[tuple[Job, Event]] = asyncio.Queue()
         self._of_job = {result.job: number for number, result in enumerate(results)}
         self._num_left = len(results)
-        self._max_backlog = max(MAX_BACKLOG, 16 * sum(len(r.choices) for r in results))
-        self._limit = math.inf
-        """Events that may be queued."""
-        self._is_overrun = False
+        self._unread_bytes = 0
+        """Estimated memory of the events that the client has not read."""
         for result in results:
             result.job.deliver = self._deliver
 
     def _deliver(self, job: Job, event: Event) -> None:
-        """Queue an event; a client that does not read what is generated ends its request."""
-        if self._is_overrun:
-            return
-        if self._queue.qsize() >= self._limit:
-            self._is_overrun = True
-            self.cancel()
-            event = Failed("the client reads the stream too slowly, or not at all")
         self._queue.put_nowait((job, event))
+        self._unread_bytes += event_bytes(event)
+        if self._unread_bytes > MAX_UNREAD_BYTES and job.unread_since is None:
+            self._pace()
 
-    @contextlib.contextmanager
-    def sending(self) -> Iterator[None]:
-        """Limit the events that come while a frame waits until the client reads it."""
-        queued = self._queue.qsize()  # while the frame was made
-        self._limit = min(queued + self._max_backlog, _MAX_QUEUED * self._max_backlog)
-        yield
-        self._limit = math.inf
+    def _pace(self) -> None:
+        """Let the jobs pause while the client has too much to read."""
+        since = time.monotonic() if self._unread_bytes > MAX_UNREAD_BYTES else None
+        for result in self.results:
+            result.job.unread_since = since
 
     def submit(self) -> None:
         """Queue the jobs; raises what `Service.submit` does."""
@@ -108,13 +96,18 @@ class Answer:
         return not self._num_left
 
     async def updates(self) -> AsyncIterator[list[Update]]:
-        """Yield what the events add, as lists; `RequestError` if the engine fails or stops."""
+        """Yield what the events add, as lists; `RequestError` if the engine fails or stops.
+
+        Events count as read once the next ones are asked for.
+        """
         while self._num_left:
             if not self._queue.empty():
                 await asyncio.sleep(0)  # neither a full queue nor a free socket lets others run
             events = [await self._queue.get()]
-            while not self._queue.empty() and len(events) < MAX_EVENTS:
+            num_bytes = event_bytes(events[0][1])
+            while not self._queue.empty() and num_bytes < MAX_BATCH_BYTES:
                 events.append(self._queue.get_nowait())
+                num_bytes += event_bytes(events[-1][1])
             updates: list[Update] = []
             failure = None
             for job, event in events:
@@ -127,6 +120,8 @@ class Answer:
                 yield updates
             if failure is not None:
                 raise failure
+            self._unread_bytes -= num_bytes
+            self._pace()
 
     async def prefilled(self) -> Prefilled:
         """Wait for the end of a single job that only prefills; raises what `updates` does."""

@@ -1,6 +1,5 @@
 """The HTTP application: all routes, and the page."""
 
-import asyncio
 import importlib.resources
 
 from starlette.applications import Starlette
@@ -11,9 +10,9 @@ from starlette.routing import Route
 
 from simplernn_jax.serving.answers import in_thread_if_long
 from simplernn_jax.serving.completion_routes import completion_routes
-from simplernn_jax.serving.http import counted, http_exception, json_response, read_body
+from simplernn_jax.serving.http import counted, http_exception, json_response, read_json
 from simplernn_jax.serving.openapi import openapi_document
-from simplernn_jax.serving.requests import DetokenizeRequest, TokenizeRequest, parse
+from simplernn_jax.serving.requests import DetokenizeRequest, TokenizeRequest
 from simplernn_jax.serving.service import Service
 from simplernn_jax.serving.state_routes import state_routes
 
@@ -24,6 +23,8 @@ PAGE_FILES = {
     "/page.css": ("page.css", "text/css"),
 }
 """Name and media type of the page's files by path."""
+PAGE_CONTENT = {path: (PAGE / name).read_bytes() for path, (name, _) in PAGE_FILES.items()}
+"""Content of the files, which another installation may replace while the server runs."""
 
 
 def make_app(service: Service) -> Starlette:
@@ -37,6 +38,7 @@ def make_app(service: Service) -> Starlette:
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: http_exception})
     app.router.redirect_slashes = False
+    app.state.incomplete_bytes = 0
     return app
 
 
@@ -58,22 +60,27 @@ def tokenizer_routes(service: Service) -> list[Route]:
         return json_response(description)
 
     async def tokenize(request: Request) -> Response:
-        body = parse(TokenizeRequest, await read_body(request))
+        body, size = await read_json(request, TokenizeRequest)
         service.check_model(body.model)
-        size = len(body.prompt)
-        ids = (await in_thread_if_long(size, service.inputs.encode, body.prompt)).tolist()
-        if body.add_special_tokens:
-            ids = [service.tokenizer.bos_id, *ids]
-        names = [service.names.names[i] for i in ids] if body.return_token_strs else None
-        return json_response({"count": len(ids), "tokens": ids, "token_strs": names})
+
+        def encoded() -> Response:
+            ids = service.inputs.encode(body.prompt).tolist()
+            if body.add_special_tokens:
+                ids = [service.tokenizer.bos_id, *ids]
+            names = [service.names.names[i] for i in ids] if body.return_token_strs else None
+            return json_response({"count": len(ids), "tokens": ids, "token_strs": names})
+
+        return await in_thread_if_long(size, encoded)
 
     async def detokenize(request: Request) -> Response:
-        body = parse(DetokenizeRequest, await read_body(request))
+        body, size = await read_json(request, DetokenizeRequest)
         service.check_model(body.model)
-        service.inputs.check_ids("tokens", body.tokens)
-        ids = body.tokens
-        text = await in_thread_if_long(len(ids), service.tokenizer.decode, ids)
-        return json_response({"prompt": text})
+
+        def decoded() -> Response:
+            service.inputs.check_ids("tokens", body.tokens)
+            return json_response({"prompt": service.tokenizer.decode(body.tokens)})
+
+        return await in_thread_if_long(size, decoded)
 
     async def tokenizer_info(request: Request) -> Response:
         tokenizer = service.tokenizer
@@ -137,8 +144,7 @@ def operation_routes(service: Service) -> list[Route]:
 
 async def page_file(request: Request) -> Response:
     """Serve a file of the page."""
-    name, kind = PAGE_FILES[request.scope["path"]]
-    content = await asyncio.to_thread((PAGE / name).read_bytes)
+    path = request.scope["path"]
     policy = {
         "Content-Security-Policy": (
             "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
@@ -146,4 +152,4 @@ async def page_file(request: Request) -> Response:
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
     }
-    return Response(content, 200, policy, f"{kind}; charset=utf-8")
+    return Response(PAGE_CONTENT[path], 200, policy, f"{PAGE_FILES[path][1]}; charset=utf-8")

@@ -8,13 +8,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from simplernn_jax.serving.answers import Answer, Update, in_thread_if_long
+from simplernn_jax.serving.answers import LONG, Answer, Update, in_thread_if_long
 from simplernn_jax.serving.choice_text import Piece
 from simplernn_jax.serving.http import (
     EventStream,
     counted,
     json_response,
-    read_body,
+    read_json,
     unless_disconnected,
 )
 from simplernn_jax.serving.requests import (
@@ -22,7 +22,6 @@ from simplernn_jax.serving.requests import (
     CompletionRequest,
     RequestError,
     SamplingFields,
-    parse,
 )
 from simplernn_jax.serving.responses import ChatCompletion, Completion, error_body, usage
 from simplernn_jax.serving.service import Service
@@ -44,11 +43,11 @@ def completion_routes(service: Service) -> list[Route]:
         form_of: type[Completion],
     ) -> Response:
         service.check_room()
-        content = await read_body(request)
-        body = parse(body_of, content)
+        body, size = await read_json(request, body_of)
         service.check_model(body.model)
         start = await service.load_state(body.state)
-        size = len(content) * (body.n or 1)
+        # A template may take long to render whatever it is given.
+        size = LONG + 1 if body_of is ChatRequest else size * (body.n or 1)
         answer = await service.make_answer(make_answer, body, start, size)
         form = form_of(service)
         has_logprobs = answer.results[0].choices[0].num_logprobs is not None
@@ -131,8 +130,7 @@ async def stream(
                     frames.append(sse_frame(form.frame([], usage=usage(answer.results))))
                 frames.append(b"data: [DONE]\n\n")
             if frames:
-                with answer.sending():
-                    yield b"".join(frames)
+                yield b"".join(frames)
     except RequestError as error:
         yield sse_frame(error_body(error.message, error.status, error.param, error.code))
     finally:

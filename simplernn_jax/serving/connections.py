@@ -96,8 +96,8 @@ class Gate:
         size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
         if size + len(scope["raw_path"]) + len(scope["query_string"]) > MAX_HEADER_BYTES:
             status, message = 431, f"the headers have over {MAX_HEADER_BYTES:,} bytes"
-        elif not self._is_known_site(headers):
-            status, message = 403, "a request for another host, or from a page of another one"
+        elif reason := self._foreign_site(headers):
+            status, message = 403, reason
         elif scope["path"] not in OPEN_PATHS and not self._is_admitted(headers):
             status, message = 401, "no valid API key: send it as 'Authorization: Bearer KEY'"
         else:
@@ -107,14 +107,16 @@ class Gate:
         response = json_response(error_body(message, status), status, {"Connection": "close"})
         await response(scope, receive, send)
 
-    def _is_known_site(self, headers: dict[bytes, bytes]) -> bool:
-        """Check Host, and that pages of other origins have a key or are allowed."""
+    def _foreign_site(self, headers: dict[bytes, bytes]) -> str | None:
+        """Return why Host or Origin is rejected; pages of other origins need a key or the flag."""
         host = headers.get(b"host", b"").decode("latin-1")
         if self._hosts is not None and re.sub(r":\d*$", "", host) not in self._hosts:
-            return False
+            return f"Host {host!r} does not name this machine; start the server with --api_key_file"
         origin = headers.get(b"origin", b"").decode("latin-1")
         is_own = not origin or origin.partition("://")[2] == host
-        return is_own or self._key is not None or self._origin in (origin, "*")
+        if is_own or self._key is not None or self._origin in (origin, "*"):
+            return None
+        return f"a page of {origin!r} is not allowed; start the server with --allow_origin={origin}"
 
     def _is_admitted(self, headers: dict[bytes, bytes]) -> bool:
         if self._key is None:

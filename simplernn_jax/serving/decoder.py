@@ -29,6 +29,8 @@ FIRST_BLOCK = 2
 """Tokens of the block that gives a stream its first ones."""
 EVENT_SECONDS = 20e-3
 """Minimum time between two events of a sequence, except before its last: each costs a frame."""
+UNREAD_SECONDS = 20.0
+"""Time without a read after which a job that pauses ends if prompts wait."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -62,12 +64,12 @@ class _Dispatched(NamedTuple):
     block: Block
     with_logprobs: bool
     choices: list[_Choice | None]
-    """Choices of all slots."""
+    """Choices of all slots that it computes."""
     time: float
     """Monotonic seconds at its dispatch."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Ready:
     """A prefilled job whose choices wait for slots."""
 
@@ -105,6 +107,8 @@ class Decoder:
         self._token_seconds = LONG_SECONDS
         """Seconds per token of all slots in the last block."""
         self._events: list[tuple[Job, Event]] = []
+        self.is_stalled = False
+        """True if the last step found nothing to do."""
         self._live: dict[Job, None] = {}
         """Jobs that the step under way may end, or has ended, without their events being known."""
 
@@ -137,11 +141,12 @@ class Decoder:
         nothing = _Ready(Job(np.zeros(0, np.int32), Sampling()), self._zero, no_logits)
         self._insert([(len(self._choices), nothing, 0)])
         yield f"decoding in {len(self._choices)} slots"
-        self._dispatch(is_first=False)
+        self._dispatch(self._choices, is_first=False)
 
     def step(self) -> list[tuple[Job, Event]]:
         """Prefill a little, decode a block, and return its events."""
         self._events = []
+        self._fail_unread()
         self._free_cancelled()
         self._live = self._started_jobs()
         previous, self._in_flight = self._in_flight, None
@@ -149,8 +154,9 @@ class Decoder:
             self._collect(previous)  # prefill would compete with the block
             previous = None
         self._admit()
-        is_first = any(choice is not None and not choice.num_tokens for choice in self._choices)
-        block = self._dispatch(is_first) if self.num_active else None
+        running = [c if c and c.job.unread_since is None else None for c in self._choices]
+        is_first = any(choice is not None and not choice.num_tokens for choice in running)
+        block = self._dispatch(running, is_first) if any(running) else None
         if previous:
             self._collect(previous)
         if block and (is_first or not self._is_crowded):
@@ -159,6 +165,7 @@ class Decoder:
             # The device computes this block while the previous one is handled.
             self._in_flight = block
         self._live = {}
+        self.is_stalled = not (block or self._events or self._prefiller.jobs)
         return self._events
 
     def fail_all(self, failed: Failed) -> list[tuple[Job, Event]]:
@@ -189,6 +196,15 @@ class Decoder:
         """Drop cancelled jobs that wait; no other thread may submit jobs meanwhile."""
         self.waiting = deque(job for job in self.waiting if not job.is_cancelled)
 
+    def _fail_unread(self) -> None:
+        """End jobs that have paused for too long while others wait."""
+        jobs = self._started_jobs() if self.num_waiting else {}
+        for job in jobs:
+            since = job.unread_since  # which another thread sets
+            if since is not None and time.monotonic() - since > UNREAD_SECONDS:
+                job.is_cancelled = True
+                self._events.append((job, Failed("the client did not read, and others wait")))
+
     def _free_cancelled(self) -> None:
         for slot, choice in enumerate(self._choices):
             if choice is not None and choice.is_cancelled:
@@ -203,7 +219,7 @@ class Decoder:
             budget *= 8  # more prompts wait than streams are stalled
         while True:
             self._start_choices()
-            if self._ready or budget <= 0:
+            if self._next_ready() or budget <= 0:
                 return
             while self.waiting and len(prefiller.jobs) < MAX_JOBS:
                 job = self.waiting.popleft()
@@ -223,15 +239,18 @@ class Decoder:
         """Insert choices of prefilled jobs into free slots, in order."""
         new: list[tuple[int, _Ready, int]] = []
         for slot, choice in enumerate(self._choices):
-            if self._ready and choice is None:
-                ready = self._ready[0]
+            if choice is None and (ready := self._next_ready()):
                 new.append((slot, ready, ready.num_started))
                 self._choices[slot] = _Choice(ready.job, ready.num_started)
                 ready.num_started += 1
                 if ready.num_started == ready.job.num_choices:
-                    self._ready.popleft()
+                    self._ready.remove(ready)
         for start in range(0, len(new), MAX_JOBS):
             self._insert(new[start : start + MAX_JOBS])
+
+    def _next_ready(self) -> _Ready | None:
+        """Return the first prefilled job that does not pause."""
+        return next((ready for ready in self._ready if ready.job.unread_since is None), None)
 
     def _insert(self, new: list[tuple[int, _Ready, int]]) -> None:
         """Insert up to MAX_JOBS (slot, job, number of its choice)."""
@@ -247,8 +266,9 @@ class Decoder:
             jax.tree.map(lambda *x: np.stack(x), *slots),
         )
 
-    def _dispatch(self, is_first: bool) -> _Dispatched:
-        active = [choice for choice in self._choices if choice is not None]
+    def _dispatch(self, choices: list[_Choice | None], is_first: bool) -> _Dispatched:
+        """Compute a block of the slots that have a choice in `choices`."""
+        active = [choice for choice in choices if choice is not None]
         is_streamed = any(choice.job.is_streamed for choice in active)
         is_short = self.num_waiting or (is_streamed and not self._is_crowded)
         length = round((SHORT_SECONDS if is_short else LONG_SECONDS) / self._token_seconds)
@@ -259,12 +279,12 @@ class Decoder:
         block, self._slots = self._programs.decode(
             self._weights,
             self._slots,
-            np.array([choice is not None for choice in self._choices]),
+            np.array([choice is not None for choice in choices]),
             np.int32(length),
             np.bool_(with_logprobs),
             np.bool_(any(choice.job.sampling.has_penalties for choice in active)),
         )
-        return _Dispatched(block, with_logprobs, list(self._choices), time.monotonic())
+        return _Dispatched(block, with_logprobs, list(choices), time.monotonic())
 
     def _collect(self, dispatched: _Dispatched) -> None:
         """Wait for a block, report its tokens, and free the slots of what has ended."""

@@ -11,6 +11,9 @@ from simplernn_jax.serving.decoder import Decoder
 from simplernn_jax.serving.jobs import Event, Failed, Job, NewTokens
 from simplernn_jax.serving.prefix_cache import PrefixCache
 
+STALL_SECONDS = 0.02
+"""Time between two looks at jobs that all pause."""
+
 
 class QueueFullError(Exception):
     """More jobs wait than the queue holds."""
@@ -23,8 +26,8 @@ class EngineStoppedError(Exception):
 class Engine:
     """Runs a `Decoder` in a thread of its own; all methods may be called from any thread.
 
-    At most `max_waiting` jobs wait for a slot. The engine's thread calls `on_events` with the
-    events of each step, and `on_failure` if it ends by an error.
+    At most `max_waiting` jobs wait for a slot, and as many more as slots are free. The engine's
+    thread calls `on_events` with the events of each step, and `on_failure` if it ends by an error.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class Engine:
         self._decoders = [Decoder(model, num_slots, cache_bytes)]
         self.num_waiting = 0
         """Number of jobs that wait for a slot."""
+        self.room = max_waiting + num_slots
+        """Number of jobs that `submit` takes now."""
         self._is_stopping = False
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -75,10 +80,12 @@ class Engine:
         with self._wake:
             if self._is_stopping:
                 raise EngineStoppedError
-            if self.num_waiting + len(jobs) > self.max_waiting:
+            if len(jobs) > self.room:
                 raise QueueFullError
+            self.room -= len(jobs)
             self.num_waiting += len(jobs)
             self.decoder.waiting.extend(jobs)
+            self.decoder.is_stalled = False
             self._wake.notify()
 
     def make_decoder(self, model: LanguageModel) -> Decoder:
@@ -140,7 +147,11 @@ class Engine:
                 if self._is_stopping and (is_idle or time.monotonic() > self._deadline):
                     break
                 self.num_waiting = sum(decoder.num_waiting for decoder in self._decoders)
+                num_free = self.num_slots - self.decoder.num_active
+                self.room = self.max_waiting + num_free - self.num_waiting
                 if not is_idle:
+                    if all(decoder.is_idle or decoder.is_stalled for decoder in self._decoders):
+                        self._wake.wait(STALL_SECONDS)
                     return True
                 self._wake.wait()
         self._report(self._fail_all("the server is stopping"))

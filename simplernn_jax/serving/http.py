@@ -12,15 +12,21 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from simplernn_jax.serving.requests import RequestError
-from simplernn_jax.serving.responses import error_body
+from simplernn_jax.serving.answers import in_thread_if_long
+from simplernn_jax.serving.requests import RequestError, parse
+from simplernn_jax.serving.responses import error_body, excerpt
 from simplernn_jax.serving.service import RETRY_AFTER_SECONDS, Service
 
 MAX_BODY_BYTES = 1 << 24
 BODY_SECONDS = 30.0
 """Seconds within which the body of a request must arrive."""
+MAX_INCOMPLETE_BYTES = 1 << 26
+"""Bytes of all bodies that are arriving, those of at most `SMALL_BODY_BYTES` not counted."""
+SMALL_BODY_BYTES = 1 << 14
+"""Bytes of a body that always finds room."""
 
 Result = TypeVar("Result")
+Body = TypeVar("Body")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -39,18 +45,35 @@ def error_response(error: RequestError) -> Response:
 
 
 async def read_body(request: Request) -> bytes:
-    """Read the body; raises `RequestError`: 413 if it is too long, 408 if it does not arrive."""
-    parts, size = [], 0
+    """Read the body.
+
+    Raises `RequestError`: 413 if it is too long, 408 if it does not arrive in time, 503 if too many
+    others are arriving.
+    """
+    parts, size, counted, state = [], 0, 0, request.app.state
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
+                parts.append(part)
                 size += len(part)
                 if size > MAX_BODY_BYTES:
                     raise RequestError(f"the body has over {MAX_BODY_BYTES:,} bytes", status=413)
-                parts.append(part)
+                if size > SMALL_BODY_BYTES:
+                    state.incomplete_bytes += size - counted
+                    counted = size
+                    if state.incomplete_bytes > MAX_INCOMPLETE_BYTES:
+                        raise RequestError("other bodies take all room; try again", status=503)
     except TimeoutError as error:
         raise RequestError("the body did not arrive in time", status=408) from error
+    finally:
+        state.incomplete_bytes -= counted
     return b"".join(parts)
+
+
+async def read_json(request: Request, kind: type[Body]) -> tuple[Body, int]:
+    """Read and `parse` a body, in a thread if it is long, and return it with its size."""
+    content = await read_body(request)
+    return await in_thread_if_long(len(content) // 16, parse, kind, content), len(content)
 
 
 async def unless_disconnected(receive: Receive, result: Coroutine[Any, Any, Result]) -> Result:
@@ -91,7 +114,7 @@ def counted(service: Service, handler: Handler) -> Handler:
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it
         except Exception:
-            logging.exception("%s %s failed", request.method, request.scope["path"])
+            logging.exception("%s %r failed", request.method, excerpt(request.scope["path"]))
             response = error_response(RequestError("the server failed", status=500))
         path = request.scope["route"].path
         service.metrics.requests.labels(path, str(response.status_code)).inc()

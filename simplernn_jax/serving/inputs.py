@@ -2,7 +2,6 @@
 
 import hashlib
 import secrets
-from typing import Any
 
 import numpy as np
 
@@ -10,10 +9,10 @@ from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text
 from simplernn_jax.errors import UserError
 from simplernn_jax.serving.jobs import Sampling
 from simplernn_jax.serving.requests import (
-    MAX_PROMPTS,
     CompletionRequest,
     RequestError,
     SamplingFields,
+    parse_prompts,
 )
 
 
@@ -34,14 +33,7 @@ class Inputs:
 
     def prompts(self, request: CompletionRequest) -> list[tuple[str, np.ndarray]]:
         """Return echoed text and ids of each prompt; raises `RequestError` for wrong ones."""
-        prompt = "" if request.prompt is None else request.prompt
-        several: list[Any] = [prompt] if isinstance(prompt, str) else prompt
-        if len({type(one) for one in several}) > 1:
-            raise RequestError("prompt: give texts, or token ids, or lists of them", param="prompt")
-        if several and isinstance(several[0], int):
-            several = [several]
-        if not several or len(several) > MAX_PROMPTS:
-            raise RequestError(f"prompt: give 1 to {MAX_PROMPTS} prompts", param="prompt")
+        several = parse_prompts(request.prompt)
         ids = [self.prompt(one, request.state is not None) for one in several]
         if not request.echo:
             return [("", one) for one in ids]

@@ -82,6 +82,14 @@ class Failed(NamedTuple):
 Event = Prefilled | NewTokens | Failed
 
 
+def event_bytes(event: Event) -> int:
+    """Estimate the memory that an event takes."""
+    arrays = [event.tokens] if isinstance(event, NewTokens) else []
+    if not isinstance(event, Failed) and event.logprobs is not None:
+        arrays += event.logprobs
+    return 512 + sum(array.nbytes for array in arrays)
+
+
 @dataclasses.dataclass(eq=False)
 class Job:
     """A prompt and the continuations wanted of it."""
@@ -104,5 +112,7 @@ class Job:
     is_streamed: bool = False
     is_cancelled: bool = False
     cancelled_choices: set[int] = dataclasses.field(default_factory=set)
+    unread_since: float | None = None
+    """Monotonic seconds since which it pauses until more of its events are read."""
     deliver: Callable[["Job", "Event"], None] | None = None
     """Called in the event loop with each event."""

@@ -14,9 +14,28 @@ MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
-Text = str
 StateName = Annotated[str, Meta(pattern=NAME_PATTERN)]
-Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
+Stop = Annotated[str, Meta(max_length=1024)]
+Prompt = str | list[TokenId]
+_PROMPT_SCHEMA = msgspec.json.schema(str | list[Prompt | TokenId] | None)
+_FewPrompts = msgspec.defstruct(
+    "_FewPrompts",
+    [(f"prompt{number}", msgspec.Raw, None) for number in range(MAX_PROMPTS)],
+    array_like=True,
+    forbid_unknown_fields=True,
+)
+"""A list whose items are not parsed, so that one that is too long is rejected at once."""
+_NEUTRAL = {
+    "function_call": (b'"none"', b'"auto"'),
+    "functions": (b"[]",),
+    "response_format": (b'{"type":"text"}',),
+    "tool_choice": (b'"none"', b'"auto"'),
+    "tools": (b"[]",),
+}
+"""Values, as JSON, with which fields of OpenAI's API ask for nothing but text."""
+_TYPES = {"array": "list", "float": "number", "int": "integer", "str": "string"}
+"""Names of types in errors."""
+_UNPARSED: Any = msgspec.field(default_factory=lambda: msgspec.Raw(b"null"))
 
 
 class RequestError(Exception):
@@ -64,13 +83,31 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     banned_token_ids: Annotated[list[TokenId], Meta(max_length=4096)] | None = None
     ignore_eos: bool = False
     user: str | None = None
+    metadata: msgspec.Raw = _UNPARSED
+    parallel_tool_calls: bool | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    """Accepted for compatibility like `user`: they change nothing."""
+    function_call: msgspec.Raw = _UNPARSED
+    functions: msgspec.Raw = _UNPARSED
+    response_format: msgspec.Raw = _UNPARSED
+    tool_choice: msgspec.Raw = _UNPARSED
+    tools: msgspec.Raw = _UNPARSED
+    """Accepted for compatibility if they ask for nothing but text."""
+
+    def __post_init__(self) -> None:
+        """Reject values that ask for more than text."""
+        for name, neutral in _NEUTRAL.items():
+            if bytes(getattr(self, name)).translate(None, b" \n") not in (b"null", *neutral):
+                supported = b" or ".join(neutral).decode()
+                raise RequestError(f"{name}: only {supported} is supported", param=name)
 
 
 class CompletionRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     """Body of ``POST /v1/completions``."""
 
-    prompt: str | list[str | TokenId | list[TokenId]] | None = None
-    """A text, texts, token ids, or lists of them; None is an empty text."""
+    prompt: Annotated[msgspec.Raw, Meta(extra_json_schema=_PROMPT_SCHEMA)] = _UNPARSED
+    """A text, texts, token ids, or lists of them, for `parse_prompts`; null is an empty text."""
     max_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = 16
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
@@ -149,12 +186,32 @@ class ForkRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 def parse(kind: type, body: bytes) -> Any:
     """Parse JSON as `kind`; `RequestError` for unknown fields, other types, values out of range."""
+    return _decode(kind, body or b"null", "")
+
+
+def parse_prompts(prompt: msgspec.Raw) -> list[str | list[int]]:
+    """Parse the prompts of a completion; `RequestError` for too many, or for other types."""
+    if not re.match(rb'\s*\[\s*["[]', prompt):
+        one = _decode(Prompt | None, prompt, "prompt")
+        return ["" if one is None else one]
+    several = msgspec.structs.astuple(_decode(_FewPrompts, prompt, "prompt"))
+    return [_decode(Prompt, one, "prompt") for one in several if one is not None]
+
+
+def _decode(kind: Any, content: bytes | msgspec.Raw, where: str) -> Any:
     try:
-        return msgspec.json.decode(body or b"null", type=kind)
+        return msgspec.json.decode(content, type=kind)
     except msgspec.ValidationError as error:
-        patterns = (r"\$\.(\w+)", "unknown field `(.*?)`", r"missing required field `(\w+)`")
-        found = [match[1] for pattern in patterns for match in re.finditer(pattern, str(error))]
-        param = found[0] if found else None
-        raise RequestError(str(error), param=param) from error
+        what, _, path = str(error).partition(" - at `$")
+        where = (where + path).strip(".`")
+        if field := re.fullmatch("Object .* (unknown|required) field `(.*)`", what, re.DOTALL):
+            what, where = f"{field[1]} field", f"{where}.{field[2]}".lstrip(".")
+
+        def in_words(types: re.Match[str]) -> str:
+            return " or ".join(_TYPES.get(name, name) for name in types[1].split(" | "))
+
+        what = re.sub("`(.*?)`", in_words, what.replace("Invalid enum value", "Invalid value"))
+        message = f"{where or 'the body'}: {what[0].lower()}{what[1:]}"
+        raise RequestError(message, param=re.split(r"[.[]", where)[0] or None) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not JSON that can be read: {error}") from error

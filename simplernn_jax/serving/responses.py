@@ -13,7 +13,13 @@ def error_body(message: str, status: int, param: str | None = None, code: str | 
     """Make OpenAI's error object."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, kind)
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    param = param and excerpt(param)
+    return {"error": {"message": excerpt(message), "type": kind, "param": param, "code": code}}
+
+
+def excerpt(text: str) -> str:
+    """Shorten a text that a client may have chosen."""
+    return text if len(text) <= 1000 else f"{text[:600]}…{text[-300:]}"
 
 
 def usage(results: list[PromptResult]) -> Any:

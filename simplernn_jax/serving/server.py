@@ -28,6 +28,8 @@ from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.service import Reload, Service
 from simplernn_jax.serving.states import StateFolder
 
+MAX_UNSENT_BYTES = 1 << 14
+"""Bytes that the system keeps for a connection beyond what it may send to the client."""
 UNREAD_MILLISECONDS = 300_000
 """Time after which a connection ends whose client does not read what was sent."""
 
@@ -45,6 +47,7 @@ def listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if sys.platform == "linux":  # elsewhere, a client that does not read keeps its connection
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MILLISECONDS)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
     return listener
 
 
@@ -166,7 +169,7 @@ def serve(
         h11_max_incomplete_event_size=4 * MAX_HEADER_BYTES,
         proxy_headers=False,
         limit_concurrency=max_connections + 1,  # uvicorn refuses the last one
-        log_level="warning",
+        log_level="error",  # or each request that is not HTTP would write a line
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=int(drain_timeout) + 5,

@@ -115,11 +115,13 @@ class Service:
         """Raise `RequestError`: 429 if the queue is full, 503 unless the server runs."""
         if self.status != "ready":
             raise RequestError(f"the server is {self.status}", status=503, code=self.status)
-        if self.engine.num_waiting >= self.engine.max_waiting:
+        if self.engine.room < 1:
             raise self._queue_full()
 
     def _queue_full(self) -> RequestError:
-        message = f"{self.engine.num_waiting} requests wait already; try again later"
+        count = self.engine.num_waiting
+        waiting = "1 prompt waits" if count == 1 else f"{count} prompts wait"
+        message = f"{waiting} already; try again later"
         return RequestError(message, status=429, code="queue_full")
 
     def submit(self, jobs: list[Job]) -> None:
@@ -156,9 +158,9 @@ class Service:
         """Make the jobs of a completion, which continues the state `start`."""
         num_choices = request.n or 1
         if request.best_of not in (None, num_choices):
-            raise RequestError("best_of: only as many as n", param="best_of")
-        if request.suffix is not None:
-            raise RequestError("suffix: not supported; leave it out", param="suffix")
+            raise RequestError("best_of: only the value of n is supported", param="best_of")
+        if request.suffix:
+            raise RequestError('suffix: only "" is supported', param="suffix")
         sampling, stops = self.inputs.sampling(request), _stops(request)
         results = []
         max_tokens = 16 if request.max_tokens is None else request.max_tokens
@@ -292,7 +294,8 @@ class Service:
 def _stops(request: SamplingFields) -> list[str]:
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options: only with stream", param="stream_options")
-    return [request.stop] if isinstance(request.stop, str) else list(request.stop or [])
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    return [stop for stop in stops if stop]
 
 
 def _check_logprobs(tokens: int, top_logprobs: int) -> None:

@@ -205,7 +205,7 @@ def slot_programs(architecture: Architecture) -> SlotPrograms:
 
 def token_logprobs(logits: Float[Array, "T vocab"], tokens: Int[Array, "T"]) -> TokenLogprobs:
     """Compute the log-probabilities of `tokens` and of the likeliest alternatives."""
-    logprobs = jax.nn.log_softmax(logits)
+    logprobs = lax.map(jax.nn.log_softmax, logits)  # rows alone: no bit depends on their number
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
     top, top_ids = lax.top_k(logprobs, min(TOP_LOGPROBS, logits.shape[1]))
     return TokenLogprobs(chosen, top, top_ids)
@@ -239,17 +239,17 @@ def _decode(
         is_decoded = is_active & (slots.remaining > 0)
         new = is_decoded.astype(jnp.int32)
         is_last = jnp.take_along_axis(settings.is_stop, token[:, None], axis=1)[:, 0]
-        # Where skipping them saves no time, slots that have ended go on: nobody reads their states.
-        computed = is_decoded if architecture.decodes_natively else None
         logits, layers = next_logits(
-            architecture, weights, token, computed, slots.logits, slots.layers
+            architecture, weights, token, is_decoded, slots.logits, slots.layers
         )
         slots = slots._replace(
             layers=layers,
             logits=logits,
             position=slots.position + new,
-            remaining=jnp.where(is_last, 0, slots.remaining - new),
-            counts=lax.cond(with_penalties, count, lambda counts, *_: counts, slots.counts, token),
+            remaining=jnp.where(is_decoded & is_last, 0, slots.remaining - new),
+            counts=lax.cond(
+                with_penalties, count, lambda counts, *_: counts, slots.counts, token, new
+            ),
         )
         block = Block(
             put(block.tokens, token),
@@ -261,8 +261,8 @@ def _decode(
     def none_wanted(logits: jax.Array, token: jax.Array) -> TokenLogprobs:
         return jax.tree.map(jnp.zeros_like, jax.eval_shape(token_logprobs, logits, token))
 
-    def count(counts: jax.Array, token: jax.Array) -> jax.Array:
-        return counts.at[jnp.arange(num_slots), token].add(1, unique_indices=True)
+    def count(counts: jax.Array, token: jax.Array, new: jax.Array) -> jax.Array:
+        return counts.at[jnp.arange(num_slots), token].add(new, unique_indices=True)
 
     block = Block(
         tokens=jnp.zeros((num_slots, MAX_BLOCK), jnp.int32),

@@ -1,14 +1,19 @@
 """Routes of named states."""
 
 import asyncio
-from typing import Any
 
 from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from simplernn_jax.serving.http import counted, json_response, read_body, unless_disconnected
+from simplernn_jax.serving.http import (
+    counted,
+    json_response,
+    read_body,
+    read_json,
+    unless_disconnected,
+)
 from simplernn_jax.serving.requests import ForkRequest, RequestError, StateRequest, parse
 from simplernn_jax.serving.service import Service
 
@@ -18,7 +23,7 @@ def state_routes(service: Service) -> list[Route]:
     listing = asyncio.Lock()  # a list reads every file: several at a time would take all threads
 
     async def list_states(request: Request) -> Response:
-        def described() -> list[Any]:
+        def described() -> Response:
             states = []
             for name in service.states.names():
                 try:
@@ -26,16 +31,15 @@ def state_routes(service: Service) -> list[Route]:
                 except RequestError as error:  # corrupted, deleted or of another model
                     if error.status == 503:
                         raise
-            return states
+            return json_response({"object": "list", "data": states})
 
         async with listing:
-            return json_response({"object": "list", "data": await asyncio.to_thread(described)})
+            return await asyncio.to_thread(described)
 
     async def make_state(request: Request) -> Response:
-        content = await read_body(request)
-        body = parse(StateRequest, content)
+        body, size = await read_json(request, StateRequest)
         parent = await service.load_state(body.parent)
-        answer = await service.make_answer(service.prefill_state, body, parent, len(content))
+        answer = await service.make_answer(service.prefill_state, body, parent, size)
         states = service.states  # a reload replaces them together with the parameters
         answer.submit()
         try:

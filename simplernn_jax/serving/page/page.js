@@ -134,14 +134,21 @@ async function converse(counted) {
     throw error;
   } finally {
     if (answer.content) said.push(answer);
+    keepConversation();
   }
 }
 
 function newConversation() {
   abort?.abort();
   messages = [];
+  keepConversation();
   $("conversation").replaceChildren();
   $("prompt").focus();
+}
+
+// For a reload of the page.
+function keepConversation() {
+  sessionStorage.setItem($("model").textContent, JSON.stringify(messages));
 }
 
 function addMessage(message) {
@@ -254,6 +261,8 @@ function setMode(chat) {
   isChat = chat;
   $("mode-chat").setAttribute("aria-selected", chat);
   $("mode-text").setAttribute("aria-selected", !chat);
+  $("prompt-label").textContent = chat ? "Message" : "Prompt";
+  $("generate").textContent = chat ? "Send" : "Generate";
   $("conversation").hidden = !chat;
   $("anew").hidden = !chat;
   $("text").hidden = chat;
@@ -265,13 +274,20 @@ async function connect() {
   $("model").textContent = data[0].id;
   const info = await (await request("GET", "tokenizer_info")).json();
   $("modes").hidden = !info.chat_template;
-  if (info.chat_template) setMode(true);
+  if (info.chat_template) {
+    setMode(true);
+    messages = JSON.parse(sessionStorage.getItem(data[0].id) ?? "[]");
+    $("conversation").replaceChildren(...messages.map(addMessage));
+  }
   await listStates();
 }
 
 $("form").onsubmit = (event) => { event.preventDefault(); guarded(generate); };
 $("prompt").onkeydown = (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("generate").disabled) guarded(generate);
+  const sends = isChat ? !event.shiftKey : event.ctrlKey || event.metaKey;
+  if (event.key !== "Enter" || event.isComposing || !sends) return;
+  event.preventDefault();
+  if (!$("generate").disabled && $("prompt").value) guarded(generate);
 };
 $("stop").onclick = () => abort?.abort();
 $("anew").onclick = newConversation;
