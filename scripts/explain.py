@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # slow imports happen after the flags are checked
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
-_CACHE_DIR, _SOURCE = command_line.define_corpus_flags()
+_CACHE_DIR, _CORPUS_SOURCE = command_line.define_corpus_flags()
 _TEXT = flags.DEFINE_string("text", None, "Text to analyze.")
 _TEXT_FILE = flags.DEFINE_string("text_file", None, "UTF-8 file to analyze; - is standard input.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the page; created if missing.")
@@ -71,7 +71,7 @@ def main() -> int:
 
     model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value)
     try:
-        corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_SOURCE.value)
+        corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_CORPUS_SOURCE.value)
         validation = corpus.validation
     except UserError as error:
         logging.warning("held-out text unavailable, evaluating on the given text: %s", error)

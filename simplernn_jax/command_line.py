@@ -106,12 +106,12 @@ def load_model(
 
 
 def define_corpus_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[str]]:
-    """Define ``--cache_dir`` and ``--source``, arguments of `open_saved_corpus`."""
+    """Define ``--cache_dir`` and ``--corpus_source``, arguments of `open_saved_corpus`."""
     cache_dir = flags.DEFINE_string(
         "cache_dir", "", "Folder of the run's tokenized corpus, if it is not in the workdir."
     )
     source = flags.DEFINE_string(
-        "source", "", "Text to re-tokenize if the tokenized corpus is missing."
+        "corpus_source", "", "The run's own text, to re-tokenize if its tokens are missing."
     )
     return cache_dir, source
 

@@ -180,7 +180,7 @@ def test_help_shows_the_docstring_and_the_flags_of_the_script(tmp_path):
 
 
 def test_help_shows_flags_that_scripts_share():
-    names = {name: ["checkpoint", "cache_dir", "source"] for name in ("evaluate", "explain")}
+    names = {name: ["checkpoint", "cache_dir", "corpus_source"] for name in ("evaluate", "explain")}
     names["sample"] = ["checkpoint"]
     shown = run_scripts(*((f"scripts/{script}.py", "--help") for script in names))
     for result, shared in zip(shown, names.values(), strict=True):

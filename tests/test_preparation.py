@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from simplernn_jax.training.preparation import (
     changed_fields,
     open_saved_corpus,
     prepare,
+    tokenize_source,
     total_steps,
 )
 
@@ -189,7 +191,7 @@ def test_paths_in_a_checkpoint_are_never_opened(tmp_path, config):
     save_untrained(config, tmp_path / "run")
     with pytest.raises(
         UserError,
-        match=r"not found in .*run/tokens; .*--cache_dir \(originally .*elsewhere\) or --source ",
+        match=r"not found .*run/tokens; .* \(originally .*elsewhere\) or --corpus_source \(orig",
     ):
         open_saved_corpus(str(tmp_path / "run"))
     shutil.rmtree(tmp_path / "elsewhere")
@@ -211,7 +213,7 @@ def test_deleted_tokens_are_not_recomputed_from_another_text(tmp_path, config, w
     shutil.rmtree(tmp_path / "run" / "tokens")
     write_corpus(tmp_path / "text", seed=1)
     with pytest.raises(
-        UserError, match=r"--source=.*: not the text that the run in .* was trained"
+        UserError, match=r"--corpus_source=.*: not the text that the run in .* was trained"
     ):
         open_saved_corpus(workdir, source=config.data.source)
     shutil.rmtree(config.data.source)
@@ -222,11 +224,28 @@ def test_deleted_tokens_are_not_recomputed_from_another_text(tmp_path, config, w
 def test_damaged_tokens_are_recomputed_or_named(tmp_path, config, workdir):
     (tokens,) = (tmp_path / "run" / "tokens").glob("*/validation.tokens")
     tokens.write_bytes(bytes(tokens.stat().st_size))
-    problem = r"text in .* is corrupted \(validation\.tokens was changed\); .* or --source"
+    problem = r"text in .* is corrupted \(validation\.tokens was changed\); .* or --corpus_source"
     with pytest.raises(UserError, match=problem):
         open_saved_corpus(workdir)
     assert tokens.exists()
     assert open_saved_corpus(workdir, source=config.data.source).validation.tokens.any()
+
+
+def test_another_text_is_tokenized_in_order_and_leaves_no_file(tmp_path, config, monkeypatch):
+    tokenizer = prepare(config, str(tmp_path / "run"))[1].tokenizer
+    source = write_corpus(tmp_path / "other", seed=5, documents=3)
+    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(source).iterdir())]
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    before = sorted(tmp_path.rglob("*"))
+    split = tokenize_source(source, config, tokenizer)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (split.name, len(split.document_starts)) == (source, 3)
+    assert tokenizer.decode(split.tokens) == "".join(texts)
+    for wrong in ("missing.txt", "a:0.5,b:0.5"):
+        with pytest.raises(UserError, match=f"^{wrong}: "):
+            tokenize_source(wrong, config, tokenizer)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_folder_without_a_run_has_no_tokens(tmp_path):
