@@ -15,15 +15,19 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
+import dataclasses
 import lzma
 
 import numpy as np
 from absl import flags
 
-from simplernn_jax import command_line
+from simplernn_jax import command_line, process_start
+from simplernn_jax.config import Config
 from simplernn_jax.data.batches import document_ends
+from simplernn_jax.data.chat_template import ChatTemplate
 from simplernn_jax.data.evaluation_batches import Contexts, check_contexts
-from simplernn_jax.data.token_store import TokenSplit
+from simplernn_jax.data.mixture import parse_mixture
+from simplernn_jax.data.token_store import TokenSplit, prepare_corpus
 from simplernn_jax.data.tokenized_corpus import MixedSplit
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, counted, one_line
@@ -73,14 +77,13 @@ def main() -> None:
 
     from simplernn_jax.memory_estimate import check_evaluation
     from simplernn_jax.training.evaluate import Evaluator
-    from simplernn_jax.training.preparation import tokenize_source
     from simplernn_jax.training.reporter import align
 
     model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value, _QUANTIZE.value)
     if _SOURCE.value is None:
         split = saved_split(workdir)
     else:
-        split = tokenize_source(_SOURCE.value, config, tokenizer)
+        split = tokenized(_SOURCE.value, config, tokenizer)
     state = "carried within each document"
     if windows is not None:
         least = windows.length - windows.stride + 1
@@ -130,6 +133,20 @@ def saved_split(workdir: str) -> TokenSplit:
             "text; score its training text with --split train"
         )
     return split
+
+
+def tokenized(source: str, config: Config, tokenizer: Tokenizer) -> TokenSplit:
+    """Tokenize a text like that of a run, as one split of its name; no file of it stays."""
+    if parse_mixture(source) is not None:
+        raise UserError(f"--source={source}: a mixture, which only training takes; score one text")
+    if config.data.template:
+        ChatTemplate(config.data.template)  # the checkpoint is untrusted: a path is not a template
+    data = dataclasses.replace(
+        config.data, source=source, split="position", validation_fraction=0.0
+    )
+    with process_start.temporary_folder() as folder:  # mapped files outlive their names
+        corpus = prepare_corpus(data, config.train.seed, folder, tokenizer=tokenizer)
+    return dataclasses.replace(corpus.train, name=source)
 
 
 def chosen_windows() -> Contexts | None:

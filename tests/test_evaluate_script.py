@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from processes import ROOT, assert_each_refused, assert_refused, run_scripts
+from processes import ROOT, assert_each_refused, assert_refused, run_python, run_scripts
 from small_runs import save_untrained, small_config, untrained_run, write_corpus
 
 
@@ -92,12 +92,17 @@ def test_another_text_is_scored_as_a_whole(saved, tmp_path):
     texts = [(tmp_path / "other" / f"{n}.txt").read_text(encoding="utf-8") for n in range(3)]
     records = [json.dumps({"text": text}) for text in texts]
     (tmp_path / "same.jsonl").write_text("\n".join(records), encoding="utf-8")
+    (tmp_path / "temporary").mkdir()
     before = sorted((folder / "run").rglob("*"))
     sources = [other, f"{other}/*.txt", tmp_path / "same.jsonl"]
-    results = evaluate(
-        *(["--workdir", "run", "--source", source] for source in sources),
-        ["--workdir", "run", "--source", other, "--window", 9, "--stride", 4],
-        cwd=folder,
+    flags = ["--workdir", "run", "--source"]
+    results = evaluate(*([*flags, source] for source in sources), cwd=folder)
+    results.append(
+        run_python(  # forks have a temporary folder already
+            *(ROOT / "scripts" / "evaluate.py", *flags, other, "--window", 9, "--stride", 4),
+            cwd=folder,
+            TMPDIR=str(tmp_path / "temporary"),
+        )
     )
     num_bytes = sum(len(text.encode()) for text in texts)
     for (code, output, errors), source in zip(results, [*sources, other], strict=True):
@@ -108,6 +113,7 @@ def test_another_text_is_scored_as_a_whole(saved, tmp_path):
     assert len({number("nats/token", result.output) for result in results[:3]}) == 1
     assert "zero, then 6 to 9 tokens of context" in results[3].output
     assert sorted((folder / "run").rglob("*")) == before
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_a_text_that_is_missing_or_not_alone_is_refused(saved, tmp_path):

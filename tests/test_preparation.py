@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from simplernn_jax.training.preparation import (
     changed_fields,
     open_saved_corpus,
     prepare,
-    tokenize_source,
     total_steps,
 )
 
@@ -229,23 +227,6 @@ def test_damaged_tokens_are_recomputed_or_named(tmp_path, config, workdir):
         open_saved_corpus(workdir)
     assert tokens.exists()
     assert open_saved_corpus(workdir, source=config.data.source).validation.tokens.any()
-
-
-def test_another_text_is_tokenized_in_order_and_leaves_no_file(tmp_path, config, monkeypatch):
-    tokenizer = prepare(config, str(tmp_path / "run"))[1].tokenizer
-    source = write_corpus(tmp_path / "other", seed=5, documents=3)
-    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(source).iterdir())]
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    before = sorted(tmp_path.rglob("*"))
-    split = tokenize_source(source, config, tokenizer)
-    assert sorted(tmp_path.rglob("*")) == before
-    assert (split.name, len(split.document_starts)) == (source, 3)
-    assert tokenizer.decode(split.tokens) == "".join(texts)
-    for wrong in ("missing.txt", "a:0.5,b:0.5"):
-        with pytest.raises(UserError, match=f"^{wrong}: "):
-            tokenize_source(wrong, config, tokenizer)
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_folder_without_a_run_has_no_tokens(tmp_path):

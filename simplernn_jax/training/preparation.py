@@ -10,18 +10,16 @@ from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.checkpointer import check_same_model, read_config
 from simplernn_jax.checkpoint.contents import TEXTS, read_json, read_texts
 from simplernn_jax.checkpoint.folder import CheckpointFolder
-from simplernn_jax.config import Config, DataConfig, TrainConfig
+from simplernn_jax.config import Config, TrainConfig
 from simplernn_jax.data.batches import steps_per_epoch
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, load_template
 from simplernn_jax.data.evaluation_batches import check_scorable
-from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.store_folder import DamagedStore
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.data.tokenizer_loading import tokenizer_from_json
 from simplernn_jax.distributed import check_same, run_on_coordinator_first
 from simplernn_jax.errors import UserError
-from simplernn_jax.process_start import temporary_folder
 from simplernn_jax.training.initial_parameters import initial_tokenizer
 
 MAX_DEFAULT_PROMPT = 40
@@ -132,7 +130,9 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
             f"{problem}; pass --cache_dir{original} or --corpus_source (originally "
             f"{config.data.source})"
         )
-    data = _data_of(config, source)
+    if config.data.template:
+        ChatTemplate(config.data.template)  # a path is not a template
+    data = dataclasses.replace(config.data, source=source)
     corpus = prepare_corpus(
         data, config.train.seed, folder, tokenizer=tokenizer, exclude=(workdir,)
     )
@@ -142,35 +142,6 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
             f"({config.data.source}); use the same text"
         )
     return corpus
-
-
-def tokenize_source(source: str, config: Config, tokenizer: Tokenizer) -> TokenSplit:
-    """Tokenize a text of the user's like the text of a run; no file of it stays.
-
-    Args:
-      source: what ``data.source`` takes.
-      config: the run's, with the settings of its text, such as the field of records.
-      tokenizer: the run's.
-
-    Returns:
-      All of the text as one split, whose name is `source`.
-
-    Raises:
-      UserError: the text is missing or unusable, or the tokenizer cannot encode it.
-    """
-    if parse_mixture(source) is not None:
-        raise UserError(f"{source}: a mixture, which only training takes; give one source")
-    data = dataclasses.replace(_data_of(config, source), split="position", validation_fraction=0.0)
-    with temporary_folder() as folder:  # mapped files outlive their names
-        corpus = prepare_corpus(data, config.train.seed, folder, tokenizer=tokenizer)
-    return dataclasses.replace(corpus.train, name=source)
-
-
-def _data_of(config: Config, source: str) -> DataConfig:
-    """Return the data settings of an untrusted checkpoint with another source."""
-    if config.data.template:
-        ChatTemplate(config.data.template)  # a path is not a template
-    return dataclasses.replace(config.data, source=source)
 
 
 _SCHEDULE = (
