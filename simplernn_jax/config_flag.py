@@ -4,6 +4,7 @@
 reports a wrong file or override in one line.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import os
@@ -27,23 +28,20 @@ flags.disclaim_key_flags()  # --help lists --config under the script that define
 _CONFIGS = ROOT / "configs"
 _OTHER_NAMES = {
     "batch_size": "bs",
-    "checkpoint": "ckpt",
-    "hidden_dim": "d_model n_embd",
     "learning_rate": "lr",
     "max_new_tokens": "max_length max_tokens num_tokens",
     "num_samples": "n",
     "out": "o output output_dir",
     "prompt": "text",
     "prompt_file": "file text_file",
-    "sequence_length": "block_size context_length seq_len",
     "source": "data dataset file text text_file",
     "steps": "iters max_iters max_steps",
     "weight_decay": "wd",
     "workdir": "logdir model out_dir output_dir run_dir",
 }
 """What other programs call the flags and fields of this project."""
-_FLAG_FILE = re.compile(r"^--?flagfile[=\n](.*)", re.MULTILINE)
-_MAX_FLAG_FILES, _MAX_FLAG_FILE_BYTES = 64, 1 << 20
+_FLAG_FILE = re.compile(r"^--?flagfile[=\n](.+)", re.MULTILINE)
+_MAX_FLAG_FILE_BYTES = 1 << 20
 
 
 class ConfigFlag:
@@ -85,25 +83,21 @@ def config_is_missing() -> UserError:
 
 
 def check_flag_files(arguments: Iterable[str]) -> None:
-    """Check the files of ``--flagfile``, and those that they include, before absl reads them.
+    """Check what ``--flagfile`` names before absl reads it to its end.
 
     Raises:
-      UserError: one is not a regular file of UTF-8 text of at most 1 MiB, or they are too many.
+      UserError: not a regular file, larger than 1 MiB, not UTF-8, or it includes another file.
     """
-    texts = ["\n".join(arguments)]
-    for text in texts:
-        for path in filter(None, map(str.strip, _FLAG_FILE.findall(text))):
-            if len(texts) > _MAX_FLAG_FILES:
-                raise UserError(
-                    f"--flagfile={path}: more than {_MAX_FLAG_FILES} files; does one of them "
-                    "include itself?"
-                )
-            try:
-                content = read_file(os.path.expanduser(path), _MAX_FLAG_FILE_BYTES)
-                texts.append(content.decode("utf-8"))
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise UserError(f"--flagfile={path}: {reason}; specify a file of flags") from error
+    for path in _FLAG_FILE.findall("\n".join(arguments)):
+        try:
+            text = read_file(os.path.expanduser(path.strip()), _MAX_FLAG_FILE_BYTES).decode("utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--flagfile={path}: {reason}; specify a file of flags") from error
+        if _FLAG_FILE.search(text):
+            raise UserError(
+                f"--flagfile={path}: includes another file; name both on the command line"
+            )
 
 
 class _ConfigFileParser(flags.ArgumentParser):
@@ -129,14 +123,10 @@ def _near(path: Path) -> str:
         names = config_names()
         return nearest_name(str(path), names) or f"; there are {', '.join(names)}"
     for folder in (path.parent, ROOT / path.parent, _CONFIGS):
-        try:
-            files = sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")
-        except OSError:
-            continue
-        near = difflib.get_close_matches(path.stem, [file.stem for file in files], n=1)
-        if near:
-            found = folder / f"{near[0]}.py"
-            return f"; did you mean {str(found)!r}?"
+        with contextlib.suppress(OSError):
+            files = {file.stem: file for file in folder.glob("*.py")}
+            if near := difflib.get_close_matches(path.stem, files, n=1):
+                return f"; did you mean {str(files[near[0]])!r}?"
     base = _CONFIGS / "base.py"
     return f"; {base} is one" if base.is_file() else "; specify a file with get_config()"
 
