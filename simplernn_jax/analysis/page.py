@@ -40,14 +40,7 @@ def draw_plots(explanation: Explanation) -> dict[str, Plot]:
 def make_page(
     explanation: Explanation, plots: Mapping[str, Plot], name: str, facts: Mapping[str, str]
 ) -> str:
-    """Return the HTML of the page.
-
-    Args:
-      explanation: the measurements.
-      plots: of `draw_plots`.
-      name: of the text, for the title.
-      facts: names and values that describe the model.
-    """
+    """Return the HTML of the page of the text `name`; `facts` describe the model by name."""
     chosen, value = explanation.chosen, explanation.state_value
     gradient = sum_by_unit(chosen.units, chosen.from_all.tokens)
     environment = jinja2.Environment(
