@@ -6,6 +6,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data.batches import (
@@ -41,6 +42,8 @@ def make_batches(
         source = MixedBatchSource(split, data_config, seed, pad_id, sequences)
     else:
         source = BatchSource(split, data_config, seed, pad_id, sequences)
+    if not flags.FLAGS.is_parsed():  # Grain reads its own, which scripts have parsed
+        flags.FLAGS.mark_as_parsed()
     # One thread: a batch takes far less time than a step, and further threads would only
     # compete with the computation for cores.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)

@@ -13,6 +13,7 @@ from simplernn_jax.devices import check_memory
 from simplernn_jax.inference.arguments import (
     Prompts,
     check_callback,
+    check_logits,
     check_model,
     checked_length,
     checked_prompts,
@@ -104,8 +105,8 @@ def generate(
 
     Raises:
       UserError: a token outside the vocabulary, an empty prompt without a state, an argument of
-        another type or out of its range, a state that does not fit, or states or tokens that
-        this machine's memory cannot hold.
+        another type or out of its range, a state that does not fit, states or tokens that this
+        machine's memory cannot hold, parameters of 16 bits, or logits that are not finite.
     """
     check_model(model)
     vocab_size = model.config.vocab_size
@@ -155,6 +156,7 @@ def _initial_state(model: LanguageModel, prompts: list[np.ndarray]) -> DecoderSt
 
 
 def _remember(state: DecoderState, new: list[np.ndarray]) -> DecoderState:
+    check_logits(state.logits)  # once before the new tokens, once after all
     recent = [
         np.concatenate([old, tokens[-RECENT_TOKENS:]])[-RECENT_TOKENS:]
         for old, tokens in zip(np.asarray(state.recent), new, strict=True)

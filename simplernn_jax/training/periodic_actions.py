@@ -6,6 +6,7 @@ from typing import NamedTuple
 from flax import nnx
 
 from simplernn_jax.distributed import barrier, is_coordinator
+from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
 from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.sharding.global_arrays import local_copy
@@ -82,13 +83,16 @@ def sample(run: Run, reporter: Reporter) -> None:
     if is_coordinator():
         train = run.config.train
         graph, abstract = abstract_model(run.config.model)
-        (text,) = generate_text(
-            nnx.merge(graph, in_layout_of(abstract, params)),
-            run.corpus.tokenizer,
-            train.sample_prompt,
-            max_new_tokens=train.sample_tokens,
-            temperature=SAMPLE_TEMPERATURE,
-            seed=train.seed,
-        )
+        try:
+            (text,) = generate_text(
+                nnx.merge(graph, in_layout_of(abstract, params)),
+                run.corpus.tokenizer,
+                train.sample_prompt,
+                max_new_tokens=train.sample_tokens,
+                temperature=SAMPLE_TEMPERATURE,
+                seed=train.seed,
+            )
+        except UserError as error:  # such as a model that has diverged, which training reports
+            text = f" ({error})"
         reporter.sample(train.sample_prompt + text)
     barrier("sample")
