@@ -41,7 +41,6 @@ _OTHER_NAMES = {
 }
 """What other programs call the flags and fields of this project."""
 _FLAG_FILE = re.compile(r"^--?flagfile[=\n](.+)", re.MULTILINE)
-_MAX_FLAG_FILE_BYTES = 1 << 20
 
 
 class ConfigFlag:
@@ -90,7 +89,7 @@ def check_flag_files(arguments: Iterable[str]) -> None:
     """
     for path in _FLAG_FILE.findall("\n".join(arguments)):
         try:
-            text = read_file(os.path.expanduser(path.strip()), _MAX_FLAG_FILE_BYTES).decode("utf-8")
+            text = read_file(os.path.expanduser(path.strip()), 1 << 20).decode("utf-8")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"--flagfile={path}: {reason}; specify a file of flags") from error

@@ -405,7 +405,7 @@ def test_a_loss_that_is_never_finite_ends_a_run(tmp_path, capsys):
 
 def test_anything_but_a_configuration_is_refused(tmp_path):
     for wrong, kind in (({"train.steps": 3}, "dict"), (None, "NoneType")):
-        with pytest.raises(UserError, match=f"^config: {kind}; pass a Config"):
+        with pytest.raises(UserError, match=rf"^config: {kind}; pass a simplernn_jax\.Config"):
             train(wrong, str(tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []
 

@@ -42,8 +42,7 @@ def make_batches(
         source = MixedBatchSource(split, data_config, seed, pad_id, sequences)
     else:
         source = BatchSource(split, data_config, seed, pad_id, sequences)
-    if not flags.FLAGS.is_parsed():  # Grain reads its own, which scripts have parsed
-        flags.FLAGS.mark_as_parsed()
+    flags.FLAGS.mark_as_parsed()  # for Grain, which reads its own; scripts have parsed them
     # One thread: a batch takes far less time than a step, and further threads would only
     # compete with the computation for cores.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)

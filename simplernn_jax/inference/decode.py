@@ -125,6 +125,7 @@ def generate(
         state = _initial_state(model, prompts)
     weights = weights_for(architecture, parameters)
     state = _prefill(programs, weights, state, prompts, chunk_lengths)
+    check_logits(state.logits)
 
     fill = 0 if eos_id is None else eos_id
     tokens = np.full((len(prompts), max_new_tokens), fill, np.int32)
@@ -138,6 +139,7 @@ def generate(
         lengths += counts
         if on_tokens is not None:
             on_tokens(new)
+    check_logits(state.logits)  # not at every block, which would wait for the next one
     generation = Generation(tokens=tokens, lengths=lengths, state=state)
     return dataclasses.replace(generation, state=_remember(state, generation.sequences()))
 
@@ -156,7 +158,6 @@ def _initial_state(model: LanguageModel, prompts: list[np.ndarray]) -> DecoderSt
 
 
 def _remember(state: DecoderState, new: list[np.ndarray]) -> DecoderState:
-    check_logits(state.logits)  # once before the new tokens, once after all
     recent = [
         np.concatenate([old, tokens[-RECENT_TOKENS:]])[-RECENT_TOKENS:]
         for old, tokens in zip(np.asarray(state.recent), new, strict=True)
