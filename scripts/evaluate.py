@@ -2,11 +2,12 @@
 
     python scripts/evaluate.py --workdir runs/base
     python scripts/evaluate.py --workdir runs/base --window 256 --stride 64
+    python scripts/evaluate.py --workdir runs/base --source book.txt
 
-Needs only the workdir, unless the run kept its tokens elsewhere (--cache_dir). Every prediction of
-the split counts once, with the state carried within each document, or, with --window, in
-overlapping contexts from a zero state. Bits per byte are comparable across tokenizers and with
-compressors.
+Needs only the workdir, unless the run kept its tokens elsewhere (--cache_dir). --source scores
+another text. Every prediction of the text counts once, with the state carried within each document,
+or, with --window, in overlapping contexts from a zero state. Bits per byte are comparable across
+tokenizers and with compressors.
 """
 
 import bootstrap
@@ -14,15 +15,19 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
+import dataclasses
 import lzma
 
 import numpy as np
 from absl import flags
 
-from simplernn_jax import command_line
+from simplernn_jax import command_line, process_start
+from simplernn_jax.config import Config
 from simplernn_jax.data.batches import document_ends
+from simplernn_jax.data.chat_template import ChatTemplate
 from simplernn_jax.data.evaluation_batches import Contexts, check_contexts
-from simplernn_jax.data.token_store import TokenSplit
+from simplernn_jax.data.mixture import parse_mixture
+from simplernn_jax.data.token_store import TokenSplit, prepare_corpus
 from simplernn_jax.data.tokenized_corpus import MixedSplit
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, counted, one_line
@@ -30,8 +35,13 @@ from simplernn_jax.errors import UserError, counted, one_line
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
 _QUANTIZE = command_line.define_quantize_flag()
-_CACHE_DIR, _SOURCE = command_line.define_corpus_flags()
+_CACHE_DIR, _CORPUS_SOURCE = command_line.define_corpus_flags()
 _SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "train"], "Text to score.")
+_SOURCE = flags.DEFINE_string(
+    "source",
+    None,
+    "Text to score in place of a split: a file, folder or glob, as for --config.data.source.",
+)
 _WINDOW = flags.DEFINE_integer(
     "window",
     0,
@@ -54,26 +64,26 @@ _PIECE_TOKENS = 2**20
 
 
 def main() -> None:
-    """Load a checkpoint of --workdir and print its scores on --split."""
+    """Load a checkpoint of --workdir and print its scores on --split, or on --source."""
     if not _WORKDIR.value:
         raise UserError("no --workdir: specify the folder of a training run, such as runs/base")
     windows = chosen_windows()
+    if _SOURCE.value is not None:
+        for flag in (_SPLIT, _CACHE_DIR, _CORPUS_SOURCE):
+            if flag.present:
+                raise UserError(f"--source and --{flag.name} are mutually exclusive")
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from flax import nnx
 
     from simplernn_jax.memory_estimate import check_evaluation
     from simplernn_jax.training.evaluate import Evaluator
-    from simplernn_jax.training.preparation import open_saved_corpus
     from simplernn_jax.training.reporter import align
 
     model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value, _QUANTIZE.value)
-    corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_SOURCE.value)
-    split = corpus.train if _SPLIT.value == "train" else corpus.validation
-    if split is None:
-        raise UserError(
-            f"{workdir} was trained with --config.data.validation_fraction=0 and has no held-out "
-            "text; score its training text with --split train"
-        )
+    if _SOURCE.value is None:
+        split = saved_split(workdir)
+    else:
+        split = tokenized(_SOURCE.value, config, tokenizer)
     state = "carried within each document"
     if windows is not None:
         least = windows.length - windows.stride + 1
@@ -87,8 +97,10 @@ def main() -> None:
     xz = ""
     if split.targets is None:  # or the model is not scored on the whole text
         xz = f"   (xz -9e: {xz_bits_per_byte(split, tokenizer):.4f})"
+    documents = counted(len(split.document_starts), "document")
     facts = {
-        "split": f"{split.name}, {counted(len(split.document_starts), 'document')}",
+        ("split" if _SOURCE.value is None else "text"): f"{one_line(split.name)}, {documents}",
+        "size": f"{counted(len(split.tokens), 'token')}; {counted(split.num_bytes, 'byte')} scored",
         "state": state,
         "predictions": f"{result.predictions:,}",
         "nats/token": f"{result.nats_per_token:.4f}",
@@ -107,6 +119,34 @@ def main() -> None:
             f"{carried.nats_per_token:.4f} nats/token, {carried.bits_per_byte:.4f} bits/byte"
         )
     print(align(facts))
+
+
+def saved_split(workdir: str) -> TokenSplit:
+    """Return --split of the text that the run was trained on."""
+    from simplernn_jax.training.preparation import open_saved_corpus
+
+    corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_CORPUS_SOURCE.value)
+    split = corpus.train if _SPLIT.value == "train" else corpus.validation
+    if split is None:
+        raise UserError(
+            f"{workdir} was trained with --config.data.validation_fraction=0 and has no held-out "
+            "text; score its training text with --split train"
+        )
+    return split
+
+
+def tokenized(source: str, config: Config, tokenizer: Tokenizer) -> TokenSplit:
+    """Tokenize a text like that of a run, as one split of its name; no file of it stays."""
+    if parse_mixture(source) is not None:
+        raise UserError(f"--source={source}: a mixture, which only training takes; score one text")
+    if config.data.template:
+        ChatTemplate(config.data.template)  # the checkpoint is untrusted: a path is not a template
+    data = dataclasses.replace(
+        config.data, source=source, split="position", validation_fraction=0.0
+    )
+    with process_start.temporary_folder() as folder:  # mapped files outlive their names
+        corpus = prepare_corpus(data, config.train.seed, folder, tokenizer=tokenizer)
+    return dataclasses.replace(corpus.train, name=source)
 
 
 def chosen_windows() -> Contexts | None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from absl import flags, logging
 
 from simplernn_jax import command_line
-from simplernn_jax.errors import UserError, counted
+from simplernn_jax.errors import UserError, counted, one_line
 from simplernn_jax.files import check_output, write_file
 
 if TYPE_CHECKING:  # slow imports happen after the flags are checked
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # slow imports happen after the flags are checked
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
-_CACHE_DIR, _SOURCE = command_line.define_corpus_flags()
+_CACHE_DIR, _CORPUS_SOURCE = command_line.define_corpus_flags()
 _TEXT = flags.DEFINE_string("text", None, "Text to analyze.")
 _TEXT_FILE = flags.DEFINE_string("text_file", None, "UTF-8 file to analyze; - is standard input.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the page; created if missing.")
@@ -71,7 +71,7 @@ def main() -> int:
 
     model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value)
     try:
-        corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_SOURCE.value)
+        corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_CORPUS_SOURCE.value)
         validation = corpus.validation
     except UserError as error:
         logging.warning("held-out text unavailable, evaluating on the given text: %s", error)
@@ -95,7 +95,9 @@ def main() -> int:
         if is_exported(workdir)
         else f"step {read_config(workdir, _CHECKPOINT.value)[2]:,} of {_WORKDIR.value}",
     }
-    page = _write(out, explanation, facts)
+    is_named = _TEXT_FILE.value not in (None, "-")
+    name = Path(_TEXT_FILE.value).name if is_named else f"“{one_line(text, 60)}”"
+    page = _write(out, explanation, name, facts)
     is_exact = _print_errors(explanation, sizes.precision == sizes.state_precision == "float32")
     print(f"evaluated on {explanation.state_value.evaluated}")
     print(f"page: {page}")
@@ -120,18 +122,18 @@ def _check_out(out: Path) -> None:
         raise UserError(f"--out={_OUT.value}: {nearest} is not writable; use another folder")
 
 
-def _write(out: Path, explanation: "Explanation", facts: dict[str, str]) -> Path:
+def _write(out: Path, explanation: "Explanation", name: str, facts: dict[str, str]) -> Path:
     """Write the plots, the numbers and, last, the page; return its path."""
     from simplernn_jax.analysis.export import to_numbers
     from simplernn_jax.analysis.page import draw_plots, make_page
 
     pictures = draw_plots(explanation)
-    for name, picture in pictures.items():
-        write_file(str(out / f"{name}.png"), picture.png)
+    for picture in pictures.values():
+        write_file(str(out / f"{picture.name}.png"), picture.png)
     numbers = json.dumps(to_numbers(explanation), allow_nan=False, separators=(",", ":")) + "\n"
     write_file(str(out / "explain.json"), numbers.encode("utf-8"))
     path = out / "explain.html"
-    write_file(str(path), make_page(explanation, pictures, facts).encode("utf-8", "replace"))
+    write_file(str(path), make_page(explanation, pictures, name, facts).encode("utf-8", "replace"))
     return path
 
 

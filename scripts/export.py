@@ -29,7 +29,7 @@ from simplernn_jax.export import FORMATS, QUANTIZATIONS
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
-_CACHE_DIR, _SOURCE = command_line.define_corpus_flags()
+_CACHE_DIR, _CORPUS_SOURCE = command_line.define_corpus_flags()
 _FORMAT_NAMES = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 _FORMAT = flags.DEFINE_string("format", None, f"{_FORMAT_NAMES}; see above.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the files; must not exist.")
@@ -68,7 +68,7 @@ def main() -> None:
     check_devices()
     model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
     try:
-        corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_SOURCE.value)
+        corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_CORPUS_SOURCE.value)
         tokens = np.asarray((corpus.validation or corpus.train).tokens[:_CHECKED_TOKENS])
     except UserError as error:
         logging.warning("no held-out text, checking on generated text: %s", error)

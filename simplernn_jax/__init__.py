@@ -1,9 +1,9 @@
 """Recurrent language models in JAX: the SimpleRNN cell, its training and its decoding.
 
-Among the public names, all of which docs/api.md lists, are `load_model` here;
-`gated_linear_recurrence` and `recurrent_step` in `simplernn_jax.ops`; `SimpleRNNCell`, `SimpleRNN`
-and `LanguageModel` in `simplernn_jax.models`; `generate` in `simplernn_jax.inference`; the
-configurations in `simplernn_jax.configs`.
+Among the public names, all of which docs/api.md lists, are `Config`, `train`, `load_model` and
+`generate` here; `gated_linear_recurrence` and `recurrent_step` in `simplernn_jax.ops`;
+`SimpleRNNCell`, `SimpleRNN` and `LanguageModel` in `simplernn_jax.models`; the configurations in
+`simplernn_jax.configs`.
 """
 
 import os
@@ -16,13 +16,22 @@ if not os.path.isdir(os.path.join(__path__[0], "configs")):
     __path__.append(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if TYPE_CHECKING:
+    from simplernn_jax.config import Config as Config
+    from simplernn_jax.inference.decode import generate as generate
     from simplernn_jax.inference.loading import load_model as load_model
+    from simplernn_jax.training.loop import train as train
 else:
+    _MODULES = {
+        "Config": "config",
+        "generate": "inference.decode",
+        "load_model": "inference.loading",
+        "train": "training.loop",
+    }
 
     def __getattr__(name):
-        """Import `load_model` at its first use: importing the package stays cheap."""
-        if name == "load_model":
-            from simplernn_jax.inference.loading import load_model
+        """Import a public name at its first use: importing the package stays cheap."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
 
-            return load_model
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

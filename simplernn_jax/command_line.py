@@ -17,8 +17,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from simplernn_jax.config import Config, by_field
-from simplernn_jax.config_flag import config_is_missing
-from simplernn_jax.errors import UserError, nearest_name
+from simplernn_jax.config_flag import check_flag_files, config_is_missing, nearest_flag
+from simplernn_jax.errors import UserError
 from simplernn_jax.exit_codes import exit_with
 from simplernn_jax.files import read_file
 from simplernn_jax.project import name_commands, name_configs, usage
@@ -106,12 +106,12 @@ def load_model(
 
 
 def define_corpus_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[str]]:
-    """Define ``--cache_dir`` and ``--source``, arguments of `open_saved_corpus`."""
+    """Define ``--cache_dir`` and ``--corpus_source``, arguments of `open_saved_corpus`."""
     cache_dir = flags.DEFINE_string(
         "cache_dir", "", "Folder of the run's tokenized corpus, if it is not in the workdir."
     )
     source = flags.DEFINE_string(
-        "source", "", "Text to re-tokenize if the tokenized corpus is missing."
+        "corpus_source", "", "The run's own text, to re-tokenize if its tokens are missing."
     )
     return cache_dir, source
 
@@ -181,13 +181,17 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if {"-h", "-help", "--help"} & set(options):
         print(_help())
         sys.exit(0)
+    check_flag_files(options)
     try:
         arguments: list[str] = flags.FLAGS(argv)[1:]
     except flags.UnrecognizedFlagError as error:
         name = error.flagname
         if name.startswith("config.") and "config" in flags.FLAGS:
             raise config_is_missing() from error
-        near = nearest_name(f"--{name}", (f"--{known}" for known in flags.FLAGS))
+        fields = by_field(Config()) if "config" in flags.FLAGS else ()
+        own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+        known = [f"--config.{field}" for field in fields] + [f"--{flag.name}" for flag in own]
+        near = nearest_flag(name, known)
         raise UserError(f"--{name}: no such flag{near or ';'} --help shows the flags") from error
     except flags.IllegalFlagValueError as error:
         for of_python, reason in _CONVERSION_ERRORS.items():

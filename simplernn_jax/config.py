@@ -290,8 +290,10 @@ def validate(config: Config) -> None:
     """Check every value once, after all overrides.
 
     Raises:
-      UserError: names the field, its value and what is allowed.
+      UserError: names the field, its value and what is allowed; or it is not a `Config`.
     """
+    if not isinstance(config, Config):
+        raise UserError(f"config: {type(config).__name__}; pass a simplernn_jax.Config")
     config.model.join_mixers()
     check_values(by_field(config), by_field(Config()), lambda: config.model.mixers)
 

@@ -4,13 +4,14 @@
 reports a wrong file or override in one line.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,21 @@ from simplernn_jax.project import ROOT, config_names
 flags.disclaim_key_flags()  # --help lists --config under the script that defines it
 
 _CONFIGS = ROOT / "configs"
+_OTHER_NAMES = {
+    "batch_size": "bs",
+    "learning_rate": "lr",
+    "max_new_tokens": "max_length max_tokens num_tokens",
+    "num_samples": "n",
+    "out": "o output output_dir",
+    "prompt": "text",
+    "prompt_file": "file text_file",
+    "source": "data dataset file text text_file",
+    "steps": "iters max_iters max_steps",
+    "weight_decay": "wd",
+    "workdir": "logdir model out_dir output_dir run_dir",
+}
+"""What other programs call the flags and fields of this project."""
+_FLAG_FILE = re.compile(r"^--?flagfile[=\n](.+)", re.MULTILINE)
 
 
 class ConfigFlag:
@@ -46,13 +62,14 @@ class ConfigFlag:
 def define_config_flag() -> ConfigFlag:
     """Define ``--config`` for this script; read its `ConfigFlag.value` inside ``main``."""
     try:
+        check_flag_files(sys.argv[1:])
         holder = config_flags.DEFINE_config_file(
             "config",
             None,
             "Name, Python file whose get_config() returns a Config, or config.json of a run.",
             lock_config=False,
         )
-    except flags.Error as error:  # it reads --flagfile
+    except (UserError, flags.Error) as error:  # it reads --flagfile
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     flags.FLAGS["config"].parser = _ConfigFileParser()
@@ -62,6 +79,24 @@ def define_config_flag() -> ConfigFlag:
 def config_is_missing() -> UserError:
     """Return the error for a command line without ``--config``."""
     return UserError("--config is missing; specify a file such as configs/base.py, or a name: base")
+
+
+def check_flag_files(arguments: Iterable[str]) -> None:
+    """Check what ``--flagfile`` names before absl reads it to its end.
+
+    Raises:
+      UserError: not a regular file, larger than 1 MiB, not UTF-8, or it includes another file.
+    """
+    for path in _FLAG_FILE.findall("\n".join(arguments)):
+        try:
+            text = read_file(os.path.expanduser(path.strip()), 1 << 20).decode("utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--flagfile={path}: {reason}; specify a file of flags") from error
+        if _FLAG_FILE.search(text):
+            raise UserError(
+                f"--flagfile={path}: includes another file; name both on the command line"
+            )
 
 
 class _ConfigFileParser(flags.ArgumentParser):
@@ -87,14 +122,10 @@ def _near(path: Path) -> str:
         names = config_names()
         return nearest_name(str(path), names) or f"; there are {', '.join(names)}"
     for folder in (path.parent, ROOT / path.parent, _CONFIGS):
-        try:
-            files = sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")
-        except OSError:
-            continue
-        near = difflib.get_close_matches(path.stem, [file.stem for file in files], n=1)
-        if near:
-            found = folder / f"{near[0]}.py"
-            return f"; did you mean {str(found)!r}?"
+        with contextlib.suppress(OSError):
+            files = {file.stem: file for file in folder.glob("*.py")}
+            if near := difflib.get_close_matches(path.stem, files, n=1):
+                return f"; did you mean {str(files[near[0]])!r}?"
     base = _CONFIGS / "base.py"
     return f"; {base} is one" if base.is_file() else "; specify a file with get_config()"
 
@@ -162,7 +193,19 @@ def _check_field(path: str) -> None:
     in_section = [field for field in fields if field.startswith(f"{path}.")]
     if in_section:
         raise UserError(f"--config.{path}: a section; set one of {', '.join(in_section)}")
-    name = path.rsplit(".", maxsplit=1)[-1]
-    elsewhere = [field for field in fields if field.endswith(f".{name}")]
-    hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else nearest_name(path, fields)
-    raise UserError(f"--config.{path}: no such field{hint or '; --help shows them all'}")
+    hint = nearest_flag(path, fields) or "; --help shows them all"
+    raise UserError(f"--config.{path}: no such field{hint}")
+
+
+def nearest_flag(name: str, flags_and_fields: Iterable[str]) -> str:
+    """Return ``"; did you mean '--seed'?"`` of `flags_and_fields`, or "" if none is near.
+
+    Sections are not compared: a field may be given without its own.
+    """
+    known = {one.lstrip("-").rpartition(".")[2]: one for one in flags_and_fields}
+    name = name.rpartition(".")[2].replace("-", "_")
+    usual = [one for one, others in _OTHER_NAMES.items() if name in others.split()]
+    near = [one for one in [*usual, name] if one in known]
+    near += [one for one in known if len(name) > 2 and one.startswith(name)]
+    near += difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"; did you mean {known[near[0]]!r}?" if near else ""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import html
+import io
 import json
 import logging
 import re
@@ -10,6 +11,7 @@ import re
 import numpy as np
 import pytest
 from flax import nnx
+from matplotlib.image import imread
 from small_runs import small_config
 
 from simplernn_jax.analysis import state_value
@@ -109,10 +111,21 @@ def test_the_page_opens_with_a_summary_in_numbers():
     assert f"only after {lives.max() * per_token:,.0f} characters ({lives.max():,.0f} token" in text
     assert "6.5% of the gain of its predictions from earlier text comes from more than 25" in text
     assert "measured on the last 1,000 predictions of this text" in text
-    page = make_page(explanation(), pictures(), {})
-    order = ("In short", "<h2>1. The memory", "<h2>2. ", "<h2>3. ", "<h2>4. Attention maps")
-    places = [page.index(part) for part in order]
-    assert places == sorted(places)
+    page = make_page(explanation(), pictures(), "a.txt", {})
+    assert "<title>Explanation of a.txt</title>" in page
+    order = ("<h1>", "In short", "<h2>1. The memory", "<h2>2. ", "<h2>3. ", "<h2>4. Attention maps")
+    places = [page.index(part) for part in (*order, "<table")]
+    assert places[:-1] == sorted(places[:-1])
+    assert places[2] < places[-1]  # nothing but the summary comes before the sections
+
+
+def test_norm_and_rank_of_the_state_are_folded():
+    page = make_page(explanation(), pictures(), "a.txt", {})
+    fold = page.split("<details>")[1].split("</details>")[0]
+    assert re.findall(r'alt="(\w+)', fold) == ["Norm", "Effective"]
+    assert page.count('alt="Effective rank') == 1
+    attention = make_page(explanation("attention"), pictures("attention"), "a.txt", {})
+    assert "<details>" not in attention
 
 
 def that_forgets_nothing():
@@ -142,7 +155,7 @@ def test_a_weak_contribution_looks_weak():
     chosen = explanation().chosen
     weak = chosen.from_all._replace(tokens=np.full(len(chosen.from_all.tokens), 0.01))
     chosen = dataclasses.replace(chosen, from_all=weak)
-    page = make_page(dataclasses.replace(explanation(), chosen=chosen), pictures(), {})
+    page = make_page(dataclasses.replace(explanation(), chosen=chosen), pictures(), "a.txt", {})
     text = page.split("<pre>")[1].split("</pre>")[0]
     opacities = [float(part.split(")")[0]) for part in text.split("var(--red),")[1:]]
     units = [unit.stop - unit.start for unit in chosen.units]
@@ -222,7 +235,7 @@ def test_the_page_shows_the_pictures_and_errors_of_every_layer(mixer, names, say
     for picture in drawn.values():
         assert picture.png.startswith(b"\x89PNG\r\n")
         assert picture.caption.endswith(".")
-    page = make_page(result, drawn, {"model": "<small>"})
+    page = make_page(result, drawn, "a<small>.txt", {"model": "<small>"})
     assert not re.search(r"<(script|small)\b", page)  # texts and facts are escaped
     text = html.unescape(re.sub("<[^>]*>", "", page))
     assert "<small>" in text
@@ -241,7 +254,7 @@ def test_the_page_shows_the_pictures_and_errors_of_every_layer(mixer, names, say
 def test_one_is_singular():
     result = explanation(text="x", token=None)
     assert result.state_value.evaluated == "the given text: 1 of its 1 prediction"
-    assert "1 token and BOS" in make_page(result, draw_plots(result), {})
+    assert "1 token and BOS" in make_page(result, draw_plots(result), "a.txt", {})
 
 
 def test_numbers_are_json_and_reproduce_an_output():
@@ -302,6 +315,14 @@ def test_maps_grow_with_their_tokens_up_to_a_limit():
     (small, _), (middle, _), (large, height) = sizes
     assert small < 1000 < middle < 1650 < large < 2130
     assert height < 2130
+
+
+def test_a_long_note_below_bars_is_not_cut():
+    units = split_into_units(ByteTokenizer(), "漢字漢字漢字".encode())  # drawn as escapes
+    panel = ("title", "share of the output", np.arange(6.0), -1.234e-05)
+    pixels = imread(io.BytesIO(draw_bars([panel], units)))
+    for margin in (pixels[:, :3], pixels[:, -3:]):
+        assert margin.min() == 1  # white
 
 
 def test_characters_without_a_glyph_are_drawn_without_a_warning():

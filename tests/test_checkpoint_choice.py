@@ -4,6 +4,7 @@ import contextlib
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from small_runs import small_config
@@ -105,6 +106,8 @@ def test_no_checkpoint_is_said_whichever_is_asked_for(tmp_path):
             load_model(str(tmp_path), checkpoint)
     with pytest.raises(UserError, match="only these steps: none"):
         choose_checkpoint(str(tmp_path), 3)
+    with pytest.raises(UserError, match=r"--checkpoint=\[2 3\]: specify best, newest or a step"):
+        load_model(str(tmp_path), np.array([2, 3]))
 
 
 def test_load_model_takes_the_best_and_says_so(tmp_path, caplog):

@@ -159,6 +159,29 @@ def test_wrong_flag_is_one_line(tmp_path):
     assert_each_refused(script, *(([flag], part, "--help") for flag, part in WRONG_FLAGS))
 
 
+@pytest.mark.parametrize(
+    ("script", "flag", "meant"),
+    [
+        ("train", "lr", "config.optimizer.learning_rate"),
+        ("train", "max-steps", "config.train.steps"),
+        ("train", "epochs", "config.train.epochs"),
+        ("train", "logdir", "workdir"),
+        ("sample", "n", "num_samples"),
+        ("sample", "temp", "temperature"),
+        ("sample", "max_tokens", "max_new_tokens"),
+        ("sample", "text", "prompt"),
+        ("sample", "v1", ""),
+        ("sample", "verbos", ""),
+        ("evaluate", "text_file", "source"),
+        ("export", "output", "out"),
+    ],
+)
+def test_a_flag_by_another_name_is_proposed_if_the_script_has_it(script, flag, meant):
+    (result,) = run_scripts((f"scripts/{script}.py", f"--{flag}=3"))
+    near = f"; did you mean '--{meant}'?" if meant else ";"
+    assert_refused(result, f"error: --{flag}: no such flag{near} --help shows the flags")
+
+
 def test_arguments_that_are_not_flags(tmp_path):
     definitions = '_NAMES = command_line.define_arguments("NAME ...")'
     body = "print(_NAMES.value, _WORKDIR.value)"
@@ -180,7 +203,7 @@ def test_help_shows_the_docstring_and_the_flags_of_the_script(tmp_path):
 
 
 def test_help_shows_flags_that_scripts_share():
-    names = {name: ["checkpoint", "cache_dir", "source"] for name in ("evaluate", "explain")}
+    names = {name: ["checkpoint", "cache_dir", "corpus_source"] for name in ("evaluate", "explain")}
     names["sample"] = ["checkpoint"]
     shown = run_scripts(*((f"scripts/{script}.py", "--help") for script in names))
     for result, shared in zip(shown, names.values(), strict=True):

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from processes import assert_each_refused, assert_refused, run_scripts
+from processes import assert_each_refused, run_scripts
 
 from simplernn_jax.config import Config, DataConfig, TrainConfig, to_json
 
@@ -84,16 +84,21 @@ def test_the_configuration_that_a_run_saved(folder):
 def test_flags_from_a_file(folder):
     (folder / "flags.txt").write_text("--config.train.steps=11\n")
     (folder / "wrong.txt").write_text("--config.train.stpes=11\n")
+    (folder / "zero.txt").write_text("--flagfile=/dev/zero\n")
+    (folder / "large.txt").write_bytes(bytes(2**20 + 1))
+    (folder / "latin.txt").write_bytes(b"--config=\xe9.py\n")
     assert show(folder, ["--config=seven.py", "--flagfile=flags.txt"]) == ["11 stdlib True\n"]
-    results = run_scripts(
-        ("show.py", "--config=seven.py", "--flagfile=wrong.txt"),
-        ("show.py", "--config=seven.py", "--flagfile=missing.txt"),
+    not_regular = "--flagfile=/dev/zero: not a regular file"
+    assert_each_refused(
+        "show.py",
+        (["--config=seven.py", "--flagfile=wrong.txt"], "did you mean 'train.steps'?"),
+        (["--flagfile=missing.txt"], "--flagfile=missing.txt: No such file"),
+        (["--flagfile", "/dev/zero"], not_regular),
+        (["--flagfile=zero.txt"], "--flagfile=zero.txt: includes another file"),
+        (["--flagfile=large.txt"], "--flagfile=large.txt: larger than 1,048,576 bytes"),
+        (["--flagfile=latin.txt"], "--flagfile=latin.txt: 'utf-8' codec can't decode"),
         cwd=folder,
     )
-    for result, problem in zip(
-        results, ("did you mean 'train.steps'?", "missing.txt"), strict=True
-    ):
-        assert_refused(result, problem)
 
 
 def test_mixers_from_a_list_in_a_file_and_from_the_command_line(folder):
@@ -127,6 +132,9 @@ OVERRIDES = [
     ("train.stpes=5", "--config.train.stpes: no such field; did you mean 'train.steps'?"),
     ("trian.steps=5", "did you mean 'train.steps'?"),
     ("train.batch_size=5", "did you mean 'data.batch_size'?"),
+    ("optimizer.lr=5", "no such field; did you mean 'optimizer.learning_rate'?"),
+    ("train.bs=5", "no such field; did you mean 'data.batch_size'?"),
+    ("train.warmup=5", "no such field; did you mean 'optimizer.warmup_steps'?"),
     ("zzz=5", "--config.zzz: no such field; --help shows them all"),
     ("optimizer=5", "--config.optimizer: a section; set one of optimizer.name"),
     ("train.steps=x", "--config.train.steps=x: not an integer"),

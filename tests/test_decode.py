@@ -262,3 +262,24 @@ def test_a_state_of_another_batch_size_or_model_is_refused():
     other = LanguageModel(ModelConfig(vocab_size=VOCAB, num_layers=1), rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="use the model that made it"):
         generate(other, state=state, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e38])
+def test_weights_that_give_no_finite_logits_are_an_error(value):
+    model = with_parameters(lambda x: jnp.full_like(x, value))
+    with pytest.raises(UserError, match="the model's logits are not finite: its weights are corr"):
+        generate(model, [[1]], max_new_tokens=0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_parameters_of_16_bits_are_refused(dtype):
+    model = with_parameters(lambda x: x.astype(dtype))
+    with pytest.raises(UserError, match=f"^model: has {dtype} parameters; convert them to float32"):
+        generate(model, [[1]], max_new_tokens=1)
+
+
+def with_parameters(change):
+    """A model whose parameters are changed."""
+    model = nnx.clone(make_model())
+    nnx.update(model, jax.tree.map(change, nnx.state(model, nnx.Param)))
+    return model

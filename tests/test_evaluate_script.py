@@ -1,12 +1,13 @@
 """scripts/evaluate.py in a process of its own."""
 
+import json
 import lzma
 import math
 import re
 import shutil
 
 import pytest
-from processes import ROOT, assert_each_refused, assert_refused, run_scripts
+from processes import ROOT, assert_each_refused, assert_refused, run_python, run_scripts
 from small_runs import save_untrained, small_config, untrained_run, write_corpus
 
 
@@ -79,10 +80,53 @@ def test_the_text_of_a_run_is_read_only_where_a_flag_names_it(saved, tmp_path):
     folder, _ = saved
     shutil.copytree(folder / "run", tmp_path / "run", ignore=shutil.ignore_patterns("tokens"))
     flags = ["--workdir", tmp_path / "run"]
-    refusal, (code, output, _) = evaluate(flags, [*flags, "--source", folder / "moved"])
+    refusal, (code, output, _) = evaluate(flags, [*flags, "--corpus_source", folder / "moved"])
     assert_refused(refusal, "error: tokenized text not found in ")
     assert code == 0
     assert "nats/token" in output
+
+
+def test_another_text_is_scored_as_a_whole(saved, tmp_path):
+    folder, _ = saved
+    other = write_corpus(tmp_path / "other", seed=5, documents=3)
+    texts = [(tmp_path / "other" / f"{n}.txt").read_text(encoding="utf-8") for n in range(3)]
+    records = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "same.jsonl").write_text("\n".join(records), encoding="utf-8")
+    (tmp_path / "temporary").mkdir()
+    before = sorted((folder / "run").rglob("*"))
+    sources = [other, f"{other}/*.txt", tmp_path / "same.jsonl"]
+    flags = ["--workdir", "run", "--source"]
+    results = evaluate(*([*flags, source] for source in sources), cwd=folder)
+    results.append(
+        run_python(  # forks have a temporary folder already
+            *(ROOT / "scripts" / "evaluate.py", *flags, other, "--window", 9, "--stride", 4),
+            cwd=folder,
+            TMPDIR=str(tmp_path / "temporary"),
+        )
+    )
+    num_bytes = sum(len(text.encode()) for text in texts)
+    for (code, output, errors), source in zip(results, [*sources, other], strict=True):
+        assert code == 0, errors
+        assert re.search(rf"^ *text +{re.escape(str(source))}, 3 documents$", output, re.MULTILINE)
+        assert f" {num_bytes + 6} tokens; {num_bytes} bytes scored\n" in output
+        assert number("predictions", output) == num_bytes + 3
+    assert len({number("nats/token", result.output) for result in results[:3]}) == 1
+    assert "zero, then 6 to 9 tokens of context" in results[3].output
+    assert sorted((folder / "run").rglob("*")) == before
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_a_text_that_is_missing_or_not_alone_is_refused(saved, tmp_path):
+    workdir = saved[0] / "run"
+    assert_each_refused(
+        "scripts/evaluate.py",
+        (["--workdir", workdir, "--source", "no.txt"], "no.txt: no such file or folder"),
+        (["--workdir", workdir, "--source", ""], "error: : no such file or folder"),
+        (["--workdir", workdir, "--source", "a:0.5,b:0.5"], "a mixture, which only training takes"),
+        (["--workdir", "x", "--source", "a", "--split", "train"], "--source and --split are mut"),
+        (["--workdir", "x", "--source", "a", "--cache_dir", "c"], "--source and --cache_dir are"),
+        cwd=ROOT,
+    )
 
 
 def test_a_source_of_a_mixture_without_a_prediction(tmp_path):

@@ -11,6 +11,7 @@ import sys
 import time
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,6 +74,19 @@ def test_bfloat16_models_are_exported_in_float32(tmp_path):
     find_format("safetensors").write(original, tmp_path)
     logits = find_format("safetensors").load(tmp_path).logits(TOKENS)
     np.testing.assert_array_equal(logits, logits_of(exact, TOKENS))
+
+
+def test_parameters_of_16_bits_are_not_exported(tmp_path, workdir):
+    model, tokenizer, config = load_model(str(workdir))
+    half = jax.tree.map(lambda x: x.astype(jnp.float16), nnx.state(model, nnx.Param))
+    nnx.update(model, half)
+    with pytest.raises(UserError, match=r"^model: has float16 parameters; convert"):
+        export(
+            *("safetensors", model, tokenizer, config, str(tmp_path / "out")),
+            workdir=str(workdir),
+            tokens=TOKENS,
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.oldest_python

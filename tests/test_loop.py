@@ -422,9 +422,13 @@ def test_a_signal_before_the_first_step_ends_a_resumable_run(tmp_path):
     )
 
 
-def test_a_loss_that_is_never_finite_ends_a_run(tmp_path):
+def test_a_loss_that_is_never_finite_ends_a_run(tmp_path, capsys):
     config = small_config(
-        source=write_corpus(tmp_path / "text"), learning_rate=1e30, max_skipped_updates=2
+        source=write_corpus(tmp_path / "text"),
+        learning_rate=1e30,
+        max_skipped_updates=2,
+        sample_every=1,
+        sample_tokens=1,
     )
     message = (
         r"the loss or its gradient was not finite in 2 consecutive steps, up to step (\d+) "
@@ -434,6 +438,14 @@ def test_a_loss_that_is_never_finite_ends_a_run(tmp_path):
         train(config, str(tmp_path / "run"))
     step, batch, updated = map(int, re.match(message, str(raised.value)).groups())
     assert (batch, updated) == (step - 1, step - 2)
+    assert "the model's logits are not finite" in capsys.readouterr().out  # in place of a sample
+
+
+def test_anything_but_a_configuration_is_refused(tmp_path):
+    for wrong, kind in (({"train.steps": 3}, "dict"), (None, "NoneType")):
+        with pytest.raises(UserError, match=rf"^config: {kind}; pass a simplernn_jax\.Config"):
+            train(wrong, str(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("limit", "where"), [(1, "1 step"), (3, "3 consecutive steps")])

@@ -258,6 +258,18 @@ def test_errors_name_the_argument():
         gated_linear_recurrence(q, k, v, log_gate, chunk_size=24)
 
 
+def test_a_gate_instead_of_its_logarithm_is_refused_unless_it_is_traced():
+    (q, k, v, log_gate, state), _ = draw_inputs(7, SHAPES[0], "near_one")
+    message = r"^log_gate must be <= 0, got 0\.\d+: pass log\(gate\)$"
+    gate = jnp.exp(log_gate) * 0.9
+    with pytest.raises(ValueError, match=message):
+        gated_linear_recurrence(q, k, v, gate, method="scan")
+    with pytest.raises(ValueError, match=message):
+        recurrent_step(q[:, 0], k[:, 0], v[:, 0], np.asarray(gate[:, 0]), state)
+    jax.eval_shape(functools.partial(gated_linear_recurrence, method="scan"), q, k, v, gate)
+    gated_linear_recurrence(q, k, v, jnp.zeros_like(gate), method="scan")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_large_segment_leaves_the_gradients_of_the_one_before_exact(method):
     ids = jnp.asarray(np.stack([np.arange(61) // 29, np.arange(61) // 17]))

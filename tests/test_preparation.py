@@ -217,7 +217,7 @@ def test_paths_in_a_checkpoint_are_never_opened(tmp_path, config):
     save_untrained(config, tmp_path / "run")
     with pytest.raises(
         UserError,
-        match=r"not found in .*run/tokens; .*--cache_dir \(originally .*elsewhere\) or --source ",
+        match=r"not found .*run/tokens; .* \(originally .*elsewhere\) or --corpus_source \(orig",
     ):
         open_saved_corpus(str(tmp_path / "run"))
     shutil.rmtree(tmp_path / "elsewhere")
@@ -239,7 +239,7 @@ def test_deleted_tokens_are_not_recomputed_from_another_text(tmp_path, config, w
     shutil.rmtree(tmp_path / "run" / "tokens")
     write_corpus(tmp_path / "text", seed=1)
     with pytest.raises(
-        UserError, match=r"--source=.*: not the text that the run in .* was trained"
+        UserError, match=r"--corpus_source=.*: not the text that the run in .* was trained"
     ):
         open_saved_corpus(workdir, source=config.data.source)
     shutil.rmtree(config.data.source)
@@ -250,7 +250,7 @@ def test_deleted_tokens_are_not_recomputed_from_another_text(tmp_path, config, w
 def test_damaged_tokens_are_recomputed_or_named(tmp_path, config, workdir):
     (tokens,) = (tmp_path / "run" / "tokens").glob("*/validation.tokens")
     tokens.write_bytes(bytes(tokens.stat().st_size))
-    problem = r"text in .* is corrupted \(validation\.tokens was changed\); .* or --source"
+    problem = r"text in .* is corrupted \(validation\.tokens was changed\); .* or --corpus_source"
     with pytest.raises(UserError, match=problem):
         open_saved_corpus(workdir)
     assert tokens.exists()

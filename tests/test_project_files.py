@@ -1,4 +1,4 @@
-"""Files for other programs: Dockerfile, CITATION.cff and the workflows of GitHub."""
+"""Main names of the package; files for other programs: Dockerfile, CITATION.cff, workflows."""
 
 import re
 import shutil
@@ -14,7 +14,10 @@ import yaml
 from processes import ROOT
 
 import simplernn_jax
+from simplernn_jax import config, inference
 from simplernn_jax.__main__ import COMMANDS
+from simplernn_jax.inference import loading
+from simplernn_jax.training import loop
 
 WORKFLOWS = {path.stem: path for path in (ROOT / ".github" / "workflows").glob("*.yml")}
 
@@ -25,6 +28,15 @@ def parsed(name):
 
 def steps_of(workflow):
     return [step for job in workflow["jobs"].values() for step in job["steps"]]
+
+
+def test_the_main_names_are_imported_at_their_first_use():
+    assert simplernn_jax.Config is config.Config
+    assert simplernn_jax.train is loop.train
+    assert simplernn_jax.generate is inference.generate
+    assert simplernn_jax.load_model is loading.load_model
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        simplernn_jax.trian  # noqa: B018
 
 
 def test_the_dockerfile_passes_its_linter():

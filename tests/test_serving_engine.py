@@ -6,13 +6,19 @@ import threading
 import time
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from small_runs import small_model
 
 from simplernn_jax.data.tokenizer import ByteTokenizer
+from simplernn_jax.errors import UserError
+from simplernn_jax.serving.decoder import Decoder
 from simplernn_jax.serving.engine import Engine, EngineStoppedError, QueueFullError
 from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Sampling
+from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.service import Service
 
 PROMPT = np.arange(5, dtype=np.int32)
@@ -148,6 +154,22 @@ def test_jobs_for_free_slots_do_not_count_as_waiting():
     for one in jobs:
         one.is_cancelled = True
     running.engine.stop(5)
+
+
+def test_a_diverged_model_is_not_served(running):
+    diverged = small_model()
+    nnx.update(diverged, jax.tree.map(lambda x: x * jnp.nan, nnx.state(diverged, nnx.Param)))
+    with pytest.raises(UserError, match="the model's logits are not finite"):
+        list(Decoder(diverged, 1, 0).compile())
+    decoder = running.engine.decoder
+    service = Service(
+        *(running.engine, ByteTokenizer(), running.model.config.vocab_size, "model"),
+        *(mock.Mock(), None, lambda: (diverged, mock.Mock())),
+    )
+    with pytest.raises(RequestError, match="the model's logits are not finite") as raised:
+        asyncio.run(service.reload())
+    assert raised.value.status == 409
+    assert running.engine.decoder is decoder
 
 
 def test_cancelled_jobs_leave_the_queue():

@@ -297,7 +297,7 @@ def test_only_a_state_is_forked_or_saved(tmp_path, model, state):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("bad", [None, 3, b"state", "", "a\0b"])
+@pytest.mark.parametrize("bad", [None, 3, b"state", "", "a\0b", "\ud800", np.ones((2, 3))])
 def test_invalid_paths_are_refused(bad, model, state):
     with pytest.raises(UserError, match=r"^path="):
         save_state(bad, state, model, BYTES)

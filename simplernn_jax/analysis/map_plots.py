@@ -156,6 +156,8 @@ def draw_bars(
             axes.axvline(0, color="black", linewidth=0.6)
             axes.locator_params(axis="x", nbins=5)  # or long numbers touch
             note = f"\nall text before this excerpt: {before:+.3g}" if before else ""
-            axes.set(title=title, xlabel=measure + note)
+            axes.set_title(title)
+            # Below the labels too, since a long note does not fit below the bars.
+            axes.set_xlabel(measure + note, loc="right")
             axes.grid(axis="x")
         return png(figure)

@@ -37,8 +37,10 @@ def draw_plots(explanation: Explanation) -> dict[str, Plot]:
     return {plot.name: plot for plot in drawn}
 
 
-def make_page(explanation: Explanation, plots: Mapping[str, Plot], facts: Mapping[str, str]) -> str:
-    """Return the HTML of the page; `facts` are names and values that describe the model."""
+def make_page(
+    explanation: Explanation, plots: Mapping[str, Plot], name: str, facts: Mapping[str, str]
+) -> str:
+    """Return the HTML of the page of the text `name`; `facts` describe the model by name."""
     chosen, value = explanation.chosen, explanation.state_value
     gradient = sum_by_unit(chosen.units, chosen.from_all.tokens)
     environment = jinja2.Environment(
@@ -49,6 +51,7 @@ def make_page(explanation: Explanation, plots: Mapping[str, Plot], facts: Mappin
     environment.filters.update(base64=_base64, shown=_shown, zip=zip)
     environment.tests["wide"] = _is_wide
     return environment.get_template("page.html").render(
+        name=name,
         chosen=chosen,
         value=value,
         mixers=explanation.mixers,
@@ -58,7 +61,7 @@ def make_page(explanation: Explanation, plots: Mapping[str, Plot], facts: Mappin
         sentences=summarize(explanation),
         facts={
             **facts,
-            "text": f"{counted(len(explanation.tokens) - 1, 'token')} and BOS, which is token 0",
+            "text": f"{name}: {counted(len(explanation.tokens) - 1, 'token')} and BOS, token 0",
             "maps": f"tokens {explanation.start:,} to {explanation.stop - 1:,} of it",
             "prediction": f"token {chosen.position:,}, {quoted(chosen.predicted.text)}",
         },

@@ -34,8 +34,9 @@ def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> Choice:
       UserError: `workdir` has no checkpoint, none that is intact, or not that of the step.
     """
     folder = CheckpointFolder(workdir)
+    checkpoint = str(checkpoint)  # also an array, which does not compare with a text
     if checkpoint not in (BEST, NEWEST):
-        return _of_step(folder, str(checkpoint))
+        return _of_step(folder, checkpoint)
     while checkpoint == BEST:
         qualities = _qualities(folder)
         best = _best(qualities)

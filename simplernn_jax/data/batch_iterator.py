@@ -6,6 +6,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data.batches import (
@@ -41,6 +42,7 @@ def make_batches(
         source = MixedBatchSource(split, data_config, seed, pad_id, sequences)
     else:
         source = BatchSource(split, data_config, seed, pad_id, sequences)
+    flags.FLAGS.mark_as_parsed()  # for Grain, which reads its own; scripts have parsed them
     # One thread: a batch takes far less time than a step, and further threads would only
     # compete with the computation for cores.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)

@@ -27,6 +27,7 @@ from simplernn_jax.export.formats import (
 )
 from simplernn_jax.export.rounding import rounded_weights
 from simplernn_jax.files import sync
+from simplernn_jax.inference.programs import split_model
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
 
@@ -90,6 +91,7 @@ def export(
         raise UserError(
             f"--quantize={quantize}: only with --format={' or '.join(QUANTIZED_FORMATS)}"
         )
+    split_model(model)  # which checks the parameters
     model = float32_model(model)
     with new_folder(out) as folder:
         trained = TrainedModel(model, tokenizer, without_paths(config), workdir, quantize)

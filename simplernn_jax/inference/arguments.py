@@ -66,6 +66,15 @@ def check_model(model: Any) -> None:
         raise UserError(f"model: {type(model).__name__}; pass the LanguageModel of load_model")
 
 
+def check_logits(logits: Any) -> None:
+    """Raise `UserError` if logits of the model are not finite: it would generate nothing."""
+    if not np.isfinite(logits).all():
+        raise UserError(
+            "the model's logits are not finite: its weights are corrupted or have diverged; use "
+            "another checkpoint"
+        )
+
+
 def check_tokenizer(tokenizer: Any, *methods: str) -> None:
     """Raise `UserError` if `tokenizer` lacks an attribute of `Tokenizer` or one of `methods`."""
     missing = [name for name in (*_TOKENIZER, *methods) if not hasattr(tokenizer, name)]
@@ -86,9 +95,10 @@ def checked_path(path: Any) -> str:
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"path={_shown(path)}: must be the path of a file")
     name = os.fsdecode(path)
-    if not name or "\0" in name:
-        raise UserError(f"path={name!r}: cannot be the name of a file")
-    return name
+    with contextlib.suppress(UnicodeEncodeError):  # of half a surrogate pair
+        if name and b"\0" not in os.fsencode(name):
+            return name
+    raise UserError(f"path={name!r}: cannot be the name of a file")
 
 
 def as_array(value: Any, where: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from simplernn_jax.devices import check_memory
 from simplernn_jax.inference.arguments import (
     Prompts,
     check_callback,
+    check_logits,
     check_model,
     checked_length,
     checked_prompts,
@@ -105,8 +106,8 @@ def generate(
 
     Raises:
       UserError: a token outside the vocabulary, an empty prompt without a state, an argument of
-        another type or out of its range, a state that does not fit, or states or tokens that
-        this machine's memory cannot hold.
+        another type or out of its range, a state that does not fit, states or tokens that this
+        machine's memory cannot hold, parameters of 16 bits, or logits that are not finite.
     """
     check_model(model)
     vocab_size = model.config.vocab_size
@@ -125,6 +126,7 @@ def generate(
         state = _initial_state(model, prompts)
     weights = weights_for(architecture, parameters)
     state = _prefill(programs, weights, state, prompts, chunk_lengths)
+    check_logits(state.logits)
 
     fill = 0 if eos_id is None else eos_id
     tokens = np.full((len(prompts), max_new_tokens), fill, np.int32)
@@ -138,6 +140,7 @@ def generate(
         lengths += counts
         if on_tokens is not None:
             on_tokens(new)
+    check_logits(state.logits)  # not at every block, which would wait for the next one
     generation = Generation(tokens=tokens, lengths=lengths, state=state)
     return dataclasses.replace(generation, state=_remember(state, generation.sequences()))
 

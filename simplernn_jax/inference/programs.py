@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from simplernn_jax.array_types import ModelState
+from simplernn_jax.errors import UserError
 from simplernn_jax.inference.decoder_weights import decoder_weights, decodes_natively, weight_format
 from simplernn_jax.inference.sampling import Settings, greedy, sample
 from simplernn_jax.inference.state import DecoderState
@@ -58,9 +59,12 @@ class Architecture(NamedTuple):
 
 
 def split_model(model: LanguageModel) -> tuple[Architecture, list[Array]]:
-    """Split a model into its architecture and its arrays."""
+    """Split a model into its architecture and its arrays; `UserError` if they have 16 bits."""
     graphdef, arrays = nnx.split(model)
     parameters, treedef = jax.tree.flatten(arrays)
+    for x in parameters:
+        if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4:
+            raise UserError(f"model: has {x.dtype} parameters; convert them to float32")
     return Architecture(graphdef, treedef, decodes_natively(model)), parameters
 
 

@@ -16,7 +16,7 @@ from simplernn_jax.ops.low_precision_state import low_precision_recurrence
 from simplernn_jax.ops.native import supports_native
 from simplernn_jax.ops.operation import is_static
 from simplernn_jax.ops.recurrence import recurrence
-from simplernn_jax.ops.scan import RecurrenceInputs, recurrent_step
+from simplernn_jax.ops.scan import RecurrenceInputs, check_log_gate, recurrent_step
 
 __all__ = ["gated_linear_recurrence", "recurrent_step", "segment_starts"]
 
@@ -62,7 +62,7 @@ def gated_linear_recurrence(
 
     Raises:
       ValueError: wrong ranks, shapes that do not fit together, an unknown or unavailable
-        method, or a bad chunk size.
+        method, a bad chunk size, or, where `log_gate` is not traced, one above 0.
       TypeError: wrong dtypes.
     """
     sizes = check_array("q", q, "B T H K")
@@ -81,6 +81,7 @@ def gated_linear_recurrence(
     stored = () if state_dtype is None else (jax.dtypes.canonicalize_dtype(state_dtype),)
     dtype = accumulator_dtype(q, k, v, log_gate, *stored)
     method = _choose(method, chunk_size, dtype)
+    check_log_gate(log_gate)
     log_gate = log_gate.astype(dtype)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key_dim, v.shape[-1]), dtype)

@@ -58,7 +58,8 @@ def recurrent_step(
       The output ``[B, H, V]`` in the dtype of v, and the next state in the dtype of `state`.
 
     Raises:
-      ValueError: wrong ranks, or shapes that do not fit together.
+      ValueError: wrong ranks, shapes that do not fit together, or a `log_gate` above 0, if it is
+        not traced.
       TypeError: wrong dtypes.
     """
     sizes = check_array("q", q, "B H K")
@@ -66,11 +67,20 @@ def recurrent_step(
     sizes = check_array("v", v, "B H V", FLOATING, sizes)
     check_array("log_gate", log_gate, "B H K", FLOATING, sizes)
     check_array("state", state, "B H K V", FLOATING, sizes)
+    check_log_gate(log_gate)
     dtype = state.dtype
     gate = jnp.exp(log_gate.astype(dtype))
     state = gate[..., None] * state + k.astype(dtype)[..., None] * v.astype(dtype)[..., None, :]
     output = jnp.sum(q.astype(dtype)[..., None] * state, axis=-2)
     return output.astype(v.dtype), state
+
+
+def check_log_gate(log_gate: jax.Array) -> None:
+    """Raise ValueError if `log_gate` is above 0 anywhere; a traced array is not read."""
+    if isinstance(log_gate, jax.core.Tracer) or not log_gate.size:
+        return
+    if (largest := float(jnp.max(log_gate))) > 0:
+        raise ValueError(f"log_gate must be <= 0, got {largest:.3g}: pass log(gate)")
 
 
 def scan(inputs: RecurrenceInputs) -> tuple[jax.Array, RecurrentState]:

@@ -90,7 +90,9 @@ class Engine:
 
     def make_decoder(self, model: LanguageModel) -> Decoder:
         """Make the argument of `use_decoder`, for parameters of the same architecture."""
-        return Decoder(model, self.num_slots, self.cache_bytes)
+        decoder = Decoder(model, self.num_slots, self.cache_bytes)
+        list(decoder.compile())  # which checks its logits
+        return decoder
 
     def use_decoder(self, decoder: Decoder) -> None:
         """Use `decoder` for all jobs that are submitted from now on."""

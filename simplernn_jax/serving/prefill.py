@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simplernn_jax.array_types import ModelState
+from simplernn_jax.inference.arguments import check_logits
 from simplernn_jax.serving.jobs import Job, Logprobs, Prefilled, Root
 from simplernn_jax.serving.prefix_cache import GRID, Checkpoint, PrefixCache, is_kept, prefix_keys
 from simplernn_jax.serving.slots import SlotPrograms, TokenLogprobs, token_logprobs
@@ -101,9 +102,10 @@ class Prefiller:
             yield f"prefill of {count} x {length}"
             tokens = np.zeros((count, length), np.int32)
             num_tokens = np.full(count, length, np.int32)
-            ((_, _, hidden), *_) = self._programs.prefill(
+            ((_, logits, hidden), *_) = self._programs.prefill(
                 self._weights, (self._zero,) * count, tokens, num_tokens
             )
+            check_logits(logits)
             yield f"scores of {length}"
             self._programs.score(self._parameters, hidden, tokens[0])
 

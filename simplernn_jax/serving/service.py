@@ -98,12 +98,12 @@ class Service:
         async with self._reloading:
             try:
                 loaded = await asyncio.to_thread(self._load_model)
+                if loaded is None:
+                    return False
+                model, note_use = loaded
+                decoder = await asyncio.to_thread(self.engine.make_decoder, model)
             except (UserError, OSError) as error:
                 raise RequestError(str(error), status=409, code="reload_failed") from error
-            if loaded is None:
-                return False
-            model, note_use = loaded
-            decoder = await asyncio.to_thread(self.engine.make_decoder, model)
             states = await asyncio.to_thread(self.states.with_model, model)
             # Together: no request sees the parameters of one and the states of another.
             self.engine.use_decoder(decoder)

@@ -7,6 +7,7 @@ from flax import nnx
 
 from simplernn_jax.data.chat_template import ChatTemplate
 from simplernn_jax.distributed import barrier, is_coordinator
+from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
 from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.sharding.global_arrays import local_copy
@@ -77,13 +78,16 @@ def sample(run: Run, reporter: Reporter) -> None:
         if template := run.config.data.template:
             prompt = ChatTemplate(template).render_next([{"role": "user", "content": prompt}])
         graph, abstract = abstract_model(run.config.model)
-        (text,) = generate_text(
-            nnx.merge(graph, in_layout_of(abstract, params)),
-            run.corpus.tokenizer,
-            prompt,
-            max_new_tokens=train.sample_tokens,
-            temperature=SAMPLE_TEMPERATURE,
-            seed=train.seed,
-        )
+        try:
+            (text,) = generate_text(
+                nnx.merge(graph, in_layout_of(abstract, params)),
+                run.corpus.tokenizer,
+                prompt,
+                max_new_tokens=train.sample_tokens,
+                temperature=SAMPLE_TEMPERATURE,
+                seed=train.seed,
+            )
+        except UserError as error:  # such as a model that has diverged, which training reports
+            text = f" ({error})"
         reporter.sample(prompt + text)
     barrier("sample")

@@ -103,7 +103,7 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
     Args:
       workdir: folder of a training run.
       cache_dir: folder of the tokens; empty: ``tokens`` under `workdir`.
-      source: text to re-tokenize if the tokens are missing or corrupted; empty: none.
+      source: the run's text, to re-tokenize if the tokens are missing or corrupted; empty: none.
 
     Returns:
       The corpus with the content hash of the checkpoint.
@@ -130,7 +130,8 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
     if not source:
         original = f" (originally {config.data.cache_dir})" if config.data.cache_dir else ""
         raise UserError(
-            f"{problem}; pass --cache_dir{original} or --source (originally {config.data.source})"
+            f"{problem}; pass --cache_dir{original} or --corpus_source (originally "
+            f"{config.data.source})"
         )
     if config.data.template:
         ChatTemplate(config.data.template)  # a path is not a template
@@ -140,7 +141,7 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
     )
     if corpus.content_hash != wanted:
         raise UserError(
-            f"--source={source}: not the text that the run in {workdir} was trained on "
+            f"--corpus_source={source}: not the text that the run in {workdir} was trained on "
             f"({config.data.source}); use the same text"
         )
     return corpus
