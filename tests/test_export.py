@@ -280,6 +280,20 @@ def test_the_process_of_the_check(tmp_path, workdir, monkeypatch):
                 checking.run_exported("safetensors", folder, TOKENS, "a")
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 2030 + "out", "file/out"])
+def test_a_folder_that_cannot_be_made_is_rejected_first(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^--out=.*; use another folder$"):
+        exporting.check_new(str(tmp_path / name))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_check_of_a_folder_leaves_nothing(tmp_path):
+    (tmp_path / "there").mkdir()
+    exporting.check_new(str(tmp_path / "there" / "new" / "out"))
+    assert not list((tmp_path / "there").iterdir())
+
+
 def test_only_problems_of_the_folder_name_its_flag(tmp_path):
     with pytest.raises(OSError, match="of a library"), exporting.new_folder(str(tmp_path / "out")):
         raise OSError("of a library")

@@ -185,9 +185,19 @@ def _problems_of(out: str) -> Iterator[None]:
 
 
 def check_new(out: str) -> None:
-    """Raise `UserError` if something is at `out`."""
+    """Raise `UserError` if something is at `out`, or no folder with files can be created there."""
     if os.path.lexists(out):
         raise UserError(f"--out={out}: exists already; specify a new folder")
+    # As long as the names of the files, and of the temporary folder, will be.
+    path = Path(out).absolute() / ("0" * 64)
+    missing = [one for one in (path, *path.parents) if not os.path.lexists(one)]
+    try:
+        with _problems_of(out):
+            path.mkdir(parents=True)
+    finally:
+        for one in missing:
+            with contextlib.suppress(OSError):
+                one.rmdir()
 
 
 def mean_loss(logits: np.ndarray, tokens: np.ndarray) -> float:
