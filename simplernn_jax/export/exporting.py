@@ -6,11 +6,12 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from optax.losses import softmax_cross_entropy_with_integer_labels
 
 from simplernn_jax.config import Config
 from simplernn_jax.data.mixture import parse_mixture
@@ -70,6 +71,8 @@ def export(
     workdir: str,
     tokens: np.ndarray,
     quantize: str = "none",
+    license: str = "",
+    languages: Sequence[str] = (),
 ) -> Report:
     """Export a model to the new folder `out` and check it.
 
@@ -80,6 +83,7 @@ def export(
       workdir: folder of the run, whose metrics describe the model.
       tokens: [T] ids of held-out text to compare logits on, T at least 2.
       quantize: how the weights are stored: one of `QUANTIZATIONS`.
+      license, languages: those of the weights, for the model card of huggingface.
 
     Raises:
       UserError: the format is unknown or needs a missing package, `out` exists or cannot be
@@ -91,8 +95,10 @@ def export(
             f"--quantize={quantize}: only with --format={' or '.join(QUANTIZED_FORMATS)}"
         )
     model = float32_model(model)
+    trained = TrainedModel(
+        *(model, tokenizer, without_paths(config), workdir, quantize, license, tuple(languages))
+    )
     with new_folder(out) as folder:
-        trained = TrainedModel(model, tokenizer, without_paths(config), workdir, quantize)
         module.write(trained, folder)
         text = tokenizer.decode(tokens)
         found = run_exported(format_name, folder, tokens, text)
@@ -202,8 +208,5 @@ def check_new(out: str) -> None:
 
 def mean_loss(logits: np.ndarray, tokens: np.ndarray) -> float:
     """Return the mean loss of the predictions of all tokens but the first, in nats."""
-    logits = logits[:-1].astype(np.float64)
-    largest = logits.max(axis=-1)
-    total = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=-1))
-    loss = float(np.mean(total - logits[np.arange(len(logits)), tokens[1:]]))
+    loss = float(softmax_cross_entropy_with_integer_labels(logits[:-1], tokens[1:]).mean())
     return loss if math.isfinite(loss) else math.nan
