@@ -114,7 +114,7 @@ def export(
                 f"than {TOLERANCE:g} of the largest logit; please report this with the "
                 "configuration"
             )
-        if found.ids is not None and found.ids != tokenizer.encode(text).tolist():
+        if found.ids != tokenizer.encode(text).tolist():
             raise UserError(
                 f"--format={format_name}: the exported tokenizer encodes the held-out text "
                 "differently; use another format"

@@ -59,8 +59,8 @@ class Loaded(Protocol):
     def greedy(self, token: int, count: int) -> list[int]:
         """Generate the `count` tokens that follow `token`, each the likeliest."""
 
-    def encode(self, text: str) -> list[int] | None:
-        """Encode `text` without BOS; None if the format has no tokenizer."""
+    def encode(self, text: str) -> list[int]:
+        """Encode `text` without BOS."""
 
 
 class Format(Protocol):
