@@ -23,12 +23,14 @@ from small_runs import untrained_run
 from small_tokenizers import pretrained, word_level
 
 from simplernn_jax import load_model
+from simplernn_jax.data.chat_template import load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.export import FORMATS, checking, exporting
+from simplernn_jax.export.chat_format import chat_format
 from simplernn_jax.export.exporting import export
 from simplernn_jax.export.formats import TrainedModel, find_format, float32_model, logits_of
 from simplernn_jax.export.rounding import rounded_weights
-from simplernn_jax.inference import generate
+from simplernn_jax.inference import generate, generate_text
 from simplernn_jax.models import load_gla_checkpoint
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
 
@@ -113,18 +115,18 @@ def test_an_export_is_a_model(tmp_path, workdir):
     assert output.startswith(tokenizer.decode(original.tokens[0]))
 
 
-def test_the_example_runs_without_this_package(tmp_path):
+def test_the_example_prints_text_without_this_package(tmp_path):
     original = trained(MODELS["residual"])
     find_format("stablehlo").write(original, tmp_path)
-    words = [str(token) for token in TOKENS.tolist()]
+    prompt = "a prompt of more than 64 bytes, so that both programs are called: é"
     (tmp_path / "simplernn_jax").mkdir()
     (tmp_path / "simplernn_jax" / "__init__.py").write_text("raise ImportError")
     path = os.pathsep.join([str(tmp_path), *filter(os.path.isabs, sys.path)])
-    result = run_python("example.py", *words, cwd=tmp_path, PYTHONPATH=path)
+    result = run_python("example.py", *prompt.split(), cwd=tmp_path, PYTHONPATH=path)
     assert result.code == 0, result.errors
-    prompt = [original.tokenizer.bos_id, *TOKENS.tolist()]
-    tokens = generate(original.model, prompt, max_new_tokens=32).tokens[0].tolist()
-    assert list(map(int, result.output.split())) == tokens
+    (text,) = generate_text(original.model, original.tokenizer, prompt, max_new_tokens=200)
+    assert result.output == text + "\n"
+    assert "python example.py" in (tmp_path / "README.md").read_text()
 
 
 def test_a_program_for_all_platforms_without_custom_calls(tmp_path):
@@ -138,6 +140,46 @@ def test_a_program_for_all_platforms_without_custom_calls(tmp_path):
         assert calls <= {"shape_assertion"}
         tokens = program.in_avals[-1]
         assert str(tokens.shape[0]) == "B"
+
+
+TRIMS = """{{ bos_token }}{% if messages[0].role != 'system' %}<s>Be brief.</s>{% endif %}
+{%- for m in messages %}<{{ m.role }}>{{ m.content | trim }}</{{ m.role }}>{% endfor %}
+{%- if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+def test_the_text_around_messages():
+    roles = chat_format(load_template("roles"))
+    around = ["\x02", "\x04\x03"]
+    assert roles == {"first": around, "next": around, "end_of_turn": "\x04", "stop": "\x04"}
+    assert chat_format(TRIMS) == {
+        "first": ["<s>Be brief.</s><user>", "</user><assistant>"],
+        "next": ["<user>", "</user><assistant>"],
+        "end_of_turn": "</assistant>",
+        "stop": "</assistant>",
+    }
+    assert chat_format("") is None
+
+
+VARIES = "the template changes messages, or the text around them varies"
+
+
+@pytest.mark.parametrize(
+    ("question", "reason"),
+    [
+        ("m.content | upper", VARIES),
+        ("m.content | replace('<', '')", VARIES),
+        ("m.content | replace('\\n', ' ')", VARIES),
+        ("m.content[:9]", VARIES),
+        ("m.content ~ (loop.index // 4)", VARIES),
+        ("m.content ~ ('?' if '>' in m.content else '')", VARIES),
+        ("raise_exception('no')", "chat template: no; correct --config.data.template"),
+    ],
+)
+def test_a_template_that_is_more_than_text_around_messages(caplog, question, reason):
+    template = f"""{{% for m in messages %}}{{{{ m.content if m.role == 'assistant' else
+        {question} }}}};{{% endfor %}}"""
+    assert chat_format(template) is None
+    assert caplog.messages == [f"this export continues text instead of chatting: {reason}"]
 
 
 @pytest.mark.parametrize("kind", ["float16", "int8"])
@@ -208,6 +250,10 @@ def test_bad_flags_are_one_line(tmp_path, workdir):
         ({"workdir": empty}, f"no checkpoint in {empty}", "train there first"),
         ({"out": tmp_path / "taken"}, "exists already", "specify a new folder"),
         ({"out": "/proc/x/y"}, "--out=", "use another folder"),
+        ({"license": "apache-2.0"}, "--license: only with --format=huggingface", ""),
+        ({"language": "en"}, "--language: only with --format=huggingface", ""),
+        ({"license": "My license"}, "--license=My license: must be the name of a license", ""),
+        ({"language": "english"}, "--language=", "must be ISO 639 codes"),
         ({"quantize": "int8"}, "--quantize=int8: only with --format=html or onnx", ""),
         ({"out": ""}, "no --out", "specify a new folder"),
         ({"format": ""}, "no --format", "specify html"),
@@ -241,7 +287,8 @@ def test_missing_packages_are_named(monkeypatch):
 )
 def test_a_wrong_export_leaves_nothing(tmp_path, workdir, monkeypatch, found, problem):
     model, tokenizer, config = load_model(str(workdir))
-    right = {"logits": logits_of(model, TOKENS), "ids": None, "tokens_per_second": 1.0}
+    ids = tokenizer.encode(tokenizer.decode(TOKENS)).tolist()
+    right = {"logits": logits_of(model, TOKENS), "ids": ids, "tokens_per_second": 1.0}
     if "logits" in found:
         found = {"logits": found["logits"] * right["logits"]}
     wrong = exporting.run_exported.__annotations__["return"](**right | found)
@@ -292,6 +339,20 @@ def test_the_process_of_the_check(tmp_path, workdir, monkeypatch):
             patched.setattr(sys, "path", path.split(os.pathsep))
             with pytest.raises(UserError, match=problem):
                 checking.run_exported("safetensors", folder, TOKENS, "a")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 2030 + "out", "file/out"])
+def test_a_folder_that_cannot_be_made_is_rejected_first(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^--out=.*; use another folder$"):
+        exporting.check_new(str(tmp_path / name))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_check_of_a_folder_leaves_nothing(tmp_path):
+    (tmp_path / "there").mkdir()
+    exporting.check_new(str(tmp_path / "there" / "new" / "out"))
+    assert not list((tmp_path / "there").iterdir())
 
 
 def test_only_problems_of_the_folder_name_its_flag(tmp_path):

@@ -1,16 +1,21 @@
 """The exported page: its tokenizers and decoding in V8, and the page in a browser."""
 
+import contextlib
+import itertools
 import json
 import shutil
 
 import numpy as np
 import pytest
 import tokenizers
+from corpus_files import records, write
 from export_models import MODELS, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_scripts
 from small_runs import small_config, write_corpus
 from small_tokenizers import bpe_of, byte_level, pretrained, word_level
+from test_chat_template import talk
 from test_tokenizer import char_tokenizer
 
 from benchmarks.stress.fuzz_data import TEXT, byte_level_json
@@ -27,6 +32,7 @@ from simplernn_jax.training.loop import train
 pytestmark = pytest.mark.oldest_python
 
 CHROMIUM = shutil.which("chromium")
+CHAT = {"steps": 150, "hidden_dim": 32, "sequence_length": 40, "learning_rate": 0.02}
 
 
 def splitting_tokenizer():
@@ -89,6 +95,13 @@ def test_the_script_of_the_page_is_run(tmp_path):
     (tmp_path / FILE).write_text(page.replace("fromBase64(", "renamed("))
     with pytest.raises(Exception, match="fromBase64 is not defined"):
         module.load(tmp_path)
+
+
+def test_a_page_without_chat_for_a_template_that_a_page_cannot_render(tmp_path):
+    template = "{% for m in messages %}{{ m.content | trim('x') }};{% endfor %}"
+    find_format("html").write(trained(MODELS["plain"], template=template), tmp_path)
+    assert '<label for="prompt">Prompt</label>' in (tmp_path / FILE).read_text()
+    assert find_format("html").load(tmp_path)._call("data.chat") is None
 
 
 def with_dropout():
@@ -167,7 +180,23 @@ def exported(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser(exported):
+def exported_chat(tmp_path_factory):
+    """The workdir of a model that has learned two answers, and its page."""
+    folder = tmp_path_factory.mktemp("chat")
+    turns = itertools.product([("a", "yes"), ("bc", "no")], repeat=3)
+    talks = [{"messages": talk(*three)} for three in turns]
+    source = write(folder / "a.jsonl", records(*talks))
+    config = small_config("residual", source=str(source), template="roles", **CHAT)
+    train(config, str(folder / "run"))
+    model, tokenizer, config = load_model(str(folder / "run"))
+    tokens = np.arange(70, dtype=np.int32)
+    out = folder / "page"
+    export("html", model, tokenizer, config, str(out), workdir=str(folder / "run"), tokens=tokens)
+    return folder / "run", out / FILE
+
+
+@pytest.fixture(scope="module")
+def browser(exported, exported_chat):
     """A browser; its loop runs in this thread, where Orbax could then save no model to export."""
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
     if CHROMIUM is None:
@@ -178,18 +207,25 @@ def browser(exported):
         browser.close()
 
 
-@pytest.fixture
-def page(browser, exported):
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
+@contextlib.contextmanager
+def opened(browser, path, **options):
+    """The page at `path`; it must have no errors and load nothing else."""
+    page = browser.new_page(**options)
     problems, requests = [], []
     page.on("pageerror", lambda error: problems.append(error))  # noqa: PLW0108 - it sets attributes
     page.on("request", lambda request: requests.append(request.url))
-    page.goto(exported[2].as_uri())
+    page.goto(path.as_uri())
     page.locator("#generate:enabled").wait_for()
     yield page
     assert not problems
     assert all(url.startswith(("file:", "data:")) for url in requests)
     page.close()
+
+
+@pytest.fixture
+def page(browser, exported):
+    with opened(browser, exported[2], viewport={"width": 1280, "height": 900}) as page:
+        yield page
 
 
 def written(page, prompt, tokens=200, temperature=0):
@@ -287,11 +323,94 @@ def test_stop_and_errors(page, exported):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_narrow_screens(browser, exported, scheme):
-    page = browser.new_page(viewport={"width": 400, "height": 800}, color_scheme=scheme)
-    page.goto(exported[2].as_uri())
+def test_narrow_screens(browser, exported, exported_chat, scheme):
+    narrow = {"viewport": {"width": 400, "height": 800}, "color_scheme": scheme}
+    for path in (exported[2], exported_chat[1]):
+        with opened(browser, path, **narrow) as page:
+            assert page.evaluate("document.documentElement.scrollWidth") <= 400
+            back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (back == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+@pytest.fixture
+def chat_page(browser, exported_chat):
+    with opened(browser, exported_chat[1], viewport={"width": 1280, "height": 900}) as page:
+        yield page
+
+
+def answered(page, message):
+    """Send a message by Enter; return the answer."""
+    page.get_by_label("Message").fill(message)
+    page.get_by_label("Message").press("Enter")
     page.locator("#generate:enabled").wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (back == "rgb(255, 255, 255)") == (scheme == "light")
-    page.close()
+    return "".join(page.locator("#text .token").all_text_contents())
+
+
+def test_chat_answers_as_in_the_terminal(chat_page, exported_chat):
+    questions = ["a", "bc", "bc"]
+    script = ("scripts/chat.py", "--workdir", exported_chat[0])
+    ((code, output, _),) = run_scripts(script, stdin="\n".join(questions).encode())
+    assert code == 0
+    assert [answered(chat_page, question) for question in questions] == output.splitlines()
+    assert output == "yes\nno\nno\n"
+    shown = chat_page.locator("#text .message").all_text_contents()
+    assert shown == ["a", "yes", "bc", "no", "bc"]
+    assert chat_page.locator("#speed").text_content().startswith("3 tokens")
+    chat_page.locator("#text .token").first.hover()
+    assert chat_page.locator("#alternatives tr").count() == 6
+    chat_page.get_by_role("button", name="New conversation").click()
+    assert chat_page.locator("#text").text_content() == ""
+    assert answered(chat_page, " a ") == "yes"
+    assert answered(chat_page, " ") == "yes"  # nothing is sent
+    chat_page.get_by_label("Message").press("Shift+Enter")
+    assert chat_page.get_by_label("Message").input_value() == " \n"
+
+
+def test_a_conversation_is_kept_and_continued(chat_page):
+    answered(chat_page, "a")
+    chat_page.get_by_role("button", name="Keep this state").click()
+    first = answered(chat_page, "é")
+    answered(chat_page, "bc")
+    chat_page.get_by_role("button", name="Continue state 1").click()
+    assert chat_page.locator("#text .message").all_text_contents() == ["a", "yes"]
+    assert answered(chat_page, "é") == first
+    assert chat_page.locator("#text .message").all_text_contents() == ["a", "yes", "é"]
+
+
+def test_an_end_of_turn_of_several_tokens_is_not_shown(chat_page):
+    chat_page.evaluate(
+        """() => {
+          const bytes = codes("hel<lo<end>more");
+          let position = -1;  // after BOS
+          model.step = () => {
+            const logits = new Float32Array(tokenizer.bytes.length).fill(-9);
+            logits[bytes[Math.max(0, position)]] = 9;
+            position += 1;
+            return logits;
+          };
+          chat = { first: ["", ""], next: ["", ""], end_of_turn: "<end>", stop: "<end>" };
+        }"""
+    )
+    assert answered(chat_page, "?") == "hel<lo"
+    shown = [["message user", "?"], ["message assistant", "hel<lo"]]
+    assert chat_page.evaluate("origin.shown") == shown
+
+
+def test_a_stopped_answer_is_a_turn(chat_page):
+    chat_page.evaluate(
+        """() => {
+          model.step = () => {
+            for (const end = performance.now() + 1; performance.now() < end;);
+            return new Float32Array(tokenizer.bytes.length).map((_, id) => -Math.abs(id - 97));
+          };
+        }"""
+    )
+    chat_page.get_by_label("Message").fill("?")
+    chat_page.get_by_role("button", name="Send").click()
+    chat_page.locator("#text .token").nth(9).wait_for()
+    chat_page.get_by_role("button", name="Stop").click()
+    chat_page.locator("#generate:enabled").wait_for()
+    question, (kind, answer) = chat_page.evaluate("origin.shown")
+    assert (question, kind) == (["message user", "?"], "message assistant")
+    assert set(answer) == {"a"}
+    assert chat_page.locator("#text").text_content() == "?" + answer

@@ -1,14 +1,18 @@
 """The export for `transformers`: generation, training, tokenizers, model card, lm-eval."""
 
 import copy
+import dataclasses
 import json
+import re
 
 import chex
 import jax
 import jax.numpy as jnp
+import markdown_it
 import numpy as np
 import optax
 import pytest
+import yaml
 from export_models import MODELS, trained
 from flax import nnx
 from small_runs import HYBRID, small_config, untrained_run, write_corpus
@@ -18,11 +22,12 @@ from test_tokenizer import char_tokenizer
 from benchmarks.stress.fuzz_data import TEXT, byte_level_json
 from simplernn_jax import load_model
 from simplernn_jax.data import tokenizer_from_json
+from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import export
 from simplernn_jax.export.formats import TrainedModel, find_format, logits_of
-from simplernn_jax.export.huggingface.tokenizer_file import tokenizer_json
-from simplernn_jax.inference import generate
+from simplernn_jax.export.huggingface.tokenizer_file import library_tokenizer, tokenizer_json
+from simplernn_jax.inference import Conversation, generate, generate_text
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -196,12 +201,16 @@ def test_tokenizers(tmp_path, kind):
     ours = TOKENIZERS[kind]()
     write(trained(MODELS["residual"], ours), tmp_path / "out")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    library = library_tokenizer(ours)  # of the other formats
+    library.encode_special_tokens = True
     for text in (TEXT, "", "a<|eos|>b", "</s>", TEXT[:1] * 300):
         if kind == "char" and not set(text) <= set(ours.decode(range(ours.vocab_size))):
             continue
         ids = theirs(text)["input_ids"]
         assert ids == [ours.bos_id, *ours.encode(text).tolist()]
         assert theirs.decode(ids, skip_special_tokens=True) == text
+        assert library.encode(text, add_special_tokens=False).ids == ids[1:]
+        assert library.decode(ids[1:]) == text
     special = theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id
     assert special == (ours.bos_id, ours.eos_id, ours.pad_id)
     assert theirs.padding_side == "left"
@@ -231,10 +240,102 @@ def test_chat_template_and_model_card(tmp_path):
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [ours.eos_id, ord("\n")]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers")
     assert "# my run" in card
-    assert "without the run's metrics" in card
+    assert "The metrics of the training run were not available" in card
     assert str(tmp_path) not in card
+
+
+def test_the_end_of_a_turn_is_no_text(tmp_path):
+    original = trained(MODELS["residual"], template=load_template("roles"))
+    bias = original.model.head.bias
+    bias[...] = bias[...].at[4].set(1e3)  # the model ends its turn at once
+    write(original, tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    turns = [{"role": "user", "content": "hi Ą"}]
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer(text, return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    ids = inputs["input_ids"][0].tolist()
+    assert ids == [original.tokenizer.bos_id, *"\x02hi Ą\x04\x03".encode()]
+    output = load(tmp_path / "out").generate(**inputs, max_new_tokens=9)[0].tolist()
+    assert output == [*ids, 4]
+    assert tokenizer.decode(output[len(ids) :], skip_special_tokens=True) == ""
+    assert tokenizer.decode([*"yo Ą\x04".encode()], skip_special_tokens=True) == "yo Ą"
+
+
+def card_of(original, folder):
+    """Write an export; return the metadata of its model card, and its HTML."""
+    write(original, folder)
+    return rendered_card(folder)
+
+
+def rendered_card(folder):
+    """The metadata of a model card, and its HTML."""
+    _, header, body = (folder / "README.md").read_text().split("---\n", 2)
+    html = markdown_it.MarkdownIt("gfm-like", {"linkify": False}).render(body)
+    return yaml.safe_load(header), html
+
+
+FACTS = {
+    "library_name": "transformers",
+    "pipeline_tag": "text-generation",
+    "tags": ["simplernn", "recurrent", "gated-linear-attention"],
+}
+
+
+def test_what_a_model_card_states(tmp_path):
+    original = trained(MODELS["hybrid"], source="my *text*.txt")
+    header, html = card_of(original, tmp_path / "a")
+    assert header == FACTS
+    assert "No license was stated for the weights." in html
+    assert "Language: not stated" in html
+    assert "Text: my *text*.txt" in html
+    assert "a causal convolution over 4 tokens, a recurrence or attention" in html
+    assert "attention covers the last 13\ntokens" in html
+    assert "short_convolution" not in html
+    (text,) = generate_text(
+        original.model, original.tokenizer, max_new_tokens=200, temperature=0.8, seed=0
+    )
+    assert "Prompt:</p>\n<p>(none)</p>" in html
+    assert "temperature 0.8, seed 0, at most 200 tokens" in html
+    printable = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    assert markdown_it.common.utils.escapeHtml(printable.strip("\n")) in html
+    stated = dataclasses.replace(original, license="cc-by-4.0", languages=("en", "no"))
+    header, html = card_of(stated, tmp_path / "b")
+    assert header == {**FACTS, "license": "cc-by-4.0", "language": ["en", "no"]}
+    assert "The license of the weights is <code>cc-by-4.0</code>." in html
+    assert "Language: en, no" in html
+
+
+def test_the_sample_of_a_chat_model_is_an_answer(tmp_path):
+    original = trained(MODELS["plain"], template=load_template("roles"), source="talks.jsonl")
+    template = ChatTemplate(original.config.data.template)
+    prompts = {"what is 3+4?": "what is 3+4?", "def main(": "Hello!"}
+    prompts |= {template.render_next([{"role": "user", "content": "hi"}]): "hi"}
+    for number, (prompt, question) in enumerate(prompts.items()):
+        original.config.train.sample_prompt = prompt  # as a run stores it
+        _, html = card_of(original, tmp_path / str(number))
+        conversation = Conversation(original.model, original.tokenizer, template)
+        answer = conversation.ask(question, max_new_tokens=200)
+        assert f"Message:</p>\n<pre><code>{question}\n</code></pre>\n<p>Answer (greedy" in html
+        shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in answer)
+        assert markdown_it.common.utils.escapeHtml(shown.strip("\n")) in html
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["<b>x<b>", "[a](b)", "`x`", "*a* _b_ ~~c~~", "![a](b)", "a | b", "# x #", "&lt;", "{{ x }}"],
+)
+def test_a_name_is_no_markup(tmp_path, name):
+    header, html = card_of(trained(MODELS["plain"], workdir=f"runs/{name}"), tmp_path / "out")
+    assert header == FACTS
+    assert html.startswith(f"<h1>{markdown_it.common.utils.escapeHtml(name)}</h1>")
+
+
+def test_a_name_is_one_printable_line(tmp_path):
+    name = "a\nb\x07\udcff"
+    _, html = card_of(trained(MODELS["plain"], workdir=f"runs/{name}"), tmp_path / "out")
+    assert html.startswith("<h1>a b\\x07\\udcff</h1>")
 
 
 def test_results_in_the_model_card(tmp_path, monkeypatch):
@@ -249,10 +350,12 @@ def test_results_in_the_model_card(tmp_path, monkeypatch):
         workdir=str(tmp_path / "run"),
         tokens=np.arange(60, dtype=np.int32),
     )
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "| steps | 4 |" in card
-    assert "| held-out bits per byte | " in card
-    assert "![loss](loss_curve.png)" in card
+    _, html = rendered_card(tmp_path / "out")
+    assert "<td>training steps</td>\n<td>4</td>" in html
+    assert re.search(r"<td>training tokens</td>\n<td>\d\d</td>", html)
+    assert re.search(r"<td>held-out loss</td>\n<td>5\.\d{4} nats per token \(step 4\)</td>", html)
+    assert re.search(r"<td>held-out bits per byte</td>\n<td>8\.\d{4}</td>", html)
+    assert '<img src="loss_curve.png" alt="Training and held-out loss by step" />' in html
     assert (tmp_path / "out" / "loss_curve.png").is_file()
     # The check, in a process of its own, leaves no copy of the code.
     assert not list((tmp_path / "home").rglob("*.py"))

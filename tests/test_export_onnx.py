@@ -7,10 +7,12 @@ import chex
 import numpy as np
 import pytest
 from export_models import MODELS, trained
+from processes import run_python
 
+from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.export.formats import find_format, logits_of
 from simplernn_jax.export.rounding import rounded_weights
-from simplernn_jax.inference import generate
+from simplernn_jax.inference import Conversation, generate
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
 
 onnx = pytest.importorskip("onnx", reason="ONNX is not installed")
@@ -48,12 +50,26 @@ def test_rounded_weights(tmp_path, monkeypatch, kind, limit):
     assert {x.data_type for x in matrices} == {stored}
 
 
+def test_the_example_answers_a_message(tmp_path):
+    original = trained(MODELS["hybrid"], template=load_template("roles"))
+    find_format("onnx").write(original, tmp_path)
+    template = ChatTemplate(original.config.data.template)
+    conversation = Conversation(original.model, original.tokenizer, template)
+    answer = conversation.ask("what is 3+4?", max_new_tokens=200)
+    (prompt,) = json.loads((tmp_path / "config.json").read_text())["chat"]["first"][:1]
+    assert prompt == "\x02"
+    result = run_python("example.py", "what is", "3+4?", cwd=tmp_path)
+    assert result.output == answer + "\n"
+    assert "pip install onnxruntime" in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_greedy_tokens(tmp_path, name):
     original = trained(MODELS[name])
     find_format("onnx").write(original, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("prefill.onnx", "decode.onnx", "config.json")
+        *("prefill.onnx", "decode.onnx", "config.json", "tokenizer.json"),
+        *("example.py", "README.md"),
     }
     loaded = find_format("onnx").load(tmp_path)
     expected = logits_of(original.model, TOKENS)

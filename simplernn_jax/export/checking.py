@@ -27,8 +27,8 @@ class Found(NamedTuple):
 
     logits: np.ndarray
     """[T, vocab]."""
-    ids: list[int] | None
-    """Token ids of the text; None if the format has no tokenizer."""
+    ids: list[int]
+    """Token ids of the text."""
     tokens_per_second: float
 
 

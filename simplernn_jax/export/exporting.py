@@ -6,11 +6,12 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from optax.losses import softmax_cross_entropy_with_integer_labels
 
 from simplernn_jax.config import Config
 from simplernn_jax.data.mixture import parse_mixture
@@ -71,6 +72,8 @@ def export(
     workdir: str,
     tokens: np.ndarray,
     quantize: str = "none",
+    license: str = "",
+    languages: Sequence[str] = (),
 ) -> Report:
     """Export a model to the new folder `out` and check it.
 
@@ -81,6 +84,7 @@ def export(
       workdir: folder of the run, whose metrics describe the model.
       tokens: [T] ids of held-out text to compare logits on, T at least 2.
       quantize: how the weights are stored: one of `QUANTIZATIONS`.
+      license, languages: those of the weights, for the model card of huggingface.
 
     Raises:
       UserError: the format is unknown or needs a missing package, `out` exists or cannot be
@@ -93,8 +97,10 @@ def export(
         )
     split_model(model)  # which checks the parameters
     model = float32_model(model)
+    trained = TrainedModel(
+        *(model, tokenizer, without_paths(config), workdir, quantize, license, tuple(languages))
+    )
     with new_folder(out) as folder:
-        trained = TrainedModel(model, tokenizer, without_paths(config), workdir, quantize)
         module.write(trained, folder)
         text = tokenizer.decode(tokens)
         found = run_exported(format_name, folder, tokens, text)
@@ -110,7 +116,7 @@ def export(
                 f"than {TOLERANCE:g} of the largest logit; please report this with the "
                 "configuration"
             )
-        if found.ids is not None and found.ids != tokenizer.encode(text).tolist():
+        if found.ids != tokenizer.encode(text).tolist():
             raise UserError(
                 f"--format={format_name}: the exported tokenizer encodes the held-out text "
                 "differently; use another format"
@@ -187,15 +193,22 @@ def _problems_of(out: str) -> Iterator[None]:
 
 
 def check_new(out: str) -> None:
-    """Raise `UserError` if something is at `out`."""
+    """Raise `UserError` if something is at `out`, or no folder with files can be created there."""
     if os.path.lexists(out):
         raise UserError(f"--out={out}: exists already; specify a new folder")
+    # As long as the names of the files, and of the temporary folder, will be.
+    path = Path(out).absolute() / ("0" * 64)
+    missing = [one for one in (path, *path.parents) if not os.path.lexists(one)]
+    try:
+        with _problems_of(out):
+            path.mkdir(parents=True)
+    finally:
+        for one in missing:
+            with contextlib.suppress(OSError):
+                one.rmdir()
 
 
 def mean_loss(logits: np.ndarray, tokens: np.ndarray) -> float:
     """Return the mean loss of the predictions of all tokens but the first, in nats."""
-    logits = logits[:-1].astype(np.float64)
-    largest = logits.max(axis=-1)
-    total = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=-1))
-    loss = float(np.mean(total - logits[np.arange(len(logits)), tokens[1:]]))
+    loss = float(softmax_cross_entropy_with_integer_labels(logits[:-1], tokens[1:]).mean())
     return loss if math.isfinite(loss) else math.nan

@@ -14,7 +14,7 @@ from flax import nnx
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer
-from simplernn_jax.errors import UserError, nearest_name
+from simplernn_jax.errors import UserError, nearest_name, one_line
 from simplernn_jax.export import FORMATS
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.initialization import abstract_model
@@ -34,11 +34,15 @@ class TrainedModel:
     """Folder of the run, whose metrics describe the model."""
     quantize: str = "none"
     """Storage of the weights: one of `QUANTIZATIONS`."""
+    license: str = ""
+    """License of the weights by its name on the Hugging Face Hub; empty if none was stated."""
+    languages: tuple[str, ...] = ()
+    """Languages of the text, ISO 639 codes; empty if none was stated."""
 
     @property
     def name(self) -> str:
-        """The name of the run."""
-        return last_part(self.workdir)
+        """The name of the run, one printable line."""
+        return one_line(last_part(self.workdir))
 
 
 def last_part(path: str) -> str:
@@ -55,8 +59,8 @@ class Loaded(Protocol):
     def greedy(self, token: int, count: int) -> list[int]:
         """Generate the `count` tokens that follow `token`, each the likeliest."""
 
-    def encode(self, text: str) -> list[int] | None:
-        """Encode `text` without BOS; None if the format has no tokenizer."""
+    def encode(self, text: str) -> list[int]:
+        """Encode `text` without BOS."""
 
 
 class Format(Protocol):

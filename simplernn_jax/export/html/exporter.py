@@ -12,6 +12,7 @@ import numpy as np
 
 from simplernn_jax.data.tokenizer import ids_without_text
 from simplernn_jax.errors import UserError, counted
+from simplernn_jax.export.chat_format import chat_format
 from simplernn_jax.export.formats import TrainedModel, check_block, check_packages
 from simplernn_jax.export.html.tokenizer_data import tokenizer_data
 from simplernn_jax.export.rounding import float16, int8_rows, is_rounded
@@ -36,6 +37,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
         )
     tokenizer, config = trained.tokenizer, trained.model.config
     data = {
+        "chat": chat_format(trained.config.data.template),
         "config": description(trained),
         "arrays": arrays,
         "tokenizer": tokenizer_data(tokenizer, config.vocab_size),
@@ -51,6 +53,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined)  # noqa: S701
     page = environment.from_string(_source("index.html"))
     text = page.render(
+        is_chat=data["chat"] is not None,
         title=markupsafe.escape(trained.name),
         facts=f"{counted(parameters, 'parameter')}, {counted(config.num_layers, 'layer')}",
         css=(shared / "page.css").read_text("utf-8"),
@@ -129,12 +132,10 @@ class _Loaded:
         return np.array(self._call(f"logitsOf({tokens.tolist()})"))
 
     def greedy(self, token: int, count: int) -> list[int]:
-        tokens: list[int] = self._call(f"greedy({token}, {count})")
-        return tokens
+        return self._call(f"greedy({token}, {count})")
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._call(f"tokenizer.encode({json.dumps(text)})")
-        return ids
+        return self._call(f"tokenizer.encode({json.dumps(text)})")
 
 
 def _part(page: str, name: str) -> str:
@@ -142,6 +143,4 @@ def _part(page: str, name: str) -> str:
     return page[start : page.index("</script>", start)]
 
 
-def load(folder: Path) -> _Loaded:
-    """See `Format.load`."""
-    return _Loaded(folder)
+load = _Loaded

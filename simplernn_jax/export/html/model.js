@@ -240,19 +240,19 @@ function likeliest(logits, count) {
   return best.map((id) => [id, probabilities[id] / total]);
 }
 
-// Text to ids. `bytes` are those of all ids; "kind" is byte, char or bpe.
+// Text to ids. Bytes are a string of a character for each; "kind" is byte, char or bpe.
 class Tokenizer {
   constructor(description) {
     this.description = description;
-    this.bytes = description.bytes.map((text) => fromBase64(text));
-    this.ids = new Map(description.bytes.map((text, id) => [text, id]));
-    this.ranks = new Map((description.merges ?? []).map(([a, b], rank) => [a + " " + b, rank]));
+    this.bytes = description.bytes.map((bytes) => Uint8Array.from(codes(bytes)));
+    this.ids = new Map(description.bytes.map((bytes, id) => [bytes, id]));
+    this.ranks = new Map((description.merges ?? []).map((pair, rank) => [pair.join(BETWEEN), rank]));
     this.pattern = description.pattern && new RegExp(description.pattern, "gu");
   }
 
   encode(text) {
     const { kind } = this.description;
-    if (kind === "byte") return Array.from(utf8(text));
+    if (kind === "byte") return codes(utf8(text));
     if (kind === "char") return Array.from(text, (character) => this.idOf(utf8(character), character));
     return this.words(text).flatMap((word) => this.merge(utf8(word)));
   }
@@ -270,45 +270,30 @@ class Tokenizer {
   }
 
   idOf(bytes, text) {
-    const id = this.ids.get(toBase64(bytes));
+    const id = this.ids.get(bytes);
     if (id === undefined) throw new Error(`${JSON.stringify(text)} is not known to this model`);
     return id;
   }
 
   // Byte-level BPE: join the pair of lowest rank until none is left.
   merge(bytes) {
-    if (this.description.whole_words) {
-      const whole = this.ids.get(toBase64(bytes));
-      if (whole !== undefined) return [whole];
-    }
-    const parts = Array.from(bytes, (byte) => [byte]);
+    if (this.description.whole_words && this.ids.has(bytes)) return [this.ids.get(bytes)];
+    const parts = [...bytes];
     for (;;) {
       let best = -1, lowest = Infinity;
       for (let i = 0; i + 1 < parts.length; i++) {
-        const rank = this.ranks.get(toBase64(parts[i]) + " " + toBase64(parts[i + 1]));
+        const rank = this.ranks.get(parts[i] + BETWEEN + parts[i + 1]);
         if (rank < lowest) [best, lowest] = [i, rank];
       }
-      if (best < 0) return parts.map((part) => this.idOf(part, String.fromCharCode(...part)));
-      parts.splice(best, 2, [...parts[best], ...parts[best + 1]]);
+      if (best < 0) return parts.map((part) => this.idOf(part, part));
+      parts.splice(best, 2, parts[best] + parts[best + 1]);
     }
   }
 }
 
-function utf8(text) {
-  const bytes = [];
-  for (const character of text) {
-    const value = character.codePointAt(0);
-    if (value < 0x80) bytes.push(value);
-    else if (value < 0x800) bytes.push(0xc0 | (value >> 6), 0x80 | (value & 0x3f));
-    else if (value < 0x10000) {
-      bytes.push(0xe0 | (value >> 12), 0x80 | ((value >> 6) & 0x3f), 0x80 | (value & 0x3f));
-    } else {
-      bytes.push(0xf0 | (value >> 18), 0x80 | ((value >> 12) & 0x3f), 0x80 | ((value >> 6) & 0x3f),
-        0x80 | (value & 0x3f));
-    }
-  }
-  return bytes;
-}
+const BETWEEN = "\u0100";  // no byte
+const codes = (bytes) => Array.from(bytes, (byte) => byte.charCodeAt(0));
+const utf8 = (text) => unescape(encodeURIComponent(text));  // TextEncoder is no part of JavaScript
 
 const BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
@@ -323,16 +308,6 @@ function fromBase64(text) {
     for (let shift = 16; shift >= 0 && at < bytes.length; shift -= 8) bytes[at++] = block >> shift;
   }
   return bytes;
-}
-
-function toBase64(bytes) {
-  let text = "";
-  for (let i = 0; i < bytes.length; i += 3) {
-    const block = (bytes[i] << 16) | ((bytes[i + 1] ?? 0) << 8) | (bytes[i + 2] ?? 0);
-    const count = Math.min(3, bytes.length - i);
-    for (let j = 0; j < 4; j++) text += j <= count ? BASE64[(block >> (18 - 6 * j)) & 63] : "=";
-  }
-  return text;
 }
 
 // Arrays by name from their description and one block of bytes.

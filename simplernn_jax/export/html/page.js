@@ -5,25 +5,19 @@ const SLICE_MS = 12;        // computed at a time, so that the page stays respon
 const NUM_ALTERNATIVES = 6;
 
 let model, tokenizer, special;
+let chat = null;            // the text around messages, of a chat model
 let isStopped = false;
-let current = null;         // { state, logits, text, tail }: after the text shown
-let origin = null;          // the kept state that the next prompt continues
+let current = null;         // { state, logits, shown, tail }: after the text shown
+let origin = null;          // what the next prompt continues: a kept state, or the conversation
 const kept = [];
 
 function load() {
-  try {
-    loadModel();
-  } catch (error) {
-    showError(error);
-  }
-}
-
-function loadModel() {
   const data = JSON.parse($("model").textContent);
   const bytes = fromBase64($("weights").textContent);
   model = new LanguageModel(data.config, decodeWeights(data.arrays, bytes));
   tokenizer = new Tokenizer(data.tokenizer);
   special = data.special;
+  chat = data.chat;
   $("weights").remove();
   $("status").textContent = "";
   $("generate").disabled = false;
@@ -45,21 +39,20 @@ async function inSlices(step, draw) {
 }
 
 async function generate() {
-  const prompt = $("prompt").value;
+  const prompt = chat ? $("prompt").value.trim() : $("prompt").value;
   const temperature = Number($("temperature").value), maxTokens = Number($("max_tokens").value);
   const from = origin;  // it may be changed meanwhile
-  const ids = [...(from ? [] : [special.bos]), ...tokenizer.encode(prompt)];
-  const state = from ? structuredClone(from.state) : model.initialState();
-  let logits = from?.logits.slice();
-  let numRead = 0;
+  const read = chat ? (from ? chat.next : chat.first).join(prompt) : prompt;
+  const ids = [...(from ? [] : [special.bos]), ...tokenizer.encode(read)];
+  let state = from ? structuredClone(from.state) : model.initialState();
+  const shown = [...(from?.shown ?? []), [chat ? "message user" : "prompt", prompt]];
   current = null;
-  $("text").replaceChildren(span("prompt", (from?.text ?? "") + prompt));
-  await inSlices((i) => {
-    if (i >= ids.length) return false;
-    logits = model.step(state, ids[i]).slice();
-    numRead += 1;
-  }, () => {});
-  if (numRead < ids.length) return;  // stopped: the state is not that of the text
+  show(shown);
+  if (chat) $("prompt").value = "";
+  let logits = await prefill(state, ids, from?.logits);
+  if (!logits) return;  // stopped: the state is not that of the text
+  const asked = chat && structuredClone(state);
+  const numHeld = chat ? utf8(chat.stop).length : 0;  // tokens that may be the end of the turn
   const decoder = newDecoder();
   const bytes = prompt ? [] : [...(from?.tail ?? [])];
   let text = decoder.decode(Uint8Array.from(bytes), { stream: true });
@@ -71,18 +64,46 @@ async function generate() {
     if (id === special.eos) return false;
     const piece = decoder.decode(tokenizer.bytes[id], { stream: true });
     bytes.push(...tokenizer.bytes[id]);
-    pending.push({ id, piece, likely: likeliest(logits, NUM_ALTERNATIVES) });  // not all logits: memory
+    // Not all logits: memory.
+    pending.push({ id, piece, start: text.length, likely: likeliest(logits, NUM_ALTERNATIVES) });
     text += piece;
     count += 1;
+    if (chat && text.includes(chat.stop)) return false;
     logits = model.step(state, id).slice();
   }, () => {
-    addTokens(pending);
-    pending = [];
+    addTokens(pending.splice(0, pending.length - numHeld));
     const rate = Math.round(count / Math.max(performance.now() - start, 1) * 1000);
     $("speed").textContent = `${count} ${count === 1 ? "token" : "tokens"}, ${rate} tokens/s`;
   });
-  if (!logits) return;
-  current = { state, logits, text: (from?.text ?? "") + prompt + text, tail: unfinished(bytes) };
+  if (chat) {
+    text = (text + decoder.decode()).split(chat.stop)[0];
+    const shortened = ({ piece, start }) => piece.slice(0, Math.max(0, text.length - start));
+    addTokens(pending.map((token) => ({ ...token, piece: shortened(token) })));
+    // Not the state of the generation, which may have gone past the end of the turn.
+    isStopped = false;
+    state = asked;
+    logits = await prefill(state, tokenizer.encode(text + chat.end_of_turn));
+    if (!logits) return;
+  }
+  shown.push([chat ? "message assistant" : "prompt", text]);
+  current = { state, logits, shown, tail: unfinished(bytes) };
+  if (chat) origin = current;
+}
+
+// Process ids; return the logits after them, or null if it was stopped.
+async function prefill(state, ids, logits) {
+  let count = 0;
+  await inSlices((i) => {
+    if (i >= ids.length) return false;
+    logits = model.step(state, ids[i]).slice();
+    count += 1;
+  }, () => {});
+  return count < ids.length ? null : logits;
+}
+
+function show(parts) {
+  $("text").replaceChildren(...parts.map(([kind, text]) => span(kind, text)));
+  $("text").scrollTop = $("text").scrollHeight;
 }
 
 // The bytes at the end that begin a character, which a decoder holds back.
@@ -95,26 +116,27 @@ function unfinished(bytes) {
 }
 
 async function run() {
+  if (chat && !$("prompt").value.trim()) return;
   isStopped = false;
   showAlternatives(null);
   setRunning(true);
-  try {
-    await generate();
-  } catch (error) {
-    showError(error);
-  } finally {
-    setRunning(false);
-  }
+  await guarded(generate);
+  setRunning(false);
 }
 
-function showError(error) {
-  $("error").textContent = error.message;
-  $("error").hidden = false;
+async function guarded(action) {
+  try {
+    await action();
+  } catch (error) {
+    $("error").textContent = error.message;
+    $("error").hidden = false;
+  }
 }
 
 function setRunning(isRunning) {
   $("generate").disabled = isRunning;
   $("stop").disabled = !isRunning;
+  $("leave").disabled = $("states").inert = Boolean(chat) && isRunning;
   if (isRunning) $("error").hidden = true;
   $("after").hidden = isRunning || !current;
 }
@@ -144,10 +166,9 @@ function nameOf(id) {
 
 let number = 0;
 
-function keep({ state, logits, text, tail }) {
+function keep(one) {
   number += 1;
-  const copy = { state: structuredClone(state), logits: logits.slice(), text, tail };
-  kept.push({ name: `state ${number}`, ...copy });
+  kept.push({ ...structuredClone(one), name: `state ${number}` });
   listStates();
 }
 
@@ -155,7 +176,7 @@ function listStates() {
   $("no-states").hidden = kept.length > 0;
   $("states").replaceChildren(...kept.map((one) => {
     const item = document.createElement("li");
-    const box = stateBox(one.name, "", one.text, [
+    const box = stateBox(one.name, "", one.shown.map(([, text]) => text).join(chat ? " " : ""), [
       ["Continue", () => continueFrom(one)],
       ["Fork", () => keep(one)],
       ["Delete", () => {
@@ -173,6 +194,11 @@ function continueFrom(state) {
   origin = state;
   $("origin").hidden = !state;
   $("origin-name").textContent = state?.name ?? "";
+  if (chat) {
+    current = state;
+    $("after").hidden = !state;
+    show(state?.shown ?? []);
+  }
   $("prompt").value = "";
   $("prompt").focus();
 }
@@ -182,9 +208,12 @@ $("form").addEventListener("submit", (event) => {
   run();
 });
 $("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("generate").disabled) run();
+  const sends = chat ? !event.shiftKey && !event.isComposing : event.ctrlKey || event.metaKey;
+  if (event.key !== "Enter" || !sends) return;
+  event.preventDefault();
+  if (!$("generate").disabled) run();
 });
 $("stop").onclick = () => { isStopped = true; };
 $("keep").onclick = () => keep(current);
 $("leave").onclick = () => continueFrom(null);
-setTimeout(load);  // after the first paint
+setTimeout(() => guarded(load));  // after the first paint

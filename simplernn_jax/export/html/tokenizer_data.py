@@ -1,6 +1,5 @@
 """Tokenizers for the JavaScript of a page: bytes, characters, or byte-level BPE."""
 
-import base64
 import json
 import re
 import string
@@ -18,7 +17,9 @@ _CASES |= {"s": "[sS\u017f]", "k": "[kK\u212a]"}  # the two with a third form in
 
 
 def tokenizer_data(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """Describe a tokenizer: its kind, the bytes of all ids in base64, and for BPE merges and words.
+    """Describe a tokenizer: its kind, the bytes of all ids, and for BPE merges and words.
+
+    Bytes are text of as many characters.
 
     Raises:
       UserError: a pretrained tokenizer is not byte-level BPE of the known kinds.
@@ -26,7 +27,7 @@ def tokenizer_data(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     saved = json.loads(tokenizer.to_json())
     data: dict[str, Any] = {
         "kind": saved["kind"],
-        "bytes": [_base64(tokenizer.decode_bytes([number])) for number in range(vocab_size)],
+        "bytes": [tokenizer.decode_bytes([id_]).decode("latin-1") for id_ in range(vocab_size)],
     }
     if saved["kind"] == "pretrained":
         data |= _bpe(json.loads(saved["tokenizer"])) | {"kind": "bpe"}
@@ -51,7 +52,7 @@ def _bpe(content: dict[str, Any]) -> dict[str, Any]:
     def encoded(token: str) -> str:
         if not all(character in byte_of for character in token):
             raise _not_supported("it is not byte-level")
-        return _base64(bytes(byte_of[character] for character in token))
+        return "".join(chr(byte_of[character]) for character in token)
 
     return {
         "merges": [[encoded(part) for part in merge] for merge in merges],
@@ -98,7 +99,3 @@ def _not_supported(reason: str) -> UserError:
         f"--format=html: the tokenizer is not supported by this format ({reason}); use another "
         "format"
     )
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()

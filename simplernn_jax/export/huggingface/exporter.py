@@ -13,7 +13,7 @@ from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.formats import TrainedModel, check_block, check_packages
 from simplernn_jax.export.huggingface.model_card import model_card
-from simplernn_jax.export.huggingface.tokenizer_file import tokenizer_json
+from simplernn_jax.export.huggingface.tokenizer_file import library_tokenizer, tokenizer_json
 from simplernn_jax.export.safetensors import exporter as safetensors_exporter
 from simplernn_jax.files import read_file
 from simplernn_jax.training import loss_curve
@@ -49,7 +49,11 @@ def write(trained: TrainedModel, folder: Path) -> None:
     }
     _write_json(folder / "config.json", description)
     template = trained.config.data.template
-    ends = [tokenizer.eos_id, *_turn_end(template, tokenizer)]
+    turn_end = _turn_end(template, tokenizer)
+    end_text = tokenizer.decode(turn_end)
+    is_control = not (end_text.isprintable() or end_text.isspace())  # decoded text leaves it out
+    library = library_tokenizer(tokenizer)
+    ends = [tokenizer.eos_id, *turn_end]
     generation = {**special, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     _write_json(folder / "generation_config.json", {"do_sample": True, **generation})
     _write_json(
@@ -57,10 +61,12 @@ def write(trained: TrainedModel, folder: Path) -> None:
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **dict(zip(("bos_token", "eos_token", "pad_token"), names, strict=True)),
+            "model_input_names": ["input_ids", "attention_mask"],
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,
             # As here, no text can end a document.
             "split_special_tokens": True,
+            "additional_special_tokens": [library.id_to_token(n) for n in turn_end if is_control],
             "model_max_length": 10**9,
         },
     )
@@ -112,8 +118,7 @@ class _Loaded:
         import torch
 
         with torch.no_grad():
-            logits: np.ndarray = self._model(torch.tensor(tokens[None]).long()).logits[0].numpy()
-        return logits
+            return self._model(torch.tensor(tokens[None]).long()).logits[0].numpy()
 
     def greedy(self, token: int, count: int) -> list[int]:
         import torch
@@ -121,14 +126,10 @@ class _Loaded:
         ids = self._model.generate(
             torch.tensor([[token]]), max_new_tokens=count, do_sample=False, eos_token_id=None
         )
-        tokens: list[int] = ids[0, 1:].tolist()
-        return tokens
+        return ids[0, 1:].tolist()
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def load(folder: Path) -> _Loaded:
-    """See `Format.load`."""
-    return _Loaded(folder)
+load = _Loaded

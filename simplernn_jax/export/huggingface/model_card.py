@@ -1,68 +1,94 @@
 """Model card of an exported model, from what its run knows."""
 
+import contextlib
 import dataclasses
 import importlib.resources
 import json
 import math
+import re
+import textwrap
 from typing import Any
 
 import jinja2
 
-from simplernn_jax.errors import counted
+from simplernn_jax.config import LATER_MODEL_FIELDS, DataConfig, TrainConfig
+from simplernn_jax.errors import UserError, counted, one_line
+from simplernn_jax.export.chat_format import chat_format
 from simplernn_jax.export.formats import TrainedModel
+from simplernn_jax.inference import generate_text
 from simplernn_jax.models.named_weights import named_weights
 from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.metrics import iterate_metrics
+from simplernn_jax.training.periodic_actions import SAMPLE_TEMPERATURE
 
 _TEMPLATE = importlib.resources.files(__package__) / "model_card.md"
 
 
 def model_card(trained: TrainedModel, has_curve: bool) -> str:
     """Write the model card; `has_curve` refers to the picture of the loss."""
-    model, data = trained.model.config, trained.config.data
-    tokenizer = json.loads(trained.tokenizer.to_json())["kind"]
-    template = jinja2.Template(
-        _TEMPLATE.read_text("utf-8"), keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    import huggingface_hub
+
+    metadata = huggingface_hub.ModelCardData(
+        license=trained.license or None,
+        language=list(trained.languages) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["simplernn", "recurrent", "gated-linear-attention"],
     )
-    return template.render(
-        title=trained.name,
-        parameters=f"{sum(w.size for w in named_weights(trained.model).values()):,}",
-        layers=counted(model.num_layers, "layer"),
-        width=model.hidden_dim,
-        mixers=", ".join(dict.fromkeys(model.mixers)),
-        heads=counted(model.num_heads, "head"),
-        data=f"Text: `{data.source}`. Tokenizer: {tokenizer}, {trained.tokenizer.vocab_size:,} "
-        f"ids. Held out for validation: {data.validation_fraction:.0%} of the text.",
-        results=_results(trained.workdir),
+    config = dataclasses.asdict(trained.config)
+    for name in LATER_MODEL_FIELDS:  # which the blocks of this format do not have
+        del config["model"][name]
+    rows = list(iterate_metrics(trained.workdir))
+    evaluations = [x for x in rows if x["kind"] == "validation" and x["loss"] is not None]
+    # That of the end scores all of the held-out text.
+    best = max(evaluations, key=lambda x: (x["predictions"], -x["loss"]), default=None)
+    # Not HTML: what comes from elsewhere is escaped by these filters.
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)  # noqa: S701
+    environment.filters |= {"escaped": _escaped, "code_block": _code_block}
+    return environment.from_string(_TEMPLATE.read_text("utf-8")).render(
+        trained=trained,
+        model=trained.model.config,
+        metadata=metadata.to_yaml(),
+        counted=counted,
+        num_parameters=sum(weight.size for weight in named_weights(trained.model).values()),
+        tokenizer=json.loads(trained.tokenizer.to_json())["kind"],
+        last=next((row for row in reversed(rows) if row["kind"] == "train"), None),
+        best=best,
+        Evaluation=Evaluation,
+        infinity=math.inf,
         has_curve=has_curve,
-        is_chat=bool(data.template),
-        config=json.dumps(dataclasses.asdict(trained.config), indent=2),
+        sample=_sample(trained),
+        config=json.dumps(config, indent=2),
     )
 
 
-def _results(workdir: str) -> str:
-    """Return a table of the last row of training and of the best evaluation."""
-    train: dict[str, Any] | None = None
-    evaluations = []
-    for row in iterate_metrics(workdir):
-        if row["kind"] == "train":
-            train = row
-        elif row["kind"] == "validation" and row["loss"] is not None:
-            evaluations.append(row)
-    lines = ["| | |", "|---|---|"]
-    if train is not None:
-        lines.append(f"| steps | {train['step']:,} |")
-        if train["tokens"] is not None:
-            lines.append(f"| tokens of training | {train['tokens']:,} |")
-    if evaluations:
-        # That of the end scores all of the held-out text.
-        best = max(evaluations, key=lambda row: (row["predictions"], -row["loss"]))
-        bits_per_byte = best["bits_per_byte"] or math.inf  # which JSON lacks
-        scores = Evaluation(best["loss"], bits_per_byte, best["predictions"])
-        lines += [
-            f"| held-out loss | {best['loss']:.4f} nats per token (step {best['step']:,}) |",
-            f"| held-out perplexity | {scores.perplexity:.2f} |",
-            f"| held-out bits per byte | {scores.bits_per_byte:.4f} |",
-            f"| predictions scored | {best['predictions']:,} |",
-        ]
-    return "\n".join(lines) if len(lines) > 2 else "The export was made without the run's metrics."
+def _escaped(text: str) -> str:
+    """Return a line of Markdown that shows `text` literally."""
+    return re.sub(r"([!-,./:-@[-`{-~])", r"\\\1", one_line(text))
+
+
+def _code_block(text: str) -> str:
+    """Return an indented code block, which no text can end."""
+    text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return textwrap.indent(text, "    ")
+
+
+def _sample(trained: TrainedModel) -> dict[str, Any] | None:
+    """Continue or answer the prompt of the run's own samples; None if the model cannot."""
+    data, prompt = trained.config.data, trained.config.train.sample_prompt
+    chat = chat_format(data.template)
+    if chat:  # the run may have rendered the prompt
+        prompt = prompt.removeprefix(chat["next"][0]).removesuffix(chat["next"][-1])
+    if prompt == TrainConfig.sample_prompt and data.source != DataConfig.source:
+        prompt = "Hello!" if chat else ""
+    settings: dict[str, Any] = {
+        "max_new_tokens": 200,
+        "temperature": 0.0 if chat else SAMPLE_TEMPERATURE,
+    }
+    for one in (prompt, ""):  # the tokenizer may not know the characters of the first
+        with contextlib.suppress(UserError):
+            read = one.strip().join(chat["first"]) if chat else one
+            (text,) = generate_text(trained.model, trained.tokenizer, read, **settings)
+            text = text.partition(chat["stop"])[0] if chat else text
+            return {"prompt": one, "text": text, "is_chat": bool(chat), **settings}
+    return None

@@ -18,6 +18,16 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[str, list[str]]:
     Raises:
       UserError: the special ids of a pretrained tokenizer are not supported.
     """
+    result = library_tokenizer(tokenizer)
+    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    names = _name_special_ids(result, ids)
+    content: dict[str, Any] = json.loads(result.to_str())
+    content["post_processor"] = _with_bos(names[0], ids[0])
+    return json.dumps(content, ensure_ascii=False, indent=2) + "\n", names
+
+
+def library_tokenizer(tokenizer: Tokenizer) -> Any:
+    """Return the tokenizer as `tokenizers.Tokenizer`, in which other special ids have no token."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -36,11 +46,9 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[str, list[str]]:
         result.decoder = decoders.Fuse()
     else:
         result = tokenizers.Tokenizer.from_str(saved["tokenizer"])
-    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-    names = _name_special_ids(result, ids)
-    content: dict[str, Any] = json.loads(result.to_str())
-    content["post_processor"] = _with_bos(names[0], ids[0])
-    return json.dumps(content, ensure_ascii=False, indent=2) + "\n", names
+        result.no_truncation()
+        result.no_padding()
+    return result
 
 
 def _name_special_ids(tokenizer: Any, ids: tuple[int, ...]) -> list[str]:

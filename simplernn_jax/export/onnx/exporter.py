@@ -6,7 +6,6 @@ state, with T of 64 in prefill and 1 in decode. Names, shapes and zero values of
 operation of the PyTorch model.
 """
 
-import json
 import logging
 import warnings
 from pathlib import Path
@@ -14,29 +13,29 @@ from typing import Any
 
 import numpy as np
 
+from simplernn_jax.export.example import PREFILL_TOKENS, ExportedModel
+from simplernn_jax.export.example_files import write_example
 from simplernn_jax.export.formats import TrainedModel, check_block, check_packages
 from simplernn_jax.export.rounding import int8_rows, is_rounded, rounded_weights
 from simplernn_jax.export.safetensors.exporter import description
-from simplernn_jax.export.two_programs import PREFILL_TOKENS, Program, TwoPrograms
 from simplernn_jax.models.named_weights import named_weights
 
 OPSET = 18
 MAX_INLINE_BYTES = 1 << 30
 """Weights beyond this are files of their own: a graph has 2 GiB at most."""
-PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
     """See `Format.write`."""
     check_block("onnx", trained.model)
-    check_packages("onnx", *PACKAGES)
+    check_packages("onnx", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
     import torch
 
     from simplernn_jax.export.huggingface import modeling_simplernn
 
-    fields = description(trained)
     kind = trained.quantize
-    model = modeling_simplernn.SimpleRNNForCausalLM(modeling_simplernn.SimpleRNNConfig(**fields))
+    config = modeling_simplernn.SimpleRNNConfig(**description(trained))
+    model = modeling_simplernn.SimpleRNNForCausalLM(config)
     weights = rounded_weights(named_weights(trained.model), kind)
     model.load_state_dict({name: torch.tensor(x) for name, x in weights.items()})
     state = initial_state(modeling_simplernn, model)
@@ -77,10 +76,8 @@ def write(trained: TrainedModel, folder: Path) -> None:
         _strip(folder / f"{name}.onnx")
         if kind != "none":
             _store_rounded(folder / f"{name}.onnx", kind)
-    content = {
-        **fields,
+    fields = {
         "opset": OPSET,
-        "prefill_tokens": PREFILL_TOKENS,
         "state": {
             name: {
                 "shape": list(x.shape),
@@ -90,7 +87,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
             for name, x in state.items()
         },
     }
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    write_example(trained, folder, fields, Path(__file__).with_name("README.md"))
 
 
 def _strip(path: Path) -> None:
@@ -179,23 +176,4 @@ def initial_state(modeling: Any, model: Any) -> dict[str, Any]:
     return state
 
 
-def load(folder: Path) -> TwoPrograms:
-    """See `Format.load`."""
-    state = json.loads((folder / "config.json").read_text("utf-8"))["state"]
-    zero = {name: np.full(x["shape"], x["value"], x["dtype"]) for name, x in state.items()}
-    prefill, decode = (_program(folder / f"{name}.onnx") for name in ("prefill", "decode"))
-    return TwoPrograms(prefill, decode, zero, np.int64)
-
-
-def _program(path: Path) -> Program:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-
-    def run(state: dict[str, np.ndarray], tokens: np.ndarray) -> tuple[np.ndarray, Any]:
-        logits, *new = session.run(None, {"tokens": tokens, **state})
-        return logits[0], dict(zip(state, new, strict=True))
-
-    return run
+load = ExportedModel

@@ -51,14 +51,10 @@ class _Loaded:
         return logits_of(self._model, tokens)
 
     def greedy(self, token: int, count: int) -> list[int]:
-        tokens: list[int] = generate(self._model, [token], max_new_tokens=count).tokens[0].tolist()
-        return tokens
+        return generate(self._model, [token], max_new_tokens=count).tokens[0].tolist()
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text).tolist()
-        return ids
+        return self._tokenizer.encode(text).tolist()
 
 
-def load(folder: Path) -> _Loaded:
-    """See `Format.load`."""
-    return _Loaded(folder)
+load = _Loaded

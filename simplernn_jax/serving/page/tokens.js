@@ -21,7 +21,7 @@ function appendTokens(tokens) {
     node.alternatives = alternatives;
     box.append(node);
   }
-  const spans = box.querySelectorAll("span");
+  const spans = box.querySelectorAll(".token");
   if (spans.length > 2 * INSPECTED) {
     const old = [...spans].slice(0, -INSPECTED);
     const block = document.createElement("div");
