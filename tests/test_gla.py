@@ -23,7 +23,7 @@ from simplernn_jax.inference import generate
 from simplernn_jax.models import GLAState, LanguageModel, load_gla_checkpoint
 from simplernn_jax.models.gla import INITIALIZER_STD
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.reset_state import reset_state
+from simplernn_jax.ops.segments import reset_state
 
 # Of the largest logit: float32 matmuls of a Xeon with AMX come to 3.2e-6, of a Zen 3 to 3.1e-6.
 TOLERANCE = 5e-6

@@ -9,8 +9,8 @@ from flax import nnx
 from references import convolve_by_loops, run_in_pieces
 
 from simplernn_jax.models.short_convolution import ShortConvolution
-from simplernn_jax.ops import segment_starts
 from simplernn_jax.ops.rms_norm import rms_norm
+from simplernn_jax.ops.segments import segment_starts
 
 BATCH, LENGTH, FEATURES, WIDTH = 2, 11, 5, 4
 

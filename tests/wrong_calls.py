@@ -27,12 +27,12 @@ from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
 from simplernn_jax.models.dense import Dense
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.short_convolution import ShortConvolution
-from simplernn_jax.ops import gated_linear_recurrence, native, recurrent_step, segment_starts
+from simplernn_jax.ops import gated_linear_recurrence, native, recurrent_step
+from simplernn_jax.ops.attention import apply_rope, attend, sliding_attention
+from simplernn_jax.ops.convolution import rms_norm_convolution
 from simplernn_jax.ops.matmul import fused_matmul
-from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.ops.rms_norm import rms_norm
-from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
-from simplernn_jax.ops.sliding_attention import apply_rope, attend, sliding_attention
+from simplernn_jax.ops.segments import reset_state, segment_starts
 
 FLOATING = ("float32", "bfloat16", "float16")
 INTEGER = ("int32", "uint8")

@@ -9,8 +9,8 @@ from flax import nnx
 from simplernn_jax.array_types import Activations, ConvState, LogicalAxes, SegmentIds
 from simplernn_jax.models.dense import PARAM_DTYPE
 from simplernn_jax.named_leaves import tuple_with_names
-from simplernn_jax.ops.dtypes import accumulator_dtype
-from simplernn_jax.ops.sequence_parallel import sharded_convolution
+from simplernn_jax.ops.checks import accumulator_dtype
+from simplernn_jax.parallel.sequence import sharded_convolution
 
 
 @tuple_with_names

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplernn_jax.array_types import LogicalAxes
-from simplernn_jax.ops.projection import add_bias, fused_projection
-from simplernn_jax.ops.vocab_parallel import lookup
+from simplernn_jax.parallel.tensor import add_bias, fused_projection, lookup
 
 PARAM_DTYPE = jnp.dtype("float32")
 """Dtype of all parameters, in any precision."""
@@ -50,7 +49,7 @@ class Embedding(nnx.Embed):
         )
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Look up integer ids ``[...]``: ``[..., D]`` float32; see `ops.vocab_parallel.lookup`."""
+        """Look up integer ids ``[...]``: ``[..., D]`` float32; see `parallel.tensor.lookup`."""
         return lookup(self.embedding[...], inputs)
 
 

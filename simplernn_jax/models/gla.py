@@ -23,7 +23,7 @@ from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
 from simplernn_jax.ops.dropout import dropout
 from simplernn_jax.ops.matmul import merge_tokens
-from simplernn_jax.ops.sequence_parallel import sharded_recurrence
+from simplernn_jax.parallel.sequence import sharded_recurrence
 
 GATE_LOGIT_NORMALIZER = 16
 """Divisor of the forget gates' logarithms; the paper's temperature tau."""

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplernn_jax.array_types import Activations, ConvState, LogicalAxes, SegmentIds
-from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
-from simplernn_jax.ops.dtypes import accumulator_dtype
-from simplernn_jax.ops.sequence_parallel import sharded_convolution
+from simplernn_jax.ops.checks import FLOATING, accumulator_dtype, check_array, check_segment_ids
+from simplernn_jax.parallel.sequence import sharded_convolution
 
 
 def _identity_init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
