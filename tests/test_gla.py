@@ -165,7 +165,7 @@ def test_dropout_is_reproducible_and_none_without_a_key():
         (lambda s: s.recurrent, "state: expected a GLAState; got ArrayImpl"),
         (lambda s: s._replace(recent=None), "state.recent: expected QKVConvStates; got NoneType"),
         (lambda s: s._replace(recurrent=s.recurrent[:, :1]), r"state.recurrent: expected \[B, H"),
-        (lambda s: s._replace(recent=s.recent._replace(key=s.recent.value)), r"recent: expected"),
+        (lambda s: s._replace(recent=s.recent._replace(key=s.recent.value)), r"state: expected"),
     ],
 )
 def test_the_state_of_another_layer_is_refused(state, message):

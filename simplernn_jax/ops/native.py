@@ -23,9 +23,8 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from simplernn_jax.cache_folder import cache_folder
 from simplernn_jax.errors import one_line
-from simplernn_jax.files import check_owner, read_file, sha256_hex
+from simplernn_jax.files import cache_folder, check_owner, read_file, sha256_hex
 from simplernn_jax.ops.primitive import is_static, vary_like
 
 
