@@ -17,7 +17,7 @@ import numpy as np
 
 from simplernn_jax.config import Config, DataConfig
 from simplernn_jax.data.token_store import prepare_corpus
-from simplernn_jax.sharding.mesh import make_mesh
+from simplernn_jax.parallel.mesh import make_mesh
 from simplernn_jax.training import train_step
 from simplernn_jax.training.optimizer import make_optimizer
 

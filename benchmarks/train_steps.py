@@ -24,7 +24,7 @@ from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.initialization import abstract_model
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.sharding.mesh import check_fits, make_mesh
+from simplernn_jax.parallel.mesh import check_fits, make_mesh
 from simplernn_jax.training import train_step
 from simplernn_jax.training.evaluate import Evaluator
 from simplernn_jax.training.optimizer import make_optimizer

@@ -85,7 +85,7 @@ def main() -> int:
     from simplernn_jax import supervisor
 
     supervisor.supervise()
-    from simplernn_jax import distributed
+    from simplernn_jax.parallel import distributed
 
     def train_together() -> int:
         with distributed.joined(*cluster, _TIMEOUT.value):

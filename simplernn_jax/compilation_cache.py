@@ -17,8 +17,7 @@ import jax
 from absl import logging
 from jax._src import compilation_cache
 
-from simplernn_jax.cache_folder import cache_folder
-from simplernn_jax.files import read_file, sha256_hex, write_file
+from simplernn_jax.files import cache_folder, read_file, sha256_hex, write_file
 
 MAX_BYTES = 256 * 2**20
 """Size limit of all entries, unless ``JAX_COMPILATION_CACHE_MAX_SIZE`` sets another bound."""

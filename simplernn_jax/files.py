@@ -12,6 +12,15 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
+from pathlib import Path
+
+
+def cache_folder(name: str) -> Path:
+    """Return ``simplernn_jax/NAME`` in ``XDG_CACHE_HOME`` or ``~/.cache``; it may not exist."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    parent = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return parent / "simplernn_jax" / name
+
 
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO)
 DAMAGE = (*_NO_FILE, errno.EIO, errno.EFBIG)

@@ -50,7 +50,7 @@ if sys.version_info < (3, 12):  # the checks take an eighth of the time of tests
             "simplernn_jax.inference.sampling",
             "simplernn_jax.models",
             "simplernn_jax.ops",
-            "simplernn_jax.sharding",
+            "simplernn_jax.parallel",
             "simplernn_jax.training.losses",
         ],
         "annotation_checks.check",

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from simplernn_jax.config import MeshConfig
-from simplernn_jax.sharding.layer_layout import in_layout_of
-from simplernn_jax.sharding.mesh import make_mesh
+from simplernn_jax.parallel.layer_layout import in_layout_of
+from simplernn_jax.parallel.mesh import make_mesh
 from simplernn_jax.training.train_step import init_train_state, make_train_step, take_steps
 
 

@@ -12,8 +12,8 @@ from flax import nnx
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models import KVCache, LanguageModel
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.ops.rms_norm import EPSILON
+from simplernn_jax.ops.segments import reset_state
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 FAST_METHODS = [pytest.param("fused", marks=needs_compiler), "chunkwise"]

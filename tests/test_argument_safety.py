@@ -16,10 +16,10 @@ from small_runs import small_config
 from simplernn_jax.models import SimpleRNN
 from simplernn_jax.models.blocks import ResidualBlock
 from simplernn_jax.ops import gated_linear_recurrence
+from simplernn_jax.ops.attention import apply_rope, sliding_attention
+from simplernn_jax.ops.convolution import rms_norm_convolution
 from simplernn_jax.ops.matmul import fused_matmul
 from simplernn_jax.ops.native import has_native_functions
-from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
-from simplernn_jax.ops.sliding_attention import apply_rope, sliding_attention
 
 pytestmark = pytest.mark.oldest_python
 

@@ -11,8 +11,8 @@ from flax import nnx
 from references import run_in_pieces, without_oldest
 
 from simplernn_jax.models import Attention
-from simplernn_jax.ops import sliding_attention as operator
-from simplernn_jax.ops.sliding_attention import apply_rope, sliding_attention
+from simplernn_jax.ops import attention as operator
+from simplernn_jax.ops.attention import apply_rope, sliding_attention
 
 BATCH, LENGTH = 2, 29
 WIDE_KEYS = {"hidden_dim": 5, "key_dim": 18, "value_dim": 12, "output_dim": 7, "num_heads": 3}

@@ -7,7 +7,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 
-from simplernn_jax.ops.collectives import (
+from simplernn_jax.ops.primitive import vary_like
+from simplernn_jax.parallel.collectives import (
     all_gather,
     axis_index,
     axis_size,
@@ -15,7 +16,6 @@ from simplernn_jax.ops.collectives import (
     psum,
     remat_if_fsdp,
     shift,
-    vary_like,
 )
 
 SHARDED = P("sequence")

@@ -13,8 +13,7 @@ from meshes import mesh_of
 from references import draw_shard_boundaries, without_oldest
 
 from simplernn_jax.models import Attention, KVCache
-from simplernn_jax.ops.context_parallel import segment_offset
-from simplernn_jax.ops.sequence_parallel import shard_segment_ids
+from simplernn_jax.parallel.sequence import segment_offset, shard_segment_ids
 
 DEVICES, SHARD, BATCH, WIDTH = 4, 5, 10, 7
 LENGTH = DEVICES * SHARD

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simplernn_jax.ops.dropout import dropout
+from simplernn_jax.models.layers import dropout
 
 
 @pytest.mark.parametrize("rate", [0.03, 0.1, 0.5, 0.97])

@@ -23,7 +23,7 @@ from simplernn_jax.inference import generate
 from simplernn_jax.models import GLAState, LanguageModel, load_gla_checkpoint
 from simplernn_jax.models.gla import INITIALIZER_STD
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.reset_state import reset_state
+from simplernn_jax.ops.segments import reset_state
 
 # Of the largest logit: float32 matmuls of a Xeon with AMX come to 3.2e-6, of a Zen 3 to 3.1e-6.
 TOLERANCE = 5e-6
@@ -165,7 +165,7 @@ def test_dropout_is_reproducible_and_none_without_a_key():
         (lambda s: s.recurrent, "state: expected a GLAState; got ArrayImpl"),
         (lambda s: s._replace(recent=None), "state.recent: expected QKVConvStates; got NoneType"),
         (lambda s: s._replace(recurrent=s.recurrent[:, :1]), r"state.recurrent: expected \[B, H"),
-        (lambda s: s._replace(recent=s.recent._replace(key=s.recent.value)), r"recent: expected"),
+        (lambda s: s._replace(recent=s.recent._replace(key=s.recent.value)), r"state: expected"),
     ],
 )
 def test_the_state_of_another_layer_is_refused(state, message):

@@ -26,10 +26,10 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, generate_text
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.initialization import abstract_model
+from simplernn_jax.parallel.layer_layout import in_layout_of
+from simplernn_jax.parallel.mesh import check_fits
 from simplernn_jax.serving.decoder import Decoder
 from simplernn_jax.serving.jobs import Job, NewTokens, Sampling
-from simplernn_jax.sharding.layer_layout import in_layout_of
-from simplernn_jax.sharding.mesh import check_fits
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.optimizer import make_optimizer
 

@@ -7,9 +7,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from simplernn_jax.config import MeshConfig
-from simplernn_jax.mesh_axes import BATCH_AXES
-from simplernn_jax.sharding.global_arrays import global_arrays_from_local, local_copy, process_slice
-from simplernn_jax.sharding.mesh import make_mesh
+from simplernn_jax.parallel.mesh import BATCH_AXES, make_mesh
+from simplernn_jax.parallel.shardings import global_arrays_from_local, local_copy, process_slice
 
 EIGHT = jax.devices("cpu")
 

@@ -12,7 +12,7 @@ from benchmarks.measure import Effort
 from benchmarks.train_steps import count_parameters
 from simplernn_jax.config import validate
 from simplernn_jax.data.token_store import prepare_corpus
-from simplernn_jax.sharding.mesh import check_fits
+from simplernn_jax.parallel.mesh import check_fits
 
 pytestmark = pytest.mark.oldest_python
 

@@ -10,7 +10,7 @@ from small_runs import small_config
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.named_leaves import named_leaves
-from simplernn_jax.sharding.layer_layout import in_layout_of
+from simplernn_jax.parallel.layer_layout import in_layout_of
 from simplernn_jax.training.optimizer import decay_mask, make_optimizer
 
 LAYERS = 3

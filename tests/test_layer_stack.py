@@ -15,10 +15,10 @@ from small_runs import random_batch, small_config
 
 from benchmarks.train_steps import collectives
 from simplernn_jax.config import MeshConfig
-from simplernn_jax.models.dense import Dense
 from simplernn_jax.models.layer_stack import LayerStack
+from simplernn_jax.models.layers import Dense
 from simplernn_jax.named_leaves import named_leaves
-from simplernn_jax.sharding.layer_layout import in_layout_of
+from simplernn_jax.parallel.layer_layout import in_layout_of
 from simplernn_jax.training.checkpoint_layout import CheckpointLayout
 from simplernn_jax.training.optimizer import make_optimizer
 

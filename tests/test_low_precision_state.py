@@ -8,9 +8,8 @@ from references import draw_recurrence, recurrence, relative_rms
 from small_runs import small_model
 
 from simplernn_jax.inference import generate
-from simplernn_jax.ops import segment_starts
-from simplernn_jax.ops.low_precision_state import ROUNDING_INTERVAL
-from simplernn_jax.ops.reset_state import reset_state
+from simplernn_jax.ops.gated_linear_recurrence.low_precision_state import ROUNDING_INTERVAL
+from simplernn_jax.ops.segments import reset_state, segment_starts
 
 B, H, K, V = 2, 3, 5, 7
 

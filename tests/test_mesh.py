@@ -6,8 +6,7 @@ from small_runs import small_config
 
 from simplernn_jax.config import MeshConfig
 from simplernn_jax.errors import UserError
-from simplernn_jax.mesh_axes import AXES
-from simplernn_jax.sharding.mesh import check_fits, describe, make_mesh
+from simplernn_jax.parallel.mesh import AXES, check_fits, describe, make_mesh
 
 EIGHT = jax.devices("cpu")
 

@@ -13,7 +13,7 @@ from damages import cut_off, flip_bit, give_away, make_writable
 from odd_files import put_odd_file
 from references import needs_compiler
 
-from simplernn_jax.cache_folder import cache_folder
+from simplernn_jax.files import cache_folder
 from simplernn_jax.ops import native
 from simplernn_jax.ops.native import has_native_functions
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from references import assert_accurate, draw_recurrence, recurrence, value_and_gradients
 
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
+from simplernn_jax.ops.convolution import rms_norm_convolution
 from simplernn_jax.ops.rms_norm import rms_norm
-from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
 
 LENGTHS = (1, 2, 7, 63, 64, 65, 256, 1000)
 # Heads, K, V: one head and several, K != V.

@@ -13,8 +13,8 @@ from small_runs import small_config
 
 from simplernn_jax.config import MeshConfig
 from simplernn_jax.models.blocks import PlainBlock
-from simplernn_jax.sharding.mesh import make_mesh
-from simplernn_jax.sharding.pipeline import bubble, choose_num_chunks, run_pipeline
+from simplernn_jax.parallel.mesh import make_mesh
+from simplernn_jax.parallel.pipeline import bubble, choose_num_chunks, run_pipeline
 
 LAYERS, ROWS, LENGTH, WIDTH = 4, 6, 24, 8
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from simplernn_jax.ops import processor
+from simplernn_jax.ops import native as processor
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from references import (
     value_and_gradients,
 )
 
-from simplernn_jax.ops.sequence_parallel import (
+from simplernn_jax.parallel.sequence import (
     halo,
     shard_segment_ids,
     sharded_convolution,

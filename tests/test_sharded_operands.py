@@ -20,7 +20,7 @@ from references import (
 
 from benchmarks.train_steps import collectives
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
+from simplernn_jax.ops.convolution import rms_norm_convolution
 
 B, T, H, K, V = 4, 24, 4, 3, 5
 STATE_BYTES = B * H * K * V * 4
@@ -169,7 +169,7 @@ def test_shards_of_unequal_length(method):
         # Sums of the gradients only.
         ("float32", P(("x", "y", "z")), {"all-reduce"}),
         ("bfloat16", P(("x", "y", "z")), {"all-reduce"}),
-        ("float32", P("x", ("y", "z")), {"all-reduce", "all-gather", "collective-permute"}),
+        ("float32", P("x", ("y", "z")), {"all-reduce", "collective-permute"}),
     ],
     ids=["batch", "batch-bfloat16", "time"],
 )

@@ -8,15 +8,15 @@ import pytest
 from flax import nnx
 from references import convolve_by_loops, run_in_pieces
 
-from simplernn_jax.models.short_convolution import ShortConvolution
-from simplernn_jax.ops import segment_starts
+from simplernn_jax.models.convolution import ShortConvolution
 from simplernn_jax.ops.rms_norm import rms_norm
+from simplernn_jax.ops.segments import segment_starts
 
 BATCH, LENGTH, FEATURES, WIDTH = 2, 11, 5, 4
 
 
 def convolution() -> ShortConvolution:
-    layer = ShortConvolution(WIDTH, FEATURES, rngs=nnx.Rngs(0))
+    layer = ShortConvolution(WIDTH, FEATURES, rngs=nnx.Rngs(0), normalize=True)
     layer.weights.set_value(jax.random.normal(jax.random.key(1), (WIDTH, FEATURES)))
     return layer
 
@@ -26,7 +26,7 @@ def inputs(length: int = LENGTH) -> jax.Array:
 
 
 def test_is_initialized_as_the_norm():
-    layer = ShortConvolution(WIDTH, FEATURES, rngs=nnx.Rngs(0))
+    layer = ShortConvolution(WIDTH, FEATURES, rngs=nnx.Rngs(0), normalize=True)
     y, _ = layer(inputs(), layer.initial_state(BATCH), None)
     chex.assert_trees_all_close(y, rms_norm(inputs()), rtol=1e-6)
 

@@ -9,8 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 
-from simplernn_jax.ops.projection import fused_projection
-from simplernn_jax.ops.vocab_parallel import cross_entropy, lookup
+from simplernn_jax.parallel.tensor import cross_entropy, fused_projection, lookup
 
 IDS, WIDTH, BATCH, LENGTH = 20, 6, 4, 3
 MESH = mesh_of(fsdp=2, tensor=4)

@@ -24,15 +24,15 @@ from hypothesis import strategies as st
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models import Attention, LanguageModel, SimpleRNN, SimpleRNNCell
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
-from simplernn_jax.models.dense import Dense
+from simplernn_jax.models.convolution import ShortConvolution
 from simplernn_jax.models.layer_stack import LayerStack
-from simplernn_jax.models.short_convolution import ShortConvolution
-from simplernn_jax.ops import gated_linear_recurrence, native, recurrent_step, segment_starts
+from simplernn_jax.models.layers import Dense
+from simplernn_jax.ops import gated_linear_recurrence, native, recurrent_step
+from simplernn_jax.ops.attention import apply_rope, attend, sliding_attention
+from simplernn_jax.ops.convolution import rms_norm_convolution
 from simplernn_jax.ops.matmul import fused_matmul
-from simplernn_jax.ops.reset_state import reset_state
 from simplernn_jax.ops.rms_norm import rms_norm
-from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
-from simplernn_jax.ops.sliding_attention import apply_rope, attend, sliding_attention
+from simplernn_jax.ops.segments import reset_state, segment_starts
 
 FLOATING = ("float32", "bfloat16", "float16")
 INTEGER = ("int32", "uint8")
@@ -286,7 +286,7 @@ def models() -> dict[str, Site]:
         "layer": over_time(SimpleRNN(**sizes, rngs=rngs)),
         "layer in bfloat16": over_time(SimpleRNN(**sizes, state_dtype=jnp.bfloat16, rngs=rngs)),
         "attention": over_time(Attention(**sizes, context=4, rngs=rngs)),
-        "short convolution": over_time(ShortConvolution(3, 6, rngs=rngs)),
+        "short convolution": over_time(ShortConvolution(3, 6, rngs=rngs, normalize=True)),
         "dense": Site(Dense(6, 3, ("embed", "mlp"), rngs=rngs), (Spec("N D"),), known),
         "plain block": over_time(PlainBlock(plain, rngs=rngs)),
         "block": over_time(ResidualBlock(config, "simple_rnn", rngs=rngs)),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import Literal
 
-from simplernn_jax.ops.implementations import as_list
+from simplernn_jax.ops.primitive import as_list
 
 _ARITHMETIC = frozenset({
     "add", "add_any", "sub", "mul", "div", "max", "min", "neg", "abs", "sign", "square", "pow",
@@ -108,7 +108,7 @@ def _programs(equation: Any) -> list[Any]:
     name, params = equation.primitive.name, equation.params
     if name in _OPAQUE:
         raise ValueError(f"the work of {name} cannot be counted; trace a program without it")
-    if "impls" in params:  # the primitive of `simplernn_jax.ops.operation`
+    if "impls" in params:  # the primitive of `simplernn_jax.ops.primitive`
         shapes = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in equation.invars]
         return [jax.make_jaxpr(as_list(params["impls"].default))(*shapes).jaxpr]
     programs = params.get("branches") or [

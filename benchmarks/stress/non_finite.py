@@ -13,7 +13,7 @@ import numpy as np
 from simplernn_jax.config import Config, MeshConfig
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.errors import UserError
-from simplernn_jax.sharding.mesh import make_mesh
+from simplernn_jax.parallel.mesh import make_mesh
 from simplernn_jax.training.loop import check_skips
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import (

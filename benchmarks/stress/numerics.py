@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
-from simplernn_jax.ops.chunkwise import choose_chunk_size
+from simplernn_jax.ops.gated_linear_recurrence.chunkwise import choose_chunk_size
 from simplernn_jax.ops.native import supports_native
 
 from .experiment import Case

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simplernn_jax.ops.intra_chunk import BLOCK
+from simplernn_jax.ops.gated_linear_recurrence.intra_chunk import BLOCK
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

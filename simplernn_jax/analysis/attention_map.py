@@ -7,9 +7,9 @@ y_t = S_t^T q_t`` is ::
     A_tj = sum_K q_t k_j prod_{j<s<=t} g_s
 
 (gated linear attention: Yang et al. 2023, arXiv:2312.06635, section 4.1). The products of gates
-are formed as in `simplernn_jax.ops.intra_chunk`, where no factor overflows and nothing cancels.
-Softmax attention has its weights by definition. Memory grows with T^2: map an excerpt of a long
-text, given the state before it.
+are formed as in `ops/gated_linear_recurrence/intra_chunk.py`, where no factor overflows and nothing
+cancels. Softmax attention has its weights by definition. Memory grows with T^2: map an excerpt of a
+long text, given the state before it.
 """
 
 from typing import NamedTuple
@@ -19,10 +19,10 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import Keys, LogGates, Queries, RecurrentState, SegmentIds, Values
 from simplernn_jax.models.attention import Attention, KVCache
-from simplernn_jax.ops import segment_starts
-from simplernn_jax.ops.dtypes import accumulator_dtype
-from simplernn_jax.ops.intra_chunk import BLOCK, join_blocks
-from simplernn_jax.ops.sliding_attention import apply_rope
+from simplernn_jax.ops.attention import apply_rope
+from simplernn_jax.ops.checks import accumulator_dtype
+from simplernn_jax.ops.gated_linear_recurrence.intra_chunk import BLOCK, join_blocks
+from simplernn_jax.ops.segments import segment_starts
 
 
 class AttentionMap(NamedTuple):

@@ -30,8 +30,8 @@ from simplernn_jax.array_types import ModelState, RecurrentState, SegmentIds, Va
 from simplernn_jax.models import LanguageModel, SimpleRNN
 from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.dtypes import accumulator_dtype
-from simplernn_jax.ops.sliding_attention import attend
+from simplernn_jax.ops.attention import attend
+from simplernn_jax.ops.checks import accumulator_dtype
 
 MAX_ERROR = 1e-5
 """Largest relative error of an exact map in float32."""

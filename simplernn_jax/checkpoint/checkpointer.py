@@ -34,9 +34,9 @@ from simplernn_jax.checkpoint.folder import CheckpointFolder, disk_failure
 from simplernn_jax.checkpoint.orbax_writer import make_writer
 from simplernn_jax.checkpoint.verification import Fingerprint, check_saved, fingerprints
 from simplernn_jax.config import Config
-from simplernn_jax.distributed import barrier, broadcast_from_coordinator, is_coordinator
 from simplernn_jax.errors import UserError
 from simplernn_jax.named_leaves import named_leaves
+from simplernn_jax.parallel.distributed import barrier, broadcast_from_coordinator, is_coordinator
 
 _FAILED_RUN_TIMEOUT_SECONDS = 5.0
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from simplernn_jax.checkpoint.contents import read_back
-from simplernn_jax.distributed import barrier, is_coordinator
+from simplernn_jax.parallel.distributed import barrier, is_coordinator
 
 _GROUP_BYTES = 1 << 28
 """Bytes of arrays read back at a time, unless one alone has more."""

@@ -23,7 +23,7 @@ from simplernn_jax.inference.sampling import Settings, greedy, sample
 from simplernn_jax.inference.state import DecoderState
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.decode import DecoderWeights, decode_tokens
-from simplernn_jax.ops.reset_state import select_sequences
+from simplernn_jax.ops.segments import select_sequences
 
 BLOCK_TOKENS = 32
 """Tokens of a sequence that one dispatch decodes at most."""

@@ -18,12 +18,11 @@ from simplernn_jax.array_types import (
 )
 from simplernn_jax.models.multi_head import MultiHeadLayer
 from simplernn_jax.named_leaves import tuple_with_names
-from simplernn_jax.ops import segment_starts
+from simplernn_jax.ops.attention import apply_rope, attend, sliding_attention
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_segment_ids
-from simplernn_jax.ops.collectives import axis_size
-from simplernn_jax.ops.context_parallel import from_last_shard, receive_past, segment_offset
-from simplernn_jax.ops.sequence_parallel import AXIS
-from simplernn_jax.ops.sliding_attention import apply_rope, attend, sliding_attention
+from simplernn_jax.ops.segments import segment_starts
+from simplernn_jax.parallel.collectives import axis_size, broadcast_from_last
+from simplernn_jax.parallel.sequence import AXIS, left_halo, segment_offset
 
 
 @tuple_with_names
@@ -147,11 +146,12 @@ class Attention(MultiHeadLayer):
             y = attend(q, k, v, filled[:, None])
         else:
             past_k, past_v = (None, None) if state is None else _cached_in_order(state)
-            k = _concatenate(receive_past(k, past_k, self.context), k)
-            v = _concatenate(receive_past(v, past_v, self.context), v)
+            k = _concatenate(left_halo(k, past_k, self.context), k)
+            v = _concatenate(left_halo(v, past_v, self.context), v)
             visible = jnp.minimum(positions + 1, self.context)
             y = sliding_attention(q, k, v, visible, self.context)
-            state = from_last_shard(_build_cache(k, v, positions[:, -1] + 1, self.context))
+            cache = _build_cache(k, v, positions[:, -1] + 1, self.context)
+            state = broadcast_from_last(cache, AXIS)
         return self.project_outputs(y, output_gate), state
 
     def _check_cache(self, state: Any, sizes: dict[str, Any]) -> None:

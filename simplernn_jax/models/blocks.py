@@ -17,13 +17,12 @@ from simplernn_jax.array_types import (
 )
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.attention import Attention, KVCache
-from simplernn_jax.models.dense import Dense
-from simplernn_jax.models.short_convolution import ShortConvolution
+from simplernn_jax.models.convolution import ShortConvolution
+from simplernn_jax.models.layers import Dense, dropout
 from simplernn_jax.models.simple_rnn import Recurrence, SimpleRNN
 from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.checks import FLOATING, check_array
-from simplernn_jax.ops.dropout import dropout
 from simplernn_jax.ops.matmul import merge_tokens
 from simplernn_jax.ops.rms_norm import rms_norm
 
@@ -138,7 +137,9 @@ class ResidualBlock(nnx.Module):
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
         common: dict[str, Any] = {"rngs": rngs, "kernel_init": kernel_init, "use_bias": False}
         options = {**_mixer_options(config), **common, "output_norm": True, "output_gate": True}
-        self.convolution = ShortConvolution(CONVOLUTION_WIDTH, config.hidden_dim, rngs=rngs)
+        self.convolution = ShortConvolution(
+            CONVOLUTION_WIDTH, config.hidden_dim, rngs=rngs, normalize=True
+        )
         if mixer == "attention":
             self.mixer: SimpleRNN | Attention = Attention(
                 context=config.attention_context, **options

@@ -11,25 +11,42 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, LogicalAxes, RecurrentState, SegmentIds
+from simplernn_jax.array_types import (
+    Activations,
+    ConvState,
+    LogicalAxes,
+    RecurrentState,
+    SegmentIds,
+)
 from simplernn_jax.config import GATE_RANK, ModelConfig
-from simplernn_jax.models.causal_convolution import QKVConvolutions, QKVConvStates
-from simplernn_jax.models.dense import Dense, fused_dense
+from simplernn_jax.models.convolution import ShortConvolution
+from simplernn_jax.models.layers import Dense, RMSNorm, dropout, fused_dense
 from simplernn_jax.models.multi_head import MultiHeadLayer
-from simplernn_jax.models.rms_norm import RMSNorm
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
-from simplernn_jax.ops.dropout import dropout
 from simplernn_jax.ops.matmul import merge_tokens
-from simplernn_jax.ops.sequence_parallel import sharded_recurrence
+from simplernn_jax.parallel.sequence import sharded_recurrence
 
 GATE_LOGIT_NORMALIZER = 16
 """Divisor of the forget gates' logarithms; the paper's temperature tau."""
 
 INITIALIZER_STD = 0.02
 """Standard deviation of the initial embeddings and kernels."""
+
+
+@tuple_with_names
+class QKVConvStates(NamedTuple):
+    """Last inputs of the convolutions of one layer, or the logical axes of these arrays.
+
+    Arrays are float32 (float64 under x64) ``[B, width - 1, channels]``, with the channels of all
+    heads.
+    """
+
+    query: ConvState
+    key: ConvState
+    value: ConvState
 
 
 @tuple_with_names
@@ -42,6 +59,59 @@ class GLAState(NamedTuple):
     """None without short convolutions."""
 
 
+class QKVConvolutions(nnx.Module):
+    """One `ShortConvolution` with silu each for the heads' queries, keys and values."""
+
+    def __init__(self, width: int, key_dim: int, value_dim: int, *, rngs: nnx.Rngs):
+        """Initialize the convolutions of `width` tokens."""
+        options: dict[str, Any] = {"rngs": rngs, "activation": jax.nn.silu, "axis": "heads"}
+        self.query = ShortConvolution(width, key_dim, **options)
+        self.key = ShortConvolution(width, key_dim, **options)
+        self.value = ShortConvolution(width, value_dim, **options)
+
+    def initial_state(self, batch_size: int) -> QKVConvStates:
+        """Return zeros, ``[B, width - 1, channels]`` each."""
+        return QKVConvStates(*(conv.initial_state(batch_size) for conv in self._all()))
+
+    def state_axes(self) -> QKVConvStates:
+        """Return the logical axes of the state."""
+        axes: Any = [conv.state_axes() for conv in self._all()]
+        return QKVConvStates(*axes)
+
+    def __call__(
+        self,
+        heads: tuple[jax.Array, ...],
+        state: QKVConvStates | None,
+        segment_ids: SegmentIds | None,
+    ) -> tuple[tuple[jax.Array, ...], QKVConvStates]:
+        """Convolve queries, keys and values over time, each as `ShortConvolution`.
+
+        Args:
+          heads: (q, k, v), ``[B, T, H, K or V]`` each.
+          state: inputs before the first token, ``[B, width - 1, H * K or H * V]`` each; None starts
+            from zeros.
+          segment_ids: ``[B, T]``; inputs of other segments count as zero.
+
+        Returns:
+          The three results, ``[B, T, H, K or V]``, and the states after the last token.
+
+        Raises:
+          ValueError: shapes inconsistent with each other or with this layer.
+          TypeError: wrong dtypes.
+        """
+        states = (None, None, None) if state is None else state
+        outputs, finals = [], []
+        for conv, x, before in zip(self._all(), heads, states, strict=True):
+            merged = x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
+            y, final = conv(merged, before, segment_ids)
+            outputs.append(y.reshape(x.shape))
+            finals.append(final)
+        return tuple(outputs), QKVConvStates(*finals)
+
+    def _all(self) -> tuple[ShortConvolution, ...]:
+        return self.query, self.key, self.value
+
+
 class GatedLinearAttention(MultiHeadLayer):
     """GLA token mixer; of its projections only `gate_up_proj` has a bias.
 
@@ -52,7 +122,7 @@ class GatedLinearAttention(MultiHeadLayer):
         S' = diag(g) S + k v^T
         y = W_o concat_heads(scale * norm(S'^T q) * silu(W_r x))
 
-    W_1 has `GATE_RANK` rows. ``conv`` is `CausalConvolution`, or the identity.
+    W_1 has `GATE_RANK` rows. ``conv`` is a `ShortConvolution` with silu, or the identity.
     """
 
     def __init__(
@@ -87,7 +157,7 @@ class GatedLinearAttention(MultiHeadLayer):
         self.head_norm = RMSNorm(config.value_dim // config.num_heads, config.norm_epsilon)
         width = config.short_convolution
         self.convolutions = (
-            QKVConvolutions(width, config.key_dim, config.value_dim) if width else None
+            QKVConvolutions(width, config.key_dim, config.value_dim, rngs=rngs) if width else None
         )
         self.min_log_gate = config.min_log_gate
         # None: the default dtype, float32 (float64 under x64).

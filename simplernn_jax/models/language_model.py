@@ -22,16 +22,15 @@ from simplernn_jax.array_types import (
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.attention import KVCache
 from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
-from simplernn_jax.models.dense import Dense, Embedding
 from simplernn_jax.models.gla import INITIALIZER_STD, GLABlock
-from simplernn_jax.models.layer_stack import LayerStack
-from simplernn_jax.models.remat import rematerialize
+from simplernn_jax.models.layer_stack import LayerStack, rematerialize
+from simplernn_jax.models.layers import Dense, Embedding
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_batch, check_segment_ids
-from simplernn_jax.ops.projection import fused_projection
-from simplernn_jax.ops.reset_state import select_sequences
 from simplernn_jax.ops.rms_norm import rms_norm
+from simplernn_jax.ops.segments import select_sequences
+from simplernn_jax.parallel.tensor import fused_projection
 
 
 class LanguageModel(nnx.Module):

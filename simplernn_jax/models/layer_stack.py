@@ -1,6 +1,6 @@
 """All layers of a model with stacked parameters, to be sharded over pipeline stages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +14,32 @@ from simplernn_jax.array_types import (
     SegmentIds,
     TimeShardActivations,
 )
-from simplernn_jax.models.remat import rematerialize
 from simplernn_jax.ops.checks import check_array, check_batch, check_segment_ids
-from simplernn_jax.ops.collectives import axis_size
-from simplernn_jax.sharding.layer_layout import STACKED
-from simplernn_jax.sharding.pipeline import choose_num_chunks, run_pipeline
+from simplernn_jax.parallel.collectives import axis_size
+from simplernn_jax.parallel.layer_layout import STACKED
+from simplernn_jax.parallel.pipeline import choose_num_chunks, run_pipeline
+
+
+def rematerialize(layer: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """Wrap `layer` so that the backward pass recomputes activations according to `policy`.
+
+    Args:
+      layer: called with arrays and None only.
+      policy: ``none`` saves all residuals; ``block`` saves the layer's inputs and recomputes the
+        rest.
+
+    Raises:
+      ValueError: another policy.
+    """
+    if policy == "none":
+        return layer
+    if policy != "block":
+        raise ValueError(f"{policy=}: must be none or block")
+
+    def call(*inputs: Any) -> Any:  # a new function: JAX caches traces, and layers are mutable
+        return layer(*inputs)
+
+    return jax.checkpoint(call)
 
 
 class LayerStack(nnx.Module):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.models.dense import Dense, fused_dense
+from simplernn_jax.models.layers import Dense, fused_dense
 from simplernn_jax.ops.checks import FLOATING, check_array
 from simplernn_jax.ops.rms_norm import rms_norm
 

@@ -10,9 +10,8 @@ from flax import nnx
 from simplernn_jax.array_types import Activations, LogicalAxes, Outputs, RecurrentState, SegmentIds
 from simplernn_jax.models.multi_head import MultiHeadLayer
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
-from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
-from simplernn_jax.ops.dtypes import accumulator_dtype
-from simplernn_jax.ops.sequence_parallel import sharded_recurrence
+from simplernn_jax.ops.checks import FLOATING, accumulator_dtype, check_array, check_segment_ids
+from simplernn_jax.parallel.sequence import sharded_recurrence
 
 Recurrence = Callable[..., tuple[jax.Array, RecurrentState]]
 """`gated_linear_recurrence`, or a partial application of it."""

@@ -20,11 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from simplernn_jax.ops.checks import FLOATING, check_array, check_dtype
-from simplernn_jax.ops.dtypes import accumulator_dtype
-from simplernn_jax.ops.implementations import VJP, Implementations
-from simplernn_jax.ops.operation import apply, on_one_device
-from simplernn_jax.ops.processor import has_fast_bfloat16
+from simplernn_jax.ops.checks import FLOATING, accumulator_dtype, check_array, check_dtype
+from simplernn_jax.ops.native import has_fast_bfloat16
+from simplernn_jax.ops.primitive import VJP, Implementations, apply, on_one_device
 
 
 def fused_matmul(x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> tuple[jax.Array, ...]:

@@ -23,12 +23,31 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from simplernn_jax.cache_folder import cache_folder
 from simplernn_jax.errors import one_line
-from simplernn_jax.files import check_owner, read_file, sha256_hex
-from simplernn_jax.ops.collectives import vary_like
-from simplernn_jax.ops.operation import is_static
-from simplernn_jax.ops.processor import processor_lines
+from simplernn_jax.files import cache_folder, check_owner, read_file, sha256_hex
+from simplernn_jax.ops.primitive import is_static, vary_like
+
+
+def processor_lines() -> list[str]:
+    """Return the lines of /proc/cpuinfo, if any, that identify the instruction set."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    kinds = ("vendor_id", "model", "flags", "Features", "CPU part")
+    return sorted({line for line in lines if line.startswith(kinds)})
+
+
+@functools.cache
+def has_fast_bfloat16() -> bool:
+    """Return whether XLA multiplies bfloat16 faster than float32 on this CPU.
+
+    It does with AMX, and with AVX-512 BF16 on AMD (measured on Zen 5: 1.4 times the tokens/s). On
+    Intel, AVX-512 BF16 alone is no faster than float32, and conversions come on top.
+    """
+    words = set(" ".join(processor_lines()).split())
+    return "amx_bf16" in words or {"AuthenticAMD", "avx512_bf16"} <= words
+
 
 RECURRENCE_FORWARD = "simplernn_forward"
 RECURRENCE_BACKWARD = "simplernn_backward"

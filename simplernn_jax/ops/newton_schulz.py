@@ -6,11 +6,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.ops.checks import check_array
-from simplernn_jax.ops.dtypes import accumulator_dtype
-from simplernn_jax.ops.implementations import Implementations
+from simplernn_jax.ops.checks import accumulator_dtype, check_array
 from simplernn_jax.ops.native import NEWTON_SCHULZ, call_native, supports_native
-from simplernn_jax.ops.operation import apply, is_static
+from simplernn_jax.ops.primitive import Implementations, apply, is_static
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Factors of x, x x^T x and (x x^T)^2 x, as published with Muon (github.com/KellerJordan/Muon)."""

@@ -9,7 +9,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from simplernn_jax.ops.implementations import Implementation
+from simplernn_jax.ops.primitive import Implementation
 
 MeshAxesByDim = Mapping[str, tuple[str, ...]]
 """Mesh axes over which each named axis is sharded; an empty tuple if it is not."""

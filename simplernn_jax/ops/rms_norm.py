@@ -11,12 +11,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.ops.checks import check_array
-from simplernn_jax.ops.dtypes import accumulator_dtype
-from simplernn_jax.ops.implementations import VJP, Implementation, Implementations
+from simplernn_jax.ops.checks import accumulator_dtype, check_array
 from simplernn_jax.ops.native import NORM_BACKWARD, NORM_FORWARD, call_native, use_native
-from simplernn_jax.ops.operation import apply
 from simplernn_jax.ops.partitioning import Partitioned
+from simplernn_jax.ops.primitive import VJP, Implementation, Implementations, apply
 
 EPSILON = 1e-6
 """The same as in `vectors.h`."""

@@ -21,9 +21,9 @@ from jax.sharding import Mesh
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.ops import segment_starts
-from simplernn_jax.ops.collectives import vary_like
-from simplernn_jax.sharding.partition_specs import is_distributed, is_on_cpu
+from simplernn_jax.ops.primitive import vary_like
+from simplernn_jax.ops.segments import segment_starts
+from simplernn_jax.parallel.shardings import is_distributed, is_on_cpu
 
 LossFn = Callable[..., tuple[jax.Array, ModelState]]
 GradFn = Callable[..., tuple[jax.Array, nnx.State, ModelState]]

@@ -6,8 +6,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from simplernn_jax.array_types import LogicalAxes
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.mesh_axes import BATCH_AXES, drop_trivial_axes, partition_spec
-from simplernn_jax.sharding.partition_specs import is_distributed, named_shardings
+from simplernn_jax.parallel.mesh import BATCH_AXES, drop_trivial_axes, partition_spec
+from simplernn_jax.parallel.shardings import is_distributed, named_shardings
 
 
 def batch_specs(mesh: Mesh) -> Batch:

@@ -8,8 +8,8 @@ import optax
 from jax.sharding import Mesh
 
 from simplernn_jax.config import Config
-from simplernn_jax.sharding.layer_layout import in_layout_of
-from simplernn_jax.sharding.partition_specs import named_shardings, shard_further
+from simplernn_jax.parallel.layer_layout import in_layout_of
+from simplernn_jax.parallel.shardings import named_shardings, shard_further
 from simplernn_jax.training.train_step import (
     TrainState,
     init_train_state,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from simplernn_jax.distributed import is_coordinator
+from simplernn_jax.parallel.distributed import is_coordinator
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

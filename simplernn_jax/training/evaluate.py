@@ -17,14 +17,14 @@ from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.evaluation_batches import Contexts, context_batches, evaluation_batches
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.memory_estimate import evaluation_sequences
-from simplernn_jax.mesh_axes import BATCH_AXES, TOKEN_AXES
 from simplernn_jax.models.initialization import abstract_model
-from simplernn_jax.ops.collectives import psum
-from simplernn_jax.ops.reset_state import reset_state
-from simplernn_jax.ops.sequence_parallel import min_shard_tokens, shard_segment_ids
-from simplernn_jax.sharding.global_arrays import global_arrays_from_local
-from simplernn_jax.sharding.partition_specs import (
+from simplernn_jax.ops.segments import reset_state
+from simplernn_jax.parallel.collectives import psum
+from simplernn_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
+from simplernn_jax.parallel.sequence import min_shard_tokens, shard_segment_ids
+from simplernn_jax.parallel.shardings import (
     axes_specs,
+    global_arrays_from_local,
     is_distributed,
     named_shardings,
     variable_specs,

@@ -10,13 +10,14 @@ from flax import nnx
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.mesh_axes import TOKEN_AXES
 from simplernn_jax.models.initialization import Initialized, initialize
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.collectives import axis_index, psum, vary_like, varying
-from simplernn_jax.ops.reset_state import reset_state
-from simplernn_jax.ops.sequence_parallel import shard_segment_ids
+from simplernn_jax.ops.primitive import vary_like, varying
+from simplernn_jax.ops.segments import reset_state
+from simplernn_jax.parallel.collectives import axis_index, psum
+from simplernn_jax.parallel.mesh import TOKEN_AXES
+from simplernn_jax.parallel.sequence import shard_segment_ids
 from simplernn_jax.training.accumulation import (
     accumulate_gradients,
     remat_windows,

@@ -15,9 +15,9 @@ import jax
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config, TrainConfig
-from simplernn_jax.distributed import is_coordinator
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
+from simplernn_jax.parallel.distributed import is_coordinator
 from simplernn_jax.training.display import open_display
 from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.interruption import PollSignal, deferred_signals

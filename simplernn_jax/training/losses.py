@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simplernn_jax.array_types import Activations, Logits, LossMask, Tokens
-from simplernn_jax.ops import vocab_parallel
+from simplernn_jax.parallel import tensor as vocab_parallel
 
 MAX_LOGITS = 2**24
 """Maximum number of logits that `chunked_cross_entropy` computes at once: 64 MiB of float32."""

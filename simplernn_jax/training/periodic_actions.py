@@ -6,12 +6,12 @@ from typing import NamedTuple
 from flax import nnx
 
 from simplernn_jax.data.chat_template import ChatTemplate
-from simplernn_jax.distributed import barrier, is_coordinator
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
 from simplernn_jax.models.initialization import abstract_model
-from simplernn_jax.sharding.global_arrays import local_copy
-from simplernn_jax.sharding.layer_layout import in_layout_of
+from simplernn_jax.parallel.distributed import barrier, is_coordinator
+from simplernn_jax.parallel.layer_layout import in_layout_of
+from simplernn_jax.parallel.shardings import local_copy
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 from simplernn_jax.training.reporter import Reporter
 from simplernn_jax.training.run import Run

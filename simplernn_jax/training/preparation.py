@@ -18,8 +18,8 @@ from simplernn_jax.data.store_folder import DamagedStore
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.data.tokenizer_loading import tokenizer_from_json
-from simplernn_jax.distributed import check_same, run_on_coordinator_first
 from simplernn_jax.errors import UserError
+from simplernn_jax.parallel.distributed import check_same, run_on_coordinator_first
 from simplernn_jax.training.initial_parameters import filled_from, with_initial_model
 
 MAX_DEFAULT_PROMPT = 40

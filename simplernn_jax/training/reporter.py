@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 
-from simplernn_jax.distributed import is_coordinator
 from simplernn_jax.errors import counted
-from simplernn_jax.ops.processor import has_fast_bfloat16
+from simplernn_jax.ops.native import has_fast_bfloat16
+from simplernn_jax.parallel.distributed import is_coordinator
+from simplernn_jax.parallel.mesh import describe
+from simplernn_jax.parallel.pipeline import describe_stages
 from simplernn_jax.project import name_commands
-from simplernn_jax.sharding.mesh import describe
-from simplernn_jax.sharding.pipeline import describe_stages
 from simplernn_jax.training.accumulation import choose_microbatches
 from simplernn_jax.training.display import Display, format_duration
 from simplernn_jax.training.evaluate import Evaluation

@@ -17,16 +17,15 @@ from simplernn_jax.checkpoint.folder import check_workdir
 from simplernn_jax.config import Config
 from simplernn_jax.data.batch_iterator import make_batches
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.distributed import (
+from simplernn_jax.errors import UserError
+from simplernn_jax.parallel.distributed import (
     barrier,
     broadcast_from_coordinator,
     check_same,
     is_coordinator,
 )
-from simplernn_jax.errors import UserError
-from simplernn_jax.mesh_axes import BATCH_AXES
-from simplernn_jax.sharding.global_arrays import global_arrays_from_local, process_slice
-from simplernn_jax.sharding.mesh import check_fits, make_mesh
+from simplernn_jax.parallel.mesh import BATCH_AXES, check_fits, make_mesh
+from simplernn_jax.parallel.shardings import global_arrays_from_local, process_slice
 from simplernn_jax.training.batch_sharding import batch_shardings
 from simplernn_jax.training.checkpoint_layout import CheckpointLayout
 from simplernn_jax.training.early_stopping import ValidationHistory

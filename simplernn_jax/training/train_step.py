@@ -16,7 +16,7 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.sharding.partition_specs import (
+from simplernn_jax.parallel.shardings import (
     axes_specs,
     is_distributed,
     is_on_cpu,

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simplernn_jax.array_types import Positions, Queries, SeenKeys, SeenValues
-from simplernn_jax.ops.checks import BOOL, INTEGER, check_array
-from simplernn_jax.ops.dtypes import accumulator_dtype
+from simplernn_jax.ops.checks import BOOL, INTEGER, accumulator_dtype, check_array
 
 QUERY_BLOCK = 256
 """Queries of one block, which attends to at most `context` + 255 keys."""

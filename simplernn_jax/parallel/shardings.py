@@ -1,4 +1,4 @@
-"""Shardings of the arrays of a run, from the logical axes that they were created with."""
+"""Shardings of the arrays of a run, from their logical axes, and arrays sharded over processes."""
 
 import math
 from typing import Any, TypeGuard
@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simplernn_jax.array_types import LogicalAxes
-from simplernn_jax.mesh_axes import partition_spec
+from simplernn_jax.parallel.mesh import partition_spec
 
 P = PartitionSpec
 
@@ -63,3 +63,49 @@ def shard_further(tree: Any, specs: Any, axis: str, mesh: Mesh) -> Any:
         return spec
 
     return jax.tree.map(spec_of, tree, specs)
+
+
+def process_slice(sharding: NamedSharding, length: int) -> slice:
+    """Return the slice of a first axis of size `length` that this process's devices hold."""
+    indices = sharding.addressable_devices_indices_map((length,)).values()
+    ranges = [index[0].indices(length) for index in indices if index is not None]
+    return slice(min(start for start, *_ in ranges), max(stop for _, stop, _ in ranges))
+
+
+def global_arrays_from_local(local: Any, shardings: Any, start: int, length: int) -> Any:
+    """Assemble a tree of global arrays from each process's slice of the first axis.
+
+    Args:
+      local: tree of numpy arrays: this process's slice of each array, which covers the shards of
+        its devices (`process_slice`).
+      shardings: shardings of the global arrays.
+      start: index in the global arrays where `local` starts.
+      length: size of the first axis of the global arrays.
+    """
+
+    def assemble(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        def shard(index: tuple[slice, ...] | None) -> Any:
+            assert index is not None
+            begin, end, _ = index[0].indices(length)
+            return leaf[(slice(begin - start, end - start), *index[1:])]
+
+        return jax.make_array_from_callback((length, *leaf.shape[1:]), sharding, shard)
+
+    return jax.tree.map(assemble, local, shardings)
+
+
+def local_copy(tree: Any) -> Any:
+    """Gather the arrays of `tree` onto one device of this process; to be called by every process.
+
+    Arrays on one device are returned as they are.
+    """
+    leaves = jax.tree.leaves(tree)
+    if all(len(leaf.sharding.device_set) == 1 for leaf in leaves):
+        return tree
+    replicated = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
+    copies = jax.jit(_identity, out_shardings=replicated)(tree)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), copies)
+
+
+def _identity(tree: Any) -> Any:
+    return tree

@@ -3,6 +3,10 @@
 On a CPU it is one compiled C function forward and one backward (`rms_norm.c`). Its steps are bound
 by memory: one pass is several times faster than XLA's code, which materializes every shifted input
 and every summand.
+
+Operands may be sharded under `jit` over batch and time: a shard needs the W - 1 normalized inputs
+before its first token from the shard before, and for the gradient the cotangents of its own last
+ones from the shard after. Channels are not sharded, since the norm is over all of them.
 """
 
 import functools
@@ -14,11 +18,6 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import Activations, ConvState
 from simplernn_jax.ops.checks import BOOL, FLOATING, check_array
-from simplernn_jax.ops.convolution_sharding import (
-    partition_convolution,
-    partition_convolution_gradient,
-)
-from simplernn_jax.ops.implementations import VJP, Implementations
 from simplernn_jax.ops.native import (
     CONVOLUTION_BACKWARD,
     CONVOLUTION_FORWARD,
@@ -26,8 +25,86 @@ from simplernn_jax.ops.native import (
     or_empty,
     use_native,
 )
-from simplernn_jax.ops.operation import apply
+from simplernn_jax.ops.partitioning import MeshAxesByDim, Partitioned
+from simplernn_jax.ops.primitive import VJP, Implementation, Implementations, apply
 from simplernn_jax.ops.rms_norm import inverse_rms, rms_norm
+from simplernn_jax.ops.segments import mask_to_last_segment
+
+_X, _WEIGHTS, _RECENT, _TOKENS = "b t d", "w d", "b p d", "b t"
+_REPLICATED = ("d", "w", "p")
+_MINIMUM = (("t", "p"),)
+"""A shard must be at least as long as the halo."""
+
+
+def partition_convolution(has_starts: bool, has_scale: bool) -> Partitioned:
+    """Partition (x, weights, recent[, starts]) to (y, final[, scale])."""
+
+    def on_shards(impl: Implementation, mesh_axes: MeshAxesByDim) -> Implementation:
+        time = mesh_axes["t"]
+
+        def run(x: Any, weights: Any, recent: Any, *starts: Any) -> Sequence[jax.Array]:
+            before = _inputs_before(time, x, recent, *starts)
+            y, final, *scale = impl(x, weights, before, *starts)
+            return y, _broadcast_from(jax.lax.axis_size(time) - 1, time, final), *scale
+
+        return run if time else impl
+
+    results = (_X, _RECENT, _TOKENS) if has_scale else (_X, _RECENT)
+    return Partitioned(_inputs(has_starts), results, _REPLICATED, on_shards, _MINIMUM)
+
+
+def partition_convolution_gradient(has_starts: bool) -> Partitioned:
+    """Partition (inputs, scale, d_y, d_final) to the gradients of x, weights and recent."""
+
+    def on_shards(impl: Implementation, mesh_axes: MeshAxesByDim) -> Implementation:
+        time = mesh_axes["t"]
+
+        def run(*args: Any) -> Sequence[jax.Array]:
+            d_x, d_weights, d_recent = _shard_gradient(impl, time, *args) if time else impl(*args)
+            return d_x, jax.lax.psum(d_weights, (*mesh_axes["b"], *time)), d_recent
+
+        return run if time or mesh_axes["b"] else impl
+
+    inputs = (*_inputs(has_starts), _TOKENS, _X, _RECENT)
+    results = (_X, _WEIGHTS, _RECENT)
+    return Partitioned(inputs, results, _REPLICATED, on_shards, _MINIMUM)
+
+
+def _inputs(has_starts: bool) -> tuple[str, ...]:
+    return (_X, _WEIGHTS, _RECENT, _TOKENS) if has_starts else (_X, _WEIGHTS, _RECENT)
+
+
+def _shard_gradient(
+    impl: Implementation, time: tuple[str, ...], x: Any, weights: Any, recent: Any, *others: Any
+) -> Sequence[jax.Array]:
+    *starts, scale, d_y, d_final = others
+    past = recent.shape[1]
+    before = _inputs_before(time, x, recent, *starts)
+    # Only the first tokens of a shard read the inputs before it.
+    first = [a[:, :past] for a in (*starts, scale, d_y)]
+    _, _, d_before = impl(x[:, :past], weights, before, *first, jnp.zeros_like(d_final))
+    size = jax.lax.axis_size(time)
+    d_tail = jax.lax.ppermute(d_before, time, [(i + 1, i) for i in range(size - 1)])
+    is_last = jax.lax.axis_index(time) == size - 1
+    d_final = jnp.where(is_last, d_final, mask_to_last_segment(d_tail, *starts))
+    d_x, d_weights, d_recent = impl(x, weights, before, *starts, scale, d_y, d_final)
+    return d_x, d_weights, _broadcast_from(0, time, d_recent)
+
+
+def _inputs_before(
+    time: tuple[str, ...], x: jax.Array, recent: jax.Array, *starts: jax.Array
+) -> jax.Array:
+    """Compute the normalized inputs before this shard, zero where they are of other segments."""
+    tail = rms_norm(x[:, x.shape[1] - recent.shape[1] :], native=False)
+    size = jax.lax.axis_size(time)
+    pairs = [(i, i + 1) for i in range(size - 1)]
+    sent = jax.lax.ppermute(mask_to_last_segment(tail, *starts), time, pairs)
+    return jnp.where(jax.lax.axis_index(time) == 0, recent, sent)
+
+
+def _broadcast_from(index: int, time: tuple[str, ...], x: jax.Array) -> jax.Array:
+    return jax.lax.psum(jnp.where(jax.lax.axis_index(time) == index, x, 0), time)
+
 
 _TOKENS_PER_PARTIAL_SUM = 128
 """The gradient of the weights is summed in parts of this many tokens, which threads share."""

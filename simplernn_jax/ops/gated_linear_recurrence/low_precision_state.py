@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import RecurrentState
-from simplernn_jax.ops.dtypes import accumulator_dtype
-from simplernn_jax.ops.scan import RecurrenceInputs
+from simplernn_jax.ops.checks import accumulator_dtype
+from simplernn_jax.ops.gated_linear_recurrence.scan import RecurrenceInputs
 
 ROUNDING_INTERVAL = 64
 """Tokens between two roundings of the state."""

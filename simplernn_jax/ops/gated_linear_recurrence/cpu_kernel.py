@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import RecurrentState
+from simplernn_jax.ops.gated_linear_recurrence.scan import RecurrenceInputs
 from simplernn_jax.ops.native import RECURRENCE_BACKWARD, RECURRENCE_FORWARD, call_native, or_empty
-from simplernn_jax.ops.scan import RecurrenceInputs
 
 
 def fused(inputs: RecurrenceInputs) -> tuple[jax.Array, RecurrentState]:

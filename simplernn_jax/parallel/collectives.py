@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from simplernn_jax.ops.primitive import vary_over
+
 
 def axis_size(name: str) -> int:
     """Return the number of devices along the axis `name`; 1 outside of `jax.shard_map`."""
@@ -23,47 +25,28 @@ def axis_index(name: str) -> jax.Array | int:
     return jax.lax.axis_index(name) if axis_size(name) > 1 else 0
 
 
-def varying(x: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:
-    """Return the manual mesh axes over which `x` varies."""
-    return frozenset(jax.typeof(x).manual_axis_type.varying)
-
-
-def vary_like(x: jax.Array, *others: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    """Cast `x` to vary over every manual mesh axis that it or one of `others` varies over.
-
-    The carry of a loop must have one type: its initial zeros are the same on every device, its next
-    value is not. The gradient of the cast sums over the devices: one cast before several uses of an
-    array takes one all-reduce for all their gradients.
-    """
-    return _vary(x, frozenset[str]().union(*map(varying, others)))
-
-
-def _vary(x: jax.Array, names: frozenset[str]) -> jax.Array:
-    missing = tuple(sorted(names - varying(x)))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-
 def psum(tree: Any, *names: str) -> Any:
     """Sum each leaf over the devices of the axes `names`, on all of them."""
     sharded = tuple(name for name in names if axis_size(name) > 1)
     if not sharded:
         return tree
-    return jax.lax.psum(jax.tree.map(lambda x: _vary(x, frozenset(sharded)), tree), sharded)
+    return jax.lax.psum(jax.tree.map(lambda x: vary_over(x, frozenset(sharded)), tree), sharded)
 
 
 def shift(x: jax.Array, name: str, by: int = 1) -> jax.Array:
     """Receive `x` from index - `by` along the axis `name` (`ppermute`); zeros if there is none."""
     size = axis_size(name)
     pairs = [(place, place + by) for place in range(size - by)]
-    return jax.lax.ppermute(_vary(x, frozenset([name])), name, pairs)
+    return jax.lax.ppermute(vary_over(x, frozenset([name])), name, pairs)
 
 
-def broadcast_from_last(x: jax.Array, name: str) -> jax.Array:
-    """Broadcast the last device's `x` to all devices along the axis `name`."""
+def broadcast_from_last(tree: Any, name: str) -> Any:
+    """Broadcast the last device's arrays to all devices along the axis `name`."""
     size = axis_size(name)
     if size == 1:
-        return x
-    return psum(jnp.where(axis_index(name) == size - 1, x, jnp.zeros_like(x)), name)
+        return tree
+    is_last = axis_index(name) == size - 1
+    return psum(jax.tree.map(lambda x: jnp.where(is_last, x, jnp.zeros_like(x)), tree), name)
 
 
 def all_gather(shard: jax.Array, name: str, axis: int, *, after: jax.Array) -> jax.Array:

@@ -1,11 +1,16 @@
-"""Recurrence and short convolution of sequences that are sharded over the mesh axis ``sequence``.
+"""Recurrence, short convolution and attention of sequences sharded over the axis ``sequence``.
 
 Inside `jax.shard_map`, every argument is this device's sequence shard; elsewhere it is the whole
-sequence, and nothing is exchanged. Each device runs its shard from a zero state (`incoming_state`).
-Other devices need its decay D and its final state S from zero: K (V + 1) numbers per head and
-sequence, independent of T. Two consecutive shards compose to (D_1 D_2, D_2 S_1 + S_2), which is
-associative: n devices know the states before their shards after log2(n) + 1 exchanges. Gradients
-come from differentiating `ppermute`.
+sequence, and nothing is exchanged. Gradients come from differentiating the collectives.
+
+Recurrence: each device runs its shard from a zero state, and the devices exchange decays and final
+states: K (V + 1) numbers per head and sequence (`gated_linear_recurrence.sharding`).
+
+Attention: keys and values move, queries stay. A query attends to up to `context` tokens, so a
+device needs the keys and values of the ``context - 1`` tokens before its shard: K + V numbers per
+head and token. If a shard is at least as long, the previous device sends them; else all devices
+gather the whole sequence. Keys are already rotated by their position in their segment, which
+`segment_offset` counts.
 
 Documents: `shard_segment_ids` numbers the segments of a shard from 0 if its first token continues
 the segment of the token before the shard, else from 1. Only tokens with id 0 read the state before
@@ -17,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from simplernn_jax.array_types import (
     Activations,
@@ -28,13 +34,18 @@ from simplernn_jax.array_types import (
     SegmentIds,
     Values,
 )
-from simplernn_jax.ops import gated_linear_recurrence, segment_starts
-from simplernn_jax.ops.collectives import axis_index, axis_size, broadcast_from_last, shift
-from simplernn_jax.ops.convolution_sharding import mask_to_last_segment
-from simplernn_jax.ops.incoming_state import read_state, shard_decay
-from simplernn_jax.ops.reset_state import reset_state
+from simplernn_jax.ops import gated_linear_recurrence
+from simplernn_jax.ops.convolution import rms_norm_convolution
+from simplernn_jax.ops.gated_linear_recurrence.sharding import read_state, scan_shards, shard_decay
 from simplernn_jax.ops.rms_norm import rms_norm
-from simplernn_jax.ops.rms_norm_convolution import rms_norm_convolution
+from simplernn_jax.ops.segments import mask_to_last_segment, reset_state, segment_starts
+from simplernn_jax.parallel.collectives import (
+    all_gather,
+    axis_index,
+    axis_size,
+    broadcast_from_last,
+    shift,
+)
 
 AXIS = "sequence"
 
@@ -97,10 +108,13 @@ def sharded_recurrence(
     from_zero, state = recurrence(q, k, v, log_gate, segment_ids=segment_ids)
     log_gate = log_gate.astype(state.dtype)
     before_reset = None if segment_ids is None else segment_ids == 0
-    incoming, outgoing = _scan_shards(shard_decay(log_gate, before_reset), state, initial_state)
+    if initial_state is None:
+        initial_state = jnp.zeros_like(state)
+    decay = shard_decay(log_gate, before_reset)
+    incoming, outgoing = scan_shards((AXIS,), decay, state, initial_state)
     # The gradient recomputes the decays instead of saving one more array of every token.
     output = from_zero + jax.checkpoint(read_state)(q, log_gate, before_reset, incoming)
-    return output.astype(v.dtype), broadcast_from_last(outgoing, AXIS)
+    return output.astype(v.dtype), outgoing
 
 
 def sharded_convolution(
@@ -151,22 +165,57 @@ def halo(own: jax.Array, first: jax.Array, ids: SegmentIds | None) -> jax.Array:
     return before if ids is None else reset_state(before, ids[:, 0] != 0)
 
 
-def _scan_shards(
-    decay: jax.Array, state: jax.Array, initial_state: RecurrentState | None
-) -> tuple[jax.Array, jax.Array]:
-    """Compute the states before and after this device's shard; `state` is from a zero state."""
-    if initial_state is None:
-        initial_state = jnp.zeros_like(state)
-    is_first = jnp.equal(axis_index(AXIS), 0)
-    decay = decay[..., None]
-    # The first shard's state is that of the sequence, and depends on no other shard.
-    state = jnp.where(is_first, decay * initial_state + state, state)
-    decay = jnp.where(is_first, 0, decay)
-    distance = 1
-    while distance < axis_size(AXIS):
-        # The first shards receive zeros, which change no state.
-        before = shift(jnp.concatenate([state, decay], axis=-1), AXIS, distance)
-        state = decay * before[..., :-1] + state
-        decay = decay * before[..., -1:]
-        distance *= 2
-    return jnp.where(is_first, initial_state, shift(state, AXIS)), state
+def segment_offset(
+    length: int, initial: Int[Array, "B"] | None, ids: SegmentIds | None
+) -> Int[Array, "B"] | None:
+    """Count the tokens before this device's shard in the segment of its first token.
+
+    Args:
+      length: tokens of a shard.
+      initial: tokens of the first segment that precede the sequence; None is 0.
+      ids: as `shard_segment_ids` returns them; None if all is one segment.
+
+    Returns:
+      ``[B]`` int32, or ``[1]`` if equal for all sequences; `initial` if they are not sharded.
+    """
+    if axis_size(AXIS) == 1:
+        return initial
+    initial = jnp.zeros(1, jnp.int32) if initial is None else initial
+    index = axis_index(AXIS)
+    if ids is None:
+        return initial + index * length
+    # Tokens of each shard's last segment: all, or, with a negative sign, those since its start.
+    last_segment = jnp.sum(ids == ids[:, -1:], axis=1, dtype=jnp.int32)
+    counts = jnp.where(ids[:, -1] == 0, length, -last_segment)
+    counts = all_gather(counts[:, None], AXIS, 1, after=ids)
+    shards = jnp.arange(counts.shape[1], dtype=jnp.int32)[None]
+    start = jnp.max(jnp.where((counts < 0) & (shards < index), shards, -1), axis=1)
+    in_start = -jnp.take_along_axis(counts, jnp.maximum(start, 0)[:, None], axis=1)[:, 0]
+    in_start = jnp.where(start < 0, initial, in_start)
+    return jnp.where(ids[:, 0] == 0, in_start + (index - 1 - start) * length, 0)
+
+
+def left_halo(local: jax.Array, initial: jax.Array | None, context: int) -> jax.Array | None:
+    """Receive the keys or values before this device's shard that its queries may attend to.
+
+    Args:
+      local: those of this shard, ``[B, T / sequence, H, K or V]``.
+      initial: ``[B, context - 1, H, K or V]`` before the sequence's first token, or None.
+      context: size of the sliding window.
+
+    Returns:
+      ``[B, P, H, K or V]``, oldest first, undefined before the first token; `initial` if the
+      sequences are not sharded. P is context - 1, or the number of tokens before a sequence's last
+      shard if that is less and `initial` is None.
+    """
+    if axis_size(AXIS) == 1:
+        return initial
+    batch, length, *channels = local.shape
+    if initial is None:
+        past = min(context - 1, (axis_size(AXIS) - 1) * length)
+        initial = jnp.zeros((batch, past, *channels), local.dtype)
+    past = initial.shape[1]
+    if past <= length:
+        return halo(local[:, length - past :], initial, None)
+    whole = jnp.concatenate([initial, all_gather(local, AXIS, 1, after=local)], axis=1)
+    return jax.lax.dynamic_slice_in_dim(whole, axis_index(AXIS) * length, past, axis=1)

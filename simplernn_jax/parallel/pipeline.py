@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import Activations, SegmentIds, TimeShardActivations
-from simplernn_jax.ops import segment_starts
-from simplernn_jax.ops.collectives import shift, vary_like
-from simplernn_jax.ops.reset_state import reset_state
+from simplernn_jax.ops.primitive import vary_like
+from simplernn_jax.ops.segments import reset_state, segment_starts
+from simplernn_jax.parallel.collectives import shift
 
 MAX_CHUNKS_PER_STAGE = 4
 """The bubble is then below 1/5, negligible according to GPipe (arXiv:1811.06965,

@@ -1,0 +1,223 @@
+"""Gated linear recurrence as a pure function, with selectable implementations."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from simplernn_jax.array_types import Keys, LogGates, Queries, RecurrentState, SegmentIds, Values
+from simplernn_jax.ops.checks import (
+    FLOATING,
+    accumulator_dtype,
+    check_array,
+    check_dtype,
+    check_segment_ids,
+)
+from simplernn_jax.ops.gated_linear_recurrence.chunkwise import (
+    chunkwise,
+    chunkwise_gradient,
+    start_shapes,
+)
+from simplernn_jax.ops.gated_linear_recurrence.cpu_kernel import fused, fused_gradient
+from simplernn_jax.ops.gated_linear_recurrence.intra_chunk import BLOCK
+from simplernn_jax.ops.gated_linear_recurrence.low_precision_state import low_precision_recurrence
+from simplernn_jax.ops.gated_linear_recurrence.scan import (
+    RecurrenceInputs,
+    check_log_gate,
+    recurrent_step,
+    scan,
+)
+from simplernn_jax.ops.gated_linear_recurrence.sharding import (
+    partition_gradient,
+    partition_recurrence,
+)
+from simplernn_jax.ops.native import supports_native
+from simplernn_jax.ops.primitive import (
+    VJP,
+    Implementations,
+    apply,
+    as_function,
+    is_static,
+    on_one_device,
+    vary_like,
+)
+from simplernn_jax.ops.segments import reset_state, segment_starts
+
+__all__ = ["gated_linear_recurrence", "recurrent_step"]
+
+METHODS = ("auto", "fused", "chunkwise", "scan")
+
+
+def gated_linear_recurrence(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    log_gate: LogGates,
+    *,
+    initial_state: RecurrentState | None = None,
+    segment_ids: SegmentIds | None = None,
+    method: str = "auto",
+    chunk_size: int | None = None,
+    state_dtype: Any = None,
+) -> tuple[Values, RecurrentState]:
+    """Gated linear recurrence: ``S_t = diag(e^log_gate_t) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t``.
+
+    Args:
+      q: queries ``[B, T, H, K]``. All arrays may be float16, bfloat16, float32 or float64; sums are
+        float64 if q, k, v, log_gate or `state_dtype` is, else float32.
+      k: keys ``[B, T, H, K]``.
+      v: values ``[B, T, H, V]``.
+      log_gate: logarithms of the forget gates ``[B, T, H, K]``, at most 0; ``"chunkwise"`` takes
+        those below -16 as -16 (-75 in float64).
+      initial_state: ``[B, H, K, V]``, of the first token's segment; None starts from zero.
+      segment_ids: ``[B, T]`` integers; where the id changes from one token to the next, the state
+        is reset to zero.
+      method: ``"auto"``: fused if available, else chunkwise. ``"fused"``: C kernel, for float32 on
+        a CPU with a C compiler; chunkwise if lowered for another platform. ``"chunkwise"``: matmuls
+        over chunks of time, `recurrent_step` for T = 1. ``"scan"``: reference, also used for the
+        symbolic shapes of `jax.export`.
+      chunk_size: tokens per chunk, a power of two of at least 8; setting it selects
+        ``"chunkwise"``. None chooses it from the shape.
+      state_dtype: storage dtype of the state, such as bfloat16; see `low_precision_recurrence`.
+        None keeps the accumulation dtype. Not with symbolic shapes.
+
+    Returns:
+      ``(output, final_state)``: ``[B, T, H, V]`` in the dtype of v, and ``[B, H, K, V]`` in the
+      accumulation dtype, or in `state_dtype`.
+
+    Raises:
+      ValueError: wrong ranks, shapes that do not fit together, an unknown or unavailable
+        method, a bad chunk size, or, where `log_gate` is not traced, one above 0.
+      TypeError: wrong dtypes.
+    """
+    sizes = check_array("q", q, "B T H K")
+    check_array("k", k, "B T H K", FLOATING, sizes)
+    sizes = check_array("v", v, "B T H V", FLOATING, sizes)
+    check_array("log_gate", log_gate, "B T H K", FLOATING, sizes)
+    if initial_state is not None:
+        check_array("initial_state", initial_state, "B H K V", FLOATING, sizes)
+    check_segment_ids(segment_ids, sizes)
+    if state_dtype is not None:
+        check_dtype("state_dtype", state_dtype)
+    q, k, v, log_gate = map(
+        jnp.asarray, (q, k, v, log_gate)
+    )  # without x64, float64 becomes float32
+    batch, _, heads, key_dim = q.shape
+    stored = () if state_dtype is None else (jax.dtypes.canonicalize_dtype(state_dtype),)
+    dtype = accumulator_dtype(q, k, v, log_gate, *stored)
+    method = _choose(method, chunk_size, dtype)
+    check_log_gate(log_gate)
+    log_gate = log_gate.astype(dtype)
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, key_dim, v.shape[-1]), dtype)
+    initial_state = vary_like(initial_state, q, k, v, log_gate)
+    if 0 in (*q.shape, v.shape[-1]):
+        return jnp.zeros_like(v), initial_state.astype(state_dtype or dtype)
+    reset = None if segment_ids is None else segment_starts(segment_ids)
+    inputs = RecurrenceInputs(q, k, v, log_gate, initial_state, reset)
+    run = functools.partial(recurrence, method, chunk_size)
+    if state_dtype is not None:
+        if not is_static(q.shape):
+            raise ValueError(f"{state_dtype=}: must be None with symbolic shapes, got {q.shape}")
+        return low_precision_recurrence(run, inputs, state_dtype)
+    return run(inputs._replace(state=initial_state.astype(dtype)))
+
+
+def _choose(method: str, chunk_size: int | None, dtype: Any) -> str:
+    """Resolve ``"auto"``, and check that the method is available."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
+    if chunk_size is not None:
+        if method not in ("auto", "chunkwise"):
+            raise ValueError(f"chunk_size={chunk_size}: method={method!r} has no chunks")
+        if chunk_size < BLOCK or chunk_size & (chunk_size - 1):
+            raise ValueError(f"chunk_size={chunk_size}: must be a power of two of at least {BLOCK}")
+        return "chunkwise"
+    if method == "auto":
+        return "fused" if supports_native(dtype) else "chunkwise"
+    if method == "fused" and not supports_native(dtype):
+        raise ValueError(
+            f'method="fused": requires float32 (got {jnp.dtype(dtype)}), a CPU and a C compiler; '
+            'use "auto" or "chunkwise"'
+        )
+    return method
+
+
+def recurrence(
+    method: str, chunk_size: int | None, inputs: RecurrenceInputs
+) -> tuple[jax.Array, RecurrentState]:
+    """Run the recurrence with a resolved method.
+
+    Args:
+      method: ``"fused"``, ``"chunkwise"`` or ``"scan"``.
+      chunk_size: tokens per chunk of ``"chunkwise"``; None chooses it.
+      inputs: all axes are non-empty.
+    """
+    q, k, v, log_gate, state, reset = inputs
+    if method == "scan":
+        return scan(inputs)
+    if q.shape[1] == 1 and method == "chunkwise":
+        # One token: no chunk to fill.
+        if reset is not None:
+            state = reset_state(state, reset[:, 0])
+        output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_gate[:, 0], state)
+        return output[:, None], state
+    if method == "fused":
+        # The C functions take float32 only. The state's dtype is the accumulation dtype.
+        q, k, v = (x.astype(state.dtype) for x in (q, k, v))
+    impls, vjp = _operation(method == "fused", reset is not None, chunk_size)
+    if method == "chunkwise" and is_static(q.shape) and on_one_device():
+        shapes = (*start_shapes(q.shape, v.shape[-1], chunk_size), state.shape)
+        vjp = _vjp_from_starts(reset is not None, chunk_size, shapes, state.dtype)
+    arrays = inputs._replace(q=q, k=k, v=v).arrays()
+    output, state = apply(impls, arrays, [v, state], vjp)
+    return output.astype(inputs.v.dtype), state
+
+
+@functools.cache
+def _operation(has_c: bool, has_reset: bool, chunk_size: int | None) -> tuple[Implementations, VJP]:
+    def default(*arrays: Any) -> Any:
+        inputs = RecurrenceInputs(*arrays)
+        return chunkwise(inputs, chunk_size) if is_static(inputs.q.shape) else scan(inputs)
+
+    def reference(*arrays: Any) -> Any:
+        return scan(RecurrenceInputs(*arrays))
+
+    def default_in_c(*arrays: Any) -> Any:
+        return fused(RecurrenceInputs(*arrays))
+
+    def gradient(*arrays: Any) -> Any:
+        inputs, (d_output, d_final) = RecurrenceInputs(*arrays[:-2]), arrays[-2:]
+        if is_static(inputs.q.shape):
+            return chunkwise_gradient(inputs, d_output, d_final, chunk_size)
+        _, vjp = jax.vjp(lambda *floating: reference(*floating, inputs.reset), *inputs[:5])
+        return vjp((d_output, d_final))
+
+    def gradient_in_c(*arrays: Any) -> Any:
+        return fused_gradient(RecurrenceInputs(*arrays[:-2]), *arrays[-2:])
+
+    rule = partition_recurrence(has_reset)
+    impls = Implementations(default, default_in_c if has_c else None, reference, rule)
+    rule = partition_gradient(as_function(impls), has_reset)
+    bwd = Implementations(gradient, gradient_in_c if has_c else None, partitioning_rule=rule)
+    return impls, VJP(bwd)
+
+
+@functools.cache
+def _vjp_from_starts(
+    has_reset: bool, chunk_size: int | None, shapes: tuple[tuple[int, ...], ...], dtype: Any
+) -> VJP:
+    """Build the VJP used on one device; it saves the chunk-start states."""
+
+    def fwd(*arrays: Any) -> Any:
+        output, final, *starts = chunkwise(RecurrenceInputs(*arrays), chunk_size, with_starts=True)
+        return output, final, *starts, final
+
+    def bwd(*arrays: Any) -> Any:
+        inputs, others = RecurrenceInputs(*arrays[: 5 + has_reset]), arrays[5 + has_reset :]
+        *starts, final, d_output, d_final = others
+        return chunkwise_gradient(inputs, d_output, d_final, chunk_size, starts, final)
+
+    types = tuple((shape, dtype) for shape in shapes)
+    return VJP(Implementations(bwd), Implementations(fwd), types)

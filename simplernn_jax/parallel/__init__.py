@@ -1,0 +1,1 @@
+"""Meshes, shardings and collectives, and sequence, tensor and pipeline parallelism."""

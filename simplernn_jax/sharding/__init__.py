@@ -1,1 +1,0 @@
-"""The mesh of devices, shardings of arrays on it, and the pipeline."""
