@@ -16,8 +16,8 @@ from flax import nnx
 
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.inference import generate, quantize_model
+from simplernn_jax.inference.decoder_weights import QUANTIZATIONS
 from simplernn_jax.inference.programs import split_model, weights_for
-from simplernn_jax.inference.quantization import QUANTIZATIONS
 from simplernn_jax.models import LanguageModel
 
 from .measure import Call, Effort, alternate, block_ratio, median

@@ -66,7 +66,7 @@ def main() -> int:
     workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from simplernn_jax.analysis import explain
     from simplernn_jax.checkpoint.checkpointer import read_config
-    from simplernn_jax.inference.exported_folder import is_exported
+    from simplernn_jax.inference.loading import is_exported
     from simplernn_jax.training.preparation import open_saved_corpus
 
     model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value)

@@ -95,7 +95,7 @@ def main() -> None:
     from simplernn_jax.checkpoint.choice import choose_checkpoint
     from simplernn_jax.data.chat_template import ChatTemplate
     from simplernn_jax.inference import quantize_model
-    from simplernn_jax.inference.exported_folder import is_exported
+    from simplernn_jax.inference.loading import is_exported
 
     model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value, _QUANTIZE.value)
     path = "" if is_exported(workdir) else choose_checkpoint(workdir, _CHECKPOINT.value).path

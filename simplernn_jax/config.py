@@ -312,18 +312,8 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-LATER_MODEL_FIELDS = ("norm_epsilon", "min_log_gate", "short_convolution")
-"""Fields of the model that its first checkpoints and saved states lack."""
-
-_OPTIONAL_FIELDS = {
-    "config.data.template",
-    "config.data.loss_on",
-    "config.data.max_expansion",
-    "config.train.init_from",
-    "config.train.stop_after_worse",
-    *(f"config.model.{name}" for name in LATER_MODEL_FIELDS),
-}
-"""Fields missing from older checkpoints; their default reproduces the old behavior."""
+GLA_FIELDS = ("norm_epsilon", "min_log_gate", "short_convolution")
+"""Fields of the model that only the gla block has."""
 
 
 def from_json(text: str) -> Config:
@@ -351,8 +341,6 @@ def _fill(target: Any, values: Any, path: str) -> None:
         if name not in names:
             raise UserError(f"{path}.{name}: no such field{nearest_name(name, names)}")
     for name in names:
-        if name not in values and f"{path}.{name}" in _OPTIONAL_FIELDS:
-            continue
         if name not in values:
             raise UserError(f"{path}.{name}: missing; the file was written by another version")
         current = getattr(target, name)

@@ -14,8 +14,7 @@ from simplernn_jax.config import ModelConfig
 from simplernn_jax.data.token_workers import available_cores
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, programs, quantize_model
-from simplernn_jax.inference.decoder_weights import decodes_natively
-from simplernn_jax.inference.quantization import QUANTIZATIONS
+from simplernn_jax.inference.decoder_weights import QUANTIZATIONS, decodes_natively
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.decode import decode_tokens
 from simplernn_jax.ops.quantization import GROUP, quantize, rounded

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from simplernn_jax.training import step_statistics
-from simplernn_jax.training.recompilation import RecompilationCounter
-from simplernn_jax.training.step_statistics import LossTotals, StepTimer
+from simplernn_jax.training.step_statistics import LossTotals, RecompilationCounter, StepTimer
 
 
 def test_the_mean_loss_is_weighted_by_tokens_and_starts_anew():

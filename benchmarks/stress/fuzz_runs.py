@@ -18,7 +18,7 @@ from simplernn_jax.data.store_folder import META_FILE, DamagedStore, open_store
 from simplernn_jax.data.token_store import prepare_corpus
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, load_state, save_state
-from simplernn_jax.inference.exported_folder import RUN, read_run, run_json
+from simplernn_jax.inference.loading import RUN, read_run, run_json
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.gla_checkpoint import load_gla_checkpoint, to_fla_config
 from simplernn_jax.models.named_weights import named_weights

@@ -19,7 +19,7 @@ from simplernn_jax.data.token_store import TokenizedCorpus, prepare_corpus
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.inference import generate
-from simplernn_jax.inference.exported_folder import RUN, WEIGHTS, load_exported
+from simplernn_jax.inference.loading import RUN, WEIGHTS, load_exported
 from simplernn_jax.inference.state_file import load_state, save_state
 
 from .damage import HANG_SECONDS, contents_of, damage_file, watched

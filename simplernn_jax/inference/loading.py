@@ -1,17 +1,91 @@
-"""Loading of a trained model from the workdir of its run, or from its export."""
+"""Loading of a trained model from the workdir of its run, or from its export.
+
+Exports that can be loaded are ``safetensors`` and ``huggingface``: ``model.safetensors`` holds the
+parameters (`models.named_weights`), ``simplernn.json`` the configuration of the run and its
+tokenizer. Both hold digests.
+"""
+
+import json
+import os
+from typing import Any
 
 from absl import logging
 from flax import nnx
 
+from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.choice import BEST, choose_checkpoint
 from simplernn_jax.checkpoint.contents import read_texts, read_tree
 from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.data.tokenizer_loading import tokenizer_from_json
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference.exported_folder import is_exported, load_exported
+from simplernn_jax.files import read_file, sha256_hex
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.initialization import abstract_model
+from simplernn_jax.models.named_weights import Weights, model_from_weights
+from simplernn_jax.models.pytorch_weights import read_pytorch_weights, weights_digest
+
+WEIGHTS = "model.safetensors"
+RUN = "simplernn.json"
+_DIGEST, _WEIGHTS_DIGEST = "sha256", "weights_sha256"
+_MAX_RUN_BYTES = 1 << 30
+"""Bytes of `RUN` at most, which holds a whole tokenizer."""
+
+
+def run_json(config: Config, tokenizer: Tokenizer, weights: Weights) -> str:
+    """Serialize the configuration and the tokenizer of a run, with digests of them and `weights`.
+
+    A fine-tuned copy of the weights has no digest, and is loaded with the same file.
+    """
+    run: dict[str, Any] = {
+        "config": json.loads(config_lib.to_json(config)),
+        "tokenizer": json.loads(tokenizer.to_json()),
+    }
+    run[_WEIGHTS_DIGEST] = weights_digest(weights)
+    return json.dumps(run | {_DIGEST: _digest_of(run)}, indent=2) + "\n"
+
+
+def is_exported(folder: Any) -> bool:
+    """Return whether `folder` is an exported model; what is no path is none."""
+    is_path = isinstance(folder, str | os.PathLike)
+    return is_path and os.path.isfile(os.path.join(os.fsdecode(folder), RUN))
+
+
+def load_exported(folder: str) -> tuple[LanguageModel, Tokenizer, Config]:
+    """Load an exported model, executing nothing; raises `UserError` if it is corrupted."""
+    config, tokenizer, digest = read_run(folder)
+    path = os.path.join(folder, WEIGHTS)
+    model = model_from_weights(config.model, read_pytorch_weights(path, digest), path)
+    return model, tokenizer, config
+
+
+def read_run(folder: str) -> tuple[Config, Tokenizer, str | None]:
+    """Read configuration, tokenizer and digest of the weights; raises `UserError` if corrupted.
+
+    Earlier versions wrote no digest.
+    """
+    path = os.path.join(folder, RUN)
+    try:
+        run: Any = json.loads(read_file(path, _MAX_RUN_BYTES))
+        if not isinstance(run, dict):
+            raise ValueError("not an object")
+        if _DIGEST in run and run.pop(_DIGEST) != _digest_of(run):
+            raise ValueError("its content differs from what was exported")
+        digest = run.pop(_WEIGHTS_DIGEST, None)
+        if run.keys() != {"config", "tokenizer"}:
+            raise ValueError(f"its fields are {', '.join(run)}")
+        config = config_lib.from_json(json.dumps(run["config"]))
+        return config, tokenizer_from_json(json.dumps(run["tokenizer"])), digest
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; export the model again") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: corrupted ({error}); export the model again") from error
+
+
+def _digest_of(run: dict[str, Any]) -> str:
+    return sha256_hex(json.dumps(run, sort_keys=True))
 
 
 def load_model(

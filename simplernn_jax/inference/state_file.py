@@ -7,7 +7,6 @@ of everything else, so that neither a stale nor a corrupted state is ever used.
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,6 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from simplernn_jax.config import LATER_MODEL_FIELDS, ModelConfig
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.devices import check_memory
 from simplernn_jax.errors import UserError
@@ -145,26 +143,8 @@ def _metadata(path: str, content: bytes) -> dict[str, str]:
 
 def fingerprints(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
     """Digests of the parameters and the tokenizer that a state belongs to."""
-
-    def name_in_file(name: str) -> str:  # fixed by the first version of the format
-        if "/mixer/" not in name:
-            return name
-        mixer = model.config.mixers[int(name.split("/")[1])]
-        return name.replace("/mixer/", "/attention/" if mixer == "attention" else "/rnn/")
-
-    named = named_leaves(nnx.state(model, nnx.Param))
-    parameters = {name_in_file(name): leaf for name, leaf in named.items()}
+    parameters = named_leaves(nnx.state(model, nnx.Param))
     return {
-        "model": digest_of(_config_values(model.config), parameters),
+        "model": digest_of(dataclasses.asdict(model.config), parameters),
         "tokenizer": sha256_hex(tokenizer.to_json()),
-    }
-
-
-def _config_values(config: ModelConfig) -> dict[str, Any]:
-    """Return the fields; those that earlier versions lack only where they are not the default."""
-    default = ModelConfig()
-    return {
-        name: value
-        for name, value in dataclasses.asdict(config).items()
-        if name not in LATER_MODEL_FIELDS or value != getattr(default, name)
     }

@@ -15,7 +15,7 @@ from simplernn_jax.inference.state import RECENT_TOKENS
 from simplernn_jax.inference.text import TextStream
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.answers import LONG, Answer, PromptResult, in_thread_if_long
-from simplernn_jax.serving.choice_text import ChoiceText, TokenEntry, token_entry
+from simplernn_jax.serving.choice_text import ChoiceText, TokenEntry, TokenNames, token_entry
 from simplernn_jax.serving.engine import Engine, EngineStoppedError, QueueFullError
 from simplernn_jax.serving.inputs import Inputs
 from simplernn_jax.serving.jobs import Job, Prefilled, Sampling
@@ -28,7 +28,6 @@ from simplernn_jax.serving.requests import (
     StateRequest,
 )
 from simplernn_jax.serving.states import NamedState, StateFolder
-from simplernn_jax.serving.token_names import TokenNames
 
 Reload = tuple[LanguageModel, Callable[[], None]]
 RETRY_AFTER_SECONDS = 1

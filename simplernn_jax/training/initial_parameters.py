@@ -18,7 +18,7 @@ from simplernn_jax.data.bpe import PREFIX
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.data.tokenizer_loading import load_tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference.exported_folder import is_exported, load_exported, read_run
+from simplernn_jax.inference.loading import is_exported, load_exported, read_run
 from simplernn_jax.models import LanguageModel, load_gla_checkpoint
 from simplernn_jax.models.gla_checkpoint import is_hugging_face_folder
 from simplernn_jax.models.pytorch_weights import load_pytorch_weights

@@ -24,9 +24,9 @@ from simplernn_jax.training.interruption import PollSignal, deferred_signals
 from simplernn_jax.training.metrics import MetricsWriter
 from simplernn_jax.training.periodic_actions import PeriodicAction, Validation, sample
 from simplernn_jax.training.profiling import Profile
-from simplernn_jax.training.recompilation import RecompilationCounter
 from simplernn_jax.training.reporter import Reporter
 from simplernn_jax.training.run import Run
+from simplernn_jax.training.step_statistics import RecompilationCounter
 from simplernn_jax.training.train_step import StepMetrics, make_train_step
 
 

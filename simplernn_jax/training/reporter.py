@@ -17,9 +17,8 @@ from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.loss_curve import plot_loss
 from simplernn_jax.training.metrics import MetricsWriter
 from simplernn_jax.training.optimizer import learning_rate_schedule
-from simplernn_jax.training.recompilation import RecompilationCounter
 from simplernn_jax.training.run import Run
-from simplernn_jax.training.step_statistics import StepTimer
+from simplernn_jax.training.step_statistics import RecompilationCounter, StepTimer
 
 
 class Reporter:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from simplernn_jax.config import LATER_MODEL_FIELDS, DataConfig, TrainConfig
+from simplernn_jax.config import GLA_FIELDS, DataConfig, TrainConfig
 from simplernn_jax.errors import UserError, counted, one_line
 from simplernn_jax.export.chat_format import chat_format
 from simplernn_jax.export.formats import TrainedModel
@@ -36,7 +36,7 @@ def model_card(trained: TrainedModel, has_curve: bool) -> str:
         tags=["simplernn", "recurrent", "gated-linear-attention"],
     )
     config = dataclasses.asdict(trained.config)
-    for name in LATER_MODEL_FIELDS:  # which the blocks of this format do not have
+    for name in GLA_FIELDS:  # which the blocks of this format do not have
         del config["model"][name]
     rows = list(iterate_metrics(trained.workdir))
     evaluations = [x for x in rows if x["kind"] == "validation" and x["loss"] is not None]

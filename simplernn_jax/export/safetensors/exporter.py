@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from simplernn_jax.config import LATER_MODEL_FIELDS
+from simplernn_jax.config import GLA_FIELDS
 from simplernn_jax.export.formats import TrainedModel, float32_model, logits_of
 from simplernn_jax.inference import generate
-from simplernn_jax.inference.exported_folder import RUN, WEIGHTS, load_exported, run_json
+from simplernn_jax.inference.loading import RUN, WEIGHTS, load_exported, run_json
 from simplernn_jax.models.gla_checkpoint import to_fla_config
 from simplernn_jax.models.named_weights import named_weights
 from simplernn_jax.models.pytorch_weights import encode_weights
@@ -28,7 +28,7 @@ def description(trained: TrainedModel) -> dict[str, Any]:
     if config.block == "gla":
         return {**to_fla_config(config), **ids}
     fields = dataclasses.asdict(config)
-    for name in ("mixer", "dropout", "precision", "state_precision", *LATER_MODEL_FIELDS):
+    for name in ("mixer", "dropout", "precision", "state_precision", *GLA_FIELDS):
         del fields[name]
     return {"model_type": "simplernn", **fields, "mixers": list(config.mixers), **ids}
 

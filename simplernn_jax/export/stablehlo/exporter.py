@@ -14,7 +14,7 @@ from jax import export
 from simplernn_jax.export.example import PREFILL_TOKENS, ExportedModel
 from simplernn_jax.export.example_files import write_example
 from simplernn_jax.export.formats import TrainedModel, check_packages, state_by_name
-from simplernn_jax.inference.exported_folder import WEIGHTS
+from simplernn_jax.inference.loading import WEIGHTS
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
 from simplernn_jax.models.pytorch_weights import encode_weights
