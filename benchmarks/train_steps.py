@@ -21,7 +21,7 @@ from simplernn_jax.data.batch_iterator import make_batches
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.initialization import abstract_model
+from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.parallel.mesh import check_fits, make_mesh

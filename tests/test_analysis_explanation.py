@@ -20,10 +20,9 @@ from simplernn_jax.analysis.explanation import explain
 from simplernn_jax.analysis.export import to_numbers
 from simplernn_jax.analysis.map_plots import draw_bars, draw_heads
 from simplernn_jax.analysis.memory import half_gone
-from simplernn_jax.analysis.page import draw_plots, make_page
+from simplernn_jax.analysis.page import draw_plots, make_page, summarize
 from simplernn_jax.analysis.plots import add_legend, line_styles, new_figure
 from simplernn_jax.analysis.state_value import ContextGain, choose_token, context_gains
-from simplernn_jax.analysis.summary import summarize
 from simplernn_jax.analysis.token_text import split_into_units
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.errors import UserError

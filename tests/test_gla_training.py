@@ -25,7 +25,7 @@ from simplernn_jax.config import validate
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, generate_text
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.initialization import abstract_model
+from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.parallel.layer_layout import in_layout_of
 from simplernn_jax.parallel.mesh import check_fits
 from simplernn_jax.serving.decoder import Decoder

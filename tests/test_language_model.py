@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.models import LanguageModel, initialization
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.models import language_model as initialization
 from simplernn_jax.models.blocks import GATE_BIAS_RANGE
 
 PLAIN = ModelConfig(

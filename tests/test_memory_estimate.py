@@ -17,7 +17,7 @@ from simplernn_jax.memory_estimate import (
     evaluation_sequences,
     num_weights,
 )
-from simplernn_jax.models.initialization import abstract_model
+from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.parallel.mesh import make_mesh
 from simplernn_jax.training.memory_check import check_train_step
 from simplernn_jax.training.optimizer import make_optimizer

@@ -11,7 +11,7 @@ from flax import nnx
 from small_runs import small_config
 
 from simplernn_jax.config import OptimizerConfig
-from simplernn_jax.models.initialization import abstract_model
+from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 
 STEPS = 23

@@ -603,7 +603,7 @@ def test_progress_is_a_bar_on_a_terminal_and_two_lines_elsewhere(
 
 def test_long_reading_is_reported_in_between(caplog, monkeypatch, source, cache):
     caplog.set_level("INFO")
-    monkeypatch.setattr("simplernn_jax.data.progress._SECONDS_PER_LINE", 0)
+    monkeypatch.setattr("simplernn_jax.data.source_store._SECONDS_PER_LINE", 0)
     prepare(source, cache)
     lines = [record.message for record in caplog.records]
     assert len(lines) > 3

@@ -14,7 +14,7 @@ from meshes import mesh_of
 from references import assert_same_bytes
 from small_runs import random_batch, small_config
 
-from simplernn_jax.models.initialization import abstract_model
+from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.training.accumulation import choose_microbatches
 from simplernn_jax.training.losses import cross_entropy
 from simplernn_jax.training.optimizer import make_optimizer

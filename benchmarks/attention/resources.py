@@ -12,7 +12,7 @@ from flax import nnx
 
 from simplernn_jax.errors import counted
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.initialization import abstract_model
+from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.training.gradient import abstract_train_model, make_grad_fn

@@ -13,7 +13,7 @@ from simplernn_jax.checkpoint.checkpointer import read_config
 from simplernn_jax.config import Config, by_field, from_json
 from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import read_file
-from simplernn_jax.models.initialization import abstract_model
+from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.training.display import format_duration
 from simplernn_jax.training.loss_curve import comparable, loss_curves, loss_limits
 from simplernn_jax.training.metrics import FILE_NAME, Row, read_metrics

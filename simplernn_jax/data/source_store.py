@@ -1,7 +1,11 @@
 """The store of one source: found by its fingerprint, or written."""
 
+import contextlib
 import json
 import os
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from absl import logging
@@ -10,7 +14,6 @@ from simplernn_jax.config import DataConfig
 from simplernn_jax.data import token_parts
 from simplernn_jax.data.documents import Corpus
 from simplernn_jax.data.partial_folder import partial_folder, remove_partial
-from simplernn_jax.data.progress import reading_progress
 from simplernn_jax.data.spool import (
     SplitPlan,
     Spool,
@@ -25,6 +28,66 @@ from simplernn_jax.data.tokenized_corpus import hash_of
 from simplernn_jax.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import sha256_hex
+
+_MAX_LENGTH = 32
+"""Characters of the task at most, to leave room for the bar."""
+
+_SECONDS_PER_LINE = 30
+"""Seconds between plain lines of a long reading."""
+
+
+@contextlib.contextmanager
+def reading_progress(task: str, total_bytes: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with the bytes read so far."""
+    if not show:
+        yield lambda bytes_read: None
+    elif sys.stderr.isatty():
+        yield from _bar(task, total_bytes)
+    else:
+        start = latest = time.monotonic()
+        unit, scale = ("kB", 1e3) if total_bytes < 1e6 else ("MB", 1e6)
+        logging.info("%s: %.1f %s ...", task, total_bytes / scale, unit)
+
+        def update(bytes_read: int) -> None:
+            nonlocal latest
+            now = time.monotonic()
+            if now - latest < _SECONDS_PER_LINE:
+                return
+            latest = now
+            done = bytes_read / max(total_bytes, 1)
+            left = (now - start) * (1 - done) / max(done, 1e-9)
+            logging.info("%s: %.0f %%, %.0f s left", task, 100 * done, left)
+
+        yield update
+        logging.info("%s: done in %.1f s", task, time.monotonic() - start)
+
+
+def _bar(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        short = task if len(task) <= _MAX_LENGTH else f"{task[: _MAX_LENGTH - 1]}…"
+        handle = bar.add_task(short, total=total_bytes)
+        shown = 0
+
+        def update(bytes_read: int) -> None:
+            nonlocal shown
+            # An update costs more than a small document.
+            if bytes_read - shown > total_bytes // 1000:
+                shown = bytes_read
+                bar.update(handle, completed=bytes_read)
+
+        yield update
+        bar.update(handle, completed=total_bytes)
+
 
 _FORMAT = 1
 """Incremented when the split changes, so that old stores are left to old runs."""

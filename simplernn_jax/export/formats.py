@@ -17,7 +17,7 @@ from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, nearest_name, one_line
 from simplernn_jax.export import FORMATS
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.initialization import abstract_model
+from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.named_leaves import named_leaves
 
 

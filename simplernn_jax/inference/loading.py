@@ -21,7 +21,7 @@ from simplernn_jax.data.tokenizer_loading import tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file, sha256_hex
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.initialization import abstract_model
+from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.models.named_weights import Weights, model_from_weights
 from simplernn_jax.models.pytorch_weights import read_pytorch_weights, weights_digest
 

@@ -17,7 +17,7 @@ from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.evaluation_batches import Contexts, context_batches, evaluation_batches
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.memory_estimate import evaluation_sequences
-from simplernn_jax.models.initialization import abstract_model
+from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.ops.segments import reset_state
 from simplernn_jax.parallel.collectives import psum
 from simplernn_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES

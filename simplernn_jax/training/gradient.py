@@ -10,7 +10,7 @@ from flax import nnx
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.models.initialization import Initialized, initialize
+from simplernn_jax.models.language_model import Initialized, initialize
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.primitive import vary_like, varying

@@ -8,7 +8,7 @@ from flax import nnx
 from simplernn_jax.data.chat_template import ChatTemplate
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
-from simplernn_jax.models.initialization import abstract_model
+from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.parallel.distributed import barrier, is_coordinator
 from simplernn_jax.parallel.layer_layout import in_layout_of
 from simplernn_jax.parallel.shardings import local_copy
