@@ -144,8 +144,9 @@ def test_a_finished_run_leaves_its_files(finished):
 def test_resuming_a_finished_run_changes_nothing(finished, capsys):
     config, workdir = finished
     before, rows = newest_checkpoint(workdir), read_metrics(str(workdir))
-    result = train(config, str(workdir))
+    result = train(config, workdir)
     assert (result.step, result.interrupted_by) == (5, None)
+    assert load_model(workdir)[2].train.steps == 5  # a pathlib.Path, too
     assert result.evaluation is not None
     assert result.evaluation.nats_per_token == rows[-1]["loss"]
     assert newest_checkpoint(workdir) == before
@@ -153,7 +154,7 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
     output = capsys.readouterr().out
     assert "all steps are done" in output
     loss = f"{result.evaluation.nats_per_token:.4f}"  # after 5 steps
-    assert f"  warning          {loss} nats/token is not clearly better than uniform" in output
+    assert f"  warning            {loss} nats/token is not clearly better than uniform" in output
     assert "guessing (5.5568); train for more steps, or with another --config.optim" in output
 
 

@@ -89,7 +89,7 @@ def _digest_of(run: dict[str, Any]) -> str:
 
 
 def load_model(
-    workdir: str, checkpoint: str | int = BEST
+    workdir: str | os.PathLike[str], checkpoint: str | int = BEST
 ) -> tuple[LanguageModel, Tokenizer, Config]:
     """Load the trained model of a run, its tokenizer and its configuration.
 
@@ -108,6 +108,7 @@ def load_model(
       UserError: `workdir` has no such checkpoint, or no valid one, or its export is corrupted, or
         the tokenizer has ids that the model does not have.
     """
+    workdir = os.fspath(workdir) if isinstance(workdir, os.PathLike) else workdir
     loaded = load_exported(workdir) if is_exported(workdir) else _load_run(workdir, checkpoint)
     model, tokenizer, _ = loaded
     if tokenizer.vocab_size > model.config.vocab_size:

@@ -42,7 +42,7 @@ class Result:
     """Evaluation on the whole validation split; None if interrupted or if nothing is held out."""
 
 
-def train(config: Config, workdir: str) -> Result:
+def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
     """Train, or resume training, in `workdir`.
 
     If `workdir` holds a checkpoint, the run resumes from it bit-exactly. SIGTERM and SIGINT save at
@@ -65,7 +65,8 @@ def train(config: Config, workdir: str) -> Result:
         or data; too many consecutive losses or gradients were not finite; the disk is full.
     """
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(Run(config, workdir))
+        path = os.fspath(workdir) if isinstance(workdir, os.PathLike) else workdir
+        run = stack.enter_context(Run(config, path))
         metrics = None
         if is_coordinator():
             metrics = MetricsWriter(run.workdir, run.step)

@@ -18,6 +18,7 @@ from simplernn_jax.export.formats import TrainedModel
 from simplernn_jax.inference import generate_text
 from simplernn_jax.models.named_weights import named_weights
 from simplernn_jax.training.evaluate import Evaluation
+from simplernn_jax.training.loss_curve import comparable
 from simplernn_jax.training.metrics import iterate_metrics
 from simplernn_jax.training.periodic_actions import SAMPLE_TEMPERATURE
 
@@ -39,9 +40,11 @@ def model_card(trained: TrainedModel, has_curve: bool) -> str:
     for name in GLA_FIELDS:  # which the blocks of this format do not have
         del config["model"][name]
     rows = list(iterate_metrics(trained.workdir))
-    evaluations = [x for x in rows if x["kind"] == "validation" and x["loss"] is not None]
-    # That of the end scores all of the held-out text.
-    best = max(evaluations, key=lambda x: (x["predictions"], -x["loss"]), default=None)
+    scored = [row for row in rows if row.get("loss") is not None]
+    best = min(comparable(scored), key=lambda x: (x["loss"], -x["step"]), default=None)
+    for row in scored:  # of the same step, or the only one, and on all of the held-out text
+        if row["kind"] == "held_out" and (best is None or row["step"] == best["step"]):
+            best = row
     # Not HTML: what comes from elsewhere is escaped by these filters.
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)  # noqa: S701
     environment.filters |= {"escaped": _escaped, "code_block": _code_block}
