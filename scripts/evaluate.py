@@ -136,7 +136,7 @@ def saved_split(workdir: str) -> TokenSplit:
 
 
 def tokenized(source: str, config: Config, tokenizer: Tokenizer) -> TokenSplit:
-    """Tokenize a text like that of a run, as one split of its name; no file of it stays."""
+    """Tokenize a text like that of a run, as one split of its name; leaves no file."""
     if parse_mixture(source) is not None:
         raise UserError(f"--source={source}: a mixture, which only training takes; score one text")
     if config.data.template:

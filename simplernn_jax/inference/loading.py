@@ -29,7 +29,7 @@ WEIGHTS = "model.safetensors"
 RUN = "simplernn.json"
 _DIGEST, _WEIGHTS_DIGEST = "sha256", "weights_sha256"
 _MAX_RUN_BYTES = 1 << 30
-"""Bytes of `RUN` at most, which holds a whole tokenizer."""
+"""Maximum size of `RUN`, which holds a whole tokenizer."""
 
 
 def run_json(config: Config, tokenizer: Tokenizer, weights: Weights) -> str:
@@ -46,7 +46,7 @@ def run_json(config: Config, tokenizer: Tokenizer, weights: Weights) -> str:
 
 
 def is_exported(folder: Any) -> bool:
-    """Return whether `folder` is an exported model; what is no path is none."""
+    """Return whether `folder` is an exported model; anything that is not a path is not."""
     is_path = isinstance(folder, str | os.PathLike)
     return is_path and os.path.isfile(os.path.join(os.fsdecode(folder), RUN))
 
@@ -60,10 +60,7 @@ def load_exported(folder: str) -> tuple[LanguageModel, Tokenizer, Config]:
 
 
 def read_run(folder: str) -> tuple[Config, Tokenizer, str | None]:
-    """Read configuration, tokenizer and digest of the weights; raises `UserError` if corrupted.
-
-    Earlier versions wrote no digest.
-    """
+    """Read configuration, tokenizer and digest of the weights; raises `UserError` if corrupted."""
     path = os.path.join(folder, RUN)
     try:
         run: Any = json.loads(read_file(path, _MAX_RUN_BYTES))

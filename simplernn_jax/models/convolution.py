@@ -20,9 +20,9 @@ def _identity_init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.
 class ShortConvolution(nnx.Module):
     """``y_t = f(sum_n w_n x_{t-n})`` for n in 0 .. width - 1, within one segment; all float32.
 
-    Initialized so that the convolution is the identity: ``w_0`` is 1, the rest 0. That of the
-    residual block normalizes its inputs and has no f; unlike Mamba's (arXiv:2312.00752, section
-    3.4), it precedes the input projections.
+    Initialized so that the convolution is the identity: ``w_0`` is 1, the rest 0. The residual
+    block normalizes the inputs and has no f; unlike in Mamba (arXiv:2312.00752, section 3.4), its
+    convolution precedes the input projections.
     """
 
     def __init__(

@@ -62,9 +62,9 @@ class GLAState(NamedTuple):
 class QKVConvolutions(nnx.Module):
     """One `ShortConvolution` with silu each for the heads' queries, keys and values."""
 
-    def __init__(self, width: int, key_dim: int, value_dim: int, *, rngs: nnx.Rngs):
-        """Initialize the convolutions of `width` tokens."""
-        options: dict[str, Any] = {"rngs": rngs, "activation": jax.nn.silu, "axis": "heads"}
+    def __init__(self, width: int, key_dim: int, value_dim: int):
+        """Initialize the convolutions of `width` tokens, which draw nothing at random."""
+        options: dict[str, Any] = {"rngs": nnx.Rngs(0), "activation": jax.nn.silu, "axis": "heads"}
         self.query = ShortConvolution(width, key_dim, **options)
         self.key = ShortConvolution(width, key_dim, **options)
         self.value = ShortConvolution(width, value_dim, **options)
@@ -157,7 +157,7 @@ class GatedLinearAttention(MultiHeadLayer):
         self.head_norm = RMSNorm(config.value_dim // config.num_heads, config.norm_epsilon)
         width = config.short_convolution
         self.convolutions = (
-            QKVConvolutions(width, config.key_dim, config.value_dim, rngs=rngs) if width else None
+            QKVConvolutions(width, config.key_dim, config.value_dim) if width else None
         )
         self.min_log_gate = config.min_log_gate
         # None: the default dtype, float32 (float64 under x64).

@@ -13,13 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-def accumulator_dtype(*arrays: Any) -> Any:
-    """Return the accumulation dtype of arrays or dtypes: float64 if one is, else float32."""
-    dtypes = [jnp.dtype(getattr(x, "dtype", x)) for x in arrays]
-    return jnp.dtype("float64" if jnp.dtype("float64") in dtypes else "float32")
-
-
 FLOATING = ("float32", "bfloat16", "float16", "float64")
 INTEGER = ("int32", "int64", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
 BOOL = ("bool",)
@@ -27,6 +20,12 @@ BOOL = ("bool",)
 _NAMES = {FLOATING: "floating point", INTEGER: "integer", BOOL: "bool"}
 
 Sizes = dict[str, Any]
+
+
+def accumulator_dtype(*arrays: Any) -> Any:
+    """Return the accumulation dtype of arrays or dtypes: float64 if one is, else float32."""
+    dtypes = [jnp.dtype(getattr(x, "dtype", x)) for x in arrays]
+    return jnp.dtype("float64" if jnp.dtype("float64") in dtypes else "float32")
 
 
 def check_array(

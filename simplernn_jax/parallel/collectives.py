@@ -1,8 +1,8 @@
-"""Collectives inside `jax.shard_map` by mesh axis name, and varying types of its arrays.
+"""Collectives inside `jax.shard_map` by mesh axis name.
 
 Outside of `shard_map`, or along an axis that the mesh does not have (or of size 1), they do
 nothing: the same code runs on one device and on any mesh. Axes of size 1 never appear in varying
-types, since `mesh_axes` omits them.
+types, since `parallel.mesh` omits them from specs.
 """
 
 from collections.abc import Callable

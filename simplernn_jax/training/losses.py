@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simplernn_jax.array_types import Activations, Logits, LossMask, Tokens
-from simplernn_jax.parallel import tensor as vocab_parallel
+from simplernn_jax.parallel import tensor
 
 MAX_LOGITS = 2**24
 """Maximum number of logits that `chunked_cross_entropy` computes at once: 64 MiB of float32."""
@@ -28,7 +28,7 @@ def cross_entropy(
     """
     # Before the exponentials too: 0 times the gradient of a NaN would be NaN.
     logits = jnp.where(mask[..., None], logits, 0.0)
-    nll = vocab_parallel.cross_entropy(logits, jnp.asarray(targets))
+    nll = tensor.cross_entropy(logits, jnp.asarray(targets))
     return jnp.where(mask, nll, 0.0)
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from flax import nnx
 
-from simplernn_jax.data.chat_template import ChatTemplate
+from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
 from simplernn_jax.models.language_model import abstract_model
@@ -75,10 +75,10 @@ def sample(run: Run, reporter: Reporter) -> None:
     params = local_copy(run.state.params)
     if is_coordinator():
         train, prompt = run.config.train, run.config.train.sample_prompt
-        if template := run.config.data.template:
-            prompt = ChatTemplate(template).render_next([{"role": "user", "content": prompt}])
         graph, abstract = abstract_model(run.config.model)
         try:
+            if template := run.config.data.template:
+                prompt = ChatTemplate(template).render_next([{"role": "user", "content": prompt}])
             (text,) = generate_text(
                 nnx.merge(graph, in_layout_of(abstract, params)),
                 run.corpus.tokenizer,
@@ -87,7 +87,7 @@ def sample(run: Run, reporter: Reporter) -> None:
                 temperature=SAMPLE_TEMPERATURE,
                 seed=train.seed,
             )
-        except UserError as error:  # such as a model that has diverged, which training reports
+        except (UserError, TemplateError) as error:  # training goes on without a sample
             text = f" ({error})"
         reporter.sample(prompt + text)
     barrier("sample")

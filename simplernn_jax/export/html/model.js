@@ -293,7 +293,7 @@ class Tokenizer {
 
 const BETWEEN = "\u0100";  // no byte
 const codes = (bytes) => Array.from(bytes, (byte) => byte.charCodeAt(0));
-const utf8 = (text) => unescape(encodeURIComponent(text));  // TextEncoder is no part of JavaScript
+const utf8 = (text) => unescape(encodeURIComponent(text));  // not every engine has TextEncoder
 
 const BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 

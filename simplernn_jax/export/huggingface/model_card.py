@@ -80,8 +80,6 @@ def _sample(trained: TrainedModel) -> dict[str, Any] | None:
     """Continue or answer the prompt of the run's own samples; None if the model cannot."""
     data, prompt = trained.config.data, trained.config.train.sample_prompt
     chat = chat_format(data.template)
-    if chat:  # the run may have rendered the prompt
-        prompt = prompt.removeprefix(chat["next"][0]).removesuffix(chat["next"][-1])
     if prompt == TrainConfig.sample_prompt and data.source != DataConfig.source:
         prompt = "Hello!" if chat else ""
     settings: dict[str, Any] = {

@@ -100,9 +100,8 @@ def gated_linear_recurrence(
     check_segment_ids(segment_ids, sizes)
     if state_dtype is not None:
         check_dtype("state_dtype", state_dtype)
-    q, k, v, log_gate = map(
-        jnp.asarray, (q, k, v, log_gate)
-    )  # without x64, float64 becomes float32
+    # Without x64, float64 becomes float32.
+    q, k, v, log_gate = map(jnp.asarray, (q, k, v, log_gate))
     batch, _, heads, key_dim = q.shape
     stored = () if state_dtype is None else (jax.dtypes.canonicalize_dtype(state_dtype),)
     dtype = accumulator_dtype(q, k, v, log_gate, *stored)
