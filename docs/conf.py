@@ -49,7 +49,10 @@ default_role = "code"
 nitpicky = True
 # Types of other packages, whose documentation is not part of this site.
 nitpick_ignore_regex = [
-    ("py:class", r"(Array|ArrayTree|jax|jaxlib|jaxtyping|numpy|collections|optax|os|flax)\b.*|'.*'"),
+    (
+        "py:class",
+        r"(Array|ArrayTree|jax|jaxlib|jaxtyping|numpy|collections|optax|os|flax)\b.*|'.*'",
+    ),
     ("py:class", r"simplernn_jax\.(analysis|data)\..*"),  # parts of results, not public by name
 ]
 

@@ -357,8 +357,8 @@ def test_results_in_the_model_card(tmp_path, monkeypatch):
         tokens=np.arange(60, dtype=np.int32),
     )
     _, html = rendered_card(tmp_path / "out")
-    assert "<td>training steps</td>\n<td>4</td>" in html
-    assert re.search(r"<td>training tokens</td>\n<td>\d\d</td>", html)
+    assert "<td>steps of the training run</td>\n<td>4</td>" in html
+    assert re.search(r"<td>tokens of the training run</td>\n<td>\d\d</td>", html)
     loss = f"{result.evaluation.nats_per_token:.4f} nats per token (step 4)"
     assert f"<td>held-out loss</td>\n<td>{loss}</td>" in html
     scored = f"{result.evaluation.predictions:,}"

@@ -156,6 +156,9 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
     loss = f"{result.evaluation.nats_per_token:.4f}"  # after 5 steps
     assert f"  warning            {loss} nats/token is not clearly better than uniform" in output
     assert "guessing (5.5568); train for more steps, or with another --config.optim" in output
+    assert "first step" not in output
+    train(with_train(config, steps=3), workdir)  # "all steps are done": it keeps its configuration
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 5
 
 
 def test_a_workdir_alone_resumes_its_run_from_any_folder(finished, tmp_path):

@@ -78,7 +78,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
         reporter = Reporter(run, metrics, display, train_step)
         validation = Validation(run, reporter)
         with deferred_signals() as poll_signal:
-            if is_coordinator():
+            if is_coordinator() and not (run.has_ended and run.first_step):
                 _write_config(run)
             signal = _train(run, train_step, reporter, validation, poll_signal)
         if signal:

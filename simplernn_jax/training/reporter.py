@@ -72,6 +72,8 @@ class Reporter:
                 "matmuls of bfloat16 are computed in float32 on this processor: "
                 "--config.model.precision=float32 saves the conversions"
             )
+        if config.train.init_from and not run.first_step:
+            self.print_line(f"parameters from {config.train.init_from}")
         for change in run.changes:
             self.print_line(change)
         if run.first_step >= run.total_steps:
@@ -135,12 +137,14 @@ class Reporter:
         `evaluation` has the scores of the whole validation split.
         """
         run, timer, workdir = self._run, self.timer, self._run.workdir
-        speed = timer.tokens_per_second
-        lines = {
-            "steps": f"{run.step:,}",
-            "training time": f"{format_duration(timer.total_seconds)}, of which "
-            f"{timer.first:.1f} s for the first step (compilation)",
-            "speed": f"{speed:,.0f} tokens/s" if speed else "n/a (at most one step)",
+        speed, duration = timer.tokens_per_second, format_duration(timer.total_seconds)
+        lines = {"steps": f"{run.step:,}", "training time": duration}
+        if run.step > run.first_step:
+            lines["training time"] += (
+                f", of which {timer.first:.1f} s for the first step (compilation)"
+            )
+            lines["speed"] = f"{speed:,.0f} tokens/s" if speed else "n/a (one step)"
+        lines |= {
             "skipped updates": f"{int(run.state.skipped_updates)}",
             "recompilations": f"{self._train_step.recompilations}",
         }
