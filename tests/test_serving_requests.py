@@ -149,6 +149,12 @@ def test_what_asks_for_more_than_text_is_named(name, value, supported):
     assert error_of(CompletionRequest, **{name: value}) == (message, name)
 
 
+def test_neutral_values_are_compared_without_the_spaces_between_tokens():
+    parse(CompletionRequest, b'{"response_format": {\r\n"type":\t"text"\n}, "tools": [ ]}')
+    message = 'tool_choice: only "none" or "auto" is supported'
+    assert error_of(CompletionRequest, tool_choice="no ne") == (message, "tool_choice")
+
+
 def test_prompts_of_every_form():
     def parsed(prompt):
         request = parse(CompletionRequest, json.dumps({"prompt": prompt}).encode())
