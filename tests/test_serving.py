@@ -340,7 +340,7 @@ def test_a_full_queue_refuses_with_429(server):
         answers = list(pool.map(complete, range(150)))
     assert {status for status, _, _ in answers} <= {200, 429}
     assert all(headers["Retry-After"] for status, headers, _ in answers if status == 429)
-    status, _, body = server.send("POST", "/v1/completions", {"prompt": ["a"] * 41})
+    status, _, body = server.send("POST", "/v1/completions", {"prompt": ["a"] * 46})
     assert (status, body["error"]["param"]) == (400, "prompt")  # however often it is sent
 
 

@@ -186,6 +186,15 @@ def test_a_full_queue_is_told_in_numbers(service):
         service.submit([mock.Mock()])
 
 
+def test_a_request_may_have_as_many_prompts_as_an_idle_server_takes(service):
+    service.status = "ready"
+    with pytest.raises(RequestError, match="prompt: 4 prompts; the limit is 3") as error:
+        service.submit([mock.Mock() for _ in range(4)])
+    assert error.value.status == 400  # however often it is sent
+    service.submit([mock.Mock() for _ in range(3)])
+    assert service.engine.room == 0
+
+
 def request_of(app, *parts, until=None):
     """A request whose body arrives in parts, the last one once `until` is set."""
     left = list(parts)

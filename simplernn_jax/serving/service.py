@@ -126,11 +126,9 @@ class Service:
     def submit(self, jobs: list[Job]) -> None:
         """Queue the jobs of a request; raises what `check_room` does."""
         self.check_room()
-        most = self.engine.max_waiting
+        most = self.engine.max_waiting + self.engine.num_slots
         if len(jobs) > most:
-            raise RequestError(
-                f"prompt: {len(jobs)} prompts; at most {most} can wait here", param="prompt"
-            )
+            raise RequestError(f"prompt: {len(jobs)} prompts; the limit is {most}", param="prompt")
         try:
             self.engine.submit(*jobs)
         except QueueFullError as error:
