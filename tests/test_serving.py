@@ -283,8 +283,11 @@ def test_a_client_that_does_not_read_pauses_its_request_and_loses_nothing(server
         text = server.send("GET", "/metrics")[2].decode()
         return float(re.search("^simplernn_new_tokens (.*)$", text, re.MULTILINE)[1])
 
+    start = num_tokens()
     with server.post(prompt="a", stream=True, **fields) as connection:
-        before = -1.0
+        while (before := num_tokens()) == start:
+            time.sleep(0.01)
+        time.sleep(0.5)
         while before != (before := num_tokens()):
             time.sleep(0.5)
         assert server.send("GET", "/slots")[2]["active"] == 1
