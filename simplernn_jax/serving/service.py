@@ -34,9 +34,9 @@ RETRY_AFTER_SECONDS = 1
 CHAT_TOKENS = 1024
 """New tokens of a chat completion that asks for no number."""
 MAX_ECHOED = 1 << 26
-"""Characters of prompts in an answer at most."""
+"""Maximum number of characters of prompts in an answer."""
 MAX_LOGPROBS = 1 << 22
-"""Log-probabilities in an answer that is not streamed at most: some 0.5 GB."""
+"""Maximum number of log-probabilities in an answer that is not streamed: some 0.5 GB."""
 
 
 class Service:
