@@ -108,7 +108,8 @@ def client(server):
     """OpenAI's client of `server`."""
     import openai
 
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 LONGEST = ("test_docs", "test_many_processes", "test_chat_config", "test_wheel")

@@ -195,6 +195,61 @@ def test_a_job_that_pauses_gives_way_but_keeps_its_slots_while_nobody_waits(deco
     assert unread.is_cancelled
 
 
+@pytest.fixture
+def start_unread(decoder):
+    """Start a job whose client has not read for `seconds`."""
+
+    def start(num_choices, seconds):
+        job = Job(tokens_of(3, 5), Sampling(), max_tokens=10**6, num_choices=num_choices)
+        decoder.waiting.append(job)
+        decoder.step()
+        job.unread_since = time.monotonic() - seconds
+        decoder.step()
+        return job
+
+    yield start
+    decoder.fail_all(Failed("the test has ended"))
+    decoder.reset()
+
+
+def test_a_job_that_pauses_is_kept_while_slots_are_free(decoder, start_unread):
+    unread = start_unread(4, UNREAD_SECONDS + 1)  # in five slots
+    other = Job(tokens_of(3, 5), Sampling(), max_tokens=40)
+    decoder.waiting.append(other)
+    events = [event for _ in range(60) for event in decoder.step()]
+    assert events[-1] == (other, mock.ANY)
+    assert events[-1][1].finish_reason == "length"
+    assert {job for job, _ in events} == {other}
+    assert not unread.is_cancelled
+
+
+def test_a_job_that_pauses_does_not_wait_for_itself(decoder, start_unread):
+    unread = start_unread(7, UNREAD_SECONDS + 1)  # in five slots
+    assert decoder.step() == []
+    assert decoder.is_stalled
+    prefill = Job(tokens_of(4, 5), Sampling())  # needs no slot
+    decoder.waiting.append(prefill)
+    assert decoder.step() == [(prefill, mock.ANY)]
+    assert decoder.step() == []
+    assert not unread.is_cancelled
+
+
+def test_steps_that_wait_for_a_slot_are_stalled_beside_an_unfinished_prefill(decoder, start_unread):
+    start_unread(5, 0.0)
+    long = Job(tokens_of(12, 20_000), Sampling(), max_tokens=1)
+    decoder.waiting.append(long)
+    assert decoder.step() == []
+    assert not decoder.is_stalled  # it prefills
+    ready = Job(tokens_of(3, 5), Sampling(), max_tokens=1)
+    decoder.waiting.append(ready)
+    while (ready, mock.ANY) not in decoder.step():
+        assert not decoder.is_stalled
+    for _ in range(3):
+        assert decoder.step() == []
+        assert decoder.is_stalled
+    assert decoder.num_waiting == 2
+
+
 def test_jobs_start_before_one_that_pauses(decoder):
     unread = Job(tokens_of(3, 5), Sampling(), max_tokens=4, unread_since=math.inf)
     other = Job(tokens_of(3, 5), Sampling(), max_tokens=4)

@@ -160,6 +160,23 @@ def test_chat(page):
     assert page.get_by_role("button", name="Generate").is_visible()
 
 
+BLOCKED = """Object.defineProperty(window, "sessionStorage", {
+  get() { throw new DOMException("denied", "SecurityError"); } });"""
+
+
+def test_chat_without_storage(page):
+    page.add_init_script(BLOCKED)
+    page.reload()
+    page.get_by_text("Settings").click()
+    page.get_by_label("New tokens").fill("20")
+    page.get_by_label("Message").fill("hi")
+    page.get_by_role("button", name="Send").click()
+    page.locator(".message.assistant").wait_for(state="attached")
+    page.locator("#generate:enabled").wait_for()
+    assert page.evaluate("messages.length") == 2
+    assert page.locator("#error").is_hidden()
+
+
 MARKUP = "<script>document.title = 'run'</script><img src=x onerror=\"document.title='run'\">"
 
 

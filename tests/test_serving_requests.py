@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,7 +18,7 @@ from simplernn_jax.serving import app as app_module
 from simplernn_jax.serving.app import make_app
 from simplernn_jax.serving.connections import Gate
 from simplernn_jax.serving.engine import Engine
-from simplernn_jax.serving.http import MAX_INCOMPLETE_BYTES, SMALL_BODY_BYTES, read_body, read_json
+from simplernn_jax.serving.http import MAX_BODIES_BYTES, SMALL_BODY_BYTES, read_body, read_json
 from simplernn_jax.serving.requests import (
     MAX_PROMPTS,
     ChatRequest,
@@ -149,6 +150,12 @@ def test_what_asks_for_more_than_text_is_named(name, value, supported):
     assert error_of(CompletionRequest, **{name: value}) == (message, name)
 
 
+def test_neutral_values_are_compared_without_the_spaces_between_tokens():
+    parse(CompletionRequest, b'{"response_format": {\r\n"type":\t"text"\n}, "tools": [ ]}')
+    message = 'tool_choice: only "none" or "auto" is supported'
+    assert error_of(CompletionRequest, tool_choice="no ne") == (message, "tool_choice")
+
+
 def test_prompts_of_every_form():
     def parsed(prompt):
         request = parse(CompletionRequest, json.dumps({"prompt": prompt}).encode())
@@ -180,6 +187,15 @@ def test_a_full_queue_is_told_in_numbers(service):
         service.submit([mock.Mock()])
 
 
+def test_a_request_may_have_as_many_prompts_as_an_idle_server_takes(service):
+    service.status = "ready"
+    with pytest.raises(RequestError, match="prompt: 4 prompts; the limit is 3") as error:
+        service.submit([mock.Mock() for _ in range(4)])
+    assert error.value.status == 400  # however often it is sent
+    service.submit([mock.Mock() for _ in range(3)])
+    assert service.engine.room == 0
+
+
 def request_of(app, *parts, until=None):
     """A request whose body arrives in parts, the last one once `until` is set."""
     left = list(parts)
@@ -194,25 +210,50 @@ def request_of(app, *parts, until=None):
 
 def test_bodies_have_a_joint_limit():
     large = bytes(15_000_000)
-    assert 4 * len(large) < MAX_INCOMPLETE_BYTES < 5 * len(large)
+    assert 4 * len(large) < MAX_BODIES_BYTES < 5 * len(large)
 
     async def run():
-        app, until = SimpleNamespace(state=SimpleNamespace(incomplete_bytes=0)), asyncio.Event()
-        reading = [
-            asyncio.create_task(read_body(request_of(app, large, b"end", until=until)))
-            for _ in range(4)
-        ]
-        while app.state.incomplete_bytes < 4 * len(large):
+        app, until = SimpleNamespace(state=SimpleNamespace(body_bytes=0)), asyncio.Event()
+
+        async def body_of(*parts, until=None):
+            async with read_body(request_of(app, *parts, until=until)) as content:
+                return content
+
+        reading = [asyncio.create_task(body_of(large, b"end", until=until)) for _ in range(4)]
+        while app.state.body_bytes < 4 * len(large):
             await asyncio.sleep(0)
         with pytest.raises(RequestError, match="try again") as error:
-            await read_body(request_of(app, large))
+            await body_of(large)
         assert error.value.status == 503
         small = bytes(SMALL_BODY_BYTES)
-        assert await read_body(request_of(app, small)) == small
+        assert await body_of(small) == small
         until.set()
         assert await asyncio.gather(*reading) == [large + b"end"] * 4
-        assert app.state.incomplete_bytes == 0
-        assert await read_body(request_of(app, large)) == large
+        assert app.state.body_bytes == 0
+        assert await body_of(large) == large
+
+    asyncio.run(run())
+
+
+def test_bodies_count_until_threads_have_handled_them(service):
+    encoding, until = threading.Event(), threading.Event()
+
+    def encode(text):
+        encoding.set()
+        assert until.wait(60)
+        return ByteTokenizer().encode(text[:1])
+
+    service.inputs.encode = encode
+    app, body = make_app(service), msgspec.json.encode({"prompt": "a" * 100_000})
+
+    async def run():
+        asking = asyncio.create_task(answer_of(app, "POST", "/tokenize", body))
+        while not encoding.is_set():
+            await asyncio.sleep(0.001)
+        assert app.state.body_bytes == len(body)
+        until.set()
+        assert await asking == (200, {"count": 2, "tokens": [256, 97], "token_strs": None})
+        assert app.state.body_bytes == 0
 
     asyncio.run(run())
 
@@ -228,19 +269,26 @@ def test_a_long_body_is_parsed_while_others_are_answered():
             assert others_ran.wait(60)
 
     async def run():
-        app = SimpleNamespace(state=SimpleNamespace(incomplete_bytes=0))
+        app = SimpleNamespace(state=SimpleNamespace(body_bytes=0))
         content = msgspec.json.encode({"prompt": "a" * 100_000})
-        reading = asyncio.create_task(read_json(request_of(app, content), Slow))
+
+        async def read():
+            async with read_json(request_of(app, content), Slow) as (body, size):
+                return body.prompt, size
+
+        reading = asyncio.create_task(read())
         while not started.is_set():
             await asyncio.sleep(0.001)
+        assert app.state.body_bytes == len(content)
         others_ran.set()
-        body, size = await reading
-        assert (body.prompt, size) == ("a" * 100_000, len(content))
+        assert await reading == ("a" * 100_000, len(content))
+        assert app.state.body_bytes == 0
 
     asyncio.run(run())
 
 
-def test_a_template_is_rendered_while_others_are_answered(service):
+def test_templates_are_rendered_while_others_are_answered(service):
+    """They wait for one process, and take one thread of those that others need."""
     started, others_ran = threading.Event(), threading.Event()
 
     def render(messages, add_generation_prompt):
@@ -252,13 +300,17 @@ def test_a_template_is_rendered_while_others_are_answered(service):
     app, body = make_app(service), b'{"messages": [{"role": "user", "content": "a"}]}'
 
     async def run():
-        asking = asyncio.create_task(answer_of(app, "POST", "/v1/chat/completions", body))
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        asking = [
+            asyncio.create_task(answer_of(app, "POST", "/v1/chat/completions", body))
+            for _ in range(3)
+        ]
         while not started.is_set():
             await asyncio.sleep(0.001)
-        assert (await answer_of(app, "GET", "/health"))[0] == 200
+        assert (await answer_of(app, "GET", "/v1/states"))[0] == 200
         others_ran.set()
-        status, answer = await asking
-        assert (status, answer["error"]["message"]) == (400, "messages: it took too long")
+        for status, answer in await asyncio.gather(*asking):
+            assert (status, answer["error"]["message"]) == (400, "messages: it took too long")
 
     asyncio.run(run())
 

@@ -26,7 +26,7 @@ from simplernn_jax.ops.decode import DecoderWeights, decode_tokens
 from simplernn_jax.ops.segments import select_sequences
 
 BLOCK_TOKENS = 32
-"""Tokens of a sequence that one dispatch decodes at most."""
+"""Maximum number of tokens of a sequence that one dispatch decodes."""
 
 
 class Programs(NamedTuple):

@@ -38,7 +38,7 @@ def make_app(service: Service) -> Starlette:
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: http_exception})
     app.router.redirect_slashes = False
-    app.state.incomplete_bytes = 0
+    app.state.body_bytes = 0
     return app
 
 
@@ -60,27 +60,25 @@ def tokenizer_routes(service: Service) -> list[Route]:
         return json_response(description)
 
     async def tokenize(request: Request) -> Response:
-        body, size = await read_json(request, TokenizeRequest)
-        service.check_model(body.model)
-
-        def encoded() -> Response:
+        def encoded(body: TokenizeRequest) -> Response:
             ids = service.inputs.encode(body.prompt).tolist()
             if body.add_special_tokens:
                 ids = [service.tokenizer.bos_id, *ids]
             names = [service.names.names[i] for i in ids] if body.return_token_strs else None
             return json_response({"count": len(ids), "tokens": ids, "token_strs": names})
 
-        return await in_thread_if_long(size, encoded)
+        async with read_json(request, TokenizeRequest) as (body, size):
+            service.check_model(body.model)
+            return await in_thread_if_long(size, encoded, body)
 
     async def detokenize(request: Request) -> Response:
-        body, size = await read_json(request, DetokenizeRequest)
-        service.check_model(body.model)
-
-        def decoded() -> Response:
+        def decoded(body: DetokenizeRequest) -> Response:
             service.inputs.check_ids("tokens", body.tokens)
             return json_response({"prompt": service.tokenizer.decode(body.tokens)})
 
-        return await in_thread_if_long(size, decoded)
+        async with read_json(request, DetokenizeRequest) as (body, size):
+            service.check_model(body.model)
+            return await in_thread_if_long(size, decoded, body)
 
     async def tokenizer_info(request: Request) -> Response:
         tokenizer = service.tokenizer

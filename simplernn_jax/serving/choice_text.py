@@ -39,7 +39,7 @@ def _name(content: bytes) -> str:
 
 
 class TokenEntry(NamedTuple):
-    """A token with its log-probability, as far as it was asked for."""
+    """A token with its log-probability, if requested."""
 
     token: int
     offset: int

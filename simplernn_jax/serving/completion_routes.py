@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from simplernn_jax.serving.answers import LONG, Answer, Update, in_thread_if_long
+from simplernn_jax.serving.answers import Answer, Update, in_thread_if_long
 from simplernn_jax.serving.choice_text import Piece
 from simplernn_jax.serving.http import (
     EventStream,
@@ -43,12 +43,11 @@ def completion_routes(service: Service) -> list[Route]:
         form_of: type[Completion],
     ) -> Response:
         service.check_room()
-        body, size = await read_json(request, body_of)
-        service.check_model(body.model)
-        start = await service.load_state(body.state)
-        # A template may take long to render whatever it is given.
-        size = LONG + 1 if body_of is ChatRequest else size * (body.n or 1)
-        answer = await service.make_answer(make_answer, body, start, size)
+        async with read_json(request, body_of) as (body, size):
+            service.check_model(body.model)
+            start = await service.load_state(body.state)
+            size *= body.n or 1
+            answer = await service.make_answer(make_answer, body, start, size)
         form = form_of(service)
         has_logprobs = answer.results[0].choices[0].num_logprobs is not None
         answer.submit()  # or refuses with a status, which a stream could not
@@ -79,22 +78,16 @@ def completion_routes(service: Service) -> list[Route]:
 
 async def gather(answer: Answer, updates: AsyncIterator[Any]) -> list[Piece]:
     """Collect the whole pieces of all choices."""
-    pieces = [
-        Piece(result.prompt_text, [], None)
-        for result in answer.results
-        for _ in range(result.job.num_choices)
-    ]
+    results = [result for result in answer.results for _ in range(result.job.num_choices)]
+    pieces = [Piece(result.prompt_text, [], None) for result in results]
     async for several in updates:
         for update in several:
             piece = pieces[update.index]
             piece.text += update.piece.text
             piece.entries += update.piece.entries
             piece.finish_reason = update.piece.finish_reason
-    number = 0
-    for result in answer.results:
-        for _ in range(result.job.num_choices):
-            pieces[number].entries[:0] = result.prompt_entries or []
-            number += 1
+    for result, piece in zip(results, pieces, strict=True):
+        piece.entries[:0] = result.prompt_entries or []
     return pieces
 
 

@@ -30,7 +30,7 @@ FIRST_BLOCK = 2
 EVENT_SECONDS = 20e-3
 """Minimum time between two events of a sequence, except before its last: each costs a frame."""
 UNREAD_SECONDS = 20.0
-"""Time without a read after which a job that pauses ends if prompts wait."""
+"""Time without a read after which a job that pauses ends if another one waits for a slot."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -80,7 +80,7 @@ class _Ready:
 
 
 class Decoder:
-    """Slots and prefix cache of one set of parameters. Not thread-safe but for `waiting`."""
+    """Slots and prefix cache of one set of parameters. Not thread-safe, except `waiting`."""
 
     def __init__(self, model: LanguageModel, num_slots: int, cache_bytes: int) -> None:
         self.model = model
@@ -146,14 +146,14 @@ class Decoder:
     def step(self) -> list[tuple[Job, Event]]:
         """Prefill a little, decode a block, and return its events."""
         self._events = []
-        self._fail_unread()
         self._free_cancelled()
         self._live = self._started_jobs()
         previous, self._in_flight = self._in_flight, None
         if previous and (self.waiting or self._prefiller.jobs):
             self._collect(previous)  # prefill would compete with the block
             previous = None
-        self._admit()
+        has_prefilled = self._admit()
+        self._fail_unread()
         running = [c if c and c.job.unread_since is None else None for c in self._choices]
         is_first = any(choice is not None and not choice.num_tokens for choice in running)
         block = self._dispatch(running, is_first) if any(running) else None
@@ -165,7 +165,7 @@ class Decoder:
             # The device computes this block while the previous one is handled.
             self._in_flight = block
         self._live = {}
-        self.is_stalled = not (block or self._events or self._prefiller.jobs)
+        self.is_stalled = not (block or self._events or has_prefilled)
         return self._events
 
     def fail_all(self, failed: Failed) -> list[tuple[Job, Event]]:
@@ -183,7 +183,7 @@ class Decoder:
         return events + [(job, failed) for job in jobs]
 
     def _started_jobs(self) -> dict[Job, None]:
-        """Return the jobs that are not finished, but for those in `waiting`."""
+        """Return the unfinished jobs, except those in `waiting`."""
         jobs = [choice.job for choice in self._choices if choice is not None]
         return dict.fromkeys([*self._prefiller.jobs, *(r.job for r in self._ready), *jobs])
 
@@ -197,9 +197,9 @@ class Decoder:
         self.waiting = deque(job for job in self.waiting if not job.is_cancelled)
 
     def _fail_unread(self) -> None:
-        """End jobs that have paused for too long while others wait."""
-        jobs = self._started_jobs() if self.num_waiting else {}
-        for job in jobs:
+        """End jobs that have paused for too long while another one waits for a slot."""
+        is_awaited = None not in self._choices and self._next_ready()
+        for job in self._started_jobs() if is_awaited else {}:
             since = job.unread_since  # which another thread sets
             if since is not None and time.monotonic() - since > UNREAD_SECONDS:
                 job.is_cancelled = True
@@ -212,23 +212,24 @@ class Decoder:
         self._ready = deque(ready for ready in self._ready if not ready.job.is_cancelled)
         self._prefiller.drop_cancelled()
 
-    def _admit(self) -> None:
-        """Fill free slots with prefilled jobs, and prefill the next ones."""
-        budget, prefiller = PREFILL_TOKENS, self._prefiller
+    def _admit(self) -> bool:
+        """Fill free slots with prefilled jobs; return True if it prefilled some of the next."""
+        budget, prefiller, has_prefilled = PREFILL_TOKENS, self._prefiller, False
         if len(self.waiting) > self.num_active:
             budget *= 8  # more prompts wait than streams are stalled
         while True:
             self._start_choices()
             if self._next_ready() or budget <= 0:
-                return
+                return has_prefilled
             while self.waiting and len(prefiller.jobs) < MAX_JOBS:
                 job = self.waiting.popleft()
                 self._live[job] = None
                 prefiller.start(job)
             if not prefiller.finished:
                 if not prefiller.jobs:
-                    return
+                    return has_prefilled
                 budget -= prefiller.step()
+                has_prefilled = True
             for job, event, layers, logits in prefiller.finished:
                 self._events.append((job, event))
                 if job.max_tokens:

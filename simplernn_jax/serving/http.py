@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -20,8 +20,8 @@ from simplernn_jax.serving.service import RETRY_AFTER_SECONDS, Service
 MAX_BODY_BYTES = 1 << 24
 BODY_SECONDS = 30.0
 """Seconds within which the body of a request must arrive."""
-MAX_INCOMPLETE_BYTES = 1 << 26
-"""Bytes of all bodies that are arriving, those of at most `SMALL_BODY_BYTES` not counted."""
+MAX_BODIES_BYTES = 1 << 26
+"""Bytes of all bodies in use, except those of at most `SMALL_BODY_BYTES`."""
 SMALL_BODY_BYTES = 1 << 14
 """Bytes of a body that always finds room."""
 
@@ -44,11 +44,12 @@ def error_response(error: RequestError) -> Response:
     return json_response(body, error.status, headers)
 
 
-async def read_body(request: Request) -> bytes:
-    """Read the body.
+@contextlib.asynccontextmanager
+async def read_body(request: Request) -> AsyncIterator[bytes]:
+    """Read the body, which counts toward `MAX_BODIES_BYTES` as long as the context lasts.
 
-    Raises `RequestError`: 413 if it is too long, 408 if it does not arrive in time, 503 if too many
-    others are arriving.
+    Raises `RequestError`: 413 if it is too long, 408 if it does not arrive in time, 503 if others
+    take all room.
     """
     parts, size, counted, state = [], 0, 0, request.app.state
     try:
@@ -59,21 +60,25 @@ async def read_body(request: Request) -> bytes:
                 if size > MAX_BODY_BYTES:
                     raise RequestError(f"the body has over {MAX_BODY_BYTES:,} bytes", status=413)
                 if size > SMALL_BODY_BYTES:
-                    state.incomplete_bytes += size - counted
+                    state.body_bytes += size - counted
                     counted = size
-                    if state.incomplete_bytes > MAX_INCOMPLETE_BYTES:
+                    if state.body_bytes > MAX_BODIES_BYTES:
                         raise RequestError("other bodies take all room; try again", status=503)
     except TimeoutError as error:
         raise RequestError("the body did not arrive in time", status=408) from error
+    else:
+        content = b"".join(parts)
+        parts.clear()  # or the context would hold the body twice
+        yield content
     finally:
-        state.incomplete_bytes -= counted
-    return b"".join(parts)
+        state.body_bytes -= counted
 
 
-async def read_json(request: Request, kind: type[Body]) -> tuple[Body, int]:
-    """Read and `parse` a body, in a thread if it is long, and return it with its size."""
-    content = await read_body(request)
-    return await in_thread_if_long(len(content) // 16, parse, kind, content), len(content)
+@contextlib.asynccontextmanager
+async def read_json(request: Request, kind: type[Body]) -> AsyncIterator[tuple[Body, int]]:
+    """Read and `parse` a body as `read_body`, in a thread if it is long; give it and its size."""
+    async with read_body(request) as content:
+        yield await in_thread_if_long(len(content) // 16, parse, kind, content), len(content)
 
 
 async def unless_disconnected(receive: Receive, result: Coroutine[Any, Any, Result]) -> Result:

@@ -58,7 +58,7 @@ class Prefilled(NamedTuple):
 
     cached_tokens: int
     logprobs: Logprobs | None
-    """Log-probabilities of the prompt's tokens but the first (with a root: of all)."""
+    """Log-probabilities of the prompt's tokens except the first (with a root: of all)."""
     root: Root | None
     """State after the prompt, if `Job.keeps_state`."""
 
@@ -98,7 +98,7 @@ class Job:
     """[n] int32; empty only with a root."""
     sampling: Sampling
     max_tokens: int = 0
-    """New tokens of a choice at most; 0 only prefills."""
+    """Maximum number of new tokens of a choice; 0 only prefills."""
     num_choices: int = 1
     first_stream: int = 0
     """Random stream of the first choice; each further one has the next."""

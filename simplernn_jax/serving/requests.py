@@ -32,7 +32,7 @@ _NEUTRAL = {
     "tool_choice": (b'"none"', b'"auto"'),
     "tools": (b"[]",),
 }
-"""Values, as JSON, with which fields of OpenAI's API ask for nothing but text."""
+"""Values, as compact JSON, with which fields of OpenAI's API ask for nothing but text."""
 _TYPES = {"array": "list", "float": "number", "int": "integer", "str": "string"}
 """Names of types in errors."""
 _UNPARSED: Any = msgspec.field(default_factory=lambda: msgspec.Raw(b"null"))
@@ -98,7 +98,7 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     def __post_init__(self) -> None:
         """Reject values that ask for more than text."""
         for name, neutral in _NEUTRAL.items():
-            if bytes(getattr(self, name)).translate(None, b" \n") not in (b"null", *neutral):
+            if msgspec.json.format(getattr(self, name), indent=-1) not in (b"null", *neutral):
                 supported = b" or ".join(neutral).decode()
                 raise RequestError(f"{name}: only {supported} is supported", param=name)
 

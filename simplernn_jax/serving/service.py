@@ -14,7 +14,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.inference.state import RECENT_TOKENS
 from simplernn_jax.inference.text import TextStream
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.answers import LONG, Answer, PromptResult, in_thread_if_long
+from simplernn_jax.serving.answers import Answer, PromptResult, in_thread_if_long
 from simplernn_jax.serving.choice_text import ChoiceText, TokenEntry, TokenNames, token_entry
 from simplernn_jax.serving.engine import Engine, EngineStoppedError, QueueFullError
 from simplernn_jax.serving.inputs import Inputs
@@ -34,9 +34,9 @@ RETRY_AFTER_SECONDS = 1
 CHAT_TOKENS = 1024
 """New tokens of a chat completion that asks for no number."""
 MAX_ECHOED = 1 << 26
-"""Characters of prompts in an answer at most."""
+"""Maximum number of characters of prompts in an answer."""
 MAX_LOGPROBS = 1 << 22
-"""Log-probabilities in an answer that is not streamed at most: some 0.5 GB."""
+"""Maximum number of log-probabilities in an answer that is not streamed: some 0.5 GB."""
 
 
 class Service:
@@ -66,6 +66,7 @@ class Service:
         self.status = "starting"
         self._load_model = load_model
         self._reloading = asyncio.Lock()
+        self._rendering = asyncio.Lock()
         self.names = TokenNames(tokenizer, vocab_size)
         self.inputs = Inputs(tokenizer, vocab_size)
 
@@ -126,11 +127,9 @@ class Service:
     def submit(self, jobs: list[Job]) -> None:
         """Queue the jobs of a request; raises what `check_room` does."""
         self.check_room()
-        most = self.engine.max_waiting
+        most = self.engine.max_waiting + self.engine.num_slots
         if len(jobs) > most:
-            raise RequestError(
-                f"prompt: {len(jobs)} prompts; at most {most} can wait here", param="prompt"
-            )
+            raise RequestError(f"prompt: {len(jobs)} prompts; the limit is {most}", param="prompt")
         try:
             self.engine.submit(*jobs)
         except QueueFullError as error:
@@ -147,8 +146,10 @@ class Service:
         """
         states = self.states
         if make == self.chat:
-            size += LONG  # rendering waits for another process
-        answer = await in_thread_if_long(size, make, request, start)
+            async with self._rendering:  # one process renders: others would wait for it in threads
+                answer = await asyncio.to_thread(make, request, start)
+        else:
+            answer = await in_thread_if_long(size, make, request, start)
         if start is not None and states is not self.states:
             raise RequestError(f"state {start.name!r}: of older parameters", status=409)
         return answer

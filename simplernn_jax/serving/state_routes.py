@@ -37,9 +37,9 @@ def state_routes(service: Service) -> list[Route]:
             return await asyncio.to_thread(described)
 
     async def make_state(request: Request) -> Response:
-        body, size = await read_json(request, StateRequest)
-        parent = await service.load_state(body.parent)
-        answer = await service.make_answer(service.prefill_state, body, parent, size)
+        async with read_json(request, StateRequest) as (body, size):
+            parent = await service.load_state(body.parent)
+            answer = await service.make_answer(service.prefill_state, body, parent, size)
         states = service.states  # a reload replaces them together with the parameters
         answer.submit()
         try:
@@ -59,15 +59,16 @@ def state_routes(service: Service) -> list[Route]:
     async def state_file(request: Request) -> Response:
         name = request.path_params["name"]
         if request.method == "PUT":
-            content = await read_body(request)
-            state = await asyncio.to_thread(service.states.put, name, content)
+            async with read_body(request) as content:
+                state = await asyncio.to_thread(service.states.put, name, content)
             return json_response(service.describe_state(state), 201)
         content = await asyncio.to_thread(service.states.read, name)
         headers = {"Content-Disposition": f'attachment; filename="{name}.safetensors"'}
         return Response(content, 200, headers, "application/octet-stream")
 
     async def fork_state(request: Request) -> Response:
-        body = parse(ForkRequest, await read_body(request) or b"{}")
+        async with read_body(request) as content:
+            body = parse(ForkRequest, content or b"{}")
         name = None if body.name is UNSET else body.name
         state = await asyncio.to_thread(service.states.fork, request.path_params["name"], name)
         return json_response(service.describe_state(state), 201)

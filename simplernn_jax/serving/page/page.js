@@ -148,7 +148,15 @@ function newConversation() {
 
 // For a reload of the page.
 function keepConversation() {
-  sessionStorage.setItem($("model").textContent, JSON.stringify(messages));
+  stored((storage) => storage.setItem($("model").textContent, JSON.stringify(messages)));
+}
+
+function stored(access) {
+  try {
+    return access(sessionStorage);
+  } catch {  // the browser blocks it, or it is full
+    return null;
+  }
 }
 
 function addMessage(message) {
@@ -276,7 +284,7 @@ async function connect() {
   $("modes").hidden = !info.chat_template;
   if (info.chat_template) {
     setMode(true);
-    messages = JSON.parse(sessionStorage.getItem(data[0].id) ?? "[]");
+    messages = JSON.parse(stored((storage) => storage.getItem(data[0].id)) ?? "[]");
     $("conversation").replaceChildren(...messages.map(addMessage));
   }
   await listStates();
