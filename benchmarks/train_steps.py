@@ -8,7 +8,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -184,7 +184,7 @@ def train_on_corpus(
     for done in range(1, config.train.steps, TIMED_STEPS):
         steps = min(TIMED_STEPS, config.train.steps - done)
         started = time.perf_counter()
-        taken = train_step.take_steps(step, state, itertools.islice(batches, steps))
+        taken = take_steps(step, state, itertools.islice(batches, steps))
         state, _ = jax.block_until_ready(taken)
         seconds.append((time.perf_counter() - started) / steps)
     held_out: Any = corpus.validation  # by default there is one
@@ -202,3 +202,14 @@ def train_on_corpus(
 def measure_on_corpus(config: Config, workdir: str) -> dict[str, float]:
     """Measurements of `train_on_corpus`; for `on_simulated_devices`."""
     return train_on_corpus(config, workdir).measured
+
+
+def take_steps(
+    step: train_step.TrainStep, state: train_step.TrainState, batches: Iterable[Batch]
+) -> tuple[train_step.TrainState, list[train_step.StepMetrics]]:
+    """Take one step per batch, without waiting for the metrics, which stay on the device."""
+    metrics = []
+    for batch in batches:
+        state, step_metrics = step(state, batch)
+        metrics.append(step_metrics)
+    return state, metrics

@@ -17,10 +17,10 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.training.optimizer import make_optimizer
-from simplernn_jax.training.train_step import init_train_state, make_train_step, take_steps
+from simplernn_jax.training.train_step import init_train_state, make_train_step
 
 from ..tables import Row
-from ..train_steps import change, count_parameters
+from ..train_steps import change, count_parameters, take_steps
 from . import tasks
 from .report import ATTENTION, RECURRENCE, line
 from .tasks import Task

@@ -1,7 +1,7 @@
 """The train step, one compiled program, and the state that it carries."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -184,17 +184,6 @@ def make_train_step(
         )
 
     return jax.jit(train_step, donate_argnums=0, **options)
-
-
-def take_steps(
-    step: TrainStep, state: TrainState, batches: Iterable[Batch]
-) -> tuple[TrainState, list[StepMetrics]]:
-    """Take one step per batch, without waiting for the metrics, which stay on the device."""
-    metrics = []
-    for batch in batches:
-        state, step_metrics = step(state, batch)
-        metrics.append(step_metrics)
-    return state, metrics
 
 
 def _compiler_options(mesh: Mesh | None) -> dict[str, str]:
