@@ -4,6 +4,7 @@ import glob
 import gzip
 import json
 import os
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,16 @@ def test_stdlib_is_large_sorted_and_without_tests_and_installed_packages():
     assert {"argparse.py", "json/decoder.py"} <= set(names)
     assert not [name for name in names if {"test", "tests", "site-packages"} & {*Path(name).parts}]
     assert corpus.total_bytes > 5e6
+
+
+def test_a_library_file_that_is_not_utf8_does_not_stop_the_default_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    write(tmp_path / "a.py", b"# coding: latin-1\ncaf\xe9\n")
+    write(tmp_path / "b.py", "é\n")
+    expected = {"a.py": "# coding: latin-1\ncaf\ufffd\n", "b.py": "é\n"}
+    assert read_all("stdlib") == expected
+    with pytest.raises(UserError, match=r"a\.py: invalid UTF-8 at byte 21"):
+        read_all(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +121,9 @@ def test_glob_finds_what_the_standard_library_finds(tmp_path, monkeypatch):
             # A folder that links lead to is searched once, so one of two paths to a file is enough.
             assert {*map(os.path.realpath, found)} == {*map(os.path.realpath, expected)}, absolute
             assert len({*found}) == len(found)
+    for name in ("a\0", "\ud800"):  # no file can have these names
+        assert matching_files(f"{name}/*") == matching_files(f"{name}*/**/*") == []
+        assert matching_files(f"a/{name}/**") == matching_files(f"*/{name}") == []
 
 
 def test_glob_around_links_ends_and_prefers_real_folders(tmp_path):

@@ -225,8 +225,8 @@ def _entries(folder: str, pattern: str) -> Iterator[str]:
         names = sorted(os.listdir(folder or "."))
         if denied := _search_error(folder or "."):
             raise denied
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+    except (OSError, ValueError) as error:  # ValueError: no file has such a name
+        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR):
             logging.warning("%s: left out: %s", one_line(folder), error.strerror)
         return
     for name in fnmatch.filter(names, pattern):
@@ -242,7 +242,7 @@ def _distinct(paths: Iterable[str], *, recursive: bool = False) -> list[str]:
         path = (waiting or links).popleft()
         try:
             status = os.stat(path or ".")
-        except OSError:
+        except (OSError, ValueError):
             continue
         identity = status.st_dev, status.st_ino
         if not stat.S_ISDIR(status.st_mode) or identity in found:
