@@ -79,10 +79,7 @@ class RecordFiles(Corpus):
                 yield error
 
     def _records(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
-        """Yield the place of each record in the file, what `_field_of` takes, and its size.
-
-        The expansion of the file is checked here.
-        """
+        """Yield the place, what `_field_of` takes, and the size; checks the file's expansion."""
         raise NotImplementedError
 
     def _field_of(self, value: Any) -> Any:
