@@ -122,18 +122,17 @@ class JsonFiles(RecordFiles):
         for number, line in enumerate(lines, 1):
             content = line.strip()
             if may_be_array and (content == b"{" or content.startswith(b"[")):
-                yield from self._array(file.path, itertools.chain([line], lines))
+                yield from self._array(itertools.chain([line], lines))
             elif content:
                 may_be_array = None
                 yield f":{number}", line, len(line)
+            self._record_bytes = 0
 
-    def _array(self, path: str, lines: Iterable[bytes]) -> Iterator[tuple[str, Any, int]]:
+    def _array(self, lines: Iterable[bytes]) -> Iterator[tuple[str, Any, int]]:
         """Yield the records of a file that holds one array, or one object over several lines."""
         content = bytearray()
         for line in lines:
             content += line
-            if len(content) > MAX_RECORD_BYTES:
-                raise too_long(f"{path}: an array")
         try:
             found = self._parsed(bytes(content))
         except BadRecord as error:
@@ -143,7 +142,8 @@ class JsonFiles(RecordFiles):
             yield f"[{number}]", record, len(content) // len(records)
 
     def _lines(self, file: SourceFile) -> Iterator[bytes]:
-        before, num_bytes = self.bytes_read, 0
+        """Yield the lines, added to `_record_bytes`, which the caller sets to 0 for each record."""
+        before, num_bytes, self._record_bytes = self.bytes_read, 0, 0
         with open_source(file.path, self._encoding_errors) as (stream, raw):
             for number in itertools.count(1):
                 line = stream.readline(MAX_RECORD_BYTES + 1)
@@ -153,8 +153,9 @@ class JsonFiles(RecordFiles):
                     self.bytes_read = before + raw.tell()
                 if not line:
                     break
-                if len(line) > MAX_RECORD_BYTES:
-                    raise too_long(f"{file.path}:{number}: a line")
+                self._record_bytes += len(line)
+                if self._record_bytes > MAX_RECORD_BYTES:
+                    raise too_long(f"{file.path}:{number}: a record or array")
                 yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
     def _field_of(self, value: Any) -> Any:
@@ -197,19 +198,9 @@ class CsvFiles(JsonFiles):
         # Half surrogates, in place of invalid bytes, are bad where they matter: in the field.
         errors = self._encoding_errors.replace("strict", "surrogateescape")
         csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD_BYTES))
-        size = 0
-
-        def decoded() -> Iterator[str]:
-            nonlocal size
-            for line in itertools.chain([header], lines):
-                size += len(line)
-                if size > MAX_RECORD_BYTES:
-                    raise too_long(f"{file.path}:{rows.reader.line_num + 1}: a row")
-                yield line.decode("utf-8", errors)
-
         is_tsv = re.search(r"\.tsv(\.\w+)?$", file.path.lower())
         rows = csv.DictReader(
-            decoded(),
+            (line.decode("utf-8", errors) for line in itertools.chain([header], lines)),
             delimiter="\t" if is_tsv else max("\t,;", key=header.decode("latin-1").count),
             quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL,
             strict=True,
@@ -223,8 +214,8 @@ class CsvFiles(JsonFiles):
                     raise csv.Error("more values than the header has names")
             except csv.Error as error:
                 row = BadRecord(f"invalid CSV ({error})")
+            size, self._record_bytes = self._record_bytes, 0
             yield f":{rows.reader.line_num}", row, size
-            size = 0
 
 
 class ConversationFiles(JsonFiles):
@@ -261,7 +252,7 @@ class ConversationFiles(JsonFiles):
 
 
 def too_long(what: str) -> UserError:
-    """Return the error for a line, row, array or text of more than `MAX_RECORD_BYTES`."""
+    """Return the error for a record, array or text of more than `MAX_RECORD_BYTES`."""
     return UserError(
         f"{what} of more than {MAX_RECORD_BYTES >> 20} MiB; split it into several records, one in "
         "each line (of a JSON array with jq -c '.[]')"
