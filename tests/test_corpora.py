@@ -299,7 +299,7 @@ def test_bad_record_names_file_and_line(tmp_path, caplog, line, problem):
         read_all(path)
     assert "\n" not in str(raised.value)
     assert read_all(path, max_bad_records=1) == {"a.jsonl:1": "a", "a.jsonl:4": "b"}
-    assert "1 bad record skipped: " in caplog.text
+    assert "1 bad record skipped, the first: " in caplog.text
 
 
 def test_utf16_is_decoded_over_blocks_and_its_errors_are_named_or_replaced(tmp_path):
@@ -384,7 +384,7 @@ def test_bad_rows_of_csv_are_counted_like_bad_records(tmp_path, caplog, row, pro
     with pytest.raises(UserError, match=rf"a\.csv:3: {problem}.*bad record 1, 0 allowed"):
         read_all(path)
     assert read_all(path, max_bad_records=1) == {"a.csv:2": "a", "a.csv:4": "c"}
-    assert "1 bad record skipped: " in caplog.text
+    assert "1 bad record skipped, the first: " in caplog.text
 
 
 def test_csv_without_the_column_or_with_an_open_quote_is_one_line(tmp_path, monkeypatch):
@@ -426,7 +426,7 @@ def test_bad_records_are_counted_and_warned_of_once(tmp_path, caplog):
     for _ in range(2):
         assert len(list(corpus.documents())) == 1
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "2 bad records skipped, the first of them" in warning.message
+    assert "2 bad records skipped, the first:" in warning.message
     assert "a.jsonl:1" in warning.message
     with pytest.raises(UserError, match=r"a\.jsonl:3: .*bad record 2, 1 allowed"):
         read_all(path, max_bad_records=1)

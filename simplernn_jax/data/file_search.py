@@ -42,9 +42,12 @@ def find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
       OSError: the path cannot be followed.
     """
     path = os.path.expanduser(source)
-    mode = _mode(path)
-    if mode is None:
-        return _glob_files(source, path, exclude)
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) or glob.has_magic(path):
+            return _glob_files(source, path, exclude)
+        raise
     if stat.S_ISREG(mode):
         return [SourceFile(os.path.basename(path), path)]
     if not stat.S_ISDIR(mode):
@@ -75,17 +78,6 @@ def stdlib_files() -> list[SourceFile]:
             f"stdlib: no Python source in {root}; use your own text with --config.data.source=PATH"
         )
     return sorted(files, key=lambda file: file.name)
-
-
-def _mode(path: str) -> int | None:
-    try:
-        return os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError:
-        if glob.has_magic(path):
-            return None
-        raise
 
 
 def _glob_files(source: str, path: str, exclude: frozenset[str]) -> list[SourceFile]:
