@@ -248,12 +248,13 @@ def _check_same_optimizer(current: Config, saved: Config) -> None:
 
 
 def _check_source(given: str, saved: str, workdir: str) -> None:
-    """Reject another source at once, unless it may be the text of the run, moved."""
+    """Reject another source at once, unless it may be the text of the run, moved or from Python."""
     paths = [path for path, _ in parse_mixture(saved) or ()] or [saved]
     exists = "stdlib" in (given, saved) or all(
         path == "stdlib" or os.path.exists(path) or matching_files(path) for path in paths
     )
-    if exists and os.path.realpath(absolute_source(given)) != os.path.realpath(saved):
+    may_differ = not exists or isinstance(given, config_lib.PythonSource)
+    if not may_differ and os.path.realpath(absolute_source(given)) != os.path.realpath(saved):
         raise UserError(
             f"{workdir} was trained on --config.data.source={saved}, not {given}; pass that, omit "
             "--config, or use another --workdir"
