@@ -161,8 +161,8 @@ class DataConfig(_Fields):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field; texts from Python become a `PythonSource`."""
-        is_path = name != "source" or isinstance(value, str)
-        if not is_path and (callable(value) or isinstance(value, Sequence)):
+        is_texts = name == "source" and not isinstance(value, str)
+        if is_texts and (callable(value) or isinstance(value, Sequence)):
             texts, number = value, "texts" if callable(value) else counted(len(value), "text")
             value = PythonSource(f"<{number} from Python>")
             value.texts = lambda: texts() if callable(texts) else texts

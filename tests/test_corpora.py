@@ -1,10 +1,10 @@
 import codecs
-import csv
 import errno
 import glob
 import gzip
 import json
 import os
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,16 @@ def test_stdlib_is_large_sorted_and_without_tests_and_installed_packages():
     assert {"argparse.py", "json/decoder.py"} <= set(names)
     assert not [name for name in names if {"test", "tests", "site-packages"} & {*Path(name).parts}]
     assert corpus.total_bytes > 5e6
+
+
+def test_a_library_file_that_is_not_utf8_does_not_stop_the_default_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    write(tmp_path / "a.py", b"# coding: latin-1\ncaf\xe9\n")
+    write(tmp_path / "b.py", "é\n")
+    expected = {"a.py": "# coding: latin-1\ncaf\ufffd\n", "b.py": "é\n"}
+    assert read_all("stdlib") == expected
+    with pytest.raises(UserError, match=r"a\.py: invalid UTF-8 at byte 21"):
+        read_all(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +121,9 @@ def test_glob_finds_what_the_standard_library_finds(tmp_path, monkeypatch):
             # A folder that links lead to is searched once, so one of two paths to a file is enough.
             assert {*map(os.path.realpath, found)} == {*map(os.path.realpath, expected)}, absolute
             assert len({*found}) == len(found)
+    for name in ("a\0", "\ud800"):  # no file can have these names
+        assert matching_files(f"{name}/*") == matching_files(f"{name}*/**/*") == []
+        assert matching_files(f"a/{name}/**") == matching_files(f"*/{name}") == []
 
 
 def test_glob_around_links_ends_and_prefers_real_folders(tmp_path):
@@ -286,7 +299,7 @@ def test_bad_record_names_file_and_line(tmp_path, caplog, line, problem):
         read_all(path)
     assert "\n" not in str(raised.value)
     assert read_all(path, max_bad_records=1) == {"a.jsonl:1": "a", "a.jsonl:4": "b"}
-    assert "1 bad record skipped: " in caplog.text
+    assert "1 bad record skipped, the first: " in caplog.text
 
 
 def test_utf16_is_decoded_over_blocks_and_its_errors_are_named_or_replaced(tmp_path):
@@ -344,9 +357,17 @@ def test_csv_rows_are_documents_by_the_name_of_their_column(tmp_path):
     for delimiter in "\t;":
         rows = ("text", "a b"), ("c;\t,d", "e")
         lines = [delimiter.join(f'"{value}"' for value in row) for row in rows]
-        path = write(tmp_path / "a.tsv", "\n".join(lines))
-        assert read_all(path) == {"a.tsv:2": "c;\t,d"}
-    assert read_all(write(path, "text\na, b; c\n")) == {"a.tsv:2": "a, b; c"}
+        path = write(tmp_path / "a.csv", "\n".join(lines))
+        assert read_all(path) == {"a.csv:2": "c;\t,d"}
+    assert read_all(write(path, "text\na, b; c\n")) == {"a.csv:2": "a, b; c"}
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.TSV.gz"])
+def test_quotes_of_tsv_are_text(tmp_path, name):
+    content = b'id\tt;e,x;t\n1\t"a" said\n2\t"b\n"3\tc"\n'
+    path = write(tmp_path / name, gzip.compress(content) if "gz" in name else content)
+    texts = {f"{name}:2": '"a" said', f"{name}:3": '"b', f"{name}:4": 'c"'}
+    assert read_all(path, field="t;e,x;t") == texts
 
 
 @pytest.mark.parametrize(
@@ -363,7 +384,7 @@ def test_bad_rows_of_csv_are_counted_like_bad_records(tmp_path, caplog, row, pro
     with pytest.raises(UserError, match=rf"a\.csv:3: {problem}.*bad record 1, 0 allowed"):
         read_all(path)
     assert read_all(path, max_bad_records=1) == {"a.csv:2": "a", "a.csv:4": "c"}
-    assert "1 bad record skipped: " in caplog.text
+    assert "1 bad record skipped, the first: " in caplog.text
 
 
 def test_csv_without_the_column_or_with_an_open_quote_is_one_line(tmp_path, monkeypatch):
@@ -372,13 +393,11 @@ def test_csv_without_the_column_or_with_an_open_quote_is_one_line(tmp_path, monk
         read_all(path)
     with pytest.raises(UserError, match="unexpected end of data"):
         read_all(write(path, 'text\n"a\nb\n'))
-    monkeypatch.setattr("simplernn_jax.data.record_files.MAX_RECORD_BYTES", 1 << 20)
-    previous = csv.field_size_limit(1 << 20)
-    try:
-        with pytest.raises(UserError, match="field larger than field limit"):
-            read_all(write(path, 'text\n"a' + "\nb" * (1 << 20)))
-    finally:
-        csv.field_size_limit(previous)
+    monkeypatch.setattr("simplernn_jax.data.record_files.MAX_RECORD_BYTES", 1 << 16)
+    for row in ('"a' + "\nb" * (1 << 15), '"\n",' * (1 << 14)):
+        with pytest.raises(UserError, match=r"a\.csv:\d+: a record .* than 0 MiB; split it"):
+            read_all(write(path, f"text,n\n{row}"), max_bad_records=1)
+    assert len(read_all(write(path, "text\n" + f'"{"b" * 100}\n"\n' * 1000))) == 1000
 
 
 def test_json_and_csv_beside_text_are_text(tmp_path):
@@ -407,7 +426,7 @@ def test_bad_records_are_counted_and_warned_of_once(tmp_path, caplog):
     for _ in range(2):
         assert len(list(corpus.documents())) == 1
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "2 bad records skipped, the first of them" in warning.message
+    assert "2 bad records skipped, the first:" in warning.message
     assert "a.jsonl:1" in warning.message
     with pytest.raises(UserError, match=r"a\.jsonl:3: .*bad record 2, 1 allowed"):
         read_all(path, max_bad_records=1)
@@ -432,10 +451,12 @@ def test_jsonl_replaces_invalid_characters(tmp_path):
 def test_an_endless_line_or_array_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("simplernn_jax.data.record_files.MAX_RECORD_BYTES", 1 << 20)
     path = write(tmp_path / "a.jsonl", json.dumps([{"text": "a" * (1 << 20)}]))
-    with pytest.raises(UserError, match=r"a\.jsonl:1: a line of more than 1 MiB; .*jq -c '\.\[\]'"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: a record .* than 1 MiB; .*jq -c '\.\[\]'"):
         read_all(path)
     path = write(tmp_path / "a.json", json.dumps([{"text": "a\n"}] * (1 << 16), indent=2))
-    with pytest.raises(UserError, match=r"a\.json: an array of more than 1 MiB; .*jq -c '\.\[\]'"):
+    with pytest.raises(
+        UserError, match=r"a\.json:\d+: .* array of more than 1 MiB; .*jq -c '\.\[\]'"
+    ):
         read_all(path)
     longest = json.dumps({"text": "a" * ((1 << 20) - 12)})
     assert len(longest) == 1 << 20

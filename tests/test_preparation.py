@@ -1,5 +1,6 @@
 """Checks before a run starts, and finding the tokens of a saved run."""
 
+import glob
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from damages import flip_bit
 from small_runs import save_untrained, small_config, write_corpus
 
 from simplernn_jax.data.chat_template import load_template
+from simplernn_jax.data.corpora import absolute_source
 from simplernn_jax.errors import UserError
 from simplernn_jax.training.preparation import (
     changed_fields,
@@ -110,14 +112,58 @@ def test_another_source_is_rejected_before_it_is_tokenized(tmp_path, monkeypatch
         prepare(config, workdir)
 
 
-@pytest.mark.parametrize("source", ["stdlib", "text/*.txt", "text/:0.5,text:0.5"])
-def test_a_source_that_is_not_a_path_is_saved_as_given(tmp_path, monkeypatch, config, source):
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("stdlib", "stdlib"),
+        ("text", "{here}/text"),
+        ("text/*.txt", "{escaped}/text/*.txt"),
+        ("./text/*/../?.txt", "{escaped}/./text/*/../?.txt"),
+        ("text/:0.70,stdlib:1,t*/*.txt:2", "{here}/text:0.70,stdlib:1,{escaped}/t*/*.txt:2"),
+        ("a:1,b", "{here}/a:1,b"),
+        ("tfds:data/mine", "tfds:{here}/data/mine/1.0.0"),
+    ],
+)
+def test_paths_of_a_source_are_saved_as_absolute(tmp_path, monkeypatch, config, source, expected):
+    here = tmp_path / "[1] folder"
+    (here / "text" / "deep").mkdir(parents=True)
+    for name in ("library.py", "text/1.txt", "a:1,b", "data/mine/1.0.0/dataset_info.json"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text("abc " * 99)
+    (here / "stdlib").mkdir()  # the source of this name is the library all the same
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(here))
+    absolute = expected.format(here=here, escaped=glob.escape(str(here)))
+    assert absolute_source(source) == absolute_source(absolute) == absolute
+    if not source.startswith("tfds:"):
+        config.data.source = source
+        first, corpus = prepare(config, str(tmp_path / "run"))
+        assert first.data.source == absolute
+        monkeypatch.chdir("/")  # where the saved configuration gives the same text
+        again, same = prepare(first, str(tmp_path / "run"))
+        assert (again, same.content_hash) == (first, corpus.content_hash)
+
+
+@pytest.mark.parametrize("source", ["text/*.txt", "text/:0.5,stdlib:0.5"])
+def test_another_source_than_a_glob_or_mixture_is_rejected_while_that_exists(
+    tmp_path, monkeypatch, config, source
+):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "stdlib").mkdir()  # the source of this name is the library all the same
     (tmp_path / "library.py").write_text("abc " * 99)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     config.data.source = source
-    assert prepare(config, "run")[0].data.source == source
+    save_untrained(prepare(config, "run")[0], tmp_path / "run")
+    assert prepare(config, "run")[0].data.source.startswith(str(tmp_path))
+    stores = len(list((tmp_path / "run" / "tokens").iterdir()))
+    (tmp_path / "other").mkdir()
+    config.data.source = "other"  # would be an error if it were read
+    with pytest.raises(UserError, match=r"run was trained on --config\.data\.source=.*, not other"):
+        prepare(config, "run")
+    assert len(list((tmp_path / "run" / "tokens").iterdir())) == stores
+    os.rename("text", "moved")
+    config.data.source = source.replace("text", "moved")
+    moved = prepare(config, "run")[0]
+    assert moved.data.source == absolute_source(config.data.source)
 
 
 def test_preparing_verifies_the_configuration_but_no_arrays(workdir, config):

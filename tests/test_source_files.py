@@ -1,5 +1,6 @@
 """Plain and compressed files give the same text, in bounded memory, or one line."""
 
+import collections
 import gzip
 import itertools
 import os
@@ -72,7 +73,7 @@ def test_every_damaged_archive_is_read_or_refused_in_one_line(tmp_path, name):
     for texts in read_damaged(path, 100):
         assert texts in (expected, {path.name: ""})  # damage may leave nothing
     for _ in truncations(path):
-        with pytest.raises(UserError, match=rf"{name}: corrupted or truncated \(.*whole copy"):
+        with pytest.raises(UserError, match=rf"{name}: corrupted or truncated \(.*intact copy"):
             read_all(path)
 
 
@@ -116,3 +117,22 @@ def test_the_expansion_of_a_file_is_bounded(tmp_path, suffix, name):
     assert len(read_all(path, max_expansion=40_000)) >= 1
     path.write_bytes(COMPRESS[suffix](lines * 200))  # less than 1 MiB
     assert len(read_all(path, max_expansion=1)) >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "middle", "end"),
+    [
+        ("a.csv", b"text" + b",n" * 99 + b"\n", b"," * 99 + b"\n", b""),  # rows without a character
+        ("a.csv", b"text\n", b'"' + b"a" * 99 + b'",\n', b""),  # invalid rows
+        ("a.csv", b'text\n"', b"a" * 99 + b"\n", b'"\n'),  # one row
+        ("a.json", b"[", b"{}," * 99 + b"\n", b"{}]"),
+        ("a.jsonl", b"", b" " * 99 + b"\n", b""),
+    ],
+)
+def test_everything_that_is_decompressed_counts_as_expansion(tmp_path, name, begin, middle, end):
+    """Also what is no text, and before it is parsed."""
+    content = begin + middle * ((1 << 21) // len(middle)) + end
+    path = write(tmp_path / f"{name}.zst", zstd(content))
+    corpus = open_corpus(DataConfig(source=str(path), max_expansion=10, max_bad_records=1 << 30))
+    with pytest.raises(UserError, match="expands to more than 10 times"):
+        collections.deque(corpus.items(), 0)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from absl import logging
 
-from simplernn_jax.data.pretrained_tokenizer import PretrainedTokenizer
+from simplernn_jax.data.pretrained_tokenizer import GPT2_PATTERN, PretrainedTokenizer
 from simplernn_jax.data.store_folder import TokenSplit
 from simplernn_jax.data.tokenized_corpus import MixedSplit
 from simplernn_jax.errors import UserError
@@ -20,12 +20,10 @@ MAX_BYTES = 1 << 28
 library counts distinct words in memory. Of a mixture, each source has its share of them."""
 
 _LONGEST_WORD = 128
-"""Characters of a word, longer than those of any language: training takes the square of a word's
+"""Characters of a word, more than in any language: training takes the square of a word's
 length. What is longer, such as a line of dashes, is several words."""
-_WORDS = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+").replace(
-    "+", f"{{1,{_LONGEST_WORD}}}"
-)
-"""Those of GPT-2, with that bound."""
+_WORDS = GPT2_PATTERN.replace("+", f"{{1,{_LONGEST_WORD}}}")
+"""Words of GPT-2, of at most `_LONGEST_WORD` characters."""
 _NUM_SPECIALS = 3
 _PART_BYTES = 1 << 20
 
@@ -47,7 +45,7 @@ def train_bpe(split: TokenSplit, vocab_size: int) -> str:
 
     Args:
       split: of byte tokens; of a mixture, each source counts by its weight if it is long.
-      vocab_size: ids, those of BOS, EOS and PAD included; fewer if the text has no more pairs.
+      vocab_size: ids, BOS, EOS and PAD included; fewer if the text has no more pairs.
 
     Returns:
       A ``tokenizer.json`` in Hugging Face's form.
@@ -79,7 +77,7 @@ def train_bpe(split: TokenSplit, vocab_size: int) -> str:
 
 
 def _limits(split: TokenSplit) -> list[tuple[TokenSplit, int]]:
-    """Return each source of a split with the bytes of it that are used at most."""
+    """Return each source of a split with the maximum number of its bytes that are used."""
     if isinstance(split, MixedSplit):
         pairs = zip(split.parts, split.weights, strict=True)
         return [(part, int(MAX_BYTES * weight)) for part, weight in pairs]

@@ -2,6 +2,7 @@
 
 import codecs
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ from simplernn_jax.config import DataConfig, PythonSource
 from simplernn_jax.data.chat_template import load_template
 from simplernn_jax.data.documents import PIECE_SIZE, Corpus, Document, Piece, text_pieces
 from simplernn_jax.data.file_search import find_files, stdlib_files
-from simplernn_jax.data.mixture import parse_mixture
+from simplernn_jax.data.mixture import ENTRY, parse_mixture
 from simplernn_jax.data.parquet_files import ParquetFiles
 from simplernn_jax.data.prepared_dataset import PreparedDataset, find_prepared
 from simplernn_jax.data.record_files import ConversationFiles, CsvFiles, JsonFiles
@@ -92,8 +93,6 @@ _READERS: dict[str, type[JsonFiles] | type[ParquetFiles] | type[TextFiles]] = {
     ".parquet": ParquetFiles,
 }
 
-__all__ = ["Corpus", "Document", "open_corpus"]
-
 
 def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
     """Find the documents of ``config.source``; nothing but file listings is read.
@@ -122,6 +121,21 @@ def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
         raise UserError(f"{source}: {_problem(error)}") from error
 
 
+def absolute_source(source: str) -> str:
+    """Make the paths of a source absolute; `UserError` if a prepared dataset is not found."""
+    if source == "stdlib" or isinstance(source, PythonSource):
+        return source
+    if source.startswith("tfds:"):
+        folder = find_prepared(source.removeprefix("tfds:"))
+        return source if folder.is_absolute() else f"tfds:{folder.absolute()}"
+    if parse_mixture(source) is not None:
+        return ENTRY.sub(lambda one: absolute_source(one[1]) + one[0][len(one[1]) :], source)
+    path = os.path.expanduser(source)
+    if os.path.exists(path) or not glob.has_magic(path):
+        return os.path.abspath(path)
+    return os.path.join(glob.escape(os.getcwd()), path)
+
+
 def _open(config: DataConfig, exclude: frozenset[str]) -> Corpus:
     source = config.source
     is_python = isinstance(source, PythonSource)
@@ -130,7 +144,8 @@ def _open(config: DataConfig, exclude: frozenset[str]) -> Corpus:
     if is_python:
         return PythonTexts([], config)
     if source == "stdlib":
-        return TextFiles(stdlib_files(), config)
+        # The user cannot correct a file of a distribution.
+        return TextFiles(stdlib_files(), dataclasses.replace(config, encoding_errors="replace"))
     if source.startswith("tfds:"):
         return PreparedDataset(find_prepared(source.removeprefix("tfds:")), config)
     files = find_files(source, exclude)

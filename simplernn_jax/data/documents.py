@@ -10,7 +10,7 @@ from absl import logging
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data.source_files import SourceFile, file_status
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, counted
 from simplernn_jax.files import sha256_hex
 
 PIECE_SIZE = 1 << 20
@@ -106,10 +106,8 @@ class Corpus(abc.ABC):
         """Warn of the records that were skipped, once."""
         if self._num_bad and not self._has_warned:
             self._has_warned = True
-            skipped = "1 bad record skipped:"
-            if self._num_bad > 1:
-                skipped = f"{self._num_bad} bad records skipped, the first of them"
-            logging.warning("%s %s", skipped, self._first_problem)
+            skipped = counted(self._num_bad, "bad record")
+            logging.warning("%s skipped, the first: %s", skipped, self._first_problem)
 
     def _check_expansion(self, file: SourceFile, num_bytes: int) -> None:
         """Raise `UserError` if a file becomes far more text than it has bytes, and over 1 MiB."""

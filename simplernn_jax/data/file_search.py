@@ -42,9 +42,12 @@ def find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
       OSError: the path cannot be followed.
     """
     path = os.path.expanduser(source)
-    mode = _mode(path)
-    if mode is None:
-        return _glob_files(source, path, exclude)
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) or glob.has_magic(path):
+            return _glob_files(source, path, exclude)
+        raise
     if stat.S_ISREG(mode):
         return [SourceFile(os.path.basename(path), path)]
     if not stat.S_ISDIR(mode):
@@ -75,17 +78,6 @@ def stdlib_files() -> list[SourceFile]:
             f"stdlib: no Python source in {root}; use your own text with --config.data.source=PATH"
         )
     return sorted(files, key=lambda file: file.name)
-
-
-def _mode(path: str) -> int | None:
-    try:
-        return os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError:
-        if glob.has_magic(path):
-            return None
-        raise
 
 
 def _glob_files(source: str, path: str, exclude: frozenset[str]) -> list[SourceFile]:
@@ -225,8 +217,8 @@ def _entries(folder: str, pattern: str) -> Iterator[str]:
         names = sorted(os.listdir(folder or "."))
         if denied := _search_error(folder or "."):
             raise denied
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+    except (OSError, ValueError) as error:  # ValueError: no file has such a name
+        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR):
             logging.warning("%s: left out: %s", one_line(folder), error.strerror)
         return
     for name in fnmatch.filter(names, pattern):
@@ -242,7 +234,7 @@ def _distinct(paths: Iterable[str], *, recursive: bool = False) -> list[str]:
         path = (waiting or links).popleft()
         try:
             status = os.stat(path or ".")
-        except OSError:
+        except (OSError, ValueError):
             continue
         identity = status.st_dev, status.st_ino
         if not stat.S_ISDIR(status.st_mode) or identity in found:

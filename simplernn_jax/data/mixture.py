@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from simplernn_jax.errors import UserError
 
-_ENTRY = re.compile(r"(.+?):([^:,/]*)(?:,|$)", re.DOTALL)
+ENTRY = re.compile(r"(.+?):([^:,/]*)(?:,|$)", re.DOTALL)
 """A source up to ``:WEIGHT`` before a comma or the end; other commas and colons are its own."""
 
 
@@ -29,7 +29,7 @@ def parse_mixture(source: str) -> list[WeightedSource] | None:
         return None
     entries: list[re.Match[str]] = []
     # Not `finditer`: where no entry begins, none begins later, and it would try each character.
-    while entry := _ENTRY.match(source, entries[-1].end() if entries else 0):
+    while entry := ENTRY.match(source, entries[-1].end() if entries else 0):
         entries.append(entry)
     weights = [_number(entry[2]) for entry in entries]
     if all(weight is None for weight in weights):

@@ -46,7 +46,7 @@ class ParquetFiles(RecordFiles):
         from pyarrow import parquet
 
         before, size = self.bytes_read, self._files[file]
-        damaged = f"{file.path}: not a whole Parquet file", "replace it by a whole copy"
+        damaged = f"{file.path}: not a whole Parquet file", "replace it by an intact copy"
         with open_source(file.path) as (_, raw):
             with library_errors(*damaged):
                 # Without a pre-buffer, a column is read page by page.
@@ -59,7 +59,7 @@ class ParquetFiles(RecordFiles):
                 self._check_expansion(file, decompressed)
                 num_rows = table.metadata.num_rows
                 batches = table.iter_batches(_ROWS, columns=[self._field], use_threads=False)
-            number = 0
+            number = num_bytes = 0
             while True:
                 with library_errors(*damaged):
                     batch = next(batches, None)
@@ -69,6 +69,8 @@ class ParquetFiles(RecordFiles):
                 for value in values:
                     if (length := len(value or b"")) > MAX_RECORD_BYTES:
                         raise too_long(f"{file.path}: row {number}: a text")
+                    num_bytes += length
+                    self._check_expansion(file, num_bytes)
                     self.bytes_read = before + size * number // max(num_rows, number + 1)
                     yield f": row {number}", value, length
                     number += 1

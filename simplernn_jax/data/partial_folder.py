@@ -72,9 +72,7 @@ def partial_folder(
 
 def remove_partial(folder: Path) -> None:
     """Remove what a process left that was killed after `folder` had its name."""
-    temporary = _temporary(folder)
-    if temporary.exists():
-        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(_temporary(folder), ignore_errors=True)
 
 
 def _temporary(folder: Path) -> Path:

@@ -21,12 +21,14 @@ _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|im_star
 _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "[SEP]")
 _PAD_NAMES = ("<pad>", "<|pad|>", "<|finetune_right_pad_id|>", "[PAD]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""Words of a ByteLevel pre-tokenizer (GPT-2)."""
 _REACH_SECONDS = 5
 MAX_TOKENIZER_BYTES = 1 << 28
-"""Bytes of a ``tokenizer.json`` at most. One of a million ids has about 90 MB."""
+"""Maximum number of bytes of a ``tokenizer.json``. One of a million ids has about 90 MB."""
 _MAX_IDS = 1 << 24
-"""Ids of a vocabulary at most. The largest known ones have a million; an id of four billion is
-damage, which only the memory of its embedding would refuse."""
+"""Maximum number of ids of a vocabulary. The largest known ones have a million; an id of four
+billion is damage, which only the memory of its embedding would refuse."""
 
 
 def load_pretrained(spec: str) -> "PretrainedTokenizer":

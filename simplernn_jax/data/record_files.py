@@ -25,13 +25,13 @@ from simplernn_jax.data.source_files import SourceFile, open_source
 from simplernn_jax.errors import UserError, nearest_name, one_line
 
 MAX_RECORD_BYTES = 1 << 26
-"""Bytes of a line, a JSON array, a field of CSV or a Parquet value, which are in memory at once. A
+"""Bytes of a line, a JSON array, a row of CSV or a Parquet value, which are in memory at once. A
 larger line is another format rather than a record."""
 _RENDERED_TOGETHER = 64
 """Conversations rendered together."""
 
 _NAMED_FIELDS = 8
-"""Fields that an error names at most: a record can have millions."""
+"""Maximum number of fields that an error names: a record can have millions."""
 _CHAT = ("messages", "conversations")
 _NO_TEMPLATE = "conversations need a template (train.py: --config.data.template=roles)"
 
@@ -57,10 +57,7 @@ class RecordFiles(Corpus):
         """See `Corpus.items`; yields the path and name of a file, and the place in it, too."""
         self._begin()
         for file in self._files:
-            num_bytes = 0
             for place, value, size in self._records(file):
-                num_bytes += size
-                self._check_expansion(file, num_bytes)
                 yield (file.path, file.name, place, value), size
 
     def entries(self, items: Sequence[Any]) -> Iterator[Iterable[Entry] | BadRecord]:
@@ -82,7 +79,7 @@ class RecordFiles(Corpus):
                 yield error
 
     def _records(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
-        """Yield the place of each record in the file, what `_field_of` takes, and its size."""
+        """Yield the place, what `_field_of` takes, and the size; checks the file's expansion."""
         raise NotImplementedError
 
     def _field_of(self, value: Any) -> Any:
@@ -125,18 +122,17 @@ class JsonFiles(RecordFiles):
         for number, line in enumerate(lines, 1):
             content = line.strip()
             if may_be_array and (content == b"{" or content.startswith(b"[")):
-                yield from self._array(file.path, itertools.chain([line], lines))
+                yield from self._array(itertools.chain([line], lines))
             elif content:
                 may_be_array = None
                 yield f":{number}", line, len(line)
+            self._record_bytes = 0
 
-    def _array(self, path: str, lines: Iterable[bytes]) -> Iterator[tuple[str, Any, int]]:
+    def _array(self, lines: Iterable[bytes]) -> Iterator[tuple[str, Any, int]]:
         """Yield the records of a file that holds one array, or one object over several lines."""
         content = bytearray()
         for line in lines:
             content += line
-            if len(content) > MAX_RECORD_BYTES:
-                raise too_long(f"{path}: an array")
         try:
             found = self._parsed(bytes(content))
         except BadRecord as error:
@@ -146,16 +142,20 @@ class JsonFiles(RecordFiles):
             yield f"[{number}]", record, len(content) // len(records)
 
     def _lines(self, file: SourceFile) -> Iterator[bytes]:
-        before = self.bytes_read
+        """Yield the lines, added to `_record_bytes`, which the caller sets to 0 for each record."""
+        before, num_bytes, self._record_bytes = self.bytes_read, 0, 0
         with open_source(file.path, self._encoding_errors) as (stream, raw):
             for number in itertools.count(1):
                 line = stream.readline(MAX_RECORD_BYTES + 1)
+                num_bytes += len(line)
+                self._check_expansion(file, num_bytes)
                 if not line or number % 256 == 0:  # asking for it takes as long as a short line
                     self.bytes_read = before + raw.tell()
                 if not line:
                     break
-                if len(line) > MAX_RECORD_BYTES:
-                    raise too_long(f"{file.path}:{number}: a line")
+                self._record_bytes += len(line)
+                if self._record_bytes > MAX_RECORD_BYTES:
+                    raise too_long(f"{file.path}:{number}: a record or array")
                 yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
     def _field_of(self, value: Any) -> Any:
@@ -186,7 +186,8 @@ class JsonFiles(RecordFiles):
 class CsvFiles(JsonFiles):
     """CSV files: a header, then one record in each row, blank lines left out.
 
-    The delimiter is the most frequent one in the header of tab, comma and semicolon.
+    The delimiter is the most frequent one in the header of tab, comma and semicolon. In ``.tsv``
+    it is a tab, and quotes are text.
     """
 
     kind = "csv"
@@ -197,9 +198,11 @@ class CsvFiles(JsonFiles):
         # Half surrogates, in place of invalid bytes, are bad where they matter: in the field.
         errors = self._encoding_errors.replace("strict", "surrogateescape")
         csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD_BYTES))
+        is_tsv = re.search(r"\.tsv(\.\w+)?$", file.path.lower())
         rows = csv.DictReader(
             (line.decode("utf-8", errors) for line in itertools.chain([header], lines)),
-            delimiter=max("\t,;", key=header.decode("latin-1").count),
+            delimiter="\t" if is_tsv else max("\t,;", key=header.decode("latin-1").count),
+            quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL,
             strict=True,
         )
         while True:
@@ -207,11 +210,11 @@ class CsvFiles(JsonFiles):
                 row: Any = next(rows, None)
                 if row is None:
                     return
-                size = sum(len(value or "") for value in row.values())
                 if None in row:
                     raise csv.Error("more values than the header has names")
             except csv.Error as error:
-                row, size = BadRecord(f"invalid CSV ({error})"), 0
+                row = BadRecord(f"invalid CSV ({error})")
+            size, self._record_bytes = self._record_bytes, 0
             yield f":{rows.reader.line_num}", row, size
 
 
@@ -249,7 +252,7 @@ class ConversationFiles(JsonFiles):
 
 
 def too_long(what: str) -> UserError:
-    """Return the error for a record, line or array of more than `MAX_RECORD_BYTES`."""
+    """Return the error for a record, array or text of more than `MAX_RECORD_BYTES`."""
     return UserError(
         f"{what} of more than {MAX_RECORD_BYTES >> 20} MiB; split it into several records, one in "
         "each line (of a JSON array with jq -c '.[]')"

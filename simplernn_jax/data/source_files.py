@@ -62,7 +62,7 @@ def open_source(path: str, errors: str = "replace") -> Iterator[tuple[IO[bytes],
         ) from error
     except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedArchive) as error:
         raise UserError(
-            f"{path}: corrupted or truncated ({error}); replace it by a whole copy"
+            f"{path}: corrupted or truncated ({error}); replace it by an intact copy"
         ) from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; make it readable or leave it out") from error

@@ -30,7 +30,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.files import sha256_hex
 
 _MAX_LENGTH = 32
-"""Characters of the task at most, to leave room for the bar."""
+"""Maximum number of characters of the task, to leave room for the bar."""
 
 _SECONDS_PER_LINE = 30
 """Seconds between plain lines of a long reading."""

@@ -9,7 +9,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.corpora import Corpus, open_corpus
+from simplernn_jax.data.corpora import open_corpus
+from simplernn_jax.data.documents import Corpus
 from simplernn_jax.errors import UserError, one_line
 
 FIELD = "text"

@@ -13,7 +13,10 @@ from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.config import Config, TrainConfig
 from simplernn_jax.data.batches import steps_per_epoch
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, load_template
+from simplernn_jax.data.corpora import absolute_source
 from simplernn_jax.data.evaluation_batches import check_scorable
+from simplernn_jax.data.file_search import matching_files
+from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.store_folder import DamagedStore
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer
@@ -31,8 +34,8 @@ _TOKENS_SEARCHED = 4096
 def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     """Return the configuration as checkpoints store it, and the tokenized corpus.
 
-    The model's vocabulary is at least the tokenizer's, ``source``, ``cache_dir`` and ``init_from``
-    are absolute if they are paths, and ``template`` is a text. With ``init_from``, the tokenizer is
+    The model's vocabulary is at least the tokenizer's, the paths of ``source``, ``cache_dir`` and
+    ``init_from`` are absolute, and ``template`` is a text. With ``init_from``, the tokenizer is
     that of its run. Of several processes, process 0 tokenizes first: the others use its tokens, or
     tokenize the text again if ``cache_dir`` is on a local disk.
 
@@ -75,9 +78,7 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     prompt = _sample_prompt(config, corpus)
     vocab_size = max(config.model.vocab_size, corpus.tokenizer.vocab_size)
     # Absolute, so that the checkpoint's copy is independent of the current folder.
-    source, cache_dir = config.data.source, _absolute(config.data.cache_dir)
-    if source != "stdlib" and os.path.exists(_absolute(source)):
-        source = _absolute(source)
+    source, cache_dir = absolute_source(config.data.source), _absolute(config.data.cache_dir)
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=vocab_size),
@@ -247,9 +248,13 @@ def _check_same_optimizer(current: Config, saved: Config) -> None:
 
 
 def _check_source(given: str, saved: str, workdir: str) -> None:
-    """Reject another source at once, unless it may be the text of the run, moved."""
-    is_moved = "stdlib" not in (given, saved) and not os.path.exists(_absolute(saved))
-    if not is_moved and os.path.realpath(_absolute(given)) != os.path.realpath(_absolute(saved)):
+    """Reject another source at once, unless it may be the text of the run, moved or from Python."""
+    paths = [path for path, _ in parse_mixture(saved) or ()] or [saved]
+    exists = "stdlib" in (given, saved) or all(
+        path == "stdlib" or os.path.exists(path) or matching_files(path) for path in paths
+    )
+    may_differ = not exists or isinstance(given, config_lib.PythonSource)
+    if not may_differ and os.path.realpath(absolute_source(given)) != os.path.realpath(saved):
         raise UserError(
             f"{workdir} was trained on --config.data.source={saved}, not {given}; pass that, omit "
             "--config, or use another --workdir"
@@ -259,7 +264,7 @@ def _check_source(given: str, saved: str, workdir: str) -> None:
 def _check_same_batches(current: Config, saved: Config) -> None:
     """Check that the data settings match; otherwise the saved data position is invalid.
 
-    The path of the text may differ: its content is compared instead.
+    The sources are compared by `_check_source`, and their content when the state is restored.
     """
     same = {name: getattr(saved.data, name) for name in ("cache_dir", "max_expansion", "source")}
     data = dataclasses.replace(current.data, **same)

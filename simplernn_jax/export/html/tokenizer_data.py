@@ -5,12 +5,9 @@ import re
 import string
 from typing import Any
 
-from simplernn_jax.data.pretrained_tokenizer import byte_level_alphabet
+from simplernn_jax.data.pretrained_tokenizer import GPT2_PATTERN, byte_level_alphabet
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
-
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""Words of a ByteLevel pre-tokenizer (GPT-2)."""
 
 _CASES = {c: f"[{c}{c.upper()}]" for c in string.ascii_lowercase}
 _CASES |= {"s": "[sS\u017f]", "k": "[kK\u212a]"}  # the two with a third form in Unicode
