@@ -22,7 +22,7 @@ import itertools, os, sys, time
 from simplernn_jax import supervisor
 supervisor.supervise()
 supervisor.HEARTBEAT_SECONDS = 4
-from simplernn_jax import distributed
+from simplernn_jax.parallel import distributed
 from simplernn_jax.errors import UserError
 from simplernn_jax.exit_codes import exit_with
 
@@ -176,7 +176,8 @@ def test_an_invalid_address(initialize, coordinator):
 def test_arguments_that_jax_refuses_are_one_line(run):
     program = """
 import sys
-from simplernn_jax import distributed, errors
+from simplernn_jax import errors
+from simplernn_jax.parallel import distributed
 for place in (("127.0.0.1:1234", 2, None), (None, 2, 1), ("127.0.0.1:1234", 2, 2)):
     try:
         with distributed.joined(*place, 7):

@@ -158,7 +158,7 @@ def test_a_signal_to_one_stops_all_and_a_death_ends_all(tmp_path, launch):
 TRY_EACH = """
 import sys
 from small_runs import small_config
-from simplernn_jax import distributed
+from simplernn_jax.parallel import distributed
 from simplernn_jax.errors import UserError
 from simplernn_jax.training import loop, run
 
@@ -203,7 +203,7 @@ import os, sys
 import jax
 import numpy as np
 from small_runs import small_config
-from simplernn_jax import distributed
+from simplernn_jax.parallel import distributed
 from simplernn_jax.checkpoint import verification
 from simplernn_jax.checkpoint.checkpointer import Checkpointer
 from simplernn_jax.errors import UserError

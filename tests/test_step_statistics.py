@@ -33,12 +33,6 @@ def test_a_skipped_update_counts_tokens_and_no_loss():
     assert totals.tokens == 65
 
 
-def test_tokens_of_an_uncounted_run_stay_unknown():
-    totals = LossTotals(tokens=None)
-    totals.add(2.0, 30, skipped=False)
-    assert (totals.tokens, totals.pop_mean_loss()) == (None, 2.0)
-
-
 @pytest.fixture
 def wait(monkeypatch):
     """Lets time pass."""

@@ -46,9 +46,10 @@ class ShortConvolution(nnx.Module):
           axis: logical axis of the channels.
         """
         self.width, self.features = width, features
-        self.normalize, self.activation, self.axis = normalize, activation, axis
+        self.normalize, self.activation = normalize, activation
+        self.channel_axes = () if axis is None else (None, axis)
         weights = _identity_init(rngs.params(), (width, features), PARAM_DTYPE)
-        self.weights = nnx.Param(weights, axes=LogicalAxes(None, axis))
+        self.weights = nnx.Param(weights, axes=LogicalAxes(*self.channel_axes))
 
     def initial_state(self, batch_size: int) -> ConvState:
         """Return zeros ``[B, W - 1, D]``, float32 (float64 under x64)."""
@@ -56,7 +57,7 @@ class ShortConvolution(nnx.Module):
 
     def state_axes(self) -> LogicalAxes:
         """Return the logical axes of the state."""
-        return LogicalAxes("batch", None, self.axis)
+        return LogicalAxes("batch", *self.channel_axes)
 
     def __call__(
         self, x: Activations, state: ConvState | None, segment_ids: SegmentIds | None
@@ -78,7 +79,7 @@ class ShortConvolution(nnx.Module):
           TypeError: wrong dtypes.
         """
         known: dict[str, Any] = {"P": self.width - 1}
-        if self.axis is None:  # else the mesh may shard the channels
+        if not self.channel_axes:  # else the mesh may shard the channels
             known["D"] = self.features
         sizes = check_array("x", x, "B T D", FLOATING, known)
         check_segment_ids(segment_ids, sizes)
