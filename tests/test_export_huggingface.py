@@ -311,9 +311,8 @@ def test_the_sample_of_a_chat_model_is_an_answer(tmp_path):
     original = trained(MODELS["plain"], template=load_template("roles"), source="talks.jsonl")
     template = ChatTemplate(original.config.data.template)
     prompts = {"what is 3+4?": "what is 3+4?", "def main(": "Hello!"}
-    prompts |= {template.render_next([{"role": "user", "content": "hi"}]): "hi"}
     for number, (prompt, question) in enumerate(prompts.items()):
-        original.config.train.sample_prompt = prompt  # as a run stores it
+        original.config.train.sample_prompt = prompt
         _, html = card_of(original, tmp_path / str(number))
         conversation = Conversation(original.model, original.tokenizer, template)
         answer = conversation.ask(question, max_new_tokens=200)
