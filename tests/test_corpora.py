@@ -282,7 +282,7 @@ def test_output_folders_are_no_part_of_a_folder_or_glob(tmp_path, monkeypatch):
         (b'["text"]', "of type list, not an object"),
         (b'{"txt": "a", "id": 3}', "no field 'text'; did you mean 'txt'\\?; it has txt, id"),
         (b"{}", "it has none"),
-        (b'{"\\u001b[31m": 1}', r"it has \\x1b\[31m: say"),
+        (b'{"\\u001b[31m": 1}', r"it has \\x1b\[31m: name"),
         (b'{"id": 1, "messages": []}', "no field 'text' but 'messages'; conversations need"),
         (b'{"conversations": []}', "no field 'text' but 'conversations'; conversations need"),
         (b'{"text": 3}', "field 'text' is of type int, not text"),
@@ -389,7 +389,7 @@ def test_bad_rows_of_csv_are_counted_like_bad_records(tmp_path, caplog, row, pro
 
 def test_csv_without_the_column_or_with_an_open_quote_is_one_line(tmp_path, monkeypatch):
     path = write(tmp_path / "a.csv", "id,body\n1,a\n")
-    with pytest.raises(UserError, match="no field 'text'; it has id, body: say with field=NAME"):
+    with pytest.raises(UserError, match="no field 'text'; it has id, body: name the one with the"):
         read_all(path)
     with pytest.raises(UserError, match="unexpected end of data"):
         read_all(write(path, 'text\n"a\nb\n'))

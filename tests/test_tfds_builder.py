@@ -119,7 +119,7 @@ def test_script_makes_a_dataset_or_gives_one_line(jsonl, data_dir):
     )
     assert wrong.code == 2
     assert "error: " in wrong.errors
-    assert "in.jsonl:1: no field 'text'; it has bot: say with field=NAME" in wrong.errors
+    assert "in.jsonl:1: no field 'text'; it has bot: name the one with the text" in wrong.errors
     assert "Traceback" not in wrong.errors
     assert code == 0, errors
     assert "Generating" not in errors  # no progress bar

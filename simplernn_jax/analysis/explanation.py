@@ -157,7 +157,7 @@ def explain(
     losses = token_losses(evaluator, params, document)
     logging.info("predicting with %d tokens of context ...", SHORT_CONTEXT)
     gain, gains = context_gains(evaluator, params, ids, losses)
-    reason = "named by the user"
+    reason = "it was named by the user"
     if token is None:
         token, reason = choose_token(gains, len(ids))
     stop = min(len(ids), token + map_tokens // 8)

@@ -194,8 +194,8 @@ def messages_of(record: Mapping[str, Any], field: str = "messages") -> list[Mess
         others = "" if field != "messages" else ", 'conversations' or 'instruction' and 'output'"
         found = ", ".join(itertools.islice(record, 8)) or "none"
         raise TemplateError(
-            f"no field {field!r}{others}; it has {found}: say with field=NAME (train.py: "
-            "--config.data.field=NAME) which holds the messages"
+            f"no field {field!r}{others}; it has {found}: name the one with the messages "
+            "by field=NAME (train.py: --config.data.field=NAME)"
         )
     if record.get("system"):
         messages = _checked([{"role": "system", "content": record["system"]}]) + messages

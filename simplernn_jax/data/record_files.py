@@ -268,8 +268,8 @@ def missing_field(field: str, fields: Iterable[str]) -> str:
     if chat and not near:
         return f"no field {field!r} but {chat!r}; {_NO_TEMPLATE}"
     return (
-        f"no field {field!r}{near}; it has {', '.join(named) or 'none'}: say "
-        "with field=NAME (train.py: --config.data.field=NAME) which holds the text"
+        f"no field {field!r}{near}; it has {', '.join(named) or 'none'}: name "
+        "the one with the text by field=NAME (train.py: --config.data.field=NAME)"
     )
 
 
