@@ -184,10 +184,7 @@ def context_gains(
 def choose_token(gains: dict[int, float], num_tokens: int) -> tuple[int, str]:
     """Choose the token that gains most from distant context; return its position and the reason."""
     if not gains:
-        return (
-            num_tokens - 1,
-            f"it is the last one, and none has more than {SHORT_CONTEXT} before it",
-        )
+        return num_tokens - 1, f"it is the last one: none has more than {SHORT_CONTEXT} before it"
     best = max(gains, key=lambda token: gains[token])
     return best, (
         f"the text more than {SHORT_CONTEXT} tokens before it lowers its loss by "
