@@ -3,11 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from simplernn_jax.ops import gated_linear_recurrence
-
 from . import tables
 from .measure import Effort, on_simulated_devices
-from .train_steps import BY_SCAN, compile_quickly, load_config, megabytes
+from .train_steps import compile_quickly, load_config, megabytes, with_method
 
 TITLE = "memory: train step of base, B 1, float32, MB"
 LENGTHS = (1024, 4096, 16384, 65536)
@@ -40,9 +38,11 @@ def compare(lengths: tuple[int, ...]) -> tables.Curves:
 
 def measure(technique: str, lengths: tuple[int, ...]) -> dict[str, float]:
     """MB on one device by length; for `on_simulated_devices`."""
-    recurrence = BY_SCAN if technique == SCAN else gated_linear_recurrence
+    method = "scan" if technique == SCAN else "auto"
     configs = {n: load_config("base", 1, n, **TECHNIQUES[technique]) for n in lengths}
-    return {str(n): megabytes(compile_quickly(each, recurrence)) for n, each in configs.items()}
+    return {
+        str(n): megabytes(compile_quickly(with_method(each, method))) for n, each in configs.items()
+    }
 
 
 def draw(rows: list[tables.Row]) -> bytes:

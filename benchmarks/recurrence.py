@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
 
 from . import measure
 from .measure import Call, Effort, alternate, block_ratio, median
 from .tables import Row, Table
-from .train_steps import BY_CHUNKS, BY_SCAN, megabytes
+from .train_steps import megabytes
 
 
 class Shape(NamedTuple):
@@ -48,7 +47,7 @@ def run(effort: Effort) -> Iterator[Table]:
 def compare(shape: Shape, dtype: str, effort: Effort) -> Row:
     """Compare the forms at one shape: time, working memory, and rate of necessary products."""
     inputs = draw_inputs(shape, dtype)
-    forms = {"ours": gated_linear_recurrence, "chunks": BY_CHUNKS, "scan": BY_SCAN}
+    forms = {"ours": "auto", "chunks": "chunkwise", "scan": "scan"}
     programs = {name: compile_gradients(inputs, form) for name, form in forms.items()}
     calls: dict[str, Call] = {
         name: functools.partial(program, *inputs) for name, program in programs.items()
@@ -77,7 +76,7 @@ def compare_lengths(lengths: tuple[int, ...], widths: Shape, dtype: str, effort:
     calls: dict[str, Call] = {}
     for length in lengths:
         inputs = draw_inputs(widths._replace(batch=tokens // length, length=length), dtype)
-        program = compile_gradients(inputs, gated_linear_recurrence)
+        program = compile_gradients(inputs, "auto")
         calls[f"T {length}"] = functools.partial(program, *inputs)
     times = alternate(calls, effort)
     first, *others = times
@@ -100,11 +99,11 @@ def draw_inputs(shape: Shape, dtype: str) -> tuple[jax.Array, ...]:
     return q, jax.nn.sigmoid(k), v, jax.nn.log_sigmoid(3 + gate), *others
 
 
-def compile_gradients(inputs: tuple[Any, ...], recurrence: Recurrence) -> Any:
+def compile_gradients(inputs: tuple[Any, ...], method: str) -> Any:
     """Compile output, final state and all gradients from `inputs` (`draw_inputs`)."""
 
     def call(q: Any, k: Any, v: Any, log_gate: Any, state: Any) -> Any:
-        return recurrence(q, k, v, log_gate, initial_state=state)
+        return gated_linear_recurrence(q, k, v, log_gate, initial_state=state, method=method)
 
     def results(*inputs: jax.Array) -> tuple[jax.Array, ...]:
         values, pullback = jax.vjp(call, *inputs[:5])

@@ -29,7 +29,7 @@ from simplernn_jax.training.gradient import init_model, make_grad_fn
 from . import memory, train_steps
 from .measure import Effort, alternate, median, on_simulated_devices, seconds_of
 from .tables import Row, Table
-from .train_steps import BY_CHUNKS, BY_SCAN, Trained, change, measure_on_corpus
+from .train_steps import Trained, change, measure_on_corpus, with_method
 
 BATCH, LENGTH, STEPS = 8, 256, 200
 EAGER_TOKENS, PREFIX = 16, 4096
@@ -48,8 +48,8 @@ TECHNIQUES: tuple[tuple[str, str, Row], ...] = (
     ("A sliding windows", "stride of half a window", {"stride": LENGTH // 2}),
     ("B pipeline parallelism", "2 devices, a layer each", {"stage": 2}),
     ("B sequence parallelism", "2 devices, half of each sequence", {"sequence": 2}),
-    ("C one token at a time", "a compiled loop", {"recurrence": BY_SCAN}),
-    ("C chunkwise", "matmuls in XLA", {"recurrence": BY_CHUNKS}),
+    ("C one token at a time", "a compiled loop", {"mixer_options": {"method": "scan"}}),
+    ("C chunkwise", "matmuls in XLA", {"mixer_options": {"method": "chunkwise"}}),
     ("D bfloat16 matmuls", "operands", {"precision": "bfloat16"}),
     ("D bfloat16 state", "recurrent state", {"state_precision": "bfloat16"}),
     ("E streams", "state carried between steps", {"mode": "stream"}),
@@ -91,7 +91,7 @@ def compare(base: Config, workdir: str) -> tuple[list[Row], Trained]:
     rows: list[Row] = []
     runs: list[Trained] = []
     for technique, what, given in TECHNIQUES:
-        options = {name: given[name] for name in ("seed", "recurrence") if name in given}
+        options = {name: given[name] for name in ("seed",) if name in given}
         fields = {name: value for name, value in given.items() if name not in options}
         config = change(copy.deepcopy(base), **fields)
         if fields.keys() & {"stage", "sequence"}:
@@ -116,7 +116,7 @@ def eager_step(config: Config) -> Row:
     config = change(config, sequence_length=EAGER_TOKENS)
     params = init_model(config, jax.random.key(0))[1]
     arguments = gradient_arguments(params, train_steps.random_batch(config))
-    gradient_of = make_grad_fn(config, BY_SCAN)
+    gradient_of = make_grad_fn(with_method(config, "scan"))
     with jax.disable_jit():
         seconds = min(seconds_of(lambda: gradient_of(*arguments)) for _ in range(3))
     return {

@@ -14,7 +14,7 @@ from simplernn_jax.config import Config
 
 from .measure import Effort, on_simulated_devices
 from .tables import Row, Table
-from .train_steps import BY_CHUNKS, change, collectives, compile_quickly, count_parameters
+from .train_steps import change, collectives, compile_quickly, count_parameters, with_method
 
 TITLE = "sizes: a train step on 8 devices, MB of one device"
 DEVICES = 8
@@ -42,7 +42,7 @@ def compare_meshes(name: str) -> list[Row]:
 
 def measure_step(config: Config) -> Row:
     """Sizes of the train step of `config` on one device; for `on_simulated_devices`."""
-    program = compile_quickly(config, BY_CHUNKS)
+    program = compile_quickly(with_method(config, "chunkwise"))
     memory, exchanged = program.memory_analysis(), bytes_by_kind(program.as_text(), config)
     row: Row = {
         "parameters": count_parameters(config),

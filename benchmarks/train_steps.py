@@ -22,8 +22,6 @@ from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.language_model import abstract_model
-from simplernn_jax.models.simple_rnn import Recurrence
-from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.parallel.mesh import check_fits, make_mesh
 from simplernn_jax.training import train_step
 from simplernn_jax.training.evaluate import Evaluator
@@ -43,8 +41,10 @@ _OPERATION = re.compile(
 _ARRAY = re.compile(r"[a-z]+(\d*)(?:e\d\w*)?\[([\d,]*)\]")
 """``pred`` has no number of bits and takes a byte."""
 
-BY_SCAN: Recurrence = functools.partial(gated_linear_recurrence, method="scan")
-BY_CHUNKS: Recurrence = functools.partial(gated_linear_recurrence, method="chunkwise")
+
+def with_method(config: Config, method: str) -> Config:
+    """Change the method of the recurrence."""
+    return config if method == "auto" else change(config, mixer_options={"method": method})
 
 
 def change(config: Config, **fields: Any) -> Config:
@@ -94,12 +94,12 @@ def state_bytes(model: ModelConfig) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state(model)))
 
 
-def compile_quickly(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> Any:
+def compile_quickly(config: Config) -> Any:
     """Our train step on the mesh of `config`, compiled to be analyzed and not to be run."""
     mesh = make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, _STEPS, mesh)
     state = jax.eval_shape(lambda: train_step.init_train_state(config, optimizer))
-    step: Any = train_step.make_train_step(config, optimizer, mesh, recurrence)
+    step: Any = train_step.make_train_step(config, optimizer, mesh)
     # Buffers and collectives are settled before the backend generates code.
     return step.lower(state, random_batch(config)).compile({"xla_backend_optimization_level": 0})
 
@@ -137,10 +137,10 @@ def compiled_step(step: Any, make_state: Callable[[], Any], batch: Batch) -> Cal
     return call
 
 
-def our_step(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> Call:
+def our_step(config: Config) -> Call:
     """The step of `simplernn_jax.training`, as training runs it on one device."""
     optimizer = make_optimizer(config.optimizer, _STEPS)
-    step = train_step.make_train_step(config, optimizer, recurrence=recurrence)
+    step = train_step.make_train_step(config, optimizer)
     init = functools.partial(train_step.init_train_state, config, optimizer)
     return compiled_step(step, init, random_batch(config))
 
@@ -160,9 +160,7 @@ class Trained(NamedTuple):
         return nnx.merge(abstract_model(self.config.model)[0], self.params)
 
 
-def train_on_corpus(
-    config: Config, workdir: str, recurrence: Recurrence = gated_linear_recurrence, seed: int = 0
-) -> Trained:
+def train_on_corpus(config: Config, workdir: str, seed: int = 0) -> Trained:
     """Take all steps of `config`, then evaluate on ``train.eval_tokens`` held-out tokens.
 
     `workdir` keeps the tokenized corpus, whose split does not depend on `seed`.
@@ -177,7 +175,7 @@ def train_on_corpus(
     shardings = train_step.state_shardings(config, optimizer, mesh)
     init = jax.jit(lambda: train_step.init_train_state(config, optimizer), out_shardings=shardings)
     state, first = init(), next(batches)
-    jitted: Any = train_step.make_train_step(config, optimizer, mesh, recurrence)
+    jitted: Any = train_step.make_train_step(config, optimizer, mesh)
     step = jitted.lower(state, first).compile()
     state, _ = jax.block_until_ready(step(state, first))
     seconds = []

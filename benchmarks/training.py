@@ -40,7 +40,9 @@ def make_step(program: str, config: Config) -> Call:
         from .torch_loop import torch_step
 
         return torch_step(config)
-    return our_step(config, train_steps.BY_SCAN) if program == "scan" else our_step(config)
+    return (
+        our_step(train_steps.with_method(config, "scan")) if program == "scan" else our_step(config)
+    )
 
 
 def run(effort: Effort) -> Iterator[Table]:

@@ -14,7 +14,8 @@ from simplernn_jax.config import Config
 
 def get_config() -> Config:
     config = Config()
-    config.model.block = "gla"
+    config.model.block = "swiglu"
+    config.model.mixer = "gla"
     config.model.vocab_size = 32000
     config.model.num_layers = 24
     config.model.hidden_dim = 1024

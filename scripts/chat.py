@@ -24,6 +24,7 @@ from simplernn_jax.errors import UserError, counted
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
+command_line.define_plugin_flag()
 _QUANTIZE = command_line.define_quantize_flag()
 _SYSTEM = flags.DEFINE_string("system", "", "System message at the beginning.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(

@@ -34,6 +34,7 @@ from simplernn_jax.errors import UserError, counted, one_line
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
+command_line.define_plugin_flag()
 _QUANTIZE = command_line.define_quantize_flag()
 _CACHE_DIR, _CORPUS_SOURCE = command_line.define_corpus_flags()
 _SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "train"], "Text to score.")

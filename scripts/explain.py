@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # slow imports happen after the flags are checked
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
+command_line.define_plugin_flag()
 _CACHE_DIR, _CORPUS_SOURCE = command_line.define_corpus_flags()
 _TEXT = flags.DEFINE_string("text", None, "Text to analyze.")
 _TEXT_FILE = flags.DEFINE_string("text_file", None, "UTF-8 file to analyze; - is standard input.")
@@ -145,7 +146,7 @@ def _print_errors(explanation: "Explanation", is_float32: bool) -> bool:
     for name, mixer, layer, verdict in zip(
         explanation.layer_names, explanation.mixers, explanation.layers, verdicts, strict=True
     ):
-        operator = "the recurrence" if mixer == "simple_rnn" else "softmax attention"
+        operator = "softmax attention" if mixer == "attention" else "the recurrence"
         print(
             f"{name}: the map reproduces {operator} to {float(layer.operator_error):.1e} "
             f"(relative) and the layer's output to {float(layer.layer_error):.1e}"

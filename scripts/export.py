@@ -32,6 +32,7 @@ from simplernn_jax.export import FORMATS, QUANTIZATIONS
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
+command_line.define_plugin_flag()
 _CACHE_DIR, _CORPUS_SOURCE = command_line.define_corpus_flags()
 _FORMAT_NAMES = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 _FORMAT = flags.DEFINE_string("format", None, f"{_FORMAT_NAMES}; see above.")

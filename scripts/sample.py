@@ -28,6 +28,7 @@ from simplernn_jax.files import check_writable
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
+command_line.define_plugin_flag()
 _QUANTIZE = command_line.define_quantize_flag()
 _PROMPT = flags.DEFINE_string("prompt", None, "Prompt; empty starts a new document.")
 _PROMPT_FILE = flags.DEFINE_string(

@@ -25,6 +25,7 @@ from simplernn_jax.files import read_file
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run of the model.")
 _CHECKPOINT = command_line.define_checkpoint_flag()
+command_line.define_plugin_flag()
 _QUANTIZE = command_line.define_quantize_flag()
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _PORT = flags.DEFINE_integer(

@@ -33,6 +33,7 @@ from simplernn_jax.errors import EXIT_INTERRUPTED, UserError
 from simplernn_jax.exit_codes import exit_with
 
 _CONFIG = define_config_flag()
+command_line.define_plugin_flag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, metrics and tokenized text; created if missing."
 )

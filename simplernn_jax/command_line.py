@@ -70,6 +70,16 @@ def define_quantize_flag() -> flags.FlagHolder[str]:
     )
 
 
+def define_plugin_flag() -> None:
+    """Define ``--plugin``; `run` imports what it names."""
+    flags.DEFINE_multi_string(
+        "plugin",
+        [],
+        "Python file, or importable module, that registers token mixers of your own; may be given "
+        "several times.",
+    )
+
+
 def define_checkpoint_flag() -> flags.FlagHolder[str]:
     """Define ``--checkpoint``, the argument of `load_model`."""
     holder = flags.DEFINE_string(
@@ -173,7 +183,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names of files and texts may hold what its encoding cannot represent.
         sys.stdout.reconfigure(errors="backslashreplace")
-    exit_with(lambda: app.run(lambda _: main(), flags_parser=_parse_flags))
+
+    def import_plugins_and_run(_: list[str]) -> int | None:
+        for plugin in flags.FLAGS.plugin if "plugin" in flags.FLAGS else ():
+            from simplernn_jax.models.mixers.token_mixer import load_plugin
+
+            load_plugin(plugin)
+        return main()
+
+    exit_with(lambda: app.run(import_plugins_and_run, flags_parser=_parse_flags))
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -14,8 +14,7 @@ from typing import Any
 from simplernn_jax.config_rules import check_values
 from simplernn_jax.errors import UserError, counted, nearest_name
 
-GATE_RANK = 16
-"""Rank of the gla block's projection to forget gates."""
+Scalar = bool | int | float | str
 
 
 class _Fields:
@@ -36,7 +35,8 @@ class _Fields:
 
     def is_given(self, name: str) -> bool:
         """Return whether the user chose a field's value: it was assigned, or is not the default."""
-        default = type(self).__dataclass_fields__[name].default  # type: ignore[attr-defined]
+        field = type(self).__dataclass_fields__[name]  # type: ignore[attr-defined]
+        default = {} if field.default is dataclasses.MISSING else field.default
         return name in vars(self).get("_assigned", ()) or getattr(self, name) != default
 
 
@@ -48,7 +48,8 @@ class ModelConfig(_Fields):
     """Size of embedding and head; a run raises it to that of the tokenizer if that is larger."""
     block: str = "residual"
     """``plain``: the bare layer of the original PyTorch project (docs/pytorch.md); ``residual``:
-    pre-norm block with MLP; ``gla``: the block of gated linear attention (docs/gla.md)."""
+    pre-norm block with a short convolution and an MLP; ``swiglu``: the pre-norm block of Llama and
+    of gated linear attention (docs/gla.md)."""
     num_layers: int = 4
     """Number of blocks."""
     hidden_dim: int = 128
@@ -69,23 +70,23 @@ class ModelConfig(_Fields):
     """Compute dtype of dense layers: ``float32`` or ``bfloat16``. Parameters, gates, accumulators,
     norms, softmax and loss are always float32; cached keys and values have this dtype."""
     mixer: str = "simple_rnn"
-    """Token mixer, ``simple_rnn`` or ``attention`` (residual block only): one name for all layers,
-    or a comma-separated list (or Python list) with one per layer."""
-    attention_context: int = 1024
-    """Sliding window of attention in tokens, the current one included; length of the KV cache."""
+    """Token mixer, ``simple_rnn``, ``attention``, ``gla``, or one from your own file
+    (docs/architecture.md): one name for all layers, or a comma-separated list (or Python list) with
+    one per layer."""
+    mixer_options: dict[str, Scalar] = dataclasses.field(default_factory=dict, hash=False)
+    """Options of the mixers, on the command line as ``name=value,name=value``. Attention has
+    ``context`` (1024): the tokens of its sliding window and KV cache, the current one included. For
+    those of gla see docs/gla.md; your own mixers have their own."""
     state_precision: str = "float32"
     """Dtype of the recurrent state between chunks or decoded tokens: ``float32``; or ``bfloat16``,
     which halves its memory and rounds away small updates."""
     norm_epsilon: float = 1e-6
-    """Added to the mean square by every norm; positive (gla block only)."""
-    min_log_gate: float = 0.0
-    """Lower bound of the logarithms of forget gates, negative; 0 disables it (gla block only)."""
-    short_convolution: int = 0
-    """Width in tokens, the current one included, of the short convolutions of queries, keys and
-    values; 0 disables them (gla block only; the residual block always has one, of 4 tokens)."""
+    """Added to the mean square by every norm; positive (swiglu block only)."""
 
     def __post_init__(self) -> None:
         self.join_mixers()
+        if isinstance(self.mixer_options, dict):  # not shared with a copy
+            vars(self)["mixer_options"] = dict(self.mixer_options)
 
     def join_mixers(self) -> None:
         """Join a list of mixers into one string: hashable, a single flag and valid JSON."""
@@ -296,6 +297,9 @@ def validate(config: Config) -> None:
         raise UserError(f"config: {type(config).__name__}; pass a simplernn_jax.Config")
     config.model.join_mixers()
     check_values(by_field(config), by_field(Config()), lambda: config.model.mixers)
+    from simplernn_jax.models.mixers.token_mixer import check_mixers  # imports JAX
+
+    check_mixers(config.model)
 
 
 def by_field(config: Config) -> dict[str, Any]:
@@ -310,10 +314,6 @@ def by_field(config: Config) -> dict[str, Any]:
 def to_json(config: Config) -> str:
     """Return the configuration as indented JSON text."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-GLA_FIELDS = ("norm_epsilon", "min_log_gate", "short_convolution")
-"""Fields of the model that only the gla block has."""
 
 
 def from_json(text: str) -> Config:

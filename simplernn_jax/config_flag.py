@@ -6,11 +6,10 @@ reports a wrong file or override in one line.
 
 import contextlib
 import difflib
-import importlib.util
+import json
 import os
 import re
 import sys
-import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from simplernn_jax.config import Config, by_field, from_json, validate
+from simplernn_jax.config import Config, Scalar, by_field, from_json, validate
 from simplernn_jax.errors import EXIT_USER_ERROR, UserError, nearest_name
-from simplernn_jax.files import read_file
+from simplernn_jax.files import importing, read_file
 from simplernn_jax.project import ROOT, config_names
 
 flags.disclaim_key_flags()  # --help lists --config under the script that defines it
@@ -99,6 +98,27 @@ def check_flag_files(arguments: Iterable[str]) -> None:
             )
 
 
+class _OptionsParser(flags.ArgumentParser):
+    """Parser of ``name=value,name=value``; numbers, true and false are as in JSON."""
+
+    def parse(self, argument: Any) -> dict[str, Scalar]:
+        if isinstance(argument, dict):
+            return argument
+        options: dict[str, Scalar] = {}
+        for pair in filter(None, argument.split(",")):
+            name, equals, text = pair.partition("=")
+            if not equals:
+                raise ValueError(f"{pair!r}: expected name=value")
+            value: Any = text.strip()
+            with contextlib.suppress(ValueError):
+                value = json.loads(value)
+            options[name.strip()] = value
+        return options
+
+
+config_flags.register_flag_parser_for_type(dict, _OptionsParser())
+
+
 class _ConfigFileParser(flags.ArgumentParser):
     def parse(self, path: str) -> Config:
         config = load_config(_find(path))
@@ -145,37 +165,15 @@ def load_config(path: Path) -> Config:
             return from_json(content.decode("utf-8", "replace"))
         except UserError as error:
             raise UserError(f"--config={path}: {error}") from error
-    spec = importlib.util.spec_from_file_location("simplernn_config", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config={path}: not a Python file; specify one with get_config()")
-    module = importlib.util.module_from_spec(spec)
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)  # imports work as in a script of that folder
-    try:
-        spec.loader.exec_module(module)
+    with importing(path, "--config", "simplernn_config") as module:
         if not hasattr(module, "get_config"):
             raise UserError(f"--config={path}: has no get_config(); define one returning a Config")
         config = module.get_config()
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(f"--config={path}: {_describe(error, path)}; fix the file") from error
-    finally:
-        sys.path.remove(folder)
     if not isinstance(config, Config):
         kind = type(config).__name__
         raise UserError(f"--config={path}: get_config() returned {kind}; return a Config")
     config.model.join_mixers()  # an override is checked against the type in the file
     return config
-
-
-def _describe(error: BaseException, path: Path) -> str:
-    if isinstance(error, SyntaxError):
-        return f"line {error.lineno}: {error.msg}"
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if Path(frame.filename) == path.absolute()]
-    where = f"line {lines[-1]}: " if lines else ""
-    return f"{where}{type(error).__name__}: {error}"
 
 
 def _overrides(argv: list[str]) -> Iterator[str]:

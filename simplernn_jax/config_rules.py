@@ -8,10 +8,9 @@ from typing import Any, NoReturn
 from simplernn_jax.errors import UserError
 
 PRECISIONS = ("float32", "bfloat16")
-MIXERS = ("simple_rnn", "attention")
 ENCODING_ERRORS = ("strict", "replace")
 _CHOICES = {
-    "model.block": ("plain", "residual", "gla"),
+    "model.block": ("plain", "residual", "swiglu"),
     "model.precision": PRECISIONS,
     "model.state_precision": PRECISIONS,
     "data.mode": ("window", "stream", "document"),
@@ -27,18 +26,17 @@ _MAX_FLOAT = 3.4e38
 """The largest float32, rounded down."""
 _MIN = {
     **dict.fromkeys(("num_layers", "vocab_size", "hidden_dim", "key_dim", "value_dim"), 1),
-    **dict.fromkeys(("num_heads", "mlp_dim", "attention_context"), 1),
+    **dict.fromkeys(("num_heads", "mlp_dim"), 1),
     **dict.fromkeys(("batch_size", "sequence_length", "max_expansion"), 1),
     **dict.fromkeys(("max_skipped_updates", "fsdp", "tensor", "sequence", "stage"), 1),
     "keep_last": 2,
     **dict.fromkeys(("epsilon", "data"), -_MAX_FLOAT),  # checked by `_check_run`
-    **dict.fromkeys(("norm_epsilon", "min_log_gate"), -_MAX_FLOAT),  # checked by `_check_gla`
+    "norm_epsilon": -_MAX_FLOAT,  # checked by `_check_model`
 }
 """Minimum by name of the field; 0 for all other numbers."""
 _MAX = {
     "num_layers": 1024,  # tracing and compilation take hours
     **dict.fromkeys(("hidden_dim", "key_dim", "value_dim", "mlp_dim", "sample_tokens"), 2**20),
-    "short_convolution": 1024,
 }
 _BELOW_ONE = ("dropout", "validation_fraction", "beta1", "beta2")
 _UP_TO_ONE = ("reset_probability", "final_learning_rate")
@@ -65,10 +63,7 @@ def check_values(
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_range(field, value)
     mixers = list_mixers()
-    for mixer in mixers:
-        _check_choice("model.mixer", mixer, MIXERS)
-    _check_model(values, mixers)
-    _check_gla(values, defaults)
+    _check_model(values, defaults, mixers)
     _check_run(values)
     _check_pairs(values)
 
@@ -79,6 +74,10 @@ def _reject(field: str, value: Any, allowed: str) -> NoReturn:
 
 def _check_type(field: str, value: Any, default: Any) -> None:
     kinds = (float, int) if type(default) is float else (type(default),)
+    if field == "model.mixer_options" and isinstance(value, dict):
+        for name, option in value.items():
+            if not isinstance(name, str) or not isinstance(option, bool | int | float | str):
+                _reject(field, value, "a dict of names and numbers, strings or booleans")
     if type(value) not in kinds and not (str in kinds and isinstance(value, str)):
         _reject(field, value, f"of type {type(default).__name__}")
     if type(default) is float and not abs(value) <= _MAX_FLOAT:
@@ -107,7 +106,9 @@ def _check_range(field: str, value: float) -> None:
         _reject(field, value, f"at most {maximum}")
 
 
-def _check_model(values: Mapping[str, Any], mixers: Sequence[str]) -> None:
+def _check_model(
+    values: Mapping[str, Any], defaults: Mapping[str, Any], mixers: Sequence[str]
+) -> None:
     heads, block = values["model.num_heads"], values["model.block"]
     for field in ("model.key_dim", "model.value_dim"):
         if values[field] % heads:
@@ -116,26 +117,11 @@ def _check_model(values: Mapping[str, Any], mixers: Sequence[str]) -> None:
         layers = values["model.num_layers"]
         allowed = f"one name, or one for each of model.num_layers={layers} layers"
         _reject("model.mixer", values["model.mixer"], allowed)
-    if "attention" in mixers and block != "residual":
-        _reject("model.mixer", values["model.mixer"], f"simple_rnn with model.block={block!r}")
-    if "attention" in mixers and values["model.key_dim"] // heads % 2:
-        allowed = f"an even number for each of model.num_heads={heads} with attention, whose"
-        allowed += " rotary embedding takes pairs of channels"
-        _reject("model.key_dim", values["model.key_dim"], allowed)
-
-
-def _check_gla(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    if values["model.norm_epsilon"] < 1e-12:  # inputs are scaled by sqrt(1e-6 / epsilon)
-        _reject("model.norm_epsilon", values["model.norm_epsilon"], "at least 1e-12")
-    if values["model.min_log_gate"] > 0:
-        allowed = "negative, or 0 for no lower bound: gates are below 1"
-        _reject("model.min_log_gate", values["model.min_log_gate"], allowed)
-    if values["model.short_convolution"] == 1:
-        _reject("model.short_convolution", 1, "0 for none, or at least 2: a token and earlier ones")
-    block = values["model.block"]
-    for field in ("model.norm_epsilon", "model.min_log_gate", "model.short_convolution"):
-        if block != "gla" and values[field] != defaults[field]:
-            _reject(field, values[field], f"{defaults[field]} with model.block={block!r}")
+    field = "model.norm_epsilon"
+    if values[field] < 1e-12:  # inputs are scaled by sqrt(1e-6 / epsilon)
+        _reject(field, values[field], "at least 1e-12")
+    if block != "swiglu" and values[field] != defaults[field]:
+        _reject(field, values[field], f"{defaults[field]} with model.block={block!r}")
 
 
 def _check_run(values: Mapping[str, Any]) -> None:

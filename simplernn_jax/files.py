@@ -7,12 +7,18 @@ that never ends.
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import io
 import os
 import secrets
 import stat
+import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+
+from simplernn_jax.errors import UserError
 
 
 def cache_folder(name: str) -> Path:
@@ -210,3 +216,43 @@ def read_sealed(path: str | os.PathLike[str], limit: int = SMALL_FILE) -> str | 
         return None
     body = text[: max(len(text) - 65, 0)]
     return body if text == f"{body}{sha256_hex(body)}\n" else None
+
+
+def import_file(path: str | os.PathLike[str], flag: str, name: str) -> None:
+    """Run a Python file as the module `name`; `flag` names it in errors, see `importing`."""
+    with importing(Path(path).expanduser(), flag, name):
+        pass
+
+
+@contextlib.contextmanager
+def importing(path: Path, flag: str, name: str) -> Iterator[ModuleType]:
+    """Import a Python file as the module `name`, with its folder first on ``sys.path``.
+
+    Raises:
+      UserError: there is no such file, or its code or the body of the context raises.
+    """
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f"{flag}={path}: not a Python file; specify an existing one")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)  # imports work as in a script of that folder
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{flag}={path}: {_describe(error, path)}; fix the file") from error
+    finally:
+        sys.path.remove(folder)
+
+
+def _describe(error: BaseException, path: Path) -> str:
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == path.absolute()]
+    where = f"line {lines[-1]}: " if lines else ""
+    return f"{where}{type(error).__name__}: {error}"

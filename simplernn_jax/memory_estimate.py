@@ -8,9 +8,10 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from simplernn_jax.config import GATE_RANK, Config, ModelConfig
+from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.devices import device_memory
 from simplernn_jax.errors import UserError, format_bytes
+from simplernn_jax.models.mixers.token_mixer import complete_options
 
 _FLOAT32 = 4
 _TOKEN_BYTES = 8
@@ -21,7 +22,7 @@ _TRAINING_FIELDS = {
     "parameters": "--config.model sizes such as hidden_dim, mlp_dim or vocab_size",
     "activations": "--config.data.batch_size or sequence_length, or set "
     "--config.train.gradient_accumulation, backward_window or remat",
-    "state": "--config.model.key_dim, value_dim, vocab_size or attention_context, or "
+    "state": "--config.model.key_dim, value_dim, vocab_size or mixer_options, or "
     "--config.data.batch_size",
 }
 """Fields to lower, by the part of an `Estimate` that is largest."""
@@ -90,7 +91,7 @@ def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
     layers = model.num_layers if sizes["stage"] == 1 else 1
     saved = float(model.hidden_dim)
     if train.remat == "none" and sizes["stage"] == 1:
-        mlp = {"plain": 0, "residual": 1, "gla": 2}[model.block] * model.mlp_dim
+        mlp = {"plain": 0, "residual": 1, "swiglu": 2}[model.block] * model.mlp_dim
         saved += (2 * model.key_dim + model.value_dim + mlp) / sizes["tensor"]
     widest = _widest(model) / (sizes["tensor"] * sizes["stage"])
     activations = sequences * length * _item_bytes(model) * (layers * saved + widest)
@@ -102,7 +103,7 @@ def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
         state = max(state, _state_bytes(model) / (sizes["tensor"] * sizes["stage"]))
     if data.validation_fraction:  # the states before and after a batch, of one sequence at least
         state = max(state, 2 * _state_bytes(model) / (sizes["tensor"] * sizes["stage"]))
-    if "simple_rnn" in model.mixers:
+    if {"simple_rnn", "gla"} & {*model.mixers}:
         state = max(state, sequences * _recurrent_state_bytes(model) / sizes["tensor"])
     return Estimate(weights * (1 + moments), max(weights, activations) + batch, state)
 
@@ -118,22 +119,23 @@ def num_weights(model: ModelConfig) -> int:
     is_plain = model.block == "plain"
     untied = is_plain or not model.tie_embeddings
     total = model.vocab_size * width * (2 if untied else 1)
-    for mixer in ("simple_rnn", "attention"):
+    for mixer in model.mixers:
         layer = (2 if mixer == "attention" else 3) * width * keys + 2 * width * values
-        if model.block == "gla":
-            layer += GATE_RANK * (width + keys) - width * keys  # a low-rank gate
+        if mixer == "gla":
+            layer -= width * keys  # its gate has a low rank
         if not is_plain:
-            matrices = 3 if model.block == "gla" else 2
+            matrices = 3 if model.block == "swiglu" else 2
             layer += width * values + matrices * width * model.mlp_dim
-        total += layer * model.mixers.count(mixer)
+        total += layer
     return total
 
 
 def _state_bytes(model: ModelConfig) -> int:
     """Return the bytes of recurrent state and KV cache of one sequence."""
-    cached = model.attention_context * (model.key_dim + model.value_dim) * _item_bytes(model)
-    count = model.mixers.count
-    return count("simple_rnn") * _recurrent_state_bytes(model) + count("attention") * cached
+    context = int(complete_options("attention", model).mixer_options["context"])
+    cached = context * (model.key_dim + model.value_dim) * _item_bytes(model)
+    count = model.mixers.count("attention")
+    return (model.num_layers - count) * _recurrent_state_bytes(model) + count * cached
 
 
 def _recurrent_state_bytes(model: ModelConfig) -> int:

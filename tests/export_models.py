@@ -13,11 +13,14 @@ MODELS = {
         **{"key_dim": 5, "value_dim": 7},
     },
     "residual": {"num_layers": 1, "tie_embeddings": False},
-    "hybrid": {"mixer": "simple_rnn,attention", "num_layers": 2, "attention_context": 13},
+    "hybrid": {"mixer": "simple_rnn,attention", "num_layers": 2, "mixer_options": {"context": 13}},
 }
 """Fields of the model by the name of a case."""
 
-GLA = {"block": "gla", "num_layers": 2, "short_convolution": 3, "norm_epsilon": 1e-4}
+GLA = {
+    **{"block": "swiglu", "mixer": "gla", "mixer_options": {"short_convolution": 3}},
+    **{"num_layers": 2, "norm_epsilon": 1e-4},
+}
 
 SIZES = {"hidden_dim": 8, "key_dim": 12, "value_dim": 18, "num_heads": 3, "mlp_dim": 11}
 

@@ -15,7 +15,7 @@ from simplernn_jax.analysis.attention_map import (
     attention_map,
     softmax_map,
 )
-from simplernn_jax.models.attention import Attention
+from simplernn_jax.models.mixers.attention import Attention
 from simplernn_jax.ops import gated_linear_recurrence
 
 BATCH, HEADS, KEYS, VALUES = 2, 3, 5, 7

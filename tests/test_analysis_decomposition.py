@@ -20,7 +20,7 @@ from simplernn_jax.analysis.decomposition import (
 )
 from simplernn_jax.analysis.recording import Record, record
 from simplernn_jax.models import LanguageModel, SimpleRNN
-from simplernn_jax.models.attention import Attention
+from simplernn_jax.models.mixers.attention import Attention
 
 pytestmark = pytest.mark.oldest_python
 
@@ -106,7 +106,7 @@ def test_exactness_counts_both_errors_and_nan(
 
 
 def test_every_layer_of_a_model_is_decomposed():
-    config = small_config(**HYBRID, vocab_size=30, num_heads=2, attention_context=CONTEXT)
+    config = small_config(**HYBRID, vocab_size=30, num_heads=2, mixer_options={"context": CONTEXT})
     model = LanguageModel(config.model, rngs=nnx.Rngs(0))
     state = jax.tree.map(jnp.ones_like, model.initial_state(1))
     for given in decompose_layers(model, np.arange(11), state):
@@ -122,7 +122,9 @@ TARGET = 11
 @pytest.mark.parametrize(("block", "filling"), [("plain", 0), ("residual", 0.3)])
 def test_gradient_times_input_equals_the_slope_of_scaling(block, filling):
     mixer = "simple_rnn" if block == "plain" else "simple_rnn,attention"
-    config = small_config(block, vocab_size=30, num_layers=2, mixer=mixer, attention_context=5)
+    config = small_config(
+        block, vocab_size=30, num_layers=2, mixer=mixer, mixer_options={"context": 5}
+    )
     model = LanguageModel(config.model, rngs=nnx.Rngs(0))
     tokens = jnp.asarray(TOKENS, jnp.int32)[None]
     state = jax.tree.map(lambda x: jnp.full_like(x, filling), model.initial_state(1))

@@ -38,7 +38,7 @@ VALUE_PICTURES = ["loss_by_position", "loss_by_reset", "contributions"]
 
 
 def config_of(mixer):
-    layers = {"num_layers": mixer.count(",") + 1, "mixer": mixer, "attention_context": 11}
+    layers = {"num_layers": mixer.count(",") + 1, "mixer": mixer, "mixer_options": {"context": 11}}
     return small_config("residual", num_heads=2, **layers)
 
 

@@ -19,7 +19,7 @@ TOKENS = np.random.default_rng(1).integers(0, 30, 23)
 
 def make_model():
     """Return a model whose second layer is attention."""
-    config = small_config(**HYBRID, vocab_size=30, num_heads=2, attention_context=7)
+    config = small_config(**HYBRID, vocab_size=30, num_heads=2, mixer_options={"context": 7})
     return LanguageModel(config.model, rngs=nnx.Rngs(0))
 
 

@@ -10,7 +10,7 @@ from small_runs import small_config
 
 from simplernn_jax.analysis.recording import find_mixers, record
 from simplernn_jax.models import LanguageModel, SimpleRNN
-from simplernn_jax.models.attention import Attention
+from simplernn_jax.models.mixers.attention import Attention
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 30, (2, 13)), jnp.int32)
 SEGMENTS = jnp.asarray(np.stack([np.arange(13) // 5, np.zeros(13)]), jnp.int32)
@@ -39,7 +39,7 @@ def record_and_repeat(model, tokens, state):
 )
 def test_recording_changes_nothing(block, mixers):
     names = ["attention" if mixer is Attention else "simple_rnn" for mixer in mixers]
-    model = make_model(block, num_layers=len(mixers), mixer=names, attention_context=5)
+    model = make_model(block, num_layers=len(mixers), mixer=names, mixer_options={"context": 5})
     state = model.hidden_states(TOKENS)[1]
     recording, expected, again = record_and_repeat(model, TOKENS, state)
     chex.assert_trees_all_close((recording.hidden, recording.state), expected, rtol=1e-5)

@@ -77,7 +77,7 @@ def block():
         (lambda: block()(jnp.ones((2, 3, 8)), ("no state",), None), "state: expected a Residual"),
         (
             lambda: block()(
-                jnp.ones((2, 3, 8)), block().initial_state(2)._replace(recent=1.0), None
+                jnp.ones((2, 3, 8)), block().initial_state(2)._replace(convolution=1.0), None
             ),
             "got float",
         ),

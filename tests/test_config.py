@@ -39,16 +39,24 @@ def load(name):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("model.block", "residul", r"one of plain, residual, gla \(did you mean 'residual'\?\)"),
+        ("model.block", "residul", r"one of plain, residual, swiglu \(did you mean 'residual'\?\)"),
         ("model.key_dim", 126, "divisible by model.num_heads=4"),
         ("model.dropout", 1.0, r"in \[0, 1\)"),
         ("model.num_layers", 0, "at least 1"),
-        ("model.mixer", "atention", r"simple_rnn, attention \(did you mean 'attention'\?\)"),
-        ("model.mixer", "", "one of simple_rnn, attention"),
+        (
+            "model.mixer",
+            "atention",
+            r"one of attention, gla, simple_rnn; did you mean 'attention'\?",
+        ),
+        ("model.mixer", "", "one of attention, gla, simple_rnn"),
         ("model.mixer", 3, "of type str"),
-        ("model.mixer", ["attention", "rnn", "attention", "attention"], "simple_rnn, attention"),
+        ("model.mixer", ["attention", "rnn", "attention", "attention"], "gla, simple_rnn"),
         ("model.mixer", ["attention", "simple_rnn"], "each of model.num_layers=4 layers"),
-        ("model.attention_context", 0, "at least 1"),
+        ("model.mixer_options", {"method": "scn"}, "method=scn .* one of auto, fused"),
+        ("model.mixer_options", {"method": 3}, "method=3 .* of type str"),
+        ("model.mixer_options", {"methd": ""}, "an option of simple_rnn; did you mean 'method'"),
+        ("model.mixer_options", {"method": None}, "a dict of names and numbers, strings or bool"),
+        ("model.mixer_options", [3], "of type dict"),
         ("data.mode", "strem", "did you mean 'stream'"),
         ("data.validation_fraction", -0.1, r"in \[0, 1\)"),
         ("data.source", "", "stdlib, a path"),
@@ -78,13 +86,8 @@ def load(name):
         ("model.vocab_size", 10**12, r"below 2\*\*31"),
         ("model.mlp_dim", 2**21, "at most 1048576"),
         ("model.hidden_dim", 128.0, "of type int"),
-        ("model.short_convolution", 4, "expected 0 with model.block='residual'"),
-        ("model.short_convolution", 1, "expected 0 for none, or at least 2"),
-        ("model.short_convolution", -1, "expected at least 0"),
         ("model.norm_epsilon", 1e-5, "expected 1e-06 with model.block="),
         ("model.norm_epsilon", 0.0, "expected at least 1e-12"),
-        ("model.min_log_gate", -1.0, "expected 0.0 with model.block="),
-        ("model.min_log_gate", 0.1, "expected negative, or 0"),
         ("model.tie_embeddings", 1, "of type bool"),
         ("data.loss_on", "assistant", "expected all without data.template"),
         ("data.cache_dir", "~nobody-x/tokens", "~USER does not name an existing user"),
@@ -110,9 +113,19 @@ def test_a_bad_value_is_refused_by_name(field, value, message):
             {"state_precision": "bfloat16"},
             "state_precision=bfloat16 and .*mesh.sequence=2",
         ),
+        (
+            {"mixer": "attention"},
+            {"mixer_options": {"context": 0}},
+            "mixer_options=context=0 is invalid: expected at least 1",
+        ),
         *(
-            ({"block": b}, {"mixer": "attention"}, f"attention' .* model.block='{b}'")
-            for b in ("plain", "gla")
+            ({"mixer": "gla"}, {"mixer_options": {name: value}}, f"={name}={value} .* {allowed}")
+            for name, value, allowed in (
+                ("short_convolution", 1, "0 for none, or from 2"),
+                ("short_convolution", -1, "0 for none, or from 2"),
+                ("min_log_gate", 0.1, "negative, or 0"),
+                ("context", 3, "an option of gla"),
+            )
         ),
         (
             {"key_dim": 60},

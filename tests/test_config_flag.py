@@ -20,8 +20,8 @@ _CONFIG = define_config_flag()
 def main() -> None:
     config = _CONFIG.value
     print(config.train.steps, config.data.source, config.model.tie_embeddings)
-    if config.model.is_given("attention_context"):
-        print(config.model.attention_context, "is given")
+    if config.model.is_given("mixer_options"):
+        print(config.model.mixer_options, "is given")
     if set(config.model.mixers) != {"simple_rnn"}:
         print(config.model.mixers)
 
@@ -61,8 +61,8 @@ def test_file_and_overrides_of_each_type(folder):
         folder,
         ["--config=seven.py"],
         ["--config", "seven.py", *overrides, "--noconfig.model.tie_embeddings"],
-        ["--config=seven.py", "--config.model.attention_context=1024"],  # the default
-    ) == ["7 stdlib True\n", "11 a b.txt False\n", "7 stdlib True\n1024 is given\n"]
+        ["--config=seven.py", "--config.model.mixer_options=method=scan"],
+    ) == ["7 stdlib True\n", "11 a b.txt False\n", "7 stdlib True\n{'method': 'scan'} is given\n"]
 
 
 def test_the_configuration_that_a_run_saved(folder):
@@ -71,7 +71,7 @@ def test_the_configuration_that_a_run_saved(folder):
     (folder / "wrong.json").write_text(to_json(config).replace("seed", "sede"))
     (folder / "bytes.json").write_bytes(b"\xff")
     assert show(folder, ["--config=config.json", "--noconfig.model.tie_embeddings"]) == [
-        "7 x False\n1024 is given\n"
+        "7 x False\n{} is given\n"
     ]
     assert_each_refused(
         "show.py",
@@ -139,8 +139,9 @@ OVERRIDES = [
     ("optimizer=5", "--config.optimizer: a section; set one of optimizer.name"),
     ("train.steps=x", "--config.train.steps=x: not an integer"),
     ("train.steps=-5", "--config.train.steps=-5 is invalid"),
-    ("model.mixer=attention,rnn", "--config.model.mixer='rnn' is invalid"),
+    ("model.mixer=attention,rnn,attention,attention", "--config.model.mixer='rnn' is invalid"),
     ("optimizer.beta1=x", "--config.optimizer.beta1=x: not a number"),
+    ("model.mixer_options=method", "--config.model.mixer_options=method: 'method': expected name=value"),
     ("model.tie_embeddings=maybe", "tie_embeddings=maybe: neither true nor false"),
 ]
 FILES = [

@@ -22,7 +22,7 @@ from simplernn_jax.models import LanguageModel
 VOCAB = 23
 KINDS = {
     "plain": {"block": "plain"},
-    "hybrid": {"mixer": "attention,simple_rnn", "attention_context": 50},
+    "hybrid": {"mixer": "attention,simple_rnn", "mixer_options": {"context": 50}},
 }
 # Three sequences or one in every test, so that they share the compiled programs.
 LENGTHS = [3, 139, 64]  # prefilled in chunks of 1, 8 and 64 tokens
@@ -242,7 +242,11 @@ def test_nothing_is_retraced():
 def test_decoding_copies_no_cache():
     """A cache in working memory would be copied for each token."""
     config = ModelConfig(
-        vocab_size=VOCAB, num_layers=1, num_heads=2, mixer="attention", attention_context=5000
+        vocab_size=VOCAB,
+        num_layers=1,
+        num_heads=2,
+        mixer="attention",
+        mixer_options={"context": 5000},
     )
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     architecture, parameters = split_model(model)

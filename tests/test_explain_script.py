@@ -24,7 +24,7 @@ def test_writes_a_page_its_pictures_and_its_numbers(tmp_path):
         validation_fraction=0.3,
         num_layers=2,
         mixer="attention,simple_rnn",
-        attention_context=9,
+        mixer_options={"context": 9},
     )
     save_untrained(config, tmp_path / "run")
     out = tmp_path / "new" / "folder"

@@ -1,5 +1,6 @@
 """The gla block against its equations in NumPy and against flash-linear-attention itself."""
 
+import dataclasses
 import functools
 
 import chex
@@ -21,14 +22,13 @@ from gla_reference import (
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.inference import generate
 from simplernn_jax.models import GLAState, LanguageModel, load_gla_checkpoint
-from simplernn_jax.models.gla import INITIALIZER_STD
-from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.segments import reset_state
 
 # Of the largest logit: float32 matmuls of a Xeon with AMX come to 3.2e-6, of a Zen 3 to 3.1e-6.
 TOLERANCE = 5e-6
 CONFIG = ModelConfig(
-    block="gla",
+    block="swiglu",
+    mixer="gla",
     vocab_size=29,
     num_layers=2,
     hidden_dim=14,
@@ -36,7 +36,7 @@ CONFIG = ModelConfig(
     value_dim=10,
     num_heads=2,
     mlp_dim=17,
-    short_convolution=4,
+    mixer_options={"short_convolution": 4},
 )
 
 call = nnx.jit(lambda model, *arguments: model(*arguments))
@@ -68,7 +68,7 @@ def test_logits_equal_the_equations_and_those_of_fla(variant, folder_of):
     with np.load(RECORDED) as recorded:
         np.testing.assert_allclose(logits, recorded[variant], rtol=0, atol=limit)
     has_convolutions = "convolutions" in variant
-    assert all((layer.recent is not None) == has_convolutions for layer in state)
+    assert all((layer.convolutions is not None) == has_convolutions for layer in state)
 
 
 @pytest.mark.fewer_cases
@@ -113,14 +113,15 @@ def test_the_state_continues_and_segments_reset_it(folder_of):
 def test_gradients_equal_those_of_the_definition():
     """float64, every parameter: the fast recurrence against `scan`, away from initial values."""
     with jax.enable_x64(True):
-        config = ModelConfig(**{**vars(CONFIG), "precision": "float64", "min_log_gate": -0.05})
-        config.num_layers = 1  # one has every kind of parameter
+        # One layer has every kind of parameter.
+        config = dataclasses.replace(CONFIG, precision="float64", num_layers=1)
+        config.mixer_options["min_log_gate"] = -0.05
         tokens = jnp.asarray(draw_tokens(3, 13) % 29)
         ids = jnp.cumsum(tokens % 5 == 0, axis=1)
 
         def gradients(method):
-            recurrence = functools.partial(gated_linear_recurrence, method=method)
-            model = LanguageModel(config, rngs=nnx.Rngs(0), recurrence=recurrence)
+            config.mixer_options["method"] = method
+            model = LanguageModel(config, rngs=nnx.Rngs(0))
             graph, params = nnx.split(model, nnx.Param)
             random = np.random.default_rng(2)
             params = jax.tree.map(
@@ -140,11 +141,12 @@ def test_gradients_equal_those_of_the_definition():
 
 def test_initial_values():
     """Those of flash-linear-attention; but convolutions pass the current token alone."""
-    config = ModelConfig(block="gla", vocab_size=500, num_layers=1, short_convolution=3)
+    config = dataclasses.replace(CONFIG, vocab_size=500, hidden_dim=128, key_dim=64)
+    config.mixer_options["short_convolution"] = 3
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     mixer = model.layers[0].mixer
     for kernel in (model.embedding.embedding, mixer.query_proj.kernel, mixer.gate_up_proj.kernel):
-        assert abs(np.std(kernel[...]) / INITIALIZER_STD - 1) < 0.05
+        assert abs(np.std(kernel[...]) / 0.02 - 1) < 0.05
     assert not mixer.gate_up_proj.bias[...].any()
     np.testing.assert_array_equal(mixer.convolutions.key.weights[...][:, 0], [1, 0, 0])
 
@@ -163,9 +165,15 @@ def test_dropout_is_reproducible_and_none_without_a_key():
     ("state", "message"),
     [
         (lambda s: s.recurrent, "state: expected a GLAState; got ArrayImpl"),
-        (lambda s: s._replace(recent=None), "state.recent: expected QKVConvStates; got NoneType"),
+        (
+            lambda s: s._replace(convolutions=None),
+            "state.convolutions: expected QKVConvStates; got NoneType",
+        ),
         (lambda s: s._replace(recurrent=s.recurrent[:, :1]), r"state.recurrent: expected \[B, H"),
-        (lambda s: s._replace(recent=s.recent._replace(key=s.recent.value)), r"state: expected"),
+        (
+            lambda s: s._replace(convolutions=s.convolutions._replace(key=s.convolutions.value)),
+            r"state: expected",
+        ),
     ],
 )
 def test_the_state_of_another_layer_is_refused(state, message):

@@ -49,7 +49,7 @@ def test_defaults_are_those_of_fla(tmp_path):
     config = load(tmp_path, 1, weights, intermediate_size=None, hidden_ratio=5).config
     assert config.mlp_dim == 256  # int(8 * 5 * 2 / 3) = 26, to the next multiple of 256
     assert (config.key_dim, config.value_dim, config.norm_epsilon) == (4, 8, 1e-6)
-    assert (config.tie_embeddings, config.short_convolution, config.min_log_gate) == (False, 0, 0)
+    assert (config.tie_embeddings, config.mixer_options) == (False, {})
 
 
 def test_a_tied_head_may_be_in_the_file_if_it_is_the_embedding(tmp_path):

@@ -40,8 +40,8 @@ SIZES = {
     "value_dim": 20,
     "num_heads": 2,
     "mlp_dim": 14,
-    "short_convolution": 4,
-    "min_log_gate": -0.06,
+    "mixer": "gla",
+    "mixer_options": {"short_convolution": 4, "min_log_gate": -0.06},
     "norm_epsilon": 1e-5,
 }
 MESHES = {
@@ -54,7 +54,7 @@ BATCH, LENGTH, VOCAB = 4, 24, 12
 
 
 def gla_config(**fields):
-    return small_config("gla", **SIZES | fields)
+    return small_config("swiglu", **SIZES | fields)
 
 
 def make_batch(seed):
@@ -95,7 +95,7 @@ def test_steps_on_a_mesh_equal_one_device(mesh_name, mode):
 
 
 def test_a_convolution_wider_than_a_sequence_shard_is_refused():
-    config = gla_config(short_convolution=9, sequence_length=24)
+    config = gla_config(mixer_options={"short_convolution": 9}, sequence_length=24)
     check_fits(config, mesh_of(sequence=3))
     message = r"leaves each device of sequence 4 a shard of 6, .* needs 8 tokens"
     with pytest.raises(UserError, match=message):
@@ -121,9 +121,9 @@ def test_a_run_resumes_bit_exactly_and_generates(tmp_path, monkeypatch):
     assert train(config, str(tmp_path / "parts")).step == whole.step == 12
     expected = newest_checkpoint(tmp_path / "whole")
     assert newest_checkpoint(tmp_path / "parts") == expected
-    assert any(name.startswith("carried/0/recent/key") for name in expected)
+    assert any(name.startswith("carried/0/convolutions/key") for name in expected)
     model, tokenizer, saved = load_model(str(tmp_path / "parts"))
-    assert saved.model.block == "gla"
+    assert saved.model.mixer == "gla"
     assert generate_text(model, tokenizer, ["ab"], max_new_tokens=5)
 
 

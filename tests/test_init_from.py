@@ -168,7 +168,7 @@ def test_tokenizers_are_compared_by_content(tmp_path):
 
 @pytest.mark.oldest_python
 def test_a_checkpoint_of_flash_linear_attention_is_a_start(tmp_path):
-    gla = {"block": "gla", "num_layers": 2, "norm_epsilon": 1e-5}
+    gla = {"block": "swiglu", "mixer": "gla", "num_layers": 2, "norm_epsilon": 1e-5}
     config = small_config(source=write_corpus(tmp_path / "texts"), seed=3, **gla)
     model = LanguageModel(config.model, rngs=nnx.Rngs(3))
     out = tmp_path / "gla"

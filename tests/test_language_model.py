@@ -13,7 +13,7 @@ from flax import nnx
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models import language_model as initialization
-from simplernn_jax.models.blocks import GATE_BIAS_RANGE
+from simplernn_jax.models.mixers.simple_rnn import GATE_BIAS_RANGE
 
 PLAIN = ModelConfig(
     block="plain", vocab_size=29, num_layers=2, hidden_dim=13, key_dim=7, value_dim=11, num_heads=1
@@ -22,9 +22,13 @@ RESIDUAL = ModelConfig(
     vocab_size=29, num_layers=2, hidden_dim=14, key_dim=6, value_dim=10, num_heads=2, mlp_dim=17
 )
 # Two layers that look back over 11 tokens, and convolutions over 4, see all 19 between them.
-ATTENTION = dataclasses.replace(RESIDUAL, key_dim=12, mixer="attention", attention_context=11)
+ATTENTION = dataclasses.replace(
+    RESIDUAL, key_dim=12, mixer="attention", mixer_options={"context": 11}
+)
 HYBRID = dataclasses.replace(ATTENTION, mixer="simple_rnn,attention")
-GLA = dataclasses.replace(RESIDUAL, block="gla", short_convolution=4)
+GLA = dataclasses.replace(
+    RESIDUAL, block="swiglu", mixer="gla", mixer_options={"short_convolution": 4}
+)
 MODELS = {"plain": PLAIN, "hybrid": HYBRID, "gla": GLA}
 BATCH, LENGTH = 3, 19
 

@@ -80,7 +80,11 @@ def assert_equals_one_device(sizes, dtype, limit, model, **fields):
         (STAGE_4, {}, {"gradient_accumulation": 2}),
         (STAGE_2_WITH_OTHERS, {}, {}),
         ((("stage", 2),), {"num_layers": 2, "mode": "window"}, {}),  # no carried state
-        (STAGE_2_WITH_OTHERS, {"num_layers": 2, "mixer": "attention", "attention_context": 7}, {}),
+        (
+            STAGE_2_WITH_OTHERS,
+            {"num_layers": 2, "mixer": "attention", "mixer_options": {"context": 7}},
+            {},
+        ),
     ],
     ids=str,
 )

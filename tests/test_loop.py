@@ -28,7 +28,7 @@ from simplernn_jax.training.loop import check_skips, train
 from simplernn_jax.training.metrics import read_metrics
 from simplernn_jax.training.preparation import open_saved_corpus
 
-HYBRID = {"num_layers": 2, "mixer": "attention,simple_rnn", "attention_context": 10}
+HYBRID = {"num_layers": 2, "mixer": "attention,simple_rnn", "mixer_options": {"context": 10}}
 """An attention context longer than the sequences of `small_config`."""
 EVERYTHING = {"dropout": 0.1, "reset_probability": 0.2, "name": "muon", "gradient_accumulation": 2}
 

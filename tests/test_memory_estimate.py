@@ -79,7 +79,7 @@ def test_a_run_that_cannot_fit_is_refused_with_its_size(mesh, section, field, va
 
 def test_a_large_state_is_refused_if_it_is_allocated(mesh):
     config = Config()
-    config.model.mixer, config.model.attention_context = "attention", 10**9
+    config.model.mixer, config.model.mixer_options = "attention", {"context": 10**9}
     with pytest.raises(UserError, match=r"state 8\.\d+ TB.* lower .*attention_context"):
         check_training(config, mesh)
     config.train.sample_every, config.data.validation_fraction = 0, 0.0
@@ -143,7 +143,7 @@ def test_stages_save_the_inputs_of_their_chunks_alone():
 @pytest.mark.parametrize(("context", "expected"), [(256, 32), (2**16, 4), (2**20, 1)])
 def test_the_states_of_sequences_that_are_scored_together_are_bounded(context, expected):
     config = small_config("residual", key_dim=128, value_dim=128, num_heads=4)
-    config.model.mixer, config.model.attention_context = "attention", context
+    config.model.mixer, config.model.mixer_options = "attention", {"context": context}
     assert evaluation_sequences(config.model, 32) == expected
     assert evaluation_sequences(config.model, 3) == min(3, expected)
     config.data.validation_fraction = 0.5

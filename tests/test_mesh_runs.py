@@ -31,7 +31,7 @@ def run(folder, name, steps=STEPS, **fields):
     config = small_config(
         **{
             **HYBRID,
-            "attention_context": 10,
+            "mixer_options": {"context": 10},
             "vocab_size": 260,
             "num_heads": 2,
             "mlp_dim": 12,

@@ -30,7 +30,9 @@ MESHES = {
 SIZE, LENGTH, VOCAB, STEPS = 8, 40, 12, 5
 WIDTHS = {
     **HYBRID,
-    "attention_context": 8,  # of sequence shards of 5 to 20: several of them, or the neighbor's end
+    "mixer_options": {
+        "context": 8
+    },  # of sequence shards of 5 to 20: several of them, or the neighbor's end
     "hidden_dim": 8,
     "key_dim": 24,
     "value_dim": 20,
@@ -153,7 +155,7 @@ def exchanged(sizes, config, itemsize):
 def _exchanged_by_attention(config, rows, heads, sequence, layers, itemsize):
     """Collectives between sequence shards: K + V numbers per head and visible token."""
     model, found = config.model, Counter()
-    shard, past = config.data.sequence_length // sequence, model.attention_context - 1
+    shard, past = config.data.sequence_length // sequence, model.mixer_options["context"] - 1
     found["all-gather", rows * sequence * 4] += layers  # the first segment boundary of each shard
     for width in (model.key_dim // model.num_heads, model.value_dim // model.num_heads):
         channels = rows * heads * width * itemsize
@@ -163,7 +165,7 @@ def _exchanged_by_attention(config, rows, heads, sequence, layers, itemsize):
             found["all-gather", sequence * shard * channels] += layers
             found["reduce-scatter", shard * channels] += layers
         if config.data.mode == "stream":
-            found["all-reduce", model.attention_context * channels] += layers
+            found["all-reduce", model.mixer_options["context"] * channels] += layers
     if config.data.mode == "stream":
         found["all-reduce", rows * 4] += layers
     return found
@@ -188,7 +190,7 @@ def test_steps_equal_one_device_and_collectives_are_those_of_the_design(mesh_nam
 
         # A value that is not finite on one device skips the update on all.
         carried = jax.tree.map(np.copy, state.carried)
-        carried[0].recent[0] = np.nan
+        carried[0].convolution[0] = np.nan
         batch = make_batch(STEPS)._replace(reset=np.zeros(SIZE, bool))
         bad = dataclasses.replace(state, carried=carried)
         losses, after = run_steps(compiled(mesh_name)[0], bad, [batch])

@@ -42,7 +42,7 @@ def test_every_array_of_a_residual_model():
         expected |= {f"opt_state/1/0/{mean}/{name}/value": spec for name, spec in params.items()}
     expected |= {
         "carried/0/mixer": P(("data", "fsdp"), "tensor"),
-        "carried/0/recent": P(("data", "fsdp")),
+        "carried/0/convolution": P(("data", "fsdp")),
     }
     scalars = ("step", "skipped_updates", "consecutive_skips", "rng")
     expected |= dict.fromkeys((*scalars, "opt_state/1/0/count", "opt_state/1/2/count"), P())

@@ -26,7 +26,7 @@ def stack(trees, axis=0):
 def plain_layers():
     """(layer function, stacked parameters, stacked states that are not zero), float64."""
     config = small_config(hidden_dim=WIDTH, num_heads=2, precision="float64").model
-    blocks = [PlainBlock(config, rngs=nnx.Rngs(index)) for index in range(LAYERS)]
+    blocks = [PlainBlock(config, "simple_rnn", rngs=nnx.Rngs(index)) for index in range(LAYERS)]
     graph = nnx.split(blocks[0], nnx.Param)[0]
 
     def layer(params, x, state, segment_ids, key):

@@ -25,7 +25,7 @@ EOS = 29
 
 @pytest.fixture(scope="module")
 def model():
-    return small_model(**HYBRID, attention_context=23, vocab_size=VOCAB)
+    return small_model(**HYBRID, mixer_options={"context": 23}, vocab_size=VOCAB)
 
 
 @pytest.fixture(scope="module")

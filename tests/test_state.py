@@ -90,7 +90,7 @@ def test_a_file_loads_bit_exactly_with_an_equal_model_and_tokenizer(path, model,
 
 def test_a_cache_of_keys_and_values_goes_through_a_file(tmp_path):
     config = dataclasses.replace(
-        CONFIG, key_dim=12, mixer="attention", attention_context=7, precision="bfloat16"
+        CONFIG, key_dim=12, mixer="attention", mixer_options={"context": 7}, precision="bfloat16"
     )
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     state = generate(model, [[1, 2, 3], list(range(70, 90))], max_new_tokens=9, **DRAWN).state

@@ -26,12 +26,12 @@ SGD = optax.sgd(1.0)
 
 KINDS = {
     "plain": {},
-    "attention": {"block": "residual", "mixer": "attention", "attention_context": 3},
+    "attention": {"block": "residual", "mixer": "attention", "mixer_options": {"context": 3}},
     "hybrid": {
         "block": "residual",
         "num_layers": 2,
         "mixer": "simple_rnn,attention",
-        "attention_context": 7,
+        "mixer_options": {"context": 7},
     },
 }
 """Attention contexts shorter and longer than the sequences of a batch."""

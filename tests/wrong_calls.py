@@ -258,7 +258,7 @@ def models() -> dict[str, Site]:
     sizes = {"hidden_dim": 6, "key_dim": 8, "value_dim": 10, "output_dim": 3, "num_heads": 2}
     config = ModelConfig(
         vocab_size=5, num_layers=2, hidden_dim=6, key_dim=8, value_dim=10, num_heads=2, mlp_dim=7,
-        mixer="simple_rnn,attention", attention_context=4,
+        mixer="simple_rnn,attention", mixer_options={"context": 4},
     )  # fmt: skip
     alike = dataclasses.replace(config, mixer="simple_rnn")
     plain = dataclasses.replace(alike, block="plain")
@@ -288,7 +288,7 @@ def models() -> dict[str, Site]:
         "attention": over_time(Attention(**sizes, context=4, rngs=rngs)),
         "short convolution": over_time(ShortConvolution(3, 6, rngs=rngs, normalize=True)),
         "dense": Site(Dense(6, 3, ("embed", "mlp"), rngs=rngs), (Spec("N D"),), known),
-        "plain block": over_time(PlainBlock(plain, rngs=rngs)),
+        "plain block": over_time(PlainBlock(plain, "simple_rnn", rngs=rngs)),
         "block": over_time(ResidualBlock(config, "simple_rnn", rngs=rngs)),
         "block of attention": over_time(ResidualBlock(config, "attention", rngs=rngs)),
         "stack": over_time(LayerStack(LanguageModel(alike, rngs=rngs).layers)),

@@ -35,7 +35,7 @@ that has the same number of parameters.
 def config_of(variant: str, length: int, batch: int = 1, **fields: Any) -> Config:
     """Configuration of a variant; both have the same number of parameters."""
     name = "base" if variant == RECURRENCE else "attention"
-    return load_config(name, batch, length, attention_context=length, **fields)
+    return load_config(name, batch, length, mixer_options={"context": length}, **fields)
 
 
 def line(

@@ -13,26 +13,24 @@ from flax import nnx
 from simplernn_jax.errors import counted
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.language_model import abstract_model
-from simplernn_jax.models.simple_rnn import Recurrence
-from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.training.gradient import abstract_train_model, make_grad_fn
 
 from .. import train_steps
 from ..decoding import decode_call, random_tokens, recompute_call
 from ..measure import Call, Effort, alternate, median, on_simulated_devices
 from ..tables import Curves, curves_of
-from ..train_steps import BY_CHUNKS, BY_SCAN, compile_quickly
+from ..train_steps import compile_quickly, with_method
 from .program_work import Work, count_work
 from .report import ATTENTION, RECURRENCE, VARIANTS, config_of, with_lines
 
 CHUNKS, SCAN = f"{RECURRENCE} chunkwise", f"{RECURRENCE} by scan"
-PROGRAMS: dict[str, tuple[str, Recurrence]] = {
-    RECURRENCE: (RECURRENCE, gated_linear_recurrence),
-    ATTENTION: (ATTENTION, gated_linear_recurrence),
-    CHUNKS: (RECURRENCE, BY_CHUNKS),
-    SCAN: (RECURRENCE, BY_SCAN),
+PROGRAMS: dict[str, tuple[str, str]] = {
+    RECURRENCE: (RECURRENCE, "auto"),
+    ATTENTION: (ATTENTION, "auto"),
+    CHUNKS: (RECURRENCE, "chunkwise"),
+    SCAN: (RECURRENCE, "scan"),
 }
-"""Variant and recurrence of every program."""
+"""Variant and method of the recurrence of every program."""
 COUNTED = {RECURRENCE: CHUNKS, ATTENTION: ATTENTION}
 LENGTHS = (256, 1024, 4096, 16384, 65536)
 LEAST_PROMPT = 16
@@ -66,9 +64,9 @@ def measure_parallelism(quick: bool) -> dict[str, Any]:
     tokens = lengths[-1]
 
     def step(program: str, length: int) -> Call:
-        variant, recurrence = PROGRAMS[program]
+        variant, method = PROGRAMS[program]
         config = config_of(variant, length, tokens // length, num_layers=layers)
-        return train_steps.our_step(config, recurrence)
+        return train_steps.our_step(with_method(config, method))
 
     def chain(program: str, length: int) -> float:
         return gradient_work(program, length, num_layers=layers).chain
@@ -83,9 +81,9 @@ def measure_parallelism(quick: bool) -> dict[str, Any]:
 
 def gradient_work(program: str, length: int, **fields: Any) -> Work:
     """`Work` of the gradient of one sequence by one of `PROGRAMS`."""
-    variant, recurrence = PROGRAMS[program]
+    variant, method = PROGRAMS[program]
     config = config_of(variant, length, **fields)
-    gradient = make_grad_fn(config, recurrence)
+    gradient = make_grad_fn(with_method(config, method))
     _, params = abstract_model(config.model)
     key = jax.random.key_data(jax.random.key(0))
     return count_work(gradient, params, train_steps.random_batch(config), (), key, jnp.int32(0))
@@ -130,9 +128,9 @@ def count_mflops(lengths: Sequence[int]) -> dict[str, Curves]:
 
 def forward_flops(program: str, length: int, tokens: int) -> float:
     """FLOPs of a forward pass over `tokens` tokens; one token comes after a full state."""
-    variant, recurrence = PROGRAMS[program]
+    variant, method = PROGRAMS[program]
     config = config_of(variant, length)
-    graph, params = abstract_train_model(config, recurrence)
+    graph, params = abstract_train_model(with_method(config, method))
 
     def last_logits(params: Any, ids: jax.Array, state: Any) -> jax.Array:
         model = nnx.merge(graph, params)

@@ -55,7 +55,7 @@ class Trained(NamedTuple):
 
 def variant(name: str, context: int) -> Config:
     """A model variant: `ATTENTION`, `PLAIN` or ``"SimpleRNN K x V"``; attention sees `context`."""
-    config = change(Config(), num_layers=LAYERS, num_heads=1, attention_context=context)
+    config = change(Config(), num_layers=LAYERS, num_heads=1, mixer_options={"context": context})
     change(config, hidden_dim=WIDTH, key_dim=WIDTH, value_dim=WIDTH, mlp_dim=2 * WIDTH)
     if name == ATTENTION:  # as many parameters as the recurrence's forget gates
         return change(config, mixer="attention", mlp_dim=2 * WIDTH + 32)

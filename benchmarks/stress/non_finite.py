@@ -103,14 +103,14 @@ def program_of(mode: str) -> tuple[Config, TrainState, Step]:
     sizes = {"vocab_size": VOCAB, "num_layers": 2, "num_heads": 2, "batch_size": SEQUENCES}
     widths = dict.fromkeys(("hidden_dim", "key_dim", "value_dim", "mlp_dim"), 8)
     run = {"sequence_length": LENGTH, "warmup_steps": 1, "max_skipped_updates": MAX_SKIPS}
-    config = change(Config(), **sizes, **widths, **run, **MODES[mode])
+    config = change(Config(), mixer=poison.MIXER, **sizes, **widths, **run, **MODES[mode])
     axis, _, devices = mode.partition(" ")
     mesh = None
     if devices:
         config.mesh = MeshConfig(**{"data": 1, axis: int(devices)})
         mesh = make_mesh(config.mesh, jax.devices()[: int(devices)])
     optimizer = make_optimizer(config.optimizer, 100, mesh)
-    donating = make_train_step(config, optimizer, mesh, poison.recurrence)
+    donating = make_train_step(config, optimizer, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         return donating(jax.tree.map(jnp.copy, state), batch)

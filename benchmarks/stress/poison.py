@@ -1,4 +1,4 @@
-"""Values that are not finite, in arrays and in the recurrence of a model."""
+"""Values that are not finite, in arrays and in the mixers of a model."""
 
 from typing import Any
 
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simplernn_jax.ops import gated_linear_recurrence
+from simplernn_jax.models import TokenMixer, register_mixer
+from simplernn_jax.models.mixers.token_mixer import find_mixer, make_mixer
 
 VALUES = {"NaN": np.nan, "+inf": np.inf, "-inf": -np.inf, "overflow": 3e38}
 """Each in float32; the last is finite, and its square is not."""
@@ -31,15 +32,25 @@ def code(value: str, *, backward: bool) -> int:
     return (list(VALUES).index(value) + 1) * (BACKWARD if backward else FORWARD)
 
 
-def recurrence(
-    *arrays: jax.Array, segment_ids: jax.Array, **options: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Compute `gated_linear_recurrence`, and poison the sequences whose ids are high."""
-    output, state = gated_linear_recurrence(*arrays, segment_ids=segment_ids, **options)
-    values = jnp.asarray([0.0, *VALUES.values()], output.dtype)
-    ids = segment_ids[:, :, None, None]
-    forward, backward = (values[ids // each % 100] for each in (FORWARD, BACKWARD))
-    return _poison_gradient(output + forward, backward), state
+MIXER = "poisoned"
+
+
+@register_mixer(MIXER, mesh_axes=find_mixer("simple_rnn").mesh_axes)
+class Poisoned(TokenMixer):
+    """SimpleRNN that poisons the sequences whose segment ids are high."""
+
+    def __init__(self, config: Any, *, rngs: Any):
+        self.inner = make_mixer("simple_rnn", config, rngs=rngs)
+        for name in ("initial_state", "reset", "select", "state_axes"):
+            setattr(self, name, getattr(self.inner, name))
+
+    def mix(self, x: Any, state: Any, segment_ids: Any) -> tuple[jax.Array, Any]:
+        """Compute the layer, and add values to its output and its gradient."""
+        output, state = self.inner.mix(x, state, segment_ids)
+        values = jnp.asarray([0.0, *VALUES.values()], output.dtype)
+        ids = segment_ids[:, :, None]
+        forward, backward = (values[ids // each % 100] for each in (FORWARD, BACKWARD))
+        return _poison_gradient(output + forward, backward), state
 
 
 @jax.custom_vjp

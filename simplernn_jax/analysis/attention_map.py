@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import Keys, LogGates, Queries, RecurrentState, SegmentIds, Values
-from simplernn_jax.models.attention import Attention, KVCache
+from simplernn_jax.models.mixers.attention import Attention, KVCache
 from simplernn_jax.ops.attention import apply_rope
 from simplernn_jax.ops.checks import accumulator_dtype
 from simplernn_jax.ops.gated_linear_recurrence.intra_chunk import BLOCK, join_blocks

@@ -28,7 +28,7 @@ from simplernn_jax.analysis.recording import (
 )
 from simplernn_jax.array_types import ModelState, RecurrentState, SegmentIds, Values
 from simplernn_jax.models import LanguageModel, SimpleRNN
-from simplernn_jax.models.attention import Attention, KVCache
+from simplernn_jax.models.mixers.attention import Attention, KVCache
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.attention import attend
 from simplernn_jax.ops.checks import accumulator_dtype

@@ -35,6 +35,7 @@ from simplernn_jax.data.batches import document_ends
 from simplernn_jax.errors import UserError, counted
 from simplernn_jax.inference import generate
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.mixers.token_mixer import complete_options
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 
 EVALUATED_TOKENS = 65536
@@ -91,7 +92,7 @@ class Explanation:
     units: list[Unit]
     """Readable pieces of tokens ``start .. stop - 1``, counted from `start`."""
     mixers: tuple[str, ...]
-    """Mixer of each layer, ``simple_rnn`` or ``attention``."""
+    """Mixer of each layer, ``simple_rnn``, ``attention`` or ``gla``."""
     layers: tuple[LayerDecomposition, ...]
     """Decomposition of each layer, of tokens ``start .. stop - 1``, B = 1."""
     memory: Memory
@@ -190,9 +191,13 @@ def explain(
         chosen=chosen,
         state_value=_state_value(evaluator, params, config.data.sequence_length, split, name),
         characters_per_token=len(text) / (len(ids) - 1),
-        attention_context=config.model.attention_context,
+        attention_context=_context(config),
         context_gain=gain,
     )
+
+
+def _context(config: Config) -> int:
+    return int(complete_options("attention", config.model).mixer_options["context"])
 
 
 def _word_start(tokenizer: Tokenizer, ids: np.ndarray, start: int, most: int) -> int:

@@ -108,7 +108,7 @@ def draw_plots(explanation: Explanation) -> dict[str, Plot]:
     drawn = [map_plots.draw_map(explanation, n) for n in range(len(explanation.layers))]
     if explanation.start:
         drawn.append(map_plots.draw_state_share(explanation))
-    if "simple_rnn" in explanation.mixers:
+    if any(memory.layers):
         drawn.append(plots.draw_half_lives(memory, value.window))
         drawn += [plots.draw_state(memory, name) for name in ("state_norm", "state_rank")]
     drawn.append(plots.draw_position_loss(value.by_position, value.window))

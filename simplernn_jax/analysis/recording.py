@@ -6,8 +6,8 @@ import jax
 from flax import nnx
 
 from simplernn_jax.array_types import Activations, ModelState, RecurrentState, SegmentIds, Tokens
-from simplernn_jax.models import GatedLinearAttention, GLAState, LanguageModel, SimpleRNN
-from simplernn_jax.models.attention import Attention
+from simplernn_jax.errors import UserError
+from simplernn_jax.models import Attention, GatedLinearAttention, GLAState, LanguageModel, SimpleRNN
 
 Recurrent = SimpleRNN | GatedLinearAttention
 """Mixers whose state is that of `gated_linear_recurrence`."""
@@ -38,8 +38,15 @@ class Recording(NamedTuple):
 
 
 def find_mixers(model: LanguageModel) -> list[Mixer]:
-    """Return the sequence mixer of every layer."""
-    return [layer.mixer for layer in model.layers]
+    """Return the mixer of every layer; raises `UserError` for one that cannot be decomposed."""
+    mixers = [layer.mixer for layer in model.layers]
+    for number, mixer in enumerate(mixers, 1):
+        if not isinstance(mixer, Recurrent | Attention):
+            raise UserError(
+                f"layer {number} has the mixer {type(mixer).__name__}, which cannot be explained; "
+                "use a model of simple_rnn, attention or gla"
+            )
+    return mixers
 
 
 def recurrence_inputs(
@@ -48,7 +55,7 @@ def recurrence_inputs(
     """Return (q, k, v, log_gate) of a recorded call, and the output gate's pre-activation."""
     if isinstance(mixer, SimpleRNN):
         return mixer.cell.project(call.inputs)
-    inputs, output_gate, _ = mixer.project(call.inputs, call.state.recent, segment_ids)
+    inputs, output_gate, _ = mixer.project(call.inputs, call.state.convolutions, segment_ids)
     return inputs, output_gate
 
 
@@ -90,8 +97,8 @@ class _Tap:
     def __init__(self, mixer: Mixer):
         self._mixer = mixer
 
-    def __call__(
-        self, x: Activations, state: Any, segment_ids: SegmentIds | None = None
+    def mix(
+        self, x: Activations, state: Any, segment_ids: SegmentIds | None
     ) -> tuple[Activations, Any]:
         y, final_state = self._mixer(x, state, segment_ids)
         self.record = Record(x, state, y, final_state)

@@ -1,6 +1,6 @@
 """Run an exported model in a process of its own, as its users would load it.
 
-python -m simplernn_jax.export.checking FORMAT FOLDER SCRATCH PARENT
+python -m simplernn_jax.export.checking FORMAT FOLDER SCRATCH PARENT [PLUGIN ...]
 """
 
 import json
@@ -17,6 +17,7 @@ import numpy as np
 
 from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.export.formats import find_format
+from simplernn_jax.models.mixers.token_mixer import PLUGINS, load_plugin
 from simplernn_jax.process_start import end_with_parent
 
 TIMED_TOKENS = 128
@@ -45,7 +46,7 @@ def run_exported(format_name: str, folder: Path, tokens: np.ndarray, text: str) 
             "HF_HUB_OFFLINE": "1",
             "HF_MODULES_CACHE": str(Path(scratch, "modules")),
         }
-        arguments = [format_name, str(folder), scratch, str(os.getpid())]
+        arguments = [format_name, str(folder), scratch, str(os.getpid()), *PLUGINS]
         result = subprocess.run(
             # -P: nothing is imported from the current folder.
             [sys.executable, "-P", "-m", __name__, *arguments],
@@ -69,9 +70,11 @@ def _reason(code: int, errors: str) -> str:
     return one_line(errors.strip().rpartition("\n")[2]) or f"exit code {code}"
 
 
-def main(format_name: str, folder: str, scratch: str, parent: str) -> None:
+def main(format_name: str, folder: str, scratch: str, parent: str, *plugins: str) -> None:
     """Write what the model in `folder` computes to the folder `scratch`."""
     end_with_parent(int(parent))
+    for plugin in plugins:
+        load_plugin(plugin)
     loaded = find_format(format_name).load(Path(folder))
     tokens = np.load(Path(scratch, "tokens.npy"))
     np.save(Path(scratch, "logits.npy"), loaded.logits(tokens))

@@ -17,6 +17,7 @@ from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, nearest_name, one_line
 from simplernn_jax.export import FORMATS
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.gla_checkpoint import is_fla
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.named_leaves import named_leaves
 
@@ -86,12 +87,16 @@ def find_format(name: str) -> Any:
     return importlib.import_module(f"simplernn_jax.export.{name}.exporter")
 
 
-def check_block(format_name: str, model: LanguageModel) -> None:
-    """Raise `UserError` for a model of the gla block."""
-    if model.config.block == "gla":
+def check_architecture(format_name: str, model: LanguageModel) -> None:
+    """Raise `UserError` for a model that the programs of this format do not have."""
+    block, mixers = model.config.block, {*model.config.mixers}
+    supported = {"plain": {"simple_rnn"}, "residual": {"simple_rnn", "attention"}}
+    if not mixers <= supported.get(block, set()):
         raise UserError(
-            f"--format={format_name}: not possible with model.block='gla'; use safetensors, which "
-            "flash-linear-attention loads, or stablehlo"
+            f"--format={format_name}: not possible with model.block={block!r} and "
+            f"model.mixer={model.config.mixer!r}; use safetensors"
+            + (", which flash-linear-attention loads" if is_fla(model.config) else "")
+            + ", or stablehlo"
         )
 
 

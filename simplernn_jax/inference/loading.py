@@ -22,6 +22,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file, sha256_hex
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.language_model import abstract_model
+from simplernn_jax.models.mixers.token_mixer import load_plugin
 from simplernn_jax.models.named_weights import Weights, model_from_weights
 from simplernn_jax.models.pytorch_weights import read_pytorch_weights, weights_digest
 
@@ -86,7 +87,10 @@ def _digest_of(run: dict[str, Any]) -> str:
 
 
 def load_model(
-    workdir: str | os.PathLike[str], checkpoint: str | int = BEST
+    workdir: str | os.PathLike[str],
+    checkpoint: str | int = BEST,
+    *,
+    plugin: str | os.PathLike[str] | None = None,
 ) -> tuple[LanguageModel, Tokenizer, Config]:
     """Load the trained model of a run, its tokenizer and its configuration.
 
@@ -96,6 +100,7 @@ def load_model(
       workdir: folder of a training run, or of its export as safetensors or for Hugging Face.
       checkpoint: of a training run: ``best``, the one of lowest validation loss, or the newest if
         the losses were measured on different tokens; ``newest``; or a step.
+      plugin: Python file or module that registers the run's mixers.
 
     Returns:
       The model, with float32 parameters on the default device; its tokenizer; the configuration of
@@ -105,6 +110,8 @@ def load_model(
       UserError: `workdir` has no such checkpoint, or no valid one, or its export is corrupted, or
         the tokenizer has ids that the model does not have.
     """
+    if plugin is not None:
+        load_plugin(plugin)
     workdir = os.fspath(workdir) if isinstance(workdir, os.PathLike) else workdir
     loaded = load_exported(workdir) if is_exported(workdir) else _load_run(workdir, checkpoint)
     model, tokenizer, _ = loaded

@@ -1,10 +1,11 @@
 """Flax NNX modules: recurrent cell, sequence layers and language model."""
 
-from simplernn_jax.models.attention import Attention, KVCache
-from simplernn_jax.models.gla import GatedLinearAttention, GLAState
 from simplernn_jax.models.gla_checkpoint import load_gla_checkpoint
 from simplernn_jax.models.language_model import LanguageModel
-from simplernn_jax.models.simple_rnn import SimpleRNN, SimpleRNNCell
+from simplernn_jax.models.mixers import TokenMixer, register_mixer
+from simplernn_jax.models.mixers.attention import Attention, KVCache
+from simplernn_jax.models.mixers.gla import GatedLinearAttention, GLAState
+from simplernn_jax.models.mixers.simple_rnn import SimpleRNN, SimpleRNNCell
 
 __all__ = [
     "Attention",
@@ -14,5 +15,7 @@ __all__ = [
     "LanguageModel",
     "SimpleRNN",
     "SimpleRNNCell",
+    "TokenMixer",
     "load_gla_checkpoint",
+    "register_mixer",
 ]

@@ -1,4 +1,4 @@
-"""Layers of the language model."""
+"""Layers of the language model: a token mixer, and what surrounds it."""
 
 import math
 from functools import partial
@@ -7,169 +7,146 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool
 
-from simplernn_jax.array_types import (
-    Activations,
-    ConvState,
-    LogicalAxes,
-    RecurrentState,
-    SegmentIds,
-)
+from simplernn_jax.array_types import Activations, ConvState, SegmentIds
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.models.attention import Attention, KVCache
 from simplernn_jax.models.convolution import ShortConvolution
-from simplernn_jax.models.layers import Dense, dropout
-from simplernn_jax.models.simple_rnn import Recurrence, SimpleRNN
+from simplernn_jax.models.layers import Dense, RMSNorm, dropout, fused_dense, kernel_init
+from simplernn_jax.models.mixers.token_mixer import TokenMixer, make_mixer
 from simplernn_jax.named_leaves import tuple_with_names
-from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.checks import FLOATING, check_array
 from simplernn_jax.ops.matmul import merge_tokens
 from simplernn_jax.ops.rms_norm import rms_norm
-
-GATE_BIAS_RANGE = (1.0, 6.0)
-"""Initial gate biases of the residual block, spread over the key channels: half-lives of about 2 to
-280 tokens."""
+from simplernn_jax.ops.segments import reset_state, select_sequences
 
 CONVOLUTION_WIDTH = 4
 """Width of the residual block's short convolution in tokens, the current one included."""
 
 
-def linspace_gate_bias(num_heads: int) -> nnx.Initializer:
-    """Return an initializer: evenly spaced over `GATE_BIAS_RANGE` along the channels of a head."""
-
-    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **_: Any) -> jax.Array:
-        per_head = jnp.linspace(*GATE_BIAS_RANGE, shape[-1] // num_heads, dtype=dtype)
-        return jnp.tile(per_head, num_heads)
-
-    return init
-
-
-def _mixer_options(config: ModelConfig) -> dict[str, Any]:
-    """Return the arguments that all mixers of the residual stream share."""
-    return {
-        "hidden_dim": config.hidden_dim,
-        "key_dim": config.key_dim,
-        "value_dim": config.value_dim,
-        "output_dim": config.hidden_dim,
-        "num_heads": config.num_heads,
-        "dtype": jnp.dtype(config.precision),
-    }
-
-
 class PlainBlock(nnx.Module):
-    """The layer of the original PyTorch implementation (docs/pytorch.md): no norm, no residual."""
+    """The layer of the original PyTorch implementation (docs/pytorch.md): no norm, no residual.
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        rngs: nnx.Rngs,
-        recurrence: Recurrence = gated_linear_recurrence,
-    ):
-        self.mixer = SimpleRNN(
-            **_mixer_options(config),
-            state_dtype=jnp.dtype(config.state_precision),
-            rngs=rngs,
-            recurrence=recurrence,
-        )
+    Its state is that of its mixer; also the base class of the other blocks.
+    """
 
-    def initial_state(self, batch_size: int) -> RecurrentState:
-        """Return zeros ``[B, H, K, V]`` in the state dtype."""
+    mixer: TokenMixer
+
+    def __init__(self, config: ModelConfig, mixer: str, *, rngs: nnx.Rngs):
+        """Initialize the parameters; `mixer` is the name of a registered one."""
+        self.mixer = make_mixer(mixer, config, rngs=rngs)
+
+    def initial_state(self, batch_size: int) -> Any:
+        """Return the state before the first token; see `TokenMixer.initial_state`."""
         return self.mixer.initial_state(batch_size)
 
-    def state_axes(self) -> LogicalAxes:
-        """Return the logical axes of the state."""
+    def state_axes(self) -> Any:
+        """Return the logical axes of the arrays of the state."""
         return self.mixer.state_axes()
+
+    def reset(self, state: Any, where: Bool[Array, "B"]) -> Any:
+        """Return the initial state for the sequences `where`, `state` for the others."""
+        return self.mixer.reset(state, where)
+
+    def select(self, keep_previous: Bool[Array, "B"], previous: Any, current: Any) -> Any:
+        """Select states by sequence; see `TokenMixer.select`."""
+        return self.mixer.select(keep_previous, previous, current)
 
     def __call__(
         self,
         x: Activations,
-        state: RecurrentState | None,
+        state: Any | None,
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Activations, RecurrentState]:
-        """Apply the layer to a sequence.
+    ) -> tuple[Activations, Any]:
+        """Apply the block to a sequence.
 
         Args:
           x: ``[B, T, D]``.
-          state: ``[B, H, K, V]`` before the first token; None starts from zero.
-          segment_ids: ``[B, T]``; a change of id resets the state to zero.
-          dropout_key: ignored.
+          state: before the first token; None is the initial state.
+          segment_ids: ``[B, T]``; a change of id resets the state.
+          dropout_key: PRNG key of dropout; None disables it. Plain blocks have none.
 
         Returns:
           ``[B, T, D]`` float32 and the state after the last token.
 
         Raises:
-          ValueError: wrong ranks, or shapes inconsistent with each other or with this layer.
-          TypeError: wrong dtypes.
+          ValueError: wrong ranks, or shapes inconsistent with each other or with this block.
+          TypeError: wrong dtypes, or a state of another kind.
         """
-        return self.mixer(x, state, segment_ids)
+        return self.mixer.mix(x, state, segment_ids)
 
 
 @tuple_with_names
 class ResidualState(NamedTuple):
     """State of a `ResidualBlock`."""
 
-    mixer: RecurrentState | KVCache
-    recent: ConvState
-    """State of the short convolution."""
+    mixer: Any
+    convolution: ConvState
+    """Past inputs of the short convolution."""
 
 
-class ResidualBlock(nnx.Module):
+class ResidualBlock(PlainBlock):
     """Pre-norm block: h = x + mixer(conv(norm(x))), then h + MLP(norm(h)).
 
-    A short causal convolution mixes each token with the three before it. The mixer is a `SimpleRNN`
-    with queries scaled by 1/sqrt(K), or `Attention`; both are multi-head, with per-head RMS norm
-    and an output gate (as in gated linear attention, arXiv:2312.06635, section 4.4). The initial
-    std of the MLP's last projection is divided by sqrt(2 * num_layers), as in GPT-2, but not that
-    of the mixer's.
+    A short causal convolution mixes each token with the three before it. The initial std of the
+    MLP's last projection is divided by sqrt(2 * num_layers), as in GPT-2; the mixer's is not.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        mixer: str,
-        *,
-        rngs: nnx.Rngs,
-        recurrence: Recurrence = gated_linear_recurrence,
-    ):
-        """Initialize the parameters; `mixer` is one of `config_rules.MIXERS`."""
-        kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
-        common: dict[str, Any] = {"rngs": rngs, "kernel_init": kernel_init, "use_bias": False}
-        options = {**_mixer_options(config), **common, "output_norm": True, "output_gate": True}
+    def __init__(self, config: ModelConfig, mixer: str, *, rngs: nnx.Rngs):
+        """Initialize the parameters; `mixer` is the name of a registered one."""
         self.convolution = ShortConvolution(
             CONVOLUTION_WIDTH, config.hidden_dim, rngs=rngs, normalize=True
         )
-        if mixer == "attention":
-            self.mixer: SimpleRNN | Attention = Attention(
-                context=config.attention_context, **options
-            )
-        else:
-            self.mixer = SimpleRNN(
-                state_dtype=jnp.dtype(config.state_precision),
-                query_scale=(config.key_dim // config.num_heads) ** -0.5,
-                gate_bias_init=linspace_gate_bias(config.num_heads),
-                recurrence=recurrence,
-                **options,
-            )
-        common["dtype"] = jnp.dtype(config.precision)
-        self.mlp_in = Dense(config.hidden_dim, config.mlp_dim, ("embed", "mlp"), **common)
+        super().__init__(config, mixer, rngs=rngs)
+        options: dict[str, Any] = {
+            "rngs": rngs,
+            "use_bias": False,
+            "dtype": jnp.dtype(config.precision),
+        }
+        self.mlp_in = Dense(
+            config.hidden_dim,
+            config.mlp_dim,
+            ("embed", "mlp"),
+            kernel_init=kernel_init(config),
+            **options,
+        )
         std = 1 / math.sqrt(2 * config.num_layers * config.mlp_dim)
-        common |= {"kernel_init": nnx.initializers.normal(std), "row_parallel": True}
-        self.mlp_out = Dense(config.mlp_dim, config.hidden_dim, ("mlp", "embed"), **common)
+        self.mlp_out = Dense(
+            config.mlp_dim,
+            config.hidden_dim,
+            ("mlp", "embed"),
+            row_parallel=True,
+            kernel_init=nnx.initializers.normal(std),
+            **options,
+        )
         self.dropout_rate = config.dropout
 
     def initial_state(self, batch_size: int) -> ResidualState:
-        """Return the zero state of mixer and convolution."""
+        """See `PlainBlock`."""
         return ResidualState(
-            self.mixer.initial_state(batch_size), self.convolution.initial_state(batch_size)
+            super().initial_state(batch_size), self.convolution.initial_state(batch_size)
         )
 
     def state_axes(self) -> ResidualState:
-        """Return the logical axes of the arrays of the state."""
-        mixer: Any = self.mixer.state_axes()
-        recent: Any = self.convolution.state_axes()
-        return ResidualState(mixer, recent)
+        """See `PlainBlock`."""
+        convolution: Any = self.convolution.state_axes()
+        return ResidualState(super().state_axes(), convolution)
+
+    def reset(self, state: ResidualState, where: Bool[Array, "B"]) -> ResidualState:
+        """See `PlainBlock`."""
+        return ResidualState(
+            super().reset(state.mixer, where), reset_state(state.convolution, where)
+        )
+
+    def select(
+        self, keep_previous: Bool[Array, "B"], previous: ResidualState, current: ResidualState
+    ) -> ResidualState:
+        """See `PlainBlock`."""
+        return ResidualState(
+            super().select(keep_previous, previous.mixer, current.mixer),
+            select_sequences(keep_previous, previous.convolution, current.convolution),
+        )
 
     def __call__(
         self,
@@ -178,33 +155,70 @@ class ResidualBlock(nnx.Module):
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, ResidualState]:
-        """Apply the block to a sequence.
-
-        Args:
-          x: ``[B, T, D]``.
-          state: before the first token; None starts from zero.
-          segment_ids: ``[B, T]``; a change of id resets the state to zero.
-          dropout_key: PRNG key of dropout; None disables it.
-
-        Returns:
-          ``[B, T, D]`` float32 and the state after the last token.
-
-        Raises:
-          ValueError: wrong ranks, or shapes inconsistent with each other or with this block.
-          TypeError: wrong dtypes, or a state that is not a `ResidualState`.
-        """
+        """See `PlainBlock`."""
         check_array("x", x, "B T D", FLOATING, {"D": self.convolution.features})
         if state is not None and not isinstance(state, ResidualState):
             raise TypeError(f"state: expected a ResidualState; got {type(state).__name__}")
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        mixer_state: Any
-        mixer_state, recent = (None, None) if state is None else state
-        y, recent = self.convolution(x, recent, segment_ids)
-        y, mixer_state = self.mixer(y, mixer_state, segment_ids)
+        mixer_state, conv_state = (None, None) if state is None else state
+        y, conv_state = self.convolution(x, conv_state, segment_ids)
+        y, mixer_state = self.mixer.mix(y, mixer_state, segment_ids)
         x = x + dropout(y, self.dropout_rate, keys[0])
         hidden = merge_tokens(rms_norm(x))
         y = self.mlp_out(_squared_relu(self.mlp_in(hidden), self.mlp_out.dtype)).reshape(x.shape)
-        return x + dropout(y, self.dropout_rate, keys[1]), ResidualState(mixer_state, recent)
+        return x + dropout(y, self.dropout_rate, keys[1]), ResidualState(mixer_state, conv_state)
+
+
+class SwiGLUBlock(PlainBlock):
+    """Pre-norm block: h = x + mixer(norm(x)), n = norm(h), h + W_down(silu(W_gate n) * W_up n).
+
+    Its MLP is SwiGLU (arXiv:2002.05202). With ``mixer="gla"`` it is the layer of
+    flash-linear-attention.
+    """
+
+    def __init__(self, config: ModelConfig, mixer: str, *, rngs: nnx.Rngs):
+        """Initialize the parameters; `mixer` is the name of a registered one."""
+        self.mixer_norm = RMSNorm(config.hidden_dim, config.norm_epsilon)
+        super().__init__(config, mixer, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_dim, config.norm_epsilon)
+        options: dict[str, Any] = {
+            "rngs": rngs,
+            "kernel_init": kernel_init(config),
+            "use_bias": False,
+            "dtype": jnp.dtype(config.precision),
+        }
+        sizes = (config.hidden_dim, config.mlp_dim, ("embed", "mlp"))
+        self.mlp_gate = Dense(*sizes, **options)
+        self.mlp_up = Dense(*sizes, **options)
+        self.mlp_down = Dense(
+            config.mlp_dim, config.hidden_dim, ("mlp", "embed"), row_parallel=True, **options
+        )
+        self.dropout_rate = config.dropout
+
+    def __call__(
+        self,
+        x: Activations,
+        state: Any | None,
+        segment_ids: SegmentIds | None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Activations, Any]:
+        """See `PlainBlock`."""
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        y, state = self.mixer.mix(self.mixer_norm(x), state, segment_ids)
+        x = x + dropout(y, self.dropout_rate, keys[0])
+        hidden = self.mlp_norm(merge_tokens(x))
+        gate, up = fused_dense(hidden, [self.mlp_gate, self.mlp_up])
+        y = self.mlp_down(_swiglu(gate, up)).reshape(x.shape)
+        return x + dropout(y, self.dropout_rate, keys[1]), state
+
+
+BLOCKS = {"plain": PlainBlock, "residual": ResidualBlock, "swiglu": SwiGLUBlock}
+"""By ``model.block``."""
+
+
+@jax.checkpoint  # gate and up are saved in any case; the backward pass recomputes silu
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from simplernn_jax.config import Config, ModelConfig, TrainConfig, validate
+from simplernn_jax.config import Config, ModelConfig, Scalar, TrainConfig, validate
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
 from simplernn_jax.models.language_model import LanguageModel
+from simplernn_jax.models.mixers.token_mixer import complete_options
 from simplernn_jax.models.named_weights import model_from_weights
 from simplernn_jax.models.pytorch_weights import read_pytorch_weights
 
@@ -47,7 +48,8 @@ def load_gla_checkpoint(folder: str) -> LanguageModel:
         floating-point dtype.
 
     Returns:
-      A `LanguageModel` with ``block="gla"`` in float32 that reproduces the original's logits.
+      A `LanguageModel` with ``block="swiglu"`` and ``mixer="gla"`` in float32 that reproduces the
+      original's logits.
 
     Raises:
       UserError: a file is missing or corrupted; or a setting, or a tensor's name or shape, is not
@@ -86,8 +88,14 @@ def is_hugging_face_folder(folder: str) -> bool:
         return False
 
 
+def is_fla(config: ModelConfig) -> bool:
+    """Return whether flash-linear-attention has the architecture."""
+    return config.block == "swiglu" and {*config.mixers} == {"gla"}
+
+
 def to_fla_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the ``config.json`` of flash-linear-attention for a model with ``block="gla"``."""
+    """Return the ``config.json`` of flash-linear-attention for one of its models (`is_fla`)."""
+    options = complete_options("gla", config).mixer_options
     return {
         "model_type": "gla",
         "architectures": ["GLAForCausalLM"],
@@ -102,9 +110,9 @@ def to_fla_config(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": config.mlp_dim,
         "tie_word_embeddings": config.tie_embeddings,
         "norm_eps": config.norm_epsilon,
-        "clamp_min": config.min_log_gate or None,
-        "use_short_conv": config.short_convolution > 0,
-        "conv_size": config.short_convolution or 4,
+        "clamp_min": options["min_log_gate"] or None,
+        "use_short_conv": options["short_convolution"] != 0,
+        "conv_size": options["short_convolution"] or 4,
     }
 
 
@@ -147,9 +155,14 @@ def _model_config(settings: dict[str, Any], path: str) -> ModelConfig:
     clamp_min = value("clamp_min", None, int, float)
     if clamp_min is not None and clamp_min >= 0:
         raise UserError(f"{path}: clamp_min is {clamp_min}; only negative values are supported")
-    has_convolution = value("use_short_conv", False, bool)
+    options: dict[str, Scalar] = {}  # other than the defaults
+    if clamp_min is not None:
+        options["min_log_gate"] = float(clamp_min)
+    if value("use_short_conv", False, bool):
+        options["short_convolution"] = value("conv_size", 4, int)
     config = ModelConfig(
-        block="gla",
+        block="swiglu",
+        mixer="gla",
         vocab_size=value("vocab_size", 32000, int),
         num_layers=value("num_hidden_layers", 24, int),
         hidden_dim=hidden,
@@ -159,8 +172,7 @@ def _model_config(settings: dict[str, Any], path: str) -> ModelConfig:
         mlp_dim=mlp,
         tie_embeddings=value("tie_word_embeddings", False, bool),
         norm_epsilon=float(value("norm_eps", 1e-6, int, float)),
-        min_log_gate=float(clamp_min or 0.0),
-        short_convolution=value("conv_size", 4, int) if has_convolution else 0,
+        mixer_options=options,
     )
     try:
         validate(Config(model=config, train=TrainConfig(steps=1)))

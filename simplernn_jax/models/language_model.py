@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
 from simplernn_jax.array_types import (
     Activations,
+    LogicalAxes,
     ModelState,
     SegmentIds,
     TimeShardActivations,
@@ -22,16 +24,15 @@ from simplernn_jax.array_types import (
     Tokens,
 )
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.models.attention import KVCache
-from simplernn_jax.models.blocks import PlainBlock, ResidualBlock
-from simplernn_jax.models.gla import INITIALIZER_STD, GLABlock
+from simplernn_jax.errors import UserError
+from simplernn_jax.models.blocks import BLOCKS
 from simplernn_jax.models.layer_stack import LayerStack, rematerialize
-from simplernn_jax.models.layers import Dense, Embedding
-from simplernn_jax.models.simple_rnn import Recurrence
-from simplernn_jax.ops import gated_linear_recurrence
+from simplernn_jax.models.layers import Dense, Embedding, kernel_init
+from simplernn_jax.models.mixers.token_mixer import MakeMixer, find_mixer
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_batch, check_segment_ids
 from simplernn_jax.ops.rms_norm import rms_norm
-from simplernn_jax.ops.segments import select_sequences
+from simplernn_jax.ops.segments import reset_state
+from simplernn_jax.parallel.mesh import partition_spec
 from simplernn_jax.parallel.tensor import fused_projection
 
 
@@ -39,10 +40,11 @@ class LanguageModel(nnx.Module):
     """Embedding, a stack of layers, and an LM head.
 
     ``block="plain"`` is the original PyTorch implementation's model (docs/pytorch.md): embedding
-    N(0, 1), layers without norm or residual, an LM head with bias. ``block="residual"``: pre-norm
-    residual blocks, for deep models; see `ResidualBlock`. The mixer of each layer is SimpleRNN or
-    attention, and a final norm comes before the LM head, which may be tied to the embedding.
-    ``block="gla"`` is `GLAForCausalLM` of flash-linear-attention; see `GLABlock`.
+    N(0, 1), layers without norm or residual, an LM head with bias. The others are pre-norm residual
+    blocks, for deep models, with a final norm before the LM head, which may be tied to the
+    embedding: ``block="residual"`` is `ResidualBlock`, ``block="swiglu"`` is `SwiGLUBlock`. Each
+    layer has any registered mixer; ``block="swiglu", mixer="gla"`` is `GLAForCausalLM` of
+    flash-linear-attention.
     """
 
     def __init__(
@@ -52,7 +54,6 @@ class LanguageModel(nnx.Module):
         rngs: nnx.Rngs,
         remat: str = "none",
         stack_layers: bool = False,
-        recurrence: Recurrence = gated_linear_recurrence,
     ):
         """Initialize the parameters, all float32.
 
@@ -62,25 +63,24 @@ class LanguageModel(nnx.Module):
           remat: rematerialization policy, ``none`` or ``block``; see `rematerialize`.
           stack_layers: stack the parameters of all layers, to be sharded over pipeline stages; see
             `LayerStack`.
-          recurrence: implementation, with the signature of `gated_linear_recurrence`.
 
         Raises:
+          UserError: a mixer that is not registered.
           ValueError: `stack_layers` with layers of different mixers.
         """
         self.config = dataclasses.replace(config)
         self.dtype = dtype = jnp.dtype(config.precision)
         plain = config.block == "plain"
-        stds = {"plain": 1.0, "residual": config.hidden_dim**-0.5, "gla": INITIALIZER_STD}
-        normal = nnx.initializers.normal(stds[config.block])
+        normal = kernel_init(config) or nnx.initializers.normal(1.0)
         self.embedding: nnx.Embed = Embedding(
             config.vocab_size, config.hidden_dim, init=normal, rngs=rngs
         )
-        layers = _make_layers(config, rngs, recurrence)
+        layers = _make_layers(config, rngs)
         self.layers = LayerStack(layers) if stack_layers else nnx.List(layers)
         self.final_scale = None if plain else nnx.Param(jnp.ones(config.hidden_dim, jnp.float32))
         tied = config.tie_embeddings and not plain
         options: dict[str, Any] = {} if plain else {"kernel_init": normal}
-        options["use_bias"] = config.block != "gla"
+        options["use_bias"] = config.block != "swiglu"
         sizes = (config.hidden_dim, config.vocab_size, ("embed", "vocab"))
         self.head = None if tied else Dense(*sizes, rngs=rngs, dtype=dtype, **options)
         self.remat = remat
@@ -102,6 +102,13 @@ class LanguageModel(nnx.Module):
             return self.layers.state_axes()
         return tuple(layer.state_axes() for layer in self.layers)
 
+    def reset_states(self, state: ModelState, where: Bool[Array, "B"]) -> ModelState:
+        """Return the initial state for the sequences `where`, `state` for the others."""
+        if isinstance(self.layers, LayerStack):
+            return reset_state(state, where)  # of mixers that start from zero
+        pairs = zip(self.layers, state, strict=True)
+        return tuple(layer.reset(layer_state, where) for layer, layer_state in pairs)
+
     def select_states(
         self, keep_previous: Bool[Array, "B"], previous: ModelState, current: ModelState
     ) -> ModelState:
@@ -112,13 +119,8 @@ class LanguageModel(nnx.Module):
           previous: the states before the last token.
           current: the states after it, of the same structure, which the result has too.
         """
-
-        def select(previous: Any, current: Any) -> Any:
-            if isinstance(current, KVCache):
-                return current.drop_last_token(keep_previous, previous)
-            return select_sequences(keep_previous, previous, current)
-
-        return jax.tree.map(select, previous, current, is_leaf=lambda x: isinstance(x, KVCache))
+        triples = zip(self.layers, previous, current, strict=True)
+        return tuple(layer.select(keep_previous, old, new) for layer, old, new in triples)
 
     def hidden_states(
         self,
@@ -222,14 +224,14 @@ class LanguageModel(nnx.Module):
         return self.logits(hidden), state
 
 
-def _make_layers(config: ModelConfig, rngs: nnx.Rngs, recurrence: Recurrence) -> list[Any]:
+def _make_layers(config: ModelConfig, rngs: nnx.Rngs) -> list[Any]:
     """Return the layers, initialized in their order from `rngs`.
 
     Under `jax.jit`, a scan initializes successive layers of one mixer: a program with the code of
     one layer loads three times as fast, for the 4 layers of `configs/base.py`. Eager calls would
     compile a program for each configuration.
     """
-    make = partial(_make_layer, config, recurrence=recurrence)
+    make = partial(BLOCKS[config.block], config)
     rngs_graph, rngs_state = nnx.split(rngs)
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(rngs_state)):
         return [make(mixer, rngs=rngs) for mixer in config.mixers]
@@ -252,12 +254,26 @@ def _make_layers(config: ModelConfig, rngs: nnx.Rngs, recurrence: Recurrence) ->
     return layers
 
 
-def _make_layer(config: ModelConfig, mixer: str, **options: Any) -> nnx.Module:
-    if config.block == "plain":
-        return PlainBlock(config, **options)
-    if config.block == "gla":
-        return GLABlock(config, **options)
-    return ResidualBlock(config, mixer, **options)
+def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
+    """Raise `UserError` unless the mixers support the axes of `mesh` and it divides all parameters.
+
+    Checks of the fields of a configuration, with better advice, are in `parallel.mesh.check_fits`.
+    """
+    for name in config.mixers:
+        for axis, size in mesh.shape.items():
+            if size > 1 and axis not in find_mixer(name).mesh_axes:
+                raise UserError(
+                    f"--config.mesh.{axis}={size} is not supported by the mixer {name!r}; set it "
+                    "to 1"
+                )
+    for path, param in nnx.to_flat_state(abstract_model(config)[1]):
+        spec = partition_spec(param.get_metadata("axes", LogicalAxes()), mesh)
+        for size, axis in zip(param.shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise UserError(
+                    f"--config.mesh.{axis}={mesh.shape[axis]} does not divide {size}, a size of "
+                    f"the parameter {'.'.join(map(str, path))}; change it"
+                )
 
 
 def check_ids(tokens: Tokens, vocab_size: int) -> None:
@@ -278,12 +294,7 @@ Initialized = tuple[nnx.GraphDef[LanguageModel], nnx.State]
 
 
 def initialize(
-    config: ModelConfig,
-    key: jax.Array,
-    *,
-    remat: str = "none",
-    stack_layers: bool = False,
-    recurrence: Recurrence = gated_linear_recurrence,
+    config: ModelConfig, key: jax.Array, *, remat: str = "none", stack_layers: bool = False
 ) -> Initialized:
     """Split ``LanguageModel(config, rngs=nnx.Rngs(key), ...)`` into graphdef and parameters.
 
@@ -291,14 +302,16 @@ def initialize(
     for `configs/base.py`.
 
     Args:
-      config, remat, stack_layers, recurrence: see `LanguageModel`.
+      config, remat, stack_layers: see `LanguageModel`.
       key: PRNG key of the initial values.
 
     Raises:
       ValueError: as `LanguageModel`.
     """
-    # A copy, since the cache keeps its arguments, and a configuration may change later.
-    init = _jitted(dataclasses.replace(config), remat, stack_layers, recurrence)
+    # A copy, since the cache keeps its arguments, and a configuration may change later. So may the
+    # class of a mixer, in a notebook.
+    mixers = tuple(find_mixer(name).make for name in config.mixers)
+    init = _jitted(dataclasses.replace(config), mixers, remat, stack_layers)
     return init(key)
 
 
@@ -310,16 +323,10 @@ def abstract_model(config: ModelConfig) -> Initialized:
 
 @functools.lru_cache(maxsize=32)
 def _jitted(
-    config: ModelConfig, remat: str, stack_layers: bool, recurrence: Recurrence
+    config: ModelConfig, mixers: tuple[MakeMixer, ...], remat: str, stack_layers: bool
 ) -> Callable[[jax.Array], Initialized]:
     def init(key: jax.Array) -> Initialized:
-        model = LanguageModel(
-            config,
-            rngs=nnx.Rngs(key),
-            remat=remat,
-            stack_layers=stack_layers,
-            recurrence=recurrence,
-        )
+        model = LanguageModel(config, rngs=nnx.Rngs(key), remat=remat, stack_layers=stack_layers)
         return nnx.split(model, nnx.Param)
 
     return jax.jit(init)

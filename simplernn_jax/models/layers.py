@@ -15,6 +15,7 @@ from flax import nnx
 from jax import lax
 
 from simplernn_jax.array_types import LogicalAxes
+from simplernn_jax.config import ModelConfig
 from simplernn_jax.ops.rms_norm import rms_norm
 from simplernn_jax.parallel.tensor import add_bias, fused_projection, lookup
 
@@ -30,6 +31,16 @@ def uniform_fan_in(fan_in: int) -> nnx.Initializer:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
+
+
+def kernel_init(config: ModelConfig) -> nnx.Initializer | None:
+    """Return the initializer of a model's kernels; None is PyTorch's of `Linear`."""
+    if config.block == "plain":
+        return None
+    swiglu_std = 0.02  # as in flash-linear-attention
+    return nnx.initializers.normal(
+        swiglu_std if config.block == "swiglu" else config.hidden_dim**-0.5
+    )
 
 
 class Embedding(nnx.Embed):

@@ -2,7 +2,7 @@
 
 Matrices are ``[out, in]``. A model with ``block="plain"`` has the names of the original PyTorch
 project: ``embedding.weight``, ``layers.N.query_proj.weight``, ``lm_head.bias`` and so on; those of
-the residual block follow the same scheme, and ``block="gla"`` has the names of
+the residual block follow the same scheme, and ``block="swiglu"`` has the names of
 flash-linear-attention.
 """
 
@@ -26,7 +26,7 @@ _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 _LEVELS = ("mixer", "cell")
 """Module levels that PyTorch names omit."""
 
-_GLA_MODULES = {
+_FLA_MODULES = {
     "embedding": "model.embeddings",
     "final_scale": "model.norm",
     "head": "lm_head",
@@ -52,8 +52,8 @@ _GLA_MODULES = {
 
 def weight_name(path: tuple[Any, ...], block: str) -> str:
     """Name the parameter at `path` of `nnx.state`, such as ``("head", "kernel")``."""
-    if block == "gla":
-        words = [_GLA_MODULES.get(word, str(word)) for word in path if word != "convolutions"]
+    if block == "swiglu":
+        words = [_FLA_MODULES.get(word, str(word)) for word in path if word != "convolutions"]
     else:
         words = [_MODULES.get(word, str(word)) for word in path if word not in _LEVELS]
     if path[-1] in ("kernel", "embedding", "weights", "scale"):
@@ -67,12 +67,18 @@ def named_weights(model: LanguageModel) -> dict[str, np.ndarray]:
     """Return the parameters of `model`, float32 arrays by name."""
     block = model.config.block
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {
+    named = {
         weight_name(path, block): np.ascontiguousarray(
             _to_torch(path, np.asarray(param[...]), block)
         )
         for path, param in flat
     }
+    if len(named) < len(flat):
+        raise UserError(
+            "two parameters of a mixer have one name in files, where kernel, weights, scale and "
+            "embedding are all called weight; rename one of them"
+        )
+    return named
 
 
 def model_from_weights(config: ModelConfig, weights: Weights, where: str) -> LanguageModel:
@@ -132,12 +138,12 @@ def check_names_and_shapes(
 
 
 def _to_torch(path: tuple[Any, ...], value: np.ndarray, block: str) -> np.ndarray:
-    if path[-1] == "weights" and block == "gla":
+    if path[-1] == "weights" and block == "swiglu":
         return value.T[:, None, ::-1]  # the last weight multiplies the current token
     return value.T if path[-1] in ("kernel", "weights") else value
 
 
 def _from_torch(path: tuple[Any, ...], value: Any, block: str) -> Any:
-    if path[-1] == "weights" and block == "gla":
+    if path[-1] == "weights" and block == "swiglu":
         return value[:, 0, ::-1].T
     return value.T if path[-1] in ("kernel", "weights") else value

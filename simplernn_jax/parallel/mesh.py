@@ -13,7 +13,7 @@ from absl import logging
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from simplernn_jax.array_types import LogicalAxes
-from simplernn_jax.config import GATE_RANK, Config, MeshConfig
+from simplernn_jax.config import Config, MeshConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.parallel.sequence import min_shard_tokens
 
@@ -124,11 +124,6 @@ def check_fits(config: Config, mesh: Mesh) -> None:
                 f"--config.{field}={value} is not divisible by {arithmetic}: {value} / "
                 f"{divisor} leaves {value % divisor}; change it or --config.mesh"
             )
-    if model.block == "gla" and GATE_RANK % sizes["fsdp"]:
-        raise UserError(
-            f"--config.mesh.fsdp={sizes['fsdp']} does not divide {GATE_RANK}, the rank of the "
-            "forget gates of --config.model.block=gla; change it"
-        )
     kinds = Counter(model.mixers)
     if sizes["stage"] > 1 and len(kinds) > 1:
         found = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
@@ -138,7 +133,7 @@ def check_fits(config: Config, mesh: Mesh) -> None:
             "--config.mesh.stage=1"
         )
     shard = tokens // sizes["sequence"]
-    needed = min_shard_tokens(model.short_convolution)
+    needed = min_shard_tokens(model)
     if sizes["sequence"] > 1 and shard < needed:
         raise UserError(
             f"--config.{time}={tokens} leaves each device of sequence "

@@ -17,7 +17,6 @@ the segment of the token before the shard, else from 1. Only tokens with id 0 re
 the shard, so nothing else about boundaries is exchanged.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,6 +33,7 @@ from simplernn_jax.array_types import (
     SegmentIds,
     Values,
 )
+from simplernn_jax.config import ModelConfig
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.convolution import rms_norm_convolution
 from simplernn_jax.ops.gated_linear_recurrence.sharding import read_state, scan_shards, shard_decay
@@ -50,9 +50,9 @@ from simplernn_jax.parallel.collectives import (
 AXIS = "sequence"
 
 
-def min_shard_tokens(short_convolution: int) -> int:
+def min_shard_tokens(model: ModelConfig) -> int:
     """Return the fewest tokens per shard: a convolution takes its past inputs from one other."""
-    return max(3, short_convolution - 1)
+    return max(3, int(model.mixer_options.get("short_convolution", 0)) - 1)
 
 
 def shard_segment_ids(segment_ids: SegmentIds) -> SegmentIds:
@@ -82,7 +82,7 @@ def sharded_recurrence(
     initial_state: RecurrentState | None = None,
     segment_ids: SegmentIds | None = None,
     state_dtype: Any = None,
-    recurrence: Callable[..., tuple[Values, RecurrentState]] = gated_linear_recurrence,
+    method: str = "auto",
 ) -> tuple[Values, RecurrentState]:
     """Compute `gated_linear_recurrence` of sequences that may be sharded.
 
@@ -94,18 +94,29 @@ def sharded_recurrence(
       initial_state: ``[B, H, K, V]`` before the sequence's first token; None starts from zero.
       segment_ids: as `shard_segment_ids` returns them; None if all is one segment.
       state_dtype: as in `gated_linear_recurrence`; must be None if the sequences are sharded.
-      recurrence: computes each shard, with the arguments of `gated_linear_recurrence`.
+      method: as in `gated_linear_recurrence`.
 
     Returns:
       The output of this device's shard, and the state after the sequence's last token, on all
-      devices. Raises what `recurrence` does, and ValueError for a `state_dtype` of sharded ones.
+      devices. Raises what `gated_linear_recurrence` does, and ValueError for a `state_dtype` of
+      sharded ones.
     """
     if axis_size(AXIS) == 1:
-        options = {"initial_state": initial_state, "segment_ids": segment_ids}
-        return recurrence(q, k, v, log_gate, state_dtype=state_dtype, **options)
+        return gated_linear_recurrence(
+            q,
+            k,
+            v,
+            log_gate,
+            initial_state=initial_state,
+            segment_ids=segment_ids,
+            state_dtype=state_dtype,
+            method=method,
+        )
     if state_dtype is not None:
         raise ValueError(f"{state_dtype=}: sharded sequences need a float32 state (None)")
-    from_zero, state = recurrence(q, k, v, log_gate, segment_ids=segment_ids)
+    from_zero, state = gated_linear_recurrence(
+        q, k, v, log_gate, segment_ids=segment_ids, method=method
+    )
     log_gate = log_gate.astype(state.dtype)
     before_reset = None if segment_ids is None else segment_ids == 0
     if initial_state is None:

@@ -18,7 +18,6 @@ from simplernn_jax.data.evaluation_batches import Contexts, context_batches, eva
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.memory_estimate import evaluation_sequences
 from simplernn_jax.models.language_model import abstract_model
-from simplernn_jax.ops.segments import reset_state
 from simplernn_jax.parallel.collectives import psum
 from simplernn_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
 from simplernn_jax.parallel.sequence import min_shard_tokens, shard_segment_ids
@@ -98,7 +97,7 @@ class Evaluator:
             model = nnx.merge(graph, params)
             hidden, carried = model.hidden_states(
                 batch.tokens,
-                reset_state(carried, batch.reset),
+                model.reset_states(carried, batch.reset),
                 shard_segment_ids(jnp.asarray(batch.segment_ids)),
             )
             nll = chunked_cross_entropy(model.logits, hidden, batch.targets, batch.loss_mask)
@@ -119,7 +118,7 @@ class Evaluator:
             _, self._batch_shardings, state_shardings = shardings["in_shardings"]
             sequence, stages = mesh.shape["sequence"], mesh.shape["stage"]
             shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
-            needed = min_shard_tokens(config.model.short_convolution)
+            needed = min_shard_tokens(config.model)
             self._shard_multiple = shards, sequence * needed if sequence > 1 else stages
         self._score: Callable[..., tuple[jax.Array, jax.Array, ModelState]] = jax.jit(
             score, **shardings

@@ -11,10 +11,7 @@ from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.models.language_model import Initialized, initialize
-from simplernn_jax.models.simple_rnn import Recurrence
-from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.primitive import vary_like, varying
-from simplernn_jax.ops.segments import reset_state
 from simplernn_jax.parallel.collectives import axis_index, psum
 from simplernn_jax.parallel.mesh import TOKEN_AXES
 from simplernn_jax.parallel.sequence import shard_segment_ids
@@ -32,30 +29,20 @@ BatchGradFn = Callable[
 ]
 
 
-def init_model(
-    config: Config, key: jax.Array, recurrence: Recurrence = gated_linear_recurrence
-) -> Initialized:
+def init_model(config: Config, key: jax.Array) -> Initialized:
     """Initialize the model for training: rematerialized, and stacked if there are stages."""
     return initialize(
-        config.model,
-        key,
-        remat=config.train.remat,
-        stack_layers=config.mesh.stage > 1,
-        recurrence=recurrence,
+        config.model, key, remat=config.train.remat, stack_layers=config.mesh.stage > 1
     )
 
 
-def abstract_train_model(
-    config: Config, recurrence: Recurrence = gated_linear_recurrence
-) -> Initialized:
+def abstract_train_model(config: Config) -> Initialized:
     """Return graphdef and abstract parameters of `init_model`."""
-    abstract: Initialized = jax.eval_shape(
-        lambda: init_model(config, jax.random.key(0), recurrence)
-    )
+    abstract: Initialized = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
     return abstract
 
 
-def make_grad_fn(config: Config, recurrence: Recurrence = gated_linear_recurrence) -> BatchGradFn:
+def make_grad_fn(config: Config) -> BatchGradFn:
     """Build the loss and gradient function of a batch.
 
     It maps ``(params, batch, carried, rng, step)`` to ``(loss, predictions, gradient, carried)``;
@@ -64,7 +51,7 @@ def make_grad_fn(config: Config, recurrence: Recurrence = gated_linear_recurrenc
     all predictions, in nats. Inside `jax.shard_map`, arguments and results are this device's
     shards, but loss and predictions are global.
     """
-    graph, _ = abstract_train_model(config, recurrence)
+    graph, _ = abstract_train_model(config)
     dropout = config.model.dropout > 0
 
     def loss_fn(
@@ -73,7 +60,7 @@ def make_grad_fn(config: Config, recurrence: Recurrence = gated_linear_recurrenc
         model = nnx.merge(graph, params)
         hidden, carried = model.hidden_states(
             batch.tokens,
-            reset_state(carried, batch.reset) or None,
+            model.reset_states(carried, batch.reset) if carried else None,
             shard_segment_ids(jnp.asarray(batch.segment_ids)),
             dropout_key=key if dropout else None,
         )

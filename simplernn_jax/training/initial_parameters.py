@@ -29,7 +29,7 @@ _FREE_FIELDS = ("dropout", "precision", "state_precision")
 
 _BUILT_IN_TOKENIZERS = ("byte", "char")
 
-_RESIDUAL_FIELDS = ("mlp_dim", "tie_embeddings", "attention_context")
+_RESIDUAL_FIELDS = ("mlp_dim", "tie_embeddings")
 """Fields without an effect on plain layers."""
 
 

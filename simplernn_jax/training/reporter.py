@@ -44,9 +44,7 @@ class Reporter:
         self._learning_rate = learning_rate_schedule(config.optimizer, run.total_steps)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
         size = counted(parameters, "parameter")
-        kind = config.model.block
-        if kind != "gla":  # which ignores `mixer`
-            kind += " " + config.model.mixer.replace("simple_rnn", "SimpleRNN")
+        kind = config.model.block + " " + config.model.mixer.replace("simple_rnn", "SimpleRNN")
         self._model = f"{kind} model, {size}"
         self._last_loss = 0.0
 

@@ -18,6 +18,7 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.batch_iterator import make_batches
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.errors import UserError
+from simplernn_jax.models.language_model import check_mesh
 from simplernn_jax.parallel.distributed import (
     barrier,
     broadcast_from_coordinator,
@@ -68,6 +69,7 @@ class Run:
                     os.rmdir(self.workdir)
             raise
         check_fits(self.config, self.mesh)
+        check_mesh(self.config.model, self.mesh)
         self.total_steps = total_steps(self.config, self.corpus)
         self.optimizer = make_optimizer(self.config.optimizer, self.total_steps, self.mesh)
         check_train_step(self.config, self.optimizer, self.mesh)

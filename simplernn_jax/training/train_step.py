@@ -14,8 +14,6 @@ from jax.sharding import PartitionSpec as P
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.models.simple_rnn import Recurrence
-from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.parallel.shardings import (
     axes_specs,
     is_distributed,
@@ -109,10 +107,7 @@ def state_shardings(
 
 
 def make_train_step(
-    config: Config,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh | None = None,
-    recurrence: Recurrence = gated_linear_recurrence,
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> TrainStep:
     """Return the train step, which compiles at its first call and donates the old state.
 
@@ -123,13 +118,12 @@ def make_train_step(
       optimizer: result of `make_optimizer`.
       mesh: the devices; None, or a mesh of size 1, runs on the default device. State and batch are
         sharded by `state_specs` and `batch_specs`.
-      recurrence: see `LanguageModel`.
 
     Raises:
       ValueError: there are pipeline stages, and the layers differ.
     """
     config = choose_microbatches(config, mesh)
-    grad_fn, window = make_grad_fn(config, recurrence), config.train.backward_window
+    grad_fn, window = make_grad_fn(config), config.train.backward_window
     optimizer = optax.with_extra_args_support(optimizer)
     options: dict[str, Any] = {}
     if is_distributed(mesh):

@@ -13,7 +13,7 @@ import numpy as np
 from simplernn_jax.data.tokenizer import ids_without_text
 from simplernn_jax.errors import UserError, counted
 from simplernn_jax.export.chat_format import chat_format
-from simplernn_jax.export.formats import TrainedModel, check_block, check_packages
+from simplernn_jax.export.formats import TrainedModel, check_architecture, check_packages
 from simplernn_jax.export.html.tokenizer_data import tokenizer_data
 from simplernn_jax.export.rounding import float16, int8_rows, is_rounded
 from simplernn_jax.export.safetensors.exporter import description
@@ -26,7 +26,7 @@ MAX_BYTES = 1 << 28
 
 def write(trained: TrainedModel, folder: Path) -> None:
     """See `Format.write`."""
-    check_block("html", trained.model)
+    check_architecture("html", trained.model)
     check_packages("html", "py_mini_racer")
     weights = named_weights(trained.model)
     arrays, content = pack(weights, trained.quantize)

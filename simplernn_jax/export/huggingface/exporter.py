@@ -11,7 +11,7 @@ import numpy as np
 from simplernn_jax.data.chat_template import ChatTemplate
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
-from simplernn_jax.export.formats import TrainedModel, check_block, check_packages
+from simplernn_jax.export.formats import TrainedModel, check_architecture, check_packages
 from simplernn_jax.export.huggingface.model_card import model_card
 from simplernn_jax.export.huggingface.tokenizer_file import library_tokenizer, tokenizer_json
 from simplernn_jax.export.safetensors import exporter as safetensors_exporter
@@ -26,7 +26,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 def write(trained: TrainedModel, folder: Path) -> None:
     """See `Format.write`."""
-    check_block("huggingface", trained.model)
+    check_architecture("huggingface", trained.model)
     check_packages("huggingface", "torch", "transformers")
     safetensors_exporter.write(trained, folder)
     shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)

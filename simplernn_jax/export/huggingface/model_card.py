@@ -1,7 +1,6 @@
 """Model card of an exported model, from what its run knows."""
 
 import contextlib
-import dataclasses
 import importlib.resources
 import json
 import math
@@ -11,11 +10,12 @@ from typing import Any
 
 import jinja2
 
-from simplernn_jax.config import GLA_FIELDS, DataConfig, TrainConfig
+from simplernn_jax.config import DataConfig, TrainConfig, to_json
 from simplernn_jax.errors import UserError, counted, one_line
 from simplernn_jax.export.chat_format import chat_format
 from simplernn_jax.export.formats import TrainedModel
 from simplernn_jax.inference import generate_text
+from simplernn_jax.models.mixers.token_mixer import complete_options
 from simplernn_jax.models.named_weights import named_weights
 from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.loss_curve import comparable
@@ -36,9 +36,6 @@ def model_card(trained: TrainedModel, has_curve: bool) -> str:
         pipeline_tag="text-generation",
         tags=["simplernn", "recurrent", "gated-linear-attention"],
     )
-    config = dataclasses.asdict(trained.config)
-    for name in GLA_FIELDS:  # which the blocks of this format do not have
-        del config["model"][name]
     rows = list(iterate_metrics(trained.workdir))
     scored = [row for row in rows if row.get("loss") is not None]
     best = min(comparable(scored), key=lambda x: (x["loss"], -x["step"]), default=None)
@@ -51,6 +48,7 @@ def model_card(trained: TrainedModel, has_curve: bool) -> str:
     return environment.from_string(_TEMPLATE.read_text("utf-8")).render(
         trained=trained,
         model=trained.model.config,
+        attention=complete_options("attention", trained.model.config).mixer_options,
         metadata=metadata.to_yaml(),
         counted=counted,
         num_parameters=sum(weight.size for weight in named_weights(trained.model).values()),
@@ -61,7 +59,7 @@ def model_card(trained: TrainedModel, has_curve: bool) -> str:
         infinity=math.inf,
         has_curve=has_curve,
         sample=_sample(trained),
-        config=json.dumps(config, indent=2),
+        config=to_json(trained.config),
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from simplernn_jax.export.example import PREFILL_TOKENS, ExportedModel
 from simplernn_jax.export.example_files import write_example
-from simplernn_jax.export.formats import TrainedModel, check_block, check_packages
+from simplernn_jax.export.formats import TrainedModel, check_architecture, check_packages
 from simplernn_jax.export.rounding import int8_rows, is_rounded, rounded_weights
 from simplernn_jax.export.safetensors.exporter import description
 from simplernn_jax.models.named_weights import named_weights
@@ -27,7 +27,7 @@ MAX_INLINE_BYTES = 1 << 30
 
 def write(trained: TrainedModel, folder: Path) -> None:
     """See `Format.write`."""
-    check_block("onnx", trained.model)
+    check_architecture("onnx", trained.model)
     check_packages("onnx", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
     import torch
 

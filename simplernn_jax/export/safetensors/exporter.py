@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from simplernn_jax.config import GLA_FIELDS
 from simplernn_jax.export.formats import TrainedModel, float32_model, logits_of
 from simplernn_jax.inference import generate
 from simplernn_jax.inference.loading import RUN, WEIGHTS, load_exported, run_json
-from simplernn_jax.models.gla_checkpoint import to_fla_config
+from simplernn_jax.models.gla_checkpoint import is_fla, to_fla_config
+from simplernn_jax.models.mixers.token_mixer import complete_options
 from simplernn_jax.models.named_weights import named_weights
 from simplernn_jax.models.pytorch_weights import encode_weights
 
@@ -25,11 +25,14 @@ def description(trained: TrainedModel) -> dict[str, Any]:
         "eos_token_id": trained.tokenizer.eos_id,
         "pad_token_id": trained.tokenizer.pad_id,
     }
-    if config.block == "gla":
+    if is_fla(config):
         return {**to_fla_config(config), **ids}
     fields = dataclasses.asdict(config)
-    for name in ("mixer", "dropout", "precision", "state_precision", *GLA_FIELDS):
+    for name in ("mixer", "mixer_options", "dropout", "precision", "state_precision"):
         del fields[name]
+    if "attention" in config.mixers:
+        options = complete_options("attention", config).mixer_options
+        fields["attention_context"] = options["context"]
     return {"model_type": "simplernn", **fields, "mixers": list(config.mixers), **ids}
 
 

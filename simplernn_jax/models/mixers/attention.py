@@ -1,4 +1,4 @@
-"""Causal softmax attention, an alternative mixer to SimpleRNN."""
+"""Causal softmax attention over a sliding window."""
 
 from typing import Any, NamedTuple
 
@@ -16,12 +16,16 @@ from simplernn_jax.array_types import (
     Positions,
     SegmentIds,
 )
-from simplernn_jax.models.multi_head import MultiHeadLayer
+from simplernn_jax.config import ModelConfig
+from simplernn_jax.errors import UserError
+from simplernn_jax.models.mixers.multi_head import MultiHeadLayer, multi_head_options
+from simplernn_jax.models.mixers.token_mixer import ZeroStateMixer, register_mixer, reject_option
 from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops.attention import apply_rope, attend, sliding_attention
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_segment_ids
 from simplernn_jax.ops.segments import segment_starts
 from simplernn_jax.parallel.collectives import axis_size, broadcast_from_last
+from simplernn_jax.parallel.mesh import AXES as MESH_AXES
 from simplernn_jax.parallel.sequence import AXIS, left_halo, segment_offset
 
 
@@ -41,16 +45,8 @@ class KVCache(NamedTuple):
     length: Int[Array, "B"]
     """Number of tokens of the current segment so far; int32."""
 
-    def drop_last_token(self, where: Bool[Array, "B"], previous: "KVCache") -> "KVCache":
-        """Drop the last token of the sequences `where`; `previous` is the cache without it.
 
-        Only `length` is restored: the next token overwrites the slot of the dropped one, which no
-        query attends to until then.
-        """
-        return self._replace(length=jnp.where(where, previous.length, self.length))
-
-
-class Attention(MultiHeadLayer):
+class Attention(MultiHeadLayer, ZeroStateMixer):
     """Softmax attention over the last `context` tokens of the segment, the current one included.
 
     Per head, with K = key_dim / num_heads and V = value_dim / num_heads::
@@ -101,6 +97,15 @@ class Attention(MultiHeadLayer):
             jnp.zeros((*slots, self.value_dim // self.num_heads), self.dtype),
             jnp.zeros(batch_size, jnp.int32),
         )
+
+    def select(
+        self, keep_previous: Bool[Array, "B"], previous: KVCache, current: KVCache
+    ) -> KVCache:
+        """Restore only the lengths of `previous`, instead of copying the cache.
+
+        The next token overwrites the slot of the dropped one, which no query attends to until then.
+        """
+        return current._replace(length=jnp.where(keep_previous, previous.length, current.length))
 
     def state_axes(self) -> KVCache:
         """Return the logical axes of the arrays of a cache."""
@@ -162,6 +167,24 @@ class Attention(MultiHeadLayer):
         check_array("state.keys", state.keys, "B H S K", dtypes, sizes)
         check_array("state.values", state.values, "B H S V", dtypes, sizes)
         check_array("state.length", state.length, "B", INTEGER, sizes)
+
+
+def _check(config: ModelConfig) -> None:
+    if not 1 <= (context := int(config.mixer_options["context"])) < 2**31:
+        reject_option("context", context, "at least 1 and below 2**31")
+    if config.key_dim // config.num_heads % 2:
+        raise UserError(
+            f"--config.model.key_dim={config.key_dim} is invalid: expected an even number for each "
+            f"of model.num_heads={config.num_heads} with attention, whose rotary embedding takes "
+            "pairs of channels"
+        )
+
+
+@register_mixer("attention", options={"context": 1024}, mesh_axes=MESH_AXES, check=_check)
+def attention(config: ModelConfig, *, rngs: nnx.Rngs) -> Attention:
+    """Return the attention of a model; its option ``context`` is the sliding window in tokens."""
+    context = int(config.mixer_options["context"])
+    return Attention(context=context, rngs=rngs, **multi_head_options(config))
 
 
 def _positions(

@@ -6,9 +6,28 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.models.layers import Dense, fused_dense
+from simplernn_jax.config import ModelConfig
+from simplernn_jax.models.layers import Dense, fused_dense, kernel_init
 from simplernn_jax.ops.checks import FLOATING, check_array
 from simplernn_jax.ops.rms_norm import rms_norm
+
+
+def multi_head_options(config: ModelConfig) -> dict[str, Any]:
+    """Return the arguments of a mixer of this model: outside of plain blocks, without biases, and
+    with a norm per head and an output gate.
+    """
+    options: dict[str, Any] = {
+        "hidden_dim": config.hidden_dim,
+        "key_dim": config.key_dim,
+        "value_dim": config.value_dim,
+        "output_dim": config.hidden_dim,
+        "num_heads": config.num_heads,
+        "kernel_init": kernel_init(config),
+        "dtype": jnp.dtype(config.precision),
+    }
+    if config.block != "plain":
+        options |= {"use_bias": False, "output_norm": True, "output_gate": True}
+    return options
 
 
 class MultiHeadLayer(nnx.Module):

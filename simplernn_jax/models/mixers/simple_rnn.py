@@ -1,6 +1,5 @@
 """SimpleRNN: a Flax RNN cell for one token, and a layer for a sequence."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,13 +7,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplernn_jax.array_types import Activations, LogicalAxes, Outputs, RecurrentState, SegmentIds
-from simplernn_jax.models.multi_head import MultiHeadLayer
-from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
+from simplernn_jax.config import ModelConfig
+from simplernn_jax.models.mixers.multi_head import MultiHeadLayer, multi_head_options
+from simplernn_jax.models.mixers.token_mixer import ZeroStateMixer, register_mixer, reject_option
+from simplernn_jax.ops import recurrent_step
 from simplernn_jax.ops.checks import FLOATING, accumulator_dtype, check_array, check_segment_ids
+from simplernn_jax.ops.gated_linear_recurrence import METHODS
+from simplernn_jax.parallel.mesh import AXES
 from simplernn_jax.parallel.sequence import sharded_recurrence
 
-Recurrence = Callable[..., tuple[jax.Array, RecurrentState]]
-"""`gated_linear_recurrence`, or a partial application of it."""
+GATE_BIAS_RANGE = (1.0, 6.0)
+"""Initial gate biases in normalized blocks, spread over the key channels: half-lives of about 2 to
+280 tokens."""
 
 
 class SimpleRNNCell(MultiHeadLayer, nnx.RNNCellBase):
@@ -117,7 +121,7 @@ class SimpleRNNCell(MultiHeadLayer, nnx.RNNCellBase):
         return 1
 
 
-class SimpleRNN(nnx.Module):
+class SimpleRNN(ZeroStateMixer):
     """`SimpleRNNCell` over a sequence, with the recurrence in one operation."""
 
     def __init__(
@@ -129,20 +133,20 @@ class SimpleRNN(nnx.Module):
         num_heads: int = 1,
         *,
         rngs: nnx.Rngs,
-        recurrence: Recurrence = gated_linear_recurrence,
+        method: str = "auto",
         **options: Any,
     ):
         """Initialize the cell.
 
         Args:
           hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs: see `SimpleRNNCell`.
-          recurrence: implementation, with the signature of `gated_linear_recurrence`.
+          method: argument of `gated_linear_recurrence`.
           **options: the other arguments of `SimpleRNNCell`.
 
         Raises:
           ValueError: num_heads does not divide key_dim and value_dim.
         """
-        self.recurrence = recurrence
+        self.method = method
         self.cell = SimpleRNNCell(
             hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs=rngs, **options
         )
@@ -185,6 +189,41 @@ class SimpleRNN(nnx.Module):
             initial_state=state,
             segment_ids=segment_ids,
             state_dtype=self.cell.state_dtype,
-            recurrence=self.recurrence,
+            method=self.method,
         )
         return self.cell.project_outputs(y, output_gate), state
+
+
+def linspace_gate_bias(num_heads: int) -> nnx.Initializer:
+    """Return an initializer: evenly spaced over `GATE_BIAS_RANGE` along the channels of a head."""
+
+    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **_: Any) -> jax.Array:
+        per_head = jnp.linspace(*GATE_BIAS_RANGE, shape[-1] // num_heads, dtype=dtype)
+        return jnp.tile(per_head, num_heads)
+
+    return init
+
+
+def check_method(config: ModelConfig) -> None:
+    """Raise `UserError` for a ``method`` that `gated_linear_recurrence` does not have."""
+    if (method := config.mixer_options["method"]) not in METHODS:
+        reject_option("method", method, f"one of {', '.join(METHODS)}")
+
+
+@register_mixer("simple_rnn", options={"method": "auto"}, mesh_axes=AXES, check=check_method)
+def simple_rnn(config: ModelConfig, *, rngs: nnx.Rngs) -> SimpleRNN:
+    """Return the SimpleRNN of a model: the original one in plain blocks.
+
+    In others its queries are scaled by 1/sqrt(K), and it has a norm per head and an output gate, as
+    in gated linear attention (arXiv:2312.06635, section 4.4).
+    """
+    options = multi_head_options(config)
+    if config.block != "plain":
+        options["query_scale"] = (config.key_dim // config.num_heads) ** -0.5
+        options["gate_bias_init"] = linspace_gate_bias(config.num_heads)
+    return SimpleRNN(
+        state_dtype=jnp.dtype(config.state_precision),
+        method=str(config.mixer_options["method"]),
+        rngs=rngs,
+        **options,
+    )

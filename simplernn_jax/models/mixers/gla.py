@@ -1,10 +1,11 @@
-"""Gated linear attention (GLA): the block of `GLAForCausalLM` of flash-linear-attention.
+"""Gated linear attention (GLA): the mixer of `GLAForCausalLM` of flash-linear-attention.
 
 Source: Yang et al. 2023, arXiv:2312.06635, section 4.4. Where implementations differ
 (initialization, names, constants), this one follows github.com/fla-org/flash-linear-attention,
 except that the short convolutions start as the identity.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,22 +19,38 @@ from simplernn_jax.array_types import (
     RecurrentState,
     SegmentIds,
 )
-from simplernn_jax.config import GATE_RANK, ModelConfig
+from simplernn_jax.config import ModelConfig, Scalar
 from simplernn_jax.models.convolution import ShortConvolution
-from simplernn_jax.models.layers import Dense, RMSNorm, dropout, fused_dense
-from simplernn_jax.models.multi_head import MultiHeadLayer
-from simplernn_jax.models.simple_rnn import Recurrence
+from simplernn_jax.models.layers import Dense, RMSNorm, kernel_init
+from simplernn_jax.models.mixers.multi_head import MultiHeadLayer
+from simplernn_jax.models.mixers.simple_rnn import check_method
+from simplernn_jax.models.mixers.token_mixer import ZeroStateMixer, register_mixer, reject_option
 from simplernn_jax.named_leaves import tuple_with_names
-from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
-from simplernn_jax.ops.matmul import merge_tokens
+from simplernn_jax.parallel.mesh import AXES
 from simplernn_jax.parallel.sequence import sharded_recurrence
 
 GATE_LOGIT_NORMALIZER = 16
 """Divisor of the forget gates' logarithms; the paper's temperature tau."""
 
-INITIALIZER_STD = 0.02
-"""Standard deviation of the initial embeddings and kernels."""
+GATE_RANK = 16
+"""Rank of the projection to forget gates."""
+
+OPTIONS: dict[str, Scalar] = {"min_log_gate": 0.0, "short_convolution": 0, "method": "auto"}
+"""``min_log_gate``: lower bound of the logarithms of forget gates, negative; 0 disables it.
+``short_convolution``: width in tokens, the current one included, of the short convolutions of
+queries, keys and values; 0 disables them. ``method``: argument of `gated_linear_recurrence`."""
+
+
+def _check(config: ModelConfig) -> None:
+    check_method(config)
+    floor = float(config.mixer_options["min_log_gate"])
+    width = int(config.mixer_options["short_convolution"])
+    if not -math.inf < floor <= 0:
+        reject_option("min_log_gate", floor, "negative, or 0 for no lower bound: gates are below 1")
+    if width != 0 and not 2 <= width <= 1024:
+        allowed = "0 for none, or from 2 to 1024: a token and earlier ones"
+        reject_option("short_convolution", width, allowed)
 
 
 @tuple_with_names
@@ -55,7 +72,7 @@ class GLAState(NamedTuple):
 
     recurrent: RecurrentState
     """``[B, H, K, V]``, in the state's dtype."""
-    recent: QKVConvStates | None
+    convolutions: QKVConvStates | None
     """None without short convolutions."""
 
 
@@ -112,7 +129,8 @@ class QKVConvolutions(nnx.Module):
         return self.query, self.key, self.value
 
 
-class GatedLinearAttention(MultiHeadLayer):
+@register_mixer("gla", options=OPTIONS, mesh_axes=AXES, check=_check)
+class GatedLinearAttention(MultiHeadLayer, ZeroStateMixer):
     """GLA token mixer; of its projections only `gate_up_proj` has a bias.
 
     Per head, with K = key_dim / num_heads and V = value_dim / num_heads::
@@ -125,28 +143,20 @@ class GatedLinearAttention(MultiHeadLayer):
     W_1 has `GATE_RANK` rows. ``conv`` is a `ShortConvolution` with silu, or the identity.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        rngs: nnx.Rngs,
-        recurrence: Recurrence = gated_linear_recurrence,
-    ):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """Initialize the parameters.
 
         Args:
-          config: sizes, precisions, convolution and gate; see `ModelConfig`.
+          config: sizes, precisions and all `OPTIONS`; see `ModelConfig`.
           rngs: source of initial values.
-          recurrence: implementation, with the signature of `gated_linear_recurrence`.
 
         Raises:
           ValueError: num_heads does not divide key_dim and value_dim.
         """
-        init = nnx.initializers.normal(INITIALIZER_STD)
         sizes = (config.hidden_dim, config.key_dim, config.value_dim, config.hidden_dim)
         options: dict[str, Any] = {
             "rngs": rngs,
-            "kernel_init": init,
+            "kernel_init": kernel_init(config),
             "use_bias": False,
             "dtype": jnp.dtype(config.precision),
         }
@@ -155,47 +165,47 @@ class GatedLinearAttention(MultiHeadLayer):
         options |= {"use_bias": True, "bias_init": nnx.initializers.zeros_init()}
         self.gate_up_proj = Dense(GATE_RANK, config.key_dim, ("rank", "heads"), **options)
         self.head_norm = RMSNorm(config.value_dim // config.num_heads, config.norm_epsilon)
-        width = config.short_convolution
+        width = int(config.mixer_options["short_convolution"])
         self.convolutions = (
             QKVConvolutions(width, config.key_dim, config.value_dim) if width else None
         )
-        self.min_log_gate = config.min_log_gate
+        self.min_log_gate = float(config.mixer_options["min_log_gate"])
         # None: the default dtype, float32 (float64 under x64).
         state_dtype = jnp.dtype(config.state_precision)
         self.state_dtype = None if state_dtype == jnp.float32 else state_dtype
-        self.recurrence = recurrence
+        self.method = str(config.mixer_options["method"])
 
     def initial_state(self, batch_size: int) -> GLAState:
         """Return zeros: ``[B, H, K, V]`` in the state dtype, and those of the convolutions."""
         heads = self.num_heads
         shape = (batch_size, heads, self.key_dim // heads, self.value_dim // heads)
-        recent = None if self.convolutions is None else self.convolutions.initial_state(batch_size)
-        return GLAState(jnp.zeros(shape, self.state_dtype), recent)
+        conv = None if self.convolutions is None else self.convolutions.initial_state(batch_size)
+        return GLAState(jnp.zeros(shape, self.state_dtype), conv)
 
     def state_axes(self) -> GLAState:
         """Return the logical axes of the arrays of the state."""
         recurrent: Any = LogicalAxes("batch", "heads")
-        recent = None if self.convolutions is None else self.convolutions.state_axes()
-        return GLAState(recurrent, recent)
+        conv = None if self.convolutions is None else self.convolutions.state_axes()
+        return GLAState(recurrent, conv)
 
     def project(
-        self, x: Activations, recent: QKVConvStates | None, segment_ids: SegmentIds | None
+        self, x: Activations, conv_states: QKVConvStates | None, segment_ids: SegmentIds | None
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None, QKVConvStates | None]:
         """Project ``[B, T, hidden_dim]`` to the inputs of the recurrence and of `project_outputs`.
 
         Returns (q, k, v, log_gate), each ``[B, T, H, K or V]`` float32 (float64 if `dtype` is), the
         pre-activation of the output gate, and the next state of the convolutions, which start from
-        zero if `recent` is None.
+        zero if `conv_states` is None.
         """
         heads, output_gate = self.project_inputs(x)
         if self.convolutions is not None:
-            heads, recent = self.convolutions(heads, recent, segment_ids)
+            heads, conv_states = self.convolutions(heads, conv_states, segment_ids)
         q, k, v = heads
         logits = self.gate_up_proj(self.gate_down_proj(x)).reshape(k.shape)
         log_gate = jax.nn.log_sigmoid(logits) / GATE_LOGIT_NORMALIZER
         if self.min_log_gate:
             log_gate = jnp.maximum(log_gate, self.min_log_gate)
-        return (q * q.shape[-1] ** -0.5, k, v, log_gate), output_gate, recent
+        return (q * q.shape[-1] ** -0.5, k, v, log_gate), output_gate, conv_states
 
     def project_outputs(self, y: jax.Array, output_gate: jax.Array | None) -> jax.Array:
         """Apply the head norm, then gate and project as the base class.
@@ -230,8 +240,8 @@ class GatedLinearAttention(MultiHeadLayer):
         check_segment_ids(segment_ids, sizes)
         if state is not None:
             self._check_structure(state)
-        recurrent, recent = (None, None) if state is None else state
-        inputs, output_gate, recent = self.project(x, recent, segment_ids)
+        recurrent, conv_states = (None, None) if state is None else state
+        inputs, output_gate, conv_states = self.project(x, conv_states, segment_ids)
         if state is not None:
             sizes = {"B": x.shape[0], "H": inputs[0].shape[2], "K": inputs[0].shape[3]}
             sizes["V"] = inputs[2].shape[3]
@@ -241,89 +251,14 @@ class GatedLinearAttention(MultiHeadLayer):
             initial_state=recurrent,
             segment_ids=segment_ids,
             state_dtype=self.state_dtype,
-            recurrence=self.recurrence,
+            method=self.method,
         )
-        return self.project_outputs(y, output_gate), GLAState(recurrent, recent)
+        return self.project_outputs(y, output_gate), GLAState(recurrent, conv_states)
 
     def _check_structure(self, state: Any) -> None:
         if not isinstance(state, GLAState):
             raise TypeError(f"state: expected a GLAState; got {type(state).__name__}")
-        if (state.recent is None) != (self.convolutions is None):
+        if (state.convolutions is None) != (self.convolutions is None):
             expected = "None" if self.convolutions is None else "QKVConvStates"
-            found = type(state.recent).__name__
-            raise TypeError(f"state.recent: expected {expected}; got {found}")
-
-
-class GLABlock(nnx.Module):
-    """Pre-norm block: h = x + mixer(norm(x)), n = norm(h), h + W_down(silu(W_gate n) * W_up n).
-
-    The MLP is SwiGLU (arXiv:2002.05202).
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        rngs: nnx.Rngs,
-        recurrence: Recurrence = gated_linear_recurrence,
-    ):
-        """Initialize the parameters."""
-        self.mixer_norm = RMSNorm(config.hidden_dim, config.norm_epsilon)
-        self.mixer = GatedLinearAttention(config, rngs=rngs, recurrence=recurrence)
-        self.mlp_norm = RMSNorm(config.hidden_dim, config.norm_epsilon)
-        options: dict[str, Any] = {
-            "rngs": rngs,
-            "kernel_init": nnx.initializers.normal(INITIALIZER_STD),
-            "use_bias": False,
-            "dtype": jnp.dtype(config.precision),
-        }
-        sizes = (config.hidden_dim, config.mlp_dim, ("embed", "mlp"))
-        self.mlp_gate = Dense(*sizes, **options)
-        self.mlp_up = Dense(*sizes, **options)
-        self.mlp_down = Dense(
-            config.mlp_dim, config.hidden_dim, ("mlp", "embed"), row_parallel=True, **options
-        )
-        self.dropout_rate = config.dropout
-
-    def initial_state(self, batch_size: int) -> GLAState:
-        """Return the zero state of the mixer."""
-        return self.mixer.initial_state(batch_size)
-
-    def state_axes(self) -> GLAState:
-        """Return the logical axes of the arrays of the state."""
-        return self.mixer.state_axes()
-
-    def __call__(
-        self,
-        x: Activations,
-        state: GLAState | None,
-        segment_ids: SegmentIds | None,
-        dropout_key: jax.Array | None = None,
-    ) -> tuple[Activations, GLAState]:
-        """Apply the block to a sequence.
-
-        Args:
-          x: ``[B, T, hidden_dim]``.
-          state: before the first token; None starts from zero.
-          segment_ids: ``[B, T]``; a change of id resets the state to zero.
-          dropout_key: PRNG key of dropout; None disables it.
-
-        Returns:
-          ``[B, T, hidden_dim]`` float32 and the state after the last token.
-
-        Raises:
-          ValueError: wrong ranks, or a state or segment ids inconsistent with `x` or this block.
-          TypeError: wrong dtypes, or a state that is not a `GLAState`.
-        """
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        y, state = self.mixer(self.mixer_norm(x), state, segment_ids)
-        x = x + dropout(y, self.dropout_rate, keys[0])
-        hidden = self.mlp_norm(merge_tokens(x))
-        gate, up = fused_dense(hidden, [self.mlp_gate, self.mlp_up])
-        y = self.mlp_down(_swiglu(gate, up)).reshape(x.shape)
-        return x + dropout(y, self.dropout_rate, keys[1]), state
-
-
-@jax.checkpoint  # gate and up are saved in any case; the backward pass recomputes silu
-def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate) * up
+            found = type(state.convolutions).__name__
+            raise TypeError(f"state.convolutions: expected {expected}; got {found}")

@@ -1,0 +1,235 @@
+"""What the rest of the program knows of a token mixer, and the mixers by name.
+
+A mixer is one class in one file, registered under the name that ``model.mixer`` gives it; see
+docs/architecture.md for an example. Everything below `TokenMixer.__call__` has a default that is
+right for any mixer.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool
+
+from simplernn_jax.array_types import Activations, LogicalAxes, SegmentIds
+from simplernn_jax.config import ModelConfig, Scalar
+from simplernn_jax.errors import UserError, nearest_name, one_line
+from simplernn_jax.files import import_file
+from simplernn_jax.ops.primitive import vary_like
+from simplernn_jax.ops.segments import select_sequences
+
+
+class TokenMixer(nnx.Module):
+    """Base class of the layers that mix the tokens of a sequence.
+
+    A subclass is constructed with ``(config: ModelConfig, *, rngs: nnx.Rngs)``. Its parameters are
+    `nnx.Param`; those of `models.layers` are sharded over a mesh, others are replicated.
+    """
+
+    def initial_state(self, batch_size: int) -> Any:
+        """Return the state before the first token: a pytree of arrays, their first axis B."""
+        raise NotImplementedError
+
+    def __call__(
+        self, x: Activations, state: Any, segment_ids: SegmentIds | None = None
+    ) -> tuple[Activations, Any]:
+        """Mix the tokens of a sequence, causally.
+
+        A sequence in one call or in several, each with the state of the one before, gives the same
+        result up to rounding.
+
+        Args:
+          x: ``[B, T, D]``.
+          state: before the first token, as `initial_state` or an earlier call returned it.
+          segment_ids: ``[B, T]``; where the id changes, the state is the initial one again. `state`
+            belongs to the first token's segment. None: all tokens are of one segment.
+
+        Returns:
+          ``[B, T, D]``, and the state after the last token.
+        """
+        raise NotImplementedError
+
+    def mix(
+        self, x: Activations, state: Any | None, segment_ids: SegmentIds | None
+    ) -> tuple[Activations, Any]:
+        """Call the mixer; None is the initial state. Mixers may override it to avoid the zeros."""
+        if state is None:
+            state = jax.tree.map(lambda s: vary_like(s, x), self.initial_state(x.shape[0]))
+        return self(x, state, segment_ids)
+
+    def reset(self, state: Any, where: Bool[Array, "B"]) -> Any:
+        """Return the initial state for the sequences `where`, `state` for the others."""
+        initial = self.initial_state(where.shape[0])
+        return jax.tree.map(lambda new, old: select_sequences(where, new, old), initial, state)
+
+    def select(self, keep_previous: Bool[Array, "B"], previous: Any, current: Any) -> Any:
+        """Return `previous` for the sequences `keep_previous`, else `current`, one token later."""
+        return jax.tree.map(
+            lambda old, new: select_sequences(keep_previous, old, new), previous, current
+        )
+
+    def state_axes(self) -> Any:
+        """Return the `LogicalAxes` of each array of the state, in its structure."""
+        return jax.tree.map(
+            lambda _: LogicalAxes("batch"), jax.eval_shape(lambda: self.initial_state(1))
+        )
+
+
+class ZeroStateMixer(TokenMixer):
+    """A mixer whose initial state is zero, also of a shard of its heads: it handles None itself."""
+
+    def mix(
+        self, x: Activations, state: Any | None, segment_ids: SegmentIds | None
+    ) -> tuple[Activations, Any]:
+        """See `TokenMixer.mix`."""
+        return self(x, state, segment_ids)
+
+    def reset(self, state: Any, where: Bool[Array, "B"]) -> Any:
+        """See `TokenMixer.reset`."""
+        return jax.tree.map(lambda leaf: select_sequences(where, 0, leaf), state)
+
+
+MakeMixer = Callable[..., TokenMixer]
+"""A subclass of `TokenMixer`, or a function that returns a mixer: ``(config, *, rngs)``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    """A mixer and what is known of it before it is constructed; see `register_mixer`."""
+
+    make: MakeMixer
+    options: Mapping[str, Scalar] | None
+    mesh_axes: tuple[str, ...]
+    check: Callable[[ModelConfig], None]
+
+
+_registry: dict[str, Registered] = {}
+_Make = TypeVar("_Make", bound=MakeMixer)
+
+
+def register_mixer(
+    name: str,
+    *,
+    options: Mapping[str, Scalar] | None = None,
+    mesh_axes: tuple[str, ...] = ("data", "fsdp"),
+    check: Callable[[ModelConfig], None] = lambda config: None,
+) -> Callable[[_Make], _Make]:
+    """Register a mixer, to be chosen by ``model.mixer = name``; a decorator of its class.
+
+    Args:
+      name: a Python identifier.
+      options: names and defaults of its options. ``config.mixer_options`` of the constructor holds
+        a value for each of them; another name or type is rejected. None: any scalars.
+      mesh_axes: axes of the device mesh that it supports. Data parallelism and FSDP need nothing
+        of a mixer; over ``tensor`` it has a shard of the heads, over ``sequence`` one of the
+        tokens, and over ``pipeline`` its parameters are stacked.
+      check: raises `UserError` for a configuration that the mixer cannot have.
+
+    Raises:
+      ValueError: the name is no identifier, or a mixer from another file has it.
+    """
+    if not name.isidentifier():
+        raise ValueError(f"{name=}: must be an identifier, as in Python")
+
+    def register(make: _Make) -> _Make:
+        known = _registry.get(name)
+        if known is not None and _source(known.make) != _source(make):
+            raise ValueError(f"mixer {name!r} is already registered; choose another name")
+        _registry[name] = Registered(make, options, mesh_axes, check)
+        return make
+
+    return register
+
+
+def _source(make: Callable[..., Any]) -> tuple[str, str]:
+    """Return file and name, which a module that is imported again has too."""
+    return inspect.getsourcefile(make) or "", make.__qualname__
+
+
+def find_mixer(name: str) -> Registered:
+    """Return a registered mixer; raises `UserError` for an unknown name."""
+    if name not in _registry:
+        raise UserError(
+            f"--config.model.mixer={name!r} is invalid: expected one of "
+            f"{', '.join(sorted(_registry))}{nearest_name(name, _registry)}; name the file of "
+            "a mixer of your own by --plugin (load_model: plugin)"
+        )
+    return _registry[name]
+
+
+PLUGINS: dict[str, None] = {}
+"""What `load_plugin` has imported in this process, in order, for processes that it starts."""
+
+
+def load_plugin(plugin: str | os.PathLike[str]) -> None:
+    """Import a user's module, which registers mixers.
+
+    Args:
+      plugin: path of a Python file, or name of a module that can be imported.
+
+    Raises:
+      UserError: it does not exist, or its code raises.
+    """
+    text = os.fspath(plugin)
+    PLUGINS[text] = None
+    if text.endswith(".py") or os.sep in text:
+        import_file(text, "--plugin", f"simplernn_plugin_{Path(text).stem}")
+        return
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        importlib.import_module(text)
+    except (Exception, SystemExit) as error:
+        kind = type(error).__name__
+        raise UserError(
+            f"--plugin={text}: {kind}: {one_line(str(error))}; specify a Python file, or a module "
+            "that can be imported"
+        ) from error
+    finally:
+        sys.path.remove(folder)
+
+
+def make_mixer(name: str, config: ModelConfig, *, rngs: nnx.Rngs) -> TokenMixer:
+    """Construct a mixer, with a value for each of its options in ``config.mixer_options``."""
+    return find_mixer(name).make(complete_options(name, config), rngs=rngs)
+
+
+def complete_options(name: str, config: ModelConfig) -> ModelConfig:
+    """Return `config` with exactly the options of a mixer, defaults where none is given."""
+    options = find_mixer(name).options
+    if options is None:
+        return config
+    given = {key: config.mixer_options[key] for key in options if key in config.mixer_options}
+    return dataclasses.replace(config, mixer_options={**options, **given})
+
+
+def reject_option(name: str, value: Scalar, allowed: str) -> NoReturn:
+    """Raise the `UserError` for an option's value."""
+    raise UserError(f"--config.model.mixer_options={name}={value} is invalid: expected {allowed}")
+
+
+def check_mixers(config: ModelConfig) -> None:
+    """Check names and options of the mixers; raises `UserError`."""
+    mixers = {name: find_mixer(name) for name in config.mixers}
+    for key, value in config.mixer_options.items():
+        defaults = [
+            mixer.options[key] if mixer.options is not None else value
+            for mixer in mixers.values()
+            if mixer.options is None or key in mixer.options
+        ]
+        if not defaults:
+            known = sorted({name for mixer in mixers.values() for name in mixer.options or ()})
+            allowed = f"an option of {' or '.join(mixers)}{nearest_name(key, known)}"
+            reject_option(key, value, f"{allowed}; there are {', '.join(known) or 'none'}")
+        for default in defaults:
+            if type(value) is not type(default) and (type(default), type(value)) != (float, int):
+                reject_option(key, value, f"of type {type(default).__name__}")
+    for name, mixer in mixers.items():
+        mixer.check(complete_options(name, config))
