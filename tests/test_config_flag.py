@@ -141,7 +141,10 @@ OVERRIDES = [
     ("train.steps=-5", "--config.train.steps=-5 is invalid"),
     ("model.mixer=attention,rnn,attention,attention", "--config.model.mixer='rnn' is invalid"),
     ("optimizer.beta1=x", "--config.optimizer.beta1=x: not a number"),
-    ("model.mixer_options=method", "--config.model.mixer_options=method: 'method': expected name=value"),
+    (
+        "model.mixer_options=method",
+        "--config.model.mixer_options=method: 'method': expected name=value",
+    ),
     ("model.tie_embeddings=maybe", "tie_embeddings=maybe: neither true nor false"),
 ]
 FILES = [

@@ -3,7 +3,7 @@
 Commands run as written, in a folder whose configurations and texts are small and which has a
 trained ``runs/base``; one that is on several pages runs once. An HTML comment before a block says
 otherwise: ``<!-- not run: reason -->`` has only its scripts, flags, extras and imports checked,
-``<!-- devices: N -->`` simulates N devices.
+``<!-- devices: N -->`` simulates N devices; ``<!-- file: NAME -->`` is written to a file, not run.
 """
 
 import ast
@@ -29,7 +29,7 @@ from simplernn_jax.serving.openapi import openapi_document
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_CODE = {"math", "text", "{note}", "{eval-rst}", "{literalinclude}", "{toctree}"}
 """Fences that Sphinx renders."""
-MARK = re.compile(r"<!-- (not run|devices): (.+?) -->", re.DOTALL)
+MARK = re.compile(r"<!-- (not run|devices|file): (.+?) -->", re.DOTALL)
 
 SMALL = """
 
@@ -77,6 +77,7 @@ class Block:
     text: str
     not_run: str = ""
     devices: int = 0
+    file: str = ""
 
     def __str__(self):
         return f"{self.page}:{self.line}"
@@ -313,7 +314,9 @@ def test_blocks_run(page, project, monkeypatch):
     for block in ALL_BLOCKS:
         if block.page != page or block.not_run:
             continue
-        if block.language == "python":
+        if block.file:
+            (project / block.file).write_text(block.text)
+        elif block.language == "python":
             # Lines are those of the page, for tracebacks.
             exec(compile("\n" * block.line + block.text, str(ROOT / page), "exec"), names)
         else:

@@ -1,6 +1,7 @@
-"""The gla block everywhere else: training, meshes, serving, explaining, its published size."""
+"""Mixers in the whole program: gla, and the example of docs/architecture.md, from outside."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from meshes import compile_step, distance, first_state, mesh_of, run_steps
-from processes import run_scripts
+from processes import ROOT, run_scripts
 from small_runs import (
     newest_checkpoint,
     random_batch,
@@ -20,12 +21,15 @@ from small_runs import (
 
 from configs import gla_340m
 from simplernn_jax import load_model
+from simplernn_jax.analysis import find_mixers
 from simplernn_jax.analysis.decomposition import decompose_layers, is_exact
 from simplernn_jax.config import validate
 from simplernn_jax.errors import UserError
+from simplernn_jax.export.formats import check_architecture
 from simplernn_jax.inference import generate, generate_text
-from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.language_model import abstract_model
+from simplernn_jax.models import LanguageModel, register_mixer
+from simplernn_jax.models.language_model import abstract_model, check_mesh
+from simplernn_jax.models.mixers.token_mixer import find_mixer, load_plugin
 from simplernn_jax.parallel.layer_layout import in_layout_of
 from simplernn_jax.parallel.mesh import check_fits
 from simplernn_jax.serving.decoder import Decoder
@@ -44,17 +48,49 @@ SIZES = {
     "mixer_options": {"short_convolution": 4, "min_log_gate": -0.06},
     "norm_epsilon": 1e-5,
 }
-MESHES = {
-    "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
-    "fsdp 2, sequence 2, tensor 2": {"fsdp": 2, "sequence": 2, "tensor": 2},
-    "sequence 4": {"sequence": 4},
-    "stage 2, tensor 2": {"stage": 2, "tensor": 2},
+MESHES = (
+    "data 2, fsdp 2, tensor 2",
+    "fsdp 2, sequence 2, tensor 2",
+    "sequence 4",
+    "stage 2, tensor 2",
+)
+DECAY = {
+    "mixer": "decay",
+    "mixer_options": {"half_life": 3.0},
+    "hidden_dim": 8,
+    "mlp_dim": 14,
+    "num_layers": 2,
 }
 BATCH, LENGTH, VOCAB = 4, 24, 12
 
 
-def gla_config(**fields):
-    return small_config("swiglu", **SIZES | fields)
+@pytest.fixture(scope="module", autouse=True)
+def plugin(tmp_path_factory):
+    """The example as a file, which this process has imported."""
+    path = tmp_path_factory.mktemp("plugin") / "decay.py"
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    path.write_text(re.search(r"<!-- file: decay.py -->\n```python\n(.*?)```", page, re.DOTALL)[1])
+    load_plugin(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def usual_promotion(request):
+    """JAX as users have it, for the code of the example."""
+    if "decay" not in request.node.name:
+        yield
+        return
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def config_of(mixer, **fields):
+    if mixer == "gla":
+        return small_config("swiglu", **SIZES | fields)
+    return small_config("residual", **DECAY | fields)
+
+
+gla_config = functools.partial(config_of, "gla")
 
 
 def make_batch(seed):
@@ -62,14 +98,19 @@ def make_batch(seed):
     return random_batch(seed, BATCH, LENGTH, VOCAB, np.linspace(0, 0.3, BATCH)[:, None])
 
 
+def axes_of(mesh_name):
+    return {axis: int(size) for axis, size in map(str.split, mesh_name.split(", "))}
+
+
 @functools.cache
-def three_steps(mesh_name=None, **fields):
+def three_steps(mixer, mesh_name=None, **fields):
     """Losses and last state of three steps in float64 with a carried state."""
     sizes = {"vocab_size": VOCAB, "batch_size": BATCH, "sequence_length": LENGTH}
-    stages = MESHES[mesh_name].get("stage", 1) if mesh_name else 1
-    config = gla_config(**sizes | {"learning_rate": 1e-3, "stage": stages} | fields)
+    sizes_of_mesh = {} if mesh_name is None else axes_of(mesh_name)
+    stages = sizes_of_mesh.get("stage", 1)
+    config = config_of(mixer, **sizes | {"learning_rate": 1e-3, "stage": stages} | fields)
     config.model.precision = "float64"  # for tests: `validate` knows nothing of it
-    mesh = None if mesh_name is None else mesh_of(**MESHES[mesh_name])
+    mesh = mesh_of(**sizes_of_mesh) if sizes_of_mesh else None
     optimizer = make_optimizer(config.optimizer, 100, mesh)
     config.mesh.stage = 1
     state = first_state(config, optimizer)
@@ -80,13 +121,17 @@ def three_steps(mesh_name=None, **fields):
 
 @pytest.mark.fewer_cases
 @pytest.mark.parametrize(
-    ("mesh_name", "mode"),
-    [(name, "window" if name == "sequence 4" else "stream") for name in MESHES],
+    ("mixer", "mesh_name", "mode"),
+    [
+        *(("gla", name, "window" if name == "sequence 4" else "stream") for name in MESHES),
+        ("decay", "data 2", "stream"),
+        ("decay", "fsdp 2", "stream"),
+    ],
 )
-def test_steps_on_a_mesh_equal_one_device(mesh_name, mode):
+def test_steps_on_a_mesh_equal_one_device(mixer, mesh_name, mode):
     with jax.enable_x64(True):
-        losses, state = three_steps(mesh_name, mode=mode)
-        expected_losses, expected = three_steps(mode=mode)
+        losses, state = three_steps(mixer, mesh_name, mode=mode)
+        expected_losses, expected = three_steps(mixer, mode=mode)
         np.testing.assert_allclose(losses, expected_losses, rtol=1e-11)
         assert len(set(losses)) == 3
         state = in_layout_of(expected, state)
@@ -103,34 +148,47 @@ def test_a_convolution_wider_than_a_sequence_shard_is_refused():
 
 
 def test_the_rank_of_the_gates_is_sharded_over_fsdp():
-    config = gla_config(hidden_dim=9, batch_size=3)
-    with pytest.raises(UserError, match=r"mesh\.fsdp=3 does not divide 16, the rank of the forget"):
-        check_fits(config, mesh_of(fsdp=3))
+    message = (
+        r"mesh\.fsdp=3 does not divide 16, a size of .* layers\.0\.mixer\.gate_up_proj\.kernel"
+    )
+    with pytest.raises(UserError, match=message):
+        check_mesh(gla_config(hidden_dim=9).model, mesh_of(fsdp=3))
+
+
+def test_a_mixer_rejects_the_mesh_axes_that_it_does_not_support():
+    for axis in ("tensor", "sequence", "stage"):
+        with pytest.raises(
+            UserError, match=rf"mesh\.{axis}=2 is not supported by the mixer 'decay'"
+        ):
+            check_mesh(config_of("decay").model, mesh_of(**{axis: 2}))
 
 
 @pytest.mark.oldest_python
-def test_a_run_resumes_bit_exactly_and_generates(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("mixer", "carried"), [("gla", "convolutions/key"), ("decay", "mixer")]
+)
+def test_a_run_resumes_bit_exactly_and_generates(tmp_path, monkeypatch, plugin, mixer, carried):
     source = write_corpus(tmp_path / "text")
-    config = gla_config(source=source, mode="stream", save_every=5, steps=12, log_every=1)
+    config = config_of(mixer, source=source, mode="stream", save_every=5, steps=12, log_every=1)
     config.model.num_layers = 1
     whole = train(config, str(tmp_path / "whole"))
     with monkeypatch.context() as patch:
         display = stop_after(patch, 7)
         assert train(config, str(tmp_path / "parts")).step == 7
-    assert display.lines[0].startswith("gla model, ")
+    assert f" {mixer} model, " in display.lines[0]
     assert train(config, str(tmp_path / "parts")).step == whole.step == 12
     expected = newest_checkpoint(tmp_path / "whole")
     assert newest_checkpoint(tmp_path / "parts") == expected
-    assert any(name.startswith("carried/0/convolutions/key") for name in expected)
-    model, tokenizer, saved = load_model(str(tmp_path / "parts"))
-    assert saved.model.mixer == "gla"
+    assert any(name.startswith(f"carried/0/{carried}") for name in expected)
+    model, tokenizer, saved = load_model(str(tmp_path / "parts"), plugin=plugin)
+    assert saved.model.mixer == mixer
     assert generate_text(model, tokenizer, ["ab"], max_new_tokens=5)
 
 
-@pytest.fixture(scope="module")
-def model():
+@functools.cache
+def model_of(mixer):
     """Away from its initial values, where convolutions pass the current token alone."""
-    model = LanguageModel(gla_config(vocab_size=31).model, rngs=nnx.Rngs(0))
+    model = LanguageModel(config_of(mixer, vocab_size=31).model, rngs=nnx.Rngs(0))
     random = np.random.default_rng(0)
     for _, param in nnx.iter_graph(model):
         if isinstance(param, nnx.Param):
@@ -140,7 +198,9 @@ def model():
 
 
 @pytest.mark.oldest_python
-def test_the_server_generates_the_same_tokens(model):
+@pytest.mark.parametrize("mixer", ["gla", "decay"])
+def test_the_server_generates_the_same_tokens(mixer):
+    model = model_of(mixer)
     prompt = np.random.default_rng(5).integers(0, 31, 70, np.int32)
     decoder = Decoder(model, num_slots=3, cache_bytes=1 << 22)
     expected = generate(model, [prompt], max_new_tokens=17).sequences()[0].tolist()
@@ -153,7 +213,8 @@ def test_the_server_generates_the_same_tokens(model):
 
 
 @pytest.mark.oldest_python
-def test_the_attention_map_is_exact(model):
+def test_the_attention_map_is_exact():
+    model = model_of("gla")
     tokens = np.random.default_rng(6).integers(0, 31, 27, np.int32)
     _, state = model(jnp.asarray(tokens[None, :9]))
     layers = decompose_layers(model, tokens[9:], state)
@@ -177,6 +238,45 @@ def test_explain(tmp_path):
     lines = result.output.splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == ["layer 1", "layer 2"]
     assert {"explain.html", "half_lives.png", "state_rank.png"} <= {p.name for p in out.iterdir()}
+
+
+def test_only_mixers_of_the_package_are_explained_and_exported_as_programs(tmp_path):
+    with pytest.raises(UserError, match="layer 1 has the mixer Decay, which cannot be explained"):
+        find_mixers(model_of("decay"))
+    with pytest.raises(UserError, match=r"not possible with .* model.mixer='decay'; use safetens"):
+        check_architecture("html", model_of("decay"))
+
+
+def test_a_mixer_is_found_by_its_name():
+    with pytest.raises(UserError, match=r"'dekay' is invalid: .* did you mean 'decay'\?.*--plugin"):
+        find_mixer("dekay")
+    with pytest.raises(ValueError, match="'gla' is already registered"):
+        register_mixer("gla")(lambda config, rngs: None)
+    with pytest.raises(ValueError, match="must be an identifier"):
+        register_mixer("a,b")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 / 0\n", r"--plugin=.*wrong\.py: line 1: ZeroDivisionError: .*; fix the file"),
+        ("import no_such_module\n", "line 1: ModuleNotFoundError"),
+        ("raise SystemExit(3)\n", "line 1: SystemExit: 3"),
+    ],
+)
+def test_what_is_wrong_in_a_plugin_is_one_line(tmp_path, text, message):
+    (tmp_path / "wrong.py").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_plugin(tmp_path / "wrong.py")
+
+
+def test_a_plugin_that_does_not_exist():
+    with pytest.raises(UserError, match=r"--plugin=/x/y\.py: not a Python file"):
+        load_plugin("/x/y.py")
+    with pytest.raises(
+        UserError, match=r"--plugin=no_such: ModuleNotFoundError: .* that can be imp"
+    ):
+        load_plugin("no_such")
 
 
 def test_the_published_size():
