@@ -127,7 +127,7 @@ class DataConfig(_Fields):
     template: str = ""
     """Chat template, for JSONL of conversations (of OpenAI, ShareGPT or Alpaca): ``roles`` (built
     in), a Jinja file in Hugging Face format, or its text; empty: the records hold text."""
-    loss_on: str = "all"
+    loss_mask: str = "all"
     """Tokens in the loss: ``all``, or those of the ``assistant``'s messages."""
     tokenizer: str = "byte"
     """``byte``, ``char``, ``bpe:SIZE`` (trained on the training split, SIZE ids), a path to a
@@ -223,7 +223,7 @@ class TrainConfig(_Fields):
     eval_tokens: int = 65536
     """Tokens of the validation split scored at each evaluation during training; 0 scores all of
     it. The evaluation at the end always scores all of it."""
-    stop_after_worse: int = 0
+    early_stopping_patience: int = 0
     """Early stopping: consecutive evaluations without a new best validation loss, after which the
     run ends; 0 disables it."""
     save_every: int = 250
@@ -242,11 +242,11 @@ class TrainConfig(_Fields):
     """Tokens generated for each sample."""
     profile_steps: int = 0
     """Steps recorded for TensorBoard's profiler, starting at the third of the process."""
-    backward_window: int = 0
+    bptt_window: int = 0
     """Tokens of a window of back-propagation, which bounds activation memory; divides
     sequence_length; 0 is the whole sequence."""
-    backward: str = "truncated"
-    """``truncated`` stops gradients at window boundaries (truncated BPTT); ``exact`` is full BPTT,
+    bptt: str = "truncated"
+    """``truncated`` stops gradients at window boundaries (truncated BPTT); ``full`` is exact,
     at the cost of a second forward pass."""
     remat: str = "none"
     """Rematerialization: ``none`` stores all residuals; ``block`` stores the input of each layer
@@ -268,10 +268,10 @@ class MeshConfig(_Fields):
     tensor: int = 1
     """Shards of the heads, the MLP and the vocabulary; divides num_heads, mlp_dim, vocab_size."""
     sequence: int = 1
-    """Shards of the time axis; divides backward_window if that is set, else sequence_length."""
-    stage: int = 1
+    """Shards of the time axis; divides bptt_window if that is set, else sequence_length."""
+    pipeline: int = 1
     """Pipeline stages of consecutive layers, whose microbatches are chunks of time; divides
-    num_layers, and backward_window if that is set, else sequence_length; needs sequence=1 and one
+    num_layers, and bptt_window if that is set, else sequence_length; needs sequence=1 and one
     mixer in all layers."""
 
 

@@ -16,11 +16,11 @@ _CHOICES = {
     "model.state_precision": PRECISIONS,
     "data.mode": ("window", "stream", "document"),
     "data.split": ("document", "position"),
-    "data.loss_on": ("all", "assistant"),
+    "data.loss_mask": ("all", "assistant"),
     "data.encoding_errors": ENCODING_ERRORS,
     "optimizer.name": ("adamw", "muon"),
     "train.remat": ("none", "block"),
-    "train.backward": ("truncated", "exact"),
+    "train.bptt": ("truncated", "full"),
 }
 
 _MAX_FLOAT = 3.4e38
@@ -29,7 +29,7 @@ _MIN = {
     **dict.fromkeys(("num_layers", "vocab_size", "hidden_dim", "key_dim", "value_dim"), 1),
     **dict.fromkeys(("num_heads", "mlp_dim", "attention_context"), 1),
     **dict.fromkeys(("batch_size", "sequence_length", "max_expansion"), 1),
-    **dict.fromkeys(("max_skipped_updates", "fsdp", "tensor", "sequence", "stage"), 1),
+    **dict.fromkeys(("max_skipped_updates", "fsdp", "tensor", "sequence", "pipeline"), 1),
     "keep_last": 2,
     **dict.fromkeys(("epsilon", "data"), -_MAX_FLOAT),  # checked by `_check_run`
     **dict.fromkeys(("norm_epsilon", "min_log_gate"), -_MAX_FLOAT),  # checked by `_check_gla`
@@ -144,7 +144,7 @@ def _check_run(values: Mapping[str, Any]) -> None:
 
     length, batch_size = values["data.sequence_length"], values["data.batch_size"]
     stride, mode = values["data.stride"], values["data.mode"]
-    window = values["train.backward_window"]
+    window = values["train.bptt_window"]
     if stride > length:
         allowed = f"at most data.sequence_length={length}, or text between windows is skipped"
         reject("data.stride", allowed)
@@ -158,8 +158,8 @@ def _check_run(values: Mapping[str, Any]) -> None:
         reject("data.cache_dir", "a folder; mount a bucket and use its mount point")
     if not values["data.source"]:
         reject("data.source", "stdlib, a path, a glob or tfds:NAME")
-    if values["data.loss_on"] == "assistant" and not values["data.template"]:
-        reject("data.loss_on", "all without data.template")
+    if values["data.loss_mask"] == "assistant" and not values["data.template"]:
+        reject("data.loss_mask", "all without data.template")
     if values["optimizer.epsilon"] < 1e-30:  # 0 in float32, or nearly
         reject("optimizer.epsilon", "at least 1e-30")
     for field in ("optimizer.beta1", "optimizer.beta2"):
@@ -168,11 +168,11 @@ def _check_run(values: Mapping[str, Any]) -> None:
     if values["train.seed"] >= 2**32:
         reject("train.seed", "in [0, 2**32)")
     is_evaluated = values["train.eval_every"] and values["data.validation_fraction"]
-    if values["train.stop_after_worse"] and not is_evaluated:
+    if values["train.early_stopping_patience"] and not is_evaluated:
         allowed = "0 if train.eval_every or data.validation_fraction is 0: nothing is evaluated"
-        reject("train.stop_after_worse", allowed)
+        reject("train.early_stopping_patience", allowed)
     if window and length % window:
-        reject("train.backward_window", f"a divisor of data.sequence_length={length}")
+        reject("train.bptt_window", f"a divisor of data.sequence_length={length}")
     if batch_size % max(1, values["train.gradient_accumulation"]):
         reject("train.gradient_accumulation", f"a divisor of data.batch_size={batch_size}")
     if values["mesh.data"] < 1 and values["mesh.data"] != -1:
@@ -186,11 +186,11 @@ def _check_pairs(values: Mapping[str, Any]) -> None:
             f"--config.train.steps={steps} and --config.train.epochs={epochs}: "
             "set exactly one of them above 0"
         )
-    stage, sequence = values["mesh.stage"], values["mesh.sequence"]
-    if stage > 1 and sequence > 1:
+    pipeline, sequence = values["mesh.pipeline"], values["mesh.sequence"]
+    if pipeline > 1 and sequence > 1:
         raise UserError(
-            f"--config.mesh.stage={stage} and --config.mesh.sequence={sequence} divide the same "
-            "time axis; set one of them to 1"
+            f"--config.mesh.pipeline={pipeline} and --config.mesh.sequence={sequence} divide the "
+            "same time axis; set one of them to 1"
         )
     precision = values["model.state_precision"]
     if sequence > 1 and precision != "float32":

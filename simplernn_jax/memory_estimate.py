@@ -20,7 +20,7 @@ _EVALUATION_STATE_BYTES = 1 << 28
 _TRAINING_FIELDS = {
     "parameters": "--config.model sizes such as hidden_dim, mlp_dim or vocab_size",
     "activations": "--config.data.batch_size or sequence_length, or set "
-    "--config.train.gradient_accumulation, backward_window or remat",
+    "--config.train.gradient_accumulation, bptt_window or remat",
     "state": "--config.model.key_dim, value_dim, vocab_size or attention_context, or "
     "--config.data.batch_size",
 }
@@ -81,27 +81,27 @@ def check_evaluation(model: ModelConfig, window: int) -> None:
 def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
     """Estimate a train step on one device of a mesh of `sizes`; no automatic microbatches."""
     model, data, train = config.model, config.data, config.train
-    weights = _FLOAT32 * num_weights(model) / (sizes["fsdp"] * sizes["tensor"] * sizes["stage"])
+    weights = _FLOAT32 * num_weights(model) / (sizes["fsdp"] * sizes["tensor"] * sizes["pipeline"])
     moments = 2 if config.optimizer.name == "adamw" else 1
     device_sequences = data.batch_size / (sizes["data"] * sizes["fsdp"])
     sequences = device_sequences / max(1, train.gradient_accumulation)
-    length = (train.backward_window or data.sequence_length) / sizes["sequence"]
+    length = (train.bptt_window or data.sequence_length) / sizes["sequence"]
     # Stages save the inputs of their chunks alone.
-    layers = model.num_layers if sizes["stage"] == 1 else 1
+    layers = model.num_layers if sizes["pipeline"] == 1 else 1
     saved = float(model.hidden_dim)
-    if train.remat == "none" and sizes["stage"] == 1:
+    if train.remat == "none" and sizes["pipeline"] == 1:
         mlp = {"plain": 0, "residual": 1, "gla": 2}[model.block] * model.mlp_dim
         saved += (2 * model.key_dim + model.value_dim + mlp) / sizes["tensor"]
-    widest = _widest(model) / (sizes["tensor"] * sizes["stage"])
+    widest = _widest(model) / (sizes["tensor"] * sizes["pipeline"])
     activations = sequences * length * _item_bytes(model) * (layers * saved + widest)
     batch = device_sequences * data.sequence_length * _TOKEN_BYTES
-    state = sequences * model.vocab_size * _FLOAT32 / (sizes["tensor"] * sizes["stage"])
+    state = sequences * model.vocab_size * _FLOAT32 / (sizes["tensor"] * sizes["pipeline"])
     if data.mode == "stream":
-        state += device_sequences * _state_bytes(model) / (sizes["tensor"] * sizes["stage"])
+        state += device_sequences * _state_bytes(model) / (sizes["tensor"] * sizes["pipeline"])
     elif train.sample_every:
-        state = max(state, _state_bytes(model) / (sizes["tensor"] * sizes["stage"]))
+        state = max(state, _state_bytes(model) / (sizes["tensor"] * sizes["pipeline"]))
     if data.validation_fraction:  # the states before and after a batch, of one sequence at least
-        state = max(state, 2 * _state_bytes(model) / (sizes["tensor"] * sizes["stage"]))
+        state = max(state, 2 * _state_bytes(model) / (sizes["tensor"] * sizes["pipeline"]))
     if "simple_rnn" in model.mixers:
         state = max(state, sequences * _recurrent_state_bytes(model) / sizes["tensor"])
     return Estimate(weights * (1 + moments), max(weights, activations) + batch, state)

@@ -66,8 +66,8 @@ def load(name):
         ("train.seed", 2**32, r"in \[0, 2\*\*32\)"),
         ("train.keep_last", 1, "at least 2"),
         ("train.gradient_accumulation", 5, "a divisor of data.batch_size=16"),
-        ("train.backward_window", 100, "a divisor of data.sequence_length=256"),
-        ("train.backward", "exat", "did you mean 'exact'"),
+        ("train.bptt_window", 100, "a divisor of data.sequence_length=256"),
+        ("train.bptt", "ful", "did you mean 'full'"),
         ("train.remat", "blocks", "did you mean 'block'"),
         ("train.epochs", 3.0, "exactly one of them"),
         ("train.steps", 0, "exactly one of them"),
@@ -86,12 +86,12 @@ def load(name):
         ("model.min_log_gate", -1.0, "expected 0.0 with model.block="),
         ("model.min_log_gate", 0.1, "expected negative, or 0"),
         ("model.tie_embeddings", 1, "of type bool"),
-        ("data.loss_on", "assistant", "expected all without data.template"),
+        ("data.loss_mask", "assistant", "expected all without data.template"),
         ("data.cache_dir", "~nobody-x/tokens", "~USER does not name an existing user"),
         ("data.cache_dir", "~\0", "none holds a NUL character"),
         ("mesh.data", 10**30, r"below 2\*\*31"),
         ("mesh.data", -2, "at least 1, or -1 for the remaining devices"),
-        ("mesh.stage", 0, "at least 1"),
+        ("mesh.pipeline", 0, "at least 1"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(field, value, message):
@@ -104,7 +104,7 @@ def test_a_bad_value_is_refused_by_name(field, value, message):
     ("allowed", "added", "message"),
     [
         ({"stride": 64}, {"mode": "stream"}, "data.stride=64 .* 0 with data.mode="),
-        ({"stage": 2}, {"sequence": 4}, "mesh.stage=2 and .*sequence=4 .* set one of them to 1"),
+        ({"pipeline": 2}, {"sequence": 4}, "pipeline=2 and .*sequence=4 .* set one of them to 1"),
         (
             {"sequence": 2},
             {"state_precision": "bfloat16"},
@@ -120,7 +120,7 @@ def test_a_bad_value_is_refused_by_name(field, value, message):
             "--config.model.key_dim=60 .* an even number for each",
         ),
         *(
-            ({"stop_after_worse": 2}, {field: 0 * value}, "worse=2 .* expected 0 if")
+            ({"early_stopping_patience": 2}, {field: 0 * value}, "patience=2 .* expected 0 if")
             for field, value in (("eval_every", 1), ("validation_fraction", 1.0))
         ),
     ],

@@ -48,7 +48,7 @@ MESHES = {
     "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
     "fsdp 2, sequence 2, tensor 2": {"fsdp": 2, "sequence": 2, "tensor": 2},
     "sequence 4": {"sequence": 4},
-    "stage 2, tensor 2": {"stage": 2, "tensor": 2},
+    "pipeline 2, tensor 2": {"pipeline": 2, "tensor": 2},
 }
 BATCH, LENGTH, VOCAB = 4, 24, 12
 
@@ -66,14 +66,14 @@ def make_batch(seed):
 def three_steps(mesh_name=None, **fields):
     """Losses and last state of three steps in float64 with a carried state."""
     sizes = {"vocab_size": VOCAB, "batch_size": BATCH, "sequence_length": LENGTH}
-    stages = MESHES[mesh_name].get("stage", 1) if mesh_name else 1
-    config = gla_config(**sizes | {"learning_rate": 1e-3, "stage": stages} | fields)
+    stages = MESHES[mesh_name].get("pipeline", 1) if mesh_name else 1
+    config = gla_config(**sizes | {"learning_rate": 1e-3, "pipeline": stages} | fields)
     config.model.precision = "float64"  # for tests: `validate` knows nothing of it
     mesh = None if mesh_name is None else mesh_of(**MESHES[mesh_name])
     optimizer = make_optimizer(config.optimizer, 100, mesh)
-    config.mesh.stage = 1
+    config.mesh.pipeline = 1
     state = first_state(config, optimizer)
-    config.mesh.stage = stages
+    config.mesh.pipeline = stages
     compiled = compile_step(config, optimizer, mesh, state, make_batch(0))
     return run_steps(*compiled, map(make_batch, range(3)))
 

@@ -548,7 +548,7 @@ def test_a_longer_run_is_compared_with_the_end_of_the_shorter_one(tmp_path):
         source=write_corpus(tmp_path / "text"), validation_fraction=0.3, eval_every=10, steps=20
     )
     shorter = train(config, str(tmp_path / "run"))
-    config.train.steps, config.train.stop_after_worse = 400, 1
+    config.train.steps, config.train.early_stopping_patience = 400, 1
     config.optimizer.learning_rate = 0.5
     longer = train(config, str(tmp_path / "run"))
     assert longer.step == 30

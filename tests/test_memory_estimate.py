@@ -23,7 +23,7 @@ from simplernn_jax.training.memory_check import check_train_step
 from simplernn_jax.training.optimizer import make_optimizer
 
 GIGABYTE = 10**9
-ONE = dict.fromkeys(("data", "fsdp", "tensor", "sequence", "stage"), 1)
+ONE = dict.fromkeys(("data", "fsdp", "tensor", "sequence", "pipeline"), 1)
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_a_run_that_fits_is_not_refused(mesh):
     check_training(config, mesh)
     # A sequence of a million tokens takes 4 GB with its gradient in backward spans.
     config.data.batch_size, config.data.sequence_length = 1, 2**20
-    config.train.backward_window, config.train.backward = 2**13, "exact"
+    config.train.bptt_window, config.train.bptt = 2**13, "full"
     assert sum(estimate_training(config, ONE)) < 4 * GIGABYTE
 
 
@@ -135,7 +135,7 @@ def test_xla_analyzes_the_step_if_the_estimate_is_close(mesh, monkeypatch):
 
 def test_stages_save_the_inputs_of_their_chunks_alone():
     config = small_config("residual", num_layers=32, mlp_dim=256, sequence_length=4096)
-    whole, stages = (estimate_training(config, ONE | {"stage": n}).activations for n in (1, 2))
+    whole, stages = (estimate_training(config, ONE | {"pipeline": n}).activations for n in (1, 2))
     # A step on two stages takes a third of what saving all layers would.
     assert stages < whole / 6
 

@@ -17,13 +17,13 @@ from simplernn_jax.config import GATE_RANK, Config, MeshConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.parallel.sequence import min_shard_tokens
 
-AXES = ("data", "fsdp", "tensor", "sequence", "stage")
-"""Mesh axes, from the slowest link to the fastest except `stage`; see `MeshConfig`."""
+AXES = ("data", "fsdp", "tensor", "sequence", "pipeline")
+"""Mesh axes, from the slowest link to the fastest except `pipeline`; see `MeshConfig`."""
 
 BATCH_AXES = ("data", "fsdp")
 """Axes over which the sequences of a batch are sharded."""
 
-TOKEN_AXES = (*BATCH_AXES, "sequence", "stage")
+TOKEN_AXES = (*BATCH_AXES, "sequence", "pipeline")
 """Axes whose devices take the loss of different tokens: losses and gradients are sums over them."""
 
 LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...]] = {
@@ -34,7 +34,7 @@ LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...]] = {
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
-    "layers": "stage",
+    "layers": "pipeline",
 }
 
 
@@ -101,19 +101,19 @@ def check_fits(config: Config, mesh: Mesh) -> None:
     """Raise `UserError` if the mesh does not divide all that it shards; names field and sizes."""
     model, data, sizes = config.model, config.data, mesh.shape
     groups = max(1, config.train.gradient_accumulation)
-    # The tokens of each backward window are sharded.
+    # The tokens of each BPTT window are sharded.
     tokens, time = data.sequence_length, "data.sequence_length"
-    if config.train.backward_window:
-        tokens, time = config.train.backward_window, "train.backward_window"
+    if config.train.bptt_window:
+        tokens, time = config.train.bptt_window, "train.bptt_window"
     for field, value, axes, times in (
         ("data.batch_size", data.batch_size, BATCH_AXES, groups),
-        (time, tokens, ("sequence", "stage"), 1),
+        (time, tokens, ("sequence", "pipeline"), 1),
         ("model.num_heads", model.num_heads, ("tensor",), 1),
         # A plain block has no MLP.
         ("model.mlp_dim", 0 if model.block == "plain" else model.mlp_dim, ("tensor",), 1),
         ("model.vocab_size", model.vocab_size, ("tensor",), 1),
         ("model.hidden_dim", model.hidden_dim, ("fsdp",), 1),
-        ("model.num_layers", model.num_layers, ("stage",), 1),
+        ("model.num_layers", model.num_layers, ("pipeline",), 1),
     ):
         divisor = math.prod(sizes[axis] for axis in axes) * times
         if value % divisor:
@@ -130,12 +130,12 @@ def check_fits(config: Config, mesh: Mesh) -> None:
             "forget gates of --config.model.block=gla; change it"
         )
     kinds = Counter(model.mixers)
-    if sizes["stage"] > 1 and len(kinds) > 1:
+    if sizes["pipeline"] > 1 and len(kinds) > 1:
         found = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
         raise UserError(
-            f"--config.model.mixer={model.mixer!r} cannot be sharded over stage {sizes['stage']}: "
-            f"stages need layers of one kind, and these are {found}; specify one mixer or set "
-            "--config.mesh.stage=1"
+            f"--config.model.mixer={model.mixer!r} cannot be sharded over pipeline "
+            f"{sizes['pipeline']}: stages need layers of one kind, and these are {found}; specify "
+            "one mixer or set --config.mesh.pipeline=1"
         )
     shard = tokens // sizes["sequence"]
     needed = min_shard_tokens(model.short_convolution)

@@ -45,7 +45,7 @@ def choose_microbatches(config: Config, mesh: Mesh | None) -> Config:
         return config
     size, microbatches = config.data.batch_size, 1
     if is_on_cpu(mesh) and not is_distributed(mesh):
-        length = config.train.backward_window or config.data.sequence_length
+        length = config.train.bptt_window or config.data.sequence_length
         divisors = [n for n in range(1, min(size, _MAX_SEQUENCES) + 1) if size % n == 0]
         ratios = {n: abs(math.log(n * length / _MICROBATCH_TOKENS)) for n in [*divisors, size]}
         microbatches = size // min(ratios, key=ratios.__getitem__)

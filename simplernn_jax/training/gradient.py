@@ -40,7 +40,7 @@ def init_model(
         config.model,
         key,
         remat=config.train.remat,
-        stack_layers=config.mesh.stage > 1,
+        stack_layers=config.mesh.pipeline > 1,
         recurrence=recurrence,
     )
 
@@ -59,7 +59,7 @@ def make_grad_fn(config: Config, recurrence: Recurrence = gated_linear_recurrenc
     """Build the loss and gradient function of a batch.
 
     It maps ``(params, batch, carried, rng, step)`` to ``(loss, predictions, gradient, carried)``;
-    `rng` is raw uint32 key data, `step` int32. With ``train.backward_window``, the batch is split
+    `rng` is raw uint32 key data, `step` int32. With ``train.bptt_window``, the batch is split
     by `split_into_windows`; ``train.gradient_accumulation`` 0 means 1. The loss is the mean over
     all predictions, in nats. Inside `jax.shard_map`, arguments and results are this device's
     shards, but loss and predictions are global.
@@ -81,9 +81,9 @@ def make_grad_fn(config: Config, recurrence: Recurrence = gated_linear_recurrenc
         nll = jnp.sum(losses)
         return nll / predictions.astype(nll.dtype), carried
 
-    if not config.train.backward_window:
+    if not config.train.bptt_window:
         microbatch_grad_fn = value_and_grad_with_carry(loss_fn)
-    elif config.train.backward == "truncated":
+    elif config.train.bptt == "truncated":
         microbatch_grad_fn = truncated_bptt(loss_fn)
     else:
         microbatch_grad_fn = value_and_grad_with_carry(remat_windows(loss_fn))
