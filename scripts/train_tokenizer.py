@@ -15,10 +15,10 @@ if __name__ == "__main__":
 from absl import flags
 
 from simplernn_jax import command_line, process_start
-from simplernn_jax.config_flag import define_config_flag
+from simplernn_jax.config_flag import define_config_flag, read_config
 from simplernn_jax.files import check_writable, write_file
 
-_CONFIG = define_config_flag()
+define_config_flag()
 _OUTPUT = flags.DEFINE_string("output", None, "File to write.", required=True)
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     """Train the tokenizer, write it, and print how to use it."""
     from simplernn_jax.data.token_store import train_tokenizer
 
-    config, output = _CONFIG.value, command_line.expand_path(_OUTPUT.value, "output")
+    config, output = read_config(), command_line.expand_path(_OUTPUT.value, "output")
     check_writable(output)
     with process_start.temporary_folder() as folder:
         cache_dir = config.data.cache_dir or folder

@@ -17,7 +17,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from simplernn_jax.config import Config, by_field
-from simplernn_jax.config_flag import check_flag_files, config_is_missing, nearest_flag
+from simplernn_jax.config_flag import nearest_flag, unknown_field
 from simplernn_jax.errors import UserError
 from simplernn_jax.exit_codes import exit_with
 from simplernn_jax.files import read_file
@@ -181,13 +181,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if {"-h", "-help", "--help"} & set(options):
         print(_help())
         sys.exit(0)
-    check_flag_files(options)
     try:
         arguments: list[str] = flags.FLAGS(argv)[1:]
     except flags.UnrecognizedFlagError as error:
         name = error.flagname
         if name.startswith("config.") and "config" in flags.FLAGS:
-            raise config_is_missing() from error
+            raise unknown_field(name.removeprefix("config.")) from error
         fields = by_field(Config()) if "config" in flags.FLAGS else ()
         own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
         known = [f"--config.{field}" for field in fields] + [f"--{flag.name}" for flag in own]

@@ -84,7 +84,7 @@ def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
     weights = _FLOAT32 * num_weights(model) / (sizes["fsdp"] * sizes["tensor"] * sizes["pipeline"])
     moments = 2 if config.optimizer.name == "adamw" else 1
     device_sequences = data.batch_size / (sizes["data"] * sizes["fsdp"])
-    sequences = device_sequences / max(1, train.gradient_accumulation)
+    sequences = device_sequences / (train.gradient_accumulation or 1)
     length = (train.bptt_window or data.sequence_length) / sizes["sequence"]
     # Stages save the inputs of their chunks alone.
     layers = model.num_layers if sizes["pipeline"] == 1 else 1

@@ -20,9 +20,7 @@ from typing import Any
 import atheris
 
 # Before anything else imports the package: bytecode is instrumented when it is loaded.
-with atheris.instrument_imports(
-    include=["simplernn_jax"], exclude=["simplernn_jax.benchmarks"], enable_loader_override=False
-):
+with atheris.instrument_imports(include=["simplernn_jax"], enable_loader_override=False):
     from absl import logging
 
     from simplernn_jax.data.chat_template import TemplateError

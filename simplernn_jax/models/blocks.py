@@ -133,7 +133,7 @@ class ResidualBlock(nnx.Module):
         rngs: nnx.Rngs,
         recurrence: Recurrence = gated_linear_recurrence,
     ):
-        """Initialize the parameters; `mixer` is one of `config_rules.MIXERS`."""
+        """Initialize the parameters; `mixer` is one of `config.MIXERS`."""
         kernel_init = nnx.initializers.normal(1 / math.sqrt(config.hidden_dim))
         common: dict[str, Any] = {"rngs": rngs, "kernel_init": kernel_init, "use_bias": False}
         options = {**_mixer_options(config), **common, "output_norm": True, "output_gate": True}

@@ -68,7 +68,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(config, name) for name in AXES}
     others = math.prod(size for name, size in sizes.items() if name != "data")
-    if sizes["data"] == -1:
+    if sizes["data"] is None:
         sizes["data"] = max(1, len(devices) // others)
     needed = math.prod(sizes.values())
     processes = {device.process_index for device in devices}
@@ -77,7 +77,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         together = f", all of which {len(processes)} processes use" if len(processes) > 1 else ""
         raise UserError(
             f"--config.mesh: {product} = {needed} devices, and there are "
-            f"{len(devices)}{together}; change the sizes, or leave data = -1, which takes the "
+            f"{len(devices)}{together}; change the sizes, or set data to none, which takes the "
             "devices that remain"
         )
     if needed < len(devices):
@@ -100,7 +100,7 @@ def describe(mesh: Mesh) -> str:
 def check_fits(config: Config, mesh: Mesh) -> None:
     """Raise `UserError` if the mesh does not divide all that it shards; names field and sizes."""
     model, data, sizes = config.model, config.data, mesh.shape
-    groups = max(1, config.train.gradient_accumulation)
+    groups = config.train.gradient_accumulation or 1
     # The tokens of each BPTT window are sharded.
     tokens, time = data.sequence_length, "data.sequence_length"
     if config.train.bptt_window:

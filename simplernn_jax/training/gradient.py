@@ -60,7 +60,7 @@ def make_grad_fn(config: Config, recurrence: Recurrence = gated_linear_recurrenc
 
     It maps ``(params, batch, carried, rng, step)`` to ``(loss, predictions, gradient, carried)``;
     `rng` is raw uint32 key data, `step` int32. With ``train.bptt_window``, the batch is split
-    by `split_into_windows`; ``train.gradient_accumulation`` 0 means 1. The loss is the mean over
+    by `split_into_windows`; ``train.gradient_accumulation`` None means 1. The loss is the mean over
     all predictions, in nats. Inside `jax.shard_map`, arguments and results are this device's
     shards, but loss and predictions are global.
     """
@@ -87,7 +87,7 @@ def make_grad_fn(config: Config, recurrence: Recurrence = gated_linear_recurrenc
         microbatch_grad_fn = truncated_bptt(loss_fn)
     else:
         microbatch_grad_fn = value_and_grad_with_carry(remat_windows(loss_fn))
-    sum_grad_fn = accumulate_gradients(microbatch_grad_fn, config.train.gradient_accumulation)
+    sum_grad_fn = accumulate_gradients(microbatch_grad_fn, config.train.gradient_accumulation or 1)
 
     def batch_grad_fn(
         params: nnx.State, batch: Any, carried: ModelState, rng: jax.Array, step: jax.Array
