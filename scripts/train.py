@@ -82,7 +82,7 @@ def main() -> int:
 
 def _train() -> int:
     workdir = command_line.expand_path(_WORKDIR.value, "workdir") if _WORKDIR.value else ""
-    config = read_config(default=_saved_config(workdir))
+    config = read_config(default=_saved_config())
     if not workdir:
         raise UserError("no --workdir: specify a folder for the run, such as --workdir runs/mine")
     from simplernn_jax.compilation_cache import use_compilation_cache
@@ -97,14 +97,15 @@ def _train() -> int:
     return EXIT_INTERRUPTED if result.interrupted_by else 0
 
 
-def _saved_config(workdir: str) -> str:
+def _saved_config() -> str:
     """Return the path of the configuration of an existing run if there is no ``--config``."""
+    workdir = os.path.expanduser(_WORKDIR.value or "")
     if not workdir or flags.FLAGS["config"].value is not None:
         return ""
     path = os.path.join(workdir, "config.json")
     if not (os.path.isfile(path) and os.path.isdir(os.path.join(workdir, "checkpoints"))):
         raise UserError(
-            f"--workdir={_WORKDIR.value}: not a run; check the path, or start a run there with "
+            f"--workdir={workdir}: not a run; check the path, or start a run there with "
             "--config, such as --config configs/base.py"
         )
     logging.info("without --config: the configuration of this run, %s", path)
