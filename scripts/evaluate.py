@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import lzma
+import tempfile
 
 import numpy as np
 from absl import flags
@@ -144,7 +145,8 @@ def tokenized(source: str, config: Config, tokenizer: Tokenizer) -> TokenSplit:
     data = dataclasses.replace(
         config.data, source=source, split="position", validation_fraction=0.0
     )
-    with process_start.temporary_folder() as folder:  # mapped files outlive their names
+    process_start.raise_on_signals()  # there is a temporary folder
+    with tempfile.TemporaryDirectory() as folder:  # mapped files outlive their names
         corpus = prepare_corpus(data, config.train.seed, folder, tokenizer=tokenizer)
     return dataclasses.replace(corpus.train, name=source)
 

@@ -12,6 +12,8 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
+import tempfile
+
 from absl import flags
 
 from simplernn_jax import command_line, process_start
@@ -28,7 +30,8 @@ def main() -> None:
 
     config, output = read_config(), command_line.expand_path(_OUTPUT.value, "output")
     check_writable(output)
-    with process_start.temporary_folder() as folder:
+    process_start.raise_on_signals()  # there is a temporary folder
+    with tempfile.TemporaryDirectory() as folder:
         cache_dir = config.data.cache_dir or folder
         tokenizer = train_tokenizer(config.data, config.train.seed, cache_dir)
     write_file(output, tokenizer.tokenizer_json.encode())

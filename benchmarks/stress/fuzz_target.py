@@ -24,8 +24,8 @@ with atheris.instrument_imports(include=["simplernn_jax"], enable_loader_overrid
     from absl import logging
 
     from simplernn_jax.data.chat_template import TemplateError
+    from simplernn_jax.devices import end_with_parent
     from simplernn_jax.errors import UserError
-    from simplernn_jax.process_start import end_with_parent
     from simplernn_jax.serving.requests import RequestError
 
     from ..measure import resident_bytes
