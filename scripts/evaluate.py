@@ -33,10 +33,8 @@ from simplernn_jax.data.tokenized_corpus import MixedSplit
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, counted, one_line
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
-_CHECKPOINT = command_line.define_checkpoint_flag()
-_QUANTIZE = command_line.define_quantize_flag()
-_CACHE_DIR, _CORPUS_SOURCE = command_line.define_corpus_flags()
+_MODEL = command_line.ModelFlags()
+_CORPUS = command_line.CorpusFlags()
 _SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "train"], "Text to score.")
 _SOURCE = flags.DEFINE_string(
     "source",
@@ -66,23 +64,20 @@ _PIECE_TOKENS = 2**20
 
 def main() -> None:
     """Load a checkpoint of --workdir and print its scores on --split, or on --source."""
-    if not _WORKDIR.value:
-        raise UserError("no --workdir: specify the folder of a training run, such as runs/base")
     windows = chosen_windows()
     if _SOURCE.value is not None:
-        for flag in (_SPLIT, _CACHE_DIR, _CORPUS_SOURCE):
+        for flag in (_SPLIT, *_CORPUS.holders):
             if flag.present:
                 raise UserError(f"--source and --{flag.name} are mutually exclusive")
-    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from flax import nnx
 
     from simplernn_jax.memory_estimate import check_evaluation
     from simplernn_jax.training.evaluate import Evaluator
     from simplernn_jax.training.reporter import align
 
-    model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value, _QUANTIZE.value)
+    model, tokenizer, config = _MODEL.load()
     if _SOURCE.value is None:
-        split = saved_split(workdir)
+        split = saved_split(_MODEL.workdir)
     else:
         split = tokenized(_SOURCE.value, config, tokenizer)
     state = "carried within each document"
@@ -124,9 +119,7 @@ def main() -> None:
 
 def saved_split(workdir: str) -> TokenSplit:
     """Return --split of the text that the run was trained on."""
-    from simplernn_jax.training.preparation import open_saved_corpus
-
-    corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_CORPUS_SOURCE.value)
+    corpus = _CORPUS.open(workdir)
     split = corpus.train if _SPLIT.value == "train" else corpus.validation
     if split is None:
         raise UserError(

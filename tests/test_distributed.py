@@ -11,7 +11,6 @@ import jax
 import pytest
 from processes import free_address, start_python
 
-from simplernn_jax import process_start
 from simplernn_jax.errors import UserError
 from simplernn_jax.parallel import distributed
 
