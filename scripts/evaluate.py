@@ -86,7 +86,7 @@ def main() -> None:
         context = f"{least} to {windows.length} tokens of context"
         state = f"zero, then {context} (fewer at a document's start)"
         longest = int(np.max(document_ends(split) - split.document_starts, initial=0))
-        check_evaluation(config.model, min(windows.length, longest))
+        check_evaluation(model, min(windows.length, longest))
     evaluator = Evaluator(config, tokenizer.pad_id)
     params = nnx.state(model, nnx.Param)
     result = evaluator(params, split, contexts=windows)

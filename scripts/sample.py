@@ -57,7 +57,7 @@ def main() -> None:
     from simplernn_jax.inference import fork_state, generate_text, load_state, save_state
     from simplernn_jax.memory_estimate import check_generation
 
-    model, tokenizer, config = _MODEL.load()
+    model, tokenizer, _ = _MODEL.load()
     max_new_tokens, settings = _SAMPLING.max_new_tokens, _SAMPLING.settings
     state = None
     if _LOAD_STATE.value is not None:
@@ -65,7 +65,7 @@ def main() -> None:
     # Bad input is found here, before anything is printed.
     prefix = generate_text(model, tokenizer, prompt, state=state, max_new_tokens=0, **settings)
     batch_size = len(prefix.state.position) * _NUM_SAMPLES.value
-    check_generation(config.model, batch_size, max_new_tokens)
+    check_generation(model, batch_size, max_new_tokens)
     forked = fork_state(prefix.state, _NUM_SAMPLES.value)
     only_prefills = max_new_tokens == 0 and _SAVE_STATE.value is not None
     is_streamed = batch_size == 1 and not only_prefills
