@@ -22,7 +22,7 @@ from simplernn_jax.config_flag import nearest_flag, unknown_field
 from simplernn_jax.errors import UserError
 from simplernn_jax.exit_codes import exit_with
 from simplernn_jax.files import read_file
-from simplernn_jax.project import name_commands, name_configs, usage
+from simplernn_jax.project import PACKAGE, name_commands, name_configs, usage
 
 if TYPE_CHECKING:
     from simplernn_jax.data.tokenized_corpus import TokenizedCorpus
@@ -304,8 +304,7 @@ class _StderrHandler(logging.Handler):
 
 def _show_own_logs_only() -> None:
     """Show this project's lines from INFO up, others from WARNING up, without absl's prefixes."""
-    package = Path(__file__).resolve().parent
-    folders = (str(package), str(Path(sys.argv[0]).resolve().parent))
+    folders = (str(PACKAGE), str(Path(sys.argv[0]).resolve().parent))
 
     def is_wanted(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING or record.pathname.startswith(folders)

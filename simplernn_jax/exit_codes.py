@@ -97,7 +97,7 @@ def _show_bug() -> int:
 def _report(message: str) -> int:
     # The library names fields as Python does.
     message = re.sub(
-        r"(?<![\w.-])config(?=\.(model|data|optimizer|train|mesh)\b)", "--config", message
+        r"(?<![\w./-])config(?=\.(model|data|optimizer|train|mesh)\b)", "--config", message
     )
     with contextlib.suppress(OSError):
         print(f"error: {one_line(name_commands(message))}", file=sys.stderr, flush=True)

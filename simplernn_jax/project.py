@@ -8,9 +8,9 @@ import re
 import sys
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parent
-IS_CHECKOUT = not (_PACKAGE / "configs").is_dir()
-ROOT = _PACKAGE.parent if IS_CHECKOUT else _PACKAGE
+PACKAGE = Path(__file__).resolve().parent
+IS_CHECKOUT = not (PACKAGE / "configs").is_dir()
+ROOT = PACKAGE.parent if IS_CHECKOUT else PACKAGE
 
 COMMAND = "_SIMPLERNN_JAX_COMMAND"
 """Environment variable: id of the process that the command ``simplernn`` has started."""

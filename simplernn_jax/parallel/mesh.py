@@ -76,12 +76,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         product = " * ".join(f"{name} {size}" for name, size in sizes.items())
         together = f", all of which {len(processes)} processes use" if len(processes) > 1 else ""
         raise UserError(
-            f"--config.mesh: {product} = {needed} devices, and there are "
+            f"config.mesh: {product} = {needed} devices, and there are "
             f"{len(devices)}{together}; change the sizes, or set data to none, which takes the "
             "devices that remain"
         )
     if needed < len(devices):
-        logging.warning("--config.mesh uses %d of %d devices", needed, len(devices))
+        logging.warning("config.mesh uses %d of %d devices", needed, len(devices))
     return jax.make_mesh(
         tuple(sizes.values()),
         AXES,
@@ -121,27 +121,27 @@ def check_fits(config: Config, mesh: Mesh) -> None:
             if times > 1:
                 arithmetic += f" * gradient_accumulation {times}"
             raise UserError(
-                f"--config.{field}={value} is not divisible by {arithmetic}: {value} / "
-                f"{divisor} leaves {value % divisor}; change it or --config.mesh"
+                f"config.{field}={value} is not divisible by {arithmetic}: {value} / "
+                f"{divisor} leaves {value % divisor}; change it or config.mesh"
             )
     if model.block == "gla" and GATE_RANK % sizes["fsdp"]:
         raise UserError(
-            f"--config.mesh.fsdp={sizes['fsdp']} does not divide {GATE_RANK}, the rank of the "
-            "forget gates of --config.model.block=gla; change it"
+            f"config.mesh.fsdp={sizes['fsdp']} does not divide {GATE_RANK}, the rank of the "
+            "forget gates of config.model.block=gla; change it"
         )
     kinds = Counter(model.mixers)
     if sizes["pipeline"] > 1 and len(kinds) > 1:
         found = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
         raise UserError(
-            f"--config.model.mixer={model.mixer!r} cannot be sharded over pipeline "
+            f"config.model.mixer={model.mixer!r} cannot be sharded over pipeline "
             f"{sizes['pipeline']}: stages need layers of one kind, and these are {found}; specify "
-            "one mixer or set --config.mesh.pipeline=1"
+            "one mixer or set config.mesh.pipeline=1"
         )
     shard = tokens // sizes["sequence"]
     needed = min_shard_tokens(model.short_convolution)
     if sizes["sequence"] > 1 and shard < needed:
         raise UserError(
-            f"--config.{time}={tokens} leaves each device of sequence "
+            f"config.{time}={tokens} leaves each device of sequence "
             f"{sizes['sequence']} a shard of {shard}, and the short convolution needs "
-            f"{needed} tokens; change it or --config.mesh"
+            f"{needed} tokens; change it or config.mesh"
         )
