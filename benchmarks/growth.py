@@ -95,7 +95,7 @@ def grow_length(calls: int) -> dict[str, Curves]:
     """A train step of `base` on one sequence."""
     measured: dict[str, dict[str, Row]] = {PLAIN: {}, WINDOWS: {}}
     for length in LENGTHS:
-        windows = {"backward_window": min(1024, length), "backward": "exact"}
+        windows = {"bptt_window": min(1024, length), "bptt": "full"}
         cases = {PLAIN: {}, WINDOWS: windows} if length <= LONGEST_PLAIN else {WINDOWS: windows}
         for label, fields in cases.items():
             config = load_config("base", 1, length, **fields)

@@ -15,8 +15,8 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     SCAN: {},
     "sequence parallelism, 8 devices, each": {"sequence": 8},
     "rematerialized blocks": {"remat": "block"},
-    "exact, windows of 1,024": {"backward_window": 1024, "backward": "exact"},
-    "truncated, windows of 1,024": {"backward_window": 1024},
+    "exact, windows of 1,024": {"bptt_window": 1024, "bptt": "full"},
+    "truncated, windows of 1,024": {"bptt_window": 1024},
 }
 """Fields of the configuration that differ from plain training."""
 

@@ -37,7 +37,7 @@ ERROR_LENGTH, HALF_LIFE = 16384, 4096
 LONG = 4
 """Factor between long sequences and LENGTH; the batch is smaller by it."""
 LONG_SIZES: Row = {"batch_size": BATCH // LONG, "sequence_length": LONG * LENGTH}
-WINDOWS = LONG_SIZES | {"backward_window": LENGTH}
+WINDOWS = LONG_SIZES | {"bptt_window": LENGTH}
 
 ORDER = "=ABCDEF+"
 """First letters of the techniques; ``=`` is the baseline, ``+`` is none of the list."""
@@ -46,7 +46,7 @@ TECHNIQUES: tuple[tuple[str, str, Row], ...] = (
     ("= second seed", "parameters and batches", {"seed": 1}),
     ("= third seed", "parameters and batches", {"seed": 2}),
     ("A sliding windows", "stride of half a window", {"stride": LENGTH // 2}),
-    ("B pipeline parallelism", "2 devices, a layer each", {"stage": 2}),
+    ("B pipeline parallelism", "2 devices, a layer each", {"pipeline": 2}),
     ("B sequence parallelism", "2 devices, half of each sequence", {"sequence": 2}),
     ("C one token at a time", "a compiled loop", {"mixer_options": {"method": "scan"}}),
     ("C chunkwise", "matmuls in XLA", {"mixer_options": {"method": "chunkwise"}}),
@@ -55,7 +55,7 @@ TECHNIQUES: tuple[tuple[str, str, Row], ...] = (
     ("E streams", "state carried between steps", {"mode": "stream"}),
     ("E long sequences", f"{LONG} windows long, full gradient", LONG_SIZES),
     ("E truncated in a step", "long, gradient cut between windows", WINDOWS),
-    ("E exact in windows", "long, forward pass recomputed", WINDOWS | {"backward": "exact"}),
+    ("E full BPTT in windows", "long, forward pass recomputed", WINDOWS | {"bptt": "full"}),
     ("+ accumulation", "4 microbatches", {"gradient_accumulation": 4}),
     ("+ rematerialization", "layers recomputed", {"remat": "block"}),
 )
@@ -94,7 +94,7 @@ def compare(base: Config, workdir: str) -> tuple[list[Row], Trained]:
         options = {name: given[name] for name in ("seed",) if name in given}
         fields = {name: value for name, value in given.items() if name not in options}
         config = change(copy.deepcopy(base), **fields)
-        if fields.keys() & {"stage", "sequence"}:
+        if fields.keys() & {"pipeline", "sequence"}:
             measured = on_simulated_devices(2, measure_on_corpus, config=config, workdir=workdir)
         else:
             runs.append(train_steps.train_on_corpus(config, workdir, **options))
@@ -181,7 +181,7 @@ def truncation_bias(
     batch = source[config.train.steps]  # not trained on
 
     def gradient(window: int) -> np.ndarray:
-        config.train.backward_window = window
+        config.train.bptt_window = window
         given = split_into_windows(batch, window) if window else batch
         gradient_of: Any = jax.jit(make_grad_fn(config))
         leaves = jax.tree.leaves(gradient_of(*gradient_arguments(trained.params, given))[2])

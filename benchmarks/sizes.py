@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from simplernn_jax import config_flag, project
+from simplernn_jax import config_files
 from simplernn_jax.config import Config
 
 from .measure import Effort, on_simulated_devices
@@ -30,7 +30,7 @@ def run(_: Effort) -> Iterator[Table]:
 
 def compare_meshes(name: str) -> list[Row]:
     """Compile ``configs/NAME.py`` on each of `MESHES`."""
-    config = config_flag.load_config(project.ROOT / "configs" / f"{name}.py")
+    config = config_files.load_config(name)
     rows: list[Row] = []
     for sizes in MESHES:
         change(config, **{"data": 1, "fsdp": 1, "tensor": 1} | dict(sizes))
@@ -47,7 +47,7 @@ def measure_step(config: Config) -> Row:
     row: Row = {
         "parameters": count_parameters(config),
         "sequences": f"{config.data.batch_size:,} of {config.data.sequence_length:,}",
-        "microbatches": max(1, config.train.gradient_accumulation),
+        "microbatches": config.train.gradient_accumulation or 1,
         "state and batch": memory.argument_size_in_bytes / 1e6,
         "working memory": memory.temp_size_in_bytes / 1e6,
     }
@@ -62,7 +62,7 @@ def bytes_by_kind(text: str, config: Config) -> Counter[str]:
     The only loop with collectives is that over microbatches, without BPTT windows and shards of
     time.
     """
-    repeats = max(1, config.train.gradient_accumulation) - 1
+    repeats = (config.train.gradient_accumulation or 1) - 1
     exchanged: Counter[str] = Counter()
     for part, times in ((text, 1), (text_of_loops(text), repeats)):
         for (kind, size), count in collectives(part).items():

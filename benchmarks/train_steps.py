@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from simplernn_jax import config_flag, project
+from simplernn_jax import config_files
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.data.batch_iterator import make_batches
 from simplernn_jax.data.batches import Batch
@@ -57,7 +57,7 @@ def change(config: Config, **fields: Any) -> Config:
 
 def load_config(name: str, batch: int, length: int, **fields: Any) -> Config:
     """``configs/NAME.py`` on one device, with random windows and these fields of any section."""
-    config = config_flag.load_config(project.ROOT / "configs" / f"{name}.py")
+    config = config_files.load_config(name)
     config.mesh.data = 1
     return change(config, mode="window", batch_size=batch, sequence_length=length, **fields)
 

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from simplernn_jax.config import Config, ModelConfig
-from simplernn_jax.config_rules import PRECISIONS
+from simplernn_jax.config import PRECISIONS, Config, ModelConfig
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.training.losses import cross_entropy
 

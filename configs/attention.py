@@ -5,13 +5,12 @@
 Attention has no forget gates; a wider MLP makes up for their parameters.
 """
 
-from simplernn_jax.configs import base
-
+from simplernn_jax import load_config
 from simplernn_jax.config import Config
 
 
 def get_config() -> Config:
-    config = base.get_config()
+    config = load_config("base")
     config.model.mixer = "attention"
     config.model.mlp_dim = 576
     return config

@@ -18,7 +18,7 @@ def get_config() -> Config:
     config.model.mlp_dim = 256
     config.data.source = "conversations.jsonl"
     config.data.template = "roles"
-    config.data.loss_on = "assistant"
+    config.data.loss_mask = "assistant"
     config.data.batch_size = 16
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 1.6e-2

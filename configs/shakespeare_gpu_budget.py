@@ -13,13 +13,12 @@ the settings were chosen. A sample of seed 0, at temperature 0.8:
     What is the senate? why, 'tis not for thy rage.
 """
 
-from simplernn_jax.configs import shakespeare
-
+from simplernn_jax import load_config
 from simplernn_jax.config import Config
 
 
 def get_config() -> Config:
-    config = shakespeare.get_config()
+    config = load_config("shakespeare")
     config.model.dropout = 0.1
     config.data.batch_size = 8
     config.data.sequence_length = 256

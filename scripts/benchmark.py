@@ -38,7 +38,8 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from simplernn_jax.benchmarks import (
+
+from benchmarks import (
     decoding,
     growth,
     measure,
@@ -51,11 +52,11 @@ from simplernn_jax.benchmarks import (
     tables,
     training,
 )
-from simplernn_jax.benchmarks.attention import corpus, report, resources, synthetic
-from simplernn_jax.benchmarks.ladder import peers, requests
-from simplernn_jax.benchmarks.ladder import report as ladder
-
-from simplernn_jax import command_line, process_start, project
+from benchmarks.attention import corpus, report, resources, synthetic
+from benchmarks.ladder import peers, requests
+from benchmarks.ladder import report as ladder
+from simplernn_jax import command_line, process_start
+from simplernn_jax.config_files import config_names
 from simplernn_jax.devices import check_devices
 from simplernn_jax.errors import UserError, nearest_name
 from simplernn_jax.files import check_output, write_file
@@ -135,7 +136,7 @@ def main() -> int:
     _check_names(names, known, "benchmark")
     _check_names(_ONLY.value or [""], MEASUREMENTS, "measurement")
     _check_names(_PROGRAMS.value, peers.known_names(), "program")
-    _check_names(_RUNGS.value, project.config_names(), "configuration")
+    _check_names(_RUNGS.value, config_names(), "configuration")
     for name in ALONE:
         if name in names and (len(names) > 1 or not _OUT.value):
             raise UserError(f"{name}: name its folder, --out; measure the others without it")

@@ -18,10 +18,8 @@ def start(*, resumes: bool = False) -> None:
     # Until handlers are installed, signals wait.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    try:
-        from simplernn_jax import process_start
-    except ModuleNotFoundError:  # not installed for this Python
+    if os.path.isdir(os.path.join(root, "simplernn_jax")):  # a checkout, which may not be installed
         sys.path.append(root)
-        from simplernn_jax import process_start
+    from simplernn_jax import process_start
 
     process_start.start(root, resumes=resumes)

@@ -15,8 +15,7 @@ if __name__ == "__main__":
 from absl import flags
 
 from simplernn_jax.command_line import expand_path, run
-from simplernn_jax.config import DataConfig
-from simplernn_jax.config_rules import ENCODING_ERRORS
+from simplernn_jax.config import ENCODING_ERRORS, DataConfig
 from simplernn_jax.data.prepared_dataset import default_data_dir
 
 _SOURCE = flags.DEFINE_string(

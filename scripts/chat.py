@@ -12,7 +12,6 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -22,23 +21,9 @@ from absl import flags
 from simplernn_jax import command_line
 from simplernn_jax.errors import UserError, counted
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
-_CHECKPOINT = command_line.define_checkpoint_flag()
-command_line.define_plugin_flag()
-_QUANTIZE = command_line.define_quantize_flag()
+_MODEL = command_line.ModelFlags()
 _SYSTEM = flags.DEFINE_string("system", "", "System message at the beginning.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 1000, "Maximum tokens of an answer.", lower_bound=1, upper_bound=2**31 - 1
-)
-_TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.0, "0 is greedy decoding; higher values are more random.", lower_bound=0
-)
-flags.register_validator(_TEMPERATURE, math.isfinite, "must be finite")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus sampling, in (0, 1]; 1 disables it.")
-flags.register_validator(_TOP_P, lambda value: 0 < value <= 1, "must be in (0, 1]")
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "Random seed of the first answer.", lower_bound=0, upper_bound=2**31 - 1
-)
+_SAMPLING = command_line.SamplingFlags(max_new_tokens=1000, temperature=0.0)
 
 _HELP = """\
 /undo        remove the last question and its answer
@@ -51,16 +36,13 @@ _HELP = """\
 
 def main() -> None:
     """Answer one line of standard input after another."""
-    if not _WORKDIR.value:
-        raise UserError("no --workdir: specify the folder of a training run, such as runs/chat")
-    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from simplernn_jax.data.chat_template import ChatTemplate
     from simplernn_jax.inference import Conversation, load_state, save_state
 
-    model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value, _QUANTIZE.value)
+    model, tokenizer, config = _MODEL.load()
     if not config.data.template:
         raise UserError(
-            f"{workdir}: not trained on conversations (--config.data.template); "
+            f"{_MODEL.workdir}: not trained on conversations (--config.data.template); "
             "use python scripts/sample.py"
         )
     template = ChatTemplate(config.data.template)
@@ -93,6 +75,7 @@ def main() -> None:
                 raise UserError(f"/{name}: no such command; /help lists them")
         return f"({counted(len(conversation.turns), 'turn')})"
 
+    settings = _SAMPLING.settings
     for line in _lines():
         try:
             if line.startswith("/"):
@@ -101,10 +84,8 @@ def main() -> None:
                 continue
             conversation.ask(
                 line,
-                max_new_tokens=_MAX_NEW_TOKENS.value,
-                temperature=_TEMPERATURE.value,
-                top_p=_TOP_P.value,
-                seed=_SEED.value + len(conversation.turns),
+                max_new_tokens=_SAMPLING.max_new_tokens,
+                **settings | {"seed": (settings["seed"] + len(conversation.turns)) % 2**32},
                 on_text=lambda text: print(text, end="", flush=True),
             )
             print(flush=True)

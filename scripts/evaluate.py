@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import lzma
+import tempfile
 
 import numpy as np
 from absl import flags
@@ -32,11 +33,8 @@ from simplernn_jax.data.tokenized_corpus import MixedSplit
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, counted, one_line
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
-_CHECKPOINT = command_line.define_checkpoint_flag()
-command_line.define_plugin_flag()
-_QUANTIZE = command_line.define_quantize_flag()
-_CACHE_DIR, _CORPUS_SOURCE = command_line.define_corpus_flags()
+_MODEL = command_line.ModelFlags()
+_CORPUS = command_line.CorpusFlags()
 _SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "train"], "Text to score.")
 _SOURCE = flags.DEFINE_string(
     "source",
@@ -66,23 +64,20 @@ _PIECE_TOKENS = 2**20
 
 def main() -> None:
     """Load a checkpoint of --workdir and print its scores on --split, or on --source."""
-    if not _WORKDIR.value:
-        raise UserError("no --workdir: specify the folder of a training run, such as runs/base")
     windows = chosen_windows()
     if _SOURCE.value is not None:
-        for flag in (_SPLIT, _CACHE_DIR, _CORPUS_SOURCE):
+        for flag in (_SPLIT, *_CORPUS.holders):
             if flag.present:
                 raise UserError(f"--source and --{flag.name} are mutually exclusive")
-    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from flax import nnx
 
     from simplernn_jax.memory_estimate import check_evaluation
     from simplernn_jax.training.evaluate import Evaluator
     from simplernn_jax.training.reporter import align
 
-    model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value, _QUANTIZE.value)
+    model, tokenizer, config = _MODEL.load()
     if _SOURCE.value is None:
-        split = saved_split(workdir)
+        split = saved_split(_MODEL.workdir)
     else:
         split = tokenized(_SOURCE.value, config, tokenizer)
     state = "carried within each document"
@@ -91,7 +86,7 @@ def main() -> None:
         context = f"{least} to {windows.length} tokens of context"
         state = f"zero, then {context} (fewer at a document's start)"
         longest = int(np.max(document_ends(split) - split.document_starts, initial=0))
-        check_evaluation(config.model, min(windows.length, longest))
+        check_evaluation(model, min(windows.length, longest))
     evaluator = Evaluator(config, tokenizer.pad_id)
     params = nnx.state(model, nnx.Param)
     result = evaluator(params, split, contexts=windows)
@@ -124,9 +119,7 @@ def main() -> None:
 
 def saved_split(workdir: str) -> TokenSplit:
     """Return --split of the text that the run was trained on."""
-    from simplernn_jax.training.preparation import open_saved_corpus
-
-    corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_CORPUS_SOURCE.value)
+    corpus = _CORPUS.open(workdir)
     split = corpus.train if _SPLIT.value == "train" else corpus.validation
     if split is None:
         raise UserError(
@@ -145,7 +138,8 @@ def tokenized(source: str, config: Config, tokenizer: Tokenizer) -> TokenSplit:
     data = dataclasses.replace(
         config.data, source=source, split="position", validation_fraction=0.0
     )
-    with process_start.temporary_folder() as folder:  # mapped files outlive their names
+    process_start.raise_on_signals()  # there is a temporary folder
+    with tempfile.TemporaryDirectory() as folder:  # mapped files outlive their names
         corpus = prepare_corpus(data, config.train.seed, folder, tokenizer=tokenizer)
     return dataclasses.replace(corpus.train, name=source)
 

@@ -32,10 +32,8 @@ from simplernn_jax.files import check_output, write_file
 if TYPE_CHECKING:  # slow imports happen after the flags are checked
     from simplernn_jax.analysis import Explanation
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.")
-_CHECKPOINT = command_line.define_checkpoint_flag()
-command_line.define_plugin_flag()
-_CACHE_DIR, _CORPUS_SOURCE = command_line.define_corpus_flags()
+_MODEL = command_line.ModelFlags(quantizes=False)
+_CORPUS = command_line.CorpusFlags()
 _TEXT = flags.DEFINE_string("text", None, "Text to analyze.")
 _TEXT_FILE = flags.DEFINE_string("text_file", None, "UTF-8 file to analyze; - is standard input.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the page; created if missing.")
@@ -55,8 +53,7 @@ _OUTPUT = re.compile(r"explain\.(html|json)|[a-z_]+(\d+)?\.png")
 
 def main() -> int:
     """Explain the text with the chosen valid checkpoint of --workdir."""
-    if not _WORKDIR.value:
-        raise UserError("no --workdir: specify the folder of a training run, such as runs/base")
+    workdir = _MODEL.workdir
     if not _OUT.value:
         raise UserError("no --out: specify a folder for the page")
     if _TEXT.value is None and _TEXT_FILE.value is None:
@@ -64,16 +61,13 @@ def main() -> int:
     out = Path(command_line.expand_path(_OUT.value, "out"))
     _check_out(out)
     text = command_line.read_text(_TEXT.value, _TEXT_FILE.value, name="text")
-    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from simplernn_jax.analysis import explain
     from simplernn_jax.checkpoint.checkpointer import read_config
     from simplernn_jax.inference.loading import is_exported
-    from simplernn_jax.training.preparation import open_saved_corpus
 
-    model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value)
+    model, tokenizer, config = _MODEL.load()
     try:
-        corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_CORPUS_SOURCE.value)
-        validation = corpus.validation
+        validation = _CORPUS.open(workdir).validation
     except UserError as error:
         logging.warning("held-out text unavailable, evaluating on the given text: %s", error)
         validation = None
@@ -88,13 +82,13 @@ def main() -> int:
         validation=validation,
     )
     logging.info("plotting ...")
-    sizes = config.model
+    sizes, given = config.model, flags.FLAGS["workdir"].value
     facts = {
         "model": f"{counted(sizes.num_layers, 'layer')} of width {sizes.hidden_dim}, "
         f"{counted(sizes.num_heads, 'head')}",
-        "checkpoint": _WORKDIR.value
+        "checkpoint": given
         if is_exported(workdir)
-        else f"step {read_config(workdir, _CHECKPOINT.value)[2]:,} of {_WORKDIR.value}",
+        else f"step {read_config(workdir, _MODEL.checkpoint)[2]:,} of {given}",
     }
     is_named = _TEXT_FILE.value not in (None, "-")
     name = Path(_TEXT_FILE.value).name if is_named else f"“{one_line(text, 60)}”"

@@ -30,10 +30,8 @@ from simplernn_jax import command_line, process_start
 from simplernn_jax.errors import UserError
 from simplernn_jax.export import FORMATS, QUANTIZATIONS
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
-_CHECKPOINT = command_line.define_checkpoint_flag()
-command_line.define_plugin_flag()
-_CACHE_DIR, _CORPUS_SOURCE = command_line.define_corpus_flags()
+_MODEL = command_line.ModelFlags(quantizes=False)
+_CORPUS = command_line.CorpusFlags()
 _FORMAT_NAMES = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 _FORMAT = flags.DEFINE_string("format", None, f"{_FORMAT_NAMES}; see above.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the files; must not exist.")
@@ -66,21 +64,17 @@ _CHECKED_TOKENS = 256
 
 def main() -> None:
     """Export the chosen checkpoint of --workdir to --out."""
-    for flag, advice in ((_WORKDIR, "the folder of a training run"), (_OUT, "a new folder")):
-        if not flag.value:
-            raise UserError(f"no --{flag.name}: specify {advice}")
+    workdir = _MODEL.workdir
+    if not _OUT.value:
+        raise UserError("no --out: specify a new folder")
     if not _FORMAT.value:
         raise UserError(f"no --format: specify {_FORMAT_NAMES}")
     out = command_line.expand_path(_OUT.value, "out")
-    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     import numpy as np
 
-    from simplernn_jax import load_model
-    from simplernn_jax.devices import check_devices
     from simplernn_jax.export.exporting import check_new, export
     from simplernn_jax.export.formats import find_format
     from simplernn_jax.inference import generate
-    from simplernn_jax.training.preparation import open_saved_corpus
 
     process_start.raise_on_signals()  # there are a temporary folder and a child
     find_format(_FORMAT.value)
@@ -88,10 +82,9 @@ def main() -> None:
         if flag.value and _FORMAT.value != "huggingface":
             raise UserError(f"--{flag.name}: only with --format=huggingface, for the model card")
     check_new(out)
-    check_devices()
-    model, tokenizer, config = load_model(workdir, _CHECKPOINT.value)
+    model, tokenizer, config = _MODEL.load()
     try:
-        corpus = open_saved_corpus(workdir, cache_dir=_CACHE_DIR.value, source=_CORPUS_SOURCE.value)
+        corpus = _CORPUS.open(workdir)
         tokens = np.asarray((corpus.validation or corpus.train).tokens[:_CHECKED_TOKENS])
     except UserError as error:
         logging.warning("no held-out text, checking on generated text: %s", error)

@@ -26,8 +26,8 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from simplernn_jax.devices import end_with_parent
 from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_PEER_FAILURE, EXIT_USER_ERROR
-from simplernn_jax.process_start import end_with_parent
 from simplernn_jax.project import name_commands, name_configs
 from simplernn_jax.supervisor import HEARTBEAT_SECONDS
 

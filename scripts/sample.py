@@ -26,33 +26,12 @@ from simplernn_jax import command_line
 from simplernn_jax.errors import UserError, counted
 from simplernn_jax.files import check_writable
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
-_CHECKPOINT = command_line.define_checkpoint_flag()
-command_line.define_plugin_flag()
-_QUANTIZE = command_line.define_quantize_flag()
+_MODEL = command_line.ModelFlags()
 _PROMPT = flags.DEFINE_string("prompt", None, "Prompt; empty starts a new document.")
 _PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "UTF-8 file with the prompt; - is standard input."
 )
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 400, "Maximum number of new tokens.", lower_bound=0, upper_bound=2**31 - 1
-)
-_TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.8, "0 is greedy decoding; higher values are more random.", lower_bound=0
-)
-_TOP_K = flags.DEFINE_integer(
-    "top_k", 0, "Sample from the k most probable tokens; 0 disables it.", lower_bound=0
-)
-_TOP_P = flags.DEFINE_float(
-    "top_p",
-    1.0,
-    "Nucleus sampling: sample from the most probable tokens that together reach this probability, "
-    "in (0, 1]; 1 disables it.",
-)
-flags.register_validator(_TOP_P, lambda value: 0 < value <= 1, "must be in (0, 1]")
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "Random seed for sampling.", lower_bound=0, upper_bound=2**32 - 1
-)
+_SAMPLING = command_line.SamplingFlags(max_new_tokens=400, temperature=0.8)
 _NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples",
     1,
@@ -73,30 +52,22 @@ def main() -> None:
 
     A single continuation is streamed; of several, each is printed below a header line.
     """
-    if not _WORKDIR.value:
-        raise UserError("no --workdir: specify the folder of a training run, such as runs/base")
-    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     _check_save_state()
     prompt = command_line.read_text(_PROMPT.value, _PROMPT_FILE.value, name="prompt")
     from simplernn_jax.inference import fork_state, generate_text, load_state, save_state
     from simplernn_jax.memory_estimate import check_generation
 
-    model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value, _QUANTIZE.value)
-    settings = {
-        "temperature": _TEMPERATURE.value,
-        "top_k": _TOP_K.value,
-        "top_p": _TOP_P.value,
-        "seed": _SEED.value,
-    }
+    model, tokenizer, _ = _MODEL.load()
+    max_new_tokens, settings = _SAMPLING.max_new_tokens, _SAMPLING.settings
     state = None
     if _LOAD_STATE.value is not None:
         state = load_state(os.path.expanduser(_LOAD_STATE.value), model, tokenizer)
     # Bad input is found here, before anything is printed.
     prefix = generate_text(model, tokenizer, prompt, state=state, max_new_tokens=0, **settings)
     batch_size = len(prefix.state.position) * _NUM_SAMPLES.value
-    check_generation(config.model, batch_size, _MAX_NEW_TOKENS.value)
+    check_generation(model, batch_size, max_new_tokens)
     forked = fork_state(prefix.state, _NUM_SAMPLES.value)
-    only_prefills = _MAX_NEW_TOKENS.value == 0 and _SAVE_STATE.value is not None
+    only_prefills = max_new_tokens == 0 and _SAVE_STATE.value is not None
     is_streamed = batch_size == 1 and not only_prefills
     if is_streamed:
         _write(prompt)
@@ -104,7 +75,7 @@ def main() -> None:
         model,
         tokenizer,
         state=forked,
-        max_new_tokens=_MAX_NEW_TOKENS.value,
+        max_new_tokens=max_new_tokens,
         on_text=(lambda pieces: _write(pieces[0])) if is_streamed else None,
         **settings,
     )

@@ -23,10 +23,7 @@ from simplernn_jax import command_line
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run of the model.")
-_CHECKPOINT = command_line.define_checkpoint_flag()
-command_line.define_plugin_flag()
-_QUANTIZE = command_line.define_quantize_flag()
+_MODEL = command_line.ModelFlags()
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _PORT = flags.DEFINE_integer(
     "port", 8000, "Port to listen on; 0 takes a free one.", lower_bound=0, upper_bound=65535
@@ -77,9 +74,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def main() -> None:
     """Load a checkpoint of --workdir and serve it until SIGTERM or Ctrl-C."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server can reload
-    if not _WORKDIR.value:
-        raise UserError("no --workdir: name the folder of a training run, such as runs/base")
-    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
+    workdir = _MODEL.workdir
     key = _api_key()
     if key is None and _HOST.value not in _LOOPBACK and not _ALLOW_REMOTE.value:
         raise UserError(
@@ -92,22 +87,20 @@ def main() -> None:
         from simplernn_jax.serving.states import StateFolder
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; run: pip install -e '.[serve]'") from error
-    from simplernn_jax import load_model
     from simplernn_jax.checkpoint.choice import choose_checkpoint
     from simplernn_jax.data.chat_template import ChatTemplate
-    from simplernn_jax.inference import quantize_model
     from simplernn_jax.inference.loading import is_exported
 
-    model, tokenizer, config = command_line.load_model(workdir, _CHECKPOINT.value, _QUANTIZE.value)
-    path = "" if is_exported(workdir) else choose_checkpoint(workdir, _CHECKPOINT.value).path
+    model, tokenizer, config = _MODEL.load()
+    path = "" if is_exported(workdir) else choose_checkpoint(workdir, _MODEL.checkpoint).path
 
     def reload_model() -> Reload | None:
         if not path:
             return None  # an export does not change
-        newest = choose_checkpoint(workdir, _CHECKPOINT.value).path
+        newest = choose_checkpoint(workdir, _MODEL.checkpoint).path
         if newest == path:
             return None
-        new_model, new_tokenizer, new_config = load_model(workdir, _CHECKPOINT.value)
+        new_model, new_tokenizer, new_config = _MODEL.load_again(workdir)
         new = new_config.model, new_config.data.template, new_tokenizer.to_json()
         if new != (config.model, config.data.template, tokenizer.to_json()):
             raise UserError(
@@ -118,7 +111,7 @@ def main() -> None:
             nonlocal path
             path = newest
 
-        return quantize_model(new_model, _QUANTIZE.value), note_use
+        return new_model, note_use
 
     with listen(_HOST.value, _PORT.value) as listener, tempfile.TemporaryDirectory() as temporary:
         state_dir = temporary

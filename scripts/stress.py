@@ -20,9 +20,9 @@ import tempfile
 from pathlib import Path
 
 from absl import flags
-from simplernn_jax.benchmarks.stress.catalog import EXPERIMENTS
-from simplernn_jax.benchmarks.stress.experiment import check_packages, run_experiment, table
 
+from benchmarks.stress.catalog import EXPERIMENTS
+from benchmarks.stress.experiment import check_packages, run_experiment, table
 from simplernn_jax import command_line, process_start
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file

@@ -20,19 +20,17 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start(resumes=True)
 
-import argparse
 import gc
 import os
-import sys
 
 from absl import flags, logging
 
 from simplernn_jax import command_line, process_start
-from simplernn_jax.config_flag import define_config_flag
+from simplernn_jax.config_flag import define_config_flag, read_config
 from simplernn_jax.errors import EXIT_INTERRUPTED, UserError
 from simplernn_jax.exit_codes import exit_with
 
-_CONFIG = define_config_flag()
+define_config_flag()
 command_line.define_plugin_flag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, metrics and tokenized text; created if missing."
@@ -61,21 +59,6 @@ _TIMEOUT = flags.DEFINE_integer(
 )
 
 
-def _own_config() -> str:
-    """Return the configuration of the run in ``--workdir``; empty without one, or with --config."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config", "workdir"):
-        parser.add_argument(f"--{name}", f"-{name}", nargs="?")
-    given, _ = parser.parse_known_args(flags.FLAGS.read_flags_from_files(sys.argv[1:]))
-    workdir = os.path.expanduser(given.workdir or "")
-    path = os.path.join(workdir, "config.json")
-    is_run = os.path.isfile(path) and os.path.isdir(os.path.join(workdir, "checkpoints"))
-    return path if workdir and is_run and given.config is None else ""
-
-
-_OWN_CONFIG = _own_config()
-
-
 def main() -> int:
     """Train; return 0 at the end, `EXIT_INTERRUPTED` if a signal stopped it."""
     cluster = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -99,12 +82,10 @@ def main() -> int:
 
 
 def _train() -> int:
-    config = _CONFIG.value
-    if _OWN_CONFIG:
-        logging.info("without --config: the configuration of this run, %s", _OWN_CONFIG)
-    if not _WORKDIR.value:
+    workdir = command_line.expand_path(_WORKDIR.value, "workdir") if _WORKDIR.value else ""
+    config = read_config(default=_saved_config())
+    if not workdir:
         raise UserError("no --workdir: specify a folder for the run, such as --workdir runs/mine")
-    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from simplernn_jax.compilation_cache import use_compilation_cache
     from simplernn_jax.devices import check_devices
     from simplernn_jax.training.loop import train
@@ -117,7 +98,20 @@ def _train() -> int:
     return EXIT_INTERRUPTED if result.interrupted_by else 0
 
 
+def _saved_config() -> str:
+    """Return the path of the configuration of an existing run if there is no ``--config``."""
+    workdir = os.path.expanduser(_WORKDIR.value or "")
+    if not workdir or flags.FLAGS["config"].value is not None:
+        return ""
+    path = os.path.join(workdir, "config.json")
+    if not (os.path.isfile(path) and os.path.isdir(os.path.join(workdir, "checkpoints"))):
+        raise UserError(
+            f"--workdir={workdir}: not a run; check the path, or start a run there with "
+            "--config, such as --config configs/base.py"
+        )
+    logging.info("without --config: the configuration of this run, %s", path)
+    return path
+
+
 if __name__ == "__main__":
-    if _OWN_CONFIG:
-        sys.argv.insert(1, f"--config={_OWN_CONFIG}")
     command_line.run(main)

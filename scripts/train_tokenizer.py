@@ -12,13 +12,15 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
+import tempfile
+
 from absl import flags
 
 from simplernn_jax import command_line, process_start
-from simplernn_jax.config_flag import define_config_flag
+from simplernn_jax.config_flag import define_config_flag, read_config
 from simplernn_jax.files import check_writable, write_file
 
-_CONFIG = define_config_flag()
+define_config_flag()
 _OUTPUT = flags.DEFINE_string("output", None, "File to write.", required=True)
 
 
@@ -26,9 +28,10 @@ def main() -> None:
     """Train the tokenizer, write it, and print how to use it."""
     from simplernn_jax.data.token_store import train_tokenizer
 
-    config, output = _CONFIG.value, command_line.expand_path(_OUTPUT.value, "output")
+    config, output = read_config(), command_line.expand_path(_OUTPUT.value, "output")
     check_writable(output)
-    with process_start.temporary_folder() as folder:
+    process_start.raise_on_signals()  # there is a temporary folder
+    with tempfile.TemporaryDirectory() as folder:
         cache_dir = config.data.cache_dir or folder
         tokenizer = train_tokenizer(config.data, config.train.seed, cache_dir)
     write_file(output, tokenizer.tokenizer_json.encode())

@@ -1,28 +1,24 @@
 """Recurrent language models in JAX: the SimpleRNN cell, its training and its decoding.
 
-Among the public names, all of which docs/api.md lists, are `Config`, `train`, `load_model` and
-`generate` here; `gated_linear_recurrence` and `recurrent_step` in `simplernn_jax.ops`;
-`SimpleRNNCell`, `SimpleRNN` and `LanguageModel` in `simplernn_jax.models`; the configurations in
-`simplernn_jax.configs`.
+Among the public names, all of which docs/api.md lists, are `Config`, `load_config`, `train`,
+`load_model` and `generate` here; `gated_linear_recurrence` and `recurrent_step` in
+`simplernn_jax.ops`; `SimpleRNNCell`, `SimpleRNN` and `LanguageModel` in `simplernn_jax.models`.
 """
 
-import os
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# A wheel has configs, scripts and benchmarks inside the package; in a checkout they are beside it.
-if not os.path.isdir(os.path.join(__path__[0], "configs")):
-    __path__.append(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-
 if TYPE_CHECKING:
     from simplernn_jax.config import Config as Config
+    from simplernn_jax.config_files import load_config as load_config
     from simplernn_jax.inference.decode import generate as generate
     from simplernn_jax.inference.loading import load_model as load_model
     from simplernn_jax.training.loop import train as train
 else:
     _MODULES = {
         "Config": "config",
+        "load_config": "config_files",
         "generate": "inference.decode",
         "load_model": "inference.loading",
         "train": "training.loop",

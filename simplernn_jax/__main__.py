@@ -27,7 +27,7 @@ COMMANDS = {
     "make_conversations": "write conversations for the configuration chat",
     "launch_local": "train in several processes on this machine",
 }
-"""Commands that are scripts. `stress` is none: its experiments test this project, not a model."""
+"""Commands that are scripts; `benchmark` only in a checkout."""
 
 
 def main() -> int:
@@ -46,7 +46,7 @@ def main() -> int:
         return _reject(f"{name!r}: no such command{near}; simplernn --help lists them")
     script = project.ROOT / "scripts" / f"{name}.py"
     if not script.is_file():
-        return _reject(f"{name}: {script} is missing; install simplernn_jax again")
+        return _reject(f"{name}: only in a checkout of simplernn_jax; run scripts/{name}.py there")
     # Signals wait until the script handles them, and its messages name this command.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     os.environ[project.COMMAND] = str(os.getpid())

@@ -6,24 +6,26 @@ are those of `simplernn_jax.exit_codes`.
 
 import io
 import logging
+import math
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 
 from simplernn_jax.config import Config, by_field
-from simplernn_jax.config_flag import check_flag_files, config_is_missing, nearest_flag
+from simplernn_jax.config_flag import nearest_flag, unknown_field
 from simplernn_jax.errors import UserError
 from simplernn_jax.exit_codes import exit_with
 from simplernn_jax.files import read_file
-from simplernn_jax.project import name_commands, name_configs, usage
+from simplernn_jax.project import PACKAGE, name_commands, name_configs, usage
 
 if TYPE_CHECKING:
+    from simplernn_jax.data.tokenized_corpus import TokenizedCorpus
     from simplernn_jax.data.tokenizer import Tokenizer
     from simplernn_jax.models import LanguageModel
 
@@ -59,17 +61,6 @@ def define_arguments(usage: str) -> Arguments:
     return _arguments
 
 
-def define_quantize_flag() -> flags.FlagHolder[str]:
-    """Define ``--quantize``, the argument of `quantize_model`."""
-    return flags.DEFINE_enum(
-        "quantize",
-        "none",
-        ["none", "bfloat16", "int8", "int4"],
-        "Store the weights for decoding in fewer bits: faster for models larger than the CPU's "
-        "caches, and a little less accurate.",
-    )
-
-
 def define_plugin_flag() -> None:
     """Define ``--plugin``; `run` imports what it names."""
     flags.DEFINE_multi_string(
@@ -80,50 +71,133 @@ def define_plugin_flag() -> None:
     )
 
 
-def define_checkpoint_flag() -> flags.FlagHolder[str]:
-    """Define ``--checkpoint``, the argument of `load_model`."""
-    holder = flags.DEFINE_string(
-        "checkpoint",
-        "best",
-        "Checkpoint to load: best (lowest validation loss, or newest if losses are not "
-        "comparable), newest, or a step number.",
-    )
-    flags.register_validator(
-        holder,
-        lambda value: value in ("best", "newest") or (value.isascii() and value.isdecimal()),
-        "must be best, newest or a step",
-    )
-    return holder
+class ModelFlags:
+    """``--workdir``, ``--checkpoint``, ``--plugin`` and ``--quantize``: the model to load."""
+
+    def __init__(self, *, quantizes: bool = True) -> None:
+        self._workdir = flags.DEFINE_string("workdir", None, "Folder of a training run.")
+        define_plugin_flag()
+        self._checkpoint = flags.DEFINE_string(
+            "checkpoint",
+            "best",
+            "Checkpoint to load: best (lowest validation loss, or newest if losses are not "
+            "comparable), newest, or a step number.",
+        )
+        flags.register_validator(
+            self._checkpoint,
+            lambda value: value in ("best", "newest") or (value.isascii() and value.isdecimal()),
+            "must be best, newest or a step",
+        )
+        self._quantize = None
+        if quantizes:
+            self._quantize = flags.DEFINE_enum(
+                "quantize",
+                "none",
+                ["none", "bfloat16", "int8", "int4"],
+                "Store the weights for decoding in fewer bits: faster for models larger than the "
+                "CPU's caches, and a little less accurate.",
+            )
+
+    @property
+    def workdir(self) -> str:
+        """The absolute path of ``--workdir``; raises `UserError` if there is none."""
+        if not self._workdir.value:
+            raise UserError("no --workdir: specify the folder of a training run, such as runs/base")
+        return expand_path(self._workdir.value, "workdir")
+
+    @property
+    def checkpoint(self) -> str:
+        """``best``, ``newest`` or a step, as for `simplernn_jax.load_model`."""
+        return self._checkpoint.value
+
+    def load(self) -> "tuple[LanguageModel, Tokenizer, Config]":
+        """Load the model with its tokenizer and configuration, to compute with it.
+
+        Raises:
+          UserError: there is no valid model, or the devices cannot be used.
+        """
+        from simplernn_jax.compilation_cache import use_compilation_cache
+        from simplernn_jax.devices import check_devices
+
+        workdir = self.workdir  # its error comes before the slow start of a backend
+        check_devices()
+        use_compilation_cache()
+        return self.load_again(workdir)
+
+    def load_again(self, workdir: str) -> "tuple[LanguageModel, Tokenizer, Config]":
+        """Load the model, whose run may have new checkpoints."""
+        from simplernn_jax import load_model
+        from simplernn_jax.inference import quantize_model
+
+        model, tokenizer, config = load_model(workdir, self.checkpoint)
+        if self._quantize is not None:
+            model = quantize_model(model, self._quantize.value)
+        return model, tokenizer, config
 
 
-def load_model(
-    workdir: str, checkpoint: str, quantize: str = "none"
-) -> "tuple[LanguageModel, Tokenizer, Config]":
-    """Load the model of a run with its tokenizer and configuration, to compute with it.
+class CorpusFlags:
+    """``--cache_dir`` and ``--corpus_source``: where the text of a run is."""
 
-    Raises:
-      UserError: of `simplernn_jax.load_model` and `quantize_model`, or the devices cannot be used.
-    """
-    from simplernn_jax import load_model
-    from simplernn_jax.compilation_cache import use_compilation_cache
-    from simplernn_jax.devices import check_devices
-    from simplernn_jax.inference import quantize_model
+    def __init__(self) -> None:
+        self._cache_dir = flags.DEFINE_string(
+            "cache_dir", "", "Folder of the run's tokenized corpus, if it is not in the workdir."
+        )
+        self._source = flags.DEFINE_string(
+            "corpus_source", "", "The run's own text, to re-tokenize if its tokens are missing."
+        )
+        self.holders = (self._cache_dir, self._source)
 
-    check_devices()
-    use_compilation_cache()
-    model, tokenizer, config = load_model(workdir, checkpoint)
-    return quantize_model(model, quantize), tokenizer, config
+    def open(self, workdir: str) -> "TokenizedCorpus":
+        """Open the corpus of the run in `workdir`; raises as `open_saved_corpus`."""
+        from simplernn_jax.training.preparation import open_saved_corpus
+
+        return open_saved_corpus(
+            workdir, cache_dir=self._cache_dir.value, source=self._source.value
+        )
 
 
-def define_corpus_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[str]]:
-    """Define ``--cache_dir`` and ``--corpus_source``, arguments of `open_saved_corpus`."""
-    cache_dir = flags.DEFINE_string(
-        "cache_dir", "", "Folder of the run's tokenized corpus, if it is not in the workdir."
-    )
-    source = flags.DEFINE_string(
-        "corpus_source", "", "The run's own text, to re-tokenize if its tokens are missing."
-    )
-    return cache_dir, source
+class SamplingFlags:
+    """``--max_new_tokens``, ``--temperature``, ``--top_k``, ``--top_p`` and ``--seed``."""
+
+    def __init__(self, *, max_new_tokens: int, temperature: float) -> None:
+        self._max_new_tokens = flags.DEFINE_integer(
+            "max_new_tokens",
+            max_new_tokens,
+            "Maximum number of new tokens.",
+            lower_bound=0,
+            upper_bound=2**31 - 1,
+        )
+        self._temperature = flags.DEFINE_float(
+            "temperature",
+            temperature,
+            "0 is greedy decoding; higher values are more random.",
+            lower_bound=0,
+        )
+        flags.register_validator(self._temperature, math.isfinite, "must be finite")
+        self._top_k = flags.DEFINE_integer(
+            "top_k", 0, "Sample from the k most probable tokens; 0 disables it.", lower_bound=0
+        )
+        self._top_p = flags.DEFINE_float(
+            "top_p",
+            1.0,
+            "Nucleus sampling: sample from the most probable tokens that together reach this "
+            "probability, in (0, 1]; 1 disables it.",
+        )
+        flags.register_validator(self._top_p, lambda value: 0 < value <= 1, "must be in (0, 1]")
+        self._seed = flags.DEFINE_integer(
+            "seed", 0, "Random seed for sampling.", lower_bound=0, upper_bound=2**32 - 1
+        )
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Maximum number of new tokens."""
+        return self._max_new_tokens.value
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The other arguments of `generate`."""
+        holders = (self._temperature, self._top_k, self._top_p, self._seed)
+        return {holder.name: holder.value for holder in holders}
 
 
 def read_text(text: str | None, file: str | None, *, name: str) -> str:
@@ -199,13 +273,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if {"-h", "-help", "--help"} & set(options):
         print(_help())
         sys.exit(0)
-    check_flag_files(options)
     try:
         arguments: list[str] = flags.FLAGS(argv)[1:]
     except flags.UnrecognizedFlagError as error:
         name = error.flagname
         if name.startswith("config.") and "config" in flags.FLAGS:
-            raise config_is_missing() from error
+            raise unknown_field(name.removeprefix("config.")) from error
         fields = by_field(Config()) if "config" in flags.FLAGS else ()
         own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
         known = [f"--config.{field}" for field in fields] + [f"--{flag.name}" for flag in own]
@@ -250,8 +323,7 @@ class _StderrHandler(logging.Handler):
 
 def _show_own_logs_only() -> None:
     """Show this project's lines from INFO up, others from WARNING up, without absl's prefixes."""
-    package = Path(__file__).resolve().parent
-    folders = (str(package), str(Path(sys.argv[0]).resolve().parent))
+    folders = (str(PACKAGE), str(Path(sys.argv[0]).resolve().parent))
 
     def is_wanted(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING or record.pathname.startswith(folders)

@@ -14,10 +14,9 @@ from typing import NamedTuple
 from absl import flags
 
 from simplernn_jax.command_line import Arguments
-from simplernn_jax.config import Config, by_field
-from simplernn_jax.config_flag import ConfigFlag
+from simplernn_jax.config_files import config_names
 from simplernn_jax.errors import UserError
-from simplernn_jax.project import ROOT, config_names
+from simplernn_jax.project import ROOT
 
 _ZSH = """\
 (( $+functions[compdef] )) || { autoload -U +X compinit && compinit; }
@@ -91,31 +90,23 @@ def _flags_of(name: str) -> _Flags:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    known = set(flags.FLAGS)
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(path.parent))
     found = _Flags({"--help": []}, [])
+    for name in [name for name in flags.FLAGS if name not in known]:
+        flag = flags.FLAGS[name]
+        found.choices.update(_of_type(f"--{name}", flag.flag_type(), flag))
+        delattr(flags.FLAGS, name)
     for value in vars(module).values():
         if isinstance(value, Arguments):
             found.words.extend(
                 word for word in value.usage.replace("|", " ").split() if word.islower()
             )
-        elif isinstance(value, ConfigFlag):
-            found.choices.update(_config_flags())
-            delattr(flags.FLAGS, "config")
-        elif isinstance(value, flags.FlagHolder):
-            flag = flags.FLAGS[value.name]
-            found.choices.update(_of_type(f"--{flag.name}", flag.flag_type(), flag))
-            delattr(flags.FLAGS, flag.name)
     return found
-
-
-def _config_flags() -> dict[str, list[str] | None]:
-    types = {str: None, bool: ["true", "false"]}
-    fields = by_field(Config()).items()
-    return {"--config": None} | {f"--config.{name}": types.get(type(x), []) for name, x in fields}
 
 
 def _of_type(name: str, kind: str, flag: flags.Flag) -> dict[str, list[str] | None]:

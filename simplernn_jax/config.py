@@ -2,19 +2,38 @@
 
 A file under ``configs/`` returns a `Config` from ``get_config()``; command-line overrides
 (``--config.train.steps=100``) are applied afterwards, so derived values are properties, and
-`validate` runs once after all overrides.
+`validate` runs once after all overrides. Numbers are at least 0 unless their field says otherwise.
 """
 
 import contextlib
 import dataclasses
+import difflib
 import json
+import os
+import typing
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from simplernn_jax.config_rules import check_values
 from simplernn_jax.errors import UserError, counted, nearest_name
 
 Scalar = bool | int | float | str
+PRECISIONS = ("float32", "bfloat16")
+ENCODING_ERRORS = ("strict", "replace")
+_MAX_SIZE = 2**20
+_MAX_BETA = 1 - 2**-24
+"""The largest float32 below 1."""
+_MAX_FLOAT = 3.4e38
+"""The largest float32, rounded down."""
+
+
+def _number(default: Any, **limits: float) -> Any:
+    """Return a field with limits: `at_least`, `at_most`, `below`."""
+    return dataclasses.field(default=default, metadata=limits)
+
+
+def _one_of(choices: Sequence[str], default: str) -> Any:
+    """Return a field whose value is one of `choices`."""
+    return dataclasses.field(default=default, metadata={"choices": choices})
 
 
 class _Fields:
@@ -44,29 +63,29 @@ class _Fields:
 class ModelConfig(_Fields):
     """Architecture and precision. Hashable, because Flax keeps it in the static graphdef."""
 
-    vocab_size: int = 259
+    vocab_size: int = _number(259, at_least=1)
     """Size of embedding and head; a run raises it to that of the tokenizer if that is larger."""
-    block: str = "residual"
+    block: str = _one_of(("plain", "residual", "swiglu"), "residual")
     """``plain``: the bare layer of the original PyTorch project (docs/pytorch.md); ``residual``:
     pre-norm block with a short convolution and an MLP; ``swiglu``: the pre-norm block of Llama and
     of gated linear attention (docs/gla.md)."""
-    num_layers: int = 4
+    num_layers: int = _number(4, at_least=1, at_most=1024)
     """Number of blocks."""
-    hidden_dim: int = 128
+    hidden_dim: int = _number(128, at_least=1, at_most=_MAX_SIZE)
     """Width of the residual stream: the embedding and every layer's input and output."""
-    key_dim: int = 128
+    key_dim: int = _number(128, at_least=1, at_most=_MAX_SIZE)
     """Total key channels of all heads; divisible by num_heads."""
-    value_dim: int = 128
+    value_dim: int = _number(128, at_least=1, at_most=_MAX_SIZE)
     """Total value channels of all heads; divisible by num_heads."""
-    num_heads: int = 4
+    num_heads: int = _number(4, at_least=1)
     """Number of heads of the recurrence or of attention."""
-    mlp_dim: int = 512
+    mlp_dim: int = _number(512, at_least=1, at_most=_MAX_SIZE)
     """Inner width of the MLP (not of the plain block)."""
     tie_embeddings: bool = True
     """Use the embedding as the head (not of the plain block)."""
-    dropout: float = 0.0
+    dropout: float = _number(0.0, below=1)
     """Dropout rate, elementwise, of each residual branch's output (not of the plain block)."""
-    precision: str = "float32"
+    precision: str = _one_of(PRECISIONS, "float32")
     """Compute dtype of dense layers: ``float32`` or ``bfloat16``. Parameters, gates, accumulators,
     norms, softmax and loss are always float32; cached keys and values have this dtype."""
     mixer: str = "simple_rnn"
@@ -77,32 +96,26 @@ class ModelConfig(_Fields):
     """Options of the mixers, on the command line as ``name=value,name=value``. Attention has
     ``context`` (1024): the tokens of its sliding window and KV cache, the current one included. For
     those of gla see docs/gla.md; your own mixers have their own."""
-    state_precision: str = "float32"
+    state_precision: str = _one_of(PRECISIONS, "float32")
     """Dtype of the recurrent state between chunks or decoded tokens: ``float32``; or ``bfloat16``,
     which halves its memory and rounds away small updates."""
-    norm_epsilon: float = 1e-6
+    norm_epsilon: float = _number(1e-6, at_least=1e-12)
     """Added to the mean square by every norm; positive (swiglu block only)."""
 
-    def __post_init__(self) -> None:
-        self.join_mixers()
-        if isinstance(self.mixer_options, dict):  # not shared with a copy
-            vars(self)["mixer_options"] = dict(self.mixer_options)
-
-    def join_mixers(self) -> None:
-        """Join a list of mixers into one string: hashable, a single flag and valid JSON."""
-        if isinstance(self.mixer, str | list | tuple):
-            vars(self)["mixer"] = ",".join(_mixer_names(self.mixer))  # does not make it given
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; a list of mixers becomes one string: hashable, and a single flag."""
+        if name == "mixer" and isinstance(value, str | list | tuple):
+            names = value.split(",") if isinstance(value, str) else map(str, value)
+            value = ",".join(each.strip() for each in names)
+        if name == "mixer_options" and isinstance(value, dict):
+            value = dict(value)  # not shared with a copy
+        super().__setattr__(name, value)
 
     @property
     def mixers(self) -> tuple[str, ...]:
         """The mixer of each layer."""
-        names = tuple(_mixer_names(self.mixer))
+        names = tuple(self.mixer.split(","))
         return names * self.num_layers if len(names) == 1 else names
-
-
-def _mixer_names(mixer: str | Sequence[str]) -> list[str]:
-    names = mixer if isinstance(mixer, list | tuple) else str(mixer).split(",")
-    return [str(name).strip() for name in names]
 
 
 class PythonSource(str):
@@ -128,34 +141,34 @@ class DataConfig(_Fields):
     template: str = ""
     """Chat template, for JSONL of conversations (of OpenAI, ShareGPT or Alpaca): ``roles`` (built
     in), a Jinja file in Hugging Face format, or its text; empty: the records hold text."""
-    loss_on: str = "all"
+    loss_mask: str = _one_of(("all", "assistant"), "all")
     """Tokens in the loss: ``all``, or those of the ``assistant``'s messages."""
     tokenizer: str = "byte"
     """``byte``, ``char``, ``bpe:SIZE`` (trained on the training split, SIZE ids), a path to a
     Hugging Face ``tokenizer.json``, or a hub name."""
-    split: str = "document"
+    split: str = _one_of(("document", "position"), "document")
     """``document``: holds out whole documents, sampled with the seed; ``position``: holds out the
     end of the token stream, as for a single document."""
-    validation_fraction: float = 0.05
+    validation_fraction: float = _number(0.05, below=1)
     """Fraction held out for validation, in [0, 1); 0 trains on all of the text."""
-    mode: str = "window"
+    mode: str = _one_of(("window", "stream", "document"), "window")
     """``window``: random windows from a zero state; ``stream``: contiguous sequences whose state is
     carried from batch to batch (truncated BPTT); ``document``: padded documents."""
-    batch_size: int = 16
+    batch_size: int = _number(16, at_least=1)
     """Sequences of one optimizer step; divisible by data * fsdp, times gradient_accumulation if
-    that is not 0."""
-    sequence_length: int = 256
+    that is set."""
+    sequence_length: int = _number(256, at_least=1)
     """Tokens per sequence."""
     stride: int = 0
     """Tokens from one window to the next, at most sequence_length (window mode): sliding windows,
     each once an epoch in random order. 0 draws windows at random positions."""
-    reset_probability: float = 0.0
+    reset_probability: float = _number(0.0, at_most=1)
     """Probability that a sequence's carried state is reset before a batch (stream mode)."""
-    encoding_errors: str = "strict"
+    encoding_errors: str = _one_of(ENCODING_ERRORS, "strict")
     """Invalid text: ``strict`` stops with file and offset, ``replace`` substitutes U+FFFD."""
     max_bad_records: int = 0
     """Malformed records or rows skipped and counted before the run stops."""
-    max_expansion: int = 1000
+    max_expansion: int = _number(1000, at_least=1)
     """Bytes of text for each byte of a compressed or Parquet file, above which the run stops."""
     cache_dir: str = ""
     """Folder of tokenized corpora; empty: ``tokens`` under the workdir."""
@@ -174,23 +187,23 @@ class DataConfig(_Fields):
 class OptimizerConfig(_Fields):
     """AdamW or Muon with warmup, cosine decay and global-norm clipping."""
 
-    name: str = "adamw"
+    name: str = _one_of(("adamw", "muon"), "adamw")
     """``adamw``, or ``muon``: orthogonalized momentum for the matrices of dense layers, an untied
     head included, and Adam for the rest; a lower loss per step, at a longer time per step."""
     learning_rate: float = 2e-3
     """Peak learning rate, after warmup."""
     warmup_steps: int = 50
     """Optimizer steps of linear warmup, from 1/warmup_steps of the peak."""
-    final_learning_rate: float = 0.0
+    final_learning_rate: float = _number(0.0, at_most=1)
     """Learning rate at the end of the cosine decay (one step after the last), as a fraction of the
     peak; 1 disables decay."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; biases, norms and embeddings are never decayed."""
-    beta1: float = 0.9
+    beta1: float = _number(0.9, at_most=_MAX_BETA)
     """Decay rate of Adam's first moment; Muon's momentum is 0.95."""
-    beta2: float = 0.99
+    beta2: float = _number(0.99, at_most=_MAX_BETA)
     """Decay rate of Adam's second moment."""
-    epsilon: float = 1e-8
+    epsilon: float = _number(1e-8, at_least=1e-30)
     """Added to the denominator of Adam's update."""
     clip_norm: float = 1.0
     """Maximum global gradient norm; 0 disables clipping."""
@@ -200,22 +213,22 @@ class OptimizerConfig(_Fields):
 class TrainConfig(_Fields):
     """Length of a run and its periodic actions. Intervals are in optimizer steps; 0 disables."""
 
-    seed: int = 0
+    seed: int = _number(0, at_most=2**32 - 1)
     """Seed of initialization, split, batches and dropout, in [0, 2**32)."""
     init_from: str = ""
     """Parameters that this run starts from (fine-tuning), with a fresh optimizer at step 0: the
     workdir of a run or its export (safetensors, huggingface); weights of the original PyTorch
-    project (.pt, .safetensors); or the folder of a flash-linear-attention model (gla block). Their
+    project (.pt, .safetensors); or the folder of a flash-linear-attention model (gla). Their
     model and tokenizer replace defaults of this configuration; fields that it sets must agree."""
     steps: int = 0
     """Optimizer steps; exactly one of steps and epochs is set."""
     epochs: float = 0.0
     """Passes over the training split."""
-    gradient_accumulation: int = 0
-    """Microbatches whose gradients are summed before one update; divides batch_size. 0 chooses: on
-    a single CPU device, microbatches of about 1,024 tokens, whose activations stay in cache (or of
-    one sequence, if it is longer); elsewhere 1."""
-    max_skipped_updates: int = 10
+    gradient_accumulation: int | None = _number(None, at_least=1)
+    """Microbatches whose gradients are summed before one update; divides batch_size. None chooses:
+    on a single CPU device, microbatches of about 1,024 tokens, whose activations stay in cache (or
+    of one sequence, if it is longer); elsewhere 1."""
+    max_skipped_updates: int = _number(10, at_least=1)
     """Consecutive updates with a non-finite loss or gradient after which the run aborts."""
     log_every: int = 10
     """Steps per line of ``metrics.jsonl``; its loss is the mean over them."""
@@ -224,12 +237,12 @@ class TrainConfig(_Fields):
     eval_tokens: int = 65536
     """Tokens of the validation split scored at each evaluation during training; 0 scores all of
     it. The evaluation at the end always scores all of it."""
-    stop_after_worse: int = 0
+    early_stopping_patience: int = 0
     """Early stopping: consecutive evaluations without a new best validation loss, after which the
     run ends; 0 disables it."""
     save_every: int = 250
     """Steps between checkpoints."""
-    keep_last: int = 2
+    keep_last: int = _number(2, at_least=2)
     """Number of newest checkpoints kept; at least 2, so that a corrupted one has a predecessor."""
     keep_best: int = 1
     """Additional checkpoints kept, those with the lowest validation loss. Only steps that are both
@@ -239,17 +252,17 @@ class TrainConfig(_Fields):
     sample_prompt: str = "def main("
     """Prompt of the samples. If the tokenizer cannot encode this default, the first line of the
     held-out text replaces it."""
-    sample_tokens: int = 120
+    sample_tokens: int = _number(120, at_most=_MAX_SIZE)
     """Tokens generated for each sample."""
     profile_steps: int = 0
     """Steps recorded for TensorBoard's profiler, starting at the third of the process."""
-    backward_window: int = 0
+    bptt_window: int = 0
     """Tokens of a window of back-propagation, which bounds activation memory; divides
     sequence_length; 0 is the whole sequence."""
-    backward: str = "truncated"
-    """``truncated`` stops gradients at window boundaries (truncated BPTT); ``exact`` is full BPTT,
+    bptt: str = _one_of(("truncated", "full"), "truncated")
+    """``truncated`` stops gradients at window boundaries (truncated BPTT); ``full`` is exact,
     at the cost of a second forward pass."""
-    remat: str = "none"
+    remat: str = _one_of(("none", "block"), "none")
     """Rematerialization: ``none`` stores all residuals; ``block`` stores the input of each layer
     and recomputes the rest."""
 
@@ -261,18 +274,18 @@ class MeshConfig(_Fields):
     Their product divides the number of devices; with several processes it must equal it.
     """
 
-    data: int = -1
-    """Data parallelism: shards of the batch, with replicated parameters; -1: the remaining devices.
-    data * fsdp, times gradient_accumulation if that is not 0, divides batch_size."""
-    fsdp: int = 1
-    """Shards of batch, parameters and optimizer state; divides hidden_dim (gla block: and 16)."""
-    tensor: int = 1
+    data: int | None = _number(None, at_least=1)
+    """Data parallelism: shards of the batch, with replicated parameters; None: the remaining
+    devices. data * fsdp, times gradient_accumulation if that is set, divides batch_size."""
+    fsdp: int = _number(1, at_least=1)
+    """Shards of batch, parameters and optimizer state; divides hidden_dim (gla: and 16)."""
+    tensor: int = _number(1, at_least=1)
     """Shards of the heads, the MLP and the vocabulary; divides num_heads, mlp_dim, vocab_size."""
-    sequence: int = 1
-    """Shards of the time axis; divides backward_window if that is set, else sequence_length."""
-    stage: int = 1
+    sequence: int = _number(1, at_least=1)
+    """Shards of the time axis; divides bptt_window if that is set, else sequence_length."""
+    pipeline: int = _number(1, at_least=1)
     """Pipeline stages of consecutive layers, whose microbatches are chunks of time; divides
-    num_layers, and backward_window if that is set, else sequence_length; needs sequence=1 and one
+    num_layers, and bptt_window if that is set, else sequence_length; needs sequence=1 and one
     mixer in all layers."""
 
 
@@ -295,11 +308,124 @@ def validate(config: Config) -> None:
     """
     if not isinstance(config, Config):
         raise UserError(f"config: {type(config).__name__}; pass a simplernn_jax.Config")
-    config.model.join_mixers()
-    check_values(by_field(config), by_field(Config()), lambda: config.model.mixers)
+    for section in dataclasses.fields(config):
+        fields = getattr(config, section.name)
+        for field in dataclasses.fields(fields):
+            _check_value(f"{section.name}.{field.name}", field, getattr(fields, field.name))
+    _check_model(config.model)
+    _check_data(config.data)
+    _check_run(config)
+
+
+def _reject(field: str, value: Any, allowed: str) -> NoReturn:
+    raise UserError(f"config.{field}={value!r} is invalid: expected {allowed}")
+
+
+def _check_value(name: str, field: dataclasses.Field[Any], value: Any) -> None:
+    """Check a value by itself: its type, and the limits of its field."""
+    types = types_of(field)
+    is_number = type(value) in (int, float)
+    if float in types and is_number:
+        if not abs(value) <= _MAX_FLOAT:
+            _reject(name, value, "a number that is finite in float32")
+    elif type(value) not in types and not (str in types and isinstance(value, str)):
+        _reject(name, value, f"a value of type {types[0].__name__}")
+    if "choices" in field.metadata:
+        _check_choice(name, value, field.metadata["choices"])
+    if is_number:
+        at_least, below = field.metadata.get("at_least", 0), field.metadata.get("below")
+        most = 2**31 - 1 if type(value) is int else _MAX_FLOAT
+        at_most = field.metadata.get("at_most", most)
+        if value < at_least:
+            _reject(name, value, f"at least {at_least}")
+        if value > at_most:
+            _reject(name, value, f"at most {at_most}")
+        if below is not None and value >= below:
+            _reject(name, value, f"below {below}")
+
+
+def types_of(field: dataclasses.Field[Any]) -> tuple[type, ...]:
+    """Return the type of a field, and NoneType if it may be None."""
+    if typing.get_origin(field.type) is dict:
+        return (dict,)
+    return typing.get_args(field.type) or (field.type,)
+
+
+def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        _reject(field, value, f"one of {', '.join(choices)}{hint}")
+
+
+def _check_model(model: ModelConfig) -> None:
+    heads, layers = model.num_heads, model.num_layers
+    for name in ("key_dim", "value_dim"):
+        value = getattr(model, name)
+        if value % heads:
+            _reject(f"model.{name}", value, f"divisible by config.model.num_heads={heads}")
+    if len(model.mixers) != layers:
+        allowed = f"one name, or one for each of config.model.num_layers={layers} layers"
+        _reject("model.mixer", model.mixer, allowed)
+    if model.block != "swiglu" and model.norm_epsilon != ModelConfig.norm_epsilon:
+        allowed = f"{ModelConfig.norm_epsilon} with config.model.block={model.block!r}"
+        _reject("model.norm_epsilon", model.norm_epsilon, allowed)
+    for name, value in model.mixer_options.items():
+        if not isinstance(name, str) or not isinstance(value, bool | int | float | str):
+            allowed = "a dict of names and numbers, strings or booleans"
+            _reject("model.mixer_options", model.mixer_options, allowed)
     from simplernn_jax.models.mixers.token_mixer import check_mixers  # imports JAX
 
-    check_mixers(config.model)
+    check_mixers(model)
+
+
+def _check_data(data: DataConfig) -> None:
+    length = data.sequence_length
+    if data.stride > length:
+        allowed = f"at most config.data.sequence_length={length}, or some text is skipped"
+        _reject("data.stride", data.stride, allowed)
+    if data.stride and data.mode != "window":
+        _reject("data.stride", data.stride, f"0 with config.data.mode={data.mode!r}")
+    if "\0" in data.cache_dir:
+        _reject("data.cache_dir", data.cache_dir, "a path; none holds a NUL character")
+    if os.path.expanduser(data.cache_dir).startswith("~"):
+        _reject("data.cache_dir", data.cache_dir, "a path; ~USER does not name an existing user")
+    if "://" in data.cache_dir:
+        allowed = "a folder; mount a bucket and use its mount point"
+        _reject("data.cache_dir", data.cache_dir, allowed)
+    if not data.source:
+        _reject("data.source", data.source, "stdlib, a path, a glob or tfds:NAME")
+    if data.loss_mask == "assistant" and not data.template:
+        _reject("data.loss_mask", data.loss_mask, "all without config.data.template")
+
+
+def _check_run(config: Config) -> None:
+    train, data, mesh = config.train, config.data, config.mesh
+    if train.early_stopping_patience and not (train.eval_every and data.validation_fraction):
+        allowed = "0 if train.eval_every or data.validation_fraction is 0: nothing is evaluated"
+        _reject("train.early_stopping_patience", train.early_stopping_patience, allowed)
+    if train.bptt_window and data.sequence_length % train.bptt_window:
+        allowed = f"a divisor of config.data.sequence_length={data.sequence_length}"
+        _reject("train.bptt_window", train.bptt_window, allowed)
+    if data.batch_size % (train.gradient_accumulation or 1):
+        allowed = f"a divisor of config.data.batch_size={data.batch_size}"
+        _reject("train.gradient_accumulation", train.gradient_accumulation, allowed)
+    if (train.steps > 0) == (train.epochs > 0):
+        raise UserError(
+            f"config.train.steps={train.steps} and config.train.epochs={train.epochs}: "
+            "set exactly one of them above 0"
+        )
+    if mesh.pipeline > 1 and mesh.sequence > 1:
+        raise UserError(
+            f"config.mesh.pipeline={mesh.pipeline} and config.mesh.sequence={mesh.sequence} divide "
+            "the same time axis; set one of them to 1"
+        )
+    if mesh.sequence > 1 and config.model.state_precision != "float32":
+        raise UserError(
+            f"config.model.state_precision={config.model.state_precision} and "
+            f"config.mesh.sequence={mesh.sequence}: the states of sequence shards are combined in "
+            "float32; set one of them back to float32 or 1"
+        )
 
 
 def by_field(config: Config) -> dict[str, Any]:
@@ -328,31 +454,32 @@ def from_json(text: str) -> Config:
     except (ValueError, RecursionError) as error:  # also of too many digits, or nested too deep
         raise UserError(f"configuration: invalid JSON ({error}); use an intact copy") from error
     config = Config()
-    _fill(config, values, "config")
+    _fill(config, values, "")
     validate(config)
     return config
 
 
 def _fill(target: Any, values: Any, path: str) -> None:
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected an object with fields, found {values!r}")
+        raise UserError(f"{path or 'configuration'}: expected an object, found {values!r}")
+    prefix = f"{path}." if path else ""
     names = [field.name for field in dataclasses.fields(target)]
     for name in values:
         if name not in names:
-            raise UserError(f"{path}.{name}: no such field{nearest_name(name, names)}")
+            raise UserError(f"{prefix}{name}: no such field{nearest_name(name, names)}")
     for name in names:
         if name not in values:
-            raise UserError(f"{path}.{name}: missing; the file was written by another version")
-        current = getattr(target, name)
+            raise UserError(f"{prefix}{name}: missing; the file was written by another version")
+        current, value = getattr(target, name), values[name]
         if dataclasses.is_dataclass(current):
-            _fill(current, values[name], f"{path}.{name}")
+            _fill(current, value, f"{prefix}{name}")
             continue
-        value = values[name]
-        if isinstance(current, float) and type(value) is int:
-            with contextlib.suppress(OverflowError):  # then it is refused as what it is
+        types = types_of(type(target).__dataclass_fields__[name])
+        if float in types and type(value) is int:
+            with contextlib.suppress(OverflowError):  # then it is rejected as an int
                 value = float(value)
-        if type(value) is not type(current):
-            raise UserError(f"{path}.{name}={value!r}: expected {type(current).__name__}")
+        if type(value) not in types:
+            raise UserError(f"{prefix}{name}={value!r}: expected {types[0].__name__}")
         setattr(target, name, value)
 
 

@@ -1,18 +1,27 @@
-"""Devices of this process: JAX's backend, its available memory, and a bound on its use."""
+"""Devices, memory and cores available to this process, and the end of its child processes.
+
+JAX is imported where it is needed: processes that tokenize do without it.
+"""
 
 import contextlib
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
-
-from simplernn_jax.control_groups import memory_limits
 from simplernn_jax.errors import UserError, format_bytes
+
+if TYPE_CHECKING:
+    import jax
 
 
 def check_devices() -> None:
     """Start JAX's backend; raises `UserError` if JAX_PLATFORMS names one that is not available."""
+    import jax
+
     try:
         jax.devices()
     except Exception as error:  # jax raises AssertionError, KeyError, RuntimeError, ...
@@ -24,7 +33,7 @@ def check_devices() -> None:
         ) from error
 
 
-def device_memory(device: jax.Device) -> int | None:
+def device_memory(device: "jax.Device") -> int | None:
     """Return the bytes of memory available to arrays on `device`; None if unknown.
 
     On the CPU it is the memory of the machine or of this process's control group, shared by all
@@ -38,7 +47,9 @@ def device_memory(device: jax.Device) -> int | None:
 
 def host_memory() -> int | None:
     """Return the bytes of memory, swap included, available to this process; None if unknown."""
-    return min([*_machine_memory(), *memory_limits()], default=None)
+    limits = _control_group("memory", "memory.max", "memory.limit_in_bytes")
+    in_group = [int(limit[0]) for limit in limits if limit[0].isdecimal()]  # not "max"
+    return min([*_machine_memory(), *in_group], default=None)
 
 
 def check_memory(num_bytes: int, what: str, advice: str) -> None:
@@ -51,14 +62,45 @@ def check_memory(num_bytes: int, what: str, advice: str) -> None:
         )
 
 
+def core_limits() -> Iterator[float]:
+    """Yield the limits of processor time, in cores, of this process's control group."""
+    for limit in _control_group("cpu", "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
+        if all(map(str.isdecimal, limit)):  # neither "max" nor -1
+            yield int(limit[0]) / int(limit[1])
+
+
+def end_with_parent(parent: int) -> None:
+    """Have Linux kill this process when its parent, of process id `parent`, has died."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(128 + signal.SIGKILL)
+
+
 def _machine_memory() -> Iterator[int]:
     with contextlib.suppress(OSError, ValueError, IndexError):
-        fields = dict(line.split(":") for line in _lines("/proc/meminfo"))
+        fields = dict(line.split(":") for line in _text("/proc/meminfo").splitlines())
         yield sum(int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
         return
     with contextlib.suppress(OSError, ValueError):  # not Linux
         yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text(encoding="ascii", errors="replace").splitlines()
+def _control_group(controller: str, second: str, *first: str) -> Iterator[list[str]]:
+    """Yield the words of a controller's files, of version 2 or 1, in each group of this process."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in _text("/proc/self/cgroup").splitlines():
+            _, controllers, path = line.split(":", 2)
+            root, names = "/sys/fs/cgroup", [second]
+            if controllers:
+                root, names = f"/sys/fs/cgroup/{controller}", list(first)
+                if controller not in controllers.split(","):
+                    continue
+            folder = Path(path.strip("/"))
+            for group in (folder, *folder.parents):
+                with contextlib.suppress(OSError):
+                    yield " ".join(_text(str(Path(root, group, name))) for name in names).split()
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text(encoding="ascii", errors="replace")

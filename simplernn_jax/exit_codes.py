@@ -15,6 +15,7 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -94,6 +95,10 @@ def _show_bug() -> int:
 
 
 def _report(message: str) -> int:
+    # The library names fields as Python does.
+    message = re.sub(
+        r"(?<![\w./-])config(?=\.(model|data|optimizer|train|mesh)\b)", "--config", message
+    )
     with contextlib.suppress(OSError):
         print(f"error: {one_line(name_commands(message))}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR

@@ -1,17 +1,22 @@
 """Lower bounds on the memory that a configuration needs, checked against the devices.
 
-Arithmetic on sizes, before anything is allocated or traced; only what cannot fit is rejected.
+From shapes alone, before anything is allocated or compiled; only what cannot fit is rejected.
 """
 
-from typing import NamedTuple
+import dataclasses
+import functools
+from collections import Counter
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.devices import device_memory
 from simplernn_jax.errors import UserError, format_bytes
-from simplernn_jax.models.mixers.token_mixer import complete_options
+from simplernn_jax.models.language_model import LanguageModel, initialize
 
 _FLOAT32 = 4
 _TOKEN_BYTES = 8
@@ -19,11 +24,11 @@ _TOKEN_BYTES = 8
 _EVALUATION_STATE_BYTES = 1 << 28
 """Bound on the states of sequences that are scored together, if one alone is not larger."""
 _TRAINING_FIELDS = {
-    "parameters": "--config.model sizes such as hidden_dim, mlp_dim or vocab_size",
-    "activations": "--config.data.batch_size or sequence_length, or set "
-    "--config.train.gradient_accumulation, backward_window or remat",
-    "state": "--config.model.key_dim, value_dim, vocab_size or mixer_options, or "
-    "--config.data.batch_size",
+    "parameters": "config.model sizes such as hidden_dim, mlp_dim or vocab_size",
+    "activations": "config.data.batch_size or sequence_length, or set "
+    "config.train.gradient_accumulation, bptt_window or remat",
+    "state": "config.model.key_dim, value_dim, vocab_size or mixer_options, or "
+    "config.data.batch_size",
 }
 """Fields to lower, by the part of an `Estimate` that is largest."""
 
@@ -63,91 +68,94 @@ def check_program(num_bytes: float, mesh: Mesh) -> None:
         )
 
 
-def check_generation(model: ModelConfig, batch_size: int, max_new_tokens: int) -> None:
+def check_generation(model: LanguageModel, batch_size: int, max_new_tokens: int) -> None:
     """Raise `UserError` if `max_new_tokens` of `batch_size` sequences cannot fit in memory."""
-    state = batch_size * (_state_bytes(model) + _FLOAT32 * (model.vocab_size + max_new_tokens))
-    estimate = Estimate(_FLOAT32 * num_weights(model), 0, state)
+    parameters, state = _bytes_of(model)
+    state = batch_size * (state + _FLOAT32 * (model.config.vocab_size + max_new_tokens))
     fields = {"parameters": "the model", "state": "--num_samples or --max_new_tokens"}
-    _check("generating", estimate, fields)
+    _check("generating", Estimate(parameters, 0, state), fields)
 
 
-def check_evaluation(model: ModelConfig, window: int) -> None:
+def check_evaluation(model: LanguageModel, window: int) -> None:
     """Raise `UserError` if scoring `window` tokens at a time cannot fit in memory."""
-    tokens = window * (_TOKEN_BYTES + _item_bytes(model) * _widest(model))
-    estimate = Estimate(_FLOAT32 * num_weights(model), tokens, _state_bytes(model))
+    parameters, state = _bytes_of(model)
+    tokens = window * (_TOKEN_BYTES + _item_bytes(model.config) * _widest(model.config))
     fields = {"parameters": "the model", "activations": "--window", "state": "the model"}
-    _check("scoring", estimate, fields)
+    _check("scoring", Estimate(parameters, tokens, state), fields)
+
+
+def _bytes_of(model: LanguageModel) -> tuple[int, int]:
+    """Return the bytes of the parameters, and of the state of one sequence."""
+    state = jax.eval_shape(lambda: model.initial_state(1))
+    return _num_bytes(nnx.state(model, nnx.Param)), _num_bytes(state)
 
 
 def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
     """Estimate a train step on one device of a mesh of `sizes`; no automatic microbatches."""
     model, data, train = config.model, config.data, config.train
-    weights = _FLOAT32 * num_weights(model) / (sizes["fsdp"] * sizes["tensor"] * sizes["stage"])
+    parameters, state_bytes = model_bytes(model)
+    weights = parameters / (sizes["fsdp"] * sizes["tensor"] * sizes["pipeline"])
     moments = 2 if config.optimizer.name == "adamw" else 1
     device_sequences = data.batch_size / (sizes["data"] * sizes["fsdp"])
-    sequences = device_sequences / max(1, train.gradient_accumulation)
-    length = (train.backward_window or data.sequence_length) / sizes["sequence"]
+    sequences = device_sequences / (train.gradient_accumulation or 1)
+    length = (train.bptt_window or data.sequence_length) / sizes["sequence"]
     # Stages save the inputs of their chunks alone.
-    layers = model.num_layers if sizes["stage"] == 1 else 1
+    layers = model.num_layers if sizes["pipeline"] == 1 else 1
     saved = float(model.hidden_dim)
-    if train.remat == "none" and sizes["stage"] == 1:
+    if train.remat == "none" and sizes["pipeline"] == 1:
         mlp = {"plain": 0, "residual": 1, "swiglu": 2}[model.block] * model.mlp_dim
-        saved += (2 * model.key_dim + model.value_dim + mlp) / sizes["tensor"]
-    widest = _widest(model) / (sizes["tensor"] * sizes["stage"])
+        saved += mlp / sizes["tensor"]
+    widest = _widest(model) / (sizes["tensor"] * sizes["pipeline"])
     activations = sequences * length * _item_bytes(model) * (layers * saved + widest)
     batch = device_sequences * data.sequence_length * _TOKEN_BYTES
-    state = sequences * model.vocab_size * _FLOAT32 / (sizes["tensor"] * sizes["stage"])
+    shards = sizes["tensor"] * sizes["pipeline"]
+    state = sequences * model.vocab_size * _FLOAT32 / shards
     if data.mode == "stream":
-        state += device_sequences * _state_bytes(model) / (sizes["tensor"] * sizes["stage"])
+        state += device_sequences * state_bytes / shards
     elif train.sample_every:
-        state = max(state, _state_bytes(model) / (sizes["tensor"] * sizes["stage"]))
+        state = max(state, state_bytes / shards)
     if data.validation_fraction:  # the states before and after a batch, of one sequence at least
-        state = max(state, 2 * _state_bytes(model) / (sizes["tensor"] * sizes["stage"]))
-    if {"simple_rnn", "gla"} & {*model.mixers}:
-        state = max(state, sequences * _recurrent_state_bytes(model) / sizes["tensor"])
+        state = max(state, 2 * state_bytes / shards)
+    if {*model.mixers} <= {"simple_rnn", "gla"}:  # at least the states of a layer
+        state = max(state, sequences * state_bytes / model.num_layers / sizes["tensor"])
     return Estimate(weights * (1 + moments), max(weights, activations) + batch, state)
 
 
 def evaluation_sequences(model: ModelConfig, most: int) -> int:
     """Return how many sequences are scored together: at most `most`, and with bounded states."""
-    return max(1, min(most, _EVALUATION_STATE_BYTES // max(1, _state_bytes(model))))
+    return max(1, min(most, int(_EVALUATION_STATE_BYTES / max(1, model_bytes(model)[1]))))
 
 
-def num_weights(model: ModelConfig) -> int:
-    """Return the number of weights of all matrices: at usual sizes 99 % of the parameters."""
-    width, keys, values = model.hidden_dim, model.key_dim, model.value_dim
-    is_plain = model.block == "plain"
-    untied = is_plain or not model.tie_embeddings
-    total = model.vocab_size * width * (2 if untied else 1)
-    for mixer in model.mixers:
-        layer = (2 if mixer == "attention" else 3) * width * keys + 2 * width * values
-        if mixer == "gla":
-            layer -= width * keys  # its gate has a low rank
-        if not is_plain:
-            matrices = 3 if model.block == "swiglu" else 2
-            layer += width * values + matrices * width * model.mlp_dim
-        total += layer
-    return total
+@functools.lru_cache(maxsize=32)
+def model_bytes(model: ModelConfig) -> tuple[float, float]:
+    """Return the bytes of all parameters, and of the state of one sequence.
+
+    Of models of one and two layers, since tracing takes time for every layer, whatever their sizes.
+    """
+
+    def trace(mixer: str, layers: int) -> np.ndarray:
+        def build() -> tuple[Any, Any]:
+            graph, params = initialize(few, jax.random.key(0))
+            return params, nnx.merge(graph, params).initial_state(1)
+
+        few = dataclasses.replace(model, num_layers=layers, mixer=mixer)
+        return np.array([_num_bytes(tree) for tree in jax.eval_shape(build)], float)
+
+    total = np.zeros(2)
+    for mixer, count in Counter(model.mixers).items():
+        one, two = (trace(mixer, layers) for layers in (1, 2))
+        total += count * (two - one)
+    parameters, state = total + one - (two - one)  # with what is not of a layer
+    return float(parameters), float(state)
 
 
-def _state_bytes(model: ModelConfig) -> int:
-    """Return the bytes of recurrent state and KV cache of one sequence."""
-    context = int(complete_options("attention", model).mixer_options["context"])
-    cached = context * (model.key_dim + model.value_dim) * _item_bytes(model)
-    count = model.mixers.count("attention")
-    return (model.num_layers - count) * _recurrent_state_bytes(model) + count * cached
-
-
-def _recurrent_state_bytes(model: ModelConfig) -> int:
-    """Return the bytes of one layer's recurrent state of one sequence."""
-    item = 2 if model.state_precision == "bfloat16" else _FLOAT32
-    return model.key_dim * model.value_dim // model.num_heads * item
+def _num_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _widest(model: ModelConfig) -> int:
-    """Return the number of channels of a layer's largest activation."""
-    mlp = 0 if model.block == "plain" else model.mlp_dim
-    return max(model.hidden_dim, model.key_dim, model.value_dim, mlp)
+    """Return a lower bound on the channels of a layer's largest activation."""
+    return max(model.hidden_dim, 0 if model.block == "plain" else model.mlp_dim)
 
 
 def _item_bytes(model: ModelConfig) -> int:

@@ -8,18 +8,12 @@ import re
 import sys
 from pathlib import Path
 
-import simplernn_jax
-
-ROOT = Path(simplernn_jax.__path__[-1]).resolve()
-IS_CHECKOUT = Path(simplernn_jax.__path__[0]).resolve() != ROOT
+PACKAGE = Path(__file__).resolve().parent
+IS_CHECKOUT = not (PACKAGE / "configs").is_dir()
+ROOT = PACKAGE.parent if IS_CHECKOUT else PACKAGE
 
 COMMAND = "_SIMPLERNN_JAX_COMMAND"
 """Environment variable: id of the process that the command ``simplernn`` has started."""
-
-
-def config_names() -> list[str]:
-    """List the names of the configurations, as ``--config`` takes them."""
-    return sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
 
 
 def started_as_command() -> bool:

@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 
+from simplernn_jax.devices import end_with_parent
 from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_PEER_FAILURE, one_line
-from simplernn_jax.process_start import end_with_parent
 
 HEARTBEAT_SECONDS = 20
 """A process that sends no heartbeat for this long is considered failed."""

@@ -152,5 +152,4 @@ def _caches(request):
     os.environ["XDG_CACHE_HOME"] = str(request.config.cache.mkdir("scripts"))  # of the scripts
     folder = request.config.cache.mkdir("programs")
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", 1 << 30)  # several times what they need
     use_compilation_cache()

@@ -41,7 +41,6 @@ def small_config(block="plain", **fields):
         mesh=MeshConfig(data=1),
     )
     change(config, **fields)
-    config.model.join_mixers()
     return config
 
 

@@ -110,7 +110,7 @@ def window_by_window(block):
 @pytest.mark.oldest_python
 def test_truncated_windows_are_the_sum_of_their_own_gradients():
     with jax.enable_x64(True):
-        found = step_of(block="plain", backward_window=WINDOW)(make_batch())
+        found = step_of(block="plain", bptt_window=WINDOW)(make_batch())
         assert_same(found, window_by_window("plain"))
     whole = whole_sequences(block="plain")
     assert found[0] == pytest.approx(whole[0], rel=1e-12)
@@ -122,7 +122,7 @@ def test_truncated_windows_are_the_sum_of_their_own_gradients():
 @pytest.mark.oldest_python
 def test_a_window_of_the_whole_sequence_truncates_nothing():
     with jax.enable_x64(True):
-        found = step_of(block="plain", backward_window=LENGTH)(make_batch())
+        found = step_of(block="plain", bptt_window=LENGTH)(make_batch())
     assert_same(found, whole_sequences(block="plain"), 1e-13)
 
 
@@ -130,7 +130,7 @@ def test_a_window_of_the_whole_sequence_truncates_nothing():
 def test_exact_windows_with_gradient_accumulation_and_no_carried_state():
     fields = {"block": "plain", "mode": "window", "gradient_accumulation": 2}
     with jax.enable_x64(True):
-        found = step_of(backward_window=WINDOW, backward="exact", **fields)(make_batch())
+        found = step_of(bptt_window=WINDOW, bptt="full", **fields)(make_batch())
         from_zero = make_batch()._replace(reset=np.ones(SIZE, bool))
         expected = step_of(block="plain")(from_zero)
     assert found[2] == ()
@@ -138,7 +138,7 @@ def test_exact_windows_with_gradient_accumulation_and_no_carried_state():
     assert distance(found[1], expected[1]) < 1e-11
 
 
-EXACT = {"backward_window": WINDOW, "backward": "exact"}
+EXACT = {"bptt_window": WINDOW, "bptt": "full"}
 
 
 @pytest.mark.fewer_cases
@@ -159,11 +159,11 @@ def test_exact_windows_and_rematerialization_leave_the_gradient(sizes, fields, l
 @pytest.mark.oldest_python
 @pytest.mark.parametrize(
     ("sizes", "remat"),
-    [((("sequence", 2), ("data", 2)), "none"), ((("stage", 2), ("fsdp", 2)), "block")],
+    [((("sequence", 2), ("data", 2)), "none"), ((("pipeline", 2), ("fsdp", 2)), "block")],
 )
 def test_truncated_windows_on_a_mesh_equal_one_device(sizes, remat):
     with jax.enable_x64(True):
-        found = step_of(sizes, backward_window=WINDOW, remat=remat)(make_batch())
+        found = step_of(sizes, bptt_window=WINDOW, remat=remat)(make_batch())
         assert_same(found, window_by_window("residual"))
 
 
@@ -180,8 +180,8 @@ def test_windows_and_rematerialization_need_less_memory():
         for fields in (
             {},
             {"remat": "block"},
-            {"backward_window": 32},
-            {"backward_window": 32, "backward": "exact"},
+            {"bptt_window": 32},
+            {"bptt_window": 32, "bptt": "full"},
         )
     )
     assert block < 0.7 * everything

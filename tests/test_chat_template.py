@@ -354,7 +354,7 @@ def prepared(tmp_path, **settings):
     path = tmp_path / "a.jsonl"
     if not path.exists():
         write(path, records(*({"messages": chat} for chat in CHATS)))
-    config = DataConfig(source=str(path), template="roles", loss_on="assistant", **settings)
+    config = DataConfig(source=str(path), template="roles", loss_mask="assistant", **settings)
     return prepare_corpus(config, 0, str(tmp_path / "tokens"), show_progress=False)
 
 

@@ -34,7 +34,7 @@ def test_a_run_resumes_with_another_number_of_stages(config, tmp_path, monkeypat
     run(config, one, monkeypatch, 3)
     shutil.copytree(one, two)
     on_one, _ = run(config, one, monkeypatch, 9)
-    on_two, printed = run(config, two, monkeypatch, 9, stage=2, data=2)
+    on_two, printed = run(config, two, monkeypatch, 9, pipeline=2, data=2)
     assert "2 stages, 8 chunks of 1 tokens: a stage is idle 11.1% of the time" in printed
     assert "at step 3 of 7" in printed
     assert on_two.step == on_one.step == 7

@@ -46,10 +46,10 @@ def test_a_wrong_command_is_one_line(arguments, part):
 def test_a_missing_script_breaks_its_command_only(tmp_path):
     (tmp_path / "simplernn_jax").symlink_to(ROOT / "simplernn_jax")
     code = "from simplernn_jax import project, __main__; project.ROOT = project.Path('.')"
-    result = run_python("-c", f"{code}; print(__main__.main())", "train", cwd=tmp_path)
+    result = run_python("-c", f"{code}; print(__main__.main())", "benchmark", cwd=tmp_path)
     assert result.output == "2\n"
     assert result.errors == (
-        "error: train: scripts/train.py is missing; install simplernn_jax again\n"
+        "error: benchmark: only in a checkout of simplernn_jax; run scripts/benchmark.py there\n"
     )
     shown = run_python("-c", f"{code}; print(__main__.main())", cwd=tmp_path)
     assert "completion" in shown.output

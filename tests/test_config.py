@@ -20,7 +20,7 @@ from simplernn_jax.config import (
     to_json,
     validate,
 )
-from simplernn_jax.config_flag import load_config
+from simplernn_jax.config_files import load_config
 from simplernn_jax.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -40,8 +40,8 @@ def load(name):
     ("field", "value", "message"),
     [
         ("model.block", "residul", r"one of plain, residual, swiglu \(did you mean 'residual'\?\)"),
-        ("model.key_dim", 126, "divisible by model.num_heads=4"),
-        ("model.dropout", 1.0, r"in \[0, 1\)"),
+        ("model.key_dim", 126, "divisible by config.model.num_heads=4"),
+        ("model.dropout", 1.0, "below 1"),
         ("model.num_layers", 0, "at least 1"),
         (
             "model.mixer",
@@ -49,65 +49,65 @@ def load(name):
             r"one of attention, gla, simple_rnn; did you mean 'attention'\?",
         ),
         ("model.mixer", "", "one of attention, gla, simple_rnn"),
-        ("model.mixer", 3, "of type str"),
+        ("model.mixer", 3, "a value of type str"),
         ("model.mixer", ["attention", "rnn", "attention", "attention"], "gla, simple_rnn"),
-        ("model.mixer", ["attention", "simple_rnn"], "each of model.num_layers=4 layers"),
+        ("model.mixer", ["attention", "simple_rnn"], "each of config.model.num_layers=4 layers"),
         ("model.mixer_options", {"method": "scn"}, "method=scn .* one of auto, fused"),
         ("model.mixer_options", {"method": 3}, "method=3 .* of type str"),
         ("model.mixer_options", {"methd": ""}, "an option of simple_rnn; did you mean 'method'"),
         ("model.mixer_options", {"method": None}, "a dict of names and numbers, strings or bool"),
-        ("model.mixer_options", [3], "of type dict"),
+        ("model.mixer_options", [3], "a value of type dict"),
         ("data.mode", "strem", "did you mean 'stream'"),
-        ("data.validation_fraction", -0.1, r"in \[0, 1\)"),
+        ("data.validation_fraction", -0.1, "at least 0"),
         ("data.source", "", "stdlib, a path"),
-        ("data.source", {"a"}, "of type str"),
-        ("data.stride", 257, "at most data.sequence_length=256"),
+        ("data.source", {"a"}, "a value of type str"),
+        ("data.stride", 257, "at most config.data.sequence_length=256"),
         ("data.max_bad_records", -1, "at least 0"),
         ("data.max_expansion", 0, "at least 1"),
         ("optimizer.learning_rate", float("nan"), "a number that is finite"),
-        ("optimizer.final_learning_rate", 1.1, r"in \[0, 1\]"),
+        ("optimizer.final_learning_rate", 1.1, "at most 1"),
         ("optimizer.epsilon", -1e-8, "at least 1e-30"),
         ("optimizer.epsilon", 1e-50, "at least 1e-30"),
-        ("optimizer.beta1", 0.99999999, "at most 1 - 2"),
-        ("optimizer.beta2", 0.99999999, "at most 1 - 2"),
+        ("optimizer.beta1", 0.99999999, "at most 0.99999994"),
+        ("optimizer.beta2", 0.99999999, "at most 0.99999994"),
         ("optimizer.name", "moun", "did you mean 'muon'"),
-        ("train.seed", 2**32, r"in \[0, 2\*\*32\)"),
+        ("train.seed", 2**32, "at most 4294967295"),
         ("train.keep_last", 1, "at least 2"),
-        ("train.gradient_accumulation", 5, "a divisor of data.batch_size=16"),
-        ("train.backward_window", 100, "a divisor of data.sequence_length=256"),
-        ("train.backward", "exat", "did you mean 'exact'"),
+        ("train.gradient_accumulation", 5, "a divisor of config.data.batch_size=16"),
+        ("train.bptt_window", 100, "a divisor of config.data.sequence_length=256"),
+        ("train.bptt", "ful", "did you mean 'full'"),
         ("train.remat", "blocks", "did you mean 'block'"),
         ("train.epochs", 3.0, "exactly one of them"),
         ("train.steps", 0, "exactly one of them"),
-        ("train.steps", 10**30, r"below 2\*\*31"),
+        ("train.steps", 10**30, "at most 2147483647"),
         ("train.epochs", 1e300, "a number that is finite in float32"),
         ("train.sample_tokens", 10**9, "at most 1048576"),
         ("model.num_layers", 10**5, "at most 1024"),
-        ("model.vocab_size", 10**12, r"below 2\*\*31"),
+        ("model.vocab_size", 10**12, "at most 2147483647"),
         ("model.mlp_dim", 2**21, "at most 1048576"),
-        ("model.hidden_dim", 128.0, "of type int"),
-        ("model.norm_epsilon", 1e-5, "expected 1e-06 with model.block="),
+        ("model.hidden_dim", 128.0, "a value of type int"),
+        ("model.norm_epsilon", 1e-5, "expected 1e-06 with config.model.block="),
         ("model.norm_epsilon", 0.0, "expected at least 1e-12"),
-        ("model.tie_embeddings", 1, "of type bool"),
-        ("data.loss_on", "assistant", "expected all without data.template"),
+        ("model.tie_embeddings", 1, "a value of type bool"),
+        ("data.loss_mask", "assistant", "expected all without config.data.template"),
         ("data.cache_dir", "~nobody-x/tokens", "~USER does not name an existing user"),
         ("data.cache_dir", "~\0", "none holds a NUL character"),
-        ("mesh.data", 10**30, r"below 2\*\*31"),
-        ("mesh.data", -2, "at least 1, or -1 for the remaining devices"),
-        ("mesh.stage", 0, "at least 1"),
+        ("mesh.data", 10**30, "at most 2147483647"),
+        ("mesh.data", 0, "at least 1"),
+        ("mesh.pipeline", 0, "at least 1"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(field, value, message):
     with pytest.raises(UserError, match=message) as caught:
         validate(trainable(**{field.partition(".")[2]: value}))
-    assert f"--config.{field}" in str(caught.value)
+    assert f"config.{field}=" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("allowed", "added", "message"),
     [
-        ({"stride": 64}, {"mode": "stream"}, "data.stride=64 .* 0 with data.mode="),
-        ({"stage": 2}, {"sequence": 4}, "mesh.stage=2 and .*sequence=4 .* set one of them to 1"),
+        ({"stride": 64}, {"mode": "stream"}, "data.stride=64 .* 0 with config.data.mode="),
+        ({"pipeline": 2}, {"sequence": 4}, "pipeline=2 and .*sequence=4 .* set one of them to 1"),
         (
             {"sequence": 2},
             {"state_precision": "bfloat16"},
@@ -130,10 +130,10 @@ def test_a_bad_value_is_refused_by_name(field, value, message):
         (
             {"key_dim": 60},
             {"mixer": "attention"},
-            "--config.model.key_dim=60 .* an even number for each",
+            "config.model.key_dim=60 .* an even number for each",
         ),
         *(
-            ({"stop_after_worse": 2}, {field: 0 * value}, "worse=2 .* expected 0 if")
+            ({"early_stopping_patience": 2}, {field: 0 * value}, "patience=2 .* expected 0 if")
             for field, value in (("eval_every", 1), ("validation_fraction", 1.0))
         ),
     ],
@@ -187,10 +187,10 @@ def test_texts_from_python_are_described_in_json_and_kept_in_copies(source, show
     ("edit", "message"),
     [
         (lambda v: v["model"].update(num_layer=3), "num_layer: no such field; did you mean 'num_l"),
-        (lambda v: v["train"].pop("seed"), r"config\.train\.seed: missing"),
+        (lambda v: v["train"].pop("seed"), r"^train\.seed: missing"),
         (lambda v: v["data"].update(batch_size="16"), "batch_size='16': expected int"),
         (lambda v: v["optimizer"].update(beta1=10**400), "optimizer.beta1=1000.*: expected float"),
-        (lambda v: v.update(model=3), "config.model: expected an object"),
+        (lambda v: v.update(model=3), "^model: expected an object"),
     ],
 )
 def test_other_json_is_refused(edit, message):

@@ -12,13 +12,13 @@ SCRIPT = '''
 """Prints a configuration."""
 
 from simplernn_jax import command_line
-from simplernn_jax.config_flag import define_config_flag
+from simplernn_jax.config_flag import define_config_flag, read_config
 
-_CONFIG = define_config_flag()
+define_config_flag()
 
 
 def main() -> None:
-    config = _CONFIG.value
+    config = read_config()
     print(config.train.steps, config.data.source, config.model.tie_embeddings)
     if config.model.is_given("mixer_options"):
         print(config.model.mixer_options, "is given")
@@ -75,28 +75,20 @@ def test_the_configuration_that_a_run_saved(folder):
     ]
     assert_each_refused(
         "show.py",
-        (["--config=wrong.json"], "--config=wrong.json: config.train.sede: no such field; did you"),
+        (["--config=wrong.json"], "--config=wrong.json: train.sede: no such field; did you"),
         (["--config=bytes.json"], "--config=bytes.json: configuration: invalid JSON"),
         cwd=folder,
     )
 
 
-def test_flags_from_a_file(folder):
-    (folder / "flags.txt").write_text("--config.train.steps=11\n")
-    (folder / "wrong.txt").write_text("--config.train.stpes=11\n")
-    (folder / "zero.txt").write_text("--flagfile=/dev/zero\n")
-    (folder / "large.txt").write_bytes(bytes(2**20 + 1))
-    (folder / "latin.txt").write_bytes(b"--config=\xe9.py\n")
-    assert show(folder, ["--config=seven.py", "--flagfile=flags.txt"]) == ["11 stdlib True\n"]
-    not_regular = "--flagfile=/dev/zero: not a regular file"
+def test_none_leaves_a_choice_to_the_program(folder):
+    (folder / "two.py").write_text(CONFIG.replace("steps = 7", "gradient_accumulation = 2"))
+    flags = ["--config.train.steps=7", "--config.train.gradient_accumulation=none"]
+    assert show(folder, ["--config=two.py", *flags]) == ["7 stdlib True\n"]
     assert_each_refused(
         "show.py",
-        (["--config=seven.py", "--flagfile=wrong.txt"], "did you mean 'train.steps'?"),
-        (["--flagfile=missing.txt"], "--flagfile=missing.txt: No such file"),
-        (["--flagfile", "/dev/zero"], not_regular),
-        (["--flagfile=zero.txt"], "--flagfile=zero.txt: includes another file"),
-        (["--flagfile=large.txt"], "--flagfile=large.txt: larger than 1,048,576 bytes"),
-        (["--flagfile=latin.txt"], "--flagfile=latin.txt: 'utf-8' codec can't decode"),
+        (["--config=seven.py", "--config.mesh.data=0"], "mesh.data=0 is invalid: expected at le"),
+        (["--config=seven.py", "--config.train.steps=none"], "--config.train.steps=none: not an"),
         cwd=folder,
     )
 

@@ -5,7 +5,7 @@ from unittest import mock
 import jax
 import pytest
 
-from simplernn_jax import control_groups, devices
+from simplernn_jax import devices
 from simplernn_jax.data import token_workers
 from simplernn_jax.errors import UserError
 
@@ -18,45 +18,51 @@ def test_a_missing_platform_is_one_line(monkeypatch):
             devices.check_devices()
 
 
+@pytest.fixture
+def files(monkeypatch):
+    """Files of the machine by path, in place of its own."""
+    texts = {}
+
+    def text(path):
+        try:
+            return texts[path]
+        except KeyError:
+            raise FileNotFoundError(path) from None
+
+    monkeypatch.setattr(devices, "_text", text)
+    return texts
+
+
 @pytest.mark.parametrize(
-    ("files", "expected"),
+    ("group", "expected"),
     [
-        ({"/proc/meminfo": ["MemTotal: 100 kB", "MemFree: 3 kB", "SwapTotal: 11 kB"]}, 111 * 1024),
+        ({}, 111 * 1024),
         (
             {
-                "/proc/meminfo": ["MemTotal: 100 kB", "SwapTotal: 0 kB"],
-                "/proc/self/cgroup": ["0::/a/b"],
-                "/sys/fs/cgroup/a/b/memory.max": ["max"],
-                "/sys/fs/cgroup/a/memory.max": ["7000"],
-                "/sys/fs/cgroup/memory.max": ["9000"],
+                "/proc/self/cgroup": "0::/a/b",
+                "/sys/fs/cgroup/a/b/memory.max": "max",
+                "/sys/fs/cgroup/a/memory.max": "7000",
+                "/sys/fs/cgroup/memory.max": "9000",
             },
             7000,
         ),
         (
             {
-                "/proc/meminfo": ["MemTotal: 100 kB", "SwapTotal: 0 kB"],
-                "/proc/self/cgroup": ["5:cpu:/x", "4:memory:/x"],
-                "/sys/fs/cgroup/memory/x/memory.limit_in_bytes": ["5000"],
-                "/sys/fs/cgroup/memory/memory.limit_in_bytes": ["9223372036854771712"],
+                "/proc/self/cgroup": "5:cpu:/x\n4:memory:/x",
+                "/sys/fs/cgroup/memory/x/memory.limit_in_bytes": "5000",
+                "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
             },
             5000,
         ),
     ],
 )
-def test_memory_is_the_least_of_machine_and_control_groups(monkeypatch, files, expected):
-    def text(path):
-        try:
-            return "\n".join(files[path])
-        except KeyError:
-            raise FileNotFoundError(path) from None
-
-    monkeypatch.setattr(devices, "_lines", lambda path: text(path).splitlines())
-    monkeypatch.setattr(control_groups, "_text", text)
+def test_memory_is_the_least_of_machine_and_control_groups(files, group, expected):
+    files.update({"/proc/meminfo": "MemTotal: 100 kB\nMemFree: 3 kB\nSwapTotal: 11 kB"} | group)
     assert devices.device_memory(jax.devices()[0]) == expected
 
 
 @pytest.mark.parametrize(
-    ("files", "expected"),
+    ("group", "expected"),
     [
         ({}, 64),
         ({"/sys/fs/cgroup/a/cpu.max": "max 100000"}, 64),
@@ -74,15 +80,9 @@ def test_memory_is_the_least_of_machine_and_control_groups(monkeypatch, files, e
         ),
     ],
 )
-def test_cores_are_at_most_those_of_the_control_groups(monkeypatch, files, expected):
-    def text(path):
-        try:
-            return ({"/proc/self/cgroup": "0::/a"} | files)[path]
-        except KeyError:
-            raise FileNotFoundError(path) from None
-
+def test_cores_are_at_most_those_of_the_control_groups(monkeypatch, files, group, expected):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64), raising=False)
-    monkeypatch.setattr(control_groups, "_text", text)
+    files.update({"/proc/self/cgroup": "0::/a"} | group)
     assert token_workers.available_cores() == expected
 
 

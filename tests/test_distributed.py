@@ -11,7 +11,6 @@ import jax
 import pytest
 from processes import free_address, start_python
 
-from simplernn_jax import process_start
 from simplernn_jax.errors import UserError
 from simplernn_jax.parallel import distributed
 
@@ -121,7 +120,7 @@ def initialize(monkeypatch):
     """Arguments that `joined` passes to `jax.distributed.initialize`."""
     initialize = mock.Mock(side_effect=Joining)
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    monkeypatch.setattr(process_start, "discard_output_of_libraries", lambda: None)
+    monkeypatch.setattr(distributed, "_discard_output_of_libraries", lambda: None)
     monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
     handler = signal.getsignal(signal.SIGTERM)
     yield initialize.call_args_list

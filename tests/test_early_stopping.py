@@ -55,7 +55,7 @@ def test_a_run_that_ends_worse_between_evaluations_did_not_stop_early(tmp_path, 
         validation_fraction=0.3,
         eval_every=20,
         steps=25,
-        stop_after_worse=1,
+        early_stopping_patience=1,
     )
     config.optimizer.warmup_steps, config.optimizer.learning_rate = 24, 0.5
     assert train(config, str(tmp_path / "run")).step == 25
@@ -77,7 +77,7 @@ def test_a_run_that_ends_worse_between_evaluations_did_not_stop_early(tmp_path, 
 def test_the_reason_names_steps_and_remedy():
     history = evaluated(3.0, 2.0, 2.5, 2.0001)
     why = "stopped early at step 40: no better validation loss in 2 evaluations, best at step 20; "
-    assert history.reason().startswith(why + "raise --config.train.stop_after_worse")
+    assert history.reason().startswith(why + "raise --config.train.early_stopping_patience")
     lines = history.summary("run", stopped_early=True)
     assert list(lines) == ["early stopping", "best validation"]
     assert " in 1 evaluation; raise" in evaluated(math.nan).reason()
@@ -126,7 +126,7 @@ def test_a_run_that_stops_early_does_so_at_the_same_step_when_interrupted(
         steps=300,
         eval_every=4,
         save_every=4,
-        stop_after_worse=3,
+        early_stopping_patience=3,
     )
     whole = train(config, str(tmp_path / "whole"))
     said = capsys.readouterr().out
@@ -148,5 +148,8 @@ def test_a_run_that_stops_early_does_so_at_the_same_step_when_interrupted(
 
     capsys.readouterr()
     assert train(config, str(tmp_path / "parts")) == whole
-    assert f"best at step {best}; raise --config.train.stop_after_worse" in capsys.readouterr().out
+    assert (
+        f"best at step {best}; raise --config.train.early_stopping_patience"
+        in capsys.readouterr().out
+    )
     assert newest_checkpoint(tmp_path / "parts") == expected

@@ -29,7 +29,7 @@ def test_named_sizes_fit_all_meshes(name, parameters):
 def test_a_step_on_a_mesh_is_measured_by_kind(monkeypatch):
     fields = {"vocab_size": 264, "mlp_dim": 8, "num_heads": 4, "batch_size": 8, "data": 1}
     config = small_config("residual", **fields)
-    monkeypatch.setattr(sizes.config_flag, "load_config", lambda _: config)
+    monkeypatch.setattr(sizes.config_files, "load_config", lambda _: config)
     monkeypatch.setattr(sizes, "NAMES", ("tiny",))
     monkeypatch.setattr(sizes, "on_simulated_devices", lambda _, call, **given: call(**given))
     ((_, rows),) = sizes.run(Effort(1, 1))

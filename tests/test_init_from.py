@@ -95,7 +95,7 @@ def test_values_that_are_assigned_are_given_even_if_they_are_the_defaults(tmp_pa
 
 
 @pytest.mark.fewer_cases
-@pytest.mark.parametrize("mesh", [{"fsdp": 2}, {"stage": 2}])
+@pytest.mark.parametrize("mesh", [{"fsdp": 2}, {"pipeline": 2}])
 def test_on_a_mesh(tmp_path, mesh):
     layers = {"num_layers": 2, "sequence_length": 8}
     run = untrained_run(tmp_path, seed=3, **layers)

@@ -333,10 +333,10 @@ def test_peers_of_torch_are_refused_where_it_is_missing(rung, monkeypatch):
     same = requests.make_requests(rungs, source, ["3"], 1, programs, [])
     assert [each.seconds for each in same] == [3.0, 3.0]
     endless = small_config(steps=0, epochs=3, validation_fraction=0.5)
-    monkeypatch.setattr(requests.config_flag, "load_config", lambda _: endless)
+    monkeypatch.setattr(requests.config_files, "load_config", lambda _: endless)
     with pytest.raises(UserError, match=r"base: has no number of steps; .*--seconds=60"):
         requests.make_requests(["base"], source, ["0"], 1, programs, [])
-    monkeypatch.setattr(requests.config_flag, "load_config", lambda _: small_config())
+    monkeypatch.setattr(requests.config_files, "load_config", lambda _: small_config())
     with pytest.raises(UserError, match="base: holds out no text"):
         requests.make_requests(["base"], source, ["1"], 1, programs, [])
 

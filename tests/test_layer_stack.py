@@ -23,9 +23,9 @@ from simplernn_jax.training.checkpoint_layout import CheckpointLayout
 from simplernn_jax.training.optimizer import make_optimizer
 
 LAYERS, SIZE, LENGTH, WIDTH, VOCAB, STEPS = 4, 8, 24, 8, 12, 5
-STAGE_4 = (("stage", 4),)
-STAGE_2_DATA_4 = (("stage", 2), ("data", 4))
-STAGE_2_WITH_OTHERS = (("stage", 2), ("fsdp", 2), ("tensor", 2))
+STAGE_4 = (("pipeline", 4),)
+STAGE_2_DATA_4 = (("pipeline", 2), ("data", 4))
+STAGE_2_WITH_OTHERS = (("pipeline", 2), ("fsdp", 2), ("tensor", 2))
 
 
 def make_batch(seed):
@@ -79,7 +79,7 @@ def assert_equals_one_device(sizes, dtype, limit, model, **fields):
     [
         (STAGE_4, {}, {"gradient_accumulation": 2}),
         (STAGE_2_WITH_OTHERS, {}, {}),
-        ((("stage", 2),), {"num_layers": 2, "mode": "window"}, {}),  # no carried state
+        ((("pipeline", 2),), {"num_layers": 2, "mode": "window"}, {}),  # no carried state
         (
             STAGE_2_WITH_OTHERS,
             {"num_layers": 2, "mixer": "attention", "mixer_options": {"context": 7}},

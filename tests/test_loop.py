@@ -184,7 +184,7 @@ def test_a_workdir_alone_resumes_its_run_from_any_folder(finished, tmp_path):
     assert refused.code == 2
     assert "error: the checkpoint has a different model: hidden_dim is 9" in refused.errors
     assert_refused(other, "the checkpoint has different data settings: ")
-    assert_refused(none, "--config is missing")
+    assert_refused(none, "--workdir=new: not a run; check the path, or start a run there with --c")
 
 
 def test_a_workdir_whose_configuration_is_unreadable_is_one_line(finished, tmp_path):
@@ -194,7 +194,7 @@ def test_a_workdir_whose_configuration_is_unreadable_is_one_line(finished, tmp_p
     values = json.loads((workdir / "config.json").read_text())
     for text, problem in (
         ("{", "invalid JSON"),
-        (json.dumps(values | {"modle": 1}), "config.modle: no such field; did you mean 'model'?"),
+        (json.dumps(values | {"modle": 1}), "modle: no such field; did you mean 'model'?"),
         (json.dumps(values).replace(config.data.source, "gone"), "gone: no such file or folder"),
     ):
         path.write_text(text)
@@ -548,7 +548,7 @@ def test_a_longer_run_is_compared_with_the_end_of_the_shorter_one(tmp_path):
         source=write_corpus(tmp_path / "text"), validation_fraction=0.3, eval_every=10, steps=20
     )
     shorter = train(config, str(tmp_path / "run"))
-    config.train.steps, config.train.stop_after_worse = 400, 1
+    config.train.steps, config.train.early_stopping_patience = 400, 1
     config.optimizer.learning_rate = 0.5
     longer = train(config, str(tmp_path / "run"))
     assert longer.step == 30

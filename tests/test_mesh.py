@@ -14,7 +14,7 @@ EIGHT = jax.devices("cpu")
 def test_data_takes_the_remaining_devices():
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), EIGHT)
     assert mesh.axis_names == AXES
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1, "stage": 1}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1, "pipeline": 1}
 
 
 def test_a_mesh_is_described_by_its_axes():
@@ -33,7 +33,7 @@ def test_a_mesh_of_some_devices(caplog):
     [
         ({"data": 3}, r"data 3 \* fsdp 1 .* = 3 devices, and there are 8"),
         ({"sequence": 3}, r"data 2 .* sequence 3 .* = 6 devices, and there are 8"),
-        ({"stage": 16}, r"stage 16 = 16 devices, and there are 8"),
+        ({"pipeline": 16}, r"pipeline 16 = 16 devices, and there are 8"),
     ],
 )
 def test_sizes_that_do_not_make_up_the_devices(sizes, message):
@@ -53,24 +53,24 @@ def test_sizes_that_do_not_make_up_the_devices(sizes, message):
         ({"sequence": 8}, {"sequence_length": 20}, r"sequence_length=20 .* 20 / 8 leaves 4"),
         (
             {"sequence": 8},
-            {"sequence_length": 16, "backward_window": 4},
-            r"train.backward_window=4 .* 4 / 8 leaves 4",
+            {"sequence_length": 16, "bptt_window": 4},
+            r"train.bptt_window=4 .* 4 / 8 leaves 4",
         ),
         ({"tensor": 8}, {"key_dim": 24, "value_dim": 24, "num_heads": 3}, r"num_heads=3"),
         ({"tensor": 8}, {"num_heads": 8, "mlp_dim": 11}, r"mlp_dim=11 .* 11 / 8 leaves 3"),
         ({"tensor": 8}, {"num_heads": 8, "mlp_dim": 16}, r"vocab_size=259 .* 259 / 8 leaves 3"),
         ({"fsdp": 8}, {"batch_size": 8, "hidden_dim": 12}, r"hidden_dim=12 .* leaves 4"),
-        ({"stage": 8}, {"num_layers": 3, "sequence_length": 8}, r"num_layers=3 .* 3 / 8 leaves 3"),
-        ({"stage": 4}, {"num_layers": 4}, r"sequence_length=7 .* stage 4: 7 / 4 leaves 3"),
+        ({"pipeline": 8}, {"num_layers": 3, "sequence_length": 8}, r"layers=3 .* 3 / 8 leaves 3"),
+        ({"pipeline": 4}, {"num_layers": 4}, r"sequence_length=7 .* pipeline 4: 7 / 4 leaves 3"),
         (
             {"sequence": 8},
             {"sequence_length": 16},
             r"sequence_length=16 leaves each device of sequence 8 a shard of 2, .* needs 3 ",
         ),
         (
-            {"stage": 4},
+            {"pipeline": 4},
             {"num_layers": 4, "sequence_length": 8, "mixer": ["simple_rnn"] * 3 + ["attention"]},
-            r"model.mixer='.*attention' .* stage 4: .* are 3 of simple_rnn, 1 of attention; ",
+            r"model.mixer='.*attention' .* pipeline 4: .* are 3 of simple_rnn, 1 of attention; ",
         ),
     ],
 )

@@ -98,7 +98,7 @@ def exchanged(sizes, config, itemsize):
     model, layers = config.model, config.model.num_layers
     rows = config.data.batch_size // (mesh.shape["data"] * fsdp)
     # Of each iteration of the loop over microbatches.
-    rows //= max(1, config.train.gradient_accumulation)
+    rows //= config.train.gradient_accumulation or 1
     tokens = rows * config.data.sequence_length // sequence
     heads, key_dim, value_dim = (
         model.num_heads // tensor,

@@ -52,7 +52,7 @@ MESHES = (
     "data 2, fsdp 2, tensor 2",
     "fsdp 2, sequence 2, tensor 2",
     "sequence 4",
-    "stage 2, tensor 2",
+    "pipeline 2, tensor 2",
 )
 DECAY = {
     "mixer": "decay",
@@ -107,14 +107,14 @@ def three_steps(mixer, mesh_name=None, **fields):
     """Losses and last state of three steps in float64 with a carried state."""
     sizes = {"vocab_size": VOCAB, "batch_size": BATCH, "sequence_length": LENGTH}
     sizes_of_mesh = {} if mesh_name is None else axes_of(mesh_name)
-    stages = sizes_of_mesh.get("stage", 1)
-    config = config_of(mixer, **sizes | {"learning_rate": 1e-3, "stage": stages} | fields)
+    stages = sizes_of_mesh.get("pipeline", 1)
+    config = config_of(mixer, **sizes | {"learning_rate": 1e-3, "pipeline": stages} | fields)
     config.model.precision = "float64"  # for tests: `validate` knows nothing of it
     mesh = mesh_of(**sizes_of_mesh) if sizes_of_mesh else None
     optimizer = make_optimizer(config.optimizer, 100, mesh)
-    config.mesh.stage = 1
+    config.mesh.pipeline = 1
     state = first_state(config, optimizer)
-    config.mesh.stage = stages
+    config.mesh.pipeline = stages
     compiled = compile_step(config, optimizer, mesh, state, make_batch(0))
     return run_steps(*compiled, map(make_batch, range(3)))
 
@@ -156,7 +156,7 @@ def test_the_rank_of_the_gates_is_sharded_over_fsdp():
 
 
 def test_a_mixer_rejects_the_mesh_axes_that_it_does_not_support():
-    for axis in ("tensor", "sequence", "stage"):
+    for axis in ("tensor", "sequence", "pipeline"):
         with pytest.raises(
             UserError, match=rf"mesh\.{axis}=2 is not supported by the mixer 'decay'"
         ):
@@ -164,9 +164,7 @@ def test_a_mixer_rejects_the_mesh_axes_that_it_does_not_support():
 
 
 @pytest.mark.oldest_python
-@pytest.mark.parametrize(
-    ("mixer", "carried"), [("gla", "convolutions/key"), ("decay", "mixer")]
-)
+@pytest.mark.parametrize(("mixer", "carried"), [("gla", "convolutions/key"), ("decay", "mixer")])
 def test_a_run_resumes_bit_exactly_and_generates(tmp_path, monkeypatch, plugin, mixer, carried):
     source = write_corpus(tmp_path / "text")
     config = config_of(mixer, source=source, mode="stream", save_every=5, steps=12, log_every=1)

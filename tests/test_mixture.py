@@ -196,8 +196,8 @@ def test_a_source_that_is_learned_whole_beside_one_that_is_not(folder):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "cc"}]
     (folder / "chat.jsonl").write_text(json.dumps({"messages": chat}))
     answers, whole = (
-        prepare("chat.jsonl", template="roles", loss_on=loss_on, validation_fraction=0.0)
-        for loss_on in ("assistant", "all")
+        prepare("chat.jsonl", template="roles", loss_mask=loss_mask, validation_fraction=0.0)
+        for loss_mask in ("assistant", "all")
     )
     split = of_mixture([answers, whole], ("answers", "whole"), (0.5, 0.5)).train
     expected = np.concatenate([answers.train.tokens[answers.train.targets], whole.train.tokens[1:]])

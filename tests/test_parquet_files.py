@@ -65,7 +65,10 @@ def test_rows_without_text_are_bad_records(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("columns", "problem"),
     [
-        ({"txt": ["a"], "id": [1]}, r"no field 'text'; did you mean 'txt'\?; it has txt, id: name"),
+        (
+            {"txt": ["a"], "id": [1]},
+            r"no field 'text'; did you mean 'txt'\?; it has txt, id: name the one",
+        ),
         ({"text": [1]}, "field 'text' is of type int64, not text"),
         ({"text": [["a"]]}, "field 'text' is of type list<"),
         ({"messages": [[{"role": "user"}]]}, "no field 'text' but 'messages'; conversations need"),

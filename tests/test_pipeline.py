@@ -62,13 +62,13 @@ def in_turn(layer, params, x, states, segment_ids):
 def on_stages(layer, chunks=None, key=None, **sizes):
     """`run_pipeline` as a function of whole arrays."""
     mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: np.prod(list(sizes.values()))])
-    chunks = chunks or choose_num_chunks(LENGTH, sizes["stage"])
-    rows, states = P("data"), P("data", "stage")
+    chunks = chunks or choose_num_chunks(LENGTH, sizes["pipeline"])
+    rows, states = P("data"), P("data", "pipeline")
     run = jax.shard_map(
         functools.partial(run_pipeline, layer, chunks=chunks, dropout_key=key),
         mesh=mesh,
-        in_specs=(P("stage"), rows, states, rows),
-        out_specs=(P("data", "stage"), states),
+        in_specs=(P("pipeline"), rows, states, rows),
+        out_specs=(P("data", "pipeline"), states),
     )
     return jax.jit(run)
 
@@ -98,8 +98,8 @@ def test_a_pipeline_equals_the_layers_one_after_another():
         one, gradients = weighted(expected, weights)(*arguments)
         assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
         for chunks, sizes in (
-            (24, {"data": 1, "stage": 4}),  # a chunk is one token
-            (2, {"data": 3, "stage": 2}),
+            (24, {"data": 1, "pipeline": 4}),  # a chunk is one token
+            (2, {"data": 3, "pipeline": 2}),
         ):
             many, same = weighted(on_stages(layer, chunks, **sizes), weights)(*arguments)
             chex.assert_trees_all_close(many, one, rtol=1e-11, atol=1e-12)
@@ -114,7 +114,7 @@ def test_idle_ticks_leave_states_unchanged():
         return x + params, state + 1
 
     x, segment_ids = inputs()
-    y, states = on_stages(layer, 8, data=2, stage=4)(
+    y, states = on_stages(layer, 8, data=2, pipeline=4)(
         jnp.arange(4.0), x, ticks, np.zeros_like(segment_ids)
     )
     np.testing.assert_array_equal(states, 8)
@@ -149,7 +149,7 @@ def test_dropout_follows_from_the_key_and_differs_by_layer_and_chunk():
     ids, states = np.zeros((1, LENGTH), np.int32), jnp.zeros((1, LAYERS))
 
     def draws(seed, stages):
-        run = on_stages(layer, 4, jax.random.key(seed), data=1, stage=stages)
+        run = on_stages(layer, 4, jax.random.key(seed), data=1, pipeline=stages)
         return np.asarray(run(jnp.zeros(LAYERS), x, states, ids)[0])
 
     found = draws(0, 4)
@@ -174,7 +174,7 @@ def test_memory_grows_with_the_inputs_of_ticks_not_their_residuals():
         return jnp.tanh(x + hidden @ jnp.tile(params, (1, wide)).T), state
 
     def gradient(params, x, states, ids):
-        run = on_stages(layer, x.shape[1] // 6, data=1, stage=2)
+        run = on_stages(layer, x.shape[1] // 6, data=1, pipeline=2)
         return jax.grad(lambda params, x: jnp.sum(run(params, x, states, ids)[0]), (0, 1))(
             params, x
         )

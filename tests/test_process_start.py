@@ -195,37 +195,3 @@ def test_a_variable_that_jax_cannot_parse_is_one_line(script):
         "error: JAX_ENABLE_X64=maybe: invalid truth value 'maybe' for environment "
         "'JAX_ENABLE_X64'; correct or unset it\n"
     )
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_a_finalizer_raises_later(number):
-    code = (
-        "import signal, time\n"
-        "from simplernn_jax import process_start\n"
-        "process_start.raise_on_signals()\n"
-        "class Interrupted:\n"
-        f"    def __del__(self): signal.raise_signal({int(number)})\n"
-        "try:\n"
-        "    del Interrupted().unused\n"
-        "except AttributeError: pass\n"
-        "try: time.sleep(60)\n"
-        "finally: print('cleaned up')\n"
-    )
-    result = run("-c", code)
-    assert result.stdout == "cleaned up\n"
-    assert result.returncode == {signal.SIGINT: -2, signal.SIGTERM: 143}[number]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_removes_the_temporary_folder(tmp_path, number):
-    code = (
-        "import os, signal\n"
-        "from simplernn_jax import process_start\n"
-        f"process_start.start({str(tmp_path)!r})\n"
-        "with process_start.temporary_folder() as folder:\n"
-        "    open(os.path.join(folder, 'tokens'), 'w').close()\n"
-        f"    signal.raise_signal({int(number)})\n"
-    )
-    result = run("-c", code, TMPDIR=str(tmp_path))
-    assert result.returncode == 128 + number
-    assert os.listdir(tmp_path) == []

@@ -148,7 +148,7 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
         (lambda s: s | {"embedding.weight": zeros(3)}, r"shape \[3\]; expected 2 dimensions"),
         (
             lambda s: s | {f"layers.{number}.x": zeros(1) for number in range(1025)},
-            r"--config\.model\.num_layers=1025 is invalid: expected at most 1024",
+            r"config\.model\.num_layers=1025 is invalid: expected at most 1024",
         ),
         (
             lambda s: s | {"lm_head.bias": zeros(3, dtype=np.int32)},

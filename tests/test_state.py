@@ -104,7 +104,6 @@ def test_the_fingerprint_of_a_model_covers_its_configuration_and_parameters(tmp_
     config = dataclasses.replace(
         CONFIG, key_dim=12, block=block, num_layers=len(mixers), mixer=mixers
     )
-    config.join_mixers()
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     save_state(str(tmp_path / "state"), empty_state(model, 1), model, BYTES)
     parameters = named_leaves(nnx.state(model, nnx.Param))

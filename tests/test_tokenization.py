@@ -202,7 +202,7 @@ def test_conversations_are_rendered_by_other_processes(tmp_path, source, tokeniz
             turns = [("user", f"question {number}"), ("assistant", f"answer {number} " * 5)]
             messages = [{"role": role, "content": content} for role, content in turns]
             stream.write(json.dumps({"messages": messages}) + "\n")
-    settings = {"template": "roles", "loss_on": "assistant"}
+    settings = {"template": "roles", "loss_mask": "assistant"}
     for cores in (1, 2):
         use_cores(monkeypatch, cores)
         prepare(source, tmp_path / str(cores), tokenizer, **settings)

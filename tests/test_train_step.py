@@ -158,7 +158,7 @@ def test_gradient_accumulation_equals_the_whole_batch():
     ],
 )
 def test_microbatches_on_one_cpu_device_have_about_1024_tokens(size, length, window, expected):
-    fields = {"batch_size": size, "sequence_length": length, "backward_window": window}
+    fields = {"batch_size": size, "sequence_length": length, "bptt_window": window}
     config = small_config(**fields)
     assert choose_microbatches(config, None).train.gradient_accumulation == expected
     assert choose_microbatches(config, mesh_of(data=1)).train.gradient_accumulation == expected

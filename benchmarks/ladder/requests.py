@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from simplernn_jax import config_flag, project
+from simplernn_jax import config_files
 from simplernn_jax.config import Config, validate
 from simplernn_jax.data.corpora import open_corpus
 from simplernn_jax.errors import UserError, counted
@@ -77,7 +77,7 @@ def make_request(
       UserError: no such configuration or text, it holds out no text, its number of steps is open,
         or PyTorch is missing.
     """
-    config = config_flag.load_config(project.ROOT / "configs" / f"{rung}.py")
+    config = config_files.load_config(rung)
     config.mesh.data = 1
     config.data.source = os.path.expanduser(source or config.data.source)
     if os.path.exists(config.data.source):  # results.json names it

@@ -79,7 +79,7 @@ def _text_readers(folder: Path) -> list[Reader]:
     return [
         *(reader(suffix, content) for suffix, content in texts.items()),
         reader(".chat.jsonl", chats.encode(), template="roles"),
-        reader(".chats.jsonl", chats.encode(), template="roles", loss_on="assistant"),
+        reader(".chats.jsonl", chats.encode(), template="roles", loss_mask="assistant"),
         Reader("mixture", [b"a/:0.7,b.jsonl:0.3"], lambda x: void(parse_mixture(as_text(x)))),
     ]
 

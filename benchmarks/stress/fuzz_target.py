@@ -20,14 +20,12 @@ from typing import Any
 import atheris
 
 # Before anything else imports the package: bytecode is instrumented when it is loaded.
-with atheris.instrument_imports(
-    include=["simplernn_jax"], exclude=["simplernn_jax.benchmarks"], enable_loader_override=False
-):
+with atheris.instrument_imports(include=["simplernn_jax"], enable_loader_override=False):
     from absl import logging
 
     from simplernn_jax.data.chat_template import TemplateError
+    from simplernn_jax.devices import end_with_parent
     from simplernn_jax.errors import UserError
-    from simplernn_jax.process_start import end_with_parent
     from simplernn_jax.serving.requests import RequestError
 
     from ..measure import resident_bytes

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from absl import logging
 
-from simplernn_jax import config_flag, project
+from simplernn_jax import config_files
 from simplernn_jax.config import Config
 from simplernn_jax.errors import UserError
 from simplernn_jax.training.loop import train
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 def small_config(folder: Path, **fields: Any) -> Config:
     """``configs/tiny.py``, smaller, on a text in `folder`; `fields` of any section by name."""
-    config = config_flag.load_config(project.ROOT / "configs" / "tiny.py")
+    config = config_files.load_config("tiny")
     sizes = {"num_layers": 1, "hidden_dim": 8, "key_dim": 8, "value_dim": 8, "mlp_dim": 12}
     data = {
         "source": str(write_text(folder / "corpus.txt", 3001)),
@@ -33,7 +33,6 @@ def small_config(folder: Path, **fields: Any) -> Config:
     }
     steps = {"epochs": 0, "save_every": 0, "eval_every": 0, "eval_tokens": 512, "data": 1}
     change(config, **{**sizes, **data, **steps, **fields})
-    config.model.join_mixers()
     return config
 
 

@@ -49,7 +49,7 @@ VARIANTS = {
     "bfloat16": ("--config.model.precision=bfloat16",),
     "hybrid": ("--config.model.mixer=simple_rnn,attention",),
     "accumulation": ("--config.train.gradient_accumulation=2",),
-    "early stopping": ("--config.train.eval_every=3", "--config.train.stop_after_worse=99"),
+    "early stopping": ("--config.train.eval_every=3", "--config.train.early_stopping_patience=99"),
     "dropout": ("--config.model.dropout=0.2",),
     "fine-tuning": ("--config.train.init_from={folder}/pretrained",),
 }

@@ -38,12 +38,12 @@ MODES: dict[str, dict[str, Any]] = {
     "window": {"mode": "window", "name": "muon"},
     "data 2": {"mode": "stream"},
     "stream": {"mode": "stream"},
-    "document": {"mode": "document", "backward_window": 3},
+    "document": {"mode": "document", "bptt_window": 3},
     "bfloat16": {"mode": "stream", "precision": "bfloat16", "state_precision": "bfloat16"},
     "accumulation": {"mode": "stream", "gradient_accumulation": 2},
     "fsdp 2": {"mode": "window", "name": "muon"},
     "tensor 2": {"mode": "stream"},
-    "stage 2": {"mode": "document"},
+    "pipeline 2": {"mode": "document"},
     "sequence 2": {"mode": "stream"},
 }
 """Fields of the configuration, of any section; a number is that of devices along an axis."""

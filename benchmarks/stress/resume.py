@@ -15,7 +15,7 @@ from .in_process import run_quietly, small_config
 from .runs import difference, distances, read_checkpoint
 
 MODES = ("window", "stream", "document")
-AXES = ("data", "fsdp", "tensor", "sequence", "stage")
+AXES = ("data", "fsdp", "tensor", "sequence", "pipeline")
 MESHES = ("one device", *(f"{axis} 2" for axis in AXES))
 STEPS = 60
 BOUNDS = {"params": 1e-6, "carried": 1e-6, "opt_state": 1e-4}

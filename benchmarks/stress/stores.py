@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simplernn_jax import load_model
-from simplernn_jax.compilation_cache import ChecksummedCache
+from simplernn_jax.compilation_cache import delete_invalid_entries, seal_entries
 from simplernn_jax.data.token_store import TokenizedCorpus, prepare_corpus
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.formats import TrainedModel, find_format
@@ -99,13 +99,17 @@ def _make_stores(folder: Path) -> dict[str, _Store]:
         return bytes_of(vars(load_state(str(states / "state"), model, tokenizer)))
 
     def write_program() -> None:
-        ChecksummedCache(programs, 1 << 20).put("key", b"program" * 999)
+        programs.mkdir(exist_ok=True)
+        (programs / "key-cache").write_bytes(b"program" * 999)
+        (programs / "key-atime").write_bytes(bytes(8))
+        seal_entries(programs)
 
     def read_program() -> bytes:
-        found = ChecksummedCache(programs, 1 << 20).get("key")
-        if found is None:
-            raise UserError("compiled again")
-        return found
+        delete_invalid_entries(programs)
+        try:
+            return (programs / "key-cache").read_bytes()
+        except FileNotFoundError as error:
+            raise UserError("compiled again") from error
 
     trained = TrainedModel(model, tokenizer, config, str(folder / "run"))
     has_transformers = find_spec("torch") is not None and find_spec("transformers") is not None

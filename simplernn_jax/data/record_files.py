@@ -227,7 +227,7 @@ class ConversationFiles(JsonFiles):
     kind = "conversations"
 
     def __init__(self, files: list[SourceFile], config: DataConfig) -> None:
-        only_assistant = config.loss_on == "assistant"
+        only_assistant = config.loss_mask == "assistant"
         super().__init__(files, config, template=config.template, only_assistant=only_assistant)
         self._template, self._only_assistant = ChatTemplate(config.template), only_assistant
 

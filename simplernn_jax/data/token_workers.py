@@ -21,14 +21,13 @@ from typing import Any
 
 from absl import logging
 
-from simplernn_jax.control_groups import core_limits
 from simplernn_jax.data.documents import Corpus
 from simplernn_jax.data.partial_folder import Interrupted
 from simplernn_jax.data.token_parts import bad_records, has_part, write_part
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.data.tokenizer_loading import tokenizer_from_json
+from simplernn_jax.devices import core_limits, end_with_parent
 from simplernn_jax.errors import UserError
-from simplernn_jax.process_start import end_with_parent
 
 _MAX_WORKERS = 32
 """More than that wait for the process that reads and parses the text."""

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from simplernn_jax.devices import end_with_parent
 from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.export.formats import find_format
 from simplernn_jax.models.mixers.token_mixer import PLUGINS, load_plugin
-from simplernn_jax.process_start import end_with_parent
 
 TIMED_TOKENS = 128
 

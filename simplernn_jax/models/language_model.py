@@ -263,15 +263,14 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
         for axis, size in mesh.shape.items():
             if size > 1 and axis not in find_mixer(name).mesh_axes:
                 raise UserError(
-                    f"--config.mesh.{axis}={size} is not supported by the mixer {name!r}; set it "
-                    "to 1"
+                    f"config.mesh.{axis}={size} is not supported by the mixer {name!r}; set it to 1"
                 )
     for path, param in nnx.to_flat_state(abstract_model(config)[1]):
         spec = partition_spec(param.get_metadata("axes", LogicalAxes()), mesh)
         for size, axis in zip(param.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
                 raise UserError(
-                    f"--config.mesh.{axis}={mesh.shape[axis]} does not divide {size}, a size of "
+                    f"config.mesh.{axis}={mesh.shape[axis]} does not divide {size}, a size of "
                     f"the parameter {'.'.join(map(str, path))}; change it"
                 )
 

@@ -45,9 +45,9 @@ def rematerialize(layer: Callable[..., Any], policy: str) -> Callable[..., Any]:
 class LayerStack(nnx.Module):
     """Layers of equal structure, whose parameters are stacked along a leading axis of layers.
 
-    On a mesh with an axis ``stage`` each device holds its shard of that axis, and a call runs all
-    layers as a pipeline (`sharding.pipeline`). Outside `jax.shard_map` it can be initialized, not
-    called.
+    On a mesh with an axis ``pipeline`` each device holds its shard of that axis, and a call runs
+    all layers as a pipeline (`sharding.pipeline`). Outside `jax.shard_map` it can be initialized,
+    not called.
     """
 
     def __init__(self, layers: Sequence[Any]):
@@ -104,7 +104,7 @@ class LayerStack(nnx.Module):
 
         Raises:
           ValueError: wrong ranks, shapes inconsistent with each other, a number of stages that does
-            not divide T, or a call outside `jax.shard_map` with an axis ``stage``.
+            not divide T, or a call outside `jax.shard_map` with an axis ``pipeline``.
           TypeError: wrong dtypes, or a state that is not from `initial_state`.
         """
         sizes = check_array("x", x, "B T D")
@@ -115,8 +115,8 @@ class LayerStack(nnx.Module):
                     f"state: expected a dict of {STACKED!r}; got {type(state).__name__}"
                 )
             check_batch("state", state, sizes["B"])
-        if "stage" not in jax.sharding.get_abstract_mesh().manual_axes:
-            raise ValueError("stacked layers run only inside jax.shard_map with an axis `stage`")
+        if "pipeline" not in jax.sharding.get_abstract_mesh().manual_axes:
+            raise ValueError("stacked layers run only inside jax.shard_map with an axis `pipeline`")
         graph, params = nnx.split(self.stacked, nnx.Param)
         if segment_ids is None:
             segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
@@ -133,7 +133,7 @@ class LayerStack(nnx.Module):
             x,
             None if state is None else state[STACKED],
             segment_ids,
-            chunks=choose_num_chunks(x.shape[1], axis_size("stage")),
+            chunks=choose_num_chunks(x.shape[1], axis_size("pipeline")),
             dropout_key=dropout_key,
         )
         return x, {STACKED: stacked}

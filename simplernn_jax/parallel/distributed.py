@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from simplernn_jax import __version__, process_start, supervisor
+from simplernn_jax import __version__, supervisor
 from simplernn_jax.devices import check_devices
 from simplernn_jax.errors import EXIT_PEER_FAILURE, EXIT_USER_ERROR, UserError
 from simplernn_jax.files import sha256_hex
@@ -46,7 +46,7 @@ def joined(
     is_detected = {coordinator, num_processes, process_id} == {None}
     try:
         # Gloo prints lines in C++ for every connection of every device.
-        process_start.discard_output_of_libraries()
+        _discard_output_of_libraries()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python's handlers run when all have joined
         jax.distributed.initialize(
             *(coordinator, num_processes, process_id),
@@ -91,6 +91,14 @@ def joined(
         if isinstance(error, jax.errors.JaxRuntimeError):  # if a peer failed, the abort comes
             time.sleep(supervisor.HEARTBEAT_SECONDS + 5)
         raise
+
+
+def _discard_output_of_libraries() -> None:
+    """Keep stdout for Python: what libraries print in C or C++ is discarded from now on."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", -1, sys.stdout.encoding, sys.stdout.errors)
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 1)
 
 
 def _bind_address(coordinator: str, process_id: int | None) -> str | None:

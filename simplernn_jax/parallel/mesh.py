@@ -17,13 +17,13 @@ from simplernn_jax.config import Config, MeshConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.parallel.sequence import min_shard_tokens
 
-AXES = ("data", "fsdp", "tensor", "sequence", "stage")
-"""Mesh axes, from the slowest link to the fastest except `stage`; see `MeshConfig`."""
+AXES = ("data", "fsdp", "tensor", "sequence", "pipeline")
+"""Mesh axes, from the slowest link to the fastest except `pipeline`; see `MeshConfig`."""
 
 BATCH_AXES = ("data", "fsdp")
 """Axes over which the sequences of a batch are sharded."""
 
-TOKEN_AXES = (*BATCH_AXES, "sequence", "stage")
+TOKEN_AXES = (*BATCH_AXES, "sequence", "pipeline")
 """Axes whose devices take the loss of different tokens: losses and gradients are sums over them."""
 
 LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...]] = {
@@ -34,7 +34,7 @@ LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...]] = {
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
-    "layers": "stage",
+    "layers": "pipeline",
 }
 
 
@@ -68,7 +68,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(config, name) for name in AXES}
     others = math.prod(size for name, size in sizes.items() if name != "data")
-    if sizes["data"] == -1:
+    if sizes["data"] is None:
         sizes["data"] = max(1, len(devices) // others)
     needed = math.prod(sizes.values())
     processes = {device.process_index for device in devices}
@@ -76,12 +76,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         product = " * ".join(f"{name} {size}" for name, size in sizes.items())
         together = f", all of which {len(processes)} processes use" if len(processes) > 1 else ""
         raise UserError(
-            f"--config.mesh: {product} = {needed} devices, and there are "
-            f"{len(devices)}{together}; change the sizes, or leave data = -1, which takes the "
+            f"config.mesh: {product} = {needed} devices, and there are "
+            f"{len(devices)}{together}; change the sizes, or set data to none, which takes the "
             "devices that remain"
         )
     if needed < len(devices):
-        logging.warning("--config.mesh uses %d of %d devices", needed, len(devices))
+        logging.warning("config.mesh uses %d of %d devices", needed, len(devices))
     return jax.make_mesh(
         tuple(sizes.values()),
         AXES,
@@ -100,20 +100,20 @@ def describe(mesh: Mesh) -> str:
 def check_fits(config: Config, mesh: Mesh) -> None:
     """Raise `UserError` if the mesh does not divide all that it shards; names field and sizes."""
     model, data, sizes = config.model, config.data, mesh.shape
-    groups = max(1, config.train.gradient_accumulation)
-    # The tokens of each backward window are sharded.
+    groups = config.train.gradient_accumulation or 1
+    # The tokens of each BPTT window are sharded.
     tokens, time = data.sequence_length, "data.sequence_length"
-    if config.train.backward_window:
-        tokens, time = config.train.backward_window, "train.backward_window"
+    if config.train.bptt_window:
+        tokens, time = config.train.bptt_window, "train.bptt_window"
     for field, value, axes, times in (
         ("data.batch_size", data.batch_size, BATCH_AXES, groups),
-        (time, tokens, ("sequence", "stage"), 1),
+        (time, tokens, ("sequence", "pipeline"), 1),
         ("model.num_heads", model.num_heads, ("tensor",), 1),
         # A plain block has no MLP.
         ("model.mlp_dim", 0 if model.block == "plain" else model.mlp_dim, ("tensor",), 1),
         ("model.vocab_size", model.vocab_size, ("tensor",), 1),
         ("model.hidden_dim", model.hidden_dim, ("fsdp",), 1),
-        ("model.num_layers", model.num_layers, ("stage",), 1),
+        ("model.num_layers", model.num_layers, ("pipeline",), 1),
     ):
         divisor = math.prod(sizes[axis] for axis in axes) * times
         if value % divisor:
@@ -121,22 +121,22 @@ def check_fits(config: Config, mesh: Mesh) -> None:
             if times > 1:
                 arithmetic += f" * gradient_accumulation {times}"
             raise UserError(
-                f"--config.{field}={value} is not divisible by {arithmetic}: {value} / "
-                f"{divisor} leaves {value % divisor}; change it or --config.mesh"
+                f"config.{field}={value} is not divisible by {arithmetic}: {value} / "
+                f"{divisor} leaves {value % divisor}; change it or config.mesh"
             )
     kinds = Counter(model.mixers)
-    if sizes["stage"] > 1 and len(kinds) > 1:
+    if sizes["pipeline"] > 1 and len(kinds) > 1:
         found = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
         raise UserError(
-            f"--config.model.mixer={model.mixer!r} cannot be sharded over stage {sizes['stage']}: "
-            f"stages need layers of one kind, and these are {found}; specify one mixer or set "
-            "--config.mesh.stage=1"
+            f"config.model.mixer={model.mixer!r} cannot be sharded over pipeline "
+            f"{sizes['pipeline']}: stages need layers of one kind, and these are {found}; specify "
+            "one mixer or set config.mesh.pipeline=1"
         )
     shard = tokens // sizes["sequence"]
     needed = min_shard_tokens(model)
     if sizes["sequence"] > 1 and shard < needed:
         raise UserError(
-            f"--config.{time}={tokens} leaves each device of sequence "
+            f"config.{time}={tokens} leaves each device of sequence "
             f"{sizes['sequence']} a shard of {shard}, and the short convolution needs "
-            f"{needed} tokens; change it or --config.mesh"
+            f"{needed} tokens; change it or config.mesh"
         )

@@ -1,4 +1,4 @@
-"""Pipeline parallelism over the mesh axis ``stage``, with time chunks as microbatches.
+"""Pipeline parallelism over the mesh axis ``pipeline``, with time chunks as microbatches.
 
 Stage s works on chunk c at tick s + c: its layers' states stay on the stage, and activations are
 sent to the next stage after each tick. All stages are busy except at both ends, when the first
@@ -30,7 +30,7 @@ MAX_CHUNKS_PER_STAGE = 4
 """The bubble is then below 1/5, negligible according to GPipe (arXiv:1811.06965,
 section 2.3). Every chunk costs a saved state and makes matmuls smaller."""
 
-AXIS = "stage"
+AXIS = "pipeline"
 
 Layer = Callable[[Any, Activations, Any, SegmentIds, jax.Array | None], tuple[Activations, Any]]
 """``(params, x [B, t, D], state, segment_ids [B, t], dropout_key) -> (y [B, t, D], state)``; the
@@ -79,7 +79,7 @@ def run_pipeline(
     chunks: int,
     dropout_key: jax.Array | None = None,
 ) -> tuple[TimeShardActivations, Any]:
-    """Apply all layers to sequences, inside `jax.shard_map` with a manual axis ``stage``.
+    """Apply all layers to sequences, inside `jax.shard_map` with a manual axis ``pipeline``.
 
     Each tick saves its input chunk and states; the gradient recomputes the rest.
 

@@ -35,17 +35,17 @@ _MAX_SEQUENCES = 8192
 
 
 def choose_microbatches(config: Config, mesh: Mesh | None) -> Config:
-    """Return the configuration with ``train.gradient_accumulation`` set, where it is 0.
+    """Return the configuration with ``train.gradient_accumulation`` set, where it is None.
 
     On a single CPU device, it is the divisor of ``data.batch_size`` whose microbatches come
     closest, by their ratio, to 1,024 tokens; elsewhere 1. As this depends on sizes alone, results
     are bitwise independent of the number of cores.
     """
-    if config.train.gradient_accumulation:
+    if config.train.gradient_accumulation is not None:
         return config
     size, microbatches = config.data.batch_size, 1
     if is_on_cpu(mesh) and not is_distributed(mesh):
-        length = config.train.backward_window or config.data.sequence_length
+        length = config.train.bptt_window or config.data.sequence_length
         divisors = [n for n in range(1, min(size, _MAX_SEQUENCES) + 1) if size % n == 0]
         ratios = {n: abs(math.log(n * length / _MICROBATCH_TOKENS)) for n in [*divisors, size]}
         microbatches = size // min(ratios, key=ratios.__getitem__)

@@ -15,11 +15,11 @@ def batch_specs(mesh: Mesh) -> Batch:
 
     Sequences are sharded over ``data`` and ``fsdp``, their tokens over ``sequence``. Every stage
     sees all tokens, and computes the loss of its time shard: only what the loss needs is sharded
-    over ``stage``.
+    over ``pipeline``.
     """
     sequences: Any = partition_spec(LogicalAxes("batch"), mesh)
     tokens: Any = partition_spec(LogicalAxes("batch", "time"), mesh)
-    loss_tokens: Any = drop_trivial_axes(PartitionSpec(BATCH_AXES, ("sequence", "stage")), mesh)
+    loss_tokens: Any = drop_trivial_axes(PartitionSpec(BATCH_AXES, ("sequence", "pipeline")), mesh)
     return Batch(tokens, loss_tokens, loss_tokens, tokens, reset=sequences)
 
 

@@ -27,16 +27,16 @@ class CheckpointLayout:
 
     def __init__(self, config: Config, optimizer: optax.GradientTransformation, mesh: Mesh):
         single = copy.deepcopy(config)
-        single.mesh.stage = 1
+        single.mesh.pipeline = 1
         self.abstract: TrainState = jax.eval_shape(lambda: init_train_state(single, optimizer))
         """Names, shapes and dtypes of the state in checkpoints."""
         self.shardings = state_shardings(single, optimizer, mesh)
         """Shardings of its arrays; None on one device."""
-        self._is_same = config.mesh.stage == 1
+        self._is_same = config.mesh.pipeline == 1
         if self._is_same:
             return
         # Sharded over the stages too: no stage needs memory for all layers.
-        specs = shard_further(self.abstract, state_specs(single, optimizer, mesh), "stage", mesh)
+        specs = shard_further(self.abstract, state_specs(single, optimizer, mesh), "pipeline", mesh)
         self.shardings = named_shardings(specs, mesh)
         trained = jax.eval_shape(lambda: init_train_state(config, optimizer))
         self._to_checkpoint = jax.jit(

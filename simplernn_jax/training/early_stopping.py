@@ -57,7 +57,7 @@ class ValidationHistory:
         best = f", best at step {self.best_step}" if self.best_loss is not None else ""
         return (
             f"stopped early at step {self.last_step}: no better validation loss in {times}{best}; "
-            "raise --config.train.stop_after_worse, or set it to 0, to train more"
+            "raise --config.train.early_stopping_patience, or set it to 0, to train more"
         )
 
     def summary(self, workdir: str, *, stopped_early: bool = False) -> dict[str, str]:

@@ -116,7 +116,7 @@ class Evaluator:
             shardings["in_shardings"] = named_shardings(inputs, mesh)
             shardings["out_shardings"] = named_shardings(outputs, mesh)
             _, self._batch_shardings, state_shardings = shardings["in_shardings"]
-            sequence, stages = mesh.shape["sequence"], mesh.shape["stage"]
+            sequence, stages = mesh.shape["sequence"], mesh.shape["pipeline"]
             shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
             needed = min_shard_tokens(config.model)
             self._shard_multiple = shards, sequence * needed if sequence > 1 else stages

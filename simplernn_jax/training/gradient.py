@@ -32,7 +32,7 @@ BatchGradFn = Callable[
 def init_model(config: Config, key: jax.Array) -> Initialized:
     """Initialize the model for training: rematerialized, and stacked if there are stages."""
     return initialize(
-        config.model, key, remat=config.train.remat, stack_layers=config.mesh.stage > 1
+        config.model, key, remat=config.train.remat, stack_layers=config.mesh.pipeline > 1
     )
 
 
@@ -46,8 +46,8 @@ def make_grad_fn(config: Config) -> BatchGradFn:
     """Build the loss and gradient function of a batch.
 
     It maps ``(params, batch, carried, rng, step)`` to ``(loss, predictions, gradient, carried)``;
-    `rng` is raw uint32 key data, `step` int32. With ``train.backward_window``, the batch is split
-    by `split_into_windows`; ``train.gradient_accumulation`` 0 means 1. The loss is the mean over
+    `rng` is raw uint32 key data, `step` int32. With ``train.bptt_window``, the batch is split
+    by `split_into_windows`; ``train.gradient_accumulation`` None means 1. The loss is the mean over
     all predictions, in nats. Inside `jax.shard_map`, arguments and results are this device's
     shards, but loss and predictions are global.
     """
@@ -68,13 +68,13 @@ def make_grad_fn(config: Config) -> BatchGradFn:
         nll = jnp.sum(losses)
         return nll / predictions.astype(nll.dtype), carried
 
-    if not config.train.backward_window:
+    if not config.train.bptt_window:
         microbatch_grad_fn = value_and_grad_with_carry(loss_fn)
-    elif config.train.backward == "truncated":
+    elif config.train.bptt == "truncated":
         microbatch_grad_fn = truncated_bptt(loss_fn)
     else:
         microbatch_grad_fn = value_and_grad_with_carry(remat_windows(loss_fn))
-    sum_grad_fn = accumulate_gradients(microbatch_grad_fn, config.train.gradient_accumulation)
+    sum_grad_fn = accumulate_gradients(microbatch_grad_fn, config.train.gradient_accumulation or 1)
 
     def batch_grad_fn(
         params: nnx.State, batch: Any, carried: ModelState, rng: jax.Array, step: jax.Array

@@ -47,7 +47,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
 
     If `workdir` holds a checkpoint, the run resumes from it bit-exactly. SIGTERM and SIGINT save at
     the current step and return. The run ends early if the validation loss stops improving and
-    ``train.stop_after_worse`` is set.
+    ``train.early_stopping_patience`` is set.
 
     Several processes (`distributed`) call this together; SIGTERM to any process stops all of them
     at the same step (`supervisor` forwards SIGINT as SIGTERM). Only process 0 prints, and writes

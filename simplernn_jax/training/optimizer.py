@@ -126,7 +126,7 @@ def orthogonalize_sharded(matrices: Any, mesh: Mesh | None) -> Any:
         results: list[jax.Array] = []
         for part, spec in zip(parts, specs, strict=True):
             sharded_axes = [
-                (axis, name) for axis, name in enumerate(spec) if name not in (None, "stage")
+                (axis, name) for axis, name in enumerate(spec) if name not in (None, "pipeline")
             ]
             full = part
             for axis, name in sharded_axes:

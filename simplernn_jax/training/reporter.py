@@ -56,10 +56,10 @@ class Reporter:
         )
         if warning := corpus.warning(config.data.validation_fraction):
             self.print_line(f"warning: {warning}")
-        if config.mesh.stage > 1:
-            length = config.train.backward_window or config.data.sequence_length
-            self.print_line(describe_stages(length, config.mesh.stage))
-        microbatches = choose_microbatches(config, run.mesh).train.gradient_accumulation
+        if config.mesh.pipeline > 1:
+            length = config.train.bptt_window or config.data.sequence_length
+            self.print_line(describe_stages(length, config.mesh.pipeline))
+        microbatches = choose_microbatches(config, run.mesh).train.gradient_accumulation or 1
         if microbatches > 1:
             sequences, length = config.data.batch_size // microbatches, config.data.sequence_length
             self.print_line(f"{microbatches} microbatches of {sequences} x {length} tokens")

@@ -146,7 +146,7 @@ class Run:
 
     def has_stopped_improving(self) -> bool:
         """Return whether to stop before the last step; all processes follow the coordinator."""
-        patience = self.config.train.stop_after_worse
+        patience = self.config.train.early_stopping_patience
         if not patience or self.step >= self.total_steps:
             return False
         return bool(broadcast_from_coordinator(self.history.should_stop(patience)))

@@ -123,7 +123,7 @@ def make_train_step(
       ValueError: there are pipeline stages, and the layers differ.
     """
     config = choose_microbatches(config, mesh)
-    grad_fn, window = make_grad_fn(config), config.train.backward_window
+    grad_fn, window = make_grad_fn(config), config.train.bptt_window
     optimizer = optax.with_extra_args_support(optimizer)
     options: dict[str, Any] = {}
     if is_distributed(mesh):

@@ -174,7 +174,7 @@ def _check(config: ModelConfig) -> None:
         reject_option("context", context, "at least 1 and below 2**31")
     if config.key_dim // config.num_heads % 2:
         raise UserError(
-            f"--config.model.key_dim={config.key_dim} is invalid: expected an even number for each "
+            f"config.model.key_dim={config.key_dim} is invalid: expected an even number for each "
             f"of model.num_heads={config.num_heads} with attention, whose rotary embedding takes "
             "pairs of channels"
         )

@@ -157,7 +157,7 @@ def find_mixer(name: str) -> Registered:
     """Return a registered mixer; raises `UserError` for an unknown name."""
     if name not in _registry:
         raise UserError(
-            f"--config.model.mixer={name!r} is invalid: expected one of "
+            f"config.model.mixer={name!r} is invalid: expected one of "
             f"{', '.join(sorted(_registry))}{nearest_name(name, _registry)}; name the file of "
             "a mixer of your own by --plugin (load_model: plugin)"
         )
@@ -212,7 +212,7 @@ def complete_options(name: str, config: ModelConfig) -> ModelConfig:
 
 def reject_option(name: str, value: Scalar, allowed: str) -> NoReturn:
     """Raise the `UserError` for an option's value."""
-    raise UserError(f"--config.model.mixer_options={name}={value} is invalid: expected {allowed}")
+    raise UserError(f"config.model.mixer_options={name}={value} is invalid: expected {allowed}")
 
 
 def check_mixers(config: ModelConfig) -> None:
