@@ -38,11 +38,11 @@ LENGTHS = (256, 1024, 4096, 16384)
 def run(effort: Effort) -> Iterator[Table]:
     """Tables by shape, times in ms and memory in MB (1e6 bytes), and by length."""
     rows = [compare(shape, dtype, effort) for dtype in DTYPES for shape in SHAPES]
-    yield "ops: forward + backward", rows
+    yield Table("ops: forward + backward", rows)
     by_length = [
         compare_lengths(LENGTHS, shape, dtype, effort) for dtype in DTYPES for shape in SHAPES[:2]
     ]
-    yield f"ops: us per token, B T = {max(LENGTHS):,}, and relative", by_length
+    yield Table(f"ops: us per token, B T = {max(LENGTHS):,}, and relative", by_length)
 
 
 def compare(shape: Shape, dtype: str, effort: Effort) -> Row:

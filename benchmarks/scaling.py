@@ -26,7 +26,7 @@ from simplernn_jax.training.accumulation import split_into_windows
 from simplernn_jax.training.evaluate import Evaluator
 from simplernn_jax.training.gradient import init_model, make_grad_fn
 
-from . import memory, train_steps
+from . import sizes, train_steps
 from .measure import Effort, alternate, median, on_simulated_devices, seconds_of
 from .tables import Row, Table
 from .train_steps import BY_CHUNKS, BY_SCAN, Trained, change, measure_on_corpus
@@ -71,11 +71,11 @@ def run(effort: Effort) -> Iterator[Table]:
         rows += evaluations(small_run(), trained, effort)
         rows += cached_prefix(trained, workdir, effort)
     rows.sort(key=lambda row: ORDER.index(row["technique"][0]))
-    yield f"scaling: 2 layers of width 64, {STEPS * BATCH * LENGTH:,} tokens", rows
-    yield f"scaling, E: gradient of truncated windows of {LONG * LENGTH:,} tokens", bias
+    yield Table(f"scaling: 2 layers of width 64, {STEPS * BATCH * LENGTH:,} tokens", rows)
+    yield Table(f"scaling, E: gradient of truncated windows of {LONG * LENGTH:,} tokens", bias)
     errors = state_errors()
-    yield "scaling, D: RMS error of the recurrence by dtype of the state", errors
-    yield from memory.run(effort)
+    yield Table("scaling, D: RMS error of the recurrence by dtype of the state", errors)
+    yield from sizes.run_memory()
 
 
 def small_run() -> Config:

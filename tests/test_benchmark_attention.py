@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from benchmarks import train_steps
-from benchmarks.attention import corpus, report, resources, synthetic, tasks
+from benchmarks.attention import aspects, corpus, resources, synthetic
+from benchmarks.attention.aspects import ATTENTION, RECURRENCE, VARIANTS, Measured, config_of, line
 from benchmarks.attention.program_work import count_work
-from benchmarks.attention.report import ATTENTION, RECURRENCE, VARIANTS, config_of, line
+from benchmarks.tables import Results
 from benchmarks.train_steps import BY_CHUNKS, count_parameters, state_bytes
-from simplernn_jax.errors import UserError
 from simplernn_jax.ops import gated_linear_recurrence
 
 pytestmark = pytest.mark.oldest_python
@@ -138,10 +138,10 @@ def answer_needle(seen):
 
 
 TASKS = {
-    "recall": (tasks.recall((2, 5), 17, 7), answer_recall),
-    "copy": (tasks.copying(17, 3, 5, scattered=False), answer_copy),
-    "scattered": (tasks.copying(17, 3, 5, scattered=True), answer_copy),
-    "needle": (tasks.needle((1, 4, 11), 19, 5), answer_needle),
+    "recall": (synthetic.recall((2, 5), 17, 7), answer_recall),
+    "copy": (synthetic.copying(17, 3, 5, scattered=False), answer_copy),
+    "scattered": (synthetic.copying(17, 3, 5, scattered=True), answer_copy),
+    "needle": (synthetic.needle((1, 4, 11), 19, 5), answer_needle),
 }
 BATCH, KEYS = 37, ((3, 5), (3, 6), (4, 5))
 
@@ -162,7 +162,7 @@ def test_answers_of_a_task_follow_from_what_came_before(name):
         asked = np.flatnonzero(mask)
         assert len(asked) >= 2
         assert [targets[i] for i in asked] == [solve(tokens[: i + 1].tolist()) for i in asked]
-        assert (targets[~mask] == tasks.BLANK).all()
+        assert (targets[~mask] == synthetic.BLANK).all()
 
 
 def test_queries_and_symbols_are_where_they_should_be():
@@ -175,10 +175,10 @@ def test_queries_and_symbols_are_where_they_should_be():
         assert len(set(keys)) == len(set(values)) == count
         assert (set(tokens[mask]), set(targets[mask])) == (set(keys), set(values))
         assert not mask[: 2 * count].any()
-        assert (tokens[2 * count :][~mask[2 * count :]] == tasks.BLANK).all()
+        assert (tokens[2 * count :][~mask[2 * count :]] == synthetic.BLANK).all()
 
     in_front, anywhere = (
-        first[name].tokens[:, :14] != tasks.BLANK for name in ("copy", "scattered")
+        first[name].tokens[:, :14] != synthetic.BLANK for name in ("copy", "scattered")
     )
     assert (in_front == (np.arange(14) < 3)).all()
     assert (anywhere.sum(axis=1) == 3).all()
@@ -190,7 +190,7 @@ def test_queries_and_symbols_are_where_they_should_be():
     assert set(begins) == set(range(7))
 
 
-COPY = tasks.copying(6, 2, 3, scattered=False)
+COPY = synthetic.copying(6, 2, 3, scattered=False)
 
 
 def test_a_small_model_learns_to_copy_through_a_curriculum():
@@ -211,11 +211,11 @@ def test_a_variant_is_trained_at_every_rate_and_the_best_is_tested(monkeypatch):
     monkeypatch.setattr(synthetic, "accuracy", lambda trained, *_: trained.loss)
     rates = [("muon", 1e-2), ("muon", 2e-2), ("adamw", 1e-3)]
     tests = {"copy": {6: COPY}}
-    found = synthetic.evaluate([synthetic.PLAIN, ATTENTION], [], tests, rates, 8)
-    assert [row["best rate"] for row in found["rows"]] == ["adamw 0.001", "muon 0.02"]
-    assert [len(row["training loss by rate"]) for row in found["rows"]] == [3, 2]
+    rows, found = synthetic.evaluate([synthetic.PLAIN, ATTENTION], [], tests, rates, 8)
+    assert [row["best rate"] for row in rows] == ["adamw 0.001", "muon 0.02"]
+    assert [len(row["training loss by rate"]) for row in rows] == [3, 2]
     curves = {synthetic.PLAIN: {"6": 0.25}, ATTENTION: {"6": 0.5}}
-    assert found["curves"] == {"copy": curves}
+    assert found == {"copy": curves}
 
 
 def test_distances_are_tested_up_to_four_times_those_of_training():
@@ -232,42 +232,33 @@ def test_models_with_the_same_number_of_parameters_are_compared():
     sizes = {"SimpleRNN 8 x 8": 9, "SimpleRNN 64 x 64": 99, ATTENTION: 10, synthetic.PLAIN: 9}
     rows = [{"model": model, "parameters": size} for model, size in sizes.items()]
     curves = {model: {"16": 0.53 + 0.09 * i} for i, model in enumerate(sizes)}
-    found = synthetic.matched({"rows": rows, "curves": {"recall": curves}}, "recall", 16, "pairs")
+    found = synthetic.matched(rows, {"recall": curves}, "recall", 16, "pairs")
     assert found["measured"] == "accuracy in %, recall, 16 pairs"
     assert [round(found[v]) for v in VARIANTS] + [found["better"]] == [53, 71, "attention"]
 
 
-VALUES = {RECURRENCE: {"256": 1.0, "1024": 2.0}, ATTENTION: {"256": 3.0, "1024": 40.0}}
+def test_the_table_of_aspects_keeps_the_lines_of_earlier_measurements(tmp_path):
+    values = {RECURRENCE: {"256": 1.0, "1024": 2.0}, ATTENTION: {"256": 3.0, "1024": 40.0}}
 
+    def first(quick):
+        """Text of the first."""
+        return Measured(
+            aspects.lines_of("first aspect", {"quantity": values}), {"quantity": values}
+        )
 
-def measure_first(quick):
-    """Text of the first."""
-    return report.with_lines("first aspect", {"quantity": VALUES, "other": VALUES}) | {"x": "X"}
+    def second(quick):
+        """Text of the second."""
+        lines = [line("second aspect", "", dict.fromkeys(VARIANTS, 1))]
+        return Measured(lines, rows=[{"a": f"quick={quick}"}])
 
-
-def measure_second(quick):
-    """Text of the second."""
-    return {
-        "rows": [{"a": f"quick={quick}"}],
-        "lines": [line("second aspect", "", dict.fromkeys(VARIANTS, 1))],
-    }
-
-
-def test_the_report_keeps_other_results_and_has_all_aspects_and_pictures(tmp_path, capsys):
-    measurements = {"first": measure_first, "second": measure_second}
-    report.run(measurements, tmp_path, True, ["second"])
-    report.run(measurements, tmp_path, False, ["first"])
-    page = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert "| other, T 1,024 " in capsys.readouterr().out
-    parts = ("| first aspect ", "| second aspect ", "Text of the first.", "](first.png)", "| X ")
-    parts += ("Text of the second.", "| quick=True ", "| first       | 0 ", "| second      | 1 ")
-    positions = [page.index(part) for part in parts]
-    assert positions == sorted(positions)
+    for quick, name in ((True, "second"), (False, "first")):
+        results = Results(tmp_path)
+        measurements = {"first": first, "second": second}
+        for table in aspects.run(measurements, [name], quick, results.tables):
+            results.add(table)
+    found = results.tables["attention: six aspects"].rows
+    assert [row["aspect"] for row in found] == 2 * ["first aspect"] + ["second aspect"]
+    assert found[1]["measured"] == "quantity, T 1,024"
+    assert results.tables["attention: second, models"].rows == [{"a": "quick=True"}]
+    assert results.tables["attention: second"].text == "Text of the second. Small sizes."
     assert (tmp_path / "first.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("other", ["{", "[]", '{"format": 1}'])
-def test_results_of_something_else_are_refused(tmp_path, other):
-    (tmp_path / "results.json").write_text(other, encoding="utf-8")
-    with pytest.raises(UserError, match=r"results.json: not results of this benchmark"):
-        report.run({}, tmp_path, True, [])

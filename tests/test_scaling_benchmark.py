@@ -1,14 +1,13 @@
-"""``benchmark.py scaling`` and ``memory`` at tiny sizes: results, never a time."""
+"""``benchmark.py scaling`` at tiny sizes: results, never a time."""
 
 import copy
-import json
 
 import jax
 import numpy as np
 import pytest
 from small_runs import small_config, write_corpus
 
-from benchmarks import memory, scaling, train_steps
+from benchmarks import scaling, train_steps
 from benchmarks.measure import Effort
 from simplernn_jax import config as config_lib
 
@@ -96,18 +95,3 @@ def test_a_bfloat16_state_loses_more_with_the_position():
     # The first rounding by chunks is after 64 tokens.
     by_chunk = [row["bfloat16, each 64 tokens"] for row in rows]
     assert by_chunk[1] < 1e-5 < 1e-4 < by_chunk[2]
-
-
-def test_memory_against_length(monkeypatch):
-    def load(name, batch, length, **fields):
-        return small_config(batch_size=batch, sequence_length=length, **fields)
-
-    monkeypatch.setattr(memory, "load_config", load)
-    monkeypatch.setattr(memory, "on_simulated_devices", lambda _, call, **given: call(**given))
-    techniques = {"plain": {}, memory.SCAN: {}, "sharded": {"sequence": 2}}
-    monkeypatch.setattr(memory, "TECHNIQUES", techniques)
-    monkeypatch.setattr(memory, "LENGTHS", (256,))
-    ((_, rows),) = memory.run(EFFORT)
-    (row,) = json.loads(json.dumps(rows))
-    assert row["sharded"] < row["plain"] != row[memory.SCAN]
-    assert memory.draw(rows).startswith(b"\x89PNG")

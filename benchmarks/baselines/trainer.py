@@ -1,20 +1,26 @@
 """One training whose held-out loss is measured against the seconds of its steps."""
 
+import abc
 import dataclasses
+import importlib.util
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from simplernn_jax.config import Config
+from simplernn_jax.config import Config, DataConfig
+from simplernn_jax.data.batch_iterator import make_batches
+from simplernn_jax.data.batches import Batch
+from simplernn_jax.data.evaluation_batches import evaluation_batches
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit
 from simplernn_jax.errors import UserError
+from simplernn_jax.training.evaluate import BATCH_TOKENS, MAX_BATCH_SIZE
 from simplernn_jax.training.preparation import prepare
 
 from ..tables import Row
-from .learner import Learner
-from .peers import ON_TORCH, OURS, data_config, find_peer
+from .programs import OURS, find_baseline
 
 POINTS = 16
 """Evaluations of a training, denser at its beginning. While they have taken longer than training,
@@ -23,8 +29,50 @@ CURVE_TOKENS = 131_072
 """Held-out tokens of each, or all if there are fewer."""
 CALIBRATION = 0.05
 """Part of the seconds in which steps are timed beforehand."""
-RANDOM_TOKENS = 153_600
-"""Tokens of nanoGPT's estimate: 200 batches of its CPU settings."""
+
+
+class Trainer(abc.ABC):
+    """A model of ours, or a baseline, and its training on random windows."""
+
+    parameters: int
+
+    def __init__(self, corpus: TokenizedCorpus, settings: DataConfig, seed: int) -> None:
+        self._held_out: Any = corpus.validation
+        self._pad_id = corpus.tokenizer.pad_id
+        self._batches = make_batches(corpus.train, settings, seed, self._pad_id)
+
+    @abc.abstractmethod
+    def step(self) -> None:
+        """Take one optimizer step, or dispatch it."""
+
+    @abc.abstractmethod
+    def wait(self) -> None:
+        """Wait for dispatched steps."""
+
+    def score(self, batch: Batch, carry: Any) -> tuple[float, Any]:
+        """Sum of the nats of a batch's predictions, and the carry; before the first it is None.
+
+        For `evaluate`, unless that is overridden.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, limit_tokens: int = 0) -> float:
+        """Nats per token of held-out text, each token scored once; 0 scores all of it.
+
+        The state is carried over each document.
+        """
+        sizes = BATCH_TOKENS, MAX_BATCH_SIZE
+        return self.mean_loss(
+            evaluation_batches(self._held_out, *sizes, self._pad_id, limit_tokens)[0]
+        )
+
+    def mean_loss(self, batches: Iterable[Batch]) -> float:
+        """Nats per token of consecutive batches."""
+        total, count, carry = 0.0, 0, None
+        for batch in batches:
+            nats, carry = self.score(batch, carry)
+            total, count = total + nats, count + int(np.sum(batch.loss_mask))
+        return total / count
 
 
 def train_timed(
@@ -36,12 +84,12 @@ def train_timed(
     seed: int = 0,
     is_tuning: bool = False,
 ) -> Row:
-    """Train `name`, one of `peers.known_names`, on the text of `config`; for `call_isolated`.
+    """Train `name`, one of `LOOKS`, on the text of `config`; for `call_isolated`.
 
     With `seconds`, the time of all steps, their number is estimated from some timed beforehand.
-    `rate` is a peer's peak learning rate, if not that of its settings. With `is_tuning`, the last
-    tenth of the training text is held out instead of the validation split, which does not depend on
-    `seed`, and only the final loss is computed.
+    `rate` is the peak learning rate of a baseline, if not that of its settings. With `is_tuning`,
+    the last tenth of the training text is held out instead of the validation split, which does not
+    depend on `seed`, and only the final loss is computed.
 
     Returns:
       Its sizes; ``loss`` of the whole held-out text in nats/token; and ``curve``: pairs of seconds
@@ -52,78 +100,84 @@ def train_timed(
     """
     config, corpus = prepare(config, workdir)
     if corpus.validation is None:
-        raise UserError("ladder: nothing is held out; set config.data.validation_fraction")
+        raise UserError("baselines: nothing is held out; set config.data.validation_fraction")
     corpus = hold_out_training_text(corpus) if is_tuning else corpus
-    steps = config.train.steps if name == OURS else find_peer(name, config).steps
+    program = config.train if name == OURS else find_baseline(name, config)
+    steps = program.steps
     if seconds:
-        trial = make_learner(name, config, corpus, steps, rate, seed)
+        trial = make_trainer(name, config, corpus, steps, rate, seed)
         steps = max(2, int(seconds / seconds_per_step(trial, CALIBRATION * seconds)))
-    learner = make_learner(name, config, corpus, steps, rate, seed)
+    trainer = make_trainer(name, config, corpus, steps, rate, seed)
     started = time.perf_counter()
-    learner.step()
-    learner.wait()
+    trainer.step()
+    trainer.wait()
     first = time.perf_counter() - started
     curve, trained, evaluating, taken, scored = [], 0.0, 0.0, 1, 1
     for point in range(1, POINTS + 1):
         until = max(2, round(steps * (point / POINTS) ** 1.5))
         started = time.perf_counter()
         for _ in range(taken, until):
-            learner.step()
-        learner.wait()
+            trainer.step()
+        trainer.wait()
         trained += time.perf_counter() - started
         taken = until
         if taken > scored and not is_tuning and (evaluating <= trained or point == POINTS):
             started = time.perf_counter()
-            curve.append([trained, learner.evaluate(CURVE_TOKENS)])
+            curve.append([trained, trainer.evaluate(CURVE_TOKENS)])
             evaluating += time.perf_counter() - started
             scored = taken
     held_out: Any = corpus.validation
-    data = config.data if name == OURS else data_config(find_peer(name, config))
+    data = config.data if name == OURS else find_baseline(name, config).data_config()
     return {
         "program": name,
         "seed": seed,
         "rate": rate,
-        "parameters": learner.parameters,
+        "parameters": trainer.parameters,
         "steps": taken,
         "tokens": taken * data.batch_size * data.sequence_length,
         "seconds": trained,
         "first step seconds": first,
-        "loss": learner.evaluate(),
-        "random blocks": None if is_tuning else learner.random_blocks(RANDOM_TOKENS),
+        "loss": trainer.evaluate(),
         "bits/byte per nat": held_out.num_predictions / held_out.num_bytes / math.log(2),
         "curve": curve,
     }
 
 
-def make_learner(
+def make_trainer(
     name: str, config: Config, corpus: TokenizedCorpus, steps: int, rate: float | None, seed: int
-) -> Learner:
-    """A model before its first step, whose learning rate ends after `steps`."""
+) -> Trainer:
+    """A model before its first step, whose learning rate ends after `steps`.
+
+    Raises:
+      UserError: PyTorch is missing.
+    """
     if name == OURS:
-        from .jax_learners import OurLearner
+        from .jax_trainers import OurTrainer
 
-        return OurLearner(config, corpus, steps, seed)
-    peer = find_peer(name, config)
-    rate = peer.rate if rate is None else rate
-    if peer.model in ON_TORCH:
-        from .torch_learners import TorchLearner
+        return OurTrainer(config, corpus, steps, seed)
+    baseline = find_baseline(name, config)
+    settings = corpus, config.model.vocab_size, steps, rate or baseline.rate, seed
+    if baseline.model == "gru":
+        from .jax_trainers import GRUTrainer
 
-        return TorchLearner(peer, corpus, config.model.vocab_size, steps, rate, seed)
-    from .jax_learners import GRULearner
+        return GRUTrainer(baseline, *settings)
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(f"{name}: torch is not installed; run: pip install -e '.[bench]'")
+    from .torch_trainers import TorchTrainer
 
-    return GRULearner(peer, corpus, config.model.vocab_size, steps, rate, seed)
+    return TorchTrainer(baseline, *settings)
 
 
-def seconds_per_step(learner: Learner, seconds: float) -> float:
+def seconds_per_step(trainer: Trainer, seconds: float) -> float:
     """Mean time of the steps that begin within `seconds`, and at least of two, after the first."""
-    learner.step()
-    learner.wait()
+    trainer.step()
+    trainer.wait()
     started, taken = time.perf_counter(), 0
     while taken < 2 or time.perf_counter() - started < seconds:
         for _ in range(2 if taken < 2 else 8):  # in training, batches are made during steps
-            learner.step()
+            trainer.step()
             taken += 1
-        learner.wait()
+        trainer.wait()
     return (time.perf_counter() - started) / taken
 
 

@@ -5,7 +5,7 @@ and the embedding as head.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from simplernn_jax.data.batch_iterator import make_batches
-from simplernn_jax.data.evaluation_batches import Contexts, context_batches, evaluation_batches
+from simplernn_jax.data.batches import Batch
+from simplernn_jax.data.evaluation_batches import Contexts, context_batches
 from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.training.evaluate import BATCH_TOKENS, MAX_BATCH_SIZE
 
-from .learner import Learner
-from .peers import Peer, data_config
+from .programs import Baseline
+from .trainer import Trainer
 
 STRIDES = 4
 """Contexts of attention that overlap a token; each scores the last of this many parts of it."""
@@ -28,9 +28,9 @@ STRIDES = 4
 class Block(nn.Module):
     """Causal attention, then an MLP four times as wide, each after its norm."""
 
-    def __init__(self, peer: Peer) -> None:
+    def __init__(self, baseline: Baseline) -> None:
         super().__init__()
-        self.heads, self.dropout, width = peer.heads, peer.dropout, peer.width
+        self.heads, self.dropout, width = baseline.heads, baseline.dropout, baseline.width
         self.norms = nn.ModuleList([nn.LayerNorm(width, bias=False) for _ in range(2)])
         self.qkv, self.mix = (nn.Linear(width, n * width, bias=False) for n in (3, 1))
         self.widen = nn.Linear(width, 4 * width, bias=False)
@@ -47,19 +47,19 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Transformer of a context of ``peer.length`` tokens, initialized as GPT-2."""
+    """Transformer of a context of ``baseline.length`` tokens, initialized as GPT-2."""
 
-    def __init__(self, peer: Peer, vocab: int) -> None:
+    def __init__(self, baseline: Baseline, vocab: int) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(peer.dropout)
-        self.tokens = nn.Embedding(vocab, peer.width)
-        self.positions = nn.Embedding(peer.length, peer.width)
-        self.blocks = nn.Sequential(*(Block(peer) for _ in range(peer.layers)))
-        self.norm = nn.LayerNorm(peer.width, bias=False)
+        self.dropout = nn.Dropout(baseline.dropout)
+        self.tokens = nn.Embedding(vocab, baseline.width)
+        self.positions = nn.Embedding(baseline.length, baseline.width)
+        self.blocks = nn.Sequential(*(Block(baseline) for _ in range(baseline.layers)))
+        self.norm = nn.LayerNorm(baseline.width, bias=False)
         for name, values in self.named_parameters():
             if values.dim() == 2:
                 ends_branch = name.endswith(("mix.weight", "narrow.weight"))
-                std = 0.02 / math.sqrt(2 * peer.layers) if ends_branch else 0.02
+                std = 0.02 / math.sqrt(2 * baseline.layers) if ends_branch else 0.02
                 nn.init.normal_(values, std=std)
 
     def forward(self, tokens: Any, carry: Any = None) -> Any:
@@ -71,11 +71,11 @@ class GPT(nn.Module):
 class LSTM(nn.Module):
     """``torch.nn.LSTM`` between embedding and head."""
 
-    def __init__(self, peer: Peer, vocab: int) -> None:
+    def __init__(self, baseline: Baseline, vocab: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocab, peer.width)
-        self.layers = nn.LSTM(peer.width, peer.width, peer.layers, batch_first=True)
-        self.head = nn.Linear(peer.width, vocab)
+        self.embedding = nn.Embedding(vocab, baseline.width)
+        self.layers = nn.LSTM(baseline.width, baseline.width, baseline.layers, batch_first=True)
+        self.head = nn.Linear(baseline.width, vocab)
 
     def forward(self, tokens: Any, carry: Any = None) -> Any:
         """``[B, T]`` token ids to ``[B, T, vocab]`` logits, and the carry."""
@@ -83,28 +83,32 @@ class LSTM(nn.Module):
         return self.head(x), carry
 
 
-class TorchLearner(Learner):
-    """Training of one peer; windows start from a zero state."""
+class TorchTrainer(Trainer):
+    """Training of one baseline; windows start from a zero state."""
 
     def __init__(
-        self, peer: Peer, corpus: TokenizedCorpus, vocab: int, steps: int, rate: float, seed: int
+        self,
+        baseline: Baseline,
+        corpus: TokenizedCorpus,
+        vocab: int,
+        steps: int,
+        rate: float,
+        seed: int,
     ) -> None:
+        super().__init__(corpus, baseline.data_config(), seed)
         torch.manual_seed(seed)
-        self._peer, self._schedule = peer, (steps, rate)
-        self._model = GPT(peer, vocab) if peer.model == "gpt" else LSTM(peer, vocab)
-        self._trained: Any = torch.compile(self._model) if peer.is_compiled else self._model
+        self._baseline, self._schedule = baseline, (steps, rate)
+        self._model = GPT(baseline, vocab) if baseline.model == "gpt" else LSTM(baseline, vocab)
+        self._trained: Any = torch.compile(self._model) if baseline.is_compiled else self._model
         self.parameters = sum(values.numel() for values in self._model.parameters())
         matrices = [values for values in self._model.parameters() if values.dim() == 2]
         others = [values for values in self._model.parameters() if values.dim() != 2]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0}]
         self._optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99))
-        pad_id = corpus.tokenizer.pad_id
-        self._batches = make_batches(corpus.train, data_config(peer), seed, pad_id)
-        self._held_out: Any = corpus.validation
-        self._pad_id, self._taken = pad_id, 0
+        self._taken = 0
 
     def step(self) -> None:
-        """See `Learner.step`; it is done when this returns."""
+        """See `Trainer.step`; it is done when this returns."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._taken, *self._schedule)
         batch = next(self._batches)
@@ -118,53 +122,41 @@ class TorchLearner(Learner):
         self._taken += 1
 
     def wait(self) -> None:
-        """See `Learner.wait`: no step is left."""
+        """See `Trainer.wait`: no step is left."""
 
     def evaluate(self, limit_tokens: int = 0) -> float:
-        """See `Learner.evaluate`.
-
-        An LSTM carries its state over each document. Attention sees overlapping contexts.
-        """
-        held_out, pad_id, length = self._held_out, self._pad_id, self._peer.length
-        sizes = BATCH_TOKENS, MAX_BATCH_SIZE
-        if self._peer.model == "gpt":
-            contexts = Contexts(length, max(1, length // STRIDES))
-            batches, _ = context_batches(held_out, contexts, *sizes, pad_id, limit_tokens)
-        else:
-            batches, _ = evaluation_batches(held_out, *sizes, pad_id, limit_tokens)
-        return self._mean_loss(batches)
-
-    def random_blocks(self, tokens: int) -> float | None:
-        """See `Learner.random_blocks`."""
-        if self._peer.model != "gpt":
-            return None
-        config, held_out = data_config(self._peer), self._held_out
-        batches = make_batches(held_out, config, 0, self._pad_id)
-        number = -(-tokens // (self._peer.batch * self._peer.length))
-        return self._mean_loss(next(batches) for _ in range(number))
+        """See `Trainer.evaluate`; attention sees overlapping contexts."""
+        if self._baseline.model != "gpt":
+            return super().evaluate(limit_tokens)
+        contexts = Contexts(self._baseline.length, max(1, self._baseline.length // STRIDES))
+        sizes = BATCH_TOKENS, MAX_BATCH_SIZE, self._pad_id, limit_tokens
+        return self.mean_loss(context_batches(self._held_out, contexts, *sizes)[0])
 
     @torch.no_grad()
-    def _mean_loss(self, batches: Iterator[Any]) -> float:
+    def mean_loss(self, batches: Iterable[Batch]) -> float:
+        """See `Trainer.mean_loss`; without dropout."""
         self._model.eval()
-        total, count, carry = 0.0, 0, None
-        for batch in batches:
-            begins = np.diff(batch.segment_ids, axis=1, prepend=batch.segment_ids[:, :1]) != 0
-            begins[:, 0] = batch.reset
-            recurs = self._peer.model != "gpt"
-            cuts = np.flatnonzero(begins.any(axis=0)).tolist() if recurs else []
-            for start, end in zip([0, *cuts], [*cuts, begins.shape[1]], strict=True):
-                if start == end:
-                    continue
-                if carry is not None:
-                    kept = torch.from_numpy(~begins[:, start]).float()[:, None]
-                    carry = tuple(part * kept for part in carry)
-                logits, carry = self._model(_ids(batch.tokens[:, start:end]), carry)
-                targets = _ids(batch.targets[:, start:end])
-                nats = F.cross_entropy(logits.mT, targets, reduction="none").numpy()
-                total += float(nats[batch.loss_mask[:, start:end]].sum(dtype=np.float64))
-            count += int(batch.loss_mask.sum())
+        loss = super().mean_loss(batches)
         self._model.train()
-        return total / count
+        return loss
+
+    def score(self, batch: Batch, carry: Any) -> tuple[float, Any]:
+        """See `Trainer.score`."""
+        begins = np.diff(batch.segment_ids, axis=1, prepend=batch.segment_ids[:, :1]) != 0
+        begins[:, 0] = batch.reset
+        cuts: list[int] = []
+        if self._baseline.model != "gpt":
+            cuts = [1 + int(place) for place in np.flatnonzero(begins[:, 1:].any(axis=0))]
+        total = 0.0
+        for start, end in zip([0, *cuts], [*cuts, begins.shape[1]], strict=True):
+            if carry is not None:
+                kept = torch.from_numpy(~begins[:, start]).float()[:, None]
+                carry = tuple(part * kept for part in carry)
+            logits, carry = self._model(_ids(batch.tokens[:, start:end]), carry)
+            targets = _ids(batch.targets[:, start:end])
+            nats = F.cross_entropy(logits.mT, targets, reduction="none").numpy()
+            total += float(nats[batch.loss_mask[:, start:end]].sum(dtype=np.float64))
+        return total, carry
 
 
 def learning_rate(step: int, steps: int, rate: float) -> float:
