@@ -94,7 +94,3 @@ def test_growths_have_curves_and_slopes(monkeypatch):
 def test_the_slope_of_a_power_is_its_exponent():
     curve = {str(n): 3.0 * n**1.5 for n in (1, 2, 8, 64)}
     assert growth.slope(curve) == pytest.approx(1.5)
-    ends = {"1": 1.0, "2": 2.0, "4": 8.0}
-    (row,) = growth.slopes("x", {"seconds": {"all": ends}})
-    assert row["at the end"] == pytest.approx(2)
-    assert row["slope"] == pytest.approx(1.5)

@@ -19,27 +19,13 @@ from simplernn_jax.data.chat_template import ChatTemplate, load_template, messag
 from simplernn_jax.data.store_folder import META_FILE, DamagedStore, open_store
 from simplernn_jax.data.token_store import prepare_corpus
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference import generate, load_state, save_state
-from simplernn_jax.inference.arguments import (
-    checked_length,
-    checked_prompts,
-    checked_settings,
-    checked_texts,
-)
+from simplernn_jax.inference import arguments, generate, load_state, save_state
 from simplernn_jax.inference.loading import RUN, read_run, run_json
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.gla_checkpoint import load_gla_checkpoint, to_fla_config
 from simplernn_jax.models.named_weights import named_weights
 from simplernn_jax.models.pytorch_weights import encode_weights, read_pytorch_weights
-from simplernn_jax.serving.requests import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    ForkRequest,
-    StateRequest,
-    TokenizeRequest,
-    parse,
-)
+from simplernn_jax.serving import requests
 from simplernn_jax.serving.service import Service
 from simplernn_jax.serving.states import StateFolder
 from simplernn_jax.training.loss_curve import loss_curves, loss_limits
@@ -161,7 +147,7 @@ def request_readers(folder: Path) -> list[Reader]:
 
     def reader(name: str, kind: Any, use: Callable[[Any], object], *bodies: object) -> Reader:
         def read(content: bytes) -> None:
-            body = parse(kind, content)
+            body = requests.parse(kind, content)
             if hasattr(body, "model"):
                 service.check_model(body.model)
             use(body)
@@ -183,7 +169,7 @@ def request_readers(folder: Path) -> list[Reader]:
     return [
         reader(
             "/v1/completions",
-            CompletionRequest,
+            requests.CompletionRequest,
             lambda body: service.complete(body, known(body.state)),
             _SAMPLING | {"prompt": "aé", "max_tokens": 5, "logprobs": 2, "echo": True},
             {"prompt": [[1, 2], [3]], "state": "s", "stop": "x"},
@@ -191,25 +177,25 @@ def request_readers(folder: Path) -> list[Reader]:
         ),
         reader(
             "/v1/chat/completions",
-            ChatRequest,
+            requests.ChatRequest,
             lambda body: service.chat(body, known(body.state)),
             _SAMPLING | {"messages": CHAT, "logprobs": True, "top_logprobs": 3, "max_tokens": 4},
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
         ),
         reader(
             "/tokenize",
-            TokenizeRequest,
+            requests.TokenizeRequest,
             lambda body: service.inputs.encode(body.prompt),
             {"prompt": "aé", "return_token_strs": True},
         ),
-        reader("/detokenize", DetokenizeRequest, detokenize, {"tokens": [97, 195, 256]}),
+        reader("/detokenize", requests.DetokenizeRequest, detokenize, {"tokens": [97, 195, 256]}),
         reader(
             "/v1/states",
-            StateRequest,
+            requests.StateRequest,
             lambda body: service.prefill_state(body, known(body.parent)),
             {"prompt": [97, 98], "parent": "p", "name": "n"},
         ),
-        reader("/v1/states/p/fork", ForkRequest, lambda body: None, {"name": "n"}),
+        reader("/v1/states/p/fork", requests.ForkRequest, lambda body: None, {"name": "n"}),
         Reader("upload of a state", [(folder / "state.safetensors").read_bytes()], upload),
         *_argument_readers(),
     ]
@@ -229,14 +215,14 @@ def _argument_readers() -> list[Reader]:
     def sampling(values: Any) -> None:
         given = values if isinstance(values, dict) else {}
         known = {name: given.get(name, value) for name, value in settings.items()}
-        checked_settings(BYTES.vocab_size, **known)
-        checked_length(given.get("max_new_tokens", 5), 2)
+        arguments.checked_settings(BYTES.vocab_size, **known)
+        arguments.checked_length(given.get("max_new_tokens", 5), 2)
 
     def prompts(values: Any) -> None:
         if isinstance(values, list) and values and isinstance(values[0], str):
-            checked_texts(values, 2)
+            arguments.checked_texts(values, 2)
         else:
-            checked_prompts(values, BYTES.vocab_size, None)
+            arguments.checked_prompts(values, BYTES.vocab_size, None)
 
     def reader(name: str, use: Callable[[Any], None], *examples: object) -> Reader:
         def read(content: bytes) -> None:
