@@ -134,8 +134,8 @@ def grow_corpus(largest: int) -> Points:
             write_text(Path(folder) / "text", size)
             for label, (tokenizer, most) in TOKENIZERS.items():
                 if size <= most:
-                    given = {"folder": folder, "tokenizer": tokenizer}
-                    points[label][str(size)] = call_isolated(measure_tokenizing, **given)
+                    row = call_isolated(measure_tokenizing, folder=folder, tokenizer=tokenizer)
+                    points[label][str(size)] = row
         size *= 10
     return points
 

@@ -87,11 +87,6 @@ def abstract_state(model: ModelConfig) -> Any:
     return nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0)).initial_state(1))
 
 
-def state_bytes(model: ModelConfig) -> int:
-    """Bytes of the decoder state of one sequence."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state(model)))
-
-
 def lower_step(
     config: Config,
     recurrence: Recurrence = gated_linear_recurrence,

@@ -1,6 +1,5 @@
 """``benchmark.py baselines`` at tiny sizes: trainers, losses and the report, never a time."""
 
-import dataclasses
 import importlib.util
 import itertools
 import math
@@ -11,14 +10,13 @@ import numpy as np
 import pytest
 from small_runs import small_config
 
-from benchmarks.baselines import jax_trainers, programs, report, trainer
+from benchmarks.baselines import programs, report, trainer
 from benchmarks.baselines.programs import LOOKS, OURS, Baseline, find_baseline
 from benchmarks.baselines.trainer import hold_out_training_text, make_trainer
 from benchmarks.tables import Results
 from benchmarks.train_steps import count_parameters
 from simplernn_jax.data.token_store import prepare_corpus
 from simplernn_jax.errors import UserError
-from simplernn_jax.training.optimizer import make_optimizer
 
 pytestmark = pytest.mark.oldest_python
 
@@ -52,9 +50,8 @@ def small(tmp_path_factory):
 def test_every_program_learns_and_scores_each_held_out_token(name, small):
     trained = make_trainer(name, *small, 40, 1e-2, 0)
     before = trained.evaluate()
-    for _ in range(40):
-        trained.step()
-    trained.wait()
+    trained.take(15)
+    trained.take(25)
     assert trained.evaluate() < before - 0.3
     assert trained.parameters > 100
 
@@ -124,11 +121,8 @@ class Falling:
     def __init__(self, name, config, corpus, steps, rate, seed):
         self.rate, self.loss = rate or 0.5, math.nan if rate == 0.4 else 9.0 + seed
 
-    def step(self):
-        self.loss -= self.rate / 10
-
-    def wait(self):
-        pass
+    def take(self, steps):
+        self.loss -= steps * self.rate / 10
 
     def evaluate(self, limit_tokens=0):
         return self.loss - (0.25 if limit_tokens else 0)
@@ -159,11 +153,9 @@ def test_programs_are_tuned_and_measured_into_one_folder(small, falling, tmp_pat
     assert [r["rate"] for r in first["tried"]] == [0.1, 0.4, 0.2]
     assert second["runs"][1]["rate"] == find_baseline("gru", small[0]).rate
     for each in (*first["runs"], *second["runs"]):
-        assert each["tokens"] == each["steps"] * 3 * 11
         seconds, losses = zip(*each["curve"], strict=True)
         assert list(seconds) == sorted(seconds)
-        ends = report.curve_of(each, "nats/char")[-1]
-        assert ends == (seconds[-1], pytest.approx(each["loss"]))
+        assert losses[-1] == pytest.approx(each["loss"])
     assert "| program | rate 0.1 | rate 0.4 | rate 0.2 |" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "baselines.png").read_bytes().startswith(b"\x89PNG")
     before = (tmp_path / "results.json").read_bytes()
@@ -193,25 +185,6 @@ def test_a_missing_torch_is_one_line(small, monkeypatch):
     monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"^lstm: torch is not installed; run: pip install"):
         make_trainer("lstm", *small, 1, None, 0)
-
-
-def test_warmup_of_ours_is_at_most_a_tenth_of_a_shorter_training(small, monkeypatch):
-    config, corpus = small
-    config = dataclasses.replace(
-        config,
-        optimizer=dataclasses.replace(config.optimizer, warmup_steps=100),
-        train=dataclasses.replace(config.train, steps=1000),
-    )
-    made = []
-
-    def record(settings, steps):
-        made.append((settings.warmup_steps, steps))
-        return make_optimizer(settings, steps)
-
-    monkeypatch.setattr(jax_trainers, "make_optimizer", record)
-    for steps in (50, 999, 1000, 2000):
-        make_trainer(OURS, config, corpus, steps, None, 0)
-    assert made == [(5, 50), (99, 999), (100, 1000), (100, 2000)]
 
 
 def test_time_to_a_loss_is_interpolated_and_compared_with_nanogpt():

@@ -164,13 +164,6 @@ def test_a_variant_is_trained_at_every_rate_and_the_best_is_tested(monkeypatch):
     assert [compared[variant] for variant in VARIANTS] == [75, 50]
 
 
-def test_distances_are_tested_up_to_four_times_those_of_training():
-    for title, (task, tests) in synthetic.distance_tasks().items():
-        trained = synthetic.DISTANCES[-1] if title == "needle" else task.length
-        assert max(tests) == 4 * trained
-        assert {test.vocab_size for test in tests.values()} == {task.vocab_size}
-
-
 def test_the_table_of_aspects_keeps_the_lines_of_earlier_measurements(tmp_path):
     values = {RECURRENCE: {"256": 1.0, "1024": 2.0}, ATTENTION: {"256": 3.0, "1024": 40.0}}
 

@@ -152,7 +152,9 @@ def measure_memory(quick: bool) -> Measured:
         return train_steps.megabytes(compile_quickly(config_of(variant, length, num_layers=layers)))
 
     def of_state(variant: str, length: int) -> float:
-        return train_steps.state_bytes(config_of(variant, length, num_layers=layers).model) / 1e3
+        model = config_of(variant, length, num_layers=layers).model
+        leaves = jax.tree.leaves(train_steps.abstract_state(model))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 1e3
 
     quantities = {"MB of a train step": of_step, "kB of decoder state": of_state}
     curves = {

@@ -130,10 +130,6 @@ COPIED, DISTANCES = 64, (4, 8, 16, 32, 56)
 
 Stage = tuple[Task, int, int]
 """Task, steps and batch size of a part of a curriculum; the next part continues from its end."""
-Tests = Mapping[str, Mapping[int, Task]]
-"""Tasks by title of the curve of accuracy, and x."""
-Rates = Sequence[tuple[str, float]]
-"""Optimizers and learning rates to try; adamw is for `PLAIN` alone."""
 
 
 class Trained(NamedTuple):
@@ -188,11 +184,16 @@ def accuracy(trained: Trained, task: Task, sequences: int) -> float:
 
 
 def evaluate(
-    names: Sequence[str], stages: Sequence[Stage], tests: Tests, rates: Rates, sequences: int
+    names: Sequence[str],
+    stages: Sequence[Stage],
+    tests: Mapping[str, Mapping[int, Task]],
+    rates: Sequence[tuple[str, float]],
+    sequences: int,
 ) -> tuple[list[Row], dict[str, Curves]]:
     """Train variants at every learning rate; test those with the lowest training loss.
 
-    Returns rows of models, and curves of accuracy on at least `sequences` sequences.
+    `rates` are pairs of optimizer and rate; adamw is for `PLAIN` alone. Returns rows of models, and
+    curves of accuracy on at least `sequences` sequences, by title of `tests` and x.
     """
     context = max(task.length for by_x in tests.values() for task in by_x.values())
     rows: list[Row] = []
@@ -227,7 +228,7 @@ def measure_recall(quick: bool) -> Measured:
     names = [*(f"{RECURRENCE} {state}" for state in states), ATTENTION, PLAIN]
     length, steps, sequences = (48, (400, 100), 128) if quick else (192, (1500, 1500), 256)
     more = [("muon", 1.5e-2), ("adamw", 3e-3), ("adamw", 1e-2)]
-    rates: Rates = [("muon", 3e-2), *(() if quick else more)]
+    rates = [("muon", 3e-2), *(() if quick else more)]
     easy, hard = recall((4, 8, 16), 48, 64), recall(pairs, length, 64)
     stages = [(easy, steps[0], BATCH), (hard, steps[1], HARD_TOKENS // length)]
     tests = {
@@ -249,7 +250,7 @@ def measure_distance(quick: bool) -> Measured:
     steps, sequences = (300, 64) if quick else (1000, 256)
     states = ["64 x 64"] if quick else ["16 x 16", "64 x 64"]
     names = [*(f"{RECURRENCE} {state}" for state in states), ATTENTION]
-    rates: Rates = [("muon", 3e-2), *(() if quick else [("muon", 1e-2)])]
+    rates = [("muon", 3e-2), *(() if quick else [("muon", 1e-2)])]
     rows: list[Row] = []
     lines: list[Row] = []
     curves: dict[str, Curves] = {}

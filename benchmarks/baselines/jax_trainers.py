@@ -23,17 +23,15 @@ from .trainer import Trainer
 
 
 class JaxTrainer(Trainer):
-    """A train state and its jitted step, which dispatches."""
+    """A train state and its jitted step."""
 
     _state: Any
     _step: Any
 
-    def step(self) -> None:
-        """See `Trainer.step`."""
-        self._state, _ = self._step(self._state, next(self._batches))
-
-    def wait(self) -> None:
-        """See `Trainer.wait`."""
+    def take(self, steps: int) -> None:
+        """See `Trainer.take`."""
+        for _ in range(steps):
+            self._state, _ = self._step(self._state, next(self._batches))
         jax.block_until_ready(self._state)
 
 

@@ -163,7 +163,9 @@ def train_program(program: str, request: Request, folder: str) -> dict[str, list
         given: Row = {"config": request.config, "workdir": folder, "name": program, "rate": rate}
         given |= {"seconds": request.seconds, "seed": seed, "is_tuning": is_tuning}
         row: Row = call_isolated(train_timed, **given)
-        shown = f"{row['steps']:,} steps in {row['seconds']:.1f} s: {row['loss']:.4f} nats/token"
+        shown = (
+            f"{row['steps']:,} steps in {row['seconds']:.1f} s: {row['nats/token']:.4f} nats/token"
+        )
         what = " on training text" * is_tuning
         print(f"  {program}, rate {row['rate']}, seed {seed}{what}: {shown}", flush=True)
         return row
@@ -188,24 +190,9 @@ def tables_of(name: str, data: Row) -> Iterator[Table]:
         rows: dict[str, Row] = {}
         for each in data["tried"]:
             row = rows.setdefault(each["program"], {"program": each["program"]})
-            row[f"rate {each['rate']:g}"] = each["loss"]
+            row[f"rate {each['rate']:g}"] = each["nats/token"]
         text = "Nats/token on the last tenth of the training text."
         yield Table(f"{TITLE}{name}, learning rates", list(rows.values()), text=text)
-
-
-def factor_of(run: Row, unit: str) -> float:
-    """Number of `unit` in a nat/token."""
-    return 1.0 if unit == "nats/char" else float(run["bits/byte per nat"])
-
-
-def curve_of(run: Row, unit: str) -> list[tuple[float, float]]:
-    """Seconds and loss in `unit`.
-
-    Losses of a part of the held-out text are shifted so that the last is that of the whole.
-    """
-    shift = run["loss"] - run["curve"][-1][1]
-    shift = shift if math.isfinite(shift) else 0.0
-    return [(seconds, (loss + shift) * factor_of(run, unit)) for seconds, loss in run["curve"]]
 
 
 def seconds_until(curve: Sequence[tuple[float, float]], target: float) -> float | None:
@@ -233,13 +220,13 @@ def summarize(name: str, data: Row) -> list[Row]:
     rows: list[Row] = []
     for program in dict.fromkeys(run["program"] for run in data["runs"]):
         runs = [run for run in data["runs"] if run["program"] == program]
-        losses = [run["loss"] * factor_of(run, unit) for run in runs]
+        losses = [run["loss"] for run in runs]
         row: Row = {"program": program} | {key: runs[0][key] for key in ("parameters", "rate")}
         row["steps"] = round(statistics.median(run["steps"] for run in runs))
         row["seconds"] = statistics.median(run["seconds"] for run in runs)
         row |= {unit: statistics.median(losses), "range": max(losses) - min(losses)}
         if target is not None:
-            reached = [seconds_until(curve_of(run, unit), target) for run in runs]
+            reached = [seconds_until(run["curve"], target) for run in runs]
             times = [seconds for seconds in reached if seconds is not None]
             complete = len(times) == len(reached)
             row[f"seconds to {target}"] = statistics.median(times) if complete else None
@@ -279,7 +266,7 @@ def draw(kept: Mapping[str, Table]) -> bytes:
             unit, target = data["conditions"]["unit"], target_of(name, data)
             for run in data["runs"]:
                 style = plot_style(run["program"]) | {"label": None}
-                axes.plot(*zip(*curve_of(run, unit), strict=True), **style)
+                axes.plot(*zip(*run["curve"], strict=True), **style)
             axes.set(xscale="log", title=name, xlabel="seconds of training", ylabel=unit)
             axes.set_yscale("log", subs=[1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8])
             axes.xaxis.set_major_formatter("{x:,g}")

@@ -107,22 +107,20 @@ class TorchTrainer(Trainer):
         self._optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99))
         self._taken = 0
 
-    def step(self) -> None:
-        """See `Trainer.step`; it is done when this returns."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self._taken, *self._schedule)
-        batch = next(self._batches)
-        logits, _ = self._trained(_ids(batch.tokens))
-        targets = _ids(np.where(batch.loss_mask, batch.targets, -1))
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
-        self._optimizer.step()
-        self._taken += 1
-
-    def wait(self) -> None:
-        """See `Trainer.wait`: no step is left."""
+    def take(self, steps: int) -> None:
+        """See `Trainer.take`."""
+        for step in range(self._taken, self._taken + steps):
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate(step, *self._schedule)
+            batch = next(self._batches)
+            logits, _ = self._trained(_ids(batch.tokens))
+            targets = _ids(np.where(batch.loss_mask, batch.targets, -1))
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            self._optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+            self._optimizer.step()
+        self._taken += steps
 
     def evaluate(self, limit_tokens: int = 0) -> float:
         """See `Trainer.evaluate`; attention sees overlapping contexts."""

@@ -42,12 +42,8 @@ class Trainer(abc.ABC):
         self._batches = make_batches(corpus.train, settings, seed, self._pad_id)
 
     @abc.abstractmethod
-    def step(self) -> None:
-        """Take one optimizer step, or dispatch it."""
-
-    @abc.abstractmethod
-    def wait(self) -> None:
-        """Wait for dispatched steps."""
+    def take(self, steps: int) -> None:
+        """Take optimizer steps, and wait for them."""
 
     def score(self, batch: Batch, carry: Any) -> tuple[float, Any]:
         """Sum of the nats of a batch's predictions, and the carry; before the first it is None.
@@ -92,8 +88,10 @@ def train_timed(
     depend on `seed`, and only the final loss is computed.
 
     Returns:
-      Its sizes; ``loss`` of the whole held-out text in nats/token; and ``curve``: pairs of seconds
-      of steps (without the first, which compiles, and without evaluations) and loss of a part.
+      Its sizes; ``nats/token`` of the whole held-out text; ``loss``, the same in nats/char for a
+      text of characters, else in bits/byte; and ``curve``, pairs of seconds of steps (without the
+      first, which compiles, and without evaluations) and loss of a part, shifted so that the last
+      is that of the whole.
 
     Raises:
       UserError: nothing is held out.
@@ -102,44 +100,34 @@ def train_timed(
     if corpus.validation is None:
         raise UserError("baselines: nothing is held out; set config.data.validation_fraction")
     corpus = hold_out_training_text(corpus) if is_tuning else corpus
+    held_out: Any = corpus.validation
     program = config.train if name == OURS else find_baseline(name, config)
     steps = program.steps
     if seconds:
         trial = make_trainer(name, config, corpus, steps, rate, seed)
         steps = max(2, int(seconds / seconds_per_step(trial, CALIBRATION * seconds)))
     trainer = make_trainer(name, config, corpus, steps, rate, seed)
-    started = time.perf_counter()
-    trainer.step()
-    trainer.wait()
-    first = time.perf_counter() - started
-    curve, trained, evaluating, taken, scored = [], 0.0, 0.0, 1, 1
+    trainer.take(1)
+    curve, trained, evaluating, taken = [], 0.0, 0.0, 1
     for point in range(1, POINTS + 1):
         until = max(2, round(steps * (point / POINTS) ** 1.5))
+        if until == taken:
+            continue
         started = time.perf_counter()
-        for _ in range(taken, until):
-            trainer.step()
-        trainer.wait()
-        trained += time.perf_counter() - started
-        taken = until
-        if taken > scored and not is_tuning and (evaluating <= trained or point == POINTS):
+        trainer.take(until - taken)
+        trained, taken = trained + time.perf_counter() - started, until
+        if not is_tuning and (evaluating <= trained or point == POINTS):
             started = time.perf_counter()
-            curve.append([trained, trainer.evaluate(CURVE_TOKENS)])
+            curve.append((trained, trainer.evaluate(CURVE_TOKENS)))
             evaluating += time.perf_counter() - started
-            scored = taken
-    held_out: Any = corpus.validation
-    data = config.data if name == OURS else find_baseline(name, config).data_config()
+    final, is_text = trainer.evaluate(), config.data.tokenizer != "char"
+    unit = held_out.num_predictions / held_out.num_bytes / math.log(2) if is_text else 1.0
+    shift = final - curve[-1][1] if curve else 0.0
+    shift = shift if math.isfinite(shift) else 0.0
     return {
-        "program": name,
-        "seed": seed,
-        "rate": rate,
-        "parameters": trainer.parameters,
-        "steps": taken,
-        "tokens": taken * data.batch_size * data.sequence_length,
-        "seconds": trained,
-        "first step seconds": first,
-        "loss": trainer.evaluate(),
-        "bits/byte per nat": held_out.num_predictions / held_out.num_bytes / math.log(2),
-        "curve": curve,
+        **{"program": name, "seed": seed, "rate": rate, "parameters": trainer.parameters},
+        **{"steps": taken, "seconds": trained, "nats/token": final, "loss": unit * final},
+        "curve": [(seconds, unit * (loss + shift)) for seconds, loss in curve],
     }
 
 
@@ -170,14 +158,12 @@ def make_trainer(
 
 def seconds_per_step(trainer: Trainer, seconds: float) -> float:
     """Mean time of the steps that begin within `seconds`, and at least of two, after the first."""
-    trainer.step()
-    trainer.wait()
+    trainer.take(1)
     started, taken = time.perf_counter(), 0
     while taken < 2 or time.perf_counter() - started < seconds:
-        for _ in range(2 if taken < 2 else 8):  # in training, batches are made during steps
-            trainer.step()
-            taken += 1
-        trainer.wait()
+        count = 2 if taken < 2 else 8  # in training, batches are made during steps
+        trainer.take(count)
+        taken += count
     return (time.perf_counter() - started) / taken
 
 

@@ -197,17 +197,41 @@ def _make_stores(folder: Path) -> dict[str, _Store]:
 def corrupt_file(folder: Path, draw: random.Random, top: Path | None = None) -> str:
     """Change one file below `folder`, and nothing beside it; return a description.
 
-    It names the file relative to `top`, by default the folder.
+    It names the file relative to `top`, by default the folder. A file may be swapped with an equal
+    one.
     """
-    whole = _contents(folder)
-    while True:
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
-        if not files:
-            return "no file is left"
-        path, kind = draw.choice(files), draw.choice(_KINDS)
-        _corrupt(path, kind, files, draw)
-        if _contents(folder) != whole:  # not a file that was swapped with itself
-            return f"{kind} {path.relative_to(top or folder)}"
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+    if not files:
+        return "no file is left"
+    path, kind = draw.choice(files), draw.choice(_KINDS)
+    content = path.read_bytes()
+    at = draw.randrange(len(content) + 1)
+    others = [file for file in files if file != path]
+    # If there is one, the file of another checkpoint.
+    other = draw.choice([file for file in others if file.name == path.name] or others or [path])
+    description = f"{kind} {path.relative_to(top or folder)}"
+    match kind:
+        case "flip a bit of":
+            flipped = bytes([content[at] ^ 1 << draw.randrange(8)]) if content[at:] else b""
+            path.write_bytes(content[:at] + flipped + content[at + 1 :])
+        case "truncate":
+            path.write_bytes(content[:at])
+        case "zero the end of":  # as a file system that lost its last blocks
+            path.write_bytes(content[:at] + bytes(len(content) - at))
+        case "swap":
+            path.write_bytes(other.read_bytes())
+        case "swap the folder of":
+            parents = {parent for file in files for parent in file.parents} - {path.parent}
+            beside = sorted(p for p in parents if p.parent == path.parent.parent)
+            if beside:
+                swapped, aside = draw.choice(beside), path.parent.with_name("aside")
+                path.parent.rename(aside)
+                swapped.rename(path.parent)
+                aside.rename(swapped)
+        case _:
+            path.unlink()
+            _REPLACEMENTS[kind](path, other)
+    return description
 
 
 _REPLACEMENTS: dict[str, Callable[[Path, Path], object]] = {
@@ -222,47 +246,6 @@ _KINDS = (
     *("flip a bit of", "truncate", "zero the end of", "swap", "swap the folder of"),
     *_REPLACEMENTS,
 )
-
-
-def _corrupt(path: Path, kind: str, files: list[Path], draw: random.Random) -> None:
-    content = path.read_bytes()
-    at = draw.randrange(len(content) + 1)
-    others = [file for file in files if file != path]
-    # If there is one, the file of another checkpoint.
-    other = draw.choice([file for file in others if file.name == path.name] or others or [path])
-    match kind:
-        case "flip a bit of":
-            flipped = bytes([content[at] ^ 1 << draw.randrange(8)]) if content[at:] else b""
-            path.write_bytes(content[:at] + flipped + content[at + 1 :])
-        case "truncate":
-            path.write_bytes(content[:at])
-        case "zero the end of":  # as a file system that lost its last blocks
-            path.write_bytes(content[:at] + bytes(len(content) - at))
-        case "swap":
-            path.write_bytes(other.read_bytes())
-        case "swap the folder of":
-            parents = {parent for file in files for parent in file.parents}
-            neighbors = {p for p in parents if p.parent == path.parent.parent} - {path.parent}
-            if neighbors:
-                swapped, aside = draw.choice(sorted(neighbors)), path.parent.with_name("aside")
-                path.parent.rename(aside)
-                swapped.rename(path.parent)
-                aside.rename(swapped)
-        case _:
-            path.unlink()
-            _REPLACEMENTS[kind](path, other)
-
-
-def _contents(folder: Path) -> dict[str, bytes | str | None]:
-    """Content of each file below `folder`, target of each link; None for anything else."""
-    return {
-        str(path.relative_to(folder)): os.readlink(path)
-        if path.is_symlink()
-        else path.read_bytes()
-        if path.is_file()
-        else None
-        for path in folder.rglob("*")
-    }
 
 
 def contents_of(

@@ -4,7 +4,6 @@ Its arguments are a folder, the number of inputs, the seed, and the id of its pa
 """
 
 import atexit
-import base64
 import ctypes
 import gc
 import json
@@ -36,19 +35,15 @@ with atheris.instrument_imports(
     from .mutation import mutated
 
 _REJECTIONS = (UserError, RequestError, TemplateError)
-_HANGS_AFTER = 300
-"""Seconds after which libFuzzer ends this process, with the stack of each thread."""
+_MAX_SECONDS, _HANGS_AFTER = 5.0, 300
+"""CPU time of an input, and seconds after which libFuzzer ends this process, with the stacks."""
 _MAX_GROWTH = 256
 """MiB that may be added after the first tenth of the inputs: libFuzzer keeps inputs that reach new
 branches. A leak of 1 kB per input would add 900 MB in a full run."""
 _MAX_BYTES = 1 << 16
-_MAX_SECONDS = 5.0
-"""CPU time of an input."""
 _OURS = 0.8
 """Fraction of the mutations that `mutated` makes; libFuzzer makes the others."""
-_SHOWN = 300
-_MAX_REPEATABLE = 10_000
-"""Bytes of an input that is reported as a whole, in base64."""
+_SHOWN = 10_000
 
 
 def _memory() -> float:
@@ -60,26 +55,21 @@ def _memory() -> float:
     return resident_bytes("self") / 2**20
 
 
-def _read(reader: Reader, content: bytes) -> tuple[str | None, str]:
-    """Give an input to a reader; return what is wrong, and the kind of its outcome."""
+def _read(reader: Reader, content: bytes) -> tuple[str, str | None]:
+    """Give an input to a reader; return the kind of its outcome, and what is wrong."""
     start = time.process_time()
-    problem, kind = None, "accepted"
+    kind, problem = "accepted", None
     try:
         reader.read(content)
     except _REJECTIONS as error:
-        kind = "rejected"
-        if not str(error).strip():
-            problem = "rejected without a reason"
+        kind, problem = "rejected", None if str(error).strip() else "rejected without a reason"
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # such as a panic of a library in Rust
         place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__}: {str(error)[:_SHOWN]}"
-        problem = f"{reason} at {place.filename}:{place.lineno}"
+        problem = f"{error!r:.300} at {place.filename}:{place.lineno}"
     seconds = time.process_time() - start
-    if problem is None and seconds > _MAX_SECONDS:
-        problem = f"took {seconds:.1f} s"
-    return problem, kind
+    return kind, f"took {seconds:.1f} s" if seconds > _MAX_SECONDS and not problem else problem
 
 
 def _mutate(data: bytes, max_size: int, seed: int) -> Any:
@@ -111,14 +101,12 @@ def main(folder: Path, count: int, seed: int, parent: int) -> None:
         if number == count // 10:
             before.append(_memory())
         reader, content = readers[(data or b"\0")[0] % len(readers)], data[1:]
-        problem, kind = _read(reader, content)
+        kind, problem = _read(reader, content)
         if problem is None:
             kinds[kind] += 1
-            return
-        shown = f"{len(content):,} bytes {content[:_SHOWN]!r}"
-        if _SHOWN < len(content) <= _MAX_REPEATABLE:
-            shown += f", in base64 {base64.b64encode(content).decode()}"
-        failures.append((f"input {number + 1}, {reader.name}, {shown}", problem))
+        else:
+            shown = f"{len(content):,} bytes {content[:_SHOWN]!r}"
+            failures.append((f"input {number + 1}, {reader.name}, {shown}", problem))
 
     def write() -> None:
         growth = _memory() - before[0] if before else 0.0
