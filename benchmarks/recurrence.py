@@ -1,4 +1,4 @@
-"""The recurrence, forward and backward, beside its other forms and batched matmuls.
+"""The recurrence, forward and backward, compared with its other forms and batched matmuls.
 
 ``ours`` is the form that `gated_linear_recurrence` chooses. The necessary products are ``6 K V``
 multiply-adds per token and head: the definition has two products of a K x V matrix with a vector

@@ -1,4 +1,4 @@
-"""Techniques to scale training, A to F, each beside the same training without it.
+"""Techniques to scale training, A to F, each compared with the same training without it.
 
 Every training is of the same small model on the same number of tokens; the loss is that of held-out
 text. Two other seeds show the noise. Devices of a mesh are simulated and share the cores, so that
@@ -200,7 +200,7 @@ def state_errors(length: int = ERROR_LENGTH) -> list[Row]:
     """RMS error of the recurrence's output against float64, by position and dtype of the state.
 
     Values have mean 1 and decay is slow (a half-life of `HALF_LIFE` tokens): the state grows large
-    beside the contribution of one token.
+    compared with the contribution of one token.
     """
     draw = np.random.default_rng(0)
     q, k, v = draw.normal(size=(3, 1, length, 2, 8))

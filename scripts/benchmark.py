@@ -113,7 +113,7 @@ OWN_FLAGS: dict[str, tuple[flags.FlagHolder[Any], ...]] = {
     ATTENTION: (_QUICK, _ONLY),
     BASELINES: OF_BASELINES,
 }
-"""Flags of each benchmark, beside --out."""
+"""Flags of each benchmark, except --out."""
 
 
 def main() -> int:

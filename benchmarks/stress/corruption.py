@@ -222,9 +222,9 @@ def corrupt_file(folder: Path, draw: random.Random, top: Path | None = None) -> 
             path.write_bytes(other.read_bytes())
         case "swap the folder of":
             parents = {parent for file in files for parent in file.parents} - {path.parent}
-            beside = sorted(p for p in parents if p.parent == path.parent.parent)
-            if beside:
-                swapped, aside = draw.choice(beside), path.parent.with_name("aside")
+            neighbors = sorted(p for p in parents if p.parent == path.parent.parent)
+            if neighbors:
+                swapped, aside = draw.choice(neighbors), path.parent.with_name("aside")
                 path.parent.rename(aside)
                 swapped.rename(path.parent)
                 aside.rename(swapped)

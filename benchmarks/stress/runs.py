@@ -154,7 +154,7 @@ def resume(workdir: Path, expected: dict[str, Any], *args: Any, **options: Any) 
     except (RuntimeError, UserError) as error:
         return f"does not resume: {str(error)[-1000:]}"
     if problem is None and (workdir / "checkpoints_damaged").exists():
-        problem = "a checkpoint was taken for damaged"
+        problem = "a checkpoint was taken for corrupt"
     return problem
 
 
