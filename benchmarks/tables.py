@@ -30,6 +30,8 @@ class Table(NamedTuple):
     text: str = ""
     data: Mapping[str, Any] = {}
     """What else ``results.json`` keeps."""
+    machine: Mapping[str, Any] = {}
+    """`describe_machine`, when the table was added to results."""
 
     def markdown(self) -> str:
         """Text and tables."""
@@ -41,7 +43,7 @@ class Table(NamedTuple):
 
 
 class Results:
-    """Tables in a folder, if there is one, where those of earlier runs stay.
+    """Tables in a folder, if there is one, where the tables of earlier runs stay.
 
     Raises:
       UserError: ``results.json`` of the folder is something else.
@@ -50,7 +52,6 @@ class Results:
     def __init__(self, out: Path | None) -> None:
         self.out = out
         self.tables: dict[str, Table] = {}
-        self._machines: dict[str, Row] = {}
         if out is None:
             return
         out.mkdir(parents=True, exist_ok=True)
@@ -58,9 +59,8 @@ class Results:
         check_output(path)  # before minutes of work
         if path.exists():
             try:
-                for table in json.loads(path.read_text(encoding="utf-8"))["tables"]:
-                    self._machines[table["title"]] = table.pop("machine")
-                    self.tables[table["title"]] = Table(**table)
+                content = json.loads(path.read_text(encoding="utf-8"))["tables"]
+                self.tables = {table["title"]: Table(**table) for table in content}
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{path}: not results of this program; remove it, or name another --out"
@@ -69,31 +69,25 @@ class Results:
     def add(self, table: Table) -> None:
         """Print a table, and write it in the place of one with the same title."""
         print(f"\n{table.title}\n\n{table.markdown()}", flush=True)
-        self.tables[table.title] = table
-        self._machines[table.title] = describe_machine()
+        self.tables[table.title] = table._replace(machine=describe_machine())
         if self.out is None:
             return
-        content = [
-            each._asdict() | {"machine": self._machines[title]}
-            for title, each in self.tables.items()
-        ]
+        content = [each._asdict() for each in self.tables.values()]
         text = json.dumps({"tables": content}, indent=2)
         write_file(self.out / "results.json", f"{text}\n".encode())
         if table.picture and table.panels:
             write_file(self.out / f"{table.picture}.png", draw(table.panels, table.x))
-        write_file(self.out / "table.md", self._page().encode())
-
-    def _page(self) -> str:
         parts = []
-        for title, table in self.tables.items():
-            picture = f"![{title}]({table.picture}.png)\n\n" if table.picture else ""
-            parts.append(f"## {title}\n\n{picture}{table.markdown()}")
+        for title, each in self.tables.items():
+            picture = f"![{title}]({each.picture}.png)\n\n" if each.picture else ""
+            parts.append(f"## {title}\n\n{picture}{each.markdown()}")
         keys = ("processor", "cores", "jax", "commit")
         conditions = [
-            {"table": title} | {key: machine[key] for key in keys}
-            for title, machine in self._machines.items()
+            {"table": title} | {key: each.machine[key] for key in keys}
+            for title, each in self.tables.items()
         ]
-        return "\n".join([*parts, f"## conditions\n\n{markdown(conditions)}"])
+        page = "\n".join([*parts, f"## conditions\n\n{markdown(conditions)}"])
+        write_file(self.out / "table.md", page.encode())
 
 
 def text_of(value: Any) -> str:

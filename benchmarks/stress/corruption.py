@@ -29,7 +29,7 @@ from simplernn_jax.inference.state_file import load_state, save_state
 from simplernn_jax.models import LanguageModel
 
 from .experiment import Case, experiment, run_cases
-from .runs import bytes_of, outcome, quiet, read_checkpoint, run_quietly, small_config
+from .runs import bytes_of, quiet, read_checkpoint, run_quietly, small_config
 
 HANG_SECONDS = 120.0
 """A case that takes longer ends the process with its stack: the call hangs."""
@@ -76,16 +76,19 @@ class _Store(NamedTuple):
         shutil.copytree(self.whole, self.corrupt)
         what = " and ".join(corrupt_file(folder, draw, self.corrupt) for folder in folders)
         faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+        message, problem = None, None
         try:
             with quiet():
-                found = outcome(lambda: self.read(self.corrupt))
+                found = self.read(self.corrupt)
+            problem = None if found in self.allowed else "another content"
+        except UserError as error:
+            message = str(error)
+            problem = None if len(message.splitlines()) == 1 else f"an error {message!r}"
         except Exception:
-            return what, None, traceback.format_exc().strip()
+            problem = traceback.format_exc().strip()
         finally:
             faulthandler.cancel_dump_traceback_later()
-        if isinstance(found, str):
-            return what, found, None
-        return what, None, None if found in self.allowed else "another content"
+        return what, message, problem
 
 
 @experiment(full=5000, quick=40)

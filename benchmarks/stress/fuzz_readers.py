@@ -1,6 +1,8 @@
 """Readers of what runs write, of requests and of arguments, for `fuzz`."""
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,17 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from simplernn_jax import config as config_lib
+from simplernn_jax import load_model
 from simplernn_jax.checkpoint import manifest
 from simplernn_jax.checkpoint.contents import read_texts, saved_quality, saved_step
 from simplernn_jax.checkpoint.folder import CheckpointFolder
-from simplernn_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from simplernn_jax.config import from_json
 from simplernn_jax.data.chat_template import ChatTemplate, load_template, messages_of
 from simplernn_jax.data.store_folder import META_FILE, DamagedStore, open_store
-from simplernn_jax.data.token_store import prepare_corpus
 from simplernn_jax.errors import UserError
+from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.inference import arguments, generate, load_state, save_state
-from simplernn_jax.inference.loading import RUN, read_run, run_json
+from simplernn_jax.inference.loading import RUN, WEIGHTS, read_run
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.gla_checkpoint import load_gla_checkpoint, to_fla_config
 from simplernn_jax.models.named_weights import named_weights
@@ -31,7 +33,8 @@ from simplernn_jax.serving.states import StateFolder
 from simplernn_jax.training.loss_curve import loss_curves, loss_limits
 from simplernn_jax.training.metrics import FILE_NAME, encode, read_metrics
 
-from .fuzz_data import ALPACA, BYTES, CHAT, CHATML, SHAREGPT, TEXT, Reader, as_text, of_file
+from .fuzz_data import ALPACA, BYTES, CHAT, CHATML, SHAREGPT, Reader, as_text, of_file
+from .runs import run_quietly, small_config
 
 _SAMPLING = {
     "model": "m", "n": 2, "stream": True, "stream_options": {"include_usage": True},
@@ -44,32 +47,25 @@ _ROLES = ChatTemplate(load_template("roles"))
 
 
 def run_readers(folder: Path) -> list[Reader]:
-    """All readers of what runs write; their files are in `folder`."""
-    return [*_checkpoint_readers(folder), *_model_readers(folder)]
+    """All readers of what runs write, and of requests; their files are in `folder`."""
+    config = small_config(folder, steps=3, save_every=3, eval_every=3)
+    run_quietly(config, folder / "run")
+    trained = TrainedModel(*load_model(str(folder / "run")), str(folder / "run"))
+    return [
+        *_checkpoint_readers(folder),
+        *_model_readers(folder, trained),
+        *_request_readers(folder, trained.model),
+        *_argument_readers(),
+    ]
 
 
 def _checkpoint_readers(folder: Path) -> list[Reader]:
     """Readers of the parts of a checkpoint, of metrics, and of a tokenized corpus."""
-    config = config_lib.to_json(_config(ModelConfig())).encode()
-    quality = b'{"step": 3, "validation_loss": 2.5, "predictions": 7}'
-    items = {"config": config, "tokenizer": json.dumps(BYTES.to_json()).encode()}
-    items["quality"] = quality
-    sealed = folder / "run" / "checkpoints" / "3" / manifest.MANIFEST_NAME
-    loose = folder / "loose"
-    for name, content in items.items():
-        for checkpoint in (sealed.parent, loose):
-            (checkpoint / name).mkdir(parents=True)
-            (checkpoint / name / "metadata").write_bytes(content)
-    manifest.write_manifest(str(sealed.parent))
     run = CheckpointFolder(str(folder / "run"))
-    run.update_ledger()
-    original = sealed.read_bytes()
-    rows: list[dict[str, Any]] = [{"step": 1, "kind": "train", "loss": 2.5, "seconds": 0.1}]
-    rows += [{"step": 2, "kind": "validation", "loss": None}, {"step": 2, "kind": "sample"}]
-    source = folder / "corpus.txt"
-    source.write_text(TEXT * 9, encoding="utf-8")
-    data = DataConfig(source=str(source), split="position")
-    prepare_corpus(data, 0, str(folder / "tokens"), tokenizer=BYTES, show_progress=False)
+    checkpoint = Path(run.step_path(3))
+    loose = str(shutil.copytree(checkpoint, folder / "loose"))  # without a manifest that is read
+    sealed = checkpoint / manifest.MANIFEST_NAME
+    original, config = sealed.read_bytes(), folder / "run" / "config.json"
     (record,) = (folder / "tokens").glob(f"*/{META_FILE}")
 
     def verify() -> None:
@@ -78,7 +74,7 @@ def _checkpoint_readers(folder: Path) -> list[Reader]:
         sealed.write_bytes(original)
 
     def metrics() -> None:
-        rows = read_metrics(str(folder))
+        rows = read_metrics(str(folder / "run"))
         curves = loss_curves(rows)
         loss_limits(curves.train, curves.validation)
         for row in rows:
@@ -90,56 +86,56 @@ def _checkpoint_readers(folder: Path) -> list[Reader]:
         except DamagedStore as error:
             raise UserError(str(error)) from error
 
-    def read_quality() -> None:
-        saved_quality(str(loose))
-        saved_step(str(loose))
+    def quality() -> None:
+        saved_quality(loose)
+        saved_step(loose)
 
-    ledger = folder / "run" / "checkpoints" / "complete.json"
-    lines = [b"".join(map(encode, rows)), json.dumps(rows[0]).encode()]
     return [
-        Reader("configuration", [config], lambda x: config_lib.from_json(as_text(x))),
-        of_file("config", loose / "config" / "metadata", lambda: read_texts(str(loose))),
-        of_file("quality", loose / "quality" / "metadata", read_quality),
+        Reader("configuration", [config.read_bytes()], lambda x: from_json(as_text(x))),
+        of_file("config", Path(loose, "config", "metadata"), lambda: read_texts(loose)),
+        of_file("quality", Path(loose, "quality", "metadata"), quality),
         of_file("manifest", sealed, verify),
-        of_file("ledger", ledger, run.complete_steps),
-        of_file("metrics.jsonl", folder / FILE_NAME, metrics, lines),
+        of_file("ledger", checkpoint.with_name("complete.json"), run.complete_steps),
+        of_file("metrics.jsonl", folder / "run" / FILE_NAME, metrics),
         of_file("record of a corpus", record, corpus),
     ]
 
 
-def _model_readers(folder: Path) -> list[Reader]:
+def _model_readers(folder: Path, trained: TrainedModel) -> list[Reader]:
     """Readers of models, their settings and states."""
-    model, gla = small_model(), small_model("gla")
-    path, fla = folder / "state.safetensors", folder / "fla"
+    model, tokenizer = trained.model, trained.tokenizer
     state = generate(model, [[1, 2, 3]], max_new_tokens=2).state
-    save_state(str(path), state, model, BYTES)
-    named, weights = named_weights(model), folder / "weights.safetensors"
-    run = run_json(_config(model.config), BYTES, named)
-    bare = {name: json.loads(run)[name] for name in ("config", "tokenizer")}
+    path, weights, fla = folder / "state.safetensors", folder / WEIGHTS, folder / "fla"
+    save_state(str(path), state, model, tokenizer)
+    find_format("safetensors").write(trained, folder)
+    files = [weights.read_bytes(), encode_weights(named_weights(model))]
+    exported = (folder / RUN).read_bytes()
+    bare = {name: json.loads(exported)[name] for name in ("config", "tokenizer")}
+    gla = dataclasses.replace(trained.config.model, block="gla")
     fla.mkdir()
-    safetensors.numpy.save_file(named_weights(gla), fla / "model.safetensors")
+    named = named_weights(LanguageModel(gla, rngs=nnx.Rngs(0)))
+    safetensors.numpy.save_file(named, fla / "model.safetensors")
 
     def read_state() -> None:
-        found = load_state(str(path), model, BYTES)
+        found = load_state(str(path), model, tokenizer)
         jax.tree.map(np.testing.assert_array_equal, found, state)
 
     def read_fla() -> object:
         return load_gla_checkpoint(str(fla))
 
-    files = [safetensors.numpy.save(named), encode_weights(named)]
-    runs = [run.encode(), json.dumps(bare).encode()]
-    settings = json.dumps(to_fla_config(gla.config)).encode()
     return [
         of_file("state", path, read_state),
         of_file("weights", weights, lambda: read_pytorch_weights(str(weights)), files),
-        of_file("exported run", folder / RUN, lambda: read_run(str(folder)), runs),
-        of_file("settings of fla", fla / "config.json", read_fla, [settings]),
+        of_file(
+            *("exported run", folder / RUN, lambda: read_run(str(folder))),
+            [exported, *_as_json(bare)],
+        ),
+        of_file("settings of fla", fla / "config.json", read_fla, _as_json(to_fla_config(gla))),
     ]
 
 
-def request_readers(folder: Path) -> list[Reader]:
-    """All readers of requests and arguments; a state of `run_readers` is in `folder`."""
-    model = small_model()
+def _request_readers(folder: Path, model: LanguageModel) -> list[Reader]:
+    """Readers of requests; a state is in `folder`."""
     states = StateFolder(str(folder), model, BYTES, 1 << 24)
     start = states.load("state")
     engine: Any = None  # nothing is executed
@@ -197,7 +193,6 @@ def request_readers(folder: Path) -> list[Reader]:
         ),
         reader("/v1/states/p/fork", requests.ForkRequest, lambda body: None, {"name": "n"}),
         Reader("upload of a state", [(folder / "state.safetensors").read_bytes()], upload),
-        *_argument_readers(),
     ]
 
 
@@ -239,19 +234,6 @@ def _argument_readers() -> list[Reader]:
         reader("sampling", sampling, settings | {"max_new_tokens": 5}),
         reader("prompts", prompts, [[1, 2], [3]], [1, 2], ["a", "b"]),
     ]
-
-
-def small_model(block: str = "residual") -> LanguageModel:
-    """Make a small model of bytes."""
-    config = ModelConfig(
-        vocab_size=BYTES.vocab_size, block=block, num_layers=1, hidden_dim=8, key_dim=8,
-        value_dim=8, num_heads=1, mlp_dim=11, tie_embeddings=False,
-    )  # fmt: skip
-    return LanguageModel(config, rngs=nnx.Rngs(0))
-
-
-def _config(model: ModelConfig) -> Config:
-    return Config(model=model, train=TrainConfig(steps=7))
 
 
 def _as_json(*values: object) -> list[bytes]:

@@ -31,7 +31,7 @@ with atheris.instrument_imports(
     from ..measure import resident_bytes
     from .fuzz import OUTCOMES
     from .fuzz_data import Reader, data_readers
-    from .fuzz_readers import request_readers, run_readers
+    from .fuzz_readers import run_readers
     from .mutation import mutated
 
 _REJECTIONS = (UserError, RequestError, TemplateError)
@@ -83,7 +83,7 @@ def _mutate(data: bytes, max_size: int, seed: int) -> Any:
 def main(folder: Path, count: int, seed: int, parent: int) -> None:
     """Start from the examples of all readers; this does not return."""
     end_with_parent(parent)
-    readers = [*data_readers(folder), *run_readers(folder), *request_readers(folder)]
+    readers = [*data_readers(folder), *run_readers(folder)]
     corpus = folder / "inputs"
     corpus.mkdir()
     for number, reader in enumerate(readers):

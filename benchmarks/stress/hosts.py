@@ -123,8 +123,10 @@ def _slow_down(faults: Faults, run: Run, victim: int, kind: str) -> str | None:
         variables = faults.variables(above, 1, ALL, DELAY, _SLOW_CALL)
     else:
         shift = run.draw.choice([-_SHIFT, _SHIFT])
-        (above / "sitecustomize.py").write_text(_WRONG_CLOCK.format(shift=shift), "utf-8")
-        variables = {"PYTHONPATH": os.pathsep.join([str(above), *filter(os.path.isabs, sys.path)])}
+        clock = above / "clock"
+        clock.mkdir()
+        (clock / "sitecustomize.py").write_text(_WRONG_CLOCK.format(shift=shift), "utf-8")
+        variables = {"PYTHONPATH": os.pathsep.join([str(clock), *filter(os.path.isabs, sys.path)])}
     with run.start({}, of_process={victim: variables}) as processes:
         codes = [process.wait() for process in processes]
     log = log_of(run.workdir)

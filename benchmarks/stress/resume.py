@@ -46,16 +46,13 @@ def resume(folder: Path, count: int, seed: int) -> Iterator[Case]:
     draw.shuffle(runs)
     if count < len(runs) * (STEPS - 1):
         runs = runs[: -(-count // _CASES_OF_A_RUN)]
-    per_run = min(-(-count // len(runs)), STEPS - 1)
-    return _resume(
-        folder,
-        [
-            _Resumption(mode, mesh, mesh, step)
-            for mode, mesh in runs
-            for step in draw.sample(range(1, STEPS), per_run)
-        ],
-        save_every=1,
-    )
+    steps = min(-(-count // len(runs)), STEPS - 1)
+    chosen = [
+        _Resumption(mode, mesh, mesh, step)
+        for mode, mesh in runs
+        for step in draw.sample(range(1, STEPS), steps)
+    ]
+    return _resume(folder, chosen, save_every=1)
 
 
 @experiment(full=90, quick=1)
@@ -72,12 +69,12 @@ def meshes(folder: Path, count: int, seed: int) -> Iterator[Case]:
 
 
 def _resume(folder: Path, chosen: Sequence[_Resumption], save_every: int) -> Iterator[Case]:
-    """Resume runs, and compare their ends with those of the runs that nothing interrupted."""
+    """Resume runs, and compare their ends with the ends of the runs that nothing interrupted."""
     for mesh in MESHES:
         modes = sorted({one.mode for one in chosen if one.before == mesh})
+        given: dict[str, Any] = {"folder": folder, "mesh": mesh}
         if modes:
-            given = {"folder": folder, "mesh": mesh, "modes": modes, "save_every": save_every}
-            on_simulated_devices(2, _train_all, **given)
+            on_simulated_devices(2, _train_all, **given, modes=modes, save_every=save_every)
     for mesh in MESHES:
         here = [one for one in chosen if one.after == mesh]
         if here:

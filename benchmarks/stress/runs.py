@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,7 +39,6 @@ START_SECONDS, SAVE_SECONDS = 8.0, 0.5
 """Approximate time of a start, and of three steps and a save."""
 
 Process = subprocess.Popen[bytes]
-Result = TypeVar("Result")
 
 
 def read_checkpoint(workdir: str | Path) -> dict[str, Any]:
@@ -315,14 +314,3 @@ def quiet() -> Any:
             yield
     finally:
         logger.setLevel(before)
-
-
-def outcome(call: Callable[[], Result]) -> Result | str:
-    """Result of `call`, or the line of its `UserError`; ValueError if that has several lines."""
-    try:
-        return call()
-    except UserError as error:
-        message = str(error)
-        if "\n" in message or not message:
-            raise ValueError(f"an error of {message.count(chr(10)) + 1} lines") from error
-        return message

@@ -144,23 +144,15 @@ def _change(command: str, folder: Path, draw: random.Random) -> tuple[list[bytes
     words, files = _words(command), COMMANDS[command]
     if files and draw.random() < _FILES:
         path = folder / draw.choice(files)
-        path.write_bytes(_changed(path.read_bytes(), draw))
+        path.write_bytes(mutated(path.read_bytes(), draw))
         return words, str(path.relative_to(folder)), path.suffix == ".py"
     place = draw.randrange(2, len(words))
     name, equals, value = words[place].partition(b"=")
     is_number = re.fullmatch(rb"[\d.]+", value) is not None
     kept = name + equals if equals and draw.random() < _VALUES else b""
     # No path of a file elsewhere, and nothing that is not a word.
-    words[place] = kept + re.sub(rb"\.\.|[/~\0]", b"_", _changed(words[place][len(kept) :], draw))
+    words[place] = kept + re.sub(rb"\.\.|[/~\0]", b"_", mutated(words[place][len(kept) :], draw))
     return words, repr(words[place][:_SHOWN]), is_number or command.startswith(_SERVER)
-
-
-def _changed(content: bytes, draw: random.Random) -> bytes:
-    """Mutate until something has changed."""
-    new = content
-    while new == content:
-        new = mutated(content, draw)
-    return new
 
 
 def _words(command: str) -> list[bytes]:

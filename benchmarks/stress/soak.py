@@ -2,14 +2,13 @@
 
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from simplernn_jax.training.metrics import read_metrics
 
@@ -40,8 +39,6 @@ MAX_POOL = min(32, (os.cpu_count() or 1) + 4)
 _CLIENTS = 8
 _TIMED = {"prompt": "abc", "max_tokens": 20, "ignore_eos": True, "temperature": 0}
 """The request that is timed."""
-
-_Value = TypeVar("_Value")
 
 
 class Sample(NamedTuple):
@@ -175,20 +172,20 @@ def _compare(
     what: str, samples: Sequence[Sample], max_growth: int, new_threads: int
 ) -> Iterator[Case]:
     """Compare the second quarter with the last one; the smallest samples, between saves."""
-    _, second, _, last = _quarters(samples)
     for name, bound in (("memory", max_growth), ("files", 0), ("threads", new_threads)):
-        growth = min(getattr(s, name) for s in last) - min(getattr(s, name) for s in second)
+        second, last = _smallest([getattr(sample, name) for sample in samples])
+        growth = last - second
         problem = None if growth <= bound else f"{growth:,.0f} more than before"
         yield Case(f"{what}, {name} {growth:+,.0f}", problem)
 
 
 def _compare_times(what: str, seconds: Sequence[float]) -> Case:
-    _, second, _, last = map(min, _quarters(seconds))
+    second, last = _smallest(seconds)
     problem = None if last / second <= MAX_SLOWDOWN else "slower"
     return Case(f"{what}, {last / second:.2f} times the time of each", problem)
 
 
-def _quarters(values: Sequence[_Value]) -> list[Sequence[_Value]]:
-    """Cut a sequence into four, which have at least one value each."""
-    bounds = [len(values) * quarter // 4 for quarter in range(5)]
-    return [values[start : max(end, start + 1)] for start, end in itertools.pairwise(bounds)]
+def _smallest(values: Sequence[float]) -> tuple[float, float]:
+    """Smallest values of the second and of the last quarter."""
+    count = len(values)
+    return min(values[count // 4 : count // 2 or 1]), min(values[3 * count // 4 :])
