@@ -35,6 +35,7 @@ def determinism(folder: Path, count: int, seed: int) -> Iterator[Case]:
         *(folder, count, seed, VARIANTS, _vary),
         is_cold=lambda number: _has_other_threads(number) or number % 4 == 0,
         alone=lambda above: {"NPROC": "2"},
+        resumes=False,
     )
 
 

@@ -52,7 +52,8 @@ def resume(folder: Path, count: int, seed: int) -> Iterator[Case]:
         for mode, mesh in runs
         for step in draw.sample(range(1, STEPS), steps)
     ]
-    return _resume(folder, chosen, save_every=1)
+    for mesh in MESHES:
+        yield from _train_and_resume(folder, mesh, chosen, chosen, save_every=1)
 
 
 @experiment(full=90, quick=1)
@@ -65,20 +66,27 @@ def meshes(folder: Path, count: int, seed: int) -> Iterator[Case]:
     pairs = [(m, *pair) for m in MODES for pair in itertools.permutations(MESHES, 2)]
     draw.shuffle(pairs)
     chosen = [_Resumption(*pair, draw.randrange(10, STEPS, 10)) for pair in pairs[:count]]
-    return _resume(folder, chosen, save_every=10)
+    for mesh in MESHES:
+        _train_and_resume(folder, mesh, chosen, [], save_every=10)
+    for mesh in MESHES:
+        yield from _train_and_resume(folder, mesh, [], chosen, save_every=0)
 
 
-def _resume(folder: Path, chosen: Sequence[_Resumption], save_every: int) -> Iterator[Case]:
-    """Resume runs, and compare their ends with the ends of the runs that nothing interrupted."""
-    for mesh in MESHES:
-        modes = sorted({one.mode for one in chosen if one.before == mesh})
-        given: dict[str, Any] = {"folder": folder, "mesh": mesh}
-        if modes:
-            on_simulated_devices(2, _train_all, **given, modes=modes, save_every=save_every)
-    for mesh in MESHES:
-        here = [one for one in chosen if one.after == mesh]
-        if here:
-            yield from on_simulated_devices(2, _resume_all, folder=folder, chosen=here)
+def _train_and_resume(
+    folder: Path,
+    mesh: str,
+    trained: Sequence[_Resumption],
+    resumed: Sequence[_Resumption],
+    save_every: int,
+) -> Sequence[Case]:
+    """On a mesh, take the runs of `trained`, then resume those of `resumed`, and compare them."""
+    modes = sorted({one.mode for one in trained if one.before == mesh})
+    here = [one for one in resumed if one.after == mesh]
+    given: dict[str, Any] = {"folder": folder, "mesh": mesh, "modes": modes, "chosen": here}
+    cases: Sequence[Case] = ()
+    if modes or here:
+        cases = on_simulated_devices(2, _run_all, **given, save_every=save_every)
+    return cases
 
 
 def _distances(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
@@ -106,14 +114,13 @@ def _train(folder: Path, mesh: str, mode: str, save_every: int, workdir: Path) -
     run_quietly(config, workdir)
 
 
-def _train_all(folder: Path, mesh: str, modes: list[str], save_every: int) -> None:
+def _run_all(
+    folder: Path, mesh: str, modes: Sequence[str], chosen: Sequence[_Resumption], save_every: int
+) -> list[Case]:
+    """`_train_and_resume` in a process with the devices of the mesh."""
     use_compilation_cache()
     for mode in modes:
         _train(folder, mesh, mode, save_every, folder / f"{mesh} {mode}")
-
-
-def _resume_all(folder: Path, chosen: list[_Resumption]) -> list[Case]:
-    use_compilation_cache()
     cases, resumed = [], folder / "resumed"
     for mode, before, after, step in chosen:
         whole, checkpoint = folder / f"{before} {mode}", Path("checkpoints", str(step))
