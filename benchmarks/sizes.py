@@ -105,14 +105,12 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
 
 def run_memory() -> Iterator[Table]:
     """MB on one device by technique and length, which do not vary."""
-    curves: dict[str, Any] = {}
-    for name, fields in TECHNIQUES.items():
-        given: dict[str, Any] = {"technique": name, "lengths": LENGTHS}
-        curves[name] = (
-            on_simulated_devices(fields["sequence"], measure_memory, **given)
-            if "sequence" in fields
-            else measure_memory(**given)
+    curves = {
+        name: on_simulated_devices(
+            fields.get("sequence", 1), measure_memory, technique=name, lengths=LENGTHS
         )
+        for name, fields in TECHNIQUES.items()
+    }
     panels = {"working memory of a train step of base, MB": curves}
     yield Table(MEMORY_TITLE, panels=panels, x="tokens", picture="memory")
 
