@@ -8,6 +8,7 @@ import ctypes
 import gc
 import json
 import random
+import signal
 import sys
 import time
 import traceback
@@ -109,6 +110,7 @@ def main(folder: Path, count: int, seed: int, parent: int) -> None:
             failures.append((f"input {number + 1}, {reader.name}, {shown}", problem))
 
     def write() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # libFuzzer's, which would kill a slow exit
         growth = _memory() - before[0] if before else 0.0
         if growth > _MAX_GROWTH:
             failures.append(("memory after all inputs", f"{growth:.0f} MiB more are in use"))
