@@ -70,9 +70,9 @@ def run(effort: Effort, largest_corpus: int = 1000) -> Iterator[Table]:
                 last = slope(dict(list(curves[label].items())[-2:]))
                 row = {"growth with": x, "quantity": quantity, "curve": label, "slope": found}
                 rows.append(row | {"at the end": last})
-            if slopes:
+            if any(curves.values()):
                 shown = ", ".join(f"{round(value, 2) + 0.0:.2f}" for value in slopes.values())
-                panels[f"{quantity}, slope {shown}"] = curves
+                panels[f"{quantity}, slope {shown or '-'}"] = curves
         yield Table(f"growth: {x}", (), panels, x, f"growth_{name}")
     yield Table("growth: slopes", rows)
 
