@@ -1,5 +1,5 @@
 """Benchmarks of ``scripts/benchmark.py`` and the experiments of ``scripts/stress.py``.
 
-A benchmark is a module with ``run(effort)``, which measures and yields tables, each with its title;
-``BENCHMARKS`` in ``scripts/benchmark.py`` gives it its name.
+A benchmark is a function that measures and yields tables (`tables.Table`), which
+``scripts/benchmark.py`` names, prints and keeps.
 """

@@ -8,36 +8,20 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 
 from simplernn_jax.config import Config, DataConfig
 from simplernn_jax.data.token_store import prepare_corpus
-from simplernn_jax.parallel.mesh import make_mesh
-from simplernn_jax.training import train_step
-from simplernn_jax.training.optimizer import make_optimizer
 
-from . import tables
 from .measure import Effort, call_isolated, on_simulated_devices, process_peak, seconds_of
 from .sizes import bytes_by_kind
-from .tables import Curves, Row, Table
-from .train_steps import change, count_parameters, load_config, random_batch
+from .tables import Row, Table
+from .train_steps import change, count_parameters, load_config, lower_step, random_batch, repeated
 
-TITLE = "growth: "
-PICTURES = {
-    "parameters": "parameters",
-    "tokens of one sequence": "length",
-    "sequences": "batch",
-    "MB of text": "corpus",
-    "devices": "devices",
-}
-"""Name of the picture by quantity on its x axis."""
-TITLES = {f"{TITLE}{x}": name for x, name in PICTURES.items()}
-MILLISECONDS, MEGABYTES, EXCHANGED = "time (ms)", "memory (MB)", "exchanged (MB)"
+MILLISECONDS, MEGABYTES, EXCHANGED = QUANTITIES = "time (ms)", "memory (MB)", "exchanged (MB)"
 PLAIN, WINDOWS = "whole sequence", "exact, windows of 1,024"
 SIZES = (
     (128, 4, 4, 259),
@@ -59,131 +43,123 @@ _FILE_BYTES = 1_000_000
 _VOCABULARY = 20_000
 """Words that texts are drawn from."""
 
+Points = Mapping[str, Mapping[str, Row]]
+"""Every quantity by label and x."""
+
 
 def run(effort: Effort, largest_corpus: int = 1000) -> Iterator[Table]:
     """Tables of each growth and of all slopes; texts grow to `largest_corpus` MB."""
-    slope_rows: list[Row] = []
-    corpora = [
-        SMALLEST_CORPUS * 10**n for n in range(20) if SMALLEST_CORPUS * 10**n <= largest_corpus
-    ]
-    growths: Mapping[str, Callable[[], dict[str, Curves]]] = {
-        "parameters": lambda: grow_parameters(effort.calls),
-        "tokens of one sequence": lambda: grow_length(effort.calls),
-        "sequences": lambda: grow_batch(effort.calls),
-        "MB of text": lambda: grow_corpus(corpora),
-        "devices": lambda: grow_devices(effort.calls),
-    }
-    for x, measure in growths.items():
-        curves = measure()
-        yield f"{TITLE}{x}", rows_of(x, curves)
-        slope_rows += slopes(x, curves)
-    yield f"{TITLE}slopes", slope_rows
+    calls = effort.calls
+    growths: tuple[tuple[str, str, Callable[[], Points]], ...] = (
+        ("parameters", "parameters", lambda: grow_parameters(calls)),
+        ("tokens of one sequence", "length", lambda: grow_length(calls)),
+        ("sequences", "batch", lambda: grow_batch(calls)),
+        ("MB of text", "corpus", lambda: grow_corpus(largest_corpus)),
+        ("devices", "devices", lambda: grow_devices(calls)),
+    )
+    rows: list[Row] = []
+    for x, name, measure in growths:
+        points, panels = measure(), {}
+        for quantity in QUANTITIES:
+            curves = {
+                label: {n: row[quantity] for n, row in each.items() if row.get(quantity)}
+                for label, each in points.items()
+            }
+            slopes = {label: slope(curve) for label, curve in curves.items() if len(curve) > 1}
+            for label, found in slopes.items():
+                last = slope(dict(list(curves[label].items())[-2:]))
+                row = {"growth with": x, "quantity": quantity, "curve": label, "slope": found}
+                rows.append(row | {"at the end": last})
+            if any(curves.values()):
+                shown = ", ".join(f"{round(value, 2) + 0.0:.2f}" for value in slopes.values())
+                panels[f"{quantity}, slope {shown or '-'}"] = curves
+        yield Table(f"growth: {x}", (), panels, x, f"growth_{name}")
+    yield Table("growth: slopes", rows)
 
 
-def grow_parameters(calls: int) -> dict[str, Curves]:
+def grow_parameters(calls: int) -> Points:
     """A train step of 1,024 tokens, AdamW."""
     points: dict[str, Row] = {}
     for width, layers, heads, vocab in SIZES:
         config = load_config("base", 4, 256, num_layers=layers, num_heads=heads, vocab_size=vocab)
         change(config, hidden_dim=width, key_dim=width, value_dim=width, mlp_dim=3 * width)
         config.optimizer.name = "adamw"
-        points[str(count_parameters(config))] = isolated_step(config, calls)
-    return by_quantity({PLAIN: points})
+        row = call_isolated(measure_step, config=config, calls=calls)
+        points[str(count_parameters(config))] = row
+    return {PLAIN: points}
 
 
-def grow_length(calls: int) -> dict[str, Curves]:
+def grow_length(calls: int) -> Points:
     """A train step of `base` on one sequence."""
-    measured: dict[str, dict[str, Row]] = {PLAIN: {}, WINDOWS: {}}
+    points: dict[str, dict[str, Row]] = {PLAIN: {}, WINDOWS: {}}
     for length in LENGTHS:
         windows = {"bptt_window": min(1024, length), "bptt": "full"}
-        cases = {PLAIN: {}, WINDOWS: windows} if length <= LONGEST_PLAIN else {WINDOWS: windows}
-        for label, fields in cases.items():
-            config = load_config("base", 1, length, **fields)
-            measured[label][str(length)] = isolated_step(config, calls)
-    return by_quantity(measured)
+        for label, fields in ((PLAIN, {}), (WINDOWS, windows)):
+            if label == WINDOWS or length <= LONGEST_PLAIN:
+                config = load_config("base", 1, length, **fields)
+                row = call_isolated(measure_step, config=config, calls=calls)
+                points[label][str(length)] = row
+    return points
 
 
-def grow_batch(calls: int) -> dict[str, Curves]:
+def grow_batch(calls: int) -> Points:
     """A train step of `base` on sequences of 256 tokens."""
-    points = {str(n): isolated_step(load_config("base", n, 256), calls) for n in BATCHES}
-    return by_quantity({PLAIN: points})
-
-
-def grow_devices(calls: int) -> dict[str, Curves]:
-    """A train step of four sequences a device, on devices that share this machine's cores."""
-    measured: dict[str, dict[str, Row]] = {}
-    for axis in ("data", "fsdp"):
-        for count in DEVICES:
-            config = load_config("base", 4 * count, 256)
-            config.optimizer.name = "adamw"
-            change(config, **{axis: count})
-            row = on_simulated_devices(count, measure_step, config=config, calls=calls)
-            measured.setdefault(axis, {})[str(count)] = row
-    return by_quantity(measured, EXCHANGED)
-
-
-def grow_corpus(sizes: Sequence[int]) -> dict[str, Curves]:
-    """Tokenizing a text, from reading it to the verified tokens."""
-    measured: dict[str, dict[str, Row]] = {label: {} for label in TOKENIZERS}
-    for size in sizes:
-        with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-            write_text(Path(folder) / "text", size)
-            for label, (tokenizer, largest) in TOKENIZERS.items():
-                if size <= largest:
-                    measured[label][str(size)] = call_isolated(
-                        measure_tokenizing, folder=folder, tokenizer=tokenizer
-                    )
-    return by_quantity(measured)
-
-
-def by_quantity(measured: Mapping[str, Mapping[str, Row]], *more: str) -> dict[str, Curves]:
-    """Every quantity, by label and x."""
+    configs = {str(n): load_config("base", n, 256) for n in BATCHES}
     return {
-        quantity: {
-            label: {x: row[quantity] for x, row in points.items() if row[quantity] is not None}
-            for label, points in measured.items()
+        PLAIN: {
+            n: call_isolated(measure_step, config=config, calls=calls)
+            for n, config in configs.items()
         }
-        for quantity in (MILLISECONDS, MEGABYTES, *more)
     }
 
 
-def isolated_step(config: Config, calls: int) -> Row:
-    """`measure_step` in a fresh process."""
-    row: Row = call_isolated(measure_step, config=config, calls=calls)
-    return row
+def grow_devices(calls: int) -> Points:
+    """A train step of four sequences a device, on devices that share this machine's cores."""
+    points: dict[str, dict[str, Row]] = {"data": {}, "fsdp": {}}
+    for axis, by_count in points.items():
+        for count in DEVICES:
+            config = load_config("base", 4 * count, 256, **{axis: count})
+            config.optimizer.name = "adamw"
+            row = on_simulated_devices(count, measure_step, config=config, calls=calls)
+            by_count[str(count)] = row
+    return points
+
+
+def grow_corpus(largest: int) -> Points:
+    """Tokenizing a text of up to `largest` MB, from reading it to the verified tokens."""
+    points: dict[str, dict[str, Row]] = {label: {} for label in TOKENIZERS}
+    size = SMALLEST_CORPUS
+    while size <= largest:
+        with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+            write_text(Path(folder) / "text", size)
+            for label, (tokenizer, most) in TOKENIZERS.items():
+                if size <= most:
+                    row = call_isolated(measure_tokenizing, folder=folder, tokenizer=tokenizer)
+                    points[label][str(size)] = row
+        size *= 10
+    return points
 
 
 def measure_step(config: Config, calls: int) -> Row:
-    """Median milliseconds and size of a train step, and what its collectives exchange."""
-    mesh = make_mesh(config.mesh)
-    optimizer = make_optimizer(config.optimizer, 1000, mesh)
-    jitted: Any = train_step.make_train_step(config, optimizer, mesh)
-    batch = random_batch(config)
-    init: Any = train_step.init_train_state
-    shardings = train_step.state_shardings(config, optimizer, mesh)
-    state = jax.jit(lambda: init(config, optimizer), out_shardings=shardings)()
-    program = jitted.lower(state, batch).compile()
+    """Median milliseconds and size of a train step, and what its collectives exchange if any."""
+    lowered, make_state = lower_step(config)
+    program = lowered.compile()
     memory = program.memory_analysis()
-
-    def step() -> Any:
-        nonlocal state
-        state, metrics = program(state, batch)
-        return metrics
-
+    step = repeated(program, make_state(), random_batch(config))
     seconds = [seconds_of(step) for _ in range(calls + 1)][1:]
-    return {
+    row = {
         MILLISECONDS: 1e3 * statistics.median(seconds),
         MEGABYTES: (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e6,
-        EXCHANGED: sum(bytes_by_kind(program.as_text(), config).values()) / 1e6 or None,
     }
+    exchanged = sum(bytes_by_kind(program.as_text(), config).values())
+    return row | {EXCHANGED: exchanged / 1e6 or None}
 
 
 def measure_tokenizing(folder: str, tokenizer: str) -> Row:
     """Milliseconds and peak memory of tokenizing ``text`` in `folder`; for `call_isolated`."""
     config = DataConfig(source=f"{folder}/text", tokenizer=tokenizer)
-    tokens = f"{folder}/tokens-{tokenizer}"
     started = time.perf_counter()
-    peak = process_peak(lambda: bool(prepare_corpus(config, 0, tokens)))
+    peak = process_peak(lambda: bool(prepare_corpus(config, 0, f"{folder}/{tokenizer}")))
     milliseconds = 1e3 * (time.perf_counter() - started)
     return {MILLISECONDS: milliseconds, MEGABYTES: peak and peak / 1e6}
 
@@ -199,46 +175,7 @@ def write_text(folder: Path, megabytes: int) -> None:
         (folder / f"{number}.txt").write_bytes(text[:_FILE_BYTES].ljust(_FILE_BYTES))
 
 
-def slopes(x: str, curves: Mapping[str, Curves]) -> list[Row]:
-    """Slope of every curve: fitted, and between its last two points."""
-    return [
-        {"growth with": x, "quantity": quantity, "curve": label}
-        | {"slope": slope(curve), "at the end": slope(dict(list(curve.items())[-2:]))}
-        for quantity, each in curves.items()
-        for label, curve in each.items()
-        if len(curve) > 1
-    ]
-
-
 def slope(curve: Mapping[str, float]) -> float:
     """Slope of the line through the points' logarithms, by least squares."""
     xs, ys = ([math.log(float(n)) for n in numbers] for numbers in (curve, curve.values()))
     return float(np.polyfit(xs, ys, 1)[0])
-
-
-def rows_of(x: str, curves: Mapping[str, Curves]) -> list[Row]:
-    """Rows of a table: all curves at every x."""
-    flat = {
-        (quantity if len(each) == 1 else f"{quantity}, {label}"): curve
-        for quantity, each in curves.items()
-        for label, curve in each.items()
-    }
-    return tables.by_x(x, flat)
-
-
-def draw(title: str, rows: Sequence[Row]) -> bytes:
-    """A PNG file of one growth, with its slopes."""
-    x = title.removeprefix(TITLE)
-    panels: dict[str, dict[str, dict[str, float]]] = {}
-    for heading in list(rows[0])[1:]:
-        quantity, _, label = heading.partition(", ")
-        curve = {str(row[x]): row[heading] for row in rows if row.get(heading) is not None}
-        if curve:
-            panels.setdefault(quantity, {})[label or "measured"] = curve
-    titled = {}
-    for quantity, each in panels.items():
-        found = ", ".join(
-            f"{round(slope(curve), 2) + 0.0:.2f}" for curve in each.values() if len(curve) > 1
-        )
-        titled[f"{quantity}, slope {found}"] = each
-    return tables.draw(titled, x)

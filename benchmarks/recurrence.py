@@ -1,4 +1,4 @@
-"""The recurrence, forward and backward, beside its other forms and batched matmuls.
+"""The recurrence, forward and backward, compared with its other forms and batched matmuls.
 
 ``ours`` is the form that `gated_linear_recurrence` chooses. The necessary products are ``6 K V``
 multiply-adds per token and head: the definition has two products of a K x V matrix with a vector
@@ -37,11 +37,11 @@ LENGTHS = (256, 1024, 4096, 16384)
 def run(effort: Effort) -> Iterator[Table]:
     """Tables by shape, times in ms and memory in MB (1e6 bytes), and by length."""
     rows = [compare(shape, dtype, effort) for dtype in DTYPES for shape in SHAPES]
-    yield "ops: forward + backward", rows
+    yield Table("ops: forward + backward", rows)
     by_length = [
         compare_lengths(LENGTHS, shape, dtype, effort) for dtype in DTYPES for shape in SHAPES[:2]
     ]
-    yield f"ops: us per token, B T = {max(LENGTHS):,}, and relative", by_length
+    yield Table(f"ops: us per token, B T = {max(LENGTHS):,}, and relative", by_length)
 
 
 def compare(shape: Shape, dtype: str, effort: Effort) -> Row:

@@ -1,4 +1,4 @@
-"""Techniques to scale training, A to F, each beside the same training without it.
+"""Techniques to scale training, A to F, each compared with the same training without it.
 
 Every training is of the same small model on the same number of tokens; the loss is that of held-out
 text. Two other seeds show the noise. Devices of a mesh are simulated and share the cores, so that
@@ -26,7 +26,7 @@ from simplernn_jax.training.accumulation import split_into_windows
 from simplernn_jax.training.evaluate import Evaluator
 from simplernn_jax.training.gradient import init_model, make_grad_fn
 
-from . import memory, train_steps
+from . import sizes, train_steps
 from .measure import Effort, alternate, median, on_simulated_devices, seconds_of
 from .tables import Row, Table
 from .train_steps import Trained, change, measure_on_corpus, with_method
@@ -71,11 +71,11 @@ def run(effort: Effort) -> Iterator[Table]:
         rows += evaluations(small_run(), trained, effort)
         rows += cached_prefix(trained, workdir, effort)
     rows.sort(key=lambda row: ORDER.index(row["technique"][0]))
-    yield f"scaling: 2 layers of width 64, {STEPS * BATCH * LENGTH:,} tokens", rows
-    yield f"scaling, E: gradient of truncated windows of {LONG * LENGTH:,} tokens", bias
+    yield Table(f"scaling: 2 layers of width 64, {STEPS * BATCH * LENGTH:,} tokens", rows)
+    yield Table(f"scaling, E: gradient of truncated windows of {LONG * LENGTH:,} tokens", bias)
     errors = state_errors()
-    yield "scaling, D: RMS error of the recurrence by dtype of the state", errors
-    yield from memory.run(effort)
+    yield Table("scaling, D: RMS error of the recurrence by dtype of the state", errors)
+    yield from sizes.run_memory()
 
 
 def small_run() -> Config:
@@ -200,7 +200,7 @@ def state_errors(length: int = ERROR_LENGTH) -> list[Row]:
     """RMS error of the recurrence's output against float64, by position and dtype of the state.
 
     Values have mean 1 and decay is slow (a half-life of `HALF_LIFE` tokens): the state grows large
-    beside the contribution of one token.
+    compared with the contribution of one token.
     """
     draw = np.random.default_rng(0)
     q, k, v = draw.normal(size=(3, 1, length, 2, 8))

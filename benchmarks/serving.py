@@ -1,4 +1,4 @@
-"""The server under load: throughput and latency over HTTP, beside generation in process.
+"""The server under load: throughput and latency over HTTP, and generation in process.
 
 Each client streams completions of prompts of its own, one after the other. `generate` decodes as
 many sequences together, up to the number of slots.
@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -29,15 +29,17 @@ from simplernn_jax.inference import generate
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.training.preparation import prepare
 
-from . import measure, tables
+from . import measure
 from .decoding import random_tokens
-from .http_client import Connection, body_of, connected, status_of
+from .http_client import connected, fetch
 from .measure import Effort, call_isolated, resident_bytes
 from .tables import Row, Table
-from .train_steps import change, load_config
+from .train_steps import load_config
 
 TITLE = "serve: base"
 COMPLETE = "/v1/completions"
+PATHS = "HTTP", "generate"
+FIRST, EACH = "first token, ms", "per token, ms"
 CLIENTS, SLOTS = (1, 8, 32, 64), 32
 PROMPT, NEW_TOKENS, LONG = 100, 256, 1024
 """Tokens of a prompt, of a completion, and of a long one."""
@@ -58,19 +60,26 @@ def run(effort: Effort) -> Iterator[Table]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "text.txt")
         source.write_text("A text. " * 1000, encoding="utf-8")
-        save_untrained(
-            change(load_config("base", 1, 256), source=str(source), sample_every=0), folder
-        )
+        config = load_config("base", 1, 256, source=str(source), sample_every=0)
+        save_untrained(config, folder)
         model, _, _ = load_model(folder)
         with serving(folder, f"--slots={SLOTS}", "--max_queue=64") as (process, url):
-            yield TITLE, [compare(model, url, clients, effort) for clients in CLIENTS]
+            rows = [compare(model, url, clients, effort) for clients in CLIENTS]
+            panels = {"tokens/s": {name: curve(rows, f"{name} tokens/s") for name in PATHS}}
+            panels |= {name: {"HTTP": curve(rows, f"{name}, p50")} for name in (FIRST, EACH)}
+            yield Table(TITLE, rows, panels, "clients", "serving")
             long = compare(model, url, SLOTS, effort, tokens=LONG)
-            yield f"serve: completions of {LONG:,} tokens", [long]
+            yield Table(f"serve: completions of {LONG:,} tokens", [long])
             apart = compare(model, url, SLOTS, effort, is_staggered=True)
-            yield "serve: clients that begin apart", [apart]
+            yield Table("serve: clients that begin apart", [apart])
             half = asyncio.run(half_loaded(model, url, effort))
-            yield "serve: one more prompt beside 16 streams", [half]
-            yield "serve: limits", asyncio.run(limits(model, url, process.pid))
+            yield Table("serve: one more prompt beside 16 streams", [half])
+            yield Table("serve: limits", asyncio.run(limits(model, url, process.pid)))
+
+
+def curve(rows: Sequence[Row], column: str) -> dict[str, float]:
+    """A column against the number of clients."""
+    return {str(row["clients"]): row[column] for row in rows}
 
 
 def compare(
@@ -83,7 +92,7 @@ def compare(
 ) -> Row:
     """Rates and latencies of a number of clients at once, and the rate of `generate`."""
     prompts = random_tokens(model.config, clients, COMPLETIONS * PROMPT)
-    rates: dict[str, list[float]] = {"HTTP": [], "generate": []}
+    rates: dict[str, list[float]] = {name: [] for name in PATHS}
     streams: list[Stream] = []
     for block in range(effort.blocks * effort.calls + 1):
         # Other prompts each time, or the prefix cache would have them.
@@ -96,27 +105,12 @@ def compare(
             streams += found
             rates["HTTP"].append(sum(stream.tokens for stream in found) / seconds)
             rates["generate"].append(new.size / in_process)
+    row: Row = {"clients": clients}
+    row |= {f"{name} tokens/s": float(np.median(rate)) for name, rate in rates.items()}
+    row["ratio"] = float(np.median(np.divide(rates["HTTP"], rates["generate"])))
     between = [1e3 * (s.end - s.first) / s.tokens for s in streams]
-    return (
-        {"clients": clients}
-        | {f"{name} tokens/s": float(np.median(rate)) for name, rate in rates.items()}
-        | {"ratio": float(np.median(np.divide(rates["HTTP"], rates["generate"])))}
-        | percentiles("first token, ms", [1e3 * stream.first for stream in streams])
-        | percentiles("per token, ms", between)
-    )
-
-
-def draw(rows: list[Row]) -> bytes:
-    """A PNG file of the table of loads."""
-
-    def curve(column: str) -> dict[str, float]:
-        return {str(row["clients"]): row[column] for row in rows}
-
-    rates = {name: curve(f"{name} tokens/s") for name in ("HTTP", "generate")}
-    panels = {"tokens/s": rates}
-    for column in ("first token, ms, p50", "per token, ms, p50"):
-        panels[column] = {"HTTP": curve(column)}
-    return tables.draw(panels, "clients")
+    firsts = percentiles(FIRST, [1e3 * stream.first for stream in streams])
+    return row | firsts | percentiles(EACH, between)
 
 
 async def half_loaded(model: LanguageModel, url: str, effort: Effort) -> Row:
@@ -130,44 +124,41 @@ async def half_loaded(model: LanguageModel, url: str, effort: Effort) -> Row:
         _, (stream,) = await stream_all(url, prompt, 8)
         firsts.append(1e3 * stream.first)
     await others
-    return percentiles("first token, ms", firsts)
+    return percentiles(FIRST, firsts)
 
 
 async def limits(model: LanguageModel, url: str, pid: int) -> list[Row]:
     """A long prefix read twice, clients that leave, and more connections than the queue holds."""
+    measured: dict[str, float] = {}
     prefix = random_tokens(model.config, 1, 50_000)
     times = [(await stream_all(url, prefix, 1))[0] for _ in range(2)]
-    rows: list[Row] = [{"measured": "50,000 tokens again / at first", "value": times[1] / times[0]}]
+    measured["50,000 tokens again / at first"] = times[1] / times[0]
 
     prompts = random_tokens(model.config, 200, PROMPT)
     asked = [fields_of(prompt, 10**6) for prompt in prompts]
-    leaving = [asyncio.ensure_future(status_of(url, COMPLETE, one)) for one in asked]
+    leaving = [asyncio.ensure_future(fetch(url, COMPLETE, one)) for one in asked]
     await asyncio.sleep(0.5)
     for task in leaving:
         task.cancel()
     await asyncio.gather(*leaving, return_exceptions=True)
     start = time.perf_counter()
     await stream_all(url, prompts[:1], 1)
-    while json.loads(await body_of(url, "/slots"))["active"]:
+    while json.loads((await fetch(url, "/slots"))[1])["active"]:
         await asyncio.sleep(0.01)
-    idle = time.perf_counter() - start
-    rows.append({"measured": "all idle after 200 clients left, s", "value": idle})
+    measured["all idle after 200 clients left, s"] = time.perf_counter() - start
 
     before, health = resident_bytes(pid), []
     burst = asyncio.ensure_future(asyncio.to_thread(call_isolated, statuses, url=url))
     while not burst.done():
         start = time.perf_counter()
-        await body_of(url, "/health")
+        await fetch(url, "/health")
         health.append(1e3 * (time.perf_counter() - start))
         await asyncio.sleep(0.02)
-    rows += [
-        {"measured": f"status {status} of 1,000 connections", "value": count}
-        for status, count in sorted(burst.result().items())
-    ]
-    slowest, added = float(np.percentile(health, 99)), (resident_bytes(pid) - before) / 1e6
-    rows.append({"measured": "/health meanwhile, ms, p99", "value": slowest})
-    rows.append({"measured": "memory added, MB", "value": added})
-    return rows
+    for status, count in sorted(burst.result().items()):
+        measured[f"status {status} of 1,000 connections"] = count
+    measured["/health meanwhile, ms, p99"] = float(np.percentile(health, 99))
+    measured["memory added, MB"] = (resident_bytes(pid) - before) / 1e6
+    return [{"measured": name, "value": value} for name, value in measured.items()]
 
 
 def statuses(url: str) -> Counter[int]:
@@ -176,7 +167,8 @@ def statuses(url: str) -> Counter[int]:
     async def ask() -> Counter[int]:
         prompts = np.random.default_rng(0).integers(0, 256, (1000, PROMPT))
         asked = [fields_of(prompt, 32) for prompt in prompts]
-        return Counter(await asyncio.gather(*(status_of(url, COMPLETE, one) for one in asked)))
+        answers = await asyncio.gather(*(fetch(url, COMPLETE, one) for one in asked))
+        return Counter(status for status, _ in answers)
 
     return asyncio.run(ask())
 
@@ -202,34 +194,25 @@ async def stream_all(
         if is_staggered:
             lengths[0] = tokens * (index + 1) // len(prompts)
             lengths[-1] += tokens - lengths[0]
-        parts = zip(np.split(row, count), lengths.tolist(), strict=True)
+        streams = []
         async with connected(url) as connection:
-            return [await stream_one(connection, prompt, length) for prompt, length in parts]
+            for prompt, length in zip(np.split(row, count), lengths.tolist(), strict=True):
+                start = time.perf_counter()
+                answer, first, end = await connection.stream(COMPLETE, fields_of(prompt, length))
+                number = int(re.findall(rb'"completion_tokens":(\d+)', answer)[-1])
+                streams.append(Stream(first - start, end - start, number))
+        return streams
 
     start = time.perf_counter()
-    streams = await asyncio.gather(*(client(index, row) for index, row in enumerate(prompts)))
-    return time.perf_counter() - start, [stream for some in streams for stream in some]
+    found = await asyncio.gather(*(client(index, row) for index, row in enumerate(prompts)))
+    return time.perf_counter() - start, [stream for streams in found for stream in streams]
 
 
-async def stream_one(connection: Connection, prompt: np.ndarray, tokens: int) -> Stream:
-    """Stream a completion."""
-    start = time.perf_counter()
-    parts, times = await connection.stream(COMPLETE, fields_of(prompt, tokens))
-    answer = b"".join(parts)
-    is_text = (b"data: {" in part for part in parts)
-    first = next(time for time, found in zip(times, is_text, strict=True) if found) - start
-    tokens = int(re.findall(rb'"completion_tokens":(\d+)', answer)[-1])
-    return Stream(first, times[-1] - start, tokens)
-
-
-def fields_of(prompt: np.ndarray, tokens: int) -> Any:
+def fields_of(prompt: np.ndarray, tokens: int) -> Row:
     """Body of a request that streams greedy tokens, whatever they are."""
-    return {
-        "prompt": prompt.tolist(),
-        "max_tokens": tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
+    fields: Row = {"prompt": prompt.tolist(), "max_tokens": tokens, "temperature": 0}
+    return fields | {
+        **{"ignore_eos": True, "stream": True},
         "stream_options": {"include_usage": True},
     }
 

@@ -1,20 +1,29 @@
-"""Memory and communication of a train step on eight simulated devices, compiled and not run.
+"""Sizes of compiled train steps that do not run, by XLA's memory analysis for CPUs.
 
-The recurrence is chunkwise, as on GPUs. Memory is XLA's analysis for CPUs, of one device. Bytes are
-those of the collectives' results on one device, those of the loop over microbatches times their
-number.
+Memory and communication on eight simulated devices, with the chunkwise recurrence, as on GPUs:
+bytes are those of the collectives' results on one device, those of the loop over microbatches times
+their number. And the working memory of a step of `base` on one sequence.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-from simplernn_jax import config_files
+from simplernn_jax import config_files, project
 from simplernn_jax.config import Config
 
-from .measure import Effort, on_simulated_devices
+from .measure import on_simulated_devices
 from .tables import Row, Table
-from .train_steps import change, collectives, compile_quickly, count_parameters, with_method
+from .train_steps import (
+    change,
+    collectives,
+    compile_quickly,
+    count_parameters,
+    load_config,
+    megabytes,
+    with_method,
+)
 
 TITLE = "sizes: a train step on 8 devices, MB of one device"
 DEVICES = 8
@@ -23,21 +32,17 @@ MESHES: tuple[Mapping[str, int], ...] = ({"data": 8}, {"fsdp": 8}, {"tensor": 4,
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{\n((?:  .*\n)*)", re.MULTILINE)
 
 
-def run(_: Effort) -> Iterator[Table]:
-    """The table; a compiled program does not vary."""
-    yield TITLE, [row for name in NAMES for row in compare_meshes(name)]
-
-
-def compare_meshes(name: str) -> list[Row]:
-    """Compile ``configs/NAME.py`` on each of `MESHES`."""
-    config = config_files.load_config(name)
+def run() -> Iterator[Table]:
+    """The table of `NAMES` on `MESHES`."""
     rows: list[Row] = []
-    for sizes in MESHES:
-        change(config, **{"data": 1, "fsdp": 1, "tensor": 1} | dict(sizes))
-        measured = on_simulated_devices(DEVICES, measure_step, config=config)
-        mesh = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
-        rows.append({"configuration": name, "mesh": mesh} | measured)
-    return rows
+    for name in NAMES:
+        config = config_files.load_config(project.ROOT / "configs" / f"{name}.py")
+        for sizes in MESHES:
+            change(config, **{"data": 1, "fsdp": 1, "tensor": 1} | dict(sizes))
+            measured = on_simulated_devices(DEVICES, measure_step, config=config)
+            mesh = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+            rows.append({"configuration": name, "mesh": mesh} | measured)
+    yield Table(TITLE, rows)
 
 
 def measure_step(config: Config) -> Row:
@@ -80,3 +85,38 @@ def text_of_loops(text: str) -> str:
         called = {name for one in new for name in re.findall(r"[\w.-]+", computations[one])}
         new = (called & computations.keys()) - inside
     return "".join(computations[name] for name in sorted(inside))
+
+
+MEMORY_TITLE = "memory: train step of base, B 1, float32"
+LENGTHS = (1024, 4096, 16384, 65536)
+SCAN = "plain, by scan"
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    SCAN: {},
+    "sequence parallelism, 8 devices, each": {"sequence": 8},
+    "rematerialized blocks": {"remat": "block"},
+    "exact, windows of 1,024": {"bptt_window": 1024, "bptt": "full"},
+    "truncated, windows of 1,024": {"bptt_window": 1024},
+}
+"""Fields of the configuration that differ from plain training."""
+
+
+def run_memory() -> Iterator[Table]:
+    """MB on one device by technique and length, which do not vary."""
+    curves = {
+        name: on_simulated_devices(
+            fields.get("sequence", 1), measure_memory, technique=name, lengths=LENGTHS
+        )
+        for name, fields in TECHNIQUES.items()
+    }
+    panels = {"working memory of a train step of base, MB": curves}
+    yield Table(MEMORY_TITLE, panels=panels, x="tokens", picture="memory")
+
+
+def measure_memory(technique: str, lengths: tuple[int, ...]) -> dict[str, float]:
+    """MB on one device by length; for `on_simulated_devices`."""
+    method = "scan" if technique == SCAN else "auto"
+    configs = {n: load_config("base", 1, n, **TECHNIQUES[technique]) for n in lengths}
+    return {
+        str(n): megabytes(compile_quickly(with_method(each, method))) for n, each in configs.items()
+    }

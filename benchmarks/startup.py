@@ -34,9 +34,9 @@ IMPORTS = {
 
 def run(effort: Effort) -> Iterator[Table]:
     """Tables of both; `effort.calls` is unused, since a process starts once."""
-    yield "startup: fresh processes that import", compare_imports(effort.blocks)
+    yield Table("startup: fresh processes that import", compare_imports(effort.blocks))
     title = "startup: first step of base after imports, by compilation cache"
-    yield title, compare_first_steps(effort.blocks)
+    yield Table(title, compare_first_steps(effort.blocks))
 
 
 def compare_imports(blocks: int) -> list[Row]:

@@ -1,19 +1,93 @@
-"""Tables in Markdown and pictures of curves."""
+"""Tables in Markdown, pictures of curves, and the folder of results."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from simplernn_jax.analysis.plots import add_legend, line_styles, new_figure, png
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import check_output, write_file
+
+from .measure import describe_machine
 
 Row = dict[str, Any]
 """Cells by heading; JSON can hold it."""
-Table = tuple[str, list[Row]]
-"""Title and rows."""
 Curves = Mapping[str, Mapping[str, float]]
 """Curves by label: y by x; x is text, as JSON keeps it."""
+
+
+class Table(NamedTuple):
+    """Rows, or curves in panels, which are shown as a table each; JSON can hold it."""
+
+    title: str
+    rows: Sequence[Row] = ()
+    panels: Mapping[str, Curves] = {}
+    x: str = ""
+    """Heading of x, the same in all panels."""
+    picture: str = ""
+    """Name of the file of the panels, without its suffix."""
+    text: str = ""
+    data: Mapping[str, Any] = {}
+    """What else ``results.json`` keeps."""
+    machine: Mapping[str, Any] = {}
+    """`describe_machine`, when the table was added to results."""
+
+    def markdown(self) -> str:
+        """Text and tables."""
+        parts = [f"{self.text}\n"] if self.text else []
+        parts += [markdown(self.rows)] if self.rows else []
+        if not self.rows:
+            parts += [f"{y}:\n\n{markdown(by_x(self.x, c))}" for y, c in self.panels.items()]
+        return "\n".join(parts)
+
+
+class Results:
+    """Tables in a folder, if there is one, where the tables of earlier runs stay.
+
+    Raises:
+      UserError: ``results.json`` of the folder is something else.
+    """
+
+    def __init__(self, out: Path | None) -> None:
+        self.out = out
+        self.tables: dict[str, Table] = {}
+        if out is None:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / "results.json"
+        check_output(path)  # before minutes of work
+        if path.exists():
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))["tables"]
+                self.tables = {table["title"]: Table(**table) for table in content}
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path}: not results of this program; remove it, or name another --out"
+                ) from error
+
+    def add(self, table: Table) -> None:
+        """Print a table, and write it in the place of one with the same title."""
+        print(f"\n{table.title}\n\n{table.markdown()}", flush=True)
+        self.tables[table.title] = table._replace(machine=describe_machine())
+        if self.out is None:
+            return
+        content = [each._asdict() for each in self.tables.values()]
+        text = json.dumps({"tables": content}, indent=2)
+        write_file(self.out / "results.json", f"{text}\n".encode())
+        if table.picture and table.panels:
+            write_file(self.out / f"{table.picture}.png", draw(table.panels, table.x))
+        parts = []
+        for title, each in self.tables.items():
+            picture = f"![{title}]({each.picture}.png)\n\n" if each.picture else ""
+            parts.append(f"## {title}\n\n{picture}{each.markdown()}")
+        keys = ("processor", "cores", "jax", "commit")
+        conditions = [
+            {"table": title} | {key: each.machine[key] for key in keys}
+            for title, each in self.tables.items()
+        ]
+        page = "\n".join([*parts, f"## conditions\n\n{markdown(conditions)}"])
+        write_file(self.out / "table.md", page.encode())
 
 
 def text_of(value: Any) -> str:
@@ -99,15 +173,3 @@ def _tick(x: int) -> str:
     if x < 10_000:
         return f"{x:,}"
     return f"{x / 1e6:.3g}M" if x >= 1_000_000 else f"{x / 1e3:.3g}k"
-
-
-def read_results(path: Path, version: int, key: str) -> dict[str, Any]:
-    """Return `key` of a benchmark's ``results.json``; raise `UserError` for other content."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or content.get("format") != version or key not in content:
-        raise UserError(f"{path}: not results of this benchmark; remove it, or name another --out")
-    results: dict[str, Any] = content[key]
-    return results

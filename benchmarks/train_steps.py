@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from simplernn_jax import config_files
+from simplernn_jax import config_files, project
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.data.batch_iterator import make_batches
 from simplernn_jax.data.batches import Batch
@@ -32,8 +32,6 @@ from .measure import Call
 
 TIMED_STEPS = 20
 _STEPS = 1000
-"""Length of the learning rate schedule; further steps stay at its end."""
-
 _OPERATION = re.compile(
     r" = (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
     r"|collective-broadcast)(?:-start)?\("
@@ -57,7 +55,7 @@ def change(config: Config, **fields: Any) -> Config:
 
 def load_config(name: str, batch: int, length: int, **fields: Any) -> Config:
     """``configs/NAME.py`` on one device, with random windows and these fields of any section."""
-    config = config_files.load_config(name)
+    config = config_files.load_config(project.ROOT / "configs" / f"{name}.py")
     config.mesh.data = 1
     return change(config, mode="window", batch_size=batch, sequence_length=length, **fields)
 
@@ -89,19 +87,27 @@ def abstract_state(model: ModelConfig) -> Any:
     return nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0)).initial_state(1))
 
 
-def state_bytes(model: ModelConfig) -> int:
-    """Bytes of the decoder state of one sequence."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state(model)))
+def lower_step(
+    config: Config, batch: Batch | None = None, steps: int = _STEPS
+) -> tuple[Any, Callable[[], Any]]:
+    """Our train step on the mesh of `config`, lowered, and a function that makes its first state.
+
+    `batch` is random by default; `steps` is the length of the learning rate schedule, at whose end
+    further steps stay.
+    """
+    mesh = make_mesh(config.mesh)
+    optimizer = make_optimizer(config.optimizer, steps, mesh)
+    shardings = train_step.state_shardings(config, optimizer, mesh)
+    init = functools.partial(train_step.init_train_state, config, optimizer)
+    step: Any = train_step.make_train_step(config, optimizer, mesh)
+    lowered = step.lower(jax.eval_shape(init), batch or random_batch(config))
+    return lowered, jax.jit(init, out_shardings=shardings)
 
 
 def compile_quickly(config: Config) -> Any:
     """Our train step on the mesh of `config`, compiled to be analyzed and not to be run."""
-    mesh = make_mesh(config.mesh)
-    optimizer = make_optimizer(config.optimizer, _STEPS, mesh)
-    state = jax.eval_shape(lambda: train_step.init_train_state(config, optimizer))
-    step: Any = train_step.make_train_step(config, optimizer, mesh)
     # Buffers and collectives are settled before the backend generates code.
-    return step.lower(state, random_batch(config)).compile({"xla_backend_optimization_level": 0})
+    return lower_step(config)[0].compile({"xla_backend_optimization_level": 0})
 
 
 def megabytes(program: Any) -> float:
@@ -123,11 +129,9 @@ def collectives(text: str) -> Counter[tuple[str, int]]:
     return found
 
 
-def compiled_step(step: Any, make_state: Callable[[], Any], batch: Batch) -> Call:
-    """Compile ``(state, batch) -> (state, metrics)``, jitted; each call continues from the last."""
+def repeated(program: Any, state: Any, batch: Batch) -> Call:
+    """Calls of ``(state, batch) -> (state, metrics)``, each of which continues from the last."""
     batch = jax.device_put(batch)
-    program = step.lower(jax.eval_shape(make_state), batch).compile()
-    state = jax.block_until_ready(jax.jit(make_state)())
 
     def call() -> Any:
         nonlocal state
@@ -138,11 +142,9 @@ def compiled_step(step: Any, make_state: Callable[[], Any], batch: Batch) -> Cal
 
 
 def our_step(config: Config) -> Call:
-    """The step of `simplernn_jax.training`, as training runs it on one device."""
-    optimizer = make_optimizer(config.optimizer, _STEPS)
-    step = train_step.make_train_step(config, optimizer)
-    init = functools.partial(train_step.init_train_state, config, optimizer)
-    return compiled_step(step, init, random_batch(config))
+    """The step of `simplernn_jax.training` on random tokens, compiled."""
+    lowered, make_state = lower_step(config)
+    return repeated(lowered.compile(), make_state(), random_batch(config))
 
 
 class Trained(NamedTuple):
@@ -167,17 +169,13 @@ def train_on_corpus(config: Config, workdir: str, seed: int = 0) -> Trained:
     """
     config, corpus = prepare(config, workdir)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
-    mesh = make_mesh(config.mesh)
+    mesh, pad_id = make_mesh(config.mesh), corpus.tokenizer.pad_id
     check_fits(config, mesh)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, mesh)
-    pad_id = corpus.tokenizer.pad_id
     batches = make_batches(corpus.train, config.data, seed, pad_id)
-    shardings = train_step.state_shardings(config, optimizer, mesh)
-    init = jax.jit(lambda: train_step.init_train_state(config, optimizer), out_shardings=shardings)
-    state, first = init(), next(batches)
-    jitted: Any = train_step.make_train_step(config, optimizer, mesh)
-    step = jitted.lower(state, first).compile()
-    state, _ = jax.block_until_ready(step(state, first))
+    first = next(batches)
+    lowered, make_state = lower_step(config, first, config.train.steps)
+    step = lowered.compile()
+    state, _ = jax.block_until_ready(step(make_state(), first))
     seconds = []
     for done in range(1, config.train.steps, TIMED_STEPS):
         steps = min(TIMED_STEPS, config.train.steps - done)

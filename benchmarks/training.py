@@ -1,4 +1,4 @@
-"""Train steps: `pytorch_reference` beside other implementations, `base` and `small` beside matmuls.
+"""Train steps: `pytorch_reference` and other implementations, `base` and `small` and matmuls.
 
 `pytorch_reference` by four programs that learn from the same tokens: ours; ours by `scan`; a stack
 of Flax's GRU cells of the same width; the same equations as an eager PyTorch loop over time.
@@ -8,7 +8,7 @@ counts 6 operations per parameter and token (one matmul forward, two backward).
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -48,11 +48,12 @@ def run(effort: Effort) -> Iterator[Table]:
     """Tables of both comparisons."""
     reference = "pytorch_reference"
     title = f"train: {reference}, B {BATCH}, T {LENGTH}, float32"
-    yield title, compare_programs(load_config(reference, BATCH, LENGTH), effort)
+    yield Table(title, compare_programs(load_config(reference, BATCH, LENGTH), effort))
     for name, (batch, length) in _SHARES.items():
         config = load_config(name, batch, length)
         title = f"train: {name}, {count_parameters(config):,} parameters, B {batch}, T {length}"
-        yield f"{title}; 6 * parameters * tokens per step", compare_precisions(config, effort)
+        title += "; 6 * parameters * tokens per step"
+        yield Table(title, compare_precisions(config, effort))
 
 
 def compare_programs(config: Config, effort: Effort) -> list[Row]:
@@ -109,15 +110,18 @@ def compare_precisions(config: Config, effort: Effort, size: int = 2048) -> list
 def gru_step(config: Config) -> Call:
     """A step of Adam on a `GRUStack` of the same sizes, with the same loss."""
     optimizer = optax.adam(config.optimizer.learning_rate)
-    graph = nnx.graphdef(nnx.eval_shape(lambda: GRUStack(config.model, nnx.Rngs(0))))
-
-    def start() -> Any:
-        params = nnx.state(GRUStack(config.model, nnx.Rngs(0)))
-        return params, optimizer.init(params)
+    graph, params = nnx.split(GRUStack(config.model, nnx.Rngs(0)))
 
     def mean_loss(params: Any, batch: Batch) -> jax.Array:
         logits = nnx.merge(graph, params)(batch.tokens)
         return jnp.sum(cross_entropy(logits, batch.targets, batch.loss_mask)) / batch.targets.size
+
+    state, step = (params, optimizer.init(params)), jitted_step(mean_loss, optimizer)
+    return train_steps.repeated(step, state, train_steps.random_batch(config))
+
+
+def jitted_step(mean_loss: Callable[[Any, Batch], jax.Array], optimizer: Any) -> Any:
+    """A step of parameters and optimizer state, which it donates: the next ones, and the loss."""
 
     def step(state: Any, batch: Batch) -> Any:
         loss, gradient = jax.value_and_grad(mean_loss)(state[0], batch)
@@ -125,8 +129,7 @@ def gru_step(config: Config) -> Call:
             updates, opt_state = optimizer.update(gradient, state[1], state[0])
         return (optax.apply_updates(state[0], updates), opt_state), loss
 
-    batch = train_steps.random_batch(config)
-    return train_steps.compiled_step(jax.jit(step, donate_argnums=0), start, batch)
+    return jax.jit(step, donate_argnums=0)
 
 
 class GRUStack(nnx.Module):

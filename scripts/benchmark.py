@@ -1,28 +1,28 @@
-"""Measure speed and memory beside baselines and the machine's peak throughput, in one run.
+"""Measure speed and memory, compared with baselines and the machine's peak throughput.
 
     python scripts/benchmark.py ops [train decode serve startup memory scaling sizes growth]
     python scripts/benchmark.py attention --out FOLDER [--quick]
-    python scripts/benchmark.py ladder --rungs NAMES --out FOLDER [--seconds S[,S...]]
+    python scripts/benchmark.py baselines --configs NAMES --out FOLDER [--seconds S[,S...]]
         [--programs NAMES] [--rates RATES] [--seeds N] [--source TEXT]
 
-    ops        the recurrence, forward and backward, beside scan
-    train      train steps, beside other implementations of the model
-    decode     time per generated token, beside recomputing the prefix
+    ops        the recurrence, forward and backward, compared with scan
+    train      train steps, compared with other implementations of the model
+    decode     time per generated token, compared with recomputing the prefix
     startup    imports, and the first train step with and without a compilation cache
     memory     memory of a train step against the length of its sequence
     sizes      memory and communication of a train step of small and gpt2_size on eight devices
-    serve      the server under load, beside generation in process
+    serve      the server under load, compared with generation in process
     scaling    the techniques to scale training, A to F, and their effects
     growth     time and memory against parameters, length, batch, corpus and devices, with slopes;
                --largest_corpus sets the largest text
     attention  SimpleRNN against self-attention in six aspects, as a table with plots;
                --quick measures small sizes, --only a part of it
-    ladder     held-out loss against training time of configurations, --rungs, and of their
-               peers: nanoGPT's architecture, an LSTM and a GRU, for --seconds each
+    baselines  held-out loss against training time of configurations, --configs, and of nanoGPT's
+               architecture, an LSTM and a GRU, for --seconds each
 
-Except in attention, ladder and growth, candidates run in alternating blocks of one process
+Except in attention, baselines and growth, candidates run in alternating blocks of one process
 (A B A B ...), compiled and warmed up; the first call of every block is dropped. Times are medians;
-a ratio is the median over blocks.
+a ratio is the median over blocks. Tables that --out has from earlier runs stay there.
 """
 
 import bootstrap
@@ -30,84 +30,63 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
-import functools
 import itertools
-import json
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from benchmarks import (
-    decoding,
-    growth,
-    measure,
-    memory,
-    recurrence,
-    scaling,
-    serving,
-    sizes,
-    startup,
-    tables,
-    training,
-)
-from benchmarks.attention import corpus, report, resources, synthetic
-from benchmarks.ladder import peers, requests
-from benchmarks.ladder import report as ladder
-from simplernn_jax import command_line, process_start
-from simplernn_jax.config_files import config_names
+from benchmarks import decoding, growth, recurrence, scaling, serving, sizes, startup, training
+from benchmarks.attention import MEASUREMENTS, aspects
+from benchmarks.baselines import report
+from benchmarks.baselines.programs import LOOKS
+from benchmarks.measure import Effort
+from benchmarks.tables import Results, Table
+from simplernn_jax import command_line, config_files, process_start
 from simplernn_jax.devices import check_devices
 from simplernn_jax.errors import UserError, nearest_name
-from simplernn_jax.files import check_output, write_file
 
-BENCHMARKS = {
+COMPARISONS: dict[str, Callable[[Effort], Iterator[Table]]] = {
     "ops": recurrence.run,
     "train": training.run,
     "decode": decoding.run,
     "startup": startup.run,
-    "memory": memory.run,
+    "memory": lambda _: sizes.run_memory(),
     "scaling": scaling.run,
     "serve": serving.run,
-    "sizes": sizes.run,
+    "sizes": lambda _: sizes.run(),
     "growth": growth.run,
 }
-MEASUREMENTS = {
-    "parallelism": resources.measure_parallelism,
-    "recall": synthetic.measure_recall,
-    "distance": synthetic.measure_distance,
-    "memory": resources.measure_memory,
-    "cost": resources.measure_cost,
-    "communication": resources.measure_communication,
-    "corpus": corpus.measure_corpus,
-    "interpretability": corpus.measure_interpretability,
-}
-"""Measurements of attention, in the order of their aspects in its table."""
-ATTENTION, LADDER = ALONE = "attention", "ladder"
-"""Have a folder of results to themselves, and other flags than an effort."""
+GROWTH, ATTENTION, BASELINES = "growth", "attention", "baselines"
+NAMES = (*COMPARISONS, ATTENTION, BASELINES)
 
-_ARGUMENTS = command_line.define_arguments(" ".join([*BENCHMARKS, *ALONE]))
-_OUT = flags.DEFINE_string("out", None, "Folder of results.json and the plots.")
+_ARGUMENTS = command_line.define_arguments(" ".join(NAMES))
+_OUT = flags.DEFINE_string("out", None, "Folder of results.json, table.md and the plots.")
 _QUICK = flags.DEFINE_bool("quick", False, "attention: use small sizes.")
 _ONLY = flags.DEFINE_list(
-    "only",
-    list(MEASUREMENTS),
-    "attention: measurements to run; the others are taken from the results in the folder.",
+    "only", list(MEASUREMENTS), f"attention: measurements, any of {', '.join(MEASUREMENTS)}."
 )
-_RUNGS = flags.DEFINE_list("rungs", ["base"], "ladder: configurations, such as tiny,shakespeare.")
-_SOURCE = flags.DEFINE_string("source", None, "ladder: text, in place of that of every rung.")
+_CONFIGS = flags.DEFINE_list(
+    "configs", ["base"], "baselines: configurations, such as tiny,shakespeare."
+)
+_SOURCE = flags.DEFINE_string(
+    "source", None, "baselines: text, in place of that of every configuration."
+)
 _SECONDS = flags.DEFINE_list(
     "seconds",
     ["0"],
-    "ladder: seconds of training per program, one number or one for each rung; 0: the steps of its "
-    "settings.",
+    "baselines: seconds of training per program, one number or one for each configuration; 0: the "
+    "steps of its settings.",
 )
-_SEEDS = flags.DEFINE_integer("seeds", 1, "ladder: number of seeds.", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 1, "baselines: number of seeds.", lower_bound=1)
 _PROGRAMS = flags.DEFINE_list(
-    "programs", [], f"ladder: programs to train, any of {', '.join(peers.known_names())}."
+    "programs", [], f"baselines: programs to train, any of {', '.join(LOOKS)}."
 )
 _RATES = flags.DEFINE_list(
-    "rates", [], "ladder: peak learning rates to try for every peer; a single one is used as it is."
+    "rates",
+    [],
+    "baselines: peak learning rates to try for every baseline; a single one is used as it is.",
 )
 _LARGEST_CORPUS = flags.DEFINE_integer(
     "largest_corpus",
@@ -117,72 +96,47 @@ _LARGEST_CORPUS = flags.DEFINE_integer(
 )
 _BLOCKS = flags.DEFINE_integer("blocks", 5, "Number of alternating blocks.", lower_bound=1)
 _CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate.", lower_bound=1)
-EFFORT = _BLOCKS, _CALLS
-"""Flags of all benchmarks but `ALONE`."""
-FLAGS: dict[str, tuple[flags.FlagHolder[Any], ...]] = {
+OF_COMPARISONS = (_BLOCKS, _CALLS)
+OF_BASELINES = (_CONFIGS, _SOURCE, _SECONDS, _SEEDS, _PROGRAMS, _RATES)
+OWN_FLAGS: dict[str, tuple[flags.FlagHolder[Any], ...]] = {
+    **dict.fromkeys(COMPARISONS, OF_COMPARISONS),
+    GROWTH: (*OF_COMPARISONS, _LARGEST_CORPUS),
     ATTENTION: (_QUICK, _ONLY),
-    LADDER: (_RUNGS, _SOURCE, _SECONDS, _SEEDS, _PROGRAMS, _RATES),
-    "growth": (_LARGEST_CORPUS,),
+    BASELINES: OF_BASELINES,
 }
-"""Flags of one benchmark alone."""
+"""Flags of each benchmark, except --out."""
 
 
 def main() -> int:
     """Run the benchmarks that the arguments name, in this order."""
     process_start.raise_on_signals()  # there are temporary folders and children
-    names, known = _ARGUMENTS.value, [*BENCHMARKS, *ALONE]
+    names = _ARGUMENTS.value
     if not names:
-        raise UserError(f"name a benchmark: python scripts/benchmark.py {'|'.join(known)}")
-    _check_names(names, known, "benchmark")
+        raise UserError(f"name a benchmark: python scripts/benchmark.py {'|'.join(NAMES)}")
+    _check_names(names, NAMES, "benchmark")
     _check_names(_ONLY.value or [""], MEASUREMENTS, "measurement")
-    _check_names(_PROGRAMS.value, peers.known_names(), "program")
-    _check_names(_RUNGS.value, config_names(), "configuration")
-    for name in ALONE:
-        if name in names and (len(names) > 1 or not _OUT.value):
-            raise UserError(f"{name}: name its folder, --out; measure the others without it")
-    _check_flags(names)
-    out = Path(command_line.expand_path(_OUT.value, "out")) if _OUT.value else None
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        check_output(out / "results.json")  # before minutes of work
-    check_devices()
-    if out is not None and ATTENTION in names:
-        report.run(MEASUREMENTS, out, _QUICK.value, _ONLY.value)
-        return 0
-    if out is not None and LADDER in names:
-        fields = (flag.value for flag in FLAGS[LADDER])
-        ladder.run(requests.make_requests(*fields), out)
-        return 0
-    effort = measure.Effort(_BLOCKS.value, _CALLS.value)
-    sized = functools.partial(growth.run, largest_corpus=_LARGEST_CORPUS.value)
-    runs = [sized if name == "growth" else BENCHMARKS[name] for name in names]
-    results: dict[str, Any] = {"machine": measure.describe_machine()}
-    for title, rows in itertools.chain.from_iterable(run(effort) for run in runs):
-        print(f"\n{title}\n\n{tables.markdown(rows)}", flush=True)
-        results[title] = rows
-        if out is not None:  # after each, so that a later failure loses nothing
-            write_file(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-            _draw(title, rows, out)
-    return 0
-
-
-def _draw(title: str, rows: list[tables.Row], out: Path) -> None:
-    for module in (memory, serving):
-        if title == module.TITLE:
-            name = module.__name__.rpartition(".")[2]
-            write_file(out / f"{name}.png", module.draw(rows))
-    if title in growth.TITLES:
-        name = f"growth_{growth.TITLES[title]}"
-        write_file(out / f"{name}.png", growth.draw(title, rows))
-
-
-def _check_flags(names: list[str]) -> None:
-    own = {flag.name for name in names for flag in FLAGS.get(name, ())}
-    if not set(names) & set(ALONE):
-        own |= {flag.name for flag in EFFORT}
-    for flag in itertools.chain(EFFORT, *FLAGS.values()):
+    _check_names(_PROGRAMS.value, LOOKS, "program")
+    _check_names(_CONFIGS.value, config_files.config_names(), "configuration")
+    own = {flag.name for name in names for flag in OWN_FLAGS[name]}
+    for flag in itertools.chain(*OWN_FLAGS.values()):
         if flag.present and flag.name not in own:
             raise UserError(f"--{flag.name}: not of {names[0]}; see --help")
+    results = Results(Path(command_line.expand_path(_OUT.value, "out")) if _OUT.value else None)
+    check_devices()
+    effort = Effort(_BLOCKS.value, _CALLS.value)
+    for name in names:
+        if name == ATTENTION:
+            tables = aspects.run(MEASUREMENTS, _ONLY.value, _QUICK.value, results.tables)
+        elif name == BASELINES:
+            requests = report.make_requests(*(flag.value for flag in OF_BASELINES))
+            tables = report.run(requests, results)
+        elif name == GROWTH:
+            tables = growth.run(effort, _LARGEST_CORPUS.value)
+        else:
+            tables = COMPARISONS[name](effort)
+        for table in tables:  # written one by one, so that a later failure loses nothing
+            results.add(table)
+    return 0
 
 
 def _check_names(names: Iterable[str], known: Collection[str], kind: str) -> None:

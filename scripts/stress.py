@@ -1,6 +1,6 @@
 """Try to break what this project promises, and report what failed.
 
-    python scripts/stress.py kill damage -n 20
+    python scripts/stress.py kill corruption -n 20
     python scripts/stress.py quick
     python scripts/stress.py all --seed 1 --out reliability.md
 
@@ -21,8 +21,20 @@ from pathlib import Path
 
 from absl import flags
 
-from benchmarks.stress.catalog import EXPERIMENTS
-from benchmarks.stress.experiment import check_packages, run_experiment, table
+from benchmarks import tables
+from benchmarks.stress import (  # noqa: F401 - each registers its experiments
+    corruption,
+    determinism,
+    faults,
+    fuzz,
+    hosts,
+    non_finite,
+    numerics,
+    resume,
+    scripts,
+    soak,
+)
+from benchmarks.stress.experiment import EXPERIMENTS, check_packages, run_experiment
 from simplernn_jax import command_line, process_start
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
@@ -46,18 +58,16 @@ def main() -> int:
     chosen = list(EXPERIMENTS) if names in (["quick"], ["all"]) else names
     if not chosen or not set(chosen) <= EXPERIMENTS.keys():
         raise UserError(f"name experiments, quick or all; there are {', '.join(EXPERIMENTS)}")
-    check_packages({name: EXPERIMENTS[name] for name in chosen})
-    summaries = []
+    check_packages(chosen)
+    rows: list[tables.Row] = []
     with tempfile.TemporaryDirectory(prefix="stress-") as folder:
         for name in dict.fromkeys(chosen):
             experiment = EXPERIMENTS[name]
             count = _COUNT.value or (experiment.quick if is_quick else experiment.full)
-            path = Path(folder, name)
-            summaries.append(run_experiment(name, experiment, path, count, _SEED.value))
+            rows.append(run_experiment(name, Path(folder, name), count, _SEED.value))
             if _OUT.value is not None:  # after each, since all of them take hours
-                text = table(summaries, EXPERIMENTS, _SEED.value)
-                write_file(_OUT.value, text.encode())
-    return int(any(summary.failures for summary in summaries))
+                write_file(_OUT.value, tables.markdown(rows).encode())
+    return int(any(row["failed"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""``benchmark.py attention`` at tiny sizes: counts, tasks, learning and the report."""
+"""``benchmark.py attention`` at tiny sizes: counts, tasks, learning and the table of aspects."""
 
-import functools
 import math
 
 import jax
@@ -9,11 +8,11 @@ import numpy as np
 import pytest
 
 from benchmarks import train_steps
-from benchmarks.attention import corpus, report, resources, synthetic, tasks
+from benchmarks.attention import aspects, corpus, resources, synthetic
+from benchmarks.attention.aspects import ATTENTION, RECURRENCE, VARIANTS, Measured, config_of, line
 from benchmarks.attention.program_work import count_work
-from benchmarks.attention.report import ATTENTION, RECURRENCE, VARIANTS, config_of, line
-from benchmarks.train_steps import BY_CHUNKS, count_parameters, state_bytes
-from simplernn_jax.errors import UserError
+from benchmarks.tables import Results
+from benchmarks.train_steps import BY_CHUNKS, count_parameters
 from simplernn_jax.ops import gated_linear_recurrence
 
 pytestmark = pytest.mark.oldest_python
@@ -41,41 +40,20 @@ def test_operations_and_their_chain_are_counted(function, arguments, work):
     assert count_work(function, *arguments) == work
 
 
-def test_rematerialization_counts():
-    def gradient_flops(function):
-        return count_work(jax.grad(lambda x: jnp.sum(jnp.sin(function(x)))), X).flops
-
-    def function(x):
-        return jnp.sin(jnp.exp(x))
-
-    # The exponential is recomputed for its cosine.
-    assert gradient_flops(jax.checkpoint(function)) >= gradient_flops(function) + M * N
-
-
-def test_our_operations_count_as_their_default_form_and_unknown_ones_are_refused():
+def test_our_operations_count_as_their_default_form_and_unknown_ones_are_rejected():
     """In chunks, the recurrence takes at least the matmuls of its definition."""
     arrays = [jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.float32)] * 4
     for recurrence in (gated_linear_recurrence, BY_CHUNKS):
         counted = count_work(recurrence, *arrays)
         assert counted.flops > 2 * 2 * 64 * 2 * 8 * 8
         assert counted.chain > 1
-
     with pytest.raises(ValueError, match="the work of while cannot be counted"):
         count_work(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, jnp.sin, x), X)
 
 
-def test_variants_have_the_same_parameters_and_the_growth_of_theory(monkeypatch):
-    config_of_layer = functools.partial(config_of, num_layers=1)
-    monkeypatch.setattr(resources, "config_of", config_of_layer)
-    ours, theirs = (count_parameters(config_of_layer(variant, 256)) for variant in VARIANTS)
+def test_variants_have_the_same_parameters_and_the_flops_of_theory():
+    ours, theirs = (count_parameters(config_of(variant, 256)) for variant in VARIANTS)
     assert abs(ours - theirs) < 0.02 * ours
-    model = config_of_layer(RECURRENCE, 1).model
-    heads, width = model.num_heads, model.hidden_dim
-    recurrent = 4 * (heads * (width // heads) ** 2 + 3 * width)
-    for length in (256, 1024):
-        assert state_bytes(config_of_layer(RECURRENCE, length).model) == recurrent
-        cached = 4 * (2 * length * width + 3 * width + 1)
-        assert state_bytes(config_of_layer(ATTENTION, length).model) == cached
     counts = resources.count_mflops((256, 512))
     for kind, passes in (("training", 3), ("prefill", 1), ("decode", 1)):
         curves = counts[f"MFLOPs/token, {kind}"]
@@ -107,9 +85,7 @@ def test_a_device_receives_the_same_at_every_length_and_more_with_attention():
         (100.0, 103.0, {}, "equal"),
         (1.0, None, {}, ""),
         (1.0, 2.0, {"is_decisive": False}, ""),
-        (1.9, 1.8, {"tolerance": 0.02}, "attention"),
         (1.81, 1.8, {"tolerance": 0.02}, "equal"),
-        (0.9, 0.5, {"tolerance": 0.05, "more_is_better": True}, "SimpleRNN"),
     ],
 )
 def test_the_better_variant_is_named(ours, theirs, options, better):
@@ -137,66 +113,34 @@ def answer_needle(seen):
     return seen[seen.index(11) + 1]
 
 
-TASKS = {
-    "recall": (tasks.recall((2, 5), 17, 7), answer_recall),
-    "copy": (tasks.copying(17, 3, 5, scattered=False), answer_copy),
-    "scattered": (tasks.copying(17, 3, 5, scattered=True), answer_copy),
-    "needle": (tasks.needle((1, 4, 11), 19, 5), answer_needle),
-}
-BATCH, KEYS = 37, ((3, 5), (3, 6), (4, 5))
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_answers_of_a_task_follow_from_what_came_before(name):
-    task, solve = TASKS[name]
-    batch = task.batch(BATCH, 3, 5)
-    equal = [(task.batch(BATCH, *key).tokens == batch.tokens).all() for key in KEYS]
+@pytest.mark.parametrize(
+    ("task", "solve"),
+    [
+        (synthetic.recall((2, 5), 17, 7), answer_recall),
+        (synthetic.copying(17, 3, 5, scattered=False), answer_copy),
+        (synthetic.copying(17, 3, 5, scattered=True), answer_copy),
+        (synthetic.needle((1, 4, 11), 19, 5), answer_needle),
+    ],
+)
+def test_answers_of_a_task_follow_from_what_came_before(task, solve):
+    batch = task.batch(37, 3, 5)
+    keys = ((3, 5), (3, 6), (4, 5))
+    equal = [(task.batch(37, *key).tokens == batch.tokens).all() for key in keys]
     assert equal == [True, False, False]
-    for part, dtype in zip(batch[:4], (np.int32, np.int32, bool, np.int32), strict=True):
-        assert (part.shape, part.dtype) == ((BATCH, task.length), dtype)
-    assert batch.reset.all()
-    assert not batch.segment_ids.any()
     assert min(batch.tokens.min(), batch.targets.min()) >= 0
     assert max(batch.tokens.max(), batch.targets.max()) < task.vocab_size
     for tokens, targets, mask in zip(batch.tokens, batch.targets, batch.loss_mask, strict=True):
         asked = np.flatnonzero(mask)
         assert len(asked) >= 2
         assert [targets[i] for i in asked] == [solve(tokens[: i + 1].tolist()) for i in asked]
-        assert (targets[~mask] == tasks.BLANK).all()
 
 
-def test_queries_and_symbols_are_where_they_should_be():
-    first = {name: task.batch(BATCH, 0, 0) for name, (task, _) in TASKS.items()}
-    batch = first["recall"]
-    counts = batch.loss_mask.sum(axis=1)
-    assert set(counts) == {2, 5}
-    for tokens, targets, mask, count in zip(*batch[:3], counts, strict=True):
-        keys, values = tokens[0 : 2 * count : 2], tokens[1 : 2 * count : 2]
-        assert len(set(keys)) == len(set(values)) == count
-        assert (set(tokens[mask]), set(targets[mask])) == (set(keys), set(values))
-        assert not mask[: 2 * count].any()
-        assert (tokens[2 * count :][~mask[2 * count :]] == tasks.BLANK).all()
-
-    in_front, anywhere = (
-        first[name].tokens[:, :14] != tasks.BLANK for name in ("copy", "scattered")
-    )
-    assert (in_front == (np.arange(14) < 3)).all()
-    assert (anywhere.sum(axis=1) == 3).all()
-    assert anywhere.any(axis=0).all()
-
-    begins = np.argmax(first["needle"].tokens == 11, axis=1)
-    for mask, begin in zip(first["needle"].loss_mask, begins, strict=True):
-        assert np.flatnonzero(mask).tolist() == [begin + 2, begin + 5, begin + 12]
-    assert set(begins) == set(range(7))
-
-
-COPY = tasks.copying(6, 2, 3, scattered=False)
+COPY = synthetic.copying(6, 2, 3, scattered=False)
 
 
 def test_a_small_model_learns_to_copy_through_a_curriculum():
     stages = [(COPY, 60, 32), (COPY, 60, 16)]
     trained = synthetic.train(synthetic.variant(f"{RECURRENCE} 8 x 8", 6), stages, "muon", 3e-2)
-    assert trained.config.train.steps == 120
     assert trained.loss < 0.5 * math.log(3)
     assert synthetic.accuracy(trained, COPY, 64) > 0.7
 
@@ -210,64 +154,37 @@ def test_a_variant_is_trained_at_every_rate_and_the_best_is_tested(monkeypatch):
     monkeypatch.setattr(synthetic, "train", train)
     monkeypatch.setattr(synthetic, "accuracy", lambda trained, *_: trained.loss)
     rates = [("muon", 1e-2), ("muon", 2e-2), ("adamw", 1e-3)]
-    tests = {"copy": {6: COPY}}
-    found = synthetic.evaluate([synthetic.PLAIN, ATTENTION], [], tests, rates, 8)
-    assert [row["best rate"] for row in found["rows"]] == ["adamw 0.001", "muon 0.02"]
-    assert [len(row["training loss by rate"]) for row in found["rows"]] == [3, 2]
-    curves = {synthetic.PLAIN: {"6": 0.25}, ATTENTION: {"6": 0.5}}
-    assert found["curves"] == {"copy": curves}
+    names = [synthetic.PLAIN, f"{RECURRENCE} 8 x 8", f"{RECURRENCE} 64 x 64", ATTENTION]
+    rows, found = synthetic.evaluate(names, [], {"copy": {6: COPY}}, rates, 8)
+    assert [row["best rate"] for row in rows] == ["adamw 0.001", *3 * ["muon 0.02"]]
+    assert found["copy"][synthetic.PLAIN] == {"6": 0.25}
+    # Of the recurrences, that with the number of parameters of attention is compared.
+    found["copy"][names[2]] = {"6": 0.75}
+    compared = synthetic.matched(rows, found, "copy", 6, "tokens")
+    assert [compared[variant] for variant in VARIANTS] == [75, 50]
 
 
-def test_distances_are_tested_up_to_four_times_those_of_training():
-    for title, (task, tests) in synthetic.distance_tasks().items():
-        for x, test in tests.items():
-            assert test.vocab_size == task.vocab_size
-            (asked,) = np.flatnonzero(test.batch(1, 0, 0).loss_mask)[-1:]
-            assert asked >= x if title == "needle" else asked + 1 == test.length == x
-        trained = synthetic.DISTANCES[-1] if title == "needle" else task.length
-        assert max(tests) == 4 * trained
+def test_the_table_of_aspects_keeps_the_lines_of_earlier_measurements(tmp_path):
+    values = {RECURRENCE: {"256": 1.0, "1024": 2.0}, ATTENTION: {"256": 3.0, "1024": 40.0}}
 
+    def first(quick):
+        """Text of the first."""
+        curves = {"quantity": values}
+        return Measured(aspects.lines_of("first aspect", curves), curves)
 
-def test_models_with_the_same_number_of_parameters_are_compared():
-    sizes = {"SimpleRNN 8 x 8": 9, "SimpleRNN 64 x 64": 99, ATTENTION: 10, synthetic.PLAIN: 9}
-    rows = [{"model": model, "parameters": size} for model, size in sizes.items()]
-    curves = {model: {"16": 0.53 + 0.09 * i} for i, model in enumerate(sizes)}
-    found = synthetic.matched({"rows": rows, "curves": {"recall": curves}}, "recall", 16, "pairs")
-    assert found["measured"] == "accuracy in %, recall, 16 pairs"
-    assert [round(found[v]) for v in VARIANTS] + [found["better"]] == [53, 71, "attention"]
+    def second(quick):
+        """Text of the second."""
+        lines = [line("second aspect", "", dict.fromkeys(VARIANTS, 1))]
+        return Measured(lines, rows=[{"a": f"quick={quick}"}])
 
-
-VALUES = {RECURRENCE: {"256": 1.0, "1024": 2.0}, ATTENTION: {"256": 3.0, "1024": 40.0}}
-
-
-def measure_first(quick):
-    """Text of the first."""
-    return report.with_lines("first aspect", {"quantity": VALUES, "other": VALUES}) | {"x": "X"}
-
-
-def measure_second(quick):
-    """Text of the second."""
-    return {
-        "rows": [{"a": f"quick={quick}"}],
-        "lines": [line("second aspect", "", dict.fromkeys(VARIANTS, 1))],
-    }
-
-
-def test_the_report_keeps_other_results_and_has_all_aspects_and_pictures(tmp_path, capsys):
-    measurements = {"first": measure_first, "second": measure_second}
-    report.run(measurements, tmp_path, True, ["second"])
-    report.run(measurements, tmp_path, False, ["first"])
-    page = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert "| other, T 1,024 " in capsys.readouterr().out
-    parts = ("| first aspect ", "| second aspect ", "Text of the first.", "](first.png)", "| X ")
-    parts += ("Text of the second.", "| quick=True ", "| first       | 0 ", "| second      | 1 ")
-    positions = [page.index(part) for part in parts]
-    assert positions == sorted(positions)
+    for quick, name in ((True, "second"), (False, "first")):
+        results = Results(tmp_path)
+        measurements = {"first": first, "second": second}
+        for table in aspects.run(measurements, [name], quick, results.tables):
+            results.add(table)
+    found = results.tables["attention: six aspects"].rows
+    assert [row["aspect"] for row in found] == 2 * ["first aspect"] + ["second aspect"]
+    assert found[1]["measured"] == "quantity, T 1,024"
+    assert results.tables["attention: second, models"].rows == [{"a": "quick=True"}]
+    assert results.tables["attention: second"].text == "Text of the second. Small sizes."
     assert (tmp_path / "first.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("other", ["{", "[]", '{"format": 1}'])
-def test_results_of_something_else_are_refused(tmp_path, other):
-    (tmp_path / "results.json").write_text(other, encoding="utf-8")
-    with pytest.raises(UserError, match=r"results.json: not results of this benchmark"):
-        report.run({}, tmp_path, True, [])

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,6 +16,7 @@ from processes import ROOT, assert_each_refused
 
 from benchmarks import decoding, measure, recurrence, tables, train_steps, training
 from benchmarks.measure import Effort
+from benchmarks.tables import Results, Table
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus
 from simplernn_jax.errors import UserError
@@ -68,7 +68,31 @@ def test_tables_are_markdown():
     assert tables.markdown(rows) == table
 
 
-def test_a_function_in_a_fresh_process_answers_or_its_failure_is_reported(capfd):
+def test_a_folder_keeps_the_tables_of_earlier_runs(tmp_path, capsys):
+    curves = {"ms": {"ours": {"8": 1.0, "16": 3.0}, "theirs": {"8": 2.0}}}
+    Results(tmp_path).add(Table("first", (), curves, "tokens", "plot", "A text."))
+    assert "| 16     | 3.000 |" in capsys.readouterr().out
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    results = Results(tmp_path)
+    results.add(Table("second", [{"a": 1}], data={"more": [1]}))
+    results.add(Table("second", [{"a": 2}], data={"more": [2]}))
+    page = (tmp_path / "table.md").read_text()
+    parts = ("## first", "](plot.png)", "A text.", "ms:\n\n", "## second", "| 2 |", "| first  ")
+    positions = [page.index(part) for part in parts]
+    assert positions == sorted(positions)
+    assert Results(tmp_path).tables["second"].data == {"more": [2]}
+    for other in ("{", "[]", '{"format": 1}'):
+        (tmp_path / "results.json").write_text(other)
+        with pytest.raises(UserError, match=r"results.json: not results of this program"):
+            Results(tmp_path)
+
+
+def test_a_function_in_a_fresh_process_answers_or_its_failure_is_reported(
+    capfd, tmp_path, monkeypatch
+):
+    (tmp_path / "random.py").write_text("raise ImportError")  # nothing is imported from there
+    monkeypatch.chdir(tmp_path)
+    assert measure.call_isolated(os.getcwd) == str(tmp_path)
     name, variable = "BENCHMARK_TEST", "a value"
     assert measure.call_isolated(os.getenv, {name: variable}, key=name) == variable
     with pytest.raises(subprocess.CalledProcessError):
@@ -78,18 +102,6 @@ def test_a_function_in_a_fresh_process_answers_or_its_failure_is_reported(capfd)
         measure.call_isolated(open_corpus, config=DataConfig(source="nowhere"))
 
 
-def test_a_function_in_a_fresh_process_has_the_callers_folder(tmp_path, monkeypatch):
-    (tmp_path / "random.py").write_text("raise ImportError")  # nothing is imported from there
-    monkeypatch.chdir(tmp_path)
-    assert measure.call_isolated(os.getcwd) == str(tmp_path)
-
-
-def test_the_machine_and_its_ceiling():
-    assert json.loads(json.dumps(measure.describe_machine()))["jax"]
-    call, flops = measure.matmul((3, 5, 7), (3, 7, 11), "bfloat16")
-    assert (call().dtype, flops) == (jnp.float32, 2 * 3 * 5 * 7 * 11)
-
-
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_peak_of_a_process_counts_freed_memory():
     peak = measure.process_peak(lambda: np.ones(2**24))  # 128 MiB
@@ -97,17 +109,12 @@ def test_peak_of_a_process_counts_freed_memory():
 
 
 @pytest.mark.parametrize("dtype", recurrence.DTYPES)
-def test_ops_tables(dtype, monkeypatch):
-    seconds = {"ours": 0.5, "scan": 3.0, "ceiling": 0.25, "T 8": 2.0, "T 16": 3.0}
-    fixed_times(recurrence, monkeypatch, **seconds)
-    shape = recurrence.Shape(2, 19, 3, 5, 7)
-    row = recurrence.compare_lengths((8, 16), shape, dtype, EFFORT)
-    assert (row["T 8"], row["T 16"], row["T 16 / T 8"]) == (2e6 / 16, 3e6 / 16, 1.5)
-    row = recurrence.compare(shape, dtype, EFFORT)
+def test_rates_of_the_recurrence_count_its_necessary_products(dtype, monkeypatch):
+    fixed_times(recurrence, monkeypatch, ours=0.5, scan=3.0, ceiling=0.25)
+    row = recurrence.compare(recurrence.Shape(2, 19, 3, 5, 7), dtype, EFFORT)
     json.dumps(row)
-    assert [row[f"{name} ms"] for name in ("ours", "chunks", "scan")] == [500, 1000, 3000]
-    assert row["scan / ours"] == 6
     multiply_adds = 2 * 19 * 3 * (2 + 4) * 5 * 7
+    assert (row["ours ms"], row["scan / ours"]) == (500, 6)
     assert row["GFLOP/s"] == pytest.approx(2 * multiply_adds / 0.5 / 1e9)
     assert row["share"] == pytest.approx(row["GFLOP/s"] / row["ceiling GFLOP/s"])
     assert min(row[f"{name} MB"] for name in ("ours", "chunks", "scan")) > 0
@@ -137,65 +144,23 @@ def test_the_pytorch_loop_trains_our_plain_model(tmp_path):
     optimizer = make_optimizer(config.optimizer, 1000)
     start = dataclasses.replace(init_train_state(config, optimizer), params=params)
     step, batch = make_train_step(config, optimizer), train_steps.random_batch(config)
-    ours, loop = train_steps.compiled_step(step, lambda: start, batch), torch_step(config)
+    ours, loop = train_steps.repeated(step, start, batch), torch_step(config)
     losses = [float(ours().loss) for _ in range(5)]
     np.testing.assert_allclose([loop() for _ in range(5)], losses, rtol=1e-5)
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("has_torch", [True, False])
-def test_table_of_programs(has_torch, monkeypatch):
-    monkeypatch.setattr(training.importlib.util, "find_spec", lambda _: has_torch or None)
-    monkeypatch.setattr(training, "make_step", lambda *_: int)
-    monkeypatch.setattr(measure, "call_isolated", lambda *_, **__: 1e6)
-    fixed_times(training, monkeypatch, ours=0.5, **{"PyTorch loop": 2.0})
-    first, *_, last = training.compare_programs(small_config("pytorch_reference"), EFFORT)
-    assert (first["program"], first["tokens/s"]) == ("ours", 2 * 7 / 0.5)
-    if has_torch:
-        assert last["times slower than ours"] == 4
-    else:
-        assert "torch is not installed (pip install -e '.[bench]')" in last["program"]
-
-
 def test_table_of_precisions_counts_six_operations_per_parameter_and_token(monkeypatch):
-    made = []
-
-    def our_step(config):
-        made.append(config.model.precision)
-        return int
-
-    monkeypatch.setattr(training, "our_step", our_step)
+    monkeypatch.setattr(training, "our_step", lambda config: int)
     fixed_times(training, monkeypatch, float32=0.5, bfloat16=0.125, matmul=0.25)
     config = small_config("base")
     float32, bfloat16 = training.compare_precisions(config, EFFORT, size=8)
-    assert made == ["float32", "bfloat16"]
     model = LanguageModel(config.model, rngs=nnx.Rngs(0))
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     flops = 6 * parameters * 2 * 7
     assert (float32["ms/step"], bfloat16["over float32"]) == (500, 4)
     assert bfloat16["tokens/s"] == 2 * 7 / 0.125
-    assert bfloat16["GFLOP/s"] == pytest.approx(flops / 0.125 / 1e9)
     assert bfloat16["share"] == pytest.approx((flops / 0.125) / (2 * 8**3 / 0.25))
-
-
-def test_decode_table(monkeypatch):
-    fixed_times(decoding, monkeypatch, long=2.0, matmuls=0.5, prefill=0.25, streaming=3.0)
-    contexts = {"short": 1, "middle": 2, "long": 9}
-    sizes = {"PREFILL": 8, "STREAMS": 2, "NEW_TOKENS": 5, "CONTEXTS": contexts}
-    for name, value in sizes.items():
-        monkeypatch.setattr(decoding, name, value)
-    candidates, ratios = decoding.compare(small_config("base").model, EFFORT)
-    per_second = {
-        "recompute": 1,
-        "loop": 5,
-        "streams": 2 * 5,
-        "prefill": 8 / 0.25,
-        "matmuls": 5 / 0.5,
-    }
-    per_second |= {"short": 5, "middle": 5, "long": 5 / 2, "streaming": 5 / 3}
-    found = {row["candidate"]: row["tokens/s"] for row in candidates}
-    assert found == pytest.approx(per_second)
-    assert [row["value"] for row in ratios] == pytest.approx([2, 5, 2, 1, 2, 6.4, 3])
 
 
 def test_the_recomputed_token_and_every_matrix_in_the_products():
@@ -206,14 +171,14 @@ def test_the_recomputed_token_and_every_matrix_in_the_products():
     generated = decoding.generate(model, prompt, max_new_tokens=1).tokens
     assert generated[0] == decoding.recompute_call(model, prompt)()
 
-    before = decoding.matrix_vector_products(model, 3)()
+    before = decoding.products_in_xla(model, 3)()
     leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
     matrices = [leaf for path, leaf in leaves if path[-1] in ("kernel", "embedding")]
     assert len(matrices) == 1 + config.num_layers * 8
     for matrix in matrices:
         value = matrix[...]
         matrix.set_value(value[:, ::-1])
-        assert not np.allclose(decoding.matrix_vector_products(model, 3)(), before)
+        assert not np.allclose(decoding.products_in_xla(model, 3)(), before)
         matrix.set_value(value)
 
 
@@ -224,15 +189,19 @@ def test_plain_loops_leave_subnormal_numbers_as_they_are():
 
 
 def test_bad_arguments_are_one_line():
+    baselines = ["baselines", "--out=x"]
     assert_each_refused(
         ROOT / "scripts" / "benchmark.py",
         ([], "name a benchmark: python scripts/benchmark.py ops|train|decode|startup|memory"),
-        (["attention"], "attention: name its folder, --out"),
-        (["attention", "--out=x", "--only=recal"], "'recal': no such measurement; did you mean"),
-        (["attention", "--out=x", "--blocks=2"], "--blocks: not of attention"),
-        (["ops", "attention", "--out=x"], "measure the others without it"),
+        (["attention", "--only=recal"], "'recal': no such measurement; did you mean"),
+        (["attention", "--blocks=2"], "--blocks: not of attention"),
         (["opps"], "'opps': no such benchmark; did you mean 'ops'?"),
         (["ops", f"--out={ROOT / 'README.md'}"], "README.md: file exists"),
         (["ops", "--blocks=0"], "blocks"),
+        (["sizes", "--configs=base"], "--configs: not of sizes"),
+        ([*baselines, "--configs=tiny,bas"], "'bas': no such configuration; did you mean 'base'?"),
+        ([*baselines, "--configs=base,base"], "'base': this configuration is named twice"),
+        ([*baselines, "--programs=lstn"], "'lstn': no such program; did you mean 'lstm'?"),
+        ([*baselines, "--calls=2"], "--calls: not of baselines"),
         imports="benchmarks.scaling",
     )

@@ -1,4 +1,4 @@
-"""``benchmark.py growth`` and ``sizes`` at tiny sizes: results and arithmetic, never a time."""
+"""``benchmark.py growth``, ``sizes`` and ``memory`` at tiny sizes: results, never a time."""
 
 import importlib
 import json
@@ -32,8 +32,8 @@ def test_a_step_on_a_mesh_is_measured_by_kind(monkeypatch):
     monkeypatch.setattr(sizes.config_files, "load_config", lambda _: config)
     monkeypatch.setattr(sizes, "NAMES", ("tiny",))
     monkeypatch.setattr(sizes, "on_simulated_devices", lambda _, call, **given: call(**given))
-    ((_, rows),) = sizes.run(Effort(1, 1))
-    data, fsdp, tensor = json.loads(json.dumps(rows))
+    (table,) = sizes.run()
+    data, fsdp, tensor = json.loads(json.dumps(table.rows))
     assert data["parameters"] == count_parameters(config)
     # Gradients, with a few sums of single numbers.
     assert data["all-reduce"] * 1e6 == pytest.approx(4 * data["parameters"], abs=50)
@@ -42,17 +42,30 @@ def test_a_step_on_a_mesh_is_measured_by_kind(monkeypatch):
     assert tensor["all-reduce"] > fsdp["all-reduce"]
 
 
-def test_growths_have_rows_slopes_and_pictures(monkeypatch, tmp_path):
-    def load(name, batch, length, **fields):
-        return small_config(batch_size=batch, sequence_length=length, **fields)
+def load_small(name, batch, length, **fields):
+    return small_config(batch_size=batch, sequence_length=length, **fields)
 
+
+def test_memory_against_length(monkeypatch):
+    monkeypatch.setattr(sizes, "load_config", load_small)
+    monkeypatch.setattr(sizes, "on_simulated_devices", lambda _, call, **given: call(**given))
+    techniques = {"plain": {}, sizes.SCAN: {}, "sharded": {"sequence": 2}}
+    monkeypatch.setattr(sizes, "TECHNIQUES", techniques)
+    monkeypatch.setattr(sizes, "LENGTHS", (256,))
+    (table,) = sizes.run_memory()
+    ((_, curves),) = table.panels.items()
+    plain, scan, sharded = (curves[name]["256"] for name in techniques)
+    assert sharded < plain != scan
+
+
+def test_growths_have_curves_and_slopes(monkeypatch):
     tokenizers = []
 
     def prepare(config, *rest):
         tokenizers.append(config.tokenizer)
         return prepare_corpus(config, *rest)
 
-    monkeypatch.setattr(growth, "load_config", load)
+    monkeypatch.setattr(growth, "load_config", load_small)
     monkeypatch.setattr(growth, "prepare_corpus", prepare)
     monkeypatch.setattr(growth, "call_isolated", lambda call, **given: call(**given))
     monkeypatch.setattr(growth, "on_simulated_devices", lambda _, call, **given: call(**given))
@@ -61,27 +74,23 @@ def test_growths_have_rows_slopes_and_pictures(monkeypatch, tmp_path):
     smaller["TOKENIZERS"] = {"bytes": ("byte", 100), "BPE": ("bpe:300", 1)}
     for name, value in smaller.items():
         monkeypatch.setattr(growth, name, value)
-    *measured, (title, slopes) = growth.run(Effort(1, 1), largest_corpus=10)
-    assert [title for title, _ in measured] == list(growth.TITLES)
-    assert title not in growth.TITLES
-    for title, rows in json.loads(json.dumps(measured)):
-        assert len(rows) == 2
-        assert growth.draw(title, rows).startswith(b"\x89PNG")
-    parameters, lengths, batches, corpora, devices = (rows for _, rows in measured)
-    assert parameters[0]["memory (MB)"] < parameters[1]["memory (MB)"]
-    assert lengths[1]["memory (MB), whole sequence"] is None
-    assert batches[0]["memory (MB)"] < batches[1]["memory (MB)"]
-    assert [row["MB of text"] for row in corpora] == [1, 10]
-    assert [row["time (ms), BPE"] is None for row in corpora] == [False, True]
-    assert tokenizers == ["byte", "bpe:300", "byte"]
-    assert [row["exchanged (MB), data"] is None for row in devices] == [True, False]
-    assert {row["growth with"] for row in slopes} == set(growth.PICTURES)
+    *tables, slopes = growth.run(Effort(1, 1), largest_corpus=10)
+    assert len({table.picture for table in tables}) == len(tables)
+    parameters, lengths, batches, corpora, devices = (
+        {y.split(",")[0]: each for y, each in table.panels.items()} for table in tables
+    )
+    for smaller, larger in (
+        parameters["memory (MB)"][growth.PLAIN].values(),
+        batches["memory (MB)"][growth.PLAIN].values(),
+    ):
+        assert smaller < larger
+    assert [len(curve) for curve in lengths["memory (MB)"].values()] == [1, 2]
+    assert [list(curve) for curve in corpora["time (ms)"].values()] == [["1", "10"], ["1"]]
+    assert sorted(tokenizers) == ["bpe:300", "byte", "byte"]
+    assert list(devices["exchanged (MB)"]["data"]) == ["2"]
+    assert {row["growth with"] for row in slopes.rows} == {table.x for table in tables}
 
 
 def test_the_slope_of_a_power_is_its_exponent():
     curve = {str(n): 3.0 * n**1.5 for n in (1, 2, 8, 64)}
     assert growth.slope(curve) == pytest.approx(1.5)
-    ends = {"1": 1.0, "2": 2.0, "4": 8.0}
-    (row,) = growth.slopes("x", {"seconds": {"all": ends}})
-    assert row["at the end"] == pytest.approx(2)
-    assert row["slope"] == pytest.approx(1.5)

@@ -1,14 +1,12 @@
-"""``benchmark.py scaling`` and ``memory`` at tiny sizes: results, never a time."""
+"""``benchmark.py scaling`` at tiny sizes: results, never a time."""
 
 import copy
-import json
 
 import jax
-import numpy as np
 import pytest
 from small_runs import small_config, write_corpus
 
-from benchmarks import memory, scaling, train_steps
+from benchmarks import scaling, train_steps
 from benchmarks.measure import Effort
 from simplernn_jax import config as config_lib
 
@@ -28,29 +26,13 @@ def trained(tmp_path_factory):
     return config, train_steps.train_on_corpus(config, str(folder)), folder
 
 
-def test_every_training_is_valid_and_compared_with_the_baseline(monkeypatch, trained):
-    seen = []
-
-    def train(config, workdir, **options):
+def test_every_technique_is_valid_and_trains_on_as_many_tokens():
+    for _, _, given in scaling.TECHNIQUES:
+        fields = {name: given[name] for name in given.keys() - {"seed", "recurrence"}}
+        config = train_steps.change(scaling.small_run(), **fields)
         config_lib.validate(config)
-        seen.append(config)
-        return trained[1]._replace(measured={"nats/token": 2 + len(seen) / 100})
-
-    def train_on_devices(count, function, config, workdir):
-        assert (count, function) == (2, train_steps.measure_on_corpus)
-        return train(config, workdir).measured
-
-    monkeypatch.setattr(train_steps, "train_on_corpus", train)
-    monkeypatch.setattr(scaling, "on_simulated_devices", train_on_devices)
-    rows, plain = scaling.compare(scaling.small_run(), "unused")
-    assert plain.measured == {"nats/token": 2.01}
-    differences = [row["difference"] for row in rows if "difference" in row]
-    np.testing.assert_allclose(differences, np.arange(1, len(seen)) / 100)
-    tokens = scaling.BATCH * scaling.LENGTH
-    assert all(each.data.batch_size * each.data.sequence_length == tokens for each in seen)
-    # Two differ from the plain run only by the form of the recurrence, and two by the seed.
-    assert sum(config == seen[0] for config in seen[1:]) == 4
-    assert {row["technique"][0] for row in rows} == set("=ABCDE+")
+        tokens = config.data.batch_size * config.data.sequence_length
+        assert tokens == scaling.BATCH * scaling.LENGTH
 
 
 def test_a_training_is_measured_and_another_seed_is_another_run_on_the_same_text(trained):
@@ -96,18 +78,3 @@ def test_a_bfloat16_state_loses_more_with_the_position():
     # The first rounding by chunks is after 64 tokens.
     by_chunk = [row["bfloat16, each 64 tokens"] for row in rows]
     assert by_chunk[1] < 1e-5 < 1e-4 < by_chunk[2]
-
-
-def test_memory_against_length(monkeypatch):
-    def load(name, batch, length, **fields):
-        return small_config(batch_size=batch, sequence_length=length, **fields)
-
-    monkeypatch.setattr(memory, "load_config", load)
-    monkeypatch.setattr(memory, "on_simulated_devices", lambda _, call, **given: call(**given))
-    techniques = {"plain": {}, memory.SCAN: {}, "sharded": {"sequence": 2}}
-    monkeypatch.setattr(memory, "TECHNIQUES", techniques)
-    monkeypatch.setattr(memory, "LENGTHS", (256,))
-    ((_, rows),) = memory.run(EFFORT)
-    (row,) = json.loads(json.dumps(rows))
-    assert row["sharded"] < row["plain"] != row[memory.SCAN]
-    assert memory.draw(rows).startswith(b"\x89PNG")

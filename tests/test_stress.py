@@ -1,4 +1,4 @@
-"""Reports of ``scripts/stress.py``; its experiments are run by ``stress.py quick``."""
+"""Registry of ``scripts/stress.py``; its experiments are run by ``stress.py quick``."""
 
 import os
 import random
@@ -10,85 +10,113 @@ import pytest
 from processes import assert_each_refused
 
 from benchmarks.measure import resident_bytes
-from benchmarks.stress import damage
-from benchmarks.stress.damage import damage_file
-from benchmarks.stress.experiment import Case, Experiment, check_packages, run_experiment, table
+from benchmarks.stress import corruption
+from benchmarks.stress.corruption import corrupt_file
+from benchmarks.stress.experiment import (
+    EXPERIMENTS,
+    Case,
+    check_packages,
+    experiment,
+    run_cases,
+    run_experiment,
+)
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.errors import UserError
 
 
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    for name in list(EXPERIMENTS):
+        monkeypatch.delitem(EXPERIMENTS, name)
+
+
 def test_failures_are_reported(tmp_path, capsys):
-    cases = [Case("one", None, "a"), Case("two", "is lost", "b"), Case("three", None, "a")]
-    experiment = Experiment("nothing is lost", lambda *_: iter(cases), 3, 1)
-    summary = run_experiment("losing", experiment, tmp_path / "losing", 3, 7)
-    assert summary.failures == cases[1:2]
+    @experiment(full=3, quick=1)
+    def losing(*_):
+        """Nothing is lost.
+
+        More than the promise.
+        """
+        return [Case("one", None, "a"), Case("two", "is lost", "b"), Case("three", None, "a")]
+
+    row = run_experiment("losing", tmp_path / "losing", 3, 7)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "losing: two: is lost"
     assert lines[1].startswith("losing: 3 cases, 1 failed (2 a, 1 b); ")
-    text = table([summary], {"losing": experiment}, 7)
-    assert "| `losing` | nothing is lost | 3 | 1 | 2 a, 1 b | 0 |" in text
-    nothing = Experiment("it runs", lambda *_: iter([]), 1, 1)
-    assert run_experiment("nothing", nothing, tmp_path / "nothing", 1, 0).failures
+    assert row | {"s": 0} == {
+        **{"experiment": "losing", "promise": "Nothing is lost", "seed": 7},
+        **{"cases": 3, "failed": 1, "kinds": "2 a, 1 b", "s": 0},
+    }
 
 
-def test_an_exception_of_an_experiment_is_its_last_failure(tmp_path, capsys):
-    def run(*_):
+def test_an_exception_or_no_case_is_a_failure(tmp_path, capsys):
+    @experiment(full=3, quick=1)
+    def raising(*_):
         yield Case("one", None)
         raise RuntimeError("no compiler")
 
-    summary = run_experiment("raising", Experiment("it runs", run, 3, 1), tmp_path / "a", 3, 7)
-    assert (summary.cases, len(summary.failures)) == (1, 1)
+    @experiment(full=3, quick=1)
+    def nothing(*_):
+        return []
+
+    row = run_experiment("raising", tmp_path / "a", 3, 7)
+    assert (row["cases"], row["failed"]) == (2, 1)
     assert "RuntimeError: no compiler" in capsys.readouterr().out
+    assert run_experiment("nothing", tmp_path / "b", 3, 7)["failed"] == 1
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_cases_follow_from_their_number_and_the_seed(workers):
+    def draw(seed):
+        cases = run_cases(lambda n, draw: Case(f"{n} {draw.random()}", None), 5, seed, workers)
+        return [case.description for case in cases]
+
+    assert draw(1) == draw(1)
+    assert not set(draw(1)) & set(draw(2))
 
 
 @pytest.mark.oldest_python
-def test_damage_that_nothing_detects_is_found(tmp_path, monkeypatch):
+def test_corruption_that_nothing_detects_is_found(tmp_path, monkeypatch):
     """Without checksums, parameters that were overwritten are loaded, or Orbax fails in its way."""
 
-    def zero_parameters(path, folder, draw):
-        for file in folder.rglob("state/**/d/*"):
-            damage._zero(file, folder, draw)
+    def zero_parameters(folder, draw, top):
+        for file in top.rglob("state/**/d/*"):
+            file.write_bytes(bytes(file.stat().st_size))
+        return "checkpoints/"
 
     def problems(name):
-        return [case.problem for case in damage.workdir(new(tmp_path / name), 4, 1)]
+        (tmp_path / name).mkdir()
+        return [case.problem for case in corruption.corruption(tmp_path / name, 4, 1)]
 
     assert problems("checked") == [None] * 4
     monkeypatch.setattr(CheckpointFolder, "find_corruption", lambda *_: None)
-    monkeypatch.setattr(damage, "_DAMAGES", {"zero the end of all": zero_parameters})
+    monkeypatch.setattr(corruption, "corrupt_file", zero_parameters)
     assert None not in problems("unchecked")
 
 
-def new(folder):
-    folder.mkdir()
-    return folder
-
-
 @pytest.mark.oldest_python
-def test_damage_stays_in_its_folder(tmp_path):
+def test_corruption_stays_in_its_folder(tmp_path):
     """A link of one case would otherwise be followed when the next one copies the whole run."""
-    for name in ("whole", "damaged"):
-        (tmp_path / name / "a" / "b").mkdir(parents=True)
-        (tmp_path / name / "f").mkdir()
-        for path in ("c", "a/d", "a/b/e", "f/g"):
-            (tmp_path / name / path).write_text(path)
+    for path in ("whole/c", "whole/a/d", "whole/a/b/e", "whole/f/g"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(path)
     inode = (tmp_path / "whole").stat().st_ino
     what = set()
     for seed in range(300):
-        shutil.rmtree(tmp_path / "damaged")
-        shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
-        what.add(damage_file(tmp_path / "damaged", random.Random(seed)))
+        shutil.rmtree(tmp_path / "corrupt", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "corrupt")
+        what.add(corrupt_file(tmp_path / "corrupt", random.Random(seed)))
         assert (tmp_path / "whole").stat().st_ino == inode
-    assert {"swap the folder of a/d", "swap the folder of f/g"} <= what
-    assert "swap the folder of c" not in what  # which changes nothing in the folder
+    assert {"swap the folder of a/d", "swap the folder of f/g", "swap the folder of c"} <= what
 
 
 def test_a_missing_package_is_named_before_anything_runs():
-    experiments = {
-        "first": Experiment("it runs", lambda *_: iter([]), 1, 1, package="json"),
-        "second": Experiment("it runs", lambda *_: iter([]), 1, 1, package="no_such_package"),
-    }
-    with pytest.raises(UserError, match=r"^second needs no_such_package; run: pip install"):
-        check_packages(experiments)
+    @experiment(full=1, quick=1, package="no_such_package")
+    def needing(*_):
+        return []
+
+    with pytest.raises(UserError, match=r"^needing needs no_such_package; run: pip install"):
+        check_packages(["needing"])
 
 
 def test_memory_of_a_process_that_has_just_ended():
@@ -100,6 +128,6 @@ def test_memory_of_a_process_that_has_just_ended():
 
 
 def test_says_what_it_can_do():
-    names = "there are kill, signals, hosts, resume"
+    names = "there are corruption, stores, determinism, kill"
     cases = [(words, names) for words in ([], ["kill", "all"], ["unknown"])]
     assert_each_refused("scripts/stress.py", *cases)

@@ -1,1 +1,18 @@
-"""SimpleRNN against self-attention: the same block, data and training, six aspects."""
+"""SimpleRNN compared with self-attention in six aspects."""
+
+from collections.abc import Mapping
+
+from . import corpus, resources, synthetic
+from .aspects import Measurement
+
+MEASUREMENTS: Mapping[str, Measurement] = {
+    "parallelism": resources.measure_parallelism,
+    "recall": synthetic.measure_recall,
+    "distance": synthetic.measure_distance,
+    "memory": resources.measure_memory,
+    "cost": resources.measure_cost,
+    "communication": resources.measure_communication,
+    "corpus": corpus.measure_corpus,
+    "interpretability": corpus.measure_interpretability,
+}
+"""In the order of their aspects in the table."""

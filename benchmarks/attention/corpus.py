@@ -11,12 +11,12 @@ from simplernn_jax.errors import counted
 
 from ..tables import Row
 from ..train_steps import count_parameters, train_on_corpus
-from .report import ATTENTION, RECURRENCE, VARIANTS, config_of, line
+from .aspects import ATTENTION, RECURRENCE, VARIANTS, Measured, config_of, line
 
 LENGTH, BATCH = 256, 8
 
 
-def measure_corpus(quick: bool) -> dict[str, Any]:
+def measure_corpus(quick: bool) -> Measured:
     """Held-out bits/byte of text of the standard library.
 
     It is scored document after document, the state carried; attention sees the last 256 bytes, as
@@ -42,7 +42,7 @@ def measure_corpus(quick: bool) -> dict[str, Any]:
             row = {"variant": variant, "parameters": count_parameters(config_of(variant, LENGTH))}
             row |= {f"rate {rate:g}": loss for rate, loss in tried.items()}
             rows.append(row | {"bits/byte by seed": losses[variant]})
-    return {"rows": rows, "lines": loss_lines(fields["steps"] * LENGTH * BATCH, losses)}
+    return Measured(loss_lines(fields["steps"] * LENGTH * BATCH, losses), rows=rows)
 
 
 def loss_lines(num_bytes: int, losses: dict[str, list[float]]) -> list[Row]:
@@ -57,7 +57,7 @@ def loss_lines(num_bytes: int, losses: dict[str, list[float]]) -> list[Row]:
     return [mean, line("scalability", what, ranges, is_decisive=False)][:seeds]
 
 
-def measure_interpretability(quick: bool) -> dict[str, Any]:
+def measure_interpretability(quick: bool) -> Measured:
     """Relative error of the recurrence's implicit attention map.
 
     Weights times values must equal the output of the definition, and, after norm, gate and
@@ -75,8 +75,11 @@ def measure_interpretability(quick: bool) -> dict[str, Any]:
         "relative error of the implicit attention map": [float(x.operator_error) for x in layers],
         "the same after norm, gate and projection": [float(x.layer_error) for x in layers],
     }
-    lines = [
-        line("interpretability", f"{what}, worst layer", {RECURRENCE: max(each), ATTENTION: None})
-        for what, each in errors.items()
-    ]
-    return {"lines": lines}
+    return Measured(
+        [
+            line(
+                "interpretability", f"{what}, worst layer", {RECURRENCE: max(each), ATTENTION: None}
+            )
+            for what, each in errors.items()
+        ]
+    )

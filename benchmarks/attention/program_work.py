@@ -2,7 +2,7 @@
 
 XLA's own `cost_analysis` counts the body of a loop once and does not see into C functions. Here
 loops count as often as they run, this package's operations count in the form for any platform, and
-other custom calls are refused.
+other custom calls are rejected.
 """
 
 import math

@@ -20,8 +20,8 @@ from ..decoding import decode_call, random_tokens, recompute_call
 from ..measure import Call, Effort, alternate, median, on_simulated_devices
 from ..tables import Curves, curves_of
 from ..train_steps import compile_quickly, with_method
+from .aspects import ATTENTION, RECURRENCE, VARIANTS, Measured, config_of, lines_of
 from .program_work import Work, count_work
-from .report import ATTENTION, RECURRENCE, VARIANTS, config_of, with_lines
 
 CHUNKS, SCAN = f"{RECURRENCE} chunkwise", f"{RECURRENCE} by scan"
 PROGRAMS: dict[str, tuple[str, str]] = {
@@ -54,7 +54,7 @@ def time_calls(
     return times
 
 
-def measure_parallelism(quick: bool) -> dict[str, Any]:
+def measure_parallelism(quick: bool) -> Measured:
     """Time of a train step at constant tokens, and the critical path of one sequence's gradient.
 
     The critical path is the length of the longest chain of dependent array operations. SimpleRNN is
@@ -76,7 +76,7 @@ def measure_parallelism(quick: bool) -> dict[str, Any]:
     chains = curves_of((ATTENTION, CHUNKS, SCAN), lengths, chain)
     curves = times | {f"critical path, {what}": chains}
     in_chunks = {f"{k}, chunkwise": {**v, RECURRENCE: v[CHUNKS]} for k, v in curves.items()}
-    return with_lines("parallelism", times | in_chunks) | {"curves": curves}
+    return Measured(lines_of("parallelism", times | in_chunks), curves)
 
 
 def gradient_work(program: str, length: int, **fields: Any) -> Work:
@@ -89,7 +89,7 @@ def gradient_work(program: str, length: int, **fields: Any) -> Work:
     return count_work(gradient, params, train_steps.random_batch(config), (), key, jnp.int32(0))
 
 
-def measure_cost(quick: bool) -> dict[str, Any]:
+def measure_cost(quick: bool) -> Measured:
     """FLOPs and time per token of one sequence, or after a context, of length T.
 
     FLOPs are counted in the program before XLA, whose own analysis counts the body of a loop
@@ -112,7 +112,7 @@ def measure_cost(quick: bool) -> dict[str, Any]:
     curves = count_mflops(LENGTHS)
     curves["us/token, prefill"] = time_calls(prefill, VARIANTS, prefilled, None, blocks)
     curves["us/token, decode"] = time_calls(decode, VARIANTS, decoded, new_tokens, blocks)
-    return with_lines("computation", curves)
+    return Measured(lines_of("computation", curves), curves)
 
 
 def count_mflops(lengths: Sequence[int]) -> dict[str, Curves]:
@@ -142,7 +142,7 @@ def forward_flops(program: str, length: int, tokens: int) -> float:
     return count_work(last_logits, params, ids, state).flops
 
 
-def measure_memory(quick: bool) -> dict[str, Any]:
+def measure_memory(quick: bool) -> Measured:
     """Working memory of a train step on one sequence by XLA's memory analysis; decoder state."""
     lengths, layers = ((1024, 65536), 1) if quick else (LENGTHS, 4)
 
@@ -150,17 +150,19 @@ def measure_memory(quick: bool) -> dict[str, Any]:
         return train_steps.megabytes(compile_quickly(config_of(variant, length, num_layers=layers)))
 
     def of_state(variant: str, length: int) -> float:
-        return train_steps.state_bytes(config_of(variant, length, num_layers=layers).model) / 1e3
+        model = config_of(variant, length, num_layers=layers).model
+        leaves = jax.tree.leaves(train_steps.abstract_state(model))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 1e3
 
     quantities = {"MB of a train step": of_step, "kB of decoder state": of_state}
     curves = {
         f"{quantity}, {counted(layers, 'layer')}": curves_of(VARIANTS, lengths, value)
         for quantity, value in quantities.items()
     }
-    return with_lines("memory", curves)
+    return Measured(lines_of("memory", curves), curves)
 
 
-def measure_communication(quick: bool) -> dict[str, Any]:
+def measure_communication(quick: bool) -> Measured:
     """Received by a device per layer in a train step on one sequence that is sharded over devices.
 
     Read from the compiled program. Gradients of parameters come on top, the same for both variants
@@ -168,8 +170,8 @@ def measure_communication(quick: bool) -> dict[str, Any]:
     """
     lengths = (4096, 65536) if quick else LENGTHS[1:]
     received = on_simulated_devices(DEVICES, kilobytes_received, lengths=lengths, devices=DEVICES)
-    quantity = f"kB received per device and layer, {DEVICES} devices"
-    return with_lines("scalability", {quantity: received})
+    curves = {f"kB received per device and layer, {DEVICES} devices": received}
+    return Measured(lines_of("scalability", curves), curves)
 
 
 def kilobytes_received(lengths: Sequence[int], devices: int) -> Curves:

@@ -1,1 +1,1 @@
-"""Experiments of ``scripts/stress.py``: each injects faults, and checks what is promised."""
+"""Experiments of ``scripts/stress.py``: each injects faults and checks a promise."""

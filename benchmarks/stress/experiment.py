@@ -1,72 +1,79 @@
-"""Cases of an experiment, and their summary."""
+"""Registry of experiments. Each draws cases from a seed, runs them, and checks one promise."""
 
-import dataclasses
 import importlib.util
+import inspect
+import random
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from simplernn_jax.errors import UserError, counted
 
+from ..tables import Row
+
 
 class Case(NamedTuple):
-    """One injected fault and what came of it."""
+    """One injected fault and its outcome."""
 
     description: str
     problem: str | None
-    """The fault; None if the promise held."""
+    """None if the promise held."""
     kind: str = ""
     """Counted in the summary, such as ``inside a save``."""
 
 
-class Experiment(NamedTuple):
-    """Cases of one promise."""
+Run = Callable[[Path, int, int], Iterable[Case]]
+"""``(empty folder, number of cases, seed) -> cases``; there may be fewer cases."""
 
-    promise: str
-    """Row of the report, a noun phrase."""
-    run: Callable[[Path, int, int], Iterator[Case]]
-    """``(empty folder, number of cases, seed) -> cases``; it may stop early if there are fewer."""
+
+class Experiment(NamedTuple):
+    """A promise, which is the first line of the docstring of `run`, and how to test it."""
+
+    run: Run
     full: int
     """Cases of ``stress.py all``."""
     quick: int
     """Cases of ``stress.py quick``."""
     package: str = ""
-    """Importable name of a package that is needed beyond those of training."""
+    """Importable name of a package that training does not need."""
 
 
-@dataclasses.dataclass
-class Summary:
-    """Outcome of an experiment."""
-
-    name: str
-    cases: int
-    failures: list[Case]
-    kinds: Counter[str]
-    seconds: float
-
-    def line(self) -> str:
-        """Summarize in one line."""
-        kinds = self.kinds_line()
-        return (
-            f"{self.name}: {counted(self.cases, 'case')}, {len(self.failures)} failed"
-            + (f" ({kinds})" if kinds else "")
-            + f"; {self.seconds:.0f} s"
-        )
-
-    def kinds_line(self) -> str:
-        """List the kinds with their numbers of cases."""
-        return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.kinds.items()) if kind)
+EXPERIMENTS: dict[str, Experiment] = {}
 
 
-def check_packages(experiments: Mapping[str, Experiment]) -> None:
+def experiment(full: int, quick: int, package: str = "") -> Callable[[Run], Run]:
+    """Register a function under its name; the arguments are those of `Experiment`."""
+
+    def register(run: Run) -> Run:
+        EXPERIMENTS[run.__name__] = Experiment(run, full, quick, package)
+        return run
+
+    return register
+
+
+def run_cases(
+    run: Callable[[int, random.Random], Case], count: int, seed: int, workers: int = 1
+) -> Iterator[Case]:
+    """Run `count` cases, each with its number and random numbers of its own."""
+    draws = (random.Random(f"{seed} {number}") for number in range(count))
+    if workers == 1:
+        yield from map(run, range(count), draws)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(run, range(count), draws)
+
+
+def check_packages(names: Iterable[str]) -> None:
     """Raise `UserError` if a package of one of the experiments is missing."""
+    needed = {name: EXPERIMENTS[name].package for name in names if EXPERIMENTS[name].package}
     missing = [
-        f"{name} needs {experiment.package}"
-        for name, experiment in experiments.items()
-        if experiment.package and importlib.util.find_spec(experiment.package) is None
+        f"{name} needs {package}"
+        for name, package in needed.items()
+        if importlib.util.find_spec(package) is None
     ]
     if missing:
         raise UserError(
@@ -75,43 +82,37 @@ def check_packages(experiments: Mapping[str, Experiment]) -> None:
         )
 
 
-def run_experiment(
-    name: str, experiment: Experiment, folder: Path, count: int, seed: int
-) -> Summary:
-    """Run cases of an experiment; print each failure as it comes, and the summary.
+def run_experiment(name: str, folder: Path, count: int, seed: int) -> Row:
+    """Run cases of an experiment in `folder`; print each failure as it comes, and a summary.
 
-    An exception of the experiment itself is a failure, and the end of its cases.
+    An exception of the experiment itself is a failure, and the end of its cases. Returns a row of
+    the table of outcomes.
     """
-    start = time.monotonic()
-    summary = Summary(name, 0, [], Counter(), 0.0)
+    start, failed, kinds = time.monotonic(), 0, Counter[str]()
+    run = EXPERIMENTS[name].run
     folder.mkdir()
+    for case in _all_cases(run(folder, count, seed)):
+        kinds[case.kind] += 1
+        if case.problem is not None:
+            failed += 1
+            print(f"{name}: {case.description}: {case.problem}", flush=True)
+    seconds, cases = round(time.monotonic() - start), kinds.total()
+    listed = ", ".join(f"{number:,} {kind}" for kind, number in sorted(kinds.items()) if kind)
+    shown = f" ({listed})" if listed else ""
+    print(f"{name}: {counted(cases, 'case')}, {failed} failed{shown}; {seconds} s", flush=True)
+    promise = (inspect.getdoc(run) or "").partition("\n")[0].rstrip(".")
+    row: Row = {"experiment": name, "promise": promise, "seed": seed, "cases": cases}
+    return row | {"failed": failed, "kinds": listed, "s": seconds}
 
-    def fail(case: Case) -> None:
-        summary.failures.append(case)
-        print(f"{name}: {case.description}: {case.problem}", flush=True)
 
+def _all_cases(cases: Iterable[Case]) -> Iterator[Case]:
+    """Cases, with one that fails if there is none, or if an exception ends them."""
+    found = False
     try:
-        for case in experiment.run(folder, count, seed):
-            summary.cases += 1
-            summary.kinds[case.kind] += 1
-            if case.problem is not None:
-                fail(case)
+        for case in cases:
+            found = True
+            yield case
+        if not found:
+            yield Case("no case", "the experiment did not run")
     except Exception:
-        fail(Case("the experiment", traceback.format_exc().strip()))
-    if not summary.cases:
-        fail(Case("no case", "the experiment did not run"))
-    summary.seconds = time.monotonic() - start
-    print(summary.line(), flush=True)
-    return summary
-
-
-def table(summaries: list[Summary], experiments: dict[str, Experiment], seed: int) -> str:
-    """Format a Markdown table of the outcomes."""
-    lines = [f"Seed {seed}.", "", "| experiment | promise | cases | failed | kinds | s |"]
-    lines.append("|---|---|---:|---:|---|---:|")
-    lines += [
-        f"| `{s.name}` | {experiments[s.name].promise} | {s.cases:,} | {len(s.failures)} "
-        f"| {s.kinds_line()} | {s.seconds:.0f} |"
-        for s in summaries
-    ]
-    return "\n".join(lines) + "\n"
+        yield Case("the experiment", traceback.format_exc().strip())

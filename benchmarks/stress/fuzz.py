@@ -8,33 +8,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from simplernn_jax.project import ROOT
 
-from .experiment import Case
+from .experiment import Case, experiment
 
 OUTCOMES = "outcomes.json"
 """File in which the process leaves the number of inputs by kind, and all failures."""
 _SHOWN = 3000
 
 
-class Reader(NamedTuple):
-    """Something that reads input."""
-
-    name: str
-    examples: list[bytes]
-    """Valid inputs."""
-    read: Callable[[bytes], None]
-    """Use the input; anything but a refusal is a defect, wrong results included."""
-    max_seconds: float = 5.0
-    """CPU time of an input."""
-
-
+@experiment(full=1_000_000, quick=8000, package="atheris")
 def fuzz(folder: Path, count: int, seed: int) -> Iterator[Case]:
-    """Give mutated input to each of the readers."""
+    """Any input to a reader of files, requests or arguments is accepted or rejected in time."""
     words = [sys.executable, "-m", f"{__package__}.fuzz_target", str(folder)]
     words += [str(number) for number in (count, seed, os.getpid())]
     path = os.pathsep.join([str(ROOT), *filter(os.path.isabs, sys.path)])
@@ -45,14 +34,11 @@ def fuzz(folder: Path, count: int, seed: int) -> Iterator[Case]:
     outcomes: dict[str, Any] = {"kinds": {}, "failures": []}
     if (folder / OUTCOMES).exists():  # not after a signal
         outcomes = json.loads((folder / OUTCOMES).read_text())
-    num_inputs = len(outcomes["failures"])
-    for description, problem in outcomes["failures"]:
-        yield Case(description, problem)
+    yield from (Case(*failure) for failure in outcomes["failures"])
     for kind, number in outcomes["kinds"].items():
         yield from [Case("an input", None, kind)] * number
-        num_inputs += number
+    num_inputs = len(outcomes["failures"]) + sum(outcomes["kinds"].values())
     if process.returncode or num_inputs < count:
         end = log.read_bytes()[-_SHOWN:].decode(errors="replace")
-        yield Case(
-            f"input {num_inputs + 1}", f"ended the process with code {process.returncode}: {end}"
-        )
+        problem = f"ended the process with code {process.returncode}: {end}"
+        yield Case(f"input {num_inputs + 1}", problem)

@@ -1,12 +1,12 @@
-"""Readers of data: texts, records, conversations, templates and tokenizers."""
+"""Readers of data for `fuzz`: texts, records, conversations, templates and tokenizers."""
 
 import gzip
 import importlib.util
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 import zstandard
@@ -19,8 +19,6 @@ from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.data.tokenizer_loading import load_tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
-
-from .fuzz import Reader
 
 TEXT = "The naïve café — sells 13 кофе and 茶.\n\tIt <s> closes </s> at five 🙂!\r\n"
 CHAT = [
@@ -37,18 +35,49 @@ CHATML = (
 BYTES = ByteTokenizer()
 
 
+class Reader(NamedTuple):
+    """Something that reads input."""
+
+    name: str
+    examples: Sequence[bytes]
+    """Valid inputs."""
+    read: Callable[[bytes], object]
+    """Use the input; anything but a rejection is a defect, wrong results included."""
+
+
+def of_file(
+    name: str, path: Path, read: Callable[[], object], examples: Sequence[bytes] = ()
+) -> Reader:
+    """A reader of a file, whose present content is the example by default."""
+
+    def write_and_read(content: bytes) -> None:
+        path.write_bytes(content)
+        read()
+
+    return Reader(name, examples or [path.read_bytes()], write_and_read)
+
+
 def data_readers(folder: Path) -> list[Reader]:
     """All readers of data; their files are in `folder`."""
-    return [*_text_readers(folder), *_tokenizer_readers(folder), _template_reader()]
+
+    def render(content: bytes) -> None:
+        template = ChatTemplate(load_template(as_text(content)))
+        template.render(CHAT, add_generation_prompt=True)
+        list(template.pieces([CHAT], only_assistant=True))
+
+    return [
+        *_text_readers(folder),
+        *_tokenizer_readers(folder),
+        Reader("mixture", [b"a/:0.7,b.jsonl:0.3"], lambda x: parse_mixture(as_text(x))),
+        Reader("chat template", [CHATML.encode(), load_template("roles").encode()], render),
+    ]
 
 
 def _text_readers(folder: Path) -> list[Reader]:
-    lines = "".join(json.dumps({"text": text, "n": 1.5}) + "\n" for text in (TEXT, "", "b"))
-    chats = "".join(json.dumps({"messages": CHAT[start:]}) + "\n" for start in (0, 1))
-    chats += "".join(json.dumps(record) + "\n" for record in (SHAREGPT, ALPACA))
-    texts = {".txt": TEXT.encode(), ".txt.gz": gzip.compress(TEXT.encode())}
-    texts[".txt.zst"] = zstandard.compress(TEXT.encode())
-    texts |= {".jsonl": lines.encode(), ".jsonl.gz": gzip.compress(lines.encode())}
+    text, lines = TEXT.encode(), _lines({"text": TEXT, "n": 1.5}, {"text": ""}, {"text": "b"})
+    chats = _lines({"messages": CHAT}, {"messages": CHAT[1:]}, SHAREGPT, ALPACA)
+    texts = {".txt": text, ".txt.gz": gzip.compress(text), ".txt.zst": zstandard.compress(text)}
+    texts |= {".jsonl": lines, ".jsonl.gz": gzip.compress(lines)}
     if importlib.util.find_spec("pyarrow") is not None:
         import pyarrow as pa
         from pyarrow import parquet
@@ -74,14 +103,17 @@ def _text_readers(folder: Path) -> list[Reader]:
                     text = path.read_bytes().decode("utf-8", config.encoding_errors)
                     assert documents == [text.removeprefix("\ufeff")], "another text"
 
-        return Reader(suffix[1:], [content], in_file(path, read))
+        return of_file(suffix[1:], path, read, [content])
 
     return [
         *(reader(suffix, content) for suffix, content in texts.items()),
-        reader(".chat.jsonl", chats.encode(), template="roles"),
-        reader(".chats.jsonl", chats.encode(), template="roles", loss_mask="assistant"),
-        Reader("mixture", [b"a/:0.7,b.jsonl:0.3"], lambda x: void(parse_mixture(as_text(x)))),
+        reader(".chat.jsonl", chats, template="roles"),
+        reader(".chats.jsonl", chats, template="roles", loss_mask="assistant"),
     ]
+
+
+def _lines(*records: object) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
 
 def byte_level_json(*special_tokens: str) -> str:
@@ -118,50 +150,19 @@ def _tokenizer_readers(folder: Path) -> list[Reader]:
             tokenizer.decode(ids)
         tokenizer.decode(range(-2, min(tokenizer.vocab_size + 2, 400)))
 
-    def use_known(tokenizer: Any) -> None:
-        """The alphabet may lack characters, which is a refusal of the text alone."""
+    def use_saved(content: bytes) -> None:
+        tokenizer = tokenizer_from_json(as_text(content))
         tokenizer.decode(tokenizer.encode("a b"))
         try:
             use(tokenizer)
         except UserError:
-            return
+            return  # the alphabet may lack characters of the text
 
+    examples = [text.encode() for text in libraries]
     return [
-        Reader(
-            "saved tokenizer",
-            [text.encode() for text in saved],
-            lambda content: use_known(tokenizer_from_json(as_text(content))),
-        ),
-        Reader(
-            "tokenizer.json",
-            [text.encode() for text in libraries],
-            in_file(path, lambda: use(load_tokenizer(str(path)))),
-        ),
+        Reader("saved tokenizer", [text.encode() for text in saved], use_saved),
+        of_file("tokenizer.json", path, lambda: use(load_tokenizer(str(path))), examples),
     ]
-
-
-def _template_reader() -> Reader:
-    def render(content: bytes) -> None:
-        template = ChatTemplate(load_template(as_text(content)))
-        template.render(CHAT, add_generation_prompt=True)
-        list(template.pieces([CHAT], only_assistant=True))
-
-    templates = [CHATML.encode(), load_template("roles").encode()]
-    return Reader("chat template", templates, render)
-
-
-def in_file(path: Path, read: Callable[[], object]) -> Callable[[bytes], None]:
-    """Write the input to `path` before each call of `read`."""
-
-    def write_and_read(content: bytes) -> None:
-        path.write_bytes(content)
-        read()
-
-    return write_and_read
-
-
-def void(_: object) -> None:
-    """Ignore a result."""
 
 
 def as_text(content: bytes) -> str:

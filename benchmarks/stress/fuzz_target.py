@@ -4,12 +4,11 @@ Its arguments are a folder, the number of inputs, the seed, and the id of its pa
 """
 
 import atexit
-import base64
 import ctypes
 import gc
 import json
-import os
 import random
+import signal
 import sys
 import time
 import traceback
@@ -29,97 +28,51 @@ with atheris.instrument_imports(include=["simplernn_jax"], enable_loader_overrid
     from simplernn_jax.serving.requests import RequestError
 
     from ..measure import resident_bytes
-    from .fuzz import OUTCOMES, Reader
-    from .fuzz_data import data_readers
-    from .fuzz_requests import request_readers
-    from .fuzz_runs import run_readers
+    from .fuzz import OUTCOMES
+    from .fuzz_data import Reader, data_readers
+    from .fuzz_readers import run_readers
     from .mutation import mutated
 
-_REFUSALS = (UserError, RequestError, TemplateError)
-_HANGS_AFTER = 300
-"""Seconds after which libFuzzer ends this process, with the stack of each thread."""
+_REJECTIONS = (UserError, RequestError, TemplateError)
+_MAX_SECONDS, _HANGS_AFTER = 5.0, 300
+"""CPU time of an input, and seconds after which libFuzzer ends this process, with the stacks."""
 _MAX_GROWTH = 256
 """MiB that may be added after the first tenth of the inputs: libFuzzer keeps inputs that reach new
 branches. A leak of 1 kB per input would add 900 MB in a full run."""
 _MAX_BYTES = 1 << 16
 _OURS = 0.8
 """Fraction of the mutations that `mutated` makes; libFuzzer makes the others."""
-_SHOWN = 300
-_MAX_REPEATABLE = 10_000
-"""Bytes of an input that is reported as a whole, in base64."""
+_SHOWN = 10_000
 
 
-class _Target:
-    """Gives inputs to readers and counts what comes of them."""
-
-    def __init__(self, readers: list[Reader], count: int) -> None:
-        self.readers = readers
-        self.warm_up = count // 10
-        self.inputs = 0
-        self.before = 0.0
-        self.kinds: Counter[str] = Counter()
-        self.failures: list[tuple[str, str]] = []
-
-    def give(self, data: bytes) -> None:
-        """Give an input, whose first byte chooses the reader."""
-        if self.inputs == self.warm_up:
-            _release_memory()
-            self.before = resident_bytes(os.getpid())
-        self.inputs += 1
-        if not data:  # libFuzzer's first input
-            self.kinds["empty"] += 1
-            return
-        reader, content = self.readers[data[0] % len(self.readers)], data[1:]
-        problem, kind = _read(reader, content)
-        if problem is None:
-            self.kinds[kind] += 1
-        else:
-            shown = f"{len(content):,} bytes {content[:_SHOWN]!r}"
-            if _SHOWN < len(content) <= _MAX_REPEATABLE:
-                shown += f", in base64 {base64.b64encode(content).decode()}"
-            self.failures.append((f"input {self.inputs}, {reader.name}, {shown}", problem))
-
-    def write(self, path: Path) -> None:
-        """Write the outcomes."""
-        _release_memory()
-        growth = (resident_bytes(os.getpid()) - self.before) / 2**20
-        if self.before and growth > _MAX_GROWTH:
-            self.failures.append(("memory after all inputs", f"{growth:.0f} MiB more are in use"))
-        path.write_text(json.dumps({"kinds": self.kinds, "failures": self.failures}))
-
-
-def _release_memory() -> None:
-    """Return what allocators keep for later: Arrow's keeps the pages of one large column."""
+def _memory() -> float:
+    """MiB in use, without what allocators keep: Arrow's keeps the pages of one large column."""
     gc.collect()
     if "pyarrow" in sys.modules:  # of an extra
         sys.modules["pyarrow"].default_memory_pool().release_unused()
     getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
+    return resident_bytes("self") / 2**20
 
 
-def _read(reader: Reader, content: bytes) -> tuple[str | None, str]:
-    """Give an input to a reader; return what is wrong, and the kind of its outcome."""
+def _read(reader: Reader, content: bytes) -> tuple[str, str | None]:
+    """Give an input to a reader; return the kind of its outcome, and what is wrong."""
     start = time.process_time()
-    problem, kind = None, "accepted"
+    kind, problem = "accepted", None
     try:
         reader.read(content)
-    except _REFUSALS as error:
-        kind = "refused"
-        if not str(error).strip():
-            problem = "refused without a reason"
+    except _REJECTIONS as error:
+        kind, problem = "rejected", None if str(error).strip() else "rejected without a reason"
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # such as a panic of a library in Rust
         place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__}: {str(error)[:_SHOWN]}"
-        problem = f"{reason} at {place.filename}:{place.lineno}"
+        problem = f"{error!r:.300} at {place.filename}:{place.lineno}"
     seconds = time.process_time() - start
-    if problem is None and seconds > reader.max_seconds:
-        problem = f"took {seconds:.1f} s"
-    return problem, kind
+    return kind, f"took {seconds:.1f} s" if seconds > _MAX_SECONDS and not problem else problem
 
 
 def _mutate(data: bytes, max_size: int, seed: int) -> Any:
-    """Mutate an input, but for the byte that chooses the reader."""
+    """Mutate an input, except the byte that chooses the reader."""
     draw = random.Random(seed)
     if not data or draw.random() > _OURS:
         return data[:1] + atheris.Mutate(data[1:], max_size - 1)
@@ -129,21 +82,44 @@ def _mutate(data: bytes, max_size: int, seed: int) -> Any:
 def main(folder: Path, count: int, seed: int, parent: int) -> None:
     """Start from the examples of all readers; this does not return."""
     end_with_parent(parent)
-    readers = [*data_readers(folder), *run_readers(folder), *request_readers(folder)]
+    readers = [*data_readers(folder), *run_readers(folder)]
     corpus = folder / "inputs"
     corpus.mkdir()
     for number, reader in enumerate(readers):
         for index, example in enumerate(reader.examples):
-            reader.read(example)  # or every input would be refused
+            reader.read(example)  # or every input would be rejected
             (corpus / f"{number}_{index}").write_bytes(bytes([number]) + example)
     logging.set_verbosity(logging.FATAL)  # a warning for each input
-    target = _Target(readers, count)
-    atexit.register(target.write, folder / OUTCOMES)
+    kinds: Counter[str] = Counter()
+    failures: list[tuple[str, str]] = []
+    before: list[float] = []
+
+    def give(data: bytes) -> None:
+        """Give an input, whose first byte chooses the reader; libFuzzer's first input has none."""
+        number = kinds.total() + len(failures)
+        if number == count // 10:
+            before.append(_memory())
+        reader, content = readers[(data or b"\0")[0] % len(readers)], data[1:]
+        kind, problem = _read(reader, content)
+        if problem is None:
+            kinds[kind] += 1
+        else:
+            shown = f"{len(content):,} bytes {content[:_SHOWN]!r}"
+            failures.append((f"input {number + 1}, {reader.name}, {shown}", problem))
+
+    def write() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # libFuzzer's, which would kill a slow exit
+        growth = _memory() - before[0] if before else 0.0
+        if growth > _MAX_GROWTH:
+            failures.append(("memory after all inputs", f"{growth:.0f} MiB more are in use"))
+        (folder / OUTCOMES).write_text(json.dumps({"kinds": kinds, "failures": failures}))
+
+    atexit.register(write)
     options = {"atheris_runs": count, "seed": seed + 1, "max_len": _MAX_BYTES, "len_control": 0}
     options |= {"timeout": _HANGS_AFTER, "rss_limit_mb": 0, "detect_leaks": 0}
     words = [f"-{name}={value}" for name, value in options.items()]
     words.append(f"-artifact_prefix={folder}/")
-    atheris.Setup([sys.argv[0], *words, str(corpus)], target.give, custom_mutator=_mutate)
+    atheris.Setup([sys.argv[0], *words, str(corpus)], give, custom_mutator=_mutate)
     atheris.Fuzz()
 
 

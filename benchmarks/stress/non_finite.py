@@ -13,6 +13,8 @@ import numpy as np
 from simplernn_jax.config import Config, MeshConfig
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.errors import UserError
+from simplernn_jax.models import TokenMixer, register_mixer
+from simplernn_jax.models.mixers.token_mixer import find_mixer, make_mixer
 from simplernn_jax.parallel.mesh import make_mesh
 from simplernn_jax.training.loop import check_skips
 from simplernn_jax.training.optimizer import make_optimizer
@@ -25,15 +27,22 @@ from simplernn_jax.training.train_step import (
 
 from ..measure import on_simulated_devices
 from ..train_steps import change, random_documents
-from . import poison
-from .experiment import Case
-from .poison import VALUES, spoil
+from .experiment import Case, experiment
 from .runs import bytes_of
 
+VALUES = {"NaN": np.nan, "+inf": np.inf, "-inf": -np.inf, "overflow": 3e38}
+"""Each in float32; the last is finite, and its square is not."""
 SEQUENCES, LENGTH, VOCAB = 4, 6, 12
 MAX_SKIPS = 4
-PLACES = ("a parameter", "the optimizer's state", "the carried state", "the loss", "the gradient")
-
+PLACES = {
+    "a parameter": "params",
+    "the optimizer's state": "opt_state",
+    "the carried state": "carried",
+}
+"""Fields of the train state in which a value is put; it leaves the last one with a reset."""
+PASSES = {"the loss": 1000, "the gradient": 100_000}
+"""The forward and the backward pass: segment ids of a poisoned sequence are raised by this number
+times that of the value, from 1."""
 MODES: dict[str, dict[str, Any]] = {
     "window": {"mode": "window", "name": "muon"},
     "data 2": {"mode": "stream"},
@@ -48,53 +57,89 @@ MODES: dict[str, dict[str, Any]] = {
 }
 """Fields of the configuration, of any section; a number is that of devices along an axis."""
 ALL = 0.3
-"""Fraction of the batches in which every sequence is poisoned, and so every device."""
+"""Fraction of the poisoned batches in which every sequence is poisoned, and so every device."""
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
+@experiment(full=500, quick=4)
 def non_finite(folder: Path, count: int, seed: int) -> Iterator[Case]:
-    """Put values into a running train step, and check what its later steps change."""
-    numbers = {number: list(MODES)[number % len(MODES)] for number in range(count)}
-    on_mesh = [number for number, name in numbers.items() if name[-1].isdecimal()]
-    yield from check_numbers([number for number in numbers if number not in on_mesh], seed)
-    if on_mesh:
-        yield from on_simulated_devices(2, list_numbers, numbers=on_mesh, seed=seed)
+    """A step whose loss or gradient is not finite changes only counters; too many end the run.
+
+    Values are put into a running train step and what it carries, on one device and on meshes.
+    """
+    yield from on_simulated_devices(2, check_all, numbers=range(count), seed=seed)
 
 
-def list_numbers(numbers: Sequence[int], seed: int) -> list[Case]:
-    """`check_numbers` in a process of its own."""
-    return list(check_numbers(numbers, seed))
-
-
-def check_numbers(numbers: Sequence[int], seed: int) -> Iterator[Case]:
-    """Check the cases of these numbers."""
+def check_all(numbers: Sequence[int], seed: int) -> list[Case]:
+    """Check the cases of these numbers; for `on_simulated_devices`."""
+    cases = []
     for number in numbers:
         name = list(MODES)[number % len(MODES)]
         config, first, step = program_of(name)
-        pairs = [(place, value) for value in VALUES for place in PLACES]
-        if not first.carried:
-            pairs = [pair for pair in pairs if pair[0] != "the carried state"]
-        if config.mesh.sequence > 1:  # shards renumber segments, which carry the poison
-            pairs = [pair for pair in pairs if pair[0] not in ("the loss", "the gradient")]
+        places = [*PLACES] if first.carried else [*PLACES][:-1]
+        if config.mesh.sequence == 1:  # shards renumber segments, which carry the poison
+            places += PASSES
+        pairs = [(place, value) for value in VALUES for place in places]
         place, value = pairs[(number // len(MODES) + 2 * (number % len(MODES))) % len(pairs)]
         draw = np.random.default_rng([seed, number])
         state, _ = step(first, draw_batch(draw))
-        where, problem = place, None
+        what, problem = f"{number}, {name}, {value} in {place}", None
         try:
-            if place in ("the loss", "the gradient"):
-                check_batch(config, step, state, place, value, draw)
-            elif place == "the carried state":
-                where = check_carried(config, step, state, value, draw)
+            if place in PASSES:
+                batch = poisoned_batch(draw, place, value)
+                check_passing(config, step, (state, batch), state, place, value, draw)
             else:
-                where = check_lasting(config, step, state, place, value, draw)
-        except BrokenPromise as error:
+                bad, leaf = spoil(state, PLACES[place], value, draw)
+                what += leaf
+                if place == "the carried state":
+                    poisoned = bad, draw_batch(draw)
+                    check_passing(config, step, poisoned, state, place, value, draw)
+                else:
+                    check_lasting(config, step, bad, place, value, draw)
+        except AssertionError as error:
             problem = str(error)
-        yield Case(f"{number}, {name}, {value} in {where}", problem, place)
+        cases.append(Case(what, problem, place))
+    return cases
 
 
-class BrokenPromise(Exception):
-    """A step has done what it must not; the message says what."""
+@jax.custom_vjp
+def poison(x: jax.Array, forward: jax.Array, backward: jax.Array) -> jax.Array:
+    """Add `forward` to `x`, and `backward` to its gradient."""
+    return x + forward
+
+
+poison.defvjp(
+    lambda x, forward, backward: (x + forward, backward),
+    lambda backward, d_x: (d_x + backward, jnp.zeros_like(backward), jnp.zeros_like(backward)),
+)
+
+
+@register_mixer("poisoned", mesh_axes=find_mixer("simple_rnn").mesh_axes)
+class Poisoned(TokenMixer):
+    """SimpleRNN that poisons the sequences whose segment ids are high."""
+
+    def __init__(self, config: Any, *, rngs: Any):
+        self.inner = make_mixer("simple_rnn", config, rngs=rngs)
+
+    def initial_state(self, batch_size: int) -> Any:
+        """See `TokenMixer`."""
+        return self.inner.initial_state(batch_size)
+
+    def state_axes(self) -> Any:
+        """See `TokenMixer`."""
+        return self.inner.state_axes()
+
+    def reset(self, state: Any, where: Any) -> Any:
+        """See `TokenMixer`."""
+        return self.inner.reset(state, where)
+
+    def mix(self, x: Any, state: Any, segment_ids: Any) -> Any:
+        """Compute the layer, and add values to its output and its gradient."""
+        output, state = self.inner.mix(x, state, segment_ids)
+        values = jnp.asarray([0.0, *VALUES.values()], output.dtype)
+        ids = segment_ids[:, :, None]
+        return poison(output, *(values[ids // unit % 100] for unit in PASSES.values())), state
 
 
 @functools.cache
@@ -103,7 +148,7 @@ def program_of(mode: str) -> tuple[Config, TrainState, Step]:
     sizes = {"vocab_size": VOCAB, "num_layers": 2, "num_heads": 2, "batch_size": SEQUENCES}
     widths = dict.fromkeys(("hidden_dim", "key_dim", "value_dim", "mlp_dim"), 8)
     run = {"sequence_length": LENGTH, "warmup_steps": 1, "max_skipped_updates": MAX_SKIPS}
-    config = change(Config(), mixer=poison.MIXER, **sizes, **widths, **run, **MODES[mode])
+    config = change(Config(), mixer="poisoned", **sizes, **widths, **run, **MODES[mode])
     axis, _, devices = mode.partition(" ")
     mesh = None
     if devices:
@@ -125,58 +170,68 @@ def draw_batch(draw: np.random.Generator, *, reset: bool = False) -> Batch:
     return batch._replace(reset=np.full(SEQUENCES, reset))
 
 
-def check_batch(
-    config: Config, step: Step, state: TrainState, place: str, value: str, draw: np.random.Generator
-) -> None:
-    """Poison the forward or the backward pass of one sequence of a batch, or of all."""
+def poisoned_batch(draw: np.random.Generator, place: str, value: str) -> Batch:
+    """Draw a batch with a value in a pass of one of its sequences, or of all of them."""
     batch = draw_batch(draw)
     sequence = slice(None) if draw.random() < ALL else draw.integers(SEQUENCES)
-    batch.segment_ids[sequence] += poison.code(value, backward=place != "the loss")
-    after, metrics = step(state, batch)
-    is_skipped = check_step(state, after, metrics)
-    if not is_skipped and value != "overflow":
-        raise BrokenPromise("the update was not skipped")
-    if place == "the gradient" and not np.isfinite(metrics.loss):
-        raise BrokenPromise("the loss is not finite either")
-    if is_skipped:
-        check_goes_on("after the skipped step", step, after, state, draw_batch(draw))
-        check_stops(config, step, state, batch)
+    batch.segment_ids[sequence] += PASSES[place] * (1 + list(VALUES).index(value))
+    return batch
 
 
-def check_carried(
-    config: Config, step: Step, state: TrainState, value: str, draw: np.random.Generator
-) -> str:
-    """Poison one number of the carried state, until a reset; name its leaf."""
-    carried, name = spoil(state.carried, value, draw)
-    bad = dataclasses.replace(state, carried=carried)
-    batch = draw_batch(draw)
+def spoil(
+    state: TrainState, field: str, value: str, draw: np.random.Generator
+) -> tuple[TrainState, str]:
+    """Replace one number in a field of the state, and name its leaf."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(getattr(state, field))
+    leaves = [np.array(leaf) for _, leaf in paths]
+    floating = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    index = draw.choice(floating)
+    leaves[index].flat[draw.integers(leaves[index].size)] = VALUES[value]
+    spoiled = jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves])
+    return dataclasses.replace(state, **{field: spoiled}), jax.tree_util.keystr(paths[index][0])
+
+
+def check_passing(
+    config: Config,
+    step: Step,
+    poisoned: tuple[TrainState, Batch],
+    good: TrainState,
+    place: str,
+    value: str,
+    draw: np.random.Generator,
+) -> None:
+    """Check a step with a poisoned state or batch, and the one after it, which leaves it behind."""
+    bad, batch = poisoned
     after, metrics = step(bad, batch)
     is_skipped = check_step(bad, after, metrics)
-    if not is_skipped and value != "overflow":
-        raise BrokenPromise(f"the update was not skipped; {name}")
+    assert is_skipped or value == "overflow", "the update was not skipped"
+    is_loss_finite = place != "the gradient" or np.isfinite(metrics.loss)
+    assert is_loss_finite, "the loss is not finite either"
     if is_skipped:
-        check_stops(config, step, bad, batch)
-        check_goes_on("after the reset", step, after, state, draw_batch(draw, reset=True))
-    return f"the carried state{name}"
+        following = draw_batch(draw, reset=place not in PASSES)
+        later, metrics = step(after, following)
+        check_step(after, later, metrics)
+        check_same("after the skipped step", later, step(good, following)[0])
+        for number in range(1, MAX_SKIPS + 1):
+            bad, metrics = step(bad, batch)
+            stops = is_stopped(config, metrics, int(bad.step))
+            problem = f"{number} consecutive skips of at most {MAX_SKIPS}"
+            assert stops == (number == MAX_SKIPS), problem
 
 
 def check_lasting(
     config: Config, step: Step, state: TrainState, place: str, value: str, draw: np.random.Generator
-) -> str:
-    """Poison one number that stays where it is, and name its leaf; NaN must end the run."""
-    field = "params" if place == "a parameter" else "opt_state"
-    spoiled, name = spoil(getattr(state, field), value, draw)
-    state = dataclasses.replace(state, **{field: spoiled})
+) -> None:
+    """Check steps with a number that stays where it is; NaN must end the run."""
     for _ in range(3 * MAX_SKIPS):
         after, metrics = step(state, draw_batch(draw))
         # The optimizer's state is not checked: what it spoils is found by the next loss.
-        check_step(state, after, metrics, may_spread=field == "opt_state")
+        check_step(state, after, metrics, may_spread=place != "a parameter")
         state = after
         if is_stopped(config, metrics, int(state.step)):
-            return f"{place}{name}"
-    if value == "NaN" or not all(np.isfinite(x).all() for x in jax.tree.leaves(state.carried)):
-        raise BrokenPromise(f"the run continues; {name}")
-    return f"{place}{name}"
+            return
+    assert value != "NaN", "the run continues"
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.carried)), "the run continues"
 
 
 def check_step(
@@ -188,43 +243,24 @@ def check_step(
     expected = (skipped, 0) if is_finite else (skipped + 1, consecutive + 1)
     counters = (int(after.skipped_updates), int(after.consecutive_skips))
     reported = (int(metrics.skipped_updates), int(metrics.consecutive_skips))
-    if not counters == reported == expected:
-        raise BrokenPromise(f"counters {counters}, not {expected}")
-    if int(after.step) != int(before.step) + 1:
-        raise BrokenPromise("the step was not counted")
+    assert counters == reported == expected, f"counters {counters}, not {expected}"
+    assert int(after.step) == int(before.step) + 1, "the step was not counted"
     if not is_finite:
         check_same("by a skipped step", after, before)
-    elif bytes_of(after.params) == bytes_of(before.params):
-        raise BrokenPromise("a finite update was not applied")
-    elif not may_spread:
+        return True
+    assert bytes_of(after.params) != bytes_of(before.params), "an applied update changed nothing"
+    if not may_spread:
         pairs = zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)
-        if any((np.isfinite(old) & ~np.isfinite(new)).any() for new, old in pairs):
-            raise BrokenPromise("an applied update made numbers that are not finite")
-    return not is_finite
-
-
-def check_goes_on(
-    when: str, step: Step, skipped: TrainState, state: TrainState, batch: Batch
-) -> None:
-    """Check that a skipped step changes nothing of the next one."""
-    after, metrics = step(skipped, batch)
-    check_step(skipped, after, metrics)
-    check_same(when, after, step(state, batch)[0])
+        is_lost = any((np.isfinite(old) & ~np.isfinite(new)).any() for new, old in pairs)
+        assert not is_lost, "an applied update made numbers that are not finite"
+    return False
 
 
 def check_same(when: str, found: TrainState, expected: TrainState) -> None:
     """Check all but the counters."""
     for field in ("params", "opt_state", "carried", "rng"):
-        if bytes_of(getattr(found, field)) != bytes_of(getattr(expected, field)):
-            raise BrokenPromise(f"{field} changed {when}")
-
-
-def check_stops(config: Config, step: Step, state: TrainState, batch: Batch) -> None:
-    """Check that the limit of consecutive skips ends the run, and nothing before it."""
-    for number in range(1, MAX_SKIPS + 1):
-        state, metrics = step(state, batch)
-        if is_stopped(config, metrics, int(state.step)) != (number == MAX_SKIPS):
-            raise BrokenPromise(f"{number} consecutive skips of at most {MAX_SKIPS}")
+        is_same = bytes_of(getattr(found, field)) == bytes_of(getattr(expected, field))
+        assert is_same, f"{field} changed {when}"
 
 
 def is_stopped(config: Config, metrics: StepMetrics, step: int) -> bool:
@@ -232,8 +268,9 @@ def is_stopped(config: Config, metrics: StepMetrics, step: int) -> bool:
     try:
         check_skips(step, int(metrics.consecutive_skips), config.train)
     except UserError as error:
+        text = str(error)
         updated = f"last updated at step {step - MAX_SKIPS}:"
-        if "\n" in str(error) or "not finite" not in str(error) or updated not in str(error):
-            raise BrokenPromise(f"the run stops with: {error}") from error
+        is_right = "\n" not in text and "not finite" in text and updated in text
+        assert is_right, f"the run stops with: {text}"
         return True
     return False

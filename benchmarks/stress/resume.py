@@ -3,16 +3,18 @@
 import itertools
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from simplernn_jax.compilation_cache import use_compilation_cache
 from simplernn_jax.config import Config
 
 from ..measure import on_simulated_devices
-from .experiment import Case
-from .in_process import run_quietly, small_config
-from .runs import difference, distances, read_checkpoint
+from .experiment import Case, experiment
+from .runs import difference, read_checkpoint, run_quietly, small_config
 
 MODES = ("window", "stream", "document")
 AXES = ("data", "fsdp", "tensor", "sequence", "pipeline")
@@ -25,92 +27,112 @@ that: to change each parameter by one unit in the last place, once and on the sa
 optimizer state by up to 2.5e-5 and the parameters by 4e-7."""
 _CASES_OF_A_RUN = 4
 """Cases of a run in a sample; one that is resumed at all steps has STEPS - 1."""
-_SAVE_EVERY = 10
 
 
-def same_mesh(folder: Path, count: int, seed: int) -> Iterator[Case]:
-    """Resume runs at each step, on the mesh that saved it: the end has the same bytes."""
+class _Resumption(NamedTuple):
+    mode: str
+    before: str
+    """Mesh of the run."""
+    after: str
+    """Mesh on which it resumes."""
+    step: int
+
+
+@experiment(full=18 * 59, quick=4)
+def resume(folder: Path, count: int, seed: int) -> Iterator[Case]:
+    """A run resumed at any step, in any batch mode, ends with the same bytes, on six meshes."""
     draw = random.Random(seed)
-    runs = list(itertools.product(MESHES, MODES))
+    runs = list(itertools.product(MODES, MESHES))
     draw.shuffle(runs)
     if count < len(runs) * (STEPS - 1):
         runs = runs[: -(-count // _CASES_OF_A_RUN)]
-    per_run = -(-count // len(runs))
-    for mesh in dict.fromkeys(mesh for mesh, _ in runs):
-        modes = [mode for other, mode in runs if other == mesh]
-        steps = [draw.sample(range(1, STEPS), min(per_run, STEPS - 1)) for _ in modes]
-        arguments = {"folder": folder, "mesh": mesh, "steps": dict(zip(modes, steps, strict=True))}
-        yield from on_simulated_devices(2, _resume_at, **arguments)
+    steps = min(-(-count // len(runs)), STEPS - 1)
+    chosen = [
+        _Resumption(mode, mesh, mesh, step)
+        for mode, mesh in runs
+        for step in draw.sample(range(1, STEPS), steps)
+    ]
+    for mesh in MESHES:
+        yield from _train_and_resume(folder, mesh, chosen, chosen, save_every=1)
 
 
-def other_mesh(folder: Path, count: int, seed: int) -> Iterator[Case]:
-    """Resume runs at a tenth step on each other mesh: the end is the same but for rounding."""
-    pairs = list(itertools.product(MODES, itertools.permutations(MESHES, 2)))
+@experiment(full=90, quick=1)
+def meshes(folder: Path, count: int, seed: int) -> Iterator[Case]:
+    """A run that resumes on another mesh ends with the same state up to rounding.
+
+    Runs resume at a tenth step on each other mesh.
+    """
     draw = random.Random(seed)
+    pairs = [(m, *pair) for m in MODES for pair in itertools.permutations(MESHES, 2)]
     draw.shuffle(pairs)
-    pairs = pairs[:count]
-    steps = [draw.randrange(_SAVE_EVERY, STEPS, _SAVE_EVERY) for _ in pairs]
+    chosen = [_Resumption(*pair, draw.randrange(10, STEPS, 10)) for pair in pairs[:count]]
     for mesh in MESHES:
-        modes = sorted({mode for mode, pair in pairs if mesh in pair})
-        on_simulated_devices(2, _train_all, folder=folder, mesh=mesh, modes=modes)
+        _train_and_resume(folder, mesh, chosen, [], save_every=10)
     for mesh in MESHES:
-        chosen = [
-            (mode, before, step)
-            for (mode, (before, after)), step in zip(pairs, steps, strict=True)
-            if after == mesh
-        ]
-        if chosen:
-            arguments = {"folder": folder, "mesh": mesh, "chosen": chosen}
-            yield from on_simulated_devices(2, _continue_on, **arguments)
+        yield from _train_and_resume(folder, mesh, [], chosen, save_every=0)
 
 
-def _config(folder: Path, mesh: str, mode: str, save_every: int) -> Config:
-    sizes = {"num_layers": 2, "vocab_size": 260, "steps": STEPS, "save_every": save_every}
-    config = small_config(folder, mode=mode, keep_last=STEPS, **sizes)
-    if mesh != "one device":
-        setattr(config.mesh, mesh.split(maxsplit=1)[0], 2)
-    return config
-
-
-def _copy_checkpoint(before: Path, step: int, after: Path) -> None:
-    """Make a workdir that has one checkpoint of another."""
-    shutil.copytree(before / "checkpoints" / str(step), after / "checkpoints" / str(step))
-
-
-def _resume_at(folder: Path, mesh: str, steps: dict[str, list[int]]) -> list[Case]:
-    use_compilation_cache()
-    cases = []
-    for mode, at in steps.items():
-        whole, resumed = folder / f"{mesh} {mode}", folder / "resumed"
-        run_quietly(_config(folder, mesh, mode, save_every=1), whole)
-        expected = read_checkpoint(whole)
-        for step in at:
-            _copy_checkpoint(whole, step, resumed)
-            run_quietly(_config(folder, mesh, mode, save_every=0), resumed)
-            problem = difference(read_checkpoint(resumed), expected)
-            cases.append(Case(f"{mode} at step {step} on {mesh}", problem, mesh))
-            shutil.rmtree(resumed)
-        shutil.rmtree(whole)
+def _train_and_resume(
+    folder: Path,
+    mesh: str,
+    trained: Sequence[_Resumption],
+    resumed: Sequence[_Resumption],
+    save_every: int,
+) -> Sequence[Case]:
+    """On a mesh, take the runs of `trained`, then resume those of `resumed`, and compare them."""
+    modes = sorted({one.mode for one in trained if one.before == mesh})
+    here = [one for one in resumed if one.after == mesh]
+    given: dict[str, Any] = {"folder": folder, "mesh": mesh, "modes": modes, "chosen": here}
+    cases: Sequence[Case] = ()
+    if modes or here:
+        cases = on_simulated_devices(2, _run_all, **given, save_every=save_every)
     return cases
 
 
-def _train_all(folder: Path, mesh: str, modes: list[str]) -> None:
+def _distances(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """Norms of all differences of the parameters, the optimizer state etc., relative to theirs."""
+    groups: dict[str, list[str]] = {}
+    for name, value in expected.items():
+        if isinstance(value, tuple) and value[0].startswith("float"):
+            groups.setdefault(name.split("/")[0], []).append(name)
+    result = {}
+    for group, names in groups.items():
+        ours, theirs = (
+            np.concatenate([np.frombuffer(values[n][2], values[n][0]) for n in names]).astype(float)
+            for values in (found, expected)
+        )
+        norm = max(float(np.linalg.norm(theirs)), 1e-30)
+        result[group] = float(np.linalg.norm(ours - theirs)) / norm
+    return result
+
+
+def _train(folder: Path, mesh: str, mode: str, save_every: int, workdir: Path) -> None:
+    sizes = {"num_layers": 2, "vocab_size": 260, "steps": STEPS, "save_every": save_every}
+    config: Config = small_config(folder, mode=mode, keep_last=STEPS, **sizes)
+    if mesh != "one device":
+        setattr(config.mesh, mesh.split(maxsplit=1)[0], 2)
+    run_quietly(config, workdir)
+
+
+def _run_all(
+    folder: Path, mesh: str, modes: Sequence[str], chosen: Sequence[_Resumption], save_every: int
+) -> list[Case]:
+    """`_train_and_resume` in a process with the devices of the mesh."""
     use_compilation_cache()
     for mode in modes:
-        run_quietly(_config(folder, mesh, mode, save_every=_SAVE_EVERY), folder / f"{mesh} {mode}")
-
-
-def _continue_on(folder: Path, mesh: str, chosen: list[tuple[str, str, int]]) -> list[Case]:
-    use_compilation_cache()
-    cases = []
-    for mode, before, step in chosen:
-        whole, resumed = folder / f"{before} {mode}", folder / "continued"
-        _copy_checkpoint(whole, step, resumed)
-        run_quietly(_config(folder, mesh, mode, save_every=0), resumed)
-        found = distances(read_checkpoint(resumed), read_checkpoint(whole))
-        # A NaN is within no bound.
-        wrong = {name: f"{x:.1e}" for name, x in found.items() if not x <= BOUNDS[name]}
-        problem = f"differs by {wrong}" if wrong else None
-        cases.append(Case(f"{mode} from {before} on {mesh} at {step}", problem, f"to {mesh}"))
+        _train(folder, mesh, mode, save_every, folder / f"{mesh} {mode}")
+    cases, resumed = [], folder / "resumed"
+    for mode, before, after, step in chosen:
+        whole, checkpoint = folder / f"{before} {mode}", Path("checkpoints", str(step))
+        shutil.copytree(whole / checkpoint, resumed / checkpoint)
+        _train(folder, after, mode, 0, resumed)
+        found, expected = read_checkpoint(resumed), read_checkpoint(whole)
+        problem = difference(found, expected)
+        if after != before:
+            relative = _distances(found, expected)
+            # A NaN is within no bound.
+            wrong = {name: f"{x:.1e}" for name, x in relative.items() if not x <= BOUNDS[name]}
+            problem = f"differs by {wrong}" if wrong else None
+        cases.append(Case(f"{mode} from {before} on {after} at {step}", problem, after))
         shutil.rmtree(resumed)
     return cases

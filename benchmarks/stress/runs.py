@@ -1,29 +1,36 @@
-"""Small training runs in processes of their own, and the contents of their checkpoints."""
+"""Small training runs, in this process or in others, and the contents of their checkpoints."""
 
 import contextlib
+import io
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 
-from simplernn_jax.checkpoint import manifest
+from simplernn_jax import config_files
 from simplernn_jax.checkpoint.checkpointer import read_config
 from simplernn_jax.checkpoint.choice import NEWEST
 from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leaves
-from simplernn_jax.checkpoint.folder import UNFINISHED_MARK, CheckpointFolder
+from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.config import Config
 from simplernn_jax.errors import UserError
 from simplernn_jax.project import ROOT
+from simplernn_jax.training import loop
 
-from .network import Proxy
+from ..train_steps import change
+from .experiment import Case, run_cases
 
 STEPS, SAVE_EVERY = 24, 3
 PARALLEL = 2
@@ -51,23 +58,6 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
     return next((f"{name} differs" for name in names), None)
 
 
-def distances(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
-    """Norms of all differences of the parameters, the optimizer state etc., relative to theirs."""
-    groups: dict[str, list[str]] = {}
-    for name, value in expected.items():
-        if isinstance(value, tuple) and value[0].startswith("float"):
-            groups.setdefault(name.split("/")[0], []).append(name)
-    result = {}
-    for group, names in groups.items():
-        ours, theirs = (
-            np.concatenate([np.frombuffer(values[n][2], values[n][0]) for n in names]).astype(float)
-            for values in (found, expected)
-        )
-        norm = max(float(np.linalg.norm(theirs)), 1e-30)
-        result[group] = float(np.linalg.norm(ours - theirs)) / norm
-    return result
-
-
 def bytes_of(tree: Any) -> tuple[bytes, ...]:
     """Bytes of all leaves of a tree."""
     return tuple(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))
@@ -81,11 +71,27 @@ def write_text(path: Path, characters: int = 20_011) -> Path:
     return path
 
 
-def command(workdir: Path, flags: Sequence[str] = ()) -> list[str]:
-    """Command of a small run that carries state between its batches.
+def free_port() -> int:
+    """A port that nothing listens to."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
-    The parent of `workdir` has what runs share: corpus, compiled programs, and logs. `flags` of
-    the configuration come last.
+
+@contextlib.contextmanager
+def start_run(
+    workdir: Path,
+    size: int = 1,
+    flags: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    of_process: Mapping[int, Mapping[str, str]] | None = None,
+    ports: Mapping[int, int] | None = None,
+) -> Iterator[list[Process]]:
+    """Start or resume a small run of `size` processes; kill what is left of it in the end.
+
+    It carries state between its batches. The parent of `workdir` has what runs share: corpus,
+    compiled programs, and logs. `flags` of the configuration come last; `environment` replaces
+    variables, and `of_process` those of the processes of these numbers. `ports` are those through
+    which each process reaches the coordinator, which listens to that of process 0.
     """
     folder = workdir.parent
     corpus = write_text(folder / "corpus.txt")
@@ -94,53 +100,30 @@ def command(workdir: Path, flags: Sequence[str] = ()) -> list[str]:
     words = [sys.executable, f"{ROOT}/scripts/train.py", f"--config={ROOT}/configs/tiny.py"]
     words += [f"--config.data.{field}={value}" for field, value in data.items()]
     words += [f"--config.train.{field}={value}" for field, value in steps.items()]
-    return [*words, "--config.train.sample_every=0", f"--workdir={workdir}", *flags]
-
-
-@contextlib.contextmanager
-def start_run(
-    workdir: Path,
-    num_processes: int = 1,
-    flags: Sequence[str] = (),
-    environment: Mapping[str, str] | None = None,
-    of_process: Mapping[int, Mapping[str, str]] | None = None,
-    proxies: Mapping[int, Proxy] | None = None,
-) -> Iterator[list[Process]]:
-    """Start or resume a small training run, and kill what is left of it in the end.
-
-    `environment` replaces variables of all processes, `of_process` those of the processes of these
-    numbers; `proxies` are, by number, those through which a process reaches the coordinator.
-    """
-    folder = workdir.parent
-    words = command(workdir, flags)
+    words += ["--config.train.sample_every=0", f"--workdir={workdir}", *flags]
     # The uninterrupted run compiles the programs for all.
     variables = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **(environment or {}),
     }
-    commands = [words]
-    if num_processes > 1:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        addresses = {i: proxy.address(port) for i, proxy in (proxies or {}).items()}
-        words += ["--distributed", f"--num_processes={num_processes}", "--join_timeout=30"]
-        commands = [
-            [*words, f"--process_id={i}", f"--coordinator={addresses.get(i, f'127.0.0.1:{port}')}"]
-            for i in range(num_processes)
-        ]
-        variables |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(4 // num_processes)}
+    if size > 1:
+        words += ["--distributed", f"--num_processes={size}", "--join_timeout=30"]
+        variables |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(4 // size)}
+    ports = ports or dict.fromkeys(range(size), free_port())
     with open(workdir.with_suffix(".log"), "ab") as log:
         # A group of its own, so that a signal also reaches its child, which trains.
         processes = [
             subprocess.Popen(
-                each,
+                [*words, f"--process_id={number}", f"--coordinator=127.0.0.1:{port}"]
+                if size > 1
+                else words,
                 env=variables | dict((of_process or {}).get(number, {})),
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-            for number, each in enumerate(commands)
+            for number, port in ports.items()
         ]
     try:
         yield processes
@@ -170,8 +153,90 @@ def resume(workdir: Path, expected: dict[str, Any], *args: Any, **options: Any) 
     except (RuntimeError, UserError) as error:
         return f"does not resume: {str(error)[-1000:]}"
     if problem is None and (workdir / "checkpoints_damaged").exists():
-        problem = "a checkpoint was taken for damaged"
+        problem = "a checkpoint was taken for corrupt"
     return problem
+
+
+class Variant(NamedTuple):
+    """Settings of runs that are disturbed."""
+
+    name: str
+    flags: Sequence[str] = ()
+    """Of the configuration, as ``data.mode=window``."""
+    size: int = 1
+    """Number of processes."""
+
+
+class Run(NamedTuple):
+    """A run to disturb."""
+
+    number: int
+    draw: random.Random
+    variant: Variant
+    workdir: Path
+    """In a folder that also has the tokenized text, and the compiled programs if it is cold."""
+    alone: Path
+    """The same folder of a run that nothing disturbed."""
+    is_cold: bool
+    """Whether it starts without the compiled programs that the others share."""
+    start: Callable[..., contextlib.AbstractContextManager[list[Process]]]
+    """Start or resume it, with more variables; options as of `start_run`."""
+
+
+Disturbance = Callable[[Run], tuple[str, str | None, str]]
+"""Disturbs a run; returns a description, a problem and a kind."""
+
+
+def disturb_runs(
+    folder: Path,
+    count: int,
+    seed: int,
+    variants: Sequence[Variant],
+    disturb: Disturbance,
+    *,
+    is_cold: Callable[[int], bool] = lambda number: False,
+    alone: Callable[[Path], Mapping[str, str]] = lambda above: {},
+    resumes: bool = True,
+) -> Iterator[Case]:
+    """Disturb and resume `count` runs, which must end as those that nothing disturbs.
+
+    `alone` gives the latter more variables of their environment. Without `resumes`, disturbed runs
+    end by themselves.
+    """
+    shared = folder / "programs"
+
+    def options(variant: Variant, programs: Path, more: Mapping[str, str]) -> dict[str, Any]:
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(programs), **more}
+        flags = [f"--config.{flag}" for flag in variant.flags]
+        return {"size": variant.size, "flags": flags, "environment": environment}
+
+    def run_alone(variant: Variant) -> dict[str, Any]:
+        above = folder / variant.name
+        above.mkdir()
+        train(above / "run", **options(variant, shared, alone(above)))
+        return read_checkpoint(above / "run")
+
+    def run_case(number: int, draw: random.Random) -> Case:
+        variant, above = variants[number % len(variants)], folder / str(number)
+        above.mkdir()
+        programs = above / "programs" if is_cold(number) else shared
+
+        def start(more: Mapping[str, str], **others: Any) -> Any:
+            return start_run(above / "run", **options(variant, programs, more), **others)
+
+        paths = above / "run", folder / variant.name
+        what, problem, kind = disturb(Run(number, draw, variant, *paths, is_cold(number), start))
+        if problem is None and resumes:
+            problem = resume(above / "run", expected[variant], **options(variant, programs, {}))
+        elif problem is None:
+            problem = difference(read_checkpoint(above / "run"), expected[variant])
+        shutil.rmtree(above)
+        return Case(f"run {number}, {variant.name}, {what}", problem, kind)
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        needed = dict.fromkeys(variants[:count])
+        expected = dict(zip(needed, pool.map(run_alone, needed), strict=True))
+    yield from run_cases(run_case, count, seed, PARALLEL)
 
 
 def log_of(workdir: Path) -> str:
@@ -192,18 +257,14 @@ def exit_code(process: Process, seconds: float) -> int | None:
     return None
 
 
-def is_saving(workdir: Path) -> bool:
-    """Return whether there is an incomplete checkpoint."""
-    return any(
-        UNFINISHED_MARK in path.name
-        or (path.name.isdecimal() and not manifest.has_manifest(str(path)))
-        for path in workdir.glob("checkpoints/*")
-    )
+def wait_for_a_moment(
+    workdir: Path, processes: list[Process], draw: random.Random, save: int | None = None
+) -> str:
+    """Wait until a random moment of the start, or after a random save; describe it.
 
-
-def wait_for_a_moment(workdir: Path, processes: list[Process], draw: random.Random) -> str:
-    """Wait until a random moment of the start, or after a random save; describe it."""
-    save = draw.randrange(STEPS // SAVE_EVERY)
+    `save` is the number of that save, if it is not random; 0 is the start.
+    """
+    save = draw.randrange(STEPS // SAVE_EVERY) if save is None else save
     wait_for_save(workdir, processes, save)
     seconds = draw.uniform(0, SAVE_SECONDS if save else START_SECONDS)
     time.sleep(seconds)
@@ -218,3 +279,41 @@ def wait_for_save(workdir: Path, processes: list[Process], save: int) -> None:
         if max(checkpoints.steps(), default=0) >= save * SAVE_EVERY:
             return
         time.sleep(0.01)
+
+
+def small_config(folder: Path, **fields: Any) -> Config:
+    """``configs/tiny.py``, smaller, on a text in `folder`; `fields` of any section by name."""
+    config = config_files.load_config(ROOT / "configs" / "tiny.py")
+    sizes = {"num_layers": 1, "hidden_dim": 8, "key_dim": 8, "value_dim": 8, "mlp_dim": 12}
+    data = {
+        "source": str(write_text(folder / "corpus.txt", 3001)),
+        "cache_dir": str(folder / "tokens"),
+        "split": "position",
+        "mode": "stream",
+        "batch_size": 2,
+        "sequence_length": 16,
+    }
+    steps = {"epochs": 0, "save_every": 0, "eval_every": 0, "eval_tokens": 512, "data": 1}
+    change(config, **{**sizes, **data, **steps, **fields})
+    return config
+
+
+def run_quietly(config: Config, workdir: Path) -> None:
+    """Train, or resume, without output; raises as `train`, and KeyboardInterrupt for a signal."""
+    with quiet():
+        result = loop.train(config, str(workdir))
+    if result.interrupted_by:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """Drop what is printed and logged."""
+    logger = logging.get_absl_logger()  # whose level `set_verbosity` would not restore
+    before = logger.level
+    logger.setLevel("CRITICAL")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)

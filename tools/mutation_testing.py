@@ -1,9 +1,9 @@
 """Mutation testing: how many small changes of the code the tests notice.
 
     .venv/bin/pip install cosmic-ray
-    .venv/bin/python tests/mutation_testing.py --count 100 --seed 1 --out mutants.jsonl
+    .venv/bin/python tools/mutation_testing.py --count 100 --seed 1 --out mutants.jsonl
 
-Samples places in `ROOMS`, changes one at a time in a clone of the last commit, and runs the test
+Samples places in `PACKAGES`, changes one at a time in a clone of the last commit, and runs the test
 files that name the changed module or what it defines, most mentions first, until one fails. Places
 are drawn with equal probability, then one of the operators of cosmic-ray that apply there. A mutant
 that survives is printed; it may be equivalent to the original, such as another bound that no value
@@ -28,7 +28,7 @@ from cosmic_ray.mutating import use_mutation
 from cosmic_ray.plugins import get_operator
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("ops", "data", "checkpoint", "inference")
+PACKAGES = ("ops", "data", "checkpoint", "inference")
 SKIPPED = re.compile("BitOr_|_(BitXor|BitAnd|BitOr|RShift|LShift)$|_(Is|IsNot|UAdd|Invert)$|Remove")
 """Operators that annotations of types, or Python itself, notice."""
 MAX_FILES = 8
@@ -43,8 +43,8 @@ KILLED = (1, 2, TIMED_OUT)
 def sample(count, seed):
     """Draw (module, line, operator, occurrence) of `count` places."""
     operators = collections.defaultdict(list)
-    for room in ROOMS:
-        modules = sorted((ROOT / "simplernn_jax" / room).glob("*.py"))
+    for package in PACKAGES:
+        modules = sorted((ROOT / "simplernn_jax" / package).rglob("*.py"))
         for item in _all_work_items(modules, {}):
             (found,) = item.mutations
             if not SKIPPED.search(found.operator_name):
@@ -66,7 +66,7 @@ def tests_of(module):
     words = [name for name in defined if not name.startswith("_")]
     dotted = module.removesuffix(".py").replace("/", ".")
     scores = {}
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
         text = path.read_text()
         score = 3 * (dotted in text) + 5 * (path.stem == f"test_{Path(module).stem}")
         score += sum(bool(re.search(rf"\b{word}\b", text)) for word in words)
@@ -108,7 +108,8 @@ def outcome(clone, mutant):
 def cloned(folder):
     """Clone the last commit into a folder."""
     clone = Path(folder, "clone")
-    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    command = ["git", "clone", "--quiet", ROOT, clone]
+    subprocess.run(command, check=True)
     return clone
 
 

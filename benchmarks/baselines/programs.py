@@ -1,4 +1,4 @@
-"""Models that train beside ours, and their settings."""
+"""Programs that train on the text of a configuration: ours, and the settings of its baselines."""
 
 import math
 from typing import NamedTuple
@@ -9,14 +9,14 @@ from ..train_steps import count_parameters
 
 OURS = "ours"
 NANOGPT = "gpt_cpu"
-"""Peer whose training time is the unit of the others'."""
+"""Baseline whose training time is the unit of the others'."""
 _LAYERS = 2
 """Layers of an LSTM or a GRU."""
 _WIDTH_MULTIPLE = 16
 
 
-class Peer(NamedTuple):
-    """Sizes and training of one peer; AdamW with the settings of nanoGPT's small runs."""
+class Baseline(NamedTuple):
+    """Sizes and training of a baseline; AdamW with the settings of nanoGPT's small runs."""
 
     model: str
     """``gpt``, ``lstm`` or ``gru``."""
@@ -34,42 +34,52 @@ class Peer(NamedTuple):
     is_compiled: bool = False
     """True under ``torch.compile``."""
 
+    def data_config(self) -> DataConfig:
+        """Random windows of this size."""
+        return DataConfig(batch_size=self.batch, sequence_length=self.length)
 
-_CPU = Peer("gpt", 4, 128, 4, 64, 12, 2000, 4e-3)
-_GPU = Peer("gpt", 6, 384, 6, 256, 64, 5000, 1e-3, dropout=0.2)
+
+_CPU = Baseline("gpt", 4, 128, 4, 64, 12, 2000, 4e-3)
+_GPU = Baseline("gpt", 6, 384, 6, 256, 64, 5000, 1e-3, dropout=0.2)
 """Both from nanoGPT's README, for characters, except the learning rate of the first: its 1e-3 was
 not the best of those tried."""
 _RATES = {"gpt": (4e-3, 128), "lstm": (1.6e-2, 240), "gru": (8e-3, 272)}
 """The best of the rates tried on shakespeare, and the width there; docs/results.md has all of them.
-Wider peers get a proportionally lower rate, as muP has for matrices under Adam
+Wider baselines get a proportionally lower rate, as muP has for matrices under Adam
 (arXiv:2203.03466)."""
-COMPILED = "_compiled"
-NAMES = (OURS, NANOGPT, "gpt_gpu", "gpt_matched", "lstm", "gru")
-ON_TORCH = ("gpt", "lstm")
+_COMPILED = "_compiled"
+LOOKS = {
+    OURS: ("SimpleRNN (ours)", "#000000", "o", "-"),
+    "lstm": ("LSTM", "#0072b2", "D", "--"),
+    "gru": ("GRU", "#d55e00", "v", "-."),
+    NANOGPT: ("nanoGPT (its CPU settings)", "#009e73", "s", ":"),
+    f"{NANOGPT}{_COMPILED}": ("nanoGPT (its CPU settings, compiled)", "#cc79a7", "^", "-"),
+    "gpt_matched": ("nanoGPT (our size)", "#56b4e9", "*", "--"),
+    f"gpt_matched{_COMPILED}": ("nanoGPT (our size, compiled)", "#e69f00", "P", "-."),
+    "gpt_gpu": ("nanoGPT (its GPU settings)", "#808080", "X", ":"),
+    f"gpt_gpu{_COMPILED}": ("nanoGPT (its GPU settings, compiled)", "#f0e442", "<", "-"),
+}
+"""Label, color, marker and line of every program, by name: the colors of Okabe and Ito, which
+people with color blindness can tell apart, and a grey."""
 
 
-def default_names(tokenizer: str) -> tuple[str, ...]:
-    """Ours and the peers that a rung is compared with.
+def default_programs(tokenizer: str) -> tuple[str, ...]:
+    """Ours and the baselines of a configuration.
 
     nanoGPT's settings are for characters. Those for GPUs run only if named: a CPU core takes 18 of
     their steps in ten minutes.
     """
     gpt = NANOGPT if tokenizer == "char" else "gpt_matched"
-    return OURS, gpt, f"{gpt}{COMPILED}", "lstm", "gru"
+    return OURS, gpt, f"{gpt}{_COMPILED}", "lstm", "gru"
 
 
-def known_names() -> list[str]:
-    """All names, those of compiled peers too."""
-    return [*NAMES, *(f"{name}{COMPILED}" for name in NAMES if name.startswith("gpt"))]
-
-
-def find_peer(name: str, config: Config) -> Peer:
-    """The peer of one of `known_names`, for the rung of `config`.
+def find_baseline(name: str, config: Config) -> Baseline:
+    """The baseline of this name, one of `LOOKS`, of a configuration.
 
     Without sizes of its own it has as many weights as ours apart from embedding and head, and our
     sequences, batches and number of tokens.
     """
-    stem = name.removesuffix(COMPILED)
+    stem = name.removesuffix(_COMPILED)
     is_compiled = stem != name
     if stem in (NANOGPT, "gpt_gpu"):
         return (_CPU if stem == NANOGPT else _GPU)._replace(is_compiled=is_compiled)
@@ -79,7 +89,7 @@ def find_peer(name: str, config: Config) -> Peer:
     ours = count_parameters(config) - config.model.vocab_size * config.model.hidden_dim
     width = _WIDTH_MULTIPLE * max(1, round(math.sqrt(ours / per_layer) / _WIDTH_MULTIPLE))
     rate, tuned_width = _RATES[model]
-    return Peer(
+    return Baseline(
         model,
         layers,
         width,
@@ -90,8 +100,3 @@ def find_peer(name: str, config: Config) -> Peer:
         rate * min(1.0, tuned_width / width),
         is_compiled=is_compiled,
     )
-
-
-def data_config(peer: Peer) -> DataConfig:
-    """Random windows of the peer's size."""
-    return DataConfig(batch_size=peer.batch, sequence_length=peer.length)

@@ -5,54 +5,54 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
 from simplernn_jax.config import Config, ModelConfig, OptimizerConfig
-from simplernn_jax.data.batch_iterator import make_batches
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.data.evaluation_batches import evaluation_batches
 from simplernn_jax.data.token_store import TokenizedCorpus
-from simplernn_jax.training.evaluate import BATCH_TOKENS, MAX_BATCH_SIZE, Evaluator
+from simplernn_jax.training.evaluate import Evaluator
 from simplernn_jax.training.losses import cross_entropy
 from simplernn_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step
 
 from ..train_steps import count_parameters
-from ..training import GRUStack
-from .learner import Learner
-from .peers import Peer, data_config
+from ..training import GRUStack, jitted_step
+from .programs import Baseline
+from .trainer import Trainer
 
 
-class OurLearner(Learner):
+class JaxTrainer(Trainer):
+    """A train state and its jitted step."""
+
+    _state: Any
+    _step: Any
+
+    def take(self, steps: int) -> None:
+        """See `Trainer.take`."""
+        for _ in range(steps):
+            self._state, _ = self._step(self._state, next(self._batches))
+        jax.block_until_ready(self._state)
+
+
+class OurTrainer(JaxTrainer):
     """Training of a configuration, as `simplernn_jax.training` runs it on one device."""
 
     def __init__(self, config: Config, corpus: TokenizedCorpus, steps: int, seed: int) -> None:
+        super().__init__(corpus, config.data, seed)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
         schedule = config.optimizer
         if steps < config.train.steps:
             warmup = min(schedule.warmup_steps, steps // 10)  # the share in shakespeare
             schedule = dataclasses.replace(schedule, warmup_steps=warmup)
         optimizer = make_optimizer(schedule, steps)
-        pad_id = corpus.tokenizer.pad_id
         self.parameters = count_parameters(config)
-        self._held_out: Any = corpus.validation
-        self._batches = make_batches(corpus.train, config.data, seed, pad_id)
         self._state = jax.jit(lambda: init_train_state(config, optimizer))()
         self._step = make_train_step(config, optimizer)
-        self._evaluator = Evaluator(config, pad_id)
-
-    def step(self) -> None:
-        """See `Learner.step`."""
-        self._state, _ = self._step(self._state, next(self._batches))
-
-    def wait(self) -> None:
-        """See `Learner.wait`."""
-        jax.block_until_ready(self._state)
+        self._evaluator = Evaluator(config, self._pad_id)
 
     def evaluate(self, limit_tokens: int = 0) -> float:
-        """See `Learner.evaluate`; the state is carried over each document."""
+        """See `Trainer.evaluate`."""
         scored = self._evaluator(self._state.params, self._held_out, limit_tokens)
         return scored.nats_per_token
 
@@ -76,13 +76,20 @@ class ResettingGRU(GRUStack):
         return self.head(jnp.swapaxes(x, 0, 1)).astype(jnp.float32), tuple(carries)
 
 
-class GRULearner(Learner):
+class GRUTrainer(JaxTrainer):
     """Training of a `ResettingGRU`; windows start from a zero state."""
 
     def __init__(
-        self, peer: Peer, corpus: TokenizedCorpus, vocab: int, steps: int, rate: float, seed: int
+        self,
+        baseline: Baseline,
+        corpus: TokenizedCorpus,
+        vocab: int,
+        steps: int,
+        rate: float,
+        seed: int,
     ) -> None:
-        sizes = ModelConfig(vocab_size=vocab, num_layers=peer.layers, hidden_dim=peer.width)
+        super().__init__(corpus, baseline.data_config(), seed)
+        self._baseline = baseline
         schedule = OptimizerConfig(
             learning_rate=rate, warmup_steps=steps // 20, final_learning_rate=0.1
         )
@@ -93,48 +100,27 @@ class GRULearner(Learner):
             mask=lambda params: jax.tree.map(lambda values: values.ndim == 2, params),
         )
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
+        layers, width = baseline.layers, baseline.width
+        sizes = ModelConfig(vocab_size=vocab, num_layers=layers, hidden_dim=width)
         graph, params = nnx.split(ResettingGRU(sizes, nnx.Rngs(seed)))
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-        self._corpus, self._peer, self._state = corpus, peer, (params, optimizer.init(params))
-        pad_id = corpus.tokenizer.pad_id
-        self._batches = make_batches(corpus.train, data_config(peer), seed, pad_id)
 
         def score(params: Any, batch: Batch, carry: Any) -> Any:
             logits, carry = nnx.merge(graph, params).run(batch, carry)
             return jnp.sum(cross_entropy(logits, batch.targets, batch.loss_mask)), carry
 
-        def step(state: Any, batch: Batch) -> Any:
-            def mean_loss(params: Any) -> jax.Array:
-                zeros = self._zeros(len(batch.reset))
-                return score(params, batch, zeros)[0] / jnp.sum(batch.loss_mask)
+        def mean_loss(params: Any, batch: Batch) -> jax.Array:
+            nats, _ = score(params, batch, self._zeros(batch))
+            return nats / jnp.sum(batch.loss_mask, dtype=jnp.float32)
 
-            with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-                gradient = jax.grad(mean_loss)(state[0])
-                updates, opt_state = optimizer.update(gradient, state[1], state[0])
-            return optax.apply_updates(state[0], updates), opt_state
+        self._state = params, optimizer.init(params)
+        self._step, self._score = jitted_step(mean_loss, optimizer), jax.jit(score)
 
-        self._step: Any = jax.jit(step, donate_argnums=0)
-        self._score: Any = jax.jit(score)
+    def _zeros(self, batch: Batch) -> Any:
+        return (jnp.zeros((len(batch.reset), self._baseline.width)),) * self._baseline.layers
 
-    def _zeros(self, batch: int) -> Any:
-        return (jnp.zeros((batch, self._peer.width)),) * self._peer.layers
-
-    def step(self) -> None:
-        """See `Learner.step`."""
-        self._state = self._step(self._state, next(self._batches))
-
-    def wait(self) -> None:
-        """See `Learner.wait`."""
-        jax.block_until_ready(self._state)
-
-    def evaluate(self, limit_tokens: int = 0) -> float:
-        """See `Learner.evaluate`; the state is carried over each document."""
-        held_out: Any = self._corpus.validation
-        pad_id, sizes = self._corpus.tokenizer.pad_id, (BATCH_TOKENS, MAX_BATCH_SIZE)
-        batches, _ = evaluation_batches(held_out, *sizes, pad_id, limit_tokens)
-        total, count, carry = 0.0, 0, None
-        for batch in batches:
-            carry = self._zeros(len(batch.reset)) if carry is None else carry
-            nats, carry = self._score(self._state[0], batch, carry)
-            total, count = total + float(nats), count + int(np.sum(batch.loss_mask))
-        return total / count
+    def score(self, batch: Batch, carry: Any) -> tuple[float, Any]:
+        """See `Trainer.score`."""
+        carry = self._zeros(batch) if carry is None else carry
+        nats, carry = self._score(self._state[0], batch, carry)
+        return float(nats), carry

@@ -1,0 +1,1 @@
+"""Held-out loss against training time: our configurations, and baselines of other architectures."""

@@ -1,0 +1,170 @@
+"""nanoGPT's architecture and an LSTM in PyTorch, and their training.
+
+The first is a transformer with learned positions, norms before attention and MLP, GELU, no biases,
+and the embedding as head.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from simplernn_jax.data.batches import Batch
+from simplernn_jax.data.evaluation_batches import Contexts, context_batches
+from simplernn_jax.data.token_store import TokenizedCorpus
+from simplernn_jax.training.evaluate import BATCH_TOKENS, MAX_BATCH_SIZE
+
+from .programs import Baseline
+from .trainer import Trainer
+
+STRIDES = 4
+"""Contexts of attention that overlap a token; each scores the last of this many parts of it."""
+
+
+class Block(nn.Module):
+    """Causal attention, then an MLP four times as wide, each after its norm."""
+
+    def __init__(self, baseline: Baseline) -> None:
+        super().__init__()
+        self.heads, self.dropout, width = baseline.heads, baseline.dropout, baseline.width
+        self.norms = nn.ModuleList([nn.LayerNorm(width, bias=False) for _ in range(2)])
+        self.qkv, self.mix = (nn.Linear(width, n * width, bias=False) for n in (3, 1))
+        self.widen = nn.Linear(width, 4 * width, bias=False)
+        self.narrow = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Any) -> Any:
+        """``[B, T, width]`` to the same shape."""
+        parts = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        rate = self.dropout if self.training else 0.0
+        seen = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True)
+        x = x + F.dropout(self.mix(seen.transpose(1, 2).flatten(2)), rate)
+        return x + F.dropout(self.narrow(F.gelu(self.widen(self.norms[1](x)))), rate)
+
+
+class GPT(nn.Module):
+    """Transformer of a context of ``baseline.length`` tokens, initialized as GPT-2."""
+
+    def __init__(self, baseline: Baseline, vocab: int) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(baseline.dropout)
+        self.tokens = nn.Embedding(vocab, baseline.width)
+        self.positions = nn.Embedding(baseline.length, baseline.width)
+        self.blocks = nn.Sequential(*(Block(baseline) for _ in range(baseline.layers)))
+        self.norm = nn.LayerNorm(baseline.width, bias=False)
+        for name, values in self.named_parameters():
+            if values.dim() == 2:
+                ends_branch = name.endswith(("mix.weight", "narrow.weight"))
+                std = 0.02 / math.sqrt(2 * baseline.layers) if ends_branch else 0.02
+                nn.init.normal_(values, std=std)
+
+    def forward(self, tokens: Any, carry: Any = None) -> Any:
+        """``[B, T]`` token ids to ``[B, T, vocab]`` logits; there is no carry."""
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        return F.linear(self.norm(self.blocks(self.dropout(x))), self.tokens.weight), None
+
+
+class LSTM(nn.Module):
+    """``torch.nn.LSTM`` between embedding and head."""
+
+    def __init__(self, baseline: Baseline, vocab: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab, baseline.width)
+        self.layers = nn.LSTM(baseline.width, baseline.width, baseline.layers, batch_first=True)
+        self.head = nn.Linear(baseline.width, vocab)
+
+    def forward(self, tokens: Any, carry: Any = None) -> Any:
+        """``[B, T]`` token ids to ``[B, T, vocab]`` logits, and the carry."""
+        x, carry = self.layers(self.embedding(tokens), carry)
+        return self.head(x), carry
+
+
+class TorchTrainer(Trainer):
+    """Training of one baseline; windows start from a zero state."""
+
+    def __init__(
+        self,
+        baseline: Baseline,
+        corpus: TokenizedCorpus,
+        vocab: int,
+        steps: int,
+        rate: float,
+        seed: int,
+    ) -> None:
+        super().__init__(corpus, baseline.data_config(), seed)
+        torch.manual_seed(seed)
+        self._baseline, self._schedule = baseline, (steps, rate)
+        self._model = GPT(baseline, vocab) if baseline.model == "gpt" else LSTM(baseline, vocab)
+        self._trained: Any = torch.compile(self._model) if baseline.is_compiled else self._model
+        self.parameters = sum(values.numel() for values in self._model.parameters())
+        matrices = [values for values in self._model.parameters() if values.dim() == 2]
+        others = [values for values in self._model.parameters() if values.dim() != 2]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0}]
+        self._optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99))
+        self._taken = 0
+
+    def take(self, steps: int) -> None:
+        """See `Trainer.take`."""
+        for step in range(self._taken, self._taken + steps):
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate(step, *self._schedule)
+            batch = next(self._batches)
+            logits, _ = self._trained(_ids(batch.tokens))
+            targets = _ids(np.where(batch.loss_mask, batch.targets, -1))
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            self._optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+            self._optimizer.step()
+        self._taken += steps
+
+    def evaluate(self, limit_tokens: int = 0) -> float:
+        """See `Trainer.evaluate`; attention sees overlapping contexts."""
+        if self._baseline.model != "gpt":
+            return super().evaluate(limit_tokens)
+        contexts = Contexts(self._baseline.length, max(1, self._baseline.length // STRIDES))
+        sizes = BATCH_TOKENS, MAX_BATCH_SIZE, self._pad_id, limit_tokens
+        return self.mean_loss(context_batches(self._held_out, contexts, *sizes)[0])
+
+    @torch.no_grad()
+    def mean_loss(self, batches: Iterable[Batch]) -> float:
+        """See `Trainer.mean_loss`; without dropout."""
+        self._model.eval()
+        loss = super().mean_loss(batches)
+        self._model.train()
+        return loss
+
+    def score(self, batch: Batch, carry: Any) -> tuple[float, Any]:
+        """See `Trainer.score`."""
+        begins = np.diff(batch.segment_ids, axis=1, prepend=batch.segment_ids[:, :1]) != 0
+        begins[:, 0] = batch.reset
+        cuts: list[int] = []
+        if self._baseline.model != "gpt":
+            cuts = [1 + int(place) for place in np.flatnonzero(begins[:, 1:].any(axis=0))]
+        total = 0.0
+        for start, end in zip([0, *cuts], [*cuts, begins.shape[1]], strict=True):
+            if carry is not None:
+                kept = torch.from_numpy(~begins[:, start]).float()[:, None]
+                carry = tuple(part * kept for part in carry)
+            logits, carry = self._model(_ids(batch.tokens[:, start:end]), carry)
+            targets = _ids(batch.targets[:, start:end])
+            nats = F.cross_entropy(logits.mT, targets, reduction="none").numpy()
+            total += float(nats[batch.loss_mask[:, start:end]].sum(dtype=np.float64))
+        return total, carry
+
+
+def learning_rate(step: int, steps: int, rate: float) -> float:
+    """Linear warmup over 5 % of the steps, then a cosine to a tenth of `rate`."""
+    warmup = steps // 20
+    if step < warmup:
+        return rate * (step + 1) / warmup
+    progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
+    return rate * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def _ids(tokens: np.ndarray) -> Any:
+    return torch.from_numpy(tokens.astype(np.int64))

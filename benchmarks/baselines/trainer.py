@@ -1,0 +1,190 @@
+"""One training whose held-out loss is measured against the seconds of its steps."""
+
+import abc
+import dataclasses
+import importlib.util
+import math
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from simplernn_jax.config import Config, DataConfig
+from simplernn_jax.data.batch_iterator import make_batches
+from simplernn_jax.data.batches import Batch
+from simplernn_jax.data.evaluation_batches import evaluation_batches
+from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit
+from simplernn_jax.errors import UserError
+from simplernn_jax.training.evaluate import BATCH_TOKENS, MAX_BATCH_SIZE
+from simplernn_jax.training.preparation import prepare
+
+from ..tables import Row
+from .programs import OURS, find_baseline
+
+POINTS = 16
+"""Evaluations of a training, denser at its beginning. While they have taken longer than training,
+all but the last are left out: attention scores overlapping contexts."""
+CURVE_TOKENS = 131_072
+"""Held-out tokens of each, or all if there are fewer."""
+CALIBRATION = 0.05
+"""Part of the seconds in which steps are timed beforehand."""
+
+
+class Trainer(abc.ABC):
+    """A model of ours, or a baseline, and its training on random windows."""
+
+    parameters: int
+
+    def __init__(self, corpus: TokenizedCorpus, settings: DataConfig, seed: int) -> None:
+        self._held_out: Any = corpus.validation
+        self._pad_id = corpus.tokenizer.pad_id
+        self._batches = make_batches(corpus.train, settings, seed, self._pad_id)
+
+    @abc.abstractmethod
+    def take(self, steps: int) -> None:
+        """Take optimizer steps, and wait for them."""
+
+    def score(self, batch: Batch, carry: Any) -> tuple[float, Any]:
+        """Sum of the nats of a batch's predictions, and the carry; before the first it is None.
+
+        For `evaluate`, unless that is overridden.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, limit_tokens: int = 0) -> float:
+        """Nats per token of held-out text, each token scored once; 0 scores all of it.
+
+        The state is carried over each document.
+        """
+        sizes = BATCH_TOKENS, MAX_BATCH_SIZE
+        return self.mean_loss(
+            evaluation_batches(self._held_out, *sizes, self._pad_id, limit_tokens)[0]
+        )
+
+    def mean_loss(self, batches: Iterable[Batch]) -> float:
+        """Nats per token of consecutive batches."""
+        total, count, carry = 0.0, 0, None
+        for batch in batches:
+            nats, carry = self.score(batch, carry)
+            total, count = total + nats, count + int(np.sum(batch.loss_mask))
+        return total / count
+
+
+def train_timed(
+    config: Config,
+    workdir: str,
+    name: str,
+    seconds: float = 0.0,
+    rate: float | None = None,
+    seed: int = 0,
+    is_tuning: bool = False,
+) -> Row:
+    """Train `name`, one of `LOOKS`, on the text of `config`; for `call_isolated`.
+
+    With `seconds`, the time of all steps, their number is estimated from some timed beforehand.
+    `rate` is the peak learning rate of a baseline, if not that of its settings. With `is_tuning`,
+    the last tenth of the training text is held out instead of the validation split, which does not
+    depend on `seed`, and only the final loss is computed.
+
+    Returns:
+      Its sizes; ``nats/token`` of the whole held-out text; ``loss``, the same in nats/char for a
+      text of characters, else in bits/byte; and ``curve``, pairs of seconds of steps (without the
+      first, which compiles, and without evaluations) and loss of a part, shifted so that the last
+      is that of the whole.
+
+    Raises:
+      UserError: nothing is held out.
+    """
+    config, corpus = prepare(config, workdir)
+    if corpus.validation is None:
+        raise UserError("baselines: nothing is held out; set config.data.validation_fraction")
+    corpus = hold_out_training_text(corpus) if is_tuning else corpus
+    held_out: Any = corpus.validation
+    program = config.train if name == OURS else find_baseline(name, config)
+    steps = program.steps
+    if seconds:
+        trial = make_trainer(name, config, corpus, steps, rate, seed)
+        steps = max(2, int(seconds / seconds_per_step(trial, CALIBRATION * seconds)))
+    trainer = make_trainer(name, config, corpus, steps, rate, seed)
+    trainer.take(1)
+    curve, trained, evaluating, taken = [], 0.0, 0.0, 1
+    for point in range(1, POINTS + 1):
+        until = max(2, round(steps * (point / POINTS) ** 1.5))
+        if until == taken:
+            continue
+        started = time.perf_counter()
+        trainer.take(until - taken)
+        trained, taken = trained + time.perf_counter() - started, until
+        if not is_tuning and (evaluating <= trained or point == POINTS):
+            started = time.perf_counter()
+            curve.append((trained, trainer.evaluate(CURVE_TOKENS)))
+            evaluating += time.perf_counter() - started
+    final, is_text = trainer.evaluate(), config.data.tokenizer != "char"
+    unit = held_out.num_predictions / held_out.num_bytes / math.log(2) if is_text else 1.0
+    shift = final - curve[-1][1] if curve else 0.0
+    shift = shift if math.isfinite(shift) else 0.0
+    return {
+        **{"program": name, "seed": seed, "rate": rate, "parameters": trainer.parameters},
+        **{"steps": taken, "seconds": trained, "nats/token": final, "loss": unit * final},
+        "curve": [(seconds, unit * (loss + shift)) for seconds, loss in curve],
+    }
+
+
+def make_trainer(
+    name: str, config: Config, corpus: TokenizedCorpus, steps: int, rate: float | None, seed: int
+) -> Trainer:
+    """A model before its first step, whose learning rate ends after `steps`.
+
+    Raises:
+      UserError: PyTorch is missing.
+    """
+    if name == OURS:
+        from .jax_trainers import OurTrainer
+
+        return OurTrainer(config, corpus, steps, seed)
+    baseline = find_baseline(name, config)
+    settings = corpus, config.model.vocab_size, steps, rate or baseline.rate, seed
+    if baseline.model == "gru":
+        from .jax_trainers import GRUTrainer
+
+        return GRUTrainer(baseline, *settings)
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(f"{name}: torch is not installed; run: pip install -e '.[bench]'")
+    from .torch_trainers import TorchTrainer
+
+    return TorchTrainer(baseline, *settings)
+
+
+def seconds_per_step(trainer: Trainer, seconds: float) -> float:
+    """Mean time of the steps that begin within `seconds`, and at least of two, after the first."""
+    trainer.take(1)
+    started, taken = time.perf_counter(), 0
+    while taken < 2 or time.perf_counter() - started < seconds:
+        count = 2 if taken < 2 else 8  # in training, batches are made during steps
+        trainer.take(count)
+        taken += count
+    return (time.perf_counter() - started) / taken
+
+
+def hold_out_training_text(corpus: TokenizedCorpus) -> TokenizedCorpus:
+    """The training split in two: its last tenth is held out to choose a learning rate."""
+    whole = corpus.train
+    cut, starts = len(whole.tokens) * 9 // 10, whole.document_starts
+    later = [0, *(starts[starts > cut] - cut)]
+    parts = (
+        ("train", slice(0, cut), starts[starts < cut]),
+        ("validation", slice(cut, None), np.array(later, starts.dtype)),
+    )
+    train, validation = (
+        TokenSplit(
+            name,
+            whole.tokens[part],
+            part_starts,
+            whole.num_bytes * len(whole.tokens[part]) // len(whole.tokens),
+            f"{whole.content_hash} {name}",
+            None if whole.targets is None else whole.targets[part],
+        )
+        for name, part, part_starts in parts
+    )
+    return dataclasses.replace(corpus, train=train, validation=validation)

@@ -1,0 +1,261 @@
+"""Corrupt files of runs and stores: nothing wrong is ever used, and nothing hangs."""
+
+import faulthandler
+import os
+import random
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from simplernn_jax import load_model
+from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.compilation_cache import delete_invalid_entries, seal_entries
+from simplernn_jax.config import Config
+from simplernn_jax.data.token_store import prepare_corpus
+from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.errors import UserError
+from simplernn_jax.export.formats import TrainedModel, find_format
+from simplernn_jax.inference import generate
+from simplernn_jax.inference.loading import RUN, WEIGHTS, load_exported
+from simplernn_jax.inference.state_file import load_state, save_state
+from simplernn_jax.models import LanguageModel
+
+from .experiment import Case, experiment, run_cases
+from .runs import bytes_of, quiet, read_checkpoint, run_quietly, small_config
+
+HANG_SECONDS = 120.0
+"""A case that takes longer ends the process with its stack: the call hangs."""
+_STEPS = 12
+"""Steps of the run, which saves every third one."""
+_RESUMED = 6
+"""One case in this many resumes the run, which takes longer than to load its model."""
+_NEEDED = ("checkpoints/", "config.json", "swap the folder")
+"""Corruption that may be rejected, also of a folder that was swapped with that of the checkpoints;
+all other files are for readers of the results."""
+_C_CODE, _C_CODE_EVERY = "C code", 20
+"""One store in this many is compiled C code, which is loaded in a process of its own."""
+_USES_C = """
+import numpy as np
+from simplernn_jax.ops.rms_norm import rms_norm
+x = np.random.default_rng(0).normal(size=(7, 99)).astype(np.float32)
+print(np.asarray(rms_norm(x, native=True)).tobytes().hex())
+"""
+_COMPILES_ONCE = """#!/bin/sh
+case "$1" in --version) exec cc "$@" ;; esac
+for last; do :; done
+if test -e {saved}; then cp {saved} "$last"; else cc "$@" && cp "$last" {saved}; fi
+"""
+"""Compiler of the C code."""
+
+
+class _Store(NamedTuple):
+    """Files that are copied, corrupted and read."""
+
+    whole: Path
+    corrupt: Path
+    """The folder that is read, which may hold a copy of `whole`."""
+    read: Callable[[Path], Any]
+    """Read a folder; raises `UserError` to reject it."""
+    allowed: list[Any]
+    """Results that are right."""
+
+    def check(self, draw: random.Random, *folders: Path) -> tuple[str, str | None, str | None]:
+        """Corrupt a file in each of the folders of a copy, and read it; a hang ends the process.
+
+        Returns a description, the error that rejects it, and the problem.
+        """
+        shutil.rmtree(self.corrupt, ignore_errors=True)
+        shutil.copytree(self.whole, self.corrupt)
+        what = " and ".join(corrupt_file(folder, draw, self.corrupt) for folder in folders)
+        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+        message, problem = None, None
+        try:
+            with quiet():
+                found = self.read(self.corrupt)
+            problem = None if found in self.allowed else "another content"
+        except UserError as error:
+            message = str(error)
+            problem = None if len(message.splitlines()) == 1 else f"an error {message!r}"
+        except Exception:
+            problem = traceback.format_exc().strip()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        return what, message, problem
+
+
+@experiment(full=5000, quick=40)
+def corruption(folder: Path, count: int, seed: int) -> Iterator[Case]:
+    """Corrupt files of a workdir are repaired, recovered from or rejected in one line.
+
+    One to three files are corrupted; then the model is loaded, or the run resumed to its end.
+    """
+    config = small_config(folder, steps=_STEPS, save_every=3, eval_every=3)
+    whole, corrupt = folder / "whole", folder / "corrupt"
+    run_quietly(config, whole)
+
+    def load(path: Path, step: Any = "best") -> Any:
+        return contents_of(load_model(str(path), step))
+
+    def resume(path: Path) -> dict[str, Any]:
+        run_quietly(config, path)
+        return read_checkpoint(path)
+
+    models = [load(whole, step) for step in CheckpointFolder(str(whole)).steps()]
+    loaded = _Store(whole, corrupt, load, models)
+    resumed = _Store(whole, corrupt, resume, [read_checkpoint(whole)])
+
+    def run_case(number: int, draw: random.Random) -> Case:
+        is_resumed = number % _RESUMED == 0
+        # Where the newest checkpoint is intact, a resumed run has nothing to do.
+        newest = corrupt / "checkpoints" / str(_STEPS)
+        folders = [newest if is_resumed else corrupt, corrupt, corrupt]
+        store = resumed if is_resumed else loaded
+        what, error, problem = store.check(draw, *folders[: draw.choice([1, 1, 2, 3])])
+        if error and not any(place in what for place in _NEEDED):
+            problem = f"rejected without need: {error}"
+        kind = f"{'resumed' if is_resumed else 'loaded'}{', rejected' if error else ''}"
+        return Case(f"{number}: {what}", problem, kind)
+
+    return run_cases(run_case, count, seed)
+
+
+@experiment(full=2000, quick=150)
+def stores(folder: Path, count: int, seed: int) -> Iterator[Case]:
+    """Corrupt token stores, decoder states, programs, exports and C code are never used."""
+    kinds = _make_stores(folder)
+    others = [kind for kind in kinds if kind != _C_CODE]
+
+    def run_case(number: int, draw: random.Random) -> Case:
+        is_c_code = number % _C_CODE_EVERY == _C_CODE_EVERY - 1
+        kind = _C_CODE if is_c_code else others[number % len(others)]
+        what, _, problem = kinds[kind].check(draw, kinds[kind].corrupt)
+        return Case(f"{number}: {kind}, {what}", problem, kind)
+
+    return run_cases(run_case, count, seed)
+
+
+def _make_stores(folder: Path) -> dict[str, _Store]:
+    """Make all kinds of stores, of a small run."""
+    config = small_config(folder, steps=1)
+    run_quietly(config, folder / "run")
+    model, tokenizer, _ = load_model(str(folder / "run"))
+    has_transformers = find_spec("torch") is not None and find_spec("transformers") is not None
+    exports = ["safetensors", "huggingface"] if has_transformers else ["safetensors"]
+    compiler = folder / "compiler"
+    compiler.write_text(_COMPILES_ONCE.format(saved=folder / "native.so"))
+    compiler.chmod(0o755)
+
+    def read_tokens(path: Path) -> list[bytes]:
+        corpus = prepare_corpus(config.data, 0, str(path), show_progress=False)
+        splits = (corpus.train, corpus.validation)
+        return [np.asarray(split.tokens).tobytes() for split in splits if split is not None]
+
+    def read_state(path: Path) -> tuple[bytes, ...]:
+        return bytes_of(vars(load_state(str(path / "state"), model, tokenizer)))
+
+    def read_program(path: Path) -> bytes:
+        delete_invalid_entries(path)
+        if not (path / "key-cache").exists():
+            raise UserError("compiled again")
+        return (path / "key-cache").read_bytes()
+
+    def read_export(path: Path) -> Any:
+        return contents_of(load_exported(str(path)))
+
+    def run_c_code(path: Path) -> bytes:
+        environment = os.environ | {"XDG_CACHE_HOME": str(path), "CC": str(compiler)}
+        words, seconds = [sys.executable, "-c", _USES_C], HANG_SECONDS / 2
+        return subprocess.check_output(
+            words, stderr=subprocess.DEVNULL, env=environment, timeout=seconds
+        )
+
+    reads = {"tokens": read_tokens, "state": read_state, "program": read_program}
+    reads |= dict.fromkeys(exports, read_export) | {_C_CODE: run_c_code}
+    whole = {name: folder / name / "whole" for name in reads}
+    for path in whole.values():
+        path.mkdir(parents=True)
+    state = generate(model, [1, 2, 3], max_new_tokens=5).state
+    save_state(str(whole["state"] / "state"), state, model, tokenizer)
+    (whole["program"] / "key-cache").write_bytes(b"program" * 999)
+    (whole["program"] / "key-atime").write_bytes(bytes(8))
+    seal_entries(whole["program"])
+    for name in exports:
+        trained = TrainedModel(model, tokenizer, config, str(folder / "run"))
+        find_format(name).write(trained, whole[name])
+        for path in whole[name].iterdir():
+            if path.name not in (RUN, WEIGHTS):  # for other programs
+                path.unlink()
+    return {
+        name: _Store(whole[name], folder / name / "corrupt", read, [read(whole[name])])
+        for name, read in reads.items()
+    }
+
+
+def corrupt_file(folder: Path, draw: random.Random, top: Path | None = None) -> str:
+    """Change one file below `folder`, and nothing beside it; return a description.
+
+    It names the file relative to `top`, by default the folder. A file may be swapped with an equal
+    one.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+    if not files:
+        return "no file is left"
+    path, kind = draw.choice(files), draw.choice(_KINDS)
+    content = path.read_bytes()
+    at = draw.randrange(len(content) + 1)
+    others = [file for file in files if file != path]
+    # If there is one, the file of another checkpoint.
+    other = draw.choice([file for file in others if file.name == path.name] or others or [path])
+    description = f"{kind} {path.relative_to(top or folder)}"
+    match kind:
+        case "flip a bit of":
+            flipped = bytes([content[at] ^ 1 << draw.randrange(8)]) if content[at:] else b""
+            path.write_bytes(content[:at] + flipped + content[at + 1 :])
+        case "truncate":
+            path.write_bytes(content[:at])
+        case "zero the end of":  # as a file system that lost its last blocks
+            path.write_bytes(content[:at] + bytes(len(content) - at))
+        case "swap":
+            path.write_bytes(other.read_bytes())
+        case "swap the folder of":
+            parents = {parent for file in files for parent in file.parents} - {path.parent}
+            neighbors = sorted(p for p in parents if p.parent == path.parent.parent)
+            if neighbors:
+                swapped, aside = draw.choice(neighbors), path.parent.with_name("aside")
+                path.parent.rename(aside)
+                swapped.rename(path.parent)
+                aside.rename(swapped)
+        case _:
+            path.unlink()
+            _REPLACEMENTS[kind](path, other)
+    return description
+
+
+_REPLACEMENTS: dict[str, Callable[[Path, Path], object]] = {
+    "delete": lambda path, other: None,
+    "put a folder in place of": lambda path, other: path.mkdir(),
+    "put a link in place of": lambda path, other: path.symlink_to("/dev/zero"),
+    "put a dangling link in place of": lambda path, other: path.symlink_to("nothing"),
+    "put a link to another file in place of": lambda path, other: path.symlink_to(other),
+    "put a FIFO in place of": lambda path, other: os.mkfifo(path),
+}
+_KINDS = (
+    *("flip a bit of", "truncate", "zero the end of", "swap", "swap the folder of"),
+    *_REPLACEMENTS,
+)
+
+
+def contents_of(
+    loaded: tuple[LanguageModel, Tokenizer, Config],
+) -> tuple[tuple[bytes, ...], str, Config]:
+    """Parameters, tokenizer and configuration of a loaded model, as values to compare."""
+    model, tokenizer, config = loaded
+    return bytes_of(nnx.state(model, nnx.Param)), tokenizer.to_json(), config
