@@ -295,11 +295,11 @@ def test_output_folders_are_no_part_of_a_folder_or_glob(tmp_path, monkeypatch):
 def test_bad_record_names_file_and_line(tmp_path, caplog, line, problem):
     path = write(tmp_path / "a.jsonl", records({"text": "a"}) + "\n")
     path.write_bytes(path.read_bytes() + line.strip() + b"\n" + records({"text": "b"}).encode())
-    with pytest.raises(UserError, match=rf"a\.jsonl:3: .*{problem}.*max_bad_records") as raised:
+    with pytest.raises(UserError, match=rf"a\.jsonl:3: .*{problem}.*max_malformed_rec") as raised:
         read_all(path)
     assert "\n" not in str(raised.value)
-    assert read_all(path, max_bad_records=1) == {"a.jsonl:1": "a", "a.jsonl:4": "b"}
-    assert "1 bad record skipped, the first: " in caplog.text
+    assert read_all(path, max_malformed_records=1) == {"a.jsonl:1": "a", "a.jsonl:4": "b"}
+    assert "1 malformed record skipped, the first: " in caplog.text
 
 
 def test_utf16_is_decoded_over_blocks_and_its_errors_are_named_or_replaced(tmp_path):
@@ -346,7 +346,7 @@ def test_bad_records_of_a_json_array(tmp_path, content, problem):
     path = write(tmp_path / "a.json", content)
     with pytest.raises(UserError, match=problem):
         read_all(path)
-    assert len(read_all(path, max_bad_records=1)) == ("[1]" in problem.replace("\\", ""))
+    assert len(read_all(path, max_malformed_records=1)) == ("[1]" in problem.replace("\\", ""))
 
 
 def test_csv_rows_are_documents_by_the_name_of_their_column(tmp_path):
@@ -381,10 +381,10 @@ def test_quotes_of_tsv_are_text(tmp_path, name):
 )
 def test_bad_rows_of_csv_are_counted_like_bad_records(tmp_path, caplog, row, problem):
     path = write(tmp_path / "a.csv", b"id,text\n1,a\n" + row + b"\n1,c\n")
-    with pytest.raises(UserError, match=rf"a\.csv:3: {problem}.*bad record 1, 0 allowed"):
+    with pytest.raises(UserError, match=rf"a\.csv:3: {problem}.*malformed record 1, 0 allowed"):
         read_all(path)
-    assert read_all(path, max_bad_records=1) == {"a.csv:2": "a", "a.csv:4": "c"}
-    assert "1 bad record skipped, the first: " in caplog.text
+    assert read_all(path, max_malformed_records=1) == {"a.csv:2": "a", "a.csv:4": "c"}
+    assert "1 malformed record skipped, the first: " in caplog.text
 
 
 def test_csv_without_the_column_or_with_an_open_quote_is_one_line(tmp_path, monkeypatch):
@@ -396,7 +396,7 @@ def test_csv_without_the_column_or_with_an_open_quote_is_one_line(tmp_path, monk
     monkeypatch.setattr("simplernn_jax.data.record_files.MAX_RECORD_BYTES", 1 << 16)
     for row in ('"a' + "\nb" * (1 << 15), '"\n",' * (1 << 14)):
         with pytest.raises(UserError, match=r"a\.csv:\d+: a record .* than 0 MiB; split it"):
-            read_all(write(path, f"text,n\n{row}"), max_bad_records=1)
+            read_all(write(path, f"text,n\n{row}"), max_malformed_records=1)
     assert len(read_all(write(path, "text\n" + f'"{"b" * 100}\n"\n' * 1000))) == 1000
 
 
@@ -422,14 +422,14 @@ def test_messages_are_not_text(tmp_path):
 
 def test_bad_records_are_counted_and_warned_of_once(tmp_path, caplog):
     path = write(tmp_path / "a.jsonl", "no\n" + records({"text": "a"}) + "no\n")
-    corpus = open_corpus(DataConfig(source=str(path), max_bad_records=2))
+    corpus = open_corpus(DataConfig(source=str(path), max_malformed_records=2))
     for _ in range(2):
         assert len(list(corpus.documents())) == 1
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "2 bad records skipped, the first:" in warning.message
+    assert "2 malformed records skipped, the first:" in warning.message
     assert "a.jsonl:1" in warning.message
-    with pytest.raises(UserError, match=r"a\.jsonl:3: .*bad record 2, 1 allowed"):
-        read_all(path, max_bad_records=1)
+    with pytest.raises(UserError, match=r"a\.jsonl:3: .*malformed record 2, 1 allowed"):
+        read_all(path, max_malformed_records=1)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
@@ -438,7 +438,7 @@ def test_every_damaged_file_is_read_or_refused_in_one_line(tmp_path, name, encod
     text = "é — \n\u2028🙂"
     content = records(*({"text": f"{text}{n}", "other": [n, {}]} for n in range(7)))
     content += json.dumps({"text": text}, ensure_ascii=False)
-    settings = {"encoding_errors": encoding_errors, "max_bad_records": 1}
+    settings = {"encoding_errors": encoding_errors, "max_malformed_records": 1}
     for texts in read_damaged(write(tmp_path / name, content), 200, **settings):
         "".join(texts.values()).encode("utf-8")
 

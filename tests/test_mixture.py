@@ -16,9 +16,9 @@ from simplernn_jax.data.batch_iterator import MixedBatchSource, make_batches
 from simplernn_jax.data.batches import BatchSource, steps_per_epoch
 from simplernn_jax.data.file_search import find_files
 from simplernn_jax.data.mixture import parse_mixture
-from simplernn_jax.data.store_folder import DamagedStore
-from simplernn_jax.data.token_store import find_corpus, train_tokenizer
-from simplernn_jax.data.tokenized_corpus import MixedSplit, TokenizedCorpus, of_mixture
+from simplernn_jax.data.store_reader import CorruptStore
+from simplernn_jax.data.token_split import MixedSplit
+from simplernn_jax.data.token_store import TokenizedCorpus, find_corpus, train_tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import without_paths
 from simplernn_jax.files import read_sealed, write_sealed
@@ -58,7 +58,7 @@ def mixed(weights, lengths=((31, 7, 101), (12, 43), (61,))):
         tokens = np.where(split.tokens < 200, split.tokens % 10 + 10 * number, split.tokens)
         split = type(split)(**{**vars(split), "tokens": tokens, "content_hash": f"{number}"})
         corpora.append(TokenizedCorpus(None, split, None, f"{number}"))
-    return of_mixture(corpora, "abc"[: len(weights)], weights).train
+    return TokenizedCorpus.from_mixture(corpora, "abc"[: len(weights)], weights).train
 
 
 def sources_of(batch):
@@ -183,7 +183,7 @@ def test_a_sealed_record_of_something_else_is_refused(folder, name, value, probl
     record = json.loads(read_sealed(path)) | {name: value}
     write_sealed(path, json.dumps(record) + "\n")
     if problem.endswith("stores"):
-        with pytest.raises(DamagedStore, match=problem):
+        with pytest.raises(CorruptStore, match=problem):
             find_corpus("cache", corpus.content_hash, corpus.tokenizer)
     else:
         assert find_corpus("cache", corpus.content_hash, corpus.tokenizer) is None
@@ -199,7 +199,7 @@ def test_a_source_that_is_learned_whole_beside_one_that_is_not(folder):
         prepare("chat.jsonl", template="roles", loss_on=loss_on, validation_fraction=0.0)
         for loss_on in ("assistant", "all")
     )
-    split = of_mixture([answers, whole], ("answers", "whole"), (0.5, 0.5)).train
+    split = TokenizedCorpus.from_mixture([answers, whole], ("answers", "whole"), (0.5, 0.5)).train
     expected = np.concatenate([answers.train.tokens[answers.train.targets], whole.train.tokens[1:]])
     np.testing.assert_array_equal(np.array(split.tokens)[np.array(split.targets)], expected)
     assert split.num_predictions == len(expected)

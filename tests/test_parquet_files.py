@@ -54,18 +54,18 @@ def test_rows_without_text_are_bad_records(tmp_path, caplog):
     path = write(tmp_path / "a.parquet", {"text": pa.array([b"a", None, b"\xff", b"b"])})
     with pytest.raises(UserError, match=r"a\.parquet: row 1: field 'text' is of type NoneType"):
         read_all(path)
-    with pytest.raises(UserError, match=r"row 2: invalid UTF-8 at byte 0 .*bad record 2, 1 allow"):
-        read_all(path, max_bad_records=1)
-    assert [*read_all(path, max_bad_records=2).values()] == ["a", "b"]
-    assert "2 bad records skipped, the first:" in caplog.text
-    texts = read_all(path, max_bad_records=1, encoding_errors="replace")
+    with pytest.raises(UserError, match=r"row 2: invalid UTF-8 at byte 0 .*record 2, 1 allow"):
+        read_all(path, max_malformed_records=1)
+    assert [*read_all(path, max_malformed_records=2).values()] == ["a", "b"]
+    assert "2 malformed records skipped, the first:" in caplog.text
+    texts = read_all(path, max_malformed_records=1, encoding_errors="replace")
     assert [*texts.values()] == ["a", "\ufffd", "b"]
 
 
 @pytest.mark.parametrize(
     ("columns", "problem"),
     [
-        ({"txt": ["a"], "id": [1]}, r"no field 'text'; did you mean 'txt'\?; it has txt, id: name the one"),
+        ({"txt": ["a"], "id": [1]}, r"no field 'text'; did you mean 'txt'\?; it has txt, id: name"),
         ({"text": [1]}, "field 'text' is of type int64, not text"),
         ({"text": [["a"]]}, "field 'text' is of type list<"),
         ({"messages": [[{"role": "user"}]]}, "no field 'text' but 'messages'; conversations need"),
@@ -79,7 +79,7 @@ def test_a_column_that_is_none_of_text_is_refused(tmp_path, columns, problem):
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_every_damaged_file_is_read_or_refused_in_one_line(tmp_path, compression):
     path = write(tmp_path / "a.parquet", {"text": TEXTS}, compression=compression)
-    list(read_damaged(path, 100, max_bad_records=3))
+    list(read_damaged(path, 100, max_malformed_records=3))
     for _ in truncations(path):
         with pytest.raises(UserError, match=r"a\.parquet: not a whole Parquet file \("):
             read_all(path)

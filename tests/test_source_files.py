@@ -41,7 +41,7 @@ def test_compressed_records(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(COMPRESS[suffix](b"\xef\xbb\xbf" + RECORDS.encode() + b"no\n"))
     (tmp_path / "b.ndjson").write_text('{"text": "b"}')
-    texts = read_all(tmp_path, max_bad_records=1)
+    texts = read_all(tmp_path, max_malformed_records=1)
     assert list(texts.values()) == [*TEXT.splitlines(), "b"]
     assert {f"{path.name}:2", "b.ndjson:1"} <= texts.keys()
 
@@ -133,6 +133,7 @@ def test_everything_that_is_decompressed_counts_as_expansion(tmp_path, name, beg
     """Also what is no text, and before it is parsed."""
     content = begin + middle * ((1 << 21) // len(middle)) + end
     path = write(tmp_path / f"{name}.zst", zstd(content))
-    corpus = open_corpus(DataConfig(source=str(path), max_expansion=10, max_bad_records=1 << 30))
+    settings = {"max_expansion": 10, "max_malformed_records": 1 << 30}
+    corpus = open_corpus(DataConfig(source=str(path), **settings))
     with pytest.raises(UserError, match="expands to more than 10 times"):
         collections.deque(corpus.items(), 0)

@@ -14,7 +14,7 @@ from simplernn_jax.checkpoint import manifest
 from simplernn_jax.checkpoint.contents import read_texts, saved_quality, saved_step
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-from simplernn_jax.data.store_folder import META_FILE, DamagedStore, open_store
+from simplernn_jax.data.store_reader import META_FILE, CorruptStore, open_store
 from simplernn_jax.data.token_store import prepare_corpus
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, load_state, save_state
@@ -113,7 +113,7 @@ def _corpus_reader(folder: Path) -> Reader:
     def read() -> None:
         try:
             open_store(record.parent)
-        except DamagedStore as error:
+        except CorruptStore as error:
             raise UserError(str(error)) from error
 
     return Reader("record of a corpus", [record.read_bytes()], in_file(record, read))

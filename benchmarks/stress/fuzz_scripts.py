@@ -98,7 +98,7 @@ COMMANDS = (
     Command("make_conversations", {"conversations": "3", "turns": "2", "seed": "1"}, (),
             ("made.jsonl",)),
     Command("build_tfds", {"source": "texts.jsonl", "name": "mine", "field": "text",
-                           "data_dir": "datasets", "max_bad_records": "1"}, ("texts.jsonl",)),
+                           "data_dir": "datasets", "max_malformed_records": "1"}, ("texts.jsonl",)),
 )  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from simplernn_jax.data.batches import (
     random_draws,
     steps_per_epoch,
 )
+from simplernn_jax.data.token_split import MixedSplit
 from simplernn_jax.data.token_store import TokenSplit
-from simplernn_jax.data.tokenized_corpus import MixedSplit
 from simplernn_jax.errors import UserError
 
 

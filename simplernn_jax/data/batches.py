@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.sharded_array import without_memmap
+from simplernn_jax.data.token_split import without_memmap
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.errors import UserError, counted
 

@@ -36,7 +36,7 @@ class Entry(NamedTuple):
     """True if it ends the document: EOS follows it."""
 
 
-class BadRecord(Exception):
+class MalformedRecord(Exception):
     """Reason why a record has no text."""
 
 
@@ -65,7 +65,7 @@ class Corpus(abc.ABC):
         """Measure `files`; the text depends on them and on `settings`, part of the fingerprint."""
         self._files = {file: file_status(file.path).st_size for file in files}
         self._encoding_errors = config.encoding_errors
-        self._max_bad_records = config.max_bad_records
+        self._max_malformed_records = config.max_malformed_records
         self._max_expansion = config.max_expansion
         self._source: Any = config.source
         self._settings = {"kind": self.kind, **settings}
@@ -76,7 +76,7 @@ class Corpus(abc.ABC):
     def _begin(self) -> None:
         """Begin an iteration."""
         self.bytes_read = 0
-        self._num_bad, self._first_problem = 0, ""
+        self._num_malformed, self._first_problem = 0, ""
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what `entries` needs, for another process."""
@@ -88,25 +88,26 @@ class Corpus(abc.ABC):
             for entry in entries_of(document.pieces):
                 yield entry, len(entry.text)
 
-    def entries(self, items: Sequence[Any]) -> Iterator[Iterable[Entry] | BadRecord]:
-        """Yield the text of each item, in another process perhaps; a `BadRecord` is for `skip`."""
+    def entries(self, items: Sequence[Any]) -> Iterator[Iterable[Entry] | MalformedRecord]:
+        """Yield the text of each item, in another process perhaps, or what is to `skip`."""
         yield from ([item] for item in items)
 
     def skip(self, problem: str) -> None:
-        """Count a bad record; raises `UserError` if there are more of them than allowed."""
-        self._num_bad += 1
+        """Count a malformed record; raises `UserError` if there are more of them than allowed."""
+        self._num_malformed += 1
         self._first_problem = self._first_problem or problem
-        if self._num_bad > self._max_bad_records:
+        if self._num_malformed > self._max_malformed_records:
             raise UserError(
-                f"{problem}; bad record {self._num_bad}, {self._max_bad_records} allowed: fix"
-                " it or raise max_bad_records (train.py: --config.data.max_bad_records)"
+                f"{problem}; malformed record {self._num_malformed}, {self._max_malformed_records} "
+                "allowed: fix it or raise max_malformed_records (train.py: "
+                "--config.data.max_malformed_records)"
             )
 
     def warn_of_skipped(self) -> None:
         """Warn of the records that were skipped, once."""
-        if self._num_bad and not self._has_warned:
+        if self._num_malformed and not self._has_warned:
             self._has_warned = True
-            skipped = counted(self._num_bad, "bad record")
+            skipped = counted(self._num_malformed, "malformed record")
             logging.warning("%s skipped, the first: %s", skipped, self._first_problem)
 
     def _check_expansion(self, file: SourceFile, num_bytes: int) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from absl import logging
 
 from simplernn_jax.data.source_files import SourceFile, open_source
-from simplernn_jax.data.store_folder import META_FILE, MIXTURE_SUFFIX, is_store
+from simplernn_jax.data.store_reader import META_FILE, MIXTURE_SUFFIX, is_store
 from simplernn_jax.errors import UserError, counted, one_line
 from simplernn_jax.files import read_sealed
 

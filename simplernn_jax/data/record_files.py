@@ -13,10 +13,10 @@ from typing import Any
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data.chat_template import ChatTemplate, Message, TemplateError, messages_of
 from simplernn_jax.data.documents import (
-    BadRecord,
     Corpus,
     Document,
     Entry,
+    MalformedRecord,
     Piece,
     entries_of,
     text_pieces,
@@ -47,7 +47,7 @@ class RecordFiles(Corpus):
         """See `Corpus.documents`."""
         for item, _ in self.items():
             (pieces,) = self._pieces_of([item])
-            if isinstance(pieces, BadRecord):
+            if isinstance(pieces, MalformedRecord):
                 self.skip(str(pieces))
             else:
                 yield Document(f"{item[1]}{item[2]}", pieces)
@@ -60,22 +60,22 @@ class RecordFiles(Corpus):
             for place, value, size in self._records(file):
                 yield (file.path, file.name, place, value), size
 
-    def entries(self, items: Sequence[Any]) -> Iterator[Iterable[Entry] | BadRecord]:
+    def entries(self, items: Sequence[Any]) -> Iterator[Iterable[Entry] | MalformedRecord]:
         """See `Corpus.entries`."""
         for pieces in self._pieces_of(items):
-            yield pieces if isinstance(pieces, BadRecord) else entries_of(pieces)
+            yield pieces if isinstance(pieces, MalformedRecord) else entries_of(pieces)
 
-    def _pieces_of(self, items: Sequence[Any]) -> Iterator[Iterator[Piece] | BadRecord]:
+    def _pieces_of(self, items: Sequence[Any]) -> Iterator[Iterator[Piece] | MalformedRecord]:
         found = self._pieces_of_each([value for *_, value in items])
         for (path, _, place, _), pieces in zip(items, found, strict=True):
-            is_bad = isinstance(pieces, BadRecord)
-            yield BadRecord(one_line(f"{path}{place}: {pieces}")) if is_bad else pieces
+            is_bad = isinstance(pieces, MalformedRecord)
+            yield MalformedRecord(one_line(f"{path}{place}: {pieces}")) if is_bad else pieces
 
-    def _pieces_of_each(self, values: Sequence[Any]) -> Iterator[Iterator[Piece] | BadRecord]:
+    def _pieces_of_each(self, values: Sequence[Any]) -> Iterator[Iterator[Piece] | MalformedRecord]:
         for value in values:
             try:
                 yield self._pieces(value)
-            except BadRecord as error:
+            except MalformedRecord as error:
                 yield error
 
     def _records(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
@@ -83,20 +83,20 @@ class RecordFiles(Corpus):
         raise NotImplementedError
 
     def _field_of(self, value: Any) -> Any:
-        """Return the field of a record, or raise `BadRecord`."""
+        """Return the field of a record, or raise `MalformedRecord`."""
         return value
 
     def _pieces(self, value: Any) -> Iterator[Piece]:
-        """Extract the text of a record, or raise `BadRecord`."""
+        """Extract the text of a record, or raise `MalformedRecord`."""
         text = self._field_of(value)
         if isinstance(text, bytes):
             try:
                 text = text.decode("utf-8", self._encoding_errors)
             except UnicodeDecodeError as error:
                 where = f"at byte {error.start} of field {self._field!r}"
-                raise BadRecord(f"invalid UTF-8 {where}") from error
+                raise MalformedRecord(f"invalid UTF-8 {where}") from error
         if not isinstance(text, str):
-            raise BadRecord(wrong_type(self._field, type(text).__name__))
+            raise MalformedRecord(wrong_type(self._field, type(text).__name__))
         return text_pieces(self._without_surrogates(text))
 
     def _without_surrogates(self, text: str) -> str:
@@ -104,7 +104,7 @@ class RecordFiles(Corpus):
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             if self._encoding_errors == "strict":
-                raise BadRecord(
+                raise MalformedRecord(
                     f"field {self._field!r} holds half a surrogate pair or invalid UTF-8"
                 ) from error
             text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -135,7 +135,7 @@ class JsonFiles(RecordFiles):
             content += line
         try:
             found = self._parsed(bytes(content))
-        except BadRecord as error:
+        except MalformedRecord as error:
             found = error
         records = found if isinstance(found, list) else [found]
         for number, record in enumerate(records):
@@ -162,25 +162,25 @@ class JsonFiles(RecordFiles):
         """See `RecordFiles._field_of`."""
         record = self._record(value)
         if self._field not in record:
-            raise BadRecord(missing_field(self._field, record))
+            raise MalformedRecord(missing_field(self._field, record))
         return record[self._field]
 
     def _record(self, value: Any) -> dict[str, Any]:
-        """Return a record that is given as a line, as itself, or as a `BadRecord`."""
+        """Return a record that is given as a line, as itself, or as a `MalformedRecord`."""
         record = self._parsed(value) if isinstance(value, bytes) else value
-        if isinstance(record, BadRecord):
+        if isinstance(record, MalformedRecord):
             raise record
         if not isinstance(record, dict):
-            raise BadRecord(f"of type {type(record).__name__}, not an object")
+            raise MalformedRecord(f"of type {type(record).__name__}, not an object")
         return record
 
     def _parsed(self, content: bytes) -> Any:
         try:
             return json.loads(content.decode("utf-8", self._encoding_errors))
         except UnicodeDecodeError as error:
-            raise BadRecord(f"invalid UTF-8 at byte {error.start}") from error
+            raise MalformedRecord(f"invalid UTF-8 at byte {error.start}") from error
         except (ValueError, RecursionError) as error:
-            raise BadRecord(f"not JSON ({error})") from error
+            raise MalformedRecord(f"not JSON ({error})") from error
 
 
 class CsvFiles(JsonFiles):
@@ -213,7 +213,7 @@ class CsvFiles(JsonFiles):
                 if None in row:
                     raise csv.Error("more values than the header has names")
             except csv.Error as error:
-                row = BadRecord(f"invalid CSV ({error})")
+                row = MalformedRecord(f"invalid CSV ({error})")
             size, self._record_bytes = self._record_bytes, 0
             yield f":{rows.reader.line_num}", row, size
 
@@ -231,7 +231,7 @@ class ConversationFiles(JsonFiles):
         super().__init__(files, config, template=config.template, only_assistant=only_assistant)
         self._template, self._only_assistant = ChatTemplate(config.template), only_assistant
 
-    def _pieces_of_each(self, values: Sequence[Any]) -> Iterator[Iterator[Piece] | BadRecord]:
+    def _pieces_of_each(self, values: Sequence[Any]) -> Iterator[Iterator[Piece] | MalformedRecord]:
         for start in range(0, len(values), _RENDERED_TOGETHER):
             some = [self._messages(value) for value in values[start : start + _RENDERED_TOGETHER]]
             rendered = self._template.pieces(
@@ -239,16 +239,16 @@ class ConversationFiles(JsonFiles):
             )
             for one in some:
                 pieces = next(rendered) if isinstance(one, list) else one
-                yield iter(pieces) if isinstance(pieces, list) else BadRecord(str(pieces))
+                yield iter(pieces) if isinstance(pieces, list) else MalformedRecord(str(pieces))
 
-    def _messages(self, value: Any) -> list[Message] | BadRecord:
+    def _messages(self, value: Any) -> list[Message] | MalformedRecord:
         try:
             messages = messages_of(self._record(value), self._field)
             for message in messages:
                 message["content"] = self._without_surrogates(message["content"])
             return messages
-        except (BadRecord, TemplateError) as error:
-            return BadRecord(str(error))
+        except (MalformedRecord, TemplateError) as error:
+            return MalformedRecord(str(error))
 
 
 def too_long(what: str) -> UserError:

@@ -31,7 +31,7 @@ class SourceFile:
     path: str
 
 
-class _DamagedArchive(Exception):
+class _CorruptArchive(Exception):
     """Reason why a compressed file cannot be read."""
 
 
@@ -60,7 +60,7 @@ def open_source(path: str, errors: str = "replace") -> Iterator[tuple[IO[bytes],
             f"{path}: invalid UTF-16 ({error.reason}); convert the file to UTF-8, or run with "
             "encoding_errors=replace (train.py: --config.data.encoding_errors=replace)"
         ) from error
-    except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedArchive) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, _CorruptArchive) as error:
         raise UserError(
             f"{path}: corrupted or truncated ({error}); replace it by an intact copy"
         ) from error
@@ -116,7 +116,7 @@ def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
         try:
             yield frame.decompress(block)
         except zstandard.ZstdError as error:
-            raise _DamagedArchive(str(error)) from error
+            raise _CorruptArchive(str(error)) from error
         rest = b""
         if frame.eof:
             rest, frame = frame.unused_data, None
