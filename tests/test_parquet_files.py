@@ -116,7 +116,7 @@ def test_rows_that_repeat_a_value_expand_it(tmp_path):
 
 
 def test_a_value_is_at_most_as_long_as_a_line_of_jsonl(tmp_path, monkeypatch):
-    monkeypatch.setattr("simplernn_jax.data.parquet_files.MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr("simplernn_jax.data.record_files.MAX_RECORD_BYTES", 1 << 20)
     path = write(tmp_path / "a.parquet", {"text": ["a", "b" * ((1 << 20) + 1)]})
     with pytest.raises(UserError, match=r"a\.parquet: row 1: a text of more than"):
         read_all(path, max_expansion=10**6)

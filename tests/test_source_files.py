@@ -136,4 +136,4 @@ def test_everything_that_is_decompressed_counts_as_expansion(tmp_path, name, beg
     settings = {"max_expansion": 10, "max_malformed_records": 1 << 30}
     corpus = open_corpus(DataConfig(source=str(path), **settings))
     with pytest.raises(UserError, match="expands to more than 10 times"):
-        collections.deque(corpus.items(), 0)
+        collections.deque(corpus.records(), 0)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
-from simplernn_jax.data.documents import Piece, text_pieces
+from simplernn_jax.data.documents import Piece, cut_text, pieces_of
 from simplernn_jax.data.template_process import PROCESS, Message, TemplateError
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
@@ -143,7 +143,7 @@ class ChatTemplate:
         roles = [message["role"] for message in messages]
         if not only_assistant or "assistant" not in roles:
             (whole,) = yield [(messages, False)]
-            return list(text_pieces(whole, is_target=not only_assistant))
+            return list(pieces_of(cut_text(whole, not only_assistant)))
         first = roles.index("assistant")
         keys = [(message["role"], message["content"]) for message in messages[first:]]
         alone = {key: text for key in keys if (text := self._kept.get(key)) is not None}
@@ -166,7 +166,7 @@ class ChatTemplate:
         before = whole[: len(whole) - len(rest)]
         if before + rest != whole or any(before != text for text in texts[: len(heads)]):
             raise TemplateError("a message is not rendered alike everywhere in a conversation")
-        return [piece for part in [(before, False), *parts] for piece in text_pieces(*part)]
+        return list(pieces_of(one for part in [(before, False), *parts] for one in cut_text(*part)))
 
     @staticmethod
     def _after(before: str, whole: str) -> str:

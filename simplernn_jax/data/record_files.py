@@ -4,6 +4,7 @@ In JSON, the field may hold the messages of a conversation, which a template tur
 """
 
 import csv
+import importlib.util
 import itertools
 import json
 import re
@@ -12,17 +13,9 @@ from typing import Any
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data.chat_template import ChatTemplate, Message, TemplateError, messages_of
-from simplernn_jax.data.documents import (
-    Corpus,
-    Document,
-    Entry,
-    MalformedRecord,
-    Piece,
-    entries_of,
-    text_pieces,
-)
-from simplernn_jax.data.source_files import SourceFile, open_source
-from simplernn_jax.errors import UserError, nearest_name, one_line
+from simplernn_jax.data.documents import Corpus, MalformedRecord, Piece, cut_text, pieces_of
+from simplernn_jax.data.source_files import SourceFile, library_errors, open_source
+from simplernn_jax.errors import UserError, nearest_name
 
 MAX_RECORD_BYTES = 1 << 26
 """Bytes of a line, a JSON array, a row of CSV or a Parquet value, which are in memory at once. A
@@ -30,6 +23,9 @@ larger line is another format rather than a record."""
 _RENDERED_TOGETHER = 64
 """Conversations rendered together."""
 
+_ROWS = 16
+"""Rows of Parquet held at a time, besides the pages that hold them."""
+_READ_BUFFER = 1 << 20
 _NAMED_FIELDS = 8
 """Maximum number of fields that an error names: a record can have millions."""
 _CHAT = ("messages", "conversations")
@@ -37,58 +33,18 @@ _NO_TEMPLATE = "conversations need a template (train.py: --config.data.template=
 
 
 class RecordFiles(Corpus):
-    """Files of records. Bad records within a limit are skipped, counted and warned of once."""
+    """Files of records. Malformed ones within a limit are skipped, counted and warned of once."""
 
     def __init__(self, files: list[SourceFile], config: DataConfig, **settings: Any) -> None:
         super().__init__(files, config, field=config.field, **settings)
         self._field = config.field
 
-    def documents(self) -> Iterator[Document]:
-        """See `Corpus.documents`."""
-        for item, _ in self.items():
-            (pieces,) = self._pieces_of([item])
-            if isinstance(pieces, MalformedRecord):
-                self.skip(str(pieces))
-            else:
-                yield Document(f"{item[1]}{item[2]}", pieces)
-        self.warn_of_skipped()
-
-    def items(self) -> Iterator[tuple[tuple[str, str, str, Any], int]]:
-        """See `Corpus.items`; yields the path and name of a file, and the place in it, too."""
-        self._begin()
-        for file in self._files:
-            for place, value, size in self._records(file):
-                yield (file.path, file.name, place, value), size
-
-    def entries(self, items: Sequence[Any]) -> Iterator[Iterable[Entry] | MalformedRecord]:
-        """See `Corpus.entries`."""
-        for pieces in self._pieces_of(items):
-            yield pieces if isinstance(pieces, MalformedRecord) else entries_of(pieces)
-
-    def _pieces_of(self, items: Sequence[Any]) -> Iterator[Iterator[Piece] | MalformedRecord]:
-        found = self._pieces_of_each([value for *_, value in items])
-        for (path, _, place, _), pieces in zip(items, found, strict=True):
-            is_bad = isinstance(pieces, MalformedRecord)
-            yield MalformedRecord(one_line(f"{path}{place}: {pieces}")) if is_bad else pieces
-
-    def _pieces_of_each(self, values: Sequence[Any]) -> Iterator[Iterator[Piece] | MalformedRecord]:
-        for value in values:
-            try:
-                yield self._pieces(value)
-            except MalformedRecord as error:
-                yield error
-
-    def _records(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
-        """Yield the place, what `_field_of` takes, and the size; checks the file's expansion."""
-        raise NotImplementedError
-
-    def _field_of(self, value: Any) -> Any:
+    def _field_of(self, content: Any) -> Any:
         """Return the field of a record, or raise `MalformedRecord`."""
-        return value
+        return content
 
-    def _pieces(self, value: Any) -> Iterator[Piece]:
-        """Extract the text of a record, or raise `MalformedRecord`."""
-        text = self._field_of(value)
+    def _pieces(self, content: Any) -> Iterator[Piece]:
+        text = self._field_of(content)
         if isinstance(text, bytes):
             try:
                 text = text.decode("utf-8", self._encoding_errors)
@@ -96,8 +52,8 @@ class RecordFiles(Corpus):
                 where = f"at byte {error.start} of field {self._field!r}"
                 raise MalformedRecord(f"invalid UTF-8 {where}") from error
         if not isinstance(text, str):
-            raise MalformedRecord(wrong_type(self._field, type(text).__name__))
-        return text_pieces(self._without_surrogates(text))
+            raise MalformedRecord(_wrong_type(self._field, type(text).__name__))
+        return pieces_of(cut_text(self._without_surrogates(text)))
 
     def _without_surrogates(self, text: str) -> str:
         try:
@@ -116,7 +72,7 @@ class JsonFiles(RecordFiles):
 
     kind = "jsonl"
 
-    def _records(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
+    def _read(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
         lines = self._lines(file)
         may_be_array = re.search(r"\.json(\.\w+)?$", file.path.lower())
         for number, line in enumerate(lines, 1):
@@ -143,31 +99,26 @@ class JsonFiles(RecordFiles):
 
     def _lines(self, file: SourceFile) -> Iterator[bytes]:
         """Yield the lines, added to `_record_bytes`, which the caller sets to 0 for each record."""
-        before, num_bytes, self._record_bytes = self.bytes_read, 0, 0
-        with open_source(file.path, self._encoding_errors) as (stream, raw):
+        self._record_bytes = 0
+        with self._opened(file) as stream:
             for number in itertools.count(1):
                 line = stream.readline(MAX_RECORD_BYTES + 1)
-                num_bytes += len(line)
-                self._check_expansion(file, num_bytes)
-                if not line or number % 256 == 0:  # asking for it takes as long as a short line
-                    self.bytes_read = before + raw.tell()
                 if not line:
-                    break
+                    return
                 self._record_bytes += len(line)
                 if self._record_bytes > MAX_RECORD_BYTES:
-                    raise too_long(f"{file.path}:{number}: a record or array")
+                    raise _too_long(f"{file.path}:{number}: a record or array")
                 yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
-    def _field_of(self, value: Any) -> Any:
-        """See `RecordFiles._field_of`."""
-        record = self._record(value)
+    def _field_of(self, content: Any) -> Any:
+        record = self._record(content)
         if self._field not in record:
             raise MalformedRecord(missing_field(self._field, record))
         return record[self._field]
 
-    def _record(self, value: Any) -> dict[str, Any]:
+    def _record(self, content: Any) -> dict[str, Any]:
         """Return a record that is given as a line, as itself, or as a `MalformedRecord`."""
-        record = self._parsed(value) if isinstance(value, bytes) else value
+        record = self._parsed(content) if isinstance(content, bytes) else content
         if isinstance(record, MalformedRecord):
             raise record
         if not isinstance(record, dict):
@@ -192,7 +143,7 @@ class CsvFiles(JsonFiles):
 
     kind = "csv"
 
-    def _records(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
+    def _read(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
         lines = self._lines(file)
         header = next(lines, b"")
         # Half surrogates, in place of invalid bytes, are bad where they matter: in the field.
@@ -231,19 +182,19 @@ class ConversationFiles(JsonFiles):
         super().__init__(files, config, template=config.template, only_assistant=only_assistant)
         self._template, self._only_assistant = ChatTemplate(config.template), only_assistant
 
-    def _pieces_of_each(self, values: Sequence[Any]) -> Iterator[Iterator[Piece] | MalformedRecord]:
-        for start in range(0, len(values), _RENDERED_TOGETHER):
-            some = [self._messages(value) for value in values[start : start + _RENDERED_TOGETHER]]
+    def _parse(self, contents: Sequence[Any]) -> Iterator[Iterable[Piece] | MalformedRecord]:
+        for start in range(0, len(contents), _RENDERED_TOGETHER):
+            some = [self._messages(one) for one in contents[start : start + _RENDERED_TOGETHER]]
             rendered = self._template.pieces(
                 [one for one in some if isinstance(one, list)], only_assistant=self._only_assistant
             )
             for one in some:
                 pieces = next(rendered) if isinstance(one, list) else one
-                yield iter(pieces) if isinstance(pieces, list) else MalformedRecord(str(pieces))
+                yield pieces if isinstance(pieces, list) else MalformedRecord(str(pieces))
 
-    def _messages(self, value: Any) -> list[Message] | MalformedRecord:
+    def _messages(self, content: Any) -> list[Message] | MalformedRecord:
         try:
-            messages = messages_of(self._record(value), self._field)
+            messages = messages_of(self._record(content), self._field)
             for message in messages:
                 message["content"] = self._without_surrogates(message["content"])
             return messages
@@ -251,7 +202,74 @@ class ConversationFiles(JsonFiles):
             return MalformedRecord(str(error))
 
 
-def too_long(what: str) -> UserError:
+class ParquetFiles(RecordFiles):
+    """Parquet files: each row of one column of text is a document.
+
+    Memory is bounded by the largest page, which the writer of the file chose, mostly about 1 MiB,
+    and by what `max_expansion` allows a row group.
+
+    Raises:
+      UserError: pyarrow is not installed.
+    """
+
+    kind = "parquet"
+
+    def __init__(self, files: list[SourceFile], config: DataConfig) -> None:
+        if importlib.util.find_spec("pyarrow") is None:
+            raise UserError(
+                f"{files[0].path}: reading Parquet needs pyarrow; install it with "
+                "pip install pyarrow"
+            )
+        super().__init__(files, config)
+
+    def _read(self, file: SourceFile) -> Iterator[tuple[str, bytes | None, int]]:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        before, size = self.bytes_read, self._files[file]
+        corrupt = f"{file.path}: not a whole Parquet file", "replace it by an intact copy"
+        with open_source(file.path) as (_, raw):
+            with library_errors(*corrupt):
+                # Without a pre-buffer, a column is read page by page.
+                table = parquet.ParquetFile(
+                    raw, pre_buffer=False, buffer_size=_READ_BUFFER, page_checksum_verification=True
+                )
+                self._check_column(file.path, table.schema_arrow)
+                groups = map(table.metadata.row_group, range(table.num_row_groups))
+                decompressed = sum(group.total_byte_size for group in groups)
+                self._check_expansion(file, decompressed)
+                num_rows = table.metadata.num_rows
+                batches = table.iter_batches(_ROWS, columns=[self._field], use_threads=False)
+            number = num_bytes = 0
+            while True:
+                with library_errors(*corrupt):
+                    batch = next(batches, None)
+                    if batch is None:
+                        break
+                    values = batch.column(0).cast(pa.large_binary()).to_pylist()
+                for value in values:
+                    if (length := len(value or b"")) > MAX_RECORD_BYTES:
+                        raise _too_long(f"{file.path}: row {number}: a text")
+                    num_bytes += length
+                    self._check_expansion(file, num_bytes)
+                    self.bytes_read = before + size * number // max(num_rows, number + 1)
+                    yield f": row {number}", value, length
+                    number += 1
+        self.bytes_read = before + size
+
+    def _check_column(self, path: str, schema: Any) -> None:
+        if self._field not in schema.names:
+            raise UserError(f"{path}: {missing_field(self._field, schema.names)}")
+        found = schema.field(self._field).type
+        plain = found.value_type if hasattr(found, "index_type") else found
+        if str(plain).removeprefix("large_").removesuffix("_view") not in ("string", "binary"):
+            raise UserError(
+                f"{path}: {_wrong_type(self._field, str(found))}; choose another with "
+                "--config.data.field=NAME"
+            )
+
+
+def _too_long(what: str) -> UserError:
     """Return the error for a record, array or text of more than `MAX_RECORD_BYTES`."""
     return UserError(
         f"{what} of more than {MAX_RECORD_BYTES >> 20} MiB; split it into several records, one in "
@@ -273,7 +291,7 @@ def missing_field(field: str, fields: Iterable[str]) -> str:
     )
 
 
-def wrong_type(field: str, found: str) -> str:
+def _wrong_type(field: str, found: str) -> str:
     """Describe a record whose field is not text but of the type `found`."""
     hint = f"; {_NO_TEMPLATE}" if field in _CHAT else ""
     return f"field {field!r} is of type {found}, not text{hint}"

@@ -20,13 +20,13 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
 
 from simplernn_jax.control_groups import core_limits
-from simplernn_jax.data.documents import Corpus, MalformedRecord
+from simplernn_jax.data.documents import Corpus, MalformedRecord, Record
 from simplernn_jax.data.token_split import token_dtype
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.data.tokenizer_loading import tokenizer_from_json
@@ -34,8 +34,8 @@ from simplernn_jax.errors import UserError
 
 PART_CHARACTERS = 1 << 23
 """Characters of a part, or bytes of records, which a process holds in memory."""
-_ITEM_CHARACTERS = 64
-"""Added for each item, since short ones take more memory than their text."""
+_RECORD_CHARACTERS = 64
+"""Added for each record, since short ones take more memory than their text."""
 _MAX_WORKERS = 32
 """More than that wait for the process that reads the text."""
 _BLOCK_TOKENS = 1 << 20
@@ -210,9 +210,9 @@ def _parts(
             return
         running: collections.deque[Future[Part]] = collections.deque()
         try:
-            for items in texts:
+            for records in texts:
                 with _spawning():
-                    running.append(pool.submit(_run, items))
+                    running.append(pool.submit(_run, records))
                 if len(running) > num_workers + 1:
                     yield running.popleft().result()
             while running:
@@ -223,13 +223,13 @@ def _parts(
             ) from error
 
 
-def _cut(corpus: Corpus, on_progress: Callable[[int], None]) -> Iterator[list[Any]]:
-    """Cut a corpus into lists of its `Corpus.items`."""
-    part: list[Any] = []
+def _cut(corpus: Corpus, on_progress: Callable[[int], None]) -> Iterator[list[Record]]:
+    """Cut a corpus into lists of its `Corpus.records`."""
+    part: list[Record] = []
     size = 0
-    for item, characters in corpus.items():
-        part.append(item)
-        size += characters + _ITEM_CHARACTERS
+    for record, characters in corpus.records():
+        part.append(record)
+        size += characters + _RECORD_CHARACTERS
         on_progress(corpus.bytes_read)
         if size >= PART_CHARACTERS:
             yield part
@@ -245,18 +245,18 @@ class _Tokenizer:
         self._corpus, self._tokenizer = corpus, tokenizer
         self._path = folder / f"{os.getpid()}.tokens"
 
-    def __call__(self, items: list[Any]) -> Part:
-        """Tokenize the `Corpus.items` of a part."""
+    def __call__(self, records: list[Record]) -> Part:
+        """Tokenize the `Corpus.records` of a part."""
         tokenizer, rows, malformed = self._tokenizer, [], []
         dtype = token_dtype(tokenizer.vocab_size)
         bos, eos = (np.array([x], dtype).tobytes() for x in (tokenizer.bos_id, tokenizer.eos_id))
         with open(self._path, "ab") as file:
             offset = file.tell()
-            for entries in self._corpus.entries(items):
-                if isinstance(entries, MalformedRecord):
-                    malformed.append(str(entries))
+            for pieces in self._corpus.parse(records):
+                if isinstance(pieces, MalformedRecord):
+                    malformed.append(str(pieces))
                     continue
-                for text, is_target, begins, ends in entries:
+                for text, is_target, begins, ends in pieces:
                     data = tokenizer.encode(text).astype(dtype).tobytes()
                     data = b"".join((bos if begins else b"", data, eos if ends else b""))
                     size = len(text) if text.isascii() else len(text.encode("utf-8"))
@@ -337,5 +337,5 @@ def _end_with(parent: Connection) -> None:
     os._exit(1)
 
 
-def _run(items: list[Any]) -> Part:
-    return _Process.tokenizer(items)
+def _run(records: list[Record]) -> Part:
+    return _Process.tokenizer(records)
