@@ -241,15 +241,6 @@ def test_jsonl_field_is_the_document_and_blank_lines_are_skipped(tmp_path):
     assert read_all(path, field="bot") == {"a.jsonl:1": "ä\n", "a.jsonl:2": "", "a.jsonl:4": "b"}
 
 
-def test_folder_of_jsonl(tmp_path):
-    write(tmp_path / "b.JSONL", records({"text": "b"}))
-    write(tmp_path / "a.ndjson", records({"text": "a"}))
-    assert read_all(tmp_path) == {"a.ndjson:1": "a", "b.JSONL:1": "b"}
-    write(tmp_path / "c.txt", "c")
-    with pytest.raises(UserError, match=r"both jsonl \(a\.ndjson\) and text \(c\.txt\)"):
-        read_all(tmp_path)
-
-
 def test_output_folders_are_no_part_of_a_folder_or_glob(tmp_path, monkeypatch):
     for name in ("a.txt", "sub/b.txt", "sub/run/c.txt", "sub/run/texts/d.txt", "running/e.txt"):
         write(tmp_path / name, name)
@@ -268,6 +259,12 @@ def test_output_folders_are_no_part_of_a_folder_or_glob(tmp_path, monkeypatch):
         names(".", str(tmp_path))
 
 
+BEFORE_AND_AFTER = {
+    "a.jsonl": (b'{"text": "a"}\n\n', b'{"text": "b"}\n'),
+    "a.csv": (b"id,text\n1,a\n", b"1,b\n"),
+}
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -284,15 +281,20 @@ def test_output_folders_are_no_part_of_a_folder_or_glob(tmp_path, monkeypatch):
         (b'{"text": "\\ud83d"}', "half a surrogate pair"),
         # Only the first of many fields are named.
         (records({f"txt{n}\x1b": n for n in range(50_000)}).encode(), "did you mean 'txt7"),
+        (b"1", "field 'text' is of type NoneType, not text"),
+        (b"1,b,c,d", "invalid CSV .more values than the header has names"),
+        (b'1,"b"c', "invalid CSV ."),
+        (b"1,\xff", "field 'text' holds half a surrogate pair or invalid UTF-8"),
     ],
 )
-def test_bad_record_names_file_and_line(tmp_path, caplog, line, problem):
-    path = write(tmp_path / "a.jsonl", records({"text": "a"}) + "\n")
-    path.write_bytes(path.read_bytes() + line.strip() + b"\n" + records({"text": "b"}).encode())
-    with pytest.raises(UserError, match=rf"a\.jsonl:3: .*{problem}.*max_malformed_rec") as raised:
+def test_a_malformed_record_is_named_or_skipped(tmp_path, caplog, line, problem):
+    name = "a.csv" if line.startswith(b"1") else "a.jsonl"
+    before, after = BEFORE_AND_AFTER[name]
+    path = write(tmp_path / name, before + line.strip() + b"\n" + after)
+    with pytest.raises(UserError, match=rf"{name}:3: .*{problem}.*max_malformed_rec") as raised:
         read_all(path)
     assert "\n" not in str(raised.value)
-    assert read_all(path, max_malformed_records=1) == {"a.jsonl:1": "a", "a.jsonl:4": "b"}
+    assert [*read_all(path, max_malformed_records=1).values()] == ["a", "b"]
     assert "1 malformed record skipped, the first: " in caplog.text
 
 
@@ -364,23 +366,6 @@ def test_quotes_of_tsv_are_text(tmp_path, name):
     assert read_all(path, field="t;e,x;t") == texts
 
 
-@pytest.mark.parametrize(
-    ("row", "problem"),
-    [
-        (b"1", "field 'text' is of type NoneType, not text"),
-        (b"1,b,c,d", "invalid CSV .more values than the header has names"),
-        (b'1,"b"c', "invalid CSV ."),
-        (b"1,\xff", "field 'text' holds half a surrogate pair or invalid UTF-8"),
-    ],
-)
-def test_bad_rows_of_csv_are_counted_like_bad_records(tmp_path, caplog, row, problem):
-    path = write(tmp_path / "a.csv", b"id,text\n1,a\n" + row + b"\n1,c\n")
-    with pytest.raises(UserError, match=rf"a\.csv:3: {problem}.*malformed record 1, 0 allowed"):
-        read_all(path)
-    assert read_all(path, max_malformed_records=1) == {"a.csv:2": "a", "a.csv:4": "c"}
-    assert "1 malformed record skipped, the first: " in caplog.text
-
-
 def test_csv_without_the_column_or_with_an_open_quote_is_one_line(tmp_path, monkeypatch):
     path = write(tmp_path / "a.csv", "id,body\n1,a\n")
     with pytest.raises(UserError, match="no field 'text'; it has id, body: name the one with the"):
@@ -401,8 +386,23 @@ def test_json_and_csv_beside_text_are_text(tmp_path):
     assert read_all(tmp_path) == {"a.py": "import json", "b.json": '{"name": 1}', "c.csv": "a,b\n"}
     with pytest.raises(UserError, match=r"both text \(a\.py\) and jsonl \(b\.json\)"):
         read_all(tmp_path, field="name")
-    (tmp_path / "a.py").unlink()
-    with pytest.raises(UserError, match=r"both jsonl \(b\.json\) and csv \(c\.csv\)"):
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kinds"),
+    [
+        ("a.ndjson", "c.txt", ("jsonl", "text")),
+        ("b.json", "c.csv", ("jsonl", "csv")),
+        ("a.txt.gz", "e.JSONL.gz", ("text", "jsonl")),
+        ("a.parquet", "c.txt", ("parquet", "text")),
+    ],
+)
+def test_several_formats_in_a_folder_are_rejected(tmp_path, first, second, kinds):
+    for name in (first, second):
+        text = records({"text": "a"}).encode()
+        write(tmp_path / name, gzip.compress(text) if name.endswith("gz") else text)
+    problem = rf"both {kinds[0]} \({first}\) and {kinds[1]} \({second}\); specify one kind"
+    with pytest.raises(UserError, match=problem):
         read_all(tmp_path)
 
 

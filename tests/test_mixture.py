@@ -95,7 +95,7 @@ def test_sources_and_weights(source, expected):
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        ("a:nan,b:1", "the weight 'nan' of a is no number"),
+        ("a:nan,b:1", "the weight 'nan' of a is not a number"),
         ("a:-1,b:2", "the weight '-1' of a"),
         ("a:1,b:inf", "the weight 'inf' of b"),
         ("a:1,b:x", "the weight 'x' of b"),
@@ -171,7 +171,7 @@ def test_a_mixture_is_found_by_its_content(folder):
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
-        ("weights", [0.5, 0.5], "is that of other stores"),
+        ("weights", [0.5, 0.5], "belongs to other stores"),
         ("weights", [1.0], "is not a record of a mixture"),
         ("stores", ["..", "."], "is not a record of a mixture"),
         ("sources", None, "is not a record of a mixture"),
@@ -283,7 +283,7 @@ def test_an_epoch_has_the_tokens_of_all_sources():
 @pytest.mark.parametrize(
     ("weights", "fields", "problem"),
     [
-        ((0.99, 0.01), {"mode": "stream"}, "the b train split has a probability of 0.01, which"),
+        ((0.99, 0.01), {"mode": "stream"}, "the b train split has a probability of 0.01, less"),
         ((0.5, 0.5), {"sequence_length": 60}, "the b train split has 59 tokens, fewer than"),
         ((0.5, 0.5), {"sequence_length": 60, "stride": 3}, "the b train split has 59 tokens"),
     ],

@@ -45,12 +45,9 @@ def test_a_folder_of_parquet_files_and_its_tokens(tmp_path):
     config = DataConfig(source=str(tmp_path / "in"), validation_fraction=0.0)
     corpus = prepare_corpus(config, 0, str(tmp_path / "cache"))
     assert corpus.train.num_bytes == sum(len(text.encode()) for text in TEXTS)
-    (tmp_path / "in" / "c.txt").write_text("c")
-    with pytest.raises(UserError, match=r"both parquet \(a\.parquet\) and text \(c\.txt\)"):
-        read_all(tmp_path / "in")
 
 
-def test_rows_without_text_are_bad_records(tmp_path, caplog):
+def test_rows_without_text_are_malformed_records(tmp_path, caplog):
     path = write(tmp_path / "a.parquet", {"text": pa.array([b"a", None, b"\xff", b"b"])})
     with pytest.raises(UserError, match=r"a\.parquet: row 1: field 'text' is of type NoneType"):
         read_all(path)

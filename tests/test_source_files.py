@@ -46,15 +46,12 @@ def test_compressed_records(tmp_path, suffix):
     assert {f"{path.name}:2", "b.ndjson:1"} <= texts.keys()
 
 
-def test_kinds_in_a_folder_are_those_of_the_content(tmp_path):
+def test_the_name_without_the_suffix_of_compression_names_the_format(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a"))
     (tmp_path / "b.zst").write_bytes(zstd(b"b"))
     (tmp_path / "c.txt").write_bytes(b"c")
     (tmp_path / "d.gz").write_bytes(gzip.compress(b"\0binary"))
     assert read_all(tmp_path) == {"a.txt.gz": "a", "b.zst": "b", "c.txt": "c"}
-    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(b"{}"))
-    with pytest.raises(UserError, match=r"both text \(a\.txt\.gz\) and jsonl \(e\.jsonl\.gz\)"):
-        read_all(tmp_path)
 
 
 def test_a_skippable_frame_and_an_empty_file_have_no_text(tmp_path):

@@ -48,7 +48,7 @@ def load_template(spec: str) -> str:
       spec: ``roles``, the path of a Jinja file, or the text itself.
 
     Raises:
-      UserError: no such file, or it is no template that can be used.
+      UserError: no such file, or the template cannot be used.
     """
     text = _BUILT_IN.get(spec, spec)
     if "{{" not in text:
@@ -74,7 +74,7 @@ class ChatTemplate:
       source: its text. It runs in another process, in a sandbox with limits on time and memory.
 
     Raises:
-      UserError: it is no template, or a message changes what was rendered before it.
+      UserError: it is not a template, or a message changes what was rendered before it.
     """
 
     def __init__(self, source: str) -> None:
@@ -204,7 +204,7 @@ def messages_of(record: Mapping[str, Any], field: str = "messages") -> list[Mess
 
 def _checked(messages: Any) -> list[Message]:
     if not isinstance(messages, list) or not messages:
-        raise TemplateError("messages are no list of at least one")
+        raise TemplateError("messages are not a list of at least one")
     found = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict):

@@ -118,7 +118,7 @@ def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
 
     A folder is searched recursively without hidden and binary files and without the workdirs of
     runs. Files come in sorted order, each a document; with a suffix of `_READERS`, each record or
-    row is one (JSON and CSV beside text are text, too, if the field is the default one). All but
+    row is one (JSON and CSV next to text are text, too, if the field is the default one). All but
     Parquet with a further suffix ``.gz`` or ``.zst`` are decompressed while they are read.
 
     Args:

@@ -96,9 +96,9 @@ class Corpus:
         """Yield the pieces of each record, in another process perhaps, or what is to `skip`."""
         parsed = self._parse([content for _, _, content in records])
         for (file, place, _), found in zip(records, parsed, strict=True):
-            is_malformed = isinstance(found, MalformedRecord)
-            problem = one_line(f"{file.path}{place}: {found}") if is_malformed else ""
-            yield MalformedRecord(problem) if is_malformed else found
+            if isinstance(found, MalformedRecord):
+                found = MalformedRecord(one_line(f"{file.path}{place}: {found}"))
+            yield found
 
     def documents(self) -> Iterator[Document]:
         """Yield all documents. Read the pieces of one before taking the next one."""
@@ -206,6 +206,6 @@ def utf8(text: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
-            f"U+{ord(text[error.start]):04X} at character {error.start} of the text is no "
-            "character but half a surrogate pair; remove it or use valid UTF-8"
+            f"U+{ord(text[error.start]):04X} at character {error.start} of the text is not "
+            "a character but half a surrogate pair; remove it or use valid UTF-8"
         ) from error

@@ -154,7 +154,7 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
             if name.startswith(".") or not os.path.isfile(path):
                 continue
             if name.endswith(MIXTURE_SUFFIX) and _is_sealed(path):
-                continue  # beside the stores of a mixture
+                continue  # names the stores of a mixture
             if _is_binary(path):
                 binary.append(path)
             else:

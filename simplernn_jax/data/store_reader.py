@@ -27,7 +27,7 @@ from simplernn_jax.files import check_damage, open_file, read_sealed
 META_FILE = "meta.json"
 """Manifest of a store."""
 MIXTURE_SUFFIX = ".mixture.json"
-"""Suffix of a file, beside stores, that names those of a mixture."""
+"""Suffix of a file, next to the stores, that names the stores of a mixture."""
 
 
 class CorruptStore(Exception):
@@ -82,7 +82,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if not is_valid:
         raise CorruptStore(f"{META_FILE} is not a record of a corpus")
     if meta["store"] != folder.name:
-        raise CorruptStore(f"{META_FILE} is that of another corpus")
+        raise CorruptStore(f"{META_FILE} belongs to another corpus")
     return meta
 
 

@@ -69,7 +69,7 @@ class TokenizedCorpus:
     def from_mixture(
         cls, corpora: "Sequence[TokenizedCorpus]", sources: Sequence[str], weights: Sequence[float]
     ) -> "TokenizedCorpus":
-        """Create the corpus of a mixture from those of its sources, all of one tokenizer."""
+        """Create the corpus of a mixture from the corpora of its sources, all of one tokenizer."""
         validation = [
             (corpus.validation, source, weight)
             for corpus, source, weight in zip(corpora, sources, weights, strict=True)
@@ -134,7 +134,7 @@ def prepare_corpus(
       cache_dir: folder of tokenized corpora, one subfolder for each fingerprint.
       tokenizer: a resumed run's; None loads ``config.tokenizer``, which must give back the text,
         or trains it with `train_tokenizer`.
-      exclude: folders, besides `cache_dir`, that are no part of the source; see `open_corpus`.
+      exclude: folders, besides `cache_dir`, that do not belong to the source; see `open_corpus`.
       show_progress: a bar on a terminal; elsewhere a line at the start, every 30 seconds and at the
         end.
 
@@ -185,7 +185,7 @@ def train_tokenizer(
       config, seed, cache_dir, exclude, show_progress: as for `prepare_corpus`.
 
     Raises:
-      UserError: ``config.tokenizer`` is no ``bpe:SIZE``, or as for `prepare_corpus`.
+      UserError: ``config.tokenizer`` is not ``bpe:SIZE``, or as for `prepare_corpus`.
     """
     vocab_size = bpe.parse_spec(config.tokenizer)
     corpus = prepare_corpus(
@@ -223,34 +223,38 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
       UserError: it cannot be read.
     """
     cache = _cache_path(cache_dir)
-    damage, unreadable = None, ""
+    corrupt, unreadable = None, None
     for path in sorted(cache.glob("[!.]*")):
+        is_mixture = path.name.endswith(MIXTURE_SUFFIX)
         try:
-            if path.name.endswith(MIXTURE_SUFFIX):
+            if is_mixture:
                 found = _read_mixture(path).get("content_hash")
             else:
                 found = _hash_splits(tokenizer, content_hashes(path))
-            if found != content_hash:
-                continue
         except CorruptStore:
-            continue  # not a store, or one whose record is lost
+            continue  # not a store, or its record is lost
         except OSError as error:  # perhaps another store
-            if _STORE_NAME.fullmatch(path.name) or path.name.endswith(MIXTURE_SUFFIX):
-                unreadable = f"{path}: {error.strerror}; make it readable"
+            if is_mixture or _STORE_NAME.fullmatch(path.name):
+                unreadable = _unreadable(path, error)
+            continue
+        if found != content_hash:
             continue
         try:
-            if path.name.endswith(MIXTURE_SUFFIX):
+            if is_mixture:
                 return _open_mixture(path, tokenizer)
             return TokenizedCorpus.from_splits(tokenizer, open_store(path))
         except CorruptStore as error:
-            damage = error
+            corrupt = error
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; make it readable") from error
-    if damage is not None:
-        raise damage
-    if unreadable:
-        raise UserError(unreadable)
+            raise _unreadable(path, error) from error
+    problem = corrupt or unreadable
+    if problem is not None:
+        raise problem
     return None
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: {error.strerror}; make it readable")
 
 
 def _hash_splits(tokenizer: Tokenizer, splits: Sequence[str]) -> str:
@@ -385,7 +389,7 @@ def _open_mixture(path: Path, tokenizer: Tokenizer) -> TokenizedCorpus:
     ]
     mixed = TokenizedCorpus.from_mixture(corpora, record["sources"], record["weights"])
     if mixed.content_hash != record["content_hash"]:
-        raise CorruptStore(f"{path.name} is that of other stores")
+        raise CorruptStore(f"{path.name} belongs to other stores")
     return mixed
 
 

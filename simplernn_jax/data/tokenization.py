@@ -1,8 +1,7 @@
 """Tokenization of a corpus into temporary files, by several processes if it is large.
 
-The text is cut into parts, which follow from the text alone. The processes are those of a
-`ProcessPoolExecutor`; each appends the tokens of its parts to a file of its own and returns what
-the parts hold.
+The text is cut into parts, which follow from the text alone. Each process appends the tokens of its
+parts to one file, and returns a table of their pieces.
 """
 
 import collections
@@ -65,7 +64,7 @@ class Part(NamedTuple):
     """Consecutive pieces of text that were tokenized."""
 
     path: Path
-    """File with the token ids, those of other parts before and after them."""
+    """File with the token ids of this and of other parts."""
     offset: int
     """Bytes of the file before the part."""
     pieces: np.ndarray
@@ -152,7 +151,7 @@ def tokenize(
     """Tokenize a corpus into files in `folder`.
 
     A document without text is left out. The tokens are the same for every number of workers; at
-    most two parts for each are in memory.
+    most two parts for each worker are in memory.
 
     Raises:
       UserError: the corpus cannot be read, the tokenizer cannot encode it, or a process died.
@@ -204,7 +203,8 @@ def _parts(
 ) -> Generator[Part, None, None]:
     """Tokenize the parts of a corpus in this process or in others; yield them in order."""
     texts = _cut(corpus, on_progress)
-    with _started(folder, corpus, tokenizer, min(num_workers, _MAX_WORKERS)) as pool:
+    num_workers = min(num_workers, _MAX_WORKERS)
+    with _started(folder, corpus, tokenizer, num_workers) as pool:
         if pool is None:
             yield from map(_Tokenizer(folder, corpus, tokenizer), texts)
             return
