@@ -32,8 +32,8 @@ _ENCODING_ERRORS = flags.DEFINE_enum(
     ENCODING_ERRORS,
     "Handling of invalid UTF-8: stop, or replace with U+FFFD.",
 )
-_MAX_BAD_RECORDS = flags.DEFINE_integer(
-    "max_bad_records", 0, "Maximum number of malformed records to skip.", lower_bound=0
+_MAX_MALFORMED_RECORDS = flags.DEFINE_integer(
+    "max_malformed_records", 0, "Maximum number of malformed records to skip.", lower_bound=0
 )
 
 
@@ -45,7 +45,7 @@ def main() -> None:
         source=_SOURCE.value,
         field=_FIELD.value,
         encoding_errors=_ENCODING_ERRORS.value,
-        max_bad_records=_MAX_BAD_RECORDS.value,
+        max_malformed_records=_MAX_MALFORMED_RECORDS.value,
     )
     data_dir = expand_path(_DATA_DIR.value or str(default_data_dir()), "data_dir")
     folder = build_tfds(source, _NAME.value, data_dir)

@@ -28,8 +28,8 @@ from simplernn_jax.data.batches import document_ends
 from simplernn_jax.data.chat_template import ChatTemplate
 from simplernn_jax.data.evaluation_batches import Contexts, check_contexts
 from simplernn_jax.data.mixture import parse_mixture
+from simplernn_jax.data.token_split import MixedSplit
 from simplernn_jax.data.token_store import TokenSplit, prepare_corpus
-from simplernn_jax.data.tokenized_corpus import MixedSplit
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, counted, one_line
 

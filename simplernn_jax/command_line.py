@@ -25,7 +25,7 @@ from simplernn_jax.files import read_file
 from simplernn_jax.project import PACKAGE, name_commands, name_configs, usage
 
 if TYPE_CHECKING:
-    from simplernn_jax.data.tokenized_corpus import TokenizedCorpus
+    from simplernn_jax.data.token_store import TokenizedCorpus
     from simplernn_jax.data.tokenizer import Tokenizer
     from simplernn_jax.models import LanguageModel
 

@@ -166,7 +166,7 @@ class DataConfig(_Fields):
     """Probability that a sequence's carried state is reset before a batch (stream mode)."""
     encoding_errors: str = _one_of(ENCODING_ERRORS, "strict")
     """Invalid text: ``strict`` stops with file and offset, ``replace`` substitutes U+FFFD."""
-    max_bad_records: int = 0
+    max_malformed_records: int = 0
     """Malformed records or rows skipped and counted before the run stops."""
     max_expansion: int = _number(1000, at_least=1)
     """Bytes of text for each byte of a compressed or Parquet file, above which the run stops."""

@@ -191,12 +191,12 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def write_sealed(path: str | os.PathLike[str], body: str, *, durable: bool = True) -> None:
+def write_sealed(path: str | os.PathLike[str], body: str) -> None:
     """Replace the text file at `path` by `body` and a line with its SHA-256, as `write_file`.
 
     `body` ends in a newline or is empty.
     """
-    write_file(path, f"{body}{sha256_hex(body)}\n".encode(), durable=durable)
+    write_file(path, f"{body}{sha256_hex(body)}\n".encode())
 
 
 def read_sealed(path: str | os.PathLike[str], limit: int = SMALL_FILE) -> str | None:

@@ -306,8 +306,8 @@ def test_bad_records_of_sharegpt_and_alpaca(tmp_path, record, problem):
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ("text", "no list"),
-        ([], "no list"),
+        ("text", "not a list"),
+        ([], "not a list"),
         (["a"], "message 0 is of type str"),
         ([{"role": "tool", "content": "a"}], "the role 'tool'; known are system, user, assistant"),
         ([{"role": "user", "content": 3}], "no text"),
@@ -319,7 +319,7 @@ def test_bad_conversations_are_named(tmp_path, value, problem):
     path = write(tmp_path / "a.jsonl", records({"messages": talk(("a", "b"))}, {"messages": value}))
     with pytest.raises(UserError, match=rf"a\.jsonl:2: .*{problem}"):
         read_all(path, template="roles")
-    whole = read_all(path, template="roles", max_bad_records=1)
+    whole = read_all(path, template="roles", max_malformed_records=1)
     assert [*whole.values()] == ["\x02a\x04\x03b\x04"]
 
 
@@ -333,9 +333,9 @@ def test_invalid_characters_of_a_message_are_replaced(tmp_path):
 def test_conversations_come_as_a_json_array_too(tmp_path, indent):
     chats = [{"messages": talk(("a", "b"))}, {"messages": "no"}, {"messages": talk(("c", "d"))}]
     path = write(tmp_path / "a.json", json.dumps(chats, indent=indent))
-    whole = read_all(path, template="roles", max_bad_records=1)
+    whole = read_all(path, template="roles", max_malformed_records=1)
     assert whole == {"a.json[0]": "\x02a\x04\x03b\x04", "a.json[2]": "\x02c\x04\x03d\x04"}
-    with pytest.raises(UserError, match=r"a\.json\[1\]: messages are no list"):
+    with pytest.raises(UserError, match=r"a\.json\[1\]: messages are not a list"):
         read_all(path, template="roles")
 
 

@@ -62,7 +62,7 @@ def load(name):
         ("data.source", "", "stdlib, a path"),
         ("data.source", {"a"}, "a value of type str"),
         ("data.stride", 257, "at most config.data.sequence_length=256"),
-        ("data.max_bad_records", -1, "at least 0"),
+        ("data.max_malformed_records", -1, "at least 0"),
         ("data.max_expansion", 0, "at least 1"),
         ("optimizer.learning_rate", float("nan"), "a number that is finite"),
         ("optimizer.final_learning_rate", 1.1, "at most 1"),

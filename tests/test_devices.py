@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from simplernn_jax import devices
-from simplernn_jax.data import token_workers
+from simplernn_jax.data import tokenization
 from simplernn_jax.errors import UserError
 
 
@@ -83,7 +83,7 @@ def test_memory_is_the_least_of_machine_and_control_groups(files, group, expecte
 def test_cores_are_at_most_those_of_the_control_groups(monkeypatch, files, group, expected):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64), raising=False)
     files.update({"/proc/self/cgroup": "0::/a"} | group)
-    assert token_workers.available_cores() == expected
+    assert tokenization.available_cores() == expected
 
 
 def test_memory_of_this_machine():

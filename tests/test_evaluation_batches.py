@@ -9,7 +9,7 @@ import pytest
 from token_splits import BOS, PAD, contexts, document_of, make_split, predictable, unique_split
 
 from simplernn_jax.data.evaluation_batches import Contexts, context_batches, evaluation_batches
-from simplernn_jax.data.sharded_array import joined
+from simplernn_jax.data.token_split import joined
 from simplernn_jax.errors import UserError
 
 SPLIT = unique_split()

@@ -16,9 +16,9 @@ from simplernn_jax.data.batch_iterator import MixedBatchSource, make_batches
 from simplernn_jax.data.batches import BatchSource, steps_per_epoch
 from simplernn_jax.data.file_search import find_files
 from simplernn_jax.data.mixture import parse_mixture
-from simplernn_jax.data.store_folder import DamagedStore
-from simplernn_jax.data.token_store import find_corpus, train_tokenizer
-from simplernn_jax.data.tokenized_corpus import MixedSplit, TokenizedCorpus, of_mixture
+from simplernn_jax.data.store_reader import CorruptStore
+from simplernn_jax.data.token_split import MixedSplit
+from simplernn_jax.data.token_store import TokenizedCorpus, find_corpus, train_tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import without_paths
 from simplernn_jax.files import read_sealed, write_sealed
@@ -58,7 +58,7 @@ def mixed(weights, lengths=((31, 7, 101), (12, 43), (61,))):
         tokens = np.where(split.tokens < 200, split.tokens % 10 + 10 * number, split.tokens)
         split = type(split)(**{**vars(split), "tokens": tokens, "content_hash": f"{number}"})
         corpora.append(TokenizedCorpus(None, split, None, f"{number}"))
-    return of_mixture(corpora, "abc"[: len(weights)], weights).train
+    return TokenizedCorpus.from_mixture(corpora, "abc"[: len(weights)], weights).train
 
 
 def sources_of(batch):
@@ -95,7 +95,7 @@ def test_sources_and_weights(source, expected):
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        ("a:nan,b:1", "the weight 'nan' of a is no number"),
+        ("a:nan,b:1", "the weight 'nan' of a is not a number"),
         ("a:-1,b:2", "the weight '-1' of a"),
         ("a:1,b:inf", "the weight 'inf' of b"),
         ("a:1,b:x", "the weight 'x' of b"),
@@ -171,7 +171,7 @@ def test_a_mixture_is_found_by_its_content(folder):
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
-        ("weights", [0.5, 0.5], "is that of other stores"),
+        ("weights", [0.5, 0.5], "belongs to other stores"),
         ("weights", [1.0], "is not a record of a mixture"),
         ("stores", ["..", "."], "is not a record of a mixture"),
         ("sources", None, "is not a record of a mixture"),
@@ -183,7 +183,7 @@ def test_a_sealed_record_of_something_else_is_refused(folder, name, value, probl
     record = json.loads(read_sealed(path)) | {name: value}
     write_sealed(path, json.dumps(record) + "\n")
     if problem.endswith("stores"):
-        with pytest.raises(DamagedStore, match=problem):
+        with pytest.raises(CorruptStore, match=problem):
             find_corpus("cache", corpus.content_hash, corpus.tokenizer)
     else:
         assert find_corpus("cache", corpus.content_hash, corpus.tokenizer) is None
@@ -199,7 +199,7 @@ def test_a_source_that_is_learned_whole_beside_one_that_is_not(folder):
         prepare("chat.jsonl", template="roles", loss_mask=loss_mask, validation_fraction=0.0)
         for loss_mask in ("assistant", "all")
     )
-    split = of_mixture([answers, whole], ("answers", "whole"), (0.5, 0.5)).train
+    split = TokenizedCorpus.from_mixture([answers, whole], ("answers", "whole"), (0.5, 0.5)).train
     expected = np.concatenate([answers.train.tokens[answers.train.targets], whole.train.tokens[1:]])
     np.testing.assert_array_equal(np.array(split.tokens)[np.array(split.targets)], expected)
     assert split.num_predictions == len(expected)
@@ -283,7 +283,7 @@ def test_an_epoch_has_the_tokens_of_all_sources():
 @pytest.mark.parametrize(
     ("weights", "fields", "problem"),
     [
-        ((0.99, 0.01), {"mode": "stream"}, "the b train split has a probability of 0.01, which"),
+        ((0.99, 0.01), {"mode": "stream"}, "the b train split has a probability of 0.01, less"),
         ((0.5, 0.5), {"sequence_length": 60}, "the b train split has 59 tokens, fewer than"),
         ((0.5, 0.5), {"sequence_length": 60, "stride": 3}, "the b train split has 59 tokens"),
     ],

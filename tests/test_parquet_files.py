@@ -45,30 +45,24 @@ def test_a_folder_of_parquet_files_and_its_tokens(tmp_path):
     config = DataConfig(source=str(tmp_path / "in"), validation_fraction=0.0)
     corpus = prepare_corpus(config, 0, str(tmp_path / "cache"))
     assert corpus.train.num_bytes == sum(len(text.encode()) for text in TEXTS)
-    (tmp_path / "in" / "c.txt").write_text("c")
-    with pytest.raises(UserError, match=r"both parquet \(a\.parquet\) and text \(c\.txt\)"):
-        read_all(tmp_path / "in")
 
 
-def test_rows_without_text_are_bad_records(tmp_path, caplog):
+def test_rows_without_text_are_malformed_records(tmp_path, caplog):
     path = write(tmp_path / "a.parquet", {"text": pa.array([b"a", None, b"\xff", b"b"])})
     with pytest.raises(UserError, match=r"a\.parquet: row 1: field 'text' is of type NoneType"):
         read_all(path)
-    with pytest.raises(UserError, match=r"row 2: invalid UTF-8 at byte 0 .*bad record 2, 1 allow"):
-        read_all(path, max_bad_records=1)
-    assert [*read_all(path, max_bad_records=2).values()] == ["a", "b"]
-    assert "2 bad records skipped, the first:" in caplog.text
-    texts = read_all(path, max_bad_records=1, encoding_errors="replace")
+    with pytest.raises(UserError, match=r"row 2: invalid UTF-8 at byte 0 .*record 2, 1 allow"):
+        read_all(path, max_malformed_records=1)
+    assert [*read_all(path, max_malformed_records=2).values()] == ["a", "b"]
+    assert "2 malformed records skipped, the first:" in caplog.text
+    texts = read_all(path, max_malformed_records=1, encoding_errors="replace")
     assert [*texts.values()] == ["a", "\ufffd", "b"]
 
 
 @pytest.mark.parametrize(
     ("columns", "problem"),
     [
-        (
-            {"txt": ["a"], "id": [1]},
-            r"no field 'text'; did you mean 'txt'\?; it has txt, id: name the one",
-        ),
+        ({"txt": ["a"], "id": [1]}, r"no field 'text'; did you mean 'txt'\?; it has txt, id: name"),
         ({"text": [1]}, "field 'text' is of type int64, not text"),
         ({"text": [["a"]]}, "field 'text' is of type list<"),
         ({"messages": [[{"role": "user"}]]}, "no field 'text' but 'messages'; conversations need"),
@@ -82,7 +76,7 @@ def test_a_column_that_is_none_of_text_is_refused(tmp_path, columns, problem):
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_every_damaged_file_is_read_or_refused_in_one_line(tmp_path, compression):
     path = write(tmp_path / "a.parquet", {"text": TEXTS}, compression=compression)
-    list(read_damaged(path, 100, max_bad_records=3))
+    list(read_damaged(path, 100, max_malformed_records=3))
     for _ in truncations(path):
         with pytest.raises(UserError, match=r"a\.parquet: not a whole Parquet file \("):
             read_all(path)
@@ -119,7 +113,7 @@ def test_rows_that_repeat_a_value_expand_it(tmp_path):
 
 
 def test_a_value_is_at_most_as_long_as_a_line_of_jsonl(tmp_path, monkeypatch):
-    monkeypatch.setattr("simplernn_jax.data.parquet_files.MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr("simplernn_jax.data.record_files.MAX_RECORD_BYTES", 1 << 20)
     path = write(tmp_path / "a.parquet", {"text": ["a", "b" * ((1 << 20) + 1)]})
     with pytest.raises(UserError, match=r"a\.parquet: row 1: a text of more than"):
         read_all(path, max_expansion=10**6)

@@ -3,7 +3,7 @@
 import csv
 import itertools
 import json
-import os
+import multiprocessing
 import signal
 
 import chex
@@ -12,6 +12,7 @@ import pytest
 from damages import flip_bit
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run_python
 from small_tokenizers import byte_level, pretrained, word_level
 from token_splits import PAD, make_split
 
@@ -19,22 +20,22 @@ from simplernn_jax.config import DataConfig
 from simplernn_jax.data import prepare_corpus
 from simplernn_jax.data.batches import BatchSource
 from simplernn_jax.data.evaluation_batches import evaluation_batches
-from simplernn_jax.data.sharded_array import ShardedArray
-from simplernn_jax.data.token_parts import write_part
+from simplernn_jax.data.token_split import ShardedArray
 from simplernn_jax.data.token_store import find_corpus
 from simplernn_jax.errors import UserError
 
 
 def use_cores(monkeypatch, count):
-    monkeypatch.setattr("simplernn_jax.data.source_store.available_cores", lambda: count)
+    monkeypatch.setattr("simplernn_jax.data.token_store.available_cores", lambda: count)
 
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     """JSONL of 31 records, which make several parts and shards, tokenized by this process."""
     use_cores(monkeypatch, 1)
-    monkeypatch.setattr("simplernn_jax.data.token_parts.PART_CHARACTERS", 500)
+    monkeypatch.setattr("simplernn_jax.data.tokenization.PART_CHARACTERS", 500)
     monkeypatch.setattr("simplernn_jax.data.store_writer.SHARD_BYTES", 256)
+    monkeypatch.setattr("simplernn_jax.data.store_writer.BUFFER_BYTES", 64)
     path = tmp_path / "in.jsonl"
     texts = [f"Text {i} — {'ä' * (i % 5)} " * (i % 7) for i in range(31)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
@@ -63,22 +64,13 @@ def contents(cache):
 def test_the_store_is_the_same_for_every_number_of_processes(
     source, tokenizer, tmp_path, monkeypatch
 ):
-    written = []
-
-    def write(folder, number, *rest):
-        written.append(number)
-        write_part(folder, number, *rest)
-
-    monkeypatch.setattr("simplernn_jax.data.token_workers.write_part", write)
-    use_cores(monkeypatch, 1)
-    prepare(source, tmp_path / "one", tokenizer)
-    assert len(written) > 3
-    written.clear()
-    use_cores(monkeypatch, 3)
-    corpus = prepare(source, tmp_path / "three", tokenizer)
-    assert not written  # in this process
-    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+    corpus = prepare(source, tmp_path / "one", tokenizer)
     assert len(corpus.train.tokens.shards) > 3
+    use_cores(monkeypatch, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "encode", None)  # not in this process
+        prepare(source, tmp_path / "three", tokenizer)
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
 
 
 def texts_of(source):
@@ -90,7 +82,7 @@ def texts_of(source):
 def test_records_of_every_format_give_the_same_tokens(
     source, tokenizer, tmp_path, monkeypatch, cores, name
 ):
-    expected = prepare(source, tmp_path / "file", tokenizer, max_bad_records=1)
+    expected = prepare(source, tmp_path / "file", tokenizer, max_malformed_records=1)
     use_cores(monkeypatch, cores)
     with open(tmp_path / name, "w", encoding="utf-16") as file:
         if name == "a.json":
@@ -100,7 +92,7 @@ def test_records_of_every_format_give_the_same_tokens(
         else:
             writer = csv.writer(file, "excel" if name == "a.csv" else "excel-tab")
             writer.writerows([("n", "text"), *enumerate(texts_of(source)), "bad"])
-    corpus = prepare(tmp_path / name, tmp_path / "cache", tokenizer, max_bad_records=1)
+    corpus = prepare(tmp_path / name, tmp_path / "cache", tokenizer, max_malformed_records=1)
     assert corpus.content_hash == expected.content_hash
 
 
@@ -145,15 +137,16 @@ def test_texts_from_python_that_cannot_be_used_are_one_line(tokenizer, tmp_path,
 calls = itertools.count()
 
 
-def test_without_processes_it_is_done_by_this_one(source, tokenizer, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("executable", ["/nowhere/python", "/bin/true"])
+def test_without_processes_it_is_done_by_this_one(
+    source, tokenizer, tmp_path, monkeypatch, caplog, executable
+):
     expected = prepare(source, tmp_path / "one", tokenizer)
     use_cores(monkeypatch, 3)
-    for executable in ("/nowhere/python", "/bin/true"):
-        monkeypatch.setattr("sys.executable", executable)
-        corpus = prepare(source, tmp_path / executable.replace("/", "-"), tokenizer)
-        assert corpus.content_hash == expected.content_hash
-        assert "cannot start processes" in caplog.text
-        caplog.clear()
+    monkeypatch.setattr("multiprocessing.spawn._python_exe", executable.encode())
+    corpus = prepare(source, tmp_path / "three", tokenizer)
+    assert corpus.content_hash == expected.content_hash
+    assert "cannot start processes" in caplog.text
 
 
 def test_what_a_process_cannot_encode_is_named(source, tmp_path, monkeypatch):
@@ -172,28 +165,9 @@ def test_bad_records_of_all_parts_are_counted(source, tokenizer, tmp_path, monke
     source.write_text(
         "\n".join("[]" if n in bad else line for n, line in enumerate(lines)), "utf-8"
     )
-    with pytest.raises(UserError, match=r"in\.jsonl:29: of type list.*bad record 3, 2 allowed"):
-        prepare(source, tmp_path / "cache", tokenizer, max_bad_records=2)
+    with pytest.raises(UserError, match=r"in\.jsonl:29: of type list.*record 3, 2 allowed"):
+        prepare(source, tmp_path / "cache", tokenizer, max_malformed_records=2)
     assert not list((tmp_path / "cache").iterdir())
-
-
-def test_skipped_records_are_warned_of_once_also_after_a_kill(
-    source, tokenizer, tmp_path, monkeypatch, caplog
-):
-    source.write_text("[]\n" + source.read_text("utf-8") + "7\n", "utf-8")
-
-    def kill(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("simplernn_jax.data.source_store.write_store", kill)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(source, tmp_path / "cache", tokenizer, max_bad_records=5)
-    assert list((tmp_path / "cache").iterdir())
-    caplog.clear()
-    prepare(source, tmp_path / "cache", tokenizer, max_bad_records=5)
-    (warning,) = [record.message for record in caplog.records if record.levelno > 20]
-    assert warning.startswith(f"2 bad records skipped, the first: {source}:1: of type list")
 
 
 def test_conversations_are_rendered_by_other_processes(tmp_path, source, tokenizer, monkeypatch):
@@ -210,33 +184,59 @@ def test_conversations_are_rendered_by_other_processes(tmp_path, source, tokeniz
     assert "train.00001.targets" in contents(tmp_path / "1")
 
 
-def test_a_process_that_dies_is_reported_and_its_parts_stay(
-    source, tokenizer, tmp_path, monkeypatch
-):
-    from simplernn_jax.data.token_workers import _Pool
+@pytest.mark.parametrize(
+    ("ends", "error", "problem"),
+    [("workers", UserError, "a process that tokenizes died"), ("caller", KeyboardInterrupt, "^$")],
+)
+def test_processes_end_together(source, tokenizer, tmp_path, monkeypatch, ends, error, problem):
+    workers = set()
 
-    use_cores(monkeypatch, 2)
-    submit, pids = _Pool.submit, []
+    def texts():
+        for number, text in enumerate(texts_of(source)):
+            workers.update(multiprocessing.active_children())
+            if workers and number == 20 and ends == "caller":
+                raise KeyboardInterrupt
+            for worker in workers if number == 20 else ():
+                worker.kill()
+            yield text
 
-    def kill_then_submit(pool, number, part):
-        if number == 3:
-            process = pool._idle.get()
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            pids.append(process.pid)
-            pool._idle.put(process)
-        return submit(pool, number, part)
+    use_cores(monkeypatch, 3)
+    config = DataConfig(validation_fraction=0.2)
+    config.source = texts
+    with pytest.raises(error, match=problem):
+        prepare_corpus(config, 3, str(tmp_path / "cache"), tokenizer=tokenizer)
+    assert workers
+    assert not any(worker.is_alive() for worker in workers)
+    assert not list((tmp_path / "cache").iterdir())
 
-    with monkeypatch.context() as patch:
-        patch.setattr(_Pool, "submit", kill_then_submit)
-        with pytest.raises(UserError, match=r"died \(exit code -9\).*run again"):
-            prepare(source, tmp_path / "cache", tokenizer)
-    assert pids
-    (left,) = (tmp_path / "cache").iterdir()
-    assert list(left.glob("spool-*/*.json"))
-    prepare(source, tmp_path / "cache", tokenizer)
-    prepare(source, tmp_path / "other", tokenizer)
-    assert contents(tmp_path / "cache") == contents(tmp_path / "other")
+
+SCRIPT = """
+import multiprocessing, os, sys
+print("runs", flush=True)
+from simplernn_jax.config import DataConfig
+from simplernn_jax.data import prepare_corpus, token_store, tokenization
+
+token_store.available_cores = lambda: 3
+tokenization.PART_CHARACTERS = 500
+config = DataConfig(tokenizer=sys.argv[1])
+def texts():
+    for number in range(99):
+        if number == 60 and multiprocessing.active_children():
+            os.kill(os.getpid(), 9)
+        yield f"text {number} " * 9
+config.source = texts
+prepare_corpus(config, 3, "cache")
+"""
+
+
+def test_a_script_without_a_guard_runs_once_and_its_processes_end_with_it(tokenizer, tmp_path):
+    (tmp_path / "pickle.py").write_text("raise SystemExit('of the current folder')")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.tokenizer_json)
+    done = run_python("-P", "script.py", "tokenizer.json", cwd=tmp_path, timeout=60)
+    assert (done.code, done.output) == (-signal.SIGKILL, "runs\n")
+    assert "Error" not in done.errors
+    assert "leaked" not in done.errors
 
 
 @pytest.mark.parametrize("name", ["train.00001.tokens", "train.tokens", "validation.00001.tokens"])

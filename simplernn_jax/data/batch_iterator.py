@@ -1,4 +1,4 @@
-"""The batches of a run: an iterator over those of one source or of a mixture."""
+"""Batches of a run: an iterator over the batches of one source or of a mixture."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from simplernn_jax.data.batches import (
     random_draws,
     steps_per_epoch,
 )
+from simplernn_jax.data.token_split import MixedSplit
 from simplernn_jax.data.token_store import TokenSplit
-from simplernn_jax.data.tokenized_corpus import MixedSplit
 from simplernn_jax.errors import UserError
 
 
@@ -54,7 +54,7 @@ class MixedBatchSource:
 
     Random windows: the source of each sequence is drawn with the probabilities of the mixture, and
     its window as `BatchSource` does. Otherwise each source has a fixed share of the sequences (by
-    the largest remainder), which pass through it as if it were alone, in epochs of its own.
+    the largest remainder), which pass through it as if it were alone, in separate epochs.
 
     Raises:
       UserError: a source is too short, or has a weight but no sequence.
@@ -86,7 +86,7 @@ class MixedBatchSource:
         first = 0
         for (part, _), count in zip(used, _shares(used, self._batch_size), strict=True):
             config = dataclasses.replace(data_config, batch_size=count)
-            steps_per_epoch(part, config)  # every process refuses a source that is too short
+            steps_per_epoch(part, config)  # every process rejects a source that is too short
             here = self._local[(self._local >= first) & (self._local < first + count)] - first
             if len(here):
                 own = slice(int(here[0]), int(here[-1]) + 1)
@@ -126,7 +126,7 @@ def _shares(used: Sequence[tuple[TokenSplit, float]], batch_size: int) -> list[i
     for (part, weight), count in zip(used, counts, strict=True):
         if not count:
             raise UserError(
-                f"the {part.name} split has a probability of {weight:.3g}, which is no sequence of "
+                f"the {part.name} split has a probability of {weight:.3g}, less than a sequence of "
                 f"--config.data.batch_size={batch_size}: use larger batches, a larger weight, or "
                 "random windows, whose source is drawn"
             )

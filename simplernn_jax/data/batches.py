@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.sharded_array import without_memmap
+from simplernn_jax.data.token_split import without_memmap
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.errors import UserError, counted
 
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     targets: np.ndarray
     """int32 [B, T], the token after each input."""
     loss_mask: np.ndarray
-    """bool [B, T], False where the target belongs to another document, is no target of the loss
+    """bool [B, T], False where the target belongs to another document, is not a target of the loss
     (`TokenSplit.targets`), and on padding."""
     segment_ids: np.ndarray
     """int32 [B, T], a new id from the first token of each document, and for padding."""
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 
 
 def steps_per_epoch(split: TokenSplit, data_config: DataConfig) -> int:
-    """Number of batches of one pass over `split`; of random examples, those of as many tokens.
+    """Number of batches of one pass over `split`, or of random examples with as many tokens.
 
     Raises:
       UserError: the split is too short for one example, or for one sequence of each stream.
@@ -60,14 +60,14 @@ def steps_per_epoch(split: TokenSplit, data_config: DataConfig) -> int:
     if data_config.mode == "document":
         return _divide_up(int(_pieces_per_document(split, length).sum()), batch_size)
     if data_config.mode == "stream":
-        _refuse_short(
+        _check_length(
             split,
             batch_size * length,
             f"data.batch_size * data.sequence_length = {batch_size} * {length}",
             "a smaller --config.data.batch_size or --config.data.sequence_length",
         )
         return _divide_up(_divide_up(num_tokens, batch_size), length)
-    _refuse_short(
+    _check_length(
         split,
         length + 1,
         f"data.sequence_length + 1 = {length} + 1",
@@ -276,7 +276,7 @@ def _divide_up(dividend: Any, divisor: int) -> Any:
     return -(-dividend // divisor)
 
 
-def _refuse_short(split: TokenSplit, needed: int, arithmetic: str, remedy: str) -> None:
+def _check_length(split: TokenSplit, needed: int, arithmetic: str, remedy: str) -> None:
     if len(split.tokens) < needed:
         raise UserError(
             f"too little text: the {split.name} split has {counted(len(split.tokens), 'token')}, "

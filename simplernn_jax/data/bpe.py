@@ -8,8 +8,7 @@ import numpy as np
 from absl import logging
 
 from simplernn_jax.data.pretrained_tokenizer import GPT2_PATTERN, PretrainedTokenizer
-from simplernn_jax.data.store_folder import TokenSplit
-from simplernn_jax.data.tokenized_corpus import MixedSplit
+from simplernn_jax.data.token_split import MixedSplit, TokenSplit
 from simplernn_jax.errors import UserError
 
 PREFIX = "bpe:"

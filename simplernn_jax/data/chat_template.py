@@ -5,7 +5,7 @@ import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
-from simplernn_jax.data.documents import Piece, text_pieces
+from simplernn_jax.data.documents import Piece, cut_text, pieces_of
 from simplernn_jax.data.template_process import PROCESS, Message, TemplateError
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
@@ -48,7 +48,7 @@ def load_template(spec: str) -> str:
       spec: ``roles``, the path of a Jinja file, or the text itself.
 
     Raises:
-      UserError: no such file, or it is no template that can be used.
+      UserError: no such file, or the template cannot be used.
     """
     text = _BUILT_IN.get(spec, spec)
     if "{{" not in text:
@@ -74,7 +74,7 @@ class ChatTemplate:
       source: its text. It runs in another process, in a sandbox with limits on time and memory.
 
     Raises:
-      UserError: it is no template, or a message changes what was rendered before it.
+      UserError: it is not a template, or a message changes what was rendered before it.
     """
 
     def __init__(self, source: str) -> None:
@@ -143,7 +143,7 @@ class ChatTemplate:
         roles = [message["role"] for message in messages]
         if not only_assistant or "assistant" not in roles:
             (whole,) = yield [(messages, False)]
-            return list(text_pieces(whole, is_target=not only_assistant))
+            return list(pieces_of(cut_text(whole, not only_assistant)))
         first = roles.index("assistant")
         keys = [(message["role"], message["content"]) for message in messages[first:]]
         alone = {key: text for key in keys if (text := self._kept.get(key)) is not None}
@@ -166,7 +166,7 @@ class ChatTemplate:
         before = whole[: len(whole) - len(rest)]
         if before + rest != whole or any(before != text for text in texts[: len(heads)]):
             raise TemplateError("a message is not rendered alike everywhere in a conversation")
-        return [piece for part in [(before, False), *parts] for piece in text_pieces(*part)]
+        return list(pieces_of(one for part in [(before, False), *parts] for one in cut_text(*part)))
 
     @staticmethod
     def _after(before: str, whole: str) -> str:
@@ -204,7 +204,7 @@ def messages_of(record: Mapping[str, Any], field: str = "messages") -> list[Mess
 
 def _checked(messages: Any) -> list[Message]:
     if not isinstance(messages, list) or not messages:
-        raise TemplateError("messages are no list of at least one")
+        raise TemplateError("messages are not a list of at least one")
     found = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict):

@@ -11,13 +11,20 @@ from collections.abc import Iterable, Iterator
 
 from simplernn_jax.config import DataConfig, PythonSource
 from simplernn_jax.data.chat_template import load_template
-from simplernn_jax.data.documents import PIECE_SIZE, Corpus, Document, Piece, text_pieces
+from simplernn_jax.data.documents import (
+    PIECE_SIZE,
+    Corpus,
+    Document,
+    Piece,
+    Record,
+    cut_text,
+    pieces_of,
+)
 from simplernn_jax.data.file_search import find_files, stdlib_files
 from simplernn_jax.data.mixture import ENTRY, parse_mixture
-from simplernn_jax.data.parquet_files import ParquetFiles
 from simplernn_jax.data.prepared_dataset import PreparedDataset, find_prepared
-from simplernn_jax.data.record_files import ConversationFiles, CsvFiles, JsonFiles
-from simplernn_jax.data.source_files import COMPRESSED_SUFFIXES, SourceFile, open_source
+from simplernn_jax.data.record_files import ConversationFiles, CsvFiles, JsonFiles, ParquetFiles
+from simplernn_jax.data.source_files import COMPRESSED_SUFFIXES, SourceFile
 from simplernn_jax.errors import UserError
 
 
@@ -30,14 +37,23 @@ class TextFiles(Corpus):
         """See `Corpus.documents`."""
         self._begin()
         for file in self._files:
-            yield Document(file.name, self._pieces(file))
+            yield Document(file.name, self._file_pieces(file))
 
-    def _pieces(self, source: SourceFile) -> Iterator[Piece]:
+    def _read(self, file: SourceFile) -> Iterator[tuple[str, Piece, int]]:
+        for piece in self._file_pieces(file):
+            yield "", piece, len(piece.text)
+
+    def _pieces(self, content: Piece) -> Iterable[Piece]:
+        return [content]
+
+    def _file_pieces(self, file: SourceFile) -> Iterator[Piece]:
+        return pieces_of((text, True) for text in self._texts(file))
+
+    def _texts(self, file: SourceFile) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(self._encoding_errors)
-        before = self.bytes_read
         offset = 0
         rest = ""
-        with open_source(source.path, self._encoding_errors) as (stream, file):
+        with self._opened(file) as stream:
             last = False
             while not last:
                 block = stream.read(PIECE_SIZE)
@@ -47,19 +63,17 @@ class TextFiles(Corpus):
                     text = decoder.decode(block, final=last)
                 except UnicodeDecodeError as error:
                     raise UserError(
-                        f"{source.path}: invalid UTF-8 at byte {offset - pending + error.start}; "
+                        f"{file.path}: invalid UTF-8 at byte {offset - pending + error.start}; "
                         "convert the file to UTF-8, or run with encoding_errors=replace "
                         "(train.py: --config.data.encoding_errors=replace)"
                     ) from error
                 if offset == 0:
                     text = text.removeprefix("\ufeff")  # a byte order mark is not a text
                 offset += len(block)
-                self._check_expansion(source, offset)
-                self.bytes_read = before + file.tell()
                 text = rest + text
                 stop = len(text) if last else text.rfind("\n") + 1 or len(text)
                 if stop:
-                    yield Piece(text[:stop])
+                    yield text[:stop]
                 rest = text[stop:]
 
 
@@ -68,21 +82,26 @@ class PythonTexts(Corpus):
 
     kind = "python"
 
-    def documents(self) -> Iterator[Document]:
-        """See `Corpus.documents`."""
+    def records(self) -> Iterator[tuple[Record, int]]:
+        """See `Corpus.records`."""
         self._begin()
+        source = SourceFile(str(self._source), str(self._source))
         for number, text in enumerate(self._source.texts()):
-            name = f"{self._source}[{number}]"
+            place = f"[{number}]"
             if not isinstance(text, str):
-                raise UserError(f"{name}: of type {type(text).__name__}; give strings")
+                found = type(text).__name__
+                raise UserError(f"{source.name}{place}: of type {found}; give strings")
             self.bytes_read += len(text)
-            yield Document(name, text_pieces(text))
+            yield (source, place, text), len(text)
+
+    def _pieces(self, content: str) -> Iterable[Piece]:
+        return pieces_of(cut_text(content))
 
     def fingerprint(self) -> str:
         """SHA-256 hex over the texts, which are measured on the way."""
         digest = hashlib.sha256()
-        for entry, _ in self.items():
-            digest.update(json.dumps(entry).encode())
+        for (_, _, text), _ in self.records():
+            digest.update(json.dumps(text).encode())
         self.total_bytes = self.bytes_read
         return digest.hexdigest()
 
@@ -99,7 +118,7 @@ def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
 
     A folder is searched recursively without hidden and binary files and without the workdirs of
     runs. Files come in sorted order, each a document; with a suffix of `_READERS`, each record or
-    row is one (JSON and CSV beside text are text, too, if the field is the default one). All but
+    row is one (JSON and CSV next to text are text, too, if the field is the default one). All but
     Parquet with a further suffix ``.gz`` or ``.zst`` are decompressed while they are read.
 
     Args:

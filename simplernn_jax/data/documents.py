@@ -1,7 +1,8 @@
 """Documents, which every corpus yields, and whose text comes in pieces."""
 
-import abc
+import contextlib
 import dataclasses
+import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -9,35 +10,34 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.source_files import SourceFile, file_status
-from simplernn_jax.errors import UserError, counted
+from simplernn_jax.data.source_files import BlockReader, SourceFile, file_status, open_source
+from simplernn_jax.errors import UserError, counted, one_line
 from simplernn_jax.files import sha256_hex
 
 PIECE_SIZE = 1 << 20
 """Bytes or characters of text held at a time, so that a document may be larger than memory."""
+_BLOCK_SIZE = 1 << 18
+"""Bytes that are read at a time."""
 
 
 class Piece(NamedTuple):
-    """Part of a text, at most about 1 MiB."""
-
-    text: str
-    is_target: bool = True
-    """True if its tokens are predicted; the loss leaves others out, such as a user's messages."""
-
-
-class Entry(NamedTuple):
-    """A piece of text and its place in its document."""
+    """Part of the text of a document, at most about 1 MiB."""
 
     text: str
     is_target: bool
+    """True if its tokens are predicted; the loss leaves others out, such as a user's messages."""
     begins: bool
     """True if it begins the document: BOS precedes it."""
     ends: bool
     """True if it ends the document: EOS follows it."""
 
 
-class BadRecord(Exception):
+class MalformedRecord(Exception):
     """Reason why a record has no text."""
+
+
+Record = tuple[SourceFile, str, Any]
+"""A file, the place of a record in it, for messages, and its content, not parsed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Document:
     """The text, cut after a line end where there is one."""
 
 
-class Corpus(abc.ABC):
+class Corpus:
     """Documents in a fixed order, read from files; text that cannot be read is a `UserError`.
 
     Attributes:
@@ -65,7 +65,7 @@ class Corpus(abc.ABC):
         """Measure `files`; the text depends on them and on `settings`, part of the fingerprint."""
         self._files = {file: file_status(file.path).st_size for file in files}
         self._encoding_errors = config.encoding_errors
-        self._max_bad_records = config.max_bad_records
+        self._max_malformed_records = config.max_malformed_records
         self._max_expansion = config.max_expansion
         self._source: Any = config.source
         self._settings = {"kind": self.kind, **settings}
@@ -76,38 +76,97 @@ class Corpus(abc.ABC):
     def _begin(self) -> None:
         """Begin an iteration."""
         self.bytes_read = 0
-        self._num_bad, self._first_problem = 0, ""
+        self._num_malformed, self._first_problem = 0, ""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what `entries` needs, for another process."""
+        """Return what `parse` needs, for another process."""
         return {**vars(self), "_files": {}, "_source": ""}
 
-    def items(self) -> Iterator[tuple[Any, int]]:
-        """Yield the text in order as `entries` takes it, and its size; fast, since others wait."""
-        for document in self.documents():
-            for entry in entries_of(document.pieces):
-                yield entry, len(entry.text)
+    def records(self) -> Iterator[tuple[Record, int]]:
+        """Yield all records in order, and their sizes; fast, since the processes of `parse` wait.
 
-    def entries(self, items: Sequence[Any]) -> Iterator[Iterable[Entry] | BadRecord]:
-        """Yield the text of each item, in another process perhaps; a `BadRecord` is for `skip`."""
-        yield from ([item] for item in items)
+        A record is a document, or a piece of one that may be larger than memory.
+        """
+        self._begin()
+        for file in self._files:
+            for place, content, size in self._read(file):
+                yield (file, place, content), size
+
+    def parse(self, records: Sequence[Record]) -> Iterator[Iterable[Piece] | MalformedRecord]:
+        """Yield the pieces of each record, in another process perhaps, or what is to `skip`."""
+        parsed = self._parse([content for _, _, content in records])
+        for (file, place, _), found in zip(records, parsed, strict=True):
+            if isinstance(found, MalformedRecord):
+                found = MalformedRecord(one_line(f"{file.path}{place}: {found}"))
+            yield found
+
+    def documents(self) -> Iterator[Document]:
+        """Yield all documents. Read the pieces of one before taking the next one."""
+        for record, _ in self.records():
+            (found,) = self.parse([record])
+            if isinstance(found, MalformedRecord):
+                self.skip(str(found))
+            else:
+                file, place, _ = record
+                yield Document(f"{file.name}{place}", iter(found))
+        self.warn_of_skipped()
 
     def skip(self, problem: str) -> None:
-        """Count a bad record; raises `UserError` if there are more of them than allowed."""
-        self._num_bad += 1
+        """Count a malformed record; raises `UserError` if there are more of them than allowed."""
+        self._num_malformed += 1
         self._first_problem = self._first_problem or problem
-        if self._num_bad > self._max_bad_records:
+        if self._num_malformed > self._max_malformed_records:
             raise UserError(
-                f"{problem}; bad record {self._num_bad}, {self._max_bad_records} allowed: fix"
-                " it or raise max_bad_records (train.py: --config.data.max_bad_records)"
+                f"{problem}; malformed record {self._num_malformed}, {self._max_malformed_records} "
+                "allowed: fix it or raise max_malformed_records (train.py: "
+                "--config.data.max_malformed_records)"
             )
 
     def warn_of_skipped(self) -> None:
         """Warn of the records that were skipped, once."""
-        if self._num_bad and not self._has_warned:
+        if self._num_malformed and not self._has_warned:
             self._has_warned = True
-            skipped = counted(self._num_bad, "bad record")
+            skipped = counted(self._num_malformed, "malformed record")
             logging.warning("%s skipped, the first: %s", skipped, self._first_problem)
+
+    def fingerprint(self) -> str:
+        """SHA-256 hex over the settings and the files' present names, sizes and times."""
+        status = [(file.name, file_status(file.path)) for file in self._files]
+        files = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
+        text = json.dumps([self._settings, files], sort_keys=True)
+        return sha256_hex(text.encode("utf-8", "surrogateescape"))
+
+    def _read(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
+        """Yield the places and contents of the records of a file, and their sizes."""
+        raise NotImplementedError
+
+    def _parse(self, contents: Sequence[Any]) -> Iterator[Iterable[Piece] | MalformedRecord]:
+        for content in contents:
+            try:
+                yield self._pieces(content)
+            except MalformedRecord as error:
+                yield error
+
+    def _pieces(self, content: Any) -> Iterable[Piece]:
+        """Return the text of a record; raises `MalformedRecord`."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def _opened(self, file: SourceFile) -> Iterator[io.BufferedReader]:
+        """Open a file, decompressed; count what is read of it, and check its expansion."""
+        before = self.bytes_read
+
+        def blocks() -> Iterator[bytes]:
+            num_bytes = 0
+            while block := stream.read(_BLOCK_SIZE):
+                num_bytes += len(block)
+                self._check_expansion(file, num_bytes)
+                self.bytes_read = before + raw.tell()
+                yield block
+
+        with open_source(file.path, self._encoding_errors) as (stream, raw):
+            yield io.BufferedReader(BlockReader(blocks()), _BLOCK_SIZE)
+        self.bytes_read = before + self._files[file]
 
     def _check_expansion(self, file: SourceFile, num_bytes: int) -> None:
         """Raise `UserError` if a file becomes far more text than it has bytes, and over 1 MiB."""
@@ -117,38 +176,27 @@ class Corpus(abc.ABC):
                 "you expect that, raise max_expansion (train.py: --config.data.max_expansion)"
             )
 
-    def fingerprint(self) -> str:
-        """SHA-256 hex over the settings and the files' present names, sizes and times."""
-        status = [(file.name, file_status(file.path)) for file in self._files]
-        files = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
-        text = json.dumps([self._settings, files], sort_keys=True)
-        return sha256_hex(text.encode("utf-8", "surrogateescape"))
 
-    @abc.abstractmethod
-    def documents(self) -> Iterator[Document]:
-        """Yield all documents. Read the pieces of one before taking the next one."""
-
-
-def entries_of(pieces: Iterable[Piece]) -> Iterator[Entry]:
-    """Yield the pieces of a document with their places in it."""
+def pieces_of(texts: Iterable[tuple[str, bool]]) -> Iterator[Piece]:
+    """Yield the pieces of a document, given as texts and whether they are targets."""
     previous, begins = None, True
-    for piece in pieces:
+    for text in texts:
         if previous is not None:
-            yield Entry(*previous, begins, False)
+            yield Piece(*previous, begins, False)
             begins = False
-        previous = piece
+        previous = text
     if previous is not None:
-        yield Entry(*previous, begins, True)
+        yield Piece(*previous, begins, True)
 
 
-def text_pieces(text: str, is_target: bool = True) -> Iterator[Piece]:
-    """Cut a text that is in memory into pieces."""
+def cut_text(text: str, is_target: bool = True) -> Iterator[tuple[str, bool]]:
+    """Cut a text that is in memory for `pieces_of`."""
     start = 0
     while start < len(text):
         stop = start + PIECE_SIZE
         if stop < len(text):
             stop = text.rfind("\n", start, stop) + 1 or stop
-        yield Piece(text[start:stop], is_target)
+        yield text[start:stop], is_target
         start = stop
 
 
@@ -158,6 +206,6 @@ def utf8(text: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
-            f"U+{ord(text[error.start]):04X} at character {error.start} of the text is no "
-            "character but half a surrogate pair; remove it or use valid UTF-8"
+            f"U+{ord(text[error.start]):04X} at character {error.start} of the text is not "
+            "a character but half a surrogate pair; remove it or use valid UTF-8"
         ) from error

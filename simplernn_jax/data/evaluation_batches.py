@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from simplernn_jax.data.batches import Batch, document_ends, gather, round_up
-from simplernn_jax.data.sharded_array import ShardedArray
+from simplernn_jax.data.token_split import ShardedArray
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.errors import UserError, counted
 

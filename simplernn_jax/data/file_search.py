@@ -1,25 +1,20 @@
 """The files that a source names: one file, a folder, a glob, or Python's own library.
 
-Only regular files are found. Globs are expanded here, with work bounded by the number of folders:
-``glob.glob`` follows a link to a parent folder again and again, 40 times with one such link, and
-2 to the power of 40 times with two.
+Only regular files are found.
 """
 
-import collections
 import errno
-import fnmatch
 import glob
 import os
 import re
 import stat
 import sysconfig
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from absl import logging
 
 from simplernn_jax.data.source_files import SourceFile, open_source
-from simplernn_jax.data.store_folder import META_FILE, MIXTURE_SUFFIX, is_store
+from simplernn_jax.data.store_reader import META_FILE, MIXTURE_SUFFIX, is_store
 from simplernn_jax.errors import UserError, counted, one_line
 from simplernn_jax.files import read_sealed
 
@@ -34,7 +29,7 @@ def find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
     Args:
       source: a regular file, a folder (searched without hidden and binary files and without
         workdirs of runs and token stores; links to folders are not followed), or a glob (folders
-        that cannot be read match nothing, with a warning).
+        that cannot be read match nothing, below ``**`` with a warning).
       exclude: real paths of folders that are left out below a folder or a glob's folder.
 
     Raises:
@@ -82,7 +77,12 @@ def stdlib_files() -> list[SourceFile]:
 
 def _glob_files(source: str, path: str, exclude: frozenset[str]) -> list[SourceFile]:
     top = _glob_folder(path)
-    found = sorted(match for match in matching_files(path) if not _is_excluded(match, top, exclude))
+    # Of several paths to a folder, through links, the first is taken.
+    distinct = {
+        (os.path.realpath(os.path.dirname(match)), os.path.basename(match)): match
+        for match in sorted(matching_files(path), reverse=True)
+    }
+    found = sorted(match for match in distinct.values() if not _is_excluded(match, top, exclude))
     if not found:
         what = "no file matches this glob" if glob.has_magic(path) else "no such file or folder"
         shown = one_line(source, 200)  # so that what is wrong with it is not left out
@@ -133,15 +133,15 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
     files: list[SourceFile] = []
     binary: list[str] = []
     links: list[str] = []
-    for folder, subfolders, names in os.walk(root, onerror=_refuse_unreadable):
+    for folder, subfolders, names in os.walk(root, onerror=_reject_unreadable):
         is_workdir = "checkpoints" in subfolders and "metrics.jsonl" in names
         if folder != root and (is_workdir or (META_FILE in names and is_store(Path(folder)))):
             what = "the workdir of a run" if is_workdir else "tokens of a run"
             logging.info("%s: left out, %s", folder, what)
             subfolders.clear()
             continue
-        if denied := _search_error(folder):
-            _refuse_unreadable(denied)
+        if not os.access(folder, os.X_OK):  # names can be listed, but no file opened
+            _reject_unreadable(PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder))
         subfolders[:] = [
             name
             for name in subfolders
@@ -154,7 +154,7 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
             if name.startswith(".") or not os.path.isfile(path):
                 continue
             if name.endswith(MIXTURE_SUFFIX) and _is_sealed(path):
-                continue  # beside the stores of a mixture
+                continue  # names the stores of a mixture
             if _is_binary(path):
                 binary.append(path)
             else:
@@ -167,14 +167,7 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
     return sorted(files, key=lambda file: file.name)
 
 
-def _search_error(folder: str) -> PermissionError | None:
-    """Return an error if the names in a folder can be listed, but no file in it be opened."""
-    if os.access(folder, os.X_OK):
-        return None
-    return PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
-
-
-def _refuse_unreadable(error: OSError) -> None:
+def _reject_unreadable(error: OSError) -> None:
     raise UserError(
         f"{error.filename}: {error.strerror}; make this folder readable, or select the text with "
         "a glob"
@@ -188,59 +181,26 @@ def _is_binary(path: str) -> bool:
         return b"\0" in stream.read(_BINARY_PROBE)
 
 
-def matching_files(pattern: str) -> list[str]:
-    """Find the regular files of ``glob.glob(pattern, recursive=True)``, in no certain order.
+def matching_files(pattern: str) -> set[str]:
+    """Find the regular files of a glob, in which ``**`` does not follow links to folders.
 
-    Of several paths to a folder (through links), one is taken: below ``**`` the one without links.
+    ``glob.glob`` follows a link to a parent folder again and again, 40 times with one such link,
+    and 2 to the power of 40 times with two.
     """
-    folders = ["/" if pattern.startswith("/") else ""]
-    *parts, last = pattern.split("/")
-    for part in filter(None, parts):
-        if part == "**":
-            folders = _distinct(folders, recursive=True)
-        elif glob.has_magic(part):
-            folders = _distinct(path for folder in folders for path in _entries(folder, part))
-        else:
-            folders = [os.path.join(folder, part) for folder in folders]
-    if last == "**":
-        folders, last = _distinct(folders, recursive=True), "*"
-    if glob.has_magic(last):
-        found = [path for folder in folders for path in _entries(folder, last)]
-    else:
-        found = [os.path.join(folder, last) for folder in folders]
-    return list(filter(os.path.isfile, found))
-
-
-def _entries(folder: str, pattern: str) -> Iterator[str]:
-    """Yield the paths in a folder that match; hidden ones only if the pattern begins with a dot."""
+    recursive = re.search(r"(^|/)\*\*(?=/|$)", pattern)
+    found: set[str] = set()
     try:
-        names = sorted(os.listdir(folder or "."))
-        if denied := _search_error(folder or "."):
-            raise denied
-    except (OSError, ValueError) as error:  # ValueError: no file has such a name
-        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            logging.warning("%s: left out: %s", one_line(folder), error.strerror)
-        return
-    for name in fnmatch.filter(names, pattern):
-        if not name.startswith(".") or pattern.startswith("."):
-            yield os.path.join(folder, name)
+        if not recursive:
+            return set(filter(os.path.isfile, glob.glob(pattern)))
+        top, rest = pattern[: recursive.end(1)], pattern[recursive.end() :] or "/*"
+        for path in glob.glob(top) if top else ["."]:
+            for folder, subfolders, _ in os.walk(path, onerror=_warn_of_unreadable):
+                subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+                found |= matching_files(glob.escape(folder.rstrip("/")) + rest)
+    except ValueError:  # no file has such a name
+        return set()
+    return found
 
 
-def _distinct(paths: Iterable[str], *, recursive: bool = False) -> list[str]:
-    """List each folder among `paths` once; with `recursive`, all below them too."""
-    found: dict[tuple[int, int], str] = {}
-    waiting, links = collections.deque(paths), collections.deque[str]()
-    while waiting or links:
-        path = (waiting or links).popleft()
-        try:
-            status = os.stat(path or ".")
-        except (OSError, ValueError):
-            continue
-        identity = status.st_dev, status.st_ino
-        if not stat.S_ISDIR(status.st_mode) or identity in found:
-            continue
-        found[identity] = path
-        if recursive:
-            for inner in _entries(path, "*"):
-                (links if os.path.islink(inner) else waiting).append(inner)
-    return list(found.values())
+def _warn_of_unreadable(error: OSError) -> None:
+    logging.warning("%s: left out: %s", one_line(error.filename), error.strerror)

@@ -23,7 +23,7 @@ def parse_mixture(source: str) -> list[WeightedSource] | None:
     """Parse ``data.source``; None if it is a single source, such as any path that exists.
 
     Raises:
-      UserError: a source without a weight, a weight that is no number from 0 up, or all are 0.
+      UserError: a source without a weight, a weight that is not a number from 0 up, or all are 0.
     """
     if "," not in source or "\0" in source or os.path.lexists(os.path.expanduser(source)):
         return None
@@ -37,13 +37,13 @@ def parse_mixture(source: str) -> list[WeightedSource] | None:
     # Without a weight, a source at the end is left over and another one is part of the next.
     rest = source[entries[-1].end() :]
     if rest or len(entries) < 2:
-        raise _refusal(source, f"no weight for {rest or source!r}")
+        raise _error(source, f"no weight for {rest or source!r}")
     for entry, weight in zip(entries, weights, strict=True):
         if weight is None or not 0 <= weight < math.inf:
-            raise _refusal(source, f"the weight {entry[2]!r} of {entry[1]} is no number from 0 up")
+            raise _error(source, f"the weight {entry[2]!r} of {entry[1]} is not a number from 0 up")
     total = sum(weight for weight in weights if weight is not None)
     if not 0 < total < math.inf:
-        raise _refusal(source, f"the sum of the weights is {total}")
+        raise _error(source, f"the sum of the weights is {total}")
     return [
         WeightedSource(entry[1], (weight or 0.0) / total)
         for entry, weight in zip(entries, weights, strict=True)
@@ -57,7 +57,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _refusal(source: str, problem: str) -> UserError:
+def _error(source: str, problem: str) -> UserError:
     return UserError(
         f"--config.data.source={source}: {problem}; give each source of a mixture a weight, such "
         "as 'a/:0.7,b.jsonl:0.3'"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from simplernn_jax.config import DataConfig
+from simplernn_jax.data.documents import Record
 from simplernn_jax.data.record_files import RecordFiles, missing_field
 from simplernn_jax.data.source_files import SourceFile, library_errors
 from simplernn_jax.errors import UserError
@@ -79,16 +80,16 @@ class PreparedDataset(RecordFiles):
         super().__init__(files, config)
         self._folder = folder
 
-    def items(self) -> Iterator[tuple[tuple[str, str, str, Any], int]]:
-        """See `RecordFiles.items`."""
+    def records(self) -> Iterator[tuple[Record, int]]:
+        """See `Corpus.records`."""
         self._begin()
-        source, name = self._open(), str(self._folder)
+        source, file = self._open(), SourceFile(str(self._folder), str(self._folder))
         for index in range(len(source)):
             place = f": example {index}"
-            with _tfds_errors(f"{name}{place}"):
+            with _tfds_errors(f"{file.path}{place}"):
                 value = source[index][self._field]
             self.bytes_read = self.total_bytes * (index + 1) // len(source)
-            yield (name, name, place, value), len(value) if isinstance(value, str | bytes) else 0
+            yield (file, place, value), len(value) if isinstance(value, str | bytes) else 0
 
     def _open(self) -> Any:
         import tensorflow_datasets as tfds

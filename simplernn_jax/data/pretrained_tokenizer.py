@@ -28,7 +28,7 @@ MAX_TOKENIZER_BYTES = 1 << 28
 """Maximum number of bytes of a ``tokenizer.json``. One of a million ids has about 90 MB."""
 _MAX_IDS = 1 << 24
 """Maximum number of ids of a vocabulary. The largest known ones have a million; an id of four
-billion is damage, which only the memory of its embedding would refuse."""
+billion is corruption, which only the memory of its embedding would reveal."""
 
 
 def load_pretrained(spec: str) -> "PretrainedTokenizer":

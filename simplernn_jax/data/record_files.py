@@ -4,6 +4,7 @@ In JSON, the field may hold the messages of a conversation, which a template tur
 """
 
 import csv
+import importlib.util
 import itertools
 import json
 import re
@@ -12,17 +13,9 @@ from typing import Any
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data.chat_template import ChatTemplate, Message, TemplateError, messages_of
-from simplernn_jax.data.documents import (
-    BadRecord,
-    Corpus,
-    Document,
-    Entry,
-    Piece,
-    entries_of,
-    text_pieces,
-)
-from simplernn_jax.data.source_files import SourceFile, open_source
-from simplernn_jax.errors import UserError, nearest_name, one_line
+from simplernn_jax.data.documents import Corpus, MalformedRecord, Piece, cut_text, pieces_of
+from simplernn_jax.data.source_files import SourceFile, library_errors, open_source
+from simplernn_jax.errors import UserError, nearest_name
 
 MAX_RECORD_BYTES = 1 << 26
 """Bytes of a line, a JSON array, a row of CSV or a Parquet value, which are in memory at once. A
@@ -30,6 +23,9 @@ larger line is another format rather than a record."""
 _RENDERED_TOGETHER = 64
 """Conversations rendered together."""
 
+_ROWS = 16
+"""Rows of Parquet held at a time, besides the pages that hold them."""
+_READ_BUFFER = 1 << 20
 _NAMED_FIELDS = 8
 """Maximum number of fields that an error names: a record can have millions."""
 _CHAT = ("messages", "conversations")
@@ -37,74 +33,34 @@ _NO_TEMPLATE = "conversations need a template (train.py: --config.data.template=
 
 
 class RecordFiles(Corpus):
-    """Files of records. Bad records within a limit are skipped, counted and warned of once."""
+    """Files of records. Malformed ones within a limit are skipped, counted and warned of once."""
 
     def __init__(self, files: list[SourceFile], config: DataConfig, **settings: Any) -> None:
         super().__init__(files, config, field=config.field, **settings)
         self._field = config.field
 
-    def documents(self) -> Iterator[Document]:
-        """See `Corpus.documents`."""
-        for item, _ in self.items():
-            (pieces,) = self._pieces_of([item])
-            if isinstance(pieces, BadRecord):
-                self.skip(str(pieces))
-            else:
-                yield Document(f"{item[1]}{item[2]}", pieces)
-        self.warn_of_skipped()
+    def _field_of(self, content: Any) -> Any:
+        """Return the field of a record, or raise `MalformedRecord`."""
+        return content
 
-    def items(self) -> Iterator[tuple[tuple[str, str, str, Any], int]]:
-        """See `Corpus.items`; yields the path and name of a file, and the place in it, too."""
-        self._begin()
-        for file in self._files:
-            for place, value, size in self._records(file):
-                yield (file.path, file.name, place, value), size
-
-    def entries(self, items: Sequence[Any]) -> Iterator[Iterable[Entry] | BadRecord]:
-        """See `Corpus.entries`."""
-        for pieces in self._pieces_of(items):
-            yield pieces if isinstance(pieces, BadRecord) else entries_of(pieces)
-
-    def _pieces_of(self, items: Sequence[Any]) -> Iterator[Iterator[Piece] | BadRecord]:
-        found = self._pieces_of_each([value for *_, value in items])
-        for (path, _, place, _), pieces in zip(items, found, strict=True):
-            is_bad = isinstance(pieces, BadRecord)
-            yield BadRecord(one_line(f"{path}{place}: {pieces}")) if is_bad else pieces
-
-    def _pieces_of_each(self, values: Sequence[Any]) -> Iterator[Iterator[Piece] | BadRecord]:
-        for value in values:
-            try:
-                yield self._pieces(value)
-            except BadRecord as error:
-                yield error
-
-    def _records(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
-        """Yield the place, what `_field_of` takes, and the size; checks the file's expansion."""
-        raise NotImplementedError
-
-    def _field_of(self, value: Any) -> Any:
-        """Return the field of a record, or raise `BadRecord`."""
-        return value
-
-    def _pieces(self, value: Any) -> Iterator[Piece]:
-        """Extract the text of a record, or raise `BadRecord`."""
-        text = self._field_of(value)
+    def _pieces(self, content: Any) -> Iterator[Piece]:
+        text = self._field_of(content)
         if isinstance(text, bytes):
             try:
                 text = text.decode("utf-8", self._encoding_errors)
             except UnicodeDecodeError as error:
                 where = f"at byte {error.start} of field {self._field!r}"
-                raise BadRecord(f"invalid UTF-8 {where}") from error
+                raise MalformedRecord(f"invalid UTF-8 {where}") from error
         if not isinstance(text, str):
-            raise BadRecord(wrong_type(self._field, type(text).__name__))
-        return text_pieces(self._without_surrogates(text))
+            raise MalformedRecord(_wrong_type(self._field, type(text).__name__))
+        return pieces_of(cut_text(self._without_surrogates(text)))
 
     def _without_surrogates(self, text: str) -> str:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             if self._encoding_errors == "strict":
-                raise BadRecord(
+                raise MalformedRecord(
                     f"field {self._field!r} holds half a surrogate pair or invalid UTF-8"
                 ) from error
             text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -116,7 +72,7 @@ class JsonFiles(RecordFiles):
 
     kind = "jsonl"
 
-    def _records(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
+    def _read(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
         lines = self._lines(file)
         may_be_array = re.search(r"\.json(\.\w+)?$", file.path.lower())
         for number, line in enumerate(lines, 1):
@@ -135,7 +91,7 @@ class JsonFiles(RecordFiles):
             content += line
         try:
             found = self._parsed(bytes(content))
-        except BadRecord as error:
+        except MalformedRecord as error:
             found = error
         records = found if isinstance(found, list) else [found]
         for number, record in enumerate(records):
@@ -143,44 +99,39 @@ class JsonFiles(RecordFiles):
 
     def _lines(self, file: SourceFile) -> Iterator[bytes]:
         """Yield the lines, added to `_record_bytes`, which the caller sets to 0 for each record."""
-        before, num_bytes, self._record_bytes = self.bytes_read, 0, 0
-        with open_source(file.path, self._encoding_errors) as (stream, raw):
+        self._record_bytes = 0
+        with self._opened(file) as stream:
             for number in itertools.count(1):
                 line = stream.readline(MAX_RECORD_BYTES + 1)
-                num_bytes += len(line)
-                self._check_expansion(file, num_bytes)
-                if not line or number % 256 == 0:  # asking for it takes as long as a short line
-                    self.bytes_read = before + raw.tell()
                 if not line:
-                    break
+                    return
                 self._record_bytes += len(line)
                 if self._record_bytes > MAX_RECORD_BYTES:
-                    raise too_long(f"{file.path}:{number}: a record or array")
+                    raise _too_long(f"{file.path}:{number}: a record or array")
                 yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
-    def _field_of(self, value: Any) -> Any:
-        """See `RecordFiles._field_of`."""
-        record = self._record(value)
+    def _field_of(self, content: Any) -> Any:
+        record = self._record(content)
         if self._field not in record:
-            raise BadRecord(missing_field(self._field, record))
+            raise MalformedRecord(missing_field(self._field, record))
         return record[self._field]
 
-    def _record(self, value: Any) -> dict[str, Any]:
-        """Return a record that is given as a line, as itself, or as a `BadRecord`."""
-        record = self._parsed(value) if isinstance(value, bytes) else value
-        if isinstance(record, BadRecord):
+    def _record(self, content: Any) -> dict[str, Any]:
+        """Return a record that is given as a line, as itself, or as a `MalformedRecord`."""
+        record = self._parsed(content) if isinstance(content, bytes) else content
+        if isinstance(record, MalformedRecord):
             raise record
         if not isinstance(record, dict):
-            raise BadRecord(f"of type {type(record).__name__}, not an object")
+            raise MalformedRecord(f"of type {type(record).__name__}, not an object")
         return record
 
     def _parsed(self, content: bytes) -> Any:
         try:
             return json.loads(content.decode("utf-8", self._encoding_errors))
         except UnicodeDecodeError as error:
-            raise BadRecord(f"invalid UTF-8 at byte {error.start}") from error
+            raise MalformedRecord(f"invalid UTF-8 at byte {error.start}") from error
         except (ValueError, RecursionError) as error:
-            raise BadRecord(f"not JSON ({error})") from error
+            raise MalformedRecord(f"not JSON ({error})") from error
 
 
 class CsvFiles(JsonFiles):
@@ -192,7 +143,7 @@ class CsvFiles(JsonFiles):
 
     kind = "csv"
 
-    def _records(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
+    def _read(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
         lines = self._lines(file)
         header = next(lines, b"")
         # Half surrogates, in place of invalid bytes, are bad where they matter: in the field.
@@ -213,7 +164,7 @@ class CsvFiles(JsonFiles):
                 if None in row:
                     raise csv.Error("more values than the header has names")
             except csv.Error as error:
-                row = BadRecord(f"invalid CSV ({error})")
+                row = MalformedRecord(f"invalid CSV ({error})")
             size, self._record_bytes = self._record_bytes, 0
             yield f":{rows.reader.line_num}", row, size
 
@@ -231,27 +182,94 @@ class ConversationFiles(JsonFiles):
         super().__init__(files, config, template=config.template, only_assistant=only_assistant)
         self._template, self._only_assistant = ChatTemplate(config.template), only_assistant
 
-    def _pieces_of_each(self, values: Sequence[Any]) -> Iterator[Iterator[Piece] | BadRecord]:
-        for start in range(0, len(values), _RENDERED_TOGETHER):
-            some = [self._messages(value) for value in values[start : start + _RENDERED_TOGETHER]]
+    def _parse(self, contents: Sequence[Any]) -> Iterator[Iterable[Piece] | MalformedRecord]:
+        for start in range(0, len(contents), _RENDERED_TOGETHER):
+            some = [self._messages(one) for one in contents[start : start + _RENDERED_TOGETHER]]
             rendered = self._template.pieces(
                 [one for one in some if isinstance(one, list)], only_assistant=self._only_assistant
             )
             for one in some:
                 pieces = next(rendered) if isinstance(one, list) else one
-                yield iter(pieces) if isinstance(pieces, list) else BadRecord(str(pieces))
+                yield pieces if isinstance(pieces, list) else MalformedRecord(str(pieces))
 
-    def _messages(self, value: Any) -> list[Message] | BadRecord:
+    def _messages(self, content: Any) -> list[Message] | MalformedRecord:
         try:
-            messages = messages_of(self._record(value), self._field)
+            messages = messages_of(self._record(content), self._field)
             for message in messages:
                 message["content"] = self._without_surrogates(message["content"])
             return messages
-        except (BadRecord, TemplateError) as error:
-            return BadRecord(str(error))
+        except (MalformedRecord, TemplateError) as error:
+            return MalformedRecord(str(error))
 
 
-def too_long(what: str) -> UserError:
+class ParquetFiles(RecordFiles):
+    """Parquet files: each row of one column of text is a document.
+
+    Memory is bounded by the largest page, which the writer of the file chose, mostly about 1 MiB,
+    and by what `max_expansion` allows a row group.
+
+    Raises:
+      UserError: pyarrow is not installed.
+    """
+
+    kind = "parquet"
+
+    def __init__(self, files: list[SourceFile], config: DataConfig) -> None:
+        if importlib.util.find_spec("pyarrow") is None:
+            raise UserError(
+                f"{files[0].path}: reading Parquet needs pyarrow; install it with "
+                "pip install pyarrow"
+            )
+        super().__init__(files, config)
+
+    def _read(self, file: SourceFile) -> Iterator[tuple[str, bytes | None, int]]:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        before, size = self.bytes_read, self._files[file]
+        corrupt = f"{file.path}: not a whole Parquet file", "replace it by an intact copy"
+        with open_source(file.path) as (_, raw):
+            with library_errors(*corrupt):
+                # Without a pre-buffer, a column is read page by page.
+                table = parquet.ParquetFile(
+                    raw, pre_buffer=False, buffer_size=_READ_BUFFER, page_checksum_verification=True
+                )
+                self._check_column(file.path, table.schema_arrow)
+                groups = map(table.metadata.row_group, range(table.num_row_groups))
+                decompressed = sum(group.total_byte_size for group in groups)
+                self._check_expansion(file, decompressed)
+                num_rows = table.metadata.num_rows
+                batches = table.iter_batches(_ROWS, columns=[self._field], use_threads=False)
+            number = num_bytes = 0
+            while True:
+                with library_errors(*corrupt):
+                    batch = next(batches, None)
+                    if batch is None:
+                        break
+                    values = batch.column(0).cast(pa.large_binary()).to_pylist()
+                for value in values:
+                    if (length := len(value or b"")) > MAX_RECORD_BYTES:
+                        raise _too_long(f"{file.path}: row {number}: a text")
+                    num_bytes += length
+                    self._check_expansion(file, num_bytes)
+                    self.bytes_read = before + size * number // max(num_rows, number + 1)
+                    yield f": row {number}", value, length
+                    number += 1
+        self.bytes_read = before + size
+
+    def _check_column(self, path: str, schema: Any) -> None:
+        if self._field not in schema.names:
+            raise UserError(f"{path}: {missing_field(self._field, schema.names)}")
+        found = schema.field(self._field).type
+        plain = found.value_type if hasattr(found, "index_type") else found
+        if str(plain).removeprefix("large_").removesuffix("_view") not in ("string", "binary"):
+            raise UserError(
+                f"{path}: {_wrong_type(self._field, str(found))}; choose another with "
+                "--config.data.field=NAME"
+            )
+
+
+def _too_long(what: str) -> UserError:
     """Return the error for a record, array or text of more than `MAX_RECORD_BYTES`."""
     return UserError(
         f"{what} of more than {MAX_RECORD_BYTES >> 20} MiB; split it into several records, one in "
@@ -273,7 +291,7 @@ def missing_field(field: str, fields: Iterable[str]) -> str:
     )
 
 
-def wrong_type(field: str, found: str) -> str:
+def _wrong_type(field: str, found: str) -> str:
     """Describe a record whose field is not text but of the type `found`."""
     hint = f"; {_NO_TEMPLATE}" if field in _CHAT else ""
     return f"field {field!r} is of type {found}, not text{hint}"

@@ -31,7 +31,7 @@ class SourceFile:
     path: str
 
 
-class _DamagedArchive(Exception):
+class _CorruptArchive(Exception):
     """Reason why a compressed file cannot be read."""
 
 
@@ -53,14 +53,14 @@ def open_source(path: str, errors: str = "replace") -> Iterator[tuple[IO[bytes],
             if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 blocks = iter(functools.partial(stream.read, 1 << 16), b"")
                 texts = codecs.iterdecode(blocks, "utf-16", errors)
-                stream = io.BufferedReader(_BlockReader(text.encode("utf-8") for text in texts))
+                stream = io.BufferedReader(BlockReader(text.encode("utf-8") for text in texts))
             yield stream, file
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: invalid UTF-16 ({error.reason}); convert the file to UTF-8, or run with "
             "encoding_errors=replace (train.py: --config.data.encoding_errors=replace)"
         ) from error
-    except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedArchive) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, _CorruptArchive) as error:
         raise UserError(
             f"{path}: corrupted or truncated ({error}); replace it by an intact copy"
         ) from error
@@ -97,7 +97,7 @@ def _decompressed(path: str, file: BinaryIO) -> Any:
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=file)
     if suffix == ".zst":
-        return io.BufferedReader(_BlockReader(_zstd_blocks(file)))
+        return io.BufferedReader(BlockReader(_zstd_blocks(file)))
     return file
 
 
@@ -116,7 +116,7 @@ def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
         try:
             yield frame.decompress(block)
         except zstandard.ZstdError as error:
-            raise _DamagedArchive(str(error)) from error
+            raise _CorruptArchive(str(error)) from error
         rest = b""
         if frame.eof:
             rest, frame = frame.unused_data, None
@@ -124,7 +124,7 @@ def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
         raise EOFError("it ends inside a frame")
 
 
-class _BlockReader(io.RawIOBase):
+class BlockReader(io.RawIOBase):
     """A stream of the bytes of blocks of any size."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
@@ -132,9 +132,11 @@ class _BlockReader(io.RawIOBase):
         self._content = memoryview(b"")
 
     def readable(self) -> bool:
+        """See `io.RawIOBase`."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """See `io.RawIOBase`."""
         while not self._content:
             block = next(self._blocks, None)
             if block is None:

@@ -1,4 +1,4 @@
-"""Rendering of chat templates in a process of its own, under limits of the operating system."""
+"""Rendering of chat templates in a separate process, under limits of the operating system."""
 
 import atexit
 import json

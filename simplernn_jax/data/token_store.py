@@ -5,34 +5,113 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data import bpe
+from simplernn_jax.data import bpe, tokenization
 from simplernn_jax.data.corpora import open_corpus
+from simplernn_jax.data.documents import Corpus
 from simplernn_jax.data.mixture import WeightedSource, parse_mixture
 from simplernn_jax.data.pretrained_tokenizer import MAX_TOKENIZER_BYTES, PretrainedTokenizer
-from simplernn_jax.data.source_store import open_or_write
-from simplernn_jax.data.store_folder import (
-    MIXTURE_SUFFIX,
-    DamagedStore,
-    TokenSplit,
-    content_hashes,
-    open_store,
+from simplernn_jax.data.progress import reading_progress
+from simplernn_jax.data.store_reader import MIXTURE_SUFFIX, CorruptStore, content_hashes, open_store
+from simplernn_jax.data.store_writer import (
+    SplitPlan,
+    locked,
+    new_store,
+    remove_abandoned,
+    split_by_document,
+    split_by_position,
+    write_store,
 )
-from simplernn_jax.data.tokenized_corpus import TokenizedCorpus, hash_splits, of_mixture, of_splits
-from simplernn_jax.data.tokenizer import Tokenizer, check_round_trip
+from simplernn_jax.data.token_split import TokenSplit, union
+from simplernn_jax.data.tokenization import SourceTokens, available_cores, tokenize
+from simplernn_jax.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, check_round_trip
 from simplernn_jax.data.tokenizer_loading import load_tokenizer
 from simplernn_jax.errors import DISK_ADVICE, UserError, counted
-from simplernn_jax.files import read_sealed, write_sealed
+from simplernn_jax.files import read_sealed, sha256_hex, write_sealed
 
 __all__ = ["TokenSplit", "TokenizedCorpus", "find_corpus", "prepare_corpus", "train_tokenizer"]
 
+_FORMAT = 1
+"""Incremented when the split changes, so that old stores are left to old runs."""
 _STORE_NAME = re.compile("[0-9a-f]{32}")
+_FEW_TOKENS = 10_000
+"""Validation tokens below which the loss is noisy: its standard error is some hundredths."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedCorpus:
+    """Tokenizer and splits of a corpus."""
+
+    tokenizer: Tokenizer
+    """Of both splits."""
+    train: TokenSplit
+    """Documents to train on."""
+    validation: TokenSplit | None
+    """Held-out documents; None if ``data.validation_fraction`` is 0."""
+    content_hash: str
+    """SHA-256 over the tokenizer and both splits: equal hashes, equal data."""
+
+    @classmethod
+    def from_splits(cls, tokenizer: Tokenizer, splits: Sequence[TokenSplit]) -> "TokenizedCorpus":
+        """Create the corpus of one source from its one or two splits."""
+        by_name = {split.name: split for split in splits}
+        whole = _hash_splits(tokenizer, [split.content_hash for split in splits])
+        return cls(tokenizer, by_name["train"], by_name.get("validation"), whole)
+
+    @classmethod
+    def from_mixture(
+        cls, corpora: "Sequence[TokenizedCorpus]", sources: Sequence[str], weights: Sequence[float]
+    ) -> "TokenizedCorpus":
+        """Create the corpus of a mixture from the corpora of its sources, all of one tokenizer."""
+        validation = [
+            (corpus.validation, source, weight)
+            for corpus, source, weight in zip(corpora, sources, weights, strict=True)
+            if corpus.validation is not None
+        ]
+        parts = [[corpus.content_hash for corpus in corpora], list(weights)]
+        return cls(
+            corpora[0].tokenizer,
+            union("train", [corpus.train for corpus in corpora], sources, weights),
+            union("validation", *zip(*validation, strict=True)) if validation else None,
+            sha256_hex(json.dumps(parts)),
+        )
+
+    @property
+    def summary(self) -> str:
+        """``12,345 training tokens in 3 documents; no validation tokens``."""
+        sides = {"training": self.train, "validation": self.validation}
+        return "; ".join(
+            f"no {name} tokens"
+            if split is None
+            else f"{counted(len(split.tokens), f'{name} token')} in "
+            f"{counted(len(split.document_starts), 'document')}"
+            for name, split in sides.items()
+        )
+
+    def warning(self, validation_fraction: float) -> str:
+        """Warn of a validation split that is small, or far larger than asked; empty if neither."""
+        if self.validation is None:
+            return ""
+        if len(self.validation.tokens) < _FEW_TOKENS:
+            return (
+                f"fewer than {_FEW_TOKENS:,} validation tokens make the loss noisy; use more text, "
+                "or hold out more with --config.data.validation_fraction"
+            )
+        total = len(self.train.tokens) + len(self.validation.tokens)
+        if len(self.validation.tokens) > max(2 * validation_fraction, 0.3) * total:
+            return (
+                f"{len(self.validation.tokens) / total:.0%} of the text is held out for "
+                "validation, since a long document is; --config.data.split=position holds out the "
+                "end of the text instead"
+            )
+        return ""
 
 
 def prepare_corpus(
@@ -55,7 +134,7 @@ def prepare_corpus(
       cache_dir: folder of tokenized corpora, one subfolder for each fingerprint.
       tokenizer: a resumed run's; None loads ``config.tokenizer``, which must give back the text,
         or trains it with `train_tokenizer`.
-      exclude: folders, besides `cache_dir`, that are no part of the source; see `open_corpus`.
+      exclude: folders, besides `cache_dir`, that do not belong to the source; see `open_corpus`.
       show_progress: a bar on a terminal; elsewhere a line at the start, every 30 seconds and at the
         end.
 
@@ -81,8 +160,8 @@ def prepare_corpus(
     stores = []
     for one, corpus in zip(configs, corpora, strict=True):
         with _disk_errors(cache, one.source):
-            stores.append(open_or_write(cache, one, seed, corpus, tokenizer, show_progress))
-    prepared = [of_splits(tokenizer, splits) for _, splits in stores]
+            stores.append(_open_or_write(cache, one, seed, corpus, tokenizer, show_progress))
+    prepared = [TokenizedCorpus.from_splits(tokenizer, splits) for _, splits in stores]
     if mixture is None:
         return prepared[0]
     with _disk_errors(cache, config.source):
@@ -106,7 +185,7 @@ def train_tokenizer(
       config, seed, cache_dir, exclude, show_progress: as for `prepare_corpus`.
 
     Raises:
-      UserError: ``config.tokenizer`` is no ``bpe:SIZE``, or as for `prepare_corpus`.
+      UserError: ``config.tokenizer`` is not ``bpe:SIZE``, or as for `prepare_corpus`.
     """
     vocab_size = bpe.parse_spec(config.tokenizer)
     corpus = prepare_corpus(
@@ -140,38 +219,143 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
       None if `cache_dir` holds no such corpus.
 
     Raises:
-      DamagedStore: it is corrupted.
+      CorruptStore: it is corrupted.
       UserError: it cannot be read.
     """
     cache = _cache_path(cache_dir)
-    damage, unreadable = None, ""
+    corrupt, unreadable = None, None
     for path in sorted(cache.glob("[!.]*")):
+        is_mixture = path.name.endswith(MIXTURE_SUFFIX)
         try:
-            if path.name.endswith(MIXTURE_SUFFIX):
+            if is_mixture:
                 found = _read_mixture(path).get("content_hash")
             else:
-                found = hash_splits(tokenizer, content_hashes(path))
-            if found != content_hash:
-                continue
-        except DamagedStore:
-            continue  # not a store, or one whose record is lost
+                found = _hash_splits(tokenizer, content_hashes(path))
+        except CorruptStore:
+            continue  # not a store, or its record is lost
         except OSError as error:  # perhaps another store
-            if _STORE_NAME.fullmatch(path.name) or path.name.endswith(MIXTURE_SUFFIX):
-                unreadable = f"{path}: {error.strerror}; make it readable"
+            if is_mixture or _STORE_NAME.fullmatch(path.name):
+                unreadable = _unreadable(path, error)
+            continue
+        if found != content_hash:
             continue
         try:
-            if path.name.endswith(MIXTURE_SUFFIX):
+            if is_mixture:
                 return _open_mixture(path, tokenizer)
-            return of_splits(tokenizer, open_store(path))
-        except DamagedStore as error:
-            damage = error
+            return TokenizedCorpus.from_splits(tokenizer, open_store(path))
+        except CorruptStore as error:
+            corrupt = error
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; make it readable") from error
-    if damage is not None:
-        raise damage
-    if unreadable:
-        raise UserError(unreadable)
+            raise _unreadable(path, error) from error
+    problem = corrupt or unreadable
+    if problem is not None:
+        raise problem
     return None
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: {error.strerror}; make it readable")
+
+
+def _hash_splits(tokenizer: Tokenizer, splits: Sequence[str]) -> str:
+    """Hash a tokenizer and the content hashes of the splits of one source."""
+    return sha256_hex("".join([_tokenizer_hash(tokenizer), *splits]))
+
+
+def _tokenizer_hash(tokenizer: Tokenizer) -> str:
+    return sha256_hex(tokenizer.to_json())
+
+
+def _open_or_write(
+    cache: Path,
+    config: DataConfig,
+    seed: int,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    show_progress: bool,
+) -> tuple[str, list[TokenSplit]]:
+    """Open the store of a source, after writing it if it is missing; return its name too.
+
+    Raises:
+      UserError: the corpus cannot be read or encoded.
+      OSError: the disk is full or not writable.
+    """
+    fingerprint = corpus.fingerprint()
+    folder = cache / _store_name(config, seed, fingerprint, tokenizer)
+    remove_abandoned(cache)
+    with contextlib.suppress(CorruptStore):
+        return folder.name, open_store(folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if os.path.lexists(folder):
+            try:
+                return folder.name, open_store(folder)  # which another process has just written
+            except CorruptStore as error:
+                what = f"the tokenized corpus is corrupted ({error}); the text is re-tokenized"
+                logging.warning("%s: %s", folder, what)
+                is_folder = folder.is_dir() and not folder.is_symlink()
+                shutil.rmtree(folder) if is_folder else folder.unlink()
+        with new_store(folder) as (temporary, result):
+            tokens = _tokenize(temporary, config, corpus, fingerprint, tokenizer, show_progress)
+            write_store(result, folder.name, _plan(tokens, config, seed, tokenizer), tokens)
+    try:
+        return folder.name, open_store(folder)
+    except CorruptStore as error:
+        problem = f"{error} right after it was written; check this disk"
+        raise UserError(f"{folder}: {problem}") from error
+
+
+def _store_name(config: DataConfig, seed: int, fingerprint: str, tokenizer: Tokenizer) -> str:
+    parts = {
+        "format": _FORMAT,
+        "source": fingerprint,
+        "tokenizer": _tokenizer_hash(tokenizer),
+        "split": config.split,
+        "validation_fraction": config.validation_fraction,
+        "seed": seed if config.split == "document" else None,
+        "encoding_errors": config.encoding_errors,
+        "max_malformed_records": config.max_malformed_records,
+    }
+    return sha256_hex(json.dumps(parts, sort_keys=True))[:32]
+
+
+def _tokenize(
+    folder: Path,
+    config: DataConfig,
+    corpus: Corpus,
+    fingerprint: str,
+    tokenizer: Tokenizer,
+    show_progress: bool,
+) -> SourceTokens:
+    task = f"tokenizing {config.source}"
+    with reading_progress(task, corpus.total_bytes, show=show_progress) as on_progress:
+        # A process takes as long to start as several parts take as bytes or characters.
+        is_fast = isinstance(tokenizer, ByteTokenizer | CharTokenizer)
+        num_parts = corpus.total_bytes // tokenization.PART_CHARACTERS
+        num_workers = min(available_cores(), num_parts // 8 if is_fast else num_parts)
+        tokens = tokenize(folder, corpus, tokenizer, on_progress, num_workers)
+    if not tokens.num_documents:
+        raise UserError(f"{config.source}: no text in it; choose another --config.data.source")
+    if corpus.fingerprint() != fingerprint:
+        raise UserError(f"{config.source}: changed while it was being read; run again")
+    return tokens
+
+
+def _plan(
+    tokens: SourceTokens, config: DataConfig, seed: int, tokenizer: Tokenizer
+) -> list[SplitPlan]:
+    fraction = config.validation_fraction
+    by_position = config.split == "position"
+    if not by_position and fraction and tokens.num_documents == 1:
+        by_position = True
+        logging.info(
+            "%s: a single document, so its last part is the validation split, as with "
+            "--config.data.split=position",
+            config.source,
+        )
+    if by_position:
+        return split_by_position(tokens, fraction, tokenizer)
+    return split_by_document(tokens, fraction, seed)
 
 
 def _mix(
@@ -179,7 +363,7 @@ def _mix(
 ) -> TokenizedCorpus:
     """Create the corpus of a mixture, and record it for `find_corpus`."""
     names, weights = zip(*sources, strict=True)
-    mixed = of_mixture(corpora, names, weights)
+    mixed = TokenizedCorpus.from_mixture(corpora, names, weights)
     for (source, weight), corpus in zip(sources, corpora, strict=True):
         size = counted(len(corpus.train.tokens), "training token")
         logging.info("%s: probability %.4g, %s", source, weight, size)
@@ -197,19 +381,22 @@ def _mix(
 
 
 def _open_mixture(path: Path, tokenizer: Tokenizer) -> TokenizedCorpus:
-    """Open a mixture by the file that `_mix` wrote; `DamagedStore` if it or a store is bad."""
+    """Open a mixture by the file that `_mix` wrote; `CorruptStore` if it or a store is bad."""
     record = _read_mixture(path)
-    corpora = [of_splits(tokenizer, open_store(path.parent / name)) for name in record["stores"]]
-    mixed = of_mixture(corpora, record["sources"], record["weights"])
+    corpora = [
+        TokenizedCorpus.from_splits(tokenizer, open_store(path.parent / name))
+        for name in record["stores"]
+    ]
+    mixed = TokenizedCorpus.from_mixture(corpora, record["sources"], record["weights"])
     if mixed.content_hash != record["content_hash"]:
-        raise DamagedStore(f"{path.name} is that of other stores")
+        raise CorruptStore(f"{path.name} belongs to other stores")
     return mixed
 
 
 def _read_mixture(path: Path) -> dict[str, Any]:
     body = read_sealed(path)
     if body is None:
-        raise DamagedStore(f"{path.name} was changed")
+        raise CorruptStore(f"{path.name} was changed")
     try:
         record: dict[str, Any] = json.loads(body)
         stores = list(map(_STORE_NAME.fullmatch, record["stores"]))
@@ -217,7 +404,7 @@ def _read_mixture(path: Path) -> dict[str, Any]:
         if not all(stores) or lengths != {len(stores)} or not stores:
             raise ValueError
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise DamagedStore(f"{path.name} is not a record of a mixture") from error
+        raise CorruptStore(f"{path.name} is not a record of a mixture") from error
     return record
 
 

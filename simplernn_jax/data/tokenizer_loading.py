@@ -1,4 +1,4 @@
-"""The tokenizer of a new run, and that of a checkpoint."""
+"""The tokenizer of a new run or of a checkpoint."""
 
 import json
 

@@ -17,7 +17,7 @@ from simplernn_jax.data.corpora import absolute_source
 from simplernn_jax.data.evaluation_batches import check_scorable
 from simplernn_jax.data.file_search import matching_files
 from simplernn_jax.data.mixture import parse_mixture
-from simplernn_jax.data.store_folder import DamagedStore
+from simplernn_jax.data.store_reader import CorruptStore
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.data.tokenizer_loading import tokenizer_from_json
@@ -126,7 +126,7 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
         corpus = find_corpus(folder, wanted, tokenizer)
         if corpus is not None:
             return corpus
-    except DamagedStore as error:
+    except CorruptStore as error:
         problem = f"tokenized text in {folder} is corrupted ({error})"
     if not source:
         original = f" (originally {config.data.cache_dir})" if config.data.cache_dir else ""

@@ -1,0 +1,69 @@
+"""Progress of reading a corpus: a bar on a terminal, lines elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from absl import logging
+
+_MAX_LENGTH = 32
+"""Maximum number of characters of the task, to leave room for the bar."""
+_SECONDS_PER_LINE = 30
+
+
+@contextlib.contextmanager
+def reading_progress(task: str, total_bytes: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with the bytes read so far."""
+    if not show:
+        yield lambda bytes_read: None
+    elif sys.stderr.isatty():
+        yield from _bar(task, total_bytes)
+    else:
+        yield from _lines(task, total_bytes)
+
+
+def _lines(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    start = latest = time.monotonic()
+    unit, scale = ("kB", 1e3) if total_bytes < 1e6 else ("MB", 1e6)
+    logging.info("%s: %.1f %s ...", task, total_bytes / scale, unit)
+
+    def update(bytes_read: int) -> None:
+        nonlocal latest
+        now = time.monotonic()
+        if now - latest < _SECONDS_PER_LINE:
+            return
+        latest = now
+        done = bytes_read / max(total_bytes, 1)
+        left = (now - start) * (1 - done) / max(done, 1e-9)
+        logging.info("%s: %.0f %%, %.0f s left", task, 100 * done, left)
+
+    yield update
+    logging.info("%s: done in %.1f s", task, time.monotonic() - start)
+
+
+def _bar(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        short = task if len(task) <= _MAX_LENGTH else f"{task[: _MAX_LENGTH - 1]}…"
+        handle = bar.add_task(short, total=total_bytes)
+        shown = 0
+
+        def update(bytes_read: int) -> None:
+            nonlocal shown
+            # An update costs more than a small document.
+            if bytes_read - shown > total_bytes // 1000:
+                shown = bytes_read
+                bar.update(handle, completed=bytes_read)
+
+        yield update
+        bar.update(handle, completed=total_bytes)
