@@ -17,11 +17,9 @@ from small_runs import small_config
 from simplernn_jax.analysis import state_value
 from simplernn_jax.analysis.decomposition import decompose_layers
 from simplernn_jax.analysis.explanation import explain
-from simplernn_jax.analysis.export import to_numbers
-from simplernn_jax.analysis.map_plots import draw_bars, draw_heads
 from simplernn_jax.analysis.memory import half_gone
-from simplernn_jax.analysis.page import draw_plots, make_page, summarize
-from simplernn_jax.analysis.plots import add_legend, line_styles, new_figure
+from simplernn_jax.analysis.page import draw_plots, make_page, summarize, to_numbers
+from simplernn_jax.analysis.plots import add_legend, draw_bars, draw_heads, line_styles, new_figure
 from simplernn_jax.analysis.state_value import ContextGain, choose_token, context_gains
 from simplernn_jax.analysis.token_text import split_into_units
 from simplernn_jax.data.tokenizer import ByteTokenizer

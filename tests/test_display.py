@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from simplernn_jax.training import display as display_module
-from simplernn_jax.training.display import format_duration, open_display
+from simplernn_jax.training import reporter
+from simplernn_jax.training.reporter import format_duration, open_display
 
 
 class Terminal(io.StringIO):
@@ -18,7 +18,7 @@ class Terminal(io.StringIO):
 
 def test_lines_come_at_most_every_few_seconds(monkeypatch, capsys):
     now = [1000.0]
-    monkeypatch.setattr(display_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(reporter.time, "monotonic", lambda: now[0])
     with open_display(0, 40) as display:
         for step in range(1, 7):
             display.update(step, 1.23456 + step, 12345.6 * (step > 1), 65.0)

@@ -6,10 +6,10 @@ import math
 import pytest
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
-from simplernn_jax.training.early_stopping import ValidationHistory
 from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
+from simplernn_jax.training.progress import ValidationHistory
 
 
 def evaluated(*losses, predictions=99):

@@ -28,8 +28,13 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.export import FORMATS, checking, exporting
 from simplernn_jax.export.chat_format import chat_format
 from simplernn_jax.export.exporting import export
-from simplernn_jax.export.formats import TrainedModel, find_format, float32_model, logits_of
-from simplernn_jax.export.rounding import rounded_weights
+from simplernn_jax.export.formats import (
+    TrainedModel,
+    find_format,
+    float32_model,
+    logits_of,
+    rounded_weights,
+)
 from simplernn_jax.inference import generate, generate_text
 from simplernn_jax.models import load_gla_checkpoint
 from simplernn_jax.models.named_weights import model_from_weights, named_weights

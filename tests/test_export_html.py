@@ -24,7 +24,7 @@ from simplernn_jax.data import tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import export
 from simplernn_jax.export.formats import find_format
-from simplernn_jax.export.html.exporter import FILE
+from simplernn_jax.export.html import FILE
 from simplernn_jax.export.html.tokenizer_data import tokenizer_data
 from simplernn_jax.inference import generate_text
 from simplernn_jax.training.loop import train

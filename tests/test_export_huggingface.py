@@ -26,7 +26,7 @@ from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import export
 from simplernn_jax.export.formats import TrainedModel, find_format, logits_of
-from simplernn_jax.export.huggingface.tokenizer_file import library_tokenizer, tokenizer_json
+from simplernn_jax.export.tokenizer_file import library_tokenizer, tokenizer_json
 from simplernn_jax.inference import Conversation, generate, generate_text
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
 

@@ -10,8 +10,7 @@ from export_models import MODELS, trained
 from processes import run_python
 
 from simplernn_jax.data.chat_template import ChatTemplate, load_template
-from simplernn_jax.export.formats import find_format, logits_of
-from simplernn_jax.export.rounding import rounded_weights
+from simplernn_jax.export.formats import find_format, logits_of, rounded_weights
 from simplernn_jax.inference import Conversation, generate
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
 

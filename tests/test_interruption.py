@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.experimental import multihost_utils
 
-from simplernn_jax.training.interruption import SIGNALS, deferred_signals
+from simplernn_jax.training.loop import SIGNALS, deferred_signals
 
 
 @pytest.fixture(autouse=True)

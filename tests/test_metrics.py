@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from odd_files import ODD_FILES
+from processes import ROOT, run_python
 from tensorboardX.record_writer import RecordWriter
 
 from simplernn_jax.training import metrics as metrics_module
@@ -230,3 +231,16 @@ def test_tensorboard_that_fails_is_one_warning(tmp_path, caplog, monkeypatch):
     writer.close()
     assert [f"{tmp_path}/tensorboard: No space" in message for message in caplog.messages] == [True]
     assert steps_in(tmp_path) == [5, 6, *range(7, 30)]
+
+
+def test_a_corrupt_pytorch_does_not_matter(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch.so: cannot open')")
+    code = (
+        "import sys; from simplernn_jax.training.metrics import MetricsWriter; "
+        "writer = MetricsWriter('.', 0); writer.write(1, 'train', loss=1.0); writer.close(); "
+        "assert 'torch' not in sys.modules"
+    )
+    result = run_python("-c", code, cwd=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert (result.code, result.errors) == (0, "")
+    (path,) = tmp_path.rglob("events.out.tfevents.*")
+    assert b"train/loss" in path.read_bytes()

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from simplernn_jax.checkpoint.orbax_writer import drop_repeated_logs
+from simplernn_jax.checkpoint.checkpointer import drop_repeated_logs
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simplernn_jax.training import step_statistics
-from simplernn_jax.training.step_statistics import LossTotals, RecompilationCounter, StepTimer
+from simplernn_jax.training import reporter
+from simplernn_jax.training.progress import LossTotals
+from simplernn_jax.training.reporter import RecompilationCounter, StepTimer
 
 
 def test_the_mean_loss_is_weighted_by_tokens_and_starts_anew():
@@ -37,7 +38,7 @@ def test_a_skipped_update_counts_tokens_and_no_loss():
 def wait(monkeypatch):
     """Lets time pass."""
     now = [100.0]
-    monkeypatch.setattr(step_statistics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(reporter.time, "monotonic", lambda: now[0])
 
     def pass_seconds(seconds):
         now[0] += seconds
@@ -88,11 +89,13 @@ def test_pauses_do_not_count(wait):
 )
 def test_another_shape_or_dtype_is_one_recompilation_and_logged(caplog, other, count):
     usual = np.ones((5,), np.float32)
-    with RecompilationCounter("double", jax.jit(lambda x: 2 * x)) as double:
+    with RecompilationCounter(jax.jit(lambda x: 2 * x)) as double:
         for x in (usual, usual, other, usual, other):
             np.testing.assert_array_equal(double(x), 2 * x)
             jax.jit(lambda x: x + 3)(jnp.ones(11))  # compiled by others: does not count
     double(np.ones((9,), np.float32))  # neither does what it compiles after the ``with`` block
     assert double.recompilations == count
-    messages = ["double was recompiled at call 3: shapes, dtypes and shardings should be constant"]
+    messages = [
+        "the train step was recompiled at call 3: shapes, dtypes and shardings should be constant"
+    ]
     assert caplog.messages == messages[:count]

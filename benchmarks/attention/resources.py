@@ -15,7 +15,7 @@ from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.models.simple_rnn import Recurrence
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.training.gradient import abstract_train_model, make_grad_fn
+from simplernn_jax.training.train_step import abstract_train_model, make_grad_fn
 
 from .. import train_steps
 from ..decoding import decode_call, random_tokens, recompute_call

@@ -17,9 +17,8 @@ import numpy as np
 
 from simplernn_jax.checkpoint import manifest
 from simplernn_jax.checkpoint.checkpointer import read_config
-from simplernn_jax.checkpoint.choice import NEWEST
 from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leaves
-from simplernn_jax.checkpoint.folder import UNFINISHED_MARK, CheckpointFolder
+from simplernn_jax.checkpoint.folder import NEWEST, UNFINISHED_MARK, CheckpointFolder
 from simplernn_jax.errors import UserError
 from simplernn_jax.project import ROOT
 

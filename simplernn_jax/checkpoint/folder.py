@@ -1,8 +1,8 @@
-"""Folder of a run's checkpoints on disk, intact, unfinished and corrupted ones.
+"""Checkpoints of a run on disk: which are intact, which to use, and which to keep.
 
     WORKDIR/checkpoints/N/              checkpoint of step N; complete once it has a manifest
     WORKDIR/checkpoints/complete.json   the steps that were complete, sealed like a manifest
-    WORKDIR/checkpoints_damaged/N/      quarantined corrupted checkpoints, never deleted
+    WORKDIR/checkpoints_damaged/N/      quarantined corrupt checkpoints, never deleted
 
 A step without a manifest was either being saved when its process died, which loses nothing, or
 lost its manifest, which is corruption: ``complete.json`` distinguishes the two.
@@ -13,14 +13,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 from absl import logging
 
 from simplernn_jax.checkpoint import manifest
-from simplernn_jax.checkpoint.contents import QUALITY_ITEM, saved_step
-from simplernn_jax.errors import DISK_ADVICE, UserError
+from simplernn_jax.checkpoint.contents import QUALITY_ITEM, Quality, saved_quality, saved_step
+from simplernn_jax.errors import UserError
 from simplernn_jax.files import check_output, read_sealed, sync, write_sealed
+
+BEST = "best"
+NEWEST = "newest"
 
 UNFINISHED_MARK = ".orbax-checkpoint-tmp"
 _PRUNED = "pruned"
@@ -73,7 +77,7 @@ class CheckpointFolder:
         _check_path(workdir, _UNREADABLE)
         workdir = os.path.abspath(workdir)
         self.path = os.path.join(workdir, "checkpoints")
-        self.damaged_path = os.path.join(workdir, "checkpoints_damaged")
+        self.corrupt_path = os.path.join(workdir, "checkpoints_damaged")
         self._ledger_path = os.path.join(self.path, "complete.json")
         self._lock_path = os.path.join(self.path, "lock")
         self._lock: int | None = None
@@ -118,7 +122,7 @@ class CheckpointFolder:
         """
         shutil.rmtree(os.path.join(self.path, _PRUNED), ignore_errors=True)
         unfinished = [name for name in os.listdir(self.path) if UNFINISHED_MARK in name]
-        unfinished += [str(step) for step in self.steps() if self._is_unfinished(step)]
+        unfinished += map(str, set(self.steps()).difference(self.complete_steps()))
         for name in unfinished:
             path = os.path.join(self.path, name)
             if os.path.islink(path) or not os.path.isdir(path):
@@ -150,8 +154,16 @@ class CheckpointFolder:
         write_sealed(self._ledger_path, json.dumps(steps) + "\n")
 
     def complete_steps(self) -> list[int]:
-        """List the steps that were once complete, intact now or not, ascending."""
-        return [step for step in self.steps() if not self._is_unfinished(step)]
+        """List the steps that were once complete, intact now or not, ascending.
+
+        Without a ledger they all count: a false alarm is better than deleting a corrupt checkpoint.
+        """
+        ledger = self._ledger()
+        return [
+            step
+            for step in self.steps()
+            if ledger is None or step in ledger or manifest.has_manifest(self.step_path(step))
+        ]
 
     def find_corruption(self, step: int, parts: Collection[str] | None = None) -> str | None:
         """Return a phrase that says how the checkpoint of `step` is corrupted, or None.
@@ -163,10 +175,10 @@ class CheckpointFolder:
         if defect is not None:
             return defect
         inside = saved_step(path)
-        return None if inside in (None, step) else f"it is a copy of that of step {inside}"
+        return None if inside == step else f"it is a copy of that of step {inside}"
 
     def newest_intact(self, parts: Collection[str] | None = None) -> int | None:
-        """Find the newest step whose files are all as written; quarantine corrupted newer ones.
+        """Find the newest step whose files are all as written; quarantine corrupt newer ones.
 
         Args:
           parts: the only items whose bytes are verified, for a caller that reads no others.
@@ -177,9 +189,8 @@ class CheckpointFolder:
         Raises:
           UserError: saves were completed, and none of them is intact.
         """
-        had_saves = bool(self._ledger()) or (
-            os.path.lexists(self._ledger_path) and self._ledger() is None
-        )
+        ledger = self._ledger()
+        had_saves = bool(ledger) or (ledger is None and os.path.lexists(self._ledger_path))
         for step in reversed(self.complete_steps()):
             defect = self.find_corruption(step, parts)
             if defect is None:
@@ -188,7 +199,7 @@ class CheckpointFolder:
         if had_saves:
             raise UserError(
                 f"no intact checkpoint is left in {self.path} (corrupted ones are in "
-                f"{self.damaged_path}): restore an intact copy, use another --workdir, or delete "
+                f"{self.corrupt_path}): restore an intact copy, use another --workdir, or delete "
                 f"{self.path} to start from the beginning"
             )
         return None
@@ -202,21 +213,8 @@ class CheckpointFolder:
             return None
         return set(steps) if isinstance(steps, list) else None
 
-    def _is_unfinished(self, step: int) -> bool:
-        """Return whether `step` never became complete.
-
-        Without a ledger nothing counts as unfinished: a false alarm is better than deleting a
-        corrupted checkpoint.
-        """
-        ledger = self._ledger()
-        return (
-            ledger is not None
-            and step not in ledger
-            and not manifest.has_manifest(self.step_path(step))
-        )
-
     def quarantine(self, step: int, defect: str) -> bool:
-        """Move a corrupted checkpoint to `damaged_path`, with a warning that says `defect`.
+        """Move a corrupt checkpoint to `corrupt_path`, with a warning that says `defect`.
 
         Returns:
           False if it is gone: a run that is training here has just pruned it.
@@ -227,12 +225,12 @@ class CheckpointFolder:
         source, number = self.step_path(step), 1
         if not os.path.isdir(source):
             return False
-        target = os.path.join(self.damaged_path, str(step))
+        target = os.path.join(self.corrupt_path, str(step))
         while os.path.lexists(target):
             number += 1
-            target = os.path.join(self.damaged_path, f"{step}-{number}")
+            target = os.path.join(self.corrupt_path, f"{step}-{number}")
         try:
-            os.makedirs(self.damaged_path, exist_ok=True)
+            os.makedirs(self.corrupt_path, exist_ok=True)
             os.rename(source, target)
         except OSError as error:
             raise UserError(
@@ -259,15 +257,123 @@ class CheckpointFolder:
             logging.info("no file locks on this file system: %s", self.path)
 
 
-def disk_failure(error: Exception) -> str | None:
-    """Return a file-system error and what to do, or None if `error` is not one.
+class Choice(NamedTuple):
+    """An intact checkpoint, and the reason for choosing it."""
 
-    TensorStore reports it only in the text of a ValueError.
+    step: int
+    path: str
+    reason: str | None
+    """One line for the user; None where there was nothing to choose."""
+
+
+def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> Choice:
+    """Choose an intact checkpoint of the run in `workdir`; quarantine corrupt ones.
+
+    Args:
+      workdir: folder of a training run.
+      checkpoint: ``best``, the lowest validation loss if all checkpoints that were evaluated were
+        so on the same tokens, else the newest; ``newest``; or a step.
+
+    Raises:
+      UserError: `workdir` has no checkpoint, none that is intact, or not that of the step.
     """
-    code = error.errno if isinstance(error, OSError) else None
-    if code is None:
-        text = str(error)
-        code = next((code for code in DISK_ADVICE if os.strerror(code) in text), None)
-    if code is None:
+    folder = CheckpointFolder(workdir)
+    checkpoint = str(checkpoint)  # also an array, which does not compare with a text
+    if checkpoint not in (BEST, NEWEST):
+        return _choose_step(folder, checkpoint)
+    while checkpoint == BEST:
+        qualities = _qualities(folder)
+        best = _best(qualities)
+        if best is None:
+            break
+        defect = folder.find_corruption(best)
+        if defect is None:
+            return Choice(best, folder.step_path(best), _reason(best, qualities))
+        folder.quarantine(best, defect)
+    step = folder.newest_intact()
+    if step is None:
+        raise UserError(f"no checkpoint in {workdir}: train there first, or use another --workdir")
+    reason = None
+    if checkpoint == BEST and len(folder.complete_steps()) > 1:
+        is_measured = bool(_measured(qualities))
+        why = (
+            "validation losses cannot be compared" if is_measured else "none has a validation loss"
+        )
+        reason = f"checkpoint: step {step}, the newest ({why})"
+    return Choice(step, folder.step_path(step), reason)
+
+
+def steps_to_keep(
+    qualities: Mapping[int, Quality | None], keep_last: int, keep_best: int
+) -> set[int]:
+    """Return the `keep_last` newest steps (at least 1) and the `keep_best` of lowest loss.
+
+    Losses over a different number of predictions than the newest one's are of different tokens and
+    do not count.
+    """
+    steps = sorted(qualities)
+    measured = _measured(qualities)
+    predictions = measured[max(measured)].predictions if measured else None
+    by_loss = sorted(
+        (quality.validation_loss, -step)
+        for step, quality in measured.items()
+        if quality.predictions == predictions
+    )
+    return {-step for _, step in by_loss[:keep_best]} | set(steps[-keep_last:])
+
+
+def _choose_step(folder: CheckpointFolder, checkpoint: str) -> Choice:
+    steps = folder.complete_steps()
+    if not (checkpoint.isascii() and checkpoint.isdecimal()):
+        raise UserError(f"--checkpoint={checkpoint}: specify best, newest or a step")
+    step = next((step for step in steps if str(step) == checkpoint), None)
+    if step is None:
+        found = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"--checkpoint={checkpoint}: {folder.path} has only these steps: {found}")
+    defect = folder.find_corruption(step)
+    if defect is not None:
+        raise UserError(
+            f"--checkpoint={step}: {folder.step_path(step)} is corrupted: {defect}; choose another"
+        )
+    return Choice(step, folder.step_path(step), None)
+
+
+def _qualities(folder: CheckpointFolder) -> dict[int, Quality | None]:
+    """Read the evaluations by step, without checkpoints whose record is corrupt."""
+    qualities = {}
+    for step in folder.complete_steps():
+        defect = folder.find_corruption(step, [QUALITY_ITEM])
+        if defect is None:
+            qualities[step] = saved_quality(folder.step_path(step))
+        else:
+            logging.warning("checkpoint %s is corrupted: %s", folder.step_path(step), defect)
+    return qualities
+
+
+def _measured(qualities: Mapping[int, Quality | None]) -> dict[int, Quality]:
+    return {step: quality for step, quality in qualities.items() if quality is not None}
+
+
+def _best(qualities: dict[int, Quality | None]) -> int | None:
+    """Return the newest step of lowest loss; None if losses are missing or not comparable."""
+    measured = _measured(qualities)
+    predictions = {quality.predictions for quality in measured.values()}
+    if len(predictions) != 1:
         return None
-    return f"{os.strerror(code)}: {DISK_ADVICE.get(code, 'check this folder')}"
+    return min(measured, key=lambda step: (measured[step].validation_loss, -step))
+
+
+def _reason(best: int, qualities: dict[int, Quality | None]) -> str | None:
+    if len(qualities) == 1:
+        return None
+    quality, newest = qualities[best], max(qualities)
+    assert quality is not None
+    loss = f"{quality.validation_loss:.4f} on {quality.predictions:,} predictions"
+    if newest == best:
+        return f"checkpoint: step {best}, the newest and the best by validation loss ({loss})"
+    other = qualities[newest]
+    what = "was not evaluated" if other is None else f"has {other.validation_loss:.4f}"
+    return (
+        f"checkpoint: step {best}, the best by validation loss ({loss}; the newest, step {newest}, "
+        f"{what})"
+    )

@@ -25,8 +25,8 @@ from simplernn_jax.export.formats import (
     float32_model,
     last_part,
     logits_of,
+    rounded_weights,
 )
-from simplernn_jax.export.rounding import rounded_weights
 from simplernn_jax.files import sync
 from simplernn_jax.inference.programs import split_model
 from simplernn_jax.models import LanguageModel
@@ -144,23 +144,16 @@ def _without_folders(source: str) -> str:
 
 def without_paths(config: Config) -> Config:
     """Return a configuration that tells nothing about the machine of the run."""
+    data, tokenizer = config.data, config.data.tokenizer
+    is_file = tokenizer.startswith(("/", "~", ".")) or tokenizer.endswith(".json")
+    if is_file or os.path.lexists(tokenizer):
+        tokenizer = last_part(tokenizer)
+    source = _without_folders(data.source)
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(
-            config.data,
-            source=_without_folders(config.data.source),
-            tokenizer=_without_folders_of_file(config.data.tokenizer),
-            cache_dir="",
-        ),
+        data=dataclasses.replace(data, source=source, tokenizer=tokenizer, cache_dir=""),
         train=dataclasses.replace(config.train, init_from=last_part(config.train.init_from)),
     )
-
-
-def _without_folders_of_file(tokenizer: str) -> str:
-    """Return the name of a tokenizer, or that of its file without folders."""
-    is_file = tokenizer.startswith(("/", "~", ".")) or tokenizer.endswith(".json")
-    is_file = is_file or os.path.lexists(tokenizer)
-    return last_part(tokenizer) if is_file else tokenizer
 
 
 @contextlib.contextmanager

@@ -29,9 +29,8 @@ from simplernn_jax.parallel.shardings import (
     named_shardings,
     variable_specs,
 )
-from simplernn_jax.training.batch_sharding import batch_specs
-from simplernn_jax.training.gradient import abstract_train_model
 from simplernn_jax.training.losses import chunked_cross_entropy
+from simplernn_jax.training.train_step import abstract_train_model, batch_specs
 
 BATCH_TOKENS = 8192
 """Tokens scored in one call: large enough to saturate a CPU."""

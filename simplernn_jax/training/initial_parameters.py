@@ -10,9 +10,8 @@ from flax import nnx
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.checkpointer import read_config
-from simplernn_jax.checkpoint.choice import BEST, choose_checkpoint
 from simplernn_jax.checkpoint.contents import read_tree
-from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.checkpoint.folder import BEST, CheckpointFolder, choose_checkpoint
 from simplernn_jax.config import Config
 from simplernn_jax.data.bpe import PREFIX
 from simplernn_jax.data.tokenizer import Tokenizer

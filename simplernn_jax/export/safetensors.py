@@ -1,40 +1,19 @@
-"""``model.safetensors``, ``config.json`` and ``simplernn.json``; `load_model` reads it back."""
+"""``model.safetensors``, ``config.json`` and ``simplernn.json``, which `load_model` reads back."""
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from simplernn_jax.config import GLA_FIELDS
-from simplernn_jax.export.formats import TrainedModel, float32_model, logits_of
+from simplernn_jax.export.formats import TrainedModel, description, float32_model, logits_of
 from simplernn_jax.inference import generate
 from simplernn_jax.inference.loading import RUN, WEIGHTS, load_exported, run_json
-from simplernn_jax.models.gla_checkpoint import to_fla_config
 from simplernn_jax.models.named_weights import named_weights
 from simplernn_jax.models.pytorch_weights import encode_weights
 
 
-def description(trained: TrainedModel) -> dict[str, Any]:
-    """Describe the model as ``config.json`` does."""
-    config = trained.model.config
-    ids = {
-        "dtype": "float32",
-        "bos_token_id": trained.tokenizer.bos_id,
-        "eos_token_id": trained.tokenizer.eos_id,
-        "pad_token_id": trained.tokenizer.pad_id,
-    }
-    if config.block == "gla":
-        return {**to_fla_config(config), **ids}
-    fields = dataclasses.asdict(config)
-    for name in ("mixer", "dropout", "precision", "state_precision", *GLA_FIELDS):
-        del fields[name]
-    return {"model_type": "simplernn", **fields, "mixers": list(config.mixers), **ids}
-
-
 def write(trained: TrainedModel, folder: Path) -> None:
-    """See `Format.write`."""
+    """Write the files."""
     weights = named_weights(trained.model)
     (folder / WEIGHTS).write_bytes(encode_weights(weights))
     text = json.dumps(description(trained), indent=2) + "\n"
