@@ -1,7 +1,10 @@
 """Small models of every kind, shared by the tests of exports."""
 
 from flax import nnx
+from small_tokenizers import bpe_of, pretrained
+from test_tokenizer import char_tokenizer
 
+from benchmarks.stress.fuzz_data import TEXT, byte_level_json
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.data import load_tokenizer
 from simplernn_jax.export.formats import TrainedModel
@@ -16,6 +19,13 @@ MODELS = {
     "hybrid": {"mixer": "simple_rnn,attention", "num_layers": 2, "attention_context": 13},
 }
 """Fields of the model by the name of a case."""
+
+TOKENIZERS = {
+    "byte": lambda: load_tokenizer("byte", None),
+    "char": lambda: char_tokenizer("".join(sorted(set(TEXT + "abc<|eos>")))),
+    "bpe": lambda: pretrained(byte_level_json("<s>", "</s>")),
+    "trained": lambda: bpe_of(TEXT),
+}
 
 GLA = {"block": "gla", "num_layers": 2, "short_convolution": 3, "norm_epsilon": 1e-4}
 

@@ -85,7 +85,7 @@ def test_the_newest_or_any_step_is_used_where_that_is_asked_for(tmp_path):
             choose_checkpoint(str(tmp_path), word)
 
 
-def test_a_damaged_best_is_moved_aside_and_the_next_best_used(tmp_path, caplog):
+def test_a_corrupt_best_is_moved_aside_and_the_next_best_used(tmp_path, caplog):
     save(tmp_path, s2=(2.0, 7), s3=(3.0, 7), s5=(2.5, 7))
     damage(tmp_path, 2)
     with pytest.raises(UserError, match=r"--checkpoint=2: .*2 is corrupted: data/metadata was"):

@@ -236,4 +236,4 @@ def test_shards_of_every_process_are_read_back(tmp_path, start):
     output, _ = finish(processes[0], 3)
     assert "read-back verification failed (weights is not what was written)" in output
     finish(processes[1], -signal.SIGABRT)  # by JAX, as scripts report with code 76
-    assert CheckpointFolder(str(tmp_path / "run")).complete_steps() == [1]
+    assert CheckpointFolder(str(tmp_path / "run")).steps() == [1]

@@ -154,7 +154,7 @@ def test_no_bit_flip_changes_a_row_or_loses_one_unseen():
         b" " * MAX_LINE_BYTES + b'{"step": 1, "kind": "train", "loss": 2}',
     ],
 )
-def test_damaged_lines_are_moved_with_one_warning(tmp_path, caplog, line):
+def test_corrupt_lines_are_moved_with_one_warning(tmp_path, caplog, line):
     path = tmp_path / "metrics.jsonl"
     good = encode({"step": 1, "kind": "train", "loss": 2.5})
     path.write_bytes(b"\n".join([good[:-1], line, b"", line, good]))
@@ -167,20 +167,20 @@ def test_damaged_lines_are_moved_with_one_warning(tmp_path, caplog, line):
 @pytest.mark.parametrize(
     "make", [*ODD_FILES.values(), lambda path: os.symlink(f"{path}.nowhere", path)]
 )
-def test_anything_but_a_file_is_renamed_and_a_new_file_started(tmp_path, caplog, make):
+def test_anything_but_a_file_is_one_warning(tmp_path, caplog, make):
     path = tmp_path / "metrics.jsonl"
-    for number in ("", "-2"):
-        make(path)
-        assert read_metrics(str(tmp_path)) == []
-        write(tmp_path, 5, 6)
-        assert steps_in(tmp_path) == [6]
-        assert os.path.lexists(f"{path}.unusable{number}")
-        assert f"{path}: moved to {path}.unusable{number}" in caplog.messages
-        path.unlink()
-    make(tmp_path / "metrics.jsonl.damaged")
-    path.write_bytes(b"damage\n")
+    make(path)
+    assert read_metrics(str(tmp_path)) == []
+    caplog.clear()
     write(tmp_path, 5, 6)
-    assert steps_in(tmp_path) == [6]
+    (warning,) = caplog.messages
+    assert warning.endswith("; the rows of this run are not written")
+    assert read_metrics(str(tmp_path)) == []
+    (tmp_path / "other").mkdir()
+    make(tmp_path / "other" / "metrics.jsonl.damaged")
+    (tmp_path / "other" / "metrics.jsonl").write_bytes(b"damage\n")
+    write(tmp_path / "other", 5, 6)
+    assert steps_in(tmp_path / "other") == [6]
 
 
 def refuse(*_):

@@ -76,7 +76,7 @@ def _run_and_resume(
     if code not in (0, 2) or len(errors) != (code == 2) or "Traceback" in log:
         return what, f"code {code}, {len(errors)} errors: {log[-2000:]}"
     checkpoints = CheckpointFolder(str(workdir))
-    for step in checkpoints.complete_steps():
+    for step in checkpoints.steps():
         corruption = checkpoints.find_corruption(step)
         if corruption is not None:
             return what, f"the checkpoint of step {step} is corrupted: {corruption}"

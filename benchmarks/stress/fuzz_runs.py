@@ -56,7 +56,6 @@ def _checkpoint_readers(folder: Path) -> list[Reader]:
     (checkpoint / "quality" / "metadata").write_bytes(quality)
     manifest.write_manifest(str(checkpoint))
     run = CheckpointFolder(str(folder / "run"))
-    run.update_ledger()
     sealed = checkpoint / manifest.MANIFEST_NAME
     original = sealed.read_bytes()
 
@@ -88,13 +87,11 @@ def _checkpoint_readers(folder: Path) -> list[Reader]:
 
     rows: list[dict[str, Any]] = [{"step": 1, "kind": "train", "loss": 2.5, "seconds": 0.1}]
     rows += [{"step": 2, "kind": "validation", "loss": None}, {"step": 2, "kind": "sample"}]
-    ledger = folder / "run" / "checkpoints" / "complete.json"
     return [
         Reader("configuration", [config], lambda x: void(config_lib.from_json(as_text(x)))),
         Reader("config of a checkpoint", [config], texts),
         Reader("quality of a checkpoint", [quality], measured_quality),
         Reader("manifest", [original], in_file(sealed, verify)),
-        Reader("ledger", [ledger.read_bytes()], in_file(ledger, run.complete_steps)),
         Reader(
             "metrics.jsonl",
             [b"".join(map(encode, rows)), json.dumps(rows[0]).encode()],

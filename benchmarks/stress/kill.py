@@ -224,7 +224,7 @@ def _interrupt_a_run(workdir: Path, draw: random.Random, start: Run) -> tuple[st
         started = time.monotonic()
         code = exit_code(process, _SAVES_WITHIN if steps else _COMPILES_WITHIN)
     took = f"{time.monotonic() - started:.1f} s"
-    log, saved = log_of(workdir), CheckpointFolder(str(workdir)).complete_steps()
+    log, saved = log_of(workdir), CheckpointFolder(str(workdir)).steps()
     allowed = {75}
     if STEPS in saved:
         allowed.add(0)  # it had just ended

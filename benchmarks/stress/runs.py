@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from simplernn_jax.checkpoint import manifest
 from simplernn_jax.checkpoint.checkpointer import read_config
 from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leaves
 from simplernn_jax.checkpoint.folder import NEWEST, UNFINISHED_MARK, CheckpointFolder
@@ -193,11 +192,7 @@ def exit_code(process: Process, seconds: float) -> int | None:
 
 def is_saving(workdir: Path) -> bool:
     """Return whether there is an incomplete checkpoint."""
-    return any(
-        UNFINISHED_MARK in path.name
-        or (path.name.isdecimal() and not manifest.has_manifest(str(path)))
-        for path in workdir.glob("checkpoints/*")
-    )
+    return any(UNFINISHED_MARK in path.name for path in workdir.glob("checkpoints/*"))
 
 
 def wait_for_a_moment(workdir: Path, processes: list[Process], draw: random.Random) -> str:

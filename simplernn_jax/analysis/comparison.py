@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from simplernn_jax.analysis.plots import new_figure, png
+from simplernn_jax.analysis.plots import add_legend, new_figure, png
 from simplernn_jax.checkpoint.checkpointer import read_config
 from simplernn_jax.config import Config, by_field, from_json
 from simplernn_jax.errors import UserError, one_line
@@ -23,10 +23,6 @@ MISSING = "-"
 """Cell of a value that a run does not have."""
 _MAX_NAME = 32
 _LONG_NAME = 400
-_LEGEND_CHARACTERS = 110
-"""Characters that fit in a row of the legend."""
-_LEGEND_ROW = 0.2
-"""Its height in inches."""
 _MARKERS = "osD^vPX*"
 
 
@@ -115,11 +111,11 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
 
 def final_metrics(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """Return parameters, steps, speed and losses of each run, as text by name."""
-    columns = [_metrics_of(run) for run in runs]
+    columns = [_run_metrics(run) for run in runs]
     return {name: [column[name] for column in columns] for name in columns[0]}
 
 
-def _metrics_of(run: RunRecord) -> dict[str, str]:
+def _run_metrics(run: RunRecord) -> dict[str, str]:
     train = [row for row in run.rows if row["kind"] == "train"]
     validation = comparable(run.rows)
     held_out = [row for row in run.rows if row["kind"] == "held_out"]
@@ -164,10 +160,7 @@ def draw(runs: Sequence[RunRecord]) -> bytes:
     Bits per byte by tokens are comparable between tokenizers and batch sizes, losses by step only
     if both are equal.
     """
-    longest = max(len(run.name) for run in runs)
-    num_columns = min(max(1, _LEGEND_CHARACTERS // (longest + 6)), 4, len(runs))
-    num_rows = -(-len(runs) // num_columns)
-    with new_figure(11, 4.4 + _LEGEND_ROW * (num_rows - 1)) as figure:
+    with new_figure(11, 4.2) as figure:
         left, right = figure.subplots(1, 2)
         limits = []
         for number, run in enumerate(runs):
@@ -188,7 +181,7 @@ def draw(runs: Sequence[RunRecord]) -> bytes:
         _label(
             right, "tokens of training", "bits per byte", "Validation, comparable across tokenizers"
         )
-        figure.legend(loc="outside lower center", ncols=num_columns, frameon=False)
+        add_legend(figure, left, most=len(runs))
         return png(figure)
 
 

@@ -58,7 +58,7 @@ _STATE_PICTURES = {
 
 
 class Plot(NamedTuple):
-    """A PNG with the title and caption that a page shows beside it."""
+    """A PNG with its title and caption."""
 
     name: str
     """Name of its file, without the suffix."""
@@ -109,11 +109,11 @@ def line_styles(count: int, points: int) -> list[dict[str, Any]]:
     ]
 
 
-def add_legend(figure: Any, axes: Any) -> None:
-    """Put the legend of `axes` above the figure, where it covers no curve."""
-    handles, labels = (part[:_MAX_NAMED] for part in axes.get_legend_handles_labels())
+def add_legend(figure: Any, axes: Any, most: int = _MAX_NAMED) -> None:
+    """Put the legend of the first `most` curves above the figure, where it covers none."""
+    handles, labels = (part[:most] for part in axes.get_legend_handles_labels())
     longest = max(map(len, labels))
-    columns = int(np.clip(FITTING / (0.085 * longest + 0.7), 1, 4))  # inches
+    columns = int(np.clip(figure.get_figwidth() / (0.085 * longest + 0.7), 1, 4))  # inches
     figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * -(-len(labels) // columns))
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
 
@@ -189,7 +189,7 @@ def draw_position_loss(loss: PositionLoss, window: int) -> Plot:
             label="state carried over the document",
         )
         axes.errorbar(
-            middles * 1.05,  # beside the other's bars, not over them
+            middles * 1.05,  # next to the other's bars, not over them
             loss.reset[drawn],
             2 * loss.reset_errors[drawn],
             color="tab:orange",
@@ -372,7 +372,7 @@ def draw_bars(
     """Draw the strongest contributions as bars, red for and blue against.
 
     Args:
-      panels: title, unit of measure, contribution of each of `units` and that of all text before,
+      panels: title, unit of measure, contribution of each of `units` and of all text before,
         which is written below unless it is 0: it may be far larger than the others.
       units: of the tokens before the predicted one.
       most: bars of one panel.

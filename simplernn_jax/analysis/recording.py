@@ -10,7 +10,7 @@ from simplernn_jax.models import GatedLinearAttention, GLAState, LanguageModel, 
 from simplernn_jax.models.attention import Attention
 
 Recurrent = SimpleRNN | GatedLinearAttention
-"""Mixers whose state is that of `gated_linear_recurrence`."""
+"""Mixers with the state of `gated_linear_recurrence`."""
 
 Mixer = Recurrent | Attention
 

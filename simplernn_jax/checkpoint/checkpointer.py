@@ -144,7 +144,7 @@ class Checkpointer:
             quality=ocp.args.JsonSave(quality_item(step, quality)),
         )
         try:
-            self._writer.save(self._folder.step_path(step), args=items)
+            self._writer.save(self._folder.unfinished_path(step), args=items)
         except Exception as error:
             raise self._save_failure(step, error) from error
         self._pending = (step, self._completer.submit(self._complete, step, written))
@@ -161,7 +161,7 @@ class Checkpointer:
             the default device.
 
         Returns:
-          None if no save was ever completed in this workdir. The arrays are bit-exact;
+          None if there is no checkpoint in this workdir. The arrays are bit-exact;
           without `shardings` they are committed to no device.
 
         Raises:
@@ -169,10 +169,7 @@ class Checkpointer:
             a different model or optimizer.
         """
         self._finish()
-        newest: int | None = None
-        if is_coordinator():
-            newest = self._folder.newest_intact()
-            self._folder.update_ledger()
+        newest = self._folder.newest_intact() if is_coordinator() else None
         step = broadcast_from_coordinator(-1 if newest is None else newest)
         if step < 0:
             return None
@@ -222,13 +219,13 @@ class Checkpointer:
         self._writer.wait_until_finished()
         if is_coordinator():
             try:
-                check_saved(self._folder.step_path(step), written)
+                check_saved(self._folder.unfinished_path(step), written)
             except Exception as error:
                 reason = str(error).partition("\n")[0]
                 reason = f"read-back verification failed ({reason}): check this disk"
                 raise self._unsaved(step, reason) from error
             self._folder.mark_complete(step)
-            steps = self._folder.complete_steps()
+            steps = self._folder.steps()
             qualities = {one: saved_quality(self._folder.step_path(one)) for one in steps}
             self._folder.prune(set(steps) - steps_to_keep(qualities, *self._keep))
         barrier("checkpoint_complete")
@@ -305,7 +302,7 @@ def _make_writer() -> ocp.AsyncCheckpointer:
     """
     drop_repeated_logs()
     if jax.process_count() == 1:
-        # Created in the background, a folder that the disk refuses leaves threads that wait for it
+        # Created in the background, a folder that the disk rejects leaves threads that wait for it
         # up to the timeout, and the process does not end.
         options = ocp.options.AsyncOptions(
             timeout_secs=_SINGLE_PROCESS_TIMEOUT_SECONDS, create_directories_asynchronously=False

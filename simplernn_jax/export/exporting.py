@@ -21,10 +21,10 @@ from simplernn_jax.export import QUANTIZED_FORMATS
 from simplernn_jax.export.checking import run_exported
 from simplernn_jax.export.formats import (
     TrainedModel,
+    compute_logits,
     find_format,
     float32_model,
     last_part,
-    logits_of,
     rounded_weights,
 )
 from simplernn_jax.files import sync
@@ -34,7 +34,7 @@ from simplernn_jax.models.named_weights import model_from_weights, named_weights
 
 TOLERANCE = 1e-3
 """Largest difference of logits between an export and the model, relative to the largest logit: far
-above the rounding of float32 in another order, far below that of any mistake."""
+above the rounding of float32 in another order, far below any mistake."""
 
 
 class Report(NamedTuple):
@@ -84,7 +84,7 @@ def export(
       workdir: folder of the run, whose metrics describe the model.
       tokens: [T] ids of held-out text to compare logits on, T at least 2.
       quantize: how the weights are stored: one of `QUANTIZATIONS`.
-      license, languages: those of the weights, for the model card of huggingface.
+      license, languages: of the weights, for the model card of huggingface.
 
     Raises:
       UserError: the format is unknown or needs a missing package, `out` exists or cannot be
@@ -104,11 +104,11 @@ def export(
         module.write(trained, folder)
         text = tokenizer.decode(tokens)
         found = run_exported(format_name, folder, tokens, text)
-        expected = logits_of(model, tokens)
+        expected = compute_logits(model, tokens)
         rounded = expected
         if quantize != "none":
             arrays = rounded_weights(named_weights(model), quantize)
-            rounded = logits_of(model_from_weights(model.config, arrays, format_name), tokens)
+            rounded = compute_logits(model_from_weights(model.config, arrays, format_name), tokens)
         difference = float(np.abs(found.logits - rounded).max() / np.abs(rounded).max())
         if not difference <= TOLERANCE:
             raise UserError(
@@ -162,12 +162,12 @@ def new_folder(out: str) -> Iterator[Path]:
     check_new(out)
     parent = os.path.dirname(os.path.abspath(out))
     temporary = Path(parent, f".{secrets.token_hex(8)}.tmp")
-    with _problems_of(out):
+    with _output_errors(out):
         os.makedirs(parent, exist_ok=True)
         temporary.mkdir()
     try:
         yield temporary
-        with _problems_of(out):
+        with _output_errors(out):
             for path in [*temporary.rglob("*"), temporary]:
                 sync(path)
             os.rename(temporary, out)
@@ -177,7 +177,7 @@ def new_folder(out: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _problems_of(out: str) -> Iterator[None]:
+def _output_errors(out: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -193,7 +193,7 @@ def check_new(out: str) -> None:
     path = Path(out).absolute() / ("0" * 64)
     missing = [one for one in (path, *path.parents) if not os.path.lexists(one)]
     try:
-        with _problems_of(out):
+        with _output_errors(out):
             path.mkdir(parents=True)
     finally:
         for one in missing:

@@ -1,7 +1,7 @@
 """What the formats of an export share. Each is a module with two functions:
 
     write(trained: TrainedModel, folder: Path)   write the files into an empty folder
-    load(folder: Path) -> Loaded                 load them, in a process of its own
+    load(folder: Path) -> Loaded                 load them, in a separate process
 
 `write` raises `UserError` if the format does not support the model or its tokenizer, or if a
 package is missing.
@@ -113,7 +113,7 @@ def float32_model(model: LanguageModel) -> LanguageModel:
     return nnx.merge(abstract_model(config)[0], nnx.state(model, nnx.Param))
 
 
-def logits_of(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
+def compute_logits(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
     """Compute the logits [T, vocab] after each of [T] tokens."""
     return np.asarray(model(jnp.asarray(tokens[None], jnp.int32))[0][0])
 
@@ -154,7 +154,7 @@ def description(trained: TrainedModel) -> dict[str, Any]:
 def write_example(trained: TrainedModel, folder: Path, fields: dict[str, Any], module: str) -> None:
     """Write what comes with two programs: ``config.json``, the tokenizer, the example and a README.
 
-    `fields` are those of ``config.json`` that the format adds; `module` is the file of the format.
+    `fields` are what the format adds to ``config.json``; `module` is the file of the format.
     """
     banned = ids_without_text(trained.tokenizer, trained.model.config.vocab_size)
     content = {

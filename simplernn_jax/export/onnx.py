@@ -2,7 +2,7 @@
 
 Both map ``tokens`` [1, T] int64 and the state to ``logits`` [1, T, vocab] float32 and the next
 state, with T of 64 in prefill and 1 in decode. Names, shapes and zero values of the state are in
-``config.json``; opset 18. JAX has no converter to ONNX of its own, and `torch.onnx` knows every
+``config.json``; opset 18. JAX itself has no converter to ONNX, and `torch.onnx` knows every
 operation of the PyTorch model.
 """
 

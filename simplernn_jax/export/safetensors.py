@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simplernn_jax.export.formats import TrainedModel, description, float32_model, logits_of
+from simplernn_jax.export.formats import TrainedModel, compute_logits, description, float32_model
 from simplernn_jax.inference import generate
 from simplernn_jax.inference.loading import RUN, WEIGHTS, load_exported, run_json
 from simplernn_jax.models.named_weights import named_weights
@@ -27,7 +27,7 @@ class _Loaded:
         self._model = float32_model(model)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        return logits_of(self._model, tokens)
+        return compute_logits(self._model, tokens)
 
     def greedy(self, token: int, count: int) -> list[int]:
         return generate(self._model, [token], max_new_tokens=count).tokens[0].tolist()

@@ -9,8 +9,7 @@ import contextlib
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -37,9 +36,6 @@ from simplernn_jax.training.train_step import StepMetrics, make_train_step
 
 SAMPLE_TEMPERATURE = 0.8
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-PeriodicAction = tuple[Callable[[], object], int]
-"""An action on the state after every N-th step except the last, and N; 0 disables it."""
 
 PollSignal = Callable[[int], str | None]
 """Returns the name of the signal that ends the run at a step, or None; called before each step."""
@@ -89,11 +85,11 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
         train_step = RecompilationCounter(make_train_step(run.config, run.optimizer, run.mesh))
         display = stack.enter_context(open_display(run.step, run.total_steps))
         reporter = Reporter(run, metrics, display, train_step)
-        validation = Validation(run, reporter)
+        trainer = Trainer(run, train_step, reporter)
         with deferred_signals() as poll_signal:
             if is_coordinator() and not (run.has_ended and run.first_step):
                 _write_config(run)
-            signal = _train(run, train_step, reporter, validation, poll_signal)
+            signal = trainer.train(poll_signal)
         if signal:
             reporter.print_line(
                 f"{signal}: saved at step {run.step} of {run.total_steps}; "
@@ -101,18 +97,75 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
             )
             return Result(run.step, signal, None)
         # All is saved: from here on a signal ends the process at once.
-        evaluation = validation.evaluate_all()
+        evaluation = trainer.evaluate_all()
         reporter.summarize(evaluation)
         return Result(run.step, None, evaluation)
 
 
-class Validation:
-    """Evaluation on the validation split."""
+class Trainer:
+    """Takes the steps of a run, and evaluates, samples and saves between them."""
 
-    def __init__(self, run: Run, reporter: Reporter) -> None:
+    def __init__(self, run: Run, train_step: RecompilationCounter, reporter: Reporter) -> None:
         self._run = run
+        self._train_step = train_step
         self._reporter = reporter
         self._evaluator = Evaluator(run.config, run.corpus.tokenizer.pad_id, run.mesh)
+
+    def train(self, poll_signal: PollSignal) -> str | None:
+        """Take the remaining steps and save; return the name of the signal that ended the run."""
+        run, reporter, train = self._run, self._reporter, self._run.config.train
+        reporter.print_header()
+        profile_steps = train.profile_steps if is_coordinator() else 0
+        profile = Profile(run.workdir, profile_steps, reporter.print_line, reporter.timer.paused)
+        with self._train_step, profile:
+            if not run.has_ended:
+                self._take_steps(poll_signal, profile)
+            signal, is_new = poll_signal(run.step), run.step > run.first_step
+            is_evaluated = train.eval_every == 0 or run.history.last_step == run.step
+            if is_new and run.has_ended and not is_evaluated:
+                self.evaluate()  # after a signal too: a resumed run would not evaluate this step
+            if is_new or signal:  # before the profile is written: a preempted job has little time
+                run.save(wait=True)
+        return poll_signal(run.step)
+
+    def _take_steps(self, poll_signal: PollSignal, profile: Profile) -> None:
+        """Take steps until the run ends or a signal is received."""
+        run, timer, train = self._run, self._reporter.timer, self._run.config.train
+        actions = (
+            (self.evaluate, train.eval_every),
+            (self.sample, train.sample_every),
+            (run.save, train.save_every),
+        )
+        batch = run.next_batch()
+        pending: StepMetrics | None = None
+        timer.start()
+        while not run.has_ended and not poll_signal(run.step):
+            with profile.step(run.step + 1, run.state):
+                run.state, metrics = self._train_step(run.state, batch)
+            run.step += 1
+            batch = run.next_batch()
+            if pending is not None:
+                self._record(run.step - 1, pending)
+            pending = metrics
+            due = [action for action, every in actions if every and run.step % every == 0]
+            if due and run.step < run.total_steps:
+                self._record(run.step, metrics)
+                pending = None
+                with timer.paused():
+                    for action in due:
+                        action()
+        if pending is not None:
+            self._record(run.step, pending)
+        timer.stop()
+
+    def _record(self, step: int, metrics: StepMetrics) -> None:
+        """Wait for the metrics of a step, add them to the totals and report them."""
+        host: Any = StepMetrics(*(x.item() for x in jax.device_get(metrics)))
+        self._reporter.timer.tick(host.predictions)
+        is_skipped = host.consecutive_skips > 0
+        self._run.totals.add(host.loss, host.predictions, skipped=is_skipped)
+        check_skips(step, host.consecutive_skips, self._run.config.train)
+        self._reporter.step(step, host)
 
     def evaluate(self) -> None:
         """Evaluate ``eval_tokens`` tokens, report them and decide on early stopping."""
@@ -144,28 +197,29 @@ class Validation:
         run.latest_evaluation = run.step, result
         return result
 
-
-def sample(run: Run, reporter: Reporter) -> None:
-    """Continue the configured prompt with the current model, on the coordinator."""
-    params = local_copy(run.state.params)
-    if is_coordinator():
-        train, prompt = run.config.train, run.config.train.sample_prompt
-        graph, abstract = abstract_model(run.config.model)
-        try:
-            if template := run.config.data.template:
-                prompt = ChatTemplate(template).render_next([{"role": "user", "content": prompt}])
-            (text,) = generate_text(
-                nnx.merge(graph, in_layout_of(abstract, params)),
-                run.corpus.tokenizer,
-                prompt,
-                max_new_tokens=train.sample_tokens,
-                temperature=SAMPLE_TEMPERATURE,
-                seed=train.seed,
-            )
-        except (UserError, TemplateError) as error:  # training goes on without a sample
-            text = f" ({error})"
-        reporter.sample(prompt + text)
-    barrier("sample")
+    def sample(self) -> None:
+        """Continue the configured prompt with the current model, on the coordinator."""
+        run, train = self._run, self._run.config.train
+        params = local_copy(run.state.params)
+        if is_coordinator():
+            prompt = train.sample_prompt
+            graph, abstract = abstract_model(run.config.model)
+            try:
+                if template := run.config.data.template:
+                    message = {"role": "user", "content": prompt}
+                    prompt = ChatTemplate(template).render_next([message])
+                (text,) = generate_text(
+                    nnx.merge(graph, in_layout_of(abstract, params)),
+                    run.corpus.tokenizer,
+                    prompt,
+                    max_new_tokens=train.sample_tokens,
+                    temperature=SAMPLE_TEMPERATURE,
+                    seed=train.seed,
+                )
+            except (UserError, TemplateError) as error:  # training goes on without a sample
+                text = f" ({error})"
+            self._reporter.sample(prompt + text)
+        barrier("sample")
 
 
 @contextlib.contextmanager
@@ -203,77 +257,6 @@ def deferred_signals() -> Iterator[PollSignal]:
         yield lambda step: received[0] if received else None
     finally:
         restore()
-
-
-def _train(
-    run: Run,
-    train_step: RecompilationCounter,
-    reporter: Reporter,
-    validation: Validation,
-    poll_signal: PollSignal,
-) -> str | None:
-    """Take the remaining steps and save; return the name of the signal that ended the run."""
-    train = run.config.train
-    actions: tuple[PeriodicAction, ...] = (
-        (validation.evaluate, train.eval_every),
-        (partial(sample, run, reporter), train.sample_every),
-        (run.save, train.save_every),
-    )
-    reporter.print_header()
-    profile_steps = train.profile_steps if is_coordinator() else 0
-    profile = Profile(run.workdir, profile_steps, reporter.print_line, reporter.timer.paused)
-    with train_step, profile:
-        _run_steps(run, train_step, reporter, poll_signal, actions, profile)
-        signal, is_new = poll_signal(run.step), run.step > run.first_step
-        is_evaluated = train.eval_every == 0 or run.history.last_step == run.step
-        if is_new and run.has_ended and not is_evaluated:
-            validation.evaluate()  # after a signal too: a resumed run would not evaluate this step
-        if is_new or signal:  # before the profile is written: a preempted job has little time left
-            run.save(wait=True)
-    return poll_signal(run.step)
-
-
-def _run_steps(
-    run: Run,
-    train_step: RecompilationCounter,
-    reporter: Reporter,
-    poll_signal: PollSignal,
-    actions: Sequence[PeriodicAction],
-    profile: Profile,
-) -> None:
-    """Take steps until the run ends or a signal is received."""
-    if run.has_ended:
-        return
-    batch = run.next_batch()
-    pending: StepMetrics | None = None
-    reporter.timer.start()
-    while not run.has_ended and not poll_signal(run.step):
-        with profile.step(run.step + 1, run.state):
-            run.state, metrics = train_step(run.state, batch)
-        run.step += 1
-        batch = run.next_batch()
-        if pending is not None:
-            _record_step(run.step - 1, pending, run, reporter)
-        pending = metrics
-        due = [action for action, every in actions if every and run.step % every == 0]
-        if due and run.step < run.total_steps:
-            _record_step(run.step, metrics, run, reporter)
-            pending = None
-            with reporter.timer.paused():
-                for action in due:
-                    action()
-    if pending is not None:
-        _record_step(run.step, pending, run, reporter)
-    reporter.timer.stop()
-
-
-def _record_step(step: int, metrics: StepMetrics, run: Run, reporter: Reporter) -> None:
-    """Wait for the metrics of a step, add them to the totals and report them."""
-    host: Any = StepMetrics(*(x.item() for x in jax.device_get(metrics)))
-    reporter.timer.tick(host.predictions)
-    run.totals.add(host.loss, host.predictions, skipped=host.consecutive_skips > 0)
-    check_skips(step, host.consecutive_skips, run.config.train)
-    reporter.step(step, host)
 
 
 def check_skips(step: int, consecutive: int, config: TrainConfig) -> None:

@@ -51,9 +51,8 @@ class MetricsWriter:
     A resumed run first drops rows of steps after its checkpoint, so that no step is logged twice.
     Re-evaluating a finished run does not duplicate rows.
 
-    Neither file ever stops a run, unlike those of `clu.metric_writers`: corrupt lines go
-    to ``metrics.jsonl.damaged``, an unreadable file is renamed to ``metrics.jsonl.unusable``, and a
-    failure to write is a warning.
+    Neither file ever stops a run, unlike with `clu.metric_writers`: corrupt lines go to
+    ``metrics.jsonl.damaged``, and a failure to read or write is a warning.
     """
 
     def __init__(self, workdir: str, first_step: int):
@@ -68,17 +67,12 @@ class MetricsWriter:
         self._events = EventLog(workdir, first_step)
 
     def _keep_rows(self, path: str) -> bool:
-        """Drop later and corrupt rows; False if the file cannot be written to."""
+        """Drop later and corrupt rows; False if the file cannot be read or written to."""
         if not os.path.lexists(path):
             return True
-        try:
-            file = open_file(path)
-        except OSError as error:
-            logging.warning("%s: %s; starting a new one", path, error.strerror or error)
-            return _rename_unusable(path)
         number, corrupt = 0, _AppendOnlyFile(path + CORRUPT_SUFFIX)
         try:
-            with file, replaced_file(path) as output:
+            with open_file(path) as file, replaced_file(path) as output:
                 for line, row in decode_lines(file):
                     if row is None:
                         number += 1
@@ -220,21 +214,6 @@ class _AppendOnlyFile:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-
-
-def _rename_unusable(path: str) -> bool:
-    """Rename `path` to a free name in its folder; a failure is a warning and False."""
-    number, target = 1, f"{path}.unusable"
-    while os.path.lexists(target):
-        number += 1
-        target = f"{path}.unusable-{number}"
-    try:
-        os.rename(path, target)
-    except OSError as error:
-        logging.warning("%s: cannot be renamed: %s", path, error.strerror or error)
-        return False
-    logging.warning("%s: moved to %s", path, target)
-    return True
 
 
 class EventLog:

@@ -19,7 +19,7 @@ DISPLAYED_DIFFERENCE = 0.00005
 class LossTotals:
     """Tokens and loss, summed over steps and saved with every checkpoint.
 
-    Metrics after a resume are therefore those of an uninterrupted run.
+    Metrics after a resume therefore equal the metrics of an uninterrupted run.
     """
 
     tokens: int = 0

@@ -37,9 +37,13 @@ from simplernn_jax.parallel.shardings import (
     shard_further,
 )
 from simplernn_jax.training.evaluate import Evaluation
-from simplernn_jax.training.initial_parameters import initial_parameters
 from simplernn_jax.training.optimizer import make_optimizer
-from simplernn_jax.training.preparation import changed_fields, prepare, total_steps
+from simplernn_jax.training.preparation import (
+    changed_fields,
+    initial_parameters,
+    prepare,
+    total_steps,
+)
 from simplernn_jax.training.progress import LossTotals, ValidationHistory
 from simplernn_jax.training.train_step import (
     TrainState,
@@ -68,27 +72,23 @@ class CheckpointLayout:
         """Names, shapes and dtypes of the state in checkpoints."""
         self.shardings = state_shardings(single, optimizer, mesh)
         """Shardings of its arrays; None on one device."""
-        self._is_same = config.mesh.stage == 1
-        if self._is_same:
+        self.to_checkpoint = self.from_checkpoint = _identity
+        if config.mesh.stage == 1:
             return
         # Sharded over the stages too: no stage needs memory for all layers.
         specs = shard_further(self.abstract, state_specs(single, optimizer, mesh), "stage", mesh)
         self.shardings = named_shardings(specs, mesh)
         trained = jax.eval_shape(lambda: init_train_state(config, optimizer))
-        self._to_checkpoint = jax.jit(
+        self.to_checkpoint = jax.jit(
             partial(in_layout_of, self.abstract), out_shardings=self.shardings
         )
-        self._from_checkpoint = jax.jit(
+        self.from_checkpoint = jax.jit(
             partial(in_layout_of, trained), out_shardings=state_shardings(config, optimizer, mesh)
         )
 
-    def to_checkpoint(self, state: TrainState) -> TrainState:
-        """Convert the train state to the layout of checkpoints."""
-        return state if self._is_same else self._to_checkpoint(state)
 
-    def from_checkpoint(self, state: TrainState) -> TrainState:
-        """Convert the layout of checkpoints to the train state."""
-        return state if self._is_same else self._from_checkpoint(state)
+def _identity(state: TrainState) -> TrainState:
+    return state
 
 
 class Run:
