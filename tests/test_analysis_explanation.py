@@ -139,7 +139,7 @@ def that_forgets_nothing():
     ("result", "sentence", "expected"),
     [
         (lambda: with_gain(1.0, -0.1), 2, "does not help"),
-        (lambda: with_gain(0.05, 0.08), 2, "All of the gain of its predictions from earlier text comes"),
+        (lambda: with_gain(0.05, 0.08), 2, "All of the gain of its predictions from earlier text"),
         (lambda: with_gain(0.0, 0.0), 2, "does not improve the predictions at all"),
         (that_forgets_nothing, 0, "is gone after more characters than any text has"),
         (
